@@ -1,0 +1,1 @@
+"""Samples in and out: pictures from files and back."""

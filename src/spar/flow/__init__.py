@@ -1,0 +1,1 @@
+"""Rectified flow: the path and its times, samplers, guidance."""

@@ -1,0 +1,96 @@
+"""Rectified flow's straight path, its times and its targets (SPAR section 2, point 5).
+
+    x_t = (1 - t) x + t eps          t = 0 is the clean sample x, t = 1 the noise eps
+    v   = d x_t / d t = eps - x      the target of L_fm
+
+so that x = x_t - t v and eps = x_t + (1 - t) v. The shift of SANA and SD3 is t -> s t / (1 + (s - 1) t): it fixes 0 and
+1 and spends more time near the noise for s > 1. Training and sampling each take their own shift, always explicitly.
+"""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Time = TypeVar("Time", float, Tensor)
+
+
+def _per_sample(t: Tensor, x: Tensor) -> Tensor:
+    """Times [B] as [B, 1, ..., 1] against x [B, ...]; a time of zero dimensions passes."""
+    if t.ndim == 0:
+        return t
+    if t.ndim != 1 or t.shape[0] != x.shape[0]:
+        raise ValueError(f"expected one time for each of {x.shape[0]} samples, got times of shape {tuple(t.shape)}")
+    return t.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def _check_pair(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.shape != other.shape:
+        raise ValueError(
+            f"expected {name} and {other_name} of one shape, got {tuple(x.shape)} and {tuple(other.shape)}"
+        )
+
+
+def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x_t = (1 - t) x + t noise, for x and noise [B, ...] and times t [B] in [0, 1].
+
+    Types promote as in torch: a bfloat16 x with float32 times gives float32.
+    """
+    _check_pair("x", x, "noise", noise)
+    t = _per_sample(t, x)
+    return (1 - t) * x + t * noise
+
+
+def velocity_target(x: Tensor, noise: Tensor) -> Tensor:
+    """v = noise - x, the same at every time of the path."""
+    _check_pair("x", x, "noise", noise)
+    return noise - x
+
+
+def to_clean(x_t: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
+    """The clean sample that a velocity points to: x_t - t v, for x_t and velocity [B, ...] and times t [B]."""
+    _check_pair("x_t", x_t, "velocity", velocity)
+    return x_t - _per_sample(t, x_t) * velocity
+
+
+def to_noise(x_t: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
+    """The noise that a velocity comes from: x_t + (1 - t) v, for x_t and velocity [B, ...] and times t [B]."""
+    _check_pair("x_t", x_t, "velocity", velocity)
+    return x_t + (1 - _per_sample(t, x_t)) * velocity
+
+
+def shift_time(t: Time, shift: float) -> Time:
+    """s t / (1 + (s - 1) t): times in [0, 1] to times in [0, 1], towards the noise for s > 1; s = 1 changes nothing."""
+    if not shift > 0:
+        raise ValueError(f"expected a shift above 0, got {shift}")
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def unshift_time(t: Time, shift: float) -> Time:
+    """The inverse of `shift_time`, which is the shift by 1 / s."""
+    if not shift > 0:
+        raise ValueError(f"expected a shift above 0, got {shift}")
+    return shift_time(t, 1 / shift)
+
+
+def sample_time(
+    shape: int | Sequence[int],
+    *,
+    mean: float = 0.0,
+    std: float = 1.0,
+    shift: float = 1.0,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Training times: sigmoid(mean + std * n) with n normal, then shifted; of the given shape, in (0, 1).
+
+    They are drawn in float32 on the generator's device, so one seed gives the same times on every device and type.
+    """
+    if not std >= 0:
+        raise ValueError(f"expected a standard deviation of 0 or more, got {std}")
+    source = generator.device if generator is not None else device
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    normal = torch.randn(shape, generator=generator, device=source, dtype=torch.float32)
+    return shift_time(torch.sigmoid(mean + std * normal), shift).to(device=device, dtype=dtype)

@@ -1,0 +1,1 @@
+"""Pure losses: tensors in, scalars or named terms out. No steps, devices or logging."""

@@ -1,0 +1,30 @@
+"""The tokenizer's two distillation terms (SPAR section 1).
+
+    L_s = || f_v - f'_v ||^2      stage III: the semantic features stay with a frozen copy of the encoder
+    L_p = || z_p - E_p(I) ||^2    stage I: the pixel stream finds the decoder's native latents
+
+Both are means over every element. The teacher's side gets no gradient.
+"""
+
+from torch import Tensor
+
+from spar.losses.checks import check_pair
+
+
+def feature_mse(student: Tensor | None, teacher: Tensor | None, *, names: tuple[str, str]) -> Tensor:
+    """Mean squared error of student against a detached teacher, any one shape; a float32 scalar.
+
+    names: what the two are called in the ValueError for a missing or unlike tensor.
+    """
+    check_pair(names[0], student, names[1], teacher)
+    return (student.float() - teacher.detach().float()).square().mean()
+
+
+def semantic_loss(f_v: Tensor | None, teacher: Tensor | None) -> Tensor:
+    """L_s for f_v and the frozen encoder's f'_v, both [B, N, D_s]."""
+    return feature_mse(f_v, teacher, names=("f_v", "the frozen encoder's f_v"))
+
+
+def native_latent_loss(z_p: Tensor | None, native: Tensor | None) -> Tensor:
+    """L_p for z_p and the frozen autoencoder's own latents of the same image, both in one layout and grid."""
+    return feature_mse(z_p, native, names=("z_p", "the autoencoder's latents"))

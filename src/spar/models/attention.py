@@ -1,0 +1,48 @@
+"""Softmax attention and its masks, shared by every part that attends."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MASKED = -1e9  # added to a forbidden score; finite in bfloat16, so that no row can become NaN
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias) v for `[B, heads, T, d]`.
+
+    torch's fused kernel, but for training on a CPU: there its backward pass is several times slower at these lengths
+    than three plain operations (benchmarks/attention.py).
+    """
+    if query.device.type == "cpu" and torch.is_grad_enabled() and query.requires_grad:
+        scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
+        if bias is not None:
+            scores = scores + bias.to(scores.dtype)
+        return torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=None if bias is None else bias.to(query.dtype))
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type that matrix products on `x` run in: autocast's where it is on, else the tensor's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def attention_bias(mask: Tensor, like: Tensor, *, causal: bool, past: int = 0) -> Tensor:
+    """Additive bias `[B, 1, T, past + T]` from a mask `[B, past + T]` (1 keep) or an explicit `[B, T, T]`."""
+    if mask.dim() == 3:
+        allowed = mask.bool()
+    else:
+        total = mask.shape[1]
+        allowed = mask.bool()[:, None, :].expand(-1, total - past, -1)
+        if causal:
+            rows = torch.arange(past, total, device=mask.device)[:, None]
+            allowed = allowed & (torch.arange(total, device=mask.device)[None] <= rows)
+    bias = torch.zeros(allowed.shape, dtype=compute_dtype(like), device=mask.device)
+    return bias.masked_fill(~allowed, MASKED)[:, None]
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Position ids `[B, T]` that count only real tokens (padding on the left)."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)

@@ -1,0 +1,59 @@
+"""DC-AE (arXiv 2410.10733) behind two methods; diffusers' `AutoencoderDC` does the work.
+
+The autoencoder's own range is [-1, 1]; everywhere else in this package pixels are in [0, 1].
+"""
+
+from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
+from torch import Tensor, nn
+
+from spar.models.config import AutoencoderConfig
+
+
+def build_autoencoder(config: AutoencoderConfig) -> AutoencoderDC:
+    """The library's class, encoder and decoder, with random weights."""
+    return AutoencoderDC(
+        latent_channels=config.latent_channels,
+        attention_head_dim=config.head_dim,
+        encoder_block_types=config.blocks,
+        decoder_block_types=config.blocks,
+        encoder_block_out_channels=config.channels,
+        decoder_block_out_channels=config.channels,
+        encoder_layers_per_block=config.encoder_layers,
+        decoder_layers_per_block=config.decoder_layers,
+        encoder_qkv_multiscales=config.multiscales,
+        decoder_qkv_multiscales=config.multiscales,
+        downsample_block_type=config.downsample,
+        upsample_block_type=config.upsample,
+    )
+
+
+class PixelEncoder(nn.Module):
+    """E_p, the encoder half: the guide of tokenizer stage I; not part of the finished model."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """`[B, 3, H, W]` in [0, 1] to native latents `[B, D_p, H / stride, W / stride]`."""
+        return self.network(pixels * 2 - 1)
+
+    def features(self, pixels: Tensor) -> list[Tensor]:
+        """The feature map behind each resolution, finest first: the frozen network of the small perceptual loss."""
+        maps, x = [], self.network.conv_in(pixels * 2 - 1)
+        for block in self.network.down_blocks:
+            x = block(x)
+            maps.append(x)
+        return maps
+
+
+class PixelDecoder(nn.Module):
+    """D_p, the decoder half."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """`[B, D_p, h, w]` to pixels `[B, 3, stride h, stride w]`, about [0, 1], not clamped."""
+        return (self.network(latent) + 1) / 2

@@ -1,0 +1,212 @@
+"""A SPAR folder: one subfolder a part, safetensors and JSON, loaded strictly; the tokenizer alone is a folder too.
+
+    config.json               format, versions, sizes of every part, sampling defaults
+    tokenizer/                config.json (sizes, latent scale), model.safetensors
+    language/ router/ connector/ denoiser/      model.safetensors each
+    text_tokenizer/           transformers' own files
+    manifest.json             what made the weights (optional)
+"""
+
+import importlib.metadata
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from spar import __version__
+from spar.config import from_dict, read_json, to_dict, write_json
+from spar.errors import InputError
+from spar.models.config import SparConfig
+from spar.models.spar import SparModel
+from spar.models.tokenizer import UnifiedTokenizer
+
+FORMAT, FORMAT_VERSION = "spar", 1
+PARTS = ("language", "router", "connector", "denoiser")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the model is sampled unless the caller says otherwise; part of the model, since training fixed it."""
+
+    shift: float = 1.0
+    method: str = "dpmsolver++"
+    steps: int = 20
+    guidance: float = 4.5
+    max_prompt_tokens: int = 64
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a folder holds."""
+
+    model: SparModel
+    text_tokenizer: Any
+    sampling: Sampling
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of the libraries whose classes hold the weights."""
+    libraries = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "diffusers")}
+    return {"spar": __version__, **libraries}
+
+
+def describe_mismatch(own: dict[str, Tensor], given: dict[str, Tensor]) -> str:
+    """One line on missing, unexpected and misshapen keys; empty when they fit."""
+    wrong = [
+        f"{key} is {tuple(given[key].shape)}, expected {tuple(own[key].shape)}"
+        for key in sorted(own.keys() & given.keys())
+        if own[key].shape != given[key].shape
+    ]
+    groups = (
+        ("missing", sorted(own.keys() - given.keys())),
+        ("unexpected", sorted(given.keys() - own.keys())),
+        ("of another shape", wrong),
+    )
+    return "; ".join(
+        f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" for kind, keys in groups if keys
+    )
+
+
+def load_weights(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """Strict loading into the module's own memory and types, with one readable report of what does not fit."""
+    mismatch = describe_mismatch(module.state_dict(), tensors)
+    if mismatch:
+        raise InputError(f"{where} does not fit this model: {mismatch}")
+    module.load_state_dict(tensors)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; a missing or damaged one raises `InputError`."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise InputError(f"{path.name} is missing in {path.parent}") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is damaged or no safetensors file: {error}") from error
+
+
+def write_tensors(module: nn.Module, path: Path, dtype: torch.dtype | None) -> None:
+    """A module's weights, floating matrices in `dtype`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        key: (value.to(dtype) if dtype and value.is_floating_point() else value).detach().cpu().contiguous()
+        for key, value in module.state_dict().items()
+    }
+    save_file(tensors, path)
+
+
+def save_tokenizer(tokenizer: UnifiedTokenizer, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """The unified tokenizer alone: image to latent and back, and the encoder for understanding."""
+    write_tensors(tokenizer, folder / "model.safetensors", dtype)
+    write_json(
+        folder / "config.json",
+        {
+            "format": f"{FORMAT}-tokenizer",
+            "format_version": FORMAT_VERSION,
+            "versions": versions(),
+            "latent_scale": float(tokenizer.latent_scale),
+            "model": to_dict(tokenizer.config),
+        },
+    )
+
+
+def load_tokenizer(folder: Path) -> UnifiedTokenizer:
+    """The inverse of `save_tokenizer`, in float32."""
+    header = _header(folder, f"{FORMAT}-tokenizer")
+    tokenizer = UnifiedTokenizer(from_dict(SparConfig, header["model"]))
+    _fill_tokenizer(tokenizer, folder, header)
+    return tokenizer.eval()
+
+
+def _fill_tokenizer(tokenizer: UnifiedTokenizer, folder: Path, header: dict[str, Any]) -> None:
+    load_weights(tokenizer, read_tensors(folder / "model.safetensors"), str(folder))
+    scale = header.get("latent_scale")
+    if not isinstance(scale, float) or not scale > 0:
+        raise InputError(f"{folder / 'config.json'}: expected latent_scale above 0, got {scale!r}")
+    tokenizer.latent_scale.fill_(scale)
+
+
+def save_model(loaded: Loaded, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write a whole SPAR folder aside and rename it; an existing folder that is no SPAR folder is left alone."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
+        raise InputError(f"{folder} exists and is no SPAR folder; expected an empty or new folder")
+    aside = folder.with_name(folder.name + ".part")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        model = loaded.model
+        save_tokenizer(model.tokenizer, aside / "tokenizer", dtype)
+        for part in PARTS:
+            write_tensors(getattr(model, part), aside / part / "model.safetensors", dtype)
+        loaded.text_tokenizer.save_pretrained(aside / "text_tokenizer")
+        write_json(
+            aside / "config.json",
+            {
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "versions": versions(),
+                "model": to_dict(model.config),
+                "sampling": to_dict(loaded.sampling),
+            },
+        )
+        write_json(aside / "manifest.json", loaded.manifest)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def load_model(folder: Path) -> Loaded:
+    """Load a SPAR folder strictly, in float32 on the CPU; `InputError` names what is missing, foreign or damaged."""
+    header = _header(folder, FORMAT)
+    model = SparModel(from_dict(SparConfig, header["model"]))
+    _fill_tokenizer(model.tokenizer, folder / "tokenizer", _header(folder / "tokenizer", f"{FORMAT}-tokenizer"))
+    for part in PARTS:
+        path = folder / part / "model.safetensors"
+        load_weights(getattr(model, part), read_tensors(path), str(path.parent))
+    manifest = folder / "manifest.json"
+    return Loaded(
+        model=model.eval().requires_grad_(False),
+        text_tokenizer=_text_tokenizer(folder / "text_tokenizer"),
+        sampling=from_dict(Sampling, header["sampling"]),
+        manifest=read_json(manifest) if manifest.exists() else {},
+    )
+
+
+def _text_tokenizer(folder: Path) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    if not (folder / "tokenizer.json").is_file():
+        raise InputError(f"tokenizer.json is missing in {folder}")
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises a bare Exception on a damaged file
+        raise InputError(f"{folder} holds no readable text tokenizer: {error}") from error
+
+
+def _header(folder: Path, expected: str) -> dict[str, Any]:
+    """config.json of a folder, checked for kind and version."""
+    if not folder.is_dir():
+        raise InputError(f"expected a SPAR model folder, got {folder}, which {_what(folder)}")
+    header = read_json(folder / "config.json")
+    if header.get("format") != expected:
+        raise InputError(f"{folder} is no {expected} folder: its config.json says format {header.get('format')!r}")
+    version = header.get("format_version")
+    if version != FORMAT_VERSION:
+        raise InputError(f"{folder} has format version {version!r}; this spar reads version {FORMAT_VERSION}")
+    for key in ("model",) if expected != FORMAT else ("model", "sampling"):
+        if key not in header:
+            raise InputError(f"{folder / 'config.json'}: expected a field {key!r}, got none")
+    return header
+
+
+def _what(path: Path) -> str:
+    return "is a file" if path.exists() else "does not exist"

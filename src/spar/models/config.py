@@ -1,0 +1,155 @@
+"""Sizes of every part of SPAR. The defaults are the small model of the shapes world (recipe `shapes`)."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from spar.errors import InputError
+
+RouterKind = Literal["dtr", "last", "average", "concat", "global"]
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """InternViT (transformers' `InternVLVisionConfig`)."""
+
+    hidden_size: int = 128
+    layers: int = 4
+    heads: int = 4
+    intermediate_size: int = 512
+    patch_size: int = 4
+    image_size: int = 64
+    layer_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Qwen2 (transformers' `Qwen2Config`); `hidden_size` is D_s, the width of the visual tokens too."""
+
+    vocab_size: int = 128
+    hidden_size: int = 160
+    layers: int = 8
+    heads: int = 5
+    kv_heads: int = 5
+    intermediate_size: int = 384
+    rope_theta: float = 10000.0
+    max_positions: int = 512
+    image_token_id: int = 5
+    eos_token_id: int = 2
+    pad_token_id: int = 0
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """DC-AE (diffusers' `AutoencoderDC`). Its stride is 2 to the number of stages less one."""
+
+    latent_channels: int = 16
+    head_dim: int = 32
+    channels: tuple[int, ...] = (32, 64, 128, 128)
+    encoder_layers: tuple[int, ...] = (0, 1, 2, 1)
+    decoder_layers: tuple[int, ...] = (0, 2, 2, 2)
+    blocks: tuple[str, ...] = ("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock")
+    multiscales: tuple[tuple[int, ...], ...] = ((), (), (), ())
+    downsample: Literal["Conv", "pixel_unshuffle"] = "pixel_unshuffle"
+    upsample: Literal["interpolate", "pixel_shuffle"] = "interpolate"
+
+    @property
+    def stride(self) -> int:
+        return 2 ** (len(self.channels) - 1)
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """The dual stream: light semantic stream, Transformer pixel stream (paper, section 3.1)."""
+
+    residual_blocks: int = 3
+    pixel_layers: int = 4
+    pixel_heads: int = 5
+    mlp_ratio: int = 4
+    semantic_stream: bool = True
+    pixel_stream: bool = True
+
+    def __post_init__(self) -> None:
+        if not (self.semantic_stream or self.pixel_stream):
+            raise InputError("StreamConfig: at least one of semantic_stream and pixel_stream must be on")
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """Which LLM layers a condition token reads, and how they are mixed."""
+
+    kind: RouterKind = "dtr"
+    count: int = 4
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class ConnectorConfig:
+    """Learnable queries, bidirectional layers (copied from the LLM's last), projection to the DiT's caption width.
+
+    `reference_positions` adds a 2-D sine embedding to the reference-image tokens behind the connector: SANA's own
+    attention has no position at all, and an edit must know where each reference token lies.
+    """
+
+    queries: int = 16
+    layers: int = 2
+    reference_positions: bool = True
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """SANA (diffusers' `SanaTransformer2DModel`). `tap_block` is the 1-based block whose features align."""
+
+    layers: int = 6
+    heads: int = 7
+    head_dim: int = 32
+    cross_heads: int = 7
+    cross_head_dim: int = 32
+    caption_channels: int = 160
+    mlp_ratio: float = 2.5
+    interpolation_scale: float | None = 1.0
+    tap_block: int = 2
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.tap_block <= self.layers:
+            raise InputError(f"DenoiserConfig.tap_block: expected 1 to {self.layers}, got {self.tap_block}")
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class SparConfig:
+    """The whole model. Geometry: `image_size` pixels, visual tokens of stride `2 * patch_size`."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    streams: StreamConfig = field(default_factory=StreamConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    connector: ConnectorConfig = field(default_factory=ConnectorConfig)
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+
+    def __post_init__(self) -> None:
+        if self.vision.image_size % self.token_stride:
+            raise InputError(
+                f"vision.image_size: expected a multiple of {self.token_stride} (two patches), "
+                f"got {self.vision.image_size}"
+            )
+        if self.router.count > self.text.layers:
+            raise InputError(f"router.count: expected at most {self.text.layers} LLM layers, got {self.router.count}")
+        if self.connector.layers > self.text.layers:
+            raise InputError(f"connector.layers: expected at most {self.text.layers}, got {self.connector.layers}")
+
+    @property
+    def image_size(self) -> int:
+        return self.vision.image_size
+
+    @property
+    def token_stride(self) -> int:
+        return 2 * self.vision.patch_size
+
+    @property
+    def grid(self) -> int:
+        """Visual tokens along one side."""
+        return self.vision.image_size // self.token_stride

@@ -1,0 +1,78 @@
+"""The connector: queries, bidirectional layers, projection to the DiT's caption width (SPAR section 3.2).
+
+B batch, T condition tokens, D the LLM's width, C the DiT's caption channels.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm, Qwen2RotaryEmbedding
+
+from spar.models.attention import attention_bias, positions
+from spar.models.config import SparConfig
+from spar.models.encoder import qwen_config
+from spar.models.language import LanguageModel
+
+
+def grid_embedding(width: int, height: int, columns: int) -> Tensor:
+    """2-D sine-cosine embedding `[height * columns, width]`, half for each axis, row-major."""
+    frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float32) / (width // 4))
+
+    def axis(length: int) -> Tensor:
+        angles = torch.arange(length, dtype=torch.float32)[:, None] * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+    rows = axis(height)[:, None].expand(-1, columns, -1)
+    return torch.cat([rows, axis(columns)[None].expand(height, -1, -1)], dim=2).reshape(height * columns, -1)
+
+
+class Connector(nn.Module):
+    """Routed states to the DiT's condition. `queries` are the learnable embeddings that end every sequence."""
+
+    def __init__(self, config: SparConfig, *, attention: str = "sdpa") -> None:
+        super().__init__()
+        library = qwen_config(config.text)
+        library._attn_implementation = attention
+        width = config.text.hidden_size
+        self.config = config
+        self.queries = nn.Parameter(torch.randn(config.connector.queries, width) * 0.02)
+        self.layers = nn.ModuleList(Qwen2DecoderLayer(library, i) for i in range(config.connector.layers))
+        self.rotary = Qwen2RotaryEmbedding(library)
+        self.norm = Qwen2RMSNorm(width)
+        self.projection = nn.Linear(width, config.denoiser.caption_channels)
+        for layer in self.layers:
+            layer.self_attn.is_causal = False
+        if config.connector.reference_positions:
+            self.reference_gain = nn.Parameter(torch.ones(()))
+
+    def initialize_from(self, language: LanguageModel) -> None:
+        """Copy the LLM's last layers into the connector's."""
+        for own, source in zip(self.layers, language.network.layers[-len(self.layers) :], strict=True):
+            own.load_state_dict(source.state_dict())
+
+    def forward(self, states: Tensor, mask: Tensor, is_reference: Tensor, reference: Tensor | None) -> Tensor:
+        """Condition the DiT.
+
+        Args:
+            states: routed states `[B, T, D]`.
+            mask: `[B, T]`, 1 for real tokens (padding on the left).
+            is_reference: `[B, T]`, true at reference-image positions.
+            reference: `f_v` of the references, `[B_with_reference, N, D]`, which replaces the routed states there so
+                that pixel detail reaches the DiT; None when no row has one.
+
+        Returns:
+            `[B, T, C]`.
+        """
+        if reference is not None:
+            scaled = reference * torch.rsqrt(reference.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+            states = states.masked_scatter(is_reference[..., None], scaled.to(states.dtype))
+        bias = attention_bias(mask, states, causal=False)
+        rotary = self.rotary(states, positions(mask))
+        for layer in self.layers:
+            states = layer(states, attention_mask=bias, position_embeddings=rotary)
+        condition = self.projection(self.norm(states))
+        if reference is not None and self.config.connector.reference_positions:
+            table = grid_embedding(condition.shape[-1], self.config.grid, self.config.grid).to(condition)
+            table = (self.reference_gain * table).to(condition.dtype).expand(len(reference), -1, -1)
+            added = torch.zeros_like(condition).masked_scatter(is_reference[..., None], table)
+            condition = condition + added
+        return condition

@@ -1,0 +1,129 @@
+"""The diffusion transformer: SANA (arXiv 2410.10629), with a block loop of our own that returns tapped features.
+
+diffusers' `SanaTransformer2DModel` holds the weights under its own names. B images, R noise draws an image (they
+share one condition), h w the latent grid, N = h w, D the DiT's width, M condition tokens, C caption channels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel, SanaTransformerBlock
+from torch import Tensor, nn
+
+from spar.models.attention import MASKED, attend
+from spar.models.config import DenoiserConfig
+
+TIME_STEPS = 1000.0  # SANA embeds time in [0, 1000]
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """`velocity` `[B R, D_p, h, w]`; `features` of the tapped block `[B R, N, D]`."""
+
+    velocity: Tensor
+    features: Tensor
+
+
+def linear_attention(block: SanaTransformerBlock, x: Tensor) -> Tensor:
+    """SANA's ReLU linear attention: `[B, N, D]` to `[B, N, D]`, accumulated in float32."""
+    attention = block.attn1
+    batch, tokens, _ = x.shape
+    q, k, v = (
+        layer(x).view(batch, tokens, attention.heads, -1).float()
+        for layer in (attention.to_q, attention.to_k, attention.to_v)
+    )
+    q, k = F.relu(q), F.relu(k)
+    with torch.autocast(x.device.type, enabled=False):
+        summary = torch.einsum("bnhd,bnhe->bhde", k, v)                    # sum_n k_n v_n^T
+        total = torch.einsum("bnhd,bhd->bnh", q, k.sum(1))                 # q . sum_n k_n
+        out = torch.einsum("bnhd,bhde->bnhe", q, summary) / (total[..., None] + 1e-15)
+    return attention.to_out[0](out.flatten(2).to(x.dtype))
+
+
+def cross_attention(block: SanaTransformerBlock, x: Tensor, condition: Tensor, bias: Tensor | None) -> Tensor:
+    """Softmax attention from `[B, R N, D]` to the condition `[B, M, D]`; the R draws share its keys and values."""
+    attention = block.attn2
+
+    def heads(tensor: Tensor) -> Tensor:
+        return tensor.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+
+    q, k, v = heads(attention.to_q(x)), heads(attention.to_k(condition)), heads(attention.to_v(condition))
+    out = attend(q, k, v, bias)
+    return attention.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+def mix_feed_forward(block: SanaTransformerBlock, x: Tensor, height: int, width: int) -> Tensor:
+    """SANA's GLUMBConv on `[B, N, D]`; its 1x1 convolutions are linear maps over channels-last tokens."""
+    ff = block.ff
+    x = F.silu(F.linear(x, ff.conv_inverted.weight.flatten(1), ff.conv_inverted.bias))  # [B, N, 2 H]
+    x = x.unflatten(1, (height, width)).permute(0, 3, 1, 2)                             # channels-last view
+    x = ff.conv_depth(x).permute(0, 2, 3, 1).flatten(1, 2)
+    value, gate = x.chunk(2, dim=-1)
+    return F.linear(value * F.silu(gate), ff.conv_point.weight.flatten(1))
+
+
+class Denoiser(nn.Module):
+    """Velocity and tapped features from a noisy latent, its time and the condition."""
+
+    def __init__(self, config: DenoiserConfig, channels: int, grid: int) -> None:
+        super().__init__()
+        self.config = config
+        self.network = SanaTransformer2DModel(
+            in_channels=channels,
+            out_channels=channels,
+            num_attention_heads=config.heads,
+            attention_head_dim=config.head_dim,
+            num_layers=config.layers,
+            num_cross_attention_heads=config.cross_heads,
+            cross_attention_head_dim=config.cross_head_dim,
+            cross_attention_dim=config.width,
+            caption_channels=config.caption_channels,
+            mlp_ratio=config.mlp_ratio,
+            sample_size=grid,
+            patch_size=1,
+            interpolation_scale=config.interpolation_scale,
+        )
+
+    def forward(self, latent: Tensor, time: Tensor, condition: Tensor, mask: Tensor) -> Denoised:
+        """Predict the velocity.
+
+        Args:
+            latent: `[B R, D_p, h, w]`, draws of one image side by side.
+            time: `[B R]` in [0, 1], 1 is noise.
+            condition: `[B, M, C]`; mask: `[B, M]`, 1 for real tokens.
+        """
+        network, (height, width) = self.network, latent.shape[-2:]
+        batch, draws = len(condition), len(latent) // len(condition)
+        x = network.patch_embed(latent)                                              # [B R, N, D]
+        modulation, embedded = network.time_embed(time * TIME_STEPS, hidden_dtype=x.dtype)  # [B R, 6 D], [B R, D]
+        modulation = modulation.unflatten(1, (6, -1))
+        condition = network.caption_norm(network.caption_projection(condition))      # [B, M, D]
+        bias = torch.zeros(mask.shape, dtype=x.dtype, device=x.device)
+        bias = bias.masked_fill(~mask.bool(), MASKED)[:, None, None]
+        features = x
+        for i, block in enumerate(network.transformer_blocks, start=1):
+            x = self._block(block, x, modulation, condition, bias, (batch, draws, height, width))
+            if i == self.config.tap_block:
+                features = x
+        x = network.proj_out(network.norm_out(x, embedded, network.scale_shift_table))  # [B R, N, D_p]
+        velocity = x.transpose(1, 2).unflatten(2, (height, width))                       # [B R, D_p, h, w]
+        return Denoised(velocity=velocity, features=features)
+
+    def _block(
+        self,
+        block: SanaTransformerBlock,
+        x: Tensor,
+        modulation: Tensor,
+        condition: Tensor,
+        bias: Tensor,
+        shape: tuple[int, int, int, int],
+    ) -> Tensor:
+        """One SANA block; the reference is `SanaTransformerBlock.forward`."""
+        batch, draws, height, width = shape
+        table = block.scale_shift_table[None] + modulation                              # [B R, 6, D]
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = table.to(x.dtype).chunk(6, dim=1)
+        x = x + gate_1 * linear_attention(block, block.norm1(x) * (1 + scale_1) + shift_1)
+        shared = x.reshape(batch, draws * x.shape[1], -1)                               # [B, R N, D]
+        x = x + cross_attention(block, shared, condition, bias).view_as(x)
+        return x + gate_2 * mix_feed_forward(block, block.norm2(x) * (1 + scale_2) + shift_2, height, width)

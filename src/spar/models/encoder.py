@@ -1,0 +1,88 @@
+"""The semantic encoder E_s: InternViT, 2x2 patch merge, projector (SPAR section 3.1; InternVL3).
+
+B batch, S image side, P = S / patch, N = (P / 2)^2 visual tokens, D_s the LLM's width.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import InternVLConfig, InternVLVisionConfig, InternVLVisionModel, Qwen2Config
+from transformers.models.internvl.modeling_internvl import InternVLMultiModalProjector
+
+from spar.models.config import TextConfig, VisionConfig
+
+PIXEL_MEAN = (0.485, 0.456, 0.406)
+PIXEL_STD = (0.229, 0.224, 0.225)
+
+
+def vision_config(config: VisionConfig) -> InternVLVisionConfig:
+    """The library's configuration; q, k and v carry biases as in the published checkpoints."""
+    return InternVLVisionConfig(
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        intermediate_size=config.intermediate_size,
+        image_size=(config.image_size, config.image_size),
+        patch_size=(config.patch_size, config.patch_size),
+        attention_bias=True,
+        layer_scale_init_value=config.layer_scale,
+    )
+
+
+def qwen_config(config: TextConfig) -> Qwen2Config:
+    return Qwen2Config(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        intermediate_size=config.intermediate_size,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        max_position_embeddings=config.max_positions,
+        tie_word_embeddings=True,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+        bos_token_id=None,
+    )
+
+
+def internvl_config(vision: VisionConfig, text: TextConfig) -> InternVLConfig:
+    """The configuration of the whole MLLM as `InternVLForConditionalGeneration` takes it."""
+    return InternVLConfig(
+        vision_config=vision_config(vision),
+        text_config=qwen_config(text),
+        image_token_id=text.image_token_id,
+        image_seq_length=(vision.image_size // (2 * vision.patch_size)) ** 2,
+        tie_word_embeddings=True,
+    )
+
+
+def merge_patches(features: Tensor, height: int, width: int) -> Tensor:
+    """InternVL's pixel shuffle at ratio 0.5: `[B, height * width, C]` to `[B, height * width / 4, 4 C]`.
+
+    Channel order within a merged token is row-major over the 2x2 square, as `InternVLModel.pixel_shuffle` leaves it.
+    """
+    batch, _, channels = features.shape
+    squares = features.view(batch, height // 2, 2, width // 2, 2, channels)
+    return squares.permute(0, 1, 3, 2, 4, 5).reshape(batch, height * width // 4, 4 * channels)
+
+
+class SemanticEncoder(nn.Module):
+    """Pixels in [0, 1] to projected visual tokens `f_v`; the module names are transformers' own."""
+
+    def __init__(self, vision: VisionConfig, text: TextConfig, *, attention: str = "sdpa") -> None:
+        super().__init__()
+        config = internvl_config(vision, text)
+        config.vision_config._attn_implementation = attention
+        self.patch_size = vision.patch_size
+        self.vision_tower = InternVLVisionModel(config.vision_config)
+        self.multi_modal_projector = InternVLMultiModalProjector(config)
+        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """`[B, 3, S, S]` in [0, 1] to `f_v`: `[B, N, D_s]`."""
+        height, width = pixels.shape[-2] // self.patch_size, pixels.shape[-1] // self.patch_size
+        x = (pixels - self.pixel_mean) / self.pixel_std                   # [B, 3, S, S]
+        x = self.vision_tower(x).last_hidden_state[:, 1:]                 # [B, P^2, D_vit], without CLS
+        x = merge_patches(x, height, width)                              # [B, N, 4 D_vit]
+        return self.multi_modal_projector(x)                             # [B, N, D_s]

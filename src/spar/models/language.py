@@ -1,0 +1,98 @@
+"""The language model: embeddings, the K routed hidden states, next-token logits, greedy answers.
+
+transformers' `Qwen2Model` holds the weights; the pass over its layers is ours, so that only the routed states are
+kept. B batch, T tokens, D width, K routed layers.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, Qwen2Model
+
+from spar.models.attention import attention_bias, positions
+from spar.models.config import TextConfig
+from spar.models.encoder import qwen_config
+
+
+class LanguageModel(nn.Module):
+    """Causal LLM with tied word embeddings; `network` carries transformers' own parameter names."""
+
+    def __init__(self, config: TextConfig, *, attention: str = "sdpa") -> None:
+        super().__init__()
+        library = qwen_config(config)
+        library._attn_implementation = attention
+        self.config = config
+        self.network = Qwen2Model(library)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """`[B, T]` ids to `[B, T, D]`."""
+        return self.network.embed_tokens(tokens)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[B, T, D]` final states to `[B, T, vocabulary]` with the tied embedding."""
+        return nn.functional.linear(hidden, self.network.embed_tokens.weight)
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        bias: Tensor,
+        position_ids: Tensor,
+        *,
+        layers: tuple[int, ...] = (),
+        cache: DynamicCache | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Run the LLM.
+
+        Args:
+            embeddings: `[B, T, D]`.
+            bias: additive attention bias `[B, 1, T, T_total]`.
+            position_ids: `[B, T]`.
+            layers: which hidden states to keep, 0 the embedding output, L the last layer behind the final norm
+                (transformers' own numbering).
+            cache: keys and values of earlier tokens, extended in place.
+
+        Returns:
+            The final states `[B, T, D]` and the kept states, each `[B, T, D]`.
+        """
+        network, kept = self.network, {0: embeddings}
+        rotary = network.rotary_emb(embeddings, position_ids)
+        x = embeddings
+        for i, layer in enumerate(network.layers, start=1):
+            x = layer(
+                x,
+                attention_mask=bias,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                position_embeddings=rotary,
+            )
+            if i in layers:
+                kept[i] = x
+        final = network.norm(x)
+        kept[self.config.layers] = final
+        return final, [kept[i] for i in layers]
+
+    @torch.inference_mode()
+    def answer(self, embeddings: Tensor, mask: Tensor, *, max_new_tokens: int) -> list[list[int]]:
+        """Greedy continuation, batched; each row ends at its own end-of-turn token.
+
+        Args:
+            embeddings: `[B, T, D]`, padded on the left; mask: `[B, T]`.
+        """
+        cache, rows = DynamicCache(), [[] for _ in range(len(embeddings))]
+        done = torch.zeros(len(embeddings), dtype=torch.bool, device=embeddings.device)
+        x, position_ids = embeddings, positions(mask)
+        for _ in range(max_new_tokens):
+            past = cache.get_seq_length()
+            bias = attention_bias(mask, x, causal=True, past=past)
+            final, _ = self(x, bias, position_ids, cache=cache)
+            token = self.logits(final[:, -1]).argmax(-1)
+            done = done | (token == self.config.eos_token_id)
+            for row, value, ended in zip(rows, token.tolist(), done.tolist(), strict=True):
+                if not ended:
+                    row.append(value)
+            if bool(done.all()):
+                break
+            x = self.embed(token)[:, None]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            position_ids = position_ids[:, -1:] + 1
+        return rows

@@ -1,0 +1,123 @@
+"""Dynamic Token Routing and its four baselines (SPAR section 3.2): K hidden states a token, one state out.
+
+Every router takes `[K, B, T, D]` states on a common scale and returns the mixed state and the weights it used.
+Which layers the K states come from is `routed_layers`; a router is only told how many there are.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from spar.models.config import RouterConfig
+
+
+def routed_layers(layers: int, count: int) -> tuple[int, ...]:
+    """The K layers at interval floor(L / K) that end with the last: (6, 12, 18, 24) for L = 24, K = 4."""
+    interval = layers // count
+    return tuple(layers - interval * k for k in reversed(range(count)))
+
+
+def common_scale(states: list[Tensor]) -> Tensor:
+    """Stack K states `[B, T, D]` to `[K, B, T, D]`, each token divided by its root mean square.
+
+    transformers gives the last state behind the final norm and the others before it; without one scale the layer
+    with the largest norm, not the softmax, decides the mixture.
+    """
+    x = torch.stack(states)
+    return x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Routed:
+    """`states` `[B, T, D]`, and `weights` `[B, T, K]`, which sum to 1 over K."""
+
+    states: Tensor
+    weights: Tensor
+
+
+class Router(nn.Module):
+    """The shared frame: weights, scaled sum, LayerNorm, W_p. A design only says what the weights are."""
+
+    def __init__(self, width: int, config: RouterConfig) -> None:
+        super().__init__()
+        self.count = config.count
+        self.alpha = nn.Parameter(torch.ones(config.count))
+        self.norm = nn.LayerNorm(width)
+        self.projection = nn.Linear(width, width)
+
+    def weights(self, states: Tensor) -> Tensor:
+        """`[K, B, T, D]` to `[B, T, K]`."""
+        raise NotImplementedError  # pragma: no cover
+
+    def mix(self, states: Tensor, weights: Tensor) -> Tensor:
+        """sum_k w_k alpha_k H_k: `[B, T, D]`."""
+        scaled = weights * self.alpha.to(weights.dtype)
+        return torch.einsum("kbtd,btk->btd", states, scaled.to(states.dtype))
+
+    def forward(self, states: Tensor) -> Routed:
+        weights = self.weights(states)                       # [B, T, K]
+        mixed = self.mix(states, weights)                    # [B, T, D]
+        return Routed(self.projection(self.norm(mixed)), weights)
+
+
+class DynamicTokenRouter(Router):
+    """w_i = softmax(g(H_i^(K)) / tau), g: Linear D to D/2, SiLU, Linear to K."""
+
+    def __init__(self, width: int, config: RouterConfig) -> None:
+        super().__init__(width, config)
+        self.temperature = config.temperature
+        self.gate = nn.Sequential(nn.Linear(width, width // 2), nn.SiLU(), nn.Linear(width // 2, config.count))
+
+    def weights(self, states: Tensor) -> Tensor:
+        return torch.softmax(self.gate(states[-1]).float() / self.temperature, dim=-1)
+
+
+class LastLayerRouter(Router):
+    """Every token reads the last layer."""
+
+    def weights(self, states: Tensor) -> Tensor:
+        return states.new_tensor([0.0] * (self.count - 1) + [1.0]).expand(*states.shape[1:3], -1)
+
+
+class AverageRouter(Router):
+    """Every token reads the plain mean of the K layers."""
+
+    def weights(self, states: Tensor) -> Tensor:
+        return states.new_full((self.count,), 1 / self.count).expand(*states.shape[1:3], -1)
+
+
+class GlobalRouter(Router):
+    """Learned weights over the K layers, the same for every token."""
+
+    def __init__(self, width: int, config: RouterConfig) -> None:
+        super().__init__(width, config)
+        self.logits = nn.Parameter(torch.zeros(config.count))
+
+    def weights(self, states: Tensor) -> Tensor:
+        return torch.softmax(self.logits, dim=-1).expand(*states.shape[1:3], -1)
+
+
+class ConcatRouter(AverageRouter):
+    """The K layers side by side and a linear map; its weights are reported as even."""
+
+    def __init__(self, width: int, config: RouterConfig) -> None:
+        super().__init__(width, config)
+        self.merge = nn.Linear(config.count * width, width)
+
+    def mix(self, states: Tensor, weights: Tensor) -> Tensor:
+        scaled = states * self.alpha.to(states.dtype)[:, None, None, None]
+        return self.merge(scaled.permute(1, 2, 0, 3).flatten(2))
+
+
+ROUTERS: dict[str, type[Router]] = {
+    "dtr": DynamicTokenRouter,
+    "last": LastLayerRouter,
+    "average": AverageRouter,
+    "concat": ConcatRouter,
+    "global": GlobalRouter,
+}
+
+
+def build_router(width: int, config: RouterConfig) -> Router:
+    return ROUTERS[config.kind](width, config)

@@ -1,0 +1,87 @@
+"""SPAR, the figure of the paper: condition, velocity, decode, understand.
+
+B batch, T sequence tokens, N visual tokens, Q queries, K routed layers, D the LLM's width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from spar.models.attention import attention_bias, positions
+from spar.models.config import SparConfig
+from spar.models.connector import Connector
+from spar.models.denoiser import Denoised, Denoiser
+from spar.models.language import LanguageModel
+from spar.models.router import build_router, common_scale, routed_layers
+from spar.models.tokenizer import UnifiedTokenizer
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the denoiser reads: `states` `[B, T, C]`, `mask` `[B, T]`, and the routing `weights` `[B, T, K]`."""
+
+    states: Tensor
+    mask: Tensor
+    weights: Tensor
+
+
+class SparModel(nn.Module):
+    """One model, four tasks. Parts: `tokenizer`, `language`, `router`, `connector`, `denoiser`."""
+
+    def __init__(self, config: SparConfig, *, attention: str = "sdpa") -> None:
+        super().__init__()
+        self.config = config
+        self.layers = routed_layers(config.text.layers, config.router.count)
+        self.tokenizer = UnifiedTokenizer(config, attention=attention)
+        self.language = LanguageModel(config.text, attention=attention)
+        self.router = build_router(config.text.hidden_size, config.router)
+        self.connector = Connector(config, attention=attention)
+        self.denoiser = Denoiser(config.denoiser, config.autoencoder.latent_channels, config.grid)
+
+    def embed(self, tokens: Tensor, f_v: Tensor | None) -> Tensor:
+        """Word embeddings `[B, T, D]` with `f_v` `[images, N, D]` in place of the image placeholders, in order."""
+        embeddings = self.language.embed(tokens)
+        places = tokens == self.config.text.image_token_id
+        if int(places.sum()) != (0 if f_v is None else f_v.shape[0] * f_v.shape[1]):
+            raise ValueError(
+                f"expected one visual token for each of {int(places.sum())} image placeholders, "
+                f"got {'no image' if f_v is None else tuple(f_v.shape)}"
+            )
+        if f_v is None:
+            return embeddings
+        return embeddings.masked_scatter(places[..., None], f_v.to(embeddings.dtype))
+
+    def condition(self, tokens: Tensor, mask: Tensor, f_v: Tensor | None = None) -> Condition:
+        """Prompt to condition (SPAR section 3.2).
+
+        Args:
+            tokens: `[B, T]` ids, padded on the left; the queries are appended here.
+            mask: `[B, T]`, 1 for real tokens.
+            f_v: `[references, N, D]` of the reference images whose placeholders stand in `tokens`.
+        """
+        batch, queries = len(tokens), self.config.connector.queries
+        embeddings = self.embed(tokens, f_v)
+        tail = self.connector.queries.to(embeddings.dtype).expand(batch, -1, -1)
+        embeddings = torch.cat([embeddings, tail], dim=1)                      # [B, T + Q, D]
+        mask = torch.cat([mask, mask.new_ones(batch, queries)], dim=1)
+        is_reference = torch.cat(
+            [tokens == self.config.text.image_token_id, mask.new_zeros(batch, queries).bool()], dim=1
+        )
+        bias = attention_bias(mask, embeddings, causal=True)
+        _, states = self.language(embeddings, bias, positions(mask), layers=self.layers)
+        routed = self.router(common_scale(states))                             # [B, T + Q, D]
+        condition = self.connector(routed.states, mask, is_reference, f_v)     # [B, T + Q, C]
+        return Condition(states=condition, mask=mask, weights=routed.weights)
+
+    def velocity(self, latent: Tensor, time: Tensor, condition: Condition) -> Denoised:
+        """Velocity of the normalised latent `[B R, D_p, h, w]` at `time` `[B R]`."""
+        return self.denoiser(latent, time, condition.states, condition.mask)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Normalised latent to pixels in [0, 1]."""
+        return self.tokenizer.decode(self.tokenizer.denormalize(latent)).clamp(0, 1)
+
+    def understand(self, tokens: Tensor, mask: Tensor, f_v: Tensor, *, max_new_tokens: int) -> list[list[int]]:
+        """Greedy answers to `[B, T]` left-padded questions about images with features `f_v` `[B, N, D]`."""
+        return self.language.answer(self.embed(tokens, f_v), mask, max_new_tokens=max_new_tokens)

@@ -1,0 +1,367 @@
+"""The four tasks for a user, behind one contract: generate, edit, understand, reconstruct.
+
+The keyword names are diffusers'. Every task takes one input or a list and batches truly. An image depends on its own
+seed and never on its neighbours.
+"""
+
+import secrets
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from spar.data.images import ImageSource, open_image, to_pil, to_square, to_tensor
+from spar.data.prompts import IMAGE_TOKEN, PromptEncoder, Tokens
+from spar.errors import InputError
+from spar.flow.guidance import guide
+from spar.flow.sampler import sample
+from spar.models.checkpoint import Loaded, load_model, save_model
+from spar.models.spar import Condition
+
+BUNDLED = Path(__file__).parent / "assets" / "weights"
+MAX_STEPS = 1000
+MAX_GUIDANCE = 100.0
+MAX_SEED = 2**63 - 1
+MAX_IMAGES = 4096
+MAX_NEW_TOKENS = 256
+MAX_SIDE_FACTOR = 2  # pictures up to twice the trained side
+
+Callback = Callable[[int, int, Tensor], bool | None]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which LLM layer each condition token of one image reads.
+
+    `tokens` as text, `kinds` ("text", "image", "query"), `layers` (K layer numbers), `weights` `[T, K]`.
+    """
+
+    tokens: list[str]
+    kinds: list[str]
+    layers: tuple[int, ...]
+    weights: np.ndarray
+
+
+@dataclass(frozen=True)
+class GenerateOutput:
+    """Images in the order of the prompts (each prompt's images together), their seeds and their routing."""
+
+    images: list[Image.Image]
+    seeds: list[int]
+    routing: list[Routing]
+
+
+@dataclass(frozen=True)
+class UnderstandOutput:
+    texts: list[str]
+
+
+@dataclass(frozen=True)
+class ReconstructOutput:
+    images: list[Image.Image]
+
+
+def native_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (AMX or AVX-512 BF16)."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+@dataclass
+class SparPipeline:
+    """One model and its four tasks. Build it with `from_pretrained`."""
+
+    loaded: Loaded
+    dtype: torch.dtype = torch.float32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def __post_init__(self) -> None:
+        self.model = self.loaded.model.to(self.device)
+        self.prompts = PromptEncoder(self.loaded.text_tokenizer, self.model.config.grid**2)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ) -> "SparPipeline":
+        """Load a SPAR folder; without a path, the bundled weights.
+
+        Args:
+            dtype: what matrix products run in; by default bfloat16 where the device has it in hardware.
+            device: by default a CUDA device where there is one, else the CPU.
+
+        Raises:
+            InputError: a missing, partial, foreign or damaged folder, or a device that is not there.
+        """
+        where = _device(device)
+        if dtype is None:
+            fast = native_bfloat16() if where.type == "cpu" else where.type == "cuda"
+            dtype = torch.bfloat16 if fast else torch.float32
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise InputError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+        folder = BUNDLED if path is None else Path(path)
+        if path is None and not (folder / "config.json").exists():
+            raise InputError("this installation has no bundled weights; give a model folder, or run `spar train shapes`")
+        return cls(load_model(folder), dtype, where)
+
+    def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write the whole model as a SPAR folder, floating weights in `dtype` (default: as they are)."""
+        save_model(self.loaded, Path(path), dtype)
+
+    @property
+    def image_size(self) -> int:
+        """The side in pixels that the model was trained at."""
+        return self.model.config.image_size
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return self.loaded.manifest
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int | Sequence[int] | None = None,
+        callback: Callback | None = None,
+    ) -> GenerateOutput:
+        """Pictures from words.
+
+        Args:
+            prompt: one or a list.
+            negative_prompt: what guidance steers away from; by default the true unconditional prompt.
+            height, width: pixels, by default the trained side; multiples of the token stride.
+            num_inference_steps, guidance_scale: by default the model's own; guidance 1 is the conditional branch.
+            num_images_per_prompt: images of one prompt stand together in the result.
+            seed: one (image i gets seed + i) or one per image; random when None. `.seeds` tells.
+            callback: called after each step with (steps done, steps, latent); returning False cancels.
+
+        Raises:
+            InputError: naming what was expected and what came.
+        """
+        prompts = self._texts(prompt, "prompt")
+        negatives = self._negatives(negative_prompt, len(prompts))
+        size = self._size(height, width)
+        return self._sample(
+            self.prompts.generation(prompts), self.prompts.generation(negatives), None, size,
+            num_inference_steps, guidance_scale, num_images_per_prompt, seed, callback,
+        )
+
+    def edit(
+        self,
+        image: ImageSource | Sequence[ImageSource],
+        instruction: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int | Sequence[int] | None = None,
+        callback: Callback | None = None,
+    ) -> GenerateOutput:
+        """A picture changed as an instruction says; keywords as in `generate`.
+
+        One image with several instructions, or several images with one instruction, are paired; else one each.
+        """
+        pixels, instructions = self._pairs(image, instruction, "instruction")
+        negatives = self._negatives(negative_prompt, len(instructions))
+        return self._sample(
+            self.prompts.edit(instructions), self.prompts.edit(negatives), pixels, self._size(None, None),
+            num_inference_steps, guidance_scale, num_images_per_prompt, seed, callback,
+        )
+
+    @torch.inference_mode()
+    def understand(
+        self, image: ImageSource | Sequence[ImageSource], question: str | Sequence[str], *, max_new_tokens: int = 48
+    ) -> UnderstandOutput:
+        """Answers about pictures, greedy; pairs as in `edit`."""
+        _within("max_new_tokens", max_new_tokens, 1, MAX_NEW_TOKENS)
+        pixels, questions = self._pairs(image, question, "question")
+        tokens = self.prompts.question(questions).to(self.device)
+        with self._precision():
+            f_v = self._features(pixels)
+            rows = self.model.understand(tokens.ids, tokens.mask, f_v, max_new_tokens=max_new_tokens)
+        return UnderstandOutput([self.loaded.text_tokenizer.decode(row, skip_special_tokens=True) for row in rows])
+
+    @torch.inference_mode()
+    def reconstruct(self, image: ImageSource | Sequence[ImageSource]) -> ReconstructOutput:
+        """Pictures through the unified tokenizer and back."""
+        pixels = self._pixels(image)
+        with self._precision():
+            tokenizer = self.model.tokenizer
+            out = tokenizer.decode(tokenizer.encode(pixels).z_f).float().clamp(0, 1)
+        return ReconstructOutput(to_pil(out))
+
+    @torch.inference_mode()
+    def _sample(
+        self, tokens: Tokens, negatives: Tokens, pixels: Tensor | None, size: tuple[int, int],
+        steps: int | None, guidance: float | None, per_prompt: int, seed: int | Sequence[int] | None,
+        callback: Callback | None,
+    ) -> GenerateOutput:
+        """Prompts to pictures: condition once a prompt, then the flow's sampler around the denoiser."""
+        defaults = self.loaded.sampling
+        steps = defaults.steps if steps is None else steps
+        guidance = defaults.guidance if guidance is None else guidance
+        _within("num_inference_steps", steps, 1, MAX_STEPS)
+        _within("guidance_scale", guidance, 0, MAX_GUIDANCE)
+        _within("num_images_per_prompt", per_prompt, 1, MAX_IMAGES)
+        count = len(tokens.ids) * per_prompt
+        _within("images in all", count, 1, MAX_IMAGES)
+        seeds = _seeds(seed, count)
+        noise = self._noise(seeds, size)
+        with self._precision():
+            f_v = self._features(pixels) if pixels is not None else None
+            condition, routed = self._conditions(tokens, negatives, f_v, guidance)
+
+            def velocity(latent: Tensor, time: Tensor) -> Tensor:
+                if guidance == 1:
+                    return self.model.velocity(latent, time, condition).velocity.float()
+                both = self.model.velocity(latent.repeat(2, 1, 1, 1), time.repeat(2), condition).velocity.float()
+                return guide(*both.chunk(2), guidance)
+
+            latent = sample(
+                velocity, noise, num_inference_steps=steps, shift=defaults.shift, method=defaults.method,
+                callback=callback,
+            )
+            images = self.model.decode(latent).float()
+        routing = [self._routing(tokens, routed, row) for row in range(len(tokens.ids)) for _ in range(per_prompt)]
+        return GenerateOutput(images=to_pil(images), seeds=seeds, routing=routing)
+
+    def _conditions(
+        self, tokens: Tokens, negatives: Tokens, f_v: Tensor | None, guidance: float
+    ) -> tuple[Condition, Condition]:
+        """The condition that the sampler reads (both branches where guidance needs them), and the prompts' own."""
+        tokens, negatives = tokens.to(self.device), negatives.to(self.device)
+        own = self.model.condition(tokens.ids, tokens.mask, f_v)
+        if guidance == 1:
+            return own, own
+        other = self.model.condition(negatives.ids, negatives.mask, f_v)
+        length = max(own.states.shape[1], other.states.shape[1])
+
+        def widen(tensor: Tensor) -> Tensor:
+            return torch.nn.functional.pad(tensor, (0, 0) * (tensor.dim() - 2) + (length - tensor.shape[1], 0))
+
+        both = Condition(*(torch.cat([widen(getattr(c, name)) for c in (own, other)]) for name in vars(own)))
+        return both, own
+
+    def _routing(self, tokens: Tokens, condition: Condition, row: int) -> Routing:
+        """Weights over the layers for each real token of one prompt, the queries last."""
+        real = tokens.mask[row].bool()
+        pieces = self.loaded.text_tokenizer.convert_ids_to_tokens(tokens.ids[row][real].tolist())
+        queries = self.model.config.connector.queries
+        weights = condition.weights[row].float().cpu().numpy()
+        kept = np.concatenate([real.numpy(), np.ones(queries, bool)])
+        return Routing(
+            tokens=[*pieces, *(f"query {i}" for i in range(queries))],
+            kinds=["image" if piece == IMAGE_TOKEN else "text" for piece in pieces] + ["query"] * queries,
+            layers=self.model.layers,
+            weights=weights[kept],
+        )
+
+    def _noise(self, seeds: list[int], size: tuple[int, int]) -> Tensor:
+        """Each image's own noise, drawn on the CPU so that it is the same on every device."""
+        stride = self.model.config.token_stride
+        shape = (self.model.config.autoencoder.latent_channels, size[0] // stride, size[1] // stride)
+        rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(rows).to(self.device)
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        return self.model.tokenizer.encoder(pixels).float()
+
+    def _precision(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def _pixels(self, image: ImageSource | Sequence[ImageSource]) -> Tensor:
+        sources = list(image) if isinstance(image, (list, tuple)) else [image]
+        if not sources:
+            raise InputError("expected at least one image, got an empty list")
+        return to_tensor([to_square(open_image(source), self.image_size) for source in sources]).to(self.device)
+
+    def _texts(self, text: str | Sequence[str], what: str) -> list[str]:
+        texts = [text] if isinstance(text, str) else list(text)
+        if not texts:
+            raise InputError(f"expected at least one {what}, got an empty list")
+        for one in texts:
+            self.prompts.check(one, what, self.loaded.sampling.max_prompt_tokens)
+        return texts
+
+    def _negatives(self, negative: str | Sequence[str] | None, count: int) -> list[str | None]:
+        if negative is None:
+            return [None] * count
+        return _match(self._texts(negative, "negative_prompt"), count, "negative_prompt")
+
+    def _pairs(
+        self, image: ImageSource | Sequence[ImageSource], text: str | Sequence[str], what: str
+    ) -> tuple[Tensor, list[str]]:
+        pixels, texts = self._pixels(image), self._texts(text, what)
+        count = max(len(pixels), len(texts))
+        if len(pixels) == 1 and count > 1:
+            pixels = pixels.expand(count, -1, -1, -1)
+        if len(pixels) != count:
+            raise InputError(f"expected one image, or one for each of {count} {what}s, got {len(pixels)}")
+        return pixels, _match(texts, count, what)
+
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        stride, side = self.model.config.token_stride, self.image_size
+        for name, value in (("height", height), ("width", width)):
+            if value is not None and (
+                not isinstance(value, int) or value % stride or not stride <= value <= MAX_SIDE_FACTOR * side
+            ):
+                raise InputError(
+                    f"{name}: expected a multiple of {stride} from {stride} to {MAX_SIDE_FACTOR * side}, got {value!r}"
+                )
+        return height or side, width or side
+
+
+def _match(values: list[str], count: int, what: str) -> list[str]:
+    if len(values) == 1:
+        return values * count
+    if len(values) != count:
+        raise InputError(f"expected one {what}, or {count}, got {len(values)}")
+    return values
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise InputError(f"{name}: expected {low} to {high}, got {value!r}")
+
+
+def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """One seed for each image, checked."""
+    if seed is None:
+        seed = secrets.randbelow(2**32)
+    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != count:
+        raise InputError(f"seed: expected one, or one for each of {count} images, got {len(seeds)}")
+    for value in seeds:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SEED:
+            raise InputError(f"seed: expected a whole number from 0 to {MAX_SEED}, got {value!r}")
+    return seeds
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        where = torch.device(device)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device: expected one that is here, got {device!r} ({str(error).splitlines()[0]})") from error
+    return where

@@ -1,0 +1,17 @@
+"""Recipes: functions that return a complete configuration. A variant derives from another and changes what differs."""
+
+from collections.abc import Callable
+
+from spar.errors import InputError
+from spar.recipes.shapes import shapes
+from spar.recipes.tiny import tiny
+from spar.training.stages import Recipe
+
+RECIPES: dict[str, Callable[[], Recipe]] = {"shapes": shapes, "tiny": tiny}
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of a name; an unknown name raises and lists the known ones."""
+    if name not in RECIPES:
+        raise InputError(f"unknown recipe {name!r}; expected one of {', '.join(RECIPES)}")
+    return RECIPES[name]()

@@ -1,0 +1,1 @@
+"""Training: stages as data, one step function a loss, one loop, one resumable state."""

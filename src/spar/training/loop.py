@@ -1,0 +1,257 @@
+"""The one training loop. It reads top to bottom; what differs between stages is data (`stages`) and a step function."""
+
+import ctypes
+import json
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spar.config import to_dict
+from spar.errors import InputError
+from spar.models.checkpoint import load_weights
+from spar.training.stages import Stage, freeze
+from spar.training.state import (
+    Progress,
+    load_group,
+    optimizer_tensors,
+    read_progress,
+    restore_optimizer,
+    save_folder,
+)
+from spar.training.steps import STEPS, Context
+from spar.training.workshop import Workshop
+
+log = logging.getLogger("spar.training")
+
+Report = Callable[[str, int, int, dict[str, float]], None]
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss or gradient is not finite; nothing was written over, and the last saved state is intact."""
+
+
+def learning_rate(stage: Stage, step: int) -> float:
+    """Linear warm-up, then a cosine from `lr` to `lr_end`."""
+    warmup = min(stage.warmup, max(1, stage.steps // 10))
+    if step < warmup:
+        return stage.lr * (step + 1) / warmup
+    share = (step - warmup) / max(1, stage.steps - warmup)
+    return stage.lr_end + (stage.lr - stage.lr_end) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+
+
+def build_optimizer(workshop: Workshop, stage: Stage) -> torch.optim.AdamW:
+    """AdamW with one parameter group for each learning-rate factor; vectors and scalars never decay."""
+    import fnmatch
+
+    groups: dict[tuple[float, bool], list[Tensor]] = {}
+    for name, parameter in workshop.named_parameters():
+        if parameter.requires_grad:
+            factor = next((rate for pattern, rate in stage.rates if fnmatch.fnmatchcase(name, pattern)), 1.0)
+            groups.setdefault((factor, parameter.dim() > 1), []).append(parameter)
+    described = [
+        {"params": parameters, "factor": factor, "weight_decay": stage.weight_decay if decays else 0.0}
+        for (factor, decays), parameters in groups.items()
+    ]
+    return torch.optim.AdamW(described, lr=stage.lr, betas=stage.betas, fused=True)
+
+
+class Average:
+    """Exponential moving average of the trainable parameters, with a short memory at the start."""
+
+    def __init__(self, workshop: Workshop, decay: float) -> None:
+        self.decay = decay
+        self.live = {name: p for name, p in workshop.named_parameters() if p.requires_grad}
+        self.kept = {name: p.detach().clone() for name, p in self.live.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.kept.values()), [p.detach() for p in self.live.values()], 1 - decay)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """The averaged weights become the weights."""
+        for name, parameter in self.live.items():
+            parameter.copy_(self.kept[name])
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM are noted, not raised, so that the step in flight ends and the state is saved."""
+    caught: list[int] = []
+    try:
+        old = {s: signal.signal(s, lambda number, _: caught.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: whoever owns the process handles its signals
+        old = {}
+    try:
+        yield caught
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def tune_allocator() -> None:
+    """glibc: keep freed memory instead of returning it to the kernel; steps on a CPU gain a fifth or more."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+    except OSError:
+        log.debug("no glibc: allocator left as it is")
+
+
+class Metrics:
+    """One JSON line and one TensorBoard point a logged step."""
+
+    def __init__(self, run: Path) -> None:
+        self.path = run / "metrics.jsonl"
+        self.board: Any = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(run / "tensorboard")
+        except ImportError:
+            log.warning("TensorBoard is not installed: metrics go to %s only", self.path)
+
+    def write(self, stage: str, step: int, values: dict[str, float]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(f"{stage}/{name}", value, step)
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+
+
+def run_stage(ctx: Context, run: Path, *, resume: bool, report: Report | None = None) -> bool:
+    """Train one stage of a run to its end.
+
+    Args:
+        ctx: workshop, material, recipe, stage and device.
+        run: the run's folder.
+        resume: continue from `run/STAGE/state` when it is there.
+        report: called with (stage, step, steps, values) at every step that is logged.
+
+    Returns:
+        True when the stage ended, False when a signal stopped it; its state is saved in both cases.
+
+    Raises:
+        NonFiniteLoss: before the optimizer touched any weight.
+    """
+    stage, workshop = ctx.stage, ctx.workshop
+    trainable = freeze(workshop, stage)
+    optimizer = build_optimizer(workshop, stage)
+    names = {id(parameter): name for name, parameter in workshop.named_parameters()}
+    average = Average(workshop, stage.ema) if stage.ema else None
+    folder = run / stage.name / "state"
+    start, seconds = 0, 0.0
+    progress = read_progress(folder) if resume else None
+    if progress:
+        load_weights(workshop, load_group(folder, "workshop"), str(folder))
+        restore_optimizer(optimizer, names, load_group(folder, "optimizer"))
+        if average:
+            saved = load_group(folder, "average")
+            for name, kept in average.kept.items():
+                kept.copy_(saved[name])
+        start, seconds = progress.step, progress.seconds
+    workshop.train()
+    metrics, began, saved_at = Metrics(run), time.monotonic(), time.monotonic()
+    parameters = [p for p in workshop.parameters() if p.requires_grad]
+    log.info("stage %s: steps %d to %d, %d trainable tensors", stage.name, start, stage.steps, len(trainable))
+
+    def save(step: int) -> None:
+        groups = {"workshop": workshop.state_dict(), "optimizer": optimizer_tensors(optimizer, names)}
+        if average:
+            groups["average"] = average.kept
+        spent = seconds + time.monotonic() - began
+        save_folder(folder, groups, {**vars(Progress(stage.name, step, spent)), "config": to_dict(stage)})
+
+    step = start
+    with stop_signals() as caught:
+        for step in range(start, stage.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(stage, step) * group["factor"]
+            with torch.autocast(ctx.device.type, torch.bfloat16):
+                terms = STEPS[stage.step](ctx, step)
+            loss = terms["loss"]
+            if not bool(torch.isfinite(loss)):
+                raise NonFiniteLoss(f"stage {stage.name}, step {step}: loss is {float(loss)}; " + _named(terms))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, stage.clip)
+            if not bool(torch.isfinite(norm)):
+                raise NonFiniteLoss(f"stage {stage.name}, step {step}: the gradient is not finite; " + _named(terms))
+            optimizer.step()
+            if average:
+                average.update(step)
+            if step % ctx.recipe.log_every == 0 or step == stage.steps - 1:
+                values = {name: float(value.detach()) for name, value in terms.items()}
+                values["gradient"] = float(norm)
+                values["lr"] = learning_rate(stage, step)
+                values["seconds"] = seconds + time.monotonic() - began
+                metrics.write(stage.name, step, values)
+                if report:
+                    report(stage.name, step, stage.steps, values)
+            if caught or time.monotonic() - saved_at > 60 * ctx.recipe.save_minutes:
+                save(step + 1)
+                saved_at = time.monotonic()
+            if caught:
+                metrics.close()
+                return False
+    if average:
+        average.apply()
+    metrics.close()
+    spent = seconds + time.monotonic() - began
+    finish = {**vars(Progress(stage.name, stage.steps, spent)), "config": to_dict(stage)}
+    measure_scale(ctx)
+    save_folder(run / stage.name / "done", {"workshop": workshop.state_dict()}, finish)
+    return True
+
+
+def _named(terms: dict[str, Tensor]) -> str:
+    return ", ".join(f"{name} {float(value):.4g}" for name, value in terms.items())
+
+
+@torch.no_grad()
+def measure_scale(ctx: Context, pictures: int = 512) -> None:
+    """Store what the denoiser must know of its latents: their scale, and the mean of the teacher's features.
+
+    Measured behind the stages that change them: the autoencoder's native latents, the tokenizer's `z_f`.
+    """
+    workshop, tokenizer = ctx.workshop, ctx.workshop.model.tokenizer
+    if ctx.stage.step not in ("autoencoder", "tokenizer"):
+        return
+    count = min(pictures, len(ctx.material.images))
+    pixels = ctx.pixels(torch.arange(count).numpy())
+    with torch.autocast(ctx.device.type, torch.bfloat16):
+        if ctx.stage.step == "autoencoder":
+            latent = torch.cat([workshop.pixel_encoder(chunk) for chunk in pixels.split(64)]).float()
+            workshop.native_scale.copy_(1 / latent.square().mean().sqrt())
+        else:
+            latents = [tokenizer.encode(chunk) for chunk in pixels.split(64)]
+            z_f = torch.cat([latent.z_f for latent in latents]).float()
+            tokenizer.latent_scale.copy_(1 / z_f.square().mean().sqrt())
+            mean = torch.cat([latent.f_v for latent in latents]).float().mean((0, 1))
+            if workshop.teacher_mean.shape == mean.shape:
+                workshop.teacher_mean.copy_(mean)
+
+
+def previous_weights(workshop: Workshop, run: Path, stage: Stage, order: tuple[Stage, ...]) -> None:
+    """Load the end of the stage before this one; the first stage starts from random weights."""
+    index = [s.name for s in order].index(stage.name)
+    if index == 0:
+        return
+    before = run / order[index - 1].name / "done"
+    if not before.exists():
+        raise InputError(f"stage {stage.name} starts from the end of {order[index - 1].name}, which is not in {run}")
+    load_weights(workshop, load_group(before, "workshop"), str(before))

@@ -1,0 +1,117 @@
+"""The shapes world as training material: pictures, captions, questions and edits dealt by (seed, stage, step).
+
+Nothing is drawn from a running generator: the batch of a step is a function of the recipe's seed, the stage's name and
+the step, so that a resumed run sees exactly what it would have seen.
+"""
+
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spar.data.prompts import DESCRIBE, PromptEncoder, Turn
+from spar.training.stages import DataConfig
+from spar.worlds.shapes.dataset import dense_targets, scene_at
+from spar.worlds.shapes.edits import Edit, make_edit
+from spar.worlds.shapes.language import caption, describe
+from spar.worlds.shapes.questions import questions
+from spar.worlds.shapes.render import render
+
+HARD_KINDS = ("position", "exists")  # asked three times as often: both must bind two facts
+CAPTION_WEIGHT = 0.2  # a caption has some twenty tokens where an answer has one
+
+
+class ShapesMaterial:
+    """A fixed set of scenes, rendered once; the first `edits` of them also have an edited picture."""
+
+    def __init__(self, config: DataConfig, prompts: PromptEncoder, seed: int, cache: Path | None = None) -> None:
+        self.config, self.prompts, self.seed = config, prompts, seed
+        self.scenes = [scene_at("train", i) for i in range(config.scenes)]
+        count = min(config.edits, config.scenes)
+        self.edits: list[Edit] = [
+            make_edit(self.scenes[i], np.random.default_rng((seed, 1, i))) for i in range(count)
+        ]
+        self.images = _rendered(cache, f"scenes-{config.scenes}", lambda: [render(scene) for scene in self.scenes])
+        self.edited = _rendered(
+            cache, f"edits-{count}-{seed}-{config.scenes}", lambda: [render(edit.target) for edit in self.edits]
+        )
+
+    def rng(self, stage: str, step: int) -> np.random.Generator:
+        """The generator of one step's choices."""
+        return np.random.default_rng((self.seed, zlib.crc32(stage.encode()), step))
+
+    def draw(self, rng: np.random.Generator, count: int, *, edits: bool = False) -> np.ndarray:
+        """Indices of `count` scenes (with an edit, if asked)."""
+        return rng.integers(0, len(self.edits) if edits else len(self.scenes), count)
+
+    def pixels(self, indices: np.ndarray, *, edited: bool = False) -> Tensor:
+        """`[B, 3, 64, 64]` float in [0, 1]."""
+        source = self.edited if edited else self.images
+        return torch.from_numpy(source[indices]).permute(0, 3, 1, 2).float().div_(255)
+
+    def captions(self, rng: np.random.Generator, indices: np.ndarray) -> list[str]:
+        return [caption(self.scenes[i], rng) for i in indices]
+
+    def instructions(self, indices: np.ndarray) -> list[str]:
+        return [self.edits[i].instruction for i in indices]
+
+    def turns(self, rng: np.random.Generator, indices: np.ndarray) -> list[list[Turn]]:
+        """Questions about each scene, the last of them to describe it."""
+        rows = []
+        for i in indices:
+            scene = self.scenes[i]
+            asked = [q for kinds in (None, HARD_KINDS, HARD_KINDS) for q in questions(scene, rng, kinds)]
+            chosen = [Turn(q.text, q.answer) for q in asked[: self.config.turns]]
+            rows.append([*chosen, Turn(DESCRIBE, describe(scene), CAPTION_WEIGHT)])
+        return rows
+
+    def dense(self, indices: np.ndarray, grid: int) -> dict[str, Tensor]:
+        """Per-token targets `[B, grid * grid, ...]` for the encoder's pre-training."""
+        columns = [dense_targets(self.scenes[i], grid) for i in indices]
+        return {
+            name: torch.from_numpy(np.stack([c[name] for c in columns])).flatten(1, 2) for name in columns[0]
+        }
+
+
+def _rendered(cache: Path | None, name: str, build: Callable[[], list[np.ndarray]]) -> np.ndarray:
+    """A stack of pictures, kept as a `.npy` beside the run (never pickled)."""
+    path = cache / f"{name}.npy" if cache else None
+    if path and path.exists():
+        return np.load(path, allow_pickle=False)
+    images = build()
+    stack = np.stack(images) if images else np.zeros((0, 64, 64, 3), np.uint8)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".part.npy")
+        np.save(aside, stack)
+        aside.rename(path)
+    return stack
+
+
+class FeatureStore:
+    """Frozen features of a fixed set of pictures, computed the first time each is asked for.
+
+    `compute` turns indices into named tensors `[n, ...]`; rows are kept in bfloat16.
+    """
+
+    def __init__(self, count: int, compute: Callable[[np.ndarray], dict[str, Tensor]]) -> None:
+        self.compute = compute
+        self.known = np.zeros(count, bool)
+        self.tables: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, indices: np.ndarray) -> dict[str, Tensor]:
+        missing = np.unique(indices[~self.known[indices]])
+        if len(missing):
+            for name, rows in self.compute(missing).items():
+                if name not in self.tables:
+                    self.tables[name] = torch.empty(
+                        (len(self.known), *rows.shape[1:]), dtype=torch.bfloat16, device=rows.device
+                    )
+                self.tables[name][torch.from_numpy(missing)] = rows.to(torch.bfloat16)
+            self.known[missing] = True
+        where = torch.from_numpy(indices)
+        return {name: table[where] for name, table in self.tables.items()}

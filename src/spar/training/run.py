@@ -1,0 +1,108 @@
+"""A run: the stages of a recipe one behind the other, in one folder, resumable at any step."""
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from spar.config import from_dict, read_json, to_dict, write_json
+from spar.data.prompts import PromptEncoder
+from spar.errors import InputError
+from spar.models.checkpoint import load_weights
+from spar.models.spar import SparModel
+from spar.training.loop import Report, previous_weights, run_stage, tune_allocator
+from spar.training.material import ShapesMaterial
+from spar.training.stages import Recipe, Stage, freeze, freezing_table
+from spar.training.state import load_group
+from spar.training.steps import Context
+from spar.training.workshop import Workshop, initialize
+from spar.worlds.shapes.words import build_tokenizer
+
+log = logging.getLogger("spar.training")
+
+Announce = Callable[[Stage, list[tuple[str, int, int]]], None]
+
+
+def open_run(run: Path, recipe: Recipe, *, fresh: bool) -> None:
+    """Make or check the run's folder: it holds one recipe, and another recipe never writes over it."""
+    path = run / "recipe.json"
+    if fresh and path.exists():
+        raise InputError(f"{run} already holds a run; resume it (--resume auto) or give another folder")
+    if path.exists() and from_dict(Recipe, read_json(path)) != recipe:
+        raise InputError(f"{run} holds a run of another recipe; give its own flags, or another folder")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        write_json(path, to_dict(recipe))
+    except OSError as error:
+        raise InputError(f"cannot write the run folder {run}: {error.strerror}") from error
+
+
+def build_workshop(recipe: Recipe, device: torch.device, prompts: PromptEncoder) -> Workshop:
+    if len(prompts.tokenizer) > recipe.model.text.vocab_size:
+        raise InputError(
+            f"text.vocab_size: expected at least {len(prompts.tokenizer)} for this tokenizer, "
+            f"got {recipe.model.text.vocab_size}"
+        )
+    workshop = Workshop(recipe)
+    initialize(workshop, recipe.seed)
+    return workshop.to(device)
+
+
+def train(
+    recipe: Recipe,
+    run: Path,
+    *,
+    stages: tuple[str, ...] = (),
+    resume: bool = False,
+    init_from: Path | None = None,
+    device: str = "cpu",
+    report: Report | None = None,
+    announce: Announce | None = None,
+) -> SparModel | None:
+    """Train the stages of a recipe, in order.
+
+    Args:
+        run: the folder of the run.
+        stages: names of the stages to run; all when empty.
+        resume: skip stages that are done and continue the one that is not.
+        init_from: a stage's folder (`RUN/STAGE/done`) whose weights the first stage starts from.
+        report: called at every logged step; announce: called before each stage with its freezing table.
+
+    Returns:
+        The trained model, or None when a signal stopped the run (its state is saved).
+    """
+    open_run(run, recipe, fresh=not (resume or stages))
+    tune_allocator()
+    where = torch.device(device)
+    prompts = PromptEncoder(build_tokenizer(), recipe.model.grid**2)
+    workshop = build_workshop(recipe, where, prompts)
+    material = ShapesMaterial(recipe.data, prompts, recipe.seed, run / "cache")
+    chosen = tuple(recipe.stage(name) for name in stages) or recipe.stages
+    for stage in chosen:
+        if resume and (run / stage.name / "done" / "meta.json").exists():
+            log.info("stage %s is done", stage.name)
+            load_weights(workshop, load_group(run / stage.name / "done", "workshop"), stage.name)
+            continue
+        if init_from is not None and stage is chosen[0]:
+            load_weights(workshop, load_group(init_from, "workshop"), str(init_from))
+        else:
+            previous_weights(workshop, run, stage, recipe.stages)
+        prepare(workshop, stage, recipe)
+        freeze(workshop, stage)
+        if announce:
+            announce(stage, freezing_table(workshop))
+        if not run_stage(Context(workshop, material, recipe, stage, where), run, resume=resume, report=report):
+            return None
+        shutil.rmtree(run / stage.name / "state", ignore_errors=True)
+    return workshop.model
+
+
+def prepare(workshop: Workshop, stage: Stage, recipe: Recipe) -> None:
+    """What a stage takes over from the ones before it, beyond their weights."""
+    first = {s.step: s.name for s in reversed(recipe.stages)}
+    if stage.step == "tokenizer" and stage.losses.semantic:
+        workshop.teacher.load_state_dict(workshop.model.tokenizer.encoder.state_dict())
+    if stage.step == "unified" and stage.name == first["unified"]:
+        workshop.model.connector.initialize_from(workshop.model.language)

@@ -1,0 +1,176 @@
+"""A stage is data: what trains, for how long, on what mixture, with which losses (SPAR, tables of sections 1 and 2)."""
+
+import fnmatch
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import nn
+
+from spar.errors import InputError
+from spar.models.config import SparConfig
+
+StepKind = Literal["encoder", "mllm", "autoencoder", "dit", "tokenizer", "unified"]
+
+# Which loss weights each step can read: any other that is set would be an argument without effect.
+READS: dict[str, tuple[str, ...]] = {
+    "encoder": ("dense", "pixel"),
+    "mllm": (),
+    "autoencoder": ("mse", "latent_penalty", "latent_noise"),
+    "dit": (),
+    "tokenizer": (
+        "mse", "perceptual", "native", "semantic", "gan", "lecam", "gan_start", "latent_penalty", "latent_noise",
+    ),
+    "unified": ("align",),
+}
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the named terms; 0 switches a term off.
+
+    native is lambda_p, semantic lambda_s, align lambda_a. `gan_start` is the step from which the adversarial term
+    counts. `latent_penalty` (on the square of the latent) and `latent_noise` (standard deviation of noise on the
+    latent before decoding, relative to the latent's own) are departures for the small setting.
+    """
+
+    dense: float = 0.0
+    pixel: float = 0.0
+    mse: float = 0.0
+    perceptual: float = 0.0
+    native: float = 0.0
+    semantic: float = 0.0
+    gan: float = 0.0
+    lecam: float = 0.0
+    gan_start: int = 0
+    latent_penalty: float = 0.0
+    latent_noise: float = 0.0
+    align: float = 0.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training stage. `trainable` are fnmatch patterns over the workshop's parameter names."""
+
+    name: str
+    step: StepKind
+    trainable: tuple[str, ...]
+    steps: int
+    batch: int = 32
+    lr: float = 1e-3
+    lr_end: float = 1e-5
+    warmup: int = 100
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.99)
+    clip: float = 1.0
+    ema: float = 0.0
+    rates: tuple[tuple[str, float], ...] = ()
+    losses: LossWeights = field(default_factory=LossWeights)
+    draws: int = 1
+    edit_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "draws"):
+            if getattr(self, name) < 1:
+                raise InputError(f"stage {self.name}: {name} must be at least 1, got {getattr(self, name)}")
+        if self.lr <= 0 or not 0 <= self.lr_end <= self.lr:
+            raise InputError(f"stage {self.name}: expected lr > 0 and 0 <= lr_end <= lr, got {self.lr}, {self.lr_end}")
+        if not 0 <= self.ema < 1:
+            raise InputError(f"stage {self.name}: ema must be in [0, 1), got {self.ema}")
+        if not 0 <= self.edit_share <= 1:
+            raise InputError(f"stage {self.name}: edit_share must be in [0, 1], got {self.edit_share}")
+        idle = [
+            name
+            for name, default in vars(LossWeights()).items()
+            if getattr(self.losses, name) != default and name not in READS[self.step]
+        ]
+        if idle:
+            raise InputError(
+                f"stage {self.name}: a {self.step} step has no use for {', '.join(idle)}; "
+                f"it reads {', '.join(READS[self.step]) or 'no loss weights'}"
+            )
+
+
+@dataclass(frozen=True)
+class AlignmentConfig:
+    """The teacher of the denoiser: the tokenizer's own encoder, none, or an external image encoder.
+
+    `center` compares with the teacher less its mean, which is what trains in the small setting (a large common mean
+    makes the plain cosine of the paper start near 1); both are logged. `external` is a folder or Hub id.
+    """
+
+    teacher: Literal["self", "none", "external"] = "self"
+    center: bool = True
+    hidden: int = 256
+    external: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.teacher == "external") != (self.external is not None):
+            raise InputError("alignment: teacher 'external' and the field external (a folder or id) go together")
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """Training times (logit-normal) and both shifts, which are never taken from a scheduler's file."""
+
+    time_mean: float = 0.0
+    time_std: float = 1.0
+    training_shift: float = 1.0
+    sampling_shift: float = 1.0
+    unconditional_share: float = 0.1
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How many scenes of the shapes world train, and how many of them carry an edit."""
+
+    scenes: int = 32768
+    edits: int = 16384
+    turns: int = 10
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A complete configuration of a training run."""
+
+    name: str
+    stages: tuple[Stage, ...]
+    model: SparConfig = field(default_factory=SparConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    seed: int = 0
+    log_every: int = 20
+    save_minutes: float = 5.0
+
+    def stage(self, name: str) -> Stage:
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise InputError(f"recipe {self.name} has no stage {name!r}; it has {', '.join(s.name for s in self.stages)}")
+
+
+def freeze(module: nn.Module, stage: Stage) -> list[str]:
+    """Declare what trains: set `requires_grad` by the stage's patterns and return the trainable names.
+
+    A pattern that matches nothing raises, so that a renamed part cannot silently stay frozen.
+    """
+    names = [name for name, _ in module.named_parameters()]
+    for pattern in (*stage.trainable, *(pattern for pattern, _ in stage.rates)):
+        if not fnmatch.filter(names, pattern):
+            raise InputError(f"stage {stage.name}: pattern {pattern!r} matches no parameter")
+    trainable = []
+    for name, parameter in module.named_parameters():
+        wanted = any(fnmatch.fnmatchcase(name, pattern) for pattern in stage.trainable)
+        parameter.requires_grad_(wanted)
+        if wanted:
+            trainable.append(name)
+    return trainable
+
+
+def freezing_table(module: nn.Module, depth: int = 2) -> list[tuple[str, int, int]]:
+    """(part, trainable parameters, frozen parameters) for each part, named to `depth` levels."""
+    table: dict[str, list[int]] = {}
+    for name, parameter in module.named_parameters():
+        row = table.setdefault(".".join(name.split(".")[:depth]), [0, 0])
+        row[0 if parameter.requires_grad else 1] += parameter.numel()
+    return [(part, row[0], row[1]) for part, row in table.items()]

@@ -1,0 +1,272 @@
+"""One function a training step: pictures and words in, named loss terms out; `loss` is what trains.
+
+B pictures, R noise draws a picture, N visual tokens, D_p latent channels, h w the grid.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spar.flow.path import interpolate, sample_time, velocity_target
+from spar.losses.adversarial import discriminator_hinge_loss, generator_hinge_loss
+from spar.losses.alignment import alignment_loss, match_grid
+from spar.losses.distillation import native_latent_loss, semantic_loss
+from spar.losses.perceptual import unit_normalize
+from spar.losses.reconstruction import mse, psnr
+from spar.models.attention import attention_bias, positions
+from spar.models.router import common_scale
+from spar.models.spar import Condition
+from spar.training.material import FeatureStore, ShapesMaterial
+from spar.training.stages import Recipe, Stage
+from spar.training.workshop import CENTER_BINS, TAGS, Workshop
+
+Terms = dict[str, Tensor]
+
+
+@dataclass
+class Context:
+    """What a step works with. `features` holds frozen features by picture set, for as long as they stay frozen."""
+
+    workshop: Workshop
+    material: ShapesMaterial
+    recipe: Recipe
+    stage: Stage
+    device: torch.device
+    external_teacher: Callable[[Tensor], tuple[Tensor, tuple[int, int]]] | None = None
+    features: dict[str, FeatureStore] = field(default_factory=dict)
+
+    def generator(self, step: int) -> torch.Generator:
+        """The generator of one step's noise."""
+        seed = int(self.material.rng(f"noise-{self.stage.name}", step).integers(0, 2**62))
+        return torch.Generator(self.device).manual_seed(seed)
+
+    def pixels(self, indices: np.ndarray, *, edited: bool = False) -> Tensor:
+        return self.material.pixels(indices, edited=edited).to(self.device)
+
+    def frozen(self, name: str, indices: np.ndarray, compute: Callable[[np.ndarray], Terms]) -> Terms:
+        """Features that this stage does not train, computed once a picture."""
+        if name not in self.features:
+            count = len(self.material.edited) if name.startswith("edited") else len(self.material.images)
+            self.features[name] = FeatureStore(count, compute)
+        return self.features[name](indices)
+
+
+def encoder_step(ctx: Context, step: int) -> Terms:
+    """Dense pre-training of E_s: tags, centres, coverage and pixels, each read linearly off `f_v`."""
+    weights, head = ctx.stage.losses, ctx.workshop.dense_head
+    indices = ctx.material.draw(ctx.material.rng(ctx.stage.name, step), ctx.stage.batch)
+    pixels = ctx.pixels(indices)
+    config = ctx.recipe.model
+    targets = {name: value.to(ctx.device) for name, value in ctx.material.dense(indices, config.grid).items()}
+    f_v = ctx.workshop.model.tokenizer.encoder(pixels)                               # [B, N, D_s]
+    terms: Terms = {}
+    owned = targets["shape"] > 0
+    for name in TAGS:  # an object's tags count on its own tokens: over all tokens the background drowns them
+        logits, counted = head.tags[name](f_v).float(), torch.ones_like(owned) if name == "background" else owned
+        terms[name] = F.cross_entropy(logits[counted], targets[name][counted])
+    bins = (targets["center"] * CENTER_BINS).long().clamp(0, CENTER_BINS - 1)        # [B, N, 2]
+    places = head.center(f_v).float().unflatten(-1, (2, CENTER_BINS))[owned]
+    terms["center"] = F.cross_entropy(places.flatten(0, 1), bins[owned].flatten())
+    coverage = head.coverage(f_v).float().squeeze(-1)
+    terms["coverage"] = F.binary_cross_entropy_with_logits(coverage, targets["coverage"].float())
+    stride = config.token_stride
+    patches = F.pixel_unshuffle(pixels, stride).flatten(2).transpose(1, 2)           # [B, N, 3 stride^2]
+    terms["pixels"] = F.mse_loss(head.pixels(f_v).float(), patches)
+    dense = sum(value for name, value in terms.items() if name != "pixels")
+    with torch.no_grad():
+        right = (head.tags["shape"](f_v).argmax(-1) == targets["shape"])[owned].float().mean()
+    return {"loss": weights.dense * dense + weights.pixel * terms["pixels"], **terms, "shape_accuracy": right}
+
+
+def mllm_step(ctx: Context, step: int) -> Terms:
+    """Captioning and question answering on the frozen encoder: next-token loss on the answers only."""
+    model = ctx.workshop.model
+    rng = ctx.material.rng(ctx.stage.name, step)
+    indices = ctx.material.draw(rng, ctx.stage.batch)
+    packed = ctx.material.prompts.packed(ctx.material.turns(rng, indices))
+    ids, weights = packed.ids.to(ctx.device), packed.weights.to(ctx.device)[:, 1:]
+    f_v = ctx.frozen("f_v", indices, lambda i: {"f_v": model.tokenizer.encoder(ctx.pixels(i))})["f_v"]
+    embeddings = model.embed(ids, f_v.float())
+    bias = attention_bias(packed.allowed.to(ctx.device), embeddings, causal=False)
+    final, _ = model.language(embeddings, bias, packed.positions.to(ctx.device))
+    answered = weights > 0
+    logits = model.language.logits(final[:, :-1][answered]).float()
+    targets, weights = ids[:, 1:][answered], weights[answered]
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    right = (logits.argmax(-1) == targets).float()
+    words = (weights == 1) & (targets != ctx.recipe.model.text.eos_token_id)
+    return {"loss": (losses * weights).sum() / weights.sum(), "answer_accuracy": right[words].mean()}
+
+
+def autoencoder_step(ctx: Context, step: int) -> Terms:
+    """DC-AE on the world's pictures, encoder and decoder, with latents held near unit size."""
+    weights = ctx.stage.losses
+    indices = ctx.material.draw(ctx.material.rng(ctx.stage.name, step), ctx.stage.batch)
+    pixels = ctx.pixels(indices).to(memory_format=torch.channels_last)
+    latent = ctx.workshop.pixel_encoder(pixels)
+    decoded = ctx.workshop.model.tokenizer.decode(_noisy(latent, weights.latent_noise, ctx.generator(step)))
+    terms = {"mse": mse(decoded, pixels), "latent_square": latent.float().square().mean()}
+    loss = weights.mse * terms["mse"] + weights.latent_penalty * terms["latent_square"]
+    return {"loss": loss, **terms, "psnr": psnr(decoded.detach().clamp(0, 1), pixels).mean()}
+
+
+def dit_step(ctx: Context, step: int) -> Terms:
+    """Text to image on the autoencoder's own latents, conditioned on the frozen LLM's last states."""
+    workshop, model = ctx.workshop, ctx.workshop.model
+    rng = ctx.material.rng(ctx.stage.name, step)
+    indices = ctx.material.draw(rng, ctx.stage.batch)
+    prompts = _drop(rng, ctx.material.captions(rng, indices), ctx.recipe.flow.unconditional_share)
+    tokens = ctx.material.prompts.generation(prompts).to(ctx.device)
+    with torch.no_grad():
+        embeddings = model.language.embed(tokens.ids)
+        bias = attention_bias(tokens.mask, embeddings, causal=True)
+        final, _ = model.language(embeddings, bias, positions(tokens.mask))
+        condition = Condition(common_scale([final])[0], tokens.mask, final.new_ones(*final.shape[:2], 1))
+    latent = ctx.frozen("native", indices, lambda i: {"latent": workshop.pixel_encoder(ctx.pixels(i))})["latent"]
+    return _flow_terms(ctx, step, latent.float() * workshop.native_scale, condition, teacher=None)
+
+
+def unified_step(ctx: Context, step: int) -> Terms:
+    """L_fm + lambda_a L_align on `z_f`, for generation or, by the stage's share, for editing (SPAR section 3.3)."""
+    model = ctx.workshop.model
+    rng = ctx.material.rng(ctx.stage.name, step)
+    editing = bool(rng.random() < ctx.stage.edit_share)
+    indices = ctx.material.draw(rng, ctx.stage.batch, edits=editing)
+
+    def encode(which: np.ndarray, edited: bool) -> Terms:
+        pixels = ctx.pixels(which, edited=edited)
+        latents = model.tokenizer.encode(pixels)
+        return {"f_v": latents.f_v, "latent": model.tokenizer.normalize(latents.z_f), **_external(ctx, pixels)}
+
+    source = ctx.frozen("scenes", indices, lambda i: encode(i, False)) if not editing or ctx.stage.edit_share else {}
+    if editing:
+        target = ctx.frozen("edited", indices, lambda i: encode(i, True))
+        words = _drop(rng, ctx.material.instructions(indices), ctx.recipe.flow.unconditional_share)
+        tokens, reference = ctx.material.prompts.edit(words).to(ctx.device), source["f_v"].float()
+    else:
+        target = source
+        words = _drop(rng, ctx.material.captions(rng, indices), ctx.recipe.flow.unconditional_share)
+        tokens, reference = ctx.material.prompts.generation(words).to(ctx.device), None
+    condition = model.condition(tokens.ids, tokens.mask, reference)
+    teacher = target.get("teacher", target["f_v"])
+    terms = _flow_terms(ctx, step, target["latent"].float(), condition, teacher=teacher)
+    return {**terms, ("flow_edit" if editing else "flow_generate"): terms["flow"].detach()}
+
+
+def _flow_terms(ctx: Context, step: int, latent: Tensor, condition: Condition, *, teacher: Tensor | None) -> Terms:
+    """L_fm for R draws of noise and time a picture, and the alignment of the tapped features where it is on."""
+    flow, generator, weight = ctx.recipe.flow, ctx.generator(step), ctx.stage.losses.align
+    clean = latent.repeat_interleave(ctx.stage.draws, dim=0)                         # [B R, D_p, h, w]
+    noise = torch.randn(clean.shape, generator=generator, device=ctx.device)
+    time = sample_time(
+        len(clean), mean=flow.time_mean, std=flow.time_std, shift=flow.training_shift, generator=generator,
+        device=ctx.device,
+    )
+    output = ctx.workshop.model.velocity(interpolate(clean, noise, time), time, condition)
+    error = (output.velocity.float() - velocity_target(clean, noise)).square().mean()
+    if not weight:
+        return {"loss": error, "flow": error.detach()}
+    grid = (clean.shape[-2], clean.shape[-1])
+    side = int(teacher.shape[1] ** 0.5)
+    features = match_grid(ctx.workshop.alignment_head(output.features), source=grid, target=(side, side))
+    aligned = alignment_loss(
+        features,
+        teacher.repeat_interleave(ctx.stage.draws, dim=0),
+        center=ctx.recipe.alignment.center,
+        teacher_mean=ctx.workshop.teacher_mean,
+    )
+    logged = {name: value for name, value in aligned.items() if name != "loss"}
+    return {"loss": error + weight * aligned["loss"], "flow": error.detach(), **logged}
+
+
+def tokenizer_step(ctx: Context, step: int) -> Terms:
+    """The tokenizer's three stages: which terms count is the stage's choice (SPAR section 3.1)."""
+    weights, workshop = ctx.stage.losses, ctx.workshop
+    tokenizer = workshop.model.tokenizer
+    indices = ctx.material.draw(ctx.material.rng(ctx.stage.name, step), ctx.stage.batch)
+    pixels = ctx.pixels(indices).to(memory_format=torch.channels_last)
+    if any(parameter.requires_grad for parameter in tokenizer.encoder.parameters()):
+        f_v = tokenizer.encoder(pixels)
+    else:
+        f_v = ctx.frozen("f_v", indices, lambda i: {"f_v": tokenizer.encoder(ctx.pixels(i))})["f_v"].float()
+    latents = tokenizer.fuse(f_v)
+    noisy = _noisy(latents.z_f, weights.latent_noise, ctx.generator(step))
+    decoded = tokenizer.decode(noisy.contiguous(memory_format=torch.channels_last))
+    terms: Terms = {"mse": mse(decoded, pixels), "latent_square": latents.z_f.float().square().mean()}
+    loss = weights.mse * terms["mse"] + weights.latent_penalty * terms["latent_square"]
+    if weights.perceptual:
+        terms["perceptual"] = _feature_distance(workshop, decoded, pixels)
+        loss = loss + weights.perceptual * terms["perceptual"]
+    if weights.native:
+        native = ctx.frozen("native", indices, lambda i: {"latent": workshop.pixel_encoder(ctx.pixels(i))})["latent"]
+        terms["native"] = native_latent_loss(latents.z_p, native.flatten(2).transpose(1, 2))
+        loss = loss + weights.native * terms["native"]
+    if weights.semantic:
+        taught = ctx.frozen("teacher", indices, lambda i: {"f_v": workshop.teacher(ctx.pixels(i))})["f_v"]
+        terms["semantic"] = semantic_loss(f_v, taught)
+        loss = loss + weights.semantic * terms["semantic"]
+    if weights.gan:
+        adversarial = _adversarial(ctx, decoded, pixels)
+        terms.update(adversarial)
+        on = 1.0 if step >= weights.gan_start else 0.0
+        loss = loss + on * weights.gan * adversarial["gan"] + adversarial["discriminator"]
+    return {"loss": loss, **terms, "psnr": psnr(decoded.detach().clamp(0, 1), pixels).mean()}
+
+
+def _feature_distance(workshop: Workshop, decoded: Tensor, pixels: Tensor) -> Tensor:
+    """The small perceptual term: LPIPS' form on the frozen autoencoder's encoder."""
+    with torch.no_grad():
+        wanted = [unit_normalize(x) for x in workshop.pixel_encoder.features(pixels)]
+    seen = [unit_normalize(x) for x in workshop.pixel_encoder.features(decoded)]
+    return torch.stack([(a - b).square().sum(1).mean() for a, b in zip(seen, wanted, strict=True)]).mean()
+
+
+def _adversarial(ctx: Context, decoded: Tensor, pixels: Tensor) -> Terms:
+    """Both sides of the hinge game in one graph: the generator's term does not reach the discriminator's weights,
+    the discriminator's term does not reach the picture."""
+    discriminator, weights = ctx.workshop.discriminator, ctx.stage.losses
+    discriminator.requires_grad_(False)
+    generator_term = generator_hinge_loss(discriminator(decoded))
+    discriminator.requires_grad_(True)
+    real, fake = discriminator(pixels), discriminator(decoded.detach())
+    loss = discriminator_hinge_loss(real, fake) + weights.lecam * ctx.workshop.lecam(real, fake)
+    return {"gan": generator_term, "discriminator": loss}
+
+
+def _noisy(latent: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Noise of `share` times the latent's own size, of a strength drawn for each picture."""
+    if not share:
+        return latent
+    size = latent.detach().float().square().mean().sqrt()
+    strength = share * torch.rand((len(latent), 1, 1, 1), generator=generator, device=latent.device)
+    noise = torch.randn(latent.shape, generator=generator, device=latent.device)
+    return latent + (size * strength * noise).to(latent.dtype)
+
+
+def _drop(rng: np.random.Generator, words: list[str], share: float) -> list[str | None]:
+    """Replace a share of the prompts by the unconditional one."""
+    return [None if rng.random() < share else text for text in words]
+
+
+def _external(ctx: Context, pixels: Tensor) -> dict[str, Any]:
+    if ctx.recipe.alignment.teacher != "external":
+        return {}
+    if ctx.external_teacher is None:
+        raise ValueError("alignment with an external teacher is on, but no external teacher was loaded")
+    features, _ = ctx.external_teacher(pixels)
+    return {"teacher": features}
+
+
+STEPS: dict[str, Callable[[Context, int], Terms]] = {
+    "encoder": encoder_step,
+    "mllm": mllm_step,
+    "autoencoder": autoencoder_step,
+    "dit": dit_step,
+    "tokenizer": tokenizer_step,
+    "unified": unified_step,
+}

@@ -1,0 +1,108 @@
+"""Everything that training holds: the model, and the teachers and heads that no finished model keeps."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from spar.losses.adversarial import LeCam, PatchDiscriminator, PatchDiscriminatorConfig
+from spar.models.autoencoder import PixelEncoder, build_autoencoder
+from spar.models.connector import grid_embedding
+from spar.models.spar import SparModel
+from spar.training.stages import Recipe
+
+# What the encoder's dense pre-training reads off each token of `f_v`: classes for each named target.
+TAGS = {"shape": 7, "color": 9, "size": 3, "background": 6}
+CENTER_BINS = 16
+
+
+class DenseHead(nn.Module):
+    """Linear read-outs of `f_v`: tags, the owner's centre in bins a side, coverage, and the token's own pixels."""
+
+    def __init__(self, width: int, stride: int) -> None:
+        super().__init__()
+        self.tags = nn.ModuleDict({name: nn.Linear(width, classes) for name, classes in TAGS.items()})
+        self.center = nn.Linear(width, 2 * CENTER_BINS)
+        self.coverage = nn.Linear(width, 1)
+        self.pixels = nn.Linear(width, 3 * stride**2)
+
+
+class AlignmentHead(nn.Module):
+    """phi: two hidden layers with SiLU from the DiT's width to the teacher's (SPAR section 3.3)."""
+
+    def __init__(self, width: int, hidden: int, teacher_width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, teacher_width)
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layers(features)
+
+
+class Workshop(nn.Module):
+    """The model under training with its teachers and heads; stage patterns name its parameters."""
+
+    def __init__(self, recipe: Recipe, *, attention: str = "eager", teacher_width: int | None = None) -> None:
+        super().__init__()
+        config = recipe.model
+        width = config.text.hidden_size
+        self.model = SparModel(config, attention=attention)
+        self.pixel_encoder = PixelEncoder(build_autoencoder(config.autoencoder).encoder)
+        self.dense_head = DenseHead(width, config.token_stride)
+        self.alignment_head = AlignmentHead(config.denoiser.width, recipe.alignment.hidden, teacher_width or width)
+        self.discriminator = PatchDiscriminator(PatchDiscriminatorConfig(width=32, layers=2))
+        self.lecam = LeCam()
+        self.teacher = copy.deepcopy(self.model.tokenizer.encoder)
+        self.register_buffer("native_scale", torch.ones(()))
+        self.register_buffer("teacher_mean", torch.zeros(teacher_width or width))
+
+
+def initialize(workshop: Workshop, seed: int) -> None:
+    """Random weights that learn from nothing: Xavier for Transformers, zeroed outputs for the denoiser.
+
+    transformers' own initialisation (a standard deviation of 0.02, zero position embeddings) is made for widths of
+    a thousand; at these widths the encoder stays at the prior with it.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        _xavier(workshop.model)
+        _xavier(workshop.dense_head)
+        _xavier(workshop.alignment_head)
+        _initialize_vision(workshop)
+        _initialize_denoiser(workshop)
+
+
+def _xavier(module: nn.Module) -> None:
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.Embedding):
+            nn.init.normal_(part.weight, std=0.1)
+
+
+@torch.no_grad()
+def _initialize_vision(workshop: Workshop) -> None:
+    """Sine-cosine position embeddings, so that place survives the patch merge from the first step on."""
+    embeddings = workshop.model.tokenizer.encoder.vision_tower.embeddings
+    side = embeddings.patch_embeddings.patch_shape[0]
+    embeddings.position_embeddings[0, 1:] = grid_embedding(embeddings.position_embeddings.shape[-1], side, side)
+    weight = embeddings.patch_embeddings.projection.weight
+    nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
+
+
+@torch.no_grad()
+def _initialize_denoiser(workshop: Workshop) -> None:
+    """The output and the cross-attention start at zero; the time embedding starts small (DiT, PixArt)."""
+    network = workshop.model.denoiser.network
+    weight = network.patch_embed.proj.weight
+    nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
+    nn.init.normal_(network.time_embed.linear.weight, std=0.02)
+    for linear in (network.time_embed.emb.timestep_embedder.linear_1, network.time_embed.emb.timestep_embedder.linear_2):
+        nn.init.normal_(linear.weight, std=0.02)
+    nn.init.zeros_(network.proj_out.weight)
+    nn.init.zeros_(network.proj_out.bias)
+    for block in network.transformer_blocks:
+        nn.init.zeros_(block.attn2.to_out[0].weight)

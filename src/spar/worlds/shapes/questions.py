@@ -1,0 +1,138 @@
+"""Questions about a scene, each with its answer of one word.
+
+No answer follows from the words alone: yes and no are drawn evenly before the words are, "no" is asked about things
+that nearly are there, and only held-out scenes are asked about held-out combinations.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from spar.worlds.shapes.scene import (
+    COLORS,
+    HELD_OUT_PAIRS,
+    HELD_OUT_POSITION_SHAPES,
+    OPPOSITE,
+    RELATIONS,
+    SHAPES,
+    Scene,
+    holds,
+    is_held_out,
+    pick,
+    unique_objects,
+)
+from spar.worlds.shapes.words import NUMBERS, PLURALS, with_article
+
+QUESTION_KINDS = ("color", "shape", "count", "exists", "position", "background")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a picture and its answer of one word."""
+
+    kind: str
+    text: str
+    answer: str
+
+
+def questions(scene: Scene, rng: np.random.Generator, kinds: Sequence[str] | None = None) -> list[Question]:
+    """One question of each kind that the scene allows, in the order of `kinds` (all of QUESTION_KINDS when None).
+
+    A kind that the scene does not allow (position with one object, say) is left out.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    asked = []
+    for kind in QUESTION_KINDS if kinds is None else kinds:
+        if kind not in _ASK:
+            raise ValueError(f"question kind must be one of {QUESTION_KINDS}, got {kind!r}")
+        found = _ASK[kind](scene, rng)
+        if found is not None:
+            asked.append(Question(kind, *found))
+    return asked
+
+
+def _ask_color(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+    shapes = [s for s in SHAPES if len({o.color for o in scene.objects if o.shape == s}) == 1]
+    if not shapes:
+        return None
+    shape = pick(rng, shapes)
+    alike = [item for item in scene.objects if item.shape == shape]
+    named = f"is the {shape}" if len(alike) == 1 else f"are the {PLURALS[shape]}"
+    return f"what color {named}?", alike[0].color
+
+
+def _ask_shape(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+    colors = [c for c in COLORS if len({o.shape for o in scene.objects if o.color == c}) == 1]
+    if not colors:
+        return None
+    color = pick(rng, colors)
+    alike = [item for item in scene.objects if item.color == color]
+    named = f"is the {color} object" if len(alike) == 1 else f"are the {color} objects"
+    return f"what shape {named}?", alike[0].shape
+
+
+def _ask_count(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+    counts = Counter(item.shape for item in scene.objects)
+    absent = rng.random() < 0.25 or not counts
+    shape = pick(rng, [shape for shape in SHAPES if (shape not in counts) == absent])
+    return f"how many {PLURALS[shape]} are there?", NUMBERS[counts[shape]]
+
+
+def _ask_exists(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+    if not scene.objects:
+        return None
+    yes = rng.random() < 0.5
+    color, shape = pick(rng, scene.objects).pair if yes else _absent_pair(scene, rng)
+    return f"is there {with_article(f'{color} {shape}')}?", "yes" if yes else "no"
+
+
+def _absent_pair(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+    """A pair that is not there, although its colour and shape are (half of the time, if possible) or one of them."""
+    present = {item.pair for item in scene.objects}
+    barred = present if is_held_out(scene) else present | HELD_OUT_PAIRS
+    colors, shapes = sorted({color for color, _ in present}), sorted({shape for _, shape in present})
+    crossed = [(color, shape) for color in colors for shape in shapes if (color, shape) not in barred]
+    if crossed and rng.random() < 0.5:
+        return pick(rng, crossed)
+    if rng.random() < 0.5:
+        return pick(rng, [(color, shape) for color in colors for shape in SHAPES if (color, shape) not in barred])
+    return pick(rng, [(color, shape) for color in COLORS for shape in shapes if (color, shape) not in barred])
+
+
+def _ask_position(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+    named = unique_objects(scene)
+    barred = None if is_held_out(scene) else HELD_OUT_POSITION_SHAPES
+    true = [
+        (name, a, b)
+        for a in named
+        for b in named
+        for name in RELATIONS
+        if a is not b and {a.shape, b.shape} != barred and holds(name, a, b)
+    ]
+    if not true:
+        return None
+    name, subject, other = pick(rng, true)
+    yes = rng.random() < 0.5
+    phrase = RELATIONS[name if yes else OPPOSITE[name]]
+    text = f"is the {subject.color} {subject.shape} {phrase} the {other.color} {other.shape}?"
+    return text, "yes" if yes else "no"
+
+
+def _ask_background(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+    return "what color is the background?", scene.background
+
+
+_ASK = {
+    "color": _ask_color,
+    "shape": _ask_shape,
+    "count": _ask_count,
+    "exists": _ask_exists,
+    "position": _ask_position,
+    "background": _ask_background,
+}
