@@ -1,6 +1,5 @@
 import io
 import struct
-import tracemalloc
 import zlib
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 
 from spar.data.images import FORMATS, MAX_BYTES, open_image, to_pil, to_square, to_tensor
 from spar.errors import InputError
@@ -81,8 +80,10 @@ def test_a_turned_camera_is_turned_back(kind, orientation):
     assert np.abs(pixels(opened) - pixels(picture())).mean() < 3
 
 
-def test_broken_exif_does_not_lose_the_picture():
-    opened = open_image(encode(picture(), exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff"))
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("exif", [b"MM\x00*\xff\xff\xff\xff", b"nonsense"])
+def test_broken_exif_does_not_lose_the_picture(exif):
+    opened = open_image(encode(picture(), exif=b"Exif\x00\x00" + exif))
     assert np.array_equal(pixels(opened), pixels(picture()))
 
 
@@ -137,15 +138,13 @@ def test_an_animation_gives_its_first_frame(kind):
     assert (pixels(opened) == [255, 0, 0]).all()
 
 
-def test_a_claimed_size_is_refused_before_any_pixel_is_made():
-    tracemalloc.start()
+def test_a_claimed_size_is_refused_before_any_pixel_is_made(monkeypatch):
+    with pytest.raises(InputError, match="cannot be decoded"):  # within the limit, it is its pixels that are missing
+        open_image(png_header(40, 40))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("the pixels were read"))
     for side in (8001, 30_000):  # beyond our limit, beyond Pillow's
         with pytest.raises(InputError, match="at most 64 megapixels"):
             open_image(png_header(side, side))
-    assert tracemalloc.get_traced_memory()[1] < 2**20
-    tracemalloc.stop()
-    with pytest.raises(InputError, match="cannot be decoded"):  # within the limit, it is its pixels that are missing
-        open_image(png_header(40, 40))
     assert Image.MAX_IMAGE_PIXELS == 89478485
 
 
@@ -205,7 +204,7 @@ def test_files_that_are_no_pictures_are_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_values_of_unknown_range_are_refused(mode):
-    with pytest.raises(InputError, match=f"expected 8 or 16 bits .* mode {mode}"):
+    with pytest.raises(InputError, match=rf"expected 8 or 16 bits .* \(mode {mode}\)"):
         open_image(Image.new(mode, (2, 2)))
 
 
@@ -214,9 +213,16 @@ def test_an_image_without_pixels_is_refused():
         open_image(Image.new("RGB", (0, 4)))
 
 
+def test_a_pillow_image_has_the_same_limit():
+    image = Image.new("1", (9000, 9000))
+    with pytest.raises(InputError, match="64 megapixels, but the given image is 9000 x 9000"):
+        open_image(image)
+
+
 VALID = {kind: encode(picture(12, 9), kind) for kind in FORMATS}
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, on its way to an error
 @settings(max_examples=150, deadline=None)
 @given(kind=st.sampled_from(FORMATS), edits=st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), min_size=1))
 def test_a_damaged_file_gives_a_picture_or_an_input_error_and_nothing_else(kind, edits):

@@ -190,7 +190,7 @@ def _best_look(soft: np.ndarray, x: float, y: float) -> tuple[int, float]:
 
 @cache
 def _templates() -> tuple[np.ndarray, np.ndarray]:
-    """Smoothed masks float32 [steps, steps, 12, window], centred step / _STEPS into the middle pixel; and their sums."""
+    """Smoothed masks float32 [steps, steps, 12, window], centred step / _STEPS into the middle pixel; their sums."""
     offsets = np.arange(-_REACH, _REACH + 1, dtype=np.float32) + 0.5
     planes = []
     for row in range(_STEPS):

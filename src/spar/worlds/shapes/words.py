@@ -21,7 +21,7 @@ MAX_WORDS = 64
 SHOWN_UNKNOWN = 10
 
 _GLUE = (
-    "a an the and on to of with is are there in what how many object objects background color shape image "
+    "a an the and on to of with is are there what how many object objects background color shape image "
     "left right above below yes no generate edit describe recolor make change remove delete add replace"
 )
 VOCABULARY = tuple(
