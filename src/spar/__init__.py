@@ -1,2 +1,29 @@
-"""SPAR."""
+"""SPAR (arXiv 2606.23041): one model that understands, generates, edits and reconstructs images.
+
+    import spar
+    pipe = spar.SparPipeline.from_pretrained()  # the bundled weights
+
+The names below are imported at their first use, so that `import spar` alone needs neither torch nor transformers.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spar.errors import InputError
+    from spar.pipeline import SparPipeline
+
 __version__ = "0.1.0"
+__all__ = ["InputError", "SparPipeline", "__version__"]
+
+_HOMES = {"InputError": "spar.errors", "SparPipeline": "spar.pipeline"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -19,6 +19,7 @@ from spar.worlds.shapes.edits import Edit, make_edit
 from spar.worlds.shapes.language import caption, describe
 from spar.worlds.shapes.questions import questions
 from spar.worlds.shapes.render import render
+from spar.worlds.shapes.scene import SIDE, Scene
 
 HARD_KINDS = ("position", "exists")  # asked three times as often: both must bind two facts
 CAPTION_WEIGHT = 0.2  # a caption has some twenty tokens where an answer has one
@@ -34,10 +35,8 @@ class ShapesMaterial:
         self.edits: list[Edit] = [
             make_edit(self.scenes[i], np.random.default_rng((seed, 1, i))) for i in range(count)
         ]
-        self.images = _rendered(cache, f"scenes-{config.scenes}", lambda: [render(scene) for scene in self.scenes])
-        self.edited = _rendered(
-            cache, f"edits-{count}-{seed}-{config.scenes}", lambda: [render(edit.target) for edit in self.edits]
-        )
+        self.images = _rendered(cache, "scenes", self.scenes)
+        self.edited = _rendered(cache, "edits", [edit.target for edit in self.edits])
 
     def rng(self, stage: str, step: int) -> np.random.Generator:
         """The generator of one step's choices."""
@@ -76,13 +75,13 @@ class ShapesMaterial:
         }
 
 
-def _rendered(cache: Path | None, name: str, build: Callable[[], list[np.ndarray]]) -> np.ndarray:
-    """A stack of pictures, kept as a `.npy` beside the run (never pickled)."""
-    path = cache / f"{name}.npy" if cache else None
+def _rendered(cache: Path | None, name: str, scenes: list[Scene]) -> np.ndarray:
+    """The pictures of scenes as one array, kept as a `.npy` named by what it shows (never pickled)."""
+    digest = zlib.crc32(repr(scenes).encode())
+    path = cache / f"{name}-{len(scenes)}-{digest:08x}.npy" if cache else None
     if path and path.exists():
         return np.load(path, allow_pickle=False)
-    images = build()
-    stack = np.stack(images) if images else np.zeros((0, 64, 64, 3), np.uint8)
+    stack = np.stack([render(scene) for scene in scenes]) if scenes else np.zeros((0, SIDE, SIDE, 3), np.uint8)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(".part.npy")

@@ -1,7 +1,10 @@
 """A run: the stages of a recipe one behind the other, in one folder, resumable at any step."""
 
 import logging
+import os
+import platform
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import torch
 from spar.config import from_dict, read_json, to_dict, write_json
 from spar.data.prompts import PromptEncoder
 from spar.errors import InputError
-from spar.models.checkpoint import load_weights
+from spar.models.checkpoint import Loaded, Sampling, load_weights, save_model, versions
 from spar.models.spar import SparModel
 from spar.training.loop import Report, previous_weights, run_stage, tune_allocator
 from spar.training.material import ShapesMaterial
@@ -71,7 +74,8 @@ def train(
         report: called at every logged step; announce: called before each stage with its freezing table.
 
     Returns:
-        The trained model, or None when a signal stopped the run (its state is saved).
+        The trained model, or None when a signal stopped the run (its state is saved). Behind the recipe's last stage
+        the model is written to `RUN/model`.
     """
     open_run(run, recipe, fresh=not (resume or stages))
     tune_allocator()
@@ -96,7 +100,54 @@ def train(
         if not run_stage(Context(workshop, material, recipe, stage, where), run, resume=resume, report=report):
             return None
         shutil.rmtree(run / stage.name / "state", ignore_errors=True)
+    if chosen[-1] == recipe.stages[-1]:
+        save_model(finished(workshop.model, recipe, run, prompts), run / "model")
     return workshop.model
+
+
+def finished(model: SparModel, recipe: Recipe, run: Path, prompts: PromptEncoder) -> Loaded:
+    """The model with what a folder needs beside it: text tokenizer, sampling defaults, and how it was made."""
+    flow = recipe.flow
+    stages = {}
+    for stage in recipe.stages:
+        path = run / stage.name / "done" / "meta.json"
+        if path.exists():
+            meta = read_json(path)
+            stages[stage.name] = {"steps": meta["step"], "seconds": round(meta["seconds"], 1)}
+    manifest = {
+        "recipe": recipe.name,
+        "seed": recipe.seed,
+        "commit": _commit(),
+        "machine": machine(),
+        "versions": versions(),
+        "stages": stages,
+        "resolved_recipe": to_dict(recipe),
+    }
+    sampling = Sampling(shift=flow.sampling_shift, steps=flow.sampling_steps, guidance=flow.guidance)
+    return Loaded(model.eval(), prompts.tokenizer, sampling, manifest)
+
+
+def machine() -> dict[str, str | int]:
+    """What a measured time depends on: processor, cores, accelerator."""
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    except OSError:
+        pass
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {"processor": model, "cores": os.cpu_count() or 1, "accelerator": accelerator}
+
+
+def _commit() -> str:
+    """The commit of the source tree, where this is one."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
 
 def prepare(workshop: Workshop, stage: Stage, recipe: Recipe) -> None:

@@ -110,12 +110,14 @@ class AlignmentConfig:
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """Training times (logit-normal) and both shifts, which are never taken from a scheduler's file."""
+    """Training times (logit-normal), both shifts (never taken from a scheduler's file), and the sampler's defaults."""
 
     time_mean: float = 0.0
     time_std: float = 1.0
     training_shift: float = 1.0
     sampling_shift: float = 1.0
+    sampling_steps: int = 20
+    guidance: float = 4.5
     unconditional_share: float = 0.1
 
 

@@ -16,7 +16,7 @@ from spar.worlds.shapes.render import (
     masks,
     render,
 )
-from spar.worlds.shapes.scene import BACKGROUNDS, COLORS, KINDS, SHAPES, SIZES, Object, Scene, make_scene
+from spar.worlds.shapes.scene import BACKGROUNDS, COLORS, GAP, KINDS, SHAPES, SIZES, Object, Scene, make_scene
 
 AREAS = {  # of a shape of radius 1
     "circle": pi,
@@ -43,14 +43,17 @@ def test_area_centroid_and_reach_are_the_shapes_own(shape: str, size: str) -> No
         assert area == pytest.approx(AREAS[shape] * radius**2, rel=0.03)
         assert (covered * COLUMNS).sum() / area == pytest.approx(x, abs=0.08)
         assert (covered * ROWS).sum() / area == pytest.approx(y, abs=0.08)
-        assert covered[np.hypot(COLUMNS - x, ROWS - y) > radius + 0.75].max() == 0
+        far = np.hypot(COLUMNS - x, ROWS - y)  # a sharp corner's soft edge reaches a little farther than a round one's
+        assert covered[far > radius + 0.75].max() < 0.15 and covered[far > radius + GAP / 2].max() == 0
 
 
 def test_triangle_points_up_and_star_has_five_points() -> None:
     widths = masks(one("triangle"))[0].sum(1)
     widths = widths[widths > 0]
     assert widths[0] <= 2 and (np.diff(widths) >= 0).all() and widths[-1] > 15
-    turns = np.linspace(0, 2 * pi, 720, endpoint=False)  # clockwise from straight up, between the inner and outer radius
+    turns = np.linspace(
+        0, 2 * pi, 720, endpoint=False
+    )  # clockwise from straight up, between the inner and outer radius
     x, y = 31.3 + 8.5 * np.sin(turns), 33.8 - 8.5 * np.cos(turns)
     inside = masks(one("star"))[0][y.astype(int), x.astype(int)]
     assert inside[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import ceil
 
 import numpy as np
 
@@ -11,11 +12,16 @@ from spar.worlds.shapes.scene import (
     BACKGROUNDS,
     COLORS,
     COMBINATIONS,
+    GAP,
     HELD_OUT_PAIRS,
     HELD_OUT_POSITION_SHAPES,
+    MARGIN,
     MAX_OBJECTS,
+    POSITION_ACROSS,
+    POSITION_ALONG,
     RELATIONS,
     SHAPES,
+    SIDE,
     SIZES,
     Object,
     Scene,
@@ -24,14 +30,12 @@ from spar.worlds.shapes.scene import (
     is_held_out,
     main_relation,
     pick,
-    place,
     unique_objects,
 )
 from spar.worlds.shapes.words import look_text, with_article
 
 EDIT_KINDS = ("recolor", "remove", "add", "replace", "background")
 PLACED_SHARE = 0.5  # of the objects added, how many are given a place beside another object, where there is room
-PLACE_TRIES = 200  # random centres tried for an added object
 
 
 @dataclass(frozen=True)
@@ -44,18 +48,23 @@ class Edit:
 
 
 def edit_kinds(scene: Scene, combinations: str = "seen") -> tuple[str, ...]:
-    """The kinds of edit that a scene allows, as far as its objects' looks tell (lack of room may still bar "add").
+    """The kinds of edit that a scene allows.
 
-    Removing needs a second object; recolouring, removing and replacing need one that colour and shape name uniquely.
+    Removing needs a second object; recolouring, removing and replacing need one that colour and shape name uniquely;
+    adding needs room. With combinations="held_out", removing and changing the background need a held-out scene.
     """
     named = unique_objects(scene)
     allowed = {
         "recolor": any(True for item in named for _ in _new_colors(scene, item, combinations)),
         "remove": bool(named) and len(scene.objects) > 1,
-        "add": len(scene.objects) < MAX_OBJECTS,
+        "add": len(scene.objects) < MAX_OBJECTS
+        and bool(_absent_pairs(scene, combinations))
+        and len(_free_centers(scene, "small")) > 0,
         "replace": any(True for item in named for _ in _new_pairs(scene, item, combinations)),
         "background": True,
     }
+    if combinations == "held_out" and not is_held_out(scene):
+        allowed.update(remove=False, background=False)
     return tuple(kind for kind in EDIT_KINDS if allowed[kind])
 
 
@@ -77,21 +86,12 @@ def make_edit(scene: Scene, rng: np.random.Generator, kind: str | None = None, c
         raise ValueError(f"combinations must be one of {COMBINATIONS}, got {combinations!r}")
     if kind is not None and kind not in EDIT_KINDS:
         raise ValueError(f"kind must be one of {EDIT_KINDS}, got {kind!r}")
-    held_out = is_held_out(scene)
-    if combinations == "seen" and held_out:
+    if combinations == "seen" and is_held_out(scene):
         raise ValueError("the source is a held-out scene, which combinations='seen' does not allow")
-    allowed = list(edit_kinds(scene, combinations))
-    if combinations == "held_out" and not held_out:
-        allowed = [name for name in allowed if name not in ("remove", "background")]
-    if kind is not None:
-        allowed = [kind] if kind in allowed else []
-    while allowed:
-        drawn = pick(rng, allowed)
-        edit = _MAKE[drawn](scene, rng, combinations)
-        if edit is not None:
-            return edit
-        allowed.remove(drawn)
-    raise ValueError(f"the scene does not allow the edit {kind!r} with combinations={combinations!r}: {scene}")
+    allowed = edit_kinds(scene, combinations)
+    if kind not in (None, *allowed) or not allowed:
+        raise ValueError(f"the scene allows the edits {allowed} with {combinations=}, got {kind!r}: {scene}")
+    return _MAKE[kind or pick(rng, allowed)](scene, rng, combinations)
 
 
 def kind_of(objects: tuple[Object, ...]) -> str:
@@ -128,7 +128,7 @@ def _swap(scene: Scene, old: Object, new: Object | None) -> Scene:
     return replace(scene, objects=kept, kind=kind_of(kept))
 
 
-def _recolor(scene: Scene, rng: np.random.Generator, combinations: str) -> Edit | None:
+def _recolor(scene: Scene, rng: np.random.Generator, combinations: str) -> Edit:
     item = pick(rng, [item for item in unique_objects(scene) if any(_new_colors(scene, item, combinations))])
     color = pick(rng, list(_new_colors(scene, item, combinations)))
     forms = (
@@ -139,12 +139,12 @@ def _recolor(scene: Scene, rng: np.random.Generator, combinations: str) -> Edit 
     return Edit("recolor", pick(rng, forms), _swap(scene, item, replace(item, color=color)))
 
 
-def _remove(scene: Scene, rng: np.random.Generator, combinations: str) -> Edit | None:
+def _remove(scene: Scene, rng: np.random.Generator, combinations: str) -> Edit:
     item = pick(rng, unique_objects(scene))
     return Edit("remove", pick(rng, (f"remove {_name(item)}", f"delete {_name(item)}")), _swap(scene, item, None))
 
 
-def _replace(scene: Scene, rng: np.random.Generator, combinations: str) -> Edit | None:
+def _replace(scene: Scene, rng: np.random.Generator, combinations: str) -> Edit:
     item = pick(rng, [item for item in unique_objects(scene) if any(_new_pairs(scene, item, combinations))])
     color, shape = pick(rng, list(_new_pairs(scene, item, combinations)))
     new = with_article(look_text(shape, color, None))
@@ -152,34 +152,60 @@ def _replace(scene: Scene, rng: np.random.Generator, combinations: str) -> Edit 
     return Edit("replace", pick(rng, forms), _swap(scene, item, replace(item, shape=shape, color=color)))
 
 
-def _background(scene: Scene, rng: np.random.Generator, combinations: str) -> Edit | None:
+def _background(scene: Scene, rng: np.random.Generator, combinations: str) -> Edit:
     name = pick(rng, [name for name in BACKGROUNDS if name != scene.background])
     forms = (f"change the background to {name}", f"make the background {name}")
     return Edit("background", pick(rng, forms), replace(scene, background=name))
 
 
-def _add(scene: Scene, rng: np.random.Generator, combinations: str) -> Edit | None:
+def _add(scene: Scene, rng: np.random.Generator, combinations: str) -> Edit:
     """A new object in free space; beside a named object in PLACED_SHARE of the edits that have room for it."""
-    present = {item.pair for item in scene.objects}
-    pairs = [(c, s) for s in SHAPES for c in COLORS if (c, s) not in present and _allows((c, s), combinations)]
-    if not pairs:
-        return None
-    (color, shape), size = pick(rng, pairs), pick(rng, tuple(SIZES))
-    tries = [place(rng, shape, color, size) for _ in range(PLACE_TRIES)]
-    free = [candidate for candidate in tries if fits(candidate, scene.objects)]
-    if not free:
-        return None
-    new, where = free[0], ""
+    color, shape = pick(rng, _absent_pairs(scene, combinations))
+    size = pick(rng, tuple(SIZES))
+    centers = _free_centers(scene, size)
+    if not len(centers):
+        size, centers = "small", _free_centers(scene, "small")
     barred = HELD_OUT_POSITION_SHAPES if combinations == "seen" else None
     anchors = [item for item in unique_objects(scene) if {item.shape, shape} != barred]
+    where = ""
     if anchors and rng.random() < PLACED_SHARE:
         anchor, relation = pick(rng, anchors), pick(rng, tuple(RELATIONS))
-        beside = [item for item in free if is_clear(item, anchor) and main_relation(item, anchor) == relation]
-        if beside:
-            new, where = beside[0], f" {RELATIONS[relation]} {_name(anchor)}"
-    objects = (*scene.objects, new)
+        beside = _beside(centers, anchor, relation)
+        if len(beside):
+            centers, where = beside, f" {RELATIONS[relation]} {_name(anchor)}"
+    x, y = centers[int(rng.random() * len(centers))].tolist()
+    new = Object(shape, color, size, x, y)
+    moved = replace(new, x=x + rng.random() - 0.5, y=y + rng.random() - 0.5)
+    keeps = not where or (is_clear(moved, anchor) and main_relation(moved, anchor) == relation)
+    objects = (*scene.objects, moved if keeps and fits(moved, scene.objects) else new)
     text = f"add {with_article(look_text(shape, color, size))}{where}"
     return Edit("add", text, replace(scene, objects=objects, kind=kind_of(objects)))
+
+
+def _absent_pairs(scene: Scene, combinations: str) -> list[tuple[str, str]]:
+    present = {item.pair for item in scene.objects}
+    pairs = ((color, shape) for shape in SHAPES for color in COLORS)
+    return [pair for pair in pairs if pair not in present and _allows(pair, combinations)]
+
+
+def _free_centers(scene: Scene, size: str) -> np.ndarray:
+    """Centres at whole pixels, float [n, 2] of (x, y), where an object of a size fits among those of the scene."""
+    radius = SIZES[size]
+    line = np.arange(ceil(radius + MARGIN), SIDE - ceil(radius + MARGIN) + 1, dtype=np.float64)
+    x, y = line[None, :], line[:, None]
+    free = np.ones((len(line), len(line)), dtype=bool)
+    for item in scene.objects:
+        free &= (x - item.x) ** 2 + (y - item.y) ** 2 >= (radius + SIZES[item.size] + GAP) ** 2
+    rows, columns = np.nonzero(free)
+    return np.stack([line[columns], line[rows]], axis=1)
+
+
+def _beside(centers: np.ndarray, anchor: Object, relation: str) -> np.ndarray:
+    """The centres that are clearly `relation` of an object: `is_clear` and `main_relation` for many at once."""
+    offset = centers - (anchor.x, anchor.y)
+    axis = 0 if relation in ("left", "right") else 1
+    along = offset[:, axis] * (-1 if relation in ("left", "above") else 1)
+    return centers[(along >= POSITION_ALONG) & (np.abs(offset[:, 1 - axis]) <= POSITION_ACROSS)]
 
 
 _MAKE = {"recolor": _recolor, "remove": _remove, "add": _add, "replace": _replace, "background": _background}

@@ -1,0 +1,343 @@
+"""What each verb of the command line takes: one frozen dataclass a verb, read by tyro, and the flags of a recipe.
+
+tyro draws its errors as boxes; `parse` turns them into one `InputError`. No heavy library is imported here.
+"""
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import tyro
+from tyro.conf import DisallowNone, FlagConversionOff, FlagCreatePairsOff, Positional, UseAppendAction, arg
+
+from spar.errors import InputError
+from spar.limits import MAX_GUIDANCE, MAX_IMAGES, MAX_NEW_TOKENS, MAX_SEED, MAX_STEPS, within
+
+if TYPE_CHECKING:
+    from spar.training.stages import Recipe
+
+T = TypeVar("T")
+
+Flag = FlagCreatePairsOff[bool]
+OutputPath = Annotated[Path | None, arg(aliases=["-o"])]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Benchmark = Literal["shapes-gen", "shapes-edit", "shapes-vqa", "shapes-recon", "all"]
+Steps = Annotated[int | None, arg(name="steps", aliases=["--num-inference-steps"])]
+Guidance = Annotated[float | None, arg(name="guidance", aliases=["--guidance-scale"])]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArguments:
+    """Which weights, and how they run."""
+
+    model: Path | None = None
+    """Model folder; by default the bundled weights."""
+    dtype: Dtype = "auto"
+    """What matrix products run in; auto is bfloat16 where the device has it in hardware."""
+    device: str | None = None
+    """cpu, cuda, cuda:1 ...; by default CUDA where there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingArguments(ModelArguments):
+    """How pictures are drawn, and where they go."""
+
+    output: OutputPath = None
+    """PNG file, or a folder for several pictures; by default out.png, or out for several."""
+    overwrite: Flag = False
+    """Replace files that exist."""
+    seed: int | None = None
+    """Picture i is drawn from seed + i; random when left out."""
+    num_inference_steps: Steps = None
+    """Sampling steps; by default the model's own."""
+    guidance_scale: Guidance = None
+    """Classifier-free guidance, 1 for none; by default the model's own."""
+    num_images_per_prompt: Annotated[int, arg(aliases=["-n"])] = 1
+    """Pictures for each prompt."""
+    negative_prompt: str | None = None
+    """What guidance steers away from."""
+
+    def __post_init__(self) -> None:
+        within("--seed", self.seed, 0, MAX_SEED)
+        within("--steps", self.num_inference_steps, 1, MAX_STEPS)
+        within("--guidance", self.guidance_scale, 0, MAX_GUIDANCE)
+        within("--num-images-per-prompt", self.num_images_per_prompt, 1, MAX_IMAGES)
+
+    def keywords(self) -> dict[str, Any]:
+        """The pipeline's keywords that all sampling tasks share."""
+        names = ("negative_prompt", "num_inference_steps", "guidance_scale", "num_images_per_prompt", "seed")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateArguments(SamplingArguments):
+    """Draw pictures from words: spar generate "a large red circle on a gray background" -o out.png"""
+
+    prompt: Annotated[Positional[tuple[str, ...]], arg(metavar="PROMPT")]
+    """What to draw; several prompts make several pictures."""
+    height: int | None = None
+    """Pixels; by default the side that the model was trained at."""
+    width: int | None = None
+    """Pixels; by default the side that the model was trained at."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _some(self.prompt, "prompt", "PROMPT")
+        within("number of pictures", len(self.prompt) * self.num_images_per_prompt, 1, MAX_IMAGES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditArguments(SamplingArguments):
+    """Change a picture as an instruction says: spar edit photo.png "remove the red circle" -o edited.png"""
+
+    image: Annotated[Positional[Path], arg(metavar="IMAGE")]
+    """The picture to change."""
+    instruction: Annotated[Positional[tuple[str, ...]], arg(metavar="INSTRUCTION")]
+    """What to change; several instructions make several pictures."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _some(self.instruction, "instruction", "IMAGE INSTRUCTION")
+        within("number of pictures", len(self.instruction) * self.num_images_per_prompt, 1, MAX_IMAGES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnderstandArguments(ModelArguments):
+    """Answer questions about a picture: spar understand photo.png "how many objects are there?\""""
+
+    image: Annotated[Positional[Path], arg(metavar="IMAGE")]
+    """The picture."""
+    question: Annotated[Positional[tuple[str, ...]], arg(metavar="QUESTION")]
+    """What to ask; one line is printed for each question."""
+    max_new_tokens: int = 48
+    """Longest answer."""
+
+    def __post_init__(self) -> None:
+        _some(self.question, "question", "IMAGE QUESTION")
+        within("--max-new-tokens", self.max_new_tokens, 1, MAX_NEW_TOKENS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructArguments(ModelArguments):
+    """Send pictures through the unified tokenizer and back: spar reconstruct photo.png -o back.png"""
+
+    image: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE")]
+    """Pictures, or folders of pictures."""
+    output: OutputPath = None
+    """PNG file, or a folder for several pictures; by default out.png, or out for several."""
+    overwrite: Flag = False
+    """Replace files that exist."""
+
+    def __post_init__(self) -> None:
+        _some(self.image, "picture", "IMAGE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments:
+    """Train a recipe: spar train tiny --run runs/tiny
+
+    Every field of the recipe is a flag, stages by their names: --seed 3 --model.denoiser.layers 4
+    --stages.unified-2.steps 100. `spar train RECIPE --help` lists them all.
+    """
+
+    recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
+    """The recipe's name (tiny, shapes, ...); it comes first."""
+    stage: UseAppendAction[tuple[str, ...]] = ()
+    """Train this stage only; may be given several times."""
+    run: Path | None = None
+    """Folder of the run; by default runs/RECIPE."""
+    resume: str = "never"
+    """never: a folder that holds a run is refused. auto: go on where the run stands. A folder: go on with that run."""
+    init_from: Path | None = None
+    """Start the first stage from the weights of a finished stage (RUN/STAGE/done)."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1 ..."""
+    dry_run: Flag = False
+    """Say what would be trained, with parameters and memory, and stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalArguments(ModelArguments):
+    """Score a model with the judge of the shapes world: spar eval shapes-gen -o shapes-gen.json"""
+
+    benchmark: Annotated[Positional[Benchmark], arg(metavar="BENCHMARK")]
+    """Which benchmark; all runs the four one behind the other."""
+    output: OutputPath = None
+    """Results file (for all: folder); by default BENCHMARK.json (for all: results)."""
+    overwrite: Flag = False
+    """Replace results that exist."""
+    limit: int | None = None
+    """Prompts of each task; by default all of them."""
+    seed: int | None = None
+    """Of the pictures and of the bootstrap; by default 0."""
+    num_inference_steps: Steps = None
+    """Sampling steps; by default the model's own."""
+    guidance_scale: Guidance = None
+    """Classifier-free guidance; by default the model's own."""
+    images_per_prompt: int | None = None
+    """Pictures for each prompt of shapes-gen; by default 4."""
+    batch: int | None = None
+    """Pictures made at once: changes the time, never the scores."""
+    combinations: Literal["seen", "held_out"] = "seen"
+    """Combinations of colour and shape that training showed, or those that it held out."""
+    label: str | None = None
+    """Noted in the results, to tell two models apart."""
+
+    def __post_init__(self) -> None:
+        within("--seed", self.seed, 0, MAX_SEED)
+        within("--steps", self.num_inference_steps, 1, MAX_STEPS)
+        within("--guidance", self.guidance_scale, 0, MAX_GUIDANCE)
+        for name in ("limit", "images_per_prompt", "batch"):
+            within("--" + name.replace("_", "-"), getattr(self, name), 1, MAX_IMAGES)
+
+    def keywords(self) -> dict[str, Any]:
+        """The fields of EvalOptions that were given; the others keep their defaults there."""
+        names = ("limit", "seed", "num_inference_steps", "guidance_scale", "images_per_prompt", "batch")
+        values = {name: getattr(self, name) for name in (*names, "combinations", "label")}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportArguments:
+    """Write a run's training curves and results as one HTML page: spar report runs/shapes"""
+
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    """Folder of the run."""
+    output: OutputPath = None
+    """HTML file; by default RUN/report.html, which is replaced."""
+    overwrite: Flag = False
+    """Replace the file given with --output if it exists."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoArguments(ModelArguments):
+    """Show all four tasks in one page: pictures, edits, answers, reconstructions and a small sample of the scores."""
+
+    output: Annotated[Path, arg(aliases=["-o"])] = Path("demo")
+    """Folder to write."""
+    overwrite: Flag = False
+    """Replace an earlier demo."""
+    images: Path | None = None
+    """Folder of pictures to reconstruct; by default pictures of the shapes world."""
+    limit: int = 4
+    """Prompts of each benchmark task."""
+
+    def __post_init__(self) -> None:
+        within("--limit", self.limit, 1, MAX_IMAGES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorArguments:
+    """Look over the installation: versions, devices, optional parts, what is wrong and how to mend it."""
+
+
+def _some(values: Sequence[object], what: str, usage: str) -> None:
+    if not values:
+        raise InputError(f"expected at least one {what} ({usage}), got none")
+
+
+def recipe_arguments(base: "Recipe") -> type[TrainArguments]:
+    """TrainArguments with a flag for every field of a recipe, `--stages.NAME.FIELD` for its stages.
+
+    The values of `base` are the defaults. Booleans take a value (`--model.streams.pixel-stream False`).
+    """
+    hints = typing.get_type_hints(type(base))
+    stages = make_dataclass(
+        "Stages",
+        [
+            (f"stage_{index}", Annotated[type(stage), arg(name=stage.name)], field(default=stage))
+            for index, stage in enumerate(base.stages)
+        ],
+        frozen=True,
+    )
+    values = {"stages": stages()}
+    fields = [
+        (
+            name,
+            FlagConversionOff[stages if name == "stages" else hints[name]],
+            field(default=values.get(name, getattr(base, name))),
+        )
+        for name in (item.name for item in dataclasses.fields(base))
+    ]
+    return make_dataclass(
+        "TrainArguments", fields, bases=(TrainArguments,), frozen=True, kw_only=True,
+        namespace={"__doc__": TrainArguments.__doc__},
+    )
+
+
+def recipe_of(arguments: TrainArguments, base: "Recipe") -> "Recipe":
+    """The recipe that the parsed flags describe."""
+    values = {item.name: getattr(arguments, item.name) for item in dataclasses.fields(base)}
+    stages = values.pop("stages")
+    return type(base)(stages=tuple(getattr(stages, item.name) for item in dataclasses.fields(stages)), **values)
+
+
+def parse(kind: type[T], argv: Sequence[str], prog: str, *, none: bool = False) -> T:
+    """Read a verb's arguments; `--help` prints and raises SystemExit(0).
+
+    Args:
+        none: whether a flag may be given the value None, as an optional field of a recipe may.
+
+    Raises:
+        InputError: one sentence, for whatever tyro or the dataclasses refuse.
+    """
+    said = io.StringIO()
+    helped = bool({"-h", "--help"} & set(argv))
+    try:
+        with contextlib.redirect_stderr(said), contextlib.nullcontext() if helped else _wide():
+            return tyro.cli(kind, args=list(argv), prog=prog, config=() if none else (DisallowNone,))
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    raise InputError(_sentence(said.getvalue(), prog))
+
+
+@contextlib.contextmanager
+def _wide() -> Iterator[None]:
+    """So wide a terminal that tyro breaks no line of its errors."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "100000"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
+
+
+# What tyro and Python say, and what we say instead.
+_REWORDED = (
+    (r"^Error parsing (-\S+):\s*", r"\1: "),
+    (r"^Error parsing [^-\s]\S*:\s*", ""),
+    (r"no type matching .* could be instantiated from .*Got errors:.*- <class '[^']*'>: ", ""),
+    (r"invalid literal for int\(\) with base 10: ", "expected a whole number, got "),
+    (r"could not convert string to float: ", "expected a number, got "),
+    (r"^Missing value for argument '(.*?)'\. Expected 1 values?\..*", r"\1: expected a value, got none"),
+    (r"^Missing value for argument '(.*?)'\. Expected (\d+) values\..*", r"\1: expected \2 values, got fewer"),
+    (r"^invalid choice (.*?) for argument '(.*?)'\. Expected one of \((.*?),?\)\.", r"\2: expected one of \3, got \1"),
+)
+
+
+def _sentence(box: str, prog: str) -> str:
+    """The first section of tyro's box as one line, with the flags that it thinks were meant."""
+    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    sections = "\n".join("\0" if line and not line.strip("─") else line for line in lines).split("\0")
+    sentence = " ".join(sections[0].split())
+    if unknown := re.fullmatch(r"Unrecognized options?: (.*)", sentence):
+        near = [part for part in sections[1:] if "Perhaps you meant" in part]
+        meant = [flag.rstrip(",") for flag in re.findall(r"^\s*(--\S+)", near[0], re.M)] if near else []
+        hint = f"; perhaps you meant {' or '.join(meant)}" if meant else ""
+        return f"unknown arguments: {unknown[1]}{hint} ({prog} --help lists all)"
+    if missing := re.match(r"Missing from [^:]*: (\S+)", sentence):
+        return f"expected {missing[1]}, got nothing ({prog} --help says more)"
+    for pattern, ours in _REWORDED:
+        sentence = re.sub(pattern, ours, sentence)
+    return sentence.rstrip(".")

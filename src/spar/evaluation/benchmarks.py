@@ -1,0 +1,29 @@
+"""The table of benchmarks: a name to a function of a pipe, options and a progress callback, which returns a Result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from spar.errors import InputError
+from spar.evaluation.options import EvalOptions, Pipe, Progress
+from spar.evaluation.results import Result
+from spar.evaluation.shapes_edit import shapes_edit
+from spar.evaluation.shapes_gen import shapes_gen
+from spar.evaluation.shapes_recon import shapes_recon
+from spar.evaluation.shapes_vqa import shapes_vqa
+
+Benchmark = Callable[[Pipe, EvalOptions, Progress | None], Result]
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "shapes-gen": shapes_gen,
+    "shapes-edit": shapes_edit,
+    "shapes-vqa": shapes_vqa,
+    "shapes-recon": shapes_recon,
+}
+
+
+def benchmark(name: str) -> Benchmark:
+    """The benchmark of a name; an unknown name raises `InputError` and lists the known ones."""
+    if name not in BENCHMARKS:
+        raise InputError(f"unknown benchmark {name!r}; expected one of {', '.join(BENCHMARKS)}")
+    return BENCHMARKS[name]

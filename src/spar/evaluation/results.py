@@ -1,0 +1,115 @@
+"""Scores with their intervals, results files, and the bootstrap that makes the intervals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spar.config import from_dict, read_json, to_dict
+from spar.errors import InputError
+
+DRAWS = 1000
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Score:
+    """A measured value, its 95 % interval, and the number of units (prompts, questions, pictures) behind it."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run of one benchmark found.
+
+    Names of scores: the task or kind, "overall", and with a prefix what stands beside them: "part." (diagnostics),
+    "blind." and "gray." (baselines). `settings` says how it was measured, `details` what came of each prompt.
+    """
+
+    benchmark: str
+    scores: tuple[Score, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def score(self, name: str) -> Score:
+        """The score of a name; KeyError lists the names there are."""
+        for score in self.scores:
+            if score.name == name:
+                return score
+        raise KeyError(f"no score {name!r} in {self.benchmark}; there are {[score.name for score in self.scores]}")
+
+    def has(self, name: str) -> bool:
+        return any(score.name == name for score in self.scores)
+
+
+def write_result(path: str | Path, result: Result) -> None:
+    """Write a result as JSON, aside first and renamed; its folder is made.
+
+    Raises:
+        InputError: the file cannot be written.
+        ValueError: a score that is not finite: JSON has no word for it.
+    """
+    path = Path(path)
+    text = json.dumps(to_dict(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    aside = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write the results file {path}: {error.strerror or error}") from error
+
+
+def read_result(path: str | Path) -> Result:
+    """The inverse of `write_result`; a missing, damaged or foreign file raises `InputError`."""
+    path = Path(path)
+    return from_dict(Result, read_json(path), str(path))
+
+
+def bootstrap(
+    statistic: Callable[..., float], *counts: int, seed: int = 0, draws: int = DRAWS
+) -> tuple[float, float]:
+    """The percentile interval of a statistic under resampling with replacement.
+
+    Args:
+        statistic: takes one array of indices per group, returns the value on those units.
+        counts: the number of units of each group; groups are resampled apart (stratified).
+        seed, draws: of the resampling.
+
+    Returns:
+        The 2.5th and the 97.5th percentile of the drawn values.
+    """
+    rng = np.random.default_rng(seed)
+    values = [statistic(*(rng.integers(0, count, count) for count in counts)) for _ in range(draws)]
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def mean_score(name: str, *groups: Sequence[float] | np.ndarray, seed: int = 0) -> Score:
+    """The mean of the groups' means, each group an array of one value a unit; groups are resampled apart."""
+    arrays = [np.asarray(group, dtype=np.float64) for group in groups]
+    if not arrays or any(len(array) == 0 for array in arrays):
+        raise ValueError(f"{name}: expected at least one value in every group")
+
+    def statistic(*indices: np.ndarray) -> float:
+        return float(np.mean([array[index].mean() for array, index in zip(arrays, indices, strict=True)]))
+
+    low, high = bootstrap(statistic, *map(len, arrays), seed=seed)
+    return Score(name, float(np.mean([array.mean() for array in arrays])), low, high, sum(map(len, arrays)))
+
+
+def ratio_score(name: str, parts: Sequence[float], wholes: Sequence[float], *, seed: int = 0) -> Score:
+    """Sum of parts over sum of wholes, one pair a unit: the share of things, resampled by the unit that holds them."""
+    above, below = np.asarray(parts, dtype=np.float64), np.asarray(wholes, dtype=np.float64)
+    low, high = bootstrap(lambda index: float(above[index].sum() / below[index].sum()), len(above), seed=seed)
+    return Score(name, float(above.sum() / below.sum()), low, high, len(above))

@@ -1,0 +1,116 @@
+"""Shapes-Recon: pictures through the tokenizer and back: PSNR, SSIM, Fréchet distance, and what the judge still finds.
+
+All are measured on the 8-bit pictures that a user gets. PSNR: mean of the pictures' decibels, the peak at 255. SSIM:
+torchmetrics, data_range 1, uniform 7 x 7 window, borders reflected, mean over pixels and channels. Fréchet distance:
+between Gaussians fitted to `features.random_features` of originals and reconstructions. Survival: the share of the
+scenes' objects that the judge finds with the same shape, colour and size, the centre within 2 pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from spar.evaluation.circumstances import Clock, settings
+from spar.evaluation.features import FEATURES, frechet_distance, random_features
+from spar.evaluation.matching import PLACE_TOLERANCE, same_object, take
+from spar.evaluation.options import EvalOptions, Pipe, Progress, batches, block, pixels, scene_seed
+from spar.evaluation.results import Result, Score, bootstrap, mean_score, ratio_score
+from spar.worlds.shapes.judge import Judgement, judge
+from spar.worlds.shapes.render import render
+from spar.worlds.shapes.scene import Scene, make_scene
+
+SCENES = 500
+MAX_PSNR = 100.0  # decibels noted for pictures that are equal
+WINDOW = 7
+_FRECHET_DRAWS = 200
+
+
+def recon_scenes(options: EvalOptions) -> list[Scene]:
+    """The benchmark's scenes, of all kinds: always the same for the same combinations."""
+    number = block("shapes-recon", 0, options.combinations)
+    return [
+        make_scene(scene_seed(number, index), combinations=options.combinations)
+        for index in range(options.limit or SCENES)
+    ]
+
+
+def shapes_recon(pipe: Pipe, options: EvalOptions | None = None, progress: Progress | None = None) -> Result:
+    """Run Shapes-Recon on `pipe.reconstruct`.
+
+    Scores: "psnr" (dB), "ssim", "survival", "frechet", and "part.background", "part.scene" (the share of pictures
+    whose background holds, and of those in which everything survives and nothing else appears).
+    """
+    from PIL import Image
+
+    options, clock = options or EvalOptions(), Clock()
+    scenes = recon_scenes(options)
+    before = np.stack([render(scene) for scene in scenes])
+    after: list[np.ndarray] = []
+    for chunk in batches(before, options.batch, progress):
+        after += [pixels(image) for image in pipe.reconstruct([Image.fromarray(image) for image in chunk]).images]
+    rebuilt = np.stack(after)
+    decibels = [psnr(a, b) for a, b in zip(rebuilt, before, strict=True)]
+    scores = (
+        mean_score("psnr", decibels, seed=options.seed),
+        mean_score("ssim", ssim(rebuilt, before), seed=options.seed),
+        *_survival_scores(scenes, [judge(image) for image in rebuilt], options.seed),
+        _frechet_score(random_features(before), random_features(rebuilt), options.seed),
+    )
+    records = [{"psnr": round(value, 2)} for value in decibels]
+    said = settings(
+        pipe, options, clock, sampled=False, scenes=len(scenes), features=FEATURES,
+        ssim=f"torchmetrics, data_range 1, uniform {WINDOW} x {WINDOW} window", place_tolerance=PLACE_TOLERANCE,
+    )
+    return Result("shapes-recon", scores, said, {"scenes": records})
+
+
+def psnr(image: np.ndarray, reference: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of uint8 values against others, the peak at 255; MAX_PSNR when equal."""
+    error = np.mean(((image.astype(np.float64) - reference) / 255) ** 2)
+    return MAX_PSNR if error == 0 else min(MAX_PSNR, float(-10 * np.log10(error)))
+
+
+def ssim(images: np.ndarray, references: np.ndarray) -> np.ndarray:
+    """Structural similarity of each picture: uint8 [N, H, W, 3] twice to float [N]; see the module for its form."""
+    import torch
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    values = [
+        structural_similarity_index_measure(
+            *(torch.from_numpy(part.copy()).permute(0, 3, 1, 2).float() / 255 for part in pair),
+            gaussian_kernel=False, kernel_size=WINDOW, data_range=1.0, reduction="none",
+        )
+        for pair in ((images[i : i + 64], references[i : i + 64]) for i in range(0, len(images), 64))
+    ]
+    return torch.cat([value.reshape(-1) for value in values]).numpy()
+
+
+def survivors(judgement: Judgement, scene: Scene) -> tuple[int, bool]:
+    """How many of a scene's objects are found unchanged, and whether all are, on its background, and nothing else."""
+    left = list(judgement.objects)
+    found = [take(left, lambda seen, item=item: same_object(seen, item)) for item in scene.objects]
+    number = sum(seen is not None for seen in found)
+    return number, number == len(scene.objects) and not left and judgement.background == scene.background
+
+
+def _survival_scores(scenes: Sequence[Scene], judgements: Sequence[Judgement], seed: int) -> tuple[Score, ...]:
+    pairs = list(zip(judgements, scenes, strict=True))
+    counts = [survivors(judgement, scene) for judgement, scene in pairs]
+    backgrounds = [float(judgement.background == scene.background) for judgement, scene in pairs]
+    return (
+        ratio_score("survival", [number for number, _ in counts], [len(s.objects) for s in scenes], seed=seed),
+        mean_score("part.background", backgrounds, seed=seed),
+        mean_score("part.scene", [float(whole) for _, whole in counts], seed=seed),
+    )
+
+
+def _frechet_score(before: np.ndarray, after: np.ndarray, seed: int) -> Score:
+    """The distance, and its interval from pictures resampled together with their reconstructions."""
+
+    def statistic(index: np.ndarray) -> float:
+        return frechet_distance(before[index], after[index])
+
+    low, high = bootstrap(statistic, len(before), seed=seed, draws=_FRECHET_DRAWS)
+    return Score("frechet", frechet_distance(before, after), low, high, len(before))

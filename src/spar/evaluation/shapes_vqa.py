@@ -1,0 +1,153 @@
+"""Shapes-VQA: one-word answers to six kinds of questions, 200 each, and two honest baselines beside every score.
+
+"blind": the answer most common for the question's words alone, learnt from validation scenes, never from the questions
+asked here. "gray": the model itself, shown a plain gray picture instead of the right one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from spar.evaluation.circumstances import Clock, settings
+from spar.evaluation.options import EvalOptions, Pipe, Progress, batches, block, scene_seed
+from spar.evaluation.results import Result, Score, mean_score
+from spar.worlds.shapes.dataset import seed_at
+from spar.worlds.shapes.language import QUESTION_KINDS, Question, questions, split_words
+from spar.worlds.shapes.render import render
+from spar.worlds.shapes.scene import COLORS, SHAPES, SIDE, Scene, make_scene
+from spar.worlds.shapes.words import SINGULARS
+
+QUESTIONS = 200  # a kind
+GRAY = 128
+BLIND_SAMPLE = 2000  # validation scenes that each kind of question is asked about
+BLIND_LEAST = 20  # a text (or a pattern) asked less often than this says nothing; the next wider one answers
+_VALIDATION_OFFSET = 10**8  # far from where training's own validation looks
+
+
+@dataclass(frozen=True)
+class VqaItem:
+    """A question about a scene's picture."""
+
+    scene: Scene
+    image: np.ndarray
+    question: Question
+
+
+def vqa_items(options: EvalOptions) -> list[VqaItem]:
+    """The questions of all kinds, in order, one a scene: always the same for the same combinations."""
+    count = options.limit or QUESTIONS
+    return [item for part in range(len(QUESTION_KINDS)) for item in _kind_items(part, count, options.combinations)]
+
+
+def _kind_items(part: int, count: int, combinations: str) -> list[VqaItem]:
+    number = block("shapes-vqa", part, combinations)
+    items: list[VqaItem] = []
+    index = 0
+    while len(items) < count:
+        seed = scene_seed(number, index)
+        index += 1
+        scene = make_scene(seed, combinations=combinations)
+        for question in questions(scene, np.random.default_rng((seed, 1)), [QUESTION_KINDS[part]]):
+            items.append(VqaItem(scene, render(scene), question))
+    return items
+
+
+def shapes_vqa(pipe: Pipe, options: EvalOptions | None = None, progress: Progress | None = None) -> Result:
+    """Run Shapes-VQA on `pipe.understand(images, questions)`; an answer is right when it is the word, case aside.
+
+    Scores: "overall" (mean of the kinds) and one a kind, each again with the prefixes "blind." and "gray.".
+    """
+    from PIL import Image
+
+    options, clock = options or EvalOptions(), Clock()
+    items = vqa_items(options)
+    plain = Image.fromarray(np.full((SIDE, SIDE, 3), GRAY, dtype=np.uint8))
+    jobs = [(Image.fromarray(item.image), item.question.text) for item in items]
+    jobs += [(plain, item.question.text) for item in items]
+    answers: list[str] = []
+    for chunk in batches(jobs, options.batch, progress):
+        answers += pipe.understand([image for image, _ in chunk], [text for _, text in chunk]).texts
+    blind = BlindBaseline.learn(options.combinations)
+    given = {
+        "": answers[: len(items)],
+        "blind.": [blind.answer(item.question) for item in items],
+        "gray.": answers[len(items) :],
+    }
+    records = [
+        {"kind": item.question.kind, "question": item.question.text, "expected": item.question.answer, "answer": answer}
+        for item, answer in zip(items, answers[: len(items)], strict=True)
+    ]
+    scores = [score for prefix, texts in given.items() for score in _scores(prefix, items, texts, options.seed)]
+    said = settings(
+        pipe, options, clock, sampled=False, questions=len(items),
+        baselines=f"blind: majority answer over {BLIND_SAMPLE} validation scenes a kind; gray: a plain gray picture",
+    )
+    return Result("shapes-vqa", tuple(scores), said, {"questions": records})
+
+
+def _scores(prefix: str, items: Sequence[VqaItem], answers: Sequence[str], seed: int) -> list[Score]:
+    groups: dict[str, list[float]] = {kind: [] for kind in QUESTION_KINDS}
+    for item, answer in zip(items, answers, strict=True):
+        groups[item.question.kind].append(float(is_right(answer, item.question.answer)))
+    overall = mean_score(f"{prefix}overall", *groups.values(), seed=seed)
+    return [overall, *(mean_score(f"{prefix}{kind}", group, seed=seed) for kind, group in groups.items())]
+
+
+def is_right(answer: str, expected: str) -> bool:
+    """Whether an answer is the expected word; case, spaces around it and a final full stop are forgiven."""
+    return answer.strip().removesuffix(".").strip().lower() == expected
+
+
+# ---- the blind baseline ----------------------------------------------------------------------------------------------
+
+
+def pattern(text: str) -> str:
+    """A question with its colours and shapes left open: "is there a <color> <shape> ?"."""
+    words = ["a" if word == "an" else word for word in split_words(text)]
+    opened = ["<color>" if word in COLORS else "<shape>" if SINGULARS.get(word, word) in SHAPES else word
+              for word in words]
+    return " ".join(opened)
+
+
+@dataclass(frozen=True)
+class BlindBaseline:
+    """The most common answer for a question's text, else for its pattern, else for its kind."""
+
+    by_words: dict[str, str]
+    by_kind: dict[str, str]
+
+    def answer(self, question: Question) -> str:
+        for words in (question.text, pattern(question.text)):
+            if words in self.by_words:
+                return self.by_words[words]
+        return self.by_kind[question.kind]
+
+    @classmethod
+    def learn(cls, combinations: str = "seen") -> BlindBaseline:
+        """Learn from validation scenes of the same combinations (remembered; about a second)."""
+        return _learn(combinations)
+
+
+@cache
+def _learn(combinations: str) -> BlindBaseline:
+    counts: dict[str, Counter[str]] = {}
+    kinds: dict[str, Counter[str]] = {kind: Counter() for kind in QUESTION_KINDS}
+    for index in range(BLIND_SAMPLE):
+        seed = seed_at("validation", _VALIDATION_OFFSET + index)
+        scene = make_scene(seed, combinations=combinations)
+        for question in questions(scene, np.random.default_rng((seed, 2))):
+            kinds[question.kind][question.answer] += 1
+            for words in {question.text, pattern(question.text)}:
+                counts.setdefault(words, Counter())[question.answer] += 1
+    common = {words: _most(answers) for words, answers in counts.items() if answers.total() >= BLIND_LEAST}
+    return BlindBaseline(common, {kind: _most(answers) for kind, answers in kinds.items()})
+
+
+def _most(answers: Counter[str]) -> str:
+    """The most common answer; of several, the first in the alphabet, so that nothing rests on the order of asking."""
+    return min(answers, key=lambda answer: (-answers[answer], answer))

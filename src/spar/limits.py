@@ -1,0 +1,22 @@
+"""How much one may ask for at once: the same limits for the pipeline, the command line and the server.
+
+Light on purpose: a wrong number is refused before any heavy library is imported.
+"""
+
+from spar.errors import InputError
+
+MAX_STEPS = 1000
+MAX_GUIDANCE = 100
+MAX_SEED = 2**63 - 1
+MAX_IMAGES = 4096
+MAX_NEW_TOKENS = 256
+
+
+def within(name: str, value: float | None, low: float, high: float) -> None:
+    """Refuse a number outside [low, high] (NaN is in no range); None, "not given", passes.
+
+    Raises:
+        InputError: naming what was expected and what came.
+    """
+    if value is not None and (isinstance(value, bool) or not low <= value <= high):
+        raise InputError(f"{name}: expected {low} to {high}, got {value!r}")

@@ -1,0 +1,112 @@
+"""Pictures on disk: where they go, and how they get there whole or not at all.
+
+Everything is written aside in the folder where it belongs and renamed; what exists is left alone unless the caller
+says otherwise. A PNG carries how it was made as text chunks, so that it can be made again.
+"""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from spar.errors import InputError
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+def target_files(output: Path | None, names: Sequence[str]) -> list[Path]:
+    """The files that pictures go to: one picture to a `.png` file or into a folder, several into a folder.
+
+    Args:
+        output: a file name that ends in .png, or a folder; by default `out.png` for one picture, else `out`.
+        names: the pictures' names inside a folder, without suffix.
+
+    Raises:
+        InputError: another kind of picture file, or a file for several pictures.
+    """
+    if output is None:
+        output = Path("out.png" if len(names) == 1 else "out")
+    suffix = "" if os.path.isdir(output) else output.suffix.lower()
+    if suffix == ".png" and len(names) == 1:
+        return [output]
+    if suffix == ".png":
+        raise InputError(f"output: expected a folder for {len(names)} pictures, got the file name {str(output)!r}")
+    if suffix in PICTURE_SUFFIXES:
+        raise InputError(f"output: expected a file name that ends in .png, or a folder, got {str(output)!r}")
+    return [output / f"{name}.png" for name in names]
+
+
+def check_free(paths: Iterable[Path], *, overwrite: bool = False) -> None:
+    """Refuse files that cannot be written, before any work is done for them.
+
+    Raises:
+        InputError: a path that exists (with `overwrite`: that is a folder), or whose folder cannot be written.
+    """
+    for path in paths:
+        if os.path.isdir(path):
+            raise InputError(f"output: expected a file to write, but {str(path)!r} is a folder")
+        if os.path.lexists(path) and not overwrite:
+            raise InputError(f"output: {str(path)!r} exists already; give another name, or --overwrite")
+        check_folder(path.parent)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that neither is nor can become one that we may write into."""
+    existing = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    if not os.path.isdir(existing):
+        raise InputError(f"output: expected a folder, but {str(existing)!r} is none")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"output: the folder {str(existing)!r} cannot be written")
+
+
+def save_pictures(
+    images: Sequence[Image.Image], paths: Sequence[Path], notes: Sequence[Mapping[str, object]] = ()
+) -> None:
+    """Write pictures as PNG, all aside first and then renamed; folders are made.
+
+    Args:
+        images, paths: one path an image.
+        notes: one mapping an image, written as text chunks; None values are left out.
+
+    Raises:
+        InputError: naming the file that cannot be written.
+    """
+    parts: list[Path] = []
+    path = paths[0]
+    try:
+        for index, (image, path) in enumerate(zip(images, paths, strict=True)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            parts.append(path.with_name(f".spar-{os.getpid()}-{index}.part"))
+            image.save(parts[-1], format="PNG", pnginfo=_text_chunks(notes[index] if notes else {}))
+        for part, path in zip(parts, paths, strict=True):
+            part.replace(path)
+    except OSError as error:
+        raise InputError(f"output: {str(path)!r} cannot be written: {error.strerror or error}") from error
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+
+def _text_chunks(notes: Mapping[str, object]) -> PngInfo:
+    chunks = PngInfo()
+    for key, value in notes.items():
+        if value is not None:
+            chunks.add_text(key, str(value))
+    return chunks
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The picture files directly in a folder, by name.
+
+    Raises:
+        InputError: a folder that cannot be read or has none.
+    """
+    try:
+        found = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
+    except OSError as error:
+        raise InputError(f"expected a folder of pictures, but {str(folder)!r}: {error.strerror or error}") from error
+    if not found:
+        raise InputError(f"expected pictures ({' '.join(PICTURE_SUFFIXES)}) in {str(folder)!r}, found none")
+    return found

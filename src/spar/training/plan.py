@@ -1,0 +1,58 @@
+"""What a run would do, without doing it: the recipe built on no memory at all, and each stage's freezing applied.
+
+A recipe whose sizes do not fit together is refused here, before a run's folder is made.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from spar.errors import InputError
+from spar.training.stages import Recipe, Stage, freeze
+from spar.training.workshop import Workshop
+
+BYTES = 4  # float32
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: its settings, trainable and frozen parameters, and the bytes of its weights and optimizer state.
+
+    `bytes` counts every weight, and for those that train the gradient, two moments and the average; activations,
+    which depend on the batch, are not counted.
+    """
+
+    stage: Stage
+    trainable: int
+    frozen: int
+    bytes: int
+
+
+def plan(recipe: Recipe, stages: tuple[str, ...] = ()) -> list[StagePlan]:
+    """The stages that a run would train, in order; all when `stages` is empty.
+
+    Raises:
+        InputError: an unknown stage, two stages of one name, a pattern without a parameter, or sizes that do not fit.
+    """
+    chosen = tuple(recipe.stage(name) for name in stages) or recipe.stages
+    names = [stage.name for stage in recipe.stages]
+    if len(set(names)) < len(names):
+        raise InputError(f"recipe {recipe.name}: expected stages of different names, got {', '.join(names)}")
+    try:
+        with torch.device("meta"):
+            workshop = Workshop(recipe)
+    except InputError:
+        raise
+    except Exception as error:  # whatever class of the libraries refuses its sizes, and however
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise InputError(f"recipe {recipe.name}: its sizes do not fit together: {reason}") from error
+    return [_plan_stage(workshop, stage) for stage in chosen]
+
+
+def _plan_stage(workshop: Workshop, stage: Stage) -> StagePlan:
+    freeze(workshop, stage)
+    sizes = {True: 0, False: 0}
+    for parameter in workshop.parameters():
+        sizes[parameter.requires_grad] += parameter.numel()
+    copies = 4 if stage.ema else 3
+    return StagePlan(stage, sizes[True], sizes[False], BYTES * (sizes[False] + (1 + copies) * sizes[True]))

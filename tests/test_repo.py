@@ -1,0 +1,352 @@
+"""Truths about the repository itself: its floors, what its code never does, its dependencies, files and documents."""
+
+import ast
+import graphlib
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import spar
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "spar"
+MODULES = sorted(SOURCE.rglob("*.py"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+# The house: room to floor. Imports point down; rooms on one floor do not know each other, but for the foundation.
+FLOORS = {
+    "errors": 1, "limits": 1, "config": 1, "flow": 1, "losses": 1, "data": 1, "outputs": 1,
+    "models": 2, "worlds": 2,
+    "training": 3, "pipeline": 3,
+    "recipes": 4, "evaluation": 4, "serving": 4, "doctor": 4, "arguments": 4,
+    "cli": 5, "__main__": 5, "__init__": 5,
+}  # fmt: skip
+FOUNDATION = {"errors", "limits", "config"}
+DISTRIBUTIONS = {"PIL": "pillow"}  # where the imported name is not the name that pip knows
+
+MAX_FILE_BYTES = 10 * 2**20
+MAX_WEIGHTS_BYTES = 24 * 10**6
+BUNDLED = "src/spar/assets/weights/"
+# A folder that only one machine has, at the start of a path (so no match in `https://...` or `tests/home/...`).
+MACHINE_PATH = re.compile(r"(?<![\w./:~-])/(?:work|farm|root|home|Users|tmp/bash_jobs)/\w")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(SOURCE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room(module: str) -> str:
+    """The room of a module: the part of its name behind `spar`."""
+    return (module.split(".") + ["__init__"])[1]
+
+
+def imports(tree: ast.Module, module: str, known: set[str]) -> Iterator[tuple[int, str]]:
+    """(line, module) of every import, inside functions too; a name out of a package is its module where it is one."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = module if (module in known and f"{module}.__init__" in known) else module.rpartition(".")[0]
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                if full != "spar.__version__":  # the one name of the top that every floor may read
+                    yield node.lineno, full if full in known else base
+
+
+def floor_faults(module: str, tree: ast.Module, known: set[str]) -> list[str]:
+    """Imports that point up or sideways."""
+    own = room(module)
+    faults = []
+    for line, target in imports(tree, module, known):
+        if target.split(".")[0] != "spar":
+            continue
+        other = room(target)
+        if own == other or own == "__init__":
+            continue
+        if own not in FLOORS or other not in FLOORS:
+            faults.append(f"{module}:{line}: {own if own not in FLOORS else other} has no floor; give it one in FLOORS")
+        elif FLOORS[other] >= FLOORS[own] and not (other in FOUNDATION and FLOORS[own] == FLOORS[other]):
+            faults.append(f"{module}:{line}: {own} (floor {FLOORS[own]}) imports {target} (floor {FLOORS[other]})")
+    return faults
+
+
+def forbidden(module: str, tree: ast.Module) -> list[str]:
+    """What the code never does: printing outside the CLI, loading loosely, running code out of a file."""
+    faults = []
+
+    def fault(node: ast.AST, what: str) -> None:
+        faults.append(f"{module}:{node.lineno}: {what}")
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assert):
+            fault(node, "assert: checks raise (python -O drops assertions)")
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            for name in names:
+                if name.split(".")[0] in ("pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"):
+                    fault(node, f"imports {name}")
+                if name.split(".")[0] == "rich" and room(module) != "cli":
+                    fault(node, "imports rich: only the CLI prints")
+        elif isinstance(node, ast.Attribute):
+            dotted = ast.unparse(node)
+            if dotted in ("sys.stdout", "sys.stderr") and room(module) != "cli":
+                fault(node, f"{dotted}: only the CLI prints")
+            if node.attr == "MAX_IMAGE_PIXELS" and isinstance(node.ctx, ast.Store):
+                fault(node, "changes Pillow's global limit")
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
+            if called == "print" and room(module) != "cli":
+                fault(node, "print: only the CLI prints")
+            if called in ("eval", "exec"):
+                fault(node, called)
+            if called == "torch.load" and keywords.get("weights_only") != "True":
+                fault(node, "torch.load without weights_only=True")
+            if keywords.get("strict") == "False" and called != "zip":
+                fault(node, "strict=False")
+            if called.endswith("load_state_dict") and len(node.args) > 1 and ast.unparse(node.args[1]) == "False":
+                fault(node, "strict=False")
+            for keyword in ("trust_remote_code", "allow_pickle"):
+                if keywords.get(keyword, "False") != "False":
+                    fault(node, f"{keyword}={keywords[keyword]}")
+    return faults
+
+
+@pytest.fixture(scope="module")
+def trees() -> dict[str, ast.Module]:
+    return {module_name(path): ast.parse(path.read_text(encoding="utf-8"), str(path)) for path in MODULES}
+
+
+@pytest.fixture(scope="module")
+def known(trees) -> set[str]:
+    packages = {f"{module_name(path)}.__init__" for path in MODULES if path.name == "__init__.py"}
+    return {*trees, *packages}
+
+
+@pytest.fixture(scope="module")
+def files() -> list[Path]:
+    """Files of the repository: tracked, or about to be."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    paths = [ROOT / name for name in listed.split("\0") if name]
+    return [path for path in paths if path.is_file()]
+
+
+def read_text(path: Path) -> str | None:
+    """A file's text; None for a binary file."""
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+    return None if "\0" in text else text
+
+
+# The house
+
+
+def test_imports_point_down_the_floors(trees, known):
+    assert [fault for module, tree in trees.items() for fault in floor_faults(module, tree, known)] == []
+
+
+def test_no_module_imports_itself_in_a_circle(trees, known):
+    graph = {
+        module: {target for _, target in imports(tree, module, known) if target in trees and target != module}
+        for module, tree in trees.items()
+        if module != "spar"  # its names are imported at their first use
+    }
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) >= len(graph)
+
+
+def test_the_code_never_prints_loads_loosely_or_runs_what_it_reads(trees):
+    assert [fault for module, tree in trees.items() for fault in forbidden(module, tree)] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("spar.flow.path", "from spar.models.spar import SparModel"),
+        ("spar.flow.path", "from spar.losses import alignment"),
+        ("spar.models.spar", "from spar import pipeline"),
+        ("spar.models.spar", "from spar import SparPipeline"),
+        ("spar.models.spar", "from ..training import loop"),
+        ("spar.models.spar", "def late():\n    import spar.training.loop"),
+        ("spar.attic", "from spar.errors import InputError"),
+    ],
+)
+def test_an_import_that_points_up_would_be_found(module, line, known):
+    assert floor_faults(module, ast.parse(line), known)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from spar import __version__",
+        "from spar.errors import InputError",
+        "from .router import build_router",
+        "import torch",
+    ],
+)
+def test_an_import_that_points_down_is_no_fault(line, known):
+    assert floor_faults("spar.models.spar", ast.parse(line), known) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "print('x')",
+        "sys.stdout.write('x')",
+        "from rich.table import Table",
+        "assert x",
+        "import pickle",
+        "from pickle import load",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "model.load_state_dict(tensors, strict=False)",
+        "model.load_state_dict(tensors, False)",
+        "load(folder, trust_remote_code=True)",
+        "np.load(path, allow_pickle=True)",
+        "Image.MAX_IMAGE_PIXELS = None",
+        "eval(text)",
+    ],
+)
+def test_what_the_code_never_does_would_be_found(line):
+    assert forbidden("spar.models.spar", ast.parse(line))
+
+
+@pytest.mark.parametrize(
+    "line", ["zip(a, b, strict=False)", "torch.load(path, weights_only=True)", "model.eval()", "np.load(p, allow_pickle=False)"]
+)
+def test_what_the_code_may_do_is_no_fault(line):
+    assert forbidden("spar.models.spar", ast.parse(line)) == []
+    assert forbidden("spar.cli", ast.parse("print('x')")) == []
+
+
+# The package
+
+
+def test_importing_the_package_loads_no_heavy_library():
+    code = "import sys, spar; sys.exit(', '.join({'torch', 'numpy', 'transformers', 'diffusers', 'PIL'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, f"import spar loads {done.stderr}"
+
+
+def test_the_package_offers_the_names_it_lists():
+    from spar.errors import InputError
+    from spar.pipeline import SparPipeline
+
+    assert spar.InputError is InputError and spar.SparPipeline is SparPipeline
+    assert {"InputError", "SparPipeline"} <= {*dir(spar)}
+    with pytest.raises(AttributeError, match="attic"):
+        spar.attic  # noqa: B018
+
+
+# Dependencies
+
+
+def declared() -> list[Requirement]:
+    extras = [line for lines in PROJECT["optional-dependencies"].values() for line in lines]
+    return [Requirement(line) for line in [*PROJECT["dependencies"], *extras]]
+
+
+def test_every_dependency_has_a_range_and_a_written_reason():
+    lines = [line.strip() for line in (ROOT / "pyproject.toml").read_text(encoding="utf-8").splitlines()]
+    for requirement in declared():
+        assert {">=", "<"} <= {s.operator for s in requirement.specifier} or requirement.name == "packaging", requirement
+        (place,) = [i for i, line in enumerate(lines) if re.match(rf'"{re.escape(requirement.name)}[<>=]', line)]
+        assert re.match(r"# \w.{15,}", lines[place - 1]), f"{requirement.name} has no reason in the line above it"
+
+
+def test_every_imported_library_is_declared(trees, known):
+    names = {canonicalize_name(requirement.name) for requirement in declared()}
+    for module, tree in trees.items():
+        for line, target in imports(tree, module, known):
+            top = target.split(".")[0]
+            if top != "spar" and top not in sys.stdlib_module_names:
+                assert canonicalize_name(DISTRIBUTIONS.get(top, top)) in names, f"{module}:{line} imports {top}"
+
+
+def test_the_tested_versions_are_pinned_within_the_ranges():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"==[\w.]+", str(pin.specifier)) and pin.url is None for pin in pins)
+    versions = {canonicalize_name(pin.name): str(pin.specifier)[2:] for pin in pins}
+    assert len(versions) == len(pins)
+    optional = {Requirement(line).name for line in PROJECT["optional-dependencies"]["gpu"]}
+    for requirement in declared():
+        if requirement.name not in optional:
+            assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), requirement
+
+
+# Files
+
+
+def test_no_file_is_large_but_the_bundled_weights(files):
+    weights = [path for path in files if path.relative_to(ROOT).as_posix().startswith(BUNDLED)]
+    large = [path for path in files if path.stat().st_size > MAX_FILE_BYTES and path not in weights]
+    assert large == []
+    assert sum(path.stat().st_size for path in weights) <= MAX_WEIGHTS_BYTES
+
+
+def test_no_file_names_a_path_of_one_machine(files):
+    found = []
+    for path in files:
+        for number, line in enumerate((read_text(path) or "").splitlines(), 1):
+            if MACHINE_PATH.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}")
+    assert found == []
+
+
+def test_a_path_of_one_machine_would_be_found():
+    for folder in ("work", "root", "home", "Users"):
+        assert MACHINE_PATH.search(f'open("/{folder}' + '/someone/model")')
+    for harmless in ("https://example.org" + "/home/page", "tests" + "/work/x", "/usr/bin/env bash", "~" + "/work/x"):
+        assert not MACHINE_PATH.search(harmless)
+
+
+def test_every_cited_version_is_the_packages_own():
+    assert re.findall(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.M) == [spar.__version__]
+
+
+# Documents
+
+
+def file_map(readme: str) -> list[str]:
+    """The paths of the README's section "File map": lines `| path in backticks | what it is |`."""
+    section = re.search(r"^## File map\n(.*?)(?=^## |\Z)", readme, re.M | re.S)
+    return re.findall(r"^\|\s*`([^`]+)`\s*\|\s*\w", section[1], re.M) if section else []
+
+
+def test_the_file_map_of_the_readme_is_the_tree():
+    listed = file_map((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert listed, 'README.md: expected a section "## File map" with lines "| `path` | what |"'
+    assert len(set(listed)) == len(listed)
+    assert [name for name in listed if not (ROOT / name).exists()] == []
+    rooms = {
+        path.name
+        for path in SOURCE.iterdir()
+        if path.suffix == ".py" and path.name != "__init__.py" or (path / "__init__.py").is_file()
+    }
+    prefix = "src/spar/"
+    named = {name.removeprefix(prefix).split("/")[0] for name in listed if name.startswith(prefix) and name != prefix}
+    assert rooms - named == set(), "missing in the file map of README.md"
+
+
+def test_the_file_map_is_read_as_it_is_written():
+    readme = "## Other\n| `no` | x |\n## File map\n\n| path | what |\n| --- | --- |\n| `a/b.py` | it |\n## Next\n| `c` | x |\n"
+    assert file_map(readme) == ["a/b.py"]
+    assert file_map("# Nothing\n") == []
