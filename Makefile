@@ -3,8 +3,8 @@
 # make clean  removes what these made, .venv too; runs/ stays
 
 PYTHON ?= python3
-# An index of torch wheels, where the registry's own build is not wanted, for instance the small CPU one on Linux:
-#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# An index of torch wheels, where the registry's own build is not wanted: on Linux that one brings CUDA, and PyTorch's
+# own index of CPU wheels (its address is on pytorch.org) is much smaller: make demo TORCH_INDEX=...
 TORCH_INDEX ?=
 # One process a core: the tensors of the tests are too small for more than one thread each.
 WORKERS ?= 2

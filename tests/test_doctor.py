@@ -43,7 +43,7 @@ def test_every_finding_here_is_complete_and_nothing_is_printed(capsys):
     assert capsys.readouterr() == ("", "")
     names = [check.name for check in checks]
     assert len(set(names)) == len(names)
-    assert {"python", "torch", "transformers", "diffusers", "device", "bfloat16", "weights", "disk", "memory"} <= {*names}
+    assert {"python", "spar", "torch", "diffusers", "device", "bfloat16", "weights", "disk", "memory"} <= {*names}
     for check in checks:
         assert check.found, check
         assert check.ok is not False or check.mend, f"{check} says not how to mend it"

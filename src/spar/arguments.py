@@ -168,7 +168,7 @@ class EvalArguments(ModelArguments):
     """Score a model with the judge of the shapes world: spar eval shapes-gen -o shapes-gen.json"""
 
     benchmark: Annotated[Positional[Benchmark], arg(metavar="BENCHMARK")]
-    """Which benchmark; all runs the four one behind the other."""
+    """One of shapes-gen, shapes-edit, shapes-vqa, shapes-recon, or all."""
     output: OutputPath = None
     """Results file (for all: folder); by default BENCHMARK.json (for all: results)."""
     overwrite: Flag = False

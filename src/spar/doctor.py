@@ -91,7 +91,7 @@ def check_dependencies() -> Iterator[Check]:
     try:
         required = requirements()
     except importlib.metadata.PackageNotFoundError:
-        yield Check("spar", False, "not installed, run from its sources", "pip install -e . in the folder of the sources")
+        yield Check("spar", False, "not installed, run from its sources", "pip install -e . in their folder")
         return
     yield Check("spar", True, importlib.metadata.version("spar"))
     for requirement in required:

@@ -5,7 +5,9 @@ says otherwise. A PNG carries how it was made as text chunks, so that it can be 
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
@@ -42,8 +44,12 @@ def check_free(paths: Iterable[Path], *, overwrite: bool = False) -> None:
     """Refuse files that cannot be written, before any work is done for them.
 
     Raises:
-        InputError: a path that exists (with `overwrite`: that is a folder), or whose folder cannot be written.
+        InputError: a path that exists (with `overwrite`: that is a folder), that comes twice, or whose folder cannot
+            be written.
     """
+    paths = list(paths)
+    if len(set(paths)) < len(paths):
+        raise InputError("output: expected a file of its own for each picture, but two would have the same name")
     for path in paths:
         if os.path.isdir(path):
             raise InputError(f"output: expected a file to write, but {str(path)!r} is a folder")
@@ -110,3 +116,41 @@ def pictures_in(folder: Path) -> list[Path]:
     if not found:
         raise InputError(f"expected pictures ({' '.join(PICTURE_SUFFIXES)}) in {str(folder)!r}, found none")
     return found
+
+
+@contextmanager
+def whole_folder(folder: Path, mark: str, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to fill, which takes its place at the end, or is removed if anything goes wrong.
+
+    Args:
+        folder: where it is to stand.
+        mark: a file that every such folder has: one without it is somebody else's and never replaced.
+        overwrite: replace an earlier one.
+
+    Raises:
+        InputError: a folder that is not empty and may not be replaced, or that cannot be written.
+    """
+    check_replaceable(folder, mark, overwrite=overwrite)
+    aside, old = (folder.absolute().with_name(f".spar-{os.getpid()}-{end}") for end in ("part", "old"))
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        if folder.exists():
+            folder.rename(old)
+        aside.rename(folder)
+    except OSError as error:
+        raise InputError(f"output: {str(folder)!r} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def check_replaceable(folder: Path, mark: str, *, overwrite: bool = False) -> None:
+    """Refuse a folder that `whole_folder` may not make or replace; the same arguments and errors."""
+    check_folder(folder)
+    if not os.path.isdir(folder) or not any(folder.iterdir()):
+        return
+    if not (folder / mark).is_file():
+        raise InputError(f"output: the folder {str(folder)!r} holds other things; give another name")
+    if not overwrite:
+        raise InputError(f"output: {str(folder)!r} exists already; give another name, or --overwrite")

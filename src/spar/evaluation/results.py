@@ -104,12 +104,22 @@ def mean_score(name: str, *groups: Sequence[float] | np.ndarray, seed: int = 0) 
     def statistic(*indices: np.ndarray) -> float:
         return float(np.mean([array[index].mean() for array, index in zip(arrays, indices, strict=True)]))
 
-    low, high = bootstrap(statistic, *map(len, arrays), seed=seed)
-    return Score(name, float(np.mean([array.mean() for array in arrays])), low, high, sum(map(len, arrays)))
+    value, count = float(np.mean([array.mean() for array in arrays])), sum(map(len, arrays))
+    low, high = _all_alike(value, count) or bootstrap(statistic, *map(len, arrays), seed=seed)
+    return Score(name, value, low, high, count)
 
 
 def ratio_score(name: str, parts: Sequence[float], wholes: Sequence[float], *, seed: int = 0) -> Score:
     """Sum of parts over sum of wholes, one pair a unit: the share of things, resampled by the unit that holds them."""
     above, below = np.asarray(parts, dtype=np.float64), np.asarray(wholes, dtype=np.float64)
-    low, high = bootstrap(lambda index: float(above[index].sum() / below[index].sum()), len(above), seed=seed)
-    return Score(name, float(above.sum() / below.sum()), low, high, len(above))
+    value = float(above.sum() / below.sum())
+    low, high = _all_alike(value, len(above)) or bootstrap(
+        lambda index: float(above[index].sum() / below[index].sum()), len(above), seed=seed
+    )
+    return Score(name, value, low, high, len(above))
+
+
+def _all_alike(share: float, count: int) -> tuple[float, float] | None:
+    """The exact (Clopper-Pearson) interval where all units are right, or none is: there, resampling knows no doubt."""
+    chance = ((1 - LEVEL) / 2) ** (1 / count)
+    return {0.0: (0.0, 1 - chance), 1.0: (chance, 1.0)}.get(share)

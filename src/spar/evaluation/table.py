@@ -48,10 +48,10 @@ def find_target(result: Result, score: Score, targets: Sequence[Target] = TARGET
 
 
 def verdict(score: Score, target: Target) -> str:
-    """"reached" or "short"; with " within the interval" where the other side of the target cannot be ruled out."""
+    """One of "reached" and "short", with ", not certain" where the interval holds both sides of the target."""
     if score.value >= target.at_least:
-        return "reached" if score.low >= target.at_least else "reached within the interval"
-    return "short" if score.high < target.at_least else "short within the interval"
+        return "reached" if score.low >= target.at_least else "reached, not certain"
+    return "short" if score.high < target.at_least else "short, not certain"
 
 
 def show(name: str, value: float) -> str:

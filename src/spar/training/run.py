@@ -21,9 +21,12 @@ from spar.training.stages import Recipe, Stage, freeze, freezing_table
 from spar.training.state import load_group
 from spar.training.steps import Context
 from spar.training.workshop import Workshop, initialize
-from spar.worlds.shapes.words import build_tokenizer
+from spar.worlds.shapes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES
+from spar.worlds.shapes.words import PLURALS, build_tokenizer
 
 log = logging.getLogger("spar.training")
+
+TAG_NAMES = {"shape": tuple(SHAPES), "color": tuple(COLORS), "size": tuple(SIZES), "background": tuple(BACKGROUNDS)}
 
 Announce = Callable[[Stage, list[tuple[str, int, int]]], None]
 
@@ -93,7 +96,7 @@ def train(
             load_weights(workshop, load_group(init_from, "workshop"), str(init_from))
         else:
             previous_weights(workshop, run, stage, recipe.stages)
-        prepare(workshop, stage, recipe)
+        prepare(workshop, stage, recipe, prompts)
         freeze(workshop, stage)
         if announce:
             announce(stage, freezing_table(workshop))
@@ -150,10 +153,25 @@ def _commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def prepare(workshop: Workshop, stage: Stage, recipe: Recipe) -> None:
+def prepare(workshop: Workshop, stage: Stage, recipe: Recipe, prompts: PromptEncoder) -> None:
     """What a stage takes over from the ones before it, beyond their weights."""
     first = {s.step: s.name for s in reversed(recipe.stages)}
     if stage.step == "tokenizer" and stage.losses.semantic:
         workshop.teacher.load_state_dict(workshop.model.tokenizer.encoder.state_dict())
+    if stage.step == "mllm" and stage.name == first["mllm"] and recipe.word_embeddings == "tags":
+        name_tags(workshop, prompts)
     if stage.step == "unified" and stage.name == first["unified"]:
         workshop.model.connector.initialize_from(workshop.model.language)
+
+
+@torch.no_grad()
+def name_tags(workshop: Workshop, prompts: PromptEncoder) -> None:
+    """Start the embedding of each tag's word (and a shape's plural) at the tag's read-out vector, at words' usual size."""
+    table = workshop.model.language.network.embed_tokens.weight
+    size = table.norm(dim=-1).mean()
+    for tag, names in TAG_NAMES.items():
+        rows = workshop.dense_head.tags[tag].weight[-len(names) :]  # the first row of most tags is "none"
+        for name, row in zip(names, rows - rows.mean(0), strict=True):
+            for word in (name, PLURALS.get(name, name)):
+                (token,) = prompts.encode(word)
+                table[token] = row / row.norm() * size

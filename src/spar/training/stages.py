@@ -132,7 +132,12 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A complete configuration of a training run."""
+    """A complete configuration of a training run.
+
+    `word_embeddings` says where the words of the encoder's tags start: "tags" copies the tags' read-out vectors, so
+    that a word begins where the encoder already points; "random" leaves them as they are. Published LLMs know their
+    words before they see a picture.
+    """
 
     name: str
     stages: tuple[Stage, ...]
@@ -140,6 +145,7 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    word_embeddings: Literal["tags", "random"] = "tags"
     seed: int = 0
     log_every: int = 20
     save_minutes: float = 5.0

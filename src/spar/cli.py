@@ -1,0 +1,376 @@
+"""The command line: one table from verb to function, and the only place that prints.
+
+What a user got wrong becomes one line on stderr and exit status 2, Ctrl-C a short line and 130. Heavy libraries are
+imported inside the verbs that need them, so that help and wrong arguments answer at once.
+"""
+
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spar import __version__
+from spar.arguments import (
+    DemoArguments,
+    DoctorArguments,
+    EditArguments,
+    EvalArguments,
+    GenerateArguments,
+    ModelArguments,
+    ReconstructArguments,
+    ReportArguments,
+    SamplingArguments,
+    TrainArguments,
+    UnderstandArguments,
+    parse,
+    recipe_arguments,
+    recipe_of,
+)
+from spar.display import (
+    bar,
+    check_table,
+    new_console,
+    plan_table,
+    sampling_callback,
+    score_table,
+    training_display,
+)
+from spar.errors import InputError
+from spar.outputs import (
+    check_folder,
+    check_free,
+    check_replaceable,
+    pictures_in,
+    save_pictures,
+    target_files,
+    whole_folder,
+)
+
+if TYPE_CHECKING:
+    from spar.pipeline import SparPipeline
+
+WRONG_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+RECONSTRUCT_BATCH = 64
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        status = dispatch(argv)
+        sys.stdout.flush()
+        return status
+    except SystemExit as stop:  # --help
+        return stop.code if isinstance(stop.code, int) else 0
+    except InputError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("spar: stopped", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader has enough; the interpreter's own flush at exit must not complain either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except OSError as error:  # the disk is full, a folder went away
+        return _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+
+
+def _fail(message: str) -> int:
+    """One printable line on stderr."""
+    line = " ".join(message.split())
+    print("spar: error: " + "".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
+    return WRONG_INPUT
+
+
+def dispatch(argv: list[str]) -> int:
+    """Find the verb and hand it its arguments."""
+    if not argv:
+        raise InputError(f"expected a verb, one of {', '.join(VERBS)} (spar --help says more), got nothing")
+    verb, rest = argv[0], argv[1:]
+    if verb in ("-h", "--help"):
+        print(overview())
+    elif verb in ("-V", "--version"):
+        print(f"spar {__version__}")
+    elif verb in VERBS:
+        return VERBS[verb][1](rest)
+    else:
+        near = get_close_matches(verb, VERBS, 1)
+        hint = f"; perhaps you meant {near[0]}" if near else ""
+        raise InputError(f"expected a verb, one of {', '.join(VERBS)}, got {verb!r}{hint}")
+    return 0
+
+
+def overview() -> str:
+    """What `spar --help` says: every verb with the first words of its arguments' docstring."""
+    lines = [f"  {verb:<13}{(kind.__doc__ or '').partition(':')[0]}" for verb, (kind, _) in VERBS.items()]
+    head = ["usage: spar VERB ...", "", "SPAR: one model that understands, generates, edits and reconstructs pictures."]
+    tail = ["spar VERB --help says what a verb takes; spar --version says which version this is."]
+    return "\n".join([*head, "", *lines, "", *tail])
+
+
+# ---- the four tasks -------------------------------------------------------------------------------------------------
+
+
+def generate(argv: list[str]) -> int:
+    args = parse(GenerateArguments, argv, "spar generate")
+    _mind_quotes(args.prompt, "prompt")
+    paths = _picture_paths(args, len(args.prompt))
+    pipe = _load(args)
+    with bar("drawing") as advance:
+        out = pipe.generate(
+            list(args.prompt), height=args.height, width=args.width, callback=sampling_callback(advance),
+            **args.keywords(),
+        )
+    return _save(args, pipe, out, paths, [{"prompt": prompt} for prompt in args.prompt])
+
+
+def edit(argv: list[str]) -> int:
+    args = parse(EditArguments, argv, "spar edit")
+    _mind_quotes(args.instruction, "instruction")
+    paths = _picture_paths(args, len(args.instruction))
+    pipe = _load(args)
+    with bar("drawing") as advance:
+        out = pipe.edit(args.image, list(args.instruction), callback=sampling_callback(advance), **args.keywords())
+    told = [{"instruction": instruction, "image": args.image.name} for instruction in args.instruction]
+    return _save(args, pipe, out, paths, told)
+
+
+def understand(argv: list[str]) -> int:
+    args = parse(UnderstandArguments, argv, "spar understand")
+    _mind_quotes(args.question, "question")
+    out = _load(args).understand(args.image, list(args.question), max_new_tokens=args.max_new_tokens)
+    for text in out.texts:
+        print(text)
+    return 0
+
+
+def reconstruct(argv: list[str]) -> int:
+    args = parse(ReconstructArguments, argv, "spar reconstruct")
+    sources = [file for path in args.image for file in (pictures_in(path) if os.path.isdir(path) else [path])]
+    folders = any(os.path.isdir(path) for path in args.image)
+    output = Path("out") if folders and args.output is None else args.output
+    paths = target_files(output, _file_names(sources))
+    check_free(paths, overwrite=args.overwrite)
+    pipe = _load(args)
+    images: list[Any] = []
+    with bar("reconstructing") as advance:
+        for start in range(0, len(sources), RECONSTRUCT_BATCH):
+            images += pipe.reconstruct(list(sources[start : start + RECONSTRUCT_BATCH])).images
+            if advance:
+                advance(len(images), len(sources))
+    notes = [{"image": source.name, "model": _model_name(args, pipe), "spar": __version__} for source in sources]
+    save_pictures(images, paths, notes)
+    for path in paths:
+        print(path)
+    return 0
+
+
+def _load(args: ModelArguments) -> "SparPipeline":
+    with bar("loading the model"):
+        import torch
+
+        from spar.pipeline import SparPipeline
+
+        dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
+        return SparPipeline.from_pretrained(args.model, dtype=dtype, device=args.device)
+
+
+def _picture_paths(args: SamplingArguments, texts: int) -> list[Path]:
+    """The files that the pictures will go to, checked before the work begins."""
+    count = texts * args.num_images_per_prompt
+    paths = target_files(args.output, [f"{index:0{len(str(count - 1))}}" for index in range(count)])
+    check_free(paths, overwrite=args.overwrite)
+    return paths
+
+
+def _file_names(sources: Sequence[Path]) -> list[str]:
+    """Names for the outputs of files: the files' own, told apart where two are alike."""
+    stems = [source.stem for source in sources]
+    whole = [stem if stems.count(stem) == 1 else source.name for stem, source in zip(stems, sources, strict=True)]
+    return [name if whole.count(name) == 1 else f"{name}-{index}" for index, name in enumerate(whole)]
+
+
+def _save(args: SamplingArguments, pipe: Any, out: Any, paths: list[Path], told: list[dict[str, str]]) -> int:
+    """Write pictures with all that is needed to draw them again, and say where they are."""
+    own, each = pipe.loaded.sampling, args.num_images_per_prompt
+    shared = {
+        "negative_prompt": args.negative_prompt,
+        "steps": own.steps if args.num_inference_steps is None else args.num_inference_steps,
+        "guidance": own.guidance if args.guidance_scale is None else args.guidance_scale,
+        "model": _model_name(args, pipe),
+        "spar": __version__,
+    }
+    notes = [{**told[index // each], "seed": seed, **shared} for index, seed in enumerate(out.seeds)]
+    save_pictures(out.images, paths, notes)
+    for path, seed in zip(paths, out.seeds, strict=True):
+        print(f"{path}  (seed {seed})")
+    return 0
+
+
+def _model_name(args: ModelArguments, pipe: Any) -> str:
+    return pipe.manifest.get("name") or (args.model.resolve().name if args.model else "bundled")
+
+
+def _mind_quotes(texts: Sequence[str], what: str) -> None:
+    if len(texts) > 1 and not any(" " in text for text in texts):
+        print(f"spar: note: {len(texts)} {what}s of one word each; one of several words wants quotes", file=sys.stderr)
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+def train(argv: list[str]) -> int:
+    if not argv or argv[0].startswith("-"):
+        if {"-h", "--help"} & set(argv):
+            parse(TrainArguments, ["--help"], "spar train")
+        raise InputError("expected the recipe's name first, as in: spar train tiny --run runs/tiny")
+    from spar.recipes import recipe
+    from spar.training.plan import check_device, plan
+
+    base = recipe(argv[0])
+    args = parse(recipe_arguments(base), argv, "spar train", none=True)
+    chosen = recipe_of(args, base)
+    run, resume = _run_folder(args, chosen.name)
+    planned = plan(chosen, args.stage)
+    check_device(args.device)
+    if args.dry_run:
+        new_console().print(plan_table(planned))
+        return 0
+    check_folder(run)
+    if args.init_from is not None and not (args.init_from / "workshop.safetensors").is_file():
+        raise InputError(f"--init-from: expected a finished stage such as RUN/dit/done, got {str(args.init_from)!r}")
+    again = shlex.join(["spar", "train", *argv, *(["--resume", "auto"] if args.resume == "never" else [])])
+    return _train(args, chosen, run, resume, again=again)
+
+
+def _train(args: TrainArguments, recipe: Any, run: Path, resume: bool, *, again: str) -> int:
+    """Train with a bar, and end with where the model is, or with how to go on."""
+    from spar.training.loop import NonFiniteLoss
+    from spar.training.run import train as run_training
+
+    try:
+        with training_display() as (announce, report):
+            model = run_training(
+                recipe, run, stages=args.stage, resume=resume, init_from=args.init_from, device=args.device,
+                report=report, announce=announce,
+            )
+    except NonFiniteLoss as error:
+        _fail(f"{error}; the state that was saved last is whole: {again}")
+        return 1
+    except KeyboardInterrupt:
+        model = None
+    if model is None:
+        print(f"spar: stopped; go on with: {again}", file=sys.stderr)
+        return INTERRUPTED
+    if (run / "model" / "config.json").is_file():
+        print(f'the model is in {run / "model"}; try: spar generate "a red circle" --model {run / "model"}')
+    else:
+        print(f"done; the weights at the end of each stage are in {run}/STAGE/done")
+    return 0
+
+
+def _run_folder(args: TrainArguments, name: str) -> tuple[Path, bool]:
+    """The run's folder, and whether to go on with what it holds."""
+    if args.resume in ("never", "auto"):
+        return args.run or Path("runs") / name, args.resume == "auto"
+    run = Path(args.resume)
+    if not (run / "recipe.json").is_file():
+        raise InputError(f"--resume: expected never, auto or the folder of a run, got {args.resume!r}")
+    if args.run not in (None, run):
+        raise InputError(f"--run and --resume: expected one folder, got {str(args.run)!r} and {args.resume!r}")
+    return run, True
+
+
+# ---- scores, reports, demo, doctor ----------------------------------------------------------------------------------
+
+
+def evaluate(argv: list[str]) -> int:
+    args = parse(EvalArguments, argv, "spar eval")
+    from spar.evaluation.benchmarks import BENCHMARKS
+    from spar.evaluation.options import EvalOptions
+    from spar.evaluation.results import write_result
+
+    options = EvalOptions(**args.keywords())
+    names = list(BENCHMARKS) if args.benchmark == "all" else [args.benchmark]
+    paths = _result_paths(args, names)
+    check_free(paths, overwrite=args.overwrite)
+    pipe = _load(args)
+    for name, path in zip(names, paths, strict=True):
+        with bar(name) as advance:
+            result = BENCHMARKS[name](pipe, options, advance)
+        write_result(path, result)
+        new_console().print(score_table(result))
+        print(path)
+    return 0
+
+
+def _result_paths(args: EvalArguments, names: list[str]) -> list[Path]:
+    mark = "-held_out" if args.combinations == "held_out" else ""
+    files = [f"{name}{mark}.json" for name in names]
+    if args.benchmark == "all":
+        return [(args.output or Path("results")) / file for file in files]
+    if args.output is not None and os.path.isdir(args.output):
+        return [args.output / files[0]]
+    return [args.output or Path(files[0])]
+
+
+def report(argv: list[str]) -> int:
+    args = parse(ReportArguments, argv, "spar report")
+    path = args.output or args.run / "report.html"
+    from spar.evaluation.report import write_report
+    from spar.evaluation.run import run_report
+
+    data = run_report(args.run)
+    check_free([path], overwrite=args.overwrite or args.output is None)
+    write_report(path, data)
+    print(path)
+    return 0
+
+
+def demo(argv: list[str]) -> int:
+    args = parse(DemoArguments, argv, "spar demo")
+    images = pictures_in(args.images) if args.images else []
+    check_replaceable(args.output, "report.html", overwrite=args.overwrite)
+    pipe = _load(args)
+    from spar.evaluation.demo import PAGE, DemoOptions, make_demo
+    from spar.pipeline import BUNDLED
+
+    options = DemoOptions(images=images, limit=args.limit, curves=_curves(args.model or BUNDLED))
+    with whole_folder(args.output, PAGE, overwrite=args.overwrite) as folder, bar("the demo") as advance:
+        results = make_demo(pipe, folder, options, lambda _, done, total: advance and advance(done, total))
+    for result in results:
+        new_console().print(score_table(result))
+    print(args.output / PAGE)
+    return 0
+
+
+def _curves(model: Path) -> Path | None:
+    """The metrics of the training that made a model: in its folder, or in the run that it lies in."""
+    return next((path for path in (model / "metrics.jsonl", model.parent / "metrics.jsonl") if path.is_file()), None)
+
+
+def doctor(argv: list[str]) -> int:
+    parse(DoctorArguments, argv, "spar doctor")
+    from spar.doctor import examine
+
+    with bar("looking"):
+        checks = examine()
+    new_console().print(check_table(checks))
+    return 1 if any(check.ok is False for check in checks) else 0
+
+
+VERBS: dict[str, tuple[type, Callable[[list[str]], int]]] = {
+    "train": (TrainArguments, train),
+    "generate": (GenerateArguments, generate),
+    "edit": (EditArguments, edit),
+    "understand": (UnderstandArguments, understand),
+    "reconstruct": (ReconstructArguments, reconstruct),
+    "eval": (EvalArguments, evaluate),
+    "report": (ReportArguments, report),
+    "demo": (DemoArguments, demo),
+    "doctor": (DoctorArguments, doctor),
+}

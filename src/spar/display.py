@@ -1,0 +1,137 @@
+"""How the command line looks: tables, bars and log lines, made with rich for `cli.py`, which decides what is shown.
+
+rich is imported inside the functions: a verb that shows no table and has no terminal starts without it.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from spar.doctor import Check
+    from spar.evaluation.results import Result
+    from spar.training.plan import StagePlan
+    from spar.training.stages import Stage
+
+MARKS = {True: "[green]ok[/]", False: "[bold red]wrong[/]", None: "[yellow]note[/]"}
+NOT_TERMS = ("loss", "gradient", "lr", "seconds")  # what a step reports beside the terms of its loss
+
+Advance = Callable[[int, int], None]
+Announce = Callable[["Stage", list[tuple[str, int, int]]], None]
+Report = Callable[[str, int, int, dict[str, float]], None]
+
+
+def new_console(*, stderr: bool = False) -> "Console":
+    """A console; where there is no terminal, one that does not fold the rows of tables."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else 160)
+
+
+def new_table(*columns: str, title: str | None = None) -> "Table":
+    """A table with these columns; one whose name starts with > is aligned to the right."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
+    return table
+
+
+@contextmanager
+def bar(title: str) -> Iterator[Advance | None]:
+    """A bar with the time left, on stderr while it is a terminal: yields advance(done, total), or None."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.progress import Progress
+
+    with Progress(console=new_console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def sampling_callback(advance: Advance | None) -> Callable[[int, int, Any], None] | None:
+    """The pipeline's callback (steps done, steps, latent) for a bar's advance."""
+    return None if advance is None else lambda done, total, _: advance(done, total)
+
+
+@contextmanager
+def training_display() -> Iterator[tuple[Announce, Report]]:
+    """(announce, report) for `train`: a stage's freezing table, a line a logged step, and a bar on a terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+
+    console = new_console()
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), "left", TimeRemainingColumn())
+    tasks: dict[str, Any] = {}
+    with Progress(*columns, *times, console=console, disable=not console.is_terminal) as progress:
+
+        def announce(stage: "Stage", parts: list[tuple[str, int, int]]) -> None:
+            console.print(freezing_table(stage, parts))
+
+        def report(stage: str, step: int, steps: int, values: dict[str, float]) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=steps, completed=step)
+            progress.update(tasks[stage], completed=step + 1)
+            console.print(log_line(stage, step, steps, values), markup=False, soft_wrap=True)
+
+        yield announce, report
+
+
+def log_line(stage: str, step: int, steps: int, values: dict[str, float]) -> str:
+    """One logged step: the loss and its terms, gradient, learning rate, and the time left of the stage."""
+    terms = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name not in NOT_TERMS)
+    left = timedelta(seconds=round(values["seconds"] / (step + 1) * (steps - step - 1)))
+    rest = f"gradient {values['gradient']:.3g}  lr {values['lr']:.2g}  left {left}"
+    return f"{stage} {step + 1}/{steps}  loss {values['loss']:.4g}  {terms}  {rest}"
+
+
+def freezing_table(stage: "Stage", parts: Sequence[tuple[str, int, int]]) -> "Table":
+    """What of a stage trains and what is frozen, in parameters."""
+    table = new_table("part", ">trainable", ">frozen", title=f"{stage.name}: {stage.steps} steps of {stage.batch}")
+    for part, trainable, frozen in parts:
+        table.add_row(part, f"{trainable:,}", f"{frozen:,}")
+    table.add_section()
+    table.add_row("all", f"{sum(row[1] for row in parts):,}", f"{sum(row[2] for row in parts):,}")
+    return table
+
+
+def plan_table(planned: Sequence["StagePlan"]) -> "Table":
+    """What a run would train."""
+    table = new_table("stage", ">steps", ">batch", ">trainable", ">frozen", ">memory without activations")
+    for one in planned:
+        stage = one.stage
+        batch = f"{stage.batch} x {stage.draws}" if stage.draws > 1 else str(stage.batch)
+        memory = f"{one.bytes / 2**20:,.0f} MiB"
+        table.add_row(stage.name, str(stage.steps), batch, f"{one.trainable:,}", f"{one.frozen:,}", memory)
+    return table
+
+
+def score_table(result: "Result") -> "Table":
+    """The scores of a result with intervals and targets, those that answer the benchmark's question first."""
+    from spar.evaluation.table import find_target, main_scores, show, show_interval, show_name, show_title, verdict
+
+    table = new_table("score", ">value", "95 % interval", ">n", "target", title=show_title(result))
+    first = main_scores(result)
+    for score in (*first, *(score for score in result.scores if score not in first)):
+        target = find_target(result, score)
+        goal = f"{target.at_least:g}: {verdict(score, target)}" if target else ""
+        table.add_row(show_name(score.name), show(score.name, score.value), show_interval(score), str(score.n), goal)
+    return table
+
+
+def check_table(checks: Sequence["Check"]) -> "Table":
+    """The doctor's findings."""
+    from rich.markup import escape
+
+    table = new_table("", "what", "found", "how to mend it")
+    for check in checks:
+        table.add_row(MARKS[check.ok], *(escape(text) for text in (check.name, check.found, check.mend)))
+    return table

@@ -1,0 +1,97 @@
+"""What the benchmarks make of a pipe that is always right, one that shows gray, and one with planted errors."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+from spar.errors import InputError
+from spar.evaluation.benchmarks import BENCHMARKS, benchmark
+from spar.evaluation.options import EvalOptions
+from spar.evaluation.results import read_result, write_result
+from spar.evaluation.table import BASELINES, main_scores
+
+SMALL = EvalOptions(limit=4, images_per_prompt=2, batch=7)
+SHARES = {"shapes-gen": "overall", "shapes-edit": "overall", "shapes-vqa": "overall", "shapes-recon": "survival"}
+
+
+@pytest.mark.parametrize("combinations", ["seen", "held_out"])
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_the_oracle_is_right(name, combinations, oracle, tmp_path):
+    options = EvalOptions(limit=4, images_per_prompt=2, batch=7, combinations=combinations)
+    steps = []
+    result = benchmark(name)(oracle(options), options, lambda done, total: steps.append((done, total)))
+    for score in result.scores:
+        if not score.name.startswith(BASELINES):
+            expected = {"psnr": 100.0, "psnr_outside": 100.0, "frechet": 0.0}.get(score.name, 1.0)
+            assert score.value == pytest.approx(expected, abs=1e-6), score
+    assert steps[-1][0] == steps[-1][1] and len(steps) > 1 or name == "shapes-recon"
+    write_result(tmp_path / "result.json", result)
+    assert read_result(tmp_path / "result.json") == result
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_gray_is_worth_nothing(name, gray):
+    result = benchmark(name)(gray, SMALL, None)
+    assert result.score(SHARES[name]).value <= (0.1 if name == "shapes-vqa" else 0.0)
+    if name == "shapes-vqa":  # it always says gray: right about some backgrounds, and the picture makes no difference
+        for score in main_scores(result):
+            assert score.value == result.score(f"gray.{score.name}").value
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_planted_errors_are_found(name, oracle):
+    options = EvalOptions(limit=30, images_per_prompt=2)
+    error = 0.3
+    score = benchmark(name)(oracle(options, error), options, None).score(SHARES[name])
+    assert score.value == pytest.approx(1 - error, abs=0.16 if name == "shapes-recon" else 0.09)
+    assert score.low < score.value < score.high
+
+
+def test_settings_say_how_it_was_measured(gray):
+    options = EvalOptions(limit=2, num_inference_steps=9, guidance_scale=2.5, images_per_prompt=1, label="first", seed=3)
+    said = benchmark("shapes-gen")(gray, options, None).settings
+    assert (said["steps"], said["guidance"], said["seed"], said["size"], said["label"]) == (9, 2.5, 3, 64, "first")
+    assert said["judge"]["version"] and said["judge"]["accuracy"] >= 0.99 and said["judge"]["n"] > 0
+    assert said["machine"]["cpu"] and said["machine"]["cores"] >= 1 and said["versions"]["torch"]
+    assert said["seconds"] >= 0
+    json.dumps(said, allow_nan=False)
+
+
+def test_scores_and_calls_do_not_depend_on_the_batch(oracle):
+    found = []
+    for batch in (1, 5, 64):
+        options = EvalOptions(limit=2, images_per_prompt=2, batch=batch)
+        pipe = oracle(options)
+        result = benchmark("shapes-gen")(pipe, options, None)
+        asked = [pair for call in pipe.calls for pair in zip(call[1], call[2], strict=True)]
+        found.append((asked, [asdict(score) for score in result.scores]))
+        assert max(len(call[1]) for call in pipe.calls) <= batch
+    assert found[0] == found[1] == found[2]
+
+
+def test_sampling_options_reach_the_pipe(oracle):
+    options = EvalOptions(limit=1, images_per_prompt=1, num_inference_steps=3, guidance_scale=1.5)
+    pipe = oracle(options)
+    for name in ("shapes-gen", "shapes-edit"):
+        benchmark(name)(pipe, options, None)
+    assert len(pipe.calls) == 2
+    assert all(call[3] == {"num_inference_steps": 3, "guidance_scale": 1.5} for call in pipe.calls)
+
+
+def test_every_picture_has_a_seed_of_its_own_that_the_run_seed_moves(oracle):
+    def seeds(seed):
+        options = EvalOptions(limit=3, images_per_prompt=4, seed=seed)
+        pipe = oracle(options)
+        benchmark("shapes-gen")(pipe, options, None)
+        return [one for call in pipe.calls for one in call[2]]
+
+    first, second = seeds(0), seeds(1)
+    assert len(set(first)) == len(first) == 6 * 3 * 4
+    assert not set(first) & set(second)
+    assert first == seeds(0)
+
+
+def test_an_unknown_benchmark_is_refused():
+    with pytest.raises(InputError, match="shapes-vqa"):
+        benchmark("geneval")

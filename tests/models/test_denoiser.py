@@ -1,0 +1,104 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from spar.models.denoiser import Denoiser
+
+CHANNELS, GRID, LENGTH = 8, 4, 6
+MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+FULL = torch.ones_like(MASK)
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(config, draws: int = 1, *, height: int = GRID, width: int = GRID):
+    """Latents, times and conditions of two images with `draws` draws each."""
+    latent = draw(2 * draws, CHANNELS, height, width, seed=1)
+    time = torch.linspace(0.05, 0.95, 2 * draws)
+    return latent, time, 2 * draw(2, LENGTH, config.denoiser.caption_channels, seed=2)
+
+
+@pytest.fixture(scope="module")
+def denoiser(config, randomize) -> Denoiser:
+    return randomize(Denoiser(config.denoiser, CHANNELS, GRID))
+
+
+def reference(denoiser: Denoiser, latent, time, condition, mask) -> torch.Tensor:
+    """diffusers' own forward pass; its time runs to 1000."""
+    return denoiser.network(
+        latent, encoder_hidden_states=condition, timestep=1000 * time, encoder_attention_mask=mask
+    ).sample
+
+
+@pytest.mark.parametrize("gradients", [False, True])  # the two ways of attention
+@pytest.mark.parametrize("mask", [FULL, MASK], ids=["full", "padded"])
+@pytest.mark.parametrize("scale", [None, 1.0, 2.0])
+def test_velocity_equals_diffusers_sana(config, randomize, scale, mask, gradients):
+    built = randomize(Denoiser(replace(config.denoiser, interpolation_scale=scale), CHANNELS, GRID))
+    latent, time, condition = inputs(config)
+    with torch.set_grad_enabled(gradients):
+        built.requires_grad_(gradients)
+        own = built(latent, time, condition, mask).velocity
+    with torch.no_grad():
+        wanted = reference(built, latent, time, condition, mask)
+    torch.testing.assert_close(own.detach(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_velocity_equals_diffusers_sana_on_a_grid_of_another_shape(config, denoiser):
+    latent, time, condition = inputs(config, height=2, width=6)
+    with torch.no_grad():
+        own = denoiser(latent, time, condition, MASK).velocity
+        torch.testing.assert_close(own, reference(denoiser, latent, time, condition, MASK), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_equal_those_of_diffusers_sana(config, randomize):
+    built = randomize(Denoiser(config.denoiser, CHANNELS, GRID)).requires_grad_(True)
+    latent, time, condition = inputs(config)
+    condition.requires_grad_()
+    wanted_of = [condition, *built.parameters()]
+    own, other = (
+        torch.autograd.grad(out.square().mean(), wanted_of)
+        for out in (
+            built(latent, time, condition, MASK).velocity, reference(built, latent, time, condition, MASK)
+        )
+    )
+    for one, two in zip(own, other, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("tap", [1, 2, 3])
+def test_features_are_the_hidden_state_behind_the_tapped_block(config, randomize, tap):
+    built = randomize(Denoiser(replace(config.denoiser, tap_block=tap), CHANNELS, GRID))
+    latent, time, condition = inputs(config)
+    seen: list[torch.Tensor] = []
+    hook = built.network.transformer_blocks[tap - 1].register_forward_hook(lambda _, __, out: seen.append(out))
+    with torch.no_grad():
+        reference(built, latent, time, condition, MASK)
+        hook.remove()
+        features = built(latent, time, condition, MASK).features
+    torch.testing.assert_close(features, seen[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_draws_that_share_a_condition_equal_separate_calls(config, denoiser, gradients):
+    latent, time, condition = inputs(config, draws=3)
+    with torch.set_grad_enabled(gradients):
+        condition.requires_grad_(gradients)
+        shared = denoiser(latent, time, condition, MASK)
+        for row in range(6):  # draws of one image stand side by side
+            one, image = slice(row, row + 1), slice(row // 3, row // 3 + 1)
+            alone = denoiser(latent[one], time[one], condition[image], MASK[image])
+            torch.testing.assert_close(shared.velocity[one], alone.velocity, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(shared.features[one], alone.features, rtol=1e-4, atol=1e-5)
+
+
+def test_the_library_accepts_the_denoisers_weights_by_name(config):
+    """Checkpoints of SANA load by name: nothing is added, nothing renamed."""
+    from diffusers import SanaTransformer2DModel
+
+    own = Denoiser(config.denoiser, CHANNELS, GRID)
+    library = SanaTransformer2DModel.from_config(dict(own.network.config))
+    assert {f"network.{name}" for name in library.state_dict()} == set(own.state_dict())

@@ -1,0 +1,54 @@
+import pytest
+import torch
+from transformers import InternVLModel
+
+from spar.models.encoder import SemanticEncoder, internvl_config, merge_patches
+
+MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)  # ImageNet's, as InternVL's image processor has them
+STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+
+
+def pixels(*shape: int) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def reference(config, randomize) -> InternVLModel:
+    return randomize(InternVLModel(internvl_config(config.vision, config.text)))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("side", [32, 48])  # 48: the position embeddings are interpolated
+def test_visual_tokens_equal_those_of_the_library(config, reference, attention, side):
+    encoder = SemanticEncoder(config.vision, config.text, attention=attention).eval()
+    encoder.vision_tower.load_state_dict(reference.vision_tower.state_dict())
+    encoder.multi_modal_projector.load_state_dict(reference.multi_modal_projector.state_dict())
+    image = pixels(2, 3, side, side)
+    with torch.no_grad():
+        wanted = reference.get_image_features((image - MEAN) / STD).pooler_output
+        f_v = encoder(image)
+    assert f_v.shape == (2, (side // 8) ** 2, config.text.hidden_size)
+    torch.testing.assert_close(f_v, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_library_accepts_the_encoders_weights_by_name(config, reference):
+    encoder = SemanticEncoder(config.vision, config.text)
+    own = {name: value.shape for name, value in encoder.state_dict().items()}
+    theirs = {
+        name: value.shape
+        for name, value in reference.state_dict().items()
+        if name.startswith(("vision_tower.", "multi_modal_projector."))
+    }
+    assert own == theirs
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 4), (2, 6)])
+def test_merging_patches_is_the_librarys_pixel_shuffle(reference, height, width):
+    features = torch.arange(2.0 * height * width * 3).view(2, height * width, 3)
+    shuffled = reference.pixel_shuffle(features.view(2, height, width, 3), scale_factor=0.5)
+    assert torch.equal(merge_patches(features, height, width), shuffled.reshape(2, height * width // 4, 12))
+
+
+def test_a_merged_token_holds_its_square_row_by_row():
+    places = torch.arange(16.0).view(1, 16, 1)  # a 4x4 grid of patches that know their place
+    assert merge_patches(places, 4, 4)[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]

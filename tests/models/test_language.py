@@ -1,0 +1,108 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import DynamicCache, Qwen2ForCausalLM, Qwen2Model
+
+from spar.models.attention import attention_bias, positions
+from spar.models.encoder import qwen_config
+from spar.models.language import LanguageModel
+
+MASK = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1]])
+PLACES = torch.tensor([[0, 0, 0, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6], [0, 0, 1, 2, 3, 4, 5]])
+LAYERS = (0, 1, 3, 4)
+
+
+@pytest.fixture(scope="module")
+def language(config, randomize) -> LanguageModel:
+    return randomize(LanguageModel(config.text))
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(7, 128, MASK.shape, generator=torch.Generator().manual_seed(0)) * MASK
+
+
+def run(language: LanguageModel, embeddings: torch.Tensor, mask: torch.Tensor = MASK, **keywords):
+    return language(embeddings, attention_bias(mask, embeddings, causal=True), positions(mask), **keywords)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_states_equal_the_librarys_hidden_states_under_left_padding(config, language, attention):
+    own = LanguageModel(config.text, attention=attention).eval()
+    own.load_state_dict(language.state_dict())
+    reference = Qwen2Model(qwen_config(config.text)).eval()
+    reference.load_state_dict(language.network.state_dict())
+    with torch.no_grad():
+        wanted = reference(
+            input_ids=tokens(), attention_mask=MASK, position_ids=PLACES, output_hidden_states=True
+        )
+        final, kept = run(own, own.embed(tokens()), layers=LAYERS)
+    real = MASK.bool()
+    torch.testing.assert_close(final[real], wanted.last_hidden_state[real], rtol=1e-4, atol=1e-5)
+    assert len(wanted.hidden_states) == config.text.layers + 1
+    for layer, state in zip(LAYERS, kept, strict=True):
+        torch.testing.assert_close(state[real], wanted.hidden_states[layer][real], rtol=1e-4, atol=1e-5)
+
+
+def test_states_come_in_the_order_asked_for(language):
+    _, forwards = run(language, language.embed(tokens()), layers=(1, 4))
+    _, backwards = run(language, language.embed(tokens()), layers=(4, 1))
+    assert torch.equal(forwards[0], backwards[1]) and torch.equal(forwards[1], backwards[0])
+    assert not torch.equal(*forwards)
+
+
+def test_tokens_behind_a_cache_equal_the_full_pass(language):
+    embeddings, cache, parts = language.embed(tokens()), DynamicCache(), []
+    full, _ = run(language, embeddings)
+    start = 0
+    for stop in (4, 5, 7):  # a prompt, then one token, then two at once
+        bias = attention_bias(MASK[:, :stop], embeddings, causal=True, past=start)
+        part, _ = language(embeddings[:, start:stop], bias, positions(MASK)[:, start:stop], cache=cache)
+        parts.append(part)
+        start = stop
+    real = MASK.bool()
+    torch.testing.assert_close(torch.cat(parts, dim=1)[real], full[real], rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_does_not_depend_on_its_neighbours_or_its_padding(language):
+    ids = tokens()
+    together, _ = run(language, language.embed(ids))
+    alone, _ = run(language, language.embed(ids[:1, 3:]), MASK[:1, 3:])
+    torch.testing.assert_close(together[:1, 3:], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def generated(config, language) -> list[list[int]]:
+    """What transformers' own greedy search writes behind each row, ten tokens long."""
+    reference = Qwen2ForCausalLM(qwen_config(config.text)).eval()
+    reference.model.load_state_dict(language.network.state_dict())
+    reference.tie_weights()
+    new = reference.generate(
+        inputs_embeds=language.embed(tokens()), attention_mask=MASK, do_sample=False, max_new_tokens=10,
+        min_new_tokens=10, eos_token_id=None, pad_token_id=0,
+    )
+    return new.tolist()
+
+
+def answers(config, language, eos: int, *, max_new_tokens: int = 10) -> list[list[int]]:
+    own = LanguageModel(replace(config.text, eos_token_id=eos)).eval()
+    own.load_state_dict(language.state_dict())
+    return own.answer(own.embed(tokens()), MASK, max_new_tokens=max_new_tokens)
+
+
+def test_greedy_answers_equal_transformers_generate(config, language, generated):
+    unused = next(token for token in range(128) if token not in sum(generated, []))
+    assert answers(config, language, unused) == generated
+    assert len({tuple(row) for row in generated}) == 3 and max(len(set(row)) for row in generated) > 3
+    assert answers(config, language, unused, max_new_tokens=4) == [row[:4] for row in generated]
+
+
+def test_a_row_ends_before_its_own_end_of_turn_and_the_others_go_on(config, language, generated):
+    def until(row: list[int], eos: int) -> list[int]:
+        return row[: row.index(eos)] if eos in row else row
+
+    ends = [row[i] for row in generated for i in range(1, 6) if row[i] not in row[:i]]
+    uneven = [eos for eos in ends if len({len(until(row, eos)) for row in generated}) > 1]
+    assert uneven
+    for eos in uneven[:3]:
+        assert answers(config, language, eos) == [until(row, eos) for row in generated]
