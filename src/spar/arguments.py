@@ -291,7 +291,7 @@ def parse(kind: type[T], argv: Sequence[str], prog: str, *, none: bool = False) 
     said = io.StringIO()
     helped = bool({"-h", "--help"} & set(argv))
     try:
-        with contextlib.redirect_stderr(said), contextlib.nullcontext() if helped else _wide():
+        with contextlib.nullcontext() if helped else _plain(said):
             return tyro.cli(kind, args=list(argv), prog=prog, config=() if none else (DisallowNone,))
     except SystemExit as stop:
         if not stop.code:
@@ -300,12 +300,13 @@ def parse(kind: type[T], argv: Sequence[str], prog: str, *, none: bool = False) 
 
 
 @contextlib.contextmanager
-def _wide() -> Iterator[None]:
-    """So wide a terminal that tyro breaks no line of its errors."""
+def _plain(said: io.StringIO) -> Iterator[None]:
+    """Let tyro write its errors to `said` without colours, in ASCII, and so wide that it breaks no line."""
     before = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "100000"
+    os.environ["COLUMNS"] = "10000"
     try:
-        yield
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            yield
     finally:
         if before is None:
             del os.environ["COLUMNS"]
@@ -327,12 +328,11 @@ _REWORDED = (
 
 
 def _sentence(box: str, prog: str) -> str:
-    """The first section of tyro's box as one line, with the flags that it thinks were meant."""
-    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
-    sections = "\n".join("\0" if line and not line.strip("─") else line for line in lines).split("\0")
-    sentence = " ".join(sections[0].split())
+    """The error in tyro's box (a title, the error, more below, with rules between) as one line."""
+    sections = re.split(r"^\s*-+\s*$", box, flags=re.M)
+    sentence = " ".join(sections[min(1, len(sections) - 1)].split())
     if unknown := re.fullmatch(r"Unrecognized options?: (.*)", sentence):
-        near = [part for part in sections[1:] if "Perhaps you meant" in part]
+        near = [part for part in sections[2:] if "Perhaps you meant" in part]
         meant = [flag.rstrip(",") for flag in re.findall(r"^\s*(--\S+)", near[0], re.M)] if near else []
         hint = f"; perhaps you meant {' or '.join(meant)}" if meant else ""
         return f"unknown arguments: {unknown[1]}{hint} ({prog} --help lists all)"

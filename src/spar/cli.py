@@ -117,7 +117,6 @@ def overview() -> str:
 
 def generate(argv: list[str]) -> int:
     args = parse(GenerateArguments, argv, "spar generate")
-    _mind_quotes(args.prompt, "prompt")
     paths = _picture_paths(args, len(args.prompt))
     pipe = _load(args)
     with bar("drawing") as advance:
@@ -125,26 +124,29 @@ def generate(argv: list[str]) -> int:
             list(args.prompt), height=args.height, width=args.width, callback=sampling_callback(advance),
             **args.keywords(),
         )
-    return _save(args, pipe, out, paths, [{"prompt": prompt} for prompt in args.prompt])
+    _save(args, pipe, out, paths, [{"prompt": prompt} for prompt in args.prompt])
+    _mind_quotes(args.prompt, "prompt")
+    return 0
 
 
 def edit(argv: list[str]) -> int:
     args = parse(EditArguments, argv, "spar edit")
-    _mind_quotes(args.instruction, "instruction")
     paths = _picture_paths(args, len(args.instruction))
     pipe = _load(args)
     with bar("drawing") as advance:
         out = pipe.edit(args.image, list(args.instruction), callback=sampling_callback(advance), **args.keywords())
     told = [{"instruction": instruction, "image": args.image.name} for instruction in args.instruction]
-    return _save(args, pipe, out, paths, told)
+    _save(args, pipe, out, paths, told)
+    _mind_quotes(args.instruction, "instruction")
+    return 0
 
 
 def understand(argv: list[str]) -> int:
     args = parse(UnderstandArguments, argv, "spar understand")
-    _mind_quotes(args.question, "question")
     out = _load(args).understand(args.image, list(args.question), max_new_tokens=args.max_new_tokens)
     for text in out.texts:
         print(text)
+    _mind_quotes(args.question, "question")
     return 0
 
 
@@ -194,7 +196,7 @@ def _file_names(sources: Sequence[Path]) -> list[str]:
     return [name if whole.count(name) == 1 else f"{name}-{index}" for index, name in enumerate(whole)]
 
 
-def _save(args: SamplingArguments, pipe: Any, out: Any, paths: list[Path], told: list[dict[str, str]]) -> int:
+def _save(args: SamplingArguments, pipe: Any, out: Any, paths: list[Path], told: list[dict[str, str]]) -> None:
     """Write pictures with all that is needed to draw them again, and say where they are."""
     own, each = pipe.loaded.sampling, args.num_images_per_prompt
     shared = {
@@ -208,7 +210,6 @@ def _save(args: SamplingArguments, pipe: Any, out: Any, paths: list[Path], told:
     save_pictures(out.images, paths, notes)
     for path, seed in zip(paths, out.seeds, strict=True):
         print(f"{path}  (seed {seed})")
-    return 0
 
 
 def _model_name(args: ModelArguments, pipe: Any) -> str:

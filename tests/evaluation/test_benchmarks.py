@@ -49,7 +49,8 @@ def test_planted_errors_are_found(name, oracle):
 
 
 def test_settings_say_how_it_was_measured(gray):
-    options = EvalOptions(limit=2, num_inference_steps=9, guidance_scale=2.5, images_per_prompt=1, label="first", seed=3)
+    given = {"num_inference_steps": 9, "guidance_scale": 2.5, "label": "first", "seed": 3}
+    options = EvalOptions(limit=2, images_per_prompt=1, **given)
     said = benchmark("shapes-gen")(gray, options, None).settings
     assert (said["steps"], said["guidance"], said["seed"], said["size"], said["label"]) == (9, 2.5, 3, 64, "first")
     assert said["judge"]["version"] and said["judge"]["accuracy"] >= 0.99 and said["judge"]["n"] > 0

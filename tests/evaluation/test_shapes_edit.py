@@ -26,7 +26,8 @@ RECOLOR = item("recolor", "make the red circle cyan", replace(CIRCLE, color="cya
 REMOVE = item("remove", "remove the red circle", STAR)
 ADD = item("add", "add a small green square", CIRCLE, STAR, NEW)
 PLACED = item("add", "add a small green square below the blue star", CIRCLE, STAR, NEW)
-REPLACE = item("replace", "replace the red circle with a green square", replace(CIRCLE, shape="square", color="green"), STAR)
+SQUARE = replace(CIRCLE, shape="square", color="green")
+REPLACE = item("replace", "replace the red circle with a green square", SQUARE, STAR)
 BACKGROUND = item("background", "make the background navy", CIRCLE, STAR, background="navy")
 ALL = {"recolor": RECOLOR, "remove": REMOVE, "add": ADD, "placed": PLACED, "replace": REPLACE, "background": BACKGROUND}
 

@@ -79,7 +79,7 @@ def ssim(images: np.ndarray, references: np.ndarray) -> np.ndarray:
 
     values = [
         structural_similarity_index_measure(
-            *(torch.from_numpy(part.copy()).permute(0, 3, 1, 2).float() / 255 for part in pair),
+            *(torch.from_numpy(part.copy()).permute(0, 3, 1, 2).double() / 255 for part in pair),
             gaussian_kernel=False, kernel_size=WINDOW, data_range=1.0, reduction="none",
         )
         for pair in ((images[i : i + 64], references[i : i + 64]) for i in range(0, len(images), 64))

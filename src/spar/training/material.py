@@ -21,8 +21,8 @@ from spar.worlds.shapes.questions import questions
 from spar.worlds.shapes.render import render
 from spar.worlds.shapes.scene import SIDE, Scene
 
-HARD_KINDS = ("position", "exists")  # asked three times as often: both must bind two facts
-CAPTION_WEIGHT = 0.2  # a caption has some twenty tokens where an answer has one
+# Asked once more each: these teach which picture tokens a word means, on which counting and position build.
+BINDING_KINDS = ("color", "shape", "exists", "position")
 
 
 class ShapesMaterial:
@@ -62,9 +62,9 @@ class ShapesMaterial:
         rows = []
         for i in indices:
             scene = self.scenes[i]
-            asked = [q for kinds in (None, HARD_KINDS, HARD_KINDS) for q in questions(scene, rng, kinds)]
+            asked = [q for kinds in (None, BINDING_KINDS) for q in questions(scene, rng, kinds)]
             chosen = [Turn(q.text, q.answer) for q in asked[: self.config.turns]]
-            rows.append([*chosen, Turn(DESCRIBE, describe(scene), CAPTION_WEIGHT)])
+            rows.append([*chosen, Turn(DESCRIBE, describe(scene))])
         return rows
 
     def dense(self, indices: np.ndarray, grid: int) -> dict[str, Tensor]:

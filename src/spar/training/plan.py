@@ -9,7 +9,7 @@ import torch
 
 from spar.errors import InputError
 from spar.training.stages import Recipe, Stage, freeze
-from spar.training.workshop import Workshop
+from spar.training.workshop import Workshop, initialize
 
 BYTES = 4  # float32
 
@@ -41,6 +41,9 @@ def plan(recipe: Recipe, stages: tuple[str, ...] = ()) -> list[StagePlan]:
     try:
         with torch.device("meta"):
             workshop = Workshop(recipe)
+            initialize(workshop, recipe.seed)
+            tokenizer, side = workshop.model.tokenizer, recipe.model.image_size
+            tokenizer.decode(tokenizer.encode(torch.zeros(1, 3, side, side)).z_f)
     except InputError:
         raise
     except Exception as error:  # whatever class of the libraries refuses its sizes, and however

@@ -99,8 +99,8 @@ def mllm_step(ctx: Context, step: int) -> Terms:
     targets, weights = ids[:, 1:][answered], weights[answered]
     losses = F.cross_entropy(logits, targets, reduction="none")
     right = (logits.argmax(-1) == targets).float()
-    words = (weights == 1) & (targets != ctx.recipe.model.text.eos_token_id)
-    return {"loss": (losses * weights).sum() / weights.sum(), "answer_accuracy": right[words].mean()}
+    words = targets != ctx.recipe.model.text.eos_token_id
+    return {"loss": (losses * weights).sum() / weights.sum(), "word_accuracy": right[words].mean()}
 
 
 def autoencoder_step(ctx: Context, step: int) -> Terms:
