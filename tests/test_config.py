@@ -1,5 +1,5 @@
+import copy
 import dataclasses
-import json
 from dataclasses import dataclass
 
 import pytest
@@ -33,7 +33,7 @@ def test_a_recipe_carries_the_name_it_is_known_by(name):
 
 
 def test_an_unknown_recipe_is_refused_with_the_known_ones():
-    with pytest.raises(InputError, match="unknown recipe 'shape'; expected one of shapes, tiny"):
+    with pytest.raises(InputError, match="unknown recipe 'shape'; expected one of shapes, "):
         recipe("shape")
 
 
@@ -53,8 +53,7 @@ def places(values: dict, path: tuple = ()) -> list[tuple]:
 
 
 def replaced(values: dict, path: tuple, value: object) -> dict:
-    changed = json.loads(json.dumps(values))
-    inner = changed
+    inner = changed = copy.deepcopy(values)
     for key in path[:-1]:
         inner = inner[key]
     inner[path[-1]] = value
@@ -62,25 +61,19 @@ def replaced(values: dict, path: tuple, value: object) -> dict:
 
 
 WHOLE = to_dict(dataclasses.replace(recipe("tiny"), stages=(Stage("s", "dit", ("a",), 1),)))
-STAGE_WHOLE = to_dict(Stage("s", "dit", ("a",), 1))
-FIELDS = [(Recipe, WHOLE, path) for path in places(WHOLE)] + [(Stage, STAGE_WHOLE, path) for path in places(STAGE_WHOLE)]
+FIELDS = [
+    (cls, values, path)
+    for cls, values in ((Recipe, WHOLE), (Stage, to_dict(Stage("s", "dit", ("a",), 1))))
+    for path in places(values)
+]
 
 
 @pytest.mark.parametrize(("cls", "values", "path"), FIELDS, ids=lambda v: ".".join(v) if isinstance(v, tuple) else "")
 def test_every_field_refuses_a_value_of_another_kind_and_says_where(cls, values, path):
     for odd in ({"odd": 1}, [{"odd": 1}], object()):
         with pytest.raises(InputError) as caught:
-            from_dict(cls, replaced(values, path, odd) if odd.__class__ is not object else _with_object(values, path))
+            from_dict(cls, replaced(values, path, odd))
         assert ".".join((cls.__name__, *path)) in str(caught.value)
-
-
-def _with_object(values: dict, path: tuple) -> dict:
-    """A value that JSON cannot hold, as Python code may pass it."""
-    inner = changed = replaced(values, path, None)
-    for key in path[:-1]:
-        inner = inner[key]
-    inner[path[-1]] = object()
-    return changed
 
 
 @pytest.mark.parametrize("path", [(), ("model",), ("model", "text"), ("flow",), ("alignment",), ("data",)])
@@ -168,17 +161,18 @@ def test_a_file_that_is_missing_binary_or_a_folder_is_refused_by_name(tmp_path):
             read_json(tmp_path / f"{name}.json")
 
 
-# ---- sizes that contradict each other --------------------------------------------------------------------------------
+# ---- sizes that contradict each other -------------------------------------------------------------------------------
 
+TEXT = TextConfig(hidden_size=160, layers=8, heads=5, kv_heads=5, vocab_size=128)
 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: SparConfig(vision=VisionConfig(image_size=60)), "expected a multiple of 8 .*got 60"),
-        (lambda: SparConfig(router=RouterConfig(count=9)), "expected at most 8 LLM layers, got 9"),
-        (lambda: SparConfig(connector=ConnectorConfig(layers=9)), "connector.layers: expected at most 8, got 9"),
+        (lambda: SparConfig(vision=VisionConfig(patch_size=4, image_size=60)), "expected a multiple of 8 .*got 60"),
+        (lambda: SparConfig(text=TEXT, router=RouterConfig(count=9)), "expected at most 8 LLM layers, got 9"),
+        (lambda: SparConfig(text=TEXT, connector=ConnectorConfig(layers=9)), "layers: expected at most 8, got 9"),
         (lambda: DenoiserConfig(layers=2, tap_block=3), "expected 1 to 2, got 3"),
-        (lambda: DenoiserConfig(tap_block=0), "expected 1 to 6, got 0"),
+        (lambda: DenoiserConfig(layers=6, tap_block=0), "expected 1 to 6, got 0"),
         (lambda: Stage("s", "dit", ("*",), 0), "steps must be at least 1, got 0"),
         (lambda: Stage("s", "dit", ("*",), 1, lr=1e-4, lr_end=1e-3), "0 <= lr_end <= lr"),
         (lambda: Stage("s", "dit", ("*",), 1, losses=LossWeights(align=1.0)), "a dit step has no use for align"),
@@ -189,7 +183,6 @@ def test_sizes_that_contradict_each_other_are_refused(build, message):
         build()
 
 
-@pytest.mark.xfail(strict=True, reason="models/config.py: checked nowhere, or only by a library's traceback")
 @pytest.mark.parametrize(
     "build",
     [
@@ -200,10 +193,10 @@ def test_sizes_that_contradict_each_other_are_refused(build, message):
         lambda: AutoencoderConfig(encoder_layers=(1, 1)),
         lambda: AutoencoderConfig(encoder_layers=(1, 0, 1, 1)),
         lambda: AutoencoderConfig(latent_channels=5),
-        lambda: SparConfig(text=TextConfig(heads=3)),
-        lambda: SparConfig(text=TextConfig(heads=5, kv_heads=2)),
-        lambda: SparConfig(text=TextConfig(image_token_id=128)),
-        lambda: SparConfig(vision=VisionConfig(heads=3)),
+        lambda: SparConfig(text=dataclasses.replace(TEXT, heads=3)),
+        lambda: SparConfig(text=dataclasses.replace(TEXT, kv_heads=2)),
+        lambda: SparConfig(text=dataclasses.replace(TEXT, image_token_id=128)),
+        lambda: SparConfig(vision=VisionConfig(hidden_size=128, heads=3)),
         lambda: SparConfig(vision=VisionConfig(patch_size=0)),
     ],
 )

@@ -1,7 +1,7 @@
 """The command line: one table from verb to function, and the only place that prints.
 
-What a user got wrong becomes one line on stderr and exit status 2, Ctrl-C a short line and 130. Heavy libraries are
-imported inside the verbs that need them, so that help and wrong arguments answer at once.
+What a user got wrong becomes one line on stderr and exit status 2, Ctrl-C a short line and 130. Other libraries than
+Python's own are imported inside the verbs: help and errors come at once, and Ctrl-C finds `main` in charge.
 """
 
 import os
@@ -13,22 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spar import __version__
-from spar.arguments import (
-    DemoArguments,
-    DoctorArguments,
-    EditArguments,
-    EvalArguments,
-    GenerateArguments,
-    ModelArguments,
-    ReconstructArguments,
-    ReportArguments,
-    SamplingArguments,
-    TrainArguments,
-    UnderstandArguments,
-    parse,
-    recipe_arguments,
-    recipe_of,
-)
 from spar.display import (
     bar,
     check_table,
@@ -50,10 +34,12 @@ from spar.outputs import (
 )
 
 if TYPE_CHECKING:
+    from spar.arguments import EvalArguments, ModelArguments, SamplingArguments, TrainArguments
     from spar.pipeline import SparPipeline
 
 WRONG_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 RECONSTRUCT_BATCH = 64
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status."""
@@ -96,7 +82,7 @@ def dispatch(argv: list[str]) -> int:
     elif verb in ("-V", "--version"):
         print(f"spar {__version__}")
     elif verb in VERBS:
-        return VERBS[verb][1](rest)
+        return VERBS[verb](rest)
     else:
         near = get_close_matches(verb, VERBS, 1)
         hint = f"; perhaps you meant {near[0]}" if near else ""
@@ -105,8 +91,8 @@ def dispatch(argv: list[str]) -> int:
 
 
 def overview() -> str:
-    """What `spar --help` says: every verb with the first words of its arguments' docstring."""
-    lines = [f"  {verb:<13}{(kind.__doc__ or '').partition(':')[0]}" for verb, (kind, _) in VERBS.items()]
+    """What `spar --help` says: every verb with its docstring."""
+    lines = [f"  {verb:<13}{function.__doc__}" for verb, function in VERBS.items()]
     head = ["usage: spar VERB ...", "", "SPAR: one model that understands, generates, edits and reconstructs pictures."]
     tail = ["spar VERB --help says what a verb takes; spar --version says which version this is."]
     return "\n".join([*head, "", *lines, "", *tail])
@@ -116,6 +102,9 @@ def overview() -> str:
 
 
 def generate(argv: list[str]) -> int:
+    """Draw pictures from words."""
+    from spar.arguments import GenerateArguments, parse
+
     args = parse(GenerateArguments, argv, "spar generate")
     paths = _picture_paths(args, len(args.prompt))
     pipe = _load(args)
@@ -130,6 +119,9 @@ def generate(argv: list[str]) -> int:
 
 
 def edit(argv: list[str]) -> int:
+    """Change a picture as an instruction says."""
+    from spar.arguments import EditArguments, parse
+
     args = parse(EditArguments, argv, "spar edit")
     paths = _picture_paths(args, len(args.instruction))
     pipe = _load(args)
@@ -142,6 +134,9 @@ def edit(argv: list[str]) -> int:
 
 
 def understand(argv: list[str]) -> int:
+    """Answer questions about a picture."""
+    from spar.arguments import UnderstandArguments, parse
+
     args = parse(UnderstandArguments, argv, "spar understand")
     out = _load(args).understand(args.image, list(args.question), max_new_tokens=args.max_new_tokens)
     for text in out.texts:
@@ -151,6 +146,9 @@ def understand(argv: list[str]) -> int:
 
 
 def reconstruct(argv: list[str]) -> int:
+    """Send pictures through the unified tokenizer and back."""
+    from spar.arguments import ReconstructArguments, parse
+
     args = parse(ReconstructArguments, argv, "spar reconstruct")
     sources = [file for path in args.image for file in (pictures_in(path) if os.path.isdir(path) else [path])]
     folders = any(os.path.isdir(path) for path in args.image)
@@ -171,7 +169,7 @@ def reconstruct(argv: list[str]) -> int:
     return 0
 
 
-def _load(args: ModelArguments) -> "SparPipeline":
+def _load(args: "ModelArguments") -> "SparPipeline":
     with bar("loading the model"):
         import torch
 
@@ -181,7 +179,7 @@ def _load(args: ModelArguments) -> "SparPipeline":
         return SparPipeline.from_pretrained(args.model, dtype=dtype, device=args.device)
 
 
-def _picture_paths(args: SamplingArguments, texts: int) -> list[Path]:
+def _picture_paths(args: "SamplingArguments", texts: int) -> list[Path]:
     """The files that the pictures will go to, checked before the work begins."""
     count = texts * args.num_images_per_prompt
     paths = target_files(args.output, [f"{index:0{len(str(count - 1))}}" for index in range(count)])
@@ -196,7 +194,7 @@ def _file_names(sources: Sequence[Path]) -> list[str]:
     return [name if whole.count(name) == 1 else f"{name}-{index}" for index, name in enumerate(whole)]
 
 
-def _save(args: SamplingArguments, pipe: Any, out: Any, paths: list[Path], told: list[dict[str, str]]) -> None:
+def _save(args: "SamplingArguments", pipe: Any, out: Any, paths: list[Path], told: list[dict[str, str]]) -> None:
     """Write pictures with all that is needed to draw them again, and say where they are."""
     own, each = pipe.loaded.sampling, args.num_images_per_prompt
     shared = {
@@ -212,7 +210,7 @@ def _save(args: SamplingArguments, pipe: Any, out: Any, paths: list[Path], told:
         print(f"{path}  (seed {seed})")
 
 
-def _model_name(args: ModelArguments, pipe: Any) -> str:
+def _model_name(args: "ModelArguments", pipe: Any) -> str:
     return pipe.manifest.get("name") or (args.model.resolve().name if args.model else "bundled")
 
 
@@ -225,6 +223,9 @@ def _mind_quotes(texts: Sequence[str], what: str) -> None:
 
 
 def train(argv: list[str]) -> int:
+    """Train a recipe."""
+    from spar.arguments import TrainArguments, parse, recipe_arguments, recipe_of
+
     if not argv or argv[0].startswith("-"):
         if {"-h", "--help"} & set(argv):
             parse(TrainArguments, ["--help"], "spar train")
@@ -248,7 +249,7 @@ def train(argv: list[str]) -> int:
     return _train(args, chosen, run, resume, again=again)
 
 
-def _train(args: TrainArguments, recipe: Any, run: Path, resume: bool, *, again: str) -> int:
+def _train(args: "TrainArguments", recipe: Any, run: Path, resume: bool, *, again: str) -> int:
     """Train with a bar, and end with where the model is, or with how to go on."""
     from spar.training.loop import NonFiniteLoss
     from spar.training.run import train as run_training
@@ -274,7 +275,7 @@ def _train(args: TrainArguments, recipe: Any, run: Path, resume: bool, *, again:
     return 0
 
 
-def _run_folder(args: TrainArguments, name: str) -> tuple[Path, bool]:
+def _run_folder(args: "TrainArguments", name: str) -> tuple[Path, bool]:
     """The run's folder, and whether to go on with what it holds."""
     if args.resume in ("never", "auto"):
         return args.run or Path("runs") / name, args.resume == "auto"
@@ -290,6 +291,9 @@ def _run_folder(args: TrainArguments, name: str) -> tuple[Path, bool]:
 
 
 def evaluate(argv: list[str]) -> int:
+    """Score a model with the judge of the shapes world."""
+    from spar.arguments import EvalArguments, parse
+
     args = parse(EvalArguments, argv, "spar eval")
     from spar.evaluation.benchmarks import BENCHMARKS
     from spar.evaluation.options import EvalOptions
@@ -309,7 +313,7 @@ def evaluate(argv: list[str]) -> int:
     return 0
 
 
-def _result_paths(args: EvalArguments, names: list[str]) -> list[Path]:
+def _result_paths(args: "EvalArguments", names: list[str]) -> list[Path]:
     mark = "-held_out" if args.combinations == "held_out" else ""
     files = [f"{name}{mark}.json" for name in names]
     if args.benchmark == "all":
@@ -320,6 +324,9 @@ def _result_paths(args: EvalArguments, names: list[str]) -> list[Path]:
 
 
 def report(argv: list[str]) -> int:
+    """Show a run's training curves and results in one HTML page."""
+    from spar.arguments import ReportArguments, parse
+
     args = parse(ReportArguments, argv, "spar report")
     path = args.output or args.run / "report.html"
     from spar.evaluation.report import write_report
@@ -333,6 +340,9 @@ def report(argv: list[str]) -> int:
 
 
 def demo(argv: list[str]) -> int:
+    """Show all four tasks and a small sample of the scores in one HTML page."""
+    from spar.arguments import DemoArguments, parse
+
     args = parse(DemoArguments, argv, "spar demo")
     images = pictures_in(args.images) if args.images else []
     check_replaceable(args.output, "report.html", overwrite=args.overwrite)
@@ -355,6 +365,9 @@ def _curves(model: Path) -> Path | None:
 
 
 def doctor(argv: list[str]) -> int:
+    """Look over the installation: what is wrong, and how to mend it."""
+    from spar.arguments import DoctorArguments, parse
+
     parse(DoctorArguments, argv, "spar doctor")
     from spar.doctor import examine
 
@@ -364,14 +377,14 @@ def doctor(argv: list[str]) -> int:
     return 1 if any(check.ok is False for check in checks) else 0
 
 
-VERBS: dict[str, tuple[type, Callable[[list[str]], int]]] = {
-    "train": (TrainArguments, train),
-    "generate": (GenerateArguments, generate),
-    "edit": (EditArguments, edit),
-    "understand": (UnderstandArguments, understand),
-    "reconstruct": (ReconstructArguments, reconstruct),
-    "eval": (EvalArguments, evaluate),
-    "report": (ReportArguments, report),
-    "demo": (DemoArguments, demo),
-    "doctor": (DoctorArguments, doctor),
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "generate": generate,
+    "edit": edit,
+    "understand": understand,
+    "reconstruct": reconstruct,
+    "eval": evaluate,
+    "report": report,
+    "demo": demo,
+    "doctor": doctor,
 }

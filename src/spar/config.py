@@ -20,8 +20,11 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
-    """Build `cls` from a dictionary; nested dataclasses and tuples are rebuilt, unknown fields raise."""
+def from_dict(cls: type[T], values: dict[str, Any], where: str = "", *, complete: bool = False) -> T:
+    """Build `cls` from a dictionary; nested dataclasses and tuples are rebuilt, unknown fields raise.
+
+    `complete` is for files that this package wrote: there a missing field raises too, instead of taking today's default.
+    """
     name = where or cls.__name__
     if not isinstance(values, dict):
         raise InputError(f"{name}: expected an object with fields, got {type(values).__name__}")
@@ -31,29 +34,32 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
     if unknown:
         raise InputError(f"{name}: unknown field {', '.join(unknown)}; known fields are {', '.join(sorted(known))}")
     try:
-        return cls(**{key: _revive(hints[key], value, f"{name}.{key}") for key, value in values.items()})
+        built = {key: _revive(hints[key], value, f"{name}.{key}", complete) for key, value in values.items()}
+        if complete and known - set(values):
+            raise InputError(f"{name}: missing field {', '.join(sorted(known - set(values)))}")
+        return cls(**built)
     except TypeError as error:
         raise InputError(f"{name}: {error}") from error
 
 
-def _revive(hint: Any, value: Any, where: str) -> Any:
+def _revive(hint: Any, value: Any, where: str, complete: bool) -> Any:
     """Turn a JSON value into what the type hint says, or raise."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        return _revive(next(a for a in arguments if a is not type(None)), value, where)
+        return _revive(next(a for a in arguments if a is not type(None)), value, where, complete)
     if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, where)
+        return from_dict(hint, value, where, complete=complete)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise InputError(f"{where}: expected a list, got {value!r}")
         if arguments[-1] is Ellipsis:
-            return tuple(_revive(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+            return tuple(_revive(arguments[0], item, f"{where}[{i}]", complete) for i, item in enumerate(value))
         if len(arguments) != len(value):
             raise InputError(f"{where}: expected {len(arguments)} values, got {len(value)}")
         pairs = zip(arguments, value, strict=True)
-        return tuple(_revive(argument, item, f"{where}[{i}]") for i, (argument, item) in enumerate(pairs))
+        return tuple(_revive(argument, item, f"{where}[{i}]", complete) for i, (argument, item) in enumerate(pairs))
     if origin is typing.Literal:
         if value not in arguments:
             raise InputError(f"{where}: expected one of {', '.join(map(str, arguments))}, got {value!r}")

@@ -1,7 +1,7 @@
 """Pictures on disk: where they go, and how they get there whole or not at all.
 
 Everything is written aside in the folder where it belongs and renamed; what exists is left alone unless the caller
-says otherwise. A PNG carries how it was made as text chunks, so that it can be made again.
+says otherwise. A PNG carries how it was made as text chunks, so that it can be made again. Light: Pillow comes late.
 """
 
 import os
@@ -9,11 +9,13 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from typing import TYPE_CHECKING
 
 from spar.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -68,7 +70,7 @@ def check_folder(folder: Path) -> None:
 
 
 def save_pictures(
-    images: Sequence[Image.Image], paths: Sequence[Path], notes: Sequence[Mapping[str, object]] = ()
+    images: Sequence["Image.Image"], paths: Sequence[Path], notes: Sequence[Mapping[str, object]] = ()
 ) -> None:
     """Write pictures as PNG, all aside first and then renamed; folders are made.
 
@@ -95,7 +97,9 @@ def save_pictures(
             part.unlink(missing_ok=True)
 
 
-def _text_chunks(notes: Mapping[str, object]) -> PngInfo:
+def _text_chunks(notes: Mapping[str, object]) -> "PngInfo":
+    from PIL.PngImagePlugin import PngInfo
+
     chunks = PngInfo()
     for key, value in notes.items():
         if value is not None:

@@ -113,7 +113,7 @@ class SparPipeline:
             raise InputError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
         folder = BUNDLED if path is None else Path(path)
         if path is None and not (folder / "config.json").exists():
-            raise InputError("this installation has no bundled weights; give a model folder, or run `spar train shapes`")
+            raise InputError("this installation has no bundled weights; give a model folder, or train one")
         return cls(load_model(folder), dtype, where)
 
     def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:

@@ -32,10 +32,12 @@ def randomize() -> Callable[..., nn.Module]:
     def fill(module: nn.Module, seed: int = 0) -> nn.Module:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for parameter in module.parameters():
+            for name, parameter in module.named_parameters():
                 noise = torch.randn(parameter.shape, generator=generator)
                 if parameter.dim() > 1:
                     parameter.copy_(noise / min(parameter[0].numel(), 64) ** 0.5)
+                elif name.endswith("bias"):  # torch draws these at random
+                    parameter.copy_(0.3 * noise)
                 else:
                     parameter.add_(0.3 * noise)
         return module.eval().requires_grad_(False)

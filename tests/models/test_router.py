@@ -1,10 +1,12 @@
+from typing import get_args
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from spar.errors import InputError
-from spar.models.config import RouterConfig, SparConfig
-from spar.models.router import ROUTERS, build_router, common_scale, routed_layers
+from spar.models.config import RouterConfig, RouterKind, SparConfig, TextConfig
+from spar.models.router import build_router, common_scale, routed_layers
 
 WIDTH, COUNT = 8, 3
 
@@ -23,7 +25,7 @@ def behind(built, mixed: torch.Tensor) -> torch.Tensor:
     return normed @ built.projection.weight.T + built.projection.bias
 
 
-@pytest.mark.parametrize("kind", ROUTERS)
+@pytest.mark.parametrize("kind", get_args(RouterKind))
 def test_every_tokens_weights_are_shares_of_one(kind, randomize):
     weights = router(kind, randomize)(states()).weights
     assert weights.shape == (2, 5, COUNT) and (weights >= 0).all()
@@ -118,7 +120,7 @@ def test_routed_layers_stand_at_one_interval_and_end_with_the_last(layers, count
 
 def test_more_routed_layers_than_the_llm_has_are_refused():
     with pytest.raises(InputError, match="router.count: expected at most 8 LLM layers, got 9"):
-        SparConfig(router=RouterConfig(count=9))
+        SparConfig(text=TextConfig(layers=8), router=RouterConfig(count=9))
 
 
 def test_a_common_scale_forgets_the_size_of_a_state_and_keeps_its_direction():

@@ -5,7 +5,6 @@ true unconditional prompts of classifier-free guidance. The chat template is Cha
 InternVL3 checkpoints have it; an image is `<img>`, one `<IMG_CONTEXT>` a visual token, `</img>`.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ UNCONDITIONAL = "Generate an image."
 UNCONDITIONAL_EDIT = "Edit the image.\n"
 DESCRIBE = "describe the image"
 MAX_CHARACTERS_PER_TOKEN = 32
+ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
@@ -78,17 +78,18 @@ class PromptEncoder:
             raise InputError(f"{what}: expected some words, got an empty text")
         if len(text) > MAX_CHARACTERS_PER_TOKEN * limit:
             raise InputError(f"{what}: expected at most {limit} tokens, got a text of {len(text)} characters")
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        read = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, special = read["input_ids"], set(self.tokenizer.all_special_ids)
         if len(ids) > limit:
             raise InputError(f"{what}: expected at most {limit} tokens, got {len(ids)}")
-        special = set(self.tokenizer.all_special_ids)
         if self.tokenizer.unk_token_id in ids:
-            words = re.findall(r"[^\s,.?:]+", text.lower())
-            known = {word for word, number in self.tokenizer.get_vocab().items() if number not in special}
-            unknown = dict.fromkeys(word for word in words if word not in known)
+            spans = [s for i, s in zip(ids, read["offset_mapping"], strict=True) if i == self.tokenizer.unk_token_id]
+            words = dict.fromkeys(text[start:end] for start, end in spans)
+            shown = [word if word.isprintable() else ascii(word) for word in words]
+            known = [w for w, i in self.tokenizer.get_vocab().items() if i not in special and w.isalpha()]
             raise InputError(
-                f"{what}: unknown words {', '.join(list(unknown)[:10])}; this model knows only "
-                + ", ".join(sorted(word for word in known if word.isalpha()))
+                f"{what}: unknown words {', '.join(shown[:10])}; this model knows only "
+                + ", ".join(sorted(set(known) - set(ROLES)))
             )
         if special & set(ids):
             raise InputError(f"{what}: expected plain words, got one of the model's control tokens")

@@ -127,9 +127,9 @@ figcaption strong { color: var(--ink); font-weight: 600; }
 .facts dd { margin: 0; overflow-wrap: anywhere; font-size: .9rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
-th, td { padding: .4rem .6rem; text-align: left; border-bottom: 1px solid var(--line); vertical-align: middle; }
-th { font-weight: 600; color: var(--soft); font-size: .8rem; white-space: nowrap; }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th, td { padding: .4rem .6rem; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { font-weight: 600; color: var(--soft); font-size: .8rem; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
 .reached { color: var(--good); } .near { color: var(--warn); } .short { color: var(--bad); }
 .reached, .near, .short { font-weight: 600; white-space: nowrap; }
 details { border-top: 1px solid var(--line); padding: .6rem 0; }

@@ -45,14 +45,14 @@ def _result(result: Result) -> Markup:
 
 
 def _table(result: Result, scores: Sequence[Score]) -> Markup:
-    head: list[page.Child] = ["Score", "Value", "95 % interval", "", "n", "Target"]
+    head: list[page.Child] = ["Score", "Value", "Target", "95 % interval", "n", ""]
     rows = [_row(result, score) for score in scores]
     if any(baselines(result, score) for score in scores):
-        head.insert(2, "Baselines")
+        head.append("Baselines")
         for row, score in zip(rows, scores, strict=True):
             words = [f"{name} {show(name, base.value)}" for name, base in baselines(result, score).items()]
-            row.insert(2, ", ".join(words))
-    return page.table(head, rows, frozenset((1, len(head) - 2)))
+            row.append(", ".join(words))
+    return page.table(head, rows, frozenset((1, 4)))
 
 
 def _row(result: Result, score: Score) -> list[page.Child]:
@@ -65,7 +65,7 @@ def _row(result: Result, score: Score) -> list[page.Child]:
         text = f"{_SIGNS.get(words, '≈ ')}{words}"
         goal = page.join(f"≥ {target.at_least:g} ", tag("span", text, class_=_CLASSES.get(words, "near")))
     name = show_name(score.name.removeprefix("part."))
-    return [name, show(score.name, score.value), show_interval(score), bar, str(score.n), goal]
+    return [name, show(score.name, score.value), goal, show_interval(score), str(score.n), bar]
 
 
 def _settings(result: Result) -> Markup:

@@ -25,6 +25,7 @@ SCENES = 500
 MAX_PSNR = 100.0  # decibels noted for pictures that are equal
 WINDOW = 7
 _FRECHET_DRAWS = 200
+_CHUNK = 4  # pictures whose SSIM is taken at once: on a CPU four times as fast as 64
 
 
 def recon_scenes(options: EvalOptions) -> list[Scene]:
@@ -82,7 +83,7 @@ def ssim(images: np.ndarray, references: np.ndarray) -> np.ndarray:
             *(torch.from_numpy(part.copy()).permute(0, 3, 1, 2).double() / 255 for part in pair),
             gaussian_kernel=False, kernel_size=WINDOW, data_range=1.0, reduction="none",
         )
-        for pair in ((images[i : i + 64], references[i : i + 64]) for i in range(0, len(images), 64))
+        for pair in ((images[i : i + _CHUNK], references[i : i + _CHUNK]) for i in range(0, len(images), _CHUNK))
     ]
     return torch.cat([value.reshape(-1) for value in values]).numpy()
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MASKED = -1e9  # added to a forbidden score; finite in bfloat16, so that no row can become NaN
+MASKED = -6e4  # added to a forbidden score; finite in every half precision, so that no row can become NaN
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -119,7 +119,7 @@ def save_tokenizer(tokenizer: UnifiedTokenizer, folder: Path, dtype: torch.dtype
 def load_tokenizer(folder: Path) -> UnifiedTokenizer:
     """The inverse of `save_tokenizer`, in float32."""
     header = _header(folder, f"{FORMAT}-tokenizer")
-    tokenizer = UnifiedTokenizer(from_dict(SparConfig, header["model"]))
+    tokenizer = UnifiedTokenizer(from_dict(SparConfig, header["model"], complete=True))
     _fill_tokenizer(tokenizer, folder, header)
     return tokenizer.eval()
 
@@ -134,7 +134,7 @@ def _fill_tokenizer(tokenizer: UnifiedTokenizer, folder: Path, header: dict[str,
 
 def save_model(loaded: Loaded, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Write a whole SPAR folder aside and rename it; an existing folder that is no SPAR folder is left alone."""
-    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
+    if folder.exists() and not _replaceable(folder):
         raise InputError(f"{folder} exists and is no SPAR folder; expected an empty or new folder")
     aside = folder.with_name(folder.name + ".part")
     try:
@@ -164,11 +164,26 @@ def save_model(loaded: Loaded, folder: Path, dtype: torch.dtype | None = None) -
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def _replaceable(folder: Path) -> bool:
+    """Whether a path that exists is an empty folder or an older SPAR folder."""
+    if not folder.is_dir():
+        return False
+    if not any(folder.iterdir()):
+        return True
+    try:
+        return read_json(folder / "config.json").get("format") == FORMAT
+    except InputError:
+        return False
+
+
 def load_model(folder: Path) -> Loaded:
     """Load a SPAR folder strictly, in float32 on the CPU; `InputError` names what is missing, foreign or damaged."""
     header = _header(folder, FORMAT)
-    model = SparModel(from_dict(SparConfig, header["model"]))
-    _fill_tokenizer(model.tokenizer, folder / "tokenizer", _header(folder / "tokenizer", f"{FORMAT}-tokenizer"))
+    model = SparModel(from_dict(SparConfig, header["model"], complete=True))
+    tokenizer = _header(folder / "tokenizer", f"{FORMAT}-tokenizer")
+    if tokenizer["model"] != header["model"]:
+        raise InputError(f"{folder}: the config.json of tokenizer/ gives other sizes than the model's own")
+    _fill_tokenizer(model.tokenizer, folder / "tokenizer", tokenizer)
     for part in PARTS:
         path = folder / part / "model.safetensors"
         load_weights(getattr(model, part), read_tensors(path), str(path.parent))
@@ -176,7 +191,7 @@ def load_model(folder: Path) -> Loaded:
     return Loaded(
         model=model.eval().requires_grad_(False),
         text_tokenizer=_text_tokenizer(folder / "text_tokenizer"),
-        sampling=from_dict(Sampling, header["sampling"]),
+        sampling=from_dict(Sampling, header["sampling"], complete=True),
         manifest=read_json(manifest) if manifest.exists() else {},
     )
 
@@ -187,9 +202,12 @@ def _text_tokenizer(folder: Path) -> Any:
     if not (folder / "tokenizer.json").is_file():
         raise InputError(f"tokenizer.json is missing in {folder}")
     try:
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises a bare Exception on a damaged file
         raise InputError(f"{folder} holds no readable text tokenizer: {error}") from error
+    if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
+        raise InputError(f"{folder}: expected a text tokenizer with end and padding tokens, got none")
+    return tokenizer
 
 
 def _header(folder: Path, expected: str) -> dict[str, Any]:

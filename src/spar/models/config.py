@@ -8,6 +8,22 @@ from spar.errors import InputError
 RouterKind = Literal["dtr", "last", "average", "concat", "global"]
 
 
+def _positive(config: object, *names: str) -> None:
+    """Refuse sizes below 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise InputError(f"{type(config).__name__}.{name}: expected at least 1, got {getattr(config, name)}")
+
+
+def _divides(config: object, whole: str, part: str) -> None:
+    """Refuse two fields where the second does not divide the first."""
+    if getattr(config, whole) % getattr(config, part):
+        raise InputError(
+            f"{type(config).__name__}: expected {whole} as a multiple of {part}, "
+            f"got {getattr(config, whole)} and {getattr(config, part)}"
+        )
+
+
 @dataclass(frozen=True)
 class VisionConfig:
     """InternViT (transformers' `InternVLVisionConfig`)."""
@@ -19,6 +35,10 @@ class VisionConfig:
     patch_size: int = 4
     image_size: int = 64
     layer_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "hidden_size", "layers", "heads", "intermediate_size", "patch_size", "image_size")
+        _divides(self, "hidden_size", "heads")
 
 
 @dataclass(frozen=True)
@@ -37,6 +57,15 @@ class TextConfig:
     eos_token_id: int = 2
     pad_token_id: int = 0
 
+    def __post_init__(self) -> None:
+        _positive(self, "vocab_size", "hidden_size", "layers", "heads", "kv_heads")
+        _positive(self, "intermediate_size", "max_positions")
+        _divides(self, "hidden_size", "heads")
+        _divides(self, "heads", "kv_heads")
+        for name in ("image_token_id", "eos_token_id", "pad_token_id"):
+            if not 0 <= getattr(self, name) < self.vocab_size:
+                raise InputError(f"TextConfig.{name}: expected 0 to {self.vocab_size - 1}, got {getattr(self, name)}")
+
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
@@ -46,11 +75,27 @@ class AutoencoderConfig:
     head_dim: int = 32
     channels: tuple[int, ...] = (32, 64, 128, 128)
     encoder_layers: tuple[int, ...] = (0, 1, 2, 1)
-    decoder_layers: tuple[int, ...] = (0, 2, 2, 2)
+    decoder_layers: tuple[int, ...] = (0, 2, 2, 1)
     blocks: tuple[str, ...] = ("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock")
     multiscales: tuple[tuple[int, ...], ...] = ((), (), (), ())
     downsample: Literal["Conv", "pixel_unshuffle"] = "pixel_unshuffle"
     upsample: Literal["interpolate", "pixel_shuffle"] = "interpolate"
+
+    def __post_init__(self) -> None:
+        _positive(self, "latent_channels", "head_dim")
+        for name in ("encoder_layers", "decoder_layers", "blocks", "multiscales"):
+            if len(getattr(self, name)) != len(self.channels):
+                raise InputError(
+                    f"AutoencoderConfig.{name}: expected one entry for each of {len(self.channels)} channels, "
+                    f"got {len(getattr(self, name))}"
+                )
+            if name.endswith("layers") and 0 in getattr(self, name)[1:]:
+                raise InputError(f"AutoencoderConfig.{name}: only the first entry may be 0, got {getattr(self, name)}")
+        if self.channels[-1] % self.latent_channels:
+            raise InputError(
+                "AutoencoderConfig: the shortcuts want the last of channels as a multiple of latent_channels, "
+                f"got {self.channels[-1]} and {self.latent_channels}"
+            )
 
     @property
     def stride(self) -> int:
@@ -81,6 +126,13 @@ class RouterConfig:
     count: int = 4
     temperature: float = 1.0
 
+    def __post_init__(self) -> None:
+        _positive(self, "count")
+        if self.temperature <= 0:
+            raise InputError(f"RouterConfig.temperature: expected above 0, got {self.temperature}")
+        if self.kind != "dtr" and self.temperature != 1.0:
+            raise InputError(f"RouterConfig.temperature: only kind dtr has one, got kind {self.kind}")
+
 
 @dataclass(frozen=True)
 class ConnectorConfig:
@@ -94,6 +146,11 @@ class ConnectorConfig:
     layers: int = 2
     reference_positions: bool = True
 
+    def __post_init__(self) -> None:
+        _positive(self, "queries")
+        if self.layers < 0:
+            raise InputError(f"ConnectorConfig.layers: expected at least 0, got {self.layers}")
+
 
 @dataclass(frozen=True)
 class DenoiserConfig:
@@ -105,7 +162,7 @@ class DenoiserConfig:
     cross_heads: int = 7
     cross_head_dim: int = 32
     caption_channels: int = 160
-    mlp_ratio: float = 2.5
+    mlp_ratio: float = 2.29
     interpolation_scale: float | None = 1.0
     tap_block: int = 2
 
@@ -135,6 +192,11 @@ class SparConfig:
             raise InputError(
                 f"vision.image_size: expected a multiple of {self.token_stride} (two patches), "
                 f"got {self.vision.image_size}"
+            )
+        if self.streams.pixel_stream and self.text.hidden_size % self.streams.pixel_heads:
+            raise InputError(
+                f"streams.pixel_heads: expected a divisor of text.hidden_size {self.text.hidden_size}, "
+                f"got {self.streams.pixel_heads}"
             )
         if self.router.count > self.text.layers:
             raise InputError(f"router.count: expected at most {self.text.layers} LLM layers, got {self.router.count}")

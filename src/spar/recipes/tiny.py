@@ -18,7 +18,11 @@ TINY_MODEL = SparConfig(
     vision=VisionConfig(hidden_size=32, layers=1, heads=2, intermediate_size=64),
     text=TextConfig(hidden_size=32, layers=4, heads=2, kv_heads=1, intermediate_size=64),
     autoencoder=AutoencoderConfig(
-        latent_channels=8, head_dim=8, channels=(16, 16, 16, 16), encoder_layers=(0, 1, 1, 1), decoder_layers=(0, 1, 1, 1)
+        latent_channels=8,
+        head_dim=8,
+        channels=(16, 16, 16, 16),
+        encoder_layers=(0, 1, 1, 1),
+        decoder_layers=(0, 1, 1, 1),
     ),
     streams=StreamConfig(residual_blocks=1, pixel_layers=1, pixel_heads=2),
     connector=ConnectorConfig(queries=4, layers=1),

@@ -1,6 +1,7 @@
 """The one training loop. It reads top to bottom; what differs between stages is data (`stages`) and a step function."""
 
 import ctypes
+import fnmatch
 import json
 import logging
 import math
@@ -50,8 +51,6 @@ def learning_rate(stage: Stage, step: int) -> float:
 
 def build_optimizer(workshop: Workshop, stage: Stage) -> torch.optim.AdamW:
     """AdamW with one parameter group for each learning-rate factor; vectors and scalars never decay."""
-    import fnmatch
-
     groups: dict[tuple[float, bool], list[Tensor]] = {}
     for name, parameter in workshop.named_parameters():
         if parameter.requires_grad:
@@ -278,3 +277,21 @@ def previous_weights(workshop: Workshop, run: Path, stage: Stage, order: tuple[S
     if not before.exists():
         raise InputError(f"stage {stage.name} starts from the end of {order[index - 1].name}, which is not in {run}")
     load_weights(workshop, load_group(before, "workshop"), str(before))
+
+
+def initial_weights(workshop: Workshop, folder: Path, stage: Stage, order: tuple[Stage, ...]) -> None:
+    """Start a stage from another run's weights.
+
+    What the stages before this one train must fit exactly. What none of them has touched may differ in design (another
+    router, another teacher's width) and then keeps its fresh random weights: so one tokenizer serves every ablation.
+    """
+    earlier = order[: [s.name for s in order].index(stage.name)]
+    patterns = [pattern for before in earlier for pattern in before.trainable]
+    own, given = workshop.state_dict(), load_group(folder, "workshop")
+    for key in own.keys() | given.keys():
+        fits = key in own and key in given and own[key].shape == given[key].shape
+        if not fits and not any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns):
+            given.pop(key, None)
+            if key in own:
+                given[key] = own[key]
+    load_weights(workshop, given, str(folder))

@@ -15,7 +15,7 @@ from spar.data.prompts import PromptEncoder
 from spar.errors import InputError
 from spar.models.checkpoint import Loaded, Sampling, load_weights, save_model, versions
 from spar.models.spar import SparModel
-from spar.training.loop import Report, previous_weights, run_stage, tune_allocator
+from spar.training.loop import Report, initial_weights, previous_weights, run_stage, tune_allocator
 from spar.training.material import ShapesMaterial
 from spar.training.stages import Recipe, Stage, freeze, freezing_table
 from spar.training.state import load_group
@@ -26,7 +26,12 @@ from spar.worlds.shapes.words import PLURALS, build_tokenizer
 
 log = logging.getLogger("spar.training")
 
-TAG_NAMES = {"shape": tuple(SHAPES), "color": tuple(COLORS), "size": tuple(SIZES), "background": tuple(BACKGROUNDS)}
+TAG_NAMES = {
+    "shape": SHAPES,
+    "color": tuple(COLORS),
+    "size": tuple(SIZES),
+    "background": tuple(BACKGROUNDS),
+}
 
 Announce = Callable[[Stage, list[tuple[str, int, int]]], None]
 
@@ -93,7 +98,7 @@ def train(
             load_weights(workshop, load_group(run / stage.name / "done", "workshop"), stage.name)
             continue
         if init_from is not None and stage is chosen[0]:
-            load_weights(workshop, load_group(init_from, "workshop"), str(init_from))
+            initial_weights(workshop, init_from, stage, recipe.stages)
         else:
             previous_weights(workshop, run, stage, recipe.stages)
         prepare(workshop, stage, recipe, prompts)
@@ -166,7 +171,7 @@ def prepare(workshop: Workshop, stage: Stage, recipe: Recipe, prompts: PromptEnc
 
 @torch.no_grad()
 def name_tags(workshop: Workshop, prompts: PromptEncoder) -> None:
-    """Start the embedding of each tag's word (and a shape's plural) at the tag's read-out vector, at words' usual size."""
+    """Start each tag's word (and a shape's plural) at the tag's read-out vector, at the usual size of a word."""
     table = workshop.model.language.network.embed_tokens.weight
     size = table.norm(dim=-1).mean()
     for tag, names in TAG_NAMES.items():

@@ -34,7 +34,8 @@ def save_folder(target: Path, tensors: dict[str, dict[str, Tensor]], meta: dict)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     for name, group in tensors.items():
-        save_file({key: value.detach().contiguous().cpu() for key, value in group.items()}, aside / f"{name}.safetensors")
+        stored = {key: value.detach().contiguous().cpu() for key, value in group.items()}
+        save_file(stored, aside / f"{name}.safetensors")
     write_json(aside / "meta.json", meta)
     for file in aside.iterdir():
         with open(file, "rb") as handle:

@@ -100,7 +100,8 @@ def _initialize_denoiser(workshop: Workshop) -> None:
     weight = network.patch_embed.proj.weight
     nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
     nn.init.normal_(network.time_embed.linear.weight, std=0.02)
-    for linear in (network.time_embed.emb.timestep_embedder.linear_1, network.time_embed.emb.timestep_embedder.linear_2):
+    embedder = network.time_embed.emb.timestep_embedder
+    for linear in (embedder.linear_1, embedder.linear_2):
         nn.init.normal_(linear.weight, std=0.02)
     nn.init.zeros_(network.proj_out.weight)
     nn.init.zeros_(network.proj_out.bias)
