@@ -208,7 +208,7 @@ WRONG = [
     ("train tiny --model.denoiser.tap-block 9", "expected 1 to 2, got 9"),
     ("train tiny --model.router.kind best", "expected one of 'dtr'"),
     ("train tiny --model.vision.hidden-size 30", "its sizes do not fit together"),
-    ("train tiny --model.autoencoder.channels 3 5 7 9", "its sizes do not fit together"),
+    ("train tiny --model.autoencoder.channels 3 5 7 9", "channels"),
     ("train tiny --stages.unified-4.steps 4", "unknown arguments: --stages.unified-4.steps"),
     ("train tiny --stages.unified-2.steps 0", "steps must be at least 1, got 0"),
     ("train tiny --stages.dit.losses.mse 1", "a dit step has no use for mse"),
@@ -727,7 +727,7 @@ DAMAGES = {
     "foreign": (lambda folder: (folder / "config.json").write_text('{"_class_name": "Sana"}'), "no spar folder"),
     "no json": (lambda folder: (folder / "config.json").write_text("{"), "not readable JSON"),
     "old": (lambda folder: damage_config(folder, format_version=0), "format version 0"),
-    "other sizes": (lambda folder: damage_config(folder, model={}), "does not fit"),
+    "no sizes": (lambda folder: damage_config(folder, model={}), "missing field"),
     "unknown field": (lambda folder: damage_config(folder, model={"depth": 3}), "unknown field depth"),
 }
 

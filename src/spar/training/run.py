@@ -41,7 +41,7 @@ def open_run(run: Path, recipe: Recipe, *, fresh: bool) -> None:
     path = run / "recipe.json"
     if fresh and path.exists():
         raise InputError(f"{run} already holds a run; resume it (--resume auto) or give another folder")
-    if path.exists() and from_dict(Recipe, read_json(path)) != recipe:
+    if path.exists() and from_dict(Recipe, read_json(path), complete=True) != recipe:
         raise InputError(f"{run} holds a run of another recipe; give its own flags, or another folder")
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -133,6 +133,20 @@ def finished(model: SparModel, recipe: Recipe, run: Path, prompts: PromptEncoder
     }
     sampling = Sampling(shift=flow.sampling_shift, steps=flow.sampling_steps, guidance=flow.guidance)
     return Loaded(model.eval(), prompts.tokenizer, sampling, manifest)
+
+
+def model_of(run: Path, stage: str | None = None) -> Loaded:
+    """The model as it stands at the end of a stage of a run, by default the recipe's last.
+
+    Raises:
+        InputError: a folder that is no run, or a stage that has not ended.
+    """
+    recipe = from_dict(Recipe, read_json(run / "recipe.json"), complete=True)
+    folder = run / (stage or recipe.stages[-1].name) / "done"
+    prompts = PromptEncoder(build_tokenizer(), recipe.model.grid**2)
+    workshop = build_workshop(recipe, torch.device("cpu"), prompts)
+    load_weights(workshop, load_group(folder, "workshop"), str(folder))
+    return finished(workshop.model, recipe, run, prompts)
 
 
 def machine() -> dict[str, str | int]:

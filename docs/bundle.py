@@ -1,0 +1,46 @@
+"""Make the bundled weights from a run: python docs/bundle.py RUN [STAGE]; then again with --scores, once they are measured.
+
+Weights go to src/spar/assets/weights in bfloat16. `--scores` writes the main scores of docs/results into the manifest.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from spar.config import read_json, write_json
+from spar.evaluation.results import read_result
+from spar.evaluation.table import main_scores, show_title
+from spar.models.checkpoint import save_model
+from spar.pipeline import BUNDLED
+from spar.training.run import model_of
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def measured() -> dict[str, dict[str, float]]:
+    """The main scores of every results file."""
+    results = [read_result(path) for path in sorted(RESULTS.glob("*.json"))]
+    return {show_title(r): {score.name: round(score.value, 4) for score in main_scores(r)} for r in results}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, nargs="?")
+    parser.add_argument("stage", nargs="?")
+    parser.add_argument("--scores", action="store_true")
+    args = parser.parse_args()
+    if args.scores:
+        path = BUNDLED / "manifest.json"
+        write_json(path, {**read_json(path), "scores": measured()})
+    elif args.run:
+        save_model(model_of(args.run, args.stage), BUNDLED, torch.bfloat16)
+        size = sum(file.stat().st_size for file in BUNDLED.rglob("*") if file.is_file())
+        sys.stdout.write(f"{BUNDLED}: {size / 1e6:.2f} MB\n")
+    else:
+        parser.error("give a run, or --scores")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Recipes: complete, JSON and back, feasible, and each with the paper's stages and losses (SPAR.md sections 1 and 2)."""
+
+import json
+
+import pytest
+
+from spar.config import from_dict, to_dict
+from spar.errors import InputError
+from spar.models.router import routed_layers
+from spar.recipes import RECIPES, recipe
+from spar.training.plan import plan
+from spar.training.stages import Recipe
+
+STAGES = ("tokenizer-1", "tokenizer-2", "tokenizer-3", "unified-1", "unified-2", "unified-3")
+# Which of the paper's terms each of its stages has.
+TERMS = {
+    "tokenizer-1": {"mse", "perceptual", "native"},
+    "tokenizer-2": {"mse", "perceptual"},
+    "tokenizer-3": {"mse", "perceptual", "semantic", "gan", "lecam"},
+    "unified-1": set(),
+    "unified-2": {"align"},
+    "unified-3": {"align"},
+}
+PAPERS = {"mse", "perceptual", "native", "semantic", "gan", "lecam", "align"}
+
+every = pytest.mark.parametrize("name", RECIPES)
+
+
+@every
+def test_a_recipe_goes_through_json_unchanged(name):
+    original = recipe(name)
+    assert original.name == name
+    assert from_dict(Recipe, json.loads(json.dumps(to_dict(original))), complete=True) == original
+
+
+@every
+def test_a_recipe_can_be_built_and_frozen(name):
+    planned = plan(recipe(name))
+    assert [p.stage for p in planned] == list(recipe(name).stages)
+    assert len({p.trainable + p.frozen for p in planned}) == 1 and min(p.trainable for p in planned) > 0
+
+
+@every
+def test_the_foundations_come_first_then_the_papers_stages_in_order(name):
+    names = [stage.name for stage in recipe(name).stages]
+    assert tuple(names[-6:]) == STAGES
+    assert set(names[:-6]) == {"encoder", "mllm", "autoencoder", "dit"}
+    assert names.index("encoder") < names.index("mllm") < names.index("dit") > names.index("autoencoder")
+
+
+@every
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_has_exactly_the_papers_terms(name, stage):
+    losses = recipe(name).stage(stage).losses
+    assert {term for term in PAPERS if getattr(losses, term)} == TERMS[stage]
+
+
+@every
+def test_the_encoder_learns_at_a_tenth_in_stage_three(name):
+    stage = recipe(name).stage("tokenizer-3")
+    assert stage.rates == (("model.tokenizer.encoder.*", 0.1),) and stage.ema > 0
+
+
+@every
+def test_editing_comes_with_joint_pre_training(name):
+    shares = {stage: recipe(name).stage(stage).edit_share for stage in STAGES[3:]}
+    assert shares["unified-1"] == 0 and 0 < shares["unified-2"] < 1 and 0 < shares["unified-3"] < 1
+    assert recipe(name).data.edits > 0
+
+
+@every
+def test_the_paper_settings_that_no_small_size_touches(name):
+    config = recipe(name)
+    model = config.model
+    assert (config.flow.time_mean, config.flow.time_std, config.flow.unconditional_share) == (0.0, 1.0, 0.1)
+    assert (config.flow.sampling_steps, config.flow.guidance) == (20, 4.5)
+    assert (model.router.kind, model.router.count, model.router.temperature) == ("dtr", 4, 1.0)
+    assert routed_layers(model.text.layers, 4)[-1] == model.text.layers
+    assert config.alignment.teacher == "self"
+    assert [config.stage(s).losses.align for s in ("unified-2", "unified-3")] == [0.5, 0.5]
+
+
+@every
+def test_the_parts_fit_each_other(name):
+    model = recipe(name).model
+    assert model.autoencoder.stride == model.token_stride  # L_p compares token with latent, cell by cell
+    assert model.denoiser.caption_channels == model.text.hidden_size  # the DiT's own stage reads the LLM directly
+
+
+def test_tiny_is_shapes_cut_down():
+    small, large = recipe("tiny"), recipe("shapes")
+    for a, b in zip(small.stages, large.stages, strict=True):
+        assert (a.name, a.step, a.trainable, a.rates, a.ema) == (b.name, b.step, b.trainable, b.rates, b.ema)
+        assert a.steps <= b.steps and a.batch <= b.batch
+    assert small.flow == large.flow and small.alignment == large.alignment
+    sizes = [plan(r, ("mllm",))[0] for r in (small, large)]
+    assert 4 * (sizes[0].trainable + sizes[0].frozen) < sizes[1].trainable + sizes[1].frozen
+
+
+def test_a_recipe_is_made_anew_each_time():
+    assert recipe("tiny") == recipe("tiny") and recipe("tiny") is not recipe("tiny")
+
+
+def test_an_unknown_recipe_is_refused_with_the_known_ones():
+    with pytest.raises(InputError, match="unknown recipe 'small'; expected one of shapes, tiny"):
+        recipe("small")
