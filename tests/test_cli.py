@@ -166,6 +166,8 @@ WRONG = [
     ("generate x -n 0", "--num-images-per-prompt: expected 1 to 4096, got 0"),
     ("generate x y -n 4096", "number of pictures: expected 1 to 4096, got 8192"),
     ("generate x --dtype int8", "'float16', got 'int8'"),
+    ("generate 'a red \udcff circle'", "prompt: expected text in UTF-8"),
+    ("generate x --negative-prompt \udcff", "--negative-prompt: expected text in UTF-8"),
     ("generate x --stepps 3", "unknown arguments: --stepps, 3; perhaps you meant"),
     ("generate x -o out.jpg", "ends in .png"),
     ("generate x y -o out.png", "expected a folder for 2 pictures"),
@@ -218,7 +220,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("line", "words"), WRONG, ids=[line or "nothing" for line, _ in WRONG])
+@pytest.mark.parametrize(("line", "words"), WRONG, ids=[ascii(line) for line, _ in WRONG])
 def test_wrong_input_gets_one_line_and_leaves_nothing(capsys, no_load, tmp_path, line, words):
     (tmp_path / "there.png").write_bytes(b"mine")
     (tmp_path / "there.txt").write_text("mine")
@@ -349,8 +351,8 @@ def test_reconstruct_takes_files_and_folders_and_keeps_their_names(capsys, pipe,
     assert main(["reconstruct", "photos", "c.png"]) == 0
     assert sorted(path.name for path in Path("out").iterdir()) == ["a.jpg.png", "a.png.png", "b.png", "c.png"]
     assert [len(arguments[0]) for _, arguments, _ in pipe.calls] == [2, 2]
-    assert main(["reconstruct", "c.png", "-o", "back.png"]) == 0
-    assert Image.open("back.png").text["image"] == "c.png"
+    assert main(["reconstruct", "c\udcff.png", "-o", "back.png"]) == 0
+    assert Image.open("back.png").text["image"] == "c?.png"
 
 
 def test_the_limits_are_the_pipelines_own():

@@ -69,6 +69,7 @@ class SamplingArguments(ModelArguments):
         within("--steps", self.num_inference_steps, 1, MAX_STEPS)
         within("--guidance", self.guidance_scale, 0, MAX_GUIDANCE)
         within("--num-images-per-prompt", self.num_images_per_prompt, 1, MAX_IMAGES)
+        _readable(self.negative_prompt, "--negative-prompt")
 
     def keywords(self) -> dict[str, Any]:
         """The pipeline's keywords that all sampling tasks share."""
@@ -241,6 +242,17 @@ class DoctorArguments:
 def _some(values: Sequence[object], what: str, usage: str) -> None:
     if not values:
         raise InputError(f"expected at least one {what} ({usage}), got none")
+    for value in values:
+        if isinstance(value, str):
+            _readable(value, what)
+
+
+def _readable(text: str | None, what: str) -> None:
+    """Refuse bytes of a shell that are no text in its encoding: Python keeps them as lone surrogates."""
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{what}: expected text in UTF-8, got {text!r}") from None
 
 
 def recipe_arguments(base: "Recipe") -> type[TrainArguments]:

@@ -103,7 +103,7 @@ def _text_chunks(notes: Mapping[str, object]) -> "PngInfo":
     chunks = PngInfo()
     for key, value in notes.items():
         if value is not None:
-            chunks.add_text(key, str(value))
+            chunks.add_text(key, str(value).encode(errors="replace").decode())  # a file's name may be no text
     return chunks
 
 

@@ -15,44 +15,44 @@ DENOISER = "model.denoiser.*"
 
 FOUNDATIONS = (
     Stage(
-        "encoder", "encoder", (ENCODER, "dense_head.*"), steps=900, batch=64, lr=1e-3, lr_end=5e-5,
+        "encoder", "encoder", (ENCODER, "dense_head.*"), steps=1300, batch=64, lr=1e-3, lr_end=5e-5,
         losses=LossWeights(dense=1.0, pixel=10.0),
     ),
-    Stage("mllm", "mllm", ("model.language.*",), steps=600, lr=1e-3, lr_end=2e-5),
+    Stage("mllm", "mllm", ("model.language.*",), steps=1600, lr=1e-3, lr_end=2e-5),
     Stage(
-        "autoencoder", "autoencoder", ("pixel_encoder.*", DECODER), steps=350, lr=1e-3, lr_end=5e-5,
+        "autoencoder", "autoencoder", ("pixel_encoder.*", DECODER), steps=500, lr=1e-3, lr_end=5e-5,
         losses=LossWeights(mse=1.0, latent_penalty=1e-3, latent_noise=0.2),
     ),
-    Stage("dit", "dit", (DENOISER,), steps=250, draws=4, lr=1e-3, lr_end=2e-4, ema=0.99),
+    Stage("dit", "dit", (DENOISER,), steps=700, draws=4, lr=1e-3, lr_end=2e-4, ema=0.99),
 )
 
 TOKENIZER = (
     Stage(
-        "tokenizer-1", "tokenizer", STREAMS, steps=120, lr=1e-3, lr_end=3e-4,
-        losses=LossWeights(mse=1.0, perceptual=0.05, native=1.0),
+        "tokenizer-1", "tokenizer", STREAMS, steps=400, lr=1e-3, lr_end=3e-4,
+        losses=LossWeights(mse=1.0, perceptual=0.05, native=1.0, native_fused=1.0),
     ),
     Stage(
-        "tokenizer-2", "tokenizer", (*STREAMS, DECODER), steps=150, lr=6e-4, lr_end=1e-4,
-        losses=LossWeights(mse=1.0, perceptual=0.05, latent_penalty=1e-3, latent_noise=0.2),
+        "tokenizer-2", "tokenizer", (*STREAMS, DECODER), steps=300, lr=6e-4, lr_end=1e-4,
+        losses=LossWeights(mse=1.0, perceptual=0.05, native_fused=0.02, latent_noise=0.2),
     ),
     Stage(
-        "tokenizer-3", "tokenizer", (ENCODER, *STREAMS, DECODER, "discriminator.*"), steps=200, lr=6e-4, lr_end=2e-5,
+        "tokenizer-3", "tokenizer", (ENCODER, *STREAMS, DECODER, "discriminator.*"), steps=400, lr=6e-4, lr_end=2e-5,
         ema=0.98, rates=((ENCODER, 0.1),),
         losses=LossWeights(
-            mse=1.0, perceptual=0.05, semantic=1.0, gan=1e-4, lecam=1e-3, gan_start=100, latent_penalty=1e-3,
+            mse=1.0, perceptual=0.05, semantic=1.0, gan=1e-4, lecam=1e-3, gan_start=200, native_fused=0.02,
             latent_noise=0.2,
         ),
     ),
 )
 
 UNIFIED = (
-    Stage("unified-1", "unified", BRIDGE, steps=100, draws=4, lr=1e-3, lr_end=5e-4),
+    Stage("unified-1", "unified", BRIDGE, steps=150, draws=4, lr=1e-3, lr_end=5e-4),
     Stage(
-        "unified-2", "unified", (*BRIDGE, DENOISER, "alignment_head.*"), steps=700, draws=4, lr=1e-3, lr_end=1e-4,
+        "unified-2", "unified", (*BRIDGE, DENOISER, "alignment_head.*"), steps=1500, draws=4, lr=1e-3, lr_end=1e-4,
         ema=0.995, edit_share=0.35, losses=LossWeights(align=0.5),
     ),
     Stage(
-        "unified-3", "unified", (*BRIDGE, DENOISER, "alignment_head.*"), steps=40, draws=4, lr=1e-4, lr_end=1e-5,
+        "unified-3", "unified", (*BRIDGE, DENOISER, "alignment_head.*"), steps=150, draws=4, lr=1e-4, lr_end=1e-5,
         warmup=10, ema=0.99, edit_share=0.35, losses=LossWeights(align=0.5),
     ),
 )

@@ -18,7 +18,8 @@ READS: dict[str, tuple[str, ...]] = {
     "autoencoder": ("mse", "latent_penalty", "latent_noise"),
     "dit": (),
     "tokenizer": (
-        "mse", "perceptual", "native", "semantic", "gan", "lecam", "gan_start", "latent_penalty", "latent_noise",
+        "mse", "perceptual", "native", "native_fused", "semantic", "gan", "lecam", "gan_start", "latent_penalty",
+        "latent_noise",
     ),
     "unified": ("align",),
 }
@@ -28,9 +29,10 @@ READS: dict[str, tuple[str, ...]] = {
 class LossWeights:
     """Weights of the named terms; 0 switches a term off.
 
-    native is lambda_p, semantic lambda_s, align lambda_a. `gan_start` is the step from which the adversarial term
-    counts. `latent_penalty` (on the square of the latent) and `latent_noise` (standard deviation of noise on the
-    latent before decoding, relative to the latent's own) are departures for the small setting.
+    native is lambda_p, semantic lambda_s, align lambda_a; `gan_start` is the step from which the adversarial term
+    counts. Departures for the small setting: `native_fused` holds `z_f`, not only `z_p`, near the autoencoder's own
+    latents; `latent_penalty` weighs the square of the latent; `latent_noise` is the standard deviation of noise on the
+    latent before decoding, relative to the latent's own.
     """
 
     dense: float = 0.0
@@ -38,6 +40,7 @@ class LossWeights:
     mse: float = 0.0
     perceptual: float = 0.0
     native: float = 0.0
+    native_fused: float = 0.0
     semantic: float = 0.0
     gan: float = 0.0
     lecam: float = 0.0

@@ -202,10 +202,11 @@ def tokenizer_step(ctx: Context, step: int) -> Terms:
     if weights.perceptual:
         terms["perceptual"] = _feature_distance(workshop, decoded, pixels)
         loss = loss + weights.perceptual * terms["perceptual"]
-    if weights.native:
+    if weights.native or weights.native_fused:
         native = ctx.frozen("native", indices, lambda i: {"latent": workshop.pixel_encoder(ctx.pixels(i))})["latent"]
         terms["native"] = native_latent_loss(latents.z_p, native.flatten(2).transpose(1, 2))
-        loss = loss + weights.native * terms["native"]
+        terms["native_fused"] = native_latent_loss(latents.z_f, native)
+        loss = loss + weights.native * terms["native"] + weights.native_fused * terms["native_fused"]
     if weights.semantic:
         taught = ctx.frozen("teacher", indices, lambda i: {"f_v": workshop.teacher(ctx.pixels(i))})["f_v"]
         terms["semantic"] = semantic_loss(f_v, taught)

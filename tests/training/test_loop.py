@@ -1,0 +1,494 @@
+"""The loop: closed forms, bit-exact resumption, a stop before the optimizer, states that are whole or refused."""
+
+import json
+import math
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from spar.errors import InputError
+from spar.training import loop
+from spar.training.loop import (
+    Average,
+    NonFiniteLoss,
+    build_optimizer,
+    calibrate,
+    clip_gradients,
+    learning_rate,
+    run_stage,
+    stop_signals,
+    whiten,
+)
+from spar.training.stages import Stage
+from spar.training.state import Progress, load_group, read_progress, save_folder
+from spar.training.steps import STEPS
+
+GROUPS = {"workshop", "optimizer", "average"}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def state(folder: Path) -> dict[str, dict[str, Tensor]]:
+    return {path.stem: load_group(folder, path.stem) for path in folder.glob("*.safetensors")}
+
+
+def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+
+
+def interrupt(at: int, number: int = signal.SIGINT):
+    """A report that sends this process a signal at a step, as Ctrl-C does."""
+
+    def report(stage, step, steps, values):
+        if step == at:
+            os.kill(os.getpid(), number)
+
+    return report
+
+
+# ---- closed forms ----------------------------------------------------------------------------------------------------
+
+
+def test_the_learning_rate_warms_up_linearly_then_follows_a_cosine():
+    stage = Stage("s", "mllm", ("*",), steps=1100, lr=2e-3, lr_end=4e-4, warmup=100)
+    assert [learning_rate(stage, step) for step in (0, 49, 99)] == pytest.approx([2e-5, 1e-3, 2e-3])
+    for step in (100, 350, 600, 850, 1100):
+        share = (step - 100) / 1000
+        expected = 4e-4 + 1.6e-3 * (1 + math.cos(math.pi * share)) / 2
+        assert learning_rate(stage, step) == pytest.approx(expected)
+    assert learning_rate(stage, 600) == pytest.approx(1.2e-3) and learning_rate(stage, 1100) == pytest.approx(4e-4)
+    after = [learning_rate(stage, step) for step in range(99, 1100)]
+    assert after == sorted(after, reverse=True)
+
+
+def test_warm_up_takes_a_tenth_of_a_short_stage_at_most_and_can_be_none():
+    short = Stage("s", "mllm", ("*",), steps=50, lr=1.0, lr_end=0.0, warmup=100)
+    assert [learning_rate(short, step) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert learning_rate(replace(short, warmup=0), 0) == 1.0
+
+
+@pytest.mark.xfail(strict=True, reason="review: warmup=100 of 900 steps is silently cut to 90")
+def test_the_warm_up_is_what_the_stage_says():
+    stage = Stage("s", "mllm", ("*",), steps=900, lr=1.0, lr_end=0.0, warmup=100)
+    assert learning_rate(stage, 49) == pytest.approx(0.5)
+
+
+def test_the_average_is_the_moving_average_in_closed_form():
+    module = nn.ParameterDict({"live": nn.Parameter(torch.zeros(3)), "still": nn.Parameter(torch.full((2,), 5.0))})
+    module["still"].requires_grad_(False)
+    average = Average(module, decay=0.5)
+    weight, expected = 1.0, np.zeros(3)
+    for step in range(20):
+        value = np.array([1.0, step, -(step**2)])
+        with torch.no_grad():
+            module["live"].copy_(torch.from_numpy(value))
+        average.update(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected, weight = decay * expected + (1 - decay) * value, weight * decay
+    assert list(average.kept) == ["live"]
+    assert np.allclose(average.kept["live"].numpy(), expected, rtol=1e-5)
+    assert average.kept["live"][0] == pytest.approx(1 - weight, rel=1e-5)  # constant input: 1 - the product of decays
+    assert module["live"].tolist() == [1.0, 19.0, -361.0]  # training goes on from its own weights
+    average.apply()
+    assert np.allclose(module["live"].detach().numpy(), expected, rtol=1e-5) and module["still"].tolist() == [5.0, 5.0]
+
+
+def test_the_optimizer_has_a_tenth_of_the_rate_for_the_encoder_and_no_decay_for_vectors(start):
+    ctx = start("tokenizer-3", weight_decay=0.1)
+    names = {id(p): name for name, p in ctx.workshop.named_parameters()}
+    seen = set()
+    for group in build_optimizer(ctx.workshop, ctx.stage).param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            seen.add(name)
+            assert group["factor"] == (0.1 if name.startswith("model.tokenizer.encoder.") else 1.0)
+            assert group["weight_decay"] == (0.1 if parameter.dim() > 1 else 0.0)
+    assert seen == {name for name, p in ctx.workshop.named_parameters() if p.requires_grad}
+
+
+def test_the_loop_sets_each_groups_rate(start, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(loop, "build_optimizer", lambda *a: made.append(build_optimizer(*a)) or made[0])
+    ctx = start("tokenizer-3", steps=2)
+    assert run_stage(ctx, tmp_path, resume=False)
+    rates = {group["factor"]: group["lr"] for group in made[0].param_groups}
+    assert rates == pytest.approx({1.0: learning_rate(ctx.stage, 1), 0.1: 0.1 * learning_rate(ctx.stage, 1)})
+
+
+def test_the_gradient_is_clipped_to_its_norm(start, tmp_path, monkeypatch):
+    norms = []
+
+    class Watched(torch.optim.SGD):
+        def step(self):
+            gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            norms.append(float(torch.stack([g.square().sum() for g in gradients]).sum().sqrt()))
+
+    monkeypatch.setattr(
+        loop, "build_optimizer",
+        lambda w, s: Watched([{"params": [p for p in w.parameters() if p.requires_grad], "factor": 1.0}], lr=1.0),
+    )
+    run_stage(start("encoder", steps=1, clip=0.25), tmp_path, resume=False)
+    assert norms == pytest.approx([0.25], rel=1e-3)
+    logged = json.loads((tmp_path / "metrics.jsonl").read_text())["gradient"]
+    assert logged > 1  # what is logged is the norm before
+
+
+def test_the_two_sides_of_the_adversary_are_clipped_apart(start):
+    workshop = start("tokenizer-3").workshop
+    for name, parameter in workshop.named_parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.full_like(parameter, 9.0 if name.startswith("discriminator.") else 0.01)
+    sizes = {side: sum(p.numel() for n, p in trainable(workshop) if n.startswith("discriminator.") == side) for side in (0, 1)}
+    norm = clip_gradients(workshop, 1.0)
+    assert float(norm) == pytest.approx(0.01 * sizes[0] ** 0.5, rel=1e-3)
+    for side in (0, 1):
+        rows = [p.grad.square().sum() for n, p in trainable(workshop) if n.startswith("discriminator.") == side]
+        assert float(torch.stack(rows).sum().sqrt()) == pytest.approx(1.0, rel=1e-3)
+
+
+@pytest.mark.xfail(strict=True, reason="review: only the norm of the tokenizer's side is looked at")
+def test_a_discriminators_gradient_that_is_not_finite_is_seen(start):
+    workshop = start("tokenizer-3").workshop
+    for name, parameter in trainable(workshop):
+        parameter.grad = torch.full_like(parameter, math.nan if name.startswith("discriminator.") else 0.01)
+    assert not bool(torch.isfinite(clip_gradients(workshop, 1.0)))
+
+
+# ---- what a stage measures when it ends ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["tokenizer-1", "tokenizer-3"])
+def test_the_measured_latent_scale_gives_unit_size(start, stage):
+    ctx = start(stage)
+    tokenizer, pixels = ctx.workshop.model.tokenizer, ctx.pixels(np.arange(24))
+    with torch.no_grad():
+        tokenizer.latent_scale.fill_(123.0)
+        tokenizer.fusion[-1].weight.mul_(3.0)
+    calibrate(ctx)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        latents = tokenizer.encode(pixels)
+    assert float(tokenizer.normalize(latents.z_f).float().square().mean().sqrt()) == pytest.approx(1, abs=2e-3)
+    assert torch.allclose(tokenizer.denormalize(tokenizer.normalize(latents.z_f)), latents.z_f, rtol=1e-2)
+    assert torch.allclose(ctx.workshop.teacher_mean, latents.f_v.float().mean((0, 1)), atol=1e-3)
+
+
+def test_the_measured_native_scale_gives_unit_size(start):
+    ctx = start("autoencoder")
+    calibrate(ctx)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        latents = ctx.workshop.pixel_encoder(ctx.pixels(np.arange(24))).float()
+    assert float((latents * ctx.workshop.native_scale).square().mean().sqrt()) == pytest.approx(1, abs=2e-3)
+    assert float(ctx.workshop.native_scale) != 1
+
+
+@pytest.mark.parametrize("stage", ["mllm", "dit", "unified-1", "unified-2"])
+def test_other_stages_measure_nothing(start, stage):
+    ctx = start(stage)
+    before = {name: value.clone() for name, value in ctx.workshop.state_dict().items()}
+    calibrate(ctx)
+    assert same(before, ctx.workshop.state_dict())
+
+
+def test_whitening_changes_the_basis_and_nothing_that_is_read_off_it(start):
+    ctx = start("encoder")
+    encoder, head = ctx.workshop.model.tokenizer.encoder, ctx.workshop.dense_head
+    linears = [*head.tags.values(), head.center, head.coverage, head.pixels]
+    with torch.no_grad():
+        head.center.bias.normal_(generator=torch.Generator().manual_seed(0))
+        f_v = encoder(ctx.pixels(np.arange(24)))
+        read = [linear(f_v) for linear in linears]
+        rows = f_v.flatten(0, 1).double()
+        variances = torch.linalg.eigvalsh(torch.cov(rows.T))
+        whiten(ctx.workshop, f_v, floor=0.1)
+        white = encoder(ctx.pixels(np.arange(24)))
+        assert not torch.allclose(white, f_v, atol=0.1)
+        for before, linear in zip(read, linears, strict=True):
+            assert torch.allclose(linear(white), before, atol=1e-3)
+    after = torch.linalg.eigvalsh(torch.cov(white.flatten(0, 1).double().T))
+    assert torch.allclose(after, variances / (variances + 0.1 * variances.mean()), atol=1e-3)
+    assert torch.allclose(white.mean((0, 1)), torch.zeros(32), atol=1e-3)
+
+
+# ---- resumption ------------------------------------------------------------------------------------------------------
+
+STEPS_N, CUT = 4, 1
+
+
+@pytest.mark.parametrize("stage", ["encoder", "mllm", "dit", "tokenizer-3", "unified-2"])
+def test_n_steps_equal_k_then_resume_then_the_rest_bit_for_bit(start, tmp_path, stage):
+    straight, parted = tmp_path / "straight", tmp_path / "parted"
+    last = interrupt(STEPS_N - 1)
+    assert not run_stage(start(stage, steps=STEPS_N), straight, resume=False, report=last)
+
+    assert not run_stage(start(stage, steps=STEPS_N), parted, resume=False, report=interrupt(CUT))
+    assert read_progress(parted / stage / "state").step == CUT + 1
+    halfway = state(parted / stage / "state")
+    assert not run_stage(start(stage, steps=STEPS_N), parted, resume=True, report=last)
+
+    one, other = state(straight / stage / "state"), state(parted / stage / "state")
+    assert one.keys() == other.keys() == (GROUPS if start(stage).stage.ema else GROUPS - {"average"})
+    for group in one:
+        assert same(one[group], other[group]), group
+        assert not same(one[group], halfway[group]), group
+    for run in (straight, parted):  # all steps are done: only the end of the stage is left
+        assert run_stage(start(stage, steps=STEPS_N), run, resume=True)
+    ends = [load_group(run / stage / "done", "workshop") for run in (straight, parted)]
+    assert same(*ends)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_in_flight_saves_and_stops(start, tmp_path, number):
+    before = signal.getsignal(number)
+    ctx = start("encoder", steps=9)
+    assert run_stage(ctx, tmp_path, resume=False, report=interrupt(2, number)) is False
+    assert same(state(tmp_path / "encoder" / "state")["workshop"], ctx.workshop.state_dict())
+    meta = json.loads((tmp_path / "encoder" / "state" / "meta.json").read_text())
+    assert (meta["stage"], meta["step"], meta["config"]["steps"]) == ("encoder", 3, 9)
+    assert not (tmp_path / "encoder" / "done").exists()
+    assert signal.getsignal(number) is before
+
+
+def test_without_resume_a_saved_state_is_not_used(start, tmp_path):
+    run_stage(start("encoder", steps=4), tmp_path, resume=False, report=interrupt(1))
+    seen = []
+    run_stage(start("encoder", steps=4), tmp_path, resume=False, report=lambda stage, step, *_: seen.append(step))
+    assert seen == [0, 1, 2, 3]
+
+
+def test_resuming_where_nothing_was_saved_starts_at_the_beginning(start, tmp_path):
+    seen = []
+    assert run_stage(start("encoder", steps=2), tmp_path, resume=True, report=lambda s, step, *_: seen.append(step))
+    assert seen == [0, 1]
+
+
+def test_the_end_holds_the_averaged_weights(start, tmp_path):
+    ctx = start("dit", steps=3)
+    run_stage(ctx, tmp_path, resume=False, report=interrupt(2))
+    saved = state(tmp_path / "dit" / "state")
+    assert run_stage(start("dit", steps=3), tmp_path, resume=True)
+    done = load_group(tmp_path / "dit" / "done", "workshop")
+    assert saved["average"] and all(torch.equal(done[name], value) for name, value in saved["average"].items())
+    assert not same({name: saved["workshop"][name] for name in saved["average"]}, saved["average"])
+
+
+def test_the_state_is_saved_every_so_many_minutes(start, tmp_path, tiny_run):
+    def steps_saved(minutes):
+        seen, run = [], tmp_path / str(minutes)
+        ctx = start("encoder", recipe=replace(tiny_run.recipe, save_minutes=minutes), steps=3)
+        folder = run / "encoder" / "state"
+        run_stage(ctx, run, resume=False, report=lambda *_: seen.append(read_progress(folder)))
+        return [progress and progress.step for progress in seen]
+
+    assert steps_saved(0.0) == [None, 1, 2] and steps_saved(5.0) == [None, None, None]
+
+
+def test_outside_the_main_thread_signals_are_left_alone():
+    import threading
+
+    found = []
+
+    def work():
+        with stop_signals() as caught:
+            found.append(caught)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [[]]
+
+
+# ---- a loss that is not finite ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_non_finite_number_stops_before_the_optimizer_and_leaves_the_saved_state(
+    start, tmp_path, tiny_run, monkeypatch, where
+):
+    often = replace(tiny_run.recipe, save_minutes=0.0)
+    whole = STEPS["encoder"]
+
+    def planted(ctx, step):
+        terms = whole(ctx, step)
+        if step == 2:
+            weight = ctx.workshop.dense_head.coverage.weight
+            poison = torch.full((), math.nan) if where == "loss" else (weight * 0).sum().sqrt()
+            terms["loss"] = terms["loss"] + poison
+        return terms
+
+    with monkeypatch.context() as patch:
+        patch.setitem(STEPS, "encoder", planted)
+        ctx = start("encoder", recipe=often, steps=4)
+        with pytest.raises(NonFiniteLoss, match="stage encoder, step 2: .*shape"):
+            run_stage(ctx, tmp_path, resume=False)
+    folder = tmp_path / "encoder" / "state"
+    assert read_progress(folder).step == 2
+    assert same(load_group(folder, "workshop"), ctx.workshop.state_dict())
+    assert all(torch.isfinite(value).all() for value in load_group(folder, "workshop").values())
+
+    assert run_stage(start("encoder", steps=4), tmp_path, resume=True)
+    assert run_stage(start("encoder", steps=4), tmp_path / "other", resume=False)
+    ends = [load_group(run / "encoder" / "done", "workshop") for run in (tmp_path, tmp_path / "other")]
+    assert same(*ends)
+
+
+# ---- states that are damaged -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stopped(start, tmp_path):
+    """A run stopped in the middle of a stage with an average, and its saved state."""
+    run_stage(start("dit", steps=4), tmp_path, resume=False, report=interrupt(1))
+    return tmp_path, tmp_path / "dit" / "state"
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def rewrite(path: Path, change) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+lenient = pytest.mark.xfail(strict=True, reason="review: the optimizer's and the average's state load without a check")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda s: cut(s / "workshop.safetensors"), "workshop.safetensors is damaged"),
+        (lambda s: cut(s / "optimizer.safetensors"), "optimizer.safetensors is damaged"),
+        (lambda s: cut(s / "average.safetensors"), "average.safetensors is damaged"),
+        (lambda s: (s / "workshop.safetensors").write_bytes(b""), "workshop.safetensors is damaged"),
+        (lambda s: (s / "optimizer.safetensors").unlink(), "optimizer.safetensors is missing"),
+        (lambda s: cut(s / "meta.json"), "meta.json is not readable JSON"),
+        (lambda s: (s / "meta.json").write_text("[]"), "expected a JSON object, got list"),
+        (lambda s: rewrite(s / "workshop.safetensors", lambda t: t.popitem()), "does not fit this model: 1 missing"),
+        pytest.param(
+            lambda s: (s / "meta.json").write_text("{}"), "meta.json",
+            marks=pytest.mark.xfail(strict=True, raises=KeyError, reason="review: KeyError instead of InputError"),
+        ),
+        pytest.param(
+            lambda s: rewrite(s / "optimizer.safetensors", lambda t: t.popitem()), "optimizer", marks=lenient
+        ),
+        pytest.param(lambda s: rewrite(s / "average.safetensors", lambda t: t.popitem()), "average", marks=lenient),
+    ],
+)
+def test_a_damaged_state_is_refused_in_words(start, stopped, damage, message):
+    run, folder = stopped
+    damage(folder)
+    with pytest.raises(InputError, match=message):
+        run_stage(start("dit", steps=4), run, resume=True)
+
+
+@pytest.mark.xfail(strict=True, reason="review: read_progress falls back to state.old, load_group does not")
+def test_a_save_that_was_cut_between_its_two_renames_is_resumed(start, stopped):
+    run, folder = stopped
+    folder.rename(folder.with_name("state.old"))
+    seen = []
+    assert run_stage(start("dit", steps=4), run, resume=True, report=lambda s, step, *_: seen.append(step))
+    assert seen == [2, 3]
+
+
+def test_a_save_that_fails_leaves_the_older_one(tmp_path, monkeypatch):
+    target = tmp_path / "stage" / "state"
+    save_folder(target, {"a": {"x": torch.ones(2)}}, vars(Progress("s", 1)))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("spar.training.state.save_file", full)
+        with pytest.raises(OSError):
+            save_folder(target, {"a": {"x": torch.zeros(2)}}, vars(Progress("s", 2)))
+    assert read_progress(target).step == 1 and load_group(target, "a")["x"].tolist() == [1, 1]
+    save_folder(target, {"b": {"x": torch.zeros(2)}}, vars(Progress("s", 3)))  # what the failed one left is no hindrance
+    assert sorted(p.name for p in target.iterdir()) == ["b.safetensors", "meta.json"]
+    assert [p.name for p in target.parent.iterdir()] == ["state"]
+
+
+def test_no_state_is_no_progress(tmp_path):
+    assert read_progress(tmp_path / "state") is None
+
+
+# ---- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_logged_step_is_a_line_of_finite_numbers(tiny_run):
+    read = lines(tiny_run.path)
+    assert [(row["stage"], row["step"]) for row in read] == [(s.name, i) for s in tiny_run.recipe.stages for i in range(3)]
+    for row, (stage, step, steps, values) in zip(read, tiny_run.reports, strict=True):
+        assert row == {"stage": stage, "step": step, **values} and steps == 3
+        assert {"loss", "lr", "gradient", "seconds"} <= values.keys()
+        assert all(math.isfinite(value) for value in values.values()) and values["gradient"] > 0
+        assert values["lr"] == learning_rate(tiny_run.recipe.stage(stage), step)
+    for before, after in zip(read, read[1:], strict=False):
+        assert before["stage"] != after["stage"] or before["seconds"] < after["seconds"]
+
+
+def test_the_curves_are_in_tensorboard_too(tiny_run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tiny_run.path / "tensorboard")).Reload()
+    logged = [event.value for event in events.Scalars("unified-2/loss")]
+    assert logged == pytest.approx([row["loss"] for row in lines(tiny_run.path) if row["stage"] == "unified-2"])
+
+
+def test_steps_between_are_not_logged_but_the_last_is(start, tmp_path, tiny_run):
+    ctx = start("encoder", recipe=replace(tiny_run.recipe, log_every=3), steps=6)
+    run_stage(ctx, tmp_path, resume=False)
+    assert [row["step"] for row in lines(tmp_path)] == [0, 3, 5]
+
+
+def test_the_seconds_go_on_where_a_resumed_stage_stopped(start, tmp_path):
+    run_stage(start("encoder", steps=4), tmp_path, resume=False, report=interrupt(1))
+    folder = tmp_path / "encoder" / "state"
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({**meta, "seconds": 1000.0}))
+    run_stage(start("encoder", steps=4), tmp_path, resume=True)
+    assert [row["step"] for row in lines(tmp_path)] == [0, 1, 2, 3]
+    assert [row["seconds"] > 1000 for row in lines(tmp_path)] == [False, False, True, True]
+    assert json.loads((tmp_path / "encoder" / "done" / "meta.json").read_text())["seconds"] > 1000
+
+
+@pytest.mark.xfail(strict=True, reason="review: after a crash the steps since the last save are logged twice")
+def test_after_a_crash_each_step_is_logged_once(start, tmp_path):
+    def crash(stage, step, *_):
+        if step == 3:
+            raise MemoryError
+
+    run_stage(start("encoder", steps=5), tmp_path, resume=False, report=interrupt(1))
+    with pytest.raises(MemoryError):
+        run_stage(start("encoder", steps=5), tmp_path, resume=True, report=crash)
+    run_stage(start("encoder", steps=5), tmp_path, resume=True)
+    assert [row["step"] for row in lines(tmp_path)] == [0, 1, 2, 3, 4]
+
+
+def test_a_run_without_tensorboard_keeps_its_lines(start, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    run_stage(start("encoder", steps=1), tmp_path, resume=False)
+    assert len(lines(tmp_path)) == 1 and not (tmp_path / "tensorboard").exists()
+
+
+def test_states_hold_no_pickle(stopped):
+    _, folder = stopped
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "average.safetensors", "meta.json", "optimizer.safetensors", "workshop.safetensors"
+    ]
+    shutil.rmtree(folder)

@@ -1,0 +1,333 @@
+"""A run: one folder, one recipe, stages behind each other, resumable anywhere; starting from weights is not resuming."""
+
+import json
+import os
+import shutil
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+
+from spar.config import from_dict, read_json
+from spar.data.prompts import PromptEncoder
+from spar.errors import InputError
+from spar.models.checkpoint import load_model
+from spar.recipes import recipe
+from spar.training import run as module
+from spar.training.run import TAG_NAMES, build_workshop, open_run, train
+from spar.training.stages import AlignmentConfig, Recipe
+from spar.training.state import load_group
+from spar.worlds.shapes.words import PLURALS, build_tokenizer
+
+TINY = recipe("tiny")
+ENCODER_ONLY = ("encoder",)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def weights(run, stage):
+    return load_group(run / stage / "done", "workshop")
+
+
+@pytest.fixture
+def half(tiny_run, tmp_path):
+    """A copy of the finished run with only its foundations in it."""
+    run = tmp_path / "half"
+    later = [stage.name for stage in TINY.stages[4:]]
+    shutil.copytree(tiny_run.path, run, ignore=shutil.ignore_patterns(*later, "model", "tensorboard"))
+    return run
+
+
+# ---- the folder ------------------------------------------------------------------------------------------------------
+
+
+def test_the_folder_says_which_recipe_it_holds(tiny_run):
+    assert from_dict(Recipe, read_json(tiny_run.path / "recipe.json"), complete=True) == TINY
+    assert {p.name for p in tiny_run.path.iterdir() if p.is_dir()} == {
+        *(stage.name for stage in TINY.stages), "cache", "model", "tensorboard"
+    }
+    assert not list(tiny_run.path.glob("*/state*"))  # what could be resumed is gone with the stage's end
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_another_recipe_is_refused_and_writes_nothing(tiny_run, fresh):
+    before = (tiny_run.path / "recipe.json").read_bytes()
+    with pytest.raises(InputError, match="holds a run of another recipe|already holds a run"):
+        open_run(tiny_run.path, replace(TINY, seed=5), fresh=fresh)
+    with pytest.raises(InputError, match="another recipe"):
+        train(replace(TINY, seed=5), tiny_run.path, resume=True)
+    assert (tiny_run.path / "recipe.json").read_bytes() == before
+
+
+def test_a_fresh_run_does_not_write_over_an_old_one(tiny_run):
+    with pytest.raises(InputError, match="already holds a run; resume it"):
+        train(TINY, tiny_run.path)
+
+
+def test_a_broken_recipe_file_is_refused(tmp_path):
+    (tmp_path / "recipe.json").write_text('{"name": "tiny"')
+    with pytest.raises(InputError, match="recipe.json is not readable JSON"):
+        open_run(tmp_path, TINY, fresh=False)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write the run folder"):
+        open_run(tmp_path / "file" / "run", TINY, fresh=True)
+
+
+def test_a_stage_whose_start_is_missing_is_refused(tmp_path):
+    with pytest.raises(InputError, match="stage dit starts from the end of autoencoder, which is not in"):
+        train(TINY, tmp_path / "run", stages=("dit",))
+
+
+def test_a_tokenizer_with_more_words_than_the_model_is_refused():
+    small = replace(TINY, model=replace(TINY.model, text=replace(TINY.model.text, vocab_size=32)))
+    with pytest.raises(InputError, match=r"text.vocab_size: expected at least \d+ for this tokenizer, got 32"):
+        build_workshop(small, torch.device("cpu"), PromptEncoder(build_tokenizer(), 64))
+
+
+def test_the_seed_decides_the_first_weights():
+    prompts, cpu = PromptEncoder(build_tokenizer(), 64), torch.device("cpu")
+    state = torch.random.get_rng_state()
+    one, two, three = (build_workshop(replace(TINY, seed=s), cpu, prompts).model.state_dict() for s in (0, 0, 1))
+    moved = {name for name in one if not torch.equal(one[name], three[name])}
+    assert {"language.network.embed_tokens.weight", "router.gate.0.weight", "denoiser.network.patch_embed.proj.weight"} <= moved
+    assert all(torch.equal(one[name], two[name]) for name in moved)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.xfail(strict=True, reason="review: constructors draw from the global generator before initialize seeds it")
+def test_the_seed_decides_every_first_weight():
+    prompts, cpu = PromptEncoder(build_tokenizer(), 64), torch.device("cpu")
+    torch.manual_seed(1)
+    one = build_workshop(TINY, cpu, prompts).state_dict()
+    torch.manual_seed(2)
+    two = build_workshop(TINY, cpu, prompts).state_dict()
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"seed": -1}, id="seed"),
+        pytest.param({"log_every": 0}, id="log_every"),
+        pytest.param({"data": replace(TINY.data, scenes=0)}, id="scenes"),
+        pytest.param({"flow": replace(TINY.flow, unconditional_share=2.0)}, id="unconditional_share"),
+        pytest.param({"flow": replace(TINY.flow, sampling_steps=0)}, id="sampling_steps"),
+        pytest.param({"flow": replace(TINY.flow, training_shift=0.0)}, id="training_shift"),
+    ],
+)
+@pytest.mark.xfail(strict=True, reason="review: recipe-wide settings are not checked")
+def test_a_recipe_refuses_settings_that_cannot_be(changes):
+    with pytest.raises(InputError):
+        replace(TINY, **changes)
+
+
+# ---- resuming --------------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_run_ends_bit_equal_to_one_that_was_not(tiny_run, half):
+    """Foundations from the folder, a signal inside tokenizer-2, another inside unified-2, then on to the end."""
+
+    def signal_at(name, at):
+        return lambda stage, step, *_: os.kill(os.getpid(), signal.SIGINT) if (stage, step) == (name, at) else None
+
+    announced = []
+    for stop in (("tokenizer-2", 0), ("unified-2", 1), None):
+        model = train(
+            TINY, half, resume=True, report=signal_at(*stop) if stop else None,
+            announce=lambda stage, _: announced.append(stage.name),
+        )
+        assert (model is None) == (stop is not None)
+        if stop:
+            assert (half / stop[0] / "state" / "meta.json").exists() and not (half / "model").exists()
+    assert announced == [
+        "tokenizer-1", "tokenizer-2", "tokenizer-2", "tokenizer-3", "unified-1", "unified-2", "unified-2", "unified-3"
+    ]
+    for stage in ("tokenizer-1", "tokenizer-2", "tokenizer-3", "unified-1", "unified-2", "unified-3"):
+        assert same(weights(half, stage), weights(tiny_run.path, stage)), stage
+    for file in sorted((tiny_run.path / "model").rglob("*.safetensors")):
+        assert (half / file.relative_to(tiny_run.path)).read_bytes() == file.read_bytes(), file
+
+
+def test_resuming_a_finished_run_trains_nothing_and_gives_its_model(tiny_run, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run.path, run)
+    monkeypatch.setattr(module, "run_stage", lambda *_, **__: pytest.fail("a stage was trained"))
+    model = train(TINY, run, resume=True)
+    assert same(model.state_dict(), tiny_run.model.state_dict())
+
+
+def test_a_damaged_end_of_a_stage_is_refused(half):
+    path = half / "dit" / "done" / "workshop.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(InputError, match="workshop.safetensors is damaged"):
+        train(TINY, half, resume=True)
+
+
+@pytest.mark.xfail(strict=True, reason="review: later stages keep ends that were made from the weights of before")
+def test_a_stage_trained_again_makes_the_later_ones_undone(tiny_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run.path, run)
+    (run / "recipe.json").write_text((run / "recipe.json").read_text())
+    train(TINY, run, stages=("encoder",))
+    assert not (run / "mllm" / "done").exists() and not (run / "model").exists()
+
+
+# ---- starting from weights -------------------------------------------------------------------------------------------
+
+
+def test_init_from_takes_weights_and_nothing_else(tiny_run, tmp_path):
+    """A new run of one stage from another run's weights: step 0, a fresh optimizer, the same end."""
+    run, seen = tmp_path / "run", []
+    train(
+        TINY, run, stages=("unified-1",), init_from=tiny_run.path / "tokenizer-3" / "done",
+        report=lambda stage, step, *_: seen.append((stage, step)),
+    )
+    assert seen == [("unified-1", 0), ("unified-1", 1), ("unified-1", 2)]
+    assert same(weights(run, "unified-1"), weights(tiny_run.path, "unified-1"))
+    assert not (run / "model").exists()  # that is the last stage's
+
+
+def test_init_from_starts_where_it_says(tiny_run, tmp_path):
+    run = tmp_path / "run"
+    train(TINY, run, stages=("unified-1",), init_from=tiny_run.path / "unified-2" / "done")
+    ours, theirs = weights(run, "unified-1"), weights(tiny_run.path, "unified-2")
+    assert all(torch.equal(ours[n], theirs[n]) for n in ours if n.startswith("model.denoiser."))
+    assert not same(ours, weights(tiny_run.path, "unified-1"))
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_init_from_weights_that_are_none_is_refused(tiny_run, tmp_path, damage):
+    folder = tmp_path / "done"
+    folder.mkdir()
+    if damage == "cut":
+        (folder / "workshop.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(InputError, match=f"workshop.safetensors (in )?is {'missing' if damage == 'missing' else 'damaged'}"):
+        train(TINY, tmp_path / "run", stages=("unified-1",), init_from=folder)
+
+
+def test_init_from_weights_of_other_sizes_is_refused(tiny_run, tmp_path):
+    model = replace(TINY.model, streams=replace(TINY.model.streams, residual_blocks=2))
+    with pytest.raises(InputError, match="does not fit this model: .* missing"):
+        train(
+            replace(TINY, model=model), tmp_path / "run", stages=("unified-1",),
+            init_from=tiny_run.path / "tokenizer-3" / "done",
+        )
+
+
+def test_init_from_serves_a_design_that_differs_behind_it(tiny_run, tmp_path):
+    """One tokenizer for every router: what no earlier stage has trained keeps its own fresh weights."""
+    model = replace(TINY.model, router=replace(TINY.model.router, kind="last"))
+    run = tmp_path / "run"
+    trained = train(
+        replace(TINY, model=model), run, stages=("unified-1",), init_from=tiny_run.path / "tokenizer-3" / "done"
+    )
+    before = weights(tiny_run.path, "tokenizer-3")
+    for name, value in trained.tokenizer.state_dict().items():
+        assert torch.equal(value, before[f"model.tokenizer.{name}"])
+    assert not any("router.gate" in name for name in weights(run, "unified-1"))
+
+
+@pytest.mark.xfail(strict=True, reason="review: resume silently wins over init_from")
+def test_init_from_and_a_state_to_resume_contradict_each_other(tiny_run, half):
+    with pytest.raises(InputError):
+        train(TINY, half, resume=True, init_from=tiny_run.path / "dit" / "done")
+
+
+@pytest.mark.xfail(strict=True, reason="review: for a first stage no key has to fit, so any file is taken for weights")
+def test_init_from_a_file_without_one_fitting_tensor_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "done"
+    folder.mkdir()
+    save_file({"something.else": torch.ones(3)}, folder / "workshop.safetensors")
+    with pytest.raises(InputError):
+        train(replace(TINY, stages=TINY.stages[:1]), tmp_path / "run", init_from=folder)
+
+
+# ---- what a stage takes over -----------------------------------------------------------------------------------------
+
+
+def test_stage_three_keeps_a_frozen_copy_of_the_encoder_it_begins_with(tiny_run):
+    before, after = weights(tiny_run.path, "tokenizer-2"), weights(tiny_run.path, "tokenizer-3")
+    encoder = "model.tokenizer.encoder."
+    names = [name.removeprefix("teacher.") for name in after if name.startswith("teacher.")]
+    assert names and all(torch.equal(after[f"teacher.{name}"], before[encoder + name]) for name in names)
+    assert not all(torch.equal(after[f"teacher.{name}"], after[encoder + name]) for name in names)
+
+
+def test_the_connector_begins_as_the_llms_last_layers(start):
+    model = start("unified-1").workshop.model
+    last = model.language.network.layers[-len(model.connector.layers) :]
+    for own, source in zip(model.connector.layers, last, strict=True):
+        assert same(own.state_dict(), source.state_dict())
+    joint = start("unified-2").workshop.model  # later unified stages go on with what they have
+    assert not same(joint.connector.layers[-1].state_dict(), joint.language.network.layers[-1].state_dict())
+
+
+def test_words_begin_at_the_tags_read_outs(start, tiny_run):
+    prompts, ctx = PromptEncoder(build_tokenizer(), 64), start("mllm")
+    table, heads = ctx.workshop.model.language.network.embed_tokens.weight, ctx.workshop.dense_head.tags
+    for tag, names in TAG_NAMES.items():
+        rows = heads[tag].weight[-len(names) :]
+        for name, row in zip(names, rows - rows.mean(0), strict=True):
+            for word in {name, PLURALS.get(name, name)}:
+                cosine = torch.cosine_similarity(table[prompts.encode(word)[0]], row, dim=0)
+                assert float(cosine) == pytest.approx(1, abs=1e-4), word
+    sizes = table.norm(dim=-1)
+    assert float(sizes.max()) < 2 * float(sizes.mean())
+    random = start("mllm", recipe=replace(tiny_run.recipe, word_embeddings="random"))
+    token = prompts.encode("red")[0]
+    assert not torch.equal(random.workshop.model.language.network.embed_tokens.weight[token], table[token])
+
+
+# ---- what a run leaves -----------------------------------------------------------------------------------------------
+
+
+def test_the_model_folder_is_the_trained_model_and_says_how_it_was_made(tiny_run):
+    loaded = load_model(tiny_run.path / "model")
+    assert same(loaded.model.state_dict(), tiny_run.model.state_dict())
+    manifest = loaded.manifest
+    assert (manifest["recipe"], manifest["seed"]) == ("tiny", 0)
+    assert from_dict(Recipe, manifest["resolved_recipe"]) == TINY
+    assert {name: row["steps"] for name, row in manifest["stages"].items()} == {s.name: 3 for s in TINY.stages}
+    assert all(row["seconds"] > 0 for row in manifest["stages"].values())
+    assert manifest["versions"]["torch"] == torch.__version__ and manifest["machine"]["cores"] >= 1
+
+
+def test_the_flows_settings_become_the_models(tiny_run):
+    flow = replace(TINY.flow, sampling_shift=3.0, sampling_steps=7, guidance=2.5, training_shift=1.5)
+    loaded = module.finished(
+        tiny_run.model, replace(TINY, flow=flow), tiny_run.path, PromptEncoder(build_tokenizer(), 64)
+    )
+    assert (loaded.sampling.shift, loaded.sampling.steps, loaded.sampling.guidance) == (3.0, 7, 2.5)
+
+
+def test_the_commit_is_the_source_trees_or_unknown(monkeypatch):
+    assert module._commit() == "unknown" or len(module._commit()) == 40
+
+    def no_git(*_, **__):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(module.subprocess, "run", no_git)
+    assert module._commit() == "unknown"
+
+
+@pytest.mark.xfail(strict=True, reason="review: nothing loads an external teacher; the run stops inside unified-2")
+def test_an_external_teacher_is_loaded_or_refused_before_the_run_begins(tmp_path):
+    outside = replace(TINY, alignment=AlignmentConfig(teacher="external", external=str(tmp_path / "nothing")))
+    with pytest.raises(InputError):
+        train(replace(outside, stages=outside.stages[:1]), tmp_path / "run")
+
+
+def test_metrics_are_json_that_any_reader_takes(tiny_run):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    for line in (tiny_run.path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
