@@ -1,4 +1,4 @@
-"""Make the bundled weights from a run: python docs/bundle.py RUN [STAGE]; then again with --scores, once they are measured.
+"""Make the bundled weights from a run: python docs/bundle.py RUN [STAGE]; then --scores, once they are measured.
 
 Weights go to src/spar/assets/weights in bfloat16. `--scores` writes the main scores of docs/results into the manifest.
 """

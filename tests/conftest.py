@@ -1,4 +1,4 @@
-"""What many tests share: one run of the `tiny` recipe through every stage, and a way to stand at the start of any stage.
+"""What many tests share: one run of the `tiny` recipe through every stage, and the start of any of its stages.
 
 Nothing heavy is imported here: a test that needs no torch pays nothing for it.
 """
@@ -14,7 +14,7 @@ import pytest
 
 @dataclass(frozen=True)
 class TinyRun:
-    """A finished run: its folder and recipe, what was reported `(stage, step, steps, values)`, and each stage's table."""
+    """A finished run: folder and recipe, what was reported `(stage, step, steps, values)`, each stage's table."""
 
     path: Path
     recipe: Any

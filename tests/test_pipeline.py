@@ -374,7 +374,7 @@ def test_the_manifest_and_the_size_are_the_models(pipe, tiny_run):
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
-raw = pytest.mark.xfail(strict=True, raises=AssertionError, reason="review: a TypeError, or accepted, instead of an InputError")
+raw = pytest.mark.xfail(strict=True, raises=AssertionError, reason="review: a TypeError, or accepted, not InputError")
 
 BAD_PROMPTS = [
     (dict(prompt=""), "prompt: expected some words"),
@@ -471,7 +471,8 @@ def test_images_and_texts_must_pair_up(pipe, pictures):
 
 
 @pytest.mark.parametrize(
-    "tokens", [0, 257, True, "9", pytest.param(2.5, marks=pytest.mark.xfail(strict=True, raises=TypeError, reason="review"))]
+    "tokens",
+    [0, 257, True, "9", pytest.param(2.5, marks=pytest.mark.xfail(strict=True, raises=TypeError, reason="review"))],
 )
 def test_max_new_tokens_has_bounds(pipe, pictures, tokens):
     with pytest.raises(InputError, match="max_new_tokens: expected 1 to 256"):

@@ -23,7 +23,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(cls: type[T], values: dict[str, Any], where: str = "", *, complete: bool = False) -> T:
     """Build `cls` from a dictionary; nested dataclasses and tuples are rebuilt, unknown fields raise.
 
-    `complete` is for files that this package wrote: there a missing field raises too, instead of taking today's default.
+    `complete` is for files that this package wrote: there a missing field raises too, and never takes today's default.
     """
     name = where or cls.__name__
     if not isinstance(values, dict):

@@ -1,4 +1,4 @@
-"""Recipes: complete, JSON and back, feasible, and each with the paper's stages and losses (SPAR.md sections 1 and 2)."""
+"""Recipes: complete, JSON and back, feasible, each with the paper's stages and losses (SPAR.md sections 1 and 2)."""
 
 import json
 

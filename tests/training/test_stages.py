@@ -147,7 +147,10 @@ ALL_ON = LossWeights(
 # Every weight that each step reads: see the test behind the next.
 READ = [
     ("encoder", LossWeights(dense=1.0, pixel=1.0), ("dense", "pixel")),
-    ("autoencoder", LossWeights(mse=1.0, latent_penalty=1.0, latent_noise=0.5), ("mse", "latent_penalty", "latent_noise")),
+    (
+        "autoencoder", LossWeights(mse=1.0, latent_penalty=1.0, latent_noise=0.5),
+        ("mse", "latent_penalty", "latent_noise"),
+    ),
     (
         "tokenizer-3", ALL_ON,
         tuple(sorted(vars(ALL_ON).keys() - {"dense", "pixel", "align"})),
@@ -224,7 +227,7 @@ def test_alignment_that_is_on_without_a_teacher_is_refused():
         replace(base, alignment=AlignmentConfig(teacher="none"))
 
 
-@pytest.mark.xfail(strict=True, reason="review: two stages of one name share a folder; only the CLI's plan refuses them")
+@pytest.mark.xfail(strict=True, reason="review: two stages of one name share a folder; only plan refuses them")
 def test_two_stages_of_one_name_are_refused():
     stage = Stage("s", "mllm", ("*",), steps=1)
     with pytest.raises(InputError):
