@@ -17,7 +17,7 @@ PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKER
 .DEFAULT_GOAL := demo
 
 demo: .venv/installed
-	$(BIN)/spar demo -o demo
+	$(BIN)/spar demo -o demo --overwrite
 	@echo "The report is demo/report.html: open it in a browser."
 
 test: lint

@@ -4,6 +4,7 @@ Weights go to src/spar/assets/weights in bfloat16. `--scores` writes the main sc
 """
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def main() -> None:
         write_json(path, {**read_json(path), "scores": measured()})
     elif args.run:
         save_model(model_of(args.run, args.stage), BUNDLED, torch.bfloat16)
+        shutil.copyfile(args.run / "metrics.jsonl", BUNDLED / "metrics.jsonl")
         size = sum(file.stat().st_size for file in BUNDLED.rglob("*") if file.is_file())
         sys.stdout.write(f"{BUNDLED}: {size / 1e6:.2f} MB\n")
     else:

@@ -12,11 +12,13 @@ MAX_IMAGES = 4096
 MAX_NEW_TOKENS = 256
 
 
-def within(name: str, value: float | None, low: float, high: float) -> None:
-    """Refuse a number outside [low, high] (NaN is in no range); None, "not given", passes.
+def within(name: str, value: object, low: float, high: float) -> None:
+    """Refuse what is no number, or one outside [low, high] (NaN is in no range); None, "not given", passes.
 
     Raises:
         InputError: naming what was expected and what came.
     """
-    if value is not None and (isinstance(value, bool) or not low <= value <= high):
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise InputError(f"{name}: expected {low} to {high}, got {value!r}")

@@ -21,15 +21,11 @@ from spar.data.prompts import IMAGE_TOKEN, PromptEncoder, Tokens
 from spar.errors import InputError
 from spar.flow.guidance import guide
 from spar.flow.sampler import sample
+from spar.limits import MAX_GUIDANCE, MAX_IMAGES, MAX_NEW_TOKENS, MAX_SEED, MAX_STEPS, within
 from spar.models.checkpoint import Loaded, load_model, save_model
 from spar.models.spar import Condition
 
 BUNDLED = Path(__file__).parent / "assets" / "weights"
-MAX_STEPS = 1000
-MAX_GUIDANCE = 100.0
-MAX_SEED = 2**63 - 1
-MAX_IMAGES = 4096
-MAX_NEW_TOKENS = 256
 MAX_SIDE_FACTOR = 2  # pictures up to twice the trained side
 
 Callback = Callable[[int, int, Tensor], bool | None]
@@ -105,7 +101,7 @@ class SparPipeline:
         Raises:
             InputError: a missing, partial, foreign or damaged folder, or a device that is not there.
         """
-        where = _device(device)
+        where = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else check_device(device)
         if dtype is None:
             fast = native_bfloat16() if where.type == "cpu" else where.type == "cuda"
             dtype = torch.bfloat16 if fast else torch.float32
@@ -192,7 +188,7 @@ class SparPipeline:
         self, image: ImageSource | Sequence[ImageSource], question: str | Sequence[str], *, max_new_tokens: int = 48
     ) -> UnderstandOutput:
         """Answers about pictures, greedy; pairs as in `edit`."""
-        _within("max_new_tokens", max_new_tokens, 1, MAX_NEW_TOKENS)
+        within("max_new_tokens", max_new_tokens, 1, MAX_NEW_TOKENS)
         pixels, questions = self._pairs(image, question, "question")
         tokens = self.prompts.question(questions).to(self.device)
         with self._precision():
@@ -219,11 +215,11 @@ class SparPipeline:
         defaults = self.loaded.sampling
         steps = defaults.steps if steps is None else steps
         guidance = defaults.guidance if guidance is None else guidance
-        _within("num_inference_steps", steps, 1, MAX_STEPS)
-        _within("guidance_scale", guidance, 0, MAX_GUIDANCE)
-        _within("num_images_per_prompt", per_prompt, 1, MAX_IMAGES)
+        within("num_inference_steps", steps, 1, MAX_STEPS)
+        within("guidance_scale", guidance, 0, MAX_GUIDANCE)
+        within("num_images_per_prompt", per_prompt, 1, MAX_IMAGES)
         count = len(tokens.ids) * per_prompt
-        _within("images in all", count, 1, MAX_IMAGES)
+        within("images in all", count, 1, MAX_IMAGES)
         seeds = _seeds(seed, count)
         noise = self._noise(seeds, size)
         with self._precision():
@@ -338,11 +334,6 @@ def _match(values: list[str], count: int, what: str) -> list[str]:
     return values
 
 
-def _within(name: str, value: float, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise InputError(f"{name}: expected {low} to {high}, got {value!r}")
-
-
 def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     """One seed for each image, checked."""
     if seed is None:
@@ -356,9 +347,8 @@ def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     return seeds
 
 
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def check_device(device: str | torch.device) -> torch.device:
+    """Refuse a device that torch does not know or that is not here."""
     try:
         where = torch.device(device)
         torch.empty(0, device=where)

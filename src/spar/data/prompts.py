@@ -74,6 +74,8 @@ class PromptEncoder:
         """Refuse a text that is no text, empty, too long, or (where the vocabulary is closed) has unknown words."""
         if not isinstance(text, str):
             raise InputError(f"{what}: expected text, got {type(text).__name__}")
+        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise InputError(f"{what}: expected text in Unicode, got half of a surrogate pair")
         if not text.strip():
             raise InputError(f"{what}: expected some words, got an empty text")
         if len(text) > MAX_CHARACTERS_PER_TOKEN * limit:
