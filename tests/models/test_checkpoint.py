@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -298,6 +299,17 @@ def test_a_tokenizer_of_other_sizes_but_equal_shapes_is_refused(folder, loaded):
         load_model(folder)
 
 
+@pytest.mark.xfail(strict=True, reason="checkpoint.py load_model: the ids of config and tokenizer are never compared")
+@pytest.mark.parametrize("name", ["image_token_id", "eos_token_id", "pad_token_id"])
+def test_a_text_tokenizer_with_other_special_ids_than_the_model_is_refused(folder, loaded, name):
+    model = to_dict(loaded.model.config)
+    model["text"][name] = 99
+    for path in (folder / "config.json", folder / "tokenizer" / "config.json"):
+        edit_json(path, model=model)
+    with pytest.raises(InputError):
+        load_model(folder)
+
+
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
@@ -320,6 +332,31 @@ def test_a_save_that_fails_leaves_the_older_model_whole(loaded, folder, monkeypa
     monkeypatch.undo()
     assert_equal_state(load_model(folder).model.state_dict(), loaded.model.state_dict())
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.xfail(strict=True, reason="checkpoint.py save_model: removes the old before it renames the new")
+def test_ctrl_c_at_any_moment_of_a_save_leaves_a_whole_model(loaded, folder, monkeypatch):
+    """Here: just behind the removal of the older folder, or what stands in its stead."""
+    remove = shutil.rmtree
+
+    def interrupted(path: Path, **keywords: object) -> None:
+        there = Path(path).exists()
+        remove(path, **keywords)
+        if there:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_model(loaded, folder)
+    monkeypatch.undo()
+    assert_equal_state(load_model(folder).model.state_dict(), loaded.model.state_dict())
+
+
+@pytest.mark.xfail(strict=True, raises=ValueError, reason="checkpoint.py save_model: Path('.') has no name")
+def test_the_working_folder_can_be_written_to(loaded, tmp_path, monkeypatch):
+    monkeypatch.chdir(precious(tmp_path / "here"))
+    save_model(loaded, Path("."))
+    assert load_model(tmp_path / "here").sampling == loaded.sampling
 
 
 def precious(folder: Path, *names: str) -> Path:

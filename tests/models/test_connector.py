@@ -74,6 +74,13 @@ def test_the_routed_states_at_reference_positions_are_replaced(connector):
     assert not torch.equal(condition, connector(states, MASK, IS_REFERENCE, f_v.flip(1)))
 
 
+def test_the_size_of_the_features_does_not_matter_only_their_direction(connector):
+    """They join routed states of unit size: a common scale, as for the layers that the router mixes."""
+    states, f_v = draw(2, 23, 32), draw(1, REFERENCES, 32, seed=1)
+    condition = connector(states, MASK, IS_REFERENCE, f_v)
+    torch.testing.assert_close(connector(states, MASK, IS_REFERENCE, 50 * f_v), condition, rtol=1e-4, atol=1e-4)
+
+
 def test_references_go_to_their_rows_in_order(straight):
     everywhere = IS_REFERENCE[1].expand(2, -1)
     states, f_v = draw(2, 23, 32), draw(2, REFERENCES, 32, seed=1)
@@ -114,6 +121,12 @@ def test_the_layers_start_as_copies_of_the_llms_last(config, randomize):
     before = language.network.layers[3].mlp.down_proj.weight.clone()
     connector.layers[1].mlp.down_proj.weight.add_(1)
     assert torch.equal(language.network.layers[3].mlp.down_proj.weight, before)   # a copy, not the same tensor
+
+
+@pytest.mark.xfail(strict=True, raises=ValueError, reason="connector.py initialize_from: layers[-0:] is every layer")
+def test_a_connector_without_layers_has_nothing_to_copy(config):
+    bare = replace(config, connector=replace(config.connector, layers=0))
+    Connector(bare).initialize_from(LanguageModel(config.text))
 
 
 def test_both_attentions_of_the_library_agree(config, connector):

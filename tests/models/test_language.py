@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import DynamicCache, Qwen2ForCausalLM, Qwen2Model
+from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 
 from spar.models.attention import attention_bias, positions
 from spar.models.encoder import qwen_config
@@ -12,6 +12,12 @@ MASK = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 
 PLACES = torch.tensor([[0, 0, 0, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6], [0, 0, 1, 2, 3, 4, 5]])
 LAYERS = (0, 1, 3, 4)
 UNUSED = 6  # <unk>: an end of turn that these weights never write
+
+
+@pytest.fixture(scope="module")
+def config(config):
+    """A rotary base that is no library's default."""
+    return replace(config, text=replace(config.text, rope_theta=500.0))
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +37,13 @@ def run(language: LanguageModel, embeddings: torch.Tensor, mask: torch.Tensor = 
 def test_states_equal_the_librarys_hidden_states_under_left_padding(config, language, attention):
     own = LanguageModel(config.text, attention=attention).eval()
     own.load_state_dict(language.state_dict())
-    reference = Qwen2Model(qwen_config(config.text)).eval()
+    text = config.text
+    by_hand = Qwen2Config(
+        vocab_size=text.vocab_size, hidden_size=text.hidden_size, num_hidden_layers=text.layers,
+        num_attention_heads=text.heads, num_key_value_heads=text.kv_heads, intermediate_size=text.intermediate_size,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0}, pad_token_id=0,
+    )
+    reference = Qwen2Model(by_hand).eval()
     reference.load_state_dict(language.network.state_dict())
     with torch.no_grad():
         wanted = reference(

@@ -112,6 +112,17 @@ def test_a_reference_changes_the_condition_of_its_own_row_only(model):
     assert ((before[1] - after[1]).abs().amax(-1) > 1e-6).all()  # bidirectional: even the first token sees it
 
 
+def test_a_references_own_features_reach_the_denoiser_past_the_llm(config, randomize):
+    model = randomize(SparModel(config))
+    model.router.projection.weight.zero_()  # what the LLM saw is lost here
+    ids, mask = rows(4, image=True)
+    velocity = [
+        model.velocity(draw(1, 8, 4, 4), torch.tensor([0.5]), model.condition(ids, mask, draw(1, 16, 32, seed=seed)))
+        for seed in range(2)
+    ]
+    assert (velocity[0].velocity - velocity[1].velocity).abs().max() > 1e-3
+
+
 def test_decoding_undoes_the_latent_scale_and_keeps_to_the_range_of_pixels(config, randomize):
     model = randomize(SparModel(config))
     model.tokenizer.latent_scale.fill_(0.25)

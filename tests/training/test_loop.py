@@ -219,10 +219,10 @@ def test_whitening_changes_the_basis_and_nothing_that_is_read_off_it(start):
 
 # ---- resumption ------------------------------------------------------------------------------------------------------
 
-STEPS_N, CUT = 4, 1
+STEPS_N, CUT = 3, 0
 
 
-@pytest.mark.parametrize("stage", ["encoder", "mllm", "dit", "tokenizer-3", "unified-2"])
+@pytest.mark.parametrize("stage", ["encoder", "mllm", "tokenizer-3", "unified-2"])
 def test_n_steps_equal_k_then_resume_then_the_rest_bit_for_bit(start, tmp_path, stage):
     straight, parted = tmp_path / "straight", tmp_path / "parted"
     last = interrupt(STEPS_N - 1)

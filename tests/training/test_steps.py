@@ -44,6 +44,14 @@ def spy(monkeypatch, owner, name: str) -> list[tuple]:
     return calls
 
 
+NEAR = 0.05  # what bfloat16 may do to features on their way
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    """The size of the difference of two tensors, relative to the second's."""
+    return float((a.float() - b.float()).norm() / b.float().norm())
+
+
 # ---- the loss is what its terms say ----------------------------------------------------------------------------------
 
 
@@ -116,10 +124,10 @@ def test_generation_reads_captions_and_denoises_their_own_pictures(start, monkey
     indices = ctx.material.draw(rng, 4)
     captions = ctx.material.captions(rng, indices)
     assert [a or b for a, b in zip(prompts[0][0], captions, strict=True)] == captions
-    latents = ctx.workshop.model.tokenizer.encode(ctx.pixels(indices))
-    wanted = ctx.workshop.model.tokenizer.normalize(latents.z_f)
-    assert torch.allclose(flow[0][2], wanted, atol=0.05, rtol=0.05)
-    assert torch.allclose(flow[0][4].float(), latents.f_v, atol=0.05, rtol=0.05)
+    tokenizer = ctx.workshop.model.tokenizer
+    latents = tokenizer.encode(ctx.pixels(indices))
+    assert apart(flow[0][2], tokenizer.normalize(latents.z_f)) < NEAR
+    assert apart(flow[0][4], latents.f_v) < NEAR < apart(flow[0][4], latents.f_v.roll(1, 0))
 
 
 def test_editing_reads_the_source_and_denoises_the_target(start, monkeypatch):
@@ -135,10 +143,10 @@ def test_editing_reads_the_source_and_denoises_the_target(start, monkeypatch):
     assert [a or b for a, b in zip(prompts[0][0], instructions, strict=True)] == instructions
     tokenizer = ctx.workshop.model.tokenizer
     source, target = tokenizer.encode(ctx.pixels(indices)), tokenizer.encode(ctx.pixels(indices, edited=True))
-    assert not torch.allclose(source.f_v, target.f_v, atol=0.05, rtol=0.05)
-    assert torch.allclose(conditions[0][2], source.f_v, atol=0.05, rtol=0.05)
-    assert torch.allclose(flow[0][2], tokenizer.normalize(target.z_f), atol=0.05, rtol=0.05)
-    assert torch.allclose(flow[0][4].float(), target.f_v, atol=0.05, rtol=0.05)
+    assert apart(conditions[0][2], source.f_v) < NEAR < apart(conditions[0][2], target.f_v)
+    ours, others = (tokenizer.normalize(latents.z_f) for latents in (target, source))
+    assert apart(flow[0][2], ours) < NEAR < apart(flow[0][2], others)
+    assert apart(flow[0][4], target.f_v) < NEAR < apart(flow[0][4], source.f_v)
 
 
 @pytest.mark.parametrize("stage", ["dit", "unified-1", "unified-2"])
@@ -314,7 +322,7 @@ def test_latent_noise_is_relative_to_the_latents_size(start):
     latent = torch.randn(512, 8, 8, 8, generator=generator) * 7
     noise = steps._noisy(latent, 0.2, torch.Generator().manual_seed(1)) - latent
     sizes = noise.square().mean((1, 2, 3)).sqrt() / 7
-    assert 0.19 < float(sizes.max()) < 0.21 and float(sizes.mean()) == pytest.approx(0.1, abs=0.01)
+    assert 0.19 < float(sizes.max()) < 0.22 and float(sizes.mean()) == pytest.approx(0.1, abs=0.01)
     assert steps._noisy(latent, 0.0, generator) is latent
 
 
