@@ -43,6 +43,21 @@ def test_a_field_that_is_not_given_keeps_its_default():
     assert config == SparConfig(text=TextConfig(layers=9))
 
 
+def test_a_complete_file_leaves_no_field_out_at_any_depth():
+    whole = to_dict(SparConfig())
+    assert from_dict(SparConfig, whole, complete=True) == SparConfig()
+    for path in places(whole):
+        short = copy.deepcopy(whole)
+        inner = short
+        for key in path[:-1]:
+            inner = inner[key]
+        del inner[path[-1]]
+        with pytest.raises(InputError, match=f"missing field {path[-1]}$"):
+            from_dict(SparConfig, short, complete=True)
+    with pytest.raises(InputError, match=r"Outer.rows\[0\]: missing field width"):
+        from_dict(Outer, {"inner": None, "rows": [{}]}, complete=True)
+
+
 def places(values: dict, path: tuple = ()) -> list[tuple]:
     """The path of every field of a nested dictionary, inner ones too."""
     found = []
@@ -172,6 +187,7 @@ TEXT = TextConfig(hidden_size=160, layers=8, heads=5, kv_heads=5, vocab_size=128
         (lambda: SparConfig(vision=VisionConfig(patch_size=4, image_size=60)), "expected a multiple of 8 .*got 60"),
         (lambda: SparConfig(text=TEXT, router=RouterConfig(count=9)), "expected at most 8 LLM layers, got 9"),
         (lambda: SparConfig(text=TEXT, connector=ConnectorConfig(layers=9)), "layers: expected at most 8, got 9"),
+        (lambda: SparConfig(text=TEXT, streams=StreamConfig(pixel_heads=3)), "divisor of text.hidden_size 160, got 3"),
         (lambda: DenoiserConfig(layers=2, tap_block=3), "expected 1 to 2, got 3"),
         (lambda: DenoiserConfig(layers=6, tap_block=0), "expected 1 to 6, got 0"),
         (lambda: Stage("s", "dit", ("*",), 0), "steps must be at least 1, got 0"),
@@ -206,7 +222,7 @@ def test_sizes_that_no_network_can_have_are_refused(build):
         build()
 
 
-@pytest.mark.xfail(strict=True, reason="models/config.py: accepted, then a library's traceback or numbers without sense")
+@pytest.mark.xfail(strict=True, reason="models/config.py: accepted, then a traceback or numbers without sense")
 @pytest.mark.parametrize(
     "build",
     [

@@ -238,12 +238,17 @@ def test_a_header_with_unknown_or_odd_fields_is_refused(folder, field, value, me
         load_model(folder)
 
 
-def test_a_header_that_leaves_a_field_out_is_refused(folder, loaded):
+def test_a_header_that_leaves_a_field_out_is_refused_and_none_is_guessed(folder, loaded):
     model = to_dict(loaded.model.config)
-    del model["streams"]["pixel_heads"]  # the default is another number of heads, with weights of the same shapes
-    edit_json(folder / "config.json", model=model)
-    edit_json(folder / "tokenizer" / "config.json", model=model)
-    with pytest.raises(InputError):
+    del model["denoiser"]["tap_block"]  # no weight's shape tells
+    for path in (folder / "config.json", folder / "tokenizer" / "config.json"):
+        edit_json(path, model=model)
+    for load, path in ((load_model, folder), (load_tokenizer, folder / "tokenizer")):
+        with pytest.raises(InputError, match="denoiser: missing field tap_block"):
+            load(path)
+    edit_json(folder / "config.json", model=to_dict(loaded.model.config), sampling={"steps": 3})
+    edit_json(folder / "tokenizer" / "config.json", model=to_dict(loaded.model.config))
+    with pytest.raises(InputError, match="Sampling: missing field guidance, max_prompt_tokens, method, shift"):
         load_model(folder)
 
 
