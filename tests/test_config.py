@@ -222,7 +222,6 @@ def test_sizes_that_no_network_can_have_are_refused(build):
         build()
 
 
-@pytest.mark.xfail(strict=True, reason="models/config.py: accepted, then a traceback or numbers without sense")
 @pytest.mark.parametrize(
     "build",
     [

@@ -188,6 +188,8 @@ class SparPipeline:
         self, image: ImageSource | Sequence[ImageSource], question: str | Sequence[str], *, max_new_tokens: int = 48
     ) -> UnderstandOutput:
         """Answers about pictures, greedy; pairs as in `edit`."""
+        if not isinstance(max_new_tokens, int):
+            raise InputError(f"max_new_tokens: expected 1 to {MAX_NEW_TOKENS}, got {max_new_tokens!r}")
         within("max_new_tokens", max_new_tokens, 1, MAX_NEW_TOKENS)
         pixels, questions = self._pairs(image, question, "question")
         tokens = self.prompts.question(questions).to(self.device)

@@ -15,7 +15,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
     torch's fused kernel, but for training on a CPU: there its backward pass is several times slower at these lengths
     than three plain operations (benchmarks/attention.py).
     """
-    if query.device.type == "cpu" and torch.is_grad_enabled() and query.requires_grad:
+    learning = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if query.device.type == "cpu" and learning:
         scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
         if bias is not None:
             scores = scores + bias.to(scores.dtype)

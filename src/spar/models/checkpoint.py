@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from spar import __version__
 from spar.config import from_dict, read_json, to_dict, write_json
+from spar.data.prompts import IMAGE_TOKEN
 from spar.errors import InputError
-from spar.models.config import SparConfig
+from spar.models.config import SparConfig, TextConfig
 from spar.models.spar import SparModel
 from spar.models.tokenizer import UnifiedTokenizer
 
@@ -121,7 +122,7 @@ def load_tokenizer(folder: Path) -> UnifiedTokenizer:
     header = _header(folder, f"{FORMAT}-tokenizer")
     tokenizer = UnifiedTokenizer(from_dict(SparConfig, header["model"], complete=True))
     _fill_tokenizer(tokenizer, folder, header)
-    return tokenizer.eval()
+    return tokenizer.eval().requires_grad_(False)
 
 
 def _fill_tokenizer(tokenizer: UnifiedTokenizer, folder: Path, header: dict[str, Any]) -> None:
@@ -134,9 +135,10 @@ def _fill_tokenizer(tokenizer: UnifiedTokenizer, folder: Path, header: dict[str,
 
 def save_model(loaded: Loaded, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Write a whole SPAR folder aside and rename it; an existing folder that is no SPAR folder is left alone."""
+    folder = folder.absolute()
     if folder.exists() and not _replaceable(folder):
         raise InputError(f"{folder} exists and is no SPAR folder; expected an empty or new folder")
-    aside = folder.with_name(folder.name + ".part")
+    aside, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -156,12 +158,25 @@ def save_model(loaded: Loaded, folder: Path, dtype: torch.dtype | None = None) -
             },
         )
         write_json(aside / "manifest.json", loaded.manifest)
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
-    except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
+        _swap(aside, folder, old)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _swap(new: Path, folder: Path, old: Path) -> None:
+    """Put a finished folder in an older one's place; stopped at any point, one of the two is whole under its name."""
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    try:
+        new.rename(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _replaceable(folder: Path) -> bool:
@@ -190,13 +205,13 @@ def load_model(folder: Path) -> Loaded:
     manifest = folder / "manifest.json"
     return Loaded(
         model=model.eval().requires_grad_(False),
-        text_tokenizer=_text_tokenizer(folder / "text_tokenizer"),
+        text_tokenizer=_text_tokenizer(folder / "text_tokenizer", model.config.text),
         sampling=from_dict(Sampling, header["sampling"], complete=True),
         manifest=read_json(manifest) if manifest.exists() else {},
     )
 
 
-def _text_tokenizer(folder: Path) -> Any:
+def _text_tokenizer(folder: Path, config: TextConfig) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     if not (folder / "tokenizer.json").is_file():
@@ -205,8 +220,10 @@ def _text_tokenizer(folder: Path) -> Any:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises a bare Exception on a damaged file
         raise InputError(f"{folder} holds no readable text tokenizer: {error}") from error
-    if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
-        raise InputError(f"{folder}: expected a text tokenizer with end and padding tokens, got none")
+    own = (tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), tokenizer.eos_token_id, tokenizer.pad_token_id)
+    wanted = (config.image_token_id, config.eos_token_id, config.pad_token_id)
+    if own != wanted:
+        raise InputError(f"{folder}: expected image, end and padding tokens with ids {wanted}, got {own}")
     return tokenizer
 
 

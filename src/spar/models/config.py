@@ -5,14 +5,22 @@ from typing import Literal
 
 from spar.errors import InputError
 
+BLOCKS = ("ResBlock", "EfficientViTBlock")
 RouterKind = Literal["dtr", "last", "average", "concat", "global"]
 
 
-def _positive(config: object, *names: str) -> None:
-    """Refuse sizes below 1."""
+def _at_least(config: object, least: int, *names: str) -> None:
+    """Refuse sizes below a least one."""
     for name in names:
-        if getattr(config, name) < 1:
-            raise InputError(f"{type(config).__name__}.{name}: expected at least 1, got {getattr(config, name)}")
+        if getattr(config, name) < least:
+            raise InputError(f"{type(config).__name__}.{name}: expected at least {least}, got {getattr(config, name)}")
+
+
+def _positive(config: object, *names: str) -> None:
+    """Refuse numbers that are not above 0 (NaN is not)."""
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise InputError(f"{type(config).__name__}.{name}: expected above 0, got {getattr(config, name)}")
 
 
 def _divides(config: object, whole: str, part: str) -> None:
@@ -59,9 +67,14 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "vocab_size", "hidden_size", "layers", "heads", "kv_heads")
-        _positive(self, "intermediate_size", "max_positions")
+        _positive(self, "intermediate_size", "max_positions", "rope_theta")
         _divides(self, "hidden_size", "heads")
         _divides(self, "heads", "kv_heads")
+        if self.hidden_size // self.heads % 2:
+            raise InputError(
+                "TextConfig: rotary positions want heads of an even width, "
+                f"got hidden_size {self.hidden_size} over {self.heads} heads"
+            )
         for name in ("image_token_id", "eos_token_id", "pad_token_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:
                 raise InputError(f"TextConfig.{name}: expected 0 to {self.vocab_size - 1}, got {getattr(self, name)}")
@@ -91,6 +104,15 @@ class AutoencoderConfig:
                 )
             if name.endswith("layers") and 0 in getattr(self, name)[1:]:
                 raise InputError(f"AutoencoderConfig.{name}: only the first entry may be 0, got {getattr(self, name)}")
+        unknown = sorted(set(self.blocks) - set(BLOCKS))
+        if unknown:
+            raise InputError(f"AutoencoderConfig.blocks: expected {' or '.join(BLOCKS)}, got {', '.join(unknown)}")
+        for before, after in zip(self.channels, self.channels[1:], strict=False):
+            if 4 * before % after:
+                raise InputError(
+                    "AutoencoderConfig.channels: the shortcuts want four times each entry as a multiple of the next, "
+                    f"got {before} before {after}"
+                )
         if self.channels[-1] % self.latent_channels:
             raise InputError(
                 "AutoencoderConfig: the shortcuts want the last of channels as a multiple of latent_channels, "
@@ -114,6 +136,8 @@ class StreamConfig:
     pixel_stream: bool = True
 
     def __post_init__(self) -> None:
+        _at_least(self, 0, "residual_blocks", "pixel_layers")
+        _positive(self, "pixel_heads", "mlp_ratio")
         if not (self.semantic_stream or self.pixel_stream):
             raise InputError("StreamConfig: at least one of semantic_stream and pixel_stream must be on")
 
@@ -127,9 +151,7 @@ class RouterConfig:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        _positive(self, "count")
-        if self.temperature <= 0:
-            raise InputError(f"RouterConfig.temperature: expected above 0, got {self.temperature}")
+        _positive(self, "count", "temperature")
         if self.kind != "dtr" and self.temperature != 1.0:
             raise InputError(f"RouterConfig.temperature: only kind dtr has one, got kind {self.kind}")
 
@@ -148,8 +170,7 @@ class ConnectorConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "queries")
-        if self.layers < 0:
-            raise InputError(f"ConnectorConfig.layers: expected at least 0, got {self.layers}")
+        _at_least(self, 0, "layers")
 
 
 @dataclass(frozen=True)
@@ -167,6 +188,12 @@ class DenoiserConfig:
     tap_block: int = 2
 
     def __post_init__(self) -> None:
+        _positive(self, "layers", "heads", "head_dim", "cross_heads", "cross_head_dim", "caption_channels", "mlp_ratio")
+        if self.interpolation_scale is not None:
+            _positive(self, "interpolation_scale")
+        for name, value in (("caption_channels", self.caption_channels), ("heads * head_dim", self.width)):
+            if value % 4:
+                raise InputError(f"DenoiserConfig.{name}: sine positions want a multiple of 4, got {value}")
         if not 1 <= self.tap_block <= self.layers:
             raise InputError(f"DenoiserConfig.tap_block: expected 1 to {self.layers}, got {self.tap_block}")
 

@@ -46,7 +46,8 @@ class Connector(nn.Module):
 
     def initialize_from(self, language: LanguageModel) -> None:
         """Copy the LLM's last layers into the connector's."""
-        for own, source in zip(self.layers, language.network.layers[-len(self.layers) :], strict=True):
+        layers = language.network.layers
+        for own, source in zip(self.layers, layers[len(layers) - len(self.layers) :], strict=True):
             own.load_state_dict(source.state_dict())
 
     def forward(self, states: Tensor, mask: Tensor, is_reference: Tensor, reference: Tensor | None) -> Tensor:

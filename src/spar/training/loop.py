@@ -301,6 +301,8 @@ def initial_weights(workshop: Workshop, folder: Path, stage: Stage, order: tuple
     earlier = order[: [s.name for s in order].index(stage.name)]
     patterns = [pattern for before in earlier for pattern in before.trainable]
     own, given = workshop.state_dict(), load_group(folder, "workshop")
+    if not own.keys() & given.keys():
+        raise InputError(f"{folder} holds none of this model's weights")
     for key in own.keys() | given.keys():
         fits = key in own and key in given and own[key].shape == given[key].shape
         if not fits and not any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns):

@@ -41,7 +41,7 @@ def plan(recipe: Recipe, stages: tuple[str, ...] = ()) -> list[StagePlan]:
     try:
         with torch.device("meta"):
             workshop = Workshop(recipe)
-            initialize(workshop, recipe.seed)
+            initialize(workshop)
             tokenizer, side = workshop.model.tokenizer, recipe.model.image_size
             tokenizer.decode(tokenizer.encode(torch.zeros(1, 3, side, side)).z_f)
     except InputError:

@@ -56,8 +56,10 @@ def build_workshop(recipe: Recipe, device: torch.device, prompts: PromptEncoder)
             f"text.vocab_size: expected at least {len(prompts.tokenizer)} for this tokenizer, "
             f"got {recipe.model.text.vocab_size}"
         )
-    workshop = Workshop(recipe)
-    initialize(workshop, recipe.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        workshop = Workshop(recipe)
+        initialize(workshop)
     return workshop.to(device)
 
 
@@ -85,6 +87,10 @@ def train(
         The trained model, or None when a signal stopped the run (its state is saved). Behind the recipe's last stage
         the model is written to `RUN/model`.
     """
+    first = stages[0] if stages else recipe.stages[0].name
+    begun = any((run / first / part / "meta.json").exists() for part in ("state", "done"))
+    if init_from is not None and resume and begun:
+        raise InputError(f"{run} already holds stage {first}: either resume it, or start it anew from {init_from}")
     open_run(run, recipe, fresh=not (resume or stages))
     tune_allocator()
     where = torch.device(device)
@@ -109,19 +115,20 @@ def train(
             return None
         shutil.rmtree(run / stage.name / "state", ignore_errors=True)
     if chosen[-1] == recipe.stages[-1]:
-        save_model(finished(workshop.model, recipe, run, prompts), run / "model")
+        save_model(finished(workshop.model, recipe, run, prompts, chosen[-1].name), run / "model")
     return workshop.model
 
 
-def finished(model: SparModel, recipe: Recipe, run: Path, prompts: PromptEncoder) -> Loaded:
-    """The model with what a folder needs beside it: text tokenizer, sampling defaults, and how it was made."""
+def finished(model: SparModel, recipe: Recipe, run: Path, prompts: PromptEncoder, last: str) -> Loaded:
+    """The model at the end of stage `last`, with what a folder needs beside it: words, sampling, how it was made."""
     flow = recipe.flow
     stages = {}
-    for stage in recipe.stages:
+    names = [stage.name for stage in recipe.stages]
+    for stage in recipe.stages[: names.index(last) + 1]:
         path = run / stage.name / "done" / "meta.json"
         if path.exists():
             meta = read_json(path)
-            stages[stage.name] = {"steps": meta["step"], "seconds": round(meta["seconds"], 1)}
+            stages[stage.name] = {"steps": meta["step"], "seconds": round(meta["seconds"], 3)}
     manifest = {
         "recipe": recipe.name,
         "seed": recipe.seed,
@@ -142,11 +149,12 @@ def model_of(run: Path, stage: str | None = None) -> Loaded:
         InputError: a folder that is no run, or a stage that has not ended.
     """
     recipe = from_dict(Recipe, read_json(run / "recipe.json"), complete=True)
-    folder = run / (stage or recipe.stages[-1].name) / "done"
+    last = stage or recipe.stages[-1].name
+    folder = run / recipe.stage(last).name / "done"
     prompts = PromptEncoder(build_tokenizer(), recipe.model.grid**2)
     workshop = build_workshop(recipe, torch.device("cpu"), prompts)
     load_weights(workshop, load_group(folder, "workshop"), str(folder))
-    return finished(workshop.model, recipe, run, prompts)
+    return finished(workshop.model, recipe, run, prompts, last)
 
 
 def machine() -> dict[str, str | int]:

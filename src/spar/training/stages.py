@@ -75,6 +75,8 @@ class Stage:
         for name in ("steps", "batch", "draws"):
             if getattr(self, name) < 1:
                 raise InputError(f"stage {self.name}: {name} must be at least 1, got {getattr(self, name)}")
+        if not self.clip > 0:
+            raise InputError(f"stage {self.name}: clip must be above 0, got {self.clip}")
         if self.lr <= 0 or not 0 <= self.lr_end <= self.lr:
             raise InputError(f"stage {self.name}: expected lr > 0 and 0 <= lr_end <= lr, got {self.lr}, {self.lr_end}")
         if not 0 <= self.ema < 1:
@@ -123,6 +125,15 @@ class FlowConfig:
     guidance: float = 4.5
     unconditional_share: float = 0.1
 
+    def __post_init__(self) -> None:
+        for name in ("time_std", "training_shift", "sampling_shift", "sampling_steps"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"flow.{name}: expected above 0, got {getattr(self, name)}")
+        if not 0 <= self.unconditional_share <= 1:
+            raise InputError(f"flow.unconditional_share: expected 0 to 1, got {self.unconditional_share}")
+        if not self.guidance >= 0:
+            raise InputError(f"flow.guidance: expected at least 0, got {self.guidance}")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -131,6 +142,11 @@ class DataConfig:
     scenes: int = 32768
     edits: int = 16384
     turns: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("scenes", "edits", "turns"):
+            if getattr(self, name) < 1:
+                raise InputError(f"data.{name}: expected at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -152,6 +168,12 @@ class Recipe:
     seed: int = 0
     log_every: int = 20
     save_minutes: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise InputError(f"seed: expected at least 0, got {self.seed}")
+        if self.log_every < 1:
+            raise InputError(f"log_every: expected at least 1, got {self.log_every}")
 
     def stage(self, name: str) -> Stage:
         for stage in self.stages:

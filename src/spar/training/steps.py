@@ -160,7 +160,8 @@ def unified_step(ctx: Context, step: int) -> Terms:
 
 def _flow_terms(ctx: Context, step: int, latent: Tensor, condition: Condition, *, teacher: Tensor | None) -> Terms:
     """L_fm for R draws of noise and time a picture, and the alignment of the tapped features where it is on."""
-    flow, generator, weight = ctx.recipe.flow, ctx.generator(step), ctx.stage.losses.align
+    flow, generator = ctx.recipe.flow, ctx.generator(step)
+    weight = 0.0 if ctx.recipe.alignment.teacher == "none" else ctx.stage.losses.align
     clean = latent.repeat_interleave(ctx.stage.draws, dim=0)                         # [B R, D_p, h, w]
     noise = torch.randn(clean.shape, generator=generator, device=ctx.device)
     time = sample_time(
@@ -204,9 +205,11 @@ def tokenizer_step(ctx: Context, step: int) -> Terms:
         loss = loss + weights.perceptual * terms["perceptual"]
     if weights.native or weights.native_fused:
         native = ctx.frozen("native", indices, lambda i: {"latent": workshop.pixel_encoder(ctx.pixels(i))})["latent"]
-        terms["native"] = native_latent_loss(latents.z_p, native.flatten(2).transpose(1, 2))
         terms["native_fused"] = native_latent_loss(latents.z_f, native)
-        loss = loss + weights.native * terms["native"] + weights.native_fused * terms["native_fused"]
+        loss = loss + weights.native_fused * terms["native_fused"]
+        if weights.native:
+            terms["native"] = native_latent_loss(latents.z_p, native.flatten(2).transpose(1, 2))
+            loss = loss + weights.native * terms["native"]
     if weights.semantic:
         taught = ctx.frozen("teacher", indices, lambda i: {"f_v": workshop.teacher(ctx.pixels(i))})["f_v"]
         terms["semantic"] = semantic_loss(f_v, taught)

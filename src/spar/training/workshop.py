@@ -58,19 +58,17 @@ class Workshop(nn.Module):
         self.register_buffer("teacher_mean", torch.zeros(teacher_width or width))
 
 
-def initialize(workshop: Workshop, seed: int) -> None:
+def initialize(workshop: Workshop) -> None:
     """Random weights that learn from nothing: Xavier for Transformers, zeroed outputs for the denoiser.
 
-    transformers' own initialisation (a standard deviation of 0.02, zero position embeddings) is made for widths of
-    a thousand; at these widths the encoder stays at the prior with it.
+    Drawn from torch's global generator, which the caller seeds. transformers' own initialisation (a standard deviation
+    of 0.02, zero position embeddings) is made for widths of a thousand; at these widths the encoder stays at the prior.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        _xavier(workshop.model)
-        _xavier(workshop.dense_head)
-        _xavier(workshop.alignment_head)
-        _initialize_vision(workshop)
-        _initialize_denoiser(workshop)
+    _xavier(workshop.model)
+    _xavier(workshop.dense_head)
+    _xavier(workshop.alignment_head)
+    _initialize_vision(workshop)
+    _initialize_denoiser(workshop)
 
 
 def _xavier(module: nn.Module) -> None:
