@@ -166,7 +166,7 @@ def test_a_loss_weight_that_the_step_reads_has_an_effect(start, stage, base, wei
         value = getattr(base, weight) * factor if weight != "gan_start" else factor - 1
         ctx = start(stage, losses=replace(base, **{weight: value}))
         with torch.no_grad():  # at the stage's start the teacher and the encoder are one
-            next(ctx.workshop.teacher.parameters()).mul_(1.5)
+            ctx.workshop.teacher.multi_modal_projector.linear_2.weight.mul_(1.5)
         losses.append(float(STEPS[ctx.stage.step](ctx, 0)["loss"]))
     assert losses[0] != losses[1]
 
