@@ -82,18 +82,19 @@ def test_the_warm_up_is_what_the_stage_says():
     assert learning_rate(stage, 49) == pytest.approx(0.5)
 
 
-def test_the_average_is_the_moving_average_in_closed_form():
+@pytest.mark.parametrize("decay", [0.3, 0.999])
+def test_the_average_is_the_moving_average_in_closed_form(decay):
     module = nn.ParameterDict({"live": nn.Parameter(torch.zeros(3)), "still": nn.Parameter(torch.full((2,), 5.0))})
     module["still"].requires_grad_(False)
-    average = Average(module, decay=0.5)
+    average = Average(module, decay)
     weight, expected = 1.0, np.zeros(3)
     for step in range(20):
         value = np.array([1.0, step, -(step**2)])
         with torch.no_grad():
             module["live"].copy_(torch.from_numpy(value))
         average.update(step)
-        decay = min(0.5, (1 + step) / (10 + step))
-        expected, weight = decay * expected + (1 - decay) * value, weight * decay
+        keep = min(decay, (1 + step) / (10 + step))  # short while there is little to remember
+        expected, weight = keep * expected + (1 - keep) * value, weight * keep
     assert list(average.kept) == ["live"]
     assert np.allclose(average.kept["live"].numpy(), expected, rtol=1e-5)
     assert average.kept["live"][0] == pytest.approx(1 - weight, rel=1e-5)  # constant input: 1 - the product of decays
