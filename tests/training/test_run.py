@@ -238,7 +238,7 @@ def test_init_from_serves_a_design_that_differs_behind_it(tiny_run, tmp_path):
 
 
 def test_init_from_and_a_state_to_resume_contradict_each_other(tiny_run, half):
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="already holds stage encoder"):
         train(TINY, half, resume=True, init_from=tiny_run.path / "dit" / "done")
 
 
@@ -248,7 +248,7 @@ def test_init_from_a_file_without_one_fitting_tensor_is_refused(tmp_path):
     folder = tmp_path / "done"
     folder.mkdir()
     save_file({"something.else": torch.ones(3)}, folder / "workshop.safetensors")
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="holds none of this model's weights"):
         train(replace(TINY, stages=TINY.stages[:1]), tmp_path / "run", init_from=folder)
 
 

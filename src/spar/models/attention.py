@@ -1,10 +1,12 @@
 """Softmax attention and its masks, shared by every part that attends."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import AttentionInterface
 
 MASKED = -6e4  # added to a forbidden score; finite in every half precision, so that no row can become NaN
 
@@ -17,11 +19,25 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
     """
     learning = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     if query.device.type == "cpu" and learning:
-        scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
+        scores = (query * (1 / math.sqrt(query.shape[-1]))) @ key.transpose(-2, -1)
         if bias is not None:
             scores = scores + bias.to(scores.dtype)
-        return torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value
+        return torch.softmax(scores, dim=-1) @ value  # in half precision too, torch sums a softmax in float32
     return F.scaled_dot_product_attention(query, key, value, attn_mask=None if bias is None else bias.to(query.dtype))
+
+
+def library_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
+) -> tuple[Tensor, None]:
+    """`attend` as transformers' layers call it: fewer key heads than query heads are repeated; `[B, T, heads, d]`."""
+    shared = query.shape[1] // key.shape[1]
+    if shared > 1:
+        key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
+    return attend(query, key, value, attention_mask).transpose(1, 2).contiguous(), None
+
+
+ATTENTION = "spar"
+AttentionInterface.register(ATTENTION, library_attention)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -7,15 +7,18 @@ import torch
 from torch import Tensor, nn
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm, Qwen2RotaryEmbedding
 
-from spar.models.attention import attention_bias, positions
+from spar.models.attention import ATTENTION, attention_bias, positions
 from spar.models.config import SparConfig
 from spar.models.encoder import qwen_config
 from spar.models.language import LanguageModel
 
 
-def grid_embedding(width: int, height: int, columns: int) -> Tensor:
-    """2-D sine-cosine embedding `[height * columns, width]`, half for each axis, row-major."""
-    frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float32) / (width // 4))
+def grid_embedding(width: int, height: int, columns: int, base: float = 10000.0) -> Tensor:
+    """2-D sine-cosine embedding `[height * columns, width]`, half for each axis, row-major.
+
+    The wavelengths run from 2 pi to `base` times that, in tokens.
+    """
+    frequencies = base ** (-torch.arange(width // 4, dtype=torch.float32) / (width // 4))
 
     def axis(length: int) -> Tensor:
         angles = torch.arange(length, dtype=torch.float32)[:, None] * frequencies
@@ -28,10 +31,10 @@ def grid_embedding(width: int, height: int, columns: int) -> Tensor:
 class Connector(nn.Module):
     """Routed states to the DiT's condition. `queries` are the learnable embeddings that end every sequence."""
 
-    def __init__(self, config: SparConfig, *, attention: str = "sdpa") -> None:
+    def __init__(self, config: SparConfig) -> None:
         super().__init__()
         library = qwen_config(config.text)
-        library._attn_implementation = attention
+        library._attn_implementation = ATTENTION
         width = config.text.hidden_size
         self.config = config
         self.queries = nn.Parameter(torch.randn(config.connector.queries, width) * 0.02)

@@ -26,19 +26,20 @@ class Denoised:
 
 
 def linear_attention(block: SanaTransformerBlock, x: Tensor) -> Tensor:
-    """SANA's ReLU linear attention: `[B, N, D]` to `[B, N, D]`, accumulated in float32."""
+    """SANA's ReLU linear attention: `[B, N, D]` to `[B, N, D]`; in float32, but for training under autocast."""
     attention = block.attn1
     batch, tokens, _ = x.shape
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
     q, k, v = (
-        layer(x).view(batch, tokens, attention.heads, -1).float()
+        layer(x).view(batch, tokens, attention.heads, -1).transpose(1, 2).to(dtype)
         for layer in (attention.to_q, attention.to_k, attention.to_v)
-    )
+    )                                                                      # [B, heads, N, d]
     q, k = F.relu(q), F.relu(k)
-    with torch.autocast(x.device.type, enabled=False):
-        summary = torch.einsum("bnhd,bnhe->bhde", k, v)                    # sum_n k_n v_n^T
-        total = torch.einsum("bnhd,bhd->bnh", q, k.sum(1))                 # q . sum_n k_n
-        out = torch.einsum("bnhd,bhde->bnhe", q, summary) / (total[..., None] + 1e-15)
-    return attention.to_out[0](out.flatten(2).to(x.dtype))
+    out = q @ (k.transpose(-2, -1) @ v)                                    # q_n . sum_m k_m v_m^T
+    total = q @ k.sum(2)[..., None]                                        # q_n . sum_m k_m
+    out = (out / (total + 1e-15)).transpose(1, 2).flatten(2)
+    return attention.to_out[0](out.to(x.dtype))
 
 
 def cross_attention(block: SanaTransformerBlock, x: Tensor, condition: Tensor, bias: Tensor | None) -> Tensor:
@@ -123,7 +124,8 @@ class Denoiser(nn.Module):
         batch, draws, height, width = shape
         table = block.scale_shift_table[None] + modulation                              # [B R, 6, D]
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = table.to(x.dtype).chunk(6, dim=1)
-        x = x + gate_1 * linear_attention(block, block.norm1(x) * (1 + scale_1) + shift_1)
+        x = torch.addcmul(x, gate_1, linear_attention(block, torch.addcmul(shift_1, block.norm1(x), 1 + scale_1)))
         shared = x.reshape(batch, draws * x.shape[1], -1)                               # [B, R N, D]
         x = x + cross_attention(block, shared, condition, bias).view_as(x)
-        return x + gate_2 * mix_feed_forward(block, block.norm2(x) * (1 + scale_2) + shift_2, height, width)
+        modulated = torch.addcmul(shift_2, block.norm2(x), 1 + scale_2)
+        return torch.addcmul(x, gate_2, mix_feed_forward(block, modulated, height, width))

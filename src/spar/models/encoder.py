@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import InternVLConfig, InternVLVisionConfig, InternVLVisionModel, Qwen2Config
 from transformers.models.internvl.modeling_internvl import InternVLMultiModalProjector
 
+from spar.models.attention import ATTENTION
 from spar.models.config import TextConfig, VisionConfig
 
 PIXEL_MEAN = (0.485, 0.456, 0.406)
@@ -69,10 +70,10 @@ def merge_patches(features: Tensor, height: int, width: int) -> Tensor:
 class SemanticEncoder(nn.Module):
     """Pixels in [0, 1] to projected visual tokens `f_v`; the module names are transformers' own."""
 
-    def __init__(self, vision: VisionConfig, text: TextConfig, *, attention: str = "sdpa") -> None:
+    def __init__(self, vision: VisionConfig, text: TextConfig) -> None:
         super().__init__()
         config = internvl_config(vision, text)
-        config.vision_config._attn_implementation = attention
+        config.vision_config._attn_implementation = ATTENTION
         self.patch_size = vision.patch_size
         self.vision_tower = InternVLVisionModel(config.vision_config)
         self.multi_modal_projector = InternVLMultiModalProjector(config)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, Qwen2Model
 
-from spar.models.attention import attention_bias, positions
+from spar.models.attention import ATTENTION, attention_bias, positions
 from spar.models.config import TextConfig
 from spar.models.encoder import qwen_config
 
@@ -16,10 +16,10 @@ from spar.models.encoder import qwen_config
 class LanguageModel(nn.Module):
     """Causal LLM with tied word embeddings; `network` carries transformers' own parameter names."""
 
-    def __init__(self, config: TextConfig, *, attention: str = "sdpa") -> None:
+    def __init__(self, config: TextConfig) -> None:
         super().__init__()
         library = qwen_config(config)
-        library._attn_implementation = attention
+        library._attn_implementation = ATTENTION
         self.config = config
         self.network = Qwen2Model(library)
 

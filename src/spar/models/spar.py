@@ -29,14 +29,14 @@ class Condition:
 class SparModel(nn.Module):
     """One model, four tasks. Parts: `tokenizer`, `language`, `router`, `connector`, `denoiser`."""
 
-    def __init__(self, config: SparConfig, *, attention: str = "sdpa") -> None:
+    def __init__(self, config: SparConfig) -> None:
         super().__init__()
         self.config = config
         self.layers = routed_layers(config.text.layers, config.router.count)
-        self.tokenizer = UnifiedTokenizer(config, attention=attention)
-        self.language = LanguageModel(config.text, attention=attention)
+        self.tokenizer = UnifiedTokenizer(config)
+        self.language = LanguageModel(config.text)
         self.router = build_router(config.text.hidden_size, config.router)
-        self.connector = Connector(config, attention=attention)
+        self.connector = Connector(config)
         self.denoiser = Denoiser(config.denoiser, config.autoencoder.latent_channels, config.grid)
 
     def embed(self, tokens: Tensor, f_v: Tensor | None) -> Tensor:

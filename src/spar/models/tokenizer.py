@@ -89,11 +89,11 @@ class Stream(nn.Module):
 class UnifiedTokenizer(nn.Module):
     """Image to `f_v` and `z_f`, and `z_f` back to pixels. `latent_scale` is measured by training, then stored."""
 
-    def __init__(self, config: SparConfig, *, attention: str = "sdpa") -> None:
+    def __init__(self, config: SparConfig) -> None:
         super().__init__()
         width, channels = config.text.hidden_size, config.autoencoder.latent_channels
         self.config = config
-        self.encoder = SemanticEncoder(config.vision, config.text, attention=attention)
+        self.encoder = SemanticEncoder(config.vision, config.text)
         streams = config.streams
         self.semantic_stream = Stream(width, channels, streams) if streams.semantic_stream else None
         self.pixel_stream = (

@@ -19,13 +19,14 @@ from torch import Tensor
 from spar.config import to_dict
 from spar.errors import InputError
 from spar.models.checkpoint import load_weights
+from spar.training.optimizer import build_optimizers
 from spar.training.stages import Stage, freeze
 from spar.training.state import (
     Progress,
     load_group,
     optimizer_tensors,
     read_progress,
-    restore_optimizer,
+    restore_optimizers,
     save_folder,
 )
 from spar.training.steps import STEPS, Context
@@ -47,20 +48,6 @@ def learning_rate(stage: Stage, step: int) -> float:
         return stage.lr * (step + 1) / warmup
     share = (step - warmup) / max(1, stage.steps - warmup)
     return stage.lr_end + (stage.lr - stage.lr_end) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
-
-
-def build_optimizer(workshop: Workshop, stage: Stage) -> torch.optim.AdamW:
-    """AdamW with one parameter group for each learning-rate factor; vectors and scalars never decay."""
-    groups: dict[tuple[float, bool], list[Tensor]] = {}
-    for name, parameter in workshop.named_parameters():
-        if parameter.requires_grad:
-            factor = next((rate for pattern, rate in stage.rates if fnmatch.fnmatchcase(name, pattern)), 1.0)
-            groups.setdefault((factor, parameter.dim() > 1), []).append(parameter)
-    described = [
-        {"params": parameters, "factor": factor, "weight_decay": stage.weight_decay if decays else 0.0}
-        for (factor, decays), parameters in groups.items()
-    ]
-    return torch.optim.AdamW(described, lr=stage.lr, betas=stage.betas, fused=True)
 
 
 class Average:
@@ -164,7 +151,7 @@ def run_stage(ctx: Context, run: Path, *, resume: bool, report: Report | None = 
     """
     stage, workshop = ctx.stage, ctx.workshop
     trainable = freeze(workshop, stage)
-    optimizer = build_optimizer(workshop, stage)
+    optimizers = build_optimizers(workshop, stage)
     names = {id(parameter): name for name, parameter in workshop.named_parameters()}
     average = Average(workshop, stage.ema) if stage.ema else None
     folder = run / stage.name / "state"
@@ -172,7 +159,7 @@ def run_stage(ctx: Context, run: Path, *, resume: bool, report: Report | None = 
     progress = read_progress(folder) if resume else None
     if progress:
         load_weights(workshop, load_group(folder, "workshop"), str(folder))
-        restore_optimizer(optimizer, names, load_group(folder, "optimizer"))
+        restore_optimizers(optimizers, names, load_group(folder, "optimizer"))
         if average:
             saved = load_group(folder, "average")
             for name, kept in average.kept.items():
@@ -183,7 +170,7 @@ def run_stage(ctx: Context, run: Path, *, resume: bool, report: Report | None = 
     log.info("stage %s: steps %d to %d, %d trainable tensors", stage.name, start, stage.steps, len(trainable))
 
     def save(step: int) -> None:
-        groups = {"workshop": workshop.state_dict(), "optimizer": optimizer_tensors(optimizer, names)}
+        groups = {"workshop": workshop.state_dict(), "optimizer": optimizer_tensors(optimizers, names)}
         if average:
             groups["average"] = average.kept
         spent = seconds + time.monotonic() - began
@@ -192,19 +179,20 @@ def run_stage(ctx: Context, run: Path, *, resume: bool, report: Report | None = 
     step = start
     with stop_signals() as caught:
         for step in range(start, stage.steps):
-            for group in optimizer.param_groups:
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = learning_rate(stage, step) * group["factor"]
             with torch.autocast(ctx.device.type, torch.bfloat16):
                 terms = STEPS[stage.step](ctx, step)
             loss = terms["loss"]
             if not bool(torch.isfinite(loss)):
                 raise NonFiniteLoss(f"stage {stage.name}, step {step}: loss is {float(loss)}; " + _named(terms))
-            optimizer.zero_grad(set_to_none=True)
+            workshop.zero_grad(set_to_none=True)
             loss.backward()
             norm = clip_gradients(workshop, stage.clip)
             if not bool(torch.isfinite(norm)):
                 raise NonFiniteLoss(f"stage {stage.name}, step {step}: the gradient is not finite; " + _named(terms))
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             if average:
                 average.update(step)
             if step % ctx.recipe.log_every == 0 or step == stage.steps - 1:

@@ -62,6 +62,7 @@ class Stage:
     lr: float = 1e-3
     lr_end: float = 1e-5
     warmup: int = 100
+    optimizer: Literal["adamw", "muon"] = "adamw"
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.99)
     clip: float = 1.0

@@ -7,6 +7,7 @@ number is the whole of that state.
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,23 +53,25 @@ def load_group(folder: Path, name: str) -> dict[str, Tensor]:
     return read_tensors(folder / f"{name}.safetensors")
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Tensor]:
-    """Flatten an optimizer's state to `PARAMETER|FIELD` tensors; `names` maps id(parameter) to its name."""
+def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer], names: dict[int, str]) -> dict[str, Tensor]:
+    """Flatten the state of optimizers to `PARAMETER|FIELD` tensors; `names` maps id(parameter) to its name."""
     flat = {}
-    for parameter, fields in optimizer.state.items():
+    for parameter, fields in (item for optimizer in optimizers for item in optimizer.state.items()):
         for field, value in fields.items():
             flat[f"{names[id(parameter)]}|{field}"] = value if isinstance(value, Tensor) else torch.tensor(float(value))
     return flat
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, names: dict[int, str], flat: dict[str, Tensor]) -> None:
+def restore_optimizers(
+    optimizers: Sequence[torch.optim.Optimizer], names: dict[int, str], flat: dict[str, Tensor]
+) -> None:
     """The inverse of `optimizer_tensors`."""
     by_name: dict[str, dict[str, Tensor]] = {}
     for key, value in flat.items():
         name, field = key.rsplit("|", 1)
         by_name.setdefault(name, {})[field] = value
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
+    for optimizer in optimizers:
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
             fields = by_name.get(names[id(parameter)])
             if fields is not None:
                 optimizer.state[parameter] = {

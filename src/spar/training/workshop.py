@@ -15,6 +15,10 @@ from spar.training.stages import Recipe
 TAGS = {"shape": 7, "color": 9, "size": 3, "background": 6}
 CENTER_BINS = 16
 
+# The encoder's random start: position frequencies that tell a grid of 16 patches apart, and the size of queries and keys.
+POSITION_BASE = 100.0
+ATTENTION_GAIN = 1.4
+
 
 class DenseHead(nn.Module):
     """Linear read-outs of `f_v`: tags, the owner's centre in bins a side, coverage, and the token's own pixels."""
@@ -43,11 +47,11 @@ class AlignmentHead(nn.Module):
 class Workshop(nn.Module):
     """The model under training with its teachers and heads; stage patterns name its parameters."""
 
-    def __init__(self, recipe: Recipe, *, attention: str = "eager", teacher_width: int | None = None) -> None:
+    def __init__(self, recipe: Recipe, *, teacher_width: int | None = None) -> None:
         super().__init__()
         config = recipe.model
         width = config.text.hidden_size
-        self.model = SparModel(config, attention=attention)
+        self.model = SparModel(config)
         self.pixel_encoder = PixelEncoder(build_autoencoder(config.autoencoder).encoder)
         self.dense_head = DenseHead(width, config.token_stride)
         self.alignment_head = AlignmentHead(config.denoiser.width, recipe.alignment.hidden, teacher_width or width)
@@ -83,12 +87,22 @@ def _xavier(module: nn.Module) -> None:
 
 @torch.no_grad()
 def _initialize_vision(workshop: Workshop) -> None:
-    """Sine-cosine position embeddings, so that place survives the patch merge from the first step on."""
-    embeddings = workshop.model.tokenizer.encoder.vision_tower.embeddings
+    """Sine-cosine position embeddings and keys equal to queries: each patch first looks at patches near and alike it.
+
+    A ViT from random weights spends most of a short training on finding its neighbours (mimetic initialisation, Trockman
+    and Kolter 2023).
+    """
+    encoder = workshop.model.tokenizer.encoder
+    embeddings = encoder.vision_tower.embeddings
     side = embeddings.patch_embeddings.patch_shape[0]
-    embeddings.position_embeddings[0, 1:] = grid_embedding(embeddings.position_embeddings.shape[-1], side, side)
+    embeddings.position_embeddings[0, 1:] = grid_embedding(
+        embeddings.position_embeddings.shape[-1], side, side, base=POSITION_BASE
+    )
     weight = embeddings.patch_embeddings.projection.weight
     nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
+    for layer in encoder.vision_tower.encoder.layer:
+        layer.attention.q_proj.weight.mul_(ATTENTION_GAIN)
+        layer.attention.k_proj.weight.copy_(layer.attention.q_proj.weight)
 
 
 @torch.no_grad()

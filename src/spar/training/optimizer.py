@@ -1,0 +1,92 @@
+"""The optimizer of a stage: AdamW as the paper has it, or Muon for matrices with AdamW for everything else.
+
+Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks") steps along the nearest
+orthogonal matrix of the momentum, found by Newton-Schulz iteration. torch's own Muon takes two-dimensional parameters
+only; SANA keeps most of its weights in 1x1 convolutions, hence this one, which also batches matrices of one shape.
+"""
+
+import fnmatch
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spar.training.stages import Stage
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic with the steepest slope at zero (Jordan et al.)
+ITERATIONS = 5
+MOMENTUM = 0.95
+ADAMW_RMS = 0.2  # root mean square of an AdamW update; with it one learning rate serves both (Liu et al. 2025)
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum, orthogonalised; parameters of more than two dimensions count as [first, rest]."""
+
+    def __init__(self, params: Iterable[Any], lr: float, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        for group in self.param_groups:
+            alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                state["momentum"].lerp_(parameter.grad, 1 - MOMENTUM)
+                update = parameter.grad.lerp(state["momentum"], MOMENTUM).flatten(1)
+                alike[tuple(update.shape)].append((parameter, update))
+            for (rows, columns), pairs in alike.items():
+                updates = orthogonalize(torch.stack([update for _, update in pairs]))
+                size = ADAMW_RMS * math.sqrt(max(rows, columns))
+                for (parameter, _), update in zip(pairs, updates, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.add_(update.view_as(parameter), alpha=-group["lr"] * size)
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """About the nearest matrices with singular values of one: `[n, R, C]` to `[n, R, C]`, computed in bfloat16."""
+    a, b, c = NEWTON_SCHULZ
+    turned = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if turned else matrices
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
+    for _ in range(ITERATIONS):
+        square = x @ x.mT
+        x = a * x + (b * square + c * square @ square) @ x
+    return (x.mT if turned else x).to(matrices.dtype)
+
+
+def build_optimizers(module: nn.Module, stage: Stage) -> list[torch.optim.Optimizer]:
+    """The stage's optimizers, one group for each learning-rate factor; vectors and scalars never decay.
+
+    With Muon, AdamW keeps what is no map between hidden states: embeddings, norms, biases, tables and the patches.
+    """
+    matrices = {
+        id(part.weight)
+        for part in module.modules()
+        if isinstance(part, nn.Linear) or (isinstance(part, nn.Conv2d) and part.groups == 1 and part.in_channels > 3)
+    }
+    groups: dict[bool, dict[tuple[float, bool], list[Tensor]]] = {True: {}, False: {}}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            factor = next((rate for pattern, rate in stage.rates if fnmatch.fnmatchcase(name, pattern)), 1.0)
+            muon = stage.optimizer == "muon" and id(parameter) in matrices
+            groups[muon].setdefault((factor, parameter.dim() > 1), []).append(parameter)
+
+    def described(muon: bool) -> list[dict[str, Any]]:
+        return [
+            {"params": parameters, "factor": factor, "weight_decay": stage.weight_decay if decays else 0.0}
+            for (factor, decays), parameters in groups[muon].items()
+        ]
+
+    optimizers: list[torch.optim.Optimizer] = []
+    if groups[False]:
+        optimizers.append(torch.optim.AdamW(described(False), lr=stage.lr, betas=stage.betas, fused=True))
+    if groups[True]:
+        optimizers.append(Muon(described(True), lr=stage.lr))
+    return optimizers
