@@ -175,7 +175,10 @@ class ConnectorConfig:
 
 @dataclass(frozen=True)
 class DenoiserConfig:
-    """SANA (diffusers' `SanaTransformer2DModel`). `tap_block` is the 1-based block whose features align."""
+    """SANA (diffusers' `SanaTransformer2DModel`). `tap_block` is the 1-based block whose features align.
+
+    `interpolation_scale` below 1 spreads the sine positions of a small grid, so that neighbours differ.
+    """
 
     layers: int = 6
     heads: int = 7
@@ -184,7 +187,7 @@ class DenoiserConfig:
     cross_head_dim: int = 32
     caption_channels: int = 160
     mlp_ratio: float = 2.29
-    interpolation_scale: float | None = 1.0
+    interpolation_scale: float | None = 0.25
     tap_block: int = 2
 
     def __post_init__(self) -> None:

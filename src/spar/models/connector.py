@@ -13,7 +13,7 @@ from spar.models.encoder import qwen_config
 from spar.models.language import LanguageModel
 
 
-def grid_embedding(width: int, height: int, columns: int, base: float = 10000.0) -> Tensor:
+def grid_embedding(width: int, height: int, columns: int, base: float = 100.0) -> Tensor:
     """2-D sine-cosine embedding `[height * columns, width]`, half for each axis, row-major.
 
     The wavelengths run from 2 pi to `base` times that, in tokens.

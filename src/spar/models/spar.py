@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from spar.models.attention import attention_bias, positions
 from spar.models.config import SparConfig
@@ -68,11 +69,26 @@ class SparModel(nn.Module):
         is_reference = torch.cat(
             [tokens == self.config.text.image_token_id, mask.new_zeros(batch, queries).bool()], dim=1
         )
-        bias = attention_bias(mask, embeddings, causal=True)
-        _, states = self.language(embeddings, bias, positions(mask), layers=self.layers)
+        states = self._routed_states(embeddings, mask, tokens.shape[1])        # K of [B, T + Q, D]
         routed = self.router(common_scale(states))                             # [B, T + Q, D]
         condition = self.connector(routed.states, mask, is_reference, f_v)     # [B, T + Q, C]
         return Condition(states=condition, mask=mask, weights=routed.weights)
+
+    def _routed_states(self, embeddings: Tensor, mask: Tensor, prompt: int) -> list[Tensor]:
+        """The K hidden states of every token, the first `prompt` of them and the queries in two passes.
+
+        No token of the prompt sees a query, so with a frozen LLM its states carry no gradient, and training keeps a
+        graph of the queries' pass alone.
+        """
+        learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.language.parameters())
+        places, cache = positions(mask), DynamicCache()
+        words, queries = embeddings[:, :prompt], embeddings[:, prompt:]
+        with torch.set_grad_enabled(learns):
+            bias = attention_bias(mask[:, :prompt], words, causal=True)
+            _, before = self.language(words, bias, places[:, :prompt], layers=self.layers, cache=cache)
+        bias = attention_bias(mask, queries, causal=True, past=prompt)
+        _, behind = self.language(queries, bias, places[:, prompt:], layers=self.layers, cache=cache)
+        return [torch.cat(pair, dim=1) for pair in zip(before, behind, strict=True)]
 
     def velocity(self, latent: Tensor, time: Tensor, condition: Condition) -> Denoised:
         """Velocity of the normalised latent `[B R, D_p, h, w]` at `time` `[B R]`."""

@@ -19,6 +19,7 @@ from spar.training.stages import Stage
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic with the steepest slope at zero (Jordan et al.)
 ITERATIONS = 5
 MOMENTUM = 0.95
+NOT_HIDDEN = ("*.proj_out.*", "*.time_embed.*")  # outputs that start at zero, and tables of modulation
 ADAMW_RMS = 0.2  # root mean square of an AdamW update; with it one learning rate serves both (Liu et al. 2025)
 
 
@@ -75,7 +76,8 @@ def build_optimizers(module: nn.Module, stage: Stage) -> list[torch.optim.Optimi
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             factor = next((rate for pattern, rate in stage.rates if fnmatch.fnmatchcase(name, pattern)), 1.0)
-            muon = stage.optimizer == "muon" and id(parameter) in matrices
+            hidden = id(parameter) in matrices and not any(fnmatch.fnmatchcase(name, out) for out in NOT_HIDDEN)
+            muon = hidden and stage.optimizer == "muon"
             groups[muon].setdefault((factor, parameter.dim() > 1), []).append(parameter)
 
     def described(muon: bool) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ CENTER_BINS = 16
 # The encoder's random start: position frequencies that tell a grid of 16 patches apart, and the size of queries and keys.
 POSITION_BASE = 100.0
 ATTENTION_GAIN = 1.4
+GATES = [2, 5]  # of a SANA block's table: shift, scale, gate of its attention, then of its feed-forward
 
 
 class DenseHead(nn.Module):
@@ -107,7 +108,10 @@ def _initialize_vision(workshop: Workshop) -> None:
 
 @torch.no_grad()
 def _initialize_denoiser(workshop: Workshop) -> None:
-    """The output and the cross-attention start at zero; the time embedding starts small (DiT, PixArt)."""
+    """The output starts at zero, the time embedding small, and the gates of the branches open.
+
+    SANA's own start leaves the gates near zero, for depths of 28 blocks and long training.
+    """
     network = workshop.model.denoiser.network
     weight = network.patch_embed.proj.weight
     nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
@@ -118,4 +122,5 @@ def _initialize_denoiser(workshop: Workshop) -> None:
     nn.init.zeros_(network.proj_out.weight)
     nn.init.zeros_(network.proj_out.bias)
     for block in network.transformer_blocks:
-        nn.init.zeros_(block.attn2.to_out[0].weight)
+        block.scale_shift_table.zero_()
+        block.scale_shift_table[GATES] = 1.0
