@@ -1,3 +1,4 @@
+import copy
 from dataclasses import replace
 
 import pytest
@@ -128,10 +129,15 @@ def test_a_connector_without_layers_has_nothing_to_copy(config):
     Connector(bare).initialize_from(LanguageModel(config.text))
 
 
-def test_both_attentions_of_the_library_agree(config, connector):
-    eager = Connector(config, attention="eager").eval()
+@pytest.mark.parametrize("learning", [False, True])  # each has its own form of attention
+def test_the_layers_attend_as_the_librarys_own_do(config, connector, learning):
+    eager = Connector(config).eval().requires_grad_(learning)
+    for layer in eager.layers:
+        layer.self_attn.config = copy.copy(layer.self_attn.config)
+        layer.self_attn.config._attn_implementation = "eager"
     eager.load_state_dict(connector.state_dict())
+    own = copy.deepcopy(connector).requires_grad_(learning)
     states, f_v = draw(2, 23, 32), draw(1, REFERENCES, 32, seed=1)
-    one, other = (built(states, MASK, IS_REFERENCE, f_v) for built in (connector, eager))
+    one, other = (built(states, MASK, IS_REFERENCE, f_v) for built in (own, eager))
     real = MASK.bool()
     torch.testing.assert_close(one[real], other[real], rtol=1e-4, atol=1e-5)

@@ -33,9 +33,9 @@ def run(language: LanguageModel, embeddings: torch.Tensor, mask: torch.Tensor = 
     return language(embeddings, attention_bias(mask, embeddings, causal=True), positions(mask), **keywords)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_states_equal_the_librarys_hidden_states_under_left_padding(config, language, attention):
-    own = LanguageModel(config.text, attention=attention).eval()
+@pytest.mark.parametrize("learning", [False, True])  # each has its own form of attention
+def test_states_equal_the_librarys_hidden_states_under_left_padding(config, language, learning):
+    own = LanguageModel(config.text).eval().requires_grad_(learning)
     own.load_state_dict(language.state_dict())
     text = config.text
     by_hand = Qwen2Config(
@@ -49,7 +49,8 @@ def test_states_equal_the_librarys_hidden_states_under_left_padding(config, lang
         wanted = reference(
             input_ids=tokens(), attention_mask=MASK, position_ids=PLACES, output_hidden_states=True
         )
-        final, kept = run(own, own.embed(tokens()), layers=LAYERS)
+    final, kept = run(own, own.embed(tokens()), layers=LAYERS)
+    assert final.requires_grad == learning
     real = MASK.bool()
     torch.testing.assert_close(final[real], wanted.last_hidden_state[real], rtol=1e-4, atol=1e-5)
     assert len(wanted.hidden_states) == config.text.layers + 1

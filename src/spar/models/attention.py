@@ -6,7 +6,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
 
 MASKED = -6e4  # added to a forbidden score; finite in every half precision, so that no row can become NaN
 
@@ -38,6 +39,7 @@ def library_attention(
 
 ATTENTION = "spar"
 AttentionInterface.register(ATTENTION, library_attention)
+AttentionMaskInterface.register(ATTENTION, eager_mask)  # additive, as `attend` takes it
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

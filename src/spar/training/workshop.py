@@ -15,7 +15,7 @@ from spar.training.stages import Recipe
 TAGS = {"shape": 7, "color": 9, "size": 3, "background": 6}
 CENTER_BINS = 16
 
-# The encoder's random start: position frequencies that tell a grid of 16 patches apart, and the size of queries and keys.
+# The encoder's random start: position frequencies that tell a grid of 16 patches apart, the size of queries and keys.
 POSITION_BASE = 100.0
 ATTENTION_GAIN = 1.4
 
@@ -89,8 +89,8 @@ def _xavier(module: nn.Module) -> None:
 def _initialize_vision(workshop: Workshop) -> None:
     """Sine-cosine position embeddings and keys equal to queries: each patch first looks at patches near and alike it.
 
-    A ViT from random weights spends most of a short training on finding its neighbours (mimetic initialisation, Trockman
-    and Kolter 2023).
+    A ViT from random weights spends most of a short training on finding its neighbours (mimetic initialisation,
+    Trockman and Kolter 2023).
     """
     encoder = workshop.model.tokenizer.encoder
     embeddings = encoder.vision_tower.embeddings
