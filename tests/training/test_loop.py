@@ -18,7 +18,6 @@ from spar.training import loop
 from spar.training.loop import (
     Average,
     NonFiniteLoss,
-    build_optimizer,
     calibrate,
     clip_gradients,
     learning_rate,
@@ -26,6 +25,7 @@ from spar.training.loop import (
     stop_signals,
     whiten,
 )
+from spar.training.optimizer import Muon, build_optimizers
 from spar.training.stages import LossWeights, Stage
 from spar.training.state import Progress, load_group, read_progress, save_folder
 from spar.training.steps import STEPS
@@ -103,26 +103,16 @@ def test_the_average_is_the_moving_average_in_closed_form(decay):
     assert np.allclose(module["live"].detach().numpy(), expected, rtol=1e-5) and module["still"].tolist() == [5.0, 5.0]
 
 
-def test_the_optimizer_has_a_tenth_of_the_rate_for_the_encoder_and_no_decay_for_vectors(start):
-    ctx = start("tokenizer-3", weight_decay=0.1)
-    names = {id(p): name for name, p in ctx.workshop.named_parameters()}
-    seen = set()
-    for group in build_optimizer(ctx.workshop, ctx.stage).param_groups:
-        for parameter in group["params"]:
-            name = names[id(parameter)]
-            seen.add(name)
-            assert group["factor"] == (0.1 if name.startswith("model.tokenizer.encoder.") else 1.0)
-            assert group["weight_decay"] == (0.1 if parameter.dim() > 1 else 0.0)
-    assert seen == {name for name, p in ctx.workshop.named_parameters() if p.requires_grad}
-
-
-def test_the_loop_sets_each_groups_rate(start, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_loop_sets_each_groups_rate(start, tmp_path, monkeypatch, kind):
     made = []
-    monkeypatch.setattr(loop, "build_optimizer", lambda *a: made.append(build_optimizer(*a)) or made[0])
-    ctx = start("tokenizer-3", steps=2)
+    monkeypatch.setattr(loop, "build_optimizers", lambda *a: made.extend(build_optimizers(*a)) or made)
+    ctx = start("tokenizer-3", steps=2, optimizer=kind)
     assert run_stage(ctx, tmp_path, resume=False)
-    rates = {group["factor"]: group["lr"] for group in made[0].param_groups}
-    assert rates == pytest.approx({1.0: learning_rate(ctx.stage, 1), 0.1: 0.1 * learning_rate(ctx.stage, 1)})
+    assert {type(optimizer) for optimizer in made} == {torch.optim.AdamW, *([Muon] if kind == "muon" else [])}
+    for optimizer in made:
+        rates = {group["factor"]: group["lr"] for group in optimizer.param_groups}
+        assert rates == pytest.approx({1.0: learning_rate(ctx.stage, 1), 0.1: 0.1 * learning_rate(ctx.stage, 1)})
 
 
 def test_the_gradient_is_clipped_to_its_norm(start, tmp_path, monkeypatch):
@@ -134,8 +124,8 @@ def test_the_gradient_is_clipped_to_its_norm(start, tmp_path, monkeypatch):
             norms.append(float(torch.stack([g.square().sum() for g in gradients]).sum().sqrt()))
 
     monkeypatch.setattr(
-        loop, "build_optimizer",
-        lambda w, s: Watched([{"params": [p for p in w.parameters() if p.requires_grad], "factor": 1.0}], lr=1.0),
+        loop, "build_optimizers",
+        lambda w, s: [Watched([{"params": [p for p in w.parameters() if p.requires_grad], "factor": 1.0}], lr=1.0)],
     )
     run_stage(start("encoder", steps=1, clip=0.25), tmp_path, resume=False)
     assert norms == pytest.approx([0.25], rel=1e-3)
@@ -223,24 +213,31 @@ def test_whitening_changes_the_basis_and_nothing_that_is_read_off_it(start):
 STEPS_N, CUT = 3, 0
 
 
-@pytest.mark.parametrize("stage", ["encoder", "mllm", "tokenizer-3", "unified-2"])
-def test_n_steps_equal_k_then_resume_then_the_rest_bit_for_bit(start, tmp_path, stage):
+@pytest.mark.parametrize(
+    ("stage", "kind"),
+    [("encoder", "adamw"), ("mllm", "muon"), ("tokenizer-3", "muon"), ("unified-2", "adamw"), ("unified-2", "muon")],
+)
+def test_n_steps_equal_k_then_resume_then_the_rest_bit_for_bit(start, tmp_path, stage, kind):
+    def begin():
+        return start(stage, steps=STEPS_N, optimizer=kind)
+
     straight, parted = tmp_path / "straight", tmp_path / "parted"
     last = interrupt(STEPS_N - 1)
-    assert not run_stage(start(stage, steps=STEPS_N), straight, resume=False, report=last)
+    assert not run_stage(begin(), straight, resume=False, report=last)
 
-    assert not run_stage(start(stage, steps=STEPS_N), parted, resume=False, report=interrupt(CUT))
+    assert not run_stage(begin(), parted, resume=False, report=interrupt(CUT))
     assert read_progress(parted / stage / "state").step == CUT + 1
     halfway = state(parted / stage / "state")
-    assert not run_stage(start(stage, steps=STEPS_N), parted, resume=True, report=last)
+    assert any(name.endswith("|momentum") for name in halfway["optimizer"]) == (kind == "muon")
+    assert not run_stage(begin(), parted, resume=True, report=last)
 
     one, other = state(straight / stage / "state"), state(parted / stage / "state")
-    assert one.keys() == other.keys() == (GROUPS if start(stage).stage.ema else GROUPS - {"average"})
+    assert one.keys() == other.keys() == (GROUPS if begin().stage.ema else GROUPS - {"average"})
     for group in one:
         assert same(one[group], other[group]), group
         assert not same(one[group], halfway[group]), group
     for run in (straight, parted):  # all steps are done: only the end of the stage is left
-        assert run_stage(start(stage, steps=STEPS_N), run, resume=True)
+        assert run_stage(begin(), run, resume=True)
     ends = [load_group(run / stage / "done", "workshop") for run in (straight, parted)]
     assert same(*ends)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spar.training import steps
-from spar.training.loop import build_optimizer
+from spar.training.optimizer import build_optimizers
 from spar.training.stages import AlignmentConfig, LossWeights
 from spar.training.steps import STEPS, Context
 
@@ -377,13 +377,14 @@ def test_the_fused_term_needs_no_pixel_stream(start):
 
 def overfit(ctx: Context, count: int, term: str, lr: float) -> tuple[float, float]:
     """The first and the last value of a term over `count` steps on the batch of step 0."""
-    optimizer = build_optimizer(ctx.workshop, replace(ctx.stage, lr=lr))
+    optimizers = build_optimizers(ctx.workshop, replace(ctx.stage, lr=lr))
     values = []
     for _ in range(count):
         terms = run(ctx)
-        optimizer.zero_grad(set_to_none=True)
+        ctx.workshop.zero_grad(set_to_none=True)
         terms["loss"].backward()
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         values.append(float(terms[term]))
     return values[0], values[-1]
 
