@@ -3,6 +3,7 @@
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spar.losses.adversarial import LeCam, PatchDiscriminator, PatchDiscriminatorConfig
@@ -49,7 +50,7 @@ class Workshop(nn.Module):
 
     def __init__(self, recipe: Recipe, *, teacher_width: int | None = None) -> None:
         super().__init__()
-        config = recipe.model
+        self.config = config = recipe.model
         width = config.text.hidden_size
         self.model = SparModel(config)
         self.pixel_encoder = PixelEncoder(build_autoencoder(config.autoencoder).encoder)
@@ -60,6 +61,18 @@ class Workshop(nn.Module):
         self.teacher = copy.deepcopy(self.model.tokenizer.encoder)
         self.register_buffer("native_scale", torch.ones(()))
         self.register_buffer("teacher_mean", torch.zeros(teacher_width or width))
+
+    def native(self, pixels: Tensor) -> Tensor:
+        """E_p's latents on the token grid: `[B, 3, S, S]` to `[B, D_p, h, w]`, cell by cell those of the tokens.
+
+        The autoencoder's stride may differ from the tokens' (32 against 28): the picture is then resized by their
+        ratio (SPAR section 1, "Grid").
+        """
+        stride = self.config.autoencoder.stride
+        size = tuple(side // self.config.token_stride * stride for side in pixels.shape[-2:])
+        if size != tuple(pixels.shape[-2:]):
+            pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=True)
+        return self.pixel_encoder(pixels)
 
 
 def initialize(workshop: Workshop) -> None:
