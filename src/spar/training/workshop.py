@@ -71,7 +71,7 @@ class Workshop(nn.Module):
         stride = self.config.autoencoder.stride
         size = tuple(side // self.config.token_stride * stride for side in pixels.shape[-2:])
         if size != tuple(pixels.shape[-2:]):
-            pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=True)
+            pixels = F.interpolate(pixels.float(), size=size, mode="bilinear", align_corners=False, antialias=True)
         return self.pixel_encoder(pixels)
 
 
