@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 
+from spar.errors import InputError
 from spar.models.attention import attention_bias, positions
 from spar.models.encoder import qwen_config
 from spar.models.language import LanguageModel
@@ -119,3 +120,28 @@ def test_a_row_ends_before_its_own_end_of_turn_and_the_others_go_on(config, lang
     assert uneven
     for eos in uneven[:3]:
         assert answers(config, language, eos) == [until(row, eos) for row in generated]
+
+
+def short(config, language, positions: int) -> LanguageModel:
+    own = LanguageModel(replace(config.text, max_positions=positions)).eval()
+    own.load_state_dict(language.state_dict())
+    return own
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused_and_padding_is_none(config, language):
+    rows = tokens()
+    final, _ = run(short(config, language, 7), language.embed(rows))
+    assert final.isfinite().all()
+    with pytest.raises(InputError, match="at most 6 tokens at once .* got 7"):
+        run(short(config, language, 6), language.embed(rows))
+    run(short(config, language, 6), language.embed(rows[[0, 2]]), MASK[[0, 2]])  # 4 and 6 tokens in rows of 7
+
+
+def test_an_answer_that_would_not_fit_is_refused_before_its_first_token(config, language):
+    def ask(positions: int) -> list[list[int]]:
+        own = short(config, language, positions)
+        return own.answer(own.embed(tokens()), MASK, max_new_tokens=3)
+
+    assert ask(10) == ask(512)
+    with pytest.raises(InputError, match="at most 9 tokens at once .* got 10"):
+        ask(9)
