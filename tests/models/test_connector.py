@@ -104,7 +104,7 @@ def test_without_reference_positions_no_table_is_added(config, randomize):
 
 
 def test_the_grid_embedding_names_every_place_by_row_and_by_column():
-    table = grid_embedding(16, 3, 5).view(3, 5, 16)
+    table = grid_embedding(16, 3, 5, base=10000.0).view(3, 5, 16)
     assert torch.equal(table[:, :, :8], table[:, :1, :8].expand(-1, 5, -1))       # the first half knows the row
     assert torch.equal(table[:, :, 8:], table[:1, :, 8:].expand(3, -1, -1))       # the second half the column
     assert torch.equal(table[2, 0, :8], table[0, 2, 8:])                          # by the same code

@@ -81,7 +81,8 @@ def train(
 
     Args:
         run: the folder of the run.
-        stages: names of the stages to run; all when empty.
+        stages: names of the stages to run; all when empty. A stage that trains anew makes its own end, all later ones
+            and the run's model void: they are removed.
         resume: skip stages that are done and continue the one that is not.
         init_from: a stage's folder (`RUN/STAGE/done`) whose weights the first stage starts from.
         report: called at every logged step; announce: called before each stage with its freezing table.
