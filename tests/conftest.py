@@ -45,7 +45,8 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
 def start(tiny_run: TinyRun) -> Callable[..., Any]:
     """`start(stage, recipe=..., **changes)`: a step's Context as the loop has it before the stage's first step.
 
-    The weights are those that `tiny_run` had there; each call makes its own. `changes` replace fields of the stage.
+    The weights are those that `tiny_run` had there; each call makes its own. `changes` replace fields of the stage;
+    `teacher` stands for a loaded external teacher.
     """
     import torch
 
@@ -62,12 +63,13 @@ def start(tiny_run: TinyRun) -> Callable[..., Any]:
     fresh = build_workshop(tiny, cpu, prompts)
     material = ShapesMaterial(tiny.data, prompts, tiny.seed, tiny_run.path / "cache")
 
-    def build(name: str, recipe: Any = tiny, **changes: Any) -> Context:
+    def build(name: str, recipe: Any = tiny, teacher: Any = None, **changes: Any) -> Context:
         stage = replace(recipe.stage(name), **changes)
         workshop = copy.deepcopy(fresh)
         previous_weights(workshop, tiny_run.path, stage, recipe.stages)
-        prepare(workshop, stage, recipe, prompts)
+        ctx = Context(workshop.train(), material, recipe, stage, cpu, external_teacher=teacher)
+        prepare(ctx)
         freeze(workshop, stage)
-        return Context(workshop.train(), material, recipe, stage, cpu)
+        return ctx
 
     return build

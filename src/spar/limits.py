@@ -22,3 +22,13 @@ def within(name: str, value: object, low: float, high: float) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise InputError(f"{name}: expected {low} to {high}, got {value!r}")
+
+
+def whole_within(name: str, value: object, low: int, high: int) -> None:
+    """Refuse what is no whole number in [low, high]; here None is refused too.
+
+    Raises:
+        InputError: naming what was expected and what came.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InputError(f"{name}: expected {low} to {high}, got {value!r}")

@@ -5,7 +5,7 @@ seed and never on its neighbours.
 """
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from spar.data.prompts import IMAGE_TOKEN, PromptEncoder, Tokens
 from spar.errors import InputError
 from spar.flow.guidance import guide
 from spar.flow.sampler import sample
-from spar.limits import MAX_GUIDANCE, MAX_IMAGES, MAX_NEW_TOKENS, MAX_SEED, MAX_STEPS, within
+from spar.limits import MAX_GUIDANCE, MAX_IMAGES, MAX_NEW_TOKENS, MAX_SEED, MAX_STEPS, whole_within, within
 from spar.models.checkpoint import Loaded, load_model, save_model
 from spar.models.spar import Condition
 
@@ -188,9 +188,7 @@ class SparPipeline:
         self, image: ImageSource | Sequence[ImageSource], question: str | Sequence[str], *, max_new_tokens: int = 48
     ) -> UnderstandOutput:
         """Answers about pictures, greedy; pairs as in `edit`."""
-        if not isinstance(max_new_tokens, int):
-            raise InputError(f"max_new_tokens: expected 1 to {MAX_NEW_TOKENS}, got {max_new_tokens!r}")
-        within("max_new_tokens", max_new_tokens, 1, MAX_NEW_TOKENS)
+        whole_within("max_new_tokens", max_new_tokens, 1, MAX_NEW_TOKENS)
         pixels, questions = self._pairs(image, question, "question")
         tokens = self.prompts.question(questions).to(self.device)
         with self._precision():
@@ -217,9 +215,9 @@ class SparPipeline:
         defaults = self.loaded.sampling
         steps = defaults.steps if steps is None else steps
         guidance = defaults.guidance if guidance is None else guidance
-        within("num_inference_steps", steps, 1, MAX_STEPS)
+        whole_within("num_inference_steps", steps, 1, MAX_STEPS)
         within("guidance_scale", guidance, 0, MAX_GUIDANCE)
-        within("num_images_per_prompt", per_prompt, 1, MAX_IMAGES)
+        whole_within("num_images_per_prompt", per_prompt, 1, MAX_IMAGES)
         count = len(tokens.ids) * per_prompt
         within("images in all", count, 1, MAX_IMAGES)
         seeds = _seeds(seed, count)
@@ -293,6 +291,8 @@ class SparPipeline:
         return to_tensor([to_square(open_image(source), self.image_size) for source in sources]).to(self.device)
 
     def _texts(self, text: str | Sequence[str], what: str) -> list[str]:
+        if not isinstance(text, Iterable):
+            raise InputError(f"{what}: expected text or a list of texts, got {type(text).__name__}")
         texts = [text] if isinstance(text, str) else list(text)
         if not texts:
             raise InputError(f"expected at least one {what}, got an empty list")
@@ -340,7 +340,10 @@ def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     """One seed for each image, checked."""
     if seed is None:
         seed = secrets.randbelow(2**32)
-    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        seeds = [seed + i for i in range(count)]
+    else:
+        seeds = list(seed) if isinstance(seed, Iterable) else [seed] * count
     if len(seeds) != count:
         raise InputError(f"seed: expected one, or one for each of {count} images, got {len(seeds)}")
     for value in seeds:

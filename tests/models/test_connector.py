@@ -1,3 +1,4 @@
+import copy
 from dataclasses import replace
 
 import pytest
@@ -103,7 +104,7 @@ def test_without_reference_positions_no_table_is_added(config, randomize):
 
 
 def test_the_grid_embedding_names_every_place_by_row_and_by_column():
-    table = grid_embedding(16, 3, 5).view(3, 5, 16)
+    table = grid_embedding(16, 3, 5, base=10000.0).view(3, 5, 16)
     assert torch.equal(table[:, :, :8], table[:, :1, :8].expand(-1, 5, -1))       # the first half knows the row
     assert torch.equal(table[:, :, 8:], table[:1, :, 8:].expand(3, -1, -1))       # the second half the column
     assert torch.equal(table[2, 0, :8], table[0, 2, 8:])                          # by the same code
@@ -128,10 +129,15 @@ def test_a_connector_without_layers_has_nothing_to_copy(config):
     Connector(bare).initialize_from(LanguageModel(config.text))
 
 
-def test_both_attentions_of_the_library_agree(config, connector):
-    eager = Connector(config, attention="eager").eval()
+@pytest.mark.parametrize("learning", [False, True])  # each has its own form of attention
+def test_the_layers_attend_as_the_librarys_own_do(config, connector, learning):
+    eager = Connector(config).eval().requires_grad_(learning)
+    for layer in eager.layers:
+        layer.self_attn.config = copy.copy(layer.self_attn.config)
+        layer.self_attn.config._attn_implementation = "eager"
     eager.load_state_dict(connector.state_dict())
+    own = copy.deepcopy(connector).requires_grad_(learning)
     states, f_v = draw(2, 23, 32), draw(1, REFERENCES, 32, seed=1)
-    one, other = (built(states, MASK, IS_REFERENCE, f_v) for built in (connector, eager))
+    one, other = (built(states, MASK, IS_REFERENCE, f_v) for built in (own, eager))
     real = MASK.bool()
     torch.testing.assert_close(one[real], other[real], rtol=1e-4, atol=1e-5)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 
+from spar.errors import InputError
 from spar.models.attention import attention_bias, positions
 from spar.models.encoder import qwen_config
 from spar.models.language import LanguageModel
@@ -33,9 +34,9 @@ def run(language: LanguageModel, embeddings: torch.Tensor, mask: torch.Tensor = 
     return language(embeddings, attention_bias(mask, embeddings, causal=True), positions(mask), **keywords)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_states_equal_the_librarys_hidden_states_under_left_padding(config, language, attention):
-    own = LanguageModel(config.text, attention=attention).eval()
+@pytest.mark.parametrize("learning", [False, True])  # each has its own form of attention
+def test_states_equal_the_librarys_hidden_states_under_left_padding(config, language, learning):
+    own = LanguageModel(config.text).eval().requires_grad_(learning)
     own.load_state_dict(language.state_dict())
     text = config.text
     by_hand = Qwen2Config(
@@ -49,7 +50,8 @@ def test_states_equal_the_librarys_hidden_states_under_left_padding(config, lang
         wanted = reference(
             input_ids=tokens(), attention_mask=MASK, position_ids=PLACES, output_hidden_states=True
         )
-        final, kept = run(own, own.embed(tokens()), layers=LAYERS)
+    final, kept = run(own, own.embed(tokens()), layers=LAYERS)
+    assert final.requires_grad == learning
     real = MASK.bool()
     torch.testing.assert_close(final[real], wanted.last_hidden_state[real], rtol=1e-4, atol=1e-5)
     assert len(wanted.hidden_states) == config.text.layers + 1
@@ -118,3 +120,28 @@ def test_a_row_ends_before_its_own_end_of_turn_and_the_others_go_on(config, lang
     assert uneven
     for eos in uneven[:3]:
         assert answers(config, language, eos) == [until(row, eos) for row in generated]
+
+
+def short(config, language, positions: int) -> LanguageModel:
+    own = LanguageModel(replace(config.text, max_positions=positions)).eval()
+    own.load_state_dict(language.state_dict())
+    return own
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused_and_padding_is_none(config, language):
+    rows = tokens()
+    final, _ = run(short(config, language, 7), language.embed(rows))
+    assert final.isfinite().all()
+    with pytest.raises(InputError, match="at most 6 tokens at once .* got 7"):
+        run(short(config, language, 6), language.embed(rows))
+    run(short(config, language, 6), language.embed(rows[[0, 2]]), MASK[[0, 2]])  # 4 and 6 tokens in rows of 7
+
+
+def test_an_answer_that_would_not_fit_is_refused_before_its_first_token(config, language):
+    def ask(positions: int) -> list[list[int]]:
+        own = short(config, language, positions)
+        return own.answer(own.embed(tokens()), MASK, max_new_tokens=3)
+
+    assert ask(10) == ask(512)
+    with pytest.raises(InputError, match="at most 9 tokens at once .* got 10"):
+        ask(9)

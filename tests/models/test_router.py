@@ -102,6 +102,20 @@ def test_the_static_concatenation_baseline(randomize):
     )
 
 
+def test_a_concatenation_reports_each_layers_share_of_its_merge(randomize):
+    built, h = router("concat", randomize), states()
+    alone = []
+    for k in range(COUNT):  # what is left of the merge when the other layers are silent
+        silent = torch.zeros_like(h)
+        silent[k] = h[k]
+        alone.append((built.mix(silent, None) - built.merge.bias).norm(dim=-1))
+    sizes = torch.stack(alone, dim=-1)
+    torch.testing.assert_close(built(h).weights, sizes / sizes.sum(-1, keepdim=True))
+    with torch.no_grad():
+        built.alpha[1:] = 0
+    torch.testing.assert_close(built(h).weights[..., 0], torch.ones(2, 5))
+
+
 @pytest.mark.parametrize(
     ("layers", "count", "wanted"),
     [

@@ -87,10 +87,6 @@ def test_dense_targets_are_flat_and_row_major(material):
             assert np.array_equal(targets[name][row].numpy(), grid.reshape(64, *grid.shape[2:]))
 
 
-def test_more_edits_than_scenes_are_cut_to_the_scenes(prompts):
-    assert len(ShapesMaterial(DataConfig(scenes=2, edits=9), prompts, seed=0).edits) == 2
-
-
 def test_rendered_pictures_are_kept_and_read_back(prompts, material, tmp_path):
     first = ShapesMaterial(DATA, prompts, 3, tmp_path)
     (file,) = tmp_path.glob("scenes-*.npy")

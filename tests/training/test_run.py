@@ -120,10 +120,7 @@ def test_the_seed_decides_every_first_weight():
         (lambda: replace(TINY.flow, training_shift=0.0), "flow.training_shift: expected above 0"),
         (lambda: replace(TINY.flow, sampling_shift=math.nan), "flow.sampling_shift: expected above 0, got nan"),
         (lambda: replace(TINY.flow, guidance=-1.0), "flow.guidance: expected at least 0"),
-        pytest.param(
-            lambda: replace(TINY.data, edits=TINY.data.scenes + 1), "data.edits",
-            marks=pytest.mark.xfail(strict=True, reason="review: cut silently to the number of scenes"),
-        ),
+        (lambda: replace(TINY.data, edits=25), "data.edits: expected at most one for each of 24 scenes, got 25"),
     ],
 )
 def test_a_recipe_refuses_settings_that_cannot_be(make, message):
@@ -173,13 +170,23 @@ def test_a_damaged_end_of_a_stage_is_refused(half):
         train(TINY, half, resume=True)
 
 
-@pytest.mark.xfail(strict=True, reason="review: later stages keep ends that were made from the weights of before")
-def test_a_stage_trained_again_makes_the_later_ones_undone(tiny_run, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(tiny_run.path, run)
-    (run / "recipe.json").write_text((run / "recipe.json").read_text())
-    train(TINY, run, stages=("encoder",))
-    assert not (run / "mllm" / "done").exists() and not (run / "model").exists()
+def test_a_stage_trained_again_makes_the_later_ones_undone(tiny_run, half):
+    shutil.copytree(tiny_run.path / "model", half / "model")
+    train(TINY, half, stages=("mllm",))
+    assert (half / "encoder" / "done").exists() and (half / "mllm" / "done").exists()
+    assert not (half / "autoencoder" / "done").exists() and not (half / "dit" / "done").exists()
+    assert not (half / "model").exists()
+
+
+def test_a_stage_that_is_being_trained_again_is_not_taken_for_done(half):
+    def stop(stage, step, *_):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert train(TINY, half, stages=("mllm",), report=stop) is None
+    seen = []
+    train(TINY, half, stages=("mllm",), resume=True, report=lambda stage, step, *_: seen.append(step))
+    assert seen == [2]
 
 
 # ---- starting from weights -------------------------------------------------------------------------------------------
@@ -340,11 +347,11 @@ def test_the_commit_is_the_source_trees_or_unknown(monkeypatch):
     assert module._commit() == "unknown"
 
 
-@pytest.mark.xfail(strict=True, reason="review: nothing loads an external teacher; the run stops inside unified-2")
 def test_an_external_teacher_is_loaded_or_refused_before_the_run_begins(tmp_path):
     outside = replace(TINY, alignment=AlignmentConfig(teacher="external", external=str(tmp_path / "nothing")))
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="alignment.external: expected the folder or Hub id of an image encoder"):
         train(replace(outside, stages=outside.stages[:1]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_metrics_are_json_that_any_reader_takes(tiny_run):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spar.training import steps
-from spar.training.loop import build_optimizer
+from spar.training.optimizer import build_optimizers
 from spar.training.stages import AlignmentConfig, LossWeights
 from spar.training.steps import STEPS, Context
 
@@ -131,7 +131,7 @@ def test_generation_reads_captions_and_denoises_their_own_pictures(start, monkey
     latents = tokenizer.encode(ctx.pixels(indices))
     clean = tokenizer.normalize(latents.z_f)
     assert is_the_first(flow[0][2], clean, clean.roll(1, 0))
-    assert is_the_first(flow[0][4], latents.f_v, latents.f_v.roll(1, 0))
+    assert is_the_first(flow[0][4].flatten(1, 2), latents.f_v, latents.f_v.roll(1, 0))
 
 
 def test_editing_reads_the_source_and_denoises_the_target(start, monkeypatch):
@@ -149,7 +149,7 @@ def test_editing_reads_the_source_and_denoises_the_target(start, monkeypatch):
     source, target = tokenizer.encode(ctx.pixels(indices)), tokenizer.encode(ctx.pixels(indices, edited=True))
     assert is_the_first(conditions[0][2], source.f_v, target.f_v)
     assert is_the_first(flow[0][2], tokenizer.normalize(target.z_f), tokenizer.normalize(source.z_f))
-    assert is_the_first(flow[0][4], target.f_v, source.f_v)
+    assert is_the_first(flow[0][4].flatten(1, 2), target.f_v, source.f_v)
 
 
 @pytest.mark.parametrize("stage", ["dit", "unified-1", "unified-2"])
@@ -334,19 +334,29 @@ def test_latent_noise_is_relative_to_the_latents_size(start):
 
 def test_an_external_teacher_that_was_not_loaded_raises(start, tiny_run):
     external = replace(tiny_run.recipe, alignment=AlignmentConfig(teacher="external", external="some/encoder"))
-    ctx = start("unified-2", recipe=external)
     with pytest.raises(ValueError, match="no external teacher was loaded"):
-        run(ctx)
+        run(start("unified-2", recipe=external))
 
 
-def test_an_external_teacher_is_what_aligns_on_its_own_grid(start, tiny_run, monkeypatch):
+@pytest.mark.parametrize("editing", [0.0, 1.0])
+def test_an_external_teacher_is_what_aligns_on_its_own_grid(start, tiny_run, monkeypatch, editing):
     external = replace(tiny_run.recipe, alignment=AlignmentConfig(teacher="external", external="some/encoder"))
-    ctx = start("unified-2", recipe=external, edit_share=0.0)
-    ctx.external_teacher = lambda pixels: (torch.full((len(pixels), 16, 32), 2.0), (4, 4))
-    calls = spy(monkeypatch, steps, "alignment_loss")
+
+    def teacher(pixels):
+        """The colours of the pictures' own 4 x 4 squares, so that order and pairing can be told."""
+        colours = torch.nn.functional.adaptive_avg_pool2d(pixels, 4).flatten(2).transpose(1, 2)
+        return torch.nn.functional.pad(colours, (0, 29)), (4, 4)
+
+    ctx = start("unified-2", recipe=external, edit_share=editing, teacher=teacher)
+    calls, grids = spy(monkeypatch, steps, "alignment_loss"), spy(monkeypatch, steps, "match_grid")
     run(ctx)
-    projected, teacher = calls[0][:2]
-    assert projected.shape == teacher.shape == (8, 16, 32) and bool((teacher == 2).all())
+    rng = ctx.material.rng("unified-2", 0)
+    rng.random()
+    pixels = ctx.pixels(ctx.material.draw(rng, 4, edits=bool(editing)), edited=bool(editing))
+    assert torch.equal(calls[0][1], teacher(pixels)[0].repeat_interleave(2, 0))
+    assert grids[0][1:] == ((8, 8), (4, 4)) and calls[0][0].shape == (8, 16, 32)
+    everything = teacher(ctx.pixels(np.arange(24)))[0]
+    assert torch.allclose(ctx.workshop.teacher_mean, everything.mean((0, 1)), atol=1e-5)
 
 
 def test_alignment_with_no_teacher_is_off(start, tiny_run):
@@ -377,13 +387,14 @@ def test_the_fused_term_needs_no_pixel_stream(start):
 
 def overfit(ctx: Context, count: int, term: str, lr: float) -> tuple[float, float]:
     """The first and the last value of a term over `count` steps on the batch of step 0."""
-    optimizer = build_optimizer(ctx.workshop, replace(ctx.stage, lr=lr))
+    optimizers = build_optimizers(ctx.workshop, replace(ctx.stage, lr=lr))
     values = []
     for _ in range(count):
         terms = run(ctx)
-        optimizer.zero_grad(set_to_none=True)
+        ctx.workshop.zero_grad(set_to_none=True)
         terms["loss"].backward()
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         values.append(float(terms[term]))
     return values[0], values[-1]
 

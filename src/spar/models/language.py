@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, Qwen2Model
 
+from spar.errors import InputError
 from spar.models.attention import ATTENTION, attention_bias, positions
 from spar.models.config import TextConfig
 from spar.models.encoder import qwen_config
@@ -52,7 +53,11 @@ class LanguageModel(nn.Module):
 
         Returns:
             The final states `[B, T, D]` and the kept states, each `[B, T, D]`.
+
+        Raises:
+            InputError: a sequence with more tokens, padding not counted, than the model has positions.
         """
+        self._check_length(int(position_ids.max()) + 1)
         network, kept = self.network, {0: embeddings}
         rotary = network.rotary_emb(embeddings, position_ids)
         x = embeddings
@@ -71,13 +76,24 @@ class LanguageModel(nn.Module):
         kept[self.config.layers] = final
         return final, [kept[i] for i in layers]
 
+    def _check_length(self, tokens: int) -> None:
+        if tokens > self.config.max_positions:
+            raise InputError(
+                f"the language model takes at most {self.config.max_positions} tokens at once (prompt, images, queries "
+                f"and answer together; text.max_positions), got {tokens}"
+            )
+
     @torch.inference_mode()
     def answer(self, embeddings: Tensor, mask: Tensor, *, max_new_tokens: int) -> list[list[int]]:
         """Greedy continuation, batched; each row ends at its own end-of-turn token.
 
         Args:
             embeddings: `[B, T, D]`, padded on the left; mask: `[B, T]`.
+
+        Raises:
+            InputError: where the longest answer would not fit behind its question.
         """
+        self._check_length(int(mask.sum(1).max()) + max_new_tokens)
         cache, rows = DynamicCache(), [[] for _ in range(len(embeddings))]
         done = torch.zeros(len(embeddings), dtype=torch.bool, device=embeddings.device)
         x, position_ids = embeddings, positions(mask)

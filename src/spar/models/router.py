@@ -30,7 +30,7 @@ def common_scale(states: list[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Routed:
-    """`states` `[B, T, D]`, and `weights` `[B, T, K]`, which sum to 1 over K."""
+    """`states` `[B, T, D]`, and `weights` `[B, T, K]`, each layer's share of the mixture: they sum to 1 over K."""
 
     states: Tensor
     weights: Tensor
@@ -98,16 +98,28 @@ class GlobalRouter(Router):
         return torch.softmax(self.logits, dim=-1).expand(*states.shape[1:3], -1)
 
 
-class ConcatRouter(AverageRouter):
-    """The K layers side by side and a linear map; its weights are reported as even."""
+class ConcatRouter(Router):
+    """The K layers side by side and a linear map M = [M_1 .. M_K].
+
+    It chooses no weights: what it reports is each layer's share of the merge, |M_k alpha_k H_k| over their sum.
+    """
 
     def __init__(self, width: int, config: RouterConfig) -> None:
         super().__init__(width, config)
         self.merge = nn.Linear(config.count * width, width)
 
+    @torch.no_grad()
+    def weights(self, states: Tensor) -> Tensor:
+        maps = self.merge.weight.unflatten(1, (self.count, -1))                        # [D, K, D]
+        parts = torch.einsum("kbtd,ekd->btke", self._scaled(states), maps.to(states.dtype))
+        sizes = parts.float().norm(dim=-1) + 1e-12                                     # [B, T, K]
+        return sizes / sizes.sum(-1, keepdim=True)
+
     def mix(self, states: Tensor, weights: Tensor) -> Tensor:
-        scaled = states * self.alpha.to(states.dtype)[:, None, None, None]
-        return self.merge(scaled.permute(1, 2, 0, 3).flatten(2))
+        return self.merge(self._scaled(states).permute(1, 2, 0, 3).flatten(2))
+
+    def _scaled(self, states: Tensor) -> Tensor:
+        return states * self.alpha.to(states.dtype)[:, None, None, None]
 
 
 ROUTERS: dict[str, type[Router]] = {

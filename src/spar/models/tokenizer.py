@@ -125,7 +125,7 @@ class UnifiedTokenizer(nn.Module):
         pixels = self.decoder(z_f)
         size = tuple(side * self.config.token_stride for side in z_f.shape[-2:])
         if tuple(pixels.shape[-2:]) != size:
-            pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=True)
+            pixels = F.interpolate(pixels.float(), size=size, mode="bilinear", align_corners=False, antialias=True)
         return pixels
 
     def normalize(self, z_f: Tensor) -> Tensor:

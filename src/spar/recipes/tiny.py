@@ -36,7 +36,7 @@ def tiny() -> Recipe:
     """Three steps a stage, four pictures a step: a check of the way, not of the goal."""
     base = shapes()
     stages = tuple(
-        replace(stage, steps=3, batch=4, draws=min(stage.draws, 2), losses=replace(stage.losses, gan_start=0))
+        replace(stage, steps=3, batch=4, warmup=1, draws=min(stage.draws, 2), losses=replace(stage.losses, gan_start=0))
         for stage in base.stages
     )
     return replace(

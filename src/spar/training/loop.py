@@ -2,7 +2,6 @@
 
 import ctypes
 import fnmatch
-import json
 import logging
 import math
 import signal
@@ -10,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,17 +17,20 @@ from torch import Tensor
 from spar.config import to_dict
 from spar.errors import InputError
 from spar.models.checkpoint import load_weights
+from spar.training.metrics import Metrics
 from spar.training.optimizer import build_optimizers
 from spar.training.stages import Stage, freeze
 from spar.training.state import (
     Progress,
+    load_fitting,
     load_group,
     optimizer_tensors,
     read_progress,
     restore_optimizers,
     save_folder,
+    standing,
 )
-from spar.training.steps import STEPS, Context
+from spar.training.steps import STEPS, Context, alignment_weight, external_features
 from spar.training.workshop import Workshop
 
 log = logging.getLogger("spar.training")
@@ -43,10 +44,9 @@ class NonFiniteLoss(RuntimeError):
 
 def learning_rate(stage: Stage, step: int) -> float:
     """Linear warm-up, then a cosine from `lr` to `lr_end`."""
-    warmup = min(stage.warmup, max(1, stage.steps // 10))
-    if step < warmup:
-        return stage.lr * (step + 1) / warmup
-    share = (step - warmup) / max(1, stage.steps - warmup)
+    if step < stage.warmup:
+        return stage.lr * (step + 1) / stage.warmup
+    share = (step - stage.warmup) / max(1, stage.steps - stage.warmup)
     return stage.lr_end + (stage.lr - stage.lr_end) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
@@ -62,6 +62,13 @@ class Average:
     def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.kept.values()), [p.detach() for p in self.live.values()], 1 - decay)
+
+    @torch.no_grad()
+    def restore(self, folder: Path) -> None:
+        """Go on from a saved state; `InputError` where it does not fit."""
+        saved = load_fitting(folder, "average", self.kept)
+        for name, kept in self.kept.items():
+            kept.copy_(saved[name])
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -99,39 +106,27 @@ def clip_gradients(workshop: Workshop, limit: float) -> Tensor:
     """Clip the discriminator's gradient and everything else's apart, and return the norm of everything else's.
 
     One norm over both sides of the adversarial game would let the discriminator's gradient, tens of times larger,
-    set the size of the tokenizer's step.
+    set the size of the tokenizer's step. A norm of either side that is not finite is what is returned.
     """
     sides: dict[bool, list[Tensor]] = {}
     for name, parameter in workshop.named_parameters():
         if parameter.requires_grad:
             sides.setdefault(name.startswith("discriminator."), []).append(parameter)
     norms = {side: torch.nn.utils.clip_grad_norm_(parameters, limit) for side, parameters in sides.items()}
-    return norms.get(False, norms.get(True))
+    broken = [norm for norm in norms.values() if not bool(torch.isfinite(norm))]
+    return broken[0] if broken else norms.get(False, norms.get(True))
 
 
-class Metrics:
-    """One JSON line and one TensorBoard point a logged step."""
+def refuse_unreached(ctx: Context) -> None:
+    """Refuse trainable parts that the loss has not reached at all: they would stay as they are, unsaid.
 
-    def __init__(self, run: Path) -> None:
-        self.path = run / "metrics.jsonl"
-        self.board: Any = None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(run / "tensorboard")
-        except ImportError:
-            log.warning("TensorBoard is not installed: metrics go to %s only", self.path)
-
-    def write(self, stage: str, step: int, values: dict[str, float]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
-        if self.board is not None:
-            for name, value in values.items():
-                self.board.add_scalar(f"{stage}/{name}", value, step)
-
-    def close(self) -> None:
-        if self.board is not None:
-            self.board.close()
+    The alignment head may rest where the recipe or the stage has switched the alignment off.
+    """
+    reached = [name for name, parameter in ctx.workshop.named_parameters() if parameter.grad is not None]
+    for pattern in ctx.stage.trainable:
+        resting = pattern == "alignment_head.*" and ctx.stage.step == "unified" and not alignment_weight(ctx)
+        if not resting and not fnmatch.filter(reached, pattern):
+            raise InputError(f"stage {ctx.stage.name}: {pattern!r} is trainable, but its loss does not reach it")
 
 
 def run_stage(ctx: Context, run: Path, *, resume: bool, report: Report | None = None) -> bool:
@@ -148,6 +143,7 @@ def run_stage(ctx: Context, run: Path, *, resume: bool, report: Report | None = 
 
     Raises:
         NonFiniteLoss: before the optimizer touched any weight.
+        InputError: a saved state that does not fit, or a trainable part that the loss does not reach.
     """
     stage, workshop = ctx.stage, ctx.workshop
     trainable = freeze(workshop, stage)
@@ -159,14 +155,12 @@ def run_stage(ctx: Context, run: Path, *, resume: bool, report: Report | None = 
     progress = read_progress(folder) if resume else None
     if progress:
         load_weights(workshop, load_group(folder, "workshop"), str(folder))
-        restore_optimizers(optimizers, names, load_group(folder, "optimizer"))
+        restore_optimizers(optimizers, names, folder)
         if average:
-            saved = load_group(folder, "average")
-            for name, kept in average.kept.items():
-                kept.copy_(saved[name])
+            average.restore(folder)
         start, seconds = progress.step, progress.seconds
     workshop.train()
-    metrics, began, saved_at = Metrics(run), time.monotonic(), time.monotonic()
+    metrics, began, saved_at = Metrics(run, stage.name, start), time.monotonic(), time.monotonic()
     log.info("stage %s: steps %d to %d, %d trainable tensors", stage.name, start, stage.steps, len(trainable))
 
     def save(step: int) -> None:
@@ -188,6 +182,8 @@ def run_stage(ctx: Context, run: Path, *, resume: bool, report: Report | None = 
                 raise NonFiniteLoss(f"stage {stage.name}, step {step}: loss is {float(loss)}; " + _named(terms))
             workshop.zero_grad(set_to_none=True)
             loss.backward()
+            if step == start:
+                refuse_unreached(ctx)
             norm = clip_gradients(workshop, stage.clip)
             if not bool(torch.isfinite(norm)):
                 raise NonFiniteLoss(f"stage {stage.name}, step {step}: the gradient is not finite; " + _named(terms))
@@ -228,24 +224,36 @@ def calibrate(ctx: Context, pictures: int = 512) -> None:
     """Measure and store what later stages must know of the features that this stage has changed.
 
     Behind the encoder's pre-training `f_v` is whitened; behind the autoencoder's the native latents' scale is stored;
-    behind the tokenizer's the scale of `z_f` and the mean of the teacher's features.
+    behind the tokenizer's the scale of `z_f`.
     """
     workshop, tokenizer = ctx.workshop, ctx.workshop.model.tokenizer
-    count = min(pictures, len(ctx.material.images))
-    chunks = ctx.pixels(np.arange(count)).split(64)
+    chunks = _first(ctx, pictures)
     with torch.autocast(ctx.device.type, torch.bfloat16):
         if ctx.stage.step == "encoder":
             whiten(workshop, torch.cat([tokenizer.encoder(chunk) for chunk in chunks]).float())
         elif ctx.stage.step == "autoencoder":
-            latent = torch.cat([workshop.pixel_encoder(chunk) for chunk in chunks]).float()
+            latent = torch.cat([workshop.native(chunk) for chunk in chunks]).float()
             workshop.native_scale.copy_(1 / latent.square().mean().sqrt())
         elif ctx.stage.step == "tokenizer":
-            latents = [tokenizer.encode(chunk) for chunk in chunks]
-            z_f = torch.cat([latent.z_f for latent in latents]).float()
+            z_f = torch.cat([tokenizer.encode(chunk).z_f for chunk in chunks]).float()
             tokenizer.latent_scale.copy_(1 / z_f.square().mean().sqrt())
-            mean = torch.cat([latent.f_v for latent in latents]).float().mean((0, 1))
-            if workshop.teacher_mean.shape == mean.shape:
-                workshop.teacher_mean.copy_(mean)
+
+
+@torch.no_grad()
+def measure_teacher(ctx: Context, pictures: int = 512) -> None:
+    """Store the mean of the alignment teacher's features, for centring; before a stage, since the teacher is frozen.
+
+    So a run that starts from another run's tokenizer centres on its own teacher.
+    """
+    external, encoder = ctx.recipe.alignment.teacher == "external", ctx.workshop.model.tokenizer.encoder
+    with torch.autocast(ctx.device.type, torch.bfloat16):
+        rows = [external_features(ctx, x).flatten(1, 2) if external else encoder(x) for x in _first(ctx, pictures)]
+    ctx.workshop.teacher_mean.copy_(torch.cat(rows).float().mean((0, 1)))
+
+
+def _first(ctx: Context, pictures: int) -> tuple[Tensor, ...]:
+    """The first pictures of the material, in pieces."""
+    return ctx.pixels(np.arange(min(pictures, len(ctx.material.images)))).split(64)
 
 
 @torch.no_grad()
@@ -275,7 +283,7 @@ def previous_weights(workshop: Workshop, run: Path, stage: Stage, order: tuple[S
     if index == 0:
         return
     before = run / order[index - 1].name / "done"
-    if not before.exists():
+    if not standing(before).exists():
         raise InputError(f"stage {stage.name} starts from the end of {order[index - 1].name}, which is not in {run}")
     load_weights(workshop, load_group(before, "workshop"), str(before))
 

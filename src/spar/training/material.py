@@ -31,9 +31,8 @@ class ShapesMaterial:
     def __init__(self, config: DataConfig, prompts: PromptEncoder, seed: int, cache: Path | None = None) -> None:
         self.config, self.prompts, self.seed = config, prompts, seed
         self.scenes = [scene_at("train", i) for i in range(config.scenes)]
-        count = min(config.edits, config.scenes)
         self.edits: list[Edit] = [
-            make_edit(self.scenes[i], np.random.default_rng((seed, 1, i))) for i in range(count)
+            make_edit(self.scenes[i], np.random.default_rng((seed, 1, i))) for i in range(config.edits)
         ]
         self.images = _rendered(cache, "scenes", self.scenes)
         self.edited = _rendered(cache, "edits", [edit.target for edit in self.edits])

@@ -28,6 +28,8 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[Any], lr: float, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
+            self.state[parameter]["momentum"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:
@@ -36,11 +38,9 @@ class Muon(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                state = self.state[parameter]
-                if "momentum" not in state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                state["momentum"].lerp_(parameter.grad, 1 - MOMENTUM)
-                update = parameter.grad.lerp(state["momentum"], MOMENTUM).flatten(1)
+                momentum = self.state[parameter]["momentum"]
+                momentum.lerp_(parameter.grad, 1 - MOMENTUM)
+                update = parameter.grad.lerp(momentum, MOMENTUM).flatten(1)
                 alike[tuple(update.shape)].append((parameter, update))
             for (rows, columns), pairs in alike.items():
                 updates = orthogonalize(torch.stack([update for _, update in pairs]))
@@ -66,6 +66,7 @@ def build_optimizers(module: nn.Module, stage: Stage) -> list[torch.optim.Optimi
     """The stage's optimizers, one group for each learning-rate factor; vectors and scalars never decay.
 
     With Muon, AdamW keeps what is no map between hidden states: embeddings, norms, biases, tables and the patches.
+    All state is there from the start, also where no gradient will come: so a saved one can be checked key by key.
     """
     matrices = {
         id(part.weight)
@@ -88,7 +89,11 @@ def build_optimizers(module: nn.Module, stage: Stage) -> list[torch.optim.Optimi
 
     optimizers: list[torch.optim.Optimizer] = []
     if groups[False]:
-        optimizers.append(torch.optim.AdamW(described(False), lr=stage.lr, betas=stage.betas, fused=True))
+        adamw = torch.optim.AdamW(described(False), lr=stage.lr, betas=stage.betas, fused=True)
+        for parameter in (parameter for group in adamw.param_groups for parameter in group["params"]):
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            adamw.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+        optimizers.append(adamw)
     if groups[True]:
         optimizers.append(Muon(described(True), lr=stage.lr))
     return optimizers

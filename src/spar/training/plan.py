@@ -9,6 +9,7 @@ import torch
 
 from spar.errors import InputError
 from spar.training.stages import Recipe, Stage, freeze
+from spar.training.teacher import teacher_of
 from spar.training.workshop import Workshop, initialize
 
 BYTES = 4  # float32
@@ -32,15 +33,14 @@ def plan(recipe: Recipe, stages: tuple[str, ...] = ()) -> list[StagePlan]:
     """The stages that a run would train, in order; all when `stages` is empty.
 
     Raises:
-        InputError: an unknown stage, two stages of one name, a pattern without a parameter, or sizes that do not fit.
+        InputError: an unknown stage, a pattern without a parameter, sizes that do not fit, or an external teacher
+            that cannot be loaded.
     """
     chosen = tuple(recipe.stage(name) for name in stages) or recipe.stages
-    names = [stage.name for stage in recipe.stages]
-    if len(set(names)) < len(names):
-        raise InputError(f"recipe {recipe.name}: expected stages of different names, got {', '.join(names)}")
+    teacher = teacher_of(recipe.alignment)
     try:
         with torch.device("meta"):
-            workshop = Workshop(recipe)
+            workshop = Workshop(recipe, teacher_width=teacher.width() if teacher else None)
             initialize(workshop)
             tokenizer, side = workshop.model.tokenizer, recipe.model.image_size
             tokenizer.decode(tokenizer.encode(torch.zeros(1, 3, side, side)).z_f)

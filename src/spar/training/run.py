@@ -15,11 +15,12 @@ from spar.data.prompts import PromptEncoder
 from spar.errors import InputError
 from spar.models.checkpoint import Loaded, Sampling, load_weights, save_model, versions
 from spar.models.spar import SparModel
-from spar.training.loop import Report, initial_weights, previous_weights, run_stage, tune_allocator
+from spar.training.loop import Report, initial_weights, measure_teacher, previous_weights, run_stage, tune_allocator
 from spar.training.material import ShapesMaterial
 from spar.training.stages import Recipe, Stage, freeze, freezing_table
-from spar.training.state import load_group
-from spar.training.steps import Context
+from spar.training.state import load_group, read_progress
+from spar.training.steps import Context, alignment_weight
+from spar.training.teacher import teacher_of
 from spar.training.workshop import Workshop, initialize
 from spar.worlds.shapes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES
 from spar.worlds.shapes.words import PLURALS, build_tokenizer
@@ -50,7 +51,9 @@ def open_run(run: Path, recipe: Recipe, *, fresh: bool) -> None:
         raise InputError(f"cannot write the run folder {run}: {error.strerror}") from error
 
 
-def build_workshop(recipe: Recipe, device: torch.device, prompts: PromptEncoder) -> Workshop:
+def build_workshop(
+    recipe: Recipe, device: torch.device, prompts: PromptEncoder, *, teacher_width: int | None = None
+) -> Workshop:
     if len(prompts.tokenizer) > recipe.model.text.vocab_size:
         raise InputError(
             f"text.vocab_size: expected at least {len(prompts.tokenizer)} for this tokenizer, "
@@ -58,7 +61,7 @@ def build_workshop(recipe: Recipe, device: torch.device, prompts: PromptEncoder)
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        workshop = Workshop(recipe)
+        workshop = Workshop(recipe, teacher_width=teacher_width)
         initialize(workshop)
     return workshop.to(device)
 
@@ -78,7 +81,8 @@ def train(
 
     Args:
         run: the folder of the run.
-        stages: names of the stages to run; all when empty.
+        stages: names of the stages to run; all when empty. A stage that trains anew makes its own end, all later ones
+            and the run's model void: they are removed.
         resume: skip stages that are done and continue the one that is not.
         init_from: a stage's folder (`RUN/STAGE/done`) whose weights the first stage starts from.
         report: called at every logged step; announce: called before each stage with its freezing table.
@@ -88,18 +92,19 @@ def train(
         the model is written to `RUN/model`.
     """
     first = stages[0] if stages else recipe.stages[0].name
-    begun = any((run / first / part / "meta.json").exists() for part in ("state", "done"))
+    begun = any(read_progress(run / first / part) for part in ("state", "done"))
     if init_from is not None and resume and begun:
         raise InputError(f"{run} already holds stage {first}: either resume it, or start it anew from {init_from}")
+    teacher, where = teacher_of(recipe.alignment), torch.device(device)
     open_run(run, recipe, fresh=not (resume or stages))
     tune_allocator()
-    where = torch.device(device)
     prompts = PromptEncoder(build_tokenizer(), recipe.model.grid**2)
-    workshop = build_workshop(recipe, where, prompts)
+    workshop = build_workshop(recipe, where, prompts, teacher_width=teacher.width() if teacher else None)
+    teacher = teacher.to(where) if teacher else None
     material = ShapesMaterial(recipe.data, prompts, recipe.seed, run / "cache")
     chosen = tuple(recipe.stage(name) for name in stages) or recipe.stages
     for stage in chosen:
-        if resume and (run / stage.name / "done" / "meta.json").exists():
+        if resume and read_progress(run / stage.name / "done"):
             log.info("stage %s is done", stage.name)
             load_weights(workshop, load_group(run / stage.name / "done", "workshop"), stage.name)
             continue
@@ -107,16 +112,38 @@ def train(
             initial_weights(workshop, init_from, stage, recipe.stages)
         else:
             previous_weights(workshop, run, stage, recipe.stages)
-        prepare(workshop, stage, recipe, prompts)
+        undo(run, recipe, stage, resume=resume)
+        ctx = Context(workshop, material, recipe, stage, where, external_teacher=teacher)
+        prepare(ctx)
         freeze(workshop, stage)
         if announce:
             announce(stage, freezing_table(workshop))
-        if not run_stage(Context(workshop, material, recipe, stage, where), run, resume=resume, report=report):
+        if not run_stage(ctx, run, resume=resume, report=report):
             return None
-        shutil.rmtree(run / stage.name / "state", ignore_errors=True)
+        _remove(run / stage.name, "state", "state.old")
     if chosen[-1] == recipe.stages[-1]:
         save_model(finished(workshop.model, recipe, run, prompts, chosen[-1].name), run / "model")
     return workshop.model
+
+
+def undo(run: Path, recipe: Recipe, stage: Stage, *, resume: bool) -> None:
+    """Remove what the training of `stage` makes void: its own end, and all that was made from it.
+
+    Its own state stays when it is resumed.
+    """
+    index = recipe.stages.index(stage)
+    void = [later.name for later in recipe.stages[index:] if read_progress(run / later.name / "done")]
+    if void:
+        log.warning("stage %s is trained anew: the ends of %s are void and removed", stage.name, ", ".join(void))
+    _remove(run / stage.name, "done", "done.old", *(() if resume else ("state", "state.old")))
+    for later in recipe.stages[index + 1 :]:
+        _remove(run / later.name, "done", "done.old", "state", "state.old")
+    _remove(run, "model")
+
+
+def _remove(parent: Path, *names: str) -> None:
+    for name in names:
+        shutil.rmtree(parent / name, ignore_errors=True)
 
 
 def finished(model: SparModel, recipe: Recipe, run: Path, prompts: PromptEncoder, last: str) -> Loaded:
@@ -152,8 +179,10 @@ def model_of(run: Path, stage: str | None = None) -> Loaded:
     last = stage or recipe.stages[-1].name
     folder = run / recipe.stage(last).name / "done"
     prompts = PromptEncoder(build_tokenizer(), recipe.model.grid**2)
-    workshop = build_workshop(recipe, torch.device("cpu"), prompts)
-    load_weights(workshop, load_group(folder, "workshop"), str(folder))
+    saved = load_group(folder, "workshop")
+    width = saved["teacher_mean"].numel() if "teacher_mean" in saved else None
+    workshop = build_workshop(recipe, torch.device("cpu"), prompts, teacher_width=width)
+    load_weights(workshop, saved, str(folder))
     return finished(workshop.model, recipe, run, prompts, last)
 
 
@@ -180,15 +209,18 @@ def _commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def prepare(workshop: Workshop, stage: Stage, recipe: Recipe, prompts: PromptEncoder) -> None:
+def prepare(ctx: Context) -> None:
     """What a stage takes over from the ones before it, beyond their weights."""
+    workshop, stage, recipe = ctx.workshop, ctx.stage, ctx.recipe
     first = {s.step: s.name for s in reversed(recipe.stages)}
     if stage.step == "tokenizer" and stage.losses.semantic:
         workshop.teacher.load_state_dict(workshop.model.tokenizer.encoder.state_dict())
     if stage.step == "mllm" and stage.name == first["mllm"] and recipe.word_embeddings == "tags":
-        name_tags(workshop, prompts)
+        name_tags(workshop, ctx.material.prompts)
     if stage.step == "unified" and stage.name == first["unified"]:
         workshop.model.connector.initialize_from(workshop.model.language)
+    if stage.step == "unified" and alignment_weight(ctx):
+        measure_teacher(ctx)
 
 
 @torch.no_grad()

@@ -52,7 +52,10 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class Stage:
-    """One training stage. `trainable` are fnmatch patterns over the workshop's parameter names."""
+    """One training stage. `trainable` are fnmatch patterns over the workshop's parameter names.
+
+    The learning rate rises over exactly `warmup` steps, then falls from `lr` to `lr_end`.
+    """
 
     name: str
     step: StepKind
@@ -84,6 +87,18 @@ class Stage:
             raise InputError(f"stage {self.name}: ema must be in [0, 1), got {self.ema}")
         if not 0 <= self.edit_share <= 1:
             raise InputError(f"stage {self.name}: edit_share must be in [0, 1], got {self.edit_share}")
+        if not 0 <= self.warmup <= self.steps:
+            raise InputError(f"stage {self.name}: expected warmup from 0 to steps {self.steps}, got {self.warmup}")
+        self._refuse_idle()
+
+    def _refuse_idle(self) -> None:
+        """Refuse settings without an effect: what the step does not read, and half of an adversary."""
+        for name, steps in (("draws", ("dit", "unified")), ("edit_share", ("unified",))):
+            if self.step not in steps and getattr(self, name) != getattr(type(self), name):
+                raise InputError(
+                    f"stage {self.name}: only a {' or '.join(steps)} step reads {name}, got {getattr(self, name)} "
+                    f"for a {self.step} step"
+                )
         idle = [
             name
             for name, default in vars(LossWeights()).items()
@@ -94,6 +109,10 @@ class Stage:
                 f"stage {self.name}: a {self.step} step has no use for {', '.join(idle)}; "
                 f"it reads {', '.join(READS[self.step]) or 'no loss weights'}"
             )
+        if not self.losses.gan and (self.losses.lecam or self.losses.gan_start):
+            raise InputError(f"stage {self.name}: lecam and gan_start belong to an adversary, but gan is 0")
+        if self.losses.gan and not any(fnmatch.fnmatchcase("discriminator.", p) for p in self.trainable):
+            raise InputError(f"stage {self.name}: gan is on, expected discriminator.* among trainable")
 
 
 @dataclass(frozen=True)
@@ -148,6 +167,8 @@ class DataConfig:
         for name in ("scenes", "edits", "turns"):
             if getattr(self, name) < 1:
                 raise InputError(f"data.{name}: expected at least 1, got {getattr(self, name)}")
+        if self.edits > self.scenes:
+            raise InputError(f"data.edits: expected at most one for each of {self.scenes} scenes, got {self.edits}")
 
 
 @dataclass(frozen=True)
@@ -175,6 +196,15 @@ class Recipe:
             raise InputError(f"seed: expected at least 0, got {self.seed}")
         if self.log_every < 1:
             raise InputError(f"log_every: expected at least 1, got {self.log_every}")
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise InputError(f"recipe {self.name}: expected stages of different names, got {', '.join(names)}")
+        captions, width = self.model.denoiser.caption_channels, self.model.text.hidden_size
+        if captions != width and any(stage.step == "dit" for stage in self.stages):
+            raise InputError(
+                f"recipe {self.name}: a dit step reads the LLM directly, expected model.denoiser.caption_channels "
+                f"{width} (text.hidden_size), got {captions}"
+            )
 
     def stage(self, name: str) -> Stage:
         for stage in self.stages:

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spar.config import read_json, write_json
-from spar.models.checkpoint import read_tensors
+from spar.config import from_dict, read_json, write_json
+from spar.errors import InputError
+from spar.models.checkpoint import describe_mismatch, read_tensors
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,31 @@ def save_folder(target: Path, tensors: dict[str, dict[str, Tensor]], meta: dict)
     for file in aside.iterdir():
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
-    shutil.rmtree(old, ignore_errors=True)
     if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
     aside.rename(target)
     shutil.rmtree(old, ignore_errors=True)
 
 
+def standing(folder: Path) -> Path:
+    """The folder itself, or the older one where a save was cut between its two renames."""
+    old = folder.with_name(folder.name + ".old")
+    return old if old.exists() and not folder.exists() else folder
+
+
 def load_group(folder: Path, name: str) -> dict[str, Tensor]:
     """The tensors of one group of a saved state."""
-    return read_tensors(folder / f"{name}.safetensors")
+    return read_tensors(standing(folder) / f"{name}.safetensors")
+
+
+def load_fitting(folder: Path, name: str, own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a group whose names and shapes must be those of `own`, or `InputError`."""
+    given = load_group(folder, name)
+    mismatch = describe_mismatch(own, given)
+    if mismatch:
+        raise InputError(f"{name}.safetensors in {folder} does not fit this stage: {mismatch}")
+    return given
 
 
 def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer], names: dict[int, str]) -> dict[str, Tensor]:
@@ -62,27 +78,19 @@ def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer], names: dict[i
     return flat
 
 
-def restore_optimizers(
-    optimizers: Sequence[torch.optim.Optimizer], names: dict[int, str], flat: dict[str, Tensor]
-) -> None:
-    """The inverse of `optimizer_tensors`."""
-    by_name: dict[str, dict[str, Tensor]] = {}
-    for key, value in flat.items():
-        name, field = key.rsplit("|", 1)
-        by_name.setdefault(name, {})[field] = value
+def restore_optimizers(optimizers: Sequence[torch.optim.Optimizer], names: dict[int, str], folder: Path) -> None:
+    """The inverse of `optimizer_tensors`, from a saved state; `InputError` where it is not exactly theirs."""
+    flat = load_fitting(folder, "optimizer", optimizer_tensors(optimizers, names))
     for optimizer in optimizers:
-        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
-            fields = by_name.get(names[id(parameter)])
-            if fields is not None:
-                optimizer.state[parameter] = {
-                    field: value.to(parameter.device if field != "step" else "cpu") for field, value in fields.items()
-                }
+        for parameter, fields in optimizer.state.items():
+            for field in fields:
+                fields[field] = flat[f"{names[id(parameter)]}|{field}"].to(parameter.device)
 
 
 def read_progress(folder: Path) -> Progress | None:
     """How far a stage's saved state is, or None."""
-    folder = folder if folder.exists() else folder.with_name(folder.name + ".old")
-    if not (folder / "meta.json").exists():
+    path = standing(folder) / "meta.json"
+    if not path.exists():
         return None
-    meta = read_json(folder / "meta.json")
-    return Progress(meta["stage"], meta["step"], meta.get("seconds", 0.0))
+    known = {field: value for field, value in read_json(path).items() if field in Progress.__dataclass_fields__}
+    return from_dict(Progress, known, str(path), complete=True)

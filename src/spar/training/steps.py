@@ -5,7 +5,6 @@ B pictures, R noise draws a picture, N visual tokens, D_p latent channels, h w t
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -108,7 +107,7 @@ def autoencoder_step(ctx: Context, step: int) -> Terms:
     weights = ctx.stage.losses
     indices = ctx.material.draw(ctx.material.rng(ctx.stage.name, step), ctx.stage.batch)
     pixels = ctx.pixels(indices).to(memory_format=torch.channels_last)
-    latent = ctx.workshop.pixel_encoder(pixels)
+    latent = ctx.workshop.native(pixels)
     decoded = ctx.workshop.model.tokenizer.decode(_noisy(latent, weights.latent_noise, ctx.generator(step)))
     terms = {"mse": mse(decoded, pixels), "latent_square": latent.float().square().mean()}
     loss = weights.mse * terms["mse"] + weights.latent_penalty * terms["latent_square"]
@@ -127,7 +126,7 @@ def dit_step(ctx: Context, step: int) -> Terms:
         bias = attention_bias(tokens.mask, embeddings, causal=True)
         final, _ = model.language(embeddings, bias, positions(tokens.mask))
         condition = Condition(common_scale([final])[0], tokens.mask, final.new_ones(*final.shape[:2], 1))
-    latent = ctx.frozen("native", indices, lambda i: {"latent": workshop.pixel_encoder(ctx.pixels(i))})["latent"]
+    latent = ctx.frozen("native", indices, lambda i: {"latent": workshop.native(ctx.pixels(i))})["latent"]
     return _flow_terms(ctx, step, latent.float() * workshop.native_scale, condition, teacher=None)
 
 
@@ -139,9 +138,8 @@ def unified_step(ctx: Context, step: int) -> Terms:
     indices = ctx.material.draw(rng, ctx.stage.batch, edits=editing)
 
     def encode(which: np.ndarray, edited: bool) -> Terms:
-        pixels = ctx.pixels(which, edited=edited)
-        latents = model.tokenizer.encode(pixels)
-        return {"f_v": latents.f_v, "latent": model.tokenizer.normalize(latents.z_f), **_external(ctx, pixels)}
+        latents = model.tokenizer.encode(ctx.pixels(which, edited=edited))
+        return {"f_v": latents.f_v, "latent": model.tokenizer.normalize(latents.z_f)}
 
     source = ctx.frozen("scenes", indices, lambda i: encode(i, False)) if not editing or ctx.stage.edit_share else {}
     if editing:
@@ -153,15 +151,31 @@ def unified_step(ctx: Context, step: int) -> Terms:
         words = _drop(rng, ctx.material.captions(rng, indices), ctx.recipe.flow.unconditional_share)
         tokens, reference = ctx.material.prompts.generation(words).to(ctx.device), None
     condition = model.condition(tokens.ids, tokens.mask, reference)
-    teacher = target.get("teacher", target["f_v"])
-    terms = _flow_terms(ctx, step, target["latent"].float(), condition, teacher=teacher)
+    latent, teacher = target["latent"].float(), None
+    if alignment_weight(ctx) and ctx.recipe.alignment.teacher == "external":
+        teacher = external_features(ctx, ctx.pixels(indices, edited=editing))
+    elif alignment_weight(ctx):
+        teacher = target["f_v"].unflatten(1, latent.shape[-2:])
+    terms = _flow_terms(ctx, step, latent, condition, teacher=teacher)
     return {**terms, ("flow_edit" if editing else "flow_generate"): terms["flow"].detach()}
 
 
+def alignment_weight(ctx: Context) -> float:
+    """lambda_a of this stage: 0 where the recipe has no teacher."""
+    return 0.0 if ctx.recipe.alignment.teacher == "none" else ctx.stage.losses.align
+
+
+def external_features(ctx: Context, pixels: Tensor) -> Tensor:
+    """The external teacher's features, `[B, rows, columns, D]`; asked anew each time, for they are too many to keep."""
+    if ctx.external_teacher is None:
+        raise ValueError("alignment with an external teacher is on, but no external teacher was loaded")
+    features, grid = ctx.external_teacher(pixels)
+    return features.unflatten(1, grid)
+
+
 def _flow_terms(ctx: Context, step: int, latent: Tensor, condition: Condition, *, teacher: Tensor | None) -> Terms:
-    """L_fm for R draws of noise and time a picture, and the alignment of the tapped features where it is on."""
+    """L_fm for R draws of noise and time a picture, and where a teacher `[B, rows, columns, D]` is given, L_align."""
     flow, generator = ctx.recipe.flow, ctx.generator(step)
-    weight = 0.0 if ctx.recipe.alignment.teacher == "none" else ctx.stage.losses.align
     clean = latent.repeat_interleave(ctx.stage.draws, dim=0)                         # [B R, D_p, h, w]
     noise = torch.randn(clean.shape, generator=generator, device=ctx.device)
     time = sample_time(
@@ -170,19 +184,17 @@ def _flow_terms(ctx: Context, step: int, latent: Tensor, condition: Condition, *
     )
     output = ctx.workshop.model.velocity(interpolate(clean, noise, time), time, condition)
     error = (output.velocity.float() - velocity_target(clean, noise)).square().mean()
-    if not weight:
+    if teacher is None:
         return {"loss": error, "flow": error.detach()}
-    grid = (clean.shape[-2], clean.shape[-1])
-    side = int(teacher.shape[1] ** 0.5)
-    features = match_grid(ctx.workshop.alignment_head(output.features), source=grid, target=(side, side))
+    projected = ctx.workshop.alignment_head(output.features)                         # [B R, N, D]
     aligned = alignment_loss(
-        features,
-        teacher.repeat_interleave(ctx.stage.draws, dim=0),
+        match_grid(projected, source=tuple(clean.shape[-2:]), target=tuple(teacher.shape[1:3])),
+        teacher.flatten(1, 2).repeat_interleave(ctx.stage.draws, dim=0),
         center=ctx.recipe.alignment.center,
         teacher_mean=ctx.workshop.teacher_mean,
     )
     logged = {name: value for name, value in aligned.items() if name != "loss"}
-    return {"loss": error + weight * aligned["loss"], "flow": error.detach(), **logged}
+    return {"loss": error + alignment_weight(ctx) * aligned["loss"], "flow": error.detach(), **logged}
 
 
 def tokenizer_step(ctx: Context, step: int) -> Terms:
@@ -204,7 +216,7 @@ def tokenizer_step(ctx: Context, step: int) -> Terms:
         terms["perceptual"] = _feature_distance(workshop, decoded, pixels)
         loss = loss + weights.perceptual * terms["perceptual"]
     if weights.native or weights.native_fused:
-        native = ctx.frozen("native", indices, lambda i: {"latent": workshop.pixel_encoder(ctx.pixels(i))})["latent"]
+        native = ctx.frozen("native", indices, lambda i: {"latent": workshop.native(ctx.pixels(i))})["latent"]
         terms["native_fused"] = native_latent_loss(latents.z_f, native)
         loss = loss + weights.native_fused * terms["native_fused"]
         if weights.native:
@@ -255,15 +267,6 @@ def _noisy(latent: Tensor, share: float, generator: torch.Generator) -> Tensor:
 def _drop(rng: np.random.Generator, words: list[str], share: float) -> list[str | None]:
     """Replace a share of the prompts by the unconditional one."""
     return [None if rng.random() < share else text for text in words]
-
-
-def _external(ctx: Context, pixels: Tensor) -> dict[str, Any]:
-    if ctx.recipe.alignment.teacher != "external":
-        return {}
-    if ctx.external_teacher is None:
-        raise ValueError("alignment with an external teacher is on, but no external teacher was loaded")
-    features, _ = ctx.external_teacher(pixels)
-    return {"teacher": features}
 
 
 STEPS: dict[str, Callable[[Context, int], Terms]] = {

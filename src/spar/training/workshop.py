@@ -3,6 +3,7 @@
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spar.losses.adversarial import LeCam, PatchDiscriminator, PatchDiscriminatorConfig
@@ -15,7 +16,7 @@ from spar.training.stages import Recipe
 TAGS = {"shape": 7, "color": 9, "size": 3, "background": 6}
 CENTER_BINS = 16
 
-# The encoder's random start: position frequencies that tell a grid of 16 patches apart, and the size of queries and keys.
+# The encoder's random start: position frequencies that tell a grid of 16 patches apart, the size of queries and keys.
 POSITION_BASE = 100.0
 ATTENTION_GAIN = 1.4
 GATES = [2, 5]  # of a SANA block's table: shift, scale, gate of its attention, then of its feed-forward
@@ -50,7 +51,7 @@ class Workshop(nn.Module):
 
     def __init__(self, recipe: Recipe, *, teacher_width: int | None = None) -> None:
         super().__init__()
-        config = recipe.model
+        self.config = config = recipe.model
         width = config.text.hidden_size
         self.model = SparModel(config)
         self.pixel_encoder = PixelEncoder(build_autoencoder(config.autoencoder).encoder)
@@ -61,6 +62,18 @@ class Workshop(nn.Module):
         self.teacher = copy.deepcopy(self.model.tokenizer.encoder)
         self.register_buffer("native_scale", torch.ones(()))
         self.register_buffer("teacher_mean", torch.zeros(teacher_width or width))
+
+    def native(self, pixels: Tensor) -> Tensor:
+        """E_p's latents on the token grid: `[B, 3, S, S]` to `[B, D_p, h, w]`, cell by cell those of the tokens.
+
+        The autoencoder's stride may differ from the tokens' (32 against 28): the picture is then resized by their
+        ratio (SPAR section 1, "Grid").
+        """
+        stride = self.config.autoencoder.stride
+        size = tuple(side // self.config.token_stride * stride for side in pixels.shape[-2:])
+        if size != tuple(pixels.shape[-2:]):
+            pixels = F.interpolate(pixels.float(), size=size, mode="bilinear", align_corners=False, antialias=True)
+        return self.pixel_encoder(pixels)
 
 
 def initialize(workshop: Workshop) -> None:
@@ -90,8 +103,8 @@ def _xavier(module: nn.Module) -> None:
 def _initialize_vision(workshop: Workshop) -> None:
     """Sine-cosine position embeddings and keys equal to queries: each patch first looks at patches near and alike it.
 
-    A ViT from random weights spends most of a short training on finding its neighbours (mimetic initialisation, Trockman
-    and Kolter 2023).
+    A ViT from random weights spends most of a short training on finding its neighbours (mimetic initialisation,
+    Trockman and Kolter 2023).
     """
     encoder = workshop.model.tokenizer.encoder
     embeddings = encoder.vision_tower.embeddings

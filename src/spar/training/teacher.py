@@ -1,0 +1,108 @@
+"""The external teacher of the alignment: any image encoder of transformers, frozen (the baseline beside SPAR's own).
+
+B pictures, N = rows x columns patch tokens, D the encoder's width.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoModel
+
+from spar.errors import InputError
+from spar.models.encoder import PIXEL_MEAN, PIXEL_STD
+from spar.training.stages import AlignmentConfig
+
+SIDE = 224  # of an encoder whose configuration names none
+EXTRA_TOKENS = 2  # CLS and DeiT's distillation token; registers, which the configuration counts, come on top
+
+
+class ExternalTeacher(nn.Module):
+    """A frozen encoder's patch features on their grid; `load_teacher` makes one."""
+
+    def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.network = network
+        self.side = _square(getattr(network.config, "image_size", None) or SIDE)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+        self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """`[B, 3, H, W]` in [0, 1] to `[B, N, D]` in row-major order and (rows, columns).
+
+        Pictures are resized to the encoder's side; CLS and register tokens are dropped. Raises InputError where the
+        tokens form no square grid.
+        """
+        if pixels.shape[-2:] != (self.side, self.side):
+            pixels = F.interpolate(
+                pixels, size=(self.side, self.side), mode="bicubic", align_corners=False, antialias=True
+            )
+        states = self.network(pixel_values=(pixels - self.mean) / self.std).last_hidden_state
+        if states.dim() == 4:                                             # [B, D, h, w], a convolutional network
+            rows, columns = states.shape[-2:]
+            states = states.flatten(2).transpose(1, 2)                    # [B, N, D]
+        else:
+            rows = columns = self.side // _square(getattr(self.network.config, "patch_size", None))
+        extra = states.shape[1] - rows * columns
+        registers = getattr(self.network.config, "num_register_tokens", 0) or 0
+        if rows != columns or not 0 <= extra <= EXTRA_TOKENS + registers:
+            raise InputError(
+                f"alignment.external: expected patch tokens on a square grid, got {states.shape[1]} tokens "
+                f"where the encoder's configuration promises {rows} x {columns}"
+            )
+        return states[:, extra:], (rows, columns)
+
+    def width(self) -> int:
+        """D, asked of the network itself."""
+        return self(torch.zeros(1, 3, self.side, self.side, device=self.mean.device))[0].shape[-1]
+
+
+def teacher_of(config: AlignmentConfig) -> ExternalTeacher | None:
+    """The external teacher that a recipe asks for, or None where it asks for none."""
+    return load_teacher(config.external) if config.teacher == "external" else None
+
+
+def load_teacher(source: str) -> ExternalTeacher:
+    """The image encoder in a folder or of a Hub id, from safetensors alone; code that comes with it never runs.
+
+    Raises:
+        InputError: what is no whole image encoder of transformers in safetensors, or gives no square grid.
+    """
+    try:
+        network, report = AutoModel.from_pretrained(
+            source, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
+        )
+        wrong = {key for key in (*report["missing_keys"], *report["mismatched_keys"]) if "pooler" not in str(key)}
+        if wrong:
+            raise InputError(f"{len(wrong)} of its tensors are missing or of another shape")
+        teacher = ExternalTeacher(getattr(network, "vision_model", network), *_normalization(source))
+        teacher.width()
+    except Exception as error:  # whatever class of the libraries refuses it, and however
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise InputError(
+            "alignment.external: expected the folder or Hub id of an image encoder of transformers in safetensors, "
+            f"got {source!r} ({reason})"
+        ) from error
+    return teacher
+
+
+def _normalization(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the encoder's image processor; ImageNet's where none comes with it."""
+    try:
+        processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+    except OSError:
+        return PIXEL_MEAN, PIXEL_STD
+    if not getattr(processor, "do_normalize", True):
+        return (0.0,) * 3, (1.0,) * 3
+    return tuple(processor.image_mean), tuple(processor.image_std)
+
+
+def _square(size: Any) -> int:
+    """One side of a size that a configuration gives as a number or a pair."""
+    sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(sides) != 2 or sides[0] != sides[1] or not isinstance(sides[0], int):
+        raise InputError(f"alignment.external: expected square pictures and patches, got {size!r}")
+    return sides[0]
