@@ -15,45 +15,53 @@ DENOISER = "model.denoiser.*"
 
 FOUNDATIONS = (
     Stage(
-        "encoder", "encoder", (ENCODER, "dense_head.*"), steps=1300, batch=64, lr=1e-3, lr_end=5e-5,
-        losses=LossWeights(dense=1.0, pixel=10.0),
+        "encoder", "encoder", (ENCODER, "dense_head.*"), steps=1500, batch=32, lr=2.5e-3, lr_end=2e-5, warmup=50,
+        optimizer="muon", losses=LossWeights(dense=1.0, pixel=10.0),
     ),
-    Stage("mllm", "mllm", ("model.language.*",), steps=1600, lr=1e-3, lr_end=2e-5),
     Stage(
-        "autoencoder", "autoencoder", ("pixel_encoder.*", DECODER), steps=500, lr=1e-3, lr_end=5e-5,
-        losses=LossWeights(mse=1.0, latent_penalty=1e-3, latent_noise=0.2),
+        "mllm", "mllm", ("model.language.*",), steps=1200, batch=32, lr=2e-3, lr_end=2e-5, warmup=60, optimizer="muon"
     ),
-    Stage("dit", "dit", (DENOISER,), steps=700, draws=4, lr=1e-3, lr_end=2e-4, ema=0.99),
+    Stage(
+        "autoencoder", "autoencoder", ("pixel_encoder.*", DECODER), steps=1000, batch=16, lr=1e-3, lr_end=2e-5,
+        warmup=50, clip=0.3, optimizer="muon", losses=LossWeights(mse=1.0, latent_penalty=1e-3, latent_noise=0.1),
+    ),
+    Stage(
+        "dit", "dit", (DENOISER,), steps=800, batch=16, draws=4, lr=5e-3, lr_end=5e-4, warmup=50, ema=0.99,
+        optimizer="muon",
+    ),
 )
 
 TOKENIZER = (
     Stage(
-        "tokenizer-1", "tokenizer", STREAMS, steps=400, lr=1e-3, lr_end=3e-4,
-        losses=LossWeights(mse=1.0, perceptual=0.05, native=1.0, native_fused=1.0),
+        "tokenizer-1", "tokenizer", STREAMS, steps=500, batch=16, lr=1e-3, lr_end=3e-4, warmup=50, clip=0.3,
+        optimizer="muon", losses=LossWeights(mse=1.0, perceptual=0.02, native=1.0, native_fused=3.0),
     ),
     Stage(
-        "tokenizer-2", "tokenizer", (*STREAMS, DECODER), steps=300, lr=6e-4, lr_end=1e-4,
-        losses=LossWeights(mse=1.0, perceptual=0.05, native_fused=0.02, latent_noise=0.2),
+        "tokenizer-2", "tokenizer", (*STREAMS, DECODER), steps=500, batch=16, lr=1e-3, lr_end=1e-4, warmup=50, clip=0.3,
+        optimizer="muon",
+        losses=LossWeights(mse=1.0, perceptual=0.02, native_fused=0.3, latent_noise=0.1),
     ),
     Stage(
-        "tokenizer-3", "tokenizer", (ENCODER, *STREAMS, DECODER, "discriminator.*"), steps=400, lr=6e-4, lr_end=2e-5,
-        ema=0.98, rates=((ENCODER, 0.1),),
+        "tokenizer-3", "tokenizer", (ENCODER, *STREAMS, DECODER, "discriminator.*"), steps=700, batch=16, lr=1e-3,
+        lr_end=2e-5, warmup=50, clip=0.3, ema=0.98, rates=((ENCODER, 0.1),), optimizer="muon",
         losses=LossWeights(
-            mse=1.0, perceptual=0.05, semantic=1.0, gan=1e-4, lecam=1e-3, gan_start=200, native_fused=0.02,
-            latent_noise=0.2,
+            mse=1.0, perceptual=0.02, semantic=1.0, gan=1e-4, lecam=1e-3, gan_start=500, native_fused=0.3,
+            latent_noise=0.1,
         ),
     ),
 )
 
 UNIFIED = (
-    Stage("unified-1", "unified", BRIDGE, steps=150, draws=4, lr=1e-3, lr_end=5e-4),
     Stage(
-        "unified-2", "unified", (*BRIDGE, DENOISER, "alignment_head.*"), steps=1500, draws=4, lr=1e-3, lr_end=1e-4,
-        ema=0.995, edit_share=0.35, losses=LossWeights(align=0.5),
+        "unified-1", "unified", BRIDGE, steps=200, batch=16, draws=4, lr=3e-3, lr_end=1e-3, warmup=20, optimizer="muon"
     ),
     Stage(
-        "unified-3", "unified", (*BRIDGE, DENOISER, "alignment_head.*"), steps=150, draws=4, lr=1e-4, lr_end=1e-5,
-        warmup=10, ema=0.99, edit_share=0.35, losses=LossWeights(align=0.5),
+        "unified-2", "unified", (*BRIDGE, DENOISER, "alignment_head.*"), steps=4000, batch=16, draws=4, lr=3e-3,
+        lr_end=3e-4, warmup=50, ema=0.998, edit_share=0.3, optimizer="muon", losses=LossWeights(align=0.5),
+    ),
+    Stage(
+        "unified-3", "unified", (*BRIDGE, DENOISER, "alignment_head.*"), steps=400, batch=16, draws=4, lr=3e-4,
+        lr_end=1e-5, warmup=10, ema=0.99, edit_share=0.3, optimizer="muon", losses=LossWeights(align=0.5),
     ),
 )
 
@@ -63,5 +71,5 @@ def shapes() -> Recipe:
         name="shapes",
         model=SparConfig(text=TextConfig(vocab_size=128)),
         stages=FOUNDATIONS + TOKENIZER + UNIFIED,
-        flow=FlowConfig(training_shift=1.0, sampling_shift=1.0),
+        flow=FlowConfig(training_shift=3.0, sampling_shift=3.0),
     )
