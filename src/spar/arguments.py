@@ -157,7 +157,7 @@ class TrainArguments:
     resume: str = "never"
     """never: a folder that holds a run is refused. auto: go on where the run stands. A folder: go on with that run."""
     init_from: Path | None = None
-    """Start the first stage from the weights of a finished stage (RUN/STAGE/done)."""
+    """Start the first stage from the weights of a finished stage (RUN/STAGE/done) or of a SPAR folder."""
     device: str = "cpu"
     """cpu, cuda, cuda:1 ..."""
     dry_run: Flag = False

@@ -243,8 +243,13 @@ def train(argv: list[str]) -> int:
         new_console().print(plan_table(planned))
         return 0
     check_folder(run)
-    if args.init_from is not None and not (args.init_from / "workshop.safetensors").is_file():
-        raise InputError(f"--init-from: expected a finished stage such as RUN/dit/done, got {str(args.init_from)!r}")
+    if args.init_from is not None and not any(
+        (args.init_from / name).is_file() for name in ("workshop.safetensors", "config.json")
+    ):
+        raise InputError(
+            "--init-from: expected a finished stage such as RUN/dit/done or a SPAR folder, "
+            f"got {str(args.init_from)!r}"
+        )
     again = shlex.join(["spar", "train", *argv, *(["--resume", "auto"] if args.resume == "never" else [])])
     return _train(args, chosen, run, resume, again=again)
 

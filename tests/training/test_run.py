@@ -360,3 +360,36 @@ def test_metrics_are_json_that_any_reader_takes(tiny_run):
 
     for line in (tiny_run.path / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=refuse)
+
+
+def test_a_run_goes_on_from_a_finished_model_and_its_manifest_says_so(tiny_run, tmp_path):
+    run, given = tmp_path / "run", tiny_run.path / "model"
+    seen = []
+    model = train(
+        TINY, run, stages=("unified-2", "unified-3"), init_from=given, report=lambda stage, step, *_: seen.append(stage)
+    )
+    assert model is not None and {*seen} == {"unified-2", "unified-3"}
+    start, end = load_model(given).model, load_model(run / "model").model
+    assert torch.equal(start.language.embed(torch.tensor([[7]])), end.language.embed(torch.tensor([[7]])))  # frozen
+    assert not torch.equal(start.connector.queries, end.connector.queries)
+    manifest = load_model(run / "model").manifest
+    assert [*manifest["stages"]] == ["unified-2", "unified-3"]
+    assert manifest["origin"] == load_model(given).manifest
+
+
+def test_a_run_that_began_from_a_model_resumes_without_it(tiny_run, tmp_path):
+    def stop(*_):
+        signal.raise_signal(signal.SIGINT)
+
+    run, given = tmp_path / "run", tiny_run.path / "model"
+    stages = ("unified-2", "unified-3")
+    whole = train(TINY, tmp_path / "whole", stages=stages, init_from=given)
+    assert train(TINY, run, stages=stages, init_from=given, report=stop) is None
+    resumed = train(TINY, run, stages=stages, resume=True)
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_stage_that_needs_the_autoencoders_encoder_does_not_start_from_a_model(tiny_run, tmp_path):
+    with pytest.raises(InputError, match="autoencoder's encoder"):
+        train(TINY, tmp_path / "run", stages=("tokenizer-2",), init_from=tiny_run.path / "model")

@@ -33,17 +33,17 @@ FOUNDATIONS = (
 
 TOKENIZER = (
     Stage(
-        "tokenizer-1", "tokenizer", STREAMS, steps=500, batch=16, lr=1e-3, lr_end=3e-4, warmup=50, clip=0.3,
+        "tokenizer-1", "tokenizer", STREAMS, steps=500, batch=16, lr=3e-3, lr_end=1e-3, warmup=50, clip=1.0,
         optimizer="muon", losses=LossWeights(mse=1.0, perceptual=0.02, native=1.0, native_fused=3.0),
     ),
     Stage(
-        "tokenizer-2", "tokenizer", (*STREAMS, DECODER), steps=500, batch=16, lr=1e-3, lr_end=1e-4, warmup=50, clip=0.3,
-        optimizer="muon",
+        "tokenizer-2", "tokenizer", (*STREAMS, DECODER), steps=500, batch=16, lr=2e-3, lr_end=3e-4, warmup=50, clip=0.3,
+        rates=((DECODER, 0.5),), optimizer="muon",
         losses=LossWeights(mse=1.0, perceptual=0.02, native_fused=0.3, latent_noise=0.1),
     ),
     Stage(
-        "tokenizer-3", "tokenizer", (ENCODER, *STREAMS, DECODER, "discriminator.*"), steps=700, batch=16, lr=1e-3,
-        lr_end=2e-5, warmup=50, clip=0.3, ema=0.98, rates=((ENCODER, 0.1),), optimizer="muon",
+        "tokenizer-3", "tokenizer", (ENCODER, *STREAMS, DECODER, "discriminator.*"), steps=700, batch=16, lr=1.5e-3,
+        lr_end=2e-5, warmup=50, clip=0.3, ema=0.98, rates=((ENCODER, 0.1), (DECODER, 0.5)), optimizer="muon",
         losses=LossWeights(
             mse=1.0, perceptual=0.02, semantic=1.0, gan=1e-4, lecam=1e-3, gan_start=500, native_fused=0.3,
             latent_noise=0.1,

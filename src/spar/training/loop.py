@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spar.config import to_dict
 from spar.errors import InputError
-from spar.models.checkpoint import load_weights
+from spar.models.checkpoint import load_model, load_weights
 from spar.training.metrics import Metrics
 from spar.training.optimizer import build_optimizers
 from spar.training.stages import Stage, freeze
@@ -34,6 +34,8 @@ from spar.training.steps import STEPS, Context, alignment_weight, external_featu
 from spar.training.workshop import Workshop
 
 log = logging.getLogger("spar.training")
+
+NEEDS_PIXEL_ENCODER = ("autoencoder", "dit", "tokenizer")  # steps that read E_p, which no finished model keeps
 
 Report = Callable[[str, int, int, dict[str, float]], None]
 
@@ -288,15 +290,34 @@ def previous_weights(workshop: Workshop, run: Path, stage: Stage, order: tuple[S
     load_weights(workshop, load_group(before, "workshop"), str(before))
 
 
+def is_model(folder: Path) -> bool:
+    """Whether a folder is a SPAR folder, as against the end of a stage."""
+    return (folder / "config.json").is_file()
+
+
+def given_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a stage's end, or of a SPAR folder under the workshop's names."""
+    if not is_model(folder):
+        return load_group(folder, "workshop")
+    return {f"model.{name}": value for name, value in load_model(folder).model.state_dict().items()}
+
+
 def initial_weights(workshop: Workshop, folder: Path, stage: Stage, order: tuple[Stage, ...]) -> None:
-    """Start a stage from another run's weights.
+    """Start a stage from another run's stage, or from a SPAR folder, which holds no teachers and no heads.
 
     What the stages before this one train must fit exactly. What none of them has touched may differ in design (another
     router, another teacher's width) and then keeps its fresh random weights: so one tokenizer serves every ablation.
     """
     earlier = order[: [s.name for s in order].index(stage.name)]
     patterns = [pattern for before in earlier for pattern in before.trainable]
-    own, given = workshop.state_dict(), load_group(folder, "workshop")
+    own, given = workshop.state_dict(), given_weights(folder)
+    if is_model(folder) and stage.step in NEEDS_PIXEL_ENCODER:
+        raise InputError(
+            f"stage {stage.name} needs the autoencoder's encoder, which no SPAR folder holds: give a stage's folder "
+            f"(RUN/STAGE/done) in place of {folder}"
+        )
+    if is_model(folder):
+        given = {**{key: value for key, value in own.items() if not key.startswith("model.")}, **given}
     if not own.keys() & given.keys():
         raise InputError(f"{folder} holds none of this model's weights")
     for key in own.keys() | given.keys():

@@ -13,9 +13,17 @@ import torch
 from spar.config import from_dict, read_json, to_dict, write_json
 from spar.data.prompts import PromptEncoder
 from spar.errors import InputError
-from spar.models.checkpoint import Loaded, Sampling, load_weights, save_model, versions
+from spar.models.checkpoint import Loaded, Sampling, load_model, load_weights, save_model, versions
 from spar.models.spar import SparModel
-from spar.training.loop import Report, initial_weights, measure_teacher, previous_weights, run_stage, tune_allocator
+from spar.training.loop import (
+    Report,
+    initial_weights,
+    is_model,
+    measure_teacher,
+    previous_weights,
+    run_stage,
+    tune_allocator,
+)
 from spar.training.material import ShapesMaterial
 from spar.training.stages import Recipe, Stage, freeze, freezing_table
 from spar.training.state import load_group, read_progress
@@ -26,6 +34,8 @@ from spar.worlds.shapes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES
 from spar.worlds.shapes.words import PLURALS, build_tokenizer
 
 log = logging.getLogger("spar.training")
+
+ORIGIN = "origin.json"  # in a run that started from a SPAR folder: that folder's manifest
 
 TAG_NAMES = {
     "shape": SHAPES,
@@ -84,7 +94,7 @@ def train(
         stages: names of the stages to run; all when empty. A stage that trains anew makes its own end, all later ones
             and the run's model void: they are removed.
         resume: skip stages that are done and continue the one that is not.
-        init_from: a stage's folder (`RUN/STAGE/done`) whose weights the first stage starts from.
+        init_from: a stage's folder (`RUN/STAGE/done`) or a SPAR folder whose weights the first stage starts from.
         report: called at every logged step; announce: called before each stage with its freezing table.
 
     Returns:
@@ -108,8 +118,12 @@ def train(
             log.info("stage %s is done", stage.name)
             load_weights(workshop, load_group(run / stage.name / "done", "workshop"), stage.name)
             continue
-        if init_from is not None and stage is chosen[0]:
+        if resume and read_progress(run / stage.name / "state"):
+            pass  # the state holds all weights
+        elif init_from is not None and stage is chosen[0]:
             initial_weights(workshop, init_from, stage, recipe.stages)
+            if is_model(init_from):
+                write_json(run / ORIGIN, load_model(init_from).manifest)
         else:
             previous_weights(workshop, run, stage, recipe.stages)
         undo(run, recipe, stage, resume=resume)
@@ -165,6 +179,8 @@ def finished(model: SparModel, recipe: Recipe, run: Path, prompts: PromptEncoder
         "stages": stages,
         "resolved_recipe": to_dict(recipe),
     }
+    if (run / ORIGIN).exists():
+        manifest["origin"] = read_json(run / ORIGIN)
     sampling = Sampling(shift=flow.sampling_shift, steps=flow.sampling_steps, guidance=flow.guidance)
     return Loaded(model.eval(), prompts.tokenizer, sampling, manifest)
 
