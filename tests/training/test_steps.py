@@ -190,7 +190,8 @@ def test_each_picture_has_its_own_draws_of_noise_and_time(start, monkeypatch):
 )
 def test_training_times_follow_the_flow_settings(start, tiny_run, monkeypatch, field, value, expected):
     times = []
-    for flow in (tiny_run.recipe.flow, replace(tiny_run.recipe.flow, **{field: value})):
+    plain = replace(tiny_run.recipe.flow, training_shift=1.0)
+    for flow in (plain, replace(plain, **{field: value})):
         ctx = start("dit", recipe=replace(tiny_run.recipe, flow=flow))
         calls = spy(monkeypatch, ctx.workshop.model, "velocity")
         run(ctx)

@@ -56,11 +56,11 @@ UNIFIED = (
         "unified-1", "unified", BRIDGE, steps=200, batch=16, draws=4, lr=3e-3, lr_end=1e-3, warmup=20, optimizer="muon"
     ),
     Stage(
-        "unified-2", "unified", (*BRIDGE, DENOISER, "alignment_head.*"), steps=4000, batch=16, draws=4, lr=3e-3,
+        "unified-2", "unified", (*BRIDGE, DENOISER, "alignment_head.*"), steps=3400, batch=16, draws=4, lr=3e-3,
         lr_end=3e-4, warmup=50, ema=0.998, edit_share=0.3, optimizer="muon", losses=LossWeights(align=0.5),
     ),
     Stage(
-        "unified-3", "unified", (*BRIDGE, DENOISER, "alignment_head.*"), steps=400, batch=16, draws=4, lr=3e-4,
+        "unified-3", "unified", (*BRIDGE, DENOISER, "alignment_head.*"), steps=200, batch=16, draws=4, lr=3e-4,
         lr_end=1e-5, warmup=10, ema=0.99, edit_share=0.3, optimizer="muon", losses=LossWeights(align=0.5),
     ),
 )
