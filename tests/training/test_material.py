@@ -1,15 +1,18 @@
 """Training material: dealt by (seed, stage, step) alone, true to its scenes, and frozen features computed once."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from spar.data.prompts import DESCRIBE, PromptEncoder
+from spar.data.prompts import DESCRIBE, RELATE, PromptEncoder
 from spar.training.material import FeatureStore, ShapesMaterial
 from spar.training.stages import DataConfig
 from spar.worlds.shapes.dataset import dense_targets, scene_at
 from spar.worlds.shapes.language import caption, describe
 from spar.worlds.shapes.render import render
+from spar.worlds.shapes.scene import unique_objects
 from spar.worlds.shapes.words import build_tokenizer, check_words
 
 DATA = DataConfig(scenes=12, edits=5, turns=4)
@@ -78,6 +81,17 @@ def test_words_are_of_the_scene_and_of_the_vocabulary(material):
         assert (row[-1].question, row[-1].answer) == (DESCRIBE, describe(material.scenes[i]))
         for turn in row:
             check_words(turn.question), check_words(turn.answer)
+
+
+def test_sentences_on_places_come_where_the_scene_has_them(prompts):
+    told = ShapesMaterial(replace(DATA, relations=2), prompts, seed=3)
+    rows = told.turns(np.random.default_rng(1), np.arange(DATA.scenes))
+    for row, scene in zip(rows, told.scenes, strict=True):
+        places = [turn.answer for turn in row if turn.question == RELATE]
+        named = len(unique_objects(scene)) > 1
+        assert len(places) <= 2 * named and len(set(places)) == len(places)
+        assert row[-1].question == DESCRIBE and len(row) == DATA.turns + len(places) + 1
+    assert any(turn.question == RELATE for row in rows for turn in row)
 
 
 def test_dense_targets_are_flat_and_row_major(material):

@@ -157,13 +157,21 @@ class FlowConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """How many scenes of the shapes world train, and how many of them carry an edit."""
+    """How many scenes of the shapes world train, and how many of them carry an edit.
+
+    `turns` and `relations`: questions, and sentences on the places of two objects, that one step of the mllm stage asks
+    of each picture beside its description. A yes or no about two places is the product of two things that neither
+    alone hints at; the sentence's "left" already follows from where its subject lies.
+    """
 
     scenes: int = 32768
     edits: int = 16384
     turns: int = 10
+    relations: int = 0
 
     def __post_init__(self) -> None:
+        if self.relations < 0:
+            raise InputError(f"data.relations: expected at least 0, got {self.relations}")
         for name in ("scenes", "edits", "turns"):
             if getattr(self, name) < 1:
                 raise InputError(f"data.{name}: expected at least 1, got {getattr(self, name)}")

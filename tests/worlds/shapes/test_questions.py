@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from spar.worlds.shapes.questions import QUESTION_KINDS, Question, questions
+from spar.worlds.shapes.questions import QUESTION_KINDS, Question, questions, relate
 from spar.worlds.shapes.scene import HELD_OUT_PAIRS, HELD_OUT_POSITION_SHAPES, KINDS, Scene, make_scene
 from spar.worlds.shapes.words import NUMBERS, SINGULARS, check_words
 
@@ -121,3 +121,26 @@ def test_kinds_are_those_asked_for_in_their_order() -> None:
     assert questions(single, rng, ("position",)) == []
     with pytest.raises(ValueError, match="question kind must be one of .*'size'"):
         questions(multi, rng, ("size",))
+
+
+def test_a_sentence_on_places_is_true_and_names_its_objects_without_doubt():
+    rng, told = np.random.default_rng(0), Counter()
+    for scene in SCENES[:1000]:
+        text = relate(scene, rng)
+        if text is None:
+            continue
+        found = re.fullmatch(r"the (\w+) (\w+) is (?:to the )?(left|right|above|below)(?: of)? the (\w+) (\w+)", text)
+        (a,) = [o for o in scene.objects if o.pair == (found[1], found[2])]
+        (b,) = [o for o in scene.objects if o.pair == (found[4], found[5])]
+        dx, dy = a.x - b.x, a.y - b.y
+        assert {"left": -dx, "right": dx, "above": -dy, "below": dy}[found[3]] == max(abs(dx), abs(dy)) >= 6
+        assert {a.shape, b.shape} != HELD_OUT_POSITION_SHAPES
+        check_words(text)
+        told[found[3]] += 1
+    assert min(told.values()) > 0.15 * told.total() and len(told) == 4
+
+
+def test_a_scene_of_one_object_or_of_like_ones_has_no_places_to_tell():
+    rng = np.random.default_rng(0)
+    for kind in ("single", "count"):
+        assert all(relate(make_scene(seed, kind=kind), rng) is None for seed in range(50))

@@ -22,6 +22,7 @@ from spar.worlds.shapes.scene import (
     Scene,
     holds,
     is_held_out,
+    main_relation,
     pick,
     unique_objects,
 )
@@ -122,6 +123,27 @@ def _ask_position(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | N
     phrase = RELATIONS[name if yes else OPPOSITE[name]]
     text = f"is the {subject.color} {subject.shape} {phrase} the {other.color} {other.shape}?"
     return text, "yes" if yes else "no"
+
+
+def relate(scene: Scene, rng: np.random.Generator) -> str | None:
+    """Where one named object lies from another, in words: "the red circle is to the left of the blue star".
+
+    The relation is that of the axis on which the two are farthest apart; None where no two objects have one. Held-out
+    pairs of shapes are told of in held-out scenes alone, as in the questions.
+    """
+    named = unique_objects(scene)
+    barred = None if is_held_out(scene) else HELD_OUT_POSITION_SHAPES
+    pairs = [
+        (a, b)
+        for a in named
+        for b in named
+        if a is not b and {a.shape, b.shape} != barred and holds(main_relation(a, b), a, b)
+    ]
+    if not pairs:
+        return None
+    subject, other = pick(rng, pairs)
+    phrase = RELATIONS[main_relation(subject, other)]
+    return f"the {subject.color} {subject.shape} is {phrase} the {other.color} {other.shape}"
 
 
 def _ask_background(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
