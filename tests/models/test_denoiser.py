@@ -1,10 +1,11 @@
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import SanaTransformer2DModel
 
-from spar.models.denoiser import Denoiser
+from spar.models.denoiser import Denoiser, linear_attention
 
 CHANNELS, GRID, LENGTH = 8, 4, 6
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
@@ -111,3 +112,16 @@ def test_draws_that_share_a_condition_equal_separate_calls(config, denoiser, gra
 def test_a_checkpoint_of_sana_fits_by_name(denoiser):
     """Nothing is added, nothing renamed."""
     assert {f"network.{name}" for name in library(denoiser).state_dict()} == set(denoiser.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_sums_of_linear_attention_pass_the_range_of_half_precision(denoiser, dtype):
+    block = copy.deepcopy(denoiser.network.transformer_blocks[0])
+    for linear in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v, block.attn1.to_out[0]):
+        linear.weight.copy_(torch.eye(len(linear.weight)))
+    x = 100 + 10 * draw(1, 16, denoiser.config.width)          # a sum over 16 tokens of k v is 160,000
+    exact = linear_attention(block, x)
+    with torch.autocast("cpu", dtype):
+        half = linear_attention(block, x)
+    assert half.isfinite().all()
+    torch.testing.assert_close(half.float(), exact, rtol=0.02, atol=0.5)

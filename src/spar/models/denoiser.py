@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel, SanaTransformerBlock
 from torch import Tensor, nn
 
-from spar.models.attention import MASKED, attend
+from spar.models.attention import MASKED, attend, compute_dtype
 from spar.models.config import DenoiserConfig
 
 TIME_STEPS = 1000.0  # SANA embeds time in [0, 1000]
@@ -26,19 +26,22 @@ class Denoised:
 
 
 def linear_attention(block: SanaTransformerBlock, x: Tensor) -> Tensor:
-    """SANA's ReLU linear attention: `[B, N, D]` to `[B, N, D]`; in float32, but for training under autocast."""
+    """SANA's ReLU linear attention: `[B, N, D]` to `[B, N, D]`; in bfloat16 under its autocast, else in float32.
+
+    The sums over tokens are not divided before the end: float16 has not their range.
+    """
     attention = block.attn1
     batch, tokens, _ = x.shape
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+    fast = torch.is_autocast_enabled(x.device.type) and compute_dtype(x) == torch.bfloat16
     q, k, v = (
-        layer(x).view(batch, tokens, attention.heads, -1).transpose(1, 2).to(dtype)
+        layer(x).view(batch, tokens, attention.heads, -1).transpose(1, 2).to(torch.bfloat16 if fast else torch.float32)
         for layer in (attention.to_q, attention.to_k, attention.to_v)
     )                                                                      # [B, heads, N, d]
     q, k = F.relu(q), F.relu(k)
-    out = q @ (k.transpose(-2, -1) @ v)                                    # q_n . sum_m k_m v_m^T
-    total = q @ k.sum(2)[..., None]                                        # q_n . sum_m k_m
-    out = (out / (total + 1e-15)).transpose(1, 2).flatten(2)
+    with torch.autocast(x.device.type, enabled=False):
+        out = q @ (k.transpose(-2, -1) @ v)                                # q_n . sum_m k_m v_m^T
+        total = q @ k.sum(2)[..., None]                                    # q_n . sum_m k_m
+        out = (out / (total + 1e-15)).transpose(1, 2).flatten(2)
     return attention.to_out[0](out.to(x.dtype))
 
 

@@ -65,7 +65,8 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 def build_optimizers(module: nn.Module, stage: Stage) -> list[torch.optim.Optimizer]:
     """The stage's optimizers, one group for each learning-rate factor; vectors and scalars never decay.
 
-    With Muon, AdamW keeps what is no map between hidden states: embeddings, norms, biases, tables and the patches.
+    With Muon, AdamW keeps what is no map between hidden states: embeddings, norms, biases,
+    tables, the encoder's patches and what NOT_HIDDEN names.
     All state is there from the start, also where no gradient will come: so a saved one can be checked key by key.
     """
     matrices = {

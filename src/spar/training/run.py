@@ -13,7 +13,7 @@ import torch
 from spar.config import from_dict, read_json, to_dict, write_json
 from spar.data.prompts import PromptEncoder
 from spar.errors import InputError
-from spar.models.checkpoint import Loaded, Sampling, load_model, load_weights, save_model, versions
+from spar.models.checkpoint import Loaded, Sampling, load_weights, save_model, versions
 from spar.models.spar import SparModel
 from spar.training.loop import (
     Report,
@@ -122,8 +122,9 @@ def train(
             pass  # the state holds all weights
         elif init_from is not None and stage is chosen[0]:
             initial_weights(workshop, init_from, stage, recipe.stages)
-            if is_model(init_from):
-                write_json(run / ORIGIN, load_model(init_from).manifest)
+            (run / ORIGIN).unlink(missing_ok=True)
+            if is_model(init_from) and (init_from / "manifest.json").exists():
+                shutil.copyfile(init_from / "manifest.json", run / ORIGIN)
         else:
             previous_weights(workshop, run, stage, recipe.stages)
         undo(run, recipe, stage, resume=resume)

@@ -16,9 +16,7 @@ from spar.training.stages import Recipe
 TAGS = {"shape": 7, "color": 9, "size": 3, "background": 6}
 CENTER_BINS = 16
 
-# The encoder's random start: position frequencies that tell a grid of 16 patches apart, the size of queries and keys.
-POSITION_BASE = 100.0
-ATTENTION_GAIN = 1.4
+ATTENTION_GAIN = 1.4  # size of the encoder's queries and keys at their random start
 GATES = [2, 5]  # of a SANA block's table: shift, scale, gate of its attention, then of its feed-forward
 
 
@@ -109,9 +107,7 @@ def _initialize_vision(workshop: Workshop) -> None:
     encoder = workshop.model.tokenizer.encoder
     embeddings = encoder.vision_tower.embeddings
     side = embeddings.patch_embeddings.patch_shape[0]
-    embeddings.position_embeddings[0, 1:] = grid_embedding(
-        embeddings.position_embeddings.shape[-1], side, side, base=POSITION_BASE
-    )
+    embeddings.position_embeddings[0, 1:] = grid_embedding(embeddings.position_embeddings.shape[-1], side, side)
     weight = embeddings.patch_embeddings.projection.weight
     nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
     for layer in encoder.vision_tower.encoder.layer:
