@@ -126,7 +126,11 @@ def test_the_layers_start_as_copies_of_the_llms_last(config, randomize):
 
 def test_a_connector_without_layers_has_nothing_to_copy(config):
     bare = replace(config, connector=replace(config.connector, layers=0))
-    Connector(bare).initialize_from(LanguageModel(config.text))
+    connector = Connector(bare)
+    before = {name: value.clone() for name, value in connector.state_dict().items()}
+    connector.initialize_from(LanguageModel(config.text))
+    assert not connector.layers
+    assert all(torch.equal(before[name], value) for name, value in connector.state_dict().items())
 
 
 @pytest.mark.parametrize("learning", [False, True])  # each has its own form of attention

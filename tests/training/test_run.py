@@ -358,8 +358,9 @@ def test_metrics_are_json_that_any_reader_takes(tiny_run):
     def refuse(constant):
         raise AssertionError(f"{constant} is no JSON")
 
-    for line in (tiny_run.path / "metrics.jsonl").read_text().splitlines():
-        json.loads(line, parse_constant=refuse)
+    lines = (tiny_run.path / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert [row["stage"] for row in rows] == [stage.name for stage in TINY.stages for _ in range(stage.steps)]
 
 
 def test_a_run_goes_on_from_a_finished_model_and_its_manifest_says_so(tiny_run, tmp_path):
@@ -375,6 +376,8 @@ def test_a_run_goes_on_from_a_finished_model_and_its_manifest_says_so(tiny_run, 
     manifest = load_model(run / "model").manifest
     assert [*manifest["stages"]] == ["unified-2", "unified-3"]
     assert manifest["origin"] == load_model(given).manifest
+    train(TINY, run, stages=("unified-3",), init_from=tiny_run.path / "unified-2" / "done")
+    assert "origin" not in load_model(run / "model").manifest  # now it came from a stage
 
 
 def test_a_run_that_began_from_a_model_resumes_without_it(tiny_run, tmp_path):
