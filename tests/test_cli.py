@@ -373,7 +373,7 @@ def test_any_field_of_a_recipe_is_a_flag():
         assert recipe_of(parse(recipe_arguments(base), [name], "spar train", none=True), base) == base
     base = recipe("tiny")
     line = (
-        "tiny --run there --seed 3 --model.denoiser.layers 4 --model.streams.pixel-stream False "
+        "tiny --run there --seed 3 --model.denoiser.layers 4 --model.streams.semantic-stream False "
         "--model.denoiser.interpolation_scale None --model.autoencoder.channels 16 16 16 32 "
         "--stages.unified-2.steps 10 --stages.tokenizer-3.losses.gan-start 2 --stage dit --stage unified-2"
     )
@@ -382,7 +382,7 @@ def test_any_field_of_a_recipe_is_a_flag():
     model = replace(
         base.model,
         denoiser=replace(base.model.denoiser, layers=4, interpolation_scale=None),
-        streams=replace(base.model.streams, pixel_stream=False),
+        streams=replace(base.model.streams, semantic_stream=False),
         autoencoder=replace(base.model.autoencoder, channels=(16, 16, 16, 32)),
     )
     stages = []

@@ -254,7 +254,10 @@ class SparPipeline:
         def widen(tensor: Tensor) -> Tensor:
             return torch.nn.functional.pad(tensor, (0, 0) * (tensor.dim() - 2) + (length - tensor.shape[1], 0))
 
-        both = Condition(*(torch.cat([widen(getattr(c, name)) for c in (own, other)]) for name in vars(own)))
+        both = Condition(
+            *(torch.cat([widen(getattr(c, name)) for c in (own, other)]) for name in ("states", "mask", "weights")),
+            reference=None if own.reference is None else own.reference.repeat(2, 1, 1, 1),
+        )
         return both, own
 
     def _routing(self, tokens: Tokens, condition: Condition, row: int) -> Routing:

@@ -77,7 +77,7 @@ def test_gradients_equal_those_of_diffusers_sana(config, randomize):
     condition.requires_grad_()
     network = library(built)
     own = built(latent, time, condition, MASK).velocity
-    own = torch.autograd.grad(own.square().mean(), [condition, *built.parameters()])
+    own = torch.autograd.grad(own.square().mean(), [condition, *built.network.parameters()])
     other = reference(network, latent, time, condition, MASK)
     other = torch.autograd.grad(other.square().mean(), [condition, *network.parameters()])
     for one, two in zip(own, other, strict=True):
@@ -94,6 +94,28 @@ def test_features_are_the_hidden_state_behind_the_tapped_block(config, randomize
         reference(network, latent, time, condition, MASK)
         features = built(latent, time, condition, MASK).features
     torch.testing.assert_close(features, seen[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_reference_is_added_to_its_own_cells_of_all_its_draws(config, denoiser):
+    latent, time, condition = inputs(config, draws=2)
+    known = draw(2, CHANNELS, GRID, GRID, seed=4)
+    with torch.no_grad():
+        both = denoiser(latent, time, condition, MASK, known).velocity
+        nothing = denoiser(latent, time, condition, MASK, torch.zeros_like(known)).velocity
+        swapped = denoiser(latent, time, condition, MASK, known[[1, 0]]).velocity
+    torch.testing.assert_close(nothing, denoiser(latent, time, condition, MASK).velocity)
+    assert (both - nothing).abs().amax((1, 2, 3)).min() > 1e-3 and (both - swapped).abs().amax((1, 2, 3)).min() > 1e-3
+    with torch.no_grad():
+        for row in range(4):
+            one, image = slice(row, row + 1), slice(row // 2, row // 2 + 1)
+            alone = denoiser(latent[one], time[one], condition[image], MASK[image], known[image]).velocity
+            torch.testing.assert_close(both[one], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_reference_starts_without_effect_and_can_be_left_out(config):
+    new = Denoiser(config.denoiser, CHANNELS, GRID)
+    assert new.reference_embed.weight.abs().max() == 0
+    assert not hasattr(Denoiser(replace(config.denoiser, reference_latent=False), CHANNELS, GRID), "reference_embed")
 
 
 @pytest.mark.parametrize("gradients", [False, True])

@@ -123,6 +123,31 @@ def test_a_references_own_features_reach_the_denoiser_past_the_llm(config, rando
     assert (velocity[0].velocity - velocity[1].velocity).abs().max() > 1e-3
 
 
+def test_the_denoiser_gets_the_references_latent_in_its_own_row(config, randomize):
+    model = randomize(SparModel(config))
+    model.tokenizer.latent_scale.fill_(0.5)
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    latents = model.tokenizer.encode(pixels)
+    with_image, _ = rows(4, 4, image=True)
+    words, mask = with_image.clone(), torch.ones_like(with_image)
+    words[words == IMAGE] = 40
+    ids, mask = torch.cat([words[:1], with_image]), torch.cat([mask[:1], mask])  # the first row has no image
+    condition = model.condition(ids, mask, latents.f_v)
+    torch.testing.assert_close(condition.reference[1:], 0.5 * latents.z_f)
+    assert condition.reference[0].abs().max() == 0
+    assert model.condition(words, mask[:2]).reference is None
+    other = replace(config, denoiser=replace(config.denoiser, reference_latent=False))
+    assert SparModel(other).condition(ids, mask, latents.f_v).reference is None
+
+
+def test_several_references_of_a_row_give_the_first_ones_latent(model):
+    front = [START, *[IMAGE] * 16, STOP]
+    ids = torch.tensor([[*front, *front, 40], [*front, *[41] * len(front), 40]])
+    f_v = draw(3, 16, 32)
+    wanted = model.tokenizer.normalize(model.tokenizer.fuse(f_v[[0, 2]]).z_f)
+    torch.testing.assert_close(model.condition(ids, torch.ones_like(ids), f_v).reference, wanted)
+
+
 def test_decoding_undoes_the_latent_scale_and_keeps_to_the_range_of_pixels(config, randomize):
     model = randomize(SparModel(config))
     model.tokenizer.latent_scale.fill_(0.25)

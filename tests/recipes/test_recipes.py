@@ -45,8 +45,9 @@ def test_a_recipe_can_be_built_and_frozen(name):
 def test_the_foundations_come_first_then_the_papers_stages_in_order(name):
     names = [stage.name for stage in recipe(name).stages]
     assert tuple(names[-6:]) == STAGES
-    assert set(names[:-6]) == {"encoder", "mllm", "autoencoder", "dit"}
-    assert names.index("encoder") < names.index("mllm") < names.index("dit") > names.index("autoencoder")
+    assert set(names[:-6]) == {"encoder", "mllm", "mllm-2", "autoencoder", "dit"}
+    assert names.index("encoder") < names.index("mllm") < names.index("mllm-2") < names.index("dit")
+    assert names.index("autoencoder") < names.index("dit")
 
 
 @every
@@ -95,6 +96,17 @@ def test_a_caption_width_that_the_dit_stage_cannot_use_is_refused():
         replace(base, model=model)
     without = tuple(stage for stage in base.stages if stage.step != "dit")
     assert plan(replace(base, model=model, stages=without))
+
+
+def test_the_pixel_stream_can_be_ablated_once_no_stage_binds_it():
+    base = recipe("tiny")
+    model = replace(base.model, streams=replace(base.model.streams, pixel_stream=False))
+    with pytest.raises(InputError, match="losses.native is about the pixel stream, .* expected 0 in tokenizer-1"):
+        replace(base, model=model)
+    free = tuple(replace(stage, losses=replace(stage.losses, native=0.0)) for stage in base.stages)
+    fewer, more = plan(replace(base, model=model, stages=free)), plan(base)
+    index = [stage.name for stage in base.stages].index("tokenizer-1")
+    assert 0 < fewer[index].trainable < more[index].trainable
 
 
 def test_tiny_is_shapes_cut_down():

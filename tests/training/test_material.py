@@ -1,12 +1,11 @@
 """Training material: dealt by (seed, stage, step) alone, true to its scenes, and frozen features computed once."""
 
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from spar.data.prompts import DESCRIBE, RELATE, PromptEncoder
+from spar.data.prompts import DESCRIBE, PromptEncoder
 from spar.training.material import FeatureStore, ShapesMaterial
 from spar.training.stages import DataConfig
 from spar.worlds.shapes.dataset import dense_targets, scene_at
@@ -15,7 +14,8 @@ from spar.worlds.shapes.render import render
 from spar.worlds.shapes.scene import unique_objects
 from spar.worlds.shapes.words import build_tokenizer, check_words
 
-DATA = DataConfig(scenes=12, edits=5, turns=4)
+DATA = DataConfig(scenes=12, edits=5)
+KINDS = ("color", "background", *4 * ("place",))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def batch(material: ShapesMaterial, stage: str, step: int) -> tuple:
     pictures = [material.pixels(some), material.pixels(edits), material.pixels(edits, edited=True)]
     return (
         some.tolist(), edits.tolist(), material.captions(rng, some), material.instructions(edits),
-        material.turns(rng, some), [picture.numpy().tobytes() for picture in pictures],
+        material.turns(rng, some, KINDS), [picture.numpy().tobytes() for picture in pictures],
     )
 
 
@@ -76,22 +76,14 @@ def test_words_are_of_the_scene_and_of_the_vocabulary(material):
     captions = material.captions(np.random.default_rng(1), indices)
     rng = np.random.default_rng(1)
     assert captions == [caption(material.scenes[i], rng) for i in indices]
-    for row, i in zip(material.turns(np.random.default_rng(1), indices), indices, strict=True):
-        assert len(row) == DATA.turns + 1
+    for row, i in zip(material.turns(np.random.default_rng(1), indices, KINDS), indices, strict=True):
+        asked = [turn.question for turn in row]
+        named, colored = len(unique_objects(material.scenes[i])), "what color is the background?" in asked
+        assert colored and len(set(asked)) == len(asked)  # none twice, where the draws repeat themselves
+        assert (named > 0) <= sum(text.startswith("where is") for text in asked) <= min(named, 4)
         assert (row[-1].question, row[-1].answer) == (DESCRIBE, describe(material.scenes[i]))
         for turn in row:
             check_words(turn.question), check_words(turn.answer)
-
-
-def test_sentences_on_places_come_where_the_scene_has_them(prompts):
-    told = ShapesMaterial(replace(DATA, relations=2), prompts, seed=3)
-    rows = told.turns(np.random.default_rng(1), np.arange(DATA.scenes))
-    for row, scene in zip(rows, told.scenes, strict=True):
-        places = [turn.answer for turn in row if turn.question == RELATE]
-        named = len(unique_objects(scene)) > 1
-        assert len(places) <= 2 * named and len(set(places)) == len(places)
-        assert row[-1].question == DESCRIBE and len(row) == DATA.turns + len(places) + 1
-    assert any(turn.question == RELATE for row in rows for turn in row)
 
 
 def test_dense_targets_are_flat_and_row_major(material):

@@ -114,7 +114,6 @@ def test_the_seed_decides_every_first_weight():
         (lambda: replace(TINY, log_every=0), "log_every: expected at least 1, got 0"),
         (lambda: replace(TINY.data, scenes=0), "data.scenes: expected at least 1"),
         (lambda: replace(TINY.data, edits=0), "data.edits: expected at least 1"),
-        (lambda: replace(TINY.data, turns=-1), "data.turns: expected at least 1"),
         (lambda: replace(TINY.flow, unconditional_share=2.0), "flow.unconditional_share: expected 0 to 1, got 2.0"),
         (lambda: replace(TINY.flow, sampling_steps=0), "flow.sampling_steps: expected above 0"),
         (lambda: replace(TINY.flow, training_shift=0.0), "flow.training_shift: expected above 0"),
@@ -319,7 +318,7 @@ def test_the_model_of_any_finished_stage_can_be_had(tiny_run, stage):
 
 def test_the_manifest_tells_only_of_the_stages_that_made_the_model(tiny_run):
     stages = module.model_of(tiny_run.path, "dit").manifest["stages"]
-    assert list(stages) == ["encoder", "mllm", "autoencoder", "dit"]
+    assert list(stages) == ["encoder", "mllm", "mllm-2", "autoencoder", "dit"]
 
 
 def test_the_model_of_a_stage_that_has_not_ended_is_refused(half, tmp_path):

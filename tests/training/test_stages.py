@@ -30,6 +30,7 @@ JOINT = {*BRIDGE, "model.denoiser", "alignment_head"}
 TRAINS = {
     "encoder": {ENCODER, "dense_head"},
     "mllm": {"model.language"},
+    "mllm-2": {"model.language"},
     "autoencoder": {"pixel_encoder", DECODER},
     "dit": {"model.denoiser"},
     "tokenizer-1": STREAMS,
@@ -49,8 +50,8 @@ MEASURES = {
     "tokenizer-2": {"model.tokenizer.latent_scale"},
     "tokenizer-3": {"model.tokenizer.latent_scale", "lecam.real", "lecam.fake", "lecam.updates"},
 }
-# A generation prompt has no reference image, so its position gain has no gradient.
-IDLE = {"unified-1": {"model.connector.reference_gain"}}
+# A generation prompt has no reference image, so what places one in an edit has no gradient.
+IDLE = {"dit": {"model.denoiser.reference_embed.weight"}, "unified-1": {"model.connector.reference_gain"}}
 
 
 def part(name: str) -> str:
@@ -189,6 +190,8 @@ def test_no_step_may_read_a_weight_that_is_not_tried_above():
         ({"warmup": 4}, "expected warmup from 0 to steps 3, got 4"),
         ({"step": "mllm", "losses": LossWeights(), "draws": 4}, "only a dit or unified step reads draws, got 4"),
         ({"step": "mllm", "losses": LossWeights(), "edit_share": 0.5}, "only a unified step reads edit_share, got 0.5"),
+        ({"questions": ("color",)}, "only a mllm step reads questions"),
+        ({"step": "mllm", "losses": LossWeights(), "questions": ("size",)}, "kinds color, .*, got size"),
         ({"step": "tokenizer", "losses": LossWeights(mse=1.0, lecam=1.0)}, "lecam and gan_start .* but gan is 0"),
         ({"step": "tokenizer", "losses": LossWeights(mse=1.0, gan_start=1)}, "lecam and gan_start .* but gan is 0"),
         ({"step": "tokenizer", "losses": LossWeights(mse=1.0, gan=0.1)}, r"expected discriminator.\* among trainable"),

@@ -19,7 +19,6 @@ TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 UNCONDITIONAL = "Generate an image."
 UNCONDITIONAL_EDIT = "Edit the image.\n"
 DESCRIBE = "describe the image"
-RELATE = "describe the objects"
 MAX_CHARACTERS_PER_TOKEN = 32
 ROLES = ("system", "user", "assistant")
 

@@ -178,6 +178,8 @@ class DenoiserConfig:
     """SANA (diffusers' `SanaTransformer2DModel`). `tap_block` is the 1-based block whose features align.
 
     `interpolation_scale` below 1 spreads the sine positions of a small grid, so that neighbours differ.
+    `reference_latent` adds the reference's own `z_f` to the noisy latent's tokens, cell by cell, so that an edit
+    copies what it keeps: `f_v` alone would have the DiT learn the whole pixel stream again.
     """
 
     layers: int = 6
@@ -188,6 +190,7 @@ class DenoiserConfig:
     caption_channels: int = 160
     mlp_ratio: float = 2.29
     interpolation_scale: float | None = 0.25
+    reference_latent: bool = True
     tap_block: int = 2
 
     def __post_init__(self) -> None:

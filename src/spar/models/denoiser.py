@@ -88,18 +88,27 @@ class Denoiser(nn.Module):
             patch_size=1,
             interpolation_scale=config.interpolation_scale,
         )
+        if config.reference_latent:  # starts at zero: a DiT that never saw a reference stays as it is
+            self.reference_embed = nn.Conv2d(channels, config.width, 1, bias=False, device="meta")
+            self.reference_embed.weight = nn.Parameter(torch.zeros(config.width, channels, 1, 1))
 
-    def forward(self, latent: Tensor, time: Tensor, condition: Tensor, mask: Tensor) -> Denoised:
+    def forward(
+        self, latent: Tensor, time: Tensor, condition: Tensor, mask: Tensor, reference: Tensor | None = None
+    ) -> Denoised:
         """Predict the velocity.
 
         Args:
             latent: `[B R, D_p, h, w]`, draws of one image side by side.
             time: `[B R]` in [0, 1], 1 is noise.
             condition: `[B, M, C]`; mask: `[B, M]`, 1 for real tokens.
+            reference: `[B, D_p, h, w]`, the normalised latent of the picture to edit; zero in rows that have none.
         """
         network, (height, width) = self.network, latent.shape[-2:]
         batch, draws = len(condition), len(latent) // len(condition)
         x = network.patch_embed(latent)                                              # [B R, N, D]
+        if reference is not None and self.config.reference_latent:
+            known = self.reference_embed(reference).flatten(2).transpose(1, 2)       # [B, N, D]
+            x = x + known.repeat_interleave(draws, dim=0)
         modulation, embedded = network.time_embed(time * TIME_STEPS, hidden_dtype=x.dtype)  # [B R, 6 D], [B R, D]
         modulation = modulation.unflatten(1, (6, -1))
         condition = network.caption_norm(network.caption_projection(condition))      # [B, M, D]

@@ -20,11 +20,13 @@ from spar.models.tokenizer import UnifiedTokenizer
 
 @dataclass(frozen=True)
 class Condition:
-    """What the denoiser reads: `states` `[B, T, C]`, `mask` `[B, T]`, and the routing `weights` `[B, T, K]`."""
+    """What the denoiser reads: `states` `[B, T, C]`, `mask` `[B, T]`, the routing `weights` `[B, T, K]`, and where a
+    picture is edited, its normalised latent `reference` `[B, D_p, h, w]`."""
 
     states: Tensor
     mask: Tensor
     weights: Tensor
+    reference: Tensor | None = None
 
 
 class SparModel(nn.Module):
@@ -72,7 +74,18 @@ class SparModel(nn.Module):
         states = self._routed_states(embeddings, mask, tokens.shape[1])        # K of [B, T + Q, D]
         routed = self.router(common_scale(states))                             # [B, T + Q, D]
         condition = self.connector(routed.states, mask, is_reference, f_v)     # [B, T + Q, C]
-        return Condition(states=condition, mask=mask, weights=routed.weights)
+        latent = self._reference_latent(is_reference, f_v)
+        return Condition(states=condition, mask=mask, weights=routed.weights, reference=latent)
+
+    def _reference_latent(self, is_reference: Tensor, f_v: Tensor | None) -> Tensor | None:
+        """The normalised `z_f` of each row's first reference `[B, D_p, h, w]`, zero in rows without one."""
+        if f_v is None or not self.config.denoiser.reference_latent:
+            return None
+        latents = self.tokenizer.normalize(self.tokenizer.fuse(f_v).z_f)
+        counts = is_reference.sum(1) // f_v.shape[1]                           # references of each row
+        rows = latents.new_zeros(len(counts), *latents.shape[1:])
+        rows[counts > 0] = latents[(counts.cumsum(0) - counts)[counts > 0]]
+        return rows
 
     def _routed_states(self, embeddings: Tensor, mask: Tensor, prompt: int) -> list[Tensor]:
         """The K hidden states of every token, the first `prompt` of them and the queries in two passes.
@@ -92,7 +105,7 @@ class SparModel(nn.Module):
 
     def velocity(self, latent: Tensor, time: Tensor, condition: Condition) -> Denoised:
         """Velocity of the normalised latent `[B R, D_p, h, w]` at `time` `[B R]`."""
-        return self.denoiser(latent, time, condition.states, condition.mask)
+        return self.denoiser(latent, time, condition.states, condition.mask, condition.reference)
 
     def decode(self, latent: Tensor) -> Tensor:
         """Normalised latent to pixels in [0, 1]."""

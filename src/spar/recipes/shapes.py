@@ -6,9 +6,10 @@ trainable and frozen sets (SPAR sections 1 and 2). Departures for the small sett
 
 from spar.models.config import SparConfig, TextConfig
 from spar.training.stages import FlowConfig, LossWeights, Recipe, Stage
+from spar.worlds.shapes.questions import QUESTION_KINDS
 
 ENCODER = "model.tokenizer.encoder.*"
-STREAMS = ("model.tokenizer.semantic_stream.*", "model.tokenizer.pixel_stream.*", "model.tokenizer.fusion.*")
+STREAMS = ("model.tokenizer.*_stream.*", "model.tokenizer.fusion.*")
 DECODER = "model.tokenizer.decoder.*"
 BRIDGE = ("model.router.*", "model.connector.*")
 DENOISER = "model.denoiser.*"
@@ -19,7 +20,12 @@ FOUNDATIONS = (
         optimizer="muon", losses=LossWeights(dense=1.0, pixel=10.0),
     ),
     Stage(
-        "mllm", "mllm", ("model.language.*",), steps=1200, batch=32, lr=2e-3, lr_end=2e-5, warmup=60, optimizer="muon"
+        "mllm", "mllm", ("model.language.*",), steps=1500, batch=32, lr=2e-3, lr_end=2e-5, warmup=60,
+        optimizer="muon", questions=(*QUESTION_KINDS, *2 * ("place",), *4 * ("relation",), *3 * ("position",)),
+    ),
+    Stage(
+        "mllm-2", "mllm", ("model.language.*",), steps=600, batch=32, lr=1.5e-3, lr_end=1e-5, warmup=20,
+        optimizer="muon", questions=(*QUESTION_KINDS, "relation", *6 * ("position",)),
     ),
     Stage(
         "autoencoder", "autoencoder", ("pixel_encoder.*", DECODER), steps=1000, batch=16, lr=1e-3, lr_end=2e-5,
@@ -56,7 +62,7 @@ UNIFIED = (
         "unified-1", "unified", BRIDGE, steps=200, batch=16, draws=4, lr=3e-3, lr_end=1e-3, warmup=20, optimizer="muon"
     ),
     Stage(
-        "unified-2", "unified", (*BRIDGE, DENOISER, "alignment_head.*"), steps=3400, batch=16, draws=4, lr=3e-3,
+        "unified-2", "unified", (*BRIDGE, DENOISER, "alignment_head.*"), steps=7200, batch=16, draws=4, lr=3e-3,
         lr_end=3e-4, warmup=50, ema=0.998, edit_share=0.3, optimizer="muon", losses=LossWeights(align=0.5),
     ),
     Stage(

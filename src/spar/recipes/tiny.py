@@ -39,6 +39,5 @@ def tiny() -> Recipe:
         replace(stage, steps=3, batch=4, warmup=1, draws=min(stage.draws, 2), losses=replace(stage.losses, gan_start=0))
         for stage in base.stages
     )
-    return replace(
-        base, name="tiny", model=TINY_MODEL, stages=stages, data=DataConfig(scenes=24, edits=16, turns=3), log_every=1
-    )
+    data = DataConfig(scenes=24, edits=16)
+    return replace(base, name="tiny", model=TINY_MODEL, stages=stages, data=data, log_every=1)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from spar.training.state import (
     save_folder,
     standing,
 )
-from spar.training.steps import STEPS, Context, alignment_weight, external_features
+from spar.training.steps import STEPS, Context, Terms, alignment_weight, external_features
 from spar.training.workshop import Workshop
 
 log = logging.getLogger("spar.training")
@@ -165,44 +166,25 @@ def run_stage(ctx: Context, run: Path, *, resume: bool, report: Report | None = 
     metrics, began, saved_at = Metrics(run, stage.name, start), time.monotonic(), time.monotonic()
     log.info("stage %s: steps %d to %d, %d trainable tensors", stage.name, start, stage.steps, len(trainable))
 
-    def save(step: int) -> None:
-        groups = {"workshop": workshop.state_dict(), "optimizer": optimizer_tensors(optimizers, names)}
-        if average:
-            groups["average"] = average.kept
+    def meta(step: int) -> dict[str, Any]:
         spent = seconds + time.monotonic() - began
-        save_folder(folder, groups, {**vars(Progress(stage.name, step, spent)), "config": to_dict(stage)})
+        return {**vars(Progress(stage.name, step, spent)), "config": to_dict(stage)}
 
-    step = start
     with stop_signals() as caught:
         for step in range(start, stage.steps):
-            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = learning_rate(stage, step) * group["factor"]
-            with torch.autocast(ctx.device.type, torch.bfloat16):
-                terms = STEPS[stage.step](ctx, step)
-            loss = terms["loss"]
-            if not bool(torch.isfinite(loss)):
-                raise NonFiniteLoss(f"stage {stage.name}, step {step}: loss is {float(loss)}; " + _named(terms))
-            workshop.zero_grad(set_to_none=True)
-            loss.backward()
-            if step == start:
-                refuse_unreached(ctx)
-            norm = clip_gradients(workshop, stage.clip)
-            if not bool(torch.isfinite(norm)):
-                raise NonFiniteLoss(f"stage {stage.name}, step {step}: the gradient is not finite; " + _named(terms))
-            for optimizer in optimizers:
-                optimizer.step()
+            terms, norm = train_step(ctx, step, optimizers, first=step == start)
             if average:
                 average.update(step)
             if step % ctx.recipe.log_every == 0 or step == stage.steps - 1:
                 values = {name: float(value.detach()) for name, value in terms.items()}
-                values["gradient"] = float(norm)
-                values["lr"] = learning_rate(stage, step)
-                values["seconds"] = seconds + time.monotonic() - began
+                spent = seconds + time.monotonic() - began
+                values |= {"gradient": float(norm), "lr": learning_rate(stage, step), "seconds": spent}
                 metrics.write(stage.name, step, values)
                 if report:
                     report(stage.name, step, stage.steps, values)
             if caught or time.monotonic() - saved_at > 60 * ctx.recipe.save_minutes:
-                save(step + 1)
+                groups = {"workshop": workshop.state_dict(), "optimizer": optimizer_tensors(optimizers, names)}
+                save_folder(folder, groups | ({"average": average.kept} if average else {}), meta(step + 1))
                 saved_at = time.monotonic()
             if caught:
                 metrics.close()
@@ -210,11 +192,37 @@ def run_stage(ctx: Context, run: Path, *, resume: bool, report: Report | None = 
     if average:
         average.apply()
     metrics.close()
-    spent = seconds + time.monotonic() - began
-    finish = {**vars(Progress(stage.name, stage.steps, spent)), "config": to_dict(stage)}
+    finish = meta(stage.steps)
     calibrate(ctx)
     save_folder(run / stage.name / "done", {"workshop": workshop.state_dict()}, finish)
     return True
+
+
+def train_step(
+    ctx: Context, step: int, optimizers: list[torch.optim.Optimizer], *, first: bool
+) -> tuple[Terms, Tensor]:
+    """One step of the stage: its loss terms and the gradient's norm; the `first` one checks what the loss reaches.
+
+    Raises:
+        NonFiniteLoss: before the optimizer touched any weight.
+    """
+    stage, workshop = ctx.stage, ctx.workshop
+    with torch.autocast(ctx.device.type, torch.bfloat16):
+        terms = STEPS[stage.step](ctx, step)
+    if not bool(torch.isfinite(terms["loss"])):
+        raise NonFiniteLoss(f"stage {stage.name}, step {step}: loss is {float(terms['loss'])}; " + _named(terms))
+    workshop.zero_grad(set_to_none=True)
+    terms["loss"].backward()
+    if first:
+        refuse_unreached(ctx)
+    norm = clip_gradients(workshop, stage.clip)
+    if not bool(torch.isfinite(norm)):
+        raise NonFiniteLoss(f"stage {stage.name}, step {step}: the gradient is not finite; " + _named(terms))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(stage, step) * group["factor"]
+        optimizer.step()
+    return terms, norm
 
 
 def _named(terms: dict[str, Tensor]) -> str:

@@ -12,17 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spar.data.prompts import DESCRIBE, RELATE, PromptEncoder, Turn
+from spar.data.prompts import DESCRIBE, PromptEncoder, Turn
 from spar.training.stages import DataConfig
 from spar.worlds.shapes.dataset import dense_targets, scene_at
 from spar.worlds.shapes.edits import Edit, make_edit
 from spar.worlds.shapes.language import caption, describe
-from spar.worlds.shapes.questions import questions, relate
+from spar.worlds.shapes.questions import questions
 from spar.worlds.shapes.render import render
 from spar.worlds.shapes.scene import SIDE, Scene
-
-# Asked once more each: these teach which picture tokens a word means, on which counting and position build.
-BINDING_KINDS = ("color", "shape", "exists", "position")
 
 
 class ShapesMaterial:
@@ -56,16 +53,13 @@ class ShapesMaterial:
     def instructions(self, indices: np.ndarray) -> list[str]:
         return [self.edits[i].instruction for i in indices]
 
-    def turns(self, rng: np.random.Generator, indices: np.ndarray) -> list[list[Turn]]:
-        """Questions about each scene, then places of its objects, at last its description."""
+    def turns(self, rng: np.random.Generator, indices: np.ndarray, kinds: tuple[str, ...]) -> list[list[Turn]]:
+        """Questions of the given kinds about each scene, none twice, and at last its description."""
         rows = []
         for i in indices:
             scene = self.scenes[i]
-            asked = [q for kinds in (None, BINDING_KINDS) for q in questions(scene, rng, kinds)]
-            chosen = [Turn(q.text, q.answer) for q in asked[: self.config.turns]]
-            places = [text for _ in range(self.config.relations) if (text := relate(scene, rng))]
-            told = [Turn(RELATE, text) for text in dict.fromkeys(places)]
-            rows.append([*chosen, *told, Turn(DESCRIBE, describe(scene))])
+            asked = dict.fromkeys(questions(scene, rng, kinds))
+            rows.append([*(Turn(q.text, q.answer) for q in asked), Turn(DESCRIBE, describe(scene))])
         return rows
 
     def dense(self, indices: np.ndarray, grid: int) -> dict[str, Tensor]:

@@ -118,15 +118,8 @@ def train(
             log.info("stage %s is done", stage.name)
             load_weights(workshop, load_group(run / stage.name / "done", "workshop"), stage.name)
             continue
-        if resume and read_progress(run / stage.name / "state"):
-            pass  # the state holds all weights
-        elif init_from is not None and stage is chosen[0]:
-            initial_weights(workshop, init_from, stage, recipe.stages)
-            (run / ORIGIN).unlink(missing_ok=True)
-            if is_model(init_from) and (init_from / "manifest.json").exists():
-                shutil.copyfile(init_from / "manifest.json", run / ORIGIN)
-        else:
-            previous_weights(workshop, run, stage, recipe.stages)
+        if not (resume and read_progress(run / stage.name / "state")):  # a state holds all weights
+            _start_from(workshop, run, recipe, stage, init_from if stage is chosen[0] else None)
         undo(run, recipe, stage, resume=resume)
         ctx = Context(workshop, material, recipe, stage, where, external_teacher=teacher)
         prepare(ctx)
@@ -139,6 +132,19 @@ def train(
     if chosen[-1] == recipe.stages[-1]:
         save_model(finished(workshop.model, recipe, run, prompts, chosen[-1].name), run / "model")
     return workshop.model
+
+
+def _start_from(workshop: Workshop, run: Path, recipe: Recipe, stage: Stage, init_from: Path | None) -> None:
+    """Load what a stage starts from: `init_from`, whose manifest is then the run's origin, or the stage before it."""
+    if init_from is None:
+        previous_weights(workshop, run, stage, recipe.stages)
+        if stage == recipe.stages[0]:
+            (run / ORIGIN).unlink(missing_ok=True)
+        return
+    initial_weights(workshop, init_from, stage, recipe.stages)
+    (run / ORIGIN).unlink(missing_ok=True)
+    if is_model(init_from) and (init_from / "manifest.json").exists():
+        shutil.copyfile(init_from / "manifest.json", run / ORIGIN)
 
 
 def undo(run: Path, recipe: Recipe, stage: Stage, *, resume: bool) -> None:

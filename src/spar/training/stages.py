@@ -8,6 +8,7 @@ from torch import nn
 
 from spar.errors import InputError
 from spar.models.config import SparConfig
+from spar.worlds.shapes.questions import LESSON_KINDS, QUESTION_KINDS
 
 StepKind = Literal["encoder", "mllm", "autoencoder", "dit", "tokenizer", "unified"]
 
@@ -54,7 +55,8 @@ class LossWeights:
 class Stage:
     """One training stage. `trainable` are fnmatch patterns over the workshop's parameter names.
 
-    The learning rate rises over exactly `warmup` steps, then falls from `lr` to `lr_end`.
+    The learning rate rises over exactly `warmup` steps, then falls from `lr` to `lr_end`. `questions` are the kinds
+    that an mllm step asks of each picture, in this order, beside its description.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Stage:
     losses: LossWeights = field(default_factory=LossWeights)
     draws: int = 1
     edit_share: float = 0.0
+    questions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "draws"):
@@ -89,11 +92,17 @@ class Stage:
             raise InputError(f"stage {self.name}: edit_share must be in [0, 1], got {self.edit_share}")
         if not 0 <= self.warmup <= self.steps:
             raise InputError(f"stage {self.name}: expected warmup from 0 to steps {self.steps}, got {self.warmup}")
+        unknown = sorted(set(self.questions) - {*QUESTION_KINDS, *LESSON_KINDS})
+        if unknown:
+            raise InputError(
+                f"stage {self.name}: expected questions of the kinds {', '.join((*QUESTION_KINDS, *LESSON_KINDS))}, "
+                f"got {', '.join(unknown)}"
+            )
         self._refuse_idle()
 
     def _refuse_idle(self) -> None:
         """Refuse settings without an effect: what the step does not read, and half of an adversary."""
-        for name, steps in (("draws", ("dit", "unified")), ("edit_share", ("unified",))):
+        for name, steps in (("draws", ("dit", "unified")), ("edit_share", ("unified",)), ("questions", ("mllm",))):
             if self.step not in steps and getattr(self, name) != getattr(type(self), name):
                 raise InputError(
                     f"stage {self.name}: only a {' or '.join(steps)} step reads {name}, got {getattr(self, name)} "
@@ -157,22 +166,13 @@ class FlowConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """How many scenes of the shapes world train, and how many of them carry an edit.
-
-    `turns` and `relations`: questions, and sentences on the places of two objects, that one step of the mllm stage asks
-    of each picture beside its description. A yes or no about two places is the product of two things that neither
-    alone hints at; the sentence's "left" already follows from where its subject lies.
-    """
+    """How many scenes of the shapes world train, and how many of them carry an edit."""
 
     scenes: int = 32768
     edits: int = 16384
-    turns: int = 10
-    relations: int = 0
 
     def __post_init__(self) -> None:
-        if self.relations < 0:
-            raise InputError(f"data.relations: expected at least 0, got {self.relations}")
-        for name in ("scenes", "edits", "turns"):
+        for name in ("scenes", "edits"):
             if getattr(self, name) < 1:
                 raise InputError(f"data.{name}: expected at least 1, got {getattr(self, name)}")
         if self.edits > self.scenes:
@@ -207,6 +207,12 @@ class Recipe:
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise InputError(f"recipe {self.name}: expected stages of different names, got {', '.join(names)}")
+        native = [stage.name for stage in self.stages if stage.losses.native]
+        if native and not self.model.streams.pixel_stream:
+            raise InputError(
+                f"recipe {self.name}: losses.native is about the pixel stream, which model.streams.pixel_stream "
+                f"switches off; expected 0 in {', '.join(native)}"
+            )
         captions, width = self.model.denoiser.caption_channels, self.model.text.hidden_size
         if captions != width and any(stage.step == "dit" for stage in self.stages):
             raise InputError(

@@ -87,7 +87,7 @@ def mllm_step(ctx: Context, step: int) -> Terms:
     model = ctx.workshop.model
     rng = ctx.material.rng(ctx.stage.name, step)
     indices = ctx.material.draw(rng, ctx.stage.batch)
-    packed = ctx.material.prompts.packed(ctx.material.turns(rng, indices))
+    packed = ctx.material.prompts.packed(ctx.material.turns(rng, indices, ctx.stage.questions))
     ids, weights = packed.ids.to(ctx.device), packed.weights.to(ctx.device)[:, 1:]
     f_v = ctx.frozen("f_v", indices, lambda i: {"f_v": model.tokenizer.encoder(ctx.pixels(i))})["f_v"]
     embeddings = model.embed(ids, f_v.float())

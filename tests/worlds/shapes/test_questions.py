@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from spar.worlds.shapes.questions import QUESTION_KINDS, Question, questions, relate
+from spar.worlds.shapes.questions import QUESTION_KINDS, Question, questions
 from spar.worlds.shapes.scene import HELD_OUT_PAIRS, HELD_OUT_POSITION_SHAPES, KINDS, Scene, make_scene
 from spar.worlds.shapes.words import NUMBERS, SINGULARS, check_words
 
@@ -123,24 +123,41 @@ def test_kinds_are_those_asked_for_in_their_order() -> None:
         questions(multi, rng, ("size",))
 
 
-def test_a_sentence_on_places_is_true_and_names_its_objects_without_doubt():
-    rng, told = np.random.default_rng(0), Counter()
-    for scene in SCENES[:1000]:
-        text = relate(scene, rng)
-        if text is None:
-            continue
-        found = re.fullmatch(r"the (\w+) (\w+) is (?:to the )?(left|right|above|below)(?: of)? the (\w+) (\w+)", text)
+def lessons(kind: str, scenes: list[Scene]) -> list[tuple[Scene, Question]]:
+    rng = np.random.default_rng(0)
+    return [(scene, question) for scene in scenes for question in questions(scene, rng, (kind,))]
+
+
+def test_a_relation_is_true_and_names_its_objects_without_doubt():
+    told = Counter()
+    for scene, question in lessons("relation", SCENES[:1000]):
+        found = re.fullmatch(r"where is the (\w+) (\w+) from the (\w+) (\w+)\?", question.text)
         (a,) = [o for o in scene.objects if o.pair == (found[1], found[2])]
-        (b,) = [o for o in scene.objects if o.pair == (found[4], found[5])]
+        (b,) = [o for o in scene.objects if o.pair == (found[3], found[4])]
         dx, dy = a.x - b.x, a.y - b.y
-        assert {"left": -dx, "right": dx, "above": -dy, "below": dy}[found[3]] == max(abs(dx), abs(dy)) >= 6
+        offsets = {"left": -dx, "right": dx, "above": -dy, "below": dy}
+        assert offsets[question.answer] == max(abs(dx), abs(dy)) >= 6
         assert {a.shape, b.shape} != HELD_OUT_POSITION_SHAPES
-        check_words(text)
-        told[found[3]] += 1
+        check_words(question.text)
+        told[question.answer] += 1
     assert min(told.values()) > 0.15 * told.total() and len(told) == 4
 
 
-def test_a_scene_of_one_object_or_of_like_ones_has_no_places_to_tell():
-    rng = np.random.default_rng(0)
-    for kind in ("single", "count"):
-        assert all(relate(make_scene(seed, kind=kind), rng) is None for seed in range(50))
+def test_a_place_is_the_cell_of_the_objects_centre():
+    numbers = "one two three four five six seven eight".split()
+    seen = set()
+    for scene, question in lessons("place", SCENES[:1000]):
+        found = re.fullmatch(r"where is the (\w+) (\w+)\?", question.text)
+        (item,) = [o for o in scene.objects if o.pair == (found[1], found[2])]
+        place = re.fullmatch(r"column (\w+) row (\w+)", question.answer)
+        for name, at in ((place[1], item.x), (place[2], item.y)):
+            assert 8 * numbers.index(name) <= at < 8 * numbers.index(name) + 8
+            seen.add(name)
+        check_words(question.text), check_words(question.answer)
+    assert len(seen) >= 6  # an object does not come nearer to the edge than its radius
+
+
+def test_a_scene_of_one_object_or_of_like_ones_has_no_relation_and_an_empty_one_no_place():
+    scenes = [make_scene(seed, kind=kind) for seed in range(50) for kind in ("single", "count")]
+    assert lessons("relation", scenes) == []
+    assert lessons("place", [Scene("gray", (), "single")]) == []

@@ -1,4 +1,4 @@
-"""Questions about a scene, each with its answer of one word.
+"""Questions about a scene, each with its answer: of one word, but for "place".
 
 No answer follows from the words alone: yes and no are drawn evenly before the words are, "no" is asked about things
 that nearly are there, and only held-out scenes are asked about held-out combinations.
@@ -19,6 +19,7 @@ from spar.worlds.shapes.scene import (
     OPPOSITE,
     RELATIONS,
     SHAPES,
+    SIDE,
     Scene,
     holds,
     is_held_out,
@@ -26,14 +27,15 @@ from spar.worlds.shapes.scene import (
     pick,
     unique_objects,
 )
-from spar.worlds.shapes.words import NUMBERS, PLURALS, with_article
+from spar.worlds.shapes.words import NUMBERS, ORDINALS, PLURALS, with_article
 
-QUESTION_KINDS = ("color", "shape", "count", "exists", "position", "background")
+QUESTION_KINDS = ("color", "shape", "count", "exists", "position", "background")  # of the benchmark
+LESSON_KINDS = ("place", "relation")  # asked in training only: the benchmark's "position" builds on them
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a picture and its answer of one word."""
+    """A question about a picture and its answer."""
 
     kind: str
     text: str
@@ -51,7 +53,7 @@ def questions(scene: Scene, rng: np.random.Generator, kinds: Sequence[str] | Non
     asked = []
     for kind in QUESTION_KINDS if kinds is None else kinds:
         if kind not in _ASK:
-            raise ValueError(f"question kind must be one of {QUESTION_KINDS}, got {kind!r}")
+            raise ValueError(f"question kind must be one of {tuple(_ASK)}, got {kind!r}")
         found = _ASK[kind](scene, rng)
         if found is not None:
             asked.append(Question(kind, *found))
@@ -125,12 +127,18 @@ def _ask_position(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | N
     return text, "yes" if yes else "no"
 
 
-def relate(scene: Scene, rng: np.random.Generator) -> str | None:
-    """Where one named object lies from another, in words: "the red circle is to the left of the blue star".
+def _ask_place(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+    """Where the centre of a thing lies, on a grid of eight columns and rows."""
+    named = unique_objects(scene)
+    if not named:
+        return None
+    item = pick(rng, named)
+    column, row = (ORDINALS[min(int(at * len(ORDINALS) / SIDE), len(ORDINALS) - 1)] for at in (item.x, item.y))
+    return f"where is the {item.color} {item.shape}?", f"column {column} row {row}"
 
-    The relation is that of the axis on which the two are farthest apart; None where no two objects have one. Held-out
-    pairs of shapes are told of in held-out scenes alone, as in the questions.
-    """
+
+def _ask_relation(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+    """Where one thing lies from another, on the axis on which the two are farthest apart."""
     named = unique_objects(scene)
     barred = None if is_held_out(scene) else HELD_OUT_POSITION_SHAPES
     pairs = [
@@ -142,8 +150,8 @@ def relate(scene: Scene, rng: np.random.Generator) -> str | None:
     if not pairs:
         return None
     subject, other = pick(rng, pairs)
-    phrase = RELATIONS[main_relation(subject, other)]
-    return f"the {subject.color} {subject.shape} is {phrase} the {other.color} {other.shape}"
+    text = f"where is the {subject.color} {subject.shape} from the {other.color} {other.shape}?"
+    return text, main_relation(subject, other)
 
 
 def _ask_background(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
@@ -157,4 +165,6 @@ _ASK = {
     "exists": _ask_exists,
     "position": _ask_position,
     "background": _ask_background,
+    "place": _ask_place,
+    "relation": _ask_relation,
 }

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 NUMBERS = ("zero", "one", "two", "three", "four")
+ORDINALS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 PLURALS = {shape: shape + ("es" if shape.endswith("s") else "s") for shape in SHAPES}
 SINGULARS = {plural: shape for shape, plural in PLURALS.items()}
 MAX_WORDS = 64
@@ -26,7 +27,10 @@ _GLUE = (
 )
 VOCABULARY = tuple(
     dict.fromkeys(
-        [*SHAPES, *PLURALS.values(), *COLORS, *SIZES, *BACKGROUNDS, *NUMBERS, *_GLUE.split(), ",", ".", "?", ":"]
+        [
+            *SHAPES, *PLURALS.values(), *COLORS, *SIZES, *BACKGROUNDS, *NUMBERS, *_GLUE.split(), ",", ".", "?", ":",
+            "where", "column", "row", *ORDINALS, "from",
+        ]
     )
 )
 _KNOWN = frozenset(VOCABULARY)
