@@ -77,8 +77,12 @@ class SparModel(nn.Module):
         latent = self._reference_latent(is_reference, f_v)
         return Condition(states=condition, mask=mask, weights=routed.weights, reference=latent)
 
+    @torch.no_grad()
     def _reference_latent(self, is_reference: Tensor, f_v: Tensor | None) -> Tensor | None:
-        """The normalised `z_f` of each row's first reference `[B, D_p, h, w]`, zero in rows without one."""
+        """The normalised `z_f` of each row's first reference `[B, D_p, h, w]`, zero in rows without one.
+
+        It is given, as the latent to be denoised is: no gradient reaches the tokenizer through it.
+        """
         if f_v is None or not self.config.denoiser.reference_latent:
             return None
         latents = self.tokenizer.normalize(self.tokenizer.fuse(f_v).z_f)

@@ -24,6 +24,7 @@ from spar.worlds.shapes.language import (
     split_words,
     to_text,
 )
+from spar.worlds.shapes.questions import LESSON_KINDS, QUESTION_KINDS
 from spar.worlds.shapes.scene import KINDS, RELATIONS, SHAPES, Object, Scene, holds, make_scene
 
 SCENES = [make_scene(seed, kind=kind, combinations="any") for seed in range(80) for kind in KINDS]
@@ -51,7 +52,8 @@ def all_texts(number: int = 400) -> list[str]:
     for seed in range(number):
         scene = make_scene(seed)
         texts += [caption(scene, rng), describe(scene), make_edit(scene, rng).instruction]
-        texts += [text for question in questions(scene, rng) for text in (question.text, question.answer)]
+        asked = questions(scene, rng, (*QUESTION_KINDS, *LESSON_KINDS))
+        texts += [text for question in asked for text in (question.text, question.answer)]
     return texts
 
 
