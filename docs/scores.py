@@ -1,19 +1,30 @@
-"""Write the README's table of scores from the results files in docs/results: python docs/scores.py"""
+"""Write the README's tables of scores from the results files in docs/results: python docs/scores.py
 
-import re
+Two tables, each between its own marks: the bundled weights, and what the recipe alone made before they were trained on.
+"""
+
 from pathlib import Path
 
 from spar.evaluation.results import read_result
-from spar.evaluation.table import scores_table
+from spar.evaluation.table import TARGETS, Target, scores_table
 
 ROOT = Path(__file__).parents[1]
+CPU_TARGETS = (Target("shapes-gen", "overall", 0.70),)
+TABLES = (("scores", "docs/results", TARGETS), ("scores of the recipe", "docs/results/recipe", CPU_TARGETS))
+
+
+def table(folder: str, targets: tuple[Target, ...]) -> str:
+    """The scores in the results files of a folder."""
+    return scores_table([read_result(path) for path in sorted((ROOT / folder).glob("*.json"))], targets)
 
 
 def main() -> None:
-    results = [read_result(path) for path in sorted((ROOT / "docs" / "results").glob("*.json"))]
     readme = ROOT / "README.md"
-    marks = r"(<!-- scores -->\n).*?(<!-- end of scores -->)"
-    text = re.sub(marks, lambda m: m[1] + scores_table(results) + m[2], readme.read_text("utf-8"), flags=re.S)
+    text = readme.read_text("utf-8")
+    for mark, folder, targets in TABLES:
+        begin, end = f"<!-- {mark} -->\n", f"<!-- end of {mark} -->"
+        before, behind = text.split(begin)[0], text.split(end)[1]
+        text = before + begin + table(folder, targets) + end + behind
     readme.write_text(text, "utf-8")
 
 

@@ -374,14 +374,14 @@ def test_any_field_of_a_recipe_is_a_flag():
     base = recipe("tiny")
     line = (
         "tiny --run there --seed 3 --model.denoiser.layers 4 --model.streams.semantic-stream False "
-        "--model.denoiser.interpolation_scale None --model.autoencoder.channels 16 16 16 32 "
+        "--model.denoiser.interpolation_scale 0.5 --model.autoencoder.channels 16 16 16 32 "
         "--stages.unified-2.steps 10 --stages.tokenizer-3.losses.gan-start 2 --stage dit --stage unified-2"
     )
     args = parse(recipe_arguments(base), line.split(), "spar train", none=True)
     assert (args.run, args.stage) == (Path("there"), ("dit", "unified-2"))
     model = replace(
         base.model,
-        denoiser=replace(base.model.denoiser, layers=4, interpolation_scale=None),
+        denoiser=replace(base.model.denoiser, layers=4, interpolation_scale=0.5),
         streams=replace(base.model.streams, semantic_stream=False),
         autoencoder=replace(base.model.autoencoder, channels=(16, 16, 16, 32)),
     )

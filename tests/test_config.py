@@ -239,6 +239,7 @@ def test_sizes_that_no_network_can_have_are_refused(build):
         lambda: DenoiserConfig(cross_heads=0),
         lambda: DenoiserConfig(mlp_ratio=-1.0),
         lambda: DenoiserConfig(interpolation_scale=0.0),
+        lambda: DenoiserConfig(position_gain=-1.0),
         lambda: DenoiserConfig(caption_channels=30),  # four waves a channel group in the reference positions
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from spar.evaluation.results import read_result
-from spar.evaluation.table import scores_table
+from spar.evaluation.table import TARGETS, Target, scores_table
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(set(re.findall(r"`(spar(?:\.\w+)+)`", "".join(p.read_text() for p in (ROOT / "docs").glob("*.md")))))
@@ -31,9 +31,15 @@ def test_the_map_names_the_main_classes():
     assert {"spar.models.denoiser.Denoiser", "spar.losses.alignment.alignment_loss"} <= set(NAMES)
 
 
-def test_the_scores_of_the_readme_are_those_of_the_results_files():
+RECIPE_TARGET = Target("shapes-gen", "overall", 0.70)
+SCORES = {"scores": ("docs/results", TARGETS), "scores of the recipe": ("docs/results/recipe", (RECIPE_TARGET,))}
+
+
+@pytest.mark.parametrize("mark", SCORES)
+def test_the_scores_of_the_readme_are_those_of_the_results_files(mark):
+    folder, targets = SCORES[mark]
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = re.search(r"<!-- scores -->\n(.*?)<!-- end of scores -->", text, re.S)[1]
-    results = [read_result(path) for path in sorted((ROOT / "docs" / "results").glob("*.json"))]
+    shown = re.search(rf"<!-- {mark} -->\n(.*?)<!-- end of {mark} -->", text, re.S)[1]
+    results = [read_result(path) for path in sorted((ROOT / folder).glob("*.json"))]
     assert results
-    assert shown.strip() == scores_table(results).strip()
+    assert shown.strip() == scores_table(results, targets).strip()

@@ -4,7 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from spar.models.connector import Connector, grid_embedding
+from spar.models.attention import grid_embedding
+from spar.models.connector import Connector
 from spar.models.language import LanguageModel
 
 REFERENCES = 16  # visual tokens of one reference

@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import SanaTransformer2DModel
 
+from spar.models.attention import grid_embedding
 from spar.models.denoiser import Denoiser, linear_attention
 
 CHANNELS, GRID, LENGTH = 8, 4, 6
@@ -25,7 +26,7 @@ def inputs(config, draws: int = 1, *, height: int = GRID, width: int = GRID):
 
 @pytest.fixture(scope="module")
 def denoiser(config, randomize) -> Denoiser:
-    return randomize(Denoiser(config.denoiser, CHANNELS, GRID))
+    return randomize(Denoiser(replace(config.denoiser, position_gain=0.0), CHANNELS, GRID))
 
 
 def library(denoiser: Denoiser) -> SanaTransformer2DModel:
@@ -53,7 +54,8 @@ def reference(network: SanaTransformer2DModel, latent, time, condition, mask) ->
 @pytest.mark.parametrize("mask", [FULL, MASK], ids=["full", "padded"])
 @pytest.mark.parametrize("scale", [None, 1.0, 2.0])
 def test_velocity_equals_diffusers_sana(config, randomize, scale, mask, gradients):
-    built = randomize(Denoiser(replace(config.denoiser, interpolation_scale=scale), CHANNELS, GRID))
+    given = replace(config.denoiser, interpolation_scale=scale, position_gain=0.0)
+    built = randomize(Denoiser(given, CHANNELS, GRID))
     latent, time, condition = inputs(config)
     with torch.set_grad_enabled(gradients):
         built.requires_grad_(gradients)
@@ -61,6 +63,20 @@ def test_velocity_equals_diffusers_sana(config, randomize, scale, mask, gradient
     with torch.no_grad():
         wanted = reference(library(built), latent, time, condition, mask)
     torch.testing.assert_close(own.detach(), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("height", "width"), [(GRID, GRID), (2, 6)])
+def test_positions_are_the_grid_embedding_on_the_embedded_latent(config, randomize, height, width):
+    built = randomize(Denoiser(replace(config.denoiser, position_gain=1.7), CHANNELS, GRID))
+    latent, time, condition = inputs(config, height=height, width=width)
+    table = 1.7 * grid_embedding(config.denoiser.width, height, width, base=10.0)
+    sana = library(built)
+    sana.patch_embed.register_forward_hook(lambda module, given, out: out + table)
+    with torch.no_grad():
+        own, wanted = built(latent, time, condition, MASK).velocity, reference(sana, latent, time, condition, MASK)
+        without = reference(library(built), latent, time, condition, MASK)
+    torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-5)
+    assert (own - without).abs().max() > 1e-2
 
 
 def test_velocity_equals_diffusers_sana_on_a_grid_of_another_shape(config, denoiser):
@@ -72,7 +88,7 @@ def test_velocity_equals_diffusers_sana_on_a_grid_of_another_shape(config, denoi
 
 
 def test_gradients_equal_those_of_diffusers_sana(config, randomize):
-    built = randomize(Denoiser(config.denoiser, CHANNELS, GRID)).requires_grad_(True)
+    built = randomize(Denoiser(replace(config.denoiser, position_gain=0.0), CHANNELS, GRID)).requires_grad_(True)
     latent, time, condition = inputs(config)
     condition.requires_grad_()
     network = library(built)
@@ -86,7 +102,7 @@ def test_gradients_equal_those_of_diffusers_sana(config, randomize):
 
 @pytest.mark.parametrize("tap", [1, 2, 3])
 def test_features_are_the_hidden_state_behind_the_tapped_block(config, randomize, tap):
-    built = randomize(Denoiser(replace(config.denoiser, tap_block=tap), CHANNELS, GRID))
+    built = randomize(Denoiser(replace(config.denoiser, tap_block=tap, position_gain=0.0), CHANNELS, GRID))
     latent, time, condition = inputs(config)
     network, seen = library(built), []
     network.transformer_blocks[tap - 1].register_forward_hook(lambda _, __, out: seen.append(out))

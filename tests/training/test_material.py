@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from spar.data.prompts import DESCRIBE, PromptEncoder
+from spar.errors import InputError
 from spar.training.material import FeatureStore, ShapesMaterial
 from spar.training.stages import DataConfig
 from spar.worlds.shapes.dataset import dense_targets, scene_at
@@ -71,6 +72,19 @@ def test_draws_cover_their_range_and_no_more(material):
     assert set(drawn) == set(range(12)) and set(edits) == set(range(5))
 
 
+def test_draws_keep_to_the_kinds_asked_for(prompts, material):
+    for edits in (False, True):
+        scenes = material.scenes[: len(material.edits) if edits else None]
+        for kinds in ({"single"}, {"two", "multi"}):
+            wanted = {i for i, scene in enumerate(scenes) if scene.kind in kinds}
+            drawn = material.draw(np.random.default_rng(0), 300, edits=edits, kinds=tuple(kinds)) if wanted else []
+            assert set(drawn) == wanted
+    few = ShapesMaterial(DataConfig(scenes=1, edits=1), prompts, 3)
+    other = "multi" if few.scenes[0].kind == "single" else "single"
+    with pytest.raises(InputError, match=f"expected scenes of the kinds {other}"):
+        few.draw(np.random.default_rng(0), 2, kinds=(other,))
+
+
 def test_words_are_of_the_scene_and_of_the_vocabulary(material):
     indices = np.arange(12)
     captions = material.captions(np.random.default_rng(1), indices)
@@ -84,6 +98,14 @@ def test_words_are_of_the_scene_and_of_the_vocabulary(material):
         assert (row[-1].question, row[-1].answer) == (DESCRIBE, describe(material.scenes[i]))
         for turn in row:
             check_words(turn.question), check_words(turn.answer)
+
+
+def test_a_share_of_the_captions_says_where_things_lie(material):
+    indices = np.arange(12).repeat(50)
+    for share in (0.0, 0.3, 1.0):
+        captions = material.captions(np.random.default_rng(2), indices, places=share)
+        placed = np.mean(["column" in text for text in captions])
+        assert 0.4 * share <= placed <= share  # a lesson may leave all its things unplaced
 
 
 def test_dense_targets_are_flat_and_row_major(material):

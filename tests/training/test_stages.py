@@ -37,6 +37,8 @@ TRAINS = {
     "tokenizer-2": {*STREAMS, DECODER},
     "tokenizer-3": {ENCODER, *STREAMS, DECODER, "discriminator"},
     "unified-1": BRIDGE,
+    "places-1": JOINT,
+    "places-2": JOINT,
     "unified-2": JOINT,
     "unified-3": JOINT,
 }
@@ -51,7 +53,11 @@ MEASURES = {
     "tokenizer-3": {"model.tokenizer.latent_scale", "lecam.real", "lecam.fake", "lecam.updates"},
 }
 # A generation prompt has no reference image, so what places one in an edit has no gradient.
-IDLE = {"dit": {"model.denoiser.reference_embed.weight"}, "unified-1": {"model.connector.reference_gain"}}
+REFERENCE = {"model.denoiser.reference_embed.weight", "model.connector.reference_gain"}
+IDLE = {
+    "dit": {"model.denoiser.reference_embed.weight"}, "unified-1": {"model.connector.reference_gain"},
+    "places-1": REFERENCE, "places-2": REFERENCE,
+}
 
 
 def part(name: str) -> str:
@@ -184,6 +190,9 @@ def test_no_step_may_read_a_weight_that_is_not_tried_above():
         ({"lr": 1e-4, "lr_end": 1e-3}, "lr_end <= lr"),
         ({"lr_end": -1e-5}, "0 <= lr_end"),
         ({"ema": 1.0}, r"ema must be in \[0, 1\)"),
+        ({"places": -0.1}, r"places must be in \[0, 1\]"),
+        ({"step": "mllm", "losses": LossWeights(), "places": 0.5}, "only a dit or unified step reads places, got 0.5"),
+        ({"scenes": ("single", "many")}, "kinds single, two, count, position, multi, got single, many"),
         ({"edit_share": 1.5}, r"edit_share must be in \[0, 1\]"),
         ({"clip": 0.0}, "clip"),
         ({"warmup": -1}, "expected warmup from 0 to steps 3, got -1"),

@@ -118,14 +118,15 @@ def test_noise_is_drawn_anew_for_each_stage_and_step(start):
 
 
 def test_generation_reads_captions_and_denoises_their_own_pictures(start, monkeypatch):
-    ctx = start("unified-2", edit_share=0.0)
+    ctx = start("unified-2", edit_share=0.0, places=0.5, scenes=("single", "two"))
     flow = spy(monkeypatch, steps, "_flow_terms")
     prompts = spy(monkeypatch, ctx.material.prompts, "generation")
     assert "flow_generate" in run(ctx)
     rng = ctx.material.rng("unified-2", 0)
     rng.random()
-    indices = ctx.material.draw(rng, 4)
-    captions = ctx.material.captions(rng, indices)
+    indices = ctx.material.draw(rng, 4, kinds=("single", "two"))
+    captions = ctx.material.captions(rng, indices, places=0.5)
+    assert any("column" in text for text in captions)
     assert [a or b for a, b in zip(prompts[0][0], captions, strict=True)] == captions
     tokenizer = ctx.workshop.model.tokenizer
     latents = tokenizer.encode(ctx.pixels(indices))

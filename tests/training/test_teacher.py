@@ -199,7 +199,7 @@ def test_a_teacher_of_another_width_sets_that_of_the_head(tiny_run, tmp_path):
         ViTModel(ViTConfig(**{**SIZES, "hidden_size": 24})).save_pretrained(tmp_path / "encoder")
     config, run = outside(tmp_path / "encoder"), tmp_path / "run"
     train(config, run, stages=("unified-1",), init_from=tiny_run.path / "tokenizer-3" / "done")
-    train(config, run, stages=("unified-2",), resume=True)
+    train(config, run, stages=("unified-1", "unified-2"), resume=True)
     done = load_group(run / "unified-2" / "done", "workshop")
     assert done["alignment_head.layers.4.weight"].shape[0] == len(done["teacher_mean"]) == 24
     assert done["teacher_mean"].any()

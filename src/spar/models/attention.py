@@ -65,3 +65,18 @@ def attention_bias(mask: Tensor, like: Tensor, *, causal: bool, past: int = 0) -
 def positions(mask: Tensor) -> Tensor:
     """Position ids `[B, T]` that count only real tokens (padding on the left)."""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def grid_embedding(width: int, height: int, columns: int, base: float = 100.0) -> Tensor:
+    """2-D sine-cosine embedding `[height * columns, width]`, half for each axis, row-major.
+
+    The wavelengths run from 2 pi to `base` times that, in tokens.
+    """
+    frequencies = base ** (-torch.arange(width // 4, dtype=torch.float32) / (width // 4))
+
+    def axis(length: int) -> Tensor:
+        angles = torch.arange(length, dtype=torch.float32)[:, None] * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+    rows = axis(height)[:, None].expand(-1, columns, -1)
+    return torch.cat([rows, axis(columns)[None].expand(height, -1, -1)], dim=2).reshape(height * columns, -1)

@@ -177,7 +177,9 @@ class ConnectorConfig:
 class DenoiserConfig:
     """SANA (diffusers' `SanaTransformer2DModel`). `tap_block` is the 1-based block whose features align.
 
-    `interpolation_scale` below 1 spreads the sine positions of a small grid, so that neighbours differ.
+    `interpolation_scale` is SANA's own option: its sine positions, which the published 512 px models go without. Most
+    of their channels hardly vary over a small grid; `position_gain` adds `grid_embedding` at that size instead, whose
+    channels all do (0: none). Without positions a DiT cannot put a thing where the words say.
     `reference_latent` adds the reference's own `z_f` to the noisy latent's tokens, cell by cell, so that an edit
     copies what it keeps: `f_v` alone would have the DiT learn the whole pixel stream again.
     """
@@ -189,7 +191,8 @@ class DenoiserConfig:
     cross_head_dim: int = 32
     caption_channels: int = 160
     mlp_ratio: float = 2.29
-    interpolation_scale: float | None = 0.25
+    interpolation_scale: float | None = None
+    position_gain: float = 2.4
     reference_latent: bool = True
     tap_block: int = 2
 
@@ -197,6 +200,7 @@ class DenoiserConfig:
         _positive(self, "layers", "heads", "head_dim", "cross_heads", "cross_head_dim", "caption_channels", "mlp_ratio")
         if self.interpolation_scale is not None:
             _positive(self, "interpolation_scale")
+        _at_least(self, 0, "position_gain")
         for name, value in (("caption_channels", self.caption_channels), ("heads * head_dim", self.width)):
             if value % 4:
                 raise InputError(f"DenoiserConfig.{name}: sine positions want a multiple of 4, got {value}")

@@ -7,25 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm, Qwen2RotaryEmbedding
 
-from spar.models.attention import ATTENTION, attention_bias, positions
+from spar.models.attention import ATTENTION, attention_bias, grid_embedding, positions
 from spar.models.config import SparConfig
 from spar.models.encoder import qwen_config
 from spar.models.language import LanguageModel
-
-
-def grid_embedding(width: int, height: int, columns: int, base: float = 100.0) -> Tensor:
-    """2-D sine-cosine embedding `[height * columns, width]`, half for each axis, row-major.
-
-    The wavelengths run from 2 pi to `base` times that, in tokens.
-    """
-    frequencies = base ** (-torch.arange(width // 4, dtype=torch.float32) / (width // 4))
-
-    def axis(length: int) -> Tensor:
-        angles = torch.arange(length, dtype=torch.float32)[:, None] * frequencies
-        return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-    rows = axis(height)[:, None].expand(-1, columns, -1)
-    return torch.cat([rows, axis(columns)[None].expand(height, -1, -1)], dim=2).reshape(height * columns, -1)
 
 
 class Connector(nn.Module):

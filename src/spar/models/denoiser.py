@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel, SanaTransformerBlock
 from torch import Tensor, nn
 
-from spar.models.attention import MASKED, attend, compute_dtype
+from spar.models.attention import MASKED, attend, compute_dtype, grid_embedding
 from spar.models.config import DenoiserConfig
 
 TIME_STEPS = 1000.0  # SANA embeds time in [0, 1000]
+POSITION_BASE = 10.0  # wavelengths of 2 pi to 20 pi tokens: every channel varies over a grid of eight
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,9 @@ class Denoiser(nn.Module):
         network, (height, width) = self.network, latent.shape[-2:]
         batch, draws = len(condition), len(latent) // len(condition)
         x = network.patch_embed(latent)                                              # [B R, N, D]
+        if self.config.position_gain:
+            places = grid_embedding(x.shape[-1], height, width, POSITION_BASE).to(x)
+            x = x + self.config.position_gain * places
         if reference is not None and self.config.reference_latent:
             known = self.reference_embed(reference).flatten(2).transpose(1, 2)       # [B, N, D]
             x = x + known.repeat_interleave(draws, dim=0)

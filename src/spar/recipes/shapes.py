@@ -1,7 +1,8 @@
 """`shapes`: the whole of SPAR from random weights on the shapes world, on two CPU cores, within two hours.
 
-Four foundation stages make what InternVL3, DC-AE and SANA bring at full size; the paper's six stages follow with its
-trainable and frozen sets (SPAR sections 1 and 2). Departures for the small setting are in docs/training.md.
+Five foundation stages make what InternVL3, DC-AE and SANA bring at full size; the paper's six stages follow with its
+trainable and frozen sets (SPAR sections 1 and 2). Between unified-1 and unified-2 stand two short lessons on where
+things lie. Departures for the small setting are in docs/training.md.
 """
 
 from spar.models.config import SparConfig, TextConfig
@@ -62,8 +63,18 @@ UNIFIED = (
         "unified-1", "unified", BRIDGE, steps=200, batch=16, draws=4, lr=3e-3, lr_end=1e-3, warmup=20, optimizer="muon"
     ),
     Stage(
-        "unified-2", "unified", (*BRIDGE, DENOISER, "alignment_head.*"), steps=7200, batch=16, draws=4, lr=3e-3,
-        lr_end=3e-4, warmup=50, ema=0.998, edit_share=0.3, optimizer="muon", losses=LossWeights(align=0.5),
+        "places-1", "unified", (*BRIDGE, DENOISER, "alignment_head.*"), steps=400, batch=16, draws=4, lr=2e-3,
+        lr_end=1e-3, warmup=20, places=1.0, scenes=("single",), optimizer="muon", losses=LossWeights(align=0.5),
+    ),
+    Stage(
+        "places-2", "unified", (*BRIDGE, DENOISER, "alignment_head.*"), steps=500, batch=16, draws=4, lr=2e-3,
+        lr_end=1e-3, warmup=20, places=1.0, scenes=("single", "two", "position"), optimizer="muon",
+        losses=LossWeights(align=0.5),
+    ),
+    Stage(
+        "unified-2", "unified", (*BRIDGE, DENOISER, "alignment_head.*"), steps=6400, batch=16, draws=4, lr=3e-3,
+        lr_end=3e-4, warmup=50, ema=0.998, edit_share=0.3, places=0.5, optimizer="muon",
+        losses=LossWeights(align=0.5),
     ),
     Stage(
         "unified-3", "unified", (*BRIDGE, DENOISER, "alignment_head.*"), steps=200, batch=16, draws=4, lr=3e-4,

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from spar.data.prompts import DESCRIBE, PromptEncoder, Turn
+from spar.errors import InputError
 from spar.training.stages import DataConfig
 from spar.worlds.shapes.dataset import dense_targets, scene_at
 from spar.worlds.shapes.edits import Edit, make_edit
-from spar.worlds.shapes.language import caption, describe
+from spar.worlds.shapes.language import caption, describe, placed_caption
 from spar.worlds.shapes.questions import questions
 from spar.worlds.shapes.render import render
 from spar.worlds.shapes.scene import SIDE, Scene
@@ -38,17 +39,30 @@ class ShapesMaterial:
         """The generator of one step's choices."""
         return np.random.default_rng((self.seed, zlib.crc32(stage.encode()), step))
 
-    def draw(self, rng: np.random.Generator, count: int, *, edits: bool = False) -> np.ndarray:
-        """Indices of `count` scenes (with an edit, if asked)."""
-        return rng.integers(0, len(self.edits) if edits else len(self.scenes), count)
+    def draw(
+        self, rng: np.random.Generator, count: int, *, edits: bool = False, kinds: tuple[str, ...] = ()
+    ) -> np.ndarray:
+        """Indices of `count` scenes, of the given kinds (of all when empty), with an edit if asked."""
+        drawn = rng.integers(0, len(self.edits) if edits else len(self.scenes), count)
+        if not kinds:
+            return drawn
+        suits = np.flatnonzero([scene.kind in kinds for scene in self.scenes[: len(self.edits) if edits else None]])
+        if not len(suits):
+            raise InputError(f"expected scenes of the kinds {', '.join(kinds)} among those of the recipe, found none")
+        return suits[drawn % len(suits)]
 
     def pixels(self, indices: np.ndarray, *, edited: bool = False) -> Tensor:
         """`[B, 3, 64, 64]` float in [0, 1]."""
         source = self.edited if edited else self.images
         return torch.from_numpy(source[indices]).permute(0, 3, 1, 2).float().div_(255)
 
-    def captions(self, rng: np.random.Generator, indices: np.ndarray) -> list[str]:
-        return [caption(self.scenes[i], rng) for i in indices]
+    def captions(self, rng: np.random.Generator, indices: np.ndarray, *, places: float = 0.0) -> list[str]:
+        """A caption of each scene; the share `places` of them also says where things lie."""
+        lessons = rng.random(len(indices)) < places if places else np.zeros(len(indices), bool)
+        return [
+            placed_caption(self.scenes[i], rng) if lesson else caption(self.scenes[i], rng)
+            for i, lesson in zip(indices, lessons, strict=True)
+        ]
 
     def instructions(self, indices: np.ndarray) -> list[str]:
         return [self.edits[i].instruction for i in indices]

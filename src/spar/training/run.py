@@ -91,8 +91,8 @@ def train(
 
     Args:
         run: the folder of the run.
-        stages: names of the stages to run; all when empty. A stage that trains anew makes its own end, all later ones
-            and the run's model void: they are removed.
+        stages: names of the stages to run, each but the first from the end of the one named before it; all when empty.
+            A stage that trains anew makes its own end, all later ones and the run's model void: they are removed.
         resume: skip stages that are done and continue the one that is not.
         init_from: a stage's folder (`RUN/STAGE/done`) or a SPAR folder whose weights the first stage starts from.
         report: called at every logged step; announce: called before each stage with its freezing table.
@@ -119,7 +119,10 @@ def train(
             load_weights(workshop, load_group(run / stage.name / "done", "workshop"), stage.name)
             continue
         if not (resume and read_progress(run / stage.name / "state")):  # a state holds all weights
-            _start_from(workshop, run, recipe, stage, init_from if stage is chosen[0] else None)
+            if stage is chosen[0]:
+                _start_from(workshop, run, recipe, stage, init_from)
+            else:  # from the one before it that was asked for: stages between them are left out
+                previous_weights(workshop, run, stage, chosen)
         undo(run, recipe, stage, resume=resume)
         ctx = Context(workshop, material, recipe, stage, where, external_teacher=teacher)
         prepare(ctx)

@@ -9,6 +9,7 @@ from torch import nn
 from spar.errors import InputError
 from spar.models.config import SparConfig
 from spar.worlds.shapes.questions import LESSON_KINDS, QUESTION_KINDS
+from spar.worlds.shapes.scene import KINDS
 
 StepKind = Literal["encoder", "mllm", "autoencoder", "dit", "tokenizer", "unified"]
 
@@ -56,7 +57,9 @@ class Stage:
     """One training stage. `trainable` are fnmatch patterns over the workshop's parameter names.
 
     The learning rate rises over exactly `warmup` steps, then falls from `lr` to `lr_end`. `questions` are the kinds
-    that an mllm step asks of each picture, in this order, beside its description.
+    that an mllm step asks of each picture, in this order, beside its description. `places` is the share of captions of
+    a dit or unified step that are lessons on places ("a red circle on column two row three to the left of a star"),
+    `scenes` the kinds of scenes that it draws (all when empty).
     """
 
     name: str
@@ -76,6 +79,8 @@ class Stage:
     losses: LossWeights = field(default_factory=LossWeights)
     draws: int = 1
     edit_share: float = 0.0
+    places: float = 0.0
+    scenes: tuple[str, ...] = ()
     questions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -88,10 +93,15 @@ class Stage:
             raise InputError(f"stage {self.name}: expected lr > 0 and 0 <= lr_end <= lr, got {self.lr}, {self.lr_end}")
         if not 0 <= self.ema < 1:
             raise InputError(f"stage {self.name}: ema must be in [0, 1), got {self.ema}")
-        if not 0 <= self.edit_share <= 1:
-            raise InputError(f"stage {self.name}: edit_share must be in [0, 1], got {self.edit_share}")
+        for name in ("edit_share", "places"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"stage {self.name}: {name} must be in [0, 1], got {getattr(self, name)}")
         if not 0 <= self.warmup <= self.steps:
             raise InputError(f"stage {self.name}: expected warmup from 0 to steps {self.steps}, got {self.warmup}")
+        if not set(self.scenes) <= set(KINDS):
+            raise InputError(
+                f"stage {self.name}: expected scenes of the kinds {', '.join(KINDS)}, got {', '.join(self.scenes)}"
+            )
         unknown = sorted(set(self.questions) - {*QUESTION_KINDS, *LESSON_KINDS})
         if unknown:
             raise InputError(
@@ -102,7 +112,9 @@ class Stage:
 
     def _refuse_idle(self) -> None:
         """Refuse settings without an effect: what the step does not read, and half of an adversary."""
-        for name, steps in (("draws", ("dit", "unified")), ("edit_share", ("unified",)), ("questions", ("mllm",))):
+        flows = ("dit", "unified")
+        readers = {"draws": flows, "places": flows, "scenes": flows, "edit_share": ("unified",), "questions": ("mllm",)}
+        for name, steps in readers.items():
             if self.step not in steps and getattr(self, name) != getattr(type(self), name):
                 raise InputError(
                     f"stage {self.name}: only a {' or '.join(steps)} step reads {name}, got {getattr(self, name)} "

@@ -118,8 +118,8 @@ def dit_step(ctx: Context, step: int) -> Terms:
     """Text to image on the autoencoder's own latents, conditioned on the frozen LLM's last states."""
     workshop, model = ctx.workshop, ctx.workshop.model
     rng = ctx.material.rng(ctx.stage.name, step)
-    indices = ctx.material.draw(rng, ctx.stage.batch)
-    prompts = _drop(rng, ctx.material.captions(rng, indices), ctx.recipe.flow.unconditional_share)
+    indices = ctx.material.draw(rng, ctx.stage.batch, kinds=ctx.stage.scenes)
+    prompts = _drop(rng, _captions(ctx, rng, indices), ctx.recipe.flow.unconditional_share)
     tokens = ctx.material.prompts.generation(prompts).to(ctx.device)
     with torch.no_grad():
         embeddings = model.language.embed(tokens.ids)
@@ -135,7 +135,7 @@ def unified_step(ctx: Context, step: int) -> Terms:
     model = ctx.workshop.model
     rng = ctx.material.rng(ctx.stage.name, step)
     editing = bool(rng.random() < ctx.stage.edit_share)
-    indices = ctx.material.draw(rng, ctx.stage.batch, edits=editing)
+    indices = ctx.material.draw(rng, ctx.stage.batch, edits=editing, kinds=ctx.stage.scenes)
 
     def encode(which: np.ndarray, edited: bool) -> Terms:
         latents = model.tokenizer.encode(ctx.pixels(which, edited=edited))
@@ -148,7 +148,7 @@ def unified_step(ctx: Context, step: int) -> Terms:
         tokens, reference = ctx.material.prompts.edit(words).to(ctx.device), source["f_v"].float()
     else:
         target = source
-        words = _drop(rng, ctx.material.captions(rng, indices), ctx.recipe.flow.unconditional_share)
+        words = _drop(rng, _captions(ctx, rng, indices), ctx.recipe.flow.unconditional_share)
         tokens, reference = ctx.material.prompts.generation(words).to(ctx.device), None
     condition = model.condition(tokens.ids, tokens.mask, reference)
     latent, teacher = target["latent"].float(), None
@@ -158,6 +158,10 @@ def unified_step(ctx: Context, step: int) -> Terms:
         teacher = target["f_v"].unflatten(1, latent.shape[-2:])
     terms = _flow_terms(ctx, step, latent, condition, teacher=teacher)
     return {**terms, ("flow_edit" if editing else "flow_generate"): terms["flow"].detach()}
+
+
+def _captions(ctx: Context, rng: np.random.Generator, indices: np.ndarray) -> list[str]:
+    return ctx.material.captions(rng, indices, places=ctx.stage.places)
 
 
 def alignment_weight(ctx: Context) -> float:

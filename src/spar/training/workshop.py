@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spar.losses.adversarial import LeCam, PatchDiscriminator, PatchDiscriminatorConfig
+from spar.models.attention import grid_embedding
 from spar.models.autoencoder import PixelEncoder, build_autoencoder
-from spar.models.connector import grid_embedding
 from spar.models.spar import SparModel
 from spar.training.stages import Recipe
 

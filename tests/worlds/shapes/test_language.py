@@ -1,5 +1,6 @@
 """Truths about captions, the vocabulary and the tokenizer: what is said is true, and can be read back."""
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -18,14 +19,25 @@ from spar.worlds.shapes.language import (
     check_words,
     describe,
     group_objects,
+    half_text,
     make_edit,
     parse,
+    placed_caption,
     questions,
     split_words,
     to_text,
 )
-from spar.worlds.shapes.questions import LESSON_KINDS, QUESTION_KINDS
-from spar.worlds.shapes.scene import KINDS, RELATIONS, SHAPES, Object, Scene, holds, make_scene
+from spar.worlds.shapes.questions import LESSON_KINDS, QUESTION_KINDS, cell_text
+from spar.worlds.shapes.scene import (
+    HELD_OUT_POSITION_SHAPES,
+    KINDS,
+    RELATIONS,
+    SHAPES,
+    Object,
+    Scene,
+    holds,
+    make_scene,
+)
 
 SCENES = [make_scene(seed, kind=kind, combinations="any") for seed in range(80) for kind in KINDS]
 TEMPLATES = ("Generate an image: ", "Generate an image.", "Edit the image: ", "Edit the image.", DESCRIBE)
@@ -101,6 +113,46 @@ def test_the_relation_said_is_true_and_all_four_are_said() -> None:
         assert claim.relation is not None and holds(claim.relation.name, subject, other)
         said[claim.relation.name] += 1
     assert min(said[name] for name in RELATIONS) > 30
+
+
+CELL = r" (?:on|and) (column \w+ row \w+)"
+HALF = r" (to the left|to the right|above|below)(?=,| on a |$)"
+
+
+def test_a_placed_caption_is_true_of_places_things_and_relations() -> None:
+    rng = np.random.default_rng(8)
+    said, joined, halves = Counter(), Counter(), Counter()
+    for scene in [make_scene(seed) for seed in range(1500)]:
+        text = placed_caption(scene, rng)
+        check_words(text)
+        claim = parse(re.sub(HALF, "", re.sub(CELL, "", text)))
+        sized = claim.groups[0].size is not None
+        assert Counter(claim.groups) == Counter(group_objects(scene.objects, size=sized))
+        assert claim.background in (None, scene.background)
+        for phrase in re.split(", | (?:to the left of|to the right of|above|below) (?=an? )", text):
+            cells, half = re.findall(CELL, phrase), re.findall(HALF, phrase)
+            said[bool(cells or half)] += 1
+            (group,) = parse(re.sub(HALF, "", re.sub(CELL, "", phrase))).groups
+            alike = [o for o in scene.objects if o.pair == (group.color, group.shape) and group.size in (None, o.size)]
+            if cells:  # all of the group's members, each in its own cell
+                assert sorted(cells) == sorted(map(cell_text, alike)) and len(cells) == group.count
+            if half:
+                assert [f" {half[0]}"] == [half_text(item) for item in alike] and claim.relation is None and not cells
+                halves[half[0]] += 1
+        if claim.relation is not None:
+            by_look = {item.pair: item for item in scene.objects}
+            subject, other = (by_look[group.color, group.shape] for group in claim.groups)
+            assert holds(claim.relation.name, subject, other)
+            assert {subject.shape, other.shape} != HELD_OUT_POSITION_SHAPES
+            joined[claim.relation.name] += 1
+    assert abs(said[True] / said.total() - 0.75) < 0.04 and min(joined[name] for name in RELATIONS) > 60
+    assert min(halves.values()) > 100 and len(halves) == 4
+
+
+def test_places_are_named_by_column_then_row_and_halves_on_the_farther_axis() -> None:
+    assert half_text(Object("circle", "red", "small", x=40.0, y=10.0)) == " above"
+    assert half_text(Object("circle", "red", "small", x=9.0, y=40.0)) == " to the left"
+    assert cell_text(Object("circle", "red", "small", x=9.0, y=63.9)) == "column two row eight"
 
 
 def test_size_and_background_are_each_said_in_half_independently() -> None:

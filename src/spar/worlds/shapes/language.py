@@ -9,14 +9,26 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from spar.errors import InputError
 from spar.worlds.shapes.edits import EDIT_KINDS, Edit, edit_kinds, make_edit
-from spar.worlds.shapes.questions import QUESTION_KINDS, Question, questions
-from spar.worlds.shapes.scene import BACKGROUNDS, COLORS, RELATIONS, SHAPES, SIZES, Object, Scene, main_relation
+from spar.worlds.shapes.questions import QUESTION_KINDS, Question, cell_text, questions
+from spar.worlds.shapes.scene import (
+    BACKGROUNDS,
+    COLORS,
+    RELATIONS,
+    SHAPES,
+    SIDE,
+    SIZES,
+    Object,
+    Scene,
+    main_relation,
+    may_relate,
+    pick,
+)
 from spar.worlds.shapes.words import (
     MAX_WORDS,
     NUMBERS,
@@ -47,8 +59,10 @@ __all__ = [
     "describe",
     "edit_kinds",
     "group_objects",
+    "half_text",
     "make_edit",
     "parse",
+    "placed_caption",
     "questions",
     "split_words",
     "to_text",
@@ -132,6 +146,38 @@ def caption(
     relation = Relation(main_relation(objects[0], objects[1]), 0, 1) if scene.kind == "position" else None
     groups = group_objects(objects, color=color, size=size)
     return to_text(Claim(scene.background if background else None, groups, relation))
+
+
+def placed_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """A caption that also says where things lie: a lesson for training, which `parse` does not read.
+
+    In half of the captions every group of objects is followed by its place, in the others half of the groups are. The
+    place is the cells of the group's members, "a red circle on column two row three", or for one object in two of three
+    the half of the picture, in the relations' own words: "a red circle to the left". Two objects whose relation may
+    be told (`may_relate`) are joined by it in two captions of three, then with cells alone: "a red circle on column
+    two row three to the left of a blue star". So the words of relations are met with one thing, then explained by a
+    known place.
+    """
+    objects = [scene.objects[index] for index in rng.permutation(len(scene.objects)).tolist()]
+    said, size = pick(rng, (0.5, 1.0)), bool(rng.random() < 0.5)
+    groups = group_objects(objects, size=size)
+    joined = len(objects) == len(groups) == 2 and may_relate(scene, *objects) and rng.random() < 2 / 3
+    phrases = []
+    for group in groups:
+        alike = replace(group, count=1)
+        members = [item for item in objects if group_objects([item], size=size) == (alike,)]
+        place = " on " + " and ".join(cell_text(item) for item in members)
+        if len(members) == 1 and not joined and rng.random() < 2 / 3:
+            place = half_text(members[0])
+        phrases.append(_group_text(group) + (place if rng.random() < said else ""))
+    text = f" {RELATIONS[main_relation(*objects)]} ".join(phrases) if joined else ", ".join(phrases)
+    return text if rng.random() < 0.5 else f"{text} on a {scene.background} background"
+
+
+def half_text(item: Object) -> str:
+    """In which half of the picture a thing lies, on the axis on which it is farthest from the middle."""
+    middle = replace(item, x=SIDE / 2, y=SIDE / 2)
+    return " " + RELATIONS[main_relation(item, middle)].removesuffix(" of")
 
 
 def describe(scene: Scene) -> str:

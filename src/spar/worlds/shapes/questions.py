@@ -20,10 +20,12 @@ from spar.worlds.shapes.scene import (
     RELATIONS,
     SHAPES,
     SIDE,
+    Object,
     Scene,
     holds,
     is_held_out,
     main_relation,
+    may_relate,
     pick,
     unique_objects,
 )
@@ -127,26 +129,25 @@ def _ask_position(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | N
     return text, "yes" if yes else "no"
 
 
+def cell_text(item: Object) -> str:
+    """Where a thing's centre lies, on a grid of eight columns and rows."""
+    column, row = (ORDINALS[min(int(at * len(ORDINALS) / SIDE), len(ORDINALS) - 1)] for at in (item.x, item.y))
+    return f"column {column} row {row}"
+
+
 def _ask_place(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
-    """Where the centre of a thing lies, on a grid of eight columns and rows."""
+    """Where a thing lies."""
     named = unique_objects(scene)
     if not named:
         return None
     item = pick(rng, named)
-    column, row = (ORDINALS[min(int(at * len(ORDINALS) / SIDE), len(ORDINALS) - 1)] for at in (item.x, item.y))
-    return f"where is the {item.color} {item.shape}?", f"column {column} row {row}"
+    return f"where is the {item.color} {item.shape}?", cell_text(item)
 
 
 def _ask_relation(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
     """Where one thing lies from another, on the axis on which the two are farthest apart."""
     named = unique_objects(scene)
-    barred = None if is_held_out(scene) else HELD_OUT_POSITION_SHAPES
-    pairs = [
-        (a, b)
-        for a in named
-        for b in named
-        if a is not b and {a.shape, b.shape} != barred and holds(main_relation(a, b), a, b)
-    ]
+    pairs = [(a, b) for a in named for b in named if a is not b and may_relate(scene, a, b)]
     if not pairs:
         return None
     subject, other = pick(rng, pairs)

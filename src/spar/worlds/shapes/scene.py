@@ -155,6 +155,12 @@ def is_held_out(scene: Scene) -> bool:
     return scene.kind == "position" and {item.shape for item in scene.objects} == HELD_OUT_POSITION_SHAPES
 
 
+def may_relate(scene: Scene, subject: Object, other: Object) -> bool:
+    """Whether training may say how two things lie to each other: the relation is plain, and the pair not held out."""
+    barred = None if is_held_out(scene) else HELD_OUT_POSITION_SHAPES
+    return {subject.shape, other.shape} != barred and holds(main_relation(subject, other), subject, other)
+
+
 def make_scene(seed: int, *, kind: str | None = None, combinations: str = "seen") -> Scene:
     """The scene of an integer seed: the same arguments always give the same scene.
 
