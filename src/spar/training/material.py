@@ -32,6 +32,7 @@ class ShapesMaterial:
         self.edits: list[Edit] = [
             make_edit(self.scenes[i], np.random.default_rng((seed, 1, i))) for i in range(config.edits)
         ]
+        self.kinds = np.array([scene.kind for scene in self.scenes])
         self.images = _rendered(cache, "scenes", self.scenes)
         self.edited = _rendered(cache, "edits", [edit.target for edit in self.edits])
 
@@ -43,13 +44,13 @@ class ShapesMaterial:
         self, rng: np.random.Generator, count: int, *, edits: bool = False, kinds: tuple[str, ...] = ()
     ) -> np.ndarray:
         """Indices of `count` scenes, of the given kinds (of all when empty), with an edit if asked."""
-        drawn = rng.integers(0, len(self.edits) if edits else len(self.scenes), count)
+        known = self.kinds[: len(self.edits)] if edits else self.kinds
         if not kinds:
-            return drawn
-        suits = np.flatnonzero([scene.kind in kinds for scene in self.scenes[: len(self.edits) if edits else None]])
+            return rng.integers(0, len(known), count)
+        suits = np.flatnonzero(np.isin(known, kinds))
         if not len(suits):
             raise InputError(f"expected scenes of the kinds {', '.join(kinds)} among those of the recipe, found none")
-        return suits[drawn % len(suits)]
+        return suits[rng.integers(0, len(suits), count)]
 
     def pixels(self, indices: np.ndarray, *, edited: bool = False) -> Tensor:
         """`[B, 3, 64, 64]` float in [0, 1]."""

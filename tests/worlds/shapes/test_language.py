@@ -137,7 +137,7 @@ def test_a_placed_caption_is_true_of_places_things_and_relations() -> None:
             if cells:  # all of the group's members, each in its own cell
                 assert sorted(cells) == sorted(map(cell_text, alike)) and len(cells) == group.count
             if half:
-                assert [f" {half[0]}"] == [half_text(item) for item in alike] and claim.relation is None and not cells
+                assert half == [half_text(item) for item in alike] and claim.relation is None and not cells
                 halves[half[0]] += 1
         if claim.relation is not None:
             by_look = {item.pair: item for item in scene.objects}
@@ -150,8 +150,8 @@ def test_a_placed_caption_is_true_of_places_things_and_relations() -> None:
 
 
 def test_places_are_named_by_column_then_row_and_halves_on_the_farther_axis() -> None:
-    assert half_text(Object("circle", "red", "small", x=40.0, y=10.0)) == " above"
-    assert half_text(Object("circle", "red", "small", x=9.0, y=40.0)) == " to the left"
+    assert half_text(Object("circle", "red", "small", x=40.0, y=10.0)) == "above"
+    assert half_text(Object("circle", "red", "small", x=9.0, y=40.0)) == "to the left"
     assert cell_text(Object("circle", "red", "small", x=9.0, y=63.9)) == "column two row eight"
 
 

@@ -161,23 +161,24 @@ def placed_caption(scene: Scene, rng: np.random.Generator) -> str:
     objects = [scene.objects[index] for index in rng.permutation(len(scene.objects)).tolist()]
     said, size = pick(rng, (0.5, 1.0)), bool(rng.random() < 0.5)
     groups = group_objects(objects, size=size)
-    joined = len(objects) == len(groups) == 2 and may_relate(scene, *objects) and rng.random() < 2 / 3
+    relation = main_relation(*objects) if len(objects) == len(groups) == 2 else ""
+    joined = bool(relation) and may_relate(scene, relation, *objects) and rng.random() < 2 / 3
     phrases = []
     for group in groups:
         alike = replace(group, count=1)
         members = [item for item in objects if group_objects([item], size=size) == (alike,)]
-        place = " on " + " and ".join(cell_text(item) for item in members)
+        place = "on " + " and ".join(cell_text(item) for item in members)
         if len(members) == 1 and not joined and rng.random() < 2 / 3:
             place = half_text(members[0])
-        phrases.append(_group_text(group) + (place if rng.random() < said else ""))
-    text = f" {RELATIONS[main_relation(*objects)]} ".join(phrases) if joined else ", ".join(phrases)
+        phrases.append(f"{_group_text(group)} {place}" if rng.random() < said else _group_text(group))
+    text = f" {RELATIONS[relation]} ".join(phrases) if joined else ", ".join(phrases)
     return text if rng.random() < 0.5 else f"{text} on a {scene.background} background"
 
 
 def half_text(item: Object) -> str:
     """In which half of the picture a thing lies, on the axis on which it is farthest from the middle."""
     middle = replace(item, x=SIDE / 2, y=SIDE / 2)
-    return " " + RELATIONS[main_relation(item, middle)].removesuffix(" of")
+    return RELATIONS[main_relation(item, middle)].removesuffix(" of")
 
 
 def describe(scene: Scene) -> str:

@@ -15,14 +15,12 @@ import numpy as np
 from spar.worlds.shapes.scene import (
     COLORS,
     HELD_OUT_PAIRS,
-    HELD_OUT_POSITION_SHAPES,
     OPPOSITE,
     RELATIONS,
     SHAPES,
     SIDE,
     Object,
     Scene,
-    holds,
     is_held_out,
     main_relation,
     may_relate,
@@ -112,13 +110,12 @@ def _absent_pair(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
 
 def _ask_position(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
     named = unique_objects(scene)
-    barred = None if is_held_out(scene) else HELD_OUT_POSITION_SHAPES
     true = [
         (name, a, b)
         for a in named
         for b in named
         for name in RELATIONS
-        if a is not b and {a.shape, b.shape} != barred and holds(name, a, b)
+        if a is not b and may_relate(scene, name, a, b)
     ]
     if not true:
         return None
@@ -147,7 +144,7 @@ def _ask_place(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None
 def _ask_relation(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
     """Where one thing lies from another, on the axis on which the two are farthest apart."""
     named = unique_objects(scene)
-    pairs = [(a, b) for a in named for b in named if a is not b and may_relate(scene, a, b)]
+    pairs = [(a, b) for a in named for b in named if a is not b and may_relate(scene, main_relation(a, b), a, b)]
     if not pairs:
         return None
     subject, other = pick(rng, pairs)

@@ -155,10 +155,10 @@ def is_held_out(scene: Scene) -> bool:
     return scene.kind == "position" and {item.shape for item in scene.objects} == HELD_OUT_POSITION_SHAPES
 
 
-def may_relate(scene: Scene, subject: Object, other: Object) -> bool:
-    """Whether training may say how two things lie to each other: the relation is plain, and the pair not held out."""
+def may_relate(scene: Scene, relation: str, subject: Object, other: Object) -> bool:
+    """Whether a relation of two things may be told: it holds, and only held-out scenes tell of the held-out shapes."""
     barred = None if is_held_out(scene) else HELD_OUT_POSITION_SHAPES
-    return {subject.shape, other.shape} != barred and holds(main_relation(subject, other), subject, other)
+    return {subject.shape, other.shape} != barred and holds(relation, subject, other)
 
 
 def make_scene(seed: int, *, kind: str | None = None, combinations: str = "seen") -> Scene:
