@@ -40,6 +40,8 @@ TARGETS = (
     Target("shapes-edit", "overall", 0.80),
 )
 
+RECIPE_TARGETS = (Target("shapes-gen", "overall", 0.70),)  # of the CPU recipe alone, where the bundle was trained on
+
 
 def find_target(result: Result, score: Score, targets: Sequence[Target] = TARGETS) -> Target | None:
     """The target of a score, if there is one."""
