@@ -151,7 +151,7 @@ class TrainArguments:
     recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
     """The recipe's name (tiny, shapes, ...); it comes first."""
     stage: UseAppendAction[tuple[str, ...]] = ()
-    """Train this stage only; may be given several times."""
+    """Train this stage only; may be given several times, and each then starts from the end of the one given before."""
     run: Path | None = None
     """Folder of the run; by default runs/RECIPE."""
     resume: str = "never"

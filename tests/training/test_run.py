@@ -63,6 +63,15 @@ def test_another_recipe_is_refused_and_writes_nothing(tiny_run, fresh):
     assert (tiny_run.path / "recipe.json").read_bytes() == before
 
 
+def test_a_stage_starts_from_the_one_named_before_it_whatever_the_recipe_has_between(tiny_run, tmp_path):
+    both, one = tmp_path / "both", tmp_path / "one"
+    train(TINY, both, stages=("unified-1", "unified-2"), init_from=tiny_run.path / "tokenizer-3" / "done")
+    assert not (both / "places-2").exists()
+    train(TINY, one, stages=("unified-2",), init_from=both / "unified-1" / "done")
+    assert same(weights(both, "unified-2"), weights(one, "unified-2"))
+    assert not same(weights(both, "unified-2"), weights(tiny_run.path, "unified-2"))  # the lessons were left out
+
+
 def test_a_fresh_run_does_not_write_over_an_old_one(tiny_run):
     with pytest.raises(InputError, match="already holds a run; resume it"):
         train(TINY, tiny_run.path)
