@@ -178,8 +178,8 @@ class DenoiserConfig:
     """SANA (diffusers' `SanaTransformer2DModel`). `tap_block` is the 1-based block whose features align.
 
     `interpolation_scale` is SANA's own option: its sine positions, which the published 512 px models go without. Most
-    of their channels hardly vary over a small grid; `position_gain` adds `grid_embedding` at that size instead, whose
-    channels all do (0: none). Without positions a DiT cannot put a thing where the words say.
+    of their channels hardly vary over a small grid; `position_gain` adds that many times `grid_embedding`, whose
+    channels all do (0: none), so that a DiT learns to put a thing where the words say.
     `reference_latent` adds the reference's own `z_f` to the noisy latent's tokens, cell by cell, so that an edit
     copies what it keeps: `f_v` alone would have the DiT learn the whole pixel stream again.
     """
