@@ -155,8 +155,8 @@ def test_an_interrupted_run_ends_bit_equal_to_one_that_was_not(tiny_run, half):
         if stop:
             assert (half / stop[0] / "state" / "meta.json").exists() and not (half / "model").exists()
     assert announced == [
-        "tokenizer-1", "tokenizer-2", "tokenizer-2", "tokenizer-3", "unified-1", "places-1", "places-2", "unified-2",
-        "unified-2", "unified-3",
+        "tokenizer-1", "tokenizer-2", "tokenizer-2", "tokenizer-3", "unified-1", "places-1", "places-2", "relations",
+        "unified-2", "unified-2", "unified-3",
     ]
     for stage in ("tokenizer-1", "tokenizer-2", "tokenizer-3", "unified-1", "unified-2", "unified-3"):
         assert same(weights(half, stage), weights(tiny_run.path, stage)), stage

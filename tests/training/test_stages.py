@@ -39,6 +39,7 @@ TRAINS = {
     "unified-1": BRIDGE,
     "places-1": JOINT,
     "places-2": JOINT,
+    "relations": JOINT,
     "unified-2": JOINT,
     "unified-3": JOINT,
 }
@@ -56,7 +57,7 @@ MEASURES = {
 REFERENCE = {"model.denoiser.reference_embed.weight", "model.connector.reference_gain"}
 IDLE = {
     "dit": {"model.denoiser.reference_embed.weight"}, "unified-1": {"model.connector.reference_gain"},
-    "places-1": REFERENCE, "places-2": REFERENCE,
+    "places-1": REFERENCE, "places-2": REFERENCE, "relations": REFERENCE,
 }
 
 

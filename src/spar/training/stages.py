@@ -59,7 +59,7 @@ class Stage:
     The learning rate rises over exactly `warmup` steps, then falls from `lr` to `lr_end`. `questions` are the kinds
     that an mllm step asks of each picture, in this order, beside its description. `places` is the share of captions of
     a dit or unified step that are lessons on places ("a red circle on column two row three to the left of a star"),
-    `scenes` the kinds of scenes that it draws (all when empty).
+    `scenes` the kinds of scenes that it draws, one named twice twice as often (all alike when empty).
     """
 
     name: str
