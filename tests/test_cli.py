@@ -1,5 +1,6 @@
 """The command line: every verb, what it refuses and how, and one real training with all that is done with its model."""
 
+import gc
 import json
 import os
 import shlex
@@ -103,6 +104,19 @@ def said(capsys, argv: str | list[str]) -> tuple[int, str]:
     error = capsys.readouterr().err
     assert error.startswith("spar: error: ") and error.count("\n") == 1 and error.endswith("\n"), error
     return status, error
+
+
+def test_garbage_is_not_collected_while_the_model_loads_but_is_afterwards(monkeypatch, tmp_path, capsys):
+    seen = []
+
+    def load(path, **_):
+        seen.append(gc.isenabled())
+        raise InputError("no such model")
+
+    monkeypatch.setattr("spar.pipeline.SparPipeline.from_pretrained", load)
+    assert said(capsys, ["generate", "a red circle", "-o", str(tmp_path / "out.png")])[0] == cli.WRONG_INPUT
+    assert seen == [False] and gc.isenabled()
+    gc.unfreeze()
 
 
 # ---- help and start -------------------------------------------------------------------------------------------------
