@@ -27,6 +27,7 @@ SAMPLING_FLAGS = ("--model", "--dtype", "--device", "--output", "-o", "--overwri
                   "--num-inference-steps", "--guidance-scale", "--num-images-per-prompt", "-n", "--negative-prompt")
 FLAGS = {
     "train": ("RECIPE", "--stage", "--run", "--resume", "--init-from", "--device", "--dry-run"),
+    "build": ("RECIPE", "--mllm", "--autoencoder", "--dit", "-o", "--revision", "--seed", "--overwrite"),
     "generate": ("PROMPT", *SAMPLING_FLAGS, "--height", "--width"),
     "edit": ("IMAGE", "INSTRUCTION", *SAMPLING_FLAGS),
     "understand": ("IMAGE", "QUESTION", "--model", "--max-new-tokens"),

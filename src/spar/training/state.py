@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spar.config import from_dict, read_json, write_json
 from spar.errors import InputError
-from spar.models.checkpoint import describe_mismatch, read_tensors
+from spar.models.weights import describe_mismatch, read_tensors
 
 
 @dataclass(frozen=True)
