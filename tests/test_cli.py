@@ -28,6 +28,7 @@ SAMPLING_FLAGS = ("--model", "--dtype", "--device", "--output", "-o", "--overwri
 FLAGS = {
     "train": ("RECIPE", "--stage", "--run", "--resume", "--init-from", "--device", "--dry-run"),
     "build": ("RECIPE", "--mllm", "--autoencoder", "--dit", "-o", "--revision", "--seed", "--overwrite"),
+    "convert": ("FORMAT", "PATH", "--mllm", "--autoencoder", "--dit", "--router", "--factor", "--recipe", "-o"),
     "generate": ("PROMPT", *SAMPLING_FLAGS, "--height", "--width"),
     "edit": ("IMAGE", "INSTRUCTION", *SAMPLING_FLAGS),
     "understand": ("IMAGE", "QUESTION", "--model", "--max-new-tokens"),

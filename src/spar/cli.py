@@ -333,6 +333,29 @@ def build(argv: list[str]) -> int:
     return 0
 
 
+def convert(argv: list[str]) -> int:
+    """Turn a public checkpoint of UniLIP into a model."""
+    from spar.arguments import ConvertArguments, parse
+
+    args = parse(ConvertArguments, argv, "spar convert")
+    check_replaceable(args.output, "config.json", overwrite=args.overwrite)
+    with bar("converting"):
+        from spar.models.assembly import SOURCES
+        from spar.models.checkpoint import save_model
+        from spar.models.conversion import convert_unilip
+        from spar.recipes import recipe
+        from spar.training.run import sampling_of
+
+        base = recipe(args.recipe)
+        made = convert_unilip(
+            args.path, base.model, sampling_of(base), {part: getattr(args, part) for part in SOURCES},
+            revisions=args.revisions(), router=args.router, factor=args.factor, seed=args.seed, recipe=base.name,
+        )
+        save_model(made.loaded, args.output)
+    _tell_origins(args.output, made.loaded.manifest)
+    return 0
+
+
 def _tell_origins(folder: Path, manifest: dict[str, Any]) -> None:
     """Where each part of a new model comes from, and what was not as expected."""
     for part, origin in manifest["parts"].items():
@@ -435,6 +458,7 @@ def doctor(argv: list[str]) -> int:
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "build": build,
+    "convert": convert,
     "generate": generate,
     "edit": edit,
     "understand": understand,

@@ -3,7 +3,6 @@
 The model is built on no memory and takes over the checkpoints' tensors one by one, in the types they are stored in.
 """
 
-import dataclasses
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,16 +13,27 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
+from spar.config import differences
 from spar.errors import InputError
 from spar.models.adapters import dcae, internvl, sana
-from spar.models.adapters.keys import KeyMap
+from spar.models.adapters.keys import Files, KeyMap
 from spar.models.adapters.sources import Source, fetch
 from spar.models.autoencoder import PixelEncoder, build_autoencoder
 from spar.models.checkpoint import Loaded, Sampling, versions
 from spar.models.config import SparConfig
 from spar.models.spar import SparModel
+from spar.models.weights import TensorFiles
 
 SOURCES = ("mllm", "autoencoder", "dit")
+PATTERNS = {"mllm": internvl.FILES, "autoencoder": dcae.FILES, "dit": sana.FILES}
+WEIGHTS = {"mllm": ("model",), "autoencoder": (dcae.STEM,), "dit": (sana.STEM, sana.FOLDER)}
+PUBLISHED = {
+    internvl.ENCODER: "mllm",
+    internvl.LANGUAGE: "mllm",
+    dcae.DECODER: "autoencoder",
+    dcae.PIXEL_ENCODER: "autoencoder",
+    f"{sana.DENOISER}.network": "dit",
+}
 # The parts that no published checkpoint brings, by their place in the model.
 FRESH = {
     "semantic stream": "tokenizer.semantic_stream",
@@ -67,99 +77,127 @@ def assemble(
         InputError: a source that is not there, a configuration that we cannot express, or weights that do not fit it:
             then with every missing, unexpected and misshapen tensor of all parts in one report.
     """
-    revisions = revisions or {}
+    parts = read_parts(config, sources, revisions or {})
+    real = replace(
+        config, vision=parts.mllm.vision, text=parts.mllm.text, autoencoder=parts.autoencoder.config,
+        denoiser=parts.dit.config,
+    )
+    files = {name: parts.weights(name) for name in SOURCES}
+    keys = KeyMap()
+    keys.add(files["mllm"], lambda key: internvl.translate(key, head=not real.text.tied_head))
+    keys.add(files["autoencoder"], dcae.translate)
+    keys.add(files["dit"], sana.translate)
+    model, pixel_encoder, origins = put_together(real, keys, PUBLISHED, seed)
+    model.tokenizer.latent_scale.fill_(parts.autoencoder.scaling_factor)
+    origins["latent scale"] = "the autoencoder's scaling_factor, until a tokenizer stage measures it"
+    records = {name: parts.sources[name].record(with_configs(files[name].files)) for name in SOURCES}
+    return finish(model, pixel_encoder, parts, (config, real), sampling, origins, records, seed=seed, recipe=recipe)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The published parts: where they lie, and what their configurations say."""
+
+    sources: dict[str, Source]
+    text_tokenizer: Any
+    mllm: internvl.Mllm
+    autoencoder: dcae.Autoencoder
+    dit: sana.Dit
+
+    def weights(self, name: str) -> TensorFiles:
+        """The tensors of one of SOURCES."""
+        return self.sources[name].weights(*WEIGHTS[name])
+
+
+def read_parts(
+    config: SparConfig, sources: dict[str, str], revisions: dict[str, str], *, llm: Files | None = None
+) -> Parts:
+    """Find the published parts and read their configurations.
+
+    Args:
+        llm: the LLM's tensors where they do not come from the mllm's own files.
+
+    Raises:
+        InputError: as `assemble`, but for the weights.
+    """
     if unknown := sorted(set(revisions) - set(SOURCES)):
         raise InputError(f"revision: expected parts of {', '.join(SOURCES)}, got {', '.join(unknown)}")
-    patterns = {"mllm": internvl.FILES, "autoencoder": dcae.FILES, "dit": sana.FILES}
-    found = {
-        part: fetch(sources[part], patterns[part], revision=revisions.get(part), what=part) for part in SOURCES
-    }
-    mllm_files = found["mllm"].weights("model")
-    autoencoder_files = found["autoencoder"].weights(dcae.STEM)
-    dit_files = found["dit"].weights(sana.STEM, sana.FOLDER)
-    text_tokenizer = internvl.read_text_tokenizer(found["mllm"].folder)
-    mllm = internvl.read_config(found["mllm"].folder, mllm_files, text_tokenizer)
-    autoencoder, dit = dcae.read_config(found["autoencoder"]), sana.read_config(found["dit"], config.denoiser)
-    if dit.channels != autoencoder.config.latent_channels:
-        raise InputError(
-            f"the DiT denoises {dit.channels} channels, the autoencoder has {autoencoder.config.latent_channels}; "
-            "expected as many"
-        )
-    real = replace(
-        config, vision=mllm.vision, text=mllm.text, autoencoder=autoencoder.config, denoiser=dit.config
+    found = {name: fetch(sources[name], PATTERNS[name], revision=revisions.get(name), what=name) for name in SOURCES}
+    folder = found["mllm"].folder
+    text_tokenizer = internvl.read_text_tokenizer(folder)
+    mllm = internvl.read_config(folder, llm or found["mllm"].weights(*WEIGHTS["mllm"]), text_tokenizer)
+    parts = Parts(
+        found, text_tokenizer, mllm, dcae.read_config(found["autoencoder"]),
+        sana.read_config(found["dit"], config.denoiser),
     )
-    given_sampling = sampling if dit.sampling_shift is None else replace(sampling, shift=dit.sampling_shift)
-    differences = (*_differences(config, real), *_differences(sampling, given_sampling, "sampling"))
+    channels = parts.autoencoder.config.latent_channels
+    if parts.dit.channels != channels:
+        raise InputError(f"the DiT denoises {parts.dit.channels} channels, expected the autoencoder's {channels}")
+    return parts
 
-    keys = KeyMap()
-    keys.add(mllm_files, lambda key: internvl.translate(key, head=not real.text.tied_head))
-    keys.add(autoencoder_files, dcae.translate)
-    keys.add(dit_files, sana.translate)
-    with init_empty_weights():
-        model = SparModel(real)
-        pixel_encoder = PixelEncoder(build_autoencoder(real.autoencoder).encoder)
-    parts = published(model, pixel_encoder)
-    keys.check(parts, {prefix: _source_of(prefix) for prefix in parts})
-    for prefix, module in parts.items():
-        module.load_state_dict(keys.tensors(prefix), assign=True)
-    origins = {prefix: _source_of(prefix) for prefix in parts}
-    origins |= start_fresh(model, seed)
-    model.connector.initialize_from(model.language)
-    origins["connector"] += "; its layers are copies of the LLM's last"
-    model.tokenizer.latent_scale.fill_(autoencoder.scaling_factor)
-    read = {"mllm": mllm_files.files, "autoencoder": autoencoder_files.files, "dit": dit_files.files}
+
+def finish(
+    model: SparModel,
+    pixel_encoder: PixelEncoder,
+    parts: Parts,
+    configs: tuple[SparConfig, SparConfig],
+    sampling: Sampling,
+    origins: dict[str, str],
+    records: dict[str, Any],
+    *,
+    seed: int,
+    recipe: str,
+) -> Assembled:
+    """The model with what a folder needs beside it; `configs` are the recipe's and the model's own."""
+    shift = parts.dit.sampling_shift
+    own_sampling = sampling if shift is None else replace(sampling, shift=shift)
+    found = [*differences(*configs, "model"), *differences(sampling, own_sampling, "sampling")]
+    lines = tuple(f"{name}: the recipe expects {a!r}, the checkpoint has {b!r}" for name, a, b in found)
     manifest = {
         "recipe": recipe,
         "seed": seed,
         "versions": versions(),
-        "sources": {part: found[part].record(_with_config(found[part], read[part])) for part in SOURCES},
-        "parts": {
-            **origins,
-            "latent scale": "the autoencoder's scaling_factor, until a tokenizer stage measures it",
-            "alignment head": "not in this folder: training starts it from random weights",
-        },
-        "differences": list(differences),
+        "sources": records,
+        "parts": {**origins, "alignment head": "not in this folder: training starts it from random weights"},
+        "differences": list(lines),
         "stages": {},
     }
-    loaded = Loaded(
-        model.eval().requires_grad_(False), text_tokenizer, given_sampling, manifest,
-        pixel_encoder.eval().requires_grad_(False),
-    )
-    return Assembled(loaded, differences)
+    model, pixel_encoder = (module.eval().requires_grad_(False) for module in (model, pixel_encoder))
+    return Assembled(Loaded(model, parts.text_tokenizer, own_sampling, manifest, pixel_encoder), lines)
 
 
-def published(model: SparModel, pixel_encoder: PixelEncoder | None) -> dict[str, nn.Module]:
-    """The modules that published checkpoints fill, by the prefix of their weights' names."""
+def put_together(
+    config: SparConfig, keys: KeyMap, filled: dict[str, str], seed: int
+) -> tuple[SparModel, PixelEncoder, dict[str, str]]:
+    """A model of these sizes, built on no memory and filled from foreign tensors, and E_p.
+
+    Args:
+        keys: every tensor of the checkpoints under our names.
+        filled: the parts that these must fill exactly, by the prefix of their names, and what each comes from.
+        seed: of the random weights of all other parts.
+
+    Returns:
+        The model, E_p, and for each part where it comes from.
+    """
+    with init_empty_weights():
+        model = SparModel(config)
+        pixel_encoder = PixelEncoder(build_autoencoder(config.autoencoder).encoder)
     parts = {
-        internvl.ENCODER: model.tokenizer.encoder,
-        internvl.LANGUAGE: model.language,
-        dcae.DECODER: model.tokenizer.decoder,
-        f"{sana.DENOISER}.network": model.denoiser.network,
+        prefix: pixel_encoder if prefix == dcae.PIXEL_ENCODER else model.get_submodule(prefix) for prefix in filled
     }
-    return parts if pixel_encoder is None else {**parts, dcae.PIXEL_ENCODER: pixel_encoder}
+    keys.check(parts, filled)
+    for prefix, module in parts.items():
+        module.load_state_dict(keys.tensors(prefix), assign=True)
+    origins = dict(filled) | start_fresh(model, seed)
+    if "connector" not in filled:
+        model.connector.initialize_from(model.language)
+        origins["connector"] += "; its layers are copies of the LLM's last"
+    return model, pixel_encoder, origins
 
 
-def _source_of(prefix: str) -> str:
-    if prefix in (dcae.DECODER, dcae.PIXEL_ENCODER):
-        return "autoencoder"
-    return "dit" if prefix.startswith(sana.DENOISER) else "mllm"
-
-
-def _with_config(source: Source, files: list[Path]) -> list[Path]:
+def with_configs(files: list[Path]) -> list[Path]:
     """The files that were read, the configurations beside them included."""
     return [*files, *(path for folder in {file.parent for file in files} for path in folder.glob("*.json"))]
-
-
-def _differences(expected: Any, given: Any, where: str = "model") -> list[str]:
-    """One line for each field in which two configurations differ."""
-    lines: list[str] = []
-    for item in dataclasses.fields(expected):
-        a, b = getattr(expected, item.name), getattr(given, item.name)
-        if dataclasses.is_dataclass(a):
-            lines += _differences(a, b, f"{where}.{item.name}")
-        elif a != b:
-            lines.append(f"{where}.{item.name}: the recipe expects {a!r}, the checkpoint has {b!r}")
-    return lines
 
 
 def start_fresh(model: SparModel, seed: int) -> dict[str, str]:
@@ -174,6 +212,8 @@ def start_fresh(model: SparModel, seed: int) -> dict[str, str]:
         for step in place.split("."):
             module = getattr(module, step, None)
         if module is None:
+            continue
+        if not any(parameter.is_meta for parameter in module.parameters()):
             continue
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         for part in module.modules():

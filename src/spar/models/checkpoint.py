@@ -174,6 +174,11 @@ def load_model(folder: Path) -> Loaded:
     )
 
 
+def read_sizes(folder: Path) -> SparConfig:
+    """The configuration of a SPAR folder's model, without its weights."""
+    return from_dict(SparConfig, _header(folder, FORMAT)["model"], complete=True)
+
+
 def has_pixel_encoder(folder: Path) -> bool:
     """Whether a SPAR folder holds E_p beside the model."""
     path = folder / "pixel_encoder" / "model.safetensors"
@@ -182,7 +187,7 @@ def has_pixel_encoder(folder: Path) -> bool:
 
 def load_pixel_encoder(folder: Path) -> PixelEncoder:
     """E_p of a SPAR folder that holds it, in float32."""
-    config = from_dict(SparConfig, _header(folder, FORMAT)["model"], complete=True)
+    config = read_sizes(folder)
     with init_empty_weights():
         encoder = PixelEncoder(build_autoencoder(config.autoencoder).encoder)
     fill_weights(encoder, folder / "pixel_encoder" / "model.safetensors", str(folder / "pixel_encoder"))

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spar.config import to_dict
+from spar.config import differences, to_dict
 from spar.errors import InputError
-from spar.models.checkpoint import has_pixel_encoder, load_model, load_pixel_encoder
+from spar.models.checkpoint import has_pixel_encoder, load_model, load_pixel_encoder, read_sizes
 from spar.models.weights import load_weights
 from spar.training.metrics import Metrics
 from spar.training.optimizer import build_optimizers
@@ -319,7 +319,11 @@ def initial_weights(workshop: Workshop, folder: Path, stage: Stage, order: tuple
 
     What the stages before this one train must fit exactly. What none of them has touched may differ in design (another
     router, another teacher's width) and then keeps its fresh random weights: so one tokenizer serves every ablation.
+    Where a SPAR folder's configuration differs from the recipe's, a warning says so: not every field shows in weights.
     """
+    if is_model(folder):
+        for name, given, own in differences(read_sizes(folder), workshop.config, "model"):
+            log.warning("%s was made with %s %r; this recipe has %r", folder, name, given, own)
     earlier = order[: [s.name for s in order].index(stage.name)]
     patterns = [pattern for before in earlier for pattern in before.trainable]
     own, given = workshop.state_dict(), given_weights(folder)

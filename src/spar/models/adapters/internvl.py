@@ -11,10 +11,9 @@ from typing import Any
 
 from spar.data.prompts import IMAGE_TOKEN, TURN_END
 from spar.errors import InputError
-from spar.models.adapters.keys import Rows
+from spar.models.adapters.keys import Files, Rows
 from spar.models.adapters.settings import Settings
 from spar.models.config import TextConfig, VisionConfig
-from spar.models.weights import TensorFiles
 
 FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt")  # no .py: nothing that could run
 ENCODER, LANGUAGE = "tokenizer.encoder", "language"
@@ -42,7 +41,7 @@ class Mllm:
     text: TextConfig
 
 
-def read_config(folder: Path, files: TensorFiles, text_tokenizer: Any) -> Mllm:
+def read_config(folder: Path, files: Files, text_tokenizer: Any) -> Mllm:
     """The sizes of a checkpoint in either layout; whatever we could not compute alike is refused.
 
     The head is tied where the configuration says so or none is stored (older configurations say nothing).

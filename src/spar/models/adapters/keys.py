@@ -2,23 +2,31 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from spar.errors import InputError
-from spar.models.weights import TensorFiles, describe_mismatch
+from spar.models.weights import describe_mismatch
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Part `index` of `count` equal parts of a tensor's first dimension, under our name for it."""
+    """Part `index` of `count` equal parts of a tensor's first dimension, under our name for it.
+
+    `single`: the first dimension is a batch of one, which ours has not.
+    """
 
     name: str
     index: int = 0
     count: int = 1
+    single: bool = False
 
     def of(self, tensor: Tensor) -> Tensor:
+        if self.single and tensor.shape[0] == 1:
+            return tensor[0]
         if self.count == 1 or tensor.shape[0] % self.count:  # an odd one will be of another shape
             return tensor
         return tensor.chunk(self.count)[self.index]
@@ -28,14 +36,24 @@ class Rows:
 Translate = Callable[[str], tuple[Rows, ...] | None]
 
 
+class Files(Protocol):
+    """Tensors somewhere on disk, by name."""
+
+    path: Path
+    files: list[Path]
+    shapes: dict[str, Tensor]
+
+    def read(self, key: str, dtype: torch.dtype | None = None) -> Tensor: ...
+
+
 @dataclass
 class KeyMap:
     """Our weights as tensors of foreign files. `add` every file, `check`, then `tensors` reads."""
 
-    picks: dict[str, tuple[TensorFiles, str, Rows]] = field(default_factory=dict)
+    picks: dict[str, tuple[Files, str, Rows]] = field(default_factory=dict)
     given: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, files: TensorFiles, translate: Translate, keys: Iterable[str] | None = None) -> None:
+    def add(self, files: Files, translate: Translate, keys: Iterable[str] | None = None) -> None:
         """Take over a file's tensors (of `keys`, if given). Unknown ones keep their names, for the report."""
         for key in files.shapes if keys is None else keys:
             targets = translate(key)
