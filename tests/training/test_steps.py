@@ -118,14 +118,14 @@ def test_noise_is_drawn_anew_for_each_stage_and_step(start):
 
 
 def test_generation_reads_captions_and_denoises_their_own_pictures(start, monkeypatch):
-    ctx = start("unified-2", edit_share=0.0, places=0.5, scenes=("single", "two"))
+    ctx = start("unified-2", edit_share=0.0, places=1.0, scenes=("single", "two"))
     flow = spy(monkeypatch, steps, "_flow_terms")
     prompts = spy(monkeypatch, ctx.material.prompts, "generation")
     assert "flow_generate" in run(ctx)
     rng = ctx.material.rng("unified-2", 0)
     rng.random()
     indices = ctx.material.draw(rng, 4, kinds=("single", "two"))
-    captions = ctx.material.captions(rng, indices, places=0.5)
+    captions = ctx.material.captions(rng, indices, places=1.0)
     assert any("column" in text for text in captions)
     assert [a or b for a, b in zip(prompts[0][0], captions, strict=True)] == captions
     tokenizer = ctx.workshop.model.tokenizer
@@ -143,7 +143,7 @@ def test_editing_reads_the_source_and_denoises_the_target(start, monkeypatch):
     assert "flow_edit" in run(ctx)
     rng = ctx.material.rng("unified-2", 0)
     rng.random()
-    indices = ctx.material.draw(rng, 4, edits=True)
+    indices = ctx.material.draw(rng, 4, edits=True, kinds=ctx.stage.scenes)
     instructions = ctx.material.instructions(indices)
     assert [a or b for a, b in zip(prompts[0][0], instructions, strict=True)] == instructions
     tokenizer = ctx.workshop.model.tokenizer
@@ -354,7 +354,7 @@ def test_an_external_teacher_is_what_aligns_on_its_own_grid(start, tiny_run, mon
     run(ctx)
     rng = ctx.material.rng("unified-2", 0)
     rng.random()
-    pixels = ctx.pixels(ctx.material.draw(rng, 4, edits=bool(editing)), edited=bool(editing))
+    pixels = ctx.pixels(ctx.material.draw(rng, 4, edits=bool(editing), kinds=ctx.stage.scenes), edited=bool(editing))
     assert torch.equal(calls[0][1], teacher(pixels)[0].repeat_interleave(2, 0))
     assert grids[0][1:] == ((8, 8), (4, 4)) and calls[0][0].shape == (8, 16, 32)
     everything = teacher(ctx.pixels(np.arange(24)))[0]
