@@ -38,10 +38,11 @@ class Scale:
     """How a run uses its machine; never part of its mathematics, so a run may be resumed at another scale.
 
     `strategy`: ddp holds all weights on every process, fsdp shards them (FSDP2); auto is fsdp under
-    `accelerate launch --use_fsdp`, else ddp. `accumulate`: pieces that a process's share of a batch is worked off in.
-    `recompute`: activations of blocks are computed again in the backward pass in place of being kept. `compile`: blocks
-    go through torch.compile. `precision`: of matrix products; weights stay float32. `shard_frozen`: under fsdp, whether weights that do not train are sharded too (less
-    memory) or held whole (less traffic).
+    `accelerate launch --use_fsdp`, else ddp. `accumulate`: pieces that a process's share of a batch is worked off in
+    (LeCam's anchors then move with every piece). `recompute`: activations of blocks are computed again in the backward
+    pass in place of being kept. `compile`: blocks go through torch.compile. `precision`: of matrix products; weights
+    stay float32. `shard_frozen`: under fsdp, whether weights that do not train are sharded too (less memory) or held
+    whole (less traffic).
     """
 
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
