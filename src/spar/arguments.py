@@ -39,6 +39,8 @@ class ModelArguments:
 
     model: Path | None = None
     """Model folder; by default the bundled weights."""
+    adapter: Path | None = None
+    """Folder of LoRA weights (RUN/adapter) to merge into the model."""
     dtype: Dtype = "auto"
     """What matrix products run in; auto is bfloat16 where the device has it in hardware."""
     device: str | None = None

@@ -192,7 +192,7 @@ def _load(args: "ModelArguments") -> "SparPipeline":
         from spar.pipeline import SparPipeline
 
         dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-        return SparPipeline.from_pretrained(args.model, dtype=dtype, device=args.device)
+        return SparPipeline.from_pretrained(args.model, dtype=dtype, device=args.device, adapter=args.adapter)
 
 
 def _picture_paths(args: "SamplingArguments", texts: int) -> list[Path]:

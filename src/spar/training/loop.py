@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from spar.config import to_dict
 from spar.errors import InputError
 from spar.models.checkpoint import load_model, load_weights
+from spar.models.lora import MARK, onto_adapted
 from spar.training.metrics import Metrics
 from spar.training.optimizer import build_optimizers
 from spar.training.scale import distribute, hold_gradients, peers, share_held
@@ -125,10 +126,14 @@ def clip_gradients(workshop: Workshop, limit: float) -> Tensor:
 def refuse_unreached(ctx: Context) -> None:
     """Refuse trainable parts that the loss has not reached at all: they would stay as they are, unsaid.
 
-    The alignment head may rest where the recipe or the stage has switched the alignment off.
+    The alignment head may rest where the recipe or the stage has switched the alignment off. With LoRA each adapted
+    part must be reached.
     """
     reached = [name for name, parameter in ctx.workshop.named_parameters() if parameter.grad is not None]
-    for pattern in ctx.stage.trainable:
+    lora = ctx.recipe.lora
+    others = [pattern for pattern in ctx.stage.trainable if not pattern.startswith("model.")]
+    parts = [f"model.{part}.*.{MARK}*" for part in lora.parts]
+    for pattern in (*others, *parts) if lora.rank else ctx.stage.trainable:
         resting = pattern == "alignment_head.*" and ctx.stage.step == "unified" and not alignment_weight(ctx)
         if not resting and not fnmatch.filter(reached, pattern):
             raise InputError(f"stage {ctx.stage.name}: {pattern!r} is trainable, but its loss does not reach it")
@@ -314,7 +319,7 @@ def previous_weights(workshop: Workshop, run: Path, stage: Stage, order: tuple[S
     before = run / order[index - 1].name / "done"
     if not standing(before).exists():
         raise InputError(f"stage {stage.name} starts from the end of {order[index - 1].name}, which is not in {run}")
-    load_weights(workshop, load_group(before, "workshop"), str(before))
+    load_weights(workshop, onto_adapted(workshop.state_dict(), load_group(before, "workshop")), str(before))
 
 
 def is_model(folder: Path) -> bool:
@@ -337,7 +342,8 @@ def initial_weights(workshop: Workshop, folder: Path, stage: Stage, order: tuple
     """
     earlier = order[: [s.name for s in order].index(stage.name)]
     patterns = [pattern for before in earlier for pattern in before.trainable]
-    own, given = workshop.state_dict(), given_weights(folder)
+    own = workshop.state_dict()
+    given = onto_adapted(own, given_weights(folder))
     if is_model(folder) and stage.step in NEEDS_PIXEL_ENCODER:
         raise InputError(
             f"stage {stage.name} needs the autoencoder's encoder, which no SPAR folder holds: give a stage's folder "

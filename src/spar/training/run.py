@@ -14,6 +14,7 @@ from spar.config import from_dict, read_json, to_dict, write_json
 from spar.data.prompts import PromptEncoder
 from spar.errors import InputError
 from spar.models.checkpoint import Loaded, Sampling, load_weights, save_model, versions
+from spar.models.lora import adapt, merge, save_adapter
 from spar.models.spar import SparModel
 from spar.training.loop import (
     Report,
@@ -74,6 +75,8 @@ def build_workshop(
         torch.manual_seed(recipe.seed)
         workshop = Workshop(recipe, teacher_width=teacher_width)
         initialize(workshop)
+        if recipe.lora.rank:
+            adapt(workshop.model, recipe.lora)
     return workshop.to(device)
 
 
@@ -103,7 +106,7 @@ def train(
 
     Returns:
         The trained model, or None when a signal stopped the run (its state is saved). Behind the recipe's last stage
-        the model is written to `RUN/model`.
+        the model is written to `RUN/model`; with LoRA its additions alone to `RUN/adapter`, and merged to `RUN/model`.
     """
     first = stages[0] if stages else recipe.stages[0].name
     begun = any(read_progress(run / first / part) for part in ("state", "done"))
@@ -112,6 +115,7 @@ def train(
     chosen = tuple(recipe.stage(name) for name in stages) or recipe.stages
     teacher, ranks = teacher_of(recipe.alignment), Ranks.join(scale, device)
     check_scale(chosen, ranks)
+    check_lora(recipe, chosen)
     with ranks.main_first():
         open_run(run, recipe, fresh=not (resume or stages) and ranks.main)
     tune_allocator()
@@ -150,9 +154,24 @@ def train(
         workshop = build_workshop(recipe, torch.device("cpu"), prompts, teacher_width=width)
         load_weights(workshop, load_group(run / chosen[-1].name / "done", "workshop"), chosen[-1].name)
     if chosen[-1] == recipe.stages[-1] and ranks.main:
-        save_model(finished(workshop.model, recipe, run, prompts, chosen[-1].name), run / "model")
+        loaded = finished(workshop.model, recipe, run, prompts, chosen[-1].name)
+        if recipe.lora.rank:
+            save_adapter(loaded.model, recipe.lora, run / "adapter", loaded.manifest)
+            merge(loaded.model)
+        save_model(loaded, run / "model")
     ranks.wait()
     return workshop.model
+
+
+def check_lora(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
+    """Refuse LoRA in stages that have nothing to adapt: it adds to a connector and a DiT that are trained already."""
+    first = next((stage for stage in recipe.stages if stage.step == "unified"), None)
+    wrong = [stage.name for stage in stages if stage.step != "unified" or stage == first]
+    if recipe.lora.rank and wrong:
+        raise InputError(
+            f"lora: expected unified stages behind {first.name if first else 'the first'} alone (as in --stage "
+            f"{recipe.stages[-1].name} --init-from MODEL), got {', '.join(wrong)}"
+        )
 
 
 def check_scale(stages: tuple[Stage, ...], ranks: Ranks) -> None:
@@ -254,6 +273,8 @@ def model_of(run: Path, stage: str | None = None) -> Loaded:
     width = saved["teacher_mean"].numel() if "teacher_mean" in saved else None
     workshop = build_workshop(recipe, torch.device("cpu"), prompts, teacher_width=width)
     load_weights(workshop, saved, str(folder))
+    if recipe.lora.rank:
+        merge(workshop.model)
     return finished(workshop.model, recipe, run, prompts, last)
 
 
