@@ -117,5 +117,5 @@ def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
     mismatch = describe_mismatch(adapter_tensors(model), given)
     if mismatch:
         raise InputError(f"{folder} is no adapter of this model: {mismatch}")
-    model.load_state_dict(given, strict=False)
+    model.load_state_dict({**model.state_dict(), **given})
     return config
