@@ -39,6 +39,8 @@ class ModelArguments:
 
     model: Path | None = None
     """Model folder; by default the bundled weights."""
+    adapter: Path | None = None
+    """Folder of LoRA weights (RUN/adapter) to merge into the model."""
     dtype: Dtype = "auto"
     """What matrix products run in; auto is bfloat16 where the device has it in hardware."""
     device: str | None = None
@@ -256,10 +258,13 @@ def _readable(text: str | None, what: str) -> None:
 
 
 def recipe_arguments(base: "Recipe") -> type[TrainArguments]:
-    """TrainArguments with a flag for every field of a recipe, `--stages.NAME.FIELD` for its stages.
+    """TrainArguments with a flag for every field of a recipe, `--stages.NAME.FIELD` for its stages, `--scale.FIELD` for
+    how the run uses its machine.
 
     The values of `base` are the defaults. Booleans take a value (`--model.streams.pixel-stream False`).
     """
+    from spar.training.scale import Scale
+
     hints = typing.get_type_hints(type(base))
     stages = make_dataclass(
         "Stages",
@@ -278,6 +283,7 @@ def recipe_arguments(base: "Recipe") -> type[TrainArguments]:
         )
         for name in (item.name for item in dataclasses.fields(base))
     ]
+    fields.append(("scale", FlagConversionOff[Scale], field(default=Scale())))
     return make_dataclass(
         "TrainArguments", fields, bases=(TrainArguments,), frozen=True, kw_only=True,
         namespace={"__doc__": TrainArguments.__doc__},

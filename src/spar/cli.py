@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -192,7 +192,7 @@ def _load(args: "ModelArguments") -> "SparPipeline":
         from spar.pipeline import SparPipeline
 
         dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-        return SparPipeline.from_pretrained(args.model, dtype=dtype, device=args.device)
+        return SparPipeline.from_pretrained(args.model, dtype=dtype, device=args.device, adapter=args.adapter)
 
 
 def _picture_paths(args: "SamplingArguments", texts: int) -> list[Path]:
@@ -274,21 +274,29 @@ def _train(args: "TrainArguments", recipe: Any, run: Path, resume: bool, *, agai
     """Train with a bar, and end with where the model is, or with how to go on."""
     from spar.training.loop import NonFiniteLoss
     from spar.training.run import train as run_training
+    from spar.training.scale import LostProcess
 
+    quiet = os.environ.get("RANK", "0") != "0"  # of several processes one speaks
     try:
-        with training_display() as (announce, report):
+        with nullcontext((None, None)) if quiet else training_display() as (announce, report):
             model = run_training(
                 recipe, run, stages=args.stage, resume=resume, init_from=args.init_from, device=args.device,
-                report=report, announce=announce,
+                scale=args.scale, report=report, announce=announce,
             )
+    except LostProcess as error:
+        _fail(str(error))
+        return 1
     except NonFiniteLoss as error:
         _fail(f"{error}; the state that was saved last is whole: {again}")
         return 1
     except KeyboardInterrupt:
         model = None
     if model is None:
-        print(f"spar: stopped; go on with: {again}", file=sys.stderr)
+        if not quiet:
+            print(f"spar: stopped; go on with: {again}", file=sys.stderr)
         return INTERRUPTED
+    if quiet:
+        return 0
     if (run / "model" / "config.json").is_file():
         print(f'the model is in {run / "model"}; try: spar generate "a red circle" --model {run / "model"}')
     else:

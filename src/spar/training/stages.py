@@ -8,6 +8,7 @@ from torch import nn
 
 from spar.errors import InputError
 from spar.models.config import SparConfig
+from spar.models.lora import LoraConfig, is_adapter
 from spar.worlds.shapes.questions import LESSON_KINDS, QUESTION_KINDS
 from spar.worlds.shapes.scene import KINDS
 
@@ -206,6 +207,7 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     word_embeddings: Literal["tags", "random"] = "tags"
     seed: int = 0
     log_every: int = 20
@@ -242,15 +244,18 @@ class Recipe:
 def freeze(module: nn.Module, stage: Stage) -> list[str]:
     """Declare what trains: set `requires_grad` by the stage's patterns and return the trainable names.
 
-    A pattern that matches nothing raises, so that a renamed part cannot silently stay frozen.
+    A pattern that matches nothing raises, so that a renamed part cannot silently stay frozen. Of a model with LoRA its
+    additions train and all else in it is frozen.
     """
     names = [name for name, _ in module.named_parameters()]
     for pattern in (*stage.trainable, *(pattern for pattern, _ in stage.rates)):
         if not fnmatch.filter(names, pattern):
             raise InputError(f"stage {stage.name}: pattern {pattern!r} matches no parameter")
-    trainable = []
+    trainable, adapted = [], any(map(is_adapter, names))
     for name, parameter in module.named_parameters():
         wanted = any(fnmatch.fnmatchcase(name, pattern) for pattern in stage.trainable)
+        if adapted and name.startswith("model."):
+            wanted = is_adapter(name)
         parameter.requires_grad_(wanted)
         if wanted:
             trainable.append(name)
