@@ -74,7 +74,7 @@ def test_an_adapter_is_saved_apart_and_belongs_to_one_model(model, tiny_run, tmp
     assert all(map(torch.equal, answers(other), answers(model)))
     with pytest.raises(InputError, match="is no adapter of this model: .* of another shape"):
         load_adapter(SparPipeline.from_pretrained().model, tmp_path)
-    with pytest.raises(InputError, match="expected an adapter .*got 'spar', version 1"):
+    with pytest.raises(InputError, match="expected an adapter .*got 'spar', version 2"):
         load_adapter(other, tiny_run.path / "model")
 
 

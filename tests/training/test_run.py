@@ -10,13 +10,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from spar.config import from_dict, read_json
+from spar.config import from_dict, read_json, to_dict, write_json
 from spar.data.prompts import PromptEncoder
 from spar.errors import InputError
 from spar.models.checkpoint import load_model
 from spar.recipes import recipe
 from spar.training import run as module
-from spar.training.run import TAG_NAMES, build_workshop, open_run, train
+from spar.training.run import TAG_NAMES, build_workshop, open_run, read_recipe, train
 from spar.training.stages import AlignmentConfig, Recipe
 from spar.training.state import load_group
 from spar.worlds.shapes.words import PLURALS, build_tokenizer
@@ -51,6 +51,25 @@ def test_the_folder_says_which_recipe_it_holds(tiny_run):
         *(stage.name for stage in TINY.stages), "cache", "model", "tensorboard"
     }
     assert not list(tiny_run.path.glob("*/state*"))  # what could be resumed is gone with the stage's end
+
+
+def test_a_run_of_before_format_version_2_is_still_a_run(tmp_path):
+    values = to_dict(TINY)
+    model, autoencoder = values["model"], values["model"]["autoencoder"]
+    for name in ("blocks", "multiscales"):
+        autoencoder[name] = autoencoder.pop(f"encoder_{name}")
+        del autoencoder[f"decoder_{name}"]
+    for part, name in (("vision", "norm_eps"), ("text", "tied_head"), ("text", "rope_factor"), ("router", "norm")):
+        del model[part][name]
+    for stage in values["stages"]:
+        del stage["image_size"]
+    del values["discriminator"], values["max_prompt_tokens"], values["data"]["source"]
+    write_json(tmp_path / "recipe.json", values)
+    assert read_recipe(tmp_path / "recipe.json") == TINY
+    del values["seed"]
+    write_json(tmp_path / "recipe.json", values)
+    with pytest.raises(InputError, match="missing field seed"):
+        read_recipe(tmp_path / "recipe.json")
 
 
 @pytest.mark.parametrize("fresh", [True, False])

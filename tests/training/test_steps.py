@@ -57,6 +57,19 @@ def weighted(terms: dict[str, Tensor], weights: dict[str, float]) -> float:
     return sum(float(terms[name]) * weight for name, weight in weights.items())
 
 
+def test_a_stage_of_another_side_sees_its_pictures_at_that_side(start, monkeypatch):
+    """All of it: the frozen encoder's features, the native latents, the target; the latents have the smaller grid."""
+    ctx = start("tokenizer-1", image_size=32)
+    fused = spy(monkeypatch, ctx.workshop.model.tokenizer, "fuse")
+    native = spy(monkeypatch, ctx.workshop, "native")
+    terms = run(ctx)
+    assert torch.isfinite(terms["loss"])
+    assert (fused[0][0].shape[1], fused[0][1]) == (16, (32, 32)) and native[0][0].shape[-2:] == (32, 32)
+    whole = ctx.material.pixels(np.arange(2))
+    halved = torch.nn.functional.interpolate(whole, size=(32, 32), mode="bilinear", antialias=True)
+    torch.testing.assert_close(ctx.pixels(np.arange(2)), halved)
+
+
 def test_the_encoders_loss_is_its_tags_plus_its_pixels(start):
     terms = run(start("encoder", losses=LossWeights(dense=2.0, pixel=3.0)))
     dense = dict.fromkeys(("shape", "color", "size", "background", "center", "coverage"), 2.0)
@@ -371,7 +384,7 @@ def test_alignment_with_no_teacher_is_off(start, tiny_run):
 
 def without_pixel_stream(ctx: Context) -> Context:
     fuse = ctx.workshop.model.tokenizer.fuse
-    ctx.workshop.model.tokenizer.fuse = lambda f_v: replace(fuse(f_v), z_p=None)
+    ctx.workshop.model.tokenizer.fuse = lambda *args: replace(fuse(*args), z_p=None)
     return ctx
 
 

@@ -107,6 +107,7 @@ class Denoiser(nn.Module):
             cross_attention_dim=config.width,
             caption_channels=config.caption_channels,
             mlp_ratio=config.mlp_ratio,
+            norm_eps=config.norm_eps,
             sample_size=grid,
             patch_size=1,
             interpolation_scale=config.interpolation_scale,

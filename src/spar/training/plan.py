@@ -45,8 +45,9 @@ def plan(recipe: Recipe, stages: tuple[str, ...] = ()) -> list[StagePlan]:
             initialize(workshop)
             if recipe.lora.rank:
                 adapt(workshop.model, recipe.lora)
-            tokenizer, side = workshop.model.tokenizer, recipe.model.image_size
-            tokenizer.decode(tokenizer.encode(torch.zeros(1, 3, side, side)).z_f)
+            tokenizer = workshop.model.tokenizer
+            for side in {recipe.model.image_size, *(stage.image_size or recipe.model.image_size for stage in chosen)}:
+                tokenizer.decode(tokenizer.encode(torch.zeros(1, 3, side, side)).z_f)
     except InputError:
         raise
     except Exception as error:  # whatever class of the libraries refuses its sizes, and however

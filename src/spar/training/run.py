@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +15,9 @@ from spar.config import from_dict, read_json, to_dict, write_json
 from spar.data.prompts import PromptEncoder
 from spar.errors import InputError
 from spar.models.checkpoint import Loaded, Sampling, load_weights, save_model, versions
+from spar.models.config import SparConfig
 from spar.models.lora import adapt, merge, save_adapter
+from spar.models.migration import upgraded
 from spar.models.spar import SparModel
 from spar.training.loop import (
     Report,
@@ -54,13 +57,32 @@ def open_run(run: Path, recipe: Recipe, *, fresh: bool) -> None:
     path = run / "recipe.json"
     if fresh and path.exists():
         raise InputError(f"{run} already holds a run; resume it (--resume auto) or give another folder")
-    if path.exists() and from_dict(Recipe, read_json(path), complete=True) != recipe:
+    if path.exists() and read_recipe(path) != recipe:
         raise InputError(f"{run} holds a run of another recipe; give its own flags, or another folder")
     try:
         run.mkdir(parents=True, exist_ok=True)
         write_json(path, to_dict(recipe))
     except OSError as error:
         raise InputError(f"cannot write the run folder {run}: {error.strerror}") from error
+
+
+def prompt_encoder(tokenizer: Any, config: SparConfig) -> PromptEncoder:
+    """The prompt forms of a model."""
+    return PromptEncoder(tokenizer, config.grid**2, image_start=config.connector.image_start)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe of a run's `recipe.json`; one that was written before format version 2 gets what it had fixed."""
+    values = read_json(path)
+    autoencoder = values.get("model", {}).get("autoencoder", {})
+    if "blocks" in autoencoder:  # version 1 had one list for both halves
+        lora = {"rank": 0, "alpha": 16.0, "parts": ["denoiser", "connector"]}
+        critic = {"channels": 3, "width": 32, "layers": 2, "groups": 8}
+        added = {"discriminator": critic, "max_prompt_tokens": 64, "lora": lora}
+        stages = [{"image_size": None, **stage} for stage in values["stages"]]
+        data = {"source": "shapes", **values["data"]}
+        values = {**added, **values, "model": upgraded(values["model"], 1), "stages": stages, "data": data}
+    return from_dict(Recipe, values, complete=True)
 
 
 def build_workshop(
@@ -108,6 +130,8 @@ def train(
         The trained model, or None when a signal stopped the run (its state is saved). Behind the recipe's last stage
         the model is written to `RUN/model`; with LoRA its additions alone to `RUN/adapter`, and merged to `RUN/model`.
     """
+    if recipe.data.source == "none":
+        raise InputError(f"recipe {recipe.name}: no data source given (data.source); it can be planned with --dry-run")
     first = stages[0] if stages else recipe.stages[0].name
     begun = any(read_progress(run / first / part) for part in ("state", "done"))
     if init_from is not None and resume and begun:
@@ -119,7 +143,7 @@ def train(
     with ranks.main_first():
         open_run(run, recipe, fresh=not (resume or stages) and ranks.main)
     tune_allocator()
-    prompts = PromptEncoder(build_tokenizer(), recipe.model.grid**2)
+    prompts = prompt_encoder(build_tokenizer(), recipe.model)
     width = teacher.width() if teacher else None
     workshop = build_workshop(recipe, ranks.device, prompts, teacher_width=width)
     teacher = teacher.to(ranks.device) if teacher else None
@@ -255,7 +279,10 @@ def finished(model: SparModel, recipe: Recipe, run: Path, prompts: PromptEncoder
     }
     if (run / ORIGIN).exists():
         manifest["origin"] = read_json(run / ORIGIN)
-    sampling = Sampling(shift=flow.sampling_shift, steps=flow.sampling_steps, guidance=flow.guidance)
+    sampling = Sampling(
+        shift=flow.sampling_shift, steps=flow.sampling_steps, guidance=flow.guidance,
+        max_prompt_tokens=recipe.max_prompt_tokens,
+    )
     return Loaded(model.eval(), prompts.tokenizer, sampling, manifest)
 
 
@@ -265,10 +292,10 @@ def model_of(run: Path, stage: str | None = None) -> Loaded:
     Raises:
         InputError: a folder that is no run, or a stage that has not ended.
     """
-    recipe = from_dict(Recipe, read_json(run / "recipe.json"), complete=True)
+    recipe = read_recipe(run / "recipe.json")
     last = stage or recipe.stages[-1].name
     folder = run / recipe.stage(last).name / "done"
-    prompts = PromptEncoder(build_tokenizer(), recipe.model.grid**2)
+    prompts = prompt_encoder(build_tokenizer(), recipe.model)
     saved = load_group(folder, "workshop")
     width = saved["teacher_mean"].numel() if "teacher_mean" in saved else None
     workshop = build_workshop(recipe, torch.device("cpu"), prompts, teacher_width=width)

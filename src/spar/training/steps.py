@@ -61,7 +61,11 @@ class Context:
         return torch.Generator(self.device).manual_seed(seed)
 
     def pixels(self, indices: np.ndarray, *, edited: bool = False) -> Tensor:
-        return self.material.pixels(indices, edited=edited).to(self.device)
+        """`[B, 3, S, S]` in [0, 1], S the stage's side where it has one of its own."""
+        pixels, side = self.material.pixels(indices, edited=edited).to(self.device), self.stage.image_size
+        if side is not None and pixels.shape[-1] != side:
+            pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
+        return pixels
 
     def frozen(self, name: str, indices: np.ndarray, compute: Callable[[np.ndarray], Terms]) -> Terms:
         """Features that this stage does not train, computed once a picture.
@@ -237,7 +241,7 @@ def tokenizer_step(ctx: Context, step: int) -> Terms:
         f_v = tokenizer.encoder(pixels)
     else:
         f_v = ctx.frozen("f_v", indices, lambda i: {"f_v": tokenizer.encoder(ctx.pixels(i))})["f_v"].float()
-    latents = tokenizer.fuse(f_v)
+    latents = tokenizer.fuse(f_v, (pixels.shape[-2], pixels.shape[-1]))
     noisy = _noisy(ctx, step, latents.z_f)
     decoded = tokenizer.decode(noisy.contiguous(memory_format=torch.channels_last))
     terms: Terms = {"mse": mse(decoded, pixels), "latent_square": latents.z_f.float().square().mean()}
