@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spar.precision import without_autocast
+
 
 def discriminator_hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """Half the sum of mean relu(1 - real) and mean relu(1 + fake); a float32 scalar, 1 at all-zero logits."""
@@ -118,7 +120,7 @@ class ContiguousGroupNorm(nn.GroupNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             weight, bias = self.weight.float(), self.bias.float()
             y = F.group_norm(x.float().contiguous(), self.num_groups, weight, bias, self.eps)
         return y.to(x.dtype)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spar.models.attention import MASKED, attend, compute_dtype, grid_embedding
 from spar.models.config import DenoiserConfig
+from spar.precision import under_autocast, without_autocast
 
 TIME_STEPS = 1000.0  # SANA embeds time in [0, 1000]
 POSITION_BASE = 10.0  # wavelengths of 2 pi to 20 pi tokens: every channel varies over a grid of eight
@@ -33,13 +34,13 @@ def linear_attention(block: SanaTransformerBlock, x: Tensor) -> Tensor:
     """
     attention = block.attn1
     batch, tokens, _ = x.shape
-    fast = torch.is_autocast_enabled(x.device.type) and compute_dtype(x) == torch.bfloat16
+    fast = under_autocast(x) and compute_dtype(x) == torch.bfloat16
     q, k, v = (
         layer(x).view(batch, tokens, attention.heads, -1).transpose(1, 2).to(torch.bfloat16 if fast else torch.float32)
         for layer in (attention.to_q, attention.to_k, attention.to_v)
     )                                                                      # [B, heads, N, d]
     q, k = F.relu(q), F.relu(k)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         out = q @ (k.transpose(-2, -1) @ v)                                # q_n . sum_m k_m v_m^T
         total = q @ k.sum(2)[..., None]                                    # q_n . sum_m k_m
         out = (out / (total + 1e-15)).transpose(1, 2).flatten(2)

@@ -24,6 +24,9 @@ from spar.training.stages import AlignmentConfig, DataConfig, FlowConfig, LossWe
 GPUS, BATCH_PER_GPU = 64, 128  # of the unified stages; the batch is the family's, the number of GPUs our choice
 RECONSTRUCTION = LossWeights(mse=1.0, perceptual=1.1)
 ADVERSARY = LossWeights(mse=1.0, perceptual=1.1, semantic=1.0, gan=0.1, lecam=1e-3)
+PUBLISHED = (
+    "model.tokenizer.encoder", "model.tokenizer.decoder", "model.language", "model.denoiser", "pixel_encoder"
+)  # fmt: skip
 EVERYTHING = (ENCODER, *STREAMS, DECODER, "discriminator.*")
 
 _TOKENIZER_1 = Stage(
@@ -111,6 +114,7 @@ def spar_1b() -> Recipe:
         ),
         alignment=AlignmentConfig(teacher="self", center=False, hidden=2048),
         discriminator=PatchDiscriminatorConfig(width=64, layers=3),
+        published=PUBLISHED,
         max_prompt_tokens=300,
         word_embeddings="random",
     )

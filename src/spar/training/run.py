@@ -78,7 +78,7 @@ def read_recipe(path: Path) -> Recipe:
     if "blocks" in autoencoder:  # version 1 had one list for both halves
         lora = {"rank": 0, "alpha": 16.0, "parts": ["denoiser", "connector"]}
         critic = {"channels": 3, "width": 32, "layers": 2, "groups": 8}
-        added = {"discriminator": critic, "max_prompt_tokens": 64, "lora": lora}
+        added = {"discriminator": critic, "max_prompt_tokens": 64, "lora": lora, "published": []}
         stages = [{"image_size": None, **stage} for stage in values["stages"]]
         data = {"source": "shapes", **values["data"]}
         values = {**added, **values, "model": upgraded(values["model"], 1), "stages": stages, "data": data}
@@ -111,6 +111,7 @@ def train(
     init_from: Path | None = None,
     device: str = "cpu",
     scale: Scale = Scale(),  # noqa: B008 (frozen)
+    from_scratch: bool = False,
     report: Report | None = None,
     announce: Announce | None = None,
 ) -> SparModel | None:
@@ -122,6 +123,7 @@ def train(
             A stage that trains anew makes its own end, all later ones and the run's model void: they are removed.
         resume: skip stages that are done and continue the one that is not.
         init_from: a stage's folder (`RUN/STAGE/done`) or a SPAR folder whose weights the first stage starts from.
+        from_scratch: start from random weights what the recipe expects from published checkpoints.
         device, scale: where, and how several processes share the work; a run may be resumed at another scale.
         report: called at every logged step; announce: called before each stage with its freezing table; both by the
             main process alone.
@@ -137,6 +139,11 @@ def train(
     if init_from is not None and resume and begun:
         raise InputError(f"{run} already holds stage {first}: either resume it, or start it anew from {init_from}")
     chosen = tuple(recipe.stage(name) for name in stages) or recipe.stages
+    if recipe.published and chosen[0] == recipe.stages[0] and not (init_from or from_scratch or (resume and begun)):
+        raise InputError(
+            f"recipe {recipe.name}: {', '.join(recipe.published)} would start from random weights; expected "
+            "--init-from a folder that holds the published ones (spar build makes it), or --from-scratch"
+        )
     teacher, ranks = teacher_of(recipe.alignment), Ranks.join(scale, device)
     check_scale(chosen, ranks)
     check_lora(recipe, chosen)

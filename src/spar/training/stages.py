@@ -209,7 +209,9 @@ class Recipe:
 
     `word_embeddings` says where the words of the encoder's tags start: "tags" copies the tags' read-out vectors, so
     that a word begins where the encoder already points; "random" leaves them as they are. Published LLMs know their
-    words before they see a picture. `max_prompt_tokens` is the longest prompt that the finished model takes.
+    words before they see a picture. `published` names the parts whose weights come from published checkpoints: a run
+    that would start them from random ones is refused unless that is asked for. `max_prompt_tokens` is the longest
+    prompt that the finished model takes.
     """
 
     name: str
@@ -220,6 +222,7 @@ class Recipe:
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     discriminator: PatchDiscriminatorConfig = PatchDiscriminatorConfig(width=32, layers=2)
+    published: tuple[str, ...] = ()
     max_prompt_tokens: int = 64
     word_embeddings: Literal["tags", "random"] = "tags"
     seed: int = 0
