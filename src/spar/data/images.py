@@ -102,7 +102,7 @@ def open_training_image(data: bytes) -> Image.Image:
         # The further frames of a JPEG are a camera's depth or gain maps, and the first is the picture.
         if _true_format(image) != "JPEG" and getattr(image, "n_frames", 1) > 1:
             raise InputError(f"{_EXPECTED_TRAINING} of one frame, but it has {image.n_frames}")
-        return _convert(image, "it")
+        return _convert(image, "it", own=True)
 
 
 def to_square(image: Image.Image, side: int) -> Image.Image:
@@ -181,7 +181,7 @@ def _read(path: str) -> bytes:
 
 def _decode(data: bytes, name: str) -> Image.Image:
     with _identify(data, name, FORMATS, _EXPECTED) as image:
-        return _convert(image, name)
+        return _convert(image, name, own=True)
 
 
 def _identify(data: bytes, name: str, formats: Sequence[str], expected: str) -> Image.Image:
@@ -212,13 +212,17 @@ def _check_size(image: Image.Image, name: str) -> None:
         raise InputError(f"{_EXPECTED_PIXELS}, but {name} is {_size(image)}")
 
 
-def _convert(image: Image.Image, name: str) -> Image.Image:
-    """A new upright RGB picture from an image of any mode, its size checked before its pixels are read."""
+def _convert(image: Image.Image, name: str, *, own: bool = False) -> Image.Image:
+    """A new upright RGB picture from an image of any mode, its size checked before its pixels are read.
+
+    An image that is `own`, nobody else's, need not be copied where it is RGB already.
+    """
     _check_size(image, name)
     try:
         image.load()
         orientation = _orientation(image)
-        picture = _to_rgb(image, name)
+        plain = own and image.mode == "RGB" and not image.has_transparency_data
+        picture = image if plain else _to_rgb(image, name)
     except InputError:
         raise
     except Exception as error:  # a truncated or hostile file makes Pillow raise nearly anything

@@ -10,6 +10,7 @@ from typing import Literal
 from spar.errors import InputError
 
 Kind = Literal["text_to_image", "edit"]
+Format = Literal["auto", "webdataset", "folder", "sharegpt", "gptedit", "parquet"]
 
 
 @dataclass(frozen=True)

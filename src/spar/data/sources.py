@@ -4,18 +4,16 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from spar.data.annotations import METADATA, open_gpt_edit, open_image_folder, open_sharegpt
 from spar.data.parquet import ParquetSource
 from spar.data.patterns import find_files, refuse_addresses
-from spar.data.samples import Kind, Sample
+from spar.data.samples import Format, Kind, Sample
 from spar.data.webdataset import TarSource
 from spar.errors import InputError
-
-Format = Literal["auto", "webdataset", "folder", "sharegpt", "gptedit", "parquet"]
 
 
 class Source(Protocol):
