@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import tyro
 from tyro.conf import DisallowNone, FlagConversionOff, FlagCreatePairsOff, Positional, UseAppendAction, arg
 
+from spar.data.samples import Format
 from spar.errors import InputError
-from spar.limits import MAX_GUIDANCE, MAX_IMAGES, MAX_NEW_TOKENS, MAX_SEED, MAX_STEPS, within
+from spar.limits import MAX_GUIDANCE, MAX_IMAGES, MAX_NEW_TOKENS, MAX_SEED, MAX_STEPS, MAX_WORKERS, within
 
 if TYPE_CHECKING:
     from spar.training.stages import Recipe
@@ -262,6 +263,67 @@ class DemoArguments(ModelArguments):
 
     def __post_init__(self) -> None:
         within("--limit", self.limit, 1, MAX_IMAGES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataArguments:
+    """Which data set."""
+
+    path: Annotated[Positional[tuple[str, ...]], arg(metavar="PATH")]
+    """Shards by name, {0000..2175}, glob or hf://datasets/...; a folder of shards, of parquet files or with
+    metadata.jsonl; a ShareGPT-4o-Image list (.json); a GPT-Image-Edit index (.txt)."""
+    format: Format = "auto"
+    """What PATH holds, where its name does not tell."""
+    cache: Path | None = None
+    """Folder where indexes of shards are kept; by default they are made anew."""
+    workers: int = 4
+    """Processes."""
+
+    def __post_init__(self) -> None:
+        _some(self.path, "data set", "PATH")
+        within("--workers", self.workers, 1, MAX_WORKERS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataCheckArguments(DataArguments):
+    """Read and decode every sample and say what is wrong: spar data check "shards/*.tar"
+
+    The exit status is 1 if something is.
+    """
+
+    limit: int | None = None
+    """Samples to look at, evenly spread; by default all."""
+    max_characters: int = 4096
+    """Longest caption."""
+    json: Flag = False
+    """Print the findings as JSON."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        within("--limit", self.limit, 1, MAX_SEED)
+        within("--max-characters", self.max_characters, 1, MAX_SEED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConvertArguments(DataArguments):
+    """Write a data set as webdataset shards: spar data convert data.txt -o shards
+
+    Pictures that are whole are copied byte by byte; the others are left out and named in dropped.jsonl.
+    """
+
+    output: Annotated[Path, arg(aliases=["-o"])]
+    """Folder to write."""
+    overwrite: Flag = False
+    """Replace an earlier conversion."""
+    shard_size: int = 10_000
+    """Samples of a shard."""
+    bad_share: float = 0.01
+    """Share of bad samples above which nothing is written, judged from 1000 samples on."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        within("--shard-size", self.shard_size, 1, 10**6)
+        within("--bad-share", self.bad_share, 0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

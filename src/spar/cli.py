@@ -5,11 +5,13 @@ Python's own are imported inside the verbs: help and errors come at once, and Ct
 """
 
 import gc
+import json
 import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ from spar.display import (
     bar,
     budget_table,
     check_table,
+    data_table,
     new_console,
     plan_table,
     sampling_callback,
@@ -344,7 +347,7 @@ def _run_folder(args: "TrainArguments", name: str) -> tuple[Path, bool]:
     return run, True
 
 
-# ---- scores, reports, demo, doctor ----------------------------------------------------------------------------------
+# ---- scores, reports, demo, data, doctor ----------------------------------------------------------------------------
 
 
 def evaluate(argv: list[str]) -> int:
@@ -421,6 +424,62 @@ def _curves(model: Path) -> Path | None:
     return next((path for path in (model / "metrics.jsonl", model.parent / "metrics.jsonl") if path.is_file()), None)
 
 
+def data(argv: list[str]) -> int:
+    """Look over a data set (check), or write it as webdataset shards (convert)."""
+    if argv and argv[0] in DATA_VERBS:
+        return DATA_VERBS[argv[0]](argv[1:])
+    if argv and argv[0] in ("-h", "--help"):
+        lines = [f"  {verb:<13}{function.__doc__}" for verb, function in DATA_VERBS.items()]
+        print("\n".join(["usage: spar data VERB ...", "", *lines, "", "spar data VERB --help says what a verb takes."]))
+        return 0
+    got = repr(argv[0]) if argv else "nothing"
+    raise InputError(f"data: expected one of {', '.join(DATA_VERBS)}, got {got}")
+
+
+def check_data(argv: list[str]) -> int:
+    """Read and decode every sample, and say what is wrong."""
+    from spar.arguments import DataCheckArguments, parse
+
+    args = parse(DataCheckArguments, argv, "spar data check")
+    from spar.data.check import check
+    from spar.data.sources import open_source
+
+    reports = []
+    for path in args.path:
+        with bar(f"checking {path}") as advance:
+            source = open_source(path, args.format, cache=args.cache, workers=args.workers)
+            reports.append(
+                check(
+                    source, limit=args.limit, max_characters=args.max_characters, workers=args.workers,
+                    progress=advance,
+                )
+            )
+        if not args.json:
+            new_console().print(data_table(reports[-1]))
+    if args.json:
+        print(json.dumps([asdict(report) | {"wrong": report.wrong} for report in reports], indent=2))
+    return 1 if any(report.wrong for report in reports) else 0
+
+
+def convert_data(argv: list[str]) -> int:
+    """Write a data set in any format as webdataset shards."""
+    from spar.arguments import DataConvertArguments, parse
+
+    args = parse(DataConvertArguments, argv, "spar data convert")
+    from spar.data.convert import MANIFEST, convert
+    from spar.data.sources import open_source
+
+    check_replaceable(args.output, MANIFEST, overwrite=args.overwrite)
+    sources = [open_source(path, args.format, cache=args.cache, workers=args.workers) for path in args.path]
+    with whole_folder(args.output, MANIFEST, overwrite=args.overwrite) as folder, bar("converting") as advance:
+        done = convert(sources, folder, shard=args.shard_size, bad_share=args.bad_share, progress=advance)
+    print(f"{args.output}  ({done.samples} samples in {done.shards} shards, {done.dropped} left out)")
+    return 0
+
+
+DATA_VERBS: dict[str, Callable[[list[str]], int]] = {"check": check_data, "convert": convert_data}
+
+
 def doctor(argv: list[str]) -> int:
     """Look over the installation: what is wrong, and how to mend it."""
     from spar.arguments import DoctorArguments, parse
@@ -444,5 +503,6 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "eval": evaluate,
     "report": report,
     "demo": demo,
+    "data": data,
     "doctor": doctor,
 }

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from spar.data.check import Report as DataReport
     from spar.doctor import Check
     from spar.evaluation.results import Result
     from spar.training.budget import StageBudget
@@ -152,4 +153,39 @@ def check_table(checks: Sequence["Check"]) -> "Table":
     table = new_table("", "what", "found", "how to mend it")
     for check in checks:
         table.add_row(MARKS[check.ok], *(escape(text) for text in (check.name, check.found, check.mend)))
+    return table
+
+
+def data_table(report: "DataReport") -> "Table":
+    """What the data doctor found: counts first, then what is wrong, by name."""
+    from rich.markup import escape
+
+    table = new_table("", "what", "found", title=f"{escape(report.name)}: {report.kind}, {report.format}")
+
+    def row(ok: bool | None, what: str, found: str) -> None:
+        table.add_row(MARKS[ok], what, escape(found))
+
+    def listed(counts: dict[str, int]) -> str:
+        return ", ".join(f"{name}: {count:,}" for name, count in counts.items())
+
+    where = f"{report.files:,} files" if report.files else "a list"
+    row(True, "samples", f"{report.samples:,} in {where}; looked at {report.checked:,}")
+    row(True, "formats, by content", listed(report.formats))
+    row(True, "shorter side, pixels", listed(report.shorter_sides))
+    row(True, "width to height", listed(report.aspects))
+    row(not (report.captions["empty"] or report.captions["too_long"]), "captions, characters", listed(report.captions))
+    row(not report.bad, "bad samples", f"{report.bad:,}")
+    row(not report.duplicates, "duplicates", f"{report.duplicates:,}")
+    if report.repeated_pictures:
+        row(None, "same picture, other words", f"{report.repeated_pictures:,}")
+    if report.passed_over:
+        row(None, "passed over", listed(report.passed_over))
+    for note in report.notes:
+        row(None, "note", note)
+    for damage in report.damage:
+        row(False, "damaged file", damage)
+    for bad in report.named_bad:
+        row(False, f"bad: {escape(bad.key)}", f"{bad.origin}: {bad.reason}")
+    for key, earlier in report.named_duplicates:
+        row(False, f"duplicate: {escape(key)}", f"of {earlier}")
     return table

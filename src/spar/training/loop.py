@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -287,7 +286,7 @@ def measure_teacher(ctx: Context, pictures: int = 512) -> None:
 
 def _first(ctx: Context, pictures: int) -> tuple[Tensor, ...]:
     """The first pictures of the material, in pieces."""
-    return ctx.pixels(np.arange(min(pictures, len(ctx.material.images)))).split(64)
+    return tuple(ctx.fitted(chunk.to(ctx.device)) for chunk in ctx.material.first(pictures))
 
 
 @torch.no_grad()
