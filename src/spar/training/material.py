@@ -34,6 +34,11 @@ class Dealt:
     words: tuple[str, ...] = ()
 
 
+def step_rng(seed: int, stage: str, step: int) -> np.random.Generator:
+    """The generator of one step's choices."""
+    return np.random.default_rng((seed, zlib.crc32(stage.encode()), step))
+
+
 class Material(Protocol):
     """Where a step's pictures and words come from. `fixed`: whether an index always names the same picture."""
 
@@ -70,7 +75,7 @@ class ShapesMaterial:
 
     def rng(self, stage: str, step: int) -> np.random.Generator:
         """The generator of one step's choices."""
-        return np.random.default_rng((self.seed, zlib.crc32(stage.encode()), step))
+        return step_rng(self.seed, stage, step)
 
     def deal(self, stage: Stage, step: int, rows: slice) -> Dealt:
         """Rows of a step's whole batch; a unified step edits with the stage's share."""
