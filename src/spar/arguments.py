@@ -196,6 +196,28 @@ class PlanArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CacheArguments:
+    """Compute the frozen features of data sets once: spar cache RECIPE --init-from MODEL --data.source files ...
+
+    Unified stages then read the folder in place of pictures: spar train RECIPE ... --data.cache FOLDER. Every field of
+    the recipe is a flag, as in `spar train`. A cache that was broken off goes on where it stands.
+    """
+
+    recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
+    """The recipe's name; it comes first."""
+    init_from: Path
+    """SPAR folder whose tokenizer computes the features."""
+    output: Annotated[Path, arg(aliases=["-o"])] = Path("features")
+    """Folder to write."""
+    batch: int = 32
+    """Pictures at once."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1 ..."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of matrix products, as in the training that will read the features."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalArguments(ModelArguments):
     """Score a model with the judge of the shapes world: spar eval shapes-gen -o shapes-gen.json"""
 

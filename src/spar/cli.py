@@ -301,6 +301,35 @@ def plan(argv: list[str]) -> int:
     return 0
 
 
+def cache(argv: list[str]) -> int:
+    """Compute the frozen features of a recipe's data sets."""
+    from spar.arguments import CacheArguments
+
+    example = "spar cache RECIPE --init-from MODEL --data.source files --data.sets DATA -o features"
+    args, chosen = _recipe(argv, CacheArguments, "spar cache", example)
+    import torch
+
+    from spar.models.checkpoint import load_model
+    from spar.training.cache import write_cache
+    from spar.training.files import open_sources
+    from spar.training.plan import check_device
+
+    if chosen.data.source != "files":
+        raise InputError(f"expected data sets (--data.source files --data.sets DATA), got source {chosen.data.source}")
+    check_device(args.device)
+    sources = open_sources(chosen.data)
+    tokenizer = load_model(args.init_from).model.tokenizer.to(args.device)
+    precision = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    with bar("features") as advance:
+        bad = write_cache(
+            tokenizer, sources, args.output, side=chosen.model.image_size, batch=args.batch,
+            workers=chosen.data.workers, precision=precision, advance=advance,
+        )
+    total = sum(len(source) for source in sources)
+    print(f"features of {total - bad} samples, {bad} bad ones left out; read them with --data.cache {args.output}")
+    return 0
+
+
 def _train(args: "TrainArguments", recipe: Any, run: Path, resume: bool, *, again: str) -> int:
     """Train with a bar, and end with where the model is, or with how to go on."""
     from spar.training.loop import NonFiniteLoss
@@ -496,6 +525,7 @@ def doctor(argv: list[str]) -> int:
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "plan": plan,
+    "cache": cache,
     "generate": generate,
     "edit": edit,
     "understand": understand,

@@ -6,7 +6,7 @@ the order of their steps: to resume at a step is to ask for that step.
 
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -62,11 +62,13 @@ class Loader:
         bad_share: share of bad samples above which the run ends.
         quarantine: JSONL file that names bad samples; each rank of several has its own (`bad.0.jsonl`).
         captions: whether a sample without words is a bad one; reconstruction needs none.
+        known: with it no picture is decoded, and a sample (source, key) that it does not know is a bad one: for
+            features that were computed before.
     """
 
     def __init__(
         self, mixture: Mixture, *, rank: int = 0, world: int = 1, workers: int = 4, bad_share: float = 0.01,
-        quarantine: Path | None = None, captions: bool = True,
+        quarantine: Path | None = None, captions: bool = True, known: Callable[[str, str], bool] | None = None,
     ) -> None:  # fmt: skip
         mixture.deal(0, rank, world)  # refuses ranks that the batch does not suit
         if workers < 0:
@@ -75,7 +77,7 @@ class Loader:
             quarantine = quarantine.with_suffix(f".{rank}{quarantine.suffix}")
         self.mixture, self.workers = mixture, workers
         self.quarantine = Quarantine(bad_share, quarantine)
-        self._steps = _Steps(mixture, rank, world, captions)
+        self._steps = _Steps(mixture, rank, world, captions, known)
         for source in mixture.sources:
             for reason in source.damage:
                 log.warning("%s: %s", source.name, reason)
@@ -128,8 +130,10 @@ def _begin_worker(_: int) -> None:
 class _Steps(Dataset):
     """Step to batch."""
 
-    def __init__(self, mixture: Mixture, rank: int, world: int, captions: bool) -> None:
-        self.mixture, self.rank, self.world, self.captions = mixture, rank, world, captions
+    def __init__(
+        self, mixture: Mixture, rank: int, world: int, captions: bool, known: Callable[[str, str], bool] | None
+    ) -> None:  # fmt: skip
+        self.mixture, self.rank, self.world, self.captions, self.known = mixture, rank, world, captions, known
 
     def __getitem__(self, step: int) -> "Batch | _Failure":
         deal = self.mixture.deal(step, self.rank, self.world)
@@ -141,8 +145,9 @@ class _Steps(Dataset):
         samples, names = [sample for sample, _, _ in rows], [self.mixture.sources[n].name for n in deal.source]
         inputs = [one for _, _, references in rows for one in references]
         owners = [row for row, (_, _, references) in enumerate(rows) for _ in references]
+        size = deal.size if self.known is None else (1, 1)
         return Batch(
-            step, deal.kind, _stack([image for _, image, _ in rows], deal.size), _stack(inputs, deal.size),
+            step, deal.kind, _stack([image for _, image, _ in rows], size), _stack(inputs, size),
             torch.tensor(owners, dtype=torch.long), tuple(sample.text for sample in samples),
             tuple(sample.key for sample in samples), tuple(names), tuple(bad),
         )  # fmt: skip
@@ -156,6 +161,11 @@ class _Steps(Dataset):
                 if self.captions and not sample.text:
                     raise BadSample(sample.key, sample.origin, "expected a caption, got none")
                 references = sample.input_images if isinstance(sample, Edit) else ()
+                if self.known is not None:
+                    if not self.known(source.name, sample.key):
+                        raise BadSample(sample.key, sample.origin, "expected features of it in the cache, got none")
+                    blank = np.zeros((1, 1, 3), np.uint8)
+                    return sample, blank, [blank] * len(references)
                 image, *inputs = (_decode(data, deal.size, sample) for data in (sample.image, *references))
                 return sample, image, inputs
             except BadSample as error:

@@ -18,11 +18,18 @@ from spar.data.mixture import Mixture
 from spar.data.prompts import PromptEncoder
 from spar.data.sources import Source, open_source
 from spar.errors import InputError
+from spar.models.tokenizer import UnifiedTokenizer
+from spar.training.cache import FeatureCache, cache_key, sample_id
 from spar.training.material import Dealt, step_rng
 from spar.training.scale import Ranks
 from spar.training.stages import DataConfig, Stage, weighted_sets
 
 FINGERPRINTS = "data.json"  # in a run: what the order of each stage's samples depends on
+
+
+def open_sources(config: DataConfig, cache: Path | None = None) -> list[Source]:
+    """The readers of a recipe's data sets; `cache` keeps the indexes of their shards."""
+    return [open_source(path, cache=cache, workers=max(1, config.workers)) for _, path in weighted_sets(config.sets)]
 
 
 class FilesMaterial:
@@ -40,15 +47,27 @@ class FilesMaterial:
     ) -> None:  # fmt: skip
         self.config, self.prompts, self.seed = config, prompts, seed
         self.side, self.stride, self.longest, self.run, self.ranks = side, stride, longest, run, ranks
-        weighted = weighted_sets(config.sets)
-        self.weights = [weight for weight, _ in weighted]
-        self.sources: list[Source] = [
-            open_source(path, cache=run / "cache", workers=max(1, config.workers)) for _, path in weighted
-        ]
+        self.weights = [weight for weight, _ in weighted_sets(config.sets)]
+        self.sources = open_sources(config, run / "cache")
         self._batches: Iterator[Batch] = iter(())
         self._at: tuple[str, int] = ("", -1)
         self._batch: Batch | None = None
         self._editing = False
+        self._cache: FeatureCache | None = None
+
+    def open_cache(self, tokenizer: UnifiedTokenizer) -> None:
+        """Take features from the recipe's cache from now on; InputError where it was made by another tokenizer."""
+        self._cache = FeatureCache(Path(self.config.cache), cache_key(tokenizer, self.side, self.sources))
+
+    def features(self, name: str, indices: np.ndarray) -> dict[str, Tensor] | None:
+        """What the cache has of this step's rows: of an edit the reference's `f_v` (`scenes`), or its target's."""
+        if self._cache is None or name not in ("scenes", "edited"):
+            return None
+        batch = self._batch
+        found = self._cache.rows([sample_id(batch.sources[i], batch.keys[i]) for i in indices.tolist()])
+        if name == "scenes" and self._editing:
+            return {"f_v": found["reference"]}
+        return {key: found[key] for key in ("f_v", "latent")}
 
     def rng(self, stage: str, step: int) -> np.random.Generator:
         """The generator of one step's choices."""
@@ -95,6 +114,7 @@ class FilesMaterial:
             mixture, rank=self.ranks.rank, world=self.ranks.world, workers=self.config.workers,
             bad_share=self.config.bad_share, quarantine=self.run / "quarantine.jsonl",
             captions=stage.step == "unified",
+            known=_Known(self._cache) if self._cache is not None and stage.step == "unified" else None,
         )  # fmt: skip
         return loader.batches(step)
 
@@ -141,3 +161,13 @@ class FilesMaterial:
             text = text.replace(token, " ")
         ids = tokenizer.encode(text, add_special_tokens=False)
         return text if len(ids) <= self.longest else tokenizer.decode(ids[: self.longest])
+
+
+class _Known:
+    """Whether the cache holds a sample; a class, so that worker processes can be given it."""
+
+    def __init__(self, cache: FeatureCache) -> None:
+        self.cache = cache
+
+    def __call__(self, source: str, key: str) -> bool:
+        return sample_id(source, key) in self.cache

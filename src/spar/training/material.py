@@ -54,6 +54,9 @@ class Material(Protocol):
     def pixels(self, indices: np.ndarray, *, edited: bool = False) -> Tensor:
         """`[B, 3, H, W]` in [0, 1]: of an edit the picture before it, or the one behind it."""
 
+    def features(self, name: str, indices: np.ndarray) -> dict[str, Tensor] | None:
+        """Features of a picture set (`scenes`, or `edited`) that were computed before the run, or None."""
+
     def first(self, count: int) -> tuple[Tensor, ...]:
         """About `count` pictures to measure features on, in pieces, the same on every process."""
 
@@ -86,6 +89,9 @@ class ShapesMaterial:
         if captioned:
             words = self.instructions(indices) if editing else self.captions(rng, indices, places=stage.places)
         return Dealt(indices[rows], editing, tuple(words[rows]))
+
+    def features(self, name: str, indices: np.ndarray) -> dict[str, Tensor] | None:
+        """None: this material's pictures are kept by the step itself."""
 
     def first(self, count: int) -> tuple[Tensor, ...]:
         """The first pictures, in pieces of 64."""

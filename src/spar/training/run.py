@@ -81,7 +81,7 @@ def read_recipe(path: Path) -> Recipe:
         critic = {"channels": 3, "width": 32, "layers": 2, "groups": 8}
         added = {"discriminator": critic, "max_prompt_tokens": 64, "lora": lora, "published": []}
         stages = [{"image_size": None, **stage} for stage in values["stages"]]
-        files = {"sets": [], "workers": 4, "bad_share": 0.01, "max_aspect": 1.0}
+        files = {"sets": [], "workers": 4, "bad_share": 0.01, "max_aspect": 1.0, "cache": None}
         data = {"source": "shapes", **files, **values["data"]}
         values = {**added, **values, "model": upgraded(values["model"], 1), "stages": stages, "data": data}
     return from_dict(Recipe, values, complete=True)
@@ -178,6 +178,8 @@ def train(
             undo(run, recipe, stage, resume=resume)
         ranks.wait()
         ctx = Context(workshop, material, recipe, stage, ranks.device, external_teacher=teacher, ranks=ranks)
+        if recipe.data.cache is not None and stage.step == "unified":
+            material.open_cache(workshop.model.tokenizer)
         prepare(ctx)
         freeze(workshop, stage)
         if announce and ranks.main:

@@ -192,7 +192,8 @@ class DataConfig:
     `source` shapes: of the shapes world `scenes` train, and `edits` of them carry an edit. files: `sets` are paths of
     data sets, "PATH" or "WEIGHT=PATH" (spar.data.sources says which formats), decoded by `workers` processes of each
     training process; a share of bad samples above `bad_share` ends the run; `max_aspect` cuts a tokenizer stage's
-    pictures to several proportions. none: the recipe can be planned, not trained.
+    pictures to several proportions; `cache` is a folder of features (spar cache) that unified stages read in place of
+    pictures. none: the recipe can be planned, not trained.
     """
 
     source: Literal["shapes", "files", "none"] = "shapes"
@@ -202,6 +203,7 @@ class DataConfig:
     workers: int = 4
     bad_share: float = 0.01
     max_aspect: float = 1.0
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("scenes", "edits"):
@@ -217,6 +219,8 @@ class DataConfig:
             raise InputError(f"data.max_aspect: expected at least 1, got {self.max_aspect}")
         if (self.source == "files") != bool(self.sets):
             raise InputError("data: source files and the field sets (paths of data sets) go together")
+        if self.cache is not None and self.source != "files":
+            raise InputError(f"data.cache: only data sets are cached (data.source files), got source {self.source}")
         weighted_sets(self.sets)
 
 
@@ -278,6 +282,8 @@ class Recipe:
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise InputError(f"recipe {self.name}: expected stages of different names, got {', '.join(names)}")
+        if self.data.cache is not None and self.alignment.teacher == "external":
+            raise InputError("data.cache: an external teacher reads pictures, which a run from a cache does not have")
         native = [stage.name for stage in self.stages if stage.losses.native]
         if native and not self.model.streams.pixel_stream:
             raise InputError(

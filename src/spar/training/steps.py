@@ -22,6 +22,7 @@ from spar.losses.reconstruction import mse, psnr
 from spar.models.attention import attention_bias, positions
 from spar.models.router import common_scale
 from spar.models.spar import Condition
+from spar.training.cache import encode
 from spar.training.material import Dealt, FeatureStore, Material
 from spar.training.scale import ALONE, Ranks
 from spar.training.stages import Recipe, Stage
@@ -82,6 +83,9 @@ class Context:
         A sharded encoder computes them anew: all processes must take part, and not all lack the same pictures. So
         do pictures that come once.
         """
+        cached = self.material.features(name, indices)
+        if cached is not None:
+            return {key: rows.to(self.device) for key, rows in cached.items()}
         if self.ranks.sharded or not self.material.fixed:
             with torch.no_grad():
                 return {key: rows.to(torch.bfloat16) for key, rows in compute(indices).items()}
@@ -170,14 +174,9 @@ def unified_step(ctx: Context, step: int) -> Terms:
     model = ctx.workshop.model
     dealt = ctx.deal(step)
     indices, editing, words = dealt.indices, dealt.editing, _dropped(ctx, step, dealt)
-
-    def encode(which: np.ndarray, edited: bool) -> Terms:
-        latents = model.tokenizer.encode(ctx.pixels(which, edited=edited))
-        return {"f_v": latents.f_v, "latent": model.tokenizer.normalize(latents.z_f)}
-
-    source = ctx.frozen("scenes", indices, lambda i: encode(i, False)) if not editing or ctx.stage.edit_share else {}
+    source = ctx.frozen("scenes", indices, lambda i: encode(model.tokenizer, ctx.pixels(i)))
     if editing:
-        target = ctx.frozen("edited", indices, lambda i: encode(i, True))
+        target = ctx.frozen("edited", indices, lambda i: encode(model.tokenizer, ctx.pixels(i, edited=True)))
         tokens, reference = ctx.material.prompts.edit(words).to(ctx.device), source["f_v"].float()
     else:
         target = source
