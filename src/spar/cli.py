@@ -376,6 +376,63 @@ def _run_folder(args: "TrainArguments", name: str) -> tuple[Path, bool]:
     return run, True
 
 
+# ---- weights of others -----------------------------------------------------------------------------------------------
+
+
+def build(argv: list[str]) -> int:
+    """Put a model together from InternVL3, DC-AE and SANA."""
+    from spar.arguments import BuildArguments, parse
+
+    args = parse(BuildArguments, argv, "spar build")
+    check_replaceable(args.output, "config.json", overwrite=args.overwrite)
+    with bar("putting the parts together"):
+        from spar.models.assembly import SOURCES, assemble
+        from spar.models.checkpoint import save_model
+        from spar.recipes import recipe
+        from spar.training.run import sampling_of
+
+        base = recipe(args.recipe)
+        made = assemble(
+            base.model, sampling_of(base), {part: getattr(args, part) for part in SOURCES},
+            revisions=args.revisions(), seed=args.seed, recipe=base.name,
+        )
+        save_model(made.loaded, args.output)
+    _tell_origins(args.output, made.loaded.manifest)
+    return 0
+
+
+def convert(argv: list[str]) -> int:
+    """Turn a public checkpoint of UniLIP into a model."""
+    from spar.arguments import ConvertArguments, parse
+
+    args = parse(ConvertArguments, argv, "spar convert")
+    check_replaceable(args.output, "config.json", overwrite=args.overwrite)
+    with bar("converting"):
+        from spar.models.assembly import SOURCES
+        from spar.models.checkpoint import save_model
+        from spar.models.conversion import convert_unilip
+        from spar.recipes import recipe
+        from spar.training.run import sampling_of
+
+        base = recipe(args.recipe)
+        made = convert_unilip(
+            args.path, base.model, sampling_of(base), {part: getattr(args, part) for part in SOURCES},
+            revisions=args.revisions(), router=args.router, factor=args.factor, seed=args.seed, recipe=base.name,
+        )
+        save_model(made.loaded, args.output)
+    _tell_origins(args.output, made.loaded.manifest)
+    return 0
+
+
+def _tell_origins(folder: Path, manifest: dict[str, Any]) -> None:
+    """Where each part of a new model comes from, and what was not as expected."""
+    for part, origin in manifest["parts"].items():
+        print(f"{part}: {origin}")
+    for line in manifest["differences"]:
+        print(f"spar: note: {line}", file=sys.stderr)
+    print(folder)
+
+
 # ---- scores, reports, demo, data, doctor ----------------------------------------------------------------------------
 
 
@@ -526,6 +583,8 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "plan": plan,
     "cache": cache,
+    "build": build,
+    "convert": convert,
     "generate": generate,
     "edit": edit,
     "understand": understand,

@@ -14,11 +14,12 @@ import torch
 from spar.config import from_dict, read_json, to_dict, write_json
 from spar.data.prompts import PromptEncoder
 from spar.errors import InputError
-from spar.models.checkpoint import Loaded, Sampling, load_text_tokenizer, load_weights, save_model, versions
+from spar.models.checkpoint import Loaded, Sampling, load_text_tokenizer, save_model, versions
 from spar.models.config import SparConfig
 from spar.models.lora import adapt, merge, save_adapter
 from spar.models.migration import upgraded
 from spar.models.spar import SparModel
+from spar.models.weights import load_weights
 from spar.training.files import FilesMaterial
 from spar.training.loop import (
     Report,
@@ -309,7 +310,6 @@ def _remove(parent: Path, *names: str) -> None:
 
 def finished(model: SparModel, recipe: Recipe, run: Path, prompts: PromptEncoder, last: str) -> Loaded:
     """The model at the end of stage `last`, with what a folder needs beside it: words, sampling, how it was made."""
-    flow = recipe.flow
     stages = {}
     names = [stage.name for stage in recipe.stages]
     for stage in recipe.stages[: names.index(last) + 1]:
@@ -328,11 +328,16 @@ def finished(model: SparModel, recipe: Recipe, run: Path, prompts: PromptEncoder
     }
     if (run / ORIGIN).exists():
         manifest["origin"] = read_json(run / ORIGIN)
-    sampling = Sampling(
+    return Loaded(model.eval(), prompts.tokenizer, sampling_of(recipe), manifest)
+
+
+def sampling_of(recipe: Recipe) -> Sampling:
+    """How a recipe's model is sampled unless the caller says otherwise."""
+    flow = recipe.flow
+    return Sampling(
         shift=flow.sampling_shift, steps=flow.sampling_steps, guidance=flow.guidance,
         max_prompt_tokens=recipe.max_prompt_tokens,
     )
-    return Loaded(model.eval(), prompts.tokenizer, sampling, manifest)
 
 
 def model_of(run: Path, stage: str | None = None) -> Loaded:
