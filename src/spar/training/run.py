@@ -35,7 +35,7 @@ from spar.training.scale import ALONE, Ranks, Scale
 from spar.training.stages import Recipe, Stage, freeze, freezing_table
 from spar.training.state import load_group, read_progress
 from spar.training.steps import Context, alignment_weight
-from spar.training.teacher import teacher_of
+from spar.training.teacher import perceptual_of, teacher_of
 from spar.training.workshop import Workshop, initialize
 from spar.worlds.shapes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES
 from spar.worlds.shapes.words import PLURALS, build_tokenizer
@@ -79,8 +79,10 @@ def read_recipe(path: Path) -> Recipe:
     autoencoder = values.get("model", {}).get("autoencoder", {})
     if "blocks" in autoencoder:  # version 1 had one list for both halves
         lora = {"rank": 0, "alpha": 16.0, "parts": ["denoiser", "connector"]}
+        networks = {"autoencoder": 1.0, "lpips": 0.0, "convnext": 0.0, "classifier": "facebook/convnext-small-224"}
         critic = {"channels": 3, "width": 32, "layers": 2, "groups": 8}
         added = {"discriminator": critic, "max_prompt_tokens": 64, "lora": lora, "published": []}
+        added["perceptual"] = networks
         stages = [{"image_size": None, **stage} for stage in values["stages"]]
         files = {"sets": [], "workers": 4, "bad_share": 0.01, "max_aspect": 1.0, "cache": None}
         data = {"source": "shapes", **files, **values["data"]}
@@ -153,6 +155,8 @@ def train(
     strange = [stage.name for stage in chosen if stage.step in ("encoder", "mllm", "dit")]
     if recipe.data.source == "files" and strange:
         raise InputError(f"data sets train tokenizer and unified stages, expected no {', '.join(strange)} (--stage)")
+    asked = any(stage.losses.perceptual for stage in chosen)
+    perceptual = perceptual_of(recipe.perceptual) if asked else ()
     with ranks.main_first():
         open_run(run, recipe, fresh=not (resume or stages) and ranks.main)
     tune_allocator()
@@ -160,6 +164,7 @@ def train(
     width = teacher.width() if teacher else None
     workshop = build_workshop(recipe, ranks.device, prompts, teacher_width=width)
     teacher = teacher.to(ranks.device) if teacher else None
+    perceptual = tuple((weight, loss.to(ranks.device)) for weight, loss in perceptual)
     with ranks.main_first():
         material = material_of(recipe, prompts, run, ranks)
     for stage in chosen:
@@ -178,7 +183,10 @@ def train(
         if ranks.main:
             undo(run, recipe, stage, resume=resume)
         ranks.wait()
-        ctx = Context(workshop, material, recipe, stage, ranks.device, external_teacher=teacher, ranks=ranks)
+        ctx = Context(
+            workshop, material, recipe, stage, ranks.device, external_teacher=teacher, perceptual=perceptual,
+            ranks=ranks,
+        )  # fmt: skip
         if recipe.data.cache is not None and stage.step == "unified":
             material.open_cache(workshop.model.tokenizer)
         prepare(ctx)

@@ -164,6 +164,26 @@ class AlignmentConfig:
 
 
 @dataclass(frozen=True)
+class PerceptualConfig:
+    """The frozen networks of L_perc and their weights in it; `losses.perceptual` weighs their sum.
+
+    `autoencoder`: LPIPS' form on the features of the run's own E_p, which needs no download. `lpips`: LPIPS on VGG16,
+    from the extra `gpu`. `convnext`: logits of the classifier in `classifier`, a folder or Hub id of transformers'
+    ConvNeXt.
+    """
+
+    autoencoder: float = 1.0
+    lpips: float = 0.0
+    convnext: float = 0.0
+    classifier: str = "facebook/convnext-small-224"
+
+    def __post_init__(self) -> None:
+        weights = (self.autoencoder, self.lpips, self.convnext)
+        if not all(0 <= weight < float("inf") for weight in weights) or not sum(weights):
+            raise InputError(f"perceptual: expected weights of at least 0, one of them above it, got {weights}")
+
+
+@dataclass(frozen=True)
 class FlowConfig:
     """Training times (logit-normal), both shifts (never taken from a scheduler's file), and the sampler's defaults."""
 
@@ -258,6 +278,7 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     discriminator: PatchDiscriminatorConfig = PatchDiscriminatorConfig(width=32, layers=2)
     published: tuple[str, ...] = ()

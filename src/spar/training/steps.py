@@ -17,7 +17,7 @@ from spar.flow.path import interpolate, sample_time, velocity_target
 from spar.losses.adversarial import discriminator_hinge_loss, generator_hinge_loss
 from spar.losses.alignment import alignment_loss, match_grid
 from spar.losses.distillation import native_latent_loss, semantic_loss
-from spar.losses.perceptual import unit_normalize
+from spar.losses.perceptual import FeatureLoss, PerceptualLoss
 from spar.losses.reconstruction import mse, psnr
 from spar.models.attention import attention_bias, positions
 from spar.models.router import common_scale
@@ -45,6 +45,7 @@ class Context:
     stage: Stage
     device: torch.device
     external_teacher: Callable[[Tensor], tuple[Tensor, tuple[int, int]]] | None = None
+    perceptual: tuple[tuple[float, PerceptualLoss], ...] = ()
     features: dict[str, FeatureStore] = field(default_factory=dict)
     ranks: Ranks = ALONE
     piece: int = 0
@@ -246,7 +247,7 @@ def tokenizer_step(ctx: Context, step: int) -> Terms:
     terms: Terms = {"mse": mse(decoded, pixels), "latent_square": latents.z_f.float().square().mean()}
     loss = weights.mse * terms["mse"] + weights.latent_penalty * terms["latent_square"]
     if weights.perceptual:
-        terms["perceptual"] = _feature_distance(workshop, decoded, pixels)
+        terms["perceptual"] = _perceptual(ctx, decoded, pixels)
         loss = loss + weights.perceptual * terms["perceptual"]
     if weights.native or weights.native_fused:
         native = ctx.frozen("native", indices, lambda i: {"latent": workshop.native(ctx.pixels(i))})["latent"]
@@ -267,12 +268,14 @@ def tokenizer_step(ctx: Context, step: int) -> Terms:
     return {"loss": loss, **terms, "psnr": psnr(decoded.detach().clamp(0, 1), pixels).mean()}
 
 
-def _feature_distance(workshop: Workshop, decoded: Tensor, pixels: Tensor) -> Tensor:
-    """The small perceptual term: LPIPS' form on the frozen autoencoder's encoder."""
-    with torch.no_grad():
-        wanted = [unit_normalize(x) for x in workshop.pixel_encoder.features(pixels)]
-    seen = [unit_normalize(x) for x in workshop.pixel_encoder.features(decoded)]
-    return torch.stack([(a - b).square().sum(1).mean() for a, b in zip(seen, wanted, strict=True)]).mean()
+def _perceptual(ctx: Context, decoded: Tensor, pixels: Tensor) -> Tensor:
+    """L_perc: the weighted distances that the recipe's networks see."""
+    total, own = decoded.new_zeros((), dtype=torch.float32), ctx.recipe.perceptual.autoencoder
+    if own:
+        total = total + own * FeatureLoss(ctx.workshop.pixel_encoder.features)(decoded, pixels)
+    for weight, loss in ctx.perceptual:
+        total = total + weight * loss(decoded, pixels)
+    return total
 
 
 def _adversarial(ctx: Context, decoded: Tensor, pixels: Tensor) -> Terms:
