@@ -11,7 +11,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -279,7 +279,20 @@ def _recipe(argv: list[str], kind: type[Any], prog: str, example: str) -> tuple[
 
     base = recipe(argv[0])
     args = parse(recipe_arguments(base, kind), argv, prog, none=True)
-    return args, recipe_of(args, base)
+    return args, _sized(recipe_of(args, base), base, getattr(args, "init_from", None))
+
+
+def _sized(chosen: Any, base: Any, start: Path | None) -> Any:
+    """A recipe of published parts with the sizes of the SPAR folder that it starts from, where no flag says otherwise.
+
+    They are the checkpoints' own, which may differ from what the recipe expects.
+    """
+    if not chosen.published or start is None or not (start / "config.json").is_file():
+        return chosen
+    from spar.config import overlaid
+    from spar.models.checkpoint import read_sizes
+
+    return replace(chosen, model=overlaid(read_sizes(start), base.model, chosen.model))
 
 
 def plan(argv: list[str]) -> int:
