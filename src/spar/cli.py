@@ -22,6 +22,7 @@ from spar.display import (
     budget_table,
     check_table,
     data_table,
+    epochs_table,
     new_console,
     plan_table,
     sampling_callback,
@@ -308,10 +309,23 @@ def plan(argv: list[str]) -> int:
     )
     planned = budget(chosen, machine, args.stage)
     new_console().print(budget_table(planned))
+    if chosen.data.source == "files":
+        new_console().print(epochs_table(_epochs(chosen, [one.stage for one in planned])))
     for one in planned:
         for warning in one.warnings:
             print(f"spar: note: {one.stage.name}: {warning}", file=sys.stderr)
     return 0
+
+
+def _epochs(recipe: Any, stages: Sequence[Any]) -> dict[str, dict[str, float]]:
+    """How often each stage shows each sample of each data set."""
+    from spar.training.files import epochs, open_sources
+    from spar.training.stages import weighted_sets
+
+    with bar("looking at the data"):
+        sources = open_sources(recipe.data)
+    weights = [weight for weight, _ in weighted_sets(recipe.data.sets)]
+    return {stage.name: epochs(stage, sources, weights) for stage in stages}
 
 
 def cache(argv: list[str]) -> int:

@@ -133,6 +133,15 @@ def budget_table(planned: Sequence["StageBudget"]) -> "Table":
     return table
 
 
+def epochs_table(epochs: dict[str, dict[str, float]]) -> "Table":
+    """How often each stage shows each sample of each data set."""
+    sets = list(dict.fromkeys(name for one in epochs.values() for name in one))
+    table = new_table("epochs", *(f">{name}" for name in sets))
+    for stage, found in epochs.items():
+        table.add_row(stage, *(f"{found[name]:,.2f}" if name in found else "" for name in sets))
+    return table
+
+
 def score_table(result: "Result") -> "Table":
     """The scores of a result with intervals and targets, those that answer the benchmark's question first."""
     from spar.evaluation.table import find_target, main_scores, show, show_interval, show_name, show_title, verdict

@@ -15,7 +15,7 @@ from PIL import Image
 
 from spar.data.prompts import PromptEncoder
 from spar.errors import InputError
-from spar.training.files import FilesMaterial
+from spar.training.files import FilesMaterial, epochs
 from spar.training.run import train
 from spar.training.scale import Ranks, Scale
 from spar.training.stages import DataConfig, weighted_sets
@@ -138,6 +138,14 @@ def test_a_stage_takes_the_kinds_that_it_asks_for(material, stage, sets):
         everything(material(paths=sets[:1]), stage, 0)
     with pytest.raises(InputError, match="wants sets of kind text_to_image, found none"):
         everything(material(paths=sets[1:]), stage, 0)
+
+
+def test_epochs_count_how_often_each_sample_is_shown(material, stage):
+    found = material()
+    few = replace(stage, steps=12, batch=8, edit_share=0.25)
+    shown = epochs(few, found.sources, found.weights)
+    assert [shown[source.name] for source in found.sources] == pytest.approx([12 * 8 * 0.75 / 24, 12 * 8 * 0.25 / 16])
+    assert [*epochs(replace(few, edit_share=0.0), found.sources, [3.0, 1.0]).values()] == pytest.approx([12 * 8 / 24])
 
 
 def test_a_tokenizer_stage_sees_what_lies_behind_an_edit_and_needs_no_words(material, tiny_run, sets, tmp_path):

@@ -32,6 +32,35 @@ def open_sources(config: DataConfig, cache: Path | None = None) -> list[Source]:
     return [open_source(path, cache=cache, workers=max(1, config.workers)) for _, path in weighted_sets(config.sets)]
 
 
+def suited(stage: Stage, sources: list[Source], weights: list[float]) -> tuple[list[Source], list[float]]:
+    """The sets of a stage and their shares of its samples: a unified stage divides them by `edit_share`.
+
+    Raises:
+        InputError: a share for which there is no set.
+    """
+    if stage.step != "unified":
+        return sources, weights
+    wanted = {"text_to_image": 1 - stage.edit_share, "edit": stage.edit_share}
+    pairs = [*zip(sources, weights, strict=True)]
+    totals = {kind: sum(weight for source, weight in pairs if source.kind == kind) for kind in wanted}
+    for kind, share in wanted.items():
+        if share and not totals[kind]:
+            raise InputError(
+                f"stage {stage.name}: edit_share {stage.edit_share} wants sets of kind {kind}, found none among "
+                f"{', '.join(source.name for source in sources)}"
+            )
+    chosen = [(source, weight * wanted[source.kind] / totals[source.kind]) for source, weight in pairs]
+    chosen = [(source, weight) for source, weight in chosen if weight]
+    return [source for source, _ in chosen], [weight for _, weight in chosen]
+
+
+def epochs(stage: Stage, sources: list[Source], weights: list[float]) -> dict[str, float]:
+    """How often a stage shows each sample of each set."""
+    chosen, shares = suited(stage, sources, weights)
+    shown = stage.steps * stage.batch / sum(shares)
+    return {source.name: shown * share / len(source) for source, share in zip(chosen, shares, strict=True)}
+
+
 class FilesMaterial:
     """The data sets of a recipe, dealt to this process.
 
@@ -106,7 +135,7 @@ class FilesMaterial:
         self._at, self._batch = (stage.name, step), batch
 
     def _open(self, stage: Stage, step: int) -> Iterator[Batch]:
-        sources, weights = self._suited(stage)
+        sources, weights = suited(stage, self.sources, self.weights)
         aspect = self.config.max_aspect if stage.step == "tokenizer" else 1.0
         mixture = self._mixture(stage.batch, weights, sources, aspect, stage)
         self._check_same(stage.name, step, mixture.fingerprint())
@@ -117,23 +146,6 @@ class FilesMaterial:
             known=_Known(self._cache) if self._cache is not None and stage.step == "unified" else None,
         )  # fmt: skip
         return loader.batches(step)
-
-    def _suited(self, stage: Stage) -> tuple[list[Source], list[float]]:
-        """The sets of a stage and their shares of its samples."""
-        if stage.step != "unified":
-            return self.sources, self.weights
-        wanted = {"text_to_image": 1 - stage.edit_share, "edit": stage.edit_share}
-        pairs = [*zip(self.sources, self.weights, strict=True)]
-        totals = {kind: sum(weight for source, weight in pairs if source.kind == kind) for kind in wanted}
-        for kind, share in wanted.items():
-            if share and not totals[kind]:
-                raise InputError(
-                    f"stage {stage.name}: edit_share {stage.edit_share} wants sets of kind {kind}, found none among "
-                    f"{', '.join(source.name for source in self.sources)}"
-                )
-        chosen = [(source, weight * wanted[source.kind] / totals[source.kind]) for source, weight in pairs]
-        chosen = [(source, weight) for source, weight in chosen if weight]
-        return [source for source, _ in chosen], [weight for _, weight in chosen]
 
     def _mixture(
         self, batch: int, weights: list[float], sources: list[Source], aspect: float, stage: Stage | None = None
