@@ -1,5 +1,6 @@
 """The command line: every verb, what it refuses and how, and one real training with all that is done with its model."""
 
+import gc
 import json
 import os
 import shlex
@@ -18,14 +19,15 @@ from PIL import Image
 
 import spar
 from spar import cli, limits
-from spar.arguments import EvalArguments, parse, recipe_arguments, recipe_of
+from spar.arguments import EvalArguments, TrainArguments, parse, recipe_arguments, recipe_of
 from spar.cli import VERBS, main
 from spar.errors import InputError
 
 SAMPLING_FLAGS = ("--model", "--dtype", "--device", "--output", "-o", "--overwrite", "--seed", "--steps", "--guidance",
                   "--num-inference-steps", "--guidance-scale", "--num-images-per-prompt", "-n", "--negative-prompt")
 FLAGS = {
-    "train": ("RECIPE", "--stage", "--run", "--resume", "--init-from", "--device", "--dry-run"),
+    "train": ("RECIPE", "--stage", "--run", "--resume", "--init-from", "--from-scratch", "--device", "--dry-run"),
+    "plan": ("RECIPE", "--stage", "--gpus", "--gpu", "--mfu", "--strategy", "--accumulate", "--recompute"),
     "generate": ("PROMPT", *SAMPLING_FLAGS, "--height", "--width"),
     "edit": ("IMAGE", "INSTRUCTION", *SAMPLING_FLAGS),
     "understand": ("IMAGE", "QUESTION", "--model", "--max-new-tokens"),
@@ -104,6 +106,19 @@ def said(capsys, argv: str | list[str]) -> tuple[int, str]:
     error = capsys.readouterr().err
     assert error.startswith("spar: error: ") and error.count("\n") == 1 and error.endswith("\n"), error
     return status, error
+
+
+def test_garbage_is_not_collected_while_the_model_loads_but_is_afterwards(monkeypatch, tmp_path, capsys):
+    seen = []
+
+    def load(path, **_):
+        seen.append(gc.isenabled())
+        raise InputError("no such model")
+
+    monkeypatch.setattr("spar.pipeline.SparPipeline.from_pretrained", load)
+    assert said(capsys, ["generate", "a red circle", "-o", str(tmp_path / "out.png")])[0] == cli.WRONG_INPUT
+    assert seen == [False] and gc.isenabled()
+    gc.unfreeze()
 
 
 # ---- help and start -------------------------------------------------------------------------------------------------
@@ -383,14 +398,14 @@ def test_any_field_of_a_recipe_is_a_flag():
 
     for name in RECIPES:
         base = recipe(name)
-        assert recipe_of(parse(recipe_arguments(base), [name], "spar train", none=True), base) == base
+        assert recipe_of(parse(recipe_arguments(base, TrainArguments), [name], "spar train", none=True), base) == base
     base = recipe("tiny")
     line = (
         "tiny --run there --seed 3 --model.denoiser.layers 4 --model.streams.semantic-stream False "
         "--model.denoiser.interpolation_scale 0.5 --model.autoencoder.channels 16 16 16 32 "
         "--stages.unified-2.steps 10 --stages.tokenizer-3.losses.gan-start 2 --stage dit --stage unified-2"
     )
-    args = parse(recipe_arguments(base), line.split(), "spar train", none=True)
+    args = parse(recipe_arguments(base, TrainArguments), line.split(), "spar train", none=True)
     assert (args.run, args.stage) == (Path("there"), ("dit", "unified-2"))
     model = replace(
         base.model,

@@ -327,6 +327,23 @@ def test_pictures_of_other_sizes_are_made_square_first(pipe):
     assert gap(pipe.reconstruct(wide).images[0], pipe.reconstruct(to_square(wide, 64)).images[0]) == 0
 
 
+@pytest.mark.parametrize(("size", "wanted"), [((90, 50), (88, 48)), ((50, 90), (48, 88)), ((70, 66), (64, 64))])
+def test_an_edit_keeps_the_proportions_of_its_picture(pipe, size, wanted):
+    noise = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    out = edit(pipe, Image.fromarray(noise))
+    assert out.images[0].size == wanted
+    assert out.routing[0].kinds.count("image") == wanted[0] * wanted[1] // 64
+    other = edit(pipe, Image.fromarray(noise[::-1].copy()))
+    assert gap(out.images[0], other.images[0]) > 4
+
+
+def test_what_an_edit_cannot_keep_is_refused(pipe, pictures):
+    with pytest.raises(InputError, match="same proportions in one call, got some for 88 x 48, 64 x 64 pixels"):
+        edit(pipe, [pictures[0], Image.new("RGB", (90, 50))])
+    with pytest.raises(InputError, match="expected a picture at most 4 times as long as wide, got 90 x 20 pixels"):
+        edit(pipe, Image.new("RGB", (90, 20)))
+
+
 def test_reconstruct_is_the_tokenizer_there_and_back(pipe, pictures):
     tokenizer = pipe.model.tokenizer
     with torch.no_grad():

@@ -40,6 +40,8 @@ class ModelArguments:
 
     model: Path | None = None
     """Model folder; by default the bundled weights."""
+    adapter: Path | None = None
+    """Folder of LoRA weights (RUN/adapter) to merge into the model."""
     dtype: Dtype = "auto"
     """What matrix products run in; auto is bfloat16 where the device has it in hardware."""
     device: str | None = None
@@ -159,10 +161,38 @@ class TrainArguments:
     """never: a folder that holds a run is refused. auto: go on where the run stands. A folder: go on with that run."""
     init_from: Path | None = None
     """Start the first stage from the weights of a finished stage (RUN/STAGE/done) or of a SPAR folder."""
+    from_scratch: Flag = False
+    """Start from random weights what the recipe expects from published checkpoints."""
     device: str = "cpu"
     """cpu, cuda, cuda:1 ..."""
     dry_run: Flag = False
     """Say what would be trained, with parameters and memory, and stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanArguments:
+    """Say what a recipe costs on given GPUs, before any training: spar plan spar-1b --gpus 64 --gpu h200
+
+    Memory of one GPU, operations, pictures a second and days of each stage, and what will not fit. Every field of the
+    recipe is a flag, as in `spar train`: --stages.unified-2.batch 1024.
+    """
+
+    recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
+    """The recipe's name (spar-1b, spar-3b); it comes first."""
+    stage: UseAppendAction[tuple[str, ...]] = ()
+    """Plan this stage only; may be given several times."""
+    gpus: int = 8
+    """How many there are."""
+    gpu: str = "h200"
+    """Which: rtx4090, a100-40, a100, h100, h200 or b200."""
+    mfu: float = 0.4
+    """Share of the GPU's peak that is reckoned with."""
+    strategy: Literal["fsdp", "ddp"] = "fsdp"
+    """fsdp shards weights, gradients and optimizer; ddp holds them whole."""
+    accumulate: int = 1
+    """Pieces that a GPU's share of a batch is worked off in."""
+    recompute: Flag = False
+    """Activations are computed again in the backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,11 +347,13 @@ def _readable(text: str | None, what: str) -> None:
         raise InputError(f"{what}: expected text in UTF-8, got {text!r}") from None
 
 
-def recipe_arguments(base: "Recipe") -> type[TrainArguments]:
-    """TrainArguments with a flag for every field of a recipe, `--stages.NAME.FIELD` for its stages.
+def recipe_arguments(base: "Recipe", kind: type[T]) -> type[T]:
+    """`kind` with a flag for every field of a recipe, `--stages.NAME.FIELD` for its stages; to train, `--scale.FIELD`.
 
     The values of `base` are the defaults. Booleans take a value (`--model.streams.pixel-stream False`).
     """
+    from spar.training.scale import Scale
+
     hints = typing.get_type_hints(type(base))
     stages = make_dataclass(
         "Stages",
@@ -340,13 +372,14 @@ def recipe_arguments(base: "Recipe") -> type[TrainArguments]:
         )
         for name in (item.name for item in dataclasses.fields(base))
     ]
+    if kind is TrainArguments:
+        fields.append(("scale", FlagConversionOff[Scale], field(default=Scale())))
     return make_dataclass(
-        "TrainArguments", fields, bases=(TrainArguments,), frozen=True, kw_only=True,
-        namespace={"__doc__": TrainArguments.__doc__},
+        kind.__name__, fields, bases=(kind,), frozen=True, kw_only=True, namespace={"__doc__": kind.__doc__}
     )
 
 
-def recipe_of(arguments: TrainArguments, base: "Recipe") -> "Recipe":
+def recipe_of(arguments: Any, base: "Recipe") -> "Recipe":
     """The recipe that the parsed flags describe."""
     values = {item.name: getattr(arguments, item.name) for item in dataclasses.fields(base)}
     stages = values.pop("stages")

@@ -4,11 +4,13 @@ What a user got wrong becomes one line on stderr and exit status 2, Ctrl-C a sho
 Python's own are imported inside the verbs: help and errors come at once, and Ctrl-C finds `main` in charge.
 """
 
+import gc
 import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from spar import __version__
 from spar.display import (
     bar,
+    budget_table,
     check_table,
     data_table,
     new_console,
@@ -172,14 +175,28 @@ def reconstruct(argv: list[str]) -> int:
     return 0
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection meanwhile: imports make a million objects that stay, and going over them again and again
+    is a quarter of their time."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was:
+            gc.enable()
+
+
 def _load(args: "ModelArguments") -> "SparPipeline":
-    with bar("loading the model"):
+    with bar("loading the model"), _uncollected():
         import torch
 
         from spar.pipeline import SparPipeline
 
         dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-        return SparPipeline.from_pretrained(args.model, dtype=dtype, device=args.device)
+        return SparPipeline.from_pretrained(args.model, dtype=dtype, device=args.device, adapter=args.adapter)
 
 
 def _picture_paths(args: "SamplingArguments", texts: int) -> list[Path]:
@@ -227,18 +244,11 @@ def _mind_quotes(texts: Sequence[str], what: str) -> None:
 
 def train(argv: list[str]) -> int:
     """Train a recipe."""
-    from spar.arguments import TrainArguments, parse, recipe_arguments, recipe_of
+    from spar.arguments import TrainArguments
 
-    if not argv or argv[0].startswith("-"):
-        if {"-h", "--help"} & set(argv):
-            parse(TrainArguments, ["--help"], "spar train")
-        raise InputError("expected the recipe's name first, as in: spar train tiny --run runs/tiny")
-    from spar.recipes import recipe
+    args, chosen = _recipe(argv, TrainArguments, "spar train", "spar train tiny --run runs/tiny")
     from spar.training.plan import check_device, plan
 
-    base = recipe(argv[0])
-    args = parse(recipe_arguments(base), argv, "spar train", none=True)
-    chosen = recipe_of(args, base)
     run, resume = _run_folder(args, chosen.name)
     planned = plan(chosen, args.stage)
     check_device(args.device)
@@ -257,25 +267,67 @@ def train(argv: list[str]) -> int:
     return _train(args, chosen, run, resume, again=again)
 
 
+def _recipe(argv: list[str], kind: type[Any], prog: str, example: str) -> tuple[Any, Any]:
+    """The arguments of a verb whose first word is a recipe, and the recipe that its flags describe."""
+    from spar.arguments import parse, recipe_arguments, recipe_of
+
+    if not argv or argv[0].startswith("-"):
+        if {"-h", "--help"} & set(argv):
+            parse(kind, ["--help"], prog)
+        raise InputError(f"expected the recipe's name first, as in: {example}")
+    from spar.recipes import recipe
+
+    base = recipe(argv[0])
+    args = parse(recipe_arguments(base, kind), argv, prog, none=True)
+    return args, recipe_of(args, base)
+
+
+def plan(argv: list[str]) -> int:
+    """Say what a recipe costs on given GPUs."""
+    from spar.arguments import PlanArguments
+
+    args, chosen = _recipe(argv, PlanArguments, "spar plan", "spar plan spar-1b --gpus 64 --gpu h200")
+    from spar.training.budget import Machine, budget
+
+    machine = Machine(
+        args.gpus, args.gpu, args.mfu, sharded=args.strategy == "fsdp", accumulate=args.accumulate,
+        recompute=args.recompute,
+    )
+    planned = budget(chosen, machine, args.stage)
+    new_console().print(budget_table(planned))
+    for one in planned:
+        for warning in one.warnings:
+            print(f"spar: note: {one.stage.name}: {warning}", file=sys.stderr)
+    return 0
+
+
 def _train(args: "TrainArguments", recipe: Any, run: Path, resume: bool, *, again: str) -> int:
     """Train with a bar, and end with where the model is, or with how to go on."""
     from spar.training.loop import NonFiniteLoss
     from spar.training.run import train as run_training
+    from spar.training.scale import LostProcess
 
+    quiet = os.environ.get("RANK", "0") != "0"  # of several processes one speaks
     try:
-        with training_display() as (announce, report):
+        with nullcontext((None, None)) if quiet else training_display() as (announce, report):
             model = run_training(
                 recipe, run, stages=args.stage, resume=resume, init_from=args.init_from, device=args.device,
-                report=report, announce=announce,
+                scale=args.scale, from_scratch=args.from_scratch, report=report, announce=announce,
             )
+    except LostProcess as error:
+        _fail(str(error))
+        return 1
     except NonFiniteLoss as error:
         _fail(f"{error}; the state that was saved last is whole: {again}")
         return 1
     except KeyboardInterrupt:
         model = None
     if model is None:
-        print(f"spar: stopped; go on with: {again}", file=sys.stderr)
+        if not quiet:
+            print(f"spar: stopped; go on with: {again}", file=sys.stderr)
         return INTERRUPTED
+    if quiet:
+        return 0
     if (run / "model" / "config.json").is_file():
         print(f'the model is in {run / "model"}; try: spar generate "a red circle" --model {run / "model"}')
     else:
@@ -443,6 +495,7 @@ def doctor(argv: list[str]) -> int:
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
+    "plan": plan,
     "generate": generate,
     "edit": edit,
     "understand": understand,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from spar.data.check import Report as DataReport
     from spar.doctor import Check
     from spar.evaluation.results import Result
+    from spar.training.budget import StageBudget
     from spar.training.plan import StagePlan
     from spar.training.stages import Stage
 
@@ -112,6 +113,23 @@ def plan_table(planned: Sequence["StagePlan"]) -> "Table":
         batch = f"{stage.batch} x {stage.draws}" if stage.draws > 1 else str(stage.batch)
         memory = f"{one.bytes / 2**20:,.0f} MiB"
         table.add_row(stage.name, str(stage.steps), batch, f"{one.trainable:,}", f"{one.frozen:,}", memory)
+    return table
+
+
+def budget_table(planned: Sequence["StageBudget"]) -> "Table":
+    """What stages cost: memory in GiB of one GPU, operations of a step, pictures a second of all GPUs, days."""
+    table = new_table(
+        "stage", ">trainable", ">batch", ">at once", ">weights", ">gradients", ">optimizer", ">activations",
+        ">GiB in all", ">TFLOP a step", ">pictures/s", ">days",
+    )  # fmt: skip
+    for one in planned:
+        gibs = (f"{value / 2**30:.1f}" for value in (one.weights, one.gradients, one.optimizer, one.activations))
+        table.add_row(
+            one.stage.name, f"{one.trainable / 1e6:.1f} M", str(one.stage.batch), str(one.pictures), *gibs,
+            f"{one.memory / 2**30:.1f}", f"{one.flops / 1e12:,.0f}", f"{one.images:,.0f}", f"{one.days:.2f}",
+        )  # fmt: skip
+    table.add_section()
+    table.add_row("all", *[""] * 10, f"{sum(one.days for one in planned):.2f}")
     return table
 
 

@@ -16,13 +16,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from spar.data.images import ImageSource, open_image, to_pil, to_square, to_tensor
+from spar.data.images import ImageSource, nearest_size, open_image, to_pil, to_size, to_tensor
 from spar.data.prompts import IMAGE_TOKEN, PromptEncoder, Tokens
 from spar.errors import InputError
 from spar.flow.guidance import guide
 from spar.flow.sampler import sample
 from spar.limits import MAX_GUIDANCE, MAX_IMAGES, MAX_NEW_TOKENS, MAX_SEED, MAX_STEPS, whole_within, within
 from spar.models.checkpoint import Loaded, load_model, save_model
+from spar.models.lora import load_adapter, merge
 from spar.models.spar import Condition
 
 BUNDLED = Path(__file__).parent / "assets" / "weights"
@@ -82,7 +83,10 @@ class SparPipeline:
 
     def __post_init__(self) -> None:
         self.model = self.loaded.model.to(self.device)
-        self.prompts = PromptEncoder(self.loaded.text_tokenizer, self.model.config.grid**2)
+        config = self.model.config
+        self.prompts = PromptEncoder(
+            self.loaded.text_tokenizer, config.grid**2, image_start=config.connector.image_start
+        )
 
     @classmethod
     def from_pretrained(
@@ -91,12 +95,14 @@ class SparPipeline:
         *,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
+        adapter: str | Path | None = None,
     ) -> "SparPipeline":
         """Load a SPAR folder; without a path, the bundled weights.
 
         Args:
             dtype: what matrix products run in; by default bfloat16 where the device has it in hardware.
             device: by default a CUDA device where there is one, else the CPU.
+            adapter: a folder of LoRA weights (`RUN/adapter`) that are merged into the model.
 
         Raises:
             InputError: a missing, partial, foreign or damaged folder, or a device that is not there.
@@ -110,7 +116,11 @@ class SparPipeline:
         folder = BUNDLED if path is None else Path(path)
         if path is None and not (folder / "config.json").exists():
             raise InputError("this installation has no bundled weights; give a model folder, or train one")
-        return cls(load_model(folder), dtype, where)
+        loaded = load_model(folder)
+        if adapter is not None:
+            load_adapter(loaded.model, Path(adapter))
+            merge(loaded.model)
+        return cls(loaded, dtype, where)
 
     def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write the whole model as a SPAR folder, floating weights in `dtype` (default: as they are)."""
@@ -174,12 +184,15 @@ class SparPipeline:
     ) -> GenerateOutput:
         """A picture changed as an instruction says; keywords as in `generate`.
 
-        One image with several instructions, or several images with one instruction, are paired; else one each.
+        One image with several instructions, or several images with one instruction, are paired; else one each. The
+        result has the image's proportions, at about the trained number of pixels; images of one call must share them.
         """
-        pixels, instructions = self._pairs(image, instruction, "instruction")
+        pixels, instructions = self._pairs(image, instruction, "instruction", keep_aspect=True)
         negatives = self._negatives(negative_prompt, len(instructions))
+        size = (pixels.shape[-2], pixels.shape[-1])
+        tokens = size[0] * size[1] // self.model.config.token_stride**2
         return self._sample(
-            self.prompts.edit(instructions), self.prompts.edit(negatives), pixels, self._size(None, None),
+            self.prompts.edit(instructions, tokens), self.prompts.edit(negatives, tokens), pixels, size,
             num_inference_steps, guidance_scale, num_images_per_prompt, seed, callback,
         )
 
@@ -224,7 +237,7 @@ class SparPipeline:
         noise = self._noise(seeds, size)
         with self._precision():
             f_v = self._features(pixels) if pixels is not None else None
-            condition, routed = self._conditions(tokens, negatives, f_v, guidance)
+            condition, routed = self._conditions(tokens, negatives, f_v, size, guidance)
 
             def velocity(latent: Tensor, time: Tensor) -> Tensor:
                 if guidance == 1:
@@ -241,14 +254,14 @@ class SparPipeline:
         return GenerateOutput(images=to_pil(images), seeds=seeds, routing=routing)
 
     def _conditions(
-        self, tokens: Tokens, negatives: Tokens, f_v: Tensor | None, guidance: float
+        self, tokens: Tokens, negatives: Tokens, f_v: Tensor | None, size: tuple[int, int], guidance: float
     ) -> tuple[Condition, Condition]:
         """The condition that the sampler reads (both branches where guidance needs them), and the prompts' own."""
         tokens, negatives = tokens.to(self.device), negatives.to(self.device)
-        own = self.model.condition(tokens.ids, tokens.mask, f_v)
+        own = self.model.condition(tokens.ids, tokens.mask, f_v, size)
         if guidance == 1:
             return own, own
-        other = self.model.condition(negatives.ids, negatives.mask, f_v)
+        other = self.model.condition(negatives.ids, negatives.mask, f_v, size)
         length = max(own.states.shape[1], other.states.shape[1])
 
         def widen(tensor: Tensor) -> Tensor:
@@ -287,11 +300,19 @@ class SparPipeline:
     def _precision(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def _pixels(self, image: ImageSource | Sequence[ImageSource]) -> Tensor:
+    def _pixels(self, image: ImageSource | Sequence[ImageSource], *, keep_aspect: bool = False) -> Tensor:
         sources = list(image) if isinstance(image, (list, tuple)) else [image]
         if not sources:
             raise InputError("expected at least one image, got an empty list")
-        return to_tensor([to_square(open_image(source), self.image_size) for source in sources]).to(self.device)
+        pictures, side = [open_image(source) for source in sources], self.image_size
+        sizes = {(side, side)}
+        if keep_aspect:
+            sizes = {nearest_size(picture, side, self.model.config.token_stride) for picture in pictures}
+        if len(sizes) > 1:
+            shown = ", ".join(f"{width} x {height}" for height, width in sorted(sizes))
+            raise InputError(f"expected images of the same proportions in one call, got some for {shown} pixels")
+        (size,) = sizes
+        return to_tensor([to_size(picture, *size) for picture in pictures]).to(self.device)
 
     def _texts(self, text: str | Sequence[str], what: str) -> list[str]:
         if not isinstance(text, Iterable):
@@ -309,9 +330,14 @@ class SparPipeline:
         return _match(self._texts(negative, "negative_prompt"), count, "negative_prompt")
 
     def _pairs(
-        self, image: ImageSource | Sequence[ImageSource], text: str | Sequence[str], what: str
+        self,
+        image: ImageSource | Sequence[ImageSource],
+        text: str | Sequence[str],
+        what: str,
+        *,
+        keep_aspect: bool = False,
     ) -> tuple[Tensor, list[str]]:
-        pixels, texts = self._pixels(image), self._texts(text, what)
+        pixels, texts = self._pixels(image, keep_aspect=keep_aspect), self._texts(text, what)
         count = max(len(pixels), len(texts))
         if len(pixels) == 1 and count > 1:
             pixels = pixels.expand(count, -1, -1, -1)

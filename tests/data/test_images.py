@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from spar.data.images import FORMATS, MAX_BYTES, open_image, to_pil, to_square, to_tensor
+from spar.data.images import FORMATS, MAX_BYTES, nearest_size, open_image, to_pil, to_size, to_square, to_tensor
 from spar.errors import InputError
 
 
@@ -288,3 +288,19 @@ def test_tensors_that_are_no_pictures_raise():
         to_tensor(picture().convert("L"))
     with pytest.raises(ValueError, match="at least one image"):
         to_tensor([])
+
+
+@pytest.mark.parametrize(
+    ("size", "wanted"),
+    [((448, 448), (448, 448)), ((1920, 1080), (336, 588)), ((1080, 1920), (588, 336)), ((400, 100), (224, 896))],
+)
+def test_the_nearest_size_has_the_pictures_proportions_and_about_the_trained_pixels(size, wanted):
+    height, width = nearest_size(Image.new("RGB", size), 448, 28)
+    assert (height, width) == wanted and height % 28 == width % 28 == 0
+    assert abs(height * width / 448**2 - 1) < 0.1
+
+
+def test_a_picture_of_the_right_proportions_is_only_scaled_and_another_loses_its_ends():
+    image = picture(60, 40)
+    assert np.array_equal(pixels(to_size(image, 40, 60)), pixels(image))
+    assert np.array_equal(pixels(to_size(image, 40, 50)), pixels(image)[:, 5:55])

@@ -42,6 +42,19 @@ def test_an_edit_ends_with_its_reference_and_keeps_it_when_unconditional(prompts
     ]
 
 
+def test_the_pictures_opening_token_ends_a_prompt_where_the_model_wants_it(prompts):
+    opening = PromptEncoder(prompts.tokenizer, VISUAL, image_start=True)
+    start = prompts.encode("<img>")
+    for made, plain in ((opening.generation, prompts.generation), (opening.edit, prompts.edit)):
+        assert real(made(["a red circle", None])) == [row + start for row in real(plain(["a red circle", None]))]
+    assert real(opening.question(["how many?"])) == real(prompts.question(["how many?"]))
+
+
+def test_an_edit_has_as_many_placeholders_as_its_reference_has_tokens(prompts):
+    ids = real(prompts.edit(["remove the red circle"], 5))[0]
+    assert ids.count(prompts.encode("<IMG_CONTEXT>")[0]) == 5
+
+
 def test_a_question_follows_its_image_as_the_chat_template_writes_it(prompts):
     asked = [{"type": "image"}, {"type": "text", "text": "what color is the circle?"}]
     assert real(prompts.question(["what color is the circle?"])) == [template(prompts, asked)]

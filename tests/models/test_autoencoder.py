@@ -6,11 +6,13 @@ from spar.models.config import AutoencoderConfig
 
 SMALL = AutoencoderConfig(
     latent_channels=4, head_dim=8, channels=(8, 8, 16), encoder_layers=(0, 1, 1), decoder_layers=(0, 1, 1),
-    blocks=("ResBlock", "ResBlock", "EfficientViTBlock"), multiscales=((), (), (3,)),
+    encoder_blocks=("ResBlock", "ResBlock", "EfficientViTBlock"), encoder_multiscales=((), (), (3,)),
+    decoder_blocks=("ResBlock", "EfficientViTBlock", "ResBlock"), decoder_multiscales=((), (5,), ()),
 )
 WHOLE = AutoencoderConfig(
     latent_channels=4, head_dim=8, channels=(8, 8, 16), encoder_layers=(1, 1, 1), decoder_layers=(1, 1, 1),
-    blocks=("ResBlock", "ResBlock", "ResBlock"), multiscales=((), (), ()), downsample="Conv", upsample="pixel_shuffle",
+    encoder_blocks=("ResBlock",) * 3, decoder_blocks=("ResBlock",) * 3, encoder_multiscales=((),) * 3,
+    decoder_multiscales=((),) * 3, downsample="Conv", upsample="pixel_shuffle",
 )
 
 

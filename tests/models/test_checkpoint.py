@@ -204,7 +204,7 @@ def edit_json(path: Path, **fields: object) -> None:
     [
         ({"format": "other"}, "format 'other'"),
         ({"format": ..., "model_type": "qwen2"}, "format None"),
-        ({"format_version": 0}, "has format version 0; this spar reads version 1"),
+        ({"format_version": 0}, "has format version 0; this spar reads versions 1 to 2"),
         ({"format_version": ...}, "has format version None"),
         ({"model": ...}, "expected a field 'model'"),
     ],
@@ -312,6 +312,81 @@ def test_a_text_tokenizer_with_other_special_ids_than_the_model_is_refused(folde
         edit_json(path, model=model)
     with pytest.raises(InputError):
         load_model(folder)
+
+
+# ---- folders of earlier versions -------------------------------------------------------------------------------------
+
+
+def as_version_1(model: dict) -> dict:
+    """What version 1 wrote of these sizes, with the fields that it had."""
+    old = {
+        "vision": ("hidden_size", "layers", "heads", "intermediate_size", "patch_size", "image_size", "layer_scale"),
+        "text": (
+            "vocab_size", "hidden_size", "layers", "heads", "kv_heads", "intermediate_size", "rope_theta",
+            "max_positions", "image_token_id", "eos_token_id", "pad_token_id",
+        ),
+        "autoencoder": (
+            "latent_channels", "head_dim", "channels", "encoder_layers", "decoder_layers", "downsample", "upsample",
+        ),
+        "streams": (
+            "residual_blocks", "pixel_layers", "pixel_heads", "mlp_ratio", "semantic_stream", "pixel_stream",
+        ),
+        "router": ("kind", "count", "temperature"),
+        "connector": ("queries", "layers", "reference_positions"),
+        "denoiser": (
+            "layers", "heads", "head_dim", "cross_heads", "cross_head_dim", "caption_channels", "mlp_ratio",
+            "interpolation_scale", "position_gain", "reference_latent", "tap_block",
+        ),
+    }  # fmt: skip
+    kept = {part: {name: model[part][name] for name in names} for part, names in old.items()}
+    kept["autoencoder"] |= {name: model["autoencoder"][f"encoder_{name}"] for name in ("blocks", "multiscales")}
+    return kept
+
+
+def test_a_folder_of_version_1_loads_as_what_it_was(loaded, folder):
+    model = as_version_1(to_dict(loaded.model.config))
+    for path in (folder / "config.json", folder / "tokenizer" / "config.json"):
+        edit_json(path, model=model, format_version=1)
+    again = load_model(folder)
+    assert again.model.config == loaded.model.config
+    assert_equal_state(again.model.state_dict(), loaded.model.state_dict())
+    assert_equal_state(load_tokenizer(folder / "tokenizer").state_dict(), loaded.model.tokenizer.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "message"),
+    [
+        ("denoiser", "tap_block", "denoiser: missing field tap_block"),
+        ("autoencoder", "blocks", "missing field decoder_blocks, encoder_blocks"),
+    ],
+)
+def test_an_older_version_may_leave_out_no_field_that_it_had(loaded, folder, part, field, message):
+    model = as_version_1(to_dict(loaded.model.config))
+    del model[part][field]
+    edit_json(folder / "config.json", model=model, format_version=1)
+    edit_json(folder / "tokenizer" / "config.json", model=model, format_version=1)
+    with pytest.raises(InputError, match=message):
+        load_model(folder)
+
+
+def test_todays_version_may_not_leave_out_what_an_older_one_did_not_know(loaded, folder):
+    model = as_version_1(to_dict(loaded.model.config))
+    edit_json(folder / "config.json", model=model)
+    with pytest.raises(InputError, match="SparConfig.vision: missing field norm_eps"):
+        load_model(folder)
+
+
+def test_the_bundled_weights_load_whatever_version_wrote_them():
+    from spar.pipeline import BUNDLED
+
+    header = json.loads((BUNDLED / "config.json").read_text())
+    config = load_model(BUNDLED).model.config
+    given = header["model"]
+    assert config.denoiser.position_gain == given["denoiser"]["position_gain"]
+    assert (config.text.tied_head, config.router.scale, config.streams.fusion) == (True, "unit", "mlp")
+    assert to_dict(config.autoencoder)["decoder_blocks"] == given["autoencoder"].get(
+        "blocks", given["autoencoder"].get("decoder_blocks")
+    )
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------

@@ -146,3 +146,13 @@ def test_the_layers_attend_as_the_librarys_own_do(config, connector, learning):
     one, other = (built(states, MASK, IS_REFERENCE, f_v) for built in (own, eager))
     real = MASK.bool()
     torch.testing.assert_close(one[real], other[real], rtol=1e-4, atol=1e-5)
+
+
+def test_a_raw_reference_enters_as_the_encoder_gives_it(config, straight, randomize):
+    raw = randomize(Connector(replace(config, connector=replace(config.connector, reference_scale="raw"))))
+    raw.load_state_dict(straight.state_dict())
+    raw.reference_gain.zero_()
+    states, reference = draw(2, 23, config.text.hidden_size), 7.0 * draw(1, REFERENCES, config.text.hidden_size, seed=2)
+    condition = raw(states, MASK, IS_REFERENCE, reference)
+    wanted = raw.projection(raw.norm(reference))
+    torch.testing.assert_close(condition[1, 4 : 4 + REFERENCES], wanted[0])

@@ -145,3 +145,45 @@ def test_an_answer_that_would_not_fit_is_refused_before_its_first_token(config, 
     assert ask(10) == ask(512)
     with pytest.raises(InputError, match="at most 9 tokens at once .* got 10"):
         ask(9)
+
+
+# ---- what the published LLMs bring beyond the small one --------------------------------------------------------------
+
+
+def test_an_untied_head_makes_the_logits(config, randomize):
+    language = randomize(LanguageModel(replace(config.text, tied_head=False)))
+    hidden = torch.randn(2, 3, config.text.hidden_size, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(language.logits(hidden), hidden @ language.head.weight.T)
+    assert "head.weight" in language.state_dict() and "head.weight" not in LanguageModel(config.text).state_dict()
+
+
+@pytest.mark.parametrize("length", [8, 14])
+def test_dynamic_rotary_scaling_is_the_librarys_and_begins_behind_max_positions(config, randomize, length):
+    """As InternVL3 has it: factor 2, nothing changes up to max_positions, twice as many tokens fit."""
+    text = replace(config.text, max_positions=8, rope_factor=2.0)
+    language = randomize(LanguageModel(text))
+    plain = randomize(LanguageModel(replace(text, rope_factor=1.0, max_positions=16)))
+    reference = Qwen2Model(
+        Qwen2Config(
+            vocab_size=text.vocab_size, hidden_size=text.hidden_size, num_hidden_layers=text.layers,
+            num_attention_heads=text.heads, num_key_value_heads=text.kv_heads, pad_token_id=0,
+            intermediate_size=text.intermediate_size, max_position_embeddings=8,
+            rope_parameters={"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0},
+        )
+    ).eval()
+    reference.load_state_dict(language.network.state_dict())
+    ids = torch.randint(7, 128, (1, length), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        wanted = reference(input_ids=ids).last_hidden_state
+    final, _ = run(language, language.embed(ids), mask)
+    unscaled, _ = run(plain, plain.embed(ids), mask)
+    torch.testing.assert_close(final, wanted, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(final, unscaled, atol=1e-5) == (length == 8)
+    with pytest.raises(InputError, match="at most 16 tokens at once"):
+        run(language, torch.zeros(1, 17, text.hidden_size), torch.ones(1, 17, dtype=torch.long))
+
+
+def test_the_epsilon_of_the_norms_is_the_configured_one(config):
+    language = LanguageModel(replace(config.text, rms_norm_eps=0.25))
+    assert {m.variance_epsilon for m in language.modules() if hasattr(m, "variance_epsilon")} == {0.25}

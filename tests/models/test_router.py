@@ -25,6 +25,23 @@ def behind(built, mixed: torch.Tensor) -> torch.Tensor:
     return normed @ built.projection.weight.T + built.projection.bias
 
 
+def test_at_the_last_states_scale_the_last_stays_and_the_others_get_its_size():
+    h = states() * torch.tensor([1.0, 300.0, 0.02])[:, None, None, None]
+    scaled = common_scale(list(h), "last")
+    assert torch.equal(scaled[-1], h[-1])
+    size = scaled.square().mean(-1).sqrt()
+    torch.testing.assert_close(size, size[-1:].expand_as(size), rtol=1e-2, atol=1e-4)
+
+
+def test_without_a_norm_the_router_is_the_papers_own_formula(randomize):
+    """h = W_p(sum_k w_k alpha_k H_k)."""
+    built, h = randomize(build_router(WIDTH, RouterConfig(count=COUNT, norm=False))), states()
+    out = built(h)
+    mixed = torch.einsum("btk,k,kbtd->btd", out.weights, built.alpha, h)
+    torch.testing.assert_close(out.states, mixed @ built.projection.weight.T + built.projection.bias)
+    assert not any("norm" in name for name in built.state_dict())
+
+
 @pytest.mark.parametrize("kind", get_args(RouterKind))
 def test_every_tokens_weights_are_shares_of_one(kind, randomize):
     weights = router(kind, randomize)(states()).weights

@@ -20,7 +20,7 @@ def tokenizer(config, randomize) -> UnifiedTokenizer:
 
 
 def test_a_residual_block_is_its_formula(randomize):
-    block = randomize(ResidualBlock(8))
+    block = randomize(ResidualBlock(8, norm_eps=1e-5))
     x = draw(2, 3, 8)
     normed = F.layer_norm(x, (8,), block.norm.weight, block.norm.bias)
     hidden = F.gelu(normed @ block.linear_1.weight.T + block.linear_1.bias)
@@ -98,7 +98,8 @@ def test_decoding_gives_the_pictures_size_when_the_strides_differ(config, random
         vision=replace(config.vision, image_size=56, patch_size=14),
         autoencoder=AutoencoderConfig(
             latent_channels=8, head_dim=8, channels=channels, encoder_layers=(0, 1, 1, 1, 1, 1),
-            decoder_layers=(0, 1, 1, 1, 1, 1), blocks=("ResBlock",) * 6, multiscales=((),) * 6,
+            decoder_layers=(0, 1, 1, 1, 1, 1), encoder_blocks=("ResBlock",) * 6,
+            decoder_blocks=("ResBlock",) * 6, encoder_multiscales=((),) * 6, decoder_multiscales=((),) * 6,
         ),
     )
     assert (config.autoencoder.stride, config.token_stride) == (32, 28)
@@ -107,9 +108,24 @@ def test_decoding_gives_the_pictures_size_when_the_strides_differ(config, random
     with torch.no_grad():
         full, resized = tokenizer.decoder(z_f), tokenizer.decode(z_f)
     assert full.shape == (1, 3, 64, 64) and resized.shape == (1, 3, 56, 56)
-    wanted = F.interpolate(full, size=(56, 56), mode="bilinear", antialias=True)
+    wanted = F.interpolate(full, size=(56, 56), mode="bilinear")
     torch.testing.assert_close(resized, wanted)
     assert tokenizer.decode(draw(1, 8, 2, 3)).shape == (1, 3, 56, 84)
+
+
+def test_a_residual_fusion_adds_to_the_semantic_stream(config, randomize):
+    config = replace(config, streams=replace(config.streams, fusion="residual"))
+    tokenizer, f_v = randomize(UnifiedTokenizer(config)), draw(2, 16, config.text.hidden_size)
+    latents = tokenizer.fuse(f_v)
+    learned = tokenizer.fusion(torch.cat([latents.z_s, latents.z_p], dim=-1))
+    torch.testing.assert_close(latents.z_f.flatten(2).transpose(1, 2), latents.z_s + learned)
+    with pytest.raises(InputError, match="residual adds to the semantic stream"):
+        replace(config.streams, semantic_stream=False)
+
+
+def test_the_norms_of_the_residual_blocks_have_the_configured_epsilon(config):
+    tokenizer = UnifiedTokenizer(replace(config, streams=replace(config.streams, block_norm_eps=0.5)))
+    assert {block.norm.eps for block in tokenizer.semantic_stream.blocks} == {0.5}
 
 
 def test_decoding_at_equal_strides_is_the_decoder_alone(tokenizer):

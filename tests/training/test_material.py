@@ -79,6 +79,8 @@ def test_draws_keep_to_the_kinds_asked_for(prompts, material):
             wanted = {i for i, scene in enumerate(scenes) if scene.kind in kinds}
             drawn = material.draw(np.random.default_rng(0), 300, edits=edits, kinds=tuple(kinds))
             assert set(drawn) == wanted
+    drawn = material.draw(np.random.default_rng(0), 3000, kinds=("single", "two", "two"))
+    assert np.mean(material.kinds[drawn] == "two") == pytest.approx(2 / 3, abs=0.03)
     few = ShapesMaterial(DataConfig(scenes=1, edits=1), prompts, 3)
     other = "multi" if few.scenes[0].kind == "single" else "single"
     with pytest.raises(InputError, match=f"expected scenes of the kinds {other}"):

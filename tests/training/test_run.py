@@ -10,13 +10,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from spar.config import from_dict, read_json
+from spar.config import from_dict, read_json, to_dict, write_json
 from spar.data.prompts import PromptEncoder
 from spar.errors import InputError
 from spar.models.checkpoint import load_model
 from spar.recipes import recipe
 from spar.training import run as module
-from spar.training.run import TAG_NAMES, build_workshop, open_run, train
+from spar.training.run import TAG_NAMES, build_workshop, open_run, read_recipe, train
 from spar.training.stages import AlignmentConfig, Recipe
 from spar.training.state import load_group
 from spar.worlds.shapes.words import PLURALS, build_tokenizer
@@ -53,6 +53,25 @@ def test_the_folder_says_which_recipe_it_holds(tiny_run):
     assert not list(tiny_run.path.glob("*/state*"))  # what could be resumed is gone with the stage's end
 
 
+def test_a_run_of_before_format_version_2_is_still_a_run(tmp_path):
+    values = to_dict(TINY)
+    model, autoencoder = values["model"], values["model"]["autoencoder"]
+    for name in ("blocks", "multiscales"):
+        autoencoder[name] = autoencoder.pop(f"encoder_{name}")
+        del autoencoder[f"decoder_{name}"]
+    for part, name in (("vision", "norm_eps"), ("text", "tied_head"), ("text", "rope_factor"), ("router", "norm")):
+        del model[part][name]
+    for stage in values["stages"]:
+        del stage["image_size"]
+    del values["discriminator"], values["max_prompt_tokens"], values["data"]["source"]
+    write_json(tmp_path / "recipe.json", values)
+    assert read_recipe(tmp_path / "recipe.json") == TINY
+    del values["seed"]
+    write_json(tmp_path / "recipe.json", values)
+    with pytest.raises(InputError, match="missing field seed"):
+        read_recipe(tmp_path / "recipe.json")
+
+
 @pytest.mark.parametrize("fresh", [True, False])
 def test_another_recipe_is_refused_and_writes_nothing(tiny_run, fresh):
     before = (tiny_run.path / "recipe.json").read_bytes()
@@ -61,6 +80,16 @@ def test_another_recipe_is_refused_and_writes_nothing(tiny_run, fresh):
     with pytest.raises(InputError, match="another recipe"):
         train(replace(TINY, seed=5), tiny_run.path, resume=True)
     assert (tiny_run.path / "recipe.json").read_bytes() == before
+
+
+def test_published_parts_do_not_start_from_random_weights_unasked(tiny_run, tmp_path):
+    wanting = replace(TINY, stages=TINY.stages[-2:], published=("model.language",))
+    with pytest.raises(InputError, match="model.language would start from random weights; expected --init-from"):
+        train(wanting, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert train(wanting, tmp_path / "scratch", from_scratch=True) is not None
+    assert train(wanting, tmp_path / "given", init_from=tiny_run.path / "model") is not None
+    assert train(wanting, tmp_path / "given", resume=True) is not None
 
 
 def test_a_stage_starts_from_the_one_named_before_it_whatever_the_recipe_has_between(tiny_run, tmp_path):
@@ -155,8 +184,8 @@ def test_an_interrupted_run_ends_bit_equal_to_one_that_was_not(tiny_run, half):
         if stop:
             assert (half / stop[0] / "state" / "meta.json").exists() and not (half / "model").exists()
     assert announced == [
-        "tokenizer-1", "tokenizer-2", "tokenizer-2", "tokenizer-3", "unified-1", "places-1", "places-2", "unified-2",
-        "unified-2", "unified-3",
+        "tokenizer-1", "tokenizer-2", "tokenizer-2", "tokenizer-3", "unified-1", "places-1", "places-2", "relations",
+        "unified-2", "unified-2", "unified-3",
     ]
     for stage in ("tokenizer-1", "tokenizer-2", "tokenizer-3", "unified-1", "unified-2", "unified-3"):
         assert same(weights(half, stage), weights(tiny_run.path, stage)), stage

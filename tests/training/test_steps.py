@@ -57,6 +57,19 @@ def weighted(terms: dict[str, Tensor], weights: dict[str, float]) -> float:
     return sum(float(terms[name]) * weight for name, weight in weights.items())
 
 
+def test_a_stage_of_another_side_sees_its_pictures_at_that_side(start, monkeypatch):
+    """All of it: the frozen encoder's features, the native latents, the target; the latents have the smaller grid."""
+    ctx = start("tokenizer-1", image_size=32)
+    fused = spy(monkeypatch, ctx.workshop.model.tokenizer, "fuse")
+    native = spy(monkeypatch, ctx.workshop, "native")
+    terms = run(ctx)
+    assert torch.isfinite(terms["loss"])
+    assert (fused[0][0].shape[1], fused[0][1]) == (16, (32, 32)) and native[0][0].shape[-2:] == (32, 32)
+    whole = ctx.material.pixels(np.arange(2))
+    halved = torch.nn.functional.interpolate(whole, size=(32, 32), mode="bilinear", antialias=True)
+    torch.testing.assert_close(ctx.pixels(np.arange(2)), halved)
+
+
 def test_the_encoders_loss_is_its_tags_plus_its_pixels(start):
     terms = run(start("encoder", losses=LossWeights(dense=2.0, pixel=3.0)))
     dense = dict.fromkeys(("shape", "color", "size", "background", "center", "coverage"), 2.0)
@@ -118,14 +131,14 @@ def test_noise_is_drawn_anew_for_each_stage_and_step(start):
 
 
 def test_generation_reads_captions_and_denoises_their_own_pictures(start, monkeypatch):
-    ctx = start("unified-2", edit_share=0.0, places=0.5, scenes=("single", "two"))
+    ctx = start("unified-2", edit_share=0.0, places=1.0, scenes=("single", "two"))
     flow = spy(monkeypatch, steps, "_flow_terms")
     prompts = spy(monkeypatch, ctx.material.prompts, "generation")
     assert "flow_generate" in run(ctx)
     rng = ctx.material.rng("unified-2", 0)
     rng.random()
     indices = ctx.material.draw(rng, 4, kinds=("single", "two"))
-    captions = ctx.material.captions(rng, indices, places=0.5)
+    captions = ctx.material.captions(rng, indices, places=1.0)
     assert any("column" in text for text in captions)
     assert [a or b for a, b in zip(prompts[0][0], captions, strict=True)] == captions
     tokenizer = ctx.workshop.model.tokenizer
@@ -143,7 +156,7 @@ def test_editing_reads_the_source_and_denoises_the_target(start, monkeypatch):
     assert "flow_edit" in run(ctx)
     rng = ctx.material.rng("unified-2", 0)
     rng.random()
-    indices = ctx.material.draw(rng, 4, edits=True)
+    indices = ctx.material.draw(rng, 4, edits=True, kinds=ctx.stage.scenes)
     instructions = ctx.material.instructions(indices)
     assert [a or b for a, b in zip(prompts[0][0], instructions, strict=True)] == instructions
     tokenizer = ctx.workshop.model.tokenizer
@@ -323,12 +336,13 @@ def test_the_fused_term_holds_the_fused_latent_near_the_native_one(start):
 
 
 def test_latent_noise_is_relative_to_the_latents_size(start):
-    generator = torch.Generator().manual_seed(0)
-    latent = torch.randn(512, 8, 8, 8, generator=generator) * 7
-    noise = steps._noisy(latent, 0.2, torch.Generator().manual_seed(1)) - latent
-    sizes = noise.square().mean((1, 2, 3)).sqrt() / 7
+    ctx = start("tokenizer-2", batch=512, losses=LossWeights(mse=1.0, latent_noise=0.2))
+    scale = torch.tensor([1.0, 7.0]).repeat(256)[:, None, None, None]
+    latent = torch.randn(512, 8, 8, 8, generator=torch.Generator().manual_seed(0)) * scale
+    noise = (steps._noisy(ctx, 0, latent) - latent) / scale
+    sizes = noise.square().mean((1, 2, 3)).sqrt()
     assert 0.19 < float(sizes.max()) < 0.22 and float(sizes.mean()) == pytest.approx(0.1, abs=0.01)
-    assert steps._noisy(latent, 0.0, generator) is latent
+    assert steps._noisy(start("tokenizer-2", losses=LossWeights(mse=1.0)), 0, latent) is latent
 
 
 # ---- a term that is on and lacks its input ---------------------------------------------------------------------------
@@ -354,7 +368,7 @@ def test_an_external_teacher_is_what_aligns_on_its_own_grid(start, tiny_run, mon
     run(ctx)
     rng = ctx.material.rng("unified-2", 0)
     rng.random()
-    pixels = ctx.pixels(ctx.material.draw(rng, 4, edits=bool(editing)), edited=bool(editing))
+    pixels = ctx.pixels(ctx.material.draw(rng, 4, edits=bool(editing), kinds=ctx.stage.scenes), edited=bool(editing))
     assert torch.equal(calls[0][1], teacher(pixels)[0].repeat_interleave(2, 0))
     assert grids[0][1:] == ((8, 8), (4, 4)) and calls[0][0].shape == (8, 16, 32)
     everything = teacher(ctx.pixels(np.arange(24)))[0]
@@ -370,7 +384,7 @@ def test_alignment_with_no_teacher_is_off(start, tiny_run):
 
 def without_pixel_stream(ctx: Context) -> Context:
     fuse = ctx.workshop.model.tokenizer.fuse
-    ctx.workshop.model.tokenizer.fuse = lambda f_v: replace(fuse(f_v), z_p=None)
+    ctx.workshop.model.tokenizer.fuse = lambda *args: replace(fuse(*args), z_p=None)
     return ctx
 
 

@@ -25,8 +25,10 @@ def with_stride(stride: int) -> Recipe:
         channels=(16,) * stages,
         encoder_layers=(0, *[1] * (stages - 1)),
         decoder_layers=(0, *[1] * (stages - 1)),
-        blocks=("ResBlock",) * stages,  # no attention: what a cell shows, its surroundings hold
-        multiscales=((),) * stages,
+        encoder_blocks=("ResBlock",) * stages,  # no attention: what a cell shows, its surroundings hold
+        decoder_blocks=("ResBlock",) * stages,
+        encoder_multiscales=((),) * stages,
+        decoder_multiscales=((),) * stages,
     )
     return replace(TINY, model=replace(TINY.model, autoencoder=autoencoder))
 

@@ -212,7 +212,8 @@ class _Maker:
 def _decode(data: bytes, size: Size, sample: Sample) -> np.ndarray:
     """uint8 [H, W, 3], cut to the bucket's size."""
     try:
-        return np.asarray(to_size(open_training_image(data), *size))
+        width, height = size
+        return np.asarray(to_size(open_training_image(data), height, width))
     except InputError as error:
         raise BadSample(sample.key, sample.origin, str(error)) from error
 

@@ -55,11 +55,15 @@ class Packed:
 
 
 class PromptEncoder:
-    """Writes every prompt form with one tokenizer and a fixed number of visual tokens an image."""
+    """Writes every prompt form with one tokenizer and a fixed number of visual tokens an image.
 
-    def __init__(self, tokenizer: Any, visual_tokens: int) -> None:
+    With `image_start` a prompt for a picture ends with the picture's opening token (UniLIP's form).
+    """
+
+    def __init__(self, tokenizer: Any, visual_tokens: int, *, image_start: bool = False) -> None:
         self.tokenizer = tokenizer
         self.visual_tokens = visual_tokens
+        self.image_start = image_start
         self._cache: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
@@ -96,25 +100,32 @@ class PromptEncoder:
         if special & set(ids):
             raise InputError(f"{what}: expected plain words, got one of the model's control tokens")
 
-    def image(self) -> list[int]:
-        """The ids that stand for one image."""
+    def image(self, tokens: int | None = None) -> list[int]:
+        """The ids that stand for one image, by default of the fixed number of visual tokens."""
         context = self.encode(IMAGE_TOKEN)
-        return self.encode(IMAGE_START) + context * self.visual_tokens + self.encode(IMAGE_END)
+        return self.encode(IMAGE_START) + context * (tokens or self.visual_tokens) + self.encode(IMAGE_END)
 
     def _user(self, *parts: list[int]) -> list[int]:
         """A user turn around the parts, then the start of the assistant's."""
         body = [token for part in parts for token in part]
         return self.encode(f"{TURN_START}user\n") + body + self.encode(f"{TURN_END}\n{TURN_START}assistant\n")
 
+    def _painted(self, *parts: list[int]) -> list[int]:
+        """A user turn whose answer is a picture."""
+        return self._user(*parts) + (self.encode(IMAGE_START) if self.image_start else [])
+
     def generation(self, prompts: Sequence[str | None]) -> Tokens:
         """`Generate an image: {prompt}`; None gives the unconditional prompt."""
         texts = [UNCONDITIONAL if prompt is None else f"Generate an image: {prompt}" for prompt in prompts]
-        return self.pad([self._user(self.encode(text)) for text in texts])
+        return self.pad([self._painted(self.encode(text)) for text in texts])
 
-    def edit(self, instructions: Sequence[str | None]) -> Tokens:
-        """`Edit the image: {instruction}` and the reference; None gives the unconditional prompt, reference kept."""
+    def edit(self, instructions: Sequence[str | None], image_tokens: int | None = None) -> Tokens:
+        """`Edit the image: {instruction}` and the reference; None gives the unconditional prompt, reference kept.
+
+        `image_tokens` are those of each reference where it has not the fixed number.
+        """
         texts = [UNCONDITIONAL_EDIT if text is None else f"Edit the image: {text}\n" for text in instructions]
-        return self.pad([self._user(self.encode(text), self.image()) for text in texts])
+        return self.pad([self._painted(self.encode(text), self.image(image_tokens)) for text in texts])
 
     def question(self, questions: Sequence[str]) -> Tokens:
         """The image, then the question, then the start of the answer."""

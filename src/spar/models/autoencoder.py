@@ -14,14 +14,14 @@ def build_autoencoder(config: AutoencoderConfig) -> AutoencoderDC:
     return AutoencoderDC(
         latent_channels=config.latent_channels,
         attention_head_dim=config.head_dim,
-        encoder_block_types=config.blocks,
-        decoder_block_types=config.blocks,
+        encoder_block_types=config.encoder_blocks,
+        decoder_block_types=config.decoder_blocks,
         encoder_block_out_channels=config.channels,
         decoder_block_out_channels=config.channels,
         encoder_layers_per_block=config.encoder_layers,
         decoder_layers_per_block=config.decoder_layers,
-        encoder_qkv_multiscales=config.multiscales,
-        decoder_qkv_multiscales=config.multiscales,
+        encoder_qkv_multiscales=config.encoder_multiscales,
+        decoder_qkv_multiscales=config.decoder_multiscales,
         downsample_block_type=config.downsample,
         upsample_block_type=config.upsample,
     )

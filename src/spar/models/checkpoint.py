@@ -23,10 +23,11 @@ from spar.config import from_dict, read_json, to_dict, write_json
 from spar.data.prompts import IMAGE_TOKEN
 from spar.errors import InputError
 from spar.models.config import SparConfig, TextConfig
+from spar.models.migration import FORMAT_VERSION, upgraded
 from spar.models.spar import SparModel
 from spar.models.tokenizer import UnifiedTokenizer
 
-FORMAT, FORMAT_VERSION = "spar", 1
+FORMAT = "spar"
 PARTS = ("language", "router", "connector", "denoiser")
 
 
@@ -228,19 +229,19 @@ def _text_tokenizer(folder: Path, config: TextConfig) -> Any:
 
 
 def _header(folder: Path, expected: str) -> dict[str, Any]:
-    """config.json of a folder, checked for kind and version."""
+    """config.json of a folder, checked for kind and version, its sizes as today's version has them."""
     if not folder.is_dir():
         raise InputError(f"expected a SPAR model folder, got {folder}, which {_what(folder)}")
     header = read_json(folder / "config.json")
     if header.get("format") != expected:
         raise InputError(f"{folder} is no {expected} folder: its config.json says format {header.get('format')!r}")
     version = header.get("format_version")
-    if version != FORMAT_VERSION:
-        raise InputError(f"{folder} has format version {version!r}; this spar reads version {FORMAT_VERSION}")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise InputError(f"{folder} has format version {version!r}; this spar reads versions 1 to {FORMAT_VERSION}")
     for key in ("model",) if expected != FORMAT else ("model", "sampling"):
         if key not in header:
             raise InputError(f"{folder / 'config.json'}: expected a field {key!r}, got none")
-    return header
+    return {**header, "model": upgraded(header["model"], version)}
 
 
 def _what(path: Path) -> str:

@@ -43,15 +43,20 @@ class VisionConfig:
     patch_size: int = 4
     image_size: int = 64
     layer_scale: float = 1.0
+    norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        _positive(self, "hidden_size", "layers", "heads", "intermediate_size", "patch_size", "image_size")
+        _positive(self, "hidden_size", "layers", "heads", "intermediate_size", "patch_size", "image_size", "norm_eps")
         _divides(self, "hidden_size", "heads")
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Qwen2 (transformers' `Qwen2Config`); `hidden_size` is D_s, the width of the visual tokens too."""
+    """Qwen2 (transformers' `Qwen2Config`); `hidden_size` is D_s, the width of the visual tokens too.
+
+    `rope_factor` above 1 is dynamic NTK scaling: so many times `max_positions` tokens fit, and up to `max_positions`
+    nothing changes. Without `tied_head` the next-token logits have a matrix of their own.
+    """
 
     vocab_size: int = 128
     hidden_size: int = 160
@@ -60,14 +65,18 @@ class TextConfig:
     kv_heads: int = 5
     intermediate_size: int = 384
     rope_theta: float = 10000.0
+    rope_factor: float = 1.0
     max_positions: int = 512
+    rms_norm_eps: float = 1e-6
+    tied_head: bool = True
     image_token_id: int = 5
     eos_token_id: int = 2
     pad_token_id: int = 0
 
     def __post_init__(self) -> None:
         _positive(self, "vocab_size", "hidden_size", "layers", "heads", "kv_heads")
-        _positive(self, "intermediate_size", "max_positions", "rope_theta")
+        _positive(self, "intermediate_size", "max_positions", "rope_theta", "rms_norm_eps")
+        _at_least(self, 1, "rope_factor")
         _divides(self, "hidden_size", "heads")
         _divides(self, "heads", "kv_heads")
         if self.hidden_size // self.heads % 2:
@@ -79,6 +88,11 @@ class TextConfig:
             if not 0 <= getattr(self, name) < self.vocab_size:
                 raise InputError(f"TextConfig.{name}: expected 0 to {self.vocab_size - 1}, got {getattr(self, name)}")
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(self.max_positions * self.rope_factor)
+
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
@@ -89,14 +103,17 @@ class AutoencoderConfig:
     channels: tuple[int, ...] = (32, 64, 128, 128)
     encoder_layers: tuple[int, ...] = (0, 1, 2, 1)
     decoder_layers: tuple[int, ...] = (0, 2, 2, 1)
-    blocks: tuple[str, ...] = ("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock")
-    multiscales: tuple[tuple[int, ...], ...] = ((), (), (), ())
+    encoder_blocks: tuple[str, ...] = ("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock")
+    decoder_blocks: tuple[str, ...] = ("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock")
+    encoder_multiscales: tuple[tuple[int, ...], ...] = ((), (), (), ())
+    decoder_multiscales: tuple[tuple[int, ...], ...] = ((), (), (), ())
     downsample: Literal["Conv", "pixel_unshuffle"] = "pixel_unshuffle"
     upsample: Literal["interpolate", "pixel_shuffle"] = "interpolate"
 
     def __post_init__(self) -> None:
         _positive(self, "latent_channels", "head_dim")
-        for name in ("encoder_layers", "decoder_layers", "blocks", "multiscales"):
+        lists = [f"{half}_{part}" for half in ("encoder", "decoder") for part in ("layers", "blocks", "multiscales")]
+        for name in lists:
             if len(getattr(self, name)) != len(self.channels):
                 raise InputError(
                     f"AutoencoderConfig.{name}: expected one entry for each of {len(self.channels)} channels, "
@@ -104,9 +121,9 @@ class AutoencoderConfig:
                 )
             if name.endswith("layers") and 0 in getattr(self, name)[1:]:
                 raise InputError(f"AutoencoderConfig.{name}: only the first entry may be 0, got {getattr(self, name)}")
-        unknown = sorted(set(self.blocks) - set(BLOCKS))
-        if unknown:
-            raise InputError(f"AutoencoderConfig.blocks: expected {' or '.join(BLOCKS)}, got {', '.join(unknown)}")
+            unknown = sorted(set(getattr(self, name)) - set(BLOCKS)) if name.endswith("blocks") else []
+            if unknown:
+                raise InputError(f"AutoencoderConfig.{name}: expected {' or '.join(BLOCKS)}, got {', '.join(unknown)}")
         for before, after in zip(self.channels, self.channels[1:], strict=False):
             if 4 * before % after:
                 raise InputError(
@@ -126,29 +143,44 @@ class AutoencoderConfig:
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """The dual stream: light semantic stream, Transformer pixel stream (paper, section 3.1)."""
+    """The dual stream: light semantic stream, Transformer pixel stream (paper, section 3.1).
+
+    `fusion` "residual" adds the MLP of the paper's fusion to `z_s`: with an MLP that starts at zero, a tokenizer of one
+    stream goes on as it was.
+    """
 
     residual_blocks: int = 3
     pixel_layers: int = 4
     pixel_heads: int = 5
     mlp_ratio: int = 4
+    block_norm_eps: float = 1e-5
+    fusion: Literal["mlp", "residual"] = "mlp"
     semantic_stream: bool = True
     pixel_stream: bool = True
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "residual_blocks", "pixel_layers")
-        _positive(self, "pixel_heads", "mlp_ratio")
+        _positive(self, "pixel_heads", "mlp_ratio", "block_norm_eps")
         if not (self.semantic_stream or self.pixel_stream):
             raise InputError("StreamConfig: at least one of semantic_stream and pixel_stream must be on")
+        if self.fusion == "residual" and not self.semantic_stream:
+            raise InputError("StreamConfig.fusion: residual adds to the semantic stream, which is switched off")
 
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """Which LLM layers a condition token reads, and how they are mixed."""
+    """Which LLM layers a condition token reads, and how they are mixed.
+
+    `scale` is the size that each state is brought to before they are mixed: "unit", or "last", the size of the token's
+    own last state. `norm` is the LayerNorm behind the mixture. With "last", no norm and an identity for `W_p`, a token
+    that reads the last layer alone gets the LLM's last state as it is.
+    """
 
     kind: RouterKind = "dtr"
     count: int = 4
     temperature: float = 1.0
+    scale: Literal["unit", "last"] = "unit"
+    norm: bool = True
 
     def __post_init__(self) -> None:
         _positive(self, "count", "temperature")
@@ -161,12 +193,16 @@ class ConnectorConfig:
     """Learnable queries, bidirectional layers (copied from the LLM's last), projection to the DiT's caption width.
 
     `reference_positions` adds a 2-D sine embedding to the reference-image tokens behind the connector: SANA's own
-    attention has no position at all, and an edit must know where each reference token lies.
+    attention has no position at all, and an edit must know where each reference token lies. `reference_scale` is
+    the size of `f_v` at the connector's door: "unit" as the routed states have it, "raw" as the encoder gives it.
+    `image_start` puts the image's opening token before the queries (UniLIP's prompt form).
     """
 
     queries: int = 16
     layers: int = 2
     reference_positions: bool = True
+    reference_scale: Literal["unit", "raw"] = "unit"
+    image_start: bool = False
 
     def __post_init__(self) -> None:
         _positive(self, "queries")
@@ -191,13 +227,15 @@ class DenoiserConfig:
     cross_head_dim: int = 32
     caption_channels: int = 160
     mlp_ratio: float = 2.29
+    norm_eps: float = 1e-6
     interpolation_scale: float | None = None
     position_gain: float = 2.4
     reference_latent: bool = True
     tap_block: int = 2
 
     def __post_init__(self) -> None:
-        _positive(self, "layers", "heads", "head_dim", "cross_heads", "cross_head_dim", "caption_channels", "mlp_ratio")
+        _positive(self, "layers", "heads", "head_dim", "cross_heads", "cross_head_dim", "caption_channels")
+        _positive(self, "mlp_ratio", "norm_eps")
         if self.interpolation_scale is not None:
             _positive(self, "interpolation_scale")
         _at_least(self, 0, "position_gain")

@@ -25,7 +25,7 @@ class Connector(nn.Module):
         self.queries = nn.Parameter(torch.randn(config.connector.queries, width) * 0.02)
         self.layers = nn.ModuleList(Qwen2DecoderLayer(library, i) for i in range(config.connector.layers))
         self.rotary = Qwen2RotaryEmbedding(library)
-        self.norm = Qwen2RMSNorm(width)
+        self.norm = Qwen2RMSNorm(width, eps=config.text.rms_norm_eps)
         self.projection = nn.Linear(width, config.denoiser.caption_channels)
         for layer in self.layers:
             layer.self_attn.is_causal = False
@@ -38,7 +38,14 @@ class Connector(nn.Module):
         for own, source in zip(self.layers, layers[len(layers) - len(self.layers) :], strict=True):
             own.load_state_dict(source.state_dict())
 
-    def forward(self, states: Tensor, mask: Tensor, is_reference: Tensor, reference: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        states: Tensor,
+        mask: Tensor,
+        is_reference: Tensor,
+        reference: Tensor | None,
+        grid: tuple[int, int] | None = None,
+    ) -> Tensor:
         """Condition the DiT.
 
         Args:
@@ -47,20 +54,23 @@ class Connector(nn.Module):
             is_reference: `[B, T]`, true at reference-image positions.
             reference: `f_v` of the references, `[B_with_reference, N, D]`, which replaces the routed states there so
                 that pixel detail reaches the DiT; None when no row has one.
+            grid: rows and columns of a reference's tokens, by default the trained square.
 
         Returns:
             `[B, T, C]`.
         """
         if reference is not None:
-            scaled = reference * torch.rsqrt(reference.float().pow(2).mean(-1, keepdim=True) + 1e-6)
-            states = states.masked_scatter(is_reference[..., None], scaled.to(states.dtype))
+            if self.config.connector.reference_scale == "unit":
+                reference = reference * torch.rsqrt(reference.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+            states = states.masked_scatter(is_reference[..., None], reference.to(states.dtype))
         bias = attention_bias(mask, states, causal=False)
         rotary = self.rotary(states, positions(mask))
         for layer in self.layers:
             states = layer(states, attention_mask=bias, position_embeddings=rotary)
         condition = self.projection(self.norm(states))
         if reference is not None and self.config.connector.reference_positions:
-            table = grid_embedding(condition.shape[-1], self.config.grid, self.config.grid).to(condition)
+            rows, columns = grid or (self.config.grid, self.config.grid)
+            table = grid_embedding(condition.shape[-1], rows, columns).to(condition)
             table = (self.reference_gain * table).to(condition.dtype).expand(len(reference), -1, -1)
             added = torch.zeros_like(condition).masked_scatter(is_reference[..., None], table)
             condition = condition + added

@@ -26,10 +26,14 @@ def vision_config(config: VisionConfig) -> InternVLVisionConfig:
         patch_size=(config.patch_size, config.patch_size),
         attention_bias=True,
         layer_scale_init_value=config.layer_scale,
+        layer_norm_eps=config.norm_eps,
     )
 
 
 def qwen_config(config: TextConfig) -> Qwen2Config:
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_factor > 1:
+        rope |= {"rope_type": "dynamic", "factor": config.rope_factor}
     return Qwen2Config(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -37,9 +41,10 @@ def qwen_config(config: TextConfig) -> Qwen2Config:
         num_attention_heads=config.heads,
         num_key_value_heads=config.kv_heads,
         intermediate_size=config.intermediate_size,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        rope_parameters=rope,
         max_position_embeddings=config.max_positions,
-        tie_word_embeddings=True,
+        rms_norm_eps=config.rms_norm_eps,
+        tie_word_embeddings=config.tied_head,
         eos_token_id=config.eos_token_id,
         pad_token_id=config.pad_token_id,
         bos_token_id=None,
@@ -53,7 +58,7 @@ def internvl_config(vision: VisionConfig, text: TextConfig) -> InternVLConfig:
         text_config=qwen_config(text),
         image_token_id=text.image_token_id,
         image_seq_length=(vision.image_size // (2 * vision.patch_size)) ** 2,
-        tie_word_embeddings=True,
+        tie_word_embeddings=text.tied_head,
     )
 
 

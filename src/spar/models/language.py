@@ -15,7 +15,7 @@ from spar.models.encoder import qwen_config
 
 
 class LanguageModel(nn.Module):
-    """Causal LLM with tied word embeddings; `network` carries transformers' own parameter names."""
+    """Causal LLM; `network` carries transformers' own parameter names, `head` is there where it is not tied."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -23,14 +23,15 @@ class LanguageModel(nn.Module):
         library._attn_implementation = ATTENTION
         self.config = config
         self.network = Qwen2Model(library)
+        self.head = None if config.tied_head else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """`[B, T]` ids to `[B, T, D]`."""
         return self.network.embed_tokens(tokens)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`[B, T, D]` final states to `[B, T, vocabulary]` with the tied embedding."""
-        return nn.functional.linear(hidden, self.network.embed_tokens.weight)
+        """`[B, T, D]` final states to `[B, T, vocabulary]`, with the words' embeddings where the head is tied."""
+        return nn.functional.linear(hidden, (self.head or self.network.embed_tokens).weight)
 
     def forward(
         self,
@@ -77,9 +78,9 @@ class LanguageModel(nn.Module):
         return final, [kept[i] for i in layers]
 
     def _check_length(self, tokens: int) -> None:
-        if tokens > self.config.max_positions:
+        if tokens > self.config.longest:
             raise InputError(
-                f"the language model takes at most {self.config.max_positions} tokens at once (prompt, images, queries "
+                f"the language model takes at most {self.config.longest} tokens at once (prompt, images, queries "
                 f"and answer together; text.max_positions), got {tokens}"
             )
 

@@ -5,6 +5,7 @@ Which layers the K states come from is `routed_layers`; a router is only told ho
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +19,15 @@ def routed_layers(layers: int, count: int) -> tuple[int, ...]:
     return tuple(layers - interval * k for k in reversed(range(count)))
 
 
-def common_scale(states: list[Tensor]) -> Tensor:
-    """Stack K states `[B, T, D]` to `[K, B, T, D]`, each token divided by its root mean square.
+def common_scale(states: list[Tensor], scale: Literal["unit", "last"] = "unit") -> Tensor:
+    """Stack K states `[B, T, D]` to `[K, B, T, D]`, each token's at one size: root mean square 1, or that of its last.
 
     transformers gives the last state behind the final norm and the others before it; without one scale the layer
-    with the largest norm, not the softmax, decides the mixture.
+    with the largest norm, not the softmax, decides the mixture. At the scale "last" the last state stays as it is.
     """
     x = torch.stack(states)
-    return x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6).to(x.dtype)
+    squares = x.float().pow(2).mean(-1, keepdim=True) + 1e-6                    # [K, B, T, 1]
+    return x * (squares.rsqrt() if scale == "unit" else (squares[-1] / squares).sqrt()).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Router(nn.Module):
         super().__init__()
         self.count = config.count
         self.alpha = nn.Parameter(torch.ones(config.count))
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(width) if config.norm else nn.Identity()
         self.projection = nn.Linear(width, width)
 
     def weights(self, states: Tensor) -> Tensor:

@@ -55,13 +55,16 @@ class SparModel(nn.Module):
             return embeddings
         return embeddings.masked_scatter(places[..., None], f_v.to(embeddings.dtype))
 
-    def condition(self, tokens: Tensor, mask: Tensor, f_v: Tensor | None = None) -> Condition:
+    def condition(
+        self, tokens: Tensor, mask: Tensor, f_v: Tensor | None = None, size: tuple[int, int] | None = None
+    ) -> Condition:
         """Prompt to condition (SPAR section 3.2).
 
         Args:
             tokens: `[B, T]` ids, padded on the left; the queries are appended here.
             mask: `[B, T]`, 1 for real tokens.
             f_v: `[references, N, D]` of the reference images whose placeholders stand in `tokens`.
+            size: height and width of the references in pixels, by default the trained square.
         """
         batch, queries = len(tokens), self.config.connector.queries
         embeddings = self.embed(tokens, f_v)
@@ -72,20 +75,23 @@ class SparModel(nn.Module):
             [tokens == self.config.text.image_token_id, mask.new_zeros(batch, queries).bool()], dim=1
         )
         states = self._routed_states(embeddings, mask, tokens.shape[1])        # K of [B, T + Q, D]
-        routed = self.router(common_scale(states))                             # [B, T + Q, D]
-        condition = self.connector(routed.states, mask, is_reference, f_v)     # [B, T + Q, C]
-        latent = self._reference_latent(is_reference, f_v)
+        routed = self.router(common_scale(states, self.config.router.scale))   # [B, T + Q, D]
+        grid = None if size is None else (size[0] // self.config.token_stride, size[1] // self.config.token_stride)
+        condition = self.connector(routed.states, mask, is_reference, f_v, grid)  # [B, T + Q, C]
+        latent = self._reference_latent(is_reference, f_v, size)
         return Condition(states=condition, mask=mask, weights=routed.weights, reference=latent)
 
     @torch.no_grad()
-    def _reference_latent(self, is_reference: Tensor, f_v: Tensor | None) -> Tensor | None:
+    def _reference_latent(
+        self, is_reference: Tensor, f_v: Tensor | None, size: tuple[int, int] | None
+    ) -> Tensor | None:
         """The normalised `z_f` of each row's first reference `[B, D_p, h, w]`, zero in rows without one.
 
         It is given, as the latent to be denoised is: no gradient reaches the tokenizer through it.
         """
         if f_v is None or not self.config.denoiser.reference_latent:
             return None
-        latents = self.tokenizer.normalize(self.tokenizer.fuse(f_v).z_f)
+        latents = self.tokenizer.normalize(self.tokenizer.fuse(f_v, size).z_f)
         counts = is_reference.sum(1) // f_v.shape[1]                           # references of each row
         rows = latents.new_zeros(len(counts), *latents.shape[1:])
         rows[counts > 0] = latents[(counts.cumsum(0) - counts)[counts > 0]]

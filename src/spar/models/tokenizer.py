@@ -28,9 +28,9 @@ class Latents:
 class ResidualBlock(nn.Module):
     """x + Linear(GELU(Linear(LN(x)))) at one width."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, norm_eps: float) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(width, eps=norm_eps)
         self.linear_1 = nn.Linear(width, width)
         self.linear_2 = nn.Linear(width, width)
 
@@ -74,7 +74,7 @@ class Stream(nn.Module):
         self.layers = nn.ModuleList(
             PixelLayer(width, config.pixel_heads, config.mlp_ratio) for _ in range(transformer_layers)
         )
-        self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(config.residual_blocks))
+        self.blocks = nn.ModuleList(ResidualBlock(width, config.block_norm_eps) for _ in range(config.residual_blocks))
         self.projection = projection(width, channels)
 
     def forward(self, f_v: Tensor) -> Tensor:
@@ -114,18 +114,20 @@ class UnifiedTokenizer(nn.Module):
         z_s = self.semantic_stream(f_v) if self.semantic_stream is not None else None  # [B, N, D_p]
         z_p = self.pixel_stream(f_v) if self.pixel_stream is not None else None        # [B, N, D_p]
         z = self.fusion(torch.cat([z for z in (z_s, z_p) if z is not None], dim=-1))   # [B, N, D_p]
+        z = z_s + z if self.config.streams.fusion == "residual" else z
         z_f = z.transpose(1, 2).unflatten(2, grid)                                     # [B, D_p, h, w]
         return Latents(f_v=f_v, z_s=z_s, z_p=z_p, z_f=z_f)
 
     def decode(self, z_f: Tensor) -> Tensor:
         """`[B, D_p, h, w]` to pixels `[B, 3, H, W]` of the token grid's size, not clamped.
 
-        The decoder's stride may exceed the tokens' (32 against 28): then the picture is resized bilinearly.
+        The decoder's stride may exceed the tokens' (32 against 28): then the picture is resized by their ratio,
+        bilinearly and without a wider filter, as the family does.
         """
         pixels = self.decoder(z_f)
         size = tuple(side * self.config.token_stride for side in z_f.shape[-2:])
         if tuple(pixels.shape[-2:]) != size:
-            pixels = F.interpolate(pixels.float(), size=size, mode="bilinear", align_corners=False, antialias=True)
+            pixels = F.interpolate(pixels.float(), size=size, mode="bilinear", align_corners=False)
         return pixels
 
     def normalize(self, z_f: Tensor) -> Tensor:

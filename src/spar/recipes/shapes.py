@@ -1,7 +1,7 @@
 """`shapes`: the whole of SPAR from random weights on the shapes world, on two CPU cores, within two hours.
 
 Five foundation stages make what InternVL3, DC-AE and SANA bring at full size; the paper's six stages follow with its
-trainable and frozen sets (SPAR sections 1 and 2). Between unified-1 and unified-2 stand two short lessons on where
+trainable and frozen sets (SPAR sections 1 and 2). Between unified-1 and unified-2 stand three short lessons on where
 things lie. Departures for the small setting are in docs/training.md.
 """
 
@@ -14,6 +14,7 @@ STREAMS = ("model.tokenizer.*_stream.*", "model.tokenizer.fusion.*")
 DECODER = "model.tokenizer.decoder.*"
 BRIDGE = ("model.router.*", "model.connector.*")
 DENOISER = "model.denoiser.*"
+MIXTURE = ("single", "multi", *2 * ("two",), *2 * ("count",), *3 * ("position",))  # the harder, the more often
 
 FOUNDATIONS = (
     Stage(
@@ -72,8 +73,12 @@ UNIFIED = (
         losses=LossWeights(align=0.5),
     ),
     Stage(
-        "unified-2", "unified", (*BRIDGE, DENOISER, "alignment_head.*"), steps=6400, batch=16, draws=4, lr=3e-3,
-        lr_end=3e-4, warmup=50, ema=0.998, edit_share=0.3, places=0.5, optimizer="muon",
+        "relations", "unified", (*BRIDGE, DENOISER, "alignment_head.*"), steps=700, batch=16, draws=4, lr=2e-3,
+        lr_end=1e-3, warmup=20, scenes=("position",), optimizer="muon", losses=LossWeights(align=0.5),
+    ),
+    Stage(
+        "unified-2", "unified", (*BRIDGE, DENOISER, "alignment_head.*"), steps=5600, batch=16, draws=4, lr=3e-3,
+        lr_end=3e-4, warmup=50, ema=0.998, edit_share=0.3, places=0.25, scenes=MIXTURE, optimizer="muon",
         losses=LossWeights(align=0.5),
     ),
     Stage(

@@ -43,14 +43,14 @@ class ShapesMaterial:
     def draw(
         self, rng: np.random.Generator, count: int, *, edits: bool = False, kinds: tuple[str, ...] = ()
     ) -> np.ndarray:
-        """Indices of `count` scenes, of the given kinds (of all when empty), with an edit if asked."""
+        """Indices of `count` scenes, with an edit if asked; of the kinds named, each as often as it is named."""
         known = self.kinds[: len(self.edits)] if edits else self.kinds
         if not kinds:
             return rng.integers(0, len(known), count)
-        suits = np.flatnonzero(np.isin(known, kinds))
-        if not len(suits):
+        pools = [pool for pool in (np.flatnonzero(known == kind) for kind in kinds) if len(pool)]
+        if not pools:
             raise InputError(f"expected scenes of the kinds {', '.join(kinds)} among those of the recipe, found none")
-        return suits[rng.integers(0, len(suits), count)]
+        return np.array([rng.choice(pools[i]) for i in rng.integers(0, len(pools), count)])
 
     def pixels(self, indices: np.ndarray, *, edited: bool = False) -> Tensor:
         """`[B, 3, 64, 64]` float in [0, 1]."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from spar.errors import InputError
+from spar.models.lora import adapt
 from spar.training.stages import Recipe, Stage, freeze
 from spar.training.teacher import teacher_of
 from spar.training.workshop import Workshop, initialize
@@ -42,8 +43,11 @@ def plan(recipe: Recipe, stages: tuple[str, ...] = ()) -> list[StagePlan]:
         with torch.device("meta"):
             workshop = Workshop(recipe, teacher_width=teacher.width() if teacher else None)
             initialize(workshop)
-            tokenizer, side = workshop.model.tokenizer, recipe.model.image_size
-            tokenizer.decode(tokenizer.encode(torch.zeros(1, 3, side, side)).z_f)
+            if recipe.lora.rank:
+                adapt(workshop.model, recipe.lora)
+            tokenizer = workshop.model.tokenizer
+            for side in {recipe.model.image_size, *(stage.image_size or recipe.model.image_size for stage in chosen)}:
+                tokenizer.decode(tokenizer.encode(torch.zeros(1, 3, side, side)).z_f)
     except InputError:
         raise
     except Exception as error:  # whatever class of the libraries refuses its sizes, and however

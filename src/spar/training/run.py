@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +15,9 @@ from spar.config import from_dict, read_json, to_dict, write_json
 from spar.data.prompts import PromptEncoder
 from spar.errors import InputError
 from spar.models.checkpoint import Loaded, Sampling, load_weights, save_model, versions
+from spar.models.config import SparConfig
+from spar.models.lora import adapt, merge, save_adapter
+from spar.models.migration import upgraded
 from spar.models.spar import SparModel
 from spar.training.loop import (
     Report,
@@ -25,6 +29,7 @@ from spar.training.loop import (
     tune_allocator,
 )
 from spar.training.material import ShapesMaterial
+from spar.training.scale import Ranks, Scale
 from spar.training.stages import Recipe, Stage, freeze, freezing_table
 from spar.training.state import load_group, read_progress
 from spar.training.steps import Context, alignment_weight
@@ -52,13 +57,32 @@ def open_run(run: Path, recipe: Recipe, *, fresh: bool) -> None:
     path = run / "recipe.json"
     if fresh and path.exists():
         raise InputError(f"{run} already holds a run; resume it (--resume auto) or give another folder")
-    if path.exists() and from_dict(Recipe, read_json(path), complete=True) != recipe:
+    if path.exists() and read_recipe(path) != recipe:
         raise InputError(f"{run} holds a run of another recipe; give its own flags, or another folder")
     try:
         run.mkdir(parents=True, exist_ok=True)
         write_json(path, to_dict(recipe))
     except OSError as error:
         raise InputError(f"cannot write the run folder {run}: {error.strerror}") from error
+
+
+def prompt_encoder(tokenizer: Any, config: SparConfig) -> PromptEncoder:
+    """The prompt forms of a model."""
+    return PromptEncoder(tokenizer, config.grid**2, image_start=config.connector.image_start)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe of a run's `recipe.json`; one that was written before format version 2 gets what it had fixed."""
+    values = read_json(path)
+    autoencoder = values.get("model", {}).get("autoencoder", {})
+    if "blocks" in autoencoder:  # version 1 had one list for both halves
+        lora = {"rank": 0, "alpha": 16.0, "parts": ["denoiser", "connector"]}
+        critic = {"channels": 3, "width": 32, "layers": 2, "groups": 8}
+        added = {"discriminator": critic, "max_prompt_tokens": 64, "lora": lora, "published": []}
+        stages = [{"image_size": None, **stage} for stage in values["stages"]]
+        data = {"source": "shapes", **values["data"]}
+        values = {**added, **values, "model": upgraded(values["model"], 1), "stages": stages, "data": data}
+    return from_dict(Recipe, values, complete=True)
 
 
 def build_workshop(
@@ -73,6 +97,8 @@ def build_workshop(
         torch.manual_seed(recipe.seed)
         workshop = Workshop(recipe, teacher_width=teacher_width)
         initialize(workshop)
+        if recipe.lora.rank:
+            adapt(workshop.model, recipe.lora)
     return workshop.to(device)
 
 
@@ -84,10 +110,12 @@ def train(
     resume: bool = False,
     init_from: Path | None = None,
     device: str = "cpu",
+    scale: Scale = Scale(),  # noqa: B008 (frozen)
+    from_scratch: bool = False,
     report: Report | None = None,
     announce: Announce | None = None,
 ) -> SparModel | None:
-    """Train the stages of a recipe, in order.
+    """Train the stages of a recipe, in order; under a launcher every process calls this alike.
 
     Args:
         run: the folder of the run.
@@ -95,58 +123,125 @@ def train(
             A stage that trains anew makes its own end, all later ones and the run's model void: they are removed.
         resume: skip stages that are done and continue the one that is not.
         init_from: a stage's folder (`RUN/STAGE/done`) or a SPAR folder whose weights the first stage starts from.
-        report: called at every logged step; announce: called before each stage with its freezing table.
+        from_scratch: start from random weights what the recipe expects from published checkpoints.
+        device, scale: where, and how several processes share the work; a run may be resumed at another scale.
+        report: called at every logged step; announce: called before each stage with its freezing table; both by the
+            main process alone.
 
     Returns:
         The trained model, or None when a signal stopped the run (its state is saved). Behind the recipe's last stage
-        the model is written to `RUN/model`.
+        the model is written to `RUN/model`; with LoRA its additions alone to `RUN/adapter`, and merged to `RUN/model`.
     """
+    if recipe.data.source == "none":
+        raise InputError(f"recipe {recipe.name}: no data source given (data.source); it can be planned with --dry-run")
     first = stages[0] if stages else recipe.stages[0].name
     begun = any(read_progress(run / first / part) for part in ("state", "done"))
     if init_from is not None and resume and begun:
         raise InputError(f"{run} already holds stage {first}: either resume it, or start it anew from {init_from}")
-    teacher, where = teacher_of(recipe.alignment), torch.device(device)
-    open_run(run, recipe, fresh=not (resume or stages))
-    tune_allocator()
-    prompts = PromptEncoder(build_tokenizer(), recipe.model.grid**2)
-    workshop = build_workshop(recipe, where, prompts, teacher_width=teacher.width() if teacher else None)
-    teacher = teacher.to(where) if teacher else None
-    material = ShapesMaterial(recipe.data, prompts, recipe.seed, run / "cache")
     chosen = tuple(recipe.stage(name) for name in stages) or recipe.stages
+    if recipe.published and chosen[0] == recipe.stages[0] and not (init_from or from_scratch or (resume and begun)):
+        raise InputError(
+            f"recipe {recipe.name}: {', '.join(recipe.published)} would start from random weights; expected "
+            "--init-from a folder that holds the published ones (spar build makes it), or --from-scratch"
+        )
+    teacher, ranks = teacher_of(recipe.alignment), Ranks.join(scale, device)
+    check_scale(chosen, ranks)
+    check_lora(recipe, chosen)
+    with ranks.main_first():
+        open_run(run, recipe, fresh=not (resume or stages) and ranks.main)
+    tune_allocator()
+    prompts = prompt_encoder(build_tokenizer(), recipe.model)
+    width = teacher.width() if teacher else None
+    workshop = build_workshop(recipe, ranks.device, prompts, teacher_width=width)
+    teacher = teacher.to(ranks.device) if teacher else None
+    with ranks.main_first():
+        material = ShapesMaterial(recipe.data, prompts, recipe.seed, run / "cache")
     for stage in chosen:
         if resume and read_progress(run / stage.name / "done"):
             log.info("stage %s is done", stage.name)
             load_weights(workshop, load_group(run / stage.name / "done", "workshop"), stage.name)
             continue
+        if ranks.pieces > 1 and stage != chosen[0]:  # the stage before may have sharded and wrapped this one
+            workshop = build_workshop(recipe, ranks.device, prompts, teacher_width=width)
         if not (resume and read_progress(run / stage.name / "state")):  # a state holds all weights
             if stage is chosen[0]:
-                _start_from(workshop, run, recipe, stage, init_from)
+                _start_from(workshop, run, recipe, stage, init_from, ranks)
             else:  # from the one before it that was asked for: stages between them are left out
                 previous_weights(workshop, run, stage, chosen)
-        undo(run, recipe, stage, resume=resume)
-        ctx = Context(workshop, material, recipe, stage, where, external_teacher=teacher)
+        ranks.wait()
+        if ranks.main:
+            undo(run, recipe, stage, resume=resume)
+        ranks.wait()
+        ctx = Context(workshop, material, recipe, stage, ranks.device, external_teacher=teacher, ranks=ranks)
         prepare(ctx)
         freeze(workshop, stage)
-        if announce:
+        if announce and ranks.main:
             announce(stage, freezing_table(workshop))
-        if not run_stage(ctx, run, resume=resume, report=report):
+        if not run_stage(ctx, run, resume=resume, report=report if ranks.main else None):
             return None
-        _remove(run / stage.name, "state", "state.old")
-    if chosen[-1] == recipe.stages[-1]:
-        save_model(finished(workshop.model, recipe, run, prompts, chosen[-1].name), run / "model")
+        if ranks.main:
+            _remove(run / stage.name, "state", "state.old")
+    if ranks.sharded:
+        workshop = build_workshop(recipe, torch.device("cpu"), prompts, teacher_width=width)
+        load_weights(workshop, load_group(run / chosen[-1].name / "done", "workshop"), chosen[-1].name)
+    if chosen[-1] == recipe.stages[-1] and ranks.main:
+        loaded = finished(workshop.model, recipe, run, prompts, chosen[-1].name)
+        if recipe.lora.rank:
+            save_adapter(loaded.model, recipe.lora, run / "adapter", loaded.manifest)
+            merge(loaded.model)
+        save_model(loaded, run / "model")
+    ranks.wait()
     return workshop.model
 
 
-def _start_from(workshop: Workshop, run: Path, recipe: Recipe, stage: Stage, init_from: Path | None) -> None:
+def check_lora(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
+    """Refuse LoRA in stages that have nothing to adapt: it adds to a connector and a DiT that are trained already."""
+    first = next((stage for stage in recipe.stages if stage.step == "unified"), None)
+    wrong = [stage.name for stage in stages if stage.step != "unified" or stage == first]
+    if recipe.lora.rank and wrong:
+        raise InputError(
+            f"lora: expected unified stages behind {first.name if first else 'the first'} alone (as in --stage "
+            f"{recipe.stages[-1].name} --init-from MODEL), got {', '.join(wrong)}"
+        )
+
+
+def check_scale(stages: tuple[Stage, ...], ranks: Ranks) -> None:
+    """Refuse stages that cannot be shared as asked, before anything is written.
+
+    Raises:
+        InputError: a batch that does not divide, a step whose loss is a mean over its own batch's tokens, or Muon on
+            sharded matrices.
+    """
+    for stage in stages:
+        try:
+            ranks.rows(stage.batch, 0)
+        except InputError as error:
+            raise InputError(f"stage {stage.name}: {error}") from None
+        if ranks.pieces > 1 and stage.step in ("encoder", "mllm"):
+            raise InputError(
+                f"stage {stage.name}: a step of kind {stage.step} weighs its whole batch's tokens against each other; "
+                f"expected one process and scale.accumulate 1, got {ranks.world} and {ranks.scale.accumulate}"
+            )
+        if ranks.sharded and stage.optimizer == "muon":
+            raise InputError(
+                f"stage {stage.name}: Muon wants whole matrices, which scale.strategy fsdp shards; expected --stages."
+                f"{stage.name}.optimizer adamw, or ddp"
+            )
+
+
+def _start_from(
+    workshop: Workshop, run: Path, recipe: Recipe, stage: Stage, init_from: Path | None, ranks: Ranks
+) -> None:
     """Load what a stage starts from: `init_from`, whose manifest is then the run's origin, or the stage before it."""
     if init_from is None:
         previous_weights(workshop, run, stage, recipe.stages)
-        if stage == recipe.stages[0]:
-            (run / ORIGIN).unlink(missing_ok=True)
+    else:
+        initial_weights(workshop, init_from, stage, recipe.stages)
+    if not ranks.main:
         return
-    initial_weights(workshop, init_from, stage, recipe.stages)
-    (run / ORIGIN).unlink(missing_ok=True)
-    if is_model(init_from) and (init_from / "manifest.json").exists():
+    if init_from is not None or stage == recipe.stages[0]:
+        (run / ORIGIN).unlink(missing_ok=True)
+    if init_from is not None and is_model(init_from) and (init_from / "manifest.json").exists():
         shutil.copyfile(init_from / "manifest.json", run / ORIGIN)
 
 
@@ -191,7 +286,10 @@ def finished(model: SparModel, recipe: Recipe, run: Path, prompts: PromptEncoder
     }
     if (run / ORIGIN).exists():
         manifest["origin"] = read_json(run / ORIGIN)
-    sampling = Sampling(shift=flow.sampling_shift, steps=flow.sampling_steps, guidance=flow.guidance)
+    sampling = Sampling(
+        shift=flow.sampling_shift, steps=flow.sampling_steps, guidance=flow.guidance,
+        max_prompt_tokens=recipe.max_prompt_tokens,
+    )
     return Loaded(model.eval(), prompts.tokenizer, sampling, manifest)
 
 
@@ -201,14 +299,16 @@ def model_of(run: Path, stage: str | None = None) -> Loaded:
     Raises:
         InputError: a folder that is no run, or a stage that has not ended.
     """
-    recipe = from_dict(Recipe, read_json(run / "recipe.json"), complete=True)
+    recipe = read_recipe(run / "recipe.json")
     last = stage or recipe.stages[-1].name
     folder = run / recipe.stage(last).name / "done"
-    prompts = PromptEncoder(build_tokenizer(), recipe.model.grid**2)
+    prompts = prompt_encoder(build_tokenizer(), recipe.model)
     saved = load_group(folder, "workshop")
     width = saved["teacher_mean"].numel() if "teacher_mean" in saved else None
     workshop = build_workshop(recipe, torch.device("cpu"), prompts, teacher_width=width)
     load_weights(workshop, saved, str(folder))
+    if recipe.lora.rank:
+        merge(workshop.model)
     return finished(workshop.model, recipe, run, prompts, last)
 
 

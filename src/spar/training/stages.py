@@ -7,7 +7,9 @@ from typing import Literal
 from torch import nn
 
 from spar.errors import InputError
+from spar.losses.adversarial import PatchDiscriminatorConfig
 from spar.models.config import SparConfig
+from spar.models.lora import LoraConfig, is_adapter
 from spar.worlds.shapes.questions import LESSON_KINDS, QUESTION_KINDS
 from spar.worlds.shapes.scene import KINDS
 
@@ -59,7 +61,9 @@ class Stage:
     The learning rate rises over exactly `warmup` steps, then falls from `lr` to `lr_end`. `questions` are the kinds
     that an mllm step asks of each picture, in this order, beside its description. `places` is the share of captions of
     a dit or unified step that are lessons on places ("a red circle on column two row three to the left of a star"),
-    `scenes` the kinds of scenes that it draws (all when empty).
+    `scenes` the kinds of scenes that it draws, one named twice twice as often (all alike when empty).
+    `batch` is the number of pictures that one step of the optimizer sees, over all devices together. `image_size` is
+    the side of the pictures in pixels where a tokenizer stage is trained at another than the model's.
     """
 
     name: str
@@ -82,6 +86,7 @@ class Stage:
     places: float = 0.0
     scenes: tuple[str, ...] = ()
     questions: tuple[str, ...] = ()
+    image_size: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "draws"):
@@ -113,7 +118,10 @@ class Stage:
     def _refuse_idle(self) -> None:
         """Refuse settings without an effect: what the step does not read, and half of an adversary."""
         flows = ("dit", "unified")
-        readers = {"draws": flows, "places": flows, "scenes": flows, "edit_share": ("unified",), "questions": ("mllm",)}
+        readers = {
+            "draws": flows, "places": flows, "scenes": flows, "edit_share": ("unified",), "questions": ("mllm",),
+            "image_size": ("tokenizer",),
+        }
         for name, steps in readers.items():
             if self.step not in steps and getattr(self, name) != getattr(type(self), name):
                 raise InputError(
@@ -178,8 +186,12 @@ class FlowConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """How many scenes of the shapes world train, and how many of them carry an edit."""
+    """Where the pictures come from; of the shapes world, how many scenes train, and how many of them carry an edit.
 
+    A recipe whose `source` is "none" can be planned, not trained.
+    """
+
+    source: Literal["shapes", "none"] = "shapes"
     scenes: int = 32768
     edits: int = 16384
 
@@ -197,7 +209,9 @@ class Recipe:
 
     `word_embeddings` says where the words of the encoder's tags start: "tags" copies the tags' read-out vectors, so
     that a word begins where the encoder already points; "random" leaves them as they are. Published LLMs know their
-    words before they see a picture.
+    words before they see a picture. `published` names the parts whose weights come from published checkpoints: a run
+    that would start them from random ones is refused unless that is asked for. `max_prompt_tokens` is the longest
+    prompt that the finished model takes.
     """
 
     name: str
@@ -206,6 +220,10 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    discriminator: PatchDiscriminatorConfig = PatchDiscriminatorConfig(width=32, layers=2)
+    published: tuple[str, ...] = ()
+    max_prompt_tokens: int = 64
     word_embeddings: Literal["tags", "random"] = "tags"
     seed: int = 0
     log_every: int = 20
@@ -214,8 +232,15 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise InputError(f"seed: expected at least 0, got {self.seed}")
-        if self.log_every < 1:
-            raise InputError(f"log_every: expected at least 1, got {self.log_every}")
+        for name in ("log_every", "max_prompt_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for stage in self.stages:
+            if stage.image_size is not None and (stage.image_size < 1 or stage.image_size % self.model.token_stride):
+                raise InputError(
+                    f"stage {stage.name}: expected image_size as a multiple of {self.model.token_stride}, "
+                    f"got {stage.image_size}"
+                )
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise InputError(f"recipe {self.name}: expected stages of different names, got {', '.join(names)}")
@@ -242,15 +267,18 @@ class Recipe:
 def freeze(module: nn.Module, stage: Stage) -> list[str]:
     """Declare what trains: set `requires_grad` by the stage's patterns and return the trainable names.
 
-    A pattern that matches nothing raises, so that a renamed part cannot silently stay frozen.
+    A pattern that matches nothing raises, so that a renamed part cannot silently stay frozen. Of a model with LoRA its
+    additions train and all else in it is frozen.
     """
     names = [name for name, _ in module.named_parameters()]
     for pattern in (*stage.trainable, *(pattern for pattern, _ in stage.rates)):
         if not fnmatch.filter(names, pattern):
             raise InputError(f"stage {stage.name}: pattern {pattern!r} matches no parameter")
-    trainable = []
+    trainable, adapted = [], any(map(is_adapter, names))
     for name, parameter in module.named_parameters():
         wanted = any(fnmatch.fnmatchcase(name, pattern) for pattern in stage.trainable)
+        if adapted and name.startswith("model."):
+            wanted = is_adapter(name)
         parameter.requires_grad_(wanted)
         if wanted:
             trainable.append(name)

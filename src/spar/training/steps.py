@@ -5,6 +5,7 @@ B pictures, R noise draws a picture, N visual tokens, D_p latent channels, h w t
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,15 +22,20 @@ from spar.models.attention import attention_bias, positions
 from spar.models.router import common_scale
 from spar.models.spar import Condition
 from spar.training.material import FeatureStore, ShapesMaterial
+from spar.training.scale import ALONE, Ranks
 from spar.training.stages import Recipe, Stage
 from spar.training.workshop import CENTER_BINS, TAGS, Workshop
 
 Terms = dict[str, Tensor]
+Rows = TypeVar("Rows", list, np.ndarray, Tensor)
 
 
 @dataclass
 class Context:
-    """What a step works with. `features` holds frozen features by picture set, for as long as they stay frozen."""
+    """What a step works with. `features` holds frozen features by picture set, for as long as they stay frozen.
+
+    A step draws for its whole batch, then works on the rows of its process and `piece` (`share`).
+    """
 
     workshop: Workshop
     material: ShapesMaterial
@@ -38,6 +44,16 @@ class Context:
     device: torch.device
     external_teacher: Callable[[Tensor], tuple[Tensor, tuple[int, int]]] | None = None
     features: dict[str, FeatureStore] = field(default_factory=dict)
+    ranks: Ranks = ALONE
+    piece: int = 0
+
+    def share(self, values: Rows) -> Rows:
+        """This process's rows of what was drawn for a whole batch: a list, an array or a tensor."""
+        return values[self.ranks.rows(len(values), self.piece)]
+
+    def autocast(self) -> torch.autocast:
+        """The precision of this run's matrix products."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.ranks.scale.precision == "bf16")
 
     def generator(self, step: int) -> torch.Generator:
         """The generator of one step's noise."""
@@ -45,10 +61,20 @@ class Context:
         return torch.Generator(self.device).manual_seed(seed)
 
     def pixels(self, indices: np.ndarray, *, edited: bool = False) -> Tensor:
-        return self.material.pixels(indices, edited=edited).to(self.device)
+        """`[B, 3, S, S]` in [0, 1], S the stage's side where it has one of its own."""
+        pixels, side = self.material.pixels(indices, edited=edited).to(self.device), self.stage.image_size
+        if side is not None and pixels.shape[-1] != side:
+            pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
+        return pixels
 
     def frozen(self, name: str, indices: np.ndarray, compute: Callable[[np.ndarray], Terms]) -> Terms:
-        """Features that this stage does not train, computed once a picture."""
+        """Features that this stage does not train, computed once a picture.
+
+        A sharded encoder computes them anew: all processes must take part, and not all lack the same pictures.
+        """
+        if self.ranks.sharded:
+            with torch.no_grad():
+                return {key: rows.to(torch.bfloat16) for key, rows in compute(indices).items()}
         if name not in self.features:
             count = len(self.material.edited) if name.startswith("edited") else len(self.material.images)
             self.features[name] = FeatureStore(count, compute)
@@ -105,10 +131,10 @@ def mllm_step(ctx: Context, step: int) -> Terms:
 def autoencoder_step(ctx: Context, step: int) -> Terms:
     """DC-AE on the world's pictures, encoder and decoder, with latents held near unit size."""
     weights = ctx.stage.losses
-    indices = ctx.material.draw(ctx.material.rng(ctx.stage.name, step), ctx.stage.batch)
+    indices = ctx.share(ctx.material.draw(ctx.material.rng(ctx.stage.name, step), ctx.stage.batch))
     pixels = ctx.pixels(indices).to(memory_format=torch.channels_last)
     latent = ctx.workshop.native(pixels)
-    decoded = ctx.workshop.model.tokenizer.decode(_noisy(latent, weights.latent_noise, ctx.generator(step)))
+    decoded = ctx.workshop.model.tokenizer.decode(_noisy(ctx, step, latent))
     terms = {"mse": mse(decoded, pixels), "latent_square": latent.float().square().mean()}
     loss = weights.mse * terms["mse"] + weights.latent_penalty * terms["latent_square"]
     return {"loss": loss, **terms, "psnr": psnr(decoded.detach().clamp(0, 1), pixels).mean()}
@@ -120,6 +146,7 @@ def dit_step(ctx: Context, step: int) -> Terms:
     rng = ctx.material.rng(ctx.stage.name, step)
     indices = ctx.material.draw(rng, ctx.stage.batch, kinds=ctx.stage.scenes)
     prompts = _drop(rng, _captions(ctx, rng, indices), ctx.recipe.flow.unconditional_share)
+    indices, prompts = ctx.share(indices), ctx.share(prompts)
     tokens = ctx.material.prompts.generation(prompts).to(ctx.device)
     with torch.no_grad():
         embeddings = model.language.embed(tokens.ids)
@@ -136,6 +163,9 @@ def unified_step(ctx: Context, step: int) -> Terms:
     rng = ctx.material.rng(ctx.stage.name, step)
     editing = bool(rng.random() < ctx.stage.edit_share)
     indices = ctx.material.draw(rng, ctx.stage.batch, edits=editing, kinds=ctx.stage.scenes)
+    words = ctx.material.instructions(indices) if editing else _captions(ctx, rng, indices)
+    words = ctx.share(_drop(rng, words, ctx.recipe.flow.unconditional_share))
+    indices = ctx.share(indices)
 
     def encode(which: np.ndarray, edited: bool) -> Terms:
         latents = model.tokenizer.encode(ctx.pixels(which, edited=edited))
@@ -144,11 +174,9 @@ def unified_step(ctx: Context, step: int) -> Terms:
     source = ctx.frozen("scenes", indices, lambda i: encode(i, False)) if not editing or ctx.stage.edit_share else {}
     if editing:
         target = ctx.frozen("edited", indices, lambda i: encode(i, True))
-        words = _drop(rng, ctx.material.instructions(indices), ctx.recipe.flow.unconditional_share)
         tokens, reference = ctx.material.prompts.edit(words).to(ctx.device), source["f_v"].float()
     else:
         target = source
-        words = _drop(rng, _captions(ctx, rng, indices), ctx.recipe.flow.unconditional_share)
         tokens, reference = ctx.material.prompts.generation(words).to(ctx.device), None
     condition = model.condition(tokens.ids, tokens.mask, reference)
     latent, teacher = target["latent"].float(), None
@@ -181,11 +209,13 @@ def _flow_terms(ctx: Context, step: int, latent: Tensor, condition: Condition, *
     """L_fm for R draws of noise and time a picture, and where a teacher `[B, rows, columns, D]` is given, L_align."""
     flow, generator = ctx.recipe.flow, ctx.generator(step)
     clean = latent.repeat_interleave(ctx.stage.draws, dim=0)                         # [B R, D_p, h, w]
-    noise = torch.randn(clean.shape, generator=generator, device=ctx.device)
+    count = ctx.stage.batch * ctx.stage.draws
+    noise = ctx.share(torch.randn((count, *clean.shape[1:]), generator=generator, device=ctx.device))
     time = sample_time(
-        len(clean), mean=flow.time_mean, std=flow.time_std, shift=flow.training_shift, generator=generator,
+        count, mean=flow.time_mean, std=flow.time_std, shift=flow.training_shift, generator=generator,
         device=ctx.device,
     )
+    time = ctx.share(time)
     output = ctx.workshop.model.velocity(interpolate(clean, noise, time), time, condition)
     error = (output.velocity.float() - velocity_target(clean, noise)).square().mean()
     if teacher is None:
@@ -205,14 +235,14 @@ def tokenizer_step(ctx: Context, step: int) -> Terms:
     """The tokenizer's three stages: which terms count is the stage's choice (SPAR section 3.1)."""
     weights, workshop = ctx.stage.losses, ctx.workshop
     tokenizer = workshop.model.tokenizer
-    indices = ctx.material.draw(ctx.material.rng(ctx.stage.name, step), ctx.stage.batch)
+    indices = ctx.share(ctx.material.draw(ctx.material.rng(ctx.stage.name, step), ctx.stage.batch))
     pixels = ctx.pixels(indices).to(memory_format=torch.channels_last)
     if any(parameter.requires_grad for parameter in tokenizer.encoder.parameters()):
         f_v = tokenizer.encoder(pixels)
     else:
         f_v = ctx.frozen("f_v", indices, lambda i: {"f_v": tokenizer.encoder(ctx.pixels(i))})["f_v"].float()
-    latents = tokenizer.fuse(f_v)
-    noisy = _noisy(latents.z_f, weights.latent_noise, ctx.generator(step))
+    latents = tokenizer.fuse(f_v, (pixels.shape[-2], pixels.shape[-1]))
+    noisy = _noisy(ctx, step, latents.z_f)
     decoded = tokenizer.decode(noisy.contiguous(memory_format=torch.channels_last))
     terms: Terms = {"mse": mse(decoded, pixels), "latent_square": latents.z_f.float().square().mean()}
     loss = weights.mse * terms["mse"] + weights.latent_penalty * terms["latent_square"]
@@ -254,17 +284,19 @@ def _adversarial(ctx: Context, decoded: Tensor, pixels: Tensor) -> Terms:
     generator_term = generator_hinge_loss(discriminator(decoded))
     discriminator.requires_grad_(True)
     real, fake = discriminator(pixels), discriminator(decoded.detach())
-    loss = discriminator_hinge_loss(real, fake) + weights.lecam * ctx.workshop.lecam(real, fake)
+    loss = discriminator_hinge_loss(real, fake) + weights.lecam * ctx.workshop.lecam(real, fake, mean=ctx.ranks.mean)
     return {"gan": generator_term, "discriminator": loss}
 
 
-def _noisy(latent: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Noise of `share` times the latent's own size, of a strength drawn for each picture."""
+def _noisy(ctx: Context, step: int, latent: Tensor) -> Tensor:
+    """Noise of `losses.latent_noise` times the latent's own size, of a strength drawn for each picture."""
+    share, count = ctx.stage.losses.latent_noise, ctx.stage.batch
     if not share:
         return latent
-    size = latent.detach().float().square().mean().sqrt()
-    strength = share * torch.rand((len(latent), 1, 1, 1), generator=generator, device=latent.device)
-    noise = torch.randn(latent.shape, generator=generator, device=latent.device)
+    generator = ctx.generator(step)
+    size = latent.detach().float().square().mean((1, 2, 3), keepdim=True).sqrt()
+    strength = ctx.share(share * torch.rand((count, 1, 1, 1), generator=generator, device=latent.device))
+    noise = ctx.share(torch.randn((count, *latent.shape[1:]), generator=generator, device=latent.device))
     return latent + (size * strength * noise).to(latent.dtype)
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spar.losses.adversarial import LeCam, PatchDiscriminator, PatchDiscriminatorConfig
+from spar.losses.adversarial import LeCam, PatchDiscriminator
 from spar.models.attention import grid_embedding
 from spar.models.autoencoder import PixelEncoder, build_autoencoder
 from spar.models.spar import SparModel
@@ -45,7 +45,10 @@ class AlignmentHead(nn.Module):
 
 
 class Workshop(nn.Module):
-    """The model under training with its teachers and heads; stage patterns name its parameters."""
+    """The model under training with its teachers and heads; stage patterns name its parameters.
+
+    `dense_head` and `teacher`, the copy of the encoder, are None where no stage of the recipe reads them.
+    """
 
     def __init__(self, recipe: Recipe, *, teacher_width: int | None = None) -> None:
         super().__init__()
@@ -53,11 +56,13 @@ class Workshop(nn.Module):
         width = config.text.hidden_size
         self.model = SparModel(config)
         self.pixel_encoder = PixelEncoder(build_autoencoder(config.autoencoder).encoder)
-        self.dense_head = DenseHead(width, config.token_stride)
+        reads_tags = any(stage.step in ("encoder", "mllm") for stage in recipe.stages)
+        self.dense_head = DenseHead(width, config.token_stride) if reads_tags else None
         self.alignment_head = AlignmentHead(config.denoiser.width, recipe.alignment.hidden, teacher_width or width)
-        self.discriminator = PatchDiscriminator(PatchDiscriminatorConfig(width=32, layers=2))
+        self.discriminator = PatchDiscriminator(recipe.discriminator)
         self.lecam = LeCam()
-        self.teacher = copy.deepcopy(self.model.tokenizer.encoder)
+        taught = any(stage.losses.semantic for stage in recipe.stages)
+        self.teacher = copy.deepcopy(self.model.tokenizer.encoder) if taught else None
         self.register_buffer("native_scale", torch.ones(()))
         self.register_buffer("teacher_mean", torch.zeros(teacher_width or width))
 
@@ -80,9 +85,9 @@ def initialize(workshop: Workshop) -> None:
     Drawn from torch's global generator, which the caller seeds. transformers' own initialisation (a standard deviation
     of 0.02, zero position embeddings) is made for widths of a thousand; at these widths the encoder stays at the prior.
     """
-    _xavier(workshop.model)
-    _xavier(workshop.dense_head)
-    _xavier(workshop.alignment_head)
+    for part in (workshop.model, workshop.dense_head, workshop.alignment_head):
+        if part is not None:
+            _xavier(part)
     _initialize_vision(workshop)
     _initialize_denoiser(workshop)
 
