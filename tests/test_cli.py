@@ -28,6 +28,9 @@ SAMPLING_FLAGS = ("--model", "--dtype", "--device", "--output", "-o", "--overwri
 FLAGS = {
     "train": ("RECIPE", "--stage", "--run", "--resume", "--init-from", "--from-scratch", "--device", "--dry-run"),
     "plan": ("RECIPE", "--stage", "--gpus", "--gpu", "--mfu", "--strategy", "--accumulate", "--recompute"),
+    "cache": ("RECIPE", "--init-from", "--output", "--batch", "--device", "--precision"),
+    "build": ("RECIPE", "--mllm", "--autoencoder", "--dit", "-o", "--revision", "--seed", "--overwrite"),
+    "convert": ("FORMAT", "PATH", "--mllm", "--autoencoder", "--dit", "--router", "--factor", "--recipe", "-o"),
     "generate": ("PROMPT", *SAMPLING_FLAGS, "--height", "--width"),
     "edit": ("IMAGE", "INSTRUCTION", *SAMPLING_FLAGS),
     "understand": ("IMAGE", "QUESTION", "--model", "--max-new-tokens"),

@@ -196,6 +196,99 @@ class PlanArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CacheArguments:
+    """Compute the frozen features of data sets once: spar cache RECIPE --init-from MODEL --data.source files ...
+
+    Unified stages then read the folder in place of pictures: spar train RECIPE ... --data.cache FOLDER. Every field of
+    the recipe is a flag, as in `spar train`. A cache that was broken off goes on where it stands.
+    """
+
+    recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
+    """The recipe's name; it comes first."""
+    init_from: Path
+    """SPAR folder whose tokenizer computes the features."""
+    output: Annotated[Path, arg(aliases=["-o"])] = Path("features")
+    """Folder to write."""
+    batch: int = 32
+    """Pictures at once."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1 ..."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of matrix products, as in the training that will read the features."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssemblyArguments:
+    """What a model is put together from, and where it goes."""
+
+    output: Annotated[Path, arg(aliases=["-o"])]
+    """Folder to write."""
+    revision: UseAppendAction[tuple[str, ...]] = ()
+    """PART=COMMIT, for a part that comes from the Hub; may be given for each. By default the newest."""
+    seed: int = 0
+    """Of the random weights."""
+    overwrite: Flag = False
+    """Replace an earlier model."""
+
+    def __post_init__(self) -> None:
+        within("--seed", self.seed, 0, MAX_SEED)
+        self.revisions()
+
+    def revisions(self) -> dict[str, str]:
+        """Commit by part."""
+        pairs = [text.partition("=") for text in self.revision]
+        for text, (part, _, commit) in zip(self.revision, pairs, strict=True):
+            if part not in ("mllm", "autoencoder", "dit") or not commit:
+                raise InputError(f"--revision: expected mllm=COMMIT, autoencoder=COMMIT or dit=COMMIT, got {text!r}")
+        return {part: commit for part, _, commit in pairs}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildArguments(AssemblyArguments):
+    """Put a model together from published parts: spar build spar-1b --mllm OpenGVLab/InternVL3-1B-hf
+    --autoencoder mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers --dit Efficient-Large-Model/Sana_600M_512px_diffusers -o
+    spar-1b
+
+    Each part is a folder or a Hub id. What none of them brings starts from random weights; the manifest says which.
+    """
+
+    recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
+    """The recipe whose model it is (spar-1b, spar-3b)."""
+    mllm: str
+    """InternVL3, in transformers' layout (its name ends in -hf) or the original."""
+    autoencoder: str
+    """DC-AE, in diffusers' layout."""
+    dit: str
+    """SANA, in diffusers' layout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertArguments(AssemblyArguments):
+    """Turn a public checkpoint into a SPAR model: spar convert unilip kanashi6/UniLIP-1B -o unilip-1b
+
+    The model computes what the checkpoint did, and full SPAR can be trained on from there. A tokenizer's file (.pth)
+    wants the published parts and --factor too; a model names its own.
+    """
+
+    format: Annotated[Positional[Literal["unilip"]], arg(metavar="FORMAT")]
+    """Whose format it is: unilip."""
+    path: Annotated[Positional[str], arg(metavar="PATH")]
+    """A model's folder or Hub id, or a file of tensors (.safetensors, .pt, .pth)."""
+    mllm: str | None = None
+    """InternVL3: folder or Hub id, in either layout."""
+    autoencoder: str | None = None
+    """DC-AE, in diffusers' layout."""
+    dit: str | None = None
+    """SANA, in diffusers' layout."""
+    router: Literal["dtr", "last"] = "dtr"
+    """last computes exactly what the checkpoint did; dtr starts within a thousandth of it and can learn."""
+    factor: float | None = None
+    """What brings the latent to unit size; by default the model's own."""
+    recipe: str = "spar-1b"
+    """The recipe that gives what the checkpoint lacks."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalArguments(ModelArguments):
     """Score a model with the judge of the shapes world: spar eval shapes-gen -o shapes-gen.json"""
 

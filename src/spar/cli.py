@@ -301,6 +301,35 @@ def plan(argv: list[str]) -> int:
     return 0
 
 
+def cache(argv: list[str]) -> int:
+    """Compute the frozen features of a recipe's data sets."""
+    from spar.arguments import CacheArguments
+
+    example = "spar cache RECIPE --init-from MODEL --data.source files --data.sets DATA -o features"
+    args, chosen = _recipe(argv, CacheArguments, "spar cache", example)
+    import torch
+
+    from spar.models.checkpoint import load_model
+    from spar.training.cache import write_cache
+    from spar.training.files import open_sources
+    from spar.training.plan import check_device
+
+    if chosen.data.source != "files":
+        raise InputError(f"expected data sets (--data.source files --data.sets DATA), got source {chosen.data.source}")
+    check_device(args.device)
+    sources = open_sources(chosen.data)
+    tokenizer = load_model(args.init_from).model.tokenizer.to(args.device)
+    precision = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    with bar("features") as advance:
+        bad = write_cache(
+            tokenizer, sources, args.output, side=chosen.model.image_size, batch=args.batch,
+            workers=chosen.data.workers, precision=precision, advance=advance,
+        )
+    total = sum(len(source) for source in sources)
+    print(f"features of {total - bad} samples, {bad} bad ones left out; read them with --data.cache {args.output}")
+    return 0
+
+
 def _train(args: "TrainArguments", recipe: Any, run: Path, resume: bool, *, again: str) -> int:
     """Train with a bar, and end with where the model is, or with how to go on."""
     from spar.training.loop import NonFiniteLoss
@@ -345,6 +374,63 @@ def _run_folder(args: "TrainArguments", name: str) -> tuple[Path, bool]:
     if args.run not in (None, run):
         raise InputError(f"--run and --resume: expected one folder, got {str(args.run)!r} and {args.resume!r}")
     return run, True
+
+
+# ---- weights of others -----------------------------------------------------------------------------------------------
+
+
+def build(argv: list[str]) -> int:
+    """Put a model together from InternVL3, DC-AE and SANA."""
+    from spar.arguments import BuildArguments, parse
+
+    args = parse(BuildArguments, argv, "spar build")
+    check_replaceable(args.output, "config.json", overwrite=args.overwrite)
+    with bar("putting the parts together"):
+        from spar.models.assembly import SOURCES, assemble
+        from spar.models.checkpoint import save_model
+        from spar.recipes import recipe
+        from spar.training.run import sampling_of
+
+        base = recipe(args.recipe)
+        made = assemble(
+            base.model, sampling_of(base), {part: getattr(args, part) for part in SOURCES},
+            revisions=args.revisions(), seed=args.seed, recipe=base.name,
+        )
+        save_model(made.loaded, args.output)
+    _tell_origins(args.output, made.loaded.manifest)
+    return 0
+
+
+def convert(argv: list[str]) -> int:
+    """Turn a public checkpoint of UniLIP into a model."""
+    from spar.arguments import ConvertArguments, parse
+
+    args = parse(ConvertArguments, argv, "spar convert")
+    check_replaceable(args.output, "config.json", overwrite=args.overwrite)
+    with bar("converting"):
+        from spar.models.assembly import SOURCES
+        from spar.models.checkpoint import save_model
+        from spar.models.conversion import convert_unilip
+        from spar.recipes import recipe
+        from spar.training.run import sampling_of
+
+        base = recipe(args.recipe)
+        made = convert_unilip(
+            args.path, base.model, sampling_of(base), {part: getattr(args, part) for part in SOURCES},
+            revisions=args.revisions(), router=args.router, factor=args.factor, seed=args.seed, recipe=base.name,
+        )
+        save_model(made.loaded, args.output)
+    _tell_origins(args.output, made.loaded.manifest)
+    return 0
+
+
+def _tell_origins(folder: Path, manifest: dict[str, Any]) -> None:
+    """Where each part of a new model comes from, and what was not as expected."""
+    for part, origin in manifest["parts"].items():
+        print(f"{part}: {origin}")
+    for line in manifest["differences"]:
+        print(f"spar: note: {line}", file=sys.stderr)
+    print(folder)
 
 
 # ---- scores, reports, demo, data, doctor ----------------------------------------------------------------------------
@@ -496,6 +582,9 @@ def doctor(argv: list[str]) -> int:
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "plan": plan,
+    "cache": cache,
+    "build": build,
+    "convert": convert,
     "generate": generate,
     "edit": edit,
     "understand": understand,

@@ -42,6 +42,18 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "", *, complete
         raise InputError(f"{name}: {error}") from error
 
 
+def differences(a: Any, b: Any, where: str) -> list[tuple[str, Any, Any]]:
+    """(field, its value in `a`, its value in `b`) for each field in which two configurations of one kind differ."""
+    found: list[tuple[str, Any, Any]] = []
+    for item in dataclasses.fields(a):
+        name, one, other = f"{where}.{item.name}", getattr(a, item.name), getattr(b, item.name)
+        if dataclasses.is_dataclass(one):
+            found += differences(one, other, name)
+        elif one != other:
+            found.append((name, one, other))
+    return found
+
+
 def _revive(hint: Any, value: Any, where: str, complete: bool) -> Any:
     """Turn a JSON value into what the type hint says, or raise."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)

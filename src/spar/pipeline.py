@@ -312,7 +312,7 @@ class SparPipeline:
             shown = ", ".join(f"{width} x {height}" for height, width in sorted(sizes))
             raise InputError(f"expected images of the same proportions in one call, got some for {shown} pixels")
         (size,) = sizes
-        return to_tensor([to_size(picture, *size) for picture in pictures]).to(self.device)
+        return to_tensor([to_size(picture, size[1], size[0]) for picture in pictures]).to(self.device)
 
     def _texts(self, text: str | Sequence[str], what: str) -> list[str]:
         if not isinstance(text, Iterable):

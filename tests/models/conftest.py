@@ -4,8 +4,11 @@ The libraries initialise biases and position embeddings to zero, norms and layer
 many a mistake is invisible.
 """
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -43,3 +46,12 @@ def randomize() -> Callable[..., nn.Module]:
         return module.eval().requires_grad_(False)
 
     return fill
+
+
+@pytest.fixture(scope="session")
+def foreign() -> ModuleType:
+    """`foreign.py` beside this file: tiny random checkpoints in the published formats."""
+    spec = importlib.util.spec_from_file_location("foreign", Path(__file__).with_name("foreign.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from spar.errors import InputError
-from spar.models.checkpoint import load_model, read_tensors
+from spar.models.checkpoint import load_model
 from spar.models.lora import LoraConfig, adapt, adapter_tensors, is_adapter, load_adapter, merge, save_adapter
+from spar.models.weights import read_tensors
 from spar.pipeline import SparPipeline
 from spar.training.plan import plan
 from spar.training.run import train

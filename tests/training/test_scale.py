@@ -108,14 +108,15 @@ def alone(first, tmp_path_factory) -> Path:
 # ---- one process -----------------------------------------------------------------------------------------------------
 
 
-def test_rows_are_dealt_once_each_and_in_order():
+def test_rows_are_dealt_once_each_and_to_a_process_every_so_many():
     for world, accumulate in ((1, 1), (2, 3), (3, 2)):
-        deal = [
-            Ranks(rank, world, scale=Scale(accumulate=accumulate)).rows(12, piece)
+        deal = {
+            (rank, piece): np.arange(12)[Ranks(rank, world, scale=Scale(accumulate=accumulate)).rows(12, piece)]
             for rank in range(world)
             for piece in range(accumulate)
-        ]
-        assert np.concatenate([np.arange(12)[rows] for rows in deal]).tolist() == list(range(12))
+        }
+        assert sorted(np.concatenate([*deal.values()]).tolist()) == list(range(12))
+        assert all(set(rows % world) == {rank} for (rank, _), rows in deal.items())  # as the loader of files deals
     with pytest.raises(InputError, match="2 processes of 3 pieces divide, got 8"):
         Ranks(1, 2, scale=Scale(accumulate=3)).rows(8, 0)
 

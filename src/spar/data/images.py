@@ -107,25 +107,25 @@ def open_training_image(data: bytes) -> Image.Image:
 
 
 def to_square(image: Image.Image, side: int) -> Image.Image:
-    """The largest centred square of an RGB picture, resized to side x side pixels.
-
-    Shapes keep their proportions and the ends of the longer side are lost. Bicubic, with a filter as wide as a shrunken
-    pixel; a square of the right side keeps its pixels.
-    """
+    """The largest centred square of an RGB picture, resized to side x side pixels; as `to_size`."""
     return to_size(image, side, side)
 
 
-def to_size(image: Image.Image, height: int, width: int) -> Image.Image:
-    """The largest centred part of an RGB picture with these proportions, resized to height x width pixels.
+def to_size(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The largest centred part of an RGB picture with these proportions, resized to width x height pixels.
 
-    Bicubic, as `to_square`, which is the case of equal sides.
+    Shapes keep their proportions and the ends of one side are lost. Bicubic, with a filter as wide as a shrunken
+    pixel; a picture of the right size keeps its pixels.
     """
-    if min(height, width) < 1:
-        raise InputError(f"expected a side of at least 1 pixel, got {min(height, width)}")
-    scale = min(image.width / width, image.height / height)
-    box_width, box_height = (max(1, round(scale * side)) for side in (width, height))
-    left, top = (image.width - box_width) // 2, (image.height - box_height) // 2
-    return image.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, left + box_width, top + box_height))
+    if min(width, height) < 1:
+        raise InputError(f"expected a side of at least 1 pixel, got {min(width, height)}")
+    wide, high = image.size
+    if wide * height >= high * width:
+        part = (max(1, round(high * width / height)), high)
+    else:
+        part = (wide, max(1, round(wide * height / width)))
+    left, top = (wide - part[0]) // 2, (high - part[1]) // 2
+    return image.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, left + part[0], top + part[1]))
 
 
 def nearest_size(image: Image.Image, side: int, stride: int) -> tuple[int, int]:

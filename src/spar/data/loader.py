@@ -6,7 +6,7 @@ the order of their steps: to resume at a step is to ask for that step.
 
 import logging
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -63,11 +63,13 @@ class Loader:
         bad_share: share of bad samples above which the run ends.
         quarantine: JSONL file that names bad samples; each rank of several has its own (`bad.0.jsonl`).
         captions: whether a sample without words is a bad one; reconstruction needs none.
+        known: with it no picture is decoded, and a sample (source, key) that it does not know is a bad one: for
+            features that were computed before.
     """
 
     def __init__(
         self, mixture: Mixture, *, rank: int = 0, world: int = 1, workers: int = 4, bad_share: float = 0.01,
-        quarantine: Path | None = None, captions: bool = True,
+        quarantine: Path | None = None, captions: bool = True, known: Callable[[str, str], bool] | None = None,
     ) -> None:  # fmt: skip
         mixture.deal(0, rank, world)  # refuses ranks that the batch does not suit
         if workers < 0:
@@ -76,7 +78,7 @@ class Loader:
             quarantine = quarantine.with_suffix(f".{rank}{quarantine.suffix}")
         self.mixture, self.workers = mixture, workers
         self.quarantine = Quarantine(bad_share, quarantine)
-        self._maker = _Maker(mixture, rank, world, captions)
+        self._maker = _Maker(mixture, rank, world, captions, known)
         for source in mixture.sources:
             for reason in source.damage:
                 log.warning("%s: %s", source.name, reason)
@@ -146,7 +148,8 @@ class _Steps(Dataset):
     def __init__(self, maker: "_Maker", slots: int) -> None:
         self.maker = maker
         mixture = maker.mixture
-        pixels = max(width * height for width, height in mixture.buckets)
+        sizes = mixture.buckets if maker.known is None else [(1, 1)]
+        pixels = max(width * height for width, height in sizes)
         self.room = torch.empty((slots, mixture.batch // maker.world * pixels * 3), dtype=torch.uint8).share_memory_()
 
     def __getitem__(self, step: int) -> "Batch | _Failure":
@@ -171,8 +174,10 @@ class _Steps(Dataset):
 class _Maker:
     """Step to batch, here and now."""
 
-    def __init__(self, mixture: Mixture, rank: int, world: int, captions: bool) -> None:
-        self.mixture, self.rank, self.world, self.captions = mixture, rank, world, captions
+    def __init__(
+        self, mixture: Mixture, rank: int, world: int, captions: bool, known: Callable[[str, str], bool] | None
+    ) -> None:  # fmt: skip
+        self.mixture, self.rank, self.world, self.captions, self.known = mixture, rank, world, captions, known
 
     def make(self, step: int) -> "Batch | _Failure":
         deal = self.mixture.deal(step, self.rank, self.world)
@@ -184,8 +189,9 @@ class _Maker:
         samples, names = [sample for sample, _, _ in rows], [self.mixture.sources[n].name for n in deal.source]
         inputs = [one for _, _, references in rows for one in references]
         owners = [row for row, (_, _, references) in enumerate(rows) for _ in references]
+        size = deal.size if self.known is None else (1, 1)
         return Batch(
-            step, deal.kind, _stack([image for _, image, _ in rows], deal.size), _stack(inputs, deal.size),
+            step, deal.kind, _stack([image for _, image, _ in rows], size), _stack(inputs, size),
             torch.tensor(owners, dtype=torch.long), tuple(sample.text for sample in samples),
             tuple(sample.key for sample in samples), tuple(names), tuple(bad),
         )  # fmt: skip
@@ -199,6 +205,11 @@ class _Maker:
                 if self.captions and not sample.text:
                     raise BadSample(sample.key, sample.origin, "expected a caption, got none")
                 references = sample.input_images if isinstance(sample, Edit) else ()
+                if self.known is not None:
+                    if not self.known(source.name, sample.key):
+                        raise BadSample(sample.key, sample.origin, "expected features of it in the cache, got none")
+                    blank = np.zeros((1, 1, 3), np.uint8)
+                    return sample, blank, [blank] * len(references)
                 image, *inputs = (_decode(data, deal.size, sample) for data in (sample.image, *references))
                 return sample, image, inputs
             except BadSample as error:
@@ -212,8 +223,7 @@ class _Maker:
 def _decode(data: bytes, size: Size, sample: Sample) -> np.ndarray:
     """uint8 [H, W, 3], cut to the bucket's size."""
     try:
-        width, height = size
-        return np.asarray(to_size(open_training_image(data), height, width))
+        return np.asarray(to_size(open_training_image(data), *size))
     except InputError as error:
         raise BadSample(sample.key, sample.origin, str(error)) from error
 

@@ -2,7 +2,8 @@
 
     config.json               format, versions, sizes of every part, sampling defaults
     tokenizer/                config.json (sizes, latent scale), model.safetensors
-    language/ router/ connector/ denoiser/      model.safetensors each
+    language/ router/ connector/ denoiser/      model.safetensors each, in shards with an index where it is large
+    pixel_encoder/            model.safetensors: E_p, for training the tokenizer (optional)
     text_tokenizer/           transformers' own files
     manifest.json             what made the weights (optional)
 """
@@ -14,18 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from spar import __version__
 from spar.config import from_dict, read_json, to_dict, write_json
 from spar.data.prompts import IMAGE_TOKEN
 from spar.errors import InputError
+from spar.models.autoencoder import PixelEncoder, build_autoencoder
 from spar.models.config import SparConfig, TextConfig
 from spar.models.migration import FORMAT_VERSION, upgraded
 from spar.models.spar import SparModel
 from spar.models.tokenizer import UnifiedTokenizer
+from spar.models.weights import INDEX, fill_weights, write_tensors
 
 FORMAT = "spar"
 PARTS = ("language", "router", "connector", "denoiser")
@@ -44,63 +46,19 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a folder holds."""
+    """What a folder holds. `pixel_encoder` is written where it is given; `load_pixel_encoder` reads it."""
 
     model: SparModel
     text_tokenizer: Any
     sampling: Sampling
     manifest: dict[str, Any] = field(default_factory=dict)
+    pixel_encoder: PixelEncoder | None = None
 
 
 def versions() -> dict[str, str]:
     """Versions of this package and of the libraries whose classes hold the weights."""
     libraries = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "diffusers")}
     return {"spar": __version__, **libraries}
-
-
-def describe_mismatch(own: dict[str, Tensor], given: dict[str, Tensor]) -> str:
-    """One line on missing, unexpected and misshapen keys; empty when they fit."""
-    wrong = [
-        f"{key} is {tuple(given[key].shape)}, expected {tuple(own[key].shape)}"
-        for key in sorted(own.keys() & given.keys())
-        if own[key].shape != given[key].shape
-    ]
-    groups = (
-        ("missing", sorted(own.keys() - given.keys())),
-        ("unexpected", sorted(given.keys() - own.keys())),
-        ("of another shape", wrong),
-    )
-    return "; ".join(
-        f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" for kind, keys in groups if keys
-    )
-
-
-def load_weights(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    """Strict loading into the module's own memory and types, with one readable report of what does not fit."""
-    mismatch = describe_mismatch(module.state_dict(), tensors)
-    if mismatch:
-        raise InputError(f"{where} does not fit this model: {mismatch}")
-    module.load_state_dict(tensors)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; a missing or damaged one raises `InputError`."""
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise InputError(f"{path.name} is missing in {path.parent}") from None
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is damaged or no safetensors file: {error}") from error
-
-
-def write_tensors(module: nn.Module, path: Path, dtype: torch.dtype | None) -> None:
-    """A module's weights, floating matrices in `dtype`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        key: (value.to(dtype) if dtype and value.is_floating_point() else value).detach().cpu().contiguous()
-        for key, value in module.state_dict().items()
-    }
-    save_file(tensors, path)
 
 
 def save_tokenizer(tokenizer: UnifiedTokenizer, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -121,13 +79,14 @@ def save_tokenizer(tokenizer: UnifiedTokenizer, folder: Path, dtype: torch.dtype
 def load_tokenizer(folder: Path) -> UnifiedTokenizer:
     """The inverse of `save_tokenizer`, in float32."""
     header = _header(folder, f"{FORMAT}-tokenizer")
-    tokenizer = UnifiedTokenizer(from_dict(SparConfig, header["model"], complete=True))
+    with init_empty_weights():
+        tokenizer = UnifiedTokenizer(from_dict(SparConfig, header["model"], complete=True))
     _fill_tokenizer(tokenizer, folder, header)
     return tokenizer.eval().requires_grad_(False)
 
 
 def _fill_tokenizer(tokenizer: UnifiedTokenizer, folder: Path, header: dict[str, Any]) -> None:
-    load_weights(tokenizer, read_tensors(folder / "model.safetensors"), str(folder))
+    fill_weights(tokenizer, folder / "model.safetensors", str(folder))
     scale = header.get("latent_scale")
     if not isinstance(scale, float) or not scale > 0:
         raise InputError(f"{folder / 'config.json'}: expected latent_scale above 0, got {scale!r}")
@@ -147,6 +106,8 @@ def save_model(loaded: Loaded, folder: Path, dtype: torch.dtype | None = None) -
         save_tokenizer(model.tokenizer, aside / "tokenizer", dtype)
         for part in PARTS:
             write_tensors(getattr(model, part), aside / part / "model.safetensors", dtype)
+        if loaded.pixel_encoder is not None:
+            write_tensors(loaded.pixel_encoder, aside / "pixel_encoder" / "model.safetensors", dtype)
         loaded.text_tokenizer.save_pretrained(aside / "text_tokenizer")
         write_json(
             aside / "config.json",
@@ -195,24 +156,46 @@ def _replaceable(folder: Path) -> bool:
 def load_model(folder: Path) -> Loaded:
     """Load a SPAR folder strictly, in float32 on the CPU; `InputError` names what is missing, foreign or damaged."""
     header = _header(folder, FORMAT)
-    model = SparModel(from_dict(SparConfig, header["model"], complete=True))
+    config = from_dict(SparConfig, header["model"], complete=True)
+    with init_empty_weights():
+        model = SparModel(config)
     tokenizer = _header(folder / "tokenizer", f"{FORMAT}-tokenizer")
     if tokenizer["model"] != header["model"]:
         raise InputError(f"{folder}: the config.json of tokenizer/ gives other sizes than the model's own")
     _fill_tokenizer(model.tokenizer, folder / "tokenizer", tokenizer)
     for part in PARTS:
-        path = folder / part / "model.safetensors"
-        load_weights(getattr(model, part), read_tensors(path), str(path.parent))
+        fill_weights(getattr(model, part), folder / part / "model.safetensors", str(folder / part))
     manifest = folder / "manifest.json"
     return Loaded(
         model=model.eval().requires_grad_(False),
-        text_tokenizer=_text_tokenizer(folder / "text_tokenizer", model.config.text),
+        text_tokenizer=load_text_tokenizer(folder / "text_tokenizer", model.config.text),
         sampling=from_dict(Sampling, header["sampling"], complete=True),
         manifest=read_json(manifest) if manifest.exists() else {},
     )
 
 
-def _text_tokenizer(folder: Path, config: TextConfig) -> Any:
+def read_sizes(folder: Path) -> SparConfig:
+    """The configuration of a SPAR folder's model, without its weights."""
+    return from_dict(SparConfig, _header(folder, FORMAT)["model"], complete=True)
+
+
+def has_pixel_encoder(folder: Path) -> bool:
+    """Whether a SPAR folder holds E_p beside the model."""
+    path = folder / "pixel_encoder" / "model.safetensors"
+    return path.is_file() or path.with_name(path.name + INDEX).is_file()
+
+
+def load_pixel_encoder(folder: Path) -> PixelEncoder:
+    """E_p of a SPAR folder that holds it, in float32."""
+    config = read_sizes(folder)
+    with init_empty_weights():
+        encoder = PixelEncoder(build_autoencoder(config.autoencoder).encoder)
+    fill_weights(encoder, folder / "pixel_encoder" / "model.safetensors", str(folder / "pixel_encoder"))
+    return encoder.eval().requires_grad_(False)
+
+
+def load_text_tokenizer(folder: Path, config: TextConfig) -> Any:
+    """A model's text tokenizer from its files; InputError where it is damaged or of another model."""
     from transformers import PreTrainedTokenizerFast
 
     if not (folder / "tokenizer.json").is_file():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spar.config import from_dict, read_json, to_dict, write_json
 from spar.errors import InputError
+from spar.models.weights import describe_mismatch, read_tensors
 
 FORMAT, FORMAT_VERSION = "spar-adapter", 1
 LAYERS = {"denoiser": "network.transformer_blocks.", "connector": "layers.", "language": "network.layers."}
@@ -103,8 +104,6 @@ def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
     Raises:
         InputError: no adapter, or one of another model: the sizes or names differ.
     """
-    from spar.models.checkpoint import describe_mismatch, read_tensors
-
     header = read_json(folder / "config.json")
     if (header.get("format"), header.get("format_version")) != (FORMAT, FORMAT_VERSION):
         raise InputError(

@@ -11,16 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from spar.config import to_dict
+from spar.config import differences, to_dict
 from spar.errors import InputError
-from spar.models.checkpoint import load_model, load_weights
+from spar.models.checkpoint import has_pixel_encoder, load_model, load_pixel_encoder, read_sizes
 from spar.models.lora import MARK, onto_adapted
+from spar.models.weights import load_weights
 from spar.training.metrics import Metrics
 from spar.training.optimizer import build_optimizers
 from spar.training.scale import distribute, hold_gradients, peers, share_held
@@ -287,7 +287,7 @@ def measure_teacher(ctx: Context, pictures: int = 512) -> None:
 
 def _first(ctx: Context, pictures: int) -> tuple[Tensor, ...]:
     """The first pictures of the material, in pieces."""
-    return ctx.pixels(np.arange(min(pictures, len(ctx.material.images)))).split(64)
+    return tuple(ctx.fitted(chunk.to(ctx.device)) for chunk in ctx.material.first(pictures))
 
 
 @torch.no_grad()
@@ -331,7 +331,10 @@ def given_weights(folder: Path) -> dict[str, Tensor]:
     """The weights of a stage's end, or of a SPAR folder under the workshop's names."""
     if not is_model(folder):
         return load_group(folder, "workshop")
-    return {f"model.{name}": value for name, value in load_model(folder).model.state_dict().items()}
+    parts = {"model": load_model(folder).model}
+    if has_pixel_encoder(folder):
+        parts["pixel_encoder"] = load_pixel_encoder(folder)
+    return {f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()}
 
 
 def initial_weights(workshop: Workshop, folder: Path, stage: Stage, order: tuple[Stage, ...]) -> None:
@@ -339,15 +342,21 @@ def initial_weights(workshop: Workshop, folder: Path, stage: Stage, order: tuple
 
     What the stages before this one train must fit exactly. What none of them has touched may differ in design (another
     router, another teacher's width) and then keeps its fresh random weights: so one tokenizer serves every ablation.
+    Where a SPAR folder's configuration differs from the recipe's, a warning says so: not every field shows in weights.
     """
+    if is_model(folder):
+        for name, given, own in differences(read_sizes(folder), workshop.config, "model"):
+            log.warning("%s was made with %s %r; this recipe has %r", folder, name, given, own)
     earlier = order[: [s.name for s in order].index(stage.name)]
     patterns = [pattern for before in earlier for pattern in before.trainable]
     own = workshop.state_dict()
     given = onto_adapted(own, given_weights(folder))
-    if is_model(folder) and stage.step in NEEDS_PIXEL_ENCODER:
+    if is_model(folder) and stage.step in NEEDS_PIXEL_ENCODER and not (
+        stage.step == "tokenizer" and has_pixel_encoder(folder)
+    ):
         raise InputError(
-            f"stage {stage.name} needs the autoencoder's encoder, which no SPAR folder holds: give a stage's folder "
-            f"(RUN/STAGE/done) in place of {folder}"
+            f"stage {stage.name} needs the autoencoder's encoder, which {folder} does not hold: give a stage's folder "
+            "(RUN/STAGE/done), or for a tokenizer stage a folder that spar build made"
         )
     if is_model(folder):
         given = {**{key: value for key, value in own.items() if not key.startswith("model.")}, **given}

@@ -14,11 +14,13 @@ import torch
 from spar.config import from_dict, read_json, to_dict, write_json
 from spar.data.prompts import PromptEncoder
 from spar.errors import InputError
-from spar.models.checkpoint import Loaded, Sampling, load_weights, save_model, versions
+from spar.models.checkpoint import Loaded, Sampling, load_text_tokenizer, save_model, versions
 from spar.models.config import SparConfig
 from spar.models.lora import adapt, merge, save_adapter
 from spar.models.migration import upgraded
 from spar.models.spar import SparModel
+from spar.models.weights import load_weights
+from spar.training.files import FilesMaterial
 from spar.training.loop import (
     Report,
     initial_weights,
@@ -28,8 +30,8 @@ from spar.training.loop import (
     run_stage,
     tune_allocator,
 )
-from spar.training.material import ShapesMaterial
-from spar.training.scale import Ranks, Scale
+from spar.training.material import Material, ShapesMaterial
+from spar.training.scale import ALONE, Ranks, Scale
 from spar.training.stages import Recipe, Stage, freeze, freezing_table
 from spar.training.state import load_group, read_progress
 from spar.training.steps import Context, alignment_weight
@@ -80,7 +82,8 @@ def read_recipe(path: Path) -> Recipe:
         critic = {"channels": 3, "width": 32, "layers": 2, "groups": 8}
         added = {"discriminator": critic, "max_prompt_tokens": 64, "lora": lora, "published": []}
         stages = [{"image_size": None, **stage} for stage in values["stages"]]
-        data = {"source": "shapes", **values["data"]}
+        files = {"sets": [], "workers": 4, "bad_share": 0.01, "max_aspect": 1.0, "cache": None}
+        data = {"source": "shapes", **files, **values["data"]}
         values = {**added, **values, "model": upgraded(values["model"], 1), "stages": stages, "data": data}
     return from_dict(Recipe, values, complete=True)
 
@@ -147,15 +150,18 @@ def train(
     teacher, ranks = teacher_of(recipe.alignment), Ranks.join(scale, device)
     check_scale(chosen, ranks)
     check_lora(recipe, chosen)
+    strange = [stage.name for stage in chosen if stage.step in ("encoder", "mllm", "dit")]
+    if recipe.data.source == "files" and strange:
+        raise InputError(f"data sets train tokenizer and unified stages, expected no {', '.join(strange)} (--stage)")
     with ranks.main_first():
         open_run(run, recipe, fresh=not (resume or stages) and ranks.main)
     tune_allocator()
-    prompts = prompt_encoder(build_tokenizer(), recipe.model)
+    prompts = prompt_encoder(words_of(recipe, run, init_from, ranks), recipe.model)
     width = teacher.width() if teacher else None
     workshop = build_workshop(recipe, ranks.device, prompts, teacher_width=width)
     teacher = teacher.to(ranks.device) if teacher else None
     with ranks.main_first():
-        material = ShapesMaterial(recipe.data, prompts, recipe.seed, run / "cache")
+        material = material_of(recipe, prompts, run, ranks)
     for stage in chosen:
         if resume and read_progress(run / stage.name / "done"):
             log.info("stage %s is done", stage.name)
@@ -173,6 +179,8 @@ def train(
             undo(run, recipe, stage, resume=resume)
         ranks.wait()
         ctx = Context(workshop, material, recipe, stage, ranks.device, external_teacher=teacher, ranks=ranks)
+        if recipe.data.cache is not None and stage.step == "unified":
+            material.open_cache(workshop.model.tokenizer)
         prepare(ctx)
         freeze(workshop, stage)
         if announce and ranks.main:
@@ -229,6 +237,41 @@ def check_scale(stages: tuple[Stage, ...], ranks: Ranks) -> None:
             )
 
 
+def words_of(recipe: Recipe, run: Path, init_from: Path | None, ranks: Ranks = ALONE) -> Any:
+    """The text tokenizer of a run: the shapes world's own, or the one that came with the model which it started from.
+
+    Raises:
+        InputError: data sets of free words, and no tokenizer that knows them.
+    """
+    if recipe.data.source == "shapes":
+        return build_tokenizer()
+    kept = run / "text_tokenizer"
+    if init_from is not None and ranks.main:
+        home = init_from.absolute().parents[:2][-1]  # of RUN/STAGE/done
+        given = [init_from / kept.name, home / kept.name, home / "model" / kept.name]
+        found = next((path for path in given if path.is_dir()), None)
+        if found:
+            shutil.copytree(found, kept, dirs_exist_ok=True)
+    ranks.wait()
+    if not kept.is_dir():
+        raise InputError(
+            f"recipe {recipe.name}: its words want the text tokenizer of a SPAR folder; expected --init-from such a "
+            f"folder, or a stage of a run that began with one, got {init_from}"
+        )
+    return load_text_tokenizer(kept, recipe.model.text)
+
+
+def material_of(recipe: Recipe, prompts: PromptEncoder, run: Path, ranks: Ranks) -> Material:
+    """The pictures and words that a recipe names."""
+    if recipe.data.source == "shapes":
+        return ShapesMaterial(recipe.data, prompts, recipe.seed, run / "cache")
+    model = recipe.model
+    return FilesMaterial(
+        recipe.data, prompts, recipe.seed, side=model.image_size, stride=model.token_stride,
+        longest=recipe.max_prompt_tokens, run=run, ranks=ranks,
+    )
+
+
 def _start_from(
     workshop: Workshop, run: Path, recipe: Recipe, stage: Stage, init_from: Path | None, ranks: Ranks
 ) -> None:
@@ -267,7 +310,6 @@ def _remove(parent: Path, *names: str) -> None:
 
 def finished(model: SparModel, recipe: Recipe, run: Path, prompts: PromptEncoder, last: str) -> Loaded:
     """The model at the end of stage `last`, with what a folder needs beside it: words, sampling, how it was made."""
-    flow = recipe.flow
     stages = {}
     names = [stage.name for stage in recipe.stages]
     for stage in recipe.stages[: names.index(last) + 1]:
@@ -286,11 +328,16 @@ def finished(model: SparModel, recipe: Recipe, run: Path, prompts: PromptEncoder
     }
     if (run / ORIGIN).exists():
         manifest["origin"] = read_json(run / ORIGIN)
-    sampling = Sampling(
+    return Loaded(model.eval(), prompts.tokenizer, sampling_of(recipe), manifest)
+
+
+def sampling_of(recipe: Recipe) -> Sampling:
+    """How a recipe's model is sampled unless the caller says otherwise."""
+    flow = recipe.flow
+    return Sampling(
         shift=flow.sampling_shift, steps=flow.sampling_steps, guidance=flow.guidance,
         max_prompt_tokens=recipe.max_prompt_tokens,
     )
-    return Loaded(model.eval(), prompts.tokenizer, sampling, manifest)
 
 
 def model_of(run: Path, stage: str | None = None) -> Loaded:
@@ -302,7 +349,7 @@ def model_of(run: Path, stage: str | None = None) -> Loaded:
     recipe = read_recipe(run / "recipe.json")
     last = stage or recipe.stages[-1].name
     folder = run / recipe.stage(last).name / "done"
-    prompts = prompt_encoder(build_tokenizer(), recipe.model)
+    prompts = prompt_encoder(words_of(recipe, run, None), recipe.model)
     saved = load_group(folder, "workshop")
     width = saved["teacher_mean"].numel() if "teacher_mean" in saved else None
     workshop = build_workshop(recipe, torch.device("cpu"), prompts, teacher_width=width)

@@ -100,7 +100,7 @@ class Ranks:
         return self.world * self.scale.accumulate
 
     def rows(self, count: int, piece: int) -> slice:
-        """Which of `count` rows this process computes in one of its `accumulate` pieces.
+        """Which of `count` rows this process computes in one of its `accumulate` pieces: every `pieces`-th.
 
         Raises:
             InputError: a batch that the processes and pieces do not divide.
@@ -109,8 +109,7 @@ class Ranks:
             raise InputError(
                 f"expected a batch that {self.world} processes of {self.scale.accumulate} pieces divide, got {count}"
             )
-        size, index = count // self.pieces, self.rank * self.scale.accumulate + piece
-        return slice(index * size, (index + 1) * size)
+        return slice(self.rank + self.world * piece, count, self.pieces)
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean over the processes."""

@@ -1,6 +1,7 @@
 """A stage is data: what trains, for how long, on what mixture, with which losses (SPAR, tables of sections 1 and 2)."""
 
 import fnmatch
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -186,14 +187,23 @@ class FlowConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the pictures come from; of the shapes world, how many scenes train, and how many of them carry an edit.
+    """Where the pictures come from.
 
-    A recipe whose `source` is "none" can be planned, not trained.
+    `source` shapes: of the shapes world `scenes` train, and `edits` of them carry an edit. files: `sets` are paths of
+    data sets, "PATH" or "WEIGHT=PATH" (spar.data.sources says which formats), decoded by `workers` processes of each
+    training process; a share of bad samples above `bad_share` ends the run; `max_aspect` cuts a tokenizer stage's
+    pictures to several proportions; `cache` is a folder of features (spar cache) that unified stages read in place of
+    pictures. none: the recipe can be planned, not trained.
     """
 
-    source: Literal["shapes", "none"] = "shapes"
+    source: Literal["shapes", "files", "none"] = "shapes"
     scenes: int = 32768
     edits: int = 16384
+    sets: tuple[str, ...] = ()
+    workers: int = 4
+    bad_share: float = 0.01
+    max_aspect: float = 1.0
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("scenes", "edits"):
@@ -201,6 +211,34 @@ class DataConfig:
                 raise InputError(f"data.{name}: expected at least 1, got {getattr(self, name)}")
         if self.edits > self.scenes:
             raise InputError(f"data.edits: expected at most one for each of {self.scenes} scenes, got {self.edits}")
+        if self.workers < 0:
+            raise InputError(f"data.workers: expected at least 0, got {self.workers}")
+        if not 0 <= self.bad_share <= 1:
+            raise InputError(f"data.bad_share: expected 0 to 1, got {self.bad_share}")
+        if self.max_aspect < 1:
+            raise InputError(f"data.max_aspect: expected at least 1, got {self.max_aspect}")
+        if (self.source == "files") != bool(self.sets):
+            raise InputError("data: source files and the field sets (paths of data sets) go together")
+        if self.cache is not None and self.source != "files":
+            raise InputError(f"data.cache: only data sets are cached (data.source files), got source {self.source}")
+        weighted_sets(self.sets)
+
+
+def weighted_sets(sets: tuple[str, ...]) -> list[tuple[float, str]]:
+    """(weight, path) of data sets written "PATH" or "WEIGHT=PATH"; InputError for a weight that is none."""
+    found = []
+    for one in sets:
+        weight, sign, path = one.partition("=")
+        if not sign or not re.fullmatch(r"[\d.eE+-]+", weight):  # a path may hold the sign too
+            weight, path = "1", one
+        try:
+            value = float(weight)
+        except ValueError:
+            value = 0.0
+        if not 0 < value < float("inf") or not path:
+            raise InputError(f"data.sets: expected PATH or WEIGHT=PATH with a weight above 0, got {one!r}")
+        found.append((value, path))
+    return found
 
 
 @dataclass(frozen=True)
@@ -244,6 +282,8 @@ class Recipe:
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise InputError(f"recipe {self.name}: expected stages of different names, got {', '.join(names)}")
+        if self.data.cache is not None and self.alignment.teacher == "external":
+            raise InputError("data.cache: an external teacher reads pictures, which a run from a cache does not have")
         native = [stage.name for stage in self.stages if stage.losses.native]
         if native and not self.model.streams.pixel_stream:
             raise InputError(

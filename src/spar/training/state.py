@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from spar.config import from_dict, read_json, write_json
 from spar.errors import InputError
-from spar.models.checkpoint import describe_mismatch, read_tensors
+from spar.models.weights import describe_mismatch, read_tensors
 from spar.training.scale import ALONE, Ranks
 
 ROWS = "rows"  # in the header of a sharded file: {tensor: [first row, rows of the whole]}

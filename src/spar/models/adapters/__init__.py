@@ -1,0 +1,1 @@
+"""Published formats: where their files lie, what their configurations say, and what their tensors are called here."""
