@@ -1,12 +1,16 @@
 """The loader: the same samples for any workers, ranks and restarts; shares, buckets and bad samples."""
 
 import json
+import re
+import shlex
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from spar.cli import main
 from spar.data import quarantine
 from spar.data.loader import TRIES, Loader, to_pixels
 from spar.data.mixture import Mixture, MixtureConfig, open_mixture
@@ -103,6 +107,12 @@ def test_workers_change_nothing_even_when_shards_are_fewer(sets, workers):
     for one, other in zip(alone, shared, strict=True):
         assert (one.step, one.keys, one.texts) == (other.step, other.keys, other.texts)
         assert torch.equal(one.images, other.images)
+
+
+def test_the_training_keeps_its_random_numbers(plain):
+    before = torch.get_rng_state()
+    assert len([*Loader(mixture(plain("a", 50)), workers=1).batches(0, 2)]) == 2
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_weights_are_shares_of_samples_in_every_stretch(plain):
@@ -231,3 +241,21 @@ def test_a_damaged_shard_is_named_before_the_first_step(sets):
     loader = Loader(mixture(open_source(str(path))), rank=1, world=2, workers=0, quarantine=sets.folder / "bad.jsonl")
     (line,) = (sets.folder / "bad.1.jsonl").read_text().splitlines()
     assert "truncated" in json.loads(line)["reason"] and loader.quarantine.bad == 0
+
+
+def test_the_guide_says_what_works(sets, monkeypatch, capsys):
+    """Every command and the program of docs/data.md."""
+    for shard in range(2):
+        sets.pairs(f"shards/{shard:06d}.tar", range(20 * shard, 20 * shard + 20))
+    sets.edits("edits/0.tar", range(20))
+    sets.file("photos/a.png", sets.picture())
+    sets.file("photos/metadata.jsonl", '{"file_name": "a.png", "text": "words"}')
+    monkeypatch.chdir(sets.folder)
+    guide = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    commands = re.search(r"```sh\n(.*?)```", guide, re.S)[1].splitlines()
+    assert len(commands) == 3
+    for line in commands:
+        assert main(shlex.split(line, comments=True)[1:]) == 0
+    capsys.readouterr()
+    exec(re.search(r"```python\n(.*?)```", guide, re.S)[1], {})
+    assert len(capsys.readouterr().out.splitlines()) == 3

@@ -6,8 +6,8 @@ the order of their steps: to resume at a step is to ask for that step.
 
 import logging
 import signal
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from spar.data.samples import BadSample, Edit, Kind, Sample
 from spar.errors import InputError
 
 TRIES = 16  # neighbours that are asked for one bad sample
+PREFETCH = 2  # batches that each worker may be ahead
 
 log = logging.getLogger("spar.data")
 
@@ -77,7 +78,7 @@ class Loader:
             quarantine = quarantine.with_suffix(f".{rank}{quarantine.suffix}")
         self.mixture, self.workers = mixture, workers
         self.quarantine = Quarantine(bad_share, quarantine)
-        self._steps = _Steps(mixture, rank, world, captions, known)
+        self._maker = _Maker(mixture, rank, world, captions, known)
         for source in mixture.sources:
             for reason in source.damage:
                 log.warning("%s: %s", source.name, reason)
@@ -103,16 +104,26 @@ class Loader:
         Raises:
             InputError: too many bad samples, or none good among a bad one's neighbours.
         """
-        steps = count(start) if stop is None else range(start, stop)
+        numbers = count(start) if stop is None else range(start, stop)
+        if not self.workers:
+            yield from (self._counted(self._maker.make(step)) for step in numbers)
+            return
+        # Of the batch that we read and the PREFETCH of each worker behind it, each has a slot of its own.
+        slots = self.workers * PREFETCH + 1
+        steps = _Steps(self._maker, slots)
         loaded = DataLoader(
-            self._steps, batch_size=None, sampler=steps, num_workers=self.workers, worker_init_fn=_begin_worker
-        )
+            steps, batch_size=None, sampler=numbers, num_workers=self.workers, prefetch_factor=PREFETCH,
+            worker_init_fn=_begin_worker, generator=torch.Generator(),  # or it would draw from the training's own
+        )  # fmt: skip
         for batch in loaded:
-            if isinstance(batch, _Failure):
-                self.quarantine.name(batch.bad)
-                raise InputError(batch.message)
-            self.quarantine.count(len(batch.images), batch.bad)
-            yield batch
+            yield self._counted(batch if isinstance(batch, _Failure) else steps.fetch(batch))
+
+    def _counted(self, batch: "Batch | _Failure") -> Batch:
+        if isinstance(batch, _Failure):
+            self.quarantine.name(batch.bad)
+            raise InputError(batch.message)
+        self.quarantine.count(len(batch.images), batch.bad)
+        return batch
 
 
 @dataclass(frozen=True)
@@ -128,14 +139,47 @@ def _begin_worker(_: int) -> None:
 
 
 class _Steps(Dataset):
-    """Step to batch."""
+    """Step to batch in a worker, the pictures left in memory that is shared from the start.
+
+    Sent the usual way each batch would get new shared memory, whose first touch costs as much as a twentieth of the
+    decoding. Slot `step % slots` is free by then: the loader asks for a step when the one so many before it is read.
+    """
+
+    def __init__(self, maker: "_Maker", slots: int) -> None:
+        self.maker = maker
+        mixture = maker.mixture
+        sizes = mixture.buckets if maker.known is None else [(1, 1)]
+        pixels = max(width * height for width, height in sizes)
+        self.room = torch.empty((slots, mixture.batch // maker.world * pixels * 3), dtype=torch.uint8).share_memory_()
+
+    def __getitem__(self, step: int) -> "Batch | _Failure":
+        batch = self.maker.make(step)
+        if isinstance(batch, _Failure):
+            return batch
+        self._view(step, batch.images.shape).copy_(batch.images)
+        count, _, height, width = batch.images.shape
+        return replace(batch, images=torch.empty((count, 0, height, width), dtype=torch.uint8))
+
+    def fetch(self, batch: Batch) -> Batch:
+        """The batch with its pictures, copied out of their slot."""
+        return replace(batch, images=self._view(batch.step, batch.images.shape).clone())
+
+    def _view(self, step: int, shape: Sequence[int]) -> Tensor:
+        """Channels last in memory."""
+        count, _, height, width = shape
+        flat = self.room[step % len(self.room), : count * height * width * 3]
+        return flat.view(count, height, width, 3).permute(0, 3, 1, 2)
+
+
+class _Maker:
+    """Step to batch, here and now."""
 
     def __init__(
         self, mixture: Mixture, rank: int, world: int, captions: bool, known: Callable[[str, str], bool] | None
     ) -> None:  # fmt: skip
         self.mixture, self.rank, self.world, self.captions, self.known = mixture, rank, world, captions, known
 
-    def __getitem__(self, step: int) -> "Batch | _Failure":
+    def make(self, step: int) -> "Batch | _Failure":
         deal = self.mixture.deal(step, self.rank, self.world)
         bad: list[Bad] = []
         try:

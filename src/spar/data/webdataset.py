@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -32,26 +32,28 @@ class TarSource:
 
     def __init__(self, name: str, shards: Sequence[Path], cache: Path | None = None, workers: int = 1) -> None:
         self.name, self.shards, self.cache = name, [*shards], cache
-        indexes = _indexes(self.shards, cache, workers)
-        counts = [len(index) for index in indexes]
-        self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        if not len(self):
-            raise InputError(f"expected samples of png, jpg, jpeg or webp in {name!r}, found none")
-        self._sizes = np.concatenate([index.sizes for index in indexes])
-        digest = hashlib.sha256()
-        for index in indexes:
-            digest.update(index.digest().encode())
-        self.identity = digest.hexdigest()
-        pairs = zip(self.shards, indexes, strict=True)
-        self.damage = tuple(f"{shard.name!r} {index.damage}" for shard, index in pairs if index.damage)
+        self.kind: Kind = "text_to_image"
+        self.format = "webdataset"
         self.passed_over: dict[str, int] = {}
-        for index in indexes:
+        counts, sizes, damage, digest = [0], [], [], hashlib.sha256()
+        self._kept: list[TarIndex] | None = None if cache else []
+        for shard, index in zip(self.shards, _indexes(self.shards, cache, workers), strict=True):
+            if len(index) and not sum(counts):
+                first = {role for role, _, _ in index.members(0)}
+                self.kind = "edit" if INPUT in first else "text_to_image"
+                self.format = "imagenet" if CLS in first else "webdataset"
+            counts.append(len(index))
+            sizes.append(index.sizes)
+            damage += [f"{shard.name!r} {index.damage}"] if index.damage else []
+            digest.update(index.digest().encode())
             for reason, count in index.passed_over.items():
                 self.passed_over[reason] = self.passed_over.get(reason, 0) + count
-        first = {role for role, _, _ in next(index for index in indexes if len(index)).members(0)}
-        self.kind: Kind = "edit" if INPUT in first else "text_to_image"
-        self.format = "imagenet" if CLS in first else "webdataset"
-        self._kept = None if cache else indexes
+            if self._kept is not None:
+                self._kept.append(index)
+        self.starts = np.cumsum(counts, dtype=np.int64)
+        if not len(self):
+            raise InputError(f"expected samples of png, jpg, jpeg or webp in {name!r}, found none")
+        self._sizes, self.damage, self.identity = np.concatenate(sizes), tuple(damage), digest.hexdigest()
         self._open: OrderedDict[int, tuple[int, TarIndex]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -132,11 +134,13 @@ class TarSource:
         return self._open[shard]
 
 
-def _indexes(shards: list[Path], cache: Path | None, workers: int) -> list[TarIndex]:
+def _indexes(shards: list[Path], cache: Path | None, workers: int) -> Iterator[TarIndex]:
+    """One behind the other, so that those which a cache keeps need not be in memory together."""
     if min(workers, len(shards)) < 2:
-        return [cached_index(shard, cache) for shard in shards]
+        yield from (cached_index(shard, cache) for shard in shards)
+        return
     with ProcessPoolExecutor(min(workers, len(shards))) as pool:
-        return [*pool.map(partial(cached_index, cache=cache), shards)]
+        yield from pool.map(partial(cached_index, cache=cache), shards)
 
 
 def _caption(found: dict[int, list[bytes]]) -> str:
