@@ -19,14 +19,16 @@ from PIL import Image
 
 import spar
 from spar import cli, limits
-from spar.arguments import EvalArguments, parse, recipe_arguments, recipe_of
+from spar.arguments import EvalArguments, TrainArguments, parse, recipe_arguments, recipe_of
 from spar.cli import VERBS, main
 from spar.errors import InputError
 
 SAMPLING_FLAGS = ("--model", "--dtype", "--device", "--output", "-o", "--overwrite", "--seed", "--steps", "--guidance",
                   "--num-inference-steps", "--guidance-scale", "--num-images-per-prompt", "-n", "--negative-prompt")
 FLAGS = {
-    "train": ("RECIPE", "--stage", "--run", "--resume", "--init-from", "--device", "--dry-run"),
+    "train": ("RECIPE", "--stage", "--run", "--resume", "--init-from", "--from-scratch", "--device", "--dry-run"),
+    "plan": ("RECIPE", "--stage", "--gpus", "--gpu", "--mfu", "--strategy", "--accumulate", "--recompute"),
+    "cache": ("RECIPE", "--init-from", "--output", "--batch", "--device", "--precision"),
     "build": ("RECIPE", "--mllm", "--autoencoder", "--dit", "-o", "--revision", "--seed", "--overwrite"),
     "convert": ("FORMAT", "PATH", "--mllm", "--autoencoder", "--dit", "--router", "--factor", "--recipe", "-o"),
     "generate": ("PROMPT", *SAMPLING_FLAGS, "--height", "--width"),
@@ -37,6 +39,7 @@ FLAGS = {
              "--guidance", "--images-per-prompt", "--combinations", "-o"),
     "report": ("RUN", "-o"),
     "demo": ("-o", "--images", "--model"),
+    "data": ("check", "convert"),
     "doctor": ("--help",),
 }  # fmt: skip
 
@@ -212,6 +215,18 @@ WRONG = [
     ("demo --images nowhere", "No such file"),
     ("demo --images empty", "found none"),
     ("demo --limit 0", "--limit: expected 1"),
+    ("data", "data: expected one of check, convert, got nothing"),
+    ("data chek x", "got 'chek'"),
+    ("data check", "at least one data set"),
+    ("data check there.txt", "expected lines image_root,annotation.json,flag"),
+    ("data check empty", "found none"),
+    ("data check nowhere.tar", "there is no 'nowhere.tar'"),
+    ("data check 'pipe:cat x.tar'", "expected a local path or hf://"),
+    ("data check empty --workers 0", "--workers: expected 1 to 256, got 0"),
+    ("data check empty --format zip", "expected one of 'auto'"),
+    ("data convert empty", "expected -o, got nothing"),
+    ("data convert empty -o full", "holds other things"),
+    ("data convert empty -o new --shard-size 0", "--shard-size: expected 1"),
     ("doctor x", "unknown arguments: x"),
     ("train", "recipe's name first"),
     ("train --seed 3 tiny", "recipe's name first"),
@@ -386,14 +401,14 @@ def test_any_field_of_a_recipe_is_a_flag():
 
     for name in RECIPES:
         base = recipe(name)
-        assert recipe_of(parse(recipe_arguments(base), [name], "spar train", none=True), base) == base
+        assert recipe_of(parse(recipe_arguments(base, TrainArguments), [name], "spar train", none=True), base) == base
     base = recipe("tiny")
     line = (
         "tiny --run there --seed 3 --model.denoiser.layers 4 --model.streams.semantic-stream False "
         "--model.denoiser.interpolation_scale 0.5 --model.autoencoder.channels 16 16 16 32 "
         "--stages.unified-2.steps 10 --stages.tokenizer-3.losses.gan-start 2 --stage dit --stage unified-2"
     )
-    args = parse(recipe_arguments(base), line.split(), "spar train", none=True)
+    args = parse(recipe_arguments(base, TrainArguments), line.split(), "spar train", none=True)
     assert (args.run, args.stage) == (Path("there"), ("dit", "unified-2"))
     model = replace(
         base.model,

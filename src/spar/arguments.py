@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import tyro
 from tyro.conf import DisallowNone, FlagConversionOff, FlagCreatePairsOff, Positional, UseAppendAction, arg
 
+from spar.data.samples import Format
 from spar.errors import InputError
-from spar.limits import MAX_GUIDANCE, MAX_IMAGES, MAX_NEW_TOKENS, MAX_SEED, MAX_STEPS, within
+from spar.limits import MAX_GUIDANCE, MAX_IMAGES, MAX_NEW_TOKENS, MAX_SEED, MAX_STEPS, MAX_WORKERS, within
 
 if TYPE_CHECKING:
     from spar.training.stages import Recipe
@@ -39,6 +40,8 @@ class ModelArguments:
 
     model: Path | None = None
     """Model folder; by default the bundled weights."""
+    adapter: Path | None = None
+    """Folder of LoRA weights (RUN/adapter) to merge into the model."""
     dtype: Dtype = "auto"
     """What matrix products run in; auto is bfloat16 where the device has it in hardware."""
     device: str | None = None
@@ -158,10 +161,60 @@ class TrainArguments:
     """never: a folder that holds a run is refused. auto: go on where the run stands. A folder: go on with that run."""
     init_from: Path | None = None
     """Start the first stage from the weights of a finished stage (RUN/STAGE/done) or of a SPAR folder."""
+    from_scratch: Flag = False
+    """Start from random weights what the recipe expects from published checkpoints."""
     device: str = "cpu"
     """cpu, cuda, cuda:1 ..."""
     dry_run: Flag = False
     """Say what would be trained, with parameters and memory, and stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanArguments:
+    """Say what a recipe costs on given GPUs, before any training: spar plan spar-1b --gpus 64 --gpu h200
+
+    Memory of one GPU, operations, pictures a second and days of each stage, and what will not fit. Every field of the
+    recipe is a flag, as in `spar train`: --stages.unified-2.batch 1024.
+    """
+
+    recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
+    """The recipe's name (spar-1b, spar-3b); it comes first."""
+    stage: UseAppendAction[tuple[str, ...]] = ()
+    """Plan this stage only; may be given several times."""
+    gpus: int = 8
+    """How many there are."""
+    gpu: str = "h200"
+    """Which: rtx4090, a100-40, a100, h100, h200 or b200."""
+    mfu: float = 0.4
+    """Share of the GPU's peak that is reckoned with."""
+    strategy: Literal["fsdp", "ddp"] = "fsdp"
+    """fsdp shards weights, gradients and optimizer; ddp holds them whole."""
+    accumulate: int = 1
+    """Pieces that a GPU's share of a batch is worked off in."""
+    recompute: Flag = False
+    """Activations are computed again in the backward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheArguments:
+    """Compute the frozen features of data sets once: spar cache RECIPE --init-from MODEL --data.source files ...
+
+    Unified stages then read the folder in place of pictures: spar train RECIPE ... --data.cache FOLDER. Every field of
+    the recipe is a flag, as in `spar train`. A cache that was broken off goes on where it stands.
+    """
+
+    recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
+    """The recipe's name; it comes first."""
+    init_from: Path
+    """SPAR folder whose tokenizer computes the features."""
+    output: Annotated[Path, arg(aliases=["-o"])] = Path("features")
+    """Folder to write."""
+    batch: int = 32
+    """Pictures at once."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1 ..."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of matrix products, as in the training that will read the features."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,6 +359,67 @@ class DemoArguments(ModelArguments):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataArguments:
+    """Which data set."""
+
+    path: Annotated[Positional[tuple[str, ...]], arg(metavar="PATH")]
+    """Shards by name, {0000..2175}, glob or hf://datasets/...; a folder of shards, of parquet files or with
+    metadata.jsonl; a ShareGPT-4o-Image list (.json); a GPT-Image-Edit index (.txt)."""
+    format: Format = "auto"
+    """What PATH holds, where its name does not tell."""
+    cache: Path | None = None
+    """Folder where indexes of shards are kept; by default they are made anew."""
+    workers: int = 4
+    """Processes."""
+
+    def __post_init__(self) -> None:
+        _some(self.path, "data set", "PATH")
+        within("--workers", self.workers, 1, MAX_WORKERS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataCheckArguments(DataArguments):
+    """Read and decode every sample and say what is wrong: spar data check "shards/*.tar"
+
+    The exit status is 1 if something is.
+    """
+
+    limit: int | None = None
+    """Samples to look at, evenly spread; by default all."""
+    max_characters: int = 4096
+    """Longest caption."""
+    json: Flag = False
+    """Print the findings as JSON."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        within("--limit", self.limit, 1, MAX_SEED)
+        within("--max-characters", self.max_characters, 1, MAX_SEED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConvertArguments(DataArguments):
+    """Write a data set as webdataset shards: spar data convert data.txt -o shards
+
+    Pictures that are whole are copied byte by byte; the others are left out and named in dropped.jsonl.
+    """
+
+    output: Annotated[Path, arg(aliases=["-o"])]
+    """Folder to write."""
+    overwrite: Flag = False
+    """Replace an earlier conversion."""
+    shard_size: int = 10_000
+    """Samples of a shard."""
+    bad_share: float = 0.01
+    """Share of bad samples above which nothing is written, judged from 1000 samples on."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        within("--shard-size", self.shard_size, 1, 10**6)
+        within("--bad-share", self.bad_share, 0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DoctorArguments:
     """Look over the installation: versions, devices, optional parts, what is wrong and how to mend it."""
 
@@ -326,11 +440,13 @@ def _readable(text: str | None, what: str) -> None:
         raise InputError(f"{what}: expected text in UTF-8, got {text!r}") from None
 
 
-def recipe_arguments(base: "Recipe") -> type[TrainArguments]:
-    """TrainArguments with a flag for every field of a recipe, `--stages.NAME.FIELD` for its stages.
+def recipe_arguments(base: "Recipe", kind: type[T]) -> type[T]:
+    """`kind` with a flag for every field of a recipe, `--stages.NAME.FIELD` for its stages; to train, `--scale.FIELD`.
 
     The values of `base` are the defaults. Booleans take a value (`--model.streams.pixel-stream False`).
     """
+    from spar.training.scale import Scale
+
     hints = typing.get_type_hints(type(base))
     stages = make_dataclass(
         "Stages",
@@ -349,13 +465,14 @@ def recipe_arguments(base: "Recipe") -> type[TrainArguments]:
         )
         for name in (item.name for item in dataclasses.fields(base))
     ]
+    if kind is TrainArguments:
+        fields.append(("scale", FlagConversionOff[Scale], field(default=Scale())))
     return make_dataclass(
-        "TrainArguments", fields, bases=(TrainArguments,), frozen=True, kw_only=True,
-        namespace={"__doc__": TrainArguments.__doc__},
+        kind.__name__, fields, bases=(kind,), frozen=True, kw_only=True, namespace={"__doc__": kind.__doc__}
     )
 
 
-def recipe_of(arguments: TrainArguments, base: "Recipe") -> "Recipe":
+def recipe_of(arguments: Any, base: "Recipe") -> "Recipe":
     """The recipe that the parsed flags describe."""
     values = {item.name: getattr(arguments, item.name) for item in dataclasses.fields(base)}
     stages = values.pop("stages")

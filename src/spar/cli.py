@@ -5,11 +5,13 @@ Python's own are imported inside the verbs: help and errors come at once, and Ct
 """
 
 import gc
+import json
 import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,10 @@ from typing import TYPE_CHECKING, Any
 from spar import __version__
 from spar.display import (
     bar,
+    budget_table,
     check_table,
+    data_table,
+    epochs_table,
     new_console,
     plan_table,
     sampling_callback,
@@ -192,7 +197,7 @@ def _load(args: "ModelArguments") -> "SparPipeline":
         from spar.pipeline import SparPipeline
 
         dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-        return SparPipeline.from_pretrained(args.model, dtype=dtype, device=args.device)
+        return SparPipeline.from_pretrained(args.model, dtype=dtype, device=args.device, adapter=args.adapter)
 
 
 def _picture_paths(args: "SamplingArguments", texts: int) -> list[Path]:
@@ -240,18 +245,11 @@ def _mind_quotes(texts: Sequence[str], what: str) -> None:
 
 def train(argv: list[str]) -> int:
     """Train a recipe."""
-    from spar.arguments import TrainArguments, parse, recipe_arguments, recipe_of
+    from spar.arguments import TrainArguments
 
-    if not argv or argv[0].startswith("-"):
-        if {"-h", "--help"} & set(argv):
-            parse(TrainArguments, ["--help"], "spar train")
-        raise InputError("expected the recipe's name first, as in: spar train tiny --run runs/tiny")
-    from spar.recipes import recipe
+    args, chosen = _recipe(argv, TrainArguments, "spar train", "spar train tiny --run runs/tiny")
     from spar.training.plan import check_device, plan
 
-    base = recipe(argv[0])
-    args = parse(recipe_arguments(base), argv, "spar train", none=True)
-    chosen = recipe_of(args, base)
     run, resume = _run_folder(args, chosen.name)
     planned = plan(chosen, args.stage)
     check_device(args.device)
@@ -270,25 +268,122 @@ def train(argv: list[str]) -> int:
     return _train(args, chosen, run, resume, again=again)
 
 
+def _recipe(argv: list[str], kind: type[Any], prog: str, example: str) -> tuple[Any, Any]:
+    """The arguments of a verb whose first word is a recipe, and the recipe that its flags describe."""
+    from spar.arguments import parse, recipe_arguments, recipe_of
+
+    if not argv or argv[0].startswith("-"):
+        if {"-h", "--help"} & set(argv):
+            parse(kind, ["--help"], prog)
+        raise InputError(f"expected the recipe's name first, as in: {example}")
+    from spar.recipes import recipe
+
+    base = recipe(argv[0])
+    args = parse(recipe_arguments(base, kind), argv, prog, none=True)
+    return args, _sized(recipe_of(args, base), base, getattr(args, "init_from", None))
+
+
+def _sized(chosen: Any, base: Any, start: Path | None) -> Any:
+    """A recipe of published parts with the sizes of the SPAR folder that it starts from, where no flag says otherwise.
+
+    They are the checkpoints' own, which may differ from what the recipe expects.
+    """
+    if not chosen.published or start is None or not (start / "config.json").is_file():
+        return chosen
+    from spar.config import overlaid
+    from spar.models.checkpoint import read_sizes
+
+    return replace(chosen, model=overlaid(read_sizes(start), base.model, chosen.model))
+
+
+def plan(argv: list[str]) -> int:
+    """Say what a recipe costs on given GPUs."""
+    from spar.arguments import PlanArguments
+
+    args, chosen = _recipe(argv, PlanArguments, "spar plan", "spar plan spar-1b --gpus 64 --gpu h200")
+    from spar.training.budget import Machine, budget
+
+    machine = Machine(
+        args.gpus, args.gpu, args.mfu, sharded=args.strategy == "fsdp", accumulate=args.accumulate,
+        recompute=args.recompute,
+    )
+    planned = budget(chosen, machine, args.stage)
+    new_console().print(budget_table(planned))
+    if chosen.data.source == "files":
+        new_console().print(epochs_table(_epochs(chosen, [one.stage for one in planned])))
+    for one in planned:
+        for warning in one.warnings:
+            print(f"spar: note: {one.stage.name}: {warning}", file=sys.stderr)
+    return 0
+
+
+def _epochs(recipe: Any, stages: Sequence[Any]) -> dict[str, dict[str, float]]:
+    """How often each stage shows each sample of each data set."""
+    from spar.training.files import epochs, open_sources
+    from spar.training.stages import weighted_sets
+
+    with bar("looking at the data"):
+        sources = open_sources(recipe.data)
+    weights = [weight for weight, _ in weighted_sets(recipe.data.sets)]
+    return {stage.name: epochs(stage, sources, weights) for stage in stages}
+
+
+def cache(argv: list[str]) -> int:
+    """Compute the frozen features of a recipe's data sets."""
+    from spar.arguments import CacheArguments
+
+    example = "spar cache RECIPE --init-from MODEL --data.source files --data.sets DATA -o features"
+    args, chosen = _recipe(argv, CacheArguments, "spar cache", example)
+    import torch
+
+    from spar.models.checkpoint import load_model
+    from spar.training.cache import write_cache
+    from spar.training.files import open_sources
+    from spar.training.plan import check_device
+
+    if chosen.data.source != "files":
+        raise InputError(f"expected data sets (--data.source files --data.sets DATA), got source {chosen.data.source}")
+    check_device(args.device)
+    sources = open_sources(chosen.data)
+    tokenizer = load_model(args.init_from).model.tokenizer.to(args.device)
+    precision = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    with bar("features") as advance:
+        bad = write_cache(
+            tokenizer, sources, args.output, side=chosen.model.image_size, batch=args.batch,
+            workers=chosen.data.workers, precision=precision, advance=advance,
+        )
+    total = sum(len(source) for source in sources)
+    print(f"features of {total - bad} samples, {bad} bad ones left out; read them with --data.cache {args.output}")
+    return 0
+
+
 def _train(args: "TrainArguments", recipe: Any, run: Path, resume: bool, *, again: str) -> int:
     """Train with a bar, and end with where the model is, or with how to go on."""
     from spar.training.loop import NonFiniteLoss
     from spar.training.run import train as run_training
+    from spar.training.scale import LostProcess
 
+    quiet = os.environ.get("RANK", "0") != "0"  # of several processes one speaks
     try:
-        with training_display() as (announce, report):
+        with nullcontext((None, None)) if quiet else training_display() as (announce, report):
             model = run_training(
                 recipe, run, stages=args.stage, resume=resume, init_from=args.init_from, device=args.device,
-                report=report, announce=announce,
+                scale=args.scale, from_scratch=args.from_scratch, report=report, announce=announce,
             )
+    except LostProcess as error:
+        _fail(str(error))
+        return 1
     except NonFiniteLoss as error:
         _fail(f"{error}; the state that was saved last is whole: {again}")
         return 1
     except KeyboardInterrupt:
         model = None
     if model is None:
-        print(f"spar: stopped; go on with: {again}", file=sys.stderr)
+        if not quiet:
+            print(f"spar: stopped; go on with: {again}", file=sys.stderr)
         return INTERRUPTED
+    if quiet:
+        return 0
     if (run / "model" / "config.json").is_file():
         print(f'the model is in {run / "model"}; try: spar generate "a red circle" --model {run / "model"}')
     else:
@@ -365,7 +460,7 @@ def _tell_origins(folder: Path, manifest: dict[str, Any]) -> None:
     print(folder)
 
 
-# ---- scores, reports, demo, doctor ----------------------------------------------------------------------------------
+# ---- scores, reports, demo, data, doctor ----------------------------------------------------------------------------
 
 
 def evaluate(argv: list[str]) -> int:
@@ -442,6 +537,62 @@ def _curves(model: Path) -> Path | None:
     return next((path for path in (model / "metrics.jsonl", model.parent / "metrics.jsonl") if path.is_file()), None)
 
 
+def data(argv: list[str]) -> int:
+    """Look over a data set (check), or write it as webdataset shards (convert)."""
+    if argv and argv[0] in DATA_VERBS:
+        return DATA_VERBS[argv[0]](argv[1:])
+    if argv and argv[0] in ("-h", "--help"):
+        lines = [f"  {verb:<13}{function.__doc__}" for verb, function in DATA_VERBS.items()]
+        print("\n".join(["usage: spar data VERB ...", "", *lines, "", "spar data VERB --help says what a verb takes."]))
+        return 0
+    got = repr(argv[0]) if argv else "nothing"
+    raise InputError(f"data: expected one of {', '.join(DATA_VERBS)}, got {got}")
+
+
+def check_data(argv: list[str]) -> int:
+    """Read and decode every sample, and say what is wrong."""
+    from spar.arguments import DataCheckArguments, parse
+
+    args = parse(DataCheckArguments, argv, "spar data check")
+    from spar.data.check import check
+    from spar.data.sources import open_source
+
+    reports = []
+    for path in args.path:
+        with bar(f"checking {path}") as advance:
+            source = open_source(path, args.format, cache=args.cache, workers=args.workers)
+            reports.append(
+                check(
+                    source, limit=args.limit, max_characters=args.max_characters, workers=args.workers,
+                    progress=advance,
+                )
+            )
+        if not args.json:
+            new_console().print(data_table(reports[-1]))
+    if args.json:
+        print(json.dumps([asdict(report) | {"wrong": report.wrong} for report in reports], indent=2))
+    return 1 if any(report.wrong for report in reports) else 0
+
+
+def convert_data(argv: list[str]) -> int:
+    """Write a data set in any format as webdataset shards."""
+    from spar.arguments import DataConvertArguments, parse
+
+    args = parse(DataConvertArguments, argv, "spar data convert")
+    from spar.data.convert import MANIFEST, convert
+    from spar.data.sources import open_source
+
+    check_replaceable(args.output, MANIFEST, overwrite=args.overwrite)
+    sources = [open_source(path, args.format, cache=args.cache, workers=args.workers) for path in args.path]
+    with whole_folder(args.output, MANIFEST, overwrite=args.overwrite) as folder, bar("converting") as advance:
+        done = convert(sources, folder, shard=args.shard_size, bad_share=args.bad_share, progress=advance)
+    print(f"{args.output}  ({done.samples} samples in {done.shards} shards, {done.dropped} left out)")
+    return 0
+
+
+DATA_VERBS: dict[str, Callable[[list[str]], int]] = {"check": check_data, "convert": convert_data}
+
+
 def doctor(argv: list[str]) -> int:
     """Look over the installation: what is wrong, and how to mend it."""
     from spar.arguments import DoctorArguments, parse
@@ -457,6 +608,8 @@ def doctor(argv: list[str]) -> int:
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
+    "plan": plan,
+    "cache": cache,
     "build": build,
     "convert": convert,
     "generate": generate,
@@ -466,5 +619,6 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "eval": evaluate,
     "report": report,
     "demo": demo,
+    "data": data,
     "doctor": doctor,
 }

@@ -54,6 +54,15 @@ def differences(a: Any, b: Any, where: str) -> list[tuple[str, Any, Any]]:
     return found
 
 
+def overlaid(under: T, base: T, changed: T) -> T:
+    """`under` with every field in which `changed` differs from `base`."""
+    values: dict[str, Any] = {}
+    for item in dataclasses.fields(under):
+        own, old, new = (getattr(config, item.name) for config in (under, base, changed))
+        values[item.name] = overlaid(own, old, new) if dataclasses.is_dataclass(own) else (new if new != old else own)
+    return type(under)(**values)
+
+
 def _revive(hint: Any, value: Any, where: str, complete: bool) -> Any:
     """Turn a JSON value into what the type hint says, or raise."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)

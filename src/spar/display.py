@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from spar.data.check import Report as DataReport
     from spar.doctor import Check
     from spar.evaluation.results import Result
+    from spar.training.budget import StageBudget
     from spar.training.plan import StagePlan
     from spar.training.stages import Stage
 
@@ -114,6 +116,32 @@ def plan_table(planned: Sequence["StagePlan"]) -> "Table":
     return table
 
 
+def budget_table(planned: Sequence["StageBudget"]) -> "Table":
+    """What stages cost: memory in GiB of one GPU, operations of a step, pictures a second of all GPUs, days."""
+    table = new_table(
+        "stage", ">trainable", ">batch", ">at once", ">weights", ">gradients", ">optimizer", ">activations",
+        ">GiB in all", ">TFLOP a step", ">pictures/s", ">days",
+    )  # fmt: skip
+    for one in planned:
+        gibs = (f"{value / 2**30:.1f}" for value in (one.weights, one.gradients, one.optimizer, one.activations))
+        table.add_row(
+            one.stage.name, f"{one.trainable / 1e6:.1f} M", str(one.stage.batch), str(one.pictures), *gibs,
+            f"{one.memory / 2**30:.1f}", f"{one.flops / 1e12:,.0f}", f"{one.images:,.0f}", f"{one.days:.2f}",
+        )  # fmt: skip
+    table.add_section()
+    table.add_row("all", *[""] * 10, f"{sum(one.days for one in planned):.2f}")
+    return table
+
+
+def epochs_table(epochs: dict[str, dict[str, float]]) -> "Table":
+    """How often each stage shows each sample of each data set."""
+    sets = list(dict.fromkeys(name for one in epochs.values() for name in one))
+    table = new_table("epochs", *(f">{name}" for name in sets))
+    for stage, found in epochs.items():
+        table.add_row(stage, *(f"{found[name]:,.2f}" if name in found else "" for name in sets))
+    return table
+
+
 def score_table(result: "Result") -> "Table":
     """The scores of a result with intervals and targets, those that answer the benchmark's question first."""
     from spar.evaluation.table import find_target, main_scores, show, show_interval, show_name, show_title, verdict
@@ -134,4 +162,39 @@ def check_table(checks: Sequence["Check"]) -> "Table":
     table = new_table("", "what", "found", "how to mend it")
     for check in checks:
         table.add_row(MARKS[check.ok], *(escape(text) for text in (check.name, check.found, check.mend)))
+    return table
+
+
+def data_table(report: "DataReport") -> "Table":
+    """What the data doctor found: counts first, then what is wrong, by name."""
+    from rich.markup import escape
+
+    table = new_table("", "what", "found", title=f"{escape(report.name)}: {report.kind}, {report.format}")
+
+    def row(ok: bool | None, what: str, found: str) -> None:
+        table.add_row(MARKS[ok], what, escape(found))
+
+    def listed(counts: dict[str, int]) -> str:
+        return ", ".join(f"{name}: {count:,}" for name, count in counts.items())
+
+    where = f"{report.files:,} files" if report.files else "a list"
+    row(True, "samples", f"{report.samples:,} in {where}; looked at {report.checked:,}")
+    row(True, "formats, by content", listed(report.formats))
+    row(True, "shorter side, pixels", listed(report.shorter_sides))
+    row(True, "width to height", listed(report.aspects))
+    row(not (report.captions["empty"] or report.captions["too_long"]), "captions, characters", listed(report.captions))
+    row(not report.bad, "bad samples", f"{report.bad:,}")
+    row(not report.duplicates, "duplicates", f"{report.duplicates:,}")
+    if report.repeated_pictures:
+        row(None, "same picture, other words", f"{report.repeated_pictures:,}")
+    if report.passed_over:
+        row(None, "passed over", listed(report.passed_over))
+    for note in report.notes:
+        row(None, "note", note)
+    for damage in report.damage:
+        row(False, "damaged file", damage)
+    for bad in report.named_bad:
+        row(False, f"bad: {escape(bad.key)}", f"{bad.origin}: {bad.reason}")
+    for key, earlier in report.named_duplicates:
+        row(False, f"duplicate: {escape(key)}", f"of {earlier}")
     return table

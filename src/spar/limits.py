@@ -10,6 +10,7 @@ MAX_GUIDANCE = 100
 MAX_SEED = 2**63 - 1
 MAX_IMAGES = 4096
 MAX_NEW_TOKENS = 256
+MAX_WORKERS = 256
 
 
 def within(name: str, value: object, low: float, high: float) -> None:

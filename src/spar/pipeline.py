@@ -23,6 +23,7 @@ from spar.flow.guidance import guide
 from spar.flow.sampler import sample
 from spar.limits import MAX_GUIDANCE, MAX_IMAGES, MAX_NEW_TOKENS, MAX_SEED, MAX_STEPS, whole_within, within
 from spar.models.checkpoint import Loaded, load_model, save_model
+from spar.models.lora import load_adapter, merge
 from spar.models.spar import Condition
 
 BUNDLED = Path(__file__).parent / "assets" / "weights"
@@ -94,12 +95,14 @@ class SparPipeline:
         *,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
+        adapter: str | Path | None = None,
     ) -> "SparPipeline":
         """Load a SPAR folder; without a path, the bundled weights.
 
         Args:
             dtype: what matrix products run in; by default bfloat16 where the device has it in hardware.
             device: by default a CUDA device where there is one, else the CPU.
+            adapter: a folder of LoRA weights (`RUN/adapter`) that are merged into the model.
 
         Raises:
             InputError: a missing, partial, foreign or damaged folder, or a device that is not there.
@@ -113,7 +116,11 @@ class SparPipeline:
         folder = BUNDLED if path is None else Path(path)
         if path is None and not (folder / "config.json").exists():
             raise InputError("this installation has no bundled weights; give a model folder, or train one")
-        return cls(load_model(folder), dtype, where)
+        loaded = load_model(folder)
+        if adapter is not None:
+            load_adapter(loaded.model, Path(adapter))
+            merge(loaded.model)
+        return cls(loaded, dtype, where)
 
     def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write the whole model as a SPAR folder, floating weights in `dtype` (default: as they are)."""
@@ -305,7 +312,7 @@ class SparPipeline:
             shown = ", ".join(f"{width} x {height}" for height, width in sorted(sizes))
             raise InputError(f"expected images of the same proportions in one call, got some for {shown} pixels")
         (size,) = sizes
-        return to_tensor([to_size(picture, *size) for picture in pictures]).to(self.device)
+        return to_tensor([to_size(picture, size[1], size[0]) for picture in pictures]).to(self.device)
 
     def _texts(self, text: str | Sequence[str], what: str) -> list[str]:
         if not isinstance(text, Iterable):

@@ -302,5 +302,5 @@ def test_the_nearest_size_has_the_pictures_proportions_and_about_the_trained_pix
 
 def test_a_picture_of_the_right_proportions_is_only_scaled_and_another_loses_its_ends():
     image = picture(60, 40)
-    assert np.array_equal(pixels(to_size(image, 40, 60)), pixels(image))
-    assert np.array_equal(pixels(to_size(image, 40, 50)), pixels(image)[:, 5:55])
+    assert np.array_equal(pixels(to_size(image, 60, 40)), pixels(image))
+    assert np.array_equal(pixels(to_size(image, 50, 40)), pixels(image)[:, 5:55])

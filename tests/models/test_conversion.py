@@ -173,8 +173,14 @@ def original(foreign) -> Original:
 
 @pytest.fixture(scope="module")
 def published(foreign, original, tmp_path_factory) -> Path:
-    """The parts that UniLIP is made from, a model and a tokenizer of UniLIP."""
     root = tmp_path_factory.mktemp("unilip")
+    write_published(foreign, root, original)
+    return root
+
+
+def write_published(foreign, root: Path, original: Original | None = None) -> None:
+    """The parts that UniLIP is made from, a model and a tokenizer of UniLIP."""
+    original = original or Original(foreign)
     foreign.save_hf(foreign.mllm(), root / "mllm")
     foreign.autoencoder().save_pretrained(root / "autoencoder")
     foreign.save_dit(foreign.dit(), root / "dit")
@@ -188,7 +194,6 @@ def published(foreign, original, tmp_path_factory) -> Path:
     config = json.loads((root / "mllm" / "config.json").read_text()) | own
     (root / "model" / "config.json").write_text(json.dumps(config))
     torch.save(tokenizer_tensors(original, foreign), root / "tokenizer.pth")
-    return root
 
 
 def convert(root: Path, what: str = "model", **keywords) -> Assembled:

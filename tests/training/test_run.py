@@ -82,6 +82,16 @@ def test_another_recipe_is_refused_and_writes_nothing(tiny_run, fresh):
     assert (tiny_run.path / "recipe.json").read_bytes() == before
 
 
+def test_published_parts_do_not_start_from_random_weights_unasked(tiny_run, tmp_path):
+    wanting = replace(TINY, stages=TINY.stages[-2:], published=("model.language",))
+    with pytest.raises(InputError, match="model.language would start from random weights; expected --init-from"):
+        train(wanting, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert train(wanting, tmp_path / "scratch", from_scratch=True) is not None
+    assert train(wanting, tmp_path / "given", init_from=tiny_run.path / "model") is not None
+    assert train(wanting, tmp_path / "given", resume=True) is not None
+
+
 def test_a_stage_starts_from_the_one_named_before_it_whatever_the_recipe_has_between(tiny_run, tmp_path):
     both, one = tmp_path / "both", tmp_path / "one"
     train(TINY, both, stages=("unified-1", "unified-2"), init_from=tiny_run.path / "tokenizer-3" / "done")

@@ -336,12 +336,13 @@ def test_the_fused_term_holds_the_fused_latent_near_the_native_one(start):
 
 
 def test_latent_noise_is_relative_to_the_latents_size(start):
-    generator = torch.Generator().manual_seed(0)
-    latent = torch.randn(512, 8, 8, 8, generator=generator) * 7
-    noise = steps._noisy(latent, 0.2, torch.Generator().manual_seed(1)) - latent
-    sizes = noise.square().mean((1, 2, 3)).sqrt() / 7
+    ctx = start("tokenizer-2", batch=512, losses=LossWeights(mse=1.0, latent_noise=0.2))
+    scale = torch.tensor([1.0, 7.0]).repeat(256)[:, None, None, None]
+    latent = torch.randn(512, 8, 8, 8, generator=torch.Generator().manual_seed(0)) * scale
+    noise = (steps._noisy(ctx, 0, latent) - latent) / scale
+    sizes = noise.square().mean((1, 2, 3)).sqrt()
     assert 0.19 < float(sizes.max()) < 0.22 and float(sizes.mean()) == pytest.approx(0.1, abs=0.01)
-    assert steps._noisy(latent, 0.0, generator) is latent
+    assert steps._noisy(start("tokenizer-2", losses=LossWeights(mse=1.0)), 0, latent) is latent
 
 
 # ---- a term that is on and lacks its input ---------------------------------------------------------------------------

@@ -7,6 +7,7 @@ Pillow cannot read to its end is refused. Colour profiles are ignored: values ar
 import os
 import stat
 from collections.abc import Sequence
+from dataclasses import dataclass
 from io import BytesIO
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 from spar.errors import InputError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+TRAINING_FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 64 * 10**6
 MAX_BYTES = 64 * 2**20
 MIN_SIDE = 1
@@ -25,6 +27,7 @@ MAX_ASPECT = 4  # at this the longer side is twice the trained one
 ImageSource = str | os.PathLike | bytes | bytearray | memoryview | Image.Image
 
 _EXPECTED = f"expected a picture as {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+_EXPECTED_TRAINING = f"expected a picture as {', '.join(TRAINING_FORMATS[:-1])} or {TRAINING_FORMATS[-1]}"
 _EXPECTED_PIXELS = f"expected a picture of at most {MAX_PIXELS // 10**6} megapixels"
 _ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -67,26 +70,62 @@ def open_image(source: ImageSource) -> Image.Image:
     raise InputError(f"expected an image as a path, bytes or a Pillow image, got {type(source).__name__}")
 
 
-def to_square(image: Image.Image, side: int) -> Image.Image:
-    """The largest centred square of an RGB picture, resized to side x side pixels.
+@dataclass(frozen=True)
+class Header:
+    """What a picture's file says of itself: its true format, and its size upright, in pixels."""
 
-    Shapes keep their proportions and the ends of the longer side are lost. Bicubic, with a filter as wide as a shrunken
-    pixel; a square of the right side keeps its pixels.
+    format: str
+    width: int
+    height: int
+
+
+def read_header(data: bytes) -> Header:
+    """The header of a training picture, without decoding it. `data` may end early where the header does not.
+
+    Raises:
+        InputError: no PNG, JPEG or WEBP, or a size that `open_training_image` would refuse.
     """
+    with _identify(data, "it", TRAINING_FORMATS, _EXPECTED_TRAINING) as image:
+        _check_size(image, "it")
+        width, height = image.size
+        # A PNG's EXIF may lie behind its pixels, and Pillow would decode them to find it.
+        turned = "exif" in image.info and _orientation(image) in (5, 6, 7, 8)
+        return Header(_true_format(image), *((height, width) if turned else (width, height)))
+
+
+def open_training_image(data: bytes) -> Image.Image:
+    """A new RGB picture as `open_image` makes it, from the bytes of a PNG, JPEG or WEBP of one frame.
+
+    Raises:
+        InputError: another format (by content), an animation, or what `open_image` refuses.
+    """
+    with _identify(data, "it", TRAINING_FORMATS, _EXPECTED_TRAINING) as image:
+        # The further frames of a JPEG are a camera's depth or gain maps, and the first is the picture.
+        if _true_format(image) != "JPEG" and getattr(image, "n_frames", 1) > 1:
+            raise InputError(f"{_EXPECTED_TRAINING} of one frame, but it has {image.n_frames}")
+        return _convert(image, "it", own=True)
+
+
+def to_square(image: Image.Image, side: int) -> Image.Image:
+    """The largest centred square of an RGB picture, resized to side x side pixels; as `to_size`."""
     return to_size(image, side, side)
 
 
-def to_size(image: Image.Image, height: int, width: int) -> Image.Image:
-    """The largest centred part of an RGB picture with these proportions, resized to height x width pixels.
+def to_size(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The largest centred part of an RGB picture with these proportions, resized to width x height pixels.
 
-    Bicubic, as `to_square`, which is the case of equal sides.
+    Shapes keep their proportions and the ends of one side are lost. Bicubic, with a filter as wide as a shrunken
+    pixel; a picture of the right size keeps its pixels.
     """
-    if min(height, width) < 1:
-        raise InputError(f"expected a side of at least 1 pixel, got {min(height, width)}")
-    scale = min(image.width / width, image.height / height)
-    box_width, box_height = (max(1, round(scale * side)) for side in (width, height))
-    left, top = (image.width - box_width) // 2, (image.height - box_height) // 2
-    return image.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, left + box_width, top + box_height))
+    if min(width, height) < 1:
+        raise InputError(f"expected a side of at least 1 pixel, got {min(width, height)}")
+    wide, high = image.size
+    if wide * height >= high * width:
+        part = (max(1, round(high * width / height)), high)
+    else:
+        part = (wide, max(1, round(wide * height / width)))
+    left, top = (wide - part[0]) // 2, (high - part[1]) // 2
+    return image.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, left + part[0], top + part[1]))
 
 
 def nearest_size(image: Image.Image, side: int, stride: int) -> tuple[int, int]:
@@ -155,32 +194,49 @@ def _read(path: str) -> bytes:
 
 
 def _decode(data: bytes, name: str) -> Image.Image:
+    with _identify(data, name, FORMATS, _EXPECTED) as image:
+        return _convert(image, name, own=True)
+
+
+def _identify(data: bytes, name: str, formats: Sequence[str], expected: str) -> Image.Image:
+    """Bytes as a Pillow image of one of the formats, by content, nothing but its header read."""
     if not data:
-        raise InputError(f"{_EXPECTED}, but {name} is empty")
+        raise InputError(f"{expected}, but {name} is empty")
     if len(data) > MAX_BYTES:
         raise InputError(_too_many_bytes(name, len(data)))
     try:
-        image = Image.open(BytesIO(data), formats=FORMATS)
+        return Image.open(BytesIO(data), formats=formats)
     except Image.UnidentifiedImageError:
-        raise InputError(f"{_EXPECTED}, but {name} is {_kind(data)}") from None
+        raise InputError(f"{expected}, but {name} is {_kind(data)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # Pillow's own, far larger limit
         raise InputError(f"{_EXPECTED_PIXELS}, but {name} has far more") from None
     except Exception as error:  # a hostile header makes Pillow raise nearly anything
-        raise InputError(f"{_EXPECTED}, but {name} cannot be decoded: {_reason(error)}") from error
-    with image:
-        return _convert(image, name)
+        raise InputError(f"{expected}, but {name} cannot be decoded: {_reason(error)}") from error
 
 
-def _convert(image: Image.Image, name: str) -> Image.Image:
-    """A new upright RGB picture from an image of any mode, its size checked before its pixels are read."""
+def _true_format(image: Image.Image) -> str:
+    """MPO is a JPEG with further pictures behind its end."""
+    return "JPEG" if image.format == "MPO" else image.format
+
+
+def _check_size(image: Image.Image, name: str) -> None:
     if min(image.size) < MIN_SIDE:
         raise InputError(f"expected a picture with sides of at least {MIN_SIDE} pixel, but {name} is {_size(image)}")
     if image.width * image.height > MAX_PIXELS:
         raise InputError(f"{_EXPECTED_PIXELS}, but {name} is {_size(image)}")
+
+
+def _convert(image: Image.Image, name: str, *, own: bool = False) -> Image.Image:
+    """A new upright RGB picture from an image of any mode, its size checked before its pixels are read.
+
+    An image that is `own`, nobody else's, need not be copied where it is RGB already.
+    """
+    _check_size(image, name)
     try:
         image.load()
         orientation = _orientation(image)
-        picture = _to_rgb(image, name)
+        plain = own and image.mode == "RGB" and not image.has_transparency_data
+        picture = image if plain else _to_rgb(image, name)
     except InputError:
         raise
     except Exception as error:  # a truncated or hostile file makes Pillow raise nearly anything

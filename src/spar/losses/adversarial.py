@@ -8,11 +8,14 @@ PatchGAN: Isola et al., arXiv 1611.07004. Hinge: Lim and Ye, arXiv 1705.02894. L
 Departure from PatchGAN: GroupNorm for BatchNorm, so that a logit depends on its own picture only.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from spar.precision import without_autocast
 
 
 def discriminator_hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
@@ -29,7 +32,8 @@ class LeCam(nn.Module):
     """LeCam regularisation of a discriminator's logits, with its two anchors as buffers.
 
     In training mode each call first moves the anchors towards this batch's mean logits (the first call sets them), then
-    returns the regularisation as a float32 scalar; in evaluation mode the anchors stay.
+    returns the regularisation as a float32 scalar; in evaluation mode the anchors stay. `mean` makes a mean over
+    several processes of one process's own.
     """
 
     def __init__(self, decay: float = 0.999):
@@ -41,10 +45,12 @@ class LeCam(nn.Module):
         self.register_buffer("fake", torch.zeros(()))
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
 
-    def forward(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    def forward(
+        self, real_logits: Tensor, fake_logits: Tensor, mean: Callable[[Tensor], Tensor] = lambda own: own
+    ) -> Tensor:
         real_logits, fake_logits = real_logits.float(), fake_logits.float()
         if self.training:
-            self._update(real_logits.detach().mean(), fake_logits.detach().mean())
+            self._update(mean(real_logits.detach().mean()), mean(fake_logits.detach().mean()))
         return F.relu(real_logits - self.fake).square().mean() + F.relu(self.real - fake_logits).square().mean()
 
     @torch.no_grad()
@@ -114,7 +120,7 @@ class ContiguousGroupNorm(nn.GroupNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             weight, bias = self.weight.float(), self.bias.float()
             y = F.group_norm(x.float().contiguous(), self.num_groups, weight, bias, self.eps)
         return y.to(x.dtype)

@@ -114,7 +114,7 @@ class ConvNextLoss(PerceptualLoss):
         from transformers import ConvNextForImageClassification
 
         try:
-            model = ConvNextForImageClassification.from_pretrained(path)
+            model = ConvNextForImageClassification.from_pretrained(path, use_safetensors=True)
         except (OSError, ValueError) as error:
             raise InputError(
                 f"a ConvNeXt classifier in transformers' format is expected at {str(path)!r}, "

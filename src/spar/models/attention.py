@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+from spar.precision import under_autocast
+
 MASKED = -6e4  # added to a forbidden score; finite in every half precision, so that no row can become NaN
 
 
@@ -45,7 +47,7 @@ AttentionMaskInterface.register(ATTENTION, eager_mask)  # additive, as `attend` 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The type that matrix products on `x` run in: autocast's where it is on, else the tensor's own."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return torch.get_autocast_dtype(kind) if under_autocast(x) else x.dtype
 
 
 def attention_bias(mask: Tensor, like: Tensor, *, causal: bool, past: int = 0) -> Tensor:

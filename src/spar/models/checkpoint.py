@@ -168,7 +168,7 @@ def load_model(folder: Path) -> Loaded:
     manifest = folder / "manifest.json"
     return Loaded(
         model=model.eval().requires_grad_(False),
-        text_tokenizer=_text_tokenizer(folder / "text_tokenizer", model.config.text),
+        text_tokenizer=load_text_tokenizer(folder / "text_tokenizer", model.config.text),
         sampling=from_dict(Sampling, header["sampling"], complete=True),
         manifest=read_json(manifest) if manifest.exists() else {},
     )
@@ -194,7 +194,8 @@ def load_pixel_encoder(folder: Path) -> PixelEncoder:
     return encoder.eval().requires_grad_(False)
 
 
-def _text_tokenizer(folder: Path, config: TextConfig) -> Any:
+def load_text_tokenizer(folder: Path, config: TextConfig) -> Any:
+    """A model's text tokenizer from its files; InputError where it is damaged or of another model."""
     from transformers import PreTrainedTokenizerFast
 
     if not (folder / "tokenizer.json").is_file():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spar.models.attention import MASKED, attend, compute_dtype, grid_embedding
 from spar.models.config import DenoiserConfig
+from spar.precision import under_autocast, without_autocast
 
 TIME_STEPS = 1000.0  # SANA embeds time in [0, 1000]
 POSITION_BASE = 10.0  # wavelengths of 2 pi to 20 pi tokens: every channel varies over a grid of eight
@@ -33,13 +34,13 @@ def linear_attention(block: SanaTransformerBlock, x: Tensor) -> Tensor:
     """
     attention = block.attn1
     batch, tokens, _ = x.shape
-    fast = torch.is_autocast_enabled(x.device.type) and compute_dtype(x) == torch.bfloat16
+    fast = under_autocast(x) and compute_dtype(x) == torch.bfloat16
     q, k, v = (
         layer(x).view(batch, tokens, attention.heads, -1).transpose(1, 2).to(torch.bfloat16 if fast else torch.float32)
         for layer in (attention.to_q, attention.to_k, attention.to_v)
     )                                                                      # [B, heads, N, d]
     q, k = F.relu(q), F.relu(k)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         out = q @ (k.transpose(-2, -1) @ v)                                # q_n . sum_m k_m v_m^T
         total = q @ k.sum(2)[..., None]                                    # q_n . sum_m k_m
         out = (out / (total + 1e-15)).transpose(1, 2).flatten(2)
@@ -68,6 +69,28 @@ def mix_feed_forward(block: SanaTransformerBlock, x: Tensor, height: int, width:
     return F.linear(value * F.silu(gate), ff.conv_point.weight.flatten(1))
 
 
+class DenoiserBlock(SanaTransformerBlock):
+    """SANA's block with a forward of our own; the reference is `SanaTransformerBlock.forward`."""
+
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        condition: Tensor,
+        bias: Tensor,
+        shape: tuple[int, int, int, int],
+    ) -> Tensor:
+        """`x` `[B R, N, D]`, `modulation` `[B R, 6, D]`, `condition` `[B, M, D]`, `shape` (B, R, h, w)."""
+        batch, draws, height, width = shape
+        table = self.scale_shift_table[None] + modulation                               # [B R, 6, D]
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = table.to(x.dtype).chunk(6, dim=1)
+        x = torch.addcmul(x, gate_1, linear_attention(self, torch.addcmul(shift_1, self.norm1(x), 1 + scale_1)))
+        shared = x.reshape(batch, draws * x.shape[1], -1)                               # [B, R N, D]
+        x = x + cross_attention(self, shared, condition, bias).view_as(x)
+        modulated = torch.addcmul(shift_2, self.norm2(x), 1 + scale_2)
+        return torch.addcmul(x, gate_2, mix_feed_forward(self, modulated, height, width))
+
+
 class Denoiser(nn.Module):
     """Velocity and tapped features from a noisy latent, its time and the condition."""
 
@@ -90,6 +113,8 @@ class Denoiser(nn.Module):
             patch_size=1,
             interpolation_scale=config.interpolation_scale,
         )
+        for block in self.network.transformer_blocks:
+            block.__class__ = DenoiserBlock  # the same weights; what shards or recomputes a block wraps its forward
         if config.reference_latent:  # starts at zero: a DiT that never saw a reference stays as it is
             self.reference_embed = nn.Conv2d(channels, config.width, 1, bias=False, device="meta")
             self.reference_embed.weight = nn.Parameter(torch.zeros(config.width, channels, 1, 1))
@@ -121,28 +146,9 @@ class Denoiser(nn.Module):
         bias = bias.masked_fill(~mask.bool(), MASKED)[:, None, None]
         features = x
         for i, block in enumerate(network.transformer_blocks, start=1):
-            x = self._block(block, x, modulation, condition, bias, (batch, draws, height, width))
+            x = block(x, modulation, condition, bias, (batch, draws, height, width))
             if i == self.config.tap_block:
                 features = x
         x = network.proj_out(network.norm_out(x, embedded, network.scale_shift_table))  # [B R, N, D_p]
         velocity = x.transpose(1, 2).unflatten(2, (height, width))                       # [B R, D_p, h, w]
         return Denoised(velocity=velocity, features=features)
-
-    def _block(
-        self,
-        block: SanaTransformerBlock,
-        x: Tensor,
-        modulation: Tensor,
-        condition: Tensor,
-        bias: Tensor,
-        shape: tuple[int, int, int, int],
-    ) -> Tensor:
-        """One SANA block; the reference is `SanaTransformerBlock.forward`."""
-        batch, draws, height, width = shape
-        table = block.scale_shift_table[None] + modulation                              # [B R, 6, D]
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = table.to(x.dtype).chunk(6, dim=1)
-        x = torch.addcmul(x, gate_1, linear_attention(block, torch.addcmul(shift_1, block.norm1(x), 1 + scale_1)))
-        shared = x.reshape(batch, draws * x.shape[1], -1)                               # [B, R N, D]
-        x = x + cross_attention(block, shared, condition, bias).view_as(x)
-        modulated = torch.addcmul(shift_2, block.norm2(x), 1 + scale_2)
-        return torch.addcmul(x, gate_2, mix_feed_forward(block, modulated, height, width))

@@ -77,7 +77,7 @@ UNIFIED = (
         lr_end=1e-3, warmup=20, scenes=("position",), optimizer="muon", losses=LossWeights(align=0.5),
     ),
     Stage(
-        "unified-2", "unified", (*BRIDGE, DENOISER, "alignment_head.*"), steps=6400, batch=16, draws=4, lr=3e-3,
+        "unified-2", "unified", (*BRIDGE, DENOISER, "alignment_head.*"), steps=5600, batch=16, draws=4, lr=3e-3,
         lr_end=3e-4, warmup=50, ema=0.998, edit_share=0.3, places=0.25, scenes=MIXTURE, optimizer="muon",
         losses=LossWeights(align=0.5),
     ),

@@ -2,7 +2,7 @@
 
 Sizes are those of the published components, stages and losses the paper's (SPAR sections 1 and 2). Where the paper is
 silent the family's public scripts are followed; what neither says is our own choice and marked so below. L_perc is
-1.1 times LPIPS and a tenth of the ConvNeXt-S distance. Nothing says where the pictures come from yet: `data.source`.
+1.1 times LPIPS and a tenth of the ConvNeXt-S distance. The pictures are the user's own (`data.sets`).
 """
 
 from dataclasses import replace
@@ -19,11 +19,14 @@ from spar.models.config import (
     VisionConfig,
 )
 from spar.recipes.shapes import BRIDGE, DECODER, DENOISER, ENCODER, STREAMS
-from spar.training.stages import AlignmentConfig, DataConfig, FlowConfig, LossWeights, Recipe, Stage
+from spar.training.stages import AlignmentConfig, DataConfig, FlowConfig, LossWeights, PerceptualConfig, Recipe, Stage
 
 GPUS, BATCH_PER_GPU = 64, 128  # of the unified stages; the batch is the family's, the number of GPUs our choice
 RECONSTRUCTION = LossWeights(mse=1.0, perceptual=1.1)
 ADVERSARY = LossWeights(mse=1.0, perceptual=1.1, semantic=1.0, gan=0.1, lecam=1e-3)
+PUBLISHED = (
+    "model.tokenizer.encoder", "model.tokenizer.decoder", "model.language", "model.denoiser", "pixel_encoder"
+)  # fmt: skip
 EVERYTHING = (ENCODER, *STREAMS, DECODER, "discriminator.*")
 
 _TOKENIZER_1 = Stage(
@@ -111,6 +114,8 @@ def spar_1b() -> Recipe:
         ),
         alignment=AlignmentConfig(teacher="self", center=False, hidden=2048),
         discriminator=PatchDiscriminatorConfig(width=64, layers=3),
+        perceptual=PerceptualConfig(autoencoder=0.0, lpips=1.0, convnext=0.1, classifier="facebook/convnext-small-224"),
+        published=PUBLISHED,
         max_prompt_tokens=300,
         word_embeddings="random",
     )

@@ -11,20 +11,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from spar.config import differences, to_dict
 from spar.errors import InputError
 from spar.models.checkpoint import has_pixel_encoder, load_model, load_pixel_encoder, read_sizes
+from spar.models.lora import MARK, onto_adapted
 from spar.models.weights import load_weights
 from spar.training.metrics import Metrics
 from spar.training.optimizer import build_optimizers
+from spar.training.scale import distribute, hold_gradients, peers, share_held
 from spar.training.stages import Stage, freeze
 from spar.training.state import (
     Progress,
-    load_fitting,
+    fill,
     load_group,
     optimizer_tensors,
     read_progress,
@@ -70,9 +73,7 @@ class Average:
     @torch.no_grad()
     def restore(self, folder: Path) -> None:
         """Go on from a saved state; `InputError` where it does not fit."""
-        saved = load_fitting(folder, "average", self.kept)
-        for name, kept in self.kept.items():
-            kept.copy_(saved[name])
+        fill(self.kept, folder, "average")
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -117,6 +118,7 @@ def clip_gradients(workshop: Workshop, limit: float) -> Tensor:
         if parameter.requires_grad:
             sides.setdefault(name.startswith("discriminator."), []).append(parameter)
     norms = {side: torch.nn.utils.clip_grad_norm_(parameters, limit) for side, parameters in sides.items()}
+    norms = {side: norm.full_tensor() if isinstance(norm, DTensor) else norm for side, norm in norms.items()}
     broken = [norm for norm in norms.values() if not bool(torch.isfinite(norm))]
     return broken[0] if broken else norms.get(False, norms.get(True))
 
@@ -124,10 +126,14 @@ def clip_gradients(workshop: Workshop, limit: float) -> Tensor:
 def refuse_unreached(ctx: Context) -> None:
     """Refuse trainable parts that the loss has not reached at all: they would stay as they are, unsaid.
 
-    The alignment head may rest where the recipe or the stage has switched the alignment off.
+    The alignment head may rest where the recipe or the stage has switched the alignment off. With LoRA each adapted
+    part must be reached.
     """
     reached = [name for name, parameter in ctx.workshop.named_parameters() if parameter.grad is not None]
-    for pattern in ctx.stage.trainable:
+    lora = ctx.recipe.lora
+    others = [pattern for pattern in ctx.stage.trainable if not pattern.startswith("model.")]
+    parts = [f"model.{part}.*.{MARK}*" for part in lora.parts]
+    for pattern in (*others, *parts) if lora.rank else ctx.stage.trainable:
         resting = pattern == "alignment_head.*" and ctx.stage.step == "unified" and not alignment_weight(ctx)
         if not resting and not fnmatch.filter(reached, pattern):
             raise InputError(f"stage {ctx.stage.name}: {pattern!r} is trainable, but its loss does not reach it")
@@ -149,8 +155,9 @@ def run_stage(ctx: Context, run: Path, *, resume: bool, report: Report | None = 
         NonFiniteLoss: before the optimizer touched any weight.
         InputError: a saved state that does not fit, or a trainable part that the loss does not reach.
     """
-    stage, workshop = ctx.stage, ctx.workshop
+    stage, workshop, ranks = ctx.stage, ctx.workshop, ctx.ranks
     trainable = freeze(workshop, stage)
+    frame = distribute(workshop, ranks)
     optimizers = build_optimizers(workshop, stage)
     names = {id(parameter): name for name, parameter in workshop.named_parameters()}
     average = Average(workshop, stage.ema) if stage.ema else None
@@ -158,13 +165,14 @@ def run_stage(ctx: Context, run: Path, *, resume: bool, report: Report | None = 
     start, seconds = 0, 0.0
     progress = read_progress(folder) if resume else None
     if progress:
-        load_weights(workshop, load_group(folder, "workshop"), str(folder))
+        fill(workshop.state_dict(), folder, "workshop")
         restore_optimizers(optimizers, names, folder)
         if average:
             average.restore(folder)
         start, seconds = progress.step, progress.seconds
     workshop.train()
-    metrics, began, saved_at = Metrics(run, stage.name, start), time.monotonic(), time.monotonic()
+    metrics = Metrics(run, stage.name, start) if ranks.main else None
+    began, saved_at = time.monotonic(), time.monotonic()
     log.info("stage %s: steps %d to %d, %d trainable tensors", stage.name, start, stage.steps, len(trainable))
 
     def meta(step: int) -> dict[str, Any]:
@@ -173,57 +181,72 @@ def run_stage(ctx: Context, run: Path, *, resume: bool, report: Report | None = 
 
     with stop_signals() as caught:
         for step in range(start, stage.steps):
-            terms, norm = train_step(ctx, step, optimizers, first=step == start)
+            terms, norm = train_step(ctx, frame, step, optimizers, first=step == start)
             if average:
                 average.update(step)
             if step % ctx.recipe.log_every == 0 or step == stage.steps - 1:
-                values = {name: float(value.detach()) for name, value in terms.items()}
+                means = ranks.mean(torch.stack([value.detach().float() for value in terms.values()])).tolist()
+                values = dict(zip(terms, means, strict=True))
                 spent = seconds + time.monotonic() - began
                 values |= {"gradient": float(norm), "lr": learning_rate(stage, step), "seconds": spent}
-                metrics.write(stage.name, step, values)
+                if metrics:
+                    metrics.write(stage.name, step, values)
                 if report:
                     report(stage.name, step, stage.steps, values)
-            if caught or time.monotonic() - saved_at > 60 * ctx.recipe.save_minutes:
+            stopped, due = ranks.any(bool(caught), time.monotonic() - saved_at > 60 * ctx.recipe.save_minutes)
+            if stopped or due:
                 groups = {"workshop": workshop.state_dict(), "optimizer": optimizer_tensors(optimizers, names)}
-                save_folder(folder, groups | ({"average": average.kept} if average else {}), meta(step + 1))
+                groups |= {"average": average.kept} if average else {}
+                save_folder(folder, groups, meta(step + 1), ranks)
                 saved_at = time.monotonic()
-            if caught:
-                metrics.close()
+            if stopped:
+                if metrics:
+                    metrics.close()
                 return False
     if average:
         average.apply()
-    metrics.close()
+    if metrics:
+        metrics.close()
     finish = meta(stage.steps)
-    calibrate(ctx)
-    save_folder(run / stage.name / "done", {"workshop": workshop.state_dict()}, finish)
+    with torch.no_grad():
+        frame(calibrate, ctx)
+    if isinstance(frame, FSDPModule):
+        frame.reshard()
+    save_folder(run / stage.name / "done", {"workshop": workshop.state_dict()}, finish, ranks)
     return True
 
 
 def train_step(
-    ctx: Context, step: int, optimizers: list[torch.optim.Optimizer], *, first: bool
+    ctx: Context, frame: nn.Module, step: int, optimizers: list[torch.optim.Optimizer], *, first: bool
 ) -> tuple[Terms, Tensor]:
     """One step of the stage: its loss terms and the gradient's norm; the `first` one checks what the loss reaches.
 
     Raises:
-        NonFiniteLoss: before the optimizer touched any weight.
+        NonFiniteLoss: on all processes, before the optimizer touched any weight.
     """
-    stage, workshop = ctx.stage, ctx.workshop
-    with torch.autocast(ctx.device.type, torch.bfloat16):
-        terms = STEPS[stage.step](ctx, step)
-    if not bool(torch.isfinite(terms["loss"])):
-        raise NonFiniteLoss(f"stage {stage.name}, step {step}: loss is {float(terms['loss'])}; " + _named(terms))
+    stage, workshop, pieces = ctx.stage, ctx.workshop, ctx.ranks.scale.accumulate
     workshop.zero_grad(set_to_none=True)
-    terms["loss"].backward()
+    total: Terms = {}
+    for ctx.piece in range(pieces):
+        with hold_gradients(frame, ctx.piece == pieces - 1), peers():
+            with ctx.autocast():
+                terms = frame(STEPS[stage.step], ctx, step)
+            (terms["loss"] / pieces).backward()
+        total = {name: total.get(name, 0) + value.detach() / pieces for name, value in terms.items()}
+    share_held(workshop, ctx.ranks)
     if first:
         refuse_unreached(ctx)
     norm = clip_gradients(workshop, stage.clip)
-    if not bool(torch.isfinite(norm)):
-        raise NonFiniteLoss(f"stage {stage.name}, step {step}: the gradient is not finite; " + _named(terms))
+    bad_loss, bad_norm = ctx.ranks.any(not bool(torch.isfinite(total["loss"])), not bool(torch.isfinite(norm)))
+    if bad_loss:
+        raise NonFiniteLoss(f"stage {stage.name}, step {step}: loss is {float(total['loss'])}; " + _named(total))
+    if bad_norm:
+        raise NonFiniteLoss(f"stage {stage.name}, step {step}: the gradient is not finite; " + _named(total))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(stage, step) * group["factor"]
         optimizer.step()
-    return terms, norm
+    return total, norm
 
 
 def _named(terms: dict[str, Tensor]) -> str:
@@ -239,7 +262,7 @@ def calibrate(ctx: Context, pictures: int = 512) -> None:
     """
     workshop, tokenizer = ctx.workshop, ctx.workshop.model.tokenizer
     chunks = _first(ctx, pictures)
-    with torch.autocast(ctx.device.type, torch.bfloat16):
+    with ctx.autocast():
         if ctx.stage.step == "encoder":
             whiten(workshop, torch.cat([tokenizer.encoder(chunk) for chunk in chunks]).float())
         elif ctx.stage.step == "autoencoder":
@@ -257,14 +280,14 @@ def measure_teacher(ctx: Context, pictures: int = 512) -> None:
     So a run that starts from another run's tokenizer centres on its own teacher.
     """
     external, encoder = ctx.recipe.alignment.teacher == "external", ctx.workshop.model.tokenizer.encoder
-    with torch.autocast(ctx.device.type, torch.bfloat16):
+    with ctx.autocast():
         rows = [external_features(ctx, x).flatten(1, 2) if external else encoder(x) for x in _first(ctx, pictures)]
     ctx.workshop.teacher_mean.copy_(torch.cat(rows).float().mean((0, 1)))
 
 
 def _first(ctx: Context, pictures: int) -> tuple[Tensor, ...]:
     """The first pictures of the material, in pieces."""
-    return ctx.pixels(np.arange(min(pictures, len(ctx.material.images)))).split(64)
+    return tuple(ctx.fitted(chunk.to(ctx.device)) for chunk in ctx.material.first(pictures))
 
 
 @torch.no_grad()
@@ -296,7 +319,7 @@ def previous_weights(workshop: Workshop, run: Path, stage: Stage, order: tuple[S
     before = run / order[index - 1].name / "done"
     if not standing(before).exists():
         raise InputError(f"stage {stage.name} starts from the end of {order[index - 1].name}, which is not in {run}")
-    load_weights(workshop, load_group(before, "workshop"), str(before))
+    load_weights(workshop, onto_adapted(workshop.state_dict(), load_group(before, "workshop")), str(before))
 
 
 def is_model(folder: Path) -> bool:
@@ -326,7 +349,8 @@ def initial_weights(workshop: Workshop, folder: Path, stage: Stage, order: tuple
             log.warning("%s was made with %s %r; this recipe has %r", folder, name, given, own)
     earlier = order[: [s.name for s in order].index(stage.name)]
     patterns = [pattern for before in earlier for pattern in before.trainable]
-    own, given = workshop.state_dict(), given_weights(folder)
+    own = workshop.state_dict()
+    given = onto_adapted(own, given_weights(folder))
     if is_model(folder) and stage.step in NEEDS_PIXEL_ENCODER and not (
         stage.step == "tokenizer" and has_pixel_encoder(folder)
     ):

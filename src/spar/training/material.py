@@ -1,4 +1,4 @@
-"""The shapes world as training material: pictures, captions, questions and edits dealt by (seed, stage, step).
+"""Training material: pictures, captions, questions and edits dealt by (seed, stage, step); here of the shapes world.
 
 Nothing is drawn from a running generator: the batch of a step is a function of the recipe's seed, the stage's name and
 the step, so that a resumed run sees exactly what it would have seen.
@@ -6,7 +6,9 @@ the step, so that a resumed run sees exactly what it would have seen.
 
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from spar.data.prompts import DESCRIBE, PromptEncoder, Turn
 from spar.errors import InputError
-from spar.training.stages import DataConfig
+from spar.training.stages import DataConfig, Stage
 from spar.worlds.shapes.dataset import dense_targets, scene_at
 from spar.worlds.shapes.edits import Edit, make_edit
 from spar.worlds.shapes.language import caption, describe, placed_caption
@@ -23,8 +25,46 @@ from spar.worlds.shapes.render import render
 from spar.worlds.shapes.scene import SIDE, Scene
 
 
+@dataclass(frozen=True)
+class Dealt:
+    """The rows of a step that one process computes: which pictures, whether they are edits, and the words of each."""
+
+    indices: np.ndarray
+    editing: bool = False
+    words: tuple[str, ...] = ()
+
+
+def step_rng(seed: int, stage: str, step: int) -> np.random.Generator:
+    """The generator of one step's choices."""
+    return np.random.default_rng((seed, zlib.crc32(stage.encode()), step))
+
+
+class Material(Protocol):
+    """Where a step's pictures and words come from. `fixed`: whether an index always names the same picture."""
+
+    prompts: PromptEncoder
+    fixed: bool
+
+    def rng(self, stage: str, step: int) -> np.random.Generator:
+        """The generator of one step's choices."""
+
+    def deal(self, stage: Stage, step: int, rows: slice) -> Dealt:
+        """Rows of a step's whole batch."""
+
+    def pixels(self, indices: np.ndarray, *, edited: bool = False) -> Tensor:
+        """`[B, 3, H, W]` in [0, 1]: of an edit the picture before it, or the one behind it."""
+
+    def features(self, name: str, indices: np.ndarray) -> dict[str, Tensor] | None:
+        """Features of a picture set (`scenes`, or `edited`) that were computed before the run, or None."""
+
+    def first(self, count: int) -> tuple[Tensor, ...]:
+        """About `count` pictures to measure features on, in pieces, the same on every process."""
+
+
 class ShapesMaterial:
     """A fixed set of scenes, rendered once; the first `edits` of them also have an edited picture."""
+
+    fixed = True
 
     def __init__(self, config: DataConfig, prompts: PromptEncoder, seed: int, cache: Path | None = None) -> None:
         self.config, self.prompts, self.seed = config, prompts, seed
@@ -38,7 +78,24 @@ class ShapesMaterial:
 
     def rng(self, stage: str, step: int) -> np.random.Generator:
         """The generator of one step's choices."""
-        return np.random.default_rng((self.seed, zlib.crc32(stage.encode()), step))
+        return step_rng(self.seed, stage, step)
+
+    def deal(self, stage: Stage, step: int, rows: slice) -> Dealt:
+        """Rows of a step's whole batch; a unified step edits with the stage's share."""
+        rng, captioned = self.rng(stage.name, step), stage.step in ("dit", "unified")
+        editing = stage.step == "unified" and bool(rng.random() < stage.edit_share)
+        indices = self.draw(rng, stage.batch, edits=editing, kinds=stage.scenes)
+        words: list[str] = []
+        if captioned:
+            words = self.instructions(indices) if editing else self.captions(rng, indices, places=stage.places)
+        return Dealt(indices[rows], editing, tuple(words[rows]))
+
+    def features(self, name: str, indices: np.ndarray) -> dict[str, Tensor] | None:
+        """None: this material's pictures are kept by the step itself."""
+
+    def first(self, count: int) -> tuple[Tensor, ...]:
+        """The first pictures, in pieces of 64."""
+        return self.pixels(np.arange(min(count, len(self.images)))).split(64)
 
     def draw(
         self, rng: np.random.Generator, count: int, *, edits: bool = False, kinds: tuple[str, ...] = ()

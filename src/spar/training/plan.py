@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from spar.errors import InputError
+from spar.models.lora import adapt
 from spar.training.stages import Recipe, Stage, freeze
 from spar.training.teacher import teacher_of
 from spar.training.workshop import Workshop, initialize
@@ -42,6 +43,8 @@ def plan(recipe: Recipe, stages: tuple[str, ...] = ()) -> list[StagePlan]:
         with torch.device("meta"):
             workshop = Workshop(recipe, teacher_width=teacher.width() if teacher else None)
             initialize(workshop)
+            if recipe.lora.rank:
+                adapt(workshop.model, recipe.lora)
             tokenizer = workshop.model.tokenizer
             for side in {recipe.model.image_size, *(stage.image_size or recipe.model.image_size for stage in chosen)}:
                 tokenizer.decode(tokenizer.encode(torch.zeros(1, 3, side, side)).z_f)

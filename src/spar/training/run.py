@@ -14,11 +14,13 @@ import torch
 from spar.config import from_dict, read_json, to_dict, write_json
 from spar.data.prompts import PromptEncoder
 from spar.errors import InputError
-from spar.models.checkpoint import Loaded, Sampling, save_model, versions
+from spar.models.checkpoint import Loaded, Sampling, load_text_tokenizer, save_model, versions
 from spar.models.config import SparConfig
+from spar.models.lora import adapt, merge, save_adapter
 from spar.models.migration import upgraded
 from spar.models.spar import SparModel
 from spar.models.weights import load_weights
+from spar.training.files import FilesMaterial
 from spar.training.loop import (
     Report,
     initial_weights,
@@ -28,11 +30,12 @@ from spar.training.loop import (
     run_stage,
     tune_allocator,
 )
-from spar.training.material import ShapesMaterial
+from spar.training.material import Material, ShapesMaterial
+from spar.training.scale import ALONE, Ranks, Scale
 from spar.training.stages import Recipe, Stage, freeze, freezing_table
 from spar.training.state import load_group, read_progress
 from spar.training.steps import Context, alignment_weight
-from spar.training.teacher import teacher_of
+from spar.training.teacher import perceptual_of, teacher_of
 from spar.training.workshop import Workshop, initialize
 from spar.worlds.shapes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES
 from spar.worlds.shapes.words import PLURALS, build_tokenizer
@@ -75,9 +78,14 @@ def read_recipe(path: Path) -> Recipe:
     values = read_json(path)
     autoencoder = values.get("model", {}).get("autoencoder", {})
     if "blocks" in autoencoder:  # version 1 had one list for both halves
-        added = {"discriminator": {"channels": 3, "width": 32, "layers": 2, "groups": 8}, "max_prompt_tokens": 64}
+        lora = {"rank": 0, "alpha": 16.0, "parts": ["denoiser", "connector"]}
+        networks = {"autoencoder": 1.0, "lpips": 0.0, "convnext": 0.0, "classifier": "facebook/convnext-small-224"}
+        critic = {"channels": 3, "width": 32, "layers": 2, "groups": 8}
+        added = {"discriminator": critic, "max_prompt_tokens": 64, "lora": lora, "published": []}
+        added["perceptual"] = networks
         stages = [{"image_size": None, **stage} for stage in values["stages"]]
-        data = {"source": "shapes", **values["data"]}
+        files = {"sets": [], "workers": 4, "bad_share": 0.01, "max_aspect": 1.0, "cache": None}
+        data = {"source": "shapes", **files, **values["data"]}
         values = {**added, **values, "model": upgraded(values["model"], 1), "stages": stages, "data": data}
     return from_dict(Recipe, values, complete=True)
 
@@ -94,6 +102,8 @@ def build_workshop(
         torch.manual_seed(recipe.seed)
         workshop = Workshop(recipe, teacher_width=teacher_width)
         initialize(workshop)
+        if recipe.lora.rank:
+            adapt(workshop.model, recipe.lora)
     return workshop.to(device)
 
 
@@ -105,10 +115,12 @@ def train(
     resume: bool = False,
     init_from: Path | None = None,
     device: str = "cpu",
+    scale: Scale = Scale(),  # noqa: B008 (frozen)
+    from_scratch: bool = False,
     report: Report | None = None,
     announce: Announce | None = None,
 ) -> SparModel | None:
-    """Train the stages of a recipe, in order.
+    """Train the stages of a recipe, in order; under a launcher every process calls this alike.
 
     Args:
         run: the folder of the run.
@@ -116,11 +128,14 @@ def train(
             A stage that trains anew makes its own end, all later ones and the run's model void: they are removed.
         resume: skip stages that are done and continue the one that is not.
         init_from: a stage's folder (`RUN/STAGE/done`) or a SPAR folder whose weights the first stage starts from.
-        report: called at every logged step; announce: called before each stage with its freezing table.
+        from_scratch: start from random weights what the recipe expects from published checkpoints.
+        device, scale: where, and how several processes share the work; a run may be resumed at another scale.
+        report: called at every logged step; announce: called before each stage with its freezing table; both by the
+            main process alone.
 
     Returns:
         The trained model, or None when a signal stopped the run (its state is saved). Behind the recipe's last stage
-        the model is written to `RUN/model`.
+        the model is written to `RUN/model`; with LoRA its additions alone to `RUN/adapter`, and merged to `RUN/model`.
     """
     if recipe.data.source == "none":
         raise InputError(f"recipe {recipe.name}: no data source given (data.source); it can be planned with --dry-run")
@@ -128,48 +143,156 @@ def train(
     begun = any(read_progress(run / first / part) for part in ("state", "done"))
     if init_from is not None and resume and begun:
         raise InputError(f"{run} already holds stage {first}: either resume it, or start it anew from {init_from}")
-    teacher, where = teacher_of(recipe.alignment), torch.device(device)
-    open_run(run, recipe, fresh=not (resume or stages))
-    tune_allocator()
-    prompts = prompt_encoder(build_tokenizer(), recipe.model)
-    workshop = build_workshop(recipe, where, prompts, teacher_width=teacher.width() if teacher else None)
-    teacher = teacher.to(where) if teacher else None
-    material = ShapesMaterial(recipe.data, prompts, recipe.seed, run / "cache")
     chosen = tuple(recipe.stage(name) for name in stages) or recipe.stages
+    if recipe.published and chosen[0] == recipe.stages[0] and not (init_from or from_scratch or (resume and begun)):
+        raise InputError(
+            f"recipe {recipe.name}: {', '.join(recipe.published)} would start from random weights; expected "
+            "--init-from a folder that holds the published ones (spar build makes it), or --from-scratch"
+        )
+    teacher, ranks = teacher_of(recipe.alignment), Ranks.join(scale, device)
+    check_scale(chosen, ranks)
+    check_lora(recipe, chosen)
+    strange = [stage.name for stage in chosen if stage.step in ("encoder", "mllm", "dit")]
+    if recipe.data.source == "files" and strange:
+        raise InputError(f"data sets train tokenizer and unified stages, expected no {', '.join(strange)} (--stage)")
+    asked = any(stage.losses.perceptual for stage in chosen)
+    perceptual = perceptual_of(recipe.perceptual) if asked else ()
+    with ranks.main_first():
+        open_run(run, recipe, fresh=not (resume or stages) and ranks.main)
+    tune_allocator()
+    prompts = prompt_encoder(words_of(recipe, run, init_from, ranks), recipe.model)
+    width = teacher.width() if teacher else None
+    workshop = build_workshop(recipe, ranks.device, prompts, teacher_width=width)
+    teacher = teacher.to(ranks.device) if teacher else None
+    perceptual = tuple((weight, loss.to(ranks.device)) for weight, loss in perceptual)
+    with ranks.main_first():
+        material = material_of(recipe, prompts, run, ranks)
     for stage in chosen:
         if resume and read_progress(run / stage.name / "done"):
             log.info("stage %s is done", stage.name)
             load_weights(workshop, load_group(run / stage.name / "done", "workshop"), stage.name)
             continue
+        if ranks.pieces > 1 and stage != chosen[0]:  # the stage before may have sharded and wrapped this one
+            workshop = build_workshop(recipe, ranks.device, prompts, teacher_width=width)
         if not (resume and read_progress(run / stage.name / "state")):  # a state holds all weights
             if stage is chosen[0]:
-                _start_from(workshop, run, recipe, stage, init_from)
+                _start_from(workshop, run, recipe, stage, init_from, ranks)
             else:  # from the one before it that was asked for: stages between them are left out
                 previous_weights(workshop, run, stage, chosen)
-        undo(run, recipe, stage, resume=resume)
-        ctx = Context(workshop, material, recipe, stage, where, external_teacher=teacher)
+        ranks.wait()
+        if ranks.main:
+            undo(run, recipe, stage, resume=resume)
+        ranks.wait()
+        ctx = Context(
+            workshop, material, recipe, stage, ranks.device, external_teacher=teacher, perceptual=perceptual,
+            ranks=ranks,
+        )  # fmt: skip
+        if recipe.data.cache is not None and stage.step == "unified":
+            material.open_cache(workshop.model.tokenizer)
         prepare(ctx)
         freeze(workshop, stage)
-        if announce:
+        if announce and ranks.main:
             announce(stage, freezing_table(workshop))
-        if not run_stage(ctx, run, resume=resume, report=report):
+        if not run_stage(ctx, run, resume=resume, report=report if ranks.main else None):
             return None
-        _remove(run / stage.name, "state", "state.old")
-    if chosen[-1] == recipe.stages[-1]:
-        save_model(finished(workshop.model, recipe, run, prompts, chosen[-1].name), run / "model")
+        if ranks.main:
+            _remove(run / stage.name, "state", "state.old")
+    if ranks.sharded:
+        workshop = build_workshop(recipe, torch.device("cpu"), prompts, teacher_width=width)
+        load_weights(workshop, load_group(run / chosen[-1].name / "done", "workshop"), chosen[-1].name)
+    if chosen[-1] == recipe.stages[-1] and ranks.main:
+        loaded = finished(workshop.model, recipe, run, prompts, chosen[-1].name)
+        if recipe.lora.rank:
+            save_adapter(loaded.model, recipe.lora, run / "adapter", loaded.manifest)
+            merge(loaded.model)
+        save_model(loaded, run / "model")
+    ranks.wait()
     return workshop.model
 
 
-def _start_from(workshop: Workshop, run: Path, recipe: Recipe, stage: Stage, init_from: Path | None) -> None:
+def check_lora(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
+    """Refuse LoRA in stages that have nothing to adapt: it adds to a connector and a DiT that are trained already."""
+    first = next((stage for stage in recipe.stages if stage.step == "unified"), None)
+    wrong = [stage.name for stage in stages if stage.step != "unified" or stage == first]
+    if recipe.lora.rank and wrong:
+        raise InputError(
+            f"lora: expected unified stages behind {first.name if first else 'the first'} alone (as in --stage "
+            f"{recipe.stages[-1].name} --init-from MODEL), got {', '.join(wrong)}"
+        )
+
+
+def check_scale(stages: tuple[Stage, ...], ranks: Ranks) -> None:
+    """Refuse stages that cannot be shared as asked, before anything is written.
+
+    Raises:
+        InputError: a batch that does not divide, a step whose loss is a mean over its own batch's tokens, or Muon on
+            sharded matrices.
+    """
+    for stage in stages:
+        try:
+            ranks.rows(stage.batch, 0)
+        except InputError as error:
+            raise InputError(f"stage {stage.name}: {error}") from None
+        if ranks.pieces > 1 and stage.step in ("encoder", "mllm"):
+            raise InputError(
+                f"stage {stage.name}: a step of kind {stage.step} weighs its whole batch's tokens against each other; "
+                f"expected one process and scale.accumulate 1, got {ranks.world} and {ranks.scale.accumulate}"
+            )
+        if ranks.sharded and stage.optimizer == "muon":
+            raise InputError(
+                f"stage {stage.name}: Muon wants whole matrices, which scale.strategy fsdp shards; expected --stages."
+                f"{stage.name}.optimizer adamw, or ddp"
+            )
+
+
+def words_of(recipe: Recipe, run: Path, init_from: Path | None, ranks: Ranks = ALONE) -> Any:
+    """The text tokenizer of a run: the shapes world's own, or the one that came with the model which it started from.
+
+    Raises:
+        InputError: data sets of free words, and no tokenizer that knows them.
+    """
+    if recipe.data.source == "shapes":
+        return build_tokenizer()
+    kept = run / "text_tokenizer"
+    if init_from is not None and ranks.main:
+        home = init_from.absolute().parents[:2][-1]  # of RUN/STAGE/done
+        given = [init_from / kept.name, home / kept.name, home / "model" / kept.name]
+        found = next((path for path in given if path.is_dir()), None)
+        if found:
+            shutil.copytree(found, kept, dirs_exist_ok=True)
+    ranks.wait()
+    if not kept.is_dir():
+        raise InputError(
+            f"recipe {recipe.name}: its words want the text tokenizer of a SPAR folder; expected --init-from such a "
+            f"folder, or a stage of a run that began with one, got {init_from}"
+        )
+    return load_text_tokenizer(kept, recipe.model.text)
+
+
+def material_of(recipe: Recipe, prompts: PromptEncoder, run: Path, ranks: Ranks) -> Material:
+    """The pictures and words that a recipe names."""
+    if recipe.data.source == "shapes":
+        return ShapesMaterial(recipe.data, prompts, recipe.seed, run / "cache")
+    model = recipe.model
+    return FilesMaterial(
+        recipe.data, prompts, recipe.seed, side=model.image_size, stride=model.token_stride,
+        longest=recipe.max_prompt_tokens, run=run, ranks=ranks,
+    )
+
+
+def _start_from(
+    workshop: Workshop, run: Path, recipe: Recipe, stage: Stage, init_from: Path | None, ranks: Ranks
+) -> None:
     """Load what a stage starts from: `init_from`, whose manifest is then the run's origin, or the stage before it."""
     if init_from is None:
         previous_weights(workshop, run, stage, recipe.stages)
-        if stage == recipe.stages[0]:
-            (run / ORIGIN).unlink(missing_ok=True)
+    else:
+        initial_weights(workshop, init_from, stage, recipe.stages)
+    if not ranks.main:
         return
-    initial_weights(workshop, init_from, stage, recipe.stages)
-    (run / ORIGIN).unlink(missing_ok=True)
-    if is_model(init_from) and (init_from / "manifest.json").exists():
+    if init_from is not None or stage == recipe.stages[0]:
+        (run / ORIGIN).unlink(missing_ok=True)
+    if init_from is not None and is_model(init_from) and (init_from / "manifest.json").exists():
         shutil.copyfile(init_from / "manifest.json", run / ORIGIN)
 
 
@@ -234,11 +357,13 @@ def model_of(run: Path, stage: str | None = None) -> Loaded:
     recipe = read_recipe(run / "recipe.json")
     last = stage or recipe.stages[-1].name
     folder = run / recipe.stage(last).name / "done"
-    prompts = prompt_encoder(build_tokenizer(), recipe.model)
+    prompts = prompt_encoder(words_of(recipe, run, None), recipe.model)
     saved = load_group(folder, "workshop")
     width = saved["teacher_mean"].numel() if "teacher_mean" in saved else None
     workshop = build_workshop(recipe, torch.device("cpu"), prompts, teacher_width=width)
     load_weights(workshop, saved, str(folder))
+    if recipe.lora.rank:
+        merge(workshop.model)
     return finished(workshop.model, recipe, run, prompts, last)
 
 

@@ -1,6 +1,7 @@
 """A stage is data: what trains, for how long, on what mixture, with which losses (SPAR, tables of sections 1 and 2)."""
 
 import fnmatch
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -9,6 +10,7 @@ from torch import nn
 from spar.errors import InputError
 from spar.losses.adversarial import PatchDiscriminatorConfig
 from spar.models.config import SparConfig
+from spar.models.lora import LoraConfig, is_adapter
 from spar.worlds.shapes.questions import LESSON_KINDS, QUESTION_KINDS
 from spar.worlds.shapes.scene import KINDS
 
@@ -162,6 +164,26 @@ class AlignmentConfig:
 
 
 @dataclass(frozen=True)
+class PerceptualConfig:
+    """The frozen networks of L_perc and their weights in it; `losses.perceptual` weighs their sum.
+
+    `autoencoder`: LPIPS' form on the features of the run's own E_p, which needs no download. `lpips`: LPIPS on VGG16,
+    from the extra `gpu`. `convnext`: logits of the classifier in `classifier`, a folder or Hub id of transformers'
+    ConvNeXt.
+    """
+
+    autoencoder: float = 1.0
+    lpips: float = 0.0
+    convnext: float = 0.0
+    classifier: str = "facebook/convnext-small-224"
+
+    def __post_init__(self) -> None:
+        weights = (self.autoencoder, self.lpips, self.convnext)
+        if not all(0 <= weight < float("inf") for weight in weights) or not sum(weights):
+            raise InputError(f"perceptual: expected weights of at least 0, one of them above it, got {weights}")
+
+
+@dataclass(frozen=True)
 class FlowConfig:
     """Training times (logit-normal), both shifts (never taken from a scheduler's file), and the sampler's defaults."""
 
@@ -185,14 +207,23 @@ class FlowConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the pictures come from; of the shapes world, how many scenes train, and how many of them carry an edit.
+    """Where the pictures come from.
 
-    A recipe whose `source` is "none" can be planned, not trained.
+    `source` shapes: of the shapes world `scenes` train, and `edits` of them carry an edit. files: `sets` are paths of
+    data sets, "PATH" or "WEIGHT=PATH" (spar.data.sources says which formats), decoded by `workers` processes of each
+    training process; a share of bad samples above `bad_share` ends the run; `max_aspect` cuts a tokenizer stage's
+    pictures to several proportions; `cache` is a folder of features (spar cache) that unified stages read in place of
+    pictures. none: the recipe can be planned, not trained.
     """
 
-    source: Literal["shapes", "none"] = "shapes"
+    source: Literal["shapes", "files", "none"] = "shapes"
     scenes: int = 32768
     edits: int = 16384
+    sets: tuple[str, ...] = ()
+    workers: int = 4
+    bad_share: float = 0.01
+    max_aspect: float = 1.0
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("scenes", "edits"):
@@ -200,6 +231,34 @@ class DataConfig:
                 raise InputError(f"data.{name}: expected at least 1, got {getattr(self, name)}")
         if self.edits > self.scenes:
             raise InputError(f"data.edits: expected at most one for each of {self.scenes} scenes, got {self.edits}")
+        if self.workers < 0:
+            raise InputError(f"data.workers: expected at least 0, got {self.workers}")
+        if not 0 <= self.bad_share <= 1:
+            raise InputError(f"data.bad_share: expected 0 to 1, got {self.bad_share}")
+        if self.max_aspect < 1:
+            raise InputError(f"data.max_aspect: expected at least 1, got {self.max_aspect}")
+        if (self.source == "files") != bool(self.sets):
+            raise InputError("data: source files and the field sets (paths of data sets) go together")
+        if self.cache is not None and self.source != "files":
+            raise InputError(f"data.cache: only data sets are cached (data.source files), got source {self.source}")
+        weighted_sets(self.sets)
+
+
+def weighted_sets(sets: tuple[str, ...]) -> list[tuple[float, str]]:
+    """(weight, path) of data sets written "PATH" or "WEIGHT=PATH"; InputError for a weight that is none."""
+    found = []
+    for one in sets:
+        weight, sign, path = one.partition("=")
+        if not sign or not re.fullmatch(r"[\d.eE+-]+", weight):  # a path may hold the sign too
+            weight, path = "1", one
+        try:
+            value = float(weight)
+        except ValueError:
+            value = 0.0
+        if not 0 < value < float("inf") or not path:
+            raise InputError(f"data.sets: expected PATH or WEIGHT=PATH with a weight above 0, got {one!r}")
+        found.append((value, path))
+    return found
 
 
 @dataclass(frozen=True)
@@ -208,7 +267,9 @@ class Recipe:
 
     `word_embeddings` says where the words of the encoder's tags start: "tags" copies the tags' read-out vectors, so
     that a word begins where the encoder already points; "random" leaves them as they are. Published LLMs know their
-    words before they see a picture. `max_prompt_tokens` is the longest prompt that the finished model takes.
+    words before they see a picture. `published` names the parts whose weights come from published checkpoints: a run
+    that would start them from random ones is refused unless that is asked for. `max_prompt_tokens` is the longest
+    prompt that the finished model takes.
     """
 
     name: str
@@ -217,7 +278,10 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     discriminator: PatchDiscriminatorConfig = PatchDiscriminatorConfig(width=32, layers=2)
+    published: tuple[str, ...] = ()
     max_prompt_tokens: int = 64
     word_embeddings: Literal["tags", "random"] = "tags"
     seed: int = 0
@@ -239,6 +303,8 @@ class Recipe:
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise InputError(f"recipe {self.name}: expected stages of different names, got {', '.join(names)}")
+        if self.data.cache is not None and self.alignment.teacher == "external":
+            raise InputError("data.cache: an external teacher reads pictures, which a run from a cache does not have")
         native = [stage.name for stage in self.stages if stage.losses.native]
         if native and not self.model.streams.pixel_stream:
             raise InputError(
@@ -262,15 +328,18 @@ class Recipe:
 def freeze(module: nn.Module, stage: Stage) -> list[str]:
     """Declare what trains: set `requires_grad` by the stage's patterns and return the trainable names.
 
-    A pattern that matches nothing raises, so that a renamed part cannot silently stay frozen.
+    A pattern that matches nothing raises, so that a renamed part cannot silently stay frozen. Of a model with LoRA its
+    additions train and all else in it is frozen.
     """
     names = [name for name, _ in module.named_parameters()]
     for pattern in (*stage.trainable, *(pattern for pattern, _ in stage.rates)):
         if not fnmatch.filter(names, pattern):
             raise InputError(f"stage {stage.name}: pattern {pattern!r} matches no parameter")
-    trainable = []
+    trainable, adapted = [], any(map(is_adapter, names))
     for name, parameter in module.named_parameters():
         wanted = any(fnmatch.fnmatchcase(name, pattern) for pattern in stage.trainable)
+        if adapted and name.startswith("model."):
+            wanted = is_adapter(name)
         parameter.requires_grad_(wanted)
         if wanted:
             trainable.append(name)

@@ -3,8 +3,10 @@
 B pictures, R noise draws a picture, N visual tokens, D_p latent channels, h w the grid.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,29 +17,50 @@ from spar.flow.path import interpolate, sample_time, velocity_target
 from spar.losses.adversarial import discriminator_hinge_loss, generator_hinge_loss
 from spar.losses.alignment import alignment_loss, match_grid
 from spar.losses.distillation import native_latent_loss, semantic_loss
-from spar.losses.perceptual import unit_normalize
+from spar.losses.perceptual import FeatureLoss, PerceptualLoss
 from spar.losses.reconstruction import mse, psnr
 from spar.models.attention import attention_bias, positions
 from spar.models.router import common_scale
 from spar.models.spar import Condition
-from spar.training.material import FeatureStore, ShapesMaterial
+from spar.training.cache import encode
+from spar.training.material import Dealt, FeatureStore, Material
+from spar.training.scale import ALONE, Ranks
 from spar.training.stages import Recipe, Stage
 from spar.training.workshop import CENTER_BINS, TAGS, Workshop
 
 Terms = dict[str, Tensor]
+Rows = TypeVar("Rows", list, np.ndarray, Tensor)
 
 
 @dataclass
 class Context:
-    """What a step works with. `features` holds frozen features by picture set, for as long as they stay frozen."""
+    """What a step works with. `features` holds frozen features by picture set, for as long as they stay frozen.
+
+    A step is dealt and draws for its whole batch, and works on the rows of its process and `piece`.
+    """
 
     workshop: Workshop
-    material: ShapesMaterial
+    material: Material
     recipe: Recipe
     stage: Stage
     device: torch.device
     external_teacher: Callable[[Tensor], tuple[Tensor, tuple[int, int]]] | None = None
+    perceptual: tuple[tuple[float, PerceptualLoss], ...] = ()
     features: dict[str, FeatureStore] = field(default_factory=dict)
+    ranks: Ranks = ALONE
+    piece: int = 0
+
+    def deal(self, step: int) -> Dealt:
+        """This process's rows of a step."""
+        return self.material.deal(self.stage, step, self.ranks.rows(self.stage.batch, self.piece))
+
+    def share(self, values: Rows) -> Rows:
+        """This process's rows of what was drawn for a whole batch: a list, an array or a tensor."""
+        return values[self.ranks.rows(len(values), self.piece)]
+
+    def autocast(self) -> torch.autocast:
+        """The precision of this run's matrix products."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.ranks.scale.precision == "bf16")
 
     def generator(self, step: int) -> torch.Generator:
         """The generator of one step's noise."""
@@ -45,14 +68,28 @@ class Context:
         return torch.Generator(self.device).manual_seed(seed)
 
     def pixels(self, indices: np.ndarray, *, edited: bool = False) -> Tensor:
-        """`[B, 3, S, S]` in [0, 1], S the stage's side where it has one of its own."""
-        pixels, side = self.material.pixels(indices, edited=edited).to(self.device), self.stage.image_size
-        if side is not None and pixels.shape[-1] != side:
-            pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
-        return pixels
+        """`[B, 3, H, W]` in [0, 1], of the stage's side where it has one of its own."""
+        return self.fitted(self.material.pixels(indices, edited=edited).to(self.device))
+
+    def fitted(self, pixels: Tensor) -> Tensor:
+        """Pictures at the stage's own side, where it has one."""
+        side = self.stage.image_size
+        if side is None or pixels.shape[-1] == side:
+            return pixels
+        return F.interpolate(pixels, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
 
     def frozen(self, name: str, indices: np.ndarray, compute: Callable[[np.ndarray], Terms]) -> Terms:
-        """Features that this stage does not train, computed once a picture."""
+        """Features that this stage does not train, computed once a picture.
+
+        A sharded encoder computes them anew: all processes must take part, and not all lack the same pictures. So
+        do pictures that come once.
+        """
+        cached = self.material.features(name, indices)
+        if cached is not None:
+            return {key: rows.to(self.device) for key, rows in cached.items()}
+        if self.ranks.sharded or not self.material.fixed:
+            with torch.no_grad():
+                return {key: rows.to(torch.bfloat16) for key, rows in compute(indices).items()}
         if name not in self.features:
             count = len(self.material.edited) if name.startswith("edited") else len(self.material.images)
             self.features[name] = FeatureStore(count, compute)
@@ -109,10 +146,10 @@ def mllm_step(ctx: Context, step: int) -> Terms:
 def autoencoder_step(ctx: Context, step: int) -> Terms:
     """DC-AE on the world's pictures, encoder and decoder, with latents held near unit size."""
     weights = ctx.stage.losses
-    indices = ctx.material.draw(ctx.material.rng(ctx.stage.name, step), ctx.stage.batch)
+    indices = ctx.deal(step).indices
     pixels = ctx.pixels(indices).to(memory_format=torch.channels_last)
     latent = ctx.workshop.native(pixels)
-    decoded = ctx.workshop.model.tokenizer.decode(_noisy(latent, weights.latent_noise, ctx.generator(step)))
+    decoded = ctx.workshop.model.tokenizer.decode(_noisy(ctx, step, latent))
     terms = {"mse": mse(decoded, pixels), "latent_square": latent.float().square().mean()}
     loss = weights.mse * terms["mse"] + weights.latent_penalty * terms["latent_square"]
     return {"loss": loss, **terms, "psnr": psnr(decoded.detach().clamp(0, 1), pixels).mean()}
@@ -121,10 +158,9 @@ def autoencoder_step(ctx: Context, step: int) -> Terms:
 def dit_step(ctx: Context, step: int) -> Terms:
     """Text to image on the autoencoder's own latents, conditioned on the frozen LLM's last states."""
     workshop, model = ctx.workshop, ctx.workshop.model
-    rng = ctx.material.rng(ctx.stage.name, step)
-    indices = ctx.material.draw(rng, ctx.stage.batch, kinds=ctx.stage.scenes)
-    prompts = _drop(rng, _captions(ctx, rng, indices), ctx.recipe.flow.unconditional_share)
-    tokens = ctx.material.prompts.generation(prompts).to(ctx.device)
+    dealt = ctx.deal(step)
+    indices = dealt.indices
+    tokens = ctx.material.prompts.generation(_dropped(ctx, step, dealt)).to(ctx.device)
     with torch.no_grad():
         embeddings = model.language.embed(tokens.ids)
         bias = attention_bias(tokens.mask, embeddings, causal=True)
@@ -137,22 +173,14 @@ def dit_step(ctx: Context, step: int) -> Terms:
 def unified_step(ctx: Context, step: int) -> Terms:
     """L_fm + lambda_a L_align on `z_f`, for generation or, by the stage's share, for editing (SPAR section 3.3)."""
     model = ctx.workshop.model
-    rng = ctx.material.rng(ctx.stage.name, step)
-    editing = bool(rng.random() < ctx.stage.edit_share)
-    indices = ctx.material.draw(rng, ctx.stage.batch, edits=editing, kinds=ctx.stage.scenes)
-
-    def encode(which: np.ndarray, edited: bool) -> Terms:
-        latents = model.tokenizer.encode(ctx.pixels(which, edited=edited))
-        return {"f_v": latents.f_v, "latent": model.tokenizer.normalize(latents.z_f)}
-
-    source = ctx.frozen("scenes", indices, lambda i: encode(i, False)) if not editing or ctx.stage.edit_share else {}
+    dealt = ctx.deal(step)
+    indices, editing, words = dealt.indices, dealt.editing, _dropped(ctx, step, dealt)
+    source = ctx.frozen("scenes", indices, lambda i: encode(model.tokenizer, ctx.pixels(i)))
     if editing:
-        target = ctx.frozen("edited", indices, lambda i: encode(i, True))
-        words = _drop(rng, ctx.material.instructions(indices), ctx.recipe.flow.unconditional_share)
+        target = ctx.frozen("edited", indices, lambda i: encode(model.tokenizer, ctx.pixels(i, edited=True)))
         tokens, reference = ctx.material.prompts.edit(words).to(ctx.device), source["f_v"].float()
     else:
         target = source
-        words = _drop(rng, _captions(ctx, rng, indices), ctx.recipe.flow.unconditional_share)
         tokens, reference = ctx.material.prompts.generation(words).to(ctx.device), None
     condition = model.condition(tokens.ids, tokens.mask, reference)
     latent, teacher = target["latent"].float(), None
@@ -162,10 +190,6 @@ def unified_step(ctx: Context, step: int) -> Terms:
         teacher = target["f_v"].unflatten(1, latent.shape[-2:])
     terms = _flow_terms(ctx, step, latent, condition, teacher=teacher)
     return {**terms, ("flow_edit" if editing else "flow_generate"): terms["flow"].detach()}
-
-
-def _captions(ctx: Context, rng: np.random.Generator, indices: np.ndarray) -> list[str]:
-    return ctx.material.captions(rng, indices, places=ctx.stage.places)
 
 
 def alignment_weight(ctx: Context) -> float:
@@ -185,11 +209,13 @@ def _flow_terms(ctx: Context, step: int, latent: Tensor, condition: Condition, *
     """L_fm for R draws of noise and time a picture, and where a teacher `[B, rows, columns, D]` is given, L_align."""
     flow, generator = ctx.recipe.flow, ctx.generator(step)
     clean = latent.repeat_interleave(ctx.stage.draws, dim=0)                         # [B R, D_p, h, w]
-    noise = torch.randn(clean.shape, generator=generator, device=ctx.device)
+    count = (ctx.stage.batch, ctx.stage.draws)
+    noise = ctx.share(torch.randn((*count, *clean.shape[1:]), generator=generator, device=ctx.device)).flatten(0, 1)
     time = sample_time(
-        len(clean), mean=flow.time_mean, std=flow.time_std, shift=flow.training_shift, generator=generator,
+        math.prod(count), mean=flow.time_mean, std=flow.time_std, shift=flow.training_shift, generator=generator,
         device=ctx.device,
     )
+    time = ctx.share(time.view(count)).flatten()
     output = ctx.workshop.model.velocity(interpolate(clean, noise, time), time, condition)
     error = (output.velocity.float() - velocity_target(clean, noise)).square().mean()
     if teacher is None:
@@ -209,19 +235,19 @@ def tokenizer_step(ctx: Context, step: int) -> Terms:
     """The tokenizer's three stages: which terms count is the stage's choice (SPAR section 3.1)."""
     weights, workshop = ctx.stage.losses, ctx.workshop
     tokenizer = workshop.model.tokenizer
-    indices = ctx.material.draw(ctx.material.rng(ctx.stage.name, step), ctx.stage.batch)
+    indices = ctx.deal(step).indices
     pixels = ctx.pixels(indices).to(memory_format=torch.channels_last)
     if any(parameter.requires_grad for parameter in tokenizer.encoder.parameters()):
         f_v = tokenizer.encoder(pixels)
     else:
         f_v = ctx.frozen("f_v", indices, lambda i: {"f_v": tokenizer.encoder(ctx.pixels(i))})["f_v"].float()
     latents = tokenizer.fuse(f_v, (pixels.shape[-2], pixels.shape[-1]))
-    noisy = _noisy(latents.z_f, weights.latent_noise, ctx.generator(step))
+    noisy = _noisy(ctx, step, latents.z_f)
     decoded = tokenizer.decode(noisy.contiguous(memory_format=torch.channels_last))
     terms: Terms = {"mse": mse(decoded, pixels), "latent_square": latents.z_f.float().square().mean()}
     loss = weights.mse * terms["mse"] + weights.latent_penalty * terms["latent_square"]
     if weights.perceptual:
-        terms["perceptual"] = _feature_distance(workshop, decoded, pixels)
+        terms["perceptual"] = _perceptual(ctx, decoded, pixels)
         loss = loss + weights.perceptual * terms["perceptual"]
     if weights.native or weights.native_fused:
         native = ctx.frozen("native", indices, lambda i: {"latent": workshop.native(ctx.pixels(i))})["latent"]
@@ -242,12 +268,14 @@ def tokenizer_step(ctx: Context, step: int) -> Terms:
     return {"loss": loss, **terms, "psnr": psnr(decoded.detach().clamp(0, 1), pixels).mean()}
 
 
-def _feature_distance(workshop: Workshop, decoded: Tensor, pixels: Tensor) -> Tensor:
-    """The small perceptual term: LPIPS' form on the frozen autoencoder's encoder."""
-    with torch.no_grad():
-        wanted = [unit_normalize(x) for x in workshop.pixel_encoder.features(pixels)]
-    seen = [unit_normalize(x) for x in workshop.pixel_encoder.features(decoded)]
-    return torch.stack([(a - b).square().sum(1).mean() for a, b in zip(seen, wanted, strict=True)]).mean()
+def _perceptual(ctx: Context, decoded: Tensor, pixels: Tensor) -> Tensor:
+    """L_perc: the weighted distances that the recipe's networks see."""
+    total, own = decoded.new_zeros((), dtype=torch.float32), ctx.recipe.perceptual.autoencoder
+    if own:
+        total = total + own * FeatureLoss(ctx.workshop.pixel_encoder.features)(decoded, pixels)
+    for weight, loss in ctx.perceptual:
+        total = total + weight * loss(decoded, pixels)
+    return total
 
 
 def _adversarial(ctx: Context, decoded: Tensor, pixels: Tensor) -> Terms:
@@ -258,23 +286,27 @@ def _adversarial(ctx: Context, decoded: Tensor, pixels: Tensor) -> Terms:
     generator_term = generator_hinge_loss(discriminator(decoded))
     discriminator.requires_grad_(True)
     real, fake = discriminator(pixels), discriminator(decoded.detach())
-    loss = discriminator_hinge_loss(real, fake) + weights.lecam * ctx.workshop.lecam(real, fake)
+    loss = discriminator_hinge_loss(real, fake) + weights.lecam * ctx.workshop.lecam(real, fake, mean=ctx.ranks.mean)
     return {"gan": generator_term, "discriminator": loss}
 
 
-def _noisy(latent: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Noise of `share` times the latent's own size, of a strength drawn for each picture."""
+def _noisy(ctx: Context, step: int, latent: Tensor) -> Tensor:
+    """Noise of `losses.latent_noise` times the latent's own size, of a strength drawn for each picture."""
+    share, count = ctx.stage.losses.latent_noise, ctx.stage.batch
     if not share:
         return latent
-    size = latent.detach().float().square().mean().sqrt()
-    strength = share * torch.rand((len(latent), 1, 1, 1), generator=generator, device=latent.device)
-    noise = torch.randn(latent.shape, generator=generator, device=latent.device)
+    generator = ctx.generator(step)
+    size = latent.detach().float().square().mean((1, 2, 3), keepdim=True).sqrt()
+    strength = ctx.share(share * torch.rand((count, 1, 1, 1), generator=generator, device=latent.device))
+    noise = ctx.share(torch.randn((count, *latent.shape[1:]), generator=generator, device=latent.device))
     return latent + (size * strength * noise).to(latent.dtype)
 
 
-def _drop(rng: np.random.Generator, words: list[str], share: float) -> list[str | None]:
-    """Replace a share of the prompts by the unconditional one."""
-    return [None if rng.random() < share else text for text in words]
+def _dropped(ctx: Context, step: int, dealt: Dealt) -> list[str | None]:
+    """The words of a step with the recipe's share of the prompts replaced by the unconditional one."""
+    marks = ctx.material.rng(f"unconditional-{ctx.stage.name}", step).random(ctx.stage.batch)
+    share = ctx.recipe.flow.unconditional_share
+    return [None if mark < share else text for mark, text in zip(ctx.share(marks), dealt.words, strict=True)]
 
 
 STEPS: dict[str, Callable[[Context, int], Terms]] = {

@@ -1,4 +1,5 @@
-"""The external teacher of the alignment: any image encoder of transformers, frozen (the baseline beside SPAR's own).
+"""Frozen networks from outside: the external teacher of the alignment (any image encoder of transformers, the baseline
+beside SPAR's own), and the networks of L_perc.
 
 B pictures, N = rows x columns patch tokens, D the encoder's width.
 """
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel
 
 from spar.errors import InputError
+from spar.losses.perceptual import ConvNextLoss, LpipsLoss, PerceptualLoss
 from spar.models.encoder import PIXEL_MEAN, PIXEL_STD
-from spar.training.stages import AlignmentConfig
+from spar.training.stages import AlignmentConfig, PerceptualConfig
 
 SIDE = 224  # of an encoder whose configuration names none
 EXTRA_TOKENS = 2  # CLS and DeiT's distillation token; registers, which the configuration counts, come on top
@@ -63,6 +65,26 @@ class ExternalTeacher(nn.Module):
 def teacher_of(config: AlignmentConfig) -> ExternalTeacher | None:
     """The external teacher that a recipe asks for, or None where it asks for none."""
     return load_teacher(config.external) if config.teacher == "external" else None
+
+
+def perceptual_of(config: PerceptualConfig) -> tuple[tuple[float, PerceptualLoss], ...]:
+    """The networks of L_perc that come from outside, with their weights.
+
+    Raises:
+        InputError: an extra or a download that is not there, with what to do or to choose in its place.
+    """
+    found: list[tuple[float, PerceptualLoss]] = []
+    try:
+        if config.lpips:
+            found.append((config.lpips, LpipsLoss.load()))
+        if config.convnext:
+            found.append((config.convnext, ConvNextLoss.load(config.classifier)))
+    except InputError as error:
+        raise InputError(
+            f"{error}; or choose the run's own autoencoder in its place: --perceptual.lpips 0 --perceptual.convnext 0 "
+            "--perceptual.autoencoder 1"
+        ) from error
+    return tuple(found)
 
 
 def load_teacher(source: str) -> ExternalTeacher:

@@ -1,0 +1,155 @@
+"""Steps of tokenizer-3 and unified-2 of a recipe at full size, with random weights and pictures of noise.
+
+Prints pictures a second, the share of the device's peak (MFU) and the peak memory, beside what `spar plan` reckons. The
+operations are those that `spar plan` counts, with what is recomputed counted once. On a CPU the peak is what a large
+bfloat16 matrix product reaches in the same run. The last line is JSON.
+
+    python benchmarks/train_step.py --recipe spar-1b --batch 1            # a CPU, about 20 GB
+    python benchmarks/train_step.py --recipe spar-1b --batch 64 --device cuda --recompute
+"""
+
+import argparse
+import json
+import resource
+import time
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from spar.data.prompts import Tokens
+from spar.models.checkpoint import versions
+from spar.recipes import recipe
+from spar.training.budget import GPUS, Machine, budget
+from spar.training.loop import train_step
+from spar.training.material import Dealt
+from spar.training.optimizer import build_optimizers
+from spar.training.run import machine
+from spar.training.scale import Ranks, Scale, distribute
+from spar.training.stages import freeze
+from spar.training.steps import Context
+from spar.training.workshop import Workshop
+
+STAGES = ("tokenizer-3", "unified-2")
+WORDS = 64
+# Parts that a stage does not touch; a run holds them all the same, and so does the plan's figure.
+UNUSED = {
+    "tokenizer-3": ("model.language", "model.router", "model.connector", "model.denoiser", "alignment_head"),
+    "unified-2": ("teacher", "pixel_encoder", "discriminator", "dense_head"),
+}
+
+
+class Noise:
+    """Material without files: pictures of noise, prompts of WORDS tokens."""
+
+    fixed = False
+
+    def __init__(self, side: int, vocabulary: int) -> None:
+        self.side, self.prompts = side, Prompts(vocabulary)
+
+    def rng(self, stage: str, step: int) -> np.random.Generator:
+        return np.random.default_rng(step)
+
+    def deal(self, stage, step: int, rows: slice) -> Dealt:
+        indices = np.arange(stage.batch)[rows]
+        return Dealt(indices, False, ("",) * len(indices))
+
+    def pixels(self, indices: np.ndarray, *, edited: bool = False) -> torch.Tensor:
+        return torch.rand(len(indices), 3, self.side, self.side)
+
+
+class Prompts:
+    """Token rows of a fixed length."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self.vocabulary = vocabulary
+
+    def generation(self, words: list[str | None]) -> Tokens:
+        ids = torch.randint(10, min(1000, self.vocabulary), (len(words), WORDS))
+        return Tokens(ids, torch.ones_like(ids))
+
+
+def matmul_peak(device: torch.device) -> float:
+    """Operations a second of a large bfloat16 matrix product, the best of five."""
+    size, best = (4096 if device.type == "cpu" else 16384), float("inf")
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(6):
+        settle(device)
+        start = time.perf_counter()
+        a @ b
+        settle(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(name: str, stage_name: str, args: argparse.Namespace, peak: float) -> dict:
+    base, device = recipe(name), torch.device(args.device)
+    stage = replace(base.stage(stage_name), batch=args.batch, edit_share=0.0, ema=0.0)
+    if stage.losses.perceptual:  # its networks need downloads
+        stage = replace(stage, losses=replace(stage.losses, perceptual=0.0))
+    chosen = replace(base, stages=tuple(stage if s.name == stage_name else s for s in base.stages))
+    (planned,) = budget(chosen, Machine(gpus=1, sharded=False, recompute=args.recompute), (stage_name,))
+    (plain,) = budget(chosen, Machine(gpus=1, sharded=False), (stage_name,))
+    torch.manual_seed(0)
+    workshop = Workshop(chosen)
+    for part in UNUSED[stage_name]:  # so that a step fits into the memory of a small machine
+        parent, _, name = part.rpartition(".")
+        setattr(workshop.get_submodule(parent), name, nn.Identity())
+    workshop = workshop.to(device).train()
+    freeze(workshop, stage)
+    ranks = Ranks(device=device, scale=Scale(recompute=args.recompute, compile=args.compile))
+    material = Noise(stage.image_size or chosen.model.image_size, chosen.model.text.vocab_size)
+    ctx = Context(workshop, material, chosen, stage, device, ranks=ranks)
+    frame, optimizers = distribute(workshop, ranks), build_optimizers(workshop, stage)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    for step in range(args.steps + 1):  # the first one allocates and compiles
+        settle(device)
+        start = time.perf_counter()
+        train_step(ctx, frame, step, optimizers, first=step == 0)
+        settle(device)
+        times.append(time.perf_counter() - start)
+    best = min(times[1:] or times)
+    used = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the process, over all stages so far
+    if device.type == "cuda":
+        used = torch.cuda.max_memory_allocated()
+    found = {
+        "stage": stage_name, "batch": args.batch, "seconds": best, "images_per_second": args.batch / best,
+        "mfu": plain.flops / best / peak, "tflop_a_step": plain.flops / 1e12, "peak_memory_gib": used / 2**30,
+        "planned_gib": (planned.memory) / 2**30, "times": times,
+    }  # fmt: skip
+    print(f"{stage_name}: {best:.2f} s, {found['images_per_second']:.3f} pictures/s, MFU {found['mfu']:.2f}, "
+          f"{found['peak_memory_gib']:.1f} GiB (planned {found['planned_gib']:.1f}, 4 of them a reserve)")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="spar-1b")
+    parser.add_argument("--stage", action="append", choices=STAGES)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--gpu", choices=sorted(GPUS), help="whose peak MFU is a share of; by default the measured one")
+    parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    args = parser.parse_args()
+    measured = matmul_peak(torch.device(args.device))
+    peak = GPUS[args.gpu][0] if args.gpu else measured
+    rows = [measure(args.recipe, stage, args, peak) for stage in args.stage or STAGES]
+    print(json.dumps({
+        "benchmark": "train_step", "recipe": args.recipe, "device": args.device,
+        "recompute": args.recompute, "compile": args.compile, "peak_tflops": peak / 1e12,
+        "measured_matmul_tflops": measured / 1e12, "results": rows, "machine": machine(), "versions": versions(),
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Teach a model your own pictures: check them, compute their features once, train LoRA on them, draw with it.
+#
+#   examples/own_folder.sh DATA PROMPT [any flag of spar train]
+#
+# DATA is a folder of pictures with metadata.jsonl ({"file_name": "1.png", "text": "a caption"} a line), or any other set
+# that spar.data.sources reads. MODEL, RECIPE and RUN may be set; by default the bundled model of the shapes world learns.
+set -euo pipefail
+data=$1 prompt=$2
+shift 2
+recipe=${RECIPE:-shapes} run=${RUN:-runs/own}
+model=${MODEL:-$(python -c 'from spar.pipeline import BUNDLED; print(BUNDLED)')}
+set -- --data.source files --data.sets "$data" "$@"
+
+spar data check "$data"
+spar cache "$recipe" --init-from "$model" "$@" -o "$run-features"
+spar train "$recipe" --stage unified-3 --init-from "$model" "$@" --data.cache "$run-features" \
+    --stages.unified-3.edit-share 0 --lora.rank 8 --run "$run"
+spar generate "$prompt" --model "$model" --adapter "$run/adapter" -o "$run/drawn.png" --overwrite

@@ -1,0 +1,120 @@
+"""Any source as webdataset shards of one layout: `%06d.tar`, keys `%08d`, members as in GPT-Image-Edit's conversion.
+
+Pictures are decoded to know that they are whole, and their bytes copied as they are, under the extension of what they
+truly hold. The same samples give the same bytes.
+"""
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from spar.config import write_json
+from spar.data.images import open_training_image, read_header
+from spar.data.quarantine import Bad, Quarantine
+from spar.data.samples import BadSample, Edit, Sample
+from spar.data.sources import Source
+from spar.errors import InputError
+
+MANIFEST, DROPPED = "converted.json", "dropped.jsonl"
+EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written: samples in shards, and how many samples were left out (they stand in DROPPED)."""
+
+    samples: int
+    shards: int
+    dropped: int
+
+
+def convert(
+    sources: Sequence[Source], folder: Path, *, shard: int = 10_000, bad_share: float = 0.01,
+    progress: Progress | None = None,
+) -> Converted:  # fmt: skip
+    """Write the good samples of sources of one kind, one behind the other, into an empty folder.
+
+    Raises:
+        InputError: sources of two kinds, nothing good in them, or a share of bad samples above `bad_share`.
+    """
+    kinds = {source.kind for source in sources}
+    if len(kinds) != 1:
+        raise InputError(f"expected sources of one kind, got {' and '.join(sorted(kinds)) or 'none'}")
+    if shard < 1:
+        raise InputError(f"samples of a shard: expected at least 1, got {shard}")
+    quarantine = Quarantine(bad_share)
+    written, out = 0, None
+    try:
+        for members in _good(sources, quarantine, progress):
+            if written % shard == 0:
+                if out:
+                    out.close()
+                out = tarfile.open(folder / f"{written // shard:06d}.tar", "w", format=tarfile.USTAR_FORMAT)
+            for extension, data in members:
+                info = tarfile.TarInfo(f"{written:08d}.{extension}")
+                info.size = len(data)
+                out.addfile(info, io.BytesIO(data))
+            written += 1
+    finally:
+        if out:
+            out.close()
+    if not written:
+        raise InputError(f"expected good samples, but all {quarantine.seen} are bad, the last one: {_last(quarantine)}")
+    if quarantine.named:
+        lines = [json.dumps(asdict(bad)) + "\n" for bad in quarantine.named]
+        (folder / DROPPED).write_text("".join(lines), encoding="utf-8")
+    done = Converted(written, -(-written // shard), quarantine.bad)
+    names = [{"name": source.name, "format": source.format, "identity": source.identity} for source in sources]
+    write_json(folder / MANIFEST, {"kind": kinds.pop(), **vars(done), "samples_of_a_shard": shard, "sources": names})
+    return done
+
+
+def _good(
+    sources: Sequence[Source], quarantine: Quarantine, progress: Progress | None
+) -> Iterator[list[tuple[str, bytes]]]:
+    """The members (extension, data) of each good sample; the others are counted and named."""
+    total = sum(len(source) for source in sources)
+    for source in sources:
+        for index in range(len(source)):
+            bad: tuple[Bad, ...] = ()
+            try:
+                yield _members(source.read(index))
+            except BadSample as error:
+                bad = (Bad(source.name, error.origin, error.key, error.reason),)
+            quarantine.count(1, bad)
+            if progress:
+                progress(quarantine.seen, total)
+
+
+def _members(sample: Sample) -> list[tuple[str, bytes]]:
+    """(extension, data) of a sample's members, in their order in the tar."""
+    found = []
+    if isinstance(sample, Edit):
+        several = len(sample.input_images) > 1
+        for number, data in enumerate(sample.input_images):
+            found.append((f"input_{number}" if several else "input", data))
+        found.append(("output", sample.image))
+    else:
+        found.append(("", sample.image))
+    members = []
+    for name, data in found:
+        try:
+            open_training_image(data)
+            extension = EXTENSIONS[read_header(data).format]
+        except InputError as error:
+            raise BadSample(sample.key, sample.origin, str(error)) from error
+        members.append((f"{name}.{extension}".lstrip("."), data))
+    if sample.text:
+        members.append(("txt", sample.text.encode()))
+    if not isinstance(sample, Edit) and sample.label is not None:
+        members.append(("cls", str(sample.label).encode()))
+    return members
+
+
+def _last(quarantine: Quarantine) -> str:
+    return next(reversed(quarantine.named)).reason

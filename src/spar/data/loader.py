@@ -1,0 +1,237 @@
+"""Batches of pixels and words from a mixture, decoded in worker processes.
+
+A worker makes whole batches, so that nothing depends on how many there are, nor on how many shards. Batches come in
+the order of their steps: to resume at a step is to ask for that step.
+"""
+
+import logging
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from spar.data.buckets import Size
+from spar.data.images import open_training_image, to_size
+from spar.data.mixture import Deal, Mixture
+from spar.data.quarantine import Bad, Quarantine
+from spar.data.samples import BadSample, Edit, Kind, Sample
+from spar.errors import InputError
+
+TRIES = 16  # neighbours that are asked for one bad sample
+PREFETCH = 2  # batches that each worker may be ahead
+
+log = logging.getLogger("spar.data")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of a step: b samples of one kind and one size.
+
+    images: uint8 [b, 3, H, W].
+    inputs: uint8 [r, 3, H, W], the references of all edits, one sample's together; r is 0 for text-to-image.
+    owners: int64 [r], the row that each reference belongs to.
+    texts, keys, sources: of each row. `bad` names the samples that these rows stand in for.
+    """
+
+    step: int
+    kind: Kind
+    images: Tensor
+    inputs: Tensor
+    owners: Tensor
+    texts: tuple[str, ...]
+    keys: tuple[str, ...]
+    sources: tuple[str, ...]
+    bad: tuple[Bad, ...] = ()
+
+
+def to_pixels(images: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """uint8 [B, 3, H, W] to float32 in [0, 1] on a device; moved first, as bytes are a quarter of the way."""
+    return images.to(device, non_blocking=True).float().div_(255)
+
+
+class Loader:
+    """Deals a mixture to one rank.
+
+    Args:
+        workers: processes that decode; 0 decodes here.
+        bad_share: share of bad samples above which the run ends.
+        quarantine: JSONL file that names bad samples; each rank of several has its own (`bad.0.jsonl`).
+        captions: whether a sample without words is a bad one; reconstruction needs none.
+        known: with it no picture is decoded, and a sample (source, key) that it does not know is a bad one: for
+            features that were computed before.
+    """
+
+    def __init__(
+        self, mixture: Mixture, *, rank: int = 0, world: int = 1, workers: int = 4, bad_share: float = 0.01,
+        quarantine: Path | None = None, captions: bool = True, known: Callable[[str, str], bool] | None = None,
+    ) -> None:  # fmt: skip
+        mixture.deal(0, rank, world)  # refuses ranks that the batch does not suit
+        if workers < 0:
+            raise InputError(f"workers: expected at least 0, got {workers}")
+        if quarantine is not None and world > 1:
+            quarantine = quarantine.with_suffix(f".{rank}{quarantine.suffix}")
+        self.mixture, self.workers = mixture, workers
+        self.quarantine = Quarantine(bad_share, quarantine)
+        self._maker = _Maker(mixture, rank, world, captions, known)
+        for source in mixture.sources:
+            for reason in source.damage:
+                log.warning("%s: %s", source.name, reason)
+            self.quarantine.name(tuple(Bad(source.name, source.name, "", reason) for reason in source.damage))
+
+    def state(self, step: int) -> dict[str, str | int]:
+        """What a checkpoint keeps of the data: the next step, and what the order depends on."""
+        return {"step": step, "data": self.mixture.fingerprint()}
+
+    def resume(self, state: dict[str, str | int]) -> Iterator[Batch]:
+        """The batches that follow a state.
+
+        Raises:
+            InputError: the state is of other data, weights, batch or seed.
+        """
+        if state.get("data") != self.mixture.fingerprint():
+            raise InputError("expected the data, weights, batch and seed that the run began with, got others")
+        return self.batches(int(state["step"]))
+
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        """The batches of steps start, start + 1, ... without end, or up to `stop`.
+
+        Raises:
+            InputError: too many bad samples, or none good among a bad one's neighbours.
+        """
+        numbers = count(start) if stop is None else range(start, stop)
+        if not self.workers:
+            yield from (self._counted(self._maker.make(step)) for step in numbers)
+            return
+        # Of the batch that we read and the PREFETCH of each worker behind it, each has a slot of its own.
+        slots = self.workers * PREFETCH + 1
+        steps = _Steps(self._maker, slots)
+        loaded = DataLoader(
+            steps, batch_size=None, sampler=numbers, num_workers=self.workers, prefetch_factor=PREFETCH,
+            worker_init_fn=_begin_worker, generator=torch.Generator(),  # or it would draw from the training's own
+        )  # fmt: skip
+        for batch in loaded:
+            yield self._counted(batch if isinstance(batch, _Failure) else steps.fetch(batch))
+
+    def _counted(self, batch: "Batch | _Failure") -> Batch:
+        if isinstance(batch, _Failure):
+            self.quarantine.name(batch.bad)
+            raise InputError(batch.message)
+        self.quarantine.count(len(batch.images), batch.bad)
+        return batch
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An InputError of a worker: raised there, its message would arrive wrapped in a traceback."""
+
+    message: str
+    bad: tuple[Bad, ...]
+
+
+def _begin_worker(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the training's to answer
+
+
+class _Steps(Dataset):
+    """Step to batch in a worker, the pictures left in memory that is shared from the start.
+
+    Sent the usual way each batch would get new shared memory, whose first touch costs as much as a twentieth of the
+    decoding. Slot `step % slots` is free by then: the loader asks for a step when the one so many before it is read.
+    """
+
+    def __init__(self, maker: "_Maker", slots: int) -> None:
+        self.maker = maker
+        mixture = maker.mixture
+        sizes = mixture.buckets if maker.known is None else [(1, 1)]
+        pixels = max(width * height for width, height in sizes)
+        self.room = torch.empty((slots, mixture.batch // maker.world * pixels * 3), dtype=torch.uint8).share_memory_()
+
+    def __getitem__(self, step: int) -> "Batch | _Failure":
+        batch = self.maker.make(step)
+        if isinstance(batch, _Failure):
+            return batch
+        self._view(step, batch.images.shape).copy_(batch.images)
+        count, _, height, width = batch.images.shape
+        return replace(batch, images=torch.empty((count, 0, height, width), dtype=torch.uint8))
+
+    def fetch(self, batch: Batch) -> Batch:
+        """The batch with its pictures, copied out of their slot."""
+        return replace(batch, images=self._view(batch.step, batch.images.shape).clone())
+
+    def _view(self, step: int, shape: Sequence[int]) -> Tensor:
+        """Channels last in memory."""
+        count, _, height, width = shape
+        flat = self.room[step % len(self.room), : count * height * width * 3]
+        return flat.view(count, height, width, 3).permute(0, 3, 1, 2)
+
+
+class _Maker:
+    """Step to batch, here and now."""
+
+    def __init__(
+        self, mixture: Mixture, rank: int, world: int, captions: bool, known: Callable[[str, str], bool] | None
+    ) -> None:  # fmt: skip
+        self.mixture, self.rank, self.world, self.captions, self.known = mixture, rank, world, captions, known
+
+    def make(self, step: int) -> "Batch | _Failure":
+        deal = self.mixture.deal(step, self.rank, self.world)
+        bad: list[Bad] = []
+        try:
+            rows = [self._row(deal, row, bad) for row in range(len(deal.slot))]
+        except InputError as error:
+            return _Failure(str(error), tuple(bad))
+        samples, names = [sample for sample, _, _ in rows], [self.mixture.sources[n].name for n in deal.source]
+        inputs = [one for _, _, references in rows for one in references]
+        owners = [row for row, (_, _, references) in enumerate(rows) for _ in references]
+        size = deal.size if self.known is None else (1, 1)
+        return Batch(
+            step, deal.kind, _stack([image for _, image, _ in rows], size), _stack(inputs, size),
+            torch.tensor(owners, dtype=torch.long), tuple(sample.text for sample in samples),
+            tuple(sample.key for sample in samples), tuple(names), tuple(bad),
+        )  # fmt: skip
+
+    def _row(self, deal: Deal, row: int, bad: list[Bad]) -> tuple[Sample, np.ndarray, list[np.ndarray]]:
+        """A sample with its pictures decoded; in place of a bad one, the first good one behind it."""
+        source = self.mixture.sources[int(deal.source[row])]
+        for neighbour in range(TRIES + 1):
+            try:
+                sample = source.read(self.mixture.index(deal, row, neighbour))
+                if self.captions and not sample.text:
+                    raise BadSample(sample.key, sample.origin, "expected a caption, got none")
+                references = sample.input_images if isinstance(sample, Edit) else ()
+                if self.known is not None:
+                    if not self.known(source.name, sample.key):
+                        raise BadSample(sample.key, sample.origin, "expected features of it in the cache, got none")
+                    blank = np.zeros((1, 1, 3), np.uint8)
+                    return sample, blank, [blank] * len(references)
+                image, *inputs = (_decode(data, deal.size, sample) for data in (sample.image, *references))
+                return sample, image, inputs
+            except BadSample as error:
+                bad.append(Bad(source.name, error.origin, error.key, error.reason))
+        raise InputError(
+            f"expected a good sample among {TRIES + 1} neighbours in {source.name!r}, got none; the last one, "
+            f"{bad[-1].key!r}: {bad[-1].reason}"
+        )
+
+
+def _decode(data: bytes, size: Size, sample: Sample) -> np.ndarray:
+    """uint8 [H, W, 3], cut to the bucket's size."""
+    try:
+        return np.asarray(to_size(open_training_image(data), *size))
+    except InputError as error:
+        raise BadSample(sample.key, sample.origin, str(error)) from error
+
+
+def _stack(pictures: list[np.ndarray], size: Size) -> Tensor:
+    """uint8 [n, 3, H, W], channels last in memory: as Pillow has them, and as convolutions like them."""
+    width, height = size
+    stacked = np.empty((len(pictures), height, width, 3), np.uint8)
+    for row, picture in enumerate(pictures):
+        stacked[row] = picture
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2)

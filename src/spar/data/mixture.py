@@ -1,0 +1,139 @@
+"""Which samples make which batch: a pure function of the step, over weighted sources and buckets of aspect ratio.
+
+A batch is of one kind and one bucket. Each (source, bucket) is an endless stream, epoch behind epoch, each shuffled
+anew; schedules say which stream each sample of each batch comes from. So a position is a step and nothing else, the
+same for any number of workers and of ranks: rank r of W takes the samples r, r + W, ... of each batch.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from spar.data.buckets import Size, assign, make_buckets
+from spar.data.order import Schedule, key_of, shuffled
+from spar.data.samples import Kind
+from spar.data.sources import Source, SourceConfig, open_source
+from spar.errors import InputError
+
+ORDER = 1  # of the way samples are dealt: part of the fingerprint
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """Weighted sources, cut to sizes of about side x side pixels of up to this aspect ratio (1: squares alone)."""
+
+    sources: tuple[SourceConfig, ...]
+    side: int = 448
+    max_aspect: float = 1.0
+
+
+@dataclass(frozen=True)
+class Deal:
+    """The samples of one rank's part of a batch, b of them: `source` and `slot`, int64 [b], say where each lies."""
+
+    category: int
+    kind: Kind
+    size: Size
+    source: np.ndarray
+    slot: np.ndarray
+
+
+class Mixture:
+    """The order of all samples.
+
+    Args:
+        weights: each source's share of the samples.
+        batch: samples of a step, of all ranks together.
+        buckets: sizes (width, height) in pixels.
+    """
+
+    def __init__(
+        self, sources: Sequence[Source], weights: Sequence[float], *, batch: int, seed: int = 0,
+        buckets: tuple[Size, ...] = ((448, 448),),
+    ) -> None:  # fmt: skip
+        if not sources:
+            raise InputError("expected at least one source of samples, got none")
+        if batch < 1:
+            raise InputError(f"batch: expected at least 1, got {batch}")
+        self.sources, self.batch, self.seed, self.buckets = [*sources], batch, seed, buckets
+        self.weights = np.array(weights, float) / sum(weights)
+        self._lists: dict[tuple[int, int], np.ndarray | None] = {}  # None: the whole source, as it lies
+        shares: dict[tuple[Kind, int], list[tuple[int, float]]] = {}
+        for number, (source, weight) in enumerate(zip(sources, self.weights, strict=True)):
+            for bucket, members in self._split(source):
+                self._lists[number, bucket] = members
+                part = 1.0 if members is None else len(members) / len(source)
+                shares.setdefault((source.kind, bucket), []).append((number, weight * part))
+        self.categories = sorted(shares)
+        self._batches = Schedule([sum(share for _, share in shares[name]) for name in self.categories])
+        self._within = [
+            (np.array([number for number, _ in shares[name]]), Schedule([share for _, share in shares[name]]))
+            for name in self.categories
+        ]
+
+    def _split(self, source: Source) -> list[tuple[int, np.ndarray | None]]:
+        """(bucket, samples in it) of a source; None stands for all."""
+        if len(self.buckets) == 1:
+            return [(0, None)]
+        chosen = assign(source.sizes(), self.buckets, self.batch)
+        width = np.uint32 if len(source) < 2**32 else np.uint64
+        return [(int(bucket), np.flatnonzero(chosen == bucket).astype(width)) for bucket in np.unique(chosen)]
+
+    def deal(self, step: int, rank: int = 0, world: int = 1) -> Deal:
+        """Rank `rank`'s samples of step `step`, in their order.
+
+        Raises:
+            InputError: a batch that the ranks cannot share evenly, or no such rank or step.
+        """
+        if step < 0 or not 0 <= rank < world or self.batch % world:
+            raise InputError(
+                f"expected a step of at least 0 and a rank below the world size, which divides the batch, "
+                f"got step {step}, rank {rank} of {world}, batch {self.batch}"
+            )
+        category, turn = (int(found[0]) for found in self._batches.at(np.array([step])))
+        numbers, schedule = self._within[category]
+        chosen, occurrence = schedule.at(turn * self.batch + np.arange(rank, self.batch, world))
+        source, slot = numbers[chosen], np.empty_like(occurrence)
+        kind, bucket = self.categories[category]
+        for number in np.unique(source):
+            size, mine = self._count(number, bucket), source == number
+            epochs = occurrence[mine] // size
+            for epoch in np.unique(epochs):
+                where = np.flatnonzero(mine)[epochs == epoch]
+                key = key_of(self.seed, int(number), bucket, int(epoch))
+                slot[where] = shuffled(occurrence[where] % size, size, key)
+        return Deal(category, kind, self.buckets[bucket], source, slot)
+
+    def index(self, deal: Deal, row: int, neighbour: int = 0) -> int:
+        """The number in its source of a dealt sample, or of the n-th sample behind it in the same bucket."""
+        number, bucket = int(deal.source[row]), self.categories[deal.category][1]
+        slot = (int(deal.slot[row]) + neighbour) % self._count(number, bucket)
+        members = self._lists[number, bucket]
+        return slot if members is None else int(members[slot])
+
+    def _count(self, number: int, bucket: int) -> int:
+        members = self._lists[number, bucket]
+        return len(self.sources[number]) if members is None else len(members)
+
+    def epochs(self, steps: int) -> dict[str, float]:
+        """How often so many steps show each sample of each source."""
+        pairs = zip(self.sources, self.weights, strict=True)
+        return {source.name: steps * self.batch * float(weight) / len(source) for source, weight in pairs}
+
+    def fingerprint(self) -> str:
+        """Of everything that the order depends on: a run resumes on the same data only."""
+        parts = [ORDER, self.batch, self.seed, self.buckets, self.weights.tolist(), [s.identity for s in self.sources]]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def open_mixture(
+    config: MixtureConfig, *, batch: int, seed: int = 0, cache: Path | None = None, workers: int = 1
+) -> Mixture:
+    """The mixture that a configuration describes; `cache` and `workers` as in `open_source`."""
+    sources = [open_source(one.path, one.format, cache=cache, workers=workers) for one in config.sources]
+    weights, buckets = [one.weight for one in config.sources], make_buckets(config.side, config.max_aspect)
+    return Mixture(sources, weights, batch=batch, seed=seed, buckets=buckets)

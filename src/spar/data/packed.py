@@ -1,0 +1,34 @@
+"""Millions of strings as two arrays: Python objects would cost ten times the memory and be copied into every worker."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class PackedText:
+    """Strings one behind the other: `blob` their bytes, uint8; `ends` where each ends, uint64 [N].
+
+    Bytes that are no UTF-8 (old file names) go through unchanged, as lone surrogates.
+    """
+
+    blob: np.ndarray
+    ends: np.ndarray
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> "PackedText":
+        parts, ends, total = bytearray(), [], 0
+        for text in texts:
+            data = text.encode("utf-8", "surrogateescape")
+            parts += data
+            total += len(data)
+            ends.append(total)
+        return cls(np.frombuffer(bytes(parts), np.uint8), np.array(ends, np.uint64))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> str:
+        start = int(self.ends[index - 1]) if index else 0
+        return self.blob[start : int(self.ends[index])].tobytes().decode("utf-8", "surrogateescape")

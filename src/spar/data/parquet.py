@@ -1,0 +1,151 @@
+"""Parquet files as a source: pictures in the rows, as datasets on the Hub hold them. Needs the extra `data`."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spar.data.caps import MAX_INPUT_IMAGES, MAX_ROW_GROUP_BYTES
+from spar.data.files import header_sizes
+from spar.data.samples import BadSample, Edit, Kind, Sample, TextToImage
+from spar.errors import InputError
+
+# The names that columns go by, the more special first.
+INPUT_COLUMNS = ("input_images", "input_image", "source_image", "original_image")
+IMAGE_COLUMNS = ("output_image", "edited_image", "target_image", "image", "jpg", "png", "webp", "img")
+TEXT_COLUMNS = ("instruction", "edit_prompt", "input_prompt", "caption", "text", "txt", "prompt")
+KEY_COLUMNS = ("__key__", "key", "id")
+
+
+class ParquetSource:
+    """Rows of parquet files. A picture is bytes, or the Hub's struct of bytes and path; an edit has input pictures.
+
+    A row group is read in whole and the last one is kept: the loader's order stays within a few at a time.
+
+    Raises:
+        InputError: pyarrow is missing, a file that cannot be read, or no column of pictures.
+    """
+
+    format = "parquet"
+    damage: tuple[str, ...] = ()
+
+    def __init__(self, name: str, files: Sequence[Path], cache: Path | None = None) -> None:
+        self.name, self.files, self.cache = name, [*files], cache
+        digest, counts, self._groups = hashlib.sha256(), [], []
+        for number, path in enumerate(self.files):
+            meta = _open(path).metadata
+            digest.update(f"{path.name} {path.stat().st_size} {meta.num_rows}\n".encode())
+            for group in range(meta.num_row_groups):
+                if (size := meta.row_group(group).total_byte_size) > MAX_ROW_GROUP_BYTES:
+                    limit = f"expected row groups of at most {MAX_ROW_GROUP_BYTES} bytes"
+                    raise InputError(f"{limit}, but one of {str(path)!r} has {size}")
+                counts.append(meta.row_group(group).num_rows)
+                self._groups.append((number, group))
+        self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        columns = _open(self.files[0]).schema_arrow.names
+        self.columns = {
+            role: next((name for name in names if name in columns), None)
+            for role, names in (
+                ("input", INPUT_COLUMNS), ("image", IMAGE_COLUMNS), ("text", TEXT_COLUMNS), ("key", KEY_COLUMNS),
+            )
+        }  # fmt: skip
+        if self.columns["image"] is None or not len(self):
+            raise InputError(
+                f"expected rows with one of the columns {', '.join(IMAGE_COLUMNS)} in {name!r}, got {len(self)} rows "
+                f"with {', '.join(columns)}"
+            )
+        self.kind: Kind = "edit" if self.columns["input"] else "text_to_image"
+        self.identity = digest.hexdigest()
+        self.passed_over: dict[str, int] = {}
+        self._last: tuple[int, dict[str, list[Any]]] | None = None
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_last": None}
+
+    def key(self, index: int) -> str:
+        """The row's own key where there is a column of keys that can be read, else FILE-ROW."""
+        group, row = self._find(index)
+        if self.columns["key"]:
+            try:
+                return str(self._read(group)["key"][row])
+            except BadSample:
+                pass
+        first = next(place for place, (file, _) in enumerate(self._groups) if file == self._groups[group][0])
+        return f"{self.files[self._groups[group][0]].stem}-{index - int(self.starts[first])}"
+
+    def origin(self, index: int) -> str:
+        """The name of the file that holds a sample."""
+        return self.files[self._groups[self._find(index)[0]][0]].name
+
+    def read(self, index: int) -> Sample:
+        """A sample, pictures as they lie in the row.
+
+        Raises:
+            BadSample: a column is empty or of another kind in this row.
+        """
+        group, row = self._find(index)
+        values = {role: column[row] for role, column in self._read(group).items()}
+        key, origin = self.key(index), self.origin(index)
+        text = values.get("text") or ""
+        if not isinstance(text, str):
+            raise BadSample(key, origin, f"expected text, got {type(text).__name__}")
+        image = _picture(values["image"], key, origin)
+        if self.kind == "text_to_image":
+            return TextToImage(image, text.strip(), key, origin)
+        given = values["input"] if isinstance(values["input"], list) else [values["input"]]
+        if not 1 <= len(given) <= MAX_INPUT_IMAGES:
+            raise BadSample(key, origin, f"expected 1 to {MAX_INPUT_IMAGES} references, got {len(given)}")
+        return Edit(tuple(_picture(one, key, origin) for one in given), image, text.strip(), key, origin)
+
+    def sizes(self) -> np.ndarray:
+        """uint16 [N, 2]: width and height of each row's picture, 0 where its header cannot be read."""
+
+        def head(index: int, length: int) -> bytes:
+            group, row = self._find(index)
+            return _picture(self._read(group)["image"][row], "", "")[:length]
+
+        return header_sizes(head, len(self), self.identity, self.cache)
+
+    def _find(self, index: int) -> tuple[int, int]:
+        """(row group, row in it)."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"expected 0 to {len(self) - 1}, got {index}")
+        group = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return group, index - int(self.starts[group])
+
+    def _read(self, group: int) -> dict[str, list[Any]]:
+        """The columns that we read of one row group, by role."""
+        if self._last is None or self._last[0] != group:
+            number, place = self._groups[group]
+            wanted = {role: name for role, name in self.columns.items() if name}
+            try:
+                table = _open(self.files[number]).read_row_group(place, columns=[*wanted.values()])
+                self._last = (group, {role: table.column(name).to_pylist() for role, name in wanted.items()})
+            except Exception as error:  # a damaged page makes Arrow raise nearly anything
+                name = self.files[number].name
+                raise BadSample(f"row group {place}", name, f"cannot be read: {error}") from error
+        return self._last[1]
+
+
+def _open(path: Path) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise InputError('reading parquet needs pyarrow, which is not here: pip install "spar[data]"') from error
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise InputError(f"expected a parquet file, but {str(path)!r}: {error}") from error
+
+
+def _picture(value: Any, key: str, origin: str) -> bytes:
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(data, bytes):
+        raise BadSample(key, origin, f"expected a picture's bytes in the row, got {type(data).__name__}")
+    return data

@@ -1,0 +1,56 @@
+"""The two canonical samples that every reader gives, and what a sample that cannot be used raises.
+
+Pictures stay as the bytes of their files: whoever needs pixels decodes them behind the gate in `images`.
+"""
+
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Literal
+
+from spar.errors import InputError
+
+Kind = Literal["text_to_image", "edit"]
+Format = Literal["auto", "webdataset", "folder", "sharegpt", "gptedit", "parquet"]
+
+
+@dataclass(frozen=True)
+class TextToImage:
+    """A picture and its caption; reconstruction reads the picture alone.
+
+    `key` is the sample's name in its set, `origin` the file that it lies in. `text` is empty where there is none;
+    `label` is the class number of an ImageNet sample.
+    """
+
+    image: bytes
+    text: str
+    key: str
+    origin: str
+    label: int | None = None
+
+
+@dataclass(frozen=True)
+class Edit:
+    """References (one or more), the picture that they become, and the instruction."""
+
+    input_images: tuple[bytes, ...]
+    image: bytes
+    text: str
+    key: str
+    origin: str
+
+
+Sample = TextToImage | Edit
+
+
+class BadSample(InputError):
+    """One sample that cannot be used. It is counted, named and replaced; only a share above the budget ends a run."""
+
+    def __init__(self, key: str, origin: str, reason: str) -> None:
+        super().__init__(f"sample {key!r} of {origin!r}: {reason}")
+        self.key, self.origin, self.reason = key, origin, reason
+
+
+def is_inside(name: str) -> bool:
+    """Whether a relative path of a data set stays inside its root, by its words alone (links may point anywhere)."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name

@@ -1,0 +1,113 @@
+"""One interface over every format, and the way from a path to the reader that suits it."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from spar.data.annotations import METADATA, open_gpt_edit, open_image_folder, open_sharegpt
+from spar.data.parquet import ParquetSource
+from spar.data.patterns import find_files, refuse_addresses
+from spar.data.samples import Format, Kind, Sample
+from spar.data.webdataset import TarSource
+from spar.errors import InputError
+
+
+class Source(Protocol):
+    """Samples by number, in any order, from any process.
+
+    `identity` changes when the samples do; `passed_over` counts what is not read, by reason; `damage` says which files
+    end early.
+    """
+
+    name: str
+    format: str
+    kind: Kind
+    identity: str
+    passed_over: dict[str, int]
+    damage: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def key(self, index: int) -> str: ...
+
+    def origin(self, index: int) -> str: ...
+
+    def read(self, index: int) -> Sample: ...
+
+    def sizes(self) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One source of a mixture. `weight` is its share of the samples, relative to the others."""
+
+    path: str
+    weight: float = 1.0
+    format: Format = "auto"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < float("inf"):
+            raise InputError(f"{self.path}: expected a weight above 0, got {self.weight}")
+
+
+def open_source(path: str, format: Format = "auto", *, cache: Path | None = None, workers: int = 1) -> Source:
+    """The reader of a path.
+
+    Args:
+        path: shards by name, braces, glob or `hf://`; a folder of shards, of parquet files, or with metadata.jsonl; a
+            JSON list of ShareGPT-4o-Image; an index of GPT-Image-Edit; parquet files.
+        format: what the path holds; `auto` tells by its name and content.
+        cache: folder where indexes of shards and sizes of pictures are kept.
+        workers: processes that index shards.
+
+    Raises:
+        InputError: a path that names nothing, an address, or a format that cannot be told.
+    """
+    refuse_addresses(path)
+    chosen = _detect(path) if format == "auto" else format
+    readers: dict[str, Callable[[], Source]] = {
+        "webdataset": lambda: TarSource(path, _files(path, "tar"), cache, workers),
+        "folder": lambda: open_image_folder(Path(path), cache),
+        "sharegpt": lambda: open_sharegpt(_one(path), cache),
+        "gptedit": lambda: open_gpt_edit(_one(path), cache),
+        "parquet": lambda: ParquetSource(path, _files(path, "parquet"), cache),
+    }
+    if chosen not in readers:
+        raise InputError(f"format: expected auto, {', '.join(readers)}, got {format!r}")
+    return readers[chosen]()
+
+
+def _detect(path: str) -> str:
+    """The format of a path, by what its name ends in or what its folder holds."""
+    if os.path.isdir(path):
+        names = os.listdir(path)
+        if METADATA in names:
+            return "folder"
+        for ending, format in ((".tar", "webdataset"), (".parquet", "parquet")):
+            if any(name.endswith(ending) for name in names):
+                return format
+        lists = sorted(name for name in names if name.endswith(".json"))
+        hint = f"; name one of its lists: {', '.join(lists[:5])}" if lists else ""
+        raise InputError(f"expected *.tar, *.parquet or {METADATA} in the folder {path!r}, found none{hint}")
+    endings = {".tar": "webdataset", ".parquet": "parquet", ".json": "sharegpt", ".txt": "gptedit"}
+    for ending, format in endings.items():
+        if path.endswith(ending) or path.endswith(ending + "}"):
+            return format
+    raise InputError(
+        f"expected a folder, or a name that ends in {', '.join(endings)}, got {path!r}; or give the format"
+    )
+
+
+def _files(path: str, ending: str) -> list[Path]:
+    return find_files(os.path.join(path, f"*.{ending}") if os.path.isdir(path) else path)
+
+
+def _one(path: str) -> Path:
+    files = find_files(path)
+    if len(files) > 1:
+        raise InputError(f"expected one list of samples, got {len(files)} files of {path!r}")
+    return files[0]

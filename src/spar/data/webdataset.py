@@ -1,0 +1,153 @@
+"""Tar shards as a source: text-to-image, edit pairs and ImageNet's, samples read by offset in any order."""
+
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from spar.data.caps import MAX_TEXT_BYTES
+from spar.data.images import MAX_BYTES
+from spar.data.samples import BadSample, Edit, Kind, Sample, TextToImage
+from spar.data.tars import CLS, IMAGE, INPUT, JSON, TXT, TarIndex, cached_index
+from spar.errors import InputError
+
+OPEN_SHARDS = 128  # twice the blocks that are mixed at a time: a shard is opened about once a window
+_CAPTIONS = ("caption", "text")
+
+
+class TarSource:
+    """Samples of tar shards. `kind` is that of the first sample; samples of the other kind are bad ones.
+
+    With a cache folder the shards' indexes stay on disk and only those of open shards in memory.
+
+    Raises:
+        InputError: a shard that is no tar, or no samples at all.
+    """
+
+    def __init__(self, name: str, shards: Sequence[Path], cache: Path | None = None, workers: int = 1) -> None:
+        self.name, self.shards, self.cache = name, [*shards], cache
+        self.kind: Kind = "text_to_image"
+        self.format = "webdataset"
+        self.passed_over: dict[str, int] = {}
+        counts, sizes, damage, digest = [0], [], [], hashlib.sha256()
+        self._kept: list[TarIndex] | None = None if cache else []
+        for shard, index in zip(self.shards, _indexes(self.shards, cache, workers), strict=True):
+            if len(index) and not sum(counts):
+                first = {role for role, _, _ in index.members(0)}
+                self.kind = "edit" if INPUT in first else "text_to_image"
+                self.format = "imagenet" if CLS in first else "webdataset"
+            counts.append(len(index))
+            sizes.append(index.sizes)
+            damage += [f"{shard.name!r} {index.damage}"] if index.damage else []
+            digest.update(index.digest().encode())
+            for reason, count in index.passed_over.items():
+                self.passed_over[reason] = self.passed_over.get(reason, 0) + count
+            if self._kept is not None:
+                self._kept.append(index)
+        self.starts = np.cumsum(counts, dtype=np.int64)
+        if not len(self):
+            raise InputError(f"expected samples of png, jpg, jpeg or webp in {name!r}, found none")
+        self._sizes, self.damage, self.identity = np.concatenate(sizes), tuple(damage), digest.hexdigest()
+        self._open: OrderedDict[int, tuple[int, TarIndex]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_open": OrderedDict()}  # a worker opens files of its own
+
+    def __del__(self) -> None:
+        for descriptor, _ in self.__dict__.get("_open", {}).values():
+            os.close(descriptor)
+
+    def sizes(self) -> np.ndarray:
+        """uint16 [N, 2]: width and height of each sample's picture, 0 where its header cannot be read."""
+        return self._sizes
+
+    def key(self, index: int) -> str:
+        shard, _, place = self._find(index)
+        return self._opened(shard)[1].keys[place]
+
+    def origin(self, index: int) -> str:
+        """The name of the shard that holds a sample."""
+        return self._find(index)[1]
+
+    def read(self, index: int) -> Sample:
+        """A sample, pictures as they lie in the shard.
+
+        Raises:
+            BadSample: a member is missing, too large or unreadable.
+        """
+        shard, origin, place = self._find(index)
+        descriptor, table = self._opened(shard)
+        key = table.keys[place]
+        found: dict[int, list[bytes]] = {}
+        for role, offset, size in table.members(place):
+            cap = MAX_BYTES if role in (IMAGE, INPUT) else MAX_TEXT_BYTES
+            if size > cap:
+                raise BadSample(key, origin, f"expected members of at most {cap} bytes, got one of {size}")
+            data = os.pread(descriptor, size, offset)
+            if len(data) < size:
+                raise BadSample(key, origin, f"expected a member of {size} bytes, but the shard ends after {len(data)}")
+            found.setdefault(role, []).append(data)
+        if IMAGE not in found:
+            raise BadSample(key, origin, "expected a picture (jpg, jpeg, png, webp), found none")
+        if (INPUT in found) != (self.kind == "edit"):
+            wanted = "an edit with an input picture" if self.kind == "edit" else "a picture without references"
+            raise BadSample(key, origin, f"expected {wanted}, as the first sample is, got the other")
+        try:
+            text = _caption(found)
+            if self.kind == "edit":
+                return Edit(tuple(found[INPUT]), found[IMAGE][0], text, key, origin)
+            label = int(found[CLS][0]) if CLS in found else None
+            return TextToImage(found[IMAGE][0], text, key, origin, label)
+        except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, no number
+            raise BadSample(key, origin, f"its text cannot be read: {error}") from error
+
+    def _find(self, index: int) -> tuple[int, str, int]:
+        """(shard, its name, place in it)."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"expected 0 to {len(self) - 1}, got {index}")
+        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return shard, self.shards[shard].name, index - int(self.starts[shard])
+
+    def _opened(self, shard: int) -> tuple[int, TarIndex]:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        table = self._kept[shard] if self._kept else cached_index(self.shards[shard], self.cache)
+        if len(table) != self.starts[shard + 1] - self.starts[shard]:
+            raise InputError(f"the shard {str(self.shards[shard])!r} changed while it was read")
+        try:
+            self._open[shard] = (os.open(self.shards[shard], os.O_RDONLY), table)
+        except OSError as error:
+            raise InputError(f"the shard {str(self.shards[shard])!r} is gone: {error.strerror}") from error
+        if len(self._open) > OPEN_SHARDS:
+            descriptor, _ = self._open.popitem(last=False)[1]
+            os.close(descriptor)
+        return self._open[shard]
+
+
+def _indexes(shards: list[Path], cache: Path | None, workers: int) -> Iterator[TarIndex]:
+    """One behind the other, so that those which a cache keeps need not be in memory together."""
+    if min(workers, len(shards)) < 2:
+        yield from (cached_index(shard, cache) for shard in shards)
+        return
+    with ProcessPoolExecutor(min(workers, len(shards))) as pool:
+        yield from pool.map(partial(cached_index, cache=cache), shards)
+
+
+def _caption(found: dict[int, list[bytes]]) -> str:
+    """The text member, or the caption of the json member; empty where neither says anything."""
+    text = found[TXT][0].decode().strip() if TXT in found else ""
+    if text or JSON not in found:
+        return text
+    values = json.loads(found[JSON][0])
+    texts = [values.get(name) for name in _CAPTIONS] if isinstance(values, dict) else []
+    return next((text.strip() for text in texts if isinstance(text, str) and text.strip()), "")

@@ -1,0 +1,95 @@
+"""The example scripts, as a user runs them, at tiny size."""
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from spar.config import read_json
+from spar.worlds.shapes.dataset import sample_at
+from spar.worlds.shapes.language import caption
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--data.workers", "0"]
+
+
+def load(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(script: str, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A script with this interpreter's `spar`, `python` and `torchrun` first on the path."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables}
+    command = ["bash", str(ROOT / "examples" / script), *words]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """Pictures of the shapes world with captions, in a folder."""
+    folder, rng, lines = tmp_path / "own", np.random.default_rng(0), []
+    folder.mkdir()
+    for i in range(12):
+        sample = sample_at("validation", i)
+        Image.fromarray(sample.image).save(folder / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": caption(sample.scene, rng)}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.mark.slow
+def test_a_folder_of_ones_own_trains_lora_and_draws(tiny_run, data, tmp_path):
+    done = run(
+        "own_folder.sh", str(data), "a red circle", *SMALL,
+        RECIPE="tiny", MODEL=str(tiny_run.path / "model"), RUN=str(tmp_path / "run"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert Image.open(tmp_path / "run" / "drawn.png").size == (64, 64)
+    assert (tmp_path / "run" / "adapter" / "adapter.safetensors").is_file()
+    assert read_json(tmp_path / "run-features" / "cache.json")["samples"] == 12
+
+
+@pytest.mark.slow
+def test_unilips_checkpoint_is_converted_and_trained_on(data, tmp_path):
+    """A tiny random checkpoint in UniLIP's format, sizes and forms taken from what it was converted to."""
+    foreign = load(ROOT / "tests" / "models" / "foreign.py")
+    conversion = load(ROOT / "tests" / "models" / "test_conversion.py")
+    foreign.mllm, foreign.dit = (functools.partial(make, layers=6) for make in (foreign.mllm, foreign.dit))
+    conversion.write_published(foreign, tmp_path)
+    parts = " ".join(f"--{part} {tmp_path / part}" for part in ("mllm", "autoencoder", "dit"))
+    steps = [
+        word
+        for stage in ("unified-2", "unified-3")
+        for pair in (("steps", "2"), ("batch", "2"), ("warmup", "1"))
+        for word in (f"--stages.{stage}.{pair[0]}", pair[1])
+    ]
+    done = run(
+        "warm_start.sh", str(tmp_path / "model"), str(data), *steps, *SMALL, "--alignment.hidden", "8",
+        RUN=str(tmp_path / "run"), CONVERT=parts,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    model = read_json(tmp_path / "run" / "model" / "config.json")["model"]
+    assert model["streams"]["fusion"] == "residual" and model["text"]["hidden_size"] == 32
+
+
+@pytest.mark.slow
+def test_a_launch_on_several_machines_works_with_one(tiny_run, tmp_path):
+    done = run(
+        "multi_node.sh", "tiny", "unified-2", "--init-from", str(tiny_run.path / "model"),
+        "--stages.unified-2.optimizer", "adamw",
+        GPUS="2", DEVICE="cpu", RUN=str(tmp_path / "run"), HEAD="localhost:0",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    parts = sorted(path.name for path in (tmp_path / "run" / "unified-2" / "done").glob("workshop*"))
+    assert parts == ["workshop-00000-of-00002.safetensors", "workshop-00001-of-00002.safetensors"]
