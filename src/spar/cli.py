@@ -258,7 +258,7 @@ def train(argv: list[str]) -> int:
         return 0
     check_folder(run)
     if args.init_from is not None and not any(
-        (args.init_from / name).is_file() for name in ("workshop.safetensors", "config.json")
+        (args.init_from / name).is_file() for name in ("meta.json", "config.json")
     ):
         raise InputError(
             "--init-from: expected a finished stage such as RUN/dit/done or a SPAR folder, "

@@ -5,6 +5,7 @@ Defaults live only in the dataclasses. A field that is unknown, missing or of th
 
 import dataclasses
 import json
+import os
 import types
 import typing
 from pathlib import Path
@@ -106,5 +107,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write indented JSON with a final newline."""
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write indented JSON with a final newline, aside and renamed: a reader sees the old file or the new one."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    aside.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(aside, path)

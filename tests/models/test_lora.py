@@ -1,5 +1,6 @@
 """LoRA: no change at its start, merged equals unmerged, saved apart, refused where it does not belong."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -95,6 +96,21 @@ def test_training_moves_the_additions_alone_and_the_pipeline_takes_them(tiny_run
     changed = {key for key in plain if not torch.equal(merged[key], plain[key])}
     assert changed == {key.split(".lora_")[0] + ".weight" for key in added}
     assert all(torch.allclose(merged[key], with_adapter[key], atol=1e-6) for key in merged)
+
+
+def test_a_stage_with_lora_is_no_start_for_a_plain_recipe_and_its_adapter_is_checked(model, tiny_run, tmp_path):
+    base = tiny_run.path / "model"
+    train(replace(tiny_run.recipe, lora=ALL), tmp_path / "run", stages=("unified-3",), init_from=base)
+    with pytest.raises(InputError, match="holds LoRA beside the model: expected the run's merged model"):
+        done = tmp_path / "run" / "unified-3" / "done"
+        train(tiny_run.recipe, tmp_path / "other", stages=("unified-3",), init_from=done)
+    adapter = tmp_path / "run" / "adapter"
+    header = json.loads((adapter / "config.json").read_text())
+    for rank in (0, 10**6):
+        (adapter / "config.json").write_text(json.dumps({**header, "lora": {**header["lora"], "rank": rank}}))
+        with pytest.raises(InputError, match=f"expected weights of rank {rank} as its config.json says, got 2"):
+            load_adapter(model, adapter)
+    train(tiny_run.recipe, tmp_path / "again", stages=("unified-3",), init_from=tmp_path / "run" / "model")
 
 
 def test_settings_without_sense_are_refused(tiny_run, tmp_path):

@@ -9,9 +9,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from spar.errors import InputError
+from spar.models.lora import LoraConfig
 from spar.recipes import recipe
 from spar.training import budget as module
 from spar.training.budget import GIB, GPUS, RESERVE, Cost, Machine, budget
+from spar.training.stages import DataConfig
 from spar.training.workshop import Workshop
 
 TINY = recipe("tiny")
@@ -95,6 +97,15 @@ def test_what_trains_and_what_is_drawn_more_often_costs_more():
     assert flops("unified-2", draws=1) < flops("unified-2", draws=4)
     assert flops("tokenizer-1") < flops("tokenizer-3")  # the encoder trains, an adversary plays
     assert 3 < flops("tokenizer-1", image_size=64) / flops("tokenizer-1", image_size=32) < 6
+
+
+def test_lora_trains_little_and_a_cache_encodes_nothing():
+    (plain,) = budget(TINY, Machine(), ("unified-2",))
+    (lora,) = budget(replace(TINY, lora=LoraConfig(rank=2)), Machine(), ("unified-2",))
+    assert lora.trainable < plain.trainable and lora.optimizer < plain.optimizer
+    cached = replace(TINY, data=DataConfig(source="files", sets=("x",), cache="y"))
+    (found,) = budget(cached, Machine(), ("unified-2",))
+    assert found.flops < plain.flops and found.trainable == plain.trainable
 
 
 def test_what_does_not_fit_is_said_with_what_would():

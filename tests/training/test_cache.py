@@ -1,6 +1,11 @@
 """Cached features: the same losses as from pictures, no picture decoded, stale and broken-off caches refused."""
 
+import functools
+import io
 import json
+import os
+import signal
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +24,7 @@ from spar.training.cache import FeatureCache, cache_key, sample_id, write_cache
 from spar.training.run import train
 from spar.training.scale import Scale
 from spar.training.stages import DataConfig
+from spar.training.state import load_group
 from spar.worlds.shapes.dataset import scene_at
 from spar.worlds.shapes.render import render
 
@@ -84,9 +90,9 @@ def test_a_row_is_what_the_tokenizer_makes_of_its_own_picture(tiny_run, data, tm
     write(data, model, tmp_path / "features")
     tokenizer, sources = load_model(model).model.tokenizer, files.open_sources(data)
     cache = FeatureCache(tmp_path / "features", cache_key(tokenizer, 64, sources))
-    assert len(cache.ids) == 20 and sample_id(sources[0].name, sources[0].key(3)) not in cache
+    assert len(cache.ids) == 20 and sample_id(sources[0].identity, 3) not in cache
     for source, index in ((sources[0], 7), (sources[1], 4)):
-        found = cache.rows([sample_id(source.name, source.key(index))])
+        found = cache.rows([sample_id(source.identity, index)])
         scene = 7 if source is sources[0] else 20 + 4 + 9
         pixels = torch.from_numpy(render(scene_at("train", scene))).permute(2, 0, 1)[None].float() / 255
         with torch.no_grad():
@@ -153,6 +159,53 @@ def test_the_command_writes_what_training_reads(tiny_run, data, tmp_path, capsys
     assert main(["train", "tiny", "--stage", "unified-2", *run, *named]) == 0
     assert main(["cache", "tiny", "--init-from", str(model), "-o", str(folder)]) == 2
     assert "expected data sets" in capsys.readouterr().err
+
+
+def test_samples_of_one_key_are_told_apart_and_the_folder_may_move(tiny_run, tmp_path):
+    """Two shards that both begin with 00000, read again by another path."""
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for number in range(2):
+        with tarfile.open(shards / f"{number}.tar", "w") as tar:
+            for i in range(3):
+                picture = io.BytesIO()
+                Image.fromarray(render(scene_at("train", 10 * number + i))).save(picture, "PNG")
+                for ending, content in (("png", picture.getvalue()), ("txt", b"a red circle")):
+                    member = tarfile.TarInfo(f"{i:05}.{ending}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    data = DataConfig(source="files", sets=(str(shards / "*.tar"),), workers=0)
+    assert write(data, tiny_run.path / "model", tmp_path / "features") == 0
+    (tmp_path / "elsewhere").symlink_to(shards)
+    moved = replace(data, sets=(str(tmp_path / "elsewhere" / "*.tar"),))
+    (source,) = files.open_sources(moved)
+    key = cache_key(load_model(tiny_run.path / "model").model.tokenizer, 64, [source])
+    found = FeatureCache(tmp_path / "features", key).rows([sample_id(source.identity, i) for i in range(6)])["latent"]
+    assert len({row.float().numpy().tobytes() for row in found}) == 6
+
+
+def stop_at_first(wanted: bool, stage: str, step: int, *_: object) -> None:
+    if wanted and step == 0:
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_run_from_a_cache_is_stopped_and_resumed(tiny_run, data, tmp_path):
+    model, folder = tiny_run.path / "model", tmp_path / "features"
+    write(data, model, folder)
+    asked = replace(tiny_run.recipe, data=replace(data, cache=str(folder)))
+    ends = []
+    for name in ("whole", "parted"):
+        run = {"stages": ("unified-2",), "init_from": model}
+        stop = functools.partial(stop_at_first, name == "parted")
+        if train(asked, tmp_path / name, report=stop, **run) is None:
+            assert train(asked, tmp_path / name, resume=True, **run) is not None
+        ends.append(load_group(tmp_path / name / "unified-2" / "done", "workshop"))
+        bad = (tmp_path / name / "quarantine.jsonl").read_text().splitlines() if name == "parted" else []
+        assert len(bad) == len(set(bad))
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+    (tmp_path / "own" / "5.png").write_bytes((tmp_path / "own" / "6.png").read_bytes() + b"\0")
+    with pytest.raises(InputError, match="stale"):  # another picture under the same name
+        train(asked, tmp_path / "later", stages=("unified-2",), init_from=model)
 
 
 def test_a_cache_wants_data_sets_and_no_external_teacher():

@@ -20,6 +20,7 @@ from spar.training.run import train
 from spar.training.scale import Ranks, Scale
 from spar.training.stages import DataConfig, weighted_sets
 from spar.training.state import load_group
+from spar.training.steps import Context
 from spar.worlds.shapes.dataset import scene_at
 from spar.worlds.shapes.render import render
 from spar.worlds.shapes.scene import COLORS
@@ -210,6 +211,25 @@ def test_pictures_of_the_world_come_through_a_tar_unchanged(tiny_run, tmp_path, 
     dealt = found.deal(replace(stage, edit_share=0.0), 0, slice(0, 8, 1))
     shown = (found.pixels(dealt.indices) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     assert sorted(x.tobytes() for x in shown) == sorted(x.tobytes() for x in images)
+
+
+def test_a_stage_of_its_own_side_and_several_proportions_squashes_nothing(tiny_run, tmp_path):
+    wide = [{"png": png(Image.new("RGB", (120, 60), "red"))} for _ in range(24)]
+    config = DataConfig(source="files", sets=(write_tar(tmp_path / "wide.tar", wide),), workers=0, max_aspect=2.0)
+    found = FilesMaterial(
+        config, PromptEncoder(build_tokenizer(), 64), 0, side=64, stride=8, longest=12, run=tmp_path, ranks=Ranks()
+    )
+    small = replace(tiny_run.recipe.stage("tokenizer-1"), image_size=32)
+    ctx = Context(None, found, tiny_run.recipe, small, torch.device("cpu"))
+    shape = ctx.pixels(ctx.deal(0).indices).shape
+    assert shape[-1] > 1.5 * shape[-2] and abs(shape[-1] * shape[-2] / 32**2 - 1) < 0.2
+
+
+def test_a_stage_may_start_from_another_of_its_own_run(tiny_run, sets, tmp_path):
+    recipe = replace(tiny_run.recipe, data=DataConfig(source="files", sets=sets, workers=0))
+    train(recipe, tmp_path / "run", stages=("unified-2",), init_from=tiny_run.path / "model")
+    done = tmp_path / "run" / "unified-2" / "done"
+    assert train(recipe, tmp_path / "run", stages=("unified-3",), init_from=done) is not None
 
 
 def test_settings_without_sense_are_refused(tiny_run, tmp_path, sets):

@@ -282,9 +282,28 @@ def test_init_from_serves_a_design_that_differs_behind_it(tiny_run, tmp_path):
     assert not any("router.gate" in name for name in weights(run, "unified-1"))
 
 
-def test_init_from_and_a_state_to_resume_contradict_each_other(tiny_run, half):
-    with pytest.raises(InputError, match="already holds stage encoder"):
-        train(TINY, half, resume=True, init_from=tiny_run.path / "dit" / "done")
+def test_a_run_that_has_begun_is_resumed_wherever_it_was_to_begin(tiny_run, half):
+    """The command that began a run goes on with it under --resume auto, `--init-from` and all."""
+    stages = tuple(stage.name for stage in TINY.stages if (half / stage.name / "done").exists())
+    seen = []
+    train(
+        TINY, half, stages=(*stages, "tokenizer-1"), resume=True, init_from=tiny_run.path / "dit" / "done",
+        report=lambda stage, *_: seen.append(stage),
+    )  # fmt: skip
+    assert set(seen) == {"tokenizer-1"} and same(weights(half, "tokenizer-1"), weights(tiny_run.path, "tokenizer-1"))
+
+
+def test_what_no_stage_trains_and_what_is_published_must_fit(tiny_run, tmp_path):
+    """A tokenizer's end with a smaller LLM must not leave a frozen one at random, nor a published DiT."""
+    few = replace(TINY, stages=tuple(s for s in TINY.stages if s.step in ("tokenizer", "unified")))
+    deeper = replace(few, model=replace(few.model, text=replace(few.model.text, layers=6)))
+    stages = {"stages": ("unified-1",), "init_from": tiny_run.path / "tokenizer-3" / "done"}
+    with pytest.raises(InputError, match="does not fit this model: .* missing .model.language.network.layers"):
+        train(deeper, tmp_path / "deeper", **stages)
+    wider = replace(few, model=replace(few.model, denoiser=replace(few.model.denoiser, layers=3)))
+    assert train(wider, tmp_path / "wider", **stages) is not None
+    with pytest.raises(InputError, match="missing .model.denoiser.network.transformer_blocks.2"):
+        train(replace(wider, published=("model.denoiser",)), tmp_path / "published", **stages)
 
 
 def test_init_from_a_file_without_one_fitting_tensor_is_refused(tmp_path):

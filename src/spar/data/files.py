@@ -60,7 +60,23 @@ class FileSource:
         self.passed_over = {"entry that the format leaves out": dropped} if dropped else {}
         digest = hashlib.sha256(format.encode())
         digest.update(self._rows.blob.tobytes())
+        digest.update(self._file_sizes().tobytes())
         self.identity = digest.hexdigest()
+
+    def _file_sizes(self) -> np.ndarray:
+        """int64: bytes of every file, -1 where there is none, so that another picture under a name shows.
+
+        One of the very same length does not; times of change would show it, but a copy on another disk changes them.
+        """
+        sizes: list[int] = []
+        for index in range(len(self._rows)):
+            number, image, _, *inputs = json.loads(self._rows[index])
+            for path in (image, *inputs):
+                try:
+                    sizes.append(os.stat(self.roots[number] / path).st_size if is_inside(path) else -1)
+                except OSError:
+                    sizes.append(-1)
+        return np.array(sizes, np.int64)
 
     def __len__(self) -> int:
         return len(self._rows)

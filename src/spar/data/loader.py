@@ -36,7 +36,8 @@ class Batch:
     images: uint8 [b, 3, H, W].
     inputs: uint8 [r, 3, H, W], the references of all edits, one sample's together; r is 0 for text-to-image.
     owners: int64 [r], the row that each reference belongs to.
-    texts, keys, sources: of each row. `bad` names the samples that these rows stand in for.
+    texts, keys, sources: of each row. `places`: its source's identity and its number there, which no other sample has.
+    `bad` names the samples that these rows stand in for.
     """
 
     step: int
@@ -47,6 +48,7 @@ class Batch:
     texts: tuple[str, ...]
     keys: tuple[str, ...]
     sources: tuple[str, ...]
+    places: tuple[tuple[str, int], ...] = ()
     bad: tuple[Bad, ...] = ()
 
 
@@ -63,13 +65,13 @@ class Loader:
         bad_share: share of bad samples above which the run ends.
         quarantine: JSONL file that names bad samples; each rank of several has its own (`bad.0.jsonl`).
         captions: whether a sample without words is a bad one; reconstruction needs none.
-        known: with it no picture is decoded, and a sample (source, key) that it does not know is a bad one: for
-            features that were computed before.
+        known: with it no picture is decoded, and a sample (its source's identity, its number there) that it does not
+            know is a bad one: for features that were computed before.
     """
 
     def __init__(
         self, mixture: Mixture, *, rank: int = 0, world: int = 1, workers: int = 4, bad_share: float = 0.01,
-        quarantine: Path | None = None, captions: bool = True, known: Callable[[str, str], bool] | None = None,
+        quarantine: Path | None = None, captions: bool = True, known: Callable[[str, int], bool] | None = None,
     ) -> None:  # fmt: skip
         mixture.deal(0, rank, world)  # refuses ranks that the batch does not suit
         if workers < 0:
@@ -175,7 +177,7 @@ class _Maker:
     """Step to batch, here and now."""
 
     def __init__(
-        self, mixture: Mixture, rank: int, world: int, captions: bool, known: Callable[[str, str], bool] | None
+        self, mixture: Mixture, rank: int, world: int, captions: bool, known: Callable[[str, int], bool] | None
     ) -> None:  # fmt: skip
         self.mixture, self.rank, self.world, self.captions, self.known = mixture, rank, world, captions, known
 
@@ -186,32 +188,35 @@ class _Maker:
             rows = [self._row(deal, row, bad) for row in range(len(deal.slot))]
         except InputError as error:
             return _Failure(str(error), tuple(bad))
-        samples, names = [sample for sample, _, _ in rows], [self.mixture.sources[n].name for n in deal.source]
-        inputs = [one for _, _, references in rows for one in references]
-        owners = [row for row, (_, _, references) in enumerate(rows) for _ in references]
+        samples, sources = [sample for _, sample, _, _ in rows], [self.mixture.sources[n] for n in deal.source]
+        inputs = [one for *_, references in rows for one in references]
+        owners = [row for row, (*_, references) in enumerate(rows) for _ in references]
+        places = [(source.identity, number) for source, (number, *_) in zip(sources, rows, strict=True)]
         size = deal.size if self.known is None else (1, 1)
         return Batch(
-            step, deal.kind, _stack([image for _, image, _ in rows], size), _stack(inputs, size),
+            step, deal.kind, _stack([image for _, _, image, _ in rows], size), _stack(inputs, size),
             torch.tensor(owners, dtype=torch.long), tuple(sample.text for sample in samples),
-            tuple(sample.key for sample in samples), tuple(names), tuple(bad),
+            tuple(sample.key for sample in samples), tuple(source.name for source in sources), tuple(places),
+            tuple(bad),
         )  # fmt: skip
 
-    def _row(self, deal: Deal, row: int, bad: list[Bad]) -> tuple[Sample, np.ndarray, list[np.ndarray]]:
-        """A sample with its pictures decoded; in place of a bad one, the first good one behind it."""
+    def _row(self, deal: Deal, row: int, bad: list[Bad]) -> tuple[int, Sample, np.ndarray, list[np.ndarray]]:
+        """A sample's number in its source, itself, its pictures decoded; for a bad one, the first good one behind."""
         source = self.mixture.sources[int(deal.source[row])]
         for neighbour in range(TRIES + 1):
             try:
-                sample = source.read(self.mixture.index(deal, row, neighbour))
+                number = self.mixture.index(deal, row, neighbour)
+                sample = source.read(number)
                 if self.captions and not sample.text:
                     raise BadSample(sample.key, sample.origin, "expected a caption, got none")
                 references = sample.input_images if isinstance(sample, Edit) else ()
                 if self.known is not None:
-                    if not self.known(source.name, sample.key):
+                    if not self.known(source.identity, number):
                         raise BadSample(sample.key, sample.origin, "expected features of it in the cache, got none")
                     blank = np.zeros((1, 1, 3), np.uint8)
-                    return sample, blank, [blank] * len(references)
+                    return number, sample, blank, [blank] * len(references)
                 image, *inputs = (_decode(data, deal.size, sample) for data in (sample.image, *references))
-                return sample, image, inputs
+                return number, sample, image, inputs
             except BadSample as error:
                 bad.append(Bad(source.name, error.origin, error.key, error.reason))
         raise InputError(

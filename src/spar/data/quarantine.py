@@ -32,7 +32,7 @@ class Quarantine:
             raise InputError(f"share of bad samples: expected 0 to 1, got {limit}")
         self.limit, self.path, self.enough = limit, path, enough
         self.seen = self.bad = 0
-        self.named: dict[Bad, None] = {}
+        self.named: dict[Bad, None] = dict.fromkeys(_read(path))
 
     def count(self, seen: int, bad: tuple[Bad, ...]) -> None:
         """Add samples that were dealt and those of them that were bad.
@@ -59,3 +59,15 @@ class Quarantine:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(asdict(one)) + "\n" for one in new)
+
+
+def _read(path: Path | None) -> list[Bad]:
+    """The samples that an earlier part of the run has named; a line that was cut is passed over."""
+    found: list[Bad] = []
+    if path is not None and path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                found.append(Bad(**json.loads(line)))
+            except (json.JSONDecodeError, TypeError):
+                continue
+    return found

@@ -112,6 +112,10 @@ def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
         )
     config = from_dict(LoraConfig, header.get("lora", {}), complete=True)
     given = read_tensors(folder / "adapter.safetensors")
+    ranks = {value.shape[0] for name, value in given.items() if name.endswith("lora_A.default.weight")}
+    if ranks != {config.rank}:
+        found = ", ".join(map(str, sorted(ranks))) or "none"
+        raise InputError(f"{folder}: expected weights of rank {config.rank} as its config.json says, got {found}")
     adapt(model, config)
     mismatch = describe_mismatch(adapter_tensors(model), given)
     if mismatch:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from spar.errors import InputError
+from spar.models.lora import adapt
 from spar.training.scale import blocks, recompute
 from spar.training.stages import Recipe, Stage, freeze
 from spar.training.workshop import Workshop
@@ -102,7 +103,10 @@ def budget(recipe: Recipe, machine: Machine, stages: tuple[str, ...] = ()) -> li
     if strange:
         raise InputError(f"expected stages with a tokenizer or unified step, got {', '.join(strange)}")
     with torch.device("meta"):
-        workshop = Workshop(recipe).to(torch.bfloat16)
+        workshop = Workshop(recipe)
+        if recipe.lora.rank:
+            adapt(workshop.model, recipe.lora)
+        workshop = workshop.to(torch.bfloat16)
     workshop.train()
     if machine.recompute:  # the LLM's layers are not: their cache of earlier tokens would grow twice
         for part in (workshop.model.tokenizer, workshop.model.connector, workshop.model.denoiser):
@@ -218,11 +222,13 @@ def _unified(workshop: Workshop, recipe: Recipe, stage: Stage) -> Cost:
     picture, f_v = _input(1, 3, side, side), _input(1, config.grid**2, width)
     encode = _part(lambda: model.tokenizer.encoder(picture.detach()), model.tokenizer.encoder, through=False)
     encode += _part(lambda: model.tokenizer.fuse(f_v.detach()), model.tokenizer.fusion, through=False)
+    if recipe.data.cache is not None:
+        encode = Cost()
 
     def condition(words: int) -> Cost:
         tokens = words + queries
         layers = model.language.network.layers
-        cost = _part(lambda: _layers(model, layers, words), model.language, through=False)
+        cost = _part(lambda: _layers(model, layers, words), model.language, through=False)  # with LoRA it trains
         cost += _part(lambda: _layers(model, layers, queries), model.language)
         states = [_input(1, tokens, width) for _ in range(config.router.count)]
         cost += _part(lambda: model.router(torch.stack(states)), model.router)

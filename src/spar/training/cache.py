@@ -35,9 +35,12 @@ ROWS = 1024  # samples a file
 Advance = Callable[[int, int], None]
 
 
-def sample_id(source: str, key: str) -> int:
-    """63 bits of a sample's place: its source's name and its own key."""
-    return int.from_bytes(hashlib.blake2b(f"{source}\0{key}".encode(), digest_size=8).digest(), "little") >> 1
+def sample_id(identity: str, number: int) -> int:
+    """63 bits of a sample's place: its source's identity, wherever the files lie, and its number there.
+
+    Keys would not do: shards of one set may begin anew with 00000.
+    """
+    return int.from_bytes(hashlib.blake2b(f"{identity}\0{number}".encode(), digest_size=8).digest(), "little") >> 1
 
 
 def cache_key(tokenizer: UnifiedTokenizer, side: int, sources: list[Source]) -> str:
@@ -144,7 +147,7 @@ class _Pictures(Dataset):
             except (BadSample, InputError) as error:
                 log.warning("%s: %s", self.source.name, error)
                 continue
-            ids.append(sample_id(self.source.name, sample.key))
+            ids.append(sample_id(self.source.identity, index))
             images.append(shown[0])
             inputs += shown[1:]
         return _Piece(torch.tensor(ids, dtype=torch.long), _stacked(images), _stacked(inputs))

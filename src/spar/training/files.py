@@ -69,6 +69,7 @@ class FilesMaterial:
     """
 
     fixed = False
+    sized = True  # batches come at the stage's own size
 
     def __init__(
         self, config: DataConfig, prompts: PromptEncoder, seed: int, *, side: int, stride: int, longest: int, run: Path,
@@ -93,7 +94,7 @@ class FilesMaterial:
         if self._cache is None or name not in ("scenes", "edited"):
             return None
         batch = self._batch
-        found = self._cache.rows([sample_id(batch.sources[i], batch.keys[i]) for i in indices.tolist()])
+        found = self._cache.rows([sample_id(*batch.places[i]) for i in indices.tolist()])
         if name == "scenes" and self._editing:
             return {"f_v": found["reference"]}
         return {key: found[key] for key in ("f_v", "latent")}
@@ -181,5 +182,5 @@ class _Known:
     def __init__(self, cache: FeatureCache) -> None:
         self.cache = cache
 
-    def __call__(self, source: str, key: str) -> bool:
-        return sample_id(source, key) in self.cache
+    def __call__(self, identity: str, number: int) -> bool:
+        return sample_id(identity, number) in self.cache

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from spar.config import differences, to_dict
 from spar.errors import InputError
 from spar.models.checkpoint import has_pixel_encoder, load_model, load_pixel_encoder, read_sizes
-from spar.models.lora import MARK, onto_adapted
+from spar.models.lora import MARK, is_adapter, onto_adapted
 from spar.models.weights import load_weights
 from spar.training.metrics import Metrics
 from spar.training.optimizer import build_optimizers
@@ -337,20 +337,31 @@ def given_weights(folder: Path) -> dict[str, Tensor]:
     return {f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()}
 
 
-def initial_weights(workshop: Workshop, folder: Path, stage: Stage, order: tuple[Stage, ...]) -> None:
+def initial_weights(
+    workshop: Workshop, folder: Path, stage: Stage, order: tuple[Stage, ...], published: tuple[str, ...] = ()
+) -> None:
     """Start a stage from another run's stage, or from a SPAR folder, which holds no teachers and no heads.
 
-    What the stages before this one train must fit exactly. What none of them has touched may differ in design (another
-    router, another teacher's width) and then keeps its fresh random weights: so one tokenizer serves every ablation.
+    What the stages before this one train must fit exactly, and so must `published` parts and what of the model no stage
+    trains. What else none has touched may differ in design (another router, another teacher's width) and then keeps its
+    fresh random weights: so one tokenizer serves every ablation.
     Where a SPAR folder's configuration differs from the recipe's, a warning says so: not every field shows in weights.
     """
     if is_model(folder):
         for name, given, own in differences(read_sizes(folder), workshop.config, "model"):
             log.warning("%s was made with %s %r; this recipe has %r", folder, name, given, own)
     earlier = order[: [s.name for s in order].index(stage.name)]
-    patterns = [pattern for before in earlier for pattern in before.trainable]
+    patterns = [pattern for before in earlier for pattern in before.trainable] + [f"{part}.*" for part in published]
+    trained = [pattern for one in order for pattern in one.trainable]
     own = workshop.state_dict()
-    given = onto_adapted(own, given_weights(folder))
+    patterns += [
+        key for key in own
+        if key.startswith("model.") and not is_adapter(key) and not any(fnmatch.fnmatchcase(key, p) for p in trained)
+    ]  # fmt: skip
+    given = given_weights(folder)
+    if any(map(is_adapter, given)) and not any(map(is_adapter, own)):
+        raise InputError(f"{folder} holds LoRA beside the model: expected the run's merged model (RUN/model), got it")
+    given = onto_adapted(own, given)
     if is_model(folder) and stage.step in NEEDS_PIXEL_ENCODER and not (
         stage.step == "tokenizer" and has_pixel_encoder(folder)
     ):

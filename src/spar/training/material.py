@@ -40,10 +40,14 @@ def step_rng(seed: int, stage: str, step: int) -> np.random.Generator:
 
 
 class Material(Protocol):
-    """Where a step's pictures and words come from. `fixed`: whether an index always names the same picture."""
+    """Where a step's pictures and words come from.
+
+    `fixed`: whether an index always names the same picture. `sized`: whether pictures come at the stage's own size.
+    """
 
     prompts: PromptEncoder
     fixed: bool
+    sized: bool
 
     def rng(self, stage: str, step: int) -> np.random.Generator:
         """The generator of one step's choices."""
@@ -65,6 +69,7 @@ class ShapesMaterial:
     """A fixed set of scenes, rendered once; the first `edits` of them also have an edited picture."""
 
     fixed = True
+    sized = False
 
     def __init__(self, config: DataConfig, prompts: PromptEncoder, seed: int, cache: Path | None = None) -> None:
         self.config, self.prompts, self.seed = config, prompts, seed

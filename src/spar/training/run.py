@@ -54,13 +54,18 @@ TAG_NAMES = {
 Announce = Callable[[Stage, list[tuple[str, int, int]]], None]
 
 
-def open_run(run: Path, recipe: Recipe, *, fresh: bool) -> None:
-    """Make or check the run's folder: it holds one recipe, and another recipe never writes over it."""
+def open_run(run: Path, recipe: Recipe, *, fresh: bool, main: bool = True) -> None:
+    """Make or check the run's folder: it holds one recipe, and another recipe never writes over it.
+
+    Of several processes the main one makes it and the others check.
+    """
     path = run / "recipe.json"
     if fresh and path.exists():
         raise InputError(f"{run} already holds a run; resume it (--resume auto) or give another folder")
     if path.exists() and read_recipe(path) != recipe:
         raise InputError(f"{run} holds a run of another recipe; give its own flags, or another folder")
+    if not main:
+        return
     try:
         run.mkdir(parents=True, exist_ok=True)
         write_json(path, to_dict(recipe))
@@ -127,7 +132,8 @@ def train(
         stages: names of the stages to run, each but the first from the end of the one named before it; all when empty.
             A stage that trains anew makes its own end, all later ones and the run's model void: they are removed.
         resume: skip stages that are done and continue the one that is not.
-        init_from: a stage's folder (`RUN/STAGE/done`) or a SPAR folder whose weights the first stage starts from.
+        init_from: a stage's folder (`RUN/STAGE/done`) or a SPAR folder whose weights the first stage starts from; no
+            matter to a run that has begun and is resumed.
         from_scratch: start from random weights what the recipe expects from published checkpoints.
         device, scale: where, and how several processes share the work; a run may be resumed at another scale.
         report: called at every logged step; announce: called before each stage with its freezing table; both by the
@@ -141,8 +147,8 @@ def train(
         raise InputError(f"recipe {recipe.name}: no data source given (data.source); it can be planned with --dry-run")
     first = stages[0] if stages else recipe.stages[0].name
     begun = any(read_progress(run / first / part) for part in ("state", "done"))
-    if init_from is not None and resume and begun:
-        raise InputError(f"{run} already holds stage {first}: either resume it, or start it anew from {init_from}")
+    if resume and begun:
+        init_from = None  # that was where it began
     chosen = tuple(recipe.stage(name) for name in stages) or recipe.stages
     if recipe.published and chosen[0] == recipe.stages[0] and not (init_from or from_scratch or (resume and begun)):
         raise InputError(
@@ -158,7 +164,7 @@ def train(
     asked = any(stage.losses.perceptual for stage in chosen)
     perceptual = perceptual_of(recipe.perceptual) if asked else ()
     with ranks.main_first():
-        open_run(run, recipe, fresh=not (resume or stages) and ranks.main)
+        open_run(run, recipe, fresh=not (resume or stages) and ranks.main, main=ranks.main)
     tune_allocator()
     prompts = prompt_encoder(words_of(recipe, run, init_from, ranks), recipe.model)
     width = teacher.width() if teacher else None
@@ -188,6 +194,8 @@ def train(
             ranks=ranks,
         )  # fmt: skip
         if recipe.data.cache is not None and stage.step == "unified":
+            if resume and read_progress(run / stage.name / "state"):  # else it is loaded later, by the loop
+                load_weights(workshop, load_group(run / stage.name / "state", "workshop"), stage.name)
             material.open_cache(workshop.model.tokenizer)
         prepare(ctx)
         freeze(workshop, stage)
@@ -258,8 +266,12 @@ def words_of(recipe: Recipe, run: Path, init_from: Path | None, ranks: Ranks = A
         home = init_from.absolute().parents[:2][-1]  # of RUN/STAGE/done
         given = [init_from / kept.name, home / kept.name, home / "model" / kept.name]
         found = next((path for path in given if path.is_dir()), None)
-        if found:
-            shutil.copytree(found, kept, dirs_exist_ok=True)
+        if found and not (kept.is_dir() and found.samefile(kept)):
+            aside = kept.with_name(kept.name + ".part")
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.copytree(found, aside)
+            shutil.rmtree(kept, ignore_errors=True)
+            aside.rename(kept)
     ranks.wait()
     if not kept.is_dir():
         raise InputError(
@@ -287,7 +299,7 @@ def _start_from(
     if init_from is None:
         previous_weights(workshop, run, stage, recipe.stages)
     else:
-        initial_weights(workshop, init_from, stage, recipe.stages)
+        initial_weights(workshop, init_from, stage, recipe.stages, recipe.published)
     if not ranks.main:
         return
     if init_from is not None or stage == recipe.stages[0]:
@@ -308,7 +320,7 @@ def undo(run: Path, recipe: Recipe, stage: Stage, *, resume: bool) -> None:
     _remove(run / stage.name, "done", "done.old", *(() if resume else ("state", "state.old")))
     for later in recipe.stages[index + 1 :]:
         _remove(run / later.name, "done", "done.old", "state", "state.old")
-    _remove(run, "model")
+    _remove(run, "model", "adapter")
 
 
 def _remove(parent: Path, *names: str) -> None:

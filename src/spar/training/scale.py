@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -155,8 +156,8 @@ class Ranks:
         failure = None
         try:
             yield
-        except OSError as error:
-            failure = error
+        except (OSError, SafetensorError) as error:  # the latter where a disk is full
+            failure = error if isinstance(error, OSError) else OSError(str(error))
         (failed,) = self.any(failure is not None)
         if failure:
             raise failure

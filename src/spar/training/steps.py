@@ -69,7 +69,8 @@ class Context:
 
     def pixels(self, indices: np.ndarray, *, edited: bool = False) -> Tensor:
         """`[B, 3, H, W]` in [0, 1], of the stage's side where it has one of its own."""
-        return self.fitted(self.material.pixels(indices, edited=edited).to(self.device))
+        pixels = self.material.pixels(indices, edited=edited).to(self.device)
+        return pixels if self.material.sized else self.fitted(pixels)
 
     def fitted(self, pixels: Tensor) -> Tensor:
         """Pictures at the stage's own side, where it has one."""
