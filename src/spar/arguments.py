@@ -42,6 +42,8 @@ class ModelArguments:
     """Model folder; by default the bundled weights."""
     adapter: Path | None = None
     """Folder of LoRA weights (RUN/adapter) to merge into the model."""
+    decode_tile: int | None = None
+    """Visual tokens a side above which pictures are decoded in tiles: less memory, a slightly different picture."""
     dtype: Dtype = "auto"
     """What matrix products run in; auto is bfloat16 where the device has it in hardware."""
     device: str | None = None

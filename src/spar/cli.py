@@ -197,7 +197,9 @@ def _load(args: "ModelArguments") -> "SparPipeline":
         from spar.pipeline import SparPipeline
 
         dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-        return SparPipeline.from_pretrained(args.model, dtype=dtype, device=args.device, adapter=args.adapter)
+        return SparPipeline.from_pretrained(
+            args.model, dtype=dtype, device=args.device, adapter=args.adapter, decode_tile=args.decode_tile
+        )
 
 
 def _picture_paths(args: "SamplingArguments", texts: int) -> list[Path]:

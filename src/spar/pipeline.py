@@ -21,10 +21,11 @@ from spar.data.prompts import IMAGE_TOKEN, PromptEncoder, Tokens
 from spar.errors import InputError
 from spar.flow.guidance import guide
 from spar.flow.sampler import sample
-from spar.limits import MAX_GUIDANCE, MAX_IMAGES, MAX_NEW_TOKENS, MAX_SEED, MAX_STEPS, whole_within, within
+from spar.limits import MAX_GUIDANCE, MAX_IMAGES, MAX_NEW_TOKENS, MAX_SEED, MAX_STEPS, MAX_TILE, whole_within, within
 from spar.models.checkpoint import Loaded, load_model, save_model
 from spar.models.lora import load_adapter, merge
 from spar.models.spar import Condition
+from spar.models.tiling import SMALLEST
 
 BUNDLED = Path(__file__).parent / "assets" / "weights"
 MAX_SIDE_FACTOR = 2  # pictures up to twice the trained side
@@ -80,6 +81,7 @@ class SparPipeline:
     loaded: Loaded
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    decode_tile: int | None = None
 
     def __post_init__(self) -> None:
         self.model = self.loaded.model.to(self.device)
@@ -96,6 +98,7 @@ class SparPipeline:
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
         adapter: str | Path | None = None,
+        decode_tile: int | None = None,
     ) -> "SparPipeline":
         """Load a SPAR folder; without a path, the bundled weights.
 
@@ -103,6 +106,8 @@ class SparPipeline:
             dtype: what matrix products run in; by default bfloat16 where the device has it in hardware.
             device: by default a CUDA device where there is one, else the CPU.
             adapter: a folder of LoRA weights (`RUN/adapter`) that are merged into the model.
+            decode_tile: visual tokens a side above which a picture is decoded in tiles of that size, which takes less
+                memory and changes it a little; None decodes it as a whole.
 
         Raises:
             InputError: a missing, partial, foreign or damaged folder, or a device that is not there.
@@ -113,6 +118,8 @@ class SparPipeline:
             dtype = torch.bfloat16 if fast else torch.float32
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise InputError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+        if decode_tile is not None:
+            whole_within("decode_tile", decode_tile, SMALLEST, MAX_TILE)
         folder = BUNDLED if path is None else Path(path)
         if path is None and not (folder / "config.json").exists():
             raise InputError("this installation has no bundled weights; give a model folder, or train one")
@@ -120,7 +127,7 @@ class SparPipeline:
         if adapter is not None:
             load_adapter(loaded.model, Path(adapter))
             merge(loaded.model)
-        return cls(loaded, dtype, where)
+        return cls(loaded, dtype, where, decode_tile)
 
     def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write the whole model as a SPAR folder, floating weights in `dtype` (default: as they are)."""
@@ -215,7 +222,7 @@ class SparPipeline:
         pixels = self._pixels(image)
         with self._precision():
             tokenizer = self.model.tokenizer
-            out = tokenizer.decode(tokenizer.encode(pixels).z_f).float().clamp(0, 1)
+            out = tokenizer.decode(tokenizer.encode(pixels).z_f, self.decode_tile).float().clamp(0, 1)
         return ReconstructOutput(to_pil(out))
 
     @torch.inference_mode()
@@ -249,7 +256,7 @@ class SparPipeline:
                 velocity, noise, num_inference_steps=steps, shift=defaults.shift, method=defaults.method,
                 callback=callback,
             )
-            images = self.model.decode(latent).float()
+            images = self.model.decode(latent, self.decode_tile).float()
         routing = [self._routing(tokens, routed, row) for row in range(len(tokens.ids)) for _ in range(per_prompt)]
         return GenerateOutput(images=to_pil(images), seeds=seeds, routing=routing)
 

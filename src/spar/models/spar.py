@@ -117,9 +117,9 @@ class SparModel(nn.Module):
         """Velocity of the normalised latent `[B R, D_p, h, w]` at `time` `[B R]`."""
         return self.denoiser(latent, time, condition.states, condition.mask, condition.reference)
 
-    def decode(self, latent: Tensor) -> Tensor:
-        """Normalised latent to pixels in [0, 1]."""
-        return self.tokenizer.decode(self.tokenizer.denormalize(latent)).clamp(0, 1)
+    def decode(self, latent: Tensor, tile: int | None = None) -> Tensor:
+        """Normalised latent to pixels in [0, 1]; `tile` as in `UnifiedTokenizer.decode`."""
+        return self.tokenizer.decode(self.tokenizer.denormalize(latent), tile).clamp(0, 1)
 
     def understand(self, tokens: Tensor, mask: Tensor, f_v: Tensor, *, max_new_tokens: int) -> list[list[int]]:
         """Greedy answers to `[B, T]` left-padded questions about images with features `f_v` `[B, N, D]`."""

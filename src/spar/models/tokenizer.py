@@ -13,6 +13,7 @@ from spar.models.attention import attend
 from spar.models.autoencoder import PixelDecoder, build_autoencoder
 from spar.models.config import SparConfig, StreamConfig
 from spar.models.encoder import SemanticEncoder
+from spar.models.tiling import decode_in_tiles
 
 
 @dataclass(frozen=True)
@@ -118,13 +119,15 @@ class UnifiedTokenizer(nn.Module):
         z_f = z.transpose(1, 2).unflatten(2, grid)                                     # [B, D_p, h, w]
         return Latents(f_v=f_v, z_s=z_s, z_p=z_p, z_f=z_f)
 
-    def decode(self, z_f: Tensor) -> Tensor:
+    def decode(self, z_f: Tensor, tile: int | None = None) -> Tensor:
         """`[B, D_p, h, w]` to pixels `[B, 3, H, W]` of the token grid's size, not clamped.
 
         The decoder's stride may exceed the tokens' (32 against 28): then the picture is resized by their ratio,
-        bilinearly and without a wider filter, as the family does.
+        bilinearly and without a wider filter, as the family does. A latent of more than `tile` cells a side is decoded
+        in tiles (`spar.models.tiling`).
         """
-        pixels = self.decoder(z_f)
+        whole = tile is None or max(z_f.shape[-2:]) <= tile
+        pixels = self.decoder(z_f) if whole else decode_in_tiles(self.decoder, z_f, tile)
         size = tuple(side * self.config.token_stride for side in z_f.shape[-2:])
         if tuple(pixels.shape[-2:]) != size:
             pixels = F.interpolate(pixels.float(), size=size, mode="bilinear", align_corners=False)
