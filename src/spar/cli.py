@@ -412,42 +412,40 @@ def build(argv: list[str]) -> int:
     """Put a model together from InternVL3, DC-AE and SANA."""
     from spar.arguments import BuildArguments, parse
 
-    args = parse(BuildArguments, argv, "spar build")
-    check_replaceable(args.output, "config.json", overwrite=args.overwrite)
-    with bar("putting the parts together"):
-        from spar.models.assembly import SOURCES, assemble
-        from spar.models.checkpoint import save_model
-        from spar.recipes import recipe
-        from spar.training.run import sampling_of
+    def make(args: Any, **shared: Any) -> Any:
+        from spar.models.assembly import assemble
 
-        base = recipe(args.recipe)
-        made = assemble(
-            base.model, sampling_of(base), {part: getattr(args, part) for part in SOURCES},
-            revisions=args.revisions(), seed=args.seed, recipe=base.name,
-        )
-        save_model(made.loaded, args.output)
-    _tell_origins(args.output, made.loaded.manifest)
-    return 0
+        return assemble(**shared)
+
+    return _make_model(parse(BuildArguments, argv, "spar build"), "putting the parts together", make)
 
 
 def convert(argv: list[str]) -> int:
     """Turn a public checkpoint of UniLIP into a model."""
     from spar.arguments import ConvertArguments, parse
 
-    args = parse(ConvertArguments, argv, "spar convert")
+    def make(args: Any, **shared: Any) -> Any:
+        from spar.models.conversion import convert_unilip
+
+        return convert_unilip(args.path, **shared, router=args.router, factor=args.factor)
+
+    return _make_model(parse(ConvertArguments, argv, "spar convert"), "converting", make)
+
+
+def _make_model(args: Any, title: str, make: Callable[..., Any]) -> int:
+    """Write the model that `make` puts together of what both verbs are given, and say where its parts come from."""
     check_replaceable(args.output, "config.json", overwrite=args.overwrite)
-    with bar("converting"):
+    with bar(title):
         from spar.models.assembly import SOURCES
         from spar.models.checkpoint import save_model
-        from spar.models.conversion import convert_unilip
         from spar.recipes import recipe
         from spar.training.run import sampling_of
 
-        base = recipe(args.recipe)
-        made = convert_unilip(
-            args.path, base.model, sampling_of(base), {part: getattr(args, part) for part in SOURCES},
-            revisions=args.revisions(), router=args.router, factor=args.factor, seed=args.seed, recipe=base.name,
-        )
+        base, sources = recipe(args.recipe), {part: getattr(args, part) for part in SOURCES}
+        made = make(
+            args, config=base.model, sampling=sampling_of(base), sources=sources, revisions=args.revisions(),
+            seed=args.seed, recipe=base.name,
+        )  # fmt: skip
         save_model(made.loaded, args.output)
     _tell_origins(args.output, made.loaded.manifest)
     return 0

@@ -12,10 +12,11 @@ import torch
 
 from spar.cli import main
 from spar.data import quarantine
+from spar.data.buckets import make_buckets
 from spar.data.loader import TRIES, Loader, to_pixels
-from spar.data.mixture import Mixture, MixtureConfig, open_mixture
+from spar.data.mixture import Mixture
 from spar.data.samples import BadSample, Kind, TextToImage
-from spar.data.sources import SourceConfig, open_source
+from spar.data.sources import open_source
 from spar.errors import InputError
 
 SIDE = 28
@@ -161,11 +162,10 @@ def test_every_batch_is_of_one_bucket_near_its_pictures(sets):
     for number in range(60):
         size = ((40, 40), (80, 40), (40, 80))[number % 3]
         members |= {f"{number}.png": sets.picture(number, size=size), f"{number}.txt": str(number % 3)}
-    config = MixtureConfig((SourceConfig(str(sets.tar("a.tar", members))),), side=56, max_aspect=2.0)
-    made = open_mixture(config, batch=4)
-    assert made.buckets == ((56, 56),)  # 2 x 2 tokens: no other shape of four is within an aspect of two
+    source = open_source(str(sets.tar("a.tar", members)))
+    assert make_buckets(56, 2.0) == ((56, 56),)  # 2 x 2 tokens: no other shape of four is within an aspect of two
     sizes = {"0": (56, 56), "1": (56, 112), "2": (112, 56)}
-    made = Mixture(made.sources, [1], batch=4, buckets=((56, 112), (56, 56), (112, 56)))
+    made = Mixture([source], [1], batch=4, buckets=((56, 112), (56, 56), (112, 56)))
     seen = Counter()
     for batch in Loader(made, workers=0).batches(0, 15):
         assert set(batch.texts) == {batch.texts[0]} and tuple(batch.images.shape[-2:]) == sizes[batch.texts[0]]

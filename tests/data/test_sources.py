@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from spar.data import webdataset
+from spar.data.mixture import Mixture
 from spar.data.samples import BadSample, Edit, TextToImage
-from spar.data.sources import SourceConfig, open_source
+from spar.data.sources import open_source
 from spar.errors import InputError
 
 
@@ -273,8 +274,10 @@ def test_what_cannot_be_told_is_refused(sets):
         open_source("a.tar", "zip")
     with pytest.raises(InputError, match="hf://"):
         open_source("pipe:cat a.tar")
-    with pytest.raises(InputError, match="weight above 0"):
-        SourceConfig("a.tar", 0)
+    source = open_source(str(sets.tar("a.tar", {"0.png": sets.picture(0), "0.txt": "one"})))
+    for weight in (0, -1, float("nan")):
+        with pytest.raises(InputError, match="weight above 0"):
+            Mixture([source], [weight], batch=1)
 
 
 def test_sizes_of_files_are_kept_in_the_cache(sets, monkeypatch):

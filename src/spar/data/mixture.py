@@ -9,26 +9,16 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from spar.data.buckets import Size, assign, make_buckets
+from spar.data.buckets import Size, assign
 from spar.data.order import Schedule, key_of, shuffled
 from spar.data.samples import Kind
-from spar.data.sources import Source, SourceConfig, open_source
+from spar.data.sources import Source
 from spar.errors import InputError
 
 ORDER = 1  # of the way samples are dealt: part of the fingerprint
-
-
-@dataclass(frozen=True)
-class MixtureConfig:
-    """Weighted sources, cut to sizes of about side x side pixels of up to this aspect ratio (1: squares alone)."""
-
-    sources: tuple[SourceConfig, ...]
-    side: int = 448
-    max_aspect: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +47,8 @@ class Mixture:
     ) -> None:  # fmt: skip
         if not sources:
             raise InputError("expected at least one source of samples, got none")
+        if not all(0 < weight < float("inf") for weight in weights):
+            raise InputError(f"expected every source's weight above 0, got {', '.join(map(str, weights))}")
         if batch < 1:
             raise InputError(f"batch: expected at least 1, got {batch}")
         self.sources, self.batch, self.seed, self.buckets = [*sources], batch, seed, buckets
@@ -128,12 +120,3 @@ class Mixture:
         """Of everything that the order depends on: a run resumes on the same data only."""
         parts = [ORDER, self.batch, self.seed, self.buckets, self.weights.tolist(), [s.identity for s in self.sources]]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def open_mixture(
-    config: MixtureConfig, *, batch: int, seed: int = 0, cache: Path | None = None, workers: int = 1
-) -> Mixture:
-    """The mixture that a configuration describes; `cache` and `workers` as in `open_source`."""
-    sources = [open_source(one.path, one.format, cache=cache, workers=workers) for one in config.sources]
-    weights, buckets = [one.weight for one in config.sources], make_buckets(config.side, config.max_aspect)
-    return Mixture(sources, weights, batch=batch, seed=seed, buckets=buckets)

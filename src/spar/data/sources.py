@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -39,19 +38,6 @@ class Source(Protocol):
     def read(self, index: int) -> Sample: ...
 
     def sizes(self) -> np.ndarray: ...
-
-
-@dataclass(frozen=True)
-class SourceConfig:
-    """One source of a mixture. `weight` is its share of the samples, relative to the others."""
-
-    path: str
-    weight: float = 1.0
-    format: Format = "auto"
-
-    def __post_init__(self) -> None:
-        if not 0 < self.weight < float("inf"):
-            raise InputError(f"{self.path}: expected a weight above 0, got {self.weight}")
 
 
 def open_source(path: str, format: Format = "auto", *, cache: Path | None = None, workers: int = 1) -> Source:

@@ -56,9 +56,7 @@ def suited(stage: Stage, sources: list[Source], weights: list[float]) -> tuple[l
 
 def epochs(stage: Stage, sources: list[Source], weights: list[float]) -> dict[str, float]:
     """How often a stage shows each sample of each set."""
-    chosen, shares = suited(stage, sources, weights)
-    shown = stage.steps * stage.batch / sum(shares)
-    return {source.name: shown * share / len(source) for source, share in zip(chosen, shares, strict=True)}
+    return Mixture(*suited(stage, sources, weights), batch=stage.batch).epochs(stage.steps)
 
 
 class FilesMaterial:

@@ -143,24 +143,17 @@ def train(
         The trained model, or None when a signal stopped the run (its state is saved). Behind the recipe's last stage
         the model is written to `RUN/model`; with LoRA its additions alone to `RUN/adapter`, and merged to `RUN/model`.
     """
-    if recipe.data.source == "none":
-        raise InputError(f"recipe {recipe.name}: no data source given (data.source); it can be planned with --dry-run")
     first = stages[0] if stages else recipe.stages[0].name
     begun = any(read_progress(run / first / part) for part in ("state", "done"))
     if resume and begun:
         init_from = None  # that was where it began
     chosen = tuple(recipe.stage(name) for name in stages) or recipe.stages
-    if recipe.published and chosen[0] == recipe.stages[0] and not (init_from or from_scratch or (resume and begun)):
-        raise InputError(
-            f"recipe {recipe.name}: {', '.join(recipe.published)} would start from random weights; expected "
-            "--init-from a folder that holds the published ones (spar build makes it), or --from-scratch"
-        )
+    check_data(recipe, chosen)
+    if not (init_from or from_scratch or (resume and begun)):
+        check_start(recipe, chosen)
     teacher, ranks = teacher_of(recipe.alignment), Ranks.join(scale, device)
     check_scale(chosen, ranks)
     check_lora(recipe, chosen)
-    strange = [stage.name for stage in chosen if stage.step in ("encoder", "mllm", "dit")]
-    if recipe.data.source == "files" and strange:
-        raise InputError(f"data sets train tokenizer and unified stages, expected no {', '.join(strange)} (--stage)")
     asked = any(stage.losses.perceptual for stage in chosen)
     perceptual = perceptual_of(recipe.perceptual) if asked else ()
     with ranks.main_first():
@@ -180,11 +173,12 @@ def train(
             continue
         if ranks.pieces > 1 and stage != chosen[0]:  # the stage before may have sharded and wrapped this one
             workshop = build_workshop(recipe, ranks.device, prompts, teacher_width=width)
-        if not (resume and read_progress(run / stage.name / "state")):  # a state holds all weights
-            if stage is chosen[0]:
-                _start_from(workshop, run, recipe, stage, init_from, ranks)
-            else:  # from the one before it that was asked for: stages between them are left out
-                previous_weights(workshop, run, stage, chosen)
+        if resume and read_progress(run / stage.name / "state"):
+            load_weights(workshop, load_group(run / stage.name / "state", "workshop"), stage.name)
+        elif stage is chosen[0]:
+            _start_from(workshop, run, recipe, stage, init_from, ranks)
+        else:  # from the one before it that was asked for: stages between them are left out
+            previous_weights(workshop, run, stage, chosen)
         ranks.wait()
         if ranks.main:
             undo(run, recipe, stage, resume=resume)
@@ -194,8 +188,6 @@ def train(
             ranks=ranks,
         )  # fmt: skip
         if recipe.data.cache is not None and stage.step == "unified":
-            if resume and read_progress(run / stage.name / "state"):  # else it is loaded later, by the loop
-                load_weights(workshop, load_group(run / stage.name / "state", "workshop"), stage.name)
             material.open_cache(workshop.model.tokenizer)
         prepare(ctx)
         freeze(workshop, stage)
@@ -216,6 +208,24 @@ def train(
         save_model(loaded, run / "model")
     ranks.wait()
     return workshop.model
+
+
+def check_start(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
+    """Refuse to start from random weights, unasked, what the recipe has from published checkpoints."""
+    if recipe.published and stages[0] == recipe.stages[0]:
+        raise InputError(
+            f"recipe {recipe.name}: {', '.join(recipe.published)} would start from random weights; expected "
+            "--init-from a folder that holds the published ones (spar build makes it), or --from-scratch"
+        )
+
+
+def check_data(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
+    """Refuse stages that the recipe's source has nothing for."""
+    if recipe.data.source == "none":
+        raise InputError(f"recipe {recipe.name}: no data source given (data.source); it can be planned with --dry-run")
+    strange = [stage.name for stage in stages if stage.step in ("encoder", "mllm", "dit")]
+    if recipe.data.source == "files" and strange:
+        raise InputError(f"data sets train tokenizer and unified stages, expected no {', '.join(strange)} (--stage)")
 
 
 def check_lora(recipe: Recipe, stages: tuple[Stage, ...]) -> None:

@@ -145,7 +145,6 @@ class Ranks:
             if self.main:
                 self.wait()
 
-
     @contextmanager
     def together(self) -> Iterator[None]:
         """What fails on one process fails on all, so that none waits for ever; for writing files.
@@ -201,7 +200,7 @@ def blocks(workshop: nn.Module) -> list[nn.Module]:
 def distribute(workshop: nn.Module, ranks: Ranks) -> nn.Module:
     """The frame to call computations through, with the workshop's blocks recomputed, compiled and sharded as asked.
 
-    Call it behind `freeze`, since what is frozen is not recomputed, needs no gradients and may stay whole.
+    Call it behind `freeze`: what is frozen exchanges no gradients, and may stay whole.
     """
     scale, frame = ranks.scale, Frame(workshop)
     if scale.recompute:
@@ -223,8 +222,13 @@ def distribute(workshop: nn.Module, ranks: Ranks) -> nn.Module:
 
 
 def recompute(workshop: nn.Module) -> None:
-    """Blocks keep their inputs alone; the backward pass computes them once more (activation checkpointing)."""
+    """Blocks keep their inputs alone; the backward pass computes them once more (activation checkpointing).
+
+    A block that does so already, since an earlier stage, is left as it is.
+    """
     for block in blocks(workshop):
+        if "forward" in vars(block):
+            continue
         plain = block.forward
 
         def again(*arguments: Any, _plain: Callable[..., Any] = plain, **keywords: Any) -> Any:
