@@ -44,19 +44,23 @@ class Noise:
     """Material without files: pictures of noise, prompts of WORDS tokens."""
 
     fixed = False
+    sized = True
 
-    def __init__(self, side: int, vocabulary: int) -> None:
-        self.side, self.prompts = side, Prompts(vocabulary)
+    def __init__(self, side: int, vocabulary: int, device: torch.device) -> None:
+        self.side, self.prompts, self.device = side, Prompts(vocabulary), device
 
     def rng(self, stage: str, step: int) -> np.random.Generator:
         return np.random.default_rng(step)
+
+    def features(self, name: str, indices: np.ndarray) -> None:
+        """Nothing is kept."""
 
     def deal(self, stage, step: int, rows: slice) -> Dealt:
         indices = np.arange(stage.batch)[rows]
         return Dealt(indices, False, ("",) * len(indices))
 
     def pixels(self, indices: np.ndarray, *, edited: bool = False) -> torch.Tensor:
-        return torch.rand(len(indices), 3, self.side, self.side)
+        return torch.rand(len(indices), 3, self.side, self.side, device=self.device)  # a loader that keeps up
 
 
 class Prompts:
@@ -97,14 +101,15 @@ def measure(name: str, stage_name: str, args: argparse.Namespace, peak: float) -
     (planned,) = budget(chosen, Machine(gpus=1, sharded=False, recompute=args.recompute), (stage_name,))
     (plain,) = budget(chosen, Machine(gpus=1, sharded=False), (stage_name,))
     torch.manual_seed(0)
-    workshop = Workshop(chosen)
+    with device:
+        workshop = Workshop(chosen)
     for part in UNUSED[stage_name]:  # so that a step fits into the memory of a small machine
         parent, _, name = part.rpartition(".")
         setattr(workshop.get_submodule(parent), name, nn.Identity())
     workshop = workshop.to(device).train()
     freeze(workshop, stage)
     ranks = Ranks(device=device, scale=Scale(recompute=args.recompute, compile=args.compile))
-    material = Noise(stage.image_size or chosen.model.image_size, chosen.model.text.vocab_size)
+    material = Noise(stage.image_size or chosen.model.image_size, chosen.model.text.vocab_size, device)
     ctx = Context(workshop, material, chosen, stage, device, ranks=ranks)
     frame, optimizers = distribute(workshop, ranks), build_optimizers(workshop, stage)
     if device.type == "cuda":
@@ -116,6 +121,12 @@ def measure(name: str, stage_name: str, args: argparse.Namespace, peak: float) -
         train_step(ctx, frame, step, optimizers, first=step == 0)
         settle(device)
         times.append(time.perf_counter() - start)
+    if args.profile:
+        with torch.profiler.profile() as profile:
+            train_step(ctx, frame, args.steps + 1, optimizers, first=False)
+            settle(device)
+        order = f"self_{device.type}_time_total"
+        print(profile.key_averages().table(sort_by=order, row_limit=args.profile, max_name_column_width=60))
     best = min(times[1:] or times)
     used = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the process, over all stages so far
     if device.type == "cuda":
@@ -140,6 +151,7 @@ def main() -> None:
     parser.add_argument("--gpu", choices=sorted(GPUS), help="whose peak MFU is a share of; by default the measured one")
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--profile", type=int, default=0, help="print so many of the costliest operations of one more step")
     args = parser.parse_args()
     measured = matmul_peak(torch.device(args.device))
     peak = GPUS[args.gpu][0] if args.gpu else measured
