@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ from spar.models.tiling import SMALLEST
 
 BUNDLED = Path(__file__).parent / "assets" / "weights"
 MAX_SIDE_FACTOR = 2  # pictures up to twice the trained side
+# Prompts are padded to multiples of this many tokens: then the sums of attention, which run in vectors of 16 numbers,
+# meet a prompt's tokens in the same places whatever stands beside it, and a picture is the same alone and in a batch.
+TOKEN_MULTIPLE = 16
 
 Callback = Callable[[int, int, Tensor], bool | None]
 
@@ -87,8 +91,9 @@ class SparPipeline:
         self.model = self.loaded.model.to(self.device)
         config = self.model.config
         self.prompts = PromptEncoder(
-            self.loaded.text_tokenizer, config.grid**2, image_start=config.connector.image_start
-        )
+            self.loaded.text_tokenizer, config.grid**2, image_start=config.connector.image_start,
+            multiple=TOKEN_MULTIPLE,
+        )  # fmt: skip
 
     @classmethod
     def from_pretrained(
@@ -171,7 +176,7 @@ class SparPipeline:
         """
         prompts = self._texts(prompt, "prompt")
         negatives = self._negatives(negative_prompt, len(prompts))
-        size = self._size(height, width)
+        size = self.output_size(height, width)
         return self._sample(
             self.prompts.generation(prompts), self.prompts.generation(negatives), None, size,
             num_inference_steps, guidance_scale, num_images_per_prompt, seed, callback,
@@ -225,6 +230,30 @@ class SparPipeline:
             out = tokenizer.decode(tokenizer.encode(pixels).z_f, self.decode_tile).float().clamp(0, 1)
         return ReconstructOutput(to_pil(out))
 
+    def check_text(self, text: str, what: str) -> None:
+        """Refuse a prompt that `generate`, `edit` and `understand` would refuse; `what` it is called in the error."""
+        self.prompts.check(text, what, self.loaded.sampling.max_prompt_tokens)
+
+    def output_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Height and width of what `generate` makes.
+
+        Raises:
+            InputError: a side that is not a multiple of the token stride or more than twice the trained one.
+        """
+        stride, side = self.model.config.token_stride, self.image_size
+        for name, value in (("height", height), ("width", width)):
+            if value is not None and (
+                not isinstance(value, int) or value % stride or not stride <= value <= MAX_SIDE_FACTOR * side
+            ):
+                raise InputError(
+                    f"{name}: expected a multiple of {stride} from {stride} to {MAX_SIDE_FACTOR * side}, got {value!r}"
+                )
+        return height or side, width or side
+
+    def edited_size(self, image: Image.Image) -> tuple[int, int]:
+        """Height and width of what `edit` makes of a picture; InputError for one that is too long for its width."""
+        return nearest_size(image, self.image_size, self.model.config.token_stride)
+
     @torch.inference_mode()
     def _sample(
         self, tokens: Tokens, negatives: Tokens, pixels: Tensor | None, size: tuple[int, int],
@@ -245,6 +274,7 @@ class SparPipeline:
         with self._precision():
             f_v = self._features(pixels) if pixels is not None else None
             condition, routed = self._conditions(tokens, negatives, f_v, size, guidance)
+            condition = _each(condition, per_prompt)
 
             def velocity(latent: Tensor, time: Tensor) -> Tensor:
                 if guidance == 1:
@@ -314,7 +344,7 @@ class SparPipeline:
         pictures, side = [open_image(source) for source in sources], self.image_size
         sizes = {(side, side)}
         if keep_aspect:
-            sizes = {nearest_size(picture, side, self.model.config.token_stride) for picture in pictures}
+            sizes = {self.edited_size(picture) for picture in pictures}
         if len(sizes) > 1:
             shown = ", ".join(f"{width} x {height}" for height, width in sorted(sizes))
             raise InputError(f"expected images of the same proportions in one call, got some for {shown} pixels")
@@ -328,7 +358,7 @@ class SparPipeline:
         if not texts:
             raise InputError(f"expected at least one {what}, got an empty list")
         for one in texts:
-            self.prompts.check(one, what, self.loaded.sampling.max_prompt_tokens)
+            self.check_text(one, what)
         return texts
 
     def _negatives(self, negative: str | Sequence[str] | None, count: int) -> list[str | None]:
@@ -352,16 +382,14 @@ class SparPipeline:
             raise InputError(f"expected one image, or one for each of {count} {what}s, got {len(pixels)}")
         return pixels, _match(texts, count, what)
 
-    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        stride, side = self.model.config.token_stride, self.image_size
-        for name, value in (("height", height), ("width", width)):
-            if value is not None and (
-                not isinstance(value, int) or value % stride or not stride <= value <= MAX_SIDE_FACTOR * side
-            ):
-                raise InputError(
-                    f"{name}: expected a multiple of {stride} from {stride} to {MAX_SIDE_FACTOR * side}, got {value!r}"
-                )
-        return height or side, width or side
+
+def _each(condition: Condition, draws: int) -> Condition:
+    """The condition of every draw by itself. The denoiser could let draws of one prompt share its keys and values, but
+    then attention would round an image otherwise beside others than alone."""
+    fields = {item.name: getattr(condition, item.name) for item in fields_of(condition)}
+    return Condition(**{
+        name: None if value is None else value.repeat_interleave(draws, dim=0) for name, value in fields.items()
+    })  # fmt: skip
 
 
 def _match(values: list[str], count: int, what: str) -> list[str]:

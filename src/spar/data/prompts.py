@@ -57,13 +57,15 @@ class Packed:
 class PromptEncoder:
     """Writes every prompt form with one tokenizer and a fixed number of visual tokens an image.
 
-    With `image_start` a prompt for a picture ends with the picture's opening token (UniLIP's form).
+    With `image_start` a prompt for a picture ends with the picture's opening token (UniLIP's form). Rows are as long as
+    the longest needs, rounded up to a multiple of `multiple`.
     """
 
-    def __init__(self, tokenizer: Any, visual_tokens: int, *, image_start: bool = False) -> None:
+    def __init__(self, tokenizer: Any, visual_tokens: int, *, image_start: bool = False, multiple: int = 1) -> None:
         self.tokenizer = tokenizer
         self.visual_tokens = visual_tokens
         self.image_start = image_start
+        self.multiple = multiple
         self._cache: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
@@ -171,8 +173,8 @@ class PromptEncoder:
         return self.tokenizer.pad_token_id
 
     def pad(self, rows: Sequence[list[int]]) -> Tokens:
-        """Left-pad to the longest row."""
-        length = max(len(row) for row in rows)
+        """Left-pad to the longest row, and on to a multiple of `multiple`."""
+        length = -(-max(len(row) for row in rows) // self.multiple) * self.multiple
         ids = torch.tensor([[self.pad_id] * (length - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
         return Tokens(ids, mask)
