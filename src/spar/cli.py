@@ -6,6 +6,7 @@ Python's own are imported inside the verbs: help and errors come at once, and Ct
 
 import gc
 import json
+import logging
 import os
 import shlex
 import sys
@@ -35,6 +36,7 @@ from spar.outputs import (
     check_free,
     check_replaceable,
     pictures_in,
+    sampling_notes,
     save_pictures,
     target_files,
     whole_folder,
@@ -220,14 +222,13 @@ def _file_names(sources: Sequence[Path]) -> list[str]:
 def _save(args: "SamplingArguments", pipe: Any, out: Any, paths: list[Path], told: list[dict[str, str]]) -> None:
     """Write pictures with all that is needed to draw them again, and say where they are."""
     own, each = pipe.loaded.sampling, args.num_images_per_prompt
-    shared = {
+    settings = {
         "negative_prompt": args.negative_prompt,
         "steps": own.steps if args.num_inference_steps is None else args.num_inference_steps,
         "guidance": own.guidance if args.guidance_scale is None else args.guidance_scale,
         "model": _model_name(args, pipe),
-        "spar": __version__,
     }
-    notes = [{**told[index // each], "seed": seed, **shared} for index, seed in enumerate(out.seeds)]
+    notes = [sampling_notes(told[index // each], seed, **settings) for index, seed in enumerate(out.seeds)]
     save_pictures(out.images, paths, notes)
     for path, seed in zip(paths, out.seeds, strict=True):
         print(f"{path}  (seed {seed})")
@@ -537,6 +538,33 @@ def _curves(model: Path) -> Path | None:
     return next((path for path in (model / "metrics.jsonl", model.parent / "metrics.jsonl") if path.is_file()), None)
 
 
+def serve(argv: list[str]) -> int:
+    """Serve the four tasks over HTTP, in the shapes of OpenAI's API."""
+    from spar.arguments import ServeArguments, parse
+
+    args = parse(ServeArguments, argv, "spar serve")
+    from spar.serving.access import check_access, listen, read_token
+
+    token = read_token(args.token_file)
+    check_access(args.host, token)
+    listener = listen(args.host, args.port)
+    pipe = _load(args)
+    with _uncollected():
+        from spar.serving.run import server_of
+
+        server = server_of(
+            pipe, model=_model_name(args, pipe), token=token, host=args.host, max_batch=args.max_batch,
+            max_queue=args.max_queue, timeout=args.timeout,
+        )  # fmt: skip
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    for name in ("spar", "uvicorn"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    host, port = listener.getsockname()[:2]
+    print(f"serving on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    server.run(sockets=[listener])
+    return 0
+
+
 def data(argv: list[str]) -> int:
     """Look over a data set (check), or write it as webdataset shards (convert)."""
     if argv and argv[0] in DATA_VERBS:
@@ -619,6 +647,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "eval": evaluate,
     "report": report,
     "demo": demo,
+    "serve": serve,
     "data": data,
     "doctor": doctor,
 }

@@ -4,6 +4,7 @@ Everything is written aside in the folder where it belongs and renamed; what exi
 says otherwise. A PNG carries how it was made as text chunks, so that it can be made again. Light: Pillow comes late.
 """
 
+import io
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spar import __version__
 from spar.errors import InputError
 
 if TYPE_CHECKING:
@@ -97,6 +99,16 @@ def save_pictures(
             part.unlink(missing_ok=True)
 
 
+def sampling_notes(
+    told: Mapping[str, object], seed: int, *, negative_prompt: str | None, steps: int, guidance: float, model: str
+) -> dict[str, object]:
+    """All that is needed to draw a picture again, as the notes of its PNG; `told` are the task's own words."""
+    return {
+        **told, "seed": seed, "negative_prompt": negative_prompt, "steps": steps, "guidance": guidance, "model": model,
+        "spar": __version__,
+    }  # fmt: skip
+
+
 def _text_chunks(notes: Mapping[str, object]) -> "PngInfo":
     from PIL.PngImagePlugin import PngInfo
 
@@ -105,6 +117,16 @@ def _text_chunks(notes: Mapping[str, object]) -> "PngInfo":
         if value is not None:
             chunks.add_text(key, str(value).encode(errors="replace").decode())  # a file's name may be no text
     return chunks
+
+
+def encode_picture(image: "Image.Image", kind: str, notes: Mapping[str, object]) -> bytes:
+    """A picture as the bytes of a file: "png" with its notes as text chunks, "jpeg" or "webp" at quality 95 without."""
+    file = io.BytesIO()
+    if kind == "png":
+        image.save(file, format="PNG", pnginfo=_text_chunks(notes))
+    else:
+        image.save(file, format=kind.upper(), quality=95)
+    return file.getvalue()
 
 
 def pictures_in(folder: Path) -> list[Path]:
