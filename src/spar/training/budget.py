@@ -108,9 +108,8 @@ def budget(recipe: Recipe, machine: Machine, stages: tuple[str, ...] = ()) -> li
             adapt(workshop.model, recipe.lora)
         workshop = workshop.to(torch.bfloat16)
     workshop.train()
-    if machine.recompute:  # the LLM's layers are not: their cache of earlier tokens would grow twice
-        for part in (workshop.model.tokenizer, workshop.model.connector, workshop.model.denoiser):
-            recompute(part)
+    if machine.recompute:
+        recompute(workshop)
     return [_stage(workshop, recipe, stage, machine) for stage in chosen]
 
 

@@ -25,12 +25,15 @@ from torch.utils.checkpoint import checkpoint
 
 from spar.errors import InputError
 from spar.models.denoiser import DenoiserBlock
-from spar.models.tokenizer import PixelLayer
+from spar.models.tokenizer import PixelLayer, ResidualBlock
 
 T = TypeVar("T")
 
 # What is sharded, recomputed or compiled one at a time; the libraries' own by name, so that none is imported for it.
-BLOCKS = ("InternVLVisionLayer", "Qwen2DecoderLayer", PixelLayer.__name__, DenoiserBlock.__name__)
+BLOCKS = (
+    "InternVLVisionLayer", "Qwen2DecoderLayer", "ResBlock", "EfficientViTBlock",
+    PixelLayer.__name__, ResidualBlock.__name__, DenoiserBlock.__name__,
+)  # fmt: skip
 LOST = ("connection closed", "connection reset", "broken pipe", "timed out", "timeout", "nccl", "socket")
 
 
@@ -232,8 +235,7 @@ def recompute(workshop: nn.Module) -> None:
         plain = block.forward
 
         def again(*arguments: Any, _plain: Callable[..., Any] = plain, **keywords: Any) -> Any:
-            cached = keywords.get("past_key_values") is not None  # a second pass would extend the cache again
-            if cached or not torch.is_grad_enabled():
+            if not torch.is_grad_enabled():
                 return _plain(*arguments, **keywords)
             return checkpoint(functools.partial(_plain, **keywords), *arguments, use_reentrant=False)
 
