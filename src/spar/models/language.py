@@ -13,7 +13,6 @@ from spar.models.attention import ATTENTION, attention_bias, positions
 from spar.models.config import TextConfig
 from spar.models.encoder import qwen_config
 
-
 Keys = tuple[Tensor, Tensor]
 
 
