@@ -5,7 +5,7 @@ seed and never on its neighbours.
 """
 
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +17,22 @@ from PIL import Image
 from torch import Tensor
 
 from spar.data.images import ImageSource, nearest_size, open_image, to_pil, to_size, to_tensor
+from spar.data.messages import TextStream, read_messages
 from spar.data.prompts import IMAGE_TOKEN, PromptEncoder, Tokens
 from spar.errors import InputError
 from spar.flow.guidance import guide
 from spar.flow.sampler import sample
-from spar.limits import MAX_GUIDANCE, MAX_IMAGES, MAX_NEW_TOKENS, MAX_SEED, MAX_STEPS, MAX_TILE, whole_within, within
+from spar.limits import (
+    MAX_CHAT_TOKENS,
+    MAX_GUIDANCE,
+    MAX_IMAGES,
+    MAX_NEW_TOKENS,
+    MAX_SEED,
+    MAX_STEPS,
+    MAX_TILE,
+    whole_within,
+    within,
+)
 from spar.models.checkpoint import Loaded, load_model, save_model
 from spar.models.lora import load_adapter, merge
 from spar.models.spar import Condition
@@ -58,6 +69,26 @@ class GenerateOutput:
 @dataclass(frozen=True)
 class UnderstandOutput:
     texts: list[str]
+
+
+@dataclass
+class ChatOutput:
+    """An answer while it is made: an iterator over pieces of its text, which join to the whole.
+
+    `prompt_tokens`, and `tokens` of the answer so far; `finish_reason` is None until the answer ends: then "stop" where
+    the model ended its turn, or "length".
+    """
+
+    prompt_tokens: int
+    tokens: int = 0
+    finish_reason: str | None = None
+    pieces: Iterator[str] = field(default_factory=lambda: iter(()), repr=False)
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self.pieces)
 
 
 @dataclass(frozen=True)
@@ -215,6 +246,58 @@ class SparPipeline:
             f_v = self._features(pixels)
             rows = self.model.understand(tokens.ids, tokens.mask, f_v, max_new_tokens=max_new_tokens)
         return UnderstandOutput([self.loaded.text_tokenizer.decode(row, skip_special_tokens=True) for row in rows])
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], *, max_new_tokens: int | None = None) -> ChatOutput:
+        """The answer to the last message of a conversation, greedy, its text piece by piece as it is decoded.
+
+        Args:
+            messages: `{"role": "system" | "user" | "assistant", "content": ...}`; a content is text, or a list of parts
+                `{"type": "text", "text": str}` and `{"type": "image", "image": ImageSource}`. `read_messages` has the
+                order. Pictures are made square, as in `understand`.
+            max_new_tokens: by default as many as fit, at most MAX_NEW_TOKENS.
+
+        Raises:
+            InputError: at the call, before anything is computed.
+        """
+        if max_new_tokens is not None:
+            whole_within("max_new_tokens", max_new_tokens, 1, MAX_NEW_TOKENS)
+        turns, longest = read_messages(messages), min(self.model.config.text.longest, MAX_CHAT_TOKENS)
+        for index, turn in enumerate(turns):
+            for text in turn.parts:
+                if isinstance(text, str) and (text or turn.role != "assistant"):  # a model may have said nothing
+                    self.prompts.check(text, f"messages[{index}]", longest)
+        written = [(turn.role, [part if isinstance(part, str) else None for part in turn.parts]) for turn in turns]
+        tokens, wanted = self.prompts.conversation(written), max_new_tokens or 1
+        length = tokens.ids.shape[1]
+        if length + wanted > longest:
+            raise InputError(
+                f"messages: expected at most {longest} tokens with their images and the answer, "
+                f"got {length} and {wanted} for the answer"
+            )
+        images = [image for turn in turns for image in turn.images]
+        pixels = self._pixels(images) if images else None
+        out = ChatOutput(length)
+        out.pieces = self._speak(out, tokens, pixels, max_new_tokens or min(MAX_NEW_TOKENS, longest - length))
+        return out
+
+    def _speak(self, out: ChatOutput, tokens: Tokens, pixels: Tensor | None, longest: int) -> Iterator[str]:
+        """The pieces of one answer. No mode of torch is left on while the caller has a piece in hand."""
+        text, tokens = TextStream(self.loaded.text_tokenizer), tokens.to(self.device)
+        with torch.inference_mode(), self._precision():
+            f_v = None if pixels is None else self._features(pixels)
+            embedded = self.model.embed(tokens.ids, f_v)
+            steps = self.model.language.stream(embedded, tokens.mask, max_new_tokens=longest)
+        while True:
+            with torch.inference_mode(), self._precision():
+                step = next(steps, None)
+            if step is None:
+                break
+            out.tokens += 1
+            if piece := text.push(step[0]):
+                yield piece
+        out.finish_reason = "length" if out.tokens == longest else "stop"
+        if piece := text.rest():
+            yield piece
 
     @torch.inference_mode()
     def reconstruct(self, image: ImageSource | Sequence[ImageSource]) -> ReconstructOutput:
