@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import spar
 from spar import pipeline
 from spar.data.images import to_pil, to_square, to_tensor
 from spar.errors import InputError
@@ -183,6 +185,44 @@ def test_a_callback_that_says_false_cancels(pipe, pictures, task):
     with pytest.raises(Cancelled, match="after 2 of 3 steps"):
         generate(pipe, callback=stop) if task == "generate" else edit(pipe, pictures[0], callback=stop)
     assert calls == [1, 2]
+
+
+def test_a_cancelled_call_leaves_the_pipeline_as_it_was(pipe):
+    (before,) = generate(pipe).images
+    with pytest.raises(spar.Cancelled):
+        generate(pipe, callback=lambda *_: False)
+    assert gap(before, generate(pipe).images[0]) == 0
+
+
+def test_whatever_else_a_callback_says_goes_on(pipe):
+    for answer in (None, True, 0, "stop"):
+        assert len(generate(pipe, callback=lambda *_, answer=answer: answer).images) == 1
+
+
+class Doubles(TorchDispatchMode):
+    """Notes the operations that make a tensor in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for one in out if isinstance(out, list | tuple) else (out,):
+            if isinstance(one, torch.Tensor) and one.dtype == torch.float64:
+                self.found.append((function, tuple(one.shape)))
+        return out
+
+
+def test_nothing_is_computed_in_float64_which_some_devices_have_not(pipe, pictures):
+    with Doubles() as doubles:
+        generate(pipe)
+        edit(pipe, pictures[0])
+        pipe.understand(pictures[0], QUESTION, max_new_tokens=2)
+        list(pipe.chat(conversation(pictures[0]), max_new_tokens=2))
+        pipe.reconstruct(pictures[0])
+    allowed = torch.ops.aten.lift_fresh.default, (STEPS,)  # the schedule, read from numpy on the CPU
+    assert doubles.found == [allowed] * 2
 
 
 # ---- guidance --------------------------------------------------------------------------------------------------------
@@ -613,6 +653,12 @@ def test_a_sequence_longer_than_the_language_models_positions_is_told_in_words(p
         pipe.understand(pictures[0], QUESTION)
 
 
+def test_a_picture_is_made_from_one_reference(pipe, pictures):
+    for images in ([pictures[:2]], [tuple(pictures[:2]), pictures[0]]):
+        with pytest.raises(InputError, match="expected one image for each text, got a list within the list"):
+            edit(pipe, images)
+
+
 def test_images_and_texts_must_pair_up(pipe, pictures):
     with pytest.raises(InputError, match="expected one image, or one for each of 3 questions, got 2"):
         pipe.understand(pictures[:2], [QUESTION] * 3)
@@ -639,6 +685,9 @@ def test_max_new_tokens_has_bounds(pipe, pictures, tokens):
         ({"dtype": "float32"}, "dtype: expected float32, bfloat16 or float16, got float32"),
         ({"device": "tpu9"}, "device: expected one that is here, got 'tpu9'"),
         ({"device": "cuda:77"}, "device: expected one that is here, got 'cuda:77'"),
+        ({"device": "hpu"}, "device: expected one that is here, got 'hpu'"),
+        ({"device": "meta"}, "device: expected one that is here, got 'meta' .here: cpu"),
+        ({"device": 1.5}, "device: expected one that is here, got '1.5'"),
     ],
     ids=str,
 )

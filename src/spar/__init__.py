@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spar.errors import InputError
+    from spar.flow.sampler import Cancelled
     from spar.pipeline import SparPipeline
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "SparPipeline", "__version__"]
+__all__ = ["Cancelled", "InputError", "SparPipeline", "__version__"]
 
-_HOMES = {"InputError": "spar.errors", "SparPipeline": "spar.pipeline"}
+_HOMES = {"Cancelled": "spar.flow.sampler", "InputError": "spar.errors", "SparPipeline": "spar.pipeline"}
 
 
 def __getattr__(name: str) -> Any:

@@ -250,7 +250,8 @@ def train(argv: list[str]) -> int:
     from spar.arguments import TrainArguments
 
     args, chosen = _recipe(argv, TrainArguments, "spar train", "spar train tiny --run runs/tiny")
-    from spar.training.plan import check_device, plan
+    from spar.precision import check_device
+    from spar.training.plan import plan
 
     run, resume = _run_folder(args, chosen.name)
     planned = plan(chosen, args.stage)
@@ -339,9 +340,9 @@ def cache(argv: list[str]) -> int:
     import torch
 
     from spar.models.checkpoint import load_model
+    from spar.precision import check_device
     from spar.training.cache import write_cache
     from spar.training.files import open_sources
-    from spar.training.plan import check_device
 
     if chosen.data.source != "files":
         raise InputError(f"expected data sets (--data.source files --data.sets DATA), got source {chosen.data.source}")

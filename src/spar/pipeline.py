@@ -37,6 +37,7 @@ from spar.models.checkpoint import Loaded, load_model, save_model
 from spar.models.lora import load_adapter, merge
 from spar.models.spar import Condition
 from spar.models.tiling import SMALLEST
+from spar.precision import check_device
 
 BUNDLED = Path(__file__).parent / "assets" / "weights"
 MAX_SIDE_FACTOR = 2  # pictures up to twice the trained side
@@ -195,10 +196,11 @@ class SparPipeline:
             num_inference_steps, guidance_scale: by default the model's own; guidance 1 is the conditional branch.
             num_images_per_prompt: images of one prompt stand together in the result.
             seed: one (image i gets seed + i) or one per image; random when None. `.seeds` tells.
-            callback: called after each step with (steps done, steps, latent); returning False cancels.
+            callback: called after each step with (steps done, steps, latent); returning False, exactly, cancels.
 
         Raises:
             InputError: naming what was expected and what came.
+            Cancelled: the callback said so; there is no result, and the pipeline is as it was.
         """
         prompts = self._texts(prompt, "prompt")
         negatives = self._negatives(negative_prompt, len(prompts))
@@ -224,6 +226,7 @@ class SparPipeline:
 
         One image with several instructions, or several images with one instruction, are paired; else one each. The
         result has the image's proportions, at about the trained number of pixels; images of one call must share them.
+        Each picture is made from one reference image: the model has place for no second one.
         """
         pixels, instructions = self._pairs(image, instruction, "instruction", keep_aspect=True)
         negatives = self._negatives(negative_prompt, len(instructions))
@@ -394,6 +397,8 @@ class SparPipeline:
         sources = list(image) if isinstance(image, (list, tuple)) else [image]
         if not sources:
             raise InputError("expected at least one image, got an empty list")
+        if any(isinstance(source, list | tuple) for source in sources):
+            raise InputError("expected one image for each text, got a list within the list (a chat takes several)")
         pictures, side = [open_image(source) for source in sources], self.image_size
         sizes = {(side, side)}
         if keep_aspect:
@@ -469,13 +474,3 @@ def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SEED:
             raise InputError(f"seed: expected a whole number from 0 to {MAX_SEED}, got {value!r}")
     return seeds
-
-
-def check_device(device: str | torch.device) -> torch.device:
-    """Refuse a device that torch does not know or that is not here."""
-    try:
-        where = torch.device(device)
-        torch.empty(0, device=where)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device: expected one that is here, got {device!r} ({str(error).splitlines()[0]})") from error
-    return where
