@@ -20,6 +20,7 @@ from spar.errors import InputError
 from spar.flow.sampler import Cancelled, sample
 from spar.models.attention import attention_bias, positions
 from spar.models.checkpoint import Loaded, load_model
+from spar.outputs import read_notes
 from spar.pipeline import SparPipeline
 
 CIRCLE, SQUARES = "a red circle", "two blue squares on a white background"
@@ -326,6 +327,28 @@ def test_one_image_or_one_text_serves_all_of_the_others(pipe, pictures, one):
     assert [gap(a, b) for a, b in zip(short.images, full.images, strict=True)] == [0, 0]
     asked = pipe.understand(images[0] if one == "image" else images, QUESTION, max_new_tokens=2).texts
     assert len(asked) == (1 if one == "image" else 2)
+
+
+def test_the_notes_of_a_picture_make_it_again(pipe, pictures, tmp_path):
+    out = generate(pipe, [CIRCLE, SQUARES], negative_prompt="a ring", num_images_per_prompt=2, guidance_scale=2)
+    assert [note["prompt"] for note in out.notes] == [CIRCLE] * 2 + [SQUARES] * 2
+    assert out.notes[3] | {"torch": "", "transformers": "", "diffusers": "", "commit": ""} == {
+        "prompt": SQUARES, "negative_prompt": "a ring", "seed": 6, "steps": STEPS, "guidance": 2.0, "dtype": "float32",
+        "device": "cpu", "decode_tile": None, "recipe": "tiny", "commit": "", "spar": spar.__version__, "torch": "",
+        "transformers": "", "diffusers": "",
+    }  # fmt: skip
+    paths = out.save(tmp_path / "many")
+    assert [path.name for path in paths] == ["0.png", "1.png", "2.png", "3.png"]
+    notes = read_notes(paths[3]).notes
+    assert notes == {key: value for key, value in out.notes[3].items() if value is not None}
+    again = generate(
+        pipe, notes["prompt"], negative_prompt=notes["negative_prompt"], seed=notes["seed"],
+        num_inference_steps=notes["steps"], guidance_scale=notes["guidance"],
+    )
+    assert gap(again.images[0], Image.open(paths[3])) <= 1  # it was one of four
+    with pytest.raises(InputError, match="exists already"):
+        out.save(tmp_path / "many")
+    assert "instruction" in edit(pipe, pictures[0]).notes[0] and pipe.reconstruct(pictures).notes[2]["recipe"] == "tiny"
 
 
 # ---- routing ---------------------------------------------------------------------------------------------------------

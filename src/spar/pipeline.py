@@ -33,10 +33,11 @@ from spar.limits import (
     whole_within,
     within,
 )
-from spar.models.checkpoint import Loaded, load_model, save_model
+from spar.models.checkpoint import Loaded, load_model, save_model, versions
 from spar.models.lora import load_adapter, merge
 from spar.models.spar import Condition
 from spar.models.tiling import SMALLEST
+from spar.outputs import check_free, save_pictures, target_files
 from spar.precision import check_device
 
 BUNDLED = Path(__file__).parent / "assets" / "weights"
@@ -60,11 +61,28 @@ class Routing:
 
 @dataclass(frozen=True)
 class GenerateOutput:
-    """Images in the order of the prompts (each prompt's images together), their seeds and their routing."""
+    """Images in the order of the prompts (each prompt's images together), their seeds and their routing.
+
+    `notes` says of each image how it was made: words, seed, steps, guidance, type, device, recipe, versions.
+    """
 
     images: list[Image.Image]
     seeds: list[int]
     routing: list[Routing]
+    notes: list[dict[str, Any]]
+
+    def save(self, path: str | Path | None = None, *, overwrite: bool = False) -> list[Path]:
+        """Write PNGs that carry their notes: one image to a `.png` file, several into a folder; says where they are.
+
+        Raises:
+            InputError: a file that exists (without `overwrite`) or that cannot be written.
+        """
+        count = len(self.images)
+        names = [f"{index:0{len(str(count - 1))}}" for index in range(count)]
+        paths = target_files(None if path is None else Path(path), names)
+        check_free(paths, overwrite=overwrite)
+        save_pictures(self.images, paths, self.notes)
+        return paths
 
 
 @dataclass(frozen=True)
@@ -94,7 +112,10 @@ class ChatOutput:
 
 @dataclass(frozen=True)
 class ReconstructOutput:
+    """Images in the order of what came, and of each image how it was made, as in `GenerateOutput`."""
+
     images: list[Image.Image]
+    notes: list[dict[str, Any]]
 
 
 def native_bfloat16() -> bool:
@@ -205,8 +226,9 @@ class SparPipeline:
         prompts = self._texts(prompt, "prompt")
         negatives = self._negatives(negative_prompt, len(prompts))
         size = self._size(height, width)
+        told = [{"prompt": one, "negative_prompt": other} for one, other in zip(prompts, negatives, strict=True)]
         return self._sample(
-            self.prompts.generation(prompts), self.prompts.generation(negatives), None, size,
+            self.prompts.generation(prompts), self.prompts.generation(negatives), None, size, told,
             num_inference_steps, guidance_scale, num_images_per_prompt, seed, callback,
         )
 
@@ -232,8 +254,10 @@ class SparPipeline:
         negatives = self._negatives(negative_prompt, len(instructions))
         size = (pixels.shape[-2], pixels.shape[-1])
         tokens = size[0] * size[1] // self.model.config.token_stride**2
+        pairs = zip(instructions, negatives, strict=True)
+        told = [{"instruction": one, "negative_prompt": other} for one, other in pairs]
         return self._sample(
-            self.prompts.edit(instructions, tokens), self.prompts.edit(negatives, tokens), pixels, size,
+            self.prompts.edit(instructions, tokens), self.prompts.edit(negatives, tokens), pixels, size, told,
             num_inference_steps, guidance_scale, num_images_per_prompt, seed, callback,
         )
 
@@ -309,13 +333,13 @@ class SparPipeline:
         with self._precision():
             tokenizer = self.model.tokenizer
             out = tokenizer.decode(tokenizer.encode(pixels).z_f, self.decode_tile).float().clamp(0, 1)
-        return ReconstructOutput(to_pil(out))
+        return ReconstructOutput(to_pil(out), [self._circumstances() for _ in out])
 
     @torch.inference_mode()
     def _sample(
         self, tokens: Tokens, negatives: Tokens, pixels: Tensor | None, size: tuple[int, int],
-        steps: int | None, guidance: float | None, per_prompt: int, seed: int | Sequence[int] | None,
-        callback: Callback | None,
+        told: list[dict[str, str | None]], steps: int | None, guidance: float | None, per_prompt: int,
+        seed: int | Sequence[int] | None, callback: Callback | None,
     ) -> GenerateOutput:
         """Prompts to pictures: condition once a prompt, then the flow's sampler around the denoiser."""
         defaults = self.loaded.sampling
@@ -344,7 +368,15 @@ class SparPipeline:
             )
             images = self.model.decode(latent, self.decode_tile).float()
         routing = [self._routing(tokens, routed, row) for row in range(len(tokens.ids)) for _ in range(per_prompt)]
-        return GenerateOutput(images=to_pil(images), seeds=seeds, routing=routing)
+        shared = {"steps": steps, "guidance": float(guidance), **self._circumstances()}
+        notes = [{**told[index // per_prompt], "seed": seed, **shared} for index, seed in enumerate(seeds)]
+        return GenerateOutput(images=to_pil(images), seeds=seeds, routing=routing, notes=notes)
+
+    def _circumstances(self) -> dict[str, Any]:
+        """What else than the arguments an image depends on."""
+        made = {name: self.manifest.get(name) for name in ("recipe", "commit")}  # None is not written
+        run = {"dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)}
+        return {**run, "decode_tile": self.decode_tile, **made, **versions()}
 
     def _conditions(
         self, tokens: Tokens, negatives: Tokens, f_v: Tensor | None, size: tuple[int, int], guidance: float

@@ -78,7 +78,7 @@ def save_tokenizer(tokenizer: UnifiedTokenizer, folder: Path, dtype: torch.dtype
 
 def load_tokenizer(folder: Path) -> UnifiedTokenizer:
     """The inverse of `save_tokenizer`, in float32."""
-    header = _header(folder, f"{FORMAT}-tokenizer")
+    header = read_header(folder, f"{FORMAT}-tokenizer")
     with init_empty_weights():
         tokenizer = UnifiedTokenizer(from_dict(SparConfig, header["model"], complete=True))
     _fill_tokenizer(tokenizer, folder, header)
@@ -155,11 +155,11 @@ def _replaceable(folder: Path) -> bool:
 
 def load_model(folder: Path) -> Loaded:
     """Load a SPAR folder strictly, in float32 on the CPU; `InputError` names what is missing, foreign or damaged."""
-    header = _header(folder, FORMAT)
+    header = read_header(folder, FORMAT)
     config = from_dict(SparConfig, header["model"], complete=True)
     with init_empty_weights():
         model = SparModel(config)
-    tokenizer = _header(folder / "tokenizer", f"{FORMAT}-tokenizer")
+    tokenizer = read_header(folder / "tokenizer", f"{FORMAT}-tokenizer")
     if tokenizer["model"] != header["model"]:
         raise InputError(f"{folder}: the config.json of tokenizer/ gives other sizes than the model's own")
     _fill_tokenizer(model.tokenizer, folder / "tokenizer", tokenizer)
@@ -176,7 +176,7 @@ def load_model(folder: Path) -> Loaded:
 
 def read_sizes(folder: Path) -> SparConfig:
     """The configuration of a SPAR folder's model, without its weights."""
-    return from_dict(SparConfig, _header(folder, FORMAT)["model"], complete=True)
+    return from_dict(SparConfig, read_header(folder, FORMAT)["model"], complete=True)
 
 
 def has_pixel_encoder(folder: Path) -> bool:
@@ -211,8 +211,12 @@ def load_text_tokenizer(folder: Path, config: TextConfig) -> Any:
     return tokenizer
 
 
-def _header(folder: Path, expected: str) -> dict[str, Any]:
-    """config.json of a folder, checked for kind and version, its sizes as today's version has them."""
+def read_header(folder: Path, expected: str) -> dict[str, Any]:
+    """config.json of a folder, checked for kind and version, its sizes as today's version has them.
+
+    Raises:
+        InputError: no folder, no readable config.json, another format than `expected`, or a version of the future.
+    """
     if not folder.is_dir():
         raise InputError(f"expected a SPAR model folder, got {folder}, which {_what(folder)}")
     header = read_json(folder / "config.json")
