@@ -10,6 +10,8 @@
 
 import importlib.metadata
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,14 +96,8 @@ def _fill_tokenizer(tokenizer: UnifiedTokenizer, folder: Path, header: dict[str,
 
 
 def save_model(loaded: Loaded, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Write a whole SPAR folder aside and rename it; an existing folder that is no SPAR folder is left alone."""
-    folder = folder.absolute()
-    if folder.exists() and not _replaceable(folder):
-        raise InputError(f"{folder} exists and is no SPAR folder; expected an empty or new folder")
-    aside, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+    """Write a whole SPAR folder; an existing folder that is no SPAR folder is left alone."""
+    with replaced(folder, FORMAT) as aside:
         model = loaded.model
         save_tokenizer(model.tokenizer, aside / "tokenizer", dtype)
         for part in PARTS:
@@ -120,6 +116,24 @@ def save_model(loaded: Loaded, folder: Path, dtype: torch.dtype | None = None) -
             },
         )
         write_json(aside / "manifest.json", loaded.manifest)
+
+
+@contextmanager
+def replaced(folder: Path, kind: str) -> Iterator[Path]:
+    """A folder to fill; once it is whole, it takes the place of `folder`, which is new, empty or an older one.
+
+    Raises:
+        InputError: a path that holds anything but a folder of this kind, or that cannot be written.
+    """
+    folder = folder.absolute()
+    if folder.exists() and not _replaceable(folder, kind):
+        what = kind.replace(FORMAT, "SPAR").replace("-", " ")
+        raise InputError(f"{folder} exists and is no {what} folder; expected an empty or new folder")
+    aside, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
         _swap(aside, folder, old)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from error
@@ -141,14 +155,14 @@ def _swap(new: Path, folder: Path, old: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _replaceable(folder: Path) -> bool:
-    """Whether a path that exists is an empty folder or an older SPAR folder."""
+def _replaceable(folder: Path, kind: str) -> bool:
+    """Whether a path that exists is an empty folder or an older one of this kind."""
     if not folder.is_dir():
         return False
     if not any(folder.iterdir()):
         return True
     try:
-        return read_json(folder / "config.json").get("format") == FORMAT
+        return read_json(folder / "config.json").get("format") == kind
     except InputError:
         return False
 
