@@ -152,6 +152,20 @@ class ReconstructArguments(ModelArguments):
 
 
 @dataclass(frozen=True, kw_only=True)
+class InfoArguments:
+    """Say how a picture was made, or what a folder of weights is: spar info out.png
+
+    A picture answers with its notes and the command that makes it again. A folder is checked as loading would, by the
+    headers of its files.
+    """
+
+    path: Annotated[Positional[Path], arg(metavar="PATH")]
+    """A PNG that spar wrote, or a SPAR folder (of a model, or of a tokenizer alone)."""
+    json: Flag = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainArguments:
     """Train a recipe: spar train tiny --run runs/tiny
 

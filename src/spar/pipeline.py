@@ -5,7 +5,7 @@ seed and never on its neighbours.
 """
 
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,17 +17,30 @@ from PIL import Image
 from torch import Tensor
 
 from spar.data.images import ImageSource, nearest_size, open_image, to_pil, to_size, to_tensor
+from spar.data.messages import TextStream, read_messages
 from spar.data.prompts import IMAGE_TOKEN, PromptEncoder, Tokens
 from spar.errors import InputError
 from spar.flow.guidance import guide
 from spar.flow.sampler import sample
-from spar.limits import MAX_GUIDANCE, MAX_IMAGES, MAX_NEW_TOKENS, MAX_SEED, MAX_STEPS, MAX_TILE, whole_within, within
+from spar.limits import (
+    MAX_CHAT_TOKENS,
+    MAX_GUIDANCE,
+    MAX_IMAGES,
+    MAX_NEW_TOKENS,
+    MAX_SEED,
+    MAX_STEPS,
+    MAX_TILE,
+    whole_within,
+    within,
+)
 from spar.models.blocks import compile_blocks
-from spar.models.checkpoint import Loaded, load_model, save_model
+from spar.models.checkpoint import Loaded, load_model, save_model, versions
 from spar.models.lora import load_adapter, merge
 from spar.models.memory import WEIGHTS, Offload, Weights, hold, quantize
 from spar.models.spar import Condition
 from spar.models.tiling import SMALLEST
+from spar.outputs import check_free, save_pictures, target_files
+from spar.precision import check_device
 
 BUNDLED = Path(__file__).parent / "assets" / "weights"
 MAX_SIDE_FACTOR = 2  # pictures up to twice the trained side
@@ -50,11 +63,28 @@ class Routing:
 
 @dataclass(frozen=True)
 class GenerateOutput:
-    """Images in the order of the prompts (each prompt's images together), their seeds and their routing."""
+    """Images in the order of the prompts (each prompt's images together), their seeds and their routing.
+
+    `notes` says of each image how it was made: words, seed, steps, guidance, type, device, recipe, versions.
+    """
 
     images: list[Image.Image]
     seeds: list[int]
     routing: list[Routing]
+    notes: list[dict[str, Any]]
+
+    def save(self, path: str | Path | None = None, *, overwrite: bool = False) -> list[Path]:
+        """Write PNGs that carry their notes: one image to a `.png` file, several into a folder; says where they are.
+
+        Raises:
+            InputError: a file that exists (without `overwrite`) or that cannot be written.
+        """
+        count = len(self.images)
+        names = [f"{index:0{len(str(count - 1))}}" for index in range(count)]
+        paths = target_files(None if path is None else Path(path), names)
+        check_free(paths, overwrite=overwrite)
+        save_pictures(self.images, paths, self.notes)
+        return paths
 
 
 @dataclass(frozen=True)
@@ -62,9 +92,32 @@ class UnderstandOutput:
     texts: list[str]
 
 
+@dataclass
+class ChatOutput:
+    """An answer while it is made: an iterator over pieces of its text, which join to the whole.
+
+    `prompt_tokens`, and `tokens` of the answer so far; `finish_reason` is None until the answer ends: then "stop" where
+    the model ended its turn, or "length".
+    """
+
+    prompt_tokens: int
+    tokens: int = 0
+    finish_reason: str | None = None
+    pieces: Iterator[str] = field(default_factory=lambda: iter(()), repr=False)
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self.pieces)
+
+
 @dataclass(frozen=True)
 class ReconstructOutput:
+    """Images in the order of what came, and of each image how it was made, as in `GenerateOutput`."""
+
     images: list[Image.Image]
+    notes: list[dict[str, Any]]
 
 
 def native_bfloat16() -> bool:
@@ -197,16 +250,18 @@ class SparPipeline:
             num_inference_steps, guidance_scale: by default the model's own; guidance 1 is the conditional branch.
             num_images_per_prompt: images of one prompt stand together in the result.
             seed: one (image i gets seed + i) or one per image; random when None. `.seeds` tells.
-            callback: called after each step with (steps done, steps, latent); returning False cancels.
+            callback: called after each step with (steps done, steps, latent); returning False, exactly, cancels.
 
         Raises:
             InputError: naming what was expected and what came.
+            Cancelled: the callback said so; there is no result, and the pipeline is as it was.
         """
         prompts = self._texts(prompt, "prompt")
         negatives = self._negatives(negative_prompt, len(prompts))
         size = self._size(height, width)
+        told = [{"prompt": one, "negative_prompt": other} for one, other in zip(prompts, negatives, strict=True)]
         return self._sample(
-            self.prompts.generation(prompts), self.prompts.generation(negatives), None, size,
+            self.prompts.generation(prompts), self.prompts.generation(negatives), None, size, told,
             num_inference_steps, guidance_scale, num_images_per_prompt, seed, callback,
         )
 
@@ -226,13 +281,16 @@ class SparPipeline:
 
         One image with several instructions, or several images with one instruction, are paired; else one each. The
         result has the image's proportions, at about the trained number of pixels; images of one call must share them.
+        Each picture is made from one reference image: the model has place for no second one.
         """
         pixels, instructions = self._pairs(image, instruction, "instruction", keep_aspect=True)
         negatives = self._negatives(negative_prompt, len(instructions))
         size = (pixels.shape[-2], pixels.shape[-1])
         tokens = size[0] * size[1] // self.model.config.token_stride**2
+        pairs = zip(instructions, negatives, strict=True)
+        told = [{"instruction": one, "negative_prompt": other} for one, other in pairs]
         return self._sample(
-            self.prompts.edit(instructions, tokens), self.prompts.edit(negatives, tokens), pixels, size,
+            self.prompts.edit(instructions, tokens), self.prompts.edit(negatives, tokens), pixels, size, told,
             num_inference_steps, guidance_scale, num_images_per_prompt, seed, callback,
         )
 
@@ -250,6 +308,60 @@ class SparPipeline:
             rows = self.model.understand(tokens.ids, tokens.mask, f_v, max_new_tokens=max_new_tokens)
         return UnderstandOutput([self.loaded.text_tokenizer.decode(row, skip_special_tokens=True) for row in rows])
 
+    def chat(self, messages: Sequence[Mapping[str, Any]], *, max_new_tokens: int | None = None) -> ChatOutput:
+        """The answer to the last message of a conversation, greedy, its text piece by piece as it is decoded.
+
+        Args:
+            messages: `{"role": "system" | "user" | "assistant", "content": ...}`; a content is text, or a list of parts
+                `{"type": "text", "text": str}` and `{"type": "image", "image": ImageSource}`. `read_messages` has the
+                order. Pictures are made square, as in `understand`.
+            max_new_tokens: by default as many as fit, at most MAX_NEW_TOKENS.
+
+        Raises:
+            InputError: at the call, before anything is computed.
+        """
+        if max_new_tokens is not None:
+            whole_within("max_new_tokens", max_new_tokens, 1, MAX_NEW_TOKENS)
+        turns, longest = read_messages(messages), min(self.model.config.text.longest, MAX_CHAT_TOKENS)
+        for index, turn in enumerate(turns):
+            for text in turn.parts:
+                if isinstance(text, str) and (text or turn.role != "assistant"):  # a model may have said nothing
+                    self.prompts.check(text, f"messages[{index}]", longest)
+        written = [(turn.role, [part if isinstance(part, str) else None for part in turn.parts]) for turn in turns]
+        tokens, wanted = self.prompts.conversation(written), max_new_tokens or 1
+        length = tokens.ids.shape[1]
+        if length + wanted > longest:
+            raise InputError(
+                f"messages: expected at most {longest} tokens with their images and the answer, "
+                f"got {length} and {wanted} for the answer"
+            )
+        images = [image for turn in turns for image in turn.images]
+        pixels = self._pixels(images) if images else None
+        out = ChatOutput(length)
+        out.pieces = self._speak(out, tokens, pixels, max_new_tokens or min(MAX_NEW_TOKENS, longest - length))
+        return out
+
+    def _speak(self, out: ChatOutput, tokens: Tokens, pixels: Tensor | None, longest: int) -> Iterator[str]:
+        """The pieces of one answer. No mode of torch is left on while the caller has a piece in hand."""
+        text, tokens = TextStream(self.loaded.text_tokenizer), tokens.to(self.device)
+        with torch.inference_mode(), self._precision():
+            f_v = None if pixels is None else self._features(pixels)
+            self._bring("language")
+            embedded = self.model.embed(tokens.ids, f_v)
+            steps = self.model.language.stream(embedded, tokens.mask, max_new_tokens=longest)
+        while True:
+            with torch.inference_mode(), self._precision():
+                self._bring("language")  # other calls may come between two pieces
+                step = next(steps, None)
+            if step is None:
+                break
+            out.tokens += 1
+            if piece := text.push(step[0]):
+                yield piece
+        out.finish_reason = "length" if out.tokens == longest else "stop"
+        if piece := text.rest():
+            yield piece
+
     @torch.inference_mode()
     def reconstruct(self, image: ImageSource | Sequence[ImageSource]) -> ReconstructOutput:
         """Pictures through the unified tokenizer and back."""
@@ -260,13 +372,13 @@ class SparPipeline:
             z_f = tokenizer.encode(pixels).z_f
             self._bring("decoder")
             out = tokenizer.decode(z_f, self.decode_tile).float().clamp(0, 1)
-        return ReconstructOutput(to_pil(out))
+        return ReconstructOutput(to_pil(out), [self._circumstances() for _ in out])
 
     @torch.inference_mode()
     def _sample(
         self, tokens: Tokens, negatives: Tokens, pixels: Tensor | None, size: tuple[int, int],
-        steps: int | None, guidance: float | None, per_prompt: int, seed: int | Sequence[int] | None,
-        callback: Callback | None,
+        told: list[dict[str, str | None]], steps: int | None, guidance: float | None, per_prompt: int,
+        seed: int | Sequence[int] | None, callback: Callback | None,
     ) -> GenerateOutput:
         """Prompts to pictures: condition once a prompt, then the flow's sampler around the denoiser."""
         defaults = self.loaded.sampling
@@ -298,7 +410,16 @@ class SparPipeline:
             self._bring("decoder")
             images = self.model.decode(latent, self.decode_tile).float()
         routing = [self._routing(tokens, routed, row) for row in range(len(tokens.ids)) for _ in range(per_prompt)]
-        return GenerateOutput(images=to_pil(images), seeds=seeds, routing=routing)
+        shared = {"steps": steps, "guidance": float(guidance), **self._circumstances()}
+        notes = [{**told[index // per_prompt], "seed": seed, **shared} for index, seed in enumerate(seeds)]
+        return GenerateOutput(images=to_pil(images), seeds=seeds, routing=routing, notes=notes)
+
+    def _circumstances(self) -> dict[str, Any]:
+        """What else than the arguments an image depends on."""
+        made = {name: self.manifest.get(name) for name in ("recipe", "commit")}  # None is not written
+        run = {"dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)}
+        held = None if self.weights == "float32" else self.weights
+        return {**run, "weights": held, "decode_tile": self.decode_tile, **made, **versions()}
 
     def _conditions(
         self, tokens: Tokens, negatives: Tokens, f_v: Tensor | None, size: tuple[int, int], guidance: float
@@ -357,6 +478,8 @@ class SparPipeline:
         sources = list(image) if isinstance(image, (list, tuple)) else [image]
         if not sources:
             raise InputError("expected at least one image, got an empty list")
+        if any(isinstance(source, list | tuple) for source in sources):
+            raise InputError("expected one image for each text, got a list within the list (a chat takes several)")
         pictures, side = [open_image(source) for source in sources], self.image_size
         sizes = {(side, side)}
         if keep_aspect:
@@ -432,13 +555,3 @@ def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SEED:
             raise InputError(f"seed: expected a whole number from 0 to {MAX_SEED}, got {value!r}")
     return seeds
-
-
-def check_device(device: str | torch.device) -> torch.device:
-    """Refuse a device that torch does not know or that is not here."""
-    try:
-        where = torch.device(device)
-        torch.empty(0, device=where)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device: expected one that is here, got {device!r} ({str(error).splitlines()[0]})") from error
-    return where

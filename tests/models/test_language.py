@@ -122,6 +122,18 @@ def test_a_row_ends_before_its_own_end_of_turn_and_the_others_go_on(config, lang
         assert answers(config, language, eos) == [until(row, eos) for row in generated]
 
 
+def test_the_stream_has_the_answers_token_by_token(config, language, generated):
+    eos = generated[0][3]  # one row ends early, and says so from then on
+    own = LanguageModel(replace(config.text, eos_token_id=eos)).eval()
+    own.load_state_dict(language.state_dict())
+    with torch.inference_mode():
+        steps = [*own.stream(own.embed(tokens()), MASK, max_new_tokens=10)]
+    rows = [[step[row] for step in steps] for row in range(3)]
+    assert [[t for t in row if t is not None] for row in rows] == answers(config, language, eos)
+    assert any(None in row for row in rows)
+    assert all(row[len(row) - row.count(None) :] == [None] * row.count(None) for row in rows)
+
+
 def short(config, language, positions: int) -> LanguageModel:
     own = LanguageModel(replace(config.text, max_positions=positions)).eval()
     own.load_state_dict(language.state_dict())

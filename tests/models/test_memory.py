@@ -14,6 +14,7 @@ from spar.models.spar import SparModel
 from spar.pipeline import SparPipeline
 from spar.recipes import recipe
 
+QUESTION = {"type": "text", "text": "what color is the background?"}
 PROMPTS = ["a red circle on a beige background", "a blue star and a green ring"]
 
 
@@ -28,8 +29,9 @@ def everything(pipe: SparPipeline) -> list:
     made = pipe.generate(PROMPTS, seed=0, num_inference_steps=4).images
     edited = pipe.edit(made, "change the background to navy", seed=0, num_inference_steps=4).images
     again = pipe.reconstruct(made).images
-    answers = pipe.understand(made, "what color is the background?", max_new_tokens=4).texts
-    return [np.asarray(image) for image in (*made, *edited, *again)] + answers
+    answers = pipe.understand(made, QUESTION["text"], max_new_tokens=4).texts
+    said = "".join(pipe.chat([{"role": "user", "content": [{"type": "image", "image": made[0]}, QUESTION]}]))
+    return [np.asarray(image) for image in (*made, *edited, *again)] + answers + [said]
 
 
 def test_weights_held_in_the_type_they_are_computed_in_change_no_result():

@@ -4,6 +4,8 @@ transformers' `Qwen2Model` holds the weights; the pass over its layers is ours, 
 kept. B batch, T tokens, D width, K routed layers.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from transformers import Qwen2Model
@@ -112,7 +114,18 @@ class LanguageModel(nn.Module):
 
     @torch.inference_mode()
     def answer(self, embeddings: Tensor, mask: Tensor, *, max_new_tokens: int) -> list[list[int]]:
-        """Greedy continuation, batched; each row ends at its own end-of-turn token.
+        """Greedy continuation, batched; each row ends before its own end-of-turn token. Arguments as in `stream`."""
+        rows: list[list[int]] = [[] for _ in range(len(embeddings))]
+        for step in self.stream(embeddings, mask, max_new_tokens=max_new_tokens):
+            for row, token in zip(rows, step, strict=True):
+                if token is not None:
+                    row.append(token)
+        return rows
+
+    def stream(self, embeddings: Tensor, mask: Tensor, *, max_new_tokens: int) -> Iterator[list[int | None]]:
+        """The same continuation token by token: each step has a token a row, or None where the row has ended.
+
+        The caller goes from step to step without gradients.
 
         Args:
             embeddings: `[B, T, D]`, padded on the left; mask: `[B, T]`.
@@ -121,21 +134,20 @@ class LanguageModel(nn.Module):
             InputError: where the longest answer would not fit behind its question.
         """
         self._check_length(int(mask.sum(1).max()) + max_new_tokens)
-        seen, rows, past = self.unread(), [[] for _ in range(len(embeddings))], 0
-        done = torch.zeros(len(embeddings), dtype=torch.bool, device=embeddings.device)
-        x, position_ids = embeddings, positions(mask)
+        return self._steps(embeddings, mask, max_new_tokens)
+
+    def _steps(self, x: Tensor, mask: Tensor, max_new_tokens: int) -> Iterator[list[int | None]]:
+        seen, past, position_ids = self.unread(), 0, positions(mask)
+        done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for _ in range(max_new_tokens):
             bias = attention_bias(mask, x, causal=True, past=past)
             final, _ = self(x, bias, position_ids, seen=seen)
             past = mask.shape[1]
             token = self.logits(final[:, -1]).argmax(-1)
             done = done | (token == self.config.eos_token_id)
-            for row, value, ended in zip(rows, token.tolist(), done.tolist(), strict=True):
-                if not ended:
-                    row.append(value)
             if bool(done.all()):
-                break
+                return
+            yield [None if ended else value for value, ended in zip(token.tolist(), done.tolist(), strict=True)]
             x = self.embed(token)[:, None]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             position_ids = position_ids[:, -1:] + 1
-        return rows
