@@ -45,6 +45,12 @@ class ModelArguments:
     """Folder of LoRA weights (RUN/adapter) to merge into the model."""
     decode_tile: int | None = None
     """Visual tokens a side above which pictures are decoded in tiles: less memory, a slightly different picture."""
+    weights: Literal["float32", "compute", "int8"] = "float32"
+    """How weights are held: compute is half the memory for the same result, int8 less for another (needs torchao)."""
+    offload: Flag = False
+    """Parts wait in the CPU's memory while others compute on the device: less of its memory, more time."""
+    compile: Flag = False
+    """Repeated layers go through torch.compile: the first result takes a minute or so, later ones less time."""
     dtype: Dtype = "auto"
     """What matrix products run in; auto is bfloat16 where the device has it in hardware."""
     device: str | None = None
@@ -144,6 +150,20 @@ class ReconstructArguments(ModelArguments):
 
     def __post_init__(self) -> None:
         _some(self.image, "picture", "IMAGE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoArguments:
+    """Say how a picture was made, or what a folder of weights is: spar info out.png
+
+    A picture answers with its notes and the command that makes it again. A folder is checked as loading would, by the
+    headers of its files.
+    """
+
+    path: Annotated[Positional[Path], arg(metavar="PATH")]
+    """A PNG that spar wrote, or a SPAR folder (of a model, or of a tokenizer alone)."""
+    json: Flag = False
+    """Print JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,8 +57,8 @@ class Packed:
 class PromptEncoder:
     """Writes every prompt form with one tokenizer and a fixed number of visual tokens an image.
 
-    With `image_start` a prompt for a picture ends with the picture's opening token (UniLIP's form). Rows are as long as
-    the longest needs, rounded up to a multiple of `multiple`.
+    With `image_start` a prompt for a picture ends with the picture's opening token (UniLIP's form). Such prompts are
+    padded to a multiple of `multiple` tokens.
     """
 
     def __init__(self, tokenizer: Any, visual_tokens: int, *, image_start: bool = False, multiple: int = 1) -> None:
@@ -119,7 +119,7 @@ class PromptEncoder:
     def generation(self, prompts: Sequence[str | None]) -> Tokens:
         """`Generate an image: {prompt}`; None gives the unconditional prompt."""
         texts = [UNCONDITIONAL if prompt is None else f"Generate an image: {prompt}" for prompt in prompts]
-        return self.pad([self._painted(self.encode(text)) for text in texts])
+        return self.pad([self._painted(self.encode(text)) for text in texts], self.multiple)
 
     def edit(self, instructions: Sequence[str | None], image_tokens: int | None = None) -> Tokens:
         """`Edit the image: {instruction}` and the reference; None gives the unconditional prompt, reference kept.
@@ -127,12 +127,28 @@ class PromptEncoder:
         `image_tokens` are those of each reference where it has not the fixed number.
         """
         texts = [UNCONDITIONAL_EDIT if text is None else f"Edit the image: {text}\n" for text in instructions]
-        return self.pad([self._painted(self.encode(text), self.image(image_tokens)) for text in texts])
+        return self.pad([self._painted(self.encode(text), self.image(image_tokens)) for text in texts], self.multiple)
 
     def question(self, questions: Sequence[str]) -> Tokens:
         """The image, then the question, then the start of the answer."""
         newline = self.encode("\n")
         return self.pad([self._user(self.image(), newline, self.encode(question)) for question in questions])
+
+    def conversation(self, messages: Sequence[tuple[str, Sequence[str | None]]]) -> Tokens:
+        """Turns (role, texts) and the start of the assistant's answer, one row; a text that is None is an image.
+
+        A newline stands behind an image, as in `question`, and between two texts.
+        """
+        row: list[int] = []
+        for role, parts in messages:
+            row += self.encode(f"{TURN_START}{role}\n")
+            for part, before in zip(parts, (None, *parts), strict=False):
+                if part is None:
+                    row += self.image() + self.encode("\n")
+                else:
+                    row += (self.encode("\n") if before is not None else []) + self.encode(part)
+            row += self.encode(f"{TURN_END}\n")
+        return self.pad([row + self.encode(f"{TURN_START}assistant\n")])
 
     def packed(self, rows: Sequence[Sequence[Turn]]) -> Packed:
         """Several single-turn conversations about one image, sharing the image's tokens.
@@ -172,9 +188,9 @@ class PromptEncoder:
     def pad_id(self) -> int:
         return self.tokenizer.pad_token_id
 
-    def pad(self, rows: Sequence[list[int]]) -> Tokens:
+    def pad(self, rows: Sequence[list[int]], multiple: int = 1) -> Tokens:
         """Left-pad to the longest row, and on to a multiple of `multiple`."""
-        length = -(-max(len(row) for row in rows) // self.multiple) * self.multiple
+        length = -(-max(len(row) for row in rows) // multiple) * multiple
         ids = torch.tensor([[self.pad_id] * (length - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
         return Tokens(ids, mask)

@@ -5,14 +5,13 @@ import base64
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 from anyio import to_thread
 from fastapi import FastAPI, Form, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from PIL import Image
 
 from spar import __version__
 from spar.outputs import encode_picture
@@ -22,7 +21,7 @@ from spar.serving.gate import Gate, Gone
 from spar.serving.limits import REQUEST_SECONDS
 from spar.serving.metrics import Metrics
 from spar.serving.pictures import new_decoders, read_messages, read_picture
-from spar.serving.tasks import Row, begin_chat, drawing_jobs, reconstruction_job
+from spar.serving.tasks import Made, begin_chat, drawing_jobs, reconstruction_job
 from spar.serving.worker import Chat, Job, Worker
 
 FORM = Form(media_type="multipart/form-data")
@@ -37,21 +36,21 @@ ERRORS = {
 
 
 def create_app(
-    worker: Worker, *, model: str = "spar", token: str | None = None, hosts: Collection[str] | None = None,
-    timeout: float = REQUEST_SECONDS,
+    worker: Worker, *, notes: Mapping[str, str | None], token: str | None = None,
+    hosts: Collection[str] | None = None, timeout: float = REQUEST_SECONDS,
 ) -> FastAPI:  # fmt: skip
     """The server as an ASGI application, which starts the worker and stops it.
 
     Args:
         worker: not started yet; its `observe` is set to the metrics.
-        model: the name that requests may give.
+        notes: what the pictures say of the weights; `model` is the name that requests may give.
         token: what every request but `/health` must bear.
         hosts: names that the header Host may have, None for any.
         timeout: seconds that a request may wait and run.
     """
     metrics = Metrics(lambda: worker.waiting)
     worker.observe = metrics.observe
-    pipe, started, decoders = worker.pipe, int(time.time()), new_decoders()
+    pipe, model, started, decoders = worker.pipe, notes["model"], int(time.time()), new_decoders()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -73,10 +72,7 @@ def create_app(
     async def answer(request: Request, jobs: list[Job], kind: str | None) -> Response:
         """Have the jobs done, and their pictures written."""
         worker.submit(*jobs)
-        images = await _finished(request, jobs, timeout)
-        rows = [job.inputs if isinstance(job.inputs, Row) else None for job in jobs]
-        kind = kind or "png"
-        return await to_thread.run_sync(_images, images, rows, kind, model)
+        return await to_thread.run_sync(_images, await _finished(request, jobs, timeout), kind or "png", notes)
 
     @app.post("/v1/images/generations", response_model=schema.Images)
     async def generations(request: Request, body: schema.GenerationRequest) -> Response:
@@ -253,12 +249,11 @@ def completion(model: str, out: Any, pieces: list[str | None]) -> dict[str, Any]
     return {**shared, "choices": [choice], "usage": usage_of(out)}
 
 
-def _images(images: list[Image.Image], rows: list[Row | None], kind: str, model: str) -> Response:
+def _images(made: list[Made], kind: str, notes: Mapping[str, str | None]) -> Response:
     """Pictures as OpenAI's answer; of a PNG each carries how it was made."""
     data = []
-    for image, row in zip(images, rows, strict=True):
-        notes = {"model": model, "spar": __version__} if row is None else row.notes(model)
-        coded = base64.b64encode(encode_picture(image, kind, notes)).decode()
-        data.append({"b64_json": coded, **({} if row is None else {"seed": row.seed})})
-    size = f"{images[0].width}x{images[0].height}"
+    for one in made:
+        coded = base64.b64encode(encode_picture(one.image, kind, {**one.notes, **notes})).decode()
+        data.append({"b64_json": coded, **({} if one.seed is None else {"seed": one.seed})})
+    size = f"{made[0].image.width}x{made[0].image.height}"
     return JSONResponse({"created": int(time.time()), "data": data, "output_format": kind, "size": size})

@@ -18,7 +18,7 @@ def server_of(
     """A server that `run(sockets=[...])` starts; SIGINT and SIGTERM end it when what runs is done.
 
     Args:
-        settings: `model` and `timeout` of `create_app`.
+        settings: `notes` and `timeout` of `create_app`.
     """
     worker = Worker(pipe, max_batch, max_queue)
     hosts = LOCAL_NAMES | {host} if is_local(host) else None

@@ -6,7 +6,6 @@ from typing import Any
 
 from PIL import Image
 
-from spar.outputs import sampling_notes
 from spar.pipeline import SparPipeline
 from spar.serving.schema import Sampling
 from spar.serving.worker import Job, Step
@@ -32,16 +31,17 @@ class Row:
     settings: Settings
     image: Image.Image | None = None
 
-    def notes(self, model: str) -> dict[str, object]:
-        """What the PNG says of itself, as the command line's do."""
-        told = {"prompt" if self.image is None else "instruction": self.prompt}
-        return sampling_notes(
-            told, self.seed, negative_prompt=self.negative_prompt, steps=self.settings.steps,
-            guidance=self.settings.guidance, model=model,
-        )  # fmt: skip
+
+@dataclass(frozen=True)
+class Made:
+    """A picture, what its PNG says of itself, and its seed where it has one."""
+
+    image: Image.Image
+    notes: dict[str, Any]
+    seed: int | None = None
 
 
-def draw(pipe: SparPipeline, rows: list[Row], callback: Step) -> list[Image.Image]:
+def draw(pipe: SparPipeline, rows: list[Row], callback: Step) -> list[Made]:
     """Pictures from words, or of pictures; all rows have one Settings."""
     first = rows[0]
     shared = {
@@ -52,12 +52,15 @@ def draw(pipe: SparPipeline, rows: list[Row], callback: Step) -> list[Image.Imag
     prompts = [row.prompt for row in rows]
     if first.image is None:
         height, width = first.settings.size
-        return pipe.generate(prompts, height=height, width=width, **shared).images
-    return pipe.edit([row.image for row in rows], prompts, **shared).images
+        out = pipe.generate(prompts, height=height, width=width, **shared)
+    else:
+        out = pipe.edit([row.image for row in rows], prompts, **shared)
+    return list(map(Made, out.images, out.notes, out.seeds))
 
 
-def reconstruct(pipe: SparPipeline, images: list[Image.Image], callback: Step) -> list[Image.Image]:
-    return pipe.reconstruct(images).images
+def reconstruct(pipe: SparPipeline, images: list[Image.Image], callback: Step) -> list[Made]:
+    out = pipe.reconstruct(images)
+    return list(map(Made, out.images, out.notes))
 
 
 def drawing_jobs(
