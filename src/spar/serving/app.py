@@ -6,10 +6,10 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
-from anyio import to_thread
 from fastapi import FastAPI, Form, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
@@ -18,20 +18,18 @@ from spar.outputs import encode_picture
 from spar.serving import schema
 from spar.serving.errors import ApiError, add_handlers, api_error
 from spar.serving.gate import Gate, Gone
-from spar.serving.limits import REQUEST_SECONDS
+from spar.serving.limits import DECODERS, REQUEST_SECONDS
 from spar.serving.metrics import Metrics
-from spar.serving.pictures import new_decoders, read_messages, read_picture
+from spar.serving.pictures import read_messages, read_picture
 from spar.serving.tasks import Made, begin_chat, drawing_jobs, reconstruction_job
 from spar.serving.worker import Chat, Job, Worker
 
 FORM = Form(media_type="multipart/form-data")
 ERRORS = {
-    status: {"model": schema.ErrorBody, "description": text}
-    for status, text in {
-        400: "What was asked for cannot be done", 401: "No token, or a wrong one", 413: "Too large",
-        415: "Another content type was expected", 429: "The queue is full; Retry-After says when to come back",
-        500: "The server failed", 503: "The server did not get to it in time, or is being stopped",
-    }.items()
+    "4XX": {"model": schema.ErrorBody, "description": "What was asked for cannot be done; 429: the server is busy, and "
+            "Retry-After says when to come back"},
+    "500": {"model": schema.ErrorBody, "description": "The server failed; its log has more"},
+    "503": {"model": schema.ErrorBody, "description": "The server did not get to it in time, or is being stopped"},
 }  # fmt: skip
 
 
@@ -50,13 +48,14 @@ def create_app(
     """
     metrics = Metrics(lambda: worker.waiting)
     worker.observe = metrics.observe
-    pipe, model, started, decoders = worker.pipe, notes["model"], int(time.time()), new_decoders()
+    pipe, model, started, decoders = worker.pipe, notes["model"], int(time.time()), ThreadPoolExecutor(DECODERS)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         worker.start()
         yield
-        await to_thread.run_sync(worker.stop)
+        await asyncio.to_thread(worker.stop)
+        decoders.shutdown(cancel_futures=True)
 
     app = FastAPI(
         title="SPAR", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS,
@@ -72,7 +71,7 @@ def create_app(
     async def answer(request: Request, jobs: list[Job], kind: str | None) -> Response:
         """Have the jobs done, and their pictures written."""
         worker.submit(*jobs)
-        return await to_thread.run_sync(_images, await _finished(request, jobs, timeout), kind or "png", notes)
+        return await asyncio.to_thread(_images, await _finished(request, jobs, timeout), kind or "png", notes)
 
     @app.post("/v1/images/generations", response_model=schema.Images)
     async def generations(request: Request, body: schema.GenerationRequest) -> Response:

@@ -1,19 +1,20 @@
 """Pictures of clients: from the bytes of an upload or a `data:` address to a checked picture, and back."""
 
+import asyncio
 import base64
 import binascii
 import logging
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from typing import Any
 
-from anyio import CapacityLimiter, to_thread
 from PIL import Image
 
 from spar.data.images import open_training_image, read_header
 from spar.errors import InputError
 from spar.serving.errors import ApiError
-from spar.serving.limits import DECODERS, MAX_CHAT_PICTURES, MAX_PICTURE_BYTES, MAX_PICTURE_PIXELS
+from spar.serving.limits import MAX_CHAT_PICTURES, MAX_PICTURE_BYTES, MAX_PICTURE_PIXELS
 from spar.serving.schema import Message, TextPart
 
 log = logging.getLogger(__name__)
@@ -25,8 +26,8 @@ EXPECTED = (
 _DATA = re.compile(r"data:image/[\w.+-]{1,32};base64,", re.ASCII | re.IGNORECASE)
 
 
-async def read_picture(data: bytes, param: str, hold: Callable[[int], None], decoders: CapacityLimiter) -> Image.Image:
-    """An RGB picture from a client's bytes, decoded aside, few at once; `hold` hears how many bytes it takes.
+async def read_picture(data: bytes, param: str, hold: Callable[[int], None], decoders: Executor) -> Image.Image:
+    """An RGB picture from a client's bytes, decoded in `decoders`; `hold` hears how many bytes it takes.
 
     Raises:
         ApiError: what is no such picture (one fixed text; the log has the reason).
@@ -38,7 +39,7 @@ async def read_picture(data: bytes, param: str, hold: Callable[[int], None], dec
         if header.width * header.height > MAX_PICTURE_PIXELS:
             raise InputError(f"{header.width} x {header.height} pixels")
         hold(header.width * header.height * 3)
-        return await to_thread.run_sync(open_training_image, data, limiter=decoders)
+        return await asyncio.get_running_loop().run_in_executor(decoders, open_training_image, data)
     except InputError as error:
         log.info("%s refused: %s", param, ascii(str(error))[:300])
         raise ApiError(400, f"{param}: {EXPECTED}", param=param) from None
@@ -62,7 +63,7 @@ def decode_address(url: str, param: str) -> bytes:
 
 
 async def read_messages(
-    messages: Sequence[Message], hold: Callable[[int], None], decoders: CapacityLimiter
+    messages: Sequence[Message], hold: Callable[[int], None], decoders: Executor
 ) -> list[dict[str, Any]]:
     """A chat's messages as `SparPipeline.chat` takes them, pictures decoded.
 
@@ -86,7 +87,3 @@ async def read_messages(
                 content.append({"type": "image", "image": await read_picture(data, where, hold, decoders)})
         read.append({"role": "system" if message.role == "developer" else message.role, "content": content})
     return read
-
-
-def new_decoders() -> CapacityLimiter:
-    return CapacityLimiter(DECODERS)

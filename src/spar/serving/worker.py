@@ -117,7 +117,7 @@ class Worker:
                 raise Busy
             for job in jobs:
                 (self._chats if isinstance(job, Chat) else self._waiting).append(job)
-                job.future.add_done_callback(lambda _, job=job: self._forget(job))
+                job.future.add_done_callback(self._forget)  # knows no job: with one it would be a circle, kept long
             self._changed.notify_all()
 
     def call(self, function: Callable[[SparPipeline], Any]) -> Future:
@@ -126,25 +126,34 @@ class Worker:
         self.submit(job)
         return job.future
 
-    def _forget(self, job: Job | Chat) -> None:
+    def _forget(self, future: Future) -> None:
+        """Take a job out of the queue; a chat is the thread's own to end."""
         with self._changed:
-            queue = self._chats if isinstance(job, Chat) else self._waiting
-            if job in queue:
-                queue.remove(job)
+            for job in [job for job in self._waiting if job.future is future]:
+                self._waiting.remove(job)
 
     def _loop(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._stopping or self._waiting or self._chats)
-                if self._stopping:
-                    return
-                jobs = self._take()
-            if jobs:
-                start = time.perf_counter()
-                self._run(jobs)
-                self.observe(time.perf_counter() - start, len(jobs))
-            for chat in list(self._chats)[:MAX_CHATS]:
-                self._advance(chat)
+        while self._turn():  # a function of its own, so that nothing of the last turn is kept while there is no work
+            pass
+
+    def _turn(self) -> bool:
+        """Wait for work, then do a batch and let each chat say a little; False once the worker is stopped."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopping or self._waiting or self._chats)
+            if self._stopping:
+                return False
+            jobs = self._take()
+        if jobs:
+            start = time.perf_counter()
+            self._run(jobs)
+            self.observe(time.perf_counter() - start, len(jobs))
+        for chat in list(self._chats)[:MAX_CHATS]:
+            self._advance(chat)
+            if chat.future.done():
+                chat.pieces = None  # and with it what the model remembers of the conversation
+                with self._changed:
+                    self._chats.remove(chat)
+        return True
 
     def _take(self) -> list[Job]:
         """The oldest job and all that goes with it, up to a full batch.
