@@ -39,7 +39,7 @@ MAX_QUEUE = 64
 MAX_BATCH = 8
 MAX_CHATS = 8
 CHAT_TURN_TOKENS = 8
-GATHER_SECONDS = 0.02
+GATHER_SECONDS = 0.03
 DECODERS = 2  # pictures that are decoded at once
 
 _MIB = 2**20

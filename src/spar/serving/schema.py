@@ -37,10 +37,10 @@ def _area(size: str | None) -> str | None:
     return size
 
 
-class Strict(BaseModel):
+class Closed(BaseModel):
     """An object without unknown fields; one with very many is refused before each of them gets its own error."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -50,7 +50,13 @@ class Strict(BaseModel):
         return data
 
 
-class Sampling(Strict):
+class Strict(Closed):
+    """JSON, where a number is a number; the values of a form are text."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class Sampling(Closed):
     """What `/v1/images/generations` and `/v1/images/edits` share."""
 
     prompt: Text
@@ -75,23 +81,19 @@ class Sampling(Strict):
 
 
 class GenerationRequest(Sampling):
+    model_config = ConfigDict(strict=True)
+
     size: Annotated[str, Field(pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$"), AfterValidator(_area)] | None = Field(
         None, description='Width x height in pixels, or "auto"; drawn exactly so, or refused.'
     )
 
 
 class EditForm(Sampling):
-    """A form: its values come as text."""
-
-    model_config = ConfigDict(extra="forbid", strict=False, allow_inf_nan=False)
-
     image: UploadFile = Field(description="PNG, JPEG or WEBP of one frame; its name is not used.")
     size: Literal["auto"] | None = Field(None, description="The result has the picture's own proportions.")
 
 
-class ReconstructForm(Strict):
-    model_config = ConfigDict(extra="forbid", strict=False)
-
+class ReconstructForm(Closed):
     image: UploadFile = Field(description="PNG, JPEG or WEBP of one frame; its name is not used.")
     model: Name | None = None
     output_format: OutputFormat | None = None

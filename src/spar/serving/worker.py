@@ -77,7 +77,7 @@ class Worker:
         self._chats: deque[Chat] = deque()
         self._changed = threading.Condition(threading.RLock())
         self._stopping = False
-        self._last_rows = 0
+        self._expected, self._answered_at = 0, 0.0
         self._thread = threading.Thread(target=self._loop, name="spar-worker", daemon=True)
 
     def start(self) -> None:
@@ -146,7 +146,9 @@ class Worker:
         if jobs:
             start = time.perf_counter()
             self._run(jobs)
-            self.observe(time.perf_counter() - start, len(jobs))
+            self._expected = len(jobs) + len(self._waiting)
+            self._answered_at = time.perf_counter()
+            self.observe(self._answered_at - start, len(jobs))
         for chat in list(self._chats)[:MAX_CHATS]:
             self._advance(chat)
             if chat.future.done():
@@ -158,15 +160,14 @@ class Worker:
     def _take(self) -> list[Job]:
         """The oldest job and all that goes with it, up to a full batch.
 
-        Clients that were answered together come back one after another within milliseconds: where the last batch had
-        several rows, the worker waits that long for as many again.
+        Clients that have just been answered come back one after another within milliseconds. The worker waits so long
+        for as many as it answered last: without that, eight clients fall into two groups that wait for each other.
         """
-        if not self._waiting:
-            return []
-        if self._last_rows > 1 and not self._chats:
-            enough = min(self._last_rows, self.max_batch)
-            self._changed.wait_for(lambda: self._stopping or len(self._waiting) >= enough, GATHER_SECONDS)
-        if not self._waiting:  # cancelled meanwhile
+        left = self._answered_at + GATHER_SECONDS - time.perf_counter()
+        if left > 0 and self._waiting and not self._chats:
+            enough = min(self._expected, self.max_batch)
+            self._changed.wait_for(lambda: self._stopping or len(self._waiting) >= enough, left)
+        if not self._waiting:  # there are only chats, or all were cancelled meanwhile
             return []
         head, room = self._waiting[0], self.max_batch - self._waiting[0].weight
         jobs = [head]
@@ -176,7 +177,6 @@ class Worker:
                 room -= job.weight
         for job in jobs:
             self._waiting.remove(job)
-        self._last_rows = len(jobs)
         return jobs
 
     def _run(self, jobs: list[Job]) -> None:
