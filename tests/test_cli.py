@@ -41,6 +41,7 @@ FLAGS = {
              "--guidance", "--images-per-prompt", "--combinations", "-o"),
     "report": ("RUN", "-o"),
     "demo": ("-o", "--images", "--model"),
+    "serve": ("--host", "--port", "--token-file", "--max-batch", "--max-queue", "--timeout", "--model"),
     "data": ("check", "convert"),
     "doctor": ("--help",),
 }  # fmt: skip

@@ -544,7 +544,7 @@ def test_reconstruct_is_the_tokenizer_there_and_back(pipe, pictures):
 
 FRESH = """
 import sys, numpy, torch
-from spar.pipeline import SparPipeline, native_bfloat16
+from spar.pipeline import SparPipeline
 torch.set_num_threads(int(sys.argv[3]))
 pipe = SparPipeline.from_pretrained(sys.argv[1], dtype=torch.float32, device="cpu")
 picture = pipe.generate("a red circle", seed=3, num_inference_steps=3).images[0]
