@@ -305,6 +305,26 @@ class ConvertArguments(AssemblyArguments):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PushArguments:
+    """Send a folder of weights to the Hub: spar push runs/shapes/model OWNER/NAME --dry-run
+
+    The folder is checked first, and only what belongs to it is sent, in one commit. A repository that is not there yet
+    is made, private unless --public. Who asks is huggingface_hub's business: hf auth login, or HF_TOKEN.
+    """
+
+    folder: Annotated[Positional[Path], arg(metavar="FOLDER")]
+    """SPAR folder, of a model or of a tokenizer alone."""
+    repository: Annotated[Positional[str], arg(metavar="REPO_ID")]
+    """OWNER/NAME."""
+    public: Flag = False
+    """Everybody may read the repository."""
+    message: str = "Weights of SPAR"
+    """Of the commit."""
+    dry_run: Flag = False
+    """Say what would be sent, and stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalArguments(ModelArguments):
     """Score a model with the judge of the shapes world: spar eval shapes-gen -o shapes-gen.json"""
 

@@ -6,6 +6,7 @@
     pixel_encoder/            model.safetensors: E_p, for training the tokenizer (optional)
     text_tokenizer/           transformers' own files
     manifest.json             what made the weights (optional)
+    README.md                 the model card, for a reader (optional)
 """
 
 import importlib.metadata
@@ -25,6 +26,7 @@ from spar.config import from_dict, read_json, to_dict, write_json
 from spar.data.prompts import IMAGE_TOKEN
 from spar.errors import InputError
 from spar.models.autoencoder import PixelEncoder, build_autoencoder
+from spar.models.card import model_card
 from spar.models.config import SparConfig, TextConfig
 from spar.models.migration import FORMAT_VERSION, upgraded
 from spar.models.spar import SparModel
@@ -32,6 +34,7 @@ from spar.models.tokenizer import UnifiedTokenizer
 from spar.models.weights import INDEX, fill_weights, write_tensors
 
 FORMAT = "spar"
+CARD = "README.md"
 PARTS = ("language", "router", "connector", "denoiser")
 
 
@@ -116,6 +119,15 @@ def save_model(loaded: Loaded, folder: Path, dtype: torch.dtype | None = None) -
             },
         )
         write_json(aside / "manifest.json", loaded.manifest)
+        (aside / CARD).write_text(card_of(loaded), encoding="utf-8")
+
+
+def card_of(loaded: Loaded) -> str:
+    """The model card, as it lies in the folder."""
+    model, words = loaded.model, loaded.text_tokenizer
+    sizes = {name: sum(t.numel() for t in getattr(model, name).state_dict().values()) for name in ("tokenizer", *PARTS)}
+    closed = len(set(words.get_vocab()) - set(words.all_special_tokens)) if words.unk_token_id is not None else None
+    return model_card(model.config, loaded.manifest, sizes, prompt=loaded.sampling.max_prompt_tokens, words=closed)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import nn
 from spar.config import from_dict, read_json
 from spar.errors import InputError
 from spar.models.autoencoder import PixelEncoder, build_autoencoder
+from spar.models.card import recorded_scores
 from spar.models.checkpoint import FORMAT, PARTS, Sampling, has_pixel_encoder, load_text_tokenizer, read_header
 from spar.models.config import SparConfig
 from spar.models.spar import SparModel
@@ -50,12 +51,7 @@ class Inspection:
     @property
     def scores(self) -> dict[str, dict[str, float]]:
         """The manifest's scores by benchmark; what is no number is none."""
-        listed = self.manifest.get("scores")
-        return {
-            name: {score: value for score, value in table.items() if type(value) in (int, float)}
-            for name, table in (listed.items() if isinstance(listed, dict) else ())
-            if isinstance(table, dict)
-        }
+        return recorded_scores(self.manifest)
 
 
 def inspect(folder: Path) -> Inspection:
