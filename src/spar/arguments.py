@@ -44,6 +44,12 @@ class ModelArguments:
     """Folder of LoRA weights (RUN/adapter) to merge into the model."""
     decode_tile: int | None = None
     """Visual tokens a side above which pictures are decoded in tiles: less memory, a slightly different picture."""
+    weights: Literal["float32", "compute", "int8"] = "float32"
+    """How weights are held: compute is half the memory for the same result, int8 less for another (needs torchao)."""
+    offload: Flag = False
+    """Parts wait in the CPU's memory while others compute on the device: less of its memory, more time."""
+    compile: Flag = False
+    """Repeated layers go through torch.compile: the first result takes a minute or so, later ones less time."""
     dtype: Dtype = "auto"
     """What matrix products run in; auto is bfloat16 where the device has it in hardware."""
     device: str | None = None

@@ -211,7 +211,8 @@ def _load(args: "ModelArguments") -> "SparPipeline":
 
         dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
         return SparPipeline.from_pretrained(
-            args.model, dtype=dtype, device=args.device, adapter=args.adapter, decode_tile=args.decode_tile
+            args.model, dtype=dtype, device=args.device, adapter=args.adapter, decode_tile=args.decode_tile,
+            weights=args.weights, offload=args.offload, compile=args.compile,
         )
 
 

@@ -33,6 +33,7 @@ NOTES: dict[str, tuple[type, str | None]] = {
     "guidance": (float, "--guidance"),
     "dtype": (str, "--dtype"),
     "device": (str, "--device"),
+    "weights": (str, "--weights"),
     "decode_tile": (int, "--decode-tile"),
     "model": (str, "--model"),
     "adapter": (str, "--adapter"),

@@ -33,8 +33,10 @@ from spar.limits import (
     whole_within,
     within,
 )
+from spar.models.blocks import compile_blocks
 from spar.models.checkpoint import Loaded, load_model, save_model, versions
 from spar.models.lora import load_adapter, merge
+from spar.models.memory import WEIGHTS, Offload, Weights, hold, quantize
 from spar.models.spar import Condition
 from spar.models.tiling import SMALLEST
 from spar.outputs import check_free, save_pictures, target_files
@@ -135,9 +137,21 @@ class SparPipeline:
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     decode_tile: int | None = None
+    weights: Weights = "float32"
+    offload: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
-        self.model = self.loaded.model.to(self.device)
+        model = self.model = self.loaded.model
+        if self.weights != "float32":
+            hold(model, self.dtype)
+        if self.weights == "int8":
+            quantize(model)
+        if self.compile:
+            compile_blocks(model)
+        self._offload = Offload(model, self.device) if self.offload else None
+        if not self.offload:
+            model.to(self.device)
         config = self.model.config
         self.prompts = PromptEncoder(
             self.loaded.text_tokenizer, config.grid**2, image_start=config.connector.image_start
@@ -152,6 +166,9 @@ class SparPipeline:
         device: str | torch.device | None = None,
         adapter: str | Path | None = None,
         decode_tile: int | None = None,
+        weights: Weights = "float32",
+        offload: bool = False,
+        compile: bool = False,
     ) -> "SparPipeline":
         """Load a SPAR folder; without a path, the bundled weights.
 
@@ -161,9 +178,15 @@ class SparPipeline:
             adapter: a folder of LoRA weights (`RUN/adapter`) that are merged into the model.
             decode_tile: visual tokens a side above which a picture is decoded in tiles of that size, which takes less
                 memory and changes it a little; None decodes it as a whole.
+            weights: how they are held: "float32" as they are stored; "compute", those of matrix products in `dtype`,
+                half the memory for the same results; "int8", those of linear layers rounded to 8 bits besides, for
+                other results (needs torchao).
+            offload: parts wait in the CPU's memory while others compute: less of the device's memory, more time.
+            compile: repeated layers go through torch.compile: the first call takes a minute or so, later ones less.
 
         Raises:
-            InputError: a missing, partial, foreign or damaged folder, or a device that is not there.
+            InputError: a missing, partial, foreign or damaged folder, a device that is not there, or offload from
+                the CPU to itself.
         """
         where = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else check_device(device)
         if dtype is None:
@@ -173,6 +196,10 @@ class SparPipeline:
             raise InputError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
         if decode_tile is not None:
             whole_within("decode_tile", decode_tile, SMALLEST, MAX_TILE)
+        if weights not in WEIGHTS:
+            raise InputError(f"weights: expected one of {', '.join(WEIGHTS)}, got {weights!r}")
+        if offload and where.type == "cpu":
+            raise InputError("offload: expected a device whose parts can wait in the CPU's memory, got cpu itself")
         folder = BUNDLED if path is None else Path(path)
         if path is None and not (folder / "config.json").exists():
             raise InputError("this installation has no bundled weights; give a model folder, or train one")
@@ -180,10 +207,16 @@ class SparPipeline:
         if adapter is not None:
             load_adapter(loaded.model, Path(adapter))
             merge(loaded.model)
-        return cls(loaded, dtype, where, decode_tile)
+        return cls(loaded, dtype, where, decode_tile, weights, offload, compile)
 
     def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write the whole model as a SPAR folder, floating weights in `dtype` (default: as they are)."""
+        """Write the whole model as a SPAR folder, floating weights in `dtype` (default: as they are).
+
+        Raises:
+            InputError: a folder that cannot be written, or weights that are no longer those that were loaded.
+        """
+        if self.weights != "float32":
+            raise InputError(f"weights: expected float32 in a pipeline that is to be saved, got {self.weights}")
         save_model(self.loaded, Path(path), dtype)
 
     @property
@@ -271,6 +304,7 @@ class SparPipeline:
         tokens = self.prompts.question(questions).to(self.device)
         with self._precision():
             f_v = self._features(pixels)
+            self._bring("language")
             rows = self.model.understand(tokens.ids, tokens.mask, f_v, max_new_tokens=max_new_tokens)
         return UnderstandOutput([self.loaded.text_tokenizer.decode(row, skip_special_tokens=True) for row in rows])
 
@@ -312,10 +346,12 @@ class SparPipeline:
         text, tokens = TextStream(self.loaded.text_tokenizer), tokens.to(self.device)
         with torch.inference_mode(), self._precision():
             f_v = None if pixels is None else self._features(pixels)
+            self._bring("language")
             embedded = self.model.embed(tokens.ids, f_v)
             steps = self.model.language.stream(embedded, tokens.mask, max_new_tokens=longest)
         while True:
             with torch.inference_mode(), self._precision():
+                self._bring("language")  # other calls may come between two pieces
                 step = next(steps, None)
             if step is None:
                 break
@@ -332,7 +368,10 @@ class SparPipeline:
         pixels = self._pixels(image)
         with self._precision():
             tokenizer = self.model.tokenizer
-            out = tokenizer.decode(tokenizer.encode(pixels).z_f, self.decode_tile).float().clamp(0, 1)
+            self._bring("encoder", "streams")
+            z_f = tokenizer.encode(pixels).z_f
+            self._bring("decoder")
+            out = tokenizer.decode(z_f, self.decode_tile).float().clamp(0, 1)
         return ReconstructOutput(to_pil(out), [self._circumstances() for _ in out])
 
     @torch.inference_mode()
@@ -354,7 +393,9 @@ class SparPipeline:
         noise = self._noise(seeds, size)
         with self._precision():
             f_v = self._features(pixels) if pixels is not None else None
+            self._bring("streams", "language", "bridge")
             condition, routed = self._conditions(tokens, negatives, f_v, size, guidance)
+            self._bring("denoiser")
 
             def velocity(latent: Tensor, time: Tensor) -> Tensor:
                 if guidance == 1:
@@ -366,6 +407,7 @@ class SparPipeline:
                 velocity, noise, num_inference_steps=steps, shift=defaults.shift, method=defaults.method,
                 callback=callback,
             )
+            self._bring("decoder")
             images = self.model.decode(latent, self.decode_tile).float()
         routing = [self._routing(tokens, routed, row) for row in range(len(tokens.ids)) for _ in range(per_prompt)]
         shared = {"steps": steps, "guidance": float(guidance), **self._circumstances()}
@@ -376,7 +418,8 @@ class SparPipeline:
         """What else than the arguments an image depends on."""
         made = {name: self.manifest.get(name) for name in ("recipe", "commit")}  # None is not written
         run = {"dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)}
-        return {**run, "decode_tile": self.decode_tile, **made, **versions()}
+        held = None if self.weights == "float32" else self.weights
+        return {**run, "weights": held, "decode_tile": self.decode_tile, **made, **versions()}
 
     def _conditions(
         self, tokens: Tokens, negatives: Tokens, f_v: Tensor | None, size: tuple[int, int], guidance: float
@@ -419,7 +462,13 @@ class SparPipeline:
         rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(rows).to(self.device)
 
+    def _bring(self, *parts: str) -> None:
+        """Have what computes next on the device, where parts are offloaded."""
+        if self._offload:
+            self._offload.bring(*parts)
+
     def _features(self, pixels: Tensor) -> Tensor:
+        self._bring("encoder")
         return self.model.tokenizer.encoder(pixels).float()
 
     def _precision(self) -> AbstractContextManager:

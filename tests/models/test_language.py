@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM, Qwen2Model
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 
 from spar.errors import InputError
 from spar.models.attention import attention_bias, positions
@@ -67,12 +67,12 @@ def test_states_come_in_the_order_asked_for(language):
 
 
 def test_tokens_behind_a_cache_equal_the_full_pass(language):
-    embeddings, cache, parts = language.embed(tokens()), DynamicCache(), []
+    embeddings, seen, parts = language.embed(tokens()), language.unread(), []
     full, _ = run(language, embeddings)
     start = 0
     for stop in (4, 5, 7):  # a prompt, then one token, then two at once
         bias = attention_bias(MASK[:, :stop], embeddings, causal=True, past=start)
-        part, _ = language(embeddings[:, start:stop], bias, positions(MASK)[:, start:stop], cache=cache)
+        part, _ = language(embeddings[:, start:stop], bias, positions(MASK)[:, start:stop], seen=seen)
         parts.append(part)
         start = stop
     real = MASK.bool()

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from spar.models.attention import attention_bias, positions
 from spar.models.config import SparConfig
@@ -104,13 +103,13 @@ class SparModel(nn.Module):
         graph of the queries' pass alone.
         """
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.language.parameters())
-        places, cache = positions(mask), DynamicCache()
+        places, seen = positions(mask), self.language.unread()
         words, queries = embeddings[:, :prompt], embeddings[:, prompt:]
         with torch.set_grad_enabled(learns):
             bias = attention_bias(mask[:, :prompt], words, causal=True)
-            _, before = self.language(words, bias, places[:, :prompt], layers=self.layers, cache=cache)
+            _, before = self.language(words, bias, places[:, :prompt], layers=self.layers, seen=seen)
         bias = attention_bias(mask, queries, causal=True, past=prompt)
-        _, behind = self.language(queries, bias, places[:, prompt:], layers=self.layers, cache=cache)
+        _, behind = self.language(queries, bias, places[:, prompt:], layers=self.layers, seen=seen)
         return [torch.cat(pair, dim=1) for pair in zip(before, behind, strict=True)]
 
     def velocity(self, latent: Tensor, time: Tensor, condition: Condition) -> Denoised:
