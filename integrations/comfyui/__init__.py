@@ -1,8 +1,8 @@
 """ComfyUI nodes: load, generate, edit, understand, reconstruct. Thin over `spar.SparPipeline`, which does the work.
 
-This folder goes into ComfyUI's custom_nodes, the package `spar` into ComfyUI's Python (README.md). A picture is an IMAGE
-of ComfyUI's, `[B, H, W, C]` in [0, 1]. A widget at its lowest value (steps, width and height 0, guidance -1) leaves the
-choice to the model.
+This folder goes into ComfyUI's custom_nodes, the package `spar` into ComfyUI's Python (README.md). A picture is an
+IMAGE of ComfyUI's, `[B, H, W, C]` in [0, 1]. A widget at its lowest value (steps, width and height 0, guidance -1) leaves
+the choice to the model.
 """
 
 from collections.abc import Callable

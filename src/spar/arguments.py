@@ -44,8 +44,8 @@ class ModelArguments:
     """Folder of LoRA weights (RUN/adapter) to merge into the model."""
     decode_tile: int | None = None
     """Visual tokens a side above which pictures are decoded in tiles: less memory, a slightly different picture."""
-    weights: Literal["float32", "compute", "int8"] = "float32"
-    """How weights are held: compute is half the memory for the same result, int8 less for another (needs torchao)."""
+    weights: Literal["float32", "compute", "int8"] = "compute"
+    """How weights are held: float32 as stored, compute in half of it for the same result, int8 in less for another."""
     offload: Flag = False
     """Parts wait in the CPU's memory while others compute on the device: less of its memory, more time."""
     compile: Flag = False

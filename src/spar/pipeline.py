@@ -396,6 +396,7 @@ class SparPipeline:
             self._bring("streams", "language", "bridge")
             condition, routed = self._conditions(tokens, negatives, f_v, size, guidance)
             self._bring("denoiser")
+            condition = self.model.prepare(condition)
 
             def velocity(latent: Tensor, time: Tensor) -> Tensor:
                 if guidance == 1:
@@ -418,7 +419,7 @@ class SparPipeline:
         """What else than the arguments an image depends on."""
         made = {name: self.manifest.get(name) for name in ("recipe", "commit")}  # None is not written
         run = {"dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)}
-        held = None if self.weights == "float32" else self.weights
+        held = self.weights if self.weights == "int8" else None  # between the others there is no difference
         return {**run, "weights": held, "decode_tile": self.decode_tile, **made, **versions()}
 
     def _conditions(
