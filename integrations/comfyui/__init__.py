@@ -1,8 +1,8 @@
 """ComfyUI nodes: load, generate, edit, understand, reconstruct. Thin over `spar.SparPipeline`, which does the work.
 
 This folder goes into ComfyUI's custom_nodes, the package `spar` into ComfyUI's Python (README.md). A picture is an
-IMAGE of ComfyUI's, `[B, H, W, C]` in [0, 1]. A widget at its lowest value (steps, width and height 0, guidance -1) leaves
-the choice to the model.
+IMAGE of ComfyUI's, `[B, H, W, C]` in [0, 1]. A widget at its lowest value (steps, width and height 0, guidance -1)
+leaves the choice to the model.
 """
 
 from collections.abc import Callable
@@ -95,7 +95,7 @@ class SparLoad:
                 "folder": ("STRING", {"default": "", "tooltip": "SPAR folder; empty: the bundled model"}),
                 "device": (["auto", "cpu", "cuda", "mps"],),
                 "dtype": (["auto", "float32", "bfloat16", "float16"],),
-                "weights": (["float32", "compute", "int8"], {"tooltip": "compute: half the memory, the same pictures"}),
+                "weights": (["compute", "float32", "int8"], {"tooltip": "compute: half the memory, the same pictures"}),
             }
         }
 
