@@ -215,7 +215,7 @@ WRONG = [
     ("info there.png", "'there.png', which is no PNG"),
     ("info empty", "config.json is missing in empty"),
     ("push", "expected FOLDER, got nothing"),
-    ("push empty", "expected REPO-ID, got nothing"),
+    ("push empty", "expected REPO_ID, got nothing"),
     ("push empty name", "REPO_ID: expected OWNER/NAME, got 'name'"),
     ("push empty me/model", "config.json is missing in empty"),
     ("eval", "expected BENCHMARK, got nothing"),

@@ -191,9 +191,11 @@ def test_a_folder_arrives_from_the_command_line(hub, folder, tmp_path):
 
 def test_a_folder_sent_again_replaces_its_own_files_alone(here, folder):
     push(shipment(folder), "me/model")
-    repository, beside = here.repositories["me/model"], {".gitattributes": b"x", "LICENSE": b"mine"}
+    repository = here.repositories["me/model"]
+    beside = {".gitattributes": b"x", "LICENSE": b"mine", "README.md": b"by hand"}
     repository.files |= {**beside, "denoiser/model-00001-of-00002.safetensors": b"of an older, larger model"}
     (folder / "manifest.json").write_text("{}")
+    (folder / "README.md").unlink()  # it stays there, though none is sent
     push(shipment(folder), "me/model")
     assert repository.files == {**contents(folder), **beside} and len(repository.commits) == 2
 

@@ -11,8 +11,12 @@ from spar.models.checkpoint import PARTS
 from spar.models.inspection import inspect
 from spar.models.weights import INDEX
 
-# What belongs to a folder. Nothing else that lies in it is sent; older files of these names are removed there.
+FOLDERS = ("", "tokenizer/", *(f"{part}/" for part in PARTS), "pixel_encoder/")
+# Weights that are no longer in the folder are removed there: they might be loaded in the place of newer ones.
+WEIGHTS = tuple(f"{folder}model*.safetensors{end}" for folder in FOLDERS for end in ("", INDEX))
+# What belongs to a folder: nothing else that lies in it is sent.
 BELONGS = (
+    *WEIGHTS,
     "README.md",
     "config.json",
     "manifest.json",
@@ -21,9 +25,7 @@ BELONGS = (
     "text_tokenizer/*.json",
     "text_tokenizer/*.jinja",
     "text_tokenizer/*.txt",
-    *(f"{part}model*.safetensors{end}" for part in ("", "tokenizer/", *(f"{name}/" for name in PARTS), "pixel_encoder/")
-      for end in ("", INDEX)),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def push(goods: Shipment, repository: str, *, private: bool = True, message: str
                 raise InputError(f"{repository} holds another model (its config.json says format {kind!r})")
         commit = hub.upload_folder(
             repo_id=repository, folder_path=goods.folder, allow_patterns=list(goods.files),
-            delete_patterns=list(BELONGS), commit_message=message,
+            delete_patterns=list(WEIGHTS), commit_message=message,
         )
     except InputError:
         raise
