@@ -498,7 +498,8 @@ def push(argv: list[str]) -> int:
     go = "would go" if args.dry_run else "go"
     print(f"{sum(goods.files.values()):>15,}  bytes in {len(goods.files)} files {go} to {where}")
     if goods.left:
-        print(f"spar: note: left behind, since spar reads no such files: {', '.join(goods.left)}", file=sys.stderr)
+        left = _printable(", ".join(goods.left))
+        print(f"spar: note: left behind, since spar reads no such files: {left}", file=sys.stderr)
     if not args.dry_run:
         print(push(goods, args.repository, private=not args.public, message=args.message))
     return 0

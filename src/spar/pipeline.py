@@ -322,7 +322,7 @@ class SparPipeline:
         """
         if max_new_tokens is not None:
             whole_within("max_new_tokens", max_new_tokens, 1, MAX_NEW_TOKENS)
-        turns, longest = read_messages(messages), min(self.model.config.text.longest, MAX_CHAT_TOKENS)
+        turns, longest = read_messages(messages, self.image_size), min(self.model.config.text.longest, MAX_CHAT_TOKENS)
         for index, turn in enumerate(turns):
             for text in turn.parts:
                 if isinstance(text, str) and (text or turn.role != "assistant"):  # a model may have said nothing
@@ -336,7 +336,7 @@ class SparPipeline:
                 f"got {length} and {wanted} for the answer"
             )
         images = [image for turn in turns for image in turn.images]
-        pixels = self._pixels(images) if images else None
+        pixels = to_tensor(images).to(self.device) if images else None
         out = ChatOutput(length)
         out.pieces = self._speak(out, tokens, pixels, max_new_tokens or min(MAX_NEW_TOKENS, longest - length))
         return out
