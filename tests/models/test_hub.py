@@ -134,7 +134,7 @@ class Hub(BaseHTTPRequestHandler):
 def hub() -> Iterator[type[Hub]]:
     handler = type("OneHub", (Hub,), {"repositories": {}, "objects": {}})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     handler.address = f"http://127.0.0.1:{server.server_address[1]}"
     try:
