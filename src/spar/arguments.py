@@ -45,8 +45,8 @@ class ModelArguments:
     """Folder of LoRA weights (RUN/adapter) to merge into the model."""
     decode_tile: int | None = None
     """Visual tokens a side above which pictures are decoded in tiles: less memory, a slightly different picture."""
-    weights: Literal["float32", "compute", "int8"] = "float32"
-    """How weights are held: compute is half the memory for the same result, int8 less for another (needs torchao)."""
+    weights: Literal["float32", "compute", "int8"] = "compute"
+    """How weights are held: float32 as stored, compute in half of it for the same result, int8 in less for another."""
     offload: Flag = False
     """Parts wait in the CPU's memory while others compute on the device: less of its memory, more time."""
     compile: Flag = False
@@ -309,6 +309,26 @@ class ConvertArguments(AssemblyArguments):
     """What brings the latent to unit size; by default the model's own."""
     recipe: str = "spar-1b"
     """The recipe that gives what the checkpoint lacks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushArguments:
+    """Send a folder of weights to the Hub: spar push runs/shapes/model OWNER/NAME --dry-run
+
+    The folder is checked first, and only what belongs to it is sent, in one commit. A repository that is not there yet
+    is made, private unless --public. Who asks is huggingface_hub's business: hf auth login, or HF_TOKEN.
+    """
+
+    folder: Annotated[Positional[Path], arg(metavar="FOLDER")]
+    """SPAR folder, of a model or of a tokenizer alone."""
+    repository: Annotated[Positional[str], arg(metavar="REPO_ID")]
+    """OWNER/NAME."""
+    public: Flag = False
+    """Everybody may read the repository."""
+    message: str = "Weights of SPAR"
+    """Of the commit."""
+    dry_run: Flag = False
+    """Say what would be sent, and stop."""
 
 
 @dataclass(frozen=True, kw_only=True)

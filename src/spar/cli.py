@@ -483,6 +483,29 @@ def convert(argv: list[str]) -> int:
     return _make_model(parse(ConvertArguments, argv, "spar convert"), "converting", make)
 
 
+def push(argv: list[str]) -> int:
+    """Send a folder of weights to the Hub."""
+    from spar.arguments import PushArguments, parse
+
+    args = parse(PushArguments, argv, "spar push")
+    with bar("looking"):
+        from spar.models.hub import check_repository, push, shipment
+
+        check_repository(args.repository)
+        goods = shipment(args.folder)
+    for name, size in goods.files.items():
+        print(f"{size:>15,}  {_printable(name)}")
+    where = f"{args.repository}, {'public' if args.public else 'private'}"
+    go = "would go" if args.dry_run else "go"
+    print(f"{sum(goods.files.values()):>15,}  bytes in {len(goods.files)} files {go} to {where}")
+    if goods.left:
+        left = _printable(", ".join(goods.left))
+        print(f"spar: note: left behind, since spar reads no such files: {left}", file=sys.stderr)
+    if not args.dry_run:
+        print(push(goods, args.repository, private=not args.public, message=args.message))
+    return 0
+
+
 def _make_model(args: Any, title: str, make: Callable[..., Any]) -> int:
     """Write the model that `make` puts together of what both verbs are given, and say where its parts come from."""
     check_replaceable(args.output, "config.json", overwrite=args.overwrite)
@@ -690,6 +713,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "cache": cache,
     "build": build,
     "convert": convert,
+    "push": push,
     "generate": generate,
     "edit": edit,
     "understand": understand,

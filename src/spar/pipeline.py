@@ -327,7 +327,7 @@ class SparPipeline:
         """
         if max_new_tokens is not None:
             whole_within("max_new_tokens", max_new_tokens, 1, MAX_NEW_TOKENS)
-        turns, longest = read_messages(messages), min(self.model.config.text.longest, MAX_CHAT_TOKENS)
+        turns, longest = read_messages(messages, self.image_size), min(self.model.config.text.longest, MAX_CHAT_TOKENS)
         for index, turn in enumerate(turns):
             for text in turn.parts:
                 if isinstance(text, str) and (text or turn.role != "assistant"):  # a model may have said nothing
@@ -341,7 +341,7 @@ class SparPipeline:
                 f"got {length} and {wanted} for the answer"
             )
         images = [image for turn in turns for image in turn.images]
-        pixels = self._pixels(images) if images else None
+        pixels = to_tensor(images).to(self.device) if images else None
         out = ChatOutput(length)
         out.pieces = self._speak(out, tokens, pixels, max_new_tokens or min(MAX_NEW_TOKENS, longest - length))
         return out
@@ -426,6 +426,7 @@ class SparPipeline:
             condition, routed = self._conditions(tokens, negatives, f_v, size, guidance)
             condition = _each(condition, per_prompt)
             self._bring("denoiser")
+            condition = self.model.prepare(condition)
 
             def velocity(latent: Tensor, time: Tensor) -> Tensor:
                 if guidance == 1:
@@ -448,7 +449,7 @@ class SparPipeline:
         """What else than the arguments an image depends on."""
         made = {name: self.manifest.get(name) for name in ("recipe", "commit")}  # None is not written
         run = {"dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)}
-        held = None if self.weights == "float32" else self.weights
+        held = self.weights if self.weights == "int8" else None  # between the others there is no difference
         return {**run, "weights": held, "decode_tile": self.decode_tile, **made, **versions()}
 
     def _conditions(

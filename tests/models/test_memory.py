@@ -9,6 +9,7 @@ from torch import nn
 
 from spar import pipeline
 from spar.errors import InputError
+from spar.models.blocks import blocks
 from spar.models.memory import Offload, hold, quantize
 from spar.models.spar import SparModel
 from spar.pipeline import SparPipeline
@@ -125,3 +126,10 @@ def test_every_task_computes_only_with_the_parts_that_are_present(monkeypatch, w
 def test_what_cannot_be_is_refused(keywords, said):
     with pytest.raises(InputError, match=said):
         SparPipeline.from_pretrained(device="cpu", **keywords)
+
+
+def test_compiled_layers_are_the_ones_that_repeat(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch, "compile", lambda forward: taken.append(forward.__self__) or forward)
+    pipe = SparPipeline.from_pretrained(device="cpu", compile=True)
+    assert taken == blocks(pipe.model) and len(taken) > 20

@@ -6,6 +6,7 @@
     pixel_encoder/            model.safetensors: E_p, for training the tokenizer (optional)
     text_tokenizer/           transformers' own files
     manifest.json             what made the weights (optional)
+    README.md                 the model card, for a reader (optional)
 """
 
 import importlib.metadata
@@ -25,6 +26,7 @@ from spar.config import from_dict, read_json, to_dict, write_json
 from spar.data.prompts import IMAGE_TOKEN
 from spar.errors import InputError
 from spar.models.autoencoder import PixelEncoder, build_autoencoder
+from spar.models.card import model_card
 from spar.models.config import SparConfig, TextConfig
 from spar.models.migration import FORMAT_VERSION, upgraded
 from spar.models.spar import SparModel
@@ -32,6 +34,7 @@ from spar.models.tokenizer import UnifiedTokenizer
 from spar.models.weights import INDEX, fill_weights, write_tensors
 
 FORMAT = "spar"
+CARD = "README.md"
 PARTS = ("language", "router", "connector", "denoiser")
 
 
@@ -89,10 +92,7 @@ def load_tokenizer(folder: Path) -> UnifiedTokenizer:
 
 def _fill_tokenizer(tokenizer: UnifiedTokenizer, folder: Path, header: dict[str, Any]) -> None:
     fill_weights(tokenizer, folder / "model.safetensors", str(folder))
-    scale = header.get("latent_scale")
-    if not isinstance(scale, float) or not scale > 0:
-        raise InputError(f"{folder / 'config.json'}: expected latent_scale above 0, got {scale!r}")
-    tokenizer.latent_scale.fill_(scale)
+    tokenizer.latent_scale.fill_(header["latent_scale"])
 
 
 def save_model(loaded: Loaded, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -116,6 +116,15 @@ def save_model(loaded: Loaded, folder: Path, dtype: torch.dtype | None = None) -
             },
         )
         write_json(aside / "manifest.json", loaded.manifest)
+        (aside / CARD).write_text(card_of(loaded), encoding="utf-8")
+
+
+def card_of(loaded: Loaded) -> str:
+    """The model card, as it lies in the folder."""
+    model, words = loaded.model, loaded.text_tokenizer
+    sizes = {name: sum(t.numel() for t in getattr(model, name).state_dict().values()) for name in ("tokenizer", *PARTS)}
+    closed = len(set(words.get_vocab()) - set(words.all_special_tokens)) if words.unk_token_id is not None else None
+    return model_card(model.config, loaded.manifest, sizes, prompt=loaded.sampling.max_prompt_tokens, words=closed)
 
 
 @contextmanager
@@ -173,9 +182,7 @@ def load_model(folder: Path) -> Loaded:
     config = from_dict(SparConfig, header["model"], complete=True)
     with init_empty_weights():
         model = SparModel(config)
-    tokenizer = read_header(folder / "tokenizer", f"{FORMAT}-tokenizer")
-    if tokenizer["model"] != header["model"]:
-        raise InputError(f"{folder}: the config.json of tokenizer/ gives other sizes than the model's own")
+    tokenizer = tokenizer_header(folder, header)
     _fill_tokenizer(model.tokenizer, folder / "tokenizer", tokenizer)
     for part in PARTS:
         fill_weights(getattr(model, part), folder / part / "model.safetensors", str(folder / part))
@@ -242,7 +249,18 @@ def read_header(folder: Path, expected: str) -> dict[str, Any]:
     for key in ("model",) if expected != FORMAT else ("model", "sampling"):
         if key not in header:
             raise InputError(f"{folder / 'config.json'}: expected a field {key!r}, got none")
+    scale = header.get("latent_scale")
+    if expected != FORMAT and not (isinstance(scale, float) and scale > 0):
+        raise InputError(f"{folder / 'config.json'}: expected latent_scale above 0, got {scale!r}")
     return {**header, "model": upgraded(header["model"], version)}
+
+
+def tokenizer_header(folder: Path, header: dict[str, Any]) -> dict[str, Any]:
+    """The header of a SPAR folder's tokenizer, which has the sizes of the folder's own; raises as `read_header`."""
+    tokenizer = read_header(folder / "tokenizer", f"{FORMAT}-tokenizer")
+    if tokenizer["model"] != header["model"]:
+        raise InputError(f"{folder}: the config.json of tokenizer/ gives other sizes than the model's own")
+    return tokenizer
 
 
 def _what(path: Path) -> str:

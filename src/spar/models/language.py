@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from transformers import Qwen2Model
 
 from spar.errors import InputError
-from spar.models.attention import ATTENTION, attention_bias, positions
+from spar.models.attention import ATTENTION, Keys, attention_bias, positions
 from spar.models.config import TextConfig
 from spar.models.encoder import qwen_config
-
-Keys = tuple[Tensor, Tensor]
 
 
 class Past:

@@ -3,12 +3,12 @@
 B batch, T sequence tokens, N visual tokens, Q queries, K routed layers, D the LLM's width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from spar.models.attention import attention_bias, positions
+from spar.models.attention import Keys, attention_bias, positions
 from spar.models.config import SparConfig
 from spar.models.connector import Connector
 from spar.models.denoiser import Denoised, Denoiser
@@ -20,12 +20,14 @@ from spar.models.tokenizer import UnifiedTokenizer
 @dataclass(frozen=True)
 class Condition:
     """What the denoiser reads: `states` `[B, T, C]`, `mask` `[B, T]`, the routing `weights` `[B, T, K]`, and where a
-    picture is edited, its normalised latent `reference` `[B, D_p, h, w]`."""
+    picture is edited, its normalised latent `reference` `[B, D_p, h, w]`. `keys` is what the denoiser's blocks read of
+    the states, where that has been made (`SparModel.prepare`)."""
 
     states: Tensor
     mask: Tensor
     weights: Tensor
     reference: Tensor | None = None
+    keys: list[Keys] | None = None
 
 
 class SparModel(nn.Module):
@@ -112,9 +114,14 @@ class SparModel(nn.Module):
         _, behind = self.language(queries, bias, places[:, prompt:], layers=self.layers, seen=seen)
         return [torch.cat(pair, dim=1) for pair in zip(before, behind, strict=True)]
 
+    def prepare(self, condition: Condition) -> Condition:
+        """The condition with all that every step of a sampler would make of it anew."""
+        return replace(condition, keys=self.denoiser.keys(condition.states))
+
     def velocity(self, latent: Tensor, time: Tensor, condition: Condition) -> Denoised:
         """Velocity of the normalised latent `[B R, D_p, h, w]` at `time` `[B R]`."""
-        return self.denoiser(latent, time, condition.states, condition.mask, condition.reference)
+        reads = condition.states if condition.keys is None else condition.keys
+        return self.denoiser(latent, time, reads, condition.mask, condition.reference)
 
     def decode(self, latent: Tensor, tile: int | None = None) -> Tensor:
         """Normalised latent to pixels in [0, 1]; `tile` as in `UnifiedTokenizer.decode`."""

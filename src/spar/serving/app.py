@@ -22,7 +22,7 @@ from spar.serving.limits import DECODERS, REQUEST_SECONDS
 from spar.serving.metrics import Metrics
 from spar.serving.pictures import read_messages, read_picture
 from spar.serving.tasks import Made, begin_chat, drawing_jobs, reconstruction_job
-from spar.serving.worker import Chat, Job, Worker
+from spar.serving.worker import Chat, Job, Stopped, Worker
 
 FORM = Form(media_type="multipart/form-data")
 ERRORS = {
@@ -43,7 +43,7 @@ def create_app(
         worker: not started yet; its `observe` is set to the metrics.
         notes: what the pictures say of the weights; `model` is the name that requests may give.
         token: what every request but `/health` must bear.
-        hosts: names that the header Host may have, None for any.
+        hosts: names that the header Host may have where there is no token, None for any.
         timeout: seconds that a request may wait and run.
     """
     metrics = Metrics(lambda: worker.waiting)
@@ -179,6 +179,8 @@ async def _race(request: Request, work: Awaitable[Any], timeout: float) -> Any:
     task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait({task, leaving}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if task.cancelled():
+            raise Stopped
         if task.done():
             return task.result()
         if leaving.done():

@@ -1,7 +1,7 @@
 """Errors as OpenAI's clients read them. Texts are fixed or our own sentences; what a library said goes to the log."""
 
-import logging
 from collections.abc import Mapping
+from concurrent.futures import CancelledError
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,8 +12,6 @@ from starlette.exceptions import HTTPException
 from spar.errors import InputError
 from spar.serving.limits import RETRY_SECONDS
 from spar.serving.worker import Busy, Stopped
-
-log = logging.getLogger(__name__)
 
 MAX_SHOWN = 64
 RETRY = {"Retry-After": str(RETRY_SECONDS)}
@@ -36,7 +34,6 @@ WANTED = {
     "response_format": "expected b64_json: this server hosts no files that a URL could lead to",
     "size": 'expected "WIDTHxHEIGHT" in pixels, or "auto"',
     "temperature": "expected 0: answers are greedy",
-    "n": None,
 }
 
 
@@ -69,7 +66,7 @@ def api_error(error: Exception) -> ApiError:
             return ApiError(400, str(error))
         case Busy():
             return ApiError(429, code="rate_limit_exceeded")
-        case Stopped():
+        case Stopped() | CancelledError():  # the server is being stopped
             return ApiError(503)
         case RequestValidationError():
             return _validation(error)

@@ -43,7 +43,7 @@ class Held:
 
 
 class Gate:
-    """`hosts`: names that Host may have, None for any. `token`: what Authorization must bear, None for nothing."""
+    """`token`: what Authorization must bear, None for nothing; `hosts`: names that Host may have then, None for any."""
 
     def __init__(self, app: Asgi, *, token: str | None, hosts: Collection[str] | None, metrics: Metrics) -> None:
         self.app, self.metrics, self.hosts = app, metrics, hosts
@@ -82,12 +82,13 @@ class Gate:
     def _check(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1").lower()
-        if self.hosts is not None and _name(host) not in self.hosts:
-            raise ApiError(421)
         origin = headers.get(b"origin", b"").decode("latin-1").lower()
-        if origin and origin.partition("://")[2] != host:
-            raise ApiError(403)
-        if self.bearer is not None and scope["path"] not in OPEN_PATHS:
+        if self.bearer is None:  # with a token, another page's requests fail for want of it
+            if self.hosts is not None and _name(host) not in self.hosts:
+                raise ApiError(421)
+            if origin and origin.partition("://")[2] != host:
+                raise ApiError(403)
+        elif scope["path"] not in OPEN_PATHS:
             if not hmac.compare_digest(headers.get(b"authorization", b""), self.bearer):
                 raise ApiError(401, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         if self.requests > MAX_REQUESTS:
