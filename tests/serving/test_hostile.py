@@ -377,6 +377,8 @@ def test_a_token_is_asked_of_all_but_health(pipe, serve):
                 assert answer.status_code == 401 and answer.headers["WWW-Authenticate"] == "Bearer"
                 assert checked(answer)["code"] == "invalid_api_key"
         assert httpx2.get(f"{address}/v1/models", headers={"Authorization": f"Bearer {token}"}).status_code == 200
+        proxied = {"Authorization": f"Bearer {token}", "Host": "spar.example", "Origin": "https://spar.example"}
+        assert httpx2.get(f"{address}/v1/models", headers=proxied).status_code == 200
         connection = http.client.HTTPConnection(address.removeprefix("http://"))
         connection.request("GET", "/v1/models", headers={"Authorization": b"Bearer \xff\xfe"})
         assert connection.getresponse().status == 401

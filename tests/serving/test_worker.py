@@ -203,17 +203,24 @@ def test_stopping_gives_up_what_waits_and_what_runs(scribe):
         worker.submit(Job(scribe, "k", 1))
 
 
-def test_after_a_batch_of_several_the_worker_waits_a_moment_for_as_many(worker, scribe):
-    hold(worker, scribe)
-    worker.submit(*(Job(scribe, "k", i) for i in range(2)))
-    scribe.open.set()
-    deadline = time.monotonic() + SOON
-    while len(scribe.calls) < 2 and time.monotonic() < deadline:
-        time.sleep(0.001)
-    jobs = [Job(scribe, "k", 10), Job(scribe, "k", 11)]
-    worker.submit(jobs[0])
-    time.sleep(0.005)
-    worker.submit(jobs[1])
-    for job in jobs:
-        job.future.result(SOON)
-    assert scribe.calls[2:] == [[10, 11]]
+def test_after_a_batch_of_several_the_worker_waits_a_moment_for_as_many(worker, scribe, monkeypatch):
+    monkeypatch.setattr("spar.serving.worker.GATHER_SECONDS", 60)
+    for numbers in ((0, 1), (10, 11)):
+        jobs = [Job(scribe, "k", number) for number in numbers]
+        if numbers[0]:
+            worker.submit(jobs[0])
+            time.sleep(0.05)
+            worker.submit(jobs[1])
+        else:
+            worker.submit(*jobs)
+        for job in jobs:
+            job.future.result(SOON)
+    assert scribe.calls == [[0, 1], [10, 11]]
+
+
+def test_one_client_alone_never_waits_for_others(worker, scribe, monkeypatch):
+    monkeypatch.setattr("spar.serving.worker.GATHER_SECONDS", 60)
+    for number in range(3):
+        job = Job(scribe, "k", number)
+        worker.submit(job)
+        assert job.future.result(SOON) == f"{number}!"

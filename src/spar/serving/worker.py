@@ -146,7 +146,6 @@ class Worker:
         if jobs:
             start = time.perf_counter()
             self._run(jobs)
-            self._expected = len(jobs) + len(self._waiting)
             self._answered_at = time.perf_counter()
             self.observe(self._answered_at - start, len(jobs))
         for chat in list(self._chats)[:MAX_CHATS]:
@@ -199,6 +198,7 @@ class Worker:
                 if not job.future.cancelled():
                     self._run([job])
         else:
+            self._expected = len(jobs) + len(self._waiting)
             for job, result in zip(jobs, results, strict=True):
                 _finish(job.future, result)
 
