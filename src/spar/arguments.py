@@ -40,7 +40,7 @@ class ModelArguments:
     """Which weights, and how they run."""
 
     model: Path | None = None
-    """Model folder; by default the bundled weights."""
+    """Model folder, or hf://OWNER/NAME[@REVISION]; by default the bundled weights."""
     adapter: Path | None = None
     """Folder of LoRA weights (RUN/adapter) to merge into the model."""
     decode_tile: int | None = None

@@ -36,6 +36,7 @@ from spar.limits import (
 )
 from spar.models.blocks import compile_blocks
 from spar.models.checkpoint import Loaded, load_model, save_model, versions
+from spar.models.hub import model_folder
 from spar.models.lora import load_adapter, merge
 from spar.models.memory import WEIGHTS, Offload, Weights, hold, quantize
 from spar.models.spar import Condition
@@ -175,7 +176,7 @@ class SparPipeline:
         offload: bool = False,
         compile: bool = False,
     ) -> "SparPipeline":
-        """Load a SPAR folder; without a path, the bundled weights.
+        """Load a SPAR folder, or `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION`; without a path, the bundled weights.
 
         Args:
             dtype: what matrix products run in; by default bfloat16 where the device has it in hardware.
@@ -205,7 +206,7 @@ class SparPipeline:
             raise InputError(f"weights: expected one of {', '.join(WEIGHTS)}, got {weights!r}")
         if offload and where.type == "cpu":
             raise InputError("offload: expected a device whose parts can wait in the CPU's memory, got cpu itself")
-        folder = BUNDLED if path is None else Path(path)
+        folder = BUNDLED if path is None else model_folder(path)
         if path is None and not (folder / "config.json").exists():
             raise InputError("this installation has no bundled weights; give a model folder, or train one")
         loaded = load_model(folder)

@@ -1,12 +1,13 @@
-"""A folder of weights to the Hub: what is sent, checked before, and sent in one commit or not at all."""
+"""Folders of weights to the Hub and from it: what is sent is checked before, and goes in one commit or not at all."""
 
+import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from spar.config import read_json
 from spar.errors import InputError
-from spar.models.adapters.sources import REPOSITORY
+from spar.models.adapters.sources import REPOSITORY, fetch
 from spar.models.checkpoint import PARTS
 from spar.models.inspection import inspect
 from spar.models.weights import INDEX
@@ -26,6 +27,23 @@ BELONGS = (
     "text_tokenizer/*.jinja",
     "text_tokenizer/*.txt",
 )
+
+
+ADDRESS = re.compile(r"hf:/+([\w.-]+/[\w.-]+?)(?:@([^/]+))?")  # a Path has one slash left of two
+
+
+def model_folder(path: str | Path) -> Path:
+    """A folder on this disk: the path itself, or what `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION` has on the Hub.
+
+    Raises:
+        InputError: another address, or a download that fails.
+    """
+    if not str(path).startswith("hf:"):
+        return Path(path)
+    found = ADDRESS.fullmatch(str(path))
+    if not found:
+        raise InputError(f"model: expected a folder or hf://OWNER/NAME or hf://OWNER/NAME@REVISION, got {str(path)!r}")
+    return fetch(found[1], BELONGS, revision=found[2], what="model").folder
 
 
 @dataclass(frozen=True)
