@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 
-TOKEN = "a-token-for-the-tests-0123456789"
-
 
 @contextmanager
 def serving(pipe: Any, **settings: Any) -> Iterator[str]:
