@@ -9,6 +9,7 @@ from torch import nn
 
 from spar import pipeline
 from spar.errors import InputError
+from spar.models import memory
 from spar.models.blocks import blocks
 from spar.models.memory import Offload, hold, quantize
 from spar.models.spar import SparModel
@@ -99,6 +100,28 @@ class Absent(Offload):
                 module._parameters[key] = nn.Parameter(torch.empty(weight.shape, device="meta"), requires_grad=False)
 
 
+def test_what_failed_while_a_part_came_is_made_good_by_the_next_call(model, monkeypatch):
+    """Memory may run out in the middle of a part; the parts that were there before have gone home by then."""
+    parts, copies, parameter = Offload(model, torch.device("cpu")), [], nn.Parameter
+    homes = {name: [weight for _, _, weight in places] for name, places in parts.home.items()}
+
+    def there(name: str) -> list[bool]:
+        return [m._parameters[k] is not w for (m, k, _), w in zip(parts.home[name], homes[name], strict=True)]
+
+    def copy(data: torch.Tensor, **settings: bool) -> nn.Parameter:
+        copies.append(data)
+        if len(copies) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return parameter(data, **settings)
+
+    parts.bring("encoder")
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(memory.nn, "Parameter", copy)
+        parts.bring("language")
+    parts.bring("encoder")
+    assert all(there("encoder")) and not any(there("language"))
+
+
 @pytest.mark.parametrize("weights", ["float32", "int8"])
 def test_every_task_computes_only_with_the_parts_that_are_present(monkeypatch, weights):
     if weights == "int8":
@@ -126,6 +149,22 @@ def test_every_task_computes_only_with_the_parts_that_are_present(monkeypatch, w
 def test_what_cannot_be_is_refused(keywords, said):
     with pytest.raises(InputError, match=said):
         SparPipeline.from_pretrained(device="cpu", **keywords)
+
+
+@pytest.mark.slow
+def test_no_layer_falls_back_from_its_compilation_to_plain_python(monkeypatch):
+    """Vision, LLM and connector share one function of transformers, and torch counts what it compiles of a function."""
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda forward: compiled(forward, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    pipe = SparPipeline.from_pretrained(device="cpu", dtype=torch.bfloat16, compile=True)
+    for words in (PROMPTS[0], PROMPTS):
+        images = pipe.generate(words, seed=0, num_inference_steps=1).images
+    pipe.edit(images, "remove the blue star", seed=0, num_inference_steps=1)
+    pipe.understand(images, QUESTION["text"], max_new_tokens=3)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] > 10 and not counters["unimplemented"]
 
 
 def test_compiled_layers_are_the_ones_that_repeat(monkeypatch):

@@ -12,6 +12,10 @@ BLOCKS = (
     PixelLayer.__name__, ResidualBlock.__name__, DenoiserBlock.__name__,
 )  # fmt: skip
 
+# Compilations of one function before torch gives up and runs it as it is. Its own limit is 8; but all of transformers'
+# layers share one function, and each has its forms: batches of one and of more, lengths, types, with keys behind it.
+RECOMPILE_LIMIT = 64
+
 
 def blocks(module: nn.Module) -> list[nn.Module]:
     """The repeated layers in a module, in order."""
@@ -19,11 +23,12 @@ def blocks(module: nn.Module) -> list[nn.Module]:
 
 
 def compile_blocks(module: nn.Module) -> None:
-    """Have torch.compile take each repeated layer when it is first called: all of a kind share one compilation.
+    """Have torch.compile take each repeated layer when it is first called: all of a kind share what it compiles.
 
     A layer that was taken before is left as it is. What is recomputed is recomputed around the compiled layer, for
     which this comes before.
     """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     for block in blocks(module):
         if "forward" not in vars(block):
             block.forward = torch.compile(block.forward)

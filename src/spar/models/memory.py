@@ -65,16 +65,20 @@ class Offload:
                 part._buffers[key] = buffer.to(device)
 
     def bring(self, *names: str) -> None:
-        """Have these parts on the device, and no others."""
-        for name in self.present - set(names):
+        """Have these parts on the device, and no others; what fails in the middle leaves the next call its work."""
+        wanted = set(names)
+        if wanted == self.present:
+            return
+        for name in self.home.keys() - wanted:  # those too that did not come whole
             for module, key, weight in self.home[name]:
                 module._parameters[key] = weight
-        for name in set(names) - self.present:
+        self.present &= wanted
+        for name in wanted - self.present:
             for module, key, weight in self.home[name]:
                 plain = type(weight.data) is Tensor
                 here = weight.data.to(self.device, **({"non_blocking": True} if plain else {}))  # torchao's cannot
                 module._parameters[key] = nn.Parameter(here, requires_grad=False)
-        self.present = set(names)
+            self.present.add(name)
 
 
 def _places(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
