@@ -86,6 +86,17 @@ def test_memory_and_time_go_with_the_machine():
     assert one.warnings == ()
 
 
+def test_memory_is_that_of_the_larger_kind_of_step():
+    """A step is all generation or all editing: what its share is changes the mean of the work, not what must fit."""
+
+    def kept(share: float) -> int:
+        stages = tuple(replace(s, edit_share=share) if s.name == "unified-2" else s for s in TINY.stages)
+        (found,) = budget(replace(TINY, stages=stages), Machine(), ("unified-2",))
+        return found.activations
+
+    assert kept(0.0) < kept(0.1) == kept(1.0)
+
+
 def test_what_trains_and_what_is_drawn_more_often_costs_more():
     def flops(stage: str, **changes) -> float:
         stages = tuple(replace(s, **changes) if s.name == stage else s for s in TINY.stages)

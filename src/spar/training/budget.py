@@ -235,8 +235,9 @@ def _unified(workshop: Workshop, recipe: Recipe, stage: Stage) -> Cost:
         cost += _part(lambda: _connector(model, tokens), model.connector)
         return cost + _part(lambda: _velocity(model, tokens), model.denoiser) * stage.draws
 
-    cost = encode + condition(PROMPT_TOKENS) * (1 - stage.edit_share)
-    cost += (encode + condition(PROMPT_TOKENS + config.grid**2)) * stage.edit_share
+    drawn, edited = encode + condition(PROMPT_TOKENS), encode * 2 + condition(PROMPT_TOKENS + config.grid**2)
+    kinds = [(share, one) for share, one in ((1 - stage.edit_share, drawn), (stage.edit_share, edited)) if share]
+    cost = Cost(sum(share * one.flops for share, one in kinds), max(one.kept for _, one in kinds))
     if stage.losses.align:
         features = _input(1, config.grid**2, config.denoiser.width)
         cost += _part(lambda: workshop.alignment_head(features), workshop.alignment_head) * stage.draws
