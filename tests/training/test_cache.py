@@ -115,6 +115,11 @@ def test_a_cache_of_other_weights_size_or_samples_is_stale(tiny_run, data, tmp_p
     before = cache_key(tokenizer, 64, sources)
     next(tokenizer.decoder.parameters()).data += 1  # the decoder has no say
     assert cache_key(tokenizer, 64, sources) == before
+    config = tokenizer.config
+    tokenizer.config = replace(config, streams=replace(config.streams, fusion="residual"))  # of the same weights
+    with pytest.raises(InputError, match="stale"):
+        FeatureCache(folder, cache_key(tokenizer, 64, sources))
+    tokenizer.config = config
     tokenizer.latent_scale *= 1.01
     with pytest.raises(InputError, match="stale"):
         FeatureCache(folder, cache_key(tokenizer, 64, sources))

@@ -2,11 +2,12 @@
 
 A folder of safetensors, one file for each thousand samples: the target's `f_v` `[n, N, D]` and normalised latent
 `[n, D_p, h, w]`, of an edit the reference's `f_v` too, in bfloat16 as a step would use them, and each sample's `id`.
-`cache.json` holds the key: the tokenizer's weights, the pictures' size and the samples. A cache of another key is
-refused. The prompts' states are not kept: the queries that follow them train, and read every layer of the LLM.
+`cache.json` holds the key: the tokenizer's weights and forms, the pictures' size and the samples. A cache of another
+key is refused. The prompts' states are not kept: the queries that follow them train, and read every layer of the LLM.
 """
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from spar.config import read_json, write_json
+from spar.config import read_json, to_dict, write_json
 from spar.data.images import open_training_image, to_size
 from spar.data.loader import to_pixels
 from spar.data.samples import BadSample, Edit
@@ -45,7 +46,10 @@ def sample_id(identity: str, number: int) -> int:
 
 def cache_key(tokenizer: UnifiedTokenizer, side: int, sources: list[Source]) -> str:
     """What the features depend on."""
-    digest = hashlib.sha256(f"{FORMAT_VERSION} {side} {sorted(source.identity for source in sources)}".encode())
+    forms = {name: to_dict(getattr(tokenizer.config, name)) for name in ("vision", "streams")}  # what no weight tells
+    digest = hashlib.sha256(
+        f"{FORMAT_VERSION} {side} {sorted(source.identity for source in sources)} {json.dumps(forms)}".encode()
+    )
     for name, value in sorted(tokenizer.state_dict().items()):
         if not name.startswith("decoder."):
             digest.update(name.encode())
