@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from spar.arguments import GenerateArguments, parse
 from spar.errors import InputError
 from spar.outputs import MAX_HEADER_BYTES, NOTES, read_notes, save_pictures
 
@@ -44,6 +45,13 @@ def test_the_command_that_makes_a_picture_again(tmp_path):
     assert read_notes(saved(tmp_path / "b.png", edited)).again() == ["spar", "edit", "in.png", "remove it", "--seed=0"]
     again = {"image": "in.png", "model": "mine", "spar": "0.1.0"}
     assert read_notes(saved(tmp_path / "c.png", again)).again() == ["spar", "reconstruct", "in.png", "--model=mine"]
+    compiled = {"prompt": "-1 degrees", "seed": 0, "compile": True, "spar": "0.1.0"}  # nor is the model known
+    noted = read_notes(saved(tmp_path / "d.png", compiled))
+    assert noted.notes["compile"] is True and noted.again() == [
+        "spar", "generate", "--height=6", "--width=8", "--seed=0", "--compile", "--model=MODEL", "--", "-1 degrees"
+    ]  # fmt: skip
+    args = parse(GenerateArguments, noted.again()[2:], "spar generate")
+    assert (args.prompt, args.seed, args.compile, args.model) == (("-1 degrees",), 0, True, Path("MODEL"))
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:

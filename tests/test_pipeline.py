@@ -334,8 +334,8 @@ def test_the_notes_of_a_picture_make_it_again(pipe, pictures, tmp_path):
     assert [note["prompt"] for note in out.notes] == [CIRCLE] * 2 + [SQUARES] * 2
     assert out.notes[3] | {"torch": "", "transformers": "", "diffusers": "", "commit": ""} == {
         "prompt": SQUARES, "negative_prompt": "a ring", "seed": 6, "steps": STEPS, "guidance": 2.0, "dtype": "float32",
-        "device": "cpu", "weights": None, "decode_tile": None, "recipe": "tiny", "commit": "", "spar": spar.__version__,
-        "torch": "", "transformers": "", "diffusers": "",
+        "device": "cpu", "weights": None, "compile": None, "decode_tile": None, "recipe": "tiny", "commit": "",
+        "spar": spar.__version__, "torch": "", "transformers": "", "diffusers": "", "model": "model", "adapter": None,
     }  # fmt: skip
     paths = out.save(tmp_path / "many")
     assert [path.name for path in paths] == ["0.png", "1.png", "2.png", "3.png"]

@@ -36,7 +36,6 @@ from spar.display import (
 )
 from spar.errors import InputError
 from spar.outputs import (
-    BUNDLED_MODEL,
     check_folder,
     check_free,
     check_replaceable,
@@ -131,7 +130,7 @@ def generate(argv: list[str]) -> int:
             list(args.prompt), height=args.height, width=args.width, callback=sampling_callback(advance),
             **args.keywords(),
         )
-    _save(args, out, paths)
+    _save(out, paths)
     _mind_quotes(args.prompt, "prompt")
     return 0
 
@@ -145,7 +144,7 @@ def edit(argv: list[str]) -> int:
     pipe = _load(args)
     with bar("drawing") as advance:
         out = pipe.edit(args.image, list(args.instruction), callback=sampling_callback(advance), **args.keywords())
-    _save(args, out, paths, args.image)
+    _save(out, paths, args.image)
     _mind_quotes(args.instruction, "instruction")
     return 0
 
@@ -182,9 +181,8 @@ def reconstruct(argv: list[str]) -> int:
             notes += out.notes
             if advance:
                 advance(len(images), len(sources))
-    model = _model_notes(args)
     pairs = zip(sources, notes, strict=True)
-    save_pictures(images, paths, [{**_source_notes(source), **model, **note} for source, note in pairs])
+    save_pictures(images, paths, [{**_source_notes(source), **note} for source, note in pairs])
     for path in paths:
         print(path)
     return 0
@@ -232,9 +230,9 @@ def _file_names(sources: Sequence[Path]) -> list[str]:
     return [name if whole.count(name) == 1 else f"{name}-{index}" for index, name in enumerate(whole)]
 
 
-def _save(args: "SamplingArguments", out: Any, paths: list[Path], source: Path | None = None) -> None:
+def _save(out: Any, paths: list[Path], source: Path | None = None) -> None:
     """Write pictures with all that is needed to draw them again, and say where they are."""
-    given = {**(_source_notes(source) if source else {}), **_model_notes(args)}
+    given = _source_notes(source) if source else {}
     save_pictures(out.images, paths, [note | given for note in out.notes])
     for path, seed in zip(paths, out.seeds, strict=True):
         print(f"{path}  (seed {seed})")
@@ -247,12 +245,6 @@ def _source_notes(source: Path) -> dict[str, str]:
             return {"image": source.name, "image_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
     except OSError:  # it was there when it was read
         return {"image": source.name}
-
-
-def _model_notes(args: "ModelArguments") -> dict[str, str | None]:
-    """Which weights made a picture: names of folders, never where they lie."""
-    adapter = args.adapter.resolve().name if args.adapter else None
-    return {"model": args.model.resolve().name if args.model else BUNDLED_MODEL, "adapter": adapter}
 
 
 def _mind_quotes(texts: Sequence[str], what: str) -> None:
@@ -273,7 +265,7 @@ def info(argv: list[str]) -> int:
         if args.json:
             print(json.dumps(model_values(found), indent=2))
         else:
-            new_console().print(model_table(found, args.path.name))
+            new_console().print(model_table(found, args.path.resolve().name))
             _print_facts(model_facts(found))
         return 0
     noted = read_notes(args.path)
@@ -626,7 +618,7 @@ def serve(argv: list[str]) -> int:
         from spar.serving.run import server_of
 
         server = server_of(
-            pipe, notes=_model_notes(args), token=token, host=args.host, max_batch=args.max_batch,
+            pipe, notes=pipe.origin, token=token, host=args.host, max_batch=args.max_batch,
             max_queue=args.max_queue, timeout=args.timeout,
         )  # fmt: skip
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")

@@ -34,6 +34,7 @@ NOTES: dict[str, tuple[type, str | None]] = {
     "dtype": (str, "--dtype"),
     "device": (str, "--device"),
     "weights": (str, "--weights"),
+    "compile": (bool, "--compile"),
     "decode_tile": (int, "--decode-tile"),
     "model": (str, "--model"),
     "adapter": (str, "--adapter"),
@@ -154,15 +155,26 @@ class Noted:
     notes: dict[str, Any]
 
     def again(self) -> list[str]:
-        """The command that makes the picture again; what it reads is named as the notes have it, without its folder."""
+        """The command that makes the picture again; what it reads is named as the notes have it, without its folder.
+
+        What they do not name is IMAGE or MODEL, for its reader to fill in.
+        """
         notes, image = self.notes, self.notes.get("image", "IMAGE")
         if "prompt" in notes:
-            words = ["generate", notes["prompt"], f"--height={self.height}", f"--width={self.width}"]
+            words, size = ["generate", notes["prompt"]], [f"--height={self.height}", f"--width={self.width}"]
         else:
             words = ["edit", image, notes["instruction"]] if "instruction" in notes else ["reconstruct", image]
-        bundled = notes.get("model") == BUNDLED_MODEL
-        flags = {name: flag for name, (_, flag) in NOTES.items() if flag and not (bundled and name == "model")}
-        return ["spar", *words, *(f"{flag}={notes[name]}" for name, flag in flags.items() if name in notes)]
+            size = []
+        given = {"model": "MODEL", **notes}
+        if given["model"] == BUNDLED_MODEL:
+            del given["model"]
+        flags = [
+            flag if kind is bool else f"{flag}={given[name]}"
+            for name, (kind, flag) in NOTES.items() if flag and given.get(name, False) is not False
+        ]
+        if any(word.startswith("-") for word in words[1:]):  # a word that is no flag
+            return ["spar", words[0], *size, *flags, "--", *words[1:]]
+        return ["spar", *words, *size, *flags]
 
 
 def read_notes(path: Path) -> Noted:

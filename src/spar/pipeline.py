@@ -36,12 +36,12 @@ from spar.limits import (
 )
 from spar.models.blocks import compile_blocks
 from spar.models.checkpoint import Loaded, load_model, save_model, versions
-from spar.models.hub import model_folder
+from spar.models.hub import model_folder, model_name
 from spar.models.lora import load_adapter, merge
 from spar.models.memory import WEIGHTS, Offload, Weights, hold, quantize
 from spar.models.spar import Condition
 from spar.models.tiling import SMALLEST
-from spar.outputs import check_free, save_pictures, target_files
+from spar.outputs import BUNDLED_MODEL, check_free, save_pictures, target_files
 from spar.precision import check_device
 
 BUNDLED = Path(__file__).parent / "assets" / "weights"
@@ -70,7 +70,7 @@ class Routing:
 class GenerateOutput:
     """Images in the order of the prompts (each prompt's images together), their seeds and their routing.
 
-    `notes` says of each image how it was made: words, seed, steps, guidance, type, device, recipe, versions.
+    `notes` says of each image how it was made: words, seed, steps, guidance, type, device, model, recipe, versions.
     """
 
     images: list[Image.Image]
@@ -136,7 +136,10 @@ def native_bfloat16() -> bool:
 
 @dataclass
 class SparPipeline:
-    """One model and its four tasks. Build it with `from_pretrained`."""
+    """One model and its four tasks. Build it with `from_pretrained`.
+
+    `origin` names the `model` and the `adapter` that it was loaded from, which pictures note: never where they lie.
+    """
 
     loaded: Loaded
     dtype: torch.dtype = torch.float32
@@ -145,6 +148,7 @@ class SparPipeline:
     weights: Weights = "float32"
     offload: bool = False
     compile: bool = False
+    origin: Mapping[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         model = self.model = self.loaded.model
@@ -213,7 +217,11 @@ class SparPipeline:
         if adapter is not None:
             load_adapter(loaded.model, Path(adapter))
             merge(loaded.model)
-        return cls(loaded, dtype, where, decode_tile, weights, offload, compile)
+        origin = {
+            "model": BUNDLED_MODEL if path is None else model_name(path, folder),
+            "adapter": None if adapter is None else Path(adapter).resolve().name,
+        }
+        return cls(loaded, dtype, where, decode_tile, weights, offload, compile, origin)
 
     def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write the whole model as a SPAR folder, floating weights in `dtype` (default: as they are).
@@ -451,7 +459,8 @@ class SparPipeline:
         made = {name: self.manifest.get(name) for name in ("recipe", "commit")}  # None is not written
         run = {"dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)}
         held = self.weights if self.weights == "int8" else None  # between the others there is no difference
-        return {**run, "weights": held, "decode_tile": self.decode_tile, **made, **versions()}
+        how = {"weights": held, "compile": self.compile or None, "decode_tile": self.decode_tile}
+        return {**run, **how, **self.origin, **made, **versions()}
 
     def _conditions(
         self, tokens: Tokens, negatives: Tokens, f_v: Tensor | None, size: tuple[int, int], guidance: float

@@ -20,6 +20,8 @@ from spar.cli import main
 from spar.errors import InputError
 from spar.models.checkpoint import load_model, save_tokenizer
 from spar.models.hub import BELONGS, model_folder, push, shipment
+from spar.outputs import read_notes
+from spar.pipeline import SparPipeline
 
 TOKEN = "hf_of_the_test"
 COMMIT = "0" * 40
@@ -207,6 +209,19 @@ def test_a_folder_comes_back_as_it_was_sent(here, folder, address, monkeypatch):
     push(shipment(folder), "me/model")
     here.repositories["me/model"].files["malware.py"] = b"import os"
     assert contents(model_folder(address)) == contents(folder)
+
+
+@pytest.mark.parametrize("address", ["hf://me/model", Path("hf://me/model@main")])
+def test_a_picture_names_the_commit_that_drew_it(here, folder, address, tmp_path):
+    """Not the address alone, whose weights may be other ones tomorrow, and no place on this disk."""
+    push(shipment(folder), "me/model")
+    pipe = SparPipeline.from_pretrained(address, device="cpu")
+    (path,) = pipe.generate("a red circle", num_inference_steps=1, seed=0).save(tmp_path / "out.png")
+    noted = read_notes(path)
+    assert noted.notes["model"] == f"hf://me/model@{model_folder(address).name}"
+    assert noted.again()[-1] == f"--model={noted.notes['model']}"
+    again = SparPipeline.from_pretrained(noted.notes["model"], device="cpu")
+    assert again.origin == pipe.origin
 
 
 def test_what_is_no_address_or_cannot_be_had_is_told_in_words(here):

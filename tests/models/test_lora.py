@@ -90,7 +90,9 @@ def test_training_moves_the_additions_alone_and_the_pipeline_takes_them(tiny_run
     assert all(float(value.abs().max()) > 0 for value in added.values())  # both sides have moved from their start
     head = sum(rows[1] for rows in tiny_run.tables["unified-3"] if rows[0].startswith("alignment_head"))
     assert planned.trainable == sum(value.numel() for value in added.values()) + head
-    with_adapter = SparPipeline.from_pretrained(base, adapter=run / "adapter").model.state_dict()
+    pipe = SparPipeline.from_pretrained(base, adapter=run / "adapter")
+    assert pipe.origin == {"model": "model", "adapter": "adapter"}  # which its pictures note
+    with_adapter = pipe.model.state_dict()
     merged, plain = (load_model(path).model.state_dict() for path in (run / "model", base))
     assert merged.keys() == plain.keys() == with_adapter.keys()
     changed = {key for key in plain if not torch.equal(merged[key], plain[key])}

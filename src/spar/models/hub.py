@@ -46,6 +46,12 @@ def model_folder(path: str | Path) -> Path:
     return fetch(found[1], BELONGS, revision=found[2], what="model").folder
 
 
+def model_name(path: str | Path, folder: Path) -> str:
+    """What notes call a model: a folder's own name, or the address on the Hub with the commit that came from there."""
+    found = ADDRESS.fullmatch(str(path))
+    return f"hf://{found[1]}@{folder.name}" if found else folder.resolve().name
+
+
 @dataclass(frozen=True)
 class Shipment:
     """The files of a folder that are sent, with their bytes, and the names of those that are left behind."""

@@ -41,14 +41,15 @@ def create_app(
 
     Args:
         worker: not started yet; its `observe` is set to the metrics.
-        notes: what the pictures say of the weights; `model` is the name that requests may give.
+        notes: what the pictures say of the weights; the last part of `model` is the name that requests may give.
         token: what every request but `/health` must bear.
         hosts: names that the header Host may have where there is no token, None for any.
         timeout: seconds that a request may wait and run.
     """
     metrics = Metrics(lambda: worker.waiting)
     worker.observe = metrics.observe
-    pipe, model, started, decoders = worker.pipe, notes["model"], int(time.time()), ThreadPoolExecutor(DECODERS)
+    pipe, started, decoders = worker.pipe, int(time.time()), ThreadPoolExecutor(DECODERS)
+    model = notes["model"].rpartition("/")[2]  # of hf://OWNER/NAME@COMMIT no more than fits a path
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
