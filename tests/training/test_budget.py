@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from spar.errors import InputError
 from spar.models.lora import LoraConfig
+from spar.models.tokenizer import PixelLayer
 from spar.recipes import recipe
 from spar.training import budget as module
 from spar.training.budget import GIB, GPUS, RESERVE, Cost, Machine, budget
@@ -84,6 +85,21 @@ def test_memory_and_time_go_with_the_machine():
     assert one.days == pytest.approx(3 * one.flops / (GPUS["h200"][0] * 0.4) / 86400)
     assert one.memory == one.weights + one.gradients + one.optimizer + one.activations + RESERVE
     assert one.warnings == ()
+
+
+def test_what_is_recomputed_is_held_one_block_at_a_time():
+    """Of a chain of blocks their inputs are kept, and in the backward pass what the costliest of them makes again."""
+    with torch.device("meta"):
+        chain = nn.Sequential(*(PixelLayer(16, 2, ratio) for ratio in (1, 4, 1)))
+        x = torch.zeros(1, 10, 16, requires_grad=True)
+    plain = module._part(lambda: chain(x), chain)
+    sizes = [module._part(lambda: block(x), block).kept for block in chain]  # noqa: B023 (called at once)
+    module.recompute(chain)
+    again = module._part(lambda: chain(x), chain)
+    assert plain.again == 0 and again.again == max(sizes) > min(sizes)
+    assert again.kept == 3 * 10 * 16 * 4 and again.held < plain.held
+    assert again.flops == pytest.approx(plain.flops * 4 / 3)
+    assert all(hasattr(block.forward, "recomputed") for block in chain)  # as it was
 
 
 def test_memory_is_that_of_the_larger_kind_of_step():

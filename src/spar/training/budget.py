@@ -39,16 +39,26 @@ PERCEPTUAL_MACS = 15.47e9 + 8.68e9
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one picture: floating-point operations of a step, and bytes that its forward pass keeps."""
+    """Of one picture: floating-point operations of a step, and bytes.
+
+    `kept` is what the forward pass keeps; `again` what the costliest recomputed block makes once more in the backward
+    pass, one block at a time.
+    """
 
     flops: float = 0.0
     kept: float = 0.0
+    again: float = 0.0
+
+    @property
+    def held(self) -> float:
+        """Bytes of activations at their peak."""
+        return self.kept + self.again
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.flops + other.flops, self.kept + other.kept)
+        return Cost(self.flops + other.flops, self.kept + other.kept, max(self.again, other.again))
 
     def __mul__(self, times: float) -> "Cost":
-        return Cost(self.flops * times, self.kept * times)
+        return Cost(self.flops * times, self.kept * times, self.again * times)
 
 
 @dataclass(frozen=True)
@@ -137,7 +147,7 @@ def _stage(workshop: Workshop, recipe: Recipe, stage: Stage, machine: Machine) -
         weights=4 * (sizes[True] + sizes[False]) // shards,
         gradients=4 * sizes[True] // shards,
         optimizer=4 * sizes[True] * (3 if stage.ema else 2) // shards,
-        activations=int(cost.kept * pictures),
+        activations=int(cost.held * pictures),
         flops=cost.flops * stage.batch,
         images=images,
         days=stage.steps * stage.batch / images / 86400,
@@ -145,7 +155,7 @@ def _stage(workshop: Workshop, recipe: Recipe, stage: Stage, machine: Machine) -
     )
     if found.memory > capacity:
         room = capacity - (found.memory - found.activations)
-        most = int(room // cost.kept) if cost.kept else 0
+        most = int(room // cost.held) if cost.held else 0
         advice = f"at most {most} pictures at once fit" if most > 0 else "not even one picture fits"
         warnings.append(
             f"{found.memory / GIB:.0f} GiB do not fit into {capacity / GIB:.0f}: {advice}; more accumulate, recompute, "
@@ -184,8 +194,32 @@ def _part(function: Callable[[], Any], module: nn.Module, *, through: bool = Tru
     """
     trains = any(parameter.requires_grad for parameter in module.parameters())
     forward, kept = _count(function, module, grad=trains or through)
-    again = (trains or through) and any(hasattr(block.forward, "recomputed") for block in blocks(module))
-    return Cost(forward * ((3 if trains else 2 if through else 1) + again), kept)
+    again = [block for block in blocks(module) if hasattr(block.forward, "recomputed")] if trains or through else []
+    times = (3 if trains else 2 if through else 1) + bool(again)
+    return Cost(forward * times, kept, _costliest(function, again))
+
+
+def _costliest(function: Callable[[], Any], again: list[nn.Module]) -> float:
+    """The bytes that a call's costliest block keeps where none is recomputed; `again` are the recomputed ones."""
+    sizes, outer = [0.0], {block: block.forward for block in again}
+
+    def counted(plain: Callable[..., Any], block: nn.Module) -> Callable[..., Any]:
+        def forward(*arguments: Any, **keywords: Any) -> Any:
+            made: list[Any] = []
+            sizes.append(_count(lambda: made.append(plain(*arguments, **keywords)), block, grad=True)[1])
+            return made[0]
+
+        return forward
+
+    try:
+        for block, forward in outer.items():
+            block.forward = counted(forward.recomputed, block)
+        if again:
+            _count(function, nn.Identity(), grad=True)
+    finally:
+        for block, forward in outer.items():
+            block.forward = forward
+    return max(sizes)
 
 
 def _input(*shape: int) -> Tensor:
@@ -237,7 +271,8 @@ def _unified(workshop: Workshop, recipe: Recipe, stage: Stage) -> Cost:
 
     drawn, edited = encode + condition(PROMPT_TOKENS), encode * 2 + condition(PROMPT_TOKENS + config.grid**2)
     kinds = [(share, one) for share, one in ((1 - stage.edit_share, drawn), (stage.edit_share, edited)) if share]
-    cost = Cost(sum(share * one.flops for share, one in kinds), max(one.kept for _, one in kinds))
+    kept, again = (max(getattr(one, name) for _, one in kinds) for name in ("kept", "again"))
+    cost = Cost(sum(share * one.flops for share, one in kinds), kept, again)
     if stage.losses.align:
         features = _input(1, config.grid**2, config.denoiser.width)
         cost += _part(lambda: workshop.alignment_head(features), workshop.alignment_head) * stage.draws
