@@ -35,6 +35,7 @@ from spar.outputs import (
     check_free,
     check_replaceable,
     pictures_in,
+    sampling_notes,
     save_pictures,
     target_files,
     whole_folder,
@@ -220,14 +221,13 @@ def _file_names(sources: Sequence[Path]) -> list[str]:
 def _save(args: "SamplingArguments", pipe: Any, out: Any, paths: list[Path], told: list[dict[str, str]]) -> None:
     """Write pictures with all that is needed to draw them again, and say where they are."""
     own, each = pipe.loaded.sampling, args.num_images_per_prompt
-    shared = {
+    settings = {
         "negative_prompt": args.negative_prompt,
         "steps": own.steps if args.num_inference_steps is None else args.num_inference_steps,
         "guidance": own.guidance if args.guidance_scale is None else args.guidance_scale,
         "model": _model_name(args, pipe),
-        "spar": __version__,
     }
-    notes = [{**told[index // each], "seed": seed, **shared} for index, seed in enumerate(out.seeds)]
+    notes = [sampling_notes(told[index // each], seed, **settings) for index, seed in enumerate(out.seeds)]
     save_pictures(out.images, paths, notes)
     for path, seed in zip(paths, out.seeds, strict=True):
         print(f"{path}  (seed {seed})")

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spar import __version__
 from spar.errors import InputError
 
 if TYPE_CHECKING:
@@ -95,6 +96,16 @@ def save_pictures(
     finally:
         for part in parts:
             part.unlink(missing_ok=True)
+
+
+def sampling_notes(
+    told: Mapping[str, object], seed: int, *, negative_prompt: str | None, steps: int, guidance: float, model: str
+) -> dict[str, object]:
+    """All that is needed to draw a picture again, as the notes of its PNG; `told` are the task's own words."""
+    return {
+        **told, "seed": seed, "negative_prompt": negative_prompt, "steps": steps, "guidance": guidance, "model": model,
+        "spar": __version__,
+    }  # fmt: skip
 
 
 def _text_chunks(notes: Mapping[str, object]) -> "PngInfo":

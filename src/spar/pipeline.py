@@ -164,7 +164,8 @@ class SparPipeline:
             num_inference_steps, guidance_scale: by default the model's own; guidance 1 is the conditional branch.
             num_images_per_prompt: images of one prompt stand together in the result.
             seed: one (image i gets seed + i) or one per image; random when None. `.seeds` tells.
-            callback: called after each step with (steps done, steps, latent); returning False cancels.
+            callback: called after each step with (steps done, steps, clean latent as estimated so far), which `preview`
+                makes pictures of; returning False cancels.
 
         Raises:
             InputError: naming what was expected and what came.
@@ -226,6 +227,12 @@ class SparPipeline:
         return ReconstructOutput(to_pil(out))
 
     @torch.inference_mode()
+    def preview(self, latent: Tensor) -> list[Image.Image]:
+        """What a callback's latent `[B, C, h, w]` looks like: blurred at first, and after the last step the result."""
+        with self._precision():
+            return to_pil(self.model.decode(latent, self.decode_tile).float())
+
+    @torch.inference_mode()
     def _sample(
         self, tokens: Tokens, negatives: Tokens, pixels: Tensor | None, size: tuple[int, int],
         steps: int | None, guidance: float | None, per_prompt: int, seed: int | Sequence[int] | None,
@@ -256,9 +263,8 @@ class SparPipeline:
                 velocity, noise, num_inference_steps=steps, shift=defaults.shift, method=defaults.method,
                 callback=callback,
             )
-            images = self.model.decode(latent, self.decode_tile).float()
         routing = [self._routing(tokens, routed, row) for row in range(len(tokens.ids)) for _ in range(per_prompt)]
-        return GenerateOutput(images=to_pil(images), seeds=seeds, routing=routing)
+        return GenerateOutput(images=self.preview(latent), seeds=seeds, routing=routing)
 
     def _conditions(
         self, tokens: Tokens, negatives: Tokens, f_v: Tensor | None, size: tuple[int, int], guidance: float
