@@ -361,6 +361,23 @@ class DemoArguments(ModelArguments):
 
 
 @dataclass(frozen=True, kw_only=True)
+class UiArguments(ModelArguments):
+    """Serve the web page: spar ui
+
+    Other hosts than 127.0.0.1 and localhost want a token in the environment variable SPAR_API_TOKEN; the page then asks
+    for it.
+    """
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = 7860
+    """Port to listen on; 0 takes a free one."""
+
+    def __post_init__(self) -> None:
+        within("--port", self.port, 0, 65535)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataArguments:
     """Which data set."""
 

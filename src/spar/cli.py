@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -532,6 +533,27 @@ def demo(argv: list[str]) -> int:
     return 0
 
 
+def ui(argv: list[str]) -> int:
+    """Serve the web page."""
+    from spar.arguments import UiArguments, parse
+
+    args = parse(UiArguments, argv, "spar ui")
+    token = os.environ.get("SPAR_API_TOKEN")
+    with bar("loading the page"), _uncollected():
+        try:
+            from spar.serving.site import check_host, serve_page
+        except ModuleNotFoundError as error:
+            raise InputError(f"the page needs {error.name}, which is not here: pip install 'spar[ui]'") from None
+    check_host(args.host, token)
+    pipe = _load(args)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, with the pictures cleared away
+    serve_page(
+        pipe, args.host, args.port, name=_model_name(args, pipe), token=token,
+        announce=lambda address: print(f"The page is {address} (Ctrl-C ends it)", flush=True),
+    )
+    return 0
+
+
 def _curves(model: Path) -> Path | None:
     """The metrics of the training that made a model: in its folder, or in the run that it lies in."""
     return next((path for path in (model / "metrics.jsonl", model.parent / "metrics.jsonl") if path.is_file()), None)
@@ -619,6 +641,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "eval": evaluate,
     "report": report,
     "demo": demo,
+    "ui": ui,
     "data": data,
     "doctor": doctor,
 }

@@ -18,9 +18,8 @@ from spar.drawing.markup import Markup, join, picture, tag
 
 # Viridis at even steps; its darkest and lightest ends are left out, which vanish on dark and on light ground.
 _VIRIDIS = np.array(
-    [(72, 40, 120), (62, 74, 137), (49, 104, 142), (38, 130, 142), (31, 158, 137), (53, 183, 121), (109, 205, 89),
-     (180, 222, 44)]
-)  # fmt: skip
+    [(65, 68, 135), (49, 104, 142), (38, 130, 142), (31, 158, 137), (53, 183, 121), (109, 205, 89), (180, 222, 44)]
+)
 _FRAME = frozenset(("system", "user", "assistant"))
 NAMED = 0.1  # a layer of at least this weight is named below a stripe
 SHOWN = 0.005  # a weight below half a per cent is not drawn
@@ -96,23 +95,21 @@ def routing_view(routing: RoutingLike, image: Image.Image | None = None) -> Mark
         join(tag("span", style=f"background:{color}"), f"layer {layer}")
         for layer, color in zip(layers, colors, strict=True)
     ]
-    parts = [tag("p", *(tag("span", one, class_="routing-key") for one in key), class_="routing-legend")]
     words = [plain_word(routing.tokens[place]) for place in places["text"]]
-    parts.append(tag("div", *stripes("text", words), class_="routing-words", role="list", aria_label="words"))
-    shape = grid_shape(len(places["image"]), image)
-    if shape and places["image"]:
-        parts += [
-            tag("p", "The squares of the picture:", class_="routing-note"),
-            _picture(routing.weights[places["image"]], shape, image, layers, colors),
-        ]
+    read = [tag("div", *stripes("text", words), class_="routing-words", role="list", aria_label="words")]
     if places["query"]:
         numbers = [str(number + 1) for number in range(len(places["query"]))]
         said = f"The model's own {len(numbers)} drawing queries, which belong to no place in the picture:"
-        parts += [
+        read += [
             tag("p", said, class_="routing-note"),
             tag("div", *stripes("query", numbers), class_="routing-words", role="list", aria_label="queries"),
         ]
-    return tag("div", *parts, class_="routing")
+    shape = grid_shape(len(places["image"]), image)
+    seen = _picture(routing.weights[places["image"]], shape, image, layers, colors) if shape and shape[0] else None
+    return tag(
+        "div", tag("p", *(tag("span", one, class_="routing-key") for one in key), class_="routing-legend"),
+        tag("div", tag("div", *read), seen, class_="routing-parts"), class_="routing",
+    )  # fmt: skip
 
 
 def _weights_text(weights: Sequence[float], layers: Sequence[int]) -> str:
@@ -153,13 +150,16 @@ STYLE = """
 .routing-key { display: inline-flex; align-items: center; gap: .4rem; }
 .routing-key span { width: .9rem; height: .9rem; border-radius: 3px; outline: 1px solid rgb(128 128 128 / .5); }
 .routing-note { font-size: .875rem; opacity: .8; }
+.routing-parts { display: flex; flex-wrap: wrap; gap: 1rem 2rem; }
+.routing-parts > :first-child { flex: 1 1 300px; }
 .routing-words { display: flex; flex-wrap: wrap; gap: .5rem .35rem; }
 .routing-token { display: inline-flex; flex-direction: column; align-items: center; min-width: 2rem;
   padding: .2rem .45rem; border: 1px solid rgb(128 128 128 / .35); border-radius: 6px; line-height: 1.35; }
-.routing-token i { align-self: stretch; height: 7px; border-radius: 3px; margin-top: .2rem; }
+.routing-token i { align-self: stretch; height: 7px; border-radius: 3px; margin-top: .2rem;
+  outline: 1px solid rgb(128 128 128 / .4); }
 .routing-token small { font-size: .7rem; opacity: .75; font-variant-numeric: tabular-nums; }
-.routing-picture { position: relative; width: min(100%, 320px); }
+.routing-picture { position: relative; flex: 0 1 320px; align-self: start; }
 .routing-picture img { position: absolute; inset: 0; width: 100%; height: 100%; max-width: none; border-radius: 0;
   image-rendering: pixelated; filter: grayscale(1); }
-.routing-grid { position: absolute; inset: 0; display: grid; gap: 1px; opacity: .6; }
+.routing-grid { position: absolute; inset: 0; display: grid; gap: 1px; opacity: .65; }
 """

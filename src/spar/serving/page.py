@@ -1,0 +1,324 @@
+"""The web page: the four tasks in four tabs, denoising as it goes, and which layers of the LLM each word reads."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from spar import __version__
+from spar.data.images import open_image, to_size, to_square
+from spar.drawing.markup import Markup
+from spar.drawing.routing import routing_view
+from spar.errors import InputError
+from spar.flow.sampler import Cancelled
+from spar.limits import MAX_SEED
+from spar.outputs import sampling_notes, save_pictures
+from spar.serving import examples, parts
+from spar.serving.jobs import Jobs, Step
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from spar.pipeline import GenerateOutput, SparPipeline
+    from spar.serving.jobs import Call
+
+MAX_STEPS, MAX_GUIDANCE = 100, 15  # of the sliders; the pipeline's own limits are wider
+MAX_WAITING = 16  # jobs
+KEPT_SECONDS = 3600  # a picture in the cache
+
+log = logging.getLogger(__name__)
+
+
+def build_page(pipe: SparPipeline, name: str = "bundled", call: Call | None = None) -> gr.Blocks:
+    """The page of a model, which wants `parts.CSS`.
+
+    Args:
+        pipe: does the work, one job at a time.
+        name: the model's, as the pictures' notes give it.
+        call: as in `Jobs`.
+    """
+    return _Page(pipe, name, call).blocks
+
+
+class _Page:
+    """The tabs, and what their buttons do: methods that give new values of the components behind them."""
+
+    def __init__(self, pipe: SparPipeline, name: str, call: Call | None) -> None:
+        self.pipe, self.name, self.jobs = pipe, name, Jobs(pipe, call)
+        self.shapes = examples.knows_shapes(pipe)
+        self.pictures = examples.scene_pictures()
+        cleaning = (KEPT_SECONDS // 4, KEPT_SECONDS)
+        with gr.Blocks(title="SPAR", analytics_enabled=False, delete_cache=cleaning) as self.blocks:
+            self.files = self._scene_files()
+            gr.HTML(parts.head(pipe.image_size, self.shapes))
+            with gr.Tabs(overflow_behavior="wrap"):
+                for title, tab in (
+                    ("Generate", self._generate_tab),
+                    ("Edit", self._edit_tab),
+                    ("Understand", self._understand_tab),
+                    ("Reconstruct", self._reconstruct_tab),
+                ):
+                    with gr.Tab(title, id=title.lower()):
+                        tab()
+            self.blocks.unload(self.leave)
+        self.blocks.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
+
+    # ---- tabs
+
+    def _generate_tab(self) -> None:
+        with gr.Row():
+            with gr.Column(min_width=320):
+                words = self._words("What to draw", examples.PROMPTS)
+                with gr.Row():
+                    run, stop = parts.button("Draw"), parts.stop_button()
+                seed, settings = self._settings()
+            with gr.Column(min_width=320):
+                picture = parts.picture("Picture", self.pipe.image_size)
+                status, file = parts.foot()
+        self._examples([words, seed], [(None, text) for text in examples.PROMPTS])
+        view = parts.routing_panel()
+        self._on(run, words, stop, self.generate, [words, seed, *settings], [picture, status, file, view])
+
+    def _edit_tab(self) -> None:
+        texts = [text for _, text in examples.EDITS]
+        with gr.Row():
+            with gr.Column(min_width=320):
+                source = self._source()
+                words = self._words("What to change", texts)
+                with gr.Row():
+                    run, stop = parts.button("Change it"), parts.stop_button()
+                seed, settings = self._settings()
+            with gr.Column(min_width=320):
+                slider = parts.slider("Before and after", self.pipe.image_size)
+                status, file = parts.foot()
+        self._examples([source, words, seed], examples.EDITS)
+        view = parts.routing_panel()
+        self._on(run, words, stop, self.edit, [source, words, seed, *settings], [slider, status, file, view])
+
+    def _understand_tab(self) -> None:
+        texts = [text for _, text in examples.QUESTIONS]
+        with gr.Row():
+            with gr.Column(min_width=320):
+                source = self._source()
+                words = self._words("Your question", texts)
+                run = parts.button("Ask")
+            with gr.Column(min_width=320):
+                answer = gr.Textbox(label="Answer", lines=2, interactive=False, elem_classes="spar-answer")
+                status = parts.status()
+        self._examples([source, words], examples.QUESTIONS)
+        self._on(run, words, None, self.understand, [source, words], [answer, status])
+
+    def _reconstruct_tab(self) -> None:
+        with gr.Row():
+            with gr.Column(min_width=320):
+                source = self._source()
+                run = parts.button("Rebuild")
+            with gr.Column(min_width=320):
+                slider = parts.slider("Before and after", self.pipe.image_size)
+                status, file = parts.foot()
+        self._examples([source], [(place, "") for place in range(len(self.pictures))])
+        self._on(run, None, None, self.reconstruct, [source], [slider, status, file])
+
+    def _words(self, label: str, texts: Sequence[str]) -> gr.Textbox:
+        """A box that grows with its text; of one line at first, for only then Enter sends it."""
+        return gr.Textbox(label=label, lines=1, max_lines=4, value=texts[0] if self.shapes else "")
+
+    def _source(self) -> gr.Image:
+        return parts.source("Your picture", self.pipe.image_size, self.files[0] if self.shapes else None)
+
+    def _settings(self) -> tuple[gr.Textbox, list[gr.components.Component]]:
+        """The seed, and what fewer people touch: steps, guidance, negative prompt."""
+        own = self.pipe.loaded.sampling
+        with gr.Row(elem_classes="spar-seed"):
+            seed = parts.seed(str(examples.SEED))
+            new = gr.Button("New seed", size="md", scale=1, min_width=110)
+            new.click(lambda: str(secrets.randbelow(2**32)), None, seed, **parts.HIDDEN)
+        with gr.Accordion("More settings", open=False):
+            steps = gr.Slider(
+                1, max(MAX_STEPS, own.steps), own.steps, step=1, precision=0, label="Steps",
+                info="More steps take longer and draw finer.",
+            )  # fmt: skip
+            guidance = gr.Slider(
+                1, max(MAX_GUIDANCE, own.guidance), own.guidance, step=0.1, label="Guidance",
+                info="How strictly the picture follows the words; 1 switches it off.",
+            )  # fmt: skip
+            negative = gr.Textbox(label="Steer away from", info="Words for what should not be there; may stay empty.")
+        return seed, [steps, guidance, negative]
+
+    def _examples(self, fills: list[Any], chosen: Sequence[tuple[int | None, str]]) -> None:
+        """Examples to click, each a scene or a text or both; none for a model of another world.
+
+        `fills` are filled by a click: the picture, the words, the seed, as far as the tab has them.
+        """
+        if not self.shapes:
+            return
+        shown = [part for part in fills if isinstance(part, gr.Image) or part.label != "Seed"]
+        samples = [
+            [*([] if place is None else [self.files[place]]), *([text] if text else [])] for place, text in chosen
+        ]
+
+        def choose(index: int) -> Any:
+            place, text = chosen[index]
+            values = [None if place is None else self.files[place], text, str(examples.SEED)]
+            filled = [value for value in values if value][: len(fills)]
+            return filled if len(fills) > 1 else filled[0]
+
+        dataset = gr.Dataset(
+            label="Try one of these", components=shown, samples=samples, type="index", elem_classes="spar-examples"
+        )
+        dataset.click(choose, dataset, fills, **parts.HIDDEN)
+
+    def _scene_files(self) -> list[str]:
+        """The scenes of the examples as files in the cache."""
+        folder = Path(self.blocks.GRADIO_CACHE) / "scenes"
+        files = [folder / f"scene-{index}.png" for index in range(len(self.pictures))]
+        save_pictures(self.pictures, files)
+        return [str(file) for file in files]
+
+    def _on(
+        self, run: gr.Button, words: gr.Textbox | None, stop: gr.Button | None, work: Callable[..., Any],
+        inputs: list[Any], outputs: list[Any],
+    ) -> None:  # fmt: skip
+        """Run `work` at the button or at Enter; of all such work one at a time, and nobody's twice in the queue."""
+        status = outputs[1]
+        event = gr.on(
+            [run.click, *([words.submit] if words else [])], work, inputs, outputs, concurrency_id="pipeline",
+            trigger_mode="once", show_progress="minimal", show_progress_on=status, api_visibility="private",
+        )  # fmt: skip
+        if stop:
+            stop.click(self.stop, None, status, cancels=event, **parts.HIDDEN)
+
+    # ---- what the buttons do
+
+    def generate(
+        self, prompt: str, seed: str, steps: int, guidance: float, negative: str, request: gr.Request
+    ) -> Iterator[tuple[Any, ...]]:
+        """Values of picture, status, file, routing."""
+        with _told() as told:
+            prompt, keywords = _text(prompt), _keywords(seed, steps, guidance, negative)
+            began = time.monotonic()
+            for item in self.jobs.draw(request.session_hash, "generate", prompt, **keywords):
+                if isinstance(item, Step):
+                    yield item.image or gr.skip(), parts.progress(item), gr.skip(), gr.skip()
+                    continue
+                file = self._save(item, {"prompt": prompt}, keywords)
+                status = parts.done(item.seeds[0], steps, guidance, time.monotonic() - began)
+                yield file, status, parts.file(file), parts.reading(routing_view(item.routing[0]))
+        if told:
+            yield gr.skip(), told[0], gr.skip(), gr.skip()
+
+    def edit(
+        self, source: str | None, instruction: str, seed: str, steps: int, guidance: float, negative: str,
+        request: gr.Request,
+    ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
+        """Values of slider, status, file, routing."""
+        with _told() as told:
+            image, instruction = _open(source), _text(instruction)
+            keywords, began = _keywords(seed, steps, guidance, negative), time.monotonic()
+            for item in self.jobs.draw(request.session_hash, "edit", image, instruction, **keywords):
+                if isinstance(item, Step):
+                    pair = (to_size(image, *item.image.size), item.image) if item.image else gr.skip()
+                    yield pair, parts.progress(item), gr.skip(), gr.skip()
+                    continue
+                before = to_size(image, *item.images[0].size)
+                file = self._save(item, {"instruction": instruction, "image": Path(source).name}, keywords)
+                status = parts.done(item.seeds[0], steps, guidance, time.monotonic() - began)
+                view = parts.reading(routing_view(item.routing[0], before))
+                yield (before, item.images[0]), status, parts.file(file), view
+        if told:
+            yield gr.skip(), told[0], gr.skip(), gr.skip()
+
+    def understand(self, source: str | None, question: str) -> tuple[Any, ...]:
+        """Values of answer, status."""
+        with _told() as told:
+            image, question, began = _open(source), _text(question), time.monotonic()
+            answer = self.jobs.call(lambda pipe: pipe.understand(image, question)).result().texts[0]
+            return answer, parts.note(f"Answered in {time.monotonic() - began:.2g} seconds.")
+        return "", told[0]
+
+    def reconstruct(self, source: str | None) -> tuple[Any, ...]:
+        """Values of slider, status, file."""
+        with _told() as told:
+            side, began = self.pipe.image_size, time.monotonic()
+            image = to_square(_open(source), side)
+            after = self.jobs.call(lambda pipe: pipe.reconstruct(image)).result().images[0]
+            status = parts.note(f"Rebuilt at {side} × {side} pixels in {time.monotonic() - began:.2g} seconds.")
+            notes = {"image": Path(source).name, "model": self.name, "spar": __version__}
+            return (image, after), status, parts.file(self._write("spar-rebuilt.png", after, notes))
+        return gr.skip(), told[0], gr.skip()
+
+    def stop(self, request: gr.Request) -> Markup:
+        self.leave(request)
+        return parts.note("Stopped.")
+
+    def leave(self, request: gr.Request) -> None:
+        self.jobs.stop(request.session_hash)
+
+    def _save(self, out: GenerateOutput, told: dict[str, str], keywords: dict[str, Any]) -> str:
+        """A drawn picture with the notes that the command line gives its files."""
+        notes = sampling_notes(
+            told, out.seeds[0], negative_prompt=keywords["negative_prompt"], steps=keywords["num_inference_steps"],
+            guidance=keywords["guidance_scale"], model=self.name,
+        )  # fmt: skip
+        return self._write(f"spar-seed-{out.seeds[0]}.png", out.images[0], notes)
+
+    def _write(self, name: str, image: Image.Image, notes: dict[str, object]) -> str:
+        """A file in Gradio's cache, which is emptied by and by."""
+        path = Path(tempfile.mkdtemp(dir=self.blocks.GRADIO_CACHE)) / name
+        save_pictures([image], [path], [notes])
+        return str(path)
+
+
+# ---- what a person gives, and what they are told of it ---------------------------------------------------------------
+
+
+def _text(text: str | None) -> str:
+    if not text or not text.strip():
+        raise InputError("please write some words first")
+    return text.strip()
+
+
+def _open(source: str | None) -> Image.Image:
+    """A dropped picture through the pipeline's own gate, which is given no path to tell of."""
+    if source is None:
+        raise InputError("please drop a picture first, or choose an example")
+    try:
+        data = Path(source).read_bytes()
+    except OSError:
+        raise InputError("the picture is no longer here; please drop it again") from None
+    return open_image(data)
+
+
+def _keywords(seed: str | None, steps: int, guidance: float, negative: str | None) -> dict[str, Any]:
+    """The pipeline's keywords; an empty seed is a random one. A seed is text since a browser's numbers end at 2^53."""
+    words = (seed or "").strip()
+    if words and not (words.isascii() and words.isdigit()):
+        raise InputError(f"seed: expected a whole number from 0 to {MAX_SEED}, or nothing, got {words!r}")
+    return {
+        "seed": int(words) if words else None, "num_inference_steps": steps, "guidance_scale": guidance,
+        "negative_prompt": (negative or "").strip() or None,
+    }  # fmt: skip
+
+
+@contextmanager
+def _told() -> Iterator[list[Markup]]:
+    """Turns what goes wrong inside into one message, which then stands in the list."""
+    told: list[Markup] = []
+    try:
+        yield told
+    except InputError as error:
+        told.append(parts.problem(str(error)))
+    except (Cancelled, CancelledError):
+        told.append(parts.note("Stopped."))
+    except Exception:
+        log.exception("work for the page failed")
+        told.append(parts.problem("something went wrong here; the log of spar says what"))

@@ -1,0 +1,92 @@
+"""The page on the network: into an application of others, or served alone, behind its doorman."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import gradio as gr
+import uvicorn
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from spar.data.images import MAX_BYTES
+from spar.errors import InputError
+from spar.serving.doorman import Doorman
+from spar.serving.page import build_page
+from spar.serving.parts import CSS, theme
+
+if TYPE_CHECKING:
+    from spar.pipeline import SparPipeline
+    from spar.serving.jobs import Call
+
+LOCAL_HOSTS = ("127.0.0.1", "localhost")
+
+
+def mount_page(
+    app: FastAPI, pipe: SparPipeline, path: str = "/", *, name: str = "bundled", token: str | None = None,
+    call: Call | None = None, cache: Path,
+) -> FastAPI:  # fmt: skip
+    """Put the page into an application.
+
+    Args:
+        app: gets the page.
+        pipe, name, call: as in `build_page`.
+        path: where.
+        token: what a person must give as password, if any.
+        cache: an empty folder of our own, for pictures that come and go.
+    """
+    os.environ["GRADIO_TEMP_DIR"] = str(cache)  # Gradio's own way to be told; it is read when parts are made
+    blocks = build_page(pipe, name, call)
+    doorman = Middleware(Doorman, files=cache, max_file=MAX_BYTES)
+    return gr.mount_gradio_app(
+        app, blocks, path, app_kwargs={"middleware": [doorman]}, max_file_size=MAX_BYTES, show_error=False,
+        auth=_password(token) if token else None, auth_message="The password is the token that spar was started with.",
+        footer_links=[], run_history=False, ssr_mode=False, mcp_server=False, pwa=False, enable_monitoring=False,
+        theme=theme(), css=CSS,
+    )  # fmt: skip
+
+
+def _password(token: str) -> Callable[[str, str], bool]:
+    return lambda _, password: secrets.compare_digest(password.encode(), token.encode())
+
+
+def check_host(host: str, token: str | None) -> None:
+    """Refuse a host that others can reach, where no token guards the page."""
+    if host not in LOCAL_HOSTS and not token:
+        raise InputError(
+            f"--host: expected {' or '.join(LOCAL_HOSTS)} (others want a token in SPAR_API_TOKEN), got {host!r}"
+        )
+
+
+def serve_page(
+    pipe: SparPipeline, host: str, port: int, *, name: str = "bundled", token: str | None = None,
+    announce: Callable[[str], None] | None = None,
+) -> None:  # fmt: skip
+    """Serve the page until interrupted.
+
+    Args:
+        pipe, name, token: as in `mount_page`.
+        host, port: where; port 0 takes a free one.
+        announce: called with the page's address as soon as it can be opened.
+
+    Raises:
+        InputError: a host that others can reach, without a token.
+        OSError: an address that cannot be had.
+    """
+    check_host(host, token)
+    with socket.create_server((host, port)) as listener, tempfile.TemporaryDirectory(prefix="spar-") as cache:
+        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+        if host in LOCAL_HOSTS:  # a page from elsewhere cannot reach us under a name of its own
+            app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOCAL_HOSTS))
+        mount_page(app, pipe, name=name, token=token, cache=Path(cache))
+        if announce:
+            announce(f"http://{host}:{listener.getsockname()[1]}")
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+        uvicorn.Server(config).run(sockets=[listener])
