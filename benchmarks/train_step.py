@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--gpu", choices=sorted(GPUS), help="whose peak MFU is a share of; by default the measured one")
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--profile", type=int, default=0, help="print so many of the costliest operations of one more step")
+    parser.add_argument("--profile", type=int, default=0, help="print so many of the costliest operations")
     args = parser.parse_args()
     measured = matmul_peak(torch.device(args.device))
     peak = GPUS[args.gpu][0] if args.gpu else measured

@@ -1,6 +1,7 @@
 """Make the bundled weights from a run: python docs/bundle.py RUN [STAGE]; then --scores, once they are measured.
 
-Weights go to src/spar/assets/weights in bfloat16. `--scores` writes the main scores of docs/results into the manifest.
+Weights go to src/spar/assets/weights in bfloat16. `--scores` writes the main scores of docs/results into the manifest,
+and the model card from that.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import torch
 from spar.config import read_json, write_json
 from spar.evaluation.results import read_result
 from spar.evaluation.table import main_scores, show_title
-from spar.models.checkpoint import save_model
+from spar.models.checkpoint import CARD, card_of, load_model, save_model
 from spar.pipeline import BUNDLED
 from spar.training.run import model_of
 
@@ -34,7 +35,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.scores:
         path = BUNDLED / "manifest.json"
-        write_json(path, {**read_json(path), "scores": measured()})
+        write_json(path, {**read_json(path), "license": "apache-2.0", "scores": measured()})
+        (BUNDLED / CARD).write_text(card_of(load_model(BUNDLED)), encoding="utf-8")
     elif args.run:
         save_model(model_of(args.run, args.stage), BUNDLED, torch.bfloat16)
         shutil.copyfile(args.run / "metrics.jsonl", BUNDLED / "metrics.jsonl")

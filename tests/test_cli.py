@@ -1,6 +1,7 @@
 """The command line: every verb, what it refuses and how, and one real training with all that is done with its model."""
 
 import gc
+import hashlib
 import json
 import os
 import shlex
@@ -32,10 +33,12 @@ FLAGS = {
     "cache": ("RECIPE", "--init-from", "--output", "--batch", "--device", "--precision"),
     "build": ("RECIPE", "--mllm", "--autoencoder", "--dit", "-o", "--revision", "--seed", "--overwrite"),
     "convert": ("FORMAT", "PATH", "--mllm", "--autoencoder", "--dit", "--router", "--factor", "--recipe", "-o"),
+    "push": ("FOLDER", "REPO_ID", "--public", "--message", "--dry-run"),
     "generate": ("PROMPT", *SAMPLING_FLAGS, "--height", "--width"),
     "edit": ("IMAGE", "INSTRUCTION", *SAMPLING_FLAGS),
     "understand": ("IMAGE", "QUESTION", "--model", "--max-new-tokens"),
     "reconstruct": ("IMAGE", "--model", "-o", "--overwrite"),
+    "info": ("PATH", "--json"),
     "eval": ("shapes-gen, shapes-edit, shapes-vqa, shapes-recon", "--model", "--limit", "--seed", "--steps",
              "--guidance", "--images-per-prompt", "--combinations", "-o"),
     "report": ("RUN", "-o"),
@@ -63,12 +66,16 @@ class FakePipe:
             SimpleNamespace(tokens=["red", "q"], kinds=["text", "query"], layers=(1, 2), weights=np.full((2, 2), 0.5))
             for _ in seeds
         ]
-        return SimpleNamespace(images=images, seeds=seeds, routing=routing)
+        notes = [{"seed": value, "steps": 20, "guidance": 4.5, "decode_tile": None, "spar": "9"} for value in seeds]
+        return SimpleNamespace(images=images, seeds=seeds, routing=routing, notes=notes)
 
     def generate(self, prompt: Sequence[str], *, num_images_per_prompt: int = 1, seed=None, **keywords):
         keywords |= {"num_images_per_prompt": num_images_per_prompt, "seed": seed}
         self.calls.append(("generate", (prompt,), keywords))
-        return self._draw(len(prompt) * num_images_per_prompt, seed)
+        out = self._draw(len(prompt) * num_images_per_prompt, seed)
+        for index, note in enumerate(out.notes):
+            note["prompt"] = prompt[index // num_images_per_prompt]
+        return out
 
     def edit(self, image, instruction, *, num_images_per_prompt: int = 1, seed=None, **keywords):
         keywords |= {"num_images_per_prompt": num_images_per_prompt, "seed": seed}
@@ -81,7 +88,8 @@ class FakePipe:
 
     def reconstruct(self, image):
         self.calls.append(("reconstruct", (image,), {}))
-        return SimpleNamespace(images=[Image.new("RGB", (64, 64), "gray") for _ in image])
+        images = [Image.new("RGB", (64, 64), "gray") for _ in image]
+        return SimpleNamespace(images=images, notes=[{"spar": "9"} for _ in image])
 
 
 @pytest.fixture
@@ -204,6 +212,14 @@ WRONG = [
     ("reconstruct", "at least one picture"),
     ("reconstruct empty", "expected pictures"),
     ("reconstruct there.png there.png -o there.png", "expected a folder for 2 pictures"),
+    ("info", "expected PATH, got nothing"),
+    ("info nowhere.png", "there is no file 'nowhere.png'"),
+    ("info there.png", "'there.png', which is no PNG"),
+    ("info empty", "config.json is missing in empty"),
+    ("push", "expected FOLDER, got nothing"),
+    ("push empty", "expected REPO-ID, got nothing"),
+    ("push empty name", "REPO_ID: expected OWNER/NAME, got 'name'"),
+    ("push empty me/model", "config.json is missing in empty"),
     ("eval", "expected BENCHMARK, got nothing"),
     ("eval shapes", "expected one of 'shapes-gen'"),
     ("eval shapes-gen --limit 0", "--limit: expected 1 to 4096, got 0"),
@@ -334,18 +350,19 @@ def test_the_pipelines_own_names_work_too(pipe):
 
 def test_a_picture_carries_how_it_was_made(capsys, pipe):
     prompt = "a red circle — größer\n"
-    assert main(["generate", prompt, "--seed", "9", "--steps", "3", "--negative-prompt", "a blue star"]) == 0
+    assert main(["generate", prompt, "--seed", "9"]) == 0
     assert capsys.readouterr().out == "out.png  (seed 9)\n"
     with Image.open("out.png") as image:
         assert image.getpixel((0, 0)) == (9, 0, 0)
         assert image.text == {
-            "prompt": prompt, "negative_prompt": "a blue star", "seed": "9", "steps": "3", "guidance": "4.5",
-            "model": "bundled", "spar": spar.__version__,
+            "prompt": prompt, "seed": "9", "steps": "20", "guidance": "4.5", "model": "bundled", "spar": "9"
         }  # fmt: skip
-    assert main(["edit", "out.png", "remove it", "-o", "edited.png", "--model", "runs/mine"]) == 0
+    line = ["edit", "out.png", "remove it", "-o", "edited.png", "--model", "runs/mine", "--adapter", "runs/adapter"]
+    assert main(line) == 0
     with Image.open("edited.png") as image:
-        assert (image.text["instruction"], image.text["image"], image.text["model"]) == ("remove it", "out.png", "mine")
-        assert image.text["steps"] == "20" and "negative_prompt" not in image.text
+        digest = hashlib.sha256(Path("out.png").read_bytes()).hexdigest()
+        assert (image.text["image"], image.text["image_sha256"]) == ("out.png", digest)
+        assert (image.text["model"], image.text["adapter"]) == ("mine", "adapter")
 
 
 def test_several_pictures_stand_in_a_folder_each_prompts_together(pipe):
@@ -355,6 +372,26 @@ def test_several_pictures_stand_in_a_folder_each_prompts_together(pipe):
     notes = [Image.open(path).text for path in made]
     assert [note["prompt"] for note in notes] == ["a red circle"] * 6 + ["a red ring"] * 6
     assert [note["seed"] for note in notes] == [str(seed) for seed in range(12)]
+
+
+def test_info_says_how_a_picture_was_made(capsys, pipe):
+    assert main(["generate", "it's a \x1b[31mred\ncircle", "--seed", "9"]) == 0
+    capsys.readouterr()
+    assert main(["info", "out.png"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    said = ["size", "prompt", "seed", "steps", "guidance", "model", "spar", "again"]
+    assert [line.split()[0] for line in lines] == said
+    assert lines[1].endswith("it's a ?[31mred?circle") and not any("\x1b" in line for line in lines)
+    assert main(["info", "out.png", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["notes"] | {"model": "", "spar": ""} == {
+        "prompt": "it's a \x1b[31mred\ncircle", "seed": 9, "steps": 20, "guidance": 4.5, "model": "", "spar": ""
+    }  # fmt: skip
+    assert main(found["again"][1:] + ["-o", "again.png"]) == 0
+    assert pipe.calls[1][1:] == ((["it's a \x1b[31mred\ncircle"],), {
+        "seed": 9, "num_inference_steps": 20, "guidance_scale": 4.5, "num_images_per_prompt": 1,
+        "negative_prompt": None, "height": 64, "width": 64, "callback": None,
+    })  # fmt: skip
 
 
 def test_what_exists_is_replaced_only_when_asked(capsys, pipe):
@@ -672,6 +709,37 @@ def test_the_four_tasks_run_on_a_trained_model(model, capsys):
     repeated = ["generate", "a large red circle", "--model", model, "--seed", "3", "--steps", "2", "-o", "again.png"]
     assert main(repeated) == 0
     assert Image.open("again.png").tobytes() == Image.open("out.png").tobytes()
+
+
+@pytest.mark.slow
+def test_a_picture_is_made_again_from_what_info_says(model, capsys):
+    """Every sampling flag at a value of its own; the model is named without its place, so that is given again."""
+    flags = "--seed 5 --steps 3 --guidance 2.5 --dtype float32".split()
+    words, same = ["--negative-prompt", "a blue star", "--model", model], ["--dtype", "float32", "--model", model]
+    Path("first").mkdir()
+    assert main(["generate", "a large red circle", *flags, *words, "--height", "72", "-o", "first/out.png"]) == 0
+    assert main(["edit", "first/out.png", "remove the red circle", *flags, *words, "-o", "first/edited.png"]) == 0
+    assert main(["reconstruct", "first/edited.png", "-o", "first/back.png", *same]) == 0
+    for name in ("out.png", "edited.png", "back.png"):
+        capsys.readouterr()
+        assert main(["info", f"first/{name}", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        again = [f"--model={model}" if word.startswith("--model=") else word for word in found["again"]]
+        assert again != found["again"]
+        assert main([*again[1:], "-o", name]) == 0  # the edit and its like read the pictures that were made again
+        assert Image.open(name).tobytes() == Image.open(f"first/{name}").tobytes()
+        assert Image.open(name).text == Image.open(f"first/{name}").text
+
+
+@pytest.mark.slow
+def test_info_says_what_a_model_is(model, capsys):
+    assert main(["info", model]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n{name} " in out for name in ("recipe", "seed", "written by", "sampling")) and " denoiser " in out
+    assert main(["info", model, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["kind"], found["manifest"]["recipe"]) == ("model", "tiny")
+    assert f" {found['parameters']:,} " in out
 
 
 @pytest.mark.slow

@@ -4,18 +4,23 @@ import subprocess
 import sys
 from dataclasses import replace
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import spar
 from spar import pipeline
 from spar.data.images import to_pil, to_square, to_tensor
 from spar.errors import InputError
 from spar.flow.sampler import Cancelled, sample
+from spar.models.attention import attention_bias, positions
 from spar.models.checkpoint import Loaded, load_model
+from spar.outputs import read_notes
 from spar.pipeline import SparPipeline
 
 CIRCLE, SQUARES = "a red circle", "two blue squares on a white background"
@@ -184,6 +189,44 @@ def test_a_callback_that_says_false_cancels(pipe, pictures, task):
     assert calls == [1, 2]
 
 
+def test_a_cancelled_call_leaves_the_pipeline_as_it_was(pipe):
+    (before,) = generate(pipe).images
+    with pytest.raises(spar.Cancelled):
+        generate(pipe, callback=lambda *_: False)
+    assert gap(before, generate(pipe).images[0]) == 0
+
+
+def test_whatever_else_a_callback_says_goes_on(pipe):
+    for answer in (None, True, 0, "stop"):
+        assert len(generate(pipe, callback=lambda *_, answer=answer: answer).images) == 1
+
+
+class Doubles(TorchDispatchMode):
+    """Notes the operations that make a tensor in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for one in out if isinstance(out, list | tuple) else (out,):
+            if isinstance(one, torch.Tensor) and one.dtype == torch.float64:
+                self.found.append((function, tuple(one.shape)))
+        return out
+
+
+def test_nothing_is_computed_in_float64_which_some_devices_have_not(pipe, pictures):
+    with Doubles() as doubles:
+        generate(pipe)
+        edit(pipe, pictures[0])
+        pipe.understand(pictures[0], QUESTION, max_new_tokens=2)
+        list(pipe.chat(conversation(pictures[0]), max_new_tokens=2))
+        pipe.reconstruct(pictures[0])
+    allowed = torch.ops.aten.lift_fresh.default, (STEPS,)  # the schedule, read from numpy on the CPU
+    assert doubles.found == [allowed] * 2
+
+
 # ---- guidance --------------------------------------------------------------------------------------------------------
 
 
@@ -287,6 +330,28 @@ def test_one_image_or_one_text_serves_all_of_the_others(pipe, pictures, one):
     assert len(asked) == (1 if one == "image" else 2)
 
 
+def test_the_notes_of_a_picture_make_it_again(pipe, pictures, tmp_path):
+    out = generate(pipe, [CIRCLE, SQUARES], negative_prompt="a ring", num_images_per_prompt=2, guidance_scale=2)
+    assert [note["prompt"] for note in out.notes] == [CIRCLE] * 2 + [SQUARES] * 2
+    assert out.notes[3] | {"torch": "", "transformers": "", "diffusers": "", "commit": ""} == {
+        "prompt": SQUARES, "negative_prompt": "a ring", "seed": 6, "steps": STEPS, "guidance": 2.0, "dtype": "float32",
+        "device": "cpu", "weights": None, "decode_tile": None, "recipe": "tiny", "commit": "", "spar": spar.__version__,
+        "torch": "", "transformers": "", "diffusers": "",
+    }  # fmt: skip
+    paths = out.save(tmp_path / "many")
+    assert [path.name for path in paths] == ["0.png", "1.png", "2.png", "3.png"]
+    notes = read_notes(paths[3]).notes
+    assert notes == {key: value for key, value in out.notes[3].items() if value is not None}
+    again = generate(
+        pipe, notes["prompt"], negative_prompt=notes["negative_prompt"], seed=notes["seed"],
+        num_inference_steps=notes["steps"], guidance_scale=notes["guidance"],
+    )
+    assert gap(again.images[0], Image.open(paths[3])) <= 1  # it was one of four
+    with pytest.raises(InputError, match="exists already"):
+        out.save(tmp_path / "many")
+    assert "instruction" in edit(pipe, pictures[0]).notes[0] and pipe.reconstruct(pictures).notes[2]["recipe"] == "tiny"
+
+
 # ---- routing ---------------------------------------------------------------------------------------------------------
 
 
@@ -310,6 +375,130 @@ def test_routing_counts_the_tokens_of_the_reference(pipe, pictures):
     routing = edit(pipe, pictures[0]).routing[0]
     assert routing.kinds.count("image") == 64 and routing.kinds.count("query") == 4
     assert len(routing.weights) == len(routing.tokens) and np.allclose(routing.weights.sum(1), 1, atol=1e-5)
+
+
+# ---- chat ------------------------------------------------------------------------------------------------------------
+
+
+def turn(text: str, *images: Image.Image, role: str = "user") -> dict:
+    parts = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
+    return {"role": role, "content": parts}
+
+
+def conversation(picture: Image.Image) -> list[dict]:
+    return [turn(QUESTION, picture), turn("red", role="assistant"), turn("how many objects are there ?")]
+
+
+def test_a_chat_of_one_turn_has_the_words_of_understand(pipe, pictures):
+    for question in (QUESTION, "describe the image", "is there a red circle ?"):
+        pieces = list(pipe.chat([turn(question, pictures[0])], max_new_tokens=8))
+        assert "".join(pieces) == pipe.understand(pictures[0], question, max_new_tokens=8).texts[0]
+        assert all(pieces) and len(pieces) > 1
+
+
+def test_a_chat_is_the_models_greedy_answer_to_the_whole_conversation(pipe, pictures):
+    """By hand: one long row, the whole pass again for each token."""
+    messages = conversation(pictures[0])
+    out = pipe.chat(messages, max_new_tokens=5)
+    answer = "".join(out)
+    model, texts = pipe.model, ["what color is the background ?", "red", "how many objects are there ?"]
+    row = pipe.prompts.conversation([("user", [None, texts[0]]), ("assistant", texts[1:2]), ("user", texts[2:])]).ids
+    length, eos = row.shape[1], model.config.text.eos_token_id
+    with torch.no_grad():
+        f_v = model.tokenizer.encoder(to_tensor(pictures[0]))
+        for _ in range(5):
+            mask = torch.ones_like(row)
+            x = model.embed(row, f_v)
+            final, _ = model.language(x, attention_bias(mask, x, causal=True), positions(mask))
+            token = model.language.logits(final[:, -1]).argmax(-1)
+            if int(token) == eos:
+                break
+            row = torch.cat([row, token[None]], dim=1)
+    assert answer == pipe.loaded.text_tokenizer.decode(row[0, length:], skip_special_tokens=True)
+    assert (out.prompt_tokens, out.tokens) == (length, row.shape[1] - length)
+
+
+def test_every_message_and_every_picture_of_a_chat_counts(pipe, pictures):
+    seen = []
+
+    def logits(messages: list[dict]) -> torch.Tensor:
+        tokens = pipe.chat(messages, max_new_tokens=1)
+        list(tokens)
+        return seen.pop()
+
+    hook = pipe.model.language.network.norm.register_forward_hook(lambda *a: seen.append(a[2][0, -1].clone()))
+    try:
+        first, red, last = conversation(pictures[0])
+        plain = logits([first, red, last])
+        assert torch.equal(plain, logits([first, red, last]))
+        for other in (
+            [turn(QUESTION, pictures[1]), red, last],
+            [turn("describe the image", pictures[0]), red, last],
+            [first, turn("blue", role="assistant"), last],
+            [first, red, turn("how many objects are there ?", pictures[1])],
+            [turn("what is there ?", role="system"), first, red, last],
+            [last],
+        ):
+            assert not torch.allclose(plain, logits(other), atol=1e-4)
+    finally:
+        hook.remove()
+
+
+def test_a_chat_ends_where_the_model_ends_its_turn_or_at_the_limit(pipe, pictures, monkeypatch):
+    out = pipe.chat(conversation(pictures[0]), max_new_tokens=3)
+    assert out.finish_reason is None and out.tokens == 0
+    said = next(out)
+    assert said and out.tokens == 1 and out.finish_reason is None
+    list(out)
+    assert (out.tokens, out.finish_reason) == (3, "length")
+    stream = pipe.model.language.stream
+    monkeypatch.setattr(pipe.model.language, "stream", lambda *a, **k: islice(stream(*a, **k), 2))  # ends by itself
+    out = pipe.chat(conversation(pictures[0]), max_new_tokens=3)
+    list(out)
+    assert (out.tokens, out.finish_reason) == (2, "stop")
+
+
+def test_an_answer_may_be_empty_and_then_stand_in_the_conversation(pipe, pictures, monkeypatch):
+    silent = [turn(QUESTION, pictures[0]), {"role": "assistant", "content": ""}, turn("describe the image")]
+    list(pipe.chat(silent, max_new_tokens=1))
+    monkeypatch.setattr(pipe.model.language, "stream", lambda *a, **k: iter(()))
+    out = pipe.chat(silent)
+    assert (list(out), out.tokens, out.finish_reason) == ([], 0, "stop")
+
+
+def test_a_chat_leaves_no_mode_of_torch_on(folder, pictures):
+    half = SparPipeline.from_pretrained(folder, dtype=torch.bfloat16, device="cpu")
+    out = half.chat(conversation(pictures[0]), max_new_tokens=3)
+    for _ in out:
+        assert not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
+    assert out.tokens == 3
+
+
+def test_two_chats_at_once_do_not_meet(pipe, pictures):
+    asked = [[turn(QUESTION, pictures[0])], [turn("describe the image", pictures[1])]]
+    alone = ["".join(pipe.chat(messages, max_new_tokens=6)) for messages in asked]
+    together = list(zip(*(pipe.chat(messages, max_new_tokens=6) for messages in asked), strict=False))
+    assert all(whole.startswith("".join(part)) for whole, part in zip(alone, zip(*together, strict=True), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([turn("a red zebra")], r"messages\[0\]: unknown words zebra"),
+        ([turn("<IMG_CONTEXT>")], "control tokens"),
+        ([turn(" ")], "expected some words"),
+        ([turn("", role="system"), turn("how many ?")], r"messages\[0\]: expected some words"),
+        ([turn("red " * 505)], "expected at most 512 tokens with their images and the answer, got 513 and 1 for"),
+        ([turn("red " * 600)], r"messages\[0\]: expected at most 512 tokens, got 600"),
+        ([turn("red " * 9000)], "messages.0.: expected at most 512 tokens, got a text of"),
+        ([turn("how many ?", *[Image.new("RGB", (8, 8))] * 8)], "at most 512 tokens .* got 5[0-9][0-9]"),
+        ([], "messages: expected 1 to"),
+    ],
+    ids=lambda value: str(value)[:32],
+)  # fmt: skip
+def test_a_chat_that_cannot_be_is_refused_at_the_call(pipe, messages, words):
+    with pytest.raises(InputError, match=words):
+        pipe.chat(messages)
 
 
 # ---- pictures that come in -------------------------------------------------------------------------------------------
@@ -488,6 +677,12 @@ def test_a_sequence_longer_than_the_language_models_positions_is_told_in_words(p
         pipe.understand(pictures[0], QUESTION)
 
 
+def test_a_picture_is_made_from_one_reference(pipe, pictures):
+    for images in ([pictures[:2]], [tuple(pictures[:2]), pictures[0]]):
+        with pytest.raises(InputError, match="expected one image for each text, got a list within the list"):
+            edit(pipe, images)
+
+
 def test_images_and_texts_must_pair_up(pipe, pictures):
     with pytest.raises(InputError, match="expected one image, or one for each of 3 questions, got 2"):
         pipe.understand(pictures[:2], [QUESTION] * 3)
@@ -501,6 +696,9 @@ def test_images_and_texts_must_pair_up(pipe, pictures):
 def test_max_new_tokens_has_bounds(pipe, pictures, tokens):
     with pytest.raises(InputError, match="max_new_tokens: expected 1 to 256"):
         pipe.understand(pictures[0], QUESTION, max_new_tokens=tokens)
+    if tokens is not None:  # for a chat: as many as fit
+        with pytest.raises(InputError, match="max_new_tokens: expected 1 to 256"):
+            pipe.chat(conversation(pictures[0]), max_new_tokens=tokens)
 
 
 @pytest.mark.parametrize(
@@ -511,6 +709,9 @@ def test_max_new_tokens_has_bounds(pipe, pictures, tokens):
         ({"dtype": "float32"}, "dtype: expected float32, bfloat16 or float16, got float32"),
         ({"device": "tpu9"}, "device: expected one that is here, got 'tpu9'"),
         ({"device": "cuda:77"}, "device: expected one that is here, got 'cuda:77'"),
+        ({"device": "hpu"}, "device: expected one that is here, got 'hpu'"),
+        ({"device": "meta"}, "device: expected one that is here, got 'meta' .here: cpu"),
+        ({"device": 1.5}, "device: expected one that is here, got '1.5'"),
     ],
     ids=str,
 )

@@ -11,12 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spar.errors import InputError
+    from spar.flow.sampler import Cancelled
+    from spar.models.autoencoder_spar import AutoencoderSpar
     from spar.pipeline import SparPipeline
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "SparPipeline", "__version__"]
+__all__ = ["AutoencoderSpar", "Cancelled", "InputError", "SparPipeline", "__version__"]
 
-_HOMES = {"InputError": "spar.errors", "SparPipeline": "spar.pipeline"}
+_HOMES = {
+    "AutoencoderSpar": "spar.models.autoencoder_spar",
+    "Cancelled": "spar.flow.sampler",
+    "InputError": "spar.errors",
+    "SparPipeline": "spar.pipeline",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -44,6 +44,12 @@ class ModelArguments:
     """Folder of LoRA weights (RUN/adapter) to merge into the model."""
     decode_tile: int | None = None
     """Visual tokens a side above which pictures are decoded in tiles: less memory, a slightly different picture."""
+    weights: Literal["float32", "compute", "int8"] = "compute"
+    """How weights are held: float32 as stored, compute in half of it for the same result, int8 in less for another."""
+    offload: Flag = False
+    """Parts wait in the CPU's memory while others compute on the device: less of its memory, more time."""
+    compile: Flag = False
+    """Repeated layers go through torch.compile: the first result takes a minute or so, later ones less time."""
     dtype: Dtype = "auto"
     """What matrix products run in; auto is bfloat16 where the device has it in hardware."""
     device: str | None = None
@@ -143,6 +149,20 @@ class ReconstructArguments(ModelArguments):
 
     def __post_init__(self) -> None:
         _some(self.image, "picture", "IMAGE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoArguments:
+    """Say how a picture was made, or what a folder of weights is: spar info out.png
+
+    A picture answers with its notes and the command that makes it again. A folder is checked as loading would, by the
+    headers of its files.
+    """
+
+    path: Annotated[Positional[Path], arg(metavar="PATH")]
+    """A PNG that spar wrote, or a SPAR folder (of a model, or of a tokenizer alone)."""
+    json: Flag = False
+    """Print JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,6 +308,26 @@ class ConvertArguments(AssemblyArguments):
     """What brings the latent to unit size; by default the model's own."""
     recipe: str = "spar-1b"
     """The recipe that gives what the checkpoint lacks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushArguments:
+    """Send a folder of weights to the Hub: spar push runs/shapes/model OWNER/NAME --dry-run
+
+    The folder is checked first, and only what belongs to it is sent, in one commit. A repository that is not there yet
+    is made, private unless --public. Who asks is huggingface_hub's business: hf auth login, or HF_TOKEN.
+    """
+
+    folder: Annotated[Positional[Path], arg(metavar="FOLDER")]
+    """SPAR folder, of a model or of a tokenizer alone."""
+    repository: Annotated[Positional[str], arg(metavar="REPO_ID")]
+    """OWNER/NAME."""
+    public: Flag = False
+    """Everybody may read the repository."""
+    message: str = "Weights of SPAR"
+    """Of the commit."""
+    dry_run: Flag = False
+    """Say what would be sent, and stop."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,9 @@ from spar.display import (
     check_table,
     data_table,
     epochs_table,
+    model_facts,
+    model_table,
+    model_values,
     new_console,
     plan_table,
     sampling_callback,
@@ -32,12 +35,14 @@ from spar.display import (
 )
 from spar.errors import InputError
 from spar.outputs import (
+    BUNDLED_MODEL,
     check_folder,
     check_free,
     check_replaceable,
     pictures_in,
-    sampling_notes,
+    read_notes,
     save_pictures,
+    source_notes,
     target_files,
     whole_folder,
 )
@@ -76,9 +81,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _fail(message: str) -> int:
     """One printable line on stderr."""
-    line = " ".join(message.split())
-    print("spar: error: " + "".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
+    print("spar: error: " + _printable(" ".join(message.split())), file=sys.stderr)
     return WRONG_INPUT
+
+
+def _printable(text: str) -> str:
+    """A text of somebody else's for a terminal: no control character gets there."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def dispatch(argv: list[str]) -> int:
@@ -122,7 +131,7 @@ def generate(argv: list[str]) -> int:
             list(args.prompt), height=args.height, width=args.width, callback=sampling_callback(advance),
             **args.keywords(),
         )
-    _save(args, pipe, out, paths, [{"prompt": prompt} for prompt in args.prompt])
+    _save(args, out, paths)
     _mind_quotes(args.prompt, "prompt")
     return 0
 
@@ -136,8 +145,7 @@ def edit(argv: list[str]) -> int:
     pipe = _load(args)
     with bar("drawing") as advance:
         out = pipe.edit(args.image, list(args.instruction), callback=sampling_callback(advance), **args.keywords())
-    told = [{"instruction": instruction, "image": args.image.name} for instruction in args.instruction]
-    _save(args, pipe, out, paths, told)
+    _save(args, out, paths, args.image)
     _mind_quotes(args.instruction, "instruction")
     return 0
 
@@ -166,13 +174,17 @@ def reconstruct(argv: list[str]) -> int:
     check_free(paths, overwrite=args.overwrite)
     pipe = _load(args)
     images: list[Any] = []
+    notes: list[dict[str, Any]] = []
     with bar("reconstructing") as advance:
         for start in range(0, len(sources), RECONSTRUCT_BATCH):
-            images += pipe.reconstruct(list(sources[start : start + RECONSTRUCT_BATCH])).images
+            out = pipe.reconstruct(list(sources[start : start + RECONSTRUCT_BATCH]))
+            images += out.images
+            notes += out.notes
             if advance:
                 advance(len(images), len(sources))
-    notes = [{"image": source.name, "model": _model_name(args, pipe), "spar": __version__} for source in sources]
-    save_pictures(images, paths, notes)
+    model = _model_notes(args)
+    pairs = zip(sources, notes, strict=True)
+    save_pictures(images, paths, [{**source_notes(source), **model, **note} for source, note in pairs])
     for path in paths:
         print(path)
     return 0
@@ -200,7 +212,8 @@ def _load(args: "ModelArguments") -> "SparPipeline":
 
         dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
         return SparPipeline.from_pretrained(
-            args.model, dtype=dtype, device=args.device, adapter=args.adapter, decode_tile=args.decode_tile
+            args.model, dtype=dtype, device=args.device, adapter=args.adapter, decode_tile=args.decode_tile,
+            weights=args.weights, offload=args.offload, compile=args.compile,
         )
 
 
@@ -219,28 +232,55 @@ def _file_names(sources: Sequence[Path]) -> list[str]:
     return [name if whole.count(name) == 1 else f"{name}-{index}" for index, name in enumerate(whole)]
 
 
-def _save(args: "SamplingArguments", pipe: Any, out: Any, paths: list[Path], told: list[dict[str, str]]) -> None:
+def _save(args: "SamplingArguments", out: Any, paths: list[Path], source: Path | None = None) -> None:
     """Write pictures with all that is needed to draw them again, and say where they are."""
-    own, each = pipe.loaded.sampling, args.num_images_per_prompt
-    settings = {
-        "negative_prompt": args.negative_prompt,
-        "steps": own.steps if args.num_inference_steps is None else args.num_inference_steps,
-        "guidance": own.guidance if args.guidance_scale is None else args.guidance_scale,
-        "model": _model_name(args, pipe),
-    }
-    notes = [sampling_notes(told[index // each], seed, **settings) for index, seed in enumerate(out.seeds)]
-    save_pictures(out.images, paths, notes)
+    given = {**(source_notes(source) if source else {}), **_model_notes(args)}
+    save_pictures(out.images, paths, [note | given for note in out.notes])
     for path, seed in zip(paths, out.seeds, strict=True):
         print(f"{path}  (seed {seed})")
 
 
-def _model_name(args: "ModelArguments", pipe: Any) -> str:
-    return pipe.manifest.get("name") or (args.model.resolve().name if args.model else "bundled")
+def _model_notes(args: "ModelArguments") -> dict[str, str | None]:
+    """Which weights made a picture: names of folders, never where they lie."""
+    adapter = args.adapter.resolve().name if args.adapter else None
+    return {"model": args.model.resolve().name if args.model else BUNDLED_MODEL, "adapter": adapter}
 
 
 def _mind_quotes(texts: Sequence[str], what: str) -> None:
     if len(texts) > 1 and not any(" " in text for text in texts):
         print(f"spar: note: {len(texts)} {what}s of one word each; one of several words wants quotes", file=sys.stderr)
+
+
+def info(argv: list[str]) -> int:
+    """Say how a picture was made, or what a folder of weights is."""
+    from spar.arguments import InfoArguments, parse
+
+    args = parse(InfoArguments, argv, "spar info")
+    if os.path.isdir(args.path):
+        from spar.models.inspection import inspect
+
+        with bar("looking"):
+            found = inspect(args.path)
+        if args.json:
+            print(json.dumps(model_values(found), indent=2))
+        else:
+            new_console().print(model_table(found, args.path.name))
+            _print_facts(model_facts(found))
+        return 0
+    noted = read_notes(args.path)
+    again = noted.again()
+    if args.json:
+        size = {"width": noted.width, "height": noted.height}
+        print(json.dumps({"kind": "picture", **size, "notes": noted.notes, "again": again}, indent=2))
+        return 0
+    _print_facts({"size": f"{noted.width} x {noted.height}", **noted.notes, "again": shlex.join(again)})
+    return 0
+
+
+def _print_facts(facts: dict[str, Any]) -> None:
+    width = max(map(len, facts)) + 2
+    for key, value in facts.items():
+        print(_printable(f"{key:<{width}}{value}"))
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
@@ -251,7 +291,8 @@ def train(argv: list[str]) -> int:
     from spar.arguments import TrainArguments
 
     args, chosen = _recipe(argv, TrainArguments, "spar train", "spar train tiny --run runs/tiny")
-    from spar.training.plan import check_device, plan
+    from spar.precision import check_device
+    from spar.training.plan import plan
 
     run, resume = _run_folder(args, chosen.name)
     planned = plan(chosen, args.stage)
@@ -340,9 +381,9 @@ def cache(argv: list[str]) -> int:
     import torch
 
     from spar.models.checkpoint import load_model
+    from spar.precision import check_device
     from spar.training.cache import write_cache
     from spar.training.files import open_sources
-    from spar.training.plan import check_device
 
     if chosen.data.source != "files":
         raise InputError(f"expected data sets (--data.source files --data.sets DATA), got source {chosen.data.source}")
@@ -431,6 +472,28 @@ def convert(argv: list[str]) -> int:
         return convert_unilip(args.path, **shared, router=args.router, factor=args.factor)
 
     return _make_model(parse(ConvertArguments, argv, "spar convert"), "converting", make)
+
+
+def push(argv: list[str]) -> int:
+    """Send a folder of weights to the Hub."""
+    from spar.arguments import PushArguments, parse
+
+    args = parse(PushArguments, argv, "spar push")
+    with bar("looking"):
+        from spar.models.hub import check_repository, push, shipment
+
+        check_repository(args.repository)
+        goods = shipment(args.folder)
+    for name, size in goods.files.items():
+        print(f"{size:>15,}  {_printable(name)}")
+    where = f"{args.repository}, {'public' if args.public else 'private'}"
+    go = "would go" if args.dry_run else "go"
+    print(f"{sum(goods.files.values()):>15,}  bytes in {len(goods.files)} files {go} to {where}")
+    if goods.left:
+        print(f"spar: note: left behind, since spar reads no such files: {', '.join(goods.left)}", file=sys.stderr)
+    if not args.dry_run:
+        print(push(goods, args.repository, private=not args.public, message=args.message))
+    return 0
 
 
 def _make_model(args: Any, title: str, make: Callable[..., Any]) -> int:
@@ -548,7 +611,7 @@ def ui(argv: list[str]) -> int:
     pipe = _load(args)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, with the pictures cleared away
     serve_page(
-        pipe, args.host, args.port, name=_model_name(args, pipe), token=token,
+        pipe, args.host, args.port, notes=_model_notes(args), token=token,
         announce=lambda address: print(f"The page is {address} (Ctrl-C ends it)", flush=True),
     )
     return 0
@@ -634,10 +697,12 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "cache": cache,
     "build": build,
     "convert": convert,
+    "push": push,
     "generate": generate,
     "edit": edit,
     "understand": understand,
     "reconstruct": reconstruct,
+    "info": info,
     "eval": evaluate,
     "report": report,
     "demo": demo,

@@ -6,6 +6,7 @@ rich is imported inside the functions: a verb that shows no table and has no ter
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from spar.data.check import Report as DataReport
     from spar.doctor import Check
     from spar.evaluation.results import Result
+    from spar.models.inspection import Inspection
     from spar.training.budget import StageBudget
     from spar.training.plan import StagePlan
     from spar.training.stages import Stage
@@ -163,6 +165,40 @@ def check_table(checks: Sequence["Check"]) -> "Table":
     for check in checks:
         table.add_row(MARKS[check.ok], *(escape(text) for text in (check.name, check.found, check.mend)))
     return table
+
+
+def model_values(found: "Inspection") -> dict[str, Any]:
+    """A folder's inspection as JSON has it."""
+    values = asdict(found)
+    return {"kind": "model" if found.sampling else "tokenizer", "parameters": found.parameters, **values}
+
+
+def model_table(found: "Inspection", name: str) -> "Table":
+    """The parts of a folder of weights."""
+    from rich.markup import escape
+
+    table = new_table("part", ">parameters", ">MB", "stored in", title=f"{escape(name)}: {found.format}")
+    for part in found.parts:
+        table.add_row(part.name, f"{part.parameters:,}", f"{part.bytes / 1e6:,.2f}", ", ".join(part.types))
+    table.add_section()
+    table.add_row("the model", f"{found.parameters:,}", "", "")
+    return table
+
+
+def model_facts(found: "Inspection") -> dict[str, Any]:
+    """What a folder of weights is made from, what it draws and how well."""
+    config, sampling = found.config, found.sampling
+    size, stride = config.image_size, config.token_stride
+    facts = {
+        "pictures": f"{size} x {size}, {config.grid**2} visual tokens of {stride} x {stride} pixels",
+        **{key: found.manifest[key] for key in ("recipe", "seed", "commit") if key in found.manifest},
+        "written by": ", ".join(f"{library} {version}" for library, version in found.versions.items()),
+    }
+    if sampling:
+        facts["sampling"] = f"{sampling.steps} steps, guidance {sampling.guidance:g}, {sampling.method}"
+    for benchmark, scores in found.scores.items():
+        facts[benchmark] = ", ".join(f"{score} {value:g}" for score, value in scores.items())
+    return facts
 
 
 def data_table(report: "DataReport") -> "Table":

@@ -10,6 +10,10 @@ MAX_GUIDANCE = 100
 MAX_SEED = 2**63 - 1
 MAX_IMAGES = 4096
 MAX_NEW_TOKENS = 256
+MAX_MESSAGES = 256
+MAX_PARTS = 64
+MAX_CHAT_IMAGES = 16
+MAX_CHAT_TOKENS = 8192  # of a whole conversation, its answer included, whatever the model could take
 MAX_TILE = 1024
 MAX_WORKERS = 256
 

@@ -1,23 +1,51 @@
 """Pictures on disk: where they go, and how they get there whole or not at all.
 
 Everything is written aside in the folder where it belongs and renamed; what exists is left alone unless the caller
-says otherwise. A PNG carries how it was made as text chunks, so that it can be made again. Light: Pillow comes late.
+says otherwise. A PNG carries how it was made as text chunks, which are read back here. Light: Pillow comes late.
 """
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from spar import __version__
 from spar.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
+MAX_HEADER_BYTES = 4 * 2**20  # of a PNG in front of its pixels, where the notes stand
+
+# What a picture's notes may hold, and the flag that each of them is where it is one.
+NOTES: dict[str, tuple[type, str | None]] = {
+    "prompt": (str, None),
+    "instruction": (str, None),
+    "image": (str, None),
+    "image_sha256": (str, None),
+    "negative_prompt": (str, "--negative-prompt"),
+    "seed": (int, "--seed"),
+    "steps": (int, "--steps"),
+    "guidance": (float, "--guidance"),
+    "dtype": (str, "--dtype"),
+    "device": (str, "--device"),
+    "weights": (str, "--weights"),
+    "decode_tile": (int, "--decode-tile"),
+    "model": (str, "--model"),
+    "adapter": (str, "--adapter"),
+    "recipe": (str, None),
+    "commit": (str, None),
+    "spar": (str, None),
+    "torch": (str, None),
+    "transformers": (str, None),
+    "diffusers": (str, None),
+}  # fmt: skip
+BUNDLED_MODEL = "bundled"  # the model's name where no folder was given
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
@@ -98,14 +126,13 @@ def save_pictures(
             part.unlink(missing_ok=True)
 
 
-def sampling_notes(
-    told: Mapping[str, object], seed: int, *, negative_prompt: str | None, steps: int, guidance: float, model: str
-) -> dict[str, object]:
-    """All that is needed to draw a picture again, as the notes of its PNG; `told` are the task's own words."""
-    return {
-        **told, "seed": seed, "negative_prompt": negative_prompt, "steps": steps, "guidance": guidance, "model": model,
-        "spar": __version__,
-    }  # fmt: skip
+def source_notes(source: Path) -> dict[str, str]:
+    """Which picture another was made from: its name, and what it held."""
+    try:
+        with open(source, "rb") as file:
+            return {"image": source.name, "image_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    except OSError:  # it was there when it was read
+        return {"image": source.name}
 
 
 def _text_chunks(notes: Mapping[str, object]) -> "PngInfo":
@@ -116,6 +143,61 @@ def _text_chunks(notes: Mapping[str, object]) -> "PngInfo":
         if value is not None:
             chunks.add_text(key, str(value).encode(errors="replace").decode())  # a file's name may be no text
     return chunks
+
+
+@dataclass(frozen=True)
+class Noted:
+    """A picture's size in pixels, and the notes that it carries."""
+
+    width: int
+    height: int
+    notes: dict[str, Any]
+
+    def again(self) -> list[str]:
+        """The command that makes the picture again; what it reads is named as the notes have it, without its folder."""
+        notes, image = self.notes, self.notes.get("image", "IMAGE")
+        if "prompt" in notes:
+            words = ["generate", notes["prompt"], f"--height={self.height}", f"--width={self.width}"]
+        else:
+            words = ["edit", image, notes["instruction"]] if "instruction" in notes else ["reconstruct", image]
+        bundled = notes.get("model") == BUNDLED_MODEL
+        flags = {name: flag for name, (_, flag) in NOTES.items() if flag and not (bundled and name == "model")}
+        return ["spar", *words, *(f"{flag}={notes[name]}" for name, flag in flags.items() if name in notes)]
+
+
+def read_notes(path: Path) -> Noted:
+    """The notes of a PNG that spar wrote, from its header: no pixel is decoded, and what other programs noted is left.
+
+    Raises:
+        InputError: no file, no PNG, a damaged one, one without our notes, or notes that are none of ours.
+    """
+    from PIL import Image
+
+    expected = "expected a PNG that spar wrote, or a folder of weights"
+    try:
+        if not path.is_file():
+            raise InputError(f"{expected}, but there is no file {str(path)!r}")
+        with path.open("rb") as file:
+            header = file.read(MAX_HEADER_BYTES)
+        with Image.open(BytesIO(header), formats=("PNG",)) as image:
+            size, texts = image.size, {key: str(value) for key, value in image.info.items() if key in NOTES}
+    except InputError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise InputError(f"{expected}, got {str(path)!r}, which is no PNG") from None
+    except Exception as error:  # a hostile header makes Pillow raise nearly anything
+        raise InputError(f"{expected}, but {str(path)!r} cannot be read: {error}") from error
+    if "spar" not in texts:
+        raise InputError(f"{expected}, got {str(path)!r}, which carries no notes of ours")
+    return Noted(*size, {key: _note(key, texts[key]) for key in NOTES if key in texts})
+
+
+def _note(key: str, text: str) -> Any:
+    kind = NOTES[key][0]
+    try:
+        return kind(text)
+    except ValueError:
+        raise InputError(f"expected notes that spar wrote, got {key} {text[:40]!r}, which is no number") from None
 
 
 def pictures_in(folder: Path) -> list[Path]:

@@ -5,7 +5,7 @@ seed and never on its neighbours.
 """
 
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,15 +17,30 @@ from PIL import Image
 from torch import Tensor
 
 from spar.data.images import ImageSource, nearest_size, open_image, to_pil, to_size, to_tensor
+from spar.data.messages import TextStream, read_messages
 from spar.data.prompts import IMAGE_TOKEN, PromptEncoder, Tokens
 from spar.errors import InputError
 from spar.flow.guidance import guide
 from spar.flow.sampler import sample
-from spar.limits import MAX_GUIDANCE, MAX_IMAGES, MAX_NEW_TOKENS, MAX_SEED, MAX_STEPS, MAX_TILE, whole_within, within
-from spar.models.checkpoint import Loaded, load_model, save_model
+from spar.limits import (
+    MAX_CHAT_TOKENS,
+    MAX_GUIDANCE,
+    MAX_IMAGES,
+    MAX_NEW_TOKENS,
+    MAX_SEED,
+    MAX_STEPS,
+    MAX_TILE,
+    whole_within,
+    within,
+)
+from spar.models.blocks import compile_blocks
+from spar.models.checkpoint import Loaded, load_model, save_model, versions
 from spar.models.lora import load_adapter, merge
+from spar.models.memory import WEIGHTS, Offload, Weights, hold, quantize
 from spar.models.spar import Condition
 from spar.models.tiling import SMALLEST
+from spar.outputs import check_free, save_pictures, target_files
+from spar.precision import check_device
 
 BUNDLED = Path(__file__).parent / "assets" / "weights"
 MAX_SIDE_FACTOR = 2  # pictures up to twice the trained side
@@ -48,11 +63,28 @@ class Routing:
 
 @dataclass(frozen=True)
 class GenerateOutput:
-    """Images in the order of the prompts (each prompt's images together), their seeds and their routing."""
+    """Images in the order of the prompts (each prompt's images together), their seeds and their routing.
+
+    `notes` says of each image how it was made: words, seed, steps, guidance, type, device, recipe, versions.
+    """
 
     images: list[Image.Image]
     seeds: list[int]
     routing: list[Routing]
+    notes: list[dict[str, Any]]
+
+    def save(self, path: str | Path | None = None, *, overwrite: bool = False) -> list[Path]:
+        """Write PNGs that carry their notes: one image to a `.png` file, several into a folder; says where they are.
+
+        Raises:
+            InputError: a file that exists (without `overwrite`) or that cannot be written.
+        """
+        count = len(self.images)
+        names = [f"{index:0{len(str(count - 1))}}" for index in range(count)]
+        paths = target_files(None if path is None else Path(path), names)
+        check_free(paths, overwrite=overwrite)
+        save_pictures(self.images, paths, self.notes)
+        return paths
 
 
 @dataclass(frozen=True)
@@ -60,9 +92,32 @@ class UnderstandOutput:
     texts: list[str]
 
 
+@dataclass
+class ChatOutput:
+    """An answer while it is made: an iterator over pieces of its text, which join to the whole.
+
+    `prompt_tokens`, and `tokens` of the answer so far; `finish_reason` is None until the answer ends: then "stop" where
+    the model ended its turn, or "length".
+    """
+
+    prompt_tokens: int
+    tokens: int = 0
+    finish_reason: str | None = None
+    pieces: Iterator[str] = field(default_factory=lambda: iter(()), repr=False)
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self.pieces)
+
+
 @dataclass(frozen=True)
 class ReconstructOutput:
+    """Images in the order of what came, and of each image how it was made, as in `GenerateOutput`."""
+
     images: list[Image.Image]
+    notes: list[dict[str, Any]]
 
 
 def native_bfloat16() -> bool:
@@ -82,9 +137,21 @@ class SparPipeline:
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     decode_tile: int | None = None
+    weights: Weights = "float32"
+    offload: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
-        self.model = self.loaded.model.to(self.device)
+        model = self.model = self.loaded.model
+        if self.weights != "float32":
+            hold(model, self.dtype)
+        if self.weights == "int8":
+            quantize(model)
+        if self.compile:
+            compile_blocks(model)
+        self._offload = Offload(model, self.device) if self.offload else None
+        if not self.offload:
+            model.to(self.device)
         config = self.model.config
         self.prompts = PromptEncoder(
             self.loaded.text_tokenizer, config.grid**2, image_start=config.connector.image_start
@@ -99,6 +166,9 @@ class SparPipeline:
         device: str | torch.device | None = None,
         adapter: str | Path | None = None,
         decode_tile: int | None = None,
+        weights: Weights = "float32",
+        offload: bool = False,
+        compile: bool = False,
     ) -> "SparPipeline":
         """Load a SPAR folder; without a path, the bundled weights.
 
@@ -108,9 +178,15 @@ class SparPipeline:
             adapter: a folder of LoRA weights (`RUN/adapter`) that are merged into the model.
             decode_tile: visual tokens a side above which a picture is decoded in tiles of that size, which takes less
                 memory and changes it a little; None decodes it as a whole.
+            weights: how they are held: "float32" as they are stored; "compute", those of matrix products in `dtype`,
+                half the memory for the same results; "int8", those of linear layers rounded to 8 bits besides, for
+                other results (needs torchao).
+            offload: parts wait in the CPU's memory while others compute: less of the device's memory, more time.
+            compile: repeated layers go through torch.compile: the first call takes a minute or so, later ones less.
 
         Raises:
-            InputError: a missing, partial, foreign or damaged folder, or a device that is not there.
+            InputError: a missing, partial, foreign or damaged folder, a device that is not there, or offload from
+                the CPU to itself.
         """
         where = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else check_device(device)
         if dtype is None:
@@ -120,6 +196,10 @@ class SparPipeline:
             raise InputError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
         if decode_tile is not None:
             whole_within("decode_tile", decode_tile, SMALLEST, MAX_TILE)
+        if weights not in WEIGHTS:
+            raise InputError(f"weights: expected one of {', '.join(WEIGHTS)}, got {weights!r}")
+        if offload and where.type == "cpu":
+            raise InputError("offload: expected a device whose parts can wait in the CPU's memory, got cpu itself")
         folder = BUNDLED if path is None else Path(path)
         if path is None and not (folder / "config.json").exists():
             raise InputError("this installation has no bundled weights; give a model folder, or train one")
@@ -127,10 +207,16 @@ class SparPipeline:
         if adapter is not None:
             load_adapter(loaded.model, Path(adapter))
             merge(loaded.model)
-        return cls(loaded, dtype, where, decode_tile)
+        return cls(loaded, dtype, where, decode_tile, weights, offload, compile)
 
     def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write the whole model as a SPAR folder, floating weights in `dtype` (default: as they are)."""
+        """Write the whole model as a SPAR folder, floating weights in `dtype` (default: as they are).
+
+        Raises:
+            InputError: a folder that cannot be written, or weights that are no longer those that were loaded.
+        """
+        if self.weights != "float32":
+            raise InputError(f"weights: expected float32 in a pipeline that is to be saved, got {self.weights}")
         save_model(self.loaded, Path(path), dtype)
 
     @property
@@ -165,16 +251,18 @@ class SparPipeline:
             num_images_per_prompt: images of one prompt stand together in the result.
             seed: one (image i gets seed + i) or one per image; random when None. `.seeds` tells.
             callback: called after each step with (steps done, steps, clean latent as estimated so far), which `preview`
-                makes pictures of; returning False cancels.
+                makes pictures of; returning False, exactly, cancels.
 
         Raises:
             InputError: naming what was expected and what came.
+            Cancelled: the callback said so; there is no result, and the pipeline is as it was.
         """
         prompts = self._texts(prompt, "prompt")
         negatives = self._negatives(negative_prompt, len(prompts))
         size = self._size(height, width)
+        told = [{"prompt": one, "negative_prompt": other} for one, other in zip(prompts, negatives, strict=True)]
         return self._sample(
-            self.prompts.generation(prompts), self.prompts.generation(negatives), None, size,
+            self.prompts.generation(prompts), self.prompts.generation(negatives), None, size, told,
             num_inference_steps, guidance_scale, num_images_per_prompt, seed, callback,
         )
 
@@ -194,13 +282,16 @@ class SparPipeline:
 
         One image with several instructions, or several images with one instruction, are paired; else one each. The
         result has the image's proportions, at about the trained number of pixels; images of one call must share them.
+        Each picture is made from one reference image: the model has place for no second one.
         """
         pixels, instructions = self._pairs(image, instruction, "instruction", keep_aspect=True)
         negatives = self._negatives(negative_prompt, len(instructions))
         size = (pixels.shape[-2], pixels.shape[-1])
         tokens = size[0] * size[1] // self.model.config.token_stride**2
+        pairs = zip(instructions, negatives, strict=True)
+        told = [{"instruction": one, "negative_prompt": other} for one, other in pairs]
         return self._sample(
-            self.prompts.edit(instructions, tokens), self.prompts.edit(negatives, tokens), pixels, size,
+            self.prompts.edit(instructions, tokens), self.prompts.edit(negatives, tokens), pixels, size, told,
             num_inference_steps, guidance_scale, num_images_per_prompt, seed, callback,
         )
 
@@ -214,8 +305,63 @@ class SparPipeline:
         tokens = self.prompts.question(questions).to(self.device)
         with self._precision():
             f_v = self._features(pixels)
+            self._bring("language")
             rows = self.model.understand(tokens.ids, tokens.mask, f_v, max_new_tokens=max_new_tokens)
         return UnderstandOutput([self.loaded.text_tokenizer.decode(row, skip_special_tokens=True) for row in rows])
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], *, max_new_tokens: int | None = None) -> ChatOutput:
+        """The answer to the last message of a conversation, greedy, its text piece by piece as it is decoded.
+
+        Args:
+            messages: `{"role": "system" | "user" | "assistant", "content": ...}`; a content is text, or a list of parts
+                `{"type": "text", "text": str}` and `{"type": "image", "image": ImageSource}`. `read_messages` has the
+                order. Pictures are made square, as in `understand`.
+            max_new_tokens: by default as many as fit, at most MAX_NEW_TOKENS.
+
+        Raises:
+            InputError: at the call, before anything is computed.
+        """
+        if max_new_tokens is not None:
+            whole_within("max_new_tokens", max_new_tokens, 1, MAX_NEW_TOKENS)
+        turns, longest = read_messages(messages), min(self.model.config.text.longest, MAX_CHAT_TOKENS)
+        for index, turn in enumerate(turns):
+            for text in turn.parts:
+                if isinstance(text, str) and (text or turn.role != "assistant"):  # a model may have said nothing
+                    self.prompts.check(text, f"messages[{index}]", longest)
+        written = [(turn.role, [part if isinstance(part, str) else None for part in turn.parts]) for turn in turns]
+        tokens, wanted = self.prompts.conversation(written), max_new_tokens or 1
+        length = tokens.ids.shape[1]
+        if length + wanted > longest:
+            raise InputError(
+                f"messages: expected at most {longest} tokens with their images and the answer, "
+                f"got {length} and {wanted} for the answer"
+            )
+        images = [image for turn in turns for image in turn.images]
+        pixels = self._pixels(images) if images else None
+        out = ChatOutput(length)
+        out.pieces = self._speak(out, tokens, pixels, max_new_tokens or min(MAX_NEW_TOKENS, longest - length))
+        return out
+
+    def _speak(self, out: ChatOutput, tokens: Tokens, pixels: Tensor | None, longest: int) -> Iterator[str]:
+        """The pieces of one answer. No mode of torch is left on while the caller has a piece in hand."""
+        text, tokens = TextStream(self.loaded.text_tokenizer), tokens.to(self.device)
+        with torch.inference_mode(), self._precision():
+            f_v = None if pixels is None else self._features(pixels)
+            self._bring("language")
+            embedded = self.model.embed(tokens.ids, f_v)
+            steps = self.model.language.stream(embedded, tokens.mask, max_new_tokens=longest)
+        while True:
+            with torch.inference_mode(), self._precision():
+                self._bring("language")  # other calls may come between two pieces
+                step = next(steps, None)
+            if step is None:
+                break
+            out.tokens += 1
+            if piece := text.push(step[0]):
+                yield piece
+        out.finish_reason = "length" if out.tokens == longest else "stop"
+        if piece := text.rest():
+            yield piece
 
     @torch.inference_mode()
     def reconstruct(self, image: ImageSource | Sequence[ImageSource]) -> ReconstructOutput:
@@ -223,20 +369,26 @@ class SparPipeline:
         pixels = self._pixels(image)
         with self._precision():
             tokenizer = self.model.tokenizer
-            out = tokenizer.decode(tokenizer.encode(pixels).z_f, self.decode_tile).float().clamp(0, 1)
-        return ReconstructOutput(to_pil(out))
+            self._bring("encoder", "streams")
+            z_f = tokenizer.encode(pixels).z_f
+            self._bring("decoder")
+            out = tokenizer.decode(z_f, self.decode_tile).float().clamp(0, 1)
+        return ReconstructOutput(to_pil(out), [self._circumstances() for _ in out])
 
     @torch.inference_mode()
     def preview(self, latent: Tensor) -> list[Image.Image]:
         """What a callback's latent `[B, C, h, w]` looks like: blurred at first, and after the last step the result."""
+        self._bring("decoder")
         with self._precision():
-            return to_pil(self.model.decode(latent, self.decode_tile).float())
+            images = self.model.decode(latent, self.decode_tile).float()
+        self._bring("denoiser")  # the sampler goes on
+        return to_pil(images)
 
     @torch.inference_mode()
     def _sample(
         self, tokens: Tokens, negatives: Tokens, pixels: Tensor | None, size: tuple[int, int],
-        steps: int | None, guidance: float | None, per_prompt: int, seed: int | Sequence[int] | None,
-        callback: Callback | None,
+        told: list[dict[str, str | None]], steps: int | None, guidance: float | None, per_prompt: int,
+        seed: int | Sequence[int] | None, callback: Callback | None,
     ) -> GenerateOutput:
         """Prompts to pictures: condition once a prompt, then the flow's sampler around the denoiser."""
         defaults = self.loaded.sampling
@@ -251,7 +403,10 @@ class SparPipeline:
         noise = self._noise(seeds, size)
         with self._precision():
             f_v = self._features(pixels) if pixels is not None else None
+            self._bring("streams", "language", "bridge")
             condition, routed = self._conditions(tokens, negatives, f_v, size, guidance)
+            self._bring("denoiser")
+            condition = self.model.prepare(condition)
 
             def velocity(latent: Tensor, time: Tensor) -> Tensor:
                 if guidance == 1:
@@ -263,8 +418,19 @@ class SparPipeline:
                 velocity, noise, num_inference_steps=steps, shift=defaults.shift, method=defaults.method,
                 callback=callback,
             )
+            self._bring("decoder")
+            images = self.model.decode(latent, self.decode_tile).float()
         routing = [self._routing(tokens, routed, row) for row in range(len(tokens.ids)) for _ in range(per_prompt)]
-        return GenerateOutput(images=self.preview(latent), seeds=seeds, routing=routing)
+        shared = {"steps": steps, "guidance": float(guidance), **self._circumstances()}
+        notes = [{**told[index // per_prompt], "seed": seed, **shared} for index, seed in enumerate(seeds)]
+        return GenerateOutput(images=to_pil(images), seeds=seeds, routing=routing, notes=notes)
+
+    def _circumstances(self) -> dict[str, Any]:
+        """What else than the arguments an image depends on."""
+        made = {name: self.manifest.get(name) for name in ("recipe", "commit")}  # None is not written
+        run = {"dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)}
+        held = self.weights if self.weights == "int8" else None  # between the others there is no difference
+        return {**run, "weights": held, "decode_tile": self.decode_tile, **made, **versions()}
 
     def _conditions(
         self, tokens: Tokens, negatives: Tokens, f_v: Tensor | None, size: tuple[int, int], guidance: float
@@ -307,7 +473,13 @@ class SparPipeline:
         rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(rows).to(self.device)
 
+    def _bring(self, *parts: str) -> None:
+        """Have what computes next on the device, where parts are offloaded."""
+        if self._offload:
+            self._offload.bring(*parts)
+
     def _features(self, pixels: Tensor) -> Tensor:
+        self._bring("encoder")
         return self.model.tokenizer.encoder(pixels).float()
 
     def _precision(self) -> AbstractContextManager:
@@ -317,6 +489,8 @@ class SparPipeline:
         sources = list(image) if isinstance(image, (list, tuple)) else [image]
         if not sources:
             raise InputError("expected at least one image, got an empty list")
+        if any(isinstance(source, list | tuple) for source in sources):
+            raise InputError("expected one image for each text, got a list within the list (a chat takes several)")
         pictures, side = [open_image(source) for source in sources], self.image_size
         sizes = {(side, side)}
         if keep_aspect:
@@ -392,13 +566,3 @@ def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SEED:
             raise InputError(f"seed: expected a whole number from 0 to {MAX_SEED}, got {value!r}")
     return seeds
-
-
-def check_device(device: str | torch.device) -> torch.device:
-    """Refuse a device that torch does not know or that is not here."""
-    try:
-        where = torch.device(device)
-        torch.empty(0, device=where)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device: expected one that is here, got {device!r} ({str(error).splitlines()[0]})") from error
-    return where

@@ -60,6 +60,31 @@ def test_a_question_follows_its_image_as_the_chat_template_writes_it(prompts):
     assert real(prompts.question(["what color is the circle?"])) == [template(prompts, asked)]
 
 
+def test_a_conversation_is_what_the_chat_template_writes(prompts):
+    turns = [
+        ("system", ["what is there?"]), ("user", [None, "what color is the circle?"]), ("assistant", ["red"]),
+        ("user", [None, None, "and above?"]),
+    ]
+    parts = {None: {"type": "image"}}
+    messages = [
+        {"role": role, "content": [parts.get(text, {"type": "text", "text": text}) for text in texts]}
+        for role, texts in turns
+    ]
+    text = prompts.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    wanted = prompts.tokenizer.encode(text.replace("<img><IMG_CONTEXT></img>", IMAGE), add_special_tokens=False)
+    assert real(prompts.conversation(turns)) == [wanted]
+
+
+def test_a_conversation_of_one_question_is_the_question(prompts):
+    asked = prompts.conversation([("user", [None, "how many?"])])
+    assert real(asked) == real(prompts.question(["how many?"]))
+
+
+def test_texts_of_one_turn_stand_on_lines_of_their_own(prompts):
+    split = prompts.conversation([("user", ["a red circle", "a blue star"])])
+    assert real(split) == real(prompts.conversation([("user", ["a red circle\na blue star"])]))
+
+
 def test_an_image_has_one_placeholder_a_visual_token(prompts):
     ids = prompts.edit(["add a red circle"]).ids
     assert int((ids == TextConfig().image_token_id).sum()) == VISUAL

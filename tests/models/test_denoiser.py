@@ -87,6 +87,16 @@ def test_velocity_equals_diffusers_sana_on_a_grid_of_another_shape(config, denoi
     torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("draws", [1, 2])
+def test_keys_made_once_give_the_very_velocity_of_their_condition(config, denoiser, draws):
+    latent, time, condition = inputs(config, draws=draws)
+    with torch.no_grad():
+        keys = denoiser.keys(condition)
+        for moment in (time, time / 2):
+            plain, again = denoiser(latent, moment, condition, MASK), denoiser(latent, moment, keys, MASK)
+            assert torch.equal(plain.velocity, again.velocity) and torch.equal(plain.features, again.features)
+
+
 def test_gradients_equal_those_of_diffusers_sana(config, randomize):
     built = randomize(Denoiser(replace(config.denoiser, position_gain=0.0), CHANNELS, GRID)).requires_grad_(True)
     latent, time, condition = inputs(config)

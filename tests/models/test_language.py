@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM, Qwen2Model
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 
 from spar.errors import InputError
 from spar.models.attention import attention_bias, positions
@@ -67,12 +67,12 @@ def test_states_come_in_the_order_asked_for(language):
 
 
 def test_tokens_behind_a_cache_equal_the_full_pass(language):
-    embeddings, cache, parts = language.embed(tokens()), DynamicCache(), []
+    embeddings, seen, parts = language.embed(tokens()), language.unread(), []
     full, _ = run(language, embeddings)
     start = 0
     for stop in (4, 5, 7):  # a prompt, then one token, then two at once
         bias = attention_bias(MASK[:, :stop], embeddings, causal=True, past=start)
-        part, _ = language(embeddings[:, start:stop], bias, positions(MASK)[:, start:stop], cache=cache)
+        part, _ = language(embeddings[:, start:stop], bias, positions(MASK)[:, start:stop], seen=seen)
         parts.append(part)
         start = stop
     real = MASK.bool()
@@ -120,6 +120,18 @@ def test_a_row_ends_before_its_own_end_of_turn_and_the_others_go_on(config, lang
     assert uneven
     for eos in uneven[:3]:
         assert answers(config, language, eos) == [until(row, eos) for row in generated]
+
+
+def test_the_stream_has_the_answers_token_by_token(config, language, generated):
+    eos = generated[0][3]  # one row ends early, and says so from then on
+    own = LanguageModel(replace(config.text, eos_token_id=eos)).eval()
+    own.load_state_dict(language.state_dict())
+    with torch.inference_mode():
+        steps = [*own.stream(own.embed(tokens()), MASK, max_new_tokens=10)]
+    rows = [[step[row] for step in steps] for row in range(3)]
+    assert [[t for t in row if t is not None] for row in rows] == answers(config, language, eos)
+    assert any(None in row for row in rows)
+    assert all(row[len(row) - row.count(None) :] == [None] * row.count(None) for row in rows)
 
 
 def short(config, language, positions: int) -> LanguageModel:

@@ -21,7 +21,7 @@ import uvicorn
 from fastapi import FastAPI
 from playwright import sync_api
 
-from spar import __version__
+from spar.outputs import BUNDLED_MODEL, read_notes
 from spar.pipeline import SparPipeline
 from spar.serving.examples import EDITS, PROMPTS, knows_shapes, scene_pictures
 from spar.serving.parts import problem
@@ -132,10 +132,10 @@ def test_generate_draws_what_python_draws_and_the_file_says_how(visit, pipe):
     drawn = pipe.generate(PROMPTS[1], seed=11)
     with Image.open(file) as image:
         assert np.array_equal(pixels(image), pixels(drawn.images[0])) and name == "spar-seed-11.png"
-        assert image.text == {
-            "prompt": PROMPTS[1], "seed": "11", "steps": "20", "guidance": "4.5", "model": "bundled",
-            "spar": __version__,
-        }  # fmt: skip
+        assert image.text == {key: str(value) for key, value in drawn.notes[0].items() if value is not None} | {
+            "model": BUNDLED_MODEL
+        }
+    assert read_notes(file).again()[:3] == ["spar", "generate", PROMPTS[1]]
     assert np.array_equal(pixels(shown(page, ".spar-picture img")), pixels(drawn.images[0]))
 
 

@@ -132,6 +132,22 @@ class PromptEncoder:
         newline = self.encode("\n")
         return self.pad([self._user(self.image(), newline, self.encode(question)) for question in questions])
 
+    def conversation(self, messages: Sequence[tuple[str, Sequence[str | None]]]) -> Tokens:
+        """Turns (role, texts) and the start of the assistant's answer, one row; a text that is None is an image.
+
+        A newline stands behind an image, as in `question`, and between two texts.
+        """
+        row: list[int] = []
+        for role, parts in messages:
+            row += self.encode(f"{TURN_START}{role}\n")
+            for part, before in zip(parts, (None, *parts), strict=False):
+                if part is None:
+                    row += self.image() + self.encode("\n")
+                else:
+                    row += (self.encode("\n") if before is not None else []) + self.encode(part)
+            row += self.encode(f"{TURN_END}\n")
+        return self.pad([row + self.encode(f"{TURN_START}assistant\n")])
+
     def packed(self, rows: Sequence[Sequence[Turn]]) -> Packed:
         """Several single-turn conversations about one image, sharing the image's tokens.
 

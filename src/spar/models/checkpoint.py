@@ -6,10 +6,13 @@
     pixel_encoder/            model.safetensors: E_p, for training the tokenizer (optional)
     text_tokenizer/           transformers' own files
     manifest.json             what made the weights (optional)
+    README.md                 the model card, for a reader (optional)
 """
 
 import importlib.metadata
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from spar.config import from_dict, read_json, to_dict, write_json
 from spar.data.prompts import IMAGE_TOKEN
 from spar.errors import InputError
 from spar.models.autoencoder import PixelEncoder, build_autoencoder
+from spar.models.card import model_card
 from spar.models.config import SparConfig, TextConfig
 from spar.models.migration import FORMAT_VERSION, upgraded
 from spar.models.spar import SparModel
@@ -30,6 +34,7 @@ from spar.models.tokenizer import UnifiedTokenizer
 from spar.models.weights import INDEX, fill_weights, write_tensors
 
 FORMAT = "spar"
+CARD = "README.md"
 PARTS = ("language", "router", "connector", "denoiser")
 
 
@@ -78,7 +83,7 @@ def save_tokenizer(tokenizer: UnifiedTokenizer, folder: Path, dtype: torch.dtype
 
 def load_tokenizer(folder: Path) -> UnifiedTokenizer:
     """The inverse of `save_tokenizer`, in float32."""
-    header = _header(folder, f"{FORMAT}-tokenizer")
+    header = read_header(folder, f"{FORMAT}-tokenizer")
     with init_empty_weights():
         tokenizer = UnifiedTokenizer(from_dict(SparConfig, header["model"], complete=True))
     _fill_tokenizer(tokenizer, folder, header)
@@ -94,14 +99,8 @@ def _fill_tokenizer(tokenizer: UnifiedTokenizer, folder: Path, header: dict[str,
 
 
 def save_model(loaded: Loaded, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Write a whole SPAR folder aside and rename it; an existing folder that is no SPAR folder is left alone."""
-    folder = folder.absolute()
-    if folder.exists() and not _replaceable(folder):
-        raise InputError(f"{folder} exists and is no SPAR folder; expected an empty or new folder")
-    aside, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+    """Write a whole SPAR folder; an existing folder that is no SPAR folder is left alone."""
+    with replaced(folder, FORMAT) as aside:
         model = loaded.model
         save_tokenizer(model.tokenizer, aside / "tokenizer", dtype)
         for part in PARTS:
@@ -120,6 +119,33 @@ def save_model(loaded: Loaded, folder: Path, dtype: torch.dtype | None = None) -
             },
         )
         write_json(aside / "manifest.json", loaded.manifest)
+        (aside / CARD).write_text(card_of(loaded), encoding="utf-8")
+
+
+def card_of(loaded: Loaded) -> str:
+    """The model card, as it lies in the folder."""
+    model, words = loaded.model, loaded.text_tokenizer
+    sizes = {name: sum(t.numel() for t in getattr(model, name).state_dict().values()) for name in ("tokenizer", *PARTS)}
+    closed = len(set(words.get_vocab()) - set(words.all_special_tokens)) if words.unk_token_id is not None else None
+    return model_card(model.config, loaded.manifest, sizes, prompt=loaded.sampling.max_prompt_tokens, words=closed)
+
+
+@contextmanager
+def replaced(folder: Path, kind: str) -> Iterator[Path]:
+    """A folder to fill; once it is whole, it takes the place of `folder`, which is new, empty or an older one.
+
+    Raises:
+        InputError: a path that holds anything but a folder of this kind, or that cannot be written.
+    """
+    folder = folder.absolute()
+    if folder.exists() and not _replaceable(folder, kind):
+        what = kind.replace(FORMAT, "SPAR").replace("-", " ")
+        raise InputError(f"{folder} exists and is no {what} folder; expected an empty or new folder")
+    aside, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
         _swap(aside, folder, old)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from error
@@ -141,25 +167,25 @@ def _swap(new: Path, folder: Path, old: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _replaceable(folder: Path) -> bool:
-    """Whether a path that exists is an empty folder or an older SPAR folder."""
+def _replaceable(folder: Path, kind: str) -> bool:
+    """Whether a path that exists is an empty folder or an older one of this kind."""
     if not folder.is_dir():
         return False
     if not any(folder.iterdir()):
         return True
     try:
-        return read_json(folder / "config.json").get("format") == FORMAT
+        return read_json(folder / "config.json").get("format") == kind
     except InputError:
         return False
 
 
 def load_model(folder: Path) -> Loaded:
     """Load a SPAR folder strictly, in float32 on the CPU; `InputError` names what is missing, foreign or damaged."""
-    header = _header(folder, FORMAT)
+    header = read_header(folder, FORMAT)
     config = from_dict(SparConfig, header["model"], complete=True)
     with init_empty_weights():
         model = SparModel(config)
-    tokenizer = _header(folder / "tokenizer", f"{FORMAT}-tokenizer")
+    tokenizer = read_header(folder / "tokenizer", f"{FORMAT}-tokenizer")
     if tokenizer["model"] != header["model"]:
         raise InputError(f"{folder}: the config.json of tokenizer/ gives other sizes than the model's own")
     _fill_tokenizer(model.tokenizer, folder / "tokenizer", tokenizer)
@@ -176,7 +202,7 @@ def load_model(folder: Path) -> Loaded:
 
 def read_sizes(folder: Path) -> SparConfig:
     """The configuration of a SPAR folder's model, without its weights."""
-    return from_dict(SparConfig, _header(folder, FORMAT)["model"], complete=True)
+    return from_dict(SparConfig, read_header(folder, FORMAT)["model"], complete=True)
 
 
 def has_pixel_encoder(folder: Path) -> bool:
@@ -211,8 +237,12 @@ def load_text_tokenizer(folder: Path, config: TextConfig) -> Any:
     return tokenizer
 
 
-def _header(folder: Path, expected: str) -> dict[str, Any]:
-    """config.json of a folder, checked for kind and version, its sizes as today's version has them."""
+def read_header(folder: Path, expected: str) -> dict[str, Any]:
+    """config.json of a folder, checked for kind and version, its sizes as today's version has them.
+
+    Raises:
+        InputError: no folder, no readable config.json, another format than `expected`, or a version of the future.
+    """
     if not folder.is_dir():
         raise InputError(f"expected a SPAR model folder, got {folder}, which {_what(folder)}")
     header = read_json(folder / "config.json")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel, SanaTransformerBlock
 from torch import Tensor, nn
 
-from spar.models.attention import MASKED, attend, compute_dtype, grid_embedding
+from spar.models.attention import MASKED, Keys, attend, compute_dtype, grid_embedding
 from spar.models.config import DenoiserConfig
 from spar.precision import under_autocast, without_autocast
 
@@ -47,16 +47,20 @@ def linear_attention(block: SanaTransformerBlock, x: Tensor) -> Tensor:
     return attention.to_out[0](out.to(x.dtype))
 
 
-def cross_attention(block: SanaTransformerBlock, x: Tensor, condition: Tensor, bias: Tensor | None) -> Tensor:
+def _heads(block: SanaTransformerBlock, x: Tensor) -> Tensor:
+    return x.unflatten(-1, (block.attn2.heads, -1)).transpose(1, 2)
+
+
+def keys_of(block: SanaTransformerBlock, condition: Tensor) -> Keys:
+    """Keys and values, `[B, heads, M, d]`, that a block's cross-attention makes of the condition `[B, M, D]`."""
+    return _heads(block, block.attn2.to_k(condition)), _heads(block, block.attn2.to_v(condition))
+
+
+def cross_attention(block: SanaTransformerBlock, x: Tensor, condition: Tensor | Keys, bias: Tensor | None) -> Tensor:
     """Softmax attention from `[B, R N, D]` to the condition `[B, M, D]`; the R draws share its keys and values."""
-    attention = block.attn2
-
-    def heads(tensor: Tensor) -> Tensor:
-        return tensor.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-
-    q, k, v = heads(attention.to_q(x)), heads(attention.to_k(condition)), heads(attention.to_v(condition))
-    out = attend(q, k, v, bias)
-    return attention.to_out[0](out.transpose(1, 2).flatten(2))
+    k, v = condition if isinstance(condition, tuple) else keys_of(block, condition)
+    out = attend(_heads(block, block.attn2.to_q(x)), k, v, bias)
+    return block.attn2.to_out[0](out.transpose(1, 2).flatten(2))
 
 
 def mix_feed_forward(block: SanaTransformerBlock, x: Tensor, height: int, width: int) -> Tensor:
@@ -76,11 +80,11 @@ class DenoiserBlock(SanaTransformerBlock):
         self,
         x: Tensor,
         modulation: Tensor,
-        condition: Tensor,
+        condition: Tensor | Keys,
         bias: Tensor,
         shape: tuple[int, int, int, int],
     ) -> Tensor:
-        """`x` `[B R, N, D]`, `modulation` `[B R, 6, D]`, `condition` `[B, M, D]`, `shape` (B, R, h, w)."""
+        """`x` `[B R, N, D]`, `modulation` `[B R, 6, D]`, `condition` `[B, M, D]` or its keys, `shape` (B, R, h, w)."""
         batch, draws, height, width = shape
         table = self.scale_shift_table[None] + modulation                               # [B R, 6, D]
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = table.to(x.dtype).chunk(6, dim=1)
@@ -119,19 +123,32 @@ class Denoiser(nn.Module):
             self.reference_embed = nn.Conv2d(channels, config.width, 1, bias=False, device="meta")
             self.reference_embed.weight = nn.Parameter(torch.zeros(config.width, channels, 1, 1))
 
+    def keys(self, condition: Tensor) -> list[Keys]:
+        """What the blocks read of a condition `[B, M, C]`: the same at every step of a sampler, so made once."""
+        condition = self._caption(condition)
+        return [keys_of(block, condition) for block in self.network.transformer_blocks]
+
+    def _caption(self, condition: Tensor) -> Tensor:
+        return self.network.caption_norm(self.network.caption_projection(condition))  # [B, M, D]
+
     def forward(
-        self, latent: Tensor, time: Tensor, condition: Tensor, mask: Tensor, reference: Tensor | None = None
+        self,
+        latent: Tensor,
+        time: Tensor,
+        condition: Tensor | list[Keys],
+        mask: Tensor,
+        reference: Tensor | None = None,
     ) -> Denoised:
         """Predict the velocity.
 
         Args:
             latent: `[B R, D_p, h, w]`, draws of one image side by side.
             time: `[B R]` in [0, 1], 1 is noise.
-            condition: `[B, M, C]`; mask: `[B, M]`, 1 for real tokens.
+            condition: `[B, M, C]`, or its `keys`; mask: `[B, M]`, 1 for real tokens.
             reference: `[B, D_p, h, w]`, the normalised latent of the picture to edit; zero in rows that have none.
         """
         network, (height, width) = self.network, latent.shape[-2:]
-        batch, draws = len(condition), len(latent) // len(condition)
+        batch, draws = len(mask), len(latent) // len(mask)
         x = network.patch_embed(latent)                                              # [B R, N, D]
         if self.config.position_gain:
             places = grid_embedding(x.shape[-1], height, width, POSITION_BASE).to(x)
@@ -141,12 +158,13 @@ class Denoiser(nn.Module):
             x = x + known.repeat_interleave(draws, dim=0)
         modulation, embedded = network.time_embed(time * TIME_STEPS, hidden_dtype=x.dtype)  # [B R, 6 D], [B R, D]
         modulation = modulation.unflatten(1, (6, -1))
-        condition = network.caption_norm(network.caption_projection(condition))      # [B, M, D]
+        blocks = network.transformer_blocks
+        reads = condition if isinstance(condition, list) else [self._caption(condition)] * len(blocks)
         bias = torch.zeros(mask.shape, dtype=x.dtype, device=x.device)
         bias = bias.masked_fill(~mask.bool(), MASKED)[:, None, None]
         features = x
-        for i, block in enumerate(network.transformer_blocks, start=1):
-            x = block(x, modulation, condition, bias, (batch, draws, height, width))
+        for i, (block, read) in enumerate(zip(blocks, reads, strict=True), start=1):
+            x = block(x, modulation, read, bias, (batch, draws, height, width))
             if i == self.config.tap_block:
                 features = x
         x = network.proj_out(network.norm_out(x, embedded, network.scale_shift_table))  # [B R, N, D_p]

@@ -4,14 +4,34 @@ transformers' `Qwen2Model` holds the weights; the pass over its layers is ours, 
 kept. B batch, T tokens, D width, K routed layers.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, Qwen2Model
+from transformers import Qwen2Model
 
 from spar.errors import InputError
-from spar.models.attention import ATTENTION, attention_bias, positions
+from spar.models.attention import ATTENTION, Keys, attention_bias, positions
 from spar.models.config import TextConfig
 from spar.models.encoder import qwen_config
+
+
+class Past:
+    """What one layer has behind it when it reads new tokens: keys and values `[B, heads, T, d]`.
+
+    transformers' layers call `update`. It leaves `before` alone, so a layer may be computed twice (`recompute`), and
+    does not look at a layer's number, for which each would be compiled apart.
+    """
+
+    def __init__(self, before: Keys | None = None) -> None:
+        self.before, self.seen = before, before
+
+    def update(self, key: Tensor, value: Tensor, _layer: int) -> Keys:
+        """Keys and values of all tokens up to the new ones."""
+        if self.before is not None:
+            key, value = torch.cat([self.before[0], key], dim=2), torch.cat([self.before[1], value], dim=2)
+        self.seen = (key, value)
+        return self.seen
 
 
 class LanguageModel(nn.Module):
@@ -29,6 +49,10 @@ class LanguageModel(nn.Module):
         """`[B, T]` ids to `[B, T, D]`."""
         return self.network.embed_tokens(tokens)
 
+    def unread(self) -> list[Keys | None]:
+        """What each layer has seen where a text begins."""
+        return [None] * len(self.network.layers)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """`[B, T, D]` final states to `[B, T, vocabulary]`, with the words' embeddings where the head is tied."""
         return nn.functional.linear(hidden, (self.head or self.network.embed_tokens).weight)
@@ -40,7 +64,7 @@ class LanguageModel(nn.Module):
         position_ids: Tensor,
         *,
         layers: tuple[int, ...] = (),
-        cache: DynamicCache | None = None,
+        seen: list[Keys | None] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Run the LLM.
 
@@ -50,7 +74,7 @@ class LanguageModel(nn.Module):
             position_ids: `[B, T]`.
             layers: which hidden states to keep, 0 the embedding output, L the last layer behind the final norm
                 (transformers' own numbering).
-            cache: keys and values of earlier tokens, extended in place.
+            seen: each layer's keys and values of the earlier tokens, replaced by those of all.
 
         Returns:
             The final states `[B, T, D]` and the kept states, each `[B, T, D]`.
@@ -63,14 +87,16 @@ class LanguageModel(nn.Module):
         rotary = network.rotary_emb(embeddings, position_ids)
         x = embeddings
         for i, layer in enumerate(network.layers, start=1):
+            past = Past(seen[i - 1]) if seen else None
             x = layer(
                 x,
                 attention_mask=bias,
                 position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=cache is not None,
+                past_key_values=past,
                 position_embeddings=rotary,
             )
+            if past:
+                seen[i - 1] = past.seen
             if i in layers:
                 kept[i] = x
         final = network.norm(x)
@@ -86,7 +112,18 @@ class LanguageModel(nn.Module):
 
     @torch.inference_mode()
     def answer(self, embeddings: Tensor, mask: Tensor, *, max_new_tokens: int) -> list[list[int]]:
-        """Greedy continuation, batched; each row ends at its own end-of-turn token.
+        """Greedy continuation, batched; each row ends before its own end-of-turn token. Arguments as in `stream`."""
+        rows: list[list[int]] = [[] for _ in range(len(embeddings))]
+        for step in self.stream(embeddings, mask, max_new_tokens=max_new_tokens):
+            for row, token in zip(rows, step, strict=True):
+                if token is not None:
+                    row.append(token)
+        return rows
+
+    def stream(self, embeddings: Tensor, mask: Tensor, *, max_new_tokens: int) -> Iterator[list[int | None]]:
+        """The same continuation token by token: each step has a token a row, or None where the row has ended.
+
+        The caller goes from step to step without gradients.
 
         Args:
             embeddings: `[B, T, D]`, padded on the left; mask: `[B, T]`.
@@ -95,21 +132,20 @@ class LanguageModel(nn.Module):
             InputError: where the longest answer would not fit behind its question.
         """
         self._check_length(int(mask.sum(1).max()) + max_new_tokens)
-        cache, rows = DynamicCache(), [[] for _ in range(len(embeddings))]
-        done = torch.zeros(len(embeddings), dtype=torch.bool, device=embeddings.device)
-        x, position_ids = embeddings, positions(mask)
+        return self._steps(embeddings, mask, max_new_tokens)
+
+    def _steps(self, x: Tensor, mask: Tensor, max_new_tokens: int) -> Iterator[list[int | None]]:
+        seen, past, position_ids = self.unread(), 0, positions(mask)
+        done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for _ in range(max_new_tokens):
-            past = cache.get_seq_length()
             bias = attention_bias(mask, x, causal=True, past=past)
-            final, _ = self(x, bias, position_ids, cache=cache)
+            final, _ = self(x, bias, position_ids, seen=seen)
+            past = mask.shape[1]
             token = self.logits(final[:, -1]).argmax(-1)
             done = done | (token == self.config.eos_token_id)
-            for row, value, ended in zip(rows, token.tolist(), done.tolist(), strict=True):
-                if not ended:
-                    row.append(value)
             if bool(done.all()):
-                break
+                return
+            yield [None if ended else value for value, ended in zip(token.tolist(), done.tolist(), strict=True)]
             x = self.embed(token)[:, None]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             position_ids = position_ids[:, -1:] + 1
-        return rows

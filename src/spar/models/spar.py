@@ -3,13 +3,12 @@
 B batch, T sequence tokens, N visual tokens, Q queries, K routed layers, D the LLM's width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
-from spar.models.attention import attention_bias, positions
+from spar.models.attention import Keys, attention_bias, positions
 from spar.models.config import SparConfig
 from spar.models.connector import Connector
 from spar.models.denoiser import Denoised, Denoiser
@@ -21,12 +20,14 @@ from spar.models.tokenizer import UnifiedTokenizer
 @dataclass(frozen=True)
 class Condition:
     """What the denoiser reads: `states` `[B, T, C]`, `mask` `[B, T]`, the routing `weights` `[B, T, K]`, and where a
-    picture is edited, its normalised latent `reference` `[B, D_p, h, w]`."""
+    picture is edited, its normalised latent `reference` `[B, D_p, h, w]`. `keys` is what the denoiser's blocks read of
+    the states, where that has been made (`SparModel.prepare`)."""
 
     states: Tensor
     mask: Tensor
     weights: Tensor
     reference: Tensor | None = None
+    keys: list[Keys] | None = None
 
 
 class SparModel(nn.Module):
@@ -104,18 +105,23 @@ class SparModel(nn.Module):
         graph of the queries' pass alone.
         """
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.language.parameters())
-        places, cache = positions(mask), DynamicCache()
+        places, seen = positions(mask), self.language.unread()
         words, queries = embeddings[:, :prompt], embeddings[:, prompt:]
         with torch.set_grad_enabled(learns):
             bias = attention_bias(mask[:, :prompt], words, causal=True)
-            _, before = self.language(words, bias, places[:, :prompt], layers=self.layers, cache=cache)
+            _, before = self.language(words, bias, places[:, :prompt], layers=self.layers, seen=seen)
         bias = attention_bias(mask, queries, causal=True, past=prompt)
-        _, behind = self.language(queries, bias, places[:, prompt:], layers=self.layers, cache=cache)
+        _, behind = self.language(queries, bias, places[:, prompt:], layers=self.layers, seen=seen)
         return [torch.cat(pair, dim=1) for pair in zip(before, behind, strict=True)]
+
+    def prepare(self, condition: Condition) -> Condition:
+        """The condition with all that every step of a sampler would make of it anew."""
+        return replace(condition, keys=self.denoiser.keys(condition.states))
 
     def velocity(self, latent: Tensor, time: Tensor, condition: Condition) -> Denoised:
         """Velocity of the normalised latent `[B R, D_p, h, w]` at `time` `[B R]`."""
-        return self.denoiser(latent, time, condition.states, condition.mask, condition.reference)
+        reads = condition.states if condition.keys is None else condition.keys
+        return self.denoiser(latent, time, reads, condition.mask, condition.reference)
 
     def decode(self, latent: Tensor, tile: int | None = None) -> Tensor:
         """Normalised latent to pixels in [0, 1]; `tile` as in `UnifiedTokenizer.decode`."""

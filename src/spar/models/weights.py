@@ -17,7 +17,8 @@ INDEX = ".index.json"
 class TensorFiles:
     """The tensors of `NAME.safetensors`, or of the shards that `NAME.safetensors.index.json` lists.
 
-    `shapes` holds every tensor on no memory; `read` gives one with memory of its own. Raises `InputError` for files
+    `shapes` holds every tensor on no memory, `types` the names of their types as safetensors has them ("F32", "BF16");
+    `read` gives one tensor with memory of its own. Raises `InputError` for files
     that are missing, damaged or not what the index says.
     """
 
@@ -32,6 +33,10 @@ class TensorFiles:
         self.shapes = {
             key: torch.empty(handle.get_slice(key).get_shape(), device="meta") for key, handle in self._where.items()
         }
+
+    @property
+    def types(self) -> dict[str, str]:
+        return {key: handle.get_slice(key).get_dtype() for key, handle in self._where.items()}
 
     def _listed(self, index: Path) -> list[Path]:
         """The shards, each a plain name beside the index."""

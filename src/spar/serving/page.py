@@ -6,7 +6,7 @@ import logging
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,46 +14,48 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from spar import __version__
 from spar.data.images import open_image, to_size, to_square
 from spar.drawing.markup import Markup
 from spar.drawing.routing import routing_view
 from spar.errors import InputError
 from spar.flow.sampler import Cancelled
 from spar.limits import MAX_SEED
-from spar.outputs import sampling_notes, save_pictures
+from spar.outputs import BUNDLED_MODEL, save_pictures, source_notes
 from spar.serving import examples, parts
 from spar.serving.jobs import Jobs, Step
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from spar.pipeline import GenerateOutput, SparPipeline
+    from spar.pipeline import GenerateOutput, ReconstructOutput, SparPipeline
     from spar.serving.jobs import Call
+
+    Notes = Mapping[str, str | None]
 
 MAX_STEPS, MAX_GUIDANCE = 100, 15  # of the sliders; the pipeline's own limits are wider
 MAX_WAITING = 16  # jobs
 KEPT_SECONDS = 3600  # a picture in the cache
+BUNDLED_NOTES = {"model": BUNDLED_MODEL}
 
 log = logging.getLogger(__name__)
 
 
-def build_page(pipe: SparPipeline, name: str = "bundled", call: Call | None = None) -> gr.Blocks:
+def build_page(pipe: SparPipeline, notes: Notes = BUNDLED_NOTES, call: Call | None = None) -> gr.Blocks:
     """The page of a model, which wants `parts.CSS`.
 
     Args:
         pipe: does the work, one job at a time.
-        name: the model's, as the pictures' notes give it.
+        notes: which weights these are, for the notes of the pictures.
         call: as in `Jobs`.
     """
-    return _Page(pipe, name, call).blocks
+    return _Page(pipe, notes, call).blocks
 
 
 class _Page:
     """The tabs, and what their buttons do: methods that give new values of the components behind them."""
 
-    def __init__(self, pipe: SparPipeline, name: str, call: Call | None) -> None:
-        self.pipe, self.name, self.jobs = pipe, name, Jobs(pipe, call)
+    def __init__(self, pipe: SparPipeline, notes: Notes, call: Call | None) -> None:
+        self.pipe, self.notes, self.jobs = pipe, notes, Jobs(pipe, call)
         self.shapes = examples.knows_shapes(pipe)
         self.pictures = examples.scene_pictures()
         cleaning = (KEPT_SECONDS // 4, KEPT_SECONDS)
@@ -210,7 +212,7 @@ class _Page:
                 if isinstance(item, Step):
                     yield item.image or gr.skip(), parts.progress(item), gr.skip(), gr.skip()
                     continue
-                file = self._save(item, {"prompt": prompt}, keywords)
+                file = self._save(item, f"spar-seed-{item.seeds[0]}.png")
                 status = parts.done(item.seeds[0], steps, guidance, time.monotonic() - began)
                 yield file, status, parts.file(file), parts.reading(routing_view(item.routing[0]))
         if told:
@@ -230,7 +232,7 @@ class _Page:
                     yield pair, parts.progress(item), gr.skip(), gr.skip()
                     continue
                 before = to_size(image, *item.images[0].size)
-                file = self._save(item, {"instruction": instruction, "image": Path(source).name}, keywords)
+                file = self._save(item, f"spar-seed-{item.seeds[0]}.png", source)
                 status = parts.done(item.seeds[0], steps, guidance, time.monotonic() - began)
                 view = parts.reading(routing_view(item.routing[0], before))
                 yield (before, item.images[0]), status, parts.file(file), view
@@ -250,10 +252,9 @@ class _Page:
         with _told() as told:
             side, began = self.pipe.image_size, time.monotonic()
             image = to_square(_open(source), side)
-            after = self.jobs.call(lambda pipe: pipe.reconstruct(image)).result().images[0]
+            out = self.jobs.call(lambda pipe: pipe.reconstruct(image)).result()
             status = parts.note(f"Rebuilt at {side} × {side} pixels in {time.monotonic() - began:.2g} seconds.")
-            notes = {"image": Path(source).name, "model": self.name, "spar": __version__}
-            return (image, after), status, parts.file(self._write("spar-rebuilt.png", after, notes))
+            return (image, out.images[0]), status, parts.file(self._save(out, "spar-rebuilt.png", source))
         return gr.skip(), told[0], gr.skip()
 
     def stop(self, request: gr.Request) -> Markup:
@@ -263,18 +264,11 @@ class _Page:
     def leave(self, request: gr.Request) -> None:
         self.jobs.stop(request.session_hash)
 
-    def _save(self, out: GenerateOutput, told: dict[str, str], keywords: dict[str, Any]) -> str:
-        """A drawn picture with the notes that the command line gives its files."""
-        notes = sampling_notes(
-            told, out.seeds[0], negative_prompt=keywords["negative_prompt"], steps=keywords["num_inference_steps"],
-            guidance=keywords["guidance_scale"], model=self.name,
-        )  # fmt: skip
-        return self._write(f"spar-seed-{out.seeds[0]}.png", out.images[0], notes)
-
-    def _write(self, name: str, image: Image.Image, notes: dict[str, object]) -> str:
-        """A file in Gradio's cache, which is emptied by and by."""
+    def _save(self, out: GenerateOutput | ReconstructOutput, name: str, source: str | None = None) -> str:
+        """A picture as the command line writes it, with its notes, in Gradio's cache, which is emptied by and by."""
         path = Path(tempfile.mkdtemp(dir=self.blocks.GRADIO_CACHE)) / name
-        save_pictures([image], [path], [notes])
+        given = source_notes(Path(source)) if source else {}
+        save_pictures(out.images, [path], [out.notes[0] | given | self.notes])
         return str(path)
 
 

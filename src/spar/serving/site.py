@@ -19,31 +19,32 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from spar.data.images import MAX_BYTES
 from spar.errors import InputError
 from spar.serving.doorman import Doorman
-from spar.serving.page import build_page
+from spar.serving.page import BUNDLED_NOTES, build_page
 from spar.serving.parts import CSS, theme
 
 if TYPE_CHECKING:
     from spar.pipeline import SparPipeline
     from spar.serving.jobs import Call
+    from spar.serving.page import Notes
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost")
 
 
 def mount_page(
-    app: FastAPI, pipe: SparPipeline, path: str = "/", *, name: str = "bundled", token: str | None = None,
+    app: FastAPI, pipe: SparPipeline, path: str = "/", *, notes: Notes = BUNDLED_NOTES, token: str | None = None,
     call: Call | None = None, cache: Path,
 ) -> FastAPI:  # fmt: skip
     """Put the page into an application.
 
     Args:
         app: gets the page.
-        pipe, name, call: as in `build_page`.
+        pipe, notes, call: as in `build_page`.
         path: where.
         token: what a person must give as password, if any.
         cache: an empty folder of our own, for pictures that come and go.
     """
     os.environ["GRADIO_TEMP_DIR"] = str(cache)  # Gradio's own way to be told; it is read when parts are made
-    blocks = build_page(pipe, name, call)
+    blocks = build_page(pipe, notes, call)
     doorman = Middleware(Doorman, files=cache, max_file=MAX_BYTES)
     return gr.mount_gradio_app(
         app, blocks, path, app_kwargs={"middleware": [doorman]}, max_file_size=MAX_BYTES, show_error=False,
@@ -66,13 +67,13 @@ def check_host(host: str, token: str | None) -> None:
 
 
 def serve_page(
-    pipe: SparPipeline, host: str, port: int, *, name: str = "bundled", token: str | None = None,
+    pipe: SparPipeline, host: str, port: int, *, notes: Notes = BUNDLED_NOTES, token: str | None = None,
     announce: Callable[[str], None] | None = None,
 ) -> None:  # fmt: skip
     """Serve the page until interrupted.
 
     Args:
-        pipe, name, token: as in `mount_page`.
+        pipe, notes, token: as in `mount_page`.
         host, port: where; port 0 takes a free one.
         announce: called with the page's address as soon as it can be opened.
 
@@ -85,7 +86,7 @@ def serve_page(
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         if host in LOCAL_HOSTS:  # a page from elsewhere cannot reach us under a name of its own
             app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOCAL_HOSTS))
-        mount_page(app, pipe, name=name, token=token, cache=Path(cache))
+        mount_page(app, pipe, notes=notes, token=token, cache=Path(cache))
         if announce:
             announce(f"http://{host}:{listener.getsockname()[1]}")
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from spar.errors import InputError
+from spar.models.blocks import blocks
 from spar.models.lora import adapt
-from spar.training.scale import blocks, recompute
+from spar.training.scale import recompute
 from spar.training.stages import Recipe, Stage, freeze
 from spar.training.workshop import Workshop
 
@@ -108,9 +109,8 @@ def budget(recipe: Recipe, machine: Machine, stages: tuple[str, ...] = ()) -> li
             adapt(workshop.model, recipe.lora)
         workshop = workshop.to(torch.bfloat16)
     workshop.train()
-    if machine.recompute:  # the LLM's layers are not: their cache of earlier tokens would grow twice
-        for part in (workshop.model.tokenizer, workshop.model.connector, workshop.model.denoiser):
-            recompute(part)
+    if machine.recompute:
+        recompute(workshop)
     return [_stage(workshop, recipe, stage, machine) for stage in chosen]
 
 
@@ -184,7 +184,7 @@ def _part(function: Callable[[], Any], module: nn.Module, *, through: bool = Tru
     """
     trains = any(parameter.requires_grad for parameter in module.parameters())
     forward, kept = _count(function, module, grad=trains or through)
-    again = (trains or through) and any("forward" in vars(block) for block in blocks(module))
+    again = (trains or through) and any(hasattr(block.forward, "recomputed") for block in blocks(module))
     return Cost(forward * ((3 if trains else 2 if through else 1) + again), kept)
 
 

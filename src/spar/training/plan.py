@@ -63,12 +63,3 @@ def _plan_stage(workshop: Workshop, stage: Stage) -> StagePlan:
         sizes[parameter.requires_grad] += parameter.numel()
     copies = 4 if stage.ema else 3
     return StagePlan(stage, sizes[True], sizes[False], BYTES * (sizes[False] + (1 + copies) * sizes[True]))
-
-
-def check_device(name: str) -> None:
-    """Refuse a device that torch does not know or that is not here."""
-    try:
-        torch.empty(0, device=torch.device(name))
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"device: expected one that is here, got {name!r} ({reason})") from error

@@ -24,13 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from spar.errors import InputError
-from spar.models.denoiser import DenoiserBlock
-from spar.models.tokenizer import PixelLayer
+from spar.models.blocks import blocks, compile_blocks
 
 T = TypeVar("T")
 
-# What is sharded, recomputed or compiled one at a time; the libraries' own by name, so that none is imported for it.
-BLOCKS = ("InternVLVisionLayer", "Qwen2DecoderLayer", PixelLayer.__name__, DenoiserBlock.__name__)
 LOST = ("connection closed", "connection reset", "broken pipe", "timed out", "timeout", "nccl", "socket")
 
 
@@ -192,22 +189,17 @@ class Frame(nn.Module):
         return function(*arguments)
 
 
-def blocks(workshop: nn.Module) -> list[nn.Module]:
-    """The repeated layers of all parts."""
-    return [module for module in workshop.modules() if any(base.__name__ in BLOCKS for base in type(module).__mro__)]
-
-
 def distribute(workshop: nn.Module, ranks: Ranks) -> nn.Module:
     """The frame to call computations through, with the workshop's blocks recomputed, compiled and sharded as asked.
 
     Call it behind `freeze`: what is frozen exchanges no gradients, and may stay whole.
     """
     scale, frame = ranks.scale, Frame(workshop)
+    torch.backends.cudnn.benchmark = True  # a stage's shapes are few: the fastest convolution for each is found once
+    if scale.compile:
+        compile_blocks(workshop)
     if scale.recompute:
         recompute(workshop)
-    if scale.compile:
-        for block in blocks(workshop):
-            block.compile()
     if ranks.sharded:
         mesh = init_device_mesh(ranks.device.type, (ranks.world,))
         held = {p for p in workshop.parameters() if not p.dim() or not (p.requires_grad or scale.shard_frozen)}
@@ -227,16 +219,16 @@ def recompute(workshop: nn.Module) -> None:
     A block that does so already, since an earlier stage, is left as it is.
     """
     for block in blocks(workshop):
-        if "forward" in vars(block):
+        if hasattr(block.forward, "recomputed"):
             continue
         plain = block.forward
 
         def again(*arguments: Any, _plain: Callable[..., Any] = plain, **keywords: Any) -> Any:
-            cached = keywords.get("past_key_values") is not None  # a second pass would extend the cache again
-            if cached or not torch.is_grad_enabled():
+            if not torch.is_grad_enabled():
                 return _plain(*arguments, **keywords)
             return checkpoint(functools.partial(_plain, **keywords), *arguments, use_reentrant=False)
 
+        again.recomputed = plain
         block.forward = again
 
 

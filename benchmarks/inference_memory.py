@@ -1,0 +1,110 @@
+"""What each way of holding a model costs and changes: one picture drawn with a recipe at full size, of random weights.
+
+Memory is the device's peak (on a CPU: what the process holds at most), seconds are those of the second of two pictures,
+and the change is the mean difference of the picture from that of float32 weights, of 255. With random weights it tells
+whether results are equal, not how good they are: `--bundled` measures the change of the bundled model's pictures too.
+The last line is JSON.
+
+    python benchmarks/inference_memory.py --recipe spar-1b --device cuda
+"""
+
+import argparse
+import copy
+import gc
+import json
+import resource
+import time
+from dataclasses import replace
+
+import numpy as np
+import torch
+from PIL import Image
+
+from spar.data.prompts import IMAGE_TOKEN
+from spar.models.checkpoint import Loaded, Sampling, load_text_tokenizer, read_sizes, versions
+from spar.models.spar import SparModel
+from spar.pipeline import BUNDLED, SparPipeline
+from spar.recipes import recipe
+from spar.training.run import machine
+
+PROMPTS = ["a red circle on a beige background", "a blue star and a green ring", "three yellow squares"]
+WAYS = {
+    "float32": {},
+    "compute": {"weights": "compute"},
+    "int8": {"weights": "int8"},
+    "compute, offloaded": {"weights": "compute", "offload": True},
+    "int8, offloaded": {"weights": "int8", "offload": True},
+    "compute, offloaded, tiles": {"weights": "compute", "offload": True, "decode_tile": 8},
+    "compute, compiled": {"weights": "compute", "compile": True},
+}
+
+
+def full_size(name: str, device: torch.device) -> Loaded:
+    """A recipe's model with random weights, on the CPU, and the bundled model's words."""
+    torch.manual_seed(0)
+    config, text = recipe(name).model, load_text_tokenizer(BUNDLED / "text_tokenizer", read_sizes(BUNDLED).text)
+    ids = {
+        "image_token_id": text.convert_tokens_to_ids(IMAGE_TOKEN), "eos_token_id": text.eos_token_id,
+        "pad_token_id": text.pad_token_id,
+    }  # fmt: skip
+    with device:
+        model = SparModel(replace(config, text=replace(config.text, **ids)))
+    return Loaded(model.cpu().eval().requires_grad_(False), text, Sampling())
+
+
+def shown(pipe: SparPipeline, prompts: list[str], steps: int | None) -> np.ndarray:
+    return np.stack([np.asarray(i, float) for i in pipe.generate(prompts, seed=0, num_inference_steps=steps).images])
+
+
+def measure(loaded: Loaded, ways: dict, device: torch.device, steps: int) -> dict:
+    cuda = device.type == "cuda"
+    if cuda:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    pipe = SparPipeline(copy.deepcopy(loaded), torch.bfloat16, device, **ways)
+    picture = shown(pipe, PROMPTS[:1], steps)
+    start = time.perf_counter()
+    picture = shown(pipe, PROMPTS[:1], steps)
+    seconds = time.perf_counter() - start
+    pipe.edit(Image.fromarray(picture[0].astype(np.uint8)), PROMPTS[0], num_inference_steps=2)
+    held = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"gib": held / 2**30, "seconds": seconds, "picture": picture}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="spar-1b")
+    parser.add_argument("--way", action="append", choices=list(WAYS), help="may be given several times; default: all")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--bundled", action="store_true", help="also how much the bundled model's pictures change")
+    args = parser.parse_args()
+    device, rows, plain, bundled = torch.device(args.device), {}, None, None
+    ways = {name: WAYS[name] for name in args.way or WAYS if device.type != "cpu" or "offload" not in WAYS[name]}
+    loaded = full_size(args.recipe, device)
+    for name, way in ways.items():
+        try:
+            found = measure(loaded, way, device, args.steps)
+        except Exception as error:  # what was measured before is not lost
+            rows[name] = {"error": f"{type(error).__name__}: {error}"}
+            print(name, rows[name], flush=True)
+            continue
+        picture = found.pop("picture")
+        plain = picture if plain is None else plain
+        found["change_of_255"] = float(np.abs(picture - plain).mean())
+        if args.bundled:
+            pictures = shown(SparPipeline.from_pretrained(dtype=torch.bfloat16, device=device, **way), PROMPTS, None)
+            bundled = pictures if bundled is None else bundled
+            found["bundled_change_of_255"] = float(np.abs(pictures - bundled).mean())
+        rows[name] = found
+        print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in found.items()), flush=True)
+    print(json.dumps({
+        "benchmark": "inference_memory", "recipe": args.recipe, "device": args.device, "dtype": "bfloat16",
+        "steps": args.steps, "guidance": Sampling().guidance, "side": loaded.model.config.image_size, "seed": 0,
+        "results": rows, "machine": machine(), "versions": versions(),
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""The benchmarks run to their last line: tiny, for what they measure is measured elsewhere."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+pytestmark = pytest.mark.slow
+
+
+def last_line(script: str, *arguments: str) -> dict:
+    command = [sys.executable, str(FOLDER / script), "--recipe", "tiny", "--device", "cpu", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_training_step_of_both_stages():
+    found = last_line("train_step.py", "--batch", "2", "--steps", "1", "--recompute")
+    assert [row["stage"] for row in found["results"]] == ["tokenizer-3", "unified-2"]
+    for row in found["results"]:
+        assert row["images_per_second"] == pytest.approx(2 / row["seconds"]) and 0 < row["mfu"] < 1
+
+
+def test_a_picture_from_weights_held_in_two_ways():
+    found = last_line("inference_memory.py", "--steps", "2", "--way", "float32", "--way", "compute")
+    assert list(found["results"]) == ["float32", "compute"]
+    assert found["results"]["compute"]["change_of_255"] == 0
