@@ -24,6 +24,7 @@ from playwright import sync_api
 from spar.outputs import BUNDLED_MODEL, read_notes
 from spar.pipeline import SparPipeline
 from spar.serving.examples import EDITS, PROMPTS, knows_shapes, scene_pictures
+from spar.serving.page import build_page
 from spar.serving.parts import problem
 from spar.serving.site import mount_page
 
@@ -307,7 +308,7 @@ def test_a_phone_has_everything_within_its_width(visit, tab):
         assert 0 <= place["x"] and place["x"] + place["width"] <= PHONE["width"], part.inner_text()
 
 
-def test_a_model_of_another_world_is_not_offered_the_shapes_examples(pipe):
+def test_a_model_of_another_world_is_not_offered_the_shapes_examples(pipe, monkeypatch, tmp_path):
     class Open:
         unk_token = None
 
@@ -316,6 +317,10 @@ def test_a_model_of_another_world_is_not_offered_the_shapes_examples(pipe):
 
     other = type("Pipe", (), {"loaded": type("Loaded", (), {"text_tokenizer": Open()})})()
     assert knows_shapes(pipe) and not knows_shapes(other)
+    monkeypatch.setattr("spar.serving.examples.knows_shapes", lambda pipe: False)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    config = str(build_page(pipe).get_config_file()["components"])
+    assert "circle" not in config and "'type': 'dataset'" not in config and "64 × 64 pixels" in config
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

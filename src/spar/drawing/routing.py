@@ -136,11 +136,13 @@ def _picture(
         for place, one in enumerate(weights)
     ]  # fmt: skip
     grid = tag("div", *cells, class_="routing-grid", style=f"grid-template-columns:repeat({columns},1fr)")
+    note = tag("p", "The squares of the picture:", class_="routing-note")
     below = picture(image, "the picture, in grey", scale=max(1, -(-SIDE // image.width))) if image else None
-    return tag(
+    drawn = tag(
         "div", below, grid, class_="routing-picture", role="img", style=f"aspect-ratio:{columns}/{rows}",
         aria_label=f"layers that the {rows} x {columns} squares of the picture read",
     )
+    return tag("div", note, drawn)
 
 
 # Colours follow the text's own, so that it suits any page, light or dark.
@@ -150,15 +152,16 @@ STYLE = """
 .routing-key { display: inline-flex; align-items: center; gap: .4rem; }
 .routing-key span { width: .9rem; height: .9rem; border-radius: 3px; outline: 1px solid rgb(128 128 128 / .5); }
 .routing-note { font-size: .875rem; opacity: .8; }
-.routing-parts { display: flex; flex-wrap: wrap; gap: 1rem 2rem; }
-.routing-parts > :first-child { flex: 1 1 300px; }
+.routing-parts { display: flex; flex-wrap: wrap; gap: 0 2rem; }
+.routing-parts > * { flex: 0 1 320px; } .routing-parts > :first-child { flex: 1 1 300px; }
+.routing-parts > * > .routing-note:first-child { margin-top: 0; }
 .routing-words { display: flex; flex-wrap: wrap; gap: .5rem .35rem; }
 .routing-token { display: inline-flex; flex-direction: column; align-items: center; min-width: 2rem;
   padding: .2rem .45rem; border: 1px solid rgb(128 128 128 / .35); border-radius: 6px; line-height: 1.35; }
 .routing-token i { align-self: stretch; height: 7px; border-radius: 3px; margin-top: .2rem;
   outline: 1px solid rgb(128 128 128 / .4); }
 .routing-token small { font-size: .7rem; opacity: .75; font-variant-numeric: tabular-nums; }
-.routing-picture { position: relative; flex: 0 1 320px; align-self: start; }
+.routing-picture { position: relative; }
 .routing-picture img { position: absolute; inset: 0; width: 100%; height: 100%; max-width: none; border-radius: 0;
   image-rendering: pixelated; filter: grayscale(1); }
 .routing-grid { position: absolute; inset: 0; display: grid; gap: 1px; opacity: .65; }
