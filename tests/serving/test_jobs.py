@@ -2,7 +2,7 @@
 
 import time
 from concurrent.futures import CancelledError
-from threading import Event
+from threading import Event, Thread
 from types import SimpleNamespace
 
 import pytest
@@ -59,13 +59,14 @@ def test_stopping_ends_the_sessions_own_work_and_no_others():
     jobs = Jobs(pipe)
     work = jobs.draw("me", "generate", "a")
     next(work)
-    jobs.stop("somebody else")
+    jobs.stop("somebody else", "generate")
+    jobs.stop("me", "edit")
     next(work)
-    jobs.stop("me")
+    jobs.stop("me", "edit", "generate")
     with pytest.raises(Cancelled):
         list(work)
     assert pipe.done < 20
-    jobs.stop("me")  # nothing runs any more
+    jobs.stop("me", "generate")  # nothing runs any more
     assert list(jobs.draw("me", "generate", "b"))[-1].prompt == "b"
 
 
@@ -76,7 +77,7 @@ def test_a_reader_that_leaves_stops_the_work():
     next(work)
     work.close()
     list(jobs.draw("you", "generate", "b"))  # its turn comes when the first has ended
-    assert jobs._stops == {}
+    assert jobs._ends == {}
 
 
 def test_errors_arrive_where_the_steps_are_read():
@@ -99,12 +100,22 @@ def test_one_piece_of_work_at_a_time():
     assert most == [1] * 5
 
 
-def test_work_that_waits_is_given_up_with_its_reader():
-    jobs, go = Jobs(SlowPipe()), Event()
+def test_work_that_waits_for_its_turn_is_stopped_at_once():
+    jobs, go, raised = Jobs(SlowPipe()), Event(), []
     first = jobs.call(lambda pipe: go.wait(5))
-    waiting = jobs.call(lambda pipe: "never")
-    assert waiting.cancel()
+
+    def read():
+        try:
+            list(jobs.draw("me", "generate", "a"))
+        except CancelledError as error:
+            raised.append(error)
+
+    reader = Thread(target=read)
+    reader.start()
+    while not jobs._ends:
+        time.sleep(0.001)
+    jobs.stop("me", "generate")
+    reader.join(5)
+    assert raised and not first.done()
     go.set()
     assert first.result() is True
-    with pytest.raises(CancelledError):
-        waiting.result()

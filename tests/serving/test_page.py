@@ -21,6 +21,7 @@ import uvicorn
 from fastapi import FastAPI
 from playwright import sync_api
 
+from spar.flow.sampler import Cancelled
 from spar.outputs import BUNDLED_MODEL, read_notes
 from spar.pipeline import SparPipeline
 from spar.serving.examples import EDITS, PROMPTS, knows_shapes, scene_pictures
@@ -225,6 +226,24 @@ def test_denoising_is_shown_and_can_be_stopped(visit):
     status(page).get_by_text("Seed 0 · 2 steps").wait_for()
 
 
+def test_a_visitor_who_leaves_stops_the_work(visit, pipe, monkeypatch):
+    ended, generate = threading.Event(), pipe.generate
+
+    def spy(*args, **keywords):
+        try:
+            return generate(*args, **{**keywords, "num_inference_steps": 1000})
+        except Cancelled:
+            ended.set()
+            raise
+
+    monkeypatch.setattr(pipe, "generate", spy)
+    page = visit()
+    press(page, "Draw")
+    status(page).locator(".spar-bar").wait_for()
+    page.context.close()
+    assert ended.wait(10)
+
+
 def test_a_new_seed_is_told(visit):
     page = visit()
     seed = box(page, "Seed")
@@ -251,6 +270,7 @@ def test_a_new_seed_is_told(visit):
         ("What to draw", "  ", "Please write some words first."),
         ("What to draw", "red " * 65, "Expected at most 64 tokens, got 65."),
         ("Seed", "-1", "Seed: expected a whole number from 0 to 9223372036854775807, or nothing, got '-1'."),
+        ("Seed", "9" * 20, "or nothing, got '99999999999999999999'."),
         ("Seed", "9223372036854775808", "Seed: expected a whole number from 0 to 9223372036854775807"),
         ("What to draw", "<img src=x onerror=alert(1)> ${1+1} {{2+2}}", "onerror=alert(1)>, ${1+1}, {{2+2}}"),
     ],

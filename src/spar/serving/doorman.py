@@ -22,7 +22,7 @@ ROUTES = re.compile(
 MAX_REQUEST = 256 * 2**10  # bytes of a request that carries no picture
 MULTIPART = 64 * 2**10  # bytes around a picture
 HEADERS = {
-    # Gradio writes its script and style into the page; all else that a page could do to the outside is off.
+    # Gradio writes script and style into its page and compiles templates there; all else that a page could ask is off.
     b"content-security-policy": b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; "
     b"frame-ancestors 'none'; form-action 'self'; base-uri 'self'",
     b"x-content-type-options": b"nosniff",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from spar.pipeline import GenerateOutput, SparPipeline
 
     Call = Callable[[Callable[[SparPipeline], Any]], Future]
+    Task = Literal["generate", "edit"]
 
 PREVIEW_SECONDS = 0.2  # at least between two previews
 PREVIEW_SHARE = 0.2  # of the time at most goes into previews
@@ -41,37 +42,40 @@ class Jobs:
     def __init__(self, pipe: SparPipeline, call: Call | None = None) -> None:
         thread = None if call else ThreadPoolExecutor(1, "spar-page")
         self.call = call or (lambda function: thread.submit(function, pipe))
-        self._stops: dict[str, Event] = {}
+        self._ends: dict[tuple[str, str], Callable[[], None]] = {}
 
-    def draw(
-        self, session: str, task: Literal["generate", "edit"], *args: Any, **keywords: Any
-    ) -> Iterator[Step | GenerateOutput]:
+    def draw(self, session: str, task: Task, *args: Any, **keywords: Any) -> Iterator[Step | GenerateOutput]:
         """The steps of a task of the pipeline as they are done, at last its output. A reader that leaves stops it.
 
         Raises:
-            Cancelled, CancelledError: the session's work was stopped, or never begun.
+            Cancelled, CancelledError: it was stopped at work, or before its turn came.
             Exception: whatever the task raises.
         """
         stop, told = Event(), Queue()
-        self._stops[session] = stop
         future = self.call(
             lambda pipe: getattr(pipe, task)(*args, callback=_callback(pipe, stop, told.put), **keywords)
         )
+
+        def end() -> None:
+            stop.set()
+            future.cancel()
+
+        self._ends[session, task] = end
         future.add_done_callback(told.put)
         try:
             while isinstance(item := told.get(), Step):
                 yield item
             yield item.result()
         finally:
-            stop.set()
-            future.cancel()
-            if self._stops.get(session) is stop:
-                del self._stops[session]
+            end()
+            if self._ends.get((session, task)) is end:
+                del self._ends[session, task]
 
-    def stop(self, session: str) -> None:
-        """Stop what is being drawn for a session, at the end of its step."""
-        if stop := self._stops.get(session):
-            stop.set()
+    def stop(self, session: str, *tasks: Task) -> None:
+        """End what is being drawn for a session: at the end of its step, or at once where it waits for its turn."""
+        for task in tasks:
+            if end := self._ends.get((session, task)):
+                end()
 
 
 def _callback(pipe: SparPipeline, stop: Event, tell: Callable[[Step], None]) -> Callable[[int, int, Any], bool]:

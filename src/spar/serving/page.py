@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     Notes = Mapping[str, str | None]
 
 MAX_STEPS, MAX_GUIDANCE = 100, 15  # of the sliders; the pipeline's own limits are wider
-MAX_WAITING = 16  # jobs
+MAX_WAITING = 8  # pieces of work that are taken in; each holds a thread until its turn has come and gone
 KEPT_SECONDS = 3600  # a picture in the cache
 BUNDLED_NOTES = {"model": BUNDLED_MODEL}
 
@@ -72,7 +72,7 @@ class _Page:
                     with gr.Tab(title, id=title.lower()):
                         tab()
             self.blocks.unload(self.leave)
-        self.blocks.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
+        self.blocks.queue(max_size=MAX_WAITING, default_concurrency_limit=MAX_WAITING, api_open=False)
 
     # ---- tabs
 
@@ -86,9 +86,10 @@ class _Page:
             with gr.Column(min_width=320):
                 picture = parts.picture("Picture", self.pipe.image_size)
                 status, file = parts.foot()
-        self._examples([words, seed], [(None, text) for text in examples.PROMPTS])
+        self._examples([words], [(None, text) for text in examples.PROMPTS], seed)
         view = parts.routing_panel()
-        self._on(run, words, stop, self.generate, [words, seed, *settings], [picture, status, file, view])
+        self._on(run, words, self.generate, [words, seed, *settings], [picture, status, file, view])
+        stop.click(self.stop_generate, **parts.HIDDEN)
 
     def _edit_tab(self) -> None:
         texts = [text for _, text in examples.EDITS]
@@ -102,9 +103,10 @@ class _Page:
             with gr.Column(min_width=320):
                 slider = parts.slider("Before and after", self.pipe.image_size)
                 status, file = parts.foot()
-        self._examples([source, words, seed], examples.EDITS)
+        self._examples([source, words], examples.EDITS, seed)
         view = parts.routing_panel()
-        self._on(run, words, stop, self.edit, [source, words, seed, *settings], [slider, status, file, view])
+        self._on(run, words, self.edit, [source, words, seed, *settings], [slider, status, file, view])
+        stop.click(self.stop_edit, **parts.HIDDEN)
 
     def _understand_tab(self) -> None:
         texts = [text for _, text in examples.QUESTIONS]
@@ -117,7 +119,7 @@ class _Page:
                 answer = gr.Textbox(label="Answer", lines=2, interactive=False, elem_classes="spar-answer")
                 status = parts.status()
         self._examples([source, words], examples.QUESTIONS)
-        self._on(run, words, None, self.understand, [source, words], [answer, status])
+        self._on(run, words, self.understand, [source, words], [answer, status])
 
     def _reconstruct_tab(self) -> None:
         with gr.Row():
@@ -128,7 +130,7 @@ class _Page:
                 slider = parts.slider("Before and after", self.pipe.image_size)
                 status, file = parts.foot()
         self._examples([source], [(place, "") for place in range(len(self.pictures))])
-        self._on(run, None, None, self.reconstruct, [source], [slider, status, file])
+        self._on(run, None, self.reconstruct, [source], [slider, status, file])
 
     def _words(self, label: str, texts: Sequence[str]) -> gr.Textbox:
         """A box that grows with its text; of one line at first, for only then Enter sends it."""
@@ -156,28 +158,28 @@ class _Page:
             negative = gr.Textbox(label="Steer away from", info="Words for what should not be there; may stay empty.")
         return seed, [steps, guidance, negative]
 
-    def _examples(self, fills: list[Any], chosen: Sequence[tuple[int | None, str]]) -> None:
-        """Examples to click, each a scene or a text or both; none for a model of another world.
+    def _examples(
+        self, shown: list[Any], chosen: Sequence[tuple[int | None, str]], seed: gr.Textbox | None = None
+    ) -> None:
+        """Examples that a click puts into `shown` (picture, words or both), with their seed; none for another world.
 
-        `fills` are filled by a click: the picture, the words, the seed, as far as the tab has them.
+        Each is the number of a scene, where the tab takes pictures, and a text, where it takes words.
         """
         if not self.shapes:
             return
-        shown = [part for part in fills if isinstance(part, gr.Image) or part.label != "Seed"]
         samples = [
             [*([] if place is None else [self.files[place]]), *([text] if text else [])] for place, text in chosen
         ]
-
-        def choose(index: int) -> Any:
-            place, text = chosen[index]
-            values = [None if place is None else self.files[place], text, str(examples.SEED)]
-            filled = [value for value in values if value][: len(fills)]
-            return filled if len(fills) > 1 else filled[0]
-
         dataset = gr.Dataset(
             label="Try one of these", components=shown, samples=samples, type="index", elem_classes="spar-examples"
         )
-        dataset.click(choose, dataset, fills, **parts.HIDDEN)
+        filled, given = (shown, []) if seed is None else ([*shown, seed], [str(examples.SEED)])
+
+        def choose(index: int) -> Any:
+            values = [*samples[index], *given]
+            return values if len(values) > 1 else values[0]
+
+        dataset.click(choose, dataset, filled, **parts.HIDDEN)
 
     def _scene_files(self) -> list[str]:
         """The scenes of the examples as files in the cache."""
@@ -187,17 +189,16 @@ class _Page:
         return [str(file) for file in files]
 
     def _on(
-        self, run: gr.Button, words: gr.Textbox | None, stop: gr.Button | None, work: Callable[..., Any],
-        inputs: list[Any], outputs: list[Any],
-    ) -> None:  # fmt: skip
-        """Run `work` at the button or at Enter; of all such work one at a time, and nobody's twice in the queue."""
-        status = outputs[1]
-        event = gr.on(
+        self, run: gr.Button, words: gr.Textbox | None, work: Callable[..., Any], inputs: list[Any], outputs: list[Any]
+    ) -> None:
+        """Run `work` at the button or at Enter, but not again while it runs; the queue of `Jobs` gives it its turn.
+
+        Gradio's own way to stop is not used: a step that is still under way would overwrite what it says.
+        """
+        gr.on(
             [run.click, *([words.submit] if words else [])], work, inputs, outputs, concurrency_id="pipeline",
-            trigger_mode="once", show_progress="minimal", show_progress_on=status, api_visibility="private",
+            trigger_mode="once", show_progress="minimal", show_progress_on=outputs[1], api_visibility="private",
         )  # fmt: skip
-        if stop:
-            stop.click(self.stop, None, status, cancels=event, **parts.HIDDEN)
 
     # ---- what the buttons do
 
@@ -208,6 +209,7 @@ class _Page:
         with _told() as told:
             prompt, keywords = _text(prompt), _keywords(seed, steps, guidance, negative)
             began = time.monotonic()
+            yield gr.skip(), parts.note("One moment."), gr.skip(), gr.skip()
             for item in self.jobs.draw(request.session_hash, "generate", prompt, **keywords):
                 if isinstance(item, Step):
                     yield item.image or gr.skip(), parts.progress(item), gr.skip(), gr.skip()
@@ -226,12 +228,15 @@ class _Page:
         with _told() as told:
             image, instruction = _open(source), _text(instruction)
             keywords, began = _keywords(seed, steps, guidance, negative), time.monotonic()
+            before = None  # as the model sees it, as large as what it draws
+            yield gr.skip(), parts.note("One moment."), gr.skip(), gr.skip()
             for item in self.jobs.draw(request.session_hash, "edit", image, instruction, **keywords):
                 if isinstance(item, Step):
-                    pair = (to_size(image, *item.image.size), item.image) if item.image else gr.skip()
-                    yield pair, parts.progress(item), gr.skip(), gr.skip()
+                    if item.image:
+                        before = before or to_size(image, *item.image.size)
+                    yield (before, item.image) if item.image else gr.skip(), parts.progress(item), gr.skip(), gr.skip()
                     continue
-                before = to_size(image, *item.images[0].size)
+                before = before or to_size(image, *item.images[0].size)
                 file = self._save(item, f"spar-seed-{item.seeds[0]}.png", source)
                 status = parts.done(item.seeds[0], steps, guidance, time.monotonic() - began)
                 view = parts.reading(routing_view(item.routing[0], before))
@@ -257,12 +262,14 @@ class _Page:
             return (image, out.images[0]), status, parts.file(self._save(out, "spar-rebuilt.png", source))
         return gr.skip(), told[0], gr.skip()
 
-    def stop(self, request: gr.Request) -> Markup:
-        self.leave(request)
-        return parts.note("Stopped.")
+    def stop_generate(self, request: gr.Request) -> None:
+        self.jobs.stop(request.session_hash, "generate")
+
+    def stop_edit(self, request: gr.Request) -> None:
+        self.jobs.stop(request.session_hash, "edit")
 
     def leave(self, request: gr.Request) -> None:
-        self.jobs.stop(request.session_hash)
+        self.jobs.stop(request.session_hash, "generate", "edit")
 
     def _save(self, out: GenerateOutput | ReconstructOutput, name: str, source: str | None = None) -> str:
         """A picture as the command line writes it, with its notes, in Gradio's cache, which is emptied by and by."""
@@ -295,8 +302,8 @@ def _open(source: str | None) -> Image.Image:
 def _keywords(seed: str | None, steps: int, guidance: float, negative: str | None) -> dict[str, Any]:
     """The pipeline's keywords; an empty seed is a random one. A seed is text since a browser's numbers end at 2^53."""
     words = (seed or "").strip()
-    if words and not (words.isascii() and words.isdigit()):
-        raise InputError(f"seed: expected a whole number from 0 to {MAX_SEED}, or nothing, got {words!r}")
+    if words and not (words.isascii() and words.isdigit() and len(words) <= len(str(MAX_SEED))):
+        raise InputError(f"seed: expected a whole number from 0 to {MAX_SEED}, or nothing, got {words[:40]!r}")
     return {
         "seed": int(words) if words else None, "num_inference_steps": steps, "guidance_scale": guidance,
         "negative_prompt": (negative or "").strip() or None,

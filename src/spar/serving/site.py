@@ -89,5 +89,5 @@ def serve_page(
         mount_page(app, pipe, notes=notes, token=token, cache=Path(cache))
         if announce:
             announce(f"http://{host}:{listener.getsockname()[1]}")
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+        config = uvicorn.Config(app, log_level="warning", ws="none", timeout_graceful_shutdown=1)
         uvicorn.Server(config).run(sockets=[listener])
