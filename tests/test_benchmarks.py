@@ -9,24 +9,34 @@ import pytest
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
+TINY = ("--recipe", "tiny", "--device", "cpu")
+
 pytestmark = pytest.mark.slow
 
 
 def last_line(script: str, *arguments: str) -> dict:
-    command = [sys.executable, str(FOLDER / script), "--recipe", "tiny", "--device", "cpu", *arguments]
+    command = [sys.executable, str(FOLDER / script), *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_a_training_step_of_both_stages():
-    found = last_line("train_step.py", "--batch", "2", "--steps", "1", "--recompute")
+    found = last_line("train_step.py", *TINY, "--batch", "2", "--steps", "1", "--recompute")
     assert [row["stage"] for row in found["results"]] == ["tokenizer-3", "unified-2"]
     for row in found["results"]:
         assert row["images_per_second"] == pytest.approx(2 / row["seconds"]) and 0 < row["mfu"] < 1
 
 
 def test_a_picture_from_weights_held_in_two_ways():
-    found = last_line("inference_memory.py", "--steps", "2", "--way", "float32", "--way", "compute")
+    found = last_line("inference_memory.py", *TINY, "--steps", "2", "--way", "float32", "--way", "compute")
     assert list(found["results"]) == ["float32", "compute"]
     assert found["results"]["compute"]["change_of_255"] == 0
+
+
+def test_a_server_under_load():
+    found = last_line("serve_load.py", "--seconds", "1", "--minutes", "0.03", "--clients", "3")
+    assert found["first_image_s"] > 0 and found["ratio"] > 1 and found["batch_rows"] > 1
+    for load in (found["one"], found["eight"], found["long"]):
+        assert set(load["statuses"]) == {"200"} and load["p95_s"] >= load["p50_s"] > 0
+    assert found["exit_status"] in (0, -15)

@@ -2,8 +2,10 @@
 
 import importlib
 import re
+import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from spar.evaluation.results import read_result
@@ -42,3 +44,28 @@ def test_the_scores_of_the_readme_are_those_of_the_results_files(mark):
     results = [read_result(path) for path in sorted((ROOT / folder).glob("*.json"))]
     assert results
     assert shown.strip() == scores_table(results, targets).strip()
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_guide_to_use_run(tmp_path, monkeypatch, capsys):
+    """Every block of docs/use.md, in order, in one folder and one namespace."""
+    from spar.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "docs" / "use.md").read_text(encoding="utf-8"), re.M | re.S)
+    assert {kind for kind, _ in blocks} == {"python", "sh"}
+    names: dict = {}
+    for kind, block in blocks:
+        if kind == "python":
+            exec(compile(block, "docs/use.md", "exec"), names)  # the repository's own text
+        else:
+            for line in block.splitlines():
+                assert main(shlex.split(line)[1:]) == 0, line
+    said = capsys.readouterr().out
+    for promised in re.findall(r"print\(\w+\)  # (.*)", "".join(block for _, block in blocks)):
+        assert promised in said
+    gap = np.abs(np.asarray(names["again"].images[0]).astype(int) - np.asarray(names["out"].images[1]))
+    assert gap.mean() < 1 and names["steps"] == [(1, 8), (2, 8)]  # in bfloat16 single pixels move by more
+    assert names["first"] == "navy" and names["second"] and names["answer"].finish_reason == "stop"
+    assert names["back"].shape == names["pixels"].shape
+    assert (tmp_path / "model" / "README.md").is_file() and "would go to OWNER/NAME, private" in said

@@ -21,7 +21,7 @@ from spar.flow.sampler import Cancelled, sample
 from spar.models.attention import attention_bias, positions
 from spar.models.checkpoint import Loaded, load_model
 from spar.outputs import read_notes
-from spar.pipeline import SparPipeline
+from spar.pipeline import SparPipeline, native_bfloat16
 
 CIRCLE, SQUARES = "a red circle", "two blue squares on a white background"
 QUESTION = "what color is the background ?"
@@ -730,3 +730,42 @@ def test_the_bundled_folder_is_the_default(monkeypatch, folder, pipe):
     monkeypatch.setattr(pipeline, "BUNDLED", folder)
     bundled = SparPipeline.from_pretrained(dtype=torch.float32, device="cpu")
     assert gap(generate(bundled).images[0], generate(pipe).images[0]) == 0
+
+
+PROMPTS = (
+    "star",
+    "a green ring",
+    "two yellow squares on a gray background",
+    "a large red circle to the left of a small blue star",
+    " and ".join(["a small white cross", "a large pink circle", "three green rings", "a black square"] * 3),
+)
+
+
+@pytest.fixture(scope="module")
+def bundled() -> SparPipeline:
+    return SparPipeline.from_pretrained(dtype=torch.bfloat16)
+
+
+@pytest.mark.skipif(not native_bfloat16(), reason="elsewhere bfloat16 is computed by other means")
+@pytest.mark.parametrize("size", [(64, 64), (40, 104)])
+def test_a_picture_is_the_same_to_the_bit_whatever_stands_beside_it(bundled, size):
+    """Prompts of every length in one call, in another order, several draws of each, and each alone."""
+    settings = {"height": size[0], "width": size[1], "num_inference_steps": 4}
+
+    def pixels(*arguments: object, **more: object) -> list[list]:
+        return [np.asarray(image).tolist() for image in bundled.generate(*arguments, **settings, **more).images]
+
+    alone = [pixels(prompt, seed=i)[0] for i, prompt in enumerate(PROMPTS)]
+    seeds = list(range(len(PROMPTS)))
+    assert pixels(list(PROMPTS), seed=seeds) == alone
+    assert pixels(list(PROMPTS[::-1]), seed=seeds[::-1]) == alone[::-1]
+    assert pixels(PROMPTS[1], seed=0, num_images_per_prompt=3)[1] == alone[1]
+
+
+@pytest.mark.skipif(not native_bfloat16(), reason="elsewhere bfloat16 is computed by other means")
+def test_an_edit_is_the_same_to_the_bit_whatever_stands_beside_it(bundled):
+    picture = bundled.generate(PROMPTS[3], seed=0).images[0]
+    words = ["remove the star", "change the background to navy", "add a large green ring to the left of the blue star"]
+    alone = [bundled.edit(picture, one, seed=3, num_inference_steps=4).images[0].tobytes() for one in words]
+    together = bundled.edit(picture, words, seed=[3] * 3, num_inference_steps=4).images
+    assert [image.tobytes() for image in together] == alone

@@ -20,6 +20,7 @@ from tyro.conf import DisallowNone, FlagConversionOff, FlagCreatePairsOff, Posit
 from spar.data.samples import Format
 from spar.errors import InputError
 from spar.limits import MAX_GUIDANCE, MAX_IMAGES, MAX_NEW_TOKENS, MAX_SEED, MAX_STEPS, MAX_WORKERS, within
+from spar.serving.limits import DEFAULT_HOST, DEFAULT_PORT, MAX_BATCH, MAX_QUEUE, REQUEST_SECONDS, told
 
 if TYPE_CHECKING:
     from spar.training.stages import Recipe
@@ -39,7 +40,7 @@ class ModelArguments:
     """Which weights, and how they run."""
 
     model: Path | None = None
-    """Model folder; by default the bundled weights."""
+    """Model folder, or hf://OWNER/NAME[@REVISION]; by default the bundled weights."""
     adapter: Path | None = None
     """Folder of LoRA weights (RUN/adapter) to merge into the model."""
     decode_tile: int | None = None
@@ -401,17 +402,46 @@ class DemoArguments(ModelArguments):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServeArguments(ModelArguments):
+    host: str = DEFAULT_HOST
+    """Address to listen on; any but this machine's own needs a token."""
+    port: int = DEFAULT_PORT
+    """Port; 0 takes a free one."""
+    token_file: Path | None = None
+    """File with the token that requests must bear; by default what the variable SPAR_API_TOKEN holds, if anything."""
+    max_batch: int = MAX_BATCH
+    """Pictures of the model's own size that are drawn together."""
+    max_queue: int = MAX_QUEUE
+    """Pictures and chats that may wait; beyond them the answer is 429."""
+    timeout: int = REQUEST_SECONDS
+    """Seconds that a request may wait and run."""
+
+    def __post_init__(self) -> None:
+        within("--port", self.port, 0, 65535)
+        within("--max-batch", self.max_batch, 1, MAX_IMAGES)
+        within("--max-queue", self.max_queue, 1, MAX_IMAGES)
+        within("--timeout", self.timeout, 1, 3600)
+
+
+ServeArguments.__doc__ = f"""Serve the four tasks over HTTP, in the shapes of OpenAI's API: spar serve --port 8000
+
+The addresses: /v1/images/generations, /v1/images/edits, /v1/chat/completions, /v1/models, /v1/reconstruct, /health,
+/metrics, /openapi.json. What one request, and all together, may ask for:
+
+{told()}
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class UiArguments(ModelArguments):
-    """Serve the web page: spar ui
+    """Serve the web page: spar ui"""
 
-    Other hosts than 127.0.0.1 and localhost want a token in the environment variable SPAR_API_TOKEN; the page then asks
-    for it.
-    """
-
-    host: str = "127.0.0.1"
-    """Address to listen on."""
+    host: str = DEFAULT_HOST
+    """Address to listen on; any but this machine's own needs a token."""
     port: int = 7860
-    """Port to listen on; 0 takes a free one."""
+    """Port; 0 takes a free one."""
+    token_file: Path | None = None
+    """File with the token that the page asks for; by default what the variable SPAR_API_TOKEN holds, if anything."""
 
     def __post_init__(self) -> None:
         within("--port", self.port, 0, 65535)

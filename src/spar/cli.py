@@ -6,6 +6,7 @@ Python's own are imported inside the verbs: help and errors come at once, and Ct
 
 import gc
 import json
+import logging
 import os
 import shlex
 import signal
@@ -48,6 +49,8 @@ from spar.outputs import (
 )
 
 if TYPE_CHECKING:
+    import socket
+
     from spar.arguments import EvalArguments, ModelArguments, SamplingArguments, TrainArguments
     from spar.pipeline import SparPipeline
 
@@ -490,7 +493,8 @@ def push(argv: list[str]) -> int:
     go = "would go" if args.dry_run else "go"
     print(f"{sum(goods.files.values()):>15,}  bytes in {len(goods.files)} files {go} to {where}")
     if goods.left:
-        print(f"spar: note: left behind, since spar reads no such files: {', '.join(goods.left)}", file=sys.stderr)
+        left = _printable(", ".join(goods.left))
+        print(f"spar: note: left behind, since spar reads no such files: {left}", file=sys.stderr)
     if not args.dry_run:
         print(push(goods, args.repository, private=not args.public, message=args.message))
     return 0
@@ -596,30 +600,64 @@ def demo(argv: list[str]) -> int:
     return 0
 
 
+def _curves(model: Path) -> Path | None:
+    """The metrics of the training that made a model: in its folder, or in the run that it lies in."""
+    return next((path for path in (model / "metrics.jsonl", model.parent / "metrics.jsonl") if path.is_file()), None)
+
+
+def serve(argv: list[str]) -> int:
+    """Serve the four tasks over HTTP, in the shapes of OpenAI's API."""
+    from spar.arguments import ServeArguments, parse
+
+    args = parse(ServeArguments, argv, "spar serve")
+    from spar.serving.access import check_access, listen, read_token
+
+    token = read_token(args.token_file)
+    check_access(args.host, token)
+    listener = listen(args.host, args.port)
+    pipe = _load(args)
+    with _uncollected():
+        from spar.serving.run import server_of
+
+        server = server_of(
+            pipe, notes=_model_notes(args), token=token, host=args.host, max_batch=args.max_batch,
+            max_queue=args.max_queue, timeout=args.timeout,
+        )  # fmt: skip
+    _log_to_stderr(logging.INFO)
+    print(f"serving on {_address(listener)}", flush=True)
+    server.run(sockets=[listener])
+    return 0
+
+
 def ui(argv: list[str]) -> int:
     """Serve the web page."""
     from spar.arguments import UiArguments, parse
 
     args = parse(UiArguments, argv, "spar ui")
-    token = os.environ.get("SPAR_API_TOKEN")
-    with bar("loading the page"), _uncollected():
-        try:
-            from spar.serving.site import check_host, serve_page
-        except ModuleNotFoundError as error:
-            raise InputError(f"the page needs {error.name}, which is not here: pip install 'spar[ui]'") from None
-    check_host(args.host, token)
+    from spar.serving.access import check_access, listen, read_token
+
+    token = read_token(args.token_file)
+    check_access(args.host, token, "ui")
+    listener = listen(args.host, args.port)
     pipe = _load(args)
+    with bar("loading the page"), _uncollected():
+        from spar.serving.site import serve_page
+    _log_to_stderr(logging.WARNING)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, with the pictures cleared away
-    serve_page(
-        pipe, args.host, args.port, notes=_model_notes(args), token=token,
-        announce=lambda address: print(f"The page is {address} (Ctrl-C ends it)", flush=True),
-    )
+    print(f"the page is {_address(listener)} (Ctrl-C ends it)", flush=True)
+    serve_page(pipe, listener, notes=_model_notes(args), token=token)
     return 0
 
 
-def _curves(model: Path) -> Path | None:
-    """The metrics of the training that made a model: in its folder, or in the run that it lies in."""
-    return next((path for path in (model / "metrics.jsonl", model.parent / "metrics.jsonl") if path.is_file()), None)
+def _log_to_stderr(level: int) -> None:
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    for name in ("spar", "uvicorn"):
+        logging.getLogger(name).setLevel(level)
+
+
+def _address(listener: "socket.socket") -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def data(argv: list[str]) -> int:
@@ -706,6 +744,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "eval": evaluate,
     "report": report,
     "demo": demo,
+    "serve": serve,
     "ui": ui,
     "data": data,
     "doctor": doctor,

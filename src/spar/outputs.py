@@ -145,6 +145,16 @@ def _text_chunks(notes: Mapping[str, object]) -> "PngInfo":
     return chunks
 
 
+def encode_picture(image: "Image.Image", kind: str, notes: Mapping[str, object]) -> bytes:
+    """A picture as the bytes of a file: "png" with its notes as text chunks, "jpeg" or "webp" at quality 95 without."""
+    file = BytesIO()
+    if kind == "png":
+        image.save(file, format="PNG", pnginfo=_text_chunks(notes))
+    else:
+        image.save(file, format=kind.upper(), quality=95)
+    return file.getvalue()
+
+
 @dataclass(frozen=True)
 class Noted:
     """A picture's size in pixels, and the notes that it carries."""

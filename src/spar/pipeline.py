@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from spar.limits import (
 )
 from spar.models.blocks import compile_blocks
 from spar.models.checkpoint import Loaded, load_model, save_model, versions
+from spar.models.hub import model_folder
 from spar.models.lora import load_adapter, merge
 from spar.models.memory import WEIGHTS, Offload, Weights, hold, quantize
 from spar.models.spar import Condition
@@ -44,6 +46,9 @@ from spar.precision import check_device
 
 BUNDLED = Path(__file__).parent / "assets" / "weights"
 MAX_SIDE_FACTOR = 2  # pictures up to twice the trained side
+# Prompts are padded to multiples of this many tokens: then the sums of attention, which run in vectors of 16 numbers,
+# meet a prompt's tokens in the same places whatever stands beside it, and a picture is the same alone and in a batch.
+TOKEN_MULTIPLE = 16
 
 Callback = Callable[[int, int, Tensor], bool | None]
 
@@ -154,8 +159,9 @@ class SparPipeline:
             model.to(self.device)
         config = self.model.config
         self.prompts = PromptEncoder(
-            self.loaded.text_tokenizer, config.grid**2, image_start=config.connector.image_start
-        )
+            self.loaded.text_tokenizer, config.grid**2, image_start=config.connector.image_start,
+            multiple=TOKEN_MULTIPLE,
+        )  # fmt: skip
 
     @classmethod
     def from_pretrained(
@@ -170,7 +176,7 @@ class SparPipeline:
         offload: bool = False,
         compile: bool = False,
     ) -> "SparPipeline":
-        """Load a SPAR folder; without a path, the bundled weights.
+        """Load a SPAR folder, or `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION`; without a path, the bundled weights.
 
         Args:
             dtype: what matrix products run in; by default bfloat16 where the device has it in hardware.
@@ -200,7 +206,7 @@ class SparPipeline:
             raise InputError(f"weights: expected one of {', '.join(WEIGHTS)}, got {weights!r}")
         if offload and where.type == "cpu":
             raise InputError("offload: expected a device whose parts can wait in the CPU's memory, got cpu itself")
-        folder = BUNDLED if path is None else Path(path)
+        folder = BUNDLED if path is None else model_folder(path)
         if path is None and not (folder / "config.json").exists():
             raise InputError("this installation has no bundled weights; give a model folder, or train one")
         loaded = load_model(folder)
@@ -259,7 +265,7 @@ class SparPipeline:
         """
         prompts = self._texts(prompt, "prompt")
         negatives = self._negatives(negative_prompt, len(prompts))
-        size = self._size(height, width)
+        size = self.output_size(height, width)
         told = [{"prompt": one, "negative_prompt": other} for one, other in zip(prompts, negatives, strict=True)]
         return self._sample(
             self.prompts.generation(prompts), self.prompts.generation(negatives), None, size, told,
@@ -323,7 +329,7 @@ class SparPipeline:
         """
         if max_new_tokens is not None:
             whole_within("max_new_tokens", max_new_tokens, 1, MAX_NEW_TOKENS)
-        turns, longest = read_messages(messages), min(self.model.config.text.longest, MAX_CHAT_TOKENS)
+        turns, longest = read_messages(messages, self.image_size), min(self.model.config.text.longest, MAX_CHAT_TOKENS)
         for index, turn in enumerate(turns):
             for text in turn.parts:
                 if isinstance(text, str) and (text or turn.role != "assistant"):  # a model may have said nothing
@@ -337,7 +343,7 @@ class SparPipeline:
                 f"got {length} and {wanted} for the answer"
             )
         images = [image for turn in turns for image in turn.images]
-        pixels = self._pixels(images) if images else None
+        pixels = to_tensor(images).to(self.device) if images else None
         out = ChatOutput(length)
         out.pieces = self._speak(out, tokens, pixels, max_new_tokens or min(MAX_NEW_TOKENS, longest - length))
         return out
@@ -375,6 +381,30 @@ class SparPipeline:
             out = tokenizer.decode(z_f, self.decode_tile).float().clamp(0, 1)
         return ReconstructOutput(to_pil(out), [self._circumstances() for _ in out])
 
+    def check_text(self, text: str, what: str) -> None:
+        """Refuse a prompt that `generate`, `edit` and `understand` would refuse; `what` it is called in the error."""
+        self.prompts.check(text, what, self.loaded.sampling.max_prompt_tokens)
+
+    def output_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Height and width of what `generate` makes.
+
+        Raises:
+            InputError: a side that is not a multiple of the token stride or more than twice the trained one.
+        """
+        stride, side = self.model.config.token_stride, self.image_size
+        for name, value in (("height", height), ("width", width)):
+            if value is not None and (
+                not isinstance(value, int) or value % stride or not stride <= value <= MAX_SIDE_FACTOR * side
+            ):
+                raise InputError(
+                    f"{name}: expected a multiple of {stride} from {stride} to {MAX_SIDE_FACTOR * side}, got {value!r}"
+                )
+        return height or side, width or side
+
+    def edited_size(self, image: Image.Image) -> tuple[int, int]:
+        """Height and width of what `edit` makes of a picture; InputError for one that is too long for its width."""
+        return nearest_size(image, self.image_size, self.model.config.token_stride)
+
     @torch.inference_mode()
     def preview(self, latent: Tensor) -> list[Image.Image]:
         """What a callback's latent `[B, C, h, w]` looks like: blurred at first, and after the last step the result."""
@@ -405,6 +435,7 @@ class SparPipeline:
             f_v = self._features(pixels) if pixels is not None else None
             self._bring("streams", "language", "bridge")
             condition, routed = self._conditions(tokens, negatives, f_v, size, guidance)
+            condition = _each(condition, per_prompt)
             self._bring("denoiser")
             condition = self.model.prepare(condition)
 
@@ -494,7 +525,7 @@ class SparPipeline:
         pictures, side = [open_image(source) for source in sources], self.image_size
         sizes = {(side, side)}
         if keep_aspect:
-            sizes = {nearest_size(picture, side, self.model.config.token_stride) for picture in pictures}
+            sizes = {self.edited_size(picture) for picture in pictures}
         if len(sizes) > 1:
             shown = ", ".join(f"{width} x {height}" for height, width in sorted(sizes))
             raise InputError(f"expected images of the same proportions in one call, got some for {shown} pixels")
@@ -508,7 +539,7 @@ class SparPipeline:
         if not texts:
             raise InputError(f"expected at least one {what}, got an empty list")
         for one in texts:
-            self.prompts.check(one, what, self.loaded.sampling.max_prompt_tokens)
+            self.check_text(one, what)
         return texts
 
     def _negatives(self, negative: str | Sequence[str] | None, count: int) -> list[str | None]:
@@ -532,16 +563,14 @@ class SparPipeline:
             raise InputError(f"expected one image, or one for each of {count} {what}s, got {len(pixels)}")
         return pixels, _match(texts, count, what)
 
-    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        stride, side = self.model.config.token_stride, self.image_size
-        for name, value in (("height", height), ("width", width)):
-            if value is not None and (
-                not isinstance(value, int) or value % stride or not stride <= value <= MAX_SIDE_FACTOR * side
-            ):
-                raise InputError(
-                    f"{name}: expected a multiple of {stride} from {stride} to {MAX_SIDE_FACTOR * side}, got {value!r}"
-                )
-        return height or side, width or side
+
+def _each(condition: Condition, draws: int) -> Condition:
+    """The condition of every draw by itself. The denoiser could let draws of one prompt share its keys and values, but
+    then attention would round an image otherwise beside others than alone."""
+    fields = {item.name: getattr(condition, item.name) for item in fields_of(condition)}
+    return Condition(**{
+        name: None if value is None else value.repeat_interleave(draws, dim=0) for name, value in fields.items()
+    })  # fmt: skip
 
 
 def _match(values: list[str], count: int, what: str) -> list[str]:

@@ -14,6 +14,7 @@ from spar.limits import MAX_CHAT_IMAGES, MAX_MESSAGES, MAX_PARTS
 from spar.worlds.shapes.words import build_tokenizer
 
 RED = Image.new("RGB", (8, 6), "red")
+SIDE = 4
 
 
 def user(*parts, role: str = "user") -> dict:
@@ -36,17 +37,18 @@ def test_a_conversation_keeps_its_order_and_opens_its_pictures(tmp_path):
             user(image(tmp_path / "red.png"), text(), text("and ?"), image((tmp_path / "red.png").read_bytes())),
             user(text("one"), role="assistant"),
             user("what color ?"),
-        ]
+        ],
+        SIDE,
     )
     assert [turn.role for turn in turns] == ["system", "user", "assistant", "user"]
     assert [turn.parts for turn in turns if not turn.images] == [("look closely",), ("one",), ("what color ?",)]
     assert turns[1].parts[1:3] == ("how many ?", "and ?") and turns[1].images == [turns[1].parts[0], turns[1].parts[3]]
-    assert [np.asarray(one).tolist() for one in turns[1].images] == [np.asarray(RED).tolist()] * 2
+    assert [np.asarray(one).tolist() for one in turns[1].images] == [[[[255, 0, 0]] * SIDE] * SIDE] * 2
 
 
 def test_a_conversation_may_be_one_question_without_a_picture():
-    assert read_messages([user("how many ?")]) == [Message("user", ("how many ?",))]
-    assert read_messages(({"role": "user", "content": (text(),)},)) == [Message("user", ("how many ?",))]
+    assert read_messages([user("how many ?")], SIDE) == [Message("user", ("how many ?",))]
+    assert read_messages(({"role": "user", "content": (text(),)},), SIDE) == [Message("user", ("how many ?",))]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +89,7 @@ def test_a_conversation_may_be_one_question_without_a_picture():
 )  # fmt: skip
 def test_a_malformed_conversation_is_told_in_words(messages, words):
     with pytest.raises(InputError, match=words):
-        read_messages(messages)
+        read_messages(messages, SIDE)
 
 
 # ---- text from tokens ------------------------------------------------------------------------------------------------

@@ -19,9 +19,10 @@ import pytest
 from spar.cli import main
 from spar.errors import InputError
 from spar.models.checkpoint import load_model, save_tokenizer
-from spar.models.hub import BELONGS, push, shipment
+from spar.models.hub import BELONGS, model_folder, push, shipment
 
 TOKEN = "hf_of_the_test"
+COMMIT = "0" * 40
 
 
 @dataclass
@@ -114,14 +115,15 @@ class Hub(BaseHTTPRequestHandler):
         rest = found[2] if found else None
         if repository is None:
             self.answer(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
-        elif path.startswith("/api/") and not rest:
-            self.answer(200, {"id": found[1], "private": repository.private, "sha": "0" * 40})
-        elif rest == "tree/main":
+        elif path.startswith("/api/") and (not rest or rest.startswith("revision/")):
+            files = [{"rfilename": name} for name in repository.files]
+            self.answer(200, {"id": found[1], "private": repository.private, "sha": COMMIT, "siblings": files})
+        elif rest.startswith("tree/"):
             files = repository.files.items()
             self.answer(200, [{"type": "file", "path": name, "size": len(data), "oid": "0"} for name, data in files])
         else:
-            data = repository.files[rest.removeprefix("resolve/main/")]
-            self.answer(200, data, ETag=hashlib.sha1(data).hexdigest(), X_Repo_Commit="0" * 40)
+            data = repository.files[rest.split("/", 2)[2]]
+            self.answer(200, data, ETag=hashlib.sha1(data).hexdigest(), X_Repo_Commit=COMMIT)
 
     do_HEAD = do_GET
 
@@ -134,7 +136,7 @@ class Hub(BaseHTTPRequestHandler):
 def hub() -> Iterator[type[Hub]]:
     handler = type("OneHub", (Hub,), {"repositories": {}, "objects": {}})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     handler.address = f"http://127.0.0.1:{server.server_address[1]}"
     try:
@@ -191,11 +193,29 @@ def test_a_folder_arrives_from_the_command_line(hub, folder, tmp_path):
 
 def test_a_folder_sent_again_replaces_its_own_files_alone(here, folder):
     push(shipment(folder), "me/model")
-    repository, beside = here.repositories["me/model"], {".gitattributes": b"x", "LICENSE": b"mine"}
+    repository = here.repositories["me/model"]
+    beside = {".gitattributes": b"x", "LICENSE": b"mine", "README.md": b"by hand"}
     repository.files |= {**beside, "denoiser/model-00001-of-00002.safetensors": b"of an older, larger model"}
     (folder / "manifest.json").write_text("{}")
+    (folder / "README.md").unlink()  # it stays there, though none is sent
     push(shipment(folder), "me/model")
     assert repository.files == {**contents(folder), **beside} and len(repository.commits) == 2
+
+
+@pytest.mark.parametrize("address", ["hf://me/model", "hf:/me/model", "hf://me/model@main", Path("hf://me/model")])
+def test_a_folder_comes_back_as_it_was_sent(here, folder, address, monkeypatch):
+    push(shipment(folder), "me/model")
+    here.repositories["me/model"].files["malware.py"] = b"import os"
+    assert contents(model_folder(address)) == contents(folder)
+
+
+def test_what_is_no_address_or_cannot_be_had_is_told_in_words(here):
+    for address in ("hf://model", "hf://a/b/c", "hf:me/model"):
+        with pytest.raises(InputError, match="model: expected a folder or hf://OWNER/NAME"):
+            model_folder(address)
+    with pytest.raises(InputError, match="model: me/none cannot be had from the Hub or its cache"):
+        model_folder("hf://me/none")
+    assert model_folder("me/none") == Path("me/none")  # a folder that is not there is none of the Hub's
 
 
 def test_what_the_hub_refuses_is_told_in_words(here, folder, monkeypatch):

@@ -68,6 +68,26 @@ def test_what_loading_would_refuse_is_refused(copy):
         inspect(copy)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"latent_scale": 0.0}, "expected latent_scale above 0, got 0.0"),
+        ({"latent_scale": None}, "expected latent_scale above 0, got None"),
+        ({"format_version": 99}, "has format version 99"),
+        ({"model": None}, "gives other sizes than the model's own"),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_that_does_not_belong_is_refused_by_looking_and_by_loading(copy, change, words):
+    path = copy / "tokenizer" / "config.json"
+    header = read_json(path)
+    if "model" in change:
+        change = {"model": {**header["model"], "connector": {**header["model"]["connector"], "queries": 5}}}
+    write_json(path, {**header, **change})
+    for look in (inspect, load_model):
+        with pytest.raises(InputError, match=words):
+            look(copy)
+
+
 def test_other_folders_are_told_in_words(copy, tmp_path):
     with pytest.raises(InputError, match="which does not exist"):
         inspect(tmp_path / "nowhere")

@@ -23,7 +23,6 @@ from playwright import sync_api
 
 from spar.flow.sampler import Cancelled
 from spar.outputs import BUNDLED_MODEL, read_notes
-from spar.pipeline import SparPipeline
 from spar.serving.examples import EDITS, PROMPTS, knows_shapes, scene_pictures
 from spar.serving.page import build_page
 from spar.serving.parts import problem
@@ -36,11 +35,6 @@ QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
          "--disable-sync", "--no-first-run"]  # fmt: skip
 DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 WAIT = 30_000  # milliseconds
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return SparPipeline.from_pretrained()
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +341,7 @@ def test_a_model_of_another_world_is_not_offered_the_shapes_examples(pipe, monke
 
 
 def test_the_command_serves_the_page_asks_for_its_token_and_clears_up(tmp_path, monkeypatch):
-    monkeypatch.setenv("SPAR_API_TOKEN", "a token")
+    monkeypatch.setenv("SPAR_API_TOKEN", "a-token-of-16-or-more")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     command = [sys.executable, "-m", "spar", "ui", "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -365,7 +359,7 @@ def test_the_command_serves_the_page_asks_for_its_token_and_clears_up(tmp_path, 
         assert ask("/config")[0] == 401
         form = {"Content-Type": "application/x-www-form-urlencoded"}
         assert ask("/login", b"username=me&password=wrong", **form)[0] == 400
-        code, _, headers = ask("/login", b"username=me&password=a+token", **form)
+        code, _, headers = ask("/login", b"username=me&password=a-token-of-16-or-more", **form)
         cookie = "; ".join(value.partition(";")[0] for value in headers.get_all("set-cookie"))
         assert code == 200 and ask("/config", Cookie=cookie)[0] == 200
         assert ask("/", Host="evil.example")[0] == 400

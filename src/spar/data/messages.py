@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from spar.data.images import open_image
+from spar.data.images import open_image, to_square
 from spar.data.prompts import ROLES
 from spar.errors import InputError
 from spar.limits import MAX_CHAT_IMAGES, MAX_MESSAGES, MAX_PARTS
@@ -14,7 +14,7 @@ from spar.limits import MAX_CHAT_IMAGES, MAX_MESSAGES, MAX_PARTS
 
 @dataclass(frozen=True)
 class Message:
-    """One turn: its role, and its texts and RGB pictures in order."""
+    """One turn: its role, and its texts and square RGB pictures in order."""
 
     role: str
     parts: tuple[str | Image.Image, ...]
@@ -24,8 +24,8 @@ class Message:
         return [part for part in self.parts if isinstance(part, Image.Image)]
 
 
-def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
-    """Messages `{"role": ..., "content": ...}` as turns; `images.open_image` opens their pictures.
+def read_messages(messages: Sequence[Mapping[str, Any]], side: int) -> list[Message]:
+    """Messages `{"role": ..., "content": ...}` as turns; their pictures are opened one by one and made `side` x `side`.
 
     A content is text, or a list of parts `{"type": "text", "text": str}` and `{"type": "image", "image": ImageSource}`.
     One message of the system may come first; then the user and the assistant take turns, and the user has the first
@@ -43,10 +43,11 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     images = sum(part["type"] == "image" for _, parts in contents for part in parts)
     if images > MAX_CHAT_IMAGES:
         raise InputError(f"messages: expected at most {MAX_CHAT_IMAGES} images, got {images}")
-    return [
-        Message(role, tuple(part["text"] if part["type"] == "text" else open_image(part["image"]) for part in parts))
-        for role, parts in contents
-    ]
+    return [Message(role, tuple(_open(part, side) for part in parts)) for role, parts in contents]
+
+
+def _open(part: Mapping[str, Any], side: int) -> str | Image.Image:
+    return part["text"] if part["type"] == "text" else to_square(open_image(part["image"]), side)
 
 
 def _content(message: object, name: str) -> tuple[str, list[Mapping[str, Any]]]:

@@ -57,13 +57,15 @@ class Packed:
 class PromptEncoder:
     """Writes every prompt form with one tokenizer and a fixed number of visual tokens an image.
 
-    With `image_start` a prompt for a picture ends with the picture's opening token (UniLIP's form).
+    With `image_start` a prompt for a picture ends with the picture's opening token (UniLIP's form). Such prompts are
+    padded to a multiple of `multiple` tokens.
     """
 
-    def __init__(self, tokenizer: Any, visual_tokens: int, *, image_start: bool = False) -> None:
+    def __init__(self, tokenizer: Any, visual_tokens: int, *, image_start: bool = False, multiple: int = 1) -> None:
         self.tokenizer = tokenizer
         self.visual_tokens = visual_tokens
         self.image_start = image_start
+        self.multiple = multiple
         self._cache: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
@@ -117,7 +119,7 @@ class PromptEncoder:
     def generation(self, prompts: Sequence[str | None]) -> Tokens:
         """`Generate an image: {prompt}`; None gives the unconditional prompt."""
         texts = [UNCONDITIONAL if prompt is None else f"Generate an image: {prompt}" for prompt in prompts]
-        return self.pad([self._painted(self.encode(text)) for text in texts])
+        return self.pad([self._painted(self.encode(text)) for text in texts], self.multiple)
 
     def edit(self, instructions: Sequence[str | None], image_tokens: int | None = None) -> Tokens:
         """`Edit the image: {instruction}` and the reference; None gives the unconditional prompt, reference kept.
@@ -125,7 +127,7 @@ class PromptEncoder:
         `image_tokens` are those of each reference where it has not the fixed number.
         """
         texts = [UNCONDITIONAL_EDIT if text is None else f"Edit the image: {text}\n" for text in instructions]
-        return self.pad([self._painted(self.encode(text), self.image(image_tokens)) for text in texts])
+        return self.pad([self._painted(self.encode(text), self.image(image_tokens)) for text in texts], self.multiple)
 
     def question(self, questions: Sequence[str]) -> Tokens:
         """The image, then the question, then the start of the answer."""
@@ -186,9 +188,9 @@ class PromptEncoder:
     def pad_id(self) -> int:
         return self.tokenizer.pad_token_id
 
-    def pad(self, rows: Sequence[list[int]]) -> Tokens:
-        """Left-pad to the longest row."""
-        length = max(len(row) for row in rows)
+    def pad(self, rows: Sequence[list[int]], multiple: int = 1) -> Tokens:
+        """Left-pad to the longest row, and on to a multiple of `multiple`."""
+        length = -(-max(len(row) for row in rows) // multiple) * multiple
         ids = torch.tensor([[self.pad_id] * (length - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
         return Tokens(ids, mask)

@@ -92,10 +92,7 @@ def load_tokenizer(folder: Path) -> UnifiedTokenizer:
 
 def _fill_tokenizer(tokenizer: UnifiedTokenizer, folder: Path, header: dict[str, Any]) -> None:
     fill_weights(tokenizer, folder / "model.safetensors", str(folder))
-    scale = header.get("latent_scale")
-    if not isinstance(scale, float) or not scale > 0:
-        raise InputError(f"{folder / 'config.json'}: expected latent_scale above 0, got {scale!r}")
-    tokenizer.latent_scale.fill_(scale)
+    tokenizer.latent_scale.fill_(header["latent_scale"])
 
 
 def save_model(loaded: Loaded, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -185,9 +182,7 @@ def load_model(folder: Path) -> Loaded:
     config = from_dict(SparConfig, header["model"], complete=True)
     with init_empty_weights():
         model = SparModel(config)
-    tokenizer = read_header(folder / "tokenizer", f"{FORMAT}-tokenizer")
-    if tokenizer["model"] != header["model"]:
-        raise InputError(f"{folder}: the config.json of tokenizer/ gives other sizes than the model's own")
+    tokenizer = tokenizer_header(folder, header)
     _fill_tokenizer(model.tokenizer, folder / "tokenizer", tokenizer)
     for part in PARTS:
         fill_weights(getattr(model, part), folder / part / "model.safetensors", str(folder / part))
@@ -254,7 +249,18 @@ def read_header(folder: Path, expected: str) -> dict[str, Any]:
     for key in ("model",) if expected != FORMAT else ("model", "sampling"):
         if key not in header:
             raise InputError(f"{folder / 'config.json'}: expected a field {key!r}, got none")
+    scale = header.get("latent_scale")
+    if expected != FORMAT and not (isinstance(scale, float) and scale > 0):
+        raise InputError(f"{folder / 'config.json'}: expected latent_scale above 0, got {scale!r}")
     return {**header, "model": upgraded(header["model"], version)}
+
+
+def tokenizer_header(folder: Path, header: dict[str, Any]) -> dict[str, Any]:
+    """The header of a SPAR folder's tokenizer, which has the sizes of the folder's own; raises as `read_header`."""
+    tokenizer = read_header(folder / "tokenizer", f"{FORMAT}-tokenizer")
+    if tokenizer["model"] != header["model"]:
+        raise InputError(f"{folder}: the config.json of tokenizer/ gives other sizes than the model's own")
+    return tokenizer
 
 
 def _what(path: Path) -> str:

@@ -1,18 +1,23 @@
-"""A folder of weights to the Hub: what is sent, checked before, and sent in one commit or not at all."""
+"""Folders of weights to the Hub and from it: what is sent is checked before, and goes in one commit or not at all."""
 
+import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from spar.config import read_json
 from spar.errors import InputError
-from spar.models.adapters.sources import REPOSITORY
+from spar.models.adapters.sources import REPOSITORY, fetch
 from spar.models.checkpoint import PARTS
 from spar.models.inspection import inspect
 from spar.models.weights import INDEX
 
-# What belongs to a folder. Nothing else that lies in it is sent; older files of these names are removed there.
+FOLDERS = ("", "tokenizer/", *(f"{part}/" for part in PARTS), "pixel_encoder/")
+# Weights that are no longer in the folder are removed there: they might be loaded in the place of newer ones.
+WEIGHTS = tuple(f"{folder}model*.safetensors{end}" for folder in FOLDERS for end in ("", INDEX))
+# What belongs to a folder: nothing else that lies in it is sent.
 BELONGS = (
+    *WEIGHTS,
     "README.md",
     "config.json",
     "manifest.json",
@@ -21,9 +26,24 @@ BELONGS = (
     "text_tokenizer/*.json",
     "text_tokenizer/*.jinja",
     "text_tokenizer/*.txt",
-    *(f"{part}model*.safetensors{end}" for part in ("", "tokenizer/", *(f"{name}/" for name in PARTS), "pixel_encoder/")
-      for end in ("", INDEX)),
-)  # fmt: skip
+)
+
+
+ADDRESS = re.compile(r"hf:/+([\w.-]+/[\w.-]+?)(?:@([^/]+))?")  # a Path has one slash left of two
+
+
+def model_folder(path: str | Path) -> Path:
+    """A folder on this disk: the path itself, or what `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION` has on the Hub.
+
+    Raises:
+        InputError: another address, or a download that fails.
+    """
+    if not str(path).startswith("hf:"):
+        return Path(path)
+    found = ADDRESS.fullmatch(str(path))
+    if not found:
+        raise InputError(f"model: expected a folder or hf://OWNER/NAME or hf://OWNER/NAME@REVISION, got {str(path)!r}")
+    return fetch(found[1], BELONGS, revision=found[2], what="model").folder
 
 
 @dataclass(frozen=True)
@@ -86,7 +106,7 @@ def push(goods: Shipment, repository: str, *, private: bool = True, message: str
                 raise InputError(f"{repository} holds another model (its config.json says format {kind!r})")
         commit = hub.upload_folder(
             repo_id=repository, folder_path=goods.folder, allow_patterns=list(goods.files),
-            delete_patterns=list(BELONGS), commit_message=message,
+            delete_patterns=list(WEIGHTS), commit_message=message,
         )
     except InputError:
         raise

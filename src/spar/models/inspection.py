@@ -12,7 +12,15 @@ from spar.config import from_dict, read_json
 from spar.errors import InputError
 from spar.models.autoencoder import PixelEncoder, build_autoencoder
 from spar.models.card import recorded_scores
-from spar.models.checkpoint import FORMAT, PARTS, Sampling, has_pixel_encoder, load_text_tokenizer, read_header
+from spar.models.checkpoint import (
+    FORMAT,
+    PARTS,
+    Sampling,
+    has_pixel_encoder,
+    load_text_tokenizer,
+    read_header,
+    tokenizer_header,
+)
 from spar.models.config import SparConfig
 from spar.models.spar import SparModel
 from spar.models.tokenizer import UnifiedTokenizer
@@ -69,7 +77,7 @@ def inspect(folder: Path) -> Inspection:
     if not whole:
         parts = [_part("tokenizer", model, folder / "model.safetensors")]
     else:
-        read_header(folder / "tokenizer", alone)
+        tokenizer_header(folder, header)
         load_text_tokenizer(folder / "text_tokenizer", config.text)
         names = ("tokenizer", *PARTS)
         parts = [_part(name, getattr(model, name), folder / name / "model.safetensors") for name in names]
@@ -77,11 +85,11 @@ def inspect(folder: Path) -> Inspection:
         with init_empty_weights():
             encoder = PixelEncoder(build_autoencoder(config.autoencoder).encoder)
         parts.append(_part("pixel_encoder", encoder, folder / "pixel_encoder" / "model.safetensors"))
-    manifest = folder / "manifest.json"
+    manifest, versions = folder / "manifest.json", header.get("versions")
     return Inspection(
         format=header["format"],
         format_version=header["format_version"],
-        versions=header.get("versions", {}),
+        versions=versions if isinstance(versions, dict) else {},
         config=config,
         sampling=from_dict(Sampling, header["sampling"], complete=True) if whole else None,
         manifest=read_json(manifest) if whole and manifest.exists() else {},

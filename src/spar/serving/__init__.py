@@ -1,1 +1,1 @@
-"""What listens: the model behind an API and a web page. Thin, over the pipeline alone."""
+"""What listens: an API in OpenAI's shapes (extra `serve`) and a web page (extra `ui`), over one pipeline."""

@@ -17,7 +17,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from spar.data.images import MAX_BYTES
-from spar.errors import InputError
+from spar.serving.access import is_local
 from spar.serving.doorman import Doorman
 from spar.serving.page import BUNDLED_NOTES, build_page
 from spar.serving.parts import CSS, theme
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from spar.pipeline import SparPipeline
     from spar.serving.jobs import Call
     from spar.serving.page import Notes
-
-LOCAL_HOSTS = ("127.0.0.1", "localhost")
 
 
 def mount_page(
@@ -58,36 +56,21 @@ def _password(token: str) -> Callable[[str, str], bool]:
     return lambda _, password: secrets.compare_digest(password.encode(), token.encode())
 
 
-def check_host(host: str, token: str | None) -> None:
-    """Refuse a host that others can reach, where no token guards the page."""
-    if host not in LOCAL_HOSTS and not token:
-        raise InputError(
-            f"--host: expected {' or '.join(LOCAL_HOSTS)} (others want a token in SPAR_API_TOKEN), got {host!r}"
-        )
-
-
 def serve_page(
-    pipe: SparPipeline, host: str, port: int, *, notes: Notes = BUNDLED_NOTES, token: str | None = None,
-    announce: Callable[[str], None] | None = None,
-) -> None:  # fmt: skip
+    pipe: SparPipeline, listener: socket.socket, *, notes: Notes = BUNDLED_NOTES, token: str | None = None
+) -> None:
     """Serve the page until interrupted.
 
     Args:
         pipe, notes, token: as in `mount_page`.
-        host, port: where; port 0 takes a free one.
-        announce: called with the page's address as soon as it can be opened.
-
-    Raises:
-        InputError: a host that others can reach, without a token.
-        OSError: an address that cannot be had.
+        listener: of `access.listen`, after `access.check_access`.
     """
-    check_host(host, token)
-    with socket.create_server((host, port)) as listener, tempfile.TemporaryDirectory(prefix="spar-") as cache:
+    with tempfile.TemporaryDirectory(prefix="spar-") as cache:
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-        if host in LOCAL_HOSTS:  # a page from elsewhere cannot reach us under a name of its own
-            app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOCAL_HOSTS))
+        if is_local(listener.getsockname()[0]):  # a page from elsewhere cannot reach us under a name of its own
+            app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "["])  # [::1], cut at :
         mount_page(app, pipe, notes=notes, token=token, cache=Path(cache))
-        if announce:
-            announce(f"http://{host}:{listener.getsockname()[1]}")
-        config = uvicorn.Config(app, log_level="warning", ws="none", timeout_graceful_shutdown=1)
+        config = uvicorn.Config(
+            app, log_config=None, ws="none", server_header=False, proxy_headers=False, timeout_graceful_shutdown=1
+        )
         uvicorn.Server(config).run(sockets=[listener])

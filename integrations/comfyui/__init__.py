@@ -1,0 +1,221 @@
+"""ComfyUI nodes: load, generate, edit, understand, reconstruct. Thin over `spar.SparPipeline`, which does the work.
+
+This folder goes into ComfyUI's custom_nodes, the package `spar` into ComfyUI's Python (README.md). A picture is an
+IMAGE of ComfyUI's, `[B, H, W, C]` in [0, 1]. A widget at its lowest value (steps, width and height 0, guidance -1)
+leaves the choice to the model.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from spar import SparPipeline
+from spar.data.images import to_tensor
+from spar.limits import MAX_GUIDANCE, MAX_NEW_TOKENS, MAX_SEED, MAX_STEPS
+
+MODEL = "SPAR_MODEL"
+MAX_WIDGET_SEED = 2**64 - 1  # ComfyUI draws seeds up to here
+MAX_BATCH = 64
+MAX_SIDE = 16384
+
+Inputs = dict[str, dict[str, tuple]]
+
+
+def words(tip: str) -> tuple[str, dict[str, Any]]:
+    return ("STRING", {"multiline": True, "default": "", "tooltip": tip})
+
+
+def sampling() -> dict[str, tuple]:
+    """What both nodes that draw take."""
+    return {
+        "seed": ("INT", {"default": 0, "min": 0, "max": MAX_WIDGET_SEED, "control_after_generate": True}),
+        "steps": ("INT", {"default": 0, "min": 0, "max": MAX_STEPS, "tooltip": "0: the model's own"}),
+        "guidance": (
+            "FLOAT",
+            {"default": -1.0, "min": -1.0, "max": MAX_GUIDANCE, "step": 0.1, "tooltip": "1: none; -1: the model's own"},
+        ),
+    }
+
+
+def keywords(seed: int, count: int, steps: int, guidance: float, negative_prompt: str) -> dict[str, Any]:
+    """The pipeline's keywords from widgets. Seeds beyond the pipeline's begin again at zero."""
+    return {
+        "seed": [(seed + index) % (MAX_SEED + 1) for index in range(count)],
+        "num_inference_steps": steps or None,
+        "guidance_scale": None if guidance < 0 else guidance,
+        "negative_prompt": negative_prompt.strip() or None,
+        "callback": progress(),
+    }
+
+
+def progress() -> Callable[[int, int, Tensor], None] | None:
+    """Moves ComfyUI's bar and stops where its user says so; None outside ComfyUI."""
+    try:
+        from comfy.model_management import throw_exception_if_processing_interrupted
+        from comfy.utils import ProgressBar
+    except ImportError:
+        return None
+    shown: list[Any] = []
+
+    def step(done: int, total: int, _: Tensor) -> None:
+        throw_exception_if_processing_interrupted()
+        if not shown:
+            shown.append(ProgressBar(total))
+        shown[0].update_absolute(done, total)
+
+    return step
+
+
+def pictures(image: Tensor) -> list[Image.Image]:
+    """IMAGE to Pillow images: grey, RGB or RGBA by its last dimension."""
+    pixels = image.detach().cpu().float().clamp(0, 1).mul(255).round().to(torch.uint8).numpy()
+    return [Image.fromarray(np.squeeze(one, -1) if one.shape[-1] == 1 else one) for one in pixels]
+
+
+def images(drawn: list[Image.Image]) -> Tensor:
+    """RGB pictures of one size to IMAGE."""
+    return to_tensor(drawn).permute(0, 2, 3, 1).contiguous()
+
+
+class SparLoad:
+    """A SPAR folder, or the small bundled model."""
+
+    CATEGORY, FUNCTION = "SPAR", "load"
+    RETURN_TYPES, RETURN_NAMES = (MODEL,), ("model",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {
+            "required": {
+                "folder": ("STRING", {"default": "", "tooltip": "SPAR folder; empty: the bundled model"}),
+                "device": (["auto", "cpu", "cuda", "mps"],),
+                "dtype": (["auto", "float32", "bfloat16", "float16"],),
+                "weights": (["compute", "float32", "int8"], {"tooltip": "compute: half the memory, the same pictures"}),
+            }
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, folder: str, **_: Any) -> float:
+        """Load again when the folder was written anew."""
+        config = Path(folder) / "config.json"
+        return config.stat().st_mtime if folder and config.is_file() else 0.0
+
+    def load(self, folder: str, device: str, dtype: str, weights: str) -> tuple[SparPipeline]:
+        return (
+            SparPipeline.from_pretrained(
+                folder or None,
+                device=None if device == "auto" else device,
+                dtype=None if dtype == "auto" else getattr(torch, dtype),
+                weights=weights,
+            ),
+        )
+
+
+class SparGenerate:
+    """Pictures from words."""
+
+    CATEGORY, FUNCTION = "SPAR", "generate"
+    RETURN_TYPES, RETURN_NAMES = ("IMAGE",), ("images",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        side = {"default": 0, "min": 0, "max": MAX_SIDE, "tooltip": "0: the side that the model was trained at"}
+        return {
+            "required": {
+                "model": (MODEL,),
+                "prompt": words("What to draw"),
+                "negative_prompt": words("What guidance steers away from"),
+                "width": ("INT", side),
+                "height": ("INT", side),
+                "batch_size": ("INT", {"default": 1, "min": 1, "max": MAX_BATCH, "tooltip": "Picture i: seed + i"}),
+                **sampling(),
+            }
+        }
+
+    def generate(
+        self, model: SparPipeline, prompt: str, negative_prompt: str, width: int, height: int, batch_size: int,
+        seed: int, steps: int, guidance: float,
+    ) -> tuple[Tensor]:  # fmt: skip
+        out = model.generate(
+            prompt, width=width or None, height=height or None, num_images_per_prompt=batch_size,
+            **keywords(seed, batch_size, steps, guidance, negative_prompt),
+        )
+        return (images(out.images),)
+
+
+class SparEdit:
+    """Pictures changed as an instruction says: each keeps its proportions, at about the trained number of pixels."""
+
+    CATEGORY, FUNCTION = "SPAR", "edit"
+    RETURN_TYPES, RETURN_NAMES = ("IMAGE",), ("images",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {
+            "required": {
+                "model": (MODEL,),
+                "image": ("IMAGE",),
+                "instruction": words("What to change"),
+                "negative_prompt": words("What guidance steers away from"),
+                **sampling(),
+            }
+        }
+
+    def edit(
+        self, model: SparPipeline, image: Tensor, instruction: str, negative_prompt: str, seed: int, steps: int,
+        guidance: float,
+    ) -> tuple[Tensor]:  # fmt: skip
+        settings = keywords(seed, len(image), steps, guidance, negative_prompt)
+        return (images(model.edit(pictures(image), instruction, **settings).images),)
+
+
+class SparUnderstand:
+    """Answers about pictures, one for each."""
+
+    CATEGORY, FUNCTION = "SPAR", "understand"
+    RETURN_TYPES, RETURN_NAMES, OUTPUT_IS_LIST = ("STRING",), ("answers",), (True,)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {
+            "required": {
+                "model": (MODEL,),
+                "image": ("IMAGE",),
+                "question": words("What to ask"),
+                "max_new_tokens": ("INT", {"default": 48, "min": 1, "max": MAX_NEW_TOKENS}),
+            }
+        }
+
+    def understand(self, model: SparPipeline, image: Tensor, question: str, max_new_tokens: int) -> tuple[list[str]]:
+        return (model.understand(pictures(image), question, max_new_tokens=max_new_tokens).texts,)
+
+
+class SparReconstruct:
+    """Pictures through the unified tokenizer and back: the most that any drawn picture can be."""
+
+    CATEGORY, FUNCTION = "SPAR", "reconstruct"
+    RETURN_TYPES, RETURN_NAMES = ("IMAGE",), ("images",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {"required": {"model": (MODEL,), "image": ("IMAGE",)}}
+
+    def reconstruct(self, model: SparPipeline, image: Tensor) -> tuple[Tensor]:
+        return (images(model.reconstruct(pictures(image)).images),)
+
+
+NODE_CLASS_MAPPINGS = {
+    "SparLoad": SparLoad,
+    "SparGenerate": SparGenerate,
+    "SparEdit": SparEdit,
+    "SparUnderstand": SparUnderstand,
+    "SparReconstruct": SparReconstruct,
+}
+NODE_DISPLAY_NAME_MAPPINGS = {name: name.replace("Spar", "SPAR ") for name in NODE_CLASS_MAPPINGS}
+
+__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]

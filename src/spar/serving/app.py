@@ -1,0 +1,260 @@
+"""The routes: OpenAI's images, edits and chat, and reconstruction, over one worker."""
+
+import asyncio
+import base64
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Form, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from spar import __version__
+from spar.outputs import encode_picture
+from spar.serving import schema
+from spar.serving.errors import ApiError, add_handlers, api_error
+from spar.serving.gate import Gate, Gone
+from spar.serving.limits import DECODERS, REQUEST_SECONDS
+from spar.serving.metrics import Metrics
+from spar.serving.pictures import read_messages, read_picture
+from spar.serving.tasks import Made, begin_chat, drawing_jobs, reconstruction_job
+from spar.serving.worker import Chat, Job, Stopped, Worker
+
+FORM = Form(media_type="multipart/form-data")
+ERRORS = {
+    "4XX": {"model": schema.ErrorBody, "description": "What was asked for cannot be done; 429: the server is busy, and "
+            "Retry-After says when to come back"},
+    "500": {"model": schema.ErrorBody, "description": "The server failed; its log has more"},
+    "503": {"model": schema.ErrorBody, "description": "The server did not get to it in time, or is being stopped"},
+}  # fmt: skip
+
+
+def create_app(
+    worker: Worker, *, notes: Mapping[str, str | None], token: str | None = None,
+    hosts: Collection[str] | None = None, timeout: float = REQUEST_SECONDS,
+) -> FastAPI:  # fmt: skip
+    """The server as an ASGI application, which starts the worker and stops it.
+
+    Args:
+        worker: not started yet; its `observe` is set to the metrics.
+        notes: what the pictures say of the weights; `model` is the name that requests may give.
+        token: what every request but `/health` must bear.
+        hosts: names that the header Host may have where there is no token, None for any.
+        timeout: seconds that a request may wait and run.
+    """
+    metrics = Metrics(lambda: worker.waiting)
+    worker.observe = metrics.observe
+    pipe, model, started, decoders = worker.pipe, notes["model"], int(time.time()), ThreadPoolExecutor(DECODERS)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        worker.start()
+        yield
+        await asyncio.to_thread(worker.stop)
+        decoders.shutdown(cancel_futures=True)
+
+    app = FastAPI(
+        title="SPAR", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS,
+        separate_input_output_schemas=False,
+    )  # fmt: skip
+    app.add_middleware(Gate, token=token, hosts=hosts, metrics=metrics)
+    add_handlers(app)
+
+    def check_model(name: str | None) -> None:
+        if name not in (None, model):
+            raise ApiError(404, f"model: expected {model}", param="model", code="model_not_found")
+
+    async def answer(request: Request, jobs: list[Job], kind: str | None) -> Response:
+        """Have the jobs done, and their pictures written."""
+        worker.submit(*jobs)
+        return await asyncio.to_thread(_images, await _finished(request, jobs, timeout), kind or "png", notes)
+
+    @app.post("/v1/images/generations", response_model=schema.Images)
+    async def generations(request: Request, body: schema.GenerationRequest) -> Response:
+        """Pictures from words."""
+        check_model(body.model)
+        jobs = drawing_jobs(pipe, body, _seed(body), pipe.output_size(*_sides(body.size)))
+        return await answer(request, jobs, body.output_format)
+
+    @app.post("/v1/images/edits", response_model=schema.Images)
+    async def edits(request: Request, form: Annotated[schema.EditForm, FORM]) -> Response:
+        """A picture changed as the prompt says."""
+        await _no_field_twice(request)
+        check_model(form.model)
+        image = await read_picture(await form.image.read(), "image", request.state.hold, decoders)
+        jobs = drawing_jobs(pipe, form, _seed(form), pipe.edited_size(image), image)
+        return await answer(request, jobs, form.output_format)
+
+    @app.post("/v1/reconstruct", response_model=schema.Images)
+    async def reconstruct(request: Request, form: Annotated[schema.ReconstructForm, FORM]) -> Response:
+        """A picture through the unified tokenizer and back."""
+        await _no_field_twice(request)
+        check_model(form.model)
+        image = await read_picture(await form.image.read(), "image", request.state.hold, decoders)
+        return await answer(request, [reconstruction_job(image)], form.output_format)
+
+    @app.post("/v1/chat/completions", response_model=schema.Completion)
+    async def chat(request: Request, body: schema.ChatRequest) -> Response:
+        """An answer to the last message of a conversation, which may show pictures; whole, or as it is made."""
+        check_model(body.model)
+        if body.stream_options is not None and not body.stream:
+            raise ApiError(400, "stream_options: expected only with stream", param="stream_options")
+        messages = await read_messages(body.messages, request.state.hold, decoders)
+        longest = body.max_completion_tokens or body.max_tokens
+        pieces: asyncio.Queue[str | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def say(piece: str | None) -> None:
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        job = Chat(lambda pipe: begin_chat(pipe, messages, longest), say)
+        job.future.add_done_callback(lambda _: say(None))
+        worker.submit(job)
+        if not body.stream:
+            (out,) = await _finished(request, [job], timeout)
+            return JSONResponse(completion(model, out, [pieces.get_nowait() for _ in range(pieces.qsize())]))
+        usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+        try:
+            first = await _race(request, pieces.get(), timeout)
+            if first is None:  # what failed before it began is no stream
+                job.future.result()
+        except BaseException:
+            job.future.cancel()
+            raise
+        return StreamingResponse(_chunks(job, first, pieces, model, usage, timeout), media_type="text/event-stream")
+
+    @app.get("/v1/models", response_model=schema.Models)
+    async def models() -> schema.Models:
+        return schema.Models(data=[schema.Model(id=model, created=started)])
+
+    @app.get("/v1/models/{name}", response_model=schema.Model)
+    async def one_model(name: str) -> schema.Model:
+        check_model(name)
+        return schema.Model(id=model, created=started)
+
+    @app.get("/health", response_model=schema.Health)
+    async def health() -> Response:
+        """Whether the worker takes work; needs no token."""
+        return JSONResponse({"status": "ok" if worker.alive else "stopping"}, 200 if worker.alive else 503)
+
+    @app.get("/metrics", response_class=Response)
+    async def tell_metrics() -> Response:
+        """For Prometheus."""
+        return Response(metrics.text(), media_type="text/plain; version=1.0.0; charset=utf-8")
+
+    return app
+
+
+def _seed(request: schema.Sampling) -> int:
+    return secrets.randbelow(2**32) if request.seed is None else request.seed
+
+
+def _sides(size: str | None) -> tuple[int | None, int | None]:
+    """Height and width of a size, None for the model's own."""
+    if size in (None, "auto"):
+        return None, None
+    width, height = map(int, size.split("x"))
+    return height, width
+
+
+async def _no_field_twice(request: Request) -> None:
+    """Of two values of one name, a form would silently give the last."""
+    names = [name for name, _ in (await request.form()).multi_items()]
+    for name in set(names):
+        if names.count(name) > 1:
+            raise ApiError(400, f"{name}: expected once", param=name)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _race(request: Request, work: Awaitable[Any], timeout: float) -> Any:
+    """What `work` gives, unless the client leaves first (Gone) or it takes too long (503)."""
+    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({task, leaving}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if task.cancelled():
+            raise Stopped
+        if task.done():
+            return task.result()
+        if leaving.done():
+            raise Gone
+        raise ApiError(503)
+    finally:
+        leaving.cancel()
+        task.cancel()
+
+
+async def _finished(request: Request, jobs: Sequence[Job | Chat], timeout: float) -> list[Any]:
+    """The results of jobs, in order; a client that leaves, or waits too long, frees their places."""
+    try:
+        return await _race(request, asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs)), timeout)
+    finally:
+        for job in jobs:  # those that are done stay done
+            job.future.cancel()
+
+
+async def _chunks(
+    job: Chat, piece: str | None, pieces: asyncio.Queue[str | None], model: str, usage: bool, timeout: float
+) -> AsyncIterator[str]:
+    """An answer as server-sent events while it is made. Whoever stops reading frees its place."""
+    shared = {"id": new_id(), "object": "chat.completion.chunk", "created": int(time.time()), "model": model}
+
+    def chunk(delta: dict[str, str], finish: str | None = None) -> str:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+        return _event({**shared, "choices": [choice], **({"usage": None} if usage else {})})
+
+    try:
+        yield chunk({"role": "assistant", "content": ""})
+        async with asyncio.timeout(timeout):
+            while piece is not None:
+                yield chunk({"content": piece})
+                piece = await pieces.get()
+        out = job.future.result()
+        yield chunk({}, out.finish_reason)
+        if usage:
+            yield _event({**shared, "choices": [], "usage": usage_of(out)})
+    except TimeoutError:
+        yield _event(ApiError(503).body())
+    except Exception as error:  # the status is long sent
+        yield _event(api_error(error).body())
+    finally:
+        job.future.cancel()
+    yield "data: [DONE]\n\n"
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value)}\n\n"
+
+
+def new_id() -> str:
+    return f"chatcmpl-{secrets.token_hex(12)}"
+
+
+def usage_of(out: Any) -> dict[str, int]:
+    """The tokens of a finished answer, as OpenAI counts them."""
+    total = out.prompt_tokens + out.tokens
+    return {"prompt_tokens": out.prompt_tokens, "completion_tokens": out.tokens, "total_tokens": total}
+
+
+def completion(model: str, out: Any, pieces: list[str | None]) -> dict[str, Any]:
+    message = {"role": "assistant", "content": "".join(piece or "" for piece in pieces), "refusal": None}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": out.finish_reason}
+    shared = {"id": new_id(), "object": "chat.completion", "created": int(time.time()), "model": model}
+    return {**shared, "choices": [choice], "usage": usage_of(out)}
+
+
+def _images(made: list[Made], kind: str, notes: Mapping[str, str | None]) -> Response:
+    """Pictures as OpenAI's answer; of a PNG each carries how it was made."""
+    data = []
+    for one in made:
+        coded = base64.b64encode(encode_picture(one.image, kind, {**one.notes, **notes})).decode()
+        data.append({"b64_json": coded, **({} if one.seed is None else {"seed": one.seed})})
+    size = f"{made[0].image.width}x{made[0].image.height}"
+    return JSONResponse({"created": int(time.time()), "data": data, "output_format": kind, "size": size})

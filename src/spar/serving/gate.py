@@ -1,0 +1,190 @@
+"""The gate before the routes: who may come in, and how much, by an ASGI middleware.
+
+It checks the Host and Origin headers (a page elsewhere must not use a server on this machine), the token, and how many
+requests are here; then it takes the whole body in, counted while it comes and within a time, before anything reads it.
+"""
+
+import asyncio
+import hmac
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from spar.serving.errors import ApiError
+from spar.serving.limits import BODY_SECONDS, HEADER_SECONDS, MAX_BODY_BYTES, MAX_HELD_BYTES, MAX_REQUESTS
+from spar.serving.metrics import Metrics
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
+OPEN_PATHS = frozenset({"/health"})
+HEADERS = ((b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store"))
+
+
+class Gone(Exception):
+    """The client has left."""
+
+
+@dataclass
+class Held:
+    """Bytes that the requests in flight keep in memory."""
+
+    used: int = 0
+
+    def take(self, count: int) -> None:
+        if self.used + count > MAX_HELD_BYTES:
+            raise ApiError(429, code="rate_limit_exceeded")
+        self.used += count
+
+
+class Gate:
+    """`token`: what Authorization must bear, None for nothing; `hosts`: names that Host may have then, None for any."""
+
+    def __init__(self, app: Asgi, *, token: str | None, hosts: Collection[str] | None, metrics: Metrics) -> None:
+        self.app, self.metrics, self.hosts = app, metrics, hosts
+        self.bearer = None if token is None else f"Bearer {token}".encode()
+        self.held, self.requests = Held(), 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        with self.metrics.request(scope) as note:
+            await self._request(scope, receive, _sender(send, note))
+
+    async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
+        taken = 0
+
+        def hold(count: int) -> None:
+            nonlocal taken
+            self.held.take(count)
+            taken += count
+
+        self.requests += 1
+        try:
+            self._check(scope)
+            body = await _read(scope, receive, hold)
+            scope.setdefault("state", {})["hold"] = hold
+            await self.app(scope, _replay(body, receive), send)
+        except Gone:
+            pass
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+        finally:
+            self.requests -= 1
+            self.held.used -= taken
+
+    def _check(self, scope: Scope) -> None:
+        headers = dict(scope["headers"])
+        host = headers.get(b"host", b"").decode("latin-1").lower()
+        origin = headers.get(b"origin", b"").decode("latin-1").lower()
+        if self.bearer is None:  # with a token, another page's requests fail for want of it
+            if self.hosts is not None and _name(host) not in self.hosts:
+                raise ApiError(421)
+            if origin and origin.partition("://")[2] != host:
+                raise ApiError(403)
+        elif scope["path"] not in OPEN_PATHS:
+            if not hmac.compare_digest(headers.get(b"authorization", b""), self.bearer):
+                raise ApiError(401, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        if self.requests > MAX_REQUESTS:
+            raise ApiError(429, code="rate_limit_exceeded")
+        if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+            raise ApiError(415, "expected a body that is not compressed")
+
+
+def _name(host: str) -> str:
+    """A Host header without its port; an IPv6 address keeps its brackets."""
+    return host[: host.rfind("]") + 1] if host.startswith("[") else host.partition(":")[0]
+
+
+async def _read(scope: Scope, receive: Receive, hold: Callable[[int], None]) -> bytes:
+    """The whole body, or an error as soon as it is too large or too slow."""
+    length = dict(scope["headers"]).get(b"content-length", b"0")
+    if length.isdigit() and len(length) < 20 and int(length) > MAX_BODY_BYTES or len(length) >= 20:
+        raise ApiError(413)
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise Gone
+                part = message.get("body", b"")
+                size += len(part)
+                if size > MAX_BODY_BYTES:
+                    raise ApiError(413)
+                hold(len(part))
+                parts.append(part)
+                if not message.get("more_body"):
+                    return b"".join(parts)
+    except TimeoutError:
+        raise ApiError(408, headers={"Connection": "close"}) from None
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the body at once, and afterwards whatever comes (the client's leaving)."""
+    given = False
+
+    async def replayed() -> dict[str, Any]:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replayed
+
+
+def _sender(send: Send, note: Callable[[int], None]) -> Send:
+    """A `send` that adds our headers and notes the status."""
+
+    async def noted(message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            note(message["status"])
+            message = {**message, "headers": [*message.get("headers", ()), *HEADERS]}
+        await send(message)
+
+    return noted
+
+
+class Protocol(H11Protocol):
+    """uvicorn's protocol for HTTP/1.1, which waits for the head of a request no longer than HEADER_SECONDS."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._expect()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._idle():
+            self._expect()
+        else:
+            self._unexpect()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._unexpect()
+        super().connection_lost(exc)
+
+    def _idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _expect(self) -> None:
+        if self._late is None:
+            self._late = self.loop.call_later(HEADER_SECONDS, self._give_up)
+
+    def _unexpect(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+    def _give_up(self) -> None:
+        self._late = None
+        if self._idle() and not self.transport.is_closing():
+            self.transport.close()

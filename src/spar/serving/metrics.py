@@ -1,0 +1,57 @@
+"""What /metrics tells Prometheus."""
+
+import time
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+
+SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+
+
+class Metrics:
+    """One server's numbers, in a registry of their own. `waiting()` is the length of the queue."""
+
+    def __init__(self, waiting: Callable[[], int]) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        new = {"registry": self.registry}
+        self.requests = Counter("spar_requests", "Requests answered, or left by their client (499)",
+                                ("route", "status"), **new)  # fmt: skip
+        self.seconds = Histogram("spar_request_seconds", "From a request's head to its end", ("route",),
+                                 buckets=SECONDS, **new)  # fmt: skip
+        self.running = Gauge("spar_requests_running", "Requests that are being answered", **new)
+        self.batch_rows = Histogram("spar_batch_rows", "Rows of a call of the pipeline", buckets=ROWS, **new)
+        self.batch_seconds = Histogram("spar_batch_seconds", "Duration of a call of the pipeline", buckets=SECONDS,
+                                       **new)  # fmt: skip
+        Gauge("spar_queue", "Rows and chats that wait", **new).set_function(waiting)
+
+    def observe(self, seconds: float, rows: int) -> None:
+        self.batch_seconds.observe(seconds)
+        self.batch_rows.observe(rows)
+
+    @contextmanager
+    def request(self, scope: MutableMapping[str, Any]) -> Iterator[Callable[[int], None]]:
+        """Count one request; what it gives is told the status when there is one."""
+        status, start = 499, time.perf_counter()
+
+        def note(value: int) -> None:
+            nonlocal status
+            status = value
+
+        self.running.inc()
+        try:
+            yield note
+        except Exception:
+            status = 500
+            raise
+        finally:
+            self.running.dec()
+            route = getattr(scope.get("route"), "path", "other")
+            self.requests.labels(route, str(status)).inc()
+            self.seconds.labels(route).observe(time.perf_counter() - start)
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)

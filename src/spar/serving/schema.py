@@ -1,0 +1,212 @@
+"""What the API takes and gives: OpenAI's shapes with their limits.
+
+Unknown fields are refused, and so is a known one with a value that would change the picture and that this model cannot
+honour. Fields that change nothing (`user`, `moderation`, the chat's `seed`) are taken and have no effect. The fields
+that OpenAI does not have (`seed`, `negative_prompt`, `num_inference_steps`, `guidance_scale`) are diffusers'.
+"""
+
+from typing import Annotated, Any, Literal
+
+from fastapi import UploadFile
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from spar.limits import MAX_SEED
+from spar.serving.limits import (
+    MAX_ANSWER_TOKENS,
+    MAX_FIELDS,
+    MAX_GUIDANCE,
+    MAX_MESSAGES,
+    MAX_N,
+    MAX_OUTPUT_PIXELS,
+    MAX_PARTS,
+    MAX_PROMPT_CHARACTERS,
+    MAX_STEPS,
+)
+
+Name = Annotated[str, Field(max_length=256)]
+Text = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)]
+Zero = Annotated[float, Field(ge=0, le=0)]
+OutputFormat = Literal["png", "jpeg", "webp"]
+
+
+def _area(size: str | None) -> str | None:
+    if size not in (None, "auto"):
+        width, height = map(int, size.split("x"))
+        if width * height > MAX_OUTPUT_PIXELS:
+            raise ValueError(f"expected at most {MAX_OUTPUT_PIXELS} pixels, got {size}")
+    return size
+
+
+class Closed(BaseModel):
+    """An object without unknown fields; one with very many is refused before each of them gets its own error."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few(cls, data: Any) -> Any:
+        if isinstance(data, dict) and len(data) > MAX_FIELDS:
+            raise ValueError(f"expected at most {MAX_FIELDS} fields")
+        return data
+
+
+class Strict(Closed):
+    """JSON, where a number is a number; the values of a form are text."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class Sampling(Closed):
+    """What `/v1/images/generations` and `/v1/images/edits` share."""
+
+    prompt: Text
+    model: Name | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = 1
+    response_format: Literal["b64_json"] | None = Field(None, description="This server hosts no files.")
+    output_format: OutputFormat | None = None
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = Field(None, description="Picture i is drawn from seed + i.")
+    negative_prompt: Text | None = None
+    num_inference_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
+    guidance_scale: Annotated[float, Field(ge=0, le=MAX_GUIDANCE)] | None = None
+    quality: Literal["auto"] | None = None
+    background: Literal["auto", "opaque"] | None = None
+    moderation: Literal["auto", "low"] | None = None
+    user: Name | None = None
+
+    @model_validator(mode="after")
+    def _last_seed(self) -> "Sampling":
+        if self.seed is not None and self.seed + (self.n or 1) - 1 > MAX_SEED:
+            raise ValueError(f"seed: expected at most {MAX_SEED} for the last picture")
+        return self
+
+
+class GenerationRequest(Sampling):
+    model_config = ConfigDict(strict=True)
+
+    size: Annotated[str, Field(pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$"), AfterValidator(_area)] | None = Field(
+        None, description='Width x height in pixels, or "auto"; drawn exactly so, or refused.'
+    )
+
+
+class EditForm(Sampling):
+    image: UploadFile = Field(description="PNG, JPEG or WEBP of one frame; its name is not used.")
+    size: Literal["auto"] | None = Field(None, description="The result has the picture's own proportions.")
+
+
+class ReconstructForm(Closed):
+    image: UploadFile = Field(description="PNG, JPEG or WEBP of one frame; its name is not used.")
+    model: Name | None = None
+    output_format: OutputFormat | None = None
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: Text
+
+
+class ImageUrl(Strict):
+    url: str = Field(description="data:image/...;base64,... and no other address: this server fetches nothing.")
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ImagePart(Strict):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
+class Message(Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS)]
+
+
+class StreamOptions(Strict):
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class ChatRequest(Strict):
+    """Answers are greedy: only settings that a greedy answer honours are taken."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    model: Name | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_ANSWER_TOKENS)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_ANSWER_TOKENS)] | None = None
+    temperature: Zero | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    frequency_penalty: Zero | None = None
+    presence_penalty: Zero | None = None
+    n: Literal[1] | None = None
+    seed: int | None = None
+    user: Name | None = None
+
+
+class ImageData(BaseModel):
+    b64_json: str
+    seed: int | None = Field(None, description="What draws this picture again.")
+
+
+class Images(BaseModel):
+    created: int
+    data: list[ImageData]
+    output_format: OutputFormat
+    size: str
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Answer(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class Choice(BaseModel):
+    index: int = 0
+    message: Answer
+    logprobs: None = None
+    finish_reason: Literal["stop", "length"]
+
+
+class Completion(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "spar"
+
+
+class Models(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Health(BaseModel):
+    status: Literal["ok", "stopping"]
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(BaseModel):
+    error: ErrorDetail

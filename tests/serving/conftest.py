@@ -1,0 +1,45 @@
+"""A running server with the bundled weights, on a free port of this machine."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+
+@contextmanager
+def serving(pipe: Any, **settings: Any) -> Iterator[str]:
+    """The address of a server in a thread of this process."""
+    from spar.serving.access import listen
+    from spar.serving.run import server_of
+
+    listener = listen("127.0.0.1", 0)
+    defaults = {"host": "127.0.0.1", "token": None, "max_batch": 8, "max_queue": 16, "notes": {"model": "bundled"}}
+    server = server_of(pipe, **{**defaults, "timeout": 60, **settings})
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="session")
+def pipe() -> Any:
+    from spar.pipeline import SparPipeline
+
+    return SparPipeline.from_pretrained()
+
+
+@pytest.fixture(scope="session")
+def address(pipe: Any) -> Iterator[str]:
+    """A server that asks for no token."""
+    with serving(pipe) as address:
+        yield address
+
+
+@pytest.fixture
+def serve() -> Callable[..., Any]:
+    return serving

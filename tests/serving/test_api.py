@@ -1,0 +1,213 @@
+"""The API with the real `openai` package, over a real socket, against the pipeline itself."""
+
+import base64
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+
+import httpx2
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+PROMPT = "a large red circle on a gray background"
+QUICK = {"num_inference_steps": 2}
+
+
+@pytest.fixture
+def client(address):
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def opened(item) -> Image.Image:
+    return Image.open(BytesIO(base64.b64decode(item.b64_json)))
+
+
+def pixels(image: Image.Image) -> list:
+    return np.asarray(image.convert("RGB")).tolist()
+
+
+def png(image: Image.Image) -> bytes:
+    file = BytesIO()
+    image.save(file, format="PNG")
+    return file.getvalue()
+
+
+def test_a_seed_gives_the_pipelines_own_pixels_and_notes(client, pipe):
+    extra = {"seed": 3, "num_inference_steps": 3, "guidance_scale": 2, "negative_prompt": "a blue star"}
+    answer = client.images.generate(prompt=PROMPT, n=2, size="64x48", extra_body=extra)
+    own = pipe.generate(
+        PROMPT, height=48, width=64, num_images_per_prompt=2, seed=3, num_inference_steps=3, guidance_scale=2,
+        negative_prompt="a blue star",
+    )  # fmt: skip
+    images = [opened(item) for item in answer.data]
+    assert [pixels(image) for image in images] == [pixels(image) for image in own.images]
+    assert [item.seed for item in answer.data] == [3, 4] and answer.size == "64x48"
+    told = {"prompt": PROMPT, "seed": "4", "steps": "3", "guidance": "2.0", "model": "bundled"}
+    assert told.items() <= images[1].info.items()
+
+
+def test_what_is_not_asked_for_is_the_models_own(client, pipe):
+    answer = client.images.generate(prompt=PROMPT, model="bundled", size="auto", extra_body={"seed": 1})
+    assert pixels(opened(answer.data[0])) == pixels(pipe.generate(PROMPT, seed=1).images[0])
+
+
+def test_no_seed_is_a_new_one_each_time_and_it_is_told(client, pipe):
+    first, second = (client.images.generate(prompt=PROMPT, extra_body=QUICK).data[0] for _ in range(2))
+    assert first.seed != second.seed
+    assert pixels(opened(first)) == pixels(pipe.generate(PROMPT, seed=first.seed, **QUICK).images[0])
+
+
+def test_a_picture_does_not_depend_on_what_is_drawn_beside_it(address, client, pipe):
+    """Prompts of many lengths at once: they share calls, and each is what it is alone, to the bit."""
+    prompts = [
+        "star", "a green ring", "two yellow squares on a gray background", PROMPT, "three red triangles",
+        "a large red circle to the left of a small blue star", "a small pink circle and a large white cross",
+    ]  # fmt: skip
+    batches = rows(address)
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        jobs = [
+            pool.submit(client.images.generate, prompt=prompt, extra_body={"seed": i, "num_inference_steps": 4})
+            for i, prompt in enumerate(prompts)
+        ]
+        got = [pixels(opened(job.result().data[0])) for job in jobs]
+    assert rows(address)[0] - batches[0] < len(prompts)  # some went together
+    alone = [pipe.generate(prompt, seed=i, num_inference_steps=4).images[0] for i, prompt in enumerate(prompts)]
+    levels = max(np.abs(np.array(a, int) - np.array(pixels(b), int)).max() for a, b in zip(got, alone, strict=True))
+    assert levels <= (0 if "bfloat16" in str(pipe.dtype) else 1)
+
+
+def rows(address: str) -> tuple[int, int]:
+    """Calls of the pipeline so far, and rows in them."""
+    lines = dict(line.rsplit(" ", 1) for line in httpx2.get(f"{address}/metrics").text.splitlines() if line[0] != "#")
+    return int(float(lines["spar_batch_rows_count"])), int(float(lines["spar_batch_rows_sum"]))
+
+
+def test_an_edit_is_the_pipelines_own(client, pipe):
+    source = pipe.generate(PROMPT, seed=0, height=64, width=96).images[0]
+    words = "change the background to navy"
+    answer = client.images.edit(
+        image=("../../etc/passwd", png(source)), prompt=words, n=2, size="auto", extra_body={"seed": 7, **QUICK}
+    )
+    own = pipe.edit(source, words, num_images_per_prompt=2, seed=7, **QUICK)
+    assert [pixels(opened(item)) for item in answer.data] == [pixels(image) for image in own.images]
+    assert opened(answer.data[0]).info["instruction"] == words
+
+
+def test_a_reconstruction_is_the_pipelines_own(address, pipe):
+    source = pipe.generate(PROMPT, seed=0).images[0]
+    answer = httpx2.post(f"{address}/v1/reconstruct", files={"image": ("x", png(source))}).json()
+    image = Image.open(BytesIO(base64.b64decode(answer["data"][0]["b64_json"])))
+    assert pixels(image) == pixels(pipe.reconstruct(source).images[0]) and "seed" not in answer["data"][0]
+
+
+@pytest.mark.parametrize(("kind", "form"), [("png", "PNG"), ("jpeg", "JPEG"), ("webp", "WEBP")])
+def test_the_format_is_the_one_asked_for(client, kind, form):
+    answer = client.images.generate(prompt=PROMPT, output_format=kind, extra_body=QUICK)
+    assert opened(answer.data[0]).format == form and answer.output_format == kind
+
+
+def test_models_are_listed_and_an_unknown_one_is_not_found(client):
+    assert [model.id for model in client.models.list()] == ["bundled"]
+    assert client.models.retrieve("bundled").id == "bundled"
+    for call in (
+        lambda: client.models.retrieve("gpt-image-1"),
+        lambda: client.images.generate(prompt=PROMPT, model="gpt-image-1"),
+    ):
+        with pytest.raises(openai.NotFoundError) as caught:
+            call()
+        assert caught.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("response_format", "url", "hosts no files"),
+        ("size", "65x64", "multiple of 8"),
+        ("size", "256x64", "from 8 to 128"),
+        ("size", "99999x99999", "pixels"),
+        ("size", "64", "WIDTHxHEIGHT"),
+        ("quality", "hd", "auto"),
+        ("background", "transparent", "opaque"),
+        ("style", "vivid", "no such field"),
+        ("n", 9, "less than or equal to 8"),
+        ("n", 0, "greater than or equal to 1"),
+        ("prompt", "", "at least 1"),
+        ("prompt", "an elephant", "unknown words elephant"),
+        ("num_inference_steps", 101, "100"),
+        ("guidance_scale", -1, "0"),
+        ("seed", -1, "0"),
+        ("negative_prompt", "an elephant", "unknown words elephant"),
+        ("stream", True, "no such field"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_in_openais_shape(client, field, value, words):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.images.generate(**{"prompt": PROMPT, "extra_body": {field: value}})
+    assert words in caught.value.message
+    assert caught.value.type == "invalid_request_error"
+    assert field in (caught.value.param or caught.value.message) or field == "size"
+
+
+def test_what_changes_nothing_is_taken(client):
+    client.images.generate(prompt=PROMPT, user="me", quality="auto", moderation="low", extra_body=QUICK)
+
+
+def test_a_full_queue_answers_429_and_says_when_to_come_back(pipe, serve):
+    with serve(pipe, max_queue=2) as address:
+        body = {"prompt": PROMPT, "n": 3}
+        answer = httpx2.post(f"{address}/v1/images/generations", json=body)
+        assert answer.status_code == 429 and int(answer.headers["Retry-After"]) > 0
+        assert answer.json()["error"]["code"] == "rate_limit_exceeded"
+        assert httpx2.post(f"{address}/v1/images/generations", json=body | {"n": 1, **QUICK}).status_code == 200
+
+
+def test_who_waits_too_long_is_told(pipe, serve):
+    with serve(pipe, timeout=0.05) as address:
+        answer = httpx2.post(f"{address}/v1/images/generations", json={"prompt": PROMPT, "num_inference_steps": 100})
+        assert answer.status_code == 503 and answer.json()["error"]["type"] == "server_error"
+
+
+def test_a_client_that_leaves_frees_its_place(pipe, serve):
+    """One row of 100 steps at a time would keep the next for seconds; it is drawn at once where all have left."""
+    with serve(pipe, max_queue=16) as address:
+        url = f"{address}/v1/images/generations"
+        slow = {"prompt": PROMPT, "n": 8, "num_inference_steps": 100, "size": "128x128"}
+        for _ in range(2):
+            with pytest.raises(httpx2.TimeoutException):
+                httpx2.post(url, json=slow, timeout=0.3)
+        start = time.monotonic()
+        assert httpx2.post(url, json={"prompt": PROMPT, **QUICK}, timeout=60).status_code == 200
+        assert time.monotonic() - start < 20
+        deadline = time.monotonic() + 5
+        while 'status="499"} 2.0' not in (told := httpx2.get(f"{address}/metrics").text):
+            assert time.monotonic() < deadline, told
+            time.sleep(0.05)
+
+
+def test_stopping_finishes_what_runs(pipe, serve):
+    got = []
+    with serve(pipe) as address:
+        before = rows(address)[0]
+        body = {"prompt": PROMPT, "num_inference_steps": 20, "n": 4}
+        thread = threading.Thread(
+            target=lambda: got.append(httpx2.post(f"{address}/v1/images/generations", json=body, timeout=60))
+        )
+        thread.start()
+        deadline = time.monotonic() + 5
+        while "spar_requests_running 2.0" not in httpx2.get(f"{address}/metrics").text:
+            assert time.monotonic() < deadline
+        assert rows(address)[0] == before
+    thread.join()
+    assert got[0].status_code == 200 and len(got[0].json()["data"]) == 4
+    with pytest.raises(httpx2.TransportError):
+        httpx2.get(f"{address}/health")
+
+
+def test_health_and_metrics(address):
+    assert httpx2.get(f"{address}/health").json() == {"status": "ok"}
+    answer = httpx2.get(f"{address}/metrics")
+    assert "process_resident_memory_bytes" in answer.text and answer.headers["Content-Type"].startswith("text/plain")

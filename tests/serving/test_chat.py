@@ -1,0 +1,137 @@
+"""/v1/chat/completions with the real `openai` package."""
+
+import base64
+import json
+import time
+from io import BytesIO
+
+import httpx2
+import openai
+import pytest
+from PIL import Image
+
+SCENE = "a large red circle on a gray background"
+QUESTION = "what color is the circle ?"
+
+
+@pytest.fixture
+def client(address):
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def picture(pipe) -> Image.Image:
+    return pipe.generate(SCENE, seed=0).images[0]
+
+
+def shown(picture: Image.Image) -> dict:
+    file = BytesIO()
+    picture.save(file, format="PNG")
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": url, "detail": "auto"}}
+
+
+def question(picture: Image.Image, words: str = QUESTION) -> list[dict]:
+    return [{"role": "user", "content": [shown(picture), {"type": "text", "text": words}]}]
+
+
+def test_an_answer_about_a_picture_is_the_pipelines_own(client, pipe, picture):
+    answer = client.chat.completions.create(model="bundled", messages=question(picture), temperature=0)
+    said = answer.choices[0]
+    assert said.message.content == pipe.understand(picture, QUESTION).texts[0] == "red"
+    assert (said.finish_reason, said.message.role, answer.object) == ("stop", "assistant", "chat.completion")
+    usage = answer.usage
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens and usage.completion_tokens == 1
+
+
+def test_a_conversation_of_several_turns_is_the_pipelines_own(client, pipe, picture):
+    messages = [
+        *question(picture), {"role": "assistant", "content": "red"}, {"role": "user", "content": "describe the image"}
+    ]
+    out = pipe.chat(
+        [
+            {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": QUESTION}]},
+            *messages[1:],
+        ],
+        max_new_tokens=6,
+    )
+    answer = client.chat.completions.create(model="bundled", messages=messages, max_completion_tokens=6)
+    assert answer.choices[0].message.content == "".join(out)
+    assert answer.choices[0].finish_reason == out.finish_reason == "length"
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (out.prompt_tokens, out.tokens)
+
+
+def test_a_stream_has_the_same_words_piece_by_piece(client, picture):
+    asked = {"model": "bundled", "messages": question(picture, "describe the image"), "max_tokens": 12}
+    whole = client.chat.completions.create(**asked)
+    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices and chunk.choices[0].delta.content]
+    assert "".join(pieces) == whole.choices[0].message.content and len(pieces) > 1
+    assert chunks[0].choices[0].delta.role == "assistant" and len({chunk.id for chunk in chunks}) == 1
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert chunks[-1].usage == whole.usage and not chunks[-1].choices
+
+
+def test_what_fails_before_it_begins_is_no_stream(client, picture):
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match="unknown words .*elephant"):
+            client.chat.completions.create(
+                model="bundled", messages=question(picture, "is it an elephant ?"), stream=stream
+            )
+
+
+def test_what_fails_on_the_way_ends_the_stream_with_an_error(pipe, serve, picture, monkeypatch):
+    def broken(self, messages, *, max_new_tokens=None):
+        yield "red"
+        raise RuntimeError("a secret of the machine")
+
+    monkeypatch.setattr(type(pipe), "chat", broken)
+    with serve(pipe) as address:
+        body = {"messages": question(picture), "stream": True}
+        text = httpx2.post(f"{address}/v1/chat/completions", json=body).text
+        events = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+        assert events[-1] == "[DONE]" and json.loads(events[-2])["error"]["type"] == "server_error"
+        assert "secret" not in text
+
+
+def test_a_reader_that_leaves_a_stream_frees_its_place(pipe, serve, picture, monkeypatch):
+    ended = []
+
+    def endless(self, messages, *, max_new_tokens=None):
+        try:
+            while True:
+                time.sleep(0.001)
+                yield "red "
+        finally:
+            ended.append(True)
+
+    monkeypatch.setattr(type(pipe), "chat", endless)
+    with serve(pipe, max_queue=1) as address:
+        body = {"messages": question(picture), "stream": True}
+        with httpx2.stream("POST", f"{address}/v1/chat/completions", json=body) as answer:
+            lines = answer.iter_lines()  # kept: when it is collected, the answer is closed
+            next(lines)
+            assert httpx2.post(f"{address}/v1/chat/completions", json=body).status_code == 429
+        deadline = time.monotonic() + 5
+        while not ended or "spar_queue 0.0" not in httpx2.get(f"{address}/metrics").text:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("temperature", 0.7), ("n", 2), ("tools", []), ("stop", "x"), ("presence_penalty", 1), ("max_tokens", 257),
+     ("response_format", {"type": "json_object"}), ("logprobs", True), ("stream_options", {"include_usage": True})],
+)  # fmt: skip
+def test_what_a_greedy_answer_cannot_honour_is_refused(client, picture, field, value):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="bundled", messages=question(picture), extra_body={field: value})
+    assert field in caught.value.message
+
+
+def test_what_it_does_honour_is_taken(client, picture):
+    client.chat.completions.create(
+        model="bundled", messages=[{"role": "developer", "content": "describe"}, *question(picture)], top_p=1, n=1,
+        temperature=0, presence_penalty=0, frequency_penalty=0, seed=1, user="me", max_completion_tokens=1,
+    )  # fmt: skip

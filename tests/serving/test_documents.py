@@ -1,0 +1,46 @@
+"""docs/serving.md is true: its examples run against a server, and its limits are the code's."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from spar.serving.limits import LIMITS
+
+TEXT = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.M | re.S)
+
+
+def run(command: list[str], folder: Path) -> str:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_example_with_openais_client(address, pipe, tmp_path):
+    (code,) = blocks("python")
+    assert run([sys.executable, "-c", code.replace("http://127.0.0.1:8000", address)], tmp_path).strip() == "navy"
+    own = pipe.generate("a large red circle to the left of a small blue star", seed=0).images[0]
+    assert Image.open(tmp_path / "out.png").tobytes() == own.tobytes()
+
+
+def test_the_examples_with_curl(address, tmp_path):
+    (code,) = blocks("sh")
+    said = run(["bash", "-euc", code.replace("http://127.0.0.1:8000", address)], tmp_path)
+    assert said.splitlines()[0] == "7" and said.splitlines()[-1] == '{"status":"ok"}'
+    assert Image.open(tmp_path / "star.png").size == (64, 64)
+    for name in ("edit.json", "again.json"):
+        assert "b64_json" in (tmp_path / name).read_text()
+
+
+def test_the_limits_are_those_of_the_code():
+    shown = re.search(r"<!-- limits -->\n(.*?)<!-- end of limits -->", TEXT, re.S)[1]
+    assert re.findall(r"\| `(\w+)` \| (.*?) \| (.*) \|", shown) == [(n, str(v), w) for n, v, w in LIMITS]

@@ -1,0 +1,226 @@
+"""The queue, with a pipeline that only says what it was asked."""
+
+import threading
+import time
+from concurrent.futures import CancelledError
+from typing import Any
+
+import pytest
+
+from spar.errors import InputError
+from spar.flow.sampler import Cancelled
+from spar.serving.worker import Busy, Chat, Job, Stopped, Worker
+
+SOON = 5  # seconds
+
+
+class Scribe:
+    """Work that notes its calls, and waits at a gate where there is one."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[Any]] = []
+        self.open = threading.Event()
+        self.open.set()
+        self.entered = threading.Event()
+
+    def __call__(self, pipe: Any, inputs: list[Any], step: Any) -> list[Any]:
+        self.calls.append(list(inputs))
+        self.entered.set()
+        while not self.open.wait(0.01):
+            if step(1, 2, None) is False:
+                raise Cancelled
+        if "bad" in inputs:
+            raise InputError("bad")
+        return [f"{value}!" for value in inputs]
+
+
+@pytest.fixture
+def scribe() -> Scribe:
+    return Scribe()
+
+
+@pytest.fixture
+def worker():
+    worker = Worker(object(), max_batch=4, max_queue=8)
+    worker.start()
+    yield worker
+    worker.stop()
+
+
+def hold(worker: Worker, scribe: Scribe) -> Job:
+    """A job that runs until the gate opens, so that others gather behind it."""
+    scribe.open.clear()
+    job = Job(scribe, "first", "held")
+    worker.submit(job)
+    assert scribe.entered.wait(SOON)
+    return job
+
+
+def test_compatible_jobs_share_a_call_oldest_first_up_to_a_batch(worker, scribe):
+    hold(worker, scribe)
+    jobs = [Job(scribe, key, f"{key}{i}") for i in range(3) for key in "ab"]
+    worker.submit(*jobs)
+    scribe.open.set()
+    assert [job.future.result(SOON) for job in jobs] == [f"{job.inputs}!" for job in jobs]
+    assert scribe.calls == [["held"], ["a0", "a1", "a2"], ["b0", "b1", "b2"]]
+
+
+def test_a_batch_is_full_by_the_size_of_its_pictures(worker, scribe):
+    hold(worker, scribe)
+    jobs = [Job(scribe, "k", i, weight=weight) for i, weight in enumerate((2, 4, 1, 1, 1))]
+    worker.submit(*jobs)
+    scribe.open.set()
+    for job in jobs:
+        job.future.result(SOON)
+    assert scribe.calls[1:] == [[0, 2, 3], [1], [4]]
+
+
+def test_a_full_queue_takes_all_of_a_request_or_nothing(worker, scribe):
+    hold(worker, scribe)
+    worker.submit(*(Job(scribe, "k", i) for i in range(6)))
+    with pytest.raises(Busy):
+        worker.submit(*(Job(scribe, "k", i) for i in range(3)))
+    assert worker.waiting == 6
+    worker.submit(Job(scribe, "k", 6), Job(scribe, "k", 7))
+    scribe.open.set()
+
+
+def test_who_leaves_frees_its_place_before_its_turn(worker, scribe):
+    hold(worker, scribe)
+    jobs = [Job(scribe, "k", i) for i in range(3)]
+    worker.submit(*jobs)
+    jobs[1].future.cancel()
+    assert worker.waiting == 2
+    scribe.open.set()
+    assert [jobs[0].future.result(SOON), jobs[2].future.result(SOON)] == ["0!", "2!"]
+    assert scribe.calls[1] == [0, 2]
+
+
+def test_a_batch_that_nobody_waits_for_stops_and_one_that_somebody_does_goes_on(worker, scribe):
+    first = hold(worker, scribe)
+    jobs = [Job(scribe, "k", i) for i in range(2)]
+    worker.submit(*jobs)
+    first.future.cancel()  # the gate stays shut: only stopping lets the next batch begin
+    deadline = time.monotonic() + SOON
+    while len(scribe.calls) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    jobs[0].future.cancel()
+    time.sleep(0.05)
+    scribe.open.set()
+    assert jobs[1].future.result(SOON) == "1!"
+
+
+def test_nobody_pays_for_a_neighbours_fault(worker, scribe):
+    hold(worker, scribe)
+    jobs = [Job(scribe, "k", value) for value in ("good", "bad", "fine")]
+    worker.submit(*jobs)
+    scribe.open.set()
+    assert jobs[0].future.result(SOON) == "good!" and jobs[2].future.result(SOON) == "fine!"
+    with pytest.raises(InputError, match="bad"):
+        jobs[1].future.result(SOON)
+
+
+def test_an_error_does_not_end_the_worker(worker, scribe):
+    def fail(*_: Any) -> None:
+        raise RuntimeError("lost")
+
+    job = Job(fail, "k", 0)
+    worker.submit(job)
+    with pytest.raises(RuntimeError):
+        job.future.result(SOON)
+    later = Job(scribe, "k", 1)
+    worker.submit(later)
+    assert later.future.result(SOON) == "1!" and worker.alive
+
+
+def test_a_function_of_the_pipeline_has_its_turn(worker):
+    assert worker.call(lambda pipe: pipe is worker.pipe).result(SOON) is True
+
+
+def test_a_long_chat_and_pictures_take_turns(worker, scribe):
+    said: list[str] = []
+    heard = threading.Event()
+    calls_when_chat_ended: list[int] = []
+
+    def words(pipe: Any):
+        for i in range(100):
+            yield str(i)
+            if i == 50:
+                heard.set()
+                time.sleep(0.05)
+        calls_when_chat_ended.append(len(scribe.calls))
+
+    chat = Chat(words, said.append)
+    worker.submit(chat)
+    for i in range(3):
+        job = Job(scribe, "k", i)
+        worker.submit(job)
+        job.future.result(SOON)
+    chat.future.result(SOON)
+    assert said == [str(i) for i in range(100)] and heard.is_set()
+    assert calls_when_chat_ended[0] >= 1  # pictures did not wait for its end
+
+
+def test_two_chats_speak_by_turns_and_one_that_is_left_falls_silent(worker, scribe):
+    hold(worker, scribe)
+    said: list[str] = []
+    endless = Chat(lambda pipe: iter(lambda: "a", None), said.append)
+    short = Chat(lambda pipe: iter("bb"), said.append)
+    worker.submit(endless, short)
+    scribe.open.set()
+    short.future.result(SOON)
+    endless.future.cancel()
+    job = Job(scribe, "k", 0)
+    worker.submit(job)
+    job.future.result(SOON)
+    count = len(said)
+    worker.call(lambda pipe: None).result(SOON)
+    assert len(said) == count and worker.waiting == 0
+
+
+def test_a_chat_that_fails_says_so_to_its_own_client(worker):
+    def fail(pipe: Any):
+        raise InputError("messages: expected more")
+
+    chat = Chat(fail, print)
+    worker.submit(chat)
+    with pytest.raises(InputError, match="expected more"):
+        chat.future.result(SOON)
+    assert worker.alive and worker.waiting == 0
+
+
+def test_stopping_gives_up_what_waits_and_what_runs(scribe):
+    worker = Worker(object(), max_batch=4, max_queue=8)
+    worker.start()
+    running = hold(worker, scribe)
+    waiting = Job(scribe, "other", 1)
+    worker.submit(waiting)
+    worker.stop()
+    for job in (running, waiting):
+        with pytest.raises(CancelledError):
+            job.future.result(0)
+    with pytest.raises(Stopped):
+        worker.submit(Job(scribe, "k", 1))
+
+
+def test_after_a_batch_of_several_the_worker_waits_a_moment_for_as_many(worker, scribe, monkeypatch):
+    monkeypatch.setattr("spar.serving.worker.GATHER_SECONDS", 60)
+    for numbers in ((0, 1), (10, 11)):
+        jobs = [Job(scribe, "k", number) for number in numbers]
+        if numbers[0]:
+            worker.submit(jobs[0])
+            time.sleep(0.05)
+            worker.submit(jobs[1])
+        else:
+            worker.submit(*jobs)
+        for job in jobs:
+            job.future.result(SOON)
+    assert scribe.calls == [[0, 1], [10, 11]]
+
+
+def test_one_client_alone_never_waits_for_others(worker, scribe, monkeypatch):
+    monkeypatch.setattr("spar.serving.worker.GATHER_SECONDS", 60)
+    for number in range(3):
+        job = Job(scribe, "k", number)
+        worker.submit(job)
+        assert job.future.result(SOON) == f"{number}!"
