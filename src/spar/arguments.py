@@ -433,6 +433,21 @@ The addresses: /v1/images/generations, /v1/images/edits, /v1/chat/completions, /
 
 
 @dataclass(frozen=True, kw_only=True)
+class UiArguments(ModelArguments):
+    """Serve the web page: spar ui"""
+
+    host: str = DEFAULT_HOST
+    """Address to listen on; any but this machine's own needs a token."""
+    port: int = 7860
+    """Port; 0 takes a free one."""
+    token_file: Path | None = None
+    """File with the token that the page asks for; by default what the variable SPAR_API_TOKEN holds, if anything."""
+
+    def __post_init__(self) -> None:
+        within("--port", self.port, 0, 65535)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataArguments:
     """Which data set."""
 

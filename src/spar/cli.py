@@ -5,11 +5,11 @@ Python's own are imported inside the verbs: help and errors come at once, and Ct
 """
 
 import gc
-import hashlib
 import json
 import logging
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -43,11 +43,14 @@ from spar.outputs import (
     pictures_in,
     read_notes,
     save_pictures,
+    source_notes,
     target_files,
     whole_folder,
 )
 
 if TYPE_CHECKING:
+    import socket
+
     from spar.arguments import EvalArguments, ModelArguments, SamplingArguments, TrainArguments
     from spar.pipeline import SparPipeline
 
@@ -184,7 +187,7 @@ def reconstruct(argv: list[str]) -> int:
                 advance(len(images), len(sources))
     model = _model_notes(args)
     pairs = zip(sources, notes, strict=True)
-    save_pictures(images, paths, [{**_source_notes(source), **model, **note} for source, note in pairs])
+    save_pictures(images, paths, [{**source_notes(source), **model, **note} for source, note in pairs])
     for path in paths:
         print(path)
     return 0
@@ -234,19 +237,10 @@ def _file_names(sources: Sequence[Path]) -> list[str]:
 
 def _save(args: "SamplingArguments", out: Any, paths: list[Path], source: Path | None = None) -> None:
     """Write pictures with all that is needed to draw them again, and say where they are."""
-    given = {**(_source_notes(source) if source else {}), **_model_notes(args)}
+    given = {**(source_notes(source) if source else {}), **_model_notes(args)}
     save_pictures(out.images, paths, [note | given for note in out.notes])
     for path, seed in zip(paths, out.seeds, strict=True):
         print(f"{path}  (seed {seed})")
-
-
-def _source_notes(source: Path) -> dict[str, str]:
-    """Which picture another was made from: its name, and what it held."""
-    try:
-        with open(source, "rb") as file:
-            return {"image": source.name, "image_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-    except OSError:  # it was there when it was read
-        return {"image": source.name}
 
 
 def _model_notes(args: "ModelArguments") -> dict[str, str | None]:
@@ -629,13 +623,41 @@ def serve(argv: list[str]) -> int:
             pipe, notes=_model_notes(args), token=token, host=args.host, max_batch=args.max_batch,
             max_queue=args.max_queue, timeout=args.timeout,
         )  # fmt: skip
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
-    for name in ("spar", "uvicorn"):
-        logging.getLogger(name).setLevel(logging.INFO)
-    host, port = listener.getsockname()[:2]
-    print(f"serving on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    _log_to_stderr(logging.INFO)
+    print(f"serving on {_address(listener)}", flush=True)
     server.run(sockets=[listener])
     return 0
+
+
+def ui(argv: list[str]) -> int:
+    """Serve the web page."""
+    from spar.arguments import UiArguments, parse
+
+    args = parse(UiArguments, argv, "spar ui")
+    from spar.serving.access import check_access, listen, read_token
+
+    token = read_token(args.token_file)
+    check_access(args.host, token, "ui")
+    listener = listen(args.host, args.port)
+    pipe = _load(args)
+    with bar("loading the page"), _uncollected():
+        from spar.serving.site import serve_page
+    _log_to_stderr(logging.WARNING)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, with the pictures cleared away
+    print(f"the page is {_address(listener)} (Ctrl-C ends it)", flush=True)
+    serve_page(pipe, listener, notes=_model_notes(args), token=token)
+    return 0
+
+
+def _log_to_stderr(level: int) -> None:
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    for name in ("spar", "uvicorn"):
+        logging.getLogger(name).setLevel(level)
+
+
+def _address(listener: "socket.socket") -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def data(argv: list[str]) -> int:
@@ -723,6 +745,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "report": report,
     "demo": demo,
     "serve": serve,
+    "ui": ui,
     "data": data,
     "doctor": doctor,
 }
