@@ -415,6 +415,8 @@ class ServeArguments(ModelArguments):
     """Pictures and chats that may wait; beyond them the answer is 429."""
     timeout: int = REQUEST_SECONDS
     """Seconds that a request may wait and run."""
+    ui: Flag = False
+    """Serve the web page too, at /page (extra `ui`)."""
 
     def __post_init__(self) -> None:
         within("--port", self.port, 0, 65535)

@@ -610,23 +610,36 @@ def serve(argv: list[str]) -> int:
     from spar.arguments import ServeArguments, parse
 
     args = parse(ServeArguments, argv, "spar serve")
+    from tempfile import TemporaryDirectory
+
     from spar.serving.access import check_access, listen, read_token
 
     token = read_token(args.token_file)
-    check_access(args.host, token)
+    for extra in ("serve", "ui") if args.ui else ("serve",):
+        check_access(args.host, token, extra)
     listener = listen(args.host, args.port)
     pipe = _load(args)
-    with _uncollected():
-        from spar.serving.run import server_of
+    with TemporaryDirectory(prefix="spar-") if args.ui else nullcontext() as pictures:
+        with _uncollected():
+            from spar.serving.limits import PAGE_PATH
+            from spar.serving.run import server_of
 
-        server = server_of(
-            pipe, notes=_model_notes(args), token=token, host=args.host, max_batch=args.max_batch,
-            max_queue=args.max_queue, timeout=args.timeout,
-        )  # fmt: skip
-    _log_to_stderr(logging.INFO)
-    print(f"serving on {_address(listener)}", flush=True)
-    server.run(sockets=[listener])
+            server = server_of(
+                pipe, notes=_model_notes(args), token=token, host=args.host, max_batch=args.max_batch,
+                max_queue=args.max_queue, timeout=args.timeout, page=Path(pictures) if pictures else None,
+            )  # fmt: skip
+        _log_to_stderr(logging.INFO)
+        page = f", the page is {_address(listener)}{PAGE_PATH}" if args.ui else ""
+        if args.ui:
+            _clear_at_sigterm()
+        print(f"serving on {_address(listener)}{page}", flush=True)
+        server.run(sockets=[listener])
     return 0
+
+
+def _clear_at_sigterm() -> None:
+    """SIGTERM ends us as Ctrl-C does: with the page's pictures cleared away."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def ui(argv: list[str]) -> int:
@@ -643,7 +656,7 @@ def ui(argv: list[str]) -> int:
     with bar("loading the page"), _uncollected():
         from spar.serving.site import serve_page
     _log_to_stderr(logging.WARNING)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, with the pictures cleared away
+    _clear_at_sigterm()
     print(f"the page is {_address(listener)} (Ctrl-C ends it)", flush=True)
     serve_page(pipe, listener, notes=_model_notes(args), token=token)
     return 0

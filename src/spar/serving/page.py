@@ -23,6 +23,7 @@ from spar.limits import MAX_SEED
 from spar.outputs import BUNDLED_MODEL, save_pictures, source_notes
 from spar.serving import examples, parts
 from spar.serving.jobs import Jobs, Step
+from spar.serving.worker import Unavailable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -318,6 +319,8 @@ def _told() -> Iterator[list[Markup]]:
         yield told
     except InputError as error:
         told.append(parts.problem(str(error)))
+    except Unavailable:
+        told.append(parts.problem("spar has more than enough to do just now; please try again in a moment"))
     except (Cancelled, CancelledError):
         told.append(parts.note("Stopped."))
     except Exception:

@@ -56,6 +56,17 @@ def _password(token: str) -> Callable[[str, str], bool]:
     return lambda _, password: secrets.compare_digest(password.encode(), token.encode())
 
 
+def page_app(
+    pipe: SparPipeline, host: str, path: str = "/", *, notes: Notes, token: str | None, call: Call | None = None,
+    cache: Path,
+) -> FastAPI:  # fmt: skip
+    """An application with the page alone at `path`, reached at `host`; all else as in `mount_page`."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    if is_local(host):  # a page from elsewhere cannot reach us under a name of its own
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "["])  # [::1], cut at :
+    return mount_page(app, pipe, path, notes=notes, token=token, call=call, cache=cache)
+
+
 def serve_page(
     pipe: SparPipeline, listener: socket.socket, *, notes: Notes = BUNDLED_NOTES, token: str | None = None
 ) -> None:
@@ -66,10 +77,7 @@ def serve_page(
         listener: of `access.listen`, after `access.check_access`.
     """
     with tempfile.TemporaryDirectory(prefix="spar-") as cache:
-        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-        if is_local(listener.getsockname()[0]):  # a page from elsewhere cannot reach us under a name of its own
-            app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "["])  # [::1], cut at :
-        mount_page(app, pipe, notes=notes, token=token, cache=Path(cache))
+        app = page_app(pipe, listener.getsockname()[0], notes=notes, token=token, cache=Path(cache))
         config = uvicorn.Config(
             app, log_config=None, ws="none", server_header=False, proxy_headers=False, timeout_graceful_shutdown=1
         )
