@@ -43,6 +43,7 @@ FLAGS = {
     "report": ("RUN", "-o"),
     "demo": ("-o", "--images", "--model"),
     "serve": ("--host", "--port", "--token-file", "--max-batch", "--max-queue", "--timeout", "--model"),
+    "ui": ("--host", "--port", "--token-file", "--model"),
     "data": ("check", "convert"),
     "doctor": ("--help",),
 }  # fmt: skip
@@ -847,3 +848,15 @@ def test_a_model_folder_that_is_none_gets_one_line(model, capsys, case):
         damage(folder)
     status, error = said(capsys, ["generate", "a red circle", "--model", str(folder)])
     assert status == 2 and words in error and not Path("out.png").exists()
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_wants_its_extra_and_a_token_for_others(no_load, monkeypatch, capsys):
+    pytest.importorskip("gradio")
+    monkeypatch.delenv("SPAR_API_TOKEN", raising=False)
+    assert "--port: expected 0 to 65535, got 70000" in said(capsys, "ui --port 70000")[1]
+    assert "other machines can reach this address, which needs a token" in said(capsys, "ui --host 0.0.0.0")[1]
+    monkeypatch.setattr("spar.serving.access.find_spec", lambda name: None if name == "gradio" else name)
+    assert "this needs gradio: pip install 'spar[ui]'" in said(capsys, "ui")[1]

@@ -23,7 +23,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 # The house: room to floor. Imports point down; rooms on one floor do not know each other, but for the foundation, which
 # all may read, and the command line, which is one room in several files.
 FLOORS = {
-    "errors": 1, "limits": 1, "config": 1, "flow": 1, "losses": 1, "data": 1, "outputs": 1,
+    "errors": 1, "limits": 1, "config": 1, "flow": 1, "losses": 1, "data": 1, "drawing": 1, "outputs": 1,
     "precision": 1,
     "models": 2, "worlds": 2,
     "training": 3, "pipeline": 3,

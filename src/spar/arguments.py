@@ -415,6 +415,8 @@ class ServeArguments(ModelArguments):
     """Pictures and chats that may wait; beyond them the answer is 429."""
     timeout: int = REQUEST_SECONDS
     """Seconds that a request may wait and run."""
+    ui: Flag = False
+    """Serve the web page too, at /page (extra `ui`)."""
 
     def __post_init__(self) -> None:
         within("--port", self.port, 0, 65535)
@@ -430,6 +432,21 @@ The addresses: /v1/images/generations, /v1/images/edits, /v1/chat/completions, /
 
 {told()}
 """
+
+
+@dataclass(frozen=True, kw_only=True)
+class UiArguments(ModelArguments):
+    """Serve the web page: spar ui"""
+
+    host: str = DEFAULT_HOST
+    """Address to listen on; any but this machine's own needs a token."""
+    port: int = 7860
+    """Port; 0 takes a free one."""
+    token_file: Path | None = None
+    """File with the token that the page asks for; by default what the variable SPAR_API_TOKEN holds, if anything."""
+
+    def __post_init__(self) -> None:
+        within("--port", self.port, 0, 65535)
 
 
 @dataclass(frozen=True, kw_only=True)

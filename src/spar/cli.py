@@ -5,11 +5,11 @@ Python's own are imported inside the verbs: help and errors come at once, and Ct
 """
 
 import gc
-import hashlib
 import json
 import logging
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -42,11 +42,14 @@ from spar.outputs import (
     pictures_in,
     read_notes,
     save_pictures,
+    source_notes,
     target_files,
     whole_folder,
 )
 
 if TYPE_CHECKING:
+    import socket
+
     from spar.arguments import EvalArguments, ModelArguments, SamplingArguments, TrainArguments
     from spar.pipeline import SparPipeline
 
@@ -182,7 +185,7 @@ def reconstruct(argv: list[str]) -> int:
             if advance:
                 advance(len(images), len(sources))
     pairs = zip(sources, notes, strict=True)
-    save_pictures(images, paths, [{**_source_notes(source), **note} for source, note in pairs])
+    save_pictures(images, paths, [{**source_notes(source), **note} for source, note in pairs])
     for path in paths:
         print(path)
     return 0
@@ -232,19 +235,10 @@ def _file_names(sources: Sequence[Path]) -> list[str]:
 
 def _save(out: Any, paths: list[Path], source: Path | None = None) -> None:
     """Write pictures with all that is needed to draw them again, and say where they are."""
-    given = _source_notes(source) if source else {}
+    given = source_notes(source) if source else {}
     save_pictures(out.images, paths, [note | given for note in out.notes])
     for path, seed in zip(paths, out.seeds, strict=True):
         print(f"{path}  (seed {seed})")
-
-
-def _source_notes(source: Path) -> dict[str, str]:
-    """Which picture another was made from: its name, and what it held."""
-    try:
-        with open(source, "rb") as file:
-            return {"image": source.name, "image_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-    except OSError:  # it was there when it was read
-        return {"image": source.name}
 
 
 def _mind_quotes(texts: Sequence[str], what: str) -> None:
@@ -608,26 +602,67 @@ def serve(argv: list[str]) -> int:
     from spar.arguments import ServeArguments, parse
 
     args = parse(ServeArguments, argv, "spar serve")
+    from tempfile import TemporaryDirectory
+
     from spar.serving.access import check_access, listen, read_token
 
     token = read_token(args.token_file)
-    check_access(args.host, token)
+    for extra in ("serve", "ui") if args.ui else ("serve",):
+        check_access(args.host, token, extra)
     listener = listen(args.host, args.port)
     pipe = _load(args)
-    with _uncollected():
-        from spar.serving.run import server_of
+    with TemporaryDirectory(prefix="spar-") if args.ui else nullcontext() as pictures:
+        with _uncollected():
+            from spar.serving.limits import PAGE_PATH
+            from spar.serving.run import server_of
 
-        server = server_of(
-            pipe, notes=pipe.origin, token=token, host=args.host, max_batch=args.max_batch,
-            max_queue=args.max_queue, timeout=args.timeout,
-        )  # fmt: skip
+            server = server_of(
+                pipe, notes=pipe.origin, token=token, host=args.host, max_batch=args.max_batch,
+                max_queue=args.max_queue, timeout=args.timeout, page=Path(pictures) if pictures else None,
+            )  # fmt: skip
+        _log_to_stderr(logging.INFO)
+        page = f", the page is {_address(listener)}{PAGE_PATH}" if args.ui else ""
+        if args.ui:
+            _clear_at_sigterm()
+        print(f"serving on {_address(listener)}{page}", flush=True)
+        server.run(sockets=[listener])
+    return 0
+
+
+def _clear_at_sigterm() -> None:
+    """SIGTERM ends us as Ctrl-C does: with the page's pictures cleared away."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def ui(argv: list[str]) -> int:
+    """Serve the web page."""
+    from spar.arguments import UiArguments, parse
+
+    args = parse(UiArguments, argv, "spar ui")
+    from spar.serving.access import check_access, listen, read_token
+
+    token = read_token(args.token_file)
+    check_access(args.host, token, "ui")
+    listener = listen(args.host, args.port)
+    pipe = _load(args)
+    with bar("loading the page"), _uncollected():
+        from spar.serving.site import serve_page
+    _log_to_stderr(logging.WARNING)
+    _clear_at_sigterm()
+    print(f"the page is {_address(listener)} (Ctrl-C ends it)", flush=True)
+    serve_page(pipe, listener, notes=pipe.origin, token=token)
+    return 0
+
+
+def _log_to_stderr(level: int) -> None:
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     for name in ("spar", "uvicorn"):
-        logging.getLogger(name).setLevel(logging.INFO)
+        logging.getLogger(name).setLevel(level)
+
+
+def _address(listener: "socket.socket") -> str:
     host, port = listener.getsockname()[:2]
-    print(f"serving on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-    server.run(sockets=[listener])
-    return 0
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def data(argv: list[str]) -> int:
@@ -715,6 +750,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "report": report,
     "demo": demo,
     "serve": serve,
+    "ui": ui,
     "data": data,
     "doctor": doctor,
 }

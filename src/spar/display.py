@@ -62,7 +62,7 @@ def bar(title: str) -> Iterator[Advance | None]:
 
 
 def sampling_callback(advance: Advance | None) -> Callable[[int, int, Any], None] | None:
-    """The pipeline's callback (steps done, steps, latent) for a bar's advance."""
+    """The pipeline's callback (steps done, steps, estimate) for a bar's advance."""
     return None if advance is None else lambda done, total, _: advance(done, total)
 
 

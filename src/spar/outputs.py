@@ -4,6 +4,7 @@ Everything is written aside in the folder where it belongs and renamed; what exi
 says otherwise. A PNG carries how it was made as text chunks, which are read back here. Light: Pillow comes late.
 """
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -124,6 +125,15 @@ def save_pictures(
     finally:
         for part in parts:
             part.unlink(missing_ok=True)
+
+
+def source_notes(source: Path) -> dict[str, str]:
+    """Which picture another was made from: its name, and what it held."""
+    try:
+        with open(source, "rb") as file:
+            return {"image": source.name, "image_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    except OSError:  # it was there when it was read
+        return {"image": source.name}
 
 
 def _text_chunks(notes: Mapping[str, object]) -> "PngInfo":

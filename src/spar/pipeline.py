@@ -264,7 +264,8 @@ class SparPipeline:
             num_inference_steps, guidance_scale: by default the model's own; guidance 1 is the conditional branch.
             num_images_per_prompt: images of one prompt stand together in the result.
             seed: one (image i gets seed + i) or one per image; random when None. `.seeds` tells.
-            callback: called after each step with (steps done, steps, latent); returning False, exactly, cancels.
+            callback: called after each step with (steps done, steps, clean latent as estimated so far), which `preview`
+                makes pictures of; returning False, exactly, cancels.
 
         Raises:
             InputError: naming what was expected and what came.
@@ -411,6 +412,15 @@ class SparPipeline:
     def edited_size(self, image: Image.Image) -> tuple[int, int]:
         """Height and width of what `edit` makes of a picture; InputError for one that is too long for its width."""
         return nearest_size(image, self.image_size, self.model.config.token_stride)
+
+    @torch.inference_mode()
+    def preview(self, latent: Tensor) -> list[Image.Image]:
+        """What a callback's latent `[B, C, h, w]` looks like: blurred at first, and after the last step the result."""
+        self._bring("decoder")
+        with self._precision():
+            images = self.model.decode(latent, self.decode_tile).float()
+        self._bring("denoiser")  # the sampler goes on
+        return to_pil(images)
 
     @torch.inference_mode()
     def _sample(

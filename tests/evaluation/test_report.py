@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from spar.drawing.markup import VOID, Markup, tag
 from spar.errors import InputError
 from spar.evaluation import charts
-from spar.evaluation.page import _VOID, Markup, tag
 from spar.evaluation.report import (
     ReportData,
     ShownAnswer,
@@ -79,7 +79,7 @@ class Reader(HTMLParser):
 
     def handle_starttag(self, name, attributes):
         self.elements.append((name, dict(attributes)))
-        if name not in _VOID:
+        if name not in VOID:
             self.open.append(name)
 
     def handle_endtag(self, name):
@@ -110,6 +110,7 @@ def test_every_part_is_shown(page):
     for said in (
         "Title of the page", "a red prompt", "make it green", "what color?", "31.5 dB", "encoder", "0.950", "31.0 dB",
         "shapes-recon", "color word", "blind 0.300", "judge version 1", "99.9%", "make the red circle",
+        "layer 8", "drawing queries",
     ):
         assert said in words, said
 
@@ -191,8 +192,3 @@ def test_long_series_are_thinned_to_their_means():
     steps, values = charts.thin(np.arange(1000), np.arange(1000.0))
     assert len(steps) == charts.MAX_POINTS
     assert np.allclose(steps, values) and values[0] == pytest.approx(2.5)
-
-
-def test_the_strongest_weight_has_the_full_colour():
-    drawing = charts.heat_map(np.array([[0.1, 0.4], [0.2, 0.0]]), "layer 1", 0.4)
-    assert re.findall(r'fill-opacity="([^"]+)"', drawing) == ["0.250", "1.000", "0.500", "0.000"]

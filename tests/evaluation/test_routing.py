@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from spar.evaluation.routing import TOKEN_CLASSES, collect_routing, image_maps, strip_tokens, token_class
+from spar.evaluation.routing import TOKEN_CLASSES, collect_routing, token_class
 
 TOKENS = ["<|im_start|>", "user", "\n", "make", "red", "circle", *["<IMG_CONTEXT>"] * 4, "query 0"]
 KINDS = ["text"] * 6 + ["image"] * 4 + ["query"]
@@ -64,17 +64,3 @@ def test_nothing_and_different_layers_are_refused():
         collect_routing([])
     with pytest.raises(ValueError, match="got 2"):
         collect_routing([routing(), routing(layers=(1, 2))])
-
-
-def test_image_tokens_make_a_map_a_layer_row_by_row():
-    weights = np.tile([0.5, 0.5], (len(TOKENS), 1))
-    weights[6:10, 0] = [0.1, 0.2, 0.3, 0.4]
-    maps = image_maps(routing(weights))
-    assert maps.shape == (2, 2, 2)
-    assert maps[0].tolist() == [[0.1, 0.2], [0.3, 0.4]]
-    assert list(strip_tokens(routing())) == [0, 1, 2, 3, 4, 5, 10]
-
-
-def test_no_map_without_a_square_of_image_tokens():
-    assert image_maps(routing(tokens=["a"], kinds=["text"])) is None
-    assert image_maps(routing(tokens=["i"] * 3, kinds=["image"] * 3)) is None

@@ -126,6 +126,19 @@ def test_the_callback_sees_every_step_and_the_last_latent():
     assert torch.equal(calls[-1][2], latent) and not torch.equal(calls[0][2], latent)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_callback_gets_the_clean_estimate_not_the_noisy_state(method):
+    """On straight paths to one point every step's estimate is the point, however noisy the state still is."""
+    seen = []
+    sample(
+        lambda x, t: (x - 0.3) / t.reshape(-1, 1, 1, 1), noise(), num_inference_steps=5, method=method,
+        callback=lambda step, steps, estimate: seen.append(estimate),
+    )
+    assert len(seen) == 5
+    for estimate in seen:
+        torch.testing.assert_close(estimate, torch.full_like(estimate, 0.3), rtol=0, atol=2e-3)
+
+
 def test_only_false_itself_cancels():
     asked = []
 

@@ -137,6 +137,11 @@ def test_every_task_computes_only_with_the_parts_that_are_present(monkeypatch, w
         parts.model.denoiser(torch.zeros(1, 32, 8, 8), torch.zeros(1), torch.zeros(1, 2, 8), torch.ones(1, 2))
     for one, other in zip(everything(plain), everything(parts), strict=True):
         assert np.array_equal(one, other)
+    seen = []  # a preview needs the decoder, and leaves the sampler its denoiser
+    out = parts.generate(
+        "a red circle", seed=0, num_inference_steps=3, callback=lambda *step: seen.append(parts.preview(step[2])[0])
+    )
+    assert len(seen) == 3 and np.array_equal(seen[-1], out.images[0]) and not np.array_equal(seen[0], seen[-1])
 
 
 @pytest.mark.parametrize(

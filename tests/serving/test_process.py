@@ -87,7 +87,10 @@ def test_a_missing_extra_is_named(monkeypatch, capsys, no_load):
 def test_a_signal_ends_it_when_what_runs_is_done(how, status):
     environment = {**os.environ, "SPAR_API_TOKEN": TOKEN, "PYTHONUNBUFFERED": "1"}
     command = [str(Path(sys.executable).with_name("python")), "-m", "spar", "serve", "--port", "0"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    server = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     try:
         address = server.stdout.readline().split()[-1]
         got = []

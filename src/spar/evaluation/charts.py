@@ -1,4 +1,4 @@
-"""Inline SVG: training curves, routing weights as strips, maps and bars, intervals. Colours come by class."""
+"""Inline SVG: training curves, routing weights as bars, intervals. Colours come by class."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from spar.evaluation.page import Markup, tag
+from spar.drawing.markup import Markup, tag
 
 MAX_POINTS = 160  # of a curve; more are averaged
 LOG_LEAST = 4.0  # a curve that spans less than this factor is drawn on a linear axis even when asked for a log one
@@ -87,47 +87,6 @@ def curve(name: str, steps: np.ndarray, values: np.ndarray, *, log: bool) -> Mar
 
 
 # ---- routing ---------------------------------------------------------------------------------------------------------
-
-
-def heat_strip(tokens: Sequence[str], layers: Sequence[int], weights: np.ndarray, top: float) -> Markup:
-    """One row a layer, one cell a token; the tokens stand upright below. `weights` [T, K]; full colour is `top`."""
-    cell, left = 20.0, 56.0
-    below = 4 + cell * len(layers)
-    words = [token.replace("\n", "⏎") or "⏎" for token in tokens]
-    parts = [_text(left - 6, 4 + cell * (row + 0.7), f"layer {layer}", "end") for row, layer in enumerate(layers)]
-    for column, word in enumerate(words):
-        x = left + cell * column
-        for row, layer in enumerate(layers):
-            parts.append(_cell(x, 4 + cell * row, cell - 1, weights[column, row], top, f"{word}, layer {layer}"))
-        foot = below + 8
-        turn = f"rotate(90 {x + cell / 2 - 4:.1f} {foot:.1f})"
-        parts.append(_text(x + cell / 2 - 4, foot, word, class_="strong", transform=turn))
-    height = below + 16 + 6.5 * max(len(word) for word in words)
-    return svg(left + cell * len(words) + 4, height, f"routing weights of {len(words)} tokens", *parts)
-
-
-def heat_map(values: np.ndarray, label: str, top: float) -> Markup:
-    """A grid of weights, [rows, columns]; full colour is `top`."""
-    cell = 128.0 / len(values)
-    parts = [
-        _cell(cell * column, cell * row, cell - 0.5, value, top, f"row {row + 1}, column {column + 1}")
-        for row, line in enumerate(values)
-        for column, value in enumerate(line)
-    ]
-    return svg(128, 128, f"{label}: weights {values.min():.2f} to {values.max():.2f}", *parts)
-
-
-def _cell(x: float, y: float, size: float, value: float, top: float, title: str) -> Markup:
-    share = min(1.0, max(0.0, float(value) / top)) if top > 0 else 0.0
-    back = _rect(x, y, size, size, "track")
-    return Markup(back + _rect(x, y, size, size, "heat", f"{title}: {value:.3f}", fill_opacity=f"{share:.3f}"))
-
-
-def heat_legend(top: float) -> Markup:
-    """The scale of the heat colours, from 0 to `top`."""
-    parts = [_cell(24 + 16.0 * i, 2, 16, i / 7, 1.0, "scale") for i in range(8)]
-    ends = (_text(18, 15, "0", "end"), _text(158, 15, f"{top:.2f}"))
-    return svg(200, 22, f"colour scale from 0 to {top:.2f}", *parts, *ends)
 
 
 def layer_bars(name: str, layers: Sequence[int], means: Sequence[float], top: float) -> Markup:

@@ -1,46 +1,9 @@
-"""HTML by construction: elements whose text and attributes are always escaped, pictures inline, one style sheet."""
+"""The parts of a page of HTML, and its one style sheet."""
 
 from __future__ import annotations
 
-import base64
-import html
-from io import BytesIO
-
-from PIL import Image
-
-UPSCALE = 3
-
-
-class Markup(str):
-    """Text that is HTML already; any other text is escaped when it enters an element."""
-
-
-Child = str | Markup | None
-_VOID = frozenset(("img", "meta", "br", "hr"))
-
-
-def join(*children: Child) -> Markup:
-    """The children one behind the other, those that are no Markup escaped; None is left out."""
-    return Markup("".join(c if isinstance(c, Markup) else html.escape(c) for c in children if c is not None))
-
-
-def tag(name: str, /, *children: Child, **attributes: object) -> Markup:
-    """An element. `class_` is class, other underscores become hyphens; attributes that are None are left out."""
-    written = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
-        for key, value in attributes.items()
-        if value is not None
-    )
-    return Markup(f"<{name}{written}>" if name in _VOID else f"<{name}{written}>{join(*children)}</{name}>")
-
-
-def picture(image: Image.Image, alt: str, *, scale: int = UPSCALE, class_: str | None = None) -> Markup:
-    """An <img> that carries its picture, enlarged by whole pixels."""
-    width, height = image.width * scale, image.height * scale
-    stream = BytesIO()
-    image.convert("RGB").resize((width, height), Image.Resampling.NEAREST).save(stream, "PNG", optimize=True)
-    source = "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
-    return tag("img", src=source, alt=alt, width=width, height=height, class_=class_, loading="lazy")
+from spar.drawing import routing
+from spar.drawing.markup import Child, Markup, join, tag
 
 
 def table(head: list[Child], rows: list[list[Child]], numbers: frozenset[int] = frozenset()) -> Markup:
@@ -89,7 +52,7 @@ def document(title: str, *body: Child) -> str:
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
         tag("title", title),
-        tag("style", Markup(STYLE)),
+        tag("style", Markup(STYLE + routing.STYLE)),
     )
     return "<!doctype html>\n" + tag("html", tag("head", head), tag("body", tag("main", *body)), lang="en") + "\n"
 
@@ -141,8 +104,7 @@ svg text { fill: var(--soft); } svg .strong { fill: var(--ink); }
 .axis { stroke: var(--line); stroke-width: 1; fill: none; }
 .curve { stroke: var(--accent); stroke-width: 2; fill: none; stroke-linejoin: round; stroke-linecap: round; }
 .raw { stroke: var(--accent); stroke-width: 1; fill: none; opacity: .35; }
-.heat, .bar { fill: var(--accent); } .track { fill: var(--track); } .pale { fill-opacity: .5; }
+.bar { fill: var(--accent); } .track { fill: var(--track); } .pale { fill-opacity: .5; }
 .whisker { stroke: var(--ink); stroke-width: 1.5; }
 .goal { stroke: var(--ink); stroke-width: 1.5; stroke-dasharray: 2 2; }
-.maps { display: flex; flex-wrap: wrap; gap: 1rem; }
 """

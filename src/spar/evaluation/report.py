@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
+from spar.drawing.markup import Markup, join, picture, tag
+from spar.drawing.routing import RoutingLike, routing_view
 from spar.errors import InputError
 from spar.evaluation import charts, page
 from spar.evaluation.metrics import Curves
-from spar.evaluation.page import Markup, tag
 from spar.evaluation.results import Result
-from spar.evaluation.routing import RoutingLike, RoutingSummary, image_maps, strip_tokens
+from spar.evaluation.routing import RoutingSummary
 from spar.evaluation.scores import show_scores
 
 
@@ -143,13 +143,13 @@ def _grid(figures: Sequence[Markup], kind: str = "grid") -> Markup | None:
 
 def _pair(before: Image.Image, after: Image.Image, what: str) -> Markup:
     sides = ((before, "before"), (after, "after"))
-    cells = [tag("div", page.picture(image, f"{what}, {side}"), tag("span", side)) for image, side in sides]
+    cells = [tag("div", picture(image, f"{what}, {side}"), tag("span", side)) for image, side in sides]
     return tag("div", *cells, class_="pair")
 
 
 def _gallery(shown: Sequence[ShownImage]) -> Markup | None:
     return _grid([
-        tag("figure", page.picture(one.image, f"Generated: {one.prompt}"), _caption(one.prompt, _mark(one.right)))
+        tag("figure", picture(one.image, f"Generated: {one.prompt}"), _caption(one.prompt, _mark(one.right)))
         for one in shown
     ])
 
@@ -167,7 +167,7 @@ def _answers(shown: Sequence[ShownAnswer]) -> Markup | None:
         right = None if one.expected is None else one.answer.strip().lower() == one.expected.strip().lower()
         truth = f"(expected: {one.expected})" if right is False else None
         caption = _caption(one.question, tag("strong", one.answer), _mark(right), truth)
-        figures.append(tag("figure", page.picture(one.image, f"Picture asked about: {one.question}"), caption))
+        figures.append(tag("figure", picture(one.image, f"Picture asked about: {one.question}"), caption))
     return _grid(figures)
 
 
@@ -179,11 +179,11 @@ def _reconstructions(shown: Sequence[ShownReconstruction]) -> Markup | None:
 
 def _made(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> Markup | None:
     parts = [
-        page.join(tag("h3", title), page.facts(dict(values)))
+        join(tag("h3", title), page.facts(dict(values)))
         for title, values in (("The weights", manifest), ("This page", facts))
         if values
     ]
-    return page.join(*parts) if parts else None
+    return join(*parts) if parts else None
 
 
 # ---- routing and training --------------------------------------------------------------------------------------------
@@ -196,28 +196,11 @@ def _routing(shown: Sequence[ShownRouting], summary: RoutingSummary | None) -> M
     if not parts:
         return None
     lead = "Each token of a prompt reads a mixture of LLM layers; its weights sum to one over the layers."
-    return page.join(tag("p", lead, class_="lead"), *parts)
+    return join(tag("p", lead, class_="lead"), *parts)
 
 
 def _one_routing(shown: ShownRouting) -> Markup:
-    routing, weights = shown.routing, np.asarray(shown.routing.weights)
-    top = float(weights.max())
-    places = strip_tokens(routing)
-    parts = [tag("h3", shown.prompt), charts.heat_legend(top)]
-    if places:
-        strip = charts.heat_strip([routing.tokens[place] for place in places], routing.layers, weights[places], top)
-        parts.append(tag("div", strip, class_="scroll", tabindex="0", role="region", aria_label="weights by token"))
-    maps = image_maps(routing)
-    if maps is not None:
-        figures = [
-            tag("figure", charts.heat_map(one, f"image tokens, layer {layer}", top), _caption(f"layer {layer}"))
-            for one, layer in zip(maps, routing.layers, strict=True)
-        ]
-        if shown.image is not None:
-            reference = page.picture(shown.image.resize((128, 128), Image.Resampling.NEAREST), "The reference", scale=1)
-            figures.insert(0, tag("figure", reference, _caption("reference")))
-        parts += [tag("p", "Weights of the image tokens, where each lies:"), tag("div", *figures, class_="maps")]
-    return page.join(*parts)
+    return join(tag("h3", shown.prompt), routing_view(shown.routing, shown.image))
 
 
 def _summary(summary: RoutingSummary) -> Markup:
@@ -228,7 +211,7 @@ def _summary(summary: RoutingSummary) -> Markup:
         for name, means, count in zip(summary.classes, summary.means, summary.counts, strict=True)
     ]
     note = tag("p", "The dashed line marks an even share of the layers.", class_="note")
-    return page.join(tag("h3", "Mean weight by kind of token"), note, tag("div", *figures, class_="grid small"))
+    return join(tag("h3", "Mean weight by kind of token"), note, tag("div", *figures, class_="grid small"))
 
 
 def _training(curves: Curves, log: bool) -> Markup | None:
@@ -242,4 +225,4 @@ def _training(curves: Curves, log: bool) -> Markup | None:
         last = max(int(steps[-1]) for steps, _ in terms.values())
         head = tag("summary", stage, " ", tag("span", f"to step {last}, {len(terms)} terms", class_="note"))
         stages.append(tag("details", head, tag("div", *figures, class_="grid small"), open="" if not stages else None))
-    return page.join(*stages) if stages else None
+    return join(*stages) if stages else None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from math import isqrt
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from spar.drawing.routing import is_frame, plain_word
 from spar.worlds.shapes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES
 from spar.worlds.shapes.words import NUMBERS, PLURALS
 
@@ -22,17 +22,7 @@ _WORDS = {
     "place word": frozenset(("left", "right", "above", "below")),
     "verb": frozenset("generate edit describe recolor make change remove delete add replace".split()),
 }
-_TEMPLATE = frozenset(("user", "assistant", "system"))
 TOKEN_CLASSES = (*_WORDS, "other word", "template", "image", "query")
-
-
-class RoutingLike(Protocol):
-    """`pipeline.Routing`: T tokens, their kinds, K layer numbers, weights [T, K]."""
-
-    tokens: list[str]
-    kinds: list[str]
-    layers: tuple[int, ...]
-    weights: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -45,20 +35,15 @@ class RoutingSummary:
     counts: tuple[int, ...]
 
 
-def plain_word(token: str) -> str:
-    """A token as a word: marks of byte-pair and sentence-piece tokenizers stripped, lower case."""
-    return token.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n").strip(" ").lower()
-
-
 def token_class(token: str, kind: str) -> str:
     """One of TOKEN_CLASSES: the kind, if it is no text, else by the word; marks and the chat's frame are "template"."""
     if kind in ("image", "query"):
         return kind
-    word = plain_word(token)
+    word = plain_word(token).lower()
     for name, words in _WORDS.items():
         if word in words:
             return name
-    return "other word" if re.fullmatch(r"[\w'-]+", word) and word not in _TEMPLATE else "template"
+    return "other word" if re.fullmatch(r"[\w'-]+", word) and not is_frame(word) else "template"
 
 
 def collect_routing(outputs: Iterable[Any]) -> RoutingSummary:
@@ -83,17 +68,3 @@ def collect_routing(outputs: Iterable[Any]) -> RoutingSummary:
         classes, layers.pop(), np.stack([np.mean(rows[name], 0) for name in classes]),
         tuple(len(rows[name]) for name in classes),
     )
-
-
-def image_maps(routing: RoutingLike) -> np.ndarray | None:
-    """The image tokens' weights as maps [K, side, side]; None without image tokens, or where they fill no square."""
-    places = [place for place, kind in enumerate(routing.kinds) if kind == "image"]
-    side = isqrt(len(places))
-    if not places or side * side != len(places):
-        return None
-    return np.asarray(routing.weights)[places].T.reshape(-1, side, side)
-
-
-def strip_tokens(routing: RoutingLike) -> Sequence[int]:
-    """The places of the tokens that are no image tokens, in order."""
-    return [place for place, kind in enumerate(routing.kinds) if kind != "image"]

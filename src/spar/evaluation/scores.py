@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from spar.drawing.markup import Child, Markup, join, tag
 from spar.evaluation import page
 from spar.evaluation.charts import interval_bar
-from spar.evaluation.page import Markup, tag
 from spar.evaluation.results import Result, Score
 from spar.evaluation.table import (
     BASELINES,
@@ -32,7 +32,7 @@ def show_scores(results: Sequence[Result]) -> Markup | None:
     if not results:
         return None
     change = swap_change(results)
-    return page.join(*(_result(result) for result in results), None if change is None else _change(*change))
+    return join(*(_result(result) for result in results), None if change is None else _change(*change))
 
 
 def _result(result: Result) -> Markup:
@@ -41,11 +41,11 @@ def _result(result: Result) -> Markup:
     more = None
     if side:
         more = tag("details", tag("summary", "Parts, as diagnostics"), _table(result, side))
-    return page.join(tag("h3", show_title(result)), _table(result, main), more, _settings(result))
+    return join(tag("h3", show_title(result)), _table(result, main), more, _settings(result))
 
 
 def _table(result: Result, scores: Sequence[Score]) -> Markup:
-    head: list[page.Child] = ["Score", "Value", "Target", "95 % interval", "n", ""]
+    head: list[Child] = ["Score", "Value", "Target", "95 % interval", "n", ""]
     rows = [_row(result, score) for score in scores]
     if any(baselines(result, score) for score in scores):
         head.append("Baselines")
@@ -55,15 +55,15 @@ def _table(result: Result, scores: Sequence[Score]) -> Markup:
     return page.table(head, rows, frozenset((1, 4)))
 
 
-def _row(result: Result, score: Score) -> list[page.Child]:
+def _row(result: Result, score: Score) -> list[Child]:
     target = find_target(result, score)
     share = score.name not in _NO_SHARES
     bar = interval_bar(score.value, score.low, score.high, target.at_least if target else None) if share else ""
-    goal: page.Child = ""
+    goal: Child = ""
     if target is not None:
         words = verdict(score, target)
         text = f"{_SIGNS.get(words, '≈ ')}{words}"
-        goal = page.join(f"≥ {target.at_least:g} ", tag("span", text, class_=_CLASSES.get(words, "near")))
+        goal = join(f"≥ {target.at_least:g} ", tag("span", text, class_=_CLASSES.get(words, "near")))
     name = show_name(score.name.removeprefix("part."))
     return [name, show(score.name, score.value), goal, show_interval(score), str(score.n), bar]
 

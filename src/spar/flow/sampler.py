@@ -44,7 +44,8 @@ def sample(
 
     velocity: gets x [B, ...] and t [B] in float32, t falling from 1 towards 0; returns [B, ...] in any floating type.
         It is called once a step, without gradients.
-    callback: called after each step with (steps done, steps in all, latent); False, exactly, raises `Cancelled`.
+    callback: called after each step with (steps done, steps in all, estimate): the clean latent as this step sees it,
+        x - t * velocity(x, t), and after the last step the result itself. False, exactly, raises `Cancelled`.
     Raises InputError for a number of steps below 1, a shift outside [MIN_SHIFT, MAX_SHIFT], an unknown method.
     """
     scheduler = _build_scheduler(_checked_steps(num_inference_steps), _checked_shift(shift), method)
@@ -56,8 +57,10 @@ def sample(
             v = velocity(x, t)
             if v.shape != x.shape:
                 raise ValueError(f"expected a velocity of shape {tuple(x.shape)}, got {tuple(v.shape)}")
-            x = scheduler.step(v.to(torch.float32), timestep, x, return_dict=False)[0]
-            if callback is not None and callback(i + 1, steps, x) is False:
+            before, v = x, v.to(torch.float32)
+            x = scheduler.step(v, timestep, x, return_dict=False)[0]
+            estimate = x if i + 1 == steps else before - float(scheduler.sigmas[i]) * v
+            if callback is not None and callback(i + 1, steps, estimate) is False:
                 raise Cancelled(f"sampling was cancelled after {i + 1} of {steps} steps")
     return x
 

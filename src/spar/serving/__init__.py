@@ -1,1 +1,1 @@
-"""The server: an API in OpenAI's shapes over one pipeline. It needs the extra `serve`."""
+"""What listens: an API in OpenAI's shapes (extra `serve`) and a web page (extra `ui`), over one pipeline."""

@@ -1,4 +1,4 @@
-"""Where the server listens and what token it asks for; light, so that what is wrong is said before a model loads."""
+"""Where API and page listen and what token they ask for; light, so that what is wrong is said before a model loads."""
 
 import ipaddress
 import os
@@ -10,6 +10,10 @@ from spar.errors import InputError
 from spar.serving.limits import MIN_TOKEN_CHARACTERS, TOKEN_VARIABLE
 
 BACKLOG = 512
+EXTRAS = {
+    "serve": ("fastapi", "uvicorn", "python_multipart", "prometheus_client"),
+    "ui": ("gradio", "fastapi", "uvicorn"),
+}
 
 
 def read_token(file: Path | None) -> str | None:
@@ -44,16 +48,16 @@ def is_local(host: str) -> bool:
         return host == "localhost"
 
 
-def check_access(host: str, token: str | None) -> None:
-    """Refuse to be reached by other machines without a token, or to start without the extra `serve`."""
+def check_access(host: str, token: str | None, extra: str = "serve") -> None:
+    """Refuse to be reached by other machines without a token, or to start without an extra, `serve` or `ui`."""
     if not is_local(host) and token is None:
         raise InputError(
             f"--host {host}: other machines can reach this address, which needs a token: "
             f"put one in {TOKEN_VARIABLE} or name a --token-file"
         )
-    missing = [name for name in ("fastapi", "uvicorn", "python_multipart", "prometheus_client") if not find_spec(name)]
+    missing = [name for name in EXTRAS[extra] if not find_spec(name)]
     if missing:
-        raise InputError(f"the server needs {', '.join(missing)}: pip install 'spar[serve]'")
+        raise InputError(f"this needs {', '.join(missing)}: pip install 'spar[{extra}]'")
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Form, Request
@@ -35,7 +35,7 @@ ERRORS = {
 
 def create_app(
     worker: Worker, *, notes: Mapping[str, str | None], token: str | None = None,
-    hosts: Collection[str] | None = None, timeout: float = REQUEST_SECONDS,
+    hosts: Collection[str] | None = None, timeout: float = REQUEST_SECONDS, beside: FastAPI | None = None,
 ) -> FastAPI:  # fmt: skip
     """The server as an ASGI application, which starts the worker and stops it.
 
@@ -45,6 +45,7 @@ def create_app(
         token: what every request but `/health` must bear.
         hosts: names that the header Host may have where there is no token, None for any.
         timeout: seconds that a request may wait and run.
+        beside: an application in the same server, which begins and ends with this one.
     """
     metrics = Metrics(lambda: worker.waiting)
     worker.observe = metrics.observe
@@ -54,7 +55,8 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         worker.start()
-        yield
+        async with beside.router.lifespan_context(beside) if beside else nullcontext():
+            yield
         await asyncio.to_thread(worker.stop)
         decoders.shutdown(cancel_futures=True)
 

@@ -1,28 +1,51 @@
 """The server as a process: uvicorn with our limits around the application."""
 
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
 
 import uvicorn
+from fastapi import FastAPI
 
 from spar.pipeline import SparPipeline
 from spar.serving.access import is_local
 from spar.serving.app import create_app
-from spar.serving.gate import LOCAL_NAMES, Protocol
-from spar.serving.limits import SHUTDOWN_SECONDS
+from spar.serving.gate import LOCAL_NAMES, Protocol, Receive, Scope, Send
+from spar.serving.limits import PAGE_PATH, SHUTDOWN_SECONDS
 from spar.serving.worker import Worker
 
 
+class Beside:
+    """API and page in one server. Each has its own guard: programs bear the token, people give it as password."""
+
+    def __init__(self, api: FastAPI, page: FastAPI) -> None:
+        self.api, self.page = api, page
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "")
+        app = self.page if path == PAGE_PATH or path.startswith(f"{PAGE_PATH}/") else self.api
+        await app(scope, receive, send)
+
+
 def server_of(
-    pipe: SparPipeline, *, host: str, token: str | None, max_batch: int, max_queue: int, **settings: Any
-) -> uvicorn.Server:
+    pipe: SparPipeline, *, host: str, token: str | None, max_batch: int, max_queue: int,
+    notes: Mapping[str, str | None], timeout: float, page: Path | None = None,
+) -> uvicorn.Server:  # fmt: skip
     """A server that `run(sockets=[...])` starts; SIGINT and SIGTERM end it when what runs is done.
 
     Args:
-        settings: `notes` and `timeout` of `create_app`.
+        notes, timeout: of `create_app`.
+        page: an empty folder for the web page's pictures, which then stands at PAGE_PATH; None for no page.
     """
     worker = Worker(pipe, max_batch, max_queue)
     hosts = LOCAL_NAMES | {host} if is_local(host) else None
-    app = create_app(worker, token=token, hosts=hosts, **settings)
+    if page is None:
+        app = create_app(worker, notes=notes, token=token, hosts=hosts, timeout=timeout)
+    else:
+        from spar.serving.site import page_app
+
+        site = page_app(pipe, host, PAGE_PATH, notes=notes, token=token, call=worker.call, cache=page)
+        api = create_app(worker, notes=notes, token=token, hosts=hosts, timeout=timeout, beside=site)
+        app = Beside(api, site)
     config = uvicorn.Config(
         app, http=Protocol, ws="none", lifespan="on", log_config=None, server_header=False, proxy_headers=False,
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,

@@ -24,11 +24,15 @@ log = logging.getLogger(__name__)
 Step = Callable[[int, int, Any], bool]
 
 
-class Busy(Exception):
+class Unavailable(Exception):
+    """The worker does not take this work now."""
+
+
+class Busy(Unavailable):
     """The queue is full."""
 
 
-class Stopped(Exception):
+class Stopped(Unavailable):
     """The worker takes no more work."""
 
 

@@ -1,0 +1,125 @@
+"""What may reach Gradio: an allow-list of routes, small requests, files of its own folder, and no addresses.
+
+Gradio serves more than this page needs: a proxy, streams, an API, files by path, and inputs that it fetches from an
+address. Its own checks stay behind these.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+ROUTES = re.compile(
+    r"/(|config|theme\.css|favicon\.ico|login|logout|(assets|static)/.*"
+    r"|gradio_api/(run/predict|queue/join|queue/data|upload|upload_progress|cancel|reset|heartbeat/\w+|startup-events|file=.*))/?"
+)
+MAX_REQUEST = 256 * 2**10  # bytes of a request that carries no picture
+MULTIPART = 64 * 2**10  # bytes around a picture
+HEADERS = {
+    # Gradio writes script and style into its page and compiles templates there; all else that a page could ask is off.
+    b"content-security-policy": b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; "
+    b"frame-ancestors 'none'; form-action 'self'; base-uri 'self'",
+    b"x-content-type-options": b"nosniff",
+    b"referrer-policy": b"no-referrer",
+}
+
+
+class Doorman:
+    """ASGI middleware around Gradio's application.
+
+    Args:
+        app: Gradio's.
+        files: the folder that files may be served from, Gradio's cache.
+        max_file: bytes of an uploaded picture.
+    """
+
+    def __init__(self, app: ASGIApp, files: Path, max_file: int) -> None:
+        self.app, self.files, self.max_file = app, files.resolve(), max_file
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, send)
+        if scope["type"] != "http":
+            return
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        refusal = self._refuse(path, scope)
+        if refusal is None and path.startswith(("/gradio_api/queue/join", "/gradio_api/run/predict")):
+            body = await _read(receive)
+            receive = _again(body, receive)
+            if not self._own_files(body):
+                refusal = PlainTextResponse("expected a request of this page", 400)
+        await (refusal or self.app)(scope, receive, _with_headers(send))
+
+    def _refuse(self, path: str, scope: Scope) -> PlainTextResponse | None:
+        """The answer to a request that is turned away by its first lines."""
+        if not ROUTES.fullmatch(path) or (path.startswith("/gradio_api/file=") and not self._is_own(path[17:])):
+            return PlainTextResponse("not found", 404)
+        if scope["method"] in ("GET", "HEAD"):
+            return None
+        headers = dict(scope["headers"])
+        if b"origin" in headers and headers[b"origin"].partition(b"://")[2] != headers.get(b"host"):
+            return PlainTextResponse("expected a request of this page", 403)
+        length = headers.get(b"content-length", b"")
+        if not length.isdigit():
+            return PlainTextResponse("expected a length", 411)
+        most = self.max_file + MULTIPART if path.startswith("/gradio_api/upload") else MAX_REQUEST
+        return PlainTextResponse("too large", 413) if int(length) > most else None
+
+    def _own_files(self, body: bytes) -> bool:
+        """Whether every file that a request names is one of ours: no address, no other folder."""
+        try:
+            return all(isinstance(path, str) and self._is_own(path) for path in _paths(json.loads(body)))
+        except (ValueError, RecursionError):
+            return False
+
+    def _is_own(self, path: str) -> bool:
+        try:
+            return Path(path).is_absolute() and Path(path).resolve().is_relative_to(self.files)
+        except (OSError, ValueError):
+            return False
+
+
+def _paths(data: Any) -> Iterator[Any]:
+    """The values of every "path" in nested data; that of a file is never None."""
+    if isinstance(data, dict):
+        if data.get("path") is not None:
+            yield data["path"]
+        data = list(data.values())
+    if isinstance(data, list):
+        for item in data:
+            yield from _paths(item)
+
+
+async def _read(receive: Receive) -> bytes:
+    """A request's whole body; its length was checked, and the server holds the client to it."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    return body
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """A body that was read, as if it had not been."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def again() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return again
+
+
+def _with_headers(send: Send) -> Send:
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), *HEADERS.items()]}
+        await send(message)
+
+    return sending
