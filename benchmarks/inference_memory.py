@@ -1,8 +1,9 @@
 """What each way of holding a model costs and changes: one picture drawn with a recipe at full size, of random weights.
 
-Memory is the device's peak (on a CPU: what the process holds at most), seconds are those of the second of two pictures,
-and the change is the mean difference of the picture from that of float32 weights, of 255. With random weights it tells
-whether results are equal, not how good they are: `--bundled` measures the change of the bundled model's pictures too.
+Memory is the device's peak; on a CPU it is what the process has held at most so far, with the float32 model that every
+way copies. Seconds are those of the second of two pictures, and the change is the mean difference of the picture from
+that of the first way (by default float32 weights), of 255. With random weights it tells whether results are equal, not
+how good they are: `--bundled` measures the change of the bundled model's pictures too.
 The last line is JSON.
 
     python benchmarks/inference_memory.py --recipe spar-1b --device cuda
