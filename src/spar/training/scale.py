@@ -195,8 +195,8 @@ def distribute(workshop: nn.Module, ranks: Ranks) -> nn.Module:
     Call it behind `freeze`: what is frozen exchanges no gradients, and may stay whole.
     """
     scale, frame = ranks.scale, Frame(workshop)
-    torch.backends.cudnn.benchmark = True  # a stage's shapes are few: the fastest convolution for each is found once
-    if scale.compile:
+    if scale.compile:  # a run that may differ in its last bits for speed's sake
+        torch.backends.cudnn.benchmark = True  # a stage's shapes are few: the fastest convolution for each is found once
         compile_blocks(workshop)
     if scale.recompute:
         recompute(workshop)
