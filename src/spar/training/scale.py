@@ -196,7 +196,7 @@ def distribute(workshop: nn.Module, ranks: Ranks) -> nn.Module:
     """
     scale, frame = ranks.scale, Frame(workshop)
     if scale.compile:  # a run that may differ in its last bits for speed's sake
-        torch.backends.cudnn.benchmark = True  # a stage's shapes are few: the fastest convolution for each is found once
+        torch.backends.cudnn.benchmark = True  # its shapes are few: each is tried out once
         compile_blocks(workshop)
     if scale.recompute:
         recompute(workshop)
