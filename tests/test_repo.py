@@ -25,7 +25,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 FLOORS = {
     "errors": 1, "limits": 1, "config": 1, "flow": 1, "losses": 1, "data": 1, "drawing": 1, "outputs": 1,
     "precision": 1,
-    "models": 2, "worlds": 2,
+    "models": 2, "worlds": 2, "results": 2,
     "training": 3, "pipeline": 3,
     "recipes": 4, "evaluation": 4, "serving": 4, "doctor": 4,
     "cli": 5, "arguments": 5, "display": 5, "demo": 5, "__main__": 5, "__init__": 5,
