@@ -151,37 +151,3 @@ def test_an_answer_may_be_sent_back_as_it_came(client, picture):
     client.chat.completions.create(model="bundled", messages=[*question(picture), plain | {"content": ""}, asked])
     with pytest.raises(openai.BadRequestError, match="empty"):
         client.chat.completions.create(model="bundled", messages=[{"role": "user", "content": ""}])
-
-
-def test_a_client_that_left_before_its_stream_began_frees_its_place(pipe, monkeypatch):
-    import asyncio
-
-    from spar.serving.app import create_app
-    from spar.serving.worker import Worker
-
-    monkeypatch.setattr(type(pipe), "chat", lambda *_, **__: iter(lambda: time.sleep(0.001) or "red ", None))
-    worker = Worker(pipe)
-    app = create_app(worker, notes={"model": "bundled"})
-    body = json.dumps({"messages": [{"role": "user", "content": "red"}], "stream": True}).encode()
-    told = iter([{"type": "http.request", "body": body}, None, None])  # None: while pictures are read; while it waits
-
-    async def receive() -> dict:
-        """The body, then nothing while the server looks out, then the news that the client has left."""
-        said = next(told, {"type": "http.disconnect"})
-        return said if said else await asyncio.Event().wait()
-
-    async def send(message: dict) -> None:
-        pass
-
-    scope = {"type": "http", "asgi": {"spec_version": "2.3"}, "http_version": "1.1", "method": "POST", "root_path": "",
-             "path": "/v1/chat/completions", "raw_path": b"", "query_string": b"", "scheme": "http",
-             "headers": [(b"content-type", b"application/json")], "client": None, "server": None}  # fmt: skip
-    worker.start()
-    try:
-        asyncio.run(app(scope, receive, send))
-        deadline = time.monotonic() + 5
-        while worker.waiting:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-    finally:
-        worker.stop()

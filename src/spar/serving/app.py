@@ -13,7 +13,6 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Form, Request, UploadFile
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from PIL import Image
-from starlette.background import BackgroundTask
 
 from spar import __version__
 from spar.outputs import encode_picture
@@ -139,10 +138,7 @@ def create_app(
         except BaseException:
             job.future.cancel()
             raise
-        return StreamingResponse(
-            _chunks(job, first, pieces, model, usage, until), media_type="text/event-stream",
-            background=BackgroundTask(job.future.cancel),  # for a client that left before its stream began
-        )  # fmt: skip
+        return StreamingResponse(_chunks(job, first, pieces, model, usage, until), media_type="text/event-stream")
 
     @app.get("/v1/models", response_model=schema.Models)
     async def models() -> schema.Models:
