@@ -141,7 +141,7 @@ def test_models_are_listed_and_an_unknown_one_is_not_found(client):
         ("guidance_scale", -1, "0"),
         ("seed", -1, "0"),
         ("negative_prompt", "an elephant", "unknown words elephant"),
-        ("stream", True, "no such field"),
+        ("stream", True, "False"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_in_openais_shape(client, field, value, words):
@@ -153,7 +153,19 @@ def test_what_cannot_be_honoured_is_refused_in_openais_shape(client, field, valu
 
 
 def test_what_changes_nothing_is_taken(client):
-    client.images.generate(prompt=PROMPT, user="me", quality="auto", moderation="low", extra_body=QUICK)
+    client.images.generate(prompt=PROMPT, user="me", quality="auto", moderation="low", style=None, stream=False,
+                           extra_body=QUICK)  # fmt: skip
+
+
+def test_a_list_of_one_picture_is_that_picture(client, pipe):
+    source = png(pipe.generate(PROMPT, seed=0).images[0])
+    asked = {"prompt": "change the background to navy", "extra_body": {"seed": 7, **QUICK}}
+    one, listed = (client.images.edit(image=image, stream=False, **asked) for image in (source, [source]))
+    assert one.data[0].b64_json == listed.data[0].b64_json
+    with pytest.raises(openai.BadRequestError, match="one picture, got several"):
+        client.images.edit(image=[source, source], **asked)
+    with pytest.raises(openai.BadRequestError, match="its picture's own"):
+        client.images.edit(image=source, size="64x64", **asked)
 
 
 def test_a_full_queue_answers_429_and_says_when_to_come_back(pipe, serve):

@@ -135,3 +135,19 @@ def test_what_it_does_honour_is_taken(client, picture):
         model="bundled", messages=[{"role": "developer", "content": "describe"}, *question(picture)], top_p=1, n=1,
         temperature=0, presence_penalty=0, frequency_penalty=0, seed=1, user="me", max_completion_tokens=1,
     )  # fmt: skip
+
+
+def test_an_answer_may_be_sent_back_as_it_came(client, picture):
+    """As the client's own message object, and as others write one: with nulls for what there is none of."""
+    first = client.chat.completions.create(model="bundled", messages=question(picture)).choices[0].message
+    asked = {"role": "user", "content": "how many objects?"}
+    nulls = {"refusal": None, "audio": None, "function_call": None, "tool_calls": None, "annotations": None}
+    plain = {"role": "assistant", "content": first.content}
+    answers = [
+        client.chat.completions.create(model="bundled", messages=[*question(picture), said, asked], stop=None)
+        for said in (plain, first, plain | nulls)
+    ]
+    assert len({answer.choices[0].message.content for answer in answers}) == 1
+    client.chat.completions.create(model="bundled", messages=[*question(picture), plain | {"content": ""}, asked])
+    with pytest.raises(openai.BadRequestError, match="empty"):
+        client.chat.completions.create(model="bundled", messages=[{"role": "user", "content": ""}])

@@ -7,6 +7,7 @@ import socket
 import struct
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from urllib.parse import urlsplit
 
@@ -46,6 +47,12 @@ def animation() -> bytes:
     return file.getvalue()
 
 
+def scans(count: int) -> bytes:
+    """A progressive JPEG, small in bytes, that goes over its pixels again and again."""
+    plain = encoded("JPEG", progressive=True)
+    return plain[:-2] + plain[plain.rindex(b"\xff\xda") : -2] * count + plain[-2:]
+
+
 def noise(side: int) -> bytes:
     file = BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)).save(file, format="PNG")
@@ -62,6 +69,7 @@ PICTURES = {
     "a truncated WEBP": encoded("WEBP", (64, 64))[:-10],
     "only a PNG's first bytes": b"\x89PNG\r\n\x1a\n",
     "an animation": animation(),
+    "a JPEG of very many scans": scans(1000),
     "a GIF": encoded("GIF"),
     "a BMP": encoded("BMP"),
     "a TIFF": encoded("TIFF"),
@@ -383,3 +391,80 @@ def test_a_token_is_asked_of_all_but_health(pipe, serve):
         connection.request("GET", "/v1/models", headers={"Authorization": b"Bearer \xff\xfe"})
         assert connection.getresponse().status == 401
         connection.close()
+
+
+def test_a_client_that_does_not_read_keeps_no_place(address, monkeypatch):
+    monkeypatch.setattr("spar.serving.gate.READ_SECONDS", 0.2)
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", urlsplit(address).port))
+        connection.setblocking(False)
+        request = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 200
+        deadline = time.monotonic() + 20
+        sent = 0
+        with pytest.raises(ConnectionError):  # it hangs up; until then the buffers fill, and one request hangs
+            while time.monotonic() < deadline:
+                try:
+                    sent += connection.send(request[sent % len(request) :])
+                except BlockingIOError:
+                    time.sleep(0.02)
+    assert "spar_requests_running 1.0" in httpx2.get(f"{address}/metrics").text
+
+
+def health_meanwhile(address: str, **request) -> tuple[int, float]:
+    """The status of a request, and the longest that anybody else waited meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        answer, longest = pool.submit(httpx2.post, timeout=60, **request), 0.0
+        while not answer.done():
+            start = time.monotonic()
+            httpx2.get(f"{address}/health", timeout=60)
+            longest = max(longest, time.monotonic() - start)
+        return answer.result().status_code, longest
+
+
+@pytest.mark.slow
+def test_a_picture_of_very_many_chunks_keeps_nobody_else_waiting(address):
+    plain = encoded(size=(64, 64))
+    data = plain[:33] + chunk(b"abCd", b"") * 1_000_000 + plain[33:]
+    status, longest = health_meanwhile(address, url=f"{address}/v1/reconstruct", files={"image": ("x", data)})
+    assert status == 200 and longest < 1
+
+
+def test_json_of_very_many_values_is_refused_unread(address):
+    body = b'{"prompt": [' + b"[]," * 8_000_000 + b"[]]}"
+    for headers in ([*JSON.items()], [*JSON.items(), ("Content-Type", "multipart/form-data; boundary=x")]):
+        start = time.monotonic()
+        answer = httpx2.post(f"{address}/v1/images/generations", content=body, headers=headers)
+        assert checked(answer) and answer.status_code == 413
+        assert time.monotonic() - start < 1
+
+
+def test_waiting_for_a_decoder_counts_as_waiting(pipe, serve, monkeypatch):
+    monkeypatch.setattr("spar.serving.pictures.open_training_image", lambda data: time.sleep(2))
+    with serve(pipe, timeout=0.2) as address:
+        start = time.monotonic()
+        assert httpx2.post(f"{address}/v1/reconstruct", files={"image": encoded()}).status_code == 503
+        assert time.monotonic() - start < 1.5
+
+
+def test_errors_are_about_the_part_that_is_wrong_and_short(address):
+    long = "A" * 10**6
+    for content, param in (
+        ([{"type": "text"}], "messages.0.content.0.text"),
+        ([{"type": long}], "messages.0.content.0"),
+        ([{"text": "x"}], "messages.0.content.0"),
+        (1, "messages.0.content"),
+    ):
+        body = {"messages": [{"role": "user", "content": content}]}
+        assert checked(httpx2.post(f"{address}/v1/chat/completions", json=body))["param"] == param
+    for name in ("image", "image[]"):
+        form = httpx2.post(f"{address}/v1/images/edits", data={"prompt": PROMPT, name: "text"}, files={"seed": b"1"})
+        assert "UploadFile" not in form.text and checked(form)
+    body = {"messages": [{"role": "user", "content": "é" * 8000}]}
+    checked(httpx2.post(f"{address}/v1/chat/completions", json=body))
+
+
+def test_no_address_leads_to_another(address):
+    for path in ("/v1/models/", "/v1/images/generations/"):
+        answer = httpx2.get(address + path)
+        assert checked(answer) and answer.status_code == 404 and "Location" not in answer.headers

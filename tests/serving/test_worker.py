@@ -178,6 +178,17 @@ def test_two_chats_speak_by_turns_and_one_that_is_left_falls_silent(worker, scri
     assert len(said) == count and worker.waiting == 0
 
 
+def test_a_chat_that_is_left_before_its_turn_frees_its_place_at_once(worker, scribe):
+    hold(worker, scribe)
+    chats = [Chat(lambda pipe: iter("a"), print) for _ in range(8)]
+    worker.submit(*chats)
+    for chat in chats:
+        chat.future.cancel()
+    assert worker.waiting == 0
+    scribe.open.set()
+    worker.call(lambda pipe: None).result(SOON)
+
+
 def test_a_chat_that_fails_says_so_to_its_own_client(worker):
     def fail(pipe: Any):
         raise InputError("messages: expected more")

@@ -21,6 +21,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 TRAINING_FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 64 * 10**6
 MAX_BYTES = 64 * 2**20
+MAX_SCANS = 100  # of a JPEG: an encoder writes about ten, and each goes over every pixel again
 MIN_SIDE = 1
 MAX_ASPECT = 4  # at this the longer side is twice the trained one
 
@@ -205,13 +206,17 @@ def _identify(data: bytes, name: str, formats: Sequence[str], expected: str) -> 
     if len(data) > MAX_BYTES:
         raise InputError(_too_many_bytes(name, len(data)))
     try:
-        return Image.open(BytesIO(data), formats=formats)
+        image = Image.open(BytesIO(data), formats=formats)
     except Image.UnidentifiedImageError:
         raise InputError(f"{expected}, but {name} is {_kind(data)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # Pillow's own, far larger limit
         raise InputError(f"{_EXPECTED_PIXELS}, but {name} has far more") from None
     except Exception as error:  # a hostile header makes Pillow raise nearly anything
         raise InputError(f"{expected}, but {name} cannot be decoded: {_reason(error)}") from error
+    # A scan's head: never part of a JPEG's pixels, where 0 follows every 0xff.
+    if _true_format(image) == "JPEG" and data.count(b"\xff\xda\x00") > MAX_SCANS:
+        raise InputError(f"{expected} of at most {MAX_SCANS} scans, but {name} has more")
+    return image
 
 
 def _true_format(image: Image.Image) -> str:

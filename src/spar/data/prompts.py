@@ -93,7 +93,7 @@ class PromptEncoder:
         if self.tokenizer.unk_token_id in ids:
             spans = [s for i, s in zip(ids, read["offset_mapping"], strict=True) if i == self.tokenizer.unk_token_id]
             words = dict.fromkeys(text[start:end] for start, end in spans)
-            shown = [word if word.isprintable() else ascii(word) for word in words]
+            shown = [word[:40] if word.isprintable() else ascii(word[:40]) for word in words]
             known = [w for w, i in self.tokenizer.get_vocab().items() if i not in special and w.isalpha()]
             raise InputError(
                 f"{what}: unknown words {', '.join(shown[:10])}; this model knows only "

@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, nullcontext
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Form, Request
+from fastapi import FastAPI, Form, Request, UploadFile
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from PIL import Image
 
 from spar import __version__
 from spar.outputs import encode_picture
@@ -31,6 +32,7 @@ ERRORS = {
     "500": {"model": schema.ErrorBody, "description": "The server failed; its log has more"},
     "503": {"model": schema.ErrorBody, "description": "The server did not get to it in time, or is being stopped"},
 }  # fmt: skip
+STREAM = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Whole, or a stream"}}
 
 
 def create_app(
@@ -62,7 +64,7 @@ def create_app(
 
     app = FastAPI(
         title="SPAR", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS,
-        separate_input_output_schemas=False,
+        separate_input_output_schemas=False, redirect_slashes=False,
     )  # fmt: skip
     app.add_middleware(Gate, token=token, hosts=hosts, metrics=metrics)
     add_handlers(app)
@@ -71,42 +73,53 @@ def create_app(
         if name not in (None, model):
             raise ApiError(404, f"model: expected {model}", param="model", code="model_not_found")
 
-    async def answer(request: Request, jobs: list[Job], kind: str | None) -> Response:
+    def deadline() -> float:
+        """When a request that comes now must be answered, by the loop's clock."""
+        return asyncio.get_running_loop().time() + timeout
+
+    async def answer(request: Request, jobs: list[Job], kind: str | None, until: float) -> Response:
         """Have the jobs done, and their pictures written."""
         worker.submit(*jobs)
-        return await asyncio.to_thread(_images, await _finished(request, jobs, timeout), kind or "png", notes)
+        return await asyncio.to_thread(_images, await _finished(request, jobs, until), kind or "png", notes)
+
+    async def opened(request: Request, upload: UploadFile, until: float) -> Image.Image:
+        return await _race(request, read_picture(await upload.read(), "image", request.state.hold, decoders), until)
 
     @app.post("/v1/images/generations", response_model=schema.Images)
     async def generations(request: Request, body: schema.GenerationRequest) -> Response:
         """Pictures from words."""
         check_model(body.model)
+        until = deadline()
         jobs = drawing_jobs(pipe, body, _seed(body), pipe.output_size(*_sides(body.size)))
-        return await answer(request, jobs, body.output_format)
+        return await answer(request, jobs, body.output_format, until)
 
     @app.post("/v1/images/edits", response_model=schema.Images)
     async def edits(request: Request, form: Annotated[schema.EditForm, FORM]) -> Response:
         """A picture changed as the prompt says."""
         await _no_field_twice(request)
         check_model(form.model)
-        image = await read_picture(await form.image.read(), "image", request.state.hold, decoders)
+        until = deadline()
+        image = await opened(request, form.image, until)
         jobs = drawing_jobs(pipe, form, _seed(form), pipe.edited_size(image), image)
-        return await answer(request, jobs, form.output_format)
+        return await answer(request, jobs, form.output_format, until)
 
     @app.post("/v1/reconstruct", response_model=schema.Images)
     async def reconstruct(request: Request, form: Annotated[schema.ReconstructForm, FORM]) -> Response:
         """A picture through the unified tokenizer and back."""
         await _no_field_twice(request)
         check_model(form.model)
-        image = await read_picture(await form.image.read(), "image", request.state.hold, decoders)
-        return await answer(request, [reconstruction_job(image)], form.output_format)
+        until = deadline()
+        image = await opened(request, form.image, until)
+        return await answer(request, [reconstruction_job(image)], form.output_format, until)
 
-    @app.post("/v1/chat/completions", response_model=schema.Completion)
+    @app.post("/v1/chat/completions", response_model=schema.Completion, responses=STREAM)
     async def chat(request: Request, body: schema.ChatRequest) -> Response:
         """An answer to the last message of a conversation, which may show pictures; whole, or as it is made."""
         check_model(body.model)
         if body.stream_options is not None and not body.stream:
             raise ApiError(400, "stream_options: expected only with stream", param="stream_options")
-        messages = await read_messages(body.messages, request.state.hold, decoders)
+        until = deadline()
+        messages = await _race(request, read_messages(body.messages, request.state.hold, decoders), until)
         longest = body.max_completion_tokens or body.max_tokens
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -118,17 +131,17 @@ def create_app(
         job.future.add_done_callback(lambda _: say(None))
         worker.submit(job)
         if not body.stream:
-            (out,) = await _finished(request, [job], timeout)
+            (out,) = await _finished(request, [job], until)
             return JSONResponse(completion(model, out, [pieces.get_nowait() for _ in range(pieces.qsize())]))
         usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         try:
-            first = await _race(request, pieces.get(), timeout)
+            first = await _race(request, pieces.get(), until)
             if first is None:  # what failed before it began is no stream
                 job.future.result()
         except BaseException:
             job.future.cancel()
             raise
-        return StreamingResponse(_chunks(job, first, pieces, model, usage, timeout), media_type="text/event-stream")
+        return StreamingResponse(_chunks(job, first, pieces, model, usage, until), media_type="text/event-stream")
 
     @app.get("/v1/models", response_model=schema.Models)
     async def models() -> schema.Models:
@@ -177,11 +190,12 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def _race(request: Request, work: Awaitable[Any], timeout: float) -> Any:
-    """What `work` gives, unless the client leaves first (Gone) or it takes too long (503)."""
+async def _race(request: Request, work: Awaitable[Any], until: float) -> Any:
+    """What `work` gives, unless the client leaves first (Gone) or the loop's clock reaches `until` (503)."""
     task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
     try:
-        await asyncio.wait({task, leaving}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        left = max(0, until - asyncio.get_running_loop().time())
+        await asyncio.wait({task, leaving}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         if task.cancelled():
             raise Stopped
         if task.done():
@@ -194,17 +208,17 @@ async def _race(request: Request, work: Awaitable[Any], timeout: float) -> Any:
         task.cancel()
 
 
-async def _finished(request: Request, jobs: Sequence[Job | Chat], timeout: float) -> list[Any]:
+async def _finished(request: Request, jobs: Sequence[Job | Chat], until: float) -> list[Any]:
     """The results of jobs, in order; a client that leaves, or waits too long, frees their places."""
     try:
-        return await _race(request, asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs)), timeout)
+        return await _race(request, asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs)), until)
     finally:
         for job in jobs:  # those that are done stay done
             job.future.cancel()
 
 
 async def _chunks(
-    job: Chat, piece: str | None, pieces: asyncio.Queue[str | None], model: str, usage: bool, timeout: float
+    job: Chat, piece: str | None, pieces: asyncio.Queue[str | None], model: str, usage: bool, until: float
 ) -> AsyncIterator[str]:
     """An answer as server-sent events while it is made. Whoever stops reading frees its place."""
     shared = {"id": new_id(), "object": "chat.completion.chunk", "created": int(time.time()), "model": model}
@@ -215,7 +229,7 @@ async def _chunks(
 
     try:
         yield chunk({"role": "assistant", "content": ""})
-        async with asyncio.timeout(timeout):
+        async with asyncio.timeout_at(until):
             while piece is not None:
                 yield chunk({"content": piece})
                 piece = await pieces.get()

@@ -29,11 +29,15 @@ TEXTS = {
     500: "the server failed; its log has more",
     503: "the server did not get to it in time; try again",
 }
-# What a field wants, where pydantic's own sentence does not say why.
+# What a field wants, or one kind of error, where pydantic's own sentence does not say why.
 WANTED = {
     "response_format": "expected b64_json: this server hosts no files that a URL could lead to",
     "size": 'expected "WIDTHxHEIGHT" in pixels, or "auto"',
     "temperature": "expected 0: answers are greedy",
+    ("size", "literal_error"): "expected auto: an edit has its picture's own proportions",
+    "union_tag_invalid": (PART := "expected a part of type text or image_url"),  # pydantic's has all of what came
+    "union_tag_not_found": PART,
+    ("image", "value_error"): "expected a file",
 }
 
 
@@ -79,16 +83,25 @@ def api_error(error: Exception) -> ApiError:
 def _validation(error: RequestValidationError) -> ApiError:
     """The first thing that is wrong with a body, by the name of its field."""
     first = error.errors()[0]
-    path = ".".join(str(part) for part in first["loc"][1:] if part not in ("text", "image_url"))
+    loc = first["loc"][1:]
+    named = [part for before, part in zip(("", *loc), loc, strict=False) if not _is_tag(before, part)]
+    path = ".".join(map(str, named))
     param = "".join(letter if letter.isascii() and letter.isprintable() else "?" for letter in path[:MAX_SHOWN]) or None
     if first["type"] in ("json_invalid", "model_attributes_type"):
         return ApiError(400, "expected a JSON object, sent as application/json")
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{param}: this server has no such field", param=param, code="unknown_parameter")
     said = first["msg"].removeprefix("Value error, ")
-    if first["type"] != "value_error":
-        said = WANTED.get(param) or said[:1].lower() + said[1:]
+    kind = first["type"]
+    if kind != "value_error":
+        said = WANTED.get(param) or WANTED.get(kind) or said[:1].lower() + said[1:]
+    said = WANTED.get((param, kind)) or said
     return ApiError(400, f"{param}: {said}" if param else said, param=param)
+
+
+def _is_tag(before: int | str, part: int | str) -> bool:
+    """Whether a part of an error's place is no field but what pydantic took a value for."""
+    return part in ("words", "parts") or isinstance(before, int) and part in ("text", "image_url")
 
 
 def add_handlers(app: FastAPI) -> None:

@@ -13,7 +13,15 @@ from typing import Any
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from spar.serving.errors import ApiError
-from spar.serving.limits import BODY_SECONDS, HEADER_SECONDS, MAX_BODY_BYTES, MAX_HELD_BYTES, MAX_REQUESTS
+from spar.serving.limits import (
+    BODY_SECONDS,
+    HEADER_SECONDS,
+    MAX_BODY_BYTES,
+    MAX_HELD_BYTES,
+    MAX_REQUESTS,
+    MAX_VALUES,
+    READ_SECONDS,
+)
 from spar.serving.metrics import Metrics
 
 Scope = MutableMapping[str, Any]
@@ -69,6 +77,7 @@ class Gate:
         try:
             self._check(scope)
             body = await _read(scope, receive, hold)
+            _check_values(scope, body)
             scope.setdefault("state", {})["hold"] = hold
             await self.app(scope, _replay(body, receive), send)
         except Gone:
@@ -126,6 +135,13 @@ async def _read(scope: Scope, receive: Receive, hold: Callable[[int], None]) -> 
         raise ApiError(408, headers={"Connection": "close"}) from None
 
 
+def _check_values(scope: Scope, body: bytes) -> None:
+    """Refuse JSON of very many values before it is parsed; the commas of a form are those of its files."""
+    kind = next((value for name, value in scope["headers"] if name == b"content-type"), b"").lower()
+    if not kind.startswith(b"multipart/") and body.count(b",") > MAX_VALUES:
+        raise ApiError(413)
+
+
 def _replay(body: bytes, receive: Receive) -> Receive:
     """A `receive` that gives the body at once, and afterwards whatever comes (the client's leaving)."""
     given = False
@@ -153,12 +169,17 @@ def _sender(send: Send, note: Callable[[int], None]) -> Send:
 
 
 class Protocol(H11Protocol):
-    """uvicorn's protocol for HTTP/1.1, which waits for the head of a request no longer than HEADER_SECONDS."""
+    """uvicorn's protocol for HTTP/1.1, which waits for the head of a request no longer than HEADER_SECONDS.
+
+    It hangs up on a client that reads nothing of its answer for READ_SECONDS, who would keep a place for ever.
+    """
 
     _late: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
+        transport.set_write_buffer_limits(0)  # pause_writing comes as soon as anything is left unsent
         self._expect()
 
     def data_received(self, data: bytes) -> None:
@@ -170,7 +191,29 @@ class Protocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._unexpect()
+        self._read_on()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._await_reader(None)
+
+    def resume_writing(self) -> None:
+        self._read_on()
+        super().resume_writing()
+
+    def _await_reader(self, left: int | None) -> None:
+        """Look again and again whether there is less to send than what was left; None the first time."""
+        now = self.transport.get_write_buffer_size()
+        if left is not None and now >= left:
+            self.transport.abort()
+        else:
+            self._unread = self.loop.call_later(READ_SECONDS, self._await_reader, now)
+
+    def _read_on(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def _idle(self) -> bool:
         return self.cycle is None or self.cycle.response_complete

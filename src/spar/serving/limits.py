@@ -17,6 +17,7 @@ MAX_PICTURE_BYTES = 16 * 2**20
 MAX_PICTURE_PIXELS = 16 * 10**6
 MAX_PROMPT_CHARACTERS = 8192
 MAX_FIELDS = 64  # of one JSON object
+MAX_VALUES = 100_000  # of one JSON body: as objects they take twenty times the bytes that they came in
 MAX_N = 8
 MAX_STEPS = 100
 MAX_GUIDANCE = 30
@@ -29,6 +30,7 @@ MAX_ANSWER_TOKENS = MAX_NEW_TOKENS
 # Time
 HEADER_SECONDS = 15
 BODY_SECONDS = 30
+READ_SECONDS = 30
 REQUEST_SECONDS = 120
 SHUTDOWN_SECONDS = 30
 RETRY_SECONDS = 2  # what a refused client is told to wait
@@ -50,6 +52,7 @@ LIMITS = (
     ("MAX_PICTURE_PIXELS", f"{MAX_PICTURE_PIXELS / 1e6:g} million", "pixels of a picture, read off its header"),
     ("MAX_PROMPT_CHARACTERS", MAX_PROMPT_CHARACTERS, "characters of a text; the model's limit of tokens comes on top"),
     ("MAX_FIELDS", MAX_FIELDS, "fields of a JSON object"),
+    ("MAX_VALUES", MAX_VALUES, "values of a JSON body, counted by its commas"),
     ("MAX_N", MAX_N, "pictures of a request (n)"),
     ("MAX_STEPS", MAX_STEPS, "sampling steps (num_inference_steps)"),
     ("MAX_GUIDANCE", MAX_GUIDANCE, "guidance_scale"),
@@ -61,6 +64,7 @@ LIMITS = (
     ("MAX_ANSWER_TOKENS", MAX_ANSWER_TOKENS, "tokens of an answer (max_completion_tokens)"),
     ("HEADER_SECONDS", HEADER_SECONDS, "seconds that a request's head may take to come in"),
     ("BODY_SECONDS", BODY_SECONDS, "seconds that its body may take"),
+    ("READ_SECONDS", READ_SECONDS, "seconds that a client may read nothing of an answer"),
     ("REQUEST_SECONDS", REQUEST_SECONDS, "seconds from then to the answer (--timeout)"),
     ("SHUTDOWN_SECONDS", SHUTDOWN_SECONDS, "seconds that running requests get when the server is stopped"),
     ("MAX_REQUESTS", MAX_REQUESTS, "requests at once"),

@@ -35,11 +35,12 @@ async def read_picture(data: bytes, param: str, hold: Callable[[int], None], dec
     try:
         if len(data) > MAX_PICTURE_BYTES:
             raise InputError(f"{len(data)} bytes")
-        header = read_header(data)
+        loop = asyncio.get_running_loop()
+        header = await loop.run_in_executor(decoders, read_header, data)  # a hostile one takes seconds
         if header.width * header.height > MAX_PICTURE_PIXELS:
             raise InputError(f"{header.width} x {header.height} pixels")
         hold(header.width * header.height * 3)
-        return await asyncio.get_running_loop().run_in_executor(decoders, open_training_image, data)
+        return await loop.run_in_executor(decoders, open_training_image, data)
     except InputError as error:
         log.info("%s refused: %s", param, ascii(str(error))[:300])
         raise ApiError(400, f"{param}: {EXPECTED}", param=param) from None

@@ -1,14 +1,15 @@
 """What the API takes and gives: OpenAI's shapes with their limits.
 
-Unknown fields are refused, and so is a known one with a value that would change the picture and that this model cannot
-honour. Fields that change nothing (`user`, `moderation`, the chat's `seed`) are taken and have no effect. The fields
-that OpenAI does not have (`seed`, `negative_prompt`, `num_inference_steps`, `guidance_scale`) are diffusers'.
+A null is a field that is not given. Unknown fields are refused, and so is a known one with a value that would change
+the picture and that this model cannot honour. Fields that change nothing (`user`, `moderation`, the chat's `seed`) are
+taken and have no effect. The fields that OpenAI does not have (`seed`, `negative_prompt`, `num_inference_steps`,
+`guidance_scale`) are diffusers'.
 """
 
 from typing import Annotated, Any, Literal
 
 from fastapi import UploadFile
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from spar.limits import MAX_SEED
 from spar.serving.limits import (
@@ -47,7 +48,7 @@ class Closed(BaseModel):
     def _few(cls, data: Any) -> Any:
         if isinstance(data, dict) and len(data) > MAX_FIELDS:
             raise ValueError(f"expected at most {MAX_FIELDS} fields")
-        return data
+        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
 class Strict(Closed):
@@ -86,11 +87,23 @@ class GenerationRequest(Sampling):
     size: Annotated[str, Field(pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$"), AfterValidator(_area)] | None = Field(
         None, description='Width x height in pixels, or "auto"; drawn exactly so, or refused.'
     )
+    stream: Literal[False] | None = None
 
 
 class EditForm(Sampling):
     image: UploadFile = Field(description="PNG, JPEG or WEBP of one frame; its name is not used.")
     size: Literal["auto"] | None = Field(None, description="The result has the picture's own proportions.")
+    stream: Literal["false"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _list_of_one(cls, data: Any) -> Any:
+        """OpenAI's clients call the pictures of a list `image[]`; this model takes one."""
+        if isinstance(data, dict) and "image[]" in data and "image" not in data:
+            if isinstance(data["image[]"], list):
+                raise ValueError("image: expected one picture, got several")
+            return {"image" if name == "image[]" else name: value for name, value in data.items()}
+        return data
 
 
 class ReconstructForm(Closed):
@@ -119,7 +132,11 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS)]
+    content: Annotated[
+        Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS), Tag("words")]  # an assistant may have said nothing
+        | Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS), Tag("parts")],
+        Discriminator(lambda content: "parts" if isinstance(content, list) else "words"),
+    ]
 
 
 class StreamOptions(Strict):
@@ -143,6 +160,9 @@ class ChatRequest(Strict):
     n: Literal[1] | None = None
     seed: int | None = None
     user: Name | None = None
+    safety_identifier: Name | None = None
+    logprobs: Literal[False] | None = None
+    store: Literal[False] | None = None
 
 
 class ImageData(BaseModel):

@@ -65,6 +65,7 @@ class Chat:
     say: Callable[[str], None]
     future: Future = field(default_factory=Future)
     pieces: Iterator[str] | None = None
+    begun: bool = False
 
 
 @dataclass
@@ -131,10 +132,12 @@ class Worker:
         return job.future
 
     def _forget(self, future: Future) -> None:
-        """Take a job out of the queue; a chat is the thread's own to end."""
+        """Take out of the queue what waits; a chat that speaks is the thread's own to end."""
         with self._changed:
             for job in [job for job in self._waiting if job.future is future]:
                 self._waiting.remove(job)
+            for chat in [chat for chat in self._chats if chat.future is future and not chat.begun]:
+                self._chats.remove(chat)
 
     def _loop(self) -> None:
         while self._turn():  # a function of its own, so that nothing of the last turn is kept while there is no work
@@ -152,7 +155,11 @@ class Worker:
             self._run(jobs)
             self._answered_at = time.perf_counter()
             self.observe(self._answered_at - start, len(jobs))
-        for chat in list(self._chats)[:MAX_CHATS]:
+        with self._changed:
+            speaking = list(self._chats)[:MAX_CHATS]
+            for chat in speaking:
+                chat.begun = True
+        for chat in speaking:
             self._advance(chat)
             if chat.future.done():
                 chat.pieces = None  # and with it what the model remembers of the conversation
@@ -209,7 +216,7 @@ class Worker:
     def _advance(self, chat: Chat) -> None:
         """A few tokens of one conversation."""
         try:
-            if chat.pieces is None:
+            if chat.pieces is None and not chat.future.cancelled():
                 chat.pieces = chat.begin(self.pipe)
             for _ in range(CHAT_TURN_TOKENS):
                 if self._stopping or chat.future.cancelled():
