@@ -602,6 +602,7 @@ def serve(argv: list[str]) -> int:
     from spar.arguments import ServeArguments, parse
 
     args = parse(ServeArguments, argv, "spar serve")
+    from concurrent.futures import ThreadPoolExecutor
     from tempfile import TemporaryDirectory
 
     from spar.serving.access import check_access, listen, read_token
@@ -609,8 +610,8 @@ def serve(argv: list[str]) -> int:
     token = read_token(args.token_file)
     for extra in ("serve", "ui") if args.ui else ("serve",):
         check_access(args.host, token, extra)
-    listener = listen(args.host, args.port)
-    pipe = _load(args)
+    listener, thread = listen(args.host, args.port), ThreadPoolExecutor(1)
+    pipe = thread.submit(_load, args).result()  # where it will compute: `Worker` says why
     with TemporaryDirectory(prefix="spar-") if args.ui else nullcontext() as pictures:
         with _uncollected():
             from spar.serving.limits import PAGE_PATH
@@ -619,6 +620,7 @@ def serve(argv: list[str]) -> int:
             server = server_of(
                 pipe, notes=pipe.origin, token=token, host=args.host, max_batch=args.max_batch,
                 max_queue=args.max_queue, timeout=args.timeout, page=Path(pictures) if pictures else None,
+                thread=thread,
             )  # fmt: skip
         _log_to_stderr(logging.INFO)
         page = f", the page is {_address(listener)}{PAGE_PATH}" if args.ui else ""
@@ -639,18 +641,20 @@ def ui(argv: list[str]) -> int:
     from spar.arguments import UiArguments, parse
 
     args = parse(UiArguments, argv, "spar ui")
+    from concurrent.futures import ThreadPoolExecutor
+
     from spar.serving.access import check_access, listen, read_token
 
     token = read_token(args.token_file)
     check_access(args.host, token, "ui")
-    listener = listen(args.host, args.port)
-    pipe = _load(args)
+    listener, thread = listen(args.host, args.port), ThreadPoolExecutor(1)
+    pipe = thread.submit(_load, args).result()  # where it will compute: `Worker` says why
     with bar("loading the page"), _uncollected():
         from spar.serving.site import serve_page
     _log_to_stderr(logging.WARNING)
     _clear_at_sigterm()
     print(f"the page is {_address(listener)} (Ctrl-C ends it)", flush=True)
-    serve_page(pipe, listener, notes=pipe.origin, token=token)
+    serve_page(pipe, listener, notes=pipe.origin, token=token, call=lambda function: thread.submit(function, pipe))
     return 0
 
 

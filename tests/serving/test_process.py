@@ -1,18 +1,21 @@
 """`spar serve` as a process: what is refused at the start, and how it ends."""
 
+import asyncio
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2
 import pytest
 
 from spar.cli import main
-from spar.serving.access import check_access, is_local, read_token
+from spar.serving.access import check_access, is_local, listen, read_token
+from spar.serving.worker import Worker
 
 TOKEN = "a-token-for-the-tests-0123456789"
 
@@ -113,3 +116,37 @@ def test_a_signal_ends_it_when_what_runs_is_done(how, status):
     assert got[0].status_code == 200 and len(got[0].json()["data"]) == 8
     assert server.returncode == status
     assert TOKEN not in said and "blue star" not in said and "Traceback" not in said
+
+
+def test_small_answers_are_sent_at_once():
+    """Without TCP_NODELAY each answer of two pieces waits some 40 ms for the client's acknowledgement."""
+    found = []
+
+    async def serve_one() -> None:
+        listener = listen("127.0.0.1", 0)
+        told = asyncio.Event()
+
+        def came(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            connection = writer.get_extra_info("socket")
+            found.append(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+            told.set()
+
+        async with await asyncio.start_server(came, sock=listener):
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            await told.wait()
+            writer.close()
+
+    asyncio.run(serve_one())
+    assert found and found[0] != 0
+
+
+def test_the_worker_computes_on_the_thread_that_loaded_the_pipeline():
+    threads = []
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(lambda: threads.append(threading.get_ident())).result()
+        worker = Worker(object(), thread=thread)
+        worker.start()
+        worker.call(lambda _: threads.append(threading.get_ident())).result(10)
+        worker.stop()
+    assert threads[0] == threads[1] and not worker.alive

@@ -1,6 +1,7 @@
 """The server as a process: uvicorn with our limits around the application."""
 
 from collections.abc import Mapping
+from concurrent.futures import Executor
 from pathlib import Path
 
 import uvicorn
@@ -28,15 +29,16 @@ class Beside:
 
 def server_of(
     pipe: SparPipeline, *, host: str, token: str | None, max_batch: int, max_queue: int,
-    notes: Mapping[str, str | None], timeout: float, page: Path | None = None,
+    notes: Mapping[str, str | None], timeout: float, page: Path | None = None, thread: Executor | None = None,
 ) -> uvicorn.Server:  # fmt: skip
     """A server that `run(sockets=[...])` starts; SIGINT and SIGTERM end it when what runs is done.
 
     Args:
         notes, timeout: of `create_app`.
+        thread: that of the `Worker`; one of its own where it is None.
         page: an empty folder for the web page's pictures, which then stands at PAGE_PATH; None for no page.
     """
-    worker = Worker(pipe, max_batch, max_queue)
+    worker = Worker(pipe, max_batch, max_queue, **({"thread": thread} if thread else {}))
     hosts = LOCAL_NAMES | {host} if is_local(host) else None
     if page is None:
         app = create_app(worker, notes=notes, token=token, hosts=hosts, timeout=timeout)

@@ -68,16 +68,17 @@ def page_app(
 
 
 def serve_page(
-    pipe: SparPipeline, listener: socket.socket, *, notes: Notes = BUNDLED_NOTES, token: str | None = None
-) -> None:
+    pipe: SparPipeline, listener: socket.socket, *, notes: Notes = BUNDLED_NOTES, token: str | None = None,
+    call: Call | None = None,
+) -> None:  # fmt: skip
     """Serve the page until interrupted.
 
     Args:
-        pipe, notes, token: as in `mount_page`.
+        pipe, notes, token, call: as in `mount_page`.
         listener: of `access.listen`, after `access.check_access`.
     """
     with tempfile.TemporaryDirectory(prefix="spar-") as cache:
-        app = page_app(pipe, listener.getsockname()[0], notes=notes, token=token, cache=Path(cache))
+        app = page_app(pipe, listener.getsockname()[0], notes=notes, token=token, call=call, cache=Path(cache))
         config = uvicorn.Config(
             app, log_config=None, ws="none", server_header=False, proxy_headers=False, timeout_graceful_shutdown=1
         )
