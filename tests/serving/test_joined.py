@@ -2,6 +2,7 @@
 
 import base64
 import shutil
+import time
 import urllib.error
 import urllib.request
 from io import BytesIO
@@ -15,6 +16,8 @@ pytest.importorskip("playwright", reason="playwright is not installed")
 
 import httpx2
 from playwright import sync_api
+
+from spar.serving.limits import SHUTDOWN_SECONDS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 TOKEN = "a-token-of-16-or-more"
@@ -72,3 +75,18 @@ def test_programs_bear_the_token_and_people_log_in_with_it(joined):
         assert status("/page/gradio_api/file=/etc/hostname") == 404
     with joined() as address:
         assert status("/page/config", Host="evil.example") == 400 and status("/v1/models", Host="evil.example") == 421
+
+
+def test_an_open_page_does_not_keep_the_server(joined):
+    if CHROMIUM is None:
+        pytest.skip("no browser: install Debian's chromium")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        with joined() as address:
+            page = browser.new_page()
+            page.goto(f"{address}/page")
+            page.get_by_role("button", name="Draw", exact=True).wait_for()
+            page.wait_for_timeout(1000)  # its heartbeat stream is open now
+            began = time.monotonic()
+        assert time.monotonic() - began < SHUTDOWN_SECONDS / 3
+        browser.close()

@@ -1,8 +1,11 @@
 """The server as a process: uvicorn with our limits around the application."""
 
+import asyncio
+import socket
 from collections.abc import Mapping
 from concurrent.futures import Executor
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -19,12 +22,44 @@ class Beside:
     """API and page in one server. Each has its own guard: programs bear the token, people give it as password."""
 
     def __init__(self, api: FastAPI, page: FastAPI) -> None:
-        self.api, self.page = api, page
+        self.api, self.page, self._open = api, page, set[asyncio.Future]()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "")
-        app = self.page if path == PAGE_PATH or path.startswith(f"{PAGE_PATH}/") else self.api
-        await app(scope, receive, send)
+        if path != PAGE_PATH and not path.startswith(f"{PAGE_PATH}/"):
+            await self.api(scope, receive, send)
+            return
+        begun = False
+
+        async def noted(message: dict[str, Any]) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        task = asyncio.ensure_future(self.page(scope, receive, noted))
+        self._open.add(task)
+        await asyncio.wait({task})
+        self._open.discard(task)
+        if not task.cancelled():
+            task.result()
+        elif begun:
+            await send({"type": "http.response.body"})
+
+    def end(self) -> None:
+        """Hang up on the page's visitors, whose open streams would keep the server until its patience ends."""
+        for task in self._open:
+            task.cancel()
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, which has a page end its streams before it waits for what runs."""
+
+    page: Beside | None = None
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self.page:
+            self.page.end()
+        await super().shutdown(sockets)
 
 
 def server_of(
@@ -52,4 +87,6 @@ def server_of(
         app, http=Protocol, ws="none", lifespan="on", log_config=None, server_header=False, proxy_headers=False,
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
     )  # fmt: skip
-    return uvicorn.Server(config)
+    server = Server(config)
+    server.page = app if isinstance(app, Beside) else None
+    return server
