@@ -1,6 +1,7 @@
 """The documents stay true: the names that they give exist, and the scores are those of the results files."""
 
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -69,3 +70,21 @@ def test_the_examples_of_the_guide_to_use_run(tmp_path, monkeypatch, capsys):
     assert names["first"] == "navy" and names["second"] and names["answer"].finish_reason == "stop"
     assert names["back"].shape == names["pixels"].shape
     assert (tmp_path / "model" / "README.md").is_file() and "would go to OWNER/NAME, private" in said
+
+
+def test_measured_numbers_in_the_guides_are_those_of_the_benchmarks():
+    folder = ROOT / "benchmarks" / "results"
+    training, serving = ((ROOT / "docs" / name).read_text() for name in ("training.md", "serving.md"))
+    runs = json.loads((folder / "train_step_h200.json").read_text())
+    shown = re.findall(r"^\| (\S+), \d+ px \| (\d+) \| (yes|no) \| (\S+) \| (\S+) \| (\S+) \|$", training, re.M)
+    measured = {
+        (row["stage"], str(row["batch"]), "yes" if run["compile"] else "no", f"{row['images_per_second']:.1f}",
+         f"{row['mfu']:.2f}", f"{row['peak_memory_gib']:.1f}")
+        for run in runs for row in run["results"]
+    }  # fmt: skip
+    assert len(shown) == 3 and set(shown) <= measured
+    load = json.loads((folder / "serve_load.json").read_text())
+    told = re.search(r"after (\S+) seconds .* gets (\S+) images a second, eight together (\S+) ", serving)
+    assert told.groups() == (
+        f"{load['first_image_s']:.1f}", f"{load['one']['images_per_s']:.1f}", f"{load['eight']['images_per_s']:.1f}"
+    )

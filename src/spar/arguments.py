@@ -402,13 +402,22 @@ class DemoArguments(ModelArguments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeArguments(ModelArguments):
+class ListenArguments(ModelArguments):
+    """Where a server listens, and who may come."""
+
     host: str = DEFAULT_HOST
     """Address to listen on; any but this machine's own needs a token."""
     port: int = DEFAULT_PORT
     """Port; 0 takes a free one."""
     token_file: Path | None = None
-    """File with the token that requests must bear; by default what the variable SPAR_API_TOKEN holds, if anything."""
+    """File with the token that is asked for; by default what the variable SPAR_API_TOKEN holds, if anything."""
+
+    def __post_init__(self) -> None:
+        within("--port", self.port, 0, 65535)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeArguments(ListenArguments):
     max_batch: int = MAX_BATCH
     """Pictures of the model's own size that are drawn together."""
     max_queue: int = MAX_QUEUE
@@ -419,7 +428,7 @@ class ServeArguments(ModelArguments):
     """Serve the web page too, at /page (extra `ui`)."""
 
     def __post_init__(self) -> None:
-        within("--port", self.port, 0, 65535)
+        ListenArguments.__post_init__(self)
         within("--max-batch", self.max_batch, 1, MAX_IMAGES)
         within("--max-queue", self.max_queue, 1, MAX_IMAGES)
         within("--timeout", self.timeout, 1, 3600)
@@ -435,18 +444,11 @@ The addresses: /v1/images/generations, /v1/images/edits, /v1/chat/completions, /
 
 
 @dataclass(frozen=True, kw_only=True)
-class UiArguments(ModelArguments):
+class UiArguments(ListenArguments):
     """Serve the web page: spar ui"""
 
-    host: str = DEFAULT_HOST
-    """Address to listen on; any but this machine's own needs a token."""
     port: int = 7860
     """Port; 0 takes a free one."""
-    token_file: Path | None = None
-    """File with the token that the page asks for; by default what the variable SPAR_API_TOKEN holds, if anything."""
-
-    def __post_init__(self) -> None:
-        within("--port", self.port, 0, 65535)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,8 +49,9 @@ from spar.outputs import (
 
 if TYPE_CHECKING:
     import socket
+    from concurrent.futures import Executor
 
-    from spar.arguments import EvalArguments, ModelArguments, SamplingArguments, TrainArguments
+    from spar.arguments import EvalArguments, ListenArguments, ModelArguments, SamplingArguments, TrainArguments
     from spar.pipeline import SparPipeline
 
 WRONG_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
@@ -602,25 +603,17 @@ def serve(argv: list[str]) -> int:
     from spar.arguments import ServeArguments, parse
 
     args = parse(ServeArguments, argv, "spar serve")
-    from concurrent.futures import ThreadPoolExecutor
     from tempfile import TemporaryDirectory
 
-    from spar.serving.access import check_access, listen, read_token
-
-    token = read_token(args.token_file)
-    for extra in ("serve", "ui") if args.ui else ("serve",):
-        check_access(args.host, token, extra)
-    listener, thread = listen(args.host, args.port), ThreadPoolExecutor(1)
-    pipe = thread.submit(_load, args).result()  # where it will compute: `Worker` says why
+    listener, token, thread, pipe = _listen_and_load(args, *(["serve", "ui"] if args.ui else ["serve"]))
     with TemporaryDirectory(prefix="spar-") if args.ui else nullcontext() as pictures:
         with _uncollected():
             from spar.serving.limits import PAGE_PATH
             from spar.serving.run import server_of
 
             server = server_of(
-                pipe, notes=pipe.origin, token=token, host=args.host, max_batch=args.max_batch,
-                max_queue=args.max_queue, timeout=args.timeout, page=Path(pictures) if pictures else None,
-                thread=thread,
+                pipe, token=token, host=args.host, max_batch=args.max_batch, max_queue=args.max_queue,
+                timeout=args.timeout, page=Path(pictures) if pictures else None, thread=thread,
             )  # fmt: skip
         _log_to_stderr(logging.INFO)
         page = f", the page is {_address(listener)}{PAGE_PATH}" if args.ui else ""
@@ -629,6 +622,21 @@ def serve(argv: list[str]) -> int:
         print(f"serving on {_address(listener)}{page}", flush=True)
         server.run(sockets=[listener])
     return 0
+
+
+def _listen_and_load(
+    args: "ListenArguments", *extras: str
+) -> tuple["socket.socket", str | None, "Executor", "SparPipeline"]:
+    """What is wrong is said before the model loads, on the thread on which it will compute (`Worker` says why)."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from spar.serving.access import check_access, listen, read_token
+
+    token = read_token(args.token_file)
+    for extra in extras:
+        check_access(args.host, token, extra)
+    listener, thread = listen(args.host, args.port), ThreadPoolExecutor(1)
+    return listener, token, thread, thread.submit(_load, args).result()
 
 
 def _clear_at_sigterm() -> None:
@@ -641,20 +649,13 @@ def ui(argv: list[str]) -> int:
     from spar.arguments import UiArguments, parse
 
     args = parse(UiArguments, argv, "spar ui")
-    from concurrent.futures import ThreadPoolExecutor
-
-    from spar.serving.access import check_access, listen, read_token
-
-    token = read_token(args.token_file)
-    check_access(args.host, token, "ui")
-    listener, thread = listen(args.host, args.port), ThreadPoolExecutor(1)
-    pipe = thread.submit(_load, args).result()  # where it will compute: `Worker` says why
+    listener, token, thread, pipe = _listen_and_load(args, "ui")
     with bar("loading the page"), _uncollected():
         from spar.serving.site import serve_page
     _log_to_stderr(logging.WARNING)
     _clear_at_sigterm()
     print(f"the page is {_address(listener)} (Ctrl-C ends it)", flush=True)
-    serve_page(pipe, listener, notes=pipe.origin, token=token, call=lambda function: thread.submit(function, pipe))
+    serve_page(pipe, listener, token=token, call=lambda function: thread.submit(function, pipe))
     return 0
 
 

@@ -185,7 +185,8 @@ def test_no_token_of_a_packed_row_sees_forward_or_into_another_turn(prompts):
 
 @pytest.mark.parametrize("text", ["a red circle", "A Red CIRCLE.", "red", "what color is the circle?", "red\ncircle"])
 def test_known_words_pass(prompts, text):
-    prompts.check(text, "prompt", 64)
+    assert prompts.check(text, "prompt", 64) is None
+    assert prompts.tokenizer.unk_token_id not in prompts.encode(text)
 
 
 @pytest.mark.parametrize(

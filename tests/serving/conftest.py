@@ -15,7 +15,7 @@ def serving(pipe: Any, **settings: Any) -> Iterator[str]:
     from spar.serving.run import server_of
 
     listener = listen("127.0.0.1", 0)
-    defaults = {"host": "127.0.0.1", "token": None, "max_batch": 8, "max_queue": 16, "notes": {"model": "bundled"}}
+    defaults = {"host": "127.0.0.1", "token": None, "max_batch": 8, "max_queue": 16}
     server = server_of(pipe, **{**defaults, "timeout": 60, **settings})
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

@@ -153,8 +153,10 @@ def test_what_cannot_be_honoured_is_refused_in_openais_shape(client, field, valu
 
 
 def test_what_changes_nothing_is_taken(client):
-    client.images.generate(prompt=PROMPT, user="me", quality="auto", moderation="low", style=None, stream=False,
-                           extra_body=QUICK)  # fmt: skip
+    harmless = {"user": "me", "quality": "auto", "moderation": "low", "style": None, "stream": False}
+    asked = {"prompt": PROMPT, "extra_body": {"seed": 3, **QUICK}}
+    plain, same = client.images.generate(**asked), client.images.generate(**asked, **harmless)
+    assert plain.data[0].b64_json == same.data[0].b64_json
 
 
 def test_a_list_of_one_picture_is_that_picture(client, pipe):

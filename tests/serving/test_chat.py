@@ -131,10 +131,11 @@ def test_what_a_greedy_answer_cannot_honour_is_refused(client, picture, field, v
 
 
 def test_what_it_does_honour_is_taken(client, picture):
-    client.chat.completions.create(
+    answer = client.chat.completions.create(
         model="bundled", messages=[{"role": "developer", "content": "describe"}, *question(picture)], top_p=1, n=1,
         temperature=0, presence_penalty=0, frequency_penalty=0, seed=1, user="me", max_completion_tokens=1,
     )  # fmt: skip
+    assert answer.usage.completion_tokens == 1 and len(answer.choices) == 1
 
 
 def test_an_answer_may_be_sent_back_as_it_came(client, picture):

@@ -1,5 +1,6 @@
 """The data doctor: every sample read and decoded, and what training would stumble over, counted and named."""
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -183,7 +184,7 @@ def _captions(characters: np.ndarray, longest: int, needed: bool) -> dict[str, i
 
 
 def _side_names() -> tuple[str, ...]:
-    between = (f"{low} to {high - 1}" for low, high in zip(SIDES, SIDES[1:], strict=False))
+    between = (f"{low} to {high - 1}" for low, high in itertools.pairwise(SIDES))
     return (f"below {SIDES[0]}", *between, f"{SIDES[-1]} and more")
 
 

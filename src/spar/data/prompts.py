@@ -5,6 +5,7 @@ true unconditional prompts of classifier-free guidance. The chat template is Cha
 InternVL3 checkpoints have it; an image is `<img>`, one `<IMG_CONTEXT>` a visual token, `</img>`.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -142,7 +143,7 @@ class PromptEncoder:
         row: list[int] = []
         for role, parts in messages:
             row += self.encode(f"{TURN_START}{role}\n")
-            for part, before in zip(parts, (None, *parts), strict=False):
+            for before, part in itertools.pairwise((None, *parts)):
                 if part is None:
                     row += self.image() + self.encode("\n")
                 else:

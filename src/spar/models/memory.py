@@ -75,8 +75,8 @@ class Offload:
         self.present &= wanted
         for name in wanted - self.present:
             for module, key, weight in self.home[name]:
-                plain = type(weight.data) is Tensor
-                here = weight.data.to(self.device, **({"non_blocking": True} if plain else {}))  # torchao's cannot
+                plain = type(weight.data) is Tensor  # torchao's know no asynchronous copy
+                here = weight.data.to(self.device, non_blocking=True) if plain else weight.data.to(self.device)
                 module._parameters[key] = nn.Parameter(here, requires_grad=False)
             self.present.add(name)
 

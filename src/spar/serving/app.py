@@ -5,12 +5,12 @@ import base64
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, nullcontext
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Form, Request, UploadFile
+from fastapi import FastAPI, Form, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from PIL import Image
 
@@ -36,14 +36,13 @@ STREAM = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}
 
 
 def create_app(
-    worker: Worker, *, notes: Mapping[str, str | None], token: str | None = None,
-    hosts: Collection[str] | None = None, timeout: float = REQUEST_SECONDS, beside: FastAPI | None = None,
+    worker: Worker, *, token: str | None = None, hosts: Collection[str] | None = None,
+    timeout: float = REQUEST_SECONDS, beside: FastAPI | None = None,
 ) -> FastAPI:  # fmt: skip
     """The server as an ASGI application, which starts the worker and stops it.
 
     Args:
         worker: not started yet; its `observe` is set to the metrics.
-        notes: what the pictures say of the weights; the last part of `model` is the name that requests may give.
         token: what every request but `/health` must bear.
         hosts: names that the header Host may have where there is no token, None for any.
         timeout: seconds that a request may wait and run.
@@ -52,7 +51,8 @@ def create_app(
     metrics = Metrics(lambda: worker.waiting)
     worker.observe = metrics.observe
     pipe, started, decoders = worker.pipe, int(time.time()), ThreadPoolExecutor(DECODERS)
-    model = notes["model"].rpartition("/")[2]  # of hf://OWNER/NAME@COMMIT no more than fits a path
+    # What requests may call the model: of hf://OWNER/NAME@COMMIT no more than fits a path.
+    model = (pipe.origin.get("model") or "spar").rpartition("/")[2]
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -80,10 +80,16 @@ def create_app(
     async def answer(request: Request, jobs: list[Job], kind: str | None, until: float) -> Response:
         """Have the jobs done, and their pictures written."""
         worker.submit(*jobs)
-        return await asyncio.to_thread(_images, await _finished(request, jobs, until), kind or "png", notes)
+        return await asyncio.to_thread(_images, await _finished(request, jobs, until), kind or "png")
 
-    async def opened(request: Request, upload: UploadFile, until: float) -> Image.Image:
-        return await _race(request, read_picture(await upload.read(), "image", request.state.hold, decoders), until)
+    async def opened(
+        request: Request, form: schema.EditForm | schema.ReconstructForm, until: float
+    ) -> Image.Image:
+        """The picture of a form that has each field once and asks for this model."""
+        await _no_field_twice(request)
+        check_model(form.model)
+        data = await form.image.read()
+        return await _race(request, read_picture(data, "image", request.state.hold, decoders), until)
 
     @app.post("/v1/images/generations", response_model=schema.Images)
     async def generations(request: Request, body: schema.GenerationRequest) -> Response:
@@ -96,20 +102,16 @@ def create_app(
     @app.post("/v1/images/edits", response_model=schema.Images)
     async def edits(request: Request, form: Annotated[schema.EditForm, FORM]) -> Response:
         """A picture changed as the prompt says."""
-        await _no_field_twice(request)
-        check_model(form.model)
         until = deadline()
-        image = await opened(request, form.image, until)
+        image = await opened(request, form, until)
         jobs = drawing_jobs(pipe, form, _seed(form), pipe.edited_size(image), image)
         return await answer(request, jobs, form.output_format, until)
 
     @app.post("/v1/reconstruct", response_model=schema.Images)
     async def reconstruct(request: Request, form: Annotated[schema.ReconstructForm, FORM]) -> Response:
         """A picture through the unified tokenizer and back."""
-        await _no_field_twice(request)
-        check_model(form.model)
         until = deadline()
-        image = await opened(request, form.image, until)
+        image = await opened(request, form, until)
         return await answer(request, [reconstruction_job(image)], form.output_format, until)
 
     @app.post("/v1/chat/completions", response_model=schema.Completion, responses=STREAM)
@@ -267,11 +269,11 @@ def completion(model: str, out: Any, pieces: list[str | None]) -> dict[str, Any]
     return {**shared, "choices": [choice], "usage": usage_of(out)}
 
 
-def _images(made: list[Made], kind: str, notes: Mapping[str, str | None]) -> Response:
+def _images(made: list[Made], kind: str) -> Response:
     """Pictures as OpenAI's answer; of a PNG each carries how it was made."""
     data = []
     for one in made:
-        coded = base64.b64encode(encode_picture(one.image, kind, {**one.notes, **notes})).decode()
+        coded = base64.b64encode(encode_picture(one.image, kind, one.notes)).decode()
         data.append({"b64_json": coded, **({} if one.seed is None else {"seed": one.seed})})
     size = f"{made[0].image.width}x{made[0].image.height}"
     return JSONResponse({"created": int(time.time()), "data": data, "output_format": kind, "size": size})

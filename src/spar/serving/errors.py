@@ -1,5 +1,6 @@
 """Errors as OpenAI's clients read them. Texts are fixed or our own sentences; what a library said goes to the log."""
 
+import itertools
 from collections.abc import Mapping
 from concurrent.futures import CancelledError
 from typing import Any
@@ -84,7 +85,7 @@ def _validation(error: RequestValidationError) -> ApiError:
     """The first thing that is wrong with a body, by the name of its field."""
     first = error.errors()[0]
     loc = first["loc"][1:]
-    named = [part for before, part in zip(("", *loc), loc, strict=False) if not _is_tag(before, part)]
+    named = [part for before, part in itertools.pairwise(("", *loc)) if not _is_tag(before, part)]
     path = ".".join(map(str, named))
     param = "".join(letter if letter.isascii() and letter.isprintable() else "?" for letter in path[:MAX_SHOWN]) or None
     if first["type"] in ("json_invalid", "model_attributes_type"):

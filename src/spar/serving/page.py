@@ -6,7 +6,7 @@ import logging
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +20,7 @@ from spar.drawing.routing import routing_view
 from spar.errors import InputError
 from spar.flow.sampler import Cancelled
 from spar.limits import MAX_SEED
-from spar.outputs import BUNDLED_MODEL, save_pictures, source_notes
+from spar.outputs import save_pictures, source_notes
 from spar.serving import examples, parts
 from spar.serving.jobs import Jobs, Step
 from spar.serving.worker import Unavailable
@@ -31,32 +31,29 @@ if TYPE_CHECKING:
     from spar.pipeline import GenerateOutput, ReconstructOutput, SparPipeline
     from spar.serving.jobs import Call
 
-    Notes = Mapping[str, str | None]
 
 MAX_STEPS, MAX_GUIDANCE = 100, 15  # of the sliders; the pipeline's own limits are wider
 MAX_WAITING = 8  # pieces of work that are taken in; each holds a thread until its turn has come and gone
 KEPT_SECONDS = 3600  # a picture in the cache
-BUNDLED_NOTES = {"model": BUNDLED_MODEL}
 
 log = logging.getLogger(__name__)
 
 
-def build_page(pipe: SparPipeline, notes: Notes = BUNDLED_NOTES, call: Call | None = None) -> gr.Blocks:
+def build_page(pipe: SparPipeline, call: Call | None = None) -> gr.Blocks:
     """The page of a model, which wants `parts.CSS`.
 
     Args:
         pipe: does the work, one job at a time.
-        notes: which weights these are, for the notes of the pictures.
         call: as in `Jobs`.
     """
-    return _Page(pipe, notes, call).blocks
+    return _Page(pipe, call).blocks
 
 
 class _Page:
     """The tabs, and what their buttons do: methods that give new values of the components behind them."""
 
-    def __init__(self, pipe: SparPipeline, notes: Notes, call: Call | None) -> None:
-        self.pipe, self.notes, self.jobs = pipe, notes, Jobs(pipe, call)
+    def __init__(self, pipe: SparPipeline, call: Call | None) -> None:
+        self.pipe, self.jobs = pipe, Jobs(pipe, call)
         self.shapes = examples.knows_shapes(pipe)
         self.pictures = examples.scene_pictures()
         cleaning = (KEPT_SECONDS // 4, KEPT_SECONDS)
@@ -276,7 +273,7 @@ class _Page:
         """A picture as the command line writes it, with its notes, in Gradio's cache, which is emptied by and by."""
         path = Path(tempfile.mkdtemp(dir=self.blocks.GRADIO_CACHE)) / name
         given = source_notes(Path(source)) if source else {}
-        save_pictures(out.images, [path], [self.notes | given | out.notes[0]])
+        save_pictures(out.images, [path], [given | out.notes[0]])
         return str(path)
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import socket
-from collections.abc import Mapping
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
@@ -54,39 +53,37 @@ class Beside:
 class Server(uvicorn.Server):
     """uvicorn's, which has a page end its streams before it waits for what runs."""
 
-    page: Beside | None = None
+    both: Beside | None = None
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        if self.page:
-            self.page.end()
+        if self.both:
+            self.both.end()
         await super().shutdown(sockets)
 
 
 def server_of(
-    pipe: SparPipeline, *, host: str, token: str | None, max_batch: int, max_queue: int,
-    notes: Mapping[str, str | None], timeout: float, page: Path | None = None, thread: Executor | None = None,
+    pipe: SparPipeline, *, host: str, token: str | None, max_batch: int, max_queue: int, timeout: float,
+    page: Path | None = None, thread: Executor | None = None,
 ) -> uvicorn.Server:  # fmt: skip
     """A server that `run(sockets=[...])` starts; SIGINT and SIGTERM end it when what runs is done.
 
     Args:
-        notes, timeout: of `create_app`.
-        thread: that of the `Worker`; one of its own where it is None.
+        timeout: of `create_app`.
+        thread: of the `Worker`.
         page: an empty folder for the web page's pictures, which then stands at PAGE_PATH; None for no page.
     """
-    worker = Worker(pipe, max_batch, max_queue, **({"thread": thread} if thread else {}))
-    hosts = LOCAL_NAMES | {host} if is_local(host) else None
-    if page is None:
-        app = create_app(worker, notes=notes, token=token, hosts=hosts, timeout=timeout)
-    else:
+    worker, site = Worker(pipe, max_batch, max_queue, thread=thread), None
+    if page is not None:
         from spar.serving.site import page_app
 
-        site = page_app(pipe, host, PAGE_PATH, notes=notes, token=token, call=worker.call, cache=page)
-        api = create_app(worker, notes=notes, token=token, hosts=hosts, timeout=timeout, beside=site)
-        app = Beside(api, site)
+        site = page_app(pipe, host, PAGE_PATH, token=token, call=worker.call, cache=page)
+    hosts = LOCAL_NAMES | {host} if is_local(host) else None
+    api = create_app(worker, token=token, hosts=hosts, timeout=timeout, beside=site)
+    both = Beside(api, site) if site else None
     config = uvicorn.Config(
-        app, http=Protocol, ws="none", lifespan="on", log_config=None, server_header=False, proxy_headers=False,
+        both or api, http=Protocol, ws="none", lifespan="on", log_config=None, server_header=False, proxy_headers=False,
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
     )  # fmt: skip
     server = Server(config)
-    server.page = app if isinstance(app, Beside) else None
+    server.both = both
     return server

@@ -19,30 +19,29 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from spar.data.images import MAX_BYTES
 from spar.serving.access import is_local
 from spar.serving.doorman import Doorman
-from spar.serving.page import BUNDLED_NOTES, build_page
+from spar.serving.page import build_page
 from spar.serving.parts import CSS, theme
 
 if TYPE_CHECKING:
     from spar.pipeline import SparPipeline
     from spar.serving.jobs import Call
-    from spar.serving.page import Notes
 
 
 def mount_page(
-    app: FastAPI, pipe: SparPipeline, path: str = "/", *, notes: Notes = BUNDLED_NOTES, token: str | None = None,
-    call: Call | None = None, cache: Path,
+    app: FastAPI, pipe: SparPipeline, path: str = "/", *, token: str | None = None, call: Call | None = None,
+    cache: Path,
 ) -> FastAPI:  # fmt: skip
     """Put the page into an application.
 
     Args:
         app: gets the page.
-        pipe, notes, call: as in `build_page`.
+        pipe, call: as in `build_page`.
         path: where.
         token: what a person must give as password, if any.
         cache: an empty folder of our own, for pictures that come and go.
     """
     os.environ["GRADIO_TEMP_DIR"] = str(cache)  # Gradio's own way to be told; it is read when parts are made
-    blocks = build_page(pipe, notes, call)
+    blocks = build_page(pipe, call)
     doorman = Middleware(Doorman, files=cache, max_file=MAX_BYTES)
     return gr.mount_gradio_app(
         app, blocks, path, app_kwargs={"middleware": [doorman]}, max_file_size=MAX_BYTES, show_error=False,
@@ -57,28 +56,26 @@ def _password(token: str) -> Callable[[str, str], bool]:
 
 
 def page_app(
-    pipe: SparPipeline, host: str, path: str = "/", *, notes: Notes, token: str | None, call: Call | None = None,
-    cache: Path,
+    pipe: SparPipeline, host: str, path: str = "/", *, token: str | None, call: Call | None = None, cache: Path
 ) -> FastAPI:  # fmt: skip
     """An application with the page alone at `path`, reached at `host`; all else as in `mount_page`."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     if is_local(host):  # a page from elsewhere cannot reach us under a name of its own
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "["])  # [::1], cut at :
-    return mount_page(app, pipe, path, notes=notes, token=token, call=call, cache=cache)
+    return mount_page(app, pipe, path, token=token, call=call, cache=cache)
 
 
 def serve_page(
-    pipe: SparPipeline, listener: socket.socket, *, notes: Notes = BUNDLED_NOTES, token: str | None = None,
-    call: Call | None = None,
+    pipe: SparPipeline, listener: socket.socket, *, token: str | None = None, call: Call | None = None
 ) -> None:  # fmt: skip
     """Serve the page until interrupted.
 
     Args:
-        pipe, notes, token, call: as in `mount_page`.
+        pipe, token, call: as in `mount_page`.
         listener: of `access.listen`, after `access.check_access`.
     """
     with tempfile.TemporaryDirectory(prefix="spar-") as cache:
-        app = page_app(pipe, listener.getsockname()[0], notes=notes, token=token, call=call, cache=Path(cache))
+        app = page_app(pipe, listener.getsockname()[0], token=token, call=call, cache=Path(cache))
         config = uvicorn.Config(
             app, log_config=None, ws="none", server_header=False, proxy_headers=False, timeout_graceful_shutdown=1
         )

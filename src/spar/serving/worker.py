@@ -81,7 +81,7 @@ class Worker:
     max_batch: int = MAX_BATCH
     max_queue: int = MAX_QUEUE
     observe: Callable[[float, int], None] = lambda seconds, rows: None
-    thread: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, "spar-worker"))
+    thread: Executor | None = None
 
     def __post_init__(self) -> None:
         self._waiting: deque[Job] = deque()
@@ -89,6 +89,7 @@ class Worker:
         self._changed = threading.Condition(threading.RLock())
         self._stopping = False
         self._expected, self._answered_at = 0, 0.0
+        self.thread = self.thread or ThreadPoolExecutor(1, "spar-worker")
         self._running: Future | None = None
 
     def start(self) -> None:
