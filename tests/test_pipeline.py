@@ -18,6 +18,7 @@ from spar import pipeline
 from spar.data.images import to_pil, to_square, to_tensor
 from spar.errors import InputError
 from spar.flow.sampler import Cancelled, sample
+from spar.limits import MAX_NEW_TOKENS
 from spar.models.attention import attention_bias, positions
 from spar.models.checkpoint import Loaded, load_model
 from spar.outputs import read_notes
@@ -418,6 +419,15 @@ def test_a_chat_is_the_models_greedy_answer_to_the_whole_conversation(pipe, pict
     assert (out.prompt_tokens, out.tokens) == (length, row.shape[1] - length)
 
 
+def test_images_are_moved_before_the_text_of_their_turn(pipe, pictures):
+    """The order of the training data; in the other order the bundled model all but guesses."""
+    image, text = ({"type": "image", "image": pictures[0]}, {"type": "text", "text": QUESTION})
+    orders = [[image, text], [text, image]]
+    answers = ["".join(pipe.chat([{"role": "user", "content": parts}], max_new_tokens=4)) for parts in orders]
+    tokens = [pipe.chat([{"role": "user", "content": parts}]).prompt_tokens for parts in orders]
+    assert answers[0] == answers[1] and tokens[0] == tokens[1]
+
+
 def test_every_message_and_every_picture_of_a_chat_counts(pipe, pictures):
     seen = []
 
@@ -488,7 +498,7 @@ def test_two_chats_at_once_do_not_meet(pipe, pictures):
         ([turn("<IMG_CONTEXT>")], "control tokens"),
         ([turn(" ")], "expected some words"),
         ([turn("", role="system"), turn("how many ?")], r"messages\[0\]: expected some words"),
-        ([turn("red " * 505)], "expected at most 512 tokens with their images and the answer, got 513 and 1 for"),
+        ([turn("red " * 505)], "expected at most 512 tokens with their images and one for the answer, got 513"),
         ([turn("red " * 600)], r"messages\[0\]: expected at most 512 tokens, got 600"),
         ([turn("red " * 9000)], "messages.0.: expected at most 512 tokens, got a text of"),
         ([turn("how many ?", *[Image.new("RGB", (8, 8))] * 8)], "at most 512 tokens .* got 5[0-9][0-9]"),
@@ -545,6 +555,7 @@ def test_reconstruct_is_the_tokenizer_there_and_back(pipe, pictures):
 
 FRESH = """
 import sys, numpy, torch
+from spar.limits import MAX_NEW_TOKENS
 from spar.pipeline import SparPipeline
 torch.set_num_threads(int(sys.argv[3]))
 pipe = SparPipeline.from_pretrained(sys.argv[1], dtype=torch.float32, device="cpu")
@@ -692,13 +703,40 @@ def test_images_and_texts_must_pair_up(pipe, pictures):
         edit(pipe, pictures[:2], negative_prompt=["red"] * 3)
 
 
-@pytest.mark.parametrize("tokens", [0, 257, True, "9", 2.5, None])
+@pytest.mark.parametrize("tokens", [0, True, "9", 2.5, None])
 def test_max_new_tokens_has_bounds(pipe, pictures, tokens):
-    with pytest.raises(InputError, match="max_new_tokens: expected 1 to 256"):
+    with pytest.raises(InputError, match="max_new_tokens: expected 1 or more"):
         pipe.understand(pictures[0], QUESTION, max_new_tokens=tokens)
     if tokens is not None:  # for a chat: as many as fit
-        with pytest.raises(InputError, match="max_new_tokens: expected 1 to 256"):
+        with pytest.raises(InputError, match="max_new_tokens: expected 1 or more"):
             pipe.chat(conversation(pictures[0]), max_new_tokens=tokens)
+
+
+@pytest.mark.parametrize("words", [QUESTION, "red " * 400])
+def test_more_new_tokens_than_there_can_be_are_cut_to_those(pipe, pictures, monkeypatch, words):
+    """At most MAX_NEW_TOKENS, and at most what the model has positions for behind a long question."""
+    asked = []
+    stream = type(pipe.model.language).stream
+
+    def counted(self, embeddings, mask, *, max_new_tokens):
+        asked.append((mask.shape[1], max_new_tokens))
+        return islice(stream(self, embeddings, mask, max_new_tokens=max_new_tokens), 2)
+
+    monkeypatch.setattr(type(pipe.model.language), "stream", counted)
+    monkeypatch.setattr(pipe, "check_text", lambda *_: None)  # understand takes no question as long as a chat does
+    pipe.understand(pictures[0], words, max_new_tokens=10**6)
+    out = pipe.chat([turn(words, pictures[0])], max_new_tokens=10**6)
+    list(out)
+    longest = pipe.model.config.text.longest
+    assert [new for _, new in asked] == [min(MAX_NEW_TOKENS, longest - length) for length, _ in asked]
+    assert len(asked) == 2
+
+
+def test_a_chat_that_is_cut_says_so(pipe, pictures, monkeypatch):
+    monkeypatch.setattr("spar.pipeline.MAX_NEW_TOKENS", 3)
+    out = pipe.chat(conversation(pictures[0]), max_new_tokens=4096)
+    list(out)
+    assert (out.tokens, out.finish_reason) == (3, "length")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from tyro.conf import DisallowNone, FlagConversionOff, FlagCreatePairsOff, Posit
 
 from spar.data.samples import Format
 from spar.errors import InputError
-from spar.limits import MAX_GUIDANCE, MAX_IMAGES, MAX_NEW_TOKENS, MAX_SEED, MAX_STEPS, MAX_WORKERS, within
+from spar.limits import MAX_GUIDANCE, MAX_IMAGES, MAX_SEED, MAX_STEPS, MAX_WORKERS, within
 from spar.serving.limits import DEFAULT_HOST, DEFAULT_PORT, MAX_BATCH, MAX_QUEUE, REQUEST_SECONDS, told
 
 if TYPE_CHECKING:
@@ -130,11 +130,11 @@ class UnderstandArguments(ModelArguments):
     question: Annotated[Positional[tuple[str, ...]], arg(metavar="QUESTION")]
     """What to ask; one line is printed for each question."""
     max_new_tokens: int = 48
-    """Longest answer."""
+    """Longest answer; more than 256 is cut to that."""
 
     def __post_init__(self) -> None:
         _some(self.question, "question", "IMAGE QUESTION")
-        within("--max-new-tokens", self.max_new_tokens, 1, MAX_NEW_TOKENS)
+        within("--max-new-tokens", self.max_new_tokens, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,8 @@
 Light on purpose: a wrong number is refused before any heavy library is imported.
 """
 
+import math
+
 from spar.errors import InputError
 
 MAX_STEPS = 1000
@@ -18,7 +20,7 @@ MAX_TILE = 1024
 MAX_WORKERS = 256
 
 
-def within(name: str, value: object, low: float, high: float) -> None:
+def within(name: str, value: object, low: float, high: float = math.inf) -> None:
     """Refuse what is no number, or one outside [low, high] (NaN is in no range); None, "not given", passes.
 
     Raises:
@@ -27,14 +29,18 @@ def within(name: str, value: object, low: float, high: float) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise InputError(f"{name}: expected {low} to {high}, got {value!r}")
+        raise InputError(f"{name}: expected {_range(low, high)}, got {value!r}")
 
 
-def whole_within(name: str, value: object, low: int, high: int) -> None:
+def whole_within(name: str, value: object, low: int, high: float = math.inf) -> None:
     """Refuse what is no whole number in [low, high]; here None is refused too.
 
     Raises:
         InputError: naming what was expected and what came.
     """
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InputError(f"{name}: expected {low} to {high}, got {value!r}")
+        raise InputError(f"{name}: expected {_range(low, high)}, got {value!r}")
+
+
+def _range(low: float, high: float) -> str:
+    return f"{low} or more" if high == math.inf else f"{low} to {high}"

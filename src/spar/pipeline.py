@@ -242,10 +242,15 @@ class SparPipeline:
     def understand(
         self, image: ImageSource | Sequence[ImageSource], question: str | Sequence[str], *, max_new_tokens: int = 48
     ) -> UnderstandOutput:
-        """Answers about pictures, greedy; pairs as in `edit`."""
-        whole_within("max_new_tokens", max_new_tokens, 1, MAX_NEW_TOKENS)
+        """Answers about pictures, greedy; pairs as in `edit`.
+
+        `max_new_tokens` is at most MAX_NEW_TOKENS and at most what fits: a larger number is cut to that.
+        """
+        whole_within("max_new_tokens", max_new_tokens, 1)
         pixels, questions = self._pairs(image, question, "question")
         tokens = self.prompts.question(questions).to(self.device)
+        room = self.model.config.text.longest - int(tokens.mask.sum(1).max())
+        max_new_tokens = min(max_new_tokens, MAX_NEW_TOKENS, max(room, 1))
         with self._precision():
             f_v = self._features(pixels)
             self._bring("language")
@@ -259,30 +264,31 @@ class SparPipeline:
             messages: `{"role": "system" | "user" | "assistant", "content": ...}`; a content is text, or a list of parts
                 `{"type": "text", "text": str}` and `{"type": "image", "image": ImageSource}`. `read_messages` has the
                 order. Pictures are made square, as in `understand`.
-            max_new_tokens: by default as many as fit, at most MAX_NEW_TOKENS.
+            max_new_tokens: by default as many as fit, at most MAX_NEW_TOKENS; a larger number is cut to that, and an
+                answer that reaches it ends with the finish reason "length".
 
         Raises:
             InputError: at the call, before anything is computed.
         """
         if max_new_tokens is not None:
-            whole_within("max_new_tokens", max_new_tokens, 1, MAX_NEW_TOKENS)
+            whole_within("max_new_tokens", max_new_tokens, 1)
         turns, longest = read_messages(messages, self.image_size), min(self.model.config.text.longest, MAX_CHAT_TOKENS)
         for index, turn in enumerate(turns):
             for text in turn.parts:
                 if isinstance(text, str) and (text or turn.role != "assistant"):  # a model may have said nothing
                     self.prompts.check(text, f"messages[{index}]", longest)
         written = [(turn.role, [part if isinstance(part, str) else None for part in turn.parts]) for turn in turns]
-        tokens, wanted = self.prompts.conversation(written), max_new_tokens or 1
+        tokens = self.prompts.conversation(written)
         length = tokens.ids.shape[1]
-        if length + wanted > longest:
+        if length >= longest:
             raise InputError(
-                f"messages: expected at most {longest} tokens with their images and the answer, "
-                f"got {length} and {wanted} for the answer"
+                f"messages: expected at most {longest} tokens with their images and one for the answer, got {length}"
             )
         images = [image for turn in turns for image in turn.images]
         pixels = to_tensor(images).to(self.device) if images else None
         out = ChatOutput(length)
-        out.pieces = self._speak(out, tokens, pixels, max_new_tokens or min(MAX_NEW_TOKENS, longest - length))
+        room = min(MAX_NEW_TOKENS, longest - length)
+        out.pieces = self._speak(out, tokens, pixels, min(max_new_tokens or room, room))
         return out
 
     def _speak(self, out: ChatOutput, tokens: Tokens, pixels: Tensor | None, longest: int) -> Iterator[str]:

@@ -29,7 +29,7 @@ def image(source=RED) -> dict:
     return {"type": "image", "image": source}
 
 
-def test_a_conversation_keeps_its_order_and_opens_its_pictures(tmp_path):
+def test_a_conversation_keeps_its_turns_and_opens_its_pictures(tmp_path):
     RED.save(tmp_path / "red.png")
     turns = read_messages(
         [
@@ -42,8 +42,17 @@ def test_a_conversation_keeps_its_order_and_opens_its_pictures(tmp_path):
     )
     assert [turn.role for turn in turns] == ["system", "user", "assistant", "user"]
     assert [turn.parts for turn in turns if not turn.images] == [("look closely",), ("one",), ("what color ?",)]
-    assert turns[1].parts[1:3] == ("how many ?", "and ?") and turns[1].images == [turns[1].parts[0], turns[1].parts[3]]
+    assert turns[1].parts[2:] == ("how many ?", "and ?") and turns[1].images == [*turns[1].parts[:2]]
     assert [np.asarray(one).tolist() for one in turns[1].images] == [[[[255, 0, 0]] * SIDE] * SIDE] * 2
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.sampled_from(("a", "b", 1, 2)), min_size=1, max_size=8))
+def test_images_come_before_the_text_of_their_turn_each_in_its_order(order):
+    parts = [text(one) if isinstance(one, str) else image(Image.new("RGB", (4, 4), (one, 0, 0))) for one in order]
+    (turn,) = read_messages([user(*parts)], SIDE)
+    kept = [part if isinstance(part, str) else part.getpixel((0, 0))[0] for part in turn.parts]
+    assert kept == [one for one in order if one in (1, 2)] + [one for one in order if one in ("a", "b")]
 
 
 def test_a_conversation_may_be_one_question_without_a_picture():

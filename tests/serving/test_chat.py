@@ -45,6 +45,21 @@ def test_an_answer_about_a_picture_is_the_pipelines_own(client, pipe, picture):
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens and usage.completion_tokens == 1
 
 
+def test_text_may_stand_before_the_image(client, picture):
+    """Many clients write their turns so; the answer is that of the other order, and right."""
+    turn = question(picture)[0]
+    answer = client.chat.completions.create(model="bundled", messages=[turn | {"content": turn["content"][::-1]}])
+    assert answer.choices[0].message.content == "red"
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+def test_more_tokens_than_an_answer_can_have_are_cut(client, picture, field):
+    """Benchmark kits ask for thousands; 256 is what there is, and what ends there says `length`."""
+    for count in (257, 4096, 10**12):
+        said = client.chat.completions.create(model="bundled", messages=question(picture), extra_body={field: count})
+        assert (said.choices[0].message.content, said.choices[0].finish_reason) == ("red", "stop")
+
+
 def test_a_conversation_of_several_turns_is_the_pipelines_own(client, pipe, picture):
     messages = [
         *question(picture), {"role": "assistant", "content": "red"}, {"role": "user", "content": "describe the image"}
@@ -121,7 +136,7 @@ def test_a_reader_that_leaves_a_stream_frees_its_place(pipe, serve, picture, mon
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("temperature", 0.7), ("n", 2), ("tools", []), ("stop", "x"), ("presence_penalty", 1), ("max_tokens", 257),
+    [("temperature", 0.7), ("n", 2), ("tools", []), ("stop", "x"), ("presence_penalty", 1), ("max_tokens", 0),
      ("response_format", {"type": "json_object"}), ("logprobs", True), ("stream_options", {"include_usage": True})],
 )  # fmt: skip
 def test_what_a_greedy_answer_cannot_honour_is_refused(client, picture, field, value):

@@ -61,7 +61,7 @@ LIMITS = (
     ("MAX_MESSAGES", MAX_MESSAGES, "messages of a chat"),
     ("MAX_PARTS", MAX_PARTS, "parts of a message"),
     ("MAX_CHAT_PICTURES", MAX_CHAT_PICTURES, "pictures of a chat"),
-    ("MAX_ANSWER_TOKENS", MAX_ANSWER_TOKENS, "tokens of an answer (max_completion_tokens)"),
+    ("MAX_ANSWER_TOKENS", MAX_ANSWER_TOKENS, "tokens of an answer (max_completion_tokens), to which more is cut"),
     ("HEADER_SECONDS", HEADER_SECONDS, "seconds that a request's head may take to come in"),
     ("BODY_SECONDS", BODY_SECONDS, "seconds that its body may take"),
     ("READ_SECONDS", READ_SECONDS, "seconds that a client may read nothing of an answer"),

@@ -26,6 +26,8 @@ from spar.serving.limits import (
 
 Name = Annotated[str, Field(max_length=256)]
 Text = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)]
+# More than an answer can have is cut, not refused: clients and benchmark kits ask for thousands as a matter of course.
+AnswerTokens = Annotated[int, Field(ge=1, description=f"At most {MAX_ANSWER_TOKENS}; more is cut to that.")]
 Zero = Annotated[float, Field(ge=0, le=0)]
 OutputFormat = Literal["png", "jpeg", "webp"]
 
@@ -151,8 +153,8 @@ class ChatRequest(Strict):
     model: Name | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_ANSWER_TOKENS)] | None = None
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_ANSWER_TOKENS)] | None = None
+    max_completion_tokens: AnswerTokens | None = None
+    max_tokens: AnswerTokens | None = None
     temperature: Zero | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     frequency_penalty: Zero | None = None
