@@ -626,10 +626,11 @@ def test_the_demos_prompts_are_captions_that_the_judge_can_check():
 def test_doctor_fails_only_on_what_is_wrong(capsys, monkeypatch):
     from spar import doctor
 
-    good = [doctor.Check("torch", True, "2.13"), doctor.Check("extra [gpu]", None, "not here", "pip install spar[gpu]")]
+    command = "pip install spar-unified[gpu]"
+    good = [doctor.Check("torch", True, "2.13"), doctor.Check("extra [gpu]", None, "not here", command)]
     monkeypatch.setattr(doctor, "examine", lambda: good)
     assert main(["doctor"]) == 0
-    assert "pip install spar[gpu]" in capsys.readouterr().out
+    assert "pip install spar-unified[gpu]" in capsys.readouterr().out
     monkeypatch.setattr(doctor, "examine", lambda: [*good, doctor.Check("weights", False, "damaged", "install anew")])
     assert main(["doctor"]) == 1
     assert "install anew" in capsys.readouterr().out
@@ -859,4 +860,4 @@ def test_the_page_wants_its_extra_and_a_token_for_others(no_load, monkeypatch, c
     assert "--port: expected 0 to 65535, got 70000" in said(capsys, "ui --port 70000")[1]
     assert "other machines can reach this address, which needs a token" in said(capsys, "ui --host 0.0.0.0")[1]
     monkeypatch.setattr("spar.serving.access.find_spec", lambda name: None if name == "gradio" else name)
-    assert "this needs gradio: pip install 'spar[ui]'" in said(capsys, "ui")[1]
+    assert "this needs gradio: pip install 'spar-unified[ui]'" in said(capsys, "ui")[1]

@@ -43,7 +43,7 @@ def test_every_finding_here_is_complete_and_nothing_is_printed(capsys):
     assert capsys.readouterr() == ("", "")
     names = [check.name for check in checks]
     assert len(set(names)) == len(names)
-    assert {"python", "spar", "torch", "diffusers", "device", "bfloat16", "weights", "disk", "memory"} <= {*names}
+    assert {"python", "spar-unified", "torch", "device", "bfloat16", "weights", "one step", "memory"} <= {*names}
     for check in checks:
         assert check.found, check
         assert check.ok is not False or check.mend, f"{check} says not how to mend it"
@@ -59,11 +59,11 @@ def test_the_environment_of_the_tests_is_supported():
 def test_versions_are_compared_with_the_installed_requirements(monkeypatch):
     pretend(
         monkeypatch,
-        {"spar": "0.1.0", "torch": "2.13.0+cpu", "diffusers": "0.30.0", "ruff": "1"},
+        {"spar-unified": "0.1.0", "torch": "2.13.0+cpu", "diffusers": "0.30.0", "ruff": "1"},
         ["torch<3,>=2.10", "diffusers<0.43,>=0.42", "tyro>=1", 'ruff>=2; extra == "dev"', 'x; python_version < "3"'],
     )
     checks = {check.name: check for check in doctor.check_dependencies()}
-    assert set(checks) == {"spar", "torch", "diffusers", "tyro"}
+    assert set(checks) == {"spar-unified", "torch", "diffusers", "tyro"}
     assert checks["torch"].ok
     assert checks["diffusers"].ok is False and "0.30.0" in checks["diffusers"].found
     assert Requirement(checks["diffusers"].mend.split('"')[1]).specifier.contains("0.42.1")
@@ -76,7 +76,7 @@ def test_an_absent_extra_is_for_information_and_a_present_one_is_right(monkeypat
     pretend(monkeypatch, {"ruff": "2.1"}, requires)
     dev, gpu = doctor.check_extras()
     assert dev.ok is True and "2.1" in dev.found
-    assert gpu.ok is None and "lpips" in gpu.found and "spar[gpu]" in gpu.mend
+    assert gpu.ok is None and "lpips" in gpu.found and "spar-unified[gpu]" in gpu.mend
 
 
 class _Metadata:
@@ -99,6 +99,14 @@ def test_a_python_below_the_range_is_found(monkeypatch):
     monkeypatch.setattr(doctor.platform, "python_version", lambda: "3.9.1")
     check = doctor.check_python()
     assert check.ok is False and "3.9.1" in check.found and "3.11" in check.mend
+
+
+def test_a_library_whose_layers_refuse_our_calls_is_found(monkeypatch):
+    """transformers 5.24 imported, and failed at the first token: only a step says so."""
+    assert doctor.check_step().ok
+    monkeypatch.setattr("spar.models.language.Past.update", lambda self, key, value: (key, value))
+    check = doctor.check_step()
+    assert check.ok is False and "TypeError" in check.found and check.mend
 
 
 def test_a_broken_torchvision_is_found_and_taken_out(monkeypatch, tmp_path):

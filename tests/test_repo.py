@@ -24,7 +24,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 # all may read, and the command line, which is one room in several files.
 FLOORS = {
     "errors": 1, "limits": 1, "config": 1, "flow": 1, "losses": 1, "data": 1, "drawing": 1, "outputs": 1,
-    "precision": 1,
+    "precision": 1, "threads": 1,
     "models": 2, "worlds": 2, "results": 2,
     "training": 3, "pipeline": 3,
     "recipes": 4, "evaluation": 4, "serving": 4, "doctor": 4,
@@ -61,7 +61,7 @@ def imports(tree: ast.Module, known: set[str]) -> Iterator[tuple[int, str]]:
             base = "." * node.level + (node.module or "")
             for alias in node.names:
                 full = f"{base}.{alias.name}"
-                if full != "spar.__version__":  # the one name of the top that every floor may read
+                if full not in ("spar.__version__", "spar.DISTRIBUTION"):  # what every floor may read of the top
                     yield node.lineno, full if full in known else base
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from spar.pipeline import SparPipeline
 
 __version__ = "0.1.0"
+DISTRIBUTION = "spar-unified"  # the name on PyPI, where "spar" is another project
 __all__ = ["AutoencoderSpar", "Cancelled", "InputError", "SparPipeline", "__version__"]
 
 _HOMES = {

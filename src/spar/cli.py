@@ -46,6 +46,7 @@ from spar.outputs import (
     target_files,
     whole_folder,
 )
+from spar.threads import limit_spinning
 
 if TYPE_CHECKING:
     import socket
@@ -61,6 +62,7 @@ RECONSTRUCT_BATCH = 64
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    limit_spinning()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

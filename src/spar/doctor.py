@@ -22,6 +22,10 @@ from typing import TYPE_CHECKING
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from spar import DISTRIBUTION
+from spar.errors import install_command
+from spar.threads import SETTINGS
+
 if TYPE_CHECKING:
     import torch
 
@@ -58,6 +62,7 @@ def examine() -> list[Check]:
         check_device(),
         check_bfloat16(),
         check_weights(WEIGHTS),
+        check_step(),
         *check_extras(),
         check_temporary(),
         check_disk(Path.cwd()),
@@ -68,7 +73,7 @@ def examine() -> list[Check]:
 def check_python() -> Check:
     """The interpreter against the package's `Requires-Python`."""
     try:
-        required = importlib.metadata.metadata("spar")["Requires-Python"] or ""
+        required = importlib.metadata.metadata(DISTRIBUTION)["Requires-Python"] or ""
     except importlib.metadata.PackageNotFoundError:
         required = ""
     version = platform.python_version()
@@ -79,7 +84,7 @@ def check_python() -> Check:
 
 def requirements(extra: str = "") -> list[Requirement]:
     """What the installed package requires; with the name of an extra, what that extra adds."""
-    parsed = [Requirement(line) for line in importlib.metadata.requires("spar") or []]
+    parsed = [Requirement(line) for line in importlib.metadata.requires(DISTRIBUTION) or []]
     always = [r for r in parsed if r.marker is None or r.marker.evaluate({"extra": ""})]
     if not extra:
         return always
@@ -91,9 +96,9 @@ def check_dependencies() -> Iterator[Check]:
     try:
         required = requirements()
     except importlib.metadata.PackageNotFoundError:
-        yield Check("spar", False, "not installed, run from its sources", "pip install -e . in their folder")
+        yield Check(DISTRIBUTION, False, "not installed, run from its sources", "pip install -e . in their folder")
         return
-    yield Check("spar", True, importlib.metadata.version("spar"))
+    yield Check(DISTRIBUTION, True, importlib.metadata.version(DISTRIBUTION))
     for requirement in required:
         yield _check_requirement(requirement)
 
@@ -130,6 +135,21 @@ def check_pipeline() -> Check:
     return Check("pipeline", False, f"does not import: {failure}", f"mend what stands above; else {REINSTALL}")
 
 
+def check_step() -> Check:
+    """One step of each task: that a library imports does not say that its layers take our calls."""
+    try:
+        from spar.pipeline import SparPipeline
+
+        pipe = SparPipeline.from_pretrained(device="cpu")
+        image = pipe.generate("a red circle", seed=0, num_inference_steps=1).images[0]
+        pipe.edit(image, "remove the red circle", seed=0, num_inference_steps=1)
+        pipe.understand(image, "what color is the background?", max_new_tokens=2)
+    except Exception as error:  # a broken installation raises anything
+        return Check("one step", False, f"fails: {type(error).__name__}: {_first_line(error)}",
+                     f"mend what stands above; else {REINSTALL}")
+    return Check("one step", True, "an image is drawn and edited, a question answered")
+
+
 def check_device() -> Check:
     """Where the model runs."""
     failure = _failure("torch")
@@ -143,7 +163,8 @@ def check_device() -> Check:
         return Check("device", True, f"cuda: {properties.name}, {_size(properties.total_memory)}")
     if device.type == "mps":
         return Check("device", True, "mps (give --device mps; the default is the CPU)")
-    found = f"cpu, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    chosen = ", ".join(f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ) or "as OpenMP waits"
+    found = f"cpu, {torch.get_num_threads()} threads of {os.cpu_count()} cores ({chosen}), one for a small image"
     if torch.version.cuda is None and shutil.which("nvidia-smi"):
         return Check("device", None, f"{found}; an NVIDIA driver is here, but torch is a CPU build",
                      "install a CUDA build of torch to use the GPU")
@@ -228,14 +249,14 @@ def check_weights(folder: Path) -> Check:
 def check_extras() -> Iterator[Check]:
     """Each optional extra: all of it here, or what is missing."""
     try:
-        extras = importlib.metadata.metadata("spar").get_all("Provides-Extra") or []
+        extras = importlib.metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or []
     except importlib.metadata.PackageNotFoundError:
         return
     for extra in extras:
         checks = [_check_requirement(requirement) for requirement in requirements(extra)]
         wrong = [f"{check.name} {check.found}" for check in checks if not check.ok]
         if wrong:
-            yield Check(f"extra {extra}", None, "; ".join(wrong), f'pip install "spar[{extra}]", if you want it')
+            yield Check(f"extra {extra}", None, "; ".join(wrong), f"{install_command(extra)}, if you want it")
         else:
             yield Check(f"extra {extra}", True, ", ".join(f"{check.name} {check.found}" for check in checks))
 

@@ -1,4 +1,6 @@
-"""The one error that is the user's to mend."""
+"""The one error that is the user's to mend, and the command that installs an optional part."""
+
+from spar import DISTRIBUTION
 
 
 class InputError(ValueError):
@@ -6,3 +8,8 @@ class InputError(ValueError):
 
     The message is one sentence that says what was expected and what came. The CLI prints it and exits with status 2.
     """
+
+
+def install_command(extra: str) -> str:
+    """The command that installs one of the extras of pyproject.toml."""
+    return f"pip install '{DISTRIBUTION}[{extra}]'"

@@ -4,9 +4,10 @@ The keyword names are diffusers'. Every task takes one input or a list and batch
 seed and never on its neighbours.
 """
 
+import math
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from dataclasses import fields as fields_of
 from pathlib import Path
@@ -44,6 +45,7 @@ from spar.models.tiling import SMALLEST
 from spar.outputs import BUNDLED_MODEL
 from spar.precision import check_device
 from spar.results import ChatOutput, GenerateOutput, ReconstructOutput, Routing, UnderstandOutput
+from spar.threads import threads_for
 
 BUNDLED = Path(__file__).parent / "assets" / "weights"
 MAX_SIDE_FACTOR = 2  # pictures up to twice the trained side
@@ -90,6 +92,7 @@ class SparPipeline:
         self._offload = Offload(model, self.device) if self.offload else None
         if not self.offload:
             model.to(self.device)
+        self._parameters = sum(parameter.numel() for parameter in model.parameters())
         config = self.model.config
         self.prompts = PromptEncoder(
             self.loaded.text_tokenizer, config.grid**2, image_start=config.connector.image_start,
@@ -251,7 +254,7 @@ class SparPipeline:
         tokens = self.prompts.question(questions).to(self.device)
         room = self.model.config.text.longest - int(tokens.mask.sum(1).max())
         max_new_tokens = min(max_new_tokens, MAX_NEW_TOKENS, max(room, 1))
-        with self._precision():
+        with self._compute(len(pixels)):
             f_v = self._features(pixels)
             self._bring("language")
             rows = self.model.understand(tokens.ids, tokens.mask, f_v, max_new_tokens=max_new_tokens)
@@ -294,13 +297,13 @@ class SparPipeline:
     def _speak(self, out: ChatOutput, tokens: Tokens, pixels: Tensor | None, longest: int) -> Iterator[str]:
         """The pieces of one answer. No mode of torch is left on while the caller has a piece in hand."""
         text, tokens = TextStream(self.loaded.text_tokenizer), tokens.to(self.device)
-        with torch.inference_mode(), self._precision():
+        with torch.inference_mode(), self._compute():
             f_v = None if pixels is None else self._features(pixels)
             self._bring("language")
             embedded = self.model.embed(tokens.ids, f_v)
             steps = self.model.language.stream(embedded, tokens.mask, max_new_tokens=longest)
         while True:
-            with torch.inference_mode(), self._precision():
+            with torch.inference_mode(), self._compute():
                 self._bring("language")  # other calls may come between two pieces
                 step = next(steps, None)
             if step is None:
@@ -316,7 +319,7 @@ class SparPipeline:
     def reconstruct(self, image: ImageSource | Sequence[ImageSource]) -> ReconstructOutput:
         """Pictures through the unified tokenizer and back."""
         pixels = self._pixels(image)
-        with self._precision():
+        with self._compute(len(pixels)):
             tokenizer = self.model.tokenizer
             self._bring("encoder", "streams")
             z_f = tokenizer.encode(pixels).z_f
@@ -352,7 +355,7 @@ class SparPipeline:
     def preview(self, latent: Tensor) -> list[Image.Image]:
         """What a callback's latent `[B, C, h, w]` looks like: blurred at first, and after the last step the result."""
         self._bring("decoder")
-        with self._precision():
+        with self._compute(len(latent)):
             images = self.model.decode(latent, self.decode_tile).float()
         self._bring("denoiser")  # the sampler goes on
         return to_pil(images)
@@ -374,7 +377,7 @@ class SparPipeline:
         within("images in all", count, 1, MAX_IMAGES)
         seeds = _seeds(seed, count)
         noise = self._noise(seeds, size)
-        with self._precision():
+        with self._compute(count):
             f_v = self._features(pixels) if pixels is not None else None
             self._bring("streams", "language", "bridge")
             condition, routed = self._conditions(tokens, negatives, f_v, size, guidance)
@@ -457,8 +460,12 @@ class SparPipeline:
         self._bring("encoder")
         return self.model.tokenizer.encoder(pixels).float()
 
-    def _precision(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+    @contextmanager
+    def _compute(self, images: int = 1) -> Iterator[None]:
+        """Autocast, and on a CPU as many threads as the work on so many images is worth."""
+        work = self._parameters * images * self.model.config.grid**2 if self.device.type == "cpu" else math.inf
+        with threads_for(work), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            yield
 
     def _pixels(self, image: ImageSource | Sequence[ImageSource], *, keep_aspect: bool = False) -> Tensor:
         sources = list(image) if isinstance(image, (list, tuple)) else [image]

@@ -257,7 +257,7 @@ def test_without_pyarrow_parquet_says_how_to_get_it(sets, monkeypatch):
         return load(name, *args, **keywords)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(InputError, match=r'pip install "spar\[data\]"'):
+    with pytest.raises(InputError, match=r"pip install 'spar-unified\[data\]'"):
         open_source(str(sets.file("a.parquet", b"")))
 
 

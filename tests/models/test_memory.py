@@ -82,7 +82,7 @@ def test_eight_bits_show_nearly_the_same_pictures():
 
 def test_without_torchao_eight_bits_say_what_is_missing(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    with pytest.raises(InputError, match="pip install 'spar\\[quantize\\]'"):
+    with pytest.raises(InputError, match="pip install 'spar-unified\\[quantize\\]'"):
         quantize(model)
 
 

@@ -82,7 +82,7 @@ def test_wrong_numbers_are_refused(words, capsys, no_load):
 def test_a_missing_extra_is_named(monkeypatch, capsys, no_load):
     monkeypatch.setattr("spar.serving.access.find_spec", lambda name: None)
     assert main(["serve", "--port", "0"]) == 2
-    assert "spar[serve]" in capsys.readouterr().err
+    assert "spar-unified[serve]" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import numpy as np
 from spar.data.caps import MAX_INPUT_IMAGES, MAX_ROW_GROUP_BYTES
 from spar.data.files import header_sizes
 from spar.data.samples import BadSample, Edit, Kind, Sample, TextToImage
-from spar.errors import InputError
+from spar.errors import InputError, install_command
 
 # The names that columns go by, the more special first.
 INPUT_COLUMNS = ("input_images", "input_image", "source_image", "original_image")
@@ -137,7 +137,7 @@ def _open(path: Path) -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise InputError('reading parquet needs pyarrow, which is not here: pip install "spar[data]"') from error
+        raise InputError(f"reading parquet needs pyarrow, which is not here: {install_command('data')}") from error
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (OSError, pyarrow.ArrowException) as error:

@@ -5,6 +5,7 @@ kept. B batch, T tokens, D width, K routed layers.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,11 @@ class Past:
     def __init__(self, before: Keys | None = None) -> None:
         self.before, self.seen = before, before
 
-    def update(self, key: Tensor, value: Tensor, _layer: int) -> Keys:
-        """Keys and values of all tokens up to the new ones."""
+    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Keys:
+        """Keys and values of all tokens up to the new ones.
+
+        What else a layer hands over (its number; from transformers 5.24 on, keywords too) is for other caches.
+        """
         if self.before is not None:
             key, value = torch.cat([self.before[0], key], dim=2), torch.cat([self.before[1], value], dim=2)
         self.seen = (key, value)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spar.config import from_dict, read_json, to_dict, write_json
-from spar.errors import InputError
+from spar.errors import InputError, install_command
 from spar.models.weights import describe_mismatch, read_tensors
 
 FORMAT, FORMAT_VERSION = "spar-adapter", 1
@@ -51,7 +51,7 @@ def adapt(model: nn.Module, config: LoraConfig) -> None:
     try:
         import peft
     except ImportError:
-        raise InputError("LoRA needs peft: pip install 'spar[lora]'") from None
+        raise InputError(f"LoRA needs peft: {install_command('lora')}") from None
     for part in config.parts:
         module = getattr(model, part)
         names = [

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from spar.errors import InputError
+from spar.errors import InputError, install_command
 from spar.models.spar import SparModel
 
 Weights = Literal["float32", "compute", "int8"]
@@ -33,7 +33,7 @@ def quantize(model: nn.Module) -> None:
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError:
-        raise InputError("weights int8 needs torchao: pip install 'spar[quantize]'") from None
+        raise InputError(f"weights int8 needs torchao: {install_command('quantize')}") from None
     for part in (model.tokenizer.encoder, model.language, model.connector, model.denoiser):
         quantize_(part, Int8WeightOnlyConfig())
 

@@ -6,7 +6,7 @@ import socket
 from importlib.util import find_spec
 from pathlib import Path
 
-from spar.errors import InputError
+from spar.errors import InputError, install_command
 from spar.serving.limits import MIN_TOKEN_CHARACTERS, TOKEN_VARIABLE
 
 BACKLOG = 512
@@ -57,7 +57,7 @@ def check_access(host: str, token: str | None, extra: str = "serve") -> None:
         )
     missing = [name for name in EXTRAS[extra] if not find_spec(name)]
     if missing:
-        raise InputError(f"this needs {', '.join(missing)}: pip install 'spar[{extra}]'")
+        raise InputError(f"this needs {', '.join(missing)}: {install_command(extra)}")
 
 
 def listen(host: str, port: int) -> socket.socket:
