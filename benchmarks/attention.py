@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spar.models.attention import attend
-from spar.training.run import machine
+from spar.training.trainer import machine
 
 SHAPES = {  # heads, queries, keys, width of a head; batch 32
     "denoiser, cross": (7, 256, 44, 32),

@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from spar.checkpoints.spar_format import versions
 from spar.data.loader import Loader
 from spar.data.mixture import Mixture
 from spar.data.sources import Source, open_source
-from spar.models.checkpoint import versions
-from spar.training.run import machine
+from spar.training.trainer import machine
 
 SIDE = 448
 SIZES = ((1024, 1024), (1024, 768), (640, 480), (512, 512))

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from spar.checkpoints.spar_format import versions
+from spar.inference.pipeline import SparPipeline
 from spar.models.autoencoder import PixelDecoder, build_autoencoder
-from spar.models.checkpoint import versions
 from spar.models.tiling import decode_in_tiles
-from spar.pipeline import SparPipeline
 from spar.recipes import recipe
-from spar.training.run import machine
+from spar.training.trainer import machine
 
 
 def held(field: str) -> float:

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from spar.data.prompts import IMAGE_TOKEN
-from spar.models.checkpoint import Loaded, Sampling, load_text_tokenizer, read_sizes, versions
+from spar.checkpoints.spar_format import Loaded, Sampling, load_text_tokenizer, read_sizes, versions
+from spar.inference.pipeline import BUNDLED, SparPipeline
 from spar.models.spar import SparModel
-from spar.pipeline import BUNDLED, SparPipeline
+from spar.processing.prompts import IMAGE_TOKEN
 from spar.recipes import recipe
-from spar.training.run import machine
+from spar.training.trainer import machine
 
 PROMPTS = ["a red circle on a beige background", "a blue star and a green ring", "three yellow squares"]
 WAYS = {

@@ -17,8 +17,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from spar.models.checkpoint import versions
-from spar.training.run import machine
+from spar.checkpoints.spar_format import versions
+from spar.training.trainer import machine
 
 PROMPTS = (
     "a blue star",

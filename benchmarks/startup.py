@@ -11,8 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from spar.models.checkpoint import versions
-from spar.training.run import machine
+from spar.checkpoints.spar_format import versions
+from spar.training.trainer import machine
 
 PROMPT = "a large red circle to the left of a small blue star"
 

@@ -18,18 +18,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from spar.data.prompts import Tokens
-from spar.models.checkpoint import versions
+from spar.checkpoints.spar_format import versions
+from spar.processing.prompts import Tokens
 from spar.recipes import recipe
-from spar.training.budget import GPUS, Machine, budget
+from spar.training.config import freeze
+from spar.training.distributed import Ranks, Scale, distribute
+from spar.training.estimate import GPUS, Machine, budget
 from spar.training.loop import train_step
-from spar.training.material import Dealt
+from spar.training.modules import Workshop
 from spar.training.optimizer import build_optimizers
-from spar.training.run import machine
-from spar.training.scale import Ranks, Scale, distribute
-from spar.training.stages import freeze
+from spar.training.shapes_data import Dealt
 from spar.training.steps import Context
-from spar.training.workshop import Workshop
+from spar.training.trainer import machine
 
 STAGES = ("tokenizer-3", "unified-2")
 WORDS = 64

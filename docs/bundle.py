@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from spar.config import read_json, write_json
+from spar.checkpoints.spar_format import CARD, card_of, load_model, save_model
+from spar.common.config import read_json, write_json
 from spar.evaluation.results import read_result
-from spar.evaluation.table import main_scores, show_title
-from spar.models.checkpoint import CARD, card_of, load_model, save_model
-from spar.pipeline import BUNDLED
-from spar.training.run import model_of
+from spar.evaluation.targets import main_scores, show_title
+from spar.inference.pipeline import BUNDLED
+from spar.training.trainer import model_of
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -6,7 +6,7 @@ Two tables, each between its own marks: the bundled weights, and what the recipe
 from pathlib import Path
 
 from spar.evaluation.results import read_result
-from spar.evaluation.table import RECIPE_TARGETS, TARGETS, Target, scores_table
+from spar.evaluation.targets import RECIPE_TARGETS, TARGETS, Target, scores_table
 
 ROOT = Path(__file__).parents[1]
 TABLES = (("scores", "docs/results", TARGETS), ("scores of the recipe", "docs/results/recipe", RECIPE_TARGETS))

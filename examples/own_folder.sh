@@ -9,7 +9,7 @@ set -euo pipefail
 data=$1 prompt=$2
 shift 2
 recipe=${RECIPE:-shapes} run=${RUN:-runs/own}
-model=${MODEL:-$(python -c 'from spar.pipeline import BUNDLED; print(BUNDLED)')}
+model=${MODEL:-$(python -c 'from spar.inference.pipeline import BUNDLED; print(BUNDLED)')}
 set -- --data.source files --data.sets "$data" "$@"
 
 spar data check "$data"

@@ -4,9 +4,11 @@ Nothing heavy is imported here: a test that needs no torch pays nothing for it.
 """
 
 import copy
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -27,7 +29,7 @@ class TinyRun:
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     """Every stage of `tiny`, from random weights, without interruption. Read it, never write into it."""
     from spar.recipes import recipe
-    from spar.training.run import train
+    from spar.training.trainer import train
 
     path = tmp_path_factory.mktemp("tiny") / "run"
     reports: list[tuple[str, int, int, dict[str, float]]] = []
@@ -50,13 +52,13 @@ def start(tiny_run: TinyRun) -> Callable[..., Any]:
     """
     import torch
 
-    from spar.data.prompts import PromptEncoder
+    from spar.processing.prompts import PromptEncoder
+    from spar.training.config import freeze
     from spar.training.loop import previous_weights
-    from spar.training.material import ShapesMaterial
-    from spar.training.run import build_workshop, prepare
-    from spar.training.stages import freeze
+    from spar.training.shapes_data import ShapesMaterial
     from spar.training.steps import Context
-    from spar.worlds.shapes.words import build_tokenizer
+    from spar.training.trainer import build_workshop, prepare
+    from spar.worlds.shapes.tokenizer import build_tokenizer
 
     cpu, tiny = torch.device("cpu"), tiny_run.recipe
     prompts = PromptEncoder(build_tokenizer(), tiny.model.grid**2)
@@ -73,3 +75,49 @@ def start(tiny_run: TinyRun) -> Callable[..., Any]:
         return ctx
 
     return build
+
+
+@pytest.fixture(scope="session")
+def config() -> Any:
+    """Far smaller than `tiny`: 16 visual tokens, 4 LLM layers with grouped keys, 2 ViT layers, 3 denoiser blocks."""
+    from spar.recipes.tiny import TINY_MODEL
+
+    return replace(
+        TINY_MODEL,
+        vision=replace(TINY_MODEL.vision, image_size=32, layers=2),
+        denoiser=replace(TINY_MODEL.denoiser, layers=3, tap_block=2),
+    )
+
+
+@pytest.fixture(scope="session")
+def randomize() -> Callable[..., Any]:
+    """Fill a module with random weights that keep activations near unit size; frozen, in evaluation mode.
+
+    The libraries initialise biases and position embeddings to zero, norms and layer scales to one: weights under which
+    many a mistake is invisible.
+    """
+    import torch
+
+    def fill(module: Any, seed: int = 0) -> Any:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                if parameter.dim() > 1:
+                    parameter.copy_(noise / min(parameter[0].numel(), 64) ** 0.5)
+                elif name.endswith("bias"):  # torch draws these at random
+                    parameter.copy_(0.3 * noise)
+                else:
+                    parameter.add_(0.3 * noise)
+        return module.eval().requires_grad_(False)
+
+    return fill
+
+
+@pytest.fixture(scope="session")
+def foreign() -> ModuleType:
+    """`checkpoints/foreign.py`: tiny random checkpoints in the published formats."""
+    spec = importlib.util.spec_from_file_location("foreign", Path(__file__).parent / "checkpoints" / "foreign.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spar.config import read_json
+from spar.common.config import read_json
+from spar.worlds.shapes.captions import caption
 from spar.worlds.shapes.dataset import sample_at
-from spar.worlds.shapes.language import caption
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--data.workers", "0"]

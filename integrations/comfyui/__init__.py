@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from spar import SparPipeline
-from spar.data.images import to_tensor
-from spar.limits import MAX_GUIDANCE, MAX_NEW_TOKENS, MAX_SEED, MAX_STEPS
+from spar.common.limits import MAX_GUIDANCE, MAX_NEW_TOKENS, MAX_SEED, MAX_STEPS
+from spar.processing.images import to_tensor
 
 MODEL = "SPAR_MODEL"
 MAX_WIDGET_SEED = 2**64 - 1  # ComfyUI draws seeds up to here

@@ -10,20 +10,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spar.errors import InputError
+    from spar.common.errors import InputError
     from spar.flow.sampler import Cancelled
-    from spar.models.autoencoder_spar import AutoencoderSpar
-    from spar.pipeline import SparPipeline
+    from spar.inference.diffusers_autoencoder import AutoencoderSpar
+    from spar.inference.pipeline import SparPipeline
 
 __version__ = "0.1.0"
 DISTRIBUTION = "spar-unified"  # the name on PyPI, where "spar" is another project
 __all__ = ["AutoencoderSpar", "Cancelled", "InputError", "SparPipeline", "__version__"]
 
 _HOMES = {
-    "AutoencoderSpar": "spar.models.autoencoder_spar",
+    "AutoencoderSpar": "spar.inference.diffusers_autoencoder",
     "Cancelled": "spar.flow.sampler",
-    "InputError": "spar.errors",
-    "SparPipeline": "spar.pipeline",
+    "InputError": "spar.common.errors",
+    "SparPipeline": "spar.inference.pipeline",
 }
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from spar.cli import main
+from spar.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

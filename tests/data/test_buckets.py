@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from spar.common.errors import InputError
 from spar.data.buckets import STRIDE, assign, make_buckets
-from spar.errors import InputError
 
 
 @pytest.mark.parametrize("side", [224, 448])

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from spar.cli import main
+from spar.cli.main import main
+from spar.common.errors import InputError
 from spar.data.convert import convert
 from spar.data.sources import open_source
-from spar.errors import InputError
 
 
 def members(path: Path) -> dict[str, bytes]:

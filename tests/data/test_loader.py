@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from spar.cli import main
-from spar.data import quarantine
+from spar.cli.main import main
+from spar.common.errors import InputError
+from spar.data import bad_samples as quarantine
 from spar.data.buckets import make_buckets
 from spar.data.loader import TRIES, Loader, to_pixels
 from spar.data.mixture import Mixture
 from spar.data.samples import BadSample, Kind, TextToImage
 from spar.data.sources import open_source
-from spar.errors import InputError
 
 SIDE = 28
 SQUARE = ((SIDE, SIDE),)

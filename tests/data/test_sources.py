@@ -6,11 +6,11 @@ import pickle
 import numpy as np
 import pytest
 
+from spar.common.errors import InputError
 from spar.data import webdataset
 from spar.data.mixture import Mixture
 from spar.data.samples import BadSample, Edit, TextToImage
 from spar.data.sources import open_source
-from spar.errors import InputError
 
 
 def texts(source) -> list[str]:

@@ -5,11 +5,11 @@ from dataclasses import asdict
 
 import pytest
 
-from spar.errors import InputError
+from spar.common.errors import InputError
 from spar.evaluation.benchmarks import BENCHMARKS, benchmark
 from spar.evaluation.options import EvalOptions
 from spar.evaluation.results import read_result, write_result
-from spar.evaluation.table import BASELINES, main_scores
+from spar.evaluation.targets import BASELINES, main_scores
 
 SMALL = EvalOptions(limit=4, images_per_prompt=2, batch=7)
 SHARES = {"shapes-gen": "overall", "shapes-edit": "overall", "shapes-vqa": "overall", "shapes-recon": "survival"}

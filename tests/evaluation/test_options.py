@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spar.errors import InputError
+from spar.common.errors import InputError
 from spar.evaluation.options import BENCHMARK_NAMES, EvalOptions, batches, block, image_seed, pixels, scene_seed
 from spar.worlds.shapes.scene import SEED_RANGES
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from spar.errors import InputError
+from spar.common.errors import InputError
 from spar.evaluation.results import Result, Score, bootstrap, mean_score, ratio_score, read_result, write_result
 
 RESULT = Result(

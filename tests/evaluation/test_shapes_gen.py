@@ -6,8 +6,8 @@ import pytest
 
 from spar.evaluation.options import EvalOptions
 from spar.evaluation.shapes_gen import TASKS, gen_prompts, says
-from spar.worlds.shapes.judge import judge, satisfies
-from spar.worlds.shapes.language import check_words, to_text
+from spar.worlds.shapes.captions import check_words, to_text
+from spar.worlds.shapes.detector import judge, satisfies
 from spar.worlds.shapes.render import render
 from spar.worlds.shapes.scene import HELD_OUT_PAIRS, is_held_out
 

@@ -8,7 +8,7 @@ import pytest
 from spar.evaluation.features import frechet_distance, random_features
 from spar.evaluation.options import EvalOptions
 from spar.evaluation.shapes_recon import psnr, recon_scenes, ssim, survivors
-from spar.worlds.shapes.judge import degrade_image, judge
+from spar.worlds.shapes.detector import degrade_image, judge
 from spar.worlds.shapes.render import render
 from spar.worlds.shapes.scene import Object, Scene
 

@@ -6,7 +6,7 @@ import pytest
 
 from spar.evaluation.options import EvalOptions
 from spar.evaluation.shapes_vqa import BlindBaseline, is_right, pattern, vqa_items
-from spar.worlds.shapes.judge import judge
+from spar.worlds.shapes.detector import judge
 from spar.worlds.shapes.questions import QUESTION_KINDS, Question
 from spar.worlds.shapes.scene import SEED_RANGES, is_held_out, make_scene
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from spar.errors import InputError
+from spar.common.errors import InputError
 from spar.flow.path import shift_time
 from spar.flow.sampler import METHODS, Cancelled, sample
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from spar.errors import InputError
-from spar.pipeline import SparPipeline
+from spar.common.errors import InputError
+from spar.inference.pipeline import SparPipeline
 
 FOLDER = Path(__file__).parents[2] / "integrations" / "comfyui"
 TYPES = {"INT": int, "FLOAT": float, "STRING": str}

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from spar.errors import InputError
+from spar.common.errors import InputError
 from spar.losses.perceptual import IMAGENET_MEAN, ConvNextLoss, FeatureLoss, LpipsLoss, PerceptualLoss, unit_normalize
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 
-from spar.errors import InputError
+from spar.common.errors import InputError
 from spar.models.attention import attention_bias, positions
 from spar.models.encoder import qwen_config
 from spar.models.language import LanguageModel

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from spar.errors import InputError
+from spar.common.errors import InputError
 from spar.models.config import RouterConfig, RouterKind, SparConfig, TextConfig
 from spar.models.router import build_router, common_scale, routed_layers
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from spar.errors import InputError
+from spar.common.errors import InputError
+from spar.inference.pipeline import SparPipeline
 from spar.models.tiling import _ramp, _starts, decode_in_tiles
-from spar.pipeline import SparPipeline
 
 
 @pytest.mark.parametrize(("length", "tile", "overlap"), [(8, 4, 1), (9, 4, 1), (16, 5, 2), (4, 4, 1), (100, 32, 8)])

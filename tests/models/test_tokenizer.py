@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from spar.errors import InputError
+from spar.common.errors import InputError
 from spar.models.config import AutoencoderConfig, StreamConfig
 from spar.models.tokenizer import PixelLayer, ResidualBlock, UnifiedTokenizer
 

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from spar.config import from_dict, to_dict
-from spar.errors import InputError
+from spar.common.config import from_dict, to_dict
+from spar.common.errors import InputError
 from spar.models.router import routed_layers
 from spar.recipes import RECIPES, recipe
+from spar.training.config import Recipe
 from spar.training.plan import plan
-from spar.training.stages import Recipe
 
 STAGES = ("tokenizer-1", "tokenizer-2", "tokenizer-3", "unified-1", "unified-2", "unified-3")
 LESSONS = ("places-1", "places-2", "relations")  # a departure of the small setting

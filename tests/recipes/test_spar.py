@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from spar.errors import InputError
+from spar.common.errors import InputError
 from spar.models.router import routed_layers
 from spar.models.spar import SparModel
 from spar.models.tokenizer import UnifiedTokenizer
 from spar.recipes import recipe
+from spar.training.modules import Workshop
 from spar.training.plan import plan
-from spar.training.run import train
-from spar.training.workshop import Workshop
+from spar.training.trainer import train
 
 NAMES = ("spar-1b", "spar-3b")
 

@@ -11,12 +11,12 @@ import pytest
 @contextmanager
 def serving(pipe: Any, **settings: Any) -> Iterator[str]:
     """The address of a server in a thread of this process."""
-    from spar.serving.access import listen
-    from spar.serving.run import server_of
+    from spar.serving.auth import listen
+    from spar.serving.server import build_server
 
     listener = listen("127.0.0.1", 0)
     defaults = {"host": "127.0.0.1", "token": None, "max_batch": 8, "max_queue": 16}
-    server = server_of(pipe, **{**defaults, "timeout": 60, **settings})
+    server = build_server(pipe, **{**defaults, "timeout": 60, **settings})
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
@@ -28,7 +28,7 @@ def serving(pipe: Any, **settings: Any) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def pipe() -> Any:
-    from spar.pipeline import SparPipeline
+    from spar.inference.pipeline import SparPipeline
 
     return SparPipeline.from_pretrained()
 

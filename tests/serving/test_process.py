@@ -13,8 +13,8 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from spar.cli import main
-from spar.serving.access import check_access, is_local, listen, read_token
+from spar.cli.main import main
+from spar.serving.auth import check_access, is_local, listen, read_token
 from spar.serving.worker import Worker
 
 TOKEN = "a-token-for-the-tests-0123456789"
@@ -27,7 +27,7 @@ def no_token(monkeypatch):
 
 @pytest.fixture
 def no_load(monkeypatch):
-    monkeypatch.setattr("spar.cli._load", lambda args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("spar.cli.main._load", lambda args: pytest.fail("the model was loaded"))
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.1", "example.org", ""])
@@ -80,7 +80,7 @@ def test_wrong_numbers_are_refused(words, capsys, no_load):
 
 
 def test_a_missing_extra_is_named(monkeypatch, capsys, no_load):
-    monkeypatch.setattr("spar.serving.access.find_spec", lambda name: None)
+    monkeypatch.setattr("spar.serving.auth.find_spec", lambda name: None)
     assert main(["serve", "--port", "0"]) == 2
     assert "spar-unified[serve]" in capsys.readouterr().err
 

@@ -49,7 +49,7 @@ def test_the_document_has_every_route_and_the_limits(address):
 
 
 def test_help_tells_every_limit(capsys):
-    from spar.cli import main
+    from spar.cli.main import main
 
     assert main(["serve", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())

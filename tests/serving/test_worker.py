@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from spar.errors import InputError
+from spar.common.errors import InputError
 from spar.flow.sampler import Cancelled
 from spar.serving.worker import Busy, Chat, Job, Stopped, Worker
 

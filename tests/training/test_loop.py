@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spar.errors import InputError
+from spar.common.errors import InputError
 from spar.training import loop
+from spar.training.checkpoint import Progress, load_group, read_progress, save_folder
+from spar.training.config import AlignmentConfig, LossWeights, Stage
 from spar.training.loop import (
     Average,
     NonFiniteLoss,
@@ -26,8 +28,6 @@ from spar.training.loop import (
     whiten,
 )
 from spar.training.optimizer import Muon, build_optimizers
-from spar.training.stages import AlignmentConfig, LossWeights, Stage
-from spar.training.state import Progress, load_group, read_progress, save_folder
 from spar.training.steps import STEPS
 
 GROUPS = {"workshop", "optimizer", "average"}
@@ -426,7 +426,7 @@ def test_a_save_that_fails_leaves_the_older_one(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("spar.training.state.save_file", full)
+        patch.setattr("spar.training.checkpoint.save_file", full)
         with pytest.raises(OSError):
             save_folder(target, {"a": {"x": torch.zeros(2)}}, vars(Progress("s", 2)))
     assert read_progress(target).step == 1 and load_group(target, "a")["x"].tolist() == [1, 1]

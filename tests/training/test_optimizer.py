@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from spar.recipes import RECIPES, recipe
+from spar.training.config import Stage, freeze
+from spar.training.modules import Workshop
 from spar.training.optimizer import ADAMW_RMS, MOMENTUM, Muon, build_optimizers, orthogonalize
-from spar.training.stages import Stage, freeze
-from spar.training.workshop import Workshop
 
 EVERYTHING = Stage("s", "mllm", ("*",), steps=1, warmup=0, optimizer="muon", weight_decay=0.1)
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import ConvNextConfig, ConvNextForImageClassification
 
-from spar.errors import InputError
+from spar.common.errors import InputError
 from spar.losses.perceptual import FeatureLoss
 from spar.recipes import recipe
 from spar.training import steps
-from spar.training.run import train
-from spar.training.stages import PerceptualConfig
+from spar.training.config import PerceptualConfig
 from spar.training.teacher import perceptual_of
+from spar.training.trainer import train
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from spar.training import steps
+from spar.training.config import AlignmentConfig, LossWeights
 from spar.training.optimizer import build_optimizers
-from spar.training.stages import AlignmentConfig, LossWeights
 from spar.training.steps import STEPS, Context
 
 ENCODER = "model.tokenizer.encoder."

@@ -23,17 +23,17 @@ from transformers import (
     ViTModel,
 )
 
-from spar.config import from_dict, read_json
-from spar.data.prompts import PromptEncoder
-from spar.errors import InputError
+from spar.common.config import from_dict, read_json
+from spar.common.errors import InputError
+from spar.processing.prompts import PromptEncoder
 from spar.recipes import recipe
-from spar.training.material import ShapesMaterial
+from spar.training.checkpoint import load_group
+from spar.training.config import AlignmentConfig, Recipe
 from spar.training.plan import plan
-from spar.training.run import model_of, train
-from spar.training.stages import AlignmentConfig, Recipe
-from spar.training.state import load_group
+from spar.training.shapes_data import ShapesMaterial
 from spar.training.teacher import load_teacher
-from spar.worlds.shapes.words import build_tokenizer
+from spar.training.trainer import model_of, train
+from spar.worlds.shapes.tokenizer import build_tokenizer
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)

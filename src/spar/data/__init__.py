@@ -1,1 +1,1 @@
-"""Samples in and out: pictures from files and back."""
+"""Data sets on disk: readers of every format, order, mixture, and the loader."""

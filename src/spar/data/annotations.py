@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from spar.data.caps import MAX_ANNOTATION_BYTES, MAX_INPUT_IMAGES, MAX_TEXT_BYTES
-from spar.data.files import FileSource, Row
-from spar.errors import InputError
+from spar.common.errors import InputError
+from spar.common.limits import MAX_ANNOTATION_BYTES, MAX_INPUT_IMAGES, MAX_TEXT_BYTES
+from spar.data.image_files import FileSource, Row
 
 METADATA = "metadata.jsonl"
 TEXT_FIELDS = ("text", "caption", "prompt", "instruction")

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from spar.errors import InputError
+from spar.common.errors import InputError
 
 STRIDE = 28  # pixels a visual token: InternVL's patch of 14, two by two merged
 SMALLEST_SHARE = 1 / 8192  # of a source: a bucket with less is given to its neighbour

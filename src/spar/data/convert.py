@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from spar.config import write_json
-from spar.data.images import open_training_image, read_header
-from spar.data.quarantine import Bad, Quarantine
+from spar.common.config import write_json
+from spar.common.errors import InputError
+from spar.data.bad_samples import Bad, Quarantine
 from spar.data.samples import BadSample, Edit, Sample
 from spar.data.sources import Source
-from spar.errors import InputError
+from spar.processing.images import open_training_image, read_header
 
 MANIFEST, DROPPED = "converted.json", "dropped.jsonl"
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from spar.common.errors import InputError
+from spar.data.bad_samples import Bad, Quarantine
 from spar.data.buckets import Size
-from spar.data.images import open_training_image, to_size
 from spar.data.mixture import Deal, Mixture
-from spar.data.quarantine import Bad, Quarantine
 from spar.data.samples import BadSample, Edit, Kind, Sample
-from spar.errors import InputError
+from spar.processing.images import open_training_image, to_size
 
 TRIES = 16  # neighbours that are asked for one bad sample
 PREFETCH = 2  # batches that each worker may be ahead

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from spar.common.errors import InputError
 from spar.data.buckets import Size, assign
-from spar.data.order import Schedule, key_of, shuffled
 from spar.data.samples import Kind
+from spar.data.shuffle import Schedule, key_of, shuffled
 from spar.data.sources import Source
-from spar.errors import InputError
 
 ORDER = 1  # of the way samples are dealt: part of the fingerprint
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from spar.data.caps import MAX_INPUT_IMAGES, MAX_ROW_GROUP_BYTES
-from spar.data.files import header_sizes
+from spar.common.errors import InputError, install_command
+from spar.common.limits import MAX_INPUT_IMAGES, MAX_ROW_GROUP_BYTES
+from spar.data.image_files import header_sizes
 from spar.data.samples import BadSample, Edit, Kind, Sample, TextToImage
-from spar.errors import InputError, install_command
 
 # The names that columns go by, the more special first.
 INPUT_COLUMNS = ("input_images", "input_image", "source_image", "original_image")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal
 
-from spar.errors import InputError
+from spar.common.errors import InputError
 
 Kind = Literal["text_to_image", "edit"]
 Format = Literal["auto", "webdataset", "folder", "sharegpt", "gptedit", "parquet"]

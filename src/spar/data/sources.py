@@ -7,12 +7,12 @@ from typing import Protocol
 
 import numpy as np
 
+from spar.common.errors import InputError
 from spar.data.annotations import METADATA, open_gpt_edit, open_image_folder, open_sharegpt
 from spar.data.parquet import ParquetSource
-from spar.data.patterns import find_files, refuse_addresses
 from spar.data.samples import Format, Kind, Sample
+from spar.data.url_patterns import find_files, refuse_addresses
 from spar.data.webdataset import TarSource
-from spar.errors import InputError
 
 
 class Source(Protocol):

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from spar.data.caps import MAX_TEXT_BYTES
-from spar.data.images import MAX_BYTES
+from spar.common.errors import InputError
+from spar.common.limits import MAX_TEXT_BYTES
 from spar.data.samples import BadSample, Edit, Kind, Sample, TextToImage
-from spar.data.tars import CLS, IMAGE, INPUT, JSON, TXT, TarIndex, cached_index
-from spar.errors import InputError
+from spar.data.tar_index import CLS, IMAGE, INPUT, JSON, TXT, TarIndex, cached_index
+from spar.processing.images import MAX_BYTES
 
 OPEN_SHARDS = 128  # twice the blocks that are mixed at a time: a shard is opened about once a window
 _CAPTIONS = ("caption", "text")

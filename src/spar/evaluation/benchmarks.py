@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from spar.errors import InputError
+from spar.common.errors import InputError
 from spar.evaluation.options import EvalOptions, Pipe, Progress
 from spar.evaluation.results import Result
 from spar.evaluation.shapes_edit import shapes_edit

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import hypot
 
-from spar.worlds.shapes.judge import Found
+from spar.worlds.shapes.detector import Found
 from spar.worlds.shapes.scene import Object
 
 PLACE_TOLERANCE = 2.0  # pixels, between centres

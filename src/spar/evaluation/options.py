@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from PIL import Image
 
-from spar.errors import InputError
+from spar.common.errors import InputError
 from spar.worlds.shapes.scene import SEED_RANGES, SIDE
 
 T = TypeVar("T")

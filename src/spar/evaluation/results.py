@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from spar.config import from_dict, read_json, to_dict
-from spar.errors import InputError
+from spar.common.config import from_dict, read_json, to_dict
+from spar.common.errors import InputError
 
 DRAWS = 1000
 LEVEL = 0.95

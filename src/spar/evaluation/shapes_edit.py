@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import ndimage
 
-from spar.evaluation.circumstances import Clock, settings
+from spar.evaluation.environment import Clock, settings
 from spar.evaluation.matching import PLACE_TOLERANCE, same_look, same_object, take
 from spar.evaluation.options import (
     EvalOptions,
@@ -27,8 +27,8 @@ from spar.evaluation.options import (
 )
 from spar.evaluation.results import Result, Score, mean_score
 from spar.evaluation.shapes_recon import psnr
-from spar.worlds.shapes.judge import Found, judge
-from spar.worlds.shapes.language import EDIT_KINDS, Edit, edit_kinds, make_edit
+from spar.worlds.shapes.captions import EDIT_KINDS, Edit, edit_kinds, make_edit
+from spar.worlds.shapes.detector import Found, judge
 from spar.worlds.shapes.render import masks, render
 from spar.worlds.shapes.scene import RELATIONS, Object, Scene, holds, make_scene
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spar.evaluation.circumstances import Clock, settings
+from spar.evaluation.environment import Clock, settings
 from spar.evaluation.options import EvalOptions, Pipe, Progress, batches, block, image_seed, pixels, scene_seed
 from spar.evaluation.results import Result, Score, mean_score
-from spar.worlds.shapes.judge import PARTS, judge, satisfies
-from spar.worlds.shapes.language import Claim, caption, parse
+from spar.worlds.shapes.captions import Claim, caption, parse
+from spar.worlds.shapes.detector import PARTS, judge, satisfies
 from spar.worlds.shapes.scene import Scene, make_scene
 
 PROMPTS = 100  # a task

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from spar.evaluation.circumstances import Clock, settings
+from spar.evaluation.environment import Clock, settings
 from spar.evaluation.features import FEATURES, frechet_distance, random_features
 from spar.evaluation.matching import PLACE_TOLERANCE, same_object, take
 from spar.evaluation.options import EvalOptions, Pipe, Progress, batches, block, pixels, scene_seed
 from spar.evaluation.results import Result, Score, bootstrap, mean_score, ratio_score
-from spar.worlds.shapes.judge import Judgement, judge
+from spar.worlds.shapes.detector import Judgement, judge
 from spar.worlds.shapes.render import render
 from spar.worlds.shapes.scene import Scene, make_scene
 

@@ -13,14 +13,14 @@ from functools import cache
 
 import numpy as np
 
-from spar.evaluation.circumstances import Clock, settings
+from spar.evaluation.environment import Clock, settings
 from spar.evaluation.options import EvalOptions, Pipe, Progress, batches, block, scene_seed
 from spar.evaluation.results import Result, Score, mean_score
+from spar.worlds.shapes.captions import QUESTION_KINDS, Question, questions, split_words
 from spar.worlds.shapes.dataset import seed_at
-from spar.worlds.shapes.language import QUESTION_KINDS, Question, questions, split_words
 from spar.worlds.shapes.render import render
 from spar.worlds.shapes.scene import COLORS, SHAPES, SIDE, Scene, make_scene
-from spar.worlds.shapes.words import SINGULARS
+from spar.worlds.shapes.tokenizer import SINGULARS
 
 QUESTIONS = 200  # a kind
 GRAY = 128

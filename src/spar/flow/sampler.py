@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from spar.errors import InputError
+from spar.common.errors import InputError
 
 METHODS = ("dpmsolver++", "euler")
 MIN_SHIFT, MAX_SHIFT = 1e-3, 1e3  # beyond these, float32 cannot tell neighbouring sigmas from 0 or 1

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spar.errors import InputError
+from spar.common.errors import InputError
 from spar.losses.checks import check_pair
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from spar.precision import under_autocast
+from spar.common.autocast import under_autocast
 
 Keys = tuple[Tensor, Tensor]  # keys and values of some tokens, [B, heads, T, d] each
 MASKED = -6e4  # added to a forbidden score; finite in every half precision, so that no row can become NaN

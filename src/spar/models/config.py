@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from spar.errors import InputError
+from spar.common.errors import InputError
 
 BLOCKS = ("ResBlock", "EfficientViTBlock")
 RouterKind = Literal["dtr", "last", "average", "concat", "global"]

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel, SanaTransformerBlock
 from torch import Tensor, nn
 
+from spar.common.autocast import under_autocast, without_autocast
 from spar.models.attention import MASKED, Keys, attend, compute_dtype, grid_embedding
 from spar.models.config import DenoiserConfig
-from spar.precision import under_autocast, without_autocast
 
 TIME_STEPS = 1000.0  # SANA embeds time in [0, 1000]
 POSITION_BASE = 10.0  # wavelengths of 2 pi to 20 pi tokens: every channel varies over a grid of eight

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2Model
 
-from spar.errors import InputError
+from spar.common.errors import InputError
 from spar.models.attention import ATTENTION, Keys, attention_bias, positions
 from spar.models.config import TextConfig
 from spar.models.encoder import qwen_config

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 
-from spar.errors import InputError
-from spar.recipes.shapes import shapes
+from spar.common.errors import InputError
+from spar.recipes.shapes.recipe import shapes
 from spar.recipes.spar import spar_1b, spar_3b
 from spar.recipes.tiny import tiny
-from spar.training.stages import Recipe
+from spar.training.config import Recipe
 
 RECIPES: dict[str, Callable[[], Recipe]] = {"shapes": shapes, "tiny": tiny, "spar-1b": spar_1b, "spar-3b": spar_3b}
 

@@ -18,8 +18,8 @@ from spar.models.config import (
     TextConfig,
     VisionConfig,
 )
-from spar.recipes.shapes import BRIDGE, DECODER, DENOISER, ENCODER, STREAMS
-from spar.training.stages import AlignmentConfig, DataConfig, FlowConfig, LossWeights, PerceptualConfig, Recipe, Stage
+from spar.recipes.shapes.recipe import BRIDGE, DECODER, DENOISER, ENCODER, STREAMS
+from spar.training.config import AlignmentConfig, DataConfig, FlowConfig, LossWeights, PerceptualConfig, Recipe, Stage
 
 GPUS, BATCH_PER_GPU = 64, 128  # of the unified stages; the batch is the family's, the number of GPUs our choice
 RECONSTRUCTION = LossWeights(mse=1.0, perceptual=1.1)

@@ -11,8 +11,8 @@ from spar.models.config import (
     TextConfig,
     VisionConfig,
 )
-from spar.recipes.shapes import shapes
-from spar.training.stages import DataConfig, Recipe
+from spar.recipes.shapes.recipe import shapes
+from spar.training.config import DataConfig, Recipe
 
 TINY_MODEL = SparConfig(
     vision=VisionConfig(hidden_size=32, layers=1, heads=2, intermediate_size=64),

@@ -1,1 +1,1 @@
-"""What listens: an API in OpenAI's shapes (extra `serve`) and a web page (extra `ui`), over one pipeline."""
+"""The API server in OpenAI's shapes (extra `serve`), over one pipeline."""

@@ -15,14 +15,14 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from PIL import Image
 
 from spar import __version__
-from spar.outputs import encode_picture
+from spar.inference.image_files import encode_picture
 from spar.serving import schema
+from spar.serving.batching import Made, begin_chat, drawing_jobs, reconstruction_job
 from spar.serving.errors import ApiError, add_handlers, api_error
-from spar.serving.gate import Gate, Gone
+from spar.serving.image_io import read_messages, read_picture
 from spar.serving.limits import DECODERS, REQUEST_SECONDS
 from spar.serving.metrics import Metrics
-from spar.serving.pictures import read_messages, read_picture
-from spar.serving.tasks import Made, begin_chat, drawing_jobs, reconstruction_job
+from spar.serving.middleware import Gate, Gone
 from spar.serving.worker import Chat, Job, Stopped, Worker
 
 FORM = Form(media_type="multipart/form-data")

@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from spar.errors import InputError
+from spar.common.errors import InputError
 from spar.serving.limits import RETRY_SECONDS
 from spar.serving.worker import Busy, Stopped
 

@@ -3,7 +3,7 @@
 The model's own limits come on top: tokens of a prompt, twice the trained side.
 """
 
-from spar.limits import MAX_NEW_TOKENS
+from spar.common.limits import MAX_NEW_TOKENS
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from fastapi import UploadFile
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from spar.limits import MAX_SEED
+from spar.common.limits import MAX_SEED
 from spar.serving.limits import (
     MAX_ANSWER_TOKENS,
     MAX_FIELDS,

@@ -14,9 +14,9 @@ from concurrent.futures import Executor, Future, InvalidStateError, ThreadPoolEx
 from dataclasses import dataclass, field
 from typing import Any
 
-from spar.errors import InputError
+from spar.common.errors import InputError
 from spar.flow.sampler import Cancelled
-from spar.pipeline import SparPipeline
+from spar.inference.pipeline import SparPipeline
 from spar.serving.limits import CHAT_TURN_TOKENS, GATHER_SECONDS, MAX_BATCH, MAX_CHATS, MAX_QUEUE
 
 log = logging.getLogger(__name__)

@@ -16,16 +16,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from spar.config import differences, to_dict
-from spar.errors import InputError
-from spar.models.checkpoint import has_pixel_encoder, load_model, load_pixel_encoder, read_sizes
-from spar.models.lora import MARK, is_adapter, onto_adapted
-from spar.models.weights import load_weights
-from spar.training.metrics import Metrics
-from spar.training.optimizer import build_optimizers
-from spar.training.scale import distribute, hold_gradients, peers, share_held
-from spar.training.stages import Stage, freeze
-from spar.training.state import (
+from spar.checkpoints.lora import MARK, is_adapter, onto_adapted
+from spar.checkpoints.safetensors_io import load_weights
+from spar.checkpoints.spar_format import has_pixel_encoder, load_model, load_pixel_encoder, read_sizes
+from spar.common.config import differences, to_dict
+from spar.common.errors import InputError
+from spar.training.checkpoint import (
     Progress,
     fill,
     load_group,
@@ -35,8 +31,12 @@ from spar.training.state import (
     save_folder,
     standing,
 )
+from spar.training.config import Stage, freeze
+from spar.training.distributed import distribute, hold_gradients, peers, share_held
+from spar.training.metrics import Metrics
+from spar.training.modules import Workshop
+from spar.training.optimizer import build_optimizers
 from spar.training.steps import STEPS, Context, Terms, alignment_weight, external_features
-from spar.training.workshop import Workshop
 
 log = logging.getLogger("spar.training")
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from spar.errors import InputError
-from spar.models.lora import adapt
-from spar.training.stages import Recipe, Stage, freeze
+from spar.checkpoints.lora import adapt
+from spar.common.errors import InputError
+from spar.training.config import Recipe, Stage, freeze
+from spar.training.modules import Workshop, initialize
 from spar.training.teacher import teacher_of
-from spar.training.workshop import Workshop, initialize
 
 BYTES = 4  # float32
 

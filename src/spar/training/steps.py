@@ -22,11 +22,11 @@ from spar.losses.reconstruction import mse, psnr
 from spar.models.attention import attention_bias, positions
 from spar.models.router import common_scale
 from spar.models.spar import Condition
-from spar.training.cache import encode
-from spar.training.material import Dealt, FeatureStore, Material
-from spar.training.scale import ALONE, Ranks
-from spar.training.stages import Recipe, Stage
-from spar.training.workshop import CENTER_BINS, TAGS, Workshop
+from spar.training.config import Recipe, Stage
+from spar.training.distributed import ALONE, Ranks
+from spar.training.feature_cache import encode
+from spar.training.modules import CENTER_BINS, TAGS, Workshop
+from spar.training.shapes_data import Dealt, FeatureStore, Material
 
 Terms = dict[str, Tensor]
 Rows = TypeVar("Rows", list, np.ndarray, Tensor)

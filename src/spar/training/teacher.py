@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel
 
-from spar.errors import InputError
+from spar.common.errors import InputError
 from spar.losses.perceptual import ConvNextLoss, LpipsLoss, PerceptualLoss
 from spar.models.encoder import PIXEL_MEAN, PIXEL_STD
-from spar.training.stages import AlignmentConfig, PerceptualConfig
+from spar.training.config import AlignmentConfig, PerceptualConfig
 
 SIDE = 224  # of an encoder whose configuration names none
 EXTRA_TOKENS = 2  # CLS and DeiT's distillation token; registers, which the configuration counts, come on top

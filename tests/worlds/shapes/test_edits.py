@@ -23,7 +23,7 @@ from spar.worlds.shapes.scene import (
     main_relation,
     make_scene,
 )
-from spar.worlds.shapes.words import check_words
+from spar.worlds.shapes.tokenizer import check_words
 
 
 def deal(number: int = 600, combinations: str = "seen") -> list[tuple[Scene, Edit]]:

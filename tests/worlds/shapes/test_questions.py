@@ -8,7 +8,7 @@ import pytest
 
 from spar.worlds.shapes.questions import QUESTION_KINDS, Question, questions
 from spar.worlds.shapes.scene import HELD_OUT_PAIRS, HELD_OUT_POSITION_SHAPES, KINDS, Scene, make_scene
-from spar.worlds.shapes.words import NUMBERS, SINGULARS, check_words
+from spar.worlds.shapes.tokenizer import NUMBERS, SINGULARS, check_words
 
 SCENES = [make_scene(seed) for seed in range(3000)]
 

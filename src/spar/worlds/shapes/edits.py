@@ -32,7 +32,7 @@ from spar.worlds.shapes.scene import (
     pick,
     unique_objects,
 )
-from spar.worlds.shapes.words import look_text, with_article
+from spar.worlds.shapes.tokenizer import look_text, with_article
 
 EDIT_KINDS = ("recolor", "remove", "add", "replace", "background")
 PLACED_SHARE = 0.5  # of the objects added, how many are given a place beside another object, where there is room

@@ -27,7 +27,7 @@ from spar.worlds.shapes.scene import (
     pick,
     unique_objects,
 )
-from spar.worlds.shapes.words import NUMBERS, ORDINALS, PLURALS, with_article
+from spar.worlds.shapes.tokenizer import NUMBERS, ORDINALS, PLURALS, with_article
 
 QUESTION_KINDS = ("color", "shape", "count", "exists", "position", "background")  # of the benchmark
 LESSON_KINDS = ("place", "relation")  # asked in training only: the benchmark's "position" builds on them

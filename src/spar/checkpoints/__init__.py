@@ -1,0 +1,1 @@
+"""Weights on disk: the SPAR folder, the Hub, LoRA, and checkpoints in other formats."""

@@ -1,0 +1,65 @@
+"""A foreign configuration, read field by field: what our configuration cannot say is refused, never ignored."""
+
+from pathlib import Path
+from typing import Any
+
+from spar.common.config import read_json
+from spar.common.errors import InputError
+
+REQUIRED = object()
+
+
+class Settings:
+    """The fields of a JSON object, named `where` in errors. Of several names for a field the first found counts."""
+
+    def __init__(self, values: Any, where: str) -> None:
+        if not isinstance(values, dict):
+            raise InputError(f"{where}: expected an object with fields, got {type(values).__name__}")
+        self.values, self.where = values, where
+
+    @classmethod
+    def read(cls, path: Path) -> "Settings":
+        return cls(read_json(path), str(path))
+
+    def __contains__(self, name: str) -> bool:
+        return self.values.get(name) is not None
+
+    def get(self, *names: str, default: Any = REQUIRED) -> Any:
+        """The value of the first of `names` that has one."""
+        for name in names:
+            if name in self:
+                return self.values[name]
+        if default is REQUIRED:
+            raise InputError(f"{self.where}: expected a field {' or '.join(names)}, got none")
+        return default
+
+    def inner(self, *names: str) -> "Settings":
+        """The object in the first of `names` that is there."""
+        name = next((name for name in names if name in self), names[0])
+        return Settings(self.get(name), f"{self.where}: {name}")
+
+    def whole(self, *names: str, default: Any = REQUIRED) -> int:
+        return self._number(int, names, default)
+
+    def number(self, *names: str, default: Any = REQUIRED) -> float:
+        return float(self._number((int, float), names, default))
+
+    def _number(self, kind: Any, names: tuple[str, ...], default: Any) -> Any:
+        value = self.get(*names, default=default)
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise InputError(f"{self.where}: {names[0]}: expected a number, got {value!r}")
+        return value
+
+    def side(self, name: str) -> int:
+        """One side of a square that is given as a number or a pair."""
+        value = self.get(name)
+        sides = value if isinstance(value, list) else [value, value]
+        if len(sides) != 2 or sides[0] != sides[1] or type(sides[0]) is not int:
+            raise InputError(f"{self.where}: {name}: expected a square, got {value!r}")
+        return sides[0]
+
+    def expect(self, name: str, *allowed: Any, default: Any = REQUIRED) -> None:
+        """Refuse a value that is none of `allowed`; a field that is not there has the value `default`."""
+        value = self.get(name, default=default)
+        if value not in allowed:
+            raise InputError(f"{self.where}: {name}: expected {' or '.join(map(repr, allowed))}, got {value!r}")

@@ -1,0 +1,175 @@
+"""InternVL3 with Qwen2.5: transformers' layout (`OpenGVLab/InternVL3-*-hf`) and the original, read without its code.
+
+Their names differ in the vision tower and the projector; the original keeps q, k and v in one matrix. Older files name
+the LLM `language_model.model`, newer ones `model.language_model`; both are known.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spar.checkpoints.formats.foreign_config import Settings
+from spar.checkpoints.formats.key_map import Files, Rows
+from spar.common.errors import InputError
+from spar.models.config import TextConfig, VisionConfig
+from spar.processing.prompts import IMAGE_TOKEN, TURN_END
+
+FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt")  # no .py: nothing that could run
+ENCODER, LANGUAGE = "tokenizer.encoder", "language"
+
+_FROM_ORIGINAL = {
+    "embeddings.class_embedding": "embeddings.cls_token",
+    "embeddings.position_embedding": "embeddings.position_embeddings",
+    "embeddings.patch_embedding.": "embeddings.patch_embeddings.projection.",
+    "encoder.layers.": "encoder.layer.",
+    "ls1": "lambda_1",
+    "ls2": "lambda_2",
+    "attn.proj.": "attention.projection_layer.",
+    "norm1.": "layernorm_before.",
+    "norm2.": "layernorm_after.",
+}
+_PROJECTOR = {"0": "layer_norm", "1": "linear_1", "3": "linear_2"}
+_QKV = re.compile(r"encoder\.layer\.(\d+)\.attn\.qkv\.(weight|bias)")
+
+
+@dataclass(frozen=True)
+class Mllm:
+    """The sizes that a checkpoint's configuration gives."""
+
+    vision: VisionConfig
+    text: TextConfig
+
+
+def read_config(folder: Path, files: Files, text_tokenizer: Any) -> Mllm:
+    """The sizes of a checkpoint in either layout; whatever we could not compute alike is refused.
+
+    The head is tied where the configuration says so or none is stored (older configurations say nothing).
+    """
+    config = Settings.read(folder / "config.json")
+    config.expect("downsample_ratio", 0.5, default=0.5)
+    config.expect("vision_feature_layer", -1, default=-1)
+    config.expect("select_layer", -1, default=-1)
+    config.expect("ps_version", "v2", default="v2")
+    config.expect("projector_hidden_act", "gelu", default="gelu")
+    text = config.inner("text_config", "llm_config")
+    stated = config.get("tie_word_embeddings", default=text.get("tie_word_embeddings", default=False))
+    tied = bool(stated) or not any(key.endswith("lm_head.weight") for key in files.shapes)
+    return Mllm(_vision(config.inner("vision_config")), _text(text, config, tied, text_tokenizer))
+
+
+def _vision(config: Settings) -> VisionConfig:
+    config.expect("hidden_act", "gelu", default="gelu")
+    config.expect("norm_type", "layer_norm", default="layer_norm")
+    for name in ("use_qk_norm", "qk_normalization", "use_mask_token"):
+        config.expect(name, False, default=False)
+    config.expect("use_absolute_position_embeddings", True, default=True)
+    config.expect("num_channels", 3, default=3)
+    config.expect("qkv_bias" if "qkv_bias" in config else "attention_bias", True, default=False)
+    return VisionConfig(
+        hidden_size=config.whole("hidden_size"),
+        layers=config.whole("num_hidden_layers"),
+        heads=config.whole("num_attention_heads"),
+        intermediate_size=config.whole("intermediate_size"),
+        patch_size=config.side("patch_size"),
+        image_size=config.side("image_size"),
+        layer_scale=config.number("layer_scale_init_value", "initializer_factor", default=0.1),
+        norm_eps=config.number("layer_norm_eps", default=1e-6),
+    )
+
+
+def _text(config: Settings, whole: Settings, tied: bool, tokenizer: Any) -> TextConfig:
+    config.expect("model_type", "qwen2", default="qwen2")
+    config.expect("hidden_act", "silu", default="silu")
+    config.expect("use_sliding_window", False, default=False)
+    image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    end = tokenizer.convert_tokens_to_ids(TURN_END)
+    for token, found in ((IMAGE_TOKEN, image), (TURN_END, end)):
+        if found is None or found == tokenizer.unk_token_id:
+            raise InputError(f"{whole.where}: expected a text tokenizer that knows {token}, got none")
+    stated = whole.get("image_token_id", "image_token_index", default=image)  # older revisions have the second name
+    if stated != image:
+        raise InputError(f"{whole.where}: image_token_id: expected that of {IMAGE_TOKEN}, {image}, got {stated!r}")
+    theta, factor = _rope(config)
+    heads = config.whole("num_attention_heads")
+    return TextConfig(
+        vocab_size=config.whole("vocab_size"),
+        hidden_size=config.whole("hidden_size"),
+        layers=config.whole("num_hidden_layers"),
+        heads=heads,
+        kv_heads=config.whole("num_key_value_heads", default=heads),
+        intermediate_size=config.whole("intermediate_size"),
+        rope_theta=theta,
+        rope_factor=factor,
+        max_positions=config.whole("max_position_embeddings"),
+        rms_norm_eps=config.number("rms_norm_eps", default=1e-6),
+        tied_head=tied,
+        image_token_id=image,
+        eos_token_id=end,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _rope(config: Settings) -> tuple[float, float]:
+    """Base and factor of the rotary positions, from their newer field or their two older ones."""
+    name = next((name for name in ("rope_parameters", "rope_scaling") if name in config), None)
+    rope = config.inner(name) if name else Settings({}, config.where)
+    kind = rope.get("rope_type", "type", default="default")
+    theta = rope.get("rope_theta", default=config.number("rope_theta", default=10000.0))
+    if kind not in ("default", "dynamic"):
+        raise InputError(f"{rope.where}: expected rope_type default or dynamic, got {kind!r}")
+    return float(theta), rope.number("factor") if kind == "dynamic" else 1.0
+
+
+def translate(key: str, *, head: bool) -> tuple[Rows, ...] | None:
+    """A tensor's name in either layout to ours; `head`: whether the model has a head of its own to take one over."""
+    key = re.sub(r"^model\.(?=(language_model|vision_tower|multi_modal_projector)\.)", "", key)
+    if re.fullmatch(r"(language_model\.)?lm_head\.weight", key):
+        return (Rows(f"{LANGUAGE}.head.weight"),) if head else ()
+    if key.startswith("language_model."):
+        return (Rows(f"{LANGUAGE}.network." + re.sub(r"^language_model\.(model\.)?", "", key)),)
+    if key.startswith(("vision_tower.", "multi_modal_projector.")):
+        return (Rows(f"{ENCODER}.{key}"),)
+    if key.startswith("mlp1."):
+        return translate_projector(key.removeprefix("mlp1."))
+    if key.startswith("vision_model."):
+        return translate_vision(key.removeprefix("vision_model."))
+    return None
+
+
+def translate_vision(key: str) -> tuple[Rows, ...]:
+    """A name within the original vision tower."""
+    for old, new in _FROM_ORIGINAL.items():
+        key = re.sub(rf"(^|(?<=\.)){re.escape(old)}", new, key)
+    if fused := _QKV.fullmatch(key):
+        layer, kind = fused.groups()
+        start = f"{ENCODER}.vision_tower.encoder.layer.{layer}.attention."
+        return tuple(Rows(f"{start}{name}_proj.{kind}", i, 3) for i, name in enumerate("qkv"))
+    return (Rows(f"{ENCODER}.vision_tower.{key}"),)
+
+
+def translate_projector(key: str) -> tuple[Rows, ...] | None:
+    """A name within the original projector: LayerNorm, Linear, GELU, Linear by number."""
+    number, _, kind = key.partition(".")
+    if number not in _PROJECTOR:
+        return None
+    return (Rows(f"{ENCODER}.multi_modal_projector.{_PROJECTOR[number]}.{kind}"),)
+
+
+def read_text_tokenizer(folder: Path) -> Any:
+    """The checkpoint's own tokenizer, its end token the end of a turn, as one file or as Qwen2's vocabulary and merges.
+
+    No class that the checkpoint names is looked up, so that no code of its own can run.
+    """
+    from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
+
+    kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else Qwen2Tokenizer
+    try:
+        tokenizer = kind.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises a bare Exception on a damaged file
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise InputError(f"{folder} holds no readable text tokenizer: {reason}") from error
+    if tokenizer.pad_token_id is None:
+        raise InputError(f"{folder}: expected a text tokenizer with a padding token, got none")
+    tokenizer.eos_token = TURN_END
+    return tokenizer

@@ -1,0 +1,76 @@
+"""SANA in diffusers' layout (`Efficient-Large-Model/Sana_*_512px_diffusers`): transformer/ and scheduler/.
+
+A trap of that layout: its scheduler's configuration has `flow_shift`. A scheduler class that looks for `shift` finds
+none and silently takes 1. Here the shift of sampling is read from whichever of the two the named class reads.
+"""
+
+from dataclasses import dataclass, replace
+
+from spar.checkpoints.formats.checkpoint_source import Source
+from spar.checkpoints.formats.foreign_config import Settings
+from spar.checkpoints.formats.key_map import Rows
+from spar.common.errors import InputError
+from spar.models.config import DenoiserConfig
+
+FILES = (
+    "transformer/config.json", "transformer/diffusion_pytorch_model*.json",
+    "transformer/diffusion_pytorch_model.safetensors", "transformer/diffusion_pytorch_model.bf16.safetensors",
+    "transformer/diffusion_pytorch_model-*.safetensors", "scheduler/scheduler_config.json",
+)  # fmt: skip
+FOLDER, STEM = "transformer", "diffusion_pytorch_model"
+DENOISER = "denoiser"
+SHIFTS = {"DPMSolverMultistepScheduler": "flow_shift", "FlowMatchEulerDiscreteScheduler": "shift"}
+
+
+@dataclass(frozen=True)
+class Dit:
+    """Sizes, channels of the latent, and the shift that it is sampled with (None: no scheduler came with it)."""
+
+    config: DenoiserConfig
+    channels: int
+    sampling_shift: float | None
+
+
+def read_config(source: Source, base: DenoiserConfig) -> Dit:
+    """The sizes of a checkpoint; what SANA's own configuration does not know is that of `base`."""
+    config = Settings.read(source.folder / FOLDER / "config.json")
+    config.expect("_class_name", "SanaTransformer2DModel")
+    config.expect("patch_size", 1)
+    for name in ("attention_bias", "norm_elementwise_affine", "guidance_embeds"):
+        config.expect(name, False, default=False)
+    config.expect("qk_norm", None, default=None)
+    config.expect("timestep_scale", 1, default=1)
+    config.expect("dropout", 0, default=0)
+    channels = config.whole("in_channels")
+    config.expect("out_channels", channels, default=channels)
+    width = config.whole("num_attention_heads") * config.whole("attention_head_dim")
+    config.expect("cross_attention_dim", width)
+    scale = config.get("interpolation_scale", default=None)
+    sizes = replace(
+        base,
+        layers=config.whole("num_layers"),
+        heads=config.whole("num_attention_heads"),
+        head_dim=config.whole("attention_head_dim"),
+        cross_heads=config.whole("num_cross_attention_heads"),
+        cross_head_dim=config.whole("cross_attention_head_dim"),
+        caption_channels=config.whole("caption_channels"),
+        mlp_ratio=config.number("mlp_ratio", default=2.5),
+        norm_eps=config.number("norm_eps", default=1e-6),
+        interpolation_scale=None if scale is None else float(scale),
+    )
+    return Dit(sizes, channels, _shift(source))
+
+
+def _shift(source: Source) -> float | None:
+    path = source.folder / "scheduler" / "scheduler_config.json"
+    if not path.is_file():
+        return None
+    config = Settings.read(path)
+    kind = config.get("_class_name")
+    if kind not in SHIFTS:
+        raise InputError(f"{path}: expected a scheduler of the kinds {', '.join(SHIFTS)}, got {kind!r}")
+    return config.number(SHIFTS[kind], default=1.0)
+
+
+def translate(key: str) -> tuple[Rows, ...] | None:
+    return (Rows(f"{DENOISER}.network.{key}"),)

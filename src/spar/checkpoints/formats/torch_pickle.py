@@ -1,0 +1,55 @@
+"""Tensors in a file of torch.save (`.pt`, `.pth`), for conversions alone: torch's reader of plain tensors, size-capped.
+
+`weights_only` admits no code; the cap and the check of what came keep a hostile file from filling the memory.
+"""
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spar.common.errors import InputError
+
+MAX_BYTES = 16 * 2**30
+NESTED = ("state_dict", "model", "module")  # where training scripts put the weights
+
+
+class PickledTensors:
+    """The same face as `TensorFiles`: shapes at once, values one at a time, from one file."""
+
+    def __init__(self, path: Path, max_bytes: int = MAX_BYTES) -> None:
+        self.path, self.files = path, [path]
+        self._tensors = _tensors_of(_load(path, max_bytes), path)
+        self.shapes = {key: torch.empty(value.shape, device="meta") for key, value in self._tensors.items()}
+
+    def read(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor with memory of its own, a floating one in `dtype` where that is given."""
+        tensor = self._tensors[key]
+        return tensor.to(dtype if dtype and tensor.is_floating_point() else tensor.dtype, copy=True)
+
+
+def _load(path: Path, max_bytes: int) -> Any:
+    """What torch's reader of plain tensors finds in a file within the cap, packed and unpacked."""
+    try:
+        packed = zipfile.ZipFile(path).infolist() if zipfile.is_zipfile(path) else []
+        size = max(path.stat().st_size, sum(item.file_size for item in packed))
+        if size > max_bytes:
+            raise InputError(f"{path}: expected at most {max_bytes} bytes, got {size}")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=bool(packed))
+    except InputError:
+        raise
+    except Exception as error:  # the reader raises nearly anything on what it does not admit
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InputError(f"{path} holds more than plain tensors, or is damaged: {reason}") from error
+
+
+def _tensors_of(held: Any, path: Path) -> dict[str, Tensor]:
+    """The state dictionary itself, or the one within."""
+    for name in NESTED:
+        if isinstance(held, dict) and isinstance(held.get(name), dict):
+            held = held[name]
+    if not isinstance(held, dict) or not held or not all(isinstance(value, Tensor) for value in held.values()):
+        raise InputError(f"{path}: expected a dictionary of tensors, got {type(held).__name__}")
+    return {str(key): value for key, value in held.items()}

@@ -1,0 +1,89 @@
+"""UniLIP's public checkpoints (arXiv 2507.23278; kanashi6/UniLIP, UniLIP-1B, UniLIP-3B): their names and facts.
+
+A tokenizer holds `encoder.` and `mlp1.` (InternVL's original layout), `down_blocks.` and `down_mlp.` (its one stream)
+and `decoder.` (DC-AE). A model holds the same under `vision_tower.`, `multi_modal_projector.` and `vae_decoder.`, and
+beside them the LLM, `latent_queries`, `llm_connector.`, `projector.` and `dit.`. A residual block is `x + mlp(x)` with
+an `mlp` of LayerNorm (epsilon 1e-6), Linear, GELU, Linear; `down_mlp` is LayerNorm (1e-5), Linear, GELU, Linear.
+"""
+
+import re
+from typing import Literal
+
+from spar.checkpoints.formats import dcae, internvl, sana
+from spar.checkpoints.formats.key_map import Files, Rows
+from spar.common.errors import InputError
+
+STREAM, CONNECTOR = "tokenizer.semantic_stream", "connector"
+BLOCK_NORM_EPS = 1e-6
+_BLOCK = {"0": "norm", "1": "linear_1", "3": "linear_2"}
+_WITHIN_MODEL = re.compile(r"^model\.(?=\w+\.|latent_queries$)")
+
+
+def kind_of(files: Files) -> Literal["tokenizer", "model"]:
+    """Which of the two a checkpoint is."""
+    keys = [_WITHIN_MODEL.sub("", key) for key in files.shapes]
+    if any(key.startswith("vae_decoder.") for key in keys):
+        return "model"
+    if any(key.startswith("down_blocks.") for key in keys):
+        return "tokenizer"
+    raise InputError(
+        f"{files.path}: expected a checkpoint of UniLIP, with down_blocks (a tokenizer) or vae_decoder (a model), "
+        f"got {', '.join(sorted(keys)[:3])}, ..."
+    )
+
+
+def count(files: Files, pattern: str) -> int:
+    """How many different numbers a name has in the first group of `pattern`."""
+    found = (re.search(pattern, key) for key in files.shapes)
+    return len({match[1] for match in found if match})
+
+
+def queries(files: Files) -> int:
+    """The number of query embeddings of a model."""
+    shape = next((value.shape for key, value in files.shapes.items() if key.endswith("latent_queries")), ())
+    if len(shape) != 3 or shape[0] != 1:
+        raise InputError(f"{files.path}: expected latent_queries of shape [1, Q, D], got {tuple(shape) or 'none'}")
+    return shape[1]
+
+
+def translate_tokenizer(key: str) -> tuple[Rows, ...] | None:
+    """A name in a tokenizer checkpoint to ours."""
+    part, _, rest = key.partition(".")
+    if part == "encoder":
+        return internvl.translate_vision(rest)
+    if part == "mlp1":
+        return internvl.translate_projector(rest)
+    if "regressor" in key:  # a head of its training, which its own loader drops too
+        return ()
+    return _translate_decoder(key)
+
+
+def translate_model(key: str, *, head: bool) -> tuple[Rows, ...] | None:
+    """A name in a model checkpoint to ours; the vision tower and the projector are in either of InternVL's layouts."""
+    key = _WITHIN_MODEL.sub("", key)
+    part, _, rest = key.partition(".")
+    if part == "vision_tower":
+        return internvl.translate_vision(rest)
+    if part == "multi_modal_projector":
+        return internvl.translate_projector(rest) or internvl.translate(key, head=head)
+    if part == "latent_queries":
+        return (Rows(f"{CONNECTOR}.queries", single=True),)
+    if part == "llm_connector":
+        return (Rows(f"{CONNECTOR}.{rest}"),)
+    if part == "projector":
+        return (Rows(f"{CONNECTOR}.projection.{rest}"),)
+    if part == "dit":
+        return sana.translate(rest)
+    if part == "vae_decoder":
+        return _translate_decoder(rest)
+    return internvl.translate(key, head=head)
+
+
+def _translate_decoder(key: str) -> tuple[Rows, ...] | None:
+    """The stream and DC-AE's decoder, which both kinds of checkpoint name alike."""
+    if block := re.fullmatch(r"down_blocks\.(\d+)\.mlp\.([013])\.(weight|bias)", key):
+        index, layer, kind = block.groups()
+        return (Rows(f"{STREAM}.blocks.{index}.{_BLOCK[layer]}.{kind}"),)
+    if key.startswith("down_mlp."):
+        return (Rows(f"{STREAM}.projection.{key.removeprefix('down_mlp.')}"),)
+    return dcae.translate(key) if key.startswith("decoder.") else None

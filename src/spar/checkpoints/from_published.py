@@ -1,0 +1,243 @@
+"""A SPAR folder from published parts: InternVL3, DC-AE and SANA as they are, the rest from seeded random weights.
+
+The model is built on no memory and takes over the checkpoints' tensors one by one, in the types they are stored in.
+"""
+
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+from spar.checkpoints.formats import dcae, internvl, sana
+from spar.checkpoints.formats.checkpoint_source import Source, fetch
+from spar.checkpoints.formats.key_map import Files, KeyMap
+from spar.checkpoints.safetensors_io import TensorFiles
+from spar.checkpoints.spar_format import Loaded, Sampling, versions
+from spar.common.config import differences
+from spar.common.errors import InputError
+from spar.models.autoencoder import PixelEncoder, build_autoencoder
+from spar.models.config import SparConfig
+from spar.models.spar import SparModel
+
+SOURCES = ("mllm", "autoencoder", "dit")
+PATTERNS = {"mllm": internvl.FILES, "autoencoder": dcae.FILES, "dit": sana.FILES}
+WEIGHTS = {"mllm": ("model",), "autoencoder": (dcae.STEM,), "dit": (sana.STEM, sana.FOLDER)}
+PUBLISHED = {
+    internvl.ENCODER: "mllm",
+    internvl.LANGUAGE: "mllm",
+    dcae.DECODER: "autoencoder",
+    dcae.PIXEL_ENCODER: "autoencoder",
+    f"{sana.DENOISER}.network": "dit",
+}
+# The parts that no published checkpoint brings, by their place in the model.
+FRESH = {
+    "semantic stream": "tokenizer.semantic_stream",
+    "pixel stream": "tokenizer.pixel_stream",
+    "fusion": "tokenizer.fusion",
+    "router": "router",
+    "connector": "connector",
+    "reference embedding": "denoiser.reference_embed",
+}
+ONES = ("alpha", "reference_gain")  # learned factors
+QUERY_SIZE = 0.02
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """The model, ready to be saved, and where the checkpoints differ from what the recipe expected."""
+
+    loaded: Loaded
+    differences: tuple[str, ...]
+
+
+def assemble(
+    config: SparConfig,
+    sampling: Sampling,
+    sources: dict[str, str],
+    *,
+    revisions: dict[str, str] | None = None,
+    seed: int = 0,
+    recipe: str = "",
+) -> Assembled:
+    """Put a model together.
+
+    Args:
+        config: what the checkpoints do not say (streams, router, connector), and what is expected of what they do.
+        sampling: as the recipe has it; the shift is replaced by that of the DiT's own scheduler.
+        sources: folder or Hub id of each of SOURCES.
+        revisions: for any of them a commit, branch or tag of the Hub.
+        seed: of the random weights.
+
+    Raises:
+        InputError: a source that is not there, a configuration that we cannot express, or weights that do not fit it:
+            then with every missing, unexpected and misshapen tensor of all parts in one report.
+    """
+    parts = read_parts(config, sources, revisions or {})
+    real = replace(
+        config, vision=parts.mllm.vision, text=parts.mllm.text, autoencoder=parts.autoencoder.config,
+        denoiser=parts.dit.config,
+    )
+    files = {name: parts.weights(name) for name in SOURCES}
+    keys = KeyMap()
+    keys.add(files["mllm"], lambda key: internvl.translate(key, head=not real.text.tied_head))
+    keys.add(files["autoencoder"], dcae.translate)
+    keys.add(files["dit"], sana.translate)
+    model, pixel_encoder, origins = put_together(real, keys, PUBLISHED, seed)
+    model.tokenizer.latent_scale.fill_(parts.autoencoder.scaling_factor)
+    origins["latent scale"] = "the autoencoder's scaling_factor, until a tokenizer stage measures it"
+    records = {name: parts.sources[name].record(with_configs(files[name].files)) for name in SOURCES}
+    return finish(model, pixel_encoder, parts, (config, real), sampling, origins, records, seed=seed, recipe=recipe)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The published parts: where they lie, and what their configurations say."""
+
+    sources: dict[str, Source]
+    text_tokenizer: Any
+    mllm: internvl.Mllm
+    autoencoder: dcae.Autoencoder
+    dit: sana.Dit
+
+    def weights(self, name: str) -> TensorFiles:
+        """The tensors of one of SOURCES."""
+        return self.sources[name].weights(*WEIGHTS[name])
+
+
+def read_parts(
+    config: SparConfig, sources: dict[str, str], revisions: dict[str, str], *, llm: Files | None = None
+) -> Parts:
+    """Find the published parts and read their configurations.
+
+    Args:
+        llm: the LLM's tensors where they do not come from the mllm's own files.
+
+    Raises:
+        InputError: as `assemble`, but for the weights.
+    """
+    if unknown := sorted(set(revisions) - set(SOURCES)):
+        raise InputError(f"revision: expected parts of {', '.join(SOURCES)}, got {', '.join(unknown)}")
+    found = {name: fetch(sources[name], PATTERNS[name], revision=revisions.get(name), what=name) for name in SOURCES}
+    folder = found["mllm"].folder
+    text_tokenizer = internvl.read_text_tokenizer(folder)
+    mllm = internvl.read_config(folder, llm or found["mllm"].weights(*WEIGHTS["mllm"]), text_tokenizer)
+    parts = Parts(
+        found, text_tokenizer, mllm, dcae.read_config(found["autoencoder"]),
+        sana.read_config(found["dit"], config.denoiser),
+    )
+    channels = parts.autoencoder.config.latent_channels
+    if parts.dit.channels != channels:
+        raise InputError(f"the DiT denoises {parts.dit.channels} channels, expected the autoencoder's {channels}")
+    return parts
+
+
+def finish(
+    model: SparModel,
+    pixel_encoder: PixelEncoder,
+    parts: Parts,
+    configs: tuple[SparConfig, SparConfig],
+    sampling: Sampling,
+    origins: dict[str, str],
+    records: dict[str, Any],
+    *,
+    seed: int,
+    recipe: str,
+) -> Assembled:
+    """The model with what a folder needs beside it; `configs` are the recipe's and the model's own."""
+    shift = parts.dit.sampling_shift
+    own_sampling = sampling if shift is None else replace(sampling, shift=shift)
+    found = [*differences(*configs, "model"), *differences(sampling, own_sampling, "sampling")]
+    lines = tuple(f"{name}: the recipe expects {a!r}, the checkpoint has {b!r}" for name, a, b in found)
+    manifest = {
+        "recipe": recipe,
+        "seed": seed,
+        "versions": versions(),
+        "sources": records,
+        "parts": {**origins, "alignment head": "not in this folder: training starts it from random weights"},
+        "differences": list(lines),
+        "stages": {},
+    }
+    model, pixel_encoder = (module.eval().requires_grad_(False) for module in (model, pixel_encoder))
+    return Assembled(Loaded(model, parts.text_tokenizer, own_sampling, manifest, pixel_encoder), lines)
+
+
+def put_together(
+    config: SparConfig, keys: KeyMap, filled: dict[str, str], seed: int
+) -> tuple[SparModel, PixelEncoder, dict[str, str]]:
+    """A model of these sizes, built on no memory and filled from foreign tensors, and E_p.
+
+    Args:
+        keys: every tensor of the checkpoints under our names.
+        filled: the parts that these must fill exactly, by the prefix of their names, and what each comes from.
+        seed: of the random weights of all other parts.
+
+    Returns:
+        The model, E_p, and for each part where it comes from.
+    """
+    with init_empty_weights():
+        model = SparModel(config)
+        pixel_encoder = PixelEncoder(build_autoencoder(config.autoencoder).encoder)
+    parts = {
+        prefix: pixel_encoder if prefix == dcae.PIXEL_ENCODER else model.get_submodule(prefix) for prefix in filled
+    }
+    keys.check(parts, filled)
+    for prefix, module in parts.items():
+        module.load_state_dict(keys.tensors(prefix), assign=True)
+    origins = dict(filled) | start_fresh(model, seed)
+    if "connector" not in filled:
+        model.connector.initialize_from(model.language)
+        origins["connector"] += "; its layers are copies of the LLM's last"
+    return model, pixel_encoder, origins
+
+
+def with_configs(files: list[Path]) -> list[Path]:
+    """The files that were read, the configurations beside them included."""
+    return [*files, *(path for folder in {file.parent for file in files} for path in folder.glob("*.json"))]
+
+
+def start_fresh(model: SparModel, seed: int) -> dict[str, str]:
+    """Give every part that is still without memory seeded random weights, and say of each where it comes from.
+
+    A part's weights depend on the seed and the part's name alone. Linear maps start as in training from nothing
+    (Xavier), norms and learned factors at one, the queries small, the embedding of a reference at zero.
+    """
+    told = {}
+    for name, place in FRESH.items():
+        module: Any = model
+        for step in place.split("."):
+            module = getattr(module, step, None)
+        if module is None:
+            continue
+        if not any(parameter.is_meta for parameter in module.parameters()):
+            continue
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        for part in module.modules():
+            for key, parameter in list(part.named_parameters(recurse=False)):
+                if parameter.is_meta:
+                    value = _start(part, key, torch.empty(parameter.shape), generator)
+                    setattr(part, key, nn.Parameter(value))
+        told[place] = f"random weights of seed {seed}"
+    forgotten = [key for key, value in model.state_dict().items() if value.is_meta]
+    if forgotten:
+        raise ValueError(f"expected weights for every part, got none for {', '.join(forgotten[:3])}")
+    return told
+
+
+@torch.no_grad()
+def _start(part: nn.Module, key: str, value: Tensor, generator: torch.Generator) -> Tensor:
+    """The first value of one parameter."""
+    if isinstance(part, nn.Linear):
+        return nn.init.xavier_uniform_(value, generator=generator) if key == "weight" else value.zero_()
+    if isinstance(part, (nn.LayerNorm, Qwen2RMSNorm)):
+        return value.fill_(1.0 if key == "weight" else 0.0)
+    if key == "queries":
+        return value.normal_(std=QUERY_SIZE, generator=generator)
+    if key in ONES:
+        return value.fill_(1.0)
+    return value.zero_()  # a global router's logits, the embedding of a reference
+

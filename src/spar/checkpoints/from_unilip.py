@@ -1,0 +1,175 @@
+"""A SPAR folder from UniLIP's public checkpoints: the same function, in the form that full SPAR is trained on from.
+
+UniLIP has one stream and reads the LLM's last layer. Its stream becomes the semantic stream; the pixel stream is new,
+and a residual fusion whose learned part starts at zero passes z_s on. The router passes the last layer on: "last"
+exactly, "dtr" but for PICKED of the weight on each other layer, so that the gate can learn to look elsewhere.
+"""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from spar.checkpoints.formats import dcae, internvl, sana, unilip
+from spar.checkpoints.formats.checkpoint_source import Source, fetch
+from spar.checkpoints.formats.foreign_config import Settings
+from spar.checkpoints.formats.key_map import Files, KeyMap
+from spar.checkpoints.formats.torch_pickle import PickledTensors
+from spar.checkpoints.from_published import (
+    PUBLISHED,
+    SOURCES,
+    Assembled,
+    Parts,
+    finish,
+    put_together,
+    read_parts,
+    with_configs,
+)
+from spar.checkpoints.safetensors_io import TensorFiles
+from spar.checkpoints.spar_format import Sampling
+from spar.common.errors import InputError
+from spar.models.config import SparConfig
+from spar.models.router import DynamicTokenRouter, Router
+
+PICKED = 2e-5  # what a dtr that picks the last layer leaves to each other layer
+DEFAULTS = {"mllm": "mllm_hf_path", "autoencoder": "vae_path", "dit": "dit_path"}  # fields of a model's config.json
+
+FROM_UNILIP = {internvl.ENCODER: "unilip", unilip.STREAM: "unilip", dcae.DECODER: "unilip"}
+TOKENIZER = {**PUBLISHED, **FROM_UNILIP}
+MODEL = {
+    **TOKENIZER, internvl.LANGUAGE: "unilip", unilip.CONNECTOR: "unilip", f"{sana.DENOISER}.network": "unilip"
+}  # fmt: skip
+
+
+def convert_unilip(
+    path: str,
+    config: SparConfig,
+    sampling: Sampling,
+    sources: dict[str, str | None],
+    *,
+    revisions: dict[str, str] | None = None,
+    router: Literal["last", "dtr"] = "dtr",
+    factor: float | None = None,
+    seed: int = 0,
+    recipe: str = "",
+) -> Assembled:
+    """Turn a checkpoint of UniLIP, a tokenizer or a whole model, into a SPAR model.
+
+    Args:
+        path: a model's folder or Hub id, or a file of tensors (.safetensors, .pt, .pth).
+        config: of the parts that UniLIP lacks (the pixel stream).
+        sources: of the published parts that it was made from (`assembly.SOURCES`): their configurations, the words,
+            E_p, and for a tokenizer also the LLM and the DiT. For a model, None takes what its config.json names.
+        router: the last layer exactly, or a DTR that begins there.
+        factor: what brings the latent to unit size; by default the model's own `unilip_factor`.
+
+    Raises:
+        InputError: as `assembly.assemble`, for a file that is no checkpoint of UniLIP, and where no factor is known.
+    """
+    source, files = _open(path)
+    kind = unilip.kind_of(files)
+    single = Path(path).is_file()
+    settings = Settings({}, path) if single else Settings.read(source.folder / "config.json")
+    revisions, named = revisions or {}, _named(sources, settings)
+    parts = read_parts(config, named, revisions, llm=files if kind == "model" else None)
+    real = _sizes(config, parts, files, kind, router)
+    keys, filled, read = _keys(parts, files, kind, tied=real.text.tied_head)
+    model, pixel_encoder, origins = put_together(real, keys, filled, seed)
+    pass_stream(model.tokenizer.fusion)
+    pass_last(model.router)
+    model.tokenizer.latent_scale.fill_(_factor(settings, factor))
+    origins |= {
+        "tokenizer.fusion": "passes the semantic stream on: its learned part starts at zero",
+        "router": f"passes the last layer on ({router})",
+        "latent scale": "unilip",
+    }
+    records = {"unilip": source.record(files.files if single else with_configs(files.files))}
+    records |= {name: parts.sources[name].record(with_configs(read[name])) for name in read}
+    return finish(model, pixel_encoder, parts, (config, real), sampling, origins, records, seed=seed, recipe=recipe)
+
+
+def _open(path: str) -> tuple[Source, Files]:
+    """The checkpoint and its tensors; the only place where a pickled file is read."""
+    file = Path(path)
+    if file.is_file():
+        source = Source(file.parent, file.name)
+        return source, TensorFiles(file) if file.suffix == ".safetensors" else PickledTensors(file)
+    source = fetch(path, ("*.json", "*.safetensors"), what="unilip")
+    return source, source.weights("model")
+
+
+def _factor(settings: Settings, factor: float | None) -> float:
+    """What brings UniLIP's latent to unit size."""
+    scale = settings.number("unilip_factor", default=0.0) if factor is None else factor
+    if not 0 < scale < math.inf:
+        raise InputError(f"factor: expected the scale of UniLIP's latent, above 0 (its scripts have 10.6), got {scale}")
+    return scale
+
+
+def _named(sources: dict[str, str | None], settings: Settings) -> dict[str, str]:
+    named = {name: sources.get(name) or settings.get(DEFAULTS[name], default=None) for name in SOURCES}
+    if missing := [name for name, value in named.items() if not isinstance(value, str)]:
+        raise InputError(f"expected a folder or Hub id for {', '.join(missing)}, got none")
+    return named
+
+
+def _sizes(config: SparConfig, parts: Parts, files: Files, kind: str, router: str) -> SparConfig:
+    """UniLIP's sizes and forms; `config` for what it has not."""
+    connector = replace(config.connector, reference_positions=False, reference_scale="raw", image_start=True)
+    if kind == "model":
+        layers = unilip.count(files, r"llm_connector\.layers\.(\d+)\.")
+        connector = replace(connector, queries=unilip.queries(files), layers=layers)
+    streams = replace(
+        config.streams, residual_blocks=unilip.count(files, r"down_blocks\.(\d+)\."), semantic_stream=True,
+        block_norm_eps=unilip.BLOCK_NORM_EPS, fusion="residual",
+    )
+    return SparConfig(
+        vision=parts.mllm.vision,
+        text=parts.mllm.text,
+        autoencoder=parts.autoencoder.config,
+        streams=streams,
+        router=replace(config.router, kind=router, temperature=1.0, scale="last", norm=False),
+        connector=connector,
+        denoiser=replace(parts.dit.config, position_gain=0.0, reference_latent=False),
+    )
+
+
+def _keys(
+    parts: Parts, files: Files, kind: str, *, tied: bool
+) -> tuple[KeyMap, dict[str, str], dict[str, list[Path]]]:
+    """Every tensor under our names, the parts that they fill, and the files of the published parts that were read."""
+    keys, autoencoder = KeyMap(), parts.weights("autoencoder")
+    keys.add(autoencoder, dcae.translate, [key for key in autoencoder.shapes if key.startswith("encoder.")])
+    if kind == "model":
+        keys.add(files, lambda key: unilip.translate_model(key, head=not tied))
+        return keys, MODEL, {"autoencoder": autoencoder.files}
+    mllm, dit = parts.weights("mllm"), parts.weights("dit")
+    keys.add(files, unilip.translate_tokenizer)
+    llm = [key for key in mllm.shapes if "language_model" in key or "lm_head" in key]  # its encoder is superseded
+    keys.add(mllm, lambda key: internvl.translate(key, head=not tied), llm)
+    keys.add(dit, sana.translate)
+    return keys, TOKENIZER, {"mllm": mllm.files, "autoencoder": autoencoder.files, "dit": dit.files}
+
+
+@torch.no_grad()
+def pass_stream(fusion: nn.Sequential) -> None:
+    """Let a residual fusion pass the semantic stream on exactly: its last layer starts at zero."""
+    fusion[-1].weight.zero_()
+    fusion[-1].bias.zero_()
+
+
+@torch.no_grad()
+def pass_last(router: Router) -> None:
+    """Let a router at the last state's scale pass the last layer on; a gate keeps PICKED for each other layer."""
+    router.alpha.fill_(1.0)
+    router.projection.weight.copy_(torch.eye(len(router.projection.weight)))
+    router.projection.bias.zero_()
+    if isinstance(router, DynamicTokenRouter):
+        others = router.count - 1
+        router.gate[-1].weight.zero_()
+        router.gate[-1].bias.zero_()
+        router.gate[-1].bias[-1] = math.log((1 - others * PICKED) / PICKED)
+

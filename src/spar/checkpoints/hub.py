@@ -1,0 +1,130 @@
+"""Folders of weights to the Hub and from it: what is sent is checked before, and goes in one commit or not at all."""
+
+import re
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from spar.checkpoints.formats.checkpoint_source import REPOSITORY, fetch
+from spar.checkpoints.inspect import inspect
+from spar.checkpoints.safetensors_io import INDEX
+from spar.checkpoints.spar_format import PARTS
+from spar.common.config import read_json
+from spar.common.errors import InputError
+
+FOLDERS = ("", "tokenizer/", *(f"{part}/" for part in PARTS), "pixel_encoder/")
+# Weights that are no longer in the folder are removed there: they might be loaded in the place of newer ones.
+WEIGHTS = tuple(f"{folder}model*.safetensors{end}" for folder in FOLDERS for end in ("", INDEX))
+# What belongs to a folder: nothing else that lies in it is sent.
+BELONGS = (
+    *WEIGHTS,
+    "README.md",
+    "config.json",
+    "manifest.json",
+    "metrics.jsonl",
+    "tokenizer/config.json",
+    "text_tokenizer/*.json",
+    "text_tokenizer/*.jinja",
+    "text_tokenizer/*.txt",
+)
+
+
+ADDRESS = re.compile(r"hf:/+([\w.-]+/[\w.-]+?)(?:@([^/]+))?")  # a Path has one slash left of two
+
+
+def model_folder(path: str | Path) -> Path:
+    """A folder on this disk: the path itself, or what `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION` has on the Hub.
+
+    Raises:
+        InputError: another address, or a download that fails.
+    """
+    if not str(path).startswith("hf:"):
+        return Path(path)
+    found = ADDRESS.fullmatch(str(path))
+    if not found:
+        raise InputError(f"model: expected a folder or hf://OWNER/NAME or hf://OWNER/NAME@REVISION, got {str(path)!r}")
+    return fetch(found[1], BELONGS, revision=found[2], what="model").folder
+
+
+def model_name(path: str | Path, folder: Path) -> str:
+    """What notes call a model: a folder's own name, or the address on the Hub with the commit that came from there."""
+    found = ADDRESS.fullmatch(str(path))
+    return f"hf://{found[1]}@{folder.name}" if found else folder.resolve().name
+
+
+@dataclass(frozen=True)
+class Shipment:
+    """The files of a folder that are sent, with their bytes, and the names of those that are left behind."""
+
+    folder: Path
+    format: str
+    files: dict[str, int]
+    left: list[str]
+
+
+def shipment(folder: Path) -> Shipment:
+    """What of a SPAR folder, or of a tokenizer's alone, would be sent; no network is needed.
+
+    Raises:
+        InputError: a folder that could not be loaded (`inspect`), or links in the place of files.
+    """
+    kind = inspect(folder).format
+    names = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+    for name, path in names.items():
+        if path.is_symlink():
+            raise InputError(f"{folder}: expected plain files, but {name} is a link; save the model into a new folder")
+    files = {name: path.stat().st_size for name, path in names.items() if path.is_file()}
+    sent = {name: size for name, size in files.items() if any(_matches(name, pattern) for pattern in BELONGS)}
+    return Shipment(folder, kind, sent, sorted(files.keys() - sent.keys()))
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
+
+
+def check_repository(repository: str) -> None:
+    """Refuse what is no Hub id."""
+    if not REPOSITORY.fullmatch(repository):
+        raise InputError(f"REPO_ID: expected OWNER/NAME, got {repository!r}")
+
+
+def push(goods: Shipment, repository: str, *, private: bool = True, message: str = "Weights of SPAR") -> str:
+    """Send a shipment to the model repository OWNER/NAME, in one commit, and return the commit's address.
+
+    A repository that is not there is made. huggingface_hub knows who asks (`hf auth login`, or HF_TOKEN).
+
+    Raises:
+        InputError: a repository that holds another model, or that is public already where `private` is wanted, and
+            whatever the Hub refuses.
+    """
+    check_repository(repository)
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    hub = HfApi()
+    try:
+        hub.create_repo(repository, private=private, exist_ok=True)
+        if private and not hub.model_info(repository).private:
+            raise InputError(f"{repository} is public already; --public says that this is meant")
+        if "config.json" in hub.list_repo_files(repository):
+            kind = read_json(Path(hub.hf_hub_download(repository, "config.json"))).get("format")
+            if kind != goods.format:
+                raise InputError(f"{repository} holds another model (its config.json says format {kind!r})")
+        commit = hub.upload_folder(
+            repo_id=repository, folder_path=goods.folder, allow_patterns=list(goods.files),
+            delete_patterns=list(WEIGHTS), commit_message=message,
+        )
+    except InputError:
+        raise
+    except OfflineModeIsEnabled as error:
+        raise InputError("the Hub cannot be reached: HF_HUB_OFFLINE is set") from error
+    except Exception as error:  # the Hub's refusals, and whatever goes wrong with the network and the disk
+        unknown = isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403)
+        hint = "; hf auth login, or HF_TOKEN, says who asks" if unknown else ""
+        raise InputError(f"the Hub does not take {repository}: {_reason(error)}{hint}") from error
+    return commit.commit_url
+
+
+def _reason(error: Exception) -> str:
+    text = getattr(error, "server_message", None) or str(error)
+    return text.strip().partition("\n")[0] or type(error).__name__

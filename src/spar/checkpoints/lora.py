@@ -1,0 +1,124 @@
+"""LoRA (arXiv 2106.09685) through peft: small trainable additions to frozen linear maps, kept apart or merged.
+
+What is adapted are the linear maps inside the repeated layers of a part: attention and feed-forward of the LLM and the
+connector, attention of the DiT (its feed-forward is convolutions, which stay as they are).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from spar.checkpoints.safetensors_io import describe_mismatch, read_tensors
+from spar.common.config import from_dict, read_json, to_dict, write_json
+from spar.common.errors import InputError, install_command
+
+FORMAT, FORMAT_VERSION = "spar-adapter", 1
+LAYERS = {"denoiser": "network.transformer_blocks.", "connector": "layers.", "language": "network.layers."}
+MARK = "lora_"  # in the name of every tensor that an adapter adds
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """`rank` of the additions (0: no LoRA), `alpha` (they count alpha / rank), and the parts that get them."""
+
+    rank: int = 0
+    alpha: float = 16.0
+    parts: tuple[str, ...] = ("denoiser", "connector")
+
+    def __post_init__(self) -> None:
+        if self.rank < 0 or not self.alpha > 0:
+            raise InputError(f"lora: expected rank at least 0 and alpha above 0, got {self.rank} and {self.alpha}")
+        if not self.parts or not set(self.parts) <= set(LAYERS):
+            raise InputError(
+                f"lora.parts: expected some of {', '.join(LAYERS)}, got {', '.join(self.parts) or 'none'}"
+            )
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter's name is one that LoRA added."""
+    return f".{MARK}" in name
+
+
+def adapt(model: nn.Module, config: LoraConfig) -> None:
+    """Add zero-initialised LoRA to a model in place: it computes what it did. Random starts are torch's global ones.
+
+    Raises:
+        InputError: without peft.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise InputError(f"LoRA needs peft: {install_command('lora')}") from None
+    for part in config.parts:
+        module = getattr(model, part)
+        names = [
+            name
+            for name, layer in module.named_modules()
+            if isinstance(layer, nn.Linear) and name.startswith(LAYERS[part])
+        ]
+        settings = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=names, lora_dropout=0.0)
+        peft.inject_adapter_in_model(settings, module)
+
+
+def onto_adapted(own: dict[str, Tensor], given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a plain model under an adapted one's names, with that one's own additions where none are given."""
+    renamed = {}
+    for name, value in given.items():
+        stem, _, last = name.rpartition(".")
+        base = f"{stem}.base_layer.{last}"
+        renamed[base if base in own else name] = value
+    return {**{name: value for name, value in own.items() if is_adapter(name)}, **renamed}
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What LoRA added, by name."""
+    return {name: value for name, value in model.state_dict().items() if is_adapter(name)}
+
+
+def merge(model: nn.Module) -> None:
+    """Add every addition to the map that it stands beside, in place: a plain model that computes the same."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]:
+        layer.merge(safe_merge=True)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+
+
+def save_adapter(model: nn.Module, config: LoraConfig, folder: Path, manifest: dict[str, Any]) -> None:
+    """Write the additions alone: `adapter.safetensors`, `config.json` and what made them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in adapter_tensors(model).items()}
+    save_file(tensors, folder / "adapter.safetensors")
+    header = {"format": FORMAT, "format_version": FORMAT_VERSION, "lora": to_dict(config)}
+    write_json(folder / "config.json", header)
+    write_json(folder / "manifest.json", manifest)
+
+
+def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
+    """Adapt a plain model and fill the additions from a folder.
+
+    Raises:
+        InputError: no adapter, or one of another model: the sizes or names differ.
+    """
+    header = read_json(folder / "config.json")
+    if (header.get("format"), header.get("format_version")) != (FORMAT, FORMAT_VERSION):
+        raise InputError(
+            f"{folder}: expected an adapter ({FORMAT}, version {FORMAT_VERSION}), got "
+            f"{header.get('format')!r}, version {header.get('format_version')!r}"
+        )
+    config = from_dict(LoraConfig, header.get("lora", {}), complete=True)
+    given = read_tensors(folder / "adapter.safetensors")
+    ranks = {value.shape[0] for name, value in given.items() if name.endswith("lora_A.default.weight")}
+    if ranks != {config.rank}:
+        found = ", ".join(map(str, sorted(ranks))) or "none"
+        raise InputError(f"{folder}: expected weights of rank {config.rank} as its config.json says, got {found}")
+    adapt(model, config)
+    mismatch = describe_mismatch(adapter_tensors(model), given)
+    if mismatch:
+        raise InputError(f"{folder} is no adapter of this model: {mismatch}")
+    model.load_state_dict({**model.state_dict(), **given})
+    return config

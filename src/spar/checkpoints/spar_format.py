@@ -1,0 +1,267 @@
+"""A SPAR folder: one subfolder a part, safetensors and JSON, loaded strictly; the tokenizer alone is a folder too.
+
+    config.json               format, versions, sizes of every part, sampling defaults
+    tokenizer/                config.json (sizes, latent scale), model.safetensors
+    language/ router/ connector/ denoiser/      model.safetensors each, in shards with an index where it is large
+    pixel_encoder/            model.safetensors: E_p, for training the tokenizer (optional)
+    text_tokenizer/           transformers' own files
+    manifest.json             what made the weights (optional)
+    README.md                 the model card, for a reader (optional)
+"""
+
+import importlib.metadata
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError
+
+from spar import __version__
+from spar.checkpoints.migration import FORMAT_VERSION, upgraded
+from spar.checkpoints.model_card import model_card
+from spar.checkpoints.safetensors_io import INDEX, fill_weights, write_tensors
+from spar.common.config import from_dict, read_json, to_dict, write_json
+from spar.common.errors import InputError
+from spar.models.autoencoder import PixelEncoder, build_autoencoder
+from spar.models.config import SparConfig, TextConfig
+from spar.models.spar import SparModel
+from spar.models.tokenizer import UnifiedTokenizer
+from spar.processing.prompts import IMAGE_TOKEN
+
+FORMAT = "spar"
+CARD = "README.md"
+PARTS = ("language", "router", "connector", "denoiser")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the model is sampled unless the caller says otherwise; part of the model, since training fixed it."""
+
+    shift: float = 1.0
+    method: str = "dpmsolver++"
+    steps: int = 20
+    guidance: float = 4.5
+    max_prompt_tokens: int = 64
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a folder holds. `pixel_encoder` is written where it is given; `load_pixel_encoder` reads it."""
+
+    model: SparModel
+    text_tokenizer: Any
+    sampling: Sampling
+    manifest: dict[str, Any] = field(default_factory=dict)
+    pixel_encoder: PixelEncoder | None = None
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of the libraries whose classes hold the weights."""
+    libraries = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "diffusers")}
+    return {"spar": __version__, **libraries}
+
+
+def save_tokenizer(tokenizer: UnifiedTokenizer, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """The unified tokenizer alone: image to latent and back, and the encoder for understanding."""
+    write_tensors(tokenizer, folder / "model.safetensors", dtype)
+    write_json(
+        folder / "config.json",
+        {
+            "format": f"{FORMAT}-tokenizer",
+            "format_version": FORMAT_VERSION,
+            "versions": versions(),
+            "latent_scale": float(tokenizer.latent_scale),
+            "model": to_dict(tokenizer.config),
+        },
+    )
+
+
+def load_tokenizer(folder: Path) -> UnifiedTokenizer:
+    """The inverse of `save_tokenizer`, in float32."""
+    header = read_header(folder, f"{FORMAT}-tokenizer")
+    with init_empty_weights():
+        tokenizer = UnifiedTokenizer(from_dict(SparConfig, header["model"], complete=True))
+    _fill_tokenizer(tokenizer, folder, header)
+    return tokenizer.eval().requires_grad_(False)
+
+
+def _fill_tokenizer(tokenizer: UnifiedTokenizer, folder: Path, header: dict[str, Any]) -> None:
+    fill_weights(tokenizer, folder / "model.safetensors", str(folder))
+    tokenizer.latent_scale.fill_(header["latent_scale"])
+
+
+def save_model(loaded: Loaded, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write a whole SPAR folder; an existing folder that is no SPAR folder is left alone."""
+    with replaced(folder, FORMAT) as aside:
+        model = loaded.model
+        save_tokenizer(model.tokenizer, aside / "tokenizer", dtype)
+        for part in PARTS:
+            write_tensors(getattr(model, part), aside / part / "model.safetensors", dtype)
+        if loaded.pixel_encoder is not None:
+            write_tensors(loaded.pixel_encoder, aside / "pixel_encoder" / "model.safetensors", dtype)
+        loaded.text_tokenizer.save_pretrained(aside / "text_tokenizer")
+        write_json(
+            aside / "config.json",
+            {
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "versions": versions(),
+                "model": to_dict(model.config),
+                "sampling": to_dict(loaded.sampling),
+            },
+        )
+        write_json(aside / "manifest.json", loaded.manifest)
+        (aside / CARD).write_text(card_of(loaded), encoding="utf-8")
+
+
+def card_of(loaded: Loaded) -> str:
+    """The model card, as it lies in the folder."""
+    model, words = loaded.model, loaded.text_tokenizer
+    sizes = {name: sum(t.numel() for t in getattr(model, name).state_dict().values()) for name in ("tokenizer", *PARTS)}
+    closed = len(set(words.get_vocab()) - set(words.all_special_tokens)) if words.unk_token_id is not None else None
+    return model_card(model.config, loaded.manifest, sizes, prompt=loaded.sampling.max_prompt_tokens, words=closed)
+
+
+@contextmanager
+def replaced(folder: Path, kind: str) -> Iterator[Path]:
+    """A folder to fill; once it is whole, it takes the place of `folder`, which is new, empty or an older one.
+
+    Raises:
+        InputError: a path that holds anything but a folder of this kind, or that cannot be written.
+    """
+    folder = folder.absolute()
+    if folder.exists() and not _replaceable(folder, kind):
+        what = kind.replace(FORMAT, "SPAR").replace("-", " ")
+        raise InputError(f"{folder} exists and is no {what} folder; expected an empty or new folder")
+    aside, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        _swap(aside, folder, old)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _swap(new: Path, folder: Path, old: Path) -> None:
+    """Put a finished folder in an older one's place; stopped at any point, one of the two is whole under its name."""
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    try:
+        new.rename(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _replaceable(folder: Path, kind: str) -> bool:
+    """Whether a path that exists is an empty folder or an older one of this kind."""
+    if not folder.is_dir():
+        return False
+    if not any(folder.iterdir()):
+        return True
+    try:
+        return read_json(folder / "config.json").get("format") == kind
+    except InputError:
+        return False
+
+
+def load_model(folder: Path) -> Loaded:
+    """Load a SPAR folder strictly, in float32 on the CPU; `InputError` names what is missing, foreign or damaged."""
+    header = read_header(folder, FORMAT)
+    config = from_dict(SparConfig, header["model"], complete=True)
+    with init_empty_weights():
+        model = SparModel(config)
+    tokenizer = tokenizer_header(folder, header)
+    _fill_tokenizer(model.tokenizer, folder / "tokenizer", tokenizer)
+    for part in PARTS:
+        fill_weights(getattr(model, part), folder / part / "model.safetensors", str(folder / part))
+    manifest = folder / "manifest.json"
+    return Loaded(
+        model=model.eval().requires_grad_(False),
+        text_tokenizer=load_text_tokenizer(folder / "text_tokenizer", model.config.text),
+        sampling=from_dict(Sampling, header["sampling"], complete=True),
+        manifest=read_json(manifest) if manifest.exists() else {},
+    )
+
+
+def read_sizes(folder: Path) -> SparConfig:
+    """The configuration of a SPAR folder's model, without its weights."""
+    return from_dict(SparConfig, read_header(folder, FORMAT)["model"], complete=True)
+
+
+def has_pixel_encoder(folder: Path) -> bool:
+    """Whether a SPAR folder holds E_p beside the model."""
+    path = folder / "pixel_encoder" / "model.safetensors"
+    return path.is_file() or path.with_name(path.name + INDEX).is_file()
+
+
+def load_pixel_encoder(folder: Path) -> PixelEncoder:
+    """E_p of a SPAR folder that holds it, in float32."""
+    config = read_sizes(folder)
+    with init_empty_weights():
+        encoder = PixelEncoder(build_autoencoder(config.autoencoder).encoder)
+    fill_weights(encoder, folder / "pixel_encoder" / "model.safetensors", str(folder / "pixel_encoder"))
+    return encoder.eval().requires_grad_(False)
+
+
+def load_text_tokenizer(folder: Path, config: TextConfig) -> Any:
+    """A model's text tokenizer from its files; InputError where it is damaged or of another model."""
+    from transformers import PreTrainedTokenizerFast
+
+    if not (folder / "tokenizer.json").is_file():
+        raise InputError(f"tokenizer.json is missing in {folder}")
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises a bare Exception on a damaged file
+        raise InputError(f"{folder} holds no readable text tokenizer: {error}") from error
+    own = (tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), tokenizer.eos_token_id, tokenizer.pad_token_id)
+    wanted = (config.image_token_id, config.eos_token_id, config.pad_token_id)
+    if own != wanted:
+        raise InputError(f"{folder}: expected image, end and padding tokens with ids {wanted}, got {own}")
+    return tokenizer
+
+
+def read_header(folder: Path, expected: str) -> dict[str, Any]:
+    """config.json of a folder, checked for kind and version, its sizes as today's version has them.
+
+    Raises:
+        InputError: no folder, no readable config.json, another format than `expected`, or a version of the future.
+    """
+    if not folder.is_dir():
+        raise InputError(f"expected a SPAR model folder, got {folder}, which {_what(folder)}")
+    header = read_json(folder / "config.json")
+    if header.get("format") != expected:
+        raise InputError(f"{folder} is no {expected} folder: its config.json says format {header.get('format')!r}")
+    version = header.get("format_version")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise InputError(f"{folder} has format version {version!r}; this spar reads versions 1 to {FORMAT_VERSION}")
+    for key in ("model",) if expected != FORMAT else ("model", "sampling"):
+        if key not in header:
+            raise InputError(f"{folder / 'config.json'}: expected a field {key!r}, got none")
+    scale = header.get("latent_scale")
+    if expected != FORMAT and not (isinstance(scale, float) and scale > 0):
+        raise InputError(f"{folder / 'config.json'}: expected latent_scale above 0, got {scale!r}")
+    return {**header, "model": upgraded(header["model"], version)}
+
+
+def tokenizer_header(folder: Path, header: dict[str, Any]) -> dict[str, Any]:
+    """The header of a SPAR folder's tokenizer, which has the sizes of the folder's own; raises as `read_header`."""
+    tokenizer = read_header(folder / "tokenizer", f"{FORMAT}-tokenizer")
+    if tokenizer["model"] != header["model"]:
+        raise InputError(f"{folder}: the config.json of tokenizer/ gives other sizes than the model's own")
+    return tokenizer
+
+
+def _what(path: Path) -> str:
+    return "is a file" if path.exists() else "does not exist"

@@ -1,0 +1,636 @@
+"""What each verb of the command line takes: one frozen dataclass a verb, read by tyro, and the flags of a recipe.
+
+tyro draws its errors as boxes; `parse` turns them into one `InputError`. No heavy library is imported here.
+"""
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import tyro
+from tyro.conf import DisallowNone, FlagConversionOff, FlagCreatePairsOff, Positional, UseAppendAction, arg
+
+from spar.common.errors import InputError
+from spar.common.limits import MAX_GUIDANCE, MAX_IMAGES, MAX_SEED, MAX_STEPS, MAX_WORKERS, within
+from spar.data.samples import Format
+from spar.serving.limits import DEFAULT_HOST, DEFAULT_PORT, MAX_BATCH, MAX_QUEUE, REQUEST_SECONDS, told
+
+if TYPE_CHECKING:
+    from spar.training.config import Recipe
+
+T = TypeVar("T")
+
+Flag = FlagCreatePairsOff[bool]
+OutputPath = Annotated[Path | None, arg(aliases=["-o"])]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Benchmark = Literal["shapes-gen", "shapes-edit", "shapes-vqa", "shapes-recon", "all"]
+Steps = Annotated[int | None, arg(name="steps", aliases=["--num-inference-steps"])]
+Guidance = Annotated[float | None, arg(name="guidance", aliases=["--guidance-scale"])]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArguments:
+    """Which weights, and how they run."""
+
+    model: Path | None = None
+    """Model folder, or hf://OWNER/NAME[@REVISION]; by default the bundled weights."""
+    adapter: Path | None = None
+    """Folder of LoRA weights (RUN/adapter) to merge into the model."""
+    decode_tile: int | None = None
+    """Visual tokens a side above which pictures are decoded in tiles: less memory, a slightly different picture."""
+    weights: Literal["float32", "compute", "int8"] = "compute"
+    """How weights are held: float32 as stored, compute in half of it for the same result, int8 in less for another."""
+    offload: Flag = False
+    """Parts wait in the CPU's memory while others compute on the device: less of its memory, more time."""
+    compile: Flag = False
+    """Repeated layers go through torch.compile: the first result takes a minute or so, later ones less time."""
+    dtype: Dtype = "auto"
+    """What matrix products run in; auto is bfloat16 where the device has it in hardware."""
+    device: str | None = None
+    """cpu, cuda, cuda:1 ...; by default CUDA where there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingArguments(ModelArguments):
+    """How pictures are drawn, and where they go."""
+
+    output: OutputPath = None
+    """PNG file, or a folder for several pictures; by default out.png, or out for several."""
+    overwrite: Flag = False
+    """Replace files that exist."""
+    seed: int | None = None
+    """Picture i is drawn from seed + i; random when left out."""
+    num_inference_steps: Steps = None
+    """Sampling steps; by default the model's own."""
+    guidance_scale: Guidance = None
+    """Classifier-free guidance, 1 for none; by default the model's own."""
+    num_images_per_prompt: Annotated[int, arg(aliases=["-n"])] = 1
+    """Pictures for each prompt."""
+    negative_prompt: str | None = None
+    """What guidance steers away from."""
+
+    def __post_init__(self) -> None:
+        within("--seed", self.seed, 0, MAX_SEED)
+        within("--steps", self.num_inference_steps, 1, MAX_STEPS)
+        within("--guidance", self.guidance_scale, 0, MAX_GUIDANCE)
+        within("--num-images-per-prompt", self.num_images_per_prompt, 1, MAX_IMAGES)
+        _readable(self.negative_prompt, "--negative-prompt")
+
+    def keywords(self) -> dict[str, Any]:
+        """The pipeline's keywords that all sampling tasks share."""
+        names = ("negative_prompt", "num_inference_steps", "guidance_scale", "num_images_per_prompt", "seed")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateArguments(SamplingArguments):
+    """Draw pictures from words: spar generate "a large red circle on a gray background" -o out.png"""
+
+    prompt: Annotated[Positional[tuple[str, ...]], arg(metavar="PROMPT")]
+    """What to draw; several prompts make several pictures."""
+    height: int | None = None
+    """Pixels; by default the side that the model was trained at."""
+    width: int | None = None
+    """Pixels; by default the side that the model was trained at."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _some(self.prompt, "prompt", "PROMPT")
+        within("number of pictures", len(self.prompt) * self.num_images_per_prompt, 1, MAX_IMAGES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditArguments(SamplingArguments):
+    """Change a picture as an instruction says: spar edit photo.png "remove the red circle" -o edited.png"""
+
+    image: Annotated[Positional[Path], arg(metavar="IMAGE")]
+    """The picture to change."""
+    instruction: Annotated[Positional[tuple[str, ...]], arg(metavar="INSTRUCTION")]
+    """What to change; several instructions make several pictures."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _some(self.instruction, "instruction", "IMAGE INSTRUCTION")
+        within("number of pictures", len(self.instruction) * self.num_images_per_prompt, 1, MAX_IMAGES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnderstandArguments(ModelArguments):
+    """Answer questions about a picture: spar understand photo.png "how many objects are there?\""""
+
+    image: Annotated[Positional[Path], arg(metavar="IMAGE")]
+    """The picture."""
+    question: Annotated[Positional[tuple[str, ...]], arg(metavar="QUESTION")]
+    """What to ask; one line is printed for each question."""
+    max_new_tokens: int = 48
+    """Longest answer; more than 256 is cut to that."""
+
+    def __post_init__(self) -> None:
+        _some(self.question, "question", "IMAGE QUESTION")
+        within("--max-new-tokens", self.max_new_tokens, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructArguments(ModelArguments):
+    """Send pictures through the unified tokenizer and back: spar reconstruct photo.png -o back.png"""
+
+    image: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE")]
+    """Pictures, or folders of pictures."""
+    output: OutputPath = None
+    """PNG file, or a folder for several pictures; by default out.png, or out for several."""
+    overwrite: Flag = False
+    """Replace files that exist."""
+
+    def __post_init__(self) -> None:
+        _some(self.image, "picture", "IMAGE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoArguments:
+    """Say how a picture was made, or what a folder of weights is: spar info out.png
+
+    A picture answers with its notes and the command that makes it again. A folder is checked as loading would, by the
+    headers of its files.
+    """
+
+    path: Annotated[Positional[Path], arg(metavar="PATH")]
+    """A PNG that spar wrote, or a SPAR folder (of a model, or of a tokenizer alone)."""
+    json: Flag = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments:
+    """Train a recipe: spar train tiny --run runs/tiny
+
+    Every field of the recipe is a flag, stages by their names: --seed 3 --model.denoiser.layers 4
+    --stages.unified-2.steps 100. `spar train RECIPE --help` lists them all.
+    """
+
+    recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
+    """The recipe's name (tiny, shapes, ...); it comes first."""
+    stage: UseAppendAction[tuple[str, ...]] = ()
+    """Train this stage only; may be given several times, and each then starts from the end of the one given before."""
+    run: Path | None = None
+    """Folder of the run; by default runs/RECIPE."""
+    resume: str = "never"
+    """never: a folder that holds a run is refused. auto: go on where the run stands. A folder: go on with that run."""
+    init_from: Path | None = None
+    """Start the first stage from the weights of a finished stage (RUN/STAGE/done) or of a SPAR folder."""
+    from_scratch: Flag = False
+    """Start from random weights what the recipe expects from published checkpoints."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1 ..."""
+    dry_run: Flag = False
+    """Say what would be trained, with parameters and memory, and stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanArguments:
+    """Say what a recipe costs on given GPUs, before any training: spar plan spar-1b --gpus 64 --gpu h200
+
+    Memory of one GPU, operations, pictures a second and days of each stage, and what will not fit. Every field of the
+    recipe is a flag, as in `spar train`: --stages.unified-2.batch 1024.
+    """
+
+    recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
+    """The recipe's name (spar-1b, spar-3b); it comes first."""
+    stage: UseAppendAction[tuple[str, ...]] = ()
+    """Plan this stage only; may be given several times."""
+    gpus: int = 8
+    """How many there are."""
+    gpu: str = "h200"
+    """Which: rtx4090, a100-40, a100, h100, h200 or b200."""
+    mfu: float = 0.4
+    """Share of the GPU's peak that is reckoned with."""
+    strategy: Literal["fsdp", "ddp"] = "fsdp"
+    """fsdp shards weights, gradients and optimizer; ddp holds them whole."""
+    accumulate: int = 1
+    """Pieces that a GPU's share of a batch is worked off in."""
+    recompute: Flag = False
+    """Activations are computed again in the backward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheArguments:
+    """Compute the frozen features of data sets once: spar cache RECIPE --init-from MODEL --data.source files ...
+
+    Unified stages then read the folder in place of pictures: spar train RECIPE ... --data.cache FOLDER. Every field of
+    the recipe is a flag, as in `spar train`. A cache that was broken off goes on where it stands.
+    """
+
+    recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
+    """The recipe's name; it comes first."""
+    init_from: Path
+    """SPAR folder whose tokenizer computes the features."""
+    output: Annotated[Path, arg(aliases=["-o"])] = Path("features")
+    """Folder to write."""
+    batch: int = 32
+    """Pictures at once."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1 ..."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of matrix products, as in the training that will read the features."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssemblyArguments:
+    """What a model is put together from, and where it goes."""
+
+    output: Annotated[Path, arg(aliases=["-o"])]
+    """Folder to write."""
+    revision: UseAppendAction[tuple[str, ...]] = ()
+    """PART=COMMIT, for a part that comes from the Hub; may be given for each. By default the newest."""
+    seed: int = 0
+    """Of the random weights."""
+    overwrite: Flag = False
+    """Replace an earlier model."""
+
+    def __post_init__(self) -> None:
+        within("--seed", self.seed, 0, MAX_SEED)
+        self.revisions()
+
+    def revisions(self) -> dict[str, str]:
+        """Commit by part."""
+        pairs = [text.partition("=") for text in self.revision]
+        for text, (part, _, commit) in zip(self.revision, pairs, strict=True):
+            if part not in ("mllm", "autoencoder", "dit") or not commit:
+                raise InputError(f"--revision: expected mllm=COMMIT, autoencoder=COMMIT or dit=COMMIT, got {text!r}")
+        return {part: commit for part, _, commit in pairs}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildArguments(AssemblyArguments):
+    """Put a model together from published parts: spar build spar-1b --mllm OpenGVLab/InternVL3-1B-hf
+    --autoencoder mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers --dit Efficient-Large-Model/Sana_600M_512px_diffusers -o
+    spar-1b
+
+    Each part is a folder or a Hub id. What none of them brings starts from random weights; the manifest says which.
+    """
+
+    recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
+    """The recipe whose model it is (spar-1b, spar-3b)."""
+    mllm: str
+    """InternVL3, in transformers' layout (its name ends in -hf) or the original."""
+    autoencoder: str
+    """DC-AE, in diffusers' layout."""
+    dit: str
+    """SANA, in diffusers' layout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertArguments(AssemblyArguments):
+    """Turn a public checkpoint into a SPAR model: spar convert unilip kanashi6/UniLIP-1B -o unilip-1b
+
+    The model computes what the checkpoint did, and full SPAR can be trained on from there. A tokenizer's file (.pth)
+    wants the published parts and --factor too; a model names its own.
+    """
+
+    format: Annotated[Positional[Literal["unilip"]], arg(metavar="FORMAT")]
+    """Whose format it is: unilip."""
+    path: Annotated[Positional[str], arg(metavar="PATH")]
+    """A model's folder or Hub id, or a file of tensors (.safetensors, .pt, .pth)."""
+    mllm: str | None = None
+    """InternVL3: folder or Hub id, in either layout."""
+    autoencoder: str | None = None
+    """DC-AE, in diffusers' layout."""
+    dit: str | None = None
+    """SANA, in diffusers' layout."""
+    router: Literal["dtr", "last"] = "dtr"
+    """last computes exactly what the checkpoint did; dtr starts within a thousandth of it and can learn."""
+    factor: float | None = None
+    """What brings the latent to unit size; by default the model's own."""
+    recipe: str = "spar-1b"
+    """The recipe that gives what the checkpoint lacks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushArguments:
+    """Send a folder of weights to the Hub: spar push runs/shapes/model OWNER/NAME --dry-run
+
+    The folder is checked first, and only what belongs to it is sent, in one commit. A repository that is not there yet
+    is made, private unless --public. Who asks is huggingface_hub's business: hf auth login, or HF_TOKEN.
+    """
+
+    folder: Annotated[Positional[Path], arg(metavar="FOLDER")]
+    """SPAR folder, of a model or of a tokenizer alone."""
+    repository: Annotated[Positional[str], arg(metavar="REPO_ID")]
+    """OWNER/NAME."""
+    public: Flag = False
+    """Everybody may read the repository."""
+    message: str = "Weights of SPAR"
+    """Of the commit."""
+    dry_run: Flag = False
+    """Say what would be sent, and stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalArguments(ModelArguments):
+    """Score a model with the judge of the shapes world: spar eval shapes-gen -o shapes-gen.json"""
+
+    benchmark: Annotated[Positional[Benchmark], arg(metavar="BENCHMARK")]
+    """One of shapes-gen, shapes-edit, shapes-vqa, shapes-recon, or all."""
+    output: OutputPath = None
+    """Results file (for all: folder); by default BENCHMARK.json (for all: results)."""
+    overwrite: Flag = False
+    """Replace results that exist."""
+    limit: int | None = None
+    """Prompts of each task; by default all of them."""
+    seed: int | None = None
+    """Of the pictures and of the bootstrap; by default 0."""
+    num_inference_steps: Steps = None
+    """Sampling steps; by default the model's own."""
+    guidance_scale: Guidance = None
+    """Classifier-free guidance; by default the model's own."""
+    images_per_prompt: int | None = None
+    """Pictures for each prompt of shapes-gen; by default 4."""
+    batch: int | None = None
+    """Pictures made at once: changes the time, never the scores."""
+    combinations: Literal["seen", "held_out"] = "seen"
+    """Combinations of colour and shape that training showed, or those that it held out."""
+    label: str | None = None
+    """Noted in the results, to tell two models apart."""
+
+    def __post_init__(self) -> None:
+        within("--seed", self.seed, 0, MAX_SEED)
+        within("--steps", self.num_inference_steps, 1, MAX_STEPS)
+        within("--guidance", self.guidance_scale, 0, MAX_GUIDANCE)
+        for name in ("limit", "images_per_prompt", "batch"):
+            within("--" + name.replace("_", "-"), getattr(self, name), 1, MAX_IMAGES)
+
+    def keywords(self) -> dict[str, Any]:
+        """The fields of EvalOptions that were given; the others keep their defaults there."""
+        names = ("limit", "seed", "num_inference_steps", "guidance_scale", "images_per_prompt", "batch")
+        values = {name: getattr(self, name) for name in (*names, "combinations", "label")}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportArguments:
+    """Write a run's training curves and results as one HTML page: spar report runs/shapes"""
+
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    """Folder of the run."""
+    output: OutputPath = None
+    """HTML file; by default RUN/report.html, which is replaced."""
+    overwrite: Flag = False
+    """Replace the file given with --output if it exists."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoArguments(ModelArguments):
+    """Show all four tasks in one page: pictures, edits, answers, reconstructions and a small sample of the scores."""
+
+    output: Annotated[Path, arg(aliases=["-o"])] = Path("demo")
+    """Folder to write."""
+    overwrite: Flag = False
+    """Replace an earlier demo."""
+    images: Path | None = None
+    """Folder of pictures to reconstruct; by default pictures of the shapes world."""
+    limit: int = 4
+    """Prompts of each benchmark task."""
+
+    def __post_init__(self) -> None:
+        within("--limit", self.limit, 1, MAX_IMAGES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListenArguments(ModelArguments):
+    """Where a server listens, and who may come."""
+
+    host: str = DEFAULT_HOST
+    """Address to listen on; any but this machine's own needs a token."""
+    port: int = DEFAULT_PORT
+    """Port; 0 takes a free one."""
+    token_file: Path | None = None
+    """File with the token that is asked for; by default what the variable SPAR_API_TOKEN holds, if anything."""
+
+    def __post_init__(self) -> None:
+        within("--port", self.port, 0, 65535)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeArguments(ListenArguments):
+    max_batch: int = MAX_BATCH
+    """Pictures of the model's own size that are drawn together."""
+    max_queue: int = MAX_QUEUE
+    """Pictures and chats that may wait; beyond them the answer is 429."""
+    timeout: int = REQUEST_SECONDS
+    """Seconds that a request may wait and run."""
+    ui: Flag = False
+    """Serve the web page too, at /page (extra `ui`)."""
+
+    def __post_init__(self) -> None:
+        ListenArguments.__post_init__(self)
+        within("--max-batch", self.max_batch, 1, MAX_IMAGES)
+        within("--max-queue", self.max_queue, 1, MAX_IMAGES)
+        within("--timeout", self.timeout, 1, 3600)
+
+
+ServeArguments.__doc__ = f"""Serve the four tasks over HTTP, in the shapes of OpenAI's API: spar serve --port 8000
+
+The addresses: /v1/images/generations, /v1/images/edits, /v1/chat/completions, /v1/models, /v1/reconstruct, /health,
+/metrics, /openapi.json. What one request, and all together, may ask for:
+
+{told()}
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UiArguments(ListenArguments):
+    """Serve the web page: spar ui"""
+
+    port: int = 7860
+    """Port; 0 takes a free one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataArguments:
+    """Which data set."""
+
+    path: Annotated[Positional[tuple[str, ...]], arg(metavar="PATH")]
+    """Shards by name, {0000..2175}, glob or hf://datasets/...; a folder of shards, of parquet files or with
+    metadata.jsonl; a ShareGPT-4o-Image list (.json); a GPT-Image-Edit index (.txt)."""
+    format: Format = "auto"
+    """What PATH holds, where its name does not tell."""
+    cache: Path | None = None
+    """Folder where indexes of shards are kept; by default they are made anew."""
+    workers: int = 4
+    """Processes."""
+
+    def __post_init__(self) -> None:
+        _some(self.path, "data set", "PATH")
+        within("--workers", self.workers, 1, MAX_WORKERS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataCheckArguments(DataArguments):
+    """Read and decode every sample and say what is wrong: spar data check "shards/*.tar"
+
+    The exit status is 1 if something is.
+    """
+
+    limit: int | None = None
+    """Samples to look at, evenly spread; by default all."""
+    max_characters: int = 4096
+    """Longest caption."""
+    json: Flag = False
+    """Print the findings as JSON."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        within("--limit", self.limit, 1, MAX_SEED)
+        within("--max-characters", self.max_characters, 1, MAX_SEED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConvertArguments(DataArguments):
+    """Write a data set as webdataset shards: spar data convert data.txt -o shards
+
+    Pictures that are whole are copied byte by byte; the others are left out and named in dropped.jsonl.
+    """
+
+    output: Annotated[Path, arg(aliases=["-o"])]
+    """Folder to write."""
+    overwrite: Flag = False
+    """Replace an earlier conversion."""
+    shard_size: int = 10_000
+    """Samples of a shard."""
+    bad_share: float = 0.01
+    """Share of bad samples above which nothing is written, judged from 1000 samples on."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        within("--shard-size", self.shard_size, 1, 10**6)
+        within("--bad-share", self.bad_share, 0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorArguments:
+    """Look over the installation: versions, devices, optional parts, what is wrong and how to mend it."""
+
+
+def _some(values: Sequence[object], what: str, usage: str) -> None:
+    if not values:
+        raise InputError(f"expected at least one {what} ({usage}), got none")
+    for value in values:
+        if isinstance(value, str):
+            _readable(value, what)
+
+
+def _readable(text: str | None, what: str) -> None:
+    """Refuse bytes of a shell that are no text in its encoding: Python keeps them as lone surrogates."""
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{what}: expected text in UTF-8, got {text!r}") from None
+
+
+def recipe_arguments(base: "Recipe", kind: type[T]) -> type[T]:
+    """`kind` with a flag for every field of a recipe, `--stages.NAME.FIELD` for its stages; to train, `--scale.FIELD`.
+
+    The values of `base` are the defaults. Booleans take a value (`--model.streams.pixel-stream False`).
+    """
+    from spar.training.distributed import Scale
+
+    hints = typing.get_type_hints(type(base))
+    stages = make_dataclass(
+        "Stages",
+        [
+            (f"stage_{index}", Annotated[type(stage), arg(name=stage.name)], field(default=stage))
+            for index, stage in enumerate(base.stages)
+        ],
+        frozen=True,
+    )
+    values = {"stages": stages()}
+    fields = [
+        (
+            name,
+            FlagConversionOff[stages if name == "stages" else hints[name]],
+            field(default=values.get(name, getattr(base, name))),
+        )
+        for name in (item.name for item in dataclasses.fields(base))
+    ]
+    if kind is TrainArguments:
+        fields.append(("scale", FlagConversionOff[Scale], field(default=Scale())))
+    return make_dataclass(
+        kind.__name__, fields, bases=(kind,), frozen=True, kw_only=True, namespace={"__doc__": kind.__doc__}
+    )
+
+
+def recipe_of(arguments: Any, base: "Recipe") -> "Recipe":
+    """The recipe that the parsed flags describe."""
+    values = {item.name: getattr(arguments, item.name) for item in dataclasses.fields(base)}
+    stages = values.pop("stages")
+    return type(base)(stages=tuple(getattr(stages, item.name) for item in dataclasses.fields(stages)), **values)
+
+
+def parse(kind: type[T], argv: Sequence[str], prog: str, *, none: bool = False) -> T:
+    """Read a verb's arguments; `--help` prints and raises SystemExit(0).
+
+    Args:
+        none: whether a flag may be given the value None, as an optional field of a recipe may.
+
+    Raises:
+        InputError: one sentence, for whatever tyro or the dataclasses refuse.
+    """
+    said = io.StringIO()
+    helped = bool({"-h", "--help"} & set(argv))
+    try:
+        with contextlib.nullcontext() if helped else _plain(said):
+            return tyro.cli(kind, args=list(argv), prog=prog, config=() if none else (DisallowNone,))
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    raise InputError(_sentence(said.getvalue(), prog))
+
+
+@contextlib.contextmanager
+def _plain(said: io.StringIO) -> Iterator[None]:
+    """Let tyro write its errors to `said` without colours, in ASCII, and so wide that it breaks no line."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "10000"
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
+
+
+# What tyro and Python say, and what we say instead.
+_REWORDED = (
+    (r"^Error parsing (-\S+):\s*", r"\1: "),
+    (r"^Error parsing [^-\s]\S*:\s*", ""),
+    (r"no type matching .* could be instantiated from .*Got errors:.*- <class '[^']*'>: ", ""),
+    (r"invalid literal for int\(\) with base 10: ", "expected a whole number, got "),
+    (r"could not convert string to float: ", "expected a number, got "),
+    (r"^Missing value for argument '(.*?)'\. Expected 1 values?\..*", r"\1: expected a value, got none"),
+    (r"^Missing value for argument '(.*?)'\. Expected (\d+) values\..*", r"\1: expected \2 values, got fewer"),
+    (r"^invalid choice (.*?) for argument '(.*?)'\. Expected one of \((.*?),?\)\.", r"\2: expected one of \3, got \1"),
+)
+
+
+def _sentence(box: str, prog: str) -> str:
+    """The error in tyro's box (a title, the error, more below, with rules between) as one line."""
+    sections = re.split(r"^\s*-+\s*$", box, flags=re.M)
+    sentence = " ".join(sections[min(1, len(sections) - 1)].split())
+    if unknown := re.fullmatch(r"Unrecognized options?: (.*)", sentence):
+        near = [part for part in sections[2:] if "Perhaps you meant" in part]
+        meant = [flag.rstrip(",") for flag in re.findall(r"^\s*(--\S+)", near[0], re.M)] if near else []
+        hint = f"; perhaps you meant {' or '.join(meant)}" if meant else ""
+        return f"unknown arguments: {unknown[1]}{hint} ({prog} --help lists all)"
+    if missing := re.match(r"Missing from [^:]*: (\S+)", sentence):
+        return f"expected {missing[1]}, got nothing ({prog} --help says more)"
+    for pattern, ours in _REWORDED:
+        sentence = re.sub(pattern, ours, sentence)
+    return sentence.rstrip(".")

@@ -1,0 +1,236 @@
+"""How the command line looks: tables, bars and log lines, made with rich for `cli.py`, which decides what is shown.
+
+rich is imported inside the functions: a verb that shows no table and has no terminal starts without it.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from spar.checkpoints.inspect import Inspection
+    from spar.cli.doctor import Check
+    from spar.data.validate import Report as DataReport
+    from spar.evaluation.results import Result
+    from spar.training.config import Stage
+    from spar.training.estimate import StageBudget
+    from spar.training.plan import StagePlan
+
+MARKS = {True: "[green]ok[/]", False: "[bold red]wrong[/]", None: "[yellow]note[/]"}
+NOT_TERMS = ("loss", "gradient", "lr", "seconds")  # what a step reports beside the terms of its loss
+
+Advance = Callable[[int, int], None]
+Announce = Callable[["Stage", list[tuple[str, int, int]]], None]
+Report = Callable[[str, int, int, dict[str, float]], None]
+
+
+def new_console(*, stderr: bool = False) -> "Console":
+    """A console; where there is no terminal, one that does not fold the rows of tables."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else 160)
+
+
+def new_table(*columns: str, title: str | None = None) -> "Table":
+    """A table with these columns; one whose name starts with > is aligned to the right."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
+    return table
+
+
+@contextmanager
+def bar(title: str) -> Iterator[Advance | None]:
+    """A bar with the time left, on stderr while it is a terminal: yields advance(done, total), or None."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.progress import Progress
+
+    with Progress(console=new_console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def sampling_callback(advance: Advance | None) -> Callable[[int, int, Any], None] | None:
+    """The pipeline's callback (steps done, steps, estimate) for a bar's advance."""
+    return None if advance is None else lambda done, total, _: advance(done, total)
+
+
+@contextmanager
+def training_display() -> Iterator[tuple[Announce, Report]]:
+    """(announce, report) for `train`: a stage's freezing table, a line a logged step, and a bar on a terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+
+    console = new_console()
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), "left", TimeRemainingColumn())
+    tasks: dict[str, Any] = {}
+    with Progress(*columns, *times, console=console, disable=not console.is_terminal) as progress:
+
+        def announce(stage: "Stage", parts: list[tuple[str, int, int]]) -> None:
+            console.print(freezing_table(stage, parts))
+
+        def report(stage: str, step: int, steps: int, values: dict[str, float]) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=steps, completed=step)
+            progress.update(tasks[stage], completed=step + 1)
+            console.print(log_line(stage, step, steps, values), markup=False, soft_wrap=True)
+
+        yield announce, report
+
+
+def log_line(stage: str, step: int, steps: int, values: dict[str, float]) -> str:
+    """One logged step: the loss and its terms, gradient, learning rate, and the time left of the stage."""
+    terms = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name not in NOT_TERMS)
+    left = timedelta(seconds=round(values["seconds"] / (step + 1) * (steps - step - 1)))
+    rest = f"gradient {values['gradient']:.3g}  lr {values['lr']:.2g}  left {left}"
+    return f"{stage} {step + 1}/{steps}  loss {values['loss']:.4g}  {terms}  {rest}"
+
+
+def freezing_table(stage: "Stage", parts: Sequence[tuple[str, int, int]]) -> "Table":
+    """What of a stage trains and what is frozen, in parameters."""
+    table = new_table("part", ">trainable", ">frozen", title=f"{stage.name}: {stage.steps} steps of {stage.batch}")
+    for part, trainable, frozen in parts:
+        table.add_row(part, f"{trainable:,}", f"{frozen:,}")
+    table.add_section()
+    table.add_row("all", f"{sum(row[1] for row in parts):,}", f"{sum(row[2] for row in parts):,}")
+    return table
+
+
+def plan_table(planned: Sequence["StagePlan"]) -> "Table":
+    """What a run would train."""
+    table = new_table("stage", ">steps", ">batch", ">trainable", ">frozen", ">memory without activations")
+    for one in planned:
+        stage = one.stage
+        batch = f"{stage.batch} x {stage.draws}" if stage.draws > 1 else str(stage.batch)
+        memory = f"{one.bytes / 2**20:,.0f} MiB"
+        table.add_row(stage.name, str(stage.steps), batch, f"{one.trainable:,}", f"{one.frozen:,}", memory)
+    return table
+
+
+def budget_table(planned: Sequence["StageBudget"]) -> "Table":
+    """What stages cost: memory in GiB of one GPU, operations of a step, pictures a second of all GPUs, days."""
+    table = new_table(
+        "stage", ">trainable", ">batch", ">at once", ">weights", ">gradients", ">optimizer", ">activations",
+        ">GiB in all", ">TFLOP a step", ">pictures/s", ">days",
+    )  # fmt: skip
+    for one in planned:
+        gibs = (f"{value / 2**30:.1f}" for value in (one.weights, one.gradients, one.optimizer, one.activations))
+        table.add_row(
+            one.stage.name, f"{one.trainable / 1e6:.1f} M", str(one.stage.batch), str(one.pictures), *gibs,
+            f"{one.memory / 2**30:.1f}", f"{one.flops / 1e12:,.0f}", f"{one.images:,.0f}", f"{one.days:.2f}",
+        )  # fmt: skip
+    table.add_section()
+    table.add_row("all", *[""] * 10, f"{sum(one.days for one in planned):.2f}")
+    return table
+
+
+def epochs_table(epochs: dict[str, dict[str, float]]) -> "Table":
+    """How often each stage shows each sample of each data set."""
+    sets = list(dict.fromkeys(name for one in epochs.values() for name in one))
+    table = new_table("epochs", *(f">{name}" for name in sets))
+    for stage, found in epochs.items():
+        table.add_row(stage, *(f"{found[name]:,.2f}" if name in found else "" for name in sets))
+    return table
+
+
+def score_table(result: "Result") -> "Table":
+    """The scores of a result with intervals and targets, those that answer the benchmark's question first."""
+    from spar.evaluation.targets import find_target, main_scores, show, show_interval, show_name, show_title, verdict
+
+    table = new_table("score", ">value", "95 % interval", ">n", "target", title=show_title(result))
+    first = main_scores(result)
+    for score in (*first, *(score for score in result.scores if score not in first)):
+        target = find_target(result, score)
+        goal = f"{target.at_least:g}: {verdict(score, target)}" if target else ""
+        table.add_row(show_name(score.name), show(score.name, score.value), show_interval(score), str(score.n), goal)
+    return table
+
+
+def check_table(checks: Sequence["Check"]) -> "Table":
+    """The doctor's findings."""
+    from rich.markup import escape
+
+    table = new_table("", "what", "found", "how to mend it")
+    for check in checks:
+        table.add_row(MARKS[check.ok], *(escape(text) for text in (check.name, check.found, check.mend)))
+    return table
+
+
+def model_values(found: "Inspection") -> dict[str, Any]:
+    """A folder's inspection as JSON has it."""
+    values = asdict(found)
+    return {"kind": "model" if found.sampling else "tokenizer", "parameters": found.parameters, **values}
+
+
+def model_table(found: "Inspection", name: str) -> "Table":
+    """The parts of a folder of weights."""
+    from rich.markup import escape
+
+    table = new_table("part", ">parameters", ">MB", "stored in", title=f"{escape(name)}: {found.format}")
+    for part in found.parts:
+        table.add_row(part.name, f"{part.parameters:,}", f"{part.bytes / 1e6:,.2f}", ", ".join(part.types))
+    table.add_section()
+    table.add_row("the model", f"{found.parameters:,}", "", "")
+    return table
+
+
+def model_facts(found: "Inspection") -> dict[str, Any]:
+    """What a folder of weights is made from, what it draws and how well."""
+    config, sampling = found.config, found.sampling
+    size, stride = config.image_size, config.token_stride
+    facts = {
+        "pictures": f"{size} x {size}, {config.grid**2} visual tokens of {stride} x {stride} pixels",
+        **{key: found.manifest[key] for key in ("recipe", "seed", "commit") if key in found.manifest},
+        "written by": ", ".join(f"{library} {version}" for library, version in found.versions.items()),
+    }
+    if sampling:
+        facts["sampling"] = f"{sampling.steps} steps, guidance {sampling.guidance:g}, {sampling.method}"
+    for benchmark, scores in found.scores.items():
+        facts[benchmark] = ", ".join(f"{score} {value:g}" for score, value in scores.items())
+    return facts
+
+
+def data_table(report: "DataReport") -> "Table":
+    """What the data doctor found: counts first, then what is wrong, by name."""
+    from rich.markup import escape
+
+    table = new_table("", "what", "found", title=f"{escape(report.name)}: {report.kind}, {report.format}")
+
+    def row(ok: bool | None, what: str, found: str) -> None:
+        table.add_row(MARKS[ok], what, escape(found))
+
+    def listed(counts: dict[str, int]) -> str:
+        return ", ".join(f"{name}: {count:,}" for name, count in counts.items())
+
+    where = f"{report.files:,} files" if report.files else "a list"
+    row(True, "samples", f"{report.samples:,} in {where}; looked at {report.checked:,}")
+    row(True, "formats, by content", listed(report.formats))
+    row(True, "shorter side, pixels", listed(report.shorter_sides))
+    row(True, "width to height", listed(report.aspects))
+    row(not (report.captions["empty"] or report.captions["too_long"]), "captions, characters", listed(report.captions))
+    row(not report.bad, "bad samples", f"{report.bad:,}")
+    row(not report.duplicates, "duplicates", f"{report.duplicates:,}")
+    if report.repeated_pictures:
+        row(None, "same picture, other words", f"{report.repeated_pictures:,}")
+    if report.passed_over:
+        row(None, "passed over", listed(report.passed_over))
+    for note in report.notes:
+        row(None, "note", note)
+    for damage in report.damage:
+        row(False, "damaged file", damage)
+    for bad in report.named_bad:
+        row(False, f"bad: {escape(bad.key)}", f"{bad.origin}: {bad.reason}")
+    for key, earlier in report.named_duplicates:
+        row(False, f"duplicate: {escape(key)}", f"of {earlier}")
+    return table

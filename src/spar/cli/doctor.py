@@ -1,0 +1,326 @@
+"""What this installation has, what is wrong with it and how to mend it: the findings behind `spar doctor`.
+
+`examine` returns findings and neither prints nor raises on a broken installation. The supported ranges are read from
+the installed package's own requirements, so that they stand in one place, pyproject.toml. Heavy libraries are imported
+inside the checks that need them: an installation without torch still gets its answer.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from spar import DISTRIBUTION
+from spar.common.errors import install_command
+from spar.common.threads import SETTINGS
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHTS = Path(__file__).parents[1] / "assets" / "weights"
+CPU_INFO = Path("/proc/cpuinfo")
+BFLOAT16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")  # the last one is ARM's name
+MATMUL_SIDE = {"cpu": 768, "mps": 2048, "cuda": 4096}  # large enough to be busy, milliseconds at most
+ENOUGH_DISK = 2 * 2**30  # bytes: a run of the shapes recipe keeps 0.6 GiB of pictures and its state at each stage
+ENOUGH_MEMORY = 2**30  # bytes: the libraries take 0.4 GiB; then the weights and a batch of pictures
+REINSTALL = "install spar anew, in a fresh virtual environment"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding.
+
+    `ok`: True, as it should be; False, wrong, and `mend` says what to do; None, for information: an optional part that
+    is not here, or a choice that `mend` (where it is not empty) could better.
+    """
+
+    name: str
+    ok: bool | None
+    found: str
+    mend: str = ""
+
+
+def examine() -> list[Check]:
+    """All findings, in the order in which they are best mended. Takes seconds: it imports torch and the pipeline."""
+    return [
+        check_python(),
+        *check_dependencies(),
+        check_torchvision(),
+        check_pipeline(),
+        check_device(),
+        check_bfloat16(),
+        check_weights(WEIGHTS),
+        check_step(),
+        *check_extras(),
+        check_temporary(),
+        check_disk(Path.cwd()),
+        check_memory(),
+    ]
+
+
+def check_python() -> Check:
+    """The interpreter against the package's `Requires-Python`."""
+    try:
+        required = importlib.metadata.metadata(DISTRIBUTION)["Requires-Python"] or ""
+    except importlib.metadata.PackageNotFoundError:
+        required = ""
+    version = platform.python_version()
+    if SpecifierSet(required).contains(version, prereleases=True):
+        return Check("python", True, f"{version} on {platform.system()} {platform.machine()}")
+    return Check("python", False, f"{version}; expected {required}", f"install Python {required} and then {REINSTALL}")
+
+
+def requirements(extra: str = "") -> list[Requirement]:
+    """What the installed package requires; with the name of an extra, what that extra adds."""
+    parsed = [Requirement(line) for line in importlib.metadata.requires(DISTRIBUTION) or []]
+    always = [r for r in parsed if r.marker is None or r.marker.evaluate({"extra": ""})]
+    if not extra:
+        return always
+    return [r for r in parsed if r not in always and r.marker is not None and r.marker.evaluate({"extra": extra})]
+
+
+def check_dependencies() -> Iterator[Check]:
+    """spar itself and each library that it requires: here, and within the supported range."""
+    try:
+        required = requirements()
+    except importlib.metadata.PackageNotFoundError:
+        yield Check(DISTRIBUTION, False, "not installed, run from its sources", "pip install -e . in their folder")
+        return
+    yield Check(DISTRIBUTION, True, importlib.metadata.version(DISTRIBUTION))
+    for requirement in required:
+        yield _check_requirement(requirement)
+
+
+def _check_requirement(requirement: Requirement) -> Check:
+    name, expected = requirement.name, str(requirement.specifier)
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return Check(name, False, f"not installed; expected {expected}", f'pip install "{name}{expected}"')
+    if requirement.specifier.contains(version, prereleases=True):
+        return Check(name, True, version)
+    return Check(name, False, f"{version}; expected {expected}", f'pip install "{name}{expected}"')
+
+
+def check_torchvision() -> Check:
+    """torchvision is not needed; but one that is there and does not import makes other libraries fail.
+
+    Its wheel from the registry is made for a CUDA build of torch and breaks beside a CPU build.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return Check("torchvision", True, "not installed, and not needed")
+    failure = _failure("torchvision")
+    if failure is None:
+        return Check("torchvision", True, "installed and in order; not needed")
+    return Check("torchvision", False, f"installed but broken: {failure}", "pip uninstall torchvision")
+
+
+def check_pipeline() -> Check:
+    """Whether the four tasks import, with all the libraries behind them."""
+    failure = _failure("spar.inference.pipeline")
+    if failure is None:
+        return Check("pipeline", True, "imports")
+    return Check("pipeline", False, f"does not import: {failure}", f"mend what stands above; else {REINSTALL}")
+
+
+def check_step() -> Check:
+    """One step of each task: that a library imports does not say that its layers take our calls."""
+    try:
+        from spar.inference.pipeline import SparPipeline
+
+        pipe = SparPipeline.from_pretrained(device="cpu")
+        image = pipe.generate("a red circle", seed=0, num_inference_steps=1).images[0]
+        pipe.edit(image, "remove the red circle", seed=0, num_inference_steps=1)
+        pipe.understand(image, "what color is the background?", max_new_tokens=2)
+    except Exception as error:  # a broken installation raises anything
+        return Check("one step", False, f"fails: {type(error).__name__}: {_first_line(error)}",
+                     f"mend what stands above; else {REINSTALL}")
+    return Check("one step", True, "an image is drawn and edited, a question answered")
+
+
+def check_device() -> Check:
+    """Where the model runs."""
+    failure = _failure("torch")
+    if failure is not None:
+        return Check("device", False, f"torch does not import: {failure}", REINSTALL)
+    import torch
+
+    device = best_device()
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return Check("device", True, f"cuda: {properties.name}, {_size(properties.total_memory)}")
+    if device.type == "mps":
+        return Check("device", True, "mps (give --device mps; the default is the CPU)")
+    chosen = ", ".join(f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ) or "as OpenMP waits"
+    found = f"cpu, {torch.get_num_threads()} threads of {os.cpu_count()} cores ({chosen}), one for a small image"
+    if torch.version.cuda is None and shutil.which("nvidia-smi"):
+        return Check("device", None, f"{found}; an NVIDIA driver is here, but torch is a CPU build",
+                     "install a CUDA build of torch to use the GPU")
+    return Check("device", True, found)
+
+
+def best_device() -> "torch.device":
+    """CUDA where there is one, then Apple's GPU, then the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def bfloat16_instructions(cpu_info: str) -> list[str]:
+    """Which bfloat16 instructions the text of /proc/cpuinfo names."""
+    lines = (line.partition(":") for line in cpu_info.splitlines())
+    flags = {flag for key, _, value in lines if key.strip() in ("flags", "Features") for flag in value.split()}
+    return [name for name in BFLOAT16_INSTRUCTIONS if name in flags]
+
+
+def check_bfloat16() -> Check:
+    """Whether bfloat16 pays here: what the hardware has, and one timed matrix product against float32."""
+    if _failure("torch") is not None:
+        return Check("bfloat16", False, "torch does not import", REINSTALL)
+    import torch
+
+    device = best_device()
+    hardware = device.type
+    if device.type == "cpu":
+        text = CPU_INFO.read_text(encoding="utf-8", errors="replace") if CPU_INFO.exists() else ""
+        hardware = ", ".join(bfloat16_instructions(text)) or "no instructions named"
+    try:
+        half, full = (_speed(dtype, device) for dtype in (torch.bfloat16, torch.float32))
+    except RuntimeError as error:
+        return Check("bfloat16", None, f"{hardware}; not supported: {_first_line(error)}", "float32 is the choice here")
+    found = f"{hardware}; {half / full:.1f} times the speed of float32 ({half:,.0f} against {full:,.0f} GFLOP/s)"
+    if half >= full:
+        return Check("bfloat16", True, found)
+    return Check("bfloat16", None, found, "float32 is the faster choice here")
+
+
+def _speed(dtype: "torch.dtype", device: "torch.device") -> float:
+    """GFLOP/s of a square matrix product, the best of three."""
+    import torch
+
+    side = MATMUL_SIDE[device.type]
+    matrix = torch.ones(side, side, dtype=dtype, device=device)
+    synchronize = torch.get_device_module(device).synchronize
+    seconds = []
+    for _ in range(4):  # the first one is the warm-up
+        start = time.perf_counter()
+        matrix @ matrix
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * side**3 / min(seconds[1:]) / 1e9
+
+
+def check_weights(folder: Path) -> Check:
+    """The bundled weights: every JSON file reads, every safetensors file is as long as its own header says."""
+    name, mend = "weights", f"{REINSTALL}, or make weights of your own: spar train shapes"
+    files = sorted(folder.rglob("*.safetensors"))
+    if not files or not (folder / "config.json").is_file():
+        return Check(name, False, f"no model in {folder}", mend)
+    from safetensors import SafetensorError, safe_open
+
+    tensors = 0
+    for path in [*files, *folder.rglob("*.json")]:
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+                continue
+            with safe_open(path, framework="numpy") as file:
+                tensors += len(file.keys())
+        except (OSError, ValueError, SafetensorError) as error:
+            return Check(name, False, f"{path} is damaged: {_first_line(error)}", mend)
+    size = sum(path.stat().st_size for path in files)
+    return Check(name, True, f"{tensors} tensors in {len(files)} files, {size / 1e6:.1f} MB, in {folder}")
+
+
+def check_extras() -> Iterator[Check]:
+    """Each optional extra: all of it here, or what is missing."""
+    try:
+        extras = importlib.metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or []
+    except importlib.metadata.PackageNotFoundError:
+        return
+    for extra in extras:
+        checks = [_check_requirement(requirement) for requirement in requirements(extra)]
+        wrong = [f"{check.name} {check.found}" for check in checks if not check.ok]
+        if wrong:
+            yield Check(f"extra {extra}", None, "; ".join(wrong), f"{install_command(extra)}, if you want it")
+        else:
+            yield Check(f"extra {extra}", True, ", ".join(f"{check.name} {check.found}" for check in checks))
+
+
+def check_temporary() -> Check:
+    """Whether temporary files can be written."""
+    try:
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(b"spar")
+            file.flush()
+            return Check("temporary folder", True, str(Path(file.name).parent))
+    except OSError as error:
+        mend = "set TMPDIR to a folder that can be written and has room"
+        return Check("temporary folder", False, f"cannot be written: {error.strerror or error}", mend)
+
+
+def check_disk(folder: Path) -> Check:
+    """Free space where runs and pictures go."""
+    free = shutil.disk_usage(folder).free
+    if free >= ENOUGH_DISK:
+        return Check("disk", True, f"{_size(free)} free in {folder}")
+    return Check("disk", False, f"{_size(free)} free in {folder}; expected {_size(ENOUGH_DISK)}",
+                 "make room, or work in a folder on another disk")
+
+
+def check_memory() -> Check:
+    """Memory that can still be taken, by the system's own account and by the container's limit."""
+    free = available_memory()
+    if free is None:
+        return Check("memory", None, "this system does not tell")
+    if free >= ENOUGH_MEMORY:
+        return Check("memory", True, f"{_size(free)} available")
+    return Check("memory", False, f"{_size(free)} available; expected {_size(ENOUGH_MEMORY)}",
+                 "end other programs, or raise the container's limit")
+
+
+def available_memory(system: Path = Path("/")) -> int | None:
+    """Bytes that a program here can still take; None where the system does not tell. `system` is its root folder."""
+    limits = []
+    try:
+        lines = (system / "proc/meminfo").read_text().splitlines()
+        limits += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    except OSError:
+        pass
+    try:
+        group = system / "sys/fs/cgroup"
+        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no cgroup, or no limit ("max")
+        pass
+    return min(limits, default=None)
+
+
+def _failure(module: str) -> str | None:
+    """Why a module does not import, in one line; None when it does."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a broken installation raises anything
+        return f"{type(error).__name__}: {_first_line(error)}"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"

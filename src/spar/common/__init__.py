@@ -1,0 +1,1 @@
+"""What every package may use: configurations, errors, limits, devices, autocast, threads."""

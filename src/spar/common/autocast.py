@@ -1,0 +1,16 @@
+"""Where a network steps out of autocast, on any device."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def without_autocast(like: Tensor) -> AbstractContextManager[None]:
+    """No autocast for operations on tensors such as this one; torch's meta device has none to leave."""
+    return nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False)
+
+
+def under_autocast(like: Tensor) -> bool:
+    """Whether matrix products on tensors such as this one change their type."""
+    return not like.is_meta and torch.is_autocast_enabled(like.device.type)

@@ -1,0 +1,55 @@
+"""How much one may ask for at once, of the pipeline, the command line, the server, and what a data set may ask of us.
+
+Light on purpose: a wrong number is refused before any heavy library is imported.
+"""
+
+import math
+
+from spar.common.errors import InputError
+
+MAX_STEPS = 1000
+MAX_GUIDANCE = 100
+MAX_SEED = 2**63 - 1
+MAX_IMAGES = 4096
+MAX_NEW_TOKENS = 256
+MAX_MESSAGES = 256
+MAX_PARTS = 64
+MAX_CHAT_IMAGES = 16
+MAX_CHAT_TOKENS = 8192  # of a whole conversation, its answer included, whatever the model could take
+MAX_TILE = 1024
+MAX_WORKERS = 256
+
+# Of a data set; images have theirs in `processing.images` (bytes, pixels).
+MAX_SHARDS = 100_000  # files that one pattern may name
+MAX_MEMBERS = 4_000_000  # members of one tar
+MAX_EXTENDED_HEADER = 2**20  # bytes of a tar's long name or pax record
+MAX_TEXT_BYTES = 2**20  # a caption, a json member, a line of metadata.jsonl
+MAX_INPUT_IMAGES = 8  # references of one edit
+MAX_ANNOTATION_BYTES = 4 * 2**30  # a JSON list of samples, which is parsed in memory
+MAX_ROW_GROUP_BYTES = 4 * 2**30  # a parquet row group, which is read in whole
+
+
+def within(name: str, value: object, low: float, high: float = math.inf) -> None:
+    """Refuse what is no number, or one outside [low, high] (NaN is in no range); None, "not given", passes.
+
+    Raises:
+        InputError: naming what was expected and what came.
+    """
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise InputError(f"{name}: expected {_range(low, high)}, got {value!r}")
+
+
+def whole_within(name: str, value: object, low: int, high: float = math.inf) -> None:
+    """Refuse what is no whole number in [low, high]; here None is refused too.
+
+    Raises:
+        InputError: naming what was expected and what came.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InputError(f"{name}: expected {_range(low, high)}, got {value!r}")
+
+
+def _range(low: float, high: float) -> str:
+    return f"{low} or more" if high == math.inf else f"{low} to {high}"

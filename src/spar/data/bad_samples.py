@@ -1,0 +1,73 @@
+"""Bad samples, counted and named: a few are survived, a share of them ends the run."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from spar.common.errors import InputError
+
+ENOUGH = 1000  # samples before the share is judged
+
+
+@dataclass(frozen=True)
+class Bad:
+    """One bad sample: the source as it was given, the file in it, the sample's key, and why it cannot be used."""
+
+    source: str
+    origin: str
+    key: str
+    reason: str
+
+
+class Quarantine:
+    """Counts bad samples and names each once, as lines of JSON.
+
+    Args:
+        limit: share of bad samples above which `count` raises, judged from `enough` samples on.
+        path: file that lines are added to; None keeps them in memory alone.
+    """
+
+    def __init__(self, limit: float = 0.01, path: Path | None = None, enough: int = ENOUGH) -> None:
+        if not 0 <= limit <= 1:
+            raise InputError(f"share of bad samples: expected 0 to 1, got {limit}")
+        self.limit, self.path, self.enough = limit, path, enough
+        self.seen = self.bad = 0
+        self.named: dict[Bad, None] = dict.fromkeys(_read(path))
+
+    def count(self, seen: int, bad: tuple[Bad, ...]) -> None:
+        """Add samples that were dealt and those of them that were bad.
+
+        Raises:
+            InputError: the share is above the limit, with the last reason and where the others stand.
+        """
+        self.seen += seen
+        self.bad += len(bad)
+        self.name(bad)
+        if self.seen >= self.enough and self.bad > self.limit * self.seen:
+            where = f"; all are named in {str(self.path)!r}" if self.path else ""
+            last = next(reversed(self.named))
+            raise InputError(
+                f"expected at most {self.limit:.1%} bad samples, got {self.bad} of {self.seen}, the last one "
+                f"{last.key!r} of {last.source!r}: {last.reason}{where}"
+            )
+
+    def name(self, bad: tuple[Bad, ...]) -> None:
+        """Write down those that are new, without counting."""
+        new = [one for one in bad if one not in self.named]
+        self.named.update(dict.fromkeys(new))
+        if self.path and new:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(asdict(one)) + "\n" for one in new)
+
+
+def _read(path: Path | None) -> list[Bad]:
+    """The samples that an earlier part of the run has named; a line that was cut is passed over."""
+    found: list[Bad] = []
+    if path is not None and path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                found.append(Bad(**json.loads(line)))
+            except (json.JSONDecodeError, TypeError):
+                continue
+    return found

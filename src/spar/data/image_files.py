@@ -1,0 +1,155 @@
+"""Pictures that lie as files beside a list of samples: the list is packed, the files are read when asked for."""
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from spar.common.errors import InputError
+from spar.data.samples import BadSample, Edit, Kind, Sample, TextToImage, is_inside
+from spar.data.string_array import PackedText
+from spar.data.tar_index import HEADER_BYTES
+from spar.processing.images import MAX_BYTES, read_header
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample of a list: paths under the root of that number, and the text. Edits have inputs."""
+
+    inputs: tuple[str, ...]
+    image: str
+    text: str
+    root: int = 0
+
+
+class FileSource:
+    """Samples whose pictures are files under one or more roots.
+
+    `dropped` counts entries that the format's rules leave out, before anything is read.
+
+    Raises:
+        InputError: no samples, or edits beside samples without references.
+    """
+
+    damage: tuple[str, ...] = ()
+
+    def __init__(
+        self, name: str, format: str, roots: list[Path], rows: Iterable[Row], *, dropped: int = 0,
+        cache: Path | None = None,
+    ) -> None:  # fmt: skip
+        self.name, self.format, self.roots, self.cache = name, format, roots, cache
+        kinds: set[Kind] = set()
+
+        def packed() -> Iterable[str]:
+            for row in rows:
+                kinds.add("edit" if row.inputs else "text_to_image")
+                yield json.dumps([row.root, row.image, row.text, *row.inputs], ensure_ascii=False)
+
+        self._rows = PackedText.of(packed())
+        if len(kinds) != 1:
+            found = "none" if not kinds else "edits beside text-to-image samples"
+            raise InputError(f"expected samples of one kind in {name!r}, found {found}")
+        self.kind: Kind = kinds.pop()
+        self.passed_over = {"entry that the format leaves out": dropped} if dropped else {}
+        digest = hashlib.sha256(format.encode())
+        digest.update(self._rows.blob.tobytes())
+        digest.update(self._file_sizes().tobytes())
+        self.identity = digest.hexdigest()
+
+    def _file_sizes(self) -> np.ndarray:
+        """int64: bytes of every file, -1 where there is none, so that another picture under a name shows.
+
+        One of the very same length does not; times of change would show it, but a copy on another disk changes them.
+        """
+        sizes: list[int] = []
+        for index in range(len(self._rows)):
+            number, image, _, *inputs = json.loads(self._rows[index])
+            for path in (image, *inputs):
+                try:
+                    sizes.append(os.stat(self.roots[number] / path).st_size if is_inside(path) else -1)
+                except OSError:
+                    sizes.append(-1)
+        return np.array(sizes, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def key(self, index: int) -> str:
+        return json.loads(self._rows[index])[1]
+
+    def origin(self, index: int) -> str:
+        """The folder that a sample's files lie under."""
+        return str(self.roots[json.loads(self._rows[index])[0]])
+
+    def read(self, index: int) -> Sample:
+        """A sample, pictures as they lie on disk.
+
+        Raises:
+            BadSample: a file is missing, too large, or outside its root.
+        """
+        number, image, text, *inputs = json.loads(self._rows[index])
+        root = self.roots[number]
+        data = _picture(root, image, image)
+        if self.kind == "edit":
+            return Edit(tuple(_picture(root, path, image) for path in inputs), data, text, image, str(root))
+        return TextToImage(data, text, image, str(root))
+
+    def sizes(self) -> np.ndarray:
+        """uint16 [N, 2]: width and height of each sample's picture, 0 where its header cannot be read."""
+
+        def head(index: int, length: int) -> bytes:
+            number, image, *_ = json.loads(self._rows[index])
+            return _picture(self.roots[number], image, image, length)
+
+        return header_sizes(head, len(self), self.identity, self.cache)
+
+
+def _picture(root: Path, path: str, key: str, length: int | None = None) -> bytes:
+    """A file's bytes, or its first `length`."""
+    if not is_inside(path):
+        raise BadSample(key, str(root), f"expected a path inside its root, got {path!r}")
+    try:
+        with open(root / path, "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
+                raise BadSample(key, str(root), f"expected a file of at most {MAX_BYTES >> 20} MiB: {path!r}")
+            return file.read(-1 if length is None else length)
+    except OSError as error:
+        raise BadSample(key, str(root), f"{path!r} cannot be read: {error.strerror or error}") from error
+
+
+def header_sizes(head: Callable[[int, int], bytes], count: int, identity: str, cache: Path | None) -> np.ndarray:
+    """Sizes by the pictures' headers, uint16 [count, 2], kept in the cache folder under the source's identity.
+
+    Args:
+        head: (index, length) to that sample's picture, its first `length` bytes at least if it has so many.
+    """
+    file = cache / f"{identity[:24]}.sizes.safetensors" if cache else None
+    if file and file.is_file():
+        try:
+            if (kept := load_file(file)["sizes"]).shape == (count, 2):
+                return kept
+        except (OSError, SafetensorError, KeyError):
+            pass  # a damaged cache is made anew
+    sizes = np.zeros((count, 2), np.uint16)
+    for index in range(count):
+        for length in (HEADER_BYTES, MAX_BYTES):
+            try:
+                header = read_header(head(index, length))
+                sizes[index] = min(header.width, 65535), min(header.height, 65535)
+                break
+            except InputError:
+                continue
+    if file:
+        aside = file.with_name(f".{file.name}-{os.getpid()}.part")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"sizes": sizes}, aside)
+        aside.replace(file)
+    return sizes

@@ -1,0 +1,256 @@
+"""The index of one tar shard: where each member of each sample lies, from one pass over the headers.
+
+Members are then read by offset. Nothing is ever extracted or unpickled: what a member is follows from its extension,
+by a list of what we read, and everything else is passed over. Keys are as in webdataset: everything behind the first
+dot of the base name is the extension, and folders belong to the key.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from spar.common.errors import InputError
+from spar.common.limits import MAX_EXTENDED_HEADER, MAX_INPUT_IMAGES, MAX_MEMBERS
+from spar.data.samples import is_inside
+from spar.data.string_array import PackedText
+from spar.processing.images import MAX_BYTES, read_header
+
+IMAGE, INPUT, TXT, JSON, CLS = range(5)
+VERSION = 1
+HEADER_BYTES = 2**16  # of a picture: enough for the size of nearly all
+
+_BLOCK = 512
+_PICTURE = re.compile(r"(?:output\.|(input)(?:_(\d{1,4}))?\.)?(?:jpg|jpeg|png|webp)")
+_TEXTS = {"txt": TXT, "json": JSON, "cls": CLS}
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+_EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+_WITHOUT_DATA = (
+    tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE,
+)  # fmt: skip
+_COLUMNS = ("keys", "key_ends", "first", "role", "number", "offset", "size", "sizes")
+
+
+@dataclass(frozen=True)
+class TarIndex:
+    """N samples of M members, those of a sample together, references in their order.
+
+    keys [N]; first uint32 [N + 1]: a sample's members are first[i] to first[i + 1]; role, number uint8 [M] (number
+    counts references); offset uint64, size uint32 [M], in bytes; sizes uint16 [N, 2]: width and height of the picture
+    upright, 0 where its header cannot be read. `passed_over` counts members by why they are not read, `damage` says
+    why the pass ended early.
+    """
+
+    keys: PackedText
+    first: np.ndarray
+    role: np.ndarray
+    number: np.ndarray
+    offset: np.ndarray
+    size: np.ndarray
+    sizes: np.ndarray
+    passed_over: dict[str, int]
+    damage: str
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def members(self, index: int) -> list[tuple[int, int, int]]:
+        """(role, offset, size) of a sample's members."""
+        span = slice(int(self.first[index]), int(self.first[index + 1]))
+        return [*zip(self.role[span].tolist(), self.offset[span].tolist(), self.size[span].tolist(), strict=True)]
+
+    def columns(self) -> dict[str, np.ndarray]:
+        own = {"keys": self.keys.blob, "key_ends": self.keys.ends}
+        return own | {name: getattr(self, name) for name in _COLUMNS[2:]}
+
+    def digest(self) -> str:
+        """Of what the samples are and where they lie; the same on every machine."""
+        found = hashlib.sha256()
+        for name, column in self.columns().items():
+            found.update(f"{name} {column.shape}".encode() + np.ascontiguousarray(column).tobytes())
+        return found.hexdigest()
+
+
+def role_of(name: str) -> tuple[str, int, int] | str:
+    """(key, role, number) of a member's name, or why the member is not read."""
+    if not is_inside(name):
+        return "name leaves the folder"
+    folder, _, base = name.removeprefix("./").rpartition("/")
+    stem, _, extension = base.partition(".")
+    key, extension = (f"{folder}/{stem}" if folder else stem), extension.lower()
+    if extension in _TEXTS:
+        return key, _TEXTS[extension], 0
+    if not (picture := _PICTURE.fullmatch(extension)):
+        return f".{extension}"
+    number = int(picture[2] or 0)
+    if number >= MAX_INPUT_IMAGES:
+        return f"more than {MAX_INPUT_IMAGES} references"
+    return key, INPUT if picture[1] else IMAGE, number
+
+
+def index_tar(path: Path) -> TarIndex:
+    """One pass over a tar's headers, and over the header of each picture.
+
+    Raises:
+        InputError: a file that cannot be read, is compressed or no tar, or has too many members.
+    """
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return _index(file.fileno(), path.name)
+    except OSError as error:
+        raise InputError(f"expected a tar shard, but {str(path)!r}: {error.strerror or error}") from error
+
+
+def _index(descriptor: int, name: str) -> TarIndex:
+    passed_over: dict[str, int] = {}
+    samples: dict[str, dict[tuple[int, int], tuple[int, int]]] = {}
+    damage, count = "", 0
+    try:
+        for member, offset, size in _members(descriptor):
+            count += 1
+            if count > MAX_MEMBERS:
+                raise InputError(f"expected at most {MAX_MEMBERS} members in a tar, got more in {name!r}")
+            found = role_of(member) if offset else "no regular file"
+            if not isinstance(found, str):
+                key, *place = found
+                roles = samples.setdefault(key, {})
+                if tuple(place) not in roles:
+                    roles[tuple(place)] = (offset, size)
+                    continue
+                found = "a second of its kind in one sample"
+            passed_over[found] = passed_over.get(found, 0) + 1
+    except _Damaged as error:
+        damage = str(error)
+        if not count:
+            raise InputError(f"expected an uncompressed tar shard, but {name!r}: {damage}") from None
+    rows = [(place, *where) for roles in samples.values() for place, where in sorted(roles.items())]
+    counts = [len(roles) for roles in samples.values()]
+    values = [(role, number, offset, min(size, 2**32 - 1)) for (role, number), offset, size in rows]
+    column = np.array(values, np.uint64).reshape(-1, 4)
+    pictures = [roles.get((IMAGE, 0)) for roles in samples.values()]
+    sizes = [_picture_size(descriptor, *where) if where else (0, 0) for where in pictures]
+    return TarIndex(
+        PackedText.of(samples), np.concatenate([[0], np.cumsum(counts)]).astype(np.uint32),
+        column[:, 0].astype(np.uint8), column[:, 1].astype(np.uint8), column[:, 2].copy(),
+        column[:, 3].astype(np.uint32), np.array(sizes, np.uint16).reshape(-1, 2), passed_over, damage,
+    )  # fmt: skip
+
+
+class _Damaged(Exception):
+    """The tar ends or breaks here."""
+
+
+def _members(descriptor: int) -> Iterator[tuple[str, int, int]]:
+    """(name, offset of the data, bytes) of every member; offset 0 for what is no regular file."""
+    end, position = os.fstat(descriptor).st_size, 0
+    longer: dict[str, str] = {}
+    while block := os.pread(descriptor, _BLOCK, position):
+        try:
+            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            if not any(block):
+                return
+            if not position and block.startswith(_COMPRESSED):
+                raise _Damaged("is compressed; decompress it, as members are read by offset") from None
+            raise _Damaged(f"breaks at byte {position}: {error}") from None
+        data, size = position + _BLOCK, info.size
+        if info.type in _EXTENDED:
+            if not 0 <= size <= MAX_EXTENDED_HEADER:
+                raise _Damaged(f"breaks at byte {position}: an extended header of {size} bytes")
+            record = os.pread(descriptor, size, data)
+            if info.type == tarfile.GNUTYPE_LONGNAME:
+                longer["path"] = _text(record.rstrip(b"\0"))
+            elif info.type == tarfile.XHDTYPE:
+                longer |= _pax(record)
+        else:
+            size = int(longer.get("size", size)) if longer.get("size", "0").isdecimal() else -1
+            if info.type == tarfile.GNUTYPE_SPARSE or any(name.startswith("GNU.sparse") for name in longer):
+                raise _Damaged(f"breaks at byte {position}: a sparse member")
+            size = 0 if info.type in _WITHOUT_DATA else size
+            if size < 0 or data + size > end:
+                raise _Damaged(f"is truncated: {longer.get('path', info.name)!r} at byte {position} is not whole")
+            if not info.isdir():
+                yield longer.get("path", info.name), data if info.isreg() else 0, size
+            longer = {}
+        position = data + -(-size // _BLOCK) * _BLOCK
+    raise _Damaged(f"is truncated: it ends at byte {end} without the empty block that ends a tar")
+
+
+def _pax(record: bytes) -> dict[str, str]:
+    """`length key=value\\n`, one behind the other; what does not parse is left out."""
+    found = {}
+    while match := re.match(rb"(\d{1,7}) ([^=]+)=", record):
+        length = int(match[1])
+        if length <= match.end():
+            break
+        found[_text(match[2])] = _text(record[match.end() : length - 1])
+        record = record[length:]
+    return found
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "surrogateescape")
+
+
+def _picture_size(descriptor: int, offset: int, size: int) -> tuple[int, int]:
+    """Width and height of a picture upright, at most 65535 each; (0, 0) where the header cannot be read."""
+    for length in (min(size, HEADER_BYTES), size):  # a large profile may stand before a JPEG's size
+        try:
+            header = read_header(os.pread(descriptor, min(length, MAX_BYTES + 1), offset))
+            return min(header.width, 65535), min(header.height, 65535)
+        except InputError:
+            continue
+    return 0, 0
+
+
+def cached_index(path: Path, cache: Path | None) -> TarIndex:
+    """The index of a shard, from the cache folder while the shard has the size and the time that it was made for."""
+    if cache is None:
+        return index_tar(path)
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise InputError(f"expected a tar shard, but {str(path)!r}: {error.strerror or error}") from error
+    stamp = {"version": str(VERSION), "bytes": str(status.st_size), "mtime_ns": str(status.st_mtime_ns)}
+    named = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:24]
+    file = cache / f"{named}.index.safetensors"
+    if (index := _load(file, stamp)) is None:
+        index = index_tar(path)
+        _save(file, index, stamp)
+    return index
+
+
+def _load(file: Path, stamp: dict[str, str]) -> TarIndex | None:
+    """An index that fits the stamp; None where there is none, it is stale or damaged."""
+    try:
+        with safe_open(file, framework="numpy") as stored:
+            notes = stored.metadata() or {}
+            if any(notes.get(name) != value for name, value in stamp.items()):
+                return None
+            column = {name: stored.get_tensor(name) for name in _COLUMNS}
+            keys = PackedText(column.pop("keys"), column.pop("key_ends"))
+            return TarIndex(keys, **column, passed_over=json.loads(notes["passed_over"]), damage=notes["damage"])
+    except (OSError, SafetensorError, ValueError, KeyError):
+        return None
+
+
+def _save(file: Path, index: TarIndex, stamp: dict[str, str]) -> None:
+    """Written aside and renamed: ranks that index the same shard do not meet."""
+    notes = stamp | {"passed_over": json.dumps(index.passed_over), "damage": index.damage}
+    aside = file.with_name(f".{file.name}-{os.getpid()}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: np.ascontiguousarray(column) for name, column in index.columns().items()}, aside, notes)
+        aside.replace(file)
+    except OSError as error:
+        raise InputError(f"cache: {str(file.parent)!r} cannot be written: {error.strerror or error}") from error
+    finally:
+        aside.unlink(missing_ok=True)

@@ -1,0 +1,106 @@
+"""Which files a pattern names: a path, braces `{0000..2175}` and `{a,b}`, globs, or `hf://` on the Hub.
+
+Nothing else: a `pipe:` would run a shell, and an address would be fetched by whoever wrote the data list.
+"""
+
+import glob
+import os
+import re
+from pathlib import Path, PurePosixPath
+
+from spar.common.errors import InputError
+from spar.common.limits import MAX_SHARDS
+
+_HUB = re.compile(r"hf://(?:(datasets|spaces)/)?([\w.-]+/[\w.-]+?)(?:@([^/]+))?/(.+)")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Every text that a pattern with braces stands for; numbers keep the zeros of their first end.
+
+    Raises:
+        InputError: braces that do not close or lie within each other, or more than MAX_SHARDS texts.
+    """
+    if re.search(r"\{[^}]*\{", pattern):
+        raise InputError(f"expected braces that close before the next open, got {pattern!r}")
+    found, finished = [pattern], []
+    while found:
+        text = found.pop()
+        inner = re.search(r"\{([^{}]*)\}", text)
+        if inner is None:
+            finished.append(text)
+        else:
+            before, after = text[: inner.start()], text[inner.end() :]
+            found += [before + choice + after for choice in reversed(_choices(inner[1], pattern))]
+        if len(found) + len(finished) > MAX_SHARDS:
+            raise InputError(f"expected a pattern of at most {MAX_SHARDS} files, got {pattern!r}")
+    if any("{" in text or "}" in text for text in finished):
+        raise InputError(f"expected braces that close, got {pattern!r}")
+    return finished
+
+
+def _choices(inner: str, pattern: str) -> list[str]:
+    if not (ends := _RANGE.fullmatch(inner)):
+        return inner.split(",")
+    low, high = int(ends[1]), int(ends[2])
+    if not 0 <= high - low < MAX_SHARDS:
+        raise InputError(f"expected a rising range of at most {MAX_SHARDS} numbers in {pattern!r}, got {inner!r}")
+    return [f"{number:0{len(ends[1])}}" for number in range(low, high + 1)]
+
+
+def find_files(pattern: str) -> list[Path]:
+    """The files that a pattern names, braces in their order and globs by name; those of `hf://` are fetched first.
+
+    Raises:
+        InputError: a pattern that names nothing, a missing file, `pipe:`, or any other address.
+    """
+    refuse_addresses(pattern)
+    texts = expand_braces(pattern)
+    if pattern.startswith("hf://"):
+        return _from_hub(texts)
+    found: list[Path] = []
+    for text in texts:
+        matches = [text] if os.path.exists(text) else sorted(glob.glob(text, recursive=True))
+        if not matches:
+            raise InputError(f"expected files that {pattern!r} names, but there is no {text!r}")
+        found += map(Path, matches)
+    if len(found) > MAX_SHARDS:
+        raise InputError(f"expected a pattern of at most {MAX_SHARDS} files, got {len(found)} of {pattern!r}")
+    return found
+
+
+def refuse_addresses(pattern: str) -> None:
+    """Refuse whatever is neither a local path nor `hf://`."""
+    scheme = re.match(r"(pipe:|[A-Za-z][\w+.-]*://)", pattern)
+    if scheme and scheme[1] != "hf://":
+        raise InputError(f"expected a local path or hf://datasets/NAME/REPOSITORY/FILES, got {pattern!r}")
+
+
+def _from_hub(patterns: list[str]) -> list[Path]:
+    """Files of one repository of the Hub, all of one commit, in the Hub's own cache."""
+    from huggingface_hub import HfApi, hf_hub_download
+
+    parsed = [_HUB.fullmatch(pattern) for pattern in patterns]
+    if not all(parsed):
+        raise InputError(f"expected hf://datasets/NAME/REPOSITORY/FILES, got {patterns[0]!r}")
+    kind, repository, revision = {match.groups()[:3] for match in parsed}.pop()
+    kind, wanted = (kind or "models").removesuffix("s"), [match[4] for match in parsed]
+    try:
+        if any(re.search(r"[*?[]", name) for name in wanted):
+            info = HfApi().repo_info(repository, repo_type=kind, revision=revision)
+            revision = info.sha
+            names = sorted(file.rfilename for file in info.siblings or ())
+            wanted = [name for pattern in wanted for name in names if _matches(name, pattern)]
+        if not wanted:
+            raise InputError(f"expected files that {patterns[0]!r} names, but the repository has none")
+        return [Path(hf_hub_download(repository, name, repo_type=kind, revision=revision)) for name in wanted]
+    except InputError:
+        raise
+    except Exception as error:  # the network, the Hub or its client: all is one to the user
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InputError(f"{patterns[0]!r} cannot be fetched: {reason}") from error
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """A glob whose `*` stays within one folder."""
+    return len(PurePosixPath(name).parts) == len(PurePosixPath(pattern).parts) and PurePosixPath(name).match(pattern)

@@ -1,0 +1,114 @@
+"""How a result was measured: the judge and its own accuracy, the options, the model, the machine, versions and time."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import time
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from spar import __version__
+from spar.evaluation.options import EvalOptions
+from spar.worlds.shapes.detector import JUDGE_VERSION, judge_accuracy
+
+JUDGE_SAMPLE = 200  # scenes on which the judge's own accuracy is measured with every result
+_LIBRARIES = ("torch", "numpy", "transformers", "diffusers", "torchmetrics")
+
+
+class Clock:
+    """Wall seconds since it was made."""
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+
+    def seconds(self) -> float:
+        return round(time.monotonic() - self.began, 2)
+
+
+@cache
+def judge_facts() -> dict[str, Any]:
+    """The judge's version and its accuracy on real and on degraded renders, measured once a process (about 1 s)."""
+    return {
+        "version": JUDGE_VERSION,
+        "accuracy": judge_accuracy(JUDGE_SAMPLE),
+        "accuracy_degraded": judge_accuracy(JUDGE_SAMPLE, degrade=True),
+        "n": JUDGE_SAMPLE,
+    }
+
+
+def machine_facts() -> dict[str, Any]:
+    """The processor's name, its cores that this process may use, the accelerator if one is there, the system."""
+    import torch
+
+    facts = {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    if torch.cuda.is_available():
+        facts["accelerator"] = torch.cuda.get_device_name()
+    return facts
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def version_facts() -> dict[str, str]:
+    """Versions of Python, of this package and of the libraries that the scores rest on."""
+    facts = {"python": platform.python_version(), "spar": __version__}
+    for name in _LIBRARIES:
+        try:
+            facts[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return facts
+
+
+def settings(pipe: Any, options: EvalOptions, clock: Clock, *, sampled: bool, **more: Any) -> dict[str, Any]:
+    """The settings of a result.
+
+    Args:
+        pipe: the model; what it does not tell (dtype, manifest, its own sampling defaults) is noted as None.
+        options: of the run.
+        clock: started with the run.
+        sampled: whether the flow was sampled, so that steps and guidance mean something.
+        more: settings of one benchmark only.
+    """
+    own = getattr(getattr(pipe, "loaded", None), "sampling", None)
+    manifest = getattr(pipe, "manifest", None) or {}
+    given = options.sampling()
+    sampling = {
+        "steps": given.get("num_inference_steps", getattr(own, "steps", None)),
+        "guidance": given.get("guidance_scale", getattr(own, "guidance", None)),
+    }
+    dtype = getattr(pipe, "dtype", None)
+    return {
+        "label": options.label,
+        "model": {key: manifest[key] for key in ("name", "recipe", "seed", "commit") if key in manifest},
+        "combinations": options.combinations,
+        "seed": options.seed,
+        **(sampling if sampled else {}),
+        "limit": options.limit,
+        "size": getattr(pipe, "image_size", None),
+        "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+        "device": str(getattr(pipe, "device", "")) or None,
+        "batch": options.batch,
+        **more,
+        "interval": "95 % bootstrap, 1000 draws",
+        "judge": judge_facts(),
+        "machine": machine_facts(),
+        "versions": version_facts(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "seconds": clock.seconds(),
+    }

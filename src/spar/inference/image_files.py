@@ -1,0 +1,275 @@
+"""Pictures on disk: where they go, and how they get there whole or not at all.
+
+Everything is written aside in the folder where it belongs and renamed; what exists is left alone unless the caller
+says otherwise. A PNG carries how it was made as text chunks, which are read back here. Light: Pillow comes late.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spar.common.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+MAX_HEADER_BYTES = 4 * 2**20  # of a PNG in front of its pixels, where the notes stand
+
+# What a picture's notes may hold, and the flag that each of them is where it is one.
+NOTES: dict[str, tuple[type, str | None]] = {
+    "prompt": (str, None),
+    "instruction": (str, None),
+    "image": (str, None),
+    "image_sha256": (str, None),
+    "negative_prompt": (str, "--negative-prompt"),
+    "seed": (int, "--seed"),
+    "steps": (int, "--steps"),
+    "guidance": (float, "--guidance"),
+    "dtype": (str, "--dtype"),
+    "device": (str, "--device"),
+    "weights": (str, "--weights"),
+    "compile": (bool, "--compile"),
+    "decode_tile": (int, "--decode-tile"),
+    "model": (str, "--model"),
+    "adapter": (str, "--adapter"),
+    "recipe": (str, None),
+    "commit": (str, None),
+    "spar": (str, None),
+    "torch": (str, None),
+    "transformers": (str, None),
+    "diffusers": (str, None),
+}  # fmt: skip
+BUNDLED_MODEL = "bundled"  # the model's name where no folder was given
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+def target_files(output: Path | None, names: Sequence[str]) -> list[Path]:
+    """The files that pictures go to: one picture to a `.png` file or into a folder, several into a folder.
+
+    Args:
+        output: a file name that ends in .png, or a folder; by default `out.png` for one picture, else `out`.
+        names: the pictures' names inside a folder, without suffix.
+
+    Raises:
+        InputError: another kind of picture file, or a file for several pictures.
+    """
+    if output is None:
+        output = Path("out.png" if len(names) == 1 else "out")
+    suffix = "" if os.path.isdir(output) else output.suffix.lower()
+    if suffix == ".png" and len(names) == 1:
+        return [output]
+    if suffix == ".png":
+        raise InputError(f"output: expected a folder for {len(names)} pictures, got the file name {str(output)!r}")
+    if suffix in PICTURE_SUFFIXES:
+        raise InputError(f"output: expected a file name that ends in .png, or a folder, got {str(output)!r}")
+    return [output / f"{name}.png" for name in names]
+
+
+def check_free(paths: Iterable[Path], *, overwrite: bool = False) -> None:
+    """Refuse files that cannot be written, before any work is done for them.
+
+    Raises:
+        InputError: a path that exists (with `overwrite`: that is a folder), that comes twice, or whose folder cannot
+            be written.
+    """
+    paths = list(paths)
+    if len(set(paths)) < len(paths):
+        raise InputError("output: expected a file of its own for each picture, but two would have the same name")
+    for path in paths:
+        if os.path.isdir(path):
+            raise InputError(f"output: expected a file to write, but {str(path)!r} is a folder")
+        if os.path.lexists(path) and not overwrite:
+            raise InputError(f"output: {str(path)!r} exists already; give another name, or --overwrite")
+        check_folder(path.parent)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that neither is nor can become one that we may write into."""
+    existing = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    if not os.path.isdir(existing):
+        raise InputError(f"output: expected a folder, but {str(existing)!r} is none")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"output: the folder {str(existing)!r} cannot be written")
+
+
+def save_pictures(
+    images: Sequence["Image.Image"], paths: Sequence[Path], notes: Sequence[Mapping[str, object]] = ()
+) -> None:
+    """Write pictures as PNG, all aside first and then renamed; folders are made.
+
+    Args:
+        images, paths: one path an image.
+        notes: one mapping an image, written as text chunks; None values are left out.
+
+    Raises:
+        InputError: naming the file that cannot be written.
+    """
+    parts: list[Path] = []
+    path = paths[0]
+    try:
+        for index, (image, path) in enumerate(zip(images, paths, strict=True)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            parts.append(path.with_name(f".spar-{os.getpid()}-{index}.part"))
+            image.save(parts[-1], format="PNG", pnginfo=_text_chunks(notes[index] if notes else {}))
+        for part, path in zip(parts, paths, strict=True):
+            part.replace(path)
+    except OSError as error:
+        raise InputError(f"output: {str(path)!r} cannot be written: {error.strerror or error}") from error
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+
+def source_notes(source: Path) -> dict[str, str]:
+    """Which picture another was made from: its name, and what it held."""
+    try:
+        with open(source, "rb") as file:
+            return {"image": source.name, "image_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    except OSError:  # it was there when it was read
+        return {"image": source.name}
+
+
+def _text_chunks(notes: Mapping[str, object]) -> "PngInfo":
+    from PIL.PngImagePlugin import PngInfo
+
+    chunks = PngInfo()
+    for key, value in notes.items():
+        if value is not None:
+            chunks.add_text(key, str(value).encode(errors="replace").decode())  # a file's name may be no text
+    return chunks
+
+
+def encode_picture(image: "Image.Image", kind: str, notes: Mapping[str, object]) -> bytes:
+    """A picture as the bytes of a file: "png" with its notes as text chunks, "jpeg" or "webp" at quality 95 without."""
+    file = BytesIO()
+    if kind == "png":
+        image.save(file, format="PNG", pnginfo=_text_chunks(notes))
+    else:
+        image.save(file, format=kind.upper(), quality=95)
+    return file.getvalue()
+
+
+@dataclass(frozen=True)
+class Noted:
+    """A picture's size in pixels, and the notes that it carries."""
+
+    width: int
+    height: int
+    notes: dict[str, Any]
+
+    def again(self) -> list[str]:
+        """The command that makes the picture again; what it reads is named as the notes have it, without its folder.
+
+        What they do not name is IMAGE or MODEL, for its reader to fill in.
+        """
+        notes, image = self.notes, self.notes.get("image", "IMAGE")
+        if "prompt" in notes:
+            words, size = ["generate", notes["prompt"]], [f"--height={self.height}", f"--width={self.width}"]
+        else:
+            words = ["edit", image, notes["instruction"]] if "instruction" in notes else ["reconstruct", image]
+            size = []
+        given = {"model": "MODEL", **notes}
+        if given["model"] == BUNDLED_MODEL:
+            del given["model"]
+        flags = [
+            flag if kind is bool else f"{flag}={given[name]}"
+            for name, (kind, flag) in NOTES.items() if flag and given.get(name, False) is not False
+        ]
+        if any(word.startswith("-") for word in words[1:]):  # a word that is no flag
+            return ["spar", words[0], *size, *flags, "--", *words[1:]]
+        return ["spar", *words, *size, *flags]
+
+
+def read_notes(path: Path) -> Noted:
+    """The notes of a PNG that spar wrote, from its header: no pixel is decoded, and what other programs noted is left.
+
+    Raises:
+        InputError: no file, no PNG, a damaged one, one without our notes, or notes that are none of ours.
+    """
+    from PIL import Image
+
+    expected = "expected a PNG that spar wrote, or a folder of weights"
+    try:
+        if not path.is_file():
+            raise InputError(f"{expected}, but there is no file {str(path)!r}")
+        with path.open("rb") as file:
+            header = file.read(MAX_HEADER_BYTES)
+        with Image.open(BytesIO(header), formats=("PNG",)) as image:
+            size, texts = image.size, {key: str(value) for key, value in image.info.items() if key in NOTES}
+    except InputError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise InputError(f"{expected}, got {str(path)!r}, which is no PNG") from None
+    except Exception as error:  # a hostile header makes Pillow raise nearly anything
+        raise InputError(f"{expected}, but {str(path)!r} cannot be read: {error}") from error
+    if "spar" not in texts:
+        raise InputError(f"{expected}, got {str(path)!r}, which carries no notes of ours")
+    return Noted(*size, {key: _note(key, texts[key]) for key in NOTES if key in texts})
+
+
+def _note(key: str, text: str) -> Any:
+    kind = NOTES[key][0]
+    try:
+        return kind(text)
+    except ValueError:
+        raise InputError(f"expected notes that spar wrote, got {key} {text[:40]!r}, which is no number") from None
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The picture files directly in a folder, by name.
+
+    Raises:
+        InputError: a folder that cannot be read or has none.
+    """
+    try:
+        found = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
+    except OSError as error:
+        raise InputError(f"expected a folder of pictures, but {str(folder)!r}: {error.strerror or error}") from error
+    if not found:
+        raise InputError(f"expected pictures ({' '.join(PICTURE_SUFFIXES)}) in {str(folder)!r}, found none")
+    return found
+
+
+@contextmanager
+def whole_folder(folder: Path, mark: str, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to fill, which takes its place at the end, or is removed if anything goes wrong.
+
+    Args:
+        folder: where it is to stand.
+        mark: a file that every such folder has: one without it is somebody else's and never replaced.
+        overwrite: replace an earlier one.
+
+    Raises:
+        InputError: a folder that is not empty and may not be replaced, or that cannot be written.
+    """
+    check_replaceable(folder, mark, overwrite=overwrite)
+    aside, old = (folder.absolute().with_name(f".spar-{os.getpid()}-{end}") for end in ("part", "old"))
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        if folder.exists():
+            folder.rename(old)
+        aside.rename(folder)
+    except OSError as error:
+        raise InputError(f"output: {str(folder)!r} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def check_replaceable(folder: Path, mark: str, *, overwrite: bool = False) -> None:
+    """Refuse a folder that `whole_folder` may not make or replace; the same arguments and errors."""
+    check_folder(folder)
+    if not os.path.isdir(folder) or not any(folder.iterdir()):
+        return
+    if not (folder / mark).is_file():
+        raise InputError(f"output: the folder {str(folder)!r} holds other things; give another name")
+    if not overwrite:
+        raise InputError(f"output: {str(folder)!r} exists already; give another name, or --overwrite")

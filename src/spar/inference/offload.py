@@ -1,0 +1,86 @@
+"""A finished model in less memory: weights of smaller types, and parts that wait in the CPU's memory for their turn."""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from spar.common.errors import InputError, install_command
+from spar.models.spar import SparModel
+
+Weights = Literal["float32", "compute", "int8"]
+WEIGHTS = get_args(Weights)
+
+
+def hold(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the weights of linear maps and convolutions in `dtype`, which autocast would make of them at each use.
+
+    So results do not change in the least. Norms, tables, embeddings and biases stay in float32.
+    """
+    for part in model.modules():
+        if isinstance(part, (nn.Linear, nn.Conv2d)):
+            part.weight.data = part.weight.data.to(dtype)
+
+
+def quantize(model: nn.Module) -> None:
+    """Round the weights of linear maps in the repeated layers to 8 bits, a scale a row (torchao's weight-only int8).
+
+    What SANA keeps in 1x1 convolutions, half of the DiT, stays as it is.
+
+    Raises:
+        InputError: without torchao.
+    """
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError:
+        raise InputError(f"weights int8 needs torchao: {install_command('quantize')}") from None
+    for part in (model.tokenizer.encoder, model.language, model.connector, model.denoiser):
+        quantize_(part, Int8WeightOnlyConfig())
+
+
+class Offload:
+    """Parts of a model wait in the CPU's memory, and come to the device while they compute.
+
+    Nothing computes on the weights in between, so what comes is a copy, and going is letting it go.
+    """
+
+    def __init__(self, model: SparModel, device: torch.device) -> None:
+        self.device, self.present = device, set[str]()
+        tokenizer = model.tokenizer
+        streams = [part for name, part in tokenizer.named_children() if name not in ("encoder", "decoder")]
+        parts = {
+            "encoder": [tokenizer.encoder],
+            "streams": streams,
+            "language": [model.language],
+            "bridge": [model.router, model.connector],
+            "denoiser": [model.denoiser],
+            "decoder": [tokenizer.decoder],
+        }
+        self.home = {name: [place for one in modules for place in _places(one)] for name, modules in parts.items()}
+        for _, _, weight in (place for places in self.home.values() for place in places):
+            if device.type == "cuda" and type(weight.data) is Tensor:  # pinned memory is copied at the bus's full speed
+                weight.data = weight.data.pin_memory()
+        for part in model.modules():
+            for key, buffer in part.named_buffers(recurse=False):
+                part._buffers[key] = buffer.to(device)
+
+    def bring(self, *names: str) -> None:
+        """Have these parts on the device, and no others; what fails in the middle leaves the next call its work."""
+        wanted = set(names)
+        if wanted == self.present:
+            return
+        for name in self.home.keys() - wanted:  # those too that did not come whole
+            for module, key, weight in self.home[name]:
+                module._parameters[key] = weight
+        self.present &= wanted
+        for name in wanted - self.present:
+            for module, key, weight in self.home[name]:
+                plain = type(weight.data) is Tensor  # torchao's know no asynchronous copy
+                here = weight.data.to(self.device, non_blocking=True) if plain else weight.data.to(self.device)
+                module._parameters[key] = nn.Parameter(here, requires_grad=False)
+            self.present.add(name)
+
+
+def _places(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Where each weight of a module stands: its owner, its name there, and the weight."""
+    return [(part, key, p) for part in module.modules() for key, p in part._parameters.items() if p is not None]

@@ -1,0 +1,83 @@
+"""What the four tasks give back."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from spar.inference.image_files import check_free, save_pictures, target_files
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which LLM layer each condition token of one image reads.
+
+    `tokens` as text, `kinds` ("text", "image", "query"), `layers` (K layer numbers), `weights` `[T, K]`.
+    """
+
+    tokens: list[str]
+    kinds: list[str]
+    layers: tuple[int, ...]
+    weights: np.ndarray
+
+
+@dataclass(frozen=True)
+class GenerateOutput:
+    """Images in the order of the prompts (each prompt's images together), their seeds and their routing.
+
+    `notes` says of each image how it was made: words, seed, steps, guidance, type, device, model, recipe, versions.
+    """
+
+    images: list[Image.Image]
+    seeds: list[int]
+    routing: list[Routing]
+    notes: list[dict[str, Any]]
+
+    def save(self, path: str | Path | None = None, *, overwrite: bool = False) -> list[Path]:
+        """Write PNGs that carry their notes: one image to a `.png` file, several into a folder; says where they are.
+
+        Raises:
+            InputError: a file that exists (without `overwrite`) or that cannot be written.
+        """
+        count = len(self.images)
+        names = [f"{index:0{len(str(count - 1))}}" for index in range(count)]
+        paths = target_files(None if path is None else Path(path), names)
+        check_free(paths, overwrite=overwrite)
+        save_pictures(self.images, paths, self.notes)
+        return paths
+
+
+@dataclass(frozen=True)
+class UnderstandOutput:
+    texts: list[str]
+
+
+@dataclass
+class ChatOutput:
+    """An answer while it is made: an iterator over pieces of its text, which join to the whole.
+
+    `prompt_tokens`, and `tokens` of the answer so far; `finish_reason` is None until the answer ends: then "stop" where
+    the model ended its turn, or "length".
+    """
+
+    prompt_tokens: int
+    tokens: int = 0
+    finish_reason: str | None = None
+    pieces: Iterator[str] = field(default_factory=lambda: iter(()), repr=False)
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self.pieces)
+
+
+@dataclass(frozen=True)
+class ReconstructOutput:
+    """Images in the order of what came, and of each image how it was made, as in `GenerateOutput`."""
+
+    images: list[Image.Image]
+    notes: list[dict[str, Any]]

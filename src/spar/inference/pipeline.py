@@ -1,0 +1,548 @@
+"""The four tasks for a user, behind one contract: generate, edit, understand, reconstruct.
+
+The keyword names are diffusers'. Every task takes one input or a list and batches truly. An image depends on its own
+seed and never on its neighbours.
+"""
+
+import math
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from dataclasses import fields as fields_of
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from spar.checkpoints.hub import model_folder, model_name
+from spar.checkpoints.lora import load_adapter, merge
+from spar.checkpoints.spar_format import Loaded, load_model, save_model, versions
+from spar.common.device import check_device
+from spar.common.errors import InputError
+from spar.common.limits import (
+    MAX_CHAT_TOKENS,
+    MAX_GUIDANCE,
+    MAX_IMAGES,
+    MAX_NEW_TOKENS,
+    MAX_SEED,
+    MAX_STEPS,
+    MAX_TILE,
+    whole_within,
+    within,
+)
+from spar.common.threads import threads_for
+from spar.flow.guidance import guide
+from spar.flow.sampler import sample
+from spar.inference.image_files import BUNDLED_MODEL
+from spar.inference.offload import WEIGHTS, Offload, Weights, hold, quantize
+from spar.inference.outputs import ChatOutput, GenerateOutput, ReconstructOutput, Routing, UnderstandOutput
+from spar.models.blocks import compile_blocks
+from spar.models.spar import Condition
+from spar.models.tiling import SMALLEST
+from spar.processing.chat import TextStream, read_messages
+from spar.processing.images import ImageSource, nearest_size, open_image, to_pil, to_size, to_tensor
+from spar.processing.prompts import IMAGE_TOKEN, PromptEncoder, Tokens
+
+BUNDLED = Path(__file__).parents[1] / "assets" / "weights"
+MAX_SIDE_FACTOR = 2  # pictures up to twice the trained side
+# Prompts are padded to multiples of this many tokens: then the sums of attention, which run in vectors of 16 numbers,
+# meet a prompt's tokens in the same places whatever stands beside it, and a picture is the same alone and in a batch.
+TOKEN_MULTIPLE = 16
+
+Callback = Callable[[int, int, Tensor], bool | None]
+
+
+def native_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (AMX or AVX-512 BF16)."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+@dataclass
+class SparPipeline:
+    """One model and its four tasks. Build it with `from_pretrained`.
+
+    `origin` names the `model` and the `adapter` that it was loaded from, which pictures note: never where they lie.
+    """
+
+    loaded: Loaded
+    dtype: torch.dtype = torch.float32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    decode_tile: int | None = None
+    weights: Weights = "float32"
+    offload: bool = False
+    compile: bool = False
+    origin: Mapping[str, str | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        model = self.model = self.loaded.model
+        if self.weights != "float32":
+            hold(model, self.dtype)
+        if self.weights == "int8":
+            quantize(model)
+        if self.compile:
+            compile_blocks(model)
+        self._offload = Offload(model, self.device) if self.offload else None
+        if not self.offload:
+            model.to(self.device)
+        self._parameters = sum(parameter.numel() for parameter in model.parameters())
+        config = self.model.config
+        self.prompts = PromptEncoder(
+            self.loaded.text_tokenizer, config.grid**2, image_start=config.connector.image_start,
+            multiple=TOKEN_MULTIPLE,
+        )  # fmt: skip
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        adapter: str | Path | None = None,
+        decode_tile: int | None = None,
+        weights: Weights = "float32",
+        offload: bool = False,
+        compile: bool = False,
+    ) -> "SparPipeline":
+        """Load a SPAR folder, or `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION`; without a path, the bundled weights.
+
+        Args:
+            dtype: what matrix products run in; by default bfloat16 where the device has it in hardware.
+            device: by default a CUDA device where there is one, else the CPU.
+            adapter: a folder of LoRA weights (`RUN/adapter`) that are merged into the model.
+            decode_tile: visual tokens a side above which a picture is decoded in tiles of that size, which takes less
+                memory and changes it a little; None decodes it as a whole.
+            weights: how they are held: "float32" as they are stored; "compute", those of matrix products in `dtype`,
+                half the memory for the same results; "int8", those of linear layers rounded to 8 bits besides, for
+                other results (needs torchao).
+            offload: parts wait in the CPU's memory while others compute: less of the device's memory, more time.
+            compile: repeated layers go through torch.compile: the first call takes a minute or so, later ones less.
+
+        Raises:
+            InputError: a missing, partial, foreign or damaged folder, a device that is not there, or offload from
+                the CPU to itself.
+        """
+        where = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else check_device(device)
+        if dtype is None:
+            fast = native_bfloat16() if where.type == "cpu" else where.type == "cuda"
+            dtype = torch.bfloat16 if fast else torch.float32
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise InputError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+        if decode_tile is not None:
+            whole_within("decode_tile", decode_tile, SMALLEST, MAX_TILE)
+        if weights not in WEIGHTS:
+            raise InputError(f"weights: expected one of {', '.join(WEIGHTS)}, got {weights!r}")
+        if offload and where.type == "cpu":
+            raise InputError("offload: expected a device whose parts can wait in the CPU's memory, got cpu itself")
+        folder = BUNDLED if path is None else model_folder(path)
+        if path is None and not (folder / "config.json").exists():
+            raise InputError("this installation has no bundled weights; give a model folder, or train one")
+        loaded = load_model(folder)
+        if adapter is not None:
+            load_adapter(loaded.model, Path(adapter))
+            merge(loaded.model)
+        origin = {
+            "model": BUNDLED_MODEL if path is None else model_name(path, folder),
+            "adapter": None if adapter is None else Path(adapter).resolve().name,
+        }
+        return cls(loaded, dtype, where, decode_tile, weights, offload, compile, origin)
+
+    def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write the whole model as a SPAR folder, floating weights in `dtype` (default: as they are).
+
+        Raises:
+            InputError: a folder that cannot be written, or weights that are no longer those that were loaded.
+        """
+        if self.weights != "float32":
+            raise InputError(f"weights: expected float32 in a pipeline that is to be saved, got {self.weights}")
+        save_model(self.loaded, Path(path), dtype)
+
+    @property
+    def image_size(self) -> int:
+        """The side in pixels that the model was trained at."""
+        return self.model.config.image_size
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return self.loaded.manifest
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int | Sequence[int] | None = None,
+        callback: Callback | None = None,
+    ) -> GenerateOutput:
+        """Pictures from words.
+
+        Args:
+            prompt: one or a list.
+            negative_prompt: what guidance steers away from; by default the true unconditional prompt.
+            height, width: pixels, by default the trained side; multiples of the token stride.
+            num_inference_steps, guidance_scale: by default the model's own; guidance 1 is the conditional branch.
+            num_images_per_prompt: images of one prompt stand together in the result.
+            seed: one (image i gets seed + i) or one per image; random when None. `.seeds` tells.
+            callback: called after each step with (steps done, steps, clean latent as estimated so far), which `preview`
+                makes pictures of; returning False, exactly, cancels.
+
+        Raises:
+            InputError: naming what was expected and what came.
+            Cancelled: the callback said so; there is no result, and the pipeline is as it was.
+        """
+        prompts = self._texts(prompt, "prompt")
+        negatives = self._negatives(negative_prompt, len(prompts))
+        size = self.output_size(height, width)
+        told = [{"prompt": one, "negative_prompt": other} for one, other in zip(prompts, negatives, strict=True)]
+        return self._sample(
+            self.prompts.generation(prompts), self.prompts.generation(negatives), None, size, told,
+            num_inference_steps, guidance_scale, num_images_per_prompt, seed, callback,
+        )
+
+    def edit(
+        self,
+        image: ImageSource | Sequence[ImageSource],
+        instruction: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int | Sequence[int] | None = None,
+        callback: Callback | None = None,
+    ) -> GenerateOutput:
+        """A picture changed as an instruction says; keywords as in `generate`.
+
+        One image with several instructions, or several images with one instruction, are paired; else one each. The
+        result has the image's proportions, at about the trained number of pixels; images of one call must share them.
+        Each picture is made from one reference image: the model has place for no second one.
+        """
+        pixels, instructions = self._pairs(image, instruction, "instruction", keep_aspect=True)
+        negatives = self._negatives(negative_prompt, len(instructions))
+        size = (pixels.shape[-2], pixels.shape[-1])
+        tokens = size[0] * size[1] // self.model.config.token_stride**2
+        pairs = zip(instructions, negatives, strict=True)
+        told = [{"instruction": one, "negative_prompt": other} for one, other in pairs]
+        return self._sample(
+            self.prompts.edit(instructions, tokens), self.prompts.edit(negatives, tokens), pixels, size, told,
+            num_inference_steps, guidance_scale, num_images_per_prompt, seed, callback,
+        )
+
+    @torch.inference_mode()
+    def understand(
+        self, image: ImageSource | Sequence[ImageSource], question: str | Sequence[str], *, max_new_tokens: int = 48
+    ) -> UnderstandOutput:
+        """Answers about pictures, greedy; pairs as in `edit`.
+
+        `max_new_tokens` is at most MAX_NEW_TOKENS and at most what fits: a larger number is cut to that.
+        """
+        whole_within("max_new_tokens", max_new_tokens, 1)
+        pixels, questions = self._pairs(image, question, "question")
+        tokens = self.prompts.question(questions).to(self.device)
+        room = self.model.config.text.longest - int(tokens.mask.sum(1).max())
+        max_new_tokens = min(max_new_tokens, MAX_NEW_TOKENS, max(room, 1))
+        with self._compute(len(pixels)):
+            f_v = self._features(pixels)
+            self._bring("language")
+            rows = self.model.understand(tokens.ids, tokens.mask, f_v, max_new_tokens=max_new_tokens)
+        return UnderstandOutput([self.loaded.text_tokenizer.decode(row, skip_special_tokens=True) for row in rows])
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], *, max_new_tokens: int | None = None) -> ChatOutput:
+        """The answer to the last message of a conversation, greedy, its text piece by piece as it is decoded.
+
+        Args:
+            messages: `{"role": "system" | "user" | "assistant", "content": ...}`; a content is text, or a list of parts
+                `{"type": "text", "text": str}` and `{"type": "image", "image": ImageSource}`. `read_messages` has the
+                order. Pictures are made square, as in `understand`.
+            max_new_tokens: by default as many as fit, at most MAX_NEW_TOKENS; a larger number is cut to that, and an
+                answer that reaches it ends with the finish reason "length".
+
+        Raises:
+            InputError: at the call, before anything is computed.
+        """
+        if max_new_tokens is not None:
+            whole_within("max_new_tokens", max_new_tokens, 1)
+        turns, longest = read_messages(messages, self.image_size), min(self.model.config.text.longest, MAX_CHAT_TOKENS)
+        for index, turn in enumerate(turns):
+            for text in turn.parts:
+                if isinstance(text, str) and (text or turn.role != "assistant"):  # a model may have said nothing
+                    self.prompts.check(text, f"messages[{index}]", longest)
+        written = [(turn.role, [part if isinstance(part, str) else None for part in turn.parts]) for turn in turns]
+        tokens = self.prompts.conversation(written)
+        length = tokens.ids.shape[1]
+        if length >= longest:
+            raise InputError(
+                f"messages: expected at most {longest} tokens with their images and one for the answer, got {length}"
+            )
+        images = [image for turn in turns for image in turn.images]
+        pixels = to_tensor(images).to(self.device) if images else None
+        out = ChatOutput(length)
+        room = min(MAX_NEW_TOKENS, longest - length)
+        out.pieces = self._speak(out, tokens, pixels, min(max_new_tokens or room, room))
+        return out
+
+    def _speak(self, out: ChatOutput, tokens: Tokens, pixels: Tensor | None, longest: int) -> Iterator[str]:
+        """The pieces of one answer. No mode of torch is left on while the caller has a piece in hand."""
+        text, tokens = TextStream(self.loaded.text_tokenizer), tokens.to(self.device)
+        with torch.inference_mode(), self._compute():
+            f_v = None if pixels is None else self._features(pixels)
+            self._bring("language")
+            embedded = self.model.embed(tokens.ids, f_v)
+            steps = self.model.language.stream(embedded, tokens.mask, max_new_tokens=longest)
+        while True:
+            with torch.inference_mode(), self._compute():
+                self._bring("language")  # other calls may come between two pieces
+                step = next(steps, None)
+            if step is None:
+                break
+            out.tokens += 1
+            if piece := text.push(step[0]):
+                yield piece
+        out.finish_reason = "length" if out.tokens == longest else "stop"
+        if piece := text.rest():
+            yield piece
+
+    @torch.inference_mode()
+    def reconstruct(self, image: ImageSource | Sequence[ImageSource]) -> ReconstructOutput:
+        """Pictures through the unified tokenizer and back."""
+        pixels = self._pixels(image)
+        with self._compute(len(pixels)):
+            tokenizer = self.model.tokenizer
+            self._bring("encoder", "streams")
+            z_f = tokenizer.encode(pixels).z_f
+            self._bring("decoder")
+            out = tokenizer.decode(z_f, self.decode_tile).float().clamp(0, 1)
+        return ReconstructOutput(to_pil(out), [self._circumstances() for _ in out])
+
+    def check_text(self, text: str, what: str) -> None:
+        """Refuse a prompt that `generate`, `edit` and `understand` would refuse; `what` it is called in the error."""
+        self.prompts.check(text, what, self.loaded.sampling.max_prompt_tokens)
+
+    def output_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Height and width of what `generate` makes.
+
+        Raises:
+            InputError: a side that is not a multiple of the token stride or more than twice the trained one.
+        """
+        stride, side = self.model.config.token_stride, self.image_size
+        for name, value in (("height", height), ("width", width)):
+            if value is not None and (
+                not isinstance(value, int) or value % stride or not stride <= value <= MAX_SIDE_FACTOR * side
+            ):
+                raise InputError(
+                    f"{name}: expected a multiple of {stride} from {stride} to {MAX_SIDE_FACTOR * side}, got {value!r}"
+                )
+        return height or side, width or side
+
+    def edited_size(self, image: Image.Image) -> tuple[int, int]:
+        """Height and width of what `edit` makes of a picture; InputError for one that is too long for its width."""
+        return nearest_size(image, self.image_size, self.model.config.token_stride)
+
+    @torch.inference_mode()
+    def preview(self, latent: Tensor) -> list[Image.Image]:
+        """What a callback's latent `[B, C, h, w]` looks like: blurred at first, and after the last step the result."""
+        self._bring("decoder")
+        with self._compute(len(latent)):
+            images = self.model.decode(latent, self.decode_tile).float()
+        self._bring("denoiser")  # the sampler goes on
+        return to_pil(images)
+
+    @torch.inference_mode()
+    def _sample(
+        self, tokens: Tokens, negatives: Tokens, pixels: Tensor | None, size: tuple[int, int],
+        told: list[dict[str, str | None]], steps: int | None, guidance: float | None, per_prompt: int,
+        seed: int | Sequence[int] | None, callback: Callback | None,
+    ) -> GenerateOutput:
+        """Prompts to pictures: condition once a prompt, then the flow's sampler around the denoiser."""
+        defaults = self.loaded.sampling
+        steps = defaults.steps if steps is None else steps
+        guidance = defaults.guidance if guidance is None else guidance
+        whole_within("num_inference_steps", steps, 1, MAX_STEPS)
+        within("guidance_scale", guidance, 0, MAX_GUIDANCE)
+        whole_within("num_images_per_prompt", per_prompt, 1, MAX_IMAGES)
+        count = len(tokens.ids) * per_prompt
+        within("images in all", count, 1, MAX_IMAGES)
+        seeds = _seeds(seed, count)
+        noise = self._noise(seeds, size)
+        with self._compute(count):
+            f_v = self._features(pixels) if pixels is not None else None
+            self._bring("streams", "language", "bridge")
+            condition, routed = self._conditions(tokens, negatives, f_v, size, guidance)
+            condition = _each(condition, per_prompt)
+            self._bring("denoiser")
+            condition = self.model.prepare(condition)
+
+            def velocity(latent: Tensor, time: Tensor) -> Tensor:
+                if guidance == 1:
+                    return self.model.velocity(latent, time, condition).velocity.float()
+                both = self.model.velocity(latent.repeat(2, 1, 1, 1), time.repeat(2), condition).velocity.float()
+                return guide(*both.chunk(2), guidance)
+
+            latent = sample(
+                velocity, noise, num_inference_steps=steps, shift=defaults.shift, method=defaults.method,
+                callback=callback,
+            )
+            self._bring("decoder")
+            images = self.model.decode(latent, self.decode_tile).float()
+        routing = [self._routing(tokens, routed, row) for row in range(len(tokens.ids)) for _ in range(per_prompt)]
+        shared = {"steps": steps, "guidance": float(guidance), **self._circumstances()}
+        notes = [{**told[index // per_prompt], "seed": seed, **shared} for index, seed in enumerate(seeds)]
+        return GenerateOutput(images=to_pil(images), seeds=seeds, routing=routing, notes=notes)
+
+    def _circumstances(self) -> dict[str, Any]:
+        """What else than the arguments an image depends on."""
+        made = {name: self.manifest.get(name) for name in ("recipe", "commit")}  # None is not written
+        run = {"dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)}
+        held = self.weights if self.weights == "int8" else None  # between the others there is no difference
+        how = {"weights": held, "compile": self.compile or None, "decode_tile": self.decode_tile}
+        return {**run, **how, **self.origin, **made, **versions()}
+
+    def _conditions(
+        self, tokens: Tokens, negatives: Tokens, f_v: Tensor | None, size: tuple[int, int], guidance: float
+    ) -> tuple[Condition, Condition]:
+        """The condition that the sampler reads (both branches where guidance needs them), and the prompts' own."""
+        tokens, negatives = tokens.to(self.device), negatives.to(self.device)
+        own = self.model.condition(tokens.ids, tokens.mask, f_v, size)
+        if guidance == 1:
+            return own, own
+        other = self.model.condition(negatives.ids, negatives.mask, f_v, size)
+        length = max(own.states.shape[1], other.states.shape[1])
+
+        def widen(tensor: Tensor) -> Tensor:
+            return torch.nn.functional.pad(tensor, (0, 0) * (tensor.dim() - 2) + (length - tensor.shape[1], 0))
+
+        both = Condition(
+            *(torch.cat([widen(getattr(c, name)) for c in (own, other)]) for name in ("states", "mask", "weights")),
+            reference=None if own.reference is None else own.reference.repeat(2, 1, 1, 1),
+        )
+        return both, own
+
+    def _routing(self, tokens: Tokens, condition: Condition, row: int) -> Routing:
+        """Weights over the layers for each real token of one prompt, the queries last."""
+        real = tokens.mask[row].bool()
+        pieces = self.loaded.text_tokenizer.convert_ids_to_tokens(tokens.ids[row][real].tolist())
+        queries = self.model.config.connector.queries
+        weights = condition.weights[row].float().cpu().numpy()
+        kept = np.concatenate([real.numpy(), np.ones(queries, bool)])
+        return Routing(
+            tokens=[*pieces, *(f"query {i}" for i in range(queries))],
+            kinds=["image" if piece == IMAGE_TOKEN else "text" for piece in pieces] + ["query"] * queries,
+            layers=self.model.layers,
+            weights=weights[kept],
+        )
+
+    def _noise(self, seeds: list[int], size: tuple[int, int]) -> Tensor:
+        """Each image's own noise, drawn on the CPU so that it is the same on every device."""
+        stride = self.model.config.token_stride
+        shape = (self.model.config.autoencoder.latent_channels, size[0] // stride, size[1] // stride)
+        rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(rows).to(self.device)
+
+    def _bring(self, *parts: str) -> None:
+        """Have what computes next on the device, where parts are offloaded."""
+        if self._offload:
+            self._offload.bring(*parts)
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        self._bring("encoder")
+        return self.model.tokenizer.encoder(pixels).float()
+
+    @contextmanager
+    def _compute(self, images: int = 1) -> Iterator[None]:
+        """Autocast, and on a CPU as many threads as the work on so many images is worth."""
+        work = self._parameters * images * self.model.config.grid**2 if self.device.type == "cpu" else math.inf
+        with threads_for(work), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            yield
+
+    def _pixels(self, image: ImageSource | Sequence[ImageSource], *, keep_aspect: bool = False) -> Tensor:
+        sources = list(image) if isinstance(image, (list, tuple)) else [image]
+        if not sources:
+            raise InputError("expected at least one image, got an empty list")
+        if any(isinstance(source, list | tuple) for source in sources):
+            raise InputError("expected one image for each text, got a list within the list (a chat takes several)")
+        pictures, side = [open_image(source) for source in sources], self.image_size
+        sizes = {(side, side)}
+        if keep_aspect:
+            sizes = {self.edited_size(picture) for picture in pictures}
+        if len(sizes) > 1:
+            shown = ", ".join(f"{width} x {height}" for height, width in sorted(sizes))
+            raise InputError(f"expected images of the same proportions in one call, got some for {shown} pixels")
+        (size,) = sizes
+        return to_tensor([to_size(picture, size[1], size[0]) for picture in pictures]).to(self.device)
+
+    def _texts(self, text: str | Sequence[str], what: str) -> list[str]:
+        if not isinstance(text, Iterable):
+            raise InputError(f"{what}: expected text or a list of texts, got {type(text).__name__}")
+        texts = [text] if isinstance(text, str) else list(text)
+        if not texts:
+            raise InputError(f"expected at least one {what}, got an empty list")
+        for one in texts:
+            self.check_text(one, what)
+        return texts
+
+    def _negatives(self, negative: str | Sequence[str] | None, count: int) -> list[str | None]:
+        if negative is None:
+            return [None] * count
+        return _match(self._texts(negative, "negative_prompt"), count, "negative_prompt")
+
+    def _pairs(
+        self,
+        image: ImageSource | Sequence[ImageSource],
+        text: str | Sequence[str],
+        what: str,
+        *,
+        keep_aspect: bool = False,
+    ) -> tuple[Tensor, list[str]]:
+        pixels, texts = self._pixels(image, keep_aspect=keep_aspect), self._texts(text, what)
+        count = max(len(pixels), len(texts))
+        if len(pixels) == 1 and count > 1:
+            pixels = pixels.expand(count, -1, -1, -1)
+        if len(pixels) != count:
+            raise InputError(f"expected one image, or one for each of {count} {what}s, got {len(pixels)}")
+        return pixels, _match(texts, count, what)
+
+
+def _each(condition: Condition, draws: int) -> Condition:
+    """The condition of every draw by itself. The denoiser could let draws of one prompt share its keys and values, but
+    then attention would round an image otherwise beside others than alone."""
+    fields = {item.name: getattr(condition, item.name) for item in fields_of(condition)}
+    return Condition(**{
+        name: None if value is None else value.repeat_interleave(draws, dim=0) for name, value in fields.items()
+    })  # fmt: skip
+
+
+def _match(values: list[str], count: int, what: str) -> list[str]:
+    if len(values) == 1:
+        return values * count
+    if len(values) != count:
+        raise InputError(f"expected one {what}, or {count}, got {len(values)}")
+    return values
+
+
+def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """One seed for each image, checked."""
+    if seed is None:
+        seed = secrets.randbelow(2**32)
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        seeds = [seed + i for i in range(count)]
+    else:
+        seeds = list(seed) if isinstance(seed, Iterable) else [seed] * count
+    if len(seeds) != count:
+        raise InputError(f"seed: expected one, or one for each of {count} images, got {len(seeds)}")
+    for value in seeds:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SEED:
+            raise InputError(f"seed: expected a whole number from 0 to {MAX_SEED}, got {value!r}")
+    return seeds

@@ -1,0 +1,124 @@
+"""Conversations: a user's messages, checked, with their pictures opened; and an answer's text while its tokens come."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from spar.common.errors import InputError
+from spar.common.limits import MAX_CHAT_IMAGES, MAX_MESSAGES, MAX_PARTS
+from spar.processing.images import open_image, to_square
+from spar.processing.prompts import ROLES
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn: its role, and its texts and square RGB pictures in order."""
+
+    role: str
+    parts: tuple[str | Image.Image, ...]
+
+    @property
+    def images(self) -> list[Image.Image]:
+        return [part for part in self.parts if isinstance(part, Image.Image)]
+
+
+def read_messages(messages: Sequence[Mapping[str, Any]], side: int) -> list[Message]:
+    """Messages `{"role": ..., "content": ...}` as turns; their pictures are opened one by one and made `side` x `side`.
+
+    A content is text, or a list of parts `{"type": "text", "text": str}` and `{"type": "image", "image": ImageSource}`.
+    One message of the system may come first; then the user and the assistant take turns, and the user has the first
+    and the last word. Only the user shows pictures. Within a turn, images are moved before the text: that is the order
+    of the training data, and an answer to the other order is close to a guess (22 of 120 right against 120).
+
+    Raises:
+        InputError: naming the message, what was expected of it and what came.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+        raise InputError(f"messages: expected a list of messages, got {type(messages).__name__}")
+    if not 1 <= len(messages) <= MAX_MESSAGES:
+        raise InputError(f"messages: expected 1 to {MAX_MESSAGES}, got {len(messages)}")
+    contents = [_content(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    _check_order([role for role, _ in contents])
+    images = sum(part["type"] == "image" for _, parts in contents for part in parts)
+    if images > MAX_CHAT_IMAGES:
+        raise InputError(f"messages: expected at most {MAX_CHAT_IMAGES} images, got {images}")
+    return [Message(role, tuple(_open(part, side) for part in _images_first(parts))) for role, parts in contents]
+
+
+def _images_first(parts: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The parts of one turn with its images before its texts, each in the order in which they came."""
+    return sorted(parts, key=lambda part: part["type"] != "image")
+
+
+def _open(part: Mapping[str, Any], side: int) -> str | Image.Image:
+    return part["text"] if part["type"] == "text" else to_square(open_image(part["image"]), side)
+
+
+def _content(message: object, name: str) -> tuple[str, list[Mapping[str, Any]]]:
+    """Role and parts of one message, each part of a known type with what belongs to it."""
+    _check_keys(message, ("role", "content"), name)
+    role, content = message["role"], message["content"]
+    if role not in ROLES:
+        raise InputError(f"{name}.role: expected {', '.join(ROLES[:-1])} or {ROLES[-1]}, got {role!r}")
+    if isinstance(content, str):
+        return role, [{"type": "text", "text": content}]
+    if not isinstance(content, list | tuple):
+        raise InputError(f"{name}.content: expected text or a list of parts, got {type(content).__name__}")
+    if not 1 <= len(content) <= MAX_PARTS:
+        raise InputError(f"{name}.content: expected 1 to {MAX_PARTS} parts, got {len(content)}")
+    for index, part in enumerate(content):
+        where = f"{name}.content[{index}]"
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind not in ("text", "image"):
+            shown = f"type {kind!r}" if isinstance(part, Mapping) else type(part).__name__
+            raise InputError(f"{where}: expected a part of type text or image, got {shown}")
+        _check_keys(part, ("type", kind), where)
+        if kind == "text" and not isinstance(part["text"], str):
+            raise InputError(f"{where}: expected text, got {type(part['text']).__name__}")
+        if kind == "image" and role != "user":
+            raise InputError(f"{where}: expected an image from the user only, got one from the {role}")
+    return role, list(content)
+
+
+def _check_keys(value: object, keys: tuple[str, str], name: str) -> None:
+    if not isinstance(value, Mapping):
+        raise InputError(f"{name}: expected {keys[0]} and {keys[1]}, got {type(value).__name__}")
+    if set(value) != set(keys):
+        raise InputError(f"{name}: expected {keys[0]} and {keys[1]}, got {', '.join(map(str, value)) or 'nothing'}")
+
+
+def _check_order(roles: list[str]) -> None:
+    first = int(roles[0] == "system")
+    for index, role in enumerate(roles[first:]):
+        due = ("user", "assistant")[index % 2]
+        if role != due:
+            raise InputError(f"messages[{index + first}].role: expected {due}, got {role}")
+    if roles[-1] != "user":
+        raise InputError(f"messages: expected the user to have the last word, got {roles[-1]}")
+
+
+class TextStream:
+    """The text of tokens that come one by one, in pieces of whole characters that join to the whole text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._sent = 0
+
+    def push(self, token: int) -> str:
+        """What one more token makes sure of; empty where a character is not whole yet."""
+        self._ids.append(token)
+        return self._new(self._text().rstrip("\ufffd"))
+
+    def rest(self) -> str:
+        """What was held back and will not become whole any more."""
+        return self._new(self._text())
+
+    def _text(self) -> str:
+        return self._tokenizer.decode(self._ids, skip_special_tokens=True)
+
+    def _new(self, text: str) -> str:
+        start, self._sent = self._sent, max(self._sent, len(text))
+        return text[start:]

@@ -1,0 +1,303 @@
+"""Pictures at the gate: any user's file to a checked RGB picture, to a square, to a tensor and back.
+
+What passes is decided by content, never by name. Sizes are checked before anything is decoded, and a picture that
+Pillow cannot read to its end is refused. Colour profiles are ignored: values are taken as sRGB.
+"""
+
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image
+from torch import Tensor
+
+from spar.common.errors import InputError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+TRAINING_FORMATS = ("PNG", "JPEG", "WEBP")
+MAX_PIXELS = 64 * 10**6
+MAX_BYTES = 64 * 2**20
+MAX_SCANS = 100  # of a JPEG: an encoder writes about ten, and each goes over every pixel again
+MIN_SIDE = 1
+MAX_ASPECT = 4  # at this the longer side is twice the trained one
+
+ImageSource = str | os.PathLike | bytes | bytearray | memoryview | Image.Image
+
+_EXPECTED = f"expected a picture as {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+_EXPECTED_TRAINING = f"expected a picture as {', '.join(TRAINING_FORMATS[:-1])} or {TRAINING_FORMATS[-1]}"
+_EXPECTED_PIXELS = f"expected a picture of at most {MAX_PIXELS // 10**6} megapixels"
+_ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# (offset, bytes there, name): kinds of file that people take for one of ours
+_OTHER_KINDS = (
+    (4, b"ftypheic", "a HEIC picture"),
+    (4, b"ftypheix", "a HEIC picture"),
+    (4, b"ftypmif1", "a HEIF picture"),
+    (4, b"ftypavif", "an AVIF picture"),
+    (4, b"ftyp", "a video"),
+    (0, b"%PDF", "a PDF"),
+    (0, b"PK\x03\x04", "a zip archive"),
+    (0, b"<svg", "an SVG drawing"),
+    (0, b"<?xml", "XML text"),
+    (0, b"<", "a web page"),
+)
+
+
+def open_image(source: ImageSource) -> Image.Image:
+    """A new RGB picture, 8 bits a channel, upright, from a file's path, its bytes or a Pillow image.
+
+    A file may be any of FORMATS, up to MAX_BYTES and MAX_PIXELS; of an animation it is the first frame (of a Pillow
+    image the frame it stands at). EXIF orientation is applied, transparency laid on white, 16 bits scaled to 8.
+    Raises InputError, in one sentence, for whatever else comes.
+    """
+    if isinstance(source, Image.Image):
+        return _convert(source, "the given image")
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _decode(bytes(source), "the given data")
+    if isinstance(source, str | os.PathLike):
+        path = os.fsdecode(source)
+        return _decode(_read(path), repr(path))
+    raise InputError(f"expected an image as a path, bytes or a Pillow image, got {type(source).__name__}")
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a picture's file says of itself: its true format, and its size upright, in pixels."""
+
+    format: str
+    width: int
+    height: int
+
+
+def read_header(data: bytes) -> Header:
+    """The header of a training picture, without decoding it. `data` may end early where the header does not.
+
+    Raises:
+        InputError: no PNG, JPEG or WEBP, or a size that `open_training_image` would refuse.
+    """
+    with _identify(data, "it", TRAINING_FORMATS, _EXPECTED_TRAINING) as image:
+        _check_size(image, "it")
+        width, height = image.size
+        # A PNG's EXIF may lie behind its pixels, and Pillow would decode them to find it.
+        turned = "exif" in image.info and _orientation(image) in (5, 6, 7, 8)
+        return Header(_true_format(image), *((height, width) if turned else (width, height)))
+
+
+def open_training_image(data: bytes) -> Image.Image:
+    """A new RGB picture as `open_image` makes it, from the bytes of a PNG, JPEG or WEBP of one frame.
+
+    Raises:
+        InputError: another format (by content), an animation, or what `open_image` refuses.
+    """
+    with _identify(data, "it", TRAINING_FORMATS, _EXPECTED_TRAINING) as image:
+        # The further frames of a JPEG are a camera's depth or gain maps, and the first is the picture.
+        if _true_format(image) != "JPEG" and getattr(image, "n_frames", 1) > 1:
+            raise InputError(f"{_EXPECTED_TRAINING} of one frame, but it has {image.n_frames}")
+        return _convert(image, "it", own=True)
+
+
+def to_square(image: Image.Image, side: int) -> Image.Image:
+    """The largest centred square of an RGB picture, resized to side x side pixels; as `to_size`."""
+    return to_size(image, side, side)
+
+
+def to_size(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The largest centred part of an RGB picture with these proportions, resized to width x height pixels.
+
+    Shapes keep their proportions and the ends of one side are lost. Bicubic, with a filter as wide as a shrunken
+    pixel; a picture of the right size keeps its pixels.
+    """
+    if min(width, height) < 1:
+        raise InputError(f"expected a side of at least 1 pixel, got {min(width, height)}")
+    wide, high = image.size
+    if wide * height >= high * width:
+        part = (max(1, round(high * width / height)), high)
+    else:
+        part = (wide, max(1, round(wide * height / width)))
+    left, top = (wide - part[0]) // 2, (high - part[1]) // 2
+    return image.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, left + part[0], top + part[1]))
+
+
+def nearest_size(image: Image.Image, side: int, stride: int) -> tuple[int, int]:
+    """Height and width nearest to a picture's proportions, in multiples of `stride`, of about side x side pixels.
+
+    Raises InputError for a picture that is more than MAX_ASPECT times as long as wide.
+    """
+    aspect = image.height / image.width
+    if not 1 / MAX_ASPECT <= aspect <= MAX_ASPECT:
+        raise InputError(f"expected a picture at most {MAX_ASPECT} times as long as wide, got {_size(image)}")
+    cells = side / stride
+    rows, columns = (max(1, round(cells * ratio)) for ratio in (aspect**0.5, aspect**-0.5))
+    return rows * stride, columns * stride
+
+
+def to_tensor(images: Image.Image | Sequence[Image.Image]) -> Tensor:
+    """RGB pictures of one size to float32 [B, 3, H, W] in [0, 1]; one picture is a batch of one."""
+    images = [images] if isinstance(images, Image.Image) else list(images)
+    if not images:
+        raise ValueError("expected at least one image, got none")
+    for image in images:
+        if image.mode != "RGB" or image.size != images[0].size:
+            raise ValueError(
+                f"expected RGB images of one size, got {image.mode} of {_size(image)} beside {_size(images[0])}"
+            )
+    pixels = np.stack([np.asarray(image) for image in images])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32).div(255).contiguous()
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """Pictures [B, 3, H, W] (or one, [3, H, W]) to RGB images: clamped to [0, 1], then rounded to 8 bits.
+
+    The inverse of `to_tensor` on its outputs. Raises ValueError for other shapes and for values that are not finite.
+    """
+    if images.ndim == 3:
+        images = images[None]
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"expected pictures [B, 3, H, W], got {tuple(images.shape)}")
+    images = images.detach().float().cpu()
+    if not images.isfinite().all():
+        raise ValueError("expected finite pixel values, got NaN or infinity")
+    pixels = images.clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+    return [Image.fromarray(picture) for picture in pixels]
+
+
+def _read(path: str) -> bytes:
+    """The bytes of a regular file within MAX_BYTES."""
+    if "://" in path:
+        raise InputError(f"{_EXPECTED} in a local file, got the address {path!r}")
+    try:
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            raise InputError(f"{_EXPECTED}, but {path!r} is a directory")
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{_EXPECTED}, but {path!r} is not a regular file")
+        if status.st_size > MAX_BYTES:
+            raise InputError(_too_many_bytes(repr(path), status.st_size))
+        with open(path, "rb") as file:
+            return file.read(MAX_BYTES + 1)
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{_EXPECTED}, but there is no file {path!r}") from None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        raise InputError(f"{_EXPECTED}, but {path!r} cannot be read: {_reason(error)}") from error
+
+
+def _decode(data: bytes, name: str) -> Image.Image:
+    with _identify(data, name, FORMATS, _EXPECTED) as image:
+        return _convert(image, name, own=True)
+
+
+def _identify(data: bytes, name: str, formats: Sequence[str], expected: str) -> Image.Image:
+    """Bytes as a Pillow image of one of the formats, by content, nothing but its header read."""
+    if not data:
+        raise InputError(f"{expected}, but {name} is empty")
+    if len(data) > MAX_BYTES:
+        raise InputError(_too_many_bytes(name, len(data)))
+    try:
+        image = Image.open(BytesIO(data), formats=formats)
+    except Image.UnidentifiedImageError:
+        raise InputError(f"{expected}, but {name} is {_kind(data)}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # Pillow's own, far larger limit
+        raise InputError(f"{_EXPECTED_PIXELS}, but {name} has far more") from None
+    except Exception as error:  # a hostile header makes Pillow raise nearly anything
+        raise InputError(f"{expected}, but {name} cannot be decoded: {_reason(error)}") from error
+    # A scan's head: never part of a JPEG's pixels, where 0 follows every 0xff.
+    if _true_format(image) == "JPEG" and data.count(b"\xff\xda\x00") > MAX_SCANS:
+        raise InputError(f"{expected} of at most {MAX_SCANS} scans, but {name} has more")
+    return image
+
+
+def _true_format(image: Image.Image) -> str:
+    """MPO is a JPEG with further pictures behind its end."""
+    return "JPEG" if image.format == "MPO" else image.format
+
+
+def _check_size(image: Image.Image, name: str) -> None:
+    if min(image.size) < MIN_SIDE:
+        raise InputError(f"expected a picture with sides of at least {MIN_SIDE} pixel, but {name} is {_size(image)}")
+    if image.width * image.height > MAX_PIXELS:
+        raise InputError(f"{_EXPECTED_PIXELS}, but {name} is {_size(image)}")
+
+
+def _convert(image: Image.Image, name: str, *, own: bool = False) -> Image.Image:
+    """A new upright RGB picture from an image of any mode, its size checked before its pixels are read.
+
+    An image that is `own`, nobody else's, need not be copied where it is RGB already.
+    """
+    _check_size(image, name)
+    try:
+        image.load()
+        orientation = _orientation(image)
+        plain = own and image.mode == "RGB" and not image.has_transparency_data
+        picture = image if plain else _to_rgb(image, name)
+    except InputError:
+        raise
+    except Exception as error:  # a truncated or hostile file makes Pillow raise nearly anything
+        raise InputError(f"{_EXPECTED} that is whole, but {name} cannot be decoded: {_reason(error)}") from error
+    return picture.transpose(_ORIENTATIONS[orientation]) if orientation in _ORIENTATIONS else picture
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """The EXIF orientation; None where there is none, or where the EXIF data are broken: the pixels are still good."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:
+        return None
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        return _sixteen_to_rgb(image)
+    if image.mode in ("I", "F"):
+        raise InputError(f"expected 8 or 16 bits a channel, but {name} has 32 (mode {image.mode}) of unknown range")
+    if image.has_transparency_data:
+        picture = Image.new("RGB", image.size, "white")
+        if image.mode == "La":
+            image = image.convert("LA")
+        if image.mode != "RGBA":
+            image = image.convert("RGBA")
+        picture.paste(image, mask=image.getchannel("A"))
+        return picture
+    return image.convert("RGB")
+
+
+def _sixteen_to_rgb(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits, 0 to 65535, to the nearest of 8 bits (65535 = 255 * 257); Pillow's own conversion clips it."""
+    values = np.asarray(image)
+    grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _kind(data: bytes) -> str:
+    for offset, magic, kind in _OTHER_KINDS:
+        if data[offset : offset + len(magic)].lower() == magic.lower():
+            return kind
+    return "something else or damaged"
+
+
+def _reason(error: Exception) -> str:
+    """One line for a sentence's end."""
+    return str(getattr(error, "strerror", None) or error).partition("\n")[0] or type(error).__name__
+
+
+def _size(image: Image.Image) -> str:
+    return f"{image.width} x {image.height} pixels"
+
+
+def _too_many_bytes(name: str, size: int) -> str:
+    return f"expected a picture of at most {MAX_BYTES >> 20} MiB, but {name} has {size / 2**20:.1f} MiB"

@@ -1,0 +1,197 @@
+"""Prompt forms and token rows: words to left-padded ids, one template for training and for use.
+
+The forms are the family's own (SPAR section 2): a generation prompt, an edit prompt with its reference image, and the
+true unconditional prompts of classifier-free guidance. The chat template is ChatML without a system turn, as the `-hf`
+InternVL3 checkpoints have it; an image is `<img>`, one `<IMG_CONTEXT>` a visual token, `</img>`.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spar.common.errors import InputError
+
+IMAGE_START, IMAGE_TOKEN, IMAGE_END = "<img>", "<IMG_CONTEXT>", "</img>"
+TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
+UNCONDITIONAL = "Generate an image."
+UNCONDITIONAL_EDIT = "Edit the image.\n"
+DESCRIBE = "describe the image"
+MAX_CHARACTERS_PER_TOKEN = 32
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """`ids` `[B, T]`, padded on the left; `mask` `[B, T]`, 1 for real tokens."""
+
+    ids: Tensor
+    mask: Tensor
+
+    def to(self, device: torch.device | str) -> "Tokens":
+        return Tokens(self.ids.to(device), self.mask.to(device))
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question about an image and its answer, for packed training."""
+
+    question: str
+    answer: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Several turns about one image in a row: `ids` `[B, T]`, `allowed` `[B, T, T]`, `positions` `[B, T]`, and
+    `weights` `[B, T]`, the weight of the loss with which each token is predicted (0: not an answer)."""
+
+    ids: Tensor
+    allowed: Tensor
+    positions: Tensor
+    weights: Tensor
+
+
+class PromptEncoder:
+    """Writes every prompt form with one tokenizer and a fixed number of visual tokens an image.
+
+    With `image_start` a prompt for a picture ends with the picture's opening token (UniLIP's form). Such prompts are
+    padded to a multiple of `multiple` tokens.
+    """
+
+    def __init__(self, tokenizer: Any, visual_tokens: int, *, image_start: bool = False, multiple: int = 1) -> None:
+        self.tokenizer = tokenizer
+        self.visual_tokens = visual_tokens
+        self.image_start = image_start
+        self.multiple = multiple
+        self._cache: dict[str, list[int]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a piece of template or text, without added specials; short pieces are remembered."""
+        if text not in self._cache:
+            if len(self._cache) > 100_000:
+                self._cache.clear()
+            self._cache[text] = self.tokenizer.encode(text, add_special_tokens=False)
+        return self._cache[text]
+
+    def check(self, text: str, what: str, limit: int) -> None:
+        """Refuse a text that is no text, empty, too long, or (where the vocabulary is closed) has unknown words."""
+        if not isinstance(text, str):
+            raise InputError(f"{what}: expected text, got {type(text).__name__}")
+        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise InputError(f"{what}: expected text in Unicode, got half of a surrogate pair")
+        if not text.strip():
+            raise InputError(f"{what}: expected some words, got an empty text")
+        if len(text) > MAX_CHARACTERS_PER_TOKEN * limit:
+            raise InputError(f"{what}: expected at most {limit} tokens, got a text of {len(text)} characters")
+        read = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, special = read["input_ids"], set(self.tokenizer.all_special_ids)
+        if len(ids) > limit:
+            raise InputError(f"{what}: expected at most {limit} tokens, got {len(ids)}")
+        if self.tokenizer.unk_token_id in ids:
+            spans = [s for i, s in zip(ids, read["offset_mapping"], strict=True) if i == self.tokenizer.unk_token_id]
+            words = dict.fromkeys(text[start:end] for start, end in spans)
+            shown = [word[:40] if word.isprintable() else ascii(word[:40]) for word in words]
+            known = [w for w, i in self.tokenizer.get_vocab().items() if i not in special and w.isalpha()]
+            raise InputError(
+                f"{what}: unknown words {', '.join(shown[:10])}; this model knows only "
+                + ", ".join(sorted(set(known) - set(ROLES)))
+            )
+        if special & set(ids):
+            raise InputError(f"{what}: expected plain words, got one of the model's control tokens")
+
+    def image(self, tokens: int | None = None) -> list[int]:
+        """The ids that stand for one image, by default of the fixed number of visual tokens."""
+        context = self.encode(IMAGE_TOKEN)
+        return self.encode(IMAGE_START) + context * (tokens or self.visual_tokens) + self.encode(IMAGE_END)
+
+    def _user(self, *parts: list[int]) -> list[int]:
+        """A user turn around the parts, then the start of the assistant's."""
+        body = [token for part in parts for token in part]
+        return self.encode(f"{TURN_START}user\n") + body + self.encode(f"{TURN_END}\n{TURN_START}assistant\n")
+
+    def _painted(self, *parts: list[int]) -> list[int]:
+        """A user turn whose answer is a picture."""
+        return self._user(*parts) + (self.encode(IMAGE_START) if self.image_start else [])
+
+    def generation(self, prompts: Sequence[str | None]) -> Tokens:
+        """`Generate an image: {prompt}`; None gives the unconditional prompt."""
+        texts = [UNCONDITIONAL if prompt is None else f"Generate an image: {prompt}" for prompt in prompts]
+        return self.pad([self._painted(self.encode(text)) for text in texts], self.multiple)
+
+    def edit(self, instructions: Sequence[str | None], image_tokens: int | None = None) -> Tokens:
+        """`Edit the image: {instruction}` and the reference; None gives the unconditional prompt, reference kept.
+
+        `image_tokens` are those of each reference where it has not the fixed number.
+        """
+        texts = [UNCONDITIONAL_EDIT if text is None else f"Edit the image: {text}\n" for text in instructions]
+        return self.pad([self._painted(self.encode(text), self.image(image_tokens)) for text in texts], self.multiple)
+
+    def question(self, questions: Sequence[str]) -> Tokens:
+        """The image, then the question, then the start of the answer."""
+        newline = self.encode("\n")
+        return self.pad([self._user(self.image(), newline, self.encode(question)) for question in questions])
+
+    def conversation(self, messages: Sequence[tuple[str, Sequence[str | None]]]) -> Tokens:
+        """Turns (role, texts) and the start of the assistant's answer, one row; a text that is None is an image.
+
+        A newline stands behind an image, as in `question`, and between two texts.
+        """
+        row: list[int] = []
+        for role, parts in messages:
+            row += self.encode(f"{TURN_START}{role}\n")
+            for before, part in itertools.pairwise((None, *parts)):
+                if part is None:
+                    row += self.image() + self.encode("\n")
+                else:
+                    row += (self.encode("\n") if before is not None else []) + self.encode(part)
+            row += self.encode(f"{TURN_END}\n")
+        return self.pad([row + self.encode(f"{TURN_START}assistant\n")])
+
+    def packed(self, rows: Sequence[Sequence[Turn]]) -> Packed:
+        """Several single-turn conversations about one image, sharing the image's tokens.
+
+        Each turn sees the image and itself, never its neighbours, at the positions it would have alone: the
+        packed loss is exactly the loss of the turns one by one.
+        """
+        prefix = self.encode(f"{TURN_START}user\n") + self.image() + self.encode("\n")
+        built = [self._pack(prefix, turns) for turns in rows]
+        length = max(len(ids) for ids, *_ in built)
+        ids = torch.full((len(built), length), self.pad_id)
+        segments = torch.full((len(built), length), -1)
+        positions = torch.zeros(len(built), length, dtype=torch.long)
+        weights = torch.zeros(len(built), length)
+        for i, (row, segment, position, weight) in enumerate(built):
+            ids[i, : len(row)] = torch.tensor(row)
+            segments[i, : len(row)] = torch.tensor(segment)
+            positions[i, : len(row)] = torch.tensor(position)
+            weights[i, : len(row)] = torch.tensor(weight)
+        same = segments[:, :, None] == segments[:, None, :]
+        allowed = (same | (segments[:, None, :] == 0)) & torch.ones(length, length, dtype=torch.bool).tril()
+        return Packed(ids, allowed, positions, weights)
+
+    def _pack(self, prefix: list[int], turns: Sequence[Turn]) -> tuple[list[int], list[int], list[int], list[float]]:
+        ids, segments, weights = list(prefix), [0] * len(prefix), [0.0] * len(prefix)
+        places = list(range(len(prefix)))
+        for number, turn in enumerate(turns, start=1):
+            asked = self.encode(turn.question) + self.encode(f"{TURN_END}\n{TURN_START}assistant\n")
+            answer = self.encode(turn.answer) + self.encode(TURN_END)
+            ids += asked + answer
+            segments += [number] * (len(asked) + len(answer))
+            places += range(len(prefix), len(prefix) + len(asked) + len(answer))
+            weights += [0.0] * len(asked) + [turn.weight] * len(answer)
+        return ids, segments, places, weights
+
+    @property
+    def pad_id(self) -> int:
+        return self.tokenizer.pad_token_id
+
+    def pad(self, rows: Sequence[list[int]], multiple: int = 1) -> Tokens:
+        """Left-pad to the longest row, and on to a multiple of `multiple`."""
+        length = -(-max(len(row) for row in rows) // multiple) * multiple
+        ids = torch.tensor([[self.pad_id] * (length - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+        return Tokens(ids, mask)

@@ -1,0 +1,63 @@
+"""Training curves: a run's metrics.jsonl, read back as one series a stage and term."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from spar.common.errors import InputError
+
+Curves = dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]
+_NO_TERMS = ("stage", "step", "seconds")
+
+
+def read_metrics(path: str | Path) -> Curves:
+    """{stage: {term: (steps, values)}}, stages and terms in the order in which they first come.
+
+    A resumed run repeats steps: the last line of a step counts. A last line that is cut short is left out.
+
+    Raises:
+        InputError: no such file, or a line that is no metrics.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"cannot read the metrics {path}: {error.strerror or error}") from error
+    points: dict[str, dict[str, dict[int, float]]] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            stage, step = str(row["stage"]), int(row["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):
+                break
+            where = f"{path}, line {number}"
+            raise InputError(f"{where}: expected metrics with stage and step, got {line[:60]!r}") from error
+        for term, value in row.items():
+            if term not in _NO_TERMS and isinstance(value, (int, float)) and not isinstance(value, bool):
+                points.setdefault(stage, {}).setdefault(term, {})[step] = float(value)
+    return {
+        stage: {term: _series(values) for term, values in terms.items()} for stage, terms in points.items()
+    }
+
+
+def stage_seconds(path: str | Path) -> dict[str, float]:
+    """The wall seconds that each stage had taken by its last line."""
+    seconds: dict[str, float] = {}
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+            seconds[str(row["stage"])] = max(seconds.get(str(row["stage"]), 0.0), float(row["seconds"]))
+        except (ValueError, KeyError, TypeError):
+            continue
+    return seconds
+
+
+def _series(values: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
+    steps = sorted(values)
+    return np.array(steps), np.array([values[step] for step in steps])

@@ -1,0 +1,214 @@
+"""The demonstration: every task once, a small sample of every score, and one page that shows it all.
+
+    DEMO/report.html            the page, self-contained
+    DEMO/gallery/ edits/ reconstructions/      the pictures
+    DEMO/results/               the results files of the sample
+"""
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from spar.evaluation.benchmarks import BENCHMARKS
+from spar.evaluation.environment import machine_facts, version_facts
+from spar.evaluation.options import EvalOptions, pixels
+from spar.evaluation.results import Result, write_result
+from spar.evaluation.shapes_edit import check_edit, edit_items
+from spar.evaluation.shapes_recon import psnr, recon_scenes
+from spar.evaluation.shapes_vqa import vqa_items
+from spar.inference.image_files import save_pictures
+from spar.processing.images import open_image, to_square
+from spar.reporting.curves import Curves, read_metrics
+from spar.reporting.report import (
+    ReportData,
+    ShownAnswer,
+    ShownEdit,
+    ShownImage,
+    ShownReconstruction,
+    ShownRouting,
+    write_report,
+)
+from spar.reporting.routing_summary import collect_routing
+from spar.reporting.run_report import shown_manifest
+from spar.worlds.shapes.captions import parse
+from spar.worlds.shapes.detector import judge, satisfies
+from spar.worlds.shapes.render import render
+
+PAGE = "report.html"
+PROMPTS = (
+    "a large red circle to the left of a small blue star",
+    "a small yellow triangle on a navy background",
+    "three large green squares",
+    "a large purple ring and a small orange cross on a white background",
+    "a small pink star above a large cyan circle",
+    "two small red stars on a beige background",
+    "a large blue triangle below a small green ring on a gray background",
+    "a large yellow cross, a small purple square and a small cyan ring on a black background",
+    "four small orange circles on a brown background",
+    "a red square to the right of a yellow circle",
+    "a small green cross and a large pink triangle on a gray background",
+    "a large orange ring on a navy background",
+)
+EDITS_A_KIND, ANSWERS_A_KIND, RECONSTRUCTIONS = 2, 2, 10
+ROUTED = 2  # prompts (and edits) whose routing is drawn in full
+RECON_FACTOR = 8  # a score of reconstructions is cheap: so many times the limit
+
+Step = Callable[[str, int, int], None]  # (what is being done, done, in all)
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """`images`: pictures to reconstruct (the world's own when empty); `limit`: prompts of each benchmark task;
+    `curves`: a metrics.jsonl of the training that made the weights; `seed`: of all that is drawn."""
+
+    images: Sequence[Path] = ()
+    limit: int = 4
+    curves: Path | None = None
+    seed: int = 0
+
+
+@dataclass
+class Shown:
+    """What the page shows of one task, and what of it is kept as pictures."""
+
+    pictures: dict[str, Image.Image] = field(default_factory=dict)
+    figures: list[Any] = field(default_factory=list)
+    routing: list[ShownRouting] = field(default_factory=list)
+    output: Any = None
+
+
+def make_demo(pipe: Any, folder: Path, options: DemoOptions, step: Step | None = None) -> list[Result]:
+    """Run the demonstration into an empty folder.
+
+    Args:
+        pipe: a `SparPipeline` of the shapes world.
+        folder: where the page and the pictures go.
+        options: what to show.
+        step: called before each part.
+
+    Returns:
+        The results of the sample, one a benchmark.
+
+    Raises:
+        InputError: a picture that cannot be read, or a model of another world.
+    """
+    began = time.monotonic()
+    tasks: dict[str, Callable[[Any, DemoOptions], Shown]] = {
+        "gallery": show_gallery,
+        "edits": show_edits,
+        "answers": show_answers,
+        "reconstructions": show_reconstructions,
+    }
+    total = len(tasks) + len(BENCHMARKS)
+    shown: dict[str, Shown] = {}
+    for done, (name, task) in enumerate(tasks.items()):
+        if step:
+            step(name, done, total)
+        shown[name] = task(pipe, options)
+        paths = [folder / name / f"{file}.png" for file in shown[name].pictures]
+        if paths:
+            save_pictures(list(shown[name].pictures.values()), paths)
+    results = []
+    for done, (name, benchmark) in enumerate(BENCHMARKS.items(), start=len(tasks)):
+        if step:
+            step(name, done, total)
+        limit = options.limit * (RECON_FACTOR if name == "shapes-recon" else 1)
+        results.append(benchmark(pipe, EvalOptions(limit=limit, seed=options.seed, images_per_prompt=1), None))
+        write_result(folder / "results" / f"{name}.json", results[-1])
+    facts = {"seconds": round(time.monotonic() - began, 1), **machine_facts(), **version_facts()}
+    write_report(folder / PAGE, _page(pipe, shown, results, options, facts))
+    return results
+
+
+def _page(
+    pipe: Any, shown: dict[str, Shown], results: Sequence[Result], options: DemoOptions, facts: dict[str, Any]
+) -> ReportData:
+    curves: Curves = read_metrics(options.curves) if options.curves else {}
+    return ReportData(
+        title="SPAR on the shapes world",
+        lead="What the model draws, changes, answers and rebuilds. The judge's verdict stands beside each picture; the "
+        f"scores are of a small sample, {options.limit} prompts a task, which is what their wide intervals say.",
+        manifest=shown_manifest(pipe.manifest),
+        facts=facts,
+        gallery=shown["gallery"].figures,
+        edits=shown["edits"].figures,
+        answers=shown["answers"].figures,
+        reconstructions=shown["reconstructions"].figures,
+        routing=[*shown["gallery"].routing, *shown["edits"].routing],
+        routing_summary=collect_routing([shown["gallery"].output, shown["edits"].output]),
+        curves=curves,
+        results=results,
+    )
+
+
+def show_gallery(pipe: Any, options: DemoOptions) -> Shown:
+    """Pictures from PROMPTS, each with the judge's verdict."""
+    out = pipe.generate(list(PROMPTS), seed=options.seed)
+    shown = Shown(output=out)
+    for number, (prompt, image) in enumerate(zip(PROMPTS, out.images, strict=True)):
+        right, _ = satisfies(judge(pixels(image)), parse(prompt))
+        shown.figures.append(ShownImage(image, prompt, right))
+        shown.pictures[_name(number, prompt)] = image
+    routed = zip(PROMPTS[:ROUTED], out.routing[:ROUTED], strict=True)
+    shown.routing = [ShownRouting(prompt, routing) for prompt, routing in routed]
+    return shown
+
+
+def show_edits(pipe: Any, options: DemoOptions) -> Shown:
+    """Edits of every kind, each with the judge's verdict."""
+    items = edit_items(EvalOptions(limit=EDITS_A_KIND))
+    before = [Image.fromarray(item.image) for item in items]
+    out = pipe.edit(before, [item.edit.instruction for item in items], seed=options.seed)
+    shown = Shown(output=out)
+    for number, (item, source, image) in enumerate(zip(items, before, out.images, strict=True)):
+        right = check_edit(item, pixels(image)).right
+        shown.figures.append(ShownEdit(source, item.edit.instruction, image, right))
+        name = _name(number, item.edit.instruction)
+        shown.pictures |= {f"{name}-before": source, f"{name}-after": image}
+    routed = zip(items[:ROUTED], out.routing[:ROUTED], before[:ROUTED], strict=True)
+    shown.routing = [ShownRouting(item.edit.instruction, routing, source) for item, routing, source in routed]
+    return shown
+
+
+def show_answers(pipe: Any, options: DemoOptions) -> Shown:
+    """Questions of every kind, with the model's answers and the true ones."""
+    items = vqa_items(EvalOptions(limit=ANSWERS_A_KIND))
+    images = [Image.fromarray(item.image) for item in items]
+    texts = pipe.understand(images, [item.question.text for item in items]).texts
+    return Shown(
+        figures=[
+            ShownAnswer(image, item.question.text, text, item.question.answer)
+            for image, item, text in zip(images, items, texts, strict=True)
+        ]
+    )
+
+
+def show_reconstructions(pipe: Any, options: DemoOptions) -> Shown:
+    """The given pictures, or some of the world's, through the tokenizer and back."""
+    if options.images:
+        names = [path.name for path in options.images]
+        before = [to_square(open_image(path), pipe.image_size) for path in options.images]
+    else:
+        scenes = recon_scenes(EvalOptions(limit=RECONSTRUCTIONS))
+        names = [f"{scene.kind} scene" for scene in scenes]
+        before = [Image.fromarray(render(scene)) for scene in scenes]
+    after = pipe.reconstruct(before).images
+    shown = Shown()
+    for number, (name, source, image) in enumerate(zip(names, before, after, strict=True)):
+        decibels = psnr(np.asarray(image), np.asarray(source))
+        shown.figures.append(ShownReconstruction(source, image, f"{name}, {decibels:.1f} dB"))
+        file = _name(number, name)
+        shown.pictures |= {f"{file}-before": source, f"{file}-after": image}
+    return shown
+
+
+def _name(number: int, text: str) -> str:
+    """A file name that tells what the picture is: a number and the first words."""
+    words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    return f"{number:02d}-{words[:60].rstrip('-')}"

@@ -1,0 +1,228 @@
+"""The report: one self-contained HTML page on a model, its pictures, answers, routing, training and scores.
+
+Every part is optional and left out when there is nothing to show. No script runs and nothing is loaded from elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from spar.common.errors import InputError
+from spar.evaluation.results import Result
+from spar.reporting import charts, html_page
+from spar.reporting.curves import Curves
+from spar.reporting.markup import Markup, join, picture, tag
+from spar.reporting.routing import RoutingLike, routing_view
+from spar.reporting.routing_summary import RoutingSummary
+from spar.reporting.score_tables import show_scores
+
+
+@dataclass(frozen=True)
+class ShownImage:
+    """A generated picture and its prompt; `right` is the judge's verdict, None where none was asked for."""
+
+    image: Image.Image
+    prompt: str
+    right: bool | None = None
+
+
+@dataclass(frozen=True)
+class ShownEdit:
+    """A picture before and after an instruction."""
+
+    before: Image.Image
+    instruction: str
+    after: Image.Image
+    right: bool | None = None
+
+
+@dataclass(frozen=True)
+class ShownAnswer:
+    """A question about a picture, the model's answer, and the true one where it is known."""
+
+    image: Image.Image
+    question: str
+    answer: str
+    expected: str | None = None
+
+
+@dataclass(frozen=True)
+class ShownReconstruction:
+    """A picture before and after the tokenizer, and a note on it (its name, its PSNR)."""
+
+    before: Image.Image
+    after: Image.Image
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ShownRouting:
+    """One prompt's routing weights, with the reference picture of an edit."""
+
+    prompt: str
+    routing: RoutingLike
+    image: Image.Image | None = None
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """What the page shows; all of it may be left out.
+
+    `manifest`: what made the weights; `facts`: machine, versions, seconds; `curves`: from `metrics.read_metrics`;
+    `log_curves`: whether they are drawn on a logarithmic axis where they can be.
+    """
+
+    title: str = "SPAR report"
+    lead: str = ""
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    gallery: Sequence[ShownImage] = ()
+    edits: Sequence[ShownEdit] = ()
+    answers: Sequence[ShownAnswer] = ()
+    reconstructions: Sequence[ShownReconstruction] = ()
+    routing: Sequence[ShownRouting] = ()
+    routing_summary: RoutingSummary | None = None
+    curves: Curves = field(default_factory=dict)
+    log_curves: bool = True
+    results: Sequence[Result] = ()
+
+
+def write_report(path: str | Path, data: ReportData) -> None:
+    """Write the page, aside first and renamed; its folder is made. `InputError` when it cannot be written."""
+    path = Path(path)
+    aside = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(render_report(data), encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write the report {path}: {error.strerror or error}") from error
+
+
+def render_report(data: ReportData) -> str:
+    """The page as text."""
+    parts = {
+        "Scores": show_scores(data.results),
+        "Pictures from words": _gallery(data.gallery),
+        "Edits": _edits(data.edits),
+        "Questions and answers": _answers(data.answers),
+        "Reconstructions": _reconstructions(data.reconstructions),
+        "Routing": _routing(data.routing, data.routing_summary),
+        "Training": _training(data.curves, data.log_curves),
+        "What made it": _made(data.manifest, data.facts),
+    }
+    shown = {title: body for title, body in parts.items() if body is not None}
+    links = [tag("a", title, href="#" + html_page.anchor(title)) for title in shown]
+    header = tag(
+        "header", tag("h1", data.title), tag("p", data.lead, class_="lead") if data.lead else None,
+        tag("nav", *links, aria_label="parts of this page") if links else None,
+    )
+    return html_page.document(data.title, header, *(html_page.section(title, body) for title, body in shown.items()))
+
+
+def _mark(right: bool | None) -> Markup | None:
+    """The judge's verdict in a word, never in colour alone."""
+    if right is None:
+        return None
+    return tag("span", "✓ right" if right else "✗ wrong", class_="reached" if right else "short")
+
+
+def _caption(*words: str | Markup | None) -> Markup:
+    kept = [word for word in words if word is not None]
+    return tag("figcaption", *(child for word in kept for child in (word, " ")))
+
+
+def _grid(figures: Sequence[Markup], kind: str = "grid") -> Markup | None:
+    return tag("div", *figures, class_=kind) if figures else None
+
+
+def _pair(before: Image.Image, after: Image.Image, what: str) -> Markup:
+    sides = ((before, "before"), (after, "after"))
+    cells = [tag("div", picture(image, f"{what}, {side}"), tag("span", side)) for image, side in sides]
+    return tag("div", *cells, class_="pair")
+
+
+def _gallery(shown: Sequence[ShownImage]) -> Markup | None:
+    return _grid([
+        tag("figure", picture(one.image, f"Generated: {one.prompt}"), _caption(one.prompt, _mark(one.right)))
+        for one in shown
+    ])
+
+
+def _edits(shown: Sequence[ShownEdit]) -> Markup | None:
+    return _grid([
+        tag("figure", _pair(one.before, one.after, one.instruction), _caption(one.instruction, _mark(one.right)))
+        for one in shown
+    ], "grid wide")
+
+
+def _answers(shown: Sequence[ShownAnswer]) -> Markup | None:
+    figures = []
+    for one in shown:
+        right = None if one.expected is None else one.answer.strip().lower() == one.expected.strip().lower()
+        truth = f"(expected: {one.expected})" if right is False else None
+        caption = _caption(one.question, tag("strong", one.answer), _mark(right), truth)
+        figures.append(tag("figure", picture(one.image, f"Picture asked about: {one.question}"), caption))
+    return _grid(figures)
+
+
+def _reconstructions(shown: Sequence[ShownReconstruction]) -> Markup | None:
+    return _grid([
+        tag("figure", _pair(one.before, one.after, one.note or "reconstruction"), _caption(one.note)) for one in shown
+    ], "grid wide")
+
+
+def _made(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> Markup | None:
+    parts = [
+        join(tag("h3", title), html_page.facts(dict(values)))
+        for title, values in (("The weights", manifest), ("This page", facts))
+        if values
+    ]
+    return join(*parts) if parts else None
+
+
+# ---- routing and training --------------------------------------------------------------------------------------------
+
+
+def _routing(shown: Sequence[ShownRouting], summary: RoutingSummary | None) -> Markup | None:
+    parts = [_one_routing(one) for one in shown]
+    if summary is not None:
+        parts.append(_summary(summary))
+    if not parts:
+        return None
+    lead = "Each token of a prompt reads a mixture of LLM layers; its weights sum to one over the layers."
+    return join(tag("p", lead, class_="lead"), *parts)
+
+
+def _one_routing(shown: ShownRouting) -> Markup:
+    return join(tag("h3", shown.prompt), routing_view(shown.routing, shown.image))
+
+
+def _summary(summary: RoutingSummary) -> Markup:
+    top = max(float(summary.means.max()), 1 / len(summary.layers))
+    figures = [
+        tag("figure", _caption(tag("strong", name), f"{count} tokens"),
+            charts.layer_bars(name, summary.layers, means.tolist(), top))
+        for name, means, count in zip(summary.classes, summary.means, summary.counts, strict=True)
+    ]
+    note = tag("p", "The dashed line marks an even share of the layers.", class_="note")
+    return join(tag("h3", "Mean weight by kind of token"), note, tag("div", *figures, class_="grid small"))
+
+
+def _training(curves: Curves, log: bool) -> Markup | None:
+    stages = []
+    for stage, terms in curves.items():
+        figures = [
+            tag("figure", _caption(tag("strong", term), f"last {values[-1]:.3g}"),
+                charts.curve(term, steps, values, log=log))
+            for term, (steps, values) in terms.items()
+        ]
+        last = max(int(steps[-1]) for steps, _ in terms.values())
+        head = tag("summary", stage, " ", tag("span", f"to step {last}, {len(terms)} terms", class_="note"))
+        stages.append(tag("details", head, tag("div", *figures, class_="grid small"), open="" if not stages else None))
+    return join(*stages) if stages else None

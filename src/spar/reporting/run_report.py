@@ -1,0 +1,50 @@
+"""A training run's page: its curves, and the results files that lie in its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spar.common.config import read_json
+from spar.common.errors import InputError
+from spar.evaluation.results import Result, read_result
+from spar.reporting.curves import read_metrics, stage_seconds
+from spar.reporting.report import ReportData
+
+NOT_SHOWN = ("resolved_recipe",)
+
+
+def run_report(run: Path) -> ReportData:
+    """What there is to show of a run's folder.
+
+    Raises:
+        InputError: a folder that does not exist, or that holds neither metrics nor results.
+    """
+    if not run.is_dir():
+        raise InputError(f"expected the folder of a run, but {str(run)!r} is none")
+    metrics, manifest, results = run / "metrics.jsonl", run / "model" / "manifest.json", find_results(run)
+    if not metrics.is_file() and not results:
+        raise InputError(f"expected a run with metrics.jsonl or results files, but {str(run)!r} has neither")
+    seconds = stage_seconds(metrics) if metrics.is_file() else {}
+    return ReportData(
+        title=f"SPAR run {run.resolve().name}",
+        manifest=shown_manifest(read_json(manifest) if manifest.is_file() else {}),
+        facts={f"{stage}, seconds": round(spent, 1) for stage, spent in seconds.items()},
+        curves=read_metrics(metrics) if metrics.is_file() else {},
+        results=results,
+    )
+
+
+def find_results(folder: Path) -> list[Result]:
+    """The results files in a folder and in its `results` folder, by name; other JSON files are passed over."""
+    found = []
+    for path in sorted([*folder.glob("*.json"), *folder.glob("results/*.json")]):
+        if "benchmark" in read_json(path):
+            found.append(read_result(path))
+    return found
+
+
+def shown_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's manifest without what would fill a page of its own."""
+    return {name: value for name, value in manifest.items() if name not in NOT_SHOWN}

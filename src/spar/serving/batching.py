@@ -1,0 +1,93 @@
+"""The four tasks as jobs of the worker: what goes in one call, and that call."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from spar.inference.pipeline import SparPipeline
+from spar.serving.schema import Sampling
+from spar.serving.worker import Job, Step
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the rows of one call share."""
+
+    size: tuple[int, int]
+    steps: int
+    guidance: float
+    guided_away: bool  # whether there are negative prompts
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture to draw: its words, its seed, and the picture to edit."""
+
+    prompt: str
+    negative_prompt: str | None
+    seed: int
+    settings: Settings
+    image: Image.Image | None = None
+
+
+@dataclass(frozen=True)
+class Made:
+    """A picture, what its PNG says of itself, and its seed where it has one."""
+
+    image: Image.Image
+    notes: dict[str, Any]
+    seed: int | None = None
+
+
+def draw(pipe: SparPipeline, rows: list[Row], callback: Step) -> list[Made]:
+    """Pictures from words, or of pictures; all rows have one Settings."""
+    first = rows[0]
+    shared = {
+        "negative_prompt": [row.negative_prompt for row in rows] if first.settings.guided_away else None,
+        "num_inference_steps": first.settings.steps, "guidance_scale": first.settings.guidance,
+        "seed": [row.seed for row in rows], "callback": callback,
+    }  # fmt: skip
+    prompts = [row.prompt for row in rows]
+    if first.image is None:
+        height, width = first.settings.size
+        out = pipe.generate(prompts, height=height, width=width, **shared)
+    else:
+        out = pipe.edit([row.image for row in rows], prompts, **shared)
+    return list(map(Made, out.images, out.notes, out.seeds))
+
+
+def reconstruct(pipe: SparPipeline, images: list[Image.Image], callback: Step) -> list[Made]:
+    out = pipe.reconstruct(images)
+    return list(map(Made, out.images, out.notes))
+
+
+def drawing_jobs(
+    pipe: SparPipeline, request: Sampling, seed: int, size: tuple[int, int], image: Image.Image | None = None
+) -> list[Job]:
+    """A job for each of a request's pictures.
+
+    Raises:
+        InputError: words that the model does not take.
+    """
+    pipe.check_text(request.prompt, "prompt")
+    if request.negative_prompt is not None:
+        pipe.check_text(request.negative_prompt, "negative_prompt")
+    own, steps, guidance = pipe.loaded.sampling, request.num_inference_steps, request.guidance_scale
+    settings = Settings(
+        size, own.steps if steps is None else steps, own.guidance if guidance is None else float(guidance),
+        request.negative_prompt is not None,
+    )  # fmt: skip
+    weight = max(1.0, size[0] * size[1] / pipe.image_size**2)
+    rows = [Row(request.prompt, request.negative_prompt, seed + i, settings, image) for i in range(request.n or 1)]
+    return [Job(draw, (settings, image is None), row, weight) for row in rows]
+
+
+def reconstruction_job(image: Image.Image) -> Job:
+    return Job(reconstruct, None, image)
+
+
+def begin_chat(pipe: SparPipeline, messages: list[dict[str, Any]], max_new_tokens: int | None) -> Iterator[str]:
+    """The pieces of an answer; the iterator knows `prompt_tokens`, `tokens` and `finish_reason`."""
+    return pipe.chat(messages, max_new_tokens=max_new_tokens)

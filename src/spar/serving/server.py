@@ -1,0 +1,88 @@
+"""The server as a process: uvicorn with our limits around the application."""
+
+import asyncio
+import socket
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from spar.inference.pipeline import SparPipeline
+from spar.serving.app import create_app
+from spar.serving.auth import is_local
+from spar.serving.limits import PAGE_PATH, SHUTDOWN_SECONDS
+from spar.serving.middleware import LOCAL_NAMES, Protocol, Receive, Scope, Send
+from spar.serving.worker import Worker
+
+Call = Callable[[Callable[[SparPipeline], Any]], Future]
+
+
+class Beside:
+    """API and page in one server. Each has its own guard: programs bear the token, people give it as password."""
+
+    def __init__(self, api: FastAPI, page: FastAPI) -> None:
+        self.api, self.page, self._open = api, page, set[asyncio.Future]()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "")
+        if path != PAGE_PATH and not path.startswith(f"{PAGE_PATH}/"):
+            await self.api(scope, receive, send)
+            return
+        begun = False
+
+        async def noted(message: dict[str, Any]) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        task = asyncio.ensure_future(self.page(scope, receive, noted))
+        self._open.add(task)
+        await asyncio.wait({task})
+        self._open.discard(task)
+        if not task.cancelled():
+            task.result()
+        elif begun:
+            await send({"type": "http.response.body"})
+
+    def end(self) -> None:
+        """Hang up on the page's visitors, whose open streams would keep the server until its patience ends."""
+        for task in self._open:
+            task.cancel()
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, which has a page end its streams before it waits for what runs."""
+
+    both: Beside | None = None
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self.both:
+            self.both.end()
+        await super().shutdown(sockets)
+
+
+def build_server(
+    pipe: SparPipeline, *, host: str, token: str | None, max_batch: int, max_queue: int, timeout: float,
+    build_page: Callable[[Call], FastAPI] | None = None, thread: Executor | None = None,
+) -> uvicorn.Server:  # fmt: skip
+    """A server that `run(sockets=[...])` starts; SIGINT and SIGTERM end it when what runs is done.
+
+    Args:
+        timeout: of `create_app`.
+        thread: of the `Worker`.
+        build_page: builds the web page's application at PAGE_PATH, given the worker's `call`; None for no page.
+    """
+    worker = Worker(pipe, max_batch, max_queue, thread=thread)
+    page = build_page(worker.call) if build_page else None
+    hosts = LOCAL_NAMES | {host} if is_local(host) else None
+    api = create_app(worker, token=token, hosts=hosts, timeout=timeout, beside=page)
+    both = Beside(api, page) if page else None
+    config = uvicorn.Config(
+        both or api, http=Protocol, ws="none", lifespan="on", log_config=None, server_header=False, proxy_headers=False,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+    )  # fmt: skip
+    server = Server(config)
+    server.both = both
+    return server

@@ -1,0 +1,179 @@
+"""The state of a run on disk: safetensors and JSON, written aside and renamed; nothing is pickled.
+
+A run is a folder: `recipe.json`, `metrics.jsonl`, and for each stage `STAGE/state/` (the newest resumable state) and
+`STAGE/done/` (weights at its end). Random numbers and data order are functions of (seed, stage, step), so the step
+number is the whole of that state.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from spar.checkpoints.safetensors_io import describe_mismatch, read_tensors
+from spar.common.config import from_dict, read_json, write_json
+from spar.common.errors import InputError
+from spar.training.distributed import ALONE, Ranks
+
+ROWS = "rows"  # in the header of a sharded file: {tensor: [first row, rows of the whole]}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a stage stands: `step` steps are done."""
+
+    stage: str
+    step: int
+    seconds: float = 0.0
+
+
+def save_folder(target: Path, tensors: dict[str, dict[str, Tensor]], meta: dict, ranks: Ranks = ALONE) -> None:
+    """Write every group and `meta.json` into a folder that appears whole or not at all.
+
+    A group is `NAME.safetensors`, or where it is sharded among processes, one `NAME-RANK-of-WORLD.safetensors` each:
+    every process writes its own rows, and nothing is gathered. All processes call this together.
+
+    Raises:
+        OSError: on every process, where it could not be written on one; what was there before stays.
+    """
+    aside, old = target.with_name(target.name + ".part"), target.with_name(target.name + ".old")
+    with ranks.together():
+        if ranks.main:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+    with ranks.together():
+        for name, group in tensors.items():
+            _write_group(aside, name, group, ranks)
+        if ranks.main:
+            write_json(aside / "meta.json", meta)
+            _flush(aside / "meta.json")
+    with ranks.together():
+        if ranks.main:
+            if target.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                target.rename(old)
+            aside.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_group(folder: Path, name: str, group: dict[str, Tensor], ranks: Ranks) -> None:
+    """This process's part of a group; what is not sharded is the main process's to write."""
+    sharded = any(isinstance(value, DTensor) for value in group.values())
+    if not (ranks.main or sharded):
+        return
+    own = {key: _own_rows(value) for key, value in group.items() if ranks.main or isinstance(value, DTensor)}
+    rows = {key: [start, group[key].shape[0]] for key, (_, start) in own.items() if isinstance(group[key], DTensor)}
+    stored = {key: local.detach().contiguous().cpu() for key, (local, _) in own.items()}
+    path = folder / (f"{name}-{ranks.rank:05}-of-{ranks.world:05}.safetensors" if sharded else f"{name}.safetensors")
+    save_file(stored, path, {ROWS: json.dumps(rows)} if sharded else None)
+    _flush(path)
+
+
+def _own_rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """What this process holds of a tensor, and the number of its first row; FSDP shards rows."""
+    if not isinstance(tensor, DTensor):
+        return tensor, 0
+    mesh = tensor.device_mesh
+    rows = -(-tensor.shape[0] // mesh.size())
+    return tensor.to_local(), min(tensor.shape[0], mesh.get_local_rank() * rows)
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def standing(folder: Path) -> Path:
+    """The folder itself, or the older one where a save was cut between its two renames."""
+    old = folder.with_name(folder.name + ".old")
+    return old if old.exists() and not folder.exists() else folder
+
+
+def shards(folder: Path, name: str) -> list[Path]:
+    """The files of a group: one, or one for each process that wrote it.
+
+    Raises:
+        InputError: none, or not all of those that belong together.
+    """
+    folder = standing(folder)
+    parts = sorted(folder.glob(f"{name}-*-of-*.safetensors"))
+    if not parts:
+        return [folder / f"{name}.safetensors"]
+    world = int(parts[0].stem.rsplit("-", 1)[-1])
+    expected = [folder / f"{name}-{rank:05}-of-{world:05}.safetensors" for rank in range(world)]
+    if parts != expected:
+        missing = sorted(path.name for path in {*expected} - {*parts})
+        raise InputError(f"{folder}: expected the {world} parts of {name}, missing {', '.join(missing) or 'none'}")
+    return parts
+
+
+def load_group(folder: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of one group of a saved state, whole, whoever wrote them."""
+    files = shards(folder, name)
+    if len(files) == 1:
+        return read_tensors(files[0])
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        rows = _rows(path)
+        for key, piece in read_tensors(path).items():
+            if key not in rows:
+                tensors[key] = piece
+                continue
+            start, total = rows[key]
+            whole = tensors.setdefault(key, piece.new_empty(total, *piece.shape[1:]))
+            whole[start : start + len(piece)] = piece
+    return tensors
+
+
+def _rows(path: Path) -> dict[str, list[int]]:
+    """(first row, rows of the whole) of every sharded tensor in a file."""
+    with safe_open(path, "pt") as file:
+        return json.loads((file.metadata() or {}).get(ROWS, "{}"))
+
+
+def fill(own: dict[str, Tensor], folder: Path, name: str) -> None:
+    """Copy a saved group into tensors of the same names and shapes, each process its own rows.
+
+    Raises:
+        InputError: where the names or shapes differ; nothing is copied then.
+    """
+    given = load_group(folder, name)
+    mismatch = describe_mismatch(own, given)
+    if mismatch:
+        raise InputError(f"{name}.safetensors in {folder} does not fit this stage: {mismatch}")
+    with torch.no_grad():
+        for key, tensor in own.items():
+            local, start = _own_rows(tensor)
+            local.copy_(given[key][start : start + len(local)] if isinstance(tensor, DTensor) else given[key])
+
+
+def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer], names: dict[int, str]) -> dict[str, Tensor]:
+    """Flatten the state of optimizers to `PARAMETER|FIELD` tensors; `names` maps id(parameter) to its name."""
+    flat = {}
+    for parameter, fields in (item for optimizer in optimizers for item in optimizer.state.items()):
+        for field, value in fields.items():
+            flat[f"{names[id(parameter)]}|{field}"] = value
+    return flat
+
+
+def restore_optimizers(optimizers: Sequence[torch.optim.Optimizer], names: dict[int, str], folder: Path) -> None:
+    """The inverse of `optimizer_tensors`, from a saved state; `InputError` where it is not exactly theirs."""
+    fill(optimizer_tensors(optimizers, names), folder, "optimizer")
+
+
+def read_progress(folder: Path) -> Progress | None:
+    """How far a stage's saved state is, or None."""
+    path = standing(folder) / "meta.json"
+    if not path.exists():
+        return None
+    known = {field: value for field, value in read_json(path).items() if field in Progress.__dataclass_fields__}
+    return from_dict(Progress, known, str(path), complete=True)

@@ -1,0 +1,184 @@
+"""Data sets on disk as training material: one batch of the loader a step (formats: spar.data.sources).
+
+A batch is a function of (seed, stage, step), whoever asks for it: a run resumes at its step on the same data, and other
+data under a run that has begun are refused.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spar.common.config import read_json, write_json
+from spar.common.errors import InputError
+from spar.data.buckets import make_buckets
+from spar.data.loader import Batch, Loader, to_pixels
+from spar.data.mixture import Mixture
+from spar.data.sources import Source, open_source
+from spar.models.tokenizer import UnifiedTokenizer
+from spar.processing.prompts import PromptEncoder
+from spar.training.config import DataConfig, Stage, weighted_sets
+from spar.training.distributed import Ranks
+from spar.training.feature_cache import FeatureCache, cache_key, sample_id
+from spar.training.shapes_data import Dealt, step_rng
+
+FINGERPRINTS = "data.json"  # in a run: what the order of each stage's samples depends on
+
+
+def open_sources(config: DataConfig, cache: Path | None = None) -> list[Source]:
+    """The readers of a recipe's data sets; `cache` keeps the indexes of their shards."""
+    return [open_source(path, cache=cache, workers=max(1, config.workers)) for _, path in weighted_sets(config.sets)]
+
+
+def suited(stage: Stage, sources: list[Source], weights: list[float]) -> tuple[list[Source], list[float]]:
+    """The sets of a stage and their shares of its samples: a unified stage divides them by `edit_share`.
+
+    Raises:
+        InputError: a share for which there is no set.
+    """
+    if stage.step != "unified":
+        return sources, weights
+    wanted = {"text_to_image": 1 - stage.edit_share, "edit": stage.edit_share}
+    pairs = [*zip(sources, weights, strict=True)]
+    totals = {kind: sum(weight for source, weight in pairs if source.kind == kind) for kind in wanted}
+    for kind, share in wanted.items():
+        if share and not totals[kind]:
+            raise InputError(
+                f"stage {stage.name}: edit_share {stage.edit_share} wants sets of kind {kind}, found none among "
+                f"{', '.join(source.name for source in sources)}"
+            )
+    chosen = [(source, weight * wanted[source.kind] / totals[source.kind]) for source, weight in pairs]
+    chosen = [(source, weight) for source, weight in chosen if weight]
+    return [source for source, _ in chosen], [weight for _, weight in chosen]
+
+
+def epochs(stage: Stage, sources: list[Source], weights: list[float]) -> dict[str, float]:
+    """How often a stage shows each sample of each set."""
+    return Mixture(*suited(stage, sources, weights), batch=stage.batch).epochs(stage.steps)
+
+
+class FilesMaterial:
+    """The data sets of a recipe, dealt to this process.
+
+    Generation and editing share a unified stage by its `edit_share`; the sets' own weights hold among sets of one
+    kind. A tokenizer stage sees the pictures of all sets, of edits the one behind the edit.
+    """
+
+    fixed = False
+    sized = True  # batches come at the stage's own size
+
+    def __init__(
+        self, config: DataConfig, prompts: PromptEncoder, seed: int, *, side: int, stride: int, longest: int, run: Path,
+        ranks: Ranks,
+    ) -> None:  # fmt: skip
+        self.config, self.prompts, self.seed = config, prompts, seed
+        self.side, self.stride, self.longest, self.run, self.ranks = side, stride, longest, run, ranks
+        self.weights = [weight for weight, _ in weighted_sets(config.sets)]
+        self.sources = open_sources(config, run / "cache")
+        self._batches: Iterator[Batch] = iter(())
+        self._at: tuple[str, int] = ("", -1)
+        self._batch: Batch | None = None
+        self._editing = False
+        self._cache: FeatureCache | None = None
+
+    def open_cache(self, tokenizer: UnifiedTokenizer) -> None:
+        """Take features from the recipe's cache from now on; InputError where it was made by another tokenizer."""
+        self._cache = FeatureCache(Path(self.config.cache), cache_key(tokenizer, self.side, self.sources))
+
+    def features(self, name: str, indices: np.ndarray) -> dict[str, Tensor] | None:
+        """What the cache has of this step's rows: of an edit the reference's `f_v` (`scenes`), or its target's."""
+        if self._cache is None or name not in ("scenes", "edited"):
+            return None
+        batch = self._batch
+        found = self._cache.rows([sample_id(*batch.places[i]) for i in indices.tolist()])
+        if name == "scenes" and self._editing:
+            return {"f_v": found["reference"]}
+        return {key: found[key] for key in ("f_v", "latent")}
+
+    def rng(self, stage: str, step: int) -> np.random.Generator:
+        """The generator of one step's choices."""
+        return step_rng(self.seed, stage, step)
+
+    def deal(self, stage: Stage, step: int, rows: slice) -> Dealt:
+        """Rows of a step: their pictures are indices into this process's batch, which stays until the next step."""
+        if self._at != (stage.name, step):
+            self._advance(stage, step)
+        batch, world = self._batch, self.ranks.world
+        own = slice(rows.start // world, None, rows.step // world)
+        words = tuple(self._fitted(text) for text in batch.texts[own]) if stage.step == "unified" else ()
+        return Dealt(np.arange(len(batch.images))[own], self._editing, words)
+
+    def pixels(self, indices: np.ndarray, *, edited: bool = False) -> Tensor:
+        """`[B, 3, H, W]` in [0, 1]."""
+        images = self._batch.inputs if self._editing and not edited else self._batch.images
+        return to_pixels(images[torch.from_numpy(indices)])
+
+    def first(self, count: int) -> tuple[Tensor, ...]:
+        """The pictures that a stage of one process would see first, `count` or a few more."""
+        found: list[Tensor] = []
+        mixture = self._mixture(64, self.weights, self.sources, 1.0)
+        for batch in Loader(mixture, workers=0, captions=False).batches(0, -(-count // 64)):
+            found.append(to_pixels(batch.images))
+        return tuple(found)
+
+    def _advance(self, stage: Stage, step: int) -> None:
+        """Go on to a step: the next one of the stage at hand, or any of another."""
+        if self._at != (stage.name, step - 1):
+            self._batches = self._open(stage, step)
+        batch = next(self._batches)
+        self._editing = batch.kind == "edit" and stage.step == "unified"
+        if self._editing and batch.owners.tolist() != list(range(len(batch.images))):
+            raise InputError(f"stage {stage.name}: expected edits of one picture each, got some of several")
+        self._at, self._batch = (stage.name, step), batch
+
+    def _open(self, stage: Stage, step: int) -> Iterator[Batch]:
+        sources, weights = suited(stage, self.sources, self.weights)
+        aspect = self.config.max_aspect if stage.step == "tokenizer" else 1.0
+        mixture = self._mixture(stage.batch, weights, sources, aspect, stage)
+        self._check_same(stage.name, step, mixture.fingerprint())
+        loader = Loader(
+            mixture, rank=self.ranks.rank, world=self.ranks.world, workers=self.config.workers,
+            bad_share=self.config.bad_share, quarantine=self.run / "quarantine.jsonl",
+            captions=stage.step == "unified",
+            known=_Known(self._cache) if self._cache is not None and stage.step == "unified" else None,
+        )  # fmt: skip
+        return loader.batches(step)
+
+    def _mixture(
+        self, batch: int, weights: list[float], sources: list[Source], aspect: float, stage: Stage | None = None
+    ) -> Mixture:  # fmt: skip
+        side = (stage.image_size if stage else None) or self.side
+        seed = int(self.rng(f"order-{stage.name}" if stage else "order", 0).integers(0, 2**31))
+        return Mixture(sources, weights, batch=batch, seed=seed, buckets=make_buckets(side, aspect, self.stride))
+
+    def _check_same(self, stage: str, step: int, fingerprint: str) -> None:
+        """Remember what a stage's order depends on, and refuse another in the middle of it."""
+        path = self.run / FINGERPRINTS
+        known = read_json(path) if path.exists() else {}
+        if step and known.get(stage, fingerprint) != fingerprint:
+            raise InputError(
+                f"stage {stage}: expected the data, weights and batch that it began with (step {step}), got others; "
+                f"train the stage anew (--stage {stage}) to change them"
+            )
+        if self.ranks.main:
+            write_json(path, {**known, stage: fingerprint})
+
+    def _fitted(self, text: str) -> str:
+        """A caption without the model's control tokens, cut to the longest prompt."""
+        tokenizer = self.prompts.tokenizer
+        for token in tokenizer.all_special_tokens:
+            text = text.replace(token, " ")
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        return text if len(ids) <= self.longest else tokenizer.decode(ids[: self.longest])
+
+
+class _Known:
+    """Whether the cache holds a sample; a class, so that worker processes can be given it."""
+
+    def __init__(self, cache: FeatureCache) -> None:
+        self.cache = cache
+
+    def __call__(self, identity: str, number: int) -> bool:
+        return sample_id(identity, number) in self.cache

@@ -1,0 +1,302 @@
+"""What a recipe costs on given GPUs, before any training: operations, memory and time of each stage.
+
+Every part is run once on torch's meta device, which computes nothing and holds nothing, in bfloat16 and for one
+picture. torch's own counter counts its operations, and what autograd would keep for the backward pass is summed: those
+are the coefficients. The rest is arithmetic. Not counted: the optimizer's operations, traffic between GPUs, the
+perceptual networks' activations, fragmentation and the CUDA context (RESERVE stands for the last two).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from spar.checkpoints.lora import adapt
+from spar.common.errors import InputError
+from spar.models.blocks import blocks
+from spar.training.config import Recipe, Stage, freeze
+from spar.training.distributed import recompute
+from spar.training.modules import Workshop
+
+GIB = 2**30
+RESERVE = 4 * GIB
+PROMPT_TOKENS = 64  # of a caption with its template; a caption of 300 tokens costs the LLM alone
+# Dense bfloat16 operations a second and bytes of memory, from the makers' data sheets.
+GPUS = {
+    "rtx4090": (165e12, 24 * GIB),
+    "a100-40": (312e12, 40 * GIB),
+    "a100": (312e12, 80 * GIB),
+    "h100": (989e12, 80 * GIB),
+    "h200": (989e12, 141 * 10**9),
+    "b200": (2250e12, 180 * 10**9),
+}
+# Multiply-adds of the perceptual networks on 224 x 224 pixels, from torchvision's tables (VGG16 of LPIPS, ConvNeXt-S).
+PERCEPTUAL_MACS = 15.47e9 + 8.68e9
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one picture: floating-point operations of a step, and bytes.
+
+    `kept` is what the forward pass keeps; `again` what the costliest recomputed block makes once more in the backward
+    pass, one block at a time.
+    """
+
+    flops: float = 0.0
+    kept: float = 0.0
+    again: float = 0.0
+
+    @property
+    def held(self) -> float:
+        """Bytes of activations at their peak."""
+        return self.kept + self.again
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.flops + other.flops, self.kept + other.kept, max(self.again, other.again))
+
+    def __mul__(self, times: float) -> "Cost":
+        return Cost(self.flops * times, self.kept * times, self.again * times)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """GPUs of one kind, and how a run uses them. `mfu` is the share of their peak that is reckoned with."""
+
+    gpus: int = 8
+    gpu: str = "h200"
+    mfu: float = 0.4
+    sharded: bool = True
+    accumulate: int = 1
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        if self.gpu not in GPUS:
+            raise InputError(f"gpu: expected one of {', '.join(GPUS)}, got {self.gpu!r}")
+        if self.gpus < 1 or self.accumulate < 1:
+            raise InputError(f"expected gpus and accumulate of at least 1, got {self.gpus} and {self.accumulate}")
+        if not 0 < self.mfu <= 1:
+            raise InputError(f"mfu: expected above 0 and at most 1, got {self.mfu}")
+
+
+@dataclass(frozen=True)
+class StageBudget:
+    """One stage on a machine. Bytes are of one GPU; `pictures` is what a GPU computes at once; `images` a second."""
+
+    stage: Stage
+    trainable: int
+    frozen: int
+    pictures: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    flops: float
+    images: float
+    days: float
+    warnings: tuple[str, ...]
+
+    @property
+    def memory(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + RESERVE
+
+
+def budget(recipe: Recipe, machine: Machine, stages: tuple[str, ...] = ()) -> list[StageBudget]:
+    """The stages of a recipe on a machine, in order.
+
+    Raises:
+        InputError: an unknown stage, or a step that is not counted (the foundations of the shapes world).
+    """
+    chosen = tuple(recipe.stage(name) for name in stages) or recipe.stages
+    strange = [stage.name for stage in chosen if stage.step not in ("tokenizer", "unified")]
+    if strange:
+        raise InputError(f"expected stages with a tokenizer or unified step, got {', '.join(strange)}")
+    with torch.device("meta"):
+        workshop = Workshop(recipe)
+        if recipe.lora.rank:
+            adapt(workshop.model, recipe.lora)
+        workshop = workshop.to(torch.bfloat16)
+    workshop.train()
+    if machine.recompute:
+        recompute(workshop)
+    return [_stage(workshop, recipe, stage, machine) for stage in chosen]
+
+
+def _stage(workshop: Workshop, recipe: Recipe, stage: Stage, machine: Machine) -> StageBudget:
+    freeze(workshop, stage)
+    sizes = {True: 0, False: 0}
+    for parameter in workshop.parameters():
+        sizes[parameter.requires_grad] += parameter.numel()
+    cost = (_unified if stage.step == "unified" else _tokenizer)(workshop, recipe, stage)
+    shards = machine.gpus if machine.sharded else 1
+    warnings = []
+    if stage == recipe.stages[0] and recipe.published:
+        warnings.append(f"starts {', '.join(recipe.published)} from random weights unless --init-from gives them")
+    if stage.batch % (machine.gpus * machine.accumulate):
+        warnings.append(f"a batch of {stage.batch} does not divide into {machine.gpus} x {machine.accumulate} pieces")
+    pictures = max(1, stage.batch // (machine.gpus * machine.accumulate))
+    peak, capacity = GPUS[machine.gpu]
+    images = machine.gpus * peak * machine.mfu / cost.flops
+    found = StageBudget(
+        stage=stage,
+        trainable=sizes[True],
+        frozen=sizes[False],
+        pictures=pictures,
+        weights=4 * (sizes[True] + sizes[False]) // shards,
+        gradients=4 * sizes[True] // shards,
+        optimizer=4 * sizes[True] * (3 if stage.ema else 2) // shards,
+        activations=int(cost.held * pictures),
+        flops=cost.flops * stage.batch,
+        images=images,
+        days=stage.steps * stage.batch / images / 86400,
+        warnings=(),
+    )
+    if found.memory > capacity:
+        room = capacity - (found.memory - found.activations)
+        most = int(room // cost.held) if cost.held else 0
+        advice = f"at most {most} pictures at once fit" if most > 0 else "not even one picture fits"
+        warnings.append(
+            f"{found.memory / GIB:.0f} GiB do not fit into {capacity / GIB:.0f}: {advice}; more accumulate, recompute, "
+            "fsdp or GPUs would help"
+        )
+    return replace(found, warnings=tuple(warnings))
+
+
+def _count(function: Callable[[], Any], module: nn.Module, *, grad: bool) -> tuple[float, float]:
+    """Forward operations of a call on the meta device, and the bytes, weights apart, that its backward pass keeps."""
+    weights = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    counter = FlopCounterMode(display=False)
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with torch.device("meta"), torch.set_grad_enabled(grad), hooks, counter:
+        held = function()  # alive until all is counted: a freed storage's address would come again
+        total = float(counter.get_total_flops())
+    del held
+    return total, float(sum(kept.values()))
+
+
+def _part(function: Callable[[], Any], module: nn.Module, *, through: bool = True) -> Cost:
+    """A part's cost: trained, twice its forward pass comes back; frozen on the way of a gradient, once; else nothing.
+    What is recomputed runs forward once more.
+
+    Args:
+        module: the part that the function calls.
+        through: whether a gradient passes the part where it is frozen.
+    """
+    trains = any(parameter.requires_grad for parameter in module.parameters())
+    forward, kept = _count(function, module, grad=trains or through)
+    again = [block for block in blocks(module) if hasattr(block.forward, "recomputed")] if trains or through else []
+    times = (3 if trains else 2 if through else 1) + bool(again)
+    return Cost(forward * times, kept, _costliest(function, again))
+
+
+def _costliest(function: Callable[[], Any], again: list[nn.Module]) -> float:
+    """The bytes that a call's costliest block keeps where none is recomputed; `again` are the recomputed ones."""
+    sizes, outer = [0.0], {block: block.forward for block in again}
+
+    def counted(plain: Callable[..., Any], block: nn.Module) -> Callable[..., Any]:
+        def forward(*arguments: Any, **keywords: Any) -> Any:
+            made: list[Any] = []
+            sizes.append(_count(lambda: made.append(plain(*arguments, **keywords)), block, grad=True)[1])
+            return made[0]
+
+        return forward
+
+    try:
+        for block, forward in outer.items():
+            block.forward = counted(forward.recomputed, block)
+        if again:
+            _count(function, nn.Identity(), grad=True)
+    finally:
+        for block, forward in outer.items():
+            block.forward = forward
+    return max(sizes)
+
+
+def _input(*shape: int) -> Tensor:
+    return torch.zeros(*shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
+
+
+def _tokenizer(workshop: Workshop, recipe: Recipe, stage: Stage) -> Cost:
+    """A tokenizer step: encoder, streams and fusion, decoder, and the networks of the losses that are on."""
+    tokenizer, weights, config = workshop.model.tokenizer, stage.losses, recipe.model
+    side = stage.image_size or config.image_size
+    grid, width = side // config.token_stride, config.text.hidden_size
+    picture, f_v = _input(1, 3, side, side), _input(1, grid * grid, width)
+    cost = _part(lambda: tokenizer.encoder(picture), tokenizer.encoder, through=False)
+    cost += _part(lambda: tokenizer.fuse(f_v, (side, side)), tokenizer.fusion)
+    latent = _input(1, config.autoencoder.latent_channels, grid, grid)
+    cost += _part(lambda: tokenizer.decoder(latent), tokenizer.decoder)
+    if weights.semantic:
+        cost += _part(lambda: workshop.teacher(picture.detach()), workshop.teacher, through=False)
+    if weights.native or weights.native_fused:
+        native = torch.zeros(1, 3, *2 * (grid * config.autoencoder.stride,), dtype=torch.bfloat16, device="meta")
+        cost += _part(lambda: workshop.pixel_encoder(native), workshop.pixel_encoder, through=False)
+    if weights.perceptual:  # two pictures forward, one of them back again
+        cost += Cost(3 * 2 * PERCEPTUAL_MACS * (side / 224) ** 2)
+    if weights.gan:  # the generator's pass, then the discriminator's own on both kinds of pictures
+        one = _part(lambda: workshop.discriminator(picture), workshop.discriminator)
+        cost += Cost(one.flops * 2 / 3, one.kept) + one * 2
+    return cost
+
+
+def _unified(workshop: Workshop, recipe: Recipe, stage: Stage) -> Cost:
+    """A unified step: the target's features, the LLM, router and connector, and the DiT for each draw of noise."""
+    model, config = workshop.model, recipe.model
+    side, width, queries = config.image_size, config.text.hidden_size, config.connector.queries
+    picture, f_v = _input(1, 3, side, side), _input(1, config.grid**2, width)
+    encode = _part(lambda: model.tokenizer.encoder(picture.detach()), model.tokenizer.encoder, through=False)
+    encode += _part(lambda: model.tokenizer.fuse(f_v.detach()), model.tokenizer.fusion, through=False)
+    if recipe.data.cache is not None:
+        encode = Cost()
+
+    def condition(words: int) -> Cost:
+        tokens = words + queries
+        layers = model.language.network.layers
+        cost = _part(lambda: _layers(model, layers, words), model.language, through=False)  # with LoRA it trains
+        cost += _part(lambda: _layers(model, layers, queries), model.language)
+        states = [_input(1, tokens, width) for _ in range(config.router.count)]
+        cost += _part(lambda: model.router(torch.stack(states)), model.router)
+        cost += _part(lambda: _connector(model, tokens), model.connector)
+        return cost + _part(lambda: _velocity(model, tokens), model.denoiser) * stage.draws
+
+    drawn, edited = encode + condition(PROMPT_TOKENS), encode * 2 + condition(PROMPT_TOKENS + config.grid**2)
+    kinds = [(share, one) for share, one in ((1 - stage.edit_share, drawn), (stage.edit_share, edited)) if share]
+    kept, again = (max(getattr(one, name) for _, one in kinds) for name in ("kept", "again"))
+    cost = Cost(sum(share * one.flops for share, one in kinds), kept, again)
+    if stage.losses.align:
+        features = _input(1, config.grid**2, config.denoiser.width)
+        cost += _part(lambda: workshop.alignment_head(features), workshop.alignment_head) * stage.draws
+    return cost
+
+
+def _layers(model: nn.Module, layers: nn.ModuleList, tokens: int) -> Tensor:
+    """Layers of the LLM or the connector; their own rotary tables look at positions, which meta tensors do not have."""
+    config = model.config.text
+    x = _input(1, tokens, config.hidden_size)
+    angles = torch.zeros(1, tokens, config.hidden_size // config.heads, dtype=x.dtype, device="meta")
+    bias = torch.zeros(1, 1, tokens, tokens, dtype=x.dtype, device="meta")
+    for layer in layers:
+        x = layer(x, attention_mask=bias, position_embeddings=(angles, angles))
+    return x
+
+
+def _connector(model: nn.Module, tokens: int) -> Tensor:
+    return model.connector.projection(model.connector.norm(_layers(model, model.connector.layers, tokens)))
+
+
+def _velocity(model: nn.Module, tokens: int) -> Tensor:
+    config = model.config
+    latent = _input(1, config.autoencoder.latent_channels, config.grid, config.grid)
+    time = torch.zeros(1, dtype=torch.bfloat16, device="meta")
+    mask = torch.ones(1, tokens, dtype=torch.long, device="meta")
+    return model.denoiser(latent, time, _input(1, tokens, config.denoiser.caption_channels), mask).velocity

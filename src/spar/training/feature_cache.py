@@ -1,0 +1,218 @@
+"""Frozen features of data sets, computed once: what the unified stages read in place of pictures.
+
+A folder of safetensors, one file for each thousand samples: the target's `f_v` `[n, N, D]` and normalised latent
+`[n, D_p, h, w]`, of an edit the reference's `f_v` too, in bfloat16 as a step would use them, and each sample's `id`.
+`cache.json` holds the key: the tokenizer's weights and forms, the pictures' size and the samples. A cache of another
+key is refused. The prompts' states are not kept: the queries that follow them train, and read every layer of the LLM.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from spar.common.config import read_json, to_dict, write_json
+from spar.common.errors import InputError
+from spar.data.loader import to_pixels
+from spar.data.samples import BadSample, Edit
+from spar.data.sources import Source
+from spar.models.tokenizer import UnifiedTokenizer
+from spar.processing.images import open_training_image, to_size
+
+log = logging.getLogger("spar.training")
+
+HEADER, FORMAT, FORMAT_VERSION = "cache.json", "spar-features", 1
+ROWS = 1024  # samples a file
+
+Advance = Callable[[int, int], None]
+
+
+def sample_id(identity: str, number: int) -> int:
+    """63 bits of a sample's place: its source's identity, wherever the files lie, and its number there.
+
+    Keys would not do: shards of one set may begin anew with 00000.
+    """
+    return int.from_bytes(hashlib.blake2b(f"{identity}\0{number}".encode(), digest_size=8).digest(), "little") >> 1
+
+
+def cache_key(tokenizer: UnifiedTokenizer, side: int, sources: list[Source]) -> str:
+    """What the features depend on."""
+    forms = {name: to_dict(getattr(tokenizer.config, name)) for name in ("vision", "streams")}  # what no weight tells
+    digest = hashlib.sha256(
+        f"{FORMAT_VERSION} {side} {sorted(source.identity for source in sources)} {json.dumps(forms)}".encode()
+    )
+    for name, value in sorted(tokenizer.state_dict().items()):
+        if not name.startswith("decoder."):
+            digest.update(name.encode())
+            digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def encode(tokenizer: UnifiedTokenizer, pixels: Tensor) -> dict[str, Tensor]:
+    """The features of pictures `[B, 3, S, S]` in [0, 1] that a unified step reads: `f_v`, and the normalised latent."""
+    latents = tokenizer.encode(pixels)
+    return {"f_v": latents.f_v, "latent": tokenizer.normalize(latents.z_f)}
+
+
+@torch.no_grad()
+def write_cache(
+    tokenizer: UnifiedTokenizer,
+    sources: list[Source],
+    folder: Path,
+    *,
+    side: int,
+    batch: int = 32,
+    workers: int = 0,
+    precision: torch.dtype = torch.bfloat16,
+    advance: Advance | None = None,
+) -> int:
+    """Compute the features of every sample; a cache that was broken off goes on where it stands. Returns the bad ones.
+
+    Raises:
+        InputError: a folder that holds a cache of another key, or something else.
+    """
+    device, key = tokenizer.latent_scale.device, cache_key(tokenizer, side, sources)
+    if (folder / HEADER).exists():
+        _check(folder, key)
+    elif folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} exists and holds no cache; expected an empty or new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    header = {"format": FORMAT, "format_version": FORMAT_VERSION, "key": key, "side": side, "complete": False}
+    write_json(folder / HEADER, header)
+    total, done, bad = sum(len(source) for source in sources), 0, 0
+    for number, source in enumerate(sources):
+        for start in range(0, len(source), ROWS):
+            count = min(ROWS, len(source) - start)
+            path = folder / f"{number:03}-{start // ROWS:06}.safetensors"
+            if not path.exists():
+                pieces = range(start, start + count, batch)
+                loaded = DataLoader(
+                    _Pictures(source, side, batch, start + count), batch_size=None, sampler=pieces, num_workers=workers
+                )
+                rows = [_features(tokenizer, one, device, precision) for one in loaded if len(one.ids)]
+                if rows:
+                    stored = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+                    aside = path.with_suffix(".part")
+                    save_file(stored, aside)
+                    aside.rename(path)
+            if path.exists():
+                with safe_open(path, "pt") as file:
+                    bad += count - file.get_slice("id").get_shape()[0]
+            else:
+                bad += count
+            done += count
+            if advance:
+                advance(done, total)
+    write_json(folder / HEADER, {**header, "complete": True, "samples": total - bad, "bad": bad})
+    return bad
+
+
+def _features(
+    tokenizer: UnifiedTokenizer, one: "_Piece", device: torch.device, precision: torch.dtype
+) -> dict[str, Tensor]:
+    with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+        found = encode(tokenizer, to_pixels(one.images, device))
+        if len(one.inputs):
+            found["reference"] = tokenizer.encoder(to_pixels(one.inputs, device))
+    return {"id": one.ids, **{name: value.to(torch.bfloat16).cpu().contiguous() for name, value in found.items()}}
+
+
+@dataclass(frozen=True)
+class _Piece:
+    ids: Tensor
+    images: Tensor
+    inputs: Tensor
+
+
+class _Pictures(Dataset):
+    """Samples `start` to `start + batch` of a source, decoded; the bad ones are left out."""
+
+    def __init__(self, source: Source, side: int, batch: int, stop: int) -> None:
+        self.source, self.side, self.batch, self.stop = source, side, batch, stop
+
+    def __getitem__(self, start: int) -> _Piece:
+        ids: list[int] = []
+        images: list[np.ndarray] = []
+        inputs: list[np.ndarray] = []
+        for index in range(start, min(start + self.batch, self.stop)):
+            try:
+                sample = self.source.read(index)
+                references = sample.input_images if isinstance(sample, Edit) else ()
+                shown = [self._decoded(data) for data in (sample.image, *references[:1])]
+            except (BadSample, InputError) as error:
+                log.warning("%s: %s", self.source.name, error)
+                continue
+            ids.append(sample_id(self.source.identity, index))
+            images.append(shown[0])
+            inputs += shown[1:]
+        return _Piece(torch.tensor(ids, dtype=torch.long), _stacked(images), _stacked(inputs))
+
+    def _decoded(self, data: bytes) -> np.ndarray:
+        return np.asarray(to_size(open_training_image(data), self.side, self.side))
+
+
+def _stacked(pictures: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) if pictures else torch.empty(0, 3, 0, 0)
+
+
+def _check(folder: Path, key: str | None = None) -> dict:
+    """The header of a cache; InputError where it is none, or of another key."""
+    header = read_json(folder / HEADER)
+    if (header.get("format"), header.get("format_version")) != (FORMAT, FORMAT_VERSION):
+        raise InputError(f"{folder} is no cache of features ({FORMAT}, version {FORMAT_VERSION})")
+    if key is not None and header.get("key") != key:
+        raise InputError(
+            f"the cache {folder} is stale: it was made with other tokenizer weights, another size or other samples; "
+            "write it anew (spar cache) into another folder"
+        )
+    return header
+
+
+class FeatureCache:
+    """A finished cache, read row by row."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        if not _check(folder, key).get("complete"):
+            raise InputError(f"the cache {folder} is not finished; go on with the same spar cache command")
+        self.paths = sorted(folder.glob("*.safetensors"))
+        ids, places = [], []
+        for number, path in enumerate(self.paths):
+            with safe_open(path, "pt") as file:
+                own = file.get_tensor("id").numpy()
+            ids.append(own)
+            places.append(np.stack([np.full(len(own), number), np.arange(len(own))], axis=1))
+        known = np.concatenate(ids) if ids else np.zeros(0, np.int64)
+        order = np.argsort(known)
+        self.ids = known[order]
+        self.places = (np.concatenate(places) if places else np.zeros((0, 2), np.int64))[order]
+
+    def __contains__(self, number: int) -> bool:
+        place = int(np.searchsorted(self.ids, number))
+        return place < len(self.ids) and int(self.ids[place]) == number
+
+    def rows(self, ids: list[int]) -> dict[str, Tensor]:
+        """The features of samples, in their order; KeyError where one is not in the cache."""
+        missing = [number for number in ids if number not in self]
+        if missing:
+            raise KeyError(missing[0])
+        places = self.places[np.searchsorted(self.ids, np.array(ids))]
+        found: dict[str, list[Tensor]] = {}
+        for number, row in places:
+            for name, value in self._row(int(number), int(row)):
+                found.setdefault(name, []).append(value)
+        return {name: torch.stack(values) for name, values in found.items()}
+
+    def _row(self, number: int, row: int) -> Iterator[tuple[str, Tensor]]:
+        with safe_open(self.paths[number], "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no dictionary)
+                if name != "id":
+                    yield name, file.get_slice(name)[row]

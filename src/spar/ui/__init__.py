@@ -1,0 +1,1 @@
+"""The web page (extra `ui`): the four tasks in Gradio, over one pipeline."""

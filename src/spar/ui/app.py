@@ -1,0 +1,326 @@
+"""The web page: the four tasks in four tabs, denoising as it goes, and which layers of the LLM each word reads."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from spar.common.errors import InputError
+from spar.common.limits import MAX_SEED
+from spar.flow.sampler import Cancelled
+from spar.inference.image_files import save_pictures, source_notes
+from spar.processing.images import open_image, to_size, to_square
+from spar.reporting.markup import Markup
+from spar.reporting.routing import routing_view
+from spar.serving.worker import Unavailable
+from spar.ui import components, examples
+from spar.ui.preview_stream import Jobs, Step
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from spar.inference.pipeline import GenerateOutput, ReconstructOutput, SparPipeline
+    from spar.ui.preview_stream import Call
+
+
+MAX_STEPS, MAX_GUIDANCE = 100, 15  # of the sliders; the pipeline's own limits are wider
+MAX_WAITING = 8  # pieces of work that are taken in; each holds a thread until its turn has come and gone
+KEPT_SECONDS = 3600  # a picture in the cache
+
+log = logging.getLogger(__name__)
+
+
+def build_page(pipe: SparPipeline, call: Call | None = None) -> gr.Blocks:
+    """The page of a model, which wants `components.CSS`.
+
+    Args:
+        pipe: does the work, one job at a time.
+        call: as in `Jobs`.
+    """
+    return _Page(pipe, call).blocks
+
+
+class _Page:
+    """The tabs, and what their buttons do: methods that give new values of the components behind them."""
+
+    def __init__(self, pipe: SparPipeline, call: Call | None) -> None:
+        self.pipe, self.jobs = pipe, Jobs(pipe, call)
+        self.shapes = examples.knows_shapes(pipe)
+        self.pictures = examples.scene_pictures()
+        cleaning = (KEPT_SECONDS // 4, KEPT_SECONDS)
+        with gr.Blocks(title="SPAR", analytics_enabled=False, delete_cache=cleaning) as self.blocks:
+            self.files = self._scene_files()
+            gr.HTML(components.head(pipe.image_size, self.shapes))
+            with gr.Tabs(overflow_behavior="wrap"):
+                for title, tab in (
+                    ("Generate", self._generate_tab),
+                    ("Edit", self._edit_tab),
+                    ("Understand", self._understand_tab),
+                    ("Reconstruct", self._reconstruct_tab),
+                ):
+                    with gr.Tab(title, id=title.lower()):
+                        tab()
+            self.blocks.unload(self.leave)
+        self.blocks.queue(max_size=MAX_WAITING, default_concurrency_limit=MAX_WAITING, api_open=False)
+
+    # ---- tabs
+
+    def _generate_tab(self) -> None:
+        with gr.Row():
+            with gr.Column(min_width=320):
+                words = self._words("What to draw", examples.PROMPTS)
+                with gr.Row():
+                    run, stop = components.button("Draw"), components.stop_button()
+                seed, settings = self._settings()
+            with gr.Column(min_width=320):
+                picture = components.picture("Picture", self.pipe.image_size)
+                status, file = components.foot()
+        self._examples([words], [(None, text) for text in examples.PROMPTS], seed)
+        view = components.routing_panel()
+        self._on(run, words, self.generate, [words, seed, *settings], [picture, status, file, view])
+        stop.click(self.stop_generate, **components.HIDDEN)
+
+    def _edit_tab(self) -> None:
+        texts = [text for _, text in examples.EDITS]
+        with gr.Row():
+            with gr.Column(min_width=320):
+                source = self._source()
+                words = self._words("What to change", texts)
+                with gr.Row():
+                    run, stop = components.button("Change it"), components.stop_button()
+                seed, settings = self._settings()
+            with gr.Column(min_width=320):
+                slider = components.slider("Before and after", self.pipe.image_size)
+                status, file = components.foot()
+        self._examples([source, words], examples.EDITS, seed)
+        view = components.routing_panel()
+        self._on(run, words, self.edit, [source, words, seed, *settings], [slider, status, file, view])
+        stop.click(self.stop_edit, **components.HIDDEN)
+
+    def _understand_tab(self) -> None:
+        texts = [text for _, text in examples.QUESTIONS]
+        with gr.Row():
+            with gr.Column(min_width=320):
+                source = self._source()
+                words = self._words("Your question", texts)
+                run = components.button("Ask")
+            with gr.Column(min_width=320):
+                answer = gr.Textbox(label="Answer", lines=2, interactive=False, elem_classes="spar-answer")
+                status = components.status()
+        self._examples([source, words], examples.QUESTIONS)
+        self._on(run, words, self.understand, [source, words], [answer, status])
+
+    def _reconstruct_tab(self) -> None:
+        with gr.Row():
+            with gr.Column(min_width=320):
+                source = self._source()
+                run = components.button("Rebuild")
+            with gr.Column(min_width=320):
+                slider = components.slider("Before and after", self.pipe.image_size)
+                status, file = components.foot()
+        self._examples([source], [(place, "") for place in range(len(self.pictures))])
+        self._on(run, None, self.reconstruct, [source], [slider, status, file])
+
+    def _words(self, label: str, texts: Sequence[str]) -> gr.Textbox:
+        """A box that grows with its text; of one line at first, for only then Enter sends it."""
+        return gr.Textbox(label=label, lines=1, max_lines=4, value=texts[0] if self.shapes else "")
+
+    def _source(self) -> gr.Image:
+        return components.source("Your picture", self.pipe.image_size, self.files[0] if self.shapes else None)
+
+    def _settings(self) -> tuple[gr.Textbox, list[gr.components.Component]]:
+        """The seed, and what fewer people touch: steps, guidance, negative prompt."""
+        own = self.pipe.loaded.sampling
+        with gr.Row(elem_classes="spar-seed"):
+            seed = components.seed(str(examples.SEED))
+            new = gr.Button("New seed", size="md", scale=1, min_width=110)
+            new.click(lambda: str(secrets.randbelow(2**32)), None, seed, **components.HIDDEN)
+        with gr.Accordion("More settings", open=False):
+            steps = gr.Slider(
+                1, max(MAX_STEPS, own.steps), own.steps, step=1, precision=0, label="Steps",
+                info="More steps take longer and draw finer.",
+            )  # fmt: skip
+            guidance = gr.Slider(
+                1, max(MAX_GUIDANCE, own.guidance), own.guidance, step=0.1, label="Guidance",
+                info="How strictly the picture follows the words; 1 switches it off.",
+            )  # fmt: skip
+            negative = gr.Textbox(label="Steer away from", info="Words for what should not be there; may stay empty.")
+        return seed, [steps, guidance, negative]
+
+    def _examples(
+        self, shown: list[Any], chosen: Sequence[tuple[int | None, str]], seed: gr.Textbox | None = None
+    ) -> None:
+        """Examples that a click puts into `shown` (picture, words or both), with their seed; none for another world.
+
+        Each is the number of a scene, where the tab takes pictures, and a text, where it takes words.
+        """
+        if not self.shapes:
+            return
+        samples = [
+            [*([] if place is None else [self.files[place]]), *([text] if text else [])] for place, text in chosen
+        ]
+        dataset = gr.Dataset(
+            label="Try one of these", components=shown, samples=samples, type="index", elem_classes="spar-examples"
+        )
+        filled, given = (shown, []) if seed is None else ([*shown, seed], [str(examples.SEED)])
+
+        def choose(index: int) -> Any:
+            values = [*samples[index], *given]
+            return values if len(values) > 1 else values[0]
+
+        dataset.click(choose, dataset, filled, **components.HIDDEN)
+
+    def _scene_files(self) -> list[str]:
+        """The scenes of the examples as files in the cache."""
+        folder = Path(self.blocks.GRADIO_CACHE) / "scenes"
+        files = [folder / f"scene-{index}.png" for index in range(len(self.pictures))]
+        save_pictures(self.pictures, files)
+        return [str(file) for file in files]
+
+    def _on(
+        self, run: gr.Button, words: gr.Textbox | None, work: Callable[..., Any], inputs: list[Any], outputs: list[Any]
+    ) -> None:
+        """Run `work` at the button or at Enter, but not again while it runs; the queue of `Jobs` gives it its turn.
+
+        Gradio's own way to stop is not used: a step that is still under way would overwrite what it says.
+        """
+        gr.on(
+            [run.click, *([words.submit] if words else [])], work, inputs, outputs, concurrency_id="pipeline",
+            trigger_mode="once", show_progress="minimal", show_progress_on=outputs[1], api_visibility="private",
+        )  # fmt: skip
+
+    # ---- what the buttons do
+
+    def generate(
+        self, prompt: str, seed: str, steps: int, guidance: float, negative: str, request: gr.Request
+    ) -> Iterator[tuple[Any, ...]]:
+        """Values of picture, status, file, routing."""
+        with _told() as told:
+            prompt, keywords = _text(prompt), _keywords(seed, steps, guidance, negative)
+            began = time.monotonic()
+            yield gr.skip(), components.note("One moment."), gr.skip(), gr.skip()
+            for item in self.jobs.draw(request.session_hash, "generate", prompt, **keywords):
+                if isinstance(item, Step):
+                    yield item.image or gr.skip(), components.progress(item), gr.skip(), gr.skip()
+                    continue
+                file = self._save(item, f"spar-seed-{item.seeds[0]}.png")
+                status = components.done(item.seeds[0], steps, guidance, time.monotonic() - began)
+                yield file, status, components.file(file), components.reading(routing_view(item.routing[0]))
+        if told:
+            yield gr.skip(), told[0], gr.skip(), gr.skip()
+
+    def edit(
+        self, source: str | None, instruction: str, seed: str, steps: int, guidance: float, negative: str,
+        request: gr.Request,
+    ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
+        """Values of slider, status, file, routing."""
+        with _told() as told:
+            image, instruction = _open(source), _text(instruction)
+            keywords, began = _keywords(seed, steps, guidance, negative), time.monotonic()
+            before = None  # as the model sees it, as large as what it draws
+            yield gr.skip(), components.note("One moment."), gr.skip(), gr.skip()
+            for item in self.jobs.draw(request.session_hash, "edit", image, instruction, **keywords):
+                if isinstance(item, Step):
+                    if item.image:
+                        before = before or to_size(image, *item.image.size)
+                    pair = (before, item.image) if item.image else gr.skip()
+                    yield pair, components.progress(item), gr.skip(), gr.skip()
+                    continue
+                before = before or to_size(image, *item.images[0].size)
+                file = self._save(item, f"spar-seed-{item.seeds[0]}.png", source)
+                status = components.done(item.seeds[0], steps, guidance, time.monotonic() - began)
+                view = components.reading(routing_view(item.routing[0], before))
+                yield (before, item.images[0]), status, components.file(file), view
+        if told:
+            yield gr.skip(), told[0], gr.skip(), gr.skip()
+
+    def understand(self, source: str | None, question: str) -> tuple[Any, ...]:
+        """Values of answer, status."""
+        with _told() as told:
+            image, question, began = _open(source), _text(question), time.monotonic()
+            answer = self.jobs.call(lambda pipe: pipe.understand(image, question)).result().texts[0]
+            return answer, components.note(f"Answered in {time.monotonic() - began:.2g} seconds.")
+        return "", told[0]
+
+    def reconstruct(self, source: str | None) -> tuple[Any, ...]:
+        """Values of slider, status, file."""
+        with _told() as told:
+            side, began = self.pipe.image_size, time.monotonic()
+            image = to_square(_open(source), side)
+            out = self.jobs.call(lambda pipe: pipe.reconstruct(image)).result()
+            status = components.note(f"Rebuilt at {side} × {side} pixels in {time.monotonic() - began:.2g} seconds.")
+            return (image, out.images[0]), status, components.file(self._save(out, "spar-rebuilt.png", source))
+        return gr.skip(), told[0], gr.skip()
+
+    def stop_generate(self, request: gr.Request) -> None:
+        self.jobs.stop(request.session_hash, "generate")
+
+    def stop_edit(self, request: gr.Request) -> None:
+        self.jobs.stop(request.session_hash, "edit")
+
+    def leave(self, request: gr.Request) -> None:
+        self.jobs.stop(request.session_hash, "generate", "edit")
+
+    def _save(self, out: GenerateOutput | ReconstructOutput, name: str, source: str | None = None) -> str:
+        """A picture as the command line writes it, with its notes, in Gradio's cache, which is emptied by and by."""
+        path = Path(tempfile.mkdtemp(dir=self.blocks.GRADIO_CACHE)) / name
+        given = source_notes(Path(source)) if source else {}
+        save_pictures(out.images, [path], [given | out.notes[0]])
+        return str(path)
+
+
+# ---- what a person gives, and what they are told of it ---------------------------------------------------------------
+
+
+def _text(text: str | None) -> str:
+    if not text or not text.strip():
+        raise InputError("please write some words first")
+    return text.strip()
+
+
+def _open(source: str | None) -> Image.Image:
+    """A dropped picture through the pipeline's own gate, which is given no path to tell of."""
+    if source is None:
+        raise InputError("please drop a picture first, or choose an example")
+    try:
+        data = Path(source).read_bytes()
+    except OSError:
+        raise InputError("the picture is no longer here; please drop it again") from None
+    return open_image(data)
+
+
+def _keywords(seed: str | None, steps: int, guidance: float, negative: str | None) -> dict[str, Any]:
+    """The pipeline's keywords; an empty seed is a random one. A seed is text since a browser's numbers end at 2^53."""
+    words = (seed or "").strip()
+    if words and not (words.isascii() and words.isdigit() and len(words) <= len(str(MAX_SEED))):
+        raise InputError(f"seed: expected a whole number from 0 to {MAX_SEED}, or nothing, got {words[:40]!r}")
+    return {
+        "seed": int(words) if words else None, "num_inference_steps": steps, "guidance_scale": guidance,
+        "negative_prompt": (negative or "").strip() or None,
+    }  # fmt: skip
+
+
+@contextmanager
+def _told() -> Iterator[list[Markup]]:
+    """Turns what goes wrong inside into one message, which then stands in the list."""
+    told: list[Markup] = []
+    try:
+        yield told
+    except InputError as error:
+        told.append(components.problem(str(error)))
+    except Unavailable:
+        told.append(components.problem("spar has more than enough to do just now; please try again in a moment"))
+    except (Cancelled, CancelledError):
+        told.append(components.note("Stopped."))
+    except Exception:
+        log.exception("work for the page failed")
+        told.append(components.problem("something went wrong here; the log of spar says what"))

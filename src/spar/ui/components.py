@@ -1,0 +1,197 @@
+"""What the page is made of: its components, its sentences, its looks."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import gradio as gr
+
+from spar.reporting import routing
+from spar.reporting.markup import Markup, join, tag
+from spar.ui import examples
+from spar.ui.preview_stream import Step
+
+HEIGHT = 340  # of a picture on the page, pixels
+SMALL = 128  # pictures up to this side are enlarged with hard edges
+HIDDEN: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
+# The pipeline speaks of keywords and data; a person sees labels and files.
+_PLAIN = (
+    (r"^(prompt|instruction|question): ", ""),
+    (r"^negative_prompt: ", "steer away from: "),
+    (r"^num_inference_steps: ", "steps: "),
+    (r"^guidance_scale: ", "guidance: "),
+    (r"^unknown words ", "this model does not know: "),
+    (r"; this model knows only .*", "; the top of the page says what it knows"),
+    (r"\bthe given data\b", "the file"),
+)
+
+
+# ---- components ------------------------------------------------------------------------------------------------------
+
+
+def button(title: str) -> gr.Button:
+    return gr.Button(title, variant="primary", scale=3, min_width=140)
+
+
+def stop_button() -> gr.Button:
+    return gr.Button("Stop", scale=1, min_width=90)
+
+
+def picture(label: str, side: int) -> gr.Image:
+    """A result; the file as it was written, so that what the browser saves is what the command line writes."""
+    return gr.Image(
+        type="filepath", image_mode=None, format="png", label=label, interactive=False, height=HEIGHT,
+        buttons=["fullscreen"], elem_classes=_classes(side),
+    )  # fmt: skip
+
+
+def source(label: str, side: int, value: str | None) -> gr.Image:
+    """A picture that a person gives, as the path of the file that came."""
+    made = gr.Image(
+        value, type="filepath", image_mode=None, format="png", label=label, interactive=True, height=HEIGHT,
+        sources=["upload", "clipboard"], buttons=["fullscreen"], elem_classes=_classes(side),
+        placeholder="Drop a picture here, paste one, or click to choose a file",
+    )  # fmt: skip
+    # Gradio's own would open the file with Pillow, before our gate looks at it.
+    made.preprocess = lambda data: data and data.path
+    return made
+
+
+def slider(label: str, side: int) -> gr.ImageSlider:
+    return gr.ImageSlider(
+        type="pil", format="png", label=label, interactive=False, height=HEIGHT, buttons=["fullscreen"],
+        elem_classes=["spar-slider", *_classes(side)],
+    )  # fmt: skip
+
+
+def _classes(side: int) -> list[str]:
+    return ["spar-picture", *(["spar-small"] if side <= SMALL else [])]
+
+
+def seed(value: str) -> gr.Textbox:
+    return gr.Textbox(
+        value, label="Seed", info="The same seed, the same picture.", placeholder="a new one each time", max_length=20,
+        html_attributes={"inputmode": "numeric", "autocomplete": "off"}, scale=3, min_width=160,
+    )  # fmt: skip
+
+
+def status() -> gr.HTML:
+    return gr.HTML(note(""), elem_classes="spar-status", min_height=40)
+
+
+def foot() -> tuple[gr.HTML, gr.DownloadButton]:
+    """What stands below a result: the status, and the file to take home."""
+    with gr.Row(elem_classes="spar-foot"):
+        return status(), gr.DownloadButton("Download PNG", interactive=False, size="sm", min_width=130)
+
+
+def file(path: str) -> dict[str, Any]:
+    """The download button's update when there is a file."""
+    return gr.update(value=path, interactive=True)
+
+
+def routing_panel() -> gr.HTML:
+    with gr.Accordion("What each word reads", open=True):
+        return gr.HTML(reading(tag("p", "Draw something first.", class_="spar-lead")))
+
+
+# ---- sentences -------------------------------------------------------------------------------------------------------
+
+
+def reading(view: Markup) -> Markup:
+    """A routing with its explanation."""
+    said = (
+        "The language model works in layers, and each word is read from a mix of them that the model chooses. A stripe "
+        "shows the mix, the number below names the layers, and pointing at it gives the exact shares."
+    )
+    return join(tag("p", said, class_="spar-lead"), view)
+
+
+def head(side: int, shapes: bool) -> Markup:
+    """What the model is and can do."""
+    what = "One model that draws pictures from words, changes them, answers questions about them and rebuilds them."
+    if not shapes:
+        more = f" This one works at {side} × {side} pixels."
+        return tag("div", tag("h1", "SPAR"), tag("p", what, more), class_="spar-head")
+    *first, last = examples.KNOWN["Shapes"]
+    known = f"This one is small and knows a world of shapes, {side} × {side} pixels: {', '.join(first)} and {last}."
+    words = [join(tag("dt", title), tag("dd", ", ".join(values))) for title, values in examples.KNOWN.items()]
+    return tag(
+        "div", tag("h1", "SPAR"), tag("p", what), tag("p", known),
+        tag("details", tag("summary", "What it knows"), tag("dl", *words)), class_="spar-head",
+    )  # fmt: skip
+
+
+def problem(sentence: str) -> Markup:
+    """An error as a person would want to read it."""
+    for pattern, plain in _PLAIN:
+        sentence = re.sub(pattern, plain, sentence, flags=re.S)
+    return tag("div", sentence[0].upper() + sentence[1:].rstrip(".") + ".", class_="spar-problem", role="alert")
+
+
+def note(text: str) -> Markup:
+    return tag("div", text, class_="spar-note", role="status")
+
+
+def progress(step: Step) -> Markup:
+    bar = tag("span", tag("i", style=f"width:{100 * step.done / step.steps:.0f}%"), class_="spar-bar")
+    return tag("div", bar, f"Step {step.done} of {step.steps}", class_="spar-note")
+
+
+def done(seed: int, steps: int, guidance: float, seconds: float) -> Markup:
+    return note(f"Seed {seed} · {steps} steps · guidance {guidance:g} · {seconds:.2g} s")
+
+
+# ---- looks -----------------------------------------------------------------------------------------------------------
+
+
+def theme() -> gr.themes.Base:
+    """System fonts, so that nothing is loaded from elsewhere, and small print that can be read."""
+    return gr.themes.Default(
+        primary_hue="blue", neutral_hue="zinc", font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    ).set(
+        body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300",
+        block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300",
+        button_secondary_text_color="*neutral_800", button_large_text_weight="500", button_medium_text_weight="500",
+        button_small_text_weight="500",
+    )  # fmt: skip
+
+
+CSS = """
+.gradio-container { max-width: 1080px !important; width: 100% !important; margin: 0 auto !important; }
+.spar-head h1 { font-size: 1.75rem; font-weight: 700; margin: .5rem 0 .25rem; }
+.spar-head p { margin: .1rem 0; line-height: 1.5; }
+.spar-head details { margin: .4rem 0 .25rem; }
+.spar-head summary { cursor: pointer; color: var(--link-text-color); }
+.spar-head dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1rem; margin: .5rem 0; }
+.spar-head dt { color: var(--body-text-color-subdued); } .spar-head dd { margin: 0; }
+.spar-picture img { object-fit: contain !important; }
+.spar-small img, .spar-examples img { image-rendering: pixelated; }
+.spar-slider :is(.image-container, .slider-wrap, .wrap, .content) { height: 100%; max-height: none !important; }
+.spar-slider .content img { width: 100%; height: 100%; max-height: 100% !important; inset: 0; }
+.spar-note { color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; padding: .25rem 0; }
+.spar-bar { display: inline-block; width: 7rem; height: .5rem; margin-right: .6rem; border-radius: 4px;
+  background: var(--border-color-primary); overflow: hidden; }
+.spar-bar i { display: block; height: 100%; background: var(--color-accent); }
+.spar-problem { border-left: 4px solid #c2410c; background: rgb(194 65 12 / .1); border-radius: 4px;
+  padding: .6rem .8rem; overflow-wrap: anywhere; }
+.spar-foot { align-items: start; flex-wrap: nowrap !important; }
+.spar-foot > .block { flex: 1 1 0; } .spar-foot > button { flex: 0 0 auto !important; margin-top: .35rem; }
+.spar-answer textarea { font-size: 1.15rem; }
+.spar-lead { color: var(--body-text-color-subdued); margin: 0; }
+.spar-seed { align-items: end; }
+@media (max-width: 640px) { .tab-container button { padding-inline: .5rem !important; font-size: .875rem; } }
+.spar-examples thead { display: none; }
+.spar-examples .table-wrap { border: 0; }
+.spar-examples table { display: block; }
+.spar-examples tbody { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: .5rem; }
+.spar-examples tr { display: flex; align-items: center; background: none !important; border-radius: 6px;
+  border: 1px solid var(--border-color-primary) !important; }
+.spar-examples button { text-align: left; }
+.spar-examples tr:hover { border-color: var(--color-accent) !important; }
+.spar-examples td { padding: .3rem !important; border: 0 !important; text-align: left; max-width: none !important; }
+.spar-examples td img { width: 44px !important; height: 44px !important; }
+.spar-examples td .container { width: 44px; height: 44px; border: 0; }
+""" + routing.STYLE

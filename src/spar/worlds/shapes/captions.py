@@ -1,0 +1,225 @@
+"""What is said of a scene: captions, and the claims that they stand for.
+
+A caption is a `Claim` put into words, and `parse` reads the words back: parse(to_text(claim)) == claim for every claim.
+Questions, edits, the vocabulary and the tokenizer have files of their own and are offered here too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from spar.common.errors import InputError
+from spar.worlds.shapes.edits import EDIT_KINDS, Edit, edit_kinds, make_edit
+from spar.worlds.shapes.questions import QUESTION_KINDS, Question, cell_text, questions
+from spar.worlds.shapes.scene import (
+    BACKGROUNDS,
+    COLORS,
+    RELATIONS,
+    SHAPES,
+    SIDE,
+    SIZES,
+    Object,
+    Scene,
+    main_relation,
+    may_relate,
+    pick,
+)
+from spar.worlds.shapes.tokenizer import (
+    MAX_WORDS,
+    NUMBERS,
+    PLURALS,
+    SINGULARS,
+    VOCABULARY,
+    build_tokenizer,
+    check_words,
+    look_text,
+    split_words,
+    with_article,
+)
+
+__all__ = [
+    "DESCRIBE",
+    "EDIT_KINDS",
+    "MAX_WORDS",
+    "QUESTION_KINDS",
+    "VOCABULARY",
+    "Claim",
+    "Edit",
+    "Group",
+    "Question",
+    "Relation",
+    "build_tokenizer",
+    "caption",
+    "check_words",
+    "describe",
+    "edit_kinds",
+    "group_objects",
+    "half_text",
+    "make_edit",
+    "parse",
+    "placed_caption",
+    "questions",
+    "split_words",
+    "to_text",
+]
+
+DESCRIBE = "describe the image"
+
+
+@dataclass(frozen=True)
+class Group:
+    """`count` objects alike in all that is said of them; None where nothing is said."""
+
+    shape: str
+    color: str | None
+    size: str | None
+    count: int
+
+
+@dataclass(frozen=True)
+class Relation:
+    """Group `subject` is `name` (a key of RELATIONS) of group `object`; both are indices into the claim's groups."""
+
+    name: str
+    subject: int
+    object: int
+
+
+@dataclass(frozen=True)
+class Claim:
+    """All that a caption says of a picture."""
+
+    background: str | None
+    groups: tuple[Group, ...]
+    relation: Relation | None = None
+
+
+def group_objects(objects: Sequence[Object], *, color: bool = True, size: bool = True) -> tuple[Group, ...]:
+    """The objects counted by what is said of them, in order of first appearance."""
+    looks = Counter((item.shape, item.color if color else None, item.size if size else None) for item in objects)
+    return tuple(Group(*look, count) for look, count in looks.items())
+
+
+def to_text(claim: Claim) -> str:
+    """The caption of a claim; a claim with a relation has two groups, its subject first."""
+    phrases = [_group_text(group) for group in claim.groups]
+    if claim.relation is not None:
+        if len(phrases) != 2 or claim.relation.subject != 0:
+            raise ValueError(f"a relation needs two groups, its subject first, got {claim}")
+        text = f"{phrases[0]} {RELATIONS[claim.relation.name]} {phrases[1]}"
+    else:
+        text = ", ".join(phrases[:-1]) + (" and " if len(phrases) > 1 else "") + phrases[-1]
+    return text if claim.background is None else f"{text} on a {claim.background} background"
+
+
+def _group_text(group: Group) -> str:
+    if group.count == 1:
+        return with_article(look_text(group.shape, group.color, group.size))
+    return f"{NUMBERS[group.count]} {look_text(PLURALS[group.shape], group.color, group.size)}"
+
+
+def caption(
+    scene: Scene,
+    rng: np.random.Generator,
+    *,
+    background: bool | None = None,
+    size: bool | None = None,
+    color: bool = True,
+) -> str:
+    """A caption of a scene that has at least one object, in random order; position scenes say their relation.
+
+    Args:
+        scene: what to describe.
+        rng: source of the choices.
+        background, size: whether to mention it; in half of the captions, independently, when None.
+        color: whether to mention the objects' colours.
+    """
+    background = rng.random() < 0.5 if background is None else background
+    size = rng.random() < 0.5 if size is None else size
+    order = rng.permutation(len(scene.objects)).tolist()
+    objects = [scene.objects[index] for index in order]
+    relation = Relation(main_relation(objects[0], objects[1]), 0, 1) if scene.kind == "position" else None
+    groups = group_objects(objects, color=color, size=size)
+    return to_text(Claim(scene.background if background else None, groups, relation))
+
+
+def placed_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """A caption that also says where things lie: a lesson for training, which `parse` does not read.
+
+    In half of the captions every group of objects is followed by its place, in the others half of the groups are. The
+    place is the cells of the group's members, "a red circle on column two row three", or for one object in two of three
+    the half of the picture, in the relations' own words: "a red circle to the left". Two objects whose relation may
+    be told (`may_relate`) are joined by it in two captions of three, then with cells alone: "a red circle on column
+    two row three to the left of a blue star". So the words of relations are met with one thing, then explained by a
+    known place.
+    """
+    objects = [scene.objects[index] for index in rng.permutation(len(scene.objects)).tolist()]
+    said, size = pick(rng, (0.5, 1.0)), bool(rng.random() < 0.5)
+    groups = group_objects(objects, size=size)
+    relation = main_relation(*objects) if len(objects) == len(groups) == 2 else ""
+    joined = bool(relation) and may_relate(scene, relation, *objects) and rng.random() < 2 / 3
+    phrases = []
+    for group in groups:
+        alike = replace(group, count=1)
+        members = [item for item in objects if group_objects([item], size=size) == (alike,)]
+        place = "on " + " and ".join(cell_text(item) for item in members)
+        if len(members) == 1 and not joined and rng.random() < 2 / 3:
+            place = half_text(members[0])
+        phrases.append(f"{_group_text(group)} {place}" if rng.random() < said else _group_text(group))
+    text = f" {RELATIONS[relation]} ".join(phrases) if joined else ", ".join(phrases)
+    return text if rng.random() < 0.5 else f"{text} on a {scene.background} background"
+
+
+def half_text(item: Object) -> str:
+    """In which half of the picture a thing lies, on the axis on which it is farthest from the middle."""
+    middle = replace(item, x=SIDE / 2, y=SIDE / 2)
+    return RELATIONS[main_relation(item, middle)].removesuffix(" of")
+
+
+def describe(scene: Scene) -> str:
+    """The answer to DESCRIBE: everything but the places, sorted by shape, colour and size in the tables' order."""
+    shapes, colors, sizes = SHAPES, tuple(COLORS), tuple(SIZES)
+    ordered = sorted(scene.objects, key=lambda o: (shapes.index(o.shape), colors.index(o.color), sizes.index(o.size)))
+    return to_text(Claim(scene.background, group_objects(ordered)))
+
+
+def parse(text: str) -> Claim:
+    """What a caption says; the inverse of `to_text`.
+
+    Raises:
+        InputError: words outside the vocabulary, or a sentence that is not a caption.
+    """
+    words = check_words(text)
+    if words[-1] == ".":
+        words = words[:-1]
+    background = None
+    if len(words) > 4 and words[-4:-2] == ["on", "a"] and words[-1] == "background" and words[-2] in BACKGROUNDS:
+        background, words = words[-2], words[:-4]
+    for name, phrase in RELATIONS.items():
+        sides = f" {' '.join(words)} ".split(f" {phrase} ")
+        if len(sides) == 2:
+            groups = tuple(_parse_group(side.split(), text) for side in sides)
+            return Claim(background, groups, Relation(name, 0, 1))
+    phrases = re.split(r" , | and ", " ".join(words))
+    return Claim(background, tuple(_parse_group(phrase.split(), text) for phrase in phrases))
+
+
+def _parse_group(words: list[str], text: str) -> Group:
+    numbers = {"a": 1, "an": 1, **{word: count for count, word in enumerate(NUMBERS) if count}}
+    rest = list(words)
+    count = numbers.get(rest.pop(0)) if rest else None
+    size = rest.pop(0) if rest and rest[0] in SIZES else None
+    color = rest.pop(0) if rest and rest[0] in COLORS else None
+    shape = rest.pop(0) if rest else ""
+    shape = SINGULARS.get(shape, shape)
+    if count is None or shape not in SHAPES or rest:
+        raise InputError(
+            "expected a caption such as 'a large red circle and two blue stars on a gray background', "
+            f"got {text!r}: {' '.join(words)!r} names no object"
+        )
+    return Group(shape, color, size, count)

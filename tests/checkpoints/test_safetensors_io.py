@@ -1,0 +1,98 @@
+"""Tensors on disk: whole or in shards the same, and no index is believed blindly."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from spar.checkpoints.safetensors_io import TensorFiles, fill_weights, read_tensors, write_tensors
+from spar.common.errors import InputError
+
+
+@pytest.fixture
+def module() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)), nn.Embedding(4, 100))
+
+
+@pytest.fixture
+def sharded(module, tmp_path):
+    """Shards of at most 600 bytes, but for one tensor that is larger alone."""
+    write_tensors(module, tmp_path / "model.safetensors", shard_bytes=600)
+    return tmp_path / "model.safetensors"
+
+
+def test_shards_hold_what_one_file_holds(module, sharded, tmp_path):
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(files) == 4 and files[0] == "model-00001-of-00004.safetensors" and not sharded.exists()
+    sizes = [sum(t.nbytes for t in load_file(tmp_path / name).values()) for name in files]
+    assert all(size <= 600 for size in sizes[:-1])
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(sizes) == sum(p.nbytes for p in module.parameters())
+    read = read_tensors(sharded)
+    assert read.keys() == module.state_dict().keys()
+    assert all(torch.equal(value, read[key]) for key, value in module.state_dict().items())
+
+
+def test_shapes_are_known_without_reading_and_tensors_outlive_their_file(module, sharded):
+    files = TensorFiles(sharded)
+    assert {key: value.shape for key, value in files.shapes.items()} == {
+        key: value.shape for key, value in module.state_dict().items()
+    }
+    assert all(value.is_meta for value in files.shapes.values())
+    weight = files.read("0.weight")
+    with open(files.files[0], "r+b") as file:
+        file.truncate(10)
+    assert torch.equal(weight, module[0].weight)
+
+
+def test_a_module_without_memory_gets_the_stored_weights(module, sharded):
+    with torch.device("meta"):
+        other = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)), nn.Embedding(4, 100))
+    fill_weights(other, sharded, "here")
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in module.state_dict().items())
+    fill_weights(other, sharded, "here", torch.bfloat16)
+    assert {p.dtype for p in other.parameters()} == {torch.bfloat16}
+    with pytest.raises(InputError, match=r"here does not fit this model: .*unexpected \(1.bias, 1.weight, 2.bias"):
+        fill_weights(nn.Sequential(nn.Linear(8, 8)), sharded, "here")
+
+
+def rename_a_shard(index: dict, name: str) -> None:
+    first = next(iter(index["weight_map"].values()))
+    index["weight_map"] = {key: name if file == first else file for key, file in index["weight_map"].items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda i: rename_a_shard(i, "../secret.safetensors"), "names of files beside it, got '../secret.safetensors'"),
+        (lambda i: rename_a_shard(i, "gone.safetensors"), "gone.safetensors is missing in"),
+        (lambda i: i["weight_map"].pop("0.weight"), "disagree about 1 tensors, 0.weight among them"),
+        (lambda i: i["weight_map"].update(ghost=i["weight_map"]["0.weight"]), "disagree about 1 tensors, ghost among"),
+        (lambda i: i.pop("weight_map"), "expected a weight_map"),
+        (lambda i: i.update(weight_map={}), "expected a weight_map"),
+    ],
+)
+def test_an_index_that_its_shards_do_not_bear_out_is_refused(sharded, change, message):
+    path = sharded.with_name("model.safetensors.index.json")
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+    with pytest.raises(InputError, match=message):
+        TensorFiles(sharded)
+
+
+def test_a_damaged_shard_is_refused_by_name(sharded, tmp_path):
+    (tmp_path / "model-00002-of-00004.safetensors").write_bytes(b"\x80\x04pickle" * 99)
+    with pytest.raises(InputError, match="model-00002-of-00004.safetensors is damaged or no safetensors file"):
+        read_tensors(sharded)
+
+
+def test_integers_keep_their_type_where_floats_are_converted(tmp_path):
+    save_file({"n": torch.tensor([3]), "x": torch.tensor([0.5])}, tmp_path / "a.safetensors")
+    files = TensorFiles(tmp_path / "a.safetensors")
+    assert files.read("n", torch.bfloat16).dtype == torch.int64
+    assert files.read("x", torch.bfloat16).dtype == torch.bfloat16

@@ -1,0 +1,864 @@
+"""The command line: every verb, what it refuses and how, and one real training with all that is done with its model."""
+
+import gc
+import hashlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import spar
+from spar.cli import main as cli
+from spar.cli.arguments import EvalArguments, TrainArguments, parse, recipe_arguments, recipe_of
+from spar.cli.main import VERBS, main
+from spar.common import limits
+from spar.common.errors import InputError
+
+SAMPLING_FLAGS = ("--model", "--dtype", "--device", "--output", "-o", "--overwrite", "--seed", "--steps", "--guidance",
+                  "--num-inference-steps", "--guidance-scale", "--num-images-per-prompt", "-n", "--negative-prompt")
+FLAGS = {
+    "train": ("RECIPE", "--stage", "--run", "--resume", "--init-from", "--from-scratch", "--device", "--dry-run"),
+    "plan": ("RECIPE", "--stage", "--gpus", "--gpu", "--mfu", "--strategy", "--accumulate", "--recompute"),
+    "cache": ("RECIPE", "--init-from", "--output", "--batch", "--device", "--precision"),
+    "build": ("RECIPE", "--mllm", "--autoencoder", "--dit", "-o", "--revision", "--seed", "--overwrite"),
+    "convert": ("FORMAT", "PATH", "--mllm", "--autoencoder", "--dit", "--router", "--factor", "--recipe", "-o"),
+    "push": ("FOLDER", "REPO_ID", "--public", "--message", "--dry-run"),
+    "generate": ("PROMPT", *SAMPLING_FLAGS, "--height", "--width"),
+    "edit": ("IMAGE", "INSTRUCTION", *SAMPLING_FLAGS),
+    "understand": ("IMAGE", "QUESTION", "--model", "--max-new-tokens"),
+    "reconstruct": ("IMAGE", "--model", "-o", "--overwrite"),
+    "info": ("PATH", "--json"),
+    "eval": ("shapes-gen, shapes-edit, shapes-vqa, shapes-recon", "--model", "--limit", "--seed", "--steps",
+             "--guidance", "--images-per-prompt", "--combinations", "-o"),
+    "report": ("RUN", "-o"),
+    "demo": ("-o", "--images", "--model"),
+    "serve": ("--host", "--port", "--token-file", "--max-batch", "--max-queue", "--timeout", "--model"),
+    "ui": ("--host", "--port", "--token-file", "--model"),
+    "data": ("check", "convert"),
+    "doctor": ("--help",),
+}  # fmt: skip
+
+
+class FakePipe:
+    """Plain pictures whose red channel is the seed; every call is written down."""
+
+    image_size = 64
+    manifest = {"recipe": "fake"}
+    loaded = SimpleNamespace(sampling=SimpleNamespace(steps=20, guidance=4.5))
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple, dict]] = []
+
+    def _draw(self, count: int, seed: int | None) -> SimpleNamespace:
+        seeds = [(7 if seed is None else seed) + index for index in range(count)]
+        images = [Image.new("RGB", (64, 64), (value % 256, 0, 0)) for value in seeds]
+        routing = [
+            SimpleNamespace(tokens=["red", "q"], kinds=["text", "query"], layers=(1, 2), weights=np.full((2, 2), 0.5))
+            for _ in seeds
+        ]
+        told = {"steps": 20, "guidance": 4.5, "decode_tile": None, "model": "bundled", "spar": "9"}
+        notes = [{"seed": value, **told} for value in seeds]
+        return SimpleNamespace(images=images, seeds=seeds, routing=routing, notes=notes)
+
+    def generate(self, prompt: Sequence[str], *, num_images_per_prompt: int = 1, seed=None, **keywords):
+        keywords |= {"num_images_per_prompt": num_images_per_prompt, "seed": seed}
+        self.calls.append(("generate", (prompt,), keywords))
+        out = self._draw(len(prompt) * num_images_per_prompt, seed)
+        for index, note in enumerate(out.notes):
+            note["prompt"] = prompt[index // num_images_per_prompt]
+        return out
+
+    def edit(self, image, instruction, *, num_images_per_prompt: int = 1, seed=None, **keywords):
+        keywords |= {"num_images_per_prompt": num_images_per_prompt, "seed": seed}
+        self.calls.append(("edit", (image, instruction), keywords))
+        return self._draw(len(instruction) * num_images_per_prompt, seed)
+
+    def understand(self, image, question, **keywords):
+        self.calls.append(("understand", (image, question), keywords))
+        return SimpleNamespace(texts=[f"answer to {text}" for text in question])
+
+    def reconstruct(self, image):
+        self.calls.append(("reconstruct", (image,), {}))
+        images = [Image.new("RGB", (64, 64), "gray") for _ in image]
+        return SimpleNamespace(images=images, notes=[{"spar": "9"} for _ in image])
+
+
+@pytest.fixture
+def pipe(monkeypatch, tmp_path) -> FakePipe:
+    """A pipeline that needs no weights, in a folder of its own."""
+    fake = FakePipe()
+    monkeypatch.setattr(cli, "_load", lambda args: fake)
+    monkeypatch.chdir(tmp_path)
+    return fake
+
+
+@pytest.fixture
+def no_load(monkeypatch, tmp_path) -> None:
+    """Fails the test if a verb goes as far as loading a model."""
+
+    def load(args):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(cli, "_load", load)
+    monkeypatch.chdir(tmp_path)
+
+
+def said(capsys, argv: str | list[str]) -> tuple[int, str]:
+    """The exit status and what stands on stderr, which has to be one line of error."""
+    capsys.readouterr()
+    status = main(shlex.split(argv) if isinstance(argv, str) else argv)
+    error = capsys.readouterr().err
+    assert error.startswith("spar: error: ") and error.count("\n") == 1 and error.endswith("\n"), error
+    return status, error
+
+
+def test_garbage_is_not_collected_while_the_model_loads_but_is_afterwards(monkeypatch, tmp_path, capsys):
+    seen = []
+
+    def load(path, **_):
+        seen.append(gc.isenabled())
+        raise InputError("no such model")
+
+    monkeypatch.setattr("spar.inference.pipeline.SparPipeline.from_pretrained", load)
+    assert said(capsys, ["generate", "a red circle", "-o", str(tmp_path / "out.png")])[0] == cli.WRONG_INPUT
+    assert seen == [False] and gc.isenabled()
+    gc.unfreeze()
+
+
+# ---- help and start -------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_every_verb(capsys):
+    assert main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line.startswith("  ")] == list(VERBS) == list(FLAGS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_its_arguments(capsys, verb):
+    assert main([verb, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"usage: spar {verb}" in text
+    assert [flag for flag in FLAGS[verb] if flag not in text] == []
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"spar {spar.__version__}\n"
+
+
+def test_help_and_wrong_arguments_load_no_heavy_library(tmp_path):
+    code = (
+        "import sys; from spar.cli.main import VERBS, main; main(['--help'])\n"
+        "for verb in VERBS: main([verb, '--help'])\n"
+        "assert main(['generate', 'x', '--steps', '0']) == main(['edit', 'x', 'y', '-o', 'x.jpg']) == 2\n"
+        "print('loaded:', *{'torch', 'transformers', 'diffusers', 'scipy'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.splitlines()[-1].split() == ["loaded:"]
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "spar", "--help"], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+WRONG = [
+    ("", "expected a verb"),
+    ("genrate x", "perhaps you meant generate"),
+    ("generate", "at least one prompt"),
+    ("generate x --steps 0", "--steps: expected 1 to 1000, got 0"),
+    ("generate x --num-inference-steps 0", "--steps: expected 1 to 1000, got 0"),
+    ("generate x --steps 1001", "got 1001"),
+    ("generate x --steps two", "expected a whole number, got 'two'"),
+    ("generate x --steps 2.5", "expected a whole number, got '2.5'"),
+    ("generate x --steps", "expected a value, got none"),
+    ("generate x --guidance -1", "--guidance: expected 0 to 100, got -1.0"),
+    ("generate x --guidance nan", "got nan"),
+    ("generate x --guidance much", "expected a number, got 'much'"),
+    ("generate x --seed -1", "--seed: expected 0 to 9223372036854775807, got -1"),
+    ("generate x --seed 9223372036854775808", "got 9223372036854775808"),
+    ("generate x -n 0", "--num-images-per-prompt: expected 1 to 4096, got 0"),
+    ("generate x y -n 4096", "number of pictures: expected 1 to 4096, got 8192"),
+    ("generate x --dtype int8", "'float16', got 'int8'"),
+    ("generate 'a red \udcff circle'", "prompt: expected text in UTF-8"),
+    ("generate x --negative-prompt \udcff", "--negative-prompt: expected text in UTF-8"),
+    ("generate x --stepps 3", "unknown arguments: --stepps, 3; perhaps you meant"),
+    ("generate x -o out.jpg", "ends in .png"),
+    ("generate x y -o out.png", "expected a folder for 2 pictures"),
+    ("generate x -o there.png", "'there.png' exists already"),
+    ("generate x -o folder.png", "folder.png/0.png' exists already"),
+    ("generate x -o there.png/out.png", "'there.png' is none"),
+    ("generate x y -o there.txt", "there.txt' is none"),
+    ("edit", "expected IMAGE, got nothing"),
+    ("edit there.png", "at least one instruction"),
+    ("edit there.png x -o there.png", "exists already"),
+    ("understand there.png", "at least one question"),
+    ("understand there.png x --max-new-tokens 0", "--max-new-tokens: expected 1 or more, got 0"),
+    ("reconstruct", "at least one picture"),
+    ("reconstruct empty", "expected pictures"),
+    ("reconstruct there.png there.png -o there.png", "expected a folder for 2 pictures"),
+    ("info", "expected PATH, got nothing"),
+    ("info nowhere.png", "there is no file 'nowhere.png'"),
+    ("info there.png", "'there.png', which is no PNG"),
+    ("info empty", "config.json is missing in empty"),
+    ("push", "expected FOLDER, got nothing"),
+    ("push empty", "expected REPO_ID, got nothing"),
+    ("push empty name", "REPO_ID: expected OWNER/NAME, got 'name'"),
+    ("push empty me/model", "config.json is missing in empty"),
+    ("eval", "expected BENCHMARK, got nothing"),
+    ("eval shapes", "expected one of 'shapes-gen'"),
+    ("eval shapes-gen --limit 0", "--limit: expected 1 to 4096, got 0"),
+    ("eval shapes-gen --combinations all", "'held_out', got 'all'"),
+    ("eval shapes-gen -o there.txt", "'there.txt' exists already"),
+    ("eval all -o there.txt", "there.txt' is none"),
+    ("report", "expected RUN, got nothing"),
+    ("report nowhere", "'nowhere' is none"),
+    ("report empty", "has neither"),
+    ("demo -o full", "holds other things"),
+    ("demo --images nowhere", "No such file"),
+    ("demo --images empty", "found none"),
+    ("demo --limit 0", "--limit: expected 1"),
+    ("data", "data: expected one of check, convert, got nothing"),
+    ("data chek x", "got 'chek'"),
+    ("data check", "at least one data set"),
+    ("data check there.txt", "expected lines image_root,annotation.json,flag"),
+    ("data check empty", "found none"),
+    ("data check nowhere.tar", "there is no 'nowhere.tar'"),
+    ("data check 'pipe:cat x.tar'", "expected a local path or hf://"),
+    ("data check empty --workers 0", "--workers: expected 1 to 256, got 0"),
+    ("data check empty --format zip", "expected one of 'auto'"),
+    ("data convert empty", "expected -o, got nothing"),
+    ("data convert empty -o full", "holds other things"),
+    ("data convert empty -o new --shard-size 0", "--shard-size: expected 1"),
+    ("doctor x", "unknown arguments: x"),
+    ("train", "recipe's name first"),
+    ("train --seed 3 tiny", "recipe's name first"),
+    ("train large", "unknown recipe 'large'"),
+    ("train tiny --resume nowhere", "expected never, auto or the folder of a run"),
+    ("train tiny --stage unified-4", "no stage 'unified-4'"),
+    ("train tiny --device tpu9", "device: expected one that is here"),
+    ("train tiny --init-from empty", "expected a finished stage"),
+    ("train tiny --run there.txt", "there.txt' is none"),
+    ("train tiny --model.denoiser.lyers 4", "perhaps you meant --model.denoiser.layers"),
+    ("train tiny --model.denoiser.layers four", "expected a whole number, got 'four'"),
+    ("train tiny --model.denoiser.tap-block 9", "expected 1 to 2, got 9"),
+    ("train tiny --model.router.kind best", "expected one of 'dtr'"),
+    ("train tiny --model.vision.hidden-size 30", "its sizes do not fit together"),
+    ("train tiny --model.autoencoder.channels 3 5 7 9", "channels"),
+    ("train tiny --stages.unified-4.steps 4", "unknown arguments: --stages.unified-4.steps"),
+    ("train tiny --stages.unified-2.steps 0", "steps must be at least 1, got 0"),
+    ("train tiny --stages.dit.losses.mse 1", "a dit step has no use for mse"),
+    ("train tiny --stages.dit.name mllm", "stages of different names"),
+    ("train tiny --stages.dit.trainable model.decoder.*", "matches no parameter"),
+    ("train tiny --alignment.teacher external", "go together"),
+]
+
+
+@pytest.mark.parametrize(("line", "words"), WRONG, ids=[ascii(line) for line, _ in WRONG])
+def test_wrong_input_gets_one_line_and_leaves_nothing(capsys, no_load, tmp_path, line, words):
+    (tmp_path / "there.png").write_bytes(b"mine")
+    (tmp_path / "there.txt").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    for file in ("full/mine.txt", "folder.png/0.png"):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).write_text("mine")
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    status, error = said(capsys, line)
+    assert status == 2 and words in error
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+def test_a_folder_without_permission_is_refused_before_the_work(capsys, no_load, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    status, error = said(capsys, "generate x -o new/out.png")
+    assert status == 2 and "cannot be written" in error
+
+
+def test_an_error_is_one_printable_line(capsys, monkeypatch):
+    def verb(argv):
+        raise InputError("two\nlines and an \x1b[31mescape")
+
+    monkeypatch.setitem(VERBS, "doctor", verb)
+    assert said(capsys, "doctor")[1] == "spar: error: two lines and an ?[31mescape\n"
+
+
+def test_a_full_disk_is_no_traceback_and_leaves_no_file(capsys, pipe, monkeypatch, tmp_path):
+    save, written = Image.Image.save, []
+
+    def full(self, *args, **keywords):
+        if written:
+            raise OSError(28, "No space left on device")
+        written.append(save(self, *args, **keywords))
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    status, error = said(capsys, "generate 'a red circle' -n 2")
+    assert status == 2 and "out/1.png" in error and "No space left on device" in error
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("line", ["generate 'a red circle'", "edit a.png 'remove it'", "reconstruct a.png", "demo"])
+def test_ctrl_c_ends_quietly_and_leaves_nothing(capsys, pipe, monkeypatch, tmp_path, line):
+    def stop(*args, **keywords):
+        raise KeyboardInterrupt
+
+    for task in ("generate", "edit", "reconstruct"):
+        monkeypatch.setattr(pipe, task, stop)
+    assert main(shlex.split(line)) == 130
+    assert capsys.readouterr().err == "spar: stopped\n"
+    assert [*tmp_path.iterdir()] == []
+
+
+# ---- the four tasks -------------------------------------------------------------------------------------------------
+
+
+def test_every_sampling_flag_reaches_the_pipeline(pipe):
+    flags = "--seed 5 --steps 3 --guidance 2.5 -n 2 --negative-prompt 'a blue star'"
+    expected = {
+        "seed": 5, "num_inference_steps": 3, "guidance_scale": 2.5, "num_images_per_prompt": 2,
+        "negative_prompt": "a blue star", "callback": None,
+    }  # fmt: skip
+    assert main(shlex.split(f"generate 'a red circle' 'a red ring' --height 64 --width 128 {flags}")) == 0
+    assert main(shlex.split(f"edit in.png 'remove it' -o edited {flags}")) == 0
+    assert pipe.calls == [
+        ("generate", (["a red circle", "a red ring"],), {**expected, "height": 64, "width": 128}),
+        ("edit", (Path("in.png"), ["remove it"]), expected),
+    ]
+
+
+def test_the_pipelines_own_names_work_too(pipe):
+    for flags in ("--steps 3 --guidance 2", "--num-inference-steps 3 --guidance-scale 2",
+                  "--num_inference_steps=3 --guidance_scale=2"):  # fmt: skip
+        assert main(["generate", "a red circle", "--overwrite", *flags.split()]) == 0
+    assert pipe.calls[0] == pipe.calls[1] == pipe.calls[2]
+    assert pipe.calls[0][2]["num_inference_steps"] == 3 and pipe.calls[0][2]["guidance_scale"] == 2.0
+
+
+def test_a_picture_carries_how_it_was_made(capsys, pipe):
+    prompt = "a red circle — größer\n"
+    assert main(["generate", prompt, "--seed", "9"]) == 0
+    assert capsys.readouterr().out == "out.png  (seed 9)\n"
+    with Image.open("out.png") as image:
+        assert image.getpixel((0, 0)) == (9, 0, 0)
+        assert image.text == {
+            "prompt": prompt, "seed": "9", "steps": "20", "guidance": "4.5", "model": "bundled", "spar": "9"
+        }  # fmt: skip
+    assert main(["edit", "out.png", "remove it", "-o", "edited.png"]) == 0
+    with Image.open("edited.png") as image:
+        digest = hashlib.sha256(Path("out.png").read_bytes()).hexdigest()
+        assert (image.text["image"], image.text["image_sha256"]) == ("out.png", digest)
+
+
+def test_several_pictures_stand_in_a_folder_each_prompts_together(pipe):
+    assert main(["generate", "a red circle", "a red ring", "-n", "6", "--seed", "0", "-o", "many"]) == 0
+    made = sorted(Path("many").iterdir())
+    assert [path.name for path in made] == [f"{index:02d}.png" for index in range(12)]
+    notes = [Image.open(path).text for path in made]
+    assert [note["prompt"] for note in notes] == ["a red circle"] * 6 + ["a red ring"] * 6
+    assert [note["seed"] for note in notes] == [str(seed) for seed in range(12)]
+
+
+def test_info_says_how_a_picture_was_made(capsys, pipe):
+    assert main(["generate", "it's a \x1b[31mred\ncircle", "--seed", "9"]) == 0
+    capsys.readouterr()
+    assert main(["info", "out.png"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    said = ["size", "prompt", "seed", "steps", "guidance", "model", "spar", "again"]
+    assert [line.split()[0] for line in lines] == said
+    assert lines[1].endswith("it's a ?[31mred?circle") and not any("\x1b" in line for line in lines)
+    assert main(["info", "out.png", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["notes"] | {"model": "", "spar": ""} == {
+        "prompt": "it's a \x1b[31mred\ncircle", "seed": 9, "steps": 20, "guidance": 4.5, "model": "", "spar": ""
+    }  # fmt: skip
+    assert main(found["again"][1:] + ["-o", "again.png"]) == 0
+    assert pipe.calls[1][1:] == ((["it's a \x1b[31mred\ncircle"],), {
+        "seed": 9, "num_inference_steps": 20, "guidance_scale": 4.5, "num_images_per_prompt": 1,
+        "negative_prompt": None, "height": 64, "width": 64, "callback": None,
+    })  # fmt: skip
+
+
+def test_what_exists_is_replaced_only_when_asked(capsys, pipe):
+    Path("out.png").write_bytes(b"mine")
+    assert said(capsys, ["generate", "a red circle"])[0] == 2
+    assert Path("out.png").read_bytes() == b"mine" and pipe.calls == []
+    assert main(["generate", "a red circle", "--overwrite"]) == 0
+    assert Image.open("out.png").size == (64, 64)
+
+
+def test_words_without_quotes_are_noticed(capsys, pipe):
+    assert main(["generate", "red", "circle"]) == 0
+    assert capsys.readouterr().err.startswith("spar: note: 2 prompts of one word each")
+
+
+def test_understand_prints_answers_and_nothing_else(capsys, pipe):
+    assert main(["understand", "in.png", "what color ?", "how many ?", "--max-new-tokens", "5"]) == 0
+    assert capsys.readouterr() == ("answer to what color ?\nanswer to how many ?\n", "")
+    assert pipe.calls == [("understand", (Path("in.png"), ["what color ?", "how many ?"]), {"max_new_tokens": 5})]
+
+
+def test_reconstruct_takes_files_and_folders_and_keeps_their_names(capsys, pipe, monkeypatch):
+    monkeypatch.setattr(cli, "RECONSTRUCT_BATCH", 2)
+    Path("photos").mkdir()
+    for name in ("a.png", "a.jpg", "b.WEBP", "notes.txt"):
+        (Path("photos") / name).write_bytes(b"")
+    assert main(["reconstruct", "photos", "c.png"]) == 0
+    assert sorted(path.name for path in Path("out").iterdir()) == ["a.jpg.png", "a.png.png", "b.png", "c.png"]
+    assert [len(arguments[0]) for _, arguments, _ in pipe.calls] == [2, 2]
+    assert main(["reconstruct", "c\udcff.png", "-o", "back.png"]) == 0
+    assert Image.open("back.png").text["image"] == "c?.png"
+
+
+def test_the_limits_are_the_pipelines_own():
+    from spar.inference import pipeline
+
+    for name in ("MAX_STEPS", "MAX_GUIDANCE", "MAX_SEED", "MAX_IMAGES", "MAX_NEW_TOKENS"):
+        assert getattr(limits, name) == getattr(pipeline, name)
+
+
+# ---- recipes as flags -----------------------------------------------------------------------------------------------
+
+
+def test_any_field_of_a_recipe_is_a_flag():
+    from spar.recipes import RECIPES, recipe
+
+    for name in RECIPES:
+        base = recipe(name)
+        assert recipe_of(parse(recipe_arguments(base, TrainArguments), [name], "spar train", none=True), base) == base
+    base = recipe("tiny")
+    line = (
+        "tiny --run there --seed 3 --model.denoiser.layers 4 --model.streams.semantic-stream False "
+        "--model.denoiser.interpolation_scale 0.5 --model.autoencoder.channels 16 16 16 32 "
+        "--stages.unified-2.steps 10 --stages.tokenizer-3.losses.gan-start 2 --stage dit --stage unified-2"
+    )
+    args = parse(recipe_arguments(base, TrainArguments), line.split(), "spar train", none=True)
+    assert (args.run, args.stage) == (Path("there"), ("dit", "unified-2"))
+    model = replace(
+        base.model,
+        denoiser=replace(base.model.denoiser, layers=4, interpolation_scale=0.5),
+        streams=replace(base.model.streams, semantic_stream=False),
+        autoencoder=replace(base.model.autoencoder, channels=(16, 16, 16, 32)),
+    )
+    stages = []
+    for stage in base.stages:
+        if stage.name == "unified-2":
+            stage = replace(stage, steps=10)
+        if stage.name == "tokenizer-3":
+            stage = replace(stage, losses=replace(stage.losses, gan_start=2))
+        stages.append(stage)
+    assert recipe_of(args, base) == replace(base, seed=3, model=model, stages=tuple(stages))
+
+
+def test_recipe_help_lists_fields_by_stage_name(capsys):
+    assert main(["train", "tiny", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--stages.unified-2.losses.align" in text and "--model.denoiser.layers" in text
+
+
+def test_a_dry_run_says_what_would_train_and_writes_nothing(capsys, monkeypatch, tmp_path):
+    from spar.recipes import recipe
+    from spar.training.config import freeze
+    from spar.training.modules import Workshop
+
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "tiny", "--dry-run", "--stage", "unified-1"]) == 0
+    out = capsys.readouterr().out
+    workshop, base = Workshop(recipe("tiny")), recipe("tiny")
+    freeze(workshop, base.stage("unified-1"))
+    count = sum(p.numel() for p in workshop.parameters() if p.requires_grad)
+    assert f" {count:,} " in out and "unified-1" in out and "unified-2" not in out
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.fixture
+def run_training(monkeypatch, tmp_path):
+    """Replaces training; the list holds the keywords of each call, `stop` is raised or returned."""
+    calls = []
+
+    def train(recipe, run, **keywords):
+        calls.append((recipe, run, keywords))
+        if isinstance(train.result, type):
+            raise train.result
+        return train.result
+
+    train.result, train.calls = object(), calls
+    monkeypatch.setattr("spar.training.trainer.train", train)
+    monkeypatch.chdir(tmp_path)
+    return train
+
+
+def test_resume_is_never_auto_or_a_folder(run_training, capsys):
+    Path("old").mkdir()
+    Path("old/recipe.json").write_text("{}")
+    for line, run, resume in (
+        ("", "runs/tiny", False),
+        ("--resume auto", "runs/tiny", True),
+        ("--resume never --run r", "r", False),
+        ("--resume old", "old", True),
+    ):
+        assert main(["train", "tiny", *line.split()]) == 0
+        _, where, keywords = run_training.calls[-1]
+        assert (str(where), keywords["resume"], keywords["device"]) == (run, resume, "cpu")
+    assert "one folder" in said(capsys, "train tiny --resume old --run other")[1]
+
+
+@pytest.mark.parametrize("result", [None, KeyboardInterrupt])
+def test_a_stopped_training_says_how_to_go_on(run_training, capsys, result):
+    run_training.result = result
+    for line, again in (
+        ("--run 'my run' --seed 3", "--run 'my run' --seed 3 --resume auto"),
+        ("--resume auto", "--resume auto"),
+    ):
+        assert main(["train", "tiny", *shlex.split(line)]) == 130
+        assert capsys.readouterr().err == f"spar: stopped; go on with: spar train tiny {again}\n"
+
+
+def test_a_loss_that_is_not_finite_ends_in_one_line(run_training, capsys):
+    from spar.training.loop import NonFiniteLoss
+
+    run_training.result = NonFiniteLoss
+    assert said(capsys, "train tiny")[0] == 1
+
+
+# ---- scores, reports, demo, doctor ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def benchmarks(monkeypatch) -> list:
+    """Benchmarks that answer at once and note their options."""
+    from spar.evaluation import benchmarks as room
+    from spar.evaluation.results import Result, Score
+
+    asked = []
+
+    def fake(name):
+        def run(pipe, options, progress):
+            asked.append((name, options))
+            settings = {"combinations": options.combinations, "label": options.label}
+            return Result(name, (Score("overall", 0.5, 0.25, 0.75, 4), Score("psnr", 30.0, 29.0, 31.0, 4)), settings)
+
+        return run
+
+    for name in room.BENCHMARKS:
+        monkeypatch.setitem(room.BENCHMARKS, name, fake(name))
+    return asked
+
+
+def test_eval_writes_results_and_shows_intervals(capsys, pipe, benchmarks):
+    from spar.evaluation.options import EvalOptions
+    from spar.evaluation.results import read_result
+
+    flags = "--limit 2 --seed 4 --steps 3 --guidance 2 --images-per-prompt 1 --combinations held_out --label mine"
+    assert main(["eval", "shapes-gen", "-o", "results/gen.json", *flags.split()]) == 0
+    given = {"limit": 2, "seed": 4, "num_inference_steps": 3, "guidance_scale": 2.0, "images_per_prompt": 1}
+    assert benchmarks == [("shapes-gen", EvalOptions(**given, combinations="held_out", label="mine"))]
+    assert read_result("results/gen.json").score("overall").low == 0.25
+    out = capsys.readouterr().out
+    assert "held-out" in out and "0.250 to 0.750" in out and out.endswith("results/gen.json\n")
+    assert said(capsys, "eval shapes-gen -o results/gen.json")[0] == 2
+
+
+def test_eval_leaves_defaults_to_the_benchmarks(pipe, benchmarks):
+    from spar.evaluation.options import BENCHMARK_NAMES, EvalOptions
+
+    assert main(["eval", "all", "-o", "scores"]) == 0
+    assert benchmarks == [(name, EvalOptions()) for name in BENCHMARK_NAMES]
+    assert sorted(path.stem for path in Path("scores").iterdir()) == sorted(BENCHMARK_NAMES)
+    shared = {field.name for field in fields(EvalOptions)} - {"batch"}
+    assert shared <= {field.name for field in fields(EvalArguments)}
+
+
+def test_report_shows_a_runs_curves_and_results(capsys, tmp_path):
+    from spar.evaluation.results import Result, Score, write_result
+
+    run = tmp_path / "run"
+    run.mkdir()
+    rows = [{"stage": "dit", "step": step, "loss": 1 / (step + 1), "seconds": 2.0 * step} for step in range(4)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "recipe.json").write_text("{}")
+    write_result(run / "gen.json", Result("shapes-gen", (Score("overall", 0.625, 0.5, 0.75, 8),)))
+    for _ in range(2):  # the default page is replaced
+        assert main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert "dit" in page and "0.625" in page and "<script" not in page
+    status, error = said(capsys, ["report", str(run), "-o", str(run / "report.html")])
+    assert status == 2 and "exists already" in error
+
+
+def test_demo_writes_one_folder_whole(capsys, pipe, benchmarks):
+    Path("photos").mkdir()
+    Image.new("RGB", (40, 30), "red").save("photos/mine.png")
+    assert main(["demo", "-o", "demo", "--images", "photos"]) == 0
+    assert capsys.readouterr().out.endswith("demo/report.html\n")
+    page = Path("demo/report.html").read_text()
+    assert "a large red circle to the left of a small blue star" in page and "mine.png" in page
+    folders = {path.name: len([*path.iterdir()]) for path in Path("demo").iterdir() if path.is_dir()}
+    assert folders == {"gallery": 12, "edits": 20, "reconstructions": 2, "results": 4}
+    assert sorted(path.name for path in Path().iterdir()) == ["demo", "photos"]
+    assert "exists already" in said(capsys, "demo -o demo")[1]
+    Path("demo/old.txt").write_text("old")
+    assert main(["demo", "-o", "demo", "--overwrite"]) == 0
+    assert not Path("demo/old.txt").exists() and "mine.png" not in Path("demo/report.html").read_text()
+
+
+def test_the_demos_prompts_are_captions_that_the_judge_can_check():
+    from spar.reporting.demo import PROMPTS
+    from spar.worlds.shapes.captions import parse as parse_caption
+
+    assert len({parse_caption(prompt) for prompt in PROMPTS}) == len(PROMPTS)
+
+
+def test_doctor_fails_only_on_what_is_wrong(capsys, monkeypatch):
+    from spar.cli import doctor
+
+    command = "pip install spar-unified[gpu]"
+    good = [doctor.Check("torch", True, "2.13"), doctor.Check("extra [gpu]", None, "not here", command)]
+    monkeypatch.setattr(doctor, "examine", lambda: good)
+    assert main(["doctor"]) == 0
+    assert "pip install spar-unified[gpu]" in capsys.readouterr().out
+    monkeypatch.setattr(doctor, "examine", lambda: [*good, doctor.Check("weights", False, "damaged", "install anew")])
+    assert main(["doctor"]) == 1
+    assert "install anew" in capsys.readouterr().out
+
+
+# ---- for real -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A tiny run of every stage, made by the command line."""
+    folder = tmp_path_factory.mktemp("real") / "run"
+    assert main(["train", "tiny", "--run", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def model(run, monkeypatch, tmp_path) -> str:
+    monkeypatch.chdir(tmp_path)
+    return str(run / "model")
+
+
+@pytest.mark.slow
+def test_train_ends_in_a_model_and_never_writes_over_a_run(run, capsys):
+    from spar.recipes import recipe
+
+    stages = [json.loads(line)["stage"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert list(dict.fromkeys(stages)) == [stage.name for stage in recipe("tiny").stages]
+    assert (run / "model" / "config.json").is_file()
+    before = (run / "recipe.json").read_bytes()
+    status, error = said(capsys, ["train", "tiny", "--run", str(run)])
+    assert status == 2 and "--resume auto" in error
+    status, error = said(capsys, ["train", "tiny", "--run", str(run), "--seed", "1", "--resume", "auto"])
+    assert status == 2 and "another recipe" in error
+    assert (run / "recipe.json").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_resume_goes_on_where_it_stood(capsys, monkeypatch, tmp_path):
+    display = cli.training_display
+
+    @contextmanager
+    def interrupting():
+        with display() as (announce, report):
+
+            def stop(stage, step, steps, values):
+                report(stage, step, steps, values)
+                if step == 4:
+                    signal.raise_signal(signal.SIGINT)
+
+            yield announce, stop
+
+    monkeypatch.chdir(tmp_path)
+    argv = ["train", "tiny", "--run", "r", "--stages.encoder.steps", "8", "--stage", "encoder"]
+    monkeypatch.setattr(cli, "training_display", interrupting)
+    assert main(argv) == 130
+    again = capsys.readouterr().err.partition("go on with: spar ")[2]
+    assert Path("r/encoder/state/meta.json").is_file() and not Path("r/encoder/done").exists()
+    monkeypatch.setattr(cli, "training_display", display)
+    assert main(shlex.split(again)) == 0
+    steps = [json.loads(line)["step"] for line in Path("r/metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(8)) and Path("r/encoder/done/meta.json").is_file()
+    assert "encoder 8/8" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_four_tasks_run_on_a_trained_model(model, capsys):
+    assert main(["generate", "a large red circle", "--model", model, "--seed", "3", "--steps", "2"]) == 0
+    assert Image.open("out.png").size == (64, 64) and Image.open("out.png").text["model"] == "model"
+    assert main(["edit", "out.png", "remove the red circle", "-o", "e.png", "--model", model, "--steps", "2"]) == 0
+    assert Image.open("e.png").size == (64, 64)
+    assert main(["reconstruct", "out.png", "-o", "r.png", "--model", model, "--dtype", "float32"]) == 0
+    capsys.readouterr()
+    assert main(["understand", "out.png", "what color is the circle ?", "--model", model]) == 0
+    assert capsys.readouterr().out.count("\n") == 1
+    repeated = ["generate", "a large red circle", "--model", model, "--seed", "3", "--steps", "2", "-o", "again.png"]
+    assert main(repeated) == 0
+    assert Image.open("again.png").tobytes() == Image.open("out.png").tobytes()
+
+
+@pytest.mark.slow
+def test_a_picture_is_made_again_from_what_info_says(model, capsys):
+    """Every sampling flag at a value of its own; the model is named without its place, so that is given again."""
+    flags = "--seed 5 --steps 3 --guidance 2.5 --dtype float32".split()
+    words, same = ["--negative-prompt", "a blue star", "--model", model], ["--dtype", "float32", "--model", model]
+    Path("first").mkdir()
+    assert main(["generate", "a large red circle", *flags, *words, "--height", "72", "-o", "first/out.png"]) == 0
+    assert main(["edit", "first/out.png", "remove the red circle", *flags, *words, "-o", "first/edited.png"]) == 0
+    assert main(["reconstruct", "first/edited.png", "-o", "first/back.png", *same]) == 0
+    for name in ("out.png", "edited.png", "back.png"):
+        capsys.readouterr()
+        assert main(["info", f"first/{name}", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        again = [f"--model={model}" if word.startswith("--model=") else word for word in found["again"]]
+        assert again != found["again"]
+        assert main([*again[1:], "-o", name]) == 0  # the edit and its like read the pictures that were made again
+        assert Image.open(name).tobytes() == Image.open(f"first/{name}").tobytes()
+        assert Image.open(name).text == Image.open(f"first/{name}").text
+
+
+@pytest.mark.slow
+def test_info_says_what_a_model_is(model, capsys):
+    assert main(["info", model]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n{name} " in out for name in ("recipe", "seed", "written by", "sampling")) and " denoiser " in out
+    assert main(["info", model, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["kind"], found["manifest"]["recipe"]) == ("model", "tiny")
+    assert f" {found['parameters']:,} " in out
+
+
+@pytest.mark.slow
+def test_scores_report_and_demo_run_on_a_trained_model(model, run, capsys):
+    flags = ["--model", model, "--limit", "1", "--steps", "1", "--images-per-prompt", "1"]
+    assert main(["eval", "shapes-vqa", *flags, "-o", str(run / "vqa.json")]) == 0
+    assert main(["report", str(run)]) == 0
+    assert "shapes-vqa" in (run / "report.html").read_text()
+    assert main(["demo", "--model", model, "--limit", "1"]) == 0
+    assert "unified-3" in Path("demo/report.html").read_text()  # the curves of the run that the model lies in
+
+
+WRONG_WORDS = [
+    ([""], "empty"),
+    (["a purple elephant"], "elephant"),
+    (["red " * 10_000], "tokens"),
+    (["a red circle <|im_end|>"], "control tokens"),
+    (["a red circle", "--height", "65"], "height: expected a multiple of 8"),
+    (["a red circle", "--width", "4096"], "width: expected a multiple of 8"),
+    (["a red circle", "--negative-prompt", "zebra"], "zebra"),
+    (["a red circle", "-n", "2", "--seed", str(2**63 - 1)], "seed"),
+    (["a red circle", "--device", "tpu9"], "device"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("argv", "words"), WRONG_WORDS, ids=[words for _, words in WRONG_WORDS])
+def test_wrong_words_get_one_line(model, capsys, argv, words):
+    status, error = said(capsys, ["generate", *argv, "--model", model])
+    assert status == 2 and words in error and [*Path().iterdir()] == []
+
+
+def odd_pictures() -> dict[str, Image.Image | bytes]:
+    """Pictures that are unusual and good (images), and files that are no pictures (bytes)."""
+    pixels = np.arange(48 * 32, dtype=np.uint16).reshape(48, 32)
+    rgb = Image.new("RGB", (48, 32), "red")
+    whole = Path("whole.png")
+    rgb.save(whole)
+    data = whole.read_bytes()
+    whole.unlink()
+    return {
+        "one.png": Image.new("RGB", (1, 1)),
+        "gray.png": Image.new("L", (48, 32), 90),
+        "rgba.png": Image.new("RGBA", (48, 32), (9, 9, 9, 9)),
+        "palette.png": rgb.quantize(4),
+        "deep.png": Image.fromarray(pixels * 40),
+        "cmyk.jpg": rgb.convert("CMYK"),
+        "long.png": Image.new("RGB", (3000, 2)),
+        "moving.gif": rgb,
+        "turned.jpg": rgb,
+        "empty.png": b"",
+        "text.png": b"I am no picture",
+        "cut.png": data[: len(data) // 2],
+        "huge.png": data[:16] + (10**5).to_bytes(4, "big") * 2 + data[24:],
+    }
+
+
+@pytest.mark.slow
+def test_odd_pictures_pass_and_what_is_no_picture_gets_one_line(model, capsys):
+    for name, content in odd_pictures().items():
+        if isinstance(content, Image.Image):
+            orientation = Image.Exif()
+            orientation[0x0112] = 6
+            moving = {"save_all": True, "append_images": [content] * 3}
+            content.save(name, **{"moving.gif": moving, "turned.jpg": {"exif": orientation}}.get(name, {}))
+            assert main(["reconstruct", name, "-o", f"back-{name}.png", "--model", model]) == 0, name
+        else:
+            Path(name).write_bytes(content)
+            for argv in (["reconstruct", name], ["edit", name, "remove the circle"], ["understand", name, "color ?"]):
+                status, error = said(capsys, [*argv, "--model", model])
+                assert status == 2 and name in error, argv
+    status, error = said(capsys, ["understand", "nowhere.png", "color ?", "--model", model])
+    assert status == 2 and "no file 'nowhere.png'" in error
+    assert not Path("out.png").exists()
+
+
+def damage_config(folder: Path, **changes: object) -> None:
+    header = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(header | changes))
+
+
+DAMAGES = {
+    "missing": (None, "does not exist"),
+    "a file": (lambda folder: None, "is a file"),
+    "empty": (lambda folder: [path.unlink() for path in folder.rglob("*") if path.is_file()], "config.json is missing"),
+    "partial": (lambda folder: (folder / "router" / "model.safetensors").unlink(), "model.safetensors is missing"),
+    "cut": (lambda folder: (folder / "router" / "model.safetensors").write_bytes(b"short"), "damaged"),
+    "foreign": (lambda folder: (folder / "config.json").write_text('{"_class_name": "Sana"}'), "no spar folder"),
+    "no json": (lambda folder: (folder / "config.json").write_text("{"), "not readable JSON"),
+    "old": (lambda folder: damage_config(folder, format_version=0), "format version 0"),
+    "no sizes": (lambda folder: damage_config(folder, model={}), "missing field"),
+    "unknown field": (lambda folder: damage_config(folder, model={"depth": 3}), "unknown field depth"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_model_folder_that_is_none_gets_one_line(model, capsys, case):
+    import shutil
+
+    damage, words = DAMAGES[case]
+    folder = Path("damaged")
+    if case == "a file":
+        folder.write_text("")
+    elif damage is not None:
+        shutil.copytree(model, folder)
+        damage(folder)
+    status, error = said(capsys, ["generate", "a red circle", "--model", str(folder)])
+    assert status == 2 and words in error and not Path("out.png").exists()
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_wants_its_extra_and_a_token_for_others(no_load, monkeypatch, capsys):
+    pytest.importorskip("gradio")
+    monkeypatch.delenv("SPAR_API_TOKEN", raising=False)
+    assert "--port: expected 0 to 65535, got 70000" in said(capsys, "ui --port 70000")[1]
+    assert "other machines can reach this address, which needs a token" in said(capsys, "ui --host 0.0.0.0")[1]
+    monkeypatch.setattr("spar.serving.auth.find_spec", lambda name: None if name == "gradio" else name)
+    assert "this needs gradio: pip install 'spar-unified[ui]'" in said(capsys, "ui")[1]

@@ -1,0 +1,132 @@
+"""The tokenizer in other people's diffusion code: diffusers' own pipeline and image processor run on it unchanged."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+
+import spar
+from spar.checkpoints.spar_format import load_tokenizer, save_tokenizer
+from spar.common.errors import InputError
+from spar.inference.diffusers_autoencoder import AutoencoderSpar
+from spar.inference.pipeline import SparPipeline
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_run):
+    return tiny_run.path / "model"
+
+
+@pytest.fixture(scope="module")
+def vae(folder) -> AutoencoderSpar:
+    return AutoencoderSpar.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def pixels() -> torch.Tensor:
+    return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def test_the_latent_is_the_tokenizers_and_the_scale_its_own(vae, pixels, folder):
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    latent = vae.encode(pixels).latent
+    torch.testing.assert_close(latent, tokenizer.encode((pixels + 1) / 2).z_f, rtol=0, atol=1e-6)
+    torch.testing.assert_close(latent * vae.config.scaling_factor, tokenizer.normalize(latent))
+    assert vae.config.scaling_factor == float(tokenizer.latent_scale) != 1
+    assert latent.shape == (2, vae.config.latent_channels, 8, 8) and vae.config["latent_channels"] == 8
+    assert vae.spatial_compression_ratio == 2 ** (len(vae.config.encoder_block_out_channels) - 1) == 8
+
+
+def test_there_and_back_is_reconstruct(vae, folder, pixels):
+    pipe = SparPipeline.from_pretrained(folder, dtype=torch.float32, device="cpu")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    processor = VaeImageProcessor(vae_scale_factor=vae.spatial_compression_ratio)
+    (back,) = processor.postprocess(vae(processor.preprocess(picture)).sample)
+    (wanted,) = pipe.reconstruct(picture).images
+    assert np.abs(np.asarray(back).astype(int) - np.asarray(wanted)).max() <= 1
+    assert torch.equal(vae(pixels).sample, vae.decode(vae.encode(pixels).latent, return_dict=False)[0])
+    assert torch.equal(vae.encode(pixels, return_dict=False)[0], vae.encode(pixels).latent)
+
+
+def test_a_picture_need_not_be_square_but_fit_the_cells(vae):
+    wide = torch.zeros(1, 3, 48, 88)
+    assert vae.encode(wide).latent.shape[-2:] == (6, 11) and vae(wide).sample.shape == wide.shape
+    for shape in ((1, 3, 60, 64), (1, 3, 64, 60), (1, 1, 64, 64), (3, 64, 64)):
+        with pytest.raises(InputError, match="sides in multiples of 8"):
+            vae.encode(torch.zeros(shape))
+
+
+def test_sana_draws_with_it_in_place_of_its_own_autoencoder(vae):
+    torch.manual_seed(0)
+    transformer = SanaTransformer2DModel(
+        in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=8, num_layers=2, sample_size=8,
+        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=12,
+    )
+    scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    pipe = SanaPipeline(tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    words, mask = torch.randn(2, 1, 5, 12), torch.ones(1, 5)
+
+    def draw(**keywords):
+        return pipe(
+            prompt=None, negative_prompt=None, prompt_embeds=words[0], prompt_attention_mask=mask,
+            negative_prompt_embeds=words[1], negative_prompt_attention_mask=mask, height=64, width=96,
+            num_inference_steps=3, use_resolution_binning=False,
+            generator=torch.Generator().manual_seed(0), **keywords,
+        ).images  # fmt: skip
+
+    latent = draw(output_type="latent")
+    assert latent.shape == (1, 8, 8, 12)
+    image = draw(output_type="pt")
+    with torch.no_grad():
+        wanted = vae.tokenizer.decode(vae.tokenizer.denormalize(latent)).clamp(0, 1)
+    torch.testing.assert_close(image, wanted, rtol=0, atol=1e-5)
+    assert image.std() > 0.01 and draw()[0].size == (96, 64)
+
+
+def test_tiling_is_the_tokenizers(vae):
+    latent = torch.randn(1, 8, 12, 12, generator=torch.Generator().manual_seed(0))
+    plain = vae.decode(latent).sample
+    vae.enable_tiling(8)
+    try:
+        torch.testing.assert_close(vae.decode(latent).sample, 2 * vae.tokenizer.decode(latent, 8) - 1)
+        assert not torch.allclose(vae.decode(latent).sample, plain)
+    finally:
+        vae.disable_tiling()
+    assert torch.equal(vae.decode(latent).sample, plain)
+    with pytest.raises(InputError, match="tile: expected"):
+        vae.enable_tiling(1)
+
+
+def test_it_is_saved_and_loaded_and_nothing_else_is_overwritten(vae, pixels, tmp_path, folder):
+    vae.save_pretrained(tmp_path / "alone")
+    again = spar.AutoencoderSpar.from_pretrained(tmp_path / "alone")
+    assert again.config == vae.config and torch.equal(again(pixels).sample, vae(pixels).sample)
+    again.save_pretrained(tmp_path / "alone")  # an older one of its kind gives way
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text('{"format": "spar"}')
+    with pytest.raises(InputError, match="is no SPAR tokenizer folder"):
+        vae.save_pretrained(tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["config.json"]
+    with pytest.raises(InputError, match="expected a SPAR model folder"):
+        AutoencoderSpar.from_pretrained(tmp_path / "nowhere")
+
+
+def test_half_precision_is_close_and_keeps_the_scale(vae, pixels, folder, tmp_path):
+    half = AutoencoderSpar.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16 and half.device.type == "cpu"
+    assert half.config.scaling_factor == vae.config.scaling_factor
+    error = (half(pixels.bfloat16()).sample.float() - vae(pixels).sample).abs().mean()
+    assert 0 < error < 0.05
+    half.save_pretrained(tmp_path / "half")
+    assert AutoencoderSpar.from_pretrained(tmp_path / "half").config.scaling_factor == vae.config.scaling_factor
+
+
+def test_a_folder_that_half_exists_is_told_in_words(vae, tmp_path):
+    save_tokenizer(vae.tokenizer, tmp_path / "alone")
+    (tmp_path / "alone" / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="model.safetensors is missing"):
+        AutoencoderSpar.from_pretrained(tmp_path / "alone")

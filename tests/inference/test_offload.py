@@ -1,0 +1,179 @@
+"""Held weights change nothing, rounded ones little, and absent ones are never computed with."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from spar.common.errors import InputError
+from spar.inference import offload as memory
+from spar.inference import pipeline
+from spar.inference.offload import Offload, hold, quantize
+from spar.inference.pipeline import SparPipeline
+from spar.models.blocks import blocks
+from spar.models.spar import SparModel
+from spar.recipes import recipe
+
+QUESTION = {"type": "text", "text": "what color is the background?"}
+PROMPTS = ["a red circle on a beige background", "a blue star and a green ring"]
+
+
+@pytest.fixture(scope="module")
+def model() -> SparModel:
+    torch.manual_seed(0)
+    return SparModel(recipe("tiny").model)
+
+
+def everything(pipe: SparPipeline) -> list:
+    """What each of the four tasks gives, pictures as arrays."""
+    made = pipe.generate(PROMPTS, seed=0, num_inference_steps=4).images
+    edited = pipe.edit(made, "change the background to navy", seed=0, num_inference_steps=4).images
+    again = pipe.reconstruct(made).images
+    answers = pipe.understand(made, QUESTION["text"], max_new_tokens=4).texts
+    said = "".join(pipe.chat([{"role": "user", "content": [{"type": "image", "image": made[0]}, QUESTION]}]))
+    return [np.asarray(image) for image in (*made, *edited, *again)] + answers + [said]
+
+
+def test_weights_held_in_the_type_they_are_computed_in_change_no_result():
+    plain = SparPipeline.from_pretrained(dtype=torch.bfloat16, device="cpu")
+    held = SparPipeline.from_pretrained(dtype=torch.bfloat16, device="cpu", weights="compute")
+    sizes = [sum(p.numel() * p.element_size() for p in pipe.model.parameters()) for pipe in (plain, held)]
+    assert sizes[1] < 0.55 * sizes[0]
+    for one, other in zip(everything(plain), everything(held), strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_a_pipeline_whose_weights_are_no_longer_its_folders_is_not_saved(tmp_path):
+    held = SparPipeline.from_pretrained(device="cpu", weights="compute")
+    with pytest.raises(InputError, match="expected float32 in a pipeline that is to be saved, got compute"):
+        held.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_rounding_to_eight_bits_moves_a_weight_by_half_a_step_of_its_row(model):
+    pytest.importorskip("torchao")
+    hold(model, torch.float32)
+    plain = {name: part.weight.clone() for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+    quantize(model)
+    rounded = {
+        name: part.weight.dequantize() for name, part in model.named_modules()
+        if isinstance(part, nn.Linear) and type(part.weight.data) is not torch.Tensor
+    }  # fmt: skip
+    assert {name.split(".")[0] for name in rounded} == {"tokenizer", "language", "connector", "denoiser"}
+    for name, weight in rounded.items():
+        step = plain[name].abs().amax(1, keepdim=True) / 127
+        assert ((weight - plain[name]).abs() <= 0.51 * step + 1e-6).all(), name
+
+
+def test_eight_bits_show_nearly_the_same_pictures():
+    pytest.importorskip("torchao")
+    shown = [
+        SparPipeline.from_pretrained(dtype=torch.bfloat16, device="cpu", weights=weights).reconstruct(
+            SparPipeline.from_pretrained(device="cpu").generate(PROMPTS, seed=0).images
+        ).images
+        for weights in ("float32", "int8")
+    ]  # fmt: skip
+    for plain, rounded in zip(*shown, strict=True):
+        change = np.abs(np.asarray(plain, float) - np.asarray(rounded, float)).mean()
+        assert 0 < change < 4
+
+
+def test_without_torchao_eight_bits_say_what_is_missing(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(InputError, match="pip install 'spar-unified\\[quantize\\]'"):
+        quantize(model)
+
+
+class Absent(Offload):
+    """An offload whose absent parts have no weights at all: computing with one fails."""
+
+    def __init__(self, model: SparModel, device: torch.device) -> None:
+        super().__init__(model, device)
+        self.bring()
+
+    def bring(self, *names: str) -> None:
+        super().bring(*names)
+        for name in self.home.keys() - set(names):
+            for module, key, weight in self.home[name]:
+                module._parameters[key] = nn.Parameter(torch.empty(weight.shape, device="meta"), requires_grad=False)
+
+
+def test_what_failed_while_a_part_came_is_made_good_by_the_next_call(model, monkeypatch):
+    """Memory may run out in the middle of a part; the parts that were there before have gone home by then."""
+    parts, copies, parameter = Offload(model, torch.device("cpu")), [], nn.Parameter
+    homes = {name: [weight for _, _, weight in places] for name, places in parts.home.items()}
+
+    def there(name: str) -> list[bool]:
+        return [m._parameters[k] is not w for (m, k, _), w in zip(parts.home[name], homes[name], strict=True)]
+
+    def copy(data: torch.Tensor, **settings: bool) -> nn.Parameter:
+        copies.append(data)
+        if len(copies) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return parameter(data, **settings)
+
+    parts.bring("encoder")
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(memory.nn, "Parameter", copy)
+        parts.bring("language")
+    parts.bring("encoder")
+    assert all(there("encoder")) and not any(there("language"))
+
+
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+def test_every_task_computes_only_with_the_parts_that_are_present(monkeypatch, weights):
+    if weights == "int8":
+        pytest.importorskip("torchao")
+    plain = SparPipeline.from_pretrained(device="cpu", weights=weights)
+    monkeypatch.setattr(pipeline, "Offload", Absent)
+    parts = SparPipeline(
+        SparPipeline.from_pretrained(device="cpu").loaded, plain.dtype, weights=weights, offload=True
+    )
+    homes = [weight for places in parts._offload.home.values() for _, _, weight in places]
+    assert len(homes) == len(list(plain.model.parameters()))
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        parts.model.denoiser(torch.zeros(1, 32, 8, 8), torch.zeros(1), torch.zeros(1, 2, 8), torch.ones(1, 2))
+    for one, other in zip(everything(plain), everything(parts), strict=True):
+        assert np.array_equal(one, other)
+    seen = []  # a preview needs the decoder, and leaves the sampler its denoiser
+    out = parts.generate(
+        "a red circle", seed=0, num_inference_steps=3, callback=lambda *step: seen.append(parts.preview(step[2])[0])
+    )
+    assert len(seen) == 3 and np.array_equal(seen[-1], out.images[0]) and not np.array_equal(seen[0], seen[-1])
+
+
+@pytest.mark.parametrize(
+    ("keywords", "said"),
+    [
+        ({"weights": "int4"}, "weights: expected one of float32, compute, int8, got 'int4'"),
+        ({"offload": True}, "offload: expected a device whose parts can wait"),
+    ],
+)
+def test_what_cannot_be_is_refused(keywords, said):
+    with pytest.raises(InputError, match=said):
+        SparPipeline.from_pretrained(device="cpu", **keywords)
+
+
+@pytest.mark.slow
+def test_no_layer_falls_back_from_its_compilation_to_plain_python(monkeypatch):
+    """Vision, LLM and connector share one function of transformers, and torch counts what it compiles of a function."""
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda forward: compiled(forward, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    pipe = SparPipeline.from_pretrained(device="cpu", dtype=torch.bfloat16, compile=True)
+    for words in (PROMPTS[0], PROMPTS):
+        images = pipe.generate(words, seed=0, num_inference_steps=1).images
+    pipe.edit(images, "remove the blue star", seed=0, num_inference_steps=1)
+    pipe.understand(images, QUESTION["text"], max_new_tokens=3)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] > 10 and not counters["unimplemented"]
+
+
+def test_compiled_layers_are_the_ones_that_repeat(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch, "compile", lambda forward: taken.append(forward.__self__) or forward)
+    pipe = SparPipeline.from_pretrained(device="cpu", compile=True)
+    assert taken == blocks(pipe.model) and len(taken) > 20

@@ -1,0 +1,455 @@
+"""A run: one folder, one recipe, stage behind stage, resumable anywhere; starting from weights is not resuming."""
+
+import json
+import math
+import os
+import shutil
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+
+from spar.checkpoints.spar_format import load_model
+from spar.common.config import from_dict, read_json, to_dict, write_json
+from spar.common.errors import InputError
+from spar.processing.prompts import PromptEncoder
+from spar.recipes import recipe
+from spar.training import trainer as module
+from spar.training.checkpoint import load_group
+from spar.training.config import AlignmentConfig, Recipe
+from spar.training.trainer import TAG_NAMES, build_workshop, open_run, read_recipe, train
+from spar.worlds.shapes.tokenizer import PLURALS, build_tokenizer
+
+TINY = recipe("tiny")
+ENCODER_ONLY = ("encoder",)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def weights(run, stage):
+    return load_group(run / stage / "done", "workshop")
+
+
+@pytest.fixture
+def half(tiny_run, tmp_path):
+    """A copy of the finished run with only its foundations in it."""
+    run = tmp_path / "half"
+    later = [stage.name for stage in TINY.stages[5:]]
+    shutil.copytree(tiny_run.path, run, ignore=shutil.ignore_patterns(*later, "model", "tensorboard"))
+    return run
+
+
+# ---- the folder ------------------------------------------------------------------------------------------------------
+
+
+def test_the_folder_says_which_recipe_it_holds(tiny_run):
+    assert from_dict(Recipe, read_json(tiny_run.path / "recipe.json"), complete=True) == TINY
+    assert {p.name for p in tiny_run.path.iterdir() if p.is_dir()} == {
+        *(stage.name for stage in TINY.stages), "cache", "model", "tensorboard"
+    }
+    assert not list(tiny_run.path.glob("*/state*"))  # what could be resumed is gone with the stage's end
+
+
+def test_a_run_of_before_format_version_2_is_still_a_run(tmp_path):
+    values = to_dict(TINY)
+    model, autoencoder = values["model"], values["model"]["autoencoder"]
+    for name in ("blocks", "multiscales"):
+        autoencoder[name] = autoencoder.pop(f"encoder_{name}")
+        del autoencoder[f"decoder_{name}"]
+    for part, name in (("vision", "norm_eps"), ("text", "tied_head"), ("text", "rope_factor"), ("router", "norm")):
+        del model[part][name]
+    for stage in values["stages"]:
+        del stage["image_size"]
+    del values["discriminator"], values["max_prompt_tokens"], values["data"]["source"]
+    write_json(tmp_path / "recipe.json", values)
+    assert read_recipe(tmp_path / "recipe.json") == TINY
+    del values["seed"]
+    write_json(tmp_path / "recipe.json", values)
+    with pytest.raises(InputError, match="missing field seed"):
+        read_recipe(tmp_path / "recipe.json")
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_another_recipe_is_refused_and_writes_nothing(tiny_run, fresh):
+    before = (tiny_run.path / "recipe.json").read_bytes()
+    with pytest.raises(InputError, match="holds a run of another recipe|already holds a run"):
+        open_run(tiny_run.path, replace(TINY, seed=5), fresh=fresh)
+    with pytest.raises(InputError, match="another recipe"):
+        train(replace(TINY, seed=5), tiny_run.path, resume=True)
+    assert (tiny_run.path / "recipe.json").read_bytes() == before
+
+
+def test_published_parts_do_not_start_from_random_weights_unasked(tiny_run, tmp_path):
+    wanting = replace(TINY, stages=TINY.stages[-2:], published=("model.language",))
+    with pytest.raises(InputError, match="model.language would start from random weights; expected --init-from"):
+        train(wanting, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert train(wanting, tmp_path / "scratch", from_scratch=True) is not None
+    assert train(wanting, tmp_path / "given", init_from=tiny_run.path / "model") is not None
+    assert train(wanting, tmp_path / "given", resume=True) is not None
+
+
+def test_a_stage_starts_from_the_one_named_before_it_whatever_the_recipe_has_between(tiny_run, tmp_path):
+    both, one = tmp_path / "both", tmp_path / "one"
+    train(TINY, both, stages=("unified-1", "unified-2"), init_from=tiny_run.path / "tokenizer-3" / "done")
+    assert not (both / "places-2").exists()
+    train(TINY, one, stages=("unified-2",), init_from=both / "unified-1" / "done")
+    assert same(weights(both, "unified-2"), weights(one, "unified-2"))
+    assert not same(weights(both, "unified-2"), weights(tiny_run.path, "unified-2"))  # the lessons were left out
+
+
+def test_a_fresh_run_does_not_write_over_an_old_one(tiny_run):
+    with pytest.raises(InputError, match="already holds a run; resume it"):
+        train(TINY, tiny_run.path)
+
+
+def test_a_broken_recipe_file_is_refused(tmp_path):
+    (tmp_path / "recipe.json").write_text('{"name": "tiny"')
+    with pytest.raises(InputError, match="recipe.json is not readable JSON"):
+        open_run(tmp_path, TINY, fresh=False)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write the run folder"):
+        open_run(tmp_path / "file" / "run", TINY, fresh=True)
+
+
+def test_a_stage_whose_start_is_missing_is_refused(tmp_path):
+    with pytest.raises(InputError, match="stage dit starts from the end of autoencoder, which is not in"):
+        train(TINY, tmp_path / "run", stages=("dit",))
+
+
+def test_a_tokenizer_with_more_words_than_the_model_is_refused():
+    small = replace(TINY, model=replace(TINY.model, text=replace(TINY.model.text, vocab_size=32)))
+    with pytest.raises(InputError, match=r"text.vocab_size: expected at least \d+ for this tokenizer, got 32"):
+        build_workshop(small, torch.device("cpu"), PromptEncoder(build_tokenizer(), 64))
+
+
+def test_the_seed_decides_the_first_weights():
+    prompts, cpu = PromptEncoder(build_tokenizer(), 64), torch.device("cpu")
+    one, two, three = (build_workshop(replace(TINY, seed=s), cpu, prompts).model.state_dict() for s in (0, 0, 1))
+    for name in ("language.network.embed_tokens.weight", "router.gate.0.weight", "connector.projection.weight"):
+        assert torch.equal(one[name], two[name]) and not torch.equal(one[name], three[name])
+
+
+def test_the_seed_decides_every_first_weight():
+    prompts, cpu = PromptEncoder(build_tokenizer(), 64), torch.device("cpu")
+    torch.manual_seed(1)
+    one = build_workshop(TINY, cpu, prompts).state_dict()
+    torch.manual_seed(2)
+    two = build_workshop(TINY, cpu, prompts).state_dict()
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: replace(TINY, seed=-1), "seed: expected at least 0, got -1"),
+        (lambda: replace(TINY, log_every=0), "log_every: expected at least 1, got 0"),
+        (lambda: replace(TINY.data, scenes=0), "data.scenes: expected at least 1"),
+        (lambda: replace(TINY.data, edits=0), "data.edits: expected at least 1"),
+        (lambda: replace(TINY.flow, unconditional_share=2.0), "flow.unconditional_share: expected 0 to 1, got 2.0"),
+        (lambda: replace(TINY.flow, sampling_steps=0), "flow.sampling_steps: expected above 0"),
+        (lambda: replace(TINY.flow, training_shift=0.0), "flow.training_shift: expected above 0"),
+        (lambda: replace(TINY.flow, sampling_shift=math.nan), "flow.sampling_shift: expected above 0, got nan"),
+        (lambda: replace(TINY.flow, guidance=-1.0), "flow.guidance: expected at least 0"),
+        (lambda: replace(TINY.data, edits=25), "data.edits: expected at most one for each of 24 scenes, got 25"),
+    ],
+)
+def test_a_recipe_refuses_settings_that_cannot_be(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+# ---- resuming --------------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_run_ends_bit_equal_to_one_that_was_not(tiny_run, half):
+    """Foundations from the folder, a signal inside tokenizer-2, another inside unified-2, then on to the end."""
+
+    def signal_at(name, at):
+        return lambda stage, step, *_: os.kill(os.getpid(), signal.SIGINT) if (stage, step) == (name, at) else None
+
+    announced = []
+    for stop in (("tokenizer-2", 0), ("unified-2", 1), None):
+        model = train(
+            TINY, half, resume=True, report=signal_at(*stop) if stop else None,
+            announce=lambda stage, _: announced.append(stage.name),
+        )
+        assert (model is None) == (stop is not None)
+        if stop:
+            assert (half / stop[0] / "state" / "meta.json").exists() and not (half / "model").exists()
+    assert announced == [
+        "tokenizer-1", "tokenizer-2", "tokenizer-2", "tokenizer-3", "unified-1", "places-1", "places-2", "relations",
+        "unified-2", "unified-2", "unified-3",
+    ]
+    for stage in ("tokenizer-1", "tokenizer-2", "tokenizer-3", "unified-1", "unified-2", "unified-3"):
+        assert same(weights(half, stage), weights(tiny_run.path, stage)), stage
+    for file in sorted((tiny_run.path / "model").rglob("*.safetensors")):
+        assert (half / file.relative_to(tiny_run.path)).read_bytes() == file.read_bytes(), file
+
+
+def test_resuming_a_finished_run_trains_nothing_and_gives_its_model(tiny_run, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run.path, run)
+    monkeypatch.setattr(module, "run_stage", lambda *_, **__: pytest.fail("a stage was trained"))
+    model = train(TINY, run, resume=True)
+    assert same(model.state_dict(), tiny_run.model.state_dict())
+
+
+def test_a_damaged_end_of_a_stage_is_refused(half):
+    path = half / "dit" / "done" / "workshop.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(InputError, match="workshop.safetensors is damaged"):
+        train(TINY, half, resume=True)
+
+
+def test_a_stage_trained_again_makes_the_later_ones_undone(tiny_run, half):
+    shutil.copytree(tiny_run.path / "model", half / "model")
+    train(TINY, half, stages=("mllm",))
+    assert (half / "encoder" / "done").exists() and (half / "mllm" / "done").exists()
+    assert not (half / "autoencoder" / "done").exists() and not (half / "dit" / "done").exists()
+    assert not (half / "model").exists()
+
+
+def test_a_stage_that_is_being_trained_again_is_not_taken_for_done(half):
+    def stop(stage, step, *_):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert train(TINY, half, stages=("mllm",), report=stop) is None
+    seen = []
+    train(TINY, half, stages=("mllm",), resume=True, report=lambda stage, step, *_: seen.append(step))
+    assert seen == [2]
+
+
+# ---- starting from weights -------------------------------------------------------------------------------------------
+
+
+def test_init_from_takes_weights_and_nothing_else(tiny_run, tmp_path):
+    """A new run of one stage from another run's weights: step 0, a fresh optimizer, the same end."""
+    run, seen = tmp_path / "run", []
+    train(
+        TINY, run, stages=("unified-1",), init_from=tiny_run.path / "tokenizer-3" / "done",
+        report=lambda stage, step, *_: seen.append((stage, step)),
+    )
+    assert seen == [("unified-1", 0), ("unified-1", 1), ("unified-1", 2)]
+    assert same(weights(run, "unified-1"), weights(tiny_run.path, "unified-1"))
+    assert not (run / "model").exists()  # that is the last stage's
+
+
+def test_init_from_starts_where_it_says(tiny_run, tmp_path):
+    run = tmp_path / "run"
+    train(TINY, run, stages=("unified-1",), init_from=tiny_run.path / "unified-2" / "done")
+    ours, theirs = weights(run, "unified-1"), weights(tiny_run.path, "unified-2")
+    assert all(torch.equal(ours[n], theirs[n]) for n in ours if n.startswith("model.denoiser."))
+    assert not same(ours, weights(tiny_run.path, "unified-1"))
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_init_from_weights_that_are_none_is_refused(tiny_run, tmp_path, damage):
+    folder = tmp_path / "done"
+    folder.mkdir()
+    if damage == "cut":
+        (folder / "workshop.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(InputError, match=f"workshop.safetensors is {'missing' if damage == 'missing' else 'damaged'}"):
+        train(TINY, tmp_path / "run", stages=("unified-1",), init_from=folder)
+
+
+def test_init_from_weights_of_other_sizes_is_refused(tiny_run, tmp_path):
+    model = replace(TINY.model, streams=replace(TINY.model.streams, residual_blocks=2))
+    with pytest.raises(InputError, match="does not fit this model: .* missing"):
+        train(
+            replace(TINY, model=model), tmp_path / "run", stages=("unified-1",),
+            init_from=tiny_run.path / "tokenizer-3" / "done",
+        )
+
+
+def test_init_from_serves_a_design_that_differs_behind_it(tiny_run, tmp_path):
+    """One tokenizer for every router: what no earlier stage has trained keeps its own fresh weights."""
+    model = replace(TINY.model, router=replace(TINY.model.router, kind="last"))
+    run = tmp_path / "run"
+    trained = train(
+        replace(TINY, model=model), run, stages=("unified-1",), init_from=tiny_run.path / "tokenizer-3" / "done"
+    )
+    before = weights(tiny_run.path, "tokenizer-3")
+    for name, value in trained.tokenizer.state_dict().items():
+        assert torch.equal(value, before[f"model.tokenizer.{name}"])
+    assert not any("router.gate" in name for name in weights(run, "unified-1"))
+
+
+def test_a_run_that_has_begun_is_resumed_wherever_it_was_to_begin(tiny_run, half):
+    """The command that began a run goes on with it under --resume auto, `--init-from` and all."""
+    stages = tuple(stage.name for stage in TINY.stages if (half / stage.name / "done").exists())
+    seen = []
+    train(
+        TINY, half, stages=(*stages, "tokenizer-1"), resume=True, init_from=tiny_run.path / "dit" / "done",
+        report=lambda stage, *_: seen.append(stage),
+    )  # fmt: skip
+    assert set(seen) == {"tokenizer-1"} and same(weights(half, "tokenizer-1"), weights(tiny_run.path, "tokenizer-1"))
+
+
+def test_what_no_stage_trains_and_what_is_published_must_fit(tiny_run, tmp_path):
+    """A tokenizer's end with a smaller LLM must not leave a frozen one at random, nor a published DiT."""
+    few = replace(TINY, stages=tuple(s for s in TINY.stages if s.step in ("tokenizer", "unified")))
+    deeper = replace(few, model=replace(few.model, text=replace(few.model.text, layers=6)))
+    stages = {"stages": ("unified-1",), "init_from": tiny_run.path / "tokenizer-3" / "done"}
+    with pytest.raises(InputError, match="does not fit this model: .* missing .model.language.network.layers"):
+        train(deeper, tmp_path / "deeper", **stages)
+    wider = replace(few, model=replace(few.model, denoiser=replace(few.model.denoiser, layers=3)))
+    assert train(wider, tmp_path / "wider", **stages) is not None
+    with pytest.raises(InputError, match="missing .model.denoiser.network.transformer_blocks.2"):
+        train(replace(wider, published=("model.denoiser",)), tmp_path / "published", **stages)
+
+
+def test_init_from_a_file_without_one_fitting_tensor_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "done"
+    folder.mkdir()
+    save_file({"something.else": torch.ones(3)}, folder / "workshop.safetensors")
+    with pytest.raises(InputError, match="holds none of this model's weights"):
+        train(replace(TINY, stages=TINY.stages[:1]), tmp_path / "run", init_from=folder)
+
+
+# ---- what a stage takes over -----------------------------------------------------------------------------------------
+
+
+def test_stage_three_keeps_a_frozen_copy_of_the_encoder_it_begins_with(tiny_run):
+    before, after = weights(tiny_run.path, "tokenizer-2"), weights(tiny_run.path, "tokenizer-3")
+    encoder = "model.tokenizer.encoder."
+    names = [name.removeprefix("teacher.") for name in after if name.startswith("teacher.")]
+    assert names and all(torch.equal(after[f"teacher.{name}"], before[encoder + name]) for name in names)
+    assert not all(torch.equal(after[f"teacher.{name}"], after[encoder + name]) for name in names)
+
+
+def test_the_connector_begins_as_the_llms_last_layers(start):
+    model = start("unified-1").workshop.model
+    last = model.language.network.layers[-len(model.connector.layers) :]
+    for own, source in zip(model.connector.layers, last, strict=True):
+        assert same(own.state_dict(), source.state_dict())
+    joint = start("unified-2").workshop.model  # later unified stages go on with what they have
+    assert not same(joint.connector.layers[-1].state_dict(), joint.language.network.layers[-1].state_dict())
+
+
+def test_words_begin_at_the_tags_read_outs(start, tiny_run):
+    prompts, ctx = PromptEncoder(build_tokenizer(), 64), start("mllm")
+    table, heads = ctx.workshop.model.language.network.embed_tokens.weight, ctx.workshop.dense_head.tags
+    for tag, names in TAG_NAMES.items():
+        rows = heads[tag].weight[-len(names) :]
+        for name, row in zip(names, rows - rows.mean(0), strict=True):
+            for word in {name, PLURALS.get(name, name)}:
+                cosine = torch.cosine_similarity(table[prompts.encode(word)[0]], row, dim=0)
+                assert float(cosine) == pytest.approx(1, abs=1e-4), word
+    sizes = table.norm(dim=-1)
+    assert float(sizes.max()) < 2 * float(sizes.mean())
+    random = start("mllm", recipe=replace(tiny_run.recipe, word_embeddings="random"))
+    token = prompts.encode("red")[0]
+    assert not torch.equal(random.workshop.model.language.network.embed_tokens.weight[token], table[token])
+
+
+# ---- what a run leaves -----------------------------------------------------------------------------------------------
+
+
+def test_the_model_folder_is_the_trained_model_and_says_how_it_was_made(tiny_run):
+    loaded = load_model(tiny_run.path / "model")
+    assert same(loaded.model.state_dict(), tiny_run.model.state_dict())
+    manifest = loaded.manifest
+    assert (manifest["recipe"], manifest["seed"]) == ("tiny", 0)
+    assert from_dict(Recipe, manifest["resolved_recipe"]) == TINY
+    assert {name: row["steps"] for name, row in manifest["stages"].items()} == {s.name: 3 for s in TINY.stages}
+    assert all(row["seconds"] > 0 for row in manifest["stages"].values())
+    assert manifest["versions"]["torch"] == torch.__version__ and manifest["machine"]["cores"] >= 1
+
+
+@pytest.mark.parametrize("stage", [None, "dit", "tokenizer-3"])
+def test_the_model_of_any_finished_stage_can_be_had(tiny_run, stage):
+    saved = weights(tiny_run.path, stage or "unified-3")
+    loaded = module.model_of(tiny_run.path, stage)
+    assert all(torch.equal(value, saved[f"model.{name}"]) for name, value in loaded.model.state_dict().items())
+    assert not loaded.model.training
+
+
+def test_the_manifest_tells_only_of_the_stages_that_made_the_model(tiny_run):
+    stages = module.model_of(tiny_run.path, "dit").manifest["stages"]
+    assert list(stages) == ["encoder", "mllm", "mllm-2", "autoencoder", "dit"]
+
+
+def test_the_model_of_a_stage_that_has_not_ended_is_refused(half, tmp_path):
+    with pytest.raises(InputError, match="workshop.safetensors is missing in .*tokenizer-1"):
+        module.model_of(half, "tokenizer-1")
+    with pytest.raises(InputError, match="recipe.json is missing"):
+        module.model_of(tmp_path / "nowhere")
+
+
+def test_the_flows_settings_become_the_models(tiny_run):
+    flow = replace(TINY.flow, sampling_shift=3.0, sampling_steps=7, guidance=2.5, training_shift=1.5)
+    loaded = module.finished(
+        tiny_run.model, replace(TINY, flow=flow), tiny_run.path, PromptEncoder(build_tokenizer(), 64), "unified-3"
+    )
+    assert (loaded.sampling.shift, loaded.sampling.steps, loaded.sampling.guidance) == (3.0, 7, 2.5)
+
+
+def test_the_commit_is_the_source_trees_or_unknown(monkeypatch):
+    assert module._commit() == "unknown" or len(module._commit()) == 40
+
+    def no_git(*_, **__):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(module.subprocess, "run", no_git)
+    assert module._commit() == "unknown"
+
+
+def test_an_external_teacher_is_loaded_or_refused_before_the_run_begins(tmp_path):
+    outside = replace(TINY, alignment=AlignmentConfig(teacher="external", external=str(tmp_path / "nothing")))
+    with pytest.raises(InputError, match="alignment.external: expected the folder or Hub id of an image encoder"):
+        train(replace(outside, stages=outside.stages[:1]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_metrics_are_json_that_any_reader_takes(tiny_run):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    lines = (tiny_run.path / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert [row["stage"] for row in rows] == [stage.name for stage in TINY.stages for _ in range(stage.steps)]
+
+
+def test_a_run_goes_on_from_a_finished_model_and_its_manifest_says_so(tiny_run, tmp_path):
+    run, given = tmp_path / "run", tiny_run.path / "model"
+    seen = []
+    model = train(
+        TINY, run, stages=("unified-2", "unified-3"), init_from=given, report=lambda stage, step, *_: seen.append(stage)
+    )
+    assert model is not None and {*seen} == {"unified-2", "unified-3"}
+    start, end = load_model(given).model, load_model(run / "model").model
+    assert torch.equal(start.language.embed(torch.tensor([[7]])), end.language.embed(torch.tensor([[7]])))  # frozen
+    assert not torch.equal(start.connector.queries, end.connector.queries)
+    manifest = load_model(run / "model").manifest
+    assert [*manifest["stages"]] == ["unified-2", "unified-3"]
+    assert manifest["origin"] == load_model(given).manifest
+    train(TINY, run, stages=("unified-3",), init_from=tiny_run.path / "unified-2" / "done")
+    assert "origin" not in load_model(run / "model").manifest  # now it came from a stage
+
+
+def test_a_run_that_began_from_a_model_resumes_without_it(tiny_run, tmp_path):
+    def stop(*_):
+        signal.raise_signal(signal.SIGINT)
+
+    run, given = tmp_path / "run", tiny_run.path / "model"
+    stages = ("unified-2", "unified-3")
+    whole = train(TINY, tmp_path / "whole", stages=stages, init_from=given)
+    assert train(TINY, run, stages=stages, init_from=given, report=stop) is None
+    resumed = train(TINY, run, stages=stages, resume=True)
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_stage_that_needs_the_autoencoders_encoder_does_not_start_from_a_model(tiny_run, tmp_path):
+    with pytest.raises(InputError, match="autoencoder's encoder"):
+        train(TINY, tmp_path / "run", stages=("tokenizer-2",), init_from=tiny_run.path / "model")

@@ -1,0 +1,105 @@
+"""The doorman: only the page's own routes, small requests, files of the cache, no addresses."""
+
+import json
+
+import pytest
+
+pytest.importorskip("starlette", reason="the extra `ui` is not installed")
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Mount, Route
+from starlette.testclient import TestClient
+
+from spar.ui.middleware import MAX_REQUEST, MULTIPART, Doorman
+
+MAX_FILE = 1000
+
+
+async def echo(request: Request) -> PlainTextResponse:
+    return PlainTextResponse(await request.body())
+
+
+@pytest.fixture
+def cache(tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "secret.png").write_text("secret")
+    (tmp_path / "cache" / "own.png").write_text("own")
+    return tmp_path / "cache"
+
+
+@pytest.fixture(params=["", "/ui"])
+def client(cache, request):
+    """Behind the doorman something that answers every route; at the root, and mounted elsewhere."""
+    inner = Starlette(routes=[Route("/{path:path}", echo, methods=["GET", "POST"])])
+    app = Doorman(inner, cache, MAX_FILE)
+    outer = Starlette(routes=[Mount(request.param, app)]) if request.param else app
+    return TestClient(outer, base_url=f"http://testserver{request.param}")
+
+
+def join(client, data):
+    return client.post("gradio_api/queue/join", content=json.dumps(data).encode()).status_code
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["", "config", "theme.css", "assets/a.js", "gradio_api/queue/data?session_hash=a", "gradio_api/heartbeat/a1"],
+)
+def test_the_pages_own_routes_are_open_and_carry_the_policy(client, path):
+    answer = client.get(path)
+    assert answer.status_code == 200
+    assert "default-src 'self'" in answer.headers["content-security-policy"]
+    assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "gradio_api/proxy=http://169.254.169.254/", "gradio_api/file=http://169.254.169.254/", "docs", "openapi.json",
+        "gradio_api/file=/etc/passwd", "gradio_api/file=cache/own.png", "gradio_api/info", "gradio_api/call/generate",
+        "gradio_api/stream/1", "gradio_api/component_server", "gradio_api/deep_link", "monitoring", "queue/join",
+    ],
+)  # fmt: skip
+def test_all_else_is_shut(client, path):
+    assert client.get(path).status_code == 404
+
+
+def test_files_are_served_from_the_cache_alone(client, cache):
+    assert client.get(f"gradio_api/file={cache}/own.png").status_code == 200
+    assert client.get(f"gradio_api/file={cache.parent}/secret.png").status_code == 404
+    assert client.get(f"gradio_api/file={cache}/%2e%2e/secret.png").status_code == 404
+    (cache / "link.png").symlink_to(cache.parent / "secret.png")
+    assert client.get(f"gradio_api/file={cache}/link.png").status_code == 404
+
+
+def test_a_request_may_name_files_of_the_cache_and_no_others(client, cache):
+    meta = {"_type": "gradio.FileData"}
+    assert join(client, {"data": ["words", {"path": str(cache / "own.png"), "meta": meta}]}) == 200
+    others = ("http://example.org/a.png", "https://10.0.0.1/", "/etc/passwd", f"{cache}/../secret.png", "a", 3)
+    for path in others:
+        assert join(client, {"data": [[{"value": {"path": path, "meta": meta}}]]}) == 400, path
+    assert client.post("gradio_api/queue/join", content=b"not json").status_code == 400
+    assert client.post("gradio_api/queue/join", content=b"[" * 100_000).status_code == 400
+    assert client.post("gradio_api/run/predict", content=b'{"path": "http://a"}').status_code == 400
+
+
+def test_the_body_that_was_looked_at_arrives_whole(client):
+    body = json.dumps({"data": ["é" * 1000]}).encode()
+    assert client.post("gradio_api/queue/join", content=body).content == body
+
+
+def test_requests_are_small_but_for_uploads_of_one_picture(client):
+    post = client.post
+    assert post("gradio_api/cancel", content=b"x" * MAX_REQUEST).status_code == 200
+    assert post("gradio_api/cancel", content=b"x" * (MAX_REQUEST + 1)).status_code == 413
+    assert post("gradio_api/upload", content=b"x" * (MAX_FILE + MULTIPART)).status_code == 200
+    assert post("gradio_api/upload", content=b"x" * (MAX_FILE + MULTIPART + 1)).status_code == 413
+    assert post("gradio_api/upload", content=iter([b"x"])).status_code == 411
+
+
+def test_a_page_from_elsewhere_cannot_post(client):
+    own, other = {"origin": "http://testserver"}, {"origin": "http://evil.example"}
+    assert client.post("gradio_api/cancel", content=b"{}", headers=own).status_code == 200
+    assert client.post("gradio_api/cancel", content=b"{}", headers=other).status_code == 403
+    assert client.post("gradio_api/cancel", content=b"{}", headers={"origin": "null"}).status_code == 403
