@@ -1,6 +1,6 @@
 """Explicit attention against torch's fused kernel, forward and backward, at the lengths of the shapes recipe.
 
-The claim behind `spar.models.attention.attend`. The last line is JSON; ratios above 1 favour the explicit form.
+The claim behind `spar.models.attention.attention`. The last line is JSON; ratios above 1 favour the explicit form.
 """
 
 import argparse
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spar.models.attention import attend
-from spar.training.trainer import machine
+from spar.models.attention import attention
+from spar.training.trainer import hardware_info
 
 SHAPES = {  # heads, queries, keys, width of a head; batch 32
     "denoiser, cross": (7, 256, 44, 32),
@@ -43,10 +43,12 @@ def main() -> None:
     torch.manual_seed(0)
     rows = {}
     for name, shape in SHAPES.items():
-        explicit, fused = seconds(attend, shape, repeats), seconds(F.scaled_dot_product_attention, shape, repeats)
+        explicit, fused = seconds(attention, shape, repeats), seconds(F.scaled_dot_product_attention, shape, repeats)
         rows[name] = {"explicit_ms": explicit * 1e3, "fused_ms": fused * 1e3, "ratio": fused / explicit}
         print(f"{name}: explicit {explicit * 1e3:.1f} ms, fused {fused * 1e3:.1f} ms")
-    print(json.dumps({"benchmark": "attention", "torch": torch.__version__, "machine": machine(), "results": rows}))
+    print(
+        json.dumps({"benchmark": "attention", "torch": torch.__version__, "machine": hardware_info(), "results": rows})
+    )
 
 
 if __name__ == "__main__":

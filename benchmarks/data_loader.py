@@ -24,8 +24,8 @@ from PIL import Image
 from spar.checkpoints.spar_format import versions
 from spar.data.loader import Loader
 from spar.data.mixture import Mixture
-from spar.data.sources import Source, open_source
-from spar.training.trainer import machine
+from spar.data.sources import DataSource, open_source
+from spar.training.trainer import hardware_info
 
 SIDE = 448
 SIZES = ((1024, 1024), (1024, 768), (640, 480), (512, 512))
@@ -47,7 +47,7 @@ def write_shards(folder: Path, count: int) -> None:
                     out.addfile(info, io.BytesIO(data))
 
 
-def bare(source: Source, numbers: range) -> int:
+def bare(source: DataSource, numbers: range) -> int:
     """Decode, cut to the square and resize: what any pipeline has to do."""
     for number in numbers:
         with Image.open(io.BytesIO(source.read(number).image)) as image:
@@ -65,7 +65,7 @@ def cpu_seconds() -> float:
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
-def run_bare(source: Source, images: int, workers: int) -> tuple[float, float]:
+def run_bare(source: DataSource, images: int, workers: int) -> tuple[float, float]:
     """(images a second, CPU seconds an image) of processes that share the samples evenly; their start is not timed."""
     parts = [(source, range(first, images, 4 * workers)) for first in range(4 * workers)]
     before = cpu_seconds()
@@ -79,7 +79,7 @@ def run_bare(source: Source, images: int, workers: int) -> tuple[float, float]:
     return rate, (cpu_seconds() - before) / (done + warm)
 
 
-def run_loader(source: Source, images: int, workers: int, batch: int) -> tuple[float, float]:
+def run_loader(source: DataSource, images: int, workers: int, batch: int) -> tuple[float, float]:
     """The same of the loader, timed from the first batch on."""
     mixture = Mixture([source], [1], batch=batch, buckets=((SIDE, SIDE),))
     before = cpu_seconds()
@@ -116,7 +116,7 @@ def main() -> None:
         "cpu_ratio": loop_cpu / loader_cpu, "load_average": os.getloadavg()[0], "workers": args.workers,
         "batch": args.batch, "images": args.images, "side": SIDE,
     }  # fmt: skip
-    print(json.dumps({**result, "machine": machine(), "versions": versions()}))
+    print(json.dumps({**result, "machine": hardware_info(), "versions": versions()}))
 
 
 if __name__ == "__main__":

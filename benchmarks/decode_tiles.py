@@ -19,7 +19,7 @@ from spar.inference.pipeline import SparPipeline
 from spar.models.autoencoder import PixelDecoder, build_autoencoder
 from spar.models.tiling import decode_in_tiles
 from spar.recipes import recipe
-from spar.training.trainer import machine
+from spar.training.trainer import hardware_info
 
 
 def held(field: str) -> float:
@@ -72,7 +72,7 @@ def main() -> None:
         "memory_ratio": rows["tiles"]["gib"] / rows["whole"]["gib"],
         "time_ratio": rows["tiles"]["seconds"] / rows["whole"]["seconds"],
     }  # fmt: skip
-    print(json.dumps({**result, "machine": machine(), "versions": versions()}))
+    print(json.dumps({**result, "machine": hardware_info(), "versions": versions()}))
 
 
 if __name__ == "__main__":

@@ -21,43 +21,43 @@ import numpy as np
 import torch
 from PIL import Image
 
-from spar.checkpoints.spar_format import Loaded, Sampling, load_text_tokenizer, read_sizes, versions
+from spar.checkpoints.spar_format import ModelBundle, SamplingConfig, load_text_tokenizer, read_config, versions
 from spar.inference.pipeline import BUNDLED, SparPipeline
 from spar.models.spar import SparModel
 from spar.processing.prompts import IMAGE_TOKEN
 from spar.recipes import recipe
-from spar.training.trainer import machine
+from spar.training.trainer import hardware_info
 
 PROMPTS = ["a red circle on a beige background", "a blue star and a green ring", "three yellow squares"]
 WAYS = {
     "float32": {},
-    "compute": {"weights": "compute"},
+    "dtype": {"weights": "dtype"},
     "int8": {"weights": "int8"},
-    "compute, offloaded": {"weights": "compute", "offload": True},
+    "dtype, offloaded": {"weights": "dtype", "offload": True},
     "int8, offloaded": {"weights": "int8", "offload": True},
-    "compute, offloaded, tiles": {"weights": "compute", "offload": True, "decode_tile": 8},
-    "compute, compiled": {"weights": "compute", "compile": True},
+    "dtype, offloaded, tiles": {"weights": "dtype", "offload": True, "decode_tile": 8},
+    "dtype, compiled": {"weights": "dtype", "compile": True},
 }
 
 
-def full_size(name: str, device: torch.device) -> Loaded:
+def full_size(name: str, device: torch.device) -> ModelBundle:
     """A recipe's model with random weights, on the CPU, and the bundled model's words."""
     torch.manual_seed(0)
-    config, text = recipe(name).model, load_text_tokenizer(BUNDLED / "text_tokenizer", read_sizes(BUNDLED).text)
+    config, text = recipe(name).model, load_text_tokenizer(BUNDLED / "text_tokenizer", read_config(BUNDLED).text)
     ids = {
         "image_token_id": text.convert_tokens_to_ids(IMAGE_TOKEN), "eos_token_id": text.eos_token_id,
         "pad_token_id": text.pad_token_id,
     }  # fmt: skip
     with device:
         model = SparModel(replace(config, text=replace(config.text, **ids)))
-    return Loaded(model.cpu().eval().requires_grad_(False), text, Sampling())
+    return ModelBundle(model.cpu().eval().requires_grad_(False), text, SamplingConfig())
 
 
 def shown(pipe: SparPipeline, prompts: list[str], steps: int | None) -> np.ndarray:
     return np.stack([np.asarray(i, float) for i in pipe.generate(prompts, seed=0, num_inference_steps=steps).images])
 
 
-def measure(loaded: Loaded, ways: dict, device: torch.device, steps: int) -> dict:
+def measure(loaded: ModelBundle, ways: dict, device: torch.device, steps: int) -> dict:
     cuda = device.type == "cuda"
     if cuda:
         gc.collect()
@@ -102,8 +102,8 @@ def main() -> None:
         print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in found.items()), flush=True)
     print(json.dumps({
         "benchmark": "inference_memory", "recipe": args.recipe, "device": args.device, "dtype": "bfloat16",
-        "steps": args.steps, "guidance": Sampling().guidance, "side": loaded.model.config.image_size, "seed": 0,
-        "results": rows, "machine": machine(), "versions": versions(),
+        "steps": args.steps, "guidance": SamplingConfig().guidance, "side": loaded.model.config.image_size, "seed": 0,
+        "results": rows, "machine": hardware_info(), "versions": versions(),
     }))  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 from spar.checkpoints.spar_format import versions
-from spar.training.trainer import machine
+from spar.training.trainer import hardware_info
 
 PROMPTS = (
     "a blue star",
@@ -137,7 +137,7 @@ def main() -> None:
         "memory_mib": {"settled": settled, "last": last, "most": max(samples)}, "memory_growth": last / settled - 1,
         "exit_status": server.returncode,
     }  # fmt: skip
-    print(json.dumps({**result, "machine": machine(), "versions": versions()}))
+    print(json.dumps({**result, "machine": hardware_info(), "versions": versions()}))
 
 
 if __name__ == "__main__":

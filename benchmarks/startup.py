@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from spar.checkpoints.spar_format import versions
-from spar.training.trainer import machine
+from spar.training.trainer import hardware_info
 
 PROMPT = "a large red circle to the left of a small blue star"
 
@@ -35,7 +35,7 @@ def main() -> None:
         bare = [seconds([sys.executable, "-c", "import torch"]) for _ in range(repeats)]
     print(f"generate {min(whole):.2f} s, import torch {min(bare):.2f} s")
     result = {"benchmark": "startup", "generate_s": whole, "import_torch_s": bare, "ratio": min(whole) / min(bare)}
-    print(json.dumps({**result, "machine": machine(), "versions": versions()}))
+    print(json.dumps({**result, "machine": hardware_info(), "versions": versions()}))
 
 
 if __name__ == "__main__":

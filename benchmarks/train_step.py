@@ -5,7 +5,7 @@ operations are those that `spar plan` counts, with what is recomputed counted on
 bfloat16 matrix product reaches in the same run. The last line is JSON.
 
     python benchmarks/train_step.py --recipe spar-1b --batch 1            # a CPU, about 20 GB
-    python benchmarks/train_step.py --recipe spar-1b --batch 64 --device cuda --recompute
+    python benchmarks/train_step.py --recipe spar-1b --batch 64 --device cuda --activation-checkpointing
 """
 
 import argparse
@@ -19,17 +19,17 @@ import torch
 from torch import nn
 
 from spar.checkpoints.spar_format import versions
-from spar.processing.prompts import Tokens
+from spar.processing.prompts import TokenBatch
 from spar.recipes import recipe
 from spar.training.config import freeze
-from spar.training.distributed import Ranks, Scale, distribute
-from spar.training.estimate import GPUS, Machine, budget
+from spar.training.distributed import DistributedContext, ParallelismConfig, wrap_modules
+from spar.training.estimate import GPUS, HardwareConfig, estimate
 from spar.training.loop import train_step
-from spar.training.modules import Workshop
+from spar.training.modules import TrainingModules
 from spar.training.optimizer import build_optimizers
-from spar.training.shapes_data import Dealt
-from spar.training.steps import Context
-from spar.training.trainer import machine
+from spar.training.shapes_data import StepBatch
+from spar.training.steps import StepContext
+from spar.training.trainer import hardware_info
 
 STAGES = ("tokenizer-3", "unified-2")
 WORDS = 64
@@ -55,9 +55,9 @@ class Noise:
     def features(self, name: str, indices: np.ndarray) -> None:
         """Nothing is kept."""
 
-    def deal(self, stage, step: int, rows: slice) -> Dealt:
+    def deal(self, stage, step: int, rows: slice) -> StepBatch:
         indices = np.arange(stage.batch)[rows]
-        return Dealt(indices, False, ("",) * len(indices))
+        return StepBatch(indices, False, ("",) * len(indices))
 
     def pixels(self, indices: np.ndarray, *, edited: bool = False) -> torch.Tensor:
         return torch.rand(len(indices), 3, self.side, self.side, device=self.device)  # a loader that keeps up
@@ -69,9 +69,9 @@ class Prompts:
     def __init__(self, vocabulary: int) -> None:
         self.vocabulary = vocabulary
 
-    def generation(self, words: list[str | None]) -> Tokens:
+    def generation(self, words: list[str | None]) -> TokenBatch:
         ids = torch.randint(10, min(1000, self.vocabulary), (len(words), WORDS))
-        return Tokens(ids, torch.ones_like(ids))
+        return TokenBatch(ids, torch.ones_like(ids))
 
 
 def matmul_peak(device: torch.device) -> float:
@@ -98,20 +98,27 @@ def measure(name: str, stage_name: str, args: argparse.Namespace, peak: float) -
     if stage.losses.perceptual:  # its networks need downloads
         stage = replace(stage, losses=replace(stage.losses, perceptual=0.0))
     chosen = replace(base, stages=tuple(stage if s.name == stage_name else s for s in base.stages))
-    (planned,) = budget(chosen, Machine(gpus=1, sharded=False, recompute=args.recompute), (stage_name,))
-    (plain,) = budget(chosen, Machine(gpus=1, sharded=False), (stage_name,))
+    (planned,) = estimate(
+        chosen,
+        HardwareConfig(gpus=1, sharded=False, activation_checkpointing=args.activation_checkpointing),
+        (stage_name,),
+    )
+    (plain,) = estimate(chosen, HardwareConfig(gpus=1, sharded=False), (stage_name,))
     torch.manual_seed(0)
     with device:
-        workshop = Workshop(chosen)
+        modules = TrainingModules(chosen)
     for part in UNUSED[stage_name]:  # so that a step fits into the memory of a small machine
         parent, _, name = part.rpartition(".")
-        setattr(workshop.get_submodule(parent), name, nn.Identity())
-    workshop = workshop.to(device).train()
-    freeze(workshop, stage)
-    ranks = Ranks(device=device, scale=Scale(recompute=args.recompute, compile=args.compile))
-    material = Noise(stage.image_size or chosen.model.image_size, chosen.model.text.vocab_size, device)
-    ctx = Context(workshop, material, chosen, stage, device, ranks=ranks)
-    frame, optimizers = distribute(workshop, ranks), build_optimizers(workshop, stage)
+        setattr(modules.get_submodule(parent), name, nn.Identity())
+    modules = modules.to(device).train()
+    freeze(modules, stage)
+    parallel = DistributedContext(
+        device=device,
+        config=ParallelismConfig(activation_checkpointing=args.activation_checkpointing, compile=args.compile),
+    )
+    training_data = Noise(stage.image_size or chosen.model.image_size, chosen.model.text.vocab_size, device)
+    ctx = StepContext(modules, training_data, chosen, stage, device, parallel=parallel)
+    frame, optimizers = wrap_modules(modules, parallel), build_optimizers(modules, stage)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     times = []
@@ -149,7 +156,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--gpu", choices=sorted(GPUS), help="whose peak MFU is a share of; by default the measured one")
-    parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--activation-checkpointing", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--profile", type=int, default=0, help="print so many of the costliest operations")
     args = parser.parse_args()
@@ -158,8 +165,8 @@ def main() -> None:
     rows = [measure(args.recipe, stage, args, peak) for stage in args.stage or STAGES]
     print(json.dumps({
         "benchmark": "train_step", "recipe": args.recipe, "device": args.device,
-        "recompute": args.recompute, "compile": args.compile, "peak_tflops": peak / 1e12,
-        "measured_matmul_tflops": measured / 1e12, "results": rows, "machine": machine(), "versions": versions(),
+        "activation_checkpointing": args.activation_checkpointing, "compile": args.compile, "peak_tflops": peak / 1e12,
+        "measured_matmul_tflops": measured / 1e12, "results": rows, "machine": hardware_info(), "versions": versions(),
     }))  # fmt: skip
 
 

@@ -9,4 +9,4 @@ recipe=$1 stage=$2
 shift 2
 torchrun --nnodes "${NODES:-1}" --node-rank "${NODE:-0}" --nproc-per-node "${GPUS:-8}" \
     --rdzv-backend c10d --rdzv-endpoint "${HEAD:-localhost:29500}" --rdzv-id spar -m -- \
-    spar train "$recipe" --stage "$stage" --device "${DEVICE:-cuda}" --scale.strategy "${STRATEGY:-fsdp}" --run "$RUN" "$@"
+    spar train "$recipe" --stage "$stage" --device "${DEVICE:-cuda}" --parallelism.strategy "${STRATEGY:-fsdp}" --run "$RUN" "$@"

@@ -54,24 +54,24 @@ def start(tiny_run: TinyRun) -> Callable[..., Any]:
 
     from spar.processing.prompts import PromptEncoder
     from spar.training.config import freeze
-    from spar.training.loop import previous_weights
-    from spar.training.shapes_data import ShapesMaterial
-    from spar.training.steps import Context
-    from spar.training.trainer import build_workshop, prepare
+    from spar.training.loop import load_previous_weights
+    from spar.training.shapes_data import ShapesTrainingData
+    from spar.training.steps import StepContext
+    from spar.training.trainer import build_modules, prepare
     from spar.worlds.shapes.tokenizer import build_tokenizer
 
     cpu, tiny = torch.device("cpu"), tiny_run.recipe
     prompts = PromptEncoder(build_tokenizer(), tiny.model.grid**2)
-    fresh = build_workshop(tiny, cpu, prompts)
-    material = ShapesMaterial(tiny.data, prompts, tiny.seed, tiny_run.path / "cache")
+    fresh = build_modules(tiny, cpu, prompts)
+    training_data = ShapesTrainingData(tiny.data, prompts, tiny.seed, tiny_run.path / "cache")
 
-    def build(name: str, recipe: Any = tiny, teacher: Any = None, **changes: Any) -> Context:
+    def build(name: str, recipe: Any = tiny, teacher: Any = None, **changes: Any) -> StepContext:
         stage = replace(recipe.stage(name), **changes)
-        workshop = copy.deepcopy(fresh)
-        previous_weights(workshop, tiny_run.path, stage, recipe.stages)
-        ctx = Context(workshop.train(), material, recipe, stage, cpu, external_teacher=teacher)
+        modules = copy.deepcopy(fresh)
+        load_previous_weights(modules, tiny_run.path, stage, recipe.stages)
+        ctx = StepContext(modules.train(), training_data, recipe, stage, cpu, external_teacher=teacher)
         prepare(ctx)
-        freeze(workshop, stage)
+        freeze(modules, stage)
         return ctx
 
     return build
@@ -85,7 +85,7 @@ def config() -> Any:
     return replace(
         TINY_MODEL,
         vision=replace(TINY_MODEL.vision, image_size=32, layers=2),
-        denoiser=replace(TINY_MODEL.denoiser, layers=3, tap_block=2),
+        denoiser=replace(TINY_MODEL.denoiser, layers=3, align_depth=2),
     )
 
 

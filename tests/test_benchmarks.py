@@ -22,16 +22,16 @@ def last_line(script: str, *arguments: str) -> dict:
 
 
 def test_a_training_step_of_both_stages():
-    found = last_line("train_step.py", *TINY, "--batch", "2", "--steps", "1", "--recompute")
+    found = last_line("train_step.py", *TINY, "--batch", "2", "--steps", "1", "--activation-checkpointing")
     assert [row["stage"] for row in found["results"]] == ["tokenizer-3", "unified-2"]
     for row in found["results"]:
         assert row["images_per_second"] == pytest.approx(2 / row["seconds"]) and 0 < row["mfu"] < 1
 
 
 def test_a_picture_from_weights_held_in_two_ways():
-    found = last_line("inference_memory.py", *TINY, "--steps", "2", "--way", "float32", "--way", "compute")
-    assert list(found["results"]) == ["float32", "compute"]
-    assert found["results"]["compute"]["change_of_255"] == 0
+    found = last_line("inference_memory.py", *TINY, "--steps", "2", "--way", "float32", "--way", "dtype")
+    assert list(found["results"]) == ["float32", "dtype"]
+    assert found["results"]["dtype"]["change_of_255"] == 0
 
 
 def test_a_server_under_load():

@@ -91,5 +91,5 @@ def test_a_launch_on_several_machines_works_with_one(tiny_run, tmp_path):
         GPUS="2", DEVICE="cpu", RUN=str(tmp_path / "run"), HEAD="localhost:0",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    parts = sorted(path.name for path in (tmp_path / "run" / "unified-2" / "done").glob("workshop*"))
-    assert parts == ["workshop-00000-of-00002.safetensors", "workshop-00001-of-00002.safetensors"]
+    parts = sorted(path.name for path in (tmp_path / "run" / "unified-2" / "done").glob("modules*"))
+    assert parts == ["modules-00000-of-00002.safetensors", "modules-00001-of-00002.safetensors"]

@@ -95,7 +95,7 @@ class SparLoad:
                 "folder": ("STRING", {"default": "", "tooltip": "SPAR folder; empty: the bundled model"}),
                 "device": (["auto", "cpu", "cuda", "mps"],),
                 "dtype": (["auto", "float32", "bfloat16", "float16"],),
-                "weights": (["compute", "float32", "int8"], {"tooltip": "compute: half the memory, the same pictures"}),
+                "weights": (["dtype", "float32", "int8"], {"tooltip": "dtype: half the memory, the same pictures"}),
             }
         }
 

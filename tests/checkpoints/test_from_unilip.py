@@ -15,18 +15,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Qwen2Model
 
-from spar.checkpoints.formats.torch_pickle import PickledTensors
-from spar.checkpoints.from_published import SOURCES, Assembled
+from spar.checkpoints.formats.torch_pickle import TorchPickleReader
+from spar.checkpoints.from_published import SOURCES, BuiltModel
 from spar.checkpoints.from_unilip import PICKED, convert_unilip
-from spar.checkpoints.spar_format import Sampling, load_model, save_model
+from spar.checkpoints.spar_format import SamplingConfig, load_model, save_model
 from spar.cli.main import main
 from spar.common.errors import InputError
 from spar.inference.pipeline import SparPipeline
 from spar.models.config import RouterConfig, SparConfig, TextConfig
-from spar.models.router import common_scale
+from spar.models.router import normalize_hidden_states
 from spar.recipes import recipe
-from spar.training.loop import initial_weights
-from spar.training.modules import Workshop
+from spar.training.loop import load_initial_weights
+from spar.training.modules import TrainingModules
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
@@ -37,7 +37,7 @@ CONFIG = SparConfig(
     streams=replace(PAPER.streams, pixel_layers=1, pixel_heads=2),
     router=RouterConfig(count=4),
     connector=replace(PAPER.connector, queries=3, layers=2),
-    denoiser=replace(PAPER.denoiser, layers=2, tap_block=2),
+    denoiser=replace(PAPER.denoiser, layers=2, align_depth=2),
 )
 
 
@@ -196,23 +196,23 @@ def write_published(foreign, root: Path, original: Original | None = None) -> No
     torch.save(tokenizer_tensors(original, foreign), root / "tokenizer.pth")
 
 
-def convert(root: Path, what: str = "model", **keywords) -> Assembled:
+def convert(root: Path, what: str = "model", **keywords) -> BuiltModel:
     sources = {name: None if what == "model" else str(root / name) for name in SOURCES}
-    return convert_unilip(str(root / what), CONFIG, Sampling(shift=3.0), sources, **keywords)
+    return convert_unilip(str(root / what), CONFIG, SamplingConfig(shift=3.0), sources, **keywords)
 
 
 @pytest.fixture(scope="module", params=["last", "dtr"])
-def converted(request, published) -> Assembled:
+def converted(request, published) -> BuiltModel:
     return convert(published, router=request.param)
 
 
 @pytest.fixture(scope="module")
-def exact(published) -> Assembled:
+def exact(published) -> BuiltModel:
     return convert(published, router="last")
 
 
-def is_exact(converted: Assembled) -> bool:
-    return converted.loaded.model.config.router.kind == "last"
+def is_exact(converted: BuiltModel) -> bool:
+    return converted.bundle.model.config.router.kind == "last"
 
 
 def near(own: Tensor, wanted: Tensor, *, exact: bool) -> None:
@@ -230,7 +230,7 @@ REFERENCE = torch.tensor([[0, 0, 3, *[IMAGE] * 16, 4, 50, 3], [1, 40, 3, *[IMAGE
 
 @pytest.mark.parametrize("size", [(112, 112), (56, 140)])
 def test_a_picture_has_the_same_latent_and_the_latent_the_same_picture(converted, original, size):
-    tokenizer, pixels = converted.loaded.model.tokenizer, picture(*size)
+    tokenizer, pixels = converted.bundle.model.tokenizer, picture(*size)
     latents = tokenizer.encode(pixels)
     assert torch.equal(latents.z_f, latents.z_s.transpose(1, 2).unflatten(2, latents.z_f.shape[-2:]))
     assert latents.z_p.std() > 0  # the pixel stream is there, and not yet heard
@@ -241,7 +241,7 @@ def test_a_picture_has_the_same_latent_and_the_latent_the_same_picture(converted
 
 @pytest.mark.parametrize("edit", [False, True], ids=["generate", "edit"])
 def test_a_prompt_gives_the_same_condition_and_velocity(converted, original, edit):
-    model, ids = converted.loaded.model, REFERENCE if edit else PROMPTS
+    model, ids = converted.bundle.model, REFERENCE if edit else PROMPTS
     mask, pixels = (ids != 0).long(), picture(count=2) if edit else None
     own = model.condition(ids, mask, model.tokenizer.encoder(pixels) if edit else None)
     wanted = original.condition(ids, mask, pixels)
@@ -253,14 +253,14 @@ def test_a_prompt_gives_the_same_condition_and_velocity(converted, original, edi
 
 
 def test_the_last_layer_router_hands_on_the_very_state(exact):
-    model = exact.loaded.model
+    model = exact.bundle.model
     states = [draw(2, 5, 32, seed=seed) * 10.0**seed for seed in range(4)]
-    routed = model.router(common_scale(states, model.config.router.scale))
+    routed = model.router(normalize_hidden_states(states, model.config.router.scale))
     assert torch.equal(routed.states, states[-1])
 
 
 def test_a_dtr_that_picks_the_last_layer_can_still_learn(published):
-    model = convert(published).loaded.model
+    model = convert(published).bundle.model
     assert model.config.router == RouterConfig(kind="dtr", count=4, scale="last", norm=False)
     model.router.requires_grad_(True)
     condition = model.condition(PROMPTS, (PROMPTS != 0).long())
@@ -272,7 +272,7 @@ def test_a_dtr_that_picks_the_last_layer_can_still_learn(published):
 
 def test_it_answers_as_it_did(exact, original):
     """Understanding: the LLM with UniLIP's encoder, against the library's own generation."""
-    model, pixels = exact.loaded.model, picture()
+    model, pixels = exact.bundle.model, picture()
     ids = torch.tensor([[3, *[IMAGE] * 16, 4, 50, 60]])
     wanted = original.mllm.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=(pixels - MEAN) / STD, do_sample=False,
@@ -287,23 +287,23 @@ def test_it_answers_as_it_did(exact, original):
 
 
 def test_the_forms_are_unilips_and_the_prompt_is_too(exact):
-    config = exact.loaded.model.config
+    config = exact.bundle.model.config
     assert (config.connector.queries, config.connector.layers) == (QUERIES, CONNECTOR_LAYERS)
     assert config.connector.image_start and config.connector.reference_scale == "raw"
     assert (config.streams.fusion, config.streams.residual_blocks) == ("residual", 3)
     assert config.streams.block_norm_eps == 1e-6
     assert not config.denoiser.reference_latent and config.denoiser.position_gain == 0
-    assert float(exact.loaded.model.tokenizer.latent_scale) == pytest.approx(FACTOR)
-    assert exact.loaded.sampling.shift == 3.0
+    assert float(exact.bundle.model.tokenizer.latent_scale) == pytest.approx(FACTOR)
+    assert exact.bundle.sampling.shift == 3.0
 
 
 def test_the_manifest_tells_what_came_from_where(exact):
-    parts = exact.loaded.manifest["parts"]
+    parts = exact.bundle.manifest["parts"]
     assert parts["connector"] == parts["language"] == parts["denoiser.network"] == "unilip"
     assert parts["tokenizer.pixel_stream"] == "random weights of seed 0"
     assert parts["tokenizer.fusion"].startswith("passes the semantic stream on")
     assert parts["router"] == "passes the last layer on (last)" and parts["pixel_encoder"] == "autoencoder"
-    assert set(exact.loaded.manifest["sources"]) == {"unilip", "autoencoder"}
+    assert set(exact.bundle.manifest["sources"]) == {"unilip", "autoencoder"}
 
 
 def test_the_names_of_older_transformers_give_the_same_model(foreign, exact, original, published, tmp_path):
@@ -311,8 +311,8 @@ def test_the_names_of_older_transformers_give_the_same_model(foreign, exact, ori
     (tmp_path / "model").mkdir()
     save_file(tensors, tmp_path / "model" / "model.safetensors")
     (tmp_path / "model" / "config.json").write_bytes((published / "model" / "config.json").read_bytes())
-    other = convert(tmp_path, router="last").loaded.model.state_dict()
-    assert all(torch.equal(value, other[key]) for key, value in exact.loaded.model.state_dict().items())
+    other = convert(tmp_path, router="last").bundle.model.state_dict()
+    assert all(torch.equal(value, other[key]) for key, value in exact.bundle.model.state_dict().items())
 
 
 @pytest.mark.parametrize("form", ["pth", "safetensors", "nested"])
@@ -325,28 +325,28 @@ def test_a_tokenizer_alone_gives_the_same_pictures(foreign, original, published,
     else:
         torch.save({"state_dict": tensors} if form == "nested" else tensors, path)
     sources = {name: str(published / name) for name in SOURCES}
-    made = convert_unilip(str(path), CONFIG, Sampling(), sources, factor=FACTOR)
-    tokenizer, pixels = made.loaded.model.tokenizer, picture()
+    made = convert_unilip(str(path), CONFIG, SamplingConfig(), sources, factor=FACTOR)
+    tokenizer, pixels = made.bundle.model.tokenizer, picture()
     near(tokenizer.normalize(tokenizer.encode(pixels).z_f), original.encode(pixels), exact=True)
-    parts = made.loaded.manifest["parts"]
+    parts = made.bundle.manifest["parts"]
     assert (parts["tokenizer.encoder"], parts["language"], parts["denoiser.network"]) == ("unilip", "mllm", "dit")
     assert "copies of the LLM's last" in parts["connector"]
-    assert set(made.loaded.manifest["sources"]["unilip"]["sha256"]) == {path.name}
+    assert set(made.bundle.manifest["sources"]["unilip"]["sha256"]) == {path.name}
 
 
 def test_a_head_of_its_training_is_dropped_as_its_own_loader_does(foreign, original, published, tmp_path):
     tensors = tokenizer_tensors(original, foreign) | {"regressor.0.weight": torch.ones(2, 2)}
     torch.save(tensors, tmp_path / "t.pth")
     assert convert_unilip(
-        str(tmp_path / "t.pth"), CONFIG, Sampling(), {n: str(published / n) for n in SOURCES}, factor=1.0
+        str(tmp_path / "t.pth"), CONFIG, SamplingConfig(), {n: str(published / n) for n in SOURCES}, factor=1.0
     )
 
 
 def test_a_round_trip_through_a_folder_keeps_every_weight(converted, tmp_path):
-    save_model(converted.loaded, tmp_path / "folder")
+    save_model(converted.bundle, tmp_path / "folder")
     again = load_model(tmp_path / "folder")
-    assert again.model.config == converted.loaded.model.config
-    own = converted.loaded.model.state_dict()
+    assert again.model.config == converted.bundle.model.config
+    own = converted.bundle.model.state_dict()
     assert all(torch.equal(value, own[key]) for key, value in again.model.state_dict().items())
 
 
@@ -354,7 +354,7 @@ def test_the_verb_converts_a_model_that_names_its_parts(published, tmp_path, cap
     """What the checkpoint does not say is the recipe's; the folder draws, at any size."""
     line = ["convert", "unilip", str(published / "model"), "-o", str(tmp_path / "out")]
     assert main(line) == 2
-    assert "tap_block: expected 1 to 3, got 6" in capsys.readouterr().err  # this DiT has three blocks
+    assert "align_depth: expected 1 to 3, got 6" in capsys.readouterr().err  # this DiT has three blocks
     assert not (tmp_path / "out").exists()
     assert main([*line, "--recipe", "tiny"]) == 0
     assert "router: passes the last layer on (dtr)" in capsys.readouterr().out
@@ -365,15 +365,15 @@ def test_the_verb_converts_a_model_that_names_its_parts(published, tmp_path, cap
 
 
 def test_training_from_there_says_where_the_recipe_differs(exact, tmp_path, caplog):
-    save_model(exact.loaded, tmp_path / "folder")
+    save_model(exact.bundle, tmp_path / "folder")
     base = recipe("spar-1b")
-    own = exact.loaded.model.config
+    own = exact.bundle.model.config
     same = replace(base, model=own, alignment=replace(base.alignment, hidden=8))
-    workshop = Workshop(same)
-    initial_weights(workshop, tmp_path / "folder", same.stages[0], same.stages)
+    modules = TrainingModules(same)
+    load_initial_weights(modules, tmp_path / "folder", same.stages[0], same.stages)
     assert not caplog.records
     other = replace(same, model=replace(own, streams=replace(own.streams, fusion="mlp")))
-    initial_weights(Workshop(other), tmp_path / "folder", other.stages[0], other.stages)
+    load_initial_weights(TrainingModules(other), tmp_path / "folder", other.stages[0], other.stages)
     assert "was made with model.streams.fusion 'residual'; this recipe has 'mlp'" in caplog.text
 
 
@@ -398,7 +398,7 @@ def test_a_pickled_file_with_more_than_tensors_is_refused_and_nothing_runs(tmp_p
     else:
         torch.save(held[kind], path)
     with pytest.raises(InputError, match="more than plain tensors, or is damaged|expected a dictionary of tensors"):
-        PickledTensors(path)
+        TorchPickleReader(path)
     assert not (tmp_path / "pwned").exists()
 
 
@@ -407,26 +407,26 @@ def test_a_pickled_file_is_capped_packed_and_unpacked(tmp_path):
 
     torch.save({"a": torch.zeros(100_000)}, tmp_path / "a.pth")
     with pytest.raises(InputError, match="expected at most 1000 bytes, got 4"):
-        PickledTensors(tmp_path / "a.pth", max_bytes=1000)
+        TorchPickleReader(tmp_path / "a.pth", max_bytes=1000)
     with zipfile.ZipFile(tmp_path / "a.pth") as plain, zipfile.ZipFile(tmp_path / "bomb.pth", "w", 8) as bomb:
         for item in plain.infolist():
             bomb.writestr(item.filename, plain.read(item), compress_type=zipfile.ZIP_DEFLATED)
     assert (tmp_path / "bomb.pth").stat().st_size < 10_000
     with pytest.raises(InputError, match="expected at most 10000 bytes, got 4"):
-        PickledTensors(tmp_path / "bomb.pth", max_bytes=10_000)
+        TorchPickleReader(tmp_path / "bomb.pth", max_bytes=10_000)
 
 
 def test_a_foreign_file_is_named_for_what_it_lacks(published, tmp_path):
     save_file({"weight": torch.ones(1)}, tmp_path / "a.safetensors")
     with pytest.raises(InputError, match="expected a checkpoint of UniLIP, with down_blocks .*, got weight"):
-        convert_unilip(str(tmp_path / "a.safetensors"), CONFIG, Sampling(), dict.fromkeys(SOURCES))
+        convert_unilip(str(tmp_path / "a.safetensors"), CONFIG, SamplingConfig(), dict.fromkeys(SOURCES))
 
 
 def test_a_tokenizer_without_its_factor_or_its_parts_is_refused(published):
     with pytest.raises(InputError, match=r"factor: expected the scale of UniLIP's latent, above 0 .*, got 0.0"):
         convert(published, "tokenizer.pth")
     with pytest.raises(InputError, match="expected a folder or Hub id for mllm, autoencoder, dit, got none"):
-        convert_unilip(str(published / "tokenizer.pth"), CONFIG, Sampling(), dict.fromkeys(SOURCES), factor=1.0)
+        convert_unilip(str(published / "tokenizer.pth"), CONFIG, SamplingConfig(), dict.fromkeys(SOURCES), factor=1.0)
 
 
 def test_what_does_not_fit_is_in_one_report(foreign, original, published, tmp_path):

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from spar.checkpoints.hub import BELONGS, model_folder, push, shipment
+from spar.checkpoints.hub import ALLOWED_FILES, model_folder, plan_upload, push
 from spar.checkpoints.spar_format import load_model, save_tokenizer
 from spar.cli.main import main
 from spar.common.errors import InputError
-from spar.inference.image_files import read_notes
+from spar.inference.image_files import read_metadata
 from spar.inference.pipeline import SparPipeline
 
 TOKEN = "hf_of_the_test"
@@ -194,19 +194,19 @@ def test_a_folder_arrives_from_the_command_line(hub, folder, tmp_path):
 
 
 def test_a_folder_sent_again_replaces_its_own_files_alone(here, folder):
-    push(shipment(folder), "me/model")
+    push(plan_upload(folder), "me/model")
     repository = here.repositories["me/model"]
     beside = {".gitattributes": b"x", "LICENSE": b"mine", "README.md": b"by hand"}
     repository.files |= {**beside, "denoiser/model-00001-of-00002.safetensors": b"of an older, larger model"}
     (folder / "manifest.json").write_text("{}")
     (folder / "README.md").unlink()  # it stays there, though none is sent
-    push(shipment(folder), "me/model")
+    push(plan_upload(folder), "me/model")
     assert repository.files == {**contents(folder), **beside} and len(repository.commits) == 2
 
 
 @pytest.mark.parametrize("address", ["hf://me/model", "hf:/me/model", "hf://me/model@main", Path("hf://me/model")])
 def test_a_folder_comes_back_as_it_was_sent(here, folder, address, monkeypatch):
-    push(shipment(folder), "me/model")
+    push(plan_upload(folder), "me/model")
     here.repositories["me/model"].files["malware.py"] = b"import os"
     assert contents(model_folder(address)) == contents(folder)
 
@@ -214,13 +214,13 @@ def test_a_folder_comes_back_as_it_was_sent(here, folder, address, monkeypatch):
 @pytest.mark.parametrize("address", ["hf://me/model", Path("hf://me/model@main")])
 def test_a_picture_names_the_commit_that_drew_it(here, folder, address, tmp_path):
     """Not the address alone, whose weights may be other ones tomorrow, and no place on this disk."""
-    push(shipment(folder), "me/model")
+    push(plan_upload(folder), "me/model")
     pipe = SparPipeline.from_pretrained(address, device="cpu")
     (path,) = pipe.generate("a red circle", num_inference_steps=1, seed=0).save(tmp_path / "out.png")
-    noted = read_notes(path)
-    assert noted.notes["model"] == f"hf://me/model@{model_folder(address).name}"
-    assert noted.again()[-1] == f"--model={noted.notes['model']}"
-    again = SparPipeline.from_pretrained(noted.notes["model"], device="cpu")
+    noted = read_metadata(path)
+    assert noted.values["model"] == f"hf://me/model@{model_folder(address).name}"
+    assert noted.reproduce_command()[-1] == f"--model={noted.values['model']}"
+    again = SparPipeline.from_pretrained(noted.values["model"], device="cpu")
     assert again.origin == pipe.origin
 
 
@@ -236,7 +236,7 @@ def test_what_is_no_address_or_cannot_be_had_is_told_in_words(here):
 def test_what_the_hub_refuses_is_told_in_words(here, folder, monkeypatch):
     from huggingface_hub import constants
 
-    goods = shipment(folder)
+    goods = plan_upload(folder)
     for token in ("", "wrong"):
         monkeypatch.setenv("HF_TOKEN", token)
         with pytest.raises(InputError, match="the Hub does not take me/model: .*; hf auth login, or HF_TOKEN"):
@@ -257,9 +257,9 @@ def test_what_the_hub_refuses_is_told_in_words(here, folder, monkeypatch):
 def test_weights_are_never_made_public_by_accident(here, folder):
     here.repositories["me/model"] = Repository(private=False)
     with pytest.raises(InputError, match="me/model is public already; --public says that this is meant"):
-        push(shipment(folder), "me/model")
+        push(plan_upload(folder), "me/model")
     assert here.repositories["me/model"].files == {}
-    push(shipment(folder), "me/model", private=False)
+    push(plan_upload(folder), "me/model", private=False)
     assert here.repositories["me/model"].files == contents(folder)
 
 
@@ -267,7 +267,7 @@ def test_another_model_is_not_written_over(here, folder):
     files = {"config.json": b'{"model_type": "bert"}', "model.safetensors": b"theirs"}
     here.repositories["me/model"] = Repository(private=True, files=dict(files))
     with pytest.raises(InputError, match="holds another model .its config.json says format None"):
-        push(shipment(folder), "me/model")
+        push(plan_upload(folder), "me/model")
     assert here.repositories["me/model"].files == files
 
 
@@ -281,11 +281,11 @@ def test_a_dry_run_says_what_would_go_and_asks_nobody(here, folder, capsys):
 
 
 def test_what_belongs_to_a_folder_is_what_saving_writes(folder, tmp_path):
-    goods = shipment(folder)
-    assert goods.files == {name: len(data) for name, data in contents(folder).items()} and goods.left == []
+    goods = plan_upload(folder)
+    assert goods.files == {name: len(data) for name, data in contents(folder).items()} and goods.ignored == []
     save_tokenizer(load_model(folder).model.tokenizer, tmp_path / "alone")
-    assert set(shipment(tmp_path / "alone").files) == {"config.json", "model.safetensors"}
-    assert not any(pattern.startswith("*") for pattern in BELONGS)  # other models' files are no business of ours
+    assert set(plan_upload(tmp_path / "alone").files) == {"config.json", "model.safetensors"}
+    assert not any(pattern.startswith("*") for pattern in ALLOWED_FILES)  # other models' files are no business of ours
 
 
 def test_a_damaged_folder_or_a_link_is_not_sent(folder, tmp_path):
@@ -293,8 +293,8 @@ def test_a_damaged_folder_or_a_link_is_not_sent(folder, tmp_path):
     (folder / "README.md").unlink()
     (folder / "README.md").symlink_to(tmp_path / "secret")
     with pytest.raises(InputError, match="expected plain files, but README.md is a link"):
-        shipment(folder)
+        plan_upload(folder)
     (folder / "README.md").unlink()
     (folder / "router" / "model.safetensors").unlink()
     with pytest.raises(InputError, match="model.safetensors is missing"):
-        shipment(folder)
+        plan_upload(folder)

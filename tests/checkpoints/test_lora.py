@@ -6,7 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from spar.checkpoints.lora import LoraConfig, adapt, adapter_tensors, is_adapter, load_adapter, merge, save_adapter
+from spar.checkpoints.lora import (
+    LoraConfig,
+    adapter_tensors,
+    add_lora,
+    is_lora_key,
+    load_adapter,
+    merge_lora,
+    save_adapter,
+)
 from spar.checkpoints.safetensors_io import read_tensors
 from spar.checkpoints.spar_format import load_model
 from spar.common.errors import InputError
@@ -36,13 +44,13 @@ def fill(model) -> None:
     """Additions that do something."""
     generator = torch.Generator().manual_seed(1)
     for name, value in model.named_parameters():
-        if is_adapter(name):
+        if is_lora_key(name):
             value.data.copy_(torch.randn(value.shape, generator=generator) * 0.3)
 
 
 def test_additions_begin_at_nothing_and_merge_into_what_they_computed(model):
     names, plain = model.state_dict().keys(), answers(model)
-    adapt(model, ALL)
+    add_lora(model, ALL)
     assert all(map(torch.equal, answers(model), plain))
     for part in ALL.parts:  # in each part some map is adapted, and only maps inside its layers are
         assert any(name.startswith(f"{part}.") for name in adapter_tensors(model))
@@ -50,7 +58,7 @@ def test_additions_begin_at_nothing_and_merge_into_what_they_computed(model):
     fill(model)
     apart = answers(model)
     assert all(not torch.allclose(a, b, atol=1e-2) for a, b in zip(apart, plain, strict=True))
-    merge(model)
+    merge_lora(model)
     assert model.state_dict().keys() == names
     for a, b in zip(answers(model), apart, strict=True):
         assert float((a - b).norm()) < 1e-3 * float(b.norm())
@@ -59,15 +67,15 @@ def test_additions_begin_at_nothing_and_merge_into_what_they_computed(model):
 def test_alpha_over_rank_is_how_much_the_additions_count(model, tiny_run):
     key = "denoiser.network.transformer_blocks.0.attn1.to_q"
     before = model.get_parameter(f"{key}.weight").clone()
-    adapt(model, LoraConfig(rank=4, alpha=6.0, parts=("denoiser",)))
+    add_lora(model, LoraConfig(rank=4, alpha=6.0, parts=("denoiser",)))
     fill(model)
     a, b = (model.get_parameter(f"{key}.lora_{side}.default.weight").detach() for side in "AB")
-    merge(model)
+    merge_lora(model)
     assert torch.allclose(model.get_parameter(f"{key}.weight"), before + 6 / 4 * b @ a, atol=1e-6)
 
 
 def test_an_adapter_is_saved_apart_and_belongs_to_one_model(model, tiny_run, tmp_path):
-    adapt(model, ALL)
+    add_lora(model, ALL)
     fill(model)
     save_adapter(model, ALL, tmp_path, {"made": "here"})
     assert set(read_tensors(tmp_path / "adapter.safetensors")) == set(adapter_tensors(model))
@@ -76,7 +84,7 @@ def test_an_adapter_is_saved_apart_and_belongs_to_one_model(model, tiny_run, tmp
     assert all(map(torch.equal, answers(other), answers(model)))
     with pytest.raises(InputError, match="is no adapter of this model: .* of another shape"):
         load_adapter(SparPipeline.from_pretrained().model, tmp_path)
-    with pytest.raises(InputError, match="expected an adapter .*got 'spar', version 2"):
+    with pytest.raises(InputError, match="expected an adapter .*got 'spar', version 3"):
         load_adapter(other, tiny_run.path / "model")
 
 

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from spar.checkpoints.model_card import USE, model_card, recorded_scores
-from spar.checkpoints.spar_format import CARD, card_of, load_model, save_model
+from spar.checkpoints.spar_format import CARD, build_model_card, load_model, save_model
 from spar.inference.pipeline import BUNDLED
 
 
@@ -17,7 +17,7 @@ def loaded(tiny_run):
 
 
 def card(loaded, **manifest) -> str:
-    return card_of(replace(loaded, manifest=manifest))
+    return build_model_card(replace(loaded, manifest=manifest))
 
 
 def test_the_card_of_a_saved_model_tells_what_made_it(loaded, tmp_path):
@@ -82,7 +82,7 @@ def test_scores_are_numbers_whatever_a_manifest_holds():
 
 def test_the_bundled_card_is_up_to_date():
     """If not: python docs/bundle.py --scores"""
-    assert (BUNDLED / CARD).read_text(encoding="utf-8") == card_of(load_model(BUNDLED))
+    assert (BUNDLED / CARD).read_text(encoding="utf-8") == build_model_card(load_model(BUNDLED))
 
 
 @pytest.mark.slow

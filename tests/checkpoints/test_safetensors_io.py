@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from spar.checkpoints.safetensors_io import TensorFiles, fill_weights, read_tensors, write_tensors
+from spar.checkpoints.safetensors_io import SafetensorsReader, load_into_meta, read_tensors, write_tensors
 from spar.common.errors import InputError
 
 
@@ -38,7 +38,7 @@ def test_shards_hold_what_one_file_holds(module, sharded, tmp_path):
 
 
 def test_shapes_are_known_without_reading_and_tensors_outlive_their_file(module, sharded):
-    files = TensorFiles(sharded)
+    files = SafetensorsReader(sharded)
     assert {key: value.shape for key, value in files.shapes.items()} == {
         key: value.shape for key, value in module.state_dict().items()
     }
@@ -52,12 +52,12 @@ def test_shapes_are_known_without_reading_and_tensors_outlive_their_file(module,
 def test_a_module_without_memory_gets_the_stored_weights(module, sharded):
     with torch.device("meta"):
         other = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)), nn.Embedding(4, 100))
-    fill_weights(other, sharded, "here")
+    load_into_meta(other, sharded, "here")
     assert all(torch.equal(value, other.state_dict()[key]) for key, value in module.state_dict().items())
-    fill_weights(other, sharded, "here", torch.bfloat16)
+    load_into_meta(other, sharded, "here", torch.bfloat16)
     assert {p.dtype for p in other.parameters()} == {torch.bfloat16}
     with pytest.raises(InputError, match=r"here does not fit this model: .*unexpected \(1.bias, 1.weight, 2.bias"):
-        fill_weights(nn.Sequential(nn.Linear(8, 8)), sharded, "here")
+        load_into_meta(nn.Sequential(nn.Linear(8, 8)), sharded, "here")
 
 
 def rename_a_shard(index: dict, name: str) -> None:
@@ -82,7 +82,7 @@ def test_an_index_that_its_shards_do_not_bear_out_is_refused(sharded, change, me
     change(index)
     path.write_text(json.dumps(index))
     with pytest.raises(InputError, match=message):
-        TensorFiles(sharded)
+        SafetensorsReader(sharded)
 
 
 def test_a_damaged_shard_is_refused_by_name(sharded, tmp_path):
@@ -93,6 +93,6 @@ def test_a_damaged_shard_is_refused_by_name(sharded, tmp_path):
 
 def test_integers_keep_their_type_where_floats_are_converted(tmp_path):
     save_file({"n": torch.tensor([3]), "x": torch.tensor([0.5])}, tmp_path / "a.safetensors")
-    files = TensorFiles(tmp_path / "a.safetensors")
+    files = SafetensorsReader(tmp_path / "a.safetensors")
     assert files.read("n", torch.bfloat16).dtype == torch.int64
     assert files.read("x", torch.bfloat16).dtype == torch.bfloat16

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spar.checkpoints.spar_format import (
-    Loaded,
-    Sampling,
+    ModelBundle,
+    SamplingConfig,
     load_model,
     load_tokenizer,
     save_model,
@@ -29,11 +29,11 @@ PARTS = ("tokenizer", "language", "router", "connector", "denoiser")
 
 
 @pytest.fixture(scope="module")
-def loaded(config, randomize) -> Loaded:
+def loaded(config, randomize) -> ModelBundle:
     model = randomize(SparModel(config))
     model.tokenizer.latent_scale.fill_(SCALE)
-    sampling = Sampling(shift=2.5, method="euler", steps=7, guidance=3.0, max_prompt_tokens=33)
-    return Loaded(model, build_tokenizer(), sampling, {"recipe": "none", "scores": {"x": 0.5}})
+    sampling = SamplingConfig(shift=2.5, method="euler", steps=7, guidance=3.0, max_prompt_tokens=33)
+    return ModelBundle(model, build_tokenizer(), sampling, {"recipe": "none", "scores": {"x": 0.5}})
 
 
 @pytest.fixture
@@ -204,7 +204,8 @@ def edit_json(path: Path, **fields: object) -> None:
     [
         ({"format": "other"}, "format 'other'"),
         ({"format": ..., "model_type": "qwen2"}, "format None"),
-        ({"format_version": 0}, "has format version 0; this spar reads versions 1 to 2"),
+        ({"format_version": 0}, "has format version 0; this spar reads version 3"),
+        ({"format_version": 2}, "has format version 2; this spar reads version 3"),
         ({"format_version": ...}, "has format version None"),
         ({"model": ...}, "expected a field 'model'"),
     ],
@@ -240,15 +241,15 @@ def test_a_header_with_unknown_or_odd_fields_is_refused(folder, field, value, me
 
 def test_a_header_that_leaves_a_field_out_is_refused_and_none_is_guessed(folder, loaded):
     model = to_dict(loaded.model.config)
-    del model["denoiser"]["tap_block"]  # no weight's shape tells
+    del model["denoiser"]["align_depth"]  # no weight's shape tells
     for path in (folder / "config.json", folder / "tokenizer" / "config.json"):
         edit_json(path, model=model)
     for load, path in ((load_model, folder), (load_tokenizer, folder / "tokenizer")):
-        with pytest.raises(InputError, match="denoiser: missing field tap_block"):
+        with pytest.raises(InputError, match="denoiser: missing field align_depth"):
             load(path)
     edit_json(folder / "config.json", model=to_dict(loaded.model.config), sampling={"steps": 3})
     edit_json(folder / "tokenizer" / "config.json", model=to_dict(loaded.model.config))
-    with pytest.raises(InputError, match="Sampling: missing field guidance, max_prompt_tokens, method, shift"):
+    with pytest.raises(InputError, match="SamplingConfig: missing field guidance, max_prompt_tokens, method, shift"):
         load_model(folder)
 
 
@@ -314,79 +315,22 @@ def test_a_text_tokenizer_with_other_special_ids_than_the_model_is_refused(folde
         load_model(folder)
 
 
-# ---- folders of earlier versions -------------------------------------------------------------------------------------
-
-
-def as_version_1(model: dict) -> dict:
-    """What version 1 wrote of these sizes, with the fields that it had."""
-    old = {
-        "vision": ("hidden_size", "layers", "heads", "intermediate_size", "patch_size", "image_size", "layer_scale"),
-        "text": (
-            "vocab_size", "hidden_size", "layers", "heads", "kv_heads", "intermediate_size", "rope_theta",
-            "max_positions", "image_token_id", "eos_token_id", "pad_token_id",
-        ),
-        "autoencoder": (
-            "latent_channels", "head_dim", "channels", "encoder_layers", "decoder_layers", "downsample", "upsample",
-        ),
-        "streams": (
-            "residual_blocks", "pixel_layers", "pixel_heads", "mlp_ratio", "semantic_stream", "pixel_stream",
-        ),
-        "router": ("kind", "count", "temperature"),
-        "connector": ("queries", "layers", "reference_positions"),
-        "denoiser": (
-            "layers", "heads", "head_dim", "cross_heads", "cross_head_dim", "caption_channels", "mlp_ratio",
-            "interpolation_scale", "position_gain", "reference_latent", "tap_block",
-        ),
-    }  # fmt: skip
-    kept = {part: {name: model[part][name] for name in names} for part, names in old.items()}
-    kept["autoencoder"] |= {name: model["autoencoder"][f"encoder_{name}"] for name in ("blocks", "multiscales")}
-    return kept
-
-
-def test_a_folder_of_version_1_loads_as_what_it_was(loaded, folder):
-    model = as_version_1(to_dict(loaded.model.config))
-    for path in (folder / "config.json", folder / "tokenizer" / "config.json"):
-        edit_json(path, model=model, format_version=1)
-    again = load_model(folder)
-    assert again.model.config == loaded.model.config
-    assert_equal_state(again.model.state_dict(), loaded.model.state_dict())
-    assert_equal_state(load_tokenizer(folder / "tokenizer").state_dict(), loaded.model.tokenizer.state_dict())
-
-
-@pytest.mark.parametrize(
-    ("part", "field", "message"),
-    [
-        ("denoiser", "tap_block", "denoiser: missing field tap_block"),
-        ("autoencoder", "blocks", "missing field decoder_blocks, encoder_blocks"),
-    ],
-)
-def test_an_older_version_may_leave_out_no_field_that_it_had(loaded, folder, part, field, message):
-    model = as_version_1(to_dict(loaded.model.config))
-    del model[part][field]
-    edit_json(folder / "config.json", model=model, format_version=1)
-    edit_json(folder / "tokenizer" / "config.json", model=model, format_version=1)
-    with pytest.raises(InputError, match=message):
-        load_model(folder)
-
-
-def test_todays_version_may_not_leave_out_what_an_older_one_did_not_know(loaded, folder):
-    model = as_version_1(to_dict(loaded.model.config))
+@pytest.mark.parametrize("part", ["vision", "autoencoder", "denoiser"])
+def test_a_configuration_may_leave_out_no_field(loaded, folder, part):
+    """Today's defaults are never taken for what a file does not say."""
+    model = to_dict(loaded.model.config)
+    name = sorted(model[part])[0]
+    del model[part][name]
     edit_json(folder / "config.json", model=model)
-    with pytest.raises(InputError, match="SparConfig.vision: missing field norm_eps"):
+    with pytest.raises(InputError, match=f"SparConfig.{part}: missing field {name}"):
         load_model(folder)
 
 
-def test_the_bundled_weights_load_whatever_version_wrote_them():
+def test_the_bundled_weights_are_of_todays_version():
     from spar.inference.pipeline import BUNDLED
 
     header = json.loads((BUNDLED / "config.json").read_text())
-    config = load_model(BUNDLED).model.config
-    given = header["model"]
-    assert config.denoiser.position_gain == given["denoiser"]["position_gain"]
-    assert (config.text.tied_head, config.router.scale, config.streams.fusion) == (True, "unit", "mlp")
-    assert to_dict(config.autoencoder)["decoder_blocks"] == given["autoencoder"].get(
-        "blocks", given["autoencoder"].get("decoder_blocks")
-    )
+    assert to_dict(load_model(BUNDLED).model.config) == header["model"]
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -395,7 +339,7 @@ def test_the_bundled_weights_load_whatever_version_wrote_them():
 def test_saving_replaces_an_older_model_and_leaves_nothing_beside_it(config, randomize, loaded, folder):
     (folder / "old-file").write_text("x")
     model = randomize(SparModel(config), seed=1)
-    save_model(Loaded(model, loaded.text_tokenizer, Sampling()), folder)
+    save_model(ModelBundle(model, loaded.text_tokenizer, SamplingConfig()), folder)
     assert_equal_state(load_model(folder).model.state_dict(), model.state_dict())
     assert not (folder / "old-file").exists()
     assert [path.name for path in folder.parent.iterdir()] == ["model"]

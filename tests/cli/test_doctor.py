@@ -40,15 +40,15 @@ def model_folder(folder: Path) -> Path:
 
 
 def test_every_finding_here_is_complete_and_nothing_is_printed(capsys):
-    checks = doctor.examine()
+    checks = doctor.run_checks()
     assert capsys.readouterr() == ("", "")
     names = [check.name for check in checks]
     assert len(set(names)) == len(names)
     assert {"python", "spar-unified", "torch", "device", "bfloat16", "weights", "one step", "memory"} <= {*names}
     for check in checks:
         assert check.found, check
-        assert check.ok is not False or check.mend, f"{check} says not how to mend it"
-        assert not (check.ok and check.mend), f"{check} mends what is right"
+        assert check.ok is not False or check.fix, f"{check} says not how to mend it"
+        assert not (check.ok and check.fix), f"{check} mends what is right"
 
 
 def test_the_environment_of_the_tests_is_supported():
@@ -67,7 +67,7 @@ def test_versions_are_compared_with_the_installed_requirements(monkeypatch):
     assert set(checks) == {"spar-unified", "torch", "diffusers", "tyro"}
     assert checks["torch"].ok
     assert checks["diffusers"].ok is False and "0.30.0" in checks["diffusers"].found
-    assert Requirement(checks["diffusers"].mend.split('"')[1]).specifier.contains("0.42.1")
+    assert Requirement(checks["diffusers"].fix.split('"')[1]).specifier.contains("0.42.1")
     assert checks["tyro"].ok is False and "not installed" in checks["tyro"].found
 
 
@@ -77,7 +77,7 @@ def test_an_absent_extra_is_for_information_and_a_present_one_is_right(monkeypat
     pretend(monkeypatch, {"ruff": "2.1"}, requires)
     dev, gpu = doctor.check_extras()
     assert dev.ok is True and "2.1" in dev.found
-    assert gpu.ok is None and "lpips" in gpu.found and "spar-unified[gpu]" in gpu.mend
+    assert gpu.ok is None and "lpips" in gpu.found and "spar-unified[gpu]" in gpu.fix
 
 
 class _Metadata:
@@ -92,35 +92,35 @@ def test_sources_that_were_never_installed_are_told_so(monkeypatch):
     for function in ("version", "requires", "metadata"):
         monkeypatch.setattr(importlib.metadata, function, absent)
     (check,) = doctor.check_dependencies()
-    assert check.ok is False and "pip install -e ." in check.mend
+    assert check.ok is False and "pip install -e ." in check.fix
     assert list(doctor.check_extras()) == [] and doctor.check_python().ok
 
 
 def test_a_python_below_the_range_is_found(monkeypatch):
     monkeypatch.setattr(doctor.platform, "python_version", lambda: "3.9.1")
     check = doctor.check_python()
-    assert check.ok is False and "3.9.1" in check.found and "3.11" in check.mend
+    assert check.ok is False and "3.9.1" in check.found and "3.11" in check.fix
 
 
 def test_a_library_whose_layers_refuse_our_calls_is_found(monkeypatch):
     """transformers 5.24 imported, and failed at the first token: only a step says so."""
     assert doctor.check_step().ok
-    monkeypatch.setattr("spar.models.language.Past.update", lambda self, key, value: (key, value))
+    monkeypatch.setattr("spar.models.language.LayerKVCache.update", lambda self, key, value: (key, value))
     check = doctor.check_step()
-    assert check.ok is False and "TypeError" in check.found and check.mend
+    assert check.ok is False and "TypeError" in check.found and check.fix
 
 
 def test_a_broken_torchvision_is_found_and_taken_out(monkeypatch, tmp_path):
     message = "operator torchvision::nms does not exist"
     plant_module(monkeypatch, tmp_path, "torchvision", f"raise RuntimeError({message!r} + chr(10) + 'more')")
     check = doctor.check_torchvision()
-    assert check.ok is False and check.found.endswith(message) and check.mend == "pip uninstall torchvision"
+    assert check.ok is False and check.found.endswith(message) and check.fix == "pip uninstall torchvision"
 
 
 def test_a_torchvision_that_works_is_left_alone(monkeypatch, tmp_path):
     plant_module(monkeypatch, tmp_path, "torchvision", "")
     check = doctor.check_torchvision()
-    assert check.ok is True and not check.mend
+    assert check.ok is True and not check.fix
     sys.modules.pop("torchvision")
 
 
@@ -146,9 +146,9 @@ def test_bfloat16_instructions_are_read_from_the_flags_alone(text, expected):
 @pytest.mark.parametrize(("speeds", "ok"), [((200.0, 100.0), True), ((10.0, 100.0), None)])
 def test_slow_bfloat16_is_advice_and_no_fault(monkeypatch, speeds, ok):
     left = list(speeds)  # bfloat16 is timed first
-    monkeypatch.setattr(doctor, "_speed", lambda dtype, device: left.pop(0))
+    monkeypatch.setattr(doctor, "_matmul_gflops", lambda dtype, device: left.pop(0))
     check = doctor.check_bfloat16()
-    assert check.ok is ok and bool(check.mend) is (ok is None)
+    assert check.ok is ok and bool(check.fix) is (ok is None)
 
 
 def test_the_doctor_looks_where_the_pipeline_loads_from():
@@ -180,7 +180,7 @@ def test_damaged_weights_are_found_and_named(tmp_path, name, damage):
 def test_a_temporary_folder_that_cannot_be_written_is_found(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor.tempfile, "tempdir", str(tmp_path / "absent"))
     check = doctor.check_temporary()
-    assert check.ok is False and "TMPDIR" in check.mend
+    assert check.ok is False and "TMPDIR" in check.fix
 
 
 def test_little_room_is_found(monkeypatch, tmp_path):

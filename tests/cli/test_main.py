@@ -20,7 +20,7 @@ from PIL import Image
 
 import spar
 from spar.cli import main as cli
-from spar.cli.arguments import EvalArguments, TrainArguments, parse, recipe_arguments, recipe_of
+from spar.cli.arguments import EvalArguments, TrainArguments, build_recipe, parse, recipe_arguments
 from spar.cli.main import VERBS, main
 from spar.common import limits
 from spar.common.errors import InputError
@@ -29,7 +29,8 @@ SAMPLING_FLAGS = ("--model", "--dtype", "--device", "--output", "-o", "--overwri
                   "--num-inference-steps", "--guidance-scale", "--num-images-per-prompt", "-n", "--negative-prompt")
 FLAGS = {
     "train": ("RECIPE", "--stage", "--run", "--resume", "--init-from", "--from-scratch", "--device", "--dry-run"),
-    "plan": ("RECIPE", "--stage", "--gpus", "--gpu", "--mfu", "--strategy", "--accumulate", "--recompute"),
+    "plan": ("RECIPE", "--stage", "--gpus", "--gpu", "--mfu", "--strategy", "--grad-accum-steps",
+             "--activation-checkpointing"),
     "cache": ("RECIPE", "--init-from", "--output", "--batch", "--device", "--precision"),
     "build": ("RECIPE", "--mllm", "--autoencoder", "--dit", "-o", "--revision", "--seed", "--overwrite"),
     "convert": ("FORMAT", "PATH", "--mllm", "--autoencoder", "--dit", "--router", "--factor", "--recipe", "-o"),
@@ -69,13 +70,13 @@ class FakePipe:
         ]
         told = {"steps": 20, "guidance": 4.5, "decode_tile": None, "model": "bundled", "spar": "9"}
         notes = [{"seed": value, **told} for value in seeds]
-        return SimpleNamespace(images=images, seeds=seeds, routing=routing, notes=notes)
+        return SimpleNamespace(images=images, seeds=seeds, routing=routing, metadata=notes)
 
     def generate(self, prompt: Sequence[str], *, num_images_per_prompt: int = 1, seed=None, **keywords):
         keywords |= {"num_images_per_prompt": num_images_per_prompt, "seed": seed}
         self.calls.append(("generate", (prompt,), keywords))
         out = self._draw(len(prompt) * num_images_per_prompt, seed)
-        for index, note in enumerate(out.notes):
+        for index, note in enumerate(out.metadata):
             note["prompt"] = prompt[index // num_images_per_prompt]
         return out
 
@@ -91,7 +92,7 @@ class FakePipe:
     def reconstruct(self, image):
         self.calls.append(("reconstruct", (image,), {}))
         images = [Image.new("RGB", (64, 64), "gray") for _ in image]
-        return SimpleNamespace(images=images, notes=[{"spar": "9"} for _ in image])
+        return SimpleNamespace(images=images, metadata=[{"spar": "9"} for _ in image])
 
 
 @pytest.fixture
@@ -258,7 +259,7 @@ WRONG = [
     ("train tiny --run there.txt", "there.txt' is none"),
     ("train tiny --model.denoiser.lyers 4", "perhaps you meant --model.denoiser.layers"),
     ("train tiny --model.denoiser.layers four", "expected a whole number, got 'four'"),
-    ("train tiny --model.denoiser.tap-block 9", "expected 1 to 2, got 9"),
+    ("train tiny --model.denoiser.align-depth 9", "expected 1 to 2, got 9"),
     ("train tiny --model.router.kind best", "expected one of 'dtr'"),
     ("train tiny --model.vision.hidden-size 30", "its sizes do not fit together"),
     ("train tiny --model.autoencoder.channels 3 5 7 9", "channels"),
@@ -379,15 +380,15 @@ def test_info_says_how_a_picture_was_made(capsys, pipe):
     capsys.readouterr()
     assert main(["info", "out.png"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    said = ["size", "prompt", "seed", "steps", "guidance", "model", "spar", "again"]
+    said = ["size", "prompt", "seed", "steps", "guidance", "model", "spar", "reproduce"]
     assert [line.split()[0] for line in lines] == said
     assert lines[1].endswith("it's a ?[31mred?circle") and not any("\x1b" in line for line in lines)
     assert main(["info", "out.png", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["notes"] | {"model": "", "spar": ""} == {
+    assert found["metadata"] | {"model": "", "spar": ""} == {
         "prompt": "it's a \x1b[31mred\ncircle", "seed": 9, "steps": 20, "guidance": 4.5, "model": "", "spar": ""
     }  # fmt: skip
-    assert main(found["again"][1:] + ["-o", "again.png"]) == 0
+    assert main(found["reproduce"][1:] + ["-o", "again.png"]) == 0
     assert pipe.calls[1][1:] == ((["it's a \x1b[31mred\ncircle"],), {
         "seed": 9, "num_inference_steps": 20, "guidance_scale": 4.5, "num_images_per_prompt": 1,
         "negative_prompt": None, "height": 64, "width": 64, "callback": None,
@@ -440,7 +441,9 @@ def test_any_field_of_a_recipe_is_a_flag():
 
     for name in RECIPES:
         base = recipe(name)
-        assert recipe_of(parse(recipe_arguments(base, TrainArguments), [name], "spar train", none=True), base) == base
+        assert (
+            build_recipe(parse(recipe_arguments(base, TrainArguments), [name], "spar train", none=True), base) == base
+        )
     base = recipe("tiny")
     line = (
         "tiny --run there --seed 3 --model.denoiser.layers 4 --model.streams.semantic-stream False "
@@ -462,7 +465,7 @@ def test_any_field_of_a_recipe_is_a_flag():
         if stage.name == "tokenizer-3":
             stage = replace(stage, losses=replace(stage.losses, gan_start=2))
         stages.append(stage)
-    assert recipe_of(args, base) == replace(base, seed=3, model=model, stages=tuple(stages))
+    assert build_recipe(args, base) == replace(base, seed=3, model=model, stages=tuple(stages))
 
 
 def test_recipe_help_lists_fields_by_stage_name(capsys):
@@ -474,14 +477,14 @@ def test_recipe_help_lists_fields_by_stage_name(capsys):
 def test_a_dry_run_says_what_would_train_and_writes_nothing(capsys, monkeypatch, tmp_path):
     from spar.recipes import recipe
     from spar.training.config import freeze
-    from spar.training.modules import Workshop
+    from spar.training.modules import TrainingModules
 
     monkeypatch.chdir(tmp_path)
     assert main(["train", "tiny", "--dry-run", "--stage", "unified-1"]) == 0
     out = capsys.readouterr().out
-    workshop, base = Workshop(recipe("tiny")), recipe("tiny")
-    freeze(workshop, base.stage("unified-1"))
-    count = sum(p.numel() for p in workshop.parameters() if p.requires_grad)
+    modules, base = TrainingModules(recipe("tiny")), recipe("tiny")
+    freeze(modules, base.stage("unified-1"))
+    count = sum(p.numel() for p in modules.parameters() if p.requires_grad)
     assert f" {count:,} " in out and "unified-1" in out and "unified-2" not in out
     assert [*tmp_path.iterdir()] == []
 
@@ -629,10 +632,11 @@ def test_doctor_fails_only_on_what_is_wrong(capsys, monkeypatch):
 
     command = "pip install spar-unified[gpu]"
     good = [doctor.Check("torch", True, "2.13"), doctor.Check("extra [gpu]", None, "not here", command)]
-    monkeypatch.setattr(doctor, "examine", lambda: good)
+    monkeypatch.setattr(doctor, "run_checks", lambda: good)
     assert main(["doctor"]) == 0
     assert "pip install spar-unified[gpu]" in capsys.readouterr().out
-    monkeypatch.setattr(doctor, "examine", lambda: [*good, doctor.Check("weights", False, "damaged", "install anew")])
+    bad = doctor.Check("weights", False, "damaged", "install anew")
+    monkeypatch.setattr(doctor, "run_checks", lambda: [*good, bad])
     assert main(["doctor"]) == 1
     assert "install anew" in capsys.readouterr().out
 
@@ -725,8 +729,8 @@ def test_a_picture_is_made_again_from_what_info_says(model, capsys):
         capsys.readouterr()
         assert main(["info", f"first/{name}", "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
-        again = [f"--model={model}" if word.startswith("--model=") else word for word in found["again"]]
-        assert again != found["again"]
+        again = [f"--model={model}" if word.startswith("--model=") else word for word in found["reproduce"]]
+        assert again != found["reproduce"]
         assert main([*again[1:], "-o", name]) == 0  # the edit and its like read the pictures that were made again
         assert Image.open(name).tobytes() == Image.open(f"first/{name}").tobytes()
         assert Image.open(name).text == Image.open(f"first/{name}").text

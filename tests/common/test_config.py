@@ -17,7 +17,7 @@ from spar.models.config import (
     VisionConfig,
 )
 from spar.recipes import RECIPES, recipe
-from spar.training.config import LossWeights, Recipe, Stage
+from spar.training.config import LossWeights, Recipe, StageConfig
 
 STAGE = {"name": "dit", "step": "dit", "trainable": ["model.denoiser.*"], "steps": 3, "warmup": 1}
 
@@ -76,10 +76,10 @@ def replaced(values: dict, path: tuple, value: object) -> dict:
     return changed
 
 
-WHOLE = to_dict(dataclasses.replace(recipe("tiny"), stages=(Stage("s", "dit", ("a",), 1, warmup=0),)))
+WHOLE = to_dict(dataclasses.replace(recipe("tiny"), stages=(StageConfig("s", "dit", ("a",), 1, warmup=0),)))
 FIELDS = [
     (cls, values, path)
-    for cls, values in ((Recipe, WHOLE), (Stage, to_dict(Stage("s", "dit", ("a",), 1, warmup=0))))
+    for cls, values in ((Recipe, WHOLE), (StageConfig, to_dict(StageConfig("s", "dit", ("a",), 1, warmup=0))))
     for path in places(values)
 ]
 
@@ -101,37 +101,37 @@ def test_an_unknown_field_is_refused_at_every_depth_with_the_known_ones(path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": "3"}, "Stage.steps: expected int, got '3'"),
-        ({"steps": 3.0}, "Stage.steps: expected int, got 3.0"),
-        ({"steps": True}, "Stage.steps: expected int, got True"),
-        ({"steps": None}, "Stage.steps: expected int, got None"),
-        ({"lr": "1e-3"}, "Stage.lr: expected float, got '1e-3'"),
-        ({"lr": True}, "Stage.lr: expected float, got True"),
-        ({"name": 7}, "Stage.name: expected str, got 7"),
-        ({"step": "dits"}, "Stage.step: expected one of encoder, .*, got 'dits'"),
-        ({"trainable": "model.*"}, r"Stage.trainable: expected a list, got 'model.\*'"),
-        ({"trainable": [1]}, r"Stage.trainable\[0\]: expected str, got 1"),
-        ({"betas": [0.9]}, "Stage.betas: expected 2 values, got 1"),
-        ({"betas": [0.9, "x"]}, r"Stage.betas\[1\]: expected float, got 'x'"),
-        ({"rates": [["a", 0.1], ["b"]]}, r"Stage.rates\[1\]: expected 2 values, got 1"),
-        ({"losses": [1]}, "Stage.losses: expected an object with fields, got list"),
-        ({"losses": {"mse": "a"}}, "Stage.losses.mse: expected float, got 'a'"),
+        ({"steps": "3"}, "StageConfig.steps: expected int, got '3'"),
+        ({"steps": 3.0}, "StageConfig.steps: expected int, got 3.0"),
+        ({"steps": True}, "StageConfig.steps: expected int, got True"),
+        ({"steps": None}, "StageConfig.steps: expected int, got None"),
+        ({"lr": "1e-3"}, "StageConfig.lr: expected float, got '1e-3'"),
+        ({"lr": True}, "StageConfig.lr: expected float, got True"),
+        ({"name": 7}, "StageConfig.name: expected str, got 7"),
+        ({"step": "dits"}, "StageConfig.step: expected one of encoder, .*, got 'dits'"),
+        ({"trainable": "model.*"}, r"StageConfig.trainable: expected a list, got 'model.\*'"),
+        ({"trainable": [1]}, r"StageConfig.trainable\[0\]: expected str, got 1"),
+        ({"betas": [0.9]}, "StageConfig.betas: expected 2 values, got 1"),
+        ({"betas": [0.9, "x"]}, r"StageConfig.betas\[1\]: expected float, got 'x'"),
+        ({"lr_multipliers": [["a", 0.1], ["b"]]}, r"StageConfig.lr_multipliers\[1\]: expected 2 values, got 1"),
+        ({"losses": [1]}, "StageConfig.losses: expected an object with fields, got list"),
+        ({"losses": {"mse": "a"}}, "StageConfig.losses.mse: expected float, got 'a'"),
     ],
 )
 def test_a_wrong_kind_is_named_with_what_was_expected_and_what_came(change, message):
     with pytest.raises(InputError, match=message):
-        from_dict(Stage, {**STAGE, **change})
+        from_dict(StageConfig, {**STAGE, **change})
 
 
 def test_a_missing_field_is_named():
     with pytest.raises(InputError, match="steps"):
-        from_dict(Stage, {key: value for key, value in STAGE.items() if key != "steps"})
+        from_dict(StageConfig, {key: value for key, value in STAGE.items() if key != "steps"})
 
 
 def test_a_whole_number_stands_for_a_float_and_lists_become_tuples():
-    stage = from_dict(Stage, {**STAGE, "lr": 1, "betas": [0, 0.5], "rates": [["model.*", 1]]})
+    stage = from_dict(StageConfig, {**STAGE, "lr": 1, "betas": [0, 0.5], "lr_multipliers": [["model.*", 1]]})
     assert stage.lr == 1.0 and type(stage.lr) is float
-    assert stage.betas == (0.0, 0.5) and stage.rates == (("model.*", 1.0),)
+    assert stage.betas == (0.0, 0.5) and stage.lr_multipliers == (("model.*", 1.0),)
     assert all(type(beta) is float for beta in stage.betas)
     assert stage.trainable == ("model.denoiser.*",)
 
@@ -188,11 +188,14 @@ TEXT = TextConfig(hidden_size=160, layers=8, heads=5, kv_heads=5, vocab_size=128
         (lambda: SparConfig(text=TEXT, router=RouterConfig(count=9)), "expected at most 8 LLM layers, got 9"),
         (lambda: SparConfig(text=TEXT, connector=ConnectorConfig(layers=9)), "layers: expected at most 8, got 9"),
         (lambda: SparConfig(text=TEXT, streams=StreamConfig(pixel_heads=3)), "divisor of text.hidden_size 160, got 3"),
-        (lambda: DenoiserConfig(layers=2, tap_block=3), "expected 1 to 2, got 3"),
-        (lambda: DenoiserConfig(layers=6, tap_block=0), "expected 1 to 6, got 0"),
-        (lambda: Stage("s", "dit", ("*",), 0), "steps must be at least 1, got 0"),
-        (lambda: Stage("s", "dit", ("*",), 1, lr=1e-4, lr_end=1e-3), "0 <= lr_end <= lr"),
-        (lambda: Stage("s", "dit", ("*",), 100, losses=LossWeights(align=1.0)), "a dit step has no use for align"),
+        (lambda: DenoiserConfig(layers=2, align_depth=3), "expected 1 to 2, got 3"),
+        (lambda: DenoiserConfig(layers=6, align_depth=0), "expected 1 to 6, got 0"),
+        (lambda: StageConfig("s", "dit", ("*",), 0), "steps must be at least 1, got 0"),
+        (lambda: StageConfig("s", "dit", ("*",), 1, lr=1e-4, lr_end=1e-3), "0 <= lr_end <= lr"),
+        (
+            lambda: StageConfig("s", "dit", ("*",), 100, losses=LossWeights(align=1.0)),
+            "a dit step has no use for align",
+        ),
     ],
 )
 def test_sizes_that_contradict_each_other_are_refused(build, message):

@@ -12,11 +12,11 @@ import torch
 
 from spar.cli.main import main
 from spar.common.errors import InputError
-from spar.data import bad_samples as quarantine
+from spar.data import bad_samples as module
 from spar.data.buckets import make_buckets
-from spar.data.loader import TRIES, Loader, to_pixels
+from spar.data.loader import MAX_TRIES, Loader, to_pixels
 from spar.data.mixture import Mixture
-from spar.data.samples import BadSample, Kind, TextToImage
+from spar.data.samples import BadSample, Kind, TextToImageSample
 from spar.data.sources import open_source
 
 SIDE = 28
@@ -26,7 +26,7 @@ SQUARE = ((SIDE, SIDE),)
 class Plain:
     """A source without files: sample n is called n, and those in `bad` cannot be read."""
 
-    format, damage, passed_over = "plain", (), {}
+    format, damage, skipped = "plain", (), {}
 
     def __init__(self, name: str, count: int, picture: bytes, *, kind: Kind = "text_to_image", bad=(), sizes=None):
         self.name, self.identity, self.count, self.picture, self.kind = name, name, count, picture, kind
@@ -35,10 +35,10 @@ class Plain:
     def __len__(self) -> int:
         return self.count
 
-    def read(self, index: int) -> TextToImage:
+    def read(self, index: int) -> TextToImageSample:
         if index in self.bad:
             raise BadSample(str(index), "there", "planted")
-        return TextToImage(self.picture, f"text {index}", str(index), "there")
+        return TextToImageSample(self.picture, f"text {index}", str(index), "there")
 
     def sizes(self) -> np.ndarray:
         return self._sizes
@@ -119,7 +119,7 @@ def test_the_training_keeps_its_random_numbers(plain):
 def test_weights_are_shares_of_samples_in_every_stretch(plain):
     made = mixture(plain("long", 997), plain("short", 10), plain("journey", 100), weights=[0.6, 0.2, 0.2], batch=20)
     for start in (0, 500):
-        dealt = Counter(int(number) for step in range(start, start + 50) for number in made.deal(step).source)
+        dealt = Counter(int(number) for step in range(start, start + 50) for number in made.batch_indices(step).source)
         assert {number: count / 1000 for number, count in dealt.items()} == pytest.approx(
             {0: 0.6, 1: 0.2, 2: 0.2}, abs=0.01
         )
@@ -181,13 +181,13 @@ def test_every_batch_is_of_one_bucket_near_its_pictures(sets):
 def test_a_bad_sample_is_replaced_named_and_the_rest_stays(sets, plain):
     clean = keys(Loader(mixture(plain("a", 60)), workers=0), 0, 10)
     file = sets.folder / "bad.jsonl"
-    loader = Loader(mixture(plain("a", 60, bad=[17, 18])), workers=0, quarantine=file)
+    loader = Loader(mixture(plain("a", 60, bad=[17, 18])), workers=0, bad_samples=file)
     batches = [*loader.batches(0, 20)]
     assert [batch.keys for batch in batches[:10]] == [
         tuple("19" if key in ("17", "18") else key for key in batch) for batch in clean
     ]
     # 17 stands for itself and asks 18, twice: once an epoch; each is named once.
-    assert sum(len(batch.bad) for batch in batches) == loader.quarantine.bad == 6
+    assert sum(len(batch.bad) for batch in batches) == loader.bad_samples.bad == 6
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert sorted(line["key"] for line in lines) == ["17", "18"]
     assert lines[0] | {"key": ""} == {"source": "a", "origin": "there", "key": "", "reason": "planted"}
@@ -201,14 +201,14 @@ def test_replacements_are_the_same_for_everybody(plain):
 
 
 def test_more_bad_samples_than_the_budget_end_the_run(sets, plain, monkeypatch):
-    monkeypatch.setattr(quarantine.Quarantine.__init__, "__defaults__", (0.01, None, 60))
+    monkeypatch.setattr(module.BadSampleTracker.__init__, "__defaults__", (0.01, None, 60))
     file = sets.folder / "bad.jsonl"
-    loader = Loader(mixture(plain("a", 600, bad=range(0, 600, 20))), workers=1, bad_share=0.02, quarantine=file)
+    loader = Loader(mixture(plain("a", 600, bad=range(0, 600, 20))), workers=1, bad_share=0.02, bad_samples=file)
     batches = loader.batches()
     with pytest.raises(InputError, match=r"at most 2.0% bad samples, got \d+ of \d+, .* 'a': planted; all are named"):
         for _ in range(600):
             next(batches)
-    assert 60 <= loader.quarantine.seen < 300
+    assert 60 <= loader.bad_samples.seen < 300
     few = Loader(mixture(plain("b", 600, bad=[5])), workers=0)
     assert len([*few.batches(0, 100)]) == 100
 
@@ -216,7 +216,9 @@ def test_more_bad_samples_than_the_budget_end_the_run(sets, plain, monkeypatch):
 def test_nothing_but_bad_neighbours_is_one_sentence(plain):
     for workers in (0, 1):
         loader = Loader(mixture(plain("a", 60, bad=range(60))), workers=workers)
-        with pytest.raises(InputError, match=rf"^expected a good sample among {TRIES + 1} neighbours in 'a'.*planted$"):
+        with pytest.raises(
+            InputError, match=rf"^expected a good sample among {MAX_TRIES + 1} neighbours in 'a'.*planted$"
+        ):
             next(loader.batches())
 
 
@@ -238,9 +240,9 @@ def test_broken_pictures_and_missing_words_are_bad_samples(sets):
 def test_a_damaged_shard_is_named_before_the_first_step(sets):
     path = sets.pairs("a.tar", range(20))
     path.write_bytes(path.read_bytes()[:20_000])
-    loader = Loader(mixture(open_source(str(path))), rank=1, world=2, workers=0, quarantine=sets.folder / "bad.jsonl")
+    loader = Loader(mixture(open_source(str(path))), rank=1, world=2, workers=0, bad_samples=sets.folder / "bad.jsonl")
     (line,) = (sets.folder / "bad.1.jsonl").read_text().splitlines()
-    assert "truncated" in json.loads(line)["reason"] and loader.quarantine.bad == 0
+    assert "truncated" in json.loads(line)["reason"] and loader.bad_samples.bad == 0
 
 
 def test_the_guide_says_what_works(sets, monkeypatch, capsys):

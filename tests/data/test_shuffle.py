@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spar.data.shuffle import BLOCK, PERIOD, WINDOW, Schedule, key_of, permute, shuffled
+from spar.data.shuffle import BLOCK, PERIOD, WINDOW, InterleaveSchedule, hash_key, permute, shuffled
 
 
 @settings(deadline=None, max_examples=30)
@@ -27,7 +27,7 @@ def test_a_position_needs_no_others():
 
 def test_epochs_and_seeds_differ_and_look_random():
     size = 5 * BLOCK * WINDOW
-    first, second = (shuffled(np.arange(size), size, key_of(seed)) for seed in (0, 1))
+    first, second = (shuffled(np.arange(size), size, hash_key(seed)) for seed in (0, 1))
     assert (first == second).mean() < 0.01
     for order in (first, second):
         assert abs(np.corrcoef(order, np.arange(size))[0, 1]) < 0.2
@@ -43,7 +43,7 @@ def test_positions_of_the_largest_sets_stay_inside():
 
 
 def test_shares_are_exact_over_a_period_and_near_everywhere():
-    schedule = Schedule([0.6, 0.2, 0.2])
+    schedule = InterleaveSchedule([0.6, 0.2, 0.2])
     slots = np.arange(3 * PERIOD)
     category, occurrence = schedule.at(slots)
     for number, share in enumerate((0.6, 0.2, 0.2)):
@@ -54,20 +54,20 @@ def test_shares_are_exact_over_a_period_and_near_everywhere():
 
 
 def test_the_rarest_category_still_comes():
-    category, _ = Schedule([1.0, 1e-12]).at(np.arange(PERIOD))
+    category, _ = InterleaveSchedule([1.0, 1e-12]).at(np.arange(PERIOD))
     assert (category == 1).sum() == 1
 
 
 @pytest.mark.parametrize("shares", [[], [0.0, 1.0], [-1.0], [float("nan")]])
 def test_impossible_shares_are_refused(shares):
     with pytest.raises(ValueError, match="positive shares"):
-        Schedule(shares)
+        InterleaveSchedule(shares)
 
 
 def test_the_order_never_changes():
     """A checkpoint of last year resumes on the same samples: these numbers are part of the format."""
-    assert shuffled(np.arange(8), 1000, key_of(0, 1, 2)).tolist() == GOLDEN
-    assert Schedule([3, 1]).at(np.arange(8))[0].tolist() == [0, 0, 0, 1, 0, 0, 0, 0]
+    assert shuffled(np.arange(8), 1000, hash_key(0, 1, 2)).tolist() == GOLDEN
+    assert InterleaveSchedule([3, 1]).at(np.arange(8))[0].tolist() == [0, 0, 0, 1, 0, 0, 0, 0]
 
 
 GOLDEN = [830, 384, 3, 659, 946, 863, 185, 884]

@@ -79,7 +79,7 @@ def test_what_is_not_read_is_counted_and_never_touched(sets):
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         file.addfile(link)
     source = open_source(str(path))
-    assert source.passed_over == {
+    assert source.skipped == {
         ".pkl": 1, "a second of its kind in one sample": 1, "name leaves the folder": 1, "no regular file": 1,
     }  # fmt: skip
     assert len(source) == 1 and source.read(0).image == sets.picture(1)
@@ -158,7 +158,7 @@ def test_the_cache_serves_while_the_shard_is_the_same(sets, monkeypatch):
     monkeypatch.setattr(tars, "index_tar", lambda path: made.append(path) or index_tar(path))
     first, again = cached_index(path, cache), cached_index(path, cache)
     assert len(made) == 1 and first.digest() == again.digest() and again.keys[2] == "00000002"
-    assert (again.passed_over, again.damage) == (first.passed_over, first.damage)
+    assert (again.skipped, again.damage) == (first.skipped, first.damage)
     os.utime(path, ns=(1, 1))  # another time
     cached_index(path, cache)
     sets.pairs("a.tar", range(40))  # another size

@@ -6,11 +6,11 @@ import pytest
 
 from spar.cli.main import main
 from spar.data.sources import open_source
-from spar.data.validate import CHUNK, check
+from spar.data.validate import CHUNK, validate
 
 
 def test_a_clean_set_is_clean(sets):
-    report = check(open_source(str(sets.pairs("a.tar", range(8), size=(300, 300)))), workers=1)
+    report = validate(open_source(str(sets.pairs("a.tar", range(8), size=(300, 300)))), workers=1)
     assert report.wrong == () and report.notes == ()
     assert (report.samples, report.checked, report.bad, report.duplicates) == (8, 8, 0, 0)
     assert report.captions == {"empty": 0, "too_long": 0, "shortest": 9, "median": 9, "longest": 9}
@@ -38,13 +38,13 @@ def planted(sets) -> str:
 
 
 def test_what_is_planted_is_found_and_named(planted):
-    report = check(open_source(planted), max_characters=100, workers=2)
+    report = validate(open_source(planted), max_characters=100, workers=2)
     assert {bad.key: bad.origin for bad in report.named_bad} == dict.fromkeys("345", "planted.tar") and report.bad == 3
     reasons = {bad.key: bad.reason for bad in report.named_bad}
     assert "truncated" in reasons["3"] and "PNG, JPEG or WEBP" in reasons["4"] and "found none" in reasons["5"]
     assert (report.duplicates, report.named_duplicates, report.repeated_pictures) == (1, (("1", "0"),), 1)
     assert (report.captions["empty"], report.captions["too_long"]) == (1, 1)
-    assert report.passed_over == {".pkl": 1, "name leaves the folder": 1}
+    assert report.skipped == {".pkl": 1, "name leaves the folder": 1}
     assert report.formats == {"PNG": 5, "WEBP": 1, "JPEG": 1}
     assert report.shorter_sides == {"below 224": 6, "1024 and more": 1} and report.aspects["below 1:2"] == 1
     assert "1 files for 2 workers" in report.notes[0]
@@ -53,24 +53,24 @@ def test_what_is_planted_is_found_and_named(planted):
 
 def test_processes_find_the_same(sets):
     source = open_source(str(sets.pairs("a.tar", range(CHUNK + 300), size=(8, 8))), cache=sets.folder / "cache")
-    alone, shared = (check(source, workers=workers) for workers in (1, 2))
+    alone, shared = (validate(source, workers=workers) for workers in (1, 2))
     assert alone.formats == shared.formats == {"PNG": CHUNK + 300} and alone.captions == shared.captions
     assert alone.duplicates == shared.duplicates == 0
 
 
 def test_a_limit_spreads_over_the_set(sets):
-    report = check(open_source(str(sets.pairs("a.tar", range(50)))), limit=5, workers=1)
+    report = validate(open_source(str(sets.pairs("a.tar", range(50)))), limit=5, workers=1)
     assert (report.samples, report.checked) == (50, 5)
 
 
 def test_a_damaged_shard_is_wrong(sets):
     path = sets.pairs("a.tar", range(10))
     path.write_bytes(path.read_bytes()[:10_000])
-    assert "truncated" in check(open_source(str(path)), workers=1).wrong[-1]
+    assert "truncated" in validate(open_source(str(path)), workers=1).wrong[-1]
 
 
 def test_imagenet_needs_no_words(sets):
-    report = check(open_source(str(sets.tar("a.tar", {"1.jpg": sets.picture(5, "JPEG"), "1.cls": "17"}))), workers=1)
+    report = validate(open_source(str(sets.tar("a.tar", {"1.jpg": sets.picture(5, "JPEG"), "1.cls": "17"}))), workers=1)
     assert report.wrong == ()
 
 

@@ -53,7 +53,7 @@ def test_settings_say_how_it_was_measured(gray):
     options = EvalOptions(limit=2, images_per_prompt=1, **given)
     said = benchmark("shapes-gen")(gray, options, None).settings
     assert (said["steps"], said["guidance"], said["seed"], said["size"], said["label"]) == (9, 2.5, 3, 64, "first")
-    assert said["judge"]["version"] and said["judge"]["accuracy"] >= 0.99 and said["judge"]["n"] > 0
+    assert said["detector"]["version"] and said["detector"]["accuracy"] >= 0.99 and said["detector"]["n"] > 0
     assert said["machine"]["cpu"] and said["machine"]["cores"] >= 1 and said["versions"]["torch"]
     assert said["seconds"] >= 0
     json.dumps(said, allow_nan=False)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from spar.common.errors import InputError
-from spar.evaluation.options import BENCHMARK_NAMES, EvalOptions, batches, block, image_seed, pixels, scene_seed
+from spar.evaluation.options import BENCHMARK_NAMES, EvalOptions, batches, image_seed, pixels, scene_seed, seed_block
 from spar.worlds.shapes.scene import SEED_RANGES
 
 
@@ -30,7 +30,7 @@ def test_only_what_is_given_is_passed_on():
 
 def test_blocks_of_seeds_never_meet_and_lie_in_the_benchmark_range():
     keys = list(itertools.product(BENCHMARK_NAMES, range(6), ("seen", "held_out")))
-    numbers = [block(*key) for key in keys]
+    numbers = [seed_block(*key) for key in keys]
     assert len(set(numbers)) == len(keys)
     start, stop = SEED_RANGES["benchmark"]
     assert all(start <= scene_seed(number, index) < stop for number in numbers for index in (0, 10**6 - 1))

@@ -11,7 +11,7 @@ from spar.evaluation.results import Result, Score, bootstrap, mean_score, ratio_
 RESULT = Result(
     "shapes-gen",
     (Score("overall", 0.5, 0.4, 0.6, 100), Score("part.color", 1, 0.9, 1.0, 3)),
-    {"seed": 0, "judge": {"version": "1", "accuracy": 0.999}, "limit": None},
+    {"seed": 0, "detector": {"version": "1", "accuracy": 0.999}, "limit": None},
     {"prompts": [{"prompt": "a red circle", "right": [1, 0]}]},
 )
 

@@ -7,7 +7,7 @@ import pytest
 from spar.evaluation.options import EvalOptions
 from spar.evaluation.shapes_gen import TASKS, gen_prompts, says
 from spar.worlds.shapes.captions import check_words, to_text
-from spar.worlds.shapes.detector import judge, satisfies
+from spar.worlds.shapes.detector import detect, satisfies
 from spar.worlds.shapes.render import render
 from spar.worlds.shapes.scene import HELD_OUT_PAIRS, is_held_out
 
@@ -24,7 +24,7 @@ def test_there_are_a_hundred_a_task_and_they_are_true_of_their_scenes(prompts):
         assert check_words(prompt.text) and to_text(prompt.claim) == prompt.text
         assert is_held_out(prompt.scene) == (combinations == "held_out")
     for prompt in asked[::20]:
-        assert satisfies(judge(render(prompt.scene)), prompt.claim)[0]
+        assert satisfies(detect(render(prompt.scene)), prompt.claim)[0]
 
 
 def test_held_out_prompts_name_what_is_held_out(prompts):

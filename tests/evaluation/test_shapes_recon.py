@@ -8,7 +8,7 @@ import pytest
 from spar.evaluation.features import frechet_distance, random_features
 from spar.evaluation.options import EvalOptions
 from spar.evaluation.shapes_recon import psnr, recon_scenes, ssim, survivors
-from spar.worlds.shapes.detector import degrade_image, judge
+from spar.worlds.shapes.detector import degrade_image, detect
 from spar.worlds.shapes.render import render
 from spar.worlds.shapes.scene import Object, Scene
 
@@ -64,7 +64,7 @@ def test_survivors_are_counted_by_look_and_place():
     scene = Scene("gray", (ring, star), "two")
 
     def found(*objects, background="gray"):
-        return survivors(judge(render(Scene(background, objects, "multi"))), scene)
+        return survivors(detect(render(Scene(background, objects, "multi"))), scene)
 
     assert found(ring, star) == (2, True)
     assert found(ring, star, background="black") == (2, False)
@@ -77,7 +77,7 @@ def test_survivors_are_counted_by_look_and_place():
 
 def test_one_thing_seen_survives_for_one_object_only():
     twins = (Object("ring", "red", "small", 18.0, 18.0), Object("ring", "red", "small", 46.0, 18.0))
-    assert survivors(judge(render(Scene("gray", twins[:1], "single"))), Scene("gray", twins, "count")) == (1, False)
+    assert survivors(detect(render(Scene("gray", twins[:1], "single"))), Scene("gray", twins, "count")) == (1, False)
 
 
 def test_the_scenes_are_five_hundred_and_always_the_same():

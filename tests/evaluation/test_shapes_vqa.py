@@ -6,7 +6,7 @@ import pytest
 
 from spar.evaluation.options import EvalOptions
 from spar.evaluation.shapes_vqa import BlindBaseline, is_right, pattern, vqa_items
-from spar.worlds.shapes.detector import judge
+from spar.worlds.shapes.detector import detect
 from spar.worlds.shapes.questions import QUESTION_KINDS, Question
 from spar.worlds.shapes.scene import SEED_RANGES, is_held_out, make_scene
 
@@ -31,7 +31,7 @@ def test_yes_and_no_are_balanced(items):
 
 def test_background_answers_are_what_the_judge_sees(items):
     for item in [item for item in items if item.question.kind == "background"][::10]:
-        assert judge(item.image).background == item.question.answer
+        assert detect(item.image).background == item.question.answer
 
 
 def test_blind_answers_are_far_from_right_but_better_than_none(items):

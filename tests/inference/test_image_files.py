@@ -9,7 +9,7 @@ from PIL import Image
 
 from spar.cli.arguments import GenerateArguments, parse
 from spar.common.errors import InputError
-from spar.inference.image_files import MAX_HEADER_BYTES, NOTES, read_notes, save_pictures
+from spar.inference.image_files import MAX_HEADER_BYTES, METADATA_KEYS, read_metadata, save_images
 
 FULL = {
     "prompt": "a red circle — größer\n", "negative_prompt": "--x 'y' \\ \0", "seed": 2**63 - 1, "steps": 20,
@@ -19,38 +19,45 @@ FULL = {
 
 
 def saved(path: Path, notes: dict, size=(8, 6)) -> Path:
-    save_pictures([Image.new("RGB", size, "red")], [path], [notes])
+    save_images([Image.new("RGB", size, "red")], [path], [notes])
     return path
 
 
 def test_notes_are_read_as_they_were_written(tmp_path):
-    noted = read_notes(saved(tmp_path / "a.png", FULL))
-    assert noted.notes == FULL and [type(value) for value in noted.notes.values()] == [type(v) for v in FULL.values()]
+    noted = read_metadata(saved(tmp_path / "a.png", FULL))
+    assert noted.values == FULL and [type(value) for value in noted.values.values()] == [type(v) for v in FULL.values()]
     assert (noted.width, noted.height) == (8, 6)
-    assert {*FULL} <= {*NOTES}
+    assert {*FULL} <= {*METADATA_KEYS}
 
 
 def test_what_is_none_is_not_noted_and_what_others_noted_is_left(tmp_path):
     path = saved(tmp_path / "a.png", {"spar": "0.1.0", "seed": 3, "adapter": None, "Software": "GIMP"})
-    assert read_notes(path).notes == {"seed": 3, "spar": "0.1.0"}
+    assert read_metadata(path).values == {"seed": 3, "spar": "0.1.0"}
 
 
 def test_the_command_that_makes_a_picture_again(tmp_path):
-    assert read_notes(saved(tmp_path / "a.png", FULL)).again() == [
+    assert read_metadata(saved(tmp_path / "a.png", FULL)).reproduce_command() == [
         "spar", "generate", FULL["prompt"], "--height=6", "--width=8", f"--negative-prompt={FULL['negative_prompt']}",
         f"--seed={2**63 - 1}", "--steps=20", "--guidance=0.1", "--dtype=bfloat16", "--device=cuda:1",
         "--decode-tile=16", "--model=mine", "--adapter=lora",
     ]  # fmt: skip
     edited = {"instruction": "remove it", "image": "in.png", "seed": 0, "model": "bundled", "spar": "0.1.0"}
-    assert read_notes(saved(tmp_path / "b.png", edited)).again() == ["spar", "edit", "in.png", "remove it", "--seed=0"]
+    assert read_metadata(saved(tmp_path / "b.png", edited)).reproduce_command() == [
+        "spar",
+        "edit",
+        "in.png",
+        "remove it",
+        "--seed=0",
+    ]
     again = {"image": "in.png", "model": "mine", "spar": "0.1.0"}
-    assert read_notes(saved(tmp_path / "c.png", again)).again() == ["spar", "reconstruct", "in.png", "--model=mine"]
+    command = read_metadata(saved(tmp_path / "c.png", again)).reproduce_command()
+    assert command == ["spar", "reconstruct", "in.png", "--model=mine"]
     compiled = {"prompt": "-1 degrees", "seed": 0, "compile": True, "spar": "0.1.0"}  # nor is the model known
-    noted = read_notes(saved(tmp_path / "d.png", compiled))
-    assert noted.notes["compile"] is True and noted.again() == [
+    noted = read_metadata(saved(tmp_path / "d.png", compiled))
+    assert noted.values["compile"] is True and noted.reproduce_command() == [
         "spar", "generate", "--height=6", "--width=8", "--seed=0", "--compile", "--model=MODEL", "--", "-1 degrees"
     ]  # fmt: skip
-    args = parse(GenerateArguments, noted.again()[2:], "spar generate")
+    args = parse(GenerateArguments, noted.reproduce_command()[2:], "spar generate")
     assert (args.prompt, args.seed, args.compile, args.model) == (("-1 degrees",), 0, True, Path("MODEL"))
 
 
@@ -69,17 +76,17 @@ def test_a_bomb_of_compressed_text_is_refused_without_its_memory(tmp_path):
     bomb = zlib.compress(b"a" * 2**26, 9)
     for kind, head in ((b"zTXt", b"prompt\0\0"), (b"iTXt", b"prompt\0\1\0\0\0")):
         with pytest.raises(InputError, match="cannot be read: Decompressed data too large"):
-            read_notes(png_with(tmp_path / "a.png", chunk(kind, head + bomb)))
+            read_metadata(png_with(tmp_path / "a.png", chunk(kind, head + bomb)))
 
 
 def test_only_the_head_of_a_long_file_is_read(tmp_path, monkeypatch):
     long = png_with(tmp_path / "a.png", chunk(b"tEXt", b"prompt\0" + b"a" * MAX_HEADER_BYTES))
     with pytest.raises(InputError, match="cannot be read|carries no notes"):
-        read_notes(long)
+        read_metadata(long)
     behind = saved(tmp_path / "b.png", {"spar": "0.1.0"})
     with behind.open("ab") as file:
         file.truncate(2**33)  # a hole: eight gigabytes that take no room
-    assert read_notes(behind).notes == {"spar": "0.1.0"}
+    assert read_metadata(behind).values == {"spar": "0.1.0"}
 
 
 @pytest.mark.parametrize(
@@ -94,7 +101,7 @@ def test_only_the_head_of_a_long_file_is_read(tmp_path, monkeypatch):
 def test_what_is_no_whole_png_is_told_in_words(tmp_path, data, words):
     (tmp_path / "a.png").write_bytes(data)
     with pytest.raises(InputError, match=f"expected a PNG that spar wrote, or a folder of weights, .*({words})"):
-        read_notes(tmp_path / "a.png")
+        read_metadata(tmp_path / "a.png")
 
 
 def test_other_files_are_told_in_words(tmp_path):
@@ -106,10 +113,10 @@ def test_other_files_are_told_in_words(tmp_path):
         ("pipe", "there is no file"),
     ):
         with pytest.raises(InputError, match=words):
-            read_notes(tmp_path / name)
+            read_metadata(tmp_path / name)
 
 
 @pytest.mark.parametrize(("key", "value"), [("seed", "x"), ("steps", "2.5"), ("guidance", "much"), ("decode_tile", "")])
 def test_a_note_that_is_no_number_is_told_in_words(tmp_path, key, value):
     with pytest.raises(InputError, match=f"got {key} '{value}', which is no number"):
-        read_notes(saved(tmp_path / "a.png", {"spar": "0.1.0", key: value}))
+        read_metadata(saved(tmp_path / "a.png", {"spar": "0.1.0", key: value}))

@@ -10,9 +10,9 @@ from torch import nn
 from spar.common.errors import InputError
 from spar.inference import offload as memory
 from spar.inference import pipeline
-from spar.inference.offload import Offload, hold, quantize
+from spar.inference.offload import Offload, cast_weights, quantize
 from spar.inference.pipeline import SparPipeline
-from spar.models.blocks import blocks
+from spar.models.blocks import repeated_blocks
 from spar.models.spar import SparModel
 from spar.recipes import recipe
 
@@ -38,7 +38,7 @@ def everything(pipe: SparPipeline) -> list:
 
 def test_weights_held_in_the_type_they_are_computed_in_change_no_result():
     plain = SparPipeline.from_pretrained(dtype=torch.bfloat16, device="cpu")
-    held = SparPipeline.from_pretrained(dtype=torch.bfloat16, device="cpu", weights="compute")
+    held = SparPipeline.from_pretrained(dtype=torch.bfloat16, device="cpu", weights="dtype")
     sizes = [sum(p.numel() * p.element_size() for p in pipe.model.parameters()) for pipe in (plain, held)]
     assert sizes[1] < 0.55 * sizes[0]
     for one, other in zip(everything(plain), everything(held), strict=True):
@@ -46,15 +46,15 @@ def test_weights_held_in_the_type_they_are_computed_in_change_no_result():
 
 
 def test_a_pipeline_whose_weights_are_no_longer_its_folders_is_not_saved(tmp_path):
-    held = SparPipeline.from_pretrained(device="cpu", weights="compute")
-    with pytest.raises(InputError, match="expected float32 in a pipeline that is to be saved, got compute"):
+    held = SparPipeline.from_pretrained(device="cpu", weights="dtype")
+    with pytest.raises(InputError, match="expected float32 in a pipeline that is to be saved, got dtype"):
         held.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
 
 def test_rounding_to_eight_bits_moves_a_weight_by_half_a_step_of_its_row(model):
     pytest.importorskip("torchao")
-    hold(model, torch.float32)
+    cast_weights(model, torch.float32)
     plain = {name: part.weight.clone() for name, part in model.named_modules() if isinstance(part, nn.Linear)}
     quantize(model)
     rounded = {
@@ -94,19 +94,21 @@ class Absent(Offload):
         self.bring()
 
     def bring(self, *names: str) -> None:
-        super().bring(*names)
-        for name in self.home.keys() - set(names):
-            for module, key, weight in self.home[name]:
+        super().load_to_device(*names)
+        for name in self.weights_by_part.keys() - set(names):
+            for module, key, weight in self.weights_by_part[name]:
                 module._parameters[key] = nn.Parameter(torch.empty(weight.shape, device="meta"), requires_grad=False)
 
 
 def test_what_failed_while_a_part_came_is_made_good_by_the_next_call(model, monkeypatch):
     """Memory may run out in the middle of a part; the parts that were there before have gone home by then."""
     parts, copies, parameter = Offload(model, torch.device("cpu")), [], nn.Parameter
-    homes = {name: [weight for _, _, weight in places] for name, places in parts.home.items()}
+    homes = {name: [weight for _, _, weight in places] for name, places in parts.weights_by_part.items()}
 
     def there(name: str) -> list[bool]:
-        return [m._parameters[k] is not w for (m, k, _), w in zip(parts.home[name], homes[name], strict=True)]
+        return [
+            m._parameters[k] is not w for (m, k, _), w in zip(parts.weights_by_part[name], homes[name], strict=True)
+        ]
 
     def copy(data: torch.Tensor, **settings: bool) -> nn.Parameter:
         copies.append(data)
@@ -114,11 +116,11 @@ def test_what_failed_while_a_part_came_is_made_good_by_the_next_call(model, monk
             raise torch.OutOfMemoryError("CUDA out of memory")
         return parameter(data, **settings)
 
-    parts.bring("encoder")
+    parts.load_to_device("encoder")
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
         patch.setattr(memory.nn, "Parameter", copy)
-        parts.bring("language")
-    parts.bring("encoder")
+        parts.load_to_device("language")
+    parts.load_to_device("encoder")
     assert all(there("encoder")) and not any(there("language"))
 
 
@@ -129,9 +131,9 @@ def test_every_task_computes_only_with_the_parts_that_are_present(monkeypatch, w
     plain = SparPipeline.from_pretrained(device="cpu", weights=weights)
     monkeypatch.setattr(pipeline, "Offload", Absent)
     parts = SparPipeline(
-        SparPipeline.from_pretrained(device="cpu").loaded, plain.dtype, weights=weights, offload=True
+        SparPipeline.from_pretrained(device="cpu").bundle, plain.dtype, weights=weights, offload=True
     )
-    homes = [weight for places in parts._offload.home.values() for _, _, weight in places]
+    homes = [weight for places in parts._offload.weights_by_part.values() for _, _, weight in places]
     assert len(homes) == len(list(plain.model.parameters()))
     with pytest.raises((NotImplementedError, RuntimeError)):
         parts.model.denoiser(torch.zeros(1, 32, 8, 8), torch.zeros(1), torch.zeros(1, 2, 8), torch.ones(1, 2))
@@ -147,7 +149,7 @@ def test_every_task_computes_only_with_the_parts_that_are_present(monkeypatch, w
 @pytest.mark.parametrize(
     ("keywords", "said"),
     [
-        ({"weights": "int4"}, "weights: expected one of float32, compute, int8, got 'int4'"),
+        ({"weights": "int4"}, "weights: expected one of float32, dtype, int8, got 'int4'"),
         ({"offload": True}, "offload: expected a device whose parts can wait"),
     ],
 )
@@ -176,4 +178,4 @@ def test_compiled_layers_are_the_ones_that_repeat(monkeypatch):
     taken = []
     monkeypatch.setattr(torch, "compile", lambda forward: taken.append(forward.__self__) or forward)
     pipe = SparPipeline.from_pretrained(device="cpu", compile=True)
-    assert taken == blocks(pipe.model) and len(taken) > 20
+    assert taken == repeated_blocks(pipe.model) and len(taken) > 20

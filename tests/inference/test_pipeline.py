@@ -14,14 +14,14 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import spar
-from spar.checkpoints.spar_format import Loaded, load_model
+from spar.checkpoints.spar_format import ModelBundle, load_model
 from spar.common.errors import InputError
 from spar.common.limits import MAX_NEW_TOKENS
 from spar.flow.sampler import Cancelled, sample
 from spar.inference import pipeline
-from spar.inference.image_files import read_notes
-from spar.inference.pipeline import SparPipeline, native_bfloat16
-from spar.models.attention import attention_bias, positions
+from spar.inference.image_files import read_metadata
+from spar.inference.pipeline import SparPipeline, has_native_bfloat16
+from spar.models.attention import attention_bias, position_ids_from_mask
 from spar.processing.images import to_pil, to_square, to_tensor
 
 CIRCLE, SQUARES = "a red circle", "two blue squares on a white background"
@@ -119,7 +119,9 @@ def test_num_images_per_prompt_makes_so_many_different_ones(pipe):
 
 def test_defaults_are_the_models_own(folder, pipe):
     loaded = load_model(folder)
-    own = SparPipeline(Loaded(loaded.model, loaded.text_tokenizer, replace(loaded.sampling, steps=2, guidance=1.5)))
+    own = SparPipeline(
+        ModelBundle(loaded.model, loaded.text_tokenizer, replace(loaded.sampling, steps=2, guidance=1.5))
+    )
     (image,) = own.generate(CIRCLE, seed=3).images
     assert gap(image, generate(pipe, num_inference_steps=2, guidance_scale=1.5).images[0]) == 0
 
@@ -127,7 +129,7 @@ def test_defaults_are_the_models_own(folder, pipe):
 @pytest.mark.parametrize("change", [{"shift": 1.0}, {"method": "euler"}])
 def test_the_models_shift_and_method_count(folder, pipe, change):
     loaded = load_model(folder)
-    other = SparPipeline(Loaded(loaded.model, loaded.text_tokenizer, replace(loaded.sampling, **change)))
+    other = SparPipeline(ModelBundle(loaded.model, loaded.text_tokenizer, replace(loaded.sampling, **change)))
     assert gap(generate(other).images[0], generate(pipe).images[0]) > 1
 
 
@@ -140,9 +142,9 @@ def test_max_new_tokens_bounds_the_answer(pipe, pictures):
 
 def test_the_answer_reads_image_and_question(folder, pictures, monkeypatch):
     pipe, seen = SparPipeline.from_pretrained(folder, dtype=torch.float32, device="cpu"), []
-    answer = pipe.model.language.answer
+    answer = pipe.model.language.generate
     monkeypatch.setattr(
-        pipe.model.language, "answer", lambda embedded, *a, **k: seen.append(embedded) or answer(embedded, *a, **k)
+        pipe.model.language, "generate", lambda embedded, *a, **k: seen.append(embedded) or answer(embedded, *a, **k)
     )
     for image, question in ((0, QUESTION), (1, QUESTION), (0, "what shape is the background ?")):
         pipe.understand(pictures[image], question, max_new_tokens=1)
@@ -164,7 +166,7 @@ def test_dtype_is_what_products_run_in(folder, pipe, pictures, dtype):
 
 def test_the_default_dtype_is_the_hardwares(folder, monkeypatch):
     for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(pipeline, "native_bfloat16", lambda fast=fast: fast)
+        monkeypatch.setattr(pipeline, "has_native_bfloat16", lambda fast=fast: fast)
         assert SparPipeline.from_pretrained(folder, device="cpu").dtype == dtype
 
 
@@ -246,7 +248,7 @@ def by_hand(pipe, scale: float, negative: str | None) -> Image.Image:
             u = model.velocity(x, t, theirs).velocity
             return u + scale * (v - u)
 
-        shift = pipe.loaded.sampling.shift
+        shift = pipe.bundle.sampling.shift
         latent = sample(velocity, noise, num_inference_steps=STEPS, shift=shift, method="dpmsolver++")
         return to_pil(model.decode(latent))[0]
 
@@ -333,16 +335,16 @@ def test_one_image_or_one_text_serves_all_of_the_others(pipe, pictures, one):
 
 def test_the_notes_of_a_picture_make_it_again(pipe, pictures, tmp_path):
     out = generate(pipe, [CIRCLE, SQUARES], negative_prompt="a ring", num_images_per_prompt=2, guidance_scale=2)
-    assert [note["prompt"] for note in out.notes] == [CIRCLE] * 2 + [SQUARES] * 2
-    assert out.notes[3] | {"torch": "", "transformers": "", "diffusers": "", "commit": ""} == {
+    assert [note["prompt"] for note in out.metadata] == [CIRCLE] * 2 + [SQUARES] * 2
+    assert out.metadata[3] | {"torch": "", "transformers": "", "diffusers": "", "commit": ""} == {
         "prompt": SQUARES, "negative_prompt": "a ring", "seed": 6, "steps": STEPS, "guidance": 2.0, "dtype": "float32",
         "device": "cpu", "weights": None, "compile": None, "decode_tile": None, "recipe": "tiny", "commit": "",
         "spar": spar.__version__, "torch": "", "transformers": "", "diffusers": "", "model": "model", "adapter": None,
     }  # fmt: skip
     paths = out.save(tmp_path / "many")
     assert [path.name for path in paths] == ["0.png", "1.png", "2.png", "3.png"]
-    notes = read_notes(paths[3]).notes
-    assert notes == {key: value for key, value in out.notes[3].items() if value is not None}
+    notes = read_metadata(paths[3]).values
+    assert notes == {key: value for key, value in out.metadata[3].items() if value is not None}
     again = generate(
         pipe, notes["prompt"], negative_prompt=notes["negative_prompt"], seed=notes["seed"],
         num_inference_steps=notes["steps"], guidance_scale=notes["guidance"],
@@ -350,7 +352,10 @@ def test_the_notes_of_a_picture_make_it_again(pipe, pictures, tmp_path):
     assert gap(again.images[0], Image.open(paths[3])) <= 1  # it was one of four
     with pytest.raises(InputError, match="exists already"):
         out.save(tmp_path / "many")
-    assert "instruction" in edit(pipe, pictures[0]).notes[0] and pipe.reconstruct(pictures).notes[2]["recipe"] == "tiny"
+    assert (
+        "instruction" in edit(pipe, pictures[0]).metadata[0]
+        and pipe.reconstruct(pictures).metadata[2]["recipe"] == "tiny"
+    )
 
 
 # ---- routing ---------------------------------------------------------------------------------------------------------
@@ -410,13 +415,13 @@ def test_a_chat_is_the_models_greedy_answer_to_the_whole_conversation(pipe, pict
         for _ in range(5):
             mask = torch.ones_like(row)
             x = model.embed(row, f_v)
-            final, _ = model.language(x, attention_bias(mask, x, causal=True), positions(mask))
+            final, _ = model.language(x, attention_bias(mask, x, causal=True), position_ids_from_mask(mask))
             token = model.language.logits(final[:, -1]).argmax(-1)
             if int(token) == eos:
                 break
             row = torch.cat([row, token[None]], dim=1)
-    assert answer == pipe.loaded.text_tokenizer.decode(row[0, length:], skip_special_tokens=True)
-    assert (out.prompt_tokens, out.tokens) == (length, row.shape[1] - length)
+    assert answer == pipe.bundle.text_tokenizer.decode(row[0, length:], skip_special_tokens=True)
+    assert (out.prompt_tokens, out.completion_tokens) == (length, row.shape[1] - length)
 
 
 def test_images_are_moved_before_the_text_of_their_turn(pipe, pictures):
@@ -456,16 +461,16 @@ def test_every_message_and_every_picture_of_a_chat_counts(pipe, pictures):
 
 def test_a_chat_ends_where_the_model_ends_its_turn_or_at_the_limit(pipe, pictures, monkeypatch):
     out = pipe.chat(conversation(pictures[0]), max_new_tokens=3)
-    assert out.finish_reason is None and out.tokens == 0
+    assert out.finish_reason is None and out.completion_tokens == 0
     said = next(out)
-    assert said and out.tokens == 1 and out.finish_reason is None
+    assert said and out.completion_tokens == 1 and out.finish_reason is None
     list(out)
-    assert (out.tokens, out.finish_reason) == (3, "length")
+    assert (out.completion_tokens, out.finish_reason) == (3, "length")
     stream = pipe.model.language.stream
     monkeypatch.setattr(pipe.model.language, "stream", lambda *a, **k: islice(stream(*a, **k), 2))  # ends by itself
     out = pipe.chat(conversation(pictures[0]), max_new_tokens=3)
     list(out)
-    assert (out.tokens, out.finish_reason) == (2, "stop")
+    assert (out.completion_tokens, out.finish_reason) == (2, "stop")
 
 
 def test_an_answer_may_be_empty_and_then_stand_in_the_conversation(pipe, pictures, monkeypatch):
@@ -473,7 +478,7 @@ def test_an_answer_may_be_empty_and_then_stand_in_the_conversation(pipe, picture
     list(pipe.chat(silent, max_new_tokens=1))
     monkeypatch.setattr(pipe.model.language, "stream", lambda *a, **k: iter(()))
     out = pipe.chat(silent)
-    assert (list(out), out.tokens, out.finish_reason) == ([], 0, "stop")
+    assert (list(out), out.completion_tokens, out.finish_reason) == ([], 0, "stop")
 
 
 def test_a_chat_leaves_no_mode_of_torch_on(folder, pictures):
@@ -481,7 +486,7 @@ def test_a_chat_leaves_no_mode_of_torch_on(folder, pictures):
     out = half.chat(conversation(pictures[0]), max_new_tokens=3)
     for _ in out:
         assert not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
-    assert out.tokens == 3
+    assert out.completion_tokens == 3
 
 
 def test_two_chats_at_once_do_not_meet(pipe, pictures):
@@ -727,7 +732,7 @@ def test_more_new_tokens_than_there_can_be_are_cut_to_those(pipe, pictures, monk
     pipe.understand(pictures[0], words, max_new_tokens=10**6)
     out = pipe.chat([turn(words, pictures[0])], max_new_tokens=10**6)
     list(out)
-    longest = pipe.model.config.text.longest
+    longest = pipe.model.config.text.max_seq_len
     assert [new for _, new in asked] == [min(MAX_NEW_TOKENS, longest - length) for length, _ in asked]
     assert len(asked) == 2
 
@@ -736,7 +741,7 @@ def test_a_chat_that_is_cut_says_so(pipe, pictures, monkeypatch):
     monkeypatch.setattr("spar.inference.pipeline.MAX_NEW_TOKENS", 3)
     out = pipe.chat(conversation(pictures[0]), max_new_tokens=4096)
     list(out)
-    assert (out.tokens, out.finish_reason) == (3, "length")
+    assert (out.completion_tokens, out.finish_reason) == (3, "length")
 
 
 @pytest.mark.parametrize(
@@ -784,7 +789,7 @@ def bundled() -> SparPipeline:
     return SparPipeline.from_pretrained(dtype=torch.bfloat16)
 
 
-@pytest.mark.skipif(not native_bfloat16(), reason="elsewhere bfloat16 is computed by other means")
+@pytest.mark.skipif(not has_native_bfloat16(), reason="elsewhere bfloat16 is computed by other means")
 @pytest.mark.parametrize("size", [(64, 64), (40, 104)])
 def test_a_picture_is_the_same_to_the_bit_whatever_stands_beside_it(bundled, size):
     """Prompts of every length in one call, in another order, several draws of each, and each alone."""
@@ -800,7 +805,7 @@ def test_a_picture_is_the_same_to_the_bit_whatever_stands_beside_it(bundled, siz
     assert pixels(PROMPTS[1], seed=0, num_images_per_prompt=3)[1] == alone[1]
 
 
-@pytest.mark.skipif(not native_bfloat16(), reason="elsewhere bfloat16 is computed by other means")
+@pytest.mark.skipif(not has_native_bfloat16(), reason="elsewhere bfloat16 is computed by other means")
 def test_an_edit_is_the_same_to_the_bit_whatever_stands_beside_it(bundled):
     picture = bundled.generate(PROMPTS[3], seed=0).images[0]
     words = ["remove the star", "change the background to navy", "add a large green ring to the left of the blue star"]

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from spar.models.attention import MASKED, attend, attention_bias, positions
+from spar.models.attention import MASKED, attention, attention_bias, position_ids_from_mask
 
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
 
@@ -20,7 +20,7 @@ def test_explicit_attention_equals_the_fused_kernel_in_value_and_gradient(masked
     fused = F.scaled_dot_product_attention(*inputs, attn_mask=bias)
     wanted = torch.autograd.grad((fused * weight).sum(), inputs)
     monkeypatch.setattr(F, "scaled_dot_product_attention", None)  # on a CPU, training must not go through it
-    explicit = attend(*inputs, bias)
+    explicit = attention(*inputs, bias)
     torch.testing.assert_close(explicit * seeing, fused * seeing)
     for own, other in zip(torch.autograd.grad((explicit * weight).sum(), inputs), wanted, strict=True):
         torch.testing.assert_close(own, other)
@@ -29,7 +29,7 @@ def test_explicit_attention_equals_the_fused_kernel_in_value_and_gradient(masked
 def test_attention_without_gradients_equals_attention_with_them():
     query, key, value = (draw(2, 3, 5, 8, seed=seed) for seed in range(3))
     bias = attention_bias(MASK, query, causal=False)
-    torch.testing.assert_close(attend(query, key, value, bias), attend(query.requires_grad_(), key, value, bias))
+    torch.testing.assert_close(attention(query, key, value, bias), attention(query.requires_grad_(), key, value, bias))
 
 
 def allowed(bias: torch.Tensor) -> list[list[list[bool]]]:
@@ -66,7 +66,7 @@ def test_a_row_that_may_see_nothing_stays_finite_in_half_precision(dtype):
     query, key, value = (draw(2, 3, 5, 8, seed=seed).to(dtype) for seed in range(3))
     bias = attention_bias(torch.zeros(2, 5), query, causal=True)
     assert bias.dtype == dtype
-    assert attend(query, key, value, bias).isfinite().all()
+    assert attention(query, key, value, bias).isfinite().all()
 
 
 def test_the_bias_has_the_type_that_autocast_multiplies_in():
@@ -76,4 +76,4 @@ def test_the_bias_has_the_type_that_autocast_multiplies_in():
 
 
 def test_positions_count_real_tokens_only():
-    assert positions(MASK).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
+    assert position_ids_from_mask(MASK).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from spar.models.attention import grid_embedding
+from spar.models.attention import sincos_pos_embed_2d
 from spar.models.connector import Connector
 from spar.models.language import LanguageModel
 
@@ -63,7 +63,7 @@ def test_a_reference_stands_at_its_own_positions_and_nowhere_else(config, straig
     plain = straight.projection(straight.norm(states))
     torch.testing.assert_close(condition[~IS_REFERENCE], plain[~IS_REFERENCE])
     at_unit_size = f_v / f_v.square().mean(-1, keepdim=True).sqrt()
-    table = straight.reference_gain * grid_embedding(config.denoiser.caption_channels, 4, 4)
+    table = straight.reference_gain * sincos_pos_embed_2d(config.denoiser.caption_channels, 4, 4)
     wanted = straight.projection(straight.norm(at_unit_size))[0] + table
     torch.testing.assert_close(condition[IS_REFERENCE], wanted, rtol=1e-4, atol=1e-4)
 
@@ -105,7 +105,7 @@ def test_without_reference_positions_no_table_is_added(config, randomize):
 
 
 def test_the_grid_embedding_names_every_place_by_row_and_by_column():
-    table = grid_embedding(16, 3, 5, base=10000.0).view(3, 5, 16)
+    table = sincos_pos_embed_2d(16, 3, 5, base=10000.0).view(3, 5, 16)
     assert torch.equal(table[:, :, :8], table[:, :1, :8].expand(-1, 5, -1))       # the first half knows the row
     assert torch.equal(table[:, :, 8:], table[:1, :, 8:].expand(3, -1, -1))       # the second half the column
     assert torch.equal(table[2, 0, :8], table[0, 2, 8:])                          # by the same code

@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import SanaTransformer2DModel
 
-from spar.models.attention import grid_embedding
+from spar.models.attention import sincos_pos_embed_2d
 from spar.models.denoiser import Denoiser, linear_attention
 
 CHANNELS, GRID, LENGTH = 8, 4, 6
@@ -18,7 +18,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def inputs(config, draws: int = 1, *, height: int = GRID, width: int = GRID):
-    """Latents, times and conditions of two images with `draws` draws each."""
+    """Latents, times and conditions of two images with `noise_samples` draws each."""
     latent = draw(2 * draws, CHANNELS, height, width, seed=1)
     time = torch.linspace(0.05, 0.95, 2 * draws)
     return latent, time, 2 * draw(2, LENGTH, config.denoiser.caption_channels, seed=2)
@@ -69,7 +69,7 @@ def test_velocity_equals_diffusers_sana(config, randomize, scale, mask, gradient
 def test_positions_are_the_grid_embedding_on_the_embedded_latent(config, randomize, height, width):
     built = randomize(Denoiser(replace(config.denoiser, position_gain=1.7), CHANNELS, GRID))
     latent, time, condition = inputs(config, height=height, width=width)
-    table = 1.7 * grid_embedding(config.denoiser.width, height, width, base=10.0)
+    table = 1.7 * sincos_pos_embed_2d(config.denoiser.width, height, width, base=10.0)
     sana = library(built)
     sana.patch_embed.register_forward_hook(lambda module, given, out: out + table)
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_velocity_equals_diffusers_sana_on_a_grid_of_another_shape(config, denoi
 def test_keys_made_once_give_the_very_velocity_of_their_condition(config, denoiser, draws):
     latent, time, condition = inputs(config, draws=draws)
     with torch.no_grad():
-        keys = denoiser.keys(condition)
+        keys = denoiser.key_values(condition)
         for moment in (time, time / 2):
             plain, again = denoiser(latent, moment, condition, MASK), denoiser(latent, moment, keys, MASK)
             assert torch.equal(plain.velocity, again.velocity) and torch.equal(plain.features, again.features)
@@ -112,7 +112,7 @@ def test_gradients_equal_those_of_diffusers_sana(config, randomize):
 
 @pytest.mark.parametrize("tap", [1, 2, 3])
 def test_features_are_the_hidden_state_behind_the_tapped_block(config, randomize, tap):
-    built = randomize(Denoiser(replace(config.denoiser, tap_block=tap, position_gain=0.0), CHANNELS, GRID))
+    built = randomize(Denoiser(replace(config.denoiser, align_depth=tap, position_gain=0.0), CHANNELS, GRID))
     latent, time, condition = inputs(config)
     network, seen = library(built), []
     network.transformer_blocks[tap - 1].register_forward_hook(lambda _, __, out: seen.append(out))

@@ -5,7 +5,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 
 from spar.common.errors import InputError
-from spar.models.attention import attention_bias, positions
+from spar.models.attention import attention_bias, position_ids_from_mask
 from spar.models.encoder import qwen_config
 from spar.models.language import LanguageModel
 
@@ -31,7 +31,7 @@ def tokens() -> torch.Tensor:
 
 
 def run(language: LanguageModel, embeddings: torch.Tensor, mask: torch.Tensor = MASK, **keywords):
-    return language(embeddings, attention_bias(mask, embeddings, causal=True), positions(mask), **keywords)
+    return language(embeddings, attention_bias(mask, embeddings, causal=True), position_ids_from_mask(mask), **keywords)
 
 
 @pytest.mark.parametrize("learning", [False, True])  # each has its own form of attention
@@ -67,12 +67,14 @@ def test_states_come_in_the_order_asked_for(language):
 
 
 def test_tokens_behind_a_cache_equal_the_full_pass(language):
-    embeddings, seen, parts = language.embed(tokens()), language.unread(), []
+    embeddings, seen, parts = language.embed(tokens()), language.empty_kv_cache(), []
     full, _ = run(language, embeddings)
     start = 0
     for stop in (4, 5, 7):  # a prompt, then one token, then two at once
         bias = attention_bias(MASK[:, :stop], embeddings, causal=True, past=start)
-        part, _ = language(embeddings[:, start:stop], bias, positions(MASK)[:, start:stop], seen=seen)
+        part, _ = language(
+            embeddings[:, start:stop], bias, position_ids_from_mask(MASK)[:, start:stop], past_key_values=seen
+        )
         parts.append(part)
         start = stop
     real = MASK.bool()
@@ -102,7 +104,7 @@ def generated(config, language) -> list[list[int]]:
 def answers(config, language, eos: int, *, max_new_tokens: int = 10) -> list[list[int]]:
     own = LanguageModel(replace(config.text, eos_token_id=eos)).eval()
     own.load_state_dict(language.state_dict())
-    return own.answer(own.embed(tokens()), MASK, max_new_tokens=max_new_tokens)
+    return own.generate(own.embed(tokens()), MASK, max_new_tokens=max_new_tokens)
 
 
 def test_greedy_answers_equal_transformers_generate(config, language, generated):
@@ -152,7 +154,7 @@ def test_more_tokens_than_the_model_has_positions_are_refused_and_padding_is_non
 def test_an_answer_that_would_not_fit_is_refused_before_its_first_token(config, language):
     def ask(positions: int) -> list[list[int]]:
         own = short(config, language, positions)
-        return own.answer(own.embed(tokens()), MASK, max_new_tokens=3)
+        return own.generate(own.embed(tokens()), MASK, max_new_tokens=3)
 
     assert ask(10) == ask(512)
     with pytest.raises(InputError, match="at most 9 tokens at once .* got 10"):

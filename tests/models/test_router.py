@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from spar.common.errors import InputError
 from spar.models.config import RouterConfig, RouterKind, SparConfig, TextConfig
-from spar.models.router import build_router, common_scale, routed_layers
+from spar.models.router import build_router, normalize_hidden_states, routed_layers
 
 WIDTH, COUNT = 8, 3
 
@@ -27,7 +27,7 @@ def behind(built, mixed: torch.Tensor) -> torch.Tensor:
 
 def test_at_the_last_states_scale_the_last_stays_and_the_others_get_its_size():
     h = states() * torch.tensor([1.0, 300.0, 0.02])[:, None, None, None]
-    scaled = common_scale(list(h), "last")
+    scaled = normalize_hidden_states(list(h), "last")
     assert torch.equal(scaled[-1], h[-1])
     size = scaled.square().mean(-1).sqrt()
     torch.testing.assert_close(size, size[-1:].expand_as(size), rtol=1e-2, atol=1e-4)
@@ -156,8 +156,8 @@ def test_more_routed_layers_than_the_llm_has_are_refused():
 
 def test_a_common_scale_forgets_the_size_of_a_state_and_keeps_its_direction():
     h = states()
-    scaled = common_scale(list(h))
+    scaled = normalize_hidden_states(list(h))
     torch.testing.assert_close(scaled.square().mean(-1), torch.ones(COUNT, 2, 5), rtol=1e-4, atol=0)
     torch.testing.assert_close(F.cosine_similarity(scaled, h, dim=-1), torch.ones(COUNT, 2, 5))
     sizes = torch.tensor([0.1, 1.0, 30.0])[:, None, None, None]
-    torch.testing.assert_close(common_scale(list(sizes * h)), scaled, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(normalize_hidden_states(list(sizes * h)), scaled, rtol=1e-3, atol=1e-4)

@@ -7,7 +7,7 @@ from torch import nn
 
 from spar.common.errors import InputError
 from spar.models.config import AutoencoderConfig, StreamConfig
-from spar.models.tokenizer import PixelLayer, ResidualBlock, UnifiedTokenizer
+from spar.models.tokenizer import ResidualBlock, TransformerBlock, UnifiedTokenizer
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -28,7 +28,7 @@ def test_a_residual_block_is_its_formula(randomize):
 
 
 def test_a_pixel_layer_is_torchs_prenorm_transformer_encoder_layer(randomize):
-    layer = randomize(PixelLayer(8, heads=2, mlp_ratio=3))
+    layer = randomize(TransformerBlock(8, heads=2, mlp_ratio=3))
     reference = nn.TransformerEncoderLayer(
         8, 2, dim_feedforward=24, dropout=0.0, activation="gelu", norm_first=True, batch_first=True
     )

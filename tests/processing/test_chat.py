@@ -10,7 +10,7 @@ from PIL import Image
 
 from spar.common.errors import InputError
 from spar.common.limits import MAX_CHAT_IMAGES, MAX_MESSAGES, MAX_PARTS
-from spar.processing.chat import Message, TextStream, read_messages
+from spar.processing.chat import ChatMessage, TextStream, read_messages
 from spar.worlds.shapes.tokenizer import build_tokenizer
 
 RED = Image.new("RGB", (8, 6), "red")
@@ -56,8 +56,8 @@ def test_images_come_before_the_text_of_their_turn_each_in_its_order(order):
 
 
 def test_a_conversation_may_be_one_question_without_a_picture():
-    assert read_messages([user("how many ?")], SIDE) == [Message("user", ("how many ?",))]
-    assert read_messages(({"role": "user", "content": (text(),)},), SIDE) == [Message("user", ("how many ?",))]
+    assert read_messages([user("how many ?")], SIDE) == [ChatMessage("user", ("how many ?",))]
+    assert read_messages(({"role": "user", "content": (text(),)},), SIDE) == [ChatMessage("user", ("how many ?",))]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_malformed_conversation_is_told_in_words(messages, words):
 
 def pieces(tokenizer, ids: list[int]) -> list[str]:
     stream = TextStream(tokenizer)
-    return [*(stream.push(token) for token in ids), stream.rest()]
+    return [*(stream.add_token(token) for token in ids), stream.flush()]
 
 
 WORDS = build_tokenizer()

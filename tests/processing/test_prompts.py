@@ -3,10 +3,10 @@ import torch
 import torch.nn.functional as F
 
 from spar.common.errors import InputError
-from spar.models.attention import attention_bias, positions
+from spar.models.attention import attention_bias, position_ids_from_mask
 from spar.models.config import TextConfig
 from spar.models.language import LanguageModel
-from spar.processing.prompts import MAX_CHARACTERS_PER_TOKEN, Packed, PromptEncoder, Turn
+from spar.processing.prompts import MAX_CHARACTERS_PER_TOKEN, PackedBatch, PromptEncoder, QuestionAnswer
 from spar.worlds.shapes.tokenizer import build_tokenizer
 
 VISUAL = 3
@@ -112,9 +112,10 @@ def test_the_models_ids_are_the_tokenizers(prompts):
 # ---- packed turns ---------------------------------------------------------------------------------------------------
 
 ROWS = [
-    [Turn("what color is the circle?", "red"), Turn("describe the image", "a red circle on a gray background", 0.2),
-     Turn("how many objects are there?", "one")],
-    [Turn("is there a blue star?", "no", 3.0)],
+    [QuestionAnswer("what color is the circle?", "red"),
+     QuestionAnswer("describe the image", "a red circle on a gray background", 0.2),
+     QuestionAnswer("how many objects are there?", "one")],
+    [QuestionAnswer("is there a blue star?", "no", 3.0)],
 ]  # fmt: skip
 
 
@@ -129,7 +130,7 @@ def language() -> LanguageModel:
     return model.eval().requires_grad_(False)
 
 
-def packed_losses(language: LanguageModel, packed: Packed) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def packed_losses(language: LanguageModel, packed: PackedBatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(loss, weight) of each answer token, row by row."""
     embeddings = language.embed(packed.ids)
     final, _ = language(embeddings, attention_bias(packed.allowed, embeddings, causal=False), packed.positions)
@@ -138,19 +139,19 @@ def packed_losses(language: LanguageModel, packed: Packed) -> list[tuple[torch.T
     return [(loss[weight > 0], weight[weight > 0]) for loss, weight in zip(losses, weights, strict=True)]
 
 
-def single_losses(prompts: PromptEncoder, language: LanguageModel, turn: Turn) -> torch.Tensor:
+def single_losses(prompts: PromptEncoder, language: LanguageModel, turn: QuestionAnswer) -> torch.Tensor:
     """The turn by itself: the question's form, the answer and the end of the turn behind it."""
     asked = prompts.question([turn.question]).ids[0].tolist()
     answer = prompts.encode(turn.answer) + prompts.encode("<|im_end|>")
     ids = torch.tensor([asked + answer])
     mask = torch.ones_like(ids)
     embeddings = language.embed(ids)
-    final, _ = language(embeddings, attention_bias(mask, embeddings, causal=True), positions(mask))
+    final, _ = language(embeddings, attention_bias(mask, embeddings, causal=True), position_ids_from_mask(mask))
     return F.cross_entropy(language.logits(final[0, len(asked) - 1 : -1]), torch.tensor(answer), reduction="none")
 
 
 def test_packed_turns_have_exactly_the_losses_of_single_turns(prompts, language):
-    packed = packed_losses(language, prompts.packed(ROWS))
+    packed = packed_losses(language, prompts.pack(ROWS))
     for row, (losses, weights) in zip(ROWS, packed, strict=True):
         alone = [single_losses(prompts, language, turn) for turn in row]
         torch.testing.assert_close(losses, torch.cat(alone), rtol=1e-5, atol=1e-5)
@@ -160,7 +161,7 @@ def test_packed_turns_have_exactly_the_losses_of_single_turns(prompts, language)
 
 def test_the_gradient_of_packed_turns_is_that_of_single_turns(prompts, language):
     weight = language.network.layers[0].self_attn.q_proj.weight.requires_grad_()
-    packed = sum((losses * weights).sum() for losses, weights in packed_losses(language, prompts.packed(ROWS)))
+    packed = sum((losses * weights).sum() for losses, weights in packed_losses(language, prompts.pack(ROWS)))
     alone = sum(turn.weight * single_losses(prompts, language, turn).sum() for row in ROWS for turn in row)
     one, other = (torch.autograd.grad(loss, [weight])[0] for loss in (packed, alone))
     weight.requires_grad_(False)
@@ -169,7 +170,7 @@ def test_the_gradient_of_packed_turns_is_that_of_single_turns(prompts, language)
 
 
 def test_no_token_of_a_packed_row_sees_forward_or_into_another_turn(prompts):
-    packed = prompts.packed(ROWS)
+    packed = prompts.pack(ROWS)
     length = packed.ids.shape[1]
     assert not packed.allowed[:, ~torch.ones(length, length).tril().bool()].any()
     prefix = prompts.question(["a"]).ids[0].tolist().index(prompts.encode("</img>")[0]) + 2  # and the newline

@@ -64,7 +64,7 @@ def test_a_stage_has_exactly_the_papers_terms(name, stage):
 @every
 def test_the_encoder_learns_at_a_tenth_in_stage_three(name):
     stage = recipe(name).stage("tokenizer-3")
-    assert dict(stage.rates)["model.tokenizer.encoder.*"] == 0.1 and stage.ema > 0
+    assert dict(stage.lr_multipliers)["model.tokenizer.encoder.*"] == 0.1 and stage.ema > 0
 
 
 @every
@@ -116,7 +116,13 @@ def test_the_pixel_stream_can_be_ablated_once_no_stage_binds_it():
 def test_tiny_is_shapes_cut_down():
     small, large = recipe("tiny"), recipe("shapes")
     for a, b in zip(small.stages, large.stages, strict=True):
-        assert (a.name, a.step, a.trainable, a.rates, a.ema) == (b.name, b.step, b.trainable, b.rates, b.ema)
+        assert (a.name, a.step, a.trainable, a.lr_multipliers, a.ema) == (
+            b.name,
+            b.step,
+            b.trainable,
+            b.lr_multipliers,
+            b.ema,
+        )
         assert a.steps <= b.steps and a.batch <= b.batch
     assert small.flow == large.flow and small.alignment == large.alignment
     sizes = [plan(r, ("mllm",))[0] for r in (small, large)]

@@ -11,7 +11,7 @@ from spar.models.router import routed_layers
 from spar.models.spar import SparModel
 from spar.models.tokenizer import UnifiedTokenizer
 from spar.recipes import recipe
-from spar.training.modules import Workshop
+from spar.training.modules import TrainingModules
 from spar.training.plan import plan
 from spar.training.trainer import train
 
@@ -34,19 +34,19 @@ MILLIONS = {"spar-1b": {"mllm": 802.3, "denoiser": 591.7}, "spar-3b": {"mllm": 1
 
 
 @pytest.fixture(scope="module", params=NAMES)
-def workshop(request) -> Workshop:
+def modules(request) -> TrainingModules:
     with torch.device("meta"):
-        return Workshop(recipe(request.param))
+        return TrainingModules(recipe(request.param))
 
 
-def parts(workshop: Workshop) -> dict[str, nn.Module]:
-    model, tokenizer = workshop.model, workshop.model.tokenizer
+def parts(modules: TrainingModules) -> dict[str, nn.Module]:
+    model, tokenizer = modules.model, modules.model.tokenizer
     return {
         "vision tower": tokenizer.encoder.vision_tower, "projector": tokenizer.encoder.multi_modal_projector,
         "language": model.language, "denoiser": model.denoiser, "decoder": tokenizer.decoder,
         "semantic stream": tokenizer.semantic_stream, "pixel stream": tokenizer.pixel_stream,
         "fusion": tokenizer.fusion, "router": model.router, "connector": model.connector,
-        "pixel encoder": workshop.pixel_encoder, "alignment head": workshop.alignment_head,
+        "pixel encoder": modules.pixel_encoder, "alignment head": modules.alignment_head,
     }  # fmt: skip
 
 
@@ -54,28 +54,28 @@ def size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def name_of(workshop: Workshop) -> str:
-    return NAMES[workshop.config.text.hidden_size == 1536]
+def name_of(modules: TrainingModules) -> str:
+    return NAMES[modules.config.text.hidden_size == 1536]
 
 
-def test_every_part_has_the_published_number_of_parameters(workshop):
-    name = name_of(workshop)
-    counts = {part: size(module) for part, module in parts(workshop).items()}
+def test_every_part_has_the_published_number_of_parameters(modules):
+    name = name_of(modules)
+    counts = {part: size(module) for part, module in parts(modules).items()}
     assert counts == COUNTS[name]
-    assert sum(counts.values()) - counts["pixel encoder"] - counts["alignment head"] == size(workshop.model)
+    assert sum(counts.values()) - counts["pixel encoder"] - counts["alignment head"] == size(modules.model)
     mllm = counts["vision tower"] + counts["projector"] + counts["language"]
     assert {"mllm": round(mllm / 1e6, 1), "denoiser": round(counts["denoiser"] / 1e6, 1)} == MILLIONS[name]
 
 
-def test_what_only_the_small_setting_needs_is_not_there(workshop):
-    assert workshop.dense_head is None and workshop.teacher is not None
+def test_what_only_the_small_setting_needs_is_not_there(modules):
+    assert modules.dense_head is None and modules.teacher is not None
 
 
 def test_a_recipe_without_semantic_loss_holds_no_copy_of_the_encoder():
     base = recipe("spar-1b")
     later = replace(base, stages=tuple(stage for stage in base.stages if stage.step == "unified"))
     with torch.device("meta"):
-        assert Workshop(later).teacher is None
+        assert TrainingModules(later).teacher is None
 
 
 def test_the_larger_one_differs_in_llm_and_dit_alone():
@@ -89,9 +89,9 @@ def test_the_tokenizer_stages_have_the_papers_numbers():
     assert [s.name for s in stages] == ["tokenizer-1", "tokenizer-2", "tokenizer-3", "tokenizer-448"]
     for stage in stages:
         assert (stage.optimizer, stage.lr, stage.betas, stage.weight_decay) == ("adamw", 3e-4, (0.9, 0.999), 1e-4)
-        assert (stage.steps, stage.warmup, stage.clip) == (100_000, 10_000, 1.0) and stage.ema > 0
+        assert (stage.steps, stage.warmup, stage.max_grad_norm) == (100_000, 10_000, 1.0) and stage.ema > 0
     assert [(s.image_size, s.batch, s.lr_end) for s in stages] == [(224, 2048, 1e-4)] * 3 + [(448, 256, 1e-5)]
-    assert [dict(s.rates).get("model.tokenizer.encoder.*") for s in stages] == [None, None, 0.1, 0.1]
+    assert [dict(s.lr_multipliers).get("model.tokenizer.encoder.*") for s in stages] == [None, None, 0.1, 0.1]
     terms = [{name: value for name, value in vars(s.losses).items() if value} for s in stages]
     reconstruction = {"mse": 1.0, "perceptual": 1.1}
     adversary = {**reconstruction, "semantic": 1.0, "gan": 0.1, "lecam": 0.001}
@@ -115,7 +115,7 @@ def test_the_settings_of_the_paper_and_of_the_published_components(name):
     assert (config.flow.training_shift, config.flow.sampling_shift) == (1.0, 3.0)
     assert (config.alignment.teacher, config.alignment.center, config.alignment.hidden) == ("self", False, 2048)
     assert (model.connector.queries, model.connector.layers, model.grid) == (256, 6, 16)
-    assert (model.denoiser.caption_channels, model.denoiser.tap_block) == (2304, 6)
+    assert (model.denoiser.caption_channels, model.denoiser.align_depth) == (2304, 6)
     # No departure of the small setting: SANA without positions, references as the encoder gives them and no more.
     assert (model.denoiser.position_gain, model.denoiser.interpolation_scale) == (0.0, None)
     assert not (model.denoiser.reference_latent or model.connector.reference_positions)
@@ -149,14 +149,14 @@ def test_planning_counts_each_part_once():
 
 
 @pytest.mark.parametrize(("height", "width"), [(448, 448), (224, 224), (28, 28), (336, 588), (896, 196), (56, 1120)])
-def test_at_full_size_grids_agree_and_the_size_is_honoured(workshop, height, width):
+def test_at_full_size_grids_agree_and_the_size_is_honoured(modules, height, width):
     """On no memory: any multiple of 28, whatever its proportions."""
     with torch.device("meta"):
         pixels = torch.zeros(1, 3, height, width)
-        latents = workshop.model.tokenizer.encode(pixels)
+        latents = modules.model.tokenizer.encode(pixels)
         assert latents.z_f.shape == (1, 32, height // 28, width // 28)
-        assert workshop.native(pixels).shape == latents.z_f.shape
-        assert workshop.model.tokenizer.decode(latents.z_f).shape == pixels.shape
+        assert modules.native_latents(pixels).shape == latents.z_f.shape
+        assert modules.model.tokenizer.decode(latents.z_f).shape == pixels.shape
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,7 @@ def thin():
         connector=replace(base.connector, queries=3, layers=1),
         denoiser=replace(
             base.denoiser, layers=2, heads=2, head_dim=8, cross_heads=2, cross_head_dim=8, caption_channels=16,
-            tap_block=1,
+            align_depth=1,
         ),
     )
     with torch.random.fork_rng():

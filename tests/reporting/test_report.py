@@ -15,24 +15,24 @@ from spar.evaluation.results import Result, Score
 from spar.reporting import charts
 from spar.reporting.markup import VOID, Markup, tag
 from spar.reporting.report import (
+    ReportAnswer,
     ReportData,
-    ShownAnswer,
-    ShownEdit,
-    ShownImage,
-    ShownReconstruction,
-    ShownRouting,
+    ReportEdit,
+    ReportImage,
+    ReportReconstruction,
+    ReportRouting,
     render_report,
     write_report,
 )
 from spar.reporting.routing_summary import collect_routing
 
 EVIL = "<script>alert('x')</script>\"&"
-JUDGE = {"version": "1", "accuracy": 0.999, "accuracy_degraded": 0.99, "n": 200}
+DETECTOR = {"version": "1", "accuracy": 0.999, "accuracy_degraded": 0.99, "n": 200}
 RESULTS = (
     Result(
         "shapes-gen",
         (Score("overall", 0.95, 0.93, 0.97, 600), Score("colors", 0.5, 0.4, 0.6, 100), Score("part.color", 1, 1, 1, 9)),
-        {"seed": 0, "steps": 20, "judge": JUDGE, "machine": {"cpu": "test", "cores": 2}, "seconds": 3.0},
+        {"seed": 0, "steps": 20, "detector": DETECTOR, "machine": {"cpu": "test", "cores": 2}, "seconds": 3.0},
     ),
     Result("shapes-recon", (Score("psnr", 31.0, 30.0, 32.0, 500), Score("ssim", 0.955, 0.94, 0.96, 500)), {}),
     Result("shapes-vqa", (Score("overall", 0.9, 0.8, 0.95, 9), Score("blind.overall", 0.3, 0.2, 0.4, 9)), {}),
@@ -57,11 +57,11 @@ def everything():
         lead=EVIL,
         manifest={"recipe": "shapes", "scores": {"a": 0.5}, "note": EVIL},
         facts={"cpu": "test", "versions": {"torch": "2"}},
-        gallery=[ShownImage(picture(), "a red prompt", True), ShownImage(picture("blue"), EVIL, False)],
-        edits=[ShownEdit(picture(), "make it green", picture("green"), True)],
-        answers=[ShownAnswer(picture(), "what color?", "red", "red"), ShownAnswer(picture(), EVIL, EVIL, "no")],
-        reconstructions=[ShownReconstruction(picture(), picture("navy"), "31.5 dB")],
-        routing=[ShownRouting("make the red circle blue", routing(), picture("pink"))],
+        gallery=[ReportImage(picture(), "a red prompt", True), ReportImage(picture("blue"), EVIL, False)],
+        edits=[ReportEdit(picture(), "make it green", picture("green"), True)],
+        answers=[ReportAnswer(picture(), "what color?", "red", "red"), ReportAnswer(picture(), EVIL, EVIL, "no")],
+        reconstructions=[ReportReconstruction(picture(), picture("navy"), "31.5 dB")],
+        routing=[ReportRouting("make the red circle blue", routing(), picture("pink"))],
         routing_summary=collect_routing([routing()]),
         curves={"encoder": {"loss": (steps, np.exp(-steps / 90)), "weird": (steps[:1], np.array([np.nan]))}},
         results=RESULTS,
@@ -109,7 +109,7 @@ def test_every_part_is_shown(page):
     words = " ".join(Reader(page).words)
     for said in (
         "Title of the page", "a red prompt", "make it green", "what color?", "31.5 dB", "encoder", "0.950", "31.0 dB",
-        "shapes-recon", "color word", "blind 0.300", "judge version 1", "99.9%", "make the red circle",
+        "shapes-recon", "color word", "blind 0.300", "detector version 1", "99.9%", "make the red circle",
         "layer 8", "drawing queries",
     ):
         assert said in words, said
@@ -136,7 +136,7 @@ def test_every_picture_and_chart_has_a_name(page):
 
 def test_pictures_are_enlarged_threefold_and_kept_exactly():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    reader = Reader(render_report(ReportData(gallery=[ShownImage(image, "noise")])))
+    reader = Reader(render_report(ReportData(gallery=[ReportImage(image, "noise")])))
     data = reader.named("img")[0]["src"].split(",", 1)[1]
     shown = np.asarray(Image.open(BytesIO(base64.b64decode(data))))
     assert np.array_equal(shown, np.asarray(image).repeat(3, 0).repeat(3, 1))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spar.reporting.routing import grid_shape, is_frame, layer_colors, routing_view, stripe
+from spar.reporting.routing import grid_shape, is_template_token, layer_colors, routing_view, stripe
 
 COLORS = ["#111111", "#222222", "#333333"]
 
@@ -36,7 +36,7 @@ def test_colours_go_from_dark_to_light_so_that_brightness_alone_tells_layers_apa
 
 @pytest.mark.parametrize("token", ["<|im_start|>", "user", "\n", "Ċ", "</img>", "<|im_end|>", " "])
 def test_the_chats_frame_is_left_out(token):
-    assert is_frame(token)
+    assert is_template_token(token)
     view = routing_view(routing([token, "Ġred", ":"], ["text"] * 3, [[0.5, 0.5], [1.0, 0.0], [0.0, 1.0]]))
     assert re.findall(r'title="([^:]*|:): layer', view) == ["red", ":"]
 

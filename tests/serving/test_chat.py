@@ -74,7 +74,7 @@ def test_a_conversation_of_several_turns_is_the_pipelines_own(client, pipe, pict
     answer = client.chat.completions.create(model="bundled", messages=messages, max_completion_tokens=6)
     assert answer.choices[0].message.content == "".join(out)
     assert answer.choices[0].finish_reason == out.finish_reason == "length"
-    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (out.prompt_tokens, out.tokens)
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (out.prompt_tokens, out.completion_tokens)
 
 
 def test_a_stream_has_the_same_words_piece_by_piece(client, picture):

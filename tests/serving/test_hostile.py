@@ -351,7 +351,7 @@ def test_broken_http_is_refused(address, head):
 
 
 def test_all_bodies_together_have_a_limit(address, monkeypatch):
-    monkeypatch.setattr("spar.serving.middleware.MAX_HELD_BYTES", 1000)
+    monkeypatch.setattr("spar.serving.middleware.MAX_BUFFERED_BYTES", 1000)
     assert httpx2.post(f"{address}/v1/images/generations", content=b" " * 2000, headers=JSON).status_code == 429
     monkeypatch.undo()
     answer = httpx2.post(f"{address}/v1/images/generations", json={"prompt": PROMPT, "num_inference_steps": 1})

@@ -9,7 +9,7 @@ import pytest
 
 from spar.common.errors import InputError
 from spar.flow.sampler import Cancelled
-from spar.serving.worker import Busy, Chat, Job, Stopped, Worker
+from spar.serving.worker import Busy, ChatJob, ImageJob, Stopped, Worker
 
 SOON = 5  # seconds
 
@@ -47,10 +47,10 @@ def worker():
     worker.stop()
 
 
-def hold(worker: Worker, scribe: Scribe) -> Job:
+def hold(worker: Worker, scribe: Scribe) -> ImageJob:
     """A job that runs until the gate opens, so that others gather behind it."""
     scribe.open.clear()
-    job = Job(scribe, "first", "held")
+    job = ImageJob(scribe, "first", "held")
     worker.submit(job)
     assert scribe.entered.wait(SOON)
     return job
@@ -58,7 +58,7 @@ def hold(worker: Worker, scribe: Scribe) -> Job:
 
 def test_compatible_jobs_share_a_call_oldest_first_up_to_a_batch(worker, scribe):
     hold(worker, scribe)
-    jobs = [Job(scribe, key, f"{key}{i}") for i in range(3) for key in "ab"]
+    jobs = [ImageJob(scribe, key, f"{key}{i}") for i in range(3) for key in "ab"]
     worker.submit(*jobs)
     scribe.open.set()
     assert [job.future.result(SOON) for job in jobs] == [f"{job.inputs}!" for job in jobs]
@@ -67,7 +67,7 @@ def test_compatible_jobs_share_a_call_oldest_first_up_to_a_batch(worker, scribe)
 
 def test_a_batch_is_full_by_the_size_of_its_pictures(worker, scribe):
     hold(worker, scribe)
-    jobs = [Job(scribe, "k", i, weight=weight) for i, weight in enumerate((2, 4, 1, 1, 1))]
+    jobs = [ImageJob(scribe, "k", i, weight=weight) for i, weight in enumerate((2, 4, 1, 1, 1))]
     worker.submit(*jobs)
     scribe.open.set()
     for job in jobs:
@@ -77,17 +77,17 @@ def test_a_batch_is_full_by_the_size_of_its_pictures(worker, scribe):
 
 def test_a_full_queue_takes_all_of_a_request_or_nothing(worker, scribe):
     hold(worker, scribe)
-    worker.submit(*(Job(scribe, "k", i) for i in range(6)))
+    worker.submit(*(ImageJob(scribe, "k", i) for i in range(6)))
     with pytest.raises(Busy):
-        worker.submit(*(Job(scribe, "k", i) for i in range(3)))
+        worker.submit(*(ImageJob(scribe, "k", i) for i in range(3)))
     assert worker.waiting == 6
-    worker.submit(Job(scribe, "k", 6), Job(scribe, "k", 7))
+    worker.submit(ImageJob(scribe, "k", 6), ImageJob(scribe, "k", 7))
     scribe.open.set()
 
 
 def test_who_leaves_frees_its_place_before_its_turn(worker, scribe):
     hold(worker, scribe)
-    jobs = [Job(scribe, "k", i) for i in range(3)]
+    jobs = [ImageJob(scribe, "k", i) for i in range(3)]
     worker.submit(*jobs)
     jobs[1].future.cancel()
     assert worker.waiting == 2
@@ -98,7 +98,7 @@ def test_who_leaves_frees_its_place_before_its_turn(worker, scribe):
 
 def test_a_batch_that_nobody_waits_for_stops_and_one_that_somebody_does_goes_on(worker, scribe):
     first = hold(worker, scribe)
-    jobs = [Job(scribe, "k", i) for i in range(2)]
+    jobs = [ImageJob(scribe, "k", i) for i in range(2)]
     worker.submit(*jobs)
     first.future.cancel()  # the gate stays shut: only stopping lets the next batch begin
     deadline = time.monotonic() + SOON
@@ -112,7 +112,7 @@ def test_a_batch_that_nobody_waits_for_stops_and_one_that_somebody_does_goes_on(
 
 def test_nobody_pays_for_a_neighbours_fault(worker, scribe):
     hold(worker, scribe)
-    jobs = [Job(scribe, "k", value) for value in ("good", "bad", "fine")]
+    jobs = [ImageJob(scribe, "k", value) for value in ("good", "bad", "fine")]
     worker.submit(*jobs)
     scribe.open.set()
     assert jobs[0].future.result(SOON) == "good!" and jobs[2].future.result(SOON) == "fine!"
@@ -124,11 +124,11 @@ def test_an_error_does_not_end_the_worker(worker, scribe):
     def fail(*_: Any) -> None:
         raise RuntimeError("lost")
 
-    job = Job(fail, "k", 0)
+    job = ImageJob(fail, "k", 0)
     worker.submit(job)
     with pytest.raises(RuntimeError):
         job.future.result(SOON)
-    later = Job(scribe, "k", 1)
+    later = ImageJob(scribe, "k", 1)
     worker.submit(later)
     assert later.future.result(SOON) == "1!" and worker.alive
 
@@ -150,10 +150,10 @@ def test_a_long_chat_and_pictures_take_turns(worker, scribe):
                 time.sleep(0.05)
         calls_when_chat_ended.append(len(scribe.calls))
 
-    chat = Chat(words, said.append)
+    chat = ChatJob(words, said.append)
     worker.submit(chat)
     for i in range(3):
-        job = Job(scribe, "k", i)
+        job = ImageJob(scribe, "k", i)
         worker.submit(job)
         job.future.result(SOON)
     chat.future.result(SOON)
@@ -164,13 +164,13 @@ def test_a_long_chat_and_pictures_take_turns(worker, scribe):
 def test_two_chats_speak_by_turns_and_one_that_is_left_falls_silent(worker, scribe):
     hold(worker, scribe)
     said: list[str] = []
-    endless = Chat(lambda pipe: iter(lambda: "a", None), said.append)
-    short = Chat(lambda pipe: iter("bb"), said.append)
+    endless = ChatJob(lambda pipe: iter(lambda: "a", None), said.append)
+    short = ChatJob(lambda pipe: iter("bb"), said.append)
     worker.submit(endless, short)
     scribe.open.set()
     short.future.result(SOON)
     endless.future.cancel()
-    job = Job(scribe, "k", 0)
+    job = ImageJob(scribe, "k", 0)
     worker.submit(job)
     job.future.result(SOON)
     count = len(said)
@@ -180,7 +180,7 @@ def test_two_chats_speak_by_turns_and_one_that_is_left_falls_silent(worker, scri
 
 def test_a_chat_that_is_left_before_its_turn_frees_its_place_at_once(worker, scribe):
     hold(worker, scribe)
-    chats = [Chat(lambda pipe: iter("a"), print) for _ in range(8)]
+    chats = [ChatJob(lambda pipe: iter("a"), print) for _ in range(8)]
     worker.submit(*chats)
     for chat in chats:
         chat.future.cancel()
@@ -193,7 +193,7 @@ def test_a_chat_that_fails_says_so_to_its_own_client(worker):
     def fail(pipe: Any):
         raise InputError("messages: expected more")
 
-    chat = Chat(fail, print)
+    chat = ChatJob(fail, print)
     worker.submit(chat)
     with pytest.raises(InputError, match="expected more"):
         chat.future.result(SOON)
@@ -204,20 +204,20 @@ def test_stopping_gives_up_what_waits_and_what_runs(scribe):
     worker = Worker(object(), max_batch=4, max_queue=8)
     worker.start()
     running = hold(worker, scribe)
-    waiting = Job(scribe, "other", 1)
+    waiting = ImageJob(scribe, "other", 1)
     worker.submit(waiting)
     worker.stop()
     for job in (running, waiting):
         with pytest.raises(CancelledError):
             job.future.result(0)
     with pytest.raises(Stopped):
-        worker.submit(Job(scribe, "k", 1))
+        worker.submit(ImageJob(scribe, "k", 1))
 
 
 def test_after_a_batch_of_several_the_worker_waits_a_moment_for_as_many(worker, scribe, monkeypatch):
     monkeypatch.setattr("spar.serving.worker.GATHER_SECONDS", 60)
     for numbers in ((0, 1), (10, 11)):
-        jobs = [Job(scribe, "k", number) for number in numbers]
+        jobs = [ImageJob(scribe, "k", number) for number in numbers]
         if numbers[0]:
             worker.submit(jobs[0])
             time.sleep(0.05)
@@ -232,6 +232,6 @@ def test_after_a_batch_of_several_the_worker_waits_a_moment_for_as_many(worker, 
 def test_one_client_alone_never_waits_for_others(worker, scribe, monkeypatch):
     monkeypatch.setattr("spar.serving.worker.GATHER_SECONDS", 60)
     for number in range(3):
-        job = Job(scribe, "k", number)
+        job = ImageJob(scribe, "k", number)
         worker.submit(job)
         assert job.future.result(SOON) == f"{number}!"

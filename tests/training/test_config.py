@@ -10,15 +10,15 @@ from spar.common.errors import InputError
 from spar.recipes import RECIPES, recipe
 from spar.training.checkpoint import load_group
 from spar.training.config import (
-    READS,
+    LOSS_WEIGHTS_BY_STEP,
     AlignmentConfig,
     LossWeights,
     Recipe,
-    Stage,
+    StageConfig,
     freeze,
     freezing_table,
 )
-from spar.training.modules import Workshop
+from spar.training.modules import TrainingModules
 from spar.training.steps import STEPS
 
 ENCODER, DECODER = "model.tokenizer.encoder", "model.tokenizer.decoder"
@@ -63,26 +63,26 @@ IDLE = {
 
 
 def part(name: str) -> str:
-    """The part of the workshop that a parameter belongs to; each belongs to exactly one."""
+    """The part of the training modules that a parameter belongs to; each belongs to exactly one."""
     (found,) = [p for p in PARTS if name.startswith(f"{p}.")]
     return found
 
 
 @pytest.fixture(scope="module")
-def workshops() -> dict[str, Workshop]:
-    """Each recipe's workshop without memory: names and shapes are enough."""
+def modules() -> dict[str, TrainingModules]:
+    """Each recipe's modules without memory: names and shapes are enough."""
     with torch.device("meta"):
-        return {name: Workshop(recipe(name)) for name in RECIPES}
+        return {name: TrainingModules(recipe(name)) for name in RECIPES}
 
 
 @pytest.mark.parametrize(("name", "stage"), [(name, stage.name) for name in RECIPES for stage in recipe(name).stages])
-def test_the_trainable_set_is_exactly_the_papers(workshops, name, stage):
-    workshop = workshops[name]
-    listed = freeze(workshop, recipe(name).stage(stage))
+def test_the_trainable_set_is_exactly_the_papers(modules, name, stage):
+    modules = modules[name]
+    listed = freeze(modules, recipe(name).stage(stage))
     trains = TRAINS[{"tokenizer-448": "tokenizer-3"}.get(stage, stage)]
-    wanted = {n for n, _ in workshop.named_parameters() if part(n) in trains}
+    wanted = {n for n, _ in modules.named_parameters() if part(n) in trains}
     assert set(listed) == wanted
-    assert {n for n, p in workshop.named_parameters() if p.requires_grad} == wanted
+    assert {n for n, p in modules.named_parameters() if p.requires_grad} == wanted
     assert {part(n) for n in wanted} == trains
 
 
@@ -94,23 +94,23 @@ def test_every_stage_is_in_the_table(name):
 @pytest.mark.parametrize("stage", TRAINS)
 def test_what_is_frozen_stays_bit_identical_and_what_trains_moves(tiny_run, start, stage):
     ctx = start(stage)
-    before, after = ctx.workshop.state_dict(), load_group(tiny_run.path / stage / "done", "workshop")
+    before, after = ctx.modules.state_dict(), load_group(tiny_run.path / stage / "done", "modules")
     assert before.keys() == after.keys()
     moved = {name for name in after if not torch.equal(before[name], after[name])}
-    trains = {n for n, _ in ctx.workshop.named_parameters() if part(n) in TRAINS[stage]}
+    trains = {n for n, _ in ctx.modules.named_parameters() if part(n) in TRAINS[stage]}
     assert moved - trains <= MEASURES.get(stage, set()), "frozen, yet it moved"
     assert trains - moved == IDLE.get(stage, set()), "trainable, yet it stayed"
 
 
 @pytest.mark.parametrize("stage", MEASURES)
 def test_what_a_stage_measures_is_new(tiny_run, start, stage):
-    before, after = start(stage).workshop.state_dict(), load_group(tiny_run.path / stage / "done", "workshop")
+    before, after = start(stage).modules.state_dict(), load_group(tiny_run.path / stage / "done", "modules")
     assert not {name for name in MEASURES[stage] if torch.equal(before[name], after[name])}
 
 
 def test_the_announced_table_counts_every_parameter(tiny_run, start):
     assert list(tiny_run.tables) == list(TRAINS)
-    sizes = {n: p.numel() for n, p in start("encoder").workshop.named_parameters()}
+    sizes = {n: p.numel() for n, p in start("encoder").modules.named_parameters()}
     for name, table in tiny_run.tables.items():
         assert sum(trains + frozen for _, trains, frozen in table) == sum(sizes.values())
         assert sum(trains for _, trains, _ in table) == sum(v for n, v in sizes.items() if part(n) in TRAINS[name])
@@ -123,12 +123,12 @@ def test_the_table_has_one_row_a_part_at_any_depth():
     assert freezing_table(module) == [("a.b", 9, 0), ("a.c", 0, 2), ("d.weight", 2, 0), ("d.bias", 2, 0)]
 
 
-@pytest.mark.parametrize("where", ["trainable", "rates"])
-def test_a_pattern_that_matches_nothing_raises(workshops, where):
+@pytest.mark.parametrize("where", ["trainable", "lr_multipliers"])
+def test_a_pattern_that_matches_nothing_raises(modules, where):
     stage = recipe("tiny").stage("mllm")
     wrong = ("model.langauge.*",) if where == "trainable" else (("model.langauge.*", 0.1),)
     with pytest.raises(InputError, match=r"stage mllm: pattern 'model.langauge.\*' matches no parameter"):
-        freeze(workshops["tiny"], replace(stage, **{where: wrong}))
+        freeze(modules["tiny"], replace(stage, **{where: wrong}))
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_pattern_that_matches_nothing_raises(workshops, where):
 def test_a_loss_weight_that_the_step_cannot_read_is_refused(kind, weight):
     losses = LossWeights(**{weight: 3})
     with pytest.raises(InputError, match=rf"stage s: a {kind} step has no use for {weight}; it reads "):
-        Stage("s", kind, ("*",), steps=1, warmup=0, losses=losses)
+        StageConfig("s", kind, ("*",), steps=1, warmup=0, losses=losses)
 
 
 ALL_ON = LossWeights(
@@ -172,14 +172,14 @@ def test_a_loss_weight_that_the_step_reads_has_an_effect(start, stage, base, wei
         value = getattr(base, weight) * factor if weight != "gan_start" else factor - 1
         ctx = start(stage, losses=replace(base, **{weight: value}))
         with torch.no_grad():  # at the stage's start the teacher and the encoder are one
-            ctx.workshop.teacher.multi_modal_projector.linear_2.weight.mul_(1.5)
+            ctx.modules.teacher.multi_modal_projector.linear_2.weight.mul_(1.5)
         losses.append(float(STEPS[ctx.stage.step](ctx, 0)["loss"]))
     assert losses[0] != losses[1]
 
 
 def test_no_step_may_read_a_weight_that_is_not_tried_above():
     tried = {recipe("tiny").stage(stage).step: set(names) for stage, _, names in READ}
-    assert {kind: set(names) for kind, names in READS.items()} == {"mllm": set(), "dit": set(), **tried}
+    assert {kind: set(names) for kind, names in LOSS_WEIGHTS_BY_STEP.items()} == {"mllm": set(), "dit": set(), **tried}
 
 
 @pytest.mark.parametrize(
@@ -187,19 +187,25 @@ def test_no_step_may_read_a_weight_that_is_not_tried_above():
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"batch": 0}, "batch must be at least 1"),
-        ({"draws": 0}, "draws must be at least 1"),
+        ({"noise_samples": 0}, "noise_samples must be at least 1"),
         ({"lr": 0.0}, "expected lr > 0"),
         ({"lr": 1e-4, "lr_end": 1e-3}, "lr_end <= lr"),
         ({"lr_end": -1e-5}, "0 <= lr_end"),
         ({"ema": 1.0}, r"ema must be in \[0, 1\)"),
-        ({"places": -0.1}, r"places must be in \[0, 1\]"),
-        ({"step": "mllm", "losses": LossWeights(), "places": 0.5}, "only a dit or unified step reads places, got 0.5"),
-        ({"scenes": ("single", "many")}, "kinds single, two, count, position, multi, got single, many"),
+        ({"position_captions": -0.1}, r"position_captions must be in \[0, 1\]"),
+        (
+            {"step": "mllm", "losses": LossWeights(), "position_captions": 0.5},
+            "only a dit or unified step reads position_captions, got 0.5",
+        ),
+        ({"scene_kinds": ("single", "many")}, "kinds single, two, count, position, multi, got single, many"),
         ({"edit_share": 1.5}, r"edit_share must be in \[0, 1\]"),
-        ({"clip": 0.0}, "clip"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm"),
         ({"warmup": -1}, "expected warmup from 0 to steps 3, got -1"),
         ({"warmup": 4}, "expected warmup from 0 to steps 3, got 4"),
-        ({"step": "mllm", "losses": LossWeights(), "draws": 4}, "only a dit or unified step reads draws, got 4"),
+        (
+            {"step": "mllm", "losses": LossWeights(), "noise_samples": 4},
+            "only a dit or unified step reads noise_samples, got 4",
+        ),
         ({"step": "mllm", "losses": LossWeights(), "edit_share": 0.5}, "only a unified step reads edit_share, got 0.5"),
         ({"image_size": 32}, "only a tokenizer step reads image_size, got 32"),
         ({"questions": ("color",)}, "only a mllm step reads questions"),
@@ -226,6 +232,6 @@ def test_an_external_teacher_and_its_folder_go_together(fields):
 
 
 def test_two_stages_of_one_name_are_refused():
-    stage = Stage("s", "mllm", ("*",), steps=1, warmup=0)
+    stage = StageConfig("s", "mllm", ("*",), steps=1, warmup=0)
     with pytest.raises(InputError, match="expected stages of different names, got s, s"):
         Recipe("r", (stage, stage))

@@ -1,4 +1,4 @@
-"""Data sets as training material: words with their own pictures, exact positions, shares, refusals, and a training."""
+"""Data sets as training data: words with their own pictures, exact positions, shares, refusals, and a training."""
 
 import io
 import json
@@ -17,9 +17,9 @@ from spar.common.errors import InputError
 from spar.processing.prompts import PromptEncoder
 from spar.training.checkpoint import load_group
 from spar.training.config import DataConfig, weighted_sets
-from spar.training.data import FilesMaterial, epochs
-from spar.training.distributed import Ranks, Scale
-from spar.training.steps import Context
+from spar.training.data import FilesTrainingData, epochs_per_source
+from spar.training.distributed import SINGLE_PROCESS, DistributedContext, ParallelismConfig
+from spar.training.steps import StepContext
 from spar.training.trainer import train
 from spar.worlds.shapes.dataset import scene_at
 from spar.worlds.shapes.render import render
@@ -71,14 +71,16 @@ def sets(tmp_path) -> tuple[str, str]:
 
 
 @pytest.fixture
-def material(sets, tmp_path):
-    """`material(**changes)`: the two sets, for one process unless `ranks` says otherwise."""
+def training_data(sets, tmp_path):
+    """`training_data(**changes)`: the two sets, for one process unless `parallel` says otherwise."""
 
-    def build(ranks: Ranks = Ranks(), paths=sets, run: Path = tmp_path / "run") -> FilesMaterial:  # noqa: B008
+    def build(
+        parallel: DistributedContext = SINGLE_PROCESS, paths=sets, run: Path = tmp_path / "run"
+    ) -> FilesTrainingData:
         run.mkdir(exist_ok=True)
         config = DataConfig(source="files", sets=tuple(paths), workers=0)
         prompts = PromptEncoder(build_tokenizer(), 64)
-        return FilesMaterial(config, prompts, 0, side=64, stride=8, longest=12, run=run, ranks=ranks)
+        return FilesTrainingData(config, prompts, 0, side=64, stride=8, longest=12, run=run, parallel=parallel)
 
     return build
 
@@ -95,18 +97,18 @@ def colors(pixels: torch.Tensor) -> list[str]:
     return [NAMES[int((table - mean).square().sum(1).argmin())] for mean in means]
 
 
-def everything(found: FilesMaterial, stage, step: int) -> tuple:
+def everything(found: FilesTrainingData, stage, step: int) -> tuple:
     """All of a process's rows of a step, in its pieces' order."""
     rows = []
-    for piece in range(found.ranks.scale.accumulate):
-        dealt = found.deal(stage, step, found.ranks.rows(stage.batch, piece))
+    for piece in range(found.parallel.config.grad_accum_steps):
+        dealt = found.get_batch(stage, step, found.parallel.rows(stage.batch, piece))
         before, behind = (colors(found.pixels(dealt.indices, edited=edited)) for edited in (False, True))
         rows += [*zip(dealt.words, before, behind, strict=True)]
     return dealt.editing, rows
 
 
-def test_words_stand_with_their_own_pictures_and_both_kinds_come_by_their_share(material, stage):
-    found, kinds = material(), []
+def test_words_stand_with_their_own_pictures_and_both_kinds_come_by_their_share(training_data, stage):
+    found, kinds = training_data(), []
     for step in range(12):
         editing, rows = everything(found, stage, step)
         kinds.append(editing)
@@ -117,65 +119,71 @@ def test_words_stand_with_their_own_pictures_and_both_kinds_come_by_their_share(
     assert sum(kinds) in (5, 6, 7)
 
 
-def test_a_step_is_the_same_whoever_asks_for_it_and_when(material, stage):
-    walked = material()
+def test_a_step_is_the_same_whoever_asks_for_it_and_when(training_data, stage):
+    walked = training_data()
     rows = [everything(walked, stage, step) for step in range(6)]
     assert rows[0] != rows[1]
     for step in (5, 2):  # straight to a step, as a resumed run goes
-        assert everything(material(), stage, step) == rows[step]
+        assert everything(training_data(), stage, step) == rows[step]
     for world, accumulate in ((2, 1), (2, 2), (4, 1), (1, 4)):
         parts = [
-            everything(material(Ranks(rank, world, scale=Scale(accumulate=accumulate))), stage, 3)
+            everything(
+                training_data(DistributedContext(rank, world, config=ParallelismConfig(grad_accum_steps=accumulate))),
+                stage,
+                3,
+            )
             for rank in range(world)
         ]
         assert all(editing == rows[3][0] for editing, _ in parts)
         assert sorted(row for _, part in parts for row in part) == sorted(rows[3][1])
 
 
-def test_a_stage_takes_the_kinds_that_it_asks_for(material, stage, sets):
-    assert not any(everything(material(), replace(stage, edit_share=0.0), step)[0] for step in range(8))
-    assert all(everything(material(), replace(stage, edit_share=1.0), step)[0] for step in range(8))
+def test_a_stage_takes_the_kinds_that_it_asks_for(training_data, stage, sets):
+    assert not any(everything(training_data(), replace(stage, edit_share=0.0), step)[0] for step in range(8))
+    assert all(everything(training_data(), replace(stage, edit_share=1.0), step)[0] for step in range(8))
     with pytest.raises(InputError, match="edit_share 0.5 wants sets of kind edit, found none among .*gen.tar"):
-        everything(material(paths=sets[:1]), stage, 0)
+        everything(training_data(paths=sets[:1]), stage, 0)
     with pytest.raises(InputError, match="wants sets of kind text_to_image, found none"):
-        everything(material(paths=sets[1:]), stage, 0)
+        everything(training_data(paths=sets[1:]), stage, 0)
 
 
-def test_epochs_count_how_often_each_sample_is_shown(material, stage):
-    found = material()
+def test_epochs_count_how_often_each_sample_is_shown(training_data, stage):
+    found = training_data()
     few = replace(stage, steps=12, batch=8, edit_share=0.25)
-    shown = epochs(few, found.sources, found.weights)
+    shown = epochs_per_source(few, found.sources, found.weights)
     assert [shown[source.name] for source in found.sources] == pytest.approx([12 * 8 * 0.75 / 24, 12 * 8 * 0.25 / 16])
-    assert [*epochs(replace(few, edit_share=0.0), found.sources, [3.0, 1.0]).values()] == pytest.approx([12 * 8 / 24])
+    assert [*epochs_per_source(replace(few, edit_share=0.0), found.sources, [3.0, 1.0]).values()] == pytest.approx(
+        [12 * 8 / 24]
+    )
 
 
-def test_a_tokenizer_stage_sees_what_lies_behind_an_edit_and_needs_no_words(material, tiny_run, sets, tmp_path):
+def test_a_tokenizer_stage_sees_what_lies_behind_an_edit_and_needs_no_words(training_data, tiny_run, sets, tmp_path):
     mute = write_tar(tmp_path / "mute.tar", [{"png": sample["jpg"]} for sample in generation()])
-    found, tokenizer = material(paths=(mute, sets[1])), replace(tiny_run.recipe.stage("tokenizer-1"), batch=8)
+    found, tokenizer = training_data(paths=(mute, sets[1])), replace(tiny_run.recipe.stage("tokenizer-1"), batch=8)
     seen = set()
     for step in range(8):
-        dealt = found.deal(tokenizer, step, slice(0, 8, 1))
+        dealt = found.get_batch(tokenizer, step, slice(0, 8, 1))
         assert dealt.words == () and not dealt.editing
         plainly, edited = (found.pixels(dealt.indices, edited=edited) for edited in (False, True))
         assert torch.equal(plainly, edited)
         seen |= set(colors(plainly))
-    assert seen == set(NAMES) and sum(map(len, found.first(100))) >= 100
+    assert seen == set(NAMES) and sum(map(len, found.sample(100))) >= 100
 
 
-def test_other_data_in_the_middle_of_a_stage_are_refused(material, stage, sets, tmp_path):
-    everything(material(), stage, 0)
-    everything(material(), stage, 3)
+def test_other_data_in_the_middle_of_a_stage_are_refused(training_data, stage, sets, tmp_path):
+    everything(training_data(), stage, 0)
+    everything(training_data(), stage, 3)
     other = write_tar(tmp_path / "other.tar", generation(23))
     with pytest.raises(InputError, match="unified-2: expected the data, weights and batch that it began with .step 3."):
-        everything(material(paths=(other, sets[1])), stage, 3)
-    everything(material(paths=(other, sets[1])), stage, 0)  # anew
+        everything(training_data(paths=(other, sets[1])), stage, 3)
+    everything(training_data(paths=(other, sets[1])), stage, 0)  # anew
 
 
-def test_captions_lose_control_tokens_and_what_is_too_long(material, stage, tmp_path):
+def test_captions_lose_control_tokens_and_what_is_too_long(training_data, stage, tmp_path):
     long = "a red circle and a blue star and a green ring and a red cross on a navy background"
     wild = [{"png": plain("red"), "txt": text.encode()} for text in ("a <img> red <|im_end|> circle", long)]
-    found = material(paths=(write_tar(tmp_path / "wild.tar", wild * 8),))
-    words = set(found.deal(replace(stage, edit_share=0.0), 0, slice(0, 8, 1)).words)
+    found = training_data(paths=(write_tar(tmp_path / "wild.tar", wild * 8),))
+    words = set(found.get_batch(replace(stage, edit_share=0.0), 0, slice(0, 8, 1)).words)
     assert {" ".join(text.split()) for text in words} == {"a red circle", " ".join(long.split()[:12])}
 
 
@@ -197,7 +205,7 @@ def test_a_run_trains_on_data_sets_and_resumes_on_them_bit_by_bit(tiny_run, sets
 
     assert train(recipe, parted, report=stop, **chosen) is None
     assert train(recipe, parted, stages=chosen["stages"], resume=True) is not None
-    ends = [load_group(run / "unified-2" / "done", "workshop") for run in (whole, parted)]
+    ends = [load_group(run / "unified-2" / "done", "modules") for run in (whole, parted)]
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
 
 
@@ -205,10 +213,17 @@ def test_pictures_of_the_world_come_through_a_tar_unchanged(tiny_run, tmp_path, 
     images = [render(scene_at("train", i)) for i in range(8)]
     path = write_tar(tmp_path / "world.tar", [{"png": png(Image.fromarray(x)), "txt": b"a red circle"} for x in images])
     config = DataConfig(source="files", sets=(path,), workers=0)
-    found = FilesMaterial(
-        config, PromptEncoder(build_tokenizer(), 64), 0, side=64, stride=8, longest=12, run=tmp_path, ranks=Ranks()
+    found = FilesTrainingData(
+        config,
+        PromptEncoder(build_tokenizer(), 64),
+        0,
+        side=64,
+        stride=8,
+        longest=12,
+        run=tmp_path,
+        parallel=DistributedContext(),
     )
-    dealt = found.deal(replace(stage, edit_share=0.0), 0, slice(0, 8, 1))
+    dealt = found.get_batch(replace(stage, edit_share=0.0), 0, slice(0, 8, 1))
     shown = (found.pixels(dealt.indices) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     assert sorted(x.tobytes() for x in shown) == sorted(x.tobytes() for x in images)
 
@@ -216,12 +231,19 @@ def test_pictures_of_the_world_come_through_a_tar_unchanged(tiny_run, tmp_path, 
 def test_a_stage_of_its_own_side_and_several_proportions_squashes_nothing(tiny_run, tmp_path):
     wide = [{"png": png(Image.new("RGB", (120, 60), "red"))} for _ in range(24)]
     config = DataConfig(source="files", sets=(write_tar(tmp_path / "wide.tar", wide),), workers=0, max_aspect=2.0)
-    found = FilesMaterial(
-        config, PromptEncoder(build_tokenizer(), 64), 0, side=64, stride=8, longest=12, run=tmp_path, ranks=Ranks()
+    found = FilesTrainingData(
+        config,
+        PromptEncoder(build_tokenizer(), 64),
+        0,
+        side=64,
+        stride=8,
+        longest=12,
+        run=tmp_path,
+        parallel=DistributedContext(),
     )
     small = replace(tiny_run.recipe.stage("tokenizer-1"), image_size=32)
-    ctx = Context(None, found, tiny_run.recipe, small, torch.device("cpu"))
-    shape = ctx.pixels(ctx.deal(0).indices).shape
+    ctx = StepContext(None, found, tiny_run.recipe, small, torch.device("cpu"))
+    shape = ctx.pixels(ctx.get_batch(0).indices).shape
     assert shape[-1] > 1.5 * shape[-2] and abs(shape[-1] * shape[-2] / 32**2 - 1) < 0.2
 
 

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from spar.common.errors import InputError
-from spar.models.blocks import BLOCKS, blocks
+from spar.models.blocks import BLOCKS, repeated_blocks
 from spar.recipes import recipe
 from spar.training import distributed as module
-from spar.training.checkpoint import load_group, read_progress, shards
+from spar.training.checkpoint import load_group, read_train_state, shards
 from spar.training.config import Recipe
-from spar.training.distributed import Ranks, Scale
-from spar.training.trainer import check_scale, train
+from spar.training.distributed import DistributedContext, ParallelismConfig
+from spar.training.trainer import check_parallelism, train
 
 STAGES = ("tokenizer-3", "unified-2")  # both sides of the adversary and averages; generation and editing
 # Rank 1 dies behind the second step of the stage named first.
@@ -30,7 +30,7 @@ from spar.training import loop
 step = loop.train_step
 def killing(ctx, frame, number, *rest, **keywords):
     done = step(ctx, frame, number, *rest, **keywords)
-    if number == 2 and ctx.ranks.rank == 1:
+    if number == 2 and ctx.parallel.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return done
 loop.train_step = killing
@@ -48,7 +48,7 @@ def exact() -> Recipe:
 def flags() -> list[str]:
     rates = {"optimizer": "adamw", "lr": "1e-5", "lr-end": "1e-6", "steps": "4"}
     each = [(f"--stages.{s.name}.{key}", value) for s in recipe("tiny").stages for key, value in rates.items()]
-    return [*(word for pair in each for word in pair), "--save-minutes", "0", "--scale.precision", "fp32"]
+    return [*(word for pair in each for word in pair), "--save-minutes", "0", "--parallelism.precision", "fp32"]
 
 
 def launch(
@@ -86,7 +86,7 @@ def assert_same_end(run: Path, other: Path, first: Path) -> None:
     """
     for stage, before in zip(STAGES, (first, other / STAGES[0] / "done"), strict=True):
         folders = (before, run / stage / "done", other / stage / "done")
-        old, a, b = (load_group(folder, "workshop") for folder in folders)
+        old, a, b = (load_group(folder, "modules") for folder in folders)
         assert old.keys() == a.keys() == b.keys()
         trained = [key for key in b if not torch.equal(b[key], old[key]) and not key.startswith("lecam.")]
         moved, apart = (sum(float((x[k] - b[k]).square().sum()) for k in trained) ** 0.5 for x in (old, a))
@@ -102,7 +102,7 @@ def first(tiny_run) -> Path:
 def alone(first, tmp_path_factory) -> Path:
     """The stages on one process, in one piece."""
     run = tmp_path_factory.mktemp("alone") / "run"
-    train(exact(), run, stages=STAGES, init_from=first, scale=Scale(precision="fp32"))
+    train(exact(), run, stages=STAGES, init_from=first, parallelism=ParallelismConfig(precision="fp32"))
     return run
 
 
@@ -112,19 +112,28 @@ def alone(first, tmp_path_factory) -> Path:
 def test_rows_are_dealt_once_each_and_to_a_process_every_so_many():
     for world, accumulate in ((1, 1), (2, 3), (3, 2)):
         deal = {
-            (rank, piece): np.arange(12)[Ranks(rank, world, scale=Scale(accumulate=accumulate)).rows(12, piece)]
+            (rank, piece): np.arange(12)[
+                DistributedContext(rank, world, config=ParallelismConfig(grad_accum_steps=accumulate)).rows(12, piece)
+            ]
             for rank in range(world)
             for piece in range(accumulate)
         }
         assert sorted(np.concatenate([*deal.values()]).tolist()) == list(range(12))
         assert all(set(rows % world) == {rank} for (rank, _), rows in deal.items())  # as the loader of files deals
-    with pytest.raises(InputError, match="2 processes of 3 pieces divide, got 8"):
-        Ranks(1, 2, scale=Scale(accumulate=3)).rows(8, 0)
+    with pytest.raises(InputError, match="2 processes of 3 micro-batches divide, got 8"):
+        DistributedContext(1, 2, config=ParallelismConfig(grad_accum_steps=3)).rows(8, 0)
 
 
-@pytest.mark.parametrize("changed", [Scale(accumulate=2), Scale(accumulate=4, recompute=True), Scale(recompute=True)])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ParallelismConfig(grad_accum_steps=2),
+        ParallelismConfig(grad_accum_steps=4, activation_checkpointing=True),
+        ParallelismConfig(activation_checkpointing=True),
+    ],
+)
 def test_pieces_and_recomputation_change_neither_losses_nor_weights(alone, first, tmp_path, changed):
-    train(exact(), tmp_path / "run", stages=STAGES, init_from=first, scale=replace(changed, precision="fp32"))
+    train(exact(), tmp_path / "run", stages=STAGES, init_from=first, parallelism=replace(changed, precision="fp32"))
     assert_alike(tmp_path / "run", alone, first)
 
 
@@ -132,9 +141,9 @@ def test_recomputation_keeps_less(start):
     """The backward pass of a block that recomputes holds its input, not what lies between."""
     kept = {False: 0, True: 0}
     for recompute in kept:
-        block = start("unified-2").workshop.model.denoiser.network.transformer_blocks[0]
+        block = start("unified-2").modules.model.denoiser.network.transformer_blocks[0]
         if recompute:
-            module.recompute(nn.ModuleList([block]))
+            module.apply_activation_checkpointing(nn.ModuleList([block]))
         width = block.norm1.normalized_shape[0]
         x = torch.randn(1, 64, width, requires_grad=True)
         arguments = (torch.zeros(1, 6, width), torch.randn(1, 3, width), torch.zeros(1, 1, 1, 3), (1, 1, 8, 8))
@@ -152,41 +161,51 @@ def test_recomputation_keeps_less(start):
 def test_compiled_blocks_are_the_ones_that_repeat(start, monkeypatch):
     compiled: list[nn.Module] = []
     monkeypatch.setattr(torch, "compile", lambda forward: compiled.append(forward.__self__) or (lambda *x: forward(*x)))
-    workshop = start("unified-2").workshop
+    modules = start("unified-2").modules
     for _ in range(2):  # each stage of a run asks for it
-        module.distribute(workshop, Ranks(scale=Scale(compile=True, recompute=True)))
-    assert compiled == blocks(workshop)
+        module.wrap_modules(
+            modules, DistributedContext(config=ParallelismConfig(compile=True, activation_checkpointing=True))
+        )
+    assert compiled == repeated_blocks(modules)
     assert {type(part).__name__ for part in compiled} == set(BLOCKS)
 
 
 @pytest.mark.parametrize(
-    ("stage", "ranks", "said"),
+    ("stage", "parallel", "said"),
     [
-        ("mllm", Ranks(0, 2), "stage mllm: .*expected one process and scale.accumulate 1, got 2 and 1"),
-        ("encoder", Ranks(scale=Scale(accumulate=2)), "stage encoder: .*got 1 and 2"),
-        ("unified-2", Ranks(0, 3), "stage unified-2: expected a batch that 3 processes of 1 pieces divide, got 4"),
-        ("unified-2", Ranks(0, 2, sharded=True), "stage unified-2: Muon wants whole matrices"),
+        (
+            "mllm",
+            DistributedContext(0, 2),
+            "stage mllm: .*expected one process and parallelism.grad_accum_steps 1, got 2 and 1",
+        ),
+        ("encoder", DistributedContext(config=ParallelismConfig(grad_accum_steps=2)), "stage encoder: .*got 1 and 2"),
+        (
+            "unified-2",
+            DistributedContext(0, 3),
+            "stage unified-2: expected a batch that 3 processes of 1 micro-batches divide, got 4",
+        ),
+        ("unified-2", DistributedContext(0, 2, sharded=True), "stage unified-2: Muon wants whole matrices"),
     ],
 )
-def test_what_cannot_be_shared_is_refused_before_anything_is_written(stage, ranks, said):
+def test_what_cannot_be_shared_is_refused_before_anything_is_written(stage, parallel, said):
     with pytest.raises(InputError, match=said):
-        check_scale((recipe("tiny").stage(stage),), ranks)
+        check_parallelism((recipe("tiny").stage(stage),), parallel)
 
 
 def test_several_processes_want_a_launcher(monkeypatch, tmp_path):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(InputError, match="fsdp is for several processes, got one: start them with `torchrun"):
-        train(exact(), tmp_path / "run", scale=Scale(strategy="fsdp"))
+        train(exact(), tmp_path / "run", parallelism=ParallelismConfig(strategy="fsdp"))
     assert not (tmp_path / "run").exists()
-    with pytest.raises(InputError, match=r"scale.accumulate: expected at least 1, got 0"):
-        Scale(accumulate=0)
+    with pytest.raises(InputError, match=r"parallelism.grad_accum_steps: expected at least 1, got 0"):
+        ParallelismConfig(grad_accum_steps=0)
 
 
 def test_a_state_with_a_part_missing_is_refused(tmp_path):
     for rank in (0, 2):
-        (tmp_path / f"workshop-{rank:05}-of-00003.safetensors").write_bytes(b"")
-    with pytest.raises(InputError, match="expected the 3 parts of workshop, missing workshop-00001-of-00003"):
-        shards(tmp_path, "workshop")
+        (tmp_path / f"modules-{rank:05}-of-00003.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match="expected the 3 parts of modules, missing modules-00001-of-00003"):
+        shards(tmp_path, "modules")
 
 
 # ---- two processes ---------------------------------------------------------------------------------------------------
@@ -194,17 +213,18 @@ def test_a_state_with_a_part_missing_is_refused(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "extra", [("--scale.strategy", "ddp"), ("--scale.strategy", "fsdp", "--scale.shard-frozen", "False")]
+    "extra",
+    [("--parallelism.strategy", "ddp"), ("--parallelism.strategy", "fsdp", "--parallelism.shard-frozen", "False")],
 )
 def test_two_processes_have_the_losses_and_weights_of_one(alone, first, tmp_path, extra):
     done = launch(tmp_path / "run", first, *extra)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_alike(tmp_path / "run", alone, first)
     sharded = "fsdp" in extra
-    assert [path.name for path in shards(tmp_path / "run" / "unified-2" / "done", "workshop")] == (
-        ["workshop-00000-of-00002.safetensors", "workshop-00001-of-00002.safetensors"]
+    assert [path.name for path in shards(tmp_path / "run" / "unified-2" / "done", "modules")] == (
+        ["modules-00000-of-00002.safetensors", "modules-00001-of-00002.safetensors"]
         if sharded
-        else ["workshop.safetensors"]
+        else ["modules.safetensors"]
     )
 
 
@@ -212,10 +232,10 @@ def test_two_processes_have_the_losses_and_weights_of_one(alone, first, tmp_path
 def test_a_killed_process_ends_the_run_clearly_and_one_process_goes_on_from_its_sharded_state(alone, first, tmp_path):
     run, script = tmp_path / "run", tmp_path / "killed.py"
     script.write_text(KILLED)
-    done = launch(run, first, "--scale.strategy", "fsdp", script=str(script))
+    done = launch(run, first, "--parallelism.strategy", "fsdp", script=str(script))
     assert done.returncode != 0
     assert "spar: error: another process of this run has ended" in done.stderr, done.stderr[-3000:]
     state = run / STAGES[0] / "state"
-    assert read_progress(state).step in (2, 3) and len(shards(state, "optimizer")) == 2
-    train(exact(), run, stages=STAGES, resume=True, scale=Scale(precision="fp32"))
+    assert read_train_state(state).step in (2, 3) and len(shards(state, "optimizer")) == 2
+    train(exact(), run, stages=STAGES, resume=True, parallelism=ParallelismConfig(precision="fp32"))
     assert_same_end(run, alone, first)

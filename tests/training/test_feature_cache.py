@@ -22,7 +22,7 @@ from spar.training import data as files
 from spar.training import feature_cache as module
 from spar.training.checkpoint import load_group
 from spar.training.config import DataConfig
-from spar.training.distributed import Scale
+from spar.training.distributed import ParallelismConfig
 from spar.training.feature_cache import FeatureCache, cache_key, sample_id, write_cache
 from spar.training.trainer import train
 from spar.worlds.shapes.dataset import scene_at
@@ -74,14 +74,14 @@ def test_training_from_the_cache_has_the_losses_of_training_from_pictures(tiny_r
         chosen = data if name == "pictures" else replace(data, cache=str(folder))
         train(
             replace(tiny_run.recipe, data=chosen, stages=stages), tmp_path / name, stages=("unified-2",),
-            init_from=model, scale=Scale(precision="fp32"),
-            report=lambda stage, step, steps, v, rows=losses[name]: rows.append((v["loss"], v["gradient"])),
+            init_from=model, parallelism=ParallelismConfig(precision="fp32"),
+            report=lambda stage, step, steps, v, rows=losses[name]: rows.append((v["loss"], v["grad_norm"])),
         )  # fmt: skip
     assert seen["cache"] == 512 < seen["pictures"]  # to measure the teacher's mean; no step encodes a picture
     assert len(losses["cache"]) == 8
     for (a, g), (b, h) in zip(losses["pictures"], losses["cache"], strict=True):
         assert a == pytest.approx(b, rel=1e-4) and g == pytest.approx(h, rel=1e-3)
-    lines = (tmp_path / "cache" / "quarantine.jsonl").read_text().splitlines()
+    lines = (tmp_path / "cache" / "bad_samples.jsonl").read_text().splitlines()
     assert {json.loads(line)["key"] for line in lines} == {"3.png"}
 
 
@@ -204,8 +204,8 @@ def test_a_run_from_a_cache_is_stopped_and_resumed(tiny_run, data, tmp_path):
         stop = functools.partial(stop_at_first, name == "parted")
         if train(asked, tmp_path / name, report=stop, **run) is None:
             assert train(asked, tmp_path / name, resume=True, **run) is not None
-        ends.append(load_group(tmp_path / name / "unified-2" / "done", "workshop"))
-        bad = (tmp_path / name / "quarantine.jsonl").read_text().splitlines() if name == "parted" else []
+        ends.append(load_group(tmp_path / name / "unified-2" / "done", "modules"))
+        bad = (tmp_path / name / "bad_samples.jsonl").read_text().splitlines() if name == "parted" else []
         assert len(bad) == len(set(bad))
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
     (tmp_path / "own" / "5.png").write_bytes((tmp_path / "own" / "6.png").read_bytes() + b"\0")

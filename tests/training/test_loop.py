@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from spar.common.errors import InputError
 from spar.training import loop
-from spar.training.checkpoint import Progress, load_group, read_progress, save_folder
-from spar.training.config import AlignmentConfig, LossWeights, Stage
+from spar.training.checkpoint import TrainState, load_group, read_train_state, save_folder
+from spar.training.config import AlignmentConfig, LossWeights, StageConfig
 from spar.training.loop import (
-    Average,
+    EMA,
     NonFiniteLoss,
-    calibrate,
-    clip_gradients,
+    clip_grad_norm,
     learning_rate,
+    measure_latent_scale,
     run_stage,
     stop_signals,
     whiten,
@@ -30,7 +30,7 @@ from spar.training.loop import (
 from spar.training.optimizer import Muon, build_optimizers
 from spar.training.steps import STEPS
 
-GROUPS = {"workshop", "optimizer", "average"}
+GROUPS = {"modules", "optimizer", "average"}
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -59,7 +59,7 @@ def interrupt(at: int, number: int = signal.SIGINT):
 
 
 def test_the_learning_rate_warms_up_linearly_then_follows_a_cosine():
-    stage = Stage("s", "mllm", ("*",), steps=1100, lr=2e-3, lr_end=4e-4, warmup=100)
+    stage = StageConfig("s", "mllm", ("*",), steps=1100, lr=2e-3, lr_end=4e-4, warmup=100)
     assert [learning_rate(stage, step) for step in (0, 49, 99)] == pytest.approx([2e-5, 1e-3, 2e-3])
     for step in (100, 350, 600, 850, 1100):
         share = (step - 100) / 1000
@@ -72,7 +72,7 @@ def test_the_learning_rate_warms_up_linearly_then_follows_a_cosine():
 
 @pytest.mark.parametrize(("warmup", "first"), [(0, 1.0), (1, 1.0), (5, 0.2), (50, 0.02)])
 def test_the_warm_up_is_what_the_stage_says_and_can_be_none_or_all(warmup, first):
-    stage = Stage("s", "mllm", ("*",), steps=50, lr=1.0, lr_end=0.0, warmup=warmup)
+    stage = StageConfig("s", "mllm", ("*",), steps=50, lr=1.0, lr_end=0.0, warmup=warmup)
     assert learning_rate(stage, 0) == pytest.approx(first)
     assert max(learning_rate(stage, step) for step in range(50)) == pytest.approx(1.0)
     assert learning_rate(stage, max(0, warmup - 1)) == pytest.approx(1.0)
@@ -82,7 +82,7 @@ def test_the_warm_up_is_what_the_stage_says_and_can_be_none_or_all(warmup, first
 def test_the_average_is_the_moving_average_in_closed_form(decay):
     module = nn.ParameterDict({"live": nn.Parameter(torch.zeros(3)), "still": nn.Parameter(torch.full((2,), 5.0))})
     module["still"].requires_grad_(False)
-    average = Average(module, decay)
+    average = EMA(module, decay)
     weight, expected = 1.0, np.zeros(3)
     for step in range(20):
         value = np.array([1.0, step, -(step**2)])
@@ -91,9 +91,11 @@ def test_the_average_is_the_moving_average_in_closed_form(decay):
         average.update(step)
         keep = min(decay, (1 + step) / (10 + step))  # short while there is little to remember
         expected, weight = keep * expected + (1 - keep) * value, weight * keep
-    assert list(average.kept) == ["live"]
-    assert np.allclose(average.kept["live"].numpy(), expected, rtol=1e-5)
-    assert average.kept["live"][0] == pytest.approx(1 - weight, rel=1e-5)  # constant input: 1 - the product of decays
+    assert list(average.averages) == ["live"]
+    assert np.allclose(average.averages["live"].numpy(), expected, rtol=1e-5)
+    assert average.averages["live"][0] == pytest.approx(
+        1 - weight, rel=1e-5
+    )  # constant input: 1 - the product of decays
     assert module["live"].tolist() == [1.0, 19.0, -361.0]  # training goes on from its own weights
     average.apply()
     assert np.allclose(module["live"].detach().numpy(), expected, rtol=1e-5) and module["still"].tolist() == [5.0, 5.0]
@@ -123,29 +125,29 @@ def test_the_gradient_is_clipped_to_its_norm(start, tmp_path, monkeypatch):
         loop, "build_optimizers",
         lambda w, s: [Watched([{"params": [p for p in w.parameters() if p.requires_grad], "factor": 1.0}], lr=1.0)],
     )
-    run_stage(start("encoder", steps=1, clip=0.25), tmp_path, resume=False)
+    run_stage(start("encoder", steps=1, max_grad_norm=0.25), tmp_path, resume=False)
     assert norms == pytest.approx([0.25], rel=1e-3)
-    logged = json.loads((tmp_path / "metrics.jsonl").read_text())["gradient"]
+    logged = json.loads((tmp_path / "metrics.jsonl").read_text())["grad_norm"]
     assert logged > 1  # what is logged is the norm before
 
 
 def test_the_two_sides_of_the_adversary_are_clipped_apart(start):
-    workshop = start("tokenizer-3").workshop
-    for name, parameter in workshop.named_parameters():
+    modules = start("tokenizer-3").modules
+    for name, parameter in modules.named_parameters():
         if parameter.requires_grad:
             parameter.grad = torch.full_like(parameter, 9.0 if name.startswith("discriminator.") else 0.01)
-    size = sum(p.numel() for name, p in trainable(workshop) if not name.startswith("discriminator."))
-    assert float(clip_gradients(workshop, 1.0)) == pytest.approx(0.01 * size**0.5, rel=1e-3)
+    size = sum(p.numel() for name, p in trainable(modules) if not name.startswith("discriminator."))
+    assert float(clip_grad_norm(modules, 1.0)) == pytest.approx(0.01 * size**0.5, rel=1e-3)
     for side in (0, 1):
-        rows = [p.grad.square().sum() for n, p in trainable(workshop) if n.startswith("discriminator.") == side]
+        rows = [p.grad.square().sum() for n, p in trainable(modules) if n.startswith("discriminator.") == side]
         assert float(torch.stack(rows).sum().sqrt()) == pytest.approx(1.0, rel=1e-3)
 
 
 def test_a_discriminators_gradient_that_is_not_finite_is_seen(start):
-    workshop = start("tokenizer-3").workshop
-    for name, parameter in trainable(workshop):
+    modules = start("tokenizer-3").modules
+    for name, parameter in trainable(modules):
         parameter.grad = torch.full_like(parameter, math.nan if name.startswith("discriminator.") else 0.01)
-    assert not bool(torch.isfinite(clip_gradients(workshop, 1.0)))
+    assert not bool(torch.isfinite(clip_grad_norm(modules, 1.0)))
 
 
 # ---- what a stage measures when it ends ------------------------------------------------------------------------------
@@ -154,11 +156,11 @@ def test_a_discriminators_gradient_that_is_not_finite_is_seen(start):
 @pytest.mark.parametrize("stage", ["tokenizer-1", "tokenizer-3"])
 def test_the_measured_latent_scale_gives_unit_size(start, stage):
     ctx = start(stage)
-    tokenizer, pixels = ctx.workshop.model.tokenizer, ctx.pixels(np.arange(24))
+    tokenizer, pixels = ctx.modules.model.tokenizer, ctx.pixels(np.arange(24))
     with torch.no_grad():
         tokenizer.latent_scale.fill_(123.0)
         tokenizer.fusion[-1].weight.mul_(3.0)
-    calibrate(ctx)
+    measure_latent_scale(ctx)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         latents = tokenizer.encode(pixels)
     assert float(tokenizer.normalize(latents.z_f).float().square().mean().sqrt()) == pytest.approx(1, abs=2e-3)
@@ -169,31 +171,31 @@ def test_the_measured_latent_scale_gives_unit_size(start, stage):
 def test_before_alignment_the_teachers_mean_is_measured(start, stage):
     ctx = start(stage)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        f_v = ctx.workshop.model.tokenizer.encoder(ctx.pixels(np.arange(24)))
-    assert torch.allclose(ctx.workshop.teacher_mean, f_v.float().mean((0, 1)), atol=1e-3)
-    assert not start("unified-1").workshop.teacher_mean.any()
+        f_v = ctx.modules.model.tokenizer.encoder(ctx.pixels(np.arange(24)))
+    assert torch.allclose(ctx.modules.teacher_mean, f_v.float().mean((0, 1)), atol=1e-3)
+    assert not start("unified-1").modules.teacher_mean.any()
 
 
 def test_the_measured_native_scale_gives_unit_size(start):
     ctx = start("autoencoder")
-    calibrate(ctx)
+    measure_latent_scale(ctx)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        latents = ctx.workshop.pixel_encoder(ctx.pixels(np.arange(24))).float()
-    assert float((latents * ctx.workshop.native_scale).square().mean().sqrt()) == pytest.approx(1, abs=2e-3)
-    assert float(ctx.workshop.native_scale) != 1
+        latents = ctx.modules.pixel_encoder(ctx.pixels(np.arange(24))).float()
+    assert float((latents * ctx.modules.native_scale).square().mean().sqrt()) == pytest.approx(1, abs=2e-3)
+    assert float(ctx.modules.native_scale) != 1
 
 
 @pytest.mark.parametrize("stage", ["mllm", "dit", "unified-1", "unified-2"])
 def test_other_stages_measure_nothing(start, stage):
     ctx = start(stage)
-    before = {name: value.clone() for name, value in ctx.workshop.state_dict().items()}
-    calibrate(ctx)
-    assert same(before, ctx.workshop.state_dict())
+    before = {name: value.clone() for name, value in ctx.modules.state_dict().items()}
+    measure_latent_scale(ctx)
+    assert same(before, ctx.modules.state_dict())
 
 
 def test_whitening_changes_the_basis_and_nothing_that_is_read_off_it(start):
     ctx = start("encoder")
-    encoder, head = ctx.workshop.model.tokenizer.encoder, ctx.workshop.dense_head
+    encoder, head = ctx.modules.model.tokenizer.encoder, ctx.modules.dense_head
     linears = [*head.tags.values(), head.center, head.coverage, head.pixels]
     with torch.no_grad():
         head.center.bias.normal_(generator=torch.Generator().manual_seed(0))
@@ -201,7 +203,7 @@ def test_whitening_changes_the_basis_and_nothing_that_is_read_off_it(start):
         read = [linear(f_v) for linear in linears]
         rows = f_v.flatten(0, 1).double()
         variances = torch.linalg.eigvalsh(torch.cov(rows.T))
-        whiten(ctx.workshop, f_v, floor=0.1)
+        whiten(ctx.modules, f_v, floor=0.1)
         white = encoder(ctx.pixels(np.arange(24)))
         assert not torch.allclose(white, f_v, atol=0.1)
         for before, linear in zip(read, linears, strict=True):
@@ -229,7 +231,7 @@ def test_n_steps_equal_k_then_resume_then_the_rest_bit_for_bit(start, tmp_path, 
     assert not run_stage(begin(), straight, resume=False, report=last)
 
     assert not run_stage(begin(), parted, resume=False, report=interrupt(CUT))
-    assert read_progress(parted / stage / "state").step == CUT + 1
+    assert read_train_state(parted / stage / "state").step == CUT + 1
     halfway = state(parted / stage / "state")
     assert any(name.endswith("|momentum") for name in halfway["optimizer"]) == (kind == "muon")
     assert not run_stage(begin(), parted, resume=True, report=last)
@@ -241,7 +243,7 @@ def test_n_steps_equal_k_then_resume_then_the_rest_bit_for_bit(start, tmp_path, 
         assert not same(one[group], halfway[group]), group
     for run in (straight, parted):  # all steps are done: only the end of the stage is left
         assert run_stage(begin(), run, resume=True)
-    ends = [load_group(run / stage / "done", "workshop") for run in (straight, parted)]
+    ends = [load_group(run / stage / "done", "modules") for run in (straight, parted)]
     assert same(*ends)
 
 
@@ -250,7 +252,7 @@ def test_a_signal_ends_the_step_in_flight_saves_and_stops(start, tmp_path, numbe
     before = signal.getsignal(number)
     ctx = start("encoder", steps=9)
     assert run_stage(ctx, tmp_path, resume=False, report=interrupt(2, number)) is False
-    assert same(state(tmp_path / "encoder" / "state")["workshop"], ctx.workshop.state_dict())
+    assert same(state(tmp_path / "encoder" / "state")["modules"], ctx.modules.state_dict())
     meta = json.loads((tmp_path / "encoder" / "state" / "meta.json").read_text())
     assert (meta["stage"], meta["step"], meta["config"]["steps"]) == ("encoder", 3, 9)
     assert not (tmp_path / "encoder" / "done").exists()
@@ -275,9 +277,9 @@ def test_the_end_holds_the_averaged_weights(start, tmp_path):
     run_stage(ctx, tmp_path, resume=False, report=interrupt(2))
     saved = state(tmp_path / "dit" / "state")
     assert run_stage(start("dit", steps=3), tmp_path, resume=True)
-    done = load_group(tmp_path / "dit" / "done", "workshop")
+    done = load_group(tmp_path / "dit" / "done", "modules")
     assert saved["average"] and all(torch.equal(done[name], value) for name, value in saved["average"].items())
-    assert not same({name: saved["workshop"][name] for name in saved["average"]}, saved["average"])
+    assert not same({name: saved["modules"][name] for name in saved["average"]}, saved["average"])
 
 
 def test_the_state_is_saved_every_so_many_minutes(start, tmp_path, tiny_run):
@@ -285,7 +287,7 @@ def test_the_state_is_saved_every_so_many_minutes(start, tmp_path, tiny_run):
         seen, run = [], tmp_path / str(minutes)
         ctx = start("encoder", recipe=replace(tiny_run.recipe, save_minutes=minutes), steps=3)
         folder = run / "encoder" / "state"
-        run_stage(ctx, run, resume=False, report=lambda *_: seen.append(read_progress(folder)))
+        run_stage(ctx, run, resume=False, report=lambda *_: seen.append(read_train_state(folder)))
         return [progress and progress.step for progress in seen]
 
     assert steps_saved(0.0) == [None, 1, 2] and steps_saved(5.0) == [None, None, None]
@@ -311,10 +313,10 @@ def test_outside_the_main_thread_signals_are_left_alone():
 
 def test_a_trainable_part_that_the_loss_does_not_reach_is_refused(start, tmp_path):
     ctx = start("mllm", trainable=("model.language.*", "model.tokenizer.encoder.*"))  # f_v comes from a cache here
-    before = {name: value.clone() for name, value in ctx.workshop.state_dict().items()}
+    before = {name: value.clone() for name, value in ctx.modules.state_dict().items()}
     with pytest.raises(InputError, match=r"mllm: 'model.tokenizer.encoder.\*' is trainable, but its loss does not"):
         run_stage(ctx, tmp_path, resume=False)
-    assert same(before, ctx.workshop.state_dict())
+    assert same(before, ctx.modules.state_dict())
 
 
 def test_an_alignment_head_may_rest_where_alignment_is_off_and_nowhere_else(start, tmp_path, tiny_run):
@@ -333,7 +335,7 @@ def test_an_adversary_that_does_not_train_is_refused(start):
 # ---- a loss that is not finite ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("where", ["loss", "grad_norm"])
 def test_a_non_finite_number_stops_before_the_optimizer_and_leaves_the_saved_state(
     start, tmp_path, tiny_run, monkeypatch, where
 ):
@@ -343,7 +345,7 @@ def test_a_non_finite_number_stops_before_the_optimizer_and_leaves_the_saved_sta
     def planted(ctx, step):
         terms = whole(ctx, step)
         if step == 2:
-            weight = ctx.workshop.dense_head.coverage.weight
+            weight = ctx.modules.dense_head.coverage.weight
             poison = torch.full((), math.nan) if where == "loss" else (weight * 0).sum().sqrt()
             terms["loss"] = terms["loss"] + poison
         return terms
@@ -354,13 +356,13 @@ def test_a_non_finite_number_stops_before_the_optimizer_and_leaves_the_saved_sta
         with pytest.raises(NonFiniteLoss, match="stage encoder, step 2: .*shape"):
             run_stage(ctx, tmp_path, resume=False)
     folder = tmp_path / "encoder" / "state"
-    assert read_progress(folder).step == 2
-    assert same(load_group(folder, "workshop"), ctx.workshop.state_dict())
-    assert all(torch.isfinite(value).all() for value in load_group(folder, "workshop").values())
+    assert read_train_state(folder).step == 2
+    assert same(load_group(folder, "modules"), ctx.modules.state_dict())
+    assert all(torch.isfinite(value).all() for value in load_group(folder, "modules").values())
 
     assert run_stage(start("encoder", steps=4), tmp_path, resume=True)
     assert run_stage(start("encoder", steps=4), tmp_path / "other", resume=False)
-    ends = [load_group(run / "encoder" / "done", "workshop") for run in (tmp_path, tmp_path / "other")]
+    ends = [load_group(run / "encoder" / "done", "modules") for run in (tmp_path, tmp_path / "other")]
     assert same(*ends)
 
 
@@ -389,14 +391,14 @@ def rewrite(path: Path, change) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda s: cut(s / "workshop.safetensors"), "workshop.safetensors is damaged"),
+        (lambda s: cut(s / "modules.safetensors"), "modules.safetensors is damaged"),
         (lambda s: cut(s / "optimizer.safetensors"), "optimizer.safetensors is damaged"),
         (lambda s: cut(s / "average.safetensors"), "average.safetensors is damaged"),
-        (lambda s: (s / "workshop.safetensors").write_bytes(b""), "workshop.safetensors is damaged"),
+        (lambda s: (s / "modules.safetensors").write_bytes(b""), "modules.safetensors is damaged"),
         (lambda s: (s / "optimizer.safetensors").unlink(), "optimizer.safetensors is missing"),
         (lambda s: cut(s / "meta.json"), "meta.json is not readable JSON"),
         (lambda s: (s / "meta.json").write_text("[]"), "expected a JSON object, got list"),
-        (lambda s: rewrite(s / "workshop.safetensors", lambda t: t.popitem()), "workshop.*not fit .* 1 missing"),
+        (lambda s: rewrite(s / "modules.safetensors", lambda t: t.popitem()), "modules.*not fit .* 1 missing"),
         (lambda s: (s / "meta.json").write_text("{}"), "meta.json: missing field seconds, stage, step"),
         (lambda s: (s / "meta.json").write_text('{"stage": "dit", "step": "2", "seconds": 1}'), "int, got '2'"),
         (lambda s: rewrite(s / "optimizer.safetensors", lambda t: t.popitem()), "optimizer.*not fit .* 1 missing"),
@@ -420,7 +422,7 @@ def test_a_save_that_was_cut_between_its_two_renames_is_resumed(start, stopped):
 
 def test_a_save_that_fails_leaves_the_older_one(tmp_path, monkeypatch):
     target = tmp_path / "stage" / "state"
-    save_folder(target, {"a": {"x": torch.ones(2)}}, vars(Progress("s", 1)))
+    save_folder(target, {"a": {"x": torch.ones(2)}}, vars(TrainState("s", 1)))
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -428,15 +430,15 @@ def test_a_save_that_fails_leaves_the_older_one(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("spar.training.checkpoint.save_file", full)
         with pytest.raises(OSError):
-            save_folder(target, {"a": {"x": torch.zeros(2)}}, vars(Progress("s", 2)))
-    assert read_progress(target).step == 1 and load_group(target, "a")["x"].tolist() == [1, 1]
-    save_folder(target, {"b": {"x": torch.zeros(2)}}, vars(Progress("s", 3)))  # over what the failed one left
+            save_folder(target, {"a": {"x": torch.zeros(2)}}, vars(TrainState("s", 2)))
+    assert read_train_state(target).step == 1 and load_group(target, "a")["x"].tolist() == [1, 1]
+    save_folder(target, {"b": {"x": torch.zeros(2)}}, vars(TrainState("s", 3)))  # over what the failed one left
     assert sorted(p.name for p in target.iterdir()) == ["b.safetensors", "meta.json"]
     assert [p.name for p in target.parent.iterdir()] == ["state"]
 
 
 def test_no_state_is_no_progress(tmp_path):
-    assert read_progress(tmp_path / "state") is None
+    assert read_train_state(tmp_path / "state") is None
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------
@@ -452,8 +454,8 @@ def test_every_logged_step_is_a_line_of_finite_numbers(tiny_run):
     assert [(row["stage"], row["step"]) for row in read] == expected
     for row, (stage, step, steps, values) in zip(read, tiny_run.reports, strict=True):
         assert row == {"stage": stage, "step": step, **values} and steps == 3
-        assert {"loss", "lr", "gradient", "seconds"} <= values.keys()
-        assert all(math.isfinite(value) for value in values.values()) and values["gradient"] > 0
+        assert {"loss", "lr", "grad_norm", "seconds"} <= values.keys()
+        assert all(math.isfinite(value) for value in values.values()) and values["grad_norm"] > 0
         assert values["lr"] == learning_rate(tiny_run.recipe.stage(stage), step)
     for before, after in zip(read, read[1:], strict=False):
         assert before["stage"] != after["stage"] or before["seconds"] < after["seconds"]
@@ -505,6 +507,6 @@ def test_a_run_without_tensorboard_keeps_its_lines(start, tmp_path, monkeypatch)
 def test_states_hold_no_pickle(stopped):
     _, folder = stopped
     assert sorted(p.name for p in folder.iterdir()) == [
-        "average.safetensors", "meta.json", "optimizer.safetensors", "workshop.safetensors"
+        "average.safetensors", "meta.json", "modules.safetensors", "optimizer.safetensors"
     ]
     shutil.rmtree(folder)

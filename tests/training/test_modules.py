@@ -1,4 +1,4 @@
-"""The workshop: the autoencoder's latents lie on the tokens' grid, whatever the two strides are."""
+"""The modules: the autoencoder's latents lie on the tokens' grid, whatever the two strides are."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from spar.models.config import AutoencoderConfig
 from spar.recipes import recipe
 from spar.training.checkpoint import load_group
 from spar.training.config import Recipe
-from spar.training.modules import Workshop
+from spar.training.modules import TrainingModules
 from spar.training.trainer import train
 
 TINY = recipe("tiny")
@@ -34,32 +34,32 @@ def with_stride(stride: int) -> Recipe:
 
 
 @pytest.fixture(scope="module", params=[8, 16])
-def workshop(request) -> Workshop:
+def modules(request) -> TrainingModules:
     config = with_stride(request.param)
     assert (config.model.token_stride, config.model.autoencoder.stride) == (8, request.param)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return Workshop(config).eval().requires_grad_(False)
+        return TrainingModules(config).eval().requires_grad_(False)
 
 
 def pixels(height: int = 64, width: int = 64) -> torch.Tensor:
     return torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
 
 
-def test_native_latents_are_those_of_the_picture_at_the_autoencoders_scale(workshop):
-    ratio = workshop.config.autoencoder.stride // 8
+def test_native_latents_are_those_of_the_picture_at_the_autoencoders_scale(modules):
+    ratio = modules.config.autoencoder.stride // 8
     scaled = F.interpolate(pixels(64, 32), scale_factor=ratio, mode="bilinear", antialias=True)
-    native = workshop.native(pixels(64, 32))
-    torch.testing.assert_close(native, workshop.pixel_encoder(scaled))
-    assert native.shape == workshop.model.tokenizer.encode(pixels()).z_f[..., :4].shape
+    native = modules.native_latents(pixels(64, 32))
+    torch.testing.assert_close(native, modules.pixel_encoder(scaled))
+    assert native.shape == modules.model.tokenizer.encode(pixels()).z_f[..., :4].shape
 
 
 @pytest.mark.parametrize("cell", [(0, 0), (2, 5), (7, 3)])
-def test_a_change_inside_a_token_shows_at_that_cell_of_the_native_latents(workshop, cell):
+def test_a_change_inside_a_token_shows_at_that_cell_of_the_native_latents(modules, cell):
     before, (row, column) = pixels(), cell
     after = before.clone()
     after[:, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] += 5
-    for picture in (workshop.native(after) - workshop.native(before)).square().sum(1):  # [8, 8]
+    for picture in (modules.native_latents(after) - modules.native_latents(before)).square().sum(1):  # [8, 8]
         found = divmod(int(picture.argmax()), 8)
         assert max(abs(found[0] - row), abs(found[1] - column)) <= 1  # random kernels may lean to a neighbour
 
@@ -76,4 +76,4 @@ def test_a_run_whose_strides_differ_binds_the_streams_to_the_native_latents(tmp_
     assert [stage for stage, _ in rows] == [name for name, count in steps.items() for _ in range(count)]
     bound = [values["native"] for stage, values in rows if stage == "tokenizer-1"]
     assert sum(bound[-5:]) < 0.9 * sum(bound[:5])
-    assert float(load_group(tmp_path / "run" / "autoencoder" / "done", "workshop")["native_scale"]) != 1
+    assert float(load_group(tmp_path / "run" / "autoencoder" / "done", "modules")["native_scale"]) != 1

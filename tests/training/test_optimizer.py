@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from spar.recipes import RECIPES, recipe
-from spar.training.config import Stage, freeze
-from spar.training.modules import Workshop
+from spar.training.config import StageConfig, freeze
+from spar.training.modules import TrainingModules
 from spar.training.optimizer import ADAMW_RMS, MOMENTUM, Muon, build_optimizers, orthogonalize
 
-EVERYTHING = Stage("s", "mllm", ("*",), steps=1, warmup=0, optimizer="muon", weight_decay=0.1)
+EVERYTHING = StageConfig("s", "mllm", ("*",), steps=1, warmup=0, optimizer="muon", weight_decay=0.1)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -100,7 +100,7 @@ def test_muon_finds_the_least_of_a_quadratic():
 # ---- which parameter goes where --------------------------------------------------------------------------------------
 
 
-def names_of(module: nn.Module, stage: Stage) -> tuple[set[str], set[str]]:
+def names_of(module: nn.Module, stage: StageConfig) -> tuple[set[str], set[str]]:
     """The names that AdamW has, and those that Muon has; every trainable one is in exactly one group."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     found: dict[bool, list[str]] = {False: [], True: []}
@@ -113,23 +113,23 @@ def names_of(module: nn.Module, stage: Stage) -> tuple[set[str], set[str]]:
 
 
 @pytest.fixture(scope="module")
-def workshops() -> dict[str, Workshop]:
+def modules() -> dict[str, TrainingModules]:
     with torch.device("meta"):
-        return {name: Workshop(recipe(name)) for name in RECIPES}
+        return {name: TrainingModules(recipe(name)) for name in RECIPES}
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_trainable_parameter_is_in_exactly_one_group_in_every_stage(workshops, name, kind):
+def test_every_trainable_parameter_is_in_exactly_one_group_in_every_stage(modules, name, kind):
     for stage in recipe(name).stages:
-        freeze(workshops[name], stage)
-        muon = names_of(workshops[name], replace(stage, optimizer=kind))[1]
+        freeze(modules[name], stage)
+        muon = names_of(modules[name], replace(stage, optimizer=kind))[1]
         assert bool(muon) == (kind == "muon")
 
 
-def test_muon_has_the_maps_between_hidden_states_and_adamw_the_rest(workshops):
-    freeze(workshops["tiny"], EVERYTHING)
-    adamw, muon = names_of(workshops["tiny"], EVERYTHING)
+def test_muon_has_the_maps_between_hidden_states_and_adamw_the_rest(modules):
+    freeze(modules["tiny"], EVERYTHING)
+    adamw, muon = names_of(modules["tiny"], EVERYTHING)
     vision, layer = "model.tokenizer.encoder.vision_tower.", "model.language.network.layers.0."
     block = "model.denoiser.network.transformer_blocks.0."
     assert {
@@ -145,16 +145,16 @@ def test_muon_has_the_maps_between_hidden_states_and_adamw_the_rest(workshops):
         block + "ff.conv_depth.weight", "model.connector.queries", "model.connector.reference_gain",
         "model.router.alpha", "pixel_encoder.network.conv_in.conv.weight", "discriminator.layers.0.weight",
     } <= adamw
-    parameters = dict(workshops["tiny"].named_parameters())
+    parameters = dict(modules["tiny"].named_parameters())
     assert all(parameters[name].dim() > 1 for name in muon)
     assert not {name for name in muon if "norm" in name or "embed_tokens" in name or "conv_depth" in name}
 
 
-def test_rates_and_decay_are_each_optimizers_own(workshops):
-    stage = replace(EVERYTHING, rates=(("model.tokenizer.encoder.*", 0.1),))
-    freeze(workshops["tiny"], stage)
-    names = {id(parameter): name for name, parameter in workshops["tiny"].named_parameters()}
-    optimizers = build_optimizers(workshops["tiny"], stage)
+def test_rates_and_decay_are_each_optimizers_own(modules):
+    stage = replace(EVERYTHING, lr_multipliers=(("model.tokenizer.encoder.*", 0.1),))
+    freeze(modules["tiny"], stage)
+    names = {id(parameter): name for name, parameter in modules["tiny"].named_parameters()}
+    optimizers = build_optimizers(modules["tiny"], stage)
     assert len(optimizers) == 2
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         for parameter in group["params"]:

@@ -12,7 +12,7 @@ from spar.losses.perceptual import FeatureLoss
 from spar.recipes import recipe
 from spar.training import steps
 from spar.training.config import PerceptualConfig
-from spar.training.teacher import perceptual_of
+from spar.training.teacher import build_perceptual_losses
 from spar.training.trainer import train
 
 
@@ -29,9 +29,9 @@ def classifier(tmp_path_factory) -> str:
 def test_the_term_is_the_weighted_sum_of_what_the_networks_see(start, classifier):
     ctx = start("tokenizer-2")
     pictures = torch.rand(2, 2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    own = FeatureLoss(ctx.workshop.pixel_encoder.features)(*pictures)
+    own = FeatureLoss(ctx.modules.pixel_encoder.features)(*pictures)
     config = PerceptualConfig(autoencoder=2.0, convnext=0.5, classifier=classifier)
-    (weight, network), = perceptual_of(config)
+    (weight, network), = build_perceptual_losses(config)
     assert weight == 0.5
     ctx.recipe, ctx.perceptual = replace(ctx.recipe, perceptual=config), ((weight, network),)
     wanted = float(2 * own + 0.5 * network(*pictures))

@@ -12,19 +12,19 @@ from torch import Tensor
 from spar.training import steps
 from spar.training.config import AlignmentConfig, LossWeights
 from spar.training.optimizer import build_optimizers
-from spar.training.steps import STEPS, Context
+from spar.training.steps import STEPS, StepContext
 
 ENCODER = "model.tokenizer.encoder."
 
 
-def run(ctx: Context, step: int = 0) -> dict[str, Tensor]:
+def run(ctx: StepContext, step: int = 0) -> dict[str, Tensor]:
     with torch.autocast("cpu", torch.bfloat16):  # as the loop runs it
         return STEPS[ctx.stage.step](ctx, step)
 
 
-def gradients(ctx: Context) -> dict[str, float]:
+def gradients(ctx: StepContext) -> dict[str, float]:
     """The largest gradient of every parameter that has one."""
-    named = ctx.workshop.named_parameters()
+    named = ctx.modules.named_parameters()
     return {name: float(p.grad.abs().max()) for name, p in named if p.grad is not None}
 
 
@@ -60,12 +60,12 @@ def weighted(terms: dict[str, Tensor], weights: dict[str, float]) -> float:
 def test_a_stage_of_another_side_sees_its_pictures_at_that_side(start, monkeypatch):
     """All of it: the frozen encoder's features, the native latents, the target; the latents have the smaller grid."""
     ctx = start("tokenizer-1", image_size=32)
-    fused = spy(monkeypatch, ctx.workshop.model.tokenizer, "fuse")
-    native = spy(monkeypatch, ctx.workshop, "native")
+    fused = spy(monkeypatch, ctx.modules.model.tokenizer, "fuse")
+    native = spy(monkeypatch, ctx.modules, "native_latents")
     terms = run(ctx)
     assert torch.isfinite(terms["loss"])
     assert (fused[0][0].shape[1], fused[0][1]) == (16, (32, 32)) and native[0][0].shape[-2:] == (32, 32)
-    whole = ctx.material.pixels(np.arange(2))
+    whole = ctx.data.pixels(np.arange(2))
     halved = torch.nn.functional.interpolate(whole, size=(32, 32), mode="bilinear", antialias=True)
     torch.testing.assert_close(ctx.pixels(np.arange(2)), halved)
 
@@ -88,7 +88,7 @@ def test_the_tokenizers_loss_is_its_terms_and_the_adversary_counts_from_its_step
     )
     ctx = start("tokenizer-3", losses=weights)
     with torch.no_grad():
-        ctx.workshop.teacher.multi_modal_projector.linear_2.weight.mul_(1.5)
+        ctx.modules.teacher.multi_modal_projector.linear_2.weight.mul_(1.5)
     terms = run(ctx, step)
     sums = {"mse": 2.0, "perceptual": 3.0, "native": 0.5, "native_fused": 0.3, "semantic": 4.0, "discriminator": 1.0}
     sums["gan"] = 0.7 * on
@@ -131,17 +131,17 @@ def test_noise_is_drawn_anew_for_each_stage_and_step(start):
 
 
 def test_generation_reads_captions_and_denoises_their_own_pictures(start, monkeypatch):
-    ctx = start("unified-2", edit_share=0.0, places=1.0, scenes=("single", "two"))
+    ctx = start("unified-2", edit_share=0.0, position_captions=1.0, scene_kinds=("single", "two"))
     flow = spy(monkeypatch, steps, "_flow_terms")
-    prompts = spy(monkeypatch, ctx.material.prompts, "generation")
+    prompts = spy(monkeypatch, ctx.data.prompts, "generation")
     assert "flow_generate" in run(ctx)
-    rng = ctx.material.rng("unified-2", 0)
+    rng = ctx.data.rng("unified-2", 0)
     rng.random()
-    indices = ctx.material.draw(rng, 4, kinds=("single", "two"))
-    captions = ctx.material.captions(rng, indices, places=1.0)
+    indices = ctx.data.draw(rng, 4, kinds=("single", "two"))
+    captions = ctx.data.captions(rng, indices, position_captions=1.0)
     assert any("column" in text for text in captions)
     assert [a or b for a, b in zip(prompts[0][0], captions, strict=True)] == captions
-    tokenizer = ctx.workshop.model.tokenizer
+    tokenizer = ctx.modules.model.tokenizer
     latents = tokenizer.encode(ctx.pixels(indices))
     clean = tokenizer.normalize(latents.z_f)
     assert is_the_first(flow[0][2], clean, clean.roll(1, 0))
@@ -151,15 +151,15 @@ def test_generation_reads_captions_and_denoises_their_own_pictures(start, monkey
 def test_editing_reads_the_source_and_denoises_the_target(start, monkeypatch):
     ctx = start("unified-2", edit_share=1.0)
     flow = spy(monkeypatch, steps, "_flow_terms")
-    conditions = spy(monkeypatch, ctx.workshop.model, "condition")
-    prompts = spy(monkeypatch, ctx.material.prompts, "edit")
+    conditions = spy(monkeypatch, ctx.modules.model, "condition")
+    prompts = spy(monkeypatch, ctx.data.prompts, "edit")
     assert "flow_edit" in run(ctx)
-    rng = ctx.material.rng("unified-2", 0)
+    rng = ctx.data.rng("unified-2", 0)
     rng.random()
-    indices = ctx.material.draw(rng, 4, edits=True, kinds=ctx.stage.scenes)
-    instructions = ctx.material.instructions(indices)
+    indices = ctx.data.draw(rng, 4, edits=True, kinds=ctx.stage.scene_kinds)
+    instructions = ctx.data.instructions(indices)
     assert [a or b for a, b in zip(prompts[0][0], instructions, strict=True)] == instructions
-    tokenizer = ctx.workshop.model.tokenizer
+    tokenizer = ctx.modules.model.tokenizer
     source, target = tokenizer.encode(ctx.pixels(indices)), tokenizer.encode(ctx.pixels(indices, edited=True))
     assert is_the_first(conditions[0][2], source.f_v, target.f_v)
     assert is_the_first(flow[0][2], tokenizer.normalize(target.z_f), tokenizer.normalize(source.z_f))
@@ -171,20 +171,20 @@ def test_editing_reads_the_source_and_denoises_the_target(start, monkeypatch):
 def test_the_unconditional_share_drops_the_words(start, tiny_run, monkeypatch, stage, share):
     dropping = replace(tiny_run.recipe, flow=replace(tiny_run.recipe.flow, unconditional_share=share))
     ctx = start(stage, recipe=dropping, edit_share=1.0 if stage == "unified-2" else 0.0)
-    calls = spy(monkeypatch, ctx.material.prompts, "edit" if stage == "unified-2" else "generation")
+    calls = spy(monkeypatch, ctx.data.prompts, "edit" if stage == "unified-2" else "generation")
     run(ctx)
     assert [text is None for text in calls[0][0]] == [share == 1.0] * 4
 
 
 def test_half_of_the_batches_edit_at_a_share_of_a_half(start):
-    material = start("unified-2").material
-    shares = [material.rng("unified-2", step).random() < 0.5 for step in range(200)]
+    training_data = start("unified-2").data
+    shares = [training_data.rng("unified-2", step).random() < 0.5 for step in range(200)]
     assert 70 < sum(shares) < 130  # the draw that decides is the step's first
 
 
 def test_each_picture_has_its_own_draws_of_noise_and_time(start, monkeypatch):
-    ctx = start("dit", draws=3)
-    calls = spy(monkeypatch, ctx.workshop.model, "velocity")
+    ctx = start("dit", noise_samples=3)
+    calls = spy(monkeypatch, ctx.modules.model, "velocity")
     paths = spy(monkeypatch, steps, "interpolate")
     run(ctx)
     clean, noise, time = paths[0]
@@ -207,7 +207,7 @@ def test_training_times_follow_the_flow_settings(start, tiny_run, monkeypatch, f
     plain = replace(tiny_run.recipe.flow, training_shift=1.0)
     for flow in (plain, replace(plain, **{field: value})):
         ctx = start("dit", recipe=replace(tiny_run.recipe, flow=flow))
-        calls = spy(monkeypatch, ctx.workshop.model, "velocity")
+        calls = spy(monkeypatch, ctx.modules.model, "velocity")
         run(ctx)
         times.append(calls[0][1])
     assert torch.allclose(times[1], expected(times[0]), atol=1e-5)
@@ -216,7 +216,7 @@ def test_training_times_follow_the_flow_settings(start, tiny_run, monkeypatch, f
 def test_the_flow_loss_is_the_error_of_the_velocity(start, monkeypatch):
     ctx = start("dit")
     paths = spy(monkeypatch, steps, "interpolate")
-    monkeypatch.setattr(ctx.workshop.model, "velocity", lambda x, t, c: SimpleNamespace(velocity=torch.zeros_like(x)))
+    monkeypatch.setattr(ctx.modules.model, "velocity", lambda x, t, c: SimpleNamespace(velocity=torch.zeros_like(x)))
     terms = run(ctx)
     clean, noise, _ = paths[0]
     assert float(terms["flow"]) == pytest.approx(float((noise - clean).square().mean()), rel=1e-5)
@@ -236,11 +236,11 @@ def test_the_dit_sees_native_latents_of_unit_size(start, monkeypatch):
 def test_frozen_features_are_computed_once_a_picture(start, stage, part):
     changes = {"losses": LossWeights(native=1.0)} if stage == "tokenizer-1" else {}
     ctx, computed = start(stage, **changes), []
-    network = ctx.workshop.get_submodule(part.rstrip("."))
+    network = ctx.modules.get_submodule(part.rstrip("."))
     network.register_forward_hook(lambda _, given, __: computed.append(len(given[0])))
     for step in (0, 1, 0):
         run(ctx, step)
-    asked = {i for step in (0, 1) for i in ctx.material.draw(ctx.material.rng(stage, step), 4).tolist()}
+    asked = {i for step in (0, 1) for i in ctx.data.draw(ctx.data.rng(stage, step), 4).tolist()}
     assert sum(computed) == len(asked)
 
 
@@ -250,7 +250,7 @@ def test_frozen_features_are_computed_once_a_picture(start, stage, part):
 def test_the_two_sides_of_the_adversary_do_not_touch(start):
     ctx = start("tokenizer-3")
     pixels = ctx.pixels(np.arange(4))
-    discriminator = list(ctx.workshop.discriminator.parameters())
+    discriminator = list(ctx.modules.discriminator.parameters())
     with torch.autocast("cpu", torch.bfloat16):
         picture = torch.rand(pixels.shape, generator=torch.Generator().manual_seed(0), requires_grad=True)
         terms = steps._adversarial(ctx, picture, pixels)
@@ -274,7 +274,7 @@ def test_before_its_step_the_adversary_learns_and_the_decoder_does_not_feel_it(s
 @pytest.mark.parametrize("editing", [0.0, 1.0])
 def test_the_alignments_target_is_the_encoders_own_and_gives_it_no_gradient(start, editing):
     ctx = start("unified-2", edit_share=editing, losses=LossWeights(align=0.5))
-    ctx.workshop.model.tokenizer.requires_grad_(True)
+    ctx.modules.model.tokenizer.requires_grad_(True)
     run(ctx)["loss"].backward()
     found = gradients(ctx)
     assert not any(name.startswith("model.tokenizer.") for name in found)
@@ -284,9 +284,9 @@ def test_the_alignments_target_is_the_encoders_own_and_gives_it_no_gradient(star
 def test_the_alignment_reaches_the_tapped_block_and_no_later_one(start, monkeypatch):
     ctx = start("unified-2", edit_share=0.0, losses=LossWeights(align=1.0))
     monkeypatch.setattr(steps, "velocity_target", lambda x, noise: x * 0)
-    original = ctx.workshop.model.velocity
+    original = ctx.modules.model.velocity
     monkeypatch.setattr(
-        ctx.workshop.model, "velocity", lambda *a: replace(original(*a), velocity=torch.zeros(8, 8, 8, 8))
+        ctx.modules.model, "velocity", lambda *a: replace(original(*a), velocity=torch.zeros(8, 8, 8, 8))
     )
     run(ctx)["loss"].backward()
     found = gradients(ctx)
@@ -297,9 +297,9 @@ def test_the_alignment_reaches_the_tapped_block_and_no_later_one(start, monkeypa
 
 def test_the_teachers_get_no_gradient_in_stage_three(start):
     ctx = start("tokenizer-3", losses=LossWeights(mse=1.0, perceptual=1.0, native=1.0, semantic=1.0))
-    ctx.workshop.teacher.requires_grad_(True)
+    ctx.modules.teacher.requires_grad_(True)
     with torch.no_grad():
-        ctx.workshop.teacher.multi_modal_projector.linear_2.weight.mul_(1.5)
+        ctx.modules.teacher.multi_modal_projector.linear_2.weight.mul_(1.5)
     run(ctx)["loss"].backward()
     found = gradients(ctx)
     assert not moved(found, "teacher.") and not moved(found, "pixel_encoder.") and moved(found, ENCODER)
@@ -312,7 +312,7 @@ def test_every_trainable_part_gets_a_gradient_in_stage_three_and_the_encoder_fro
     for losses in only.values():
         ctx = start("tokenizer-3", losses=losses)
         with torch.no_grad():
-            ctx.workshop.teacher.multi_modal_projector.linear_2.weight.mul_(1.5)
+            ctx.modules.teacher.multi_modal_projector.linear_2.weight.mul_(1.5)
         run(ctx)["loss"].backward()
         assert moved(gradients(ctx), ENCODER)
         assert moved(gradients(ctx), "model.tokenizer.decoder.") == (losses.semantic == 0)
@@ -339,10 +339,10 @@ def test_latent_noise_is_relative_to_the_latents_size(start):
     ctx = start("tokenizer-2", batch=512, losses=LossWeights(mse=1.0, latent_noise=0.2))
     scale = torch.tensor([1.0, 7.0]).repeat(256)[:, None, None, None]
     latent = torch.randn(512, 8, 8, 8, generator=torch.Generator().manual_seed(0)) * scale
-    noise = (steps._noisy(ctx, 0, latent) - latent) / scale
+    noise = (steps._add_latent_noise(ctx, 0, latent) - latent) / scale
     sizes = noise.square().mean((1, 2, 3)).sqrt()
     assert 0.19 < float(sizes.max()) < 0.22 and float(sizes.mean()) == pytest.approx(0.1, abs=0.01)
-    assert steps._noisy(start("tokenizer-2", losses=LossWeights(mse=1.0)), 0, latent) is latent
+    assert steps._add_latent_noise(start("tokenizer-2", losses=LossWeights(mse=1.0)), 0, latent) is latent
 
 
 # ---- a term that is on and lacks its input ---------------------------------------------------------------------------
@@ -366,13 +366,13 @@ def test_an_external_teacher_is_what_aligns_on_its_own_grid(start, tiny_run, mon
     ctx = start("unified-2", recipe=external, edit_share=editing, teacher=teacher)
     calls, grids = spy(monkeypatch, steps, "alignment_loss"), spy(monkeypatch, steps, "match_grid")
     run(ctx)
-    rng = ctx.material.rng("unified-2", 0)
+    rng = ctx.data.rng("unified-2", 0)
     rng.random()
-    pixels = ctx.pixels(ctx.material.draw(rng, 4, edits=bool(editing), kinds=ctx.stage.scenes), edited=bool(editing))
+    pixels = ctx.pixels(ctx.data.draw(rng, 4, edits=bool(editing), kinds=ctx.stage.scene_kinds), edited=bool(editing))
     assert torch.equal(calls[0][1], teacher(pixels)[0].repeat_interleave(2, 0))
     assert grids[0][1:] == ((8, 8), (4, 4)) and calls[0][0].shape == (8, 16, 32)
     everything = teacher(ctx.pixels(np.arange(24)))[0]
-    assert torch.allclose(ctx.workshop.teacher_mean, everything.mean((0, 1)), atol=1e-5)
+    assert torch.allclose(ctx.modules.teacher_mean, everything.mean((0, 1)), atol=1e-5)
 
 
 def test_alignment_with_no_teacher_is_off(start, tiny_run):
@@ -382,9 +382,9 @@ def test_alignment_with_no_teacher_is_off(start, tiny_run):
     assert "cosine_plain" in run(start("unified-2"))
 
 
-def without_pixel_stream(ctx: Context) -> Context:
-    fuse = ctx.workshop.model.tokenizer.fuse
-    ctx.workshop.model.tokenizer.fuse = lambda *args: replace(fuse(*args), z_p=None)
+def without_pixel_stream(ctx: StepContext) -> StepContext:
+    fuse = ctx.modules.model.tokenizer.fuse
+    ctx.modules.model.tokenizer.fuse = lambda *args: replace(fuse(*args), z_p=None)
     return ctx
 
 
@@ -401,13 +401,13 @@ def test_the_fused_term_needs_no_pixel_stream(start):
 # ---- learning --------------------------------------------------------------------------------------------------------
 
 
-def overfit(ctx: Context, count: int, term: str, lr: float) -> tuple[float, float]:
+def overfit(ctx: StepContext, count: int, term: str, lr: float) -> tuple[float, float]:
     """The first and the last value of a term over `count` steps on the batch of step 0."""
-    optimizers = build_optimizers(ctx.workshop, replace(ctx.stage, lr=lr))
+    optimizers = build_optimizers(ctx.modules, replace(ctx.stage, lr=lr))
     values = []
     for _ in range(count):
         terms = run(ctx)
-        ctx.workshop.zero_grad(set_to_none=True)
+        ctx.modules.zero_grad(set_to_none=True)
         terms["loss"].backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -423,6 +423,6 @@ LEARN: list[tuple[str, dict, int, str, float, float]] = [
 
 
 @pytest.mark.parametrize(("stage", "changes", "count", "term", "lr", "factor"), LEARN, ids=[row[0] for row in LEARN])
-def test_one_batch_can_be_overfitted(start: Callable[..., Context], stage, changes, count, term, lr, factor):
+def test_one_batch_can_be_overfitted(start: Callable[..., StepContext], stage, changes, count, term, lr, factor):
     first, last = overfit(start(stage, **changes), count, term, lr)
     assert last < first / factor

@@ -30,9 +30,9 @@ from spar.recipes import recipe
 from spar.training.checkpoint import load_group
 from spar.training.config import AlignmentConfig, Recipe
 from spar.training.plan import plan
-from spar.training.shapes_data import ShapesMaterial
+from spar.training.shapes_data import ShapesTrainingData
 from spar.training.teacher import load_teacher
-from spar.training.trainer import model_of, train
+from spar.training.trainer import load_stage_model, train
 from spar.worlds.shapes.tokenizer import build_tokenizer
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
@@ -183,10 +183,10 @@ def test_a_run_from_another_runs_tokenizer_aligns_with_it(tiny_run, tmp_path, ki
     aligned = [values for stage, values in rows if stage == "unified-2"]
     assert len(aligned) == 3 and all(-1 <= values["cosine_centered"] <= 1 for values in aligned)
     assert all("cosine_plain" in values for values in aligned)
-    done, selfs = (load_group(path / "unified-2" / "done", "workshop") for path in (run, tiny_run.path))
+    done, selfs = (load_group(path / "unified-2" / "done", "modules") for path in (run, tiny_run.path))
     teacher = load_teacher(str(tmp_path / "encoder"))
-    material = ShapesMaterial(config.data, PromptEncoder(build_tokenizer(), 64), config.seed, run / "cache")
-    features = teacher(material.pixels(range(24)))[0]
+    training_data = ShapesTrainingData(config.data, PromptEncoder(build_tokenizer(), 64), config.seed, run / "cache")
+    features = teacher(training_data.pixels(range(24)))[0]
     torch.testing.assert_close(done["teacher_mean"], features.mean((0, 1)), rtol=0.05, atol=0.02)  # bfloat16 there
     assert not torch.allclose(done["teacher_mean"], selfs["teacher_mean"], atol=0.1)
     assert not torch.equal(done["alignment_head.layers.4.weight"], selfs["alignment_head.layers.4.weight"])
@@ -200,10 +200,10 @@ def test_a_teacher_of_another_width_sets_that_of_the_head(tiny_run, tmp_path):
     config, run = outside(tmp_path / "encoder"), tmp_path / "run"
     train(config, run, stages=("unified-1",), init_from=tiny_run.path / "tokenizer-3" / "done")
     train(config, run, stages=("unified-1", "unified-2"), resume=True)
-    done = load_group(run / "unified-2" / "done", "workshop")
+    done = load_group(run / "unified-2" / "done", "modules")
     assert done["alignment_head.layers.4.weight"].shape[0] == len(done["teacher_mean"]) == 24
     assert done["teacher_mean"].any()
-    assert model_of(run, "unified-2").model.config == config.model  # without the teacher at hand
+    assert load_stage_model(run, "unified-2").model.config == config.model  # without the teacher at hand
     wide, narrow = (plan(c, ("unified-2",))[0] for c in (recipe("tiny"), config))
     assert wide.trainable - narrow.trainable == 8 * 257
 

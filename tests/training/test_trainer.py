@@ -18,7 +18,7 @@ from spar.recipes import recipe
 from spar.training import trainer as module
 from spar.training.checkpoint import load_group
 from spar.training.config import AlignmentConfig, Recipe
-from spar.training.trainer import TAG_NAMES, build_workshop, open_run, read_recipe, train
+from spar.training.trainer import TAG_NAMES, build_modules, open_run, read_recipe, train
 from spar.worlds.shapes.tokenizer import PLURALS, build_tokenizer
 
 TINY = recipe("tiny")
@@ -30,7 +30,7 @@ def same(a, b):
 
 
 def weights(run, stage):
-    return load_group(run / stage / "done", "workshop")
+    return load_group(run / stage / "done", "modules")
 
 
 @pytest.fixture
@@ -53,17 +53,8 @@ def test_the_folder_says_which_recipe_it_holds(tiny_run):
     assert not list(tiny_run.path.glob("*/state*"))  # what could be resumed is gone with the stage's end
 
 
-def test_a_run_of_before_format_version_2_is_still_a_run(tmp_path):
+def test_a_recipe_may_leave_out_no_field(tmp_path):
     values = to_dict(TINY)
-    model, autoencoder = values["model"], values["model"]["autoencoder"]
-    for name in ("blocks", "multiscales"):
-        autoencoder[name] = autoencoder.pop(f"encoder_{name}")
-        del autoencoder[f"decoder_{name}"]
-    for part, name in (("vision", "norm_eps"), ("text", "tied_head"), ("text", "rope_factor"), ("router", "norm")):
-        del model[part][name]
-    for stage in values["stages"]:
-        del stage["image_size"]
-    del values["discriminator"], values["max_prompt_tokens"], values["data"]["source"]
     write_json(tmp_path / "recipe.json", values)
     assert read_recipe(tmp_path / "recipe.json") == TINY
     del values["seed"]
@@ -126,12 +117,12 @@ def test_a_stage_whose_start_is_missing_is_refused(tmp_path):
 def test_a_tokenizer_with_more_words_than_the_model_is_refused():
     small = replace(TINY, model=replace(TINY.model, text=replace(TINY.model.text, vocab_size=32)))
     with pytest.raises(InputError, match=r"text.vocab_size: expected at least \d+ for this tokenizer, got 32"):
-        build_workshop(small, torch.device("cpu"), PromptEncoder(build_tokenizer(), 64))
+        build_modules(small, torch.device("cpu"), PromptEncoder(build_tokenizer(), 64))
 
 
 def test_the_seed_decides_the_first_weights():
     prompts, cpu = PromptEncoder(build_tokenizer(), 64), torch.device("cpu")
-    one, two, three = (build_workshop(replace(TINY, seed=s), cpu, prompts).model.state_dict() for s in (0, 0, 1))
+    one, two, three = (build_modules(replace(TINY, seed=s), cpu, prompts).model.state_dict() for s in (0, 0, 1))
     for name in ("language.network.embed_tokens.weight", "router.gate.0.weight", "connector.projection.weight"):
         assert torch.equal(one[name], two[name]) and not torch.equal(one[name], three[name])
 
@@ -139,9 +130,9 @@ def test_the_seed_decides_the_first_weights():
 def test_the_seed_decides_every_first_weight():
     prompts, cpu = PromptEncoder(build_tokenizer(), 64), torch.device("cpu")
     torch.manual_seed(1)
-    one = build_workshop(TINY, cpu, prompts).state_dict()
+    one = build_modules(TINY, cpu, prompts).state_dict()
     torch.manual_seed(2)
-    two = build_workshop(TINY, cpu, prompts).state_dict()
+    two = build_modules(TINY, cpu, prompts).state_dict()
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
 
 
@@ -202,9 +193,9 @@ def test_resuming_a_finished_run_trains_nothing_and_gives_its_model(tiny_run, tm
 
 
 def test_a_damaged_end_of_a_stage_is_refused(half):
-    path = half / "dit" / "done" / "workshop.safetensors"
+    path = half / "dit" / "done" / "modules.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(InputError, match="workshop.safetensors is damaged"):
+    with pytest.raises(InputError, match="modules.safetensors is damaged"):
         train(TINY, half, resume=True)
 
 
@@ -255,8 +246,8 @@ def test_init_from_weights_that_are_none_is_refused(tiny_run, tmp_path, damage):
     folder = tmp_path / "done"
     folder.mkdir()
     if damage == "cut":
-        (folder / "workshop.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(InputError, match=f"workshop.safetensors is {'missing' if damage == 'missing' else 'damaged'}"):
+        (folder / "modules.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(InputError, match=f"modules.safetensors is {'missing' if damage == 'missing' else 'damaged'}"):
         train(TINY, tmp_path / "run", stages=("unified-1",), init_from=folder)
 
 
@@ -311,7 +302,7 @@ def test_init_from_a_file_without_one_fitting_tensor_is_refused(tmp_path):
 
     folder = tmp_path / "done"
     folder.mkdir()
-    save_file({"something.else": torch.ones(3)}, folder / "workshop.safetensors")
+    save_file({"something.else": torch.ones(3)}, folder / "modules.safetensors")
     with pytest.raises(InputError, match="holds none of this model's weights"):
         train(replace(TINY, stages=TINY.stages[:1]), tmp_path / "run", init_from=folder)
 
@@ -328,17 +319,17 @@ def test_stage_three_keeps_a_frozen_copy_of_the_encoder_it_begins_with(tiny_run)
 
 
 def test_the_connector_begins_as_the_llms_last_layers(start):
-    model = start("unified-1").workshop.model
+    model = start("unified-1").modules.model
     last = model.language.network.layers[-len(model.connector.layers) :]
     for own, source in zip(model.connector.layers, last, strict=True):
         assert same(own.state_dict(), source.state_dict())
-    joint = start("unified-2").workshop.model  # later unified stages go on with what they have
+    joint = start("unified-2").modules.model  # later unified stages go on with what they have
     assert not same(joint.connector.layers[-1].state_dict(), joint.language.network.layers[-1].state_dict())
 
 
 def test_words_begin_at_the_tags_read_outs(start, tiny_run):
     prompts, ctx = PromptEncoder(build_tokenizer(), 64), start("mllm")
-    table, heads = ctx.workshop.model.language.network.embed_tokens.weight, ctx.workshop.dense_head.tags
+    table, heads = ctx.modules.model.language.network.embed_tokens.weight, ctx.modules.dense_head.tags
     for tag, names in TAG_NAMES.items():
         rows = heads[tag].weight[-len(names) :]
         for name, row in zip(names, rows - rows.mean(0), strict=True):
@@ -349,7 +340,7 @@ def test_words_begin_at_the_tags_read_outs(start, tiny_run):
     assert float(sizes.max()) < 2 * float(sizes.mean())
     random = start("mllm", recipe=replace(tiny_run.recipe, word_embeddings="random"))
     token = prompts.encode("red")[0]
-    assert not torch.equal(random.workshop.model.language.network.embed_tokens.weight[token], table[token])
+    assert not torch.equal(random.modules.model.language.network.embed_tokens.weight[token], table[token])
 
 
 # ---- what a run leaves -----------------------------------------------------------------------------------------------
@@ -369,26 +360,26 @@ def test_the_model_folder_is_the_trained_model_and_says_how_it_was_made(tiny_run
 @pytest.mark.parametrize("stage", [None, "dit", "tokenizer-3"])
 def test_the_model_of_any_finished_stage_can_be_had(tiny_run, stage):
     saved = weights(tiny_run.path, stage or "unified-3")
-    loaded = module.model_of(tiny_run.path, stage)
+    loaded = module.load_stage_model(tiny_run.path, stage)
     assert all(torch.equal(value, saved[f"model.{name}"]) for name, value in loaded.model.state_dict().items())
     assert not loaded.model.training
 
 
 def test_the_manifest_tells_only_of_the_stages_that_made_the_model(tiny_run):
-    stages = module.model_of(tiny_run.path, "dit").manifest["stages"]
+    stages = module.load_stage_model(tiny_run.path, "dit").manifest["stages"]
     assert list(stages) == ["encoder", "mllm", "mllm-2", "autoencoder", "dit"]
 
 
 def test_the_model_of_a_stage_that_has_not_ended_is_refused(half, tmp_path):
-    with pytest.raises(InputError, match="workshop.safetensors is missing in .*tokenizer-1"):
-        module.model_of(half, "tokenizer-1")
+    with pytest.raises(InputError, match="modules.safetensors is missing in .*tokenizer-1"):
+        module.load_stage_model(half, "tokenizer-1")
     with pytest.raises(InputError, match="recipe.json is missing"):
-        module.model_of(tmp_path / "nowhere")
+        module.load_stage_model(tmp_path / "nowhere")
 
 
 def test_the_flows_settings_become_the_models(tiny_run):
     flow = replace(TINY.flow, sampling_shift=3.0, sampling_steps=7, guidance=2.5, training_shift=1.5)
-    loaded = module.finished(
+    loaded = module.build_bundle(
         tiny_run.model, replace(TINY, flow=flow), tiny_run.path, PromptEncoder(build_tokenizer(), 64), "unified-3"
     )
     assert (loaded.sampling.shift, loaded.sampling.steps, loaded.sampling.guidance) == (3.0, 7, 2.5)

@@ -22,9 +22,9 @@ from fastapi import FastAPI
 from playwright import sync_api
 
 from spar.flow.sampler import Cancelled
-from spar.inference.image_files import BUNDLED_MODEL, read_notes
+from spar.inference.image_files import BUNDLED_MODEL, read_metadata
 from spar.ui.app import build_page
-from spar.ui.components import problem
+from spar.ui.components import error_message
 from spar.ui.examples import EDITS, PROMPTS, knows_shapes, scene_pictures
 from spar.ui.mount import mount_page
 
@@ -128,10 +128,10 @@ def test_generate_draws_what_python_draws_and_the_file_says_how(visit, pipe):
     drawn = pipe.generate(PROMPTS[1], seed=11)
     with Image.open(file) as image:
         assert np.array_equal(pixels(image), pixels(drawn.images[0])) and name == "spar-seed-11.png"
-        assert image.text == {key: str(value) for key, value in drawn.notes[0].items() if value is not None} | {
+        assert image.text == {key: str(value) for key, value in drawn.metadata[0].items() if value is not None} | {
             "model": BUNDLED_MODEL
         }
-    assert read_notes(file).again()[:3] == ["spar", "generate", PROMPTS[1]]
+    assert read_metadata(file).reproduce_command()[:3] == ["spar", "generate", PROMPTS[1]]
     assert np.array_equal(pixels(shown(page, ".spar-picture img")), pixels(drawn.images[0]))
 
 
@@ -303,8 +303,10 @@ def test_our_own_faults_get_a_fixed_text(visit, pipe, monkeypatch, caplog):
 
 
 def test_the_pipelines_keywords_become_labels():
-    assert ">Steps: expected 1 to 1000, got 0.</div>" in problem("num_inference_steps: expected 1 to 1000, got 0")
-    assert "Steer away from: unknown" in problem("negative_prompt: unknown words dog\nx; this model knows only a, b")
+    assert ">Steps: expected 1 to 1000, got 0.</div>" in error_message("num_inference_steps: expected 1 to 1000, got 0")
+    assert "Steer away from: unknown" in error_message(
+        "negative_prompt: unknown words dog\nx; this model knows only a, b"
+    )
 
 
 # ---- small screens, other models -------------------------------------------------------------------------------------
@@ -327,9 +329,9 @@ def test_a_model_of_another_world_is_not_offered_the_shapes_examples(pipe, monke
         unk_token = None
 
         def get_vocab(self):
-            return pipe.loaded.text_tokenizer.get_vocab()
+            return pipe.bundle.text_tokenizer.get_vocab()
 
-    other = type("Pipe", (), {"loaded": type("Loaded", (), {"text_tokenizer": Open()})})()
+    other = type("Pipe", (), {"bundle": type("Bundle", (), {"text_tokenizer": Open()})})()
     assert knows_shapes(pipe) and not knows_shapes(other)
     monkeypatch.setattr("spar.ui.examples.knows_shapes", lambda pipe: False)
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))

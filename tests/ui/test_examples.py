@@ -1,4 +1,4 @@
-"""Every example of the page comes out right with the bundled weights, in either arithmetic: the judge looks."""
+"""Every example of the page comes out right with the bundled weights, in either arithmetic: the detector looks."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch
 from spar.inference.pipeline import SparPipeline
 from spar.ui.examples import EDITS, PROMPTS, QUESTIONS, SCENES, SEED, scene_pictures
 from spar.worlds.shapes.captions import describe, parse
-from spar.worlds.shapes.detector import judge, satisfies
+from spar.worlds.shapes.detector import detect, satisfies
 from spar.worlds.shapes.scene import fits
 
 pytestmark = pytest.mark.slow
@@ -38,7 +38,7 @@ def pipe(request):
 
 
 def right(image, claim: str) -> bool:
-    return satisfies(judge(np.asarray(image)), parse(claim))[0]
+    return satisfies(detect(np.asarray(image)), parse(claim))[0]
 
 
 def test_scenes_are_of_the_world():

@@ -12,7 +12,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route
 from starlette.testclient import TestClient
 
-from spar.ui.middleware import MAX_REQUEST, MULTIPART, Doorman
+from spar.ui.middleware import MAX_REQUEST, MULTIPART, GradioGuardMiddleware
 
 MAX_FILE = 1000
 
@@ -33,7 +33,7 @@ def cache(tmp_path):
 def client(cache, request):
     """Behind the doorman something that answers every route; at the root, and mounted elsewhere."""
     inner = Starlette(routes=[Route("/{path:path}", echo, methods=["GET", "POST"])])
-    app = Doorman(inner, cache, MAX_FILE)
+    app = GradioGuardMiddleware(inner, cache, MAX_FILE)
     outer = Starlette(routes=[Mount(request.param, app)]) if request.param else app
     return TestClient(outer, base_url=f"http://testserver{request.param}")
 

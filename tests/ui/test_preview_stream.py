@@ -9,7 +9,7 @@ import pytest
 
 from spar.common.errors import InputError
 from spar.flow.sampler import Cancelled
-from spar.ui.preview_stream import PREVIEW_SHARE, Jobs, Step
+from spar.ui.preview_stream import PREVIEW_SHARE, PreviewStep, PreviewStream
 
 
 class SlowPipe:
@@ -35,14 +35,14 @@ class SlowPipe:
 
 
 def test_steps_come_in_order_and_the_output_last():
-    *steps, out = Jobs(SlowPipe()).draw("me", "generate", "a", seed=3)
+    *steps, out = PreviewStream(SlowPipe()).run("me", "generate", "a", seed=3)
     assert [(step.done, step.steps) for step in steps] == [(i, 5) for i in range(1, 6)]
     assert (out.prompt, out.seed) == ("a", 3)
 
 
 def test_previews_are_of_the_steps_own_latent_and_take_their_share_at_most():
     began = time.monotonic()
-    *steps, _ = Jobs(SlowPipe(steps=60, pause=0.03, preview_pause=0.05)).draw("me", "generate", "a")
+    *steps, _ = PreviewStream(SlowPipe(steps=60, pause=0.03, preview_pause=0.05)).run("me", "generate", "a")
     seconds = time.monotonic() - began
     shown = [step for step in steps if step.image]
     assert shown and all(step.image == f"preview of {step.done}" for step in shown)
@@ -51,13 +51,17 @@ def test_previews_are_of_the_steps_own_latent_and_take_their_share_at_most():
 
 
 def test_a_quick_picture_has_no_preview():
-    assert not any(step.image for step in Jobs(SlowPipe(steps=3)).draw("me", "generate", "a") if isinstance(step, Step))
+    assert not any(
+        step.image
+        for step in PreviewStream(SlowPipe(steps=3)).run("me", "generate", "a")
+        if isinstance(step, PreviewStep)
+    )
 
 
 def test_stopping_ends_the_sessions_own_work_and_no_others():
     pipe = SlowPipe(steps=200, pause=0.01)
-    jobs = Jobs(pipe)
-    work = jobs.draw("me", "generate", "a")
+    jobs = PreviewStream(pipe)
+    work = jobs.run("me", "generate", "a")
     next(work)
     jobs.stop("somebody else", "generate")
     jobs.stop("me", "edit")
@@ -67,22 +71,22 @@ def test_stopping_ends_the_sessions_own_work_and_no_others():
         list(work)
     assert pipe.done < 20
     jobs.stop("me", "generate")  # nothing runs any more
-    assert list(jobs.draw("me", "generate", "b"))[-1].prompt == "b"
+    assert list(jobs.run("me", "generate", "b"))[-1].prompt == "b"
 
 
 def test_a_reader_that_leaves_stops_the_work():
     pipe = SlowPipe(steps=200, pause=0.01)
-    jobs = Jobs(pipe)
-    work = jobs.draw("me", "generate", "a")
+    jobs = PreviewStream(pipe)
+    work = jobs.run("me", "generate", "a")
     next(work)
     work.close()
-    list(jobs.draw("you", "generate", "b"))  # its turn comes when the first has ended
+    list(jobs.run("you", "generate", "b"))  # its turn comes when the first has ended
     assert jobs._ends == {}
 
 
 def test_errors_arrive_where_the_steps_are_read():
     with pytest.raises(InputError, match="prompt: bad"):
-        list(Jobs(SlowPipe()).draw("me", "generate", "bad"))
+        list(PreviewStream(SlowPipe()).run("me", "generate", "bad"))
 
 
 def test_one_piece_of_work_at_a_time():
@@ -94,19 +98,19 @@ def test_one_piece_of_work_at_a_time():
         time.sleep(0.02)
         at_work.pop()
 
-    jobs = Jobs(SlowPipe())
+    jobs = PreviewStream(SlowPipe())
     for future in [jobs.call(work) for _ in range(5)]:
         future.result()
     assert most == [1] * 5
 
 
 def test_work_that_waits_for_its_turn_is_stopped_at_once():
-    jobs, go, raised = Jobs(SlowPipe()), Event(), []
+    jobs, go, raised = PreviewStream(SlowPipe()), Event(), []
     first = jobs.call(lambda pipe: go.wait(5))
 
     def read():
         try:
-            list(jobs.draw("me", "generate", "a"))
+            list(jobs.run("me", "generate", "a"))
         except CancelledError as error:
             raised.append(error)
 

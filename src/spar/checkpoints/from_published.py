@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from spar.checkpoints.formats import dcae, internvl, sana
-from spar.checkpoints.formats.checkpoint_source import Source, fetch
-from spar.checkpoints.formats.key_map import Files, KeyMap
-from spar.checkpoints.safetensors_io import TensorFiles
-from spar.checkpoints.spar_format import Loaded, Sampling, versions
+from spar.checkpoints.formats.checkpoint_source import CheckpointSource, fetch
+from spar.checkpoints.formats.key_map import KeyMap, TensorReader
+from spar.checkpoints.safetensors_io import SafetensorsReader
+from spar.checkpoints.spar_format import ModelBundle, SamplingConfig, versions
 from spar.common.config import differences
 from spar.common.errors import InputError
 from spar.models.autoencoder import PixelEncoder, build_autoencoder
@@ -35,7 +35,7 @@ PUBLISHED = {
     f"{sana.DENOISER}.network": "dit",
 }
 # The parts that no published checkpoint brings, by their place in the model.
-FRESH = {
+INIT_SOURCES = {
     "semantic stream": "tokenizer.semantic_stream",
     "pixel stream": "tokenizer.pixel_stream",
     "fusion": "tokenizer.fusion",
@@ -48,22 +48,22 @@ QUERY_SIZE = 0.02
 
 
 @dataclass(frozen=True)
-class Assembled:
+class BuiltModel:
     """The model, ready to be saved, and where the checkpoints differ from what the recipe expected."""
 
-    loaded: Loaded
+    bundle: ModelBundle
     differences: tuple[str, ...]
 
 
-def assemble(
+def build_from_published(
     config: SparConfig,
-    sampling: Sampling,
+    sampling: SamplingConfig,
     sources: dict[str, str],
     *,
     revisions: dict[str, str] | None = None,
     seed: int = 0,
     recipe: str = "",
-) -> Assembled:
+) -> BuiltModel:
     """Put a model together.
 
     Args:
@@ -87,7 +87,7 @@ def assemble(
     keys.add(files["mllm"], lambda key: internvl.translate(key, head=not real.text.tied_head))
     keys.add(files["autoencoder"], dcae.translate)
     keys.add(files["dit"], sana.translate)
-    model, pixel_encoder, origins = put_together(real, keys, PUBLISHED, seed)
+    model, pixel_encoder, origins = build_from_tensors(real, keys, PUBLISHED, seed)
     model.tokenizer.latent_scale.fill_(parts.autoencoder.scaling_factor)
     origins["latent scale"] = "the autoencoder's scaling_factor, until a tokenizer stage measures it"
     records = {name: parts.sources[name].record(with_configs(files[name].files)) for name in SOURCES}
@@ -95,30 +95,30 @@ def assemble(
 
 
 @dataclass(frozen=True)
-class Parts:
+class PublishedParts:
     """The published parts: where they lie, and what their configurations say."""
 
-    sources: dict[str, Source]
+    sources: dict[str, CheckpointSource]
     text_tokenizer: Any
     mllm: internvl.Mllm
     autoencoder: dcae.Autoencoder
     dit: sana.Dit
 
-    def weights(self, name: str) -> TensorFiles:
+    def weights(self, name: str) -> SafetensorsReader:
         """The tensors of one of SOURCES."""
         return self.sources[name].weights(*WEIGHTS[name])
 
 
 def read_parts(
-    config: SparConfig, sources: dict[str, str], revisions: dict[str, str], *, llm: Files | None = None
-) -> Parts:
+    config: SparConfig, sources: dict[str, str], revisions: dict[str, str], *, llm: TensorReader | None = None
+) -> PublishedParts:
     """Find the published parts and read their configurations.
 
     Args:
         llm: the LLM's tensors where they do not come from the mllm's own files.
 
     Raises:
-        InputError: as `assemble`, but for the weights.
+        InputError: as `build_from_published`, but for the weights.
     """
     if unknown := sorted(set(revisions) - set(SOURCES)):
         raise InputError(f"revision: expected parts of {', '.join(SOURCES)}, got {', '.join(unknown)}")
@@ -126,7 +126,7 @@ def read_parts(
     folder = found["mllm"].folder
     text_tokenizer = internvl.read_text_tokenizer(folder)
     mllm = internvl.read_config(folder, llm or found["mllm"].weights(*WEIGHTS["mllm"]), text_tokenizer)
-    parts = Parts(
+    parts = PublishedParts(
         found, text_tokenizer, mllm, dcae.read_config(found["autoencoder"]),
         sana.read_config(found["dit"], config.denoiser),
     )
@@ -139,15 +139,15 @@ def read_parts(
 def finish(
     model: SparModel,
     pixel_encoder: PixelEncoder,
-    parts: Parts,
+    parts: PublishedParts,
     configs: tuple[SparConfig, SparConfig],
-    sampling: Sampling,
+    sampling: SamplingConfig,
     origins: dict[str, str],
     records: dict[str, Any],
     *,
     seed: int,
     recipe: str,
-) -> Assembled:
+) -> BuiltModel:
     """The model with what a folder needs beside it; `configs` are the recipe's and the model's own."""
     shift = parts.dit.sampling_shift
     own_sampling = sampling if shift is None else replace(sampling, shift=shift)
@@ -163,10 +163,10 @@ def finish(
         "stages": {},
     }
     model, pixel_encoder = (module.eval().requires_grad_(False) for module in (model, pixel_encoder))
-    return Assembled(Loaded(model, parts.text_tokenizer, own_sampling, manifest, pixel_encoder), lines)
+    return BuiltModel(ModelBundle(model, parts.text_tokenizer, own_sampling, manifest, pixel_encoder), lines)
 
 
-def put_together(
+def build_from_tensors(
     config: SparConfig, keys: KeyMap, filled: dict[str, str], seed: int
 ) -> tuple[SparModel, PixelEncoder, dict[str, str]]:
     """A model of these sizes, built on no memory and filled from foreign tensors, and E_p.
@@ -188,7 +188,7 @@ def put_together(
     keys.check(parts, filled)
     for prefix, module in parts.items():
         module.load_state_dict(keys.tensors(prefix), assign=True)
-    origins = dict(filled) | start_fresh(model, seed)
+    origins = dict(filled) | init_missing_weights(model, seed)
     if "connector" not in filled:
         model.connector.initialize_from(model.language)
         origins["connector"] += "; its layers are copies of the LLM's last"
@@ -200,14 +200,14 @@ def with_configs(files: list[Path]) -> list[Path]:
     return [*files, *(path for folder in {file.parent for file in files} for path in folder.glob("*.json"))]
 
 
-def start_fresh(model: SparModel, seed: int) -> dict[str, str]:
+def init_missing_weights(model: SparModel, seed: int) -> dict[str, str]:
     """Give every part that is still without memory seeded random weights, and say of each where it comes from.
 
     A part's weights depend on the seed and the part's name alone. Linear maps start as in training from nothing
     (Xavier), norms and learned factors at one, the queries small, the embedding of a reference at zero.
     """
     told = {}
-    for name, place in FRESH.items():
+    for name, place in INIT_SOURCES.items():
         module: Any = model
         for step in place.split("."):
             module = getattr(module, step, None)

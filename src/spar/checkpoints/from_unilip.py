@@ -14,22 +14,22 @@ import torch
 from torch import nn
 
 from spar.checkpoints.formats import dcae, internvl, sana, unilip
-from spar.checkpoints.formats.checkpoint_source import Source, fetch
-from spar.checkpoints.formats.foreign_config import Settings
-from spar.checkpoints.formats.key_map import Files, KeyMap
-from spar.checkpoints.formats.torch_pickle import PickledTensors
+from spar.checkpoints.formats.checkpoint_source import CheckpointSource, fetch
+from spar.checkpoints.formats.foreign_config import ForeignConfig
+from spar.checkpoints.formats.key_map import KeyMap, TensorReader
+from spar.checkpoints.formats.torch_pickle import TorchPickleReader
 from spar.checkpoints.from_published import (
     PUBLISHED,
     SOURCES,
-    Assembled,
-    Parts,
+    BuiltModel,
+    PublishedParts,
+    build_from_tensors,
     finish,
-    put_together,
     read_parts,
     with_configs,
 )
-from spar.checkpoints.safetensors_io import TensorFiles
-from spar.checkpoints.spar_format import Sampling
+from spar.checkpoints.safetensors_io import SafetensorsReader
+from spar.checkpoints.spar_format import SamplingConfig
 from spar.common.errors import InputError
 from spar.models.config import SparConfig
 from spar.models.router import DynamicTokenRouter, Router
@@ -47,7 +47,7 @@ MODEL = {
 def convert_unilip(
     path: str,
     config: SparConfig,
-    sampling: Sampling,
+    sampling: SamplingConfig,
     sources: dict[str, str | None],
     *,
     revisions: dict[str, str] | None = None,
@@ -55,7 +55,7 @@ def convert_unilip(
     factor: float | None = None,
     seed: int = 0,
     recipe: str = "",
-) -> Assembled:
+) -> BuiltModel:
     """Turn a checkpoint of UniLIP, a tokenizer or a whole model, into a SPAR model.
 
     Args:
@@ -67,19 +67,19 @@ def convert_unilip(
         factor: what brings the latent to unit size; by default the model's own `unilip_factor`.
 
     Raises:
-        InputError: as `assembly.assemble`, for a file that is no checkpoint of UniLIP, and where no factor is known.
+        InputError: as `build_from_published`, for a file that is no checkpoint of UniLIP, and for an unknown factor.
     """
     source, files = _open(path)
-    kind = unilip.kind_of(files)
+    kind = unilip.checkpoint_kind(files)
     single = Path(path).is_file()
-    settings = Settings({}, path) if single else Settings.read(source.folder / "config.json")
+    settings = ForeignConfig({}, path) if single else ForeignConfig.read(source.folder / "config.json")
     revisions, named = revisions or {}, _named(sources, settings)
     parts = read_parts(config, named, revisions, llm=files if kind == "model" else None)
     real = _sizes(config, parts, files, kind, router)
     keys, filled, read = _keys(parts, files, kind, tied=real.text.tied_head)
-    model, pixel_encoder, origins = put_together(real, keys, filled, seed)
-    pass_stream(model.tokenizer.fusion)
-    pass_last(model.router)
+    model, pixel_encoder, origins = build_from_tensors(real, keys, filled, seed)
+    init_fusion_to_identity(model.tokenizer.fusion)
+    init_router_to_last(model.router)
     model.tokenizer.latent_scale.fill_(_factor(settings, factor))
     origins |= {
         "tokenizer.fusion": "passes the semantic stream on: its learned part starts at zero",
@@ -91,17 +91,17 @@ def convert_unilip(
     return finish(model, pixel_encoder, parts, (config, real), sampling, origins, records, seed=seed, recipe=recipe)
 
 
-def _open(path: str) -> tuple[Source, Files]:
+def _open(path: str) -> tuple[CheckpointSource, TensorReader]:
     """The checkpoint and its tensors; the only place where a pickled file is read."""
     file = Path(path)
     if file.is_file():
-        source = Source(file.parent, file.name)
-        return source, TensorFiles(file) if file.suffix == ".safetensors" else PickledTensors(file)
+        source = CheckpointSource(file.parent, file.name)
+        return source, SafetensorsReader(file) if file.suffix == ".safetensors" else TorchPickleReader(file)
     source = fetch(path, ("*.json", "*.safetensors"), what="unilip")
     return source, source.weights("model")
 
 
-def _factor(settings: Settings, factor: float | None) -> float:
+def _factor(settings: ForeignConfig, factor: float | None) -> float:
     """What brings UniLIP's latent to unit size."""
     scale = settings.number("unilip_factor", default=0.0) if factor is None else factor
     if not 0 < scale < math.inf:
@@ -109,21 +109,21 @@ def _factor(settings: Settings, factor: float | None) -> float:
     return scale
 
 
-def _named(sources: dict[str, str | None], settings: Settings) -> dict[str, str]:
+def _named(sources: dict[str, str | None], settings: ForeignConfig) -> dict[str, str]:
     named = {name: sources.get(name) or settings.get(DEFAULTS[name], default=None) for name in SOURCES}
     if missing := [name for name, value in named.items() if not isinstance(value, str)]:
         raise InputError(f"expected a folder or Hub id for {', '.join(missing)}, got none")
     return named
 
 
-def _sizes(config: SparConfig, parts: Parts, files: Files, kind: str, router: str) -> SparConfig:
+def _sizes(config: SparConfig, parts: PublishedParts, files: TensorReader, kind: str, router: str) -> SparConfig:
     """UniLIP's sizes and forms; `config` for what it has not."""
     connector = replace(config.connector, reference_positions=False, reference_scale="raw", image_start=True)
     if kind == "model":
-        layers = unilip.count(files, r"llm_connector\.layers\.(\d+)\.")
+        layers = unilip.count_keys(files, r"llm_connector\.layers\.(\d+)\.")
         connector = replace(connector, queries=unilip.queries(files), layers=layers)
     streams = replace(
-        config.streams, residual_blocks=unilip.count(files, r"down_blocks\.(\d+)\."), semantic_stream=True,
+        config.streams, residual_blocks=unilip.count_keys(files, r"down_blocks\.(\d+)\."), semantic_stream=True,
         block_norm_eps=unilip.BLOCK_NORM_EPS, fusion="residual",
     )
     return SparConfig(
@@ -138,7 +138,7 @@ def _sizes(config: SparConfig, parts: Parts, files: Files, kind: str, router: st
 
 
 def _keys(
-    parts: Parts, files: Files, kind: str, *, tied: bool
+    parts: PublishedParts, files: TensorReader, kind: str, *, tied: bool
 ) -> tuple[KeyMap, dict[str, str], dict[str, list[Path]]]:
     """Every tensor under our names, the parts that they fill, and the files of the published parts that were read."""
     keys, autoencoder = KeyMap(), parts.weights("autoencoder")
@@ -155,14 +155,14 @@ def _keys(
 
 
 @torch.no_grad()
-def pass_stream(fusion: nn.Sequential) -> None:
+def init_fusion_to_identity(fusion: nn.Sequential) -> None:
     """Let a residual fusion pass the semantic stream on exactly: its last layer starts at zero."""
     fusion[-1].weight.zero_()
     fusion[-1].bias.zero_()
 
 
 @torch.no_grad()
-def pass_last(router: Router) -> None:
+def init_router_to_last(router: Router) -> None:
     """Let a router at the last state's scale pass the last layer on; a gate keeps PICKED for each other layer."""
     router.alpha.fill_(1.0)
     router.projection.weight.copy_(torch.eye(len(router.projection.weight)))

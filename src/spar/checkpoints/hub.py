@@ -16,7 +16,7 @@ FOLDERS = ("", "tokenizer/", *(f"{part}/" for part in PARTS), "pixel_encoder/")
 # Weights that are no longer in the folder are removed there: they might be loaded in the place of newer ones.
 WEIGHTS = tuple(f"{folder}model*.safetensors{end}" for folder in FOLDERS for end in ("", INDEX))
 # What belongs to a folder: nothing else that lies in it is sent.
-BELONGS = (
+ALLOWED_FILES = (
     *WEIGHTS,
     "README.md",
     "config.json",
@@ -43,7 +43,7 @@ def model_folder(path: str | Path) -> Path:
     found = ADDRESS.fullmatch(str(path))
     if not found:
         raise InputError(f"model: expected a folder or hf://OWNER/NAME or hf://OWNER/NAME@REVISION, got {str(path)!r}")
-    return fetch(found[1], BELONGS, revision=found[2], what="model").folder
+    return fetch(found[1], ALLOWED_FILES, revision=found[2], what="model").folder
 
 
 def model_name(path: str | Path, folder: Path) -> str:
@@ -53,16 +53,16 @@ def model_name(path: str | Path, folder: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Shipment:
+class UploadPlan:
     """The files of a folder that are sent, with their bytes, and the names of those that are left behind."""
 
     folder: Path
     format: str
     files: dict[str, int]
-    left: list[str]
+    ignored: list[str]
 
 
-def shipment(folder: Path) -> Shipment:
+def plan_upload(folder: Path) -> UploadPlan:
     """What of a SPAR folder, or of a tokenizer's alone, would be sent; no network is needed.
 
     Raises:
@@ -74,8 +74,8 @@ def shipment(folder: Path) -> Shipment:
         if path.is_symlink():
             raise InputError(f"{folder}: expected plain files, but {name} is a link; save the model into a new folder")
     files = {name: path.stat().st_size for name, path in names.items() if path.is_file()}
-    sent = {name: size for name, size in files.items() if any(_matches(name, pattern) for pattern in BELONGS)}
-    return Shipment(folder, kind, sent, sorted(files.keys() - sent.keys()))
+    sent = {name: size for name, size in files.items() if any(_matches(name, pattern) for pattern in ALLOWED_FILES)}
+    return UploadPlan(folder, kind, sent, sorted(files.keys() - sent.keys()))
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -88,7 +88,7 @@ def check_repository(repository: str) -> None:
         raise InputError(f"REPO_ID: expected OWNER/NAME, got {repository!r}")
 
 
-def push(goods: Shipment, repository: str, *, private: bool = True, message: str = "Weights of SPAR") -> str:
+def push(plan: UploadPlan, repository: str, *, private: bool = True, message: str = "Weights of SPAR") -> str:
     """Send a shipment to the model repository OWNER/NAME, in one commit, and return the commit's address.
 
     A repository that is not there is made. huggingface_hub knows who asks (`hf auth login`, or HF_TOKEN).
@@ -108,10 +108,10 @@ def push(goods: Shipment, repository: str, *, private: bool = True, message: str
             raise InputError(f"{repository} is public already; --public says that this is meant")
         if "config.json" in hub.list_repo_files(repository):
             kind = read_json(Path(hub.hf_hub_download(repository, "config.json"))).get("format")
-            if kind != goods.format:
+            if kind != plan.format:
                 raise InputError(f"{repository} holds another model (its config.json says format {kind!r})")
         commit = hub.upload_folder(
-            repo_id=repository, folder_path=goods.folder, allow_patterns=list(goods.files),
+            repo_id=repository, folder_path=plan.folder, allow_patterns=list(plan.files),
             delete_patterns=list(WEIGHTS), commit_message=message,
         )
     except InputError:

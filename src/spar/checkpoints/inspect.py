@@ -9,11 +9,11 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from spar.checkpoints.model_card import recorded_scores
-from spar.checkpoints.safetensors_io import TensorFiles, describe_mismatch
+from spar.checkpoints.safetensors_io import SafetensorsReader, describe_mismatch
 from spar.checkpoints.spar_format import (
     FORMAT,
     PARTS,
-    Sampling,
+    SamplingConfig,
     has_pixel_encoder,
     load_text_tokenizer,
     read_header,
@@ -30,7 +30,7 @@ TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True)
-class Part:
+class PartInfo:
     """One part's weights: how many numbers, in how many bytes of files, stored in which types (most numbers first)."""
 
     name: str
@@ -47,9 +47,9 @@ class Inspection:
     format_version: int
     versions: dict[str, str]
     config: SparConfig
-    sampling: Sampling | None
+    sampling: SamplingConfig | None
     manifest: dict[str, Any]
-    parts: tuple[Part, ...]
+    parts: tuple[PartInfo, ...]
 
     @property
     def parameters(self) -> int:
@@ -91,14 +91,14 @@ def inspect(folder: Path) -> Inspection:
         format_version=header["format_version"],
         versions=versions if isinstance(versions, dict) else {},
         config=config,
-        sampling=from_dict(Sampling, header["sampling"], complete=True) if whole else None,
+        sampling=from_dict(SamplingConfig, header["sampling"], complete=True) if whole else None,
         manifest=read_json(manifest) if whole and manifest.exists() else {},
         parts=tuple(parts),
     )
 
 
-def _part(name: str, module: nn.Module, path: Path) -> Part:
-    files = TensorFiles(path)
+def _part(name: str, module: nn.Module, path: Path) -> PartInfo:
+    files = SafetensorsReader(path)
     mismatch = describe_mismatch(module.state_dict(), files.shapes)
     if mismatch:
         raise InputError(f"{path.parent} does not fit this model: {mismatch}")
@@ -106,4 +106,4 @@ def _part(name: str, module: nn.Module, path: Path) -> Part:
     for key, kind in files.types.items():
         counts[TYPES.get(kind, kind.lower())] += files.shapes[key].numel()
     sizes = sum(file.stat().st_size for file in files.files)
-    return Part(name, counts.total(), sizes, tuple(kind for kind, _ in counts.most_common()))
+    return PartInfo(name, counts.total(), sizes, tuple(kind for kind, _ in counts.most_common()))

@@ -17,7 +17,7 @@ from spar.common.errors import InputError, install_command
 
 FORMAT, FORMAT_VERSION = "spar-adapter", 1
 LAYERS = {"denoiser": "network.transformer_blocks.", "connector": "layers.", "language": "network.layers."}
-MARK = "lora_"  # in the name of every tensor that an adapter adds
+LORA_PREFIX = "lora_"  # in the name of every tensor that an adapter adds
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class LoraConfig:
             )
 
 
-def is_adapter(name: str) -> bool:
+def is_lora_key(name: str) -> bool:
     """Whether a parameter's name is one that LoRA added."""
-    return f".{MARK}" in name
+    return f".{LORA_PREFIX}" in name
 
 
-def adapt(model: nn.Module, config: LoraConfig) -> None:
+def add_lora(model: nn.Module, config: LoraConfig) -> None:
     """Add zero-initialised LoRA to a model in place: it computes what it did. Random starts are torch's global ones.
 
     Raises:
@@ -63,22 +63,22 @@ def adapt(model: nn.Module, config: LoraConfig) -> None:
         peft.inject_adapter_in_model(settings, module)
 
 
-def onto_adapted(own: dict[str, Tensor], given: dict[str, Tensor]) -> dict[str, Tensor]:
+def rename_for_lora(own: dict[str, Tensor], given: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights of a plain model under an adapted one's names, with that one's own additions where none are given."""
     renamed = {}
     for name, value in given.items():
         stem, _, last = name.rpartition(".")
         base = f"{stem}.base_layer.{last}"
         renamed[base if base in own else name] = value
-    return {**{name: value for name, value in own.items() if is_adapter(name)}, **renamed}
+    return {**{name: value for name, value in own.items() if is_lora_key(name)}, **renamed}
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What LoRA added, by name."""
-    return {name: value for name, value in model.state_dict().items() if is_adapter(name)}
+    return {name: value for name, value in model.state_dict().items() if is_lora_key(name)}
 
 
-def merge(model: nn.Module) -> None:
+def merge_lora(model: nn.Module) -> None:
     """Add every addition to the map that it stands beside, in place: a plain model that computes the same."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -116,7 +116,7 @@ def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
     if ranks != {config.rank}:
         found = ", ".join(map(str, sorted(ranks))) or "none"
         raise InputError(f"{folder}: expected weights of rank {config.rank} as its config.json says, got {found}")
-    adapt(model, config)
+    add_lora(model, config)
     mismatch = describe_mismatch(adapter_tensors(model), given)
     if mismatch:
         raise InputError(f"{folder} is no adapter of this model: {mismatch}")

@@ -106,7 +106,7 @@ def _limits(
         yield "Parts of it are untrained random weights (above): what it draws means nothing before they are trained."
     side = config.image_size
     yield f"Made for pictures of {side} x {side} pixels; other sides are multiples of {config.token_stride}."
-    yield f"A prompt has at most {prompt} tokens; prompt, pictures and answer together {config.text.longest}."
+    yield f"A prompt has at most {prompt} tokens; prompt, pictures and answer together {config.text.max_seq_len}."
     if words is not None:
         yield f"It reads a closed vocabulary of {words} words and refuses any other."
     yield "An edit has one reference picture."

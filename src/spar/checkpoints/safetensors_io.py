@@ -14,7 +14,7 @@ SHARD_BYTES = 4 * 2**30
 INDEX = ".index.json"
 
 
-class TensorFiles:
+class SafetensorsReader:
     """The tensors of `NAME.safetensors`, or of the shards that `NAME.safetensors.index.json` lists.
 
     `shapes` holds every tensor on no memory, `types` the names of their types as safetensors has them ("F32", "BF16");
@@ -80,7 +80,7 @@ def _open(path: Path) -> "safe_open":
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a file or of its shards; a missing or damaged one raises `InputError`."""
-    files = TensorFiles(path)
+    files = SafetensorsReader(path)
     return {key: files.read(key) for key in files.shapes}
 
 
@@ -136,12 +136,12 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], where: str) -> N
     module.load_state_dict(tensors)
 
 
-def fill_weights(module: nn.Module, path: Path, where: str, dtype: torch.dtype | None = torch.float32) -> None:
+def load_into_meta(module: nn.Module, path: Path, where: str, dtype: torch.dtype | None = torch.float32) -> None:
     """Strict loading of a module that was built without memory: its weights become those of the file.
 
     Floating ones come in `dtype`, or as they are stored where that is None.
     """
-    files = TensorFiles(path)
+    files = SafetensorsReader(path)
     mismatch = describe_mismatch(module.state_dict(), files.shapes)
     if mismatch:
         raise InputError(f"{where} does not fit this model: {mismatch}")

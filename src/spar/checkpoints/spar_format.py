@@ -22,9 +22,8 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError
 
 from spar import __version__
-from spar.checkpoints.migration import FORMAT_VERSION, upgraded
 from spar.checkpoints.model_card import model_card
-from spar.checkpoints.safetensors_io import INDEX, fill_weights, write_tensors
+from spar.checkpoints.safetensors_io import INDEX, load_into_meta, write_tensors
 from spar.common.config import from_dict, read_json, to_dict, write_json
 from spar.common.errors import InputError
 from spar.models.autoencoder import PixelEncoder, build_autoencoder
@@ -33,13 +32,13 @@ from spar.models.spar import SparModel
 from spar.models.tokenizer import UnifiedTokenizer
 from spar.processing.prompts import IMAGE_TOKEN
 
-FORMAT = "spar"
+FORMAT, FORMAT_VERSION = "spar", 3
 CARD = "README.md"
 PARTS = ("language", "router", "connector", "denoiser")
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingConfig:
     """How the model is sampled unless the caller says otherwise; part of the model, since training fixed it."""
 
     shift: float = 1.0
@@ -50,12 +49,12 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class ModelBundle:
     """What a folder holds. `pixel_encoder` is written where it is given; `load_pixel_encoder` reads it."""
 
     model: SparModel
     text_tokenizer: Any
-    sampling: Sampling
+    sampling: SamplingConfig
     manifest: dict[str, Any] = field(default_factory=dict)
     pixel_encoder: PixelEncoder | None = None
 
@@ -86,16 +85,16 @@ def load_tokenizer(folder: Path) -> UnifiedTokenizer:
     header = read_header(folder, f"{FORMAT}-tokenizer")
     with init_empty_weights():
         tokenizer = UnifiedTokenizer(from_dict(SparConfig, header["model"], complete=True))
-    _fill_tokenizer(tokenizer, folder, header)
+    _load_tokenizer_weights(tokenizer, folder, header)
     return tokenizer.eval().requires_grad_(False)
 
 
-def _fill_tokenizer(tokenizer: UnifiedTokenizer, folder: Path, header: dict[str, Any]) -> None:
-    fill_weights(tokenizer, folder / "model.safetensors", str(folder))
+def _load_tokenizer_weights(tokenizer: UnifiedTokenizer, folder: Path, header: dict[str, Any]) -> None:
+    load_into_meta(tokenizer, folder / "model.safetensors", str(folder))
     tokenizer.latent_scale.fill_(header["latent_scale"])
 
 
-def save_model(loaded: Loaded, folder: Path, dtype: torch.dtype | None = None) -> None:
+def save_model(loaded: ModelBundle, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Write a whole SPAR folder; an existing folder that is no SPAR folder is left alone."""
     with replaced(folder, FORMAT) as aside:
         model = loaded.model
@@ -116,10 +115,10 @@ def save_model(loaded: Loaded, folder: Path, dtype: torch.dtype | None = None) -
             },
         )
         write_json(aside / "manifest.json", loaded.manifest)
-        (aside / CARD).write_text(card_of(loaded), encoding="utf-8")
+        (aside / CARD).write_text(build_model_card(loaded), encoding="utf-8")
 
 
-def card_of(loaded: Loaded) -> str:
+def build_model_card(loaded: ModelBundle) -> str:
     """The model card, as it lies in the folder."""
     model, words = loaded.model, loaded.text_tokenizer
     sizes = {name: sum(t.numel() for t in getattr(model, name).state_dict().values()) for name in ("tokenizer", *PARTS)}
@@ -176,26 +175,26 @@ def _replaceable(folder: Path, kind: str) -> bool:
         return False
 
 
-def load_model(folder: Path) -> Loaded:
+def load_model(folder: Path) -> ModelBundle:
     """Load a SPAR folder strictly, in float32 on the CPU; `InputError` names what is missing, foreign or damaged."""
     header = read_header(folder, FORMAT)
     config = from_dict(SparConfig, header["model"], complete=True)
     with init_empty_weights():
         model = SparModel(config)
     tokenizer = tokenizer_header(folder, header)
-    _fill_tokenizer(model.tokenizer, folder / "tokenizer", tokenizer)
+    _load_tokenizer_weights(model.tokenizer, folder / "tokenizer", tokenizer)
     for part in PARTS:
-        fill_weights(getattr(model, part), folder / part / "model.safetensors", str(folder / part))
+        load_into_meta(getattr(model, part), folder / part / "model.safetensors", str(folder / part))
     manifest = folder / "manifest.json"
-    return Loaded(
+    return ModelBundle(
         model=model.eval().requires_grad_(False),
         text_tokenizer=load_text_tokenizer(folder / "text_tokenizer", model.config.text),
-        sampling=from_dict(Sampling, header["sampling"], complete=True),
+        sampling=from_dict(SamplingConfig, header["sampling"], complete=True),
         manifest=read_json(manifest) if manifest.exists() else {},
     )
 
 
-def read_sizes(folder: Path) -> SparConfig:
+def read_config(folder: Path) -> SparConfig:
     """The configuration of a SPAR folder's model, without its weights."""
     return from_dict(SparConfig, read_header(folder, FORMAT)["model"], complete=True)
 
@@ -208,10 +207,10 @@ def has_pixel_encoder(folder: Path) -> bool:
 
 def load_pixel_encoder(folder: Path) -> PixelEncoder:
     """E_p of a SPAR folder that holds it, in float32."""
-    config = read_sizes(folder)
+    config = read_config(folder)
     with init_empty_weights():
         encoder = PixelEncoder(build_autoencoder(config.autoencoder).encoder)
-    fill_weights(encoder, folder / "pixel_encoder" / "model.safetensors", str(folder / "pixel_encoder"))
+    load_into_meta(encoder, folder / "pixel_encoder" / "model.safetensors", str(folder / "pixel_encoder"))
     return encoder.eval().requires_grad_(False)
 
 
@@ -233,10 +232,10 @@ def load_text_tokenizer(folder: Path, config: TextConfig) -> Any:
 
 
 def read_header(folder: Path, expected: str) -> dict[str, Any]:
-    """config.json of a folder, checked for kind and version, its sizes as today's version has them.
+    """config.json of a folder, checked for kind and version.
 
     Raises:
-        InputError: no folder, no readable config.json, another format than `expected`, or a version of the future.
+        InputError: no folder, no readable config.json, another format than `expected`, or another version.
     """
     if not folder.is_dir():
         raise InputError(f"expected a SPAR model folder, got {folder}, which {_what(folder)}")
@@ -244,15 +243,15 @@ def read_header(folder: Path, expected: str) -> dict[str, Any]:
     if header.get("format") != expected:
         raise InputError(f"{folder} is no {expected} folder: its config.json says format {header.get('format')!r}")
     version = header.get("format_version")
-    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
-        raise InputError(f"{folder} has format version {version!r}; this spar reads versions 1 to {FORMAT_VERSION}")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise InputError(f"{folder} has format version {version!r}; this spar reads version {FORMAT_VERSION}")
     for key in ("model",) if expected != FORMAT else ("model", "sampling"):
         if key not in header:
             raise InputError(f"{folder / 'config.json'}: expected a field {key!r}, got none")
     scale = header.get("latent_scale")
     if expected != FORMAT and not (isinstance(scale, float) and scale > 0):
         raise InputError(f"{folder / 'config.json'}: expected latent_scale above 0, got {scale!r}")
-    return {**header, "model": upgraded(header["model"], version)}
+    return header
 
 
 def tokenizer_header(folder: Path, header: dict[str, Any]) -> dict[str, Any]:

@@ -18,9 +18,9 @@ import tyro
 from tyro.conf import DisallowNone, FlagConversionOff, FlagCreatePairsOff, Positional, UseAppendAction, arg
 
 from spar.common.errors import InputError
-from spar.common.limits import MAX_GUIDANCE, MAX_IMAGES, MAX_SEED, MAX_STEPS, MAX_WORKERS, within
+from spar.common.limits import MAX_GUIDANCE, MAX_IMAGES, MAX_SEED, MAX_STEPS, MAX_WORKERS, check_range
 from spar.data.samples import Format
-from spar.serving.limits import DEFAULT_HOST, DEFAULT_PORT, MAX_BATCH, MAX_QUEUE, REQUEST_SECONDS, told
+from spar.serving.limits import DEFAULT_HOST, DEFAULT_PORT, MAX_BATCH, MAX_QUEUE, REQUEST_SECONDS, format_limits
 
 if TYPE_CHECKING:
     from spar.training.config import Recipe
@@ -45,8 +45,8 @@ class ModelArguments:
     """Folder of LoRA weights (RUN/adapter) to merge into the model."""
     decode_tile: int | None = None
     """Visual tokens a side above which pictures are decoded in tiles: less memory, a slightly different picture."""
-    weights: Literal["float32", "compute", "int8"] = "compute"
-    """How weights are held: float32 as stored, compute in half of it for the same result, int8 in less for another."""
+    weights: Literal["float32", "dtype", "int8"] = "dtype"
+    """How weights are held: float32, dtype (the type of --dtype, with the same results) or int8 (other results)."""
     offload: Flag = False
     """Parts wait in the CPU's memory while others compute on the device: less of its memory, more time."""
     compile: Flag = False
@@ -77,11 +77,11 @@ class SamplingArguments(ModelArguments):
     """What guidance steers away from."""
 
     def __post_init__(self) -> None:
-        within("--seed", self.seed, 0, MAX_SEED)
-        within("--steps", self.num_inference_steps, 1, MAX_STEPS)
-        within("--guidance", self.guidance_scale, 0, MAX_GUIDANCE)
-        within("--num-images-per-prompt", self.num_images_per_prompt, 1, MAX_IMAGES)
-        _readable(self.negative_prompt, "--negative-prompt")
+        check_range("--seed", self.seed, 0, MAX_SEED)
+        check_range("--steps", self.num_inference_steps, 1, MAX_STEPS)
+        check_range("--guidance", self.guidance_scale, 0, MAX_GUIDANCE)
+        check_range("--num-images-per-prompt", self.num_images_per_prompt, 1, MAX_IMAGES)
+        _check_utf8(self.negative_prompt, "--negative-prompt")
 
     def keywords(self) -> dict[str, Any]:
         """The pipeline's keywords that all sampling tasks share."""
@@ -102,8 +102,8 @@ class GenerateArguments(SamplingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _some(self.prompt, "prompt", "PROMPT")
-        within("number of pictures", len(self.prompt) * self.num_images_per_prompt, 1, MAX_IMAGES)
+        _check_nonempty(self.prompt, "prompt", "PROMPT")
+        check_range("number of pictures", len(self.prompt) * self.num_images_per_prompt, 1, MAX_IMAGES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +117,8 @@ class EditArguments(SamplingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _some(self.instruction, "instruction", "IMAGE INSTRUCTION")
-        within("number of pictures", len(self.instruction) * self.num_images_per_prompt, 1, MAX_IMAGES)
+        _check_nonempty(self.instruction, "instruction", "IMAGE INSTRUCTION")
+        check_range("number of pictures", len(self.instruction) * self.num_images_per_prompt, 1, MAX_IMAGES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,8 +133,8 @@ class UnderstandArguments(ModelArguments):
     """Longest answer; more than 256 is cut to that."""
 
     def __post_init__(self) -> None:
-        _some(self.question, "question", "IMAGE QUESTION")
-        within("--max-new-tokens", self.max_new_tokens, 1)
+        _check_nonempty(self.question, "question", "IMAGE QUESTION")
+        check_range("--max-new-tokens", self.max_new_tokens, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +149,7 @@ class ReconstructArguments(ModelArguments):
     """Replace files that exist."""
 
     def __post_init__(self) -> None:
-        _some(self.image, "picture", "IMAGE")
+        _check_nonempty(self.image, "picture", "IMAGE")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,9 +212,9 @@ class PlanArguments:
     """Share of the GPU's peak that is reckoned with."""
     strategy: Literal["fsdp", "ddp"] = "fsdp"
     """fsdp shards weights, gradients and optimizer; ddp holds them whole."""
-    accumulate: int = 1
+    grad_accum_steps: int = 1
     """Pieces that a GPU's share of a batch is worked off in."""
-    recompute: Flag = False
+    activation_checkpointing: Flag = False
     """Activations are computed again in the backward pass."""
 
 
@@ -254,7 +254,7 @@ class AssemblyArguments:
     """Replace an earlier model."""
 
     def __post_init__(self) -> None:
-        within("--seed", self.seed, 0, MAX_SEED)
+        check_range("--seed", self.seed, 0, MAX_SEED)
         self.revisions()
 
     def revisions(self) -> dict[str, str]:
@@ -333,7 +333,7 @@ class PushArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalArguments(ModelArguments):
-    """Score a model with the judge of the shapes world: spar eval shapes-gen -o shapes-gen.json"""
+    """Score a model with the detector of the shapes world: spar eval shapes-gen -o shapes-gen.json"""
 
     benchmark: Annotated[Positional[Benchmark], arg(metavar="BENCHMARK")]
     """One of shapes-gen, shapes-edit, shapes-vqa, shapes-recon, or all."""
@@ -359,11 +359,11 @@ class EvalArguments(ModelArguments):
     """Noted in the results, to tell two models apart."""
 
     def __post_init__(self) -> None:
-        within("--seed", self.seed, 0, MAX_SEED)
-        within("--steps", self.num_inference_steps, 1, MAX_STEPS)
-        within("--guidance", self.guidance_scale, 0, MAX_GUIDANCE)
+        check_range("--seed", self.seed, 0, MAX_SEED)
+        check_range("--steps", self.num_inference_steps, 1, MAX_STEPS)
+        check_range("--guidance", self.guidance_scale, 0, MAX_GUIDANCE)
         for name in ("limit", "images_per_prompt", "batch"):
-            within("--" + name.replace("_", "-"), getattr(self, name), 1, MAX_IMAGES)
+            check_range("--" + name.replace("_", "-"), getattr(self, name), 1, MAX_IMAGES)
 
     def keywords(self) -> dict[str, Any]:
         """The fields of EvalOptions that were given; the others keep their defaults there."""
@@ -398,7 +398,7 @@ class DemoArguments(ModelArguments):
     """Prompts of each benchmark task."""
 
     def __post_init__(self) -> None:
-        within("--limit", self.limit, 1, MAX_IMAGES)
+        check_range("--limit", self.limit, 1, MAX_IMAGES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -413,7 +413,7 @@ class ListenArguments(ModelArguments):
     """File with the token that is asked for; by default what the variable SPAR_API_TOKEN holds, if anything."""
 
     def __post_init__(self) -> None:
-        within("--port", self.port, 0, 65535)
+        check_range("--port", self.port, 0, 65535)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -429,9 +429,9 @@ class ServeArguments(ListenArguments):
 
     def __post_init__(self) -> None:
         ListenArguments.__post_init__(self)
-        within("--max-batch", self.max_batch, 1, MAX_IMAGES)
-        within("--max-queue", self.max_queue, 1, MAX_IMAGES)
-        within("--timeout", self.timeout, 1, 3600)
+        check_range("--max-batch", self.max_batch, 1, MAX_IMAGES)
+        check_range("--max-queue", self.max_queue, 1, MAX_IMAGES)
+        check_range("--timeout", self.timeout, 1, 3600)
 
 
 ServeArguments.__doc__ = f"""Serve the four tasks over HTTP, in the shapes of OpenAI's API: spar serve --port 8000
@@ -439,7 +439,7 @@ ServeArguments.__doc__ = f"""Serve the four tasks over HTTP, in the shapes of Op
 The addresses: /v1/images/generations, /v1/images/edits, /v1/chat/completions, /v1/models, /v1/reconstruct, /health,
 /metrics, /openapi.json. What one request, and all together, may ask for:
 
-{told()}
+{format_limits()}
 """
 
 
@@ -466,8 +466,8 @@ class DataArguments:
     """Processes."""
 
     def __post_init__(self) -> None:
-        _some(self.path, "data set", "PATH")
-        within("--workers", self.workers, 1, MAX_WORKERS)
+        _check_nonempty(self.path, "data set", "PATH")
+        check_range("--workers", self.workers, 1, MAX_WORKERS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -486,8 +486,8 @@ class DataCheckArguments(DataArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        within("--limit", self.limit, 1, MAX_SEED)
-        within("--max-characters", self.max_characters, 1, MAX_SEED)
+        check_range("--limit", self.limit, 1, MAX_SEED)
+        check_range("--max-characters", self.max_characters, 1, MAX_SEED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -508,8 +508,8 @@ class DataConvertArguments(DataArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        within("--shard-size", self.shard_size, 1, 10**6)
-        within("--bad-share", self.bad_share, 0, 1)
+        check_range("--shard-size", self.shard_size, 1, 10**6)
+        check_range("--bad-share", self.bad_share, 0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -517,15 +517,15 @@ class DoctorArguments:
     """Look over the installation: versions, devices, optional parts, what is wrong and how to mend it."""
 
 
-def _some(values: Sequence[object], what: str, usage: str) -> None:
+def _check_nonempty(values: Sequence[object], what: str, usage: str) -> None:
     if not values:
         raise InputError(f"expected at least one {what} ({usage}), got none")
     for value in values:
         if isinstance(value, str):
-            _readable(value, what)
+            _check_utf8(value, what)
 
 
-def _readable(text: str | None, what: str) -> None:
+def _check_utf8(text: str | None, what: str) -> None:
     """Refuse bytes of a shell that are no text in its encoding: Python keeps them as lone surrogates."""
     try:
         (text or "").encode()
@@ -534,11 +534,11 @@ def _readable(text: str | None, what: str) -> None:
 
 
 def recipe_arguments(base: "Recipe", kind: type[T]) -> type[T]:
-    """`kind` with a flag for every field of a recipe, `--stages.NAME.FIELD` for its stages; to train, `--scale.FIELD`.
+    """`kind` with a flag for every field of a recipe, stages by name, and to train for those of ParallelismConfig.
 
     The values of `base` are the defaults. Booleans take a value (`--model.streams.pixel-stream False`).
     """
-    from spar.training.distributed import Scale
+    from spar.training.distributed import ParallelismConfig
 
     hints = typing.get_type_hints(type(base))
     stages = make_dataclass(
@@ -559,13 +559,13 @@ def recipe_arguments(base: "Recipe", kind: type[T]) -> type[T]:
         for name in (item.name for item in dataclasses.fields(base))
     ]
     if kind is TrainArguments:
-        fields.append(("scale", FlagConversionOff[Scale], field(default=Scale())))
+        fields.append(("parallelism", FlagConversionOff[ParallelismConfig], field(default=ParallelismConfig())))
     return make_dataclass(
         kind.__name__, fields, bases=(kind,), frozen=True, kw_only=True, namespace={"__doc__": kind.__doc__}
     )
 
 
-def recipe_of(arguments: Any, base: "Recipe") -> "Recipe":
+def build_recipe(arguments: Any, base: "Recipe") -> "Recipe":
     """The recipe that the parsed flags describe."""
     values = {item.name: getattr(arguments, item.name) for item in dataclasses.fields(base)}
     stages = values.pop("stages")
@@ -584,7 +584,7 @@ def parse(kind: type[T], argv: Sequence[str], prog: str, *, none: bool = False) 
     said = io.StringIO()
     helped = bool({"-h", "--help"} & set(argv))
     try:
-        with contextlib.nullcontext() if helped else _plain(said):
+        with contextlib.nullcontext() if helped else _capture_errors(said):
             return tyro.cli(kind, args=list(argv), prog=prog, config=() if none else (DisallowNone,))
     except SystemExit as stop:
         if not stop.code:
@@ -593,7 +593,7 @@ def parse(kind: type[T], argv: Sequence[str], prog: str, *, none: bool = False) 
 
 
 @contextlib.contextmanager
-def _plain(said: io.StringIO) -> Iterator[None]:
+def _capture_errors(said: io.StringIO) -> Iterator[None]:
     """Let tyro write its errors to `said` without colours, in ASCII, and so wide that it breaks no line."""
     before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "10000"
@@ -608,7 +608,7 @@ def _plain(said: io.StringIO) -> Iterator[None]:
 
 
 # What tyro and Python say, and what we say instead.
-_REWORDED = (
+_ERROR_PATTERNS = (
     (r"^Error parsing (-\S+):\s*", r"\1: "),
     (r"^Error parsing [^-\s]\S*:\s*", ""),
     (r"no type matching .* could be instantiated from .*Got errors:.*- <class '[^']*'>: ", ""),
@@ -631,6 +631,6 @@ def _sentence(box: str, prog: str) -> str:
         return f"unknown arguments: {unknown[1]}{hint} ({prog} --help lists all)"
     if missing := re.match(r"Missing from [^:]*: (\S+)", sentence):
         return f"expected {missing[1]}, got nothing ({prog} --help says more)"
-    for pattern, ours in _REWORDED:
+    for pattern, ours in _ERROR_PATTERNS:
         sentence = re.sub(pattern, ours, sentence)
     return sentence.rstrip(".")

@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
     from spar.checkpoints.inspect import Inspection
     from spar.cli.doctor import Check
-    from spar.data.validate import Report as DataReport
+    from spar.data.validate import ValidationReport as DataReport
     from spar.evaluation.results import Result
-    from spar.training.config import Stage
-    from spar.training.estimate import StageBudget
-    from spar.training.plan import StagePlan
+    from spar.training.config import StageConfig
+    from spar.training.estimate import StageEstimate
+    from spar.training.plan import StageSummary
 
 MARKS = {True: "[green]ok[/]", False: "[bold red]wrong[/]", None: "[yellow]note[/]"}
-NOT_TERMS = ("loss", "gradient", "lr", "seconds")  # what a step reports beside the terms of its loss
+NOT_LOSS_TERMS = ("loss", "grad_norm", "lr", "seconds")  # what a step reports beside the terms of its loss
 
 Advance = Callable[[int, int], None]
-Announce = Callable[["Stage", list[tuple[str, int, int]]], None]
+Announce = Callable[["StageConfig", list[tuple[str, int, int]]], None]
 Report = Callable[[str, int, int, dict[str, float]], None]
 
 
@@ -49,7 +49,7 @@ def new_table(*columns: str, title: str | None = None) -> "Table":
 
 
 @contextmanager
-def bar(title: str) -> Iterator[Advance | None]:
+def progress_bar(title: str) -> Iterator[Advance | None]:
     """A bar with the time left, on stderr while it is a terminal: yields advance(done, total), or None."""
     if not sys.stderr.isatty():
         yield None
@@ -77,7 +77,7 @@ def training_display() -> Iterator[tuple[Announce, Report]]:
     tasks: dict[str, Any] = {}
     with Progress(*columns, *times, console=console, disable=not console.is_terminal) as progress:
 
-        def announce(stage: "Stage", parts: list[tuple[str, int, int]]) -> None:
+        def announce(stage: "StageConfig", parts: list[tuple[str, int, int]]) -> None:
             console.print(freezing_table(stage, parts))
 
         def report(stage: str, step: int, steps: int, values: dict[str, float]) -> None:
@@ -91,13 +91,13 @@ def training_display() -> Iterator[tuple[Announce, Report]]:
 
 def log_line(stage: str, step: int, steps: int, values: dict[str, float]) -> str:
     """One logged step: the loss and its terms, gradient, learning rate, and the time left of the stage."""
-    terms = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name not in NOT_TERMS)
+    terms = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name not in NOT_LOSS_TERMS)
     left = timedelta(seconds=round(values["seconds"] / (step + 1) * (steps - step - 1)))
-    rest = f"gradient {values['gradient']:.3g}  lr {values['lr']:.2g}  left {left}"
+    rest = f"grad_norm {values['grad_norm']:.3g}  lr {values['lr']:.2g}  left {left}"
     return f"{stage} {step + 1}/{steps}  loss {values['loss']:.4g}  {terms}  {rest}"
 
 
-def freezing_table(stage: "Stage", parts: Sequence[tuple[str, int, int]]) -> "Table":
+def freezing_table(stage: "StageConfig", parts: Sequence[tuple[str, int, int]]) -> "Table":
     """What of a stage trains and what is frozen, in parameters."""
     table = new_table("part", ">trainable", ">frozen", title=f"{stage.name}: {stage.steps} steps of {stage.batch}")
     for part, trainable, frozen in parts:
@@ -107,18 +107,18 @@ def freezing_table(stage: "Stage", parts: Sequence[tuple[str, int, int]]) -> "Ta
     return table
 
 
-def plan_table(planned: Sequence["StagePlan"]) -> "Table":
+def plan_table(planned: Sequence["StageSummary"]) -> "Table":
     """What a run would train."""
     table = new_table("stage", ">steps", ">batch", ">trainable", ">frozen", ">memory without activations")
     for one in planned:
         stage = one.stage
-        batch = f"{stage.batch} x {stage.draws}" if stage.draws > 1 else str(stage.batch)
+        batch = f"{stage.batch} x {stage.noise_samples}" if stage.noise_samples > 1 else str(stage.batch)
         memory = f"{one.bytes / 2**20:,.0f} MiB"
         table.add_row(stage.name, str(stage.steps), batch, f"{one.trainable:,}", f"{one.frozen:,}", memory)
     return table
 
 
-def budget_table(planned: Sequence["StageBudget"]) -> "Table":
+def estimate_table(planned: Sequence["StageEstimate"]) -> "Table":
     """What stages cost: memory in GiB of one GPU, operations of a step, pictures a second of all GPUs, days."""
     table = new_table(
         "stage", ">trainable", ">batch", ">at once", ">weights", ">gradients", ">optimizer", ">activations",
@@ -127,8 +127,8 @@ def budget_table(planned: Sequence["StageBudget"]) -> "Table":
     for one in planned:
         gibs = (f"{value / 2**30:.1f}" for value in (one.weights, one.gradients, one.optimizer, one.activations))
         table.add_row(
-            one.stage.name, f"{one.trainable / 1e6:.1f} M", str(one.stage.batch), str(one.pictures), *gibs,
-            f"{one.memory / 2**30:.1f}", f"{one.flops / 1e12:,.0f}", f"{one.images:,.0f}", f"{one.days:.2f}",
+            one.stage.name, f"{one.trainable / 1e6:.1f} M", str(one.stage.batch), str(one.micro_batch), *gibs,
+            f"{one.memory / 2**30:.1f}", f"{one.flops / 1e12:,.0f}", f"{one.images_per_second:,.0f}", f"{one.days:.2f}",
         )  # fmt: skip
     table.add_section()
     table.add_row("all", *[""] * 10, f"{sum(one.days for one in planned):.2f}")
@@ -163,7 +163,7 @@ def check_table(checks: Sequence["Check"]) -> "Table":
 
     table = new_table("", "what", "found", "how to mend it")
     for check in checks:
-        table.add_row(MARKS[check.ok], *(escape(text) for text in (check.name, check.found, check.mend)))
+        table.add_row(MARKS[check.ok], *(escape(text) for text in (check.name, check.found, check.fix)))
     return table
 
 
@@ -223,8 +223,8 @@ def data_table(report: "DataReport") -> "Table":
     row(not report.duplicates, "duplicates", f"{report.duplicates:,}")
     if report.repeated_pictures:
         row(None, "same picture, other words", f"{report.repeated_pictures:,}")
-    if report.passed_over:
-        row(None, "passed over", listed(report.passed_over))
+    if report.skipped:
+        row(None, "passed over", listed(report.skipped))
     for note in report.notes:
         row(None, "note", note)
     for damage in report.damage:

@@ -1,6 +1,6 @@
 """What this installation has, what is wrong with it and how to mend it: the findings behind `spar doctor`.
 
-`examine` returns findings and neither prints nor raises on a broken installation. The supported ranges are read from
+`run_checks` returns findings and neither prints nor raises on a broken installation. The supported ranges are read from
 the installed package's own requirements, so that they stand in one place, pyproject.toml. Heavy libraries are imported
 inside the checks that need them: an installation without torch still gets its answer.
 """
@@ -42,17 +42,17 @@ REINSTALL = "install spar anew, in a fresh virtual environment"
 class Check:
     """One finding.
 
-    `ok`: True, as it should be; False, wrong, and `mend` says what to do; None, for information: an optional part that
-    is not here, or a choice that `mend` (where it is not empty) could better.
+    `ok`: True, as it should be; False, wrong, and `fix` says what to do; None, for information: an optional part that
+    is not here, or a choice that `fix` (where it is not empty) could better.
     """
 
     name: str
     ok: bool | None
     found: str
-    mend: str = ""
+    fix: str = ""
 
 
-def examine() -> list[Check]:
+def run_checks() -> list[Check]:
     """All findings, in the order in which they are best mended. Takes seconds: it imports torch and the pipeline."""
     return [
         check_python(),
@@ -121,7 +121,7 @@ def check_torchvision() -> Check:
     """
     if importlib.util.find_spec("torchvision") is None:
         return Check("torchvision", True, "not installed, and not needed")
-    failure = _failure("torchvision")
+    failure = _import_error("torchvision")
     if failure is None:
         return Check("torchvision", True, "installed and in order; not needed")
     return Check("torchvision", False, f"installed but broken: {failure}", "pip uninstall torchvision")
@@ -129,7 +129,7 @@ def check_torchvision() -> Check:
 
 def check_pipeline() -> Check:
     """Whether the four tasks import, with all the libraries behind them."""
-    failure = _failure("spar.inference.pipeline")
+    failure = _import_error("spar.inference.pipeline")
     if failure is None:
         return Check("pipeline", True, "imports")
     return Check("pipeline", False, f"does not import: {failure}", f"mend what stands above; else {REINSTALL}")
@@ -152,7 +152,7 @@ def check_step() -> Check:
 
 def check_device() -> Check:
     """Where the model runs."""
-    failure = _failure("torch")
+    failure = _import_error("torch")
     if failure is not None:
         return Check("device", False, f"torch does not import: {failure}", REINSTALL)
     import torch
@@ -160,7 +160,7 @@ def check_device() -> Check:
     device = best_device()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        return Check("device", True, f"cuda: {properties.name}, {_size(properties.total_memory)}")
+        return Check("device", True, f"cuda: {properties.name}, {_format_bytes(properties.total_memory)}")
     if device.type == "mps":
         return Check("device", True, "mps (give --device mps; the default is the CPU)")
     chosen = ", ".join(f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ) or "as OpenMP waits"
@@ -189,7 +189,7 @@ def bfloat16_instructions(cpu_info: str) -> list[str]:
 
 def check_bfloat16() -> Check:
     """Whether bfloat16 pays here: what the hardware has, and one timed matrix product against float32."""
-    if _failure("torch") is not None:
+    if _import_error("torch") is not None:
         return Check("bfloat16", False, "torch does not import", REINSTALL)
     import torch
 
@@ -199,7 +199,7 @@ def check_bfloat16() -> Check:
         text = CPU_INFO.read_text(encoding="utf-8", errors="replace") if CPU_INFO.exists() else ""
         hardware = ", ".join(bfloat16_instructions(text)) or "no instructions named"
     try:
-        half, full = (_speed(dtype, device) for dtype in (torch.bfloat16, torch.float32))
+        half, full = (_matmul_gflops(dtype, device) for dtype in (torch.bfloat16, torch.float32))
     except RuntimeError as error:
         return Check("bfloat16", None, f"{hardware}; not supported: {_first_line(error)}", "float32 is the choice here")
     found = f"{hardware}; {half / full:.1f} times the speed of float32 ({half:,.0f} against {full:,.0f} GFLOP/s)"
@@ -208,7 +208,7 @@ def check_bfloat16() -> Check:
     return Check("bfloat16", None, found, "float32 is the faster choice here")
 
 
-def _speed(dtype: "torch.dtype", device: "torch.device") -> float:
+def _matmul_gflops(dtype: "torch.dtype", device: "torch.device") -> float:
     """GFLOP/s of a square matrix product, the best of three."""
     import torch
 
@@ -277,8 +277,8 @@ def check_disk(folder: Path) -> Check:
     """Free space where runs and pictures go."""
     free = shutil.disk_usage(folder).free
     if free >= ENOUGH_DISK:
-        return Check("disk", True, f"{_size(free)} free in {folder}")
-    return Check("disk", False, f"{_size(free)} free in {folder}; expected {_size(ENOUGH_DISK)}",
+        return Check("disk", True, f"{_format_bytes(free)} free in {folder}")
+    return Check("disk", False, f"{_format_bytes(free)} free in {folder}; expected {_format_bytes(ENOUGH_DISK)}",
                  "make room, or work in a folder on another disk")
 
 
@@ -288,8 +288,8 @@ def check_memory() -> Check:
     if free is None:
         return Check("memory", None, "this system does not tell")
     if free >= ENOUGH_MEMORY:
-        return Check("memory", True, f"{_size(free)} available")
-    return Check("memory", False, f"{_size(free)} available; expected {_size(ENOUGH_MEMORY)}",
+        return Check("memory", True, f"{_format_bytes(free)} available")
+    return Check("memory", False, f"{_format_bytes(free)} available; expected {_format_bytes(ENOUGH_MEMORY)}",
                  "end other programs, or raise the container's limit")
 
 
@@ -309,7 +309,7 @@ def available_memory(system: Path = Path("/")) -> int | None:
     return min(limits, default=None)
 
 
-def _failure(module: str) -> str | None:
+def _import_error(module: str) -> str | None:
     """Why a module does not import, in one line; None when it does."""
     try:
         importlib.import_module(module)
@@ -322,5 +322,5 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _size(count: int) -> str:
+def _format_bytes(count: int) -> str:
     return f"{count / 2**30:.1f} GiB"

@@ -21,16 +21,16 @@ from typing import TYPE_CHECKING, Any
 
 from spar import __version__
 from spar.cli.console import (
-    bar,
-    budget_table,
     check_table,
     data_table,
     epochs_table,
+    estimate_table,
     model_facts,
     model_table,
     model_values,
     new_console,
     plan_table,
+    progress_bar,
     sampling_callback,
     score_table,
     training_display,
@@ -38,15 +38,15 @@ from spar.cli.console import (
 from spar.common.errors import InputError
 from spar.common.threads import limit_spinning
 from spar.inference.image_files import (
+    atomic_directory,
     check_folder,
-    check_free,
     check_replaceable,
-    pictures_in,
-    read_notes,
-    save_pictures,
-    source_notes,
-    target_files,
-    whole_folder,
+    check_writable,
+    list_images,
+    output_paths,
+    read_metadata,
+    save_images,
+    source_metadata,
 )
 
 if TYPE_CHECKING:
@@ -130,15 +130,15 @@ def generate(argv: list[str]) -> int:
     from spar.cli.arguments import GenerateArguments, parse
 
     args = parse(GenerateArguments, argv, "spar generate")
-    paths = _picture_paths(args, len(args.prompt))
+    paths = _image_paths(args, len(args.prompt))
     pipe = _load(args)
-    with bar("drawing") as advance:
+    with progress_bar("drawing") as advance:
         out = pipe.generate(
             list(args.prompt), height=args.height, width=args.width, callback=sampling_callback(advance),
             **args.keywords(),
         )
     _save(out, paths)
-    _mind_quotes(args.prompt, "prompt")
+    warn_if_unquoted(args.prompt, "prompt")
     return 0
 
 
@@ -147,12 +147,12 @@ def edit(argv: list[str]) -> int:
     from spar.cli.arguments import EditArguments, parse
 
     args = parse(EditArguments, argv, "spar edit")
-    paths = _picture_paths(args, len(args.instruction))
+    paths = _image_paths(args, len(args.instruction))
     pipe = _load(args)
-    with bar("drawing") as advance:
+    with progress_bar("drawing") as advance:
         out = pipe.edit(args.image, list(args.instruction), callback=sampling_callback(advance), **args.keywords())
     _save(out, paths, args.image)
-    _mind_quotes(args.instruction, "instruction")
+    warn_if_unquoted(args.instruction, "instruction")
     return 0
 
 
@@ -164,7 +164,7 @@ def understand(argv: list[str]) -> int:
     out = _load(args).understand(args.image, list(args.question), max_new_tokens=args.max_new_tokens)
     for text in out.texts:
         print(text)
-    _mind_quotes(args.question, "question")
+    warn_if_unquoted(args.question, "question")
     return 0
 
 
@@ -173,30 +173,30 @@ def reconstruct(argv: list[str]) -> int:
     from spar.cli.arguments import ReconstructArguments, parse
 
     args = parse(ReconstructArguments, argv, "spar reconstruct")
-    sources = [file for path in args.image for file in (pictures_in(path) if os.path.isdir(path) else [path])]
+    sources = [file for path in args.image for file in (list_images(path) if os.path.isdir(path) else [path])]
     folders = any(os.path.isdir(path) for path in args.image)
     output = Path("out") if folders and args.output is None else args.output
-    paths = target_files(output, _file_names(sources))
-    check_free(paths, overwrite=args.overwrite)
+    paths = output_paths(output, _file_names(sources))
+    check_writable(paths, overwrite=args.overwrite)
     pipe = _load(args)
     images: list[Any] = []
     notes: list[dict[str, Any]] = []
-    with bar("reconstructing") as advance:
+    with progress_bar("reconstructing") as advance:
         for start in range(0, len(sources), RECONSTRUCT_BATCH):
             out = pipe.reconstruct(list(sources[start : start + RECONSTRUCT_BATCH]))
             images += out.images
-            notes += out.notes
+            notes += out.metadata
             if advance:
                 advance(len(images), len(sources))
     pairs = zip(sources, notes, strict=True)
-    save_pictures(images, paths, [{**source_notes(source), **note} for source, note in pairs])
+    save_images(images, paths, [{**source_metadata(source), **note} for source, note in pairs])
     for path in paths:
         print(path)
     return 0
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
+def gc_disabled() -> Iterator[None]:
     """No garbage collection meanwhile: imports make a million objects that stay, and going over them again and again
     is a quarter of their time."""
     was = gc.isenabled()
@@ -210,7 +210,7 @@ def _uncollected() -> Iterator[None]:
 
 
 def _load(args: "ModelArguments") -> "SparPipeline":
-    with bar("loading the model"), _uncollected():
+    with progress_bar("loading the model"), gc_disabled():
         import torch
 
         from spar.inference.pipeline import SparPipeline
@@ -222,11 +222,11 @@ def _load(args: "ModelArguments") -> "SparPipeline":
         )
 
 
-def _picture_paths(args: "SamplingArguments", texts: int) -> list[Path]:
+def _image_paths(args: "SamplingArguments", texts: int) -> list[Path]:
     """The files that the pictures will go to, checked before the work begins."""
     count = texts * args.num_images_per_prompt
-    paths = target_files(args.output, [f"{index:0{len(str(count - 1))}}" for index in range(count)])
-    check_free(paths, overwrite=args.overwrite)
+    paths = output_paths(args.output, [f"{index:0{len(str(count - 1))}}" for index in range(count)])
+    check_writable(paths, overwrite=args.overwrite)
     return paths
 
 
@@ -239,13 +239,13 @@ def _file_names(sources: Sequence[Path]) -> list[str]:
 
 def _save(out: Any, paths: list[Path], source: Path | None = None) -> None:
     """Write pictures with all that is needed to draw them again, and say where they are."""
-    given = source_notes(source) if source else {}
-    save_pictures(out.images, paths, [note | given for note in out.notes])
+    given = source_metadata(source) if source else {}
+    save_images(out.images, paths, [note | given for note in out.metadata])
     for path, seed in zip(paths, out.seeds, strict=True):
         print(f"{path}  (seed {seed})")
 
 
-def _mind_quotes(texts: Sequence[str], what: str) -> None:
+def warn_if_unquoted(texts: Sequence[str], what: str) -> None:
     if len(texts) > 1 and not any(" " in text for text in texts):
         print(f"spar: note: {len(texts)} {what}s of one word each; one of several words wants quotes", file=sys.stderr)
 
@@ -258,7 +258,7 @@ def info(argv: list[str]) -> int:
     if os.path.isdir(args.path):
         from spar.checkpoints.inspect import inspect
 
-        with bar("looking"):
+        with progress_bar("looking"):
             found = inspect(args.path)
         if args.json:
             print(json.dumps(model_values(found), indent=2))
@@ -266,13 +266,13 @@ def info(argv: list[str]) -> int:
             new_console().print(model_table(found, args.path.resolve().name))
             _print_facts(model_facts(found))
         return 0
-    noted = read_notes(args.path)
-    again = noted.again()
+    noted = read_metadata(args.path)
+    again = noted.reproduce_command()
     if args.json:
         size = {"width": noted.width, "height": noted.height}
-        print(json.dumps({"kind": "picture", **size, "notes": noted.notes, "again": again}, indent=2))
+        print(json.dumps({"kind": "image", **size, "metadata": noted.values, "reproduce": again}, indent=2))
         return 0
-    _print_facts({"size": f"{noted.width} x {noted.height}", **noted.notes, "again": shlex.join(again)})
+    _print_facts({"size": f"{noted.width} x {noted.height}", **noted.values, "reproduce": shlex.join(again)})
     return 0
 
 
@@ -313,7 +313,7 @@ def train(argv: list[str]) -> int:
 
 def _recipe(argv: list[str], kind: type[Any], prog: str, example: str) -> tuple[Any, Any]:
     """The arguments of a verb whose first word is a recipe, and the recipe that its flags describe."""
-    from spar.cli.arguments import parse, recipe_arguments, recipe_of
+    from spar.cli.arguments import build_recipe, parse, recipe_arguments
 
     if not argv or argv[0].startswith("-"):
         if {"-h", "--help"} & set(argv):
@@ -323,7 +323,7 @@ def _recipe(argv: list[str], kind: type[Any], prog: str, example: str) -> tuple[
 
     base = recipe(argv[0])
     args = parse(recipe_arguments(base, kind), argv, prog, none=True)
-    return args, _sized(recipe_of(args, base), base, getattr(args, "init_from", None))
+    return args, _sized(build_recipe(args, base), base, getattr(args, "init_from", None))
 
 
 def _sized(chosen: Any, base: Any, start: Path | None) -> Any:
@@ -333,10 +333,10 @@ def _sized(chosen: Any, base: Any, start: Path | None) -> Any:
     """
     if not chosen.published or start is None or not (start / "config.json").is_file():
         return chosen
-    from spar.checkpoints.spar_format import read_sizes
-    from spar.common.config import overlaid
+    from spar.checkpoints.spar_format import read_config
+    from spar.common.config import merge_overrides
 
-    return replace(chosen, model=overlaid(read_sizes(start), base.model, chosen.model))
+    return replace(chosen, model=merge_overrides(read_config(start), base.model, chosen.model))
 
 
 def plan(argv: list[str]) -> int:
@@ -344,14 +344,14 @@ def plan(argv: list[str]) -> int:
     from spar.cli.arguments import PlanArguments
 
     args, chosen = _recipe(argv, PlanArguments, "spar plan", "spar plan spar-1b --gpus 64 --gpu h200")
-    from spar.training.estimate import Machine, budget
+    from spar.training.estimate import HardwareConfig, estimate
 
-    machine = Machine(
-        args.gpus, args.gpu, args.mfu, sharded=args.strategy == "fsdp", accumulate=args.accumulate,
-        recompute=args.recompute,
+    machine = HardwareConfig(
+        args.gpus, args.gpu, args.mfu, sharded=args.strategy == "fsdp", grad_accum_steps=args.grad_accum_steps,
+        activation_checkpointing=args.activation_checkpointing,
     )
-    planned = budget(chosen, machine, args.stage)
-    new_console().print(budget_table(planned))
+    planned = estimate(chosen, machine, args.stage)
+    new_console().print(estimate_table(planned))
     if chosen.data.source == "files":
         new_console().print(epochs_table(_epochs(chosen, [one.stage for one in planned])))
     for one in planned:
@@ -363,12 +363,12 @@ def plan(argv: list[str]) -> int:
 def _epochs(recipe: Any, stages: Sequence[Any]) -> dict[str, dict[str, float]]:
     """How often each stage shows each sample of each data set."""
     from spar.training.config import weighted_sets
-    from spar.training.data import epochs, open_sources
+    from spar.training.data import epochs_per_source, open_sources
 
-    with bar("looking at the data"):
+    with progress_bar("looking at the data"):
         sources = open_sources(recipe.data)
     weights = [weight for weight, _ in weighted_sets(recipe.data.sets)]
-    return {stage.name: epochs(stage, sources, weights) for stage in stages}
+    return {stage.name: epochs_per_source(stage, sources, weights) for stage in stages}
 
 
 def cache(argv: list[str]) -> int:
@@ -390,7 +390,7 @@ def cache(argv: list[str]) -> int:
     sources = open_sources(chosen.data)
     tokenizer = load_model(args.init_from).model.tokenizer.to(args.device)
     precision = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    with bar("features") as advance:
+    with progress_bar("features") as advance:
         bad = write_cache(
             tokenizer, sources, args.output, side=chosen.model.image_size, batch=args.batch,
             workers=chosen.data.workers, precision=precision, advance=advance,
@@ -402,7 +402,7 @@ def cache(argv: list[str]) -> int:
 
 def _train(args: "TrainArguments", recipe: Any, run: Path, resume: bool, *, again: str) -> int:
     """Train with a bar, and end with where the model is, or with how to go on."""
-    from spar.training.distributed import LostProcess
+    from spar.training.distributed import PeerFailure
     from spar.training.loop import NonFiniteLoss
     from spar.training.trainer import train as run_training
 
@@ -411,9 +411,9 @@ def _train(args: "TrainArguments", recipe: Any, run: Path, resume: bool, *, agai
         with nullcontext((None, None)) if quiet else training_display() as (announce, report):
             model = run_training(
                 recipe, run, stages=args.stage, resume=resume, init_from=args.init_from, device=args.device,
-                scale=args.scale, from_scratch=args.from_scratch, report=report, announce=announce,
+                parallelism=args.parallelism, from_scratch=args.from_scratch, report=report, announce=announce,
             )
-    except LostProcess as error:
+    except PeerFailure as error:
         _fail(str(error))
         return 1
     except NonFiniteLoss as error:
@@ -454,9 +454,9 @@ def build(argv: list[str]) -> int:
     from spar.cli.arguments import BuildArguments, parse
 
     def make(args: Any, **shared: Any) -> Any:
-        from spar.checkpoints.from_published import assemble
+        from spar.checkpoints.from_published import build_from_published
 
-        return assemble(**shared)
+        return build_from_published(**shared)
 
     return _make_model(parse(BuildArguments, argv, "spar build"), "putting the parts together", make)
 
@@ -478,18 +478,18 @@ def push(argv: list[str]) -> int:
     from spar.cli.arguments import PushArguments, parse
 
     args = parse(PushArguments, argv, "spar push")
-    with bar("looking"):
-        from spar.checkpoints.hub import check_repository, push, shipment
+    with progress_bar("looking"):
+        from spar.checkpoints.hub import check_repository, plan_upload, push
 
         check_repository(args.repository)
-        goods = shipment(args.folder)
+        goods = plan_upload(args.folder)
     for name, size in goods.files.items():
         print(f"{size:>15,}  {_printable(name)}")
     where = f"{args.repository}, {'public' if args.public else 'private'}"
     go = "would go" if args.dry_run else "go"
     print(f"{sum(goods.files.values()):>15,}  bytes in {len(goods.files)} files {go} to {where}")
-    if goods.left:
-        left = _printable(", ".join(goods.left))
+    if goods.ignored:
+        left = _printable(", ".join(goods.ignored))
         print(f"spar: note: left behind, since spar reads no such files: {left}", file=sys.stderr)
     if not args.dry_run:
         print(push(goods, args.repository, private=not args.public, message=args.message))
@@ -499,23 +499,23 @@ def push(argv: list[str]) -> int:
 def _make_model(args: Any, title: str, make: Callable[..., Any]) -> int:
     """Write the model that `make` puts together of what both verbs are given, and say where its parts come from."""
     check_replaceable(args.output, "config.json", overwrite=args.overwrite)
-    with bar(title):
+    with progress_bar(title):
         from spar.checkpoints.from_published import SOURCES
         from spar.checkpoints.spar_format import save_model
         from spar.recipes import recipe
-        from spar.training.trainer import sampling_of
+        from spar.training.trainer import sampling_config
 
         base, sources = recipe(args.recipe), {part: getattr(args, part) for part in SOURCES}
         made = make(
-            args, config=base.model, sampling=sampling_of(base), sources=sources, revisions=args.revisions(),
+            args, config=base.model, sampling=sampling_config(base), sources=sources, revisions=args.revisions(),
             seed=args.seed, recipe=base.name,
         )  # fmt: skip
-        save_model(made.loaded, args.output)
-    _tell_origins(args.output, made.loaded.manifest)
+        save_model(made.bundle, args.output)
+    _print_origins(args.output, made.bundle.manifest)
     return 0
 
 
-def _tell_origins(folder: Path, manifest: dict[str, Any]) -> None:
+def _print_origins(folder: Path, manifest: dict[str, Any]) -> None:
     """Where each part of a new model comes from, and what was not as expected."""
     for part, origin in manifest["parts"].items():
         print(f"{part}: {origin}")
@@ -528,7 +528,7 @@ def _tell_origins(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def evaluate(argv: list[str]) -> int:
-    """Score a model with the judge of the shapes world."""
+    """Score a model with the detector of the shapes world."""
     from spar.cli.arguments import EvalArguments, parse
 
     args = parse(EvalArguments, argv, "spar eval")
@@ -539,10 +539,10 @@ def evaluate(argv: list[str]) -> int:
     options = EvalOptions(**args.keywords())
     names = list(BENCHMARKS) if args.benchmark == "all" else [args.benchmark]
     paths = _result_paths(args, names)
-    check_free(paths, overwrite=args.overwrite)
+    check_writable(paths, overwrite=args.overwrite)
     pipe = _load(args)
     for name, path in zip(names, paths, strict=True):
-        with bar(name) as advance:
+        with progress_bar(name) as advance:
             result = BENCHMARKS[name](pipe, options, advance)
         write_result(path, result)
         new_console().print(score_table(result))
@@ -570,7 +570,7 @@ def report(argv: list[str]) -> int:
     from spar.reporting.run_report import run_report
 
     data = run_report(args.run)
-    check_free([path], overwrite=args.overwrite or args.output is None)
+    check_writable([path], overwrite=args.overwrite or args.output is None)
     write_report(path, data)
     print(path)
     return 0
@@ -581,14 +581,14 @@ def demo(argv: list[str]) -> int:
     from spar.cli.arguments import DemoArguments, parse
 
     args = parse(DemoArguments, argv, "spar demo")
-    images = pictures_in(args.images) if args.images else []
+    images = list_images(args.images) if args.images else []
     check_replaceable(args.output, "report.html", overwrite=args.overwrite)
     pipe = _load(args)
     from spar.inference.pipeline import BUNDLED
     from spar.reporting.demo import PAGE, DemoOptions, make_demo
 
     options = DemoOptions(images=images, limit=args.limit, curves=_curves(args.model or BUNDLED))
-    with whole_folder(args.output, PAGE, overwrite=args.overwrite) as folder, bar("the demo") as advance:
+    with atomic_directory(args.output, PAGE, overwrite=args.overwrite) as folder, progress_bar("the demo") as advance:
         results = make_demo(pipe, folder, options, lambda _, done, total: advance and advance(done, total))
     for result in results:
         new_console().print(score_table(result))
@@ -610,7 +610,7 @@ def serve(argv: list[str]) -> int:
 
     listener, token, thread, pipe = _listen_and_load(args, *(["serve", "ui"] if args.ui else ["serve"]))
     with TemporaryDirectory(prefix="spar-") if args.ui else nullcontext() as pictures:
-        with _uncollected():
+        with gc_disabled():
             from spar.serving.limits import PAGE_PATH
             from spar.serving.server import build_server
 
@@ -658,7 +658,7 @@ def ui(argv: list[str]) -> int:
 
     args = parse(UiArguments, argv, "spar ui")
     listener, token, thread, pipe = _listen_and_load(args, "ui")
-    with bar("loading the page"), _uncollected():
+    with progress_bar("loading the page"), gc_disabled():
         from spar.ui.mount import serve_page
     _log_to_stderr(logging.WARNING)
     _clear_at_sigterm()
@@ -696,14 +696,14 @@ def check_data(argv: list[str]) -> int:
 
     args = parse(DataCheckArguments, argv, "spar data check")
     from spar.data.sources import open_source
-    from spar.data.validate import check
+    from spar.data.validate import validate
 
     reports = []
     for path in args.path:
-        with bar(f"checking {path}") as advance:
+        with progress_bar(f"checking {path}") as advance:
             source = open_source(path, args.format, cache=args.cache, workers=args.workers)
             reports.append(
-                check(
+                validate(
                     source, limit=args.limit, max_characters=args.max_characters, workers=args.workers,
                     progress=advance,
                 )
@@ -725,7 +725,10 @@ def convert_data(argv: list[str]) -> int:
 
     check_replaceable(args.output, MANIFEST, overwrite=args.overwrite)
     sources = [open_source(path, args.format, cache=args.cache, workers=args.workers) for path in args.path]
-    with whole_folder(args.output, MANIFEST, overwrite=args.overwrite) as folder, bar("converting") as advance:
+    with (
+        atomic_directory(args.output, MANIFEST, overwrite=args.overwrite) as folder,
+        progress_bar("converting") as advance,
+    ):
         done = convert(sources, folder, shard=args.shard_size, bad_share=args.bad_share, progress=advance)
     print(f"{args.output}  ({done.samples} samples in {done.shards} shards, {done.dropped} left out)")
     return 0
@@ -739,10 +742,10 @@ def doctor(argv: list[str]) -> int:
     from spar.cli.arguments import DoctorArguments, parse
 
     parse(DoctorArguments, argv, "spar doctor")
-    from spar.cli.doctor import examine
+    from spar.cli.doctor import run_checks
 
-    with bar("looking"):
-        checks = examine()
+    with progress_bar("looking"):
+        checks = run_checks()
     new_console().print(check_table(checks))
     return 1 if any(check.ok is False for check in checks) else 0
 

@@ -35,7 +35,7 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "", *, complete
     if unknown:
         raise InputError(f"{name}: unknown field {', '.join(unknown)}; known fields are {', '.join(sorted(known))}")
     try:
-        built = {key: _revive(hints[key], value, f"{name}.{key}", complete) for key, value in values.items()}
+        built = {key: _parse_value(hints[key], value, f"{name}.{key}", complete) for key, value in values.items()}
         if complete and known - set(values):
             raise InputError(f"{name}: missing field {', '.join(sorted(known - set(values)))}")
         return cls(**built)
@@ -55,33 +55,37 @@ def differences(a: Any, b: Any, where: str) -> list[tuple[str, Any, Any]]:
     return found
 
 
-def overlaid(under: T, base: T, changed: T) -> T:
+def merge_overrides(under: T, base: T, changed: T) -> T:
     """`under` with every field in which `changed` differs from `base`."""
     values: dict[str, Any] = {}
     for item in dataclasses.fields(under):
         own, old, new = (getattr(config, item.name) for config in (under, base, changed))
-        values[item.name] = overlaid(own, old, new) if dataclasses.is_dataclass(own) else (new if new != old else own)
+        values[item.name] = (
+            merge_overrides(own, old, new) if dataclasses.is_dataclass(own) else (new if new != old else own)
+        )
     return type(under)(**values)
 
 
-def _revive(hint: Any, value: Any, where: str, complete: bool) -> Any:
+def _parse_value(hint: Any, value: Any, where: str, complete: bool) -> Any:
     """Turn a JSON value into what the type hint says, or raise."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        return _revive(next(a for a in arguments if a is not type(None)), value, where, complete)
+        return _parse_value(next(a for a in arguments if a is not type(None)), value, where, complete)
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value, where, complete=complete)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise InputError(f"{where}: expected a list, got {value!r}")
         if arguments[-1] is Ellipsis:
-            return tuple(_revive(arguments[0], item, f"{where}[{i}]", complete) for i, item in enumerate(value))
+            return tuple(_parse_value(arguments[0], item, f"{where}[{i}]", complete) for i, item in enumerate(value))
         if len(arguments) != len(value):
             raise InputError(f"{where}: expected {len(arguments)} values, got {len(value)}")
         pairs = zip(arguments, value, strict=True)
-        return tuple(_revive(argument, item, f"{where}[{i}]", complete) for i, (argument, item) in enumerate(pairs))
+        return tuple(
+            _parse_value(argument, item, f"{where}[{i}]", complete) for i, (argument, item) in enumerate(pairs)
+        )
     if origin is typing.Literal:
         if value not in arguments:
             raise InputError(f"{where}: expected one of {', '.join(map(str, arguments))}, got {value!r}")

@@ -29,7 +29,7 @@ MAX_ANNOTATION_BYTES = 4 * 2**30  # a JSON list of samples, which is parsed in m
 MAX_ROW_GROUP_BYTES = 4 * 2**30  # a parquet row group, which is read in whole
 
 
-def within(name: str, value: object, low: float, high: float = math.inf) -> None:
+def check_range(name: str, value: object, low: float, high: float = math.inf) -> None:
     """Refuse what is no number, or one outside [low, high] (NaN is in no range); None, "not given", passes.
 
     Raises:
@@ -41,7 +41,7 @@ def within(name: str, value: object, low: float, high: float = math.inf) -> None
         raise InputError(f"{name}: expected {_range(low, high)}, got {value!r}")
 
 
-def whole_within(name: str, value: object, low: int, high: float = math.inf) -> None:
+def check_int_range(name: str, value: object, low: int, high: float = math.inf) -> None:
     """Refuse what is no whole number in [low, high]; here None is refused too.
 
     Raises:

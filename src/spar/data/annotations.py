@@ -7,7 +7,7 @@ from typing import Any
 
 from spar.common.errors import InputError
 from spar.common.limits import MAX_ANNOTATION_BYTES, MAX_INPUT_IMAGES, MAX_TEXT_BYTES
-from spar.data.image_files import FileSource, Row
+from spar.data.image_files import ImageFileSource, ListedSample
 
 METADATA = "metadata.jsonl"
 TEXT_FIELDS = ("text", "caption", "prompt", "instruction")
@@ -15,15 +15,15 @@ INPUT_FIELDS = ("input_file_name", "input_file_names", "input_image_file_name")
 IMAGE_FIELDS = ("file_name", "output_file_name", "output_image_file_name")
 
 
-def open_image_folder(folder: Path, cache: Path | None = None) -> FileSource:
+def open_image_folder(folder: Path, cache: Path | None = None) -> ImageFileSource:
     """A folder with `metadata.jsonl`: `file_name` and `text` a line; an edit also has `input_file_name` (or a list).
 
     Other names of the same fields: TEXT_FIELDS, INPUT_FIELDS, IMAGE_FIELDS.
     """
-    return FileSource(str(folder), "folder", [folder], _metadata(folder / METADATA), cache=cache)
+    return ImageFileSource(str(folder), "folder", [folder], _metadata(folder / METADATA), cache=cache)
 
 
-def _metadata(path: Path) -> Iterator[Row]:
+def _metadata(path: Path) -> Iterator[ListedSample]:
     number = 0
     try:
         with open(path, "rb") as file:
@@ -40,32 +40,32 @@ def _metadata(path: Path) -> Iterator[Row]:
             from error  # fmt: skip
 
 
-def _metadata_row(values: Any) -> Row:
+def _metadata_row(values: Any) -> ListedSample:
     if not isinstance(values, dict):
         raise ValueError("no object")
     image, text = (_first(values, names) for names in (IMAGE_FIELDS, TEXT_FIELDS))
     inputs = _paths(_first(values, INPUT_FIELDS) or [])
     if not isinstance(image, str) or not isinstance(text or "", str):
         raise ValueError(f"got the fields {', '.join(map(repr, values))}")
-    return Row(inputs, image, (text or "").strip())
+    return ListedSample(inputs, image, (text or "").strip())
 
 
-def open_sharegpt(path: Path, cache: Path | None = None) -> FileSource:
+def open_sharegpt(path: Path, cache: Path | None = None) -> ImageFileSource:
     """`text_to_image.json` or `text_and_image_to_image.json` of ShareGPT-4o-Image, the pictures beside it."""
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[ListedSample]:
         for place, item in enumerate(_read_list(path)):
             try:
-                yield Row(_paths(item.get("input_image", [])), _string(item["output_image"]),
+                yield ListedSample(_paths(item.get("input_image", [])), _string(item["output_image"]),
                           _string(item["input_prompt"]).strip())  # fmt: skip
             except (KeyError, ValueError, AttributeError) as error:
                 wanted = "expected input_prompt, output_image and, for an edit, input_image"
                 raise InputError(f"{wanted} in {str(path)!r}, item {place}: {error!r}") from error
 
-    return FileSource(str(path), "sharegpt", [path.parent], rows(), cache=cache)
+    return ImageFileSource(str(path), "sharegpt", [path.parent], rows(), cache=cache)
 
 
-def open_gpt_edit(path: Path, cache: Path | None = None) -> FileSource:
+def open_gpt_edit(path: Path, cache: Path | None = None) -> ImageFileSource:
     """The index of GPT-Image-Edit: lines `image_root,annotation.json,flag`, paths as they are or beside the index.
 
     As the family trains it: items of exactly two pictures (one input, one output), the others counted as dropped;
@@ -85,10 +85,10 @@ def open_gpt_edit(path: Path, cache: Path | None = None) -> FileSource:
             row = _gpt_edit_row(item, number)
             dropped += row is None
             rows += [] if row is None else [row]
-    return FileSource(str(path), "gptedit", roots, rows, dropped=dropped, cache=cache)
+    return ImageFileSource(str(path), "gptedit", roots, rows, dropped=dropped, cache=cache)
 
 
-def _gpt_edit_row(item: Any, root: int) -> Row | None:
+def _gpt_edit_row(item: Any, root: int) -> ListedSample | None:
     """A row, or None for an item that is not one input, one output and an instruction."""
     try:
         source, target = _paths(item["image"])
@@ -96,7 +96,7 @@ def _gpt_edit_row(item: Any, root: int) -> Row | None:
         text = " ".join(_string(said).replace("<image>", " ").split())
     except (KeyError, TypeError, ValueError, StopIteration):
         return None
-    return Row((source,), target, text, root)
+    return ListedSample((source,), target, text, root)
 
 
 def _read_list(path: Path) -> list[Any]:

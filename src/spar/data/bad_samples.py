@@ -6,11 +6,11 @@ from pathlib import Path
 
 from spar.common.errors import InputError
 
-ENOUGH = 1000  # samples before the share is judged
+MIN_SAMPLES = 1000  # samples before the share is judged
 
 
 @dataclass(frozen=True)
-class Bad:
+class BadSampleRecord:
     """One bad sample: the source as it was given, the file in it, the sample's key, and why it cannot be used."""
 
     source: str
@@ -19,7 +19,7 @@ class Bad:
     reason: str
 
 
-class Quarantine:
+class BadSampleTracker:
     """Counts bad samples and names each once, as lines of JSON.
 
     Args:
@@ -27,14 +27,14 @@ class Quarantine:
         path: file that lines are added to; None keeps them in memory alone.
     """
 
-    def __init__(self, limit: float = 0.01, path: Path | None = None, enough: int = ENOUGH) -> None:
+    def __init__(self, limit: float = 0.01, path: Path | None = None, enough: int = MIN_SAMPLES) -> None:
         if not 0 <= limit <= 1:
             raise InputError(f"share of bad samples: expected 0 to 1, got {limit}")
         self.limit, self.path, self.enough = limit, path, enough
         self.seen = self.bad = 0
-        self.named: dict[Bad, None] = dict.fromkeys(_read(path))
+        self.named: dict[BadSampleRecord, None] = dict.fromkeys(_read(path))
 
-    def count(self, seen: int, bad: tuple[Bad, ...]) -> None:
+    def count(self, seen: int, bad: tuple[BadSampleRecord, ...]) -> None:
         """Add samples that were dealt and those of them that were bad.
 
         Raises:
@@ -42,7 +42,7 @@ class Quarantine:
         """
         self.seen += seen
         self.bad += len(bad)
-        self.name(bad)
+        self.write(bad)
         if self.seen >= self.enough and self.bad > self.limit * self.seen:
             where = f"; all are named in {str(self.path)!r}" if self.path else ""
             last = next(reversed(self.named))
@@ -51,7 +51,7 @@ class Quarantine:
                 f"{last.key!r} of {last.source!r}: {last.reason}{where}"
             )
 
-    def name(self, bad: tuple[Bad, ...]) -> None:
+    def write(self, bad: tuple[BadSampleRecord, ...]) -> None:
         """Write down those that are new, without counting."""
         new = [one for one in bad if one not in self.named]
         self.named.update(dict.fromkeys(new))
@@ -61,13 +61,13 @@ class Quarantine:
                 file.writelines(json.dumps(asdict(one)) + "\n" for one in new)
 
 
-def _read(path: Path | None) -> list[Bad]:
+def _read(path: Path | None) -> list[BadSampleRecord]:
     """The samples that an earlier part of the run has named; a line that was cut is passed over."""
-    found: list[Bad] = []
+    found: list[BadSampleRecord] = []
     if path is not None and path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                found.append(Bad(**json.loads(line)))
+                found.append(BadSampleRecord(**json.loads(line)))
             except (json.JSONDecodeError, TypeError):
                 continue
     return found

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from spar.common.config import write_json
 from spar.common.errors import InputError
-from spar.data.bad_samples import Bad, Quarantine
-from spar.data.samples import BadSample, Edit, Sample
-from spar.data.sources import Source
+from spar.data.bad_samples import BadSampleRecord, BadSampleTracker
+from spar.data.samples import BadSample, EditSample, Sample
+from spar.data.sources import DataSource
 from spar.processing.images import open_training_image, read_header
 
 MANIFEST, DROPPED = "converted.json", "dropped.jsonl"
@@ -25,7 +25,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Converted:
+class ConversionResult:
     """What was written: samples in shards, and how many samples were left out (they stand in DROPPED)."""
 
     samples: int
@@ -34,9 +34,9 @@ class Converted:
 
 
 def convert(
-    sources: Sequence[Source], folder: Path, *, shard: int = 10_000, bad_share: float = 0.01,
+    sources: Sequence[DataSource], folder: Path, *, shard: int = 10_000, bad_share: float = 0.01,
     progress: Progress | None = None,
-) -> Converted:  # fmt: skip
+) -> ConversionResult:  # fmt: skip
     """Write the good samples of sources of one kind, one behind the other, into an empty folder.
 
     Raises:
@@ -47,10 +47,10 @@ def convert(
         raise InputError(f"expected sources of one kind, got {' and '.join(sorted(kinds)) or 'none'}")
     if shard < 1:
         raise InputError(f"samples of a shard: expected at least 1, got {shard}")
-    quarantine = Quarantine(bad_share)
+    bad_samples = BadSampleTracker(bad_share)
     written, out = 0, None
     try:
-        for members in _good(sources, quarantine, progress):
+        for members in _good(sources, bad_samples, progress):
             if written % shard == 0:
                 if out:
                     out.close()
@@ -64,37 +64,39 @@ def convert(
         if out:
             out.close()
     if not written:
-        raise InputError(f"expected good samples, but all {quarantine.seen} are bad, the last one: {_last(quarantine)}")
-    if quarantine.named:
-        lines = [json.dumps(asdict(bad)) + "\n" for bad in quarantine.named]
+        raise InputError(
+            f"expected good samples, but all {bad_samples.seen} are bad, the last one: {_last(bad_samples)}"
+        )
+    if bad_samples.named:
+        lines = [json.dumps(asdict(bad)) + "\n" for bad in bad_samples.named]
         (folder / DROPPED).write_text("".join(lines), encoding="utf-8")
-    done = Converted(written, -(-written // shard), quarantine.bad)
+    done = ConversionResult(written, -(-written // shard), bad_samples.bad)
     names = [{"name": source.name, "format": source.format, "identity": source.identity} for source in sources]
     write_json(folder / MANIFEST, {"kind": kinds.pop(), **vars(done), "samples_of_a_shard": shard, "sources": names})
     return done
 
 
 def _good(
-    sources: Sequence[Source], quarantine: Quarantine, progress: Progress | None
+    sources: Sequence[DataSource], bad_samples: BadSampleTracker, progress: Progress | None
 ) -> Iterator[list[tuple[str, bytes]]]:
     """The members (extension, data) of each good sample; the others are counted and named."""
     total = sum(len(source) for source in sources)
     for source in sources:
         for index in range(len(source)):
-            bad: tuple[Bad, ...] = ()
+            bad: tuple[BadSampleRecord, ...] = ()
             try:
                 yield _members(source.read(index))
             except BadSample as error:
-                bad = (Bad(source.name, error.origin, error.key, error.reason),)
-            quarantine.count(1, bad)
+                bad = (BadSampleRecord(source.name, error.origin, error.key, error.reason),)
+            bad_samples.count(1, bad)
             if progress:
-                progress(quarantine.seen, total)
+                progress(bad_samples.seen, total)
 
 
 def _members(sample: Sample) -> list[tuple[str, bytes]]:
     """(extension, data) of a sample's members, in their order in the tar."""
     found = []
-    if isinstance(sample, Edit):
+    if isinstance(sample, EditSample):
         several = len(sample.input_images) > 1
         for number, data in enumerate(sample.input_images):
             found.append((f"input_{number}" if several else "input", data))
@@ -111,10 +113,10 @@ def _members(sample: Sample) -> list[tuple[str, bytes]]:
         members.append((f"{name}.{extension}".lstrip("."), data))
     if sample.text:
         members.append(("txt", sample.text.encode()))
-    if not isinstance(sample, Edit) and sample.label is not None:
+    if not isinstance(sample, EditSample) and sample.label is not None:
         members.append(("cls", str(sample.label).encode()))
     return members
 
 
-def _last(quarantine: Quarantine) -> str:
-    return next(reversed(quarantine.named)).reason
+def _last(bad_samples: BadSampleTracker) -> str:
+    return next(reversed(bad_samples.named)).reason

@@ -13,14 +13,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from spar.common.errors import InputError
-from spar.data.samples import BadSample, Edit, Kind, Sample, TextToImage, is_inside
-from spar.data.string_array import PackedText
+from spar.data.samples import BadSample, EditSample, Kind, Sample, TextToImageSample, is_safe_path
+from spar.data.string_array import StringArray
 from spar.data.tar_index import HEADER_BYTES
 from spar.processing.images import MAX_BYTES, read_header
 
 
 @dataclass(frozen=True)
-class Row:
+class ListedSample:
     """One sample of a list: paths under the root of that number, and the text. Edits have inputs."""
 
     inputs: tuple[str, ...]
@@ -29,7 +29,7 @@ class Row:
     root: int = 0
 
 
-class FileSource:
+class ImageFileSource:
     """Samples whose pictures are files under one or more roots.
 
     `dropped` counts entries that the format's rules leave out, before anything is read.
@@ -41,7 +41,7 @@ class FileSource:
     damage: tuple[str, ...] = ()
 
     def __init__(
-        self, name: str, format: str, roots: list[Path], rows: Iterable[Row], *, dropped: int = 0,
+        self, name: str, format: str, roots: list[Path], rows: Iterable[ListedSample], *, dropped: int = 0,
         cache: Path | None = None,
     ) -> None:  # fmt: skip
         self.name, self.format, self.roots, self.cache = name, format, roots, cache
@@ -52,12 +52,12 @@ class FileSource:
                 kinds.add("edit" if row.inputs else "text_to_image")
                 yield json.dumps([row.root, row.image, row.text, *row.inputs], ensure_ascii=False)
 
-        self._rows = PackedText.of(packed())
+        self._rows = StringArray.of(packed())
         if len(kinds) != 1:
             found = "none" if not kinds else "edits beside text-to-image samples"
             raise InputError(f"expected samples of one kind in {name!r}, found {found}")
         self.kind: Kind = kinds.pop()
-        self.passed_over = {"entry that the format leaves out": dropped} if dropped else {}
+        self.skipped = {"entry that the format leaves out": dropped} if dropped else {}
         digest = hashlib.sha256(format.encode())
         digest.update(self._rows.blob.tobytes())
         digest.update(self._file_sizes().tobytes())
@@ -73,7 +73,7 @@ class FileSource:
             number, image, _, *inputs = json.loads(self._rows[index])
             for path in (image, *inputs):
                 try:
-                    sizes.append(os.stat(self.roots[number] / path).st_size if is_inside(path) else -1)
+                    sizes.append(os.stat(self.roots[number] / path).st_size if is_safe_path(path) else -1)
                 except OSError:
                     sizes.append(-1)
         return np.array(sizes, np.int64)
@@ -98,8 +98,8 @@ class FileSource:
         root = self.roots[number]
         data = _picture(root, image, image)
         if self.kind == "edit":
-            return Edit(tuple(_picture(root, path, image) for path in inputs), data, text, image, str(root))
-        return TextToImage(data, text, image, str(root))
+            return EditSample(tuple(_picture(root, path, image) for path in inputs), data, text, image, str(root))
+        return TextToImageSample(data, text, image, str(root))
 
     def sizes(self) -> np.ndarray:
         """uint16 [N, 2]: width and height of each sample's picture, 0 where its header cannot be read."""
@@ -113,7 +113,7 @@ class FileSource:
 
 def _picture(root: Path, path: str, key: str, length: int | None = None) -> bytes:
     """A file's bytes, or its first `length`."""
-    if not is_inside(path):
+    if not is_safe_path(path):
         raise BadSample(key, str(root), f"expected a path inside its root, got {path!r}")
     try:
         with open(root / path, "rb") as file:

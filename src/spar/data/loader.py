@@ -17,20 +17,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from spar.common.errors import InputError
-from spar.data.bad_samples import Bad, Quarantine
+from spar.data.bad_samples import BadSampleRecord, BadSampleTracker
 from spar.data.buckets import Size
-from spar.data.mixture import Deal, Mixture
-from spar.data.samples import BadSample, Edit, Kind, Sample
+from spar.data.mixture import BatchIndices, Mixture
+from spar.data.samples import BadSample, EditSample, Kind, Sample
 from spar.processing.images import open_training_image, to_size
 
-TRIES = 16  # neighbours that are asked for one bad sample
+MAX_TRIES = 16  # neighbours that are asked for one bad sample
 PREFETCH = 2  # batches that each worker may be ahead
 
 log = logging.getLogger("spar.data")
 
 
 @dataclass(frozen=True)
-class Batch:
+class LoaderBatch:
     """One rank's part of a step: b samples of one kind and one size.
 
     images: uint8 [b, 3, H, W].
@@ -49,7 +49,7 @@ class Batch:
     keys: tuple[str, ...]
     sources: tuple[str, ...]
     places: tuple[tuple[str, int], ...] = ()
-    bad: tuple[Bad, ...] = ()
+    bad: tuple[BadSampleRecord, ...] = ()
 
 
 def to_pixels(images: Tensor, device: torch.device | str = "cpu") -> Tensor:
@@ -63,7 +63,7 @@ class Loader:
     Args:
         workers: processes that decode; 0 decodes here.
         bad_share: share of bad samples above which the run ends.
-        quarantine: JSONL file that names bad samples; each rank of several has its own (`bad.0.jsonl`).
+        bad_samples: JSONL file that names bad samples; each rank of several has its own (`bad.0.jsonl`).
         captions: whether a sample without words is a bad one; reconstruction needs none.
         known: with it no picture is decoded, and a sample (its source's identity, its number there) that it does not
             know is a bad one: for features that were computed before.
@@ -71,26 +71,28 @@ class Loader:
 
     def __init__(
         self, mixture: Mixture, *, rank: int = 0, world: int = 1, workers: int = 4, bad_share: float = 0.01,
-        quarantine: Path | None = None, captions: bool = True, known: Callable[[str, int], bool] | None = None,
+        bad_samples: Path | None = None, captions: bool = True, known: Callable[[str, int], bool] | None = None,
     ) -> None:  # fmt: skip
-        mixture.deal(0, rank, world)  # refuses ranks that the batch does not suit
+        mixture.batch_indices(0, rank, world)  # refuses ranks that the batch does not suit
         if workers < 0:
             raise InputError(f"workers: expected at least 0, got {workers}")
-        if quarantine is not None and world > 1:
-            quarantine = quarantine.with_suffix(f".{rank}{quarantine.suffix}")
+        if bad_samples is not None and world > 1:
+            bad_samples = bad_samples.with_suffix(f".{rank}{bad_samples.suffix}")
         self.mixture, self.workers = mixture, workers
-        self.quarantine = Quarantine(bad_share, quarantine)
-        self._maker = _Maker(mixture, rank, world, captions, known)
+        self.bad_samples = BadSampleTracker(bad_share, bad_samples)
+        self._maker = _BatchBuilder(mixture, rank, world, captions, known)
         for source in mixture.sources:
             for reason in source.damage:
                 log.warning("%s: %s", source.name, reason)
-            self.quarantine.name(tuple(Bad(source.name, source.name, "", reason) for reason in source.damage))
+            self.bad_samples.write(
+                tuple(BadSampleRecord(source.name, source.name, "", reason) for reason in source.damage)
+            )
 
     def state(self, step: int) -> dict[str, str | int]:
         """What a checkpoint keeps of the data: the next step, and what the order depends on."""
         return {"step": step, "data": self.mixture.fingerprint()}
 
-    def resume(self, state: dict[str, str | int]) -> Iterator[Batch]:
+    def resume(self, state: dict[str, str | int]) -> Iterator[LoaderBatch]:
         """The batches that follow a state.
 
         Raises:
@@ -100,7 +102,7 @@ class Loader:
             raise InputError("expected the data, weights, batch and seed that the run began with, got others")
         return self.batches(int(state["step"]))
 
-    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[LoaderBatch]:
         """The batches of steps start, start + 1, ... without end, or up to `stop`.
 
         Raises:
@@ -112,7 +114,7 @@ class Loader:
             return
         # Of the batch that we read and the PREFETCH of each worker behind it, each has a slot of its own.
         slots = self.workers * PREFETCH + 1
-        steps = _Steps(self._maker, slots)
+        steps = _StepDataset(self._maker, slots)
         loaded = DataLoader(
             steps, batch_size=None, sampler=numbers, num_workers=self.workers, prefetch_factor=PREFETCH,
             worker_init_fn=_begin_worker, generator=torch.Generator(),  # or it would draw from the training's own
@@ -120,11 +122,11 @@ class Loader:
         for batch in loaded:
             yield self._counted(batch if isinstance(batch, _Failure) else steps.fetch(batch))
 
-    def _counted(self, batch: "Batch | _Failure") -> Batch:
+    def _counted(self, batch: "LoaderBatch | _Failure") -> LoaderBatch:
         if isinstance(batch, _Failure):
-            self.quarantine.name(batch.bad)
+            self.bad_samples.write(batch.bad)
             raise InputError(batch.message)
-        self.quarantine.count(len(batch.images), batch.bad)
+        self.bad_samples.count(len(batch.images), batch.bad)
         return batch
 
 
@@ -133,28 +135,28 @@ class _Failure:
     """An InputError of a worker: raised there, its message would arrive wrapped in a traceback."""
 
     message: str
-    bad: tuple[Bad, ...]
+    bad: tuple[BadSampleRecord, ...]
 
 
 def _begin_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the training's to answer
 
 
-class _Steps(Dataset):
+class _StepDataset(Dataset):
     """Step to batch in a worker, the pictures left in memory that is shared from the start.
 
     Sent the usual way each batch would get new shared memory, whose first touch costs as much as a twentieth of the
     decoding. Slot `step % slots` is free by then: the loader asks for a step when the one so many before it is read.
     """
 
-    def __init__(self, maker: "_Maker", slots: int) -> None:
+    def __init__(self, maker: "_BatchBuilder", slots: int) -> None:
         self.maker = maker
         mixture = maker.mixture
         sizes = mixture.buckets if maker.known is None else [(1, 1)]
         pixels = max(width * height for width, height in sizes)
         self.room = torch.empty((slots, mixture.batch // maker.world * pixels * 3), dtype=torch.uint8).share_memory_()
 
-    def __getitem__(self, step: int) -> "Batch | _Failure":
+    def __getitem__(self, step: int) -> "LoaderBatch | _Failure":
         batch = self.maker.make(step)
         if isinstance(batch, _Failure):
             return batch
@@ -162,7 +164,7 @@ class _Steps(Dataset):
         count, _, height, width = batch.images.shape
         return replace(batch, images=torch.empty((count, 0, height, width), dtype=torch.uint8))
 
-    def fetch(self, batch: Batch) -> Batch:
+    def fetch(self, batch: LoaderBatch) -> LoaderBatch:
         """The batch with its pictures, copied out of their slot."""
         return replace(batch, images=self._view(batch.step, batch.images.shape).clone())
 
@@ -173,7 +175,7 @@ class _Steps(Dataset):
         return flat.view(count, height, width, 3).permute(0, 3, 1, 2)
 
 
-class _Maker:
+class _BatchBuilder:
     """Step to batch, here and now."""
 
     def __init__(
@@ -181,9 +183,9 @@ class _Maker:
     ) -> None:  # fmt: skip
         self.mixture, self.rank, self.world, self.captions, self.known = mixture, rank, world, captions, known
 
-    def make(self, step: int) -> "Batch | _Failure":
-        deal = self.mixture.deal(step, self.rank, self.world)
-        bad: list[Bad] = []
+    def make(self, step: int) -> "LoaderBatch | _Failure":
+        deal = self.mixture.batch_indices(step, self.rank, self.world)
+        bad: list[BadSampleRecord] = []
         try:
             rows = [self._row(deal, row, bad) for row in range(len(deal.slot))]
         except InputError as error:
@@ -193,23 +195,25 @@ class _Maker:
         owners = [row for row, (*_, references) in enumerate(rows) for _ in references]
         places = [(source.identity, number) for source, (number, *_) in zip(sources, rows, strict=True)]
         size = deal.size if self.known is None else (1, 1)
-        return Batch(
+        return LoaderBatch(
             step, deal.kind, _stack([image for _, _, image, _ in rows], size), _stack(inputs, size),
             torch.tensor(owners, dtype=torch.long), tuple(sample.text for sample in samples),
             tuple(sample.key for sample in samples), tuple(source.name for source in sources), tuple(places),
             tuple(bad),
         )  # fmt: skip
 
-    def _row(self, deal: Deal, row: int, bad: list[Bad]) -> tuple[int, Sample, np.ndarray, list[np.ndarray]]:
+    def _row(
+        self, deal: BatchIndices, row: int, bad: list[BadSampleRecord]
+    ) -> tuple[int, Sample, np.ndarray, list[np.ndarray]]:
         """A sample's number in its source, itself, its pictures decoded; for a bad one, the first good one behind."""
         source = self.mixture.sources[int(deal.source[row])]
-        for neighbour in range(TRIES + 1):
+        for neighbour in range(MAX_TRIES + 1):
             try:
-                number = self.mixture.index(deal, row, neighbour)
+                number = self.mixture.sample_index(deal, row, neighbour)
                 sample = source.read(number)
                 if self.captions and not sample.text:
                     raise BadSample(sample.key, sample.origin, "expected a caption, got none")
-                references = sample.input_images if isinstance(sample, Edit) else ()
+                references = sample.input_images if isinstance(sample, EditSample) else ()
                 if self.known is not None:
                     if not self.known(source.identity, number):
                         raise BadSample(sample.key, sample.origin, "expected features of it in the cache, got none")
@@ -218,9 +222,9 @@ class _Maker:
                 image, *inputs = (_decode(data, deal.size, sample) for data in (sample.image, *references))
                 return number, sample, image, inputs
             except BadSample as error:
-                bad.append(Bad(source.name, error.origin, error.key, error.reason))
+                bad.append(BadSampleRecord(source.name, error.origin, error.key, error.reason))
         raise InputError(
-            f"expected a good sample among {TRIES + 1} neighbours in {source.name!r}, got none; the last one, "
+            f"expected a good sample among {MAX_TRIES + 1} neighbours in {source.name!r}, got none; the last one, "
             f"{bad[-1].key!r}: {bad[-1].reason}"
         )
 

@@ -15,14 +15,14 @@ import numpy as np
 from spar.common.errors import InputError
 from spar.data.buckets import Size, assign
 from spar.data.samples import Kind
-from spar.data.shuffle import Schedule, key_of, shuffled
-from spar.data.sources import Source
+from spar.data.shuffle import InterleaveSchedule, hash_key, shuffled
+from spar.data.sources import DataSource
 
 ORDER = 1  # of the way samples are dealt: part of the fingerprint
 
 
 @dataclass(frozen=True)
-class Deal:
+class BatchIndices:
     """The samples of one rank's part of a batch, b of them: `source` and `slot`, int64 [b], say where each lies."""
 
     category: int
@@ -42,7 +42,7 @@ class Mixture:
     """
 
     def __init__(
-        self, sources: Sequence[Source], weights: Sequence[float], *, batch: int, seed: int = 0,
+        self, sources: Sequence[DataSource], weights: Sequence[float], *, batch: int, seed: int = 0,
         buckets: tuple[Size, ...] = ((448, 448),),
     ) -> None:  # fmt: skip
         if not sources:
@@ -61,13 +61,13 @@ class Mixture:
                 part = 1.0 if members is None else len(members) / len(source)
                 shares.setdefault((source.kind, bucket), []).append((number, weight * part))
         self.categories = sorted(shares)
-        self._batches = Schedule([sum(share for _, share in shares[name]) for name in self.categories])
+        self._batches = InterleaveSchedule([sum(share for _, share in shares[name]) for name in self.categories])
         self._within = [
-            (np.array([number for number, _ in shares[name]]), Schedule([share for _, share in shares[name]]))
+            (np.array([number for number, _ in shares[name]]), InterleaveSchedule([share for _, share in shares[name]]))
             for name in self.categories
         ]
 
-    def _split(self, source: Source) -> list[tuple[int, np.ndarray | None]]:
+    def _split(self, source: DataSource) -> list[tuple[int, np.ndarray | None]]:
         """(bucket, samples in it) of a source; None stands for all."""
         if len(self.buckets) == 1:
             return [(0, None)]
@@ -75,7 +75,7 @@ class Mixture:
         width = np.uint32 if len(source) < 2**32 else np.uint64
         return [(int(bucket), np.flatnonzero(chosen == bucket).astype(width)) for bucket in np.unique(chosen)]
 
-    def deal(self, step: int, rank: int = 0, world: int = 1) -> Deal:
+    def batch_indices(self, step: int, rank: int = 0, world: int = 1) -> BatchIndices:
         """Rank `rank`'s samples of step `step`, in their order.
 
         Raises:
@@ -96,11 +96,11 @@ class Mixture:
             epochs = occurrence[mine] // size
             for epoch in np.unique(epochs):
                 where = np.flatnonzero(mine)[epochs == epoch]
-                key = key_of(self.seed, int(number), bucket, int(epoch))
+                key = hash_key(self.seed, int(number), bucket, int(epoch))
                 slot[where] = shuffled(occurrence[where] % size, size, key)
-        return Deal(category, kind, self.buckets[bucket], source, slot)
+        return BatchIndices(category, kind, self.buckets[bucket], source, slot)
 
-    def index(self, deal: Deal, row: int, neighbour: int = 0) -> int:
+    def sample_index(self, deal: BatchIndices, row: int, neighbour: int = 0) -> int:
         """The number in its source of a dealt sample, or of the n-th sample behind it in the same bucket."""
         number, bucket = int(deal.source[row]), self.categories[deal.category][1]
         slot = (int(deal.slot[row]) + neighbour) % self._count(number, bucket)

@@ -10,7 +10,7 @@ import numpy as np
 from spar.common.errors import InputError, install_command
 from spar.common.limits import MAX_INPUT_IMAGES, MAX_ROW_GROUP_BYTES
 from spar.data.image_files import header_sizes
-from spar.data.samples import BadSample, Edit, Kind, Sample, TextToImage
+from spar.data.samples import BadSample, EditSample, Kind, Sample, TextToImageSample
 
 # The names that columns go by, the more special first.
 INPUT_COLUMNS = ("input_images", "input_image", "source_image", "original_image")
@@ -58,7 +58,7 @@ class ParquetSource:
             )
         self.kind: Kind = "edit" if self.columns["input"] else "text_to_image"
         self.identity = digest.hexdigest()
-        self.passed_over: dict[str, int] = {}
+        self.skipped: dict[str, int] = {}
         self._last: tuple[int, dict[str, list[Any]]] | None = None
 
     def __len__(self) -> int:
@@ -96,11 +96,11 @@ class ParquetSource:
             raise BadSample(key, origin, f"expected text, got {type(text).__name__}")
         image = _picture(values["image"], key, origin)
         if self.kind == "text_to_image":
-            return TextToImage(image, text.strip(), key, origin)
+            return TextToImageSample(image, text.strip(), key, origin)
         given = values["input"] if isinstance(values["input"], list) else [values["input"]]
         if not 1 <= len(given) <= MAX_INPUT_IMAGES:
             raise BadSample(key, origin, f"expected 1 to {MAX_INPUT_IMAGES} references, got {len(given)}")
-        return Edit(tuple(_picture(one, key, origin) for one in given), image, text.strip(), key, origin)
+        return EditSample(tuple(_picture(one, key, origin) for one in given), image, text.strip(), key, origin)
 
     def sizes(self) -> np.ndarray:
         """uint16 [N, 2]: width and height of each row's picture, 0 where its header cannot be read."""

@@ -14,7 +14,7 @@ Format = Literal["auto", "webdataset", "folder", "sharegpt", "gptedit", "parquet
 
 
 @dataclass(frozen=True)
-class TextToImage:
+class TextToImageSample:
     """A picture and its caption; reconstruction reads the picture alone.
 
     `key` is the sample's name in its set, `origin` the file that it lies in. `text` is empty where there is none;
@@ -29,7 +29,7 @@ class TextToImage:
 
 
 @dataclass(frozen=True)
-class Edit:
+class EditSample:
     """References (one or more), the picture that they become, and the instruction."""
 
     input_images: tuple[bytes, ...]
@@ -39,7 +39,7 @@ class Edit:
     origin: str
 
 
-Sample = TextToImage | Edit
+Sample = TextToImageSample | EditSample
 
 
 class BadSample(InputError):
@@ -50,7 +50,7 @@ class BadSample(InputError):
         self.key, self.origin, self.reason = key, origin, reason
 
 
-def is_inside(name: str) -> bool:
+def is_safe_path(name: str) -> bool:
     """Whether a relative path of a data set stays inside its root, by its words alone (links may point anywhere)."""
     path = PurePosixPath(name.replace("\\", "/"))
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name

@@ -11,11 +11,11 @@ import numpy as np
 BLOCK = 64  # neighbours in the files that stay near each other in time: reading them is half sequential
 WINDOW = 64  # blocks that are mixed with each other: 4096 samples, about the shuffle buffer that the family uses
 PERIOD = 2**16  # slots after which a schedule repeats: shares are exact to 1 / 65536
-_STRIDE = 40503  # odd, PERIOD over the golden ratio: slots of one category lie as evenly as they can
+_GOLDEN_STRIDE = 40503  # odd, PERIOD over the golden ratio: slots of one category lie as evenly as they can
 _ROUNDS = 6
 
 
-def key_of(*parts: int) -> int:
+def hash_key(*parts: int) -> int:
     """64 bits of a few whole numbers."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
@@ -31,7 +31,7 @@ def permute(positions: np.ndarray, size: int, key: int) -> np.ndarray:
         int64, of the same shape.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
-    keys = [np.uint64(key_of(key, number)) for number in range(_ROUNDS)]
+    keys = [np.uint64(hash_key(key, number)) for number in range(_ROUNDS)]
     values = _feistel(positions.astype(np.uint64), half, keys)
     while (outside := values >= size).any():
         values[outside] = _feistel(values[outside], half, keys)
@@ -65,19 +65,19 @@ def shuffled(positions: np.ndarray, size: int, key: int) -> np.ndarray:
         key: of (seed, epoch, ...).
     """
     whole = size // BLOCK
-    turn = key_of(key, -1) % size
+    turn = hash_key(key, -1) % size
     result = positions.astype(np.int64)  # behind the last whole block: as they lie
     windows = positions // (BLOCK * WINDOW)
     for window in np.unique(windows[positions < whole * BLOCK]):
         chosen = np.flatnonzero((windows == window) & (positions < whole * BLOCK))
         start = int(window) * WINDOW
         blocks = min(WINDOW, whole - start)
-        mixed = permute(positions[chosen] - start * BLOCK, blocks * BLOCK, key_of(key, int(window)))
+        mixed = permute(positions[chosen] - start * BLOCK, blocks * BLOCK, hash_key(key, int(window)))
         result[chosen] = permute(start + mixed // BLOCK, whole, key) * BLOCK + mixed % BLOCK
     return (result + turn) % size
 
 
-class Schedule:
+class InterleaveSchedule:
     """Categories dealt in fixed shares: slot k belongs to `category` and is its `occurrence`-th slot, both at once.
 
     Every PERIOD slots hold each category exactly as often as its share says, at least once, and any stretch of them
@@ -89,7 +89,7 @@ class Schedule:
         if not len(weights) or not np.isfinite(weights).all() or (weights <= 0).any() or len(weights) > PERIOD // 2:
             raise ValueError(f"expected positive shares, got {list(shares)}")
         self.quotas = _apportion(weights)
-        slots = (np.arange(PERIOD) * _STRIDE) % PERIOD
+        slots = (np.arange(PERIOD) * _GOLDEN_STRIDE) % PERIOD
         self._category = np.searchsorted(np.cumsum(self.quotas), slots, side="right").astype(np.uint16)
         grouped = np.argsort(self._category, kind="stable")
         starts = np.cumsum(self.quotas) - self.quotas

@@ -15,10 +15,10 @@ from spar.data.url_patterns import find_files, refuse_addresses
 from spar.data.webdataset import TarSource
 
 
-class Source(Protocol):
+class DataSource(Protocol):
     """Samples by number, in any order, from any process.
 
-    `identity` changes when the samples do; `passed_over` counts what is not read, by reason; `damage` says which files
+    `identity` changes when the samples do; `skipped` counts what is not read, by reason; `damage` says which files
     end early.
     """
 
@@ -26,7 +26,7 @@ class Source(Protocol):
     format: str
     kind: Kind
     identity: str
-    passed_over: dict[str, int]
+    skipped: dict[str, int]
     damage: tuple[str, ...]
 
     def __len__(self) -> int: ...
@@ -40,7 +40,7 @@ class Source(Protocol):
     def sizes(self) -> np.ndarray: ...
 
 
-def open_source(path: str, format: Format = "auto", *, cache: Path | None = None, workers: int = 1) -> Source:
+def open_source(path: str, format: Format = "auto", *, cache: Path | None = None, workers: int = 1) -> DataSource:
     """The reader of a path.
 
     Args:
@@ -55,7 +55,7 @@ def open_source(path: str, format: Format = "auto", *, cache: Path | None = None
     """
     refuse_addresses(path)
     chosen = _detect(path) if format == "auto" else format
-    readers: dict[str, Callable[[], Source]] = {
+    readers: dict[str, Callable[[], DataSource]] = {
         "webdataset": lambda: TarSource(path, _files(path, "tar"), cache, workers),
         "folder": lambda: open_image_folder(Path(path), cache),
         "sharegpt": lambda: open_sharegpt(_one(path), cache),

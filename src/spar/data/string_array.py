@@ -7,7 +7,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class PackedText:
+class StringArray:
     """Strings one behind the other: `blob` their bytes, uint8; `ends` where each ends, uint64 [N].
 
     Bytes that are no UTF-8 (old file names) go through unchanged, as lone surrogates.
@@ -17,7 +17,7 @@ class PackedText:
     ends: np.ndarray
 
     @classmethod
-    def of(cls, texts: Iterable[str]) -> "PackedText":
+    def of(cls, texts: Iterable[str]) -> "StringArray":
         parts, ends, total = bytearray(), [], 0
         for text in texts:
             data = text.encode("utf-8", "surrogateescape")

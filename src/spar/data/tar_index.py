@@ -20,8 +20,8 @@ from safetensors.numpy import save_file
 
 from spar.common.errors import InputError
 from spar.common.limits import MAX_EXTENDED_HEADER, MAX_INPUT_IMAGES, MAX_MEMBERS
-from spar.data.samples import is_inside
-from spar.data.string_array import PackedText
+from spar.data.samples import is_safe_path
+from spar.data.string_array import StringArray
 from spar.processing.images import MAX_BYTES, read_header
 
 IMAGE, INPUT, TXT, JSON, CLS = range(5)
@@ -45,18 +45,18 @@ class TarIndex:
 
     keys [N]; first uint32 [N + 1]: a sample's members are first[i] to first[i + 1]; role, number uint8 [M] (number
     counts references); offset uint64, size uint32 [M], in bytes; sizes uint16 [N, 2]: width and height of the picture
-    upright, 0 where its header cannot be read. `passed_over` counts members by why they are not read, `damage` says
+    upright, 0 where its header cannot be read. `skipped` counts members by why they are not read, `damage` says
     why the pass ended early.
     """
 
-    keys: PackedText
+    keys: StringArray
     first: np.ndarray
     role: np.ndarray
     number: np.ndarray
     offset: np.ndarray
     size: np.ndarray
     sizes: np.ndarray
-    passed_over: dict[str, int]
+    skipped: dict[str, int]
     damage: str
 
     def __len__(self) -> int:
@@ -81,7 +81,7 @@ class TarIndex:
 
 def role_of(name: str) -> tuple[str, int, int] | str:
     """(key, role, number) of a member's name, or why the member is not read."""
-    if not is_inside(name):
+    if not is_safe_path(name):
         return "name leaves the folder"
     folder, _, base = name.removeprefix("./").rpartition("/")
     stem, _, extension = base.partition(".")
@@ -110,7 +110,7 @@ def index_tar(path: Path) -> TarIndex:
 
 
 def _index(descriptor: int, name: str) -> TarIndex:
-    passed_over: dict[str, int] = {}
+    skipped: dict[str, int] = {}
     samples: dict[str, dict[tuple[int, int], tuple[int, int]]] = {}
     damage, count = "", 0
     try:
@@ -126,7 +126,7 @@ def _index(descriptor: int, name: str) -> TarIndex:
                     roles[tuple(place)] = (offset, size)
                     continue
                 found = "a second of its kind in one sample"
-            passed_over[found] = passed_over.get(found, 0) + 1
+            skipped[found] = skipped.get(found, 0) + 1
     except _Damaged as error:
         damage = str(error)
         if not count:
@@ -138,9 +138,9 @@ def _index(descriptor: int, name: str) -> TarIndex:
     pictures = [roles.get((IMAGE, 0)) for roles in samples.values()]
     sizes = [_picture_size(descriptor, *where) if where else (0, 0) for where in pictures]
     return TarIndex(
-        PackedText.of(samples), np.concatenate([[0], np.cumsum(counts)]).astype(np.uint32),
+        StringArray.of(samples), np.concatenate([[0], np.cumsum(counts)]).astype(np.uint32),
         column[:, 0].astype(np.uint8), column[:, 1].astype(np.uint8), column[:, 2].copy(),
-        column[:, 3].astype(np.uint32), np.array(sizes, np.uint16).reshape(-1, 2), passed_over, damage,
+        column[:, 3].astype(np.uint32), np.array(sizes, np.uint16).reshape(-1, 2), skipped, damage,
     )  # fmt: skip
 
 
@@ -236,15 +236,15 @@ def _load(file: Path, stamp: dict[str, str]) -> TarIndex | None:
             if any(notes.get(name) != value for name, value in stamp.items()):
                 return None
             column = {name: stored.get_tensor(name) for name in _COLUMNS}
-            keys = PackedText(column.pop("keys"), column.pop("key_ends"))
-            return TarIndex(keys, **column, passed_over=json.loads(notes["passed_over"]), damage=notes["damage"])
+            keys = StringArray(column.pop("keys"), column.pop("key_ends"))
+            return TarIndex(keys, **column, skipped=json.loads(notes["skipped"]), damage=notes["damage"])
     except (OSError, SafetensorError, ValueError, KeyError):
         return None
 
 
 def _save(file: Path, index: TarIndex, stamp: dict[str, str]) -> None:
     """Written aside and renamed: ranks that index the same shard do not meet."""
-    notes = stamp | {"passed_over": json.dumps(index.passed_over), "damage": index.damage}
+    notes = stamp | {"skipped": json.dumps(index.skipped), "damage": index.damage}
     aside = file.with_name(f".{file.name}-{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -11,9 +11,9 @@ from hashlib import blake2b
 import numpy as np
 
 from spar.common.errors import InputError
-from spar.data.bad_samples import Bad
-from spar.data.samples import BadSample, Edit
-from spar.data.sources import Source
+from spar.data.bad_samples import BadSampleRecord
+from spar.data.samples import BadSample, EditSample
+from spar.data.sources import DataSource
 from spar.processing.images import open_training_image, read_header
 
 NAMED = 100  # bad samples and duplicates that a report names; all are counted
@@ -27,7 +27,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Report:
+class ValidationReport:
     """What was found in one source.
 
     bad, duplicates: how many; `named_bad` and `named_duplicates` (key, key of the earlier one) hold the first NAMED.
@@ -42,7 +42,7 @@ class Report:
     samples: int
     checked: int
     bad: int
-    named_bad: tuple[Bad, ...]
+    named_bad: tuple[BadSampleRecord, ...]
     duplicates: int
     named_duplicates: tuple[tuple[str, str], ...]
     repeated_pictures: int
@@ -50,14 +50,14 @@ class Report:
     formats: dict[str, int]
     shorter_sides: dict[str, int]
     aspects: dict[str, int]
-    passed_over: dict[str, int]
+    skipped: dict[str, int]
     damage: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
     @property
     def wrong(self) -> tuple[str, ...]:
         """One line for each thing that is wrong; empty when the data are fit for training."""
-        unsafe = self.passed_over.get("name leaves the folder", 0)
+        unsafe = self.skipped.get("name leaves the folder", 0)
         found = {
             "bad samples": self.bad, "duplicates": self.duplicates, "empty captions": self.captions["empty"],
             "captions too long": self.captions["too_long"], "members whose name leaves the folder": unsafe,
@@ -76,13 +76,13 @@ class _Part:
     sizes: list[tuple[int, int]] = field(default_factory=list)
     characters: list[int] = field(default_factory=list)
     formats: Counter = field(default_factory=Counter)
-    bad: list[Bad] = field(default_factory=list)
+    bad: list[BadSampleRecord] = field(default_factory=list)
 
 
-def check(
-    source: Source, *, limit: int | None = None, max_characters: int = 4096, workers: int = 4,
+def validate(
+    source: DataSource, *, limit: int | None = None, max_characters: int = 4096, workers: int = 4,
     progress: Progress | None = None,
-) -> Report:  # fmt: skip
+) -> ValidationReport:  # fmt: skip
     """Look at every sample of a source, or at `limit` of them, evenly spread.
 
     Args:
@@ -117,38 +117,38 @@ def check(
         notes = (f"{files} files for {workers} workers: fine here, as samples are dealt one by one; loaders that deal "
                  "whole shards would fail or stand idle",)  # fmt: skip
     needs_words = source.format != "imagenet"
-    return Report(
+    return ValidationReport(
         name=source.name, format=source.format, kind=source.kind, files=files, samples=len(source),
         checked=len(wanted), bad=count, named_bad=tuple(bad), duplicates=len(again), named_duplicates=tuple(named),
         repeated_pictures=len(_repeated(pictures)[0]) - len(again),
         captions=_captions(characters, max_characters, needs_words), formats=dict(formats.most_common()),
         shorter_sides=_histogram(sizes.min(axis=1, initial=2**30), SIDES, _side_names()),
         aspects=_histogram(sizes[:, 0] / np.maximum(sizes[:, 1], 1), ASPECTS, _ASPECT_NAMES),
-        passed_over=dict(source.passed_over), damage=source.damage, notes=notes,
+        skipped=dict(source.skipped), damage=source.damage, notes=notes,
     )  # fmt: skip
 
 
-def _parts(source: Source, wanted: np.ndarray, workers: int) -> Iterator[_Part]:
+def _parts(source: DataSource, wanted: np.ndarray, workers: int) -> Iterator[_Part]:
     chunks = [wanted[start : start + CHUNK] for start in range(0, len(wanted), CHUNK)]
     if min(workers, len(chunks)) < 2:
-        yield from (_examine(source, chunk) for chunk in chunks)
+        yield from (_validate_part(source, chunk) for chunk in chunks)
         return
     with ProcessPoolExecutor(workers) as pool:
-        yield from pool.map(partial(_examine, source), chunks)
+        yield from pool.map(partial(_validate_part, source), chunks)
 
 
-def _examine(source: Source, wanted: np.ndarray) -> _Part:
+def _validate_part(source: DataSource, wanted: np.ndarray) -> _Part:
     part = _Part()
     for index in wanted.tolist():
         try:
             sample = source.read(index)
-            references = sample.input_images if isinstance(sample, Edit) else ()
+            references = sample.input_images if isinstance(sample, EditSample) else ()
             try:
                 image, *_ = [open_training_image(data) for data in (sample.image, *references)]
             except InputError as error:
                 raise BadSample(sample.key, sample.origin, str(error)) from error
         except BadSample as error:
-            part.bad.append(Bad(source.name, error.origin, error.key, error.reason))
+            part.bad.append(BadSampleRecord(source.name, error.origin, error.key, error.reason))
             continue
         part.indices.append(index)
         part.pictures.append(_hash(sample.image))

@@ -13,7 +13,7 @@ import numpy as np
 
 from spar.common.errors import InputError
 from spar.common.limits import MAX_TEXT_BYTES
-from spar.data.samples import BadSample, Edit, Kind, Sample, TextToImage
+from spar.data.samples import BadSample, EditSample, Kind, Sample, TextToImageSample
 from spar.data.tar_index import CLS, IMAGE, INPUT, JSON, TXT, TarIndex, cached_index
 from spar.processing.images import MAX_BYTES
 
@@ -34,7 +34,7 @@ class TarSource:
         self.name, self.shards, self.cache = name, [*shards], cache
         self.kind: Kind = "text_to_image"
         self.format = "webdataset"
-        self.passed_over: dict[str, int] = {}
+        self.skipped: dict[str, int] = {}
         counts, sizes, damage, digest = [0], [], [], hashlib.sha256()
         self._kept: list[TarIndex] | None = None if cache else []
         for shard, index in zip(self.shards, _indexes(self.shards, cache, workers), strict=True):
@@ -46,8 +46,8 @@ class TarSource:
             sizes.append(index.sizes)
             damage += [f"{shard.name!r} {index.damage}"] if index.damage else []
             digest.update(index.digest().encode())
-            for reason, count in index.passed_over.items():
-                self.passed_over[reason] = self.passed_over.get(reason, 0) + count
+            for reason, count in index.skipped.items():
+                self.skipped[reason] = self.skipped.get(reason, 0) + count
             if self._kept is not None:
                 self._kept.append(index)
         self.starts = np.cumsum(counts, dtype=np.int64)
@@ -104,9 +104,9 @@ class TarSource:
         try:
             text = _caption(found)
             if self.kind == "edit":
-                return Edit(tuple(found[INPUT]), found[IMAGE][0], text, key, origin)
+                return EditSample(tuple(found[INPUT]), found[IMAGE][0], text, key, origin)
             label = int(found[CLS][0]) if CLS in found else None
-            return TextToImage(found[IMAGE][0], text, key, origin, label)
+            return TextToImageSample(found[IMAGE][0], text, key, origin, label)
         except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, no number
             raise BadSample(key, origin, f"its text cannot be read: {error}") from error
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from spar.common.errors import InputError
-from spar.evaluation.options import EvalOptions, Pipe, Progress
+from spar.evaluation.options import EvalOptions, PipelineLike, Progress
 from spar.evaluation.results import Result
 from spar.evaluation.shapes_edit import shapes_edit
 from spar.evaluation.shapes_gen import shapes_gen
 from spar.evaluation.shapes_recon import shapes_recon
 from spar.evaluation.shapes_vqa import shapes_vqa
 
-Benchmark = Callable[[Pipe, EvalOptions, Progress | None], Result]
+Benchmark = Callable[[PipelineLike, EvalOptions, Progress | None], Result]
 
 BENCHMARKS: dict[str, Benchmark] = {
     "shapes-gen": shapes_gen,

@@ -1,4 +1,4 @@
-"""How a result was measured: the judge and its own accuracy, the options, the model, the machine, versions and time."""
+"""How a result was measured: the detector and its accuracy, the options, the model, the machine, versions and time."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 
 from spar import __version__
 from spar.evaluation.options import EvalOptions
-from spar.worlds.shapes.detector import JUDGE_VERSION, judge_accuracy
+from spar.worlds.shapes.detector import DETECTOR_VERSION, detector_accuracy
 
-JUDGE_SAMPLE = 200  # scenes on which the judge's own accuracy is measured with every result
+DETECTOR_SAMPLE = 200  # scenes on which the detector's own accuracy is measured with every result
 _LIBRARIES = ("torch", "numpy", "transformers", "diffusers", "torchmetrics")
 
 
-class Clock:
+class Timer:
     """Wall seconds since it was made."""
 
     def __init__(self) -> None:
@@ -30,17 +30,17 @@ class Clock:
 
 
 @cache
-def judge_facts() -> dict[str, Any]:
-    """The judge's version and its accuracy on real and on degraded renders, measured once a process (about 1 s)."""
+def detector_info() -> dict[str, Any]:
+    """The detector's version and its accuracy on real and on degraded renders, measured once a process (about 1 s)."""
     return {
-        "version": JUDGE_VERSION,
-        "accuracy": judge_accuracy(JUDGE_SAMPLE),
-        "accuracy_degraded": judge_accuracy(JUDGE_SAMPLE, degrade=True),
-        "n": JUDGE_SAMPLE,
+        "version": DETECTOR_VERSION,
+        "accuracy": detector_accuracy(DETECTOR_SAMPLE),
+        "accuracy_degraded": detector_accuracy(DETECTOR_SAMPLE, degrade=True),
+        "n": DETECTOR_SAMPLE,
     }
 
 
-def machine_facts() -> dict[str, Any]:
+def machine_info() -> dict[str, Any]:
     """The processor's name, its cores that this process may use, the accelerator if one is there, the system."""
     import torch
 
@@ -64,7 +64,7 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def version_facts() -> dict[str, str]:
+def version_info() -> dict[str, str]:
     """Versions of Python, of this package and of the libraries that the scores rest on."""
     facts = {"python": platform.python_version(), "spar": __version__}
     for name in _LIBRARIES:
@@ -75,7 +75,7 @@ def version_facts() -> dict[str, str]:
     return facts
 
 
-def settings(pipe: Any, options: EvalOptions, clock: Clock, *, sampled: bool, **more: Any) -> dict[str, Any]:
+def run_settings(pipe: Any, options: EvalOptions, clock: Timer, *, sampled: bool, **more: Any) -> dict[str, Any]:
     """The settings of a result.
 
     Args:
@@ -85,7 +85,7 @@ def settings(pipe: Any, options: EvalOptions, clock: Clock, *, sampled: bool, **
         sampled: whether the flow was sampled, so that steps and guidance mean something.
         more: settings of one benchmark only.
     """
-    own = getattr(getattr(pipe, "loaded", None), "sampling", None)
+    own = getattr(getattr(pipe, "bundle", None), "sampling", None)
     manifest = getattr(pipe, "manifest", None) or {}
     given = options.sampling()
     sampling = {
@@ -106,9 +106,9 @@ def settings(pipe: Any, options: EvalOptions, clock: Clock, *, sampled: bool, **
         "batch": options.batch,
         **more,
         "interval": "95 % bootstrap, 1000 draws",
-        "judge": judge_facts(),
-        "machine": machine_facts(),
-        "versions": version_facts(),
+        "detector": detector_info(),
+        "machine": machine_info(),
+        "versions": version_info(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "seconds": clock.seconds(),
     }

@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import hypot
 
-from spar.worlds.shapes.detector import Found
+from spar.worlds.shapes.detector import DetectedObject
 from spar.worlds.shapes.scene import Object
 
 PLACE_TOLERANCE = 2.0  # pixels, between centres
 
 
-def same_look(found: Found, item: Object) -> bool:
+def same_look(found: DetectedObject, item: Object) -> bool:
     """Whether an object seen has a known one's shape, colour and size."""
     return (found.shape, found.color, found.size) == (item.shape, item.color, item.size)
 
 
-def same_object(found: Found, item: Object) -> bool:
+def same_object(found: DetectedObject, item: Object) -> bool:
     """Whether an object seen has a known one's look and lies, centre to centre, within PLACE_TOLERANCE of it."""
     return same_look(found, item) and hypot(found.x - item.x, found.y - item.y) <= PLACE_TOLERANCE
 
 
-def take(left: list[Found], fits: Callable[[Found], bool]) -> Found | None:
+def take_match(left: list[DetectedObject], fits: Callable[[DetectedObject], bool]) -> DetectedObject | None:
     """Take the first object that fits out of a list, so that none is counted twice."""
     for place, found in enumerate(left):
         if fits(found):

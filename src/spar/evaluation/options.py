@@ -24,7 +24,7 @@ BEFORE_SWAP = "original encoder"  # the label of an understanding result with th
 _BLOCK = 10**6  # seeds a task may use; the benchmark range holds a thousand such blocks
 
 
-class Pipe(Protocol):
+class PipelineLike(Protocol):
     """What the benchmarks ask of a model: `SparPipeline` has it, and so may anything else."""
 
     def generate(self, prompt: Sequence[str], *, seed: Sequence[int], **keywords: Any) -> Any: ...
@@ -73,7 +73,7 @@ class EvalOptions:
         return {name: value for name, value in given.items() if value is not None}
 
 
-def block(benchmark: str, part: int, combinations: str = "seen") -> int:
+def seed_block(benchmark: str, part: int, combinations: str = "seen") -> int:
     """The number of a task's own block of seeds: no two tasks, and no two sets of combinations, share a scene."""
     return 100 * BENCHMARK_NAMES.index(benchmark) + 50 * (combinations == "held_out") + part
 
@@ -100,10 +100,10 @@ def batches(items: Sequence[T], size: int, progress: Progress | None = None) -> 
 
 
 def pixels(image: Image.Image) -> np.ndarray:
-    """A picture of the pipe as the judge reads it: uint8 [64, 64, 3].
+    """A picture of the pipe as the detector reads it: uint8 [64, 64, 3].
 
     Raises:
-        InputError: a picture of another size: the world and its judge are 64 x 64.
+        InputError: a picture of another size: the world and its detector are 64 x 64.
     """
     if image.size != (SIDE, SIDE):
         raise InputError(f"the shapes benchmarks need a model of {SIDE} x {SIDE} pictures, got {image.size}")

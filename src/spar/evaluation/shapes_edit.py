@@ -13,22 +13,22 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import ndimage
 
-from spar.evaluation.environment import Clock, settings
-from spar.evaluation.matching import PLACE_TOLERANCE, same_look, same_object, take
+from spar.evaluation.environment import Timer, run_settings
+from spar.evaluation.matching import PLACE_TOLERANCE, same_look, same_object, take_match
 from spar.evaluation.options import (
     EvalOptions,
-    Pipe,
+    PipelineLike,
     Progress,
     batches,
-    block,
     image_seed,
     pixels,
     scene_seed,
+    seed_block,
 )
 from spar.evaluation.results import Result, Score, mean_score
 from spar.evaluation.shapes_recon import psnr
 from spar.worlds.shapes.captions import EDIT_KINDS, Edit, edit_kinds, make_edit
-from spar.worlds.shapes.detector import Found, judge
+from spar.worlds.shapes.detector import DetectedObject, detect
 from spar.worlds.shapes.render import masks, render
 from spar.worlds.shapes.scene import RELATIONS, Object, Scene, holds, make_scene
 
@@ -67,7 +67,7 @@ def edit_items(options: EvalOptions) -> list[EditItem]:
 
 
 def _kind_items(part: int, count: int, combinations: str) -> list[EditItem]:
-    kind, number = EDIT_KINDS[part], block("shapes-edit", part, combinations)
+    kind, number = EDIT_KINDS[part], seed_block("shapes-edit", part, combinations)
     shown = combinations if kind in ("remove", "background") else "seen"
     items: list[EditItem] = []
     index = 0
@@ -85,7 +85,7 @@ def _kind_items(part: int, count: int, combinations: str) -> list[EditItem]:
     return items
 
 
-def shapes_edit(pipe: Pipe, options: EvalOptions | None = None, progress: Progress | None = None) -> Result:
+def shapes_edit(pipe: PipelineLike, options: EvalOptions | None = None, progress: Progress | None = None) -> Result:
     """Run Shapes-Edit on `pipe.edit`.
 
     Scores: "overall" (mean of the kinds), one a kind, "psnr_outside" (dB, mean over pictures of every kind but
@@ -93,7 +93,7 @@ def shapes_edit(pipe: Pipe, options: EvalOptions | None = None, progress: Progre
     """
     from PIL import Image
 
-    options, clock = options or EvalOptions(), Clock()
+    options, clock = options or EvalOptions(), Timer()
     items = edit_items(options)
     verdicts: list[EditVerdict] = []
     for chunk in batches(items, options.batch, progress):
@@ -109,7 +109,7 @@ def shapes_edit(pipe: Pipe, options: EvalOptions | None = None, progress: Progre
         for item, verdict in zip(items, verdicts, strict=True)
     ]
     scores = _scores(items, verdicts, options.seed)
-    said = settings(
+    said = run_settings(
         pipe, options, clock, sampled=True, prompts=len(items), place_tolerance=PLACE_TOLERANCE,
         region=f"changed objects' masks, {REGION_MARGIN} pixels wider",
     )
@@ -129,23 +129,23 @@ def _scores(items: Sequence[EditItem], verdicts: Sequence[EditVerdict], seed: in
 
 
 def check_edit(item: EditItem, image: np.ndarray) -> EditVerdict:
-    """What the judge says of an edited picture, uint8 [64, 64, 3]."""
-    judgement = judge(image)
+    """What the detector says of an edited picture, uint8 [64, 64, 3]."""
+    detection = detect(image)
     source, target, kind = item.scene, item.edit.target, item.edit.kind
     gone = [old for old in source.objects if old not in target.objects]
-    left = list(judgement.objects)
-    kept: list[Found | None] = []
-    made: list[Found | None] = []
+    left = list(detection.objects)
+    kept: list[DetectedObject | None] = []
+    made: list[DetectedObject | None] = []
     for wanted in target.objects:
         if wanted in source.objects:
-            kept.append(take(left, lambda found, old=wanted: same_object(found, old)))
+            kept.append(take_match(left, lambda found, old=wanted: same_object(found, old)))
     for wanted in target.objects:
         if wanted not in source.objects:
-            made.append(take(left, lambda found, new=wanted: _is_made(found, new, item)))
-    background = judgement.background == target.background
+            made.append(take_match(left, lambda found, new=wanted: _is_made(found, new, item)))
+    background = detection.background == target.background
     instruction = {
         "background": background,
-        "remove": not any(same_object(found, old) for found in judgement.objects for old in gone),
+        "remove": not any(same_object(found, old) for found in detection.objects for old in gone),
     }.get(kind, None not in made)
     parts = {
         "instruction": instruction,
@@ -156,7 +156,7 @@ def check_edit(item: EditItem, image: np.ndarray) -> EditVerdict:
     return EditVerdict(all(parts.values()), parts, _psnr_outside(item, image, made))
 
 
-def _is_made(found: Found, new: Object, item: EditItem) -> bool:
+def _is_made(found: DetectedObject, new: Object, item: EditItem) -> bool:
     """Whether an object seen is the new one that the instruction asks for."""
     if item.edit.kind != "add":
         return same_object(found, new)
@@ -174,7 +174,7 @@ def said_place(item: EditItem) -> tuple[str, Object] | None:
     return None
 
 
-def _psnr_outside(item: EditItem, image: np.ndarray, made: Sequence[Found | None]) -> float | None:
+def _psnr_outside(item: EditItem, image: np.ndarray, made: Sequence[DetectedObject | None]) -> float | None:
     """PSNR against the source where nothing was to change; an added object counts where it was found."""
     if item.edit.kind == "background":
         return None

@@ -1,4 +1,4 @@
-"""Shapes-Gen, modelled on GenEval: six tasks, 100 prompts each, 4 pictures a prompt, read by the world's judge.
+"""Shapes-Gen, modelled on GenEval: six tasks, 100 prompts each, 4 pictures a prompt, read by the world's detector.
 
 A picture is right only if everything said holds and nothing else is there. Every prompt is a caption as training forms
 them, colours always said: what sets the tasks apart is what else is said and how many objects there are.
@@ -11,11 +11,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spar.evaluation.environment import Clock, settings
-from spar.evaluation.options import EvalOptions, Pipe, Progress, batches, block, image_seed, pixels, scene_seed
+from spar.evaluation.environment import Timer, run_settings
+from spar.evaluation.options import (
+    EvalOptions,
+    PipelineLike,
+    Progress,
+    batches,
+    image_seed,
+    pixels,
+    scene_seed,
+    seed_block,
+)
 from spar.evaluation.results import Result, Score, mean_score
 from spar.worlds.shapes.captions import Claim, caption, parse
-from spar.worlds.shapes.detector import PARTS, judge, satisfies
+from spar.worlds.shapes.detector import PARTS, detect, satisfies
 from spar.worlds.shapes.scene import Scene, make_scene
 
 PROMPTS = 100  # a task
@@ -23,7 +32,7 @@ _NEW_TEXT_TRIES = 1000  # scenes looked through for texts not yet asked, before 
 
 
 @dataclass(frozen=True)
-class Task:
+class GenTask:
     """One task: the kind of scene, whether size and background are said (by chance when None), colours all different.
 
     `single_object` and `two_object` speak as captions do; `colors` sets an object's colour against the background's;
@@ -38,17 +47,17 @@ class Task:
 
 
 TASKS = (
-    Task("single_object", "single"),
-    Task("two_object", "two"),
-    Task("counting", "count"),
-    Task("colors", "single", size=False, background=True),
-    Task("position", "position"),
-    Task("color_attribution", "two", size=False, background=False, two_colors=True),
+    GenTask("single_object", "single"),
+    GenTask("two_object", "two"),
+    GenTask("counting", "count"),
+    GenTask("colors", "single", size=False, background=True),
+    GenTask("position", "position"),
+    GenTask("color_attribution", "two", size=False, background=False, two_colors=True),
 )
 
 
 @dataclass(frozen=True)
-class Prompt:
+class GenPrompt:
     """One prompt, the claim that it makes, and a scene of which it is true."""
 
     task: str
@@ -59,15 +68,15 @@ class Prompt:
     scene: Scene
 
 
-def gen_prompts(options: EvalOptions) -> list[Prompt]:
+def gen_prompts(options: EvalOptions) -> list[GenPrompt]:
     """The prompts of all tasks, in order: always the same for the same combinations; a limit takes the first."""
     count = options.limit or PROMPTS
     return [prompt for part in range(len(TASKS)) for prompt in _task_prompts(part, count, options.combinations)]
 
 
-def _task_prompts(part: int, count: int, combinations: str) -> list[Prompt]:
-    task, number = TASKS[part], block("shapes-gen", part, combinations)
-    prompts: list[Prompt] = []
+def _task_prompts(part: int, count: int, combinations: str) -> list[GenPrompt]:
+    task, number = TASKS[part], seed_block("shapes-gen", part, combinations)
+    prompts: list[GenPrompt] = []
     asked: set[str] = set()
     index = 0
     while len(prompts) < count:
@@ -80,17 +89,17 @@ def _task_prompts(part: int, count: int, combinations: str) -> list[Prompt]:
         if text in asked and index < _NEW_TEXT_TRIES:
             continue
         asked.add(text)
-        prompts.append(Prompt(task.name, len(prompts), number, text, parse(text), scene))
+        prompts.append(GenPrompt(task.name, len(prompts), number, text, parse(text), scene))
     return prompts
 
 
-def shapes_gen(pipe: Pipe, options: EvalOptions | None = None, progress: Progress | None = None) -> Result:
+def shapes_gen(pipe: PipelineLike, options: EvalOptions | None = None, progress: Progress | None = None) -> Result:
     """Run Shapes-Gen on `pipe.generate`.
 
     Scores: "overall" (mean of the tasks), one a task (mean over pictures; the interval resamples prompts), and
     "part.<name>": the share of pictures in which that part of what is said is right, over prompts that say it.
     """
-    options, clock = options or EvalOptions(), Clock()
+    options, clock = options or EvalOptions(), Timer()
     prompts, each = gen_prompts(options), options.images_per_prompt
     jobs = [
         (prompt, image_seed(options.seed, prompt.block, prompt.index, image))
@@ -102,18 +111,18 @@ def shapes_gen(pipe: Pipe, options: EvalOptions | None = None, progress: Progres
         texts, seeds = [prompt.text for prompt, _ in chunk], [seed for _, seed in chunk]
         images = pipe.generate(texts, seed=seeds, num_images_per_prompt=1, **options.sampling()).images
         for (prompt, _), image in zip(chunk, images, strict=True):
-            verdicts.append(satisfies(judge(pixels(image)), prompt.claim))
+            verdicts.append(satisfies(detect(pixels(image)), prompt.claim))
     right = np.array([verdict for verdict, _ in verdicts], dtype=np.float64).reshape(len(prompts), each)
     records = [
         {"task": prompt.task, "prompt": prompt.text, "right": row.astype(int).tolist()}
         for prompt, row in zip(prompts, right, strict=True)
     ]
     scores = _task_scores(prompts, right, options.seed) + _part_scores(prompts, verdicts, each, options.seed)
-    said = settings(pipe, options, clock, sampled=True, images_per_prompt=each, prompts=len(prompts))
+    said = run_settings(pipe, options, clock, sampled=True, images_per_prompt=each, prompts=len(prompts))
     return Result("shapes-gen", scores, said, {"prompts": records})
 
 
-def _task_scores(prompts: Sequence[Prompt], right: np.ndarray, seed: int) -> tuple[Score, ...]:
+def _task_scores(prompts: Sequence[GenPrompt], right: np.ndarray, seed: int) -> tuple[Score, ...]:
     tasks = np.array([prompt.task for prompt in prompts])
     groups = {task.name: right[tasks == task.name].mean(1) for task in TASKS}
     return (
@@ -123,7 +132,7 @@ def _task_scores(prompts: Sequence[Prompt], right: np.ndarray, seed: int) -> tup
 
 
 def _part_scores(
-    prompts: Sequence[Prompt], verdicts: Sequence[tuple[bool, dict[str, bool]]], each: int, seed: int
+    prompts: Sequence[GenPrompt], verdicts: Sequence[tuple[bool, dict[str, bool]]], each: int, seed: int
 ) -> tuple[Score, ...]:
     scores = []
     for part in PARTS:
@@ -135,7 +144,7 @@ def _part_scores(
 
 
 def says(claim: Claim, part: str) -> bool:
-    """Whether a claim says anything about a part (a key of the judge's PARTS); all claims say shapes and counts."""
+    """Whether a claim says anything about a part (a key of the detector's PARTS); all claims say shapes and counts."""
     return {
         "background": claim.background is not None,
         "size": any(group.size is not None for group in claim.groups),

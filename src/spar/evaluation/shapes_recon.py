@@ -1,9 +1,9 @@
-"""Shapes-Recon: pictures through the tokenizer and back: PSNR, SSIM, Fréchet distance, and what the judge still finds.
+"""Shapes-Recon: pictures through the tokenizer and back: PSNR, SSIM, Fréchet distance, what the detector still finds.
 
 All are measured on the 8-bit pictures that a user gets. PSNR: mean of the pictures' decibels, the peak at 255. SSIM:
 torchmetrics, data_range 1, uniform 7 x 7 window, borders reflected, mean over pixels and channels. Fréchet distance:
 between Gaussians fitted to `features.random_features` of originals and reconstructions. Survival: the share of the
-scenes' objects that the judge finds with the same shape, colour and size, the centre within 2 pixels.
+scenes' objects that the detector finds with the same shape, colour and size, the centre within 2 pixels.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from spar.evaluation.environment import Clock, settings
+from spar.evaluation.environment import Timer, run_settings
 from spar.evaluation.features import FEATURES, frechet_distance, random_features
-from spar.evaluation.matching import PLACE_TOLERANCE, same_object, take
-from spar.evaluation.options import EvalOptions, Pipe, Progress, batches, block, pixels, scene_seed
+from spar.evaluation.matching import PLACE_TOLERANCE, same_object, take_match
+from spar.evaluation.options import EvalOptions, PipelineLike, Progress, batches, pixels, scene_seed, seed_block
 from spar.evaluation.results import Result, Score, bootstrap, mean_score, ratio_score
-from spar.worlds.shapes.detector import Judgement, judge
+from spar.worlds.shapes.detector import Detection, detect
 from spar.worlds.shapes.render import render
 from spar.worlds.shapes.scene import Scene, make_scene
 
@@ -30,14 +30,14 @@ _CHUNK = 4  # pictures whose SSIM is taken at once: on a CPU four times as fast 
 
 def recon_scenes(options: EvalOptions) -> list[Scene]:
     """The benchmark's scenes, of all kinds: always the same for the same combinations."""
-    number = block("shapes-recon", 0, options.combinations)
+    number = seed_block("shapes-recon", 0, options.combinations)
     return [
         make_scene(scene_seed(number, index), combinations=options.combinations)
         for index in range(options.limit or SCENES)
     ]
 
 
-def shapes_recon(pipe: Pipe, options: EvalOptions | None = None, progress: Progress | None = None) -> Result:
+def shapes_recon(pipe: PipelineLike, options: EvalOptions | None = None, progress: Progress | None = None) -> Result:
     """Run Shapes-Recon on `pipe.reconstruct`.
 
     Scores: "psnr" (dB), "ssim", "survival", "frechet", and "part.background", "part.scene" (the share of pictures
@@ -45,7 +45,7 @@ def shapes_recon(pipe: Pipe, options: EvalOptions | None = None, progress: Progr
     """
     from PIL import Image
 
-    options, clock = options or EvalOptions(), Clock()
+    options, clock = options or EvalOptions(), Timer()
     scenes = recon_scenes(options)
     before = np.stack([render(scene) for scene in scenes])
     after: list[np.ndarray] = []
@@ -56,11 +56,11 @@ def shapes_recon(pipe: Pipe, options: EvalOptions | None = None, progress: Progr
     scores = (
         mean_score("psnr", decibels, seed=options.seed),
         mean_score("ssim", ssim(rebuilt, before), seed=options.seed),
-        *_survival_scores(scenes, [judge(image) for image in rebuilt], options.seed),
+        *_survival_scores(scenes, [detect(image) for image in rebuilt], options.seed),
         _frechet_score(random_features(before), random_features(rebuilt), options.seed),
     )
     records = [{"psnr": round(value, 2)} for value in decibels]
-    said = settings(
+    said = run_settings(
         pipe, options, clock, sampled=False, scenes=len(scenes), features=FEATURES,
         ssim=f"torchmetrics, data_range 1, uniform {WINDOW} x {WINDOW} window", place_tolerance=PLACE_TOLERANCE,
     )
@@ -88,18 +88,18 @@ def ssim(images: np.ndarray, references: np.ndarray) -> np.ndarray:
     return torch.cat([value.reshape(-1) for value in values]).numpy()
 
 
-def survivors(judgement: Judgement, scene: Scene) -> tuple[int, bool]:
+def survivors(detection: Detection, scene: Scene) -> tuple[int, bool]:
     """How many of a scene's objects are found unchanged, and whether all are, on its background, and nothing else."""
-    left = list(judgement.objects)
-    found = [take(left, lambda seen, item=item: same_object(seen, item)) for item in scene.objects]
+    left = list(detection.objects)
+    found = [take_match(left, lambda seen, item=item: same_object(seen, item)) for item in scene.objects]
     number = sum(seen is not None for seen in found)
-    return number, number == len(scene.objects) and not left and judgement.background == scene.background
+    return number, number == len(scene.objects) and not left and detection.background == scene.background
 
 
-def _survival_scores(scenes: Sequence[Scene], judgements: Sequence[Judgement], seed: int) -> tuple[Score, ...]:
-    pairs = list(zip(judgements, scenes, strict=True))
-    counts = [survivors(judgement, scene) for judgement, scene in pairs]
-    backgrounds = [float(judgement.background == scene.background) for judgement, scene in pairs]
+def _survival_scores(scenes: Sequence[Scene], detections: Sequence[Detection], seed: int) -> tuple[Score, ...]:
+    pairs = list(zip(detections, scenes, strict=True))
+    counts = [survivors(detection, scene) for detection, scene in pairs]
+    backgrounds = [float(detection.background == scene.background) for detection, scene in pairs]
     return (
         ratio_score("survival", [number for number, _ in counts], [len(s.objects) for s in scenes], seed=seed),
         mean_score("part.background", backgrounds, seed=seed),

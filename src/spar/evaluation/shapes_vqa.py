@@ -13,8 +13,8 @@ from functools import cache
 
 import numpy as np
 
-from spar.evaluation.environment import Clock, settings
-from spar.evaluation.options import EvalOptions, Pipe, Progress, batches, block, scene_seed
+from spar.evaluation.environment import Timer, run_settings
+from spar.evaluation.options import EvalOptions, PipelineLike, Progress, batches, scene_seed, seed_block
 from spar.evaluation.results import Result, Score, mean_score
 from spar.worlds.shapes.captions import QUESTION_KINDS, Question, questions, split_words
 from spar.worlds.shapes.dataset import seed_at
@@ -45,7 +45,7 @@ def vqa_items(options: EvalOptions) -> list[VqaItem]:
 
 
 def _kind_items(part: int, count: int, combinations: str) -> list[VqaItem]:
-    number = block("shapes-vqa", part, combinations)
+    number = seed_block("shapes-vqa", part, combinations)
     items: list[VqaItem] = []
     index = 0
     while len(items) < count:
@@ -57,14 +57,14 @@ def _kind_items(part: int, count: int, combinations: str) -> list[VqaItem]:
     return items
 
 
-def shapes_vqa(pipe: Pipe, options: EvalOptions | None = None, progress: Progress | None = None) -> Result:
+def shapes_vqa(pipe: PipelineLike, options: EvalOptions | None = None, progress: Progress | None = None) -> Result:
     """Run Shapes-VQA on `pipe.understand(images, questions)`; an answer is right when it is the word, case aside.
 
     Scores: "overall" (mean of the kinds) and one a kind, each again with the prefixes "blind." and "gray.".
     """
     from PIL import Image
 
-    options, clock = options or EvalOptions(), Clock()
+    options, clock = options or EvalOptions(), Timer()
     items = vqa_items(options)
     plain = Image.fromarray(np.full((SIDE, SIDE, 3), GRAY, dtype=np.uint8))
     jobs = [(Image.fromarray(item.image), item.question.text) for item in items]
@@ -83,7 +83,7 @@ def shapes_vqa(pipe: Pipe, options: EvalOptions | None = None, progress: Progres
         for item, answer in zip(items, answers[: len(items)], strict=True)
     ]
     scores = [score for prefix, texts in given.items() for score in _scores(prefix, items, texts, options.seed)]
-    said = settings(
+    said = run_settings(
         pipe, options, clock, sampled=False, questions=len(items),
         baselines=f"blind: majority answer over {BLIND_SAMPLE} validation scenes a kind; gray: a plain gray picture",
     )

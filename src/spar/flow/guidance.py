@@ -3,7 +3,7 @@
 from torch import Tensor
 
 
-def guide(conditional: Tensor, unconditional: Tensor | None, scale: float) -> Tensor:
+def apply_guidance(conditional: Tensor, unconditional: Tensor | None, scale: float) -> Tensor:
     """The guided velocity; both branches have one shape.
 
     Scale 1 returns the conditional tensor itself, and then the unconditional branch need not exist: a caller may skip

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from spar.checkpoints.spar_format import FORMAT, load_tokenizer, replaced, save_tokenizer
 from spar.common.errors import InputError
-from spar.common.limits import MAX_TILE, whole_within
-from spar.models.tiling import SMALLEST
+from spar.common.limits import MAX_TILE, check_int_range
+from spar.models.tiling import MIN_TILE
 from spar.models.tokenizer import UnifiedTokenizer
 
 
@@ -75,7 +75,7 @@ class AutoencoderSpar(nn.Module):
 
     def enable_tiling(self, tile: int = 32) -> None:
         """From now on a latent of more than `tile` cells a side is decoded in tiles (`spar.models.tiling`)."""
-        whole_within("tile", tile, SMALLEST, MAX_TILE)
+        check_int_range("tile", tile, MIN_TILE, MAX_TILE)
         self.tile = tile
 
     def disable_tiling(self) -> None:

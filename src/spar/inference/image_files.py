@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MAX_HEADER_BYTES = 4 * 2**20  # of a PNG in front of its pixels, where the notes stand
 
 # What a picture's notes may hold, and the flag that each of them is where it is one.
-NOTES: dict[str, tuple[type, str | None]] = {
+METADATA_KEYS: dict[str, tuple[type, str | None]] = {
     "prompt": (str, None),
     "instruction": (str, None),
     "image": (str, None),
@@ -47,10 +47,10 @@ NOTES: dict[str, tuple[type, str | None]] = {
     "diffusers": (str, None),
 }  # fmt: skip
 BUNDLED_MODEL = "bundled"  # the model's name where no folder was given
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
-def target_files(output: Path | None, names: Sequence[str]) -> list[Path]:
+def output_paths(output: Path | None, names: Sequence[str]) -> list[Path]:
     """The files that pictures go to: one picture to a `.png` file or into a folder, several into a folder.
 
     Args:
@@ -67,12 +67,12 @@ def target_files(output: Path | None, names: Sequence[str]) -> list[Path]:
         return [output]
     if suffix == ".png":
         raise InputError(f"output: expected a folder for {len(names)} pictures, got the file name {str(output)!r}")
-    if suffix in PICTURE_SUFFIXES:
+    if suffix in IMAGE_SUFFIXES:
         raise InputError(f"output: expected a file name that ends in .png, or a folder, got {str(output)!r}")
     return [output / f"{name}.png" for name in names]
 
 
-def check_free(paths: Iterable[Path], *, overwrite: bool = False) -> None:
+def check_writable(paths: Iterable[Path], *, overwrite: bool = False) -> None:
     """Refuse files that cannot be written, before any work is done for them.
 
     Raises:
@@ -99,8 +99,8 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"output: the folder {str(existing)!r} cannot be written")
 
 
-def save_pictures(
-    images: Sequence["Image.Image"], paths: Sequence[Path], notes: Sequence[Mapping[str, object]] = ()
+def save_images(
+    images: Sequence["Image.Image"], paths: Sequence[Path], metadata: Sequence[Mapping[str, object]] = ()
 ) -> None:
     """Write pictures as PNG, all aside first and then renamed; folders are made.
 
@@ -117,7 +117,7 @@ def save_pictures(
         for index, (image, path) in enumerate(zip(images, paths, strict=True)):
             path.parent.mkdir(parents=True, exist_ok=True)
             parts.append(path.with_name(f".spar-{os.getpid()}-{index}.part"))
-            image.save(parts[-1], format="PNG", pnginfo=_text_chunks(notes[index] if notes else {}))
+            image.save(parts[-1], format="PNG", pnginfo=_text_chunks(metadata[index] if metadata else {}))
         for part, path in zip(parts, paths, strict=True):
             part.replace(path)
     except OSError as error:
@@ -127,7 +127,7 @@ def save_pictures(
             part.unlink(missing_ok=True)
 
 
-def source_notes(source: Path) -> dict[str, str]:
+def source_metadata(source: Path) -> dict[str, str]:
     """Which picture another was made from: its name, and what it held."""
     try:
         with open(source, "rb") as file:
@@ -146,30 +146,30 @@ def _text_chunks(notes: Mapping[str, object]) -> "PngInfo":
     return chunks
 
 
-def encode_picture(image: "Image.Image", kind: str, notes: Mapping[str, object]) -> bytes:
+def encode_image(image: "Image.Image", kind: str, metadata: Mapping[str, object]) -> bytes:
     """A picture as the bytes of a file: "png" with its notes as text chunks, "jpeg" or "webp" at quality 95 without."""
     file = BytesIO()
     if kind == "png":
-        image.save(file, format="PNG", pnginfo=_text_chunks(notes))
+        image.save(file, format="PNG", pnginfo=_text_chunks(metadata))
     else:
         image.save(file, format=kind.upper(), quality=95)
     return file.getvalue()
 
 
 @dataclass(frozen=True)
-class Noted:
+class PngMetadata:
     """A picture's size in pixels, and the notes that it carries."""
 
     width: int
     height: int
-    notes: dict[str, Any]
+    values: dict[str, Any]
 
-    def again(self) -> list[str]:
+    def reproduce_command(self) -> list[str]:
         """The command that makes the picture again; what it reads is named as the notes have it, without its folder.
 
         What they do not name is IMAGE or MODEL, for its reader to fill in.
         """
-        notes, image = self.notes, self.notes.get("image", "IMAGE")
+        notes, image = self.values, self.values.get("image", "IMAGE")
         if "prompt" in notes:
             words, size = ["generate", notes["prompt"]], [f"--height={self.height}", f"--width={self.width}"]
         else:
@@ -180,14 +180,14 @@ class Noted:
             del given["model"]
         flags = [
             flag if kind is bool else f"{flag}={given[name]}"
-            for name, (kind, flag) in NOTES.items() if flag and given.get(name, False) is not False
+            for name, (kind, flag) in METADATA_KEYS.items() if flag and given.get(name, False) is not False
         ]
         if any(word.startswith("-") for word in words[1:]):  # a word that is no flag
             return ["spar", words[0], *size, *flags, "--", *words[1:]]
         return ["spar", *words, *size, *flags]
 
 
-def read_notes(path: Path) -> Noted:
+def read_metadata(path: Path) -> PngMetadata:
     """The notes of a PNG that spar wrote, from its header: no pixel is decoded, and what other programs noted is left.
 
     Raises:
@@ -202,7 +202,7 @@ def read_notes(path: Path) -> Noted:
         with path.open("rb") as file:
             header = file.read(MAX_HEADER_BYTES)
         with Image.open(BytesIO(header), formats=("PNG",)) as image:
-            size, texts = image.size, {key: str(value) for key, value in image.info.items() if key in NOTES}
+            size, texts = image.size, {key: str(value) for key, value in image.info.items() if key in METADATA_KEYS}
     except InputError:
         raise
     except Image.UnidentifiedImageError:
@@ -211,34 +211,34 @@ def read_notes(path: Path) -> Noted:
         raise InputError(f"{expected}, but {str(path)!r} cannot be read: {error}") from error
     if "spar" not in texts:
         raise InputError(f"{expected}, got {str(path)!r}, which carries no notes of ours")
-    return Noted(*size, {key: _note(key, texts[key]) for key in NOTES if key in texts})
+    return PngMetadata(*size, {key: _parse_value(key, texts[key]) for key in METADATA_KEYS if key in texts})
 
 
-def _note(key: str, text: str) -> Any:
-    kind = NOTES[key][0]
+def _parse_value(key: str, text: str) -> Any:
+    kind = METADATA_KEYS[key][0]
     try:
         return kind(text)
     except ValueError:
         raise InputError(f"expected notes that spar wrote, got {key} {text[:40]!r}, which is no number") from None
 
 
-def pictures_in(folder: Path) -> list[Path]:
+def list_images(folder: Path) -> list[Path]:
     """The picture files directly in a folder, by name.
 
     Raises:
         InputError: a folder that cannot be read or has none.
     """
     try:
-        found = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
+        found = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     except OSError as error:
         raise InputError(f"expected a folder of pictures, but {str(folder)!r}: {error.strerror or error}") from error
     if not found:
-        raise InputError(f"expected pictures ({' '.join(PICTURE_SUFFIXES)}) in {str(folder)!r}, found none")
+        raise InputError(f"expected pictures ({' '.join(IMAGE_SUFFIXES)}) in {str(folder)!r}, found none")
     return found
 
 
 @contextmanager
-def whole_folder(folder: Path, mark: str, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_directory(folder: Path, mark: str, *, overwrite: bool = False) -> Iterator[Path]:
     """A folder to fill, which takes its place at the end, or is removed if anything goes wrong.
 
     Args:
@@ -265,7 +265,7 @@ def whole_folder(folder: Path, mark: str, *, overwrite: bool = False) -> Iterato
 
 
 def check_replaceable(folder: Path, mark: str, *, overwrite: bool = False) -> None:
-    """Refuse a folder that `whole_folder` may not make or replace; the same arguments and errors."""
+    """Refuse a folder that `atomic_directory` may not make or replace; the same arguments and errors."""
     check_folder(folder)
     if not os.path.isdir(folder) or not any(folder.iterdir()):
         return

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from spar.common.errors import InputError, install_command
 from spar.models.spar import SparModel
 
-Weights = Literal["float32", "compute", "int8"]
+Weights = Literal["float32", "dtype", "int8"]
 WEIGHTS = get_args(Weights)
 
 
-def hold(model: nn.Module, dtype: torch.dtype) -> None:
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Keep the weights of linear maps and convolutions in `dtype`, which autocast would make of them at each use.
 
     So results do not change in the least. Norms, tables, embeddings and biases stay in float32.
@@ -45,42 +45,44 @@ class Offload:
     """
 
     def __init__(self, model: SparModel, device: torch.device) -> None:
-        self.device, self.present = device, set[str]()
+        self.device, self.loaded_parts = device, set[str]()
         tokenizer = model.tokenizer
         streams = [part for name, part in tokenizer.named_children() if name not in ("encoder", "decoder")]
         parts = {
             "encoder": [tokenizer.encoder],
             "streams": streams,
             "language": [model.language],
-            "bridge": [model.router, model.connector],
+            "router_and_connector": [model.router, model.connector],
             "denoiser": [model.denoiser],
             "decoder": [tokenizer.decoder],
         }
-        self.home = {name: [place for one in modules for place in _places(one)] for name, modules in parts.items()}
-        for _, _, weight in (place for places in self.home.values() for place in places):
+        self.weights_by_part = {
+            name: [place for one in modules for place in _weight_slots(one)] for name, modules in parts.items()
+        }
+        for _, _, weight in (place for places in self.weights_by_part.values() for place in places):
             if device.type == "cuda" and type(weight.data) is Tensor:  # pinned memory is copied at the bus's full speed
                 weight.data = weight.data.pin_memory()
         for part in model.modules():
             for key, buffer in part.named_buffers(recurse=False):
                 part._buffers[key] = buffer.to(device)
 
-    def bring(self, *names: str) -> None:
+    def load_to_device(self, *names: str) -> None:
         """Have these parts on the device, and no others; what fails in the middle leaves the next call its work."""
         wanted = set(names)
-        if wanted == self.present:
+        if wanted == self.loaded_parts:
             return
-        for name in self.home.keys() - wanted:  # those too that did not come whole
-            for module, key, weight in self.home[name]:
+        for name in self.weights_by_part.keys() - wanted:  # those too that did not come whole
+            for module, key, weight in self.weights_by_part[name]:
                 module._parameters[key] = weight
-        self.present &= wanted
-        for name in wanted - self.present:
-            for module, key, weight in self.home[name]:
+        self.loaded_parts &= wanted
+        for name in wanted - self.loaded_parts:
+            for module, key, weight in self.weights_by_part[name]:
                 plain = type(weight.data) is Tensor  # torchao's know no asynchronous copy
                 here = weight.data.to(self.device, non_blocking=True) if plain else weight.data.to(self.device)
                 module._parameters[key] = nn.Parameter(here, requires_grad=False)
-            self.present.add(name)
+            self.loaded_parts.add(name)
 
 
-def _places(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+def _weight_slots(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
     """Where each weight of a module stands: its owner, its name there, and the weight."""
     return [(part, key, p) for part in module.modules() for key, p in part._parameters.items() if p is not None]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from spar.inference.image_files import check_free, save_pictures, target_files
+from spar.inference.image_files import check_writable, output_paths, save_images
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class GenerateOutput:
     images: list[Image.Image]
     seeds: list[int]
     routing: list[Routing]
-    notes: list[dict[str, Any]]
+    metadata: list[dict[str, Any]]
 
     def save(self, path: str | Path | None = None, *, overwrite: bool = False) -> list[Path]:
         """Write PNGs that carry their notes: one image to a `.png` file, several into a folder; says where they are.
@@ -44,9 +44,9 @@ class GenerateOutput:
         """
         count = len(self.images)
         names = [f"{index:0{len(str(count - 1))}}" for index in range(count)]
-        paths = target_files(None if path is None else Path(path), names)
-        check_free(paths, overwrite=overwrite)
-        save_pictures(self.images, paths, self.notes)
+        paths = output_paths(None if path is None else Path(path), names)
+        check_writable(paths, overwrite=overwrite)
+        save_images(self.images, paths, self.metadata)
         return paths
 
 
@@ -64,15 +64,15 @@ class ChatOutput:
     """
 
     prompt_tokens: int
-    tokens: int = 0
+    completion_tokens: int = 0
     finish_reason: str | None = None
-    pieces: Iterator[str] = field(default_factory=lambda: iter(()), repr=False)
+    stream: Iterator[str] = field(default_factory=lambda: iter(()), repr=False)
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        return next(self.pieces)
+        return next(self.stream)
 
 
 @dataclass(frozen=True)
@@ -80,4 +80,4 @@ class ReconstructOutput:
     """Images in the order of what came, and of each image how it was made, as in `GenerateOutput`."""
 
     images: list[Image.Image]
-    notes: list[dict[str, Any]]
+    metadata: list[dict[str, Any]]

@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from spar.checkpoints.hub import model_folder, model_name
-from spar.checkpoints.lora import load_adapter, merge
-from spar.checkpoints.spar_format import Loaded, load_model, save_model, versions
+from spar.checkpoints.lora import load_adapter, merge_lora
+from spar.checkpoints.spar_format import ModelBundle, load_model, save_model, versions
 from spar.common.device import check_device
 from spar.common.errors import InputError
 from spar.common.limits import (
@@ -31,21 +31,21 @@ from spar.common.limits import (
     MAX_SEED,
     MAX_STEPS,
     MAX_TILE,
-    whole_within,
-    within,
+    check_int_range,
+    check_range,
 )
 from spar.common.threads import threads_for
-from spar.flow.guidance import guide
+from spar.flow.guidance import apply_guidance
 from spar.flow.sampler import sample
 from spar.inference.image_files import BUNDLED_MODEL
-from spar.inference.offload import WEIGHTS, Offload, Weights, hold, quantize
+from spar.inference.offload import WEIGHTS, Offload, Weights, cast_weights, quantize
 from spar.inference.outputs import ChatOutput, GenerateOutput, ReconstructOutput, Routing, UnderstandOutput
 from spar.models.blocks import compile_blocks
 from spar.models.spar import Condition
-from spar.models.tiling import SMALLEST
+from spar.models.tiling import MIN_TILE
 from spar.processing.chat import TextStream, read_messages
 from spar.processing.images import ImageSource, nearest_size, open_image, to_pil, to_size, to_tensor
-from spar.processing.prompts import IMAGE_TOKEN, PromptEncoder, Tokens
+from spar.processing.prompts import IMAGE_TOKEN, PromptEncoder, TokenBatch
 
 BUNDLED = Path(__file__).parents[1] / "assets" / "weights"
 MAX_SIDE_FACTOR = 2  # pictures up to twice the trained side
@@ -56,7 +56,7 @@ TOKEN_MULTIPLE = 16
 Callback = Callable[[int, int, Tensor], bool | None]
 
 
-def native_bfloat16() -> bool:
+def has_native_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware (AMX or AVX-512 BF16)."""
     try:
         flags = Path("/proc/cpuinfo").read_text()
@@ -72,7 +72,7 @@ class SparPipeline:
     `origin` names the `model` and the `adapter` that it was loaded from, which pictures note: never where they lie.
     """
 
-    loaded: Loaded
+    bundle: ModelBundle
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     decode_tile: int | None = None
@@ -82,9 +82,9 @@ class SparPipeline:
     origin: Mapping[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        model = self.model = self.loaded.model
+        model = self.model = self.bundle.model
         if self.weights != "float32":
-            hold(model, self.dtype)
+            cast_weights(model, self.dtype)
         if self.weights == "int8":
             quantize(model)
         if self.compile:
@@ -95,7 +95,7 @@ class SparPipeline:
         self._parameters = sum(parameter.numel() for parameter in model.parameters())
         config = self.model.config
         self.prompts = PromptEncoder(
-            self.loaded.text_tokenizer, config.grid**2, image_start=config.connector.image_start,
+            self.bundle.text_tokenizer, config.grid**2, image_start=config.connector.image_start,
             multiple=TOKEN_MULTIPLE,
         )  # fmt: skip
 
@@ -120,7 +120,7 @@ class SparPipeline:
             adapter: a folder of LoRA weights (`RUN/adapter`) that are merged into the model.
             decode_tile: visual tokens a side above which a picture is decoded in tiles of that size, which takes less
                 memory and changes it a little; None decodes it as a whole.
-            weights: how they are held: "float32" as they are stored; "compute", those of matrix products in `dtype`,
+            weights: how they are held: "float32" as they are stored; "dtype", those of matrix products in `dtype`,
                 half the memory for the same results; "int8", those of linear layers rounded to 8 bits besides, for
                 other results (needs torchao).
             offload: parts wait in the CPU's memory while others compute: less of the device's memory, more time.
@@ -132,12 +132,12 @@ class SparPipeline:
         """
         where = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else check_device(device)
         if dtype is None:
-            fast = native_bfloat16() if where.type == "cpu" else where.type == "cuda"
+            fast = has_native_bfloat16() if where.type == "cpu" else where.type == "cuda"
             dtype = torch.bfloat16 if fast else torch.float32
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise InputError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
         if decode_tile is not None:
-            whole_within("decode_tile", decode_tile, SMALLEST, MAX_TILE)
+            check_int_range("decode_tile", decode_tile, MIN_TILE, MAX_TILE)
         if weights not in WEIGHTS:
             raise InputError(f"weights: expected one of {', '.join(WEIGHTS)}, got {weights!r}")
         if offload and where.type == "cpu":
@@ -148,7 +148,7 @@ class SparPipeline:
         loaded = load_model(folder)
         if adapter is not None:
             load_adapter(loaded.model, Path(adapter))
-            merge(loaded.model)
+            merge_lora(loaded.model)
         origin = {
             "model": BUNDLED_MODEL if path is None else model_name(path, folder),
             "adapter": None if adapter is None else Path(adapter).resolve().name,
@@ -163,7 +163,7 @@ class SparPipeline:
         """
         if self.weights != "float32":
             raise InputError(f"weights: expected float32 in a pipeline that is to be saved, got {self.weights}")
-        save_model(self.loaded, Path(path), dtype)
+        save_model(self.bundle, Path(path), dtype)
 
     @property
     def image_size(self) -> int:
@@ -172,7 +172,7 @@ class SparPipeline:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        return self.loaded.manifest
+        return self.bundle.manifest
 
     def generate(
         self,
@@ -249,16 +249,16 @@ class SparPipeline:
 
         `max_new_tokens` is at most MAX_NEW_TOKENS and at most what fits: a larger number is cut to that.
         """
-        whole_within("max_new_tokens", max_new_tokens, 1)
+        check_int_range("max_new_tokens", max_new_tokens, 1)
         pixels, questions = self._pairs(image, question, "question")
         tokens = self.prompts.question(questions).to(self.device)
-        room = self.model.config.text.longest - int(tokens.mask.sum(1).max())
+        room = self.model.config.text.max_seq_len - int(tokens.mask.sum(1).max())
         max_new_tokens = min(max_new_tokens, MAX_NEW_TOKENS, max(room, 1))
         with self._compute(len(pixels)):
             f_v = self._features(pixels)
-            self._bring("language")
+            self._load_to_device("language")
             rows = self.model.understand(tokens.ids, tokens.mask, f_v, max_new_tokens=max_new_tokens)
-        return UnderstandOutput([self.loaded.text_tokenizer.decode(row, skip_special_tokens=True) for row in rows])
+        return UnderstandOutput([self.bundle.text_tokenizer.decode(row, skip_special_tokens=True) for row in rows])
 
     def chat(self, messages: Sequence[Mapping[str, Any]], *, max_new_tokens: int | None = None) -> ChatOutput:
         """The answer to the last message of a conversation, greedy, its text piece by piece as it is decoded.
@@ -274,8 +274,11 @@ class SparPipeline:
             InputError: at the call, before anything is computed.
         """
         if max_new_tokens is not None:
-            whole_within("max_new_tokens", max_new_tokens, 1)
-        turns, longest = read_messages(messages, self.image_size), min(self.model.config.text.longest, MAX_CHAT_TOKENS)
+            check_int_range("max_new_tokens", max_new_tokens, 1)
+        turns, longest = (
+            read_messages(messages, self.image_size),
+            min(self.model.config.text.max_seq_len, MAX_CHAT_TOKENS),
+        )
         for index, turn in enumerate(turns):
             for text in turn.parts:
                 if isinstance(text, str) and (text or turn.role != "assistant"):  # a model may have said nothing
@@ -291,28 +294,28 @@ class SparPipeline:
         pixels = to_tensor(images).to(self.device) if images else None
         out = ChatOutput(length)
         room = min(MAX_NEW_TOKENS, longest - length)
-        out.pieces = self._speak(out, tokens, pixels, min(max_new_tokens or room, room))
+        out.stream = self._stream(out, tokens, pixels, min(max_new_tokens or room, room))
         return out
 
-    def _speak(self, out: ChatOutput, tokens: Tokens, pixels: Tensor | None, longest: int) -> Iterator[str]:
+    def _stream(self, out: ChatOutput, tokens: TokenBatch, pixels: Tensor | None, longest: int) -> Iterator[str]:
         """The pieces of one answer. No mode of torch is left on while the caller has a piece in hand."""
-        text, tokens = TextStream(self.loaded.text_tokenizer), tokens.to(self.device)
+        text, tokens = TextStream(self.bundle.text_tokenizer), tokens.to(self.device)
         with torch.inference_mode(), self._compute():
             f_v = None if pixels is None else self._features(pixels)
-            self._bring("language")
+            self._load_to_device("language")
             embedded = self.model.embed(tokens.ids, f_v)
             steps = self.model.language.stream(embedded, tokens.mask, max_new_tokens=longest)
         while True:
             with torch.inference_mode(), self._compute():
-                self._bring("language")  # other calls may come between two pieces
+                self._load_to_device("language")  # other calls may come between two pieces
                 step = next(steps, None)
             if step is None:
                 break
-            out.tokens += 1
-            if piece := text.push(step[0]):
+            out.completion_tokens += 1
+            if piece := text.add_token(step[0]):
                 yield piece
-        out.finish_reason = "length" if out.tokens == longest else "stop"
-        if piece := text.rest():
+        out.finish_reason = "length" if out.completion_tokens == longest else "stop"
+        if piece := text.flush():
             yield piece
 
     @torch.inference_mode()
@@ -321,15 +324,15 @@ class SparPipeline:
         pixels = self._pixels(image)
         with self._compute(len(pixels)):
             tokenizer = self.model.tokenizer
-            self._bring("encoder", "streams")
+            self._load_to_device("encoder", "streams")
             z_f = tokenizer.encode(pixels).z_f
-            self._bring("decoder")
+            self._load_to_device("decoder")
             out = tokenizer.decode(z_f, self.decode_tile).float().clamp(0, 1)
-        return ReconstructOutput(to_pil(out), [self._circumstances() for _ in out])
+        return ReconstructOutput(to_pil(out), [self.run_metadata() for _ in out])
 
     def check_text(self, text: str, what: str) -> None:
         """Refuse a prompt that `generate`, `edit` and `understand` would refuse; `what` it is called in the error."""
-        self.prompts.check(text, what, self.loaded.sampling.max_prompt_tokens)
+        self.prompts.check(text, what, self.bundle.sampling.max_prompt_tokens)
 
     def output_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Height and width of what `generate` makes.
@@ -354,55 +357,55 @@ class SparPipeline:
     @torch.inference_mode()
     def preview(self, latent: Tensor) -> list[Image.Image]:
         """What a callback's latent `[B, C, h, w]` looks like: blurred at first, and after the last step the result."""
-        self._bring("decoder")
+        self._load_to_device("decoder")
         with self._compute(len(latent)):
             images = self.model.decode(latent, self.decode_tile).float()
-        self._bring("denoiser")  # the sampler goes on
+        self._load_to_device("denoiser")  # the sampler goes on
         return to_pil(images)
 
     @torch.inference_mode()
     def _sample(
-        self, tokens: Tokens, negatives: Tokens, pixels: Tensor | None, size: tuple[int, int],
-        told: list[dict[str, str | None]], steps: int | None, guidance: float | None, per_prompt: int,
+        self, tokens: TokenBatch, negatives: TokenBatch, pixels: Tensor | None, size: tuple[int, int],
+        prompt_metadata: list[dict[str, str | None]], steps: int | None, guidance: float | None, per_prompt: int,
         seed: int | Sequence[int] | None, callback: Callback | None,
     ) -> GenerateOutput:
         """Prompts to pictures: condition once a prompt, then the flow's sampler around the denoiser."""
-        defaults = self.loaded.sampling
+        defaults = self.bundle.sampling
         steps = defaults.steps if steps is None else steps
         guidance = defaults.guidance if guidance is None else guidance
-        whole_within("num_inference_steps", steps, 1, MAX_STEPS)
-        within("guidance_scale", guidance, 0, MAX_GUIDANCE)
-        whole_within("num_images_per_prompt", per_prompt, 1, MAX_IMAGES)
+        check_int_range("num_inference_steps", steps, 1, MAX_STEPS)
+        check_range("guidance_scale", guidance, 0, MAX_GUIDANCE)
+        check_int_range("num_images_per_prompt", per_prompt, 1, MAX_IMAGES)
         count = len(tokens.ids) * per_prompt
-        within("images in all", count, 1, MAX_IMAGES)
+        check_range("images in all", count, 1, MAX_IMAGES)
         seeds = _seeds(seed, count)
         noise = self._noise(seeds, size)
         with self._compute(count):
             f_v = self._features(pixels) if pixels is not None else None
-            self._bring("streams", "language", "bridge")
+            self._load_to_device("streams", "language", "router_and_connector")
             condition, routed = self._conditions(tokens, negatives, f_v, size, guidance)
-            condition = _each(condition, per_prompt)
-            self._bring("denoiser")
-            condition = self.model.prepare(condition)
+            condition = _repeat_condition(condition, per_prompt)
+            self._load_to_device("denoiser")
+            condition = self.model.precompute_key_values(condition)
 
             def velocity(latent: Tensor, time: Tensor) -> Tensor:
                 if guidance == 1:
                     return self.model.velocity(latent, time, condition).velocity.float()
                 both = self.model.velocity(latent.repeat(2, 1, 1, 1), time.repeat(2), condition).velocity.float()
-                return guide(*both.chunk(2), guidance)
+                return apply_guidance(*both.chunk(2), guidance)
 
             latent = sample(
                 velocity, noise, num_inference_steps=steps, shift=defaults.shift, method=defaults.method,
                 callback=callback,
             )
-            self._bring("decoder")
+            self._load_to_device("decoder")
             images = self.model.decode(latent, self.decode_tile).float()
         routing = [self._routing(tokens, routed, row) for row in range(len(tokens.ids)) for _ in range(per_prompt)]
-        shared = {"steps": steps, "guidance": float(guidance), **self._circumstances()}
-        notes = [{**told[index // per_prompt], "seed": seed, **shared} for index, seed in enumerate(seeds)]
-        return GenerateOutput(images=to_pil(images), seeds=seeds, routing=routing, notes=notes)
+        shared = {"steps": steps, "guidance": float(guidance), **self.run_metadata()}
+        notes = [{**prompt_metadata[index // per_prompt], "seed": seed, **shared} for index, seed in enumerate(seeds)]
+        return GenerateOutput(images=to_pil(images), seeds=seeds, routing=routing, metadata=notes)
 
-    def _circumstances(self) -> dict[str, Any]:
+    def run_metadata(self) -> dict[str, Any]:
         """What else than the arguments an image depends on."""
         made = {name: self.manifest.get(name) for name in ("recipe", "commit")}  # None is not written
         run = {"dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)}
@@ -411,7 +414,7 @@ class SparPipeline:
         return {**run, **how, **self.origin, **made, **versions()}
 
     def _conditions(
-        self, tokens: Tokens, negatives: Tokens, f_v: Tensor | None, size: tuple[int, int], guidance: float
+        self, tokens: TokenBatch, negatives: TokenBatch, f_v: Tensor | None, size: tuple[int, int], guidance: float
     ) -> tuple[Condition, Condition]:
         """The condition that the sampler reads (both branches where guidance needs them), and the prompts' own."""
         tokens, negatives = tokens.to(self.device), negatives.to(self.device)
@@ -430,10 +433,10 @@ class SparPipeline:
         )
         return both, own
 
-    def _routing(self, tokens: Tokens, condition: Condition, row: int) -> Routing:
+    def _routing(self, tokens: TokenBatch, condition: Condition, row: int) -> Routing:
         """Weights over the layers for each real token of one prompt, the queries last."""
         real = tokens.mask[row].bool()
-        pieces = self.loaded.text_tokenizer.convert_ids_to_tokens(tokens.ids[row][real].tolist())
+        pieces = self.bundle.text_tokenizer.convert_ids_to_tokens(tokens.ids[row][real].tolist())
         queries = self.model.config.connector.queries
         weights = condition.weights[row].float().cpu().numpy()
         kept = np.concatenate([real.numpy(), np.ones(queries, bool)])
@@ -451,13 +454,13 @@ class SparPipeline:
         rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(rows).to(self.device)
 
-    def _bring(self, *parts: str) -> None:
+    def _load_to_device(self, *parts: str) -> None:
         """Have what computes next on the device, where parts are offloaded."""
         if self._offload:
-            self._offload.bring(*parts)
+            self._offload.load_to_device(*parts)
 
     def _features(self, pixels: Tensor) -> Tensor:
-        self._bring("encoder")
+        self._load_to_device("encoder")
         return self.model.tokenizer.encoder(pixels).float()
 
     @contextmanager
@@ -496,7 +499,7 @@ class SparPipeline:
     def _negatives(self, negative: str | Sequence[str] | None, count: int) -> list[str | None]:
         if negative is None:
             return [None] * count
-        return _match(self._texts(negative, "negative_prompt"), count, "negative_prompt")
+        return _broadcast(self._texts(negative, "negative_prompt"), count, "negative_prompt")
 
     def _pairs(
         self,
@@ -512,10 +515,10 @@ class SparPipeline:
             pixels = pixels.expand(count, -1, -1, -1)
         if len(pixels) != count:
             raise InputError(f"expected one image, or one for each of {count} {what}s, got {len(pixels)}")
-        return pixels, _match(texts, count, what)
+        return pixels, _broadcast(texts, count, what)
 
 
-def _each(condition: Condition, draws: int) -> Condition:
+def _repeat_condition(condition: Condition, draws: int) -> Condition:
     """The condition of every draw by itself. The denoiser could let draws of one prompt share its keys and values, but
     then attention would round an image otherwise beside others than alone."""
     fields = {item.name: getattr(condition, item.name) for item in fields_of(condition)}
@@ -524,7 +527,7 @@ def _each(condition: Condition, draws: int) -> Condition:
     })  # fmt: skip
 
 
-def _match(values: list[str], count: int, what: str) -> list[str]:
+def _broadcast(values: list[str], count: int, what: str) -> list[str]:
     if len(values) == 1:
         return values * count
     if len(values) != count:

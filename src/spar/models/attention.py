@@ -11,11 +11,11 @@ from transformers.masking_utils import eager_mask
 
 from spar.common.autocast import under_autocast
 
-Keys = tuple[Tensor, Tensor]  # keys and values of some tokens, [B, heads, T, d] each
+KeyValue = tuple[Tensor, Tensor]  # keys and values of some tokens, [B, heads, T, d] each
 MASKED = -6e4  # added to a forbidden score; finite in every half precision, so that no row can become NaN
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d) + bias) v for `[B, heads, T, d]`.
 
     torch's fused kernel, but for training on a CPU: there its backward pass is several times slower at these lengths
@@ -30,19 +30,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
     return F.scaled_dot_product_attention(query, key, value, attn_mask=None if bias is None else bias.to(query.dtype))
 
 
-def library_attention(
+def transformers_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
 ) -> tuple[Tensor, None]:
-    """`attend` as transformers' layers call it: fewer key heads than query heads are repeated; `[B, T, heads, d]`."""
+    """`attention` as transformers' layers call it: key heads are repeated where they are fewer; `[B, T, heads, d]`."""
     shared = query.shape[1] // key.shape[1]
     if shared > 1:
         key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
-    return attend(query, key, value, attention_mask).transpose(1, 2).contiguous(), None
+    return attention(query, key, value, attention_mask).transpose(1, 2).contiguous(), None
 
 
 ATTENTION = "spar"
-AttentionInterface.register(ATTENTION, library_attention)
-AttentionMaskInterface.register(ATTENTION, eager_mask)  # additive, as `attend` takes it
+AttentionInterface.register(ATTENTION, transformers_attention)
+AttentionMaskInterface.register(ATTENTION, eager_mask)  # additive, as `attention` takes it
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -65,12 +65,12 @@ def attention_bias(mask: Tensor, like: Tensor, *, causal: bool, past: int = 0) -
     return bias.masked_fill(~allowed, MASKED)[:, None]
 
 
-def positions(mask: Tensor) -> Tensor:
+def position_ids_from_mask(mask: Tensor) -> Tensor:
     """Position ids `[B, T]` that count only real tokens (padding on the left)."""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def grid_embedding(width: int, height: int, columns: int, base: float = 100.0) -> Tensor:
+def sincos_pos_embed_2d(width: int, height: int, columns: int, base: float = 100.0) -> Tensor:
     """2-D sine-cosine embedding `[height * columns, width]`, half for each axis, row-major.
 
     The wavelengths run from 2 pi to `base` times that, in tokens.

@@ -4,12 +4,12 @@ import torch
 from torch import nn
 
 from spar.models.denoiser import DenoiserBlock
-from spar.models.tokenizer import PixelLayer, ResidualBlock
+from spar.models.tokenizer import ResidualBlock, TransformerBlock
 
 # The libraries' own by name, so that none is imported for it.
 BLOCKS = (
     "InternVLVisionLayer", "Qwen2DecoderLayer", "ResBlock", "EfficientViTBlock", "DCUpBlock2d", "DCDownBlock2d",
-    PixelLayer.__name__, ResidualBlock.__name__, DenoiserBlock.__name__,
+    TransformerBlock.__name__, ResidualBlock.__name__, DenoiserBlock.__name__,
 )  # fmt: skip
 
 # Compilations of one function before torch gives up and runs it as it is. Its own limit is 8; but all of transformers'
@@ -17,7 +17,7 @@ BLOCKS = (
 RECOMPILE_LIMIT = 64
 
 
-def blocks(module: nn.Module) -> list[nn.Module]:
+def repeated_blocks(module: nn.Module) -> list[nn.Module]:
     """The repeated layers in a module, in order."""
     return [part for part in module.modules() if any(base.__name__ in BLOCKS for base in type(part).__mro__)]
 
@@ -29,6 +29,6 @@ def compile_blocks(module: nn.Module) -> None:
     which this comes before.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-    for block in blocks(module):
+    for block in repeated_blocks(module):
         if "forward" not in vars(block):
             block.forward = torch.compile(block.forward)

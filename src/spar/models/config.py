@@ -89,7 +89,7 @@ class TextConfig:
                 raise InputError(f"TextConfig.{name}: expected 0 to {self.vocab_size - 1}, got {getattr(self, name)}")
 
     @property
-    def longest(self) -> int:
+    def max_seq_len(self) -> int:
         """Tokens of the longest sequence."""
         return int(self.max_positions * self.rope_factor)
 
@@ -211,10 +211,10 @@ class ConnectorConfig:
 
 @dataclass(frozen=True)
 class DenoiserConfig:
-    """SANA (diffusers' `SanaTransformer2DModel`). `tap_block` is the 1-based block whose features align.
+    """SANA (diffusers' `SanaTransformer2DModel`). `align_depth` is the 1-based block whose features align.
 
     `interpolation_scale` is SANA's own option: its sine positions, which the published 512 px models go without. Most
-    of their channels hardly vary over a small grid; `position_gain` adds that many times `grid_embedding`, whose
+    of their channels hardly vary over a small grid; `position_gain` adds that many times `sincos_pos_embed_2d`, whose
     channels all do (0: none), so that a DiT learns to put a thing where the words say.
     `reference_latent` adds the reference's own `z_f` to the noisy latent's tokens, cell by cell, so that an edit
     copies what it keeps: `f_v` alone would have the DiT learn the whole pixel stream again.
@@ -231,7 +231,7 @@ class DenoiserConfig:
     interpolation_scale: float | None = None
     position_gain: float = 2.4
     reference_latent: bool = True
-    tap_block: int = 2
+    align_depth: int = 2
 
     def __post_init__(self) -> None:
         _positive(self, "layers", "heads", "head_dim", "cross_heads", "cross_head_dim", "caption_channels")
@@ -242,8 +242,8 @@ class DenoiserConfig:
         for name, value in (("caption_channels", self.caption_channels), ("heads * head_dim", self.width)):
             if value % 4:
                 raise InputError(f"DenoiserConfig.{name}: sine positions want a multiple of 4, got {value}")
-        if not 1 <= self.tap_block <= self.layers:
-            raise InputError(f"DenoiserConfig.tap_block: expected 1 to {self.layers}, got {self.tap_block}")
+        if not 1 <= self.align_depth <= self.layers:
+            raise InputError(f"DenoiserConfig.align_depth: expected 1 to {self.layers}, got {self.align_depth}")
 
     @property
     def width(self) -> int:

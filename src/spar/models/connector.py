@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm, Qwen2RotaryEmbedding
 
-from spar.models.attention import ATTENTION, attention_bias, grid_embedding, positions
+from spar.models.attention import ATTENTION, attention_bias, position_ids_from_mask, sincos_pos_embed_2d
 from spar.models.config import SparConfig
 from spar.models.encoder import qwen_config
 from spar.models.language import LanguageModel
@@ -64,13 +64,13 @@ class Connector(nn.Module):
                 reference = reference * torch.rsqrt(reference.float().pow(2).mean(-1, keepdim=True) + 1e-6)
             states = states.masked_scatter(is_reference[..., None], reference.to(states.dtype))
         bias = attention_bias(mask, states, causal=False)
-        rotary = self.rotary(states, positions(mask))
+        rotary = self.rotary(states, position_ids_from_mask(mask))
         for layer in self.layers:
             states = layer(states, attention_mask=bias, position_embeddings=rotary)
         condition = self.projection(self.norm(states))
         if reference is not None and self.config.connector.reference_positions:
             rows, columns = grid or (self.config.grid, self.config.grid)
-            table = grid_embedding(condition.shape[-1], rows, columns).to(condition)
+            table = sincos_pos_embed_2d(condition.shape[-1], rows, columns).to(condition)
             table = (self.reference_gain * table).to(condition.dtype).expand(len(reference), -1, -1)
             added = torch.zeros_like(condition).masked_scatter(is_reference[..., None], table)
             condition = condition + added

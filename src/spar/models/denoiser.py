@@ -12,7 +12,7 @@ from diffusers.models.transformers.sana_transformer import SanaTransformer2DMode
 from torch import Tensor, nn
 
 from spar.common.autocast import under_autocast, without_autocast
-from spar.models.attention import MASKED, Keys, attend, compute_dtype, grid_embedding
+from spar.models.attention import MASKED, KeyValue, attention, compute_dtype, sincos_pos_embed_2d
 from spar.models.config import DenoiserConfig
 
 TIME_STEPS = 1000.0  # SANA embeds time in [0, 1000]
@@ -20,7 +20,7 @@ POSITION_BASE = 10.0  # wavelengths of 2 pi to 20 pi tokens: every channel varie
 
 
 @dataclass(frozen=True)
-class Denoised:
+class DenoiserOutput:
     """`velocity` `[B R, D_p, h, w]`; `features` of the tapped block `[B R, N, D]`."""
 
     velocity: Tensor
@@ -51,15 +51,17 @@ def _heads(block: SanaTransformerBlock, x: Tensor) -> Tensor:
     return x.unflatten(-1, (block.attn2.heads, -1)).transpose(1, 2)
 
 
-def keys_of(block: SanaTransformerBlock, condition: Tensor) -> Keys:
+def key_value_proj(block: SanaTransformerBlock, condition: Tensor) -> KeyValue:
     """Keys and values, `[B, heads, M, d]`, that a block's cross-attention makes of the condition `[B, M, D]`."""
     return _heads(block, block.attn2.to_k(condition)), _heads(block, block.attn2.to_v(condition))
 
 
-def cross_attention(block: SanaTransformerBlock, x: Tensor, condition: Tensor | Keys, bias: Tensor | None) -> Tensor:
+def cross_attention(
+    block: SanaTransformerBlock, x: Tensor, condition: Tensor | KeyValue, bias: Tensor | None
+) -> Tensor:
     """Softmax attention from `[B, R N, D]` to the condition `[B, M, D]`; the R draws share its keys and values."""
-    k, v = condition if isinstance(condition, tuple) else keys_of(block, condition)
-    out = attend(_heads(block, block.attn2.to_q(x)), k, v, bias)
+    k, v = condition if isinstance(condition, tuple) else key_value_proj(block, condition)
+    out = attention(_heads(block, block.attn2.to_q(x)), k, v, bias)
     return block.attn2.to_out[0](out.transpose(1, 2).flatten(2))
 
 
@@ -80,7 +82,7 @@ class DenoiserBlock(SanaTransformerBlock):
         self,
         x: Tensor,
         modulation: Tensor,
-        condition: Tensor | Keys,
+        condition: Tensor | KeyValue,
         bias: Tensor,
         shape: tuple[int, int, int, int],
     ) -> Tensor:
@@ -123,10 +125,10 @@ class Denoiser(nn.Module):
             self.reference_embed = nn.Conv2d(channels, config.width, 1, bias=False, device="meta")
             self.reference_embed.weight = nn.Parameter(torch.zeros(config.width, channels, 1, 1))
 
-    def keys(self, condition: Tensor) -> list[Keys]:
+    def key_values(self, condition: Tensor) -> list[KeyValue]:
         """What the blocks read of a condition `[B, M, C]`: the same at every step of a sampler, so made once."""
         condition = self._caption(condition)
-        return [keys_of(block, condition) for block in self.network.transformer_blocks]
+        return [key_value_proj(block, condition) for block in self.network.transformer_blocks]
 
     def _caption(self, condition: Tensor) -> Tensor:
         return self.network.caption_norm(self.network.caption_projection(condition))  # [B, M, D]
@@ -135,10 +137,10 @@ class Denoiser(nn.Module):
         self,
         latent: Tensor,
         time: Tensor,
-        condition: Tensor | list[Keys],
+        condition: Tensor | list[KeyValue],
         mask: Tensor,
         reference: Tensor | None = None,
-    ) -> Denoised:
+    ) -> DenoiserOutput:
         """Predict the velocity.
 
         Args:
@@ -151,7 +153,7 @@ class Denoiser(nn.Module):
         batch, draws = len(mask), len(latent) // len(mask)
         x = network.patch_embed(latent)                                              # [B R, N, D]
         if self.config.position_gain:
-            places = grid_embedding(x.shape[-1], height, width, POSITION_BASE).to(x)
+            places = sincos_pos_embed_2d(x.shape[-1], height, width, POSITION_BASE).to(x)
             x = x + self.config.position_gain * places
         if reference is not None and self.config.reference_latent:
             known = self.reference_embed(reference).flatten(2).transpose(1, 2)       # [B, N, D]
@@ -165,8 +167,8 @@ class Denoiser(nn.Module):
         features = x
         for i, (block, read) in enumerate(zip(blocks, reads, strict=True), start=1):
             x = block(x, modulation, read, bias, (batch, draws, height, width))
-            if i == self.config.tap_block:
+            if i == self.config.align_depth:
                 features = x
         x = network.proj_out(network.norm_out(x, embedded, network.scale_shift_table))  # [B R, N, D_p]
         velocity = x.transpose(1, 2).unflatten(2, (height, width))                       # [B R, D_p, h, w]
-        return Denoised(velocity=velocity, features=features)
+        return DenoiserOutput(velocity=velocity, features=features)

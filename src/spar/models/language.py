@@ -12,30 +12,30 @@ from torch import Tensor, nn
 from transformers import Qwen2Model
 
 from spar.common.errors import InputError
-from spar.models.attention import ATTENTION, Keys, attention_bias, positions
+from spar.models.attention import ATTENTION, KeyValue, attention_bias, position_ids_from_mask
 from spar.models.config import TextConfig
 from spar.models.encoder import qwen_config
 
 
-class Past:
+class LayerKVCache:
     """What one layer has behind it when it reads new tokens: keys and values `[B, heads, T, d]`.
 
     transformers' layers call `update`. It leaves `before` alone, so a layer may be computed twice (`recompute`), and
     does not look at a layer's number, for which each would be compiled apart.
     """
 
-    def __init__(self, before: Keys | None = None) -> None:
-        self.before, self.seen = before, before
+    def __init__(self, before: KeyValue | None = None) -> None:
+        self.past, self.key_value = before, before
 
-    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Keys:
+    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> KeyValue:
         """Keys and values of all tokens up to the new ones.
 
         What else a layer hands over (its number; from transformers 5.24 on, keywords too) is for other caches.
         """
-        if self.before is not None:
-            key, value = torch.cat([self.before[0], key], dim=2), torch.cat([self.before[1], value], dim=2)
-        self.seen = (key, value)
-        return self.seen
+        if self.past is not None:
+            key, value = torch.cat([self.past[0], key], dim=2), torch.cat([self.past[1], value], dim=2)
+        self.key_value = (key, value)
+        return self.key_value
 
 
 class LanguageModel(nn.Module):
@@ -53,7 +53,7 @@ class LanguageModel(nn.Module):
         """`[B, T]` ids to `[B, T, D]`."""
         return self.network.embed_tokens(tokens)
 
-    def unread(self) -> list[Keys | None]:
+    def empty_kv_cache(self) -> list[KeyValue | None]:
         """What each layer has seen where a text begins."""
         return [None] * len(self.network.layers)
 
@@ -68,7 +68,7 @@ class LanguageModel(nn.Module):
         position_ids: Tensor,
         *,
         layers: tuple[int, ...] = (),
-        seen: list[Keys | None] | None = None,
+        past_key_values: list[KeyValue | None] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Run the LLM.
 
@@ -91,7 +91,7 @@ class LanguageModel(nn.Module):
         rotary = network.rotary_emb(embeddings, position_ids)
         x = embeddings
         for i, layer in enumerate(network.layers, start=1):
-            past = Past(seen[i - 1]) if seen else None
+            past = LayerKVCache(past_key_values[i - 1]) if past_key_values else None
             x = layer(
                 x,
                 attention_mask=bias,
@@ -100,7 +100,7 @@ class LanguageModel(nn.Module):
                 position_embeddings=rotary,
             )
             if past:
-                seen[i - 1] = past.seen
+                past_key_values[i - 1] = past.key_value
             if i in layers:
                 kept[i] = x
         final = network.norm(x)
@@ -108,14 +108,14 @@ class LanguageModel(nn.Module):
         return final, [kept[i] for i in layers]
 
     def _check_length(self, tokens: int) -> None:
-        if tokens > self.config.longest:
+        if tokens > self.config.max_seq_len:
             raise InputError(
-                f"the language model takes at most {self.config.longest} tokens at once (prompt, images, queries "
+                f"the language model takes at most {self.config.max_seq_len} tokens at once (prompt, images, queries "
                 f"and answer together; text.max_positions), got {tokens}"
             )
 
     @torch.inference_mode()
-    def answer(self, embeddings: Tensor, mask: Tensor, *, max_new_tokens: int) -> list[list[int]]:
+    def generate(self, embeddings: Tensor, mask: Tensor, *, max_new_tokens: int) -> list[list[int]]:
         """Greedy continuation, batched; each row ends before its own end-of-turn token. Arguments as in `stream`."""
         rows: list[list[int]] = [[] for _ in range(len(embeddings))]
         for step in self.stream(embeddings, mask, max_new_tokens=max_new_tokens):
@@ -139,11 +139,11 @@ class LanguageModel(nn.Module):
         return self._steps(embeddings, mask, max_new_tokens)
 
     def _steps(self, x: Tensor, mask: Tensor, max_new_tokens: int) -> Iterator[list[int | None]]:
-        seen, past, position_ids = self.unread(), 0, positions(mask)
+        seen, past, position_ids = self.empty_kv_cache(), 0, position_ids_from_mask(mask)
         done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for _ in range(max_new_tokens):
             bias = attention_bias(mask, x, causal=True, past=past)
-            final, _ = self(x, bias, position_ids, seen=seen)
+            final, _ = self(x, bias, position_ids, past_key_values=seen)
             past = mask.shape[1]
             token = self.logits(final[:, -1]).argmax(-1)
             done = done | (token == self.config.eos_token_id)

@@ -19,7 +19,7 @@ def routed_layers(layers: int, count: int) -> tuple[int, ...]:
     return tuple(layers - interval * k for k in reversed(range(count)))
 
 
-def common_scale(states: list[Tensor], scale: Literal["unit", "last"] = "unit") -> Tensor:
+def normalize_hidden_states(states: list[Tensor], scale: Literal["unit", "last"] = "unit") -> Tensor:
     """Stack K states `[B, T, D]` to `[K, B, T, D]`, each token's at one size: root mean square 1, or that of its last.
 
     transformers gives the last state behind the final norm and the others before it; without one scale the layer
@@ -31,7 +31,7 @@ def common_scale(states: list[Tensor], scale: Literal["unit", "last"] = "unit") 
 
 
 @dataclass(frozen=True)
-class Routed:
+class RouterOutput:
     """`states` `[B, T, D]`, and `weights` `[B, T, K]`, each layer's share of the mixture: they sum to 1 over K."""
 
     states: Tensor
@@ -57,10 +57,10 @@ class Router(nn.Module):
         scaled = weights * self.alpha.to(weights.dtype)
         return torch.einsum("kbtd,btk->btd", states, scaled.to(states.dtype))
 
-    def forward(self, states: Tensor) -> Routed:
+    def forward(self, states: Tensor) -> RouterOutput:
         weights = self.weights(states)                       # [B, T, K]
         mixed = self.mix(states, weights)                    # [B, T, D]
-        return Routed(self.projection(self.norm(mixed)), weights)
+        return RouterOutput(self.projection(self.norm(mixed)), weights)
 
 
 class DynamicTokenRouter(Router):

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from spar.models.attention import Keys, attention_bias, positions
+from spar.models.attention import KeyValue, attention_bias, position_ids_from_mask
 from spar.models.config import SparConfig
 from spar.models.connector import Connector
-from spar.models.denoiser import Denoised, Denoiser
+from spar.models.denoiser import Denoiser, DenoiserOutput
 from spar.models.language import LanguageModel
-from spar.models.router import build_router, common_scale, routed_layers
+from spar.models.router import build_router, normalize_hidden_states, routed_layers
 from spar.models.tokenizer import UnifiedTokenizer
 
 
@@ -27,7 +27,7 @@ class Condition:
     mask: Tensor
     weights: Tensor
     reference: Tensor | None = None
-    keys: list[Keys] | None = None
+    key_values: list[KeyValue] | None = None
 
 
 class SparModel(nn.Module):
@@ -76,7 +76,7 @@ class SparModel(nn.Module):
             [tokens == self.config.text.image_token_id, mask.new_zeros(batch, queries).bool()], dim=1
         )
         states = self._routed_states(embeddings, mask, tokens.shape[1])        # K of [B, T + Q, D]
-        routed = self.router(common_scale(states, self.config.router.scale))   # [B, T + Q, D]
+        routed = self.router(normalize_hidden_states(states, self.config.router.scale))   # [B, T + Q, D]
         grid = None if size is None else (size[0] // self.config.token_stride, size[1] // self.config.token_stride)
         condition = self.connector(routed.states, mask, is_reference, f_v, grid)  # [B, T + Q, C]
         latent = self._reference_latent(is_reference, f_v, size)
@@ -105,22 +105,22 @@ class SparModel(nn.Module):
         graph of the queries' pass alone.
         """
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.language.parameters())
-        places, seen = positions(mask), self.language.unread()
+        places, seen = position_ids_from_mask(mask), self.language.empty_kv_cache()
         words, queries = embeddings[:, :prompt], embeddings[:, prompt:]
         with torch.set_grad_enabled(learns):
             bias = attention_bias(mask[:, :prompt], words, causal=True)
-            _, before = self.language(words, bias, places[:, :prompt], layers=self.layers, seen=seen)
+            _, before = self.language(words, bias, places[:, :prompt], layers=self.layers, past_key_values=seen)
         bias = attention_bias(mask, queries, causal=True, past=prompt)
-        _, behind = self.language(queries, bias, places[:, prompt:], layers=self.layers, seen=seen)
+        _, behind = self.language(queries, bias, places[:, prompt:], layers=self.layers, past_key_values=seen)
         return [torch.cat(pair, dim=1) for pair in zip(before, behind, strict=True)]
 
-    def prepare(self, condition: Condition) -> Condition:
+    def precompute_key_values(self, condition: Condition) -> Condition:
         """The condition with all that every step of a sampler would make of it anew."""
-        return replace(condition, keys=self.denoiser.keys(condition.states))
+        return replace(condition, key_values=self.denoiser.key_values(condition.states))
 
-    def velocity(self, latent: Tensor, time: Tensor, condition: Condition) -> Denoised:
+    def velocity(self, latent: Tensor, time: Tensor, condition: Condition) -> DenoiserOutput:
         """Velocity of the normalised latent `[B R, D_p, h, w]` at `time` `[B R]`."""
-        reads = condition.states if condition.keys is None else condition.keys
+        reads = condition.states if condition.key_values is None else condition.key_values
         return self.denoiser(latent, time, reads, condition.mask, condition.reference)
 
     def decode(self, latent: Tensor, tile: int | None = None) -> Tensor:
@@ -129,4 +129,4 @@ class SparModel(nn.Module):
 
     def understand(self, tokens: Tensor, mask: Tensor, f_v: Tensor, *, max_new_tokens: int) -> list[list[int]]:
         """Greedy answers to `[B, T]` left-padded questions about images with features `f_v` `[B, N, D]`."""
-        return self.language.answer(self.embed(tokens, f_v), mask, max_new_tokens=max_new_tokens)
+        return self.language.generate(self.embed(tokens, f_v), mask, max_new_tokens=max_new_tokens)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 OVERLAP = 0.25  # of a tile's side, shared with each neighbour
-SMALLEST = 4  # tokens a side: below it a tile is all edge
+MIN_TILE = 4  # tokens a side: below it a tile is all edge
 
 
 def decode_in_tiles(decode: Callable[[Tensor], Tensor], latent: Tensor, tile: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spar.models.attention import attend
+from spar.models.attention import attention
 from spar.models.autoencoder import PixelDecoder, build_autoencoder
 from spar.models.config import SparConfig, StreamConfig
 from spar.models.encoder import SemanticEncoder
@@ -17,7 +17,7 @@ from spar.models.tiling import decode_in_tiles
 
 
 @dataclass(frozen=True)
-class Latents:
+class TokenizerOutput:
     """What the tokenizer makes of an image. A stream that is switched off gives None."""
 
     f_v: Tensor  # [B, N, D_s] projected semantic features
@@ -46,7 +46,7 @@ def projection(width: int, channels: int) -> nn.Sequential:
     )
 
 
-class PixelLayer(nn.Module):
+class TransformerBlock(nn.Module):
     """A pre-norm Transformer encoder layer over all visual tokens, explicit about its attention."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: int) -> None:
@@ -62,7 +62,7 @@ class PixelLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
         qkv = self.qkv(self.norm_1(x)).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        attended = attend(*qkv.unbind(0))  # [B, heads, N, head]
+        attended = attention(*qkv.unbind(0))  # [B, heads, N, head]
         x = x + self.out(attended.transpose(1, 2).reshape(batch, tokens, width))
         return x + self.linear_2(F.gelu(self.linear_1(self.norm_2(x))))
 
@@ -73,7 +73,7 @@ class Stream(nn.Module):
     def __init__(self, width: int, channels: int, config: StreamConfig, *, transformer_layers: int = 0) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            PixelLayer(width, config.pixel_heads, config.mlp_ratio) for _ in range(transformer_layers)
+            TransformerBlock(width, config.pixel_heads, config.mlp_ratio) for _ in range(transformer_layers)
         )
         self.blocks = nn.ModuleList(ResidualBlock(width, config.block_norm_eps) for _ in range(config.residual_blocks))
         self.projection = projection(width, channels)
@@ -104,11 +104,11 @@ class UnifiedTokenizer(nn.Module):
         self.decoder = PixelDecoder(build_autoencoder(config.autoencoder).decoder)
         self.register_buffer("latent_scale", torch.ones(()))
 
-    def encode(self, pixels: Tensor) -> Latents:
+    def encode(self, pixels: Tensor) -> TokenizerOutput:
         """`[B, 3, S, S]` in [0, 1] to every latent."""
         return self.fuse(self.encoder(pixels), (pixels.shape[-2], pixels.shape[-1]))
 
-    def fuse(self, f_v: Tensor, size: tuple[int, int] | None = None) -> Latents:
+    def fuse(self, f_v: Tensor, size: tuple[int, int] | None = None) -> TokenizerOutput:
         """The streams and the fusion on given features `f_v`: `[B, N, D_s]`; `size` in pixels, default square."""
         height, width = size or (self.config.image_size, self.config.image_size)
         grid = (height // self.config.token_stride, width // self.config.token_stride)
@@ -117,7 +117,7 @@ class UnifiedTokenizer(nn.Module):
         z = self.fusion(torch.cat([z for z in (z_s, z_p) if z is not None], dim=-1))   # [B, N, D_p]
         z = z_s + z if self.config.streams.fusion == "residual" else z
         z_f = z.transpose(1, 2).unflatten(2, grid)                                     # [B, D_p, h, w]
-        return Latents(f_v=f_v, z_s=z_s, z_p=z_p, z_f=z_f)
+        return TokenizerOutput(f_v=f_v, z_s=z_s, z_p=z_p, z_f=z_f)
 
     def decode(self, z_f: Tensor, tile: int | None = None) -> Tensor:
         """`[B, D_p, h, w]` to pixels `[B, 3, H, W]` of the token grid's size, not clamped.

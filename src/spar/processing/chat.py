@@ -13,7 +13,7 @@ from spar.processing.prompts import ROLES
 
 
 @dataclass(frozen=True)
-class Message:
+class ChatMessage:
     """One turn: its role, and its texts and square RGB pictures in order."""
 
     role: str
@@ -24,7 +24,7 @@ class Message:
         return [part for part in self.parts if isinstance(part, Image.Image)]
 
 
-def read_messages(messages: Sequence[Mapping[str, Any]], side: int) -> list[Message]:
+def read_messages(messages: Sequence[Mapping[str, Any]], side: int) -> list[ChatMessage]:
     """Messages `{"role": ..., "content": ...}` as turns; their pictures are opened one by one and made `side` x `side`.
 
     A content is text, or a list of parts `{"type": "text", "text": str}` and `{"type": "image", "image": ImageSource}`.
@@ -44,7 +44,7 @@ def read_messages(messages: Sequence[Mapping[str, Any]], side: int) -> list[Mess
     images = sum(part["type"] == "image" for _, parts in contents for part in parts)
     if images > MAX_CHAT_IMAGES:
         raise InputError(f"messages: expected at most {MAX_CHAT_IMAGES} images, got {images}")
-    return [Message(role, tuple(_open(part, side) for part in _images_first(parts))) for role, parts in contents]
+    return [ChatMessage(role, tuple(_open(part, side) for part in _images_first(parts))) for role, parts in contents]
 
 
 def _images_first(parts: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -107,12 +107,12 @@ class TextStream:
         self._ids: list[int] = []
         self._sent = 0
 
-    def push(self, token: int) -> str:
+    def add_token(self, token: int) -> str:
         """What one more token makes sure of; empty where a character is not whole yet."""
         self._ids.append(token)
         return self._new(self._text().rstrip("\ufffd"))
 
-    def rest(self) -> str:
+    def flush(self) -> str:
         """What was held back and will not become whole any more."""
         return self._new(self._text())
 

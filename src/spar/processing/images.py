@@ -72,7 +72,7 @@ def open_image(source: ImageSource) -> Image.Image:
 
 
 @dataclass(frozen=True)
-class Header:
+class ImageHeader:
     """What a picture's file says of itself: its true format, and its size upright, in pixels."""
 
     format: str
@@ -80,7 +80,7 @@ class Header:
     height: int
 
 
-def read_header(data: bytes) -> Header:
+def read_header(data: bytes) -> ImageHeader:
     """The header of a training picture, without decoding it. `data` may end early where the header does not.
 
     Raises:
@@ -91,7 +91,7 @@ def read_header(data: bytes) -> Header:
         width, height = image.size
         # A PNG's EXIF may lie behind its pixels, and Pillow would decode them to find it.
         turned = "exif" in image.info and _orientation(image) in (5, 6, 7, 8)
-        return Header(_true_format(image), *((height, width) if turned else (width, height)))
+        return ImageHeader(_true_format(image), *((height, width) if turned else (width, height)))
 
 
 def open_training_image(data: bytes) -> Image.Image:

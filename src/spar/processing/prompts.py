@@ -25,18 +25,18 @@ ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenBatch:
     """`ids` `[B, T]`, padded on the left; `mask` `[B, T]`, 1 for real tokens."""
 
     ids: Tensor
     mask: Tensor
 
-    def to(self, device: torch.device | str) -> "Tokens":
-        return Tokens(self.ids.to(device), self.mask.to(device))
+    def to(self, device: torch.device | str) -> "TokenBatch":
+        return TokenBatch(self.ids.to(device), self.mask.to(device))
 
 
 @dataclass(frozen=True)
-class Turn:
+class QuestionAnswer:
     """One question about an image and its answer, for packed training."""
 
     question: str
@@ -45,7 +45,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedBatch:
     """Several turns about one image in a row: `ids` `[B, T]`, `allowed` `[B, T, T]`, `positions` `[B, T]`, and
     `weights` `[B, T]`, the weight of the loss with which each token is predicted (0: not an answer)."""
 
@@ -113,29 +113,31 @@ class PromptEncoder:
         body = [token for part in parts for token in part]
         return self.encode(f"{TURN_START}user\n") + body + self.encode(f"{TURN_END}\n{TURN_START}assistant\n")
 
-    def _painted(self, *parts: list[int]) -> list[int]:
+    def image_prompt(self, *parts: list[int]) -> list[int]:
         """A user turn whose answer is a picture."""
         return self._user(*parts) + (self.encode(IMAGE_START) if self.image_start else [])
 
-    def generation(self, prompts: Sequence[str | None]) -> Tokens:
+    def generation(self, prompts: Sequence[str | None]) -> TokenBatch:
         """`Generate an image: {prompt}`; None gives the unconditional prompt."""
         texts = [UNCONDITIONAL if prompt is None else f"Generate an image: {prompt}" for prompt in prompts]
-        return self.pad([self._painted(self.encode(text)) for text in texts], self.multiple)
+        return self.pad_rows([self.image_prompt(self.encode(text)) for text in texts], self.multiple)
 
-    def edit(self, instructions: Sequence[str | None], image_tokens: int | None = None) -> Tokens:
+    def edit(self, instructions: Sequence[str | None], image_tokens: int | None = None) -> TokenBatch:
         """`Edit the image: {instruction}` and the reference; None gives the unconditional prompt, reference kept.
 
         `image_tokens` are those of each reference where it has not the fixed number.
         """
         texts = [UNCONDITIONAL_EDIT if text is None else f"Edit the image: {text}\n" for text in instructions]
-        return self.pad([self._painted(self.encode(text), self.image(image_tokens)) for text in texts], self.multiple)
+        return self.pad_rows(
+            [self.image_prompt(self.encode(text), self.image(image_tokens)) for text in texts], self.multiple
+        )
 
-    def question(self, questions: Sequence[str]) -> Tokens:
+    def question(self, questions: Sequence[str]) -> TokenBatch:
         """The image, then the question, then the start of the answer."""
         newline = self.encode("\n")
-        return self.pad([self._user(self.image(), newline, self.encode(question)) for question in questions])
+        return self.pad_rows([self._user(self.image(), newline, self.encode(question)) for question in questions])
 
-    def conversation(self, messages: Sequence[tuple[str, Sequence[str | None]]]) -> Tokens:
+    def conversation(self, messages: Sequence[tuple[str, Sequence[str | None]]]) -> TokenBatch:
         """Turns (role, texts) and the start of the assistant's answer, one row; a text that is None is an image.
 
         A newline stands behind an image, as in `question`, and between two texts.
@@ -149,16 +151,16 @@ class PromptEncoder:
                 else:
                     row += (self.encode("\n") if before is not None else []) + self.encode(part)
             row += self.encode(f"{TURN_END}\n")
-        return self.pad([row + self.encode(f"{TURN_START}assistant\n")])
+        return self.pad_rows([row + self.encode(f"{TURN_START}assistant\n")])
 
-    def packed(self, rows: Sequence[Sequence[Turn]]) -> Packed:
+    def pack(self, rows: Sequence[Sequence[QuestionAnswer]]) -> PackedBatch:
         """Several single-turn conversations about one image, sharing the image's tokens.
 
         Each turn sees the image and itself, never its neighbours, at the positions it would have alone: the
         packed loss is exactly the loss of the turns one by one.
         """
         prefix = self.encode(f"{TURN_START}user\n") + self.image() + self.encode("\n")
-        built = [self._pack(prefix, turns) for turns in rows]
+        built = [self._pack_row(prefix, turns) for turns in rows]
         length = max(len(ids) for ids, *_ in built)
         ids = torch.full((len(built), length), self.pad_id)
         segments = torch.full((len(built), length), -1)
@@ -171,9 +173,11 @@ class PromptEncoder:
             weights[i, : len(row)] = torch.tensor(weight)
         same = segments[:, :, None] == segments[:, None, :]
         allowed = (same | (segments[:, None, :] == 0)) & torch.ones(length, length, dtype=torch.bool).tril()
-        return Packed(ids, allowed, positions, weights)
+        return PackedBatch(ids, allowed, positions, weights)
 
-    def _pack(self, prefix: list[int], turns: Sequence[Turn]) -> tuple[list[int], list[int], list[int], list[float]]:
+    def _pack_row(
+        self, prefix: list[int], turns: Sequence[QuestionAnswer]
+    ) -> tuple[list[int], list[int], list[int], list[float]]:
         ids, segments, weights = list(prefix), [0] * len(prefix), [0.0] * len(prefix)
         places = list(range(len(prefix)))
         for number, turn in enumerate(turns, start=1):
@@ -189,9 +193,9 @@ class PromptEncoder:
     def pad_id(self) -> int:
         return self.tokenizer.pad_token_id
 
-    def pad(self, rows: Sequence[list[int]], multiple: int = 1) -> Tokens:
+    def pad_rows(self, rows: Sequence[list[int]], multiple: int = 1) -> TokenBatch:
         """Left-pad to the longest row, and on to a multiple of `multiple`."""
         length = -(-max(len(row) for row in rows) // multiple) * multiple
         ids = torch.tensor([[self.pad_id] * (length - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-        return Tokens(ids, mask)
+        return TokenBatch(ids, mask)

@@ -18,8 +18,16 @@ from spar.models.config import (
     TextConfig,
     VisionConfig,
 )
-from spar.recipes.shapes.recipe import BRIDGE, DECODER, DENOISER, ENCODER, STREAMS
-from spar.training.config import AlignmentConfig, DataConfig, FlowConfig, LossWeights, PerceptualConfig, Recipe, Stage
+from spar.recipes.shapes.recipe import DECODER, DENOISER, ENCODER, ROUTER_AND_CONNECTOR, STREAMS
+from spar.training.config import (
+    AlignmentConfig,
+    DataConfig,
+    FlowConfig,
+    LossWeights,
+    PerceptualConfig,
+    Recipe,
+    StageConfig,
+)
 
 GPUS, BATCH_PER_GPU = 64, 128  # of the unified stages; the batch is the family's, the number of GPUs our choice
 RECONSTRUCTION = LossWeights(mse=1.0, perceptual=1.1)
@@ -29,13 +37,13 @@ PUBLISHED = (
 )  # fmt: skip
 EVERYTHING = (ENCODER, *STREAMS, DECODER, "discriminator.*")
 
-_TOKENIZER_1 = Stage(
+_TOKENIZER_1 = StageConfig(
     "tokenizer-1", "tokenizer", STREAMS, steps=100_000, batch=2048, lr=3e-4, lr_end=1e-4, warmup=10_000,
-    weight_decay=1e-4, betas=(0.9, 0.999), clip=1.0, ema=0.999, image_size=224,
+    weight_decay=1e-4, betas=(0.9, 0.999), max_grad_norm=1.0, ema=0.999, image_size=224,
     losses=replace(RECONSTRUCTION, native=1.0),
 )
 _TOKENIZER_3 = replace(
-    _TOKENIZER_1, name="tokenizer-3", trainable=EVERYTHING, rates=((ENCODER, 0.1),),
+    _TOKENIZER_1, name="tokenizer-3", trainable=EVERYTHING, lr_multipliers=((ENCODER, 0.1),),
     losses=replace(ADVERSARY, gan_start=30_000),
 )
 TOKENIZER = (
@@ -47,12 +55,20 @@ TOKENIZER = (
 
 # Our choice: steps for about five passes over 36 M pictures, then five over the 240,000 of the fine-tuning; the share
 # of edits from 1.5 M edits shown ten times among them, and from 46,000 shown three times.
-_UNIFIED_1 = Stage(
-    "unified-1", "unified", BRIDGE, steps=22_000, batch=GPUS * BATCH_PER_GPU, lr=1e-4, lr_end=1e-5, warmup=66,
-    betas=(0.9, 0.999), clip=1.0,
+_UNIFIED_1 = StageConfig(
+    "unified-1",
+    "unified",
+    ROUTER_AND_CONNECTOR,
+    steps=22_000,
+    batch=GPUS * BATCH_PER_GPU,
+    lr=1e-4,
+    lr_end=1e-5,
+    warmup=66,
+    betas=(0.9, 0.999),
+    max_grad_norm=1.0,
 )
 _UNIFIED_2 = replace(
-    _UNIFIED_1, name="unified-2", trainable=(*BRIDGE, DENOISER, "alignment_head.*"), edit_share=0.3,
+    _UNIFIED_1, name="unified-2", trainable=(*ROUTER_AND_CONNECTOR, DENOISER, "alignment_head.*"), edit_share=0.3,
     losses=LossWeights(align=0.5),
 )
 UNIFIED = (
@@ -91,7 +107,7 @@ SPAR_1B = SparConfig(
     ),
     denoiser=DenoiserConfig(
         layers=28, heads=36, head_dim=32, cross_heads=16, cross_head_dim=72, caption_channels=2304, mlp_ratio=2.5,
-        norm_eps=1e-6, interpolation_scale=None, position_gain=0.0, reference_latent=False, tap_block=6,
+        norm_eps=1e-6, interpolation_scale=None, position_gain=0.0, reference_latent=False, align_depth=6,
     ),
 )
 SPAR_3B = replace(

@@ -27,7 +27,7 @@ TINY_MODEL = SparConfig(
     streams=StreamConfig(residual_blocks=1, pixel_layers=1, pixel_heads=2),
     connector=ConnectorConfig(queries=4, layers=1),
     denoiser=DenoiserConfig(
-        layers=2, heads=2, head_dim=16, cross_heads=2, cross_head_dim=16, caption_channels=32, tap_block=1
+        layers=2, heads=2, head_dim=16, cross_heads=2, cross_head_dim=16, caption_channels=32, align_depth=1
     ),
 )
 
@@ -36,7 +36,14 @@ def tiny() -> Recipe:
     """Three steps a stage, four pictures a step: a check of the way, not of the goal."""
     base = shapes()
     stages = tuple(
-        replace(stage, steps=3, batch=4, warmup=1, draws=min(stage.draws, 2), losses=replace(stage.losses, gan_start=0))
+        replace(
+            stage,
+            steps=3,
+            batch=4,
+            warmup=1,
+            noise_samples=min(stage.noise_samples, 2),
+            losses=replace(stage.losses, gan_start=0),
+        )
         for stage in base.stages
     )
     data = DataConfig(scenes=24, edits=16)

@@ -16,28 +16,28 @@ import numpy as np
 from PIL import Image
 
 from spar.evaluation.benchmarks import BENCHMARKS
-from spar.evaluation.environment import machine_facts, version_facts
+from spar.evaluation.environment import machine_info, version_info
 from spar.evaluation.options import EvalOptions, pixels
 from spar.evaluation.results import Result, write_result
 from spar.evaluation.shapes_edit import check_edit, edit_items
 from spar.evaluation.shapes_recon import psnr, recon_scenes
 from spar.evaluation.shapes_vqa import vqa_items
-from spar.inference.image_files import save_pictures
+from spar.inference.image_files import save_images
 from spar.processing.images import open_image, to_square
 from spar.reporting.curves import Curves, read_metrics
 from spar.reporting.report import (
+    ReportAnswer,
     ReportData,
-    ShownAnswer,
-    ShownEdit,
-    ShownImage,
-    ShownReconstruction,
-    ShownRouting,
+    ReportEdit,
+    ReportImage,
+    ReportReconstruction,
+    ReportRouting,
     write_report,
 )
 from spar.reporting.routing_summary import collect_routing
-from spar.reporting.run_report import shown_manifest
+from spar.reporting.run_report import visible_manifest
 from spar.worlds.shapes.captions import parse
-from spar.worlds.shapes.detector import judge, satisfies
+from spar.worlds.shapes.detector import detect, satisfies
 from spar.worlds.shapes.render import render
 
 PAGE = "report.html"
@@ -74,12 +74,12 @@ class DemoOptions:
 
 
 @dataclass
-class Shown:
+class ReportSection:
     """What the page shows of one task, and what of it is kept as pictures."""
 
     pictures: dict[str, Image.Image] = field(default_factory=dict)
     figures: list[Any] = field(default_factory=list)
-    routing: list[ShownRouting] = field(default_factory=list)
+    routing: list[ReportRouting] = field(default_factory=list)
     output: Any = None
 
 
@@ -99,21 +99,21 @@ def make_demo(pipe: Any, folder: Path, options: DemoOptions, step: Step | None =
         InputError: a picture that cannot be read, or a model of another world.
     """
     began = time.monotonic()
-    tasks: dict[str, Callable[[Any, DemoOptions], Shown]] = {
+    tasks: dict[str, Callable[[Any, DemoOptions], ReportSection]] = {
         "gallery": show_gallery,
         "edits": show_edits,
         "answers": show_answers,
         "reconstructions": show_reconstructions,
     }
     total = len(tasks) + len(BENCHMARKS)
-    shown: dict[str, Shown] = {}
+    shown: dict[str, ReportSection] = {}
     for done, (name, task) in enumerate(tasks.items()):
         if step:
             step(name, done, total)
         shown[name] = task(pipe, options)
         paths = [folder / name / f"{file}.png" for file in shown[name].pictures]
         if paths:
-            save_pictures(list(shown[name].pictures.values()), paths)
+            save_images(list(shown[name].pictures.values()), paths)
     results = []
     for done, (name, benchmark) in enumerate(BENCHMARKS.items(), start=len(tasks)):
         if step:
@@ -121,20 +121,20 @@ def make_demo(pipe: Any, folder: Path, options: DemoOptions, step: Step | None =
         limit = options.limit * (RECON_FACTOR if name == "shapes-recon" else 1)
         results.append(benchmark(pipe, EvalOptions(limit=limit, seed=options.seed, images_per_prompt=1), None))
         write_result(folder / "results" / f"{name}.json", results[-1])
-    facts = {"seconds": round(time.monotonic() - began, 1), **machine_facts(), **version_facts()}
+    facts = {"seconds": round(time.monotonic() - began, 1), **machine_info(), **version_info()}
     write_report(folder / PAGE, _page(pipe, shown, results, options, facts))
     return results
 
 
 def _page(
-    pipe: Any, shown: dict[str, Shown], results: Sequence[Result], options: DemoOptions, facts: dict[str, Any]
+    pipe: Any, shown: dict[str, ReportSection], results: Sequence[Result], options: DemoOptions, facts: dict[str, Any]
 ) -> ReportData:
     curves: Curves = read_metrics(options.curves) if options.curves else {}
     return ReportData(
         title="SPAR on the shapes world",
-        lead="What the model draws, changes, answers and rebuilds. The judge's verdict stands beside each picture; the "
+        lead="What the model draws, changes, answers and rebuilds. Each picture has the detector's verdict; the "
         f"scores are of a small sample, {options.limit} prompts a task, which is what their wide intervals say.",
-        manifest=shown_manifest(pipe.manifest),
+        manifest=visible_manifest(pipe.manifest),
         facts=facts,
         gallery=shown["gallery"].figures,
         edits=shown["edits"].figures,
@@ -147,49 +147,49 @@ def _page(
     )
 
 
-def show_gallery(pipe: Any, options: DemoOptions) -> Shown:
-    """Pictures from PROMPTS, each with the judge's verdict."""
+def show_gallery(pipe: Any, options: DemoOptions) -> ReportSection:
+    """Pictures from PROMPTS, each with the detector's verdict."""
     out = pipe.generate(list(PROMPTS), seed=options.seed)
-    shown = Shown(output=out)
+    shown = ReportSection(output=out)
     for number, (prompt, image) in enumerate(zip(PROMPTS, out.images, strict=True)):
-        right, _ = satisfies(judge(pixels(image)), parse(prompt))
-        shown.figures.append(ShownImage(image, prompt, right))
+        right, _ = satisfies(detect(pixels(image)), parse(prompt))
+        shown.figures.append(ReportImage(image, prompt, right))
         shown.pictures[_name(number, prompt)] = image
     routed = zip(PROMPTS[:ROUTED], out.routing[:ROUTED], strict=True)
-    shown.routing = [ShownRouting(prompt, routing) for prompt, routing in routed]
+    shown.routing = [ReportRouting(prompt, routing) for prompt, routing in routed]
     return shown
 
 
-def show_edits(pipe: Any, options: DemoOptions) -> Shown:
-    """Edits of every kind, each with the judge's verdict."""
+def show_edits(pipe: Any, options: DemoOptions) -> ReportSection:
+    """Edits of every kind, each with the detector's verdict."""
     items = edit_items(EvalOptions(limit=EDITS_A_KIND))
     before = [Image.fromarray(item.image) for item in items]
     out = pipe.edit(before, [item.edit.instruction for item in items], seed=options.seed)
-    shown = Shown(output=out)
+    shown = ReportSection(output=out)
     for number, (item, source, image) in enumerate(zip(items, before, out.images, strict=True)):
         right = check_edit(item, pixels(image)).right
-        shown.figures.append(ShownEdit(source, item.edit.instruction, image, right))
+        shown.figures.append(ReportEdit(source, item.edit.instruction, image, right))
         name = _name(number, item.edit.instruction)
         shown.pictures |= {f"{name}-before": source, f"{name}-after": image}
     routed = zip(items[:ROUTED], out.routing[:ROUTED], before[:ROUTED], strict=True)
-    shown.routing = [ShownRouting(item.edit.instruction, routing, source) for item, routing, source in routed]
+    shown.routing = [ReportRouting(item.edit.instruction, routing, source) for item, routing, source in routed]
     return shown
 
 
-def show_answers(pipe: Any, options: DemoOptions) -> Shown:
+def show_answers(pipe: Any, options: DemoOptions) -> ReportSection:
     """Questions of every kind, with the model's answers and the true ones."""
     items = vqa_items(EvalOptions(limit=ANSWERS_A_KIND))
     images = [Image.fromarray(item.image) for item in items]
     texts = pipe.understand(images, [item.question.text for item in items]).texts
-    return Shown(
+    return ReportSection(
         figures=[
-            ShownAnswer(image, item.question.text, text, item.question.answer)
+            ReportAnswer(image, item.question.text, text, item.question.answer)
             for image, item, text in zip(images, items, texts, strict=True)
         ]
     )
 
 
-def show_reconstructions(pipe: Any, options: DemoOptions) -> Shown:
+def show_reconstructions(pipe: Any, options: DemoOptions) -> ReportSection:
     """The given pictures, or some of the world's, through the tokenizer and back."""
     if options.images:
         names = [path.name for path in options.images]
@@ -199,10 +199,10 @@ def show_reconstructions(pipe: Any, options: DemoOptions) -> Shown:
         names = [f"{scene.kind} scene" for scene in scenes]
         before = [Image.fromarray(render(scene)) for scene in scenes]
     after = pipe.reconstruct(before).images
-    shown = Shown()
+    shown = ReportSection()
     for number, (name, source, image) in enumerate(zip(names, before, after, strict=True)):
         decibels = psnr(np.asarray(image), np.asarray(source))
-        shown.figures.append(ShownReconstruction(source, image, f"{name}, {decibels:.1f} dB"))
+        shown.figures.append(ReportReconstruction(source, image, f"{name}, {decibels:.1f} dB"))
         file = _name(number, name)
         shown.pictures |= {f"{file}-before": source, f"{file}-after": image}
     return shown

@@ -23,8 +23,8 @@ from spar.reporting.score_tables import show_scores
 
 
 @dataclass(frozen=True)
-class ShownImage:
-    """A generated picture and its prompt; `right` is the judge's verdict, None where none was asked for."""
+class ReportImage:
+    """A generated picture and its prompt; `right` is the detector's verdict, None where none was asked for."""
 
     image: Image.Image
     prompt: str
@@ -32,7 +32,7 @@ class ShownImage:
 
 
 @dataclass(frozen=True)
-class ShownEdit:
+class ReportEdit:
     """A picture before and after an instruction."""
 
     before: Image.Image
@@ -42,7 +42,7 @@ class ShownEdit:
 
 
 @dataclass(frozen=True)
-class ShownAnswer:
+class ReportAnswer:
     """A question about a picture, the model's answer, and the true one where it is known."""
 
     image: Image.Image
@@ -52,7 +52,7 @@ class ShownAnswer:
 
 
 @dataclass(frozen=True)
-class ShownReconstruction:
+class ReportReconstruction:
     """A picture before and after the tokenizer, and a note on it (its name, its PSNR)."""
 
     before: Image.Image
@@ -61,7 +61,7 @@ class ShownReconstruction:
 
 
 @dataclass(frozen=True)
-class ShownRouting:
+class ReportRouting:
     """One prompt's routing weights, with the reference picture of an edit."""
 
     prompt: str
@@ -81,11 +81,11 @@ class ReportData:
     lead: str = ""
     manifest: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
-    gallery: Sequence[ShownImage] = ()
-    edits: Sequence[ShownEdit] = ()
-    answers: Sequence[ShownAnswer] = ()
-    reconstructions: Sequence[ShownReconstruction] = ()
-    routing: Sequence[ShownRouting] = ()
+    gallery: Sequence[ReportImage] = ()
+    edits: Sequence[ReportEdit] = ()
+    answers: Sequence[ReportAnswer] = ()
+    reconstructions: Sequence[ReportReconstruction] = ()
+    routing: Sequence[ReportRouting] = ()
     routing_summary: RoutingSummary | None = None
     curves: Curves = field(default_factory=dict)
     log_curves: bool = True
@@ -126,7 +126,7 @@ def render_report(data: ReportData) -> str:
 
 
 def _mark(right: bool | None) -> Markup | None:
-    """The judge's verdict in a word, never in colour alone."""
+    """The detector's verdict in a word, never in colour alone."""
     if right is None:
         return None
     return tag("span", "✓ right" if right else "✗ wrong", class_="reached" if right else "short")
@@ -147,21 +147,21 @@ def _pair(before: Image.Image, after: Image.Image, what: str) -> Markup:
     return tag("div", *cells, class_="pair")
 
 
-def _gallery(shown: Sequence[ShownImage]) -> Markup | None:
+def _gallery(shown: Sequence[ReportImage]) -> Markup | None:
     return _grid([
         tag("figure", picture(one.image, f"Generated: {one.prompt}"), _caption(one.prompt, _mark(one.right)))
         for one in shown
     ])
 
 
-def _edits(shown: Sequence[ShownEdit]) -> Markup | None:
+def _edits(shown: Sequence[ReportEdit]) -> Markup | None:
     return _grid([
         tag("figure", _pair(one.before, one.after, one.instruction), _caption(one.instruction, _mark(one.right)))
         for one in shown
     ], "grid wide")
 
 
-def _answers(shown: Sequence[ShownAnswer]) -> Markup | None:
+def _answers(shown: Sequence[ReportAnswer]) -> Markup | None:
     figures = []
     for one in shown:
         right = None if one.expected is None else one.answer.strip().lower() == one.expected.strip().lower()
@@ -171,7 +171,7 @@ def _answers(shown: Sequence[ShownAnswer]) -> Markup | None:
     return _grid(figures)
 
 
-def _reconstructions(shown: Sequence[ShownReconstruction]) -> Markup | None:
+def _reconstructions(shown: Sequence[ReportReconstruction]) -> Markup | None:
     return _grid([
         tag("figure", _pair(one.before, one.after, one.note or "reconstruction"), _caption(one.note)) for one in shown
     ], "grid wide")
@@ -189,7 +189,7 @@ def _made(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> Markup | Non
 # ---- routing and training --------------------------------------------------------------------------------------------
 
 
-def _routing(shown: Sequence[ShownRouting], summary: RoutingSummary | None) -> Markup | None:
+def _routing(shown: Sequence[ReportRouting], summary: RoutingSummary | None) -> Markup | None:
     parts = [_one_routing(one) for one in shown]
     if summary is not None:
         parts.append(_summary(summary))
@@ -199,7 +199,7 @@ def _routing(shown: Sequence[ShownRouting], summary: RoutingSummary | None) -> M
     return join(tag("p", lead, class_="lead"), *parts)
 
 
-def _one_routing(shown: ShownRouting) -> Markup:
+def _one_routing(shown: ReportRouting) -> Markup:
     return join(tag("h3", shown.prompt), routing_view(shown.routing, shown.image))
 
 

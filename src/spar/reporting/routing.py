@@ -40,7 +40,7 @@ def plain_word(token: str) -> str:
     return token.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n").strip()
 
 
-def is_frame(token: str) -> bool:
+def is_template_token(token: str) -> bool:
     """Whether a token is of the chat's frame (roles, control tokens, line ends), which nobody wrote."""
     word = plain_word(token)
     return not word or word in _FRAME or bool(re.fullmatch(r"<[^<>\s]+>", word))
@@ -82,7 +82,7 @@ def routing_view(routing: RoutingLike, image: Image.Image | None = None) -> Mark
     layers, colors = routing.layers, layer_colors(len(routing.layers))
     places: dict[str, list[int]] = {"text": [], "image": [], "query": []}
     for place, (token, kind) in enumerate(zip(routing.tokens, routing.kinds, strict=True)):
-        if kind != "text" or not is_frame(token):
+        if kind != "text" or not is_template_token(token):
             places[kind].append(place)
 
     def stripes(kind: str, words: Sequence[str]) -> list[Markup]:

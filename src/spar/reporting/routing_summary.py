@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from spar.reporting.routing import is_frame, plain_word
+from spar.reporting.routing import is_template_token, plain_word
 from spar.worlds.shapes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES
 from spar.worlds.shapes.tokenizer import NUMBERS, PLURALS
 
@@ -43,7 +43,7 @@ def token_class(token: str, kind: str) -> str:
     for name, words in _WORDS.items():
         if word in words:
             return name
-    return "other word" if re.fullmatch(r"[\w'-]+", word) and not is_frame(word) else "template"
+    return "other word" if re.fullmatch(r"[\w'-]+", word) and not is_template_token(word) else "template"
 
 
 def collect_routing(outputs: Iterable[Any]) -> RoutingSummary:

@@ -12,7 +12,7 @@ from spar.evaluation.results import Result, read_result
 from spar.reporting.curves import read_metrics, stage_seconds
 from spar.reporting.report import ReportData
 
-NOT_SHOWN = ("resolved_recipe",)
+HIDDEN_KEYS = ("resolved_recipe",)
 
 
 def run_report(run: Path) -> ReportData:
@@ -29,7 +29,7 @@ def run_report(run: Path) -> ReportData:
     seconds = stage_seconds(metrics) if metrics.is_file() else {}
     return ReportData(
         title=f"SPAR run {run.resolve().name}",
-        manifest=shown_manifest(read_json(manifest) if manifest.is_file() else {}),
+        manifest=visible_manifest(read_json(manifest) if manifest.is_file() else {}),
         facts={f"{stage}, seconds": round(spent, 1) for stage, spent in seconds.items()},
         curves=read_metrics(metrics) if metrics.is_file() else {},
         results=results,
@@ -45,6 +45,6 @@ def find_results(folder: Path) -> list[Result]:
     return found
 
 
-def shown_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def visible_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """A model's manifest without what would fill a page of its own."""
-    return {name: value for name, value in manifest.items() if name not in NOT_SHOWN}
+    return {name: value for name, value in manifest.items() if name not in HIDDEN_KEYS}

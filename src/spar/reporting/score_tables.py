@@ -70,11 +70,14 @@ def _row(result: Result, score: Score) -> list[Child]:
 
 def _settings(result: Result) -> Markup:
     said = result.settings
-    judge = said.get("judge", {})
+    detector = said.get("detector", {})
     words = [f"{name.replace('_', ' ')} {said[name]}" for name in _SETTINGS if said.get(name) is not None]
-    if judge:
-        words.insert(0, f"judge version {judge.get('version')}, right on {judge.get('accuracy', 0):.1%} of real and "
-                        f"{judge.get('accuracy_degraded', 0):.1%} of degraded renders (n = {judge.get('n')})")
+    if detector:
+        words.insert(
+            0,
+            f"detector version {detector.get('version')}, right on {detector.get('accuracy', 0):.1%} of real and "
+            f"{detector.get('accuracy_degraded', 0):.1%} of degraded renders (n = {detector.get('n')})",
+        )
     machine = said.get("machine", {})
     if machine:
         words.append(f"{machine.get('cpu')}, {machine.get('cores')} cores")

@@ -15,15 +15,15 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from PIL import Image
 
 from spar import __version__
-from spar.inference.image_files import encode_picture
+from spar.inference.image_files import encode_image
 from spar.serving import schema
-from spar.serving.batching import Made, begin_chat, drawing_jobs, reconstruction_job
+from spar.serving.batching import GeneratedImage, begin_chat, reconstruction_job, sampling_jobs
 from spar.serving.errors import ApiError, add_handlers, api_error
-from spar.serving.image_io import read_messages, read_picture
-from spar.serving.limits import DECODERS, REQUEST_SECONDS
-from spar.serving.metrics import Metrics
-from spar.serving.middleware import Gate, Gone
-from spar.serving.worker import Chat, Job, Stopped, Worker
+from spar.serving.image_io import read_image, read_messages
+from spar.serving.limits import DECODE_THREADS, REQUEST_SECONDS
+from spar.serving.metrics import ServerMetrics
+from spar.serving.middleware import ClientDisconnected, RequestGuardMiddleware
+from spar.serving.worker import ChatJob, ImageJob, Stopped, Worker
 
 FORM = Form(media_type="multipart/form-data")
 ERRORS = {
@@ -48,9 +48,9 @@ def create_app(
         timeout: seconds that a request may wait and run.
         beside: an application in the same server, which begins and ends with this one.
     """
-    metrics = Metrics(lambda: worker.waiting)
+    metrics = ServerMetrics(lambda: worker.waiting)
     worker.observe = metrics.observe
-    pipe, started, decoders = worker.pipe, int(time.time()), ThreadPoolExecutor(DECODERS)
+    pipe, started, decoders = worker.pipe, int(time.time()), ThreadPoolExecutor(DECODE_THREADS)
     # What requests may call the model: of hf://OWNER/NAME@COMMIT no more than fits a path.
     model = (pipe.origin.get("model") or "spar").rpartition("/")[2]
 
@@ -66,7 +66,7 @@ def create_app(
         title="SPAR", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS,
         separate_input_output_schemas=False, redirect_slashes=False,
     )  # fmt: skip
-    app.add_middleware(Gate, token=token, hosts=hosts, metrics=metrics)
+    app.add_middleware(RequestGuardMiddleware, token=token, hosts=hosts, metrics=metrics)
     add_handlers(app)
 
     def check_model(name: str | None) -> None:
@@ -77,7 +77,7 @@ def create_app(
         """When a request that comes now must be answered, by the loop's clock."""
         return asyncio.get_running_loop().time() + timeout
 
-    async def answer(request: Request, jobs: list[Job], kind: str | None, until: float) -> Response:
+    async def answer(request: Request, jobs: list[ImageJob], kind: str | None, until: float) -> Response:
         """Have the jobs done, and their pictures written."""
         worker.submit(*jobs)
         return await asyncio.to_thread(_images, await _finished(request, jobs, until), kind or "png")
@@ -89,32 +89,32 @@ def create_app(
         await _no_field_twice(request)
         check_model(form.model)
         data = await form.image.read()
-        return await _race(request, read_picture(data, "image", request.state.hold, decoders), until)
+        return await _race(request, read_image(data, "image", request.state.hold, decoders), until)
 
-    @app.post("/v1/images/generations", response_model=schema.Images)
+    @app.post("/v1/images/generations", response_model=schema.ImagesResponse)
     async def generations(request: Request, body: schema.GenerationRequest) -> Response:
         """Pictures from words."""
         check_model(body.model)
         until = deadline()
-        jobs = drawing_jobs(pipe, body, _seed(body), pipe.output_size(*_sides(body.size)))
+        jobs = sampling_jobs(pipe, body, _seed(body), pipe.output_size(*_sides(body.size)))
         return await answer(request, jobs, body.output_format, until)
 
-    @app.post("/v1/images/edits", response_model=schema.Images)
+    @app.post("/v1/images/edits", response_model=schema.ImagesResponse)
     async def edits(request: Request, form: Annotated[schema.EditForm, FORM]) -> Response:
         """A picture changed as the prompt says."""
         until = deadline()
         image = await opened(request, form, until)
-        jobs = drawing_jobs(pipe, form, _seed(form), pipe.edited_size(image), image)
+        jobs = sampling_jobs(pipe, form, _seed(form), pipe.edited_size(image), image)
         return await answer(request, jobs, form.output_format, until)
 
-    @app.post("/v1/reconstruct", response_model=schema.Images)
+    @app.post("/v1/reconstruct", response_model=schema.ImagesResponse)
     async def reconstruct(request: Request, form: Annotated[schema.ReconstructForm, FORM]) -> Response:
         """A picture through the unified tokenizer and back."""
         until = deadline()
         image = await opened(request, form, until)
         return await answer(request, [reconstruction_job(image)], form.output_format, until)
 
-    @app.post("/v1/chat/completions", response_model=schema.Completion, responses=STREAM)
+    @app.post("/v1/chat/completions", response_model=schema.ChatCompletion, responses=STREAM)
     async def chat(request: Request, body: schema.ChatRequest) -> Response:
         """An answer to the last message of a conversation, which may show pictures; whole, or as it is made."""
         check_model(body.model)
@@ -129,7 +129,7 @@ def create_app(
         def say(piece: str | None) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        job = Chat(lambda pipe: begin_chat(pipe, messages, longest), say)
+        job = ChatJob(lambda pipe: begin_chat(pipe, messages, longest), say)
         job.future.add_done_callback(lambda _: say(None))
         worker.submit(job)
         if not body.stream:
@@ -145,14 +145,14 @@ def create_app(
             raise
         return StreamingResponse(_chunks(job, first, pieces, model, usage, until), media_type="text/event-stream")
 
-    @app.get("/v1/models", response_model=schema.Models)
-    async def models() -> schema.Models:
-        return schema.Models(data=[schema.Model(id=model, created=started)])
+    @app.get("/v1/models", response_model=schema.ModelList)
+    async def models() -> schema.ModelList:
+        return schema.ModelList(data=[schema.ModelInfo(id=model, created=started)])
 
-    @app.get("/v1/models/{name}", response_model=schema.Model)
-    async def one_model(name: str) -> schema.Model:
+    @app.get("/v1/models/{name}", response_model=schema.ModelInfo)
+    async def one_model(name: str) -> schema.ModelInfo:
         check_model(name)
-        return schema.Model(id=model, created=started)
+        return schema.ModelInfo(id=model, created=started)
 
     @app.get("/health", response_model=schema.Health)
     async def health() -> Response:
@@ -167,7 +167,7 @@ def create_app(
     return app
 
 
-def _seed(request: schema.Sampling) -> int:
+def _seed(request: schema.SamplingRequest) -> int:
     return secrets.randbelow(2**32) if request.seed is None else request.seed
 
 
@@ -203,14 +203,14 @@ async def _race(request: Request, work: Awaitable[Any], until: float) -> Any:
         if task.done():
             return task.result()
         if leaving.done():
-            raise Gone
+            raise ClientDisconnected
         raise ApiError(503)
     finally:
         leaving.cancel()
         task.cancel()
 
 
-async def _finished(request: Request, jobs: Sequence[Job | Chat], until: float) -> list[Any]:
+async def _finished(request: Request, jobs: Sequence[ImageJob | ChatJob], until: float) -> list[Any]:
     """The results of jobs, in order; a client that leaves, or waits too long, frees their places."""
     try:
         return await _race(request, asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs)), until)
@@ -220,7 +220,7 @@ async def _finished(request: Request, jobs: Sequence[Job | Chat], until: float) 
 
 
 async def _chunks(
-    job: Chat, piece: str | None, pieces: asyncio.Queue[str | None], model: str, usage: bool, until: float
+    job: ChatJob, piece: str | None, pieces: asyncio.Queue[str | None], model: str, usage: bool, until: float
 ) -> AsyncIterator[str]:
     """An answer as server-sent events while it is made. Whoever stops reading frees its place."""
     shared = {"id": new_id(), "object": "chat.completion.chunk", "created": int(time.time()), "model": model}
@@ -258,8 +258,8 @@ def new_id() -> str:
 
 def usage_of(out: Any) -> dict[str, int]:
     """The tokens of a finished answer, as OpenAI counts them."""
-    total = out.prompt_tokens + out.tokens
-    return {"prompt_tokens": out.prompt_tokens, "completion_tokens": out.tokens, "total_tokens": total}
+    total = out.prompt_tokens + out.completion_tokens
+    return {"prompt_tokens": out.prompt_tokens, "completion_tokens": out.completion_tokens, "total_tokens": total}
 
 
 def completion(model: str, out: Any, pieces: list[str | None]) -> dict[str, Any]:
@@ -269,11 +269,11 @@ def completion(model: str, out: Any, pieces: list[str | None]) -> dict[str, Any]
     return {**shared, "choices": [choice], "usage": usage_of(out)}
 
 
-def _images(made: list[Made], kind: str) -> Response:
+def _images(made: list[GeneratedImage], kind: str) -> Response:
     """Pictures as OpenAI's answer; of a PNG each carries how it was made."""
     data = []
     for one in made:
-        coded = base64.b64encode(encode_picture(one.image, kind, one.notes)).decode()
+        coded = base64.b64encode(encode_image(one.image, kind, one.metadata)).decode()
         data.append({"b64_json": coded, **({} if one.seed is None else {"seed": one.seed})})
     size = f"{made[0].image.width}x{made[0].image.height}"
     return JSONResponse({"created": int(time.time()), "data": data, "output_format": kind, "size": size})

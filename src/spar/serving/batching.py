@@ -7,65 +7,65 @@ from typing import Any
 from PIL import Image
 
 from spar.inference.pipeline import SparPipeline
-from spar.serving.schema import Sampling
-from spar.serving.worker import Job, Step
+from spar.serving.schema import SamplingRequest
+from spar.serving.worker import ImageJob, Step
 
 
 @dataclass(frozen=True)
-class Settings:
+class BatchKey:
     """What the rows of one call share."""
 
     size: tuple[int, int]
     steps: int
     guidance: float
-    guided_away: bool  # whether there are negative prompts
+    has_negatives: bool  # whether there are negative prompts
 
 
 @dataclass(frozen=True)
-class Row:
+class ImageRow:
     """One picture to draw: its words, its seed, and the picture to edit."""
 
     prompt: str
     negative_prompt: str | None
     seed: int
-    settings: Settings
+    batch_key: BatchKey
     image: Image.Image | None = None
 
 
 @dataclass(frozen=True)
-class Made:
+class GeneratedImage:
     """A picture, what its PNG says of itself, and its seed where it has one."""
 
     image: Image.Image
-    notes: dict[str, Any]
+    metadata: dict[str, Any]
     seed: int | None = None
 
 
-def draw(pipe: SparPipeline, rows: list[Row], callback: Step) -> list[Made]:
+def sample_images(pipe: SparPipeline, rows: list[ImageRow], callback: Step) -> list[GeneratedImage]:
     """Pictures from words, or of pictures; all rows have one Settings."""
     first = rows[0]
     shared = {
-        "negative_prompt": [row.negative_prompt for row in rows] if first.settings.guided_away else None,
-        "num_inference_steps": first.settings.steps, "guidance_scale": first.settings.guidance,
+        "negative_prompt": [row.negative_prompt for row in rows] if first.batch_key.has_negatives else None,
+        "num_inference_steps": first.batch_key.steps, "guidance_scale": first.batch_key.guidance,
         "seed": [row.seed for row in rows], "callback": callback,
     }  # fmt: skip
     prompts = [row.prompt for row in rows]
     if first.image is None:
-        height, width = first.settings.size
+        height, width = first.batch_key.size
         out = pipe.generate(prompts, height=height, width=width, **shared)
     else:
         out = pipe.edit([row.image for row in rows], prompts, **shared)
-    return list(map(Made, out.images, out.notes, out.seeds))
+    return list(map(GeneratedImage, out.images, out.metadata, out.seeds))
 
 
-def reconstruct(pipe: SparPipeline, images: list[Image.Image], callback: Step) -> list[Made]:
+def reconstruct(pipe: SparPipeline, images: list[Image.Image], callback: Step) -> list[GeneratedImage]:
     out = pipe.reconstruct(images)
-    return list(map(Made, out.images, out.notes))
+    return list(map(GeneratedImage, out.images, out.metadata))
 
 
-def drawing_jobs(
-    pipe: SparPipeline, request: Sampling, seed: int, size: tuple[int, int], image: Image.Image | None = None
-) -> list[Job]:
+def sampling_jobs(
+    pipe: SparPipeline, request: SamplingRequest, seed: int, size: tuple[int, int], image: Image.Image | None = None
+) -> list[ImageJob]:
     """A job for each of a request's pictures.
 
     Raises:
@@ -74,18 +74,18 @@ def drawing_jobs(
     pipe.check_text(request.prompt, "prompt")
     if request.negative_prompt is not None:
         pipe.check_text(request.negative_prompt, "negative_prompt")
-    own, steps, guidance = pipe.loaded.sampling, request.num_inference_steps, request.guidance_scale
-    settings = Settings(
+    own, steps, guidance = pipe.bundle.sampling, request.num_inference_steps, request.guidance_scale
+    settings = BatchKey(
         size, own.steps if steps is None else steps, own.guidance if guidance is None else float(guidance),
         request.negative_prompt is not None,
     )  # fmt: skip
     weight = max(1.0, size[0] * size[1] / pipe.image_size**2)
-    rows = [Row(request.prompt, request.negative_prompt, seed + i, settings, image) for i in range(request.n or 1)]
-    return [Job(draw, (settings, image is None), row, weight) for row in rows]
+    rows = [ImageRow(request.prompt, request.negative_prompt, seed + i, settings, image) for i in range(request.n or 1)]
+    return [ImageJob(sample_images, (settings, image is None), row, weight) for row in rows]
 
 
-def reconstruction_job(image: Image.Image) -> Job:
-    return Job(reconstruct, None, image)
+def reconstruction_job(image: Image.Image) -> ImageJob:
+    return ImageJob(reconstruct, None, image)
 
 
 def begin_chat(pipe: SparPipeline, messages: list[dict[str, Any]], max_new_tokens: int | None) -> Iterator[str]:

@@ -16,7 +16,7 @@ from spar.serving.worker import Busy, Stopped
 
 MAX_SHOWN = 64
 RETRY = {"Retry-After": str(RETRY_SECONDS)}
-TEXTS = {
+MESSAGES = {
     400: "expected a request that can be read",
     401: "expected the server's token as Authorization: Bearer TOKEN",
     403: "expected a request of this server's own address",
@@ -31,7 +31,7 @@ TEXTS = {
     503: "the server did not get to it in time; try again",
 }
 # What a field wants, or one kind of error, where pydantic's own sentence does not say why.
-WANTED = {
+EXPECTED_TYPES = {
     "response_format": "expected b64_json: this server hosts no files that a URL could lead to",
     "size": 'expected "WIDTHxHEIGHT" in pixels, or "auto"',
     "temperature": "expected 0: answers are greedy",
@@ -49,7 +49,7 @@ class ApiError(Exception):
         self, status: int, message: str | None = None, *, param: str | None = None, code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(message or TEXTS[status])
+        super().__init__(message or MESSAGES[status])
         self.status, self.param, self.code = status, param, code
         self.headers = dict(headers or (RETRY if status in (429, 503) else {}))
 
@@ -76,7 +76,7 @@ def api_error(error: Exception) -> ApiError:
         case RequestValidationError():
             return _validation(error)
         case HTTPException():
-            return ApiError(error.status_code if error.status_code in TEXTS else 400, headers=error.headers)
+            return ApiError(error.status_code if error.status_code in MESSAGES else 400, headers=error.headers)
         case _:
             return ApiError(500)
 
@@ -95,8 +95,8 @@ def _validation(error: RequestValidationError) -> ApiError:
     said = first["msg"].removeprefix("Value error, ")
     kind = first["type"]
     if kind != "value_error":
-        said = WANTED.get(param) or WANTED.get(kind) or said[:1].lower() + said[1:]
-    said = WANTED.get((param, kind)) or said
+        said = EXPECTED_TYPES.get(param) or EXPECTED_TYPES.get(kind) or said[:1].lower() + said[1:]
+    said = EXPECTED_TYPES.get((param, kind)) or said
     return ApiError(400, f"{param}: {said}" if param else said, param=param)
 
 

@@ -14,30 +14,30 @@ from PIL import Image
 from spar.common.errors import InputError
 from spar.processing.images import open_training_image, read_header
 from spar.serving.errors import ApiError
-from spar.serving.limits import MAX_CHAT_PICTURES, MAX_PICTURE_BYTES, MAX_PICTURE_PIXELS
+from spar.serving.limits import MAX_CHAT_IMAGES, MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS
 from spar.serving.schema import Message, TextPart
 
 log = logging.getLogger(__name__)
 
 EXPECTED = (
-    f"expected a whole PNG, JPEG or WEBP of one frame, at most {MAX_PICTURE_PIXELS / 1e6:g} million pixels and "
-    f"{MAX_PICTURE_BYTES >> 20} MiB"
+    f"expected a whole PNG, JPEG or WEBP of one frame, at most {MAX_UPLOAD_PIXELS / 1e6:g} million pixels and "
+    f"{MAX_UPLOAD_BYTES >> 20} MiB"
 )
 _DATA = re.compile(r"data:image/[\w.+-]{1,32};base64,", re.ASCII | re.IGNORECASE)
 
 
-async def read_picture(data: bytes, param: str, hold: Callable[[int], None], decoders: Executor) -> Image.Image:
+async def read_image(data: bytes, param: str, hold: Callable[[int], None], decoders: Executor) -> Image.Image:
     """An RGB picture from a client's bytes, decoded in `decoders`; `hold` hears how many bytes it takes.
 
     Raises:
         ApiError: what is no such picture (one fixed text; the log has the reason).
     """
     try:
-        if len(data) > MAX_PICTURE_BYTES:
+        if len(data) > MAX_UPLOAD_BYTES:
             raise InputError(f"{len(data)} bytes")
         loop = asyncio.get_running_loop()
         header = await loop.run_in_executor(decoders, read_header, data)  # a hostile one takes seconds
-        if header.width * header.height > MAX_PICTURE_PIXELS:
+        if header.width * header.height > MAX_UPLOAD_PIXELS:
             raise InputError(f"{header.width} x {header.height} pixels")
         hold(header.width * header.height * 3)
         return await loop.run_in_executor(decoders, open_training_image, data)
@@ -46,7 +46,7 @@ async def read_picture(data: bytes, param: str, hold: Callable[[int], None], dec
         raise ApiError(400, f"{param}: {EXPECTED}", param=param) from None
 
 
-def decode_address(url: str, param: str) -> bytes:
+def decode_data_url(url: str, param: str) -> bytes:
     """The bytes of a base64 `data:` address of a picture; its type is not believed.
 
     Raises:
@@ -69,7 +69,7 @@ async def read_messages(
     """A chat's messages as `SparPipeline.chat` takes them, pictures decoded.
 
     Raises:
-        ApiError: too many pictures, or what `read_picture` and `decode_address` refuse.
+        ApiError: too many pictures, or what `read_image` and `decode_data_url` refuse.
     """
     read, pictures = [], 0
     for index, message in enumerate(messages):
@@ -81,10 +81,10 @@ async def read_messages(
                     content.append({"type": "text", "text": part.text})
                     continue
                 pictures += 1
-                if pictures > MAX_CHAT_PICTURES:
-                    raise ApiError(400, f"messages: expected at most {MAX_CHAT_PICTURES} pictures", param="messages")
+                if pictures > MAX_CHAT_IMAGES:
+                    raise ApiError(400, f"messages: expected at most {MAX_CHAT_IMAGES} pictures", param="messages")
                 where = f"messages.{index}.content"
-                data = decode_address(part.image_url.url, where)
-                content.append({"type": "image", "image": await read_picture(data, where, hold, decoders)})
+                data = decode_data_url(part.image_url.url, where)
+                content.append({"type": "image", "image": await read_image(data, where, hold, decoders)})
         read.append({"role": "system" if message.role == "developer" else message.role, "content": content})
     return read

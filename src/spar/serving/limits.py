@@ -13,8 +13,8 @@ MIN_TOKEN_CHARACTERS = 16
 
 # One request
 MAX_BODY_BYTES = 24 * 2**20
-MAX_PICTURE_BYTES = 16 * 2**20
-MAX_PICTURE_PIXELS = 16 * 10**6
+MAX_UPLOAD_BYTES = 16 * 2**20
+MAX_UPLOAD_PIXELS = 16 * 10**6
 MAX_PROMPT_CHARACTERS = 8192
 MAX_FIELDS = 64  # of one JSON object
 MAX_VALUES = 100_000  # of one JSON body: as objects they take twenty times the bytes that they came in
@@ -24,7 +24,7 @@ MAX_GUIDANCE = 30
 MAX_OUTPUT_PIXELS = 4 * 2**20
 MAX_MESSAGES = 64
 MAX_PARTS = 16
-MAX_CHAT_PICTURES = 8
+MAX_CHAT_IMAGES = 8
 MAX_ANSWER_TOKENS = MAX_NEW_TOKENS
 
 # Time
@@ -37,19 +37,19 @@ RETRY_SECONDS = 2  # what a refused client is told to wait
 
 # All requests together
 MAX_REQUESTS = 256
-MAX_HELD_BYTES = 512 * 2**20
+MAX_BUFFERED_BYTES = 512 * 2**20
 MAX_QUEUE = 64
 MAX_BATCH = 8
 MAX_CHATS = 8
 CHAT_TURN_TOKENS = 8
 GATHER_SECONDS = 0.03
-DECODERS = 2  # pictures that are decoded at once
+DECODE_THREADS = 2  # pictures that are decoded at once
 
 _MIB = 2**20
 LIMITS = (
     ("MAX_BODY_BYTES", f"{MAX_BODY_BYTES // _MIB} MiB", "body of a request, counted while it comes in"),
-    ("MAX_PICTURE_BYTES", f"{MAX_PICTURE_BYTES // _MIB} MiB", "file of a picture"),
-    ("MAX_PICTURE_PIXELS", f"{MAX_PICTURE_PIXELS / 1e6:g} million", "pixels of a picture, read off its header"),
+    ("MAX_UPLOAD_BYTES", f"{MAX_UPLOAD_BYTES // _MIB} MiB", "file of a picture"),
+    ("MAX_UPLOAD_PIXELS", f"{MAX_UPLOAD_PIXELS / 1e6:g} million", "pixels of a picture, read off its header"),
     ("MAX_PROMPT_CHARACTERS", MAX_PROMPT_CHARACTERS, "characters of a text; the model's limit of tokens comes on top"),
     ("MAX_FIELDS", MAX_FIELDS, "fields of a JSON object"),
     ("MAX_VALUES", MAX_VALUES, "values of a JSON body, counted by its commas"),
@@ -60,7 +60,7 @@ LIMITS = (
      "each side at most twice the model's own"),
     ("MAX_MESSAGES", MAX_MESSAGES, "messages of a chat"),
     ("MAX_PARTS", MAX_PARTS, "parts of a message"),
-    ("MAX_CHAT_PICTURES", MAX_CHAT_PICTURES, "pictures of a chat"),
+    ("MAX_CHAT_IMAGES", MAX_CHAT_IMAGES, "pictures of a chat"),
     ("MAX_ANSWER_TOKENS", MAX_ANSWER_TOKENS, "tokens of an answer (max_completion_tokens), to which more is cut"),
     ("HEADER_SECONDS", HEADER_SECONDS, "seconds that a request's head may take to come in"),
     ("BODY_SECONDS", BODY_SECONDS, "seconds that its body may take"),
@@ -68,13 +68,13 @@ LIMITS = (
     ("REQUEST_SECONDS", REQUEST_SECONDS, "seconds from then to the answer (--timeout)"),
     ("SHUTDOWN_SECONDS", SHUTDOWN_SECONDS, "seconds that running requests get when the server is stopped"),
     ("MAX_REQUESTS", MAX_REQUESTS, "requests at once"),
-    ("MAX_HELD_BYTES", f"{MAX_HELD_BYTES // _MIB} MiB", "bodies and decoded pictures of all requests together"),
+    ("MAX_BUFFERED_BYTES", f"{MAX_BUFFERED_BYTES // _MIB} MiB", "bodies and decoded pictures of all requests together"),
     ("MAX_QUEUE", MAX_QUEUE, "pictures and chats that wait (--max-queue)"),
     ("MAX_BATCH", MAX_BATCH, "pictures of the model's own size that are drawn together (--max-batch)"),
     ("MAX_CHATS", MAX_CHATS, "chats that speak by turns"),
 )  # fmt: skip
 
 
-def told() -> str:
+def format_limits() -> str:
     """The limits as a list for `--help`."""
     return "\n".join(f"- {name} = {value}: {what}" for name, value, what in LIMITS)

@@ -11,7 +11,7 @@ SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 
 
-class Metrics:
+class ServerMetrics:
     """One server's numbers, in a registry of their own. `waiting()` is the length of the queue."""
 
     def __init__(self, waiting: Callable[[], int]) -> None:

@@ -17,12 +17,12 @@ from spar.serving.limits import (
     BODY_SECONDS,
     HEADER_SECONDS,
     MAX_BODY_BYTES,
-    MAX_HELD_BYTES,
+    MAX_BUFFERED_BYTES,
     MAX_REQUESTS,
     MAX_VALUES,
     READ_SECONDS,
 )
-from spar.serving.metrics import Metrics
+from spar.serving.metrics import ServerMetrics
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -34,29 +34,29 @@ OPEN_PATHS = frozenset({"/health"})
 HEADERS = ((b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store"))
 
 
-class Gone(Exception):
+class ClientDisconnected(Exception):
     """The client has left."""
 
 
 @dataclass
-class Held:
+class MemoryBudget:
     """Bytes that the requests in flight keep in memory."""
 
     used: int = 0
 
-    def take(self, count: int) -> None:
-        if self.used + count > MAX_HELD_BYTES:
+    def acquire(self, count: int) -> None:
+        if self.used + count > MAX_BUFFERED_BYTES:
             raise ApiError(429, code="rate_limit_exceeded")
         self.used += count
 
 
-class Gate:
+class RequestGuardMiddleware:
     """`token`: what Authorization must bear, None for nothing; `hosts`: names that Host may have then, None for any."""
 
-    def __init__(self, app: Asgi, *, token: str | None, hosts: Collection[str] | None, metrics: Metrics) -> None:
+    def __init__(self, app: Asgi, *, token: str | None, hosts: Collection[str] | None, metrics: ServerMetrics) -> None:
         self.app, self.metrics, self.hosts = app, metrics, hosts
         self.bearer = None if token is None else f"Bearer {token}".encode()
-        self.held, self.requests = Held(), 0
+        self.held, self.requests = MemoryBudget(), 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -70,7 +70,7 @@ class Gate:
 
         def hold(count: int) -> None:
             nonlocal taken
-            self.held.take(count)
+            self.held.acquire(count)
             taken += count
 
         self.requests += 1
@@ -79,8 +79,8 @@ class Gate:
             body = await _read(scope, receive, hold)
             _check_values(scope, body)
             scope.setdefault("state", {})["hold"] = hold
-            await self.app(scope, _replay(body, receive), send)
-        except Gone:
+            await self.app(scope, replay_body(body, receive), send)
+        except ClientDisconnected:
             pass
         except ApiError as error:
             await error.response()(scope, receive, send)
@@ -122,7 +122,7 @@ async def _read(scope: Scope, receive: Receive, hold: Callable[[int], None]) -> 
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
-                    raise Gone
+                    raise ClientDisconnected
                 part = message.get("body", b"")
                 size += len(part)
                 if size > MAX_BODY_BYTES:
@@ -142,7 +142,7 @@ def _check_values(scope: Scope, body: bytes) -> None:
         raise ApiError(413)
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
+def replay_body(body: bytes, receive: Receive) -> Receive:
     """A `receive` that gives the body at once, and afterwards whatever comes (the client's leaving)."""
     given = False
 
@@ -168,7 +168,7 @@ def _sender(send: Send, note: Callable[[int], None]) -> Send:
     return noted
 
 
-class Protocol(H11Protocol):
+class TimedH11Protocol(H11Protocol):
     """uvicorn's protocol for HTTP/1.1, which waits for the head of a request no longer than HEADER_SECONDS.
 
     It hangs up on a client that reads nothing of its answer for READ_SECONDS, who would keep a place for ever.

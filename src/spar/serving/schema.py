@@ -40,7 +40,7 @@ def _area(size: str | None) -> str | None:
     return size
 
 
-class Closed(BaseModel):
+class RequestModel(BaseModel):
     """An object without unknown fields; one with very many is refused before each of them gets its own error."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -53,13 +53,13 @@ class Closed(BaseModel):
         return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
-class Strict(Closed):
+class StrictModel(RequestModel):
     """JSON, where a number is a number; the values of a form are text."""
 
     model_config = ConfigDict(strict=True)
 
 
-class Sampling(Closed):
+class SamplingRequest(RequestModel):
     """What `/v1/images/generations` and `/v1/images/edits` share."""
 
     prompt: Text
@@ -77,13 +77,13 @@ class Sampling(Closed):
     user: Name | None = None
 
     @model_validator(mode="after")
-    def _last_seed(self) -> "Sampling":
+    def _last_seed(self) -> "SamplingRequest":
         if self.seed is not None and self.seed + (self.n or 1) - 1 > MAX_SEED:
             raise ValueError(f"seed: expected at most {MAX_SEED} for the last picture")
         return self
 
 
-class GenerationRequest(Sampling):
+class GenerationRequest(SamplingRequest):
     model_config = ConfigDict(strict=True)
 
     size: Annotated[str, Field(pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$"), AfterValidator(_area)] | None = Field(
@@ -92,7 +92,7 @@ class GenerationRequest(Sampling):
     stream: Literal[False] | None = None
 
 
-class EditForm(Sampling):
+class EditForm(SamplingRequest):
     image: UploadFile = Field(description="PNG, JPEG or WEBP of one frame; its name is not used.")
     size: Literal["auto"] | None = Field(None, description="The result has the picture's own proportions.")
     stream: Literal["false"] | None = None
@@ -108,23 +108,23 @@ class EditForm(Sampling):
         return data
 
 
-class ReconstructForm(Closed):
+class ReconstructForm(RequestModel):
     image: UploadFile = Field(description="PNG, JPEG or WEBP of one frame; its name is not used.")
     model: Name | None = None
     output_format: OutputFormat | None = None
 
 
-class TextPart(Strict):
+class TextPart(StrictModel):
     type: Literal["text"]
     text: Text
 
 
-class ImageUrl(Strict):
+class ImageUrl(StrictModel):
     url: str = Field(description="data:image/...;base64,... and no other address: this server fetches nothing.")
     detail: Literal["auto", "low", "high"] | None = None
 
 
-class ImagePart(Strict):
+class ImagePart(StrictModel):
     type: Literal["image_url"]
     image_url: ImageUrl
 
@@ -132,7 +132,7 @@ class ImagePart(Strict):
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
-class Message(Strict):
+class Message(StrictModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
         Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS), Tag("words")]  # an assistant may have said nothing
@@ -141,12 +141,12 @@ class Message(Strict):
     ]
 
 
-class StreamOptions(Strict):
+class StreamOptions(StrictModel):
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
-class ChatRequest(Strict):
+class ChatRequest(StrictModel):
     """Answers are greedy: only settings that a greedy answer honours are taken."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
@@ -172,7 +172,7 @@ class ImageData(BaseModel):
     seed: int | None = Field(None, description="What draws this picture again.")
 
 
-class Images(BaseModel):
+class ImagesResponse(BaseModel):
     created: int
     data: list[ImageData]
     output_format: OutputFormat
@@ -185,7 +185,7 @@ class Usage(BaseModel):
     total_tokens: int
 
 
-class Answer(BaseModel):
+class AnswerMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
     content: str
     refusal: None = None
@@ -193,12 +193,12 @@ class Answer(BaseModel):
 
 class Choice(BaseModel):
     index: int = 0
-    message: Answer
+    message: AnswerMessage
     logprobs: None = None
     finish_reason: Literal["stop", "length"]
 
 
-class Completion(BaseModel):
+class ChatCompletion(BaseModel):
     id: str
     object: Literal["chat.completion"] = "chat.completion"
     created: int
@@ -207,16 +207,16 @@ class Completion(BaseModel):
     usage: Usage
 
 
-class Model(BaseModel):
+class ModelInfo(BaseModel):
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "spar"
 
 
-class Models(BaseModel):
+class ModelList(BaseModel):
     object: Literal["list"] = "list"
-    data: list[Model]
+    data: list[ModelInfo]
 
 
 class Health(BaseModel):

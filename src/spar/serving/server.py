@@ -13,13 +13,13 @@ from spar.inference.pipeline import SparPipeline
 from spar.serving.app import create_app
 from spar.serving.auth import is_local
 from spar.serving.limits import PAGE_PATH, SHUTDOWN_SECONDS
-from spar.serving.middleware import LOCAL_NAMES, Protocol, Receive, Scope, Send
+from spar.serving.middleware import LOCAL_NAMES, Receive, Scope, Send, TimedH11Protocol
 from spar.serving.worker import Worker
 
 Call = Callable[[Callable[[SparPipeline], Any]], Future]
 
 
-class Beside:
+class PathDispatcher:
     """API and page in one server. Each has its own guard: programs bear the token, people give it as password."""
 
     def __init__(self, api: FastAPI, page: FastAPI) -> None:
@@ -46,20 +46,20 @@ class Beside:
         elif begun:
             await send({"type": "http.response.body"})
 
-    def end(self) -> None:
+    def close_streams(self) -> None:
         """Hang up on the page's visitors, whose open streams would keep the server until its patience ends."""
         for task in self._open:
             task.cancel()
 
 
-class Server(uvicorn.Server):
+class ApiServer(uvicorn.Server):
     """uvicorn's, which has a page end its streams before it waits for what runs."""
 
-    both: Beside | None = None
+    dispatcher: PathDispatcher | None = None
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        if self.both:
-            self.both.end()
+        if self.dispatcher:
+            self.dispatcher.close_streams()
         await super().shutdown(sockets)
 
 
@@ -78,11 +78,11 @@ def build_server(
     page = build_page(worker.call) if build_page else None
     hosts = LOCAL_NAMES | {host} if is_local(host) else None
     api = create_app(worker, token=token, hosts=hosts, timeout=timeout, beside=page)
-    both = Beside(api, page) if page else None
+    both = PathDispatcher(api, page) if page else None
     config = uvicorn.Config(
-        both or api, http=Protocol, ws="none", lifespan="on", log_config=None, server_header=False, proxy_headers=False,
-        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        both or api, http=TimedH11Protocol, ws="none", lifespan="on", log_config=None, server_header=False,
+        proxy_headers=False, timeout_graceful_shutdown=SHUTDOWN_SECONDS,
     )  # fmt: skip
-    server = Server(config)
-    server.both = both
+    server = ApiServer(config)
+    server.dispatcher = both
     return server

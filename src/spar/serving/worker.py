@@ -37,7 +37,7 @@ class Stopped(Unavailable):
 
 
 @dataclass(eq=False)
-class Job:
+class ImageJob:
     """One row.
 
     `work(pipe, inputs, callback)` gets the `inputs` of several jobs and returns a result for each; jobs of one `work`
@@ -50,22 +50,22 @@ class Job:
     weight: float = 1
     future: Future = field(default_factory=Future)
 
-    def compatible(self, other: "Job") -> bool:
+    def compatible(self, other: "ImageJob") -> bool:
         return self.work is other.work and self.key == other.key
 
 
 @dataclass(eq=False)
-class Chat:
+class ChatJob:
     """One conversation: `begin(pipe)` gives an iterator over pieces of text, and each piece is handed to `say`.
 
     The future's result is that iterator, at its end.
     """
 
-    begin: Callable[[SparPipeline], Iterator[str]]
-    say: Callable[[str], None]
+    start: Callable[[SparPipeline], Iterator[str]]
+    emit: Callable[[str], None]
     future: Future = field(default_factory=Future)
     pieces: Iterator[str] | None = None
-    begun: bool = False
+    started: bool = False
 
 
 @dataclass
@@ -84,8 +84,8 @@ class Worker:
     thread: Executor | None = None
 
     def __post_init__(self) -> None:
-        self._waiting: deque[Job] = deque()
-        self._chats: deque[Chat] = deque()
+        self._waiting: deque[ImageJob] = deque()
+        self._chats: deque[ChatJob] = deque()
         self._changed = threading.Condition(threading.RLock())
         self._stopping = False
         self._expected, self._answered_at = 0, 0.0
@@ -114,7 +114,7 @@ class Worker:
         """Jobs and chats in the queue, what runs now not counted (a chat that speaks is)."""
         return len(self._waiting) + len(self._chats)
 
-    def submit(self, *jobs: Job | Chat) -> None:
+    def submit(self, *jobs: ImageJob | ChatJob) -> None:
         """Put jobs in the queue, all or none.
 
         Raises:
@@ -127,13 +127,13 @@ class Worker:
             if self.waiting + len(jobs) > self.max_queue:
                 raise Busy
             for job in jobs:
-                (self._chats if isinstance(job, Chat) else self._waiting).append(job)
+                (self._chats if isinstance(job, ChatJob) else self._waiting).append(job)
                 job.future.add_done_callback(self._forget)  # knows no job: with one it would be a circle, kept long
             self._changed.notify_all()
 
     def call(self, function: Callable[[SparPipeline], Any]) -> Future:
         """Run a function of the pipeline in its turn, alone; raises as `submit`."""
-        job = Job(lambda pipe, inputs, step: [function(pipe)], None, None)
+        job = ImageJob(lambda pipe, inputs, step: [function(pipe)], None, None)
         self.submit(job)
         return job.future
 
@@ -142,20 +142,22 @@ class Worker:
         with self._changed:
             for job in [job for job in self._waiting if job.future is future]:
                 self._waiting.remove(job)
-            for chat in [chat for chat in self._chats if chat.future is future and not chat.begun]:
+            for chat in [chat for chat in self._chats if chat.future is future and not chat.started]:
                 self._chats.remove(chat)
 
     def _loop(self) -> None:
-        while self._turn():  # a function of its own, so that nothing of the last turn is kept while there is no work
+        while (
+            self._run_once()
+        ):  # a function of its own, so that nothing of the last turn is kept while there is no work
             pass
 
-    def _turn(self) -> bool:
+    def _run_once(self) -> bool:
         """Wait for work, then do a batch and let each chat say a little; False once the worker is stopped."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopping or self._waiting or self._chats)
             if self._stopping:
                 return False
-            jobs = self._take()
+            jobs = self._take_batch()
         if jobs:
             start = time.perf_counter()
             self._run(jobs)
@@ -164,7 +166,7 @@ class Worker:
         with self._changed:
             speaking = list(self._chats)[:MAX_CHATS]
             for chat in speaking:
-                chat.begun = True
+                chat.started = True
         for chat in speaking:
             self._advance(chat)
             if chat.future.done():
@@ -173,7 +175,7 @@ class Worker:
                     self._chats.remove(chat)
         return True
 
-    def _take(self) -> list[Job]:
+    def _take_batch(self) -> list[ImageJob]:
         """The oldest job and all that goes with it, up to a full batch.
 
         Clients that have just been answered come back one after another within milliseconds. The worker waits so long
@@ -195,7 +197,7 @@ class Worker:
             self._waiting.remove(job)
         return jobs
 
-    def _run(self, jobs: list[Job]) -> None:
+    def _run(self, jobs: list[ImageJob]) -> None:
         """One call for all; if it fails, one for each, so that nobody pays for a neighbour."""
 
         def step(*_: Any) -> bool:
@@ -219,11 +221,11 @@ class Worker:
             for job, result in zip(jobs, results, strict=True):
                 _finish(job.future, result)
 
-    def _advance(self, chat: Chat) -> None:
+    def _advance(self, chat: ChatJob) -> None:
         """A few tokens of one conversation."""
         try:
             if chat.pieces is None and not chat.future.cancelled():
-                chat.pieces = chat.begin(self.pipe)
+                chat.pieces = chat.start(self.pipe)
             for _ in range(CHAT_TURN_TOKENS):
                 if self._stopping or chat.future.cancelled():
                     return
@@ -231,7 +233,7 @@ class Worker:
                 if piece is None:
                     _finish(chat.future, chat.pieces)
                     return
-                chat.say(piece)
+                chat.emit(piece)
         except Exception as error:
             _fail(chat.future, error)
 

@@ -21,13 +21,13 @@ from torch.distributed.tensor import DTensor
 from spar.checkpoints.safetensors_io import describe_mismatch, read_tensors
 from spar.common.config import from_dict, read_json, write_json
 from spar.common.errors import InputError
-from spar.training.distributed import ALONE, Ranks
+from spar.training.distributed import SINGLE_PROCESS, DistributedContext
 
 ROWS = "rows"  # in the header of a sharded file: {tensor: [first row, rows of the whole]}
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainState:
     """Where a stage stands: `step` steps are done."""
 
     stage: str
@@ -35,7 +35,9 @@ class Progress:
     seconds: float = 0.0
 
 
-def save_folder(target: Path, tensors: dict[str, dict[str, Tensor]], meta: dict, ranks: Ranks = ALONE) -> None:
+def save_folder(
+    target: Path, tensors: dict[str, dict[str, Tensor]], meta: dict, parallel: DistributedContext = SINGLE_PROCESS
+) -> None:
     """Write every group and `meta.json` into a folder that appears whole or not at all.
 
     A group is `NAME.safetensors`, or where it is sharded among processes, one `NAME-RANK-of-WORLD.safetensors` each:
@@ -45,19 +47,19 @@ def save_folder(target: Path, tensors: dict[str, dict[str, Tensor]], meta: dict,
         OSError: on every process, where it could not be written on one; what was there before stays.
     """
     aside, old = target.with_name(target.name + ".part"), target.with_name(target.name + ".old")
-    with ranks.together():
-        if ranks.main:
+    with parallel.fail_together():
+        if parallel.main:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
-    with ranks.together():
+    with parallel.fail_together():
         for name, group in tensors.items():
-            _write_group(aside, name, group, ranks)
-        if ranks.main:
+            _write_group(aside, name, group, parallel)
+        if parallel.main:
             write_json(aside / "meta.json", meta)
-            _flush(aside / "meta.json")
-    with ranks.together():
-        if ranks.main:
+            _fsync(aside / "meta.json")
+    with parallel.fail_together():
+        if parallel.main:
             if target.exists():
                 shutil.rmtree(old, ignore_errors=True)
                 target.rename(old)
@@ -65,17 +67,19 @@ def save_folder(target: Path, tensors: dict[str, dict[str, Tensor]], meta: dict,
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_group(folder: Path, name: str, group: dict[str, Tensor], ranks: Ranks) -> None:
+def _write_group(folder: Path, name: str, group: dict[str, Tensor], parallel: DistributedContext) -> None:
     """This process's part of a group; what is not sharded is the main process's to write."""
     sharded = any(isinstance(value, DTensor) for value in group.values())
-    if not (ranks.main or sharded):
+    if not (parallel.main or sharded):
         return
-    own = {key: _own_rows(value) for key, value in group.items() if ranks.main or isinstance(value, DTensor)}
+    own = {key: _own_rows(value) for key, value in group.items() if parallel.main or isinstance(value, DTensor)}
     rows = {key: [start, group[key].shape[0]] for key, (_, start) in own.items() if isinstance(group[key], DTensor)}
     stored = {key: local.detach().contiguous().cpu() for key, (local, _) in own.items()}
-    path = folder / (f"{name}-{ranks.rank:05}-of-{ranks.world:05}.safetensors" if sharded else f"{name}.safetensors")
+    path = folder / (
+        f"{name}-{parallel.rank:05}-of-{parallel.world:05}.safetensors" if sharded else f"{name}.safetensors"
+    )
     save_file(stored, path, {ROWS: json.dumps(rows)} if sharded else None)
-    _flush(path)
+    _fsync(path)
 
 
 def _own_rows(tensor: Tensor) -> tuple[Tensor, int]:
@@ -87,12 +91,12 @@ def _own_rows(tensor: Tensor) -> tuple[Tensor, int]:
     return tensor.to_local(), min(tensor.shape[0], mesh.get_local_rank() * rows)
 
 
-def _flush(path: Path) -> None:
+def _fsync(path: Path) -> None:
     with open(path, "rb") as handle:
         os.fsync(handle.fileno())
 
 
-def standing(folder: Path) -> Path:
+def existing_checkpoint(folder: Path) -> Path:
     """The folder itself, or the older one where a save was cut between its two renames."""
     old = folder.with_name(folder.name + ".old")
     return old if old.exists() and not folder.exists() else folder
@@ -104,7 +108,7 @@ def shards(folder: Path, name: str) -> list[Path]:
     Raises:
         InputError: none, or not all of those that belong together.
     """
-    folder = standing(folder)
+    folder = existing_checkpoint(folder)
     parts = sorted(folder.glob(f"{name}-*-of-*.safetensors"))
     if not parts:
         return [folder / f"{name}.safetensors"]
@@ -140,7 +144,7 @@ def _rows(path: Path) -> dict[str, list[int]]:
         return json.loads((file.metadata() or {}).get(ROWS, "{}"))
 
 
-def fill(own: dict[str, Tensor], folder: Path, name: str) -> None:
+def load_into(own: dict[str, Tensor], folder: Path, name: str) -> None:
     """Copy a saved group into tensors of the same names and shapes, each process its own rows.
 
     Raises:
@@ -165,15 +169,15 @@ def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer], names: dict[i
     return flat
 
 
-def restore_optimizers(optimizers: Sequence[torch.optim.Optimizer], names: dict[int, str], folder: Path) -> None:
+def load_optimizers(optimizers: Sequence[torch.optim.Optimizer], names: dict[int, str], folder: Path) -> None:
     """The inverse of `optimizer_tensors`, from a saved state; `InputError` where it is not exactly theirs."""
-    fill(optimizer_tensors(optimizers, names), folder, "optimizer")
+    load_into(optimizer_tensors(optimizers, names), folder, "optimizer")
 
 
-def read_progress(folder: Path) -> Progress | None:
+def read_train_state(folder: Path) -> TrainState | None:
     """How far a stage's saved state is, or None."""
-    path = standing(folder) / "meta.json"
+    path = existing_checkpoint(folder) / "meta.json"
     if not path.exists():
         return None
-    known = {field: value for field, value in read_json(path).items() if field in Progress.__dataclass_fields__}
-    return from_dict(Progress, known, str(path), complete=True)
+    known = {field: value for field, value in read_json(path).items() if field in TrainState.__dataclass_fields__}
+    return from_dict(TrainState, known, str(path), complete=True)

@@ -7,17 +7,17 @@ from typing import Literal
 
 from torch import nn
 
-from spar.checkpoints.lora import LoraConfig, is_adapter
+from spar.checkpoints.lora import LoraConfig, is_lora_key
 from spar.common.errors import InputError
 from spar.losses.adversarial import PatchDiscriminatorConfig
 from spar.models.config import SparConfig
-from spar.worlds.shapes.questions import LESSON_KINDS, QUESTION_KINDS
+from spar.worlds.shapes.questions import CURRICULUM_KINDS, QUESTION_KINDS
 from spar.worlds.shapes.scene import KINDS
 
 StepKind = Literal["encoder", "mllm", "autoencoder", "dit", "tokenizer", "unified"]
 
 # Which loss weights each step can read: any other that is set would be an argument without effect.
-READS: dict[str, tuple[str, ...]] = {
+LOSS_WEIGHTS_BY_STEP: dict[str, tuple[str, ...]] = {
     "encoder": ("dense", "pixel"),
     "mllm": (),
     "autoencoder": ("mse", "latent_penalty", "latent_noise"),
@@ -56,8 +56,8 @@ class LossWeights:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One training stage. `trainable` are fnmatch patterns over the workshop's parameter names.
+class StageConfig:
+    """One training stage. `trainable` are fnmatch patterns over the training modules' parameter names.
 
     The learning rate rises over exactly `warmup` steps, then falls from `lr` to `lr_end`. `questions` are the kinds
     that an mllm step asks of each picture, in this order, beside its description. `places` is the share of captions of
@@ -78,49 +78,53 @@ class Stage:
     optimizer: Literal["adamw", "muon"] = "adamw"
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.99)
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     ema: float = 0.0
-    rates: tuple[tuple[str, float], ...] = ()
+    lr_multipliers: tuple[tuple[str, float], ...] = ()
     losses: LossWeights = field(default_factory=LossWeights)
-    draws: int = 1
+    noise_samples: int = 1
     edit_share: float = 0.0
-    places: float = 0.0
-    scenes: tuple[str, ...] = ()
+    position_captions: float = 0.0
+    scene_kinds: tuple[str, ...] = ()
     questions: tuple[str, ...] = ()
     image_size: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "draws"):
+        for name in ("steps", "batch", "noise_samples"):
             if getattr(self, name) < 1:
                 raise InputError(f"stage {self.name}: {name} must be at least 1, got {getattr(self, name)}")
-        if not self.clip > 0:
-            raise InputError(f"stage {self.name}: clip must be above 0, got {self.clip}")
+        if not self.max_grad_norm > 0:
+            raise InputError(f"stage {self.name}: max_grad_norm must be above 0, got {self.max_grad_norm}")
         if self.lr <= 0 or not 0 <= self.lr_end <= self.lr:
             raise InputError(f"stage {self.name}: expected lr > 0 and 0 <= lr_end <= lr, got {self.lr}, {self.lr_end}")
         if not 0 <= self.ema < 1:
             raise InputError(f"stage {self.name}: ema must be in [0, 1), got {self.ema}")
-        for name in ("edit_share", "places"):
+        for name in ("edit_share", "position_captions"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"stage {self.name}: {name} must be in [0, 1], got {getattr(self, name)}")
         if not 0 <= self.warmup <= self.steps:
             raise InputError(f"stage {self.name}: expected warmup from 0 to steps {self.steps}, got {self.warmup}")
-        if not set(self.scenes) <= set(KINDS):
+        if not set(self.scene_kinds) <= set(KINDS):
             raise InputError(
-                f"stage {self.name}: expected scenes of the kinds {', '.join(KINDS)}, got {', '.join(self.scenes)}"
+                f"stage {self.name}: expected scenes of the kinds {', '.join(KINDS)}, got {', '.join(self.scene_kinds)}"
             )
-        unknown = sorted(set(self.questions) - {*QUESTION_KINDS, *LESSON_KINDS})
+        unknown = sorted(set(self.questions) - {*QUESTION_KINDS, *CURRICULUM_KINDS})
         if unknown:
             raise InputError(
-                f"stage {self.name}: expected questions of the kinds {', '.join((*QUESTION_KINDS, *LESSON_KINDS))}, "
-                f"got {', '.join(unknown)}"
+                f"stage {self.name}: expected questions of the kinds "
+                f"{', '.join((*QUESTION_KINDS, *CURRICULUM_KINDS))}, got {', '.join(unknown)}"
             )
-        self._refuse_idle()
+        self._check_unused_settings()
 
-    def _refuse_idle(self) -> None:
+    def _check_unused_settings(self) -> None:
         """Refuse settings without an effect: what the step does not read, and half of an adversary."""
         flows = ("dit", "unified")
         readers = {
-            "draws": flows, "places": flows, "scenes": flows, "edit_share": ("unified",), "questions": ("mllm",),
+            "noise_samples": flows,
+            "position_captions": flows,
+            "scene_kinds": flows,
+            "edit_share": ("unified",),
+            "questions": ("mllm",),
             "image_size": ("tokenizer",),
         }
         for name, steps in readers.items():
@@ -132,12 +136,12 @@ class Stage:
         idle = [
             name
             for name, default in vars(LossWeights()).items()
-            if getattr(self.losses, name) != default and name not in READS[self.step]
+            if getattr(self.losses, name) != default and name not in LOSS_WEIGHTS_BY_STEP[self.step]
         ]
         if idle:
             raise InputError(
                 f"stage {self.name}: a {self.step} step has no use for {', '.join(idle)}; "
-                f"it reads {', '.join(READS[self.step]) or 'no loss weights'}"
+                f"it reads {', '.join(LOSS_WEIGHTS_BY_STEP[self.step]) or 'no loss weights'}"
             )
         if not self.losses.gan and (self.losses.lecam or self.losses.gan_start):
             raise InputError(f"stage {self.name}: lecam and gan_start belong to an adversary, but gan is 0")
@@ -273,7 +277,7 @@ class Recipe:
     """
 
     name: str
-    stages: tuple[Stage, ...]
+    stages: tuple[StageConfig, ...]
     model: SparConfig = field(default_factory=SparConfig)
     data: DataConfig = field(default_factory=DataConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
@@ -318,28 +322,28 @@ class Recipe:
                 f"{width} (text.hidden_size), got {captions}"
             )
 
-    def stage(self, name: str) -> Stage:
+    def stage(self, name: str) -> StageConfig:
         for stage in self.stages:
             if stage.name == name:
                 return stage
         raise InputError(f"recipe {self.name} has no stage {name!r}; it has {', '.join(s.name for s in self.stages)}")
 
 
-def freeze(module: nn.Module, stage: Stage) -> list[str]:
+def freeze(module: nn.Module, stage: StageConfig) -> list[str]:
     """Declare what trains: set `requires_grad` by the stage's patterns and return the trainable names.
 
     A pattern that matches nothing raises, so that a renamed part cannot silently stay frozen. Of a model with LoRA its
     additions train and all else in it is frozen.
     """
     names = [name for name, _ in module.named_parameters()]
-    for pattern in (*stage.trainable, *(pattern for pattern, _ in stage.rates)):
+    for pattern in (*stage.trainable, *(pattern for pattern, _ in stage.lr_multipliers)):
         if not fnmatch.filter(names, pattern):
             raise InputError(f"stage {stage.name}: pattern {pattern!r} matches no parameter")
-    trainable, adapted = [], any(map(is_adapter, names))
+    trainable, adapted = [], any(map(is_lora_key, names))
     for name, parameter in module.named_parameters():
         wanted = any(fnmatch.fnmatchcase(name, pattern) for pattern in stage.trainable)
         if adapted and name.startswith("model."):
-            wanted = is_adapter(name)
+            wanted = is_lora_key(name)
         parameter.requires_grad_(wanted)
         if wanted:
             trainable.append(name)

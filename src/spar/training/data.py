@@ -1,4 +1,4 @@
-"""Data sets on disk as training material: one batch of the loader a step (formats: spar.data.sources).
+"""Data sets on disk as training data: one batch of the loader a step (formats: spar.data.sources).
 
 A batch is a function of (seed, stage, step), whoever asks for it: a run resumes at its step on the same data, and other
 data under a run that has begun are refused.
@@ -14,25 +14,27 @@ from torch import Tensor
 from spar.common.config import read_json, write_json
 from spar.common.errors import InputError
 from spar.data.buckets import make_buckets
-from spar.data.loader import Batch, Loader, to_pixels
+from spar.data.loader import Loader, LoaderBatch, to_pixels
 from spar.data.mixture import Mixture
-from spar.data.sources import Source, open_source
+from spar.data.sources import DataSource, open_source
 from spar.models.tokenizer import UnifiedTokenizer
 from spar.processing.prompts import PromptEncoder
-from spar.training.config import DataConfig, Stage, weighted_sets
-from spar.training.distributed import Ranks
+from spar.training.config import DataConfig, StageConfig, weighted_sets
+from spar.training.distributed import DistributedContext
 from spar.training.feature_cache import FeatureCache, cache_key, sample_id
-from spar.training.shapes_data import Dealt, step_rng
+from spar.training.shapes_data import StepBatch, step_rng
 
 FINGERPRINTS = "data.json"  # in a run: what the order of each stage's samples depends on
 
 
-def open_sources(config: DataConfig, cache: Path | None = None) -> list[Source]:
+def open_sources(config: DataConfig, cache: Path | None = None) -> list[DataSource]:
     """The readers of a recipe's data sets; `cache` keeps the indexes of their shards."""
     return [open_source(path, cache=cache, workers=max(1, config.workers)) for _, path in weighted_sets(config.sets)]
 
 
-def suited(stage: Stage, sources: list[Source], weights: list[float]) -> tuple[list[Source], list[float]]:
+def sources_of_stage(
+    stage: StageConfig, sources: list[DataSource], weights: list[float]
+) -> tuple[list[DataSource], list[float]]:
     """The sets of a stage and their shares of its samples: a unified stage divides them by `edit_share`.
 
     Raises:
@@ -54,12 +56,12 @@ def suited(stage: Stage, sources: list[Source], weights: list[float]) -> tuple[l
     return [source for source, _ in chosen], [weight for _, weight in chosen]
 
 
-def epochs(stage: Stage, sources: list[Source], weights: list[float]) -> dict[str, float]:
+def epochs_per_source(stage: StageConfig, sources: list[DataSource], weights: list[float]) -> dict[str, float]:
     """How often a stage shows each sample of each set."""
-    return Mixture(*suited(stage, sources, weights), batch=stage.batch).epochs(stage.steps)
+    return Mixture(*sources_of_stage(stage, sources, weights), batch=stage.batch).epochs(stage.steps)
 
 
-class FilesMaterial:
+class FilesTrainingData:
     """The data sets of a recipe, dealt to this process.
 
     Generation and editing share a unified stage by its `edit_share`; the sets' own weights hold among sets of one
@@ -71,15 +73,15 @@ class FilesMaterial:
 
     def __init__(
         self, config: DataConfig, prompts: PromptEncoder, seed: int, *, side: int, stride: int, longest: int, run: Path,
-        ranks: Ranks,
+        parallel: DistributedContext,
     ) -> None:  # fmt: skip
         self.config, self.prompts, self.seed = config, prompts, seed
-        self.side, self.stride, self.longest, self.run, self.ranks = side, stride, longest, run, ranks
+        self.side, self.stride, self.max_seq_len, self.run, self.parallel = side, stride, longest, run, parallel
         self.weights = [weight for weight, _ in weighted_sets(config.sets)]
         self.sources = open_sources(config, run / "cache")
-        self._batches: Iterator[Batch] = iter(())
+        self._batches: Iterator[LoaderBatch] = iter(())
         self._at: tuple[str, int] = ("", -1)
-        self._batch: Batch | None = None
+        self._batch: LoaderBatch | None = None
         self._editing = False
         self._cache: FeatureCache | None = None
 
@@ -101,21 +103,21 @@ class FilesMaterial:
         """The generator of one step's choices."""
         return step_rng(self.seed, stage, step)
 
-    def deal(self, stage: Stage, step: int, rows: slice) -> Dealt:
+    def get_batch(self, stage: StageConfig, step: int, rows: slice) -> StepBatch:
         """Rows of a step: their pictures are indices into this process's batch, which stays until the next step."""
         if self._at != (stage.name, step):
             self._advance(stage, step)
-        batch, world = self._batch, self.ranks.world
+        batch, world = self._batch, self.parallel.world
         own = slice(rows.start // world, None, rows.step // world)
         words = tuple(self._fitted(text) for text in batch.texts[own]) if stage.step == "unified" else ()
-        return Dealt(np.arange(len(batch.images))[own], self._editing, words)
+        return StepBatch(np.arange(len(batch.images))[own], self._editing, words)
 
     def pixels(self, indices: np.ndarray, *, edited: bool = False) -> Tensor:
         """`[B, 3, H, W]` in [0, 1]."""
         images = self._batch.inputs if self._editing and not edited else self._batch.images
         return to_pixels(images[torch.from_numpy(indices)])
 
-    def first(self, count: int) -> tuple[Tensor, ...]:
+    def sample(self, count: int) -> tuple[Tensor, ...]:
         """The pictures that a stage of one process would see first, `count` or a few more."""
         found: list[Tensor] = []
         mixture = self._mixture(64, self.weights, self.sources, 1.0)
@@ -123,7 +125,7 @@ class FilesMaterial:
             found.append(to_pixels(batch.images))
         return tuple(found)
 
-    def _advance(self, stage: Stage, step: int) -> None:
+    def _advance(self, stage: StageConfig, step: int) -> None:
         """Go on to a step: the next one of the stage at hand, or any of another."""
         if self._at != (stage.name, step - 1):
             self._batches = self._open(stage, step)
@@ -133,21 +135,22 @@ class FilesMaterial:
             raise InputError(f"stage {stage.name}: expected edits of one picture each, got some of several")
         self._at, self._batch = (stage.name, step), batch
 
-    def _open(self, stage: Stage, step: int) -> Iterator[Batch]:
-        sources, weights = suited(stage, self.sources, self.weights)
+    def _open(self, stage: StageConfig, step: int) -> Iterator[LoaderBatch]:
+        sources, weights = sources_of_stage(stage, self.sources, self.weights)
         aspect = self.config.max_aspect if stage.step == "tokenizer" else 1.0
         mixture = self._mixture(stage.batch, weights, sources, aspect, stage)
         self._check_same(stage.name, step, mixture.fingerprint())
         loader = Loader(
-            mixture, rank=self.ranks.rank, world=self.ranks.world, workers=self.config.workers,
-            bad_share=self.config.bad_share, quarantine=self.run / "quarantine.jsonl",
+            mixture, rank=self.parallel.rank, world=self.parallel.world, workers=self.config.workers,
+            bad_share=self.config.bad_share, bad_samples=self.run / "bad_samples.jsonl",
             captions=stage.step == "unified",
             known=_Known(self._cache) if self._cache is not None and stage.step == "unified" else None,
         )  # fmt: skip
         return loader.batches(step)
 
     def _mixture(
-        self, batch: int, weights: list[float], sources: list[Source], aspect: float, stage: Stage | None = None
+        self, batch: int, weights: list[float], sources: list[DataSource], aspect: float,
+        stage: StageConfig | None = None,
     ) -> Mixture:  # fmt: skip
         side = (stage.image_size if stage else None) or self.side
         seed = int(self.rng(f"order-{stage.name}" if stage else "order", 0).integers(0, 2**31))
@@ -162,7 +165,7 @@ class FilesMaterial:
                 f"stage {stage}: expected the data, weights and batch that it began with (step {step}), got others; "
                 f"train the stage anew (--stage {stage}) to change them"
             )
-        if self.ranks.main:
+        if self.parallel.main:
             write_json(path, {**known, stage: fingerprint})
 
     def _fitted(self, text: str) -> str:
@@ -171,7 +174,7 @@ class FilesMaterial:
         for token in tokenizer.all_special_tokens:
             text = text.replace(token, " ")
         ids = tokenizer.encode(text, add_special_tokens=False)
-        return text if len(ids) <= self.longest else tokenizer.decode(ids[: self.longest])
+        return text if len(ids) <= self.max_seq_len else tokenizer.decode(ids[: self.max_seq_len])
 
 
 class _Known:

@@ -24,126 +24,130 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from spar.common.errors import InputError
-from spar.models.blocks import blocks, compile_blocks
+from spar.models.blocks import compile_blocks, repeated_blocks
 
 T = TypeVar("T")
 
-LOST = ("connection closed", "connection reset", "broken pipe", "timed out", "timeout", "nccl", "socket")
+PEER_FAILURE_SIGNS = ("connection closed", "connection reset", "broken pipe", "timed out", "timeout", "nccl", "socket")
 
 
 @dataclass(frozen=True)
-class Scale:
+class ParallelismConfig:
     """How a run uses its machine; never part of its mathematics, so a run may be resumed at another scale.
 
-    `strategy`: ddp holds all weights on every process, fsdp shards them (FSDP2); auto is fsdp under
-    `accelerate launch --use_fsdp`, else ddp. `accumulate`: pieces that a process's share of a batch is worked off in
-    (LeCam's anchors then move with every piece). `recompute`: activations of blocks are computed again in the backward
-    pass in place of being kept. `compile`: blocks go through torch.compile. `precision`: of matrix products; weights
-    stay float32. `shard_frozen`: under fsdp, whether weights that do not train are sharded too (less memory) or held
-    whole (less traffic).
+    Attributes:
+        strategy: ddp holds all weights on every process, fsdp shards them (FSDP2); auto is fsdp under `accelerate
+            launch --use_fsdp`, else ddp.
+        grad_accum_steps: micro-batches that a process's share of a batch is split into. LeCam's anchors then move with
+            each of them.
+        activation_checkpointing: the backward pass computes the activations of blocks again instead of keeping them.
+        compile: blocks go through torch.compile.
+        precision: of matrix products; weights stay float32.
+        shard_frozen: under fsdp, whether frozen weights are sharded too (less memory) or held whole (less traffic).
     """
 
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    accumulate: int = 1
-    recompute: bool = False
+    grad_accum_steps: int = 1
+    activation_checkpointing: bool = False
     compile: bool = False
     precision: Literal["bf16", "fp32"] = "bf16"
     shard_frozen: bool = True
 
     def __post_init__(self) -> None:
-        if self.accumulate < 1:
-            raise InputError(f"scale.accumulate: expected at least 1, got {self.accumulate}")
+        if self.grad_accum_steps < 1:
+            raise InputError(f"parallelism.grad_accum_steps: expected at least 1, got {self.grad_accum_steps}")
 
 
-class LostProcess(RuntimeError):
+class PeerFailure(RuntimeError):
     """Another process of the run has ended, so this one cannot go on; the last saved state is whole."""
 
 
 @dataclass(frozen=True)
-class Ranks:
+class DistributedContext:
     """The processes of a run as one of them sees them. `rank` 0 writes the files that all share."""
 
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
-    scale: Scale = Scale()
+    config: ParallelismConfig = ParallelismConfig()
     sharded: bool = False
 
     @classmethod
-    def join(cls, scale: Scale, device: str) -> "Ranks":
+    def initialize(cls, config: ParallelismConfig, device: str) -> "DistributedContext":
         """Meet the other processes that a launcher has started; without a launcher, be alone.
 
         Raises:
             InputError: a strategy for several processes, where there is one.
         """
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            if scale.strategy != "auto":
+            if config.strategy != "auto":
                 raise InputError(
-                    f"scale.strategy: {scale.strategy} is for several processes, got one: start them with `torchrun "
-                    "--nproc-per-node N -m spar train ...` or `accelerate launch -m spar train ...`"
+                    f"parallelism.strategy: {config.strategy} is for several processes, got one: start them with "
+                    "`torchrun --nproc-per-node N -m spar train ...` or `accelerate launch -m spar train ...`"
                 )
-            return cls(device=torch.device(device), scale=scale)
+            return cls(device=torch.device(device), config=config)
         state = PartialState(cpu=torch.device(device).type == "cpu")
         asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-        sharded = scale.strategy == "fsdp" or (scale.strategy == "auto" and asked)
-        return cls(state.process_index, state.num_processes, state.device, scale, sharded)
+        sharded = config.strategy == "fsdp" or (config.strategy == "auto" and asked)
+        return cls(state.process_index, state.num_processes, state.device, config, sharded)
 
     @property
     def main(self) -> bool:
         return self.rank == 0
 
     @property
-    def pieces(self) -> int:
+    def micro_batches(self) -> int:
         """How many parts a batch is computed in."""
-        return self.world * self.scale.accumulate
+        return self.world * self.config.grad_accum_steps
 
-    def rows(self, count: int, piece: int) -> slice:
-        """Which of `count` rows this process computes in one of its `accumulate` pieces: every `pieces`-th.
+    def rows(self, count: int, micro_step: int) -> slice:
+        """Which of `count` rows this process computes in one of its micro-steps: every `micro_batches`-th.
 
         Raises:
-            InputError: a batch that the processes and pieces do not divide.
+            InputError: a batch that the processes and micro-steps do not divide.
         """
-        if count % self.pieces:
+        if count % self.micro_batches:
             raise InputError(
-                f"expected a batch that {self.world} processes of {self.scale.accumulate} pieces divide, got {count}"
+                f"expected a batch that {self.world} processes of {self.config.grad_accum_steps} micro-batches divide, "
+                f"got {count}"
             )
-        return slice(self.rank + self.world * piece, count, self.pieces)
+        return slice(self.rank + self.world * micro_step, count, self.micro_batches)
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean over the processes."""
         if self.world == 1:
             return value
         total = value.detach().clone()
-        with peers():
+        with wrap_distributed_errors():
             dist.all_reduce(total)
         return total / self.world
 
-    def any(self, *flags: bool) -> list[bool]:
+    def any_process(self, *flags: bool) -> list[bool]:
         """Which flags are up on any process: all processes then do the same."""
         if self.world == 1:
             return list(flags)
         raised = torch.tensor(flags, dtype=torch.float32, device=self.device)
         return [bool(flag) for flag in self.mean(raised) > 0]
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until all processes are here."""
         if self.world > 1:
-            with peers():
+            with wrap_distributed_errors():
                 dist.barrier()
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """The main process goes through alone; the others follow, and find what it wrote."""
         if not self.main:
-            self.wait()
+            self.barrier()
         try:
             yield
         finally:
             if self.main:
-                self.wait()
+                self.barrier()
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def fail_together(self) -> Iterator[None]:
         """What fails on one process fails on all, so that none waits for ever; for writing files.
 
         Raises:
@@ -154,71 +158,71 @@ class Ranks:
             yield
         except (OSError, SafetensorError) as error:  # the latter where a disk is full
             failure = error if isinstance(error, OSError) else OSError(str(error))
-        (failed,) = self.any(failure is not None)
+        (failed,) = self.any_process(failure is not None)
         if failure:
             raise failure
         if failed:
             raise OSError("another process of this run could not write its part; its own error says why")
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = DistributedContext()
 
 
 @contextmanager
-def peers() -> Iterator[None]:
+def wrap_distributed_errors() -> Iterator[None]:
     """Turn the libraries' errors about a lost process into one that says so."""
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and not any(sign in str(error).lower() for sign in LOST):
+        if not isinstance(error, dist.DistError) and not any(sign in str(error).lower() for sign in PEER_FAILURE_SIGNS):
             raise
-        raise LostProcess(
+        raise PeerFailure(
             "another process of this run has ended (its own error stands above, or the machine stopped it); the state "
             "that was saved last is whole: start the run again with --resume auto"
         ) from error
 
 
-class Frame(nn.Module):
-    """A workshop whose every computation passes one `forward`: what DDP and FSDP hang their work on."""
+class ForwardWrapper(nn.Module):
+    """Training modules whose every computation passes one `forward`: what DDP and FSDP hang their work on."""
 
-    def __init__(self, workshop: nn.Module) -> None:
+    def __init__(self, modules: nn.Module) -> None:
         super().__init__()
-        self.workshop = workshop
+        self.modules = modules
 
     def forward(self, function: Callable[..., T], *arguments: Any) -> T:
         return function(*arguments)
 
 
-def distribute(workshop: nn.Module, ranks: Ranks) -> nn.Module:
-    """The frame to call computations through, with the workshop's blocks recomputed, compiled and sharded as asked.
+def wrap_modules(modules: nn.Module, parallel: DistributedContext) -> nn.Module:
+    """The wrapper to call computations through; the modules' blocks are recomputed, compiled and sharded as asked.
 
     Call it behind `freeze`: what is frozen exchanges no gradients, and may stay whole.
     """
-    scale, frame = ranks.scale, Frame(workshop)
+    scale, frame = parallel.config, ForwardWrapper(modules)
     if scale.compile:  # a run that may differ in its last bits for speed's sake
         torch.backends.cudnn.benchmark = True  # its shapes are few: each is tried out once
-        compile_blocks(workshop)
-    if scale.recompute:
-        recompute(workshop)
-    if ranks.sharded:
-        mesh = init_device_mesh(ranks.device.type, (ranks.world,))
-        held = {p for p in workshop.parameters() if not p.dim() or not (p.requires_grad or scale.shard_frozen)}
-        for block in blocks(workshop):
+        compile_blocks(modules)
+    if scale.activation_checkpointing:
+        apply_activation_checkpointing(modules)
+    if parallel.sharded:
+        mesh = init_device_mesh(parallel.device.type, (parallel.world,))
+        held = {p for p in modules.parameters() if not p.dim() or not (p.requires_grad or scale.shard_frozen)}
+        for block in repeated_blocks(modules):
             if any(p not in held for p in block.parameters()):
                 fully_shard(block, mesh=mesh, ignored_params=held)
         return fully_shard(frame, mesh=mesh, ignored_params=held)
-    if ranks.world > 1:
+    if parallel.world > 1:
         # Generation and editing reach different parts, and refuse_unreached has its own word on what none reaches.
         return DistributedDataParallel(frame, find_unused_parameters=True, broadcast_buffers=False)
     return frame
 
 
-def recompute(workshop: nn.Module) -> None:
+def apply_activation_checkpointing(modules: nn.Module) -> None:
     """Blocks keep their inputs alone; the backward pass computes them once more (activation checkpointing).
 
     A block that does so already, since an earlier stage, is left as it is.
     """
-    for block in blocks(workshop):
+    for block in repeated_blocks(modules):
         if hasattr(block.forward, "recomputed"):
             continue
         plain = block.forward
@@ -232,15 +236,15 @@ def recompute(workshop: nn.Module) -> None:
         block.forward = again
 
 
-def share_held(workshop: nn.Module, ranks: Ranks) -> None:
+def all_reduce_replicated_grads(modules: nn.Module, parallel: DistributedContext) -> None:
     """Average the gradients of what FSDP leaves whole: scalars, which have no rows to shard."""
-    if ranks.sharded:
-        for parameter in workshop.parameters():
+    if parallel.sharded:
+        for parameter in modules.parameters():
             if parameter.grad is not None and not isinstance(parameter, DTensor):
-                parameter.grad = ranks.mean(parameter.grad)
+                parameter.grad = parallel.mean(parameter.grad)
 
 
-def hold_gradients(frame: nn.Module, last: bool) -> Any:
+def no_sync(frame: nn.Module, last: bool) -> Any:
     """A context for one piece of a step: gradients are exchanged with its last piece only."""
     if isinstance(frame, FSDPModule):
         frame.set_requires_gradient_sync(last)

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from spar.checkpoints.lora import adapt
+from spar.checkpoints.lora import add_lora
 from spar.common.errors import InputError
-from spar.models.blocks import blocks
-from spar.training.config import Recipe, Stage, freeze
-from spar.training.distributed import recompute
-from spar.training.modules import Workshop
+from spar.models.blocks import repeated_blocks
+from spar.training.config import Recipe, StageConfig, freeze
+from spar.training.distributed import apply_activation_checkpointing
+from spar.training.modules import TrainingModules
 
 GIB = 2**30
 RESERVE = 4 * GIB
@@ -47,54 +47,54 @@ class Cost:
 
     flops: float = 0.0
     kept: float = 0.0
-    again: float = 0.0
+    recomputed: float = 0.0
 
     @property
     def held(self) -> float:
         """Bytes of activations at their peak."""
-        return self.kept + self.again
+        return self.kept + self.recomputed
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.flops + other.flops, self.kept + other.kept, max(self.again, other.again))
+        return Cost(self.flops + other.flops, self.kept + other.kept, max(self.recomputed, other.recomputed))
 
     def __mul__(self, times: float) -> "Cost":
-        return Cost(self.flops * times, self.kept * times, self.again * times)
+        return Cost(self.flops * times, self.kept * times, self.recomputed * times)
 
 
 @dataclass(frozen=True)
-class Machine:
+class HardwareConfig:
     """GPUs of one kind, and how a run uses them. `mfu` is the share of their peak that is reckoned with."""
 
     gpus: int = 8
     gpu: str = "h200"
     mfu: float = 0.4
     sharded: bool = True
-    accumulate: int = 1
-    recompute: bool = False
+    grad_accum_steps: int = 1
+    activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if self.gpu not in GPUS:
             raise InputError(f"gpu: expected one of {', '.join(GPUS)}, got {self.gpu!r}")
-        if self.gpus < 1 or self.accumulate < 1:
-            raise InputError(f"expected gpus and accumulate of at least 1, got {self.gpus} and {self.accumulate}")
+        if self.gpus < 1 or self.grad_accum_steps < 1:
+            raise InputError(f"expected gpus and accumulate of at least 1, got {self.gpus} and {self.grad_accum_steps}")
         if not 0 < self.mfu <= 1:
             raise InputError(f"mfu: expected above 0 and at most 1, got {self.mfu}")
 
 
 @dataclass(frozen=True)
-class StageBudget:
-    """One stage on a machine. Bytes are of one GPU; `pictures` is what a GPU computes at once; `images` a second."""
+class StageEstimate:
+    """One stage on a machine. Bytes are of one GPU; `micro_batch` is what a GPU computes at once; `images` a second."""
 
-    stage: Stage
+    stage: StageConfig
     trainable: int
     frozen: int
-    pictures: int
+    micro_batch: int
     weights: int
     gradients: int
     optimizer: int
     activations: int
     flops: float
-    images: float
+    images_per_second: float
     days: float
     warnings: tuple[str, ...]
 
@@ -103,7 +103,7 @@ class StageBudget:
         return self.weights + self.gradients + self.optimizer + self.activations + RESERVE
 
 
-def budget(recipe: Recipe, machine: Machine, stages: tuple[str, ...] = ()) -> list[StageBudget]:
+def estimate(recipe: Recipe, machine: HardwareConfig, stages: tuple[str, ...] = ()) -> list[StageEstimate]:
     """The stages of a recipe on a machine, in order.
 
     Raises:
@@ -114,42 +114,46 @@ def budget(recipe: Recipe, machine: Machine, stages: tuple[str, ...] = ()) -> li
     if strange:
         raise InputError(f"expected stages with a tokenizer or unified step, got {', '.join(strange)}")
     with torch.device("meta"):
-        workshop = Workshop(recipe)
+        modules = TrainingModules(recipe)
         if recipe.lora.rank:
-            adapt(workshop.model, recipe.lora)
-        workshop = workshop.to(torch.bfloat16)
-    workshop.train()
-    if machine.recompute:
-        recompute(workshop)
-    return [_stage(workshop, recipe, stage, machine) for stage in chosen]
+            add_lora(modules.model, recipe.lora)
+        modules = modules.to(torch.bfloat16)
+    modules.train()
+    if machine.activation_checkpointing:
+        apply_activation_checkpointing(modules)
+    return [_estimate_stage(modules, recipe, stage, machine) for stage in chosen]
 
 
-def _stage(workshop: Workshop, recipe: Recipe, stage: Stage, machine: Machine) -> StageBudget:
-    freeze(workshop, stage)
+def _estimate_stage(
+    modules: TrainingModules, recipe: Recipe, stage: StageConfig, machine: HardwareConfig
+) -> StageEstimate:
+    freeze(modules, stage)
     sizes = {True: 0, False: 0}
-    for parameter in workshop.parameters():
+    for parameter in modules.parameters():
         sizes[parameter.requires_grad] += parameter.numel()
-    cost = (_unified if stage.step == "unified" else _tokenizer)(workshop, recipe, stage)
+    cost = (_unified_cost if stage.step == "unified" else _tokenizer_cost)(modules, recipe, stage)
     shards = machine.gpus if machine.sharded else 1
     warnings = []
     if stage == recipe.stages[0] and recipe.published:
         warnings.append(f"starts {', '.join(recipe.published)} from random weights unless --init-from gives them")
-    if stage.batch % (machine.gpus * machine.accumulate):
-        warnings.append(f"a batch of {stage.batch} does not divide into {machine.gpus} x {machine.accumulate} pieces")
-    pictures = max(1, stage.batch // (machine.gpus * machine.accumulate))
+    if stage.batch % (machine.gpus * machine.grad_accum_steps):
+        warnings.append(
+            f"a batch of {stage.batch} does not divide into {machine.gpus} x {machine.grad_accum_steps} micro-batches"
+        )
+    pictures = max(1, stage.batch // (machine.gpus * machine.grad_accum_steps))
     peak, capacity = GPUS[machine.gpu]
     images = machine.gpus * peak * machine.mfu / cost.flops
-    found = StageBudget(
+    found = StageEstimate(
         stage=stage,
         trainable=sizes[True],
         frozen=sizes[False],
-        pictures=pictures,
+        micro_batch=pictures,
         weights=4 * (sizes[True] + sizes[False]) // shards,
         gradients=4 * sizes[True] // shards,
         optimizer=4 * sizes[True] * (3 if stage.ema else 2) // shards,
         activations=int(cost.held * pictures),
         flops=cost.flops * stage.batch,
-        images=images,
+        images_per_second=images,
         days=stage.steps * stage.batch / images / 86400,
         warnings=(),
     )
@@ -164,7 +168,7 @@ def _stage(workshop: Workshop, recipe: Recipe, stage: Stage, machine: Machine) -
     return replace(found, warnings=tuple(warnings))
 
 
-def _count(function: Callable[[], Any], module: nn.Module, *, grad: bool) -> tuple[float, float]:
+def _count_flops_and_bytes(function: Callable[[], Any], module: nn.Module, *, grad: bool) -> tuple[float, float]:
     """Forward operations of a call on the meta device, and the bytes, weights apart, that its backward pass keeps."""
     weights = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
     kept: dict[int, int] = {}
@@ -184,7 +188,7 @@ def _count(function: Callable[[], Any], module: nn.Module, *, grad: bool) -> tup
     return total, float(sum(kept.values()))
 
 
-def _part(function: Callable[[], Any], module: nn.Module, *, through: bool = True) -> Cost:
+def _part_cost(function: Callable[[], Any], module: nn.Module, *, through: bool = True) -> Cost:
     """A part's cost: trained, twice its forward pass comes back; frozen on the way of a gradient, once; else nothing.
     What is recomputed runs forward once more.
 
@@ -193,20 +197,26 @@ def _part(function: Callable[[], Any], module: nn.Module, *, through: bool = Tru
         through: whether a gradient passes the part where it is frozen.
     """
     trains = any(parameter.requires_grad for parameter in module.parameters())
-    forward, kept = _count(function, module, grad=trains or through)
-    again = [block for block in blocks(module) if hasattr(block.forward, "recomputed")] if trains or through else []
+    forward, kept = _count_flops_and_bytes(function, module, grad=trains or through)
+    again = (
+        [block for block in repeated_blocks(module) if hasattr(block.forward, "recomputed")]
+        if trains or through
+        else []
+    )
     times = (3 if trains else 2 if through else 1) + bool(again)
-    return Cost(forward * times, kept, _costliest(function, again))
+    return Cost(forward * times, kept, _peak_recomputed_bytes(function, again))
 
 
-def _costliest(function: Callable[[], Any], again: list[nn.Module]) -> float:
+def _peak_recomputed_bytes(function: Callable[[], Any], again: list[nn.Module]) -> float:
     """The bytes that a call's costliest block keeps where none is recomputed; `again` are the recomputed ones."""
     sizes, outer = [0.0], {block: block.forward for block in again}
 
     def counted(plain: Callable[..., Any], block: nn.Module) -> Callable[..., Any]:
         def forward(*arguments: Any, **keywords: Any) -> Any:
             made: list[Any] = []
-            sizes.append(_count(lambda: made.append(plain(*arguments, **keywords)), block, grad=True)[1])
+            sizes.append(
+                _count_flops_and_bytes(lambda: made.append(plain(*arguments, **keywords)), block, grad=True)[1]
+            )
             return made[0]
 
         return forward
@@ -215,7 +225,7 @@ def _costliest(function: Callable[[], Any], again: list[nn.Module]) -> float:
         for block, forward in outer.items():
             block.forward = counted(forward.recomputed, block)
         if again:
-            _count(function, nn.Identity(), grad=True)
+            _count_flops_and_bytes(function, nn.Identity(), grad=True)
     finally:
         for block, forward in outer.items():
             block.forward = forward
@@ -226,56 +236,56 @@ def _input(*shape: int) -> Tensor:
     return torch.zeros(*shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
 
 
-def _tokenizer(workshop: Workshop, recipe: Recipe, stage: Stage) -> Cost:
+def _tokenizer_cost(modules: TrainingModules, recipe: Recipe, stage: StageConfig) -> Cost:
     """A tokenizer step: encoder, streams and fusion, decoder, and the networks of the losses that are on."""
-    tokenizer, weights, config = workshop.model.tokenizer, stage.losses, recipe.model
+    tokenizer, weights, config = modules.model.tokenizer, stage.losses, recipe.model
     side = stage.image_size or config.image_size
     grid, width = side // config.token_stride, config.text.hidden_size
     picture, f_v = _input(1, 3, side, side), _input(1, grid * grid, width)
-    cost = _part(lambda: tokenizer.encoder(picture), tokenizer.encoder, through=False)
-    cost += _part(lambda: tokenizer.fuse(f_v, (side, side)), tokenizer.fusion)
+    cost = _part_cost(lambda: tokenizer.encoder(picture), tokenizer.encoder, through=False)
+    cost += _part_cost(lambda: tokenizer.fuse(f_v, (side, side)), tokenizer.fusion)
     latent = _input(1, config.autoencoder.latent_channels, grid, grid)
-    cost += _part(lambda: tokenizer.decoder(latent), tokenizer.decoder)
+    cost += _part_cost(lambda: tokenizer.decoder(latent), tokenizer.decoder)
     if weights.semantic:
-        cost += _part(lambda: workshop.teacher(picture.detach()), workshop.teacher, through=False)
+        cost += _part_cost(lambda: modules.teacher(picture.detach()), modules.teacher, through=False)
     if weights.native or weights.native_fused:
         native = torch.zeros(1, 3, *2 * (grid * config.autoencoder.stride,), dtype=torch.bfloat16, device="meta")
-        cost += _part(lambda: workshop.pixel_encoder(native), workshop.pixel_encoder, through=False)
+        cost += _part_cost(lambda: modules.pixel_encoder(native), modules.pixel_encoder, through=False)
     if weights.perceptual:  # two pictures forward, one of them back again
         cost += Cost(3 * 2 * PERCEPTUAL_MACS * (side / 224) ** 2)
     if weights.gan:  # the generator's pass, then the discriminator's own on both kinds of pictures
-        one = _part(lambda: workshop.discriminator(picture), workshop.discriminator)
+        one = _part_cost(lambda: modules.discriminator(picture), modules.discriminator)
         cost += Cost(one.flops * 2 / 3, one.kept) + one * 2
     return cost
 
 
-def _unified(workshop: Workshop, recipe: Recipe, stage: Stage) -> Cost:
+def _unified_cost(modules: TrainingModules, recipe: Recipe, stage: StageConfig) -> Cost:
     """A unified step: the target's features, the LLM, router and connector, and the DiT for each draw of noise."""
-    model, config = workshop.model, recipe.model
+    model, config = modules.model, recipe.model
     side, width, queries = config.image_size, config.text.hidden_size, config.connector.queries
     picture, f_v = _input(1, 3, side, side), _input(1, config.grid**2, width)
-    encode = _part(lambda: model.tokenizer.encoder(picture.detach()), model.tokenizer.encoder, through=False)
-    encode += _part(lambda: model.tokenizer.fuse(f_v.detach()), model.tokenizer.fusion, through=False)
+    encode = _part_cost(lambda: model.tokenizer.encoder(picture.detach()), model.tokenizer.encoder, through=False)
+    encode += _part_cost(lambda: model.tokenizer.fuse(f_v.detach()), model.tokenizer.fusion, through=False)
     if recipe.data.cache is not None:
         encode = Cost()
 
     def condition(words: int) -> Cost:
         tokens = words + queries
         layers = model.language.network.layers
-        cost = _part(lambda: _layers(model, layers, words), model.language, through=False)  # with LoRA it trains
-        cost += _part(lambda: _layers(model, layers, queries), model.language)
+        cost = _part_cost(lambda: _layers(model, layers, words), model.language, through=False)  # with LoRA it trains
+        cost += _part_cost(lambda: _layers(model, layers, queries), model.language)
         states = [_input(1, tokens, width) for _ in range(config.router.count)]
-        cost += _part(lambda: model.router(torch.stack(states)), model.router)
-        cost += _part(lambda: _connector(model, tokens), model.connector)
-        return cost + _part(lambda: _velocity(model, tokens), model.denoiser) * stage.draws
+        cost += _part_cost(lambda: model.router(torch.stack(states)), model.router)
+        cost += _part_cost(lambda: _connector(model, tokens), model.connector)
+        return cost + _part_cost(lambda: _velocity(model, tokens), model.denoiser) * stage.noise_samples
 
     drawn, edited = encode + condition(PROMPT_TOKENS), encode * 2 + condition(PROMPT_TOKENS + config.grid**2)
     kinds = [(share, one) for share, one in ((1 - stage.edit_share, drawn), (stage.edit_share, edited)) if share]
-    kept, again = (max(getattr(one, name) for _, one in kinds) for name in ("kept", "again"))
+    kept, again = (max(getattr(one, name) for _, one in kinds) for name in ("kept", "recomputed"))
     cost = Cost(sum(share * one.flops for share, one in kinds), kept, again)
     if stage.losses.align:
         features = _input(1, config.grid**2, config.denoiser.width)
-        cost += _part(lambda: workshop.alignment_head(features), workshop.alignment_head) * stage.draws
+        cost += _part_cost(lambda: modules.alignment_head(features), modules.alignment_head) * stage.noise_samples
     return cost
 
 

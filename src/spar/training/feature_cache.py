@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader, Dataset
 from spar.common.config import read_json, to_dict, write_json
 from spar.common.errors import InputError
 from spar.data.loader import to_pixels
-from spar.data.samples import BadSample, Edit
-from spar.data.sources import Source
+from spar.data.samples import BadSample, EditSample
+from spar.data.sources import DataSource
 from spar.models.tokenizer import UnifiedTokenizer
 from spar.processing.images import open_training_image, to_size
 
@@ -44,7 +44,7 @@ def sample_id(identity: str, number: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{identity}\0{number}".encode(), digest_size=8).digest(), "little") >> 1
 
 
-def cache_key(tokenizer: UnifiedTokenizer, side: int, sources: list[Source]) -> str:
+def cache_key(tokenizer: UnifiedTokenizer, side: int, sources: list[DataSource]) -> str:
     """What the features depend on."""
     forms = {name: to_dict(getattr(tokenizer.config, name)) for name in ("vision", "streams")}  # what no weight tells
     digest = hashlib.sha256(
@@ -66,7 +66,7 @@ def encode(tokenizer: UnifiedTokenizer, pixels: Tensor) -> dict[str, Tensor]:
 @torch.no_grad()
 def write_cache(
     tokenizer: UnifiedTokenizer,
-    sources: list[Source],
+    sources: list[DataSource],
     folder: Path,
     *,
     side: int,
@@ -136,7 +136,7 @@ class _Piece:
 class _Pictures(Dataset):
     """Samples `start` to `start + batch` of a source, decoded; the bad ones are left out."""
 
-    def __init__(self, source: Source, side: int, batch: int, stop: int) -> None:
+    def __init__(self, source: DataSource, side: int, batch: int, stop: int) -> None:
         self.source, self.side, self.batch, self.stop = source, side, batch, stop
 
     def __getitem__(self, start: int) -> _Piece:
@@ -146,7 +146,7 @@ class _Pictures(Dataset):
         for index in range(start, min(start + self.batch, self.stop)):
             try:
                 sample = self.source.read(index)
-                references = sample.input_images if isinstance(sample, Edit) else ()
+                references = sample.input_images if isinstance(sample, EditSample) else ()
                 shown = [self._decoded(data) for data in (sample.image, *references[:1])]
             except (BadSample, InputError) as error:
                 log.warning("%s: %s", self.source.name, error)

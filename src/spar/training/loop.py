@@ -16,27 +16,27 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from spar.checkpoints.lora import MARK, is_adapter, onto_adapted
+from spar.checkpoints.lora import LORA_PREFIX, is_lora_key, rename_for_lora
 from spar.checkpoints.safetensors_io import load_weights
-from spar.checkpoints.spar_format import has_pixel_encoder, load_model, load_pixel_encoder, read_sizes
+from spar.checkpoints.spar_format import has_pixel_encoder, load_model, load_pixel_encoder, read_config
 from spar.common.config import differences, to_dict
 from spar.common.errors import InputError
 from spar.training.checkpoint import (
-    Progress,
-    fill,
+    TrainState,
+    existing_checkpoint,
     load_group,
+    load_into,
+    load_optimizers,
     optimizer_tensors,
-    read_progress,
-    restore_optimizers,
+    read_train_state,
     save_folder,
-    standing,
 )
-from spar.training.config import Stage, freeze
-from spar.training.distributed import distribute, hold_gradients, peers, share_held
-from spar.training.metrics import Metrics
-from spar.training.modules import Workshop
+from spar.training.config import StageConfig, freeze
+from spar.training.distributed import all_reduce_replicated_grads, no_sync, wrap_distributed_errors, wrap_modules
+from spar.training.metrics import MetricsLogger
+from spar.training.modules import TrainingModules
 from spar.training.optimizer import build_optimizers
-from spar.training.steps import STEPS, Context, Terms, alignment_weight, external_features
+from spar.training.steps import STEPS, StepContext, Terms, alignment_weight, external_features
 
 log = logging.getLogger("spar.training")
 
@@ -49,7 +49,7 @@ class NonFiniteLoss(RuntimeError):
     """A loss or gradient is not finite; nothing was written over, and the last saved state is intact."""
 
 
-def learning_rate(stage: Stage, step: int) -> float:
+def learning_rate(stage: StageConfig, step: int) -> float:
     """Linear warm-up, then a cosine from `lr` to `lr_end`."""
     if step < stage.warmup:
         return stage.lr * (step + 1) / stage.warmup
@@ -57,29 +57,29 @@ def learning_rate(stage: Stage, step: int) -> float:
     return stage.lr_end + (stage.lr - stage.lr_end) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
-class Average:
+class EMA:
     """Exponential moving average of the trainable parameters, with a short memory at the start."""
 
-    def __init__(self, workshop: Workshop, decay: float) -> None:
+    def __init__(self, modules: TrainingModules, decay: float) -> None:
         self.decay = decay
-        self.live = {name: p for name, p in workshop.named_parameters() if p.requires_grad}
-        self.kept = {name: p.detach().clone() for name, p in self.live.items()}
+        self.params = {name: p for name, p in modules.named_parameters() if p.requires_grad}
+        self.averages = {name: p.detach().clone() for name, p in self.params.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.kept.values()), [p.detach() for p in self.live.values()], 1 - decay)
+        torch._foreach_lerp_(list(self.averages.values()), [p.detach() for p in self.params.values()], 1 - decay)
 
     @torch.no_grad()
     def restore(self, folder: Path) -> None:
         """Go on from a saved state; `InputError` where it does not fit."""
-        fill(self.kept, folder, "average")
+        load_into(self.averages, folder, "average")
 
     @torch.no_grad()
     def apply(self) -> None:
         """The averaged weights become the weights."""
-        for name, parameter in self.live.items():
-            parameter.copy_(self.kept[name])
+        for name, parameter in self.params.items():
+            parameter.copy_(self.averages[name])
 
 
 @contextmanager
@@ -107,14 +107,14 @@ def tune_allocator() -> None:
         log.debug("no glibc: allocator left as it is")
 
 
-def clip_gradients(workshop: Workshop, limit: float) -> Tensor:
+def clip_grad_norm(modules: TrainingModules, limit: float) -> Tensor:
     """Clip the discriminator's gradient and everything else's apart, and return the norm of everything else's.
 
     One norm over both sides of the adversarial game would let the discriminator's gradient, tens of times larger,
     set the size of the tokenizer's step. A norm of either side that is not finite is what is returned.
     """
     sides: dict[bool, list[Tensor]] = {}
-    for name, parameter in workshop.named_parameters():
+    for name, parameter in modules.named_parameters():
         if parameter.requires_grad:
             sides.setdefault(name.startswith("discriminator."), []).append(parameter)
     norms = {side: torch.nn.utils.clip_grad_norm_(parameters, limit) for side, parameters in sides.items()}
@@ -123,27 +123,27 @@ def clip_gradients(workshop: Workshop, limit: float) -> Tensor:
     return broken[0] if broken else norms.get(False, norms.get(True))
 
 
-def refuse_unreached(ctx: Context) -> None:
+def check_unused_parameters(ctx: StepContext) -> None:
     """Refuse trainable parts that the loss has not reached at all: they would stay as they are, unsaid.
 
     The alignment head may rest where the recipe or the stage has switched the alignment off. With LoRA each adapted
     part must be reached.
     """
-    reached = [name for name, parameter in ctx.workshop.named_parameters() if parameter.grad is not None]
+    reached = [name for name, parameter in ctx.modules.named_parameters() if parameter.grad is not None]
     lora = ctx.recipe.lora
     others = [pattern for pattern in ctx.stage.trainable if not pattern.startswith("model.")]
-    parts = [f"model.{part}.*.{MARK}*" for part in lora.parts]
+    parts = [f"model.{part}.*.{LORA_PREFIX}*" for part in lora.parts]
     for pattern in (*others, *parts) if lora.rank else ctx.stage.trainable:
         resting = pattern == "alignment_head.*" and ctx.stage.step == "unified" and not alignment_weight(ctx)
         if not resting and not fnmatch.filter(reached, pattern):
             raise InputError(f"stage {ctx.stage.name}: {pattern!r} is trainable, but its loss does not reach it")
 
 
-def run_stage(ctx: Context, run: Path, *, resume: bool, report: Report | None = None) -> bool:
+def run_stage(ctx: StepContext, run: Path, *, resume: bool, report: Report | None = None) -> bool:
     """Train one stage of a run to its end.
 
     Args:
-        ctx: workshop, material, recipe, stage and device.
+        ctx: modules, training data, recipe, stage and device.
         run: the run's folder.
         resume: continue from `run/STAGE/state` when it is there.
         report: called with (stage, step, steps, values) at every step that is logged.
@@ -155,29 +155,29 @@ def run_stage(ctx: Context, run: Path, *, resume: bool, report: Report | None = 
         NonFiniteLoss: before the optimizer touched any weight.
         InputError: a saved state that does not fit, or a trainable part that the loss does not reach.
     """
-    stage, workshop, ranks = ctx.stage, ctx.workshop, ctx.ranks
-    trainable = freeze(workshop, stage)
-    frame = distribute(workshop, ranks)
-    optimizers = build_optimizers(workshop, stage)
-    names = {id(parameter): name for name, parameter in workshop.named_parameters()}
-    average = Average(workshop, stage.ema) if stage.ema else None
+    stage, modules, parallel = ctx.stage, ctx.modules, ctx.parallel
+    trainable = freeze(modules, stage)
+    frame = wrap_modules(modules, parallel)
+    optimizers = build_optimizers(modules, stage)
+    names = {id(parameter): name for name, parameter in modules.named_parameters()}
+    average = EMA(modules, stage.ema) if stage.ema else None
     folder = run / stage.name / "state"
     start, seconds = 0, 0.0
-    progress = read_progress(folder) if resume else None
+    progress = read_train_state(folder) if resume else None
     if progress:
-        fill(workshop.state_dict(), folder, "workshop")
-        restore_optimizers(optimizers, names, folder)
+        load_into(modules.state_dict(), folder, "modules")
+        load_optimizers(optimizers, names, folder)
         if average:
             average.restore(folder)
         start, seconds = progress.step, progress.seconds
-    workshop.train()
-    metrics = Metrics(run, stage.name, start) if ranks.main else None
+    modules.train()
+    metrics = MetricsLogger(run, stage.name, start) if parallel.main else None
     began, saved_at = time.monotonic(), time.monotonic()
     log.info("stage %s: steps %d to %d, %d trainable tensors", stage.name, start, stage.steps, len(trainable))
 
     def meta(step: int) -> dict[str, Any]:
         spent = seconds + time.monotonic() - began
-        return {**vars(Progress(stage.name, step, spent)), "config": to_dict(stage)}
+        return {**vars(TrainState(stage.name, step, spent)), "config": to_dict(stage)}
 
     with stop_signals() as caught:
         for step in range(start, stage.steps):
@@ -185,19 +185,21 @@ def run_stage(ctx: Context, run: Path, *, resume: bool, report: Report | None = 
             if average:
                 average.update(step)
             if step % ctx.recipe.log_every == 0 or step == stage.steps - 1:
-                means = ranks.mean(torch.stack([value.detach().float() for value in terms.values()])).tolist()
+                means = parallel.mean(torch.stack([value.detach().float() for value in terms.values()])).tolist()
                 values = dict(zip(terms, means, strict=True))
                 spent = seconds + time.monotonic() - began
-                values |= {"gradient": float(norm), "lr": learning_rate(stage, step), "seconds": spent}
+                values |= {"grad_norm": float(norm), "lr": learning_rate(stage, step), "seconds": spent}
                 if metrics:
                     metrics.write(stage.name, step, values)
                 if report:
                     report(stage.name, step, stage.steps, values)
-            stopped, due = ranks.any(bool(caught), time.monotonic() - saved_at > 60 * ctx.recipe.save_minutes)
+            stopped, due = parallel.any_process(
+                bool(caught), time.monotonic() - saved_at > 60 * ctx.recipe.save_minutes
+            )
             if stopped or due:
-                groups = {"workshop": workshop.state_dict(), "optimizer": optimizer_tensors(optimizers, names)}
-                groups |= {"average": average.kept} if average else {}
-                save_folder(folder, groups, meta(step + 1), ranks)
+                groups = {"modules": modules.state_dict(), "optimizer": optimizer_tensors(optimizers, names)}
+                groups |= {"average": average.averages} if average else {}
+                save_folder(folder, groups, meta(step + 1), parallel)
                 saved_at = time.monotonic()
             if stopped:
                 if metrics:
@@ -209,35 +211,37 @@ def run_stage(ctx: Context, run: Path, *, resume: bool, report: Report | None = 
         metrics.close()
     finish = meta(stage.steps)
     with torch.no_grad():
-        frame(calibrate, ctx)
+        frame(measure_latent_scale, ctx)
     if isinstance(frame, FSDPModule):
         frame.reshard()
-    save_folder(run / stage.name / "done", {"workshop": workshop.state_dict()}, finish, ranks)
+    save_folder(run / stage.name / "done", {"modules": modules.state_dict()}, finish, parallel)
     return True
 
 
 def train_step(
-    ctx: Context, frame: nn.Module, step: int, optimizers: list[torch.optim.Optimizer], *, first: bool
+    ctx: StepContext, frame: nn.Module, step: int, optimizers: list[torch.optim.Optimizer], *, first: bool
 ) -> tuple[Terms, Tensor]:
     """One step of the stage: its loss terms and the gradient's norm; the `first` one checks what the loss reaches.
 
     Raises:
         NonFiniteLoss: on all processes, before the optimizer touched any weight.
     """
-    stage, workshop, pieces = ctx.stage, ctx.workshop, ctx.ranks.scale.accumulate
-    workshop.zero_grad(set_to_none=True)
+    stage, modules, micro_steps = ctx.stage, ctx.modules, ctx.parallel.config.grad_accum_steps
+    modules.zero_grad(set_to_none=True)
     total: Terms = {}
-    for ctx.piece in range(pieces):
-        with hold_gradients(frame, ctx.piece == pieces - 1), peers():
+    for ctx.micro_step in range(micro_steps):
+        with no_sync(frame, ctx.micro_step == micro_steps - 1), wrap_distributed_errors():
             with ctx.autocast():
                 terms = frame(STEPS[stage.step], ctx, step)
-            (terms["loss"] / pieces).backward()
-        total = {name: total.get(name, 0) + value.detach() / pieces for name, value in terms.items()}
-    share_held(workshop, ctx.ranks)
+            (terms["loss"] / micro_steps).backward()
+        total = {name: total.get(name, 0) + value.detach() / micro_steps for name, value in terms.items()}
+    all_reduce_replicated_grads(modules, ctx.parallel)
     if first:
-        refuse_unreached(ctx)
-    norm = clip_gradients(workshop, stage.clip)
-    bad_loss, bad_norm = ctx.ranks.any(not bool(torch.isfinite(total["loss"])), not bool(torch.isfinite(norm)))
+        check_unused_parameters(ctx)
+    norm = clip_grad_norm(modules, stage.max_grad_norm)
+    bad_loss, bad_norm = ctx.parallel.any_process(
+        not bool(torch.isfinite(total["loss"])), not bool(torch.isfinite(norm))
+    )
     if bad_loss:
         raise NonFiniteLoss(f"stage {stage.name}, step {step}: loss is {float(total['loss'])}; " + _named(total))
     if bad_norm:
@@ -254,44 +258,44 @@ def _named(terms: dict[str, Tensor]) -> str:
 
 
 @torch.no_grad()
-def calibrate(ctx: Context, pictures: int = 512) -> None:
+def measure_latent_scale(ctx: StepContext, pictures: int = 512) -> None:
     """Measure and store what later stages must know of the features that this stage has changed.
 
     Behind the encoder's pre-training `f_v` is whitened; behind the autoencoder's the native latents' scale is stored;
     behind the tokenizer's the scale of `z_f`.
     """
-    workshop, tokenizer = ctx.workshop, ctx.workshop.model.tokenizer
+    modules, tokenizer = ctx.modules, ctx.modules.model.tokenizer
     chunks = _first(ctx, pictures)
     with ctx.autocast():
         if ctx.stage.step == "encoder":
-            whiten(workshop, torch.cat([tokenizer.encoder(chunk) for chunk in chunks]).float())
+            whiten(modules, torch.cat([tokenizer.encoder(chunk) for chunk in chunks]).float())
         elif ctx.stage.step == "autoencoder":
-            latent = torch.cat([workshop.native(chunk) for chunk in chunks]).float()
-            workshop.native_scale.copy_(1 / latent.square().mean().sqrt())
+            latent = torch.cat([modules.native_latents(chunk) for chunk in chunks]).float()
+            modules.native_scale.copy_(1 / latent.square().mean().sqrt())
         elif ctx.stage.step == "tokenizer":
             z_f = torch.cat([tokenizer.encode(chunk).z_f for chunk in chunks]).float()
             tokenizer.latent_scale.copy_(1 / z_f.square().mean().sqrt())
 
 
 @torch.no_grad()
-def measure_teacher(ctx: Context, pictures: int = 512) -> None:
+def measure_teacher_mean(ctx: StepContext, pictures: int = 512) -> None:
     """Store the mean of the alignment teacher's features, for centring; before a stage, since the teacher is frozen.
 
     So a run that starts from another run's tokenizer centres on its own teacher.
     """
-    external, encoder = ctx.recipe.alignment.teacher == "external", ctx.workshop.model.tokenizer.encoder
+    external, encoder = ctx.recipe.alignment.teacher == "external", ctx.modules.model.tokenizer.encoder
     with ctx.autocast():
         rows = [external_features(ctx, x).flatten(1, 2) if external else encoder(x) for x in _first(ctx, pictures)]
-    ctx.workshop.teacher_mean.copy_(torch.cat(rows).float().mean((0, 1)))
+    ctx.modules.teacher_mean.copy_(torch.cat(rows).float().mean((0, 1)))
 
 
-def _first(ctx: Context, pictures: int) -> tuple[Tensor, ...]:
-    """The first pictures of the material, in pieces."""
-    return tuple(ctx.fitted(chunk.to(ctx.device)) for chunk in ctx.material.first(pictures))
+def _first(ctx: StepContext, pictures: int) -> tuple[Tensor, ...]:
+    """The first pictures of the training data, in chunks."""
+    return tuple(ctx.resized(chunk.to(ctx.device)) for chunk in ctx.data.sample(pictures))
 
 
 @torch.no_grad()
-def whiten(workshop: Workshop, f_v: Tensor, floor: float = 0.1) -> None:
+def whiten(modules: TrainingModules, f_v: Tensor, floor: float = 0.1) -> None:
     """Fold a whitening of `f_v` `[B, N, D]` into the projector's last layer, and its inverse into the dense read-outs.
 
     Pre-training leaves 95 % of the variance of `f_v` in a dozen directions of colour and brightness; a frozen encoder
@@ -303,7 +307,7 @@ def whiten(workshop: Workshop, f_v: Tensor, floor: float = 0.1) -> None:
     values, vectors = torch.linalg.eigh(torch.cov((rows - mean).T))
     scale = (values.clamp(min=0) + floor * values.mean()).sqrt()
     forward, backward = (vectors / scale) @ vectors.T, (vectors * scale) @ vectors.T
-    projector, head = workshop.model.tokenizer.encoder.multi_modal_projector.linear_2, workshop.dense_head
+    projector, head = modules.model.tokenizer.encoder.multi_modal_projector.linear_2, modules.dense_head
     projector.bias.copy_((forward @ (projector.bias.double() - mean)).to(projector.bias.dtype))
     projector.weight.copy_((forward @ projector.weight.double()).to(projector.weight.dtype))
     for linear in (*head.tags.values(), head.center, head.coverage, head.pixels):
@@ -311,34 +315,40 @@ def whiten(workshop: Workshop, f_v: Tensor, floor: float = 0.1) -> None:
         linear.weight.copy_((linear.weight.double() @ backward).to(linear.weight.dtype))
 
 
-def previous_weights(workshop: Workshop, run: Path, stage: Stage, order: tuple[Stage, ...]) -> None:
+def load_previous_weights(
+    modules: TrainingModules, run: Path, stage: StageConfig, order: tuple[StageConfig, ...]
+) -> None:
     """Load the end of the stage before this one; the first stage starts from random weights."""
     index = [s.name for s in order].index(stage.name)
     if index == 0:
         return
     before = run / order[index - 1].name / "done"
-    if not standing(before).exists():
+    if not existing_checkpoint(before).exists():
         raise InputError(f"stage {stage.name} starts from the end of {order[index - 1].name}, which is not in {run}")
-    load_weights(workshop, onto_adapted(workshop.state_dict(), load_group(before, "workshop")), str(before))
+    load_weights(modules, rename_for_lora(modules.state_dict(), load_group(before, "modules")), str(before))
 
 
-def is_model(folder: Path) -> bool:
+def is_spar_folder(folder: Path) -> bool:
     """Whether a folder is a SPAR folder, as against the end of a stage."""
     return (folder / "config.json").is_file()
 
 
-def given_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights of a stage's end, or of a SPAR folder under the workshop's names."""
-    if not is_model(folder):
-        return load_group(folder, "workshop")
+def read_initial_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a stage's end, or of a SPAR folder under the training modules' names."""
+    if not is_spar_folder(folder):
+        return load_group(folder, "modules")
     parts = {"model": load_model(folder).model}
     if has_pixel_encoder(folder):
         parts["pixel_encoder"] = load_pixel_encoder(folder)
     return {f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()}
 
 
-def initial_weights(
-    workshop: Workshop, folder: Path, stage: Stage, order: tuple[Stage, ...], published: tuple[str, ...] = ()
+def load_initial_weights(
+    modules: TrainingModules,
+    folder: Path,
+    stage: StageConfig,
+    order: tuple[StageConfig, ...],
+    published: tuple[str, ...] = (),
 ) -> None:
     """Start a stage from another run's stage, or from a SPAR folder, which holds no teachers and no heads.
 
@@ -347,29 +357,29 @@ def initial_weights(
     fresh random weights: so one tokenizer serves every ablation.
     Where a SPAR folder's configuration differs from the recipe's, a warning says so: not every field shows in weights.
     """
-    if is_model(folder):
-        for name, given, own in differences(read_sizes(folder), workshop.config, "model"):
+    if is_spar_folder(folder):
+        for name, given, own in differences(read_config(folder), modules.config, "model"):
             log.warning("%s was made with %s %r; this recipe has %r", folder, name, given, own)
     earlier = order[: [s.name for s in order].index(stage.name)]
     patterns = [pattern for before in earlier for pattern in before.trainable] + [f"{part}.*" for part in published]
     trained = [pattern for one in order for pattern in one.trainable]
-    own = workshop.state_dict()
+    own = modules.state_dict()
     patterns += [
         key for key in own
-        if key.startswith("model.") and not is_adapter(key) and not any(fnmatch.fnmatchcase(key, p) for p in trained)
+        if key.startswith("model.") and not is_lora_key(key) and not any(fnmatch.fnmatchcase(key, p) for p in trained)
     ]  # fmt: skip
-    given = given_weights(folder)
-    if any(map(is_adapter, given)) and not any(map(is_adapter, own)):
+    given = read_initial_weights(folder)
+    if any(map(is_lora_key, given)) and not any(map(is_lora_key, own)):
         raise InputError(f"{folder} holds LoRA beside the model: expected the run's merged model (RUN/model), got it")
-    given = onto_adapted(own, given)
-    if is_model(folder) and stage.step in NEEDS_PIXEL_ENCODER and not (
+    given = rename_for_lora(own, given)
+    if is_spar_folder(folder) and stage.step in NEEDS_PIXEL_ENCODER and not (
         stage.step == "tokenizer" and has_pixel_encoder(folder)
     ):
         raise InputError(
             f"stage {stage.name} needs the autoencoder's encoder, which {folder} does not hold: give a stage's folder "
             "(RUN/STAGE/done), or for a tokenizer stage a folder that spar build made"
         )
-    if is_model(folder):
+    if is_spar_folder(folder):
         given = {**{key: value for key, value in own.items() if not key.startswith("model.")}, **given}
     if not own.keys() & given.keys():
         raise InputError(f"{folder} holds none of this model's weights")
@@ -379,4 +389,4 @@ def initial_weights(
             given.pop(key, None)
             if key in own:
                 given[key] = own[key]
-    load_weights(workshop, given, str(folder))
+    load_weights(modules, given, str(folder))

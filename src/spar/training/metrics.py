@@ -8,7 +8,7 @@ from typing import Any
 log = logging.getLogger("spar.training")
 
 
-class Metrics:
+class MetricsLogger:
     """One JSON line and one TensorBoard point a logged step.
 
     Lines from step `start` of the stage on are dropped first: a crash loses the steps since the last save, which are

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spar.losses.adversarial import LeCam, PatchDiscriminator
-from spar.models.attention import grid_embedding
+from spar.models.attention import sincos_pos_embed_2d
 from spar.models.autoencoder import PixelEncoder, build_autoencoder
 from spar.models.spar import SparModel
 from spar.training.config import Recipe
@@ -44,7 +44,7 @@ class AlignmentHead(nn.Module):
         return self.layers(features)
 
 
-class Workshop(nn.Module):
+class TrainingModules(nn.Module):
     """The model under training with its teachers and heads; stage patterns name its parameters.
 
     `dense_head` and `teacher`, the copy of the encoder, are None where no stage of the recipe reads them.
@@ -66,7 +66,7 @@ class Workshop(nn.Module):
         self.register_buffer("native_scale", torch.ones(()))
         self.register_buffer("teacher_mean", torch.zeros(teacher_width or width))
 
-    def native(self, pixels: Tensor) -> Tensor:
+    def native_latents(self, pixels: Tensor) -> Tensor:
         """E_p's latents on the token grid: `[B, 3, S, S]` to `[B, D_p, h, w]`, cell by cell those of the tokens.
 
         The autoencoder's stride may differ from the tokens' (32 against 28): the picture is then resized by their
@@ -79,20 +79,20 @@ class Workshop(nn.Module):
         return self.pixel_encoder(pixels)
 
 
-def initialize(workshop: Workshop) -> None:
+def init_weights(modules: TrainingModules) -> None:
     """Random weights that learn from nothing: Xavier for Transformers, zeroed outputs for the denoiser.
 
     Drawn from torch's global generator, which the caller seeds. transformers' own initialisation (a standard deviation
     of 0.02, zero position embeddings) is made for widths of a thousand; at these widths the encoder stays at the prior.
     """
-    for part in (workshop.model, workshop.dense_head, workshop.alignment_head):
+    for part in (modules.model, modules.dense_head, modules.alignment_head):
         if part is not None:
-            _xavier(part)
-    _initialize_vision(workshop)
-    _initialize_denoiser(workshop)
+            _init_xavier(part)
+    _init_vision(modules)
+    _init_denoiser(modules)
 
 
-def _xavier(module: nn.Module) -> None:
+def _init_xavier(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.xavier_uniform_(part.weight)
@@ -103,16 +103,16 @@ def _xavier(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _initialize_vision(workshop: Workshop) -> None:
+def _init_vision(modules: TrainingModules) -> None:
     """Sine-cosine position embeddings and keys equal to queries: each patch first looks at patches near and alike it.
 
     A ViT from random weights spends most of a short training on finding its neighbours (mimetic initialisation,
     Trockman and Kolter 2023).
     """
-    encoder = workshop.model.tokenizer.encoder
+    encoder = modules.model.tokenizer.encoder
     embeddings = encoder.vision_tower.embeddings
     side = embeddings.patch_embeddings.patch_shape[0]
-    embeddings.position_embeddings[0, 1:] = grid_embedding(embeddings.position_embeddings.shape[-1], side, side)
+    embeddings.position_embeddings[0, 1:] = sincos_pos_embed_2d(embeddings.position_embeddings.shape[-1], side, side)
     weight = embeddings.patch_embeddings.projection.weight
     nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
     for layer in encoder.vision_tower.encoder.layer:
@@ -121,12 +121,12 @@ def _initialize_vision(workshop: Workshop) -> None:
 
 
 @torch.no_grad()
-def _initialize_denoiser(workshop: Workshop) -> None:
+def _init_denoiser(modules: TrainingModules) -> None:
     """The output starts at zero, the time embedding small, and the gates of the branches open.
 
     SANA's own start leaves the gates near zero, for depths of 28 blocks and long training.
     """
-    network = workshop.model.denoiser.network
+    network = modules.model.denoiser.network
     weight = network.patch_embed.proj.weight
     nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
     nn.init.normal_(network.time_embed.linear.weight, std=0.02)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spar.training.config import Stage
+from spar.training.config import StageConfig
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic with the steepest slope at zero (Jordan et al.)
 ITERATIONS = 5
@@ -62,7 +62,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return (x.mT if turned else x).to(matrices.dtype)
 
 
-def build_optimizers(module: nn.Module, stage: Stage) -> list[torch.optim.Optimizer]:
+def build_optimizers(module: nn.Module, stage: StageConfig) -> list[torch.optim.Optimizer]:
     """The stage's optimizers, one group for each learning-rate factor; vectors and scalars never decay.
 
     With Muon, AdamW keeps what is no map between hidden states: embeddings, norms, biases,
@@ -77,7 +77,7 @@ def build_optimizers(module: nn.Module, stage: Stage) -> list[torch.optim.Optimi
     groups: dict[bool, dict[tuple[float, bool], list[Tensor]]] = {True: {}, False: {}}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            factor = next((rate for pattern, rate in stage.rates if fnmatch.fnmatchcase(name, pattern)), 1.0)
+            factor = next((rate for pattern, rate in stage.lr_multipliers if fnmatch.fnmatchcase(name, pattern)), 1.0)
             hidden = id(parameter) in matrices and not any(fnmatch.fnmatchcase(name, out) for out in NOT_HIDDEN)
             muon = hidden and stage.optimizer == "muon"
             groups[muon].setdefault((factor, parameter.dim() > 1), []).append(parameter)

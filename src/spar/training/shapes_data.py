@@ -1,4 +1,4 @@
-"""Training material: pictures, captions, questions and edits dealt by (seed, stage, step); here of the shapes world.
+"""Training data: pictures, captions, questions and edits dealt by (seed, stage, step); here of the shapes world.
 
 Nothing is drawn from a running generator: the batch of a step is a function of the recipe's seed, the stage's name and
 the step, so that a resumed run sees exactly what it would have seen.
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from spar.common.errors import InputError
-from spar.processing.prompts import DESCRIBE, PromptEncoder, Turn
-from spar.training.config import DataConfig, Stage
-from spar.worlds.shapes.captions import caption, describe, placed_caption
+from spar.processing.prompts import DESCRIBE, PromptEncoder, QuestionAnswer
+from spar.training.config import DataConfig, StageConfig
+from spar.worlds.shapes.captions import caption, describe, position_caption
 from spar.worlds.shapes.dataset import dense_targets, scene_at
 from spar.worlds.shapes.edits import Edit, make_edit
 from spar.worlds.shapes.questions import questions
@@ -26,7 +26,7 @@ from spar.worlds.shapes.scene import SIDE, Scene
 
 
 @dataclass(frozen=True)
-class Dealt:
+class StepBatch:
     """The rows of a step that one process computes: which pictures, whether they are edits, and the words of each."""
 
     indices: np.ndarray
@@ -39,7 +39,7 @@ def step_rng(seed: int, stage: str, step: int) -> np.random.Generator:
     return np.random.default_rng((seed, zlib.crc32(stage.encode()), step))
 
 
-class Material(Protocol):
+class TrainingData(Protocol):
     """Where a step's pictures and words come from.
 
     `fixed`: whether an index always names the same picture. `sized`: whether pictures come at the stage's own size.
@@ -52,7 +52,7 @@ class Material(Protocol):
     def rng(self, stage: str, step: int) -> np.random.Generator:
         """The generator of one step's choices."""
 
-    def deal(self, stage: Stage, step: int, rows: slice) -> Dealt:
+    def get_batch(self, stage: StageConfig, step: int, rows: slice) -> StepBatch:
         """Rows of a step's whole batch."""
 
     def pixels(self, indices: np.ndarray, *, edited: bool = False) -> Tensor:
@@ -61,11 +61,11 @@ class Material(Protocol):
     def features(self, name: str, indices: np.ndarray) -> dict[str, Tensor] | None:
         """Features of a picture set (`scenes`, or `edited`) that were computed before the run, or None."""
 
-    def first(self, count: int) -> tuple[Tensor, ...]:
-        """About `count` pictures to measure features on, in pieces, the same on every process."""
+    def sample(self, count: int) -> tuple[Tensor, ...]:
+        """About `count` pictures to measure features on, in chunks, the same on every process."""
 
 
-class ShapesMaterial:
+class ShapesTrainingData:
     """A fixed set of scenes, rendered once; the first `edits` of them also have an edited picture."""
 
     fixed = True
@@ -85,21 +85,25 @@ class ShapesMaterial:
         """The generator of one step's choices."""
         return step_rng(self.seed, stage, step)
 
-    def deal(self, stage: Stage, step: int, rows: slice) -> Dealt:
+    def get_batch(self, stage: StageConfig, step: int, rows: slice) -> StepBatch:
         """Rows of a step's whole batch; a unified step edits with the stage's share."""
         rng, captioned = self.rng(stage.name, step), stage.step in ("dit", "unified")
         editing = stage.step == "unified" and bool(rng.random() < stage.edit_share)
-        indices = self.draw(rng, stage.batch, edits=editing, kinds=stage.scenes)
+        indices = self.draw(rng, stage.batch, edits=editing, kinds=stage.scene_kinds)
         words: list[str] = []
         if captioned:
-            words = self.instructions(indices) if editing else self.captions(rng, indices, places=stage.places)
-        return Dealt(indices[rows], editing, tuple(words[rows]))
+            words = (
+                self.instructions(indices)
+                if editing
+                else self.captions(rng, indices, position_captions=stage.position_captions)
+            )
+        return StepBatch(indices[rows], editing, tuple(words[rows]))
 
     def features(self, name: str, indices: np.ndarray) -> dict[str, Tensor] | None:
-        """None: this material's pictures are kept by the step itself."""
+        """None: these pictures are kept by the step itself."""
 
-    def first(self, count: int) -> tuple[Tensor, ...]:
-        """The first pictures, in pieces of 64."""
+    def sample(self, count: int) -> tuple[Tensor, ...]:
+        """The first pictures, in chunks of 64."""
         return self.pixels(np.arange(min(count, len(self.images)))).split(64)
 
     def draw(
@@ -119,24 +123,26 @@ class ShapesMaterial:
         source = self.edited if edited else self.images
         return torch.from_numpy(source[indices]).permute(0, 3, 1, 2).float().div_(255)
 
-    def captions(self, rng: np.random.Generator, indices: np.ndarray, *, places: float = 0.0) -> list[str]:
+    def captions(self, rng: np.random.Generator, indices: np.ndarray, *, position_captions: float = 0.0) -> list[str]:
         """A caption of each scene; the share `places` of them also says where things lie."""
-        lessons = rng.random(len(indices)) < places if places else np.zeros(len(indices), bool)
+        lessons = rng.random(len(indices)) < position_captions if position_captions else np.zeros(len(indices), bool)
         return [
-            placed_caption(self.scenes[i], rng) if lesson else caption(self.scenes[i], rng)
+            position_caption(self.scenes[i], rng) if lesson else caption(self.scenes[i], rng)
             for i, lesson in zip(indices, lessons, strict=True)
         ]
 
     def instructions(self, indices: np.ndarray) -> list[str]:
         return [self.edits[i].instruction for i in indices]
 
-    def turns(self, rng: np.random.Generator, indices: np.ndarray, kinds: tuple[str, ...]) -> list[list[Turn]]:
+    def turns(
+        self, rng: np.random.Generator, indices: np.ndarray, kinds: tuple[str, ...]
+    ) -> list[list[QuestionAnswer]]:
         """Questions of the given kinds about each scene, none twice, and at last its description."""
         rows = []
         for i in indices:
             scene = self.scenes[i]
             asked = dict.fromkeys(questions(scene, rng, kinds))
-            rows.append([*(Turn(q.text, q.answer) for q in asked), Turn(DESCRIBE, describe(scene))])
+            rows.append([*(QuestionAnswer(q.text, q.answer) for q in asked), QuestionAnswer(DESCRIBE, describe(scene))])
         return rows
 
     def dense(self, indices: np.ndarray, grid: int) -> dict[str, Tensor]:
@@ -162,7 +168,7 @@ def _rendered(cache: Path | None, name: str, scenes: list[Scene]) -> np.ndarray:
     return stack
 
 
-class FeatureStore:
+class InMemoryFeatureCache:
     """Frozen features of a fixed set of pictures, computed the first time each is asked for.
 
     `compute` turns indices into named tensors `[n, ...]`; rows are kept in bfloat16.

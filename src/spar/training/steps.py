@@ -19,92 +19,92 @@ from spar.losses.alignment import alignment_loss, match_grid
 from spar.losses.distillation import native_latent_loss, semantic_loss
 from spar.losses.perceptual import FeatureLoss, PerceptualLoss
 from spar.losses.reconstruction import mse, psnr
-from spar.models.attention import attention_bias, positions
-from spar.models.router import common_scale
+from spar.models.attention import attention_bias, position_ids_from_mask
+from spar.models.router import normalize_hidden_states
 from spar.models.spar import Condition
-from spar.training.config import Recipe, Stage
-from spar.training.distributed import ALONE, Ranks
+from spar.training.config import Recipe, StageConfig
+from spar.training.distributed import SINGLE_PROCESS, DistributedContext
 from spar.training.feature_cache import encode
-from spar.training.modules import CENTER_BINS, TAGS, Workshop
-from spar.training.shapes_data import Dealt, FeatureStore, Material
+from spar.training.modules import CENTER_BINS, TAGS, TrainingModules
+from spar.training.shapes_data import InMemoryFeatureCache, StepBatch, TrainingData
 
 Terms = dict[str, Tensor]
 Rows = TypeVar("Rows", list, np.ndarray, Tensor)
 
 
 @dataclass
-class Context:
+class StepContext:
     """What a step works with. `features` holds frozen features by picture set, for as long as they stay frozen.
 
     A step is dealt and draws for its whole batch, and works on the rows of its process and `piece`.
     """
 
-    workshop: Workshop
-    material: Material
+    modules: TrainingModules
+    data: TrainingData
     recipe: Recipe
-    stage: Stage
+    stage: StageConfig
     device: torch.device
     external_teacher: Callable[[Tensor], tuple[Tensor, tuple[int, int]]] | None = None
     perceptual: tuple[tuple[float, PerceptualLoss], ...] = ()
-    features: dict[str, FeatureStore] = field(default_factory=dict)
-    ranks: Ranks = ALONE
-    piece: int = 0
+    features: dict[str, InMemoryFeatureCache] = field(default_factory=dict)
+    parallel: DistributedContext = SINGLE_PROCESS
+    micro_step: int = 0
 
-    def deal(self, step: int) -> Dealt:
+    def get_batch(self, step: int) -> StepBatch:
         """This process's rows of a step."""
-        return self.material.deal(self.stage, step, self.ranks.rows(self.stage.batch, self.piece))
+        return self.data.get_batch(self.stage, step, self.parallel.rows(self.stage.batch, self.micro_step))
 
-    def share(self, values: Rows) -> Rows:
+    def own_rows(self, values: Rows) -> Rows:
         """This process's rows of what was drawn for a whole batch: a list, an array or a tensor."""
-        return values[self.ranks.rows(len(values), self.piece)]
+        return values[self.parallel.rows(len(values), self.micro_step)]
 
     def autocast(self) -> torch.autocast:
         """The precision of this run's matrix products."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.ranks.scale.precision == "bf16")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.parallel.config.precision == "bf16")
 
     def generator(self, step: int) -> torch.Generator:
         """The generator of one step's noise."""
-        seed = int(self.material.rng(f"noise-{self.stage.name}", step).integers(0, 2**62))
+        seed = int(self.data.rng(f"noise-{self.stage.name}", step).integers(0, 2**62))
         return torch.Generator(self.device).manual_seed(seed)
 
     def pixels(self, indices: np.ndarray, *, edited: bool = False) -> Tensor:
         """`[B, 3, H, W]` in [0, 1], of the stage's side where it has one of its own."""
-        pixels = self.material.pixels(indices, edited=edited).to(self.device)
-        return pixels if self.material.sized else self.fitted(pixels)
+        pixels = self.data.pixels(indices, edited=edited).to(self.device)
+        return pixels if self.data.sized else self.resized(pixels)
 
-    def fitted(self, pixels: Tensor) -> Tensor:
+    def resized(self, pixels: Tensor) -> Tensor:
         """Pictures at the stage's own side, where it has one."""
         side = self.stage.image_size
         if side is None or pixels.shape[-1] == side:
             return pixels
         return F.interpolate(pixels, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
 
-    def frozen(self, name: str, indices: np.ndarray, compute: Callable[[np.ndarray], Terms]) -> Terms:
+    def frozen_features(self, name: str, indices: np.ndarray, compute: Callable[[np.ndarray], Terms]) -> Terms:
         """Features that this stage does not train, computed once a picture.
 
         A sharded encoder computes them anew: all processes must take part, and not all lack the same pictures. So
         do pictures that come once.
         """
-        cached = self.material.features(name, indices)
+        cached = self.data.features(name, indices)
         if cached is not None:
             return {key: rows.to(self.device) for key, rows in cached.items()}
-        if self.ranks.sharded or not self.material.fixed:
+        if self.parallel.sharded or not self.data.fixed:
             with torch.no_grad():
                 return {key: rows.to(torch.bfloat16) for key, rows in compute(indices).items()}
         if name not in self.features:
-            count = len(self.material.edited) if name.startswith("edited") else len(self.material.images)
-            self.features[name] = FeatureStore(count, compute)
+            count = len(self.data.edited) if name.startswith("edited") else len(self.data.images)
+            self.features[name] = InMemoryFeatureCache(count, compute)
         return self.features[name](indices)
 
 
-def encoder_step(ctx: Context, step: int) -> Terms:
+def encoder_step(ctx: StepContext, step: int) -> Terms:
     """Dense pre-training of E_s: tags, centres, coverage and pixels, each read linearly off `f_v`."""
-    weights, head = ctx.stage.losses, ctx.workshop.dense_head
-    indices = ctx.material.draw(ctx.material.rng(ctx.stage.name, step), ctx.stage.batch)
+    weights, head = ctx.stage.losses, ctx.modules.dense_head
+    indices = ctx.data.draw(ctx.data.rng(ctx.stage.name, step), ctx.stage.batch)
     pixels = ctx.pixels(indices)
     config = ctx.recipe.model
-    targets = {name: value.to(ctx.device) for name, value in ctx.material.dense(indices, config.grid).items()}
-    f_v = ctx.workshop.model.tokenizer.encoder(pixels)                               # [B, N, D_s]
+    targets = {name: value.to(ctx.device) for name, value in ctx.data.dense(indices, config.grid).items()}
+    f_v = ctx.modules.model.tokenizer.encoder(pixels)                               # [B, N, D_s]
     terms: Terms = {}
     owned = targets["shape"] > 0
     for name in TAGS:  # an object's tags count on its own tokens: over all tokens the background drowns them
@@ -124,14 +124,14 @@ def encoder_step(ctx: Context, step: int) -> Terms:
     return {"loss": weights.dense * dense + weights.pixel * terms["pixels"], **terms, "shape_accuracy": right}
 
 
-def mllm_step(ctx: Context, step: int) -> Terms:
+def mllm_step(ctx: StepContext, step: int) -> Terms:
     """Captioning and question answering on the frozen encoder: next-token loss on the answers only."""
-    model = ctx.workshop.model
-    rng = ctx.material.rng(ctx.stage.name, step)
-    indices = ctx.material.draw(rng, ctx.stage.batch)
-    packed = ctx.material.prompts.packed(ctx.material.turns(rng, indices, ctx.stage.questions))
+    model = ctx.modules.model
+    rng = ctx.data.rng(ctx.stage.name, step)
+    indices = ctx.data.draw(rng, ctx.stage.batch)
+    packed = ctx.data.prompts.pack(ctx.data.turns(rng, indices, ctx.stage.questions))
     ids, weights = packed.ids.to(ctx.device), packed.weights.to(ctx.device)[:, 1:]
-    f_v = ctx.frozen("f_v", indices, lambda i: {"f_v": model.tokenizer.encoder(ctx.pixels(i))})["f_v"]
+    f_v = ctx.frozen_features("f_v", indices, lambda i: {"f_v": model.tokenizer.encoder(ctx.pixels(i))})["f_v"]
     embeddings = model.embed(ids, f_v.float())
     bias = attention_bias(packed.allowed.to(ctx.device), embeddings, causal=False)
     final, _ = model.language(embeddings, bias, packed.positions.to(ctx.device))
@@ -144,45 +144,47 @@ def mllm_step(ctx: Context, step: int) -> Terms:
     return {"loss": (losses * weights).sum() / weights.sum(), "word_accuracy": right[words].mean()}
 
 
-def autoencoder_step(ctx: Context, step: int) -> Terms:
+def autoencoder_step(ctx: StepContext, step: int) -> Terms:
     """DC-AE on the world's pictures, encoder and decoder, with latents held near unit size."""
     weights = ctx.stage.losses
-    indices = ctx.deal(step).indices
+    indices = ctx.get_batch(step).indices
     pixels = ctx.pixels(indices).to(memory_format=torch.channels_last)
-    latent = ctx.workshop.native(pixels)
-    decoded = ctx.workshop.model.tokenizer.decode(_noisy(ctx, step, latent))
+    latent = ctx.modules.native_latents(pixels)
+    decoded = ctx.modules.model.tokenizer.decode(_add_latent_noise(ctx, step, latent))
     terms = {"mse": mse(decoded, pixels), "latent_square": latent.float().square().mean()}
     loss = weights.mse * terms["mse"] + weights.latent_penalty * terms["latent_square"]
     return {"loss": loss, **terms, "psnr": psnr(decoded.detach().clamp(0, 1), pixels).mean()}
 
 
-def dit_step(ctx: Context, step: int) -> Terms:
+def dit_step(ctx: StepContext, step: int) -> Terms:
     """Text to image on the autoencoder's own latents, conditioned on the frozen LLM's last states."""
-    workshop, model = ctx.workshop, ctx.workshop.model
-    dealt = ctx.deal(step)
+    modules, model = ctx.modules, ctx.modules.model
+    dealt = ctx.get_batch(step)
     indices = dealt.indices
-    tokens = ctx.material.prompts.generation(_dropped(ctx, step, dealt)).to(ctx.device)
+    tokens = ctx.data.prompts.generation(_with_unconditional(ctx, step, dealt)).to(ctx.device)
     with torch.no_grad():
         embeddings = model.language.embed(tokens.ids)
         bias = attention_bias(tokens.mask, embeddings, causal=True)
-        final, _ = model.language(embeddings, bias, positions(tokens.mask))
-        condition = Condition(common_scale([final])[0], tokens.mask, final.new_ones(*final.shape[:2], 1))
-    latent = ctx.frozen("native", indices, lambda i: {"latent": workshop.native(ctx.pixels(i))})["latent"]
-    return _flow_terms(ctx, step, latent.float() * workshop.native_scale, condition, teacher=None)
+        final, _ = model.language(embeddings, bias, position_ids_from_mask(tokens.mask))
+        condition = Condition(normalize_hidden_states([final])[0], tokens.mask, final.new_ones(*final.shape[:2], 1))
+    latent = ctx.frozen_features("native", indices, lambda i: {"latent": modules.native_latents(ctx.pixels(i))})[
+        "latent"
+    ]
+    return _flow_terms(ctx, step, latent.float() * modules.native_scale, condition, teacher=None)
 
 
-def unified_step(ctx: Context, step: int) -> Terms:
+def unified_step(ctx: StepContext, step: int) -> Terms:
     """L_fm + lambda_a L_align on `z_f`, for generation or, by the stage's share, for editing (SPAR section 3.3)."""
-    model = ctx.workshop.model
-    dealt = ctx.deal(step)
-    indices, editing, words = dealt.indices, dealt.editing, _dropped(ctx, step, dealt)
-    source = ctx.frozen("scenes", indices, lambda i: encode(model.tokenizer, ctx.pixels(i)))
+    model = ctx.modules.model
+    dealt = ctx.get_batch(step)
+    indices, editing, words = dealt.indices, dealt.editing, _with_unconditional(ctx, step, dealt)
+    source = ctx.frozen_features("scenes", indices, lambda i: encode(model.tokenizer, ctx.pixels(i)))
     if editing:
-        target = ctx.frozen("edited", indices, lambda i: encode(model.tokenizer, ctx.pixels(i, edited=True)))
-        tokens, reference = ctx.material.prompts.edit(words).to(ctx.device), source["f_v"].float()
+        target = ctx.frozen_features("edited", indices, lambda i: encode(model.tokenizer, ctx.pixels(i, edited=True)))
+        tokens, reference = ctx.data.prompts.edit(words).to(ctx.device), source["f_v"].float()
     else:
         target = source
-        tokens, reference = ctx.material.prompts.generation(words).to(ctx.device), None
+        tokens, reference = ctx.data.prompts.generation(words).to(ctx.device), None
     condition = model.condition(tokens.ids, tokens.mask, reference)
     latent, teacher = target["latent"].float(), None
     if alignment_weight(ctx) and ctx.recipe.alignment.teacher == "external":
@@ -193,12 +195,12 @@ def unified_step(ctx: Context, step: int) -> Terms:
     return {**terms, ("flow_edit" if editing else "flow_generate"): terms["flow"].detach()}
 
 
-def alignment_weight(ctx: Context) -> float:
+def alignment_weight(ctx: StepContext) -> float:
     """lambda_a of this stage: 0 where the recipe has no teacher."""
     return 0.0 if ctx.recipe.alignment.teacher == "none" else ctx.stage.losses.align
 
 
-def external_features(ctx: Context, pixels: Tensor) -> Tensor:
+def external_features(ctx: StepContext, pixels: Tensor) -> Tensor:
     """The external teacher's features, `[B, rows, columns, D]`; asked anew each time, for they are too many to keep."""
     if ctx.external_teacher is None:
         raise ValueError("alignment with an external teacher is on, but no external teacher was loaded")
@@ -206,44 +208,44 @@ def external_features(ctx: Context, pixels: Tensor) -> Tensor:
     return features.unflatten(1, grid)
 
 
-def _flow_terms(ctx: Context, step: int, latent: Tensor, condition: Condition, *, teacher: Tensor | None) -> Terms:
+def _flow_terms(ctx: StepContext, step: int, latent: Tensor, condition: Condition, *, teacher: Tensor | None) -> Terms:
     """L_fm for R draws of noise and time a picture, and where a teacher `[B, rows, columns, D]` is given, L_align."""
     flow, generator = ctx.recipe.flow, ctx.generator(step)
-    clean = latent.repeat_interleave(ctx.stage.draws, dim=0)                         # [B R, D_p, h, w]
-    count = (ctx.stage.batch, ctx.stage.draws)
-    noise = ctx.share(torch.randn((*count, *clean.shape[1:]), generator=generator, device=ctx.device)).flatten(0, 1)
+    clean = latent.repeat_interleave(ctx.stage.noise_samples, dim=0)                         # [B R, D_p, h, w]
+    count = (ctx.stage.batch, ctx.stage.noise_samples)
+    noise = ctx.own_rows(torch.randn((*count, *clean.shape[1:]), generator=generator, device=ctx.device)).flatten(0, 1)
     time = sample_time(
         math.prod(count), mean=flow.time_mean, std=flow.time_std, shift=flow.training_shift, generator=generator,
         device=ctx.device,
     )
-    time = ctx.share(time.view(count)).flatten()
-    output = ctx.workshop.model.velocity(interpolate(clean, noise, time), time, condition)
+    time = ctx.own_rows(time.view(count)).flatten()
+    output = ctx.modules.model.velocity(interpolate(clean, noise, time), time, condition)
     error = (output.velocity.float() - velocity_target(clean, noise)).square().mean()
     if teacher is None:
         return {"loss": error, "flow": error.detach()}
-    projected = ctx.workshop.alignment_head(output.features)                         # [B R, N, D]
+    projected = ctx.modules.alignment_head(output.features)                         # [B R, N, D]
     aligned = alignment_loss(
         match_grid(projected, source=tuple(clean.shape[-2:]), target=tuple(teacher.shape[1:3])),
-        teacher.flatten(1, 2).repeat_interleave(ctx.stage.draws, dim=0),
+        teacher.flatten(1, 2).repeat_interleave(ctx.stage.noise_samples, dim=0),
         center=ctx.recipe.alignment.center,
-        teacher_mean=ctx.workshop.teacher_mean,
+        teacher_mean=ctx.modules.teacher_mean,
     )
     logged = {name: value for name, value in aligned.items() if name != "loss"}
     return {"loss": error + alignment_weight(ctx) * aligned["loss"], "flow": error.detach(), **logged}
 
 
-def tokenizer_step(ctx: Context, step: int) -> Terms:
+def tokenizer_step(ctx: StepContext, step: int) -> Terms:
     """The tokenizer's three stages: which terms count is the stage's choice (SPAR section 3.1)."""
-    weights, workshop = ctx.stage.losses, ctx.workshop
-    tokenizer = workshop.model.tokenizer
-    indices = ctx.deal(step).indices
+    weights, modules = ctx.stage.losses, ctx.modules
+    tokenizer = modules.model.tokenizer
+    indices = ctx.get_batch(step).indices
     pixels = ctx.pixels(indices).to(memory_format=torch.channels_last)
     if any(parameter.requires_grad for parameter in tokenizer.encoder.parameters()):
         f_v = tokenizer.encoder(pixels)
     else:
-        f_v = ctx.frozen("f_v", indices, lambda i: {"f_v": tokenizer.encoder(ctx.pixels(i))})["f_v"].float()
+        f_v = ctx.frozen_features("f_v", indices, lambda i: {"f_v": tokenizer.encoder(ctx.pixels(i))})["f_v"].float()
     latents = tokenizer.fuse(f_v, (pixels.shape[-2], pixels.shape[-1]))
-    noisy = _noisy(ctx, step, latents.z_f)
+    noisy = _add_latent_noise(ctx, step, latents.z_f)
     decoded = tokenizer.decode(noisy.contiguous(memory_format=torch.channels_last))
     terms: Terms = {"mse": mse(decoded, pixels), "latent_square": latents.z_f.float().square().mean()}
     loss = weights.mse * terms["mse"] + weights.latent_penalty * terms["latent_square"]
@@ -251,14 +253,16 @@ def tokenizer_step(ctx: Context, step: int) -> Terms:
         terms["perceptual"] = _perceptual(ctx, decoded, pixels)
         loss = loss + weights.perceptual * terms["perceptual"]
     if weights.native or weights.native_fused:
-        native = ctx.frozen("native", indices, lambda i: {"latent": workshop.native(ctx.pixels(i))})["latent"]
+        native = ctx.frozen_features("native", indices, lambda i: {"latent": modules.native_latents(ctx.pixels(i))})[
+            "latent"
+        ]
         terms["native_fused"] = native_latent_loss(latents.z_f, native)
         loss = loss + weights.native_fused * terms["native_fused"]
         if weights.native:
             terms["native"] = native_latent_loss(latents.z_p, native.flatten(2).transpose(1, 2))
             loss = loss + weights.native * terms["native"]
     if weights.semantic:
-        taught = ctx.frozen("teacher", indices, lambda i: {"f_v": workshop.teacher(ctx.pixels(i))})["f_v"]
+        taught = ctx.frozen_features("teacher", indices, lambda i: {"f_v": modules.teacher(ctx.pixels(i))})["f_v"]
         terms["semantic"] = semantic_loss(f_v, taught)
         loss = loss + weights.semantic * terms["semantic"]
     if weights.gan:
@@ -269,48 +273,48 @@ def tokenizer_step(ctx: Context, step: int) -> Terms:
     return {"loss": loss, **terms, "psnr": psnr(decoded.detach().clamp(0, 1), pixels).mean()}
 
 
-def _perceptual(ctx: Context, decoded: Tensor, pixels: Tensor) -> Tensor:
+def _perceptual(ctx: StepContext, decoded: Tensor, pixels: Tensor) -> Tensor:
     """L_perc: the weighted distances that the recipe's networks see."""
     total, own = decoded.new_zeros((), dtype=torch.float32), ctx.recipe.perceptual.autoencoder
     if own:
-        total = total + own * FeatureLoss(ctx.workshop.pixel_encoder.features)(decoded, pixels)
+        total = total + own * FeatureLoss(ctx.modules.pixel_encoder.features)(decoded, pixels)
     for weight, loss in ctx.perceptual:
         total = total + weight * loss(decoded, pixels)
     return total
 
 
-def _adversarial(ctx: Context, decoded: Tensor, pixels: Tensor) -> Terms:
+def _adversarial(ctx: StepContext, decoded: Tensor, pixels: Tensor) -> Terms:
     """Both sides of the hinge game in one graph: the generator's term does not reach the discriminator's weights,
     the discriminator's term does not reach the picture."""
-    discriminator, weights = ctx.workshop.discriminator, ctx.stage.losses
+    discriminator, weights = ctx.modules.discriminator, ctx.stage.losses
     discriminator.requires_grad_(False)
     generator_term = generator_hinge_loss(discriminator(decoded))
     discriminator.requires_grad_(True)
     real, fake = discriminator(pixels), discriminator(decoded.detach())
-    loss = discriminator_hinge_loss(real, fake) + weights.lecam * ctx.workshop.lecam(real, fake, mean=ctx.ranks.mean)
+    loss = discriminator_hinge_loss(real, fake) + weights.lecam * ctx.modules.lecam(real, fake, mean=ctx.parallel.mean)
     return {"gan": generator_term, "discriminator": loss}
 
 
-def _noisy(ctx: Context, step: int, latent: Tensor) -> Tensor:
+def _add_latent_noise(ctx: StepContext, step: int, latent: Tensor) -> Tensor:
     """Noise of `losses.latent_noise` times the latent's own size, of a strength drawn for each picture."""
     share, count = ctx.stage.losses.latent_noise, ctx.stage.batch
     if not share:
         return latent
     generator = ctx.generator(step)
     size = latent.detach().float().square().mean((1, 2, 3), keepdim=True).sqrt()
-    strength = ctx.share(share * torch.rand((count, 1, 1, 1), generator=generator, device=latent.device))
-    noise = ctx.share(torch.randn((count, *latent.shape[1:]), generator=generator, device=latent.device))
+    strength = ctx.own_rows(share * torch.rand((count, 1, 1, 1), generator=generator, device=latent.device))
+    noise = ctx.own_rows(torch.randn((count, *latent.shape[1:]), generator=generator, device=latent.device))
     return latent + (size * strength * noise).to(latent.dtype)
 
 
-def _dropped(ctx: Context, step: int, dealt: Dealt) -> list[str | None]:
+def _with_unconditional(ctx: StepContext, step: int, dealt: StepBatch) -> list[str | None]:
     """The words of a step with the recipe's share of the prompts replaced by the unconditional one."""
-    marks = ctx.material.rng(f"unconditional-{ctx.stage.name}", step).random(ctx.stage.batch)
+    marks = ctx.data.rng(f"unconditional-{ctx.stage.name}", step).random(ctx.stage.batch)
     share = ctx.recipe.flow.unconditional_share
-    return [None if mark < share else text for mark, text in zip(ctx.share(marks), dealt.words, strict=True)]
+    return [None if mark < share else text for mark, text in zip(ctx.own_rows(marks), dealt.words, strict=True)]
 
 
-STEPS: dict[str, Callable[[Context, int], Terms]] = {
+STEPS: dict[str, Callable[[StepContext, int], Terms]] = {
     "encoder": encoder_step,
     "mllm": mllm_step,
     "autoencoder": autoencoder_step,

@@ -62,12 +62,12 @@ class ExternalTeacher(nn.Module):
         return self(torch.zeros(1, 3, self.side, self.side, device=self.mean.device))[0].shape[-1]
 
 
-def teacher_of(config: AlignmentConfig) -> ExternalTeacher | None:
+def build_teacher(config: AlignmentConfig) -> ExternalTeacher | None:
     """The external teacher that a recipe asks for, or None where it asks for none."""
     return load_teacher(config.external) if config.teacher == "external" else None
 
 
-def perceptual_of(config: PerceptualConfig) -> tuple[tuple[float, PerceptualLoss], ...]:
+def build_perceptual_losses(config: PerceptualConfig) -> tuple[tuple[float, PerceptualLoss], ...]:
     """The networks of L_perc that come from outside, with their weights.
 
     Raises:

@@ -11,32 +11,31 @@ from typing import Any
 
 import torch
 
-from spar.checkpoints.lora import adapt, merge, save_adapter
-from spar.checkpoints.migration import upgraded
+from spar.checkpoints.lora import add_lora, merge_lora, save_adapter
 from spar.checkpoints.safetensors_io import load_weights
-from spar.checkpoints.spar_format import Loaded, Sampling, load_text_tokenizer, save_model, versions
+from spar.checkpoints.spar_format import ModelBundle, SamplingConfig, load_text_tokenizer, save_model, versions
 from spar.common.config import from_dict, read_json, to_dict, write_json
 from spar.common.errors import InputError
 from spar.models.config import SparConfig
 from spar.models.spar import SparModel
 from spar.processing.prompts import PromptEncoder
-from spar.training.checkpoint import load_group, read_progress
-from spar.training.config import Recipe, Stage, freeze, freezing_table
-from spar.training.data import FilesMaterial
-from spar.training.distributed import ALONE, Ranks, Scale
+from spar.training.checkpoint import load_group, read_train_state
+from spar.training.config import Recipe, StageConfig, freeze, freezing_table
+from spar.training.data import FilesTrainingData
+from spar.training.distributed import SINGLE_PROCESS, DistributedContext, ParallelismConfig
 from spar.training.loop import (
     Report,
-    initial_weights,
-    is_model,
-    measure_teacher,
-    previous_weights,
+    is_spar_folder,
+    load_initial_weights,
+    load_previous_weights,
+    measure_teacher_mean,
     run_stage,
     tune_allocator,
 )
-from spar.training.modules import Workshop, initialize
-from spar.training.shapes_data import Material, ShapesMaterial
-from spar.training.steps import Context, alignment_weight
-from spar.training.teacher import perceptual_of, teacher_of
+from spar.training.modules import TrainingModules, init_weights
+from spar.training.shapes_data import ShapesTrainingData, TrainingData
+from spar.training.steps import StepContext, alignment_weight
+from spar.training.teacher import build_perceptual_losses, build_teacher
 from spar.worlds.shapes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES
 from spar.worlds.shapes.tokenizer import PLURALS, build_tokenizer
 
@@ -51,7 +50,7 @@ TAG_NAMES = {
     "background": tuple(BACKGROUNDS),
 }
 
-Announce = Callable[[Stage, list[tuple[str, int, int]]], None]
+Announce = Callable[[StageConfig, list[tuple[str, int, int]]], None]
 
 
 def open_run(run: Path, recipe: Recipe, *, fresh: bool, main: bool = True) -> None:
@@ -79,25 +78,13 @@ def prompt_encoder(tokenizer: Any, config: SparConfig) -> PromptEncoder:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """The recipe of a run's `recipe.json`; one that was written before format version 2 gets what it had fixed."""
-    values = read_json(path)
-    autoencoder = values.get("model", {}).get("autoencoder", {})
-    if "blocks" in autoencoder:  # version 1 had one list for both halves
-        lora = {"rank": 0, "alpha": 16.0, "parts": ["denoiser", "connector"]}
-        networks = {"autoencoder": 1.0, "lpips": 0.0, "convnext": 0.0, "classifier": "facebook/convnext-small-224"}
-        critic = {"channels": 3, "width": 32, "layers": 2, "groups": 8}
-        added = {"discriminator": critic, "max_prompt_tokens": 64, "lora": lora, "published": []}
-        added["perceptual"] = networks
-        stages = [{"image_size": None, **stage} for stage in values["stages"]]
-        files = {"sets": [], "workers": 4, "bad_share": 0.01, "max_aspect": 1.0, "cache": None}
-        data = {"source": "shapes", **files, **values["data"]}
-        values = {**added, **values, "model": upgraded(values["model"], 1), "stages": stages, "data": data}
-    return from_dict(Recipe, values, complete=True)
+    """The recipe of a run's `recipe.json`."""
+    return from_dict(Recipe, read_json(path), complete=True)
 
 
-def build_workshop(
+def build_modules(
     recipe: Recipe, device: torch.device, prompts: PromptEncoder, *, teacher_width: int | None = None
-) -> Workshop:
+) -> TrainingModules:
     if len(prompts.tokenizer) > recipe.model.text.vocab_size:
         raise InputError(
             f"text.vocab_size: expected at least {len(prompts.tokenizer)} for this tokenizer, "
@@ -105,11 +92,11 @@ def build_workshop(
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        workshop = Workshop(recipe, teacher_width=teacher_width)
-        initialize(workshop)
+        modules = TrainingModules(recipe, teacher_width=teacher_width)
+        init_weights(modules)
         if recipe.lora.rank:
-            adapt(workshop.model, recipe.lora)
-    return workshop.to(device)
+            add_lora(modules.model, recipe.lora)
+    return modules.to(device)
 
 
 def train(
@@ -120,7 +107,7 @@ def train(
     resume: bool = False,
     init_from: Path | None = None,
     device: str = "cpu",
-    scale: Scale = Scale(),  # noqa: B008 (frozen)
+    parallelism: ParallelismConfig = ParallelismConfig(),  # noqa: B008 (frozen)
     from_scratch: bool = False,
     report: Report | None = None,
     announce: Announce | None = None,
@@ -144,73 +131,73 @@ def train(
         the model is written to `RUN/model`; with LoRA its additions alone to `RUN/adapter`, and merged to `RUN/model`.
     """
     first = stages[0] if stages else recipe.stages[0].name
-    begun = any(read_progress(run / first / part) for part in ("state", "done"))
+    begun = any(read_train_state(run / first / part) for part in ("state", "done"))
     if resume and begun:
         init_from = None  # that was where it began
     chosen = tuple(recipe.stage(name) for name in stages) or recipe.stages
     check_data(recipe, chosen)
     if not (init_from or from_scratch or (resume and begun)):
         check_start(recipe, chosen)
-    teacher, ranks = teacher_of(recipe.alignment), Ranks.join(scale, device)
-    check_scale(chosen, ranks)
+    teacher, parallel = build_teacher(recipe.alignment), DistributedContext.initialize(parallelism, device)
+    check_parallelism(chosen, parallel)
     check_lora(recipe, chosen)
     asked = any(stage.losses.perceptual for stage in chosen)
-    perceptual = perceptual_of(recipe.perceptual) if asked else ()
-    with ranks.main_first():
-        open_run(run, recipe, fresh=not (resume or stages) and ranks.main, main=ranks.main)
+    perceptual = build_perceptual_losses(recipe.perceptual) if asked else ()
+    with parallel.main_first():
+        open_run(run, recipe, fresh=not (resume or stages) and parallel.main, main=parallel.main)
     tune_allocator()
-    prompts = prompt_encoder(words_of(recipe, run, init_from, ranks), recipe.model)
+    prompts = prompt_encoder(find_text_tokenizer(recipe, run, init_from, parallel), recipe.model)
     width = teacher.width() if teacher else None
-    workshop = build_workshop(recipe, ranks.device, prompts, teacher_width=width)
-    teacher = teacher.to(ranks.device) if teacher else None
-    perceptual = tuple((weight, loss.to(ranks.device)) for weight, loss in perceptual)
-    with ranks.main_first():
-        material = material_of(recipe, prompts, run, ranks)
+    modules = build_modules(recipe, parallel.device, prompts, teacher_width=width)
+    teacher = teacher.to(parallel.device) if teacher else None
+    perceptual = tuple((weight, loss.to(parallel.device)) for weight, loss in perceptual)
+    with parallel.main_first():
+        training_data = build_training_data(recipe, prompts, run, parallel)
     for stage in chosen:
-        if resume and read_progress(run / stage.name / "done"):
+        if resume and read_train_state(run / stage.name / "done"):
             log.info("stage %s is done", stage.name)
-            load_weights(workshop, load_group(run / stage.name / "done", "workshop"), stage.name)
+            load_weights(modules, load_group(run / stage.name / "done", "modules"), stage.name)
             continue
-        if ranks.pieces > 1 and stage != chosen[0]:  # the stage before may have sharded and wrapped this one
-            workshop = build_workshop(recipe, ranks.device, prompts, teacher_width=width)
-        if resume and read_progress(run / stage.name / "state"):
-            load_weights(workshop, load_group(run / stage.name / "state", "workshop"), stage.name)
+        if parallel.micro_batches > 1 and stage != chosen[0]:  # the stage before may have sharded and wrapped this one
+            modules = build_modules(recipe, parallel.device, prompts, teacher_width=width)
+        if resume and read_train_state(run / stage.name / "state"):
+            load_weights(modules, load_group(run / stage.name / "state", "modules"), stage.name)
         elif stage is chosen[0]:
-            _start_from(workshop, run, recipe, stage, init_from, ranks)
+            _start_from(modules, run, recipe, stage, init_from, parallel)
         else:  # from the one before it that was asked for: stages between them are left out
-            previous_weights(workshop, run, stage, chosen)
-        ranks.wait()
-        if ranks.main:
-            undo(run, recipe, stage, resume=resume)
-        ranks.wait()
-        ctx = Context(
-            workshop, material, recipe, stage, ranks.device, external_teacher=teacher, perceptual=perceptual,
-            ranks=ranks,
+            load_previous_weights(modules, run, stage, chosen)
+        parallel.barrier()
+        if parallel.main:
+            invalidate_later_stages(run, recipe, stage, resume=resume)
+        parallel.barrier()
+        ctx = StepContext(
+            modules, training_data, recipe, stage, parallel.device, external_teacher=teacher, perceptual=perceptual,
+            parallel=parallel,
         )  # fmt: skip
         if recipe.data.cache is not None and stage.step == "unified":
-            material.open_cache(workshop.model.tokenizer)
+            training_data.open_cache(modules.model.tokenizer)
         prepare(ctx)
-        freeze(workshop, stage)
-        if announce and ranks.main:
-            announce(stage, freezing_table(workshop))
-        if not run_stage(ctx, run, resume=resume, report=report if ranks.main else None):
+        freeze(modules, stage)
+        if announce and parallel.main:
+            announce(stage, freezing_table(modules))
+        if not run_stage(ctx, run, resume=resume, report=report if parallel.main else None):
             return None
-        if ranks.main:
+        if parallel.main:
             _remove(run / stage.name, "state", "state.old")
-    if ranks.sharded:
-        workshop = build_workshop(recipe, torch.device("cpu"), prompts, teacher_width=width)
-        load_weights(workshop, load_group(run / chosen[-1].name / "done", "workshop"), chosen[-1].name)
-    if chosen[-1] == recipe.stages[-1] and ranks.main:
-        loaded = finished(workshop.model, recipe, run, prompts, chosen[-1].name)
+    if parallel.sharded:
+        modules = build_modules(recipe, torch.device("cpu"), prompts, teacher_width=width)
+        load_weights(modules, load_group(run / chosen[-1].name / "done", "modules"), chosen[-1].name)
+    if chosen[-1] == recipe.stages[-1] and parallel.main:
+        loaded = build_bundle(modules.model, recipe, run, prompts, chosen[-1].name)
         if recipe.lora.rank:
             save_adapter(loaded.model, recipe.lora, run / "adapter", loaded.manifest)
-            merge(loaded.model)
+            merge_lora(loaded.model)
         save_model(loaded, run / "model")
-    ranks.wait()
-    return workshop.model
+    parallel.barrier()
+    return modules.model
 
 
-def check_start(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
+def check_start(recipe: Recipe, stages: tuple[StageConfig, ...]) -> None:
     """Refuse to start from random weights, unasked, what the recipe has from published checkpoints."""
     if recipe.published and stages[0] == recipe.stages[0]:
         raise InputError(
@@ -219,7 +206,7 @@ def check_start(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
         )
 
 
-def check_data(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
+def check_data(recipe: Recipe, stages: tuple[StageConfig, ...]) -> None:
     """Refuse stages that the recipe's source has nothing for."""
     if recipe.data.source == "none":
         raise InputError(f"recipe {recipe.name}: no data source given (data.source); it can be planned with --dry-run")
@@ -228,7 +215,7 @@ def check_data(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
         raise InputError(f"data sets train tokenizer and unified stages, expected no {', '.join(strange)} (--stage)")
 
 
-def check_lora(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
+def check_lora(recipe: Recipe, stages: tuple[StageConfig, ...]) -> None:
     """Refuse LoRA in stages that have nothing to adapt: it adds to a connector and a DiT that are trained already."""
     first = next((stage for stage in recipe.stages if stage.step == "unified"), None)
     wrong = [stage.name for stage in stages if stage.step != "unified" or stage == first]
@@ -239,7 +226,7 @@ def check_lora(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
         )
 
 
-def check_scale(stages: tuple[Stage, ...], ranks: Ranks) -> None:
+def check_parallelism(stages: tuple[StageConfig, ...], parallel: DistributedContext) -> None:
     """Refuse stages that cannot be shared as asked, before anything is written.
 
     Raises:
@@ -248,22 +235,25 @@ def check_scale(stages: tuple[Stage, ...], ranks: Ranks) -> None:
     """
     for stage in stages:
         try:
-            ranks.rows(stage.batch, 0)
+            parallel.rows(stage.batch, 0)
         except InputError as error:
             raise InputError(f"stage {stage.name}: {error}") from None
-        if ranks.pieces > 1 and stage.step in ("encoder", "mllm"):
+        if parallel.micro_batches > 1 and stage.step in ("encoder", "mllm"):
             raise InputError(
                 f"stage {stage.name}: a step of kind {stage.step} weighs its whole batch's tokens against each other; "
-                f"expected one process and scale.accumulate 1, got {ranks.world} and {ranks.scale.accumulate}"
+                f"expected one process and parallelism.grad_accum_steps 1, got {parallel.world} and "
+                f"{parallel.config.grad_accum_steps}"
             )
-        if ranks.sharded and stage.optimizer == "muon":
+        if parallel.sharded and stage.optimizer == "muon":
             raise InputError(
-                f"stage {stage.name}: Muon wants whole matrices, which scale.strategy fsdp shards; expected --stages."
-                f"{stage.name}.optimizer adamw, or ddp"
+                f"stage {stage.name}: Muon wants whole matrices, which parallelism.strategy fsdp shards; expected "
+                f"--stages.{stage.name}.optimizer adamw, or ddp"
             )
 
 
-def words_of(recipe: Recipe, run: Path, init_from: Path | None, ranks: Ranks = ALONE) -> Any:
+def find_text_tokenizer(
+    recipe: Recipe, run: Path, init_from: Path | None, parallel: DistributedContext = SINGLE_PROCESS
+) -> Any:
     """The text tokenizer of a run: the shapes world's own, or the one that came with the model which it started from.
 
     Raises:
@@ -272,7 +262,7 @@ def words_of(recipe: Recipe, run: Path, init_from: Path | None, ranks: Ranks = A
     if recipe.data.source == "shapes":
         return build_tokenizer()
     kept = run / "text_tokenizer"
-    if init_from is not None and ranks.main:
+    if init_from is not None and parallel.main:
         home = init_from.absolute().parents[:2][-1]  # of RUN/STAGE/done
         given = [init_from / kept.name, home / kept.name, home / "model" / kept.name]
         found = next((path for path in given if path.is_dir()), None)
@@ -282,7 +272,7 @@ def words_of(recipe: Recipe, run: Path, init_from: Path | None, ranks: Ranks = A
             shutil.copytree(found, aside)
             shutil.rmtree(kept, ignore_errors=True)
             aside.rename(kept)
-    ranks.wait()
+    parallel.barrier()
     if not kept.is_dir():
         raise InputError(
             f"recipe {recipe.name}: its words want the text tokenizer of a SPAR folder; expected --init-from such a "
@@ -291,40 +281,47 @@ def words_of(recipe: Recipe, run: Path, init_from: Path | None, ranks: Ranks = A
     return load_text_tokenizer(kept, recipe.model.text)
 
 
-def material_of(recipe: Recipe, prompts: PromptEncoder, run: Path, ranks: Ranks) -> Material:
+def build_training_data(
+    recipe: Recipe, prompts: PromptEncoder, run: Path, parallel: DistributedContext
+) -> TrainingData:
     """The pictures and words that a recipe names."""
     if recipe.data.source == "shapes":
-        return ShapesMaterial(recipe.data, prompts, recipe.seed, run / "cache")
+        return ShapesTrainingData(recipe.data, prompts, recipe.seed, run / "cache")
     model = recipe.model
-    return FilesMaterial(
+    return FilesTrainingData(
         recipe.data, prompts, recipe.seed, side=model.image_size, stride=model.token_stride,
-        longest=recipe.max_prompt_tokens, run=run, ranks=ranks,
+        longest=recipe.max_prompt_tokens, run=run, parallel=parallel,
     )
 
 
 def _start_from(
-    workshop: Workshop, run: Path, recipe: Recipe, stage: Stage, init_from: Path | None, ranks: Ranks
+    modules: TrainingModules,
+    run: Path,
+    recipe: Recipe,
+    stage: StageConfig,
+    init_from: Path | None,
+    parallel: DistributedContext,
 ) -> None:
     """Load what a stage starts from: `init_from`, whose manifest is then the run's origin, or the stage before it."""
     if init_from is None:
-        previous_weights(workshop, run, stage, recipe.stages)
+        load_previous_weights(modules, run, stage, recipe.stages)
     else:
-        initial_weights(workshop, init_from, stage, recipe.stages, recipe.published)
-    if not ranks.main:
+        load_initial_weights(modules, init_from, stage, recipe.stages, recipe.published)
+    if not parallel.main:
         return
     if init_from is not None or stage == recipe.stages[0]:
         (run / ORIGIN).unlink(missing_ok=True)
-    if init_from is not None and is_model(init_from) and (init_from / "manifest.json").exists():
+    if init_from is not None and is_spar_folder(init_from) and (init_from / "manifest.json").exists():
         shutil.copyfile(init_from / "manifest.json", run / ORIGIN)
 
 
-def undo(run: Path, recipe: Recipe, stage: Stage, *, resume: bool) -> None:
+def invalidate_later_stages(run: Path, recipe: Recipe, stage: StageConfig, *, resume: bool) -> None:
     """Remove what the training of `stage` makes void: its own end, and all that was made from it.
 
     Its own state stays when it is resumed.
     """
     index = recipe.stages.index(stage)
-    void = [later.name for later in recipe.stages[index:] if read_progress(run / later.name / "done")]
+    void = [later.name for later in recipe.stages[index:] if read_train_state(run / later.name / "done")]
     if void:
         log.warning("stage %s is trained anew: the ends of %s are void and removed", stage.name, ", ".join(void))
     _remove(run / stage.name, "done", "done.old", *(() if resume else ("state", "state.old")))
@@ -338,7 +335,7 @@ def _remove(parent: Path, *names: str) -> None:
         shutil.rmtree(parent / name, ignore_errors=True)
 
 
-def finished(model: SparModel, recipe: Recipe, run: Path, prompts: PromptEncoder, last: str) -> Loaded:
+def build_bundle(model: SparModel, recipe: Recipe, run: Path, prompts: PromptEncoder, last: str) -> ModelBundle:
     """The model at the end of stage `last`, with what a folder needs beside it: words, sampling, how it was made."""
     stages = {}
     names = [stage.name for stage in recipe.stages]
@@ -351,26 +348,26 @@ def finished(model: SparModel, recipe: Recipe, run: Path, prompts: PromptEncoder
         "recipe": recipe.name,
         "seed": recipe.seed,
         "commit": _commit(),
-        "machine": machine(),
+        "machine": hardware_info(),
         "versions": versions(),
         "stages": stages,
         "resolved_recipe": to_dict(recipe),
     }
     if (run / ORIGIN).exists():
         manifest["origin"] = read_json(run / ORIGIN)
-    return Loaded(model.eval(), prompts.tokenizer, sampling_of(recipe), manifest)
+    return ModelBundle(model.eval(), prompts.tokenizer, sampling_config(recipe), manifest)
 
 
-def sampling_of(recipe: Recipe) -> Sampling:
+def sampling_config(recipe: Recipe) -> SamplingConfig:
     """How a recipe's model is sampled unless the caller says otherwise."""
     flow = recipe.flow
-    return Sampling(
+    return SamplingConfig(
         shift=flow.sampling_shift, steps=flow.sampling_steps, guidance=flow.guidance,
         max_prompt_tokens=recipe.max_prompt_tokens,
     )
 
 
-def model_of(run: Path, stage: str | None = None) -> Loaded:
+def load_stage_model(run: Path, stage: str | None = None) -> ModelBundle:
     """The model as it stands at the end of a stage of a run, by default the recipe's last.
 
     Raises:
@@ -379,17 +376,17 @@ def model_of(run: Path, stage: str | None = None) -> Loaded:
     recipe = read_recipe(run / "recipe.json")
     last = stage or recipe.stages[-1].name
     folder = run / recipe.stage(last).name / "done"
-    prompts = prompt_encoder(words_of(recipe, run, None), recipe.model)
-    saved = load_group(folder, "workshop")
+    prompts = prompt_encoder(find_text_tokenizer(recipe, run, None), recipe.model)
+    saved = load_group(folder, "modules")
     width = saved["teacher_mean"].numel() if "teacher_mean" in saved else None
-    workshop = build_workshop(recipe, torch.device("cpu"), prompts, teacher_width=width)
-    load_weights(workshop, saved, str(folder))
+    modules = build_modules(recipe, torch.device("cpu"), prompts, teacher_width=width)
+    load_weights(modules, saved, str(folder))
     if recipe.lora.rank:
-        merge(workshop.model)
-    return finished(workshop.model, recipe, run, prompts, last)
+        merge_lora(modules.model)
+    return build_bundle(modules.model, recipe, run, prompts, last)
 
 
-def machine() -> dict[str, str | int]:
+def hardware_info() -> dict[str, str | int]:
     """What a measured time depends on: processor, cores, accelerator."""
     model = platform.processor() or platform.machine()
     try:
@@ -412,27 +409,27 @@ def _commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def prepare(ctx: Context) -> None:
+def prepare(ctx: StepContext) -> None:
     """What a stage takes over from the ones before it, beyond their weights."""
-    workshop, stage, recipe = ctx.workshop, ctx.stage, ctx.recipe
+    modules, stage, recipe = ctx.modules, ctx.stage, ctx.recipe
     first = {s.step: s.name for s in reversed(recipe.stages)}
     if stage.step == "tokenizer" and stage.losses.semantic:
-        workshop.teacher.load_state_dict(workshop.model.tokenizer.encoder.state_dict())
+        modules.teacher.load_state_dict(modules.model.tokenizer.encoder.state_dict())
     if stage.step == "mllm" and stage.name == first["mllm"] and recipe.word_embeddings == "tags":
-        name_tags(workshop, ctx.material.prompts)
+        init_tag_embeddings(modules, ctx.data.prompts)
     if stage.step == "unified" and stage.name == first["unified"]:
-        workshop.model.connector.initialize_from(workshop.model.language)
+        modules.model.connector.initialize_from(modules.model.language)
     if stage.step == "unified" and alignment_weight(ctx):
-        measure_teacher(ctx)
+        measure_teacher_mean(ctx)
 
 
 @torch.no_grad()
-def name_tags(workshop: Workshop, prompts: PromptEncoder) -> None:
+def init_tag_embeddings(modules: TrainingModules, prompts: PromptEncoder) -> None:
     """Start each tag's word (and a shape's plural) at the tag's read-out vector, at the usual size of a word."""
-    table = workshop.model.language.network.embed_tokens.weight
+    table = modules.model.language.network.embed_tokens.weight
     size = table.norm(dim=-1).mean()
     for tag, names in TAG_NAMES.items():
-        rows = workshop.dense_head.tags[tag].weight[-len(names) :]  # the first row of most tags is "none"
+        rows = modules.dense_head.tags[tag].weight[-len(names) :]  # the first row of most tags is "none"
         for name, row in zip(names, rows - rows.mean(0), strict=True):
             for word in (name, PLURALS.get(name, name)):
                 (token,) = prompts.encode(word)

@@ -17,13 +17,13 @@ import gradio as gr
 from spar.common.errors import InputError
 from spar.common.limits import MAX_SEED
 from spar.flow.sampler import Cancelled
-from spar.inference.image_files import save_pictures, source_notes
+from spar.inference.image_files import save_images, source_metadata
 from spar.processing.images import open_image, to_size, to_square
 from spar.reporting.markup import Markup
 from spar.reporting.routing import routing_view
 from spar.serving.worker import Unavailable
 from spar.ui import components, examples
-from spar.ui.preview_stream import Jobs, Step
+from spar.ui.preview_stream import PreviewStep, PreviewStream
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -44,16 +44,16 @@ def build_page(pipe: SparPipeline, call: Call | None = None) -> gr.Blocks:
 
     Args:
         pipe: does the work, one job at a time.
-        call: as in `Jobs`.
+        call: as in `PreviewStream`.
     """
-    return _Page(pipe, call).blocks
+    return Page(pipe, call).blocks
 
 
-class _Page:
+class Page:
     """The tabs, and what their buttons do: methods that give new values of the components behind them."""
 
     def __init__(self, pipe: SparPipeline, call: Call | None) -> None:
-        self.pipe, self.jobs = pipe, Jobs(pipe, call)
+        self.pipe, self.jobs = pipe, PreviewStream(pipe, call)
         self.shapes = examples.knows_shapes(pipe)
         self.pictures = examples.scene_pictures()
         cleaning = (KEPT_SECONDS // 4, KEPT_SECONDS)
@@ -83,7 +83,7 @@ class _Page:
                 seed, settings = self._settings()
             with gr.Column(min_width=320):
                 picture = components.picture("Picture", self.pipe.image_size)
-                status, file = components.foot()
+                status, file = components.download_button()
         self._examples([words], [(None, text) for text in examples.PROMPTS], seed)
         view = components.routing_panel()
         self._on(run, words, self.generate, [words, seed, *settings], [picture, status, file, view])
@@ -100,7 +100,7 @@ class _Page:
                 seed, settings = self._settings()
             with gr.Column(min_width=320):
                 slider = components.slider("Before and after", self.pipe.image_size)
-                status, file = components.foot()
+                status, file = components.download_button()
         self._examples([source, words], examples.EDITS, seed)
         view = components.routing_panel()
         self._on(run, words, self.edit, [source, words, seed, *settings], [slider, status, file, view])
@@ -126,7 +126,7 @@ class _Page:
                 run = components.button("Rebuild")
             with gr.Column(min_width=320):
                 slider = components.slider("Before and after", self.pipe.image_size)
-                status, file = components.foot()
+                status, file = components.download_button()
         self._examples([source], [(place, "") for place in range(len(self.pictures))])
         self._on(run, None, self.reconstruct, [source], [slider, status, file])
 
@@ -139,7 +139,7 @@ class _Page:
 
     def _settings(self) -> tuple[gr.Textbox, list[gr.components.Component]]:
         """The seed, and what fewer people touch: steps, guidance, negative prompt."""
-        own = self.pipe.loaded.sampling
+        own = self.pipe.bundle.sampling
         with gr.Row(elem_classes="spar-seed"):
             seed = components.seed(str(examples.SEED))
             new = gr.Button("New seed", size="md", scale=1, min_width=110)
@@ -183,13 +183,13 @@ class _Page:
         """The scenes of the examples as files in the cache."""
         folder = Path(self.blocks.GRADIO_CACHE) / "scenes"
         files = [folder / f"scene-{index}.png" for index in range(len(self.pictures))]
-        save_pictures(self.pictures, files)
+        save_images(self.pictures, files)
         return [str(file) for file in files]
 
     def _on(
         self, run: gr.Button, words: gr.Textbox | None, work: Callable[..., Any], inputs: list[Any], outputs: list[Any]
     ) -> None:
-        """Run `work` at the button or at Enter, but not again while it runs; the queue of `Jobs` gives it its turn.
+        """Run `work` at the button or at Enter, but not again while it runs; `PreviewStream` gives it its turn.
 
         Gradio's own way to stop is not used: a step that is still under way would overwrite what it says.
         """
@@ -204,17 +204,17 @@ class _Page:
         self, prompt: str, seed: str, steps: int, guidance: float, negative: str, request: gr.Request
     ) -> Iterator[tuple[Any, ...]]:
         """Values of picture, status, file, routing."""
-        with _told() as told:
+        with _error_messages() as told:
             prompt, keywords = _text(prompt), _keywords(seed, steps, guidance, negative)
             began = time.monotonic()
-            yield gr.skip(), components.note("One moment."), gr.skip(), gr.skip()
-            for item in self.jobs.draw(request.session_hash, "generate", prompt, **keywords):
-                if isinstance(item, Step):
+            yield gr.skip(), components.status_message("One moment."), gr.skip(), gr.skip()
+            for item in self.jobs.run(request.session_hash, "generate", prompt, **keywords):
+                if isinstance(item, PreviewStep):
                     yield item.image or gr.skip(), components.progress(item), gr.skip(), gr.skip()
                     continue
                 file = self._save(item, f"spar-seed-{item.seeds[0]}.png")
-                status = components.done(item.seeds[0], steps, guidance, time.monotonic() - began)
-                yield file, status, components.file(file), components.reading(routing_view(item.routing[0]))
+                status = components.done_message(item.seeds[0], steps, guidance, time.monotonic() - began)
+                yield file, status, components.file(file), components.routing_html(routing_view(item.routing[0]))
         if told:
             yield gr.skip(), told[0], gr.skip(), gr.skip()
 
@@ -223,13 +223,13 @@ class _Page:
         request: gr.Request,
     ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
         """Values of slider, status, file, routing."""
-        with _told() as told:
+        with _error_messages() as told:
             image, instruction = _open(source), _text(instruction)
             keywords, began = _keywords(seed, steps, guidance, negative), time.monotonic()
             before = None  # as the model sees it, as large as what it draws
-            yield gr.skip(), components.note("One moment."), gr.skip(), gr.skip()
-            for item in self.jobs.draw(request.session_hash, "edit", image, instruction, **keywords):
-                if isinstance(item, Step):
+            yield gr.skip(), components.status_message("One moment."), gr.skip(), gr.skip()
+            for item in self.jobs.run(request.session_hash, "edit", image, instruction, **keywords):
+                if isinstance(item, PreviewStep):
                     if item.image:
                         before = before or to_size(image, *item.image.size)
                     pair = (before, item.image) if item.image else gr.skip()
@@ -237,27 +237,29 @@ class _Page:
                     continue
                 before = before or to_size(image, *item.images[0].size)
                 file = self._save(item, f"spar-seed-{item.seeds[0]}.png", source)
-                status = components.done(item.seeds[0], steps, guidance, time.monotonic() - began)
-                view = components.reading(routing_view(item.routing[0], before))
+                status = components.done_message(item.seeds[0], steps, guidance, time.monotonic() - began)
+                view = components.routing_html(routing_view(item.routing[0], before))
                 yield (before, item.images[0]), status, components.file(file), view
         if told:
             yield gr.skip(), told[0], gr.skip(), gr.skip()
 
     def understand(self, source: str | None, question: str) -> tuple[Any, ...]:
         """Values of answer, status."""
-        with _told() as told:
+        with _error_messages() as told:
             image, question, began = _open(source), _text(question), time.monotonic()
             answer = self.jobs.call(lambda pipe: pipe.understand(image, question)).result().texts[0]
-            return answer, components.note(f"Answered in {time.monotonic() - began:.2g} seconds.")
+            return answer, components.status_message(f"Answered in {time.monotonic() - began:.2g} seconds.")
         return "", told[0]
 
     def reconstruct(self, source: str | None) -> tuple[Any, ...]:
         """Values of slider, status, file."""
-        with _told() as told:
+        with _error_messages() as told:
             side, began = self.pipe.image_size, time.monotonic()
             image = to_square(_open(source), side)
             out = self.jobs.call(lambda pipe: pipe.reconstruct(image)).result()
-            status = components.note(f"Rebuilt at {side} × {side} pixels in {time.monotonic() - began:.2g} seconds.")
+            status = components.status_message(
+                f"Rebuilt at {side} × {side} pixels in {time.monotonic() - began:.2g} seconds."
+            )
             return (image, out.images[0]), status, components.file(self._save(out, "spar-rebuilt.png", source))
         return gr.skip(), told[0], gr.skip()
 
@@ -273,8 +275,8 @@ class _Page:
     def _save(self, out: GenerateOutput | ReconstructOutput, name: str, source: str | None = None) -> str:
         """A picture as the command line writes it, with its notes, in Gradio's cache, which is emptied by and by."""
         path = Path(tempfile.mkdtemp(dir=self.blocks.GRADIO_CACHE)) / name
-        given = source_notes(Path(source)) if source else {}
-        save_pictures(out.images, [path], [given | out.notes[0]])
+        given = source_metadata(Path(source)) if source else {}
+        save_images(out.images, [path], [given | out.metadata[0]])
         return str(path)
 
 
@@ -310,17 +312,17 @@ def _keywords(seed: str | None, steps: int, guidance: float, negative: str | Non
 
 
 @contextmanager
-def _told() -> Iterator[list[Markup]]:
+def _error_messages() -> Iterator[list[Markup]]:
     """Turns what goes wrong inside into one message, which then stands in the list."""
     told: list[Markup] = []
     try:
         yield told
     except InputError as error:
-        told.append(components.problem(str(error)))
+        told.append(components.error_message(str(error)))
     except Unavailable:
-        told.append(components.problem("spar has more than enough to do just now; please try again in a moment"))
+        told.append(components.error_message("spar has more than enough to do just now; please try again in a moment"))
     except (Cancelled, CancelledError):
-        told.append(components.note("Stopped."))
+        told.append(components.status_message("Stopped."))
     except Exception:
         log.exception("work for the page failed")
-        told.append(components.problem("something went wrong here; the log of spar says what"))
+        told.append(components.error_message("something went wrong here; the log of spar says what"))

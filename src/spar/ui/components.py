@@ -10,7 +10,7 @@ import gradio as gr
 from spar.reporting import routing
 from spar.reporting.markup import Markup, join, tag
 from spar.ui import examples
-from spar.ui.preview_stream import Step
+from spar.ui.preview_stream import PreviewStep
 
 HEIGHT = 340  # of a picture on the page, pixels
 SMALL = 128  # pictures up to this side are enlarged with hard edges
@@ -77,10 +77,10 @@ def seed(value: str) -> gr.Textbox:
 
 
 def status() -> gr.HTML:
-    return gr.HTML(note(""), elem_classes="spar-status", min_height=40)
+    return gr.HTML(status_message(""), elem_classes="spar-status", min_height=40)
 
 
-def foot() -> tuple[gr.HTML, gr.DownloadButton]:
+def download_button() -> tuple[gr.HTML, gr.DownloadButton]:
     """What stands below a result: the status, and the file to take home."""
     with gr.Row(elem_classes="spar-foot"):
         return status(), gr.DownloadButton("Download PNG", interactive=False, size="sm", min_width=130)
@@ -93,13 +93,13 @@ def file(path: str) -> dict[str, Any]:
 
 def routing_panel() -> gr.HTML:
     with gr.Accordion("What each word reads", open=True):
-        return gr.HTML(reading(tag("p", "Draw something first.", class_="spar-lead")))
+        return gr.HTML(routing_html(tag("p", "Draw something first.", class_="spar-lead")))
 
 
 # ---- sentences -------------------------------------------------------------------------------------------------------
 
 
-def reading(view: Markup) -> Markup:
+def routing_html(view: Markup) -> Markup:
     """A routing with its explanation."""
     said = (
         "The language model works in layers, and each word is read from a mix of them that the model chooses. A stripe "
@@ -114,33 +114,34 @@ def head(side: int, shapes: bool) -> Markup:
     if not shapes:
         more = f" This one works at {side} × {side} pixels."
         return tag("div", tag("h1", "SPAR"), tag("p", what, more), class_="spar-head")
-    *first, last = examples.KNOWN["Shapes"]
+    *first, last = examples.VOCABULARY_GROUPS["Shapes"]
     known = f"This one is small and knows a world of shapes, {side} × {side} pixels: {', '.join(first)} and {last}."
-    words = [join(tag("dt", title), tag("dd", ", ".join(values))) for title, values in examples.KNOWN.items()]
+    groups = examples.VOCABULARY_GROUPS.items()
+    words = [join(tag("dt", title), tag("dd", ", ".join(values))) for title, values in groups]
     return tag(
         "div", tag("h1", "SPAR"), tag("p", what), tag("p", known),
         tag("details", tag("summary", "What it knows"), tag("dl", *words)), class_="spar-head",
     )  # fmt: skip
 
 
-def problem(sentence: str) -> Markup:
+def error_message(sentence: str) -> Markup:
     """An error as a person would want to read it."""
     for pattern, plain in _PLAIN:
         sentence = re.sub(pattern, plain, sentence, flags=re.S)
     return tag("div", sentence[0].upper() + sentence[1:].rstrip(".") + ".", class_="spar-problem", role="alert")
 
 
-def note(text: str) -> Markup:
+def status_message(text: str) -> Markup:
     return tag("div", text, class_="spar-note", role="status")
 
 
-def progress(step: Step) -> Markup:
+def progress(step: PreviewStep) -> Markup:
     bar = tag("span", tag("i", style=f"width:{100 * step.done / step.steps:.0f}%"), class_="spar-bar")
     return tag("div", bar, f"Step {step.done} of {step.steps}", class_="spar-note")
 
 
-def done(seed: int, steps: int, guidance: float, seconds: float) -> Markup:
-    return note(f"Seed {seed} · {steps} steps · guidance {guidance:g} · {seconds:.2g} s")
+def done_message(seed: int, steps: int, guidance: float, seconds: float) -> Markup:
+    return status_message(f"Seed {seed} · {steps} steps · guidance {guidance:g} · {seconds:.2g} s")
 
 
 # ---- looks -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What the page says of the shapes world; examples that the bundled model gets right (a test has the judge look)."""
+"""What the page says of the shapes world; examples that the bundled model gets right (a test has the detector look)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ QUESTIONS = (
     (1, "describe the image"),
     (2, "how many stars are there?"),
 )
-KNOWN = {
+VOCABULARY_GROUPS = {
     "Shapes": [PLURALS[shape] for shape in SHAPES],
     "Colors": list(COLORS),
     "Sizes": list(SIZES),
@@ -65,7 +65,7 @@ KNOWN = {
 
 def knows_shapes(pipe: SparPipeline) -> bool:
     """Whether a model is of the shapes world: it has that world's words and no others."""
-    tokenizer = pipe.loaded.text_tokenizer
+    tokenizer = pipe.bundle.text_tokenizer
     return tokenizer.unk_token is not None and {*VOCABULARY} <= {*tokenizer.get_vocab()}
 
 

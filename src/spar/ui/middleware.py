@@ -30,7 +30,7 @@ HEADERS = {
 }
 
 
-class Doorman:
+class GradioGuardMiddleware:
     """ASGI middleware around Gradio's application.
 
     Args:
@@ -51,7 +51,7 @@ class Doorman:
         refusal = self._refuse(path, scope)
         if refusal is None and path.startswith(("/gradio_api/queue/join", "/gradio_api/run/predict")):
             body = await _read(receive)
-            receive = _again(body, receive)
+            receive = replay_body(body, receive)
             if not self._own_files(body):
                 refusal = PlainTextResponse("expected a request of this page", 400)
         await (refusal or self.app)(scope, receive, _with_headers(send))
@@ -106,7 +106,7 @@ async def _read(receive: Receive) -> bytes:
     return body
 
 
-def _again(body: bytes, receive: Receive) -> Receive:
+def replay_body(body: bytes, receive: Receive) -> Receive:
     """A body that was read, as if it had not been."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 

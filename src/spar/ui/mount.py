@@ -20,7 +20,7 @@ from spar.processing.images import MAX_BYTES
 from spar.serving.auth import is_local
 from spar.ui.app import build_page
 from spar.ui.components import CSS, theme
-from spar.ui.middleware import Doorman
+from spar.ui.middleware import GradioGuardMiddleware
 
 if TYPE_CHECKING:
     from spar.inference.pipeline import SparPipeline
@@ -42,7 +42,7 @@ def mount_page(
     """
     os.environ["GRADIO_TEMP_DIR"] = str(cache)  # Gradio's own way to be told; it is read when parts are made
     blocks = build_page(pipe, call)
-    doorman = Middleware(Doorman, files=cache, max_file=MAX_BYTES)
+    doorman = Middleware(GradioGuardMiddleware, files=cache, max_file=MAX_BYTES)
     return gr.mount_gradio_app(
         app, blocks, path, app_kwargs={"middleware": [doorman]}, max_file_size=MAX_BYTES, show_error=False,
         auth=_password(token) if token else None, auth_message="The password is the token that spar was started with.",

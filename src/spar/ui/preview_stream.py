@@ -23,7 +23,7 @@ PREVIEW_SHARE = 0.2  # of the time at most goes into previews
 
 
 @dataclass(frozen=True)
-class Step:
+class PreviewStep:
     """A step done, of how many; with a preview now and then."""
 
     done: int
@@ -31,7 +31,7 @@ class Step:
     image: Image.Image | None = None
 
 
-class Jobs:
+class PreviewStream:
     """The pipeline's work for the sessions of a page.
 
     Args:
@@ -44,7 +44,7 @@ class Jobs:
         self.call = call or (lambda function: thread.submit(function, pipe))
         self._ends: dict[tuple[str, str], Callable[[], None]] = {}
 
-    def draw(self, session: str, task: Task, *args: Any, **keywords: Any) -> Iterator[Step | GenerateOutput]:
+    def run(self, session: str, task: Task, *args: Any, **keywords: Any) -> Iterator[PreviewStep | GenerateOutput]:
         """The steps of a task of the pipeline as they are done, at last its output. A reader that leaves stops it.
 
         Raises:
@@ -63,7 +63,7 @@ class Jobs:
         self._ends[session, task] = end
         future.add_done_callback(told.put)
         try:
-            while isinstance(item := told.get(), Step):
+            while isinstance(item := told.get(), PreviewStep):
                 yield item
             yield item.result()
         finally:
@@ -78,7 +78,7 @@ class Jobs:
                 end()
 
 
-def _callback(pipe: SparPipeline, stop: Event, tell: Callable[[Step], None]) -> Callable[[int, int, Any], bool]:
+def _callback(pipe: SparPipeline, stop: Event, tell: Callable[[PreviewStep], None]) -> Callable[[int, int, Any], bool]:
     """The pipeline's callback that tells of each step, with a preview where there is time for one."""
     due = time.monotonic() + PREVIEW_SECONDS
 
@@ -89,7 +89,7 @@ def _callback(pipe: SparPipeline, stop: Event, tell: Callable[[Step], None]) -> 
             image = pipe.preview(latent)[0]
             ended = time.monotonic()
             due = ended + max(PREVIEW_SECONDS, (ended - began) / PREVIEW_SHARE)
-        tell(Step(done, steps, image))
+        tell(PreviewStep(done, steps, image))
         return not stop.is_set()
 
     return callback

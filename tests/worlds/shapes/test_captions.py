@@ -19,15 +19,15 @@ from spar.worlds.shapes.captions import (
     check_words,
     describe,
     group_objects,
-    half_text,
+    half_of_image_text,
     make_edit,
     parse,
-    placed_caption,
+    position_caption,
     questions,
     split_words,
     to_text,
 )
-from spar.worlds.shapes.questions import LESSON_KINDS, QUESTION_KINDS, cell_text
+from spar.worlds.shapes.questions import CURRICULUM_KINDS, QUESTION_KINDS, cell_text
 from spar.worlds.shapes.scene import (
     HELD_OUT_POSITION_SHAPES,
     KINDS,
@@ -64,7 +64,7 @@ def all_texts(number: int = 400) -> list[str]:
     for seed in range(number):
         scene = make_scene(seed)
         texts += [caption(scene, rng), describe(scene), make_edit(scene, rng).instruction]
-        asked = questions(scene, rng, (*QUESTION_KINDS, *LESSON_KINDS))
+        asked = questions(scene, rng, (*QUESTION_KINDS, *CURRICULUM_KINDS))
         texts += [text for question in asked for text in (question.text, question.answer)]
     return texts
 
@@ -123,7 +123,7 @@ def test_a_placed_caption_is_true_of_places_things_and_relations() -> None:
     rng = np.random.default_rng(8)
     said, joined, halves = Counter(), Counter(), Counter()
     for scene in [make_scene(seed) for seed in range(1500)]:
-        text = placed_caption(scene, rng)
+        text = position_caption(scene, rng)
         check_words(text)
         claim = parse(re.sub(HALF, "", re.sub(CELL, "", text)))
         sized = claim.groups[0].size is not None
@@ -137,7 +137,7 @@ def test_a_placed_caption_is_true_of_places_things_and_relations() -> None:
             if cells:  # all of the group's members, each in its own cell
                 assert sorted(cells) == sorted(map(cell_text, alike)) and len(cells) == group.count
             if half:
-                assert half == [half_text(item) for item in alike] and claim.relation is None and not cells
+                assert half == [half_of_image_text(item) for item in alike] and claim.relation is None and not cells
                 halves[half[0]] += 1
         if claim.relation is not None:
             by_look = {item.pair: item for item in scene.objects}
@@ -150,8 +150,8 @@ def test_a_placed_caption_is_true_of_places_things_and_relations() -> None:
 
 
 def test_places_are_named_by_column_then_row_and_halves_on_the_farther_axis() -> None:
-    assert half_text(Object("circle", "red", "small", x=40.0, y=10.0)) == "above"
-    assert half_text(Object("circle", "red", "small", x=9.0, y=40.0)) == "to the left"
+    assert half_of_image_text(Object("circle", "red", "small", x=40.0, y=10.0)) == "above"
+    assert half_of_image_text(Object("circle", "red", "small", x=9.0, y=40.0)) == "to the left"
     assert cell_text(Object("circle", "red", "small", x=9.0, y=63.9)) == "column two row eight"
 
 

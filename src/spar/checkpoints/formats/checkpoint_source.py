@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spar.checkpoints.safetensors_io import INDEX, TensorFiles
+from spar.checkpoints.safetensors_io import INDEX, SafetensorsReader
 from spar.common.errors import InputError
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -14,20 +14,20 @@ REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
-class Source:
+class CheckpointSource:
     """A checkpoint on this disk. `name` is the folder's own name or the Hub id, `commit` that of the Hub."""
 
     folder: Path
     name: str
     commit: str | None = None
 
-    def weights(self, stem: str, subfolder: str = "") -> TensorFiles:
+    def weights(self, stem: str, subfolder: str = "") -> SafetensorsReader:
         """The tensors of `STEM.safetensors`, in shards or not, or where there is none of its bfloat16 variant."""
         folder = self.folder / subfolder
         for name in (f"{stem}.safetensors", f"{stem}.bf16.safetensors"):
             path = folder / name
             if path.is_file() or path.with_name(path.name + INDEX).is_file():
-                return TensorFiles(path)
+                return SafetensorsReader(path)
         pickled = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLED)
         found = f"only {', '.join(pickled[:3])}, which may run code when it is read" if pickled else "none"
         raise InputError(f"{folder}: expected weights as {stem}.safetensors, found {found}")
@@ -45,7 +45,9 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fetch(source: str, patterns: tuple[str, ...], *, revision: str | None = None, what: str = "source") -> Source:
+def fetch(
+    source: str, patterns: tuple[str, ...], *, revision: str | None = None, what: str = "source"
+) -> CheckpointSource:
     """A local folder, or the files of a Hub repository that match `patterns`, downloaded where they are not here yet.
 
     Downloads, their resumption and the offline mode (HF_HUB_OFFLINE) are huggingface_hub's; no code comes with them.
@@ -57,7 +59,7 @@ def fetch(source: str, patterns: tuple[str, ...], *, revision: str | None = None
     if path.is_dir():
         if revision is not None:
             raise InputError(f"{what}: a local folder has no revision, got {revision!r} for {source!r}")
-        return Source(path, path.resolve().name)
+        return CheckpointSource(path, path.resolve().name)
     if path.exists() or not REPOSITORY.fullmatch(source):
         raise InputError(f"{what}: expected a folder or a Hub id such as OWNER/NAME, got {source!r}")
     from huggingface_hub import snapshot_download
@@ -67,4 +69,4 @@ def fetch(source: str, patterns: tuple[str, ...], *, revision: str | None = None
     except Exception as error:  # the Hub's own classes, those of the network and of the disk
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(f"{what}: {source} cannot be had from the Hub or its cache: {reason}") from error
-    return Source(folder, source, commit=folder.name)
+    return CheckpointSource(folder, source, commit=folder.name)

@@ -6,9 +6,9 @@ from typing import Any
 
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 
-from spar.checkpoints.formats.checkpoint_source import Source
-from spar.checkpoints.formats.foreign_config import Settings
-from spar.checkpoints.formats.key_map import Rows
+from spar.checkpoints.formats.checkpoint_source import CheckpointSource
+from spar.checkpoints.formats.foreign_config import ForeignConfig
+from spar.checkpoints.formats.key_map import TensorSlice
 from spar.common.errors import InputError
 from spar.models.config import AutoencoderConfig
 
@@ -25,13 +25,13 @@ class Autoencoder:
     scaling_factor: float
 
 
-def read_config(source: Source) -> Autoencoder:
+def read_config(source: CheckpointSource) -> Autoencoder:
     """The sizes of a checkpoint; a field that it leaves out has the library's default, as the library reads it."""
-    given = Settings.read(source.folder / "config.json")
+    given = ForeignConfig.read(source.folder / "config.json")
     given.expect("_class_name", "AutoencoderDC")
     parameters = inspect.signature(AutoencoderDC.__init__).parameters
     known = {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
-    config = Settings({**known, **given.values}, given.where)
+    config = ForeignConfig({**known, **given.values}, given.where)
     config.expect("in_channels", 3)
     for name in ("encoder_out_shortcut", "decoder_in_shortcut"):
         config.expect(name, True)
@@ -61,8 +61,8 @@ def _each(value: Any, count: int) -> tuple[Any, ...]:
     return (value,) * count if isinstance(value, str) else tuple(value)
 
 
-def translate(key: str) -> tuple[Rows, ...] | None:
+def translate(key: str) -> tuple[TensorSlice, ...] | None:
     """A tensor's name to ours; both halves lie in one file."""
     half, _, rest = key.partition(".")
     prefix = {"decoder": DECODER, "encoder": PIXEL_ENCODER}.get(half)
-    return None if prefix is None else (Rows(f"{prefix}.network.{rest}"),)
+    return None if prefix is None else (TensorSlice(f"{prefix}.network.{rest}"),)

@@ -9,7 +9,7 @@ from spar.common.errors import InputError
 REQUIRED = object()
 
 
-class Settings:
+class ForeignConfig:
     """The fields of a JSON object, named `where` in errors. Of several names for a field the first found counts."""
 
     def __init__(self, values: Any, where: str) -> None:
@@ -18,7 +18,7 @@ class Settings:
         self.values, self.where = values, where
 
     @classmethod
-    def read(cls, path: Path) -> "Settings":
+    def read(cls, path: Path) -> "ForeignConfig":
         return cls(read_json(path), str(path))
 
     def __contains__(self, name: str) -> bool:
@@ -33,10 +33,10 @@ class Settings:
             raise InputError(f"{self.where}: expected a field {' or '.join(names)}, got none")
         return default
 
-    def inner(self, *names: str) -> "Settings":
+    def inner(self, *names: str) -> "ForeignConfig":
         """The object in the first of `names` that is there."""
         name = next((name for name in names if name in self), names[0])
-        return Settings(self.get(name), f"{self.where}: {name}")
+        return ForeignConfig(self.get(name), f"{self.where}: {name}")
 
     def whole(self, *names: str, default: Any = REQUIRED) -> int:
         return self._number(int, names, default)

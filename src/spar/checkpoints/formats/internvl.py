@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spar.checkpoints.formats.foreign_config import Settings
-from spar.checkpoints.formats.key_map import Files, Rows
+from spar.checkpoints.formats.foreign_config import ForeignConfig
+from spar.checkpoints.formats.key_map import TensorReader, TensorSlice
 from spar.common.errors import InputError
 from spar.models.config import TextConfig, VisionConfig
 from spar.processing.prompts import IMAGE_TOKEN, TURN_END
@@ -41,12 +41,12 @@ class Mllm:
     text: TextConfig
 
 
-def read_config(folder: Path, files: Files, text_tokenizer: Any) -> Mllm:
+def read_config(folder: Path, files: TensorReader, text_tokenizer: Any) -> Mllm:
     """The sizes of a checkpoint in either layout; whatever we could not compute alike is refused.
 
     The head is tied where the configuration says so or none is stored (older configurations say nothing).
     """
-    config = Settings.read(folder / "config.json")
+    config = ForeignConfig.read(folder / "config.json")
     config.expect("downsample_ratio", 0.5, default=0.5)
     config.expect("vision_feature_layer", -1, default=-1)
     config.expect("select_layer", -1, default=-1)
@@ -58,7 +58,7 @@ def read_config(folder: Path, files: Files, text_tokenizer: Any) -> Mllm:
     return Mllm(_vision(config.inner("vision_config")), _text(text, config, tied, text_tokenizer))
 
 
-def _vision(config: Settings) -> VisionConfig:
+def _vision(config: ForeignConfig) -> VisionConfig:
     config.expect("hidden_act", "gelu", default="gelu")
     config.expect("norm_type", "layer_norm", default="layer_norm")
     for name in ("use_qk_norm", "qk_normalization", "use_mask_token"):
@@ -78,7 +78,7 @@ def _vision(config: Settings) -> VisionConfig:
     )
 
 
-def _text(config: Settings, whole: Settings, tied: bool, tokenizer: Any) -> TextConfig:
+def _text(config: ForeignConfig, whole: ForeignConfig, tied: bool, tokenizer: Any) -> TextConfig:
     config.expect("model_type", "qwen2", default="qwen2")
     config.expect("hidden_act", "silu", default="silu")
     config.expect("use_sliding_window", False, default=False)
@@ -110,10 +110,10 @@ def _text(config: Settings, whole: Settings, tied: bool, tokenizer: Any) -> Text
     )
 
 
-def _rope(config: Settings) -> tuple[float, float]:
+def _rope(config: ForeignConfig) -> tuple[float, float]:
     """Base and factor of the rotary positions, from their newer field or their two older ones."""
     name = next((name for name in ("rope_parameters", "rope_scaling") if name in config), None)
-    rope = config.inner(name) if name else Settings({}, config.where)
+    rope = config.inner(name) if name else ForeignConfig({}, config.where)
     kind = rope.get("rope_type", "type", default="default")
     theta = rope.get("rope_theta", default=config.number("rope_theta", default=10000.0))
     if kind not in ("default", "dynamic"):
@@ -121,15 +121,15 @@ def _rope(config: Settings) -> tuple[float, float]:
     return float(theta), rope.number("factor") if kind == "dynamic" else 1.0
 
 
-def translate(key: str, *, head: bool) -> tuple[Rows, ...] | None:
+def translate(key: str, *, head: bool) -> tuple[TensorSlice, ...] | None:
     """A tensor's name in either layout to ours; `head`: whether the model has a head of its own to take one over."""
     key = re.sub(r"^model\.(?=(language_model|vision_tower|multi_modal_projector)\.)", "", key)
     if re.fullmatch(r"(language_model\.)?lm_head\.weight", key):
-        return (Rows(f"{LANGUAGE}.head.weight"),) if head else ()
+        return (TensorSlice(f"{LANGUAGE}.head.weight"),) if head else ()
     if key.startswith("language_model."):
-        return (Rows(f"{LANGUAGE}.network." + re.sub(r"^language_model\.(model\.)?", "", key)),)
+        return (TensorSlice(f"{LANGUAGE}.network." + re.sub(r"^language_model\.(model\.)?", "", key)),)
     if key.startswith(("vision_tower.", "multi_modal_projector.")):
-        return (Rows(f"{ENCODER}.{key}"),)
+        return (TensorSlice(f"{ENCODER}.{key}"),)
     if key.startswith("mlp1."):
         return translate_projector(key.removeprefix("mlp1."))
     if key.startswith("vision_model."):
@@ -137,23 +137,23 @@ def translate(key: str, *, head: bool) -> tuple[Rows, ...] | None:
     return None
 
 
-def translate_vision(key: str) -> tuple[Rows, ...]:
+def translate_vision(key: str) -> tuple[TensorSlice, ...]:
     """A name within the original vision tower."""
     for old, new in _FROM_ORIGINAL.items():
         key = re.sub(rf"(^|(?<=\.)){re.escape(old)}", new, key)
     if fused := _QKV.fullmatch(key):
         layer, kind = fused.groups()
         start = f"{ENCODER}.vision_tower.encoder.layer.{layer}.attention."
-        return tuple(Rows(f"{start}{name}_proj.{kind}", i, 3) for i, name in enumerate("qkv"))
-    return (Rows(f"{ENCODER}.vision_tower.{key}"),)
+        return tuple(TensorSlice(f"{start}{name}_proj.{kind}", i, 3) for i, name in enumerate("qkv"))
+    return (TensorSlice(f"{ENCODER}.vision_tower.{key}"),)
 
 
-def translate_projector(key: str) -> tuple[Rows, ...] | None:
+def translate_projector(key: str) -> tuple[TensorSlice, ...] | None:
     """A name within the original projector: LayerNorm, Linear, GELU, Linear by number."""
     number, _, kind = key.partition(".")
     if number not in _PROJECTOR:
         return None
-    return (Rows(f"{ENCODER}.multi_modal_projector.{_PROJECTOR[number]}.{kind}"),)
+    return (TensorSlice(f"{ENCODER}.multi_modal_projector.{_PROJECTOR[number]}.{kind}"),)
 
 
 def read_text_tokenizer(folder: Path) -> Any:

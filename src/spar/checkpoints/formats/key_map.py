@@ -13,7 +13,7 @@ from spar.common.errors import InputError
 
 
 @dataclass(frozen=True)
-class Rows:
+class TensorSlice:
     """Part `index` of `count` equal parts of a tensor's first dimension, under our name for it.
 
     `single`: the first dimension is a batch of one, which ours has not.
@@ -24,7 +24,7 @@ class Rows:
     count: int = 1
     single: bool = False
 
-    def of(self, tensor: Tensor) -> Tensor:
+    def take(self, tensor: Tensor) -> Tensor:
         if self.single and tensor.shape[0] == 1:
             return tensor[0]
         if self.count == 1 or tensor.shape[0] % self.count:  # an odd one will be of another shape
@@ -33,10 +33,10 @@ class Rows:
 
 
 # A tensor's name in a file to our names for it: none for what we have no use for, None for an unknown one.
-Translate = Callable[[str], tuple[Rows, ...] | None]
+Translate = Callable[[str], tuple[TensorSlice, ...] | None]
 
 
-class Files(Protocol):
+class TensorReader(Protocol):
     """Tensors somewhere on disk, by name."""
 
     path: Path
@@ -50,18 +50,20 @@ class Files(Protocol):
 class KeyMap:
     """Our weights as tensors of foreign files. `add` every file, `check`, then `tensors` reads."""
 
-    picks: dict[str, tuple[Files, str, Rows]] = field(default_factory=dict)
-    given: dict[str, Tensor] = field(default_factory=dict)
+    sources: dict[str, tuple[TensorReader, str, TensorSlice]] = field(default_factory=dict)
+    tensors_given: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, files: Files, translate: Translate, keys: Iterable[str] | None = None) -> None:
+    def add(self, files: TensorReader, translate: Translate, keys: Iterable[str] | None = None) -> None:
         """Take over a file's tensors (of `keys`, if given). Unknown ones keep their names, for the report."""
         for key in files.shapes if keys is None else keys:
             targets = translate(key)
-            for rows in (Rows(f"{key} (unknown)"),) if targets is None else targets:
-                if rows.name in self.picks:
-                    raise InputError(f"{files.path.parent}: {key} and {self.picks[rows.name][1]} are both {rows.name}")
-                self.picks[rows.name] = (files, key, rows)
-                self.given[rows.name] = rows.of(files.shapes[key])
+            for rows in (TensorSlice(f"{key} (unknown)"),) if targets is None else targets:
+                if rows.name in self.sources:
+                    raise InputError(
+                        f"{files.path.parent}: {key} and {self.sources[rows.name][1]} are both {rows.name}"
+                    )
+                self.sources[rows.name] = (files, key, rows)
+                self.tensors_given[rows.name] = rows.take(files.shapes[key])
 
     def check(self, parts: dict[str, nn.Module], names: dict[str, str]) -> None:
         """Refuse, in one report over all parts, what is missing, unexpected or of another shape.
@@ -73,10 +75,10 @@ class KeyMap:
         faults = []
         for prefix, module in parts.items():
             own = {f"{prefix}.{key}": value for key, value in module.state_dict().items()}
-            given = {key: value for key, value in self.given.items() if key.startswith(f"{prefix}.")}
+            given = {key: value for key, value in self.tensors_given.items() if key.startswith(f"{prefix}.")}
             if fault := describe_mismatch(own, given):
                 faults.append(f"{names[prefix]}: {fault}")
-        strange = [key for key in self.given if not key.startswith(tuple(f"{prefix}." for prefix in parts))]
+        strange = [key for key in self.tensors_given if not key.startswith(tuple(f"{prefix}." for prefix in parts))]
         if strange:
             shown = ", ".join(sorted(strange)[:3]) + (", ..." if len(strange) > 3 else "")
             faults.append(f"{len(strange)} unexpected in no part of ours ({shown})")
@@ -87,7 +89,7 @@ class KeyMap:
         """The weights of a part, read one by one, as they are stored where `dtype` is None."""
         start = f"{prefix}."
         return {
-            name.removeprefix(start): rows.of(files.read(key, dtype)).contiguous()
-            for name, (files, key, rows) in self.picks.items()
+            name.removeprefix(start): rows.take(files.read(key, dtype)).contiguous()
+            for name, (files, key, rows) in self.sources.items()
             if name.startswith(start)
         }

@@ -6,9 +6,9 @@ none and silently takes 1. Here the shift of sampling is read from whichever of 
 
 from dataclasses import dataclass, replace
 
-from spar.checkpoints.formats.checkpoint_source import Source
-from spar.checkpoints.formats.foreign_config import Settings
-from spar.checkpoints.formats.key_map import Rows
+from spar.checkpoints.formats.checkpoint_source import CheckpointSource
+from spar.checkpoints.formats.foreign_config import ForeignConfig
+from spar.checkpoints.formats.key_map import TensorSlice
 from spar.common.errors import InputError
 from spar.models.config import DenoiserConfig
 
@@ -31,9 +31,9 @@ class Dit:
     sampling_shift: float | None
 
 
-def read_config(source: Source, base: DenoiserConfig) -> Dit:
+def read_config(source: CheckpointSource, base: DenoiserConfig) -> Dit:
     """The sizes of a checkpoint; what SANA's own configuration does not know is that of `base`."""
-    config = Settings.read(source.folder / FOLDER / "config.json")
+    config = ForeignConfig.read(source.folder / FOLDER / "config.json")
     config.expect("_class_name", "SanaTransformer2DModel")
     config.expect("patch_size", 1)
     for name in ("attention_bias", "norm_elementwise_affine", "guidance_embeds"):
@@ -61,16 +61,16 @@ def read_config(source: Source, base: DenoiserConfig) -> Dit:
     return Dit(sizes, channels, _shift(source))
 
 
-def _shift(source: Source) -> float | None:
+def _shift(source: CheckpointSource) -> float | None:
     path = source.folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         return None
-    config = Settings.read(path)
+    config = ForeignConfig.read(path)
     kind = config.get("_class_name")
     if kind not in SHIFTS:
         raise InputError(f"{path}: expected a scheduler of the kinds {', '.join(SHIFTS)}, got {kind!r}")
     return config.number(SHIFTS[kind], default=1.0)
 
 
-def translate(key: str) -> tuple[Rows, ...] | None:
-    return (Rows(f"{DENOISER}.network.{key}"),)
+def translate(key: str) -> tuple[TensorSlice, ...] | None:
+    return (TensorSlice(f"{DENOISER}.network.{key}"),)

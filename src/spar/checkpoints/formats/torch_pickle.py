@@ -16,8 +16,8 @@ MAX_BYTES = 16 * 2**30
 NESTED = ("state_dict", "model", "module")  # where training scripts put the weights
 
 
-class PickledTensors:
-    """The same face as `TensorFiles`: shapes at once, values one at a time, from one file."""
+class TorchPickleReader:
+    """The same face as `SafetensorsReader`: shapes at once, values one at a time, from one file."""
 
     def __init__(self, path: Path, max_bytes: int = MAX_BYTES) -> None:
         self.path, self.files = path, [path]

@@ -10,7 +10,7 @@ import re
 from typing import Literal
 
 from spar.checkpoints.formats import dcae, internvl, sana
-from spar.checkpoints.formats.key_map import Files, Rows
+from spar.checkpoints.formats.key_map import TensorReader, TensorSlice
 from spar.common.errors import InputError
 
 STREAM, CONNECTOR = "tokenizer.semantic_stream", "connector"
@@ -19,7 +19,7 @@ _BLOCK = {"0": "norm", "1": "linear_1", "3": "linear_2"}
 _WITHIN_MODEL = re.compile(r"^model\.(?=\w+\.|latent_queries$)")
 
 
-def kind_of(files: Files) -> Literal["tokenizer", "model"]:
+def checkpoint_kind(files: TensorReader) -> Literal["tokenizer", "model"]:
     """Which of the two a checkpoint is."""
     keys = [_WITHIN_MODEL.sub("", key) for key in files.shapes]
     if any(key.startswith("vae_decoder.") for key in keys):
@@ -32,13 +32,13 @@ def kind_of(files: Files) -> Literal["tokenizer", "model"]:
     )
 
 
-def count(files: Files, pattern: str) -> int:
+def count_keys(files: TensorReader, pattern: str) -> int:
     """How many different numbers a name has in the first group of `pattern`."""
     found = (re.search(pattern, key) for key in files.shapes)
     return len({match[1] for match in found if match})
 
 
-def queries(files: Files) -> int:
+def queries(files: TensorReader) -> int:
     """The number of query embeddings of a model."""
     shape = next((value.shape for key, value in files.shapes.items() if key.endswith("latent_queries")), ())
     if len(shape) != 3 or shape[0] != 1:
@@ -46,7 +46,7 @@ def queries(files: Files) -> int:
     return shape[1]
 
 
-def translate_tokenizer(key: str) -> tuple[Rows, ...] | None:
+def translate_tokenizer(key: str) -> tuple[TensorSlice, ...] | None:
     """A name in a tokenizer checkpoint to ours."""
     part, _, rest = key.partition(".")
     if part == "encoder":
@@ -58,7 +58,7 @@ def translate_tokenizer(key: str) -> tuple[Rows, ...] | None:
     return _translate_decoder(key)
 
 
-def translate_model(key: str, *, head: bool) -> tuple[Rows, ...] | None:
+def translate_model(key: str, *, head: bool) -> tuple[TensorSlice, ...] | None:
     """A name in a model checkpoint to ours; the vision tower and the projector are in either of InternVL's layouts."""
     key = _WITHIN_MODEL.sub("", key)
     part, _, rest = key.partition(".")
@@ -67,11 +67,11 @@ def translate_model(key: str, *, head: bool) -> tuple[Rows, ...] | None:
     if part == "multi_modal_projector":
         return internvl.translate_projector(rest) or internvl.translate(key, head=head)
     if part == "latent_queries":
-        return (Rows(f"{CONNECTOR}.queries", single=True),)
+        return (TensorSlice(f"{CONNECTOR}.queries", single=True),)
     if part == "llm_connector":
-        return (Rows(f"{CONNECTOR}.{rest}"),)
+        return (TensorSlice(f"{CONNECTOR}.{rest}"),)
     if part == "projector":
-        return (Rows(f"{CONNECTOR}.projection.{rest}"),)
+        return (TensorSlice(f"{CONNECTOR}.projection.{rest}"),)
     if part == "dit":
         return sana.translate(rest)
     if part == "vae_decoder":
@@ -79,11 +79,11 @@ def translate_model(key: str, *, head: bool) -> tuple[Rows, ...] | None:
     return internvl.translate(key, head=head)
 
 
-def _translate_decoder(key: str) -> tuple[Rows, ...] | None:
+def _translate_decoder(key: str) -> tuple[TensorSlice, ...] | None:
     """The stream and DC-AE's decoder, which both kinds of checkpoint name alike."""
     if block := re.fullmatch(r"down_blocks\.(\d+)\.mlp\.([013])\.(weight|bias)", key):
         index, layer, kind = block.groups()
-        return (Rows(f"{STREAM}.blocks.{index}.{_BLOCK[layer]}.{kind}"),)
+        return (TensorSlice(f"{STREAM}.blocks.{index}.{_BLOCK[layer]}.{kind}"),)
     if key.startswith("down_mlp."):
-        return (Rows(f"{STREAM}.projection.{key.removeprefix('down_mlp.')}"),)
+        return (TensorSlice(f"{STREAM}.projection.{key.removeprefix('down_mlp.')}"),)
     return dcae.translate(key) if key.startswith("decoder.") else None

@@ -59,10 +59,10 @@ __all__ = [
     "describe",
     "edit_kinds",
     "group_objects",
-    "half_text",
+    "half_of_image_text",
     "make_edit",
     "parse",
-    "placed_caption",
+    "position_caption",
     "questions",
     "split_words",
     "to_text",
@@ -148,7 +148,7 @@ def caption(
     return to_text(Claim(scene.background if background else None, groups, relation))
 
 
-def placed_caption(scene: Scene, rng: np.random.Generator) -> str:
+def position_caption(scene: Scene, rng: np.random.Generator) -> str:
     """A caption that also says where things lie: a lesson for training, which `parse` does not read.
 
     In half of the captions every group of objects is followed by its place, in the others half of the groups are. The
@@ -169,13 +169,13 @@ def placed_caption(scene: Scene, rng: np.random.Generator) -> str:
         members = [item for item in objects if group_objects([item], size=size) == (alike,)]
         place = "on " + " and ".join(cell_text(item) for item in members)
         if len(members) == 1 and not joined and rng.random() < 2 / 3:
-            place = half_text(members[0])
+            place = half_of_image_text(members[0])
         phrases.append(f"{_group_text(group)} {place}" if rng.random() < said else _group_text(group))
     text = f" {RELATIONS[relation]} ".join(phrases) if joined else ", ".join(phrases)
     return text if rng.random() < 0.5 else f"{text} on a {scene.background} background"
 
 
-def half_text(item: Object) -> str:
+def half_of_image_text(item: Object) -> str:
     """In which half of the picture a thing lies, on the axis on which it is farthest from the middle."""
     middle = replace(item, x=SIDE / 2, y=SIDE / 2)
     return RELATIONS[main_relation(item, middle)].removesuffix(" of")

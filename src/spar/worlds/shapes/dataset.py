@@ -1,4 +1,4 @@
-"""Training material dealt by index: scene i of a split is always the same, on any machine and in any order of asking.
+"""Training data dealt by index: scene i of a split is always the same, on any machine and in any order of asking.
 
 Also the dense targets of the encoder's pre-training: what each cell of a coarse grid shows, exactly, from the scene.
 """
@@ -22,7 +22,7 @@ BACKGROUND_IDS = {name: index for index, name in enumerate(BACKGROUNDS)}
 
 
 @dataclass(frozen=True)
-class Sample:
+class SceneSample:
     """A scene, its picture (uint8 [64, 64, 3]) and the seed that both come from."""
 
     scene: Scene
@@ -61,10 +61,10 @@ def scene_at(
 
 def sample_at(
     split: str, index: int, kind_weights: Mapping[str, float] | None = None, *, combinations: str = "seen"
-) -> Sample:
+) -> SceneSample:
     """Scene `index` of a split with its picture; arguments and errors as in `scene_at`."""
     scene = scene_at(split, index, kind_weights, combinations=combinations)
-    return Sample(scene, render(scene), seed_at(split, index))
+    return SceneSample(scene, render(scene), seed_at(split, index))
 
 
 def _draw_kind(seed: int, kind_weights: Mapping[str, float]) -> str:

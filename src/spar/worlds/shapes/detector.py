@@ -1,4 +1,4 @@
-"""The judge of the shapes world: reads a picture back into a background and a list of objects, by rules, never trained.
+"""The detector of the shapes world: reads an image back into a background and objects, by rules, never trained.
 
 1. Smooth by [1 2 1] x [1 2 1] / 16, against pixel noise; the templates are smoothed alike.
 2. The background is the palette colour that most pixels are nearest to; its measured mean is used from there on.
@@ -37,7 +37,7 @@ from spar.worlds.shapes.scene import (
     make_scene,
 )
 
-JUDGE_VERSION = "1"
+DETECTOR_VERSION = "1"
 UNKNOWN = "unknown"
 MIN_PIXELS = 12
 MIN_OVERLAP = 0.6
@@ -55,7 +55,7 @@ _COLOR_RGB = np.array(list(COLORS.values()), dtype=np.float32)
 
 
 @dataclass(frozen=True)
-class Found:
+class DetectedObject:
     """An object seen: its look, its centre in pixels, and overlap times share of colour votes, in [0, 1]."""
 
     shape: str
@@ -67,14 +67,14 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Detection:
     """All that is seen in a picture; objects in order of their first row."""
 
     background: str
-    objects: tuple[Found, ...]
+    objects: tuple[DetectedObject, ...]
 
 
-def judge(image: np.ndarray) -> Judgement:
+def detect(image: np.ndarray) -> Detection:
     """What a picture shows.
 
     Args:
@@ -95,7 +95,7 @@ def judge(image: np.ndarray) -> Judgement:
     for index, box in enumerate(ndimage.find_objects(labels), start=1):
         if areas[index] >= MIN_PIXELS:
             objects.append(_find_object(labels, index, box, color_map, alphas, residual))
-    return Judgement(background, tuple(objects))
+    return Detection(background, tuple(objects))
 
 
 def _smooth(image: np.ndarray) -> np.ndarray:
@@ -145,7 +145,7 @@ def _find_object(
     color_map: np.ndarray,
     alphas: np.ndarray,
     residual: np.ndarray,
-) -> Found:
+) -> DetectedObject:
     grown = tuple(slice(max(0, part.start - 2), part.stop + 2) for part in box)
     mask = labels[grown] == index
     inner = ndimage.binary_erosion(mask, _EVERYWHERE)
@@ -164,7 +164,7 @@ def _find_object(
     look, overlap = _best_look(soft, x, y)
     shape, size = _LOOKS[look]
     confidence = overlap * float(votes[color] / votes.sum())
-    return Found(
+    return DetectedObject(
         shape if overlap >= MIN_OVERLAP else UNKNOWN, tuple(COLORS)[color] if known else UNKNOWN, size, x, y, confidence
     )
 
@@ -205,7 +205,7 @@ def _templates() -> tuple[np.ndarray, np.ndarray]:
 # ---- is a picture what was asked for? -------------------------------------------------------------------------------
 
 
-def satisfies(judgement: Judgement, claim: Claim) -> tuple[bool, dict[str, bool]]:
+def satisfies(detection: Detection, claim: Claim) -> tuple[bool, dict[str, bool]]:
     """Whether a picture shows all that a claim says and nothing else, and which of PARTS are right.
 
     The verdict needs the background, the exact number of objects, and one assignment of objects to what is said for
@@ -214,12 +214,12 @@ def satisfies(judgement: Judgement, claim: Claim) -> tuple[bool, dict[str, bool]
     said of them; "position" that the relation holds between objects of the shapes said. A part left unsaid is right.
     """
 
-    def found(fits: Callable[[Found, Group], bool], related: bool = False) -> bool:
-        return any(not related or _related(chosen, claim) for chosen in _assignments(judgement.objects, claim, fits))
+    def found(fits: Callable[[DetectedObject, Group], bool], related: bool = False) -> bool:
+        return any(not related or _related(chosen, claim) for chosen in _assignments(detection.objects, claim, fits))
 
     parts = {
-        "background": claim.background in (None, judgement.background),
-        "count": len(judgement.objects) == sum(group.count for group in claim.groups),
+        "background": claim.background in (None, detection.background),
+        "count": len(detection.objects) == sum(group.count for group in claim.groups),
         "shape": found(_same_shape),
         "color": found(lambda item, group: _same_shape(item, group) and group.color in (None, item.color)),
         "size": found(lambda item, group: _same_shape(item, group) and group.size in (None, item.size)),
@@ -234,11 +234,11 @@ def satisfies(judgement: Judgement, claim: Claim) -> tuple[bool, dict[str, bool]
     return right, parts
 
 
-def _same_shape(item: Found, group: Group) -> bool:
+def _same_shape(item: DetectedObject, group: Group) -> bool:
     return item.shape == group.shape
 
 
-def _related(chosen: Sequence[tuple[int, Found]], claim: Claim) -> bool:
+def _related(chosen: Sequence[tuple[int, DetectedObject]], claim: Claim) -> bool:
     relation = claim.relation
     if relation is None:
         return True
@@ -248,12 +248,14 @@ def _related(chosen: Sequence[tuple[int, Found]], claim: Claim) -> bool:
 
 
 def _assignments(
-    objects: Sequence[Found], claim: Claim, fits: Callable[[Found, Group], bool]
-) -> Iterator[list[tuple[int, Found]]]:
+    objects: Sequence[DetectedObject], claim: Claim, fits: Callable[[DetectedObject, Group], bool]
+) -> Iterator[list[tuple[int, DetectedObject]]]:
     """All ways to give each thing said an object of its own, as (index of the group, object)."""
     slots = [index for index, group in enumerate(claim.groups) for _ in range(group.count)]
 
-    def fill(chosen: list[tuple[int, Found]], places: tuple[int, ...]) -> Iterator[list[tuple[int, Found]]]:
+    def fill(
+        chosen: list[tuple[int, DetectedObject]], places: tuple[int, ...]
+    ) -> Iterator[list[tuple[int, DetectedObject]]]:
         if len(chosen) == len(slots):
             yield chosen
             return
@@ -267,12 +269,12 @@ def _assignments(
     return fill([], ())
 
 
-# ---- how good is the judge itself? -----------------------------------------------------------------------------------
+# ---- how good is the detector itself? -------------------------------------------------------------------------------
 
 
-def agrees(judgement: Judgement, scene: Scene) -> bool:
-    """Whether a judgement is fully right: background, each object's look, centres within CENTER_TOLERANCE."""
-    left = list(judgement.objects)
+def agrees(detection: Detection, scene: Scene) -> bool:
+    """Whether a detection is fully right: background, each object's look, centres within CENTER_TOLERANCE."""
+    left = list(detection.objects)
     for item in scene.objects:
         same = [
             found
@@ -283,7 +285,7 @@ def agrees(judgement: Judgement, scene: Scene) -> bool:
         if not same:
             return False
         left.remove(same[0])
-    return not left and judgement.background == scene.background
+    return not left and detection.background == scene.background
 
 
 def degrade_image(image: np.ndarray, rng: np.random.Generator, *, blur: float = 0.7, noise: float = 16.0) -> np.ndarray:
@@ -293,8 +295,8 @@ def degrade_image(image: np.ndarray, rng: np.random.Generator, *, blur: float = 
     return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
 
 
-def judge_accuracy(n: int = 2000, degrade: bool = False, seed: int = 0) -> float:
-    """Share of n benchmark scenes (all kinds in turn, any combinations) that the judge tells fully right (`agrees`).
+def detector_accuracy(n: int = 2000, degrade: bool = False, seed: int = 0) -> float:
+    """Share of n benchmark scenes (all kinds in turn, any combinations) that the detector tells fully right (`agrees`).
 
     Args:
         n: number of scenes, >= 1.
@@ -307,5 +309,5 @@ def judge_accuracy(n: int = 2000, degrade: bool = False, seed: int = 0) -> float
     for index, scene_seed in enumerate(rng.integers(start, stop, n)):
         scene = make_scene(int(scene_seed), kind=KINDS[index % len(KINDS)], combinations="any")
         image = render(scene)
-        right += agrees(judge(degrade_image(image, rng) if degrade else image), scene)
+        right += agrees(detect(degrade_image(image, rng) if degrade else image), scene)
     return right / n

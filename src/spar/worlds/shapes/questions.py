@@ -30,7 +30,7 @@ from spar.worlds.shapes.scene import (
 from spar.worlds.shapes.tokenizer import NUMBERS, ORDINALS, PLURALS, with_article
 
 QUESTION_KINDS = ("color", "shape", "count", "exists", "position", "background")  # of the benchmark
-LESSON_KINDS = ("place", "relation")  # asked in training only: the benchmark's "position" builds on them
+CURRICULUM_KINDS = ("place", "relation")  # asked in training only: the benchmark's "position" builds on them
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def cell_text(item: Object) -> str:
     return f"column {column} row {row}"
 
 
-def _ask_place(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+def _ask_cell(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
     """Where a thing lies."""
     named = unique_objects(scene)
     if not named:
@@ -163,6 +163,6 @@ _ASK = {
     "exists": _ask_exists,
     "position": _ask_position,
     "background": _ask_background,
-    "place": _ask_place,
+    "place": _ask_cell,
     "relation": _ask_relation,
 }
