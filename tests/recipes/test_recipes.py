@@ -10,7 +10,7 @@ from spar.common.errors import InputError
 from spar.models.router import routed_layers
 from spar.recipes import RECIPES, recipe
 from spar.training.config import Recipe
-from spar.training.plan import plan
+from spar.training.estimate import summarize
 
 STAGES = ("tokenizer-1", "tokenizer-2", "tokenizer-3", "unified-1", "unified-2", "unified-3")
 LESSONS = ("places-1", "places-2", "relations")  # a departure of the small setting
@@ -38,7 +38,7 @@ def test_a_recipe_goes_through_json_unchanged(name):
 
 @every
 def test_a_recipe_can_be_built_and_frozen(name):
-    planned = plan(recipe(name))
+    planned = summarize(recipe(name))
     assert [p.stage for p in planned] == list(recipe(name).stages)
     assert len({p.trainable + p.frozen for p in planned}) == 1 and min(p.trainable for p in planned) > 0
 
@@ -99,7 +99,7 @@ def test_a_caption_width_that_the_dit_stage_cannot_use_is_refused():
     with pytest.raises(InputError, match="expected model.denoiser.caption_channels 32 .* got 48"):
         replace(base, model=model)
     without = tuple(stage for stage in base.stages if stage.step != "dit")
-    assert plan(replace(base, model=model, stages=without))
+    assert summarize(replace(base, model=model, stages=without))
 
 
 def test_the_pixel_stream_can_be_ablated_once_no_stage_binds_it():
@@ -108,7 +108,7 @@ def test_the_pixel_stream_can_be_ablated_once_no_stage_binds_it():
     with pytest.raises(InputError, match="losses.native is about the pixel stream, .* expected 0 in tokenizer-1"):
         replace(base, model=model)
     free = tuple(replace(stage, losses=replace(stage.losses, native=0.0)) for stage in base.stages)
-    fewer, more = plan(replace(base, model=model, stages=free)), plan(base)
+    fewer, more = summarize(replace(base, model=model, stages=free)), summarize(base)
     index = [stage.name for stage in base.stages].index("tokenizer-1")
     assert 0 < fewer[index].trainable < more[index].trainable
 
@@ -125,7 +125,7 @@ def test_tiny_is_shapes_cut_down():
         )
         assert a.steps <= b.steps and a.batch <= b.batch
     assert small.flow == large.flow and small.alignment == large.alignment
-    sizes = [plan(r, ("mllm",))[0] for r in (small, large)]
+    sizes = [summarize(r, ("mllm",))[0] for r in (small, large)]
     assert 4 * (sizes[0].trainable + sizes[0].frozen) < sizes[1].trainable + sizes[1].frozen
 
 

@@ -11,8 +11,8 @@ from spar.models.router import routed_layers
 from spar.models.spar import SparModel
 from spar.models.tokenizer import UnifiedTokenizer
 from spar.recipes import recipe
+from spar.training.estimate import summarize
 from spar.training.modules import TrainingModules
-from spar.training.plan import plan
 from spar.training.trainer import train
 
 NAMES = ("spar-1b", "spar-3b")
@@ -138,7 +138,7 @@ def test_a_stage_whose_pictures_do_not_fit_the_tokens_is_refused():
 
 
 def test_planning_counts_each_part_once():
-    planned = {p.stage.name: p for p in plan(recipe("spar-1b"))}
+    planned = {p.stage.name: p for p in summarize(recipe("spar-1b"))}
     counts = COUNTS["spar-1b"]
     assert planned["unified-1"].trainable == counts["router"] + counts["connector"]
     joint = counts["router"] + counts["connector"] + counts["denoiser"] + counts["alignment head"]

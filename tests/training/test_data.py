@@ -80,7 +80,9 @@ def training_data(sets, tmp_path):
         run.mkdir(exist_ok=True)
         config = DataConfig(source="files", sets=tuple(paths), workers=0)
         prompts = PromptEncoder(build_tokenizer(), 64)
-        return FilesTrainingData(config, prompts, 0, side=64, stride=8, longest=12, run=run, parallel=parallel)
+        return FilesTrainingData(
+            config, prompts, 0, side=64, stride=8, max_prompt_tokens=12, run=run, parallel=parallel
+        )
 
     return build
 
@@ -219,7 +221,7 @@ def test_pictures_of_the_world_come_through_a_tar_unchanged(tiny_run, tmp_path, 
         0,
         side=64,
         stride=8,
-        longest=12,
+        max_prompt_tokens=12,
         run=tmp_path,
         parallel=DistributedContext(),
     )
@@ -237,7 +239,7 @@ def test_a_stage_of_its_own_side_and_several_proportions_squashes_nothing(tiny_r
         0,
         side=64,
         stride=8,
-        longest=12,
+        max_prompt_tokens=12,
         run=tmp_path,
         parallel=DistributedContext(),
     )

@@ -29,7 +29,7 @@ from spar.processing.prompts import PromptEncoder
 from spar.recipes import recipe
 from spar.training.checkpoint import load_group
 from spar.training.config import AlignmentConfig, Recipe
-from spar.training.plan import plan
+from spar.training.estimate import summarize
 from spar.training.shapes_data import ShapesTrainingData
 from spar.training.teacher import load_teacher
 from spar.training.trainer import load_stage_model, train
@@ -204,12 +204,12 @@ def test_a_teacher_of_another_width_sets_that_of_the_head(tiny_run, tmp_path):
     assert done["alignment_head.layers.4.weight"].shape[0] == len(done["teacher_mean"]) == 24
     assert done["teacher_mean"].any()
     assert load_stage_model(run, "unified-2").model.config == config.model  # without the teacher at hand
-    wide, narrow = (plan(c, ("unified-2",))[0] for c in (recipe("tiny"), config))
+    wide, narrow = (summarize(c, ("unified-2",))[0] for c in (recipe("tiny"), config))
     assert wide.trainable - narrow.trainable == 8 * 257
 
 
 def test_a_teacher_that_is_not_there_is_refused_before_anything_is_made(tmp_path):
-    for refuse in (lambda c: train(c, tmp_path / "run"), plan):
+    for refuse in (lambda c: train(c, tmp_path / "run"), summarize):
         with pytest.raises(InputError, match="alignment.external: expected the folder or Hub id"):
             refuse(outside(tmp_path / "nothing"))
     assert not (tmp_path / "run").exists()

@@ -101,14 +101,21 @@ def write_tensors(
         shards[-1].append(key)
         filled += size
     if len(shards) == 1:
-        save_file({key: value.to("cpu", kinds[key]).contiguous() for key, value in state.items()}, path)
+        _save({key: value.to("cpu", kinds[key]).contiguous() for key, value in state.items()}, path)
         return
     names = [f"{path.stem}-{i:05d}-of-{len(shards):05d}{path.suffix}" for i in range(1, len(shards) + 1)]
     for name, keys in zip(names, shards, strict=True):
-        save_file({key: state[key].to("cpu", kinds[key]).contiguous() for key in keys}, path.with_name(name))
+        _save({key: state[key].to("cpu", kinds[key]).contiguous() for key in keys}, path.with_name(name))
     total = sum(value.numel() * kinds[key].itemsize for key, value in state.items())
     weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
     write_json(path.with_name(path.name + INDEX), {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # what the library makes of a full disk
+        raise OSError(str(error)) from error
 
 
 def describe_mismatch(own: dict[str, Tensor], given: dict[str, Tensor]) -> str:

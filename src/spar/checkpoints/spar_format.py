@@ -10,22 +10,19 @@
 """
 
 import importlib.metadata
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError
 
 from spar import __version__
 from spar.checkpoints.model_card import model_card
 from spar.checkpoints.safetensors_io import INDEX, load_into_meta, write_tensors
 from spar.common.config import from_dict, read_json, to_dict, write_json
 from spar.common.errors import InputError
+from spar.common.files import atomic_directory
 from spar.models.autoencoder import PixelEncoder, build_autoencoder
 from spar.models.config import SparConfig, TextConfig
 from spar.models.spar import SparModel
@@ -96,7 +93,8 @@ def _load_tokenizer_weights(tokenizer: UnifiedTokenizer, folder: Path, header: d
 
 def save_model(loaded: ModelBundle, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Write a whole SPAR folder; an existing folder that is no SPAR folder is left alone."""
-    with replaced(folder, FORMAT) as aside:
+    check_replaceable(folder, FORMAT)
+    with atomic_directory(folder) as aside:
         model = loaded.model
         save_tokenizer(model.tokenizer, aside / "tokenizer", dtype)
         for part in PARTS:
@@ -126,41 +124,11 @@ def build_model_card(loaded: ModelBundle) -> str:
     return model_card(model.config, loaded.manifest, sizes, prompt=loaded.sampling.max_prompt_tokens, words=closed)
 
 
-@contextmanager
-def replaced(folder: Path, kind: str) -> Iterator[Path]:
-    """A folder to fill; once it is whole, it takes the place of `folder`, which is new, empty or an older one.
-
-    Raises:
-        InputError: a path that holds anything but a folder of this kind, or that cannot be written.
-    """
-    folder = folder.absolute()
-    if folder.exists() and not _replaceable(folder, kind):
+def check_replaceable(folder: Path, kind: str) -> None:
+    """Refuse a path that holds anything but an empty folder or an older one of this kind, with InputError."""
+    if folder.absolute().exists() and not _replaceable(folder, kind):
         what = kind.replace(FORMAT, "SPAR").replace("-", " ")
-        raise InputError(f"{folder} exists and is no {what} folder; expected an empty or new folder")
-    aside, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
-        _swap(aside, folder, old)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _swap(new: Path, folder: Path, old: Path) -> None:
-    """Put a finished folder in an older one's place; stopped at any point, one of the two is whole under its name."""
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    try:
-        new.rename(folder)
-    except BaseException:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        raise InputError(f"{folder.absolute()} exists and is no {what} folder; expected an empty or new folder")
 
 
 def _replaceable(folder: Path, kind: str) -> bool:

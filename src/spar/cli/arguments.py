@@ -514,7 +514,7 @@ class DataConvertArguments(DataArguments):
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorArguments:
-    """Look over the installation: versions, devices, optional parts, what is wrong and how to mend it."""
+    """Look over the installation: versions, devices, optional parts, what is wrong and how to fix it."""
 
 
 def _check_nonempty(values: Sequence[object], what: str, usage: str) -> None:

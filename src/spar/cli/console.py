@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from spar.data.validate import ValidationReport as DataReport
     from spar.evaluation.results import Result
     from spar.training.config import StageConfig
-    from spar.training.estimate import StageEstimate
-    from spar.training.plan import StageSummary
+    from spar.training.estimate import StageEstimate, StageSummary
 
 MARKS = {True: "[green]ok[/]", False: "[bold red]wrong[/]", None: "[yellow]note[/]"}
 NOT_LOSS_TERMS = ("loss", "grad_norm", "lr", "seconds")  # what a step reports beside the terms of its loss
@@ -161,7 +160,7 @@ def check_table(checks: Sequence["Check"]) -> "Table":
     """The doctor's findings."""
     from rich.markup import escape
 
-    table = new_table("", "what", "found", "how to mend it")
+    table = new_table("", "what", "found", "how to fix it")
     for check in checks:
         table.add_row(MARKS[check.ok], *(escape(text) for text in (check.name, check.found, check.fix)))
     return table

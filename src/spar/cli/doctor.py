@@ -1,4 +1,4 @@
-"""What this installation has, what is wrong with it and how to mend it: the findings behind `spar doctor`.
+"""What this installation has, what is wrong with it and how to fix it: the findings behind `spar doctor`.
 
 `run_checks` returns findings and neither prints nor raises on a broken installation. The supported ranges are read from
 the installed package's own requirements, so that they stand in one place, pyproject.toml. Heavy libraries are imported
@@ -53,7 +53,7 @@ class Check:
 
 
 def run_checks() -> list[Check]:
-    """All findings, in the order in which they are best mended. Takes seconds: it imports torch and the pipeline."""
+    """All findings, in the order in which they are best fixed. Takes seconds: it imports torch and the pipeline."""
     return [
         check_python(),
         *check_dependencies(),
@@ -132,7 +132,7 @@ def check_pipeline() -> Check:
     failure = _import_error("spar.inference.pipeline")
     if failure is None:
         return Check("pipeline", True, "imports")
-    return Check("pipeline", False, f"does not import: {failure}", f"mend what stands above; else {REINSTALL}")
+    return Check("pipeline", False, f"does not import: {failure}", f"fix what is listed above; else {REINSTALL}")
 
 
 def check_step() -> Check:
@@ -146,7 +146,7 @@ def check_step() -> Check:
         pipe.understand(image, "what color is the background?", max_new_tokens=2)
     except Exception as error:  # a broken installation raises anything
         return Check("one step", False, f"fails: {type(error).__name__}: {_first_line(error)}",
-                     f"mend what stands above; else {REINSTALL}")
+                     f"fix what is listed above; else {REINSTALL}")
     return Check("one step", True, "an image is drawn and edited, a question answered")
 
 
@@ -226,10 +226,10 @@ def _matmul_gflops(dtype: "torch.dtype", device: "torch.device") -> float:
 
 def check_weights(folder: Path) -> Check:
     """The bundled weights: every JSON file reads, every safetensors file is as long as its own header says."""
-    name, mend = "weights", f"{REINSTALL}, or make weights of your own: spar train shapes"
+    name, fix = "weights", f"{REINSTALL}, or make weights of your own: spar train shapes"
     files = sorted(folder.rglob("*.safetensors"))
     if not files or not (folder / "config.json").is_file():
-        return Check(name, False, f"no model in {folder}", mend)
+        return Check(name, False, f"no model in {folder}", fix)
     from safetensors import SafetensorError, safe_open
 
     tensors = 0
@@ -241,7 +241,7 @@ def check_weights(folder: Path) -> Check:
             with safe_open(path, framework="numpy") as file:
                 tensors += len(file.keys())
         except (OSError, ValueError, SafetensorError) as error:
-            return Check(name, False, f"{path} is damaged: {_first_line(error)}", mend)
+            return Check(name, False, f"{path} is damaged: {_first_line(error)}", fix)
     size = sum(path.stat().st_size for path in files)
     return Check(name, True, f"{tensors} tensors in {len(files)} files, {size / 1e6:.1f} MB, in {folder}")
 
@@ -269,8 +269,8 @@ def check_temporary() -> Check:
             file.flush()
             return Check("temporary folder", True, str(Path(file.name).parent))
     except OSError as error:
-        mend = "set TMPDIR to a folder that can be written and has room"
-        return Check("temporary folder", False, f"cannot be written: {error.strerror or error}", mend)
+        fix = "set TMPDIR to a folder that can be written and has room"
+        return Check("temporary folder", False, f"cannot be written: {error.strerror or error}", fix)
 
 
 def check_disk(folder: Path) -> Check:

@@ -36,9 +36,9 @@ from spar.cli.console import (
     training_display,
 )
 from spar.common.errors import InputError
+from spar.common.files import atomic_directory
 from spar.common.threads import limit_spinning
 from spar.inference.image_files import (
-    atomic_directory,
     check_folder,
     check_replaceable,
     check_writable,
@@ -291,10 +291,10 @@ def train(argv: list[str]) -> int:
 
     args, chosen = _recipe(argv, TrainArguments, "spar train", "spar train tiny --run runs/tiny")
     from spar.common.device import check_device
-    from spar.training.plan import plan
+    from spar.training.estimate import summarize
 
     run, resume = _run_folder(args, chosen.name)
-    planned = plan(chosen, args.stage)
+    planned = summarize(chosen, args.stage)
     check_device(args.device)
     if args.dry_run:
         new_console().print(plan_table(planned))
@@ -588,7 +588,7 @@ def demo(argv: list[str]) -> int:
     from spar.reporting.demo import PAGE, DemoOptions, make_demo
 
     options = DemoOptions(images=images, limit=args.limit, curves=_curves(args.model or BUNDLED))
-    with atomic_directory(args.output, PAGE, overwrite=args.overwrite) as folder, progress_bar("the demo") as advance:
+    with atomic_directory(args.output) as folder, progress_bar("the demo") as advance:
         results = make_demo(pipe, folder, options, lambda _, done, total: advance and advance(done, total))
     for result in results:
         new_console().print(score_table(result))
@@ -726,7 +726,7 @@ def convert_data(argv: list[str]) -> int:
     check_replaceable(args.output, MANIFEST, overwrite=args.overwrite)
     sources = [open_source(path, args.format, cache=args.cache, workers=args.workers) for path in args.path]
     with (
-        atomic_directory(args.output, MANIFEST, overwrite=args.overwrite) as folder,
+        atomic_directory(args.output) as folder,
         progress_bar("converting") as advance,
     ):
         done = convert(sources, folder, shard=args.shard_size, bad_share=args.bad_share, progress=advance)
@@ -738,7 +738,7 @@ DATA_VERBS: dict[str, Callable[[list[str]], int]] = {"check": check_data, "conve
 
 
 def doctor(argv: list[str]) -> int:
-    """Look over the installation: what is wrong, and how to mend it."""
+    """Look over the installation: what is wrong, and how to fix it."""
     from spar.cli.arguments import DoctorArguments, parse
 
     parse(DoctorArguments, argv, "spar doctor")

@@ -1,4 +1,4 @@
-"""The one error that is the user's to mend, and the command that installs an optional part."""
+"""The one error for the user to fix, and the command that installs an optional part."""
 
 from spar import DISTRIBUTION
 

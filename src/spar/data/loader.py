@@ -184,32 +184,32 @@ class _BatchBuilder:
         self.mixture, self.rank, self.world, self.captions, self.known = mixture, rank, world, captions, known
 
     def make(self, step: int) -> "LoaderBatch | _Failure":
-        deal = self.mixture.batch_indices(step, self.rank, self.world)
+        indices = self.mixture.batch_indices(step, self.rank, self.world)
         bad: list[BadSampleRecord] = []
         try:
-            rows = [self._row(deal, row, bad) for row in range(len(deal.slot))]
+            rows = [self._row(indices, row, bad) for row in range(len(indices.slot))]
         except InputError as error:
             return _Failure(str(error), tuple(bad))
-        samples, sources = [sample for _, sample, _, _ in rows], [self.mixture.sources[n] for n in deal.source]
+        samples, sources = [sample for _, sample, _, _ in rows], [self.mixture.sources[n] for n in indices.source]
         inputs = [one for *_, references in rows for one in references]
         owners = [row for row, (*_, references) in enumerate(rows) for _ in references]
         places = [(source.identity, number) for source, (number, *_) in zip(sources, rows, strict=True)]
-        size = deal.size if self.known is None else (1, 1)
+        size = indices.size if self.known is None else (1, 1)
         return LoaderBatch(
-            step, deal.kind, _stack([image for _, _, image, _ in rows], size), _stack(inputs, size),
+            step, indices.kind, _stack([image for _, _, image, _ in rows], size), _stack(inputs, size),
             torch.tensor(owners, dtype=torch.long), tuple(sample.text for sample in samples),
             tuple(sample.key for sample in samples), tuple(source.name for source in sources), tuple(places),
             tuple(bad),
         )  # fmt: skip
 
     def _row(
-        self, deal: BatchIndices, row: int, bad: list[BadSampleRecord]
+        self, indices: BatchIndices, row: int, bad: list[BadSampleRecord]
     ) -> tuple[int, Sample, np.ndarray, list[np.ndarray]]:
         """A sample's number in its source, itself, its pictures decoded; for a bad one, the first good one behind."""
-        source = self.mixture.sources[int(deal.source[row])]
+        source = self.mixture.sources[int(indices.source[row])]
         for neighbour in range(MAX_TRIES + 1):
             try:
-                number = self.mixture.sample_index(deal, row, neighbour)
+                number = self.mixture.sample_index(indices, row, neighbour)
                 sample = source.read(number)
                 if self.captions and not sample.text:
                     raise BadSample(sample.key, sample.origin, "expected a caption, got none")
@@ -219,7 +219,7 @@ class _BatchBuilder:
                         raise BadSample(sample.key, sample.origin, "expected features of it in the cache, got none")
                     blank = np.zeros((1, 1, 3), np.uint8)
                     return number, sample, blank, [blank] * len(references)
-                image, *inputs = (_decode(data, deal.size, sample) for data in (sample.image, *references))
+                image, *inputs = (_decode(data, indices.size, sample) for data in (sample.image, *references))
                 return number, sample, image, inputs
             except BadSample as error:
                 bad.append(BadSampleRecord(source.name, error.origin, error.key, error.reason))

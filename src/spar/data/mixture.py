@@ -100,10 +100,10 @@ class Mixture:
                 slot[where] = shuffled(occurrence[where] % size, size, key)
         return BatchIndices(category, kind, self.buckets[bucket], source, slot)
 
-    def sample_index(self, deal: BatchIndices, row: int, neighbour: int = 0) -> int:
+    def sample_index(self, indices: BatchIndices, row: int, neighbour: int = 0) -> int:
         """The number in its source of a dealt sample, or of the n-th sample behind it in the same bucket."""
-        number, bucket = int(deal.source[row]), self.categories[deal.category][1]
-        slot = (int(deal.slot[row]) + neighbour) % self._count(number, bucket)
+        number, bucket = int(indices.source[row]), self.categories[indices.category][1]
+        slot = (int(indices.slot[row]) + neighbour) % self._count(number, bucket)
         members = self._lists[number, bucket]
         return slot if members is None else int(members[slot])
 

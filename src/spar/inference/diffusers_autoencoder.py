@@ -11,8 +11,9 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.autoencoders.vae import DecoderOutput, EncoderOutput
 from torch import Tensor, nn
 
-from spar.checkpoints.spar_format import FORMAT, load_tokenizer, replaced, save_tokenizer
+from spar.checkpoints.spar_format import FORMAT, check_replaceable, load_tokenizer, save_tokenizer
 from spar.common.errors import InputError
+from spar.common.files import atomic_directory
 from spar.common.limits import MAX_TILE, check_int_range
 from spar.models.tiling import MIN_TILE
 from spar.models.tokenizer import UnifiedTokenizer
@@ -62,7 +63,8 @@ class AutoencoderSpar(nn.Module):
         """
         scale = torch.tensor(self.config.scaling_factor)  # `to` another type has rounded the tokenizer's own
         self.tokenizer.latent_scale = scale.to(self.device)
-        with replaced(Path(path), f"{FORMAT}-tokenizer") as folder:
+        check_replaceable(Path(path), f"{FORMAT}-tokenizer")
+        with atomic_directory(Path(path)) as folder:
             save_tokenizer(self.tokenizer, folder)
 
     @property

@@ -6,9 +6,7 @@ says otherwise. A PNG carries how it was made as text chunks, which are read bac
 
 import hashlib
 import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -237,35 +235,17 @@ def list_images(folder: Path) -> list[Path]:
     return found
 
 
-@contextmanager
-def atomic_directory(folder: Path, mark: str, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to fill, which takes its place at the end, or is removed if anything goes wrong.
+def check_replaceable(folder: Path, mark: str, *, overwrite: bool = False) -> None:
+    """Refuse a folder that may not be made or replaced by an output.
 
     Args:
-        folder: where it is to stand.
-        mark: a file that every such folder has: one without it is somebody else's and never replaced.
-        overwrite: replace an earlier one.
+        folder: where the output is to be.
+        mark: a file that every such output has: a folder without it is somebody else's and never replaced.
+        overwrite: whether an earlier output may be replaced.
 
     Raises:
         InputError: a folder that is not empty and may not be replaced, or that cannot be written.
     """
-    check_replaceable(folder, mark, overwrite=overwrite)
-    aside, old = (folder.absolute().with_name(f".spar-{os.getpid()}-{end}") for end in ("part", "old"))
-    try:
-        aside.mkdir(parents=True)
-        yield aside
-        if folder.exists():
-            folder.rename(old)
-        aside.rename(folder)
-    except OSError as error:
-        raise InputError(f"output: {str(folder)!r} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def check_replaceable(folder: Path, mark: str, *, overwrite: bool = False) -> None:
-    """Refuse a folder that `atomic_directory` may not make or replace; the same arguments and errors."""
     check_folder(folder)
     if not os.path.isdir(folder) or not any(folder.iterdir()):
         return

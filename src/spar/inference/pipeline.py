@@ -275,36 +275,36 @@ class SparPipeline:
         """
         if max_new_tokens is not None:
             check_int_range("max_new_tokens", max_new_tokens, 1)
-        turns, longest = (
+        turns, max_tokens = (
             read_messages(messages, self.image_size),
             min(self.model.config.text.max_seq_len, MAX_CHAT_TOKENS),
         )
         for index, turn in enumerate(turns):
             for text in turn.parts:
                 if isinstance(text, str) and (text or turn.role != "assistant"):  # a model may have said nothing
-                    self.prompts.check(text, f"messages[{index}]", longest)
+                    self.prompts.check(text, f"messages[{index}]", max_tokens)
         written = [(turn.role, [part if isinstance(part, str) else None for part in turn.parts]) for turn in turns]
         tokens = self.prompts.conversation(written)
         length = tokens.ids.shape[1]
-        if length >= longest:
+        if length >= max_tokens:
             raise InputError(
-                f"messages: expected at most {longest} tokens with their images and one for the answer, got {length}"
+                f"messages: expected at most {max_tokens} tokens with their images and one for the answer, got {length}"
             )
         images = [image for turn in turns for image in turn.images]
         pixels = to_tensor(images).to(self.device) if images else None
         out = ChatOutput(length)
-        room = min(MAX_NEW_TOKENS, longest - length)
+        room = min(MAX_NEW_TOKENS, max_tokens - length)
         out.stream = self._stream(out, tokens, pixels, min(max_new_tokens or room, room))
         return out
 
-    def _stream(self, out: ChatOutput, tokens: TokenBatch, pixels: Tensor | None, longest: int) -> Iterator[str]:
+    def _stream(self, out: ChatOutput, tokens: TokenBatch, pixels: Tensor | None, max_tokens: int) -> Iterator[str]:
         """The pieces of one answer. No mode of torch is left on while the caller has a piece in hand."""
         text, tokens = TextStream(self.bundle.text_tokenizer), tokens.to(self.device)
         with torch.inference_mode(), self._compute():
             f_v = None if pixels is None else self._features(pixels)
             self._load_to_device("language")
             embedded = self.model.embed(tokens.ids, f_v)
-            steps = self.model.language.stream(embedded, tokens.mask, max_new_tokens=longest)
+            steps = self.model.language.stream(embedded, tokens.mask, max_new_tokens=max_tokens)
         while True:
             with torch.inference_mode(), self._compute():
                 self._load_to_device("language")  # other calls may come between two pieces
@@ -314,7 +314,7 @@ class SparPipeline:
             out.completion_tokens += 1
             if piece := text.add_token(step[0]):
                 yield piece
-        out.finish_reason = "length" if out.completion_tokens == longest else "stop"
+        out.finish_reason = "length" if out.completion_tokens == max_tokens else "stop"
         if piece := text.flush():
             yield piece
 

@@ -18,10 +18,10 @@ from spar.models.encoder import qwen_config
 
 
 class LayerKVCache:
-    """What one layer has behind it when it reads new tokens: keys and values `[B, heads, T, d]`.
+    """Keys and values `[B, heads, T, d]` of the tokens before those that one layer reads now.
 
-    transformers' layers call `update`. It leaves `before` alone, so a layer may be computed twice (`recompute`), and
-    does not look at a layer's number, for which each would be compiled apart.
+    transformers' layers call `update`. It leaves `past` alone, so that a layer may be computed twice (activation
+    checkpointing), and ignores the layer's number, for which torch.compile would compile each layer apart.
     """
 
     def __init__(self, before: KeyValue | None = None) -> None:
@@ -78,7 +78,7 @@ class LanguageModel(nn.Module):
             position_ids: `[B, T]`.
             layers: which hidden states to keep, 0 the embedding output, L the last layer behind the final norm
                 (transformers' own numbering).
-            seen: each layer's keys and values of the earlier tokens, replaced by those of all.
+            past_key_values: each layer's keys and values of the earlier tokens, replaced by those of all.
 
         Returns:
             The final states `[B, T, D]` and the kept states, each `[B, T, D]`.

@@ -122,14 +122,14 @@ def create_app(
             raise ApiError(400, "stream_options: expected only with stream", param="stream_options")
         until = deadline()
         messages = await _race(request, read_messages(body.messages, request.state.hold, decoders), until)
-        longest = body.max_completion_tokens or body.max_tokens
+        max_new_tokens = body.max_completion_tokens or body.max_tokens
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
         def say(piece: str | None) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        job = ChatJob(lambda pipe: begin_chat(pipe, messages, longest), say)
+        job = ChatJob(lambda pipe: begin_chat(pipe, messages, max_new_tokens), say)
         job.future.add_done_callback(lambda _: say(None))
         worker.submit(job)
         if not body.stream:
@@ -193,7 +193,7 @@ async def _gone(request: Request) -> None:
 
 
 async def _race(request: Request, work: Awaitable[Any], until: float) -> Any:
-    """What `work` gives, unless the client leaves first (Gone) or the loop's clock reaches `until` (503)."""
+    """What `work` gives, unless the client leaves (ClientDisconnected) or the loop's clock reaches `until` (503)."""
     task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
     try:
         left = max(0, until - asyncio.get_running_loop().time())

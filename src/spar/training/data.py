@@ -72,11 +72,17 @@ class FilesTrainingData:
     sized = True  # batches come at the stage's own size
 
     def __init__(
-        self, config: DataConfig, prompts: PromptEncoder, seed: int, *, side: int, stride: int, longest: int, run: Path,
-        parallel: DistributedContext,
+        self, config: DataConfig, prompts: PromptEncoder, seed: int, *, side: int, stride: int, max_prompt_tokens: int,
+        run: Path, parallel: DistributedContext,
     ) -> None:  # fmt: skip
         self.config, self.prompts, self.seed = config, prompts, seed
-        self.side, self.stride, self.max_seq_len, self.run, self.parallel = side, stride, longest, run, parallel
+        self.side, self.stride, self.max_prompt_tokens, self.run, self.parallel = (
+            side,
+            stride,
+            max_prompt_tokens,
+            run,
+            parallel,
+        )
         self.weights = [weight for weight, _ in weighted_sets(config.sets)]
         self.sources = open_sources(config, run / "cache")
         self._batches: Iterator[LoaderBatch] = iter(())
@@ -174,7 +180,7 @@ class FilesTrainingData:
         for token in tokenizer.all_special_tokens:
             text = text.replace(token, " ")
         ids = tokenizer.encode(text, add_special_tokens=False)
-        return text if len(ids) <= self.max_seq_len else tokenizer.decode(ids[: self.max_seq_len])
+        return text if len(ids) <= self.max_prompt_tokens else tokenizer.decode(ids[: self.max_prompt_tokens])
 
 
 class _Known:

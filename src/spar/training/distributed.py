@@ -212,7 +212,7 @@ def wrap_modules(modules: nn.Module, parallel: DistributedContext) -> nn.Module:
                 fully_shard(block, mesh=mesh, ignored_params=held)
         return fully_shard(frame, mesh=mesh, ignored_params=held)
     if parallel.world > 1:
-        # Generation and editing reach different parts, and refuse_unreached has its own word on what none reaches.
+        # Generation and editing reach different parts, and check_unused_parameters says what none reaches.
         return DistributedDataParallel(frame, find_unused_parameters=True, broadcast_buffers=False)
     return frame
 

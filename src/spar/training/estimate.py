@@ -19,9 +19,11 @@ from spar.common.errors import InputError
 from spar.models.blocks import repeated_blocks
 from spar.training.config import Recipe, StageConfig, freeze
 from spar.training.distributed import apply_activation_checkpointing
-from spar.training.modules import TrainingModules
+from spar.training.modules import TrainingModules, init_weights
+from spar.training.teacher import build_teacher
 
 GIB = 2**30
+BYTES = 4  # of a float32
 RESERVE = 4 * GIB
 PROMPT_TOKENS = 64  # of a caption with its template; a caption of 300 tokens costs the LLM alone
 # Dense bfloat16 operations a second and bytes of memory, from the makers' data sheets.
@@ -76,7 +78,9 @@ class HardwareConfig:
         if self.gpu not in GPUS:
             raise InputError(f"gpu: expected one of {', '.join(GPUS)}, got {self.gpu!r}")
         if self.gpus < 1 or self.grad_accum_steps < 1:
-            raise InputError(f"expected gpus and accumulate of at least 1, got {self.gpus} and {self.grad_accum_steps}")
+            raise InputError(
+                f"expected gpus and grad_accum_steps of at least 1, got {self.gpus} and {self.grad_accum_steps}"
+            )
         if not 0 < self.mfu <= 1:
             raise InputError(f"mfu: expected above 0 and at most 1, got {self.mfu}")
 
@@ -162,8 +166,8 @@ def _estimate_stage(
         most = int(room // cost.held) if cost.held else 0
         advice = f"at most {most} pictures at once fit" if most > 0 else "not even one picture fits"
         warnings.append(
-            f"{found.memory / GIB:.0f} GiB do not fit into {capacity / GIB:.0f}: {advice}; more accumulate, recompute, "
-            "fsdp or GPUs would help"
+            f"{found.memory / GIB:.0f} GiB do not fit into {capacity / GIB:.0f}: {advice}; more "
+            "grad_accum_steps, activation_checkpointing, fsdp or GPUs would help"
         )
     return replace(found, warnings=tuple(warnings))
 
@@ -310,3 +314,57 @@ def _velocity(model: nn.Module, tokens: int) -> Tensor:
     time = torch.zeros(1, dtype=torch.bfloat16, device="meta")
     mask = torch.ones(1, tokens, dtype=torch.long, device="meta")
     return model.denoiser(latent, time, _input(1, tokens, config.denoiser.caption_channels), mask).velocity
+
+
+# ---- what a run would train, by parameters alone ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StageSummary:
+    """One stage: its settings, trainable and frozen parameters, and the bytes of its weights and optimizer state.
+
+    `bytes` counts every weight, and for those that train the gradient, two moments and the average; activations,
+    which depend on the batch, are not counted.
+    """
+
+    stage: StageConfig
+    trainable: int
+    frozen: int
+    bytes: int
+
+
+def summarize(recipe: Recipe, stages: tuple[str, ...] = ()) -> list[StageSummary]:
+    """The stages that a run would train, in order; all when `stages` is empty. Nothing is allocated.
+
+    A recipe whose sizes do not fit together is refused here, before a run's folder is made.
+
+    Raises:
+        InputError: an unknown stage, a pattern without a parameter, sizes that do not fit, or an external teacher
+            that cannot be loaded.
+    """
+    chosen = tuple(recipe.stage(name) for name in stages) or recipe.stages
+    teacher = build_teacher(recipe.alignment)
+    try:
+        with torch.device("meta"):
+            modules = TrainingModules(recipe, teacher_width=teacher.width() if teacher else None)
+            init_weights(modules)
+            if recipe.lora.rank:
+                add_lora(modules.model, recipe.lora)
+            tokenizer = modules.model.tokenizer
+            for side in {recipe.model.image_size, *(stage.image_size or recipe.model.image_size for stage in chosen)}:
+                tokenizer.decode(tokenizer.encode(torch.zeros(1, 3, side, side)).z_f)
+    except InputError:
+        raise
+    except Exception as error:  # whatever class of the libraries refuses its sizes, and however
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise InputError(f"recipe {recipe.name}: its sizes do not fit together: {reason}") from error
+    return [_summarize_stage(modules, stage) for stage in chosen]
+
+
+def _summarize_stage(modules: TrainingModules, stage: StageConfig) -> StageSummary:
+    freeze(modules, stage)
+    sizes = {True: 0, False: 0}
+    for parameter in modules.parameters():
+        sizes[parameter.requires_grad] += parameter.numel()
+    copies = 4 if stage.ema else 3
+    return StageSummary(stage, sizes[True], sizes[False], BYTES * (sizes[False] + (1 + copies) * sizes[True]))

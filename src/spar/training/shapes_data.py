@@ -125,10 +125,10 @@ class ShapesTrainingData:
 
     def captions(self, rng: np.random.Generator, indices: np.ndarray, *, position_captions: float = 0.0) -> list[str]:
         """A caption of each scene; the share `places` of them also says where things lie."""
-        lessons = rng.random(len(indices)) < position_captions if position_captions else np.zeros(len(indices), bool)
+        placed = rng.random(len(indices)) < position_captions if position_captions else np.zeros(len(indices), bool)
         return [
-            position_caption(self.scenes[i], rng) if lesson else caption(self.scenes[i], rng)
-            for i, lesson in zip(indices, lessons, strict=True)
+            position_caption(self.scenes[i], rng) if is_placed else caption(self.scenes[i], rng)
+            for i, is_placed in zip(indices, placed, strict=True)
         ]
 
     def instructions(self, indices: np.ndarray) -> list[str]:

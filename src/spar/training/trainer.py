@@ -290,7 +290,7 @@ def build_training_data(
     model = recipe.model
     return FilesTrainingData(
         recipe.data, prompts, recipe.seed, side=model.image_size, stride=model.token_stride,
-        longest=recipe.max_prompt_tokens, run=run, parallel=parallel,
+        max_prompt_tokens=recipe.max_prompt_tokens, run=run, parallel=parallel,
     )
 
 
