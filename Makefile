@@ -1,6 +1,8 @@
 # make demo   sets up .venv, runs the demo with the bundled weights, says where its report is
 # make test   the linter and the whole suite; make fast leaves the slow tests out
-# make clean  removes what these made, .venv too; runs/ stays
+# make test-newest, make test-oldest
+#             the same as make fast, at either end of pyproject.toml's ranges: run both whenever a dependency changes
+# make clean  removes what these made, the environments too; runs/ stays
 
 PYTHON ?= python3
 # An index of torch wheels, where the registry's own build is not wanted: on Linux that one brings CUDA, and PyTorch's
@@ -10,10 +12,11 @@ TORCH_INDEX ?=
 WORKERS ?= 2
 
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
-PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# The arguments of pip and pytest come behind these two; $(1) is the environment.
+install = $(1)/bin/python -m pip install --disable-pip-version-check --quiet
+pytest = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test fast lint clean
+.PHONY: demo test fast test-newest test-oldest lint clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/installed
@@ -21,27 +24,53 @@ demo: .venv/installed
 	@echo "The report is demo/report.html: open it in a browser."
 
 test: lint
-	$(PYTEST)
+	$(call pytest,.venv)
 
 fast: lint
-	$(PYTEST) -m "not slow"
+	$(call pytest,.venv) -m "not slow"
+
+# What came out since the environment was made is taken in at every run; torch alone stays at its pin. Where pip finds no
+# versions that agree, PIP_VERBOSE=1 lets it say which requirements those are.
+test-newest: .venv-newest/installed
+	$(call install,.venv-newest) --constraint .venv-newest/constraints.txt --upgrade --upgrade-strategy eager --editable '.[dev]'
+	.venv-newest/bin/ruff check .
+	$(call pytest,.venv-newest) -m "not slow"
+
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/ruff check .
+	$(call pytest,.venv-oldest) -m "not slow"
 
 lint: .venv/installed
 	$(BIN)/ruff check .
 
-# torch first and alone: pip then takes a local CPU build of the pinned version where there is one, and no other package's
-# wish for torch can bring the CUDA build in before it.
-.venv/installed: pyproject.toml constraints.txt
+# An environment with torch in it: torch first and alone, as pip then takes a local CPU build of the pinned version where
+# there is one, and no other package's wish for torch can bring the CUDA build in before it.
+define environment
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	{ echo "spar needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || \
 	{ echo "$(PYTHON) cannot make virtual environments; on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
-	@echo "Setting up .venv (a few minutes, once)"
-	$(PYTHON) -m venv .venv
-	$(INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
-	$(INSTALL) --editable '.[dev]'
+	@echo "Setting up $(@D) (a few minutes, once)"
+	$(PYTHON) -m venv $(1) $(@D)
+	$(call install,$(@D)) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
+endef
+
+.venv/installed: pyproject.toml constraints.txt
+	$(call environment)
+	$(call install,$(@D)) --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+.venv-newest/installed: pyproject.toml constraints.txt
+	$(call environment,--clear)
+	@grep '^torch==' constraints.txt > $(@D)/constraints.txt
+	@touch $@
+
+.venv-oldest/installed: pyproject.toml constraints.txt .ci/oldest.py
+	$(call environment,--clear)
+	@{ grep '^torch==' constraints.txt && $(PYTHON) .ci/oldest.py; } > $(@D)/constraints.txt
+	$(call install,$(@D)) --constraint $(@D)/constraints.txt --editable '.[dev]'
 	@touch $@
 
 clean:
-	rm -rf .venv demo build dist .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf .venv .venv-newest .venv-oldest demo build dist .pytest_cache .ruff_cache .hypothesis src/*.egg-info
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

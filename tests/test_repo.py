@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -311,6 +312,17 @@ def test_the_tested_versions_are_pinned_within_the_ranges():
     for requirement in declared():
         if requirement.name not in optional:
             assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), requirement
+
+
+def test_the_oldest_versions_are_the_lower_bounds_of_the_ranges():
+    script = runpy.run_path(str(ROOT / ".ci" / "oldest.py"))
+    bounds = script["oldest"](script["ranges"]((ROOT / "pyproject.toml").read_text(encoding="utf-8")))
+    assert {*bounds} == {requirement.name for requirement in declared()}
+    for requirement in declared():
+        assert f">={bounds[requirement.name]}" in {str(specifier) for specifier in requirement.specifier}
+    for unclear in (["numpy"], ["numpy>=2"], ["numpy<3,>=2"], ["numpy==2.1"], ["numpy>=2,<3", "numpy>=2.1,<3"]):
+        with pytest.raises(SystemExit, match="expected"):
+            script["oldest"](unclear)
 
 
 # Files

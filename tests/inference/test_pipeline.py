@@ -721,13 +721,13 @@ def test_max_new_tokens_has_bounds(pipe, pictures, tokens):
 def test_more_new_tokens_than_there_can_be_are_cut_to_those(pipe, pictures, monkeypatch, words):
     """At most MAX_NEW_TOKENS, and at most what the model has positions for behind a long question."""
     asked = []
-    stream = type(pipe.model.language).stream
+    stream = pipe.model.language.stream
 
-    def counted(self, embeddings, mask, *, max_new_tokens):
+    def counted(embeddings, mask, *, max_new_tokens):
         asked.append((mask.shape[1], max_new_tokens))
-        return islice(stream(self, embeddings, mask, max_new_tokens=max_new_tokens), 2)
+        return islice(stream(embeddings, mask, max_new_tokens=max_new_tokens), 2)
 
-    monkeypatch.setattr(type(pipe.model.language), "stream", counted)
+    monkeypatch.setattr(pipe.model.language, "stream", counted)
     monkeypatch.setattr(pipe, "check_text", lambda *_: None)  # understand takes no question as long as a chat does
     pipe.understand(pictures[0], words, max_new_tokens=10**6)
     out = pipe.chat([turn(words, pictures[0])], max_new_tokens=10**6)

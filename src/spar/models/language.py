@@ -92,13 +92,8 @@ class LanguageModel(nn.Module):
         x = embeddings
         for i, layer in enumerate(network.layers, start=1):
             past = LayerKVCache(past_key_values[i - 1]) if past_key_values else None
-            x = layer(
-                x,
-                attention_mask=bias,
-                position_ids=position_ids,
-                past_key_values=past,
-                position_embeddings=rotary,
-            )
+            # By place: transformers 5.24 calls the fourth `cache`, and warns of the name in 5.23, `past_key_values`.
+            x = layer(x, bias, position_ids, past, position_embeddings=rotary)
             if past:
                 past_key_values[i - 1] = past.key_value
             if i in layers:

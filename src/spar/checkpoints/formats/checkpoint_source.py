@@ -62,10 +62,14 @@ def fetch(
         return CheckpointSource(path, path.resolve().name)
     if path.exists() or not REPOSITORY.fullmatch(source):
         raise InputError(f"{what}: expected a folder or a Hub id such as OWNER/NAME, got {source!r}")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
+    # Said, as huggingface_hub before 2.3 goes online for a commit whose list of files is not in the cache.
+    offline = constants.HF_HUB_OFFLINE
     try:
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(patterns)))
+        folder = Path(
+            snapshot_download(source, revision=revision, allow_patterns=list(patterns), local_files_only=offline)
+        )
     except Exception as error:  # the Hub's own classes, those of the network and of the disk
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(f"{what}: {source} cannot be had from the Hub or its cache: {reason}") from error
