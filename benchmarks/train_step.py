@@ -41,7 +41,7 @@ UNUSED = {
 
 
 class Noise:
-    """Material without files: pictures of noise, prompts of WORDS tokens."""
+    """Training data without files: pictures of noise, prompts of WORDS tokens."""
 
     fixed = False
     sized = True
@@ -55,7 +55,7 @@ class Noise:
     def features(self, name: str, indices: np.ndarray) -> None:
         """Nothing is kept."""
 
-    def deal(self, stage, step: int, rows: slice) -> StepBatch:
+    def get_batch(self, stage, step: int, rows: slice) -> StepBatch:
         indices = np.arange(stage.batch)[rows]
         return StepBatch(indices, False, ("",) * len(indices))
 

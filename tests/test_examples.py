@@ -63,8 +63,8 @@ def test_a_folder_of_ones_own_trains_lora_and_draws(tiny_run, data, tmp_path):
 @pytest.mark.slow
 def test_unilips_checkpoint_is_converted_and_trained_on(data, tmp_path):
     """A tiny random checkpoint in UniLIP's format, sizes and forms taken from what it was converted to."""
-    foreign = load(ROOT / "tests" / "models" / "foreign.py")
-    conversion = load(ROOT / "tests" / "models" / "test_conversion.py")
+    foreign = load(ROOT / "tests" / "checkpoints" / "foreign.py")
+    conversion = load(ROOT / "tests" / "checkpoints" / "test_from_unilip.py")
     foreign.mllm, foreign.dit = (functools.partial(make, layers=6) for make in (foreign.mllm, foreign.dit))
     conversion.write_published(foreign, tmp_path)
     parts = " ".join(f"--{part} {tmp_path / part}" for part in ("mllm", "autoencoder", "dit"))

@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -180,6 +181,12 @@ def test_no_module_imports_itself_in_a_circle(trees):
     assert find_circle(trees) == []
     planted = {"spar.a": ast.parse("from spar import b"), "spar.b": ast.parse("def late():\n    from spar.a import x")}
     assert set(find_circle(planted)) == {*planted}
+
+
+def test_no_class_name_is_used_twice(trees):
+    """One concept has one name, and one name is one concept: also where two modules would never meet."""
+    classes = [node.name for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    assert [name for name, count in Counter(classes).items() if count > 1] == []
 
 
 def test_the_code_never_prints_loads_loosely_or_runs_what_it_reads(trees):

@@ -79,7 +79,7 @@ import torch
 from spar.checkpoints.spar_format import load_model
 loaded = load_model(Path(sys.argv[1]))
 sys.path.insert(0, sys.argv[3])
-from test_checkpoint import digest, picture
+from test_spar_format import digest, picture
 np.save(sys.argv[2], picture(loaded.model).numpy())
 print(digest(loaded.model.state_dict()))
 """
