@@ -55,6 +55,7 @@ def start(tiny_run: TinyRun) -> Callable[..., Any]:
     from spar.processing.prompts import PromptEncoder
     from spar.training.config import freeze
     from spar.training.loop import load_previous_weights
+    from spar.training.plan import PlannedStage, StageStart, preparations
     from spar.training.shapes_data import ShapesTrainingData
     from spar.training.steps import StepContext
     from spar.training.trainer import build_modules, prepare
@@ -68,9 +69,15 @@ def start(tiny_run: TinyRun) -> Callable[..., Any]:
     def build(name: str, recipe: Any = tiny, teacher: Any = None, **changes: Any) -> StepContext:
         stage = replace(recipe.stage(name), **changes)
         modules = copy.deepcopy(fresh)
-        load_previous_weights(modules, tiny_run.path, stage, recipe.stages)
+        names = [one.name for one in recipe.stages]
+        before = recipe.stages[names.index(name) - 1] if names.index(name) else None
+        begins = StageStart("random")
+        if before:
+            begins = StageStart("stage", tiny_run.path / before.name / "done")
+            load_previous_weights(modules, begins.path)
         ctx = StepContext(modules.train(), training_data, recipe, stage, cpu, external_teacher=teacher)
-        prepare(ctx)
+        prepares = preparations(recipe, stage, begins, before=before)
+        prepare(ctx, PlannedStage(stage, begins, prepares))
         freeze(modules, stage)
         return ctx
 

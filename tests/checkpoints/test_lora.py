@@ -132,6 +132,6 @@ def test_settings_without_sense_are_refused(tiny_run, tmp_path):
             LoraConfig(**wrong)
     recipe = replace(tiny_run.recipe, lora=LoraConfig(rank=2))
     for stage in ("unified-1", "tokenizer-1"):
-        with pytest.raises(InputError, match=f"expected unified stages behind unified-1 alone .*got {stage}"):
+        with pytest.raises(InputError, match=f"expected unified stages after unified-1 alone .*got {stage}"):
             train(recipe, tmp_path / "run", stages=(stage,), init_from=tiny_run.path / "model")
     assert not (tmp_path / "run").exists()

@@ -480,13 +480,19 @@ def test_a_dry_run_says_what_would_train_and_writes_nothing(capsys, monkeypatch,
     from spar.training.modules import TrainingModules
 
     monkeypatch.chdir(tmp_path)
-    assert main(["train", "tiny", "--dry-run", "--stage", "unified-1"]) == 0
+    assert main(["train", "tiny", "--dry-run"]) == 0
     out = capsys.readouterr().out
     modules, base = TrainingModules(recipe("tiny")), recipe("tiny")
-    freeze(modules, base.stage("unified-1"))
-    count = sum(p.numel() for p in modules.parameters() if p.requires_grad)
-    assert f" {count:,} " in out and "unified-1" in out and "unified-2" not in out
+    lines = {line.split()[1]: line for line in out.splitlines() if len(line.split()) > 1}
+    for stage in base.stages:
+        freeze(modules, stage)
+        assert f" {sum(p.numel() for p in modules.parameters() if p.requires_grad):,} " in lines[stage.name]
+    assert "random weights" in lines["encoder"] and "the end of encoder" in lines["mllm"]
+    assert "tag embeddings" in lines["mllm"] and "teacher from encoder" in lines["tokenizer-1"]
+    assert "connector from LLM" in lines["unified-1"] and "24 scenes, 30% edits" in lines["unified-2"]
     assert [*tmp_path.iterdir()] == []
+    assert main(["train", "tiny", "--dry-run", "--stage", "unified-1"]) == 2  # as the run itself would say
+    assert "starts from the end of tokenizer-3, which is not in runs/tiny" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -494,30 +500,30 @@ def run_training(monkeypatch, tmp_path):
     """Replaces training; the list holds the keywords of each call, `stop` is raised or returned."""
     calls = []
 
-    def train(recipe, run, **keywords):
-        calls.append((recipe, run, keywords))
-        if isinstance(train.result, type):
-            raise train.result
-        return train.result
+    def execute(plan, **keywords):
+        calls.append((plan, keywords))
+        if isinstance(execute.result, type):
+            raise execute.result
+        return execute.result
 
-    train.result, train.calls = object(), calls
-    monkeypatch.setattr("spar.training.trainer.train", train)
+    execute.result, execute.calls = object(), calls
+    monkeypatch.setattr("spar.training.trainer.execute", execute)
     monkeypatch.chdir(tmp_path)
-    return train
+    return execute
 
 
 def test_resume_is_never_auto_or_a_folder(run_training, capsys):
     Path("old").mkdir()
     Path("old/recipe.json").write_text("{}")
-    for line, run, resume in (
-        ("", "runs/tiny", False),
-        ("--resume auto", "runs/tiny", True),
-        ("--resume never --run r", "r", False),
-        ("--resume old", "old", True),
+    for line, run, fresh in (
+        ("", "runs/tiny", True),
+        ("--resume auto", "runs/tiny", False),
+        ("--resume never --run r", "r", True),
+        ("--resume old", "old", False),
     ):
         assert main(["train", "tiny", *line.split()]) == 0
-        _, where, keywords = run_training.calls[-1]
-        assert (str(where), keywords["resume"], keywords["device"]) == (run, resume, "cpu")
+        plan, keywords = run_training.calls[-1]
+        assert (str(plan.run), plan.fresh, keywords["device"]) == (run, fresh, "cpu")
     assert "one folder" in said(capsys, "train tiny --resume old --run other")[1]
 
 

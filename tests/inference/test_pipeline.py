@@ -695,8 +695,10 @@ def test_a_sequence_longer_than_the_language_models_positions_is_told_in_words(p
 
 def test_a_picture_is_made_from_one_reference(pipe, pictures):
     for images in ([pictures[:2]], [tuple(pictures[:2]), pictures[0]]):
-        with pytest.raises(InputError, match="expected one image for each text, got a list within the list"):
+        with pytest.raises(InputError, match="expected one reference image for each edit, got a list of 2"):
             edit(pipe, images)
+        with pytest.raises(InputError, match="expected one image for each text, got a list within the list"):
+            pipe.understand(images, QUESTION)
 
 
 def test_images_and_texts_must_pair_up(pipe, pictures):

@@ -164,7 +164,7 @@ def test_a_list_of_one_picture_is_that_picture(client, pipe):
     asked = {"prompt": "change the background to navy", "extra_body": {"seed": 7, **QUICK}}
     one, listed = (client.images.edit(image=image, stream=False, **asked) for image in (source, [source]))
     assert one.data[0].b64_json == listed.data[0].b64_json
-    with pytest.raises(openai.BadRequestError, match="one picture, got several"):
+    with pytest.raises(openai.BadRequestError, match="expected one reference image for each edit, got 2"):
         client.images.edit(image=[source, source], **asked)
     with pytest.raises(openai.BadRequestError, match="its picture's own"):
         client.images.edit(image=source, size="64x64", **asked)

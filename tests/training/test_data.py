@@ -13,14 +13,17 @@ import pytest
 import torch
 from PIL import Image
 
+from spar.checkpoints.spar_format import load_model
 from spar.common.errors import InputError
+from spar.common.limits import one_reference
 from spar.processing.prompts import PromptEncoder
 from spar.training.checkpoint import load_group
 from spar.training.config import DataConfig, weighted_sets
-from spar.training.data import FilesTrainingData, epochs_per_source
+from spar.training.data import FilesTrainingData, epochs_per_source, open_sources
 from spar.training.distributed import SINGLE_PROCESS, DistributedContext, ParallelismConfig
+from spar.training.feature_cache import write_cache
 from spar.training.steps import StepContext
-from spar.training.trainer import train
+from spar.training.trainer import find_text_tokenizer, train
 from spar.worlds.shapes.dataset import scene_at
 from spar.worlds.shapes.render import render
 from spar.worlds.shapes.scene import COLORS
@@ -271,4 +274,32 @@ def test_settings_without_sense_are_refused(tiny_run, tmp_path, sets):
         train(recipe, tmp_path / "run", stages=("mllm", "unified-2"))
     assert not (tmp_path / "run").exists()
     with pytest.raises(InputError, match="its words want the text tokenizer of a SPAR folder"):
-        train(recipe, tmp_path / "run", stages=("unified-2",))
+        find_text_tokenizer(recipe, tmp_path / "run", None)
+
+
+def test_an_edit_of_two_references_is_set_aside_in_training_and_in_the_cache(tiny_run, sets, tmp_path):
+    """It ended the run, and on resume again, while the cache silently took the first reference."""
+    both = [
+        {("input_0.jpg" if name == "input.jpg" and i == 5 else name): data for name, data in sample.items()}
+        for i, sample in enumerate(edits())
+    ]
+    both[5]["input_1.jpg"] = plain(NAMES[0])
+    path, run = write_tar(tmp_path / "two.tar", both), tmp_path / "run"
+    recipe = replace(tiny_run.recipe, data=DataConfig(source="files", sets=(sets[0], path), workers=0, bad_share=0.5))
+    stages = tuple(replace(s, edit_share=1.0, steps=6) if s.name == "unified-2" else s for s in recipe.stages)
+    recipe = replace(recipe, stages=stages)
+    assert train(recipe, run, stages=("unified-2",), init_from=tiny_run.path / "model") is not None
+    named = [json.loads(line) for line in (run / "bad_samples.jsonl").read_text().splitlines()]
+    assert {row["key"] for row in named} == {"00000005"}
+    assert {row["reason"] for row in named} == {one_reference(2)}
+    tokenizer = load_model(tiny_run.path / "model").model.tokenizer
+    assert write_cache(tokenizer, open_sources(recipe.data), tmp_path / "features", side=64) == 1
+
+
+def test_pipeline_and_api_refuse_a_second_reference_in_the_same_words(tiny_run):
+    from spar.inference.pipeline import SparPipeline
+
+    pipe = SparPipeline.from_pretrained(tiny_run.path / "model", device="cpu")
+    image = Image.new("RGB", (64, 64))
+    with pytest.raises(InputError, match="expected one reference image for each edit, got a list of 2: the model is"):
+        pipe.edit([[image, image]], "remove the red circle")

@@ -77,7 +77,7 @@ def test_training_from_the_cache_has_the_losses_of_training_from_pictures(tiny_r
             init_from=model, parallelism=ParallelismConfig(precision="fp32"),
             report=lambda stage, step, steps, v, rows=losses[name]: rows.append((v["loss"], v["grad_norm"])),
         )  # fmt: skip
-    assert seen["cache"] == 512 < seen["pictures"]  # to measure the teacher's mean; no step encodes a picture
+    assert seen["cache"] == 0 < seen["pictures"]  # the teacher's mean is measured on the cached features
     assert len(losses["cache"]) == 8
     for (a, g), (b, h) in zip(losses["pictures"], losses["cache"], strict=True):
         assert a == pytest.approx(b, rel=1e-4) and g == pytest.approx(h, rel=1e-3)

@@ -245,9 +245,12 @@ def test_init_from_starts_where_it_says(tiny_run, tmp_path):
 def test_init_from_weights_that_are_none_is_refused(tiny_run, tmp_path, damage):
     folder = tmp_path / "done"
     folder.mkdir()
+    expected = "--init-from: expected a finished stage such as RUN/dit/done or a SPAR folder, got "
     if damage == "cut":
         (folder / "modules.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(InputError, match=f"modules.safetensors is {'missing' if damage == 'missing' else 'damaged'}"):
+        (folder / "meta.json").write_text("{}")
+        expected = "modules.safetensors is damaged"
+    with pytest.raises(InputError, match=expected):
         train(TINY, tmp_path / "run", stages=("unified-1",), init_from=folder)
 
 
@@ -303,6 +306,7 @@ def test_init_from_a_file_without_one_fitting_tensor_is_refused(tmp_path):
     folder = tmp_path / "done"
     folder.mkdir()
     save_file({"something.else": torch.ones(3)}, folder / "modules.safetensors")
+    (folder / "meta.json").write_text("{}")
     with pytest.raises(InputError, match="holds none of this model's weights"):
         train(replace(TINY, stages=TINY.stages[:1]), tmp_path / "run", init_from=folder)
 
@@ -379,8 +383,9 @@ def test_the_model_of_a_stage_that_has_not_ended_is_refused(half, tmp_path):
 
 def test_the_flows_settings_become_the_models(tiny_run):
     flow = replace(TINY.flow, sampling_shift=3.0, sampling_steps=7, guidance=2.5, training_shift=1.5)
+    modules = module.build_modules(TINY, torch.device("cpu"), PromptEncoder(build_tokenizer(), 64))
     loaded = module.build_bundle(
-        tiny_run.model, replace(TINY, flow=flow), tiny_run.path, PromptEncoder(build_tokenizer(), 64), "unified-3"
+        modules, replace(TINY, flow=flow), tiny_run.path, PromptEncoder(build_tokenizer(), 64), "unified-3"
     )
     assert (loaded.sampling.shift, loaded.sampling.steps, loaded.sampling.guidance) == (3.0, 7, 2.5)
 

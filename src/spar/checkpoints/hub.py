@@ -12,7 +12,7 @@ from spar.checkpoints.spar_format import PARTS
 from spar.common.config import read_json
 from spar.common.errors import InputError
 
-FOLDERS = ("", "tokenizer/", *(f"{part}/" for part in PARTS), "pixel_encoder/")
+FOLDERS = ("", "tokenizer/", *(f"{part}/" for part in PARTS), "pixel_encoder/", "teacher/")
 # Weights that are no longer in the folder are removed there: they might be loaded in the place of newer ones.
 WEIGHTS = tuple(f"{folder}model*.safetensors{end}" for folder in FOLDERS for end in ("", INDEX))
 # What belongs to a folder: nothing else that lies in it is sent.

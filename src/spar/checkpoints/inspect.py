@@ -15,6 +15,7 @@ from spar.checkpoints.spar_format import (
     PARTS,
     SamplingConfig,
     has_pixel_encoder,
+    has_teacher,
     load_text_tokenizer,
     read_header,
     tokenizer_header,
@@ -23,6 +24,7 @@ from spar.common.config import from_dict, read_json
 from spar.common.errors import InputError
 from spar.models.autoencoder import PixelEncoder, build_autoencoder
 from spar.models.config import SparConfig
+from spar.models.encoder import SemanticEncoder
 from spar.models.spar import SparModel
 from spar.models.tokenizer import UnifiedTokenizer
 
@@ -54,7 +56,7 @@ class Inspection:
     @property
     def parameters(self) -> int:
         """Those of the model; E_p, which only training reads, is none."""
-        return sum(part.parameters for part in self.parts if part.name != "pixel_encoder")
+        return sum(part.parameters for part in self.parts if part.name not in ("pixel_encoder", "teacher"))
 
     @property
     def scores(self) -> dict[str, dict[str, float]]:
@@ -85,6 +87,10 @@ def inspect(folder: Path) -> Inspection:
         with init_empty_weights():
             encoder = PixelEncoder(build_autoencoder(config.autoencoder).encoder)
         parts.append(_part("pixel_encoder", encoder, folder / "pixel_encoder" / "model.safetensors"))
+    if whole and has_teacher(folder):
+        with init_empty_weights():
+            teacher = SemanticEncoder(config.vision, config.text)
+        parts.append(_part("teacher", teacher, folder / "teacher" / "model.safetensors"))
     manifest, versions = folder / "manifest.json", header.get("versions")
     return Inspection(
         format=header["format"],

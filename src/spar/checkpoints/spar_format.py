@@ -4,6 +4,7 @@
     tokenizer/                config.json (sizes, latent scale), model.safetensors
     language/ router/ connector/ denoiser/      model.safetensors each, in shards with an index where it is large
     pixel_encoder/            model.safetensors: E_p, for training the tokenizer (optional)
+    teacher/                  model.safetensors: E_s before the tokenizer's training, its semantic teacher (optional)
     text_tokenizer/           transformers' own files
     manifest.json             what made the weights (optional)
     README.md                 the model card, for a reader (optional)
@@ -25,6 +26,7 @@ from spar.common.errors import InputError
 from spar.common.files import atomic_directory
 from spar.models.autoencoder import PixelEncoder, build_autoencoder
 from spar.models.config import SparConfig, TextConfig
+from spar.models.encoder import SemanticEncoder
 from spar.models.spar import SparModel
 from spar.models.tokenizer import UnifiedTokenizer
 from spar.processing.prompts import IMAGE_TOKEN
@@ -47,13 +49,17 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class ModelBundle:
-    """What a folder holds. `pixel_encoder` is written where it is given; `load_pixel_encoder` reads it."""
+    """What a folder holds.
+
+    `pixel_encoder` and `teacher` are written where they are given; `load_pixel_encoder` and `load_teacher` read them.
+    """
 
     model: SparModel
     text_tokenizer: Any
     sampling: SamplingConfig
     manifest: dict[str, Any] = field(default_factory=dict)
     pixel_encoder: PixelEncoder | None = None
+    teacher: SemanticEncoder | None = None
 
 
 def versions() -> dict[str, str]:
@@ -101,6 +107,8 @@ def save_model(loaded: ModelBundle, folder: Path, dtype: torch.dtype | None = No
             write_tensors(getattr(model, part), aside / part / "model.safetensors", dtype)
         if loaded.pixel_encoder is not None:
             write_tensors(loaded.pixel_encoder, aside / "pixel_encoder" / "model.safetensors", dtype)
+        if loaded.teacher is not None:
+            write_tensors(loaded.teacher, aside / "teacher" / "model.safetensors", dtype)
         loaded.text_tokenizer.save_pretrained(aside / "text_tokenizer")
         write_json(
             aside / "config.json",
@@ -169,8 +177,28 @@ def read_config(folder: Path) -> SparConfig:
 
 def has_pixel_encoder(folder: Path) -> bool:
     """Whether a SPAR folder holds E_p beside the model."""
-    path = folder / "pixel_encoder" / "model.safetensors"
+    return _has_part(folder, "pixel_encoder")
+
+
+def has_teacher(folder: Path) -> bool:
+    """Whether a SPAR folder holds the semantic teacher of its tokenizer beside the model."""
+    return _has_part(folder, "teacher")
+
+
+def _has_part(folder: Path, part: str) -> bool:
+    path = folder / part / "model.safetensors"
     return path.is_file() or path.with_name(path.name + INDEX).is_file()
+
+
+def load_teacher(folder: Path) -> SemanticEncoder:
+    """The semantic teacher of a SPAR folder, in float32: its own, or its encoder where it keeps none."""
+    config = read_config(folder)
+    if not has_teacher(folder):
+        return load_tokenizer(folder / "tokenizer").encoder
+    with init_empty_weights():
+        encoder = SemanticEncoder(config.vision, config.text)
+    load_into_meta(encoder, folder / "teacher" / "model.safetensors", str(folder / "teacher"))
+    return encoder.eval().requires_grad_(False)
 
 
 def load_pixel_encoder(folder: Path) -> PixelEncoder:

@@ -184,12 +184,14 @@ class TrainArguments:
     """never: a folder that holds a run is refused. auto: go on where the run stands. A folder: go on with that run."""
     init_from: Path | None = None
     """Start the first stage from the weights of a finished stage (RUN/STAGE/done) or of a SPAR folder."""
+    teacher: Path | None = None
+    """SPAR folder whose encoder is the tokenizer's semantic teacher, where the starting weights keep none."""
     from_scratch: Flag = False
     """Start from random weights what the recipe expects from published checkpoints."""
     device: str = "cpu"
     """cpu, cuda, cuda:1 ..."""
     dry_run: Flag = False
-    """Say what would be trained, with parameters and memory, and stop."""
+    """Print the plan of each stage (weights, data, what trains, what is prepared and removed, memory) and stop."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from spar.evaluation.results import Result
     from spar.training.config import StageConfig
     from spar.training.estimate import StageEstimate, StageSummary
+    from spar.training.plan import RunPlan
 
 MARKS = {True: "[green]ok[/]", False: "[bold red]wrong[/]", None: "[yellow]note[/]"}
 NOT_LOSS_TERMS = ("loss", "grad_norm", "lr", "seconds")  # what a step reports beside the terms of its loss
@@ -106,15 +107,28 @@ def freezing_table(stage: "StageConfig", parts: Sequence[tuple[str, int, int]]) 
     return table
 
 
-def plan_table(planned: Sequence["StageSummary"]) -> "Table":
-    """What a run would train."""
-    table = new_table("stage", ">steps", ">batch", ">trainable", ">frozen", ">memory without activations")
-    for one in planned:
-        stage = one.stage
+def plan_table(sizes: Sequence["StageSummary"], plan: "RunPlan | None" = None) -> "Table":
+    """What a run would train: sizes, and where there is a plan, what its stages start from, prepare and make void."""
+    columns = ("stage", "starts from", "data", ">steps", ">batch", ">trainable", ">frozen", "prepares", "removes")
+    table = new_table(*columns, ">memory without activations")
+    planned = {one.config.name: one for one in plan.stages} if plan else {}
+    for one in sizes:
+        stage, own = one.stage, planned.get(one.stage.name)
         batch = f"{stage.batch} x {stage.noise_samples}" if stage.noise_samples > 1 else str(stage.batch)
-        memory = f"{one.bytes / 2**20:,.0f} MiB"
-        table.add_row(stage.name, str(stage.steps), batch, f"{one.trainable:,}", f"{one.frozen:,}", memory)
+        table.add_row(
+            stage.name, str(own.start) if own else "", data_of_stage(plan, stage) if plan else "", str(stage.steps),
+            batch, f"{one.trainable:,}", f"{one.frozen:,}", ", ".join(own.prepares) if own else "",
+            ", ".join(own.invalidates) if own else "", f"{one.bytes / 2**20:,.0f} MiB",
+        )  # fmt: skip
     return table
+
+
+def data_of_stage(plan: "RunPlan", stage: "StageConfig") -> str:
+    """The data of a stage in a few words."""
+    data, edits = plan.recipe.data, f", {stage.edit_share:.0%} edits" if stage.edit_share else ""
+    source = f"{data.scenes:,} scenes" if data.source == "shapes" else f"{len(data.sets)} data sets"
+    cached = " from the cache" if data.cache is not None and stage.step == "unified" else ""
+    return f"{source}{cached}{edits}"
 
 
 def estimate_table(planned: Sequence["StageEstimate"]) -> "Table":

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
     from spar.cli.arguments import EvalArguments, ListenArguments, ModelArguments, SamplingArguments, TrainArguments
     from spar.inference.pipeline import SparPipeline
+    from spar.training.plan import RunPlan
 
 WRONG_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 RECONSTRUCT_BATCH = 64
@@ -292,23 +293,24 @@ def train(argv: list[str]) -> int:
     args, chosen = _recipe(argv, TrainArguments, "spar train", "spar train tiny --run runs/tiny")
     from spar.common.device import check_device
     from spar.training.estimate import summarize
+    from spar.training.plan import read_run, resolve
 
     run, resume = _run_folder(args, chosen.name)
-    planned = summarize(chosen, args.stage)
+    sizes = summarize(chosen, args.stage)
     check_device(args.device)
+    if args.dry_run and chosen.data.source == "none":
+        new_console().print(plan_table(sizes))
+        return 0
+    run_plan = resolve(
+        chosen, read_run(chosen, run, args.init_from), stages=args.stage, resume=resume,
+        from_scratch=args.from_scratch, teacher=args.teacher,
+    )  # fmt: skip
     if args.dry_run:
-        new_console().print(plan_table(planned))
+        new_console().print(plan_table(sizes, run_plan))
         return 0
     check_folder(run)
-    if args.init_from is not None and not any(
-        (args.init_from / name).is_file() for name in ("meta.json", "config.json")
-    ):
-        raise InputError(
-            "--init-from: expected a finished stage such as RUN/dit/done or a SPAR folder, "
-            f"got {str(args.init_from)!r}"
-        )
     again = shlex.join(["spar", "train", *argv, *(["--resume", "auto"] if args.resume == "never" else [])])
-    return _train(args, chosen, run, resume, again=again)
+    return _train(args, run_plan, again=again)
 
 
 def _recipe(argv: list[str], kind: type[Any], prog: str, example: str) -> tuple[Any, Any]:
@@ -400,18 +402,18 @@ def cache(argv: list[str]) -> int:
     return 0
 
 
-def _train(args: "TrainArguments", recipe: Any, run: Path, resume: bool, *, again: str) -> int:
+def _train(args: "TrainArguments", plan: "RunPlan", *, again: str) -> int:
     """Train with a bar, and end with where the model is, or with how to go on."""
     from spar.training.distributed import PeerFailure
     from spar.training.loop import NonFiniteLoss
-    from spar.training.trainer import train as run_training
+    from spar.training.trainer import execute
 
+    run = plan.run
     quiet = os.environ.get("RANK", "0") != "0"  # of several processes one speaks
     try:
         with nullcontext((None, None)) if quiet else training_display() as (announce, report):
-            model = run_training(
-                recipe, run, stages=args.stage, resume=resume, init_from=args.init_from, device=args.device,
-                parallelism=args.parallelism, from_scratch=args.from_scratch, report=report, announce=announce,
+            model = execute(
+                plan, device=args.device, parallelism=args.parallelism, report=report, announce=announce
             )
     except PeerFailure as error:
         _fail(str(error))

@@ -29,6 +29,11 @@ MAX_ANNOTATION_BYTES = 4 * 2**30  # a JSON list of samples, which is parsed in m
 MAX_ROW_GROUP_BYTES = 4 * 2**30  # a parquet row group, which is read in whole
 
 
+def one_reference(count: int | str) -> str:
+    """What an edit of another number of reference images is refused with, by pipeline, API, page and training alike."""
+    return f"expected one reference image for each edit, got {count}: the model is trained for edits of one"
+
+
 def check_range(name: str, value: object, low: float, high: float = math.inf) -> None:
     """Refuse what is no number, or one outside [low, high] (NaN is in no range); None, "not given", passes.
 

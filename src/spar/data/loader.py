@@ -20,7 +20,7 @@ from spar.common.errors import InputError
 from spar.data.bad_samples import BadSampleRecord, BadSampleTracker
 from spar.data.buckets import Size
 from spar.data.mixture import BatchIndices, Mixture
-from spar.data.samples import BadSample, EditSample, Kind, Sample
+from spar.data.samples import BadSample, EditSample, Kind, Sample, check_references
 from spar.processing.images import open_training_image, to_size
 
 MAX_TRIES = 16  # neighbours that are asked for one bad sample
@@ -65,13 +65,15 @@ class Loader:
         bad_share: share of bad samples above which the run ends.
         bad_samples: JSONL file that names bad samples; each rank of several has its own (`bad.0.jsonl`).
         captions: whether a sample without words is a bad one; reconstruction needs none.
+        one_reference: whether an edit of several reference images is a bad sample.
         known: with it no picture is decoded, and a sample (its source's identity, its number there) that it does not
             know is a bad one: for features that were computed before.
     """
 
     def __init__(
         self, mixture: Mixture, *, rank: int = 0, world: int = 1, workers: int = 4, bad_share: float = 0.01,
-        bad_samples: Path | None = None, captions: bool = True, known: Callable[[str, int], bool] | None = None,
+        bad_samples: Path | None = None, captions: bool = True, one_reference: bool = False,
+        known: Callable[[str, int], bool] | None = None,
     ) -> None:  # fmt: skip
         mixture.batch_indices(0, rank, world)  # refuses ranks that the batch does not suit
         if workers < 0:
@@ -80,7 +82,7 @@ class Loader:
             bad_samples = bad_samples.with_suffix(f".{rank}{bad_samples.suffix}")
         self.mixture, self.workers = mixture, workers
         self.bad_samples = BadSampleTracker(bad_share, bad_samples)
-        self._maker = _BatchBuilder(mixture, rank, world, captions, known)
+        self._maker = _BatchBuilder(mixture, rank, world, captions, one_reference, known)
         for source in mixture.sources:
             for reason in source.damage:
                 log.warning("%s: %s", source.name, reason)
@@ -179,9 +181,11 @@ class _BatchBuilder:
     """Step to batch, here and now."""
 
     def __init__(
-        self, mixture: Mixture, rank: int, world: int, captions: bool, known: Callable[[str, int], bool] | None
+        self, mixture: Mixture, rank: int, world: int, captions: bool, one_reference: bool,
+        known: Callable[[str, int], bool] | None,
     ) -> None:  # fmt: skip
-        self.mixture, self.rank, self.world, self.captions, self.known = mixture, rank, world, captions, known
+        self.mixture, self.rank, self.world, self.known = mixture, rank, world, known
+        self.captions, self.one_reference = captions, one_reference
 
     def make(self, step: int) -> "LoaderBatch | _Failure":
         indices = self.mixture.batch_indices(step, self.rank, self.world)
@@ -214,6 +218,8 @@ class _BatchBuilder:
                 if self.captions and not sample.text:
                     raise BadSample(sample.key, sample.origin, "expected a caption, got none")
                 references = sample.input_images if isinstance(sample, EditSample) else ()
+                if self.one_reference:
+                    check_references(sample)
                 if self.known is not None:
                     if not self.known(source.identity, number):
                         raise BadSample(sample.key, sample.origin, "expected features of it in the cache, got none")

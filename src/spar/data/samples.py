@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from spar.common.errors import InputError
+from spar.common.limits import one_reference
 
 Kind = Literal["text_to_image", "edit"]
 Format = Literal["auto", "webdataset", "folder", "sharegpt", "gptedit", "parquet"]
@@ -48,6 +49,12 @@ class BadSample(InputError):
     def __init__(self, key: str, origin: str, reason: str) -> None:
         super().__init__(f"sample {key!r} of {origin!r}: {reason}")
         self.key, self.origin, self.reason = key, origin, reason
+
+
+def check_references(sample: Sample) -> None:
+    """Refuse an edit of several reference images, which the model is not trained for, with BadSample."""
+    if isinstance(sample, EditSample) and len(sample.input_images) != 1:
+        raise BadSample(sample.key, sample.origin, one_reference(len(sample.input_images)))
 
 
 def is_safe_path(name: str) -> bool:

@@ -33,6 +33,7 @@ from spar.common.limits import (
     MAX_TILE,
     check_int_range,
     check_range,
+    one_reference,
 )
 from spar.common.threads import threads_for
 from spar.flow.guidance import apply_guidance
@@ -474,8 +475,11 @@ class SparPipeline:
         sources = list(image) if isinstance(image, (list, tuple)) else [image]
         if not sources:
             raise InputError("expected at least one image, got an empty list")
-        if any(isinstance(source, list | tuple) for source in sources):
-            raise InputError("expected one image for each text, got a list within the list (a chat takes several)")
+        for source in sources:
+            if isinstance(source, list | tuple) and keep_aspect:  # of an edit
+                raise InputError(one_reference(f"a list of {len(source)}"))
+            if isinstance(source, list | tuple):
+                raise InputError("expected one image for each text, got a list within the list (a chat takes several)")
         pictures, side = [open_image(source) for source in sources], self.image_size
         sizes = {(side, side)}
         if keep_aspect:

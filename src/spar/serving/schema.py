@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from fastapi import UploadFile
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from spar.common.limits import MAX_SEED
+from spar.common.limits import MAX_SEED, one_reference
 from spar.serving.limits import (
     MAX_ANSWER_TOKENS,
     MAX_FIELDS,
@@ -103,7 +103,7 @@ class EditForm(SamplingRequest):
         """OpenAI's clients call the pictures of a list `image[]`; this model takes one."""
         if isinstance(data, dict) and "image[]" in data and "image" not in data:
             if isinstance(data["image[]"], list):
-                raise ValueError("image: expected one picture, got several")
+                raise ValueError(f"image: {one_reference(len(data['image[]']))}")
             return {"image" if name == "image[]" else name: value for name, value in data.items()}
         return data
 

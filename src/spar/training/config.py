@@ -322,6 +322,10 @@ class Recipe:
                 f"{width} (text.hidden_size), got {captions}"
             )
 
+    def alignment_weight(self, stage: StageConfig) -> float:
+        """lambda_a of a stage: 0 where the recipe has no teacher."""
+        return 0.0 if self.alignment.teacher == "none" else stage.losses.align
+
     def stage(self, name: str) -> StageConfig:
         for stage in self.stages:
             if stage.name == name:

@@ -105,6 +105,15 @@ class FilesTrainingData:
             return {"f_v": found["reference"]}
         return {key: found[key] for key in ("f_v", "latent")}
 
+    def cached_features(self, count: int) -> Tensor | None:
+        """The cache's `f_v` `[n, N, D]` of the images that `sample` would decode, or None without a cache."""
+        if self._cache is None:
+            return None
+        mixture = self._mixture(64, self.weights, self.sources, 1.0)
+        loader = Loader(mixture, workers=0, captions=False, known=_Known(self._cache))
+        ids = [sample_id(*place) for batch in loader.batches(0, -(-count // 64)) for place in batch.places]
+        return self._cache.rows(ids)["f_v"]
+
     def rng(self, stage: str, step: int) -> np.random.Generator:
         """The generator of one step's choices."""
         return step_rng(self.seed, stage, step)
@@ -137,8 +146,6 @@ class FilesTrainingData:
             self._batches = self._open(stage, step)
         batch = next(self._batches)
         self._editing = batch.kind == "edit" and stage.step == "unified"
-        if self._editing and batch.owners.tolist() != list(range(len(batch.images))):
-            raise InputError(f"stage {stage.name}: expected edits of one picture each, got some of several")
         self._at, self._batch = (stage.name, step), batch
 
     def _open(self, stage: StageConfig, step: int) -> Iterator[LoaderBatch]:
@@ -149,7 +156,7 @@ class FilesTrainingData:
         loader = Loader(
             mixture, rank=self.parallel.rank, world=self.parallel.world, workers=self.config.workers,
             bad_share=self.config.bad_share, bad_samples=self.run / "bad_samples.jsonl",
-            captions=stage.step == "unified",
+            captions=stage.step == "unified", one_reference=stage.step == "unified",
             known=_Known(self._cache) if self._cache is not None and stage.step == "unified" else None,
         )  # fmt: skip
         return loader.batches(step)

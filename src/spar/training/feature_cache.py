@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from spar.common.config import read_json, to_dict, write_json
 from spar.common.errors import InputError
 from spar.data.loader import to_pixels
-from spar.data.samples import BadSample, EditSample
+from spar.data.samples import BadSample, EditSample, check_references
 from spar.data.sources import DataSource
 from spar.models.tokenizer import UnifiedTokenizer
 from spar.processing.images import open_training_image, to_size
@@ -147,7 +147,8 @@ class _Pictures(Dataset):
             try:
                 sample = self.source.read(index)
                 references = sample.input_images if isinstance(sample, EditSample) else ()
-                shown = [self._decoded(data) for data in (sample.image, *references[:1])]
+                check_references(sample)
+                shown = [self._decoded(data) for data in (sample.image, *references)]
             except (BadSample, InputError) as error:
                 log.warning("%s: %s", self.source.name, error)
                 continue

@@ -18,12 +18,18 @@ from torch.distributed.tensor import DTensor
 
 from spar.checkpoints.lora import LORA_PREFIX, is_lora_key, rename_for_lora
 from spar.checkpoints.safetensors_io import load_weights
-from spar.checkpoints.spar_format import has_pixel_encoder, load_model, load_pixel_encoder, read_config
+from spar.checkpoints.spar_format import (
+    has_pixel_encoder,
+    has_teacher,
+    load_model,
+    load_pixel_encoder,
+    load_teacher,
+    read_config,
+)
 from spar.common.config import differences, to_dict
 from spar.common.errors import InputError
 from spar.training.checkpoint import (
     TrainState,
-    existing_checkpoint,
     load_group,
     load_into,
     load_optimizers,
@@ -36,11 +42,10 @@ from spar.training.distributed import all_reduce_replicated_grads, no_sync, wrap
 from spar.training.metrics import MetricsLogger
 from spar.training.modules import TrainingModules
 from spar.training.optimizer import build_optimizers
-from spar.training.steps import STEPS, StepContext, Terms, alignment_weight, external_features
+from spar.training.plan import is_spar_folder
+from spar.training.steps import STEPS, StepContext, Terms, external_features
 
 log = logging.getLogger("spar.training")
-
-NEEDS_PIXEL_ENCODER = ("autoencoder", "dit", "tokenizer")  # steps that read E_p, which no finished model keeps
 
 Report = Callable[[str, int, int, dict[str, float]], None]
 
@@ -134,7 +139,9 @@ def check_unused_parameters(ctx: StepContext) -> None:
     others = [pattern for pattern in ctx.stage.trainable if not pattern.startswith("model.")]
     parts = [f"model.{part}.*.{LORA_PREFIX}*" for part in lora.parts]
     for pattern in (*others, *parts) if lora.rank else ctx.stage.trainable:
-        resting = pattern == "alignment_head.*" and ctx.stage.step == "unified" and not alignment_weight(ctx)
+        resting = (
+            pattern == "alignment_head.*" and ctx.stage.step == "unified" and not ctx.recipe.alignment_weight(ctx.stage)
+        )
         if not resting and not fnmatch.filter(reached, pattern):
             raise InputError(f"stage {ctx.stage.name}: {pattern!r} is trainable, but its loss does not reach it")
 
@@ -284,6 +291,10 @@ def measure_teacher_mean(ctx: StepContext, pictures: int = 512) -> None:
     So a run that starts from another run's tokenizer centres on its own teacher.
     """
     external, encoder = ctx.recipe.alignment.teacher == "external", ctx.modules.model.tokenizer.encoder
+    cached = ctx.data.cached_features(pictures)
+    if cached is not None:
+        ctx.modules.teacher_mean.copy_(cached.float().mean((0, 1)))
+        return
     with ctx.autocast():
         rows = [external_features(ctx, x).flatten(1, 2) if external else encoder(x) for x in _first(ctx, pictures)]
     ctx.modules.teacher_mean.copy_(torch.cat(rows).float().mean((0, 1)))
@@ -315,31 +326,20 @@ def whiten(modules: TrainingModules, f_v: Tensor, floor: float = 0.1) -> None:
         linear.weight.copy_((linear.weight.double() @ backward).to(linear.weight.dtype))
 
 
-def load_previous_weights(
-    modules: TrainingModules, run: Path, stage: StageConfig, order: tuple[StageConfig, ...]
-) -> None:
-    """Load the end of the stage before this one; the first stage starts from random weights."""
-    index = [s.name for s in order].index(stage.name)
-    if index == 0:
-        return
-    before = run / order[index - 1].name / "done"
-    if not existing_checkpoint(before).exists():
-        raise InputError(f"stage {stage.name} starts from the end of {order[index - 1].name}, which is not in {run}")
-    load_weights(modules, rename_for_lora(modules.state_dict(), load_group(before, "modules")), str(before))
-
-
-def is_spar_folder(folder: Path) -> bool:
-    """Whether a folder is a SPAR folder, as against the end of a stage."""
-    return (folder / "config.json").is_file()
+def load_previous_weights(modules: TrainingModules, folder: Path) -> None:
+    """Load the end of the stage before this one."""
+    load_weights(modules, rename_for_lora(modules.state_dict(), load_group(folder, "modules")), str(folder))
 
 
 def read_initial_weights(folder: Path) -> dict[str, Tensor]:
     """The weights of a stage's end, or of a SPAR folder under the training modules' names."""
     if not is_spar_folder(folder):
         return load_group(folder, "modules")
-    parts = {"model": load_model(folder).model}
+    parts: dict[str, nn.Module] = {"model": load_model(folder).model}
     if has_pixel_encoder(folder):
         parts["pixel_encoder"] = load_pixel_encoder(folder)
+    if has_teacher(folder):
+        parts["teacher"] = load_teacher(folder)
     return {f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()}
 
 
@@ -372,13 +372,6 @@ def load_initial_weights(
     if any(map(is_lora_key, given)) and not any(map(is_lora_key, own)):
         raise InputError(f"{folder} holds LoRA beside the model: expected the run's merged model (RUN/model), got it")
     given = rename_for_lora(own, given)
-    if is_spar_folder(folder) and stage.step in NEEDS_PIXEL_ENCODER and not (
-        stage.step == "tokenizer" and has_pixel_encoder(folder)
-    ):
-        raise InputError(
-            f"stage {stage.name} needs the autoencoder's encoder, which {folder} does not hold: give a stage's folder "
-            "(RUN/STAGE/done), or for a tokenizer stage a folder that spar build made"
-        )
     if is_spar_folder(folder):
         given = {**{key: value for key, value in own.items() if not key.startswith("model.")}, **given}
     if not own.keys() & given.keys():

@@ -61,6 +61,9 @@ class TrainingData(Protocol):
     def features(self, name: str, indices: np.ndarray) -> dict[str, Tensor] | None:
         """Features of a picture set (`scenes`, or `edited`) that were computed before the run, or None."""
 
+    def cached_features(self, count: int) -> Tensor | None:
+        """`f_v` `[n, N, D]` of up to `count` images that were computed before the run, or None."""
+
     def sample(self, count: int) -> tuple[Tensor, ...]:
         """About `count` pictures to measure features on, in chunks, the same on every process."""
 
@@ -101,6 +104,9 @@ class ShapesTrainingData:
 
     def features(self, name: str, indices: np.ndarray) -> dict[str, Tensor] | None:
         """None: these pictures are kept by the step itself."""
+
+    def cached_features(self, count: int) -> Tensor | None:
+        """None: nothing is computed before the run."""
 
     def sample(self, count: int) -> tuple[Tensor, ...]:
         """The first pictures, in chunks of 64."""

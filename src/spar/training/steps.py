@@ -187,17 +187,12 @@ def unified_step(ctx: StepContext, step: int) -> Terms:
         tokens, reference = ctx.data.prompts.generation(words).to(ctx.device), None
     condition = model.condition(tokens.ids, tokens.mask, reference)
     latent, teacher = target["latent"].float(), None
-    if alignment_weight(ctx) and ctx.recipe.alignment.teacher == "external":
+    if ctx.recipe.alignment_weight(ctx.stage) and ctx.recipe.alignment.teacher == "external":
         teacher = external_features(ctx, ctx.pixels(indices, edited=editing))
-    elif alignment_weight(ctx):
+    elif ctx.recipe.alignment_weight(ctx.stage):
         teacher = target["f_v"].unflatten(1, latent.shape[-2:])
     terms = _flow_terms(ctx, step, latent, condition, teacher=teacher)
     return {**terms, ("flow_edit" if editing else "flow_generate"): terms["flow"].detach()}
-
-
-def alignment_weight(ctx: StepContext) -> float:
-    """lambda_a of this stage: 0 where the recipe has no teacher."""
-    return 0.0 if ctx.recipe.alignment.teacher == "none" else ctx.stage.losses.align
 
 
 def external_features(ctx: StepContext, pixels: Tensor) -> Tensor:
@@ -224,14 +219,15 @@ def _flow_terms(ctx: StepContext, step: int, latent: Tensor, condition: Conditio
     if teacher is None:
         return {"loss": error, "flow": error.detach()}
     projected = ctx.modules.alignment_head(output.features)                         # [B R, N, D]
+    center = ctx.recipe.alignment.center  # without it the teacher's mean is not measured
     aligned = alignment_loss(
         match_grid(projected, source=tuple(clean.shape[-2:]), target=tuple(teacher.shape[1:3])),
         teacher.flatten(1, 2).repeat_interleave(ctx.stage.noise_samples, dim=0),
-        center=ctx.recipe.alignment.center,
-        teacher_mean=ctx.modules.teacher_mean,
+        center=center,
+        teacher_mean=ctx.modules.teacher_mean if center else None,
     )
-    logged = {name: value for name, value in aligned.items() if name != "loss"}
-    return {"loss": error + alignment_weight(ctx) * aligned["loss"], "flow": error.detach(), **logged}
+    logged = {name: aligned[name] for name in ("cosine_plain", *(["cosine_centered"] if center else []))}
+    return {"loss": error + ctx.recipe.alignment_weight(ctx.stage) * aligned["loss"], "flow": error.detach(), **logged}
 
 
 def tokenizer_step(ctx: StepContext, step: int) -> Terms:

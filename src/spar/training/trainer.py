@@ -13,7 +13,14 @@ import torch
 
 from spar.checkpoints.lora import add_lora, merge_lora, save_adapter
 from spar.checkpoints.safetensors_io import load_weights
-from spar.checkpoints.spar_format import ModelBundle, SamplingConfig, load_text_tokenizer, save_model, versions
+from spar.checkpoints.spar_format import (
+    ModelBundle,
+    SamplingConfig,
+    load_teacher,
+    load_text_tokenizer,
+    save_model,
+    versions,
+)
 from spar.common.config import from_dict, read_json, to_dict, write_json
 from spar.common.errors import InputError
 from spar.models.config import SparConfig
@@ -25,7 +32,6 @@ from spar.training.data import FilesTrainingData
 from spar.training.distributed import SINGLE_PROCESS, DistributedContext, ParallelismConfig
 from spar.training.loop import (
     Report,
-    is_spar_folder,
     load_initial_weights,
     load_previous_weights,
     measure_teacher_mean,
@@ -33,8 +39,9 @@ from spar.training.loop import (
     tune_allocator,
 )
 from spar.training.modules import TrainingModules, init_weights
+from spar.training.plan import PlannedStage, RunPlan, read_run, resolve
 from spar.training.shapes_data import ShapesTrainingData, TrainingData
-from spar.training.steps import StepContext, alignment_weight
+from spar.training.steps import StepContext
 from spar.training.teacher import build_perceptual_losses, build_teacher
 from spar.worlds.shapes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES
 from spar.worlds.shapes.tokenizer import PLURALS, build_tokenizer
@@ -106,81 +113,97 @@ def train(
     stages: tuple[str, ...] = (),
     resume: bool = False,
     init_from: Path | None = None,
+    teacher: Path | None = None,
     device: str = "cpu",
     parallelism: ParallelismConfig = ParallelismConfig(),  # noqa: B008 (frozen)
     from_scratch: bool = False,
     report: Report | None = None,
     announce: Announce | None = None,
 ) -> SparModel | None:
-    """Train the stages of a recipe, in order; under a launcher every process calls this alike.
+    """Plan a run and execute it; under a launcher every process calls this alike.
 
     Args:
         run: the folder of the run.
         stages: names of the stages to run, each but the first from the end of the one named before it; all when empty.
             A stage that trains anew makes its own end, all later ones and the run's model void: they are removed.
         resume: skip stages that are done and continue the one that is not.
-        init_from: a stage's folder (`RUN/STAGE/done`) or a SPAR folder whose weights the first stage starts from; no
-            matter to a run that has begun and is resumed.
+        init_from: a stage's folder (`RUN/STAGE/done`) or a SPAR folder whose weights the first stage starts from; a
+            run that has begun and is resumed ignores it.
+        teacher: a SPAR folder whose encoder is the semantic teacher, where the starting weights keep none.
+        device, parallelism: where, and how several processes share the work; a run may be resumed with others.
         from_scratch: start from random weights what the recipe expects from published checkpoints.
-        device, scale: where, and how several processes share the work; a run may be resumed at another scale.
-        report: called at every logged step; announce: called before each stage with its freezing table; both by the
-            main process alone.
+        report, announce: as in `execute`.
 
     Returns:
-        The trained model, or None when a signal stopped the run (its state is saved). Behind the recipe's last stage
+        As `execute`.
+
+    Raises:
+        InputError: as `resolve` and `execute`.
+    """
+    plan = resolve(
+        recipe, read_run(recipe, run, init_from), stages=stages, resume=resume, from_scratch=from_scratch,
+        teacher=teacher,
+    )  # fmt: skip
+    return execute(plan, device=device, parallelism=parallelism, report=report, announce=announce)
+
+
+def execute(
+    plan: RunPlan,
+    *,
+    device: str = "cpu",
+    parallelism: ParallelismConfig = ParallelismConfig(),  # noqa: B008 (frozen)
+    report: Report | None = None,
+    announce: Announce | None = None,
+) -> SparModel | None:
+    """Train the stages of a plan, in order, and decide nothing.
+
+    Args:
+        report: called at every logged step.
+        announce: called before each stage with its freezing table; both by the main process alone.
+
+    Returns:
+        The trained model, or None when a signal stopped the run (its state is saved). After the recipe's last stage
         the model is written to `RUN/model`; with LoRA its additions alone to `RUN/adapter`, and merged to `RUN/model`.
     """
-    first = stages[0] if stages else recipe.stages[0].name
-    begun = any(read_train_state(run / first / part) for part in ("state", "done"))
-    if resume and begun:
-        init_from = None  # that was where it began
-    chosen = tuple(recipe.stage(name) for name in stages) or recipe.stages
-    check_data(recipe, chosen)
-    if not (init_from or from_scratch or (resume and begun)):
-        check_start(recipe, chosen)
-    teacher, parallel = build_teacher(recipe.alignment), DistributedContext.initialize(parallelism, device)
+    recipe, run, chosen = plan.recipe, plan.run, tuple(stage.config for stage in plan.stages)
+    external, parallel = build_teacher(recipe.alignment), DistributedContext.initialize(parallelism, device)
     check_parallelism(chosen, parallel)
-    check_lora(recipe, chosen)
-    asked = any(stage.losses.perceptual for stage in chosen)
-    perceptual = build_perceptual_losses(recipe.perceptual) if asked else ()
+    perceptual = build_perceptual_losses(recipe.perceptual) if any(one.losses.perceptual for one in chosen) else ()
     with parallel.main_first():
-        open_run(run, recipe, fresh=not (resume or stages) and parallel.main, main=parallel.main)
+        open_run(run, recipe, fresh=plan.fresh and parallel.main, main=parallel.main)
     tune_allocator()
-    prompts = prompt_encoder(find_text_tokenizer(recipe, run, init_from, parallel), recipe.model)
-    width = teacher.width() if teacher else None
+    prompts = prompt_encoder(find_text_tokenizer(recipe, run, plan.init_from, parallel), recipe.model)
+    width = external.width() if external else None
     modules = build_modules(recipe, parallel.device, prompts, teacher_width=width)
-    teacher = teacher.to(parallel.device) if teacher else None
+    external = external.to(parallel.device) if external else None
     perceptual = tuple((weight, loss.to(parallel.device)) for weight, loss in perceptual)
     with parallel.main_first():
         training_data = build_training_data(recipe, prompts, run, parallel)
-    for stage in chosen:
-        if resume and read_train_state(run / stage.name / "done"):
-            log.info("stage %s is done", stage.name)
-            load_weights(modules, load_group(run / stage.name / "done", "modules"), stage.name)
-            continue
+    for planned in plan.stages:
+        stage = planned.config
         if parallel.micro_batches > 1 and stage != chosen[0]:  # the stage before may have sharded and wrapped this one
             modules = build_modules(recipe, parallel.device, prompts, teacher_width=width)
-        if resume and read_train_state(run / stage.name / "state"):
-            load_weights(modules, load_group(run / stage.name / "state", "modules"), stage.name)
-        elif stage is chosen[0]:
-            _start_from(modules, run, recipe, stage, init_from, parallel)
-        else:  # from the one before it that was asked for: stages between them are left out
-            load_previous_weights(modules, run, stage, chosen)
+        load_start(modules, plan, planned)
+        if planned.skipped:
+            log.info("stage %s is done", stage.name)
+            continue
         parallel.barrier()
         if parallel.main:
-            invalidate_later_stages(run, recipe, stage, resume=resume)
+            note_origin(plan, planned)
+            invalidate_later_stages(run, recipe, stage, resume=planned.start.source == "state")
         parallel.barrier()
         ctx = StepContext(
-            modules, training_data, recipe, stage, parallel.device, external_teacher=teacher, perceptual=perceptual,
+            modules, training_data, recipe, stage, parallel.device, external_teacher=external, perceptual=perceptual,
             parallel=parallel,
         )  # fmt: skip
         if recipe.data.cache is not None and stage.step == "unified":
             training_data.open_cache(modules.model.tokenizer)
-        prepare(ctx)
+        prepare(ctx, planned)
         freeze(modules, stage)
         if announce and parallel.main:
             announce(stage, freezing_table(modules))
-        if not run_stage(ctx, run, resume=resume, report=report if parallel.main else None):
+        resumes = planned.start.source == "state"
+        if not run_stage(ctx, run, resume=resumes, report=report if parallel.main else None):
             return None
         if parallel.main:
             _remove(run / stage.name, "state", "state.old")
@@ -188,42 +211,37 @@ def train(
         modules = build_modules(recipe, torch.device("cpu"), prompts, teacher_width=width)
         load_weights(modules, load_group(run / chosen[-1].name / "done", "modules"), chosen[-1].name)
     if chosen[-1] == recipe.stages[-1] and parallel.main:
-        loaded = build_bundle(modules.model, recipe, run, prompts, chosen[-1].name)
-        if recipe.lora.rank:
-            save_adapter(loaded.model, recipe.lora, run / "adapter", loaded.manifest)
-            merge_lora(loaded.model)
-        save_model(loaded, run / "model")
+        save_run_model(modules, recipe, run, prompts)
     parallel.barrier()
     return modules.model
 
 
-def check_start(recipe: Recipe, stages: tuple[StageConfig, ...]) -> None:
-    """Refuse to start from random weights, unasked, what the recipe has from published checkpoints."""
-    if recipe.published and stages[0] == recipe.stages[0]:
-        raise InputError(
-            f"recipe {recipe.name}: {', '.join(recipe.published)} would start from random weights; expected "
-            "--init-from a folder that holds the published ones (spar build makes it), or --from-scratch"
-        )
+def load_start(modules: TrainingModules, plan: RunPlan, planned: PlannedStage) -> None:
+    """Load the weights that a stage starts from; random ones are there already."""
+    start = planned.start
+    if start.source == "folder":
+        load_initial_weights(modules, start.path, planned.config, plan.recipe.stages, plan.recipe.published)
+    elif start.source in ("state", "done"):
+        load_weights(modules, load_group(start.path, "modules"), planned.config.name)
+    elif start.source == "stage":
+        load_previous_weights(modules, start.path)
 
 
-def check_data(recipe: Recipe, stages: tuple[StageConfig, ...]) -> None:
-    """Refuse stages that the recipe's source has nothing for."""
-    if recipe.data.source == "none":
-        raise InputError(f"recipe {recipe.name}: no data source given (data.source); it can be planned with --dry-run")
-    strange = [stage.name for stage in stages if stage.step in ("encoder", "mllm", "dit")]
-    if recipe.data.source == "files" and strange:
-        raise InputError(f"data sets train tokenizer and unified stages, expected no {', '.join(strange)} (--stage)")
+def note_origin(plan: RunPlan, planned: PlannedStage) -> None:
+    """Keep the manifest of the SPAR folder that a run's first stage starts from beside its stages."""
+    if planned.start.source in ("folder", "random"):
+        (plan.run / ORIGIN).unlink(missing_ok=True)
+    if planned.start.source == "folder" and (planned.start.path / "manifest.json").exists():
+        shutil.copyfile(planned.start.path / "manifest.json", plan.run / ORIGIN)
 
 
-def check_lora(recipe: Recipe, stages: tuple[StageConfig, ...]) -> None:
-    """Refuse LoRA in stages that have nothing to adapt: it adds to a connector and a DiT that are trained already."""
-    first = next((stage for stage in recipe.stages if stage.step == "unified"), None)
-    wrong = [stage.name for stage in stages if stage.step != "unified" or stage == first]
-    if recipe.lora.rank and wrong:
-        raise InputError(
-            f"lora: expected unified stages behind {first.name if first else 'the first'} alone (as in --stage "
-            f"{recipe.stages[-1].name} --init-from MODEL), got {', '.join(wrong)}"
-        )
+def save_run_model(modules: TrainingModules, recipe: Recipe, run: Path, prompts: PromptEncoder) -> None:
+    """Write the model of a run that has ended; with LoRA the adapter too, then merged."""
+    bundle = build_bundle(modules, recipe, run, prompts, recipe.stages[-1].name)
+    if recipe.lora.rank:
+        save_adapter(bundle.model, recipe.lora, run / "adapter", bundle.manifest)
+        merge_lora(bundle.model)
+    save_model(bundle, run / "model")
 
 
 def check_parallelism(stages: tuple[StageConfig, ...], parallel: DistributedContext) -> None:
@@ -294,27 +312,6 @@ def build_training_data(
     )
 
 
-def _start_from(
-    modules: TrainingModules,
-    run: Path,
-    recipe: Recipe,
-    stage: StageConfig,
-    init_from: Path | None,
-    parallel: DistributedContext,
-) -> None:
-    """Load what a stage starts from: `init_from`, whose manifest is then the run's origin, or the stage before it."""
-    if init_from is None:
-        load_previous_weights(modules, run, stage, recipe.stages)
-    else:
-        load_initial_weights(modules, init_from, stage, recipe.stages, recipe.published)
-    if not parallel.main:
-        return
-    if init_from is not None or stage == recipe.stages[0]:
-        (run / ORIGIN).unlink(missing_ok=True)
-    if init_from is not None and is_spar_folder(init_from) and (init_from / "manifest.json").exists():
-        shutil.copyfile(init_from / "manifest.json", run / ORIGIN)
-
-
 def invalidate_later_stages(run: Path, recipe: Recipe, stage: StageConfig, *, resume: bool) -> None:
     """Remove what the training of `stage` makes void: its own end, and all that was made from it.
 
@@ -335,8 +332,13 @@ def _remove(parent: Path, *names: str) -> None:
         shutil.rmtree(parent / name, ignore_errors=True)
 
 
-def build_bundle(model: SparModel, recipe: Recipe, run: Path, prompts: PromptEncoder, last: str) -> ModelBundle:
-    """The model at the end of stage `last`, with what a folder needs beside it: words, sampling, how it was made."""
+def build_bundle(
+    modules: TrainingModules, recipe: Recipe, run: Path, prompts: PromptEncoder, last: str
+) -> ModelBundle:
+    """The model at the end of stage `last`, with what a folder needs beside it: words, sampling, how it was made.
+
+    The semantic teacher comes along where this run, or the folder that it started from, has kept it.
+    """
     stages = {}
     names = [stage.name for stage in recipe.stages]
     for stage in recipe.stages[: names.index(last) + 1]:
@@ -353,9 +355,15 @@ def build_bundle(model: SparModel, recipe: Recipe, run: Path, prompts: PromptEnc
         "stages": stages,
         "resolved_recipe": to_dict(recipe),
     }
-    if (run / ORIGIN).exists():
-        manifest["origin"] = read_json(run / ORIGIN)
-    return ModelBundle(model.eval(), prompts.tokenizer, sampling_config(recipe), manifest)
+    origin = read_json(run / ORIGIN) if (run / ORIGIN).exists() else {}
+    if origin:
+        manifest["origin"] = origin
+    teacher = modules.teacher
+    if teacher is not None and (origin.get("teacher") or any(recipe.stage(s).step == "tokenizer" for s in stages)):
+        manifest["teacher"] = "the encoder before the tokenizer's training, in teacher/"
+    else:
+        teacher = None
+    return ModelBundle(modules.model.eval(), prompts.tokenizer, sampling_config(recipe), manifest, teacher=teacher)
 
 
 def sampling_config(recipe: Recipe) -> SamplingConfig:
@@ -383,7 +391,7 @@ def load_stage_model(run: Path, stage: str | None = None) -> ModelBundle:
     load_weights(modules, saved, str(folder))
     if recipe.lora.rank:
         merge_lora(modules.model)
-    return build_bundle(modules.model, recipe, run, prompts, last)
+    return build_bundle(modules, recipe, run, prompts, last)
 
 
 def hardware_info() -> dict[str, str | int]:
@@ -409,17 +417,19 @@ def _commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def prepare(ctx: StepContext) -> None:
-    """What a stage takes over from the ones before it, beyond their weights."""
-    modules, stage, recipe = ctx.modules, ctx.stage, ctx.recipe
-    first = {s.step: s.name for s in reversed(recipe.stages)}
-    if stage.step == "tokenizer" and stage.losses.semantic:
+def prepare(ctx: StepContext, planned: PlannedStage) -> None:
+    """What a stage takes over before its first step, as its plan says."""
+    modules = ctx.modules
+    if "teacher from encoder" in planned.prepares:
         modules.teacher.load_state_dict(modules.model.tokenizer.encoder.state_dict())
-    if stage.step == "mllm" and stage.name == first["mllm"] and recipe.word_embeddings == "tags":
+    if "teacher from folder" in planned.prepares:
+        weights = load_teacher(planned.teacher_folder).state_dict()
+        load_weights(modules.teacher, weights, f"the teacher of {planned.teacher_folder}")
+    if "tag embeddings" in planned.prepares:
         init_tag_embeddings(modules, ctx.data.prompts)
-    if stage.step == "unified" and stage.name == first["unified"]:
+    if "connector from LLM" in planned.prepares:
         modules.model.connector.initialize_from(modules.model.language)
-    if stage.step == "unified" and alignment_weight(ctx):
+    if "teacher mean" in planned.prepares:
         measure_teacher_mean(ctx)
 
 

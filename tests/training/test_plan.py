@@ -1,0 +1,203 @@
+"""Plans: resolving is pure, and says where weights come from, what is prepared and what becomes void, or refuses."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from spar.checkpoints.safetensors_io import read_tensors
+from spar.checkpoints.spar_format import has_teacher, load_model, load_teacher, save_model
+from spar.common.config import read_json, write_json
+from spar.common.errors import InputError
+from spar.recipes import recipe
+from spar.training.checkpoint import load_group
+from spar.training.plan import InitFolder, RunStatus, StageStart, read_init_folder, read_run, resolve
+from spar.training.trainer import train
+
+TINY = recipe("tiny")
+NAMES = [stage.name for stage in TINY.stages]
+RUN = Path("runs/tiny")
+MODEL = InitFolder(Path("model"), is_model=True)
+BUILT = InitFolder(
+    Path("built"), is_model=True, pixel_encoder=True,
+    parts={"tokenizer.semantic_stream": "random weights of seed 0", "language": "mllm"},
+)  # fmt: skip
+
+
+def plan(*stages: str, init: InitFolder | None = None, done=(), states=(), **settings):
+    status = RunStatus(RUN, dict.fromkeys(done, 3), dict.fromkeys(states, 2), init)
+    return resolve(TINY, status, stages=stages, **settings)
+
+
+def test_a_new_run_goes_from_random_weights_stage_by_stage():
+    found = plan()
+    assert [one.config.name for one in found.stages] == NAMES and found.fresh
+    assert found.stages[0].start == StageStart("random")
+    for before, one in zip(NAMES, found.stages[1:], strict=False):
+        assert one.start == StageStart("stage", RUN / before / "done")
+    prepared = {one.config.name: one.prepares for one in found.stages if one.prepares}
+    centred = dict.fromkeys([name for name in NAMES[9:]], ("teacher mean",))
+    assert prepared == {
+        "mllm": ("tag embeddings",), "tokenizer-1": ("teacher from encoder",), "unified-1": ("connector from LLM",),
+        **centred,
+    }  # fmt: skip
+    assert not any(one.invalidates for one in found.stages)
+
+
+def test_a_resumed_run_skips_what_is_done_and_goes_on_in_the_stage_that_is_not():
+    found = plan(done=NAMES[:5], states=["tokenizer-1"], resume=True)
+    assert [one.skipped for one in found.stages] == [True] * 5 + [False] * 9 and not found.fresh
+    assert found.stages[5].start == StageStart("state", RUN / "tokenizer-1" / "state", 2)
+    assert found.stages[5].prepares == ()  # the state has it all
+    assert found.stages[6].start.source == "stage" and found.init_from is None
+
+
+def test_a_stage_trained_anew_makes_all_later_ones_void():
+    found = plan("tokenizer-2", "unified-1", done=NAMES)
+    assert found.stages[0].invalidates == tuple(NAMES[6:]) and found.stages[1].invalidates == ()
+    assert found.stages[1].start == StageStart("stage", RUN / "tokenizer-2" / "done")
+    with pytest.raises(
+        InputError, match="stage tokenizer-2 starts from the end of tokenizer-1, which is not in runs/tin"
+    ):
+        plan("tokenizer-2")
+
+
+def test_a_run_that_has_begun_ignores_the_folder_that_it_started_from():
+    assert (
+        plan(init=MODEL, states=["unified-2"], resume=True, done=()).init_from == MODEL.path
+    )  # its first stage has not
+    begun = plan("unified-2", init=MODEL, states=["unified-2"], resume=True)
+    assert begun.stages[0].start.source == "state" and begun.init_from is None
+
+
+# ---- the semantic teacher --------------------------------------------------------------------------------------------
+
+
+def test_the_teacher_is_taken_before_the_first_tokenizer_stage_alone():
+    """Copied at every semantic stage, it would drift with the encoder that it is to hold."""
+    stages = tuple(
+        replace(s, losses=replace(s.losses, semantic=1.0)) if s.step == "tokenizer" else s for s in TINY.stages
+    )
+    found = resolve(replace(TINY, stages=stages), RunStatus(RUN))
+    taken = [one.config.name for one in found.stages if "teacher from encoder" in one.prepares]
+    assert taken == ["tokenizer-1"]
+
+
+def test_a_second_semantic_stage_keeps_the_teacher_of_the_first(tmp_path):
+    """As tokenizer-448 of spar-1b follows tokenizer-3, which trains the encoder."""
+    last = TINY.stage("tokenizer-3")
+    again = replace(last, name="tokenizer-4")
+    index = NAMES.index("tokenizer-3") + 1
+    longer = replace(TINY, stages=(*TINY.stages[:index], again, *TINY.stages[index:]))
+    train(longer, tmp_path / "run", stages=("encoder",))
+    for name in ("tokenizer-1", "tokenizer-3", "tokenizer-4"):
+        before = {"tokenizer-1": "encoder", "tokenizer-3": "tokenizer-1", "tokenizer-4": "tokenizer-3"}[name]
+        train(longer, tmp_path / "run", stages=(name,), init_from=tmp_path / "run" / before / "done")
+    ends = {name: load_group(tmp_path / "run" / name / "done", "modules") for name in ("encoder", "tokenizer-4")}
+    drifted = 0
+    for key, value in ends["encoder"].items():
+        if key.startswith("model.tokenizer.encoder."):
+            teacher = ends["tokenizer-4"][key.replace("model.tokenizer.encoder.", "teacher.")]
+            assert torch.equal(teacher, value), key
+            drifted += not torch.equal(ends["tokenizer-4"][key], value)
+    assert drifted
+
+
+def test_a_model_keeps_its_teacher_in_a_file_of_its_own(tiny_run):
+    folder = tiny_run.path / "model"
+    assert has_teacher(folder) and read_json(folder / "manifest.json")["teacher"]
+    before = load_group(tiny_run.path / "dit" / "done", "modules")
+    for name, value in load_teacher(folder).state_dict().items():
+        assert torch.equal(value, before[f"model.tokenizer.encoder.{name}"]), name
+    trained = load_model(folder).model.tokenizer.encoder.state_dict()
+    assert any(not torch.equal(value, trained[name]) for name, value in load_teacher(folder).state_dict().items())
+    assert set(read_tensors(folder / "teacher" / "model.safetensors")) == set(trained)
+
+
+def test_a_folder_with_a_teacher_gives_it_and_one_without_says_so():
+    with_one = replace(MODEL, teacher=True, pixel_encoder=True)
+    found = plan("tokenizer-3", init=with_one).stages[0]
+    assert found.prepares == ("teacher from folder",) and found.teacher_folder == with_one.path
+    without = replace(MODEL, pixel_encoder=True)
+    with pytest.raises(InputError, match="model keeps no semantic teacher .*--teacher FOLDER"):
+        plan("tokenizer-3", init=without)
+    named = plan("tokenizer-3", init=without, teacher=Path("built")).stages[0]
+    assert named.prepares == ("teacher from folder",) and named.teacher_folder == Path("built")
+    assert plan("tokenizer-3", init=BUILT).stages[0].prepares == ("teacher from encoder",)
+    dit = InitFolder(Path("dit/done"), is_model=False, step="dit")
+    assert plan("tokenizer-3", init=dit).stages[0].prepares == ("teacher from encoder",)
+    tokenizer = replace(dit, step="tokenizer")
+    assert plan("tokenizer-3", init=tokenizer).stages[0].prepares == ()
+
+
+def test_training_takes_the_teacher_that_is_named(tiny_run, tmp_path):
+    run = tmp_path / "run"
+    source = tiny_run.path / "tokenizer-2" / "done"
+    train(TINY, run, stages=("tokenizer-3",), init_from=source, teacher=tiny_run.path / "model")
+    kept, given = (
+        load_group(run / "tokenizer-3" / "done", "modules"),
+        load_teacher(tiny_run.path / "model").state_dict(),
+    )
+    assert all(torch.equal(kept[f"teacher.{name}"], value) for name, value in given.items())
+
+
+# ---- the connector ---------------------------------------------------------------------------------------------------
+
+
+def test_a_trained_connector_is_not_overwritten_by_the_llms_layers(tiny_run, tmp_path):
+    """Only one that no unified stage has trained starts as the LLM's last layers."""
+    model = tiny_run.path / "model"
+    stages = tuple(replace(s, lr=1e-12, lr_end=0.0) if s.name == "unified-1" else s for s in TINY.stages)
+    train(replace(TINY, stages=stages), tmp_path / "run", stages=("unified-1",), init_from=model)
+    ours = load_group(tmp_path / "run" / "unified-1" / "done", "modules")
+    for name, value in load_model(model).model.connector.state_dict().items():
+        assert torch.allclose(ours[f"model.connector.{name}"], value, atol=1e-6), name
+    assert plan("unified-1", init=MODEL).stages[0].prepares == ()
+    trained = InitFolder(Path("unified-2/done"), is_model=False, step="unified")
+    assert plan("unified-1", init=trained).stages[0].prepares == ()
+    for step in ("tokenizer", "dit"):
+        fresh = replace(trained, step=step)
+        assert plan("unified-1", init=fresh).stages[0].prepares == ("connector from LLM",)
+
+
+# ---- folders that do not suit a stage --------------------------------------------------------------------------------
+
+
+def test_a_unified_stage_does_not_start_on_a_tokenizer_of_random_streams(tiny_run, tmp_path):
+    with pytest.raises(
+        InputError, match="tokenizer of built is not trained yet: tokenizer.semantic_stream have random"
+    ):
+        plan("unified-1", init=BUILT)
+    bundle = load_model(tiny_run.path / "model")
+    save_model(bundle, tmp_path / "built")
+    write_json(tmp_path / "built" / "manifest.json", {"parts": dict(BUILT.parts)})
+    assert read_init_folder(tmp_path / "built").random_streams == ("tokenizer.semantic_stream",)
+    with pytest.raises(InputError, match="is not trained yet"):
+        train(TINY, tmp_path / "run", stages=("unified-1",), init_from=tmp_path / "built")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "dit", "tokenizer-1"])
+def test_a_stage_that_reads_the_pixel_encoder_wants_a_folder_with_one(stage):
+    with pytest.raises(InputError, match=f"stage {stage} needs the autoencoder's encoder, which model does not hold"):
+        plan(stage, init=MODEL)
+
+
+def test_a_folder_that_is_neither_a_model_nor_a_stages_end_is_refused(tmp_path):
+    with pytest.raises(InputError, match="--init-from: expected a finished stage"):
+        read_run(TINY, tmp_path / "run", tmp_path)
+
+
+def test_looking_at_a_run_reads_it_and_writes_nothing(tiny_run):
+    before = sorted(tiny_run.path.rglob("*"))
+    status = read_run(TINY, tiny_run.path, tiny_run.path / "model")
+    assert list(status.done) == NAMES and not status.states and status.init and status.init.teacher
+    assert sorted(tiny_run.path.rglob("*")) == before
+    assert all(one.skipped for one in resolve(TINY, status, resume=True).stages)
+
+
+def test_centring_that_is_off_measures_nothing():
+    """512 images were decoded and encoded for a mean that no loss read."""
+    off = replace(TINY, alignment=replace(TINY.alignment, center=False))
+    assert not any("teacher mean" in one.prepares for one in resolve(off, RunStatus(RUN)).stages)
