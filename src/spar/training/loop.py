@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,62 @@ def check_unused_parameters(ctx: StepContext) -> None:
             raise InputError(f"stage {ctx.stage.name}: {pattern!r} is trainable, but its loss does not reach it")
 
 
+@dataclass
+class StageRun:
+    """One stage while it runs: what computes, what is averaged, where its state goes, and how long it has taken."""
+
+    folder: Path
+    wrapper: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    names: dict[int, str]
+    average: EMA | None
+    metrics: MetricsLogger | None
+    start: int = 0
+    seconds: float = 0.0
+    began: float = field(default_factory=time.monotonic)
+    saved_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def spent(self) -> float:
+        """Seconds of training, those before an interruption included."""
+        return self.seconds + time.monotonic() - self.began
+
+    def meta(self, ctx: StepContext, step: int) -> dict[str, Any]:
+        """What is saved beside the tensors after `step` steps."""
+        return {**vars(TrainState(ctx.stage.name, step, self.spent)), "config": to_dict(ctx.stage)}
+
+    def save_state(self, ctx: StepContext, step: int) -> None:
+        """Write what a resumed run goes on from."""
+        groups = {
+            "modules": ctx.modules.state_dict(), "optimizer": optimizer_tensors(self.optimizers, self.names),
+            **({"average": self.average.averages} if self.average else {}),
+        }  # fmt: skip
+        save_folder(self.folder, groups, self.meta(ctx, step), ctx.parallel)
+        self.saved_at = time.monotonic()
+
+
+def begin_stage(ctx: StepContext, run: Path, *, resume: bool) -> StageRun:
+    """Freeze, wrap and give optimizers to a stage's modules; with `resume` load its saved state, where there is one."""
+    stage, modules = ctx.stage, ctx.modules
+    trainable = freeze(modules, stage)
+    wrapper = wrap_modules(modules, ctx.parallel)
+    optimizers = build_optimizers(modules, stage)
+    names = {id(parameter): name for name, parameter in modules.named_parameters()}
+    average = EMA(modules, stage.ema) if stage.ema else None
+    folder = run / stage.name / "state"
+    state = read_train_state(folder) if resume else None
+    if state:
+        load_into(modules.state_dict(), folder, "modules")
+        load_optimizers(optimizers, names, folder)
+        if average:
+            average.restore(folder)
+    start, seconds = (state.step, state.seconds) if state else (0, 0.0)
+    modules.train()
+    metrics = MetricsLogger(run, stage.name, start) if ctx.parallel.main else None
+    log.info("stage %s: steps %d to %d, %d trainable tensors", stage.name, start, stage.steps, len(trainable))
+    return StageRun(folder, wrapper, optimizers, names, average, metrics, start, seconds)
+
+
 def run_stage(ctx: StepContext, run: Path, *, resume: bool, report: Report | None = None) -> bool:
     """Train one stage of a run to its end.
 
@@ -162,71 +219,56 @@ def run_stage(ctx: StepContext, run: Path, *, resume: bool, report: Report | Non
         NonFiniteLoss: before the optimizer touched any weight.
         InputError: a saved state that does not fit, or a trainable part that the loss does not reach.
     """
-    stage, modules, parallel = ctx.stage, ctx.modules, ctx.parallel
-    trainable = freeze(modules, stage)
-    frame = wrap_modules(modules, parallel)
-    optimizers = build_optimizers(modules, stage)
-    names = {id(parameter): name for name, parameter in modules.named_parameters()}
-    average = EMA(modules, stage.ema) if stage.ema else None
-    folder = run / stage.name / "state"
-    start, seconds = 0, 0.0
-    progress = read_train_state(folder) if resume else None
-    if progress:
-        load_into(modules.state_dict(), folder, "modules")
-        load_optimizers(optimizers, names, folder)
-        if average:
-            average.restore(folder)
-        start, seconds = progress.step, progress.seconds
-    modules.train()
-    metrics = MetricsLogger(run, stage.name, start) if parallel.main else None
-    began, saved_at = time.monotonic(), time.monotonic()
-    log.info("stage %s: steps %d to %d, %d trainable tensors", stage.name, start, stage.steps, len(trainable))
-
-    def meta(step: int) -> dict[str, Any]:
-        spent = seconds + time.monotonic() - began
-        return {**vars(TrainState(stage.name, step, spent)), "config": to_dict(stage)}
-
+    stage, going = ctx.stage, begin_stage(ctx, run, resume=resume)
     with stop_signals() as caught:
-        for step in range(start, stage.steps):
-            terms, norm = train_step(ctx, frame, step, optimizers, first=step == start)
-            if average:
-                average.update(step)
+        for step in range(going.start, stage.steps):
+            terms, norm = train_step(ctx, going.wrapper, step, going.optimizers, first=step == going.start)
+            if going.average:
+                going.average.update(step)
             if step % ctx.recipe.log_every == 0 or step == stage.steps - 1:
-                means = parallel.mean(torch.stack([value.detach().float() for value in terms.values()])).tolist()
-                values = dict(zip(terms, means, strict=True))
-                spent = seconds + time.monotonic() - began
-                values |= {"grad_norm": float(norm), "lr": learning_rate(stage, step), "seconds": spent}
-                if metrics:
-                    metrics.write(stage.name, step, values)
-                if report:
-                    report(stage.name, step, stage.steps, values)
-            stopped, due = parallel.any_process(
-                bool(caught), time.monotonic() - saved_at > 60 * ctx.recipe.save_minutes
-            )
+                log_step(ctx, going, step, terms, norm, report)
+            late = time.monotonic() - going.saved_at > 60 * ctx.recipe.save_minutes
+            stopped, due = ctx.parallel.any_process(bool(caught), late)
             if stopped or due:
-                groups = {"modules": modules.state_dict(), "optimizer": optimizer_tensors(optimizers, names)}
-                groups |= {"average": average.averages} if average else {}
-                save_folder(folder, groups, meta(step + 1), parallel)
-                saved_at = time.monotonic()
+                going.save_state(ctx, step + 1)
             if stopped:
-                if metrics:
-                    metrics.close()
-                return False
-    if average:
-        average.apply()
-    if metrics:
-        metrics.close()
-    finish = meta(stage.steps)
+                break
+        else:
+            stopped = False
+    if going.metrics:
+        going.metrics.close()
+    if not stopped:
+        end_stage(ctx, going, run)
+    return not stopped
+
+
+def log_step(
+    ctx: StepContext, going: StageRun, step: int, terms: Terms, norm: Tensor, report: Report | None
+) -> None:
+    """Write one step's terms, averaged over the processes, and report them."""
+    means = ctx.parallel.mean(torch.stack([value.detach().float() for value in terms.values()])).tolist()
+    values = dict(zip(terms, means, strict=True))
+    values |= {"grad_norm": float(norm), "lr": learning_rate(ctx.stage, step), "seconds": going.spent}
+    if going.metrics:
+        going.metrics.write(ctx.stage.name, step, values)
+    if report:
+        report(ctx.stage.name, step, ctx.stage.steps, values)
+
+
+def end_stage(ctx: StepContext, going: StageRun, run: Path) -> None:
+    """The averaged weights become the weights; what later stages must know of them is measured, and all is saved."""
+    if going.average:
+        going.average.apply()
+    meta = going.meta(ctx, ctx.stage.steps)
     with torch.no_grad():
-        frame(measure_latent_scale, ctx)
-    if isinstance(frame, FSDPModule):
-        frame.reshard()
-    save_folder(run / stage.name / "done", {"modules": modules.state_dict()}, finish, parallel)
-    return True
+        going.wrapper(measure_latent_scale, ctx)
+    if isinstance(going.wrapper, FSDPModule):
+        going.wrapper.reshard()
+    save_folder(run / ctx.stage.name / "done", {"modules": ctx.modules.state_dict()}, meta, ctx.parallel)
 
 
 def train_step(
-    ctx: StepContext, frame: nn.Module, step: int, optimizers: list[torch.optim.Optimizer], *, first: bool
+    ctx: StepContext, wrapper: nn.Module, step: int, optimizers: list[torch.optim.Optimizer], *, first: bool
 ) -> tuple[Terms, Tensor]:
     """One step of the stage: its loss terms and the gradient's norm; the `first` one checks what the loss reaches.
 
@@ -237,9 +279,9 @@ def train_step(
     modules.zero_grad(set_to_none=True)
     total: Terms = {}
     for ctx.micro_step in range(micro_steps):
-        with no_sync(frame, ctx.micro_step == micro_steps - 1), wrap_distributed_errors():
+        with no_sync(wrapper, ctx.micro_step == micro_steps - 1), wrap_distributed_errors():
             with ctx.autocast():
-                terms = frame(STEPS[stage.step], ctx, step)
+                terms = wrapper(STEPS[stage.step], ctx, step)
             (terms["loss"] / micro_steps).backward()
         total = {name: total.get(name, 0) + value.detach() / micro_steps for name, value in terms.items()}
     all_reduce_replicated_grads(modules, ctx.parallel)

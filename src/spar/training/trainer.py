@@ -6,6 +6,8 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from spar.checkpoints.spar_format import (
 )
 from spar.common.config import from_dict, read_json, to_dict, write_json
 from spar.common.errors import InputError
+from spar.losses.perceptual import PerceptualLoss
 from spar.models.config import SparConfig
 from spar.models.spar import SparModel
 from spar.processing.prompts import PromptEncoder
@@ -42,7 +45,7 @@ from spar.training.modules import TrainingModules, init_weights
 from spar.training.plan import PlannedStage, RunPlan, read_run, resolve
 from spar.training.shapes_data import ShapesTrainingData, TrainingData
 from spar.training.steps import StepContext
-from spar.training.teacher import build_perceptual_losses, build_teacher
+from spar.training.teacher import ExternalTeacher, build_perceptual_losses, build_teacher
 from spar.worlds.shapes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES
 from spar.worlds.shapes.tokenizer import PLURALS, build_tokenizer
 
@@ -166,54 +169,82 @@ def execute(
         the model is written to `RUN/model`; with LoRA its additions alone to `RUN/adapter`, and merged to `RUN/model`.
     """
     recipe, run, chosen = plan.recipe, plan.run, tuple(stage.config for stage in plan.stages)
-    external, parallel = build_teacher(recipe.alignment), DistributedContext.initialize(parallelism, device)
+    parallel = DistributedContext.initialize(parallelism, device)
     check_parallelism(chosen, parallel)
-    perceptual = build_perceptual_losses(recipe.perceptual) if any(one.losses.perceptual for one in chosen) else ()
+    networks = load_networks(recipe, chosen, parallel.device)
     with parallel.main_first():
         open_run(run, recipe, fresh=plan.fresh and parallel.main, main=parallel.main)
     tune_allocator()
     prompts = prompt_encoder(find_text_tokenizer(recipe, run, plan.init_from, parallel), recipe.model)
-    width = external.width() if external else None
-    modules = build_modules(recipe, parallel.device, prompts, teacher_width=width)
-    external = external.to(parallel.device) if external else None
-    perceptual = tuple((weight, loss.to(parallel.device)) for weight, loss in perceptual)
+    build = partial(build_modules, recipe, prompts=prompts, teacher_width=networks.teacher_width)
+    modules = build(parallel.device)
     with parallel.main_first():
         training_data = build_training_data(recipe, prompts, run, parallel)
     for planned in plan.stages:
-        stage = planned.config
-        if parallel.micro_batches > 1 and stage != chosen[0]:  # the stage before may have sharded and wrapped this one
-            modules = build_modules(recipe, parallel.device, prompts, teacher_width=width)
+        if parallel.micro_batches > 1 and planned != plan.stages[0]:  # the stage before may have wrapped these
+            modules = build(parallel.device)
         load_start(modules, plan, planned)
         if planned.skipped:
-            log.info("stage %s is done", stage.name)
+            log.info("stage %s is done", planned.config.name)
             continue
         parallel.barrier()
         if parallel.main:
             note_origin(plan, planned)
-            invalidate_later_stages(run, recipe, stage, resume=planned.start.source == "state")
+            invalidate_later_stages(run, recipe, planned.config, resume=planned.start.source == "state")
         parallel.barrier()
         ctx = StepContext(
-            modules, training_data, recipe, stage, parallel.device, external_teacher=external, perceptual=perceptual,
-            parallel=parallel,
+            modules, training_data, recipe, planned.config, parallel.device, external_teacher=networks.teacher,
+            perceptual=networks.perceptual, parallel=parallel,
         )  # fmt: skip
-        if recipe.data.cache is not None and stage.step == "unified":
-            training_data.open_cache(modules.model.tokenizer)
-        prepare(ctx, planned)
-        freeze(modules, stage)
-        if announce and parallel.main:
-            announce(stage, freezing_table(modules))
-        resumes = planned.start.source == "state"
-        if not run_stage(ctx, run, resume=resumes, report=report if parallel.main else None):
+        if not run_planned(ctx, planned, run, report, announce):
             return None
-        if parallel.main:
-            _remove(run / stage.name, "state", "state.old")
     if parallel.sharded:
-        modules = build_modules(recipe, torch.device("cpu"), prompts, teacher_width=width)
+        modules = build(torch.device("cpu"))
         load_weights(modules, load_group(run / chosen[-1].name / "done", "modules"), chosen[-1].name)
     if chosen[-1] == recipe.stages[-1] and parallel.main:
         save_run_model(modules, recipe, run, prompts)
     parallel.barrier()
     return modules.model
+
+
+@dataclass(frozen=True)
+class FrozenNetworks:
+    """What a run reads that is no part of its modules: the external teacher, and the networks of L_perc."""
+
+    teacher: ExternalTeacher | None
+    perceptual: tuple[tuple[float, PerceptualLoss], ...]
+
+    @property
+    def teacher_width(self) -> int | None:
+        return self.teacher.width() if self.teacher else None
+
+
+def load_networks(recipe: Recipe, stages: tuple[StageConfig, ...], device: torch.device) -> FrozenNetworks:
+    """Load what the stages read, before anything is written."""
+    teacher = build_teacher(recipe.alignment)
+    asked = any(stage.losses.perceptual for stage in stages)
+    perceptual = build_perceptual_losses(recipe.perceptual) if asked else ()
+    return FrozenNetworks(
+        teacher.to(device) if teacher else None, tuple((weight, loss.to(device)) for weight, loss in perceptual)
+    )
+
+
+def run_planned(
+    ctx: StepContext, planned: PlannedStage, run: Path, report: Report | None, announce: Announce | None
+) -> bool:
+    """Prepare one stage, announce it and train it; False where a signal stopped it."""
+    if ctx.recipe.data.cache is not None and ctx.stage.step == "unified":
+        ctx.data.open_cache(ctx.modules.model.tokenizer)
+    prepare(ctx, planned)
+    freeze(ctx.modules, ctx.stage)
+    main = ctx.parallel.main
+    if announce and main:
+        announce(ctx.stage, freezing_table(ctx.modules))
+    if not run_stage(ctx, run, resume=planned.start.source == "state", report=report if main else None):
+        return False
+    if main:
+        _remove(run / ctx.stage.name, "state", "state.old")
+    return True
 
 
 def load_start(modules: TrainingModules, plan: RunPlan, planned: PlannedStage) -> None:
