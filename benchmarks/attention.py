@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spar.models.attention import attention
-from spar.training.trainer import hardware_info
+from spar.training.bundle import hardware_info
 
 SHAPES = {  # heads, queries, keys, width of a head; batch 32
     "denoiser, cross": (7, 256, 44, 32),

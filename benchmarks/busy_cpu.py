@@ -85,7 +85,7 @@ def main() -> None:
         print(json.dumps(measure(args.way, args.repeats)))
         return
     from spar.checkpoints.spar_format import versions
-    from spar.training.trainer import hardware_info
+    from spar.training.bundle import hardware_info
 
     results: dict[str, dict[str, dict[str, float]]] = {}
     for busy in args.busy:

@@ -25,7 +25,7 @@ from spar.checkpoints.spar_format import versions
 from spar.data.loader import Loader
 from spar.data.mixture import Mixture
 from spar.data.sources import DataSource, open_source
-from spar.training.trainer import hardware_info
+from spar.training.bundle import hardware_info
 
 SIDE = 448
 SIZES = ((1024, 1024), (1024, 768), (640, 480), (512, 512))

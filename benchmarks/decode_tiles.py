@@ -19,7 +19,7 @@ from spar.inference.pipeline import SparPipeline
 from spar.models.autoencoder import PixelDecoder, build_autoencoder
 from spar.models.tiling import decode_in_tiles
 from spar.recipes import recipe
-from spar.training.trainer import hardware_info
+from spar.training.bundle import hardware_info
 
 
 def held(field: str) -> float:

@@ -26,7 +26,7 @@ from spar.inference.pipeline import BUNDLED, SparPipeline
 from spar.models.spar import SparModel
 from spar.processing.prompts import IMAGE_TOKEN
 from spar.recipes import recipe
-from spar.training.trainer import hardware_info
+from spar.training.bundle import hardware_info
 
 PROMPTS = ["a red circle on a beige background", "a blue star and a green ring", "three yellow squares"]
 WAYS = {

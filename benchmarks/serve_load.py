@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 from spar.checkpoints.spar_format import versions
-from spar.training.trainer import hardware_info
+from spar.training.bundle import hardware_info
 
 PROMPTS = (
     "a blue star",

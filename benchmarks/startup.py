@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from spar.checkpoints.spar_format import versions
-from spar.training.trainer import hardware_info
+from spar.training.bundle import hardware_info
 
 PROMPT = "a large red circle to the left of a small blue star"
 

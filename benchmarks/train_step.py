@@ -21,6 +21,7 @@ from torch import nn
 from spar.checkpoints.spar_format import versions
 from spar.processing.prompts import TokenBatch
 from spar.recipes import recipe
+from spar.training.bundle import hardware_info
 from spar.training.config import freeze
 from spar.training.distributed import DistributedContext, ParallelismConfig, wrap_modules
 from spar.training.estimate import GPUS, HardwareConfig, estimate
@@ -29,7 +30,6 @@ from spar.training.modules import TrainingModules
 from spar.training.optimizer import build_optimizers
 from spar.training.shapes_data import StepBatch
 from spar.training.steps import StepContext
-from spar.training.trainer import hardware_info
 
 STAGES = ("tokenizer-3", "unified-2")
 WORDS = 64

@@ -16,7 +16,7 @@ from spar.common.config import read_json, write_json
 from spar.evaluation.results import read_result
 from spar.evaluation.targets import main_scores, show_title
 from spar.inference.pipeline import BUNDLED
-from spar.training.trainer import load_stage_model
+from spar.training.bundle import load_stage_model
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -54,11 +54,12 @@ def start(tiny_run: TinyRun) -> Callable[..., Any]:
 
     from spar.processing.prompts import PromptEncoder
     from spar.training.config import freeze
-    from spar.training.loop import load_previous_weights
+    from spar.training.initial_weights import load_previous_weights
+    from spar.training.modules import build_modules
     from spar.training.plan import PlannedStage, StageStart, preparations
     from spar.training.shapes_data import ShapesTrainingData
     from spar.training.steps import StepContext
-    from spar.training.trainer import build_modules, prepare
+    from spar.training.trainer import prepare
     from spar.worlds.shapes.tokenizer import build_tokenizer
 
     cpu, tiny = torch.device("cpu"), tiny_run.recipe

@@ -16,7 +16,7 @@ from spar.common.errors import InputError
 from spar.inference.pipeline import SparPipeline
 from spar.models.config import ConnectorConfig, DenoiserConfig, RouterConfig, SparConfig, StreamConfig, TextConfig
 from spar.recipes import recipe
-from spar.training.loop import load_initial_weights
+from spar.training.initial_weights import load_initial_weights
 from spar.training.modules import TrainingModules
 from spar.training.plan import check_folder, read_init_folder
 

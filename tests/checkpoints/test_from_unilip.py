@@ -25,7 +25,7 @@ from spar.inference.pipeline import SparPipeline
 from spar.models.config import RouterConfig, SparConfig, TextConfig
 from spar.models.router import normalize_hidden_states
 from spar.recipes import recipe
-from spar.training.loop import load_initial_weights
+from spar.training.initial_weights import load_initial_weights
 from spar.training.modules import TrainingModules
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)

@@ -22,8 +22,9 @@ from spar.training.config import DataConfig, weighted_sets
 from spar.training.data import FilesTrainingData, epochs_per_source, open_sources
 from spar.training.distributed import SINGLE_PROCESS, DistributedContext, ParallelismConfig
 from spar.training.feature_cache import write_cache
+from spar.training.run_folder import find_text_tokenizer
 from spar.training.steps import StepContext
-from spar.training.trainer import find_text_tokenizer, train
+from spar.training.trainer import train
 from spar.worlds.shapes.dataset import scene_at
 from spar.worlds.shapes.render import render
 from spar.worlds.shapes.scene import COLORS

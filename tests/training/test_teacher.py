@@ -27,12 +27,13 @@ from spar.common.config import from_dict, read_json
 from spar.common.errors import InputError
 from spar.processing.prompts import PromptEncoder
 from spar.recipes import recipe
+from spar.training.bundle import load_stage_model
 from spar.training.checkpoint import load_group
 from spar.training.config import AlignmentConfig, Recipe
 from spar.training.estimate import summarize
 from spar.training.shapes_data import ShapesTrainingData
 from spar.training.teacher import load_teacher
-from spar.training.trainer import load_stage_model, train
+from spar.training.trainer import train
 from spar.worlds.shapes.tokenizer import build_tokenizer
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)

@@ -15,10 +15,13 @@ from spar.common.config import from_dict, read_json, to_dict, write_json
 from spar.common.errors import InputError
 from spar.processing.prompts import PromptEncoder
 from spar.recipes import recipe
+from spar.training import bundle
 from spar.training import trainer as module
 from spar.training.checkpoint import load_group
 from spar.training.config import AlignmentConfig, Recipe
-from spar.training.trainer import TAG_NAMES, build_modules, open_run, read_recipe, train
+from spar.training.modules import build_modules
+from spar.training.run_folder import open_run, read_recipe
+from spar.training.trainer import TAG_NAMES, train
 from spar.worlds.shapes.tokenizer import PLURALS, build_tokenizer
 
 TINY = recipe("tiny")
@@ -364,40 +367,40 @@ def test_the_model_folder_is_the_trained_model_and_says_how_it_was_made(tiny_run
 @pytest.mark.parametrize("stage", [None, "dit", "tokenizer-3"])
 def test_the_model_of_any_finished_stage_can_be_had(tiny_run, stage):
     saved = weights(tiny_run.path, stage or "unified-3")
-    loaded = module.load_stage_model(tiny_run.path, stage)
+    loaded = bundle.load_stage_model(tiny_run.path, stage)
     assert all(torch.equal(value, saved[f"model.{name}"]) for name, value in loaded.model.state_dict().items())
     assert not loaded.model.training
 
 
 def test_the_manifest_tells_only_of_the_stages_that_made_the_model(tiny_run):
-    stages = module.load_stage_model(tiny_run.path, "dit").manifest["stages"]
+    stages = bundle.load_stage_model(tiny_run.path, "dit").manifest["stages"]
     assert list(stages) == ["encoder", "mllm", "mllm-2", "autoencoder", "dit"]
 
 
 def test_the_model_of_a_stage_that_has_not_ended_is_refused(half, tmp_path):
     with pytest.raises(InputError, match="modules.safetensors is missing in .*tokenizer-1"):
-        module.load_stage_model(half, "tokenizer-1")
+        bundle.load_stage_model(half, "tokenizer-1")
     with pytest.raises(InputError, match="recipe.json is missing"):
-        module.load_stage_model(tmp_path / "nowhere")
+        bundle.load_stage_model(tmp_path / "nowhere")
 
 
 def test_the_flows_settings_become_the_models(tiny_run):
     flow = replace(TINY.flow, sampling_shift=3.0, sampling_steps=7, guidance=2.5, training_shift=1.5)
     modules = module.build_modules(TINY, torch.device("cpu"), PromptEncoder(build_tokenizer(), 64))
-    loaded = module.build_bundle(
+    loaded = bundle.build_bundle(
         modules, replace(TINY, flow=flow), tiny_run.path, PromptEncoder(build_tokenizer(), 64), "unified-3"
     )
     assert (loaded.sampling.shift, loaded.sampling.steps, loaded.sampling.guidance) == (3.0, 7, 2.5)
 
 
 def test_the_commit_is_the_source_trees_or_unknown(monkeypatch):
-    assert module._commit() == "unknown" or len(module._commit()) == 40
+    assert bundle._commit() == "unknown" or len(bundle._commit()) == 40
 
     def no_git(*_, **__):
         raise FileNotFoundError("git")
 
-    monkeypatch.setattr(module.subprocess, "run", no_git)
-    assert module._commit() == "unknown"
+    monkeypatch.setattr(bundle.subprocess, "run", no_git)
+    assert bundle._commit() == "unknown"
 
 
 def test_an_external_teacher_is_loaded_or_refused_before_the_run_begins(tmp_path):

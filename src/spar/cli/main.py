@@ -505,7 +505,7 @@ def _make_model(args: Any, title: str, make: Callable[..., Any]) -> int:
         from spar.checkpoints.from_published import SOURCES
         from spar.checkpoints.spar_format import save_model
         from spar.recipes import recipe
-        from spar.training.trainer import sampling_config
+        from spar.training.bundle import sampling_config
 
         base, sources = recipe(args.recipe), {part: getattr(args, part) for part in SOURCES}
         made = make(

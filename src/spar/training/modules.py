@@ -6,10 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spar.checkpoints.lora import add_lora
+from spar.common.errors import InputError
 from spar.losses.adversarial import LeCam, PatchDiscriminator
 from spar.models.attention import sincos_pos_embed_2d
 from spar.models.autoencoder import PixelEncoder, build_autoencoder
 from spar.models.spar import SparModel
+from spar.processing.prompts import PromptEncoder
 from spar.training.config import Recipe
 
 # What the encoder's dense pre-training reads off each token of `f_v`: classes for each named target.
@@ -138,3 +141,25 @@ def _init_denoiser(modules: TrainingModules) -> None:
     for block in network.transformer_blocks:
         block.scale_shift_table.zero_()
         block.scale_shift_table[GATES] = 1.0
+
+
+def build_modules(
+    recipe: Recipe, device: torch.device, prompts: PromptEncoder, *, teacher_width: int | None = None
+) -> TrainingModules:
+    """The modules of a recipe with weights drawn from its seed, LoRA's additions among them.
+
+    Raises:
+        InputError: a text tokenizer of more words than the model has embeddings.
+    """
+    if len(prompts.tokenizer) > recipe.model.text.vocab_size:
+        raise InputError(
+            f"text.vocab_size: expected at least {len(prompts.tokenizer)} for this tokenizer, "
+            f"got {recipe.model.text.vocab_size}"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        modules = TrainingModules(recipe, teacher_width=teacher_width)
+        init_weights(modules)
+        if recipe.lora.rank:
+            add_lora(modules.model, recipe.lora)
+    return modules.to(device)

@@ -1,57 +1,48 @@
 """A run: the stages of a recipe one behind the other, in one folder, resumable at any step."""
 
 import logging
-import os
-import platform
-import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from spar.checkpoints.lora import add_lora, merge_lora, save_adapter
+from spar.checkpoints.lora import merge_lora, save_adapter
 from spar.checkpoints.safetensors_io import load_weights
 from spar.checkpoints.spar_format import (
-    ModelBundle,
-    SamplingConfig,
     load_teacher,
-    load_text_tokenizer,
     save_model,
-    versions,
 )
-from spar.common.config import from_dict, read_json, to_dict, write_json
 from spar.common.errors import InputError
 from spar.losses.perceptual import PerceptualLoss
-from spar.models.config import SparConfig
 from spar.models.spar import SparModel
 from spar.processing.prompts import PromptEncoder
-from spar.training.checkpoint import load_group, read_train_state
+from spar.training.bundle import build_bundle
+from spar.training.checkpoint import load_group
 from spar.training.config import Recipe, StageConfig, freeze, freezing_table
 from spar.training.data import FilesTrainingData
-from spar.training.distributed import SINGLE_PROCESS, DistributedContext, ParallelismConfig
-from spar.training.loop import (
-    Report,
-    load_initial_weights,
-    load_previous_weights,
-    measure_teacher_mean,
-    run_stage,
-    tune_allocator,
-)
-from spar.training.modules import TrainingModules, init_weights
+from spar.training.distributed import DistributedContext, ParallelismConfig
+from spar.training.initial_weights import load_initial_weights, load_previous_weights
+from spar.training.loop import Report, measure_teacher_mean, run_stage, tune_allocator
+from spar.training.modules import TrainingModules, build_modules
 from spar.training.plan import PlannedStage, RunPlan, read_run, resolve
+from spar.training.run_folder import (
+    find_text_tokenizer,
+    invalidate_later_stages,
+    note_origin,
+    open_run,
+    prompt_encoder,
+    remove_folders,
+)
 from spar.training.shapes_data import ShapesTrainingData, TrainingData
 from spar.training.steps import StepContext
 from spar.training.teacher import ExternalTeacher, build_perceptual_losses, build_teacher
 from spar.worlds.shapes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES
-from spar.worlds.shapes.tokenizer import PLURALS, build_tokenizer
+from spar.worlds.shapes.tokenizer import PLURALS
 
 log = logging.getLogger("spar.training")
 
-ORIGIN = "origin.json"  # in a run that started from a SPAR folder: that folder's manifest
 
 TAG_NAMES = {
     "shape": SHAPES,
@@ -61,52 +52,6 @@ TAG_NAMES = {
 }
 
 Announce = Callable[[StageConfig, list[tuple[str, int, int]]], None]
-
-
-def open_run(run: Path, recipe: Recipe, *, fresh: bool, main: bool = True) -> None:
-    """Make or check the run's folder: it holds one recipe, and another recipe never writes over it.
-
-    Of several processes the main one makes it and the others check.
-    """
-    path = run / "recipe.json"
-    if fresh and path.exists():
-        raise InputError(f"{run} already holds a run; resume it (--resume auto) or give another folder")
-    if path.exists() and read_recipe(path) != recipe:
-        raise InputError(f"{run} holds a run of another recipe; give its own flags, or another folder")
-    if not main:
-        return
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        write_json(path, to_dict(recipe))
-    except OSError as error:
-        raise InputError(f"cannot write the run folder {run}: {error.strerror}") from error
-
-
-def prompt_encoder(tokenizer: Any, config: SparConfig) -> PromptEncoder:
-    """The prompt forms of a model."""
-    return PromptEncoder(tokenizer, config.grid**2, image_start=config.connector.image_start)
-
-
-def read_recipe(path: Path) -> Recipe:
-    """The recipe of a run's `recipe.json`."""
-    return from_dict(Recipe, read_json(path), complete=True)
-
-
-def build_modules(
-    recipe: Recipe, device: torch.device, prompts: PromptEncoder, *, teacher_width: int | None = None
-) -> TrainingModules:
-    if len(prompts.tokenizer) > recipe.model.text.vocab_size:
-        raise InputError(
-            f"text.vocab_size: expected at least {len(prompts.tokenizer)} for this tokenizer, "
-            f"got {recipe.model.text.vocab_size}"
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        modules = TrainingModules(recipe, teacher_width=teacher_width)
-        init_weights(modules)
-        if recipe.lora.rank:
-            add_lora(modules.model, recipe.lora)
-    return modules.to(device)
 
 
 def train(
@@ -243,7 +188,7 @@ def run_planned(
     if not run_stage(ctx, run, resume=planned.start.source == "state", report=report if main else None):
         return False
     if main:
-        _remove(run / ctx.stage.name, "state", "state.old")
+        remove_folders(run / ctx.stage.name, "state", "state.old")
     return True
 
 
@@ -256,14 +201,6 @@ def load_start(modules: TrainingModules, plan: RunPlan, planned: PlannedStage) -
         load_weights(modules, load_group(start.path, "modules"), planned.config.name)
     elif start.source == "stage":
         load_previous_weights(modules, start.path)
-
-
-def note_origin(plan: RunPlan, planned: PlannedStage) -> None:
-    """Keep the manifest of the SPAR folder that a run's first stage starts from beside its stages."""
-    if planned.start.source in ("folder", "random"):
-        (plan.run / ORIGIN).unlink(missing_ok=True)
-    if planned.start.source == "folder" and (planned.start.path / "manifest.json").exists():
-        shutil.copyfile(planned.start.path / "manifest.json", plan.run / ORIGIN)
 
 
 def save_run_model(modules: TrainingModules, recipe: Recipe, run: Path, prompts: PromptEncoder) -> None:
@@ -300,36 +237,6 @@ def check_parallelism(stages: tuple[StageConfig, ...], parallel: DistributedCont
             )
 
 
-def find_text_tokenizer(
-    recipe: Recipe, run: Path, init_from: Path | None, parallel: DistributedContext = SINGLE_PROCESS
-) -> Any:
-    """The text tokenizer of a run: the shapes world's own, or the one that came with the model which it started from.
-
-    Raises:
-        InputError: data sets of free words, and no tokenizer that knows them.
-    """
-    if recipe.data.source == "shapes":
-        return build_tokenizer()
-    kept = run / "text_tokenizer"
-    if init_from is not None and parallel.main:
-        home = init_from.absolute().parents[:2][-1]  # of RUN/STAGE/done
-        given = [init_from / kept.name, home / kept.name, home / "model" / kept.name]
-        found = next((path for path in given if path.is_dir()), None)
-        if found and not (kept.is_dir() and found.samefile(kept)):
-            aside = kept.with_name(kept.name + ".part")
-            shutil.rmtree(aside, ignore_errors=True)
-            shutil.copytree(found, aside)
-            shutil.rmtree(kept, ignore_errors=True)
-            aside.rename(kept)
-    parallel.barrier()
-    if not kept.is_dir():
-        raise InputError(
-            f"recipe {recipe.name}: its words want the text tokenizer of a SPAR folder; expected --init-from such a "
-            f"folder, or a stage of a run that began with one, got {init_from}"
-        )
-    return load_text_tokenizer(kept, recipe.model.text)
-
-
 def build_training_data(
     recipe: Recipe, prompts: PromptEncoder, run: Path, parallel: DistributedContext
 ) -> TrainingData:
@@ -341,111 +248,6 @@ def build_training_data(
         recipe.data, prompts, recipe.seed, side=model.image_size, stride=model.token_stride,
         max_prompt_tokens=recipe.max_prompt_tokens, run=run, parallel=parallel,
     )
-
-
-def invalidate_later_stages(run: Path, recipe: Recipe, stage: StageConfig, *, resume: bool) -> None:
-    """Remove what the training of `stage` makes void: its own end, and all that was made from it.
-
-    Its own state stays when it is resumed.
-    """
-    index = recipe.stages.index(stage)
-    void = [later.name for later in recipe.stages[index:] if read_train_state(run / later.name / "done")]
-    if void:
-        log.warning("stage %s is trained anew: the ends of %s are void and removed", stage.name, ", ".join(void))
-    _remove(run / stage.name, "done", "done.old", *(() if resume else ("state", "state.old")))
-    for later in recipe.stages[index + 1 :]:
-        _remove(run / later.name, "done", "done.old", "state", "state.old")
-    _remove(run, "model", "adapter")
-
-
-def _remove(parent: Path, *names: str) -> None:
-    for name in names:
-        shutil.rmtree(parent / name, ignore_errors=True)
-
-
-def build_bundle(
-    modules: TrainingModules, recipe: Recipe, run: Path, prompts: PromptEncoder, last: str
-) -> ModelBundle:
-    """The model at the end of stage `last`, with what a folder needs beside it: words, sampling, how it was made.
-
-    The semantic teacher comes along where this run, or the folder that it started from, has kept it.
-    """
-    stages = {}
-    names = [stage.name for stage in recipe.stages]
-    for stage in recipe.stages[: names.index(last) + 1]:
-        path = run / stage.name / "done" / "meta.json"
-        if path.exists():
-            meta = read_json(path)
-            stages[stage.name] = {"steps": meta["step"], "seconds": round(meta["seconds"], 3)}
-    manifest = {
-        "recipe": recipe.name,
-        "seed": recipe.seed,
-        "commit": _commit(),
-        "machine": hardware_info(),
-        "versions": versions(),
-        "stages": stages,
-        "resolved_recipe": to_dict(recipe),
-    }
-    origin = read_json(run / ORIGIN) if (run / ORIGIN).exists() else {}
-    if origin:
-        manifest["origin"] = origin
-    teacher = modules.teacher
-    if teacher is not None and (origin.get("teacher") or any(recipe.stage(s).step == "tokenizer" for s in stages)):
-        manifest["teacher"] = "the encoder before the tokenizer's training, in teacher/"
-    else:
-        teacher = None
-    return ModelBundle(modules.model.eval(), prompts.tokenizer, sampling_config(recipe), manifest, teacher=teacher)
-
-
-def sampling_config(recipe: Recipe) -> SamplingConfig:
-    """How a recipe's model is sampled unless the caller says otherwise."""
-    flow = recipe.flow
-    return SamplingConfig(
-        shift=flow.sampling_shift, steps=flow.sampling_steps, guidance=flow.guidance,
-        max_prompt_tokens=recipe.max_prompt_tokens,
-    )
-
-
-def load_stage_model(run: Path, stage: str | None = None) -> ModelBundle:
-    """The model as it stands at the end of a stage of a run, by default the recipe's last.
-
-    Raises:
-        InputError: a folder that is no run, or a stage that has not ended.
-    """
-    recipe = read_recipe(run / "recipe.json")
-    last = stage or recipe.stages[-1].name
-    folder = run / recipe.stage(last).name / "done"
-    prompts = prompt_encoder(find_text_tokenizer(recipe, run, None), recipe.model)
-    saved = load_group(folder, "modules")
-    width = saved["teacher_mean"].numel() if "teacher_mean" in saved else None
-    modules = build_modules(recipe, torch.device("cpu"), prompts, teacher_width=width)
-    load_weights(modules, saved, str(folder))
-    if recipe.lora.rank:
-        merge_lora(modules.model)
-    return build_bundle(modules, recipe, run, prompts, last)
-
-
-def hardware_info() -> dict[str, str | int]:
-    """What a measured time depends on: processor, cores, accelerator."""
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    except OSError:
-        pass
-    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return {"processor": model, "cores": os.cpu_count() or 1, "accelerator": accelerator}
-
-
-def _commit() -> str:
-    """The commit of the source tree, where this is one."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.strip() or "unknown"
 
 
 def prepare(ctx: StepContext, planned: PlannedStage) -> None:

@@ -1,0 +1,110 @@
+"""A run's folder: one recipe, the ends of its stages, the manifest that it started from, and its text tokenizer."""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from spar.checkpoints.spar_format import (
+    load_text_tokenizer,
+)
+from spar.common.config import from_dict, read_json, to_dict, write_json
+from spar.common.errors import InputError
+from spar.models.config import SparConfig
+from spar.processing.prompts import PromptEncoder
+from spar.training.checkpoint import read_train_state
+from spar.training.config import Recipe, StageConfig
+from spar.training.distributed import SINGLE_PROCESS, DistributedContext
+from spar.training.plan import PlannedStage, RunPlan
+from spar.worlds.shapes.tokenizer import build_tokenizer
+
+log = logging.getLogger("spar.training")
+
+ORIGIN = "origin.json"  # in a run that started from a SPAR folder: that folder's manifest
+
+
+def open_run(run: Path, recipe: Recipe, *, fresh: bool, main: bool = True) -> None:
+    """Make or check the run's folder: it holds one recipe, and another recipe never writes over it.
+
+    Of several processes the main one makes it and the others check.
+    """
+    path = run / "recipe.json"
+    if fresh and path.exists():
+        raise InputError(f"{run} already holds a run; resume it (--resume auto) or give another folder")
+    if path.exists() and read_recipe(path) != recipe:
+        raise InputError(f"{run} holds a run of another recipe; give its own flags, or another folder")
+    if not main:
+        return
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        write_json(path, to_dict(recipe))
+    except OSError as error:
+        raise InputError(f"cannot write the run folder {run}: {error.strerror}") from error
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe of a run's `recipe.json`."""
+    return from_dict(Recipe, read_json(path), complete=True)
+
+
+def note_origin(plan: RunPlan, planned: PlannedStage) -> None:
+    """Keep the manifest of the SPAR folder that a run's first stage starts from beside its stages."""
+    if planned.start.source in ("folder", "random"):
+        (plan.run / ORIGIN).unlink(missing_ok=True)
+    if planned.start.source == "folder" and (planned.start.path / "manifest.json").exists():
+        shutil.copyfile(planned.start.path / "manifest.json", plan.run / ORIGIN)
+
+
+def invalidate_later_stages(run: Path, recipe: Recipe, stage: StageConfig, *, resume: bool) -> None:
+    """Remove what the training of `stage` makes void: its own end, and all that was made from it.
+
+    Its own state stays when it is resumed.
+    """
+    index = recipe.stages.index(stage)
+    void = [later.name for later in recipe.stages[index:] if read_train_state(run / later.name / "done")]
+    if void:
+        log.warning("stage %s is trained anew: the ends of %s are void and removed", stage.name, ", ".join(void))
+    remove_folders(run / stage.name, "done", "done.old", *(() if resume else ("state", "state.old")))
+    for later in recipe.stages[index + 1 :]:
+        remove_folders(run / later.name, "done", "done.old", "state", "state.old")
+    remove_folders(run, "model", "adapter")
+
+
+def remove_folders(parent: Path, *names: str) -> None:
+    for name in names:
+        shutil.rmtree(parent / name, ignore_errors=True)
+
+
+def prompt_encoder(tokenizer: Any, config: SparConfig) -> PromptEncoder:
+    """The prompt forms of a model."""
+    return PromptEncoder(tokenizer, config.grid**2, image_start=config.connector.image_start)
+
+
+def find_text_tokenizer(
+    recipe: Recipe, run: Path, init_from: Path | None, parallel: DistributedContext = SINGLE_PROCESS
+) -> Any:
+    """The text tokenizer of a run: the shapes world's own, or the one that came with the model which it started from.
+
+    Raises:
+        InputError: data sets of free words, and no tokenizer that knows them.
+    """
+    if recipe.data.source == "shapes":
+        return build_tokenizer()
+    kept = run / "text_tokenizer"
+    if init_from is not None and parallel.main:
+        home = init_from.absolute().parents[:2][-1]  # of RUN/STAGE/done
+        given = [init_from / kept.name, home / kept.name, home / "model" / kept.name]
+        found = next((path for path in given if path.is_dir()), None)
+        if found and not (kept.is_dir() and found.samefile(kept)):
+            aside = kept.with_name(kept.name + ".part")
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.copytree(found, aside)
+            shutil.rmtree(kept, ignore_errors=True)
+            aside.rename(kept)
+    parallel.barrier()
+    if not kept.is_dir():
+        raise InputError(
+            f"recipe {recipe.name}: its words want the text tokenizer of a SPAR folder; expected --init-from such a "
+            f"folder, or a stage of a run that began with one, got {init_from}"
+        )
+    return load_text_tokenizer(kept, recipe.model.text)
