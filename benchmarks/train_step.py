@@ -9,9 +9,11 @@ bfloat16 matrix product reaches in the same run. The last line is JSON.
 """
 
 import argparse
+import itertools
 import json
 import resource
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -19,16 +21,16 @@ import torch
 from torch import nn
 
 from spar.checkpoints.spar_format import versions
+from spar.data.batches import Captioned
 from spar.processing.prompts import TokenBatch
 from spar.recipes import recipe
 from spar.training.bundle import hardware_info
-from spar.training.config import freeze
+from spar.training.config import StageConfig, freeze
 from spar.training.distributed import DistributedContext, ParallelismConfig, wrap_modules
 from spar.training.estimate import GPUS, HardwareConfig, estimate
 from spar.training.loop import train_step
 from spar.training.modules import TrainingModules
 from spar.training.optimizer import build_optimizers
-from spar.training.shapes_data import StepBatch
 from spar.training.steps import StepContext
 
 STAGES = ("tokenizer-3", "unified-2")
@@ -43,24 +45,16 @@ UNUSED = {
 class Noise:
     """Training data without files: pictures of noise, prompts of WORDS tokens."""
 
-    fixed = False
-    sized = True
-
     def __init__(self, side: int, vocabulary: int, device: torch.device) -> None:
         self.side, self.prompts, self.device = side, Prompts(vocabulary), device
 
     def rng(self, stage: str, step: int) -> np.random.Generator:
         return np.random.default_rng(step)
 
-    def features(self, name: str, indices: np.ndarray) -> None:
-        """Nothing is kept."""
-
-    def get_batch(self, stage, step: int, rows: slice) -> StepBatch:
-        indices = np.arange(stage.batch)[rows]
-        return StepBatch(indices, False, ("",) * len(indices))
-
-    def pixels(self, indices: np.ndarray, *, edited: bool = False) -> torch.Tensor:
-        return torch.rand(len(indices), 3, self.side, self.side, device=self.device)  # a loader that keeps up
+    def batches(self, stage: StageConfig, start: int, parallel: DistributedContext) -> Iterator[list[Captioned]]:
+        for _ in itertools.count(start):
+            pixels = torch.rand(stage.batch, 3, self.side, self.side, device=self.device)  # a loader that keeps up
+            yield [Captioned(keys=np.full(stage.batch, -1), pixels=pixels, texts=("",) * stage.batch)]
 
 
 class Prompts:
@@ -121,16 +115,16 @@ def measure(name: str, stage_name: str, args: argparse.Namespace, peak: float) -
     frame, optimizers = wrap_modules(modules, parallel), build_optimizers(modules, stage)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    times = []
+    times, batches = [], training_data.batches(stage, 0, parallel)
     for step in range(args.steps + 1):  # the first one allocates and compiles
         settle(device)
         start = time.perf_counter()
-        train_step(ctx, frame, step, optimizers, first=step == 0)
+        train_step(ctx, frame, step, next(batches), optimizers, first=step == 0)
         settle(device)
         times.append(time.perf_counter() - start)
     if args.profile:
         with torch.profiler.profile() as profile:
-            train_step(ctx, frame, args.steps + 1, optimizers, first=False)
+            train_step(ctx, frame, args.steps + 1, next(batches), optimizers, first=False)
             settle(device)
         order = f"self_{device.type}_time_total"
         print(profile.key_averages().table(sort_by=order, row_limit=args.profile, max_name_column_width=60))

@@ -173,7 +173,13 @@ def test_a_loss_weight_that_the_step_reads_has_an_effect(start, stage, base, wei
         ctx = start(stage, losses=replace(base, **{weight: value}))
         with torch.no_grad():  # at the stage's start the teacher and the encoder are one
             ctx.modules.teacher.multi_modal_projector.linear_2.weight.mul_(1.5)
-        losses.append(float(STEPS[ctx.stage.step](ctx, 0)["loss"]))
+        losses.append(
+            float(
+                STEPS[ctx.stage.step](ctx, ctx.data.get_batch(ctx.stage, 0, ctx.parallel.rows(ctx.stage.batch, 0)), 0)[
+                    "loss"
+                ]
+            )
+        )
     assert losses[0] != losses[1]
 
 

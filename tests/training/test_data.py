@@ -16,6 +16,7 @@ from PIL import Image
 from spar.checkpoints.spar_format import load_model
 from spar.common.errors import InputError
 from spar.common.limits import one_reference
+from spar.data.batches import Edits, Images
 from spar.processing.prompts import PromptEncoder
 from spar.training.checkpoint import load_group
 from spar.training.config import DataConfig, weighted_sets
@@ -23,7 +24,6 @@ from spar.training.data import FilesTrainingData, epochs_per_source, open_source
 from spar.training.distributed import SINGLE_PROCESS, DistributedContext, ParallelismConfig
 from spar.training.feature_cache import write_cache
 from spar.training.run_folder import find_text_tokenizer
-from spar.training.steps import StepContext
 from spar.training.trainer import train
 from spar.worlds.shapes.dataset import scene_at
 from spar.worlds.shapes.render import render
@@ -104,13 +104,13 @@ def colors(pixels: torch.Tensor) -> list[str]:
 
 
 def everything(found: FilesTrainingData, stage, step: int) -> tuple:
-    """All of a process's rows of a step, in its pieces' order."""
+    """Whether a step edits, and all of a process's rows of it, in the order of its micro-steps."""
     rows = []
-    for piece in range(found.parallel.config.grad_accum_steps):
-        dealt = found.get_batch(stage, step, found.parallel.rows(stage.batch, piece))
-        before, behind = (colors(found.pixels(dealt.indices, edited=edited)) for edited in (False, True))
-        rows += [*zip(dealt.words, before, behind, strict=True)]
-    return dealt.editing, rows
+    for batch in next(found.batches(replace(stage, steps=99), step, found.parallel)):
+        after = colors(batch.pixels)
+        before = colors(batch.references) if isinstance(batch, Edits) else after
+        rows += [*zip(batch.texts, before, after, strict=True)]
+    return isinstance(batch, Edits), rows
 
 
 def test_words_stand_with_their_own_pictures_and_both_kinds_come_by_their_share(training_data, stage):
@@ -168,11 +168,9 @@ def test_a_tokenizer_stage_sees_what_lies_behind_an_edit_and_needs_no_words(trai
     found, tokenizer = training_data(paths=(mute, sets[1])), replace(tiny_run.recipe.stage("tokenizer-1"), batch=8)
     seen = set()
     for step in range(8):
-        dealt = found.get_batch(tokenizer, step, slice(0, 8, 1))
-        assert dealt.words == () and not dealt.editing
-        plainly, edited = (found.pixels(dealt.indices, edited=edited) for edited in (False, True))
-        assert torch.equal(plainly, edited)
-        seen |= set(colors(plainly))
+        (batch,) = next(found.batches(replace(tokenizer, steps=8), step, SINGLE_PROCESS))
+        assert type(batch) is Images
+        seen |= set(colors(batch.pixels))
     assert seen == set(NAMES) and sum(map(len, found.sample(100))) >= 100
 
 
@@ -189,7 +187,8 @@ def test_captions_lose_control_tokens_and_what_is_too_long(training_data, stage,
     long = "a red circle and a blue star and a green ring and a red cross on a navy background"
     wild = [{"png": plain("red"), "txt": text.encode()} for text in ("a <img> red <|im_end|> circle", long)]
     found = training_data(paths=(write_tar(tmp_path / "wild.tar", wild * 8),))
-    words = set(found.get_batch(replace(stage, edit_share=0.0), 0, slice(0, 8, 1)).words)
+    (batch,) = next(found.batches(replace(stage, edit_share=0.0), 0, SINGLE_PROCESS))
+    words = set(batch.texts)
     assert {" ".join(text.split()) for text in words} == {"a red circle", " ".join(long.split()[:12])}
 
 
@@ -229,8 +228,8 @@ def test_pictures_of_the_world_come_through_a_tar_unchanged(tiny_run, tmp_path, 
         run=tmp_path,
         parallel=DistributedContext(),
     )
-    dealt = found.get_batch(replace(stage, edit_share=0.0), 0, slice(0, 8, 1))
-    shown = (found.pixels(dealt.indices) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    (batch,) = next(found.batches(replace(stage, edit_share=0.0), 0, SINGLE_PROCESS))
+    shown = (batch.pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     assert sorted(x.tobytes() for x in shown) == sorted(x.tobytes() for x in images)
 
 
@@ -248,8 +247,8 @@ def test_a_stage_of_its_own_side_and_several_proportions_squashes_nothing(tiny_r
         parallel=DistributedContext(),
     )
     small = replace(tiny_run.recipe.stage("tokenizer-1"), image_size=32)
-    ctx = StepContext(None, found, tiny_run.recipe, small, torch.device("cpu"))
-    shape = ctx.pixels(ctx.get_batch(0).indices).shape
+    (batch,) = next(found.batches(small, 0, SINGLE_PROCESS))
+    shape = batch.pixels.shape
     assert shape[-1] > 1.5 * shape[-2] and abs(shape[-1] * shape[-2] / 32**2 - 1) < 0.2
 
 

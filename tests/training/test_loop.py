@@ -156,7 +156,7 @@ def test_a_discriminators_gradient_that_is_not_finite_is_seen(start):
 @pytest.mark.parametrize("stage", ["tokenizer-1", "tokenizer-3"])
 def test_the_measured_latent_scale_gives_unit_size(start, stage):
     ctx = start(stage)
-    tokenizer, pixels = ctx.modules.model.tokenizer, ctx.pixels(np.arange(24))
+    tokenizer, pixels = ctx.modules.model.tokenizer, ctx.data.pixels(np.arange(24))
     with torch.no_grad():
         tokenizer.latent_scale.fill_(123.0)
         tokenizer.fusion[-1].weight.mul_(3.0)
@@ -171,7 +171,7 @@ def test_the_measured_latent_scale_gives_unit_size(start, stage):
 def test_before_alignment_the_teachers_mean_is_measured(start, stage):
     ctx = start(stage)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        f_v = ctx.modules.model.tokenizer.encoder(ctx.pixels(np.arange(24)))
+        f_v = ctx.modules.model.tokenizer.encoder(ctx.data.pixels(np.arange(24)))
     assert torch.allclose(ctx.modules.teacher_mean, f_v.float().mean((0, 1)), atol=1e-3)
     assert not start("unified-1").modules.teacher_mean.any()
 
@@ -180,7 +180,7 @@ def test_the_measured_native_scale_gives_unit_size(start):
     ctx = start("autoencoder")
     measure_latent_scale(ctx)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        latents = ctx.modules.pixel_encoder(ctx.pixels(np.arange(24))).float()
+        latents = ctx.modules.pixel_encoder(ctx.data.pixels(np.arange(24))).float()
     assert float((latents * ctx.modules.native_scale).square().mean().sqrt()) == pytest.approx(1, abs=2e-3)
     assert float(ctx.modules.native_scale) != 1
 
@@ -199,12 +199,12 @@ def test_whitening_changes_the_basis_and_nothing_that_is_read_off_it(start):
     linears = [*head.tags.values(), head.center, head.coverage, head.pixels]
     with torch.no_grad():
         head.center.bias.normal_(generator=torch.Generator().manual_seed(0))
-        f_v = encoder(ctx.pixels(np.arange(24)))
+        f_v = encoder(ctx.data.pixels(np.arange(24)))
         read = [linear(f_v) for linear in linears]
         rows = f_v.flatten(0, 1).double()
         variances = torch.linalg.eigvalsh(torch.cov(rows.T))
         whiten(ctx.modules, f_v, floor=0.1)
-        white = encoder(ctx.pixels(np.arange(24)))
+        white = encoder(ctx.data.pixels(np.arange(24)))
         assert not torch.allclose(white, f_v, atol=0.1)
         for before, linear in zip(read, linears, strict=True):
             assert torch.allclose(linear(white), before, atol=1e-3)
@@ -342,8 +342,8 @@ def test_a_non_finite_number_stops_before_the_optimizer_and_leaves_the_saved_sta
     often = replace(tiny_run.recipe, save_minutes=0.0)
     whole = STEPS["encoder"]
 
-    def planted(ctx, step):
-        terms = whole(ctx, step)
+    def planted(ctx, batch, step):
+        terms = whole(ctx, batch, step)
         if step == 2:
             weight = ctx.modules.dense_head.coverage.weight
             poison = torch.full((), math.nan) if where == "loss" else (weight * 0).sum().sqrt()

@@ -139,29 +139,32 @@ class Counted:
     def __init__(self):
         self.asked = []
 
-    def __call__(self, indices):
-        self.asked += indices.tolist()
-        rows = torch.from_numpy(indices).float()
+    def __call__(self, pixels):
+        rows = pixels[:, 0, 0, 0]
+        self.asked += [int(row) for row in rows]
         return {"f": rows[:, None] * torch.tensor([1.0, -2.0]), "g": rows}
 
 
-def test_the_store_computes_each_row_once_and_gives_it_back():
-    compute = Counted()
-    store = InMemoryFeatureCache(10, compute)
-    for indices in ([3, 1, 3], [1, 2], [9, 3, 2, 1]):
-        given = store(np.array(indices))
-        assert given["g"].tolist() == indices  # in the order of asking, repeated where asked twice
-        assert given["f"].tolist() == [[i, -2 * i] for i in indices]
-    assert sorted(compute.asked) == [1, 2, 3, 9]
+def shown(keys: list[int]) -> tuple[np.ndarray, torch.Tensor]:
+    """Keys, and images that show them."""
+    return np.array(keys), torch.tensor(keys).float().view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
 
 
-def test_the_store_keeps_no_gradient():
-    weight = torch.ones(1, requires_grad=True)
-    store = InMemoryFeatureCache(4, lambda i: {"f": weight * torch.from_numpy(i)[:, None]})
-    assert not store(np.array([1, 2]))["f"].requires_grad
+def test_the_cache_computes_each_row_once_and_gives_it_back():
+    compute, cache = Counted(), InMemoryFeatureCache()
+    for keys in ([3, 1, 3], [1, 2], [9, 3, 2, 1], [*range(20)]):
+        given = cache(*shown(keys), compute)
+        assert given["g"].tolist() == keys  # in the order of asking, repeated where asked twice
+        assert given["f"].tolist() == [[i, -2 * i] for i in keys]
+    assert sorted(compute.asked) == [*range(20)]
 
 
-def test_the_store_rounds_to_bfloat16_the_first_time_too():
-    store = InMemoryFeatureCache(2, lambda i: {"f": torch.full((len(i), 1), 1.001)})
-    first, second = store(np.array([0]))["f"], store(np.array([0]))["f"]
+def test_the_cache_keeps_no_gradient():
+    weight, cache = torch.ones(1, requires_grad=True), InMemoryFeatureCache()
+    assert not cache(*shown([1, 2]), lambda x: {"f": weight * x[:, 0, 0]})["f"].requires_grad
+
+
+def test_the_cache_rounds_to_bfloat16_the_first_time_too():
+    cache = InMemoryFeatureCache()
+    first, second = (cache(*shown([0]), lambda x: {"f": torch.full((len(x), 1), 1.001)})["f"] for _ in range(2))
     assert first.dtype == torch.bfloat16 and torch.equal(first, second) and float(first) == 1.0

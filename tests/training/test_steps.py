@@ -12,6 +12,7 @@ from torch import Tensor
 from spar.training import steps
 from spar.training.config import AlignmentConfig, LossWeights
 from spar.training.optimizer import build_optimizers
+from spar.training.shapes_data import resized
 from spar.training.steps import STEPS, StepContext
 
 ENCODER = "model.tokenizer.encoder."
@@ -19,7 +20,8 @@ ENCODER = "model.tokenizer.encoder."
 
 def run(ctx: StepContext, step: int = 0) -> dict[str, Tensor]:
     with torch.autocast("cpu", torch.bfloat16):  # as the loop runs it
-        return STEPS[ctx.stage.step](ctx, step)
+        batch = ctx.data.get_batch(ctx.stage, step, ctx.parallel.rows(ctx.stage.batch, 0))
+        return STEPS[ctx.stage.step](ctx, batch, step)
 
 
 def gradients(ctx: StepContext) -> dict[str, float]:
@@ -67,7 +69,7 @@ def test_a_stage_of_another_side_sees_its_pictures_at_that_side(start, monkeypat
     assert (fused[0][0].shape[1], fused[0][1]) == (16, (32, 32)) and native[0][0].shape[-2:] == (32, 32)
     whole = ctx.data.pixels(np.arange(2))
     halved = torch.nn.functional.interpolate(whole, size=(32, 32), mode="bilinear", antialias=True)
-    torch.testing.assert_close(ctx.pixels(np.arange(2)), halved)
+    torch.testing.assert_close(resized(whole, ctx.stage.image_size), halved)
 
 
 def test_the_encoders_loss_is_its_tags_plus_its_pixels(start):
@@ -142,7 +144,7 @@ def test_generation_reads_captions_and_denoises_their_own_pictures(start, monkey
     assert any("column" in text for text in captions)
     assert [a or b for a, b in zip(prompts[0][0], captions, strict=True)] == captions
     tokenizer = ctx.modules.model.tokenizer
-    latents = tokenizer.encode(ctx.pixels(indices))
+    latents = tokenizer.encode(ctx.data.pixels(indices))
     clean = tokenizer.normalize(latents.z_f)
     assert is_the_first(flow[0][2], clean, clean.roll(1, 0))
     assert is_the_first(flow[0][4].flatten(1, 2), latents.f_v, latents.f_v.roll(1, 0))
@@ -160,7 +162,7 @@ def test_editing_reads_the_source_and_denoises_the_target(start, monkeypatch):
     instructions = ctx.data.instructions(indices)
     assert [a or b for a, b in zip(prompts[0][0], instructions, strict=True)] == instructions
     tokenizer = ctx.modules.model.tokenizer
-    source, target = tokenizer.encode(ctx.pixels(indices)), tokenizer.encode(ctx.pixels(indices, edited=True))
+    source, target = tokenizer.encode(ctx.data.pixels(indices)), tokenizer.encode(ctx.data.pixels(indices, edited=True))
     assert is_the_first(conditions[0][2], source.f_v, target.f_v)
     assert is_the_first(flow[0][2], tokenizer.normalize(target.z_f), tokenizer.normalize(source.z_f))
     assert is_the_first(flow[0][4].flatten(1, 2), target.f_v, source.f_v)
@@ -249,7 +251,7 @@ def test_frozen_features_are_computed_once_a_picture(start, stage, part):
 
 def test_the_two_sides_of_the_adversary_do_not_touch(start):
     ctx = start("tokenizer-3")
-    pixels = ctx.pixels(np.arange(4))
+    pixels = ctx.data.pixels(np.arange(4))
     discriminator = list(ctx.modules.discriminator.parameters())
     with torch.autocast("cpu", torch.bfloat16):
         picture = torch.rand(pixels.shape, generator=torch.Generator().manual_seed(0), requires_grad=True)
@@ -368,10 +370,12 @@ def test_an_external_teacher_is_what_aligns_on_its_own_grid(start, tiny_run, mon
     run(ctx)
     rng = ctx.data.rng("unified-2", 0)
     rng.random()
-    pixels = ctx.pixels(ctx.data.draw(rng, 4, edits=bool(editing), kinds=ctx.stage.scene_kinds), edited=bool(editing))
+    pixels = ctx.data.pixels(
+        ctx.data.draw(rng, 4, edits=bool(editing), kinds=ctx.stage.scene_kinds), edited=bool(editing)
+    )
     assert torch.equal(calls[0][1], teacher(pixels)[0].repeat_interleave(2, 0))
     assert grids[0][1:] == ((8, 8), (4, 4)) and calls[0][0].shape == (8, 16, 32)
-    everything = teacher(ctx.pixels(np.arange(24)))[0]
+    everything = teacher(ctx.data.pixels(np.arange(24)))[0]
     assert torch.allclose(ctx.modules.teacher_mean, everything.mean((0, 1)), atol=1e-5)
 
 

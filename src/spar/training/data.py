@@ -4,8 +4,9 @@ A batch is a function of (seed, stage, step), whoever asks for it: a run resumes
 data under a run that has begun are refused.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from spar.common.config import read_json, write_json
 from spar.common.errors import InputError
+from spar.data.batches import Captioned, Edits, Images
 from spar.data.buckets import make_buckets
 from spar.data.loader import Loader, LoaderBatch, to_pixels
 from spar.data.mixture import Mixture
@@ -22,7 +24,7 @@ from spar.processing.prompts import PromptEncoder
 from spar.training.config import DataConfig, StageConfig, weighted_sets
 from spar.training.distributed import DistributedContext
 from spar.training.feature_cache import FeatureCache, cache_key, sample_id
-from spar.training.shapes_data import StepBatch, step_rng
+from spar.training.shapes_data import step_rng
 
 FINGERPRINTS = "data.json"  # in a run: what the order of each stage's samples depends on
 
@@ -68,9 +70,6 @@ class FilesTrainingData:
     kind. A tokenizer stage sees the pictures of all sets, of edits the one behind the edit.
     """
 
-    fixed = False
-    sized = True  # batches come at the stage's own size
-
     def __init__(
         self, config: DataConfig, prompts: PromptEncoder, seed: int, *, side: int, stride: int, max_prompt_tokens: int,
         run: Path, parallel: DistributedContext,
@@ -85,25 +84,11 @@ class FilesTrainingData:
         )
         self.weights = [weight for weight, _ in weighted_sets(config.sets)]
         self.sources = open_sources(config, run / "cache")
-        self._batches: Iterator[LoaderBatch] = iter(())
-        self._at: tuple[str, int] = ("", -1)
-        self._batch: LoaderBatch | None = None
-        self._editing = False
         self._cache: FeatureCache | None = None
 
     def open_cache(self, tokenizer: UnifiedTokenizer) -> None:
         """Take features from the recipe's cache from now on; InputError where it was made by another tokenizer."""
         self._cache = FeatureCache(Path(self.config.cache), cache_key(tokenizer, self.side, self.sources))
-
-    def features(self, name: str, indices: np.ndarray) -> dict[str, Tensor] | None:
-        """What the cache has of this step's rows: of an edit the reference's `f_v` (`scenes`), or its target's."""
-        if self._cache is None or name not in ("scenes", "edited"):
-            return None
-        batch = self._batch
-        found = self._cache.rows([sample_id(*batch.places[i]) for i in indices.tolist()])
-        if name == "scenes" and self._editing:
-            return {"f_v": found["reference"]}
-        return {key: found[key] for key in ("f_v", "latent")}
 
     def cached_features(self, count: int) -> Tensor | None:
         """The cache's `f_v` `[n, N, D]` of the images that `sample` would decode, or None without a cache."""
@@ -118,19 +103,29 @@ class FilesTrainingData:
         """The generator of one step's choices."""
         return step_rng(self.seed, stage, step)
 
-    def get_batch(self, stage: StageConfig, step: int, rows: slice) -> StepBatch:
-        """Rows of a step: their pictures are indices into this process's batch, which stays until the next step."""
-        if self._at != (stage.name, step):
-            self._advance(stage, step)
-        batch, world = self._batch, self.parallel.world
-        own = slice(rows.start // world, None, rows.step // world)
-        words = tuple(self._fitted(text) for text in batch.texts[own]) if stage.step == "unified" else ()
-        return StepBatch(np.arange(len(batch.images))[own], self._editing, words)
+    def batches(self, stage: StageConfig, start: int, parallel: DistributedContext) -> Iterator[Sequence[Images]]:
+        """From step `start` of a stage on, this process's micro-batches of each step."""
+        for batch in self._open(stage, start):
+            parts = [parallel.rows(stage.batch, number) for number in range(parallel.config.grad_accum_steps)]
+            yield [self._micro_batch(stage, batch, slice(p.start // parallel.world, None, p.step // parallel.world))
+                   for p in parts]
 
-    def pixels(self, indices: np.ndarray, *, edited: bool = False) -> Tensor:
-        """`[B, 3, H, W]` in [0, 1]."""
-        images = self._batch.inputs if self._editing and not edited else self._batch.images
-        return to_pixels(images[torch.from_numpy(indices)])
+    def _micro_batch(self, stage: StageConfig, batch: LoaderBatch, rows: slice) -> Images:
+        """Rows of a process's batch: of a unified stage with texts and, from a cache, with features."""
+        numbers = np.arange(len(batch.images))[rows]
+        keys, where = np.full(len(numbers), -1), torch.from_numpy(numbers)
+        if stage.step != "unified":
+            return Images(keys=keys, pixels=to_pixels(batch.images[where]))
+        texts = tuple(self._fitted(text) for text in batch.texts[rows])
+        kind: dict[str, Any] = {"keys": keys, "texts": texts}
+        if self._cache is not None:
+            features = self._cache.rows([sample_id(*batch.places[number]) for number in numbers.tolist()])
+            kind |= {"features": features}
+        else:
+            kind |= {"pixels": to_pixels(batch.images[where])}
+        if batch.kind != "edit":
+            return Captioned(**kind)
+        return Edits(**kind, references=None if self._cache is not None else to_pixels(batch.inputs[where]))
 
     def sample(self, count: int) -> tuple[Tensor, ...]:
         """The pictures that a stage of one process would see first, `count` or a few more."""
@@ -139,14 +134,6 @@ class FilesTrainingData:
         for batch in Loader(mixture, workers=0, captions=False).batches(0, -(-count // 64)):
             found.append(to_pixels(batch.images))
         return tuple(found)
-
-    def _advance(self, stage: StageConfig, step: int) -> None:
-        """Go on to a step: the next one of the stage at hand, or any of another."""
-        if self._at != (stage.name, step - 1):
-            self._batches = self._open(stage, step)
-        batch = next(self._batches)
-        self._editing = batch.kind == "edit" and stage.step == "unified"
-        self._at, self._batch = (stage.name, step), batch
 
     def _open(self, stage: StageConfig, step: int) -> Iterator[LoaderBatch]:
         sources, weights = sources_of_stage(stage, self.sources, self.weights)
@@ -159,7 +146,7 @@ class FilesTrainingData:
             captions=stage.step == "unified", one_reference=stage.step == "unified",
             known=_Known(self._cache) if self._cache is not None and stage.step == "unified" else None,
         )  # fmt: skip
-        return loader.batches(step)
+        return loader.batches(step, stage.steps)
 
     def _mixture(
         self, batch: int, weights: list[float], sources: list[DataSource], aspect: float,

@@ -6,7 +6,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from spar.checkpoints.lora import LORA_PREFIX
 from spar.common.config import to_dict
 from spar.common.errors import InputError
+from spar.data.batches import Images
 from spar.training.checkpoint import (
     TrainState,
     load_into,
@@ -33,6 +34,7 @@ from spar.training.distributed import all_reduce_replicated_grads, no_sync, wrap
 from spar.training.metrics import MetricsLogger
 from spar.training.modules import TrainingModules
 from spar.training.optimizer import build_optimizers
+from spar.training.shapes_data import resized
 from spar.training.steps import STEPS, StepContext, Terms, external_features
 
 log = logging.getLogger("spar.training")
@@ -209,9 +211,11 @@ def run_stage(ctx: StepContext, run: Path, *, resume: bool, report: Report | Non
         InputError: a saved state that does not fit, or a trainable part that the loss does not reach.
     """
     stage, going = ctx.stage, begin_stage(ctx, run, resume=resume)
+    batches = ctx.data.batches(stage, going.start, ctx.parallel)
     with stop_signals() as caught:
-        for step in range(going.start, stage.steps):
-            terms, norm = train_step(ctx, going.wrapper, step, going.optimizers, first=step == going.start)
+        for step, micro_batches in enumerate(batches, start=going.start):
+            first = step == going.start
+            terms, norm = train_step(ctx, going.wrapper, step, micro_batches, going.optimizers, first=first)
             if going.average:
                 going.average.update(step)
             if step % ctx.recipe.log_every == 0 or step == stage.steps - 1:
@@ -257,20 +261,27 @@ def end_stage(ctx: StepContext, going: StageRun, run: Path) -> None:
 
 
 def train_step(
-    ctx: StepContext, wrapper: nn.Module, step: int, optimizers: list[torch.optim.Optimizer], *, first: bool
+    ctx: StepContext,
+    wrapper: nn.Module,
+    step: int,
+    micro_batches: Sequence[Images],
+    optimizers: list[torch.optim.Optimizer],
+    *,
+    first: bool,
 ) -> tuple[Terms, Tensor]:
     """One step of the stage: its loss terms and the gradient's norm; the `first` one checks what the loss reaches.
 
     Raises:
         NonFiniteLoss: on all processes, before the optimizer touched any weight.
     """
-    stage, modules, micro_steps = ctx.stage, ctx.modules, ctx.parallel.config.grad_accum_steps
+    stage, modules, micro_steps = ctx.stage, ctx.modules, len(micro_batches)
     modules.zero_grad(set_to_none=True)
     total: Terms = {}
-    for ctx.micro_step in range(micro_steps):
+    for ctx.micro_step, batch in enumerate(micro_batches):
+        batch = batch.to(ctx.device)
         with no_sync(wrapper, ctx.micro_step == micro_steps - 1), wrap_distributed_errors():
             with ctx.autocast():
-                terms = wrapper(STEPS[stage.step], ctx, step)
+                terms = wrapper(STEPS[stage.step], ctx, batch, step)
             (terms["loss"] / micro_steps).backward()
         total = {name: total.get(name, 0) + value.detach() / micro_steps for name, value in terms.items()}
     all_reduce_replicated_grads(modules, ctx.parallel)
@@ -333,7 +344,8 @@ def measure_teacher_mean(ctx: StepContext, pictures: int = 512) -> None:
 
 def _first(ctx: StepContext, pictures: int) -> tuple[Tensor, ...]:
     """The first pictures of the training data, in chunks."""
-    return tuple(ctx.resized(chunk.to(ctx.device)) for chunk in ctx.data.sample(pictures))
+    side = ctx.stage.image_size
+    return tuple(resized(chunk.to(ctx.device), side) for chunk in ctx.data.sample(pictures))
 
 
 @torch.no_grad()

@@ -4,19 +4,22 @@ Nothing is drawn from a running generator: the batch of a step is a function of 
 the step, so that a resumed run sees exactly what it would have seen.
 """
 
+import math
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spar.common.errors import InputError
+from spar.data.batches import Captioned, Dialogues, Edits, Images, Tagged
 from spar.processing.prompts import DESCRIBE, PromptEncoder, QuestionAnswer
 from spar.training.config import DataConfig, StageConfig
+from spar.training.distributed import DistributedContext
 from spar.worlds.shapes.captions import caption, describe, position_caption
 from spar.worlds.shapes.dataset import dense_targets, scene_at
 from spar.worlds.shapes.edits import Edit, make_edit
@@ -25,57 +28,35 @@ from spar.worlds.shapes.render import render
 from spar.worlds.shapes.scene import SIDE, Scene
 
 
-@dataclass(frozen=True)
-class StepBatch:
-    """The rows of a step that one process computes: which pictures, whether they are edits, and the words of each."""
-
-    indices: np.ndarray
-    editing: bool = False
-    words: tuple[str, ...] = ()
-
-
 def step_rng(seed: int, stage: str, step: int) -> np.random.Generator:
     """The generator of one step's choices."""
     return np.random.default_rng((seed, zlib.crc32(stage.encode()), step))
 
 
 class TrainingData(Protocol):
-    """Where a step's pictures and words come from.
-
-    `fixed`: whether an index always names the same picture. `sized`: whether pictures come at the stage's own size.
-    """
+    """Where a stage's batches come from."""
 
     prompts: PromptEncoder
-    fixed: bool
-    sized: bool
 
     def rng(self, stage: str, step: int) -> np.random.Generator:
         """The generator of one step's choices."""
 
-    def get_batch(self, stage: StageConfig, step: int, rows: slice) -> StepBatch:
-        """Rows of a step's whole batch."""
-
-    def pixels(self, indices: np.ndarray, *, edited: bool = False) -> Tensor:
-        """`[B, 3, H, W]` in [0, 1]: of an edit the picture before it, or the one behind it."""
-
-    def features(self, name: str, indices: np.ndarray) -> dict[str, Tensor] | None:
-        """Features of a picture set (`scenes`, or `edited`) that were computed before the run, or None."""
+    def batches(self, stage: StageConfig, start: int, parallel: DistributedContext) -> Iterator[Sequence[Images]]:
+        """From step `start` of a stage on, this process's micro-batches of each step."""
 
     def cached_features(self, count: int) -> Tensor | None:
         """`f_v` `[n, N, D]` of up to `count` images that were computed before the run, or None."""
 
     def sample(self, count: int) -> tuple[Tensor, ...]:
-        """About `count` pictures to measure features on, in chunks, the same on every process."""
+        """About `count` images to measure features on, in chunks, the same on every process."""
 
 
 class ShapesTrainingData:
     """A fixed set of scenes, rendered once; the first `edits` of them also have an edited picture."""
 
-    fixed = True
-    sized = False
-
     def __init__(self, config: DataConfig, prompts: PromptEncoder, seed: int, cache: Path | None = None) -> None:
         self.config, self.prompts, self.seed = config, prompts, seed
+        self.grid = math.isqrt(prompts.visual_tokens)
         self.scenes = [scene_at("train", i) for i in range(config.scenes)]
         self.edits: list[Edit] = [
             make_edit(self.scenes[i], np.random.default_rng((seed, 1, i))) for i in range(config.edits)
@@ -88,22 +69,32 @@ class ShapesTrainingData:
         """The generator of one step's choices."""
         return step_rng(self.seed, stage, step)
 
-    def get_batch(self, stage: StageConfig, step: int, rows: slice) -> StepBatch:
-        """Rows of a step's whole batch; a unified step edits with the stage's share."""
-        rng, captioned = self.rng(stage.name, step), stage.step in ("dit", "unified")
-        editing = stage.step == "unified" and bool(rng.random() < stage.edit_share)
-        indices = self.draw(rng, stage.batch, edits=editing, kinds=stage.scene_kinds)
-        words: list[str] = []
-        if captioned:
-            words = (
-                self.instructions(indices)
-                if editing
-                else self.captions(rng, indices, position_captions=stage.position_captions)
-            )
-        return StepBatch(indices[rows], editing, tuple(words[rows]))
+    def batches(self, stage: StageConfig, start: int, parallel: DistributedContext) -> Iterator[Sequence[Images]]:
+        """From step `start` of a stage on, this process's micro-batches of each step."""
+        for step in range(start, stage.steps):
+            parts = [parallel.rows(stage.batch, number) for number in range(parallel.config.grad_accum_steps)]
+            yield [self.get_batch(stage, step, rows) for rows in parts]
 
-    def features(self, name: str, indices: np.ndarray) -> dict[str, Tensor] | None:
-        """None: these pictures are kept by the step itself."""
+    def get_batch(self, stage: StageConfig, step: int, rows: slice) -> Images:
+        """Rows of a step's whole batch; a unified step edits with the stage's share."""
+        rng = self.rng(stage.name, step)
+        editing = stage.step == "unified" and bool(rng.random() < stage.edit_share)
+        drawn = self.draw(rng, stage.batch, edits=editing, kinds=stage.scene_kinds)
+        indices = drawn[rows]
+        pixels = resized(self.pixels(indices, edited=editing), stage.image_size)
+        if editing:
+            texts = tuple(self.instructions(drawn)[rows])
+            references = resized(self.pixels(indices), stage.image_size)
+            return Edits(keys=indices, pixels=pixels, texts=texts, references=references)
+        if stage.step in ("dit", "unified"):
+            texts = tuple(self.captions(rng, drawn, position_captions=stage.position_captions)[rows])
+            return Captioned(keys=indices, pixels=pixels, texts=texts)
+        if stage.step == "mllm":
+            turns = tuple(map(tuple, self.turns(rng, drawn, stage.questions)[rows]))
+            return Dialogues(keys=indices, pixels=pixels, turns=turns)
+        if stage.step == "encoder":
+            return Tagged(keys=indices, pixels=pixels, tags=self.dense(indices, self.grid))
+        return Images(keys=indices, pixels=pixels)
 
     def cached_features(self, count: int) -> Tensor | None:
         """None: nothing is computed before the run."""
@@ -174,27 +165,47 @@ def _rendered(cache: Path | None, name: str, scenes: list[Scene]) -> np.ndarray:
     return stack
 
 
+def resized(pixels: Tensor, side: int | None) -> Tensor:
+    """Images `[B, 3, H, W]` at `side` x `side`, or as they are where that is None."""
+    if side is None or pixels.shape[-1] == side:
+        return pixels
+    return F.interpolate(pixels, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
+
+
 class InMemoryFeatureCache:
-    """Frozen features of a fixed set of pictures, computed the first time each is asked for.
+    """Frozen features of a fixed set of images, computed at the first use of each; rows are kept in bfloat16."""
 
-    `compute` turns indices into named tensors `[n, ...]`; rows are kept in bfloat16.
-    """
-
-    def __init__(self, count: int, compute: Callable[[np.ndarray], dict[str, Tensor]]) -> None:
-        self.compute = compute
-        self.known = np.zeros(count, bool)
+    def __init__(self) -> None:
+        self.rows: dict[int, int] = {}
         self.tables: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def __call__(self, indices: np.ndarray) -> dict[str, Tensor]:
-        missing = np.unique(indices[~self.known[indices]])
-        if len(missing):
-            for name, rows in self.compute(missing).items():
-                if name not in self.tables:
-                    self.tables[name] = torch.empty(
-                        (len(self.known), *rows.shape[1:]), dtype=torch.bfloat16, device=rows.device
-                    )
-                self.tables[name][torch.from_numpy(missing)] = rows.to(torch.bfloat16)
-            self.known[missing] = True
-        where = torch.from_numpy(indices)
-        return {name: table[where] for name, table in self.tables.items()}
+    def __call__(
+        self, keys: np.ndarray, pixels: Tensor, compute: Callable[[Tensor], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """The features of images `[B, 3, H, W]` by their `keys` `[B]`.
+
+        Args:
+            compute: turns images `[n, 3, H, W]` into named tensors `[n, ...]`.
+        """
+        missing = [index for index, key in enumerate(keys.tolist()) if key not in self.rows]
+        if missing:
+            new, first = np.unique(keys[missing], return_index=True)
+            found = compute(pixels[torch.tensor(missing)[torch.from_numpy(first)].to(pixels.device)])
+            for name, rows in found.items():
+                self._append(name, rows)
+            self.rows |= {key: len(self.rows) + index for index, key in enumerate(new.tolist())}
+        where = torch.tensor([self.rows[key] for key in keys.tolist()])
+        return {name: table[where.to(table.device)] for name, table in self.tables.items()}
+
+    def _append(self, name: str, rows: Tensor) -> None:
+        """Put rows after those that are kept; the table doubles when it is full."""
+        used, table = len(self.rows), self.tables.get(name)
+        if table is None or used + len(rows) > len(table):
+            larger = torch.empty(
+                (max(2 * used, used + len(rows)), *rows.shape[1:]), dtype=torch.bfloat16, device=rows.device
+            )
+            if table is not None:
+                larger[:used] = table[:used]
+            self.tables[name] = table = larger
+        table[used : used + len(rows)] = rows.to(torch.bfloat16)

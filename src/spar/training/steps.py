@@ -4,15 +4,16 @@ B pictures, R noise draws a picture, N visual tokens, D_p latent channels, h w t
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spar.data.batches import Captioned, Dialogues, Edits, Images, Tagged
 from spar.flow.path import interpolate, sample_time, velocity_target
 from spar.losses.adversarial import discriminator_hinge_loss, generator_hinge_loss
 from spar.losses.alignment import alignment_loss, match_grid
@@ -26,7 +27,7 @@ from spar.training.config import Recipe, StageConfig
 from spar.training.distributed import SINGLE_PROCESS, DistributedContext
 from spar.training.feature_cache import encode
 from spar.training.modules import CENTER_BINS, TAGS, TrainingModules
-from spar.training.shapes_data import InMemoryFeatureCache, StepBatch, TrainingData
+from spar.training.shapes_data import InMemoryFeatureCache, TrainingData
 
 Terms = dict[str, Tensor]
 Rows = TypeVar("Rows", list, np.ndarray, Tensor)
@@ -34,9 +35,9 @@ Rows = TypeVar("Rows", list, np.ndarray, Tensor)
 
 @dataclass
 class StepContext:
-    """What a step works with. `features` holds frozen features by picture set, for as long as they stay frozen.
+    """What a step works with. `features` holds frozen features by name, for as long as they stay frozen.
 
-    A step is dealt and draws for its whole batch, and works on the rows of its process and `piece`.
+    Noise is drawn for the whole batch of a step, of which a micro-step takes its own rows.
     """
 
     modules: TrainingModules
@@ -49,10 +50,6 @@ class StepContext:
     features: dict[str, InMemoryFeatureCache] = field(default_factory=dict)
     parallel: DistributedContext = SINGLE_PROCESS
     micro_step: int = 0
-
-    def get_batch(self, step: int) -> StepBatch:
-        """This process's rows of a step."""
-        return self.data.get_batch(self.stage, step, self.parallel.rows(self.stage.batch, self.micro_step))
 
     def own_rows(self, values: Rows) -> Rows:
         """This process's rows of what was drawn for a whole batch: a list, an array or a tensor."""
@@ -67,43 +64,24 @@ class StepContext:
         seed = int(self.data.rng(f"noise-{self.stage.name}", step).integers(0, 2**62))
         return torch.Generator(self.device).manual_seed(seed)
 
-    def pixels(self, indices: np.ndarray, *, edited: bool = False) -> Tensor:
-        """`[B, 3, H, W]` in [0, 1], of the stage's side where it has one of its own."""
-        pixels = self.data.pixels(indices, edited=edited).to(self.device)
-        return pixels if self.data.sized else self.resized(pixels)
+    def frozen_features(
+        self, name: str, keys: np.ndarray, pixels: Tensor, compute: Callable[[Tensor], Terms]
+    ) -> Terms:
+        """Features of images `[B, 3, H, W]` that this stage does not train, computed once an image.
 
-    def resized(self, pixels: Tensor) -> Tensor:
-        """Pictures at the stage's own side, where it has one."""
-        side = self.stage.image_size
-        if side is None or pixels.shape[-1] == side:
-            return pixels
-        return F.interpolate(pixels, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
-
-    def frozen_features(self, name: str, indices: np.ndarray, compute: Callable[[np.ndarray], Terms]) -> Terms:
-        """Features that this stage does not train, computed once a picture.
-
-        A sharded encoder computes them anew: all processes must take part, and not all lack the same pictures. So
-        do pictures that come once.
+        A sharded encoder computes them anew: all processes must take part, and not all lack the same images. So do
+        images that come once.
         """
-        cached = self.data.features(name, indices)
-        if cached is not None:
-            return {key: rows.to(self.device) for key, rows in cached.items()}
-        if self.parallel.sharded or not self.data.fixed:
+        if self.parallel.sharded or (keys < 0).any():
             with torch.no_grad():
-                return {key: rows.to(torch.bfloat16) for key, rows in compute(indices).items()}
-        if name not in self.features:
-            count = len(self.data.edited) if name.startswith("edited") else len(self.data.images)
-            self.features[name] = InMemoryFeatureCache(count, compute)
-        return self.features[name](indices)
+                return {key: rows.to(torch.bfloat16) for key, rows in compute(pixels).items()}
+        return self.features.setdefault(name, InMemoryFeatureCache())(keys, pixels, compute)
 
 
-def encoder_step(ctx: StepContext, step: int) -> Terms:
+def encoder_step(ctx: StepContext, batch: Tagged, step: int) -> Terms:
     """Dense pre-training of E_s: tags, centres, coverage and pixels, each read linearly off `f_v`."""
     weights, head = ctx.stage.losses, ctx.modules.dense_head
-    indices = ctx.data.draw(ctx.data.rng(ctx.stage.name, step), ctx.stage.batch)
-    pixels = ctx.pixels(indices)
-    config = ctx.recipe.model
-    targets = {name: value.to(ctx.device) for name, value in ctx.data.dense(indices, config.grid).items()}
+    config, pixels, targets = ctx.recipe.model, batch.pixels, batch.tags
     f_v = ctx.modules.model.tokenizer.encoder(pixels)                               # [B, N, D_s]
     terms: Terms = {}
     owned = targets["shape"] > 0
@@ -124,14 +102,12 @@ def encoder_step(ctx: StepContext, step: int) -> Terms:
     return {"loss": weights.dense * dense + weights.pixel * terms["pixels"], **terms, "shape_accuracy": right}
 
 
-def mllm_step(ctx: StepContext, step: int) -> Terms:
+def mllm_step(ctx: StepContext, batch: Dialogues, step: int) -> Terms:
     """Captioning and question answering on the frozen encoder: next-token loss on the answers only."""
     model = ctx.modules.model
-    rng = ctx.data.rng(ctx.stage.name, step)
-    indices = ctx.data.draw(rng, ctx.stage.batch)
-    packed = ctx.data.prompts.pack(ctx.data.turns(rng, indices, ctx.stage.questions))
+    packed = ctx.data.prompts.pack(batch.turns)
     ids, weights = packed.ids.to(ctx.device), packed.weights.to(ctx.device)[:, 1:]
-    f_v = ctx.frozen_features("f_v", indices, lambda i: {"f_v": model.tokenizer.encoder(ctx.pixels(i))})["f_v"]
+    f_v = ctx.frozen_features("f_v", batch.keys, batch.pixels, lambda x: {"f_v": model.tokenizer.encoder(x)})["f_v"]
     embeddings = model.embed(ids, f_v.float())
     bias = attention_bias(packed.allowed.to(ctx.device), embeddings, causal=False)
     final, _ = model.language(embeddings, bias, packed.positions.to(ctx.device))
@@ -144,11 +120,10 @@ def mllm_step(ctx: StepContext, step: int) -> Terms:
     return {"loss": (losses * weights).sum() / weights.sum(), "word_accuracy": right[words].mean()}
 
 
-def autoencoder_step(ctx: StepContext, step: int) -> Terms:
+def autoencoder_step(ctx: StepContext, batch: Images, step: int) -> Terms:
     """DC-AE on the world's pictures, encoder and decoder, with latents held near unit size."""
     weights = ctx.stage.losses
-    indices = ctx.get_batch(step).indices
-    pixels = ctx.pixels(indices).to(memory_format=torch.channels_last)
+    pixels = batch.pixels.to(memory_format=torch.channels_last)
     latent = ctx.modules.native_latents(pixels)
     decoded = ctx.modules.model.tokenizer.decode(_add_latent_noise(ctx, step, latent))
     terms = {"mse": mse(decoded, pixels), "latent_square": latent.float().square().mean()}
@@ -156,43 +131,53 @@ def autoencoder_step(ctx: StepContext, step: int) -> Terms:
     return {"loss": loss, **terms, "psnr": psnr(decoded.detach().clamp(0, 1), pixels).mean()}
 
 
-def dit_step(ctx: StepContext, step: int) -> Terms:
+def dit_step(ctx: StepContext, batch: Captioned, step: int) -> Terms:
     """Text to image on the autoencoder's own latents, conditioned on the frozen LLM's last states."""
     modules, model = ctx.modules, ctx.modules.model
-    dealt = ctx.get_batch(step)
-    indices = dealt.indices
-    tokens = ctx.data.prompts.generation(_with_unconditional(ctx, step, dealt)).to(ctx.device)
+    tokens = ctx.data.prompts.generation(_with_unconditional(ctx, step, batch.texts)).to(ctx.device)
     with torch.no_grad():
         embeddings = model.language.embed(tokens.ids)
         bias = attention_bias(tokens.mask, embeddings, causal=True)
         final, _ = model.language(embeddings, bias, position_ids_from_mask(tokens.mask))
         condition = Condition(normalize_hidden_states([final])[0], tokens.mask, final.new_ones(*final.shape[:2], 1))
-    latent = ctx.frozen_features("native", indices, lambda i: {"latent": modules.native_latents(ctx.pixels(i))})[
-        "latent"
-    ]
+    native = ctx.frozen_features("native", batch.keys, batch.pixels, lambda x: {"latent": modules.native_latents(x)})
+    latent = native["latent"]
     return _flow_terms(ctx, step, latent.float() * modules.native_scale, condition, teacher=None)
 
 
-def unified_step(ctx: StepContext, step: int) -> Terms:
-    """L_fm + lambda_a L_align on `z_f`, for generation or, by the stage's share, for editing (SPAR section 3.3)."""
-    model = ctx.modules.model
-    dealt = ctx.get_batch(step)
-    indices, editing, words = dealt.indices, dealt.editing, _with_unconditional(ctx, step, dealt)
-    source = ctx.frozen_features("scenes", indices, lambda i: encode(model.tokenizer, ctx.pixels(i)))
+def unified_step(ctx: StepContext, batch: Captioned, step: int) -> Terms:
+    """L_fm + lambda_a L_align on `z_f`, for generation or, of `Edits`, for editing (SPAR section 3.3)."""
+    model, editing = ctx.modules.model, isinstance(batch, Edits)
+    texts = _with_unconditional(ctx, step, batch.texts)
+    target, reference = _target_features(ctx, batch), None
     if editing:
-        target = ctx.frozen_features("edited", indices, lambda i: encode(model.tokenizer, ctx.pixels(i, edited=True)))
-        tokens, reference = ctx.data.prompts.edit(words).to(ctx.device), source["f_v"].float()
+        tokens, reference = ctx.data.prompts.edit(texts).to(ctx.device), _reference_features(ctx, batch).float()
     else:
-        target = source
-        tokens, reference = ctx.data.prompts.generation(words).to(ctx.device), None
+        tokens = ctx.data.prompts.generation(texts).to(ctx.device)
     condition = model.condition(tokens.ids, tokens.mask, reference)
     latent, teacher = target["latent"].float(), None
     if ctx.recipe.alignment_weight(ctx.stage) and ctx.recipe.alignment.teacher == "external":
-        teacher = external_features(ctx, ctx.pixels(indices, edited=editing))
+        teacher = external_features(ctx, batch.pixels)
     elif ctx.recipe.alignment_weight(ctx.stage):
         teacher = target["f_v"].unflatten(1, latent.shape[-2:])
     terms = _flow_terms(ctx, step, latent, condition, teacher=teacher)
     return {**terms, ("flow_edit" if editing else "flow_generate"): terms["flow"].detach()}
+
+
+def _target_features(ctx: StepContext, batch: Captioned) -> Mapping[str, Tensor]:
+    """`f_v` and the normalised latent of the images to be drawn."""
+    if "latent" in batch.features:
+        return batch.features
+    name, tokenizer = "edited" if isinstance(batch, Edits) else "scenes", ctx.modules.model.tokenizer
+    return ctx.frozen_features(name, batch.keys, batch.pixels, lambda x: encode(tokenizer, x))
+
+
+def _reference_features(ctx: StepContext, batch: Edits) -> Tensor:
+    """`f_v` of the images before the edit."""
+    if "reference" in batch.features:
+        return batch.features["reference"]
+    tokenizer = ctx.modules.model.tokenizer
+    return ctx.frozen_features("scenes", batch.keys, batch.references, lambda x: encode(tokenizer, x))["f_v"]
 
 
 def external_features(ctx: StepContext, pixels: Tensor) -> Tensor:
@@ -230,16 +215,16 @@ def _flow_terms(ctx: StepContext, step: int, latent: Tensor, condition: Conditio
     return {"loss": error + ctx.recipe.alignment_weight(ctx.stage) * aligned["loss"], "flow": error.detach(), **logged}
 
 
-def tokenizer_step(ctx: StepContext, step: int) -> Terms:
+def tokenizer_step(ctx: StepContext, batch: Images, step: int) -> Terms:
     """The tokenizer's three stages: which terms count is the stage's choice (SPAR section 3.1)."""
     weights, modules = ctx.stage.losses, ctx.modules
     tokenizer = modules.model.tokenizer
-    indices = ctx.get_batch(step).indices
-    pixels = ctx.pixels(indices).to(memory_format=torch.channels_last)
+    keys, pixels = batch.keys, batch.pixels.to(memory_format=torch.channels_last)
     if any(parameter.requires_grad for parameter in tokenizer.encoder.parameters()):
         f_v = tokenizer.encoder(pixels)
     else:
-        f_v = ctx.frozen_features("f_v", indices, lambda i: {"f_v": tokenizer.encoder(ctx.pixels(i))})["f_v"].float()
+        frozen = ctx.frozen_features("f_v", keys, batch.pixels, lambda x: {"f_v": tokenizer.encoder(x)})
+        f_v = frozen["f_v"].float()
     latents = tokenizer.fuse(f_v, (pixels.shape[-2], pixels.shape[-1]))
     noisy = _add_latent_noise(ctx, step, latents.z_f)
     decoded = tokenizer.decode(noisy.contiguous(memory_format=torch.channels_last))
@@ -249,16 +234,15 @@ def tokenizer_step(ctx: StepContext, step: int) -> Terms:
         terms["perceptual"] = _perceptual(ctx, decoded, pixels)
         loss = loss + weights.perceptual * terms["perceptual"]
     if weights.native or weights.native_fused:
-        native = ctx.frozen_features("native", indices, lambda i: {"latent": modules.native_latents(ctx.pixels(i))})[
-            "latent"
-        ]
+        native = ctx.frozen_features("native", keys, batch.pixels, lambda x: {"latent": modules.native_latents(x)})
+        native = native["latent"]
         terms["native_fused"] = native_latent_loss(latents.z_f, native)
         loss = loss + weights.native_fused * terms["native_fused"]
         if weights.native:
             terms["native"] = native_latent_loss(latents.z_p, native.flatten(2).transpose(1, 2))
             loss = loss + weights.native * terms["native"]
     if weights.semantic:
-        taught = ctx.frozen_features("teacher", indices, lambda i: {"f_v": modules.teacher(ctx.pixels(i))})["f_v"]
+        taught = ctx.frozen_features("teacher", keys, batch.pixels, lambda x: {"f_v": modules.teacher(x)})["f_v"]
         terms["semantic"] = semantic_loss(f_v, taught)
         loss = loss + weights.semantic * terms["semantic"]
     if weights.gan:
@@ -303,14 +287,14 @@ def _add_latent_noise(ctx: StepContext, step: int, latent: Tensor) -> Tensor:
     return latent + (size * strength * noise).to(latent.dtype)
 
 
-def _with_unconditional(ctx: StepContext, step: int, dealt: StepBatch) -> list[str | None]:
-    """The words of a step with the recipe's share of the prompts replaced by the unconditional one."""
+def _with_unconditional(ctx: StepContext, step: int, texts: Sequence[str | None]) -> list[str | None]:
+    """The texts of a step with the recipe's share of the prompts replaced by the unconditional one."""
     marks = ctx.data.rng(f"unconditional-{ctx.stage.name}", step).random(ctx.stage.batch)
     share = ctx.recipe.flow.unconditional_share
-    return [None if mark < share else text for mark, text in zip(ctx.own_rows(marks), dealt.words, strict=True)]
+    return [None if mark < share else text for mark, text in zip(ctx.own_rows(marks), texts, strict=True)]
 
 
-STEPS: dict[str, Callable[[StepContext, int], Terms]] = {
+STEPS: dict[str, Callable[[StepContext, Any, int], Terms]] = {
     "encoder": encoder_step,
     "mllm": mllm_step,
     "autoencoder": autoencoder_step,

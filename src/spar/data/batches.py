@@ -1,0 +1,73 @@
+"""What one micro-step of training computes on: frozen dataclasses, pure functions of (seed, stage, step, rows).
+
+B images, N visual tokens, D_s their width, D_p the latent's channels, h w the grid.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spar.processing.prompts import QuestionAnswer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """Images.
+
+    Attributes:
+        keys: int64 `[B]`, what a cache of features calls each image; -1 for one that comes once.
+        pixels: `[B, 3, H, W]` in [0, 1]; None where features stand in for them.
+        features: computed before the run: `f_v` `[B, N, D_s]` and `latent` `[B, D_p, h, w]`.
+    """
+
+    keys: np.ndarray
+    pixels: Tensor | None = None
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same batch with its tensors on a device."""
+        return replace(self, **{item.name: _moved(getattr(self, item.name), device) for item in fields(self)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tagged(Images):
+    """Images with `tags` of each visual token, `[B, N, ...]` by name."""
+
+    tags: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captioned(Images):
+    """Images with a text each; None is the unconditional prompt."""
+
+    texts: tuple[str | None, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edits(Captioned):
+    """Edited images, the instructions, and the images before the edit: `references` `[B, 3, H, W]`, or their `f_v`
+    among the features, as `reference`."""
+
+    references: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dialogues(Images):
+    """Images with questions and answers about each."""
+
+    turns: tuple[tuple[QuestionAnswer, ...], ...]
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {name: _moved(one, device) for name, one in value.items()}
+    return value
