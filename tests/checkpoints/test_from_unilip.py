@@ -81,14 +81,14 @@ class Original(nn.Module):
         self.eval().requires_grad_(False)
 
     def features(self, pixels: Tensor) -> Tensor:
-        """`[B, 3, H, W]` in [0, 1] to projected tokens `[B, N, D]`; a picture may be oblong."""
+        """`[B, 3, H, W]` in [0, 1] to projected tokens `[B, N, D]`; an image may be oblong."""
         hidden = self.mllm.model.vision_tower((pixels - MEAN) / STD).last_hidden_state[:, 1:]
         rows, columns = (side // 14 for side in pixels.shape[-2:])
         hidden = hidden.reshape(len(pixels), rows // 2, 2, columns // 2, 2, -1).transpose(2, 3)
         return self.mllm.model.multi_modal_projector(hidden.reshape(len(pixels), rows * columns // 4, -1))
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pictures to latents as the DiT sees them."""
+        """Images to latents as the DiT sees them."""
         x = self.features(pixels)
         for block in self.vae_decoder.down_blocks:
             x = block(x)
@@ -96,7 +96,7 @@ class Original(nn.Module):
         return FACTOR * self.vae_decoder.down_mlp(x).transpose(1, 2).reshape(len(pixels), -1, rows, columns)
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Latents to pictures in [0, 1], of 28 pixels a cell, not clamped."""
+        """Latents to images in [0, 1], of 28 pixels a cell, not clamped."""
         picture = self.vae_decoder.decoder(latent / FACTOR)
         size = tuple(side * 28 for side in latent.shape[-2:])
         return (F.interpolate(picture, size=size, mode="bilinear", align_corners=False) + 1) / 2

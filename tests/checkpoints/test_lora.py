@@ -99,7 +99,7 @@ def test_training_moves_the_additions_alone_and_the_pipeline_takes_them(tiny_run
     head = sum(rows[1] for rows in tiny_run.tables["unified-3"] if rows[0].startswith("alignment_head"))
     assert planned.trainable == sum(value.numel() for value in added.values()) + head
     pipe = SparPipeline.from_pretrained(base, adapter=run / "adapter")
-    assert pipe.origin == {"model": "model", "adapter": "adapter"}  # which its pictures note
+    assert pipe.origin == {"model": "model", "adapter": "adapter"}  # which its images note
     with_adapter = pipe.model.state_dict()
     merged, plain = (load_model(path).model.state_dict() for path in (run / "model", base))
     assert merged.keys() == plain.keys() == with_adapter.keys()

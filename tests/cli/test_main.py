@@ -52,7 +52,7 @@ FLAGS = {
 
 
 class FakePipe:
-    """Plain pictures whose red channel is the seed; every call is written down."""
+    """Plain images whose red channel is the seed; every call is written down."""
 
     image_size = 64
     manifest = {"recipe": "fake"}
@@ -196,13 +196,13 @@ WRONG = [
     ("generate x --seed -1", "--seed: expected 0 to 9223372036854775807, got -1"),
     ("generate x --seed 9223372036854775808", "got 9223372036854775808"),
     ("generate x -n 0", "--num-images-per-prompt: expected 1 to 4096, got 0"),
-    ("generate x y -n 4096", "number of pictures: expected 1 to 4096, got 8192"),
+    ("generate x y -n 4096", "number of images: expected 1 to 4096, got 8192"),
     ("generate x --dtype int8", "'float16', got 'int8'"),
     ("generate 'a red \udcff circle'", "prompt: expected text in UTF-8"),
     ("generate x --negative-prompt \udcff", "--negative-prompt: expected text in UTF-8"),
     ("generate x --stepps 3", "unknown arguments: --stepps, 3; perhaps you meant"),
     ("generate x -o out.jpg", "ends in .png"),
-    ("generate x y -o out.png", "expected a folder for 2 pictures"),
+    ("generate x y -o out.png", "expected a folder for 2 images"),
     ("generate x -o there.png", "'there.png' exists already"),
     ("generate x -o folder.png", "folder.png/0.png' exists already"),
     ("generate x -o there.png/out.png", "'there.png' is none"),
@@ -212,9 +212,9 @@ WRONG = [
     ("edit there.png x -o there.png", "exists already"),
     ("understand there.png", "at least one question"),
     ("understand there.png x --max-new-tokens 0", "--max-new-tokens: expected 1 or more, got 0"),
-    ("reconstruct", "at least one picture"),
-    ("reconstruct empty", "expected pictures"),
-    ("reconstruct there.png there.png -o there.png", "expected a folder for 2 pictures"),
+    ("reconstruct", "at least one image"),
+    ("reconstruct empty", "expected images"),
+    ("reconstruct there.png there.png -o there.png", "expected a folder for 2 images"),
     ("info", "expected PATH, got nothing"),
     ("info nowhere.png", "there is no file 'nowhere.png'"),
     ("info there.png", "'there.png', which is no PNG"),
@@ -731,7 +731,7 @@ def test_a_picture_is_made_again_from_what_info_says(model, capsys):
         found = json.loads(capsys.readouterr().out)
         again = [f"--model={model}" if word.startswith("--model=") else word for word in found["reproduce"]]
         assert again != found["reproduce"]
-        assert main([*again[1:], "-o", name]) == 0  # the edit and its like read the pictures that were made again
+        assert main([*again[1:], "-o", name]) == 0  # the edit and its like read the images that were made again
         assert Image.open(name).tobytes() == Image.open(f"first/{name}").tobytes()
         assert Image.open(name).text == Image.open(f"first/{name}").text
 
@@ -778,7 +778,7 @@ def test_wrong_words_get_one_line(model, capsys, argv, words):
 
 
 def odd_pictures() -> dict[str, Image.Image | bytes]:
-    """Pictures that are unusual and good (images), and files that are no pictures (bytes)."""
+    """Images that are unusual and good (images), and files that are no images (bytes)."""
     pixels = np.arange(48 * 32, dtype=np.uint16).reshape(48, 32)
     rgb = Image.new("RGB", (48, 32), "red")
     whole = Path("whole.png")
@@ -796,7 +796,7 @@ def odd_pictures() -> dict[str, Image.Image | bytes]:
         "moving.gif": rgb,
         "turned.jpg": rgb,
         "empty.png": b"",
-        "text.png": b"I am no picture",
+        "text.png": b"I am no image",
         "cut.png": data[: len(data) // 2],
         "huge.png": data[:16] + (10**5).to_bytes(4, "big") * 2 + data[24:],
     }

@@ -138,7 +138,7 @@ def test_a_batch_is_of_one_kind(sets, plain):
     assert kinds == pytest.approx({"edit": 10, "text_to_image": 30}, abs=2)
 
 
-# ---- pictures -------------------------------------------------------------------------------------------------------
+# ---- images -------------------------------------------------------------------------------------------------------
 
 
 def test_pixels_and_words_belong_together(sets):

@@ -34,7 +34,7 @@ def test_the_oracle_is_right(name, combinations, oracle, tmp_path):
 def test_gray_is_worth_nothing(name, gray):
     result = benchmark(name)(gray, SMALL, None)
     assert result.score(SHARES[name]).value <= (0.1 if name == "shapes-vqa" else 0.0)
-    if name == "shapes-vqa":  # it always says gray: right about some backgrounds, and the picture makes no difference
+    if name == "shapes-vqa":  # it always says gray: right about some backgrounds, and the image makes no difference
         for score in main_scores(result):
             assert score.value == result.score(f"gray.{score.name}").value
 

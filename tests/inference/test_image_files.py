@@ -1,4 +1,4 @@
-"""Notes in pictures: what is written is read back, in its types, and a hostile file is told in words."""
+"""Notes in images: what is written is read back, in its types, and a hostile file is told in words."""
 
 import os
 import zlib

@@ -27,7 +27,7 @@ def model() -> SparModel:
 
 
 def everything(pipe: SparPipeline) -> list:
-    """What each of the four tasks gives, pictures as arrays."""
+    """What each of the four tasks gives, images as arrays."""
     made = pipe.generate(PROMPTS, seed=0, num_inference_steps=4).images
     edited = pipe.edit(made, "change the background to navy", seed=0, num_inference_steps=4).images
     again = pipe.reconstruct(made).images

@@ -1,4 +1,4 @@
-"""The pipeline: every argument has an effect, a picture depends on its own seed alone, bad input is told in words."""
+"""The pipeline: every argument has an effect, an image depends on its own seed alone, bad input is told in words."""
 
 import subprocess
 import sys
@@ -516,7 +516,7 @@ def test_a_chat_that_cannot_be_is_refused_at_the_call(pipe, messages, words):
         pipe.chat(messages)
 
 
-# ---- pictures that come in -------------------------------------------------------------------------------------------
+# ---- images that come in -------------------------------------------------------------------------------------------
 
 
 def test_a_picture_may_be_a_path_bytes_or_an_image(pipe, pictures, tmp_path):
@@ -545,7 +545,7 @@ def test_an_edit_keeps_the_proportions_of_its_picture(pipe, size, wanted):
 def test_what_an_edit_cannot_keep_is_refused(pipe, pictures):
     with pytest.raises(InputError, match="same proportions in one call, got some for 88 x 48, 64 x 64 pixels"):
         edit(pipe, [pictures[0], Image.new("RGB", (90, 50))])
-    with pytest.raises(InputError, match="expected a picture at most 4 times as long as wide, got 90 x 20 pixels"):
+    with pytest.raises(InputError, match="expected an image at most 4 times as long as wide, got 90 x 20 pixels"):
         edit(pipe, Image.new("RGB", (90, 20)))
 
 
@@ -564,10 +564,10 @@ from spar.common.limits import MAX_NEW_TOKENS
 from spar.inference.pipeline import SparPipeline
 torch.set_num_threads(int(sys.argv[3]))
 pipe = SparPipeline.from_pretrained(sys.argv[1], dtype=torch.float32, device="cpu")
-picture = pipe.generate("a red circle", seed=3, num_inference_steps=3).images[0]
-edited = pipe.edit(picture, "remove the red circle", seed=4, num_inference_steps=3).images[0]
-answer = pipe.understand(picture, "what color is the background ?", max_new_tokens=6).texts[0]
-arrays = [numpy.asarray(image) for image in (picture, edited, pipe.reconstruct(picture).images[0])]
+image = pipe.generate("a red circle", seed=3, num_inference_steps=3).images[0]
+edited = pipe.edit(image, "remove the red circle", seed=4, num_inference_steps=3).images[0]
+answer = pipe.understand(image, "what color is the background ?", max_new_tokens=6).texts[0]
+arrays = [numpy.asarray(image) for image in (image, edited, pipe.reconstruct(image).images[0])]
 numpy.savez(sys.argv[2], *arrays, answer=numpy.array(answer))
 """
 

@@ -84,7 +84,7 @@ def test_a_conversation_may_be_one_question_without_a_picture():
         ([user({"type": "image", "text": "x"})], "expected type and image, got type, text"),
         ([user(text(7))], r"content\[0\]: expected text, got int"),
         ([user(image(7))], "expected an image as a path, bytes or a Pillow image, got int"),
-        ([user(image(b"GIF89a"))], "expected a picture"),
+        ([user(image(b"GIF89a"))], "expected an image"),
         ([user(image(), role="system"), user("x")], "expected an image from the user only, got one from the system"),
         ([user("x"), user(image(), role="assistant"), user("x")], "got one from the assistant"),
         ([user("x"), user("x")], r"messages\[1\].role: expected assistant, got user"),

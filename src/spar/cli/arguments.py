@@ -44,7 +44,7 @@ class ModelArguments:
     adapter: Path | None = None
     """Folder of LoRA weights (RUN/adapter) to merge into the model."""
     decode_tile: int | None = None
-    """Visual tokens a side above which pictures are decoded in tiles: less memory, a slightly different picture."""
+    """Visual tokens a side above which images are decoded in tiles: less memory, a slightly different image."""
     weights: Literal["float32", "dtype", "int8"] = "dtype"
     """How weights are held: float32, dtype (the type of --dtype, with the same results) or int8 (other results)."""
     offload: Flag = False
@@ -59,20 +59,20 @@ class ModelArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingArguments(ModelArguments):
-    """How pictures are drawn, and where they go."""
+    """How images are drawn, and where they go."""
 
     output: OutputPath = None
-    """PNG file, or a folder for several pictures; by default out.png, or out for several."""
+    """PNG file, or a folder for several images; by default out.png, or out for several."""
     overwrite: Flag = False
     """Replace files that exist."""
     seed: int | None = None
-    """Picture i is drawn from seed + i; random when left out."""
+    """Image i is drawn from seed + i; random when left out."""
     num_inference_steps: Steps = None
     """Sampling steps; by default the model's own."""
     guidance_scale: Guidance = None
     """Classifier-free guidance, 1 for none; by default the model's own."""
     num_images_per_prompt: Annotated[int, arg(aliases=["-n"])] = 1
-    """Pictures for each prompt."""
+    """Images for each prompt."""
     negative_prompt: str | None = None
     """What guidance steers away from."""
 
@@ -91,10 +91,10 @@ class SamplingArguments(ModelArguments):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateArguments(SamplingArguments):
-    """Draw pictures from words: spar generate "a large red circle on a gray background" -o out.png"""
+    """Draw images from words: spar generate "a large red circle on a gray background" -o out.png"""
 
     prompt: Annotated[Positional[tuple[str, ...]], arg(metavar="PROMPT")]
-    """What to draw; several prompts make several pictures."""
+    """What to draw; several prompts make several images."""
     height: int | None = None
     """Pixels; by default the side that the model was trained at."""
     width: int | None = None
@@ -103,30 +103,30 @@ class GenerateArguments(SamplingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_nonempty(self.prompt, "prompt", "PROMPT")
-        check_range("number of pictures", len(self.prompt) * self.num_images_per_prompt, 1, MAX_IMAGES)
+        check_range("number of images", len(self.prompt) * self.num_images_per_prompt, 1, MAX_IMAGES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EditArguments(SamplingArguments):
-    """Change a picture as an instruction says: spar edit photo.png "remove the red circle" -o edited.png"""
+    """Change an image as an instruction says: spar edit photo.png "remove the red circle" -o edited.png"""
 
     image: Annotated[Positional[Path], arg(metavar="IMAGE")]
-    """The picture to change."""
+    """The image to change."""
     instruction: Annotated[Positional[tuple[str, ...]], arg(metavar="INSTRUCTION")]
-    """What to change; several instructions make several pictures."""
+    """What to change; several instructions make several images."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_nonempty(self.instruction, "instruction", "IMAGE INSTRUCTION")
-        check_range("number of pictures", len(self.instruction) * self.num_images_per_prompt, 1, MAX_IMAGES)
+        check_range("number of images", len(self.instruction) * self.num_images_per_prompt, 1, MAX_IMAGES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnderstandArguments(ModelArguments):
-    """Answer questions about a picture: spar understand photo.png "how many objects are there?\""""
+    """Answer questions about an image: spar understand photo.png "how many objects are there?\""""
 
     image: Annotated[Positional[Path], arg(metavar="IMAGE")]
-    """The picture."""
+    """The image."""
     question: Annotated[Positional[tuple[str, ...]], arg(metavar="QUESTION")]
     """What to ask; one line is printed for each question."""
     max_new_tokens: int = 48
@@ -139,24 +139,24 @@ class UnderstandArguments(ModelArguments):
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructArguments(ModelArguments):
-    """Send pictures through the unified tokenizer and back: spar reconstruct photo.png -o back.png"""
+    """Send images through the unified tokenizer and back: spar reconstruct photo.png -o back.png"""
 
     image: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE")]
-    """Pictures, or folders of pictures."""
+    """Images, or folders of images."""
     output: OutputPath = None
-    """PNG file, or a folder for several pictures; by default out.png, or out for several."""
+    """PNG file, or a folder for several images; by default out.png, or out for several."""
     overwrite: Flag = False
     """Replace files that exist."""
 
     def __post_init__(self) -> None:
-        _check_nonempty(self.image, "picture", "IMAGE")
+        _check_nonempty(self.image, "image", "IMAGE")
 
 
 @dataclass(frozen=True, kw_only=True)
 class InfoArguments:
-    """Say how a picture was made, or what a folder of weights is: spar info out.png
+    """Say how an image was made, or what a folder of weights is: spar info out.png
 
-    A picture answers with its notes and the command that makes it again. A folder is checked as loading would, by the
+    An image answers with its notes and the command that makes it again. A folder is checked as loading would, by the
     headers of its files.
     """
 
@@ -196,7 +196,7 @@ class TrainArguments:
 class PlanArguments:
     """Say what a recipe costs on given GPUs, before any training: spar plan spar-1b --gpus 64 --gpu h200
 
-    Memory of one GPU, operations, pictures a second and days of each stage, and what will not fit. Every field of the
+    Memory of one GPU, operations, images a second and days of each stage, and what will not fit. Every field of the
     recipe is a flag, as in `spar train`: --stages.unified-2.batch 1024.
     """
 
@@ -222,7 +222,7 @@ class PlanArguments:
 class CacheArguments:
     """Compute the frozen features of data sets once: spar cache RECIPE --init-from MODEL --data.source files ...
 
-    Unified stages then read the folder in place of pictures: spar train RECIPE ... --data.cache FOLDER. Every field of
+    Unified stages then read the folder in place of images: spar train RECIPE ... --data.cache FOLDER. Every field of
     the recipe is a flag, as in `spar train`. A cache that was broken off goes on where it stands.
     """
 
@@ -233,7 +233,7 @@ class CacheArguments:
     output: Annotated[Path, arg(aliases=["-o"])] = Path("features")
     """Folder to write."""
     batch: int = 32
-    """Pictures at once."""
+    """Images at once."""
     device: str = "cpu"
     """cpu, cuda, cuda:1 ..."""
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -344,15 +344,15 @@ class EvalArguments(ModelArguments):
     limit: int | None = None
     """Prompts of each task; by default all of them."""
     seed: int | None = None
-    """Of the pictures and of the bootstrap; by default 0."""
+    """Of the images and of the bootstrap; by default 0."""
     num_inference_steps: Steps = None
     """Sampling steps; by default the model's own."""
     guidance_scale: Guidance = None
     """Classifier-free guidance; by default the model's own."""
     images_per_prompt: int | None = None
-    """Pictures for each prompt of shapes-gen; by default 4."""
+    """Images for each prompt of shapes-gen; by default 4."""
     batch: int | None = None
-    """Pictures made at once: changes the time, never the scores."""
+    """Images made at once: changes the time, never the scores."""
     combinations: Literal["seen", "held_out"] = "seen"
     """Combinations of colour and shape that training showed, or those that it held out."""
     label: str | None = None
@@ -386,14 +386,14 @@ class ReportArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoArguments(ModelArguments):
-    """Show all four tasks in one page: pictures, edits, answers, reconstructions and a small sample of the scores."""
+    """Show all four tasks in one page: images, edits, answers, reconstructions and a small sample of the scores."""
 
     output: Annotated[Path, arg(aliases=["-o"])] = Path("demo")
     """Folder to write."""
     overwrite: Flag = False
     """Replace an earlier demo."""
     images: Path | None = None
-    """Folder of pictures to reconstruct; by default pictures of the shapes world."""
+    """Folder of images to reconstruct; by default images of the shapes world."""
     limit: int = 4
     """Prompts of each benchmark task."""
 
@@ -419,9 +419,9 @@ class ListenArguments(ModelArguments):
 @dataclass(frozen=True, kw_only=True)
 class ServeArguments(ListenArguments):
     max_batch: int = MAX_BATCH
-    """Pictures of the model's own size that are drawn together."""
+    """Images of the model's own size that are drawn together."""
     max_queue: int = MAX_QUEUE
-    """Pictures and chats that may wait; beyond them the answer is 429."""
+    """Images and chats that may wait; beyond them the answer is 429."""
     timeout: int = REQUEST_SECONDS
     """Seconds that a request may wait and run."""
     ui: Flag = False
@@ -494,7 +494,7 @@ class DataCheckArguments(DataArguments):
 class DataConvertArguments(DataArguments):
     """Write a data set as webdataset shards: spar data convert data.txt -o shards
 
-    Pictures that are whole are copied byte by byte; the others are left out and named in dropped.jsonl.
+    Images that are whole are copied byte by byte; the others are left out and named in dropped.jsonl.
     """
 
     output: Annotated[Path, arg(aliases=["-o"])]

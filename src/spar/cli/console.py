@@ -118,7 +118,7 @@ def plan_table(planned: Sequence["StageSummary"]) -> "Table":
 
 
 def estimate_table(planned: Sequence["StageEstimate"]) -> "Table":
-    """What stages cost: memory in GiB of one GPU, operations of a step, pictures a second of all GPUs, days."""
+    """What stages cost: memory in GiB of one GPU, operations of a step, images a second of all GPUs, days."""
     table = new_table(
         "stage", ">trainable", ">batch", ">at once", ">weights", ">gradients", ">optimizer", ">activations",
         ">GiB in all", ">TFLOP a step", ">pictures/s", ">days",
@@ -221,7 +221,7 @@ def data_table(report: "DataReport") -> "Table":
     row(not report.bad, "bad samples", f"{report.bad:,}")
     row(not report.duplicates, "duplicates", f"{report.duplicates:,}")
     if report.repeated_pictures:
-        row(None, "same picture, other words", f"{report.repeated_pictures:,}")
+        row(None, "same image, other words", f"{report.repeated_pictures:,}")
     if report.skipped:
         row(None, "passed over", listed(report.skipped))
     for note in report.notes:

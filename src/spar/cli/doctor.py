@@ -33,8 +33,8 @@ WEIGHTS = Path(__file__).parents[1] / "assets" / "weights"
 CPU_INFO = Path("/proc/cpuinfo")
 BFLOAT16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")  # the last one is ARM's name
 MATMUL_SIDE = {"cpu": 768, "mps": 2048, "cuda": 4096}  # large enough to be busy, milliseconds at most
-ENOUGH_DISK = 2 * 2**30  # bytes: a run of the shapes recipe keeps 0.6 GiB of pictures and its state at each stage
-ENOUGH_MEMORY = 2**30  # bytes: the libraries take 0.4 GiB; then the weights and a batch of pictures
+ENOUGH_DISK = 2 * 2**30  # bytes: a run of the shapes recipe keeps 0.6 GiB of images and its state at each stage
+ENOUGH_MEMORY = 2**30  # bytes: the libraries take 0.4 GiB; then the weights and a batch of images
 REINSTALL = "install spar anew, in a fresh virtual environment"
 
 
@@ -274,7 +274,7 @@ def check_temporary() -> Check:
 
 
 def check_disk(folder: Path) -> Check:
-    """Free space where runs and pictures go."""
+    """Free space where runs and images go."""
     free = shutil.disk_usage(folder).free
     if free >= ENOUGH_DISK:
         return Check("disk", True, f"{_format_bytes(free)} free in {folder}")

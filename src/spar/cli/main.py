@@ -117,7 +117,7 @@ def dispatch(argv: list[str]) -> int:
 def overview() -> str:
     """What `spar --help` says: every verb with its docstring."""
     lines = [f"  {verb:<13}{function.__doc__}" for verb, function in VERBS.items()]
-    head = ["usage: spar VERB ...", "", "SPAR: one model that understands, generates, edits and reconstructs pictures."]
+    head = ["usage: spar VERB ...", "", "SPAR: one model that understands, generates, edits and reconstructs images."]
     tail = ["spar VERB --help says what a verb takes; spar --version says which version this is."]
     return "\n".join([*head, "", *lines, "", *tail])
 
@@ -126,7 +126,7 @@ def overview() -> str:
 
 
 def generate(argv: list[str]) -> int:
-    """Draw pictures from words."""
+    """Draw images from words."""
     from spar.cli.arguments import GenerateArguments, parse
 
     args = parse(GenerateArguments, argv, "spar generate")
@@ -143,7 +143,7 @@ def generate(argv: list[str]) -> int:
 
 
 def edit(argv: list[str]) -> int:
-    """Change a picture as an instruction says."""
+    """Change an image as an instruction says."""
     from spar.cli.arguments import EditArguments, parse
 
     args = parse(EditArguments, argv, "spar edit")
@@ -157,7 +157,7 @@ def edit(argv: list[str]) -> int:
 
 
 def understand(argv: list[str]) -> int:
-    """Answer questions about a picture."""
+    """Answer questions about an image."""
     from spar.cli.arguments import UnderstandArguments, parse
 
     args = parse(UnderstandArguments, argv, "spar understand")
@@ -169,7 +169,7 @@ def understand(argv: list[str]) -> int:
 
 
 def reconstruct(argv: list[str]) -> int:
-    """Send pictures through the unified tokenizer and back."""
+    """Send images through the unified tokenizer and back."""
     from spar.cli.arguments import ReconstructArguments, parse
 
     args = parse(ReconstructArguments, argv, "spar reconstruct")
@@ -223,7 +223,7 @@ def _load(args: "ModelArguments") -> "SparPipeline":
 
 
 def _image_paths(args: "SamplingArguments", texts: int) -> list[Path]:
-    """The files that the pictures will go to, checked before the work begins."""
+    """The files that the images will go to, checked before the work begins."""
     count = texts * args.num_images_per_prompt
     paths = output_paths(args.output, [f"{index:0{len(str(count - 1))}}" for index in range(count)])
     check_writable(paths, overwrite=args.overwrite)
@@ -238,7 +238,7 @@ def _file_names(sources: Sequence[Path]) -> list[str]:
 
 
 def _save(out: Any, paths: list[Path], source: Path | None = None) -> None:
-    """Write pictures with all that is needed to draw them again, and say where they are."""
+    """Write images with all that is needed to draw them again, and say where they are."""
     given = source_metadata(source) if source else {}
     save_images(out.images, paths, [note | given for note in out.metadata])
     for path, seed in zip(paths, out.seeds, strict=True):
@@ -251,7 +251,7 @@ def warn_if_unquoted(texts: Sequence[str], what: str) -> None:
 
 
 def info(argv: list[str]) -> int:
-    """Say how a picture was made, or what a folder of weights is."""
+    """Say how an image was made, or what a folder of weights is."""
     from spar.cli.arguments import InfoArguments, parse
 
     args = parse(InfoArguments, argv, "spar info")
@@ -648,7 +648,7 @@ def _listen_and_load(
 
 
 def _clear_at_sigterm() -> None:
-    """SIGTERM ends us as Ctrl-C does: with the page's pictures cleared away."""
+    """SIGTERM ends us as Ctrl-C does: with the page's images cleared away."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 

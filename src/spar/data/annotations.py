@@ -51,7 +51,7 @@ def _metadata_row(values: Any) -> ListedSample:
 
 
 def open_sharegpt(path: Path, cache: Path | None = None) -> ImageFileSource:
-    """`text_to_image.json` or `text_and_image_to_image.json` of ShareGPT-4o-Image, the pictures beside it."""
+    """`text_to_image.json` or `text_and_image_to_image.json` of ShareGPT-4o-Image, the images beside it."""
 
     def rows() -> Iterator[ListedSample]:
         for place, item in enumerate(_read_list(path)):
@@ -68,7 +68,7 @@ def open_sharegpt(path: Path, cache: Path | None = None) -> ImageFileSource:
 def open_gpt_edit(path: Path, cache: Path | None = None) -> ImageFileSource:
     """The index of GPT-Image-Edit: lines `image_root,annotation.json,flag`, paths as they are or beside the index.
 
-    As the family trains it: items of exactly two pictures (one input, one output), the others counted as dropped;
+    As the family trains it: items of exactly two images (one input, one output), the others counted as dropped;
     `<image>` and line breaks are taken out of the instruction. The flag (region weights) is not used.
     """
     roots, rows, dropped = [], [], 0
@@ -120,7 +120,7 @@ def _first(values: dict[str, Any], names: tuple[str, ...]) -> Any:
 def _paths(value: Any) -> tuple[str, ...]:
     paths = tuple(map(_string, [value] if isinstance(value, str) else value))
     if len(paths) > MAX_INPUT_IMAGES:
-        raise ValueError(f"more than {MAX_INPUT_IMAGES} pictures")
+        raise ValueError(f"more than {MAX_INPUT_IMAGES} images")
     return paths
 
 

@@ -1,4 +1,4 @@
-"""Aspect ratios: a few sizes of about equal area, and which of them each picture is cut to."""
+"""Aspect ratios: a few sizes of about equal area, and which of them each image is cut to."""
 
 import math
 
@@ -8,7 +8,7 @@ from spar.common.errors import InputError
 
 STRIDE = 28  # pixels a visual token: InternVL's patch of 14, two by two merged
 SMALLEST_SHARE = 1 / 8192  # of a source: a bucket with less is given to its neighbour
-SMALLEST_PART_OF_A_BATCH = 1 / 8  # or a batch would show the same few pictures over and over
+SMALLEST_PART_OF_A_BATCH = 1 / 8  # or a batch would show the same few images over and over
 
 Size = tuple[int, int]
 
@@ -37,7 +37,7 @@ def make_buckets(side: int, max_aspect: float = 1.0, stride: int = STRIDE) -> tu
 
 
 def assign(sizes: np.ndarray, buckets: tuple[Size, ...], batch: int) -> np.ndarray:
-    """The bucket of each picture of one source: that of the nearest aspect ratio, rare ones given to a neighbour.
+    """The bucket of each image of one source: that of the nearest aspect ratio, rare ones given to a neighbour.
 
     Args:
         sizes: [N, 2] width and height; 0 where unknown, which goes with the square.

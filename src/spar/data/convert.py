@@ -1,6 +1,6 @@
 """Any source as webdataset shards of one layout: `%06d.tar`, keys `%08d`, members as in GPT-Image-Edit's conversion.
 
-Pictures are decoded to know that they are whole, and their bytes copied as they are, under the extension of what they
+Images are decoded to know that they are whole, and their bytes copied as they are, under the extension of what they
 truly hold. The same samples give the same bytes.
 """
 

@@ -1,4 +1,4 @@
-"""Pictures that lie as files beside a list of samples: the list is packed, the files are read when asked for."""
+"""Images that lie as files beside a list of samples: the list is packed, the files are read when asked for."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ class ListedSample:
 
 
 class ImageFileSource:
-    """Samples whose pictures are files under one or more roots.
+    """Samples whose images are files under one or more roots.
 
     `dropped` counts entries that the format's rules leave out, before anything is read.
 
@@ -64,7 +64,7 @@ class ImageFileSource:
         self.identity = digest.hexdigest()
 
     def _file_sizes(self) -> np.ndarray:
-        """int64: bytes of every file, -1 where there is none, so that another picture under a name shows.
+        """int64: bytes of every file, -1 where there is none, so that another image under a name shows.
 
         One of the very same length does not; times of change would show it, but a copy on another disk changes them.
         """
@@ -89,7 +89,7 @@ class ImageFileSource:
         return str(self.roots[json.loads(self._rows[index])[0]])
 
     def read(self, index: int) -> Sample:
-        """A sample, pictures as they lie on disk.
+        """A sample, images as they lie on disk.
 
         Raises:
             BadSample: a file is missing, too large, or outside its root.
@@ -102,7 +102,7 @@ class ImageFileSource:
         return TextToImageSample(data, text, image, str(root))
 
     def sizes(self) -> np.ndarray:
-        """uint16 [N, 2]: width and height of each sample's picture, 0 where its header cannot be read."""
+        """uint16 [N, 2]: width and height of each sample's image, 0 where its header cannot be read."""
 
         def head(index: int, length: int) -> bytes:
             number, image, *_ = json.loads(self._rows[index])
@@ -126,10 +126,10 @@ def _picture(root: Path, path: str, key: str, length: int | None = None) -> byte
 
 
 def header_sizes(head: Callable[[int, int], bytes], count: int, identity: str, cache: Path | None) -> np.ndarray:
-    """Sizes by the pictures' headers, uint16 [count, 2], kept in the cache folder under the source's identity.
+    """Sizes by the images' headers, uint16 [count, 2], kept in the cache folder under the source's identity.
 
     Args:
-        head: (index, length) to that sample's picture, its first `length` bytes at least if it has so many.
+        head: (index, length) to that sample's image, its first `length` bytes at least if it has so many.
     """
     file = cache / f"{identity[:24]}.sizes.safetensors" if cache else None
     if file and file.is_file():

@@ -65,7 +65,7 @@ class Loader:
         bad_share: share of bad samples above which the run ends.
         bad_samples: JSONL file that names bad samples; each rank of several has its own (`bad.0.jsonl`).
         captions: whether a sample without words is a bad one; reconstruction needs none.
-        known: with it no picture is decoded, and a sample (its source's identity, its number there) that it does not
+        known: with it no image is decoded, and a sample (its source's identity, its number there) that it does not
             know is a bad one: for features that were computed before.
     """
 
@@ -143,7 +143,7 @@ def _begin_worker(_: int) -> None:
 
 
 class _StepDataset(Dataset):
-    """Step to batch in a worker, the pictures left in memory that is shared from the start.
+    """Step to batch in a worker, the images left in memory that is shared from the start.
 
     Sent the usual way each batch would get new shared memory, whose first touch costs as much as a twentieth of the
     decoding. Slot `step % slots` is free by then: the loader asks for a step when the one so many before it is read.
@@ -165,7 +165,7 @@ class _StepDataset(Dataset):
         return replace(batch, images=torch.empty((count, 0, height, width), dtype=torch.uint8))
 
     def fetch(self, batch: LoaderBatch) -> LoaderBatch:
-        """The batch with its pictures, copied out of their slot."""
+        """The batch with its images, copied out of their slot."""
         return replace(batch, images=self._view(batch.step, batch.images.shape).clone())
 
     def _view(self, step: int, shape: Sequence[int]) -> Tensor:
@@ -205,7 +205,7 @@ class _BatchBuilder:
     def _row(
         self, indices: BatchIndices, row: int, bad: list[BadSampleRecord]
     ) -> tuple[int, Sample, np.ndarray, list[np.ndarray]]:
-        """A sample's number in its source, itself, its pictures decoded; for a bad one, the first good one behind."""
+        """A sample's number in its source, itself, its images decoded; for a bad one, the first good one behind."""
         source = self.mixture.sources[int(indices.source[row])]
         for neighbour in range(MAX_TRIES + 1):
             try:

@@ -1,4 +1,4 @@
-"""Parquet files as a source: pictures in the rows, as datasets on the Hub hold them. Needs the extra `data`."""
+"""Parquet files as a source: images in the rows, as datasets on the Hub hold them. Needs the extra `data`."""
 
 import hashlib
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ KEY_COLUMNS = ("__key__", "key", "id")
 
 
 class ParquetSource:
-    """Rows of parquet files. A picture is bytes, or the Hub's struct of bytes and path; an edit has input pictures.
+    """Rows of parquet files. An image is bytes, or the Hub's struct of bytes and path; an edit has input images.
 
     A row group is read in whole and the last one is kept: the loader's order stays within a few at a time.
 
     Raises:
-        InputError: pyarrow is missing, a file that cannot be read, or no column of pictures.
+        InputError: pyarrow is missing, a file that cannot be read, or no column of images.
     """
 
     format = "parquet"
@@ -83,7 +83,7 @@ class ParquetSource:
         return self.files[self._groups[self._find(index)[0]][0]].name
 
     def read(self, index: int) -> Sample:
-        """A sample, pictures as they lie in the row.
+        """A sample, images as they lie in the row.
 
         Raises:
             BadSample: a column is empty or of another kind in this row.
@@ -103,7 +103,7 @@ class ParquetSource:
         return EditSample(tuple(_picture(one, key, origin) for one in given), image, text.strip(), key, origin)
 
     def sizes(self) -> np.ndarray:
-        """uint16 [N, 2]: width and height of each row's picture, 0 where its header cannot be read."""
+        """uint16 [N, 2]: width and height of each row's image, 0 where its header cannot be read."""
 
         def head(index: int, length: int) -> bytes:
             group, row = self._find(index)
@@ -147,5 +147,5 @@ def _open(path: Path) -> Any:
 def _picture(value: Any, key: str, origin: str) -> bytes:
     data = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(data, bytes):
-        raise BadSample(key, origin, f"expected a picture's bytes in the row, got {type(data).__name__}")
+        raise BadSample(key, origin, f"expected an image's bytes in the row, got {type(data).__name__}")
     return data

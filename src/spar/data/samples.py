@@ -1,6 +1,6 @@
 """The two canonical samples that every reader gives, and what a sample that cannot be used raises.
 
-Pictures stay as the bytes of their files: whoever needs pixels decodes them behind the gate in `images`.
+Images stay as the bytes of their files: whoever needs pixels decodes them behind the gate in `images`.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ Format = Literal["auto", "webdataset", "folder", "sharegpt", "gptedit", "parquet
 
 @dataclass(frozen=True)
 class TextToImageSample:
-    """A picture and its caption; reconstruction reads the picture alone.
+    """An image and its caption; reconstruction reads the image alone.
 
     `key` is the sample's name in its set, `origin` the file that it lies in. `text` is empty where there is none;
     `label` is the class number of an ImageNet sample.
@@ -30,7 +30,7 @@ class TextToImageSample:
 
 @dataclass(frozen=True)
 class EditSample:
-    """References (one or more), the picture that they become, and the instruction."""
+    """References (one or more), the image that they become, and the instruction."""
 
     input_images: tuple[bytes, ...]
     image: bytes

@@ -47,7 +47,7 @@ def open_source(path: str, format: Format = "auto", *, cache: Path | None = None
         path: shards by name, braces, glob or `hf://`; a folder of shards, of parquet files, or with metadata.jsonl; a
             JSON list of ShareGPT-4o-Image; an index of GPT-Image-Edit; parquet files.
         format: what the path holds; `auto` tells by its name and content.
-        cache: folder where indexes of shards and sizes of pictures are kept.
+        cache: folder where indexes of shards and sizes of images are kept.
         workers: processes that index shards.
 
     Raises:

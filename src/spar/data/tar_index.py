@@ -26,7 +26,7 @@ from spar.processing.images import MAX_BYTES, read_header
 
 IMAGE, INPUT, TXT, JSON, CLS = range(5)
 VERSION = 1
-HEADER_BYTES = 2**16  # of a picture: enough for the size of nearly all
+HEADER_BYTES = 2**16  # of an image: enough for the size of nearly all
 
 _BLOCK = 512
 _PICTURE = re.compile(r"(?:output\.|(input)(?:_(\d{1,4}))?\.)?(?:jpg|jpeg|png|webp)")
@@ -44,7 +44,7 @@ class TarIndex:
     """N samples of M members, those of a sample together, references in their order.
 
     keys [N]; first uint32 [N + 1]: a sample's members are first[i] to first[i + 1]; role, number uint8 [M] (number
-    counts references); offset uint64, size uint32 [M], in bytes; sizes uint16 [N, 2]: width and height of the picture
+    counts references); offset uint64, size uint32 [M], in bytes; sizes uint16 [N, 2]: width and height of the image
     upright, 0 where its header cannot be read. `skipped` counts members by why they are not read, `damage` says
     why the pass ended early.
     """
@@ -97,7 +97,7 @@ def role_of(name: str) -> tuple[str, int, int] | str:
 
 
 def index_tar(path: Path) -> TarIndex:
-    """One pass over a tar's headers, and over the header of each picture.
+    """One pass over a tar's headers, and over the header of each image.
 
     Raises:
         InputError: a file that cannot be read, is compressed or no tar, or has too many members.
@@ -201,7 +201,7 @@ def _text(data: bytes) -> str:
 
 
 def _picture_size(descriptor: int, offset: int, size: int) -> tuple[int, int]:
-    """Width and height of a picture upright, at most 65535 each; (0, 0) where the header cannot be read."""
+    """Width and height of an image upright, at most 65535 each; (0, 0) where the header cannot be read."""
     for length in (min(size, HEADER_BYTES), size):  # a large profile may stand before a JPEG's size
         try:
             header = read_header(os.pread(descriptor, min(length, MAX_BYTES + 1), offset))

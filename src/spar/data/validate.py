@@ -31,7 +31,7 @@ class ValidationReport:
     """What was found in one source.
 
     bad, duplicates: how many; `named_bad` and `named_duplicates` (key, key of the earlier one) hold the first NAMED.
-    A duplicate has the pictures and the words of an earlier sample; `repeated_pictures` counts samples whose picture
+    A duplicate has the images and the words of an earlier sample; `repeated_pictures` counts samples whose image
     came before with other words. `captions` holds empty, too_long, and characters: shortest, median, longest.
     """
 
@@ -67,7 +67,7 @@ class ValidationReport:
 
 @dataclass
 class _Part:
-    """What a run of samples gave: per good sample the hashes of its picture and of all it holds, uint64; width and
+    """What a run of samples gave: per good sample the hashes of its image and of all it holds, uint64; width and
     height; characters of its caption."""
 
     indices: list[int] = field(default_factory=list)

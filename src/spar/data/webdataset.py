@@ -67,7 +67,7 @@ class TarSource:
             os.close(descriptor)
 
     def sizes(self) -> np.ndarray:
-        """uint16 [N, 2]: width and height of each sample's picture, 0 where its header cannot be read."""
+        """uint16 [N, 2]: width and height of each sample's image, 0 where its header cannot be read."""
         return self._sizes
 
     def key(self, index: int) -> str:
@@ -79,7 +79,7 @@ class TarSource:
         return self._find(index)[1]
 
     def read(self, index: int) -> Sample:
-        """A sample, pictures as they lie in the shard.
+        """A sample, images as they lie in the shard.
 
         Raises:
             BadSample: a member is missing, too large or unreadable.
@@ -97,9 +97,9 @@ class TarSource:
                 raise BadSample(key, origin, f"expected a member of {size} bytes, but the shard ends after {len(data)}")
             found.setdefault(role, []).append(data)
         if IMAGE not in found:
-            raise BadSample(key, origin, "expected a picture (jpg, jpeg, png, webp), found none")
+            raise BadSample(key, origin, "expected an image (jpg, jpeg, png, webp), found none")
         if (INPUT in found) != (self.kind == "edit"):
-            wanted = "an edit with an input picture" if self.kind == "edit" else "a picture without references"
+            wanted = "an edit with an input image" if self.kind == "edit" else "an image without references"
             raise BadSample(key, origin, f"expected {wanted}, as the first sample is, got the other")
         try:
             text = _caption(found)

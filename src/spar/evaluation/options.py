@@ -1,4 +1,4 @@
-"""How a benchmark is run: its options, and the seeds of its scenes and of the pictures it asks for.
+"""How a benchmark is run: its options, and the seeds of its scenes and of the images it asks for.
 
 Which prompts a benchmark asks is fixed for good (a function of the task and the position in it), so that results stay
 comparable; the option `seed` moves only what the model draws and what the bootstrap resamples.
@@ -86,7 +86,7 @@ def scene_seed(number: int, index: int) -> int:
 
 
 def image_seed(seed: int, number: int, prompt: int, image: int = 0) -> int:
-    """The seed of one picture: a function of the run's seed, the task's block, the prompt and the picture alone."""
+    """The seed of one image: a function of the run's seed, the task's block, the prompt and the image alone."""
     return int(np.random.SeedSequence((seed, number, prompt, image)).generate_state(1)[0])
 
 
@@ -100,11 +100,11 @@ def batches(items: Sequence[T], size: int, progress: Progress | None = None) -> 
 
 
 def pixels(image: Image.Image) -> np.ndarray:
-    """A picture of the pipe as the detector reads it: uint8 [64, 64, 3].
+    """An image of the pipe as the detector reads it: uint8 [64, 64, 3].
 
     Raises:
-        InputError: a picture of another size: the world and its detector are 64 x 64.
+        InputError: an image of another size: the world and its detector are 64 x 64.
     """
     if image.size != (SIDE, SIDE):
-        raise InputError(f"the shapes benchmarks need a model of {SIDE} x {SIDE} pictures, got {image.size}")
+        raise InputError(f"the shapes benchmarks need a model of {SIDE} x {SIDE} images, got {image.size}")
     return np.asarray(image.convert("RGB"))

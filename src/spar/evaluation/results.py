@@ -19,7 +19,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Score:
-    """A measured value, its 95 % interval, and the number of units (prompts, questions, pictures) behind it."""
+    """A measured value, its 95 % interval, and the number of units (prompts, questions, images) behind it."""
 
     name: str
     value: float

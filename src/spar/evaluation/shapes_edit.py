@@ -1,6 +1,6 @@
-"""Shapes-Edit, modelled on ImgEdit: five kinds of edit, 100 instructions each, one picture an instruction.
+"""Shapes-Edit, modelled on ImgEdit: five kinds of edit, 100 instructions each, one image an instruction.
 
-A picture is right only if the instruction holds, every other object keeps shape, colour, size and place, and the
+An image is right only if the instruction holds, every other object keeps shape, colour, size and place, and the
 background holds. What the instruction does not say must stay too: a recoloured object keeps its shape, size and place,
 a replaced one the size and place of the old. An added object's place is free, unless the instruction says it.
 """
@@ -39,7 +39,7 @@ PARTS = ("instruction", "kept", "nothing_else", "background")
 
 @dataclass(frozen=True)
 class EditItem:
-    """A source scene with its picture, and the edit asked of it."""
+    """A source scene with its image, and the edit asked of it."""
 
     index: int
     block: int
@@ -50,7 +50,7 @@ class EditItem:
 
 @dataclass(frozen=True)
 class EditVerdict:
-    """Whether the picture is right, which of PARTS are, and the PSNR outside the edited region (None: no outside)."""
+    """Whether the image is right, which of PARTS are, and the PSNR outside the edited region (None: no outside)."""
 
     right: bool
     parts: dict[str, bool]
@@ -88,8 +88,8 @@ def _kind_items(part: int, count: int, combinations: str) -> list[EditItem]:
 def shapes_edit(pipe: PipelineLike, options: EvalOptions | None = None, progress: Progress | None = None) -> Result:
     """Run Shapes-Edit on `pipe.edit`.
 
-    Scores: "overall" (mean of the kinds), one a kind, "psnr_outside" (dB, mean over pictures of every kind but
-    background), and "part.<name>" for each of PARTS; a picture is right when its parts are.
+    Scores: "overall" (mean of the kinds), one a kind, "psnr_outside" (dB, mean over images of every kind but
+    background), and "part.<name>" for each of PARTS; an image is right when its parts are.
     """
     from PIL import Image
 
@@ -129,7 +129,7 @@ def _scores(items: Sequence[EditItem], verdicts: Sequence[EditVerdict], seed: in
 
 
 def check_edit(item: EditItem, image: np.ndarray) -> EditVerdict:
-    """What the detector says of an edited picture, uint8 [64, 64, 3]."""
+    """What the detector says of an edited image, uint8 [64, 64, 3]."""
     detection = detect(image)
     source, target, kind = item.scene, item.edit.target, item.edit.kind
     gone = [old for old in source.objects if old not in target.objects]

@@ -1,6 +1,6 @@
-"""Shapes-Gen, modelled on GenEval: six tasks, 100 prompts each, 4 pictures a prompt, read by the world's detector.
+"""Shapes-Gen, modelled on GenEval: six tasks, 100 prompts each, 4 images a prompt, read by the world's detector.
 
-A picture is right only if everything said holds and nothing else is there. Every prompt is a caption as training forms
+An image is right only if everything said holds and nothing else is there. Every prompt is a caption as training forms
 them, colours always said: what sets the tasks apart is what else is said and how many objects there are.
 """
 
@@ -96,8 +96,8 @@ def _task_prompts(part: int, count: int, combinations: str) -> list[GenPrompt]:
 def shapes_gen(pipe: PipelineLike, options: EvalOptions | None = None, progress: Progress | None = None) -> Result:
     """Run Shapes-Gen on `pipe.generate`.
 
-    Scores: "overall" (mean of the tasks), one a task (mean over pictures; the interval resamples prompts), and
-    "part.<name>": the share of pictures in which that part of what is said is right, over prompts that say it.
+    Scores: "overall" (mean of the tasks), one a task (mean over images; the interval resamples prompts), and
+    "part.<name>": the share of images in which that part of what is said is right, over prompts that say it.
     """
     options, clock = options or EvalOptions(), Timer()
     prompts, each = gen_prompts(options), options.images_per_prompt

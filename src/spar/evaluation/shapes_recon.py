@@ -1,6 +1,6 @@
-"""Shapes-Recon: pictures through the tokenizer and back: PSNR, SSIM, Fréchet distance, what the detector still finds.
+"""Shapes-Recon: images through the tokenizer and back: PSNR, SSIM, Fréchet distance, what the detector still finds.
 
-All are measured on the 8-bit pictures that a user gets. PSNR: mean of the pictures' decibels, the peak at 255. SSIM:
+All are measured on the 8-bit images that a user gets. PSNR: mean of the images' decibels, the peak at 255. SSIM:
 torchmetrics, data_range 1, uniform 7 x 7 window, borders reflected, mean over pixels and channels. Fréchet distance:
 between Gaussians fitted to `features.random_features` of originals and reconstructions. Survival: the share of the
 scenes' objects that the detector finds with the same shape, colour and size, the centre within 2 pixels.
@@ -22,10 +22,10 @@ from spar.worlds.shapes.render import render
 from spar.worlds.shapes.scene import Scene, make_scene
 
 SCENES = 500
-MAX_PSNR = 100.0  # decibels noted for pictures that are equal
+MAX_PSNR = 100.0  # decibels noted for images that are equal
 WINDOW = 7
 _FRECHET_DRAWS = 200
-_CHUNK = 4  # pictures whose SSIM is taken at once: on a CPU four times as fast as 64
+_CHUNK = 4  # images whose SSIM is taken at once: on a CPU four times as fast as 64
 
 
 def recon_scenes(options: EvalOptions) -> list[Scene]:
@@ -40,7 +40,7 @@ def recon_scenes(options: EvalOptions) -> list[Scene]:
 def shapes_recon(pipe: PipelineLike, options: EvalOptions | None = None, progress: Progress | None = None) -> Result:
     """Run Shapes-Recon on `pipe.reconstruct`.
 
-    Scores: "psnr" (dB), "ssim", "survival", "frechet", and "part.background", "part.scene" (the share of pictures
+    Scores: "psnr" (dB), "ssim", "survival", "frechet", and "part.background", "part.scene" (the share of images
     whose background holds, and of those in which everything survives and nothing else appears).
     """
     from PIL import Image
@@ -74,7 +74,7 @@ def psnr(image: np.ndarray, reference: np.ndarray) -> float:
 
 
 def ssim(images: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """Structural similarity of each picture: uint8 [N, H, W, 3] twice to float [N]; see the module for its form."""
+    """Structural similarity of each image: uint8 [N, H, W, 3] twice to float [N]; see the module for its form."""
     import torch
     from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -108,7 +108,7 @@ def _survival_scores(scenes: Sequence[Scene], detections: Sequence[Detection], s
 
 
 def _frechet_score(before: np.ndarray, after: np.ndarray, seed: int) -> Score:
-    """The distance, and its interval from pictures resampled together with their reconstructions."""
+    """The distance, and its interval from images resampled together with their reconstructions."""
 
     def statistic(index: np.ndarray) -> float:
         return frechet_distance(before[index], after[index])

@@ -1,7 +1,7 @@
 """Shapes-VQA: one-word answers to six kinds of questions, 200 each, and two honest baselines beside every score.
 
 "blind": the answer most common for the question's words alone, learnt from validation scenes, never from the questions
-asked here. "gray": the model itself, shown a plain gray picture instead of the right one.
+asked here. "gray": the model itself, shown a plain gray image instead of the right one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _VALIDATION_OFFSET = 10**8  # far from where training's own validation looks
 
 @dataclass(frozen=True)
 class VqaItem:
-    """A question about a scene's picture."""
+    """A question about a scene's image."""
 
     scene: Scene
     image: np.ndarray
@@ -85,7 +85,7 @@ def shapes_vqa(pipe: PipelineLike, options: EvalOptions | None = None, progress:
     scores = [score for prefix, texts in given.items() for score in _scores(prefix, items, texts, options.seed)]
     said = run_settings(
         pipe, options, clock, sampled=False, questions=len(items),
-        baselines=f"blind: majority answer over {BLIND_SAMPLE} validation scenes a kind; gray: a plain gray picture",
+        baselines=f"blind: majority answer over {BLIND_SAMPLE} validation scenes a kind; gray: a plain gray image",
     )
     return Result("shapes-vqa", tuple(scores), said, {"questions": records})
 

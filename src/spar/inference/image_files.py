@@ -1,4 +1,4 @@
-"""Pictures on disk: where they go, and how they get there whole or not at all.
+"""Images on disk: where they go, and how they get there whole or not at all.
 
 Everything is written aside in the folder where it belongs and renamed; what exists is left alone unless the caller
 says otherwise. A PNG carries how it was made as text chunks, which are read back here. Light: Pillow comes late.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 MAX_HEADER_BYTES = 4 * 2**20  # of a PNG in front of its pixels, where the notes stand
 
-# What a picture's notes may hold, and the flag that each of them is where it is one.
+# What an image's notes may hold, and the flag that each of them is where it is one.
 METADATA_KEYS: dict[str, tuple[type, str | None]] = {
     "prompt": (str, None),
     "instruction": (str, None),
@@ -49,14 +49,14 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".ti
 
 
 def output_paths(output: Path | None, names: Sequence[str]) -> list[Path]:
-    """The files that pictures go to: one picture to a `.png` file or into a folder, several into a folder.
+    """The files that images go to: one image to a `.png` file or into a folder, several into a folder.
 
     Args:
-        output: a file name that ends in .png, or a folder; by default `out.png` for one picture, else `out`.
-        names: the pictures' names inside a folder, without suffix.
+        output: a file name that ends in .png, or a folder; by default `out.png` for one image, else `out`.
+        names: the images' names inside a folder, without suffix.
 
     Raises:
-        InputError: another kind of picture file, or a file for several pictures.
+        InputError: another kind of image file, or a file for several images.
     """
     if output is None:
         output = Path("out.png" if len(names) == 1 else "out")
@@ -64,7 +64,7 @@ def output_paths(output: Path | None, names: Sequence[str]) -> list[Path]:
     if suffix == ".png" and len(names) == 1:
         return [output]
     if suffix == ".png":
-        raise InputError(f"output: expected a folder for {len(names)} pictures, got the file name {str(output)!r}")
+        raise InputError(f"output: expected a folder for {len(names)} images, got the file name {str(output)!r}")
     if suffix in IMAGE_SUFFIXES:
         raise InputError(f"output: expected a file name that ends in .png, or a folder, got {str(output)!r}")
     return [output / f"{name}.png" for name in names]
@@ -79,7 +79,7 @@ def check_writable(paths: Iterable[Path], *, overwrite: bool = False) -> None:
     """
     paths = list(paths)
     if len(set(paths)) < len(paths):
-        raise InputError("output: expected a file of its own for each picture, but two would have the same name")
+        raise InputError("output: expected a file of its own for each image, but two would have the same name")
     for path in paths:
         if os.path.isdir(path):
             raise InputError(f"output: expected a file to write, but {str(path)!r} is a folder")
@@ -100,7 +100,7 @@ def check_folder(folder: Path) -> None:
 def save_images(
     images: Sequence["Image.Image"], paths: Sequence[Path], metadata: Sequence[Mapping[str, object]] = ()
 ) -> None:
-    """Write pictures as PNG, all aside first and then renamed; folders are made.
+    """Write images as PNG, all aside first and then renamed; folders are made.
 
     Args:
         images, paths: one path an image.
@@ -126,7 +126,7 @@ def save_images(
 
 
 def source_metadata(source: Path) -> dict[str, str]:
-    """Which picture another was made from: its name, and what it held."""
+    """Which image another was made from: its name, and what it held."""
     try:
         with open(source, "rb") as file:
             return {"image": source.name, "image_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
@@ -145,7 +145,7 @@ def _text_chunks(notes: Mapping[str, object]) -> "PngInfo":
 
 
 def encode_image(image: "Image.Image", kind: str, metadata: Mapping[str, object]) -> bytes:
-    """A picture as the bytes of a file: "png" with its notes as text chunks, "jpeg" or "webp" at quality 95 without."""
+    """An image as the bytes of a file: "png" with its notes as text chunks, "jpeg" or "webp" at quality 95 without."""
     file = BytesIO()
     if kind == "png":
         image.save(file, format="PNG", pnginfo=_text_chunks(metadata))
@@ -156,14 +156,14 @@ def encode_image(image: "Image.Image", kind: str, metadata: Mapping[str, object]
 
 @dataclass(frozen=True)
 class PngMetadata:
-    """A picture's size in pixels, and the notes that it carries."""
+    """An image's size in pixels, and the notes that it carries."""
 
     width: int
     height: int
     values: dict[str, Any]
 
     def reproduce_command(self) -> list[str]:
-        """The command that makes the picture again; what it reads is named as the notes have it, without its folder.
+        """The command that makes the image again; what it reads is named as the notes have it, without its folder.
 
         What they do not name is IMAGE or MODEL, for its reader to fill in.
         """
@@ -221,7 +221,7 @@ def _parse_value(key: str, text: str) -> Any:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The picture files directly in a folder, by name.
+    """The image files directly in a folder, by name.
 
     Raises:
         InputError: a folder that cannot be read or has none.
@@ -229,9 +229,9 @@ def list_images(folder: Path) -> list[Path]:
     try:
         found = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     except OSError as error:
-        raise InputError(f"expected a folder of pictures, but {str(folder)!r}: {error.strerror or error}") from error
+        raise InputError(f"expected a folder of images, but {str(folder)!r}: {error.strerror or error}") from error
     if not found:
-        raise InputError(f"expected pictures ({' '.join(IMAGE_SUFFIXES)}) in {str(folder)!r}, found none")
+        raise InputError(f"expected images ({' '.join(IMAGE_SUFFIXES)}) in {str(folder)!r}, found none")
     return found
 
 

@@ -48,9 +48,9 @@ from spar.processing.images import ImageSource, nearest_size, open_image, to_pil
 from spar.processing.prompts import IMAGE_TOKEN, PromptEncoder, TokenBatch
 
 BUNDLED = Path(__file__).parents[1] / "assets" / "weights"
-MAX_SIDE_FACTOR = 2  # pictures up to twice the trained side
+MAX_SIDE_FACTOR = 2  # images up to twice the trained side
 # Prompts are padded to multiples of this many tokens: then the sums of attention, which run in vectors of 16 numbers,
-# meet a prompt's tokens in the same places whatever stands beside it, and a picture is the same alone and in a batch.
+# meet a prompt's tokens in the same places whatever stands beside it, and an image is the same alone and in a batch.
 TOKEN_MULTIPLE = 16
 
 Callback = Callable[[int, int, Tensor], bool | None]
@@ -69,7 +69,7 @@ def has_native_bfloat16() -> bool:
 class SparPipeline:
     """One model and its four tasks. Build it with `from_pretrained`.
 
-    `origin` names the `model` and the `adapter` that it was loaded from, which pictures note: never where they lie.
+    `origin` names the `model` and the `adapter` that it was loaded from, which images note: never where they lie.
     """
 
     bundle: ModelBundle
@@ -118,7 +118,7 @@ class SparPipeline:
             dtype: what matrix products run in; by default bfloat16 where the device has it in hardware.
             device: by default a CUDA device where there is one, else the CPU.
             adapter: a folder of LoRA weights (`RUN/adapter`) that are merged into the model.
-            decode_tile: visual tokens a side above which a picture is decoded in tiles of that size, which takes less
+            decode_tile: visual tokens a side above which an image is decoded in tiles of that size, which takes less
                 memory and changes it a little; None decodes it as a whole.
             weights: how they are held: "float32" as they are stored; "dtype", those of matrix products in `dtype`,
                 half the memory for the same results; "int8", those of linear layers rounded to 8 bits besides, for
@@ -187,7 +187,7 @@ class SparPipeline:
         seed: int | Sequence[int] | None = None,
         callback: Callback | None = None,
     ) -> GenerateOutput:
-        """Pictures from words.
+        """Images from words.
 
         Args:
             prompt: one or a list.
@@ -197,7 +197,7 @@ class SparPipeline:
             num_images_per_prompt: images of one prompt stand together in the result.
             seed: one (image i gets seed + i) or one per image; random when None. `.seeds` tells.
             callback: called after each step with (steps done, steps, clean latent as estimated so far), which `preview`
-                makes pictures of; returning False, exactly, cancels.
+                makes images of; returning False, exactly, cancels.
 
         Raises:
             InputError: naming what was expected and what came.
@@ -224,11 +224,11 @@ class SparPipeline:
         seed: int | Sequence[int] | None = None,
         callback: Callback | None = None,
     ) -> GenerateOutput:
-        """A picture changed as an instruction says; keywords as in `generate`.
+        """An image changed as an instruction says; keywords as in `generate`.
 
         One image with several instructions, or several images with one instruction, are paired; else one each. The
         result has the image's proportions, at about the trained number of pixels; images of one call must share them.
-        Each picture is made from one reference image: the model has place for no second one.
+        Each image is made from one reference image: the model has place for no second one.
         """
         pixels, instructions = self._pairs(image, instruction, "instruction", keep_aspect=True)
         negatives = self._negatives(negative_prompt, len(instructions))
@@ -245,7 +245,7 @@ class SparPipeline:
     def understand(
         self, image: ImageSource | Sequence[ImageSource], question: str | Sequence[str], *, max_new_tokens: int = 48
     ) -> UnderstandOutput:
-        """Answers about pictures, greedy; pairs as in `edit`.
+        """Answers about images, greedy; pairs as in `edit`.
 
         `max_new_tokens` is at most MAX_NEW_TOKENS and at most what fits: a larger number is cut to that.
         """
@@ -266,7 +266,7 @@ class SparPipeline:
         Args:
             messages: `{"role": "system" | "user" | "assistant", "content": ...}`; a content is text, or a list of parts
                 `{"type": "text", "text": str}` and `{"type": "image", "image": ImageSource}`. `read_messages` has the
-                order. Pictures are made square, as in `understand`.
+                order. Images are made square, as in `understand`.
             max_new_tokens: by default as many as fit, at most MAX_NEW_TOKENS; a larger number is cut to that, and an
                 answer that reaches it ends with the finish reason "length".
 
@@ -320,7 +320,7 @@ class SparPipeline:
 
     @torch.inference_mode()
     def reconstruct(self, image: ImageSource | Sequence[ImageSource]) -> ReconstructOutput:
-        """Pictures through the unified tokenizer and back."""
+        """Images through the unified tokenizer and back."""
         pixels = self._pixels(image)
         with self._compute(len(pixels)):
             tokenizer = self.model.tokenizer
@@ -351,7 +351,7 @@ class SparPipeline:
         return height or side, width or side
 
     def edited_size(self, image: Image.Image) -> tuple[int, int]:
-        """Height and width of what `edit` makes of a picture; InputError for one that is too long for its width."""
+        """Height and width of what `edit` makes of an image; InputError for one that is too long for its width."""
         return nearest_size(image, self.image_size, self.model.config.token_stride)
 
     @torch.inference_mode()
@@ -369,7 +369,7 @@ class SparPipeline:
         prompt_metadata: list[dict[str, str | None]], steps: int | None, guidance: float | None, per_prompt: int,
         seed: int | Sequence[int] | None, callback: Callback | None,
     ) -> GenerateOutput:
-        """Prompts to pictures: condition once a prompt, then the flow's sampler around the denoiser."""
+        """Prompts to images: condition once a prompt, then the flow's sampler around the denoiser."""
         defaults = self.bundle.sampling
         steps = defaults.steps if steps is None else steps
         guidance = defaults.guidance if guidance is None else guidance

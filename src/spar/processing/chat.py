@@ -1,4 +1,4 @@
-"""Conversations: a user's messages, checked, with their pictures opened; and an answer's text while its tokens come."""
+"""Conversations: a user's messages, checked, with their images opened; and an answer's text while its tokens come."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from spar.processing.prompts import ROLES
 
 @dataclass(frozen=True)
 class ChatMessage:
-    """One turn: its role, and its texts and square RGB pictures in order."""
+    """One turn: its role, and its texts and square RGB images in order."""
 
     role: str
     parts: tuple[str | Image.Image, ...]
@@ -25,11 +25,11 @@ class ChatMessage:
 
 
 def read_messages(messages: Sequence[Mapping[str, Any]], side: int) -> list[ChatMessage]:
-    """Messages `{"role": ..., "content": ...}` as turns; their pictures are opened one by one and made `side` x `side`.
+    """Messages `{"role": ..., "content": ...}` as turns; their images are opened one by one and made `side` x `side`.
 
     A content is text, or a list of parts `{"type": "text", "text": str}` and `{"type": "image", "image": ImageSource}`.
     One message of the system may come first; then the user and the assistant take turns, and the user has the first
-    and the last word. Only the user shows pictures. Within a turn, images are moved before the text: that is the order
+    and the last word. Only the user shows images. Within a turn, images are moved before the text: that is the order
     of the training data, and an answer to the other order is close to a guess (22 of 120 right against 120).
 
     Raises:

@@ -1,6 +1,6 @@
-"""Pictures at the gate: any user's file to a checked RGB picture, to a square, to a tensor and back.
+"""Images at the gate: any user's file to a checked RGB image, to a square, to a tensor and back.
 
-What passes is decided by content, never by name. Sizes are checked before anything is decoded, and a picture that
+What passes is decided by content, never by name. Sizes are checked before anything is decoded, and an image that
 Pillow cannot read to its end is refused. Colour profiles are ignored: values are taken as sRGB.
 """
 
@@ -27,9 +27,9 @@ MAX_ASPECT = 4  # at this the longer side is twice the trained one
 
 ImageSource = str | os.PathLike | bytes | bytearray | memoryview | Image.Image
 
-_EXPECTED = f"expected a picture as {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
-_EXPECTED_TRAINING = f"expected a picture as {', '.join(TRAINING_FORMATS[:-1])} or {TRAINING_FORMATS[-1]}"
-_EXPECTED_PIXELS = f"expected a picture of at most {MAX_PIXELS // 10**6} megapixels"
+_EXPECTED = f"expected an image as {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+_EXPECTED_TRAINING = f"expected an image as {', '.join(TRAINING_FORMATS[:-1])} or {TRAINING_FORMATS[-1]}"
+_EXPECTED_PIXELS = f"expected an image of at most {MAX_PIXELS // 10**6} megapixels"
 _ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -41,10 +41,10 @@ _ORIENTATIONS = {
 }
 # (offset, bytes there, name): kinds of file that people take for one of ours
 _OTHER_KINDS = (
-    (4, b"ftypheic", "a HEIC picture"),
-    (4, b"ftypheix", "a HEIC picture"),
-    (4, b"ftypmif1", "a HEIF picture"),
-    (4, b"ftypavif", "an AVIF picture"),
+    (4, b"ftypheic", "a HEIC image"),
+    (4, b"ftypheix", "a HEIC image"),
+    (4, b"ftypmif1", "a HEIF image"),
+    (4, b"ftypavif", "an AVIF image"),
     (4, b"ftyp", "a video"),
     (0, b"%PDF", "a PDF"),
     (0, b"PK\x03\x04", "a zip archive"),
@@ -55,7 +55,7 @@ _OTHER_KINDS = (
 
 
 def open_image(source: ImageSource) -> Image.Image:
-    """A new RGB picture, 8 bits a channel, upright, from a file's path, its bytes or a Pillow image.
+    """A new RGB image, 8 bits a channel, upright, from a file's path, its bytes or a Pillow image.
 
     A file may be any of FORMATS, up to MAX_BYTES and MAX_PIXELS; of an animation it is the first frame (of a Pillow
     image the frame it stands at). EXIF orientation is applied, transparency laid on white, 16 bits scaled to 8.
@@ -73,7 +73,7 @@ def open_image(source: ImageSource) -> Image.Image:
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What a picture's file says of itself: its true format, and its size upright, in pixels."""
+    """What an image's file says of itself: its true format, and its size upright, in pixels."""
 
     format: str
     width: int
@@ -81,7 +81,7 @@ class ImageHeader:
 
 
 def read_header(data: bytes) -> ImageHeader:
-    """The header of a training picture, without decoding it. `data` may end early where the header does not.
+    """The header of a training image, without decoding it. `data` may end early where the header does not.
 
     Raises:
         InputError: no PNG, JPEG or WEBP, or a size that `open_training_image` would refuse.
@@ -95,28 +95,28 @@ def read_header(data: bytes) -> ImageHeader:
 
 
 def open_training_image(data: bytes) -> Image.Image:
-    """A new RGB picture as `open_image` makes it, from the bytes of a PNG, JPEG or WEBP of one frame.
+    """A new RGB image as `open_image` makes it, from the bytes of a PNG, JPEG or WEBP of one frame.
 
     Raises:
         InputError: another format (by content), an animation, or what `open_image` refuses.
     """
     with _identify(data, "it", TRAINING_FORMATS, _EXPECTED_TRAINING) as image:
-        # The further frames of a JPEG are a camera's depth or gain maps, and the first is the picture.
+        # The further frames of a JPEG are a camera's depth or gain maps, and the first is the image.
         if _true_format(image) != "JPEG" and getattr(image, "n_frames", 1) > 1:
             raise InputError(f"{_EXPECTED_TRAINING} of one frame, but it has {image.n_frames}")
         return _convert(image, "it", own=True)
 
 
 def to_square(image: Image.Image, side: int) -> Image.Image:
-    """The largest centred square of an RGB picture, resized to side x side pixels; as `to_size`."""
+    """The largest centred square of an RGB image, resized to side x side pixels; as `to_size`."""
     return to_size(image, side, side)
 
 
 def to_size(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The largest centred part of an RGB picture with these proportions, resized to width x height pixels.
+    """The largest centred part of an RGB image with these proportions, resized to width x height pixels.
 
     Shapes keep their proportions and the ends of one side are lost. Bicubic, with a filter as wide as a shrunken
-    pixel; a picture of the right size keeps its pixels.
+    pixel; an image of the right size keeps its pixels.
     """
     if min(width, height) < 1:
         raise InputError(f"expected a side of at least 1 pixel, got {min(width, height)}")
@@ -130,20 +130,20 @@ def to_size(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def nearest_size(image: Image.Image, side: int, stride: int) -> tuple[int, int]:
-    """Height and width nearest to a picture's proportions, in multiples of `stride`, of about side x side pixels.
+    """Height and width nearest to an image's proportions, in multiples of `stride`, of about side x side pixels.
 
-    Raises InputError for a picture that is more than MAX_ASPECT times as long as wide.
+    Raises InputError for an image that is more than MAX_ASPECT times as long as wide.
     """
     aspect = image.height / image.width
     if not 1 / MAX_ASPECT <= aspect <= MAX_ASPECT:
-        raise InputError(f"expected a picture at most {MAX_ASPECT} times as long as wide, got {_size(image)}")
+        raise InputError(f"expected an image at most {MAX_ASPECT} times as long as wide, got {_size(image)}")
     cells = side / stride
     rows, columns = (max(1, round(cells * ratio)) for ratio in (aspect**0.5, aspect**-0.5))
     return rows * stride, columns * stride
 
 
 def to_tensor(images: Image.Image | Sequence[Image.Image]) -> Tensor:
-    """RGB pictures of one size to float32 [B, 3, H, W] in [0, 1]; one picture is a batch of one."""
+    """RGB images of one size to float32 [B, 3, H, W] in [0, 1]; one image is a batch of one."""
     images = [images] if isinstance(images, Image.Image) else list(images)
     if not images:
         raise ValueError("expected at least one image, got none")
@@ -157,14 +157,14 @@ def to_tensor(images: Image.Image | Sequence[Image.Image]) -> Tensor:
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """Pictures [B, 3, H, W] (or one, [3, H, W]) to RGB images: clamped to [0, 1], then rounded to 8 bits.
+    """Images [B, 3, H, W] (or one, [3, H, W]) to RGB images: clamped to [0, 1], then rounded to 8 bits.
 
     The inverse of `to_tensor` on its outputs. Raises ValueError for other shapes and for values that are not finite.
     """
     if images.ndim == 3:
         images = images[None]
     if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"expected pictures [B, 3, H, W], got {tuple(images.shape)}")
+        raise ValueError(f"expected images [B, 3, H, W], got {tuple(images.shape)}")
     images = images.detach().float().cpu()
     if not images.isfinite().all():
         raise ValueError("expected finite pixel values, got NaN or infinity")
@@ -220,19 +220,19 @@ def _identify(data: bytes, name: str, formats: Sequence[str], expected: str) -> 
 
 
 def _true_format(image: Image.Image) -> str:
-    """MPO is a JPEG with further pictures behind its end."""
+    """MPO is a JPEG with further images behind its end."""
     return "JPEG" if image.format == "MPO" else image.format
 
 
 def _check_size(image: Image.Image, name: str) -> None:
     if min(image.size) < MIN_SIDE:
-        raise InputError(f"expected a picture with sides of at least {MIN_SIDE} pixel, but {name} is {_size(image)}")
+        raise InputError(f"expected an image with sides of at least {MIN_SIDE} pixel, but {name} is {_size(image)}")
     if image.width * image.height > MAX_PIXELS:
         raise InputError(f"{_EXPECTED_PIXELS}, but {name} is {_size(image)}")
 
 
 def _convert(image: Image.Image, name: str, *, own: bool = False) -> Image.Image:
-    """A new upright RGB picture from an image of any mode, its size checked before its pixels are read.
+    """A new upright RGB image from an image of any mode, its size checked before its pixels are read.
 
     An image that is `own`, nobody else's, need not be copied where it is RGB already.
     """
@@ -300,4 +300,4 @@ def _size(image: Image.Image) -> str:
 
 
 def _too_many_bytes(name: str, size: int) -> str:
-    return f"expected a picture of at most {MAX_BYTES >> 20} MiB, but {name} has {size / 2**20:.1f} MiB"
+    return f"expected an image of at most {MAX_BYTES >> 20} MiB, but {name} has {size / 2**20:.1f} MiB"

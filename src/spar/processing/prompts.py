@@ -58,7 +58,7 @@ class PackedBatch:
 class PromptEncoder:
     """Writes every prompt form with one tokenizer and a fixed number of visual tokens an image.
 
-    With `image_start` a prompt for a picture ends with the picture's opening token (UniLIP's form). Such prompts are
+    With `image_start` a prompt for an image ends with the image's opening token (UniLIP's form). Such prompts are
     padded to a multiple of `multiple` tokens.
     """
 
@@ -114,7 +114,7 @@ class PromptEncoder:
         return self.encode(f"{TURN_START}user\n") + body + self.encode(f"{TURN_END}\n{TURN_START}assistant\n")
 
     def image_prompt(self, *parts: list[int]) -> list[int]:
-        """A user turn whose answer is a picture."""
+        """A user turn whose answer is an image."""
         return self._user(*parts) + (self.encode(IMAGE_START) if self.image_start else [])
 
     def generation(self, prompts: Sequence[str | None]) -> TokenBatch:

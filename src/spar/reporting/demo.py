@@ -1,7 +1,7 @@
 """The demonstration: every task once, a small sample of every score, and one page that shows it all.
 
     DEMO/report.html            the page, self-contained
-    DEMO/gallery/ edits/ reconstructions/      the pictures
+    DEMO/gallery/ edits/ reconstructions/      the images
     DEMO/results/               the results files of the sample
 """
 
@@ -64,7 +64,7 @@ Step = Callable[[str, int, int], None]  # (what is being done, done, in all)
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """`images`: pictures to reconstruct (the world's own when empty); `limit`: prompts of each benchmark task;
+    """`images`: images to reconstruct (the world's own when empty); `limit`: prompts of each benchmark task;
     `curves`: a metrics.jsonl of the training that made the weights; `seed`: of all that is drawn."""
 
     images: Sequence[Path] = ()
@@ -75,7 +75,7 @@ class DemoOptions:
 
 @dataclass
 class ReportSection:
-    """What the page shows of one task, and what of it is kept as pictures."""
+    """What the page shows of one task, and what of it is kept as images."""
 
     pictures: dict[str, Image.Image] = field(default_factory=dict)
     figures: list[Any] = field(default_factory=list)
@@ -88,7 +88,7 @@ def make_demo(pipe: Any, folder: Path, options: DemoOptions, step: Step | None =
 
     Args:
         pipe: a `SparPipeline` of the shapes world.
-        folder: where the page and the pictures go.
+        folder: where the page and the images go.
         options: what to show.
         step: called before each part.
 
@@ -96,7 +96,7 @@ def make_demo(pipe: Any, folder: Path, options: DemoOptions, step: Step | None =
         The results of the sample, one a benchmark.
 
     Raises:
-        InputError: a picture that cannot be read, or a model of another world.
+        InputError: an image that cannot be read, or a model of another world.
     """
     began = time.monotonic()
     tasks: dict[str, Callable[[Any, DemoOptions], ReportSection]] = {
@@ -132,7 +132,7 @@ def _page(
     curves: Curves = read_metrics(options.curves) if options.curves else {}
     return ReportData(
         title="SPAR on the shapes world",
-        lead="What the model draws, changes, answers and rebuilds. Each picture has the detector's verdict; the "
+        lead="What the model draws, changes, answers and rebuilds. Each image has the detector's verdict; the "
         f"scores are of a small sample, {options.limit} prompts a task, which is what their wide intervals say.",
         manifest=visible_manifest(pipe.manifest),
         facts=facts,
@@ -148,7 +148,7 @@ def _page(
 
 
 def show_gallery(pipe: Any, options: DemoOptions) -> ReportSection:
-    """Pictures from PROMPTS, each with the detector's verdict."""
+    """Images from PROMPTS, each with the detector's verdict."""
     out = pipe.generate(list(PROMPTS), seed=options.seed)
     shown = ReportSection(output=out)
     for number, (prompt, image) in enumerate(zip(PROMPTS, out.images, strict=True)):
@@ -190,7 +190,7 @@ def show_answers(pipe: Any, options: DemoOptions) -> ReportSection:
 
 
 def show_reconstructions(pipe: Any, options: DemoOptions) -> ReportSection:
-    """The given pictures, or some of the world's, through the tokenizer and back."""
+    """The given images, or some of the world's, through the tokenizer and back."""
     if options.images:
         names = [path.name for path in options.images]
         before = [to_square(open_image(path), pipe.image_size) for path in options.images]
@@ -209,6 +209,6 @@ def show_reconstructions(pipe: Any, options: DemoOptions) -> ReportSection:
 
 
 def _name(number: int, text: str) -> str:
-    """A file name that tells what the picture is: a number and the first words."""
+    """A file name that tells what the image is: a number and the first words."""
     words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
     return f"{number:02d}-{words[:60].rstrip('-')}"

@@ -1,4 +1,4 @@
-"""HTML by construction: elements whose text and attributes are always escaped, and pictures inline."""
+"""HTML by construction: elements whose text and attributes are always escaped, and images inline."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def tag(name: str, /, *children: Child, **attributes: object) -> Markup:
 
 
 def picture(image: Image.Image, alt: str, *, scale: int = UPSCALE, class_: str | None = None) -> Markup:
-    """An <img> that carries its picture, enlarged by whole pixels."""
+    """An <img> that carries its image, enlarged by whole pixels."""
     width, height = image.width * scale, image.height * scale
     stream = BytesIO()
     image.convert("RGB").resize((width, height), Image.Resampling.NEAREST).save(stream, "PNG", optimize=True)

@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML page on a model, its pictures, answers, routing, training and scores.
+"""The report: one self-contained HTML page on a model, its images, answers, routing, training and scores.
 
 Every part is optional and left out when there is nothing to show. No script runs and nothing is loaded from elsewhere.
 """
@@ -24,7 +24,7 @@ from spar.reporting.score_tables import show_scores
 
 @dataclass(frozen=True)
 class ReportImage:
-    """A generated picture and its prompt; `right` is the detector's verdict, None where none was asked for."""
+    """A generated image and its prompt; `right` is the detector's verdict, None where none was asked for."""
 
     image: Image.Image
     prompt: str
@@ -33,7 +33,7 @@ class ReportImage:
 
 @dataclass(frozen=True)
 class ReportEdit:
-    """A picture before and after an instruction."""
+    """An image before and after an instruction."""
 
     before: Image.Image
     instruction: str
@@ -43,7 +43,7 @@ class ReportEdit:
 
 @dataclass(frozen=True)
 class ReportAnswer:
-    """A question about a picture, the model's answer, and the true one where it is known."""
+    """A question about an image, the model's answer, and the true one where it is known."""
 
     image: Image.Image
     question: str
@@ -53,7 +53,7 @@ class ReportAnswer:
 
 @dataclass(frozen=True)
 class ReportReconstruction:
-    """A picture before and after the tokenizer, and a note on it (its name, its PSNR)."""
+    """An image before and after the tokenizer, and a note on it (its name, its PSNR)."""
 
     before: Image.Image
     after: Image.Image
@@ -62,7 +62,7 @@ class ReportReconstruction:
 
 @dataclass(frozen=True)
 class ReportRouting:
-    """One prompt's routing weights, with the reference picture of an edit."""
+    """One prompt's routing weights, with the reference image of an edit."""
 
     prompt: str
     routing: RoutingLike
@@ -108,7 +108,7 @@ def render_report(data: ReportData) -> str:
     """The page as text."""
     parts = {
         "Scores": show_scores(data.results),
-        "Pictures from words": _gallery(data.gallery),
+        "Images from words": _gallery(data.gallery),
         "Edits": _edits(data.edits),
         "Questions and answers": _answers(data.answers),
         "Reconstructions": _reconstructions(data.reconstructions),
@@ -167,7 +167,7 @@ def _answers(shown: Sequence[ReportAnswer]) -> Markup | None:
         right = None if one.expected is None else one.answer.strip().lower() == one.expected.strip().lower()
         truth = f"(expected: {one.expected})" if right is False else None
         caption = _caption(one.question, tag("strong", one.answer), _mark(right), truth)
-        figures.append(tag("figure", picture(one.image, f"Picture asked about: {one.question}"), caption))
+        figures.append(tag("figure", picture(one.image, f"Image asked about: {one.question}"), caption))
     return _grid(figures)
 
 

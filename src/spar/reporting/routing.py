@@ -1,4 +1,4 @@
-"""The routing of one picture: which layers of the LLM each word, each square of a picture and each query reads.
+"""The routing of one image: which layers of the LLM each word, each square of an image and each query reads.
 
 Every token is a stripe whose colours stand for layers, each as wide as its weight, so that a mixture is seen as it is.
 Colours are viridis from the first layer to the last, which the colour-blind and a grey print tell apart; the numbers
@@ -23,7 +23,7 @@ _VIRIDIS = np.array(
 _FRAME = frozenset(("system", "user", "assistant"))
 NAMED = 0.1  # a layer of at least this weight is named below a stripe
 SHOWN = 0.005  # a weight below half a per cent is not drawn
-SIDE = 256  # least width of the picture, pixels
+SIDE = 256  # least width of the image, pixels
 
 
 class RoutingLike(Protocol):
@@ -63,7 +63,7 @@ def stripe(weights: Sequence[float], colors: Sequence[str]) -> str:
 
 
 def grid_shape(count: int, image: Image.Image | None) -> tuple[int, int] | None:
-    """Rows and columns of a picture's tokens, which lie in its proportions; a square without a picture.
+    """Rows and columns of an image's tokens, which lie in its proportions; a square without an image.
 
     None where they fill no such grid.
     """
@@ -73,11 +73,11 @@ def grid_shape(count: int, image: Image.Image | None) -> tuple[int, int] | None:
 
 
 def routing_view(routing: RoutingLike, image: Image.Image | None = None) -> Markup:
-    """The words, the picture's squares and the queries of one prompt, each with its stripe. Wants `STYLE`.
+    """The words, the image's squares and the queries of one prompt, each with its stripe. Wants `STYLE`.
 
     Args:
-        routing: of one picture.
-        image: the picture that the image tokens stand for, as the model saw it; it is drawn grey below them.
+        routing: of one image.
+        image: the image that the image tokens stand for, as the model saw it; it is drawn grey below them.
     """
     layers, colors = routing.layers, layer_colors(len(routing.layers))
     places: dict[str, list[int]] = {"text": [], "image": [], "query": []}
@@ -99,7 +99,7 @@ def routing_view(routing: RoutingLike, image: Image.Image | None = None) -> Mark
     read = [tag("div", *stripes("text", words), class_="routing-words", role="list", aria_label="words")]
     if places["query"]:
         numbers = [str(number + 1) for number in range(len(places["query"]))]
-        said = f"The model's own {len(numbers)} drawing queries, which belong to no place in the picture:"
+        said = f"The model's own {len(numbers)} drawing queries, which belong to no place in the image:"
         read += [
             tag("p", said, class_="routing-note"),
             tag("div", *stripes("query", numbers), class_="routing-words", role="list", aria_label="queries"),
@@ -128,7 +128,7 @@ def _token(word: str, weights: np.ndarray, layers: Sequence[int], colors: Sequen
 def _picture(
     weights: np.ndarray, shape: tuple[int, int], image: Image.Image | None, layers: Sequence[int], colors: Sequence[str]
 ) -> Markup:
-    """The image tokens' stripes, each where its square lies, over the picture in grey."""
+    """The image tokens' stripes, each where its square lies, over the image in grey."""
     rows, columns = shape
     cells = [
         tag("i", style=stripe(one, colors),
@@ -136,11 +136,11 @@ def _picture(
         for place, one in enumerate(weights)
     ]  # fmt: skip
     grid = tag("div", *cells, class_="routing-grid", style=f"grid-template-columns:repeat({columns},1fr)")
-    note = tag("p", "The squares of the picture:", class_="routing-note")
-    below = picture(image, "the picture, in grey", scale=max(1, -(-SIDE // image.width))) if image else None
+    note = tag("p", "The squares of the image:", class_="routing-note")
+    below = picture(image, "the image, in grey", scale=max(1, -(-SIDE // image.width))) if image else None
     drawn = tag(
         "div", below, grid, class_="routing-picture", role="img", style=f"aspect-ratio:{columns}/{rows}",
-        aria_label=f"layers that the {rows} x {columns} squares of the picture read",
+        aria_label=f"layers that the {rows} x {columns} squares of the image read",
     )
     return tag("div", note, drawn)
 
