@@ -86,11 +86,11 @@ class Hub(BaseHTTPRequestHandler):
             ]  # fmt: skip
             self.answer(200, {"files": files})
         elif self.path.endswith(".git/info/lfs/objects/batch"):
-            told = [
+            objects = [
                 {**one, "actions": {"upload": {"href": f"{self.here}/lfs/{one['oid']}"}}}
                 for one in json.loads(data)["objects"]
             ]
-            self.answer(200, {"transfer": "basic", "objects": told})
+            self.answer(200, {"transfer": "basic", "objects": objects})
         elif found := re.fullmatch(r"/api/models/([\w-]+/[\w-]+)/commit/main", self.path):
             repository = self.repositories[found[1]]
             for line in map(json.loads, data.splitlines()):
@@ -190,7 +190,7 @@ def test_a_folder_arrives_from_the_command_line(hub, folder, tmp_path):
     assert repository.private and repository.commits == ["first"]
     assert repository.files == {name: data for name, data in contents(folder).items() if name != ".env"}
     assert done.stdout.splitlines()[-1] == f"{hub.address}/me/model/commit/1"
-    assert "left behind, since spar reads no such files: .env" in done.stderr
+    assert "not uploaded, since spar reads no such files: .env" in done.stderr
 
 
 def test_a_folder_sent_again_replaces_its_own_files_alone(here, folder):

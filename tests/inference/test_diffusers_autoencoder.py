@@ -125,7 +125,7 @@ def test_half_precision_is_close_and_keeps_the_scale(vae, pixels, folder, tmp_pa
     assert AutoencoderSpar.from_pretrained(tmp_path / "half").config.scaling_factor == vae.config.scaling_factor
 
 
-def test_a_folder_that_half_exists_is_told_in_words(vae, tmp_path):
+def test_a_folder_that_half_exists_gets_a_message(vae, tmp_path):
     save_tokenizer(vae.tokenizer, tmp_path / "alone")
     (tmp_path / "alone" / "model.safetensors").unlink()
     with pytest.raises(InputError, match="model.safetensors is missing"):

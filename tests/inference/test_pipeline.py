@@ -1,4 +1,4 @@
-"""The pipeline: every argument has an effect, an image depends on its own seed alone, bad input is told in words."""
+"""The pipeline: every argument has an effect, an image depends on its own seed alone, bad input gets a message."""
 
 import subprocess
 import sys
@@ -40,7 +40,7 @@ def folder(tiny_run, tmp_path_factory) -> Path:
         weight.data.normal_(std=0.4, generator=generator)
     words = loaded.text_tokenizer.vocab_size
     loaded.model.language.network.embed_tokens.weight.data[SPECIALS:words].normal_(generator=generator)
-    for layer in loaded.model.language.network.layers:  # else the tied embedding says the last word again
+    for layer in loaded.model.language.network.layers:  # else the tied embedding repeats the last word
         layer.mlp.down_proj.weight.data.normal_(std=0.25, generator=generator)
     path = tmp_path_factory.mktemp("lively") / "model"
     SparPipeline(loaded).save_pretrained(path)
@@ -315,7 +315,7 @@ def test_images_are_ordered_prompt_by_prompt(pipe):
         assert gap(out.images[i], generate(pipe, text, seed=3 + i).images[0]) <= 1
 
 
-def test_the_seeds_that_are_told_make_the_pictures_again(pipe):
+def test_the_returned_seeds_reproduce_the_images(pipe):
     out = generate(pipe, [CIRCLE, SQUARES], seed=None)
     again = generate(pipe, [CIRCLE, SQUARES], seed=out.seeds)
     assert again.seeds == out.seeds and [gap(a, b) for a, b in zip(out.images, again.images, strict=True)] == [0, 0]
@@ -333,7 +333,7 @@ def test_one_image_or_one_text_serves_all_of_the_others(pipe, pictures, one):
     assert len(asked) == (1 if one == "image" else 2)
 
 
-def test_the_notes_of_a_picture_make_it_again(pipe, pictures, tmp_path):
+def test_the_metadata_of_an_image_reproduces_it(pipe, pictures, tmp_path):
     out = generate(pipe, [CIRCLE, SQUARES], negative_prompt="a ring", num_images_per_prompt=2, guidance_scale=2)
     assert [note["prompt"] for note in out.metadata] == [CIRCLE] * 2 + [SQUARES] * 2
     assert out.metadata[3] | {"torch": "", "transformers": "", "diffusers": "", "commit": ""} == {
@@ -343,11 +343,11 @@ def test_the_notes_of_a_picture_make_it_again(pipe, pictures, tmp_path):
     }  # fmt: skip
     paths = out.save(tmp_path / "many")
     assert [path.name for path in paths] == ["0.png", "1.png", "2.png", "3.png"]
-    notes = read_metadata(paths[3]).values
-    assert notes == {key: value for key, value in out.metadata[3].items() if value is not None}
+    metadata = read_metadata(paths[3]).values
+    assert metadata == {key: value for key, value in out.metadata[3].items() if value is not None}
     again = generate(
-        pipe, notes["prompt"], negative_prompt=notes["negative_prompt"], seed=notes["seed"],
-        num_inference_steps=notes["steps"], guidance_scale=notes["guidance"],
+        pipe, metadata["prompt"], negative_prompt=metadata["negative_prompt"], seed=metadata["seed"],
+        num_inference_steps=metadata["steps"], guidance_scale=metadata["guidance"],
     )
     assert gap(again.images[0], Image.open(paths[3])) <= 1  # it was one of four
     with pytest.raises(InputError, match="exists already"):
@@ -543,7 +543,7 @@ def test_an_edit_keeps_the_proportions_of_its_picture(pipe, size, wanted):
 
 
 def test_what_an_edit_cannot_keep_is_refused(pipe, pictures):
-    with pytest.raises(InputError, match="same proportions in one call, got some for 88 x 48, 64 x 64 pixels"):
+    with pytest.raises(InputError, match="same proportions in one call, got 88 x 48, 64 x 64 pixels"):
         edit(pipe, [pictures[0], Image.new("RGB", (90, 50))])
     with pytest.raises(InputError, match="expected an image at most 4 times as long as wide, got 90 x 20 pixels"):
         edit(pipe, Image.new("RGB", (90, 20)))
@@ -642,7 +642,7 @@ BAD_PROMPTS = [
 
 
 @pytest.mark.parametrize(("keywords", "message"), BAD_PROMPTS, ids=str)
-def test_a_bad_argument_is_told_in_words(pipe, keywords, message, monkeypatch):
+def test_a_bad_argument_gets_a_message(pipe, keywords, message, monkeypatch):
     monkeypatch.setattr(pipe.model, "velocity", lambda *_: pytest.fail("the denoiser ran"))
     try:
         generate(pipe, **keywords)
@@ -665,13 +665,13 @@ def broken() -> bytes:
     [
         ([], "at least one image, got an empty list"),
         (b"", "is empty"),
-        (b"plain words", "something else or damaged"),
+        (b"plain words", "of another type or damaged"),
         (broken(), "cannot be decoded"),
         ("nowhere.png", "there is no file 'nowhere.png'"),
         (Path("/"), "is a directory"),
         (None, "expected an image as a path, bytes or a Pillow image, got NoneType"),
         (np.zeros((4, 4, 3), np.uint8), "got ndarray"),
-        ("https://example.org/a.png", "in a local file, got the address"),
+        ("https://example.org/a.png", "in a local file, got the URL"),
     ],
     ids=lambda value: str(value)[:24],
 )
@@ -683,7 +683,7 @@ def test_what_is_no_picture_is_refused_by_every_task(pipe, image, message):
             task()
 
 
-def test_a_sequence_longer_than_the_language_models_positions_is_told_in_words(pipe, pictures, monkeypatch):
+def test_a_sequence_longer_than_the_language_models_positions_gets_a_message(pipe, pictures, monkeypatch):
     short = replace(pipe.model.language.config, max_positions=70)
     monkeypatch.setattr(pipe.model.language, "config", short)
     generate(pipe)
@@ -695,7 +695,7 @@ def test_a_sequence_longer_than_the_language_models_positions_is_told_in_words(p
 
 def test_a_picture_is_made_from_one_reference(pipe, pictures):
     for images in ([pictures[:2]], [tuple(pictures[:2]), pictures[0]]):
-        with pytest.raises(InputError, match="expected one image for each text, got a list within the list"):
+        with pytest.raises(InputError, match="expected one image for each text, got a nested list"):
             edit(pipe, images)
 
 

@@ -1,4 +1,4 @@
-"""Conversations as they come in: what is accepted, and what each fault is told in; tokens that become text."""
+"""Conversations as they come in: what is accepted, and the message for each fault; tokens that become text."""
 
 from itertools import accumulate
 
@@ -90,13 +90,13 @@ def test_a_conversation_may_be_one_question_without_a_picture():
         ([user("x"), user("x")], r"messages\[1\].role: expected assistant, got user"),
         ([user("x", role="assistant")], r"messages\[0\].role: expected user, got assistant"),
         ([user("x"), user("x", role="system"), user("x")], r"messages\[1\].role: expected assistant, got system"),
-        ([user("x", role="system")], "expected the user to have the last word, got system"),
-        ([user("x"), user("x", role="assistant")], "expected the user to have the last word, got assistant"),
+        ([user("x", role="system")], "expected the last message from the user, got system"),
+        ([user("x"), user("x", role="assistant")], "expected the last message from the user, got assistant"),
         ([user(*[image()] * (MAX_CHAT_IMAGES + 1))], f"at most {MAX_CHAT_IMAGES} images, got {MAX_CHAT_IMAGES + 1}"),
     ],
     ids=lambda value: str(value)[:40],
 )  # fmt: skip
-def test_a_malformed_conversation_is_told_in_words(messages, words):
+def test_a_malformed_conversation_gets_a_message(messages, words):
     with pytest.raises(InputError, match=words):
         read_messages(messages, SIDE)
 

@@ -171,11 +171,11 @@ def test_a_truncated_file_is_refused(kind, part):
     "source, message",
     [
         (b"", "the given data is empty"),
-        (b"hello", "the given data is something else or damaged"),
+        (b"hello", "the given data is of another type or damaged"),
         (b"%PDF-1.7 ...", "is a PDF"),
         (b"<!DOCTYPE html><html>", "is a web page"),
         (b"\x00\x00\x00\x18ftypheic\x00\x00", "is a HEIC image"),
-        ("https://example.org/a.png", "in a local file, got the address 'https://example.org/a.png'"),
+        ("https://example.org/a.png", "in a local file, got the URL 'https://example.org/a.png'"),
         ("/dev/null", "'/dev/null' is not a regular file"),
         ("a\x00b.png", "cannot be read: embedded null byte"),
         ("x" * 5000, "cannot be read: File name too long"),

@@ -22,7 +22,7 @@ def run_report(run: Path) -> ReportData:
         InputError: a folder that does not exist, or that holds neither metrics nor results.
     """
     if not run.is_dir():
-        raise InputError(f"expected the folder of a run, but {str(run)!r} is none")
+        raise InputError(f"expected the folder of a run, but {str(run)!r} is not a folder")
     metrics, manifest, results = run / "metrics.jsonl", run / "model" / "manifest.json", find_results(run)
     if not metrics.is_file() and not results:
         raise InputError(f"expected a run with metrics.jsonl or results files, but {str(run)!r} has neither")
