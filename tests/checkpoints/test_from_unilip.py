@@ -229,7 +229,7 @@ REFERENCE = torch.tensor([[0, 0, 3, *[IMAGE] * 16, 4, 50, 3], [1, 40, 3, *[IMAGE
 
 
 @pytest.mark.parametrize("size", [(112, 112), (56, 140)])
-def test_a_picture_has_the_same_latent_and_the_latent_the_same_picture(converted, original, size):
+def test_an_image_has_the_same_latent_and_the_latent_the_same_image(converted, original, size):
     tokenizer, pixels = converted.bundle.model.tokenizer, picture(*size)
     latents = tokenizer.encode(pixels)
     assert torch.equal(latents.z_f, latents.z_s.transpose(1, 2).unflatten(2, latents.z_f.shape[-2:]))
@@ -316,7 +316,7 @@ def test_the_names_of_older_transformers_give_the_same_model(foreign, exact, ori
 
 
 @pytest.mark.parametrize("form", ["pth", "safetensors", "nested"])
-def test_a_tokenizer_alone_gives_the_same_pictures(foreign, original, published, tmp_path, form):
+def test_a_tokenizer_alone_gives_the_same_images(foreign, original, published, tmp_path, form):
     """The LLM and the DiT are then the published ones; the file may be pickled, nested, or safe."""
     tensors = tokenizer_tensors(original, foreign)
     path = tmp_path / f"1b_unilip.{'pth' if form == 'nested' else form}"

@@ -212,7 +212,7 @@ def test_a_folder_comes_back_as_it_was_sent(here, folder, address, monkeypatch):
 
 
 @pytest.mark.parametrize("address", ["hf://me/model", Path("hf://me/model@main")])
-def test_a_picture_names_the_commit_that_drew_it(here, folder, address, tmp_path):
+def test_an_image_names_the_commit_that_drew_it(here, folder, address, tmp_path):
     """Not the address alone, whose weights may be other ones tomorrow, and no place on this disk."""
     push(plan_upload(folder), "me/model")
     pipe = SparPipeline.from_pretrained(address, device="cpu")

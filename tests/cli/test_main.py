@@ -351,7 +351,7 @@ def test_the_pipelines_own_names_work_too(pipe):
     assert pipe.calls[0][2]["num_inference_steps"] == 3 and pipe.calls[0][2]["guidance_scale"] == 2.0
 
 
-def test_a_picture_carries_how_it_was_made(capsys, pipe):
+def test_an_image_carries_how_it_was_made(capsys, pipe):
     prompt = "a red circle — größer\n"
     assert main(["generate", prompt, "--seed", "9"]) == 0
     assert capsys.readouterr().out == "out.png  (seed 9)\n"
@@ -366,7 +366,7 @@ def test_a_picture_carries_how_it_was_made(capsys, pipe):
         assert (image.text["image"], image.text["image_sha256"]) == ("out.png", digest)
 
 
-def test_several_pictures_stand_in_a_folder_each_prompts_together(pipe):
+def test_several_images_stand_in_a_folder_each_prompts_together(pipe):
     assert main(["generate", "a red circle", "a red ring", "-n", "6", "--seed", "0", "-o", "many"]) == 0
     made = sorted(Path("many").iterdir())
     assert [path.name for path in made] == [f"{index:02d}.png" for index in range(12)]
@@ -375,7 +375,7 @@ def test_several_pictures_stand_in_a_folder_each_prompts_together(pipe):
     assert [note["seed"] for note in notes] == [str(seed) for seed in range(12)]
 
 
-def test_info_says_how_a_picture_was_made(capsys, pipe):
+def test_info_says_how_an_image_was_made(capsys, pipe):
     assert main(["generate", "it's a \x1b[31mred\ncircle", "--seed", "9"]) == 0
     capsys.readouterr()
     assert main(["info", "out.png"]) == 0
@@ -717,7 +717,7 @@ def test_the_four_tasks_run_on_a_trained_model(model, capsys):
 
 
 @pytest.mark.slow
-def test_a_picture_is_made_again_from_what_info_says(model, capsys):
+def test_an_image_is_made_again_from_what_info_says(model, capsys):
     """Every sampling flag at a value of its own; the model is named without its place, so that is given again."""
     flags = "--seed 5 --steps 3 --guidance 2.5 --dtype float32".split()
     words, same = ["--negative-prompt", "a blue star", "--model", model], ["--dtype", "float32", "--model", model]
@@ -803,7 +803,7 @@ def odd_pictures() -> dict[str, Image.Image | bytes]:
 
 
 @pytest.mark.slow
-def test_odd_pictures_pass_and_what_is_no_picture_gets_one_line(model, capsys):
+def test_odd_images_pass_and_what_is_no_image_gets_one_line(model, capsys):
     for name, content in odd_pictures().items():
         if isinstance(content, Image.Image):
             orientation = Image.Exif()

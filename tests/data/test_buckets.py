@@ -26,7 +26,7 @@ def test_impossible_buckets_are_refused(side, aspect):
         make_buckets(side, aspect)
 
 
-def test_each_picture_goes_where_least_is_cut():
+def test_each_image_goes_where_least_is_cut():
     buckets = make_buckets(448, 2.0)
     sizes = np.random.default_rng(0).integers(200, 2000, (5000, 2))
     chosen = assign(sizes, buckets, batch=8)

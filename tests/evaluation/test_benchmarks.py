@@ -80,7 +80,7 @@ def test_sampling_options_reach_the_pipe(oracle):
     assert all(call[3] == {"num_inference_steps": 3, "guidance_scale": 1.5} for call in pipe.calls)
 
 
-def test_every_picture_has_a_seed_of_its_own_that_the_run_seed_moves(oracle):
+def test_every_image_has_a_seed_of_its_own_that_the_run_seed_moves(oracle):
     def seeds(seed):
         options = EvalOptions(limit=3, images_per_prompt=4, seed=seed)
         pipe = oracle(options)

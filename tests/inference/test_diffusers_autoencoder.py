@@ -50,7 +50,7 @@ def test_there_and_back_is_reconstruct(vae, folder, pixels):
     assert torch.equal(vae.encode(pixels, return_dict=False)[0], vae.encode(pixels).latent)
 
 
-def test_a_picture_need_not_be_square_but_fit_the_cells(vae):
+def test_an_image_need_not_be_square_but_fit_the_cells(vae):
     wide = torch.zeros(1, 3, 48, 88)
     assert vae.encode(wide).latent.shape[-2:] == (6, 11) and vae(wide).sample.shape == wide.shape
     for shape in ((1, 3, 60, 64), (1, 3, 64, 60), (1, 1, 64, 64), (3, 64, 64)):

@@ -67,7 +67,7 @@ def test_rounding_to_eight_bits_moves_a_weight_by_half_a_step_of_its_row(model):
         assert ((weight - plain[name]).abs() <= 0.51 * step + 1e-6).all(), name
 
 
-def test_eight_bits_show_nearly_the_same_pictures():
+def test_eight_bits_show_nearly_the_same_images():
     pytest.importorskip("torchao")
     shown = [
         SparPipeline.from_pretrained(dtype=torch.bfloat16, device="cpu", weights=weights).reconstruct(

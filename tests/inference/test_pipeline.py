@@ -83,14 +83,14 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_the_argument_changes_the_picture(pipe, name):
+def test_the_argument_changes_the_image(pipe, name):
     (plain,), (again,) = generate(pipe).images, generate(pipe).images
     assert gap(plain, again) == 0
     assert gap(plain, generate(pipe, **CHANGES[name]).images[0]) > 4
 
 
 @pytest.mark.parametrize("name", ["instruction", "negative_prompt", "num_inference_steps", "guidance_scale", "seed"])
-def test_the_argument_changes_the_edited_picture(pipe, pictures, name):
+def test_the_argument_changes_the_edited_image(pipe, pictures, name):
     change = {"instruction": "make the red circle blue"} if name == "instruction" else CHANGES[name]
     (plain,) = edit(pipe, pictures[0]).images
     assert gap(plain, edit(pipe, pictures[0]).images[0]) == 0
@@ -105,7 +105,7 @@ def test_the_image_changes_what_is_made_of_it(pipe, pictures):
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, None), (None, 32), (32, 128), (128, 64)])
-def test_height_and_width_are_the_pictures(pipe, height, width):
+def test_height_and_width_are_the_images(pipe, height, width):
     (image,) = generate(pipe, height=height, width=width).images
     assert image.size == (width or 64, height or 64)
     assert np.asarray(image).std() > 0
@@ -433,7 +433,7 @@ def test_images_are_moved_before_the_text_of_their_turn(pipe, pictures):
     assert answers[0] == answers[1] and tokens[0] == tokens[1]
 
 
-def test_every_message_and_every_picture_of_a_chat_counts(pipe, pictures):
+def test_every_message_and_every_image_of_a_chat_counts(pipe, pictures):
     seen = []
 
     def logits(messages: list[dict]) -> torch.Tensor:
@@ -519,7 +519,7 @@ def test_a_chat_that_cannot_be_is_refused_at_the_call(pipe, messages, words):
 # ---- images that come in -------------------------------------------------------------------------------------------
 
 
-def test_a_picture_may_be_a_path_bytes_or_an_image(pipe, pictures, tmp_path):
+def test_an_image_may_be_a_path_bytes_or_an_image(pipe, pictures, tmp_path):
     pictures[0].save(tmp_path / "p.png")
     sources = [tmp_path / "p.png", str(tmp_path / "p.png"), (tmp_path / "p.png").read_bytes(), pictures[0]]
     images = pipe.reconstruct(sources).images
@@ -527,13 +527,13 @@ def test_a_picture_may_be_a_path_bytes_or_an_image(pipe, pictures, tmp_path):
     assert gap(images[0], pipe.reconstruct(tuple(sources)).images[3]) == 0
 
 
-def test_pictures_of_other_sizes_are_made_square_first(pipe):
+def test_images_of_other_sizes_are_made_square_first(pipe):
     wide = Image.fromarray(np.random.default_rng(1).integers(0, 256, (50, 90, 3), dtype=np.uint8))
     assert gap(pipe.reconstruct(wide).images[0], pipe.reconstruct(to_square(wide, 64)).images[0]) == 0
 
 
 @pytest.mark.parametrize(("size", "wanted"), [((90, 50), (88, 48)), ((50, 90), (48, 88)), ((70, 66), (64, 64))])
-def test_an_edit_keeps_the_proportions_of_its_picture(pipe, size, wanted):
+def test_an_edit_keeps_the_proportions_of_its_image(pipe, size, wanted):
     noise = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     out = edit(pipe, Image.fromarray(noise))
     assert out.images[0].size == wanted
@@ -584,7 +584,7 @@ def test_a_saved_model_gives_the_same_bits_in_a_fresh_process(pipe, tmp_path):
         assert str(found["answer"]) == pipe.understand(picture, QUESTION, max_new_tokens=6).texts[0]
 
 
-def test_saving_in_bfloat16_halves_the_file_and_keeps_the_picture(folder, pipe, tmp_path):
+def test_saving_in_bfloat16_halves_the_file_and_keeps_the_image(folder, pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "half", dtype=torch.bfloat16)
     part = Path("denoiser/model.safetensors")
     assert (tmp_path / "half" / part).stat().st_size < 0.6 * (folder / part).stat().st_size
@@ -675,7 +675,7 @@ def broken() -> bytes:
     ],
     ids=lambda value: str(value)[:24],
 )
-def test_what_is_no_picture_is_refused_by_every_task(pipe, image, message):
+def test_what_is_no_image_is_refused_by_every_task(pipe, image, message):
     for task in (
         lambda: pipe.reconstruct(image), lambda: pipe.understand(image, QUESTION), lambda: edit(pipe, image)
     ):
@@ -693,7 +693,7 @@ def test_a_sequence_longer_than_the_language_models_positions_gets_a_message(pip
         pipe.understand(pictures[0], QUESTION)
 
 
-def test_a_picture_is_made_from_one_reference(pipe, pictures):
+def test_an_image_is_made_from_one_reference(pipe, pictures):
     for images in ([pictures[:2]], [tuple(pictures[:2]), pictures[0]]):
         with pytest.raises(InputError, match="expected one image for each text, got a nested list"):
             edit(pipe, images)
@@ -791,7 +791,7 @@ def bundled() -> SparPipeline:
 
 @pytest.mark.skipif(not has_native_bfloat16(), reason="elsewhere bfloat16 is computed by other means")
 @pytest.mark.parametrize("size", [(64, 64), (40, 104)])
-def test_a_picture_is_the_same_to_the_bit_whatever_stands_beside_it(bundled, size):
+def test_an_image_is_the_same_to_the_bit_whatever_stands_beside_it(bundled, size):
     """Prompts of every length in one call, in another order, several draws of each, and each alone."""
     settings = {"height": size[0], "width": size[1], "num_inference_steps": 4}
 

@@ -29,7 +29,7 @@ def image(source=RED) -> dict:
     return {"type": "image", "image": source}
 
 
-def test_a_conversation_keeps_its_turns_and_opens_its_pictures(tmp_path):
+def test_a_conversation_keeps_its_turns_and_opens_its_images(tmp_path):
     RED.save(tmp_path / "red.png")
     turns = read_messages(
         [
@@ -55,7 +55,7 @@ def test_images_come_before_the_text_of_their_turn_each_in_its_order(order):
     assert kept == [one for one in order if one in (1, 2)] + [one for one in order if one in ("a", "b")]
 
 
-def test_a_conversation_may_be_one_question_without_a_picture():
+def test_a_conversation_may_be_one_question_without_an_image():
     assert read_messages([user("how many ?")], SIDE) == [ChatMessage("user", ("how many ?",))]
     assert read_messages(({"role": "user", "content": (text(),)},), SIDE) == [ChatMessage("user", ("how many ?",))]
 

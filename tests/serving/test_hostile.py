@@ -111,7 +111,7 @@ def goes_on(address):
 
 @pytest.mark.parametrize("name", PICTURES)
 @pytest.mark.parametrize("route", ["edits", "reconstruct", "chat"])
-def test_no_picture_gets_one_fixed_text(address, route, name):
+def test_no_image_gets_one_fixed_text(address, route, name):
     data = PICTURES[name]
     if route == "chat":
         url = "data:image/png;base64," + base64.b64encode(data).decode()
@@ -123,7 +123,7 @@ def test_no_picture_gets_one_fixed_text(address, route, name):
     assert "expected a whole PNG, JPEG or WEBP of one frame" in checked(answer)["message"]
 
 
-def test_a_picture_with_a_page_behind_it_is_only_a_picture(address):
+def test_an_image_with_a_page_behind_it_is_only_an_image(address):
     """The other polyglot: the answer is encoded anew and has nothing of it."""
     data = encoded(size=(64, 64)) + b"<script>alert(1)</script>"
     answer = httpx2.post(f"{address}/v1/reconstruct", files={"image": ("x.html", data, "text/html")})
@@ -423,7 +423,7 @@ def health_meanwhile(address: str, **request) -> tuple[int, float]:
 
 
 @pytest.mark.slow
-def test_a_picture_of_very_many_chunks_keeps_nobody_else_waiting(address):
+def test_an_image_of_very_many_chunks_keeps_nobody_else_waiting(address):
     plain = encoded(size=(64, 64))
     data = plain[:33] + chunk(b"abCd", b"") * 1_000_000 + plain[33:]
     status, longest = health_meanwhile(address, url=f"{address}/v1/reconstruct", files={"image": ("x", data)})

@@ -65,7 +65,7 @@ def test_compatible_jobs_share_a_call_oldest_first_up_to_a_batch(worker, scribe)
     assert scribe.calls == [["held"], ["a0", "a1", "a2"], ["b0", "b1", "b2"]]
 
 
-def test_a_batch_is_full_by_the_size_of_its_pictures(worker, scribe):
+def test_a_batch_is_full_by_the_size_of_its_images(worker, scribe):
     hold(worker, scribe)
     jobs = [ImageJob(scribe, "k", i, weight=weight) for i, weight in enumerate((2, 4, 1, 1, 1))]
     worker.submit(*jobs)
@@ -137,7 +137,7 @@ def test_a_function_of_the_pipeline_has_its_turn(worker):
     assert worker.call(lambda pipe: pipe is worker.pipe).result(SOON) is True
 
 
-def test_a_long_chat_and_pictures_take_turns(worker, scribe):
+def test_a_long_chat_and_images_take_turns(worker, scribe):
     emitted: list[str] = []
     heard = threading.Event()
     calls_when_chat_ended: list[int] = []

@@ -149,7 +149,7 @@ def test_the_routing_view_tells_each_words_weights(visit, pipe):
     assert titles[6] == f"red: {', '.join(wanted)}"
 
 
-def test_a_dropped_picture_is_edited(visit, pipe, tmp_path):
+def test_a_dropped_image_is_edited(visit, pipe, tmp_path):
     picture = scene_images()[1].resize((256, 128))  # a user's own size and proportions
     picture.save(tmp_path / "mine.png")
     page = visit("Edit")
@@ -278,7 +278,7 @@ def test_errors_are_shown_in_plain_words(visit, label, text, message):
     assert message in alert.inner_text()
 
 
-def test_what_is_no_picture_is_named_and_its_path_is_not(visit, tmp_path):
+def test_what_is_no_image_is_named_and_its_path_is_not(visit, tmp_path):
     (tmp_path / "fake.png").write_bytes(b"%PDF-1.7 no picture")
     page = visit("Reconstruct")
     page.get_by_label("Remove Image").locator("visible=true").click()

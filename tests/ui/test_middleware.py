@@ -89,7 +89,7 @@ def test_the_body_that_was_looked_at_arrives_whole(client):
     assert client.post("gradio_api/queue/join", content=body).content == body
 
 
-def test_requests_are_small_but_for_uploads_of_one_picture(client):
+def test_requests_are_small_but_for_uploads_of_one_image(client):
     post = client.post
     assert post("gradio_api/cancel", content=b"x" * MAX_REQUEST).status_code == 200
     assert post("gradio_api/cancel", content=b"x" * (MAX_REQUEST + 1)).status_code == 413

@@ -50,7 +50,7 @@ def test_previews_are_of_the_steps_own_latent_and_take_their_share_at_most():
     assert steps[-1].image is None  # the image itself comes next
 
 
-def test_a_quick_picture_has_no_preview():
+def test_a_quick_image_has_no_preview():
     assert not any(
         step.image
         for step in PreviewStream(SlowPipe(steps=3)).run("me", "generate", "a")
