@@ -224,7 +224,7 @@ def test_an_image_names_the_commit_that_drew_it(here, folder, address, tmp_path)
     assert again.origin == pipe.origin
 
 
-def test_what_is_no_address_or_cannot_be_had_is_told_in_words(here):
+def test_what_is_no_address_or_cannot_be_had_gets_a_message(here):
     for address in ("hf://model", "hf://a/b/c", "hf:me/model"):
         with pytest.raises(InputError, match="model: expected a folder or hf://OWNER/NAME"):
             model_folder(address)
@@ -233,7 +233,7 @@ def test_what_is_no_address_or_cannot_be_had_is_told_in_words(here):
     assert model_folder("me/none") == Path("me/none")  # a folder that is not there is none of the Hub's
 
 
-def test_what_the_hub_refuses_is_told_in_words(here, folder, monkeypatch):
+def test_what_the_hub_refuses_gets_a_message(here, folder, monkeypatch):
     from huggingface_hub import constants
 
     goods = plan_upload(folder)

@@ -124,11 +124,11 @@ def test_a_stage_with_lora_is_no_start_for_a_plain_recipe_and_its_adapter_is_che
 
 
 def test_settings_without_sense_are_refused(tiny_run, tmp_path):
-    for wrong, said in (
+    for wrong, message in (
         ({"rank": -1}, "rank at least 0"), ({"rank": 1, "alpha": 0.0}, "alpha above 0"),
         ({"parts": ("router",)}, "some of denoiser, connector, language, got router"), ({"parts": ()}, "got none"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             LoraConfig(**wrong)
     recipe = replace(tiny_run.recipe, lora=LoraConfig(rank=2))
     for stage in ("unified-1", "tokenizer-1"):
