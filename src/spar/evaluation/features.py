@@ -1,7 +1,7 @@
-"""Named features for the Fréchet distance, which owe nothing to the model under test: random convolutions, fixed once.
+"""Features for the Fréchet distance, independent of the model under test: fixed random convolutions.
 
-Three layers of random filters with rectifiers, and of every channel the mean and the standard deviation over places:
-what textures, edges and colours an image has. Distances on them compare with each other, never with an Inception FID.
+They are three layers of random filters with rectifiers, and the mean and the standard deviation of every channel over
+places, which describe textures, edges and colours. Distances compare with each other, never with an Inception FID.
 """
 
 from __future__ import annotations
