@@ -32,7 +32,7 @@ SIZES = ((1024, 1024), (1024, 768), (640, 480), (512, 512))
 
 
 def write_shards(folder: Path, count: int) -> None:
-    """Pictures with the detail of photographs: smoothed noise, JPEG of quality 90."""
+    """Images with the detail of photographs: smoothed noise, JPEG of quality 90."""
     rng = np.random.default_rng(0)
     for shard in range(4):
         with tarfile.open(folder / f"{shard:06d}.tar", "w") as out:
@@ -41,7 +41,7 @@ def write_shards(folder: Path, count: int) -> None:
                 coarse = Image.fromarray(rng.integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8))
                 buffer = io.BytesIO()
                 coarse.resize((width, height), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
-                for name, data in ((f"{number:08d}.jpg", buffer.getvalue()), (f"{number:08d}.txt", b"a picture")):
+                for name, data in ((f"{number:08d}.jpg", buffer.getvalue()), (f"{number:08d}.txt", b"an image")):
                     info = tarfile.TarInfo(name)
                     info.size = len(data)
                     out.addfile(info, io.BytesIO(data))

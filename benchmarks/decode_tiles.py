@@ -1,7 +1,7 @@
 """Decoding in tiles against decoding as a whole: memory and time of DC-AE's decoder at full size, and what it changes.
 
 Memory is the peak of a process of its own beyond what it held before the decoding; weights are random, bfloat16. What
-it changes is measured on the bundled model: the mean difference of 128 x 128 pictures, of 255. The last line is JSON.
+it changes is measured on the bundled model: the mean difference of 128 x 128 images, of 255. The last line is JSON.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def decode(cells: int, tile: int) -> None:
 
 
 def change() -> float:
-    """Mean difference of the bundled model's pictures, tiled and whole, of 255."""
+    """Mean difference of the bundled model's images, tiled and whole, of 255."""
     prompts = ["a red circle on a beige background", "a blue star and a green ring", "three yellow squares"]
     shown = [
         SparPipeline.from_pretrained(decode_tile=tile).generate(prompts, height=128, width=128, seed=[0, 1, 2]).images

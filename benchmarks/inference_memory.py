@@ -1,9 +1,9 @@
-"""What each way of holding a model costs and changes: one picture drawn with a recipe at full size, of random weights.
+"""What each way of holding a model costs and changes: one image drawn with a recipe at full size, of random weights.
 
 Memory is the device's peak; on a CPU it is what the process has held at most so far, with the float32 model that every
-way copies. Seconds are those of the second of two pictures, and the change is the mean difference of the picture from
+way copies. Seconds are those of the second of two images, and the change is the mean difference of the image from
 that of the first way (by default float32 weights), of 255. With random weights it tells whether results are equal, not
-how good they are: `--bundled` measures the change of the bundled model's pictures too.
+how good they are: `--bundled` measures the change of the bundled model's images too.
 The last line is JSON.
 
     python benchmarks/inference_memory.py --recipe spar-1b --device cuda
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--way", action="append", choices=list(WAYS), help="may be given several times; default: all")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--bundled", action="store_true", help="also how much the bundled model's pictures change")
+    parser.add_argument("--bundled", action="store_true", help="also how much the bundled model's images change")
     args = parser.parse_args()
     device, rows, plain, bundled = torch.device(args.device), {}, None, None
     ways = {name: WAYS[name] for name in args.way or WAYS if device.type != "cpu" or "offload" not in WAYS[name]}

@@ -1,4 +1,4 @@
-"""From the shell's prompt to a picture: `spar generate` as a new process, against a bare `import torch`.
+"""From the shell's prompt to an image: `spar generate` as a new process, against a bare `import torch`.
 
 The last line is JSON; `ratio` is the wall time of the whole command over that of the import.
 """

@@ -1,6 +1,6 @@
-"""Steps of tokenizer-3 and unified-2 of a recipe at full size, with random weights and pictures of noise.
+"""Steps of tokenizer-3 and unified-2 of a recipe at full size, with random weights and images of noise.
 
-Prints pictures a second, the share of the device's peak (MFU) and the peak memory, beside what `spar plan` reckons. The
+Prints images a second, the share of the device's peak (MFU) and the peak memory, beside what `spar plan` reckons. The
 operations are those that `spar plan` counts, with what is recomputed counted once. On a CPU the peak is what a large
 bfloat16 matrix product reaches in the same run. The last line is JSON.
 
@@ -43,7 +43,7 @@ UNUSED = {
 
 
 class Noise:
-    """Training data without files: pictures of noise, prompts of WORDS tokens."""
+    """Training data without files: images of noise, prompts of WORDS tokens."""
 
     def __init__(self, side: int, vocabulary: int, device: torch.device) -> None:
         self.side, self.prompts, self.device = side, Prompts(vocabulary), device

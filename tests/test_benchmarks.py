@@ -28,7 +28,7 @@ def test_a_training_step_of_both_stages():
         assert row["images_per_second"] == pytest.approx(2 / row["seconds"]) and 0 < row["mfu"] < 1
 
 
-def test_a_picture_from_weights_held_in_two_ways():
+def test_an_image_from_weights_held_in_two_ways():
     found = last_line("inference_memory.py", *TINY, "--steps", "2", "--way", "float32", "--way", "dtype")
     assert list(found["results"]) == ["float32", "dtype"]
     assert found["results"]["dtype"]["change_of_255"] == 0

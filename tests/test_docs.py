@@ -63,14 +63,14 @@ def test_the_examples_of_the_guide_to_use_run(tmp_path, monkeypatch, capsys):
         else:
             for line in block.splitlines():
                 assert main(shlex.split(line)[1:]) == 0, line
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for promised in re.findall(r"print\(\w+\)  # (.*)", "".join(block for _, block in blocks)):
-        assert promised in said
+        assert promised in output
     gap = np.abs(np.asarray(names["again"].images[0]).astype(int) - np.asarray(names["out"].images[1]))
     assert gap.mean() < 1 and names["steps"] == [(1, 8), (2, 8)]  # in bfloat16 single pixels move by more
     assert names["first"] == "navy" and names["second"] and names["answer"].finish_reason == "stop"
     assert names["back"].shape == names["pixels"].shape
-    assert (tmp_path / "model" / "README.md").is_file() and "would go to OWNER/NAME, private" in said
+    assert (tmp_path / "model" / "README.md").is_file() and "would go to OWNER/NAME, private" in output
 
 
 def test_measured_numbers_in_the_guides_are_those_of_the_benchmarks():
@@ -85,7 +85,7 @@ def test_measured_numbers_in_the_guides_are_those_of_the_benchmarks():
     }  # fmt: skip
     assert len(shown) == 3 and set(shown) <= measured
     load = json.loads((folder / "serve_load.json").read_text())
-    told = re.search(r"after (\S+) seconds .* gets (\S+) images a second, eight together (\S+) ", serving)
-    assert told.groups() == (
+    shown = re.search(r"takes (\S+) seconds; .* gets (\S+) images a second, eight together (\S+)\s", serving)
+    assert shown.groups() == (
         f"{load['first_image_s']:.1f}", f"{load['one']['images_per_s']:.1f}", f"{load['eight']['images_per_s']:.1f}"
     )

@@ -37,7 +37,7 @@ def run(script: str, *words: str, **variables: str) -> subprocess.CompletedProce
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    """Pictures of the shapes world with captions, in a folder."""
+    """Images of the shapes world with captions, in a folder."""
     folder, rng, lines = tmp_path / "own", np.random.default_rng(0), []
     folder.mkdir()
     for i in range(12):

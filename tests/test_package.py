@@ -155,14 +155,14 @@ def test_the_package_comes_from_the_wheel_and_not_from_the_sources(clean, tmp_pa
 
 
 def test_the_installed_program_names_its_verbs(clean, tmp_path):
-    told = run(clean / "spar", "--help", cwd=tmp_path)
-    assert all(re.search(rf"\b{verb}\b", told) for verb in ("train", "generate", "edit", "understand", "doctor"))
+    output = run(clean / "spar", "--help", cwd=tmp_path)
+    assert all(re.search(rf"\b{verb}\b", output) for verb in ("train", "generate", "edit", "understand", "doctor"))
     assert run(clean / "spar", "--version", cwd=tmp_path).split()[-1] == spar.__version__
 
 
 def test_the_installed_program_draws_what_the_sources_draw(clean, tmp_path):
-    told = run(clean / "spar", "generate", PROMPT, "--seed", "0", "-o", tmp_path / "out.png", cwd=tmp_path)
-    assert "out.png" in told and "warning" not in told.lower()
+    output = run(clean / "spar", "generate", PROMPT, "--seed", "0", "-o", tmp_path / "out.png", cwd=tmp_path)
+    assert "out.png" in output and "warning" not in output.lower()
     expected = spar.SparPipeline.from_pretrained(device="cpu").generate(PROMPT, seed=0).images[0]
     with Image.open(tmp_path / "out.png") as drawn:
         assert drawn.size == expected.size
@@ -171,6 +171,6 @@ def test_the_installed_program_draws_what_the_sources_draw(clean, tmp_path):
 
 
 def test_the_installed_doctor_finds_the_bundled_weights_and_nothing_wrong(clean, tmp_path):
-    told = run(clean / "spar", "doctor", cwd=tmp_path)
-    assert re.search(rf"spar-unified\W+{re.escape(spar.__version__)}", told)
-    assert "tensors in 5 files" in told and "an image is drawn and edited, a question answered" in told
+    output = run(clean / "spar", "doctor", cwd=tmp_path)
+    assert re.search(rf"spar-unified\W+{re.escape(spar.__version__)}", output)
+    assert "tensors in 5 files" in output and "an image is generated and edited, a question answered" in output

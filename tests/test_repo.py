@@ -1,4 +1,4 @@
-"""Truths about the repository itself: its floors, what its code never does, its dependencies, files and documents."""
+"""Truths about the repository itself: its layers, what its code never does, its dependencies, files and documents."""
 
 import ast
 import graphlib
@@ -22,8 +22,8 @@ SOURCE = ROOT / "src" / "spar"
 MODULES = sorted(SOURCE.rglob("*.py"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
-# Package to floor. Imports point down, and packages on one floor do not know each other.
-FLOORS = {
+# Layer of each package. Imports point down, and packages of one layer do not import each other.
+LAYERS = {
     "common": 1,
     "flow": 2, "losses": 2, "processing": 2,
     "data": 3, "models": 3, "worlds": 3,
@@ -34,7 +34,7 @@ FLOORS = {
     "ui": 8,
     "cli": 9, "__main__": 10, "__init__": 10,
 }  # fmt: skip
-DRAWS = {"spar.cli.main", "spar.cli.console"}  # these know rich, and whether there is a terminal; only main prints
+CONSOLE_MODULES = {"spar.cli.main", "spar.cli.console"}  # may use rich and sys.stdout; only main prints
 DISTRIBUTIONS = {"PIL": "pillow"}  # where the imported name is not the name that pip knows
 
 MAX_FILE_BYTES = 10 * 2**20
@@ -49,8 +49,8 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def room(module: str) -> str:
-    """The room of a module: the part of its name behind `spar`."""
+def package_of(module: str) -> str:
+    """The package of a module: the part of its name after `spar`."""
     return (module.split(".") + ["__init__"])[1]
 
 
@@ -63,26 +63,26 @@ def imports(tree: ast.Module, known: set[str]) -> Iterator[tuple[int, str]]:
             base = "." * node.level + (node.module or "")
             for alias in node.names:
                 full = f"{base}.{alias.name}"
-                if full not in ("spar.__version__", "spar.DISTRIBUTION"):  # what every floor may read of the top
+                if full not in ("spar.__version__", "spar.DISTRIBUTION"):  # which every layer may import from the top
                     yield node.lineno, full if full in known else base
 
 
-def floor_faults(module: str, tree: ast.Module, known: set[str]) -> list[str]:
+def layer_faults(module: str, tree: ast.Module, known: set[str]) -> list[str]:
     """Imports that point up or sideways, or that are relative and so hide where they point."""
-    own = room(module)
+    own = package_of(module)
     faults = []
     for line, target in imports(tree, known):
         if target.startswith("."):
             faults.append(f"{module}:{line}: expected an absolute import, got {target}")
         if target.split(".")[0] != "spar":
             continue
-        other = room(target)
+        other = package_of(target)
         if own == other or own == "__init__":
             continue
-        if own not in FLOORS or other not in FLOORS:
-            faults.append(f"{module}:{line}: {own if own not in FLOORS else other} has no floor; give it one in FLOORS")
-        elif FLOORS[other] >= FLOORS[own]:
-            faults.append(f"{module}:{line}: {own} (floor {FLOORS[own]}) imports {target} (floor {FLOORS[other]})")
+        if own not in LAYERS or other not in LAYERS:
+            faults.append(f"{module}:{line}: {own if own not in LAYERS else other} has no layer; give it one in LAYERS")
+        elif LAYERS[other] >= LAYERS[own]:
+            faults.append(f"{module}:{line}: {own} (layer {LAYERS[own]}) imports {target} (layer {LAYERS[other]})")
     return faults
 
 
@@ -101,11 +101,11 @@ def forbidden(module: str, tree: ast.Module) -> list[str]:
             for name in names:
                 if name.split(".")[0] in ("pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"):
                     fault(node, f"imports {name}")
-                if name.split(".")[0] == "rich" and module not in DRAWS:
+                if name.split(".")[0] == "rich" and module not in CONSOLE_MODULES:
                     fault(node, "imports rich: only the CLI prints")
         elif isinstance(node, ast.Attribute):
             dotted = ast.unparse(node)
-            if dotted in ("sys.stdout", "sys.stderr") and module not in DRAWS:
+            if dotted in ("sys.stdout", "sys.stderr") and module not in CONSOLE_MODULES:
                 fault(node, f"{dotted}: only the CLI prints")
             if node.attr == "MAX_IMAGE_PIXELS" and isinstance(node.ctx, ast.Store):
                 fault(node, "changes Pillow's global limit")
@@ -159,11 +159,11 @@ def read_text(path: Path) -> str | None:
     return None if "\0" in text else text
 
 
-# The house
+# Package layout
 
 
-def test_imports_point_down_the_floors(trees, known):
-    assert [fault for module, tree in trees.items() for fault in floor_faults(module, tree, known)] == []
+def test_imports_point_down_the_layers(trees, known):
+    assert [fault for module, tree in trees.items() for fault in layer_faults(module, tree, known)] == []
 
 
 def find_circle(trees: dict[str, ast.Module]) -> list[str]:
@@ -206,7 +206,7 @@ def test_the_code_never_prints_loads_loosely_or_runs_what_it_reads(trees):
     ],
 )
 def test_an_import_that_points_up_would_be_found(module, line, known):
-    assert floor_faults(module, ast.parse(line), known)
+    assert layer_faults(module, ast.parse(line), known)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_an_import_that_points_up_would_be_found(module, line, known):
     ],
 )
 def test_an_import_that_points_down_is_no_fault(line, known):
-    assert floor_faults("spar.models.spar", ast.parse(line), known) == []
+    assert layer_faults("spar.models.spar", ast.parse(line), known) == []
 
 
 @pytest.mark.parametrize(
@@ -377,14 +377,14 @@ def test_the_file_map_of_the_readme_is_the_tree():
     assert listed, 'README.md: expected a section "## File map" with lines "| `path` | what |"'
     assert len(set(listed)) == len(listed)
     assert [name for name in listed if not (ROOT / name).exists()] == []
-    rooms = {
+    packages = {
         path.name
         for path in SOURCE.iterdir()
         if path.suffix == ".py" and path.name != "__init__.py" or (path / "__init__.py").is_file()
     }
     prefix = "src/spar/"
     named = {name.removeprefix(prefix).split("/")[0] for name in listed if name.startswith(prefix) and name != prefix}
-    assert rooms - named == set(), "missing in the file map of README.md"
+    assert packages - named == set(), "missing in the file map of README.md"
 
 
 def test_the_file_map_is_read_as_it_is_written():

@@ -1,6 +1,6 @@
 """ComfyUI nodes: load, generate, edit, understand, reconstruct. Thin over `spar.SparPipeline`, which does the work.
 
-This folder goes into ComfyUI's custom_nodes, the package `spar` into ComfyUI's Python (README.md). A picture is an
+This folder goes into ComfyUI's custom_nodes, the package `spar` into ComfyUI's Python (README.md). An image is an
 IMAGE of ComfyUI's, `[B, H, W, C]` in [0, 1]. A widget at its lowest value (steps, width and height 0, guidance -1)
 leaves the choice to the model.
 """
@@ -78,7 +78,7 @@ def pictures(image: Tensor) -> list[Image.Image]:
 
 
 def images(drawn: list[Image.Image]) -> Tensor:
-    """RGB pictures of one size to IMAGE."""
+    """RGB images of one size to IMAGE."""
     return to_tensor(drawn).permute(0, 2, 3, 1).contiguous()
 
 
@@ -95,7 +95,7 @@ class SparLoad:
                 "folder": ("STRING", {"default": "", "tooltip": "SPAR folder; empty: the bundled model"}),
                 "device": (["auto", "cpu", "cuda", "mps"],),
                 "dtype": (["auto", "float32", "bfloat16", "float16"],),
-                "weights": (["dtype", "float32", "int8"], {"tooltip": "dtype: half the memory, the same pictures"}),
+                "weights": (["dtype", "float32", "int8"], {"tooltip": "dtype: half the memory, the same images"}),
             }
         }
 
@@ -117,7 +117,7 @@ class SparLoad:
 
 
 class SparGenerate:
-    """Pictures from words."""
+    """Images from words."""
 
     CATEGORY, FUNCTION = "SPAR", "generate"
     RETURN_TYPES, RETURN_NAMES = ("IMAGE",), ("images",)
@@ -132,7 +132,7 @@ class SparGenerate:
                 "negative_prompt": words("What guidance steers away from"),
                 "width": ("INT", side),
                 "height": ("INT", side),
-                "batch_size": ("INT", {"default": 1, "min": 1, "max": MAX_BATCH, "tooltip": "Picture i: seed + i"}),
+                "batch_size": ("INT", {"default": 1, "min": 1, "max": MAX_BATCH, "tooltip": "Image i: seed + i"}),
                 **sampling(),
             }
         }
@@ -149,7 +149,7 @@ class SparGenerate:
 
 
 class SparEdit:
-    """Pictures changed as an instruction says: each keeps its proportions, at about the trained number of pixels."""
+    """Images changed as an instruction says: each keeps its proportions, at about the trained number of pixels."""
 
     CATEGORY, FUNCTION = "SPAR", "edit"
     RETURN_TYPES, RETURN_NAMES = ("IMAGE",), ("images",)
@@ -175,7 +175,7 @@ class SparEdit:
 
 
 class SparUnderstand:
-    """Answers about pictures, one for each."""
+    """Answers about images, one for each."""
 
     CATEGORY, FUNCTION = "SPAR", "understand"
     RETURN_TYPES, RETURN_NAMES, OUTPUT_IS_LIST = ("STRING",), ("answers",), (True,)
@@ -196,7 +196,7 @@ class SparUnderstand:
 
 
 class SparReconstruct:
-    """Pictures through the unified tokenizer and back: the most that any drawn picture can be."""
+    """Images through the unified tokenizer and back: the most that any drawn image can be."""
 
     CATEGORY, FUNCTION = "SPAR", "reconstruct"
     RETURN_TYPES, RETURN_NAMES = ("IMAGE",), ("images",)

@@ -114,7 +114,7 @@ def test_the_dit_computes_what_it_computed(foreign, assembled, libraries):
     torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_sizes_are_the_checkpoints_and_differences_are_told(foreign, assembled):
+def test_sizes_are_the_checkpoints_and_differences_are_reported(foreign, assembled):
     config = assembled.bundle.model.config
     assert (config.text.rope_theta, config.text.rope_factor, config.text.rms_norm_eps) == (1e6, 2.0, 1e-5)
     assert (config.vision.patch_size, config.vision.image_size, config.vision.layer_scale) == (14, 112, 0.1)
@@ -420,9 +420,9 @@ def verb(deep: Path, output: Path, *more: str) -> int:
 
 def test_spar_build_writes_a_folder_that_draws(deep, tmp_path, capsys):
     assert verb(deep, tmp_path / "built") == 0
-    said = capsys.readouterr()
-    assert "pixel_encoder: autoencoder" in said.out and said.out.endswith(f"{tmp_path / 'built'}\n")
-    assert "spar: note: model.text.layers: the recipe expects 24, the checkpoint has 6" in said.err
+    output = capsys.readouterr()
+    assert "pixel_encoder: autoencoder" in output.out and output.out.endswith(f"{tmp_path / 'built'}\n")
+    assert "spar: note: model.text.layers: the recipe expects 24, the checkpoint has 6" in output.err
     manifest = json.loads((tmp_path / "built" / "manifest.json").read_text())
     assert (manifest["recipe"], manifest["seed"]) == ("spar-1b", 0)
     assert str(tmp_path) not in (tmp_path / "built" / "manifest.json").read_text()  # no path of one machine

@@ -81,14 +81,14 @@ class Original(nn.Module):
         self.eval().requires_grad_(False)
 
     def features(self, pixels: Tensor) -> Tensor:
-        """`[B, 3, H, W]` in [0, 1] to projected tokens `[B, N, D]`; a picture may be oblong."""
+        """`[B, 3, H, W]` in [0, 1] to projected tokens `[B, N, D]`; an image may be oblong."""
         hidden = self.mllm.model.vision_tower((pixels - MEAN) / STD).last_hidden_state[:, 1:]
         rows, columns = (side // 14 for side in pixels.shape[-2:])
         hidden = hidden.reshape(len(pixels), rows // 2, 2, columns // 2, 2, -1).transpose(2, 3)
         return self.mllm.model.multi_modal_projector(hidden.reshape(len(pixels), rows * columns // 4, -1))
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pictures to latents as the DiT sees them."""
+        """Images to latents as the DiT sees them."""
         x = self.features(pixels)
         for block in self.vae_decoder.down_blocks:
             x = block(x)
@@ -96,7 +96,7 @@ class Original(nn.Module):
         return FACTOR * self.vae_decoder.down_mlp(x).transpose(1, 2).reshape(len(pixels), -1, rows, columns)
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Latents to pictures in [0, 1], of 28 pixels a cell, not clamped."""
+        """Latents to images in [0, 1], of 28 pixels a cell, not clamped."""
         picture = self.vae_decoder.decoder(latent / FACTOR)
         size = tuple(side * 28 for side in latent.shape[-2:])
         return (F.interpolate(picture, size=size, mode="bilinear", align_corners=False) + 1) / 2
@@ -229,7 +229,7 @@ REFERENCE = torch.tensor([[0, 0, 3, *[IMAGE] * 16, 4, 50, 3], [1, 40, 3, *[IMAGE
 
 
 @pytest.mark.parametrize("size", [(112, 112), (56, 140)])
-def test_a_picture_has_the_same_latent_and_the_latent_the_same_picture(converted, original, size):
+def test_an_image_has_the_same_latent_and_the_latent_the_same_image(converted, original, size):
     tokenizer, pixels = converted.bundle.model.tokenizer, picture(*size)
     latents = tokenizer.encode(pixels)
     assert torch.equal(latents.z_f, latents.z_s.transpose(1, 2).unflatten(2, latents.z_f.shape[-2:]))
@@ -316,7 +316,7 @@ def test_the_names_of_older_transformers_give_the_same_model(foreign, exact, ori
 
 
 @pytest.mark.parametrize("form", ["pth", "safetensors", "nested"])
-def test_a_tokenizer_alone_gives_the_same_pictures(foreign, original, published, tmp_path, form):
+def test_a_tokenizer_alone_gives_the_same_images(foreign, original, published, tmp_path, form):
     """The LLM and the DiT are then the published ones; the file may be pickled, nested, or safe."""
     tensors = tokenizer_tensors(original, foreign)
     path = tmp_path / f"1b_unilip.{'pth' if form == 'nested' else form}"

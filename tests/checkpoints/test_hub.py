@@ -86,11 +86,11 @@ class Hub(BaseHTTPRequestHandler):
             ]  # fmt: skip
             self.answer(200, {"files": files})
         elif self.path.endswith(".git/info/lfs/objects/batch"):
-            told = [
+            objects = [
                 {**one, "actions": {"upload": {"href": f"{self.here}/lfs/{one['oid']}"}}}
                 for one in json.loads(data)["objects"]
             ]
-            self.answer(200, {"transfer": "basic", "objects": told})
+            self.answer(200, {"transfer": "basic", "objects": objects})
         elif found := re.fullmatch(r"/api/models/([\w-]+/[\w-]+)/commit/main", self.path):
             repository = self.repositories[found[1]]
             for line in map(json.loads, data.splitlines()):
@@ -190,7 +190,7 @@ def test_a_folder_arrives_from_the_command_line(hub, folder, tmp_path):
     assert repository.private and repository.commits == ["first"]
     assert repository.files == {name: data for name, data in contents(folder).items() if name != ".env"}
     assert done.stdout.splitlines()[-1] == f"{hub.address}/me/model/commit/1"
-    assert "left behind, since spar reads no such files: .env" in done.stderr
+    assert "not uploaded, since spar reads no such files: .env" in done.stderr
 
 
 def test_a_folder_sent_again_replaces_its_own_files_alone(here, folder):
@@ -212,7 +212,7 @@ def test_a_folder_comes_back_as_it_was_sent(here, folder, address, monkeypatch):
 
 
 @pytest.mark.parametrize("address", ["hf://me/model", Path("hf://me/model@main")])
-def test_a_picture_names_the_commit_that_drew_it(here, folder, address, tmp_path):
+def test_an_image_names_the_commit_that_drew_it(here, folder, address, tmp_path):
     """Not the address alone, whose weights may be other ones tomorrow, and no place on this disk."""
     push(plan_upload(folder), "me/model")
     pipe = SparPipeline.from_pretrained(address, device="cpu")
@@ -224,7 +224,7 @@ def test_a_picture_names_the_commit_that_drew_it(here, folder, address, tmp_path
     assert again.origin == pipe.origin
 
 
-def test_what_is_no_address_or_cannot_be_had_is_told_in_words(here):
+def test_what_is_no_address_or_cannot_be_had_gets_a_message(here):
     for address in ("hf://model", "hf://a/b/c", "hf:me/model"):
         with pytest.raises(InputError, match="model: expected a folder or hf://OWNER/NAME"):
             model_folder(address)
@@ -233,7 +233,7 @@ def test_what_is_no_address_or_cannot_be_had_is_told_in_words(here):
     assert model_folder("me/none") == Path("me/none")  # a folder that is not there is none of the Hub's
 
 
-def test_what_the_hub_refuses_is_told_in_words(here, folder, monkeypatch):
+def test_what_the_hub_refuses_gets_a_message(here, folder, monkeypatch):
     from huggingface_hub import constants
 
     goods = plan_upload(folder)

@@ -88,7 +88,7 @@ def test_a_tokenizer_that_does_not_belong_is_refused_by_looking_and_by_loading(c
             look(copy)
 
 
-def test_other_folders_are_told_in_words(copy, tmp_path):
+def test_other_folders_get_a_message(copy, tmp_path):
     with pytest.raises(InputError, match="which does not exist"):
         inspect(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()

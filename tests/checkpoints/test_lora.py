@@ -99,7 +99,7 @@ def test_training_moves_the_additions_alone_and_the_pipeline_takes_them(tiny_run
     head = sum(rows[1] for rows in tiny_run.tables["unified-3"] if rows[0].startswith("alignment_head"))
     assert planned.trainable == sum(value.numel() for value in added.values()) + head
     pipe = SparPipeline.from_pretrained(base, adapter=run / "adapter")
-    assert pipe.origin == {"model": "model", "adapter": "adapter"}  # which its pictures note
+    assert pipe.origin == {"model": "model", "adapter": "adapter"}  # which its images note
     with_adapter = pipe.model.state_dict()
     merged, plain = (load_model(path).model.state_dict() for path in (run / "model", base))
     assert merged.keys() == plain.keys() == with_adapter.keys()
@@ -124,11 +124,11 @@ def test_a_stage_with_lora_is_no_start_for_a_plain_recipe_and_its_adapter_is_che
 
 
 def test_settings_without_sense_are_refused(tiny_run, tmp_path):
-    for wrong, said in (
+    for wrong, message in (
         ({"rank": -1}, "rank at least 0"), ({"rank": 1, "alpha": 0.0}, "alpha above 0"),
         ({"parts": ("router",)}, "some of denoiser, connector, language, got router"), ({"parts": ()}, "got none"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             LoraConfig(**wrong)
     recipe = replace(tiny_run.recipe, lora=LoraConfig(rank=2))
     for stage in ("unified-1", "tokenizer-1"):

@@ -1,4 +1,4 @@
-"""The model card says what a folder's files say; its example runs in the folder as it stands."""
+"""The model card agrees with the folder's files; its example runs in the folder."""
 
 import re
 from dataclasses import replace
@@ -31,13 +31,13 @@ def test_the_card_of_a_saved_model_tells_what_made_it(loaded, tmp_path):
         assert f"| {key} | {manifest[key]} |" in text
     assert f"unified-3 ({manifest['stages']['unified-3']['steps']} steps)" in text
     count = sum(t.numel() for t in loaded.model.state_dict().values())
-    assert f"| all | {count:,} |" in text and "Made for pictures of 64 x 64 pixels" in text
+    assert f"| all | {count:,} |" in text and "Made for images of 64 x 64 pixels" in text
     assert "None are recorded." in text and "license is not recorded" in text and "closed vocabulary of" in text
 
 
 def test_what_is_not_recorded_is_not_claimed(loaded):
     text = card(loaded)
-    assert "`manifest.json` says nothing of it." in text and "None are recorded." in text and "# SPAR\n" in text
+    assert "`manifest.json` does not record it." in text and "None are recorded." in text and "# SPAR\n" in text
     assert "untrained" not in text and not re.search(r"\| (recipe|seed|commit|stages|versions) \|", text)
 
 

@@ -79,13 +79,13 @@ import torch
 from spar.checkpoints.spar_format import load_model
 loaded = load_model(Path(sys.argv[1]))
 sys.path.insert(0, sys.argv[3])
-from test_spar_format import digest, picture
-np.save(sys.argv[2], picture(loaded.model).numpy())
+from test_spar_format import digest, image
+np.save(sys.argv[2], image(loaded.model).numpy())
 print(digest(loaded.model.state_dict()))
 """
 
 
-def picture(model: SparModel) -> torch.Tensor:
+def image(model: SparModel) -> torch.Tensor:
     """One step of every part: words and a reference to a velocity, decoded."""
     with torch.no_grad():
         ids = torch.tensor([[1, 9, 3, *[5] * 16, 4, 50, 60]])
@@ -96,17 +96,17 @@ def picture(model: SparModel) -> torch.Tensor:
 
 
 @pytest.mark.slow
-def test_a_fresh_process_finds_the_same_bits_and_paints_the_same_picture(loaded, folder, tmp_path):
+def test_a_fresh_process_finds_the_same_bits_and_generates_the_same_image(loaded, folder, tmp_path):
     import numpy as np
 
-    out = tmp_path / "picture.npy"
+    out = tmp_path / "image.npy"
     done = subprocess.run(
         [sys.executable, "-c", FRESH, str(folder), str(out), str(Path(__file__).parent)],
         capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1] == digest(loaded.model.state_dict())
-    torch.testing.assert_close(torch.from_numpy(np.load(out)), picture(loaded.model), rtol=0, atol=1e-6)
+    torch.testing.assert_close(torch.from_numpy(np.load(out)), image(loaded.model), rtol=0, atol=1e-6)
 
 
 def test_half_the_bytes_keep_the_rounded_weights_and_the_exact_scale(loaded, tmp_path):

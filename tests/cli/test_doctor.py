@@ -1,4 +1,4 @@
-"""The doctor finds what is wrong, says how to mend it, and never raises or prints."""
+"""The doctor finds what is wrong, says how to fix it, and never raises or prints."""
 
 import importlib.metadata
 import json
@@ -47,8 +47,8 @@ def test_every_finding_here_is_complete_and_nothing_is_printed(capsys):
     assert {"python", "spar-unified", "torch", "device", "bfloat16", "weights", "one step", "memory"} <= {*names}
     for check in checks:
         assert check.found, check
-        assert check.ok is not False or check.fix, f"{check} says not how to mend it"
-        assert not (check.ok and check.fix), f"{check} mends what is right"
+        assert check.ok is not False or check.fix, f"{check} does not say how to fix it"
+        assert not (check.ok and check.fix), f"{check} fixes what is right"
 
 
 def test_the_environment_of_the_tests_is_supported():

@@ -52,7 +52,7 @@ FLAGS = {
 
 
 class FakePipe:
-    """Plain pictures whose red channel is the seed; every call is written down."""
+    """Plain images whose red channel is the seed; every call is written down."""
 
     image_size = 64
     manifest = {"recipe": "fake"}
@@ -68,9 +68,9 @@ class FakePipe:
             SimpleNamespace(tokens=["red", "q"], kinds=["text", "query"], layers=(1, 2), weights=np.full((2, 2), 0.5))
             for _ in seeds
         ]
-        told = {"steps": 20, "guidance": 4.5, "decode_tile": None, "model": "bundled", "spar": "9"}
-        notes = [{"seed": value, **told} for value in seeds]
-        return SimpleNamespace(images=images, seeds=seeds, routing=routing, metadata=notes)
+        shared = {"steps": 20, "guidance": 4.5, "decode_tile": None, "model": "bundled", "spar": "9"}
+        metadata = [{"seed": value, **shared} for value in seeds]
+        return SimpleNamespace(images=images, seeds=seeds, routing=routing, metadata=metadata)
 
     def generate(self, prompt: Sequence[str], *, num_images_per_prompt: int = 1, seed=None, **keywords):
         keywords |= {"num_images_per_prompt": num_images_per_prompt, "seed": seed}
@@ -115,8 +115,8 @@ def no_load(monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def said(capsys, argv: str | list[str]) -> tuple[int, str]:
-    """The exit status and what stands on stderr, which has to be one line of error."""
+def error_of(capsys, argv: str | list[str]) -> tuple[int, str]:
+    """The exit status and stderr, which must be one line of error."""
     capsys.readouterr()
     status = main(shlex.split(argv) if isinstance(argv, str) else argv)
     error = capsys.readouterr().err
@@ -132,7 +132,7 @@ def test_garbage_is_not_collected_while_the_model_loads_but_is_afterwards(monkey
         raise InputError("no such model")
 
     monkeypatch.setattr("spar.inference.pipeline.SparPipeline.from_pretrained", load)
-    assert said(capsys, ["generate", "a red circle", "-o", str(tmp_path / "out.png")])[0] == cli.WRONG_INPUT
+    assert error_of(capsys, ["generate", "a red circle", "-o", str(tmp_path / "out.png")])[0] == cli.WRONG_INPUT
     assert seen == [False] and gc.isenabled()
     gc.unfreeze()
 
@@ -196,28 +196,28 @@ WRONG = [
     ("generate x --seed -1", "--seed: expected 0 to 9223372036854775807, got -1"),
     ("generate x --seed 9223372036854775808", "got 9223372036854775808"),
     ("generate x -n 0", "--num-images-per-prompt: expected 1 to 4096, got 0"),
-    ("generate x y -n 4096", "number of pictures: expected 1 to 4096, got 8192"),
+    ("generate x y -n 4096", "number of images: expected 1 to 4096, got 8192"),
     ("generate x --dtype int8", "'float16', got 'int8'"),
     ("generate 'a red \udcff circle'", "prompt: expected text in UTF-8"),
     ("generate x --negative-prompt \udcff", "--negative-prompt: expected text in UTF-8"),
     ("generate x --stepps 3", "unknown arguments: --stepps, 3; perhaps you meant"),
     ("generate x -o out.jpg", "ends in .png"),
-    ("generate x y -o out.png", "expected a folder for 2 pictures"),
+    ("generate x y -o out.png", "expected a folder for 2 images"),
     ("generate x -o there.png", "'there.png' exists already"),
     ("generate x -o folder.png", "folder.png/0.png' exists already"),
-    ("generate x -o there.png/out.png", "'there.png' is none"),
-    ("generate x y -o there.txt", "there.txt' is none"),
+    ("generate x -o there.png/out.png", "'there.png' is not a folder"),
+    ("generate x y -o there.txt", "there.txt' is not a folder"),
     ("edit", "expected IMAGE, got nothing"),
     ("edit there.png", "at least one instruction"),
     ("edit there.png x -o there.png", "exists already"),
     ("understand there.png", "at least one question"),
     ("understand there.png x --max-new-tokens 0", "--max-new-tokens: expected 1 or more, got 0"),
-    ("reconstruct", "at least one picture"),
-    ("reconstruct empty", "expected pictures"),
-    ("reconstruct there.png there.png -o there.png", "expected a folder for 2 pictures"),
+    ("reconstruct", "at least one image"),
+    ("reconstruct empty", "expected images"),
+    ("reconstruct there.png there.png -o there.png", "expected a folder for 2 images"),
     ("info", "expected PATH, got nothing"),
     ("info nowhere.png", "there is no file 'nowhere.png'"),
-    ("info there.png", "'there.png', which is no PNG"),
+    ("info there.png", "'there.png', which is not a PNG"),
     ("info empty", "config.json is missing in empty"),
     ("push", "expected FOLDER, got nothing"),
     ("push empty", "expected REPO_ID, got nothing"),
@@ -228,11 +228,11 @@ WRONG = [
     ("eval shapes-gen --limit 0", "--limit: expected 1 to 4096, got 0"),
     ("eval shapes-gen --combinations all", "'held_out', got 'all'"),
     ("eval shapes-gen -o there.txt", "'there.txt' exists already"),
-    ("eval all -o there.txt", "there.txt' is none"),
+    ("eval all -o there.txt", "there.txt' is not a folder"),
     ("report", "expected RUN, got nothing"),
-    ("report nowhere", "'nowhere' is none"),
+    ("report nowhere", "'nowhere' is not a folder"),
     ("report empty", "has neither"),
-    ("demo -o full", "holds other things"),
+    ("demo -o full", "has other contents"),
     ("demo --images nowhere", "No such file"),
     ("demo --images empty", "found none"),
     ("demo --limit 0", "--limit: expected 1"),
@@ -246,7 +246,7 @@ WRONG = [
     ("data check empty --workers 0", "--workers: expected 1 to 256, got 0"),
     ("data check empty --format zip", "expected one of 'auto'"),
     ("data convert empty", "expected -o, got nothing"),
-    ("data convert empty -o full", "holds other things"),
+    ("data convert empty -o full", "has other contents"),
     ("data convert empty -o new --shard-size 0", "--shard-size: expected 1"),
     ("doctor x", "unknown arguments: x"),
     ("train", "recipe's name first"),
@@ -256,7 +256,7 @@ WRONG = [
     ("train tiny --stage unified-4", "no stage 'unified-4'"),
     ("train tiny --device tpu9", "device: expected one that is here"),
     ("train tiny --init-from empty", "expected a finished stage"),
-    ("train tiny --run there.txt", "there.txt' is none"),
+    ("train tiny --run there.txt", "there.txt' is not a folder"),
     ("train tiny --model.denoiser.lyers 4", "perhaps you meant --model.denoiser.layers"),
     ("train tiny --model.denoiser.layers four", "expected a whole number, got 'four'"),
     ("train tiny --model.denoiser.align-depth 9", "expected 1 to 2, got 9"),
@@ -281,14 +281,14 @@ def test_wrong_input_gets_one_line_and_leaves_nothing(capsys, no_load, tmp_path,
         (tmp_path / file).parent.mkdir()
         (tmp_path / file).write_text("mine")
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
-    status, error = said(capsys, line)
+    status, error = error_of(capsys, line)
     assert status == 2 and words in error
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
 def test_a_folder_without_permission_is_refused_before_the_work(capsys, no_load, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
-    status, error = said(capsys, "generate x -o new/out.png")
+    status, error = error_of(capsys, "generate x -o new/out.png")
     assert status == 2 and "cannot be written" in error
 
 
@@ -297,7 +297,7 @@ def test_an_error_is_one_printable_line(capsys, monkeypatch):
         raise InputError("two\nlines and an \x1b[31mescape")
 
     monkeypatch.setitem(VERBS, "doctor", verb)
-    assert said(capsys, "doctor")[1] == "spar: error: two lines and an ?[31mescape\n"
+    assert error_of(capsys, "doctor")[1] == "spar: error: two lines and an ?[31mescape\n"
 
 
 def test_a_full_disk_is_no_traceback_and_leaves_no_file(capsys, pipe, monkeypatch, tmp_path):
@@ -309,7 +309,7 @@ def test_a_full_disk_is_no_traceback_and_leaves_no_file(capsys, pipe, monkeypatc
         written.append(save(self, *args, **keywords))
 
     monkeypatch.setattr(Image.Image, "save", full)
-    status, error = said(capsys, "generate 'a red circle' -n 2")
+    status, error = error_of(capsys, "generate 'a red circle' -n 2")
     assert status == 2 and "out/1.png" in error and "No space left on device" in error
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
@@ -351,7 +351,7 @@ def test_the_pipelines_own_names_work_too(pipe):
     assert pipe.calls[0][2]["num_inference_steps"] == 3 and pipe.calls[0][2]["guidance_scale"] == 2.0
 
 
-def test_a_picture_carries_how_it_was_made(capsys, pipe):
+def test_an_image_carries_how_it_was_made(capsys, pipe):
     prompt = "a red circle — größer\n"
     assert main(["generate", prompt, "--seed", "9"]) == 0
     assert capsys.readouterr().out == "out.png  (seed 9)\n"
@@ -366,7 +366,7 @@ def test_a_picture_carries_how_it_was_made(capsys, pipe):
         assert (image.text["image"], image.text["image_sha256"]) == ("out.png", digest)
 
 
-def test_several_pictures_stand_in_a_folder_each_prompts_together(pipe):
+def test_several_images_stand_in_a_folder_each_prompts_together(pipe):
     assert main(["generate", "a red circle", "a red ring", "-n", "6", "--seed", "0", "-o", "many"]) == 0
     made = sorted(Path("many").iterdir())
     assert [path.name for path in made] == [f"{index:02d}.png" for index in range(12)]
@@ -375,13 +375,13 @@ def test_several_pictures_stand_in_a_folder_each_prompts_together(pipe):
     assert [note["seed"] for note in notes] == [str(seed) for seed in range(12)]
 
 
-def test_info_says_how_a_picture_was_made(capsys, pipe):
+def test_info_says_how_an_image_was_made(capsys, pipe):
     assert main(["generate", "it's a \x1b[31mred\ncircle", "--seed", "9"]) == 0
     capsys.readouterr()
     assert main(["info", "out.png"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    said = ["size", "prompt", "seed", "steps", "guidance", "model", "spar", "reproduce"]
-    assert [line.split()[0] for line in lines] == said
+    keys = ["size", "prompt", "seed", "steps", "guidance", "model", "spar", "reproduce"]
+    assert [line.split()[0] for line in lines] == keys
     assert lines[1].endswith("it's a ?[31mred?circle") and not any("\x1b" in line for line in lines)
     assert main(["info", "out.png", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -397,7 +397,7 @@ def test_info_says_how_a_picture_was_made(capsys, pipe):
 
 def test_what_exists_is_replaced_only_when_asked(capsys, pipe):
     Path("out.png").write_bytes(b"mine")
-    assert said(capsys, ["generate", "a red circle"])[0] == 2
+    assert error_of(capsys, ["generate", "a red circle"])[0] == 2
     assert Path("out.png").read_bytes() == b"mine" and pipe.calls == []
     assert main(["generate", "a red circle", "--overwrite"]) == 0
     assert Image.open("out.png").size == (64, 64)
@@ -524,25 +524,25 @@ def test_resume_is_never_auto_or_a_folder(run_training, capsys):
         assert main(["train", "tiny", *line.split()]) == 0
         plan, keywords = run_training.calls[-1]
         assert (str(plan.run), plan.fresh, keywords["device"]) == (run, fresh, "cpu")
-    assert "one folder" in said(capsys, "train tiny --resume old --run other")[1]
+    assert "one folder" in error_of(capsys, "train tiny --resume old --run other")[1]
 
 
 @pytest.mark.parametrize("result", [None, KeyboardInterrupt])
 def test_a_stopped_training_says_how_to_go_on(run_training, capsys, result):
     run_training.result = result
-    for line, again in (
+    for line, command in (
         ("--run 'my run' --seed 3", "--run 'my run' --seed 3 --resume auto"),
         ("--resume auto", "--resume auto"),
     ):
         assert main(["train", "tiny", *shlex.split(line)]) == 130
-        assert capsys.readouterr().err == f"spar: stopped; go on with: spar train tiny {again}\n"
+        assert capsys.readouterr().err == f"spar: stopped; resume with: spar train tiny {command}\n"
 
 
 def test_a_loss_that_is_not_finite_ends_in_one_line(run_training, capsys):
     from spar.training.loop import NonFiniteLoss
 
     run_training.result = NonFiniteLoss
-    assert said(capsys, "train tiny")[0] == 1
+    assert error_of(capsys, "train tiny")[0] == 1
 
 
 # ---- scores, reports, demo, doctor ----------------------------------------------------------------------------------
@@ -580,7 +580,7 @@ def test_eval_writes_results_and_shows_intervals(capsys, pipe, benchmarks):
     assert read_result("results/gen.json").score("overall").low == 0.25
     out = capsys.readouterr().out
     assert "held-out" in out and "0.250 to 0.750" in out and out.endswith("results/gen.json\n")
-    assert said(capsys, "eval shapes-gen -o results/gen.json")[0] == 2
+    assert error_of(capsys, "eval shapes-gen -o results/gen.json")[0] == 2
 
 
 def test_eval_leaves_defaults_to_the_benchmarks(pipe, benchmarks):
@@ -606,7 +606,7 @@ def test_report_shows_a_runs_curves_and_results(capsys, tmp_path):
         assert main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()
     assert "dit" in page and "0.625" in page and "<script" not in page
-    status, error = said(capsys, ["report", str(run), "-o", str(run / "report.html")])
+    status, error = error_of(capsys, ["report", str(run), "-o", str(run / "report.html")])
     assert status == 2 and "exists already" in error
 
 
@@ -620,7 +620,7 @@ def test_demo_writes_one_folder_whole(capsys, pipe, benchmarks):
     folders = {path.name: len([*path.iterdir()]) for path in Path("demo").iterdir() if path.is_dir()}
     assert folders == {"gallery": 12, "edits": 20, "reconstructions": 2, "results": 4}
     assert sorted(path.name for path in Path().iterdir()) == ["demo", "photos"]
-    assert "exists already" in said(capsys, "demo -o demo")[1]
+    assert "exists already" in error_of(capsys, "demo -o demo")[1]
     Path("demo/old.txt").write_text("old")
     assert main(["demo", "-o", "demo", "--overwrite"]) == 0
     assert not Path("demo/old.txt").exists() and "mine.png" not in Path("demo/report.html").read_text()
@@ -672,9 +672,9 @@ def test_train_ends_in_a_model_and_never_writes_over_a_run(run, capsys):
     assert list(dict.fromkeys(stages)) == [stage.name for stage in recipe("tiny").stages]
     assert (run / "model" / "config.json").is_file()
     before = (run / "recipe.json").read_bytes()
-    status, error = said(capsys, ["train", "tiny", "--run", str(run)])
+    status, error = error_of(capsys, ["train", "tiny", "--run", str(run)])
     assert status == 2 and "--resume auto" in error
-    status, error = said(capsys, ["train", "tiny", "--run", str(run), "--seed", "1", "--resume", "auto"])
+    status, error = error_of(capsys, ["train", "tiny", "--run", str(run), "--seed", "1", "--resume", "auto"])
     assert status == 2 and "another recipe" in error
     assert (run / "recipe.json").read_bytes() == before
 
@@ -698,10 +698,10 @@ def test_ctrl_c_saves_and_resume_goes_on_where_it_stood(capsys, monkeypatch, tmp
     argv = ["train", "tiny", "--run", "r", "--stages.encoder.steps", "8", "--stage", "encoder"]
     monkeypatch.setattr(cli, "training_display", interrupting)
     assert main(argv) == 130
-    again = capsys.readouterr().err.partition("go on with: spar ")[2]
+    command = capsys.readouterr().err.partition("resume with: spar ")[2]
     assert Path("r/encoder/state/meta.json").is_file() and not Path("r/encoder/done").exists()
     monkeypatch.setattr(cli, "training_display", display)
-    assert main(shlex.split(again)) == 0
+    assert main(shlex.split(command)) == 0
     steps = [json.loads(line)["step"] for line in Path("r/metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(8)) and Path("r/encoder/done/meta.json").is_file()
     assert "encoder 8/8" in capsys.readouterr().out
@@ -723,7 +723,7 @@ def test_the_four_tasks_run_on_a_trained_model(model, capsys):
 
 
 @pytest.mark.slow
-def test_a_picture_is_made_again_from_what_info_says(model, capsys):
+def test_an_image_is_made_again_from_what_info_says(model, capsys):
     """Every sampling flag at a value of its own; the model is named without its place, so that is given again."""
     flags = "--seed 5 --steps 3 --guidance 2.5 --dtype float32".split()
     words, same = ["--negative-prompt", "a blue star", "--model", model], ["--dtype", "float32", "--model", model]
@@ -735,9 +735,9 @@ def test_a_picture_is_made_again_from_what_info_says(model, capsys):
         capsys.readouterr()
         assert main(["info", f"first/{name}", "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
-        again = [f"--model={model}" if word.startswith("--model=") else word for word in found["reproduce"]]
-        assert again != found["reproduce"]
-        assert main([*again[1:], "-o", name]) == 0  # the edit and its like read the pictures that were made again
+        command = [f"--model={model}" if word.startswith("--model=") else word for word in found["reproduce"]]
+        assert command != found["reproduce"]
+        assert main([*command[1:], "-o", name]) == 0  # the edit and its like read the reproduced images
         assert Image.open(name).tobytes() == Image.open(f"first/{name}").tobytes()
         assert Image.open(name).text == Image.open(f"first/{name}").text
 
@@ -779,12 +779,12 @@ WRONG_WORDS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("argv", "words"), WRONG_WORDS, ids=[words for _, words in WRONG_WORDS])
 def test_wrong_words_get_one_line(model, capsys, argv, words):
-    status, error = said(capsys, ["generate", *argv, "--model", model])
+    status, error = error_of(capsys, ["generate", *argv, "--model", model])
     assert status == 2 and words in error and [*Path().iterdir()] == []
 
 
 def odd_pictures() -> dict[str, Image.Image | bytes]:
-    """Pictures that are unusual and good (images), and files that are no pictures (bytes)."""
+    """Images that are unusual and good (images), and files that are no images (bytes)."""
     pixels = np.arange(48 * 32, dtype=np.uint16).reshape(48, 32)
     rgb = Image.new("RGB", (48, 32), "red")
     whole = Path("whole.png")
@@ -802,14 +802,14 @@ def odd_pictures() -> dict[str, Image.Image | bytes]:
         "moving.gif": rgb,
         "turned.jpg": rgb,
         "empty.png": b"",
-        "text.png": b"I am no picture",
+        "text.png": b"I am no image",
         "cut.png": data[: len(data) // 2],
         "huge.png": data[:16] + (10**5).to_bytes(4, "big") * 2 + data[24:],
     }
 
 
 @pytest.mark.slow
-def test_odd_pictures_pass_and_what_is_no_picture_gets_one_line(model, capsys):
+def test_odd_images_pass_and_what_is_no_image_gets_one_line(model, capsys):
     for name, content in odd_pictures().items():
         if isinstance(content, Image.Image):
             orientation = Image.Exif()
@@ -820,9 +820,9 @@ def test_odd_pictures_pass_and_what_is_no_picture_gets_one_line(model, capsys):
         else:
             Path(name).write_bytes(content)
             for argv in (["reconstruct", name], ["edit", name, "remove the circle"], ["understand", name, "color ?"]):
-                status, error = said(capsys, [*argv, "--model", model])
+                status, error = error_of(capsys, [*argv, "--model", model])
                 assert status == 2 and name in error, argv
-    status, error = said(capsys, ["understand", "nowhere.png", "color ?", "--model", model])
+    status, error = error_of(capsys, ["understand", "nowhere.png", "color ?", "--model", model])
     assert status == 2 and "no file 'nowhere.png'" in error
     assert not Path("out.png").exists()
 
@@ -858,7 +858,7 @@ def test_a_model_folder_that_is_none_gets_one_line(model, capsys, case):
     elif damage is not None:
         shutil.copytree(model, folder)
         damage(folder)
-    status, error = said(capsys, ["generate", "a red circle", "--model", str(folder)])
+    status, error = error_of(capsys, ["generate", "a red circle", "--model", str(folder)])
     assert status == 2 and words in error and not Path("out.png").exists()
 
 
@@ -868,7 +868,7 @@ def test_a_model_folder_that_is_none_gets_one_line(model, capsys, case):
 def test_the_page_wants_its_extra_and_a_token_for_others(no_load, monkeypatch, capsys):
     pytest.importorskip("gradio")
     monkeypatch.delenv("SPAR_API_TOKEN", raising=False)
-    assert "--port: expected 0 to 65535, got 70000" in said(capsys, "ui --port 70000")[1]
-    assert "other machines can reach this address, which needs a token" in said(capsys, "ui --host 0.0.0.0")[1]
+    assert "--port: expected 0 to 65535, got 70000" in error_of(capsys, "ui --port 70000")[1]
+    assert "other machines can reach this address, which needs a token" in error_of(capsys, "ui --host 0.0.0.0")[1]
     monkeypatch.setattr("spar.serving.auth.find_spec", lambda name: None if name == "gradio" else name)
-    assert "this needs gradio: pip install 'spar-unified[ui]'" in said(capsys, "ui")[1]
+    assert "this needs gradio: pip install 'spar-unified[ui]'" in error_of(capsys, "ui")[1]

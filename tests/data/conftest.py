@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-COLORS = 251  # pictures of different numbers below this differ
+COLORS = 251  # images of different numbers below this differ
 
 
 class Sets:
-    """Writes data sets into one folder. Picture n is of one colour that no other n has."""
+    """Writes data sets into one folder. Image n is of one colour that no other n has."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -46,14 +46,14 @@ class Sets:
         return path
 
     def pairs(self, name: str, numbers: range, **options) -> Path:
-        """A shard of captioned pictures: key %08d, caption `picture n`."""
+        """A shard of captioned images: key %08d, caption `picture n`."""
         members: dict[str, bytes | str] = {}
         for number in numbers:
             members |= {f"{number:08d}.png": self.picture(number, **options), f"{number:08d}.txt": f"picture {number}"}
         return self.tar(name, members)
 
     def edits(self, name: str, numbers: range) -> Path:
-        """A shard of edits from picture n to picture n + 100."""
+        """A shard of edits from image n to image n + 100."""
         members: dict[str, bytes | str] = {}
         for number in numbers:
             members[f"{number:08d}.input.jpg"] = self.picture(number, "JPEG")

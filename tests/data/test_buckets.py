@@ -1,4 +1,4 @@
-"""Aspect buckets: sizes that a grid of tokens fits, and pictures in the nearest of them."""
+"""Aspect buckets: sizes that a grid of tokens fits, and images in the nearest of them."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def test_impossible_buckets_are_refused(side, aspect):
         make_buckets(side, aspect)
 
 
-def test_each_picture_goes_where_least_is_cut():
+def test_each_image_goes_where_least_is_cut():
     buckets = make_buckets(448, 2.0)
     sizes = np.random.default_rng(0).integers(200, 2000, (5000, 2))
     chosen = assign(sizes, buckets, batch=8)
@@ -42,5 +42,5 @@ def test_unknown_sizes_go_with_the_square_and_rare_buckets_to_a_neighbour():
     sizes = np.array([[0, 0]] * 50 + [[900, 450]] * 50 + [[450, 900]])
     chosen = assign(sizes, buckets, batch=64)
     assert (chosen[:50] == square).all() and (chosen[50:100] == wide).all()
-    assert chosen[100] == square  # one tall picture is no bucket: batches of 64 would be that picture over and over
+    assert chosen[100] == square  # one tall image is no bucket: batches of 64 would be that image over and over
     assert assign(sizes[-1:], buckets, batch=64).tolist() == [0]  # unless there is nothing else

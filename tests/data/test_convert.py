@@ -33,10 +33,10 @@ def test_round_trip_of_edits_under_their_true_extensions(sets):
         "00000000.input.png", "00000000.output.png", "00000000.txt",
         "00000001.input.jpg", "00000001.output.jpg", "00000001.txt",
     ]  # fmt: skip
-    again = open_source(str(out))
-    assert again.kind == "edit" and len(again) == 3
+    converted = open_source(str(out))
+    assert converted.kind == "edit" and len(converted) == 3
     for index in range(3):
-        before, after = source.read(index), again.read(index)
+        before, after = source.read(index), converted.read(index)
         assert (before.input_images, before.image, before.text) == (after.input_images, after.image, after.text)
 
 

@@ -119,8 +119,8 @@ def test_the_training_keeps_its_random_numbers(plain):
 def test_weights_are_shares_of_samples_in_every_stretch(plain):
     made = mixture(plain("long", 997), plain("short", 10), plain("journey", 100), weights=[0.6, 0.2, 0.2], batch=20)
     for start in (0, 500):
-        dealt = Counter(int(number) for step in range(start, start + 50) for number in made.batch_indices(step).source)
-        assert {number: count / 1000 for number, count in dealt.items()} == pytest.approx(
+        counts = Counter(int(number) for step in range(start, start + 50) for number in made.batch_indices(step).source)
+        assert {number: count / 1000 for number, count in counts.items()} == pytest.approx(
             {0: 0.6, 1: 0.2, 2: 0.2}, abs=0.01
         )
     assert made.epochs(50) == pytest.approx({"long": 600 / 997, "short": 20.0, "journey": 2.0})
@@ -138,7 +138,7 @@ def test_a_batch_is_of_one_kind(sets, plain):
     assert kinds == pytest.approx({"edit": 10, "text_to_image": 30}, abs=2)
 
 
-# ---- pictures -------------------------------------------------------------------------------------------------------
+# ---- images -------------------------------------------------------------------------------------------------------
 
 
 def test_pixels_and_words_belong_together(sets):
@@ -157,7 +157,7 @@ def test_pixels_and_words_belong_together(sets):
     assert pixels.dtype == torch.float32 and torch.equal((pixels * 255).round().to(torch.uint8), pictures.images)
 
 
-def test_every_batch_is_of_one_bucket_near_its_pictures(sets):
+def test_every_batch_is_of_one_bucket_near_its_images(sets):
     members = {}
     for number in range(60):
         size = ((40, 40), (80, 40), (40, 80))[number % 3]
@@ -222,7 +222,7 @@ def test_nothing_but_bad_neighbours_is_one_sentence(plain):
             next(loader.batches())
 
 
-def test_broken_pictures_and_missing_words_are_bad_samples(sets):
+def test_broken_images_and_missing_words_are_bad_samples(sets):
     good = sets.noise(1)
     members = {f"{n}.jpg": good for n in range(20)} | {f"{n}.txt": "words" for n in range(20)}
     members |= {"3.jpg": good[: len(good) // 2], "5.jpg": b"GIF89a" + bytes(50), "7.txt": " ", "9.jpg": b""}

@@ -172,15 +172,15 @@ def test_sharegpt(sets):
         open_source(str(sets.json("text_to_image.json", [one, {"input_prompt": "x"}])))
 
 
-def test_gpt_edit_keeps_items_of_two_pictures_and_counts_the_rest(sets):
+def test_gpt_edit_keeps_items_of_two_images_and_counts_the_rest(sets):
     for number in range(4):
         sets.file(f"gpt-edit/hqedit/{number}.png", sets.picture(number))
-    said = [{"from": "gpt", "value": "?"}, {"from": "human", "value": "<image>\nmake it\nred <image>"}]
+    conversations = [{"from": "gpt", "value": "?"}, {"from": "human", "value": "<image>\nmake it\nred <image>"}]
     items = [
-        {"image": ["0.png", "1.png"], "conversations": said},
-        {"image": ["0.png", "1.png", "2.png"], "conversations": said},
+        {"image": ["0.png", "1.png"], "conversations": conversations},
+        {"image": ["0.png", "1.png", "2.png"], "conversations": conversations},
         {"image": ["0.png", "1.png"], "conversations": []},
-        {"image": ["2.png", "3.png"], "conversations": said},
+        {"image": ["2.png", "3.png"], "conversations": conversations},
     ]
     sets.json("json/hq, part.json", items)
     other = sets.json("json/omni.json", items[:1])
@@ -264,7 +264,7 @@ def test_without_pyarrow_parquet_says_how_to_get_it(sets, monkeypatch):
 # ---- detection ------------------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_told_is_refused(sets):
+def test_unknown_formats_are_refused(sets):
     sets.file("list.json", "[]")
     with pytest.raises(InputError, match="name one of its lists: list.json"):
         open_source(str(sets.folder))

@@ -141,7 +141,7 @@ def _with_one(info: tarfile.TarInfo) -> bytes:
     return good.tobuf() + info.tobuf(tarfile.GNU_FORMAT) + b"\0" * 2048
 
 
-def test_a_picture_whose_header_lies_deep_still_has_its_size(sets):
+def test_an_image_whose_header_lies_deep_still_has_its_size(sets):
     data = sets.picture(1, "JPEG", icc_profile=b"p" * 100_000)
     assert index_tar(sets.tar("a.tar", {"1.jpg": data})).sizes.tolist() == [[40, 30]]
 

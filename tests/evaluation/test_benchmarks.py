@@ -34,7 +34,7 @@ def test_the_oracle_is_right(name, combinations, oracle, tmp_path):
 def test_gray_is_worth_nothing(name, gray):
     result = benchmark(name)(gray, SMALL, None)
     assert result.score(SHARES[name]).value <= (0.1 if name == "shapes-vqa" else 0.0)
-    if name == "shapes-vqa":  # it always says gray: right about some backgrounds, and the picture makes no difference
+    if name == "shapes-vqa":  # it always says gray: right about some backgrounds, and the image makes no difference
         for score in main_scores(result):
             assert score.value == result.score(f"gray.{score.name}").value
 
@@ -80,7 +80,7 @@ def test_sampling_options_reach_the_pipe(oracle):
     assert all(call[3] == {"num_inference_steps": 3, "guidance_scale": 1.5} for call in pipe.calls)
 
 
-def test_every_picture_has_a_seed_of_its_own_that_the_run_seed_moves(oracle):
+def test_every_image_has_a_seed_of_its_own_that_the_run_seed_moves(oracle):
     def seeds(seed):
         options = EvalOptions(limit=3, images_per_prompt=4, seed=seed)
         pipe = oracle(options)

@@ -51,7 +51,7 @@ def test_batches_hold_everything_once_and_report():
     assert seen == [(4, 10), (8, 10), (10, 10)]
 
 
-def test_a_picture_of_another_size_is_refused():
+def test_an_image_of_another_size_is_refused():
     assert pixels(Image.new("L", (64, 64), 7)).tolist() == np.full((64, 64, 3), 7).tolist()
     with pytest.raises(InputError, match="64 x 64"):
         pixels(Image.new("RGB", (32, 32)))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from spar.evaluation.options import EvalOptions
-from spar.evaluation.shapes_edit import EditItem, check_edit, edit_items, said_place
+from spar.evaluation.shapes_edit import EditItem, check_edit, edit_items, stated_place
 from spar.worlds.shapes.edits import EDIT_KINDS, Edit
 from spar.worlds.shapes.render import render
 from spar.worlds.shapes.scene import Object, Scene, is_held_out
@@ -80,8 +80,8 @@ def test_an_added_object_lies_anywhere_unless_its_place_is_said():
     above = replace(NEW, x=34.0, y=10.0)
     assert verdict(ADD, CIRCLE, replace(STAR, x=54.0), above).parts["instruction"]
     assert not verdict(PLACED, CIRCLE, STAR, replace(NEW, x=44.0, y=8.0)).parts["instruction"]
-    assert said_place(ADD) is None
-    assert said_place(PLACED) == ("below", STAR)
+    assert stated_place(ADD) is None
+    assert stated_place(PLACED) == ("below", STAR)
 
 
 def test_a_replaced_object_stays_in_its_place_and_size():

@@ -50,7 +50,7 @@ def test_there_and_back_is_reconstruct(vae, folder, pixels):
     assert torch.equal(vae.encode(pixels, return_dict=False)[0], vae.encode(pixels).latent)
 
 
-def test_a_picture_need_not_be_square_but_fit_the_cells(vae):
+def test_an_image_need_not_be_square_but_fit_the_cells(vae):
     wide = torch.zeros(1, 3, 48, 88)
     assert vae.encode(wide).latent.shape[-2:] == (6, 11) and vae(wide).sample.shape == wide.shape
     for shape in ((1, 3, 60, 64), (1, 3, 64, 60), (1, 1, 64, 64), (3, 64, 64)):
@@ -125,7 +125,7 @@ def test_half_precision_is_close_and_keeps_the_scale(vae, pixels, folder, tmp_pa
     assert AutoencoderSpar.from_pretrained(tmp_path / "half").config.scaling_factor == vae.config.scaling_factor
 
 
-def test_a_folder_that_half_exists_is_told_in_words(vae, tmp_path):
+def test_a_folder_that_half_exists_gets_a_message(vae, tmp_path):
     save_tokenizer(vae.tokenizer, tmp_path / "alone")
     (tmp_path / "alone" / "model.safetensors").unlink()
     with pytest.raises(InputError, match="model.safetensors is missing"):

@@ -1,4 +1,4 @@
-"""Notes in pictures: what is written is read back, in its types, and a hostile file is told in words."""
+"""Metadata of images: it is read as written, with its types, and a hostile file gets a message."""
 
 import os
 import zlib
@@ -18,24 +18,24 @@ FULL = {
 }  # fmt: skip
 
 
-def saved(path: Path, notes: dict, size=(8, 6)) -> Path:
-    save_images([Image.new("RGB", size, "red")], [path], [notes])
+def saved(path: Path, metadata: dict, size=(8, 6)) -> Path:
+    save_images([Image.new("RGB", size, "red")], [path], [metadata])
     return path
 
 
-def test_notes_are_read_as_they_were_written(tmp_path):
-    noted = read_metadata(saved(tmp_path / "a.png", FULL))
-    assert noted.values == FULL and [type(value) for value in noted.values.values()] == [type(v) for v in FULL.values()]
-    assert (noted.width, noted.height) == (8, 6)
+def test_metadata_is_read_as_it_was_written(tmp_path):
+    image = read_metadata(saved(tmp_path / "a.png", FULL))
+    assert image.values == FULL and [type(value) for value in image.values.values()] == [type(v) for v in FULL.values()]
+    assert (image.width, image.height) == (8, 6)
     assert {*FULL} <= {*METADATA_KEYS}
 
 
-def test_what_is_none_is_not_noted_and_what_others_noted_is_left(tmp_path):
+def test_none_is_not_written_and_foreign_keys_are_ignored(tmp_path):
     path = saved(tmp_path / "a.png", {"spar": "0.1.0", "seed": 3, "adapter": None, "Software": "GIMP"})
     assert read_metadata(path).values == {"seed": 3, "spar": "0.1.0"}
 
 
-def test_the_command_that_makes_a_picture_again(tmp_path):
+def test_the_command_that_reproduces_an_image(tmp_path):
     assert read_metadata(saved(tmp_path / "a.png", FULL)).reproduce_command() == [
         "spar", "generate", FULL["prompt"], "--height=6", "--width=8", f"--negative-prompt={FULL['negative_prompt']}",
         f"--seed={2**63 - 1}", "--steps=20", "--guidance=0.1", "--dtype=bfloat16", "--device=cuda:1",
@@ -53,11 +53,11 @@ def test_the_command_that_makes_a_picture_again(tmp_path):
     command = read_metadata(saved(tmp_path / "c.png", again)).reproduce_command()
     assert command == ["spar", "reconstruct", "in.png", "--model=mine"]
     compiled = {"prompt": "-1 degrees", "seed": 0, "compile": True, "spar": "0.1.0"}  # nor is the model known
-    noted = read_metadata(saved(tmp_path / "d.png", compiled))
-    assert noted.values["compile"] is True and noted.reproduce_command() == [
+    image = read_metadata(saved(tmp_path / "d.png", compiled))
+    assert image.values["compile"] is True and image.reproduce_command() == [
         "spar", "generate", "--height=6", "--width=8", "--seed=0", "--compile", "--model=MODEL", "--", "-1 degrees"
     ]  # fmt: skip
-    args = parse(GenerateArguments, noted.reproduce_command()[2:], "spar generate")
+    args = parse(GenerateArguments, image.reproduce_command()[2:], "spar generate")
     assert (args.prompt, args.seed, args.compile, args.model) == (("-1 degrees",), 0, True, Path("MODEL"))
 
 
@@ -81,7 +81,7 @@ def test_a_bomb_of_compressed_text_is_refused_without_its_memory(tmp_path):
 
 def test_only_the_head_of_a_long_file_is_read(tmp_path, monkeypatch):
     long = png_with(tmp_path / "a.png", chunk(b"tEXt", b"prompt\0" + b"a" * MAX_HEADER_BYTES))
-    with pytest.raises(InputError, match="cannot be read|carries no notes"):
+    with pytest.raises(InputError, match="cannot be read|has no metadata"):
         read_metadata(long)
     behind = saved(tmp_path / "b.png", {"spar": "0.1.0"})
     with behind.open("ab") as file:
@@ -92,24 +92,24 @@ def test_only_the_head_of_a_long_file_is_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"", "which is no PNG"),
-        (b"plain words", "which is no PNG"),
-        (b"\x89PNG\r\n\x1a\n", "which is no PNG|cannot be read"),
-        (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", b"\0"), "which is no PNG|cannot be read"),
+        (b"", "which is not a PNG"),
+        (b"plain words", "which is not a PNG"),
+        (b"\x89PNG\r\n\x1a\n", "which is not a PNG|cannot be read"),
+        (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", b"\0"), "which is not a PNG|cannot be read"),
     ],
 )
-def test_what_is_no_whole_png_is_told_in_words(tmp_path, data, words):
+def test_what_is_no_whole_png_gets_a_message(tmp_path, data, words):
     (tmp_path / "a.png").write_bytes(data)
-    with pytest.raises(InputError, match=f"expected a PNG that spar wrote, or a folder of weights, .*({words})"):
+    with pytest.raises(InputError, match=f"expected a PNG written by spar, or a folder of weights, .*({words})"):
         read_metadata(tmp_path / "a.png")
 
 
-def test_other_files_are_told_in_words(tmp_path):
+def test_other_files_get_a_message(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
     Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg")
     os.mkfifo(tmp_path / "pipe")
     for name, words in (
-        ("plain.png", "carries no notes of ours"), ("a.jpg", "is no PNG"), ("nowhere", "there is no file"),
+        ("plain.png", "has no metadata of spar"), ("a.jpg", "is not a PNG"), ("nowhere", "there is no file"),
         ("pipe", "there is no file"),
     ):
         with pytest.raises(InputError, match=words):
@@ -117,6 +117,6 @@ def test_other_files_are_told_in_words(tmp_path):
 
 
 @pytest.mark.parametrize(("key", "value"), [("seed", "x"), ("steps", "2.5"), ("guidance", "much"), ("decode_tile", "")])
-def test_a_note_that_is_no_number_is_told_in_words(tmp_path, key, value):
-    with pytest.raises(InputError, match=f"got {key} '{value}', which is no number"):
+def test_a_value_that_is_not_a_number_gets_a_message(tmp_path, key, value):
+    with pytest.raises(InputError, match=f"got {key} '{value}', which is not a number"):
         read_metadata(saved(tmp_path / "a.png", {"spar": "0.1.0", key: value}))

@@ -27,13 +27,13 @@ def model() -> SparModel:
 
 
 def everything(pipe: SparPipeline) -> list:
-    """What each of the four tasks gives, pictures as arrays."""
+    """What each of the four tasks gives, images as arrays."""
     made = pipe.generate(PROMPTS, seed=0, num_inference_steps=4).images
     edited = pipe.edit(made, "change the background to navy", seed=0, num_inference_steps=4).images
     again = pipe.reconstruct(made).images
     answers = pipe.understand(made, QUESTION["text"], max_new_tokens=4).texts
-    said = "".join(pipe.chat([{"role": "user", "content": [{"type": "image", "image": made[0]}, QUESTION]}]))
-    return [np.asarray(image) for image in (*made, *edited, *again)] + answers + [said]
+    answer = "".join(pipe.chat([{"role": "user", "content": [{"type": "image", "image": made[0]}, QUESTION]}]))
+    return [np.asarray(image) for image in (*made, *edited, *again)] + answers + [answer]
 
 
 def test_weights_held_in_the_type_they_are_computed_in_change_no_result():
@@ -47,7 +47,7 @@ def test_weights_held_in_the_type_they_are_computed_in_change_no_result():
 
 def test_a_pipeline_whose_weights_are_no_longer_its_folders_is_not_saved(tmp_path):
     held = SparPipeline.from_pretrained(device="cpu", weights="dtype")
-    with pytest.raises(InputError, match="expected float32 in a pipeline that is to be saved, got dtype"):
+    with pytest.raises(InputError, match="expected float32 to save a pipeline, got dtype"):
         held.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
@@ -67,7 +67,7 @@ def test_rounding_to_eight_bits_moves_a_weight_by_half_a_step_of_its_row(model):
         assert ((weight - plain[name]).abs() <= 0.51 * step + 1e-6).all(), name
 
 
-def test_eight_bits_show_nearly_the_same_pictures():
+def test_eight_bits_show_nearly_the_same_images():
     pytest.importorskip("torchao")
     shown = [
         SparPipeline.from_pretrained(dtype=torch.bfloat16, device="cpu", weights=weights).reconstruct(
@@ -147,14 +147,14 @@ def test_every_task_computes_only_with_the_parts_that_are_present(monkeypatch, w
 
 
 @pytest.mark.parametrize(
-    ("keywords", "said"),
+    ("keywords", "message"),
     [
         ({"weights": "int4"}, "weights: expected one of float32, dtype, int8, got 'int4'"),
-        ({"offload": True}, "offload: expected a device whose parts can wait"),
+        ({"offload": True}, "offload: expected a device other than the CPU"),
     ],
 )
-def test_what_cannot_be_is_refused(keywords, said):
-    with pytest.raises(InputError, match=said):
+def test_what_cannot_be_is_refused(keywords, message):
+    with pytest.raises(InputError, match=message):
         SparPipeline.from_pretrained(device="cpu", **keywords)
 
 

@@ -1,4 +1,4 @@
-"""The pipeline: every argument has an effect, a picture depends on its own seed alone, bad input is told in words."""
+"""The pipeline: every argument has an effect, an image depends on its own seed alone, bad input gets a message."""
 
 import subprocess
 import sys
@@ -40,7 +40,7 @@ def folder(tiny_run, tmp_path_factory) -> Path:
         weight.data.normal_(std=0.4, generator=generator)
     words = loaded.text_tokenizer.vocab_size
     loaded.model.language.network.embed_tokens.weight.data[SPECIALS:words].normal_(generator=generator)
-    for layer in loaded.model.language.network.layers:  # else the tied embedding says the last word again
+    for layer in loaded.model.language.network.layers:  # else the tied embedding repeats the last word
         layer.mlp.down_proj.weight.data.normal_(std=0.25, generator=generator)
     path = tmp_path_factory.mktemp("lively") / "model"
     SparPipeline(loaded).save_pretrained(path)
@@ -83,14 +83,14 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_the_argument_changes_the_picture(pipe, name):
+def test_the_argument_changes_the_image(pipe, name):
     (plain,), (again,) = generate(pipe).images, generate(pipe).images
     assert gap(plain, again) == 0
     assert gap(plain, generate(pipe, **CHANGES[name]).images[0]) > 4
 
 
 @pytest.mark.parametrize("name", ["instruction", "negative_prompt", "num_inference_steps", "guidance_scale", "seed"])
-def test_the_argument_changes_the_edited_picture(pipe, pictures, name):
+def test_the_argument_changes_the_edited_image(pipe, pictures, name):
     change = {"instruction": "make the red circle blue"} if name == "instruction" else CHANGES[name]
     (plain,) = edit(pipe, pictures[0]).images
     assert gap(plain, edit(pipe, pictures[0]).images[0]) == 0
@@ -105,7 +105,7 @@ def test_the_image_changes_what_is_made_of_it(pipe, pictures):
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, None), (None, 32), (32, 128), (128, 64)])
-def test_height_and_width_are_the_pictures(pipe, height, width):
+def test_height_and_width_are_the_images(pipe, height, width):
     (image,) = generate(pipe, height=height, width=width).images
     assert image.size == (width or 64, height or 64)
     assert np.asarray(image).std() > 0
@@ -315,7 +315,7 @@ def test_images_are_ordered_prompt_by_prompt(pipe):
         assert gap(out.images[i], generate(pipe, text, seed=3 + i).images[0]) <= 1
 
 
-def test_the_seeds_that_are_told_make_the_pictures_again(pipe):
+def test_the_returned_seeds_reproduce_the_images(pipe):
     out = generate(pipe, [CIRCLE, SQUARES], seed=None)
     again = generate(pipe, [CIRCLE, SQUARES], seed=out.seeds)
     assert again.seeds == out.seeds and [gap(a, b) for a, b in zip(out.images, again.images, strict=True)] == [0, 0]
@@ -333,7 +333,7 @@ def test_one_image_or_one_text_serves_all_of_the_others(pipe, pictures, one):
     assert len(asked) == (1 if one == "image" else 2)
 
 
-def test_the_notes_of_a_picture_make_it_again(pipe, pictures, tmp_path):
+def test_the_metadata_of_an_image_reproduces_it(pipe, pictures, tmp_path):
     out = generate(pipe, [CIRCLE, SQUARES], negative_prompt="a ring", num_images_per_prompt=2, guidance_scale=2)
     assert [note["prompt"] for note in out.metadata] == [CIRCLE] * 2 + [SQUARES] * 2
     assert out.metadata[3] | {"torch": "", "transformers": "", "diffusers": "", "commit": ""} == {
@@ -343,11 +343,11 @@ def test_the_notes_of_a_picture_make_it_again(pipe, pictures, tmp_path):
     }  # fmt: skip
     paths = out.save(tmp_path / "many")
     assert [path.name for path in paths] == ["0.png", "1.png", "2.png", "3.png"]
-    notes = read_metadata(paths[3]).values
-    assert notes == {key: value for key, value in out.metadata[3].items() if value is not None}
+    metadata = read_metadata(paths[3]).values
+    assert metadata == {key: value for key, value in out.metadata[3].items() if value is not None}
     again = generate(
-        pipe, notes["prompt"], negative_prompt=notes["negative_prompt"], seed=notes["seed"],
-        num_inference_steps=notes["steps"], guidance_scale=notes["guidance"],
+        pipe, metadata["prompt"], negative_prompt=metadata["negative_prompt"], seed=metadata["seed"],
+        num_inference_steps=metadata["steps"], guidance_scale=metadata["guidance"],
     )
     assert gap(again.images[0], Image.open(paths[3])) <= 1  # it was one of four
     with pytest.raises(InputError, match="exists already"):
@@ -433,7 +433,7 @@ def test_images_are_moved_before_the_text_of_their_turn(pipe, pictures):
     assert answers[0] == answers[1] and tokens[0] == tokens[1]
 
 
-def test_every_message_and_every_picture_of_a_chat_counts(pipe, pictures):
+def test_every_message_and_every_image_of_a_chat_counts(pipe, pictures):
     seen = []
 
     def logits(messages: list[dict]) -> torch.Tensor:
@@ -516,10 +516,10 @@ def test_a_chat_that_cannot_be_is_refused_at_the_call(pipe, messages, words):
         pipe.chat(messages)
 
 
-# ---- pictures that come in -------------------------------------------------------------------------------------------
+# ---- images that come in -------------------------------------------------------------------------------------------
 
 
-def test_a_picture_may_be_a_path_bytes_or_an_image(pipe, pictures, tmp_path):
+def test_an_image_may_be_a_path_bytes_or_an_image(pipe, pictures, tmp_path):
     pictures[0].save(tmp_path / "p.png")
     sources = [tmp_path / "p.png", str(tmp_path / "p.png"), (tmp_path / "p.png").read_bytes(), pictures[0]]
     images = pipe.reconstruct(sources).images
@@ -527,13 +527,13 @@ def test_a_picture_may_be_a_path_bytes_or_an_image(pipe, pictures, tmp_path):
     assert gap(images[0], pipe.reconstruct(tuple(sources)).images[3]) == 0
 
 
-def test_pictures_of_other_sizes_are_made_square_first(pipe):
+def test_images_of_other_sizes_are_made_square_first(pipe):
     wide = Image.fromarray(np.random.default_rng(1).integers(0, 256, (50, 90, 3), dtype=np.uint8))
     assert gap(pipe.reconstruct(wide).images[0], pipe.reconstruct(to_square(wide, 64)).images[0]) == 0
 
 
 @pytest.mark.parametrize(("size", "wanted"), [((90, 50), (88, 48)), ((50, 90), (48, 88)), ((70, 66), (64, 64))])
-def test_an_edit_keeps_the_proportions_of_its_picture(pipe, size, wanted):
+def test_an_edit_keeps_the_proportions_of_its_image(pipe, size, wanted):
     noise = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     out = edit(pipe, Image.fromarray(noise))
     assert out.images[0].size == wanted
@@ -543,9 +543,9 @@ def test_an_edit_keeps_the_proportions_of_its_picture(pipe, size, wanted):
 
 
 def test_what_an_edit_cannot_keep_is_refused(pipe, pictures):
-    with pytest.raises(InputError, match="same proportions in one call, got some for 88 x 48, 64 x 64 pixels"):
+    with pytest.raises(InputError, match="same proportions in one call, got 88 x 48, 64 x 64 pixels"):
         edit(pipe, [pictures[0], Image.new("RGB", (90, 50))])
-    with pytest.raises(InputError, match="expected a picture at most 4 times as long as wide, got 90 x 20 pixels"):
+    with pytest.raises(InputError, match="expected an image at most 4 times as long as wide, got 90 x 20 pixels"):
         edit(pipe, Image.new("RGB", (90, 20)))
 
 
@@ -564,10 +564,10 @@ from spar.common.limits import MAX_NEW_TOKENS
 from spar.inference.pipeline import SparPipeline
 torch.set_num_threads(int(sys.argv[3]))
 pipe = SparPipeline.from_pretrained(sys.argv[1], dtype=torch.float32, device="cpu")
-picture = pipe.generate("a red circle", seed=3, num_inference_steps=3).images[0]
-edited = pipe.edit(picture, "remove the red circle", seed=4, num_inference_steps=3).images[0]
-answer = pipe.understand(picture, "what color is the background ?", max_new_tokens=6).texts[0]
-arrays = [numpy.asarray(image) for image in (picture, edited, pipe.reconstruct(picture).images[0])]
+image = pipe.generate("a red circle", seed=3, num_inference_steps=3).images[0]
+edited = pipe.edit(image, "remove the red circle", seed=4, num_inference_steps=3).images[0]
+answer = pipe.understand(image, "what color is the background ?", max_new_tokens=6).texts[0]
+arrays = [numpy.asarray(image) for image in (image, edited, pipe.reconstruct(image).images[0])]
 numpy.savez(sys.argv[2], *arrays, answer=numpy.array(answer))
 """
 
@@ -584,7 +584,7 @@ def test_a_saved_model_gives_the_same_bits_in_a_fresh_process(pipe, tmp_path):
         assert str(found["answer"]) == pipe.understand(picture, QUESTION, max_new_tokens=6).texts[0]
 
 
-def test_saving_in_bfloat16_halves_the_file_and_keeps_the_picture(folder, pipe, tmp_path):
+def test_saving_in_bfloat16_halves_the_file_and_keeps_the_image(folder, pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "half", dtype=torch.bfloat16)
     part = Path("denoiser/model.safetensors")
     assert (tmp_path / "half" / part).stat().st_size < 0.6 * (folder / part).stat().st_size
@@ -642,7 +642,7 @@ BAD_PROMPTS = [
 
 
 @pytest.mark.parametrize(("keywords", "message"), BAD_PROMPTS, ids=str)
-def test_a_bad_argument_is_told_in_words(pipe, keywords, message, monkeypatch):
+def test_a_bad_argument_gets_a_message(pipe, keywords, message, monkeypatch):
     monkeypatch.setattr(pipe.model, "velocity", lambda *_: pytest.fail("the denoiser ran"))
     try:
         generate(pipe, **keywords)
@@ -665,17 +665,17 @@ def broken() -> bytes:
     [
         ([], "at least one image, got an empty list"),
         (b"", "is empty"),
-        (b"plain words", "something else or damaged"),
+        (b"plain words", "of another type or damaged"),
         (broken(), "cannot be decoded"),
         ("nowhere.png", "there is no file 'nowhere.png'"),
         (Path("/"), "is a directory"),
         (None, "expected an image as a path, bytes or a Pillow image, got NoneType"),
         (np.zeros((4, 4, 3), np.uint8), "got ndarray"),
-        ("https://example.org/a.png", "in a local file, got the address"),
+        ("https://example.org/a.png", "in a local file, got the URL"),
     ],
     ids=lambda value: str(value)[:24],
 )
-def test_what_is_no_picture_is_refused_by_every_task(pipe, image, message):
+def test_what_is_no_image_is_refused_by_every_task(pipe, image, message):
     for task in (
         lambda: pipe.reconstruct(image), lambda: pipe.understand(image, QUESTION), lambda: edit(pipe, image)
     ):
@@ -683,7 +683,7 @@ def test_what_is_no_picture_is_refused_by_every_task(pipe, image, message):
             task()
 
 
-def test_a_sequence_longer_than_the_language_models_positions_is_told_in_words(pipe, pictures, monkeypatch):
+def test_a_sequence_longer_than_the_language_models_positions_gets_a_message(pipe, pictures, monkeypatch):
     short = replace(pipe.model.language.config, max_positions=70)
     monkeypatch.setattr(pipe.model.language, "config", short)
     generate(pipe)
@@ -693,11 +693,11 @@ def test_a_sequence_longer_than_the_language_models_positions_is_told_in_words(p
         pipe.understand(pictures[0], QUESTION)
 
 
-def test_a_picture_is_made_from_one_reference(pipe, pictures):
+def test_an_image_is_made_from_one_reference(pipe, pictures):
     for images in ([pictures[:2]], [tuple(pictures[:2]), pictures[0]]):
         with pytest.raises(InputError, match="expected one reference image for each edit, got a list of 2"):
             edit(pipe, images)
-        with pytest.raises(InputError, match="expected one image for each text, got a list within the list"):
+        with pytest.raises(InputError, match="expected one image for each text, got a nested list"):
             pipe.understand(images, QUESTION)
 
 
@@ -793,7 +793,7 @@ def bundled() -> SparPipeline:
 
 @pytest.mark.skipif(not has_native_bfloat16(), reason="elsewhere bfloat16 is computed by other means")
 @pytest.mark.parametrize("size", [(64, 64), (40, 104)])
-def test_a_picture_is_the_same_to_the_bit_whatever_stands_beside_it(bundled, size):
+def test_an_image_is_the_same_to_the_bit_whatever_stands_beside_it(bundled, size):
     """Prompts of every length in one call, in another order, several draws of each, and each alone."""
     settings = {"height": size[0], "width": size[1], "num_inference_steps": 4}
 

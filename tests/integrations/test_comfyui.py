@@ -127,7 +127,7 @@ def test_any_seed_of_the_widget_draws(comfyui, model, seed):
     assert np.abs((drawn[1].numpy() * 255).round() - np.asarray(again)).max() <= 1
 
 
-def test_transparent_and_grey_pictures_come_in_too(comfyui, model, noise):
+def test_transparent_and_grey_images_come_in_too(comfyui, model, noise):
     clear = torch.cat([noise, torch.zeros(2, 64, 64, 1)], dim=-1)
     white = run(comfyui, "SparReconstruct", model=model, image=torch.ones(2, 64, 64, 3))
     assert torch.equal(run(comfyui, "SparReconstruct", model=model, image=clear), white)

@@ -65,7 +65,7 @@ def test_lecam_resumes_from_its_state():
     assert all(torch.equal(first(real, fake), second(real, fake)) for real, fake in batches[2:])
 
 
-def test_a_logit_sees_its_own_picture_and_patch_only():
+def test_a_logit_sees_its_own_image_and_patch_only():
     model = discriminator()
     images = pictures(side=64)
     logits = model(images)
@@ -83,7 +83,7 @@ def test_a_logit_sees_its_own_picture_and_patch_only():
     assert images.grad[0, :, :8, :8].abs().sum() > 0 and images.grad[0, :, 34:, 34:].abs().sum() == 0
 
 
-def test_it_learns_to_tell_noise_from_flat_pictures():
+def test_it_learns_to_tell_noise_from_flat_images():
     model = discriminator()
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     real, fake = pictures(), torch.full((3, 3, 24, 24), 0.5) + 0.1 * torch.randn(3, 3, 1, 1)

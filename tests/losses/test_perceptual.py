@@ -37,7 +37,7 @@ def test_unit_normalisation_gives_unit_vectors_and_a_finite_gradient_at_zero():
     assert zero.grad.isfinite().all()
 
 
-def test_equal_pictures_have_no_distance_and_opposite_features_four():
+def test_equal_images_have_no_distance_and_opposite_features_four():
     loss = FeatureLoss(TwoMaps())
     assert loss(pictures(), pictures()) == 0
     assert loss(pictures(0), pictures(1)) > 0
@@ -98,7 +98,7 @@ def test_lpips_without_its_package_says_how_to_get_it(monkeypatch):
         LpipsLoss.load()
 
 
-def test_lpips_gets_pictures_in_its_own_range(monkeypatch):
+def test_lpips_gets_images_in_its_own_range(monkeypatch):
     class Fake(nn.Module):
         def __init__(self, net, verbose):
             super().__init__()

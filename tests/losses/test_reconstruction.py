@@ -15,7 +15,7 @@ def test_a_constant_offset_has_its_closed_form(offset):
     torch.testing.assert_close(psnr(target + offset, target), torch.full((2,), -20 * math.log10(offset)))
 
 
-def test_psnr_is_of_each_picture_alone():
+def test_psnr_is_of_each_image_alone():
     target = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     prediction = target + torch.tensor([0.1, 0.01, 0.0]).reshape(3, 1, 1, 1)
     result = psnr(prediction, target)
@@ -32,7 +32,7 @@ def test_bfloat16_is_measured_in_float32():
     assert mse(prediction, torch.zeros_like(prediction)).item() == 0.0078125**2
 
 
-def test_pictures_that_would_broadcast_raise():
+def test_images_that_would_broadcast_raise():
     with pytest.raises(ValueError, match="one shape"):
         mse(torch.zeros(2, 3, 4, 4), torch.zeros(1, 3, 4, 4))
     with pytest.raises(ValueError, match="target as a tensor, got None"):

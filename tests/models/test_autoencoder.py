@@ -31,7 +31,7 @@ def test_both_halves_equal_the_library_on_its_own_range(config, randomize):
 
 
 @pytest.mark.parametrize("config", [SMALL, WHOLE])
-def test_the_stride_is_how_much_a_picture_shrinks_and_grows_back(config):
+def test_the_stride_is_how_much_an_image_shrinks_and_grows_back(config):
     library = build_autoencoder(config)
     with torch.no_grad():
         latent = PixelEncoder(library.encoder)(pixels())

@@ -158,7 +158,7 @@ def test_decoding_undoes_the_latent_scale_and_keeps_to_the_range_of_pixels(confi
 
 
 def test_answers_equal_those_of_the_whole_library_model(config, model):
-    """Picture and question to words, against InternVLForConditionalGeneration.generate with the same weights."""
+    """Image and question to words, against InternVLForConditionalGeneration.generate with the same weights."""
     endless = replace(config.text, eos_token_id=UNUSED)
     reference = InternVLForConditionalGeneration(internvl_config(config.vision, endless)).eval()
     reference.model.vision_tower.load_state_dict(model.tokenizer.encoder.vision_tower.state_dict())

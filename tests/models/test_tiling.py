@@ -21,7 +21,7 @@ def test_weights_are_positive_rise_and_fall():
 
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 13), (3, 16), (4, 4)])
-def test_a_decoder_of_single_cells_gives_the_same_picture(size):
+def test_a_decoder_of_single_cells_gives_the_same_image(size):
     latent = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
     seen = []
 
@@ -34,7 +34,7 @@ def test_a_decoder_of_single_cells_gives_the_same_picture(size):
     assert max(max(shape) for shape in seen[1:]) <= 4
 
 
-def test_the_pipeline_decodes_in_tiles_where_a_picture_is_larger_and_nearly_the_same(monkeypatch):
+def test_the_pipeline_decodes_in_tiles_where_an_image_is_larger_and_nearly_the_same(monkeypatch):
     plain, tiled = SparPipeline.from_pretrained(), SparPipeline.from_pretrained(decode_tile=8)
     decoded = []
     forward = tiled.model.tokenizer.decoder.forward

@@ -91,7 +91,7 @@ def test_a_tokenizer_without_any_stream_is_refused():
         StreamConfig(semantic_stream=False, pixel_stream=False)
 
 
-def test_decoding_gives_the_pictures_size_when_the_strides_differ(config, randomize):
+def test_decoding_gives_the_images_size_when_the_strides_differ(config, randomize):
     channels = (8,) * 6  # DC-AE f32 behind tokens of stride 28, as at full size
     config = replace(
         config,

@@ -1,4 +1,4 @@
-"""Conversations as they come in: what is accepted, and what each fault is told in; tokens that become text."""
+"""Conversations as they come in: what is accepted, and the message for each fault; tokens that become text."""
 
 from itertools import accumulate
 
@@ -29,7 +29,7 @@ def image(source=RED) -> dict:
     return {"type": "image", "image": source}
 
 
-def test_a_conversation_keeps_its_turns_and_opens_its_pictures(tmp_path):
+def test_a_conversation_keeps_its_turns_and_opens_its_images(tmp_path):
     RED.save(tmp_path / "red.png")
     turns = read_messages(
         [
@@ -55,7 +55,7 @@ def test_images_come_before_the_text_of_their_turn_each_in_its_order(order):
     assert kept == [one for one in order if one in (1, 2)] + [one for one in order if one in ("a", "b")]
 
 
-def test_a_conversation_may_be_one_question_without_a_picture():
+def test_a_conversation_may_be_one_question_without_an_image():
     assert read_messages([user("how many ?")], SIDE) == [ChatMessage("user", ("how many ?",))]
     assert read_messages(({"role": "user", "content": (text(),)},), SIDE) == [ChatMessage("user", ("how many ?",))]
 
@@ -84,19 +84,19 @@ def test_a_conversation_may_be_one_question_without_a_picture():
         ([user({"type": "image", "text": "x"})], "expected type and image, got type, text"),
         ([user(text(7))], r"content\[0\]: expected text, got int"),
         ([user(image(7))], "expected an image as a path, bytes or a Pillow image, got int"),
-        ([user(image(b"GIF89a"))], "expected a picture"),
+        ([user(image(b"GIF89a"))], "expected an image"),
         ([user(image(), role="system"), user("x")], "expected an image from the user only, got one from the system"),
         ([user("x"), user(image(), role="assistant"), user("x")], "got one from the assistant"),
         ([user("x"), user("x")], r"messages\[1\].role: expected assistant, got user"),
         ([user("x", role="assistant")], r"messages\[0\].role: expected user, got assistant"),
         ([user("x"), user("x", role="system"), user("x")], r"messages\[1\].role: expected assistant, got system"),
-        ([user("x", role="system")], "expected the user to have the last word, got system"),
-        ([user("x"), user("x", role="assistant")], "expected the user to have the last word, got assistant"),
+        ([user("x", role="system")], "expected the last message from the user, got system"),
+        ([user("x"), user("x", role="assistant")], "expected the last message from the user, got assistant"),
         ([user(*[image()] * (MAX_CHAT_IMAGES + 1))], f"at most {MAX_CHAT_IMAGES} images, got {MAX_CHAT_IMAGES + 1}"),
     ],
     ids=lambda value: str(value)[:40],
 )  # fmt: skip
-def test_a_malformed_conversation_is_told_in_words(messages, words):
+def test_a_malformed_conversation_gets_a_message(messages, words):
     with pytest.raises(InputError, match=words):
         read_messages(messages, SIDE)
 

@@ -14,7 +14,7 @@ from spar.processing.images import FORMATS, MAX_BYTES, nearest_size, open_image,
 
 
 def picture(width: int = 60, height: int = 40, seed: int = 0) -> Image.Image:
-    """A smooth picture, different in every quarter, that lossy formats keep well."""
+    """A smooth image, different in every quarter, that lossy formats keep well."""
     x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
     rng = np.random.default_rng(seed)
     channels = [a * x + b * y + c * x * y for a, b, c in rng.uniform(0, 1 / 3, (3, 3))]
@@ -62,7 +62,7 @@ def test_a_pillow_image_comes_back_as_a_copy():
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
 def test_a_turned_camera_is_turned_back(kind, orientation):
-    """The stored picture is the inverse of what the orientation asks for, so every file must come out upright."""
+    """The stored image is the inverse of what the orientation asks for, so every file must come out upright."""
     inverse = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
@@ -82,7 +82,7 @@ def test_a_turned_camera_is_turned_back(kind, orientation):
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("exif", [b"MM\x00*\xff\xff\xff\xff", b"nonsense"])
-def test_broken_exif_does_not_lose_the_picture(exif):
+def test_broken_exif_does_not_lose_the_image(exif):
     opened = open_image(encode(picture(), exif=b"Exif\x00\x00" + exif))
     assert np.array_equal(pixels(opened), pixels(picture()))
 
@@ -163,7 +163,7 @@ def test_too_many_bytes_are_refused_unread(tmp_path):
 def test_a_truncated_file_is_refused(kind, part):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
     data = encode(noise, kind)
-    with pytest.raises(InputError, match="expected a picture as .* cannot be decoded: ."):
+    with pytest.raises(InputError, match="expected an image as .* cannot be decoded: ."):
         open_image(data[: int(part * len(data))])
 
 
@@ -171,11 +171,11 @@ def test_a_truncated_file_is_refused(kind, part):
     "source, message",
     [
         (b"", "the given data is empty"),
-        (b"hello", "the given data is something else or damaged"),
+        (b"hello", "the given data is of another type or damaged"),
         (b"%PDF-1.7 ...", "is a PDF"),
         (b"<!DOCTYPE html><html>", "is a web page"),
-        (b"\x00\x00\x00\x18ftypheic\x00\x00", "is a HEIC picture"),
-        ("https://example.org/a.png", "in a local file, got the address 'https://example.org/a.png'"),
+        (b"\x00\x00\x00\x18ftypheic\x00\x00", "is a HEIC image"),
+        ("https://example.org/a.png", "in a local file, got the URL 'https://example.org/a.png'"),
         ("/dev/null", "'/dev/null' is not a regular file"),
         ("a\x00b.png", "cannot be read: embedded null byte"),
         ("x" * 5000, "cannot be read: File name too long"),
@@ -185,13 +185,13 @@ def test_a_truncated_file_is_refused(kind, part):
         ([b""], "got list"),
     ],
 )
-def test_what_is_no_picture_is_refused_in_one_sentence(source, message):
-    with pytest.raises(InputError, match="expected an? (picture|image) as") as caught:
+def test_what_is_no_image_is_refused_in_one_sentence(source, message):
+    with pytest.raises(InputError, match="expected an image as") as caught:
         open_image(source)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_files_that_are_no_pictures_are_refused_by_name(tmp_path):
+def test_files_that_are_no_images_are_refused_by_name(tmp_path):
     (tmp_path / "empty.png").touch()
     for path, message in (
         (tmp_path / "empty.png", "empty.png' is empty"),
@@ -225,7 +225,7 @@ VALID = {kind: encode(picture(12, 9), kind) for kind in FORMATS}
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, on its way to an error
 @settings(max_examples=150, deadline=None)
 @given(kind=st.sampled_from(FORMATS), edits=st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), min_size=1))
-def test_a_damaged_file_gives_a_picture_or_an_input_error_and_nothing_else(kind, edits):
+def test_a_damaged_file_gives_an_image_or_an_input_error_and_nothing_else(kind, edits):
     data = bytearray(VALID[kind])
     for place, value in edits:
         data[int(place * len(data))] = value
@@ -277,7 +277,7 @@ def test_pixels_are_clamped_and_rounded():
     assert pixels(to_pil(values.expand(3, 1, 4))[0])[0, :, 0].tolist() == [0, 0, 1, 255]
 
 
-def test_tensors_that_are_no_pictures_raise():
+def test_tensors_that_are_no_images_raise():
     with pytest.raises(ValueError, match=r"\[B, 3, H, W\], got"):
         to_pil(torch.zeros(2, 4, 8, 8))
     with pytest.raises(ValueError, match="finite"):
@@ -294,13 +294,13 @@ def test_tensors_that_are_no_pictures_raise():
     ("size", "wanted"),
     [((448, 448), (448, 448)), ((1920, 1080), (336, 588)), ((1080, 1920), (588, 336)), ((400, 100), (224, 896))],
 )
-def test_the_nearest_size_has_the_pictures_proportions_and_about_the_trained_pixels(size, wanted):
+def test_the_nearest_size_has_the_images_proportions_and_about_the_trained_pixels(size, wanted):
     height, width = nearest_size(Image.new("RGB", size), 448, 28)
     assert (height, width) == wanted and height % 28 == width % 28 == 0
     assert abs(height * width / 448**2 - 1) < 0.1
 
 
-def test_a_picture_of_the_right_proportions_is_only_scaled_and_another_loses_its_ends():
+def test_an_image_of_the_right_proportions_is_only_scaled_and_another_loses_its_ends():
     image = picture(60, 40)
     assert np.array_equal(pixels(to_size(image, 60, 40)), pixels(image))
     assert np.array_equal(pixels(to_size(image, 50, 40)), pixels(image)[:, 5:55])

@@ -42,7 +42,7 @@ def test_an_edit_ends_with_its_reference_and_keeps_it_when_unconditional(prompts
     ]
 
 
-def test_the_pictures_opening_token_ends_a_prompt_where_the_model_wants_it(prompts):
+def test_the_images_opening_token_ends_a_prompt_where_the_model_wants_it(prompts):
     opening = PromptEncoder(prompts.tokenizer, VISUAL, image_start=True)
     start = prompts.encode("<img>")
     for made, plain in ((opening.generation, prompts.generation), (opening.edit, prompts.edit)):

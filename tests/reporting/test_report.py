@@ -128,13 +128,13 @@ def test_nothing_is_loaded_from_elsewhere(page):
     assert "default-src 'none'" in reader.named("meta")[2]["content"]
 
 
-def test_every_picture_and_chart_has_a_name(page):
+def test_every_image_and_chart_has_a_name(page):
     reader = Reader(page)
     assert all(image["alt"].strip() for image in reader.named("img"))
     assert all(drawing["aria-label"] and drawing["role"] == "img" for drawing in reader.named("svg"))
 
 
-def test_pictures_are_enlarged_threefold_and_kept_exactly():
+def test_images_are_enlarged_threefold_and_kept_exactly():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     reader = Reader(render_report(ReportData(gallery=[ReportImage(image, "noise")])))
     data = reader.named("img")[0]["src"].split(",", 1)[1]

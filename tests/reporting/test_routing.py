@@ -52,11 +52,11 @@ def test_words_are_escaped_and_name_the_layers_that_they_read():
     ("count", "size", "shape"),
     [(4, None, (2, 2)), (3, None, None), (32, (128, 64), (4, 8)), (32, (64, 128), (8, 4)), (1, (64, 64), (1, 1))],
 )
-def test_the_grid_has_the_pictures_proportions(count, size, shape):
+def test_the_grid_has_the_images_proportions(count, size, shape):
     assert grid_shape(count, size and Image.new("RGB", size)) == shape
 
 
-def test_squares_are_drawn_row_by_row_over_the_picture():
+def test_squares_are_drawn_row_by_row_over_the_image():
     weights = [[1.0, 0.0], [0.0, 1.0]] * 4
     view = routing_view(routing(["<IMG_CONTEXT>"] * 8, ["image"] * 8, weights), Image.new("RGB", (64, 32)))
     assert "repeat(4,1fr)" in view and "aspect-ratio:4/2" in view and "data:image/png;base64," in view

@@ -46,8 +46,8 @@ def test_a_seed_gives_the_pipelines_own_pixels_and_notes(client, pipe):
     images = [opened(item) for item in answer.data]
     assert [pixels(image) for image in images] == [pixels(image) for image in own.images]
     assert [item.seed for item in answer.data] == [3, 4] and answer.size == "64x48"
-    told = {"prompt": PROMPT, "seed": "4", "steps": "3", "guidance": "2.0", "model": "bundled"}
-    assert told.items() <= images[1].info.items()
+    metadata = {"prompt": PROMPT, "seed": "4", "steps": "3", "guidance": "2.0", "model": "bundled"}
+    assert metadata.items() <= images[1].info.items()
 
 
 def test_what_is_not_asked_for_is_the_models_own(client, pipe):
@@ -55,13 +55,13 @@ def test_what_is_not_asked_for_is_the_models_own(client, pipe):
     assert pixels(opened(answer.data[0])) == pixels(pipe.generate(PROMPT, seed=1).images[0])
 
 
-def test_no_seed_is_a_new_one_each_time_and_it_is_told(client, pipe):
+def test_no_seed_is_a_new_one_each_time_and_it_is_returned(client, pipe):
     first, second = (client.images.generate(prompt=PROMPT, extra_body=QUICK).data[0] for _ in range(2))
     assert first.seed != second.seed
     assert pixels(opened(first)) == pixels(pipe.generate(PROMPT, seed=first.seed, **QUICK).images[0])
 
 
-def test_a_picture_does_not_depend_on_what_is_drawn_beside_it(address, client, pipe):
+def test_an_image_does_not_depend_on_the_rest_of_its_batch(address, client, pipe):
     """Prompts of many lengths at once: they share calls, and each is what it is alone, to the bit."""
     prompts = [
         "star", "a green ring", "two yellow squares on a gray background", PROMPT, "three red triangles",
@@ -144,7 +144,7 @@ def test_models_are_listed_and_an_unknown_one_is_not_found(client):
         ("stream", True, "False"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused_in_openais_shape(client, field, value, words):
+def test_what_cannot_be_honoured_is_refused_in_openais_format(client, field, value, words):
     with pytest.raises(openai.BadRequestError) as caught:
         client.images.generate(**{"prompt": PROMPT, "extra_body": {field: value}})
     assert words in caught.value.message
@@ -152,21 +152,21 @@ def test_what_cannot_be_honoured_is_refused_in_openais_shape(client, field, valu
     assert field in (caught.value.param or caught.value.message) or field == "size"
 
 
-def test_what_changes_nothing_is_taken(client):
+def test_fields_that_change_nothing_are_accepted(client):
     harmless = {"user": "me", "quality": "auto", "moderation": "low", "style": None, "stream": False}
     asked = {"prompt": PROMPT, "extra_body": {"seed": 3, **QUICK}}
     plain, same = client.images.generate(**asked), client.images.generate(**asked, **harmless)
     assert plain.data[0].b64_json == same.data[0].b64_json
 
 
-def test_a_list_of_one_picture_is_that_picture(client, pipe):
+def test_a_list_of_one_image_is_that_image(client, pipe):
     source = png(pipe.generate(PROMPT, seed=0).images[0])
     asked = {"prompt": "change the background to navy", "extra_body": {"seed": 7, **QUICK}}
     one, listed = (client.images.edit(image=image, stream=False, **asked) for image in (source, [source]))
     assert one.data[0].b64_json == listed.data[0].b64_json
     with pytest.raises(openai.BadRequestError, match="expected one reference image for each edit, got 2"):
         client.images.edit(image=[source, source], **asked)
-    with pytest.raises(openai.BadRequestError, match="its picture's own"):
+    with pytest.raises(openai.BadRequestError, match="its image's own"):
         client.images.edit(image=source, size="64x64", **asked)
 
 
@@ -179,14 +179,14 @@ def test_a_full_queue_answers_429_and_says_when_to_come_back(pipe, serve):
         assert httpx2.post(f"{address}/v1/images/generations", json=body | {"n": 1, **QUICK}).status_code == 200
 
 
-def test_who_waits_too_long_is_told(pipe, serve):
+def test_a_request_that_waits_too_long_gets_an_error(pipe, serve):
     with serve(pipe, timeout=0.05) as address:
         answer = httpx2.post(f"{address}/v1/images/generations", json={"prompt": PROMPT, "num_inference_steps": 100})
         assert answer.status_code == 503 and answer.json()["error"]["type"] == "server_error"
 
 
 def test_a_client_that_leaves_frees_its_place(pipe, serve):
-    """One row of 100 steps at a time would keep the next for seconds; it is drawn at once where all have left."""
+    """One row of 100 steps would block the next for seconds; it runs at once if all clients have disconnected."""
     with serve(pipe, max_queue=16) as address:
         url = f"{address}/v1/images/generations"
         slow = {"prompt": PROMPT, "n": 8, "num_inference_steps": 100, "size": "128x128"}
@@ -197,8 +197,8 @@ def test_a_client_that_leaves_frees_its_place(pipe, serve):
         assert httpx2.post(url, json={"prompt": PROMPT, **QUICK}, timeout=60).status_code == 200
         assert time.monotonic() - start < 20
         deadline = time.monotonic() + 5
-        while 'status="499"} 2.0' not in (told := httpx2.get(f"{address}/metrics").text):
-            assert time.monotonic() < deadline, told
+        while 'status="499"} 2.0' not in (metrics := httpx2.get(f"{address}/metrics").text):
+            assert time.monotonic() < deadline, metrics
             time.sleep(0.05)
 
 

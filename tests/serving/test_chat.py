@@ -21,52 +21,52 @@ def client(address):
 
 
 @pytest.fixture(scope="module")
-def picture(pipe) -> Image.Image:
+def image(pipe) -> Image.Image:
     return pipe.generate(SCENE, seed=0).images[0]
 
 
-def shown(picture: Image.Image) -> dict:
+def shown(image: Image.Image) -> dict:
     file = BytesIO()
-    picture.save(file, format="PNG")
+    image.save(file, format="PNG")
     url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
     return {"type": "image_url", "image_url": {"url": url, "detail": "auto"}}
 
 
-def question(picture: Image.Image, words: str = QUESTION) -> list[dict]:
-    return [{"role": "user", "content": [shown(picture), {"type": "text", "text": words}]}]
+def question(image: Image.Image, words: str = QUESTION) -> list[dict]:
+    return [{"role": "user", "content": [shown(image), {"type": "text", "text": words}]}]
 
 
-def test_an_answer_about_a_picture_is_the_pipelines_own(client, pipe, picture):
-    answer = client.chat.completions.create(model="bundled", messages=question(picture), temperature=0)
-    said = answer.choices[0]
-    assert said.message.content == pipe.understand(picture, QUESTION).texts[0] == "red"
-    assert (said.finish_reason, said.message.role, answer.object) == ("stop", "assistant", "chat.completion")
+def test_an_answer_about_an_image_is_the_pipelines_own(client, pipe, image):
+    answer = client.chat.completions.create(model="bundled", messages=question(image), temperature=0)
+    choice = answer.choices[0]
+    assert choice.message.content == pipe.understand(image, QUESTION).texts[0] == "red"
+    assert (choice.finish_reason, choice.message.role, answer.object) == ("stop", "assistant", "chat.completion")
     usage = answer.usage
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens and usage.completion_tokens == 1
 
 
-def test_text_may_stand_before_the_image(client, picture):
+def test_text_may_come_before_the_image(client, image):
     """Many clients write their turns so; the answer is that of the other order, and right."""
-    turn = question(picture)[0]
+    turn = question(image)[0]
     answer = client.chat.completions.create(model="bundled", messages=[turn | {"content": turn["content"][::-1]}])
     assert answer.choices[0].message.content == "red"
 
 
 @pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
-def test_more_tokens_than_an_answer_can_have_are_cut(client, picture, field):
-    """Benchmark kits ask for thousands; 256 is what there is, and what ends there says `length`."""
+def test_more_tokens_than_an_answer_can_have_are_cut(client, image, field):
+    """Benchmark kits ask for thousands; 256 is the limit, and its finish_reason is `length`."""
     for count in (257, 4096, 10**12):
-        said = client.chat.completions.create(model="bundled", messages=question(picture), extra_body={field: count})
-        assert (said.choices[0].message.content, said.choices[0].finish_reason) == ("red", "stop")
+        out = client.chat.completions.create(model="bundled", messages=question(image), extra_body={field: count})
+        assert (out.choices[0].message.content, out.choices[0].finish_reason) == ("red", "stop")
 
 
-def test_a_conversation_of_several_turns_is_the_pipelines_own(client, pipe, picture):
+def test_a_conversation_of_several_turns_is_the_pipelines_own(client, pipe, image):
     messages = [
-        *question(picture), {"role": "assistant", "content": "red"}, {"role": "user", "content": "describe the image"}
+        *question(image), {"role": "assistant", "content": "red"}, {"role": "user", "content": "describe the image"}
     ]
     out = pipe.chat(
         [
-            {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": QUESTION}]},
+            {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]},
             *messages[1:],
         ],
         max_new_tokens=6,
@@ -77,8 +77,8 @@ def test_a_conversation_of_several_turns_is_the_pipelines_own(client, pipe, pict
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (out.prompt_tokens, out.completion_tokens)
 
 
-def test_a_stream_has_the_same_words_piece_by_piece(client, picture):
-    asked = {"model": "bundled", "messages": question(picture, "describe the image"), "max_tokens": 12}
+def test_a_stream_has_the_same_words_piece_by_piece(client, image):
+    asked = {"model": "bundled", "messages": question(image, "describe the image"), "max_tokens": 12}
     whole = client.chat.completions.create(**asked)
     chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
     pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices and chunk.choices[0].delta.content]
@@ -88,29 +88,29 @@ def test_a_stream_has_the_same_words_piece_by_piece(client, picture):
     assert chunks[-1].usage == whole.usage and not chunks[-1].choices
 
 
-def test_what_fails_before_it_begins_is_no_stream(client, picture):
+def test_what_fails_before_it_begins_is_no_stream(client, image):
     for stream in (False, True):
         with pytest.raises(openai.BadRequestError, match="unknown words .*elephant"):
             client.chat.completions.create(
-                model="bundled", messages=question(picture, "is it an elephant ?"), stream=stream
+                model="bundled", messages=question(image, "is it an elephant ?"), stream=stream
             )
 
 
-def test_what_fails_on_the_way_ends_the_stream_with_an_error(pipe, serve, picture, monkeypatch):
+def test_what_fails_on_the_way_ends_the_stream_with_an_error(pipe, serve, image, monkeypatch):
     def broken(self, messages, *, max_new_tokens=None):
         yield "red"
         raise RuntimeError("a secret of the machine")
 
     monkeypatch.setattr(type(pipe), "chat", broken)
     with serve(pipe) as address:
-        body = {"messages": question(picture), "stream": True}
+        body = {"messages": question(image), "stream": True}
         text = httpx2.post(f"{address}/v1/chat/completions", json=body).text
         events = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
         assert events[-1] == "[DONE]" and json.loads(events[-2])["error"]["type"] == "server_error"
         assert "secret" not in text
 
 
-def test_a_reader_that_leaves_a_stream_frees_its_place(pipe, serve, picture, monkeypatch):
+def test_a_reader_that_leaves_a_stream_frees_its_place(pipe, serve, image, monkeypatch):
     ended = []
 
     def endless(self, messages, *, max_new_tokens=None):
@@ -123,7 +123,7 @@ def test_a_reader_that_leaves_a_stream_frees_its_place(pipe, serve, picture, mon
 
     monkeypatch.setattr(type(pipe), "chat", endless)
     with serve(pipe, max_queue=1) as address:
-        body = {"messages": question(picture), "stream": True}
+        body = {"messages": question(image), "stream": True}
         with httpx2.stream("POST", f"{address}/v1/chat/completions", json=body) as answer:
             lines = answer.iter_lines()  # kept: when it is collected, the answer is closed
             next(lines)
@@ -139,31 +139,31 @@ def test_a_reader_that_leaves_a_stream_frees_its_place(pipe, serve, picture, mon
     [("temperature", 0.7), ("n", 2), ("tools", []), ("stop", "x"), ("presence_penalty", 1), ("max_tokens", 0),
      ("response_format", {"type": "json_object"}), ("logprobs", True), ("stream_options", {"include_usage": True})],
 )  # fmt: skip
-def test_what_a_greedy_answer_cannot_honour_is_refused(client, picture, field, value):
+def test_what_a_greedy_answer_cannot_honour_is_refused(client, image, field, value):
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model="bundled", messages=question(picture), extra_body={field: value})
+        client.chat.completions.create(model="bundled", messages=question(image), extra_body={field: value})
     assert field in caught.value.message
 
 
-def test_what_it_does_honour_is_taken(client, picture):
+def test_what_it_does_honour_is_taken(client, image):
     answer = client.chat.completions.create(
-        model="bundled", messages=[{"role": "developer", "content": "describe"}, *question(picture)], top_p=1, n=1,
+        model="bundled", messages=[{"role": "developer", "content": "describe"}, *question(image)], top_p=1, n=1,
         temperature=0, presence_penalty=0, frequency_penalty=0, seed=1, user="me", max_completion_tokens=1,
     )  # fmt: skip
     assert answer.usage.completion_tokens == 1 and len(answer.choices) == 1
 
 
-def test_an_answer_may_be_sent_back_as_it_came(client, picture):
-    """As the client's own message object, and as others write one: with nulls for what there is none of."""
-    first = client.chat.completions.create(model="bundled", messages=question(picture)).choices[0].message
+def test_an_answer_may_be_sent_back_as_it_came(client, image):
+    """As the client's own message object, and as other clients send it: with nulls for missing fields."""
+    first = client.chat.completions.create(model="bundled", messages=question(image)).choices[0].message
     asked = {"role": "user", "content": "how many objects?"}
     nulls = {"refusal": None, "audio": None, "function_call": None, "tool_calls": None, "annotations": None}
     plain = {"role": "assistant", "content": first.content}
     answers = [
-        client.chat.completions.create(model="bundled", messages=[*question(picture), said, asked], stop=None)
-        for said in (plain, first, plain | nulls)
+        client.chat.completions.create(model="bundled", messages=[*question(image), message, asked], stop=None)
+        for message in (plain, first, plain | nulls)
     ]
     assert len({answer.choices[0].message.content for answer in answers}) == 1
-    client.chat.completions.create(model="bundled", messages=[*question(picture), plain | {"content": ""}, asked])
+    client.chat.completions.create(model="bundled", messages=[*question(image), plain | {"content": ""}, asked])
     with pytest.raises(openai.BadRequestError, match="empty"):
         client.chat.completions.create(model="bundled", messages=[{"role": "user", "content": ""}])

@@ -34,8 +34,8 @@ def test_the_example_with_openais_client(address, pipe, tmp_path):
 
 def test_the_examples_with_curl(address, tmp_path):
     (code,) = blocks("sh")
-    said = run(["bash", "-euc", code.replace("http://127.0.0.1:8000", address)], tmp_path)
-    assert said.splitlines()[0] == "7" and said.splitlines()[-1] == '{"status":"ok"}'
+    output = run(["bash", "-euc", code.replace("http://127.0.0.1:8000", address)], tmp_path)
+    assert output.splitlines()[0] == "7" and output.splitlines()[-1] == '{"status":"ok"}'
     assert Image.open(tmp_path / "star.png").size == (64, 64)
     for name in ("edit.json", "again.json"):
         assert "b64_json" in (tmp_path / name).read_text()

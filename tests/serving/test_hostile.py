@@ -1,4 +1,4 @@
-"""Hostile and broken input: every one gets a 4xx in the one shape, soon, and the server goes on."""
+"""Hostile and broken input: every one quickly gets a 4xx in OpenAI's format, and the server goes on."""
 
 import base64
 import http.client
@@ -48,7 +48,7 @@ def animation() -> bytes:
 
 
 def scans(count: int) -> bytes:
-    """A progressive JPEG, small in bytes, that goes over its pixels again and again."""
+    """A progressive JPEG, small in bytes, that decodes its pixels repeatedly."""
     plain = encoded("JPEG", progressive=True)
     return plain[:-2] + plain[plain.rindex(b"\xff\xda") : -2] * count + plain[-2:]
 
@@ -97,7 +97,7 @@ def checked(answer, least: int = 400) -> dict:
 
 
 def asked(url: str) -> dict:
-    """A chat about the picture at an address."""
+    """A chat about the image at an address."""
     parts = [{"type": "text", "text": "what color is the circle ?"}, {"type": "image_url", "image_url": {"url": url}}]
     return {"messages": [{"role": "user", "content": parts}]}
 
@@ -111,7 +111,7 @@ def goes_on(address):
 
 @pytest.mark.parametrize("name", PICTURES)
 @pytest.mark.parametrize("route", ["edits", "reconstruct", "chat"])
-def test_no_picture_gets_one_fixed_text(address, route, name):
+def test_no_image_gets_one_fixed_text(address, route, name):
     data = PICTURES[name]
     if route == "chat":
         url = "data:image/png;base64," + base64.b64encode(data).decode()
@@ -123,8 +123,8 @@ def test_no_picture_gets_one_fixed_text(address, route, name):
     assert "expected a whole PNG, JPEG or WEBP of one frame" in checked(answer)["message"]
 
 
-def test_a_picture_with_a_page_behind_it_is_only_a_picture(address):
-    """The other polyglot: what is sent back is made anew, and has nothing of it."""
+def test_an_image_with_a_page_behind_it_is_only_an_image(address):
+    """The other polyglot: the answer is encoded anew and has nothing of it."""
     data = encoded(size=(64, 64)) + b"<script>alert(1)</script>"
     answer = httpx2.post(f"{address}/v1/reconstruct", files={"image": ("x.html", data, "text/html")})
     assert answer.status_code == 200
@@ -286,7 +286,7 @@ def test_a_wrong_method_is_refused(address):
 
 
 def exchange(address: str, head: str, *parts: bytes, pause: float = 0, wait: float = 30) -> bytes:
-    """Send a head and parts with pauses; all that comes back until the server hangs up, or the answer is there."""
+    """Send a head and parts with pauses; return what comes back until the connection closes or the answer ends."""
     where = urlsplit(address)
     with socket.create_connection((where.hostname, where.port), timeout=wait) as connection:
         received = b""
@@ -412,7 +412,7 @@ def test_a_client_that_does_not_read_keeps_no_place(address, monkeypatch):
 
 
 def health_meanwhile(address: str, **request) -> tuple[int, float]:
-    """The status of a request, and the longest that anybody else waited meanwhile."""
+    """The status of a request, and the longest wait of another request meanwhile."""
     with ThreadPoolExecutor(1) as pool:
         answer, longest = pool.submit(httpx2.post, timeout=60, **request), 0.0
         while not answer.done():
@@ -423,7 +423,7 @@ def health_meanwhile(address: str, **request) -> tuple[int, float]:
 
 
 @pytest.mark.slow
-def test_a_picture_of_very_many_chunks_keeps_nobody_else_waiting(address):
+def test_an_image_of_very_many_chunks_keeps_nobody_else_waiting(address):
     plain = encoded(size=(64, 64))
     data = plain[:33] + chunk(b"abCd", b"") * 1_000_000 + plain[33:]
     status, longest = health_meanwhile(address, url=f"{address}/v1/reconstruct", files={"image": ("x", data)})

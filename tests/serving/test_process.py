@@ -60,12 +60,12 @@ def test_a_weak_or_broken_token_is_refused(content, tmp_path, capsys, no_load):
     file = tmp_path / "token"
     file.write_bytes(content)
     assert main(["serve", "--token-file", str(file)]) == 2
-    said = capsys.readouterr().err
-    assert "--token-file" in said and content.decode("latin-1").strip()[:16] not in said or not content
+    output = capsys.readouterr().err
+    assert "--token-file" in output and content.decode("latin-1").strip()[:16] not in output or not content
     assert main(["serve", "--token-file", str(tmp_path / "none")]) == 2
 
 
-def test_a_taken_port_is_said_before_the_model_loads(capsys, no_load):
+def test_a_taken_port_is_reported_before_the_model_loads(capsys, no_load):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -110,12 +110,12 @@ def test_a_signal_ends_it_when_what_runs_is_done(how, status):
             pass
         server.send_signal(how)
         thread.join()
-        said = server.communicate(timeout=60)[1]
+        output = server.communicate(timeout=60)[1]
     finally:
         server.kill()
     assert got[0].status_code == 200 and len(got[0].json()["data"]) == 8
     assert server.returncode == status
-    assert TOKEN not in said and "blue star" not in said and "Traceback" not in said
+    assert TOKEN not in output and "blue star" not in output and "Traceback" not in output
 
 
 def test_small_answers_are_sent_at_once():
@@ -124,17 +124,17 @@ def test_small_answers_are_sent_at_once():
 
     async def serve_one() -> None:
         listener = listen("127.0.0.1", 0)
-        told = asyncio.Event()
+        closed = asyncio.Event()
 
         def came(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             connection = writer.get_extra_info("socket")
             found.append(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
             writer.close()
-            told.set()
+            closed.set()
 
         async with await asyncio.start_server(came, sock=listener):
             _, writer = await asyncio.open_connection(*listener.getsockname())
-            await told.wait()
+            await closed.wait()
             writer.close()
 
     asyncio.run(serve_one())

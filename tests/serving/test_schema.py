@@ -1,4 +1,4 @@
-"""The OpenAPI document: requests by chance get what it says, and every limit is told."""
+"""The OpenAPI document: random requests get the declared answers, and every limit is listed."""
 
 from typing import Any
 
@@ -44,8 +44,8 @@ def test_the_document_has_every_route_and_the_limits(address):
     document = httpx2.get(f"{address}/openapi.json").json()
     assert set(document["paths"]) == set(OPERATIONS)
     fields = document["components"]["schemas"]["GenerationRequest"]["properties"]
-    told = {name: fields[name]["anyOf"][0]["maximum"] for name in ("n", "num_inference_steps", "guidance_scale")}
-    assert told == {"n": limits.MAX_N, "num_inference_steps": limits.MAX_STEPS, "guidance_scale": limits.MAX_GUIDANCE}
+    maxima = {name: fields[name]["anyOf"][0]["maximum"] for name in ("n", "num_inference_steps", "guidance_scale")}
+    assert maxima == {"n": limits.MAX_N, "num_inference_steps": limits.MAX_STEPS, "guidance_scale": limits.MAX_GUIDANCE}
 
 
 def test_help_tells_every_limit(capsys):
@@ -54,7 +54,7 @@ def test_help_tells_every_limit(capsys):
     assert main(["serve", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     names = [name for name in vars(limits) if name.startswith("MAX_") or name.endswith("_SECONDS")]
-    untold = {"RETRY_SECONDS", "GATHER_SECONDS", "MAX_NEW_TOKENS"}
-    assert {name for name, *_ in limits.LIMITS} == set(names) - untold
+    unlisted = {"RETRY_SECONDS", "GATHER_SECONDS", "MAX_NEW_TOKENS"}
+    assert {name for name, *_ in limits.LIMITS} == set(names) - unlisted
     for name, value, what in limits.LIMITS:
         assert f"{name} = {value}: {what}" in shown

@@ -39,7 +39,7 @@ def joined(pipe, serve, tmp_path, monkeypatch):
     return start
 
 
-def test_page_and_api_draw_the_same_picture(joined, pipe):
+def test_page_and_api_draw_the_same_image(joined, pipe):
     if CHROMIUM is None:
         pytest.skip("no browser: install Debian's chromium")
     with joined() as address, sync_api.sync_playwright() as playwright:

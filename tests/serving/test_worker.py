@@ -1,4 +1,4 @@
-"""The queue, with a pipeline that only says what it was asked."""
+"""The queue, with a pipeline that only records its calls."""
 
 import threading
 import time
@@ -15,7 +15,7 @@ SOON = 5  # seconds
 
 
 class Scribe:
-    """Work that notes its calls, and waits at a gate where there is one."""
+    """Work that records its calls, and blocks until `open` is set."""
 
     def __init__(self) -> None:
         self.calls: list[list[Any]] = []
@@ -48,7 +48,7 @@ def worker():
 
 
 def hold(worker: Worker, scribe: Scribe) -> ImageJob:
-    """A job that runs until the gate opens, so that others gather behind it."""
+    """A job that runs until `scribe.open` is set, so that others queue up after it."""
     scribe.open.clear()
     job = ImageJob(scribe, "first", "held")
     worker.submit(job)
@@ -65,7 +65,7 @@ def test_compatible_jobs_share_a_call_oldest_first_up_to_a_batch(worker, scribe)
     assert scribe.calls == [["held"], ["a0", "a1", "a2"], ["b0", "b1", "b2"]]
 
 
-def test_a_batch_is_full_by_the_size_of_its_pictures(worker, scribe):
+def test_a_batch_is_full_by_the_size_of_its_images(worker, scribe):
     hold(worker, scribe)
     jobs = [ImageJob(scribe, "k", i, weight=weight) for i, weight in enumerate((2, 4, 1, 1, 1))]
     worker.submit(*jobs)
@@ -100,7 +100,7 @@ def test_a_batch_that_nobody_waits_for_stops_and_one_that_somebody_does_goes_on(
     first = hold(worker, scribe)
     jobs = [ImageJob(scribe, "k", i) for i in range(2)]
     worker.submit(*jobs)
-    first.future.cancel()  # the gate stays shut: only stopping lets the next batch begin
+    first.future.cancel()  # `open` stays unset: only stopping lets the next batch begin
     deadline = time.monotonic() + SOON
     while len(scribe.calls) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -137,8 +137,8 @@ def test_a_function_of_the_pipeline_has_its_turn(worker):
     assert worker.call(lambda pipe: pipe is worker.pipe).result(SOON) is True
 
 
-def test_a_long_chat_and_pictures_take_turns(worker, scribe):
-    said: list[str] = []
+def test_a_long_chat_and_images_take_turns(worker, scribe):
+    emitted: list[str] = []
     heard = threading.Event()
     calls_when_chat_ended: list[int] = []
 
@@ -150,22 +150,22 @@ def test_a_long_chat_and_pictures_take_turns(worker, scribe):
                 time.sleep(0.05)
         calls_when_chat_ended.append(len(scribe.calls))
 
-    chat = ChatJob(words, said.append)
+    chat = ChatJob(words, emitted.append)
     worker.submit(chat)
     for i in range(3):
         job = ImageJob(scribe, "k", i)
         worker.submit(job)
         job.future.result(SOON)
     chat.future.result(SOON)
-    assert said == [str(i) for i in range(100)] and heard.is_set()
-    assert calls_when_chat_ended[0] >= 1  # pictures did not wait for its end
+    assert emitted == [str(i) for i in range(100)] and heard.is_set()
+    assert calls_when_chat_ended[0] >= 1  # images did not wait for its end
 
 
 def test_two_chats_speak_by_turns_and_one_that_is_left_falls_silent(worker, scribe):
     hold(worker, scribe)
-    said: list[str] = []
-    endless = ChatJob(lambda pipe: iter(lambda: "a", None), said.append)
-    short = ChatJob(lambda pipe: iter("bb"), said.append)
+    emitted: list[str] = []
+    endless = ChatJob(lambda pipe: iter(lambda: "a", None), emitted.append)
+    short = ChatJob(lambda pipe: iter("bb"), emitted.append)
     worker.submit(endless, short)
     scribe.open.set()
     short.future.result(SOON)
@@ -173,9 +173,9 @@ def test_two_chats_speak_by_turns_and_one_that_is_left_falls_silent(worker, scri
     job = ImageJob(scribe, "k", 0)
     worker.submit(job)
     job.future.result(SOON)
-    count = len(said)
+    count = len(emitted)
     worker.call(lambda pipe: None).result(SOON)
-    assert len(said) == count and worker.waiting == 0
+    assert len(emitted) == count and worker.waiting == 0
 
 
 def test_a_chat_that_is_left_before_its_turn_frees_its_place_at_once(worker, scribe):

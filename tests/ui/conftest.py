@@ -1,4 +1,4 @@
-"""The bundled pipeline, which the page stands on."""
+"""The bundled pipeline, which the page uses."""
 
 from typing import Any
 

@@ -25,7 +25,7 @@ from spar.flow.sampler import Cancelled
 from spar.inference.image_files import BUNDLED_MODEL, read_metadata
 from spar.ui.app import build_page
 from spar.ui.components import error_message
-from spar.ui.examples import EDITS, PROMPTS, knows_shapes, scene_pictures
+from spar.ui.examples import EDITS, PROMPTS, knows_shapes, scene_images
 from spar.ui.mount import mount_page
 
 pytestmark = pytest.mark.slow
@@ -110,7 +110,7 @@ def pixels(image):
 
 
 def shown(page, selector):
-    """The picture behind an <img> of the page."""
+    """The image behind an <img> of the page."""
     with urllib.request.urlopen(page.locator(selector).locator("visible=true").get_attribute("src")) as answer:
         return Image.open(BytesIO(answer.read()))
 
@@ -149,8 +149,8 @@ def test_the_routing_view_tells_each_words_weights(visit, pipe):
     assert titles[6] == f"red: {', '.join(wanted)}"
 
 
-def test_a_dropped_picture_is_edited(visit, pipe, tmp_path):
-    picture = scene_pictures()[1].resize((256, 128))  # a user's own size and proportions
+def test_a_dropped_image_is_edited(visit, pipe, tmp_path):
+    picture = scene_images()[1].resize((256, 128))  # a user's own size and proportions
     picture.save(tmp_path / "mine.png")
     page = visit("Edit")
     page.get_by_label("Remove Image").locator("visible=true").click()
@@ -184,7 +184,7 @@ def test_reconstruct_shows_before_and_after(visit, pipe):
     page = visit("Reconstruct")
     press(page, "Rebuild")
     status(page).get_by_text("Rebuilt at 64 × 64 pixels").wait_for()
-    wanted = pipe.reconstruct(scene_pictures()[0]).images[0]
+    wanted = pipe.reconstruct(scene_images()[0]).images[0]
     file, name = download(page)
     with Image.open(file) as image:
         assert np.array_equal(pixels(image), pixels(wanted)) and name == "spar-rebuilt.png"
@@ -238,17 +238,17 @@ def test_a_visitor_who_leaves_stops_the_work(visit, pipe, monkeypatch):
     assert ended.wait(10)
 
 
-def test_a_new_seed_is_told(visit):
+def test_a_new_seed_is_shown(visit):
     page = visit()
     seed = box(page, "Seed")
     press(page, "New seed")
     sync_api.expect(seed).not_to_have_value("0")
-    told = seed.input_value()
+    value = seed.input_value()
     press(page, "Draw")
-    status(page).get_by_text(f"Seed {told} ·").wait_for()
+    status(page).get_by_text(f"Seed {value} ·").wait_for()
     seed.fill("")
     press(page, "Draw")
-    status(page).get_by_text(re.compile(r"Seed \d+ ·")).and_(page.get_by_text(f"Seed {told} ·")).wait_for(
+    status(page).get_by_text(re.compile(r"Seed \d+ ·")).and_(page.get_by_text(f"Seed {value} ·")).wait_for(
         state="detached"
     )
     status(page).get_by_text(re.compile(r"Seed \d+ ·")).wait_for()
@@ -258,10 +258,10 @@ def test_a_new_seed_is_told(visit):
 
 
 @pytest.mark.parametrize(
-    ("label", "text", "said"),
+    ("label", "text", "message"),
     [
         ("What to draw", "a purple dog", "This model does not know: dog; the top of the page says what it knows."),
-        ("What to draw", "  ", "Please write some words first."),
+        ("What to draw", "  ", "Please write some text first."),
         ("What to draw", "red " * 65, "Expected at most 64 tokens, got 65."),
         ("Seed", "-1", "Seed: expected a whole number from 0 to 9223372036854775807, or nothing, got '-1'."),
         ("Seed", "9" * 20, "or nothing, got '99999999999999999999'."),
@@ -269,21 +269,21 @@ def test_a_new_seed_is_told(visit):
         ("What to draw", "<img src=x onerror=alert(1)> ${1+1} {{2+2}}", "onerror=alert(1)>, ${1+1}, {{2+2}}"),
     ],
 )
-def test_what_is_wrong_is_said_in_plain_words(visit, label, text, said):
+def test_errors_are_shown_in_plain_words(visit, label, text, message):
     page = visit()
     box(page, label).fill(text)
     press(page, "Draw")
     alert = page.get_by_role("alert").locator("visible=true")
     alert.wait_for()
-    assert said in alert.inner_text()
+    assert message in alert.inner_text()
 
 
-def test_what_is_no_picture_is_named_and_its_path_is_not(visit, tmp_path):
+def test_what_is_no_image_is_named_and_its_path_is_not(visit, tmp_path):
     (tmp_path / "fake.png").write_bytes(b"%PDF-1.7 no picture")
     page = visit("Reconstruct")
     page.get_by_label("Remove Image").locator("visible=true").click()
     press(page, "Rebuild")
-    status(page).get_by_text("Please drop a picture first").wait_for()
+    status(page).get_by_text("Please drop an image first").wait_for()
     page.locator(".spar-picture:visible input[type=file]").first.set_input_files(tmp_path / "fake.png")
     page.get_by_label("Remove Image").locator("visible=true").wait_for()
     press(page, "Rebuild")
@@ -298,7 +298,7 @@ def test_our_own_faults_get_a_fixed_text(visit, pipe, monkeypatch, caplog):
     monkeypatch.setattr(pipe, "reconstruct", broken)
     page = visit("Reconstruct")
     press(page, "Rebuild")
-    page.get_by_text("Something went wrong here; the log of spar says what.").wait_for()
+    page.get_by_text("Something went wrong here; spar's log has the details.").wait_for()
     assert "secret detail" not in page.content() and "secret detail" in caplog.text
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from spar.inference.pipeline import SparPipeline
-from spar.ui.examples import EDITS, PROMPTS, QUESTIONS, SCENES, SEED, scene_pictures
+from spar.ui.examples import EDITS, PROMPTS, QUESTIONS, SCENES, SEED, scene_images
 from spar.worlds.shapes.captions import describe, parse
 from spar.worlds.shapes.detector import detect, satisfies
 from spar.worlds.shapes.scene import fits
@@ -52,18 +52,18 @@ def test_prompts(pipe):
 
 
 def test_edits(pipe):
-    pictures, texts = scene_pictures(), [text for _, text in EDITS]
+    pictures, texts = scene_images(), [text for _, text in EDITS]
     images = pipe.edit([pictures[place] for place, _ in EDITS], texts, seed=[SEED] * len(EDITS)).images
     assert set(AFTER) == set(texts)
     assert [text for text, image in zip(texts, images, strict=True) if not right(image, AFTER[text])] == []
 
 
 def test_questions(pipe):
-    pictures, texts = scene_pictures(), [text for _, text in QUESTIONS]
+    pictures, texts = scene_images(), [text for _, text in QUESTIONS]
     answers = pipe.understand([pictures[place] for place, _ in QUESTIONS], texts).texts
     assert dict(zip(texts, answers, strict=True)) == ANSWERS
 
 
 def test_reconstructions(pipe):
-    for scene, image in zip(SCENES, pipe.reconstruct(scene_pictures()).images, strict=True):
+    for scene, image in zip(SCENES, pipe.reconstruct(scene_images()).images, strict=True):
         assert right(image, describe(scene))

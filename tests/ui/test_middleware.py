@@ -1,4 +1,4 @@
-"""The doorman: only the page's own routes, small requests, files of the cache, no addresses."""
+"""GradioGuardMiddleware: only the page's own routes, small requests, files of the cache, no URLs."""
 
 import json
 
@@ -31,7 +31,7 @@ def cache(tmp_path):
 
 @pytest.fixture(params=["", "/ui"])
 def client(cache, request):
-    """Behind the doorman something that answers every route; at the root, and mounted elsewhere."""
+    """The middleware around an application that answers every route, at the root and mounted elsewhere."""
     inner = Starlette(routes=[Route("/{path:path}", echo, methods=["GET", "POST"])])
     app = GradioGuardMiddleware(inner, cache, MAX_FILE)
     outer = Starlette(routes=[Mount(request.param, app)]) if request.param else app
@@ -89,7 +89,7 @@ def test_the_body_that_was_looked_at_arrives_whole(client):
     assert client.post("gradio_api/queue/join", content=body).content == body
 
 
-def test_requests_are_small_but_for_uploads_of_one_picture(client):
+def test_requests_are_small_but_for_uploads_of_one_image(client):
     post = client.post
     assert post("gradio_api/cancel", content=b"x" * MAX_REQUEST).status_code == 200
     assert post("gradio_api/cancel", content=b"x" * (MAX_REQUEST + 1)).status_code == 413

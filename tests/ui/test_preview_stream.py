@@ -47,10 +47,10 @@ def test_previews_are_of_the_steps_own_latent_and_take_their_share_at_most():
     shown = [step for step in steps if step.image]
     assert shown and all(step.image == f"preview of {step.done}" for step in shown)
     assert len(shown) * 0.05 <= PREVIEW_SHARE * seconds + 0.05
-    assert steps[-1].image is None  # the picture itself comes next
+    assert steps[-1].image is None  # the image itself comes next
 
 
-def test_a_quick_picture_has_no_preview():
+def test_a_quick_image_has_no_preview():
     assert not any(
         step.image
         for step in PreviewStream(SlowPipe(steps=3)).run("me", "generate", "a")

@@ -1,6 +1,6 @@
-"""A SPAR folder from published parts: InternVL3, DC-AE and SANA as they are, the rest from seeded random weights.
+"""A SPAR model from published parts: InternVL3, DC-AE and SANA unchanged, the rest from seeded random weights.
 
-The model is built on no memory and takes over the checkpoints' tensors one by one, in the types they are stored in.
+The model is built on the meta device and gets the checkpoints' tensors one by one, in their stored types.
 """
 
 import zlib
@@ -34,7 +34,7 @@ PUBLISHED = {
     dcae.PIXEL_ENCODER: "autoencoder",
     f"{sana.DENOISER}.network": "dit",
 }
-# The parts that no published checkpoint brings, by their place in the model.
+# The parts that no published checkpoint has, by their place in the model.
 INIT_SOURCES = {
     "semantic stream": "tokenizer.semantic_stream",
     "pixel stream": "tokenizer.pixel_stream",
@@ -49,7 +49,7 @@ QUERY_SIZE = 0.02
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """The model, ready to be saved, and where the checkpoints differ from what the recipe expected."""
+    """The model, ready to be saved, and the differences of the checkpoints from the recipe."""
 
     bundle: ModelBundle
     differences: tuple[str, ...]
@@ -64,18 +64,18 @@ def build_from_published(
     seed: int = 0,
     recipe: str = "",
 ) -> BuiltModel:
-    """Put a model together.
+    """Build a model from published parts.
 
     Args:
-        config: what the checkpoints do not say (streams, router, connector), and what is expected of what they do.
-        sampling: as the recipe has it; the shift is replaced by that of the DiT's own scheduler.
+        config: settings that the checkpoints lack (streams, router, connector), and expected values of the others.
+        sampling: as in the recipe; the shift is replaced by that of the DiT's own scheduler.
         sources: folder or Hub id of each of SOURCES.
         revisions: for any of them a commit, branch or tag of the Hub.
         seed: of the random weights.
 
     Raises:
-        InputError: a source that is not there, a configuration that we cannot express, or weights that do not fit it:
-            then with every missing, unexpected and misshapen tensor of all parts in one report.
+        InputError: a missing source, an unsupported configuration, or weights that do not fit it: then with every
+            missing, unexpected and misshapen tensor of all parts in one report.
     """
     parts = read_parts(config, sources, revisions or {})
     real = replace(
@@ -96,7 +96,7 @@ def build_from_published(
 
 @dataclass(frozen=True)
 class PublishedParts:
-    """The published parts: where they lie, and what their configurations say."""
+    """The published parts: their sources and configurations."""
 
     sources: dict[str, CheckpointSource]
     text_tokenizer: Any
@@ -115,10 +115,10 @@ def read_parts(
     """Find the published parts and read their configurations.
 
     Args:
-        llm: the LLM's tensors where they do not come from the mllm's own files.
+        llm: the LLM's tensors if they are not those of the mllm's own files.
 
     Raises:
-        InputError: as `build_from_published`, but for the weights.
+        InputError: as `build_from_published`, except for the weights.
     """
     if unknown := sorted(set(revisions) - set(SOURCES)):
         raise InputError(f"revision: expected parts of {', '.join(SOURCES)}, got {', '.join(unknown)}")
@@ -148,7 +148,7 @@ def finish(
     seed: int,
     recipe: str,
 ) -> BuiltModel:
-    """The model with what a folder needs beside it; `configs` are the recipe's and the model's own."""
+    """Bundle the model with its tokenizer, sampling and manifest; `configs` are the recipe's and the model's own."""
     shift = parts.dit.sampling_shift
     own_sampling = sampling if shift is None else replace(sampling, shift=shift)
     found = [*differences(*configs, "model"), *differences(sampling, own_sampling, "sampling")]
@@ -169,15 +169,15 @@ def finish(
 def build_from_tensors(
     config: SparConfig, keys: KeyMap, filled: dict[str, str], seed: int
 ) -> tuple[SparModel, PixelEncoder, dict[str, str]]:
-    """A model of these sizes, built on no memory and filled from foreign tensors, and E_p.
+    """Build a model of these sizes and E_p on the meta device, and fill them from foreign tensors.
 
     Args:
         keys: every tensor of the checkpoints under our names.
-        filled: the parts that these must fill exactly, by the prefix of their names, and what each comes from.
+        filled: the parts that these must fill exactly, by the prefix of their names, and the source of each.
         seed: of the random weights of all other parts.
 
     Returns:
-        The model, E_p, and for each part where it comes from.
+        The model, E_p, and the origin of each part.
     """
     with init_empty_weights():
         model = SparModel(config)
@@ -196,17 +196,17 @@ def build_from_tensors(
 
 
 def with_configs(files: list[Path]) -> list[Path]:
-    """The files that were read, the configurations beside them included."""
+    """The given files and the configurations in their folders."""
     return [*files, *(path for folder in {file.parent for file in files} for path in folder.glob("*.json"))]
 
 
 def init_missing_weights(model: SparModel, seed: int) -> dict[str, str]:
-    """Give every part that is still without memory seeded random weights, and say of each where it comes from.
+    """Give every part on the meta device seeded random weights, and return the origin of each.
 
-    A part's weights depend on the seed and the part's name alone. Linear maps start as in training from nothing
+    A part's weights depend only on the seed and the part's name. Linear maps start as in training from scratch
     (Xavier), norms and learned factors at one, the queries small, the embedding of a reference at zero.
     """
-    told = {}
+    origins = {}
     for name, place in INIT_SOURCES.items():
         module: Any = model
         for step in place.split("."):
@@ -221,16 +221,16 @@ def init_missing_weights(model: SparModel, seed: int) -> dict[str, str]:
                 if parameter.is_meta:
                     value = _start(part, key, torch.empty(parameter.shape), generator)
                     setattr(part, key, nn.Parameter(value))
-        told[place] = f"random weights of seed {seed}"
-    forgotten = [key for key, value in model.state_dict().items() if value.is_meta]
-    if forgotten:
-        raise ValueError(f"expected weights for every part, got none for {', '.join(forgotten[:3])}")
-    return told
+        origins[place] = f"random weights of seed {seed}"
+    missing = [key for key, value in model.state_dict().items() if value.is_meta]
+    if missing:
+        raise ValueError(f"expected weights for every part, got none for {', '.join(missing[:3])}")
+    return origins
 
 
 @torch.no_grad()
 def _start(part: nn.Module, key: str, value: Tensor, generator: torch.Generator) -> Tensor:
-    """The first value of one parameter."""
+    """Initial value of one parameter."""
     if isinstance(part, nn.Linear):
         return nn.init.xavier_uniform_(value, generator=generator) if key == "weight" else value.zero_()
     if isinstance(part, (nn.LayerNorm, Qwen2RMSNorm)):

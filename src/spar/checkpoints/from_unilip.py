@@ -1,8 +1,8 @@
-"""A SPAR folder from UniLIP's public checkpoints: the same function, in the form that full SPAR is trained on from.
+"""A SPAR model from UniLIP's public checkpoints: the same function, in a form from which full SPAR can be trained.
 
 UniLIP has one stream and reads the LLM's last layer. Its stream becomes the semantic stream; the pixel stream is new,
-and a residual fusion whose learned part starts at zero passes z_s on. The router passes the last layer on: "last"
-exactly, "dtr" but for PICKED of the weight on each other layer, so that the gate can learn to look elsewhere.
+and a residual fusion whose learned part starts at zero outputs z_s. The router outputs the last layer: "last" exactly,
+"dtr" except for a weight of PICKED on each other layer, so that the gate can learn to select other layers.
 """
 
 import math
@@ -34,7 +34,7 @@ from spar.common.errors import InputError
 from spar.models.config import SparConfig
 from spar.models.router import DynamicTokenRouter, Router
 
-PICKED = 2e-5  # what a dtr that picks the last layer leaves to each other layer
+PICKED = 2e-5  # weight on each other layer of a dtr that selects the last layer
 DEFAULTS = {"mllm": "mllm_hf_path", "autoencoder": "vae_path", "dit": "dit_path"}  # fields of a model's config.json
 
 FROM_UNILIP = {internvl.ENCODER: "unilip", unilip.STREAM: "unilip", dcae.DECODER: "unilip"}
@@ -56,18 +56,19 @@ def convert_unilip(
     seed: int = 0,
     recipe: str = "",
 ) -> BuiltModel:
-    """Turn a checkpoint of UniLIP, a tokenizer or a whole model, into a SPAR model.
+    """Convert a checkpoint of UniLIP, a tokenizer or a whole model, to a SPAR model.
 
     Args:
         path: a model's folder or Hub id, or a file of tensors (.safetensors, .pt, .pth).
         config: of the parts that UniLIP lacks (the pixel stream).
-        sources: of the published parts that it was made from (`assembly.SOURCES`): their configurations, the words,
-            E_p, and for a tokenizer also the LLM and the DiT. For a model, None takes what its config.json names.
-        router: the last layer exactly, or a DTR that begins there.
-        factor: what brings the latent to unit size; by default the model's own `unilip_factor`.
+        sources: of the published parts that it was built from (`from_published.SOURCES`): their configurations, the
+            text tokenizer, E_p, and for a tokenizer also the LLM and the DiT. For a model, None means the one that its
+            config.json names.
+        router: the last layer exactly, or a DTR that starts from it.
+        factor: scales the latent to unit variance; by default the model's own `unilip_factor`.
 
     Raises:
-        InputError: as `build_from_published`, for a file that is no checkpoint of UniLIP, and for an unknown factor.
+        InputError: as `build_from_published`, a file that is not a checkpoint of UniLIP, or an unknown factor.
     """
     source, files = _open(path)
     kind = unilip.checkpoint_kind(files)
@@ -92,7 +93,7 @@ def convert_unilip(
 
 
 def _open(path: str) -> tuple[CheckpointSource, TensorReader]:
-    """The checkpoint and its tensors; the only place where a pickled file is read."""
+    """Open the checkpoint and its tensors; the only place that reads a pickled file."""
     file = Path(path)
     if file.is_file():
         source = CheckpointSource(file.parent, file.name)
@@ -102,7 +103,7 @@ def _open(path: str) -> tuple[CheckpointSource, TensorReader]:
 
 
 def _factor(settings: ForeignConfig, factor: float | None) -> float:
-    """What brings UniLIP's latent to unit size."""
+    """Factor that scales UniLIP's latent to unit variance."""
     scale = settings.number("unilip_factor", default=0.0) if factor is None else factor
     if not 0 < scale < math.inf:
         raise InputError(f"factor: expected the scale of UniLIP's latent, above 0 (its scripts have 10.6), got {scale}")
@@ -117,7 +118,7 @@ def _named(sources: dict[str, str | None], settings: ForeignConfig) -> dict[str,
 
 
 def _sizes(config: SparConfig, parts: PublishedParts, files: TensorReader, kind: str, router: str) -> SparConfig:
-    """UniLIP's sizes and forms; `config` for what it has not."""
+    """UniLIP's sizes and forms; those that it lacks are from `config`."""
     connector = replace(config.connector, reference_positions=False, reference_scale="raw", image_start=True)
     if kind == "model":
         layers = unilip.count_keys(files, r"llm_connector\.layers\.(\d+)\.")
@@ -140,7 +141,7 @@ def _sizes(config: SparConfig, parts: PublishedParts, files: TensorReader, kind:
 def _keys(
     parts: PublishedParts, files: TensorReader, kind: str, *, tied: bool
 ) -> tuple[KeyMap, dict[str, str], dict[str, list[Path]]]:
-    """Every tensor under our names, the parts that they fill, and the files of the published parts that were read."""
+    """Every tensor under our names, the parts that they fill, and the files read of the published parts."""
     keys, autoencoder = KeyMap(), parts.weights("autoencoder")
     keys.add(autoencoder, dcae.translate, [key for key in autoencoder.shapes if key.startswith("encoder.")])
     if kind == "model":
@@ -148,7 +149,7 @@ def _keys(
         return keys, MODEL, {"autoencoder": autoencoder.files}
     mllm, dit = parts.weights("mllm"), parts.weights("dit")
     keys.add(files, unilip.translate_tokenizer)
-    llm = [key for key in mllm.shapes if "language_model" in key or "lm_head" in key]  # its encoder is superseded
+    llm = [key for key in mllm.shapes if "language_model" in key or "lm_head" in key]  # not its encoder
     keys.add(mllm, lambda key: internvl.translate(key, head=not tied), llm)
     keys.add(dit, sana.translate)
     return keys, TOKENIZER, {"mllm": mllm.files, "autoencoder": autoencoder.files, "dit": dit.files}
@@ -156,14 +157,14 @@ def _keys(
 
 @torch.no_grad()
 def init_fusion_to_identity(fusion: nn.Sequential) -> None:
-    """Let a residual fusion pass the semantic stream on exactly: its last layer starts at zero."""
+    """Zero the last layer of a residual fusion, so that it outputs the semantic stream exactly."""
     fusion[-1].weight.zero_()
     fusion[-1].bias.zero_()
 
 
 @torch.no_grad()
 def init_router_to_last(router: Router) -> None:
-    """Let a router at the last state's scale pass the last layer on; a gate keeps PICKED for each other layer."""
+    """Make a router at the last state's scale output the last layer; a gate keeps PICKED for each other layer."""
     router.alpha.fill_(1.0)
     router.projection.weight.copy_(torch.eye(len(router.projection.weight)))
     router.projection.bias.zero_()

@@ -1,4 +1,4 @@
-"""Folders of weights to the Hub and from it: what is sent is checked before, and goes in one commit or not at all."""
+"""Upload and download of folders of weights; an upload is checked first, and is one commit."""
 
 import re
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from spar.common.config import read_json
 from spar.common.errors import InputError
 
 FOLDERS = ("", "tokenizer/", *(f"{part}/" for part in PARTS), "pixel_encoder/", "teacher/")
-# Weights that are no longer in the folder are removed there: they might be loaded in the place of newer ones.
+# Weights that are no longer in the folder are removed from the Hub: they might be loaded instead of newer ones.
 WEIGHTS = tuple(f"{folder}model*.safetensors{end}" for folder in FOLDERS for end in ("", INDEX))
-# What belongs to a folder: nothing else that lies in it is sent.
+# Files of a SPAR folder: no others are uploaded.
 ALLOWED_FILES = (
     *WEIGHTS,
     "README.md",
@@ -33,10 +33,10 @@ ADDRESS = re.compile(r"hf:/+([\w.-]+/[\w.-]+?)(?:@([^/]+))?")  # a Path has one 
 
 
 def model_folder(path: str | Path) -> Path:
-    """A folder on this disk: the path itself, or what `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION` has on the Hub.
+    """A local folder: the path itself, or the download of `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION`.
 
     Raises:
-        InputError: another address, or a download that fails.
+        InputError: another URL, or a failed download.
     """
     if not str(path).startswith("hf:"):
         return Path(path)
@@ -47,14 +47,14 @@ def model_folder(path: str | Path) -> Path:
 
 
 def model_name(path: str | Path, folder: Path) -> str:
-    """What notes call a model: a folder's own name, or the address on the Hub with the commit that came from there."""
+    """A model's name in metadata: the folder's own name, or the URL on the Hub with the downloaded commit."""
     found = ADDRESS.fullmatch(str(path))
     return f"hf://{found[1]}@{folder.name}" if found else folder.resolve().name
 
 
 @dataclass(frozen=True)
 class UploadPlan:
-    """The files of a folder that are sent, with their bytes, and the names of those that are left behind."""
+    """The files of a folder to upload, with their sizes in bytes, and the names of the others."""
 
     folder: Path
     format: str
@@ -63,10 +63,10 @@ class UploadPlan:
 
 
 def plan_upload(folder: Path) -> UploadPlan:
-    """What of a SPAR folder, or of a tokenizer's alone, would be sent; no network is needed.
+    """Plan the upload of a SPAR folder, or of a tokenizer's alone, without the network.
 
     Raises:
-        InputError: a folder that could not be loaded (`inspect`), or links in the place of files.
+        InputError: the folder cannot be loaded (`inspect`), or has links instead of files.
     """
     kind = inspect(folder).format
     names = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
@@ -83,19 +83,18 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def check_repository(repository: str) -> None:
-    """Refuse what is no Hub id."""
+    """Refuse a name that is not a Hub id."""
     if not REPOSITORY.fullmatch(repository):
         raise InputError(f"REPO_ID: expected OWNER/NAME, got {repository!r}")
 
 
 def push(plan: UploadPlan, repository: str, *, private: bool = True, message: str = "Weights of SPAR") -> str:
-    """Send a shipment to the model repository OWNER/NAME, in one commit, and return the commit's address.
+    """Upload the planned files to the model repository OWNER/NAME, in one commit, and return the commit's URL.
 
-    A repository that is not there is made. huggingface_hub knows who asks (`hf auth login`, or HF_TOKEN).
+    A missing repository is created. Authentication is huggingface_hub's (`hf auth login`, or HF_TOKEN).
 
     Raises:
-        InputError: a repository that holds another model, or that is public already where `private` is wanted, and
-            whatever the Hub refuses.
+        InputError: the repository has another model, or is public although `private` is True, or the Hub refuses.
     """
     check_repository(repository)
     from huggingface_hub import HfApi
@@ -118,7 +117,7 @@ def push(plan: UploadPlan, repository: str, *, private: bool = True, message: st
         raise
     except OfflineModeIsEnabled as error:
         raise InputError("the Hub cannot be reached: HF_HUB_OFFLINE is set") from error
-    except Exception as error:  # the Hub's refusals, and whatever goes wrong with the network and the disk
+    except Exception as error:  # of the Hub, the network or the disk
         unknown = isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403)
         hint = "; hf auth login, or HF_TOKEN, says who asks" if unknown else ""
         raise InputError(f"the Hub does not take {repository}: {_reason(error)}{hint}") from error

@@ -1,4 +1,4 @@
-"""What a SPAR folder is and holds, from its headers alone: every tensor's name and shape is checked, none is read."""
+"""Inspection of a SPAR folder by its headers alone: every tensor's name and shape is checked, none is read."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 @dataclass(frozen=True)
 class PartInfo:
-    """One part's weights: how many numbers, in how many bytes of files, stored in which types (most numbers first)."""
+    """One part's weights: number of parameters, bytes of its files, and stored types (the most frequent first)."""
 
     name: str
     parameters: int
@@ -55,20 +55,20 @@ class Inspection:
 
     @property
     def parameters(self) -> int:
-        """Those of the model; E_p, which only training reads, is none."""
+        """Number of parameters of the model, without E_p and the teacher, which only training reads."""
         return sum(part.parameters for part in self.parts if part.name not in ("pixel_encoder", "teacher"))
 
     @property
     def scores(self) -> dict[str, dict[str, float]]:
-        """The manifest's scores by benchmark; what is no number is none."""
+        """The manifest's scores by benchmark; values that are not numbers are dropped."""
         return recorded_scores(self.manifest)
 
 
 def inspect(folder: Path) -> Inspection:
-    """Look a SPAR folder, or the folder of a tokenizer alone, over.
+    """Inspect a SPAR folder, or the folder of a tokenizer alone.
 
     Raises:
-        InputError: whatever would keep the folder from being loaded, but damage within the numbers.
+        InputError: the folder cannot be loaded; damaged tensor values are not detected.
     """
     alone = f"{FORMAT}-tokenizer"
     whole = not folder.is_dir() or read_json(folder / "config.json").get("format") != alone

@@ -1,7 +1,7 @@
-"""LoRA (arXiv 2106.09685) through peft: small trainable additions to frozen linear maps, kept apart or merged.
+"""LoRA (arXiv 2106.09685) with peft: small trainable additions to frozen linear maps, saved separately or merged.
 
-What is adapted are the linear maps inside the repeated layers of a part: attention and feed-forward of the LLM and the
-connector, attention of the DiT (its feed-forward is convolutions, which stay as they are).
+It adapts the linear maps inside the repeated layers of a part: attention and feed-forward of the LLM and the connector,
+attention of the DiT (whose feed-forward consists of convolutions, which stay as they are).
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ LORA_PREFIX = "lora_"  # in the name of every tensor that an adapter adds
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """`rank` of the additions (0: no LoRA), `alpha` (they count alpha / rank), and the parts that get them."""
+    """`rank` of the additions (0: no LoRA), `alpha` (their factor is alpha / rank), and the adapted parts."""
 
     rank: int = 0
     alpha: float = 16.0
@@ -38,15 +38,15 @@ class LoraConfig:
 
 
 def is_lora_key(name: str) -> bool:
-    """Whether a parameter's name is one that LoRA added."""
+    """Whether a parameter was added by LoRA."""
     return f".{LORA_PREFIX}" in name
 
 
 def add_lora(model: nn.Module, config: LoraConfig) -> None:
-    """Add zero-initialised LoRA to a model in place: it computes what it did. Random starts are torch's global ones.
+    """Add zero-initialised LoRA to a model in place, which keeps its output. It uses torch's global generator.
 
     Raises:
-        InputError: without peft.
+        InputError: peft is not installed.
     """
     try:
         import peft
@@ -64,7 +64,7 @@ def add_lora(model: nn.Module, config: LoraConfig) -> None:
 
 
 def rename_for_lora(own: dict[str, Tensor], given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a plain model under an adapted one's names, with that one's own additions where none are given."""
+    """Rename a plain model's weights to an adapted one's names; missing additions are taken from `own`."""
     renamed = {}
     for name, value in given.items():
         stem, _, last = name.rpartition(".")
@@ -74,12 +74,12 @@ def rename_for_lora(own: dict[str, Tensor], given: dict[str, Tensor]) -> dict[st
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What LoRA added, by name."""
+    """The tensors of LoRA, by name."""
     return {name: value for name, value in model.state_dict().items() if is_lora_key(name)}
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Add every addition to the map that it stands beside, in place: a plain model that computes the same."""
+    """Merge every addition into its linear map, in place: a plain model with the same output."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]:
@@ -89,7 +89,7 @@ def merge_lora(model: nn.Module) -> None:
 
 
 def save_adapter(model: nn.Module, config: LoraConfig, folder: Path, manifest: dict[str, Any]) -> None:
-    """Write the additions alone: `adapter.safetensors`, `config.json` and what made them."""
+    """Write the additions alone: `adapter.safetensors`, `config.json` and `manifest.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in adapter_tensors(model).items()}
     save_file(tensors, folder / "adapter.safetensors")
@@ -99,10 +99,10 @@ def save_adapter(model: nn.Module, config: LoraConfig, folder: Path, manifest: d
 
 
 def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
-    """Adapt a plain model and fill the additions from a folder.
+    """Add LoRA to a plain model and load the additions from a folder.
 
     Raises:
-        InputError: no adapter, or one of another model: the sizes or names differ.
+        InputError: the folder has no adapter, or one whose sizes or names do not fit the model.
     """
     header = read_json(folder / "config.json")
     if (header.get("format"), header.get("format_version")) != (FORMAT, FORMAT_VERSION):

@@ -1,4 +1,4 @@
-"""The model card of a SPAR folder: what its own files say of the weights, and nothing that they do not say."""
+"""The model card of a SPAR folder, written only from the folder's own files."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -13,8 +13,8 @@ CELL = 2000  # characters of a manifest's value that a table shows
 USE = """from spar import SparPipeline
 
 pipe = SparPipeline.from_pretrained(".")
-picture = pipe.generate("a red circle", seed=0).images[0]
-edited = pipe.edit(picture, "remove the red circle", seed=0).images[0]
+image = pipe.generate("a red circle", seed=0).images[0]
+edited = pipe.edit(image, "remove the red circle", seed=0).images[0]
 answer = pipe.understand(edited, "what color is the background?").texts[0]
 again = pipe.reconstruct(edited).images[0]
 """
@@ -23,13 +23,13 @@ again = pipe.reconstruct(edited).images[0]
 def model_card(
     config: SparConfig, manifest: dict[str, Any], parameters: dict[str, int], *, prompt: int, words: int | None
 ) -> str:
-    """Markdown behind a YAML head, as the Hub reads it.
+    """Markdown after a YAML head, as the Hub expects it.
 
     Args:
-        manifest: what made the weights; its `license` is the card's, "unknown" without one.
-        parameters: numbers of each part.
+        manifest: origin of the weights; its `license` is the card's, "unknown" without one.
+        parameters: number of parameters by part.
         prompt: tokens of the longest prompt.
-        words: size of the vocabulary where it is closed; None where any text can be read.
+        words: size of a closed vocabulary; None if any text can be encoded.
     """
     license = manifest.get("license")
     license = license if isinstance(license, str) else "unknown"
@@ -41,22 +41,22 @@ def model_card(
     sections = {
         "Use": f"In this folder, with the package `spar` installed:\n\n```python\n{USE}```",
         "Sizes": _table(("part", "parameters"), [(name, f"{n:,}") for name, n in sizes.items()]),
-        "What made it": _made(manifest),
+        "Origin": _origin(manifest),
         "Scores": _scores(manifest),
         "Limits": "\n".join(f"- {line}" for line in _limits(config, manifest, license, prompt, words)),
     }
     recipe = f", recipe {_cell(manifest['recipe'])}" if "recipe" in manifest else ""
     head = (
-        "Weights of the SPAR design ([arXiv 2606.23041](https://arxiv.org/abs/2606.23041)): one model that is to "
-        "understand, generate, edit and reconstruct pictures. How well it does stands under Scores, where it was "
-        "measured. This card was written from the folder's own files; what they do not say is not known here."
+        "Weights of the SPAR design ([arXiv 2606.23041](https://arxiv.org/abs/2606.23041)): one model to "
+        "understand, generate, edit and reconstruct images. Scores lists its quality where it was measured. "
+        "This card was written from the folder's own files; anything else is unknown."
     )
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
     return f"---\n{data.to_yaml()}\n---\n\n# SPAR{recipe}\n\n{head}\n\n{body}\n"
 
 
 def recorded_scores(manifest: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The manifest's scores by benchmark; what is no number is none."""
+    """The manifest's scores by benchmark; values that are not numbers are dropped."""
     listed = manifest.get("scores")
     return {
         name: {score: value for score, value in table.items() if type(value) in (int, float)}
@@ -66,13 +66,13 @@ def recorded_scores(manifest: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def _published(manifest: dict[str, Any]) -> list[str]:
-    """Hub ids of the parts that came from the Hub: those that have a commit."""
+    """Hub ids of the parts from the Hub, which have a commit."""
     sources = manifest.get("sources")
     records = sources.values() if isinstance(sources, dict) else ()
     return [one["source"] for one in records if isinstance(one, dict) and one.get("source") and one.get("commit")]
 
 
-def _made(manifest: dict[str, Any]) -> str:
+def _origin(manifest: dict[str, Any]) -> str:
     def listed(key: str) -> dict[str, Any]:
         return manifest[key] if isinstance(manifest.get(key), dict) else {}
 
@@ -86,8 +86,8 @@ def _made(manifest: dict[str, Any]) -> str:
     }
     rows = {key: value for key, value in rows.items() if value != ""}
     if not rows:
-        return "`manifest.json` says nothing of it."
-    return f"{_table(('what', 'value'), rows.items())}\n\n`manifest.json` has the whole of it."
+        return "`manifest.json` does not record it."
+    return f"{_table(('key', 'value'), rows.items())}\n\n`manifest.json` has the full record."
 
 
 def _scores(manifest: dict[str, Any]) -> str:
@@ -95,7 +95,7 @@ def _scores(manifest: dict[str, Any]) -> str:
     rows = [(name, score, f"{value:g}") for name, table in tables.items() for score, value in table.items()]
     if not rows:
         return "None are recorded."
-    return f"As `manifest.json` records them.\n\n{_table(('benchmark', 'score', 'value'), rows)}"
+    return f"As recorded in `manifest.json`.\n\n{_table(('benchmark', 'score', 'value'), rows)}"
 
 
 def _limits(
@@ -103,16 +103,16 @@ def _limits(
 ) -> Iterable[str]:
     parts = manifest.get("parts")
     if isinstance(parts, dict) and any(str(origin).startswith("random weights") for origin in parts.values()):
-        yield "Parts of it are untrained random weights (above): what it draws means nothing before they are trained."
+        yield "Some parts have untrained random weights (above): the output is meaningless before they are trained."
     side = config.image_size
-    yield f"Made for pictures of {side} x {side} pixels; other sides are multiples of {config.token_stride}."
-    yield f"A prompt has at most {prompt} tokens; prompt, pictures and answer together {config.text.max_seq_len}."
+    yield f"Made for images of {side} x {side} pixels; other sides are multiples of {config.token_stride}."
+    yield f"A prompt has at most {prompt} tokens; prompt, images and answer together {config.text.max_seq_len}."
     if words is not None:
-        yield f"It reads a closed vocabulary of {words} words and refuses any other."
-    yield "An edit has one reference picture."
-    yield "spar filters neither what is asked nor what is drawn."
+        yield f"It has a closed vocabulary of {words} words and refuses any other."
+    yield "An edit has one reference image."
+    yield "spar filters neither prompts nor images."
     if license == "unknown":
-        yield "The license is not recorded (`license` in `manifest.json`); that of every part of it binds."
+        yield "The license is not recorded (`license` in `manifest.json`); the licenses of all parts apply."
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
@@ -121,6 +121,6 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    """One line of plain text: a manifest may come from anybody."""
+    """One line of plain text, since a manifest may be untrusted."""
     line = "".join(c if c.isprintable() else " " for c in str(value))[:CELL]
     return line.translate({ord(c): f"\\{c}" for c in "\\|<["})

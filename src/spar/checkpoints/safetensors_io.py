@@ -1,4 +1,4 @@
-"""Tensors on disk: safetensors, in one file or in shards with an index, read one at a time and always strictly."""
+"""Tensors in safetensors files, single or in shards with an index, read one at a time and always strictly."""
 
 from pathlib import Path
 
@@ -17,9 +17,9 @@ INDEX = ".index.json"
 class SafetensorsReader:
     """The tensors of `NAME.safetensors`, or of the shards that `NAME.safetensors.index.json` lists.
 
-    `shapes` holds every tensor on no memory, `types` the names of their types as safetensors has them ("F32", "BF16");
-    `read` gives one tensor with memory of its own. Raises `InputError` for files
-    that are missing, damaged or not what the index says.
+    `shapes` has every tensor on the meta device, `types` the names of their types in safetensors ("F32", "BF16");
+    `read` returns one tensor with its own memory. Raises `InputError` for files that are missing, damaged or differ
+    from the index.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,7 +39,7 @@ class SafetensorsReader:
         return {key: handle.get_slice(key).get_dtype() for key, handle in self._where.items()}
 
     def _listed(self, index: Path) -> list[Path]:
-        """The shards, each a plain name beside the index."""
+        """The shards, each a plain file name in the index's folder."""
         names = self._map(index).values()
         strange = [name for name in names if not isinstance(name, str) or Path(name).name != name]
         if strange:
@@ -53,15 +53,15 @@ class SafetensorsReader:
         return listed
 
     def _check(self, index: Path) -> None:
-        """Each tensor lies where the index says, and nowhere else."""
+        """Check that each tensor is in the file that the index gives, and in no other."""
         pairs = zip(self.files, self._handles, strict=True)
-        held = {(key, file.name) for file, handle in pairs for key in handle.keys()}
-        wrong = sorted(held ^ set(self._map(index).items()))
+        stored = {(key, file.name) for file, handle in pairs for key in handle.keys()}
+        wrong = sorted(stored ^ set(self._map(index).items()))
         if wrong:
             raise InputError(f"{index} and its shards disagree about {len(wrong)} tensors, {wrong[0][0]} among them")
 
     def read(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor, a floating one in `dtype` where that is given; later changes of the file do not reach it."""
+        """Read one tensor, a floating one in `dtype` if given; it is a copy, independent of the file."""
         try:
             tensor = self._where[key].get_tensor(key)
         except (SafetensorError, OSError) as error:
@@ -79,7 +79,7 @@ def _open(path: Path) -> "safe_open":
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file or of its shards; a missing or damaged one raises `InputError`."""
+    """Read all tensors of a file or of its shards; a missing or damaged one raises `InputError`."""
     files = SafetensorsReader(path)
     return {key: files.read(key) for key in files.shapes}
 
@@ -87,7 +87,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def write_tensors(
     module: nn.Module, path: Path, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """A module's weights, floating ones in `dtype` where that is given; in shards where they exceed `shard_bytes`."""
+    """Write a module's weights, floating ones in `dtype` if given; in shards if they exceed `shard_bytes`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach() for key, value in module.state_dict().items()}
     kinds = {key: dtype if dtype and value.is_floating_point() else value.dtype for key, value in state.items()}
@@ -114,12 +114,12 @@ def write_tensors(
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(tensors, path)
-    except SafetensorError as error:  # what the library makes of a full disk
+    except SafetensorError as error:  # for example for a full disk
         raise OSError(str(error)) from error
 
 
 def describe_mismatch(own: dict[str, Tensor], given: dict[str, Tensor]) -> str:
-    """One line on missing, unexpected and misshapen keys; empty when they fit."""
+    """One line on missing, unexpected and misshapen keys; empty if all fit."""
     wrong = [
         f"{key} is {tuple(given[key].shape)}, expected {tuple(own[key].shape)}"
         for key in sorted(own.keys() & given.keys())
@@ -136,7 +136,7 @@ def describe_mismatch(own: dict[str, Tensor], given: dict[str, Tensor]) -> str:
 
 
 def load_weights(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    """Strict loading into the module's own memory and types, with one readable report of what does not fit."""
+    """Load strictly into the module's own memory and types; one report lists all mismatches."""
     mismatch = describe_mismatch(module.state_dict(), tensors)
     if mismatch:
         raise InputError(f"{where} does not fit this model: {mismatch}")
@@ -144,9 +144,9 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], where: str) -> N
 
 
 def load_into_meta(module: nn.Module, path: Path, where: str, dtype: torch.dtype | None = torch.float32) -> None:
-    """Strict loading of a module that was built without memory: its weights become those of the file.
+    """Load strictly into a module on the meta device: its weights become those of the file.
 
-    Floating ones come in `dtype`, or as they are stored where that is None.
+    Floating ones are in `dtype`, or as stored if it is None.
     """
     files = SafetensorsReader(path)
     mismatch = describe_mismatch(module.state_dict(), files.shapes)

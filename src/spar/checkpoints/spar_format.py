@@ -1,13 +1,13 @@
-"""A SPAR folder: one subfolder a part, safetensors and JSON, loaded strictly; the tokenizer alone is a folder too.
+"""The SPAR folder: one subfolder per part, safetensors and JSON, loaded strictly; the tokenizer alone is a folder too.
 
     config.json               format, versions, sizes of every part, sampling defaults
     tokenizer/                config.json (sizes, latent scale), model.safetensors
-    language/ router/ connector/ denoiser/      model.safetensors each, in shards with an index where it is large
+    language/ router/ connector/ denoiser/      model.safetensors each, in shards with an index if large
     pixel_encoder/            model.safetensors: E_p, for training the tokenizer (optional)
     teacher/                  model.safetensors: E_s before the tokenizer's training, its semantic teacher (optional)
     text_tokenizer/           transformers' own files
-    manifest.json             what made the weights (optional)
-    README.md                 the model card, for a reader (optional)
+    manifest.json             origin of the weights (optional)
+    README.md                 the model card (optional)
 """
 
 import importlib.metadata
@@ -38,7 +38,7 @@ PARTS = ("language", "router", "connector", "denoiser")
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the model is sampled unless the caller says otherwise; part of the model, since training fixed it."""
+    """Default sampling of the model; part of it, since training determines it."""
 
     shift: float = 1.0
     method: str = "dpmsolver++"
@@ -49,9 +49,9 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class ModelBundle:
-    """What a folder holds.
+    """Contents of a SPAR folder.
 
-    `pixel_encoder` and `teacher` are written where they are given; `load_pixel_encoder` and `load_teacher` read them.
+    `pixel_encoder` and `teacher` are written if given; `load_pixel_encoder` and `load_teacher` read them.
     """
 
     model: SparModel
@@ -63,13 +63,13 @@ class ModelBundle:
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package and of the libraries whose classes hold the weights."""
+    """Versions of this package and of the model libraries."""
     libraries = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "diffusers")}
     return {"spar": __version__, **libraries}
 
 
 def save_tokenizer(tokenizer: UnifiedTokenizer, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """The unified tokenizer alone: image to latent and back, and the encoder for understanding."""
+    """Write the unified tokenizer alone: image to latent and back, and the encoder for understanding."""
     write_tensors(tokenizer, folder / "model.safetensors", dtype)
     write_json(
         folder / "config.json",
@@ -84,7 +84,7 @@ def save_tokenizer(tokenizer: UnifiedTokenizer, folder: Path, dtype: torch.dtype
 
 
 def load_tokenizer(folder: Path) -> UnifiedTokenizer:
-    """The inverse of `save_tokenizer`, in float32."""
+    """Load the folder of `save_tokenizer`, in float32."""
     header = read_header(folder, f"{FORMAT}-tokenizer")
     with init_empty_weights():
         tokenizer = UnifiedTokenizer(from_dict(SparConfig, header["model"], complete=True))
@@ -98,20 +98,20 @@ def _load_tokenizer_weights(tokenizer: UnifiedTokenizer, folder: Path, header: d
 
 
 def save_model(loaded: ModelBundle, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Write a whole SPAR folder; an existing folder that is no SPAR folder is left alone."""
+    """Write a whole SPAR folder; an existing folder is replaced only if it is a SPAR folder."""
     check_replaceable(folder, FORMAT)
-    with atomic_directory(folder) as aside:
+    with atomic_directory(folder) as temporary:
         model = loaded.model
-        save_tokenizer(model.tokenizer, aside / "tokenizer", dtype)
+        save_tokenizer(model.tokenizer, temporary / "tokenizer", dtype)
         for part in PARTS:
-            write_tensors(getattr(model, part), aside / part / "model.safetensors", dtype)
+            write_tensors(getattr(model, part), temporary / part / "model.safetensors", dtype)
         if loaded.pixel_encoder is not None:
-            write_tensors(loaded.pixel_encoder, aside / "pixel_encoder" / "model.safetensors", dtype)
+            write_tensors(loaded.pixel_encoder, temporary / "pixel_encoder" / "model.safetensors", dtype)
         if loaded.teacher is not None:
-            write_tensors(loaded.teacher, aside / "teacher" / "model.safetensors", dtype)
-        loaded.text_tokenizer.save_pretrained(aside / "text_tokenizer")
+            write_tensors(loaded.teacher, temporary / "teacher" / "model.safetensors", dtype)
+        loaded.text_tokenizer.save_pretrained(temporary / "text_tokenizer")
         write_json(
-            aside / "config.json",
+            temporary / "config.json",
             {
                 "format": FORMAT,
                 "format_version": FORMAT_VERSION,
@@ -120,12 +120,12 @@ def save_model(loaded: ModelBundle, folder: Path, dtype: torch.dtype | None = No
                 "sampling": to_dict(loaded.sampling),
             },
         )
-        write_json(aside / "manifest.json", loaded.manifest)
-        (aside / CARD).write_text(build_model_card(loaded), encoding="utf-8")
+        write_json(temporary / "manifest.json", loaded.manifest)
+        (temporary / CARD).write_text(build_model_card(loaded), encoding="utf-8")
 
 
 def build_model_card(loaded: ModelBundle) -> str:
-    """The model card, as it lies in the folder."""
+    """Text of the folder's model card."""
     model, words = loaded.model, loaded.text_tokenizer
     sizes = {name: sum(t.numel() for t in getattr(model, name).state_dict().values()) for name in ("tokenizer", *PARTS)}
     closed = len(set(words.get_vocab()) - set(words.all_special_tokens)) if words.unk_token_id is not None else None
@@ -133,14 +133,14 @@ def build_model_card(loaded: ModelBundle) -> str:
 
 
 def check_replaceable(folder: Path, kind: str) -> None:
-    """Refuse a path that holds anything but an empty folder or an older one of this kind, with InputError."""
+    """Refuse a path that is neither an empty folder nor an older one of this kind, with InputError."""
     if folder.absolute().exists() and not _replaceable(folder, kind):
         what = kind.replace(FORMAT, "SPAR").replace("-", " ")
         raise InputError(f"{folder.absolute()} exists and is no {what} folder; expected an empty or new folder")
 
 
 def _replaceable(folder: Path, kind: str) -> bool:
-    """Whether a path that exists is an empty folder or an older one of this kind."""
+    """Whether an existing path is an empty folder or an older one of this kind."""
     if not folder.is_dir():
         return False
     if not any(folder.iterdir()):
@@ -176,12 +176,12 @@ def read_config(folder: Path) -> SparConfig:
 
 
 def has_pixel_encoder(folder: Path) -> bool:
-    """Whether a SPAR folder holds E_p beside the model."""
+    """Whether a SPAR folder contains E_p."""
     return _has_part(folder, "pixel_encoder")
 
 
 def has_teacher(folder: Path) -> bool:
-    """Whether a SPAR folder holds the semantic teacher of its tokenizer beside the model."""
+    """Whether a SPAR folder contains the semantic teacher of its tokenizer."""
     return _has_part(folder, "teacher")
 
 
@@ -202,7 +202,7 @@ def load_teacher(folder: Path) -> SemanticEncoder:
 
 
 def load_pixel_encoder(folder: Path) -> PixelEncoder:
-    """E_p of a SPAR folder that holds it, in float32."""
+    """Load E_p of a SPAR folder, in float32."""
     config = read_config(folder)
     with init_empty_weights():
         encoder = PixelEncoder(build_autoencoder(config.autoencoder).encoder)
@@ -211,7 +211,7 @@ def load_pixel_encoder(folder: Path) -> PixelEncoder:
 
 
 def load_text_tokenizer(folder: Path, config: TextConfig) -> Any:
-    """A model's text tokenizer from its files; InputError where it is damaged or of another model."""
+    """Load a model's text tokenizer; InputError if it is damaged or of another model."""
     from transformers import PreTrainedTokenizerFast
 
     if not (folder / "tokenizer.json").is_file():
@@ -228,10 +228,10 @@ def load_text_tokenizer(folder: Path, config: TextConfig) -> Any:
 
 
 def read_header(folder: Path, expected: str) -> dict[str, Any]:
-    """config.json of a folder, checked for kind and version.
+    """Read config.json of a folder and check its kind and version.
 
     Raises:
-        InputError: no folder, no readable config.json, another format than `expected`, or another version.
+        InputError: a missing folder, an unreadable config.json, another format than `expected`, or another version.
     """
     if not folder.is_dir():
         raise InputError(f"expected a SPAR model folder, got {folder}, which {_what(folder)}")
@@ -251,7 +251,7 @@ def read_header(folder: Path, expected: str) -> dict[str, Any]:
 
 
 def tokenizer_header(folder: Path, header: dict[str, Any]) -> dict[str, Any]:
-    """The header of a SPAR folder's tokenizer, which has the sizes of the folder's own; raises as `read_header`."""
+    """Read the header of a SPAR folder's tokenizer, which has the folder's own sizes; raises as `read_header`."""
     tokenizer = read_header(folder / "tokenizer", f"{FORMAT}-tokenizer")
     if tokenizer["model"] != header["model"]:
         raise InputError(f"{folder}: the config.json of tokenizer/ gives other sizes than the model's own")

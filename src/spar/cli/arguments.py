@@ -1,6 +1,6 @@
-"""What each verb of the command line takes: one frozen dataclass a verb, read by tyro, and the flags of a recipe.
+"""Arguments of the command line: one frozen dataclass per verb, parsed by tyro, and the flags of a recipe.
 
-tyro draws its errors as boxes; `parse` turns them into one `InputError`. No heavy library is imported here.
+tyro prints its errors as boxes; `parse` converts them to one `InputError`. No heavy library is imported here.
 """
 
 import contextlib
@@ -37,44 +37,44 @@ Guidance = Annotated[float | None, arg(name="guidance", aliases=["--guidance-sca
 
 @dataclass(frozen=True, kw_only=True)
 class ModelArguments:
-    """Which weights, and how they run."""
+    """The weights, and how they run."""
 
     model: Path | None = None
     """Model folder, or hf://OWNER/NAME[@REVISION]; by default the bundled weights."""
     adapter: Path | None = None
     """Folder of LoRA weights (RUN/adapter) to merge into the model."""
     decode_tile: int | None = None
-    """Visual tokens a side above which pictures are decoded in tiles: less memory, a slightly different picture."""
+    """Visual tokens per side above which images are decoded in tiles: less memory, a slightly different image."""
     weights: Literal["float32", "dtype", "int8"] = "dtype"
-    """How weights are held: float32, dtype (the type of --dtype, with the same results) or int8 (other results)."""
+    """Type of the stored weights: float32, dtype (that of --dtype, with the same results) or int8 (other results)."""
     offload: Flag = False
-    """Parts wait in the CPU's memory while others compute on the device: less of its memory, more time."""
+    """Keep idle parts in the CPU's memory: less of the device's memory, more time."""
     compile: Flag = False
-    """Repeated layers go through torch.compile: the first result takes a minute or so, later ones less time."""
+    """Compile repeated layers with torch.compile: the first result takes a minute or so, later ones less time."""
     dtype: Dtype = "auto"
-    """What matrix products run in; auto is bfloat16 where the device has it in hardware."""
+    """Type of matrix products; auto is bfloat16 if the device has it in hardware."""
     device: str | None = None
-    """cpu, cuda, cuda:1 ...; by default CUDA where there is one."""
+    """cpu, cuda, cuda:1 ...; by default CUDA if available."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingArguments(ModelArguments):
-    """How pictures are drawn, and where they go."""
+    """Sampling and output of images."""
 
     output: OutputPath = None
-    """PNG file, or a folder for several pictures; by default out.png, or out for several."""
+    """PNG file, or a folder for several images; by default out.png, or out for several."""
     overwrite: Flag = False
     """Replace files that exist."""
     seed: int | None = None
-    """Picture i is drawn from seed + i; random when left out."""
+    """Image i uses seed + i; random by default."""
     num_inference_steps: Steps = None
     """Sampling steps; by default the model's own."""
     guidance_scale: Guidance = None
     """Classifier-free guidance, 1 for none; by default the model's own."""
     num_images_per_prompt: Annotated[int, arg(aliases=["-n"])] = 1
-    """Pictures for each prompt."""
+    """Images for each prompt."""
     negative_prompt: str | None = None
-    """What guidance steers away from."""
+    """What the images should not show."""
 
     def __post_init__(self) -> None:
         check_range("--seed", self.seed, 0, MAX_SEED)
@@ -84,53 +84,53 @@ class SamplingArguments(ModelArguments):
         _check_utf8(self.negative_prompt, "--negative-prompt")
 
     def keywords(self) -> dict[str, Any]:
-        """The pipeline's keywords that all sampling tasks share."""
+        """Keywords of the pipeline's sampling tasks."""
         names = ("negative_prompt", "num_inference_steps", "guidance_scale", "num_images_per_prompt", "seed")
         return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateArguments(SamplingArguments):
-    """Draw pictures from words: spar generate "a large red circle on a gray background" -o out.png"""
+    """Generate images from prompts: spar generate "a large red circle on a gray background" -o out.png"""
 
     prompt: Annotated[Positional[tuple[str, ...]], arg(metavar="PROMPT")]
-    """What to draw; several prompts make several pictures."""
+    """What to generate; several prompts give several images."""
     height: int | None = None
-    """Pixels; by default the side that the model was trained at."""
+    """Pixels; by default the side of the training images."""
     width: int | None = None
-    """Pixels; by default the side that the model was trained at."""
+    """Pixels; by default the side of the training images."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_nonempty(self.prompt, "prompt", "PROMPT")
-        check_range("number of pictures", len(self.prompt) * self.num_images_per_prompt, 1, MAX_IMAGES)
+        check_range("number of images", len(self.prompt) * self.num_images_per_prompt, 1, MAX_IMAGES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EditArguments(SamplingArguments):
-    """Change a picture as an instruction says: spar edit photo.png "remove the red circle" -o edited.png"""
+    """Edit an image by instruction: spar edit photo.png "remove the red circle" -o edited.png"""
 
     image: Annotated[Positional[Path], arg(metavar="IMAGE")]
-    """The picture to change."""
+    """The image to edit."""
     instruction: Annotated[Positional[tuple[str, ...]], arg(metavar="INSTRUCTION")]
-    """What to change; several instructions make several pictures."""
+    """What to change; several instructions give several images."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_nonempty(self.instruction, "instruction", "IMAGE INSTRUCTION")
-        check_range("number of pictures", len(self.instruction) * self.num_images_per_prompt, 1, MAX_IMAGES)
+        check_range("number of images", len(self.instruction) * self.num_images_per_prompt, 1, MAX_IMAGES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnderstandArguments(ModelArguments):
-    """Answer questions about a picture: spar understand photo.png "how many objects are there?\""""
+    """Answer questions about an image: spar understand photo.png "how many objects are there?\""""
 
     image: Annotated[Positional[Path], arg(metavar="IMAGE")]
-    """The picture."""
+    """The image."""
     question: Annotated[Positional[tuple[str, ...]], arg(metavar="QUESTION")]
     """What to ask; one line is printed for each question."""
     max_new_tokens: int = 48
-    """Longest answer; more than 256 is cut to that."""
+    """Tokens of the longest answer; more than 256 is cut to that."""
 
     def __post_init__(self) -> None:
         _check_nonempty(self.question, "question", "IMAGE QUESTION")
@@ -139,29 +139,29 @@ class UnderstandArguments(ModelArguments):
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructArguments(ModelArguments):
-    """Send pictures through the unified tokenizer and back: spar reconstruct photo.png -o back.png"""
+    """Encode and decode images with the unified tokenizer: spar reconstruct photo.png -o back.png"""
 
     image: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE")]
-    """Pictures, or folders of pictures."""
+    """Images, or folders of images."""
     output: OutputPath = None
-    """PNG file, or a folder for several pictures; by default out.png, or out for several."""
+    """PNG file, or a folder for several images; by default out.png, or out for several."""
     overwrite: Flag = False
     """Replace files that exist."""
 
     def __post_init__(self) -> None:
-        _check_nonempty(self.image, "picture", "IMAGE")
+        _check_nonempty(self.image, "image", "IMAGE")
 
 
 @dataclass(frozen=True, kw_only=True)
 class InfoArguments:
-    """Say how a picture was made, or what a folder of weights is: spar info out.png
+    """Show how an image was made, or what a folder of weights contains: spar info out.png
 
-    A picture answers with its notes and the command that makes it again. A folder is checked as loading would, by the
+    Of an image it prints the metadata and the command that reproduces it. A folder is checked as in loading, by the
     headers of its files.
     """
 
     path: Annotated[Positional[Path], arg(metavar="PATH")]
-    """A PNG that spar wrote, or a SPAR folder (of a model, or of a tokenizer alone)."""
+    """A PNG written by spar, or a SPAR folder (of a model, or of a tokenizer alone)."""
     json: Flag = False
     """Print JSON."""
 
@@ -177,17 +177,17 @@ class TrainArguments:
     recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
     """The recipe's name (tiny, shapes, ...); it comes first."""
     stage: UseAppendAction[tuple[str, ...]] = ()
-    """Train this stage only; may be given several times, and each then starts from the end of the one given before."""
+    """Train this stage only; repeatable, and each then starts from the end of the previous one."""
     run: Path | None = None
     """Folder of the run; by default runs/RECIPE."""
     resume: str = "never"
-    """never: a folder that holds a run is refused. auto: go on where the run stands. A folder: go on with that run."""
+    """never: refuse a folder that contains a run. auto: resume it from its last state. A folder: resume that run."""
     init_from: Path | None = None
     """Start the first stage from the weights of a finished stage (RUN/STAGE/done) or of a SPAR folder."""
     teacher: Path | None = None
     """SPAR folder whose encoder is the tokenizer's semantic teacher, where the starting weights keep none."""
     from_scratch: Flag = False
-    """Start from random weights what the recipe expects from published checkpoints."""
+    """Use random weights for the parts that the recipe expects from published checkpoints."""
     device: str = "cpu"
     """cpu, cuda, cuda:1 ..."""
     dry_run: Flag = False
@@ -196,36 +196,36 @@ class TrainArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanArguments:
-    """Say what a recipe costs on given GPUs, before any training: spar plan spar-1b --gpus 64 --gpu h200
+    """Estimate the cost of a recipe on given GPUs, before any training: spar plan spar-1b --gpus 64 --gpu h200
 
-    Memory of one GPU, operations, pictures a second and days of each stage, and what will not fit. Every field of the
-    recipe is a flag, as in `spar train`: --stages.unified-2.batch 1024.
+    It prints memory of one GPU, operations, images a second and days of each stage, and warns of what does not fit.
+    Every field of the recipe is a flag, as in `spar train`: --stages.unified-2.batch 1024.
     """
 
     recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
     """The recipe's name (spar-1b, spar-3b); it comes first."""
     stage: UseAppendAction[tuple[str, ...]] = ()
-    """Plan this stage only; may be given several times."""
+    """Plan this stage only; repeatable."""
     gpus: int = 8
-    """How many there are."""
+    """Number of GPUs."""
     gpu: str = "h200"
-    """Which: rtx4090, a100-40, a100, h100, h200 or b200."""
+    """Type of GPU: rtx4090, a100-40, a100, h100, h200 or b200."""
     mfu: float = 0.4
-    """Share of the GPU's peak that is reckoned with."""
+    """Assumed share of the GPU's peak."""
     strategy: Literal["fsdp", "ddp"] = "fsdp"
-    """fsdp shards weights, gradients and optimizer; ddp holds them whole."""
+    """fsdp shards weights, gradients and optimizer; ddp replicates them."""
     grad_accum_steps: int = 1
-    """Pieces that a GPU's share of a batch is worked off in."""
+    """Micro-steps of a GPU's share of a batch."""
     activation_checkpointing: Flag = False
-    """Activations are computed again in the backward pass."""
+    """Recompute activations in the backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheArguments:
     """Compute the frozen features of data sets once: spar cache RECIPE --init-from MODEL --data.source files ...
 
-    Unified stages then read the folder in place of pictures: spar train RECIPE ... --data.cache FOLDER. Every field of
-    the recipe is a flag, as in `spar train`. A cache that was broken off goes on where it stands.
+    Unified stages then read the folder instead of images: spar train RECIPE ... --data.cache FOLDER. Every field of the
+    recipe is a flag, as in `spar train`. An interrupted cache resumes from its last state.
     """
 
     recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
@@ -235,23 +235,23 @@ class CacheArguments:
     output: Annotated[Path, arg(aliases=["-o"])] = Path("features")
     """Folder to write."""
     batch: int = 32
-    """Pictures at once."""
+    """Images in one batch."""
     device: str = "cpu"
     """cpu, cuda, cuda:1 ..."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Of matrix products, as in the training that will read the features."""
+    """Type of matrix products, as in the training that will read the features."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AssemblyArguments:
-    """What a model is put together from, and where it goes."""
+    """Parts of a new model, and its folder."""
 
     output: Annotated[Path, arg(aliases=["-o"])]
     """Folder to write."""
     revision: UseAppendAction[tuple[str, ...]] = ()
-    """PART=COMMIT, for a part that comes from the Hub; may be given for each. By default the newest."""
+    """PART=COMMIT, for a part from the Hub; repeatable. By default the newest."""
     seed: int = 0
-    """Of the random weights."""
+    """Seed of the random weights."""
     overwrite: Flag = False
     """Replace an earlier model."""
 
@@ -270,15 +270,15 @@ class AssemblyArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildArguments(AssemblyArguments):
-    """Put a model together from published parts: spar build spar-1b --mllm OpenGVLab/InternVL3-1B-hf
+    """Build a model from published parts: spar build spar-1b --mllm OpenGVLab/InternVL3-1B-hf
     --autoencoder mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers --dit Efficient-Large-Model/Sana_600M_512px_diffusers -o
     spar-1b
 
-    Each part is a folder or a Hub id. What none of them brings starts from random weights; the manifest says which.
+    Each part is a folder or a Hub id. Weights that no part has start random; the manifest lists them.
     """
 
     recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
-    """The recipe whose model it is (spar-1b, spar-3b)."""
+    """The recipe that defines the model (spar-1b, spar-3b)."""
     mllm: str
     """InternVL3, in transformers' layout (its name ends in -hf) or the original."""
     autoencoder: str
@@ -289,14 +289,14 @@ class BuildArguments(AssemblyArguments):
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertArguments(AssemblyArguments):
-    """Turn a public checkpoint into a SPAR model: spar convert unilip kanashi6/UniLIP-1B -o unilip-1b
+    """Convert a public checkpoint to a SPAR model: spar convert unilip kanashi6/UniLIP-1B -o unilip-1b
 
-    The model computes what the checkpoint did, and full SPAR can be trained on from there. A tokenizer's file (.pth)
-    wants the published parts and --factor too; a model names its own.
+    The model computes the same function as the checkpoint, and full SPAR can be trained from it. A tokenizer's file
+    (.pth) also needs the published parts and --factor; a model names its own.
     """
 
     format: Annotated[Positional[Literal["unilip"]], arg(metavar="FORMAT")]
-    """Whose format it is: unilip."""
+    """Format of the checkpoint: unilip."""
     path: Annotated[Positional[str], arg(metavar="PATH")]
     """A model's folder or Hub id, or a file of tensors (.safetensors, .pt, .pth)."""
     mllm: str | None = None
@@ -306,19 +306,19 @@ class ConvertArguments(AssemblyArguments):
     dit: str | None = None
     """SANA, in diffusers' layout."""
     router: Literal["dtr", "last"] = "dtr"
-    """last computes exactly what the checkpoint did; dtr starts within a thousandth of it and can learn."""
+    """last reproduces the checkpoint exactly; dtr starts within a thousandth of it and can learn."""
     factor: float | None = None
-    """What brings the latent to unit size; by default the model's own."""
+    """Factor that scales the latent to unit variance; by default the model's own."""
     recipe: str = "spar-1b"
-    """The recipe that gives what the checkpoint lacks."""
+    """The recipe of the settings that the checkpoint lacks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PushArguments:
-    """Send a folder of weights to the Hub: spar push runs/shapes/model OWNER/NAME --dry-run
+    """Upload a folder of weights to the Hub: spar push runs/shapes/model OWNER/NAME --dry-run
 
-    The folder is checked first, and only what belongs to it is sent, in one commit. A repository that is not there yet
-    is made, private unless --public. Who asks is huggingface_hub's business: hf auth login, or HF_TOKEN.
+    The folder is checked first, and only its own files are uploaded, in one commit. A missing repository is created,
+    private unless --public. Authentication is huggingface_hub's: hf auth login, or HF_TOKEN.
     """
 
     folder: Annotated[Positional[Path], arg(metavar="FOLDER")]
@@ -326,11 +326,11 @@ class PushArguments:
     repository: Annotated[Positional[str], arg(metavar="REPO_ID")]
     """OWNER/NAME."""
     public: Flag = False
-    """Everybody may read the repository."""
+    """Make a new repository public."""
     message: str = "Weights of SPAR"
-    """Of the commit."""
+    """Message of the commit."""
     dry_run: Flag = False
-    """Say what would be sent, and stop."""
+    """Print what would be uploaded, and stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,19 +346,19 @@ class EvalArguments(ModelArguments):
     limit: int | None = None
     """Prompts of each task; by default all of them."""
     seed: int | None = None
-    """Of the pictures and of the bootstrap; by default 0."""
+    """Seed of the images and of the bootstrap; by default 0."""
     num_inference_steps: Steps = None
     """Sampling steps; by default the model's own."""
     guidance_scale: Guidance = None
     """Classifier-free guidance; by default the model's own."""
     images_per_prompt: int | None = None
-    """Pictures for each prompt of shapes-gen; by default 4."""
+    """Images for each prompt of shapes-gen; by default 4."""
     batch: int | None = None
-    """Pictures made at once: changes the time, never the scores."""
+    """Images per batch: changes the time, never the scores."""
     combinations: Literal["seen", "held_out"] = "seen"
-    """Combinations of colour and shape that training showed, or those that it held out."""
+    """Combinations of colour and shape that training contains, or those that it holds out."""
     label: str | None = None
-    """Noted in the results, to tell two models apart."""
+    """Label in the results, to distinguish two models."""
 
     def __post_init__(self) -> None:
         check_range("--seed", self.seed, 0, MAX_SEED)
@@ -368,7 +368,7 @@ class EvalArguments(ModelArguments):
             check_range("--" + name.replace("_", "-"), getattr(self, name), 1, MAX_IMAGES)
 
     def keywords(self) -> dict[str, Any]:
-        """The fields of EvalOptions that were given; the others keep their defaults there."""
+        """The given fields of EvalOptions; the others keep their defaults."""
         names = ("limit", "seed", "num_inference_steps", "guidance_scale", "images_per_prompt", "batch")
         values = {name: getattr(self, name) for name in (*names, "combinations", "label")}
         return {name: value for name, value in values.items() if value is not None}
@@ -383,19 +383,19 @@ class ReportArguments:
     output: OutputPath = None
     """HTML file; by default RUN/report.html, which is replaced."""
     overwrite: Flag = False
-    """Replace the file given with --output if it exists."""
+    """Replace the file of --output if it exists."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoArguments(ModelArguments):
-    """Show all four tasks in one page: pictures, edits, answers, reconstructions and a small sample of the scores."""
+    """Write a page with all four tasks: images, edits, answers, reconstructions and a small sample of the scores."""
 
     output: Annotated[Path, arg(aliases=["-o"])] = Path("demo")
     """Folder to write."""
     overwrite: Flag = False
     """Replace an earlier demo."""
     images: Path | None = None
-    """Folder of pictures to reconstruct; by default pictures of the shapes world."""
+    """Folder of images to reconstruct; by default images of the shapes world."""
     limit: int = 4
     """Prompts of each benchmark task."""
 
@@ -405,14 +405,14 @@ class DemoArguments(ModelArguments):
 
 @dataclass(frozen=True, kw_only=True)
 class ListenArguments(ModelArguments):
-    """Where a server listens, and who may come."""
+    """Address and access of a server."""
 
     host: str = DEFAULT_HOST
     """Address to listen on; any but this machine's own needs a token."""
     port: int = DEFAULT_PORT
     """Port; 0 takes a free one."""
     token_file: Path | None = None
-    """File with the token that is asked for; by default what the variable SPAR_API_TOKEN holds, if anything."""
+    """File with the required token; by default the variable SPAR_API_TOKEN, if set."""
 
     def __post_init__(self) -> None:
         check_range("--port", self.port, 0, 65535)
@@ -421,9 +421,9 @@ class ListenArguments(ModelArguments):
 @dataclass(frozen=True, kw_only=True)
 class ServeArguments(ListenArguments):
     max_batch: int = MAX_BATCH
-    """Pictures of the model's own size that are drawn together."""
+    """Images of the model's own size in one batch."""
     max_queue: int = MAX_QUEUE
-    """Pictures and chats that may wait; beyond them the answer is 429."""
+    """Images and chats that may wait; more are answered with 429."""
     timeout: int = REQUEST_SECONDS
     """Seconds that a request may wait and run."""
     ui: Flag = False
@@ -436,10 +436,10 @@ class ServeArguments(ListenArguments):
         check_range("--timeout", self.timeout, 1, 3600)
 
 
-ServeArguments.__doc__ = f"""Serve the four tasks over HTTP, in the shapes of OpenAI's API: spar serve --port 8000
+ServeArguments.__doc__ = f"""Serve the four tasks over HTTP, in the format of OpenAI's API: spar serve --port 8000
 
-The addresses: /v1/images/generations, /v1/images/edits, /v1/chat/completions, /v1/models, /v1/reconstruct, /health,
-/metrics, /openapi.json. What one request, and all together, may ask for:
+Paths: /v1/images/generations, /v1/images/edits, /v1/chat/completions, /v1/models, /v1/reconstruct, /health, /metrics,
+/openapi.json. Limits of one request and of all requests together:
 
 {format_limits()}
 """
@@ -455,15 +455,15 @@ class UiArguments(ListenArguments):
 
 @dataclass(frozen=True, kw_only=True)
 class DataArguments:
-    """Which data set."""
+    """The data set, and how to read it."""
 
     path: Annotated[Positional[tuple[str, ...]], arg(metavar="PATH")]
     """Shards by name, {0000..2175}, glob or hf://datasets/...; a folder of shards, of parquet files or with
     metadata.jsonl; a ShareGPT-4o-Image list (.json); a GPT-Image-Edit index (.txt)."""
     format: Format = "auto"
-    """What PATH holds, where its name does not tell."""
+    """Format of PATH; auto derives it from the name."""
     cache: Path | None = None
-    """Folder where indexes of shards are kept; by default they are made anew."""
+    """Folder of shard indexes; by default they are built each time."""
     workers: int = 4
     """Processes."""
 
@@ -474,13 +474,13 @@ class DataArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class DataCheckArguments(DataArguments):
-    """Read and decode every sample and say what is wrong: spar data check "shards/*.tar"
+    """Read and decode every sample and report what is wrong: spar data check "shards/*.tar"
 
-    The exit status is 1 if something is.
+    The exit status is 1 if anything is wrong.
     """
 
     limit: int | None = None
-    """Samples to look at, evenly spread; by default all."""
+    """Samples to check, evenly spread; by default all."""
     max_characters: int = 4096
     """Longest caption."""
     json: Flag = False
@@ -496,7 +496,7 @@ class DataCheckArguments(DataArguments):
 class DataConvertArguments(DataArguments):
     """Write a data set as webdataset shards: spar data convert data.txt -o shards
 
-    Pictures that are whole are copied byte by byte; the others are left out and named in dropped.jsonl.
+    Complete images are copied byte by byte; the others are left out and listed in dropped.jsonl.
     """
 
     output: Annotated[Path, arg(aliases=["-o"])]
@@ -504,9 +504,9 @@ class DataConvertArguments(DataArguments):
     overwrite: Flag = False
     """Replace an earlier conversion."""
     shard_size: int = 10_000
-    """Samples of a shard."""
+    """Samples per shard."""
     bad_share: float = 0.01
-    """Share of bad samples above which nothing is written, judged from 1000 samples on."""
+    """Share of bad samples above which nothing is written, measured from 1000 samples on."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -516,7 +516,7 @@ class DataConvertArguments(DataArguments):
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorArguments:
-    """Look over the installation: versions, devices, optional parts, what is wrong and how to fix it."""
+    """Check the installation: versions, devices, optional parts, what is wrong and how to fix it."""
 
 
 def _check_nonempty(values: Sequence[object], what: str, usage: str) -> None:
@@ -528,7 +528,7 @@ def _check_nonempty(values: Sequence[object], what: str, usage: str) -> None:
 
 
 def _check_utf8(text: str | None, what: str) -> None:
-    """Refuse bytes of a shell that are no text in its encoding: Python keeps them as lone surrogates."""
+    """Refuse a shell's bytes that are not text in its encoding: Python keeps them as lone surrogates."""
     try:
         (text or "").encode()
     except UnicodeEncodeError:
@@ -536,9 +536,9 @@ def _check_utf8(text: str | None, what: str) -> None:
 
 
 def recipe_arguments(base: "Recipe", kind: type[T]) -> type[T]:
-    """`kind` with a flag for every field of a recipe, stages by name, and to train for those of ParallelismConfig.
+    """Extend `kind` by a flag for every field of a recipe, stages by name, and for training those of ParallelismConfig.
 
-    The values of `base` are the defaults. Booleans take a value (`--model.streams.pixel-stream False`).
+    The defaults are the values of `base`. Booleans take a value (`--model.streams.pixel-stream False`).
     """
     from spar.training.distributed import ParallelismConfig
 
@@ -568,39 +568,39 @@ def recipe_arguments(base: "Recipe", kind: type[T]) -> type[T]:
 
 
 def build_recipe(arguments: Any, base: "Recipe") -> "Recipe":
-    """The recipe that the parsed flags describe."""
+    """Build the recipe from the parsed flags."""
     values = {item.name: getattr(arguments, item.name) for item in dataclasses.fields(base)}
     stages = values.pop("stages")
     return type(base)(stages=tuple(getattr(stages, item.name) for item in dataclasses.fields(stages)), **values)
 
 
 def parse(kind: type[T], argv: Sequence[str], prog: str, *, none: bool = False) -> T:
-    """Read a verb's arguments; `--help` prints and raises SystemExit(0).
+    """Parse a verb's arguments; `--help` prints and raises SystemExit(0).
 
     Args:
-        none: whether a flag may be given the value None, as an optional field of a recipe may.
+        none: whether a flag accepts the value None, as for an optional field of a recipe.
 
     Raises:
-        InputError: one sentence, for whatever tyro or the dataclasses refuse.
+        InputError: tyro or the dataclasses refuse an argument; the message is one sentence.
     """
-    said = io.StringIO()
+    output = io.StringIO()
     helped = bool({"-h", "--help"} & set(argv))
     try:
-        with contextlib.nullcontext() if helped else _capture_errors(said):
+        with contextlib.nullcontext() if helped else _capture_errors(output):
             return tyro.cli(kind, args=list(argv), prog=prog, config=() if none else (DisallowNone,))
     except SystemExit as stop:
         if not stop.code:
             raise
-    raise InputError(_sentence(said.getvalue(), prog))
+    raise InputError(_sentence(output.getvalue(), prog))
 
 
 @contextlib.contextmanager
-def _capture_errors(said: io.StringIO) -> Iterator[None]:
-    """Let tyro write its errors to `said` without colours, in ASCII, and so wide that it breaks no line."""
+def _capture_errors(output: io.StringIO) -> Iterator[None]:
+    """Redirect tyro's errors to `output`, in ASCII, without colours and without line breaks."""
     before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "10000"
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             yield
     finally:
         if before is None:
@@ -609,7 +609,7 @@ def _capture_errors(said: io.StringIO) -> Iterator[None]:
             os.environ["COLUMNS"] = before
 
 
-# What tyro and Python say, and what we say instead.
+# Messages of tyro and Python, and our replacements.
 _ERROR_PATTERNS = (
     (r"^Error parsing (-\S+):\s*", r"\1: "),
     (r"^Error parsing [^-\s]\S*:\s*", ""),
@@ -623,7 +623,7 @@ _ERROR_PATTERNS = (
 
 
 def _sentence(box: str, prog: str) -> str:
-    """The error in tyro's box (a title, the error, more below, with rules between) as one line."""
+    """Convert tyro's box (a title, the error, hints, separated by rules) to one line."""
     sections = re.split(r"^\s*-+\s*$", box, flags=re.M)
     sentence = " ".join(sections[min(1, len(sections) - 1)].split())
     if unknown := re.fullmatch(r"Unrecognized options?: (.*)", sentence):
@@ -632,7 +632,7 @@ def _sentence(box: str, prog: str) -> str:
         hint = f"; perhaps you meant {' or '.join(meant)}" if meant else ""
         return f"unknown arguments: {unknown[1]}{hint} ({prog} --help lists all)"
     if missing := re.match(r"Missing from [^:]*: (\S+)", sentence):
-        return f"expected {missing[1]}, got nothing ({prog} --help says more)"
+        return f"expected {missing[1]}, got nothing ({prog} --help lists all)"
     for pattern, ours in _ERROR_PATTERNS:
         sentence = re.sub(pattern, ours, sentence)
     return sentence.rstrip(".")

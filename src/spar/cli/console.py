@@ -1,6 +1,6 @@
-"""How the command line looks: tables, bars and log lines, made with rich for `cli.py`, which decides what is shown.
+"""Tables, bars and log lines of the command line, built with rich for `main.py`.
 
-rich is imported inside the functions: a verb that shows no table and has no terminal starts without it.
+rich is imported inside the functions, so that a verb without tables and terminal starts without it.
 """
 
 import sys
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from spar.training.plan import RunPlan
 
 MARKS = {True: "[green]ok[/]", False: "[bold red]wrong[/]", None: "[yellow]note[/]"}
-NOT_LOSS_TERMS = ("loss", "grad_norm", "lr", "seconds")  # what a step reports beside the terms of its loss
+NOT_LOSS_TERMS = ("loss", "grad_norm", "lr", "seconds")  # values of a step that are not terms of its loss
 
 Advance = Callable[[int, int], None]
 Announce = Callable[["StageConfig", list[tuple[str, int, int]]], None]
@@ -31,7 +31,7 @@ Report = Callable[[str, int, int, dict[str, float]], None]
 
 
 def new_console(*, stderr: bool = False) -> "Console":
-    """A console; where there is no terminal, one that does not fold the rows of tables."""
+    """A console; without a terminal, one that does not wrap the rows of tables."""
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
@@ -39,7 +39,7 @@ def new_console(*, stderr: bool = False) -> "Console":
 
 
 def new_table(*columns: str, title: str | None = None) -> "Table":
-    """A table with these columns; one whose name starts with > is aligned to the right."""
+    """A table with these columns; a name that starts with > is aligned to the right."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
@@ -50,7 +50,7 @@ def new_table(*columns: str, title: str | None = None) -> "Table":
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Advance | None]:
-    """A bar with the time left, on stderr while it is a terminal: yields advance(done, total), or None."""
+    """A bar with the time left, on stderr if it is a terminal: yields advance(done, total), or None."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -62,13 +62,13 @@ def progress_bar(title: str) -> Iterator[Advance | None]:
 
 
 def sampling_callback(advance: Advance | None) -> Callable[[int, int, Any], None] | None:
-    """The pipeline's callback (steps done, steps, estimate) for a bar's advance."""
+    """Convert a bar's advance to the pipeline's callback (steps done, steps, estimate)."""
     return None if advance is None else lambda done, total, _: advance(done, total)
 
 
 @contextmanager
 def training_display() -> Iterator[tuple[Announce, Report]]:
-    """(announce, report) for `train`: a stage's freezing table, a line a logged step, and a bar on a terminal."""
+    """(announce, report) for `train`: a stage's freezing table, a line per logged step, and a bar on a terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
     console = new_console()
@@ -90,7 +90,7 @@ def training_display() -> Iterator[tuple[Announce, Report]]:
 
 
 def log_line(stage: str, step: int, steps: int, values: dict[str, float]) -> str:
-    """One logged step: the loss and its terms, gradient, learning rate, and the time left of the stage."""
+    """Format one logged step: loss, its terms, gradient norm, learning rate, and the time left of the stage."""
     terms = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name not in NOT_LOSS_TERMS)
     left = timedelta(seconds=round(values["seconds"] / (step + 1) * (steps - step - 1)))
     rest = f"grad_norm {values['grad_norm']:.3g}  lr {values['lr']:.2g}  left {left}"
@@ -98,7 +98,7 @@ def log_line(stage: str, step: int, steps: int, values: dict[str, float]) -> str
 
 
 def freezing_table(stage: "StageConfig", parts: Sequence[tuple[str, int, int]]) -> "Table":
-    """What of a stage trains and what is frozen, in parameters."""
+    """Trainable and frozen parameters of a stage, by part."""
     table = new_table("part", ">trainable", ">frozen", title=f"{stage.name}: {stage.steps} steps of {stage.batch}")
     for part, trainable, frozen in parts:
         table.add_row(part, f"{trainable:,}", f"{frozen:,}")
@@ -132,10 +132,10 @@ def data_of_stage(plan: "RunPlan", stage: "StageConfig") -> str:
 
 
 def estimate_table(planned: Sequence["StageEstimate"]) -> "Table":
-    """What stages cost: memory in GiB of one GPU, operations of a step, pictures a second of all GPUs, days."""
+    """Cost of stages: memory in GiB of one GPU, operations of a step, images a second of all GPUs, days."""
     table = new_table(
         "stage", ">trainable", ">batch", ">at once", ">weights", ">gradients", ">optimizer", ">activations",
-        ">GiB in all", ">TFLOP a step", ">pictures/s", ">days",
+        ">GiB in all", ">TFLOP a step", ">images/s", ">days",
     )  # fmt: skip
     for one in planned:
         gibs = (f"{value / 2**30:.1f}" for value in (one.weights, one.gradients, one.optimizer, one.activations))
@@ -149,7 +149,7 @@ def estimate_table(planned: Sequence["StageEstimate"]) -> "Table":
 
 
 def epochs_table(epochs: dict[str, dict[str, float]]) -> "Table":
-    """How often each stage shows each sample of each data set."""
+    """Epochs of each data set in each stage."""
     sets = list(dict.fromkeys(name for one in epochs.values() for name in one))
     table = new_table("epochs", *(f">{name}" for name in sets))
     for stage, found in epochs.items():
@@ -158,7 +158,7 @@ def epochs_table(epochs: dict[str, dict[str, float]]) -> "Table":
 
 
 def score_table(result: "Result") -> "Table":
-    """The scores of a result with intervals and targets, those that answer the benchmark's question first."""
+    """Scores of a result with intervals and targets, the benchmark's main scores first."""
     from spar.evaluation.targets import find_target, main_scores, show, show_interval, show_name, show_title, verdict
 
     table = new_table("score", ">value", "95 % interval", ">n", "target", title=show_title(result))
@@ -171,7 +171,7 @@ def score_table(result: "Result") -> "Table":
 
 
 def check_table(checks: Sequence["Check"]) -> "Table":
-    """The doctor's findings."""
+    """Findings of the installation check."""
     from rich.markup import escape
 
     table = new_table("", "what", "found", "how to fix it")
@@ -181,13 +181,13 @@ def check_table(checks: Sequence["Check"]) -> "Table":
 
 
 def model_values(found: "Inspection") -> dict[str, Any]:
-    """A folder's inspection as JSON has it."""
+    """An inspection as JSON values."""
     values = asdict(found)
     return {"kind": "model" if found.sampling else "tokenizer", "parameters": found.parameters, **values}
 
 
 def model_table(found: "Inspection", name: str) -> "Table":
-    """The parts of a folder of weights."""
+    """Parts of a folder of weights."""
     from rich.markup import escape
 
     table = new_table("part", ">parameters", ">MB", "stored in", title=f"{escape(name)}: {found.format}")
@@ -199,11 +199,11 @@ def model_table(found: "Inspection", name: str) -> "Table":
 
 
 def model_facts(found: "Inspection") -> dict[str, Any]:
-    """What a folder of weights is made from, what it draws and how well."""
+    """Origin, image size and scores of a folder of weights."""
     config, sampling = found.config, found.sampling
     size, stride = config.image_size, config.token_stride
     facts = {
-        "pictures": f"{size} x {size}, {config.grid**2} visual tokens of {stride} x {stride} pixels",
+        "images": f"{size} x {size}, {config.grid**2} visual tokens of {stride} x {stride} pixels",
         **{key: found.manifest[key] for key in ("recipe", "seed", "commit") if key in found.manifest},
         "written by": ", ".join(f"{library} {version}" for library, version in found.versions.items()),
     }
@@ -215,7 +215,7 @@ def model_facts(found: "Inspection") -> dict[str, Any]:
 
 
 def data_table(report: "DataReport") -> "Table":
-    """What the data doctor found: counts first, then what is wrong, by name."""
+    """Findings of the data check: counts first, then what is wrong, by name."""
     from rich.markup import escape
 
     table = new_table("", "what", "found", title=f"{escape(report.name)}: {report.kind}, {report.format}")
@@ -227,7 +227,7 @@ def data_table(report: "DataReport") -> "Table":
         return ", ".join(f"{name}: {count:,}" for name, count in counts.items())
 
     where = f"{report.files:,} files" if report.files else "a list"
-    row(True, "samples", f"{report.samples:,} in {where}; looked at {report.checked:,}")
+    row(True, "samples", f"{report.samples:,} in {where}; checked {report.checked:,}")
     row(True, "formats, by content", listed(report.formats))
     row(True, "shorter side, pixels", listed(report.shorter_sides))
     row(True, "width to height", listed(report.aspects))
@@ -235,9 +235,9 @@ def data_table(report: "DataReport") -> "Table":
     row(not report.bad, "bad samples", f"{report.bad:,}")
     row(not report.duplicates, "duplicates", f"{report.duplicates:,}")
     if report.repeated_pictures:
-        row(None, "same picture, other words", f"{report.repeated_pictures:,}")
+        row(None, "same image, other words", f"{report.repeated_pictures:,}")
     if report.skipped:
-        row(None, "passed over", listed(report.skipped))
+        row(None, "skipped", listed(report.skipped))
     for note in report.notes:
         row(None, "note", note)
     for damage in report.damage:

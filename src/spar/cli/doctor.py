@@ -1,8 +1,8 @@
-"""What this installation has, what is wrong with it and how to fix it: the findings behind `spar doctor`.
+"""Checks of the installation for `spar doctor`: what it contains, what is wrong and how to fix it.
 
 `run_checks` returns findings and neither prints nor raises on a broken installation. The supported ranges are read from
-the installed package's own requirements, so that they stand in one place, pyproject.toml. Heavy libraries are imported
-inside the checks that need them: an installation without torch still gets its answer.
+the installed package's own requirements, so that pyproject.toml is their only place. Heavy libraries are imported
+inside the checks that need them, so that an installation without torch still gets a result.
 """
 
 import importlib
@@ -33,17 +33,17 @@ WEIGHTS = Path(__file__).parents[1] / "assets" / "weights"
 CPU_INFO = Path("/proc/cpuinfo")
 BFLOAT16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")  # the last one is ARM's name
 MATMUL_SIDE = {"cpu": 768, "mps": 2048, "cuda": 4096}  # large enough to be busy, milliseconds at most
-ENOUGH_DISK = 2 * 2**30  # bytes: a run of the shapes recipe keeps 0.6 GiB of pictures and its state at each stage
-ENOUGH_MEMORY = 2**30  # bytes: the libraries take 0.4 GiB; then the weights and a batch of pictures
-REINSTALL = "install spar anew, in a fresh virtual environment"
+ENOUGH_DISK = 2 * 2**30  # bytes: a run of the shapes recipe keeps 0.6 GiB of images and its state at each stage
+ENOUGH_MEMORY = 2**30  # bytes: the libraries take 0.4 GiB; then the weights and a batch of images
+REINSTALL = "reinstall spar, in a fresh virtual environment"
 
 
 @dataclass(frozen=True)
 class Check:
     """One finding.
 
-    `ok`: True, as it should be; False, wrong, and `fix` says what to do; None, for information: an optional part that
-    is not here, or a choice that `fix` (where it is not empty) could better.
+    `ok`: True, right; False, wrong, with a remedy in `fix`; None, for information: a missing optional part, or a
+    setting that `fix` (if not empty) would improve.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Check:
 
 
 def run_checks() -> list[Check]:
-    """All findings, in the order in which they are best fixed. Takes seconds: it imports torch and the pipeline."""
+    """All findings, in the best order of fixing. Takes seconds: it imports torch and the pipeline."""
     return [
         check_python(),
         *check_dependencies(),
@@ -71,7 +71,7 @@ def run_checks() -> list[Check]:
 
 
 def check_python() -> Check:
-    """The interpreter against the package's `Requires-Python`."""
+    """Compare the interpreter with the package's `Requires-Python`."""
     try:
         required = importlib.metadata.metadata(DISTRIBUTION)["Requires-Python"] or ""
     except importlib.metadata.PackageNotFoundError:
@@ -83,7 +83,7 @@ def check_python() -> Check:
 
 
 def requirements(extra: str = "") -> list[Requirement]:
-    """What the installed package requires; with the name of an extra, what that extra adds."""
+    """Requirements of the installed package, or only those that an extra adds."""
     parsed = [Requirement(line) for line in importlib.metadata.requires(DISTRIBUTION) or []]
     always = [r for r in parsed if r.marker is None or r.marker.evaluate({"extra": ""})]
     if not extra:
@@ -92,7 +92,7 @@ def requirements(extra: str = "") -> list[Requirement]:
 
 
 def check_dependencies() -> Iterator[Check]:
-    """spar itself and each library that it requires: here, and within the supported range."""
+    """Check spar itself and each required library: installed, and within the supported range."""
     try:
         required = requirements()
     except importlib.metadata.PackageNotFoundError:
@@ -115,20 +115,20 @@ def _check_requirement(requirement: Requirement) -> Check:
 
 
 def check_torchvision() -> Check:
-    """torchvision is not needed; but one that is there and does not import makes other libraries fail.
+    """Check torchvision, which is not needed, but makes other libraries fail if it is broken.
 
-    Its wheel from the registry is made for a CUDA build of torch and breaks beside a CPU build.
+    Its wheel from the registry is built for a CUDA build of torch and fails with a CPU build.
     """
     if importlib.util.find_spec("torchvision") is None:
         return Check("torchvision", True, "not installed, and not needed")
     failure = _import_error("torchvision")
     if failure is None:
-        return Check("torchvision", True, "installed and in order; not needed")
+        return Check("torchvision", True, "installed and working; not needed")
     return Check("torchvision", False, f"installed but broken: {failure}", "pip uninstall torchvision")
 
 
 def check_pipeline() -> Check:
-    """Whether the four tasks import, with all the libraries behind them."""
+    """Check that the four tasks and all their libraries import."""
     failure = _import_error("spar.inference.pipeline")
     if failure is None:
         return Check("pipeline", True, "imports")
@@ -136,7 +136,7 @@ def check_pipeline() -> Check:
 
 
 def check_step() -> Check:
-    """One step of each task: that a library imports does not say that its layers take our calls."""
+    """Run one step of each task, since a library that imports may still refuse our calls."""
     try:
         from spar.inference.pipeline import SparPipeline
 
@@ -147,11 +147,11 @@ def check_step() -> Check:
     except Exception as error:  # a broken installation raises anything
         return Check("one step", False, f"fails: {type(error).__name__}: {_first_line(error)}",
                      f"fix what is listed above; else {REINSTALL}")
-    return Check("one step", True, "an image is drawn and edited, a question answered")
+    return Check("one step", True, "an image is generated and edited, a question answered")
 
 
 def check_device() -> Check:
-    """Where the model runs."""
+    """Report the device of the model."""
     failure = _import_error("torch")
     if failure is not None:
         return Check("device", False, f"torch does not import: {failure}", REINSTALL)
@@ -172,7 +172,7 @@ def check_device() -> Check:
 
 
 def best_device() -> "torch.device":
-    """CUDA where there is one, then Apple's GPU, then the CPU."""
+    """CUDA if available, then Apple's GPU, then the CPU."""
     import torch
 
     if torch.cuda.is_available():
@@ -181,14 +181,14 @@ def best_device() -> "torch.device":
 
 
 def bfloat16_instructions(cpu_info: str) -> list[str]:
-    """Which bfloat16 instructions the text of /proc/cpuinfo names."""
+    """The bfloat16 instructions in the text of /proc/cpuinfo."""
     lines = (line.partition(":") for line in cpu_info.splitlines())
     flags = {flag for key, _, value in lines if key.strip() in ("flags", "Features") for flag in value.split()}
     return [name for name in BFLOAT16_INSTRUCTIONS if name in flags]
 
 
 def check_bfloat16() -> Check:
-    """Whether bfloat16 pays here: what the hardware has, and one timed matrix product against float32."""
+    """Compare bfloat16 with float32: the hardware's instructions, and one timed matrix product of each."""
     if _import_error("torch") is not None:
         return Check("bfloat16", False, "torch does not import", REINSTALL)
     import torch
@@ -201,11 +201,11 @@ def check_bfloat16() -> Check:
     try:
         half, full = (_matmul_gflops(dtype, device) for dtype in (torch.bfloat16, torch.float32))
     except RuntimeError as error:
-        return Check("bfloat16", None, f"{hardware}; not supported: {_first_line(error)}", "float32 is the choice here")
+        return Check("bfloat16", None, f"{hardware}; not supported: {_first_line(error)}", "use float32 here")
     found = f"{hardware}; {half / full:.1f} times the speed of float32 ({half:,.0f} against {full:,.0f} GFLOP/s)"
     if half >= full:
         return Check("bfloat16", True, found)
-    return Check("bfloat16", None, found, "float32 is the faster choice here")
+    return Check("bfloat16", None, found, "float32 is faster here")
 
 
 def _matmul_gflops(dtype: "torch.dtype", device: "torch.device") -> float:
@@ -225,8 +225,8 @@ def _matmul_gflops(dtype: "torch.dtype", device: "torch.device") -> float:
 
 
 def check_weights(folder: Path) -> Check:
-    """The bundled weights: every JSON file reads, every safetensors file is as long as its own header says."""
-    name, fix = "weights", f"{REINSTALL}, or make weights of your own: spar train shapes"
+    """Check that all bundled JSON files parse and each safetensors file has the length that its header gives."""
+    name, fix = "weights", f"{REINSTALL}, or train your own weights: spar train shapes"
     files = sorted(folder.rglob("*.safetensors"))
     if not files or not (folder / "config.json").is_file():
         return Check(name, False, f"no model in {folder}", fix)
@@ -247,7 +247,7 @@ def check_weights(folder: Path) -> Check:
 
 
 def check_extras() -> Iterator[Check]:
-    """Each optional extra: all of it here, or what is missing."""
+    """Check each optional extra for missing libraries."""
     try:
         extras = importlib.metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or []
     except importlib.metadata.PackageNotFoundError:
@@ -262,7 +262,7 @@ def check_extras() -> Iterator[Check]:
 
 
 def check_temporary() -> Check:
-    """Whether temporary files can be written."""
+    """Check that temporary files can be written."""
     try:
         with tempfile.NamedTemporaryFile() as file:
             file.write(b"spar")
@@ -274,7 +274,7 @@ def check_temporary() -> Check:
 
 
 def check_disk(folder: Path) -> Check:
-    """Free space where runs and pictures go."""
+    """Check the free space of the folder of runs and images."""
     free = shutil.disk_usage(folder).free
     if free >= ENOUGH_DISK:
         return Check("disk", True, f"{_format_bytes(free)} free in {folder}")
@@ -283,10 +283,10 @@ def check_disk(folder: Path) -> Check:
 
 
 def check_memory() -> Check:
-    """Memory that can still be taken, by the system's own account and by the container's limit."""
+    """Check the available memory, by the system's report and by the container's limit."""
     free = available_memory()
     if free is None:
-        return Check("memory", None, "this system does not tell")
+        return Check("memory", None, "not reported by this system")
     if free >= ENOUGH_MEMORY:
         return Check("memory", True, f"{_format_bytes(free)} available")
     return Check("memory", False, f"{_format_bytes(free)} available; expected {_format_bytes(ENOUGH_MEMORY)}",
@@ -294,7 +294,7 @@ def check_memory() -> Check:
 
 
 def available_memory(system: Path = Path("/")) -> int | None:
-    """Bytes that a program here can still take; None where the system does not tell. `system` is its root folder."""
+    """Available bytes of memory, None if the system does not report them. `system` is its root folder."""
     limits = []
     try:
         lines = (system / "proc/meminfo").read_text().splitlines()
@@ -310,7 +310,7 @@ def available_memory(system: Path = Path("/")) -> int | None:
 
 
 def _import_error(module: str) -> str | None:
-    """Why a module does not import, in one line; None when it does."""
+    """The error of importing a module, in one line, or None."""
     try:
         importlib.import_module(module)
     except Exception as error:  # a broken installation raises anything

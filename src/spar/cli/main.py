@@ -1,7 +1,7 @@
-"""The command line: one table from verb to function, and the only place that prints.
+"""The command line: one table from verb to function, and the only module that prints.
 
-What a user got wrong becomes one line on stderr and exit status 2, Ctrl-C a short line and 130. Other libraries than
-Python's own are imported inside the verbs: help and errors come at once, and Ctrl-C finds `main` in charge.
+A user's error is one line on stderr and exit status 2, Ctrl-C a short line and 130. Libraries other than Python's own
+are imported inside the verbs, so that help and errors are immediate and `main` handles Ctrl-C.
 """
 
 import gc
@@ -79,28 +79,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("spar: stopped", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader has enough; the interpreter's own flush at exit must not complain either
+    except BrokenPipeError:  # the reader has closed the pipe; the flush at exit must not fail either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
-    except OSError as error:  # the disk is full, a folder went away
+    except OSError as error:  # the disk is full, a folder has vanished
         return _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
 
 
 def _fail(message: str) -> int:
-    """One printable line on stderr."""
+    """Print one line on stderr."""
     print("spar: error: " + _printable(" ".join(message.split())), file=sys.stderr)
     return WRONG_INPUT
 
 
 def _printable(text: str) -> str:
-    """A text of somebody else's for a terminal: no control character gets there."""
+    """Replace the control characters of an untrusted text."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def dispatch(argv: list[str]) -> int:
-    """Find the verb and hand it its arguments."""
+    """Call the verb with its arguments."""
     if not argv:
-        raise InputError(f"expected a verb, one of {', '.join(VERBS)} (spar --help says more), got nothing")
+        raise InputError(f"expected a verb, one of {', '.join(VERBS)} (see spar --help), got nothing")
     verb, rest = argv[0], argv[1:]
     if verb in ("-h", "--help"):
         print(overview())
@@ -116,10 +116,10 @@ def dispatch(argv: list[str]) -> int:
 
 
 def overview() -> str:
-    """What `spar --help` says: every verb with its docstring."""
+    """Text of `spar --help`: every verb with its docstring."""
     lines = [f"  {verb:<13}{function.__doc__}" for verb, function in VERBS.items()]
-    head = ["usage: spar VERB ...", "", "SPAR: one model that understands, generates, edits and reconstructs pictures."]
-    tail = ["spar VERB --help says what a verb takes; spar --version says which version this is."]
+    head = ["usage: spar VERB ...", "", "SPAR: one model that understands, generates, edits and reconstructs images."]
+    tail = ["spar VERB --help lists a verb's arguments; spar --version prints the version."]
     return "\n".join([*head, "", *lines, "", *tail])
 
 
@@ -127,13 +127,13 @@ def overview() -> str:
 
 
 def generate(argv: list[str]) -> int:
-    """Draw pictures from words."""
+    """Generate images from prompts."""
     from spar.cli.arguments import GenerateArguments, parse
 
     args = parse(GenerateArguments, argv, "spar generate")
     paths = _image_paths(args, len(args.prompt))
     pipe = _load(args)
-    with progress_bar("drawing") as advance:
+    with progress_bar("sampling") as advance:
         out = pipe.generate(
             list(args.prompt), height=args.height, width=args.width, callback=sampling_callback(advance),
             **args.keywords(),
@@ -144,13 +144,13 @@ def generate(argv: list[str]) -> int:
 
 
 def edit(argv: list[str]) -> int:
-    """Change a picture as an instruction says."""
+    """Edit an image by instruction."""
     from spar.cli.arguments import EditArguments, parse
 
     args = parse(EditArguments, argv, "spar edit")
     paths = _image_paths(args, len(args.instruction))
     pipe = _load(args)
-    with progress_bar("drawing") as advance:
+    with progress_bar("sampling") as advance:
         out = pipe.edit(args.image, list(args.instruction), callback=sampling_callback(advance), **args.keywords())
     _save(out, paths, args.image)
     warn_if_unquoted(args.instruction, "instruction")
@@ -158,7 +158,7 @@ def edit(argv: list[str]) -> int:
 
 
 def understand(argv: list[str]) -> int:
-    """Answer questions about a picture."""
+    """Answer questions about an image."""
     from spar.cli.arguments import UnderstandArguments, parse
 
     args = parse(UnderstandArguments, argv, "spar understand")
@@ -170,7 +170,7 @@ def understand(argv: list[str]) -> int:
 
 
 def reconstruct(argv: list[str]) -> int:
-    """Send pictures through the unified tokenizer and back."""
+    """Encode and decode images with the unified tokenizer."""
     from spar.cli.arguments import ReconstructArguments, parse
 
     args = parse(ReconstructArguments, argv, "spar reconstruct")
@@ -181,16 +181,16 @@ def reconstruct(argv: list[str]) -> int:
     check_writable(paths, overwrite=args.overwrite)
     pipe = _load(args)
     images: list[Any] = []
-    notes: list[dict[str, Any]] = []
+    metadata: list[dict[str, Any]] = []
     with progress_bar("reconstructing") as advance:
         for start in range(0, len(sources), RECONSTRUCT_BATCH):
             out = pipe.reconstruct(list(sources[start : start + RECONSTRUCT_BATCH]))
             images += out.images
-            notes += out.metadata
+            metadata += out.metadata
             if advance:
                 advance(len(images), len(sources))
-    pairs = zip(sources, notes, strict=True)
-    save_images(images, paths, [{**source_metadata(source), **note} for source, note in pairs])
+    pairs = zip(sources, metadata, strict=True)
+    save_images(images, paths, [{**source_metadata(source), **values} for source, values in pairs])
     for path in paths:
         print(path)
     return 0
@@ -198,8 +198,8 @@ def reconstruct(argv: list[str]) -> int:
 
 @contextmanager
 def gc_disabled() -> Iterator[None]:
-    """No garbage collection meanwhile: imports make a million objects that stay, and going over them again and again
-    is a quarter of their time."""
+    """Disable garbage collection: imports create a million permanent objects, and scanning them repeatedly takes a
+    quarter of the time."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -224,7 +224,7 @@ def _load(args: "ModelArguments") -> "SparPipeline":
 
 
 def _image_paths(args: "SamplingArguments", texts: int) -> list[Path]:
-    """The files that the pictures will go to, checked before the work begins."""
+    """Paths of the output images, checked before the work begins."""
     count = texts * args.num_images_per_prompt
     paths = output_paths(args.output, [f"{index:0{len(str(count - 1))}}" for index in range(count)])
     check_writable(paths, overwrite=args.overwrite)
@@ -232,34 +232,34 @@ def _image_paths(args: "SamplingArguments", texts: int) -> list[Path]:
 
 
 def _file_names(sources: Sequence[Path]) -> list[str]:
-    """Names for the outputs of files: the files' own, told apart where two are alike."""
+    """Names of the outputs of files: the files' own, made unique."""
     stems = [source.stem for source in sources]
     whole = [stem if stems.count(stem) == 1 else source.name for stem, source in zip(stems, sources, strict=True)]
     return [name if whole.count(name) == 1 else f"{name}-{index}" for index, name in enumerate(whole)]
 
 
 def _save(out: Any, paths: list[Path], source: Path | None = None) -> None:
-    """Write pictures with all that is needed to draw them again, and say where they are."""
-    given = source_metadata(source) if source else {}
-    save_images(out.images, paths, [note | given for note in out.metadata])
+    """Write images with the metadata that reproduces them, and print their paths."""
+    origin = source_metadata(source) if source else {}
+    save_images(out.images, paths, [values | origin for values in out.metadata])
     for path, seed in zip(paths, out.seeds, strict=True):
         print(f"{path}  (seed {seed})")
 
 
 def warn_if_unquoted(texts: Sequence[str], what: str) -> None:
     if len(texts) > 1 and not any(" " in text for text in texts):
-        print(f"spar: note: {len(texts)} {what}s of one word each; one of several words wants quotes", file=sys.stderr)
+        print(f"spar: note: {len(texts)} {what}s of one word each; one of several words needs quotes", file=sys.stderr)
 
 
 def info(argv: list[str]) -> int:
-    """Say how a picture was made, or what a folder of weights is."""
+    """Show how an image was made, or what a folder of weights contains."""
     from spar.cli.arguments import InfoArguments, parse
 
     args = parse(InfoArguments, argv, "spar info")
     if os.path.isdir(args.path):
         from spar.checkpoints.inspect import inspect
 
-        with progress_bar("looking"):
+        with progress_bar("inspecting"):
             found = inspect(args.path)
         if args.json:
             print(json.dumps(model_values(found), indent=2))
@@ -267,13 +267,13 @@ def info(argv: list[str]) -> int:
             new_console().print(model_table(found, args.path.resolve().name))
             _print_facts(model_facts(found))
         return 0
-    noted = read_metadata(args.path)
-    again = noted.reproduce_command()
+    image = read_metadata(args.path)
+    command = image.reproduce_command()
     if args.json:
-        size = {"width": noted.width, "height": noted.height}
-        print(json.dumps({"kind": "image", **size, "metadata": noted.values, "reproduce": again}, indent=2))
+        size = {"width": image.width, "height": image.height}
+        print(json.dumps({"kind": "image", **size, "metadata": image.values, "reproduce": command}, indent=2))
         return 0
-    _print_facts({"size": f"{noted.width} x {noted.height}", **noted.values, "reproduce": shlex.join(again)})
+    _print_facts({"size": f"{image.width} x {image.height}", **image.values, "reproduce": shlex.join(command)})
     return 0
 
 
@@ -309,12 +309,12 @@ def train(argv: list[str]) -> int:
         new_console().print(plan_table(sizes, run_plan))
         return 0
     check_folder(run)
-    again = shlex.join(["spar", "train", *argv, *(["--resume", "auto"] if args.resume == "never" else [])])
-    return _train(args, run_plan, again=again)
+    command = shlex.join(["spar", "train", *argv, *(["--resume", "auto"] if args.resume == "never" else [])])
+    return _train(args, run_plan, resume_command=command)
 
 
 def _recipe(argv: list[str], kind: type[Any], prog: str, example: str) -> tuple[Any, Any]:
-    """The arguments of a verb whose first word is a recipe, and the recipe that its flags describe."""
+    """Parse the arguments of a verb whose first word is a recipe, and build that recipe from its flags."""
     from spar.cli.arguments import build_recipe, parse, recipe_arguments
 
     if not argv or argv[0].startswith("-"):
@@ -329,9 +329,9 @@ def _recipe(argv: list[str], kind: type[Any], prog: str, example: str) -> tuple[
 
 
 def _sized(chosen: Any, base: Any, start: Path | None) -> Any:
-    """A recipe of published parts with the sizes of the SPAR folder that it starts from, where no flag says otherwise.
+    """A recipe of published parts with the sizes of the SPAR folder that it starts from, unless a flag sets them.
 
-    They are the checkpoints' own, which may differ from what the recipe expects.
+    Those sizes are the checkpoints' own, which may differ from the recipe's.
     """
     if not chosen.published or start is None or not (start / "config.json").is_file():
         return chosen
@@ -342,17 +342,17 @@ def _sized(chosen: Any, base: Any, start: Path | None) -> Any:
 
 
 def plan(argv: list[str]) -> int:
-    """Say what a recipe costs on given GPUs."""
+    """Estimate the cost of a recipe on given GPUs."""
     from spar.cli.arguments import PlanArguments
 
     args, chosen = _recipe(argv, PlanArguments, "spar plan", "spar plan spar-1b --gpus 64 --gpu h200")
     from spar.training.estimate import HardwareConfig, estimate
 
-    machine = HardwareConfig(
+    hardware = HardwareConfig(
         args.gpus, args.gpu, args.mfu, sharded=args.strategy == "fsdp", grad_accum_steps=args.grad_accum_steps,
         activation_checkpointing=args.activation_checkpointing,
     )
-    planned = estimate(chosen, machine, args.stage)
+    planned = estimate(chosen, hardware, args.stage)
     new_console().print(estimate_table(planned))
     if chosen.data.source == "files":
         new_console().print(epochs_table(_epochs(chosen, [one.stage for one in planned])))
@@ -363,11 +363,11 @@ def plan(argv: list[str]) -> int:
 
 
 def _epochs(recipe: Any, stages: Sequence[Any]) -> dict[str, dict[str, float]]:
-    """How often each stage shows each sample of each data set."""
+    """Epochs of each data set in each stage."""
     from spar.training.config import weighted_sets
     from spar.training.data import epochs_per_source, open_sources
 
-    with progress_bar("looking at the data"):
+    with progress_bar("indexing the data"):
         sources = open_sources(recipe.data)
     weights = [weight for weight, _ in weighted_sets(recipe.data.sets)]
     return {stage.name: epochs_per_source(stage, sources, weights) for stage in stages}
@@ -402,14 +402,14 @@ def cache(argv: list[str]) -> int:
     return 0
 
 
-def _train(args: "TrainArguments", plan: "RunPlan", *, again: str) -> int:
-    """Train with a bar, and end with where the model is, or with how to go on."""
+def _train(args: "TrainArguments", plan: "RunPlan", *, resume_command: str) -> int:
+    """Train with a bar; print the model's folder at the end, or the command that resumes."""
     from spar.training.distributed import PeerFailure
     from spar.training.loop import NonFiniteLoss
     from spar.training.trainer import execute
 
     run = plan.run
-    quiet = os.environ.get("RANK", "0") != "0"  # of several processes one speaks
+    quiet = os.environ.get("RANK", "0") != "0"  # only the first of several processes prints
     try:
         with nullcontext((None, None)) if quiet else training_display() as (announce, report):
             model = execute(
@@ -419,13 +419,13 @@ def _train(args: "TrainArguments", plan: "RunPlan", *, again: str) -> int:
         _fail(str(error))
         return 1
     except NonFiniteLoss as error:
-        _fail(f"{error}; the state that was saved last is whole: {again}")
+        _fail(f"{error}; resume from the last saved state: {resume_command}")
         return 1
     except KeyboardInterrupt:
         model = None
     if model is None:
         if not quiet:
-            print(f"spar: stopped; go on with: {again}", file=sys.stderr)
+            print(f"spar: stopped; resume with: {resume_command}", file=sys.stderr)
         return INTERRUPTED
     if quiet:
         return 0
@@ -437,7 +437,7 @@ def _train(args: "TrainArguments", plan: "RunPlan", *, again: str) -> int:
 
 
 def _run_folder(args: "TrainArguments", name: str) -> tuple[Path, bool]:
-    """The run's folder, and whether to go on with what it holds."""
+    """The run's folder, and whether to resume it."""
     if args.resume in ("never", "auto"):
         return args.run or Path("runs") / name, args.resume == "auto"
     run = Path(args.resume)
@@ -448,11 +448,11 @@ def _run_folder(args: "TrainArguments", name: str) -> tuple[Path, bool]:
     return run, True
 
 
-# ---- weights of others -----------------------------------------------------------------------------------------------
+# ---- published weights -----------------------------------------------------------------------------------------------
 
 
 def build(argv: list[str]) -> int:
-    """Put a model together from InternVL3, DC-AE and SANA."""
+    """Build a model from InternVL3, DC-AE and SANA."""
     from spar.cli.arguments import BuildArguments, parse
 
     def make(args: Any, **shared: Any) -> Any:
@@ -460,11 +460,11 @@ def build(argv: list[str]) -> int:
 
         return build_from_published(**shared)
 
-    return _make_model(parse(BuildArguments, argv, "spar build"), "putting the parts together", make)
+    return _make_model(parse(BuildArguments, argv, "spar build"), "building", make)
 
 
 def convert(argv: list[str]) -> int:
-    """Turn a public checkpoint of UniLIP into a model."""
+    """Convert a public checkpoint of UniLIP to a model."""
     from spar.cli.arguments import ConvertArguments, parse
 
     def make(args: Any, **shared: Any) -> Any:
@@ -476,30 +476,30 @@ def convert(argv: list[str]) -> int:
 
 
 def push(argv: list[str]) -> int:
-    """Send a folder of weights to the Hub."""
+    """Upload a folder of weights to the Hub."""
     from spar.cli.arguments import PushArguments, parse
 
     args = parse(PushArguments, argv, "spar push")
-    with progress_bar("looking"):
+    with progress_bar("checking"):
         from spar.checkpoints.hub import check_repository, plan_upload, push
 
         check_repository(args.repository)
-        goods = plan_upload(args.folder)
-    for name, size in goods.files.items():
+        planned = plan_upload(args.folder)
+    for name, size in planned.files.items():
         print(f"{size:>15,}  {_printable(name)}")
     where = f"{args.repository}, {'public' if args.public else 'private'}"
     go = "would go" if args.dry_run else "go"
-    print(f"{sum(goods.files.values()):>15,}  bytes in {len(goods.files)} files {go} to {where}")
-    if goods.ignored:
-        left = _printable(", ".join(goods.ignored))
-        print(f"spar: note: left behind, since spar reads no such files: {left}", file=sys.stderr)
+    print(f"{sum(planned.files.values()):>15,}  bytes in {len(planned.files)} files {go} to {where}")
+    if planned.ignored:
+        left = _printable(", ".join(planned.ignored))
+        print(f"spar: note: not uploaded, since spar reads no such files: {left}", file=sys.stderr)
     if not args.dry_run:
-        print(push(goods, args.repository, private=not args.public, message=args.message))
+        print(push(planned, args.repository, private=not args.public, message=args.message))
     return 0
 
 
 def _make_model(args: Any, title: str, make: Callable[..., Any]) -> int:
-    """Write the model that `make` puts together of what both verbs are given, and say where its parts come from."""
+    """Write the model that `make` builds from the arguments of both verbs, and print the origin of its parts."""
     check_replaceable(args.output, "config.json", overwrite=args.overwrite)
     with progress_bar(title):
         from spar.checkpoints.from_published import SOURCES
@@ -518,7 +518,7 @@ def _make_model(args: Any, title: str, make: Callable[..., Any]) -> int:
 
 
 def _print_origins(folder: Path, manifest: dict[str, Any]) -> None:
-    """Where each part of a new model comes from, and what was not as expected."""
+    """Print the origin of each part of a new model, and what differs from the expected."""
     for part, origin in manifest["parts"].items():
         print(f"{part}: {origin}")
     for line in manifest["differences"]:
@@ -563,7 +563,7 @@ def _result_paths(args: "EvalArguments", names: list[str]) -> list[Path]:
 
 
 def report(argv: list[str]) -> int:
-    """Show a run's training curves and results in one HTML page."""
+    """Write a run's training curves and results as one HTML page."""
     from spar.cli.arguments import ReportArguments, parse
 
     args = parse(ReportArguments, argv, "spar report")
@@ -579,7 +579,7 @@ def report(argv: list[str]) -> int:
 
 
 def demo(argv: list[str]) -> int:
-    """Show all four tasks and a small sample of the scores in one HTML page."""
+    """Write an HTML page with all four tasks and a small sample of the scores."""
     from spar.cli.arguments import DemoArguments, parse
 
     args = parse(DemoArguments, argv, "spar demo")
@@ -599,28 +599,28 @@ def demo(argv: list[str]) -> int:
 
 
 def _curves(model: Path) -> Path | None:
-    """The metrics of the training that made a model: in its folder, or in the run that it lies in."""
+    """Training metrics of a model, from its folder or from the run around it."""
     return next((path for path in (model / "metrics.jsonl", model.parent / "metrics.jsonl") if path.is_file()), None)
 
 
 def serve(argv: list[str]) -> int:
-    """Serve the four tasks over HTTP, in the shapes of OpenAI's API."""
+    """Serve the four tasks over HTTP, in the format of OpenAI's API."""
     from spar.cli.arguments import ServeArguments, parse
 
     args = parse(ServeArguments, argv, "spar serve")
     from tempfile import TemporaryDirectory
 
     listener, token, thread, pipe = _listen_and_load(args, *(["serve", "ui"] if args.ui else ["serve"]))
-    with TemporaryDirectory(prefix="spar-") if args.ui else nullcontext() as pictures:
+    with TemporaryDirectory(prefix="spar-") if args.ui else nullcontext() as cache:
         with gc_disabled():
             from spar.serving.limits import PAGE_PATH
             from spar.serving.server import build_server
 
             build_page = None
-            if pictures:
+            if cache:
                 from spar.ui.mount import page_app
 
-                build_page = partial(page_app, pipe, args.host, PAGE_PATH, token=token, cache=Path(pictures))
+                build_page = partial(page_app, pipe, args.host, PAGE_PATH, token=token, cache=Path(cache))
             server = build_server(
                 pipe, token=token, host=args.host, max_batch=args.max_batch, max_queue=args.max_queue,
                 timeout=args.timeout, build_page=build_page, thread=thread,
@@ -637,7 +637,7 @@ def serve(argv: list[str]) -> int:
 def _listen_and_load(
     args: "ListenArguments", *extras: str
 ) -> tuple["socket.socket", str | None, "Executor", "SparPipeline"]:
-    """What is wrong is said before the model loads, on the thread on which it will compute (`Worker` says why)."""
+    """Check the arguments first, then load the model on the thread that will run it (for the reason see `Worker`)."""
     from concurrent.futures import ThreadPoolExecutor
 
     from spar.serving.auth import check_access, listen, read_token
@@ -650,7 +650,7 @@ def _listen_and_load(
 
 
 def _clear_at_sigterm() -> None:
-    """SIGTERM ends us as Ctrl-C does: with the page's pictures cleared away."""
+    """Handle SIGTERM like Ctrl-C, so that the page's images are deleted."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
@@ -681,19 +681,20 @@ def _address(listener: "socket.socket") -> str:
 
 
 def data(argv: list[str]) -> int:
-    """Look over a data set (check), or write it as webdataset shards (convert)."""
+    """Check a data set (check), or write it as webdataset shards (convert)."""
     if argv and argv[0] in DATA_VERBS:
         return DATA_VERBS[argv[0]](argv[1:])
     if argv and argv[0] in ("-h", "--help"):
         lines = [f"  {verb:<13}{function.__doc__}" for verb, function in DATA_VERBS.items()]
-        print("\n".join(["usage: spar data VERB ...", "", *lines, "", "spar data VERB --help says what a verb takes."]))
+        tail = "spar data VERB --help lists a verb's arguments."
+        print("\n".join(["usage: spar data VERB ...", "", *lines, "", tail]))
         return 0
     got = repr(argv[0]) if argv else "nothing"
     raise InputError(f"data: expected one of {', '.join(DATA_VERBS)}, got {got}")
 
 
 def check_data(argv: list[str]) -> int:
-    """Read and decode every sample, and say what is wrong."""
+    """Read and decode every sample, and report what is wrong."""
     from spar.cli.arguments import DataCheckArguments, parse
 
     args = parse(DataCheckArguments, argv, "spar data check")
@@ -740,13 +741,13 @@ DATA_VERBS: dict[str, Callable[[list[str]], int]] = {"check": check_data, "conve
 
 
 def doctor(argv: list[str]) -> int:
-    """Look over the installation: what is wrong, and how to fix it."""
+    """Check the installation: what is wrong, and how to fix it."""
     from spar.cli.arguments import DoctorArguments, parse
 
     parse(DoctorArguments, argv, "spar doctor")
     from spar.cli.doctor import run_checks
 
-    with progress_bar("looking"):
+    with progress_bar("checking"):
         checks = run_checks()
     new_console().print(check_table(checks))
     return 1 if any(check.ok is False for check in checks) else 0

@@ -1,1 +1,1 @@
-"""Data sets on disk: readers of every format, order, mixture, and the loader."""
+"""Data sets on disk: readers of all formats, order, mixture, and the loader."""

@@ -1,4 +1,4 @@
-"""Lists of samples as they are published: metadata.jsonl of an image folder, ShareGPT-4o-Image, GPT-Image-Edit."""
+"""Published formats of sample lists: metadata.jsonl of an image folder, ShareGPT-4o-Image, GPT-Image-Edit."""
 
 import json
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ IMAGE_FIELDS = ("file_name", "output_file_name", "output_image_file_name")
 
 
 def open_image_folder(folder: Path, cache: Path | None = None) -> ImageFileSource:
-    """A folder with `metadata.jsonl`: `file_name` and `text` a line; an edit also has `input_file_name` (or a list).
+    """Open a folder with `metadata.jsonl`: lines of `file_name` and `text`, in edits also `input_file_name` (or list).
 
     Other names of the same fields: TEXT_FIELDS, INPUT_FIELDS, IMAGE_FIELDS.
     """
@@ -42,7 +42,7 @@ def _metadata(path: Path) -> Iterator[ListedSample]:
 
 def _metadata_row(values: Any) -> ListedSample:
     if not isinstance(values, dict):
-        raise ValueError("no object")
+        raise ValueError("not an object")
     image, text = (_first(values, names) for names in (IMAGE_FIELDS, TEXT_FIELDS))
     inputs = _paths(_first(values, INPUT_FIELDS) or [])
     if not isinstance(image, str) or not isinstance(text or "", str):
@@ -51,7 +51,7 @@ def _metadata_row(values: Any) -> ListedSample:
 
 
 def open_sharegpt(path: Path, cache: Path | None = None) -> ImageFileSource:
-    """`text_to_image.json` or `text_and_image_to_image.json` of ShareGPT-4o-Image, the pictures beside it."""
+    """Open `text_to_image.json` or `text_and_image_to_image.json` of ShareGPT-4o-Image, with images in its folder."""
 
     def rows() -> Iterator[ListedSample]:
         for place, item in enumerate(_read_list(path)):
@@ -66,10 +66,10 @@ def open_sharegpt(path: Path, cache: Path | None = None) -> ImageFileSource:
 
 
 def open_gpt_edit(path: Path, cache: Path | None = None) -> ImageFileSource:
-    """The index of GPT-Image-Edit: lines `image_root,annotation.json,flag`, paths as they are or beside the index.
+    """Open the index of GPT-Image-Edit: lines `image_root,annotation.json,flag`, paths absolute or relative to it.
 
-    As the family trains it: items of exactly two pictures (one input, one output), the others counted as dropped;
-    `<image>` and line breaks are taken out of the instruction. The flag (region weights) is not used.
+    As in the family's training, items have exactly two images (one input, one output), others are counted as dropped;
+    `<image>` and line breaks are removed from the instruction. The flag (region weights) is not used.
     """
     roots, rows, dropped = [], [], 0
     try:
@@ -92,8 +92,8 @@ def _gpt_edit_row(item: Any, root: int) -> ListedSample | None:
     """A row, or None for an item that is not one input, one output and an instruction."""
     try:
         source, target = _paths(item["image"])
-        said = next(turn["value"] for turn in item["conversations"] if turn["from"] == "human")
-        text = " ".join(_string(said).replace("<image>", " ").split())
+        instruction = next(turn["value"] for turn in item["conversations"] if turn["from"] == "human")
+        text = " ".join(_string(instruction).replace("<image>", " ").split())
     except (KeyError, TypeError, ValueError, StopIteration):
         return None
     return ListedSample((source,), target, text, root)
@@ -120,7 +120,7 @@ def _first(values: dict[str, Any], names: tuple[str, ...]) -> Any:
 def _paths(value: Any) -> tuple[str, ...]:
     paths = tuple(map(_string, [value] if isinstance(value, str) else value))
     if len(paths) > MAX_INPUT_IMAGES:
-        raise ValueError(f"more than {MAX_INPUT_IMAGES} pictures")
+        raise ValueError(f"more than {MAX_INPUT_IMAGES} images")
     return paths
 
 

@@ -1,4 +1,4 @@
-"""Bad samples, counted and named: a few are survived, a share of them ends the run."""
+"""Counting and logging of bad samples: too large a share of them ends the run."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -6,12 +6,12 @@ from pathlib import Path
 
 from spar.common.errors import InputError
 
-MIN_SAMPLES = 1000  # samples before the share is judged
+MIN_SAMPLES = 1000  # samples before the share is checked
 
 
 @dataclass(frozen=True)
 class BadSampleRecord:
-    """One bad sample: the source as it was given, the file in it, the sample's key, and why it cannot be used."""
+    """One bad sample: the source's name, the file in it, the sample's key, and the reason."""
 
     source: str
     origin: str
@@ -20,11 +20,11 @@ class BadSampleRecord:
 
 
 class BadSampleTracker:
-    """Counts bad samples and names each once, as lines of JSON.
+    """Counts bad samples and logs each once, as lines of JSON.
 
     Args:
-        limit: share of bad samples above which `count` raises, judged from `enough` samples on.
-        path: file that lines are added to; None keeps them in memory alone.
+        limit: share of bad samples above which `count` raises, checked from `enough` samples on.
+        path: file to append to; None keeps the records only in memory.
     """
 
     def __init__(self, limit: float = 0.01, path: Path | None = None, enough: int = MIN_SAMPLES) -> None:
@@ -35,10 +35,10 @@ class BadSampleTracker:
         self.named: dict[BadSampleRecord, None] = dict.fromkeys(_read(path))
 
     def count(self, seen: int, bad: tuple[BadSampleRecord, ...]) -> None:
-        """Add samples that were dealt and those of them that were bad.
+        """Add a number of samples, and the bad ones among them.
 
         Raises:
-            InputError: the share is above the limit, with the last reason and where the others stand.
+            InputError: the share is above the limit; the message has the last reason and the file of all.
         """
         self.seen += seen
         self.bad += len(bad)
@@ -52,7 +52,7 @@ class BadSampleTracker:
             )
 
     def write(self, bad: tuple[BadSampleRecord, ...]) -> None:
-        """Write down those that are new, without counting."""
+        """Log the new records, without counting."""
         new = [one for one in bad if one not in self.named]
         self.named.update(dict.fromkeys(new))
         if self.path and new:
@@ -62,7 +62,7 @@ class BadSampleTracker:
 
 
 def _read(path: Path | None) -> list[BadSampleRecord]:
-    """The samples that an earlier part of the run has named; a line that was cut is passed over."""
+    """Read the records of an earlier part of the run; an incomplete line is skipped."""
     found: list[BadSampleRecord] = []
     if path is not None and path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():

@@ -1,4 +1,4 @@
-"""Aspect ratios: a few sizes of about equal area, and which of them each picture is cut to."""
+"""Aspect ratio buckets: a few sizes of about equal area, and the assignment of images to them."""
 
 import math
 
@@ -6,9 +6,9 @@ import numpy as np
 
 from spar.common.errors import InputError
 
-STRIDE = 28  # pixels a visual token: InternVL's patch of 14, two by two merged
-SMALLEST_SHARE = 1 / 8192  # of a source: a bucket with less is given to its neighbour
-SMALLEST_PART_OF_A_BATCH = 1 / 8  # or a batch would show the same few pictures over and over
+STRIDE = 28  # pixels per visual token: InternVL's patch of 14, two by two merged
+SMALLEST_SHARE = 1 / 8192  # of a source: a bucket with less is merged into its neighbour
+SMALLEST_PART_OF_A_BATCH = 1 / 8  # else a batch would repeat the same few images
 
 Size = tuple[int, int]
 
@@ -18,10 +18,10 @@ def make_buckets(side: int, max_aspect: float = 1.0, stride: int = STRIDE) -> tu
 
     Args:
         side: pixels of the square, a multiple of `stride`.
-        max_aspect: longest over shortest side; 1 leaves the square alone.
+        max_aspect: longest over shortest side; 1 gives only the square.
 
     Raises:
-        InputError: a side that no grid of tokens fits, or an aspect below 1.
+        InputError: the side is not a multiple of `stride`, or the aspect is below 1 or above 8.
     """
     if side < stride or side % stride:
         raise InputError(f"side: expected a multiple of {stride} pixels, got {side}")
@@ -37,10 +37,10 @@ def make_buckets(side: int, max_aspect: float = 1.0, stride: int = STRIDE) -> tu
 
 
 def assign(sizes: np.ndarray, buckets: tuple[Size, ...], batch: int) -> np.ndarray:
-    """The bucket of each picture of one source: that of the nearest aspect ratio, rare ones given to a neighbour.
+    """Assign each image of one source to the bucket of the nearest aspect ratio, without rare buckets.
 
     Args:
-        sizes: [N, 2] width and height; 0 where unknown, which goes with the square.
+        sizes: [N, 2] width and height; 0 if unknown, which counts as square.
         batch: samples of a global batch.
 
     Returns:
@@ -59,7 +59,7 @@ def assign(sizes: np.ndarray, buckets: tuple[Size, ...], batch: int) -> np.ndarr
 
 
 def _nearest(wanted: np.ndarray, ratios: np.ndarray, allowed: np.ndarray) -> np.ndarray:
-    """The allowed bucket whose log aspect is nearest, uint8 [N]; the borders lie half way between two buckets."""
+    """The allowed bucket of the nearest log aspect, uint8 [N]; borders are half way between two buckets."""
     allowed = allowed[np.argsort(ratios[allowed], kind="stable")]
     ordered = ratios[allowed]
     return allowed[np.searchsorted((ordered[1:] + ordered[:-1]) / 2, wanted)].astype(np.uint8)

@@ -1,7 +1,7 @@
-"""Any source as webdataset shards of one layout: `%06d.tar`, keys `%08d`, members as in GPT-Image-Edit's conversion.
+"""Conversion of any source to webdataset shards: `%06d.tar`, keys `%08d`, members as in GPT-Image-Edit's conversion.
 
-Pictures are decoded to know that they are whole, and their bytes copied as they are, under the extension of what they
-truly hold. The same samples give the same bytes.
+Images are decoded to check them, and their bytes are copied unchanged, with the extension of their true format. The
+same samples give the same bytes.
 """
 
 import io
@@ -26,7 +26,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class ConversionResult:
-    """What was written: samples in shards, and how many samples were left out (they stand in DROPPED)."""
+    """Numbers of written samples and shards, and of dropped samples (listed in DROPPED)."""
 
     samples: int
     shards: int
@@ -37,10 +37,10 @@ def convert(
     sources: Sequence[DataSource], folder: Path, *, shard: int = 10_000, bad_share: float = 0.01,
     progress: Progress | None = None,
 ) -> ConversionResult:  # fmt: skip
-    """Write the good samples of sources of one kind, one behind the other, into an empty folder.
+    """Write the good samples of sources of one kind, in order, into an empty folder.
 
     Raises:
-        InputError: sources of two kinds, nothing good in them, or a share of bad samples above `bad_share`.
+        InputError: sources of two kinds, no good samples, or a share of bad samples above `bad_share`.
     """
     kinds = {source.kind for source in sources}
     if len(kinds) != 1:
@@ -79,7 +79,7 @@ def convert(
 def _good(
     sources: Sequence[DataSource], bad_samples: BadSampleTracker, progress: Progress | None
 ) -> Iterator[list[tuple[str, bytes]]]:
-    """The members (extension, data) of each good sample; the others are counted and named."""
+    """Yield the members (extension, data) of each good sample; bad ones are counted and logged."""
     total = sum(len(source) for source in sources)
     for source in sources:
         for index in range(len(source)):
@@ -95,16 +95,16 @@ def _good(
 
 def _members(sample: Sample) -> list[tuple[str, bytes]]:
     """(extension, data) of a sample's members, in their order in the tar."""
-    found = []
+    images = []
     if isinstance(sample, EditSample):
         several = len(sample.input_images) > 1
         for number, data in enumerate(sample.input_images):
-            found.append((f"input_{number}" if several else "input", data))
-        found.append(("output", sample.image))
+            images.append((f"input_{number}" if several else "input", data))
+        images.append(("output", sample.image))
     else:
-        found.append(("", sample.image))
+        images.append(("", sample.image))
     members = []
-    for name, data in found:
+    for name, data in images:
         try:
             open_training_image(data)
             extension = EXTENSIONS[read_header(data).format]

@@ -1,4 +1,4 @@
-"""Pictures that lie as files beside a list of samples: the list is packed, the files are read when asked for."""
+"""Samples of a list with images in files: the list is packed in memory, files are read on access."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from spar.processing.images import MAX_BYTES, read_header
 
 @dataclass(frozen=True)
 class ListedSample:
-    """One sample of a list: paths under the root of that number, and the text. Edits have inputs."""
+    """One sample of a list: paths relative to root number `root`, and the text. Edits have inputs."""
 
     inputs: tuple[str, ...]
     image: str
@@ -30,12 +30,12 @@ class ListedSample:
 
 
 class ImageFileSource:
-    """Samples whose pictures are files under one or more roots.
+    """Samples whose images are files under one or more roots.
 
-    `dropped` counts entries that the format's rules leave out, before anything is read.
+    `dropped` counts entries that the format's rules exclude.
 
     Raises:
-        InputError: no samples, or edits beside samples without references.
+        InputError: no samples, or edits together with samples without references.
     """
 
     damage: tuple[str, ...] = ()
@@ -64,7 +64,7 @@ class ImageFileSource:
         self.identity = digest.hexdigest()
 
     def _file_sizes(self) -> np.ndarray:
-        """int64: bytes of every file, -1 where there is none, so that another picture under a name shows.
+        """int64: bytes of every file, -1 if it is missing, so that a replaced image changes the identity.
 
         One of the very same length does not; times of change would show it, but a copy on another disk changes them.
         """
@@ -85,34 +85,34 @@ class ImageFileSource:
         return json.loads(self._rows[index])[1]
 
     def origin(self, index: int) -> str:
-        """The folder that a sample's files lie under."""
+        """The folder of a sample's files."""
         return str(self.roots[json.loads(self._rows[index])[0]])
 
     def read(self, index: int) -> Sample:
-        """A sample, pictures as they lie on disk.
+        """Read a sample, images as stored.
 
         Raises:
             BadSample: a file is missing, too large, or outside its root.
         """
         number, image, text, *inputs = json.loads(self._rows[index])
         root = self.roots[number]
-        data = _picture(root, image, image)
+        data = _read_bytes(root, image, image)
         if self.kind == "edit":
-            return EditSample(tuple(_picture(root, path, image) for path in inputs), data, text, image, str(root))
+            return EditSample(tuple(_read_bytes(root, path, image) for path in inputs), data, text, image, str(root))
         return TextToImageSample(data, text, image, str(root))
 
     def sizes(self) -> np.ndarray:
-        """uint16 [N, 2]: width and height of each sample's picture, 0 where its header cannot be read."""
+        """uint16 [N, 2]: width and height of each sample's image, 0 if its header cannot be read."""
 
         def head(index: int, length: int) -> bytes:
             number, image, *_ = json.loads(self._rows[index])
-            return _picture(self.roots[number], image, image, length)
+            return _read_bytes(self.roots[number], image, image, length)
 
         return header_sizes(head, len(self), self.identity, self.cache)
 
 
-def _picture(root: Path, path: str, key: str, length: int | None = None) -> bytes:
-    """A file's bytes, or its first `length`."""
+def _read_bytes(root: Path, path: str, key: str, length: int | None = None) -> bytes:
+    """Read a file, or its first `length` bytes."""
     if not is_safe_path(path):
         raise BadSample(key, str(root), f"expected a path inside its root, got {path!r}")
     try:
@@ -126,10 +126,10 @@ def _picture(root: Path, path: str, key: str, length: int | None = None) -> byte
 
 
 def header_sizes(head: Callable[[int, int], bytes], count: int, identity: str, cache: Path | None) -> np.ndarray:
-    """Sizes by the pictures' headers, uint16 [count, 2], kept in the cache folder under the source's identity.
+    """Sizes from the images' headers, uint16 [count, 2], cached in the folder under the source's identity.
 
     Args:
-        head: (index, length) to that sample's picture, its first `length` bytes at least if it has so many.
+        head: (index, length) to at least the first `length` bytes of that sample's image.
     """
     file = cache / f"{identity[:24]}.sizes.safetensors" if cache else None
     if file and file.is_file():
@@ -137,7 +137,7 @@ def header_sizes(head: Callable[[int, int], bytes], count: int, identity: str, c
             if (kept := load_file(file)["sizes"]).shape == (count, 2):
                 return kept
         except (OSError, SafetensorError, KeyError):
-            pass  # a damaged cache is made anew
+            pass  # a damaged cache is rebuilt
     sizes = np.zeros((count, 2), np.uint16)
     for index in range(count):
         for length in (HEADER_BYTES, MAX_BYTES):
@@ -148,8 +148,8 @@ def header_sizes(head: Callable[[int, int], bytes], count: int, identity: str, c
             except InputError:
                 continue
     if file:
-        aside = file.with_name(f".{file.name}-{os.getpid()}.part")
+        temporary = file.with_name(f".{file.name}-{os.getpid()}.part")
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"sizes": sizes}, aside)
-        aside.replace(file)
+        save_file({"sizes": sizes}, temporary)
+        temporary.replace(file)
     return sizes

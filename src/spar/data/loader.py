@@ -1,7 +1,7 @@
-"""Batches of pixels and words from a mixture, decoded in worker processes.
+"""Batches of pixels and text from a mixture, decoded in worker processes.
 
-A worker makes whole batches, so that nothing depends on how many there are, nor on how many shards. Batches come in
-the order of their steps: to resume at a step is to ask for that step.
+A worker builds whole batches, so that the result does not depend on the number of workers or shards. Batches come in
+the order of their steps, and resuming starts at the requested step.
 """
 
 import logging
@@ -23,7 +23,7 @@ from spar.data.mixture import BatchIndices, Mixture
 from spar.data.samples import BadSample, EditSample, Kind, Sample, check_references
 from spar.processing.images import open_training_image, to_size
 
-MAX_TRIES = 16  # neighbours that are asked for one bad sample
+MAX_TRIES = 16  # neighbours tried as replacements of one bad sample
 PREFETCH = 2  # batches that each worker may be ahead
 
 log = logging.getLogger("spar.data")
@@ -36,8 +36,8 @@ class LoaderBatch:
     images: uint8 [b, 3, H, W].
     inputs: uint8 [r, 3, H, W], the references of all edits, one sample's together; r is 0 for text-to-image.
     owners: int64 [r], the row that each reference belongs to.
-    texts, keys, sources: of each row. `places`: its source's identity and its number there, which no other sample has.
-    `bad` names the samples that these rows stand in for.
+    texts, keys, sources: of each row. `places`: its source's identity and its number there, a unique pair.
+    `bad` has the samples that these rows replace.
     """
 
     step: int
@@ -53,21 +53,21 @@ class LoaderBatch:
 
 
 def to_pixels(images: Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """uint8 [B, 3, H, W] to float32 in [0, 1] on a device; moved first, as bytes are a quarter of the way."""
+    """Convert uint8 [B, 3, H, W] to float32 in [0, 1] on a device; moved first, while it has a quarter of the size."""
     return images.to(device, non_blocking=True).float().div_(255)
 
 
 class Loader:
-    """Deals a mixture to one rank.
+    """Loads one rank's batches of a mixture.
 
     Args:
-        workers: processes that decode; 0 decodes here.
+        workers: processes that decode; 0 decodes in this process.
         bad_share: share of bad samples above which the run ends.
-        bad_samples: JSONL file that names bad samples; each rank of several has its own (`bad.0.jsonl`).
-        captions: whether a sample without words is a bad one; reconstruction needs none.
-        one_reference: whether an edit of several reference images is a bad sample.
-        known: with it no picture is decoded, and a sample (its source's identity, its number there) that it does not
-            know is a bad one: for features that were computed before.
+        bad_samples: JSONL file of bad samples; with several ranks each has its own (`bad.0.jsonl`).
+        captions: whether a sample without text is bad; reconstruction needs none.
+        one_reference: whether an edit of several reference images is bad.
+        known: predicate of (a source's identity, a sample's number there) for cached features: with it no image is
+            decoded, and a sample for which it is False is bad.
     """
 
     def __init__(
@@ -75,14 +75,14 @@ class Loader:
         bad_samples: Path | None = None, captions: bool = True, one_reference: bool = False,
         known: Callable[[str, int], bool] | None = None,
     ) -> None:  # fmt: skip
-        mixture.batch_indices(0, rank, world)  # refuses ranks that the batch does not suit
+        mixture.batch_indices(0, rank, world)  # refuses ranks that do not divide the batch
         if workers < 0:
             raise InputError(f"workers: expected at least 0, got {workers}")
         if bad_samples is not None and world > 1:
             bad_samples = bad_samples.with_suffix(f".{rank}{bad_samples.suffix}")
         self.mixture, self.workers = mixture, workers
         self.bad_samples = BadSampleTracker(bad_share, bad_samples)
-        self._maker = _BatchBuilder(mixture, rank, world, captions, one_reference, known)
+        self._builder = _BatchBuilder(mixture, rank, world, captions, one_reference, known)
         for source in mixture.sources:
             for reason in source.damage:
                 log.warning("%s: %s", source.name, reason)
@@ -91,14 +91,14 @@ class Loader:
             )
 
     def state(self, step: int) -> dict[str, str | int]:
-        """What a checkpoint keeps of the data: the next step, and what the order depends on."""
+        """State of the data for a checkpoint: the next step, and the fingerprint of the order."""
         return {"step": step, "data": self.mixture.fingerprint()}
 
     def resume(self, state: dict[str, str | int]) -> Iterator[LoaderBatch]:
-        """The batches that follow a state.
+        """The batches after a state.
 
         Raises:
-            InputError: the state is of other data, weights, batch or seed.
+            InputError: the state has other data, weights, batch or seed.
         """
         if state.get("data") != self.mixture.fingerprint():
             raise InputError("expected the data, weights, batch and seed that the run began with, got others")
@@ -108,18 +108,18 @@ class Loader:
         """The batches of steps start, start + 1, ... without end, or up to `stop`.
 
         Raises:
-            InputError: too many bad samples, or none good among a bad one's neighbours.
+            InputError: too many bad samples, or a bad sample without good neighbours.
         """
         numbers = count(start) if stop is None else range(start, stop)
         if not self.workers:
-            yield from (self._counted(self._maker.make(step)) for step in numbers)
+            yield from (self._counted(self._builder.build(step)) for step in numbers)
             return
-        # Of the batch that we read and the PREFETCH of each worker behind it, each has a slot of its own.
+        # The batch that is being read and the PREFETCH ones of each worker have a slot each.
         slots = self.workers * PREFETCH + 1
-        steps = _StepDataset(self._maker, slots)
+        steps = _StepDataset(self._builder, slots)
         loaded = DataLoader(
             steps, batch_size=None, sampler=numbers, num_workers=self.workers, prefetch_factor=PREFETCH,
-            worker_init_fn=_begin_worker, generator=torch.Generator(),  # or it would draw from the training's own
+            worker_init_fn=_begin_worker, generator=torch.Generator(),  # else it would use the training's own
         )  # fmt: skip
         for batch in loaded:
             yield self._counted(batch if isinstance(batch, _Failure) else steps.fetch(batch))
@@ -141,25 +141,26 @@ class _Failure:
 
 
 def _begin_worker(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the training's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the training handles Ctrl-C
 
 
 class _StepDataset(Dataset):
-    """Step to batch in a worker, the pictures left in memory that is shared from the start.
+    """Step to batch in a worker, with the images in preallocated shared memory.
 
-    Sent the usual way each batch would get new shared memory, whose first touch costs as much as a twentieth of the
-    decoding. Slot `step % slots` is free by then: the loader asks for a step when the one so many before it is read.
+    By default each batch would get new shared memory, whose first access costs a twentieth of the decoding. Slot
+    `step % slots` is free by then: the loader requests a step after it has read the one `slots` before it.
     """
 
-    def __init__(self, maker: "_BatchBuilder", slots: int) -> None:
-        self.maker = maker
-        mixture = maker.mixture
-        sizes = mixture.buckets if maker.known is None else [(1, 1)]
+    def __init__(self, builder: "_BatchBuilder", slots: int) -> None:
+        self.builder = builder
+        mixture = builder.mixture
+        sizes = mixture.buckets if builder.known is None else [(1, 1)]
         pixels = max(width * height for width, height in sizes)
-        self.room = torch.empty((slots, mixture.batch // maker.world * pixels * 3), dtype=torch.uint8).share_memory_()
+        shape = (slots, mixture.batch // builder.world * pixels * 3)
+        self.memory = torch.empty(shape, dtype=torch.uint8).share_memory_()
 
     def __getitem__(self, step: int) -> "LoaderBatch | _Failure":
-        batch = self.maker.make(step)
+        batch = self.builder.build(step)
         if isinstance(batch, _Failure):
             return batch
         self._view(step, batch.images.shape).copy_(batch.images)
@@ -167,18 +168,18 @@ class _StepDataset(Dataset):
         return replace(batch, images=torch.empty((count, 0, height, width), dtype=torch.uint8))
 
     def fetch(self, batch: LoaderBatch) -> LoaderBatch:
-        """The batch with its pictures, copied out of their slot."""
+        """The batch with its images, copied from their slot."""
         return replace(batch, images=self._view(batch.step, batch.images.shape).clone())
 
     def _view(self, step: int, shape: Sequence[int]) -> Tensor:
-        """Channels last in memory."""
+        """View of a step's slot, channels last in memory."""
         count, _, height, width = shape
-        flat = self.room[step % len(self.room), : count * height * width * 3]
+        flat = self.memory[step % len(self.memory), : count * height * width * 3]
         return flat.view(count, height, width, 3).permute(0, 3, 1, 2)
 
 
 class _BatchBuilder:
-    """Step to batch, here and now."""
+    """Builds the batch of a step in this process."""
 
     def __init__(
         self, mixture: Mixture, rank: int, world: int, captions: bool, one_reference: bool,
@@ -187,7 +188,7 @@ class _BatchBuilder:
         self.mixture, self.rank, self.world, self.known = mixture, rank, world, known
         self.captions, self.one_reference = captions, one_reference
 
-    def make(self, step: int) -> "LoaderBatch | _Failure":
+    def build(self, step: int) -> "LoaderBatch | _Failure":
         indices = self.mixture.batch_indices(step, self.rank, self.world)
         bad: list[BadSampleRecord] = []
         try:
@@ -209,7 +210,7 @@ class _BatchBuilder:
     def _row(
         self, indices: BatchIndices, row: int, bad: list[BadSampleRecord]
     ) -> tuple[int, Sample, np.ndarray, list[np.ndarray]]:
-        """A sample's number in its source, itself, its pictures decoded; for a bad one, the first good one behind."""
+        """A sample's number in its source, the sample, and its decoded images; the next good one replaces a bad one."""
         source = self.mixture.sources[int(indices.source[row])]
         for neighbour in range(MAX_TRIES + 1):
             try:
@@ -222,7 +223,7 @@ class _BatchBuilder:
                     check_references(sample)
                 if self.known is not None:
                     if not self.known(source.identity, number):
-                        raise BadSample(sample.key, sample.origin, "expected features of it in the cache, got none")
+                        raise BadSample(sample.key, sample.origin, "expected its features in the cache, got none")
                     blank = np.zeros((1, 1, 3), np.uint8)
                     return number, sample, blank, [blank] * len(references)
                 image, *inputs = (_decode(data, indices.size, sample) for data in (sample.image, *references))
@@ -236,17 +237,17 @@ class _BatchBuilder:
 
 
 def _decode(data: bytes, size: Size, sample: Sample) -> np.ndarray:
-    """uint8 [H, W, 3], cut to the bucket's size."""
+    """Decode to uint8 [H, W, 3], cropped to the bucket's size."""
     try:
         return np.asarray(to_size(open_training_image(data), *size))
     except InputError as error:
         raise BadSample(sample.key, sample.origin, str(error)) from error
 
 
-def _stack(pictures: list[np.ndarray], size: Size) -> Tensor:
-    """uint8 [n, 3, H, W], channels last in memory: as Pillow has them, and as convolutions like them."""
+def _stack(images: list[np.ndarray], size: Size) -> Tensor:
+    """Stack to uint8 [n, 3, H, W], channels last in memory: Pillow's layout, and the fastest for convolutions."""
     width, height = size
-    stacked = np.empty((len(pictures), height, width, 3), np.uint8)
-    for row, picture in enumerate(pictures):
-        stacked[row] = picture
+    stacked = np.empty((len(images), height, width, 3), np.uint8)
+    for row, image in enumerate(images):
+        stacked[row] = image
     return torch.from_numpy(stacked).permute(0, 3, 1, 2)

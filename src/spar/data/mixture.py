@@ -1,8 +1,8 @@
-"""Which samples make which batch: a pure function of the step, over weighted sources and buckets of aspect ratio.
+"""The samples of each batch, as a pure function of the step, over weighted sources and aspect ratio buckets.
 
-A batch is of one kind and one bucket. Each (source, bucket) is an endless stream, epoch behind epoch, each shuffled
-anew; schedules say which stream each sample of each batch comes from. So a position is a step and nothing else, the
-same for any number of workers and of ranks: rank r of W takes the samples r, r + W, ... of each batch.
+A batch has one kind and one bucket. Each (source, bucket) is an endless stream, epoch after epoch, each with another
+order; schedules give the stream of each sample of each batch. A position is therefore just a step, the same for any
+number of workers and ranks: rank r of W takes the samples r, r + W, ... of each batch.
 """
 
 import hashlib
@@ -18,12 +18,12 @@ from spar.data.samples import Kind
 from spar.data.shuffle import InterleaveSchedule, hash_key, shuffled
 from spar.data.sources import DataSource
 
-ORDER = 1  # of the way samples are dealt: part of the fingerprint
+ORDER = 1  # version of the order: part of the fingerprint
 
 
 @dataclass(frozen=True)
 class BatchIndices:
-    """The samples of one rank's part of a batch, b of them: `source` and `slot`, int64 [b], say where each lies."""
+    """The b samples of one rank's part of a batch: `source` and `slot`, int64 [b], are the place of each."""
 
     category: int
     kind: Kind
@@ -53,7 +53,7 @@ class Mixture:
             raise InputError(f"batch: expected at least 1, got {batch}")
         self.sources, self.batch, self.seed, self.buckets = [*sources], batch, seed, buckets
         self.weights = np.array(weights, float) / sum(weights)
-        self._lists: dict[tuple[int, int], np.ndarray | None] = {}  # None: the whole source, as it lies
+        self._lists: dict[tuple[int, int], np.ndarray | None] = {}  # None: the whole source, in its order
         shares: dict[tuple[Kind, int], list[tuple[int, float]]] = {}
         for number, (source, weight) in enumerate(zip(sources, self.weights, strict=True)):
             for bucket, members in self._split(source):
@@ -68,7 +68,7 @@ class Mixture:
         ]
 
     def _split(self, source: DataSource) -> list[tuple[int, np.ndarray | None]]:
-        """(bucket, samples in it) of a source; None stands for all."""
+        """(bucket, samples in it) of a source; None means all."""
         if len(self.buckets) == 1:
             return [(0, None)]
         chosen = assign(source.sizes(), self.buckets, self.batch)
@@ -76,10 +76,10 @@ class Mixture:
         return [(int(bucket), np.flatnonzero(chosen == bucket).astype(width)) for bucket in np.unique(chosen)]
 
     def batch_indices(self, step: int, rank: int = 0, world: int = 1) -> BatchIndices:
-        """Rank `rank`'s samples of step `step`, in their order.
+        """Samples of rank `rank` in step `step`, in order.
 
         Raises:
-            InputError: a batch that the ranks cannot share evenly, or no such rank or step.
+            InputError: the ranks do not divide the batch, or there is no such rank or step.
         """
         if step < 0 or not 0 <= rank < world or self.batch % world:
             raise InputError(
@@ -101,7 +101,7 @@ class Mixture:
         return BatchIndices(category, kind, self.buckets[bucket], source, slot)
 
     def sample_index(self, indices: BatchIndices, row: int, neighbour: int = 0) -> int:
-        """The number in its source of a dealt sample, or of the n-th sample behind it in the same bucket."""
+        """Number of a sample in its source, or of the n-th sample after it in the same bucket."""
         number, bucket = int(indices.source[row]), self.categories[indices.category][1]
         slot = (int(indices.slot[row]) + neighbour) % self._count(number, bucket)
         members = self._lists[number, bucket]
@@ -112,11 +112,11 @@ class Mixture:
         return len(self.sources[number]) if members is None else len(members)
 
     def epochs(self, steps: int) -> dict[str, float]:
-        """How often so many steps show each sample of each source."""
+        """Epochs of each source in this many steps."""
         pairs = zip(self.sources, self.weights, strict=True)
         return {source.name: steps * self.batch * float(weight) / len(source) for source, weight in pairs}
 
     def fingerprint(self) -> str:
-        """Of everything that the order depends on: a run resumes on the same data only."""
+        """Hash of everything that the order depends on: a run resumes only on the same data."""
         parts = [ORDER, self.batch, self.seed, self.buckets, self.weights.tolist(), [s.identity for s in self.sources]]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Parquet files as a source: pictures in the rows, as datasets on the Hub hold them. Needs the extra `data`."""
+"""Parquet files as a source, with images in the rows as in datasets on the Hub. Needs the extra `data`."""
 
 import hashlib
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from spar.common.limits import MAX_INPUT_IMAGES, MAX_ROW_GROUP_BYTES
 from spar.data.image_files import header_sizes
 from spar.data.samples import BadSample, EditSample, Kind, Sample, TextToImageSample
 
-# The names that columns go by, the more special first.
+# Names of the columns, the more specific first.
 INPUT_COLUMNS = ("input_images", "input_image", "source_image", "original_image")
 IMAGE_COLUMNS = ("output_image", "edited_image", "target_image", "image", "jpg", "png", "webp", "img")
 TEXT_COLUMNS = ("instruction", "edit_prompt", "input_prompt", "caption", "text", "txt", "prompt")
@@ -20,12 +20,12 @@ KEY_COLUMNS = ("__key__", "key", "id")
 
 
 class ParquetSource:
-    """Rows of parquet files. A picture is bytes, or the Hub's struct of bytes and path; an edit has input pictures.
+    """Rows of parquet files. An image is bytes, or the Hub's struct of bytes and path; an edit has input images.
 
-    A row group is read in whole and the last one is kept: the loader's order stays within a few at a time.
+    Row groups are read whole and the last one is cached: the loader's order stays within a few at a time.
 
     Raises:
-        InputError: pyarrow is missing, a file that cannot be read, or no column of pictures.
+        InputError: pyarrow is missing, a file cannot be read, or there is no column of images.
     """
 
     format = "parquet"
@@ -68,7 +68,7 @@ class ParquetSource:
         return self.__dict__ | {"_last": None}
 
     def key(self, index: int) -> str:
-        """The row's own key where there is a column of keys that can be read, else FILE-ROW."""
+        """The row's own key if there is a readable column of keys, else FILE-ROW."""
         group, row = self._find(index)
         if self.columns["key"]:
             try:
@@ -83,10 +83,10 @@ class ParquetSource:
         return self.files[self._groups[self._find(index)[0]][0]].name
 
     def read(self, index: int) -> Sample:
-        """A sample, pictures as they lie in the row.
+        """Read a sample, images as stored.
 
         Raises:
-            BadSample: a column is empty or of another kind in this row.
+            BadSample: a column is empty or has another type in this row.
         """
         group, row = self._find(index)
         values = {role: column[row] for role, column in self._read(group).items()}
@@ -94,20 +94,20 @@ class ParquetSource:
         text = values.get("text") or ""
         if not isinstance(text, str):
             raise BadSample(key, origin, f"expected text, got {type(text).__name__}")
-        image = _picture(values["image"], key, origin)
+        image = _image_bytes(values["image"], key, origin)
         if self.kind == "text_to_image":
             return TextToImageSample(image, text.strip(), key, origin)
-        given = values["input"] if isinstance(values["input"], list) else [values["input"]]
-        if not 1 <= len(given) <= MAX_INPUT_IMAGES:
-            raise BadSample(key, origin, f"expected 1 to {MAX_INPUT_IMAGES} references, got {len(given)}")
-        return EditSample(tuple(_picture(one, key, origin) for one in given), image, text.strip(), key, origin)
+        inputs = values["input"] if isinstance(values["input"], list) else [values["input"]]
+        if not 1 <= len(inputs) <= MAX_INPUT_IMAGES:
+            raise BadSample(key, origin, f"expected 1 to {MAX_INPUT_IMAGES} references, got {len(inputs)}")
+        return EditSample(tuple(_image_bytes(one, key, origin) for one in inputs), image, text.strip(), key, origin)
 
     def sizes(self) -> np.ndarray:
-        """uint16 [N, 2]: width and height of each row's picture, 0 where its header cannot be read."""
+        """uint16 [N, 2]: width and height of each row's image, 0 if its header cannot be read."""
 
         def head(index: int, length: int) -> bytes:
             group, row = self._find(index)
-            return _picture(self._read(group)["image"][row], "", "")[:length]
+            return _image_bytes(self._read(group)["image"][row], "", "")[:length]
 
         return header_sizes(head, len(self), self.identity, self.cache)
 
@@ -119,7 +119,7 @@ class ParquetSource:
         return group, index - int(self.starts[group])
 
     def _read(self, group: int) -> dict[str, list[Any]]:
-        """The columns that we read of one row group, by role."""
+        """Columns of one row group, by role."""
         if self._last is None or self._last[0] != group:
             number, place = self._groups[group]
             wanted = {role: name for role, name in self.columns.items() if name}
@@ -137,15 +137,15 @@ def _open(path: Path) -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise InputError(f"reading parquet needs pyarrow, which is not here: {install_command('data')}") from error
+        raise InputError(f"reading parquet needs pyarrow, which is not installed: {install_command('data')}") from error
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (OSError, pyarrow.ArrowException) as error:
         raise InputError(f"expected a parquet file, but {str(path)!r}: {error}") from error
 
 
-def _picture(value: Any, key: str, origin: str) -> bytes:
+def _image_bytes(value: Any, key: str, origin: str) -> bytes:
     data = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(data, bytes):
-        raise BadSample(key, origin, f"expected a picture's bytes in the row, got {type(data).__name__}")
+        raise BadSample(key, origin, f"expected an image's bytes in the row, got {type(data).__name__}")
     return data

@@ -1,6 +1,6 @@
-"""The two canonical samples that every reader gives, and what a sample that cannot be used raises.
+"""The two canonical samples that every reader returns, and the error of an unusable sample.
 
-Pictures stay as the bytes of their files: whoever needs pixels decodes them behind the gate in `images`.
+Images stay encoded; `spar.processing.images` checks and decodes them.
 """
 
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ Format = Literal["auto", "webdataset", "folder", "sharegpt", "gptedit", "parquet
 
 @dataclass(frozen=True)
 class TextToImageSample:
-    """A picture and its caption; reconstruction reads the picture alone.
+    """An image and its caption; reconstruction reads the image alone.
 
-    `key` is the sample's name in its set, `origin` the file that it lies in. `text` is empty where there is none;
-    `label` is the class number of an ImageNet sample.
+    `key` is the sample's name in its set, `origin` the file that contains it. `text` may be empty; `label` is the class
+    number of an ImageNet sample.
     """
 
     image: bytes
@@ -31,7 +31,7 @@ class TextToImageSample:
 
 @dataclass(frozen=True)
 class EditSample:
-    """References (one or more), the picture that they become, and the instruction."""
+    """References (one or more), the edited image, and the instruction."""
 
     input_images: tuple[bytes, ...]
     image: bytes
@@ -44,7 +44,7 @@ Sample = TextToImageSample | EditSample
 
 
 class BadSample(InputError):
-    """One sample that cannot be used. It is counted, named and replaced; only a share above the budget ends a run."""
+    """An unusable sample. It is counted, logged and replaced; only a share above the limit ends a run."""
 
     def __init__(self, key: str, origin: str, reason: str) -> None:
         super().__init__(f"sample {key!r} of {origin!r}: {reason}")
@@ -58,6 +58,6 @@ def check_references(sample: Sample) -> None:
 
 
 def is_safe_path(name: str) -> bool:
-    """Whether a relative path of a data set stays inside its root, by its words alone (links may point anywhere)."""
+    """Whether a relative path stays inside its root, by its text alone (links may point anywhere)."""
     path = PurePosixPath(name.replace("\\", "/"))
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name

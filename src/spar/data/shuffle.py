@@ -1,6 +1,6 @@
-"""Which sample comes when, as pure functions of (seed, epoch, position): nothing is drawn from a running generator.
+"""The order of samples as pure functions of (seed, epoch, position), without a random generator.
 
-Integers only, so that every machine deals the same sequence, and no state but the position.
+They use only integers, so that every machine has the same order, and no state but the position.
 """
 
 import hashlib
@@ -8,21 +8,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
-BLOCK = 64  # neighbours in the files that stay near each other in time: reading them is half sequential
-WINDOW = 64  # blocks that are mixed with each other: 4096 samples, about the shuffle buffer that the family uses
+BLOCK = 64  # neighbours in the files that stay near each other in the order, for partly sequential reads
+WINDOW = 64  # blocks that are mixed with each other: 4096 samples, about the family's shuffle buffer
 PERIOD = 2**16  # slots after which a schedule repeats: shares are exact to 1 / 65536
-_GOLDEN_STRIDE = 40503  # odd, PERIOD over the golden ratio: slots of one category lie as evenly as they can
+_GOLDEN_STRIDE = 40503  # odd, PERIOD over the golden ratio: spreads the slots of one category evenly
 _ROUNDS = 6
 
 
 def hash_key(*parts: int) -> int:
-    """64 bits of a few whole numbers."""
+    """Hash a few whole numbers to 64 bits."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
 def permute(positions: np.ndarray, size: int, key: int) -> np.ndarray:
-    """A keyed bijection of range(size), position by position: a Feistel network over the next power of four, walked
-    until it falls inside. No table: the memory does not grow with `size`.
+    """A keyed bijection of range(size), position by position: a Feistel network over the next power of four, iterated
+    until the value is in range. There is no table: the memory does not grow with `size`.
 
     Args:
         positions: whole numbers in [0, size), any shape.
@@ -54,19 +54,19 @@ def _mix(values: np.ndarray) -> np.ndarray:
 
 
 def shuffled(positions: np.ndarray, size: int, key: int) -> np.ndarray:
-    """The samples at these positions of one epoch of `size` samples: each sample comes exactly once an epoch.
+    """The samples at these positions of one epoch of `size` samples: each sample occurs exactly once per epoch.
 
-    Two levels, so that tars on a disk or a network are read in pieces and not one file at a time: blocks of BLOCK
-    neighbours are permuted over the whole set, then WINDOW blocks at a time are mixed sample by sample. The set is
-    turned by a random amount first, so that no two neighbours share a block in every epoch.
+    There are two levels, so that tars on a disk or a network are read in runs: blocks of BLOCK neighbours are permuted
+    over the whole set, then WINDOW blocks at a time are mixed sample by sample. The set is rotated by a random amount
+    first, so that no two neighbours share a block in every epoch.
 
     Args:
         positions: int64 [n] in [0, size).
-        key: of (seed, epoch, ...).
+        key: hash of (seed, epoch, ...).
     """
     whole = size // BLOCK
     turn = hash_key(key, -1) % size
-    result = positions.astype(np.int64)  # behind the last whole block: as they lie
+    result = positions.astype(np.int64)  # unchanged after the last whole block
     windows = positions // (BLOCK * WINDOW)
     for window in np.unique(windows[positions < whole * BLOCK]):
         chosen = np.flatnonzero((windows == window) & (positions < whole * BLOCK))
@@ -78,9 +78,9 @@ def shuffled(positions: np.ndarray, size: int, key: int) -> np.ndarray:
 
 
 class InterleaveSchedule:
-    """Categories dealt in fixed shares: slot k belongs to `category` and is its `occurrence`-th slot, both at once.
+    """Interleaves categories in fixed shares: slot k is the `occurrence`-th slot of `category`.
 
-    Every PERIOD slots hold each category exactly as often as its share says, at least once, and any stretch of them
+    Every PERIOD slots contain each category exactly in proportion to its share, at least once, and any shorter range
     nearly so.
     """
 

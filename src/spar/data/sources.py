@@ -1,4 +1,4 @@
-"""One interface over every format, and the way from a path to the reader that suits it."""
+"""The interface of all formats, and the choice of the reader of a path."""
 
 import os
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from spar.data.webdataset import TarSource
 class DataSource(Protocol):
     """Samples by number, in any order, from any process.
 
-    `identity` changes when the samples do; `skipped` counts what is not read, by reason; `damage` says which files
+    `identity` changes with the samples; `skipped` counts unread entries by reason; `damage` describes the files that
     end early.
     """
 
@@ -41,17 +41,17 @@ class DataSource(Protocol):
 
 
 def open_source(path: str, format: Format = "auto", *, cache: Path | None = None, workers: int = 1) -> DataSource:
-    """The reader of a path.
+    """Open the reader of a path.
 
     Args:
         path: shards by name, braces, glob or `hf://`; a folder of shards, of parquet files, or with metadata.jsonl; a
             JSON list of ShareGPT-4o-Image; an index of GPT-Image-Edit; parquet files.
-        format: what the path holds; `auto` tells by its name and content.
-        cache: folder where indexes of shards and sizes of pictures are kept.
+        format: format of the path; `auto` detects it from name and content.
+        cache: folder of the indexes of shards and the sizes of images.
         workers: processes that index shards.
 
     Raises:
-        InputError: a path that names nothing, an address, or a format that cannot be told.
+        InputError: the path matches nothing or is a URL, or its format is unknown.
     """
     refuse_addresses(path)
     chosen = _detect(path) if format == "auto" else format
@@ -68,7 +68,7 @@ def open_source(path: str, format: Format = "auto", *, cache: Path | None = None
 
 
 def _detect(path: str) -> str:
-    """The format of a path, by what its name ends in or what its folder holds."""
+    """Detect the format of a path from the end of its name or the contents of its folder."""
     if os.path.isdir(path):
         names = os.listdir(path)
         if METADATA in names:

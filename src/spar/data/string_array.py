@@ -1,4 +1,4 @@
-"""Millions of strings as two arrays: Python objects would cost ten times the memory and be copied into every worker."""
+"""Millions of strings in two arrays: Python objects would need ten times the memory, copied into every worker."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,9 +8,9 @@ import numpy as np
 
 @dataclass(frozen=True)
 class StringArray:
-    """Strings one behind the other: `blob` their bytes, uint8; `ends` where each ends, uint64 [N].
+    """Concatenated strings: `blob`, their bytes, uint8; `ends`, the end of each, uint64 [N].
 
-    Bytes that are no UTF-8 (old file names) go through unchanged, as lone surrogates.
+    Bytes that are not UTF-8 (old file names) are preserved as lone surrogates.
     """
 
     blob: np.ndarray

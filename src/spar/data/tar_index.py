@@ -1,8 +1,8 @@
-"""The index of one tar shard: where each member of each sample lies, from one pass over the headers.
+"""The index of one tar shard: offset and size of each member of each sample, from one pass over the headers.
 
-Members are then read by offset. Nothing is ever extracted or unpickled: what a member is follows from its extension,
-by a list of what we read, and everything else is passed over. Keys are as in webdataset: everything behind the first
-dot of the base name is the extension, and folders belong to the key.
+Members are then read by offset. Nothing is extracted or unpickled: the extension gives a member's role, from a list of
+known ones, and all others are skipped. Keys are as in webdataset: the extension is everything after the first dot of
+the base name, and folders belong to the key.
 """
 
 import hashlib
@@ -26,10 +26,10 @@ from spar.processing.images import MAX_BYTES, read_header
 
 IMAGE, INPUT, TXT, JSON, CLS = range(5)
 VERSION = 1
-HEADER_BYTES = 2**16  # of a picture: enough for the size of nearly all
+HEADER_BYTES = 2**16  # of an image: nearly always enough to contain its size
 
 _BLOCK = 512
-_PICTURE = re.compile(r"(?:output\.|(input)(?:_(\d{1,4}))?\.)?(?:jpg|jpeg|png|webp)")
+_IMAGE_EXTENSION = re.compile(r"(?:output\.|(input)(?:_(\d{1,4}))?\.)?(?:jpg|jpeg|png|webp)")
 _TEXTS = {"txt": TXT, "json": JSON, "cls": CLS}
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 _EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
@@ -41,12 +41,12 @@ _COLUMNS = ("keys", "key_ends", "first", "role", "number", "offset", "size", "si
 
 @dataclass(frozen=True)
 class TarIndex:
-    """N samples of M members, those of a sample together, references in their order.
+    """N samples of M members; those of a sample are adjacent, references in order.
 
     keys [N]; first uint32 [N + 1]: a sample's members are first[i] to first[i + 1]; role, number uint8 [M] (number
-    counts references); offset uint64, size uint32 [M], in bytes; sizes uint16 [N, 2]: width and height of the picture
-    upright, 0 where its header cannot be read. `skipped` counts members by why they are not read, `damage` says
-    why the pass ended early.
+    counts references); offset uint64, size uint32 [M], in bytes; sizes uint16 [N, 2]: width and height of the upright
+    image, 0 if its header cannot be read. `skipped` counts unread members by reason, `damage` is the reason why the
+    pass ended early.
     """
 
     keys: StringArray
@@ -72,7 +72,7 @@ class TarIndex:
         return own | {name: getattr(self, name) for name in _COLUMNS[2:]}
 
     def digest(self) -> str:
-        """Of what the samples are and where they lie; the same on every machine."""
+        """Hash of the index; the same on every machine."""
         found = hashlib.sha256()
         for name, column in self.columns().items():
             found.update(f"{name} {column.shape}".encode() + np.ascontiguousarray(column).tobytes())
@@ -80,7 +80,7 @@ class TarIndex:
 
 
 def role_of(name: str) -> tuple[str, int, int] | str:
-    """(key, role, number) of a member's name, or why the member is not read."""
+    """(key, role, number) of a member's name, or the reason why the member is not read."""
     if not is_safe_path(name):
         return "name leaves the folder"
     folder, _, base = name.removeprefix("./").rpartition("/")
@@ -88,19 +88,19 @@ def role_of(name: str) -> tuple[str, int, int] | str:
     key, extension = (f"{folder}/{stem}" if folder else stem), extension.lower()
     if extension in _TEXTS:
         return key, _TEXTS[extension], 0
-    if not (picture := _PICTURE.fullmatch(extension)):
+    if not (match := _IMAGE_EXTENSION.fullmatch(extension)):
         return f".{extension}"
-    number = int(picture[2] or 0)
+    number = int(match[2] or 0)
     if number >= MAX_INPUT_IMAGES:
         return f"more than {MAX_INPUT_IMAGES} references"
-    return key, INPUT if picture[1] else IMAGE, number
+    return key, INPUT if match[1] else IMAGE, number
 
 
 def index_tar(path: Path) -> TarIndex:
-    """One pass over a tar's headers, and over the header of each picture.
+    """Index a tar in one pass over its headers and the header of each image.
 
     Raises:
-        InputError: a file that cannot be read, is compressed or no tar, or has too many members.
+        InputError: the file cannot be read, is compressed or not a tar, or has too many members.
     """
     try:
         with open(path, "rb", buffering=0) as file:
@@ -135,8 +135,8 @@ def _index(descriptor: int, name: str) -> TarIndex:
     counts = [len(roles) for roles in samples.values()]
     values = [(role, number, offset, min(size, 2**32 - 1)) for (role, number), offset, size in rows]
     column = np.array(values, np.uint64).reshape(-1, 4)
-    pictures = [roles.get((IMAGE, 0)) for roles in samples.values()]
-    sizes = [_picture_size(descriptor, *where) if where else (0, 0) for where in pictures]
+    places = [roles.get((IMAGE, 0)) for roles in samples.values()]
+    sizes = [_image_size(descriptor, *where) if where else (0, 0) for where in places]
     return TarIndex(
         StringArray.of(samples), np.concatenate([[0], np.cumsum(counts)]).astype(np.uint32),
         column[:, 0].astype(np.uint8), column[:, 1].astype(np.uint8), column[:, 2].copy(),
@@ -145,11 +145,11 @@ def _index(descriptor: int, name: str) -> TarIndex:
 
 
 class _Damaged(Exception):
-    """The tar ends or breaks here."""
+    """The tar ends early or has an invalid header."""
 
 
 def _members(descriptor: int) -> Iterator[tuple[str, int, int]]:
-    """(name, offset of the data, bytes) of every member; offset 0 for what is no regular file."""
+    """(name, offset of the data, bytes) of every member; offset 0 if it is not a regular file."""
     end, position = os.fstat(descriptor).st_size, 0
     longer: dict[str, str] = {}
     while block := os.pread(descriptor, _BLOCK, position):
@@ -176,7 +176,7 @@ def _members(descriptor: int) -> Iterator[tuple[str, int, int]]:
                 raise _Damaged(f"breaks at byte {position}: a sparse member")
             size = 0 if info.type in _WITHOUT_DATA else size
             if size < 0 or data + size > end:
-                raise _Damaged(f"is truncated: {longer.get('path', info.name)!r} at byte {position} is not whole")
+                raise _Damaged(f"is truncated: {longer.get('path', info.name)!r} at byte {position} is not complete")
             if not info.isdir():
                 yield longer.get("path", info.name), data if info.isreg() else 0, size
             longer = {}
@@ -185,7 +185,7 @@ def _members(descriptor: int) -> Iterator[tuple[str, int, int]]:
 
 
 def _pax(record: bytes) -> dict[str, str]:
-    """`length key=value\\n`, one behind the other; what does not parse is left out."""
+    """Parse consecutive records `length key=value\\n`; invalid ones are dropped."""
     found = {}
     while match := re.match(rb"(\d{1,7}) ([^=]+)=", record):
         length = int(match[1])
@@ -200,9 +200,9 @@ def _text(data: bytes) -> str:
     return data.decode("utf-8", "surrogateescape")
 
 
-def _picture_size(descriptor: int, offset: int, size: int) -> tuple[int, int]:
-    """Width and height of a picture upright, at most 65535 each; (0, 0) where the header cannot be read."""
-    for length in (min(size, HEADER_BYTES), size):  # a large profile may stand before a JPEG's size
+def _image_size(descriptor: int, offset: int, size: int) -> tuple[int, int]:
+    """Width and height of an upright image, at most 65535 each; (0, 0) if the header cannot be read."""
+    for length in (min(size, HEADER_BYTES), size):  # a large profile may precede a JPEG's size
         try:
             header = read_header(os.pread(descriptor, min(length, MAX_BYTES + 1), offset))
             return min(header.width, 65535), min(header.height, 65535)
@@ -212,7 +212,7 @@ def _picture_size(descriptor: int, offset: int, size: int) -> tuple[int, int]:
 
 
 def cached_index(path: Path, cache: Path | None) -> TarIndex:
-    """The index of a shard, from the cache folder while the shard has the size and the time that it was made for."""
+    """The index of a shard, from the cache folder if the shard's size and time are unchanged."""
     if cache is None:
         return index_tar(path)
     try:
@@ -220,8 +220,8 @@ def cached_index(path: Path, cache: Path | None) -> TarIndex:
     except OSError as error:
         raise InputError(f"expected a tar shard, but {str(path)!r}: {error.strerror or error}") from error
     stamp = {"version": str(VERSION), "bytes": str(status.st_size), "mtime_ns": str(status.st_mtime_ns)}
-    named = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:24]
-    file = cache / f"{named}.index.safetensors"
+    digest = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:24]
+    file = cache / f"{digest}.index.safetensors"
     if (index := _load(file, stamp)) is None:
         index = index_tar(path)
         _save(file, index, stamp)
@@ -229,28 +229,28 @@ def cached_index(path: Path, cache: Path | None) -> TarIndex:
 
 
 def _load(file: Path, stamp: dict[str, str]) -> TarIndex | None:
-    """An index that fits the stamp; None where there is none, it is stale or damaged."""
+    """Load an index; None if it is missing, damaged or has another stamp."""
     try:
         with safe_open(file, framework="numpy") as stored:
-            notes = stored.metadata() or {}
-            if any(notes.get(name) != value for name, value in stamp.items()):
+            metadata = stored.metadata() or {}
+            if any(metadata.get(name) != value for name, value in stamp.items()):
                 return None
             column = {name: stored.get_tensor(name) for name in _COLUMNS}
             keys = StringArray(column.pop("keys"), column.pop("key_ends"))
-            return TarIndex(keys, **column, skipped=json.loads(notes["skipped"]), damage=notes["damage"])
+            return TarIndex(keys, **column, skipped=json.loads(metadata["skipped"]), damage=metadata["damage"])
     except (OSError, SafetensorError, ValueError, KeyError):
         return None
 
 
 def _save(file: Path, index: TarIndex, stamp: dict[str, str]) -> None:
-    """Written aside and renamed: ranks that index the same shard do not meet."""
-    notes = stamp | {"skipped": json.dumps(index.skipped), "damage": index.damage}
-    aside = file.with_name(f".{file.name}-{os.getpid()}.part")
+    """Write to a temporary file and rename it, so that ranks that index the same shard do not conflict."""
+    metadata = stamp | {"skipped": json.dumps(index.skipped), "damage": index.damage}
+    temporary = file.with_name(f".{file.name}-{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: np.ascontiguousarray(column) for name, column in index.columns().items()}, aside, notes)
-        aside.replace(file)
+        save_file({name: np.ascontiguousarray(column) for name, column in index.columns().items()}, temporary, metadata)
+        temporary.replace(file)
     except OSError as error:
         raise InputError(f"cache: {str(file.parent)!r} cannot be written: {error.strerror or error}") from error
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""Which files a pattern names: a path, braces `{0000..2175}` and `{a,b}`, globs, or `hf://` on the Hub.
+"""Expansion of file patterns: a path, braces `{0000..2175}` and `{a,b}`, globs, or `hf://` on the Hub.
 
-Nothing else: a `pipe:` would run a shell, and an address would be fetched by whoever wrote the data list.
+Other forms are refused: a `pipe:` would run a shell, and a data list could make us fetch any URL.
 """
 
 import glob
@@ -16,10 +16,10 @@ _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Every text that a pattern with braces stands for; numbers keep the zeros of their first end.
+    """Expand the braces of a pattern; numbers are padded like the first of their range.
 
     Raises:
-        InputError: braces that do not close or lie within each other, or more than MAX_SHARDS texts.
+        InputError: unclosed or nested braces, or more than MAX_SHARDS results.
     """
     if re.search(r"\{[^}]*\{", pattern):
         raise InputError(f"expected braces that close before the next open, got {pattern!r}")
@@ -49,10 +49,10 @@ def _choices(inner: str, pattern: str) -> list[str]:
 
 
 def find_files(pattern: str) -> list[Path]:
-    """The files that a pattern names, braces in their order and globs by name; those of `hf://` are fetched first.
+    """The files of a pattern, braces in order and globs by name; those of `hf://` are fetched first.
 
     Raises:
-        InputError: a pattern that names nothing, a missing file, `pipe:`, or any other address.
+        InputError: the pattern matches nothing, a file is missing, or it is `pipe:` or another URL.
     """
     refuse_addresses(pattern)
     texts = expand_braces(pattern)
@@ -70,14 +70,14 @@ def find_files(pattern: str) -> list[Path]:
 
 
 def refuse_addresses(pattern: str) -> None:
-    """Refuse whatever is neither a local path nor `hf://`."""
+    """Refuse a pattern that is neither a local path nor `hf://`."""
     scheme = re.match(r"(pipe:|[A-Za-z][\w+.-]*://)", pattern)
     if scheme and scheme[1] != "hf://":
         raise InputError(f"expected a local path or hf://datasets/NAME/REPOSITORY/FILES, got {pattern!r}")
 
 
 def _from_hub(patterns: list[str]) -> list[Path]:
-    """Files of one repository of the Hub, all of one commit, in the Hub's own cache."""
+    """Fetch files of one repository of the Hub, all of one commit, into the Hub's own cache."""
     from huggingface_hub import HfApi, hf_hub_download
 
     parsed = [_HUB.fullmatch(pattern) for pattern in patterns]
@@ -96,11 +96,11 @@ def _from_hub(patterns: list[str]) -> list[Path]:
         return [Path(hf_hub_download(repository, name, repo_type=kind, revision=revision)) for name in wanted]
     except InputError:
         raise
-    except Exception as error:  # the network, the Hub or its client: all is one to the user
+    except Exception as error:  # of the network, the Hub or its client
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(f"{patterns[0]!r} cannot be fetched: {reason}") from error
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """A glob whose `*` stays within one folder."""
+    """Match a glob whose `*` stays within one folder."""
     return len(PurePosixPath(name).parts) == len(PurePosixPath(pattern).parts) and PurePosixPath(name).match(pattern)

@@ -1,4 +1,4 @@
-"""The data doctor: every sample read and decoded, and what training would stumble over, counted and named."""
+"""Validation of a source: reads and decodes every sample, and reports what would disturb training."""
 
 import itertools
 from collections import Counter
@@ -16,23 +16,23 @@ from spar.data.samples import BadSample, EditSample
 from spar.data.sources import DataSource
 from spar.processing.images import open_training_image, read_header
 
-NAMED = 100  # bad samples and duplicates that a report names; all are counted
+NAMED = 100  # bad samples and duplicates listed in a report; all are counted
 CHUNK = 1024  # samples of one task of a process
 SIDES = (224, 448, 768, 1024)  # borders of the histogram of shorter sides, pixels
 ASPECTS = (0.5, 0.75, 4 / 3, 2.0)  # borders of the histogram of width over height
 _ASPECT_NAMES = ("below 1:2", "1:2 to 3:4", "3:4 to 4:3", "4:3 to 2:1", "2:1 and above")
-_COLUMNS = {"indices": "i8", "pictures": "u8", "wholes": "u8", "sizes": "i4", "characters": "i4"}
+_COLUMNS = {"indices": "i8", "images": "u8", "wholes": "u8", "sizes": "i4", "characters": "i4"}
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """What was found in one source.
+    """Findings of one source.
 
-    bad, duplicates: how many; `named_bad` and `named_duplicates` (key, key of the earlier one) hold the first NAMED.
-    A duplicate has the pictures and the words of an earlier sample; `repeated_pictures` counts samples whose picture
-    came before with other words. `captions` holds empty, too_long, and characters: shortest, median, longest.
+    bad, duplicates: counts; `named_bad` and `named_duplicates` (key, key of the earlier one) have the first NAMED.
+    A duplicate has the images and the text of an earlier sample; `repeated_pictures` counts samples with the image of
+    an earlier one and another text. `captions` has empty, too_long, and characters: shortest, median, longest.
     """
 
     name: str
@@ -56,7 +56,7 @@ class ValidationReport:
 
     @property
     def wrong(self) -> tuple[str, ...]:
-        """One line for each thing that is wrong; empty when the data are fit for training."""
+        """One line per fault; empty if the data are fit for training."""
         unsafe = self.skipped.get("name leaves the folder", 0)
         found = {
             "bad samples": self.bad, "duplicates": self.duplicates, "empty captions": self.captions["empty"],
@@ -67,11 +67,11 @@ class ValidationReport:
 
 @dataclass
 class _Part:
-    """What a run of samples gave: per good sample the hashes of its picture and of all it holds, uint64; width and
+    """Findings of some samples: per good sample the hashes of its image and of the whole sample, uint64; width and
     height; characters of its caption."""
 
     indices: list[int] = field(default_factory=list)
-    pictures: list[int] = field(default_factory=list)
+    images: list[int] = field(default_factory=list)
     wholes: list[int] = field(default_factory=list)
     sizes: list[tuple[int, int]] = field(default_factory=list)
     characters: list[int] = field(default_factory=list)
@@ -83,11 +83,11 @@ def validate(
     source: DataSource, *, limit: int | None = None, max_characters: int = 4096, workers: int = 4,
     progress: Progress | None = None,
 ) -> ValidationReport:  # fmt: skip
-    """Look at every sample of a source, or at `limit` of them, evenly spread.
+    """Check every sample of a source, or `limit` of them, evenly spread.
 
     Args:
         max_characters: longest caption.
-        workers: processes that decode, and what the number of shards is held against.
+        workers: processes that decode; fewer shards than workers are reported.
     """
     wanted = np.arange(len(source))
     if limit is not None and limit < len(source):
@@ -104,23 +104,23 @@ def validate(
             columns.setdefault(name, []).append(np.array(getattr(part, name), dtype))
         if progress:
             progress(done, len(wanted))
-    indices, pictures, wholes, characters = (
-        np.concatenate(columns[name]) for name in ("indices", "pictures", "wholes", "characters")
+    indices, images, wholes, characters = (
+        np.concatenate(columns[name]) for name in ("indices", "images", "wholes", "characters")
     )
     sizes = np.concatenate([part.reshape(-1, 2) for part in columns["sizes"]])
-    again, first = _repeated(wholes)
+    repeated, first = _repeated(wholes)
     named = [(source.key(int(indices[one])), source.key(int(indices[other]))) for one, other in
-             zip(again[:NAMED], first[:NAMED], strict=True)]  # fmt: skip
+             zip(repeated[:NAMED], first[:NAMED], strict=True)]  # fmt: skip
     files = len(getattr(source, "shards", ())) or len(getattr(source, "files", ()))
     notes = ()
     if 0 < files < workers:
-        notes = (f"{files} files for {workers} workers: fine here, as samples are dealt one by one; loaders that deal "
-                 "whole shards would fail or stand idle",)  # fmt: skip
+        notes = (f"{files} files for {workers} workers: fine here, as samples are assigned one by one; loaders that "
+                 "assign whole shards would fail or be idle",)  # fmt: skip
     needs_words = source.format != "imagenet"
     return ValidationReport(
         name=source.name, format=source.format, kind=source.kind, files=files, samples=len(source),
-        checked=len(wanted), bad=count, named_bad=tuple(bad), duplicates=len(again), named_duplicates=tuple(named),
-        repeated_pictures=len(_repeated(pictures)[0]) - len(again),
+        checked=len(wanted), bad=count, named_bad=tuple(bad), duplicates=len(repeated), named_duplicates=tuple(named),
+        repeated_pictures=len(_repeated(images)[0]) - len(repeated),
         captions=_captions(characters, max_characters, needs_words), formats=dict(formats.most_common()),
         shorter_sides=_histogram(sizes.min(axis=1, initial=2**30), SIDES, _side_names()),
         aspects=_histogram(sizes[:, 0] / np.maximum(sizes[:, 1], 1), ASPECTS, _ASPECT_NAMES),
@@ -151,7 +151,7 @@ def _validate_part(source: DataSource, wanted: np.ndarray) -> _Part:
             part.bad.append(BadSampleRecord(source.name, error.origin, error.key, error.reason))
             continue
         part.indices.append(index)
-        part.pictures.append(_hash(sample.image))
+        part.images.append(_hash(sample.image))
         part.wholes.append(_hash(sample.text.encode("utf-8", "replace"), sample.image, *references))
         part.sizes.append(image.size)
         part.characters.append(len(sample.text))
@@ -160,7 +160,7 @@ def _validate_part(source: DataSource, wanted: np.ndarray) -> _Part:
 
 
 def _hash(*parts: bytes) -> int:
-    """64 bits: among 27 million samples two that differ agree with a probability of 2e-5."""
+    """Hash to 64 bits: among 27 million different samples a collision has a probability of 2e-5."""
     found = blake2b(digest_size=8)
     for part in parts:
         found.update(len(part).to_bytes(8, "little") + part)
@@ -168,16 +168,16 @@ def _hash(*parts: bytes) -> int:
 
 
 def _repeated(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Places of values that came before, and where each came first."""
+    """Indices of values that occurred before, and the index of each one's first occurrence."""
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     earliest = first[inverse]
-    again = np.flatnonzero(earliest != np.arange(len(hashes)))
-    return again, earliest[again]
+    repeated = np.flatnonzero(earliest != np.arange(len(hashes)))
+    return repeated, earliest[repeated]
 
 
 def _captions(characters: np.ndarray, longest: int, needed: bool) -> dict[str, int]:
-    said = characters[characters > 0]
-    low, middle, high = (int(value) for value in np.quantile(said, (0, 0.5, 1))) if len(said) else (0, 0, 0)
+    present = characters[characters > 0]
+    low, middle, high = (int(value) for value in np.quantile(present, (0, 0.5, 1))) if len(present) else (0, 0, 0)
     empty = int((characters == 0).sum()) if needed else 0
     return {"empty": empty, "too_long": int((characters > longest).sum()), "shortest": low, "median": middle,
             "longest": high}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Tar shards as a source: text-to-image, edit pairs and ImageNet's, samples read by offset in any order."""
+"""Tar shards as a source: text-to-image, edit pairs and ImageNet; samples are read by offset in any order."""
 
 import hashlib
 import json
@@ -17,17 +17,17 @@ from spar.data.samples import BadSample, EditSample, Kind, Sample, TextToImageSa
 from spar.data.tar_index import CLS, IMAGE, INPUT, JSON, TXT, TarIndex, cached_index
 from spar.processing.images import MAX_BYTES
 
-OPEN_SHARDS = 128  # twice the blocks that are mixed at a time: a shard is opened about once a window
+OPEN_SHARDS = 128  # twice the blocks that are mixed at a time: a shard is opened about once per window
 _CAPTIONS = ("caption", "text")
 
 
 class TarSource:
-    """Samples of tar shards. `kind` is that of the first sample; samples of the other kind are bad ones.
+    """Samples of tar shards. `kind` is that of the first sample; samples of the other kind are bad.
 
-    With a cache folder the shards' indexes stay on disk and only those of open shards in memory.
+    With a cache folder the shards' indexes stay on disk, and only those of open shards are in memory.
 
     Raises:
-        InputError: a shard that is no tar, or no samples at all.
+        InputError: a shard is not a tar, or there are no samples.
     """
 
     def __init__(self, name: str, shards: Sequence[Path], cache: Path | None = None, workers: int = 1) -> None:
@@ -67,7 +67,7 @@ class TarSource:
             os.close(descriptor)
 
     def sizes(self) -> np.ndarray:
-        """uint16 [N, 2]: width and height of each sample's picture, 0 where its header cannot be read."""
+        """uint16 [N, 2]: width and height of each sample's image, 0 if its header cannot be read."""
         return self._sizes
 
     def key(self, index: int) -> str:
@@ -79,7 +79,7 @@ class TarSource:
         return self._find(index)[1]
 
     def read(self, index: int) -> Sample:
-        """A sample, pictures as they lie in the shard.
+        """Read a sample, images as stored.
 
         Raises:
             BadSample: a member is missing, too large or unreadable.
@@ -97,9 +97,9 @@ class TarSource:
                 raise BadSample(key, origin, f"expected a member of {size} bytes, but the shard ends after {len(data)}")
             found.setdefault(role, []).append(data)
         if IMAGE not in found:
-            raise BadSample(key, origin, "expected a picture (jpg, jpeg, png, webp), found none")
+            raise BadSample(key, origin, "expected an image (jpg, jpeg, png, webp), found none")
         if (INPUT in found) != (self.kind == "edit"):
-            wanted = "an edit with an input picture" if self.kind == "edit" else "a picture without references"
+            wanted = "an edit with an input image" if self.kind == "edit" else "an image without references"
             raise BadSample(key, origin, f"expected {wanted}, as the first sample is, got the other")
         try:
             text = _caption(found)
@@ -107,7 +107,7 @@ class TarSource:
                 return EditSample(tuple(found[INPUT]), found[IMAGE][0], text, key, origin)
             label = int(found[CLS][0]) if CLS in found else None
             return TextToImageSample(found[IMAGE][0], text, key, origin, label)
-        except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, no number
+        except (ValueError, RecursionError) as error:  # not UTF-8, JSON or a number
             raise BadSample(key, origin, f"its text cannot be read: {error}") from error
 
     def _find(self, index: int) -> tuple[int, str, int]:
@@ -135,7 +135,7 @@ class TarSource:
 
 
 def _indexes(shards: list[Path], cache: Path | None, workers: int) -> Iterator[TarIndex]:
-    """One behind the other, so that those which a cache keeps need not be in memory together."""
+    """Yield the indexes in order, so that cached ones need not be in memory together."""
     if min(workers, len(shards)) < 2:
         yield from (cached_index(shard, cache) for shard in shards)
         return
@@ -144,7 +144,7 @@ def _indexes(shards: list[Path], cache: Path | None, workers: int) -> Iterator[T
 
 
 def _caption(found: dict[int, list[bytes]]) -> str:
-    """The text member, or the caption of the json member; empty where neither says anything."""
+    """The text member, or the caption of the json member; empty if neither has text."""
     text = found[TXT][0].decode().strip() if TXT in found else ""
     if text or JSON not in found:
         return text

@@ -1,5 +1,5 @@
-"""Scores and reports: the four benchmarks of the shapes world, results files, and one self-contained HTML page.
+"""Scores: the four benchmarks of the shapes world, their targets, and results files.
 
-A benchmark asks a pipe-like object (`SparPipeline`, or anything with the same methods) for its outputs, has the world's
-exact detector read them, and returns a `Result`. Nothing here trains, and nothing here looks inside the model.
+A benchmark calls a pipe-like object (`SparPipeline`, or anything with the same methods), runs the world's exact
+detector on its outputs, and returns a `Result`. Nothing here trains or looks inside the model.
 """

@@ -1,4 +1,4 @@
-"""The table of benchmarks: a name to a function of a pipe, options and a progress callback, which returns a Result."""
+"""The table of benchmarks: name to a function of a pipe, options and a progress callback that returns a Result."""
 
 from __future__ import annotations
 

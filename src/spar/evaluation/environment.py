@@ -1,4 +1,4 @@
-"""How a result was measured: the detector and its accuracy, the options, the model, the machine, versions and time."""
+"""Settings of a result: the detector and its accuracy, the options, the model, the machine, versions and time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LIBRARIES = ("torch", "numpy", "transformers", "diffusers", "torchmetrics")
 
 
 class Timer:
-    """Wall seconds since it was made."""
+    """Wall seconds since its creation."""
 
     def __init__(self) -> None:
         self.began = time.monotonic()
@@ -31,7 +31,7 @@ class Timer:
 
 @cache
 def detector_info() -> dict[str, Any]:
-    """The detector's version and its accuracy on real and on degraded renders, measured once a process (about 1 s)."""
+    """The detector's version and its accuracy on real and on degraded renders, measured once (about 1 s)."""
     return {
         "version": DETECTOR_VERSION,
         "accuracy": detector_accuracy(DETECTOR_SAMPLE),
@@ -41,7 +41,7 @@ def detector_info() -> dict[str, Any]:
 
 
 def machine_info() -> dict[str, Any]:
-    """The processor's name, its cores that this process may use, the accelerator if one is there, the system."""
+    """The processor's name, the cores that this process may use, the accelerator if any, the system."""
     import torch
 
     facts = {
@@ -65,7 +65,7 @@ def _cpu_name() -> str:
 
 
 def version_info() -> dict[str, str]:
-    """Versions of Python, of this package and of the libraries that the scores rest on."""
+    """Versions of Python, of this package and of the libraries that the scores depend on."""
     facts = {"python": platform.python_version(), "spar": __version__}
     for name in _LIBRARIES:
         try:
@@ -79,10 +79,10 @@ def run_settings(pipe: Any, options: EvalOptions, clock: Timer, *, sampled: bool
     """The settings of a result.
 
     Args:
-        pipe: the model; what it does not tell (dtype, manifest, its own sampling defaults) is noted as None.
+        pipe: the model; attributes that it lacks (dtype, manifest, its own sampling defaults) are recorded as None.
         options: of the run.
         clock: started with the run.
-        sampled: whether the flow was sampled, so that steps and guidance mean something.
+        sampled: whether the flow was sampled, so that steps and guidance apply.
         more: settings of one benchmark only.
     """
     own = getattr(getattr(pipe, "bundle", None), "sampling", None)

@@ -1,7 +1,7 @@
-"""Named features for the Fréchet distance, which owe nothing to the model under test: random convolutions, fixed once.
+"""Features for the Fréchet distance, independent of the model under test: fixed random convolutions.
 
-Three layers of random filters with rectifiers, and of every channel the mean and the standard deviation over places:
-what textures, edges and colours a picture has. Distances on them compare with each other, never with an Inception FID.
+They are three layers of random filters with rectifiers, and the mean and the standard deviation of every channel over
+places, which describe textures, edges and colours. Distances compare with each other, never with an Inception FID.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _CHUNK = 128
 
 
 def random_features(images: np.ndarray) -> np.ndarray:
-    """Features of pictures: uint8 [N, H, W, 3] to float64 [N, 96]."""
+    """Features of images: uint8 [N, H, W, 3] to float64 [N, 96]."""
     return np.concatenate([_features(images[i : i + _CHUNK]) for i in range(0, len(images), _CHUNK)])
 
 

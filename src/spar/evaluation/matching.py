@@ -1,4 +1,4 @@
-"""Objects seen against objects known: what "unchanged" means in Shapes-Edit and Shapes-Recon."""
+"""Matching of detected and known objects: the definition of "unchanged" in Shapes-Edit and Shapes-Recon."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ PLACE_TOLERANCE = 2.0  # pixels, between centres
 
 
 def same_look(found: DetectedObject, item: Object) -> bool:
-    """Whether an object seen has a known one's shape, colour and size."""
+    """Whether a detected object has a known one's shape, colour and size."""
     return (found.shape, found.color, found.size) == (item.shape, item.color, item.size)
 
 
 def same_object(found: DetectedObject, item: Object) -> bool:
-    """Whether an object seen has a known one's look and lies, centre to centre, within PLACE_TOLERANCE of it."""
+    """Whether a detected object has a known one's look and its centre is within PLACE_TOLERANCE of that one's."""
     return same_look(found, item) and hypot(found.x - item.x, found.y - item.y) <= PLACE_TOLERANCE
 
 
 def take_match(left: list[DetectedObject], fits: Callable[[DetectedObject], bool]) -> DetectedObject | None:
-    """Take the first object that fits out of a list, so that none is counted twice."""
+    """Remove the first object that fits from a list, so that none is counted twice."""
     for place, found in enumerate(left):
         if fits(found):
             return left.pop(place)

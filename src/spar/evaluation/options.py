@@ -1,7 +1,7 @@
-"""How a benchmark is run: its options, and the seeds of its scenes and of the pictures it asks for.
+"""Options of a benchmark, and the seeds of its scenes and of its generated images.
 
-Which prompts a benchmark asks is fixed for good (a function of the task and the position in it), so that results stay
-comparable; the option `seed` moves only what the model draws and what the bootstrap resamples.
+The prompts of a benchmark are fixed (a function of the task and the position in it), so that results stay comparable;
+the option `seed` changes only the model's samples and the bootstrap's.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ T = TypeVar("T")
 Progress = Callable[[int, int], None]
 
 BENCHMARK_NAMES = ("shapes-gen", "shapes-edit", "shapes-vqa", "shapes-recon")
-BEFORE_SWAP = "original encoder"  # the label of an understanding result with the encoder as it was before the swap
-_BLOCK = 10**6  # seeds a task may use; the benchmark range holds a thousand such blocks
+BEFORE_SWAP = "original encoder"  # label of an understanding result with the encoder before the swap
+_BLOCK = 10**6  # seeds of a task; the benchmark range has a thousand such blocks
 
 
 class PipelineLike(Protocol):
-    """What the benchmarks ask of a model: `SparPipeline` has it, and so may anything else."""
+    """Methods of a model that the benchmarks call, as `SparPipeline` has them."""
 
     def generate(self, prompt: Sequence[str], *, seed: Sequence[int], **keywords: Any) -> Any: ...
 
@@ -42,10 +42,10 @@ class PipelineLike(Protocol):
 class EvalOptions:
     """Options of a benchmark.
 
-    `limit`: prompts a task (questions a kind, scenes), None for the benchmark's full number; a smaller one takes the
-    first of the same prompts. `num_inference_steps`, `guidance_scale`: the model's own when None. `images_per_prompt`
-    is Shapes-Gen's. `batch`: outputs asked for at once; it changes the time, never the scores. `combinations`: "seen"
-    or "held_out". `label` is noted in the result, to tell two models apart.
+    `limit`: prompts per task (questions per kind, scenes), None for the benchmark's full number; a smaller one takes
+    the first of the same prompts. `num_inference_steps`, `guidance_scale`: the model's own if None. `images_per_prompt`
+    is Shapes-Gen's. `batch`: outputs per call; it changes the time, never the scores. `combinations`: "seen" or
+    "held_out". `label` is recorded in the result, to distinguish two models.
     """
 
     limit: int | None = None
@@ -68,30 +68,30 @@ class EvalOptions:
             raise InputError(f"combinations: expected 'seen' or 'held_out', got {self.combinations!r}")
 
     def sampling(self) -> dict[str, Any]:
-        """The keywords that the pipe's sampling tasks are called with."""
+        """Keywords of the pipe's sampling tasks."""
         given = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
         return {name: value for name, value in given.items() if value is not None}
 
 
 def seed_block(benchmark: str, part: int, combinations: str = "seen") -> int:
-    """The number of a task's own block of seeds: no two tasks, and no two sets of combinations, share a scene."""
+    """Number of a task's own block of seeds: no two tasks, and no two sets of combinations, share a scene."""
     return 100 * BENCHMARK_NAMES.index(benchmark) + 50 * (combinations == "held_out") + part
 
 
 def scene_seed(number: int, index: int) -> int:
-    """The seed of scene `index` of a block, within the benchmark's range of seeds."""
+    """Seed of scene `index` of a block, within the benchmark's range of seeds."""
     if not 0 <= index < _BLOCK:
         raise ValueError(f"index must be in [0, {_BLOCK}), got {index}")
     return SEED_RANGES["benchmark"][0] + number * _BLOCK + index
 
 
 def image_seed(seed: int, number: int, prompt: int, image: int = 0) -> int:
-    """The seed of one picture: a function of the run's seed, the task's block, the prompt and the picture alone."""
+    """Seed of one image: a function only of the run's seed, the task's block, the prompt and the image."""
     return int(np.random.SeedSequence((seed, number, prompt, image)).generate_state(1)[0])
 
 
 def batches(items: Sequence[T], size: int, progress: Progress | None = None) -> Iterator[Sequence[T]]:
-    """Runs of at most `size` items; `progress(done, total)` is called behind each."""
+    """Split into batches of at most `size` items; `progress(done, total)` is called after each."""
     for start in range(0, len(items), size):
         chunk = items[start : start + size]
         yield chunk
@@ -100,11 +100,11 @@ def batches(items: Sequence[T], size: int, progress: Progress | None = None) -> 
 
 
 def pixels(image: Image.Image) -> np.ndarray:
-    """A picture of the pipe as the detector reads it: uint8 [64, 64, 3].
+    """Convert an image of the pipe to the detector's input: uint8 [64, 64, 3].
 
     Raises:
-        InputError: a picture of another size: the world and its detector are 64 x 64.
+        InputError: the image has another size than the world's 64 x 64.
     """
     if image.size != (SIDE, SIDE):
-        raise InputError(f"the shapes benchmarks need a model of {SIDE} x {SIDE} pictures, got {image.size}")
+        raise InputError(f"the shapes benchmarks need a model of {SIDE} x {SIDE} images, got {image.size}")
     return np.asarray(image.convert("RGB"))

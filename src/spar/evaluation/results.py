@@ -1,4 +1,4 @@
-"""Scores with their intervals, results files, and the bootstrap that makes the intervals."""
+"""Scores with their intervals, results files, and the bootstrap of the intervals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Score:
-    """A measured value, its 95 % interval, and the number of units (prompts, questions, pictures) behind it."""
+    """A measured value, its 95 % interval, and its number of units (prompts, questions, images)."""
 
     name: str
     value: float
@@ -30,10 +30,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Result:
-    """What one run of one benchmark found.
+    """The result of one run of one benchmark.
 
-    Names of scores: the task or kind, "overall", and with a prefix what stands beside them: "part." (diagnostics),
-    "blind." and "gray." (baselines). `settings` says how it was measured, `details` what came of each prompt.
+    Names of scores: the task or kind, "overall", and others with a prefix: "part." (diagnostics), "blind." and "gray."
+    (baselines). `settings` describes the measurement, `details` has the outcome of each prompt.
     """
 
     benchmark: str
@@ -42,7 +42,7 @@ class Result:
     details: dict[str, Any] = field(default_factory=dict)
 
     def score(self, name: str) -> Score:
-        """The score of a name; KeyError lists the names there are."""
+        """The score of a name; KeyError lists the known names."""
         for score in self.scores:
             if score.name == name:
                 return score
@@ -53,25 +53,25 @@ class Result:
 
 
 def write_result(path: str | Path, result: Result) -> None:
-    """Write a result as JSON, aside first and renamed; its folder is made.
+    """Write a result as JSON, under a temporary name, then rename it; its folder is created.
 
     Raises:
         InputError: the file cannot be written.
-        ValueError: a score that is not finite: JSON has no word for it.
+        ValueError: a score is not finite, which JSON cannot express.
     """
     path = Path(path)
     text = json.dumps(to_dict(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    aside = path.with_name(path.name + ".part")
+    temporary = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
     except OSError as error:
         raise InputError(f"cannot write the results file {path}: {error.strerror or error}") from error
 
 
 def read_result(path: str | Path) -> Result:
-    """The inverse of `write_result`; a missing, damaged or foreign file raises `InputError`."""
+    """Read a file of `write_result`; a missing, damaged or foreign one raises `InputError`."""
     path = Path(path)
     return from_dict(Result, read_json(path), str(path))
 
@@ -83,7 +83,7 @@ def bootstrap(
 
     Args:
         statistic: takes one array of indices per group, returns the value on those units.
-        counts: the number of units of each group; groups are resampled apart (stratified).
+        counts: the number of units of each group; groups are resampled separately (stratified).
         seed, draws: of the resampling.
 
     Returns:
@@ -96,7 +96,7 @@ def bootstrap(
 
 
 def mean_score(name: str, *groups: Sequence[float] | np.ndarray, seed: int = 0) -> Score:
-    """The mean of the groups' means, each group an array of one value a unit; groups are resampled apart."""
+    """The mean of the groups' means, each group an array of one value per unit; groups are resampled separately."""
     arrays = [np.asarray(group, dtype=np.float64) for group in groups]
     if not arrays or any(len(array) == 0 for array in arrays):
         raise ValueError(f"{name}: expected at least one value in every group")
@@ -110,7 +110,7 @@ def mean_score(name: str, *groups: Sequence[float] | np.ndarray, seed: int = 0) 
 
 
 def ratio_score(name: str, parts: Sequence[float], wholes: Sequence[float], *, seed: int = 0) -> Score:
-    """Sum of parts over sum of wholes, one pair a unit: the share of things, resampled by the unit that holds them."""
+    """Sum of parts over sum of wholes, one pair per unit, resampled by unit."""
     above, below = np.asarray(parts, dtype=np.float64), np.asarray(wholes, dtype=np.float64)
     value = float(above.sum() / below.sum())
     low, high = _all_alike(value, len(above)) or bootstrap(
@@ -120,6 +120,6 @@ def ratio_score(name: str, parts: Sequence[float], wholes: Sequence[float], *, s
 
 
 def _all_alike(share: float, count: int) -> tuple[float, float] | None:
-    """The exact (Clopper-Pearson) interval where all units are right, or none is: there, resampling knows no doubt."""
+    """The exact (Clopper-Pearson) interval if all units are right or all wrong, where the bootstrap's has length 0."""
     chance = ((1 - LEVEL) / 2) ** (1 / count)
     return {0.0: (0.0, 1 - chance), 1.0: (chance, 1.0)}.get(share)

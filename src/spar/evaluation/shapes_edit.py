@@ -1,8 +1,8 @@
-"""Shapes-Edit, modelled on ImgEdit: five kinds of edit, 100 instructions each, one picture an instruction.
+"""Shapes-Edit, modelled on ImgEdit: five kinds of edit, 100 instructions each, one image per instruction.
 
-A picture is right only if the instruction holds, every other object keeps shape, colour, size and place, and the
-background holds. What the instruction does not say must stay too: a recoloured object keeps its shape, size and place,
-a replaced one the size and place of the old. An added object's place is free, unless the instruction says it.
+An image is right only if it follows the instruction, every other object keeps shape, colour, size and place, and the
+background stays. Attributes outside the instruction must stay too: a recoloured object keeps its shape, size and place,
+a replaced one the size and place of the old. An added object's place is free, unless the instruction gives it.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from spar.worlds.shapes.detector import DetectedObject, detect
 from spar.worlds.shapes.render import masks, render
 from spar.worlds.shapes.scene import RELATIONS, Object, Scene, holds, make_scene
 
-INSTRUCTIONS = 100  # a kind
+INSTRUCTIONS = 100  # per kind
 REGION_MARGIN = 3  # pixels by which the edited region is wider than the objects that change
 PARTS = ("instruction", "kept", "nothing_else", "background")
 
 
 @dataclass(frozen=True)
 class EditItem:
-    """A source scene with its picture, and the edit asked of it."""
+    """A source scene with its image, and the edit."""
 
     index: int
     block: int
@@ -50,7 +50,7 @@ class EditItem:
 
 @dataclass(frozen=True)
 class EditVerdict:
-    """Whether the picture is right, which of PARTS are, and the PSNR outside the edited region (None: no outside)."""
+    """Whether the image is right, which of PARTS are, and the PSNR outside the edited region (None: no outside)."""
 
     right: bool
     parts: dict[str, bool]
@@ -60,7 +60,7 @@ class EditVerdict:
 def edit_items(options: EvalOptions) -> list[EditItem]:
     """The instructions of all kinds, in order: always the same for the same combinations; a limit takes the first.
 
-    Held out is what is to be made (recolour, add, replace), or what is shown (remove, background).
+    Held-out combinations are those of new objects (recolour, add, replace), or of the source (remove, background).
     """
     count = options.limit or INSTRUCTIONS
     return [item for part in range(len(EDIT_KINDS)) for item in _kind_items(part, count, options.combinations)]
@@ -88,8 +88,8 @@ def _kind_items(part: int, count: int, combinations: str) -> list[EditItem]:
 def shapes_edit(pipe: PipelineLike, options: EvalOptions | None = None, progress: Progress | None = None) -> Result:
     """Run Shapes-Edit on `pipe.edit`.
 
-    Scores: "overall" (mean of the kinds), one a kind, "psnr_outside" (dB, mean over pictures of every kind but
-    background), and "part.<name>" for each of PARTS; a picture is right when its parts are.
+    Scores: "overall" (mean of the kinds), one per kind, "psnr_outside" (dB, mean over images of every kind but
+    background), and "part.<name>" for each of PARTS; an image is right when its parts are.
     """
     from PIL import Image
 
@@ -109,11 +109,11 @@ def shapes_edit(pipe: PipelineLike, options: EvalOptions | None = None, progress
         for item, verdict in zip(items, verdicts, strict=True)
     ]
     scores = _scores(items, verdicts, options.seed)
-    said = run_settings(
+    settings = run_settings(
         pipe, options, clock, sampled=True, prompts=len(items), place_tolerance=PLACE_TOLERANCE,
         region=f"changed objects' masks, {REGION_MARGIN} pixels wider",
     )
-    return Result("shapes-edit", scores, said, {"prompts": records})
+    return Result("shapes-edit", scores, settings, {"prompts": records})
 
 
 def _scores(items: Sequence[EditItem], verdicts: Sequence[EditVerdict], seed: int) -> tuple[Score, ...]:
@@ -129,59 +129,59 @@ def _scores(items: Sequence[EditItem], verdicts: Sequence[EditVerdict], seed: in
 
 
 def check_edit(item: EditItem, image: np.ndarray) -> EditVerdict:
-    """What the detector says of an edited picture, uint8 [64, 64, 3]."""
+    """Run the detector on an edited image, uint8 [64, 64, 3], and compare it with the target."""
     detection = detect(image)
     source, target, kind = item.scene, item.edit.target, item.edit.kind
     gone = [old for old in source.objects if old not in target.objects]
     left = list(detection.objects)
     kept: list[DetectedObject | None] = []
-    made: list[DetectedObject | None] = []
+    new_objects: list[DetectedObject | None] = []
     for wanted in target.objects:
         if wanted in source.objects:
             kept.append(take_match(left, lambda found, old=wanted: same_object(found, old)))
     for wanted in target.objects:
         if wanted not in source.objects:
-            made.append(take_match(left, lambda found, new=wanted: _is_made(found, new, item)))
+            new_objects.append(take_match(left, lambda found, new=wanted: _is_new(found, new, item)))
     background = detection.background == target.background
     instruction = {
         "background": background,
         "remove": not any(same_object(found, old) for found in detection.objects for old in gone),
-    }.get(kind, None not in made)
+    }.get(kind, None not in new_objects)
     parts = {
         "instruction": instruction,
         "kept": None not in kept,
         "nothing_else": not left,
         "background": background,
     }
-    return EditVerdict(all(parts.values()), parts, _psnr_outside(item, image, made))
+    return EditVerdict(all(parts.values()), parts, _psnr_outside(item, image, new_objects))
 
 
-def _is_made(found: DetectedObject, new: Object, item: EditItem) -> bool:
-    """Whether an object seen is the new one that the instruction asks for."""
+def _is_new(found: DetectedObject, new: Object, item: EditItem) -> bool:
+    """Whether a detected object is the new one of the instruction."""
     if item.edit.kind != "add":
         return same_object(found, new)
-    where = said_place(item)
+    where = stated_place(item)
     return same_look(found, new) and (where is None or holds(where[0], found, where[1]))
 
 
-def said_place(item: EditItem) -> tuple[str, Object] | None:
-    """The relation (a key of RELATIONS) and the anchor that an "add" instruction names, if it names a place."""
+def stated_place(item: EditItem) -> tuple[str, Object] | None:
+    """The relation (a key of RELATIONS) and the anchor of an "add" instruction, if it gives a place."""
     for name, phrase in RELATIONS.items():
-        _, said, rest = item.edit.instruction.partition(f" {phrase} the ")
-        if said:
+        _, found, rest = item.edit.instruction.partition(f" {phrase} the ")
+        if found:
             color, shape = rest.split()
             return name, next(anchor for anchor in item.scene.objects if anchor.pair == (color, shape))
     return None
 
 
-def _psnr_outside(item: EditItem, image: np.ndarray, made: Sequence[DetectedObject | None]) -> float | None:
-    """PSNR against the source where nothing was to change; an added object counts where it was found."""
+def _psnr_outside(item: EditItem, image: np.ndarray, new_objects: Sequence[DetectedObject | None]) -> float | None:
+    """PSNR against the source outside the region to edit; an added object counts at its detected place."""
     if item.edit.kind == "background":
         return None
     source, target = item.scene.objects, item.edit.target.objects
     changed = [old for old in source if old not in target] + [new for new in target if new not in source]
-    if item.edit.kind == "add" and made[0] is not None:
-        changed = [replace(changed[0], x=made[0].x, y=made[0].y)]
+    if item.edit.kind == "add" and new_objects[0] is not None:
+        changed = [replace(changed[0], x=new_objects[0].x, y=new_objects[0].y)]
     region = masks(replace(item.scene, objects=tuple(changed))).any(0)
     outside = ~ndimage.binary_dilation(region, np.ones((3, 3), bool), iterations=REGION_MARGIN)
     return psnr(image[outside], item.image[outside])

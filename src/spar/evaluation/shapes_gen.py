@@ -1,7 +1,7 @@
-"""Shapes-Gen, modelled on GenEval: six tasks, 100 prompts each, 4 pictures a prompt, read by the world's detector.
+"""Shapes-Gen, modelled on GenEval: six tasks, 100 prompts each, 4 images per prompt, read by the world's detector.
 
-A picture is right only if everything said holds and nothing else is there. Every prompt is a caption as training forms
-them, colours always said: what sets the tasks apart is what else is said and how many objects there are.
+An image is right only if the whole prompt is true of it and it shows nothing else. Every prompt is a caption as in
+training and always names colours: the tasks differ in the other attributes and in the number of objects.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from spar.worlds.shapes.captions import Claim, caption, parse
 from spar.worlds.shapes.detector import PARTS, detect, satisfies
 from spar.worlds.shapes.scene import Scene, make_scene
 
-PROMPTS = 100  # a task
-_NEW_TEXT_TRIES = 1000  # scenes looked through for texts not yet asked, before texts may come again
+PROMPTS = 100  # per task
+_NEW_TEXT_TRIES = 1000  # scenes searched for unused texts, before texts may repeat
 
 
 @dataclass(frozen=True)
 class GenTask:
-    """One task: the kind of scene, whether size and background are said (by chance when None), colours all different.
+    """One task: the kind of scene, whether size and background are named (random if None), and different colours.
 
-    `single_object` and `two_object` speak as captions do; `colors` sets an object's colour against the background's;
-    `color_attribution` says two different colours and nothing else.
+    `single_object` and `two_object` are like captions; `colors` names an object's colour and the background's;
+    `color_attribution` names two different colours and nothing else.
     """
 
     name: str
@@ -58,7 +58,7 @@ TASKS = (
 
 @dataclass(frozen=True)
 class GenPrompt:
-    """One prompt, the claim that it makes, and a scene of which it is true."""
+    """One prompt, its claim, and a scene of which it is true."""
 
     task: str
     index: int
@@ -77,7 +77,7 @@ def gen_prompts(options: EvalOptions) -> list[GenPrompt]:
 def _task_prompts(part: int, count: int, combinations: str) -> list[GenPrompt]:
     task, number = TASKS[part], seed_block("shapes-gen", part, combinations)
     prompts: list[GenPrompt] = []
-    asked: set[str] = set()
+    used: set[str] = set()
     index = 0
     while len(prompts) < count:
         seed = scene_seed(number, index)
@@ -86,9 +86,9 @@ def _task_prompts(part: int, count: int, combinations: str) -> list[GenPrompt]:
         if task.two_colors and len({item.color for item in scene.objects}) < len(scene.objects):
             continue
         text = caption(scene, np.random.default_rng((seed, 1)), size=task.size, background=task.background)
-        if text in asked and index < _NEW_TEXT_TRIES:
+        if text in used and index < _NEW_TEXT_TRIES:
             continue
-        asked.add(text)
+        used.add(text)
         prompts.append(GenPrompt(task.name, len(prompts), number, text, parse(text), scene))
     return prompts
 
@@ -96,8 +96,8 @@ def _task_prompts(part: int, count: int, combinations: str) -> list[GenPrompt]:
 def shapes_gen(pipe: PipelineLike, options: EvalOptions | None = None, progress: Progress | None = None) -> Result:
     """Run Shapes-Gen on `pipe.generate`.
 
-    Scores: "overall" (mean of the tasks), one a task (mean over pictures; the interval resamples prompts), and
-    "part.<name>": the share of pictures in which that part of what is said is right, over prompts that say it.
+    Scores: "overall" (mean of the tasks), one per task (mean over images; the interval resamples prompts), and
+    "part.<name>": the share of images in which that part of the prompt is right, over prompts that have it.
     """
     options, clock = options or EvalOptions(), Timer()
     prompts, each = gen_prompts(options), options.images_per_prompt
@@ -118,8 +118,8 @@ def shapes_gen(pipe: PipelineLike, options: EvalOptions | None = None, progress:
         for prompt, row in zip(prompts, right, strict=True)
     ]
     scores = _task_scores(prompts, right, options.seed) + _part_scores(prompts, verdicts, each, options.seed)
-    said = run_settings(pipe, options, clock, sampled=True, images_per_prompt=each, prompts=len(prompts))
-    return Result("shapes-gen", scores, said, {"prompts": records})
+    settings = run_settings(pipe, options, clock, sampled=True, images_per_prompt=each, prompts=len(prompts))
+    return Result("shapes-gen", scores, settings, {"prompts": records})
 
 
 def _task_scores(prompts: Sequence[GenPrompt], right: np.ndarray, seed: int) -> tuple[Score, ...]:
@@ -136,15 +136,15 @@ def _part_scores(
 ) -> tuple[Score, ...]:
     scores = []
     for part in PARTS:
-        held = np.array([parts[part] for _, parts in verdicts], dtype=np.float64).reshape(len(prompts), each).mean(1)
-        asked = np.array([says(prompt.claim, part) for prompt in prompts])
-        if asked.any():
-            scores.append(mean_score(f"part.{part}", held[asked], seed=seed))
+        correct = np.array([parts[part] for _, parts in verdicts], dtype=np.float64).reshape(len(prompts), each).mean(1)
+        used = np.array([says(prompt.claim, part) for prompt in prompts])
+        if used.any():
+            scores.append(mean_score(f"part.{part}", correct[used], seed=seed))
     return tuple(scores)
 
 
 def says(claim: Claim, part: str) -> bool:
-    """Whether a claim says anything about a part (a key of the detector's PARTS); all claims say shapes and counts."""
+    """Whether a claim has a part (a key of the detector's PARTS); all claims have shapes and counts."""
     return {
         "background": claim.background is not None,
         "size": any(group.size is not None for group in claim.groups),

@@ -1,6 +1,6 @@
-"""Shapes-Recon: pictures through the tokenizer and back: PSNR, SSIM, Fréchet distance, what the detector still finds.
+"""Shapes-Recon, reconstruction by the tokenizer: PSNR, SSIM, Fréchet distance, and the objects that survive.
 
-All are measured on the 8-bit pictures that a user gets. PSNR: mean of the pictures' decibels, the peak at 255. SSIM:
+All are measured on the 8-bit images that a user gets. PSNR: mean of the images' decibels, the peak at 255. SSIM:
 torchmetrics, data_range 1, uniform 7 x 7 window, borders reflected, mean over pixels and channels. Fréchet distance:
 between Gaussians fitted to `features.random_features` of originals and reconstructions. Survival: the share of the
 scenes' objects that the detector finds with the same shape, colour and size, the centre within 2 pixels.
@@ -22,10 +22,10 @@ from spar.worlds.shapes.render import render
 from spar.worlds.shapes.scene import Scene, make_scene
 
 SCENES = 500
-MAX_PSNR = 100.0  # decibels noted for pictures that are equal
+MAX_PSNR = 100.0  # decibels of equal images
 WINDOW = 7
 _FRECHET_DRAWS = 200
-_CHUNK = 4  # pictures whose SSIM is taken at once: on a CPU four times as fast as 64
+_CHUNK = 4  # images per call of SSIM: on a CPU four times as fast as 64
 
 
 def recon_scenes(options: EvalOptions) -> list[Scene]:
@@ -40,8 +40,8 @@ def recon_scenes(options: EvalOptions) -> list[Scene]:
 def shapes_recon(pipe: PipelineLike, options: EvalOptions | None = None, progress: Progress | None = None) -> Result:
     """Run Shapes-Recon on `pipe.reconstruct`.
 
-    Scores: "psnr" (dB), "ssim", "survival", "frechet", and "part.background", "part.scene" (the share of pictures
-    whose background holds, and of those in which everything survives and nothing else appears).
+    Scores: "psnr" (dB), "ssim", "survival", "frechet", and "part.background", "part.scene" (the share of images
+    whose background is right, and of those in which everything survives and nothing else appears).
     """
     from PIL import Image
 
@@ -60,11 +60,11 @@ def shapes_recon(pipe: PipelineLike, options: EvalOptions | None = None, progres
         _frechet_score(random_features(before), random_features(rebuilt), options.seed),
     )
     records = [{"psnr": round(value, 2)} for value in decibels]
-    said = run_settings(
+    settings = run_settings(
         pipe, options, clock, sampled=False, scenes=len(scenes), features=FEATURES,
         ssim=f"torchmetrics, data_range 1, uniform {WINDOW} x {WINDOW} window", place_tolerance=PLACE_TOLERANCE,
     )
-    return Result("shapes-recon", scores, said, {"scenes": records})
+    return Result("shapes-recon", scores, settings, {"scenes": records})
 
 
 def psnr(image: np.ndarray, reference: np.ndarray) -> float:
@@ -74,7 +74,7 @@ def psnr(image: np.ndarray, reference: np.ndarray) -> float:
 
 
 def ssim(images: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """Structural similarity of each picture: uint8 [N, H, W, 3] twice to float [N]; see the module for its form."""
+    """Structural similarity of each image: uint8 [N, H, W, 3] twice to float [N]; for its form see the module."""
     import torch
     from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -89,7 +89,7 @@ def ssim(images: np.ndarray, references: np.ndarray) -> np.ndarray:
 
 
 def survivors(detection: Detection, scene: Scene) -> tuple[int, bool]:
-    """How many of a scene's objects are found unchanged, and whether all are, on its background, and nothing else."""
+    """Number of a scene's objects that survive, and whether all do, on the same background, without other objects."""
     left = list(detection.objects)
     found = [take_match(left, lambda seen, item=item: same_object(seen, item)) for item in scene.objects]
     number = sum(seen is not None for seen in found)
@@ -108,7 +108,7 @@ def _survival_scores(scenes: Sequence[Scene], detections: Sequence[Detection], s
 
 
 def _frechet_score(before: np.ndarray, after: np.ndarray, seed: int) -> Score:
-    """The distance, and its interval from pictures resampled together with their reconstructions."""
+    """The distance, with an interval from resampled pairs of image and reconstruction."""
 
     def statistic(index: np.ndarray) -> float:
         return frechet_distance(before[index], after[index])

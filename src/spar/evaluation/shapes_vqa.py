@@ -1,7 +1,7 @@
-"""Shapes-VQA: one-word answers to six kinds of questions, 200 each, and two honest baselines beside every score.
+"""Shapes-VQA: one-word answers to six kinds of questions, 200 each, with two baselines for every score.
 
-"blind": the answer most common for the question's words alone, learnt from validation scenes, never from the questions
-asked here. "gray": the model itself, shown a plain gray picture instead of the right one.
+"blind": the most common answer for the question's text alone, learnt from validation scenes, never from the benchmark's
+questions. "gray": the model itself with a plain gray image instead of the right one.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from spar.worlds.shapes.render import render
 from spar.worlds.shapes.scene import COLORS, SHAPES, SIDE, Scene, make_scene
 from spar.worlds.shapes.tokenizer import SINGULARS
 
-QUESTIONS = 200  # a kind
+QUESTIONS = 200  # per kind
 GRAY = 128
-BLIND_SAMPLE = 2000  # validation scenes that each kind of question is asked about
-BLIND_LEAST = 20  # a text (or a pattern) asked less often than this says nothing; the next wider one answers
-_VALIDATION_OFFSET = 10**8  # far from where training's own validation looks
+BLIND_SAMPLE = 2000  # validation scenes for each kind of question
+BLIND_LEAST = 20  # a text (or pattern) with fewer samples is replaced by the next more general one
+_VALIDATION_OFFSET = 10**8  # far from training's own validation
 
 
 @dataclass(frozen=True)
 class VqaItem:
-    """A question about a scene's picture."""
+    """A question about a scene's image."""
 
     scene: Scene
     image: np.ndarray
@@ -39,7 +39,7 @@ class VqaItem:
 
 
 def vqa_items(options: EvalOptions) -> list[VqaItem]:
-    """The questions of all kinds, in order, one a scene: always the same for the same combinations."""
+    """The questions of all kinds, in order, one per scene: always the same for the same combinations."""
     count = options.limit or QUESTIONS
     return [item for part in range(len(QUESTION_KINDS)) for item in _kind_items(part, count, options.combinations)]
 
@@ -58,9 +58,9 @@ def _kind_items(part: int, count: int, combinations: str) -> list[VqaItem]:
 
 
 def shapes_vqa(pipe: PipelineLike, options: EvalOptions | None = None, progress: Progress | None = None) -> Result:
-    """Run Shapes-VQA on `pipe.understand(images, questions)`; an answer is right when it is the word, case aside.
+    """Run Shapes-VQA on `pipe.understand(images, questions)`; an answer is right if it is the word, in any case.
 
-    Scores: "overall" (mean of the kinds) and one a kind, each again with the prefixes "blind." and "gray.".
+    Scores: "overall" (mean of the kinds) and one per kind, each also with the prefixes "blind." and "gray.".
     """
     from PIL import Image
 
@@ -83,11 +83,11 @@ def shapes_vqa(pipe: PipelineLike, options: EvalOptions | None = None, progress:
         for item, answer in zip(items, answers[: len(items)], strict=True)
     ]
     scores = [score for prefix, texts in given.items() for score in _scores(prefix, items, texts, options.seed)]
-    said = run_settings(
+    settings = run_settings(
         pipe, options, clock, sampled=False, questions=len(items),
-        baselines=f"blind: majority answer over {BLIND_SAMPLE} validation scenes a kind; gray: a plain gray picture",
+        baselines=f"blind: majority answer over {BLIND_SAMPLE} validation scenes a kind; gray: a plain gray image",
     )
-    return Result("shapes-vqa", tuple(scores), said, {"questions": records})
+    return Result("shapes-vqa", tuple(scores), settings, {"questions": records})
 
 
 def _scores(prefix: str, items: Sequence[VqaItem], answers: Sequence[str], seed: int) -> list[Score]:
@@ -99,7 +99,7 @@ def _scores(prefix: str, items: Sequence[VqaItem], answers: Sequence[str], seed:
 
 
 def is_right(answer: str, expected: str) -> bool:
-    """Whether an answer is the expected word; case, spaces around it and a final full stop are forgiven."""
+    """Whether an answer is the expected word; case, surrounding spaces and a final full stop are ignored."""
     return answer.strip().removesuffix(".").strip().lower() == expected
 
 
@@ -107,7 +107,7 @@ def is_right(answer: str, expected: str) -> bool:
 
 
 def pattern(text: str) -> str:
-    """A question with its colours and shapes left open: "is there a <color> <shape> ?"."""
+    """A question with placeholders for colours and shapes: "is there a <color> <shape> ?"."""
     words = ["a" if word == "an" else word for word in split_words(text)]
     opened = ["<color>" if word in COLORS else "<shape>" if SINGULARS.get(word, word) in SHAPES else word
               for word in words]
@@ -129,7 +129,7 @@ class BlindBaseline:
 
     @classmethod
     def learn(cls, combinations: str = "seen") -> BlindBaseline:
-        """Learn from validation scenes of the same combinations (remembered; about a second)."""
+        """Learn from validation scenes of the same combinations (cached; about a second)."""
         return _learn(combinations)
 
 
@@ -149,5 +149,5 @@ def _learn(combinations: str) -> BlindBaseline:
 
 
 def _most(answers: Counter[str]) -> str:
-    """The most common answer; of several, the first in the alphabet, so that nothing rests on the order of asking."""
+    """The most common answer; of several, the alphabetically first, so that the order of questions is irrelevant."""
     return min(answers, key=lambda answer: (-answers[answer], answer))

@@ -1,4 +1,4 @@
-"""Results against targets: the verdict on each score, and the README's table in Markdown, made from results files."""
+"""Targets of scores, the verdicts on results, and the README's table in Markdown from results files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Target:
-    """What a score is to reach."""
+    """The target of a score."""
 
     benchmark: str
     score: str
@@ -40,24 +40,24 @@ TARGETS = (
     Target("shapes-edit", "overall", 0.80),
 )
 
-RECIPE_TARGETS = (Target("shapes-gen", "overall", 0.70),)  # of the CPU recipe alone, where the bundle was trained on
+RECIPE_TARGETS = (Target("shapes-gen", "overall", 0.70),)  # of the CPU recipe alone, before further training
 
 
 def find_target(result: Result, score: Score, targets: Sequence[Target] = TARGETS) -> Target | None:
-    """The target of a score, if there is one."""
+    """The target of a score, or None."""
     key = (result.benchmark, score.name, result.settings.get("combinations", "seen"))
     return next((t for t in targets if (t.benchmark, t.score, t.combinations) == key), None)
 
 
 def verdict(score: Score, target: Target) -> str:
-    """One of "reached" and "short", with ", not certain" where the interval holds both sides of the target."""
+    """"reached" or "short", with ", not certain" if the interval contains the target."""
     if score.value >= target.at_least:
         return "reached" if score.low >= target.at_least else "reached, not certain"
     return "short" if score.high < target.at_least else "short, not certain"
 
 
 def show(name: str, value: float) -> str:
-    """A value as it is read: decibels with one decimal, the distance with three digits, shares with three decimals."""
+    """Format a value: decibels with one decimal, the distance with three digits, shares with three decimals."""
     last = name.split(".")[-1]
     if last in _DECIBELS:
         return f"{value:.1f} dB"
@@ -65,13 +65,13 @@ def show(name: str, value: float) -> str:
 
 
 def show_interval(score: Score) -> str:
-    """The interval as "low to high"."""
+    """Format the interval as "low to high"."""
     low, high = show(score.name, score.low).removesuffix(" dB"), show(score.name, score.high)
     return f"{low} to {high}"
 
 
 def show_title(result: Result) -> str:
-    """The benchmark with what tells this result from another: "shapes-gen, held-out combinations"."""
+    """The benchmark with its combinations and label: "shapes-gen, held-out combinations"."""
     held_out = ["held-out combinations"] if result.settings.get("combinations") == "held_out" else []
     label = [result.settings["label"]] if result.settings.get("label") else []
     return ", ".join([result.benchmark, *held_out, *label])
@@ -83,12 +83,12 @@ def show_name(name: str) -> str:
 
 
 def main_scores(result: Result) -> list[Score]:
-    """The scores that answer the benchmark's question: no diagnostics and no baselines."""
+    """The main scores: no diagnostics and no baselines."""
     return [score for score in result.scores if not score.name.startswith((PARTS, *BASELINES))]
 
 
 def baselines(result: Result, score: Score) -> dict[str, Score]:
-    """The baselines that stand beside a score: {"blind": ..., "gray": ...}, those that there are."""
+    """The existing baselines of a score: {"blind": ..., "gray": ...}."""
     return {
         prefix.removesuffix("."): result.score(prefix + score.name)
         for prefix in BASELINES
@@ -97,7 +97,7 @@ def baselines(result: Result, score: Score) -> dict[str, Score]:
 
 
 def swap_change(results: Iterable[Result]) -> tuple[Score, Score] | None:
-    """Understanding with the original encoder and with the model's own, if both are among the results."""
+    """Understanding with the original encoder and with the model's own, if the results have both."""
     before, after = [], []
     for result in results:
         if result.benchmark == "shapes-vqa" and result.settings.get("combinations", "seen") == "seen":
@@ -114,14 +114,14 @@ def scores_table(results: Sequence[Result], targets: Sequence[Target] = TARGETS)
     for result in results:
         for score in main_scores(result):
             target = find_target(result, score, targets)
-            beside = ", ".join(f"{name} {show(name, base.value)}" for name, base in baselines(result, score).items())
+            others = ", ".join(f"{name} {show(name, base.value)}" for name, base in baselines(result, score).items())
             goal = f"≥ {target.at_least:g}: {verdict(score, target)}" if target else ""
             cells = [
                 show_title(result), show_name(score.name), show(score.name, score.value),
                 show_interval(score), str(score.n), goal,
             ]
-            if beside:
-                cells[1] += f" ({beside})"
+            if others:
+                cells[1] += f" ({others})"
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     change = swap_change(results)
     if change is not None:

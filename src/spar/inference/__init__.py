@@ -1,1 +1,1 @@
-"""A finished model at work: the pipeline of the four tasks, its outputs, and less memory for it."""
+"""Inference: the pipeline of the four tasks, its outputs, image files, and savings of memory."""

@@ -1,7 +1,7 @@
-"""The unified tokenizer behind the interface of diffusers' autoencoders, for other people's diffusion code.
+"""The unified tokenizer with the interface of diffusers' autoencoders.
 
-It stands where `AutoencoderDC` stands: `encode(x).latent`, `decode(z).sample`, pixels in [-1, 1], and a latent that is
-multiplied with `config.scaling_factor` before a network denoises it. It is deterministic, and has no `latent_dist`.
+It replaces `AutoencoderDC`: `encode(x).latent`, `decode(z).sample`, pixels in [-1, 1], and a latent that is multiplied
+by `config.scaling_factor` before a network denoises it. It is deterministic and has no `latent_dist`.
 """
 
 from pathlib import Path
@@ -22,9 +22,9 @@ from spar.models.tokenizer import UnifiedTokenizer
 class AutoencoderSpar(nn.Module):
     """An autoencoder around a `UnifiedTokenizer`; `from_pretrained` loads one, in evaluation mode and frozen.
 
-    `config` has what diffusers' pipelines read: `latent_channels`, `scaling_factor`, `sample_size`,
-    `spatial_compression_ratio` (pixels of a latent cell's side) and the channels of the DC-AE, whose number gives that
-    ratio too where it is a power of two.
+    `config` has the fields that diffusers' pipelines read: `latent_channels`, `scaling_factor`, `sample_size`,
+    `spatial_compression_ratio` (pixels of a latent cell's side) and the channels of the DC-AE, whose number also gives
+    that ratio if it is a power of two.
     """
 
     def __init__(self, tokenizer: UnifiedTokenizer) -> None:
@@ -59,7 +59,7 @@ class AutoencoderSpar(nn.Module):
         """Write the tokenizer alone as a folder, weights as they are.
 
         Raises:
-            InputError: a path that holds something else, or that cannot be written.
+            InputError: the path has other contents, or cannot be written.
         """
         scale = torch.tensor(self.config.scaling_factor)  # `to` another type has rounded the tokenizer's own
         self.tokenizer.latent_scale = scale.to(self.device)
@@ -76,7 +76,7 @@ class AutoencoderSpar(nn.Module):
         return next(self.parameters()).device
 
     def enable_tiling(self, tile: int = 32) -> None:
-        """From now on a latent of more than `tile` cells a side is decoded in tiles (`spar.models.tiling`)."""
+        """Decode latents of more than `tile` cells per side in tiles (`spar.models.tiling`)."""
         check_int_range("tile", tile, MIN_TILE, MAX_TILE)
         self.tile = tile
 
@@ -87,7 +87,7 @@ class AutoencoderSpar(nn.Module):
         """Pixels `[B, 3, H, W]` in [-1, 1] to `latent` `[B, D_p, h, w]`, not scaled.
 
         Raises:
-            InputError: sides that are no multiples of `spatial_compression_ratio`.
+            InputError: the sides are not multiples of `spatial_compression_ratio`.
         """
         stride = self.spatial_compression_ratio
         if x.dim() != 4 or x.shape[1] != 3 or x.shape[2] % stride or x.shape[3] % stride:
@@ -101,5 +101,5 @@ class AutoencoderSpar(nn.Module):
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        """There and back."""
+        """Encode and decode."""
         return self.decode(self.encode(sample).latent, return_dict)

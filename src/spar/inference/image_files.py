@@ -1,7 +1,7 @@
-"""Pictures on disk: where they go, and how they get there whole or not at all.
+"""Image files: output paths, atomic writing, and the metadata of PNGs.
 
-Everything is written aside in the folder where it belongs and renamed; what exists is left alone unless the caller
-says otherwise. A PNG carries how it was made as text chunks, which are read back here. Light: Pillow comes late.
+Files are written under a temporary name in their folder and renamed; existing files are kept unless the caller
+requests otherwise. A PNG has its metadata as text chunks, which are also read here. Pillow is imported late.
 """
 
 import hashlib
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-MAX_HEADER_BYTES = 4 * 2**20  # of a PNG in front of its pixels, where the notes stand
+MAX_HEADER_BYTES = 4 * 2**20  # of a PNG before its pixels, which contain the metadata
 
-# What a picture's notes may hold, and the flag that each of them is where it is one.
+# Keys of an image's metadata, their types, and the flag of each, if any.
 METADATA_KEYS: dict[str, tuple[type, str | None]] = {
     "prompt": (str, None),
     "instruction": (str, None),
@@ -44,19 +44,19 @@ METADATA_KEYS: dict[str, tuple[type, str | None]] = {
     "transformers": (str, None),
     "diffusers": (str, None),
 }  # fmt: skip
-BUNDLED_MODEL = "bundled"  # the model's name where no folder was given
+BUNDLED_MODEL = "bundled"  # the model's name if no folder was given
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 def output_paths(output: Path | None, names: Sequence[str]) -> list[Path]:
-    """The files that pictures go to: one picture to a `.png` file or into a folder, several into a folder.
+    """Paths of output images: a `.png` file or a folder for one image, a folder for several.
 
     Args:
-        output: a file name that ends in .png, or a folder; by default `out.png` for one picture, else `out`.
-        names: the pictures' names inside a folder, without suffix.
+        output: a file name that ends in .png, or a folder; by default `out.png` for one image, else `out`.
+        names: the images' names inside a folder, without suffix.
 
     Raises:
-        InputError: another kind of picture file, or a file for several pictures.
+        InputError: another kind of image file, or a file for several images.
     """
     if output is None:
         output = Path("out.png" if len(names) == 1 else "out")
@@ -64,22 +64,21 @@ def output_paths(output: Path | None, names: Sequence[str]) -> list[Path]:
     if suffix == ".png" and len(names) == 1:
         return [output]
     if suffix == ".png":
-        raise InputError(f"output: expected a folder for {len(names)} pictures, got the file name {str(output)!r}")
+        raise InputError(f"output: expected a folder for {len(names)} images, got the file name {str(output)!r}")
     if suffix in IMAGE_SUFFIXES:
         raise InputError(f"output: expected a file name that ends in .png, or a folder, got {str(output)!r}")
     return [output / f"{name}.png" for name in names]
 
 
 def check_writable(paths: Iterable[Path], *, overwrite: bool = False) -> None:
-    """Refuse files that cannot be written, before any work is done for them.
+    """Refuse files that cannot be written, before any work.
 
     Raises:
-        InputError: a path that exists (with `overwrite`: that is a folder), that comes twice, or whose folder cannot
-            be written.
+        InputError: a path exists (with `overwrite`: is a folder), is listed twice, or its folder cannot be written.
     """
     paths = list(paths)
     if len(set(paths)) < len(paths):
-        raise InputError("output: expected a file of its own for each picture, but two would have the same name")
+        raise InputError("output: expected a separate file for each image, but two would have the same name")
     for path in paths:
         if os.path.isdir(path):
             raise InputError(f"output: expected a file to write, but {str(path)!r} is a folder")
@@ -89,10 +88,10 @@ def check_writable(paths: Iterable[Path], *, overwrite: bool = False) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that neither is nor can become one that we may write into."""
+    """Refuse a folder that is not writable and cannot be created."""
     existing = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
     if not os.path.isdir(existing):
-        raise InputError(f"output: expected a folder, but {str(existing)!r} is none")
+        raise InputError(f"output: expected a folder, but {str(existing)!r} is not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"output: the folder {str(existing)!r} cannot be written")
 
@@ -100,14 +99,14 @@ def check_folder(folder: Path) -> None:
 def save_images(
     images: Sequence["Image.Image"], paths: Sequence[Path], metadata: Sequence[Mapping[str, object]] = ()
 ) -> None:
-    """Write pictures as PNG, all aside first and then renamed; folders are made.
+    """Write images as PNG, all under temporary names first, then renamed; folders are created.
 
     Args:
-        images, paths: one path an image.
-        notes: one mapping an image, written as text chunks; None values are left out.
+        images, paths: one path per image.
+        metadata: one mapping per image, written as text chunks; None values are left out.
 
     Raises:
-        InputError: naming the file that cannot be written.
+        InputError: a file cannot be written; the message names it.
     """
     parts: list[Path] = []
     path = paths[0]
@@ -126,26 +125,26 @@ def save_images(
 
 
 def source_metadata(source: Path) -> dict[str, str]:
-    """Which picture another was made from: its name, and what it held."""
+    """Metadata of the source image: its name and the hash of its content."""
     try:
         with open(source, "rb") as file:
             return {"image": source.name, "image_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-    except OSError:  # it was there when it was read
+    except OSError:  # it existed when it was read
         return {"image": source.name}
 
 
-def _text_chunks(notes: Mapping[str, object]) -> "PngInfo":
+def _text_chunks(metadata: Mapping[str, object]) -> "PngInfo":
     from PIL.PngImagePlugin import PngInfo
 
     chunks = PngInfo()
-    for key, value in notes.items():
+    for key, value in metadata.items():
         if value is not None:
-            chunks.add_text(key, str(value).encode(errors="replace").decode())  # a file's name may be no text
+            chunks.add_text(key, str(value).encode(errors="replace").decode())  # a file name may not be valid text
     return chunks
 
 
 def encode_image(image: "Image.Image", kind: str, metadata: Mapping[str, object]) -> bytes:
-    """A picture as the bytes of a file: "png" with its notes as text chunks, "jpeg" or "webp" at quality 95 without."""
+    """Encode an image as "png" with its metadata as text chunks, or as "jpeg" or "webp" at quality 95 without."""
     file = BytesIO()
     if kind == "png":
         image.save(file, format="PNG", pnginfo=_text_chunks(metadata))
@@ -156,44 +155,44 @@ def encode_image(image: "Image.Image", kind: str, metadata: Mapping[str, object]
 
 @dataclass(frozen=True)
 class PngMetadata:
-    """A picture's size in pixels, and the notes that it carries."""
+    """An image's size in pixels, and its metadata."""
 
     width: int
     height: int
     values: dict[str, Any]
 
     def reproduce_command(self) -> list[str]:
-        """The command that makes the picture again; what it reads is named as the notes have it, without its folder.
+        """The command that reproduces the image; its inputs are named as in the metadata, without their folders.
 
-        What they do not name is IMAGE or MODEL, for its reader to fill in.
+        Missing names are IMAGE and MODEL, for the reader to replace.
         """
-        notes, image = self.values, self.values.get("image", "IMAGE")
-        if "prompt" in notes:
-            words, size = ["generate", notes["prompt"]], [f"--height={self.height}", f"--width={self.width}"]
+        metadata, image = self.values, self.values.get("image", "IMAGE")
+        if "prompt" in metadata:
+            words, size = ["generate", metadata["prompt"]], [f"--height={self.height}", f"--width={self.width}"]
         else:
-            words = ["edit", image, notes["instruction"]] if "instruction" in notes else ["reconstruct", image]
+            words = ["edit", image, metadata["instruction"]] if "instruction" in metadata else ["reconstruct", image]
             size = []
-        given = {"model": "MODEL", **notes}
-        if given["model"] == BUNDLED_MODEL:
-            del given["model"]
+        values = {"model": "MODEL", **metadata}
+        if values["model"] == BUNDLED_MODEL:
+            del values["model"]
         flags = [
-            flag if kind is bool else f"{flag}={given[name]}"
-            for name, (kind, flag) in METADATA_KEYS.items() if flag and given.get(name, False) is not False
+            flag if kind is bool else f"{flag}={values[name]}"
+            for name, (kind, flag) in METADATA_KEYS.items() if flag and values.get(name, False) is not False
         ]
-        if any(word.startswith("-") for word in words[1:]):  # a word that is no flag
+        if any(word.startswith("-") for word in words[1:]):  # a word that is not a flag
             return ["spar", words[0], *size, *flags, "--", *words[1:]]
         return ["spar", *words, *size, *flags]
 
 
 def read_metadata(path: Path) -> PngMetadata:
-    """The notes of a PNG that spar wrote, from its header: no pixel is decoded, and what other programs noted is left.
+    """Read the metadata of a PNG written by spar, from its header: no pixel is decoded, other keys are ignored.
 
     Raises:
-        InputError: no file, no PNG, a damaged one, one without our notes, or notes that are none of ours.
+        InputError: a missing or damaged file, another format, or missing or invalid metadata.
     """
     from PIL import Image
 
-    expected = "expected a PNG that spar wrote, or a folder of weights"
+    expected = "expected a PNG written by spar, or a folder of weights"
     try:
         if not path.is_file():
             raise InputError(f"{expected}, but there is no file {str(path)!r}")
@@ -204,11 +203,11 @@ def read_metadata(path: Path) -> PngMetadata:
     except InputError:
         raise
     except Image.UnidentifiedImageError:
-        raise InputError(f"{expected}, got {str(path)!r}, which is no PNG") from None
+        raise InputError(f"{expected}, got {str(path)!r}, which is not a PNG") from None
     except Exception as error:  # a hostile header makes Pillow raise nearly anything
         raise InputError(f"{expected}, but {str(path)!r} cannot be read: {error}") from error
     if "spar" not in texts:
-        raise InputError(f"{expected}, got {str(path)!r}, which carries no notes of ours")
+        raise InputError(f"{expected}, got {str(path)!r}, which has no metadata of spar")
     return PngMetadata(*size, {key: _parse_value(key, texts[key]) for key in METADATA_KEYS if key in texts})
 
 
@@ -217,39 +216,39 @@ def _parse_value(key: str, text: str) -> Any:
     try:
         return kind(text)
     except ValueError:
-        raise InputError(f"expected notes that spar wrote, got {key} {text[:40]!r}, which is no number") from None
+        raise InputError(f"expected metadata of spar, got {key} {text[:40]!r}, which is not a number") from None
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The picture files directly in a folder, by name.
+    """List the image files directly in a folder, by name.
 
     Raises:
-        InputError: a folder that cannot be read or has none.
+        InputError: the folder cannot be read or has no images.
     """
     try:
         found = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     except OSError as error:
-        raise InputError(f"expected a folder of pictures, but {str(folder)!r}: {error.strerror or error}") from error
+        raise InputError(f"expected a folder of images, but {str(folder)!r}: {error.strerror or error}") from error
     if not found:
-        raise InputError(f"expected pictures ({' '.join(IMAGE_SUFFIXES)}) in {str(folder)!r}, found none")
+        raise InputError(f"expected images ({' '.join(IMAGE_SUFFIXES)}) in {str(folder)!r}, found none")
     return found
 
 
 def check_replaceable(folder: Path, mark: str, *, overwrite: bool = False) -> None:
-    """Refuse a folder that may not be made or replaced by an output.
+    """Refuse a folder that an output may not create or replace.
 
     Args:
-        folder: where the output is to be.
-        mark: a file that every such output has: a folder without it is somebody else's and never replaced.
+        folder: the output folder.
+        mark: a file that every such output has: a folder without it has other contents and is never replaced.
         overwrite: whether an earlier output may be replaced.
 
     Raises:
-        InputError: a folder that is not empty and may not be replaced, or that cannot be written.
+        InputError: the folder is not empty and may not be replaced, or cannot be written.
     """
     check_folder(folder)
     if not os.path.isdir(folder) or not any(folder.iterdir()):
         return
     if not (folder / mark).is_file():
-        raise InputError(f"output: the folder {str(folder)!r} holds other things; give another name")
+        raise InputError(f"output: the folder {str(folder)!r} has other contents; give another name")
     if not overwrite:
         raise InputError(f"output: {str(folder)!r} exists already; give another name, or --overwrite")

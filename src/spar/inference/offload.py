@@ -1,4 +1,4 @@
-"""A finished model in less memory: weights of smaller types, and parts that wait in the CPU's memory for their turn."""
+"""Inference in less memory: weights of smaller types, and idle parts in the CPU's memory."""
 
 from typing import Literal, get_args
 
@@ -13,9 +13,9 @@ WEIGHTS = get_args(Weights)
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep the weights of linear maps and convolutions in `dtype`, which autocast would make of them at each use.
+    """Cast the weights of linear maps and convolutions to `dtype`, as autocast would at each use.
 
-    So results do not change in the least. Norms, tables, embeddings and biases stay in float32.
+    Results therefore do not change at all. Norms, tables, embeddings and biases stay in float32.
     """
     for part in model.modules():
         if isinstance(part, (nn.Linear, nn.Conv2d)):
@@ -23,12 +23,12 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def quantize(model: nn.Module) -> None:
-    """Round the weights of linear maps in the repeated layers to 8 bits, a scale a row (torchao's weight-only int8).
+    """Round the linear maps of the repeated layers to 8 bits, one scale per row (torchao's weight-only int8).
 
-    What SANA keeps in 1x1 convolutions, half of the DiT, stays as it is.
+    SANA's 1x1 convolutions, half of the DiT, stay as they are.
 
     Raises:
-        InputError: without torchao.
+        InputError: torchao is not installed.
     """
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
@@ -39,9 +39,9 @@ def quantize(model: nn.Module) -> None:
 
 
 class Offload:
-    """Parts of a model wait in the CPU's memory, and come to the device while they compute.
+    """Keeps parts of a model in the CPU's memory, and copies them to the device while they compute.
 
-    Nothing computes on the weights in between, so what comes is a copy, and going is letting it go.
+    The weights do not change, so that unloading a part only frees the copy.
     """
 
     def __init__(self, model: SparModel, device: torch.device) -> None:
@@ -57,9 +57,9 @@ class Offload:
             "decoder": [tokenizer.decoder],
         }
         self.weights_by_part = {
-            name: [place for one in modules for place in _weight_slots(one)] for name, modules in parts.items()
+            name: [slot for one in modules for slot in _weight_slots(one)] for name, modules in parts.items()
         }
-        for _, _, weight in (place for places in self.weights_by_part.values() for place in places):
+        for _, _, weight in (slot for slots in self.weights_by_part.values() for slot in slots):
             if device.type == "cuda" and type(weight.data) is Tensor:  # pinned memory is copied at the bus's full speed
                 weight.data = weight.data.pin_memory()
         for part in model.modules():
@@ -67,22 +67,22 @@ class Offload:
                 part._buffers[key] = buffer.to(device)
 
     def load_to_device(self, *names: str) -> None:
-        """Have these parts on the device, and no others; what fails in the middle leaves the next call its work."""
+        """Load these parts to the device and unload all others; after a failure the next call completes the work."""
         wanted = set(names)
         if wanted == self.loaded_parts:
             return
-        for name in self.weights_by_part.keys() - wanted:  # those too that did not come whole
+        for name in self.weights_by_part.keys() - wanted:  # also partly loaded ones
             for module, key, weight in self.weights_by_part[name]:
                 module._parameters[key] = weight
         self.loaded_parts &= wanted
         for name in wanted - self.loaded_parts:
             for module, key, weight in self.weights_by_part[name]:
-                plain = type(weight.data) is Tensor  # torchao's know no asynchronous copy
-                here = weight.data.to(self.device, non_blocking=True) if plain else weight.data.to(self.device)
-                module._parameters[key] = nn.Parameter(here, requires_grad=False)
+                plain = type(weight.data) is Tensor  # torchao's tensors have no asynchronous copy
+                loaded = weight.data.to(self.device, non_blocking=True) if plain else weight.data.to(self.device)
+                module._parameters[key] = nn.Parameter(loaded, requires_grad=False)
             self.loaded_parts.add(name)
 
 
 def _weight_slots(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """Where each weight of a module stands: its owner, its name there, and the weight."""
+    """Owner, name and tensor of each weight of a module."""
     return [(part, key, p) for part in module.modules() for key, p in part._parameters.items() if p is not None]

@@ -1,4 +1,4 @@
-"""What the four tasks give back."""
+"""Outputs of the four tasks."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from spar.inference.image_files import check_writable, output_paths, save_images
 
 @dataclass(frozen=True)
 class Routing:
-    """Which LLM layer each condition token of one image reads.
+    """Weights over the LLM layers of each condition token of one image.
 
     `tokens` as text, `kinds` ("text", "image", "query"), `layers` (K layer numbers), `weights` `[T, K]`.
     """
@@ -28,7 +28,7 @@ class Routing:
 class GenerateOutput:
     """Images in the order of the prompts (each prompt's images together), their seeds and their routing.
 
-    `notes` says of each image how it was made: words, seed, steps, guidance, type, device, model, recipe, versions.
+    `metadata` has how each image was made: prompt, seed, steps, guidance, type, device, model, recipe, versions.
     """
 
     images: list[Image.Image]
@@ -37,10 +37,10 @@ class GenerateOutput:
     metadata: list[dict[str, Any]]
 
     def save(self, path: str | Path | None = None, *, overwrite: bool = False) -> list[Path]:
-        """Write PNGs that carry their notes: one image to a `.png` file, several into a folder; says where they are.
+        """Write PNGs with their metadata: one image to a `.png` file, several into a folder; returns the paths.
 
         Raises:
-            InputError: a file that exists (without `overwrite`) or that cannot be written.
+            InputError: a file exists (without `overwrite`) or cannot be written.
         """
         count = len(self.images)
         names = [f"{index:0{len(str(count - 1))}}" for index in range(count)]
@@ -57,10 +57,10 @@ class UnderstandOutput:
 
 @dataclass
 class ChatOutput:
-    """An answer while it is made: an iterator over pieces of its text, which join to the whole.
+    """An answer during decoding: an iterator over pieces of its text, which join to the whole.
 
-    `prompt_tokens`, and `tokens` of the answer so far; `finish_reason` is None until the answer ends: then "stop" where
-    the model ended its turn, or "length".
+    `prompt_tokens`, and `completion_tokens` so far; `finish_reason` is None until the answer ends, then "stop" if the
+    model ended its turn, or "length".
     """
 
     prompt_tokens: int
@@ -77,7 +77,7 @@ class ChatOutput:
 
 @dataclass(frozen=True)
 class ReconstructOutput:
-    """Images in the order of what came, and of each image how it was made, as in `GenerateOutput`."""
+    """Images in the order of the inputs, and their metadata as in `GenerateOutput`."""
 
     images: list[Image.Image]
     metadata: list[dict[str, Any]]

@@ -1,7 +1,7 @@
-"""The four tasks for a user, behind one contract: generate, edit, understand, reconstruct.
+"""The pipeline of the four tasks: generate, edit, understand, reconstruct.
 
-The keyword names are diffusers'. Every task takes one input or a list and batches truly. An image depends on its own
-seed and never on its neighbours.
+The keyword names are diffusers'. Every task takes one input or a list, which it runs as one batch. An image depends on
+its own seed and never on the rest of the batch.
 """
 
 import math
@@ -49,9 +49,9 @@ from spar.processing.images import ImageSource, nearest_size, open_image, to_pil
 from spar.processing.prompts import IMAGE_TOKEN, PromptEncoder, TokenBatch
 
 BUNDLED = Path(__file__).parents[1] / "assets" / "weights"
-MAX_SIDE_FACTOR = 2  # pictures up to twice the trained side
-# Prompts are padded to multiples of this many tokens: then the sums of attention, which run in vectors of 16 numbers,
-# meet a prompt's tokens in the same places whatever stands beside it, and a picture is the same alone and in a batch.
+MAX_SIDE_FACTOR = 2  # images up to twice the trained side
+# Prompts are padded to multiples of this many tokens: attention sums in vectors of 16 numbers, where a prompt's tokens
+# then have the same places in any batch, and an image is the same alone and in a batch.
 TOKEN_MULTIPLE = 16
 
 Callback = Callable[[int, int, Tensor], bool | None]
@@ -70,7 +70,7 @@ def has_native_bfloat16() -> bool:
 class SparPipeline:
     """One model and its four tasks. Build it with `from_pretrained`.
 
-    `origin` names the `model` and the `adapter` that it was loaded from, which pictures note: never where they lie.
+    `origin` has the names of the `model` and the `adapter` for the metadata of images, without their folders.
     """
 
     bundle: ModelBundle
@@ -116,20 +116,20 @@ class SparPipeline:
         """Load a SPAR folder, or `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION`; without a path, the bundled weights.
 
         Args:
-            dtype: what matrix products run in; by default bfloat16 where the device has it in hardware.
-            device: by default a CUDA device where there is one, else the CPU.
-            adapter: a folder of LoRA weights (`RUN/adapter`) that are merged into the model.
-            decode_tile: visual tokens a side above which a picture is decoded in tiles of that size, which takes less
-                memory and changes it a little; None decodes it as a whole.
-            weights: how they are held: "float32" as they are stored; "dtype", those of matrix products in `dtype`,
-                half the memory for the same results; "int8", those of linear layers rounded to 8 bits besides, for
+            dtype: type of matrix products; by default bfloat16 if the device has it in hardware.
+            device: by default a CUDA device if available, else the CPU.
+            adapter: a folder of LoRA weights (`RUN/adapter`) to merge into the model.
+            decode_tile: visual tokens per side above which an image is decoded in tiles of that size, which takes less
+                memory and changes it a little; None never uses tiles.
+            weights: type of the weights in memory: "float32" as stored; "dtype", those of matrix products in `dtype`,
+                half the memory for the same results; "int8", those of linear layers also rounded to 8 bits, for
                 other results (needs torchao).
-            offload: parts wait in the CPU's memory while others compute: less of the device's memory, more time.
-            compile: repeated layers go through torch.compile: the first call takes a minute or so, later ones less.
+            offload: keep idle parts in the CPU's memory: less of the device's memory, more time.
+            compile: compile repeated layers with torch.compile: the first call takes a minute or so, later ones less.
 
         Raises:
-            InputError: a missing, partial, foreign or damaged folder, a device that is not there, or offload from
-                the CPU to itself.
+            InputError: a missing, partial, foreign or damaged folder, an unavailable device, or offload from the CPU
+                to itself.
         """
         where = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else check_device(device)
         if dtype is None:
@@ -142,7 +142,7 @@ class SparPipeline:
         if weights not in WEIGHTS:
             raise InputError(f"weights: expected one of {', '.join(WEIGHTS)}, got {weights!r}")
         if offload and where.type == "cpu":
-            raise InputError("offload: expected a device whose parts can wait in the CPU's memory, got cpu itself")
+            raise InputError("offload: expected a device other than the CPU, got cpu")
         folder = BUNDLED if path is None else model_folder(path)
         if path is None and not (folder / "config.json").exists():
             raise InputError("this installation has no bundled weights; give a model folder, or train one")
@@ -160,15 +160,15 @@ class SparPipeline:
         """Write the whole model as a SPAR folder, floating weights in `dtype` (default: as they are).
 
         Raises:
-            InputError: a folder that cannot be written, or weights that are no longer those that were loaded.
+            InputError: the folder cannot be written, or the weights are not those that were loaded.
         """
         if self.weights != "float32":
-            raise InputError(f"weights: expected float32 in a pipeline that is to be saved, got {self.weights}")
+            raise InputError(f"weights: expected float32 to save a pipeline, got {self.weights}")
         save_model(self.bundle, Path(path), dtype)
 
     @property
     def image_size(self) -> int:
-        """The side in pixels that the model was trained at."""
+        """Side of the training images in pixels."""
         return self.model.config.image_size
 
     @property
@@ -188,28 +188,29 @@ class SparPipeline:
         seed: int | Sequence[int] | None = None,
         callback: Callback | None = None,
     ) -> GenerateOutput:
-        """Pictures from words.
+        """Generate images from prompts.
 
         Args:
             prompt: one or a list.
-            negative_prompt: what guidance steers away from; by default the true unconditional prompt.
+            negative_prompt: what the images should not show; by default the true unconditional prompt.
             height, width: pixels, by default the trained side; multiples of the token stride.
             num_inference_steps, guidance_scale: by default the model's own; guidance 1 is the conditional branch.
-            num_images_per_prompt: images of one prompt stand together in the result.
-            seed: one (image i gets seed + i) or one per image; random when None. `.seeds` tells.
-            callback: called after each step with (steps done, steps, clean latent as estimated so far), which `preview`
-                makes pictures of; returning False, exactly, cancels.
+            num_images_per_prompt: images of one prompt are adjacent in the result.
+            seed: one (image i gets seed + i) or one per image; random when None. `.seeds` has those used.
+            callback: called after each step with (steps done, steps, estimate of the clean latent), which `preview`
+                converts to images; returning False, exactly, cancels.
 
         Raises:
-            InputError: naming what was expected and what came.
-            Cancelled: the callback said so; there is no result, and the pipeline is as it was.
+            InputError: the message has the expected and the given value.
+            Cancelled: by the callback; there is no result, and the pipeline is unchanged.
         """
         prompts = self._texts(prompt, "prompt")
         negatives = self._negatives(negative_prompt, len(prompts))
         size = self.output_size(height, width)
-        told = [{"prompt": one, "negative_prompt": other} for one, other in zip(prompts, negatives, strict=True)]
+        pairs = zip(prompts, negatives, strict=True)
+        prompt_metadata = [{"prompt": one, "negative_prompt": other} for one, other in pairs]
         return self._sample(
-            self.prompts.generation(prompts), self.prompts.generation(negatives), None, size, told,
+            self.prompts.generation(prompts), self.prompts.generation(negatives), None, size, prompt_metadata,
             num_inference_steps, guidance_scale, num_images_per_prompt, seed, callback,
         )
 
@@ -225,30 +226,30 @@ class SparPipeline:
         seed: int | Sequence[int] | None = None,
         callback: Callback | None = None,
     ) -> GenerateOutput:
-        """A picture changed as an instruction says; keywords as in `generate`.
+        """Edit images by instruction; keywords as in `generate`.
 
         One image with several instructions, or several images with one instruction, are paired; else one each. The
         result has the image's proportions, at about the trained number of pixels; images of one call must share them.
-        Each picture is made from one reference image: the model has place for no second one.
+        Each image has one reference image: the model has no place for a second one.
         """
         pixels, instructions = self._pairs(image, instruction, "instruction", keep_aspect=True)
         negatives = self._negatives(negative_prompt, len(instructions))
         size = (pixels.shape[-2], pixels.shape[-1])
         tokens = size[0] * size[1] // self.model.config.token_stride**2
         pairs = zip(instructions, negatives, strict=True)
-        told = [{"instruction": one, "negative_prompt": other} for one, other in pairs]
+        prompt_metadata = [{"instruction": one, "negative_prompt": other} for one, other in pairs]
         return self._sample(
-            self.prompts.edit(instructions, tokens), self.prompts.edit(negatives, tokens), pixels, size, told,
-            num_inference_steps, guidance_scale, num_images_per_prompt, seed, callback,
+            self.prompts.edit(instructions, tokens), self.prompts.edit(negatives, tokens), pixels, size,
+            prompt_metadata, num_inference_steps, guidance_scale, num_images_per_prompt, seed, callback,
         )
 
     @torch.inference_mode()
     def understand(
         self, image: ImageSource | Sequence[ImageSource], question: str | Sequence[str], *, max_new_tokens: int = 48
     ) -> UnderstandOutput:
-        """Answers about pictures, greedy; pairs as in `edit`.
+        """Answer questions about images by greedy decoding; pairs as in `edit`.
 
-        `max_new_tokens` is at most MAX_NEW_TOKENS and at most what fits: a larger number is cut to that.
+        `max_new_tokens` is cut to MAX_NEW_TOKENS and to what fits.
         """
         check_int_range("max_new_tokens", max_new_tokens, 1)
         pixels, questions = self._pairs(image, question, "question")
@@ -262,17 +263,17 @@ class SparPipeline:
         return UnderstandOutput([self.bundle.text_tokenizer.decode(row, skip_special_tokens=True) for row in rows])
 
     def chat(self, messages: Sequence[Mapping[str, Any]], *, max_new_tokens: int | None = None) -> ChatOutput:
-        """The answer to the last message of a conversation, greedy, its text piece by piece as it is decoded.
+        """Answer the last message of a conversation by greedy decoding, as an iterator over pieces of the text.
 
         Args:
             messages: `{"role": "system" | "user" | "assistant", "content": ...}`; a content is text, or a list of parts
                 `{"type": "text", "text": str}` and `{"type": "image", "image": ImageSource}`. `read_messages` has the
-                order. Pictures are made square, as in `understand`.
+                order. Images are cropped to squares, as in `understand`.
             max_new_tokens: by default as many as fit, at most MAX_NEW_TOKENS; a larger number is cut to that, and an
                 answer that reaches it ends with the finish reason "length".
 
         Raises:
-            InputError: at the call, before anything is computed.
+            InputError: at the call, before any computation.
         """
         if max_new_tokens is not None:
             check_int_range("max_new_tokens", max_new_tokens, 1)
@@ -282,7 +283,7 @@ class SparPipeline:
         )
         for index, turn in enumerate(turns):
             for text in turn.parts:
-                if isinstance(text, str) and (text or turn.role != "assistant"):  # a model may have said nothing
+                if isinstance(text, str) and (text or turn.role != "assistant"):  # an assistant's text may be empty
                     self.prompts.check(text, f"messages[{index}]", max_tokens)
         written = [(turn.role, [part if isinstance(part, str) else None for part in turn.parts]) for turn in turns]
         tokens = self.prompts.conversation(written)
@@ -299,7 +300,7 @@ class SparPipeline:
         return out
 
     def _stream(self, out: ChatOutput, tokens: TokenBatch, pixels: Tensor | None, max_tokens: int) -> Iterator[str]:
-        """The pieces of one answer. No mode of torch is left on while the caller has a piece in hand."""
+        """Yield the pieces of one answer. No mode of torch is active outside of the generator."""
         text, tokens = TextStream(self.bundle.text_tokenizer), tokens.to(self.device)
         with torch.inference_mode(), self._compute():
             f_v = None if pixels is None else self._features(pixels)
@@ -321,7 +322,7 @@ class SparPipeline:
 
     @torch.inference_mode()
     def reconstruct(self, image: ImageSource | Sequence[ImageSource]) -> ReconstructOutput:
-        """Pictures through the unified tokenizer and back."""
+        """Encode and decode images with the unified tokenizer."""
         pixels = self._pixels(image)
         with self._compute(len(pixels)):
             tokenizer = self.model.tokenizer
@@ -332,11 +333,11 @@ class SparPipeline:
         return ReconstructOutput(to_pil(out), [self.run_metadata() for _ in out])
 
     def check_text(self, text: str, what: str) -> None:
-        """Refuse a prompt that `generate`, `edit` and `understand` would refuse; `what` it is called in the error."""
+        """Refuse a prompt that `generate`, `edit` and `understand` would refuse; `what` is its name in the error."""
         self.prompts.check(text, what, self.bundle.sampling.max_prompt_tokens)
 
     def output_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
-        """Height and width of what `generate` makes.
+        """Height and width of images of `generate`.
 
         Raises:
             InputError: a side that is not a multiple of the token stride or more than twice the trained one.
@@ -352,16 +353,16 @@ class SparPipeline:
         return height or side, width or side
 
     def edited_size(self, image: Image.Image) -> tuple[int, int]:
-        """Height and width of what `edit` makes of a picture; InputError for one that is too long for its width."""
+        """Height and width of the result of `edit`; InputError for too extreme proportions."""
         return nearest_size(image, self.image_size, self.model.config.token_stride)
 
     @torch.inference_mode()
     def preview(self, latent: Tensor) -> list[Image.Image]:
-        """What a callback's latent `[B, C, h, w]` looks like: blurred at first, and after the last step the result."""
+        """Decode a callback's latent `[B, C, h, w]`: blurred at first, and after the last step the result."""
         self._load_to_device("decoder")
         with self._compute(len(latent)):
             images = self.model.decode(latent, self.decode_tile).float()
-        self._load_to_device("denoiser")  # the sampler goes on
+        self._load_to_device("denoiser")  # for the sampler's next step
         return to_pil(images)
 
     @torch.inference_mode()
@@ -370,7 +371,7 @@ class SparPipeline:
         prompt_metadata: list[dict[str, str | None]], steps: int | None, guidance: float | None, per_prompt: int,
         seed: int | Sequence[int] | None, callback: Callback | None,
     ) -> GenerateOutput:
-        """Prompts to pictures: condition once a prompt, then the flow's sampler around the denoiser."""
+        """Prompts to images: one condition per prompt, then the flow's sampler around the denoiser."""
         defaults = self.bundle.sampling
         steps = defaults.steps if steps is None else steps
         guidance = defaults.guidance if guidance is None else guidance
@@ -403,21 +404,21 @@ class SparPipeline:
             images = self.model.decode(latent, self.decode_tile).float()
         routing = [self._routing(tokens, routed, row) for row in range(len(tokens.ids)) for _ in range(per_prompt)]
         shared = {"steps": steps, "guidance": float(guidance), **self.run_metadata()}
-        notes = [{**prompt_metadata[index // per_prompt], "seed": seed, **shared} for index, seed in enumerate(seeds)]
-        return GenerateOutput(images=to_pil(images), seeds=seeds, routing=routing, metadata=notes)
+        metadata = [{**prompt_metadata[i // per_prompt], "seed": seed, **shared} for i, seed in enumerate(seeds)]
+        return GenerateOutput(images=to_pil(images), seeds=seeds, routing=routing, metadata=metadata)
 
     def run_metadata(self) -> dict[str, Any]:
-        """What else than the arguments an image depends on."""
-        made = {name: self.manifest.get(name) for name in ("recipe", "commit")}  # None is not written
+        """Metadata of everything other than the arguments that an image depends on."""
+        training = {name: self.manifest.get(name) for name in ("recipe", "commit")}  # None is not written
         run = {"dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)}
-        held = self.weights if self.weights == "int8" else None  # between the others there is no difference
-        how = {"weights": held, "compile": self.compile or None, "decode_tile": self.decode_tile}
-        return {**run, **how, **self.origin, **made, **versions()}
+        weights = self.weights if self.weights == "int8" else None  # the other types give the same results
+        settings = {"weights": weights, "compile": self.compile or None, "decode_tile": self.decode_tile}
+        return {**run, **settings, **self.origin, **training, **versions()}
 
     def _conditions(
         self, tokens: TokenBatch, negatives: TokenBatch, f_v: Tensor | None, size: tuple[int, int], guidance: float
     ) -> tuple[Condition, Condition]:
-        """The condition that the sampler reads (both branches where guidance needs them), and the prompts' own."""
+        """The condition of the sampler (both branches if guidance needs them), and that of the prompts alone."""
         tokens, negatives = tokens.to(self.device), negatives.to(self.device)
         own = self.model.condition(tokens.ids, tokens.mask, f_v, size)
         if guidance == 1:
@@ -435,7 +436,7 @@ class SparPipeline:
         return both, own
 
     def _routing(self, tokens: TokenBatch, condition: Condition, row: int) -> Routing:
-        """Weights over the layers for each real token of one prompt, the queries last."""
+        """Weights over the layers of each real token of one prompt, the queries last."""
         real = tokens.mask[row].bool()
         pieces = self.bundle.text_tokenizer.convert_ids_to_tokens(tokens.ids[row][real].tolist())
         queries = self.model.config.connector.queries
@@ -449,14 +450,14 @@ class SparPipeline:
         )
 
     def _noise(self, seeds: list[int], size: tuple[int, int]) -> Tensor:
-        """Each image's own noise, drawn on the CPU so that it is the same on every device."""
+        """Sample each image's noise on the CPU, so that it is the same on every device."""
         stride = self.model.config.token_stride
         shape = (self.model.config.autoencoder.latent_channels, size[0] // stride, size[1] // stride)
         rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(rows).to(self.device)
 
     def _load_to_device(self, *parts: str) -> None:
-        """Have what computes next on the device, where parts are offloaded."""
+        """Load the parts that compute next, if parts are offloaded."""
         if self._offload:
             self._offload.load_to_device(*parts)
 
@@ -466,7 +467,7 @@ class SparPipeline:
 
     @contextmanager
     def _compute(self, images: int = 1) -> Iterator[None]:
-        """Autocast, and on a CPU as many threads as the work on so many images is worth."""
+        """Autocast, and on a CPU the number of threads that suits the work on so many images."""
         work = self._parameters * images * self.model.config.grid**2 if self.device.type == "cpu" else math.inf
         with threads_for(work), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             yield
@@ -479,16 +480,16 @@ class SparPipeline:
             if isinstance(source, list | tuple) and keep_aspect:  # of an edit
                 raise InputError(one_reference(f"a list of {len(source)}"))
             if isinstance(source, list | tuple):
-                raise InputError("expected one image for each text, got a list within the list (a chat takes several)")
-        pictures, side = [open_image(source) for source in sources], self.image_size
+                raise InputError("expected one image for each text, got a nested list (a chat takes several)")
+        images, side = [open_image(source) for source in sources], self.image_size
         sizes = {(side, side)}
         if keep_aspect:
-            sizes = {self.edited_size(picture) for picture in pictures}
+            sizes = {self.edited_size(image) for image in images}
         if len(sizes) > 1:
             shown = ", ".join(f"{width} x {height}" for height, width in sorted(sizes))
-            raise InputError(f"expected images of the same proportions in one call, got some for {shown} pixels")
+            raise InputError(f"expected images of the same proportions in one call, got {shown} pixels")
         (size,) = sizes
-        return to_tensor([to_size(picture, size[1], size[0]) for picture in pictures]).to(self.device)
+        return to_tensor([to_size(image, size[1], size[0]) for image in images]).to(self.device)
 
     def _texts(self, text: str | Sequence[str], what: str) -> list[str]:
         if not isinstance(text, Iterable):
@@ -522,12 +523,12 @@ class SparPipeline:
         return pixels, _broadcast(texts, count, what)
 
 
-def _repeat_condition(condition: Condition, draws: int) -> Condition:
-    """The condition of every draw by itself. The denoiser could let draws of one prompt share its keys and values, but
-    then attention would round an image otherwise beside others than alone."""
+def _repeat_condition(condition: Condition, count: int) -> Condition:
+    """Repeat the condition for each image. The denoiser could share a prompt's keys and values among its images, but
+    attention would then round an image differently in a batch than alone."""
     fields = {item.name: getattr(condition, item.name) for item in fields_of(condition)}
     return Condition(**{
-        name: None if value is None else value.repeat_interleave(draws, dim=0) for name, value in fields.items()
+        name: None if value is None else value.repeat_interleave(count, dim=0) for name, value in fields.items()
     })  # fmt: skip
 
 
@@ -540,7 +541,7 @@ def _broadcast(values: list[str], count: int, what: str) -> list[str]:
 
 
 def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
-    """One seed for each image, checked."""
+    """Expand to one checked seed per image."""
     if seed is None:
         seed = secrets.randbelow(2**32)
     if isinstance(seed, int) and not isinstance(seed, bool):

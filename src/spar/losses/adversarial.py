@@ -5,7 +5,7 @@ PatchGAN: Isola et al., arXiv 1611.07004. Hinge: Lim and Ye, arXiv 1705.02894. L
 
     R = mean relu(D(x) - a_fake)^2 + mean relu(a_real - D(G(z)))^2      a: moving averages of the mean logits
 
-Departure from PatchGAN: GroupNorm for BatchNorm, so that a logit depends on its own picture only.
+Departure from PatchGAN: GroupNorm for BatchNorm, so that a logit depends on its own image only.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def discriminator_hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor
 
 
 def generator_hinge_loss(fake_logits: Tensor) -> Tensor:
-    """L_GAN for the generator: minus the mean logit of its pictures; a float32 scalar."""
+    """L_GAN for the generator: minus the mean logit of its images; a float32 scalar."""
     return -fake_logits.float().mean()
 
 
@@ -63,7 +63,7 @@ class LeCam(nn.Module):
 
 @dataclass(frozen=True)
 class PatchDiscriminatorConfig:
-    """channels: of the picture. width: of the first layer, doubled by each further one up to 8x. layers: of stride 2.
+    """channels: of the image. width: of the first layer, doubled by each further one up to 8x. layers: of stride 2.
 
     A side of S pixels gives a grid of S / 2^layers - 2 logits a side, each seeing a patch (70 pixels for 3 layers).
     """
@@ -81,7 +81,7 @@ class PatchDiscriminatorConfig:
 
 
 class PatchDiscriminator(nn.Module):
-    """A small PatchGAN: pictures [B, C, H, W] in [0, 1] to logits [B, 1, h, w]."""
+    """A small PatchGAN: images [B, C, H, W] in [0, 1] to logits [B, 1, h, w]."""
 
     def __init__(self, config: PatchDiscriminatorConfig):
         super().__init__()
@@ -107,7 +107,7 @@ class PatchDiscriminator(nn.Module):
         smallest = 3 * 2**self.config.layers
         if images.ndim != 4 or images.shape[1] != self.config.channels or min(images.shape[2:]) < smallest:
             raise ValueError(
-                f"expected pictures [B, {self.config.channels}, H, W] with sides of at least {smallest} pixels, "
+                f"expected images [B, {self.config.channels}, H, W] with sides of at least {smallest} pixels, "
                 f"got {tuple(images.shape)}"
             )
         return self.layers(images * 2 - 1)

@@ -1,4 +1,4 @@
-"""L_perc (SPAR section 1): distances between what a frozen network sees in two pictures, behind one interface.
+"""L_perc (SPAR section 1): distances between what a frozen network sees in two images, behind one interface.
 
 At full size it is 1.1 * (1.0 * LPIPS + 0.1 * ConvNeXt-S logits); `FeatureLoss` has the form of LPIPS (Zhang et al.,
 arXiv 1801.03924, uniform channel weights) over any frozen network that is handed in, and needs no download.
@@ -19,7 +19,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class PerceptualLoss(nn.Module):
-    """The interface: forward(prediction, target) for pictures [B, 3, H, W] in [0, 1] to a float32 scalar of 0 or more.
+    """The interface: forward(prediction, target) for images [B, 3, H, W] in [0, 1] to a float32 scalar of 0 or more.
 
     The gradient reaches the prediction only. The network inside must be frozen: a parameter of it that wants a gradient
     raises ValueError, and it stays in evaluation mode.
@@ -48,7 +48,7 @@ def unit_normalize(features: Tensor, eps: float = 1e-5) -> Tensor:
 class FeatureLoss(PerceptualLoss):
     """Mean over the layers of the mean squared distance between unit-normalised features; in [0, 4].
 
-    network: pictures [B, 3, H, W] in [0, 1] to a list of feature maps [B, C_i, H_i, W_i]; it normalises for itself.
+    network: images [B, 3, H, W] in [0, 1] to a list of feature maps [B, C_i, H_i, W_i]; it normalises for itself.
     layers: which of the maps count; None takes all.
     """
 

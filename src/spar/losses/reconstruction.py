@@ -7,16 +7,16 @@ from spar.losses.checks import check_pair
 
 
 def mse(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of pictures [B, C, H, W] in [0, 1]; a float32 scalar."""
+    """Mean squared error of images [B, C, H, W] in [0, 1]; a float32 scalar."""
     check_pair("prediction", prediction, "target", target)
     return (prediction.float() - target.float()).square().mean()
 
 
 def psnr(prediction: Tensor, target: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each picture, [B], for pictures [B, C, H, W] with peak 1.
+    """Peak signal-to-noise ratio in dB of each image, [B], for images [B, C, H, W] with peak 1.
 
-    -10 log10 of the mean squared error over the whole picture; equal pictures give infinity. Nothing is clamped: pass
-    the picture as it will be seen.
+    -10 log10 of the mean squared error over the whole image; equal images give infinity. Nothing is clamped: pass
+    the image as it will be seen.
     """
     check_pair("prediction", prediction, "target", target)
     error = (prediction.double() - target.double()).square().flatten(1).mean(dim=1)

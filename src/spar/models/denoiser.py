@@ -147,7 +147,7 @@ class Denoiser(nn.Module):
             latent: `[B R, D_p, h, w]`, draws of one image side by side.
             time: `[B R]` in [0, 1], 1 is noise.
             condition: `[B, M, C]`, or its `keys`; mask: `[B, M]`, 1 for real tokens.
-            reference: `[B, D_p, h, w]`, the normalised latent of the picture to edit; zero in rows that have none.
+            reference: `[B, D_p, h, w]`, the normalised latent of the image to edit; zero in rows that have none.
         """
         network, (height, width) = self.network, latent.shape[-2:]
         batch, draws = len(mask), len(latent) // len(mask)

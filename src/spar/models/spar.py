@@ -20,7 +20,7 @@ from spar.models.tokenizer import UnifiedTokenizer
 @dataclass(frozen=True)
 class Condition:
     """What the denoiser reads: `states` `[B, T, C]`, `mask` `[B, T]`, the routing `weights` `[B, T, K]`, and where a
-    picture is edited, its normalised latent `reference` `[B, D_p, h, w]`. `keys` is what the denoiser's blocks read of
+    image is edited, its normalised latent `reference` `[B, D_p, h, w]`. `keys` is what the denoiser's blocks read of
     the states, where that has been made (`SparModel.prepare`)."""
 
     states: Tensor

@@ -1,7 +1,7 @@
-"""Decoding a large picture tile by tile: the decoder then holds the activations of one tile at a time.
+"""Decoding a large image tile by tile: the decoder then holds the activations of one tile at a time.
 
 Tiles overlap and are blended with weights that fall linearly towards their edges. DC-AE's attention sees its tile
-alone, so that the picture differs a little from one decoded as a whole; with a decoder of single cells it is the same.
+alone, so that the image differs a little from one decoded as a whole; with a decoder of single cells it is the same.
 """
 
 from collections.abc import Callable

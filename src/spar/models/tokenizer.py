@@ -122,7 +122,7 @@ class UnifiedTokenizer(nn.Module):
     def decode(self, z_f: Tensor, tile: int | None = None) -> Tensor:
         """`[B, D_p, h, w]` to pixels `[B, 3, H, W]` of the token grid's size, not clamped.
 
-        The decoder's stride may exceed the tokens' (32 against 28): then the picture is resized by their ratio,
+        The decoder's stride may exceed the tokens' (32 against 28): then the image is resized by their ratio,
         bilinearly and without a wider filter, as the family does. A latent of more than `tile` cells a side is decoded
         in tiles (`spar.models.tiling`).
         """

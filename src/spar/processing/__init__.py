@@ -1,1 +1,1 @@
-"""What goes into the model: images as tensors, prompts and conversations as tokens."""
+"""Inputs of the model: images as tensors, prompts and conversations as tokens."""

@@ -1,4 +1,4 @@
-"""Conversations: a user's messages, checked, with their pictures opened; and an answer's text while its tokens come."""
+"""Conversations: validation of messages, loading of their images, and the text of a streamed answer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from spar.processing.prompts import ROLES
 
 @dataclass(frozen=True)
 class ChatMessage:
-    """One turn: its role, and its texts and square RGB pictures in order."""
+    """One turn: its role, and its texts and square RGB images in order."""
 
     role: str
     parts: tuple[str | Image.Image, ...]
@@ -25,15 +25,15 @@ class ChatMessage:
 
 
 def read_messages(messages: Sequence[Mapping[str, Any]], side: int) -> list[ChatMessage]:
-    """Messages `{"role": ..., "content": ...}` as turns; their pictures are opened one by one and made `side` x `side`.
+    """Convert messages `{"role": ..., "content": ...}` to turns; images are opened one by one, to `side` x `side`.
 
     A content is text, or a list of parts `{"type": "text", "text": str}` and `{"type": "image", "image": ImageSource}`.
-    One message of the system may come first; then the user and the assistant take turns, and the user has the first
-    and the last word. Only the user shows pictures. Within a turn, images are moved before the text: that is the order
-    of the training data, and an answer to the other order is close to a guess (22 of 120 right against 120).
+    One system message may come first; then user and assistant alternate, and the user's messages are first and last.
+    Only the user's messages may have images. Within a turn, images are moved before the text: that is the order of the
+    training data, and an answer to the other order is close to a guess (22 of 120 right against 120).
 
     Raises:
-        InputError: naming the message, what was expected of it and what came.
+        InputError: naming the message, the expected and the given value.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
         raise InputError(f"messages: expected a list of messages, got {type(messages).__name__}")
@@ -48,7 +48,7 @@ def read_messages(messages: Sequence[Mapping[str, Any]], side: int) -> list[Chat
 
 
 def _images_first(parts: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The parts of one turn with its images before its texts, each in the order in which they came."""
+    """The parts of one turn, images before texts, each in their order."""
     return sorted(parts, key=lambda part: part["type"] != "image")
 
 
@@ -57,7 +57,7 @@ def _open(part: Mapping[str, Any], side: int) -> str | Image.Image:
 
 
 def _content(message: object, name: str) -> tuple[str, list[Mapping[str, Any]]]:
-    """Role and parts of one message, each part of a known type with what belongs to it."""
+    """Role and parts of one message, each part of a known type with its own keys."""
     _check_keys(message, ("role", "content"), name)
     role, content = message["role"], message["content"]
     if role not in ROLES:
@@ -92,15 +92,15 @@ def _check_keys(value: object, keys: tuple[str, str], name: str) -> None:
 def _check_order(roles: list[str]) -> None:
     first = int(roles[0] == "system")
     for index, role in enumerate(roles[first:]):
-        due = ("user", "assistant")[index % 2]
-        if role != due:
-            raise InputError(f"messages[{index + first}].role: expected {due}, got {role}")
+        expected = ("user", "assistant")[index % 2]
+        if role != expected:
+            raise InputError(f"messages[{index + first}].role: expected {expected}, got {role}")
     if roles[-1] != "user":
-        raise InputError(f"messages: expected the user to have the last word, got {roles[-1]}")
+        raise InputError(f"messages: expected the last message from the user, got {roles[-1]}")
 
 
 class TextStream:
-    """The text of tokens that come one by one, in pieces of whole characters that join to the whole text."""
+    """Decodes streamed tokens to pieces of whole characters that join to the whole text."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -108,12 +108,12 @@ class TextStream:
         self._sent = 0
 
     def add_token(self, token: int) -> str:
-        """What one more token makes sure of; empty where a character is not whole yet."""
+        """Add a token and return the new text; empty while a character is incomplete."""
         self._ids.append(token)
         return self._new(self._text().rstrip("\ufffd"))
 
     def flush(self) -> str:
-        """What was held back and will not become whole any more."""
+        """Return the rest, with incomplete characters."""
         return self._new(self._text())
 
     def _text(self) -> str:

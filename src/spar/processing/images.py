@@ -1,7 +1,7 @@
-"""Pictures at the gate: any user's file to a checked RGB picture, to a square, to a tensor and back.
+"""Loading of untrusted images: a file to a checked RGB image, to a square, to a tensor and back.
 
-What passes is decided by content, never by name. Sizes are checked before anything is decoded, and a picture that
-Pillow cannot read to its end is refused. Colour profiles are ignored: values are taken as sRGB.
+The format is that of the content, never of the name. Sizes are checked before decoding, and an image that Pillow cannot
+read to its end is refused. Colour profiles are ignored: values are interpreted as sRGB.
 """
 
 import os
@@ -21,15 +21,15 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 TRAINING_FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 64 * 10**6
 MAX_BYTES = 64 * 2**20
-MAX_SCANS = 100  # of a JPEG: an encoder writes about ten, and each goes over every pixel again
+MAX_SCANS = 100  # of a JPEG: an encoder writes about ten, and each decodes every pixel
 MIN_SIDE = 1
-MAX_ASPECT = 4  # at this the longer side is twice the trained one
+MAX_ASPECT = 4  # the longer side is then twice the trained one
 
 ImageSource = str | os.PathLike | bytes | bytearray | memoryview | Image.Image
 
-_EXPECTED = f"expected a picture as {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
-_EXPECTED_TRAINING = f"expected a picture as {', '.join(TRAINING_FORMATS[:-1])} or {TRAINING_FORMATS[-1]}"
-_EXPECTED_PIXELS = f"expected a picture of at most {MAX_PIXELS // 10**6} megapixels"
+_EXPECTED = f"expected an image as {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+_EXPECTED_TRAINING = f"expected an image as {', '.join(TRAINING_FORMATS[:-1])} or {TRAINING_FORMATS[-1]}"
+_EXPECTED_PIXELS = f"expected an image of at most {MAX_PIXELS // 10**6} megapixels"
 _ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -39,12 +39,12 @@ _ORIENTATIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# (offset, bytes there, name): kinds of file that people take for one of ours
+# (offset, bytes there, name): file types often mistaken for supported ones
 _OTHER_KINDS = (
-    (4, b"ftypheic", "a HEIC picture"),
-    (4, b"ftypheix", "a HEIC picture"),
-    (4, b"ftypmif1", "a HEIF picture"),
-    (4, b"ftypavif", "an AVIF picture"),
+    (4, b"ftypheic", "a HEIC image"),
+    (4, b"ftypheix", "a HEIC image"),
+    (4, b"ftypmif1", "a HEIF image"),
+    (4, b"ftypavif", "an AVIF image"),
     (4, b"ftyp", "a video"),
     (0, b"%PDF", "a PDF"),
     (0, b"PK\x03\x04", "a zip archive"),
@@ -55,11 +55,11 @@ _OTHER_KINDS = (
 
 
 def open_image(source: ImageSource) -> Image.Image:
-    """A new RGB picture, 8 bits a channel, upright, from a file's path, its bytes or a Pillow image.
+    """Open a new RGB image, 8 bits a channel, upright, from a file's path, its bytes or a Pillow image.
 
-    A file may be any of FORMATS, up to MAX_BYTES and MAX_PIXELS; of an animation it is the first frame (of a Pillow
-    image the frame it stands at). EXIF orientation is applied, transparency laid on white, 16 bits scaled to 8.
-    Raises InputError, in one sentence, for whatever else comes.
+    A file may have any of FORMATS, up to MAX_BYTES and MAX_PIXELS; of an animation the first frame is used (of a Pillow
+    image its current frame). EXIF orientation is applied, transparency blended onto white, 16 bits scaled to 8.
+    Raises InputError, in one sentence, for anything else.
     """
     if isinstance(source, Image.Image):
         return _convert(source, "the given image")
@@ -73,7 +73,7 @@ def open_image(source: ImageSource) -> Image.Image:
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What a picture's file says of itself: its true format, and its size upright, in pixels."""
+    """An image file's true format, and its upright size in pixels."""
 
     format: str
     width: int
@@ -81,42 +81,42 @@ class ImageHeader:
 
 
 def read_header(data: bytes) -> ImageHeader:
-    """The header of a training picture, without decoding it. `data` may end early where the header does not.
+    """Read the header of a training image without decoding it. `data` needs only to contain the header.
 
     Raises:
-        InputError: no PNG, JPEG or WEBP, or a size that `open_training_image` would refuse.
+        InputError: not a PNG, JPEG or WEBP, or a size that `open_training_image` would refuse.
     """
     with _identify(data, "it", TRAINING_FORMATS, _EXPECTED_TRAINING) as image:
         _check_size(image, "it")
         width, height = image.size
-        # A PNG's EXIF may lie behind its pixels, and Pillow would decode them to find it.
+        # A PNG's EXIF may follow its pixels, and Pillow would decode them to find it.
         turned = "exif" in image.info and _orientation(image) in (5, 6, 7, 8)
         return ImageHeader(_true_format(image), *((height, width) if turned else (width, height)))
 
 
 def open_training_image(data: bytes) -> Image.Image:
-    """A new RGB picture as `open_image` makes it, from the bytes of a PNG, JPEG or WEBP of one frame.
+    """Open a new RGB image as `open_image` does, from the bytes of a PNG, JPEG or WEBP of one frame.
 
     Raises:
-        InputError: another format (by content), an animation, or what `open_image` refuses.
+        InputError: another format (by content), an animation, or an image that `open_image` refuses.
     """
     with _identify(data, "it", TRAINING_FORMATS, _EXPECTED_TRAINING) as image:
-        # The further frames of a JPEG are a camera's depth or gain maps, and the first is the picture.
+        # The further frames of a JPEG are a camera's depth or gain maps, and the first is the image.
         if _true_format(image) != "JPEG" and getattr(image, "n_frames", 1) > 1:
             raise InputError(f"{_EXPECTED_TRAINING} of one frame, but it has {image.n_frames}")
         return _convert(image, "it", own=True)
 
 
 def to_square(image: Image.Image, side: int) -> Image.Image:
-    """The largest centred square of an RGB picture, resized to side x side pixels; as `to_size`."""
+    """Crop the largest centred square of an RGB image and resize it to side x side pixels; as `to_size`."""
     return to_size(image, side, side)
 
 
 def to_size(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The largest centred part of an RGB picture with these proportions, resized to width x height pixels.
+    """Crop the largest centred part of an RGB image with these proportions and resize it to width x height pixels.
 
-    Shapes keep their proportions and the ends of one side are lost. Bicubic, with a filter as wide as a shrunken
-    pixel; a picture of the right size keeps its pixels.
+    Shapes keep their proportions and the ends of one side are lost. The resize is bicubic with antialiasing; an image
+    of the right size keeps its pixels.
     """
     if min(width, height) < 1:
         raise InputError(f"expected a side of at least 1 pixel, got {min(width, height)}")
@@ -130,20 +130,20 @@ def to_size(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def nearest_size(image: Image.Image, side: int, stride: int) -> tuple[int, int]:
-    """Height and width nearest to a picture's proportions, in multiples of `stride`, of about side x side pixels.
+    """Height and width nearest to an image's proportions, in multiples of `stride`, of about side x side pixels.
 
-    Raises InputError for a picture that is more than MAX_ASPECT times as long as wide.
+    Raises InputError for an image that is more than MAX_ASPECT times as long as wide.
     """
     aspect = image.height / image.width
     if not 1 / MAX_ASPECT <= aspect <= MAX_ASPECT:
-        raise InputError(f"expected a picture at most {MAX_ASPECT} times as long as wide, got {_size(image)}")
+        raise InputError(f"expected an image at most {MAX_ASPECT} times as long as wide, got {_size(image)}")
     cells = side / stride
     rows, columns = (max(1, round(cells * ratio)) for ratio in (aspect**0.5, aspect**-0.5))
     return rows * stride, columns * stride
 
 
 def to_tensor(images: Image.Image | Sequence[Image.Image]) -> Tensor:
-    """RGB pictures of one size to float32 [B, 3, H, W] in [0, 1]; one picture is a batch of one."""
+    """Convert RGB images of one size to float32 [B, 3, H, W] in [0, 1]; one image is a batch of one."""
     images = [images] if isinstance(images, Image.Image) else list(images)
     if not images:
         raise ValueError("expected at least one image, got none")
@@ -157,25 +157,25 @@ def to_tensor(images: Image.Image | Sequence[Image.Image]) -> Tensor:
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """Pictures [B, 3, H, W] (or one, [3, H, W]) to RGB images: clamped to [0, 1], then rounded to 8 bits.
+    """Convert tensors [B, 3, H, W] (or [3, H, W]) to RGB images: clamped to [0, 1], then rounded to 8 bits.
 
     The inverse of `to_tensor` on its outputs. Raises ValueError for other shapes and for values that are not finite.
     """
     if images.ndim == 3:
         images = images[None]
     if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"expected pictures [B, 3, H, W], got {tuple(images.shape)}")
+        raise ValueError(f"expected images [B, 3, H, W], got {tuple(images.shape)}")
     images = images.detach().float().cpu()
     if not images.isfinite().all():
         raise ValueError("expected finite pixel values, got NaN or infinity")
     pixels = images.clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
-    return [Image.fromarray(picture) for picture in pixels]
+    return [Image.fromarray(image) for image in pixels]
 
 
 def _read(path: str) -> bytes:
-    """The bytes of a regular file within MAX_BYTES."""
+    """Read a regular file of at most MAX_BYTES."""
     if "://" in path:
-        raise InputError(f"{_EXPECTED} in a local file, got the address {path!r}")
+        raise InputError(f"{_EXPECTED} in a local file, got the URL {path!r}")
     try:
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
@@ -200,7 +200,7 @@ def _decode(data: bytes, name: str) -> Image.Image:
 
 
 def _identify(data: bytes, name: str, formats: Sequence[str], expected: str) -> Image.Image:
-    """Bytes as a Pillow image of one of the formats, by content, nothing but its header read."""
+    """Open bytes as a Pillow image of one of the formats, by content, reading only the header."""
     if not data:
         raise InputError(f"{expected}, but {name} is empty")
     if len(data) > MAX_BYTES:
@@ -213,44 +213,44 @@ def _identify(data: bytes, name: str, formats: Sequence[str], expected: str) -> 
         raise InputError(f"{_EXPECTED_PIXELS}, but {name} has far more") from None
     except Exception as error:  # a hostile header makes Pillow raise nearly anything
         raise InputError(f"{expected}, but {name} cannot be decoded: {_reason(error)}") from error
-    # A scan's head: never part of a JPEG's pixels, where 0 follows every 0xff.
+    # A scan's header: never part of a JPEG's pixels, where 0 follows every 0xff.
     if _true_format(image) == "JPEG" and data.count(b"\xff\xda\x00") > MAX_SCANS:
         raise InputError(f"{expected} of at most {MAX_SCANS} scans, but {name} has more")
     return image
 
 
 def _true_format(image: Image.Image) -> str:
-    """MPO is a JPEG with further pictures behind its end."""
+    """An image's format; MPO is a JPEG with further images after its end."""
     return "JPEG" if image.format == "MPO" else image.format
 
 
 def _check_size(image: Image.Image, name: str) -> None:
     if min(image.size) < MIN_SIDE:
-        raise InputError(f"expected a picture with sides of at least {MIN_SIDE} pixel, but {name} is {_size(image)}")
+        raise InputError(f"expected an image with sides of at least {MIN_SIDE} pixel, but {name} is {_size(image)}")
     if image.width * image.height > MAX_PIXELS:
         raise InputError(f"{_EXPECTED_PIXELS}, but {name} is {_size(image)}")
 
 
 def _convert(image: Image.Image, name: str, *, own: bool = False) -> Image.Image:
-    """A new upright RGB picture from an image of any mode, its size checked before its pixels are read.
+    """Convert an image of any mode to a new upright RGB image; its size is checked before its pixels are read.
 
-    An image that is `own`, nobody else's, need not be copied where it is RGB already.
+    An `own` image, without other references, is not copied if it is RGB already.
     """
     _check_size(image, name)
     try:
         image.load()
         orientation = _orientation(image)
         plain = own and image.mode == "RGB" and not image.has_transparency_data
-        picture = image if plain else _to_rgb(image, name)
+        converted = image if plain else _to_rgb(image, name)
     except InputError:
         raise
     except Exception as error:  # a truncated or hostile file makes Pillow raise nearly anything
-        raise InputError(f"{_EXPECTED} that is whole, but {name} cannot be decoded: {_reason(error)}") from error
-    return picture.transpose(_ORIENTATIONS[orientation]) if orientation in _ORIENTATIONS else picture
+        raise InputError(f"{_EXPECTED} that is complete, but {name} cannot be decoded: {_reason(error)}") from error
+    return converted.transpose(_ORIENTATIONS[orientation]) if orientation in _ORIENTATIONS else converted
 
 
 def _orientation(image: Image.Image) -> int | None:
-    """The EXIF orientation; None where there is none, or where the EXIF data are broken: the pixels are still good."""
+    """EXIF orientation; None if it is missing or the EXIF data are broken, since the pixels are still valid."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
     except Exception:
@@ -263,18 +263,18 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode in ("I", "F"):
         raise InputError(f"expected 8 or 16 bits a channel, but {name} has 32 (mode {image.mode}) of unknown range")
     if image.has_transparency_data:
-        picture = Image.new("RGB", image.size, "white")
+        background = Image.new("RGB", image.size, "white")
         if image.mode == "La":
             image = image.convert("LA")
         if image.mode != "RGBA":
             image = image.convert("RGBA")
-        picture.paste(image, mask=image.getchannel("A"))
-        return picture
+        background.paste(image, mask=image.getchannel("A"))
+        return background
     return image.convert("RGB")
 
 
 def _sixteen_to_rgb(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits, 0 to 65535, to the nearest of 8 bits (65535 = 255 * 257); Pillow's own conversion clips it."""
+    """Round 16-bit grey, 0 to 65535, to 8 bits (65535 = 255 * 257); Pillow's own conversion clips it."""
     values = np.asarray(image)
     grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
     transparent = image.info.get("transparency")
@@ -287,11 +287,11 @@ def _kind(data: bytes) -> str:
     for offset, magic, kind in _OTHER_KINDS:
         if data[offset : offset + len(magic)].lower() == magic.lower():
             return kind
-    return "something else or damaged"
+    return "of another type or damaged"
 
 
 def _reason(error: Exception) -> str:
-    """One line for a sentence's end."""
+    """The first line of an error, to end a sentence."""
     return str(getattr(error, "strerror", None) or error).partition("\n")[0] or type(error).__name__
 
 
@@ -300,4 +300,4 @@ def _size(image: Image.Image) -> str:
 
 
 def _too_many_bytes(name: str, size: int) -> str:
-    return f"expected a picture of at most {MAX_BYTES >> 20} MiB, but {name} has {size / 2**20:.1f} MiB"
+    return f"expected an image of at most {MAX_BYTES >> 20} MiB, but {name} has {size / 2**20:.1f} MiB"

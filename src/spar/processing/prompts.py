@@ -1,8 +1,8 @@
-"""Prompt forms and token rows: words to left-padded ids, one template for training and for use.
+"""Prompt templates and token rows: text to left-padded ids, with one template for training and inference.
 
 The forms are the family's own (SPAR section 2): a generation prompt, an edit prompt with its reference image, and the
 true unconditional prompts of classifier-free guidance. The chat template is ChatML without a system turn, as the `-hf`
-InternVL3 checkpoints have it; an image is `<img>`, one `<IMG_CONTEXT>` a visual token, `</img>`.
+InternVL3 checkpoints have it; an image is `<img>`, one `<IMG_CONTEXT>` per visual token, `</img>`.
 """
 
 import itertools
@@ -46,7 +46,7 @@ class QuestionAnswer:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Several turns about one image in a row: `ids` `[B, T]`, `allowed` `[B, T, T]`, `positions` `[B, T]`, and
+    """Several turns about one image per row: `ids` `[B, T]`, `allowed` `[B, T, T]`, `positions` `[B, T]`, and
     `weights` `[B, T]`, the weight of the loss with which each token is predicted (0: not an answer)."""
 
     ids: Tensor
@@ -56,10 +56,10 @@ class PackedBatch:
 
 
 class PromptEncoder:
-    """Writes every prompt form with one tokenizer and a fixed number of visual tokens an image.
+    """Encodes every prompt form with one tokenizer and a fixed number of visual tokens per image.
 
-    With `image_start` a prompt for a picture ends with the picture's opening token (UniLIP's form). Such prompts are
-    padded to a multiple of `multiple` tokens.
+    With `image_start` a prompt for an image ends with the image's opening token (as in UniLIP). Such prompts are padded
+    to a multiple of `multiple` tokens.
     """
 
     def __init__(self, tokenizer: Any, visual_tokens: int, *, image_start: bool = False, multiple: int = 1) -> None:
@@ -70,7 +70,7 @@ class PromptEncoder:
         self._cache: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a piece of template or text, without added specials; short pieces are remembered."""
+        """Ids of a piece of template or text, without added special tokens; they are cached."""
         if text not in self._cache:
             if len(self._cache) > 100_000:
                 self._cache.clear()
@@ -78,7 +78,7 @@ class PromptEncoder:
         return self._cache[text]
 
     def check(self, text: str, what: str, limit: int) -> None:
-        """Refuse a text that is no text, empty, too long, or (where the vocabulary is closed) has unknown words."""
+        """Refuse a prompt that is not text, empty, too long, or (for a closed vocabulary) has unknown words."""
         if not isinstance(text, str):
             raise InputError(f"{what}: expected text, got {type(text).__name__}")
         if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
@@ -87,12 +87,12 @@ class PromptEncoder:
             raise InputError(f"{what}: expected some words, got an empty text")
         if len(text) > MAX_CHARACTERS_PER_TOKEN * limit:
             raise InputError(f"{what}: expected at most {limit} tokens, got a text of {len(text)} characters")
-        read = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, special = read["input_ids"], set(self.tokenizer.all_special_ids)
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, special = encoded["input_ids"], set(self.tokenizer.all_special_ids)
         if len(ids) > limit:
             raise InputError(f"{what}: expected at most {limit} tokens, got {len(ids)}")
         if self.tokenizer.unk_token_id in ids:
-            spans = [s for i, s in zip(ids, read["offset_mapping"], strict=True) if i == self.tokenizer.unk_token_id]
+            spans = [s for i, s in zip(ids, encoded["offset_mapping"], strict=True) if i == self.tokenizer.unk_token_id]
             words = dict.fromkeys(text[start:end] for start, end in spans)
             shown = [word[:40] if word.isprintable() else ascii(word[:40]) for word in words]
             known = [w for w, i in self.tokenizer.get_vocab().items() if i not in special and w.isalpha()]
@@ -104,7 +104,7 @@ class PromptEncoder:
             raise InputError(f"{what}: expected plain words, got one of the model's control tokens")
 
     def image(self, tokens: int | None = None) -> list[int]:
-        """The ids that stand for one image, by default of the fixed number of visual tokens."""
+        """Ids of one image, by default with the fixed number of visual tokens."""
         context = self.encode(IMAGE_TOKEN)
         return self.encode(IMAGE_START) + context * (tokens or self.visual_tokens) + self.encode(IMAGE_END)
 
@@ -114,7 +114,7 @@ class PromptEncoder:
         return self.encode(f"{TURN_START}user\n") + body + self.encode(f"{TURN_END}\n{TURN_START}assistant\n")
 
     def image_prompt(self, *parts: list[int]) -> list[int]:
-        """A user turn whose answer is a picture."""
+        """A user turn whose answer is an image."""
         return self._user(*parts) + (self.encode(IMAGE_START) if self.image_start else [])
 
     def generation(self, prompts: Sequence[str | None]) -> TokenBatch:
@@ -125,7 +125,7 @@ class PromptEncoder:
     def edit(self, instructions: Sequence[str | None], image_tokens: int | None = None) -> TokenBatch:
         """`Edit the image: {instruction}` and the reference; None gives the unconditional prompt, reference kept.
 
-        `image_tokens` are those of each reference where it has not the fixed number.
+        `image_tokens`: visual tokens of each reference, if not the fixed number.
         """
         texts = [UNCONDITIONAL_EDIT if text is None else f"Edit the image: {text}\n" for text in instructions]
         return self.pad_rows(
@@ -140,7 +140,7 @@ class PromptEncoder:
     def conversation(self, messages: Sequence[tuple[str, Sequence[str | None]]]) -> TokenBatch:
         """Turns (role, texts) and the start of the assistant's answer, one row; a text that is None is an image.
 
-        A newline stands behind an image, as in `question`, and between two texts.
+        A newline follows an image, as in `question`, and separates two texts.
         """
         row: list[int] = []
         for role, parts in messages:
@@ -156,8 +156,8 @@ class PromptEncoder:
     def pack(self, rows: Sequence[Sequence[QuestionAnswer]]) -> PackedBatch:
         """Several single-turn conversations about one image, sharing the image's tokens.
 
-        Each turn sees the image and itself, never its neighbours, at the positions it would have alone: the
-        packed loss is exactly the loss of the turns one by one.
+        Each turn attends to the image and to itself, never to other turns, at the positions that it would have alone:
+        the packed loss is exactly the loss of separate turns.
         """
         prefix = self.encode(f"{TURN_START}user\n") + self.image() + self.encode("\n")
         built = [self._pack_row(prefix, turns) for turns in rows]
@@ -179,22 +179,22 @@ class PromptEncoder:
         self, prefix: list[int], turns: Sequence[QuestionAnswer]
     ) -> tuple[list[int], list[int], list[int], list[float]]:
         ids, segments, weights = list(prefix), [0] * len(prefix), [0.0] * len(prefix)
-        places = list(range(len(prefix)))
+        positions = list(range(len(prefix)))
         for number, turn in enumerate(turns, start=1):
-            asked = self.encode(turn.question) + self.encode(f"{TURN_END}\n{TURN_START}assistant\n")
+            question = self.encode(turn.question) + self.encode(f"{TURN_END}\n{TURN_START}assistant\n")
             answer = self.encode(turn.answer) + self.encode(TURN_END)
-            ids += asked + answer
-            segments += [number] * (len(asked) + len(answer))
-            places += range(len(prefix), len(prefix) + len(asked) + len(answer))
-            weights += [0.0] * len(asked) + [turn.weight] * len(answer)
-        return ids, segments, places, weights
+            ids += question + answer
+            segments += [number] * (len(question) + len(answer))
+            positions += range(len(prefix), len(prefix) + len(question) + len(answer))
+            weights += [0.0] * len(question) + [turn.weight] * len(answer)
+        return ids, segments, positions, weights
 
     @property
     def pad_id(self) -> int:
         return self.tokenizer.pad_token_id
 
     def pad_rows(self, rows: Sequence[list[int]], multiple: int = 1) -> TokenBatch:
-        """Left-pad to the longest row, and on to a multiple of `multiple`."""
+        """Left-pad to the longest row, rounded up to a multiple of `multiple`."""
         length = -(-max(len(row) for row in rows) // multiple) * multiple
         ids = torch.tensor([[self.pad_id] * (length - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])

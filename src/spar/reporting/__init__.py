@@ -1,1 +1,1 @@
-"""HTML reports of runs, scores and the four tasks; the routing drawing that the web page shows too."""
+"""HTML reports of runs, scores and the four tasks, and the view of the routing, also used by the web page."""

@@ -9,11 +9,11 @@ import numpy as np
 from spar.reporting.markup import Markup, tag
 
 MAX_POINTS = 160  # of a curve; more are averaged
-LOG_LEAST = 4.0  # a curve that spans less than this factor is drawn on a linear axis even when asked for a log one
+LOG_LEAST = 4.0  # a curve that spans less than this factor has a linear axis even if `log` is True
 
 
 def svg(width: float, height: float, label: str, *children: Markup) -> Markup:
-    """An <svg> of a size in pixels, with a name for those who do not see it."""
+    """An <svg> of a size in pixels, with a label for screen readers."""
     box = f"0 0 {width:g} {height:g}"
     return tag("svg", *children, viewBox=box, width=f"{width:g}", height=f"{height:g}", role="img", aria_label=label)
 
@@ -37,7 +37,7 @@ def _rect(x: float, y: float, width: float, height: float, class_: str, title: s
 
 
 def thin(steps: np.ndarray, values: np.ndarray, limit: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """A series of at most `limit` points, each the mean of its share."""
+    """Reduce a series to at most `limit` points, each the mean of its share."""
     if len(steps) <= limit:
         return steps.astype(float), values
     edges = np.linspace(0, len(steps), limit + 1).astype(int)
@@ -46,7 +46,7 @@ def thin(steps: np.ndarray, values: np.ndarray, limit: int = MAX_POINTS) -> tupl
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """The centred mean over a tenth of a series, shorter at its ends."""
+    """Centred mean over a tenth of a series, shorter at its ends."""
     half = len(values) // 20
     return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
 
@@ -54,7 +54,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
 def curve(name: str, steps: np.ndarray, values: np.ndarray, *, log: bool) -> Markup:
     """One small panel: a term over the steps, raw (faint) and smoothed.
 
-    `log` asks for a logarithmic axis, drawn where all values are positive and span a factor of LOG_LEAST.
+    `log` requests a logarithmic axis, used if all values are positive and span a factor of LOG_LEAST.
     """
     finite = np.isfinite(values)
     steps, values = thin(np.asarray(steps)[finite], np.asarray(values, dtype=float)[finite])
@@ -90,7 +90,7 @@ def curve(name: str, steps: np.ndarray, values: np.ndarray, *, log: bool) -> Mar
 
 
 def layer_bars(name: str, layers: Sequence[int], means: Sequence[float], top: float) -> Markup:
-    """One bar a layer on a scale from 0 to `top`; the dashed line marks an even share."""
+    """One bar per layer on a scale from 0 to `top`; the dashed line marks an even share."""
     left, width, step = 56.0, 140.0, 18.0
     parts = []
     for row, (layer, mean) in enumerate(zip(layers, means, strict=True)):

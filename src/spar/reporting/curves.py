@@ -1,4 +1,4 @@
-"""Training curves: a run's metrics.jsonl, read back as one series a stage and term."""
+"""Training curves: a run's metrics.jsonl as one series per stage and term."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _NO_TERMS = ("stage", "step", "seconds")
 
 
 def read_metrics(path: str | Path) -> Curves:
-    """{stage: {term: (steps, values)}}, stages and terms in the order in which they first come.
+    """Read {stage: {term: (steps, values)}}, stages and terms in the order of their first lines.
 
-    A resumed run repeats steps: the last line of a step counts. A last line that is cut short is left out.
+    A resumed run repeats steps: the last line of a step counts. An incomplete last line is skipped.
 
     Raises:
-        InputError: no such file, or a line that is no metrics.
+        InputError: the file is missing, or a line has no metrics.
     """
     path = Path(path)
     try:
@@ -47,7 +47,7 @@ def read_metrics(path: str | Path) -> Curves:
 
 
 def stage_seconds(path: str | Path) -> dict[str, float]:
-    """The wall seconds that each stage had taken by its last line."""
+    """Wall seconds of each stage at its last line."""
     seconds: dict[str, float] = {}
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         try:

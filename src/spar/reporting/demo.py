@@ -1,7 +1,7 @@
-"""The demonstration: every task once, a small sample of every score, and one page that shows it all.
+"""The demonstration: every task, a small sample of every score, and one page with all of it.
 
     DEMO/report.html            the page, self-contained
-    DEMO/gallery/ edits/ reconstructions/      the pictures
+    DEMO/gallery/ edits/ reconstructions/      the images
     DEMO/results/               the results files of the sample
 """
 
@@ -57,15 +57,15 @@ PROMPTS = (
 )
 EDITS_A_KIND, ANSWERS_A_KIND, RECONSTRUCTIONS = 2, 2, 10
 ROUTED = 2  # prompts (and edits) whose routing is drawn in full
-RECON_FACTOR = 8  # a score of reconstructions is cheap: so many times the limit
+RECON_FACTOR = 8  # a score of reconstructions is cheap: this many times the limit
 
-Step = Callable[[str, int, int], None]  # (what is being done, done, in all)
+Step = Callable[[str, int, int], None]  # (name of the part, done, total)
 
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """`images`: pictures to reconstruct (the world's own when empty); `limit`: prompts of each benchmark task;
-    `curves`: a metrics.jsonl of the training that made the weights; `seed`: of all that is drawn."""
+    """`images`: images to reconstruct (the world's own if empty); `limit`: prompts of each benchmark task;
+    `curves`: metrics.jsonl of the weights' training; `seed`: of all samples."""
 
     images: Sequence[Path] = ()
     limit: int = 4
@@ -75,9 +75,9 @@ class DemoOptions:
 
 @dataclass
 class ReportSection:
-    """What the page shows of one task, and what of it is kept as pictures."""
+    """One task's section of the page, and its image files."""
 
-    pictures: dict[str, Image.Image] = field(default_factory=dict)
+    images: dict[str, Image.Image] = field(default_factory=dict)
     figures: list[Any] = field(default_factory=list)
     routing: list[ReportRouting] = field(default_factory=list)
     output: Any = None
@@ -88,15 +88,15 @@ def make_demo(pipe: Any, folder: Path, options: DemoOptions, step: Step | None =
 
     Args:
         pipe: a `SparPipeline` of the shapes world.
-        folder: where the page and the pictures go.
-        options: what to show.
+        folder: output folder of the page and the images.
+        options: contents of the page.
         step: called before each part.
 
     Returns:
-        The results of the sample, one a benchmark.
+        The results of the sample, one per benchmark.
 
     Raises:
-        InputError: a picture that cannot be read, or a model of another world.
+        InputError: an image cannot be read, or the model is of another world.
     """
     began = time.monotonic()
     tasks: dict[str, Callable[[Any, DemoOptions], ReportSection]] = {
@@ -111,9 +111,9 @@ def make_demo(pipe: Any, folder: Path, options: DemoOptions, step: Step | None =
         if step:
             step(name, done, total)
         shown[name] = task(pipe, options)
-        paths = [folder / name / f"{file}.png" for file in shown[name].pictures]
+        paths = [folder / name / f"{file}.png" for file in shown[name].images]
         if paths:
-            save_images(list(shown[name].pictures.values()), paths)
+            save_images(list(shown[name].images.values()), paths)
     results = []
     for done, (name, benchmark) in enumerate(BENCHMARKS.items(), start=len(tasks)):
         if step:
@@ -132,8 +132,8 @@ def _page(
     curves: Curves = read_metrics(options.curves) if options.curves else {}
     return ReportData(
         title="SPAR on the shapes world",
-        lead="What the model draws, changes, answers and rebuilds. Each picture has the detector's verdict; the "
-        f"scores are of a small sample, {options.limit} prompts a task, which is what their wide intervals say.",
+        lead="Images, edits, answers and reconstructions of the model. Each image has the detector's verdict; the "
+        f"scores are of a small sample, {options.limit} prompts per task, hence their wide intervals.",
         manifest=visible_manifest(pipe.manifest),
         facts=facts,
         gallery=shown["gallery"].figures,
@@ -148,13 +148,13 @@ def _page(
 
 
 def show_gallery(pipe: Any, options: DemoOptions) -> ReportSection:
-    """Pictures from PROMPTS, each with the detector's verdict."""
+    """Generate images from PROMPTS, each with the detector's verdict."""
     out = pipe.generate(list(PROMPTS), seed=options.seed)
     shown = ReportSection(output=out)
     for number, (prompt, image) in enumerate(zip(PROMPTS, out.images, strict=True)):
         right, _ = satisfies(detect(pixels(image)), parse(prompt))
         shown.figures.append(ReportImage(image, prompt, right))
-        shown.pictures[_name(number, prompt)] = image
+        shown.images[_name(number, prompt)] = image
     routed = zip(PROMPTS[:ROUTED], out.routing[:ROUTED], strict=True)
     shown.routing = [ReportRouting(prompt, routing) for prompt, routing in routed]
     return shown
@@ -170,14 +170,14 @@ def show_edits(pipe: Any, options: DemoOptions) -> ReportSection:
         right = check_edit(item, pixels(image)).right
         shown.figures.append(ReportEdit(source, item.edit.instruction, image, right))
         name = _name(number, item.edit.instruction)
-        shown.pictures |= {f"{name}-before": source, f"{name}-after": image}
+        shown.images |= {f"{name}-before": source, f"{name}-after": image}
     routed = zip(items[:ROUTED], out.routing[:ROUTED], before[:ROUTED], strict=True)
     shown.routing = [ReportRouting(item.edit.instruction, routing, source) for item, routing, source in routed]
     return shown
 
 
 def show_answers(pipe: Any, options: DemoOptions) -> ReportSection:
-    """Questions of every kind, with the model's answers and the true ones."""
+    """Questions of every kind, with the model's and the true answers."""
     items = vqa_items(EvalOptions(limit=ANSWERS_A_KIND))
     images = [Image.fromarray(item.image) for item in items]
     texts = pipe.understand(images, [item.question.text for item in items]).texts
@@ -190,7 +190,7 @@ def show_answers(pipe: Any, options: DemoOptions) -> ReportSection:
 
 
 def show_reconstructions(pipe: Any, options: DemoOptions) -> ReportSection:
-    """The given pictures, or some of the world's, through the tokenizer and back."""
+    """Reconstruct the given images, or some of the world's."""
     if options.images:
         names = [path.name for path in options.images]
         before = [to_square(open_image(path), pipe.image_size) for path in options.images]
@@ -204,11 +204,11 @@ def show_reconstructions(pipe: Any, options: DemoOptions) -> ReportSection:
         decibels = psnr(np.asarray(image), np.asarray(source))
         shown.figures.append(ReportReconstruction(source, image, f"{name}, {decibels:.1f} dB"))
         file = _name(number, name)
-        shown.pictures |= {f"{file}-before": source, f"{file}-after": image}
+        shown.images |= {f"{file}-before": source, f"{file}-after": image}
     return shown
 
 
 def _name(number: int, text: str) -> str:
-    """A file name that tells what the picture is: a number and the first words."""
+    """A file name from a number and the first words of a text."""
     words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
     return f"{number:02d}-{words[:60].rstrip('-')}"

@@ -1,4 +1,4 @@
-"""The parts of a page of HTML, and its one style sheet."""
+"""Elements of an HTML page, and its style sheet."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from spar.reporting.markup import Child, Markup, join, tag
 
 
 def table(head: list[Child], rows: list[list[Child]], numbers: frozenset[int] = frozenset()) -> Markup:
-    """A table that scrolls sideways on a narrow screen; columns in `numbers` are set to the right."""
+    """A table that scrolls sideways on a narrow screen; columns in `numbers` are aligned to the right."""
 
     def cells(name: str, row: list[Child], scope: str | None = None) -> Markup:
         kinds = ["number" if place in numbers else None for place in range(len(row))]
@@ -22,7 +22,7 @@ def table(head: list[Child], rows: list[list[Child]], numbers: frozenset[int] = 
 
 
 def facts(values: dict[str, object]) -> Markup:
-    """A list of names and values; nested dictionaries are written as "name value" pairs."""
+    """A list of names and values; nested dictionaries become "name value" pairs."""
 
     def text(value: object) -> str:
         if isinstance(value, dict):

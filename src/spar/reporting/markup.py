@@ -1,4 +1,4 @@
-"""HTML by construction: elements whose text and attributes are always escaped, and pictures inline."""
+"""Construction of HTML: elements whose text and attributes are always escaped, and inline images."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ VOID = frozenset(("img", "meta", "br", "hr"))
 
 
 def join(*children: Child) -> Markup:
-    """The children one behind the other, those that are no Markup escaped; None is left out."""
+    """Concatenate the children; those that are not Markup are escaped, None is dropped."""
     return Markup("".join(c if isinstance(c, Markup) else html.escape(c) for c in children if c is not None))
 
 
 def tag(name: str, /, *children: Child, **attributes: object) -> Markup:
-    """An element. `class_` is class, other underscores become hyphens; attributes that are None are left out."""
+    """An element. `class_` is class, other underscores become hyphens; attributes that are None are dropped."""
     written = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
         for key, value in attributes.items()
@@ -34,8 +34,8 @@ def tag(name: str, /, *children: Child, **attributes: object) -> Markup:
     return Markup(f"<{name}{written}>" if name in VOID else f"<{name}{written}>{join(*children)}</{name}>")
 
 
-def picture(image: Image.Image, alt: str, *, scale: int = UPSCALE, class_: str | None = None) -> Markup:
-    """An <img> that carries its picture, enlarged by whole pixels."""
+def inline_image(image: Image.Image, alt: str, *, scale: int = UPSCALE, class_: str | None = None) -> Markup:
+    """An <img> with its data inline, enlarged by whole pixels."""
     width, height = image.width * scale, image.height * scale
     stream = BytesIO()
     image.convert("RGB").resize((width, height), Image.Resampling.NEAREST).save(stream, "PNG", optimize=True)

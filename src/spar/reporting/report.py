@@ -1,6 +1,6 @@
-"""The report: one self-contained HTML page on a model, its pictures, answers, routing, training and scores.
+"""The report: one self-contained HTML page on a model, its images, answers, routing, training and scores.
 
-Every part is optional and left out when there is nothing to show. No script runs and nothing is loaded from elsewhere.
+Every part is optional and omitted if empty. No script runs and nothing is loaded from elsewhere.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from spar.common.errors import InputError
 from spar.evaluation.results import Result
 from spar.reporting import charts, html_page
 from spar.reporting.curves import Curves
-from spar.reporting.markup import Markup, join, picture, tag
+from spar.reporting.markup import Markup, inline_image, join, tag
 from spar.reporting.routing import RoutingLike, routing_view
 from spar.reporting.routing_summary import RoutingSummary
 from spar.reporting.score_tables import show_scores
@@ -24,7 +24,7 @@ from spar.reporting.score_tables import show_scores
 
 @dataclass(frozen=True)
 class ReportImage:
-    """A generated picture and its prompt; `right` is the detector's verdict, None where none was asked for."""
+    """A generated image and its prompt; `right` is the detector's verdict, None if it did not run."""
 
     image: Image.Image
     prompt: str
@@ -33,7 +33,7 @@ class ReportImage:
 
 @dataclass(frozen=True)
 class ReportEdit:
-    """A picture before and after an instruction."""
+    """An image before and after an instruction."""
 
     before: Image.Image
     instruction: str
@@ -43,7 +43,7 @@ class ReportEdit:
 
 @dataclass(frozen=True)
 class ReportAnswer:
-    """A question about a picture, the model's answer, and the true one where it is known."""
+    """A question about an image, the model's answer, and the true one if it is known."""
 
     image: Image.Image
     question: str
@@ -53,7 +53,7 @@ class ReportAnswer:
 
 @dataclass(frozen=True)
 class ReportReconstruction:
-    """A picture before and after the tokenizer, and a note on it (its name, its PSNR)."""
+    """An image before and after the tokenizer, and a note on it (its name, its PSNR)."""
 
     before: Image.Image
     after: Image.Image
@@ -62,7 +62,7 @@ class ReportReconstruction:
 
 @dataclass(frozen=True)
 class ReportRouting:
-    """One prompt's routing weights, with the reference picture of an edit."""
+    """One prompt's routing weights, with the reference image of an edit."""
 
     prompt: str
     routing: RoutingLike
@@ -71,10 +71,10 @@ class ReportRouting:
 
 @dataclass(frozen=True)
 class ReportData:
-    """What the page shows; all of it may be left out.
+    """Contents of the page; every field is optional.
 
-    `manifest`: what made the weights; `facts`: machine, versions, seconds; `curves`: from `metrics.read_metrics`;
-    `log_curves`: whether they are drawn on a logarithmic axis where they can be.
+    `manifest`: origin of the weights; `facts`: machine, versions, seconds; `curves`: from `curves.read_metrics`;
+    `log_curves`: whether they have a logarithmic axis where possible.
     """
 
     title: str = "SPAR report"
@@ -93,13 +93,13 @@ class ReportData:
 
 
 def write_report(path: str | Path, data: ReportData) -> None:
-    """Write the page, aside first and renamed; its folder is made. `InputError` when it cannot be written."""
+    """Write the page under a temporary name, then rename it; its folder is created. `InputError` on failure."""
     path = Path(path)
-    aside = path.with_name(path.name + ".part")
+    temporary = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(render_report(data), encoding="utf-8")
-        aside.replace(path)
+        temporary.write_text(render_report(data), encoding="utf-8")
+        temporary.replace(path)
     except OSError as error:
         raise InputError(f"cannot write the report {path}: {error.strerror or error}") from error
 
@@ -108,13 +108,13 @@ def render_report(data: ReportData) -> str:
     """The page as text."""
     parts = {
         "Scores": show_scores(data.results),
-        "Pictures from words": _gallery(data.gallery),
+        "Generated images": _gallery(data.gallery),
         "Edits": _edits(data.edits),
         "Questions and answers": _answers(data.answers),
         "Reconstructions": _reconstructions(data.reconstructions),
         "Routing": _routing(data.routing, data.routing_summary),
         "Training": _training(data.curves, data.log_curves),
-        "What made it": _made(data.manifest, data.facts),
+        "Origin": _origin(data.manifest, data.facts),
     }
     shown = {title: body for title, body in parts.items() if body is not None}
     links = [tag("a", title, href="#" + html_page.anchor(title)) for title in shown]
@@ -126,7 +126,7 @@ def render_report(data: ReportData) -> str:
 
 
 def _mark(right: bool | None) -> Markup | None:
-    """The detector's verdict in a word, never in colour alone."""
+    """The detector's verdict as a word, not only as a colour."""
     if right is None:
         return None
     return tag("span", "✓ right" if right else "✗ wrong", class_="reached" if right else "short")
@@ -143,13 +143,13 @@ def _grid(figures: Sequence[Markup], kind: str = "grid") -> Markup | None:
 
 def _pair(before: Image.Image, after: Image.Image, what: str) -> Markup:
     sides = ((before, "before"), (after, "after"))
-    cells = [tag("div", picture(image, f"{what}, {side}"), tag("span", side)) for image, side in sides]
+    cells = [tag("div", inline_image(image, f"{what}, {side}"), tag("span", side)) for image, side in sides]
     return tag("div", *cells, class_="pair")
 
 
 def _gallery(shown: Sequence[ReportImage]) -> Markup | None:
     return _grid([
-        tag("figure", picture(one.image, f"Generated: {one.prompt}"), _caption(one.prompt, _mark(one.right)))
+        tag("figure", inline_image(one.image, f"Generated: {one.prompt}"), _caption(one.prompt, _mark(one.right)))
         for one in shown
     ])
 
@@ -167,7 +167,7 @@ def _answers(shown: Sequence[ReportAnswer]) -> Markup | None:
         right = None if one.expected is None else one.answer.strip().lower() == one.expected.strip().lower()
         truth = f"(expected: {one.expected})" if right is False else None
         caption = _caption(one.question, tag("strong", one.answer), _mark(right), truth)
-        figures.append(tag("figure", picture(one.image, f"Picture asked about: {one.question}"), caption))
+        figures.append(tag("figure", inline_image(one.image, f"Image asked about: {one.question}"), caption))
     return _grid(figures)
 
 
@@ -177,7 +177,7 @@ def _reconstructions(shown: Sequence[ReportReconstruction]) -> Markup | None:
     ], "grid wide")
 
 
-def _made(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> Markup | None:
+def _origin(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> Markup | None:
     parts = [
         join(tag("h3", title), html_page.facts(dict(values)))
         for title, values in (("The weights", manifest), ("This page", facts))

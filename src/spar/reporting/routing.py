@@ -1,8 +1,8 @@
-"""The routing of one picture: which layers of the LLM each word, each square of a picture and each query reads.
+"""View of the routing of one image: the LLM layers that each word, each square of an image and each query reads.
 
-Every token is a stripe whose colours stand for layers, each as wide as its weight, so that a mixture is seen as it is.
-Colours are viridis from the first layer to the last, which the colour-blind and a grey print tell apart; the numbers
-below a stripe and the exact weights on hover say the same without colour.
+Every token is a stripe whose colours are layers, each as wide as its weight, so that the mixture is visible. Colours
+are viridis from the first layer to the last, distinct for the colour-blind and in grey print; the numbers below a
+stripe and the exact weights on hover give the same without colour.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from spar.reporting.markup import Markup, join, picture, tag
+from spar.reporting.markup import Markup, inline_image, join, tag
 
-# Viridis at even steps; its darkest and lightest ends are left out, which vanish on dark and on light ground.
+# Viridis at even steps, without its darkest and lightest ends, which are invisible on dark and on light ground.
 _VIRIDIS = np.array(
     [(65, 68, 135), (49, 104, 142), (38, 130, 142), (31, 158, 137), (53, 183, 121), (109, 205, 89), (180, 222, 44)]
 )
 _FRAME = frozenset(("system", "user", "assistant"))
 NAMED = 0.1  # a layer of at least this weight is named below a stripe
-SHOWN = 0.005  # a weight below half a per cent is not drawn
-SIDE = 256  # least width of the picture, pixels
+SHOWN = 0.005  # a weight below half a per cent is not shown
+SIDE = 256  # least width of the image, pixels
 
 
 class RoutingLike(Protocol):
-    """`pipeline.Routing`: T tokens, their kinds, K layer numbers, weights [T, K]."""
+    """`outputs.Routing`: T tokens, their kinds, K layer numbers, weights [T, K]."""
 
     tokens: list[str]
     kinds: list[str]
@@ -36,18 +36,18 @@ class RoutingLike(Protocol):
 
 
 def plain_word(token: str) -> str:
-    """A token as a word: marks of byte-pair and sentence-piece tokenizers and white space stripped."""
+    """Convert a token to a word: without marks of byte-pair and sentence-piece tokenizers and white space."""
     return token.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n").strip()
 
 
 def is_template_token(token: str) -> bool:
-    """Whether a token is of the chat's frame (roles, control tokens, line ends), which nobody wrote."""
+    """Whether a token belongs to the chat template (roles, control tokens, line ends)."""
     word = plain_word(token)
     return not word or word in _FRAME or bool(re.fullmatch(r"<[^<>\s]+>", word))
 
 
 def layer_colors(count: int) -> list[str]:
-    """One colour a layer, first to last."""
+    """One colour per layer, first to last."""
     places = np.linspace(0, len(_VIRIDIS) - 1, count)
     channels = [np.interp(places, np.arange(len(_VIRIDIS)), _VIRIDIS[:, channel]) for channel in range(3)]
     return ["#{:02x}{:02x}{:02x}".format(*(round(value) for value in rgb)) for rgb in zip(*channels, strict=True)]
@@ -63,9 +63,9 @@ def stripe(weights: Sequence[float], colors: Sequence[str]) -> str:
 
 
 def grid_shape(count: int, image: Image.Image | None) -> tuple[int, int] | None:
-    """Rows and columns of a picture's tokens, which lie in its proportions; a square without a picture.
+    """Rows and columns of an image's tokens, in its proportions; a square without an image.
 
-    None where they fill no such grid.
+    None if they do not fill such a grid.
     """
     ratio = image.height / image.width if image else 1.0
     rows, columns = round((count * ratio) ** 0.5), round((count / ratio) ** 0.5)
@@ -73,11 +73,11 @@ def grid_shape(count: int, image: Image.Image | None) -> tuple[int, int] | None:
 
 
 def routing_view(routing: RoutingLike, image: Image.Image | None = None) -> Markup:
-    """The words, the picture's squares and the queries of one prompt, each with its stripe. Wants `STYLE`.
+    """View of the words, the image's squares and the queries of one prompt, each with its stripe. Needs `STYLE`.
 
     Args:
-        routing: of one picture.
-        image: the picture that the image tokens stand for, as the model saw it; it is drawn grey below them.
+        routing: of one image.
+        image: the image of the image tokens, as the model saw it; it is shown in grey below them.
     """
     layers, colors = routing.layers, layer_colors(len(routing.layers))
     places: dict[str, list[int]] = {"text": [], "image": [], "query": []}
@@ -99,13 +99,15 @@ def routing_view(routing: RoutingLike, image: Image.Image | None = None) -> Mark
     read = [tag("div", *stripes("text", words), class_="routing-words", role="list", aria_label="words")]
     if places["query"]:
         numbers = [str(number + 1) for number in range(len(places["query"]))]
-        said = f"The model's own {len(numbers)} drawing queries, which belong to no place in the picture:"
+        note = f"The model's own {len(numbers)} drawing queries, which belong to no place in the image:"
         read += [
-            tag("p", said, class_="routing-note"),
+            tag("p", note, class_="routing-note"),
             tag("div", *stripes("query", numbers), class_="routing-words", role="list", aria_label="queries"),
         ]
     shape = grid_shape(len(places["image"]), image)
-    seen = _picture(routing.weights[places["image"]], shape, image, layers, colors) if shape and shape[0] else None
+    seen = None
+    if shape and shape[0]:
+        seen = _image_squares(routing.weights[places["image"]], shape, image, layers, colors)
     return tag(
         "div", tag("p", *(tag("span", one, class_="routing-key") for one in key), class_="routing-legend"),
         tag("div", tag("div", *read), seen, class_="routing-parts"), class_="routing",
@@ -117,7 +119,7 @@ def _weights_text(weights: Sequence[float], layers: Sequence[int]) -> str:
 
 
 def _token(word: str, weights: np.ndarray, layers: Sequence[int], colors: Sequence[str]) -> Markup:
-    """A word over its stripe over the numbers of the layers that it reads most."""
+    """A word, its stripe, and the numbers of the layers that it reads most."""
     named = "+".join(str(layer) for layer, weight in zip(layers, weights, strict=True) if weight >= NAMED)
     return tag(
         "span", word, tag("i", style=stripe(weights, colors)), tag("small", named), class_="routing-token",
@@ -125,10 +127,10 @@ def _token(word: str, weights: np.ndarray, layers: Sequence[int], colors: Sequen
     )  # fmt: skip
 
 
-def _picture(
+def _image_squares(
     weights: np.ndarray, shape: tuple[int, int], image: Image.Image | None, layers: Sequence[int], colors: Sequence[str]
 ) -> Markup:
-    """The image tokens' stripes, each where its square lies, over the picture in grey."""
+    """The image tokens' stripes, each at its square's place, over the image in grey."""
     rows, columns = shape
     cells = [
         tag("i", style=stripe(one, colors),
@@ -136,16 +138,16 @@ def _picture(
         for place, one in enumerate(weights)
     ]  # fmt: skip
     grid = tag("div", *cells, class_="routing-grid", style=f"grid-template-columns:repeat({columns},1fr)")
-    note = tag("p", "The squares of the picture:", class_="routing-note")
-    below = picture(image, "the picture, in grey", scale=max(1, -(-SIDE // image.width))) if image else None
-    drawn = tag(
+    note = tag("p", "The squares of the image:", class_="routing-note")
+    below = inline_image(image, "the image, in grey", scale=max(1, -(-SIDE // image.width))) if image else None
+    view = tag(
         "div", below, grid, class_="routing-picture", role="img", style=f"aspect-ratio:{columns}/{rows}",
-        aria_label=f"layers that the {rows} x {columns} squares of the picture read",
+        aria_label=f"layers that the {rows} x {columns} squares of the image read",
     )
-    return tag("div", note, drawn)
+    return tag("div", note, view)
 
 
-# Colours follow the text's own, so that it suits any page, light or dark.
+# Colours derive from the text's own, so that the style suits light and dark pages.
 STYLE = """
 .routing p { margin: 1rem 0 .4rem; max-width: none; }
 .routing-legend { display: flex; flex-wrap: wrap; gap: .25rem 1rem; font-size: .875rem; }

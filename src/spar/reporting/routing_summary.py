@@ -1,4 +1,4 @@
-"""Routing weights by kind of token: which words, image tokens and queries read which LLM layers."""
+"""Mean routing weights by class of token: words, image tokens and queries."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class RoutingSummary:
 
 
 def token_class(token: str, kind: str) -> str:
-    """One of TOKEN_CLASSES: the kind, if it is no text, else by the word; marks and the chat's frame are "template"."""
+    """One of TOKEN_CLASSES: the kind, if not text, else by the word; marks and the chat template are "template"."""
     if kind in ("image", "query"):
         return kind
     word = plain_word(token).lower()

@@ -1,4 +1,4 @@
-"""A training run's page: its curves, and the results files that lie in its folder."""
+"""The page of a training run: its curves, and the results files in its folder."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ HIDDEN_KEYS = ("resolved_recipe",)
 
 
 def run_report(run: Path) -> ReportData:
-    """What there is to show of a run's folder.
+    """Contents of the page of a run's folder.
 
     Raises:
-        InputError: a folder that does not exist, or that holds neither metrics nor results.
+        InputError: the folder does not exist, or has neither metrics nor results.
     """
     if not run.is_dir():
-        raise InputError(f"expected the folder of a run, but {str(run)!r} is none")
+        raise InputError(f"expected the folder of a run, but {str(run)!r} is not a folder")
     metrics, manifest, results = run / "metrics.jsonl", run / "model" / "manifest.json", find_results(run)
     if not metrics.is_file() and not results:
         raise InputError(f"expected a run with metrics.jsonl or results files, but {str(run)!r} has neither")
@@ -37,7 +37,7 @@ def run_report(run: Path) -> ReportData:
 
 
 def find_results(folder: Path) -> list[Result]:
-    """The results files in a folder and in its `results` folder, by name; other JSON files are passed over."""
+    """The results files in a folder and in its `results` folder, by name; other JSON files are skipped."""
     found = []
     for path in sorted([*folder.glob("*.json"), *folder.glob("results/*.json")]):
         if "benchmark" in read_json(path):
@@ -46,5 +46,5 @@ def find_results(folder: Path) -> list[Result]:
 
 
 def visible_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's manifest without what would fill a page of its own."""
+    """A model's manifest without HIDDEN_KEYS, which are too long."""
     return {name: value for name, value in manifest.items() if name not in HIDDEN_KEYS}

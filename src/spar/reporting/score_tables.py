@@ -1,4 +1,4 @@
-"""The report's tables of scores: values, intervals, baselines, and the verdict that an interval allows on a target."""
+"""The report's tables of scores: values, intervals, baselines, and verdicts on targets."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SETTINGS = ("seed", "steps", "guidance", "dtype", "size", "images_per_prompt", 
 
 
 def show_scores(results: Sequence[Result]) -> Markup | None:
-    """One table a result, with how it was measured below; None without results."""
+    """One table per result, with its settings below; None without results."""
     if not results:
         return None
     change = swap_change(results)
@@ -69,16 +69,16 @@ def _row(result: Result, score: Score) -> list[Child]:
 
 
 def _settings(result: Result) -> Markup:
-    said = result.settings
-    detector = said.get("detector", {})
-    words = [f"{name.replace('_', ' ')} {said[name]}" for name in _SETTINGS if said.get(name) is not None]
+    settings = result.settings
+    detector = settings.get("detector", {})
+    words = [f"{name.replace('_', ' ')} {settings[name]}" for name in _SETTINGS if settings.get(name) is not None]
     if detector:
         words.insert(
             0,
             f"detector version {detector.get('version')}, right on {detector.get('accuracy', 0):.1%} of real and "
             f"{detector.get('accuracy_degraded', 0):.1%} of degraded renders (n = {detector.get('n')})",
         )
-    machine = said.get("machine", {})
+    machine = settings.get("machine", {})
     if machine:
         words.append(f"{machine.get('cpu')}, {machine.get('cores')} cores")
     return tag("p", "; ".join(words), class_="note")

@@ -1,4 +1,4 @@
-"""The routes: OpenAI's images, edits and chat, and reconstruction, over one worker."""
+"""The routes: OpenAI's images, edits and chat, and reconstruction, all on one worker."""
 
 import asyncio
 import base64
@@ -27,37 +27,37 @@ from spar.serving.worker import ChatJob, ImageJob, Stopped, Worker
 
 FORM = Form(media_type="multipart/form-data")
 ERRORS = {
-    "4XX": {"model": schema.ErrorBody, "description": "What was asked for cannot be done; 429: the server is busy, and "
-            "Retry-After says when to come back"},
+    "4XX": {"model": schema.ErrorBody, "description": "The request cannot be fulfilled; 429: the server is busy, and "
+            "Retry-After gives the seconds to wait"},
     "500": {"model": schema.ErrorBody, "description": "The server failed; its log has more"},
-    "503": {"model": schema.ErrorBody, "description": "The server did not get to it in time, or is being stopped"},
+    "503": {"model": schema.ErrorBody, "description": "The request timed out, or the server is stopping"},
 }  # fmt: skip
-STREAM = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Whole, or a stream"}}
+STREAM = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Whole, or streamed"}}
 
 
 def create_app(
     worker: Worker, *, token: str | None = None, hosts: Collection[str] | None = None,
-    timeout: float = REQUEST_SECONDS, beside: FastAPI | None = None,
+    timeout: float = REQUEST_SECONDS, page: FastAPI | None = None,
 ) -> FastAPI:  # fmt: skip
-    """The server as an ASGI application, which starts the worker and stops it.
+    """Build the ASGI application, which starts and stops the worker.
 
     Args:
         worker: not started yet; its `observe` is set to the metrics.
-        token: what every request but `/health` must bear.
-        hosts: names that the header Host may have where there is no token, None for any.
+        token: bearer token of every request except `/health`.
+        hosts: allowed names of the Host header if there is no token, None for any.
         timeout: seconds that a request may wait and run.
-        beside: an application in the same server, which begins and ends with this one.
+        page: the web page's application, whose lifespan is this one's.
     """
     metrics = ServerMetrics(lambda: worker.waiting)
     worker.observe = metrics.observe
     pipe, started, decoders = worker.pipe, int(time.time()), ThreadPoolExecutor(DECODE_THREADS)
-    # What requests may call the model: of hf://OWNER/NAME@COMMIT no more than fits a path.
+    # The model's name in requests: of hf://OWNER/NAME@COMMIT only what fits a path.
     model = (pipe.origin.get("model") or "spar").rpartition("/")[2]
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         worker.start()
-        async with beside.router.lifespan_context(beside) if beside else nullcontext():
+        async with page.router.lifespan_context(page) if page else nullcontext():
             yield
         await asyncio.to_thread(worker.stop)
         decoders.shutdown(cancel_futures=True)
@@ -74,26 +74,26 @@ def create_app(
             raise ApiError(404, f"model: expected {model}", param="model", code="model_not_found")
 
     def deadline() -> float:
-        """When a request that comes now must be answered, by the loop's clock."""
+        """Latest time of the answer to a request that arrives now, by the loop's clock."""
         return asyncio.get_running_loop().time() + timeout
 
     async def answer(request: Request, jobs: list[ImageJob], kind: str | None, until: float) -> Response:
-        """Have the jobs done, and their pictures written."""
+        """Run the jobs and encode their images."""
         worker.submit(*jobs)
         return await asyncio.to_thread(_images, await _finished(request, jobs, until), kind or "png")
 
-    async def opened(
+    async def uploaded_image(
         request: Request, form: schema.EditForm | schema.ReconstructForm, until: float
     ) -> Image.Image:
-        """The picture of a form that has each field once and asks for this model."""
-        await _no_field_twice(request)
+        """Decode a form's image, after checks of its fields and its model."""
+        await _check_fields_unique(request)
         check_model(form.model)
         data = await form.image.read()
-        return await _race(request, read_image(data, "image", request.state.hold, decoders), until)
+        return await _race(request, read_image(data, "image", request.state.reserve, decoders), until)
 
     @app.post("/v1/images/generations", response_model=schema.ImagesResponse)
     async def generations(request: Request, body: schema.GenerationRequest) -> Response:
-        """Pictures from words."""
+        """Generate images from a prompt."""
         check_model(body.model)
         until = deadline()
         jobs = sampling_jobs(pipe, body, _seed(body), pipe.output_size(*_sides(body.size)))
@@ -101,36 +101,36 @@ def create_app(
 
     @app.post("/v1/images/edits", response_model=schema.ImagesResponse)
     async def edits(request: Request, form: Annotated[schema.EditForm, FORM]) -> Response:
-        """A picture changed as the prompt says."""
+        """Edit an image as the prompt says."""
         until = deadline()
-        image = await opened(request, form, until)
+        image = await uploaded_image(request, form, until)
         jobs = sampling_jobs(pipe, form, _seed(form), pipe.edited_size(image), image)
         return await answer(request, jobs, form.output_format, until)
 
     @app.post("/v1/reconstruct", response_model=schema.ImagesResponse)
     async def reconstruct(request: Request, form: Annotated[schema.ReconstructForm, FORM]) -> Response:
-        """A picture through the unified tokenizer and back."""
+        """Encode and decode an image with the unified tokenizer."""
         until = deadline()
-        image = await opened(request, form, until)
+        image = await uploaded_image(request, form, until)
         return await answer(request, [reconstruction_job(image)], form.output_format, until)
 
     @app.post("/v1/chat/completions", response_model=schema.ChatCompletion, responses=STREAM)
     async def chat(request: Request, body: schema.ChatRequest) -> Response:
-        """An answer to the last message of a conversation, which may show pictures; whole, or as it is made."""
+        """Answer the last message of a conversation, which may contain images; whole or streamed."""
         check_model(body.model)
         if body.stream_options is not None and not body.stream:
             raise ApiError(400, "stream_options: expected only with stream", param="stream_options")
         until = deadline()
-        messages = await _race(request, read_messages(body.messages, request.state.hold, decoders), until)
+        messages = await _race(request, read_messages(body.messages, request.state.reserve, decoders), until)
         max_new_tokens = body.max_completion_tokens or body.max_tokens
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
-        def say(piece: str | None) -> None:
+        def emit(piece: str | None) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        job = ChatJob(lambda pipe: begin_chat(pipe, messages, max_new_tokens), say)
-        job.future.add_done_callback(lambda _: say(None))
+        job = ChatJob(lambda pipe: begin_chat(pipe, messages, max_new_tokens), emit)
+        job.future.add_done_callback(lambda _: emit(None))
         worker.submit(job)
         if not body.stream:
             (out,) = await _finished(request, [job], until)
@@ -138,7 +138,7 @@ def create_app(
         usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         try:
             first = await _race(request, pieces.get(), until)
-            if first is None:  # what failed before it began is no stream
+            if first is None:  # a failure before the first piece gets an error status, not a stream
                 job.future.result()
         except BaseException:
             job.future.cancel()
@@ -156,12 +156,12 @@ def create_app(
 
     @app.get("/health", response_model=schema.Health)
     async def health() -> Response:
-        """Whether the worker takes work; needs no token."""
+        """Whether the worker accepts jobs; needs no token."""
         return JSONResponse({"status": "ok" if worker.alive else "stopping"}, 200 if worker.alive else 503)
 
     @app.get("/metrics", response_class=Response)
     async def tell_metrics() -> Response:
-        """For Prometheus."""
+        """Metrics in Prometheus' format."""
         return Response(metrics.text(), media_type="text/plain; version=1.0.0; charset=utf-8")
 
     return app
@@ -179,22 +179,22 @@ def _sides(size: str | None) -> tuple[int | None, int | None]:
     return height, width
 
 
-async def _no_field_twice(request: Request) -> None:
-    """Of two values of one name, a form would silently give the last."""
+async def _check_fields_unique(request: Request) -> None:
+    """Refuse a repeated field, of which a form would silently give the last value."""
     names = [name for name, _ in (await request.form()).multi_items()]
     for name in set(names):
         if names.count(name) > 1:
             raise ApiError(400, f"{name}: expected once", param=name)
 
 
-async def _gone(request: Request) -> None:
+async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 async def _race(request: Request, work: Awaitable[Any], until: float) -> Any:
-    """What `work` gives, unless the client leaves (ClientDisconnected) or the loop's clock reaches `until` (503)."""
-    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    """Result of `work`, unless the client disconnects (ClientDisconnected) or the clock reaches `until` (503)."""
+    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
     try:
         left = max(0, until - asyncio.get_running_loop().time())
         await asyncio.wait({task, leaving}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
@@ -211,18 +211,18 @@ async def _race(request: Request, work: Awaitable[Any], until: float) -> Any:
 
 
 async def _finished(request: Request, jobs: Sequence[ImageJob | ChatJob], until: float) -> list[Any]:
-    """The results of jobs, in order; a client that leaves, or waits too long, frees their places."""
+    """Results of jobs, in order; the jobs are cancelled if the client disconnects or the time is over."""
     try:
         return await _race(request, asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs)), until)
     finally:
-        for job in jobs:  # those that are done stay done
+        for job in jobs:  # no effect on finished jobs
             job.future.cancel()
 
 
 async def _chunks(
     job: ChatJob, piece: str | None, pieces: asyncio.Queue[str | None], model: str, usage: bool, until: float
 ) -> AsyncIterator[str]:
-    """An answer as server-sent events while it is made. Whoever stops reading frees its place."""
+    """Stream an answer as server-sent events; the job is cancelled if the client stops reading."""
     shared = {"id": new_id(), "object": "chat.completion.chunk", "created": int(time.time()), "model": model}
 
     def chunk(delta: dict[str, str], finish: str | None = None) -> str:
@@ -241,7 +241,7 @@ async def _chunks(
             yield _event({**shared, "choices": [], "usage": usage_of(out)})
     except TimeoutError:
         yield _event(ApiError(503).body())
-    except Exception as error:  # the status is long sent
+    except Exception as error:  # the status has been sent already
         yield _event(api_error(error).body())
     finally:
         job.future.cancel()
@@ -257,7 +257,7 @@ def new_id() -> str:
 
 
 def usage_of(out: Any) -> dict[str, int]:
-    """The tokens of a finished answer, as OpenAI counts them."""
+    """Token counts of a finished answer, as OpenAI counts them."""
     total = out.prompt_tokens + out.completion_tokens
     return {"prompt_tokens": out.prompt_tokens, "completion_tokens": out.completion_tokens, "total_tokens": total}
 
@@ -269,11 +269,11 @@ def completion(model: str, out: Any, pieces: list[str | None]) -> dict[str, Any]
     return {**shared, "choices": [choice], "usage": usage_of(out)}
 
 
-def _images(made: list[GeneratedImage], kind: str) -> Response:
-    """Pictures as OpenAI's answer; of a PNG each carries how it was made."""
+def _images(generated: list[GeneratedImage], kind: str) -> Response:
+    """Encode images as OpenAI's answer; PNGs carry their metadata."""
     data = []
-    for one in made:
+    for one in generated:
         coded = base64.b64encode(encode_image(one.image, kind, one.metadata)).decode()
         data.append({"b64_json": coded, **({} if one.seed is None else {"seed": one.seed})})
-    size = f"{made[0].image.width}x{made[0].image.height}"
+    size = f"{generated[0].image.width}x{generated[0].image.height}"
     return JSONResponse({"created": int(time.time()), "data": data, "output_format": kind, "size": size})

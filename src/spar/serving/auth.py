@@ -1,4 +1,4 @@
-"""Where API and page listen and what token they ask for; light, so that what is wrong is said before a model loads."""
+"""Address and token of API and page; imports little, so that mistakes are reported before a model loads."""
 
 import ipaddress
 import os
@@ -17,10 +17,10 @@ EXTRAS = {
 
 
 def read_token(file: Path | None) -> str | None:
-    """The token from a file or else from the environment; never from the command line, which others can see.
+    """Read the token from a file or else from the environment; never from the command line, which is public.
 
     Raises:
-        InputError: a file that cannot be read, or a token that is too short or is no plain text.
+        InputError: the file cannot be read, or the token is too short or not plain text.
     """
     if file is None:
         token, source = os.environ.get(TOKEN_VARIABLE, "").strip(), TOKEN_VARIABLE
@@ -31,7 +31,7 @@ def read_token(file: Path | None) -> str | None:
         try:
             token = file.read_text(encoding="ascii").strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{source}: expected a file of plain text, which can be read") from error
+            raise InputError(f"{source}: expected a readable file of plain text") from error
     if len(token) < MIN_TOKEN_CHARACTERS or not all("!" <= letter <= "~" for letter in token):
         raise InputError(
             f"{source}: expected at least {MIN_TOKEN_CHARACTERS} printable ASCII characters without spaces, "
@@ -41,7 +41,7 @@ def read_token(file: Path | None) -> str | None:
 
 
 def is_local(host: str) -> bool:
-    """Whether an address is reached from this machine only."""
+    """Whether an address is reachable from this machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -49,7 +49,7 @@ def is_local(host: str) -> bool:
 
 
 def check_access(host: str, token: str | None, extra: str = "serve") -> None:
-    """Refuse to be reached by other machines without a token, or to start without an extra, `serve` or `ui`."""
+    """Require a token for an address that other machines can reach, and the packages of an extra (`serve`, `ui`)."""
     if not is_local(host) and token is None:
         raise InputError(
             f"--host {host}: other machines can reach this address, which needs a token: "
@@ -61,14 +61,14 @@ def check_access(host: str, token: str | None, extra: str = "serve") -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket.
+    """Open a listening socket.
 
     Raises:
-        InputError: an address that is not this machine's, or a port that is taken.
+        InputError: the address is not this machine's, or the port is taken.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        # The protocol is named, since asyncio sends small answers at once (TCP_NODELAY) only where it is
+        # asyncio sends small answers at once (TCP_NODELAY) only if the protocol is given
         listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))

@@ -1,4 +1,4 @@
-"""The four tasks as jobs of the worker: what goes in one call, and that call."""
+"""The four tasks as jobs of the worker: which rows share a call, and that call."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,17 +13,17 @@ from spar.serving.worker import ImageJob, Step
 
 @dataclass(frozen=True)
 class BatchKey:
-    """What the rows of one call share."""
+    """Settings that all rows of one call share."""
 
     size: tuple[int, int]
     steps: int
     guidance: float
-    has_negatives: bool  # whether there are negative prompts
+    has_negatives: bool
 
 
 @dataclass(frozen=True)
 class ImageRow:
-    """One picture to draw: its words, its seed, and the picture to edit."""
+    """One image to generate: its prompt, its seed, and the image to edit."""
 
     prompt: str
     negative_prompt: str | None
@@ -34,7 +34,7 @@ class ImageRow:
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """A picture, what its PNG says of itself, and its seed where it has one."""
+    """An image, the metadata of its PNG, and its seed if it has one."""
 
     image: Image.Image
     metadata: dict[str, Any]
@@ -42,7 +42,7 @@ class GeneratedImage:
 
 
 def sample_images(pipe: SparPipeline, rows: list[ImageRow], callback: Step) -> list[GeneratedImage]:
-    """Pictures from words, or of pictures; all rows have one Settings."""
+    """Generate or edit images; all rows have the same BatchKey."""
     first = rows[0]
     shared = {
         "negative_prompt": [row.negative_prompt for row in rows] if first.batch_key.has_negatives else None,
@@ -66,22 +66,22 @@ def reconstruct(pipe: SparPipeline, images: list[Image.Image], callback: Step) -
 def sampling_jobs(
     pipe: SparPipeline, request: SamplingRequest, seed: int, size: tuple[int, int], image: Image.Image | None = None
 ) -> list[ImageJob]:
-    """A job for each of a request's pictures.
+    """Build a job for each of a request's images.
 
     Raises:
-        InputError: words that the model does not take.
+        InputError: the model cannot encode the prompt.
     """
     pipe.check_text(request.prompt, "prompt")
     if request.negative_prompt is not None:
         pipe.check_text(request.negative_prompt, "negative_prompt")
-    own, steps, guidance = pipe.bundle.sampling, request.num_inference_steps, request.guidance_scale
-    settings = BatchKey(
-        size, own.steps if steps is None else steps, own.guidance if guidance is None else float(guidance),
+    defaults, steps, guidance = pipe.bundle.sampling, request.num_inference_steps, request.guidance_scale
+    key = BatchKey(
+        size, defaults.steps if steps is None else steps, defaults.guidance if guidance is None else float(guidance),
         request.negative_prompt is not None,
     )  # fmt: skip
     weight = max(1.0, size[0] * size[1] / pipe.image_size**2)
-    rows = [ImageRow(request.prompt, request.negative_prompt, seed + i, settings, image) for i in range(request.n or 1)]
-    return [ImageJob(sample_images, (settings, image is None), row, weight) for row in rows]
+    rows = [ImageRow(request.prompt, request.negative_prompt, seed + i, key, image) for i in range(request.n or 1)]
+    return [ImageJob(sample_images, (key, image is None), row, weight) for row in rows]
 
 
 def reconstruction_job(image: Image.Image) -> ImageJob:
@@ -89,5 +89,5 @@ def reconstruction_job(image: Image.Image) -> ImageJob:
 
 
 def begin_chat(pipe: SparPipeline, messages: list[dict[str, Any]], max_new_tokens: int | None) -> Iterator[str]:
-    """The pieces of an answer; the iterator knows `prompt_tokens`, `tokens` and `finish_reason`."""
+    """Iterator over the pieces of an answer, with `prompt_tokens`, `completion_tokens` and `finish_reason`."""
     return pipe.chat(messages, max_new_tokens=max_new_tokens)

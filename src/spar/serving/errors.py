@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients read them. Texts are fixed or our own sentences; what a library said goes to the log."""
+"""Errors in OpenAI's format. Messages are our own sentences; those of libraries go to the log."""
 
 import itertools
 from collections.abc import Mapping
@@ -19,31 +19,31 @@ RETRY = {"Retry-After": str(RETRY_SECONDS)}
 MESSAGES = {
     400: "expected a request that can be read",
     401: "expected the server's token as Authorization: Bearer TOKEN",
-    403: "expected a request of this server's own address",
-    404: "no such address; /openapi.json has those that there are",
-    405: "no such method here",
-    408: "the body of the request came too slowly",
+    403: "expected a request from this server's own address",
+    404: "no such path; /openapi.json lists all paths",
+    405: "this path does not have this method",
+    408: "the body of the request arrived too slowly",
     413: "the request is too large",
-    415: "expected another content type: JSON or, with a picture, a form",
+    415: "expected another content type: JSON or, with an image, a form",
     421: "expected this server's own name in the header Host",
     429: "the server is busy; try again",
     500: "the server failed; its log has more",
-    503: "the server did not get to it in time; try again",
+    503: "the request timed out; try again",
 }
-# What a field wants, or one kind of error, where pydantic's own sentence does not say why.
+# Expected value of a field or for a kind of error, where pydantic's own message gives no reason.
 EXPECTED_TYPES = {
     "response_format": "expected b64_json: this server hosts no files that a URL could lead to",
     "size": 'expected "WIDTHxHEIGHT" in pixels, or "auto"',
     "temperature": "expected 0: answers are greedy",
-    ("size", "literal_error"): "expected auto: an edit has its picture's own proportions",
-    "union_tag_invalid": (PART := "expected a part of type text or image_url"),  # pydantic's has all of what came
+    ("size", "literal_error"): "expected auto: an edit has its image's own proportions",
+    "union_tag_invalid": (PART := "expected a part of type text or image_url"),  # pydantic's repeats the whole input
     "union_tag_not_found": PART,
     ("image", "value_error"): "expected a file",
 }
 
 
 class ApiError(Exception):
-    """An answer other than the one that was asked for."""
+    """An error answer: status, message, field and code."""
 
     def __init__(
         self, status: int, message: str | None = None, *, param: str | None = None, code: str | None = None,
@@ -63,7 +63,7 @@ class ApiError(Exception):
 
 
 def api_error(error: Exception) -> ApiError:
-    """The answer to an exception; what is nobody's known fault is a 500."""
+    """Error answer of an exception; 500 for an unknown one."""
     match error:
         case ApiError():
             return error
@@ -71,7 +71,7 @@ def api_error(error: Exception) -> ApiError:
             return ApiError(400, str(error))
         case Busy():
             return ApiError(429, code="rate_limit_exceeded")
-        case Stopped() | CancelledError():  # the server is being stopped
+        case Stopped() | CancelledError():  # the server is stopping
             return ApiError(503)
         case RequestValidationError():
             return _validation(error)
@@ -82,7 +82,7 @@ def api_error(error: Exception) -> ApiError:
 
 
 def _validation(error: RequestValidationError) -> ApiError:
-    """The first thing that is wrong with a body, by the name of its field."""
+    """The first error of a body, by the name of its field."""
     first = error.errors()[0]
     loc = first["loc"][1:]
     named = [part for before, part in itertools.pairwise(("", *loc)) if not _is_tag(before, part)]
@@ -92,21 +92,21 @@ def _validation(error: RequestValidationError) -> ApiError:
         return ApiError(400, "expected a JSON object, sent as application/json")
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{param}: this server has no such field", param=param, code="unknown_parameter")
-    said = first["msg"].removeprefix("Value error, ")
+    sentence = first["msg"].removeprefix("Value error, ")
     kind = first["type"]
     if kind != "value_error":
-        said = EXPECTED_TYPES.get(param) or EXPECTED_TYPES.get(kind) or said[:1].lower() + said[1:]
-    said = EXPECTED_TYPES.get((param, kind)) or said
-    return ApiError(400, f"{param}: {said}" if param else said, param=param)
+        sentence = EXPECTED_TYPES.get(param) or EXPECTED_TYPES.get(kind) or sentence[:1].lower() + sentence[1:]
+    sentence = EXPECTED_TYPES.get((param, kind)) or sentence
+    return ApiError(400, f"{param}: {sentence}" if param else sentence, param=param)
 
 
 def _is_tag(before: int | str, part: int | str) -> bool:
-    """Whether a part of an error's place is no field but what pydantic took a value for."""
+    """Whether a part of an error's location is pydantic's tag of a union, not a field."""
     return part in ("words", "parts") or isinstance(before, int) and part in ("text", "image_url")
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Every error of a route in the one shape."""
+    """Answer every exception of a route in OpenAI's format."""
 
     async def answer(_: Request, error: Exception) -> JSONResponse:
         return api_error(error).response()

@@ -1,4 +1,4 @@
-"""Pictures of clients: from the bytes of an upload or a `data:` address to a checked picture, and back."""
+"""Decoding of clients' images, from an upload or a `data:` URL."""
 
 import asyncio
 import base64
@@ -26,11 +26,11 @@ EXPECTED = (
 _DATA = re.compile(r"data:image/[\w.+-]{1,32};base64,", re.ASCII | re.IGNORECASE)
 
 
-async def read_image(data: bytes, param: str, hold: Callable[[int], None], decoders: Executor) -> Image.Image:
-    """An RGB picture from a client's bytes, decoded in `decoders`; `hold` hears how many bytes it takes.
+async def read_image(data: bytes, param: str, reserve: Callable[[int], None], decoders: Executor) -> Image.Image:
+    """Decode a client's bytes in `decoders` to an RGB image, after `reserve(bytes)` of its memory.
 
     Raises:
-        ApiError: what is no such picture (one fixed text; the log has the reason).
+        ApiError: not such an image (one fixed message; the log has the reason).
     """
     try:
         if len(data) > MAX_UPLOAD_BYTES:
@@ -39,7 +39,7 @@ async def read_image(data: bytes, param: str, hold: Callable[[int], None], decod
         header = await loop.run_in_executor(decoders, read_header, data)  # a hostile one takes seconds
         if header.width * header.height > MAX_UPLOAD_PIXELS:
             raise InputError(f"{header.width} x {header.height} pixels")
-        hold(header.width * header.height * 3)
+        reserve(header.width * header.height * 3)
         return await loop.run_in_executor(decoders, open_training_image, data)
     except InputError as error:
         log.info("%s refused: %s", param, ascii(str(error))[:300])
@@ -47,31 +47,31 @@ async def read_image(data: bytes, param: str, hold: Callable[[int], None], decod
 
 
 def decode_data_url(url: str, param: str) -> bytes:
-    """The bytes of a base64 `data:` address of a picture; its type is not believed.
+    """Decode the base64 `data:` URL of an image; its media type is ignored.
 
     Raises:
-        ApiError: any other address.
+        ApiError: any other URL.
     """
     found = _DATA.match(url)
     if found is None:
         raise ApiError(
-            400, f"{param}: expected a picture as data:image/...;base64,...: this server fetches nothing", param=param
+            400, f"{param}: expected an image as data:image/...;base64,...: this server fetches nothing", param=param
         )
     try:
         return base64.b64decode(url[found.end() :], validate=True)
     except (binascii.Error, ValueError):
-        raise ApiError(400, f"{param}: expected base64 behind data:image/...;base64,", param=param) from None
+        raise ApiError(400, f"{param}: expected base64 after data:image/...;base64,", param=param) from None
 
 
 async def read_messages(
-    messages: Sequence[Message], hold: Callable[[int], None], decoders: Executor
+    messages: Sequence[Message], reserve: Callable[[int], None], decoders: Executor
 ) -> list[dict[str, Any]]:
-    """A chat's messages as `SparPipeline.chat` takes them, pictures decoded.
+    """Convert a chat's messages to those of `SparPipeline.chat`, with decoded images.
 
     Raises:
-        ApiError: too many pictures, or what `read_image` and `decode_data_url` refuse.
+        ApiError: too many images, or an image that `read_image` or `decode_data_url` refuses.
     """
-    read, pictures = [], 0
+    converted, count = [], 0
     for index, message in enumerate(messages):
         content: Any = message.content
         if not isinstance(content, str):
@@ -80,11 +80,11 @@ async def read_messages(
                 if isinstance(part, TextPart):
                     content.append({"type": "text", "text": part.text})
                     continue
-                pictures += 1
-                if pictures > MAX_CHAT_IMAGES:
-                    raise ApiError(400, f"messages: expected at most {MAX_CHAT_IMAGES} pictures", param="messages")
+                count += 1
+                if count > MAX_CHAT_IMAGES:
+                    raise ApiError(400, f"messages: expected at most {MAX_CHAT_IMAGES} images", param="messages")
                 where = f"messages.{index}.content"
                 data = decode_data_url(part.image_url.url, where)
-                content.append({"type": "image", "image": await read_image(data, where, hold, decoders)})
-        read.append({"role": "system" if message.role == "developer" else message.role, "content": content})
-    return read
+                content.append({"type": "image", "image": await read_image(data, where, reserve, decoders)})
+        converted.append({"role": "system" if message.role == "developer" else message.role, "content": content})
+    return converted

@@ -1,6 +1,6 @@
-"""How much one client, and all of them together, may ask of the server. Light: `spar serve --help` lists it.
+"""Limits of one request and of all requests together, which `spar serve --help` lists.
 
-The model's own limits come on top: tokens of a prompt, twice the trained side.
+The model's own limits apply too: tokens of a prompt, twice the trained side.
 """
 
 from spar.common.limits import MAX_NEW_TOKENS
@@ -17,7 +17,7 @@ MAX_UPLOAD_BYTES = 16 * 2**20
 MAX_UPLOAD_PIXELS = 16 * 10**6
 MAX_PROMPT_CHARACTERS = 8192
 MAX_FIELDS = 64  # of one JSON object
-MAX_VALUES = 100_000  # of one JSON body: as objects they take twenty times the bytes that they came in
+MAX_VALUES = 100_000  # of one JSON body: parsed, they take twenty times their bytes
 MAX_N = 8
 MAX_STEPS = 100
 MAX_GUIDANCE = 30
@@ -33,7 +33,7 @@ BODY_SECONDS = 30
 READ_SECONDS = 30
 REQUEST_SECONDS = 120
 SHUTDOWN_SECONDS = 30
-RETRY_SECONDS = 2  # what a refused client is told to wait
+RETRY_SECONDS = 2  # Retry-After of a refused request
 
 # All requests together
 MAX_REQUESTS = 256
@@ -43,38 +43,38 @@ MAX_BATCH = 8
 MAX_CHATS = 8
 CHAT_TURN_TOKENS = 8
 GATHER_SECONDS = 0.03
-DECODE_THREADS = 2  # pictures that are decoded at once
+DECODE_THREADS = 2  # images decoded at once
 
 _MIB = 2**20
 LIMITS = (
-    ("MAX_BODY_BYTES", f"{MAX_BODY_BYTES // _MIB} MiB", "body of a request, counted while it comes in"),
-    ("MAX_UPLOAD_BYTES", f"{MAX_UPLOAD_BYTES // _MIB} MiB", "file of a picture"),
-    ("MAX_UPLOAD_PIXELS", f"{MAX_UPLOAD_PIXELS / 1e6:g} million", "pixels of a picture, read off its header"),
-    ("MAX_PROMPT_CHARACTERS", MAX_PROMPT_CHARACTERS, "characters of a text; the model's limit of tokens comes on top"),
+    ("MAX_BODY_BYTES", f"{MAX_BODY_BYTES // _MIB} MiB", "body of a request, counted while it arrives"),
+    ("MAX_UPLOAD_BYTES", f"{MAX_UPLOAD_BYTES // _MIB} MiB", "file of an image"),
+    ("MAX_UPLOAD_PIXELS", f"{MAX_UPLOAD_PIXELS / 1e6:g} million", "pixels of an image, by its header"),
+    ("MAX_PROMPT_CHARACTERS", MAX_PROMPT_CHARACTERS, "characters of a text; the model also limits its tokens"),
     ("MAX_FIELDS", MAX_FIELDS, "fields of a JSON object"),
-    ("MAX_VALUES", MAX_VALUES, "values of a JSON body, counted by its commas"),
-    ("MAX_N", MAX_N, "pictures of a request (n)"),
+    ("MAX_VALUES", MAX_VALUES, "values of a JSON body, counted by commas"),
+    ("MAX_N", MAX_N, "images of a request (n)"),
     ("MAX_STEPS", MAX_STEPS, "sampling steps (num_inference_steps)"),
     ("MAX_GUIDANCE", MAX_GUIDANCE, "guidance_scale"),
-    ("MAX_OUTPUT_PIXELS", f"{MAX_OUTPUT_PIXELS / 2**20:g} x 1024 x 1024", "pixels of a picture that is drawn (size); "
+    ("MAX_OUTPUT_PIXELS", f"{MAX_OUTPUT_PIXELS / 2**20:g} x 1024 x 1024", "pixels of a generated image (size); "
      "each side at most twice the model's own"),
     ("MAX_MESSAGES", MAX_MESSAGES, "messages of a chat"),
     ("MAX_PARTS", MAX_PARTS, "parts of a message"),
-    ("MAX_CHAT_IMAGES", MAX_CHAT_IMAGES, "pictures of a chat"),
-    ("MAX_ANSWER_TOKENS", MAX_ANSWER_TOKENS, "tokens of an answer (max_completion_tokens), to which more is cut"),
-    ("HEADER_SECONDS", HEADER_SECONDS, "seconds that a request's head may take to come in"),
+    ("MAX_CHAT_IMAGES", MAX_CHAT_IMAGES, "images of a chat"),
+    ("MAX_ANSWER_TOKENS", MAX_ANSWER_TOKENS, "tokens of an answer (max_completion_tokens); more is cut to that"),
+    ("HEADER_SECONDS", HEADER_SECONDS, "seconds that a request's head may take to arrive"),
     ("BODY_SECONDS", BODY_SECONDS, "seconds that its body may take"),
-    ("READ_SECONDS", READ_SECONDS, "seconds that a client may read nothing of an answer"),
+    ("READ_SECONDS", READ_SECONDS, "seconds that a client may stop reading an answer"),
     ("REQUEST_SECONDS", REQUEST_SECONDS, "seconds from then to the answer (--timeout)"),
-    ("SHUTDOWN_SECONDS", SHUTDOWN_SECONDS, "seconds that running requests get when the server is stopped"),
+    ("SHUTDOWN_SECONDS", SHUTDOWN_SECONDS, "seconds that running requests get when the server stops"),
     ("MAX_REQUESTS", MAX_REQUESTS, "requests at once"),
-    ("MAX_BUFFERED_BYTES", f"{MAX_BUFFERED_BYTES // _MIB} MiB", "bodies and decoded pictures of all requests together"),
-    ("MAX_QUEUE", MAX_QUEUE, "pictures and chats that wait (--max-queue)"),
-    ("MAX_BATCH", MAX_BATCH, "pictures of the model's own size that are drawn together (--max-batch)"),
-    ("MAX_CHATS", MAX_CHATS, "chats that speak by turns"),
+    ("MAX_BUFFERED_BYTES", f"{MAX_BUFFERED_BYTES // _MIB} MiB", "bodies and decoded images of all requests together"),
+    ("MAX_QUEUE", MAX_QUEUE, "images and chats that wait (--max-queue)"),
+    ("MAX_BATCH", MAX_BATCH, "images of the model's own size in one batch (--max-batch)"),
+    ("MAX_CHATS", MAX_CHATS, "chats answered in turns"),
 )  # fmt: skip
 
 
 def format_limits() -> str:
-    """The limits as a list for `--help`."""
+    """Format the limits as a list for `--help`."""
     return "\n".join(f"- {name} = {value}: {what}" for name, value, what in LIMITS)

@@ -1,4 +1,4 @@
-"""What /metrics tells Prometheus."""
+"""Prometheus metrics of the server."""
 
 import time
 from collections.abc import Callable, Iterator, MutableMapping
@@ -12,7 +12,7 @@ ROWS = (1, 2, 4, 8, 16, 32, 64)
 
 
 class ServerMetrics:
-    """One server's numbers, in a registry of their own. `waiting()` is the length of the queue."""
+    """One server's metrics, in their own registry. `waiting()` is the length of the queue."""
 
     def __init__(self, waiting: Callable[[], int]) -> None:
         self.registry = CollectorRegistry()
@@ -34,16 +34,16 @@ class ServerMetrics:
 
     @contextmanager
     def request(self, scope: MutableMapping[str, Any]) -> Iterator[Callable[[int], None]]:
-        """Count one request; what it gives is told the status when there is one."""
+        """Count one request; call the yielded function with its status."""
         status, start = 499, time.perf_counter()
 
-        def note(value: int) -> None:
+        def set_status(value: int) -> None:
             nonlocal status
             status = value
 
         self.running.inc()
         try:
-            yield note
+            yield set_status
         except Exception:
             status = 500
             raise

@@ -1,7 +1,7 @@
-"""The gate before the routes: who may come in, and how much, by an ASGI middleware.
+"""ASGI middleware before the routes: access checks and limits.
 
-It checks the Host and Origin headers (a page elsewhere must not use a server on this machine), the token, and how many
-requests are here; then it takes the whole body in, counted while it comes and within a time, before anything reads it.
+It checks the Host and Origin headers (a foreign page must not use a local server), the token, and the number of
+requests. Then it reads the whole body, within limits of size and time, before any route does.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ HEADERS = ((b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-stor
 
 
 class ClientDisconnected(Exception):
-    """The client has left."""
+    """The client has disconnected."""
 
 
 @dataclass
@@ -51,34 +51,34 @@ class MemoryBudget:
 
 
 class RequestGuardMiddleware:
-    """`token`: what Authorization must bear, None for nothing; `hosts`: names that Host may have then, None for any."""
+    """`token`: bearer token, None for none; `hosts`: allowed names of Host if there is no token, None for any."""
 
     def __init__(self, app: Asgi, *, token: str | None, hosts: Collection[str] | None, metrics: ServerMetrics) -> None:
         self.app, self.metrics, self.hosts = app, metrics, hosts
         self.bearer = None if token is None else f"Bearer {token}".encode()
-        self.held, self.requests = MemoryBudget(), 0
+        self.memory, self.requests = MemoryBudget(), 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        with self.metrics.request(scope) as note:
-            await self._request(scope, receive, _sender(send, note))
+        with self.metrics.request(scope) as set_status:
+            await self._request(scope, receive, _sender(send, set_status))
 
     async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
         taken = 0
 
-        def hold(count: int) -> None:
+        def reserve(count: int) -> None:
             nonlocal taken
-            self.held.acquire(count)
+            self.memory.acquire(count)
             taken += count
 
         self.requests += 1
         try:
             self._check(scope)
-            body = await _read(scope, receive, hold)
+            body = await _read(scope, receive, reserve)
             _check_values(scope, body)
-            scope.setdefault("state", {})["hold"] = hold
+            scope.setdefault("state", {})["reserve"] = reserve
             await self.app(scope, replay_body(body, receive), send)
         except ClientDisconnected:
             pass
@@ -86,13 +86,13 @@ class RequestGuardMiddleware:
             await error.response()(scope, receive, send)
         finally:
             self.requests -= 1
-            self.held.used -= taken
+            self.memory.used -= taken
 
     def _check(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1").lower()
         origin = headers.get(b"origin", b"").decode("latin-1").lower()
-        if self.bearer is None:  # with a token, another page's requests fail for want of it
+        if self.bearer is None:  # with a token, a foreign page's requests fail since they lack it
             if self.hosts is not None and _name(host) not in self.hosts:
                 raise ApiError(421)
             if origin and origin.partition("://")[2] != host:
@@ -107,12 +107,12 @@ class RequestGuardMiddleware:
 
 
 def _name(host: str) -> str:
-    """A Host header without its port; an IPv6 address keeps its brackets."""
+    """Host header without its port; an IPv6 address keeps its brackets."""
     return host[: host.rfind("]") + 1] if host.startswith("[") else host.partition(":")[0]
 
 
-async def _read(scope: Scope, receive: Receive, hold: Callable[[int], None]) -> bytes:
-    """The whole body, or an error as soon as it is too large or too slow."""
+async def _read(scope: Scope, receive: Receive, reserve: Callable[[int], None]) -> bytes:
+    """Read the whole body; raise as soon as it is too large or too slow."""
     length = dict(scope["headers"]).get(b"content-length", b"0")
     if length.isdigit() and len(length) < 20 and int(length) > MAX_BODY_BYTES or len(length) >= 20:
         raise ApiError(413)
@@ -127,7 +127,7 @@ async def _read(scope: Scope, receive: Receive, hold: Callable[[int], None]) -> 
                 size += len(part)
                 if size > MAX_BODY_BYTES:
                     raise ApiError(413)
-                hold(len(part))
+                reserve(len(part))
                 parts.append(part)
                 if not message.get("more_body"):
                     return b"".join(parts)
@@ -136,42 +136,42 @@ async def _read(scope: Scope, receive: Receive, hold: Callable[[int], None]) -> 
 
 
 def _check_values(scope: Scope, body: bytes) -> None:
-    """Refuse JSON of very many values before it is parsed; the commas of a form are those of its files."""
+    """Refuse JSON with very many values before it is parsed; a form's commas are those of its files."""
     kind = next((value for name, value in scope["headers"] if name == b"content-type"), b"").lower()
     if not kind.startswith(b"multipart/") and body.count(b",") > MAX_VALUES:
         raise ApiError(413)
 
 
 def replay_body(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the body at once, and afterwards whatever comes (the client's leaving)."""
-    given = False
+    """A `receive` that returns the body first, then the later messages (the client's disconnection)."""
+    replayed = False
 
-    async def replayed() -> dict[str, Any]:
-        nonlocal given
-        if given:
+    async def replay() -> dict[str, Any]:
+        nonlocal replayed
+        if replayed:
             return await receive()
-        given = True
+        replayed = True
         return {"type": "http.request", "body": body, "more_body": False}
 
-    return replayed
+    return replay
 
 
-def _sender(send: Send, note: Callable[[int], None]) -> Send:
-    """A `send` that adds our headers and notes the status."""
+def _sender(send: Send, set_status: Callable[[int], None]) -> Send:
+    """A `send` that adds our headers and records the status."""
 
-    async def noted(message: dict[str, Any]) -> None:
+    async def wrapped(message: dict[str, Any]) -> None:
         if message["type"] == "http.response.start":
-            note(message["status"])
+            set_status(message["status"])
             message = {**message, "headers": [*message.get("headers", ()), *HEADERS]}
         await send(message)
 
-    return noted
+    return wrapped
 
 
 class TimedH11Protocol(H11Protocol):
-    """uvicorn's protocol for HTTP/1.1, which waits for the head of a request no longer than HEADER_SECONDS.
+    """uvicorn's protocol for HTTP/1.1, with a limit of HEADER_SECONDS for the head of a request.
 
-    It hangs up on a client that reads nothing of its answer for READ_SECONDS, who would keep a place for ever.
+    A client that reads nothing of its answer for READ_SECONDS is disconnected, since it would hold a slot.
     """
 
     _late: asyncio.TimerHandle | None = None
@@ -179,7 +179,7 @@ class TimedH11Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        transport.set_write_buffer_limits(0)  # pause_writing comes as soon as anything is left unsent
+        transport.set_write_buffer_limits(0)  # pause_writing is called as soon as anything is unsent
         self._expect()
 
     def data_received(self, data: bytes) -> None:
@@ -203,7 +203,7 @@ class TimedH11Protocol(H11Protocol):
         super().resume_writing()
 
     def _await_reader(self, left: int | None) -> None:
-        """Look again and again whether there is less to send than what was left; None the first time."""
+        """Check regularly that less is unsent than the `left` of the last check; None the first time."""
         now = self.transport.get_write_buffer_size()
         if left is not None and now >= left:
             self.transport.abort()

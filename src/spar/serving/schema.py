@@ -1,9 +1,9 @@
-"""What the API takes and gives: OpenAI's shapes with their limits.
+"""Requests and answers of the API: OpenAI's fields with their limits.
 
-A null is a field that is not given. Unknown fields are refused, and so is a known one with a value that would change
-the picture and that this model cannot honour. Fields that change nothing (`user`, `moderation`, the chat's `seed`) are
-taken and have no effect. The fields that OpenAI does not have (`seed`, `negative_prompt`, `num_inference_steps`,
-`guidance_scale`) are diffusers'.
+A null is a missing field. Unknown fields are refused, and so is a known one whose value would change the image and is
+not supported by this model. Fields that change nothing (`user`, `moderation`, the chat's `seed`) are accepted and have
+no effect. The fields that OpenAI does not have (`seed`, `negative_prompt`, `num_inference_steps`, `guidance_scale`) are
+diffusers'.
 """
 
 from typing import Annotated, Any, Literal
@@ -26,7 +26,7 @@ from spar.serving.limits import (
 
 Name = Annotated[str, Field(max_length=256)]
 Text = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)]
-# More than an answer can have is cut, not refused: clients and benchmark kits ask for thousands as a matter of course.
+# A larger value is cut, not refused: clients and benchmark kits request thousands by default.
 AnswerTokens = Annotated[int, Field(ge=1, description=f"At most {MAX_ANSWER_TOKENS}; more is cut to that.")]
 Zero = Annotated[float, Field(ge=0, le=0)]
 OutputFormat = Literal["png", "jpeg", "webp"]
@@ -41,7 +41,7 @@ def _area(size: str | None) -> str | None:
 
 
 class RequestModel(BaseModel):
-    """An object without unknown fields; one with very many is refused before each of them gets its own error."""
+    """An object without unknown fields; with very many, it is refused before each gets an error of its own."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -54,20 +54,20 @@ class RequestModel(BaseModel):
 
 
 class StrictModel(RequestModel):
-    """JSON, where a number is a number; the values of a form are text."""
+    """A JSON object, whose types are strict; the values of a form are text."""
 
     model_config = ConfigDict(strict=True)
 
 
 class SamplingRequest(RequestModel):
-    """What `/v1/images/generations` and `/v1/images/edits` share."""
+    """Fields that `/v1/images/generations` and `/v1/images/edits` share."""
 
     prompt: Text
     model: Name | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = 1
     response_format: Literal["b64_json"] | None = Field(None, description="This server hosts no files.")
     output_format: OutputFormat | None = None
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = Field(None, description="Picture i is drawn from seed + i.")
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = Field(None, description="Image i uses seed + i.")
     negative_prompt: Text | None = None
     num_inference_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
     guidance_scale: Annotated[float, Field(ge=0, le=MAX_GUIDANCE)] | None = None
@@ -79,7 +79,7 @@ class SamplingRequest(RequestModel):
     @model_validator(mode="after")
     def _last_seed(self) -> "SamplingRequest":
         if self.seed is not None and self.seed + (self.n or 1) - 1 > MAX_SEED:
-            raise ValueError(f"seed: expected at most {MAX_SEED} for the last picture")
+            raise ValueError(f"seed: expected at most {MAX_SEED} for the last image")
         return self
 
 
@@ -87,20 +87,20 @@ class GenerationRequest(SamplingRequest):
     model_config = ConfigDict(strict=True)
 
     size: Annotated[str, Field(pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$"), AfterValidator(_area)] | None = Field(
-        None, description='Width x height in pixels, or "auto"; drawn exactly so, or refused.'
+        None, description='Width x height in pixels, or "auto"; exactly this size, or refused.'
     )
     stream: Literal[False] | None = None
 
 
 class EditForm(SamplingRequest):
     image: UploadFile = Field(description="PNG, JPEG or WEBP of one frame; its name is not used.")
-    size: Literal["auto"] | None = Field(None, description="The result has the picture's own proportions.")
+    size: Literal["auto"] | None = Field(None, description="The result has the image's own proportions.")
     stream: Literal["false"] | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _list_of_one(cls, data: Any) -> Any:
-        """OpenAI's clients call the pictures of a list `image[]`; this model takes one."""
+        """Accept one image as `image[]`, the name that OpenAI's clients give to a list."""
         if isinstance(data, dict) and "image[]" in data and "image" not in data:
             if isinstance(data["image[]"], list):
                 raise ValueError(f"image: {one_reference(len(data['image[]']))}")
@@ -120,7 +120,7 @@ class TextPart(StrictModel):
 
 
 class ImageUrl(StrictModel):
-    url: str = Field(description="data:image/...;base64,... and no other address: this server fetches nothing.")
+    url: str = Field(description="data:image/...;base64,... and no other URL: this server fetches nothing.")
     detail: Literal["auto", "low", "high"] | None = None
 
 
@@ -135,7 +135,7 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 class Message(StrictModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
-        Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS), Tag("words")]  # an assistant may have said nothing
+        Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS), Tag("words")]  # an assistant's may be empty
         | Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS), Tag("parts")],
         Discriminator(lambda content: "parts" if isinstance(content, list) else "words"),
     ]
@@ -147,7 +147,7 @@ class StreamOptions(StrictModel):
 
 
 class ChatRequest(StrictModel):
-    """Answers are greedy: only settings that a greedy answer honours are taken."""
+    """Fields of `/v1/chat/completions`: answers are greedy, and only settings of a greedy answer are accepted."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     model: Name | None = None
@@ -169,7 +169,7 @@ class ChatRequest(StrictModel):
 
 class ImageData(BaseModel):
     b64_json: str
-    seed: int | None = Field(None, description="What draws this picture again.")
+    seed: int | None = Field(None, description="The seed that reproduces this image.")
 
 
 class ImagesResponse(BaseModel):

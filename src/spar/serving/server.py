@@ -1,4 +1,4 @@
-"""The server as a process: uvicorn with our limits around the application."""
+"""The server process: uvicorn with our limits."""
 
 import asyncio
 import socket
@@ -20,7 +20,7 @@ Call = Callable[[Callable[[SparPipeline], Any]], Future]
 
 
 class PathDispatcher:
-    """API and page in one server. Each has its own guard: programs bear the token, people give it as password."""
+    """API and page in one server. Each has its own middleware: the token is a bearer token or a password."""
 
     def __init__(self, api: FastAPI, page: FastAPI) -> None:
         self.api, self.page, self._open = api, page, set[asyncio.Future]()
@@ -32,12 +32,12 @@ class PathDispatcher:
             return
         begun = False
 
-        async def noted(message: dict[str, Any]) -> None:
+        async def tracked(message: dict[str, Any]) -> None:
             nonlocal begun
             begun = True
             await send(message)
 
-        task = asyncio.ensure_future(self.page(scope, receive, noted))
+        task = asyncio.ensure_future(self.page(scope, receive, tracked))
         self._open.add(task)
         await asyncio.wait({task})
         self._open.discard(task)
@@ -47,13 +47,13 @@ class PathDispatcher:
             await send({"type": "http.response.body"})
 
     def close_streams(self) -> None:
-        """Hang up on the page's visitors, whose open streams would keep the server until its patience ends."""
+        """End the page's open requests, whose streams would delay the shutdown until its timeout."""
         for task in self._open:
             task.cancel()
 
 
 class ApiServer(uvicorn.Server):
-    """uvicorn's, which has a page end its streams before it waits for what runs."""
+    """uvicorn's server, which ends a page's streams before it waits for running requests."""
 
     dispatcher: PathDispatcher | None = None
 
@@ -67,22 +67,22 @@ def build_server(
     pipe: SparPipeline, *, host: str, token: str | None, max_batch: int, max_queue: int, timeout: float,
     build_page: Callable[[Call], FastAPI] | None = None, thread: Executor | None = None,
 ) -> uvicorn.Server:  # fmt: skip
-    """A server that `run(sockets=[...])` starts; SIGINT and SIGTERM end it when what runs is done.
+    """Build a server that `run(sockets=[...])` starts; SIGINT and SIGTERM end it after the running requests.
 
     Args:
-        timeout: of `create_app`.
-        thread: of the `Worker`.
+        timeout: as in `create_app`.
+        thread: as in `Worker`.
         build_page: builds the web page's application at PAGE_PATH, given the worker's `call`; None for no page.
     """
     worker = Worker(pipe, max_batch, max_queue, thread=thread)
     page = build_page(worker.call) if build_page else None
     hosts = LOCAL_NAMES | {host} if is_local(host) else None
-    api = create_app(worker, token=token, hosts=hosts, timeout=timeout, beside=page)
-    both = PathDispatcher(api, page) if page else None
+    api = create_app(worker, token=token, hosts=hosts, timeout=timeout, page=page)
+    dispatcher = PathDispatcher(api, page) if page else None
     config = uvicorn.Config(
-        both or api, http=TimedH11Protocol, ws="none", lifespan="on", log_config=None, server_header=False,
+        dispatcher or api, http=TimedH11Protocol, ws="none", lifespan="on", log_config=None, server_header=False,
         proxy_headers=False, timeout_graceful_shutdown=SHUTDOWN_SECONDS,
     )  # fmt: skip
     server = ApiServer(config)
-    server.dispatcher = both
+    server.dispatcher = dispatcher
     return server

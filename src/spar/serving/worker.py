@@ -1,8 +1,8 @@
-"""One thread that owns the pipeline, and the queue before it.
+"""One thread that owns the pipeline, and its queue.
 
-A job is one row of a batch. Jobs that do the same work with the same settings share a call: the worker takes the oldest
-and whatever of the others goes with it. Chats speak by turns between the batches, so that neither starves the other.
-A job whose future is cancelled leaves the queue; a batch that nobody waits for any more stops at its next step.
+A job is one row of a batch. Jobs of the same task and settings share a call: the worker takes the oldest job and all
+compatible ones. Chats get turns between the batches, so that neither starves the other. A cancelled job leaves the
+queue; a batch whose jobs are all cancelled stops at its next step.
 """
 
 import logging
@@ -25,7 +25,7 @@ Step = Callable[[int, int, Any], bool]
 
 
 class Unavailable(Exception):
-    """The worker does not take this work now."""
+    """The worker does not accept this job now."""
 
 
 class Busy(Unavailable):
@@ -33,15 +33,15 @@ class Busy(Unavailable):
 
 
 class Stopped(Unavailable):
-    """The worker takes no more work."""
+    """The worker accepts no more jobs."""
 
 
 @dataclass(eq=False)
 class ImageJob:
     """One row.
 
-    `work(pipe, inputs, callback)` gets the `inputs` of several jobs and returns a result for each; jobs of one `work`
-    and one `key` may go in one call. `weight` is the row's size in pictures of the model's own size.
+    `work(pipe, inputs, callback)` gets the `inputs` of several jobs and returns a result for each; jobs of the same
+    `work` and `key` may share a call. `weight` is the row's size in images of the model's own size.
     """
 
     work: Callable[[SparPipeline, list[Any], Step], Sequence[Any]]
@@ -56,9 +56,9 @@ class ImageJob:
 
 @dataclass(eq=False)
 class ChatJob:
-    """One conversation: `begin(pipe)` gives an iterator over pieces of text, and each piece is handed to `say`.
+    """One conversation: `start(pipe)` returns an iterator over pieces of text, and `emit` gets each piece.
 
-    The future's result is that iterator, at its end.
+    The future's result is the exhausted iterator.
     """
 
     start: Callable[[SparPipeline], Iterator[str]]
@@ -70,11 +70,11 @@ class ChatJob:
 
 @dataclass
 class Worker:
-    """The queue and its thread. `observe(seconds, rows)` hears of each batch.
+    """The queue and its thread. `observe(seconds, rows)` is called after each batch.
 
-    `thread` is an executor of one thread, best of that which loaded the pipeline: OpenMP has a pool of threads for each
-    thread that ever computed, and where another has one too, ours no longer spins between operations but sleeps, which
-    makes a picture take nearly twice as long on two cores.
+    `thread` is an executor of one thread, best the one that loaded the pipeline: OpenMP keeps a pool for each thread
+    that ever computed, and with a second pool the threads sleep between operations instead of spinning, so that an
+    image takes nearly twice as long on two cores.
     """
 
     pipe: SparPipeline
@@ -96,12 +96,12 @@ class Worker:
         self._running = self.thread.submit(self._loop)
 
     def stop(self) -> None:
-        """Give up what waits and what runs, and wait for the thread's end."""
+        """Cancel waiting and running jobs, and wait for the thread to end."""
         with self._changed:
             self._stopping = True
-            given_up = [*self._waiting, *self._chats]
+            cancelled = [*self._waiting, *self._chats]
             self._changed.notify_all()
-        for job in given_up:
+        for job in cancelled:
             job.future.cancel()
         self.thread.shutdown()
 
@@ -111,14 +111,14 @@ class Worker:
 
     @property
     def waiting(self) -> int:
-        """Jobs and chats in the queue, what runs now not counted (a chat that speaks is)."""
+        """Number of jobs and chats in the queue, without the running batch but with running chats."""
         return len(self._waiting) + len(self._chats)
 
     def submit(self, *jobs: ImageJob | ChatJob) -> None:
-        """Put jobs in the queue, all or none.
+        """Queue all jobs or none.
 
         Raises:
-            Busy: there is no room for all of them.
+            Busy: the queue has no room for all of them.
             Stopped: the worker has been stopped.
         """
         with self._changed:
@@ -128,17 +128,17 @@ class Worker:
                 raise Busy
             for job in jobs:
                 (self._chats if isinstance(job, ChatJob) else self._waiting).append(job)
-                job.future.add_done_callback(self._forget)  # knows no job: with one it would be a circle, kept long
+                job.future.add_done_callback(self._forget)  # no reference to the job, which would be a cycle
             self._changed.notify_all()
 
     def call(self, function: Callable[[SparPipeline], Any]) -> Future:
-        """Run a function of the pipeline in its turn, alone; raises as `submit`."""
+        """Queue a function of the pipeline, which runs alone; raises as `submit`."""
         job = ImageJob(lambda pipe, inputs, step: [function(pipe)], None, None)
         self.submit(job)
         return job.future
 
     def _forget(self, future: Future) -> None:
-        """Take out of the queue what waits; a chat that speaks is the thread's own to end."""
+        """Remove a waiting job from the queue; the thread removes a running chat."""
         with self._changed:
             for job in [job for job in self._waiting if job.future is future]:
                 self._waiting.remove(job)
@@ -146,13 +146,11 @@ class Worker:
                 self._chats.remove(chat)
 
     def _loop(self) -> None:
-        while (
-            self._run_once()
-        ):  # a function of its own, so that nothing of the last turn is kept while there is no work
+        while self._run_once():  # a separate function, so that no result of the last turn is kept while idle
             pass
 
     def _run_once(self) -> bool:
-        """Wait for work, then do a batch and let each chat say a little; False once the worker is stopped."""
+        """Wait for jobs, then run a batch and advance each chat; False once the worker is stopped."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopping or self._waiting or self._chats)
             if self._stopping:
@@ -164,28 +162,28 @@ class Worker:
             self._answered_at = time.perf_counter()
             self.observe(self._answered_at - start, len(jobs))
         with self._changed:
-            speaking = list(self._chats)[:MAX_CHATS]
-            for chat in speaking:
+            running = list(self._chats)[:MAX_CHATS]
+            for chat in running:
                 chat.started = True
-        for chat in speaking:
+        for chat in running:
             self._advance(chat)
             if chat.future.done():
-                chat.pieces = None  # and with it what the model remembers of the conversation
+                chat.pieces = None  # frees the KV cache of the conversation
                 with self._changed:
                     self._chats.remove(chat)
         return True
 
     def _take_batch(self) -> list[ImageJob]:
-        """The oldest job and all that goes with it, up to a full batch.
+        """Take the oldest job and all compatible ones, up to a full batch.
 
-        Clients that have just been answered come back one after another within milliseconds. The worker waits so long
-        for as many as it answered last: without that, eight clients fall into two groups that wait for each other.
+        Clients that were just answered send their next requests within milliseconds. The worker waits that long for as
+        many as it answered last: without that, eight clients fall into two groups that wait for each other.
         """
         left = self._answered_at + GATHER_SECONDS - time.perf_counter()
         if left > 0 and self._waiting and not self._chats:
             enough = min(self._expected, self.max_batch)
             self._changed.wait_for(lambda: self._stopping or len(self._waiting) >= enough, left)
-        if not self._waiting:  # there are only chats, or all were cancelled meanwhile
+        if not self._waiting:  # there are only chats, or all jobs were cancelled meanwhile
             return []
         head, room = self._waiting[0], self.max_batch - self._waiting[0].weight
         jobs = [head]
@@ -198,7 +196,7 @@ class Worker:
         return jobs
 
     def _run(self, jobs: list[ImageJob]) -> None:
-        """One call for all; if it fails, one for each, so that nobody pays for a neighbour."""
+        """Run all jobs in one call; if it fails, each in its own, so that only the faulty ones fail."""
 
         def step(*_: Any) -> bool:
             return not self._stopping and not all(job.future.cancelled() for job in jobs)
@@ -212,7 +210,7 @@ class Worker:
             if len(jobs) == 1:
                 _fail(jobs[0].future, error)
                 return
-            log.warning("a batch of %d failed and is done one by one: %s", len(jobs), type(error).__name__)
+            log.warning("a batch of %d failed and is run one by one: %s", len(jobs), type(error).__name__)
             for job in jobs:
                 if not job.future.cancelled():
                     self._run([job])
@@ -222,7 +220,7 @@ class Worker:
                 _finish(job.future, result)
 
     def _advance(self, chat: ChatJob) -> None:
-        """A few tokens of one conversation."""
+        """Generate a few tokens of one conversation."""
         try:
             if chat.pieces is None and not chat.future.cancelled():
                 chat.pieces = chat.start(self.pipe)

@@ -1,4 +1,4 @@
-"""What the page is made of: its components, its sentences, its looks."""
+"""Components, messages and style of the page."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from spar.reporting.markup import Markup, join, tag
 from spar.ui import examples
 from spar.ui.preview_stream import PreviewStep
 
-HEIGHT = 340  # of a picture on the page, pixels
-SMALL = 128  # pictures up to this side are enlarged with hard edges
+HEIGHT = 340  # of an image on the page, pixels
+SMALL = 128  # images up to this side are enlarged without smoothing
 HIDDEN: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
-# The pipeline speaks of keywords and data; a person sees labels and files.
+# The pipeline's messages name keywords and data; the page shows labels and files.
 _PLAIN = (
     (r"^(prompt|instruction|question): ", ""),
     (r"^negative_prompt: ", "steer away from: "),
@@ -38,8 +38,8 @@ def stop_button() -> gr.Button:
     return gr.Button("Stop", scale=1, min_width=90)
 
 
-def picture(label: str, side: int) -> gr.Image:
-    """A result; the file as it was written, so that what the browser saves is what the command line writes."""
+def image(label: str, side: int) -> gr.Image:
+    """A result, as the written file, so that the browser saves what the command line writes."""
     return gr.Image(
         type="filepath", image_mode=None, format="png", label=label, interactive=False, height=HEIGHT,
         buttons=["fullscreen"], elem_classes=_classes(side),
@@ -47,15 +47,15 @@ def picture(label: str, side: int) -> gr.Image:
 
 
 def source(label: str, side: int, value: str | None) -> gr.Image:
-    """A picture that a person gives, as the path of the file that came."""
-    made = gr.Image(
+    """An image input, as the path of the uploaded file."""
+    component = gr.Image(
         value, type="filepath", image_mode=None, format="png", label=label, interactive=True, height=HEIGHT,
         sources=["upload", "clipboard"], buttons=["fullscreen"], elem_classes=_classes(side),
-        placeholder="Drop a picture here, paste one, or click to choose a file",
+        placeholder="Drop an image here, paste one, or click to choose a file",
     )  # fmt: skip
-    # Gradio's own would open the file with Pillow, before our gate looks at it.
-    made.preprocess = lambda data: data and data.path
-    return made
+    # Gradio's own would open the file with Pillow before our checks.
+    component.preprocess = lambda data: data and data.path
+    return component
 
 
 def slider(label: str, side: int) -> gr.ImageSlider:
@@ -71,7 +71,7 @@ def _classes(side: int) -> list[str]:
 
 def seed(value: str) -> gr.Textbox:
     return gr.Textbox(
-        value, label="Seed", info="The same seed, the same picture.", placeholder="a new one each time", max_length=20,
+        value, label="Seed", info="The same seed, the same image.", placeholder="a new one each time", max_length=20,
         html_attributes={"inputmode": "numeric", "autocomplete": "off"}, scale=3, min_width=160,
     )  # fmt: skip
 
@@ -81,13 +81,13 @@ def status() -> gr.HTML:
 
 
 def download_button() -> tuple[gr.HTML, gr.DownloadButton]:
-    """What stands below a result: the status, and the file to take home."""
+    """The row below a result: the status, and the file to download."""
     with gr.Row(elem_classes="spar-foot"):
         return status(), gr.DownloadButton("Download PNG", interactive=False, size="sm", min_width=130)
 
 
 def file(path: str) -> dict[str, Any]:
-    """The download button's update when there is a file."""
+    """Update of the download button once there is a file."""
     return gr.update(value=path, interactive=True)
 
 
@@ -96,21 +96,21 @@ def routing_panel() -> gr.HTML:
         return gr.HTML(routing_html(tag("p", "Draw something first.", class_="spar-lead")))
 
 
-# ---- sentences -------------------------------------------------------------------------------------------------------
+# ---- messages --------------------------------------------------------------------------------------------------------
 
 
 def routing_html(view: Markup) -> Markup:
     """A routing with its explanation."""
-    said = (
+    explanation = (
         "The language model works in layers, and each word is read from a mix of them that the model chooses. A stripe "
         "shows the mix, the number below names the layers, and pointing at it gives the exact shares."
     )
-    return join(tag("p", said, class_="spar-lead"), view)
+    return join(tag("p", explanation, class_="spar-lead"), view)
 
 
 def head(side: int, shapes: bool) -> Markup:
-    """What the model is and can do."""
-    what = "One model that draws pictures from words, changes them, answers questions about them and rebuilds them."
+    """Header of the page: the model and its abilities."""
+    what = "One model that generates images from text, edits them, answers questions about them and reconstructs them."
     if not shapes:
         more = f" This one works at {side} × {side} pixels."
         return tag("div", tag("h1", "SPAR"), tag("p", what, more), class_="spar-head")
@@ -125,7 +125,7 @@ def head(side: int, shapes: bool) -> Markup:
 
 
 def error_message(sentence: str) -> Markup:
-    """An error as a person would want to read it."""
+    """An error in the page's own terms."""
     for pattern, plain in _PLAIN:
         sentence = re.sub(pattern, plain, sentence, flags=re.S)
     return tag("div", sentence[0].upper() + sentence[1:].rstrip(".") + ".", class_="spar-problem", role="alert")
@@ -144,11 +144,11 @@ def done_message(seed: int, steps: int, guidance: float, seconds: float) -> Mark
     return status_message(f"Seed {seed} · {steps} steps · guidance {guidance:g} · {seconds:.2g} s")
 
 
-# ---- looks -----------------------------------------------------------------------------------------------------------
+# ---- style -----------------------------------------------------------------------------------------------------------
 
 
 def theme() -> gr.themes.Base:
-    """System fonts, so that nothing is loaded from elsewhere, and small print that can be read."""
+    """Theme with system fonts, so that nothing is loaded from elsewhere, and legible small text."""
     return gr.themes.Default(
         primary_hue="blue", neutral_hue="zinc", font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],

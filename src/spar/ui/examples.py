@@ -1,4 +1,4 @@
-"""What the page says of the shapes world; examples that the bundled model gets right (a test has the detector look)."""
+"""The page's texts on the shapes world, and examples that the bundled model gets right (a test runs the detector)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SCENES = (
     ),
     Scene("beige", tuple(Object("star", "purple", "small", x, y) for x, y in ((16, 20), (46, 16), (34, 46))), "count"),
 )  # fmt: skip
-# (which scene, what to say)
+# (index of the scene, text)
 EDITS = (
     (0, "change the background to navy"),
     (0, "make the red circle green"),
@@ -64,11 +64,11 @@ VOCABULARY_GROUPS = {
 
 
 def knows_shapes(pipe: SparPipeline) -> bool:
-    """Whether a model is of the shapes world: it has that world's words and no others."""
+    """Whether a model's vocabulary is that of the shapes world."""
     tokenizer = pipe.bundle.text_tokenizer
     return tokenizer.unk_token is not None and {*VOCABULARY} <= {*tokenizer.get_vocab()}
 
 
-def scene_pictures() -> list[Image.Image]:
-    """The pictures of SCENES."""
+def scene_images() -> list[Image.Image]:
+    """Render SCENES."""
     return [Image.fromarray(render(scene)) for scene in SCENES]

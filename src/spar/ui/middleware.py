@@ -1,7 +1,7 @@
-"""What may reach Gradio: an allow-list of routes, small requests, files of its own folder, and no addresses.
+"""Limits on what reaches Gradio: an allow-list of routes, small requests, files of its own folder, and no URLs.
 
-Gradio serves more than this page needs: a proxy, streams, an API, files by path, and inputs that it fetches from an
-address. Its own checks stay behind these.
+Gradio serves more than this page needs: a proxy, streams, an API, files by path, and inputs that it fetches from a URL.
+Its own checks follow these.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ ROUTES = re.compile(
     r"/(|config|theme\.css|favicon\.ico|login|logout|(assets|static)/.*"
     r"|gradio_api/(run/predict|queue/join|queue/data|upload|upload_progress|cancel|reset|heartbeat/\w+|startup-events|file=.*))/?"
 )
-MAX_REQUEST = 256 * 2**10  # bytes of a request that carries no picture
-MULTIPART = 64 * 2**10  # bytes around a picture
+MAX_REQUEST = 256 * 2**10  # bytes of a request that carries no image
+MULTIPART = 64 * 2**10  # bytes around an image
 HEADERS = {
-    # Gradio writes script and style into its page and compiles templates there; all else that a page could ask is off.
+    # Gradio writes script and style into its page and compiles templates there; everything else is forbidden.
     b"content-security-policy": b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; "
     b"frame-ancestors 'none'; form-action 'self'; base-uri 'self'",
     b"x-content-type-options": b"nosniff",
@@ -36,7 +36,7 @@ class GradioGuardMiddleware:
     Args:
         app: Gradio's.
         files: the folder that files may be served from, Gradio's cache.
-        max_file: bytes of an uploaded picture.
+        max_file: bytes of an uploaded image.
     """
 
     def __init__(self, app: ASGIApp, files: Path, max_file: int) -> None:
@@ -57,7 +57,7 @@ class GradioGuardMiddleware:
         await (refusal or self.app)(scope, receive, _with_headers(send))
 
     def _refuse(self, path: str, scope: Scope) -> PlainTextResponse | None:
-        """The answer to a request that is turned away by its first lines."""
+        """Error answer to a request whose path or headers are refused, None otherwise."""
         if not ROUTES.fullmatch(path) or (path.startswith("/gradio_api/file=") and not self._is_own(path[17:])):
             return PlainTextResponse("not found", 404)
         if scope["method"] in ("GET", "HEAD"):
@@ -72,7 +72,7 @@ class GradioGuardMiddleware:
         return PlainTextResponse("too large", 413) if int(length) > most else None
 
     def _own_files(self, body: bytes) -> bool:
-        """Whether every file that a request names is one of ours: no address, no other folder."""
+        """Whether every file of a request lies in our folder (and is no URL)."""
         try:
             return all(isinstance(path, str) and self._is_own(path) for path in _paths(json.loads(body)))
         except (ValueError, RecursionError):
@@ -86,7 +86,7 @@ class GradioGuardMiddleware:
 
 
 def _paths(data: Any) -> Iterator[Any]:
-    """The values of every "path" in nested data; that of a file is never None."""
+    """Values of every "path" in nested data; a file's is never None."""
     if isinstance(data, dict):
         if data.get("path") is not None:
             yield data["path"]
@@ -97,7 +97,7 @@ def _paths(data: Any) -> Iterator[Any]:
 
 
 async def _read(receive: Receive) -> bytes:
-    """A request's whole body; its length was checked, and the server holds the client to it."""
+    """Read a request's whole body; its length was checked, and the server enforces it."""
     body, more = b"", True
     while more:
         message = await receive()
@@ -107,19 +107,19 @@ async def _read(receive: Receive) -> bytes:
 
 
 def replay_body(body: bytes, receive: Receive) -> Receive:
-    """A body that was read, as if it had not been."""
+    """A `receive` that returns a body which was read already."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def again() -> Message:
+    async def replay() -> Message:
         return messages.pop() if messages else await receive()
 
-    return again
+    return replay
 
 
 def _with_headers(send: Send) -> Send:
-    async def sending(message: Message) -> None:
+    async def wrapped(message: Message) -> None:
         if message["type"] == "http.response.start":
             message = {**message, "headers": [*message.get("headers", ()), *HEADERS.items()]}
         await send(message)
 
-    return sending
+    return wrapped

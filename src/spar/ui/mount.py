@@ -1,4 +1,4 @@
-"""The page on the network: into an application of others, or served alone, behind its doorman."""
+"""Serving of the page, alone or mounted into another application, with GradioGuardMiddleware around it."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ def mount_page(
     app: FastAPI, pipe: SparPipeline, path: str = "/", *, token: str | None = None, call: Call | None = None,
     cache: Path,
 ) -> FastAPI:  # fmt: skip
-    """Put the page into an application.
+    """Mount the page into an application.
 
     Args:
-        app: gets the page.
+        app: the application.
         pipe, call: as in `build_page`.
-        path: where.
-        token: what a person must give as password, if any.
-        cache: an empty folder of our own, for pictures that come and go.
+        path: where to mount it.
+        token: the password, if any.
+        cache: an empty folder of our own, for temporary images.
     """
-    os.environ["GRADIO_TEMP_DIR"] = str(cache)  # Gradio's own way to be told; it is read when parts are made
+    os.environ["GRADIO_TEMP_DIR"] = str(cache)  # Gradio reads it when it creates components
     blocks = build_page(pipe, call)
-    doorman = Middleware(GradioGuardMiddleware, files=cache, max_file=MAX_BYTES)
+    guard = Middleware(GradioGuardMiddleware, files=cache, max_file=MAX_BYTES)
     return gr.mount_gradio_app(
-        app, blocks, path, app_kwargs={"middleware": [doorman]}, max_file_size=MAX_BYTES, show_error=False,
+        app, blocks, path, app_kwargs={"middleware": [guard]}, max_file_size=MAX_BYTES, show_error=False,
         auth=_password(token) if token else None, auth_message="The password is the token that spar was started with.",
         footer_links=[], run_history=False, ssr_mode=False, mcp_server=False, pwa=False, enable_monitoring=False,
         theme=theme(), css=CSS,
@@ -58,9 +58,9 @@ def _password(token: str) -> Callable[[str, str], bool]:
 def page_app(
     pipe: SparPipeline, host: str, path: str = "/", call: Call | None = None, *, token: str | None, cache: Path
 ) -> FastAPI:  # fmt: skip
-    """An application with the page alone at `path`, reached at `host`; all else as in `mount_page`."""
+    """Build an application with the page alone at `path`, reached at `host`; the rest as in `mount_page`."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    if is_local(host):  # a page from elsewhere cannot reach us under a name of its own
+    if is_local(host):  # against DNS rebinding
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "["])  # [::1], cut at :
     return mount_page(app, pipe, path, token=token, call=call, cache=cache)
 
@@ -72,7 +72,7 @@ def serve_page(
 
     Args:
         pipe, token, call: as in `mount_page`.
-        listener: of `access.listen`, after `access.check_access`.
+        listener: from `auth.listen`, after `auth.check_access`.
     """
     with tempfile.TemporaryDirectory(prefix="spar-") as cache:
         app = page_app(pipe, listener.getsockname()[0], token=token, call=call, cache=Path(cache))

@@ -1,4 +1,4 @@
-"""Drawing for the page: with previews as it goes, and a way to stop."""
+"""Sampling for the page, with previews and a way to stop."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     Task = Literal["generate", "edit"]
 
 PREVIEW_SECONDS = 0.2  # at least between two previews
-PREVIEW_SHARE = 0.2  # of the time at most goes into previews
+PREVIEW_SHARE = 0.2  # largest share of the time spent on previews
 
 
 @dataclass(frozen=True)
 class PreviewStep:
-    """A step done, of how many; with a preview now and then."""
+    """A finished step, the number of steps, and sometimes a preview."""
 
     done: int
     steps: int
@@ -32,11 +32,11 @@ class PreviewStep:
 
 
 class PreviewStream:
-    """The pipeline's work for the sessions of a page.
+    """Runs the pipeline for the sessions of a page.
 
     Args:
-        pipe: does the work, on a thread of its own.
-        call: runs a function of the pipeline alone, in its turn, where somebody else owns the pipeline's thread.
+        pipe: runs on a thread of its own.
+        call: queues a function of the pipeline, which runs alone; for a pipeline whose thread belongs to a server.
     """
 
     def __init__(self, pipe: SparPipeline, call: Call | None = None) -> None:
@@ -45,15 +45,15 @@ class PreviewStream:
         self._ends: dict[tuple[str, str], Callable[[], None]] = {}
 
     def run(self, session: str, task: Task, *args: Any, **keywords: Any) -> Iterator[PreviewStep | GenerateOutput]:
-        """The steps of a task of the pipeline as they are done, at last its output. A reader that leaves stops it.
+        """Yield the steps of a task of the pipeline, then its output. Closing the iterator stops the task.
 
         Raises:
-            Cancelled, CancelledError: it was stopped at work, or before its turn came.
-            Exception: whatever the task raises.
+            Cancelled, CancelledError: the task was stopped while it ran, or before it began.
+            Exception: as raised by the task.
         """
-        stop, told = Event(), Queue()
+        stop, items = Event(), Queue()
         future = self.call(
-            lambda pipe: getattr(pipe, task)(*args, callback=_callback(pipe, stop, told.put), **keywords)
+            lambda pipe: getattr(pipe, task)(*args, callback=_callback(pipe, stop, items.put), **keywords)
         )
 
         def end() -> None:
@@ -61,9 +61,9 @@ class PreviewStream:
             future.cancel()
 
         self._ends[session, task] = end
-        future.add_done_callback(told.put)
+        future.add_done_callback(items.put)
         try:
-            while isinstance(item := told.get(), PreviewStep):
+            while isinstance(item := items.get(), PreviewStep):
                 yield item
             yield item.result()
         finally:
@@ -72,14 +72,14 @@ class PreviewStream:
                 del self._ends[session, task]
 
     def stop(self, session: str, *tasks: Task) -> None:
-        """End what is being drawn for a session: at the end of its step, or at once where it waits for its turn."""
+        """Stop a session's tasks: a running one after its current step, a waiting one at once."""
         for task in tasks:
             if end := self._ends.get((session, task)):
                 end()
 
 
-def _callback(pipe: SparPipeline, stop: Event, tell: Callable[[PreviewStep], None]) -> Callable[[int, int, Any], bool]:
-    """The pipeline's callback that tells of each step, with a preview where there is time for one."""
+def _callback(pipe: SparPipeline, stop: Event, emit: Callable[[PreviewStep], None]) -> Callable[[int, int, Any], bool]:
+    """Callback of the pipeline that emits each step, with a preview when one is due."""
     due = time.monotonic() + PREVIEW_SECONDS
 
     def callback(done: int, steps: int, latent: Any) -> bool:
@@ -89,7 +89,7 @@ def _callback(pipe: SparPipeline, stop: Event, tell: Callable[[PreviewStep], Non
             image = pipe.preview(latent)[0]
             ended = time.monotonic()
             due = ended + max(PREVIEW_SECONDS, (ended - began) / PREVIEW_SHARE)
-        tell(PreviewStep(done, steps, image))
+        emit(PreviewStep(done, steps, image))
         return not stop.is_set()
 
     return callback

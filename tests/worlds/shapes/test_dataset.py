@@ -1,4 +1,4 @@
-"""Truths about the training data: dealt by index alone, and dense targets that say what the picture shows."""
+"""Truths about the training data: dealt by index alone, and dense targets that say what the image shows."""
 
 from collections import Counter
 

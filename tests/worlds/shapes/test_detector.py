@@ -50,7 +50,7 @@ def test_centres_are_found_to_a_quarter_of_a_pixel() -> None:
         assert 0.9 < found.confidence <= 1
 
 
-def test_a_degraded_picture_is_really_degraded() -> None:
+def test_a_degraded_image_is_really_degraded() -> None:
     image = render(PAIR)
     worse = degrade_image(image, np.random.default_rng(0))
     assert 14 < (worse[:10].astype(float) - image[:10]).std() < 18
@@ -75,7 +75,7 @@ def test_agreement_sees_each_change_of_a_scene() -> None:
     assert not any(agrees(detection, scene) for scene in wrong)
 
 
-def test_empty_and_flat_pictures_have_no_objects() -> None:
+def test_empty_and_flat_images_have_no_objects() -> None:
     for name, rgb in BACKGROUNDS.items():
         assert detect(np.full((64, 64, 3), rgb, np.uint8)) == Detection(name, ())
     assert detect(np.full((64, 64, 3), COLORS["red"], np.uint8)) == Detection(UNKNOWN, ())

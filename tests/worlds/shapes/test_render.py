@@ -76,7 +76,7 @@ def test_colors_are_exact_away_from_edges(background: str, color: str) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_moving_an_object_by_whole_pixels_moves_its_picture(shape: str) -> None:
+def test_moving_an_object_by_whole_pixels_moves_its_image(shape: str) -> None:
     scene = one(shape)
     moved = replace(scene, objects=(replace(scene.objects[0], x=31.3 + 5, y=33.8 - 7),))
     difference = np.roll(render(scene), (-7, 5), axis=(0, 1)).astype(int) - render(moved)

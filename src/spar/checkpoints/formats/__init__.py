@@ -1,1 +1,1 @@
-"""Published formats: where their files lie, what their configurations say, and what their tensors are called here."""
+"""Published formats: their files, their configurations, and the map of their tensor names to ours."""

@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: a local folder as it is, or a Hub id at one commit, and how a manifest names it."""
+"""Sources of checkpoints: a local folder, or a Hub id at one commit, and their records in a manifest."""
 
 import hashlib
 import re
@@ -22,7 +22,7 @@ class CheckpointSource:
     commit: str | None = None
 
     def weights(self, stem: str, subfolder: str = "") -> SafetensorsReader:
-        """The tensors of `STEM.safetensors`, in shards or not, or where there is none of its bfloat16 variant."""
+        """The tensors of `STEM.safetensors`, in shards or not, or else of its bfloat16 variant."""
         folder = self.folder / subfolder
         for name in (f"{stem}.safetensors", f"{stem}.bf16.safetensors"):
             path = folder / name
@@ -33,7 +33,7 @@ class CheckpointSource:
         raise InputError(f"{folder}: expected weights as {stem}.safetensors, found {found}")
 
     def record(self, files: list[Path]) -> dict[str, Any]:
-        """What a manifest says of the files that were read: the commit, or for a local folder the sums of the files."""
+        """Record of the read files for a manifest: the commit, or for a local folder the hashes of the files."""
         if self.commit is not None:
             return {"source": self.name, "commit": self.commit}
         sums = {path.relative_to(self.folder).as_posix(): _sha256(path) for path in sorted(files)}
@@ -48,12 +48,12 @@ def _sha256(path: Path) -> str:
 def fetch(
     source: str, patterns: tuple[str, ...], *, revision: str | None = None, what: str = "source"
 ) -> CheckpointSource:
-    """A local folder, or the files of a Hub repository that match `patterns`, downloaded where they are not here yet.
+    """Find a local folder, or the files of a Hub repository that match `patterns`, and download missing ones.
 
-    Downloads, their resumption and the offline mode (HF_HUB_OFFLINE) are huggingface_hub's; no code comes with them.
+    Downloads, their resumption and the offline mode (HF_HUB_OFFLINE) are huggingface_hub's; no code is downloaded.
 
     Raises:
-        InputError: what is neither, a revision of a local folder, or a download that fails.
+        InputError: neither of the two, a revision of a local folder, or a failed download.
     """
     path = Path(source)
     if path.is_dir():
@@ -64,7 +64,7 @@ def fetch(
         raise InputError(f"{what}: expected a folder or a Hub id such as OWNER/NAME, got {source!r}")
     from huggingface_hub import constants, snapshot_download
 
-    # Said, as huggingface_hub before 2.3 goes online for a commit whose list of files is not in the cache.
+    # Explicit, since huggingface_hub before 2.3 goes online for a commit whose list of files is not in the cache.
     offline = constants.HF_HUB_OFFLINE
     try:
         folder = Path(

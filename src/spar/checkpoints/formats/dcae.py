@@ -19,14 +19,14 @@ DECODER, PIXEL_ENCODER = "tokenizer.decoder", "pixel_encoder"
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """Sizes, and what brings the native latents to unit size."""
+    """Sizes, and the factor that scales the native latents to unit variance."""
 
     config: AutoencoderConfig
     scaling_factor: float
 
 
 def read_config(source: CheckpointSource) -> Autoencoder:
-    """The sizes of a checkpoint; a field that it leaves out has the library's default, as the library reads it."""
+    """Read the sizes of a checkpoint; missing fields have the library's defaults."""
     given = ForeignConfig.read(source.folder / "config.json")
     given.expect("_class_name", "AutoencoderDC")
     parameters = inspect.signature(AutoencoderDC.__init__).parameters
@@ -57,12 +57,12 @@ def read_config(source: CheckpointSource) -> Autoencoder:
 
 
 def _each(value: Any, count: int) -> tuple[Any, ...]:
-    """One entry a resolution; a single one stands for all."""
+    """One entry per resolution; a single one applies to all."""
     return (value,) * count if isinstance(value, str) else tuple(value)
 
 
 def translate(key: str) -> tuple[TensorSlice, ...] | None:
-    """A tensor's name to ours; both halves lie in one file."""
+    """Translate a tensor's name to ours; both halves are in one file."""
     half, _, rest = key.partition(".")
     prefix = {"decoder": DECODER, "encoder": PIXEL_ENCODER}.get(half)
     return None if prefix is None else (TensorSlice(f"{prefix}.network.{rest}"),)

@@ -1,4 +1,4 @@
-"""A foreign configuration, read field by field: what our configuration cannot say is refused, never ignored."""
+"""A foreign configuration, read field by field: unsupported values are refused, never ignored."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ REQUIRED = object()
 
 
 class ForeignConfig:
-    """The fields of a JSON object, named `where` in errors. Of several names for a field the first found counts."""
+    """The fields of a JSON object, named `where` in errors. Of several names of a field the first one found is used."""
 
     def __init__(self, values: Any, where: str) -> None:
         if not isinstance(values, dict):
@@ -25,7 +25,7 @@ class ForeignConfig:
         return self.values.get(name) is not None
 
     def get(self, *names: str, default: Any = REQUIRED) -> Any:
-        """The value of the first of `names` that has one."""
+        """Value of the first of `names` that has one."""
         for name in names:
             if name in self:
                 return self.values[name]
@@ -34,7 +34,7 @@ class ForeignConfig:
         return default
 
     def inner(self, *names: str) -> "ForeignConfig":
-        """The object in the first of `names` that is there."""
+        """The object in the first of `names` that exists."""
         name = next((name for name in names if name in self), names[0])
         return ForeignConfig(self.get(name), f"{self.where}: {name}")
 
@@ -51,7 +51,7 @@ class ForeignConfig:
         return value
 
     def side(self, name: str) -> int:
-        """One side of a square that is given as a number or a pair."""
+        """Side of a square, given as a number or a pair."""
         value = self.get(name)
         sides = value if isinstance(value, list) else [value, value]
         if len(sides) != 2 or sides[0] != sides[1] or type(sides[0]) is not int:
@@ -59,7 +59,7 @@ class ForeignConfig:
         return sides[0]
 
     def expect(self, name: str, *allowed: Any, default: Any = REQUIRED) -> None:
-        """Refuse a value that is none of `allowed`; a field that is not there has the value `default`."""
+        """Refuse a value that is not one of `allowed`; a missing field has the value `default`."""
         value = self.get(name, default=default)
         if value not in allowed:
             raise InputError(f"{self.where}: {name}: expected {' or '.join(map(repr, allowed))}, got {value!r}")

@@ -35,16 +35,16 @@ _QKV = re.compile(r"encoder\.layer\.(\d+)\.attn\.qkv\.(weight|bias)")
 
 @dataclass(frozen=True)
 class Mllm:
-    """The sizes that a checkpoint's configuration gives."""
+    """Sizes from a checkpoint's configuration."""
 
     vision: VisionConfig
     text: TextConfig
 
 
 def read_config(folder: Path, files: TensorReader, text_tokenizer: Any) -> Mllm:
-    """The sizes of a checkpoint in either layout; whatever we could not compute alike is refused.
+    """Read the sizes of a checkpoint in either layout; unsupported settings are refused.
 
-    The head is tied where the configuration says so or none is stored (older configurations say nothing).
+    The head is tied if the configuration says so or none is stored (older configurations do not say).
     """
     config = ForeignConfig.read(folder / "config.json")
     config.expect("downsample_ratio", 0.5, default=0.5)
@@ -122,7 +122,7 @@ def _rope(config: ForeignConfig) -> tuple[float, float]:
 
 
 def translate(key: str, *, head: bool) -> tuple[TensorSlice, ...] | None:
-    """A tensor's name in either layout to ours; `head`: whether the model has a head of its own to take one over."""
+    """Translate a tensor's name in either layout to ours; `head`: whether the model has a separate head."""
     key = re.sub(r"^model\.(?=(language_model|vision_tower|multi_modal_projector)\.)", "", key)
     if re.fullmatch(r"(language_model\.)?lm_head\.weight", key):
         return (TensorSlice(f"{LANGUAGE}.head.weight"),) if head else ()
@@ -138,7 +138,7 @@ def translate(key: str, *, head: bool) -> tuple[TensorSlice, ...] | None:
 
 
 def translate_vision(key: str) -> tuple[TensorSlice, ...]:
-    """A name within the original vision tower."""
+    """Translate a name within the original vision tower."""
     for old, new in _FROM_ORIGINAL.items():
         key = re.sub(rf"(^|(?<=\.)){re.escape(old)}", new, key)
     if fused := _QKV.fullmatch(key):
@@ -149,7 +149,7 @@ def translate_vision(key: str) -> tuple[TensorSlice, ...]:
 
 
 def translate_projector(key: str) -> tuple[TensorSlice, ...] | None:
-    """A name within the original projector: LayerNorm, Linear, GELU, Linear by number."""
+    """Translate a name within the original projector: LayerNorm, Linear, GELU, Linear by number."""
     number, _, kind = key.partition(".")
     if number not in _PROJECTOR:
         return None

@@ -1,4 +1,4 @@
-"""Key maps: which tensor of which file becomes which weight of ours, checked as a whole before anything is read."""
+"""Key maps from the tensors of foreign files to our weights, checked as a whole before anything is read."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from spar.common.errors import InputError
 class TensorSlice:
     """Part `index` of `count` equal parts of a tensor's first dimension, under our name for it.
 
-    `single`: the first dimension is a batch of one, which ours has not.
+    `single`: the first dimension is a batch of one, which ours lacks.
     """
 
     name: str
@@ -27,12 +27,12 @@ class TensorSlice:
     def take(self, tensor: Tensor) -> Tensor:
         if self.single and tensor.shape[0] == 1:
             return tensor[0]
-        if self.count == 1 or tensor.shape[0] % self.count:  # an odd one will be of another shape
+        if self.count == 1 or tensor.shape[0] % self.count:  # not divisible: `check` reports its shape
             return tensor
         return tensor.chunk(self.count)[self.index]
 
 
-# A tensor's name in a file to our names for it: none for what we have no use for, None for an unknown one.
+# A tensor's name in a file to our names for it: empty for an unused tensor, None for an unknown one.
 Translate = Callable[[str], tuple[TensorSlice, ...] | None]
 
 
@@ -54,7 +54,7 @@ class KeyMap:
     tensors_given: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, files: TensorReader, translate: Translate, keys: Iterable[str] | None = None) -> None:
-        """Take over a file's tensors (of `keys`, if given). Unknown ones keep their names, for the report."""
+        """Add a file's tensors (of `keys`, if given). Unknown ones keep their names, for the report."""
         for key in files.shapes if keys is None else keys:
             targets = translate(key)
             for rows in (TensorSlice(f"{key} (unknown)"),) if targets is None else targets:
@@ -66,11 +66,11 @@ class KeyMap:
                 self.tensors_given[rows.name] = rows.take(files.shapes[key])
 
     def check(self, parts: dict[str, nn.Module], names: dict[str, str]) -> None:
-        """Refuse, in one report over all parts, what is missing, unexpected or of another shape.
+        """Refuse missing, unexpected and misshapen tensors, in one report over all parts.
 
         Args:
             parts: our modules by the prefix of their names here.
-            names: for each of these, what the report calls it.
+            names: name of each in the report.
         """
         faults = []
         for prefix, module in parts.items():
@@ -86,7 +86,7 @@ class KeyMap:
             raise InputError("the checkpoints do not fit: " + "; ".join(faults))
 
     def tensors(self, prefix: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """The weights of a part, read one by one, as they are stored where `dtype` is None."""
+        """Read the weights of a part one by one, as stored if `dtype` is None."""
         start = f"{prefix}."
         return {
             name.removeprefix(start): rows.take(files.read(key, dtype)).contiguous()

@@ -1,7 +1,7 @@
 """SANA in diffusers' layout (`Efficient-Large-Model/Sana_*_512px_diffusers`): transformer/ and scheduler/.
 
-A trap of that layout: its scheduler's configuration has `flow_shift`. A scheduler class that looks for `shift` finds
-none and silently takes 1. Here the shift of sampling is read from whichever of the two the named class reads.
+That layout has a trap: its scheduler's configuration has `flow_shift`, and a scheduler class that reads `shift`
+silently uses 1. Here the shift of sampling is that of the field which the named class reads.
 """
 
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ SHIFTS = {"DPMSolverMultistepScheduler": "flow_shift", "FlowMatchEulerDiscreteSc
 
 @dataclass(frozen=True)
 class Dit:
-    """Sizes, channels of the latent, and the shift that it is sampled with (None: no scheduler came with it)."""
+    """Sizes, channels of the latent, and the shift of sampling (None: there is no scheduler)."""
 
     config: DenoiserConfig
     channels: int
@@ -32,7 +32,7 @@ class Dit:
 
 
 def read_config(source: CheckpointSource, base: DenoiserConfig) -> Dit:
-    """The sizes of a checkpoint; what SANA's own configuration does not know is that of `base`."""
+    """Read the sizes of a checkpoint; settings that SANA's configuration lacks are those of `base`."""
     config = ForeignConfig.read(source.folder / FOLDER / "config.json")
     config.expect("_class_name", "SanaTransformer2DModel")
     config.expect("patch_size", 1)

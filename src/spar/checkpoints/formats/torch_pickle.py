@@ -1,6 +1,6 @@
-"""Tensors in a file of torch.save (`.pt`, `.pth`), for conversions alone: torch's reader of plain tensors, size-capped.
+"""Tensors in a file of torch.save (`.pt`, `.pth`), only for conversions: torch's reader of plain tensors, size-capped.
 
-`weights_only` admits no code; the cap and the check of what came keep a hostile file from filling the memory.
+`weights_only` admits no code; the cap and the check of the contents keep a hostile file from filling the memory.
 """
 
 import zipfile
@@ -13,11 +13,11 @@ from torch import Tensor
 from spar.common.errors import InputError
 
 MAX_BYTES = 16 * 2**30
-NESTED = ("state_dict", "model", "module")  # where training scripts put the weights
+NESTED = ("state_dict", "model", "module")  # keys of the weights in files of training scripts
 
 
 class TorchPickleReader:
-    """The same face as `SafetensorsReader`: shapes at once, values one at a time, from one file."""
+    """The interface of `SafetensorsReader` for one file."""
 
     def __init__(self, path: Path, max_bytes: int = MAX_BYTES) -> None:
         self.path, self.files = path, [path]
@@ -25,13 +25,13 @@ class TorchPickleReader:
         self.shapes = {key: torch.empty(value.shape, device="meta") for key, value in self._tensors.items()}
 
     def read(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor with memory of its own, a floating one in `dtype` where that is given."""
+        """Read one tensor as a copy, a floating one in `dtype` if given."""
         tensor = self._tensors[key]
         return tensor.to(dtype if dtype and tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
 def _load(path: Path, max_bytes: int) -> Any:
-    """What torch's reader of plain tensors finds in a file within the cap, packed and unpacked."""
+    """Read a file with torch's reader of plain tensors, within the cap for its packed and unpacked size."""
     try:
         packed = zipfile.ZipFile(path).infolist() if zipfile.is_zipfile(path) else []
         size = max(path.stat().st_size, sum(item.file_size for item in packed))
@@ -45,11 +45,11 @@ def _load(path: Path, max_bytes: int) -> Any:
         raise InputError(f"{path} holds more than plain tensors, or is damaged: {reason}") from error
 
 
-def _tensors_of(held: Any, path: Path) -> dict[str, Tensor]:
-    """The state dictionary itself, or the one within."""
+def _tensors_of(data: Any, path: Path) -> dict[str, Tensor]:
+    """The state dictionary itself, or the nested one."""
     for name in NESTED:
-        if isinstance(held, dict) and isinstance(held.get(name), dict):
-            held = held[name]
-    if not isinstance(held, dict) or not held or not all(isinstance(value, Tensor) for value in held.values()):
-        raise InputError(f"{path}: expected a dictionary of tensors, got {type(held).__name__}")
-    return {str(key): value for key, value in held.items()}
+        if isinstance(data, dict) and isinstance(data.get(name), dict):
+            data = data[name]
+    if not isinstance(data, dict) or not data or not all(isinstance(value, Tensor) for value in data.values()):
+        raise InputError(f"{path}: expected a dictionary of tensors, got {type(data).__name__}")
+    return {str(key): value for key, value in data.items()}

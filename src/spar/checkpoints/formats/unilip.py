@@ -1,8 +1,8 @@
-"""UniLIP's public checkpoints (arXiv 2507.23278; kanashi6/UniLIP, UniLIP-1B, UniLIP-3B): their names and facts.
+"""UniLIP's public checkpoints (arXiv 2507.23278; kanashi6/UniLIP, UniLIP-1B, UniLIP-3B): tensor names and facts.
 
-A tokenizer holds `encoder.` and `mlp1.` (InternVL's original layout), `down_blocks.` and `down_mlp.` (its one stream)
-and `decoder.` (DC-AE). A model holds the same under `vision_tower.`, `multi_modal_projector.` and `vae_decoder.`, and
-beside them the LLM, `latent_queries`, `llm_connector.`, `projector.` and `dit.`. A residual block is `x + mlp(x)` with
+A tokenizer has `encoder.` and `mlp1.` (InternVL's original layout), `down_blocks.` and `down_mlp.` (its one stream)
+and `decoder.` (DC-AE). A model has the same under `vision_tower.`, `multi_modal_projector.` and `vae_decoder.`, and
+also the LLM, `latent_queries`, `llm_connector.`, `projector.` and `dit.`. A residual block is `x + mlp(x)` with
 an `mlp` of LayerNorm (epsilon 1e-6), Linear, GELU, Linear; `down_mlp` is LayerNorm (1e-5), Linear, GELU, Linear.
 """
 
@@ -20,7 +20,7 @@ _WITHIN_MODEL = re.compile(r"^model\.(?=\w+\.|latent_queries$)")
 
 
 def checkpoint_kind(files: TensorReader) -> Literal["tokenizer", "model"]:
-    """Which of the two a checkpoint is."""
+    """Detect whether a checkpoint is a tokenizer or a model."""
     keys = [_WITHIN_MODEL.sub("", key) for key in files.shapes]
     if any(key.startswith("vae_decoder.") for key in keys):
         return "model"
@@ -33,13 +33,13 @@ def checkpoint_kind(files: TensorReader) -> Literal["tokenizer", "model"]:
 
 
 def count_keys(files: TensorReader, pattern: str) -> int:
-    """How many different numbers a name has in the first group of `pattern`."""
+    """Count the different numbers in the first group of `pattern`."""
     found = (re.search(pattern, key) for key in files.shapes)
     return len({match[1] for match in found if match})
 
 
 def queries(files: TensorReader) -> int:
-    """The number of query embeddings of a model."""
+    """Number of query embeddings of a model."""
     shape = next((value.shape for key, value in files.shapes.items() if key.endswith("latent_queries")), ())
     if len(shape) != 3 or shape[0] != 1:
         raise InputError(f"{files.path}: expected latent_queries of shape [1, Q, D], got {tuple(shape) or 'none'}")
@@ -47,7 +47,7 @@ def queries(files: TensorReader) -> int:
 
 
 def translate_tokenizer(key: str) -> tuple[TensorSlice, ...] | None:
-    """A name in a tokenizer checkpoint to ours."""
+    """Translate a name in a tokenizer checkpoint to ours."""
     part, _, rest = key.partition(".")
     if part == "encoder":
         return internvl.translate_vision(rest)
@@ -59,7 +59,7 @@ def translate_tokenizer(key: str) -> tuple[TensorSlice, ...] | None:
 
 
 def translate_model(key: str, *, head: bool) -> tuple[TensorSlice, ...] | None:
-    """A name in a model checkpoint to ours; the vision tower and the projector are in either of InternVL's layouts."""
+    """Translate a name in a model checkpoint to ours; vision tower and projector may be in either InternVL layout."""
     key = _WITHIN_MODEL.sub("", key)
     part, _, rest = key.partition(".")
     if part == "vision_tower":
@@ -80,7 +80,7 @@ def translate_model(key: str, *, head: bool) -> tuple[TensorSlice, ...] | None:
 
 
 def _translate_decoder(key: str) -> tuple[TensorSlice, ...] | None:
-    """The stream and DC-AE's decoder, which both kinds of checkpoint name alike."""
+    """Translate the stream and DC-AE's decoder, which have the same names in both kinds of checkpoint."""
     if block := re.fullmatch(r"down_blocks\.(\d+)\.mlp\.([013])\.(weight|bias)", key):
         index, layer, kind = block.groups()
         return (TensorSlice(f"{STREAM}.blocks.{index}.{_BLOCK[layer]}.{kind}"),)

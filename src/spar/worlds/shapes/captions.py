@@ -92,7 +92,7 @@ class Relation:
 
 @dataclass(frozen=True)
 class Claim:
-    """All that a caption says of a picture."""
+    """All that a caption says of an image."""
 
     background: str | None
     groups: tuple[Group, ...]
@@ -153,7 +153,7 @@ def position_caption(scene: Scene, rng: np.random.Generator) -> str:
 
     In half of the captions every group of objects is followed by its place, in the others half of the groups are. The
     place is the cells of the group's members, "a red circle on column two row three", or for one object in two of three
-    the half of the picture, in the relations' own words: "a red circle to the left". Two objects whose relation may
+    the half of the image, in the relations' own words: "a red circle to the left". Two objects whose relation may
     be told (`may_relate`) are joined by it in two captions of three, then with cells alone: "a red circle on column
     two row three to the left of a blue star". So the words of relations are met with one thing, then explained by a
     known place.
@@ -176,7 +176,7 @@ def position_caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def half_of_image_text(item: Object) -> str:
-    """In which half of the picture a thing lies, on the axis on which it is farthest from the middle."""
+    """In which half of the image a thing lies, on the axis on which it is farthest from the middle."""
     middle = replace(item, x=SIDE / 2, y=SIDE / 2)
     return RELATIONS[main_relation(item, middle)].removesuffix(" of")
 

@@ -23,7 +23,7 @@ BACKGROUND_IDS = {name: index for index, name in enumerate(BACKGROUNDS)}
 
 @dataclass(frozen=True)
 class SceneSample:
-    """A scene, its picture (uint8 [64, 64, 3]) and the seed that both come from."""
+    """A scene, its image (uint8 [64, 64, 3]) and the seed that both come from."""
 
     scene: Scene
     image: np.ndarray
@@ -62,7 +62,7 @@ def scene_at(
 def sample_at(
     split: str, index: int, kind_weights: Mapping[str, float] | None = None, *, combinations: str = "seen"
 ) -> SceneSample:
-    """Scene `index` of a split with its picture; arguments and errors as in `scene_at`."""
+    """Scene `index` of a split with its image; arguments and errors as in `scene_at`."""
     scene = scene_at(split, index, kind_weights, combinations=combinations)
     return SceneSample(scene, render(scene), seed_at(split, index))
 
@@ -83,7 +83,7 @@ def _draw_kind(seed: int, kind_weights: Mapping[str, float]) -> str:
 
 
 def dense_targets(scene: Scene, grid: int = GRID) -> dict[str, np.ndarray]:
-    """What each cell of a grid over the scene's picture shows.
+    """What each cell of a grid over the scene's image shows.
 
     A cell is an object's when the object covers at least CELL_SHARE of it; of several, the one that covers most wins.
 
@@ -98,7 +98,7 @@ def dense_targets(scene: Scene, grid: int = GRID) -> dict[str, np.ndarray]:
         "coverage" in [0, 1]: float32 [grid, grid], the share of the cell covered by any object.
 
     Raises:
-        ValueError: a grid that does not divide the picture's side.
+        ValueError: a grid that does not divide the image's side.
     """
     if grid < 1 or SIDE % grid:
         raise ValueError(f"grid must divide {SIDE}, got {grid}")

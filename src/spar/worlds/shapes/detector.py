@@ -68,14 +68,14 @@ class DetectedObject:
 
 @dataclass(frozen=True)
 class Detection:
-    """All that is seen in a picture; objects in order of their first row."""
+    """All that is seen in an image; objects in order of their first row."""
 
     background: str
     objects: tuple[DetectedObject, ...]
 
 
 def detect(image: np.ndarray) -> Detection:
-    """What a picture shows.
+    """What an image shows.
 
     Args:
         image: uint8 [64, 64, 3], RGB.
@@ -202,11 +202,11 @@ def _templates() -> tuple[np.ndarray, np.ndarray]:
     return templates, templates.sum(-1)
 
 
-# ---- is a picture what was asked for? -------------------------------------------------------------------------------
+# ---- is an image what was asked for? -------------------------------------------------------------------------------
 
 
 def satisfies(detection: Detection, claim: Claim) -> tuple[bool, dict[str, bool]]:
-    """Whether a picture shows all that a claim says and nothing else, and which of PARTS are right.
+    """Whether an image shows all that a claim says and nothing else, and which of PARTS are right.
 
     The verdict needs the background, the exact number of objects, and one assignment of objects to what is said for
     which every shape, colour, size and relation holds. The parts are told apart: "count" is the exact number; "shape"
@@ -289,7 +289,7 @@ def agrees(detection: Detection, scene: Scene) -> bool:
 
 
 def degrade_image(image: np.ndarray, rng: np.random.Generator, *, blur: float = 0.7, noise: float = 16.0) -> np.ndarray:
-    """A picture as a good decoder would degrade it: Gaussian blur (sigma in pixels), noise (sigma in RGB units)."""
+    """An image as a good decoder would degrade it: Gaussian blur (sigma in pixels), noise (sigma in RGB units)."""
     blurred = ndimage.gaussian_filter(image.astype(np.float32), (blur, blur, 0))
     noisy = blurred + rng.normal(0, noise, image.shape)
     return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)

@@ -35,7 +35,7 @@ CURRICULUM_KINDS = ("place", "relation")  # asked in training only: the benchmar
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a picture and its answer."""
+    """A question about an image and its answer."""
 
     kind: str
     text: str

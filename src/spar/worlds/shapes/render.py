@@ -74,7 +74,7 @@ def coverage(item: Object) -> tuple[tuple[slice, slice], np.ndarray]:
 
 
 def render(scene: Scene) -> np.ndarray:
-    """The scene's picture: uint8 [64, 64, 3], RGB."""
+    """The scene's image: uint8 [64, 64, 3], RGB."""
     image = np.empty((SIDE, SIDE, 3), dtype=np.uint8)
     image[:] = BACKGROUNDS[scene.background]
     for item in scene.objects:

@@ -1,4 +1,4 @@
-"""Scenes of the shapes world: what can be in a picture, and one scene for each integer seed.
+"""Scenes of the shapes world: what can be in an image, and one scene for each integer seed.
 
 Coordinates are continuous pixels: x to the right, y down, pixel (row i, column j) covers [j, j+1) x [i, i+1). Every
 shape lies inside the circle of its size's radius, so that two objects cannot touch when their circles do not.
@@ -61,7 +61,7 @@ RELATIONS = {"left": "to the left of", "right": "to the right of", "above": "abo
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 MAX_OBJECTS = 4
-MARGIN = 1.0  # least distance of an object's circle to the picture's edge, pixels
+MARGIN = 1.0  # least distance of an object's circle to the image's edge, pixels
 GAP = 3.0  # least distance between two objects' circles, pixels
 RELATION_OFFSET = 6.0  # a relation holds when the centres are this far apart along its axis, pixels
 POSITION_ALONG, POSITION_ACROSS = 16.0, 8.0  # what "clearly separated along one axis" means, pixels
@@ -129,7 +129,7 @@ def unique_objects(scene: Scene) -> list[Object]:
 
 
 def fits(candidate: Object, others: Sequence[Object]) -> bool:
-    """Whether `candidate` is inside the picture and keeps the gap to every one of `others`."""
+    """Whether `candidate` is inside the image and keeps the gap to every one of `others`."""
     radius = SIZES[candidate.size]
     low, high = radius + MARGIN, SIDE - radius - MARGIN
     if not (low <= candidate.x <= high and low <= candidate.y <= high):
@@ -142,7 +142,7 @@ def fits(candidate: Object, others: Sequence[Object]) -> bool:
 
 
 def place(rng: np.random.Generator, shape: str, color: str, size: str) -> Object:
-    """The object at a random centre that leaves it inside the picture."""
+    """The object at a random centre that leaves it inside the image."""
     low = SIZES[size] + MARGIN
     span = SIDE - 2 * low
     return Object(shape, color, size, low + span * rng.random(), low + span * rng.random())
