@@ -87,11 +87,11 @@ class DenoiserBlock(SanaTransformerBlock):
         shape: tuple[int, int, int, int],
     ) -> Tensor:
         """`x` `[B R, N, D]`, `modulation` `[B R, 6, D]`, `condition` `[B, M, D]` or its keys, `shape` (B, R, h, w)."""
-        batch, draws, height, width = shape
+        batch, samples, height, width = shape
         table = self.scale_shift_table[None] + modulation                               # [B R, 6, D]
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = table.to(x.dtype).chunk(6, dim=1)
         x = torch.addcmul(x, gate_1, linear_attention(self, torch.addcmul(shift_1, self.norm1(x), 1 + scale_1)))
-        shared = x.reshape(batch, draws * x.shape[1], -1)                               # [B, R N, D]
+        shared = x.reshape(batch, samples * x.shape[1], -1)                               # [B, R N, D]
         x = x + cross_attention(self, shared, condition, bias).view_as(x)
         modulated = torch.addcmul(shift_2, self.norm2(x), 1 + scale_2)
         return torch.addcmul(x, gate_2, mix_feed_forward(self, modulated, height, width))
@@ -150,14 +150,14 @@ class Denoiser(nn.Module):
             reference: `[B, D_p, h, w]`, the normalised latent of the image to edit; zero in rows without one.
         """
         network, (height, width) = self.network, latent.shape[-2:]
-        batch, draws = len(mask), len(latent) // len(mask)
+        batch, samples = len(mask), len(latent) // len(mask)
         x = network.patch_embed(latent)                                              # [B R, N, D]
         if self.config.position_gain:
             places = sincos_pos_embed_2d(x.shape[-1], height, width, POSITION_BASE).to(x)
             x = x + self.config.position_gain * places
         if reference is not None and self.config.reference_latent:
             known = self.reference_embed(reference).flatten(2).transpose(1, 2)       # [B, N, D]
-            x = x + known.repeat_interleave(draws, dim=0)
+            x = x + known.repeat_interleave(samples, dim=0)
         modulation, embedded = network.time_embed(time * TIME_STEPS, hidden_dtype=x.dtype)  # [B R, 6 D], [B R, D]
         modulation = modulation.unflatten(1, (6, -1))
         blocks = network.transformer_blocks
@@ -166,7 +166,7 @@ class Denoiser(nn.Module):
         bias = bias.masked_fill(~mask.bool(), MASKED)[:, None, None]
         features = x
         for i, (block, read) in enumerate(zip(blocks, reads, strict=True), start=1):
-            x = block(x, modulation, read, bias, (batch, draws, height, width))
+            x = block(x, modulation, read, bias, (batch, samples, height, width))
             if i == self.config.align_depth:
                 features = x
         x = network.proj_out(network.norm_out(x, embedded, network.scale_shift_table))  # [B R, N, D_p]
