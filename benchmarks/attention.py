@@ -1,6 +1,6 @@
 """Explicit attention against torch's fused kernel, forward and backward, at the lengths of the shapes recipe.
 
-The claim behind `spar.models.attention.attention`. The last line is JSON; ratios above 1 favour the explicit form.
+It justifies `spar.models.attention.attention`. The last line is JSON; ratios above 1 favour the explicit form.
 """
 
 import argparse

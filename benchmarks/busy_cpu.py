@@ -1,7 +1,7 @@
-"""The bundled model and a training step on a CPU that is idle, and beside one and two busy processes.
+"""The bundled model and a training step on an idle CPU, and with one and two busy processes.
 
-Each way of waiting runs in a process of its own: `openmp`, as the library waits by default; `passive`, OMP_WAIT_POLICY;
-`one thread`; `spar`, what the command line chooses (`spar.common.threads`). Seconds, medians. The last line is JSON;
+Each way of waiting runs in its own process: `openmp`, the library's default; `passive`, OMP_WAIT_POLICY; `one thread`;
+`spar`, the command line's setting (`spar.common.threads`). Seconds, medians. The last line is JSON;
 `ratio` is `openmp` over `spar`.
 """
 
@@ -37,7 +37,7 @@ def median(function: Callable[[], object], repeats: int) -> float:
 
 
 def measure(way: str, repeats: int) -> dict[str, float]:
-    """In a process of its own: what the way's variables say is read when torch loads."""
+    """Run in a separate process, since torch reads the way's variables when it loads."""
     if way == "spar":
         from spar.common.threads import limit_spinning
 

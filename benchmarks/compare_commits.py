@@ -1,11 +1,11 @@
-"""What two checkouts compute, on one machine in one run: training, checkpoint, the four tasks, the API's replies.
+"""Compare the results of two checkouts on one machine in one run: training, checkpoint, four tasks, the API's replies.
 
     python benchmarks/compare_commits.py BEFORE AFTER
 
 BEFORE and AFTER are folders of checkouts (`git worktree add BEFORE COMMIT`). Both run under this interpreter's
-libraries, one thread each, through the command line and HTTP alone, so that a checkout with other names can be
-compared. A loss is compared as it is written, a tensor and an image by their bytes, an answer as text. Each difference
-is printed; the last line is JSON. The exit status is 1 where there is one.
+libraries, one thread each, only through the command line and HTTP, so that a checkout with other names can be compared.
+A loss is compared as written, a tensor and an image by their bytes, an answer as text. Each difference is printed; the
+last line is JSON. The exit status is 1 if there is a difference.
 """
 
 import argparse
@@ -58,7 +58,7 @@ NOT_COMPARED = ("seconds", "date", "created", "id")
 
 
 class Checkout:
-    """One of the two: runs its command line and records what comes out, by name."""
+    """One of the two: runs its command line and records the results by name."""
 
     def __init__(self, folder: Path, work: Path) -> None:
         self.work, self.record = work, dict[str, Any]()
@@ -102,10 +102,10 @@ class Checkout:
             self.record[f"reconstruct/{path.name}"] = pixels(path)
         for path in drawn[:5]:
             answers = self.spar("understand", path, *QUESTIONS).splitlines()
-            for asked, said in zip(QUESTIONS, answers, strict=True):
-                self.record[f"understand/{path.name}/{asked}"] = said
-        noted = json.loads(self.spar("info", "--json", "edited-0.png"))
-        self.record |= {f"info/{name}": value for name, value in flat(noted)}
+            for question, answer in zip(QUESTIONS, answers, strict=True):
+                self.record[f"understand/{path.name}/{question}"] = answer
+        info = json.loads(self.spar("info", "--json", "edited-0.png"))
+        self.record |= {f"info/{name}": value for name, value in flat(info)}
 
     def api(self) -> None:
         """The replies to a fixed set of requests, right and wrong ones."""
@@ -116,9 +116,9 @@ class Checkout:
         try:
             assert server.stdout is not None
             found = re.search(r"http://\S+?(?=[,\s])", server.stdout.readline())
-            assert found, "the server said no address"
-            picture = (self.work / "drawn" / "0.png").read_bytes()
-            for name, method, path, body in requests(picture):
+            assert found, "the server printed no address"
+            image = (self.work / "drawn" / "0.png").read_bytes()
+            for name, method, path, body in requests(image):
                 status, reply = ask(found[0], method, path, body)
                 self.record |= {f"api/{name}/status": status}
                 self.record |= {f"api/{name}/{key}": value for key, value in flat(readable(reply))}
@@ -127,9 +127,9 @@ class Checkout:
             server.wait()
 
 
-def requests(picture: bytes) -> list[tuple[str, str, str, Any]]:
+def requests(image: bytes) -> list[tuple[str, str, str, Any]]:
     """(name, method, path, body): a dictionary goes as JSON, a list of pairs as a form."""
-    shown = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(picture).decode()}}
+    shown = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(image).decode()}}
 
     def chat(*texts: str, **fields: Any) -> dict[str, Any]:
         content = [shown, *({"type": "text", "text": text} for text in texts)]
@@ -143,8 +143,8 @@ def requests(picture: bytes) -> list[tuple[str, str, str, Any]]:
         ("generation-jpeg", "POST", "/v1/images/generations", draw | {"output_format": "jpeg", "size": "64x96"}),
         ("generation-steps", "POST", "/v1/images/generations", draw | {"num_inference_steps": 4, "guidance_scale": 1}),
         ("generation-negative", "POST", "/v1/images/generations", draw | {"negative_prompt": "a blue star"}),
-        ("edit", "POST", "/v1/images/edits", [("image", picture), ("prompt", INSTRUCTIONS[0]), ("seed", "5")]),
-        ("reconstruct", "POST", "/v1/reconstruct", [("image", picture)]),
+        ("edit", "POST", "/v1/images/edits", [("image", image), ("prompt", INSTRUCTIONS[0]), ("seed", "5")]),
+        ("reconstruct", "POST", "/v1/reconstruct", [("image", image)]),
         ("chat", "POST", "/v1/chat/completions", chat(QUESTIONS[0])),
         ("chat-long", "POST", "/v1/chat/completions", chat(QUESTIONS[3], max_tokens=3)),
         ("chat-stream", "POST", "/v1/chat/completions", chat(QUESTIONS[3], stream=True)),
@@ -194,7 +194,7 @@ def form(fields: list[tuple[str, str | bytes]]) -> tuple[bytes, str]:
 
 
 def readable(reply: str) -> Any:
-    """A reply as JSON, a stream of events as the list of theirs; what is neither stays text."""
+    """A reply as JSON, a stream of events as a list, anything else as text."""
     try:
         if reply.startswith("data: "):
             return [json.loads(line[6:]) for line in reply.split("\n\n") if line.startswith("data: {")]
@@ -204,7 +204,7 @@ def readable(reply: str) -> Any:
 
 
 def flat(value: Any, name: str = "") -> list[tuple[str, Any]]:
-    """(path, leaf) of nested JSON, images by their pixels, without what is another in each run."""
+    """(path, leaf) of nested JSON, images by their pixels, without values that differ in each run."""
     if isinstance(value, dict):
         return [pair for key, one in value.items() if key not in NOT_COMPARED for pair in flat(one, f"{name}.{key}")]
     if isinstance(value, list):

@@ -1,9 +1,9 @@
-"""Images a second of the loader against a bare Pillow loop in as many processes, on shards made for it.
+"""Images a second of the loader against a bare Pillow loop in as many processes, on generated shards.
 
-The loop reads the same bytes, decodes, turns to RGB, cuts and resizes to the same size and makes an array, and keeps
-nothing; the loader also shuffles, checks, reads captions, collates and hands batches over. Both in turns, the median of
-each. The last line is JSON: `ratio` is the loader's images a second over the loop's; `cpu_ratio` the loop's CPU seconds
-an image over the loader's, which other load on the machine hardly touches; `loader` and `bare` hold both of each run.
+The loop reads the same bytes, decodes, converts to RGB, crops and resizes to the same size and makes an array, which it
+drops; the loader also shuffles, checks, reads captions, collates and transfers batches. Both run in turns; the median
+of each counts. The last line is JSON: `ratio` is the loader's images a second over the loop's; `cpu_ratio` the loop's
+CPU seconds per image over the loader's, which other load hardly affects; `loader` and `bare` have both of each run.
 """
 
 import argparse
@@ -48,19 +48,19 @@ def write_shards(folder: Path, count: int) -> None:
 
 
 def bare(source: DataSource, numbers: range) -> int:
-    """Decode, cut to the square and resize: what any pipeline has to do."""
+    """Decode, crop to the square and resize, as any pipeline must."""
     for number in numbers:
         with Image.open(io.BytesIO(source.read(number).image)) as image:
-            picture = image.convert("RGB")
-        edge = min(picture.size)
-        left, top = (picture.width - edge) // 2, (picture.height - edge) // 2
+            image = image.convert("RGB")
+        edge = min(image.size)
+        left, top = (image.width - edge) // 2, (image.height - edge) // 2
         box = (left, top, left + edge, top + edge)
-        np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=box))
+        np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=box))
     return len(numbers)
 
 
 def cpu_seconds() -> float:
-    """Of this process and of those of its own that have ended."""
+    """CPU seconds of this process and of its ended children."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(one.ru_utime + one.ru_stime for one in used)
 

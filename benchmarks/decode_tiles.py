@@ -1,7 +1,7 @@
-"""Decoding in tiles against decoding as a whole: memory and time of DC-AE's decoder at full size, and what it changes.
+"""Decoding in tiles against decoding as a whole: memory and time of DC-AE's decoder at full size, and the change.
 
-Memory is the peak of a process of its own beyond what it held before the decoding; weights are random, bfloat16. What
-it changes is measured on the bundled model: the mean difference of 128 x 128 images, of 255. The last line is JSON.
+Memory is the peak of a separate process minus its memory before the decoding; weights are random, bfloat16. The change
+is measured on the bundled model: the mean difference of 128 x 128 images, of 255. The last line is JSON.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def held(field: str) -> float:
 
 
 def decode(cells: int, tile: int) -> None:
-    """In a process of its own: one decoding, its seconds and the memory that it took, as JSON."""
+    """Run one decoding in a separate process; print its seconds and memory as JSON."""
     torch.manual_seed(0)
     config = recipe("spar-1b").model.autoencoder
     decoder = PixelDecoder(build_autoencoder(config).decoder).to(torch.bfloat16).eval()

@@ -1,9 +1,9 @@
-"""What each way of holding a model costs and changes: one image drawn with a recipe at full size, of random weights.
+"""Memory, time and change of each way of storing a model: one image of a recipe at full size, with random weights.
 
-Memory is the device's peak; on a CPU it is what the process has held at most so far, with the float32 model that every
-way copies. Seconds are those of the second of two images, and the change is the mean difference of the image from
-that of the first way (by default float32 weights), of 255. With random weights it tells whether results are equal, not
-how good they are: `--bundled` measures the change of the bundled model's images too.
+Memory is the device's peak; on a CPU it is the peak of the process so far, with the float32 model that every way
+copies. Seconds are those of the second of two images, and the change is the mean difference of the image from that of
+the first way (by default float32 weights), of 255. With random weights it shows whether results are equal, not their
+quality: `--bundled` also measures the change of the bundled model's images.
 The last line is JSON.
 
     python benchmarks/inference_memory.py --recipe spar-1b --device cuda
@@ -64,13 +64,13 @@ def measure(loaded: ModelBundle, ways: dict, device: torch.device, steps: int) -
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     pipe = SparPipeline(copy.deepcopy(loaded), torch.bfloat16, device, **ways)
-    picture = shown(pipe, PROMPTS[:1], steps)
+    image = shown(pipe, PROMPTS[:1], steps)
     start = time.perf_counter()
-    picture = shown(pipe, PROMPTS[:1], steps)
+    image = shown(pipe, PROMPTS[:1], steps)
     seconds = time.perf_counter() - start
-    pipe.edit(Image.fromarray(picture[0].astype(np.uint8)), PROMPTS[0], num_inference_steps=2)
+    pipe.edit(Image.fromarray(image[0].astype(np.uint8)), PROMPTS[0], num_inference_steps=2)
     held = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"gib": held / 2**30, "seconds": seconds, "picture": picture}
+    return {"gib": held / 2**30, "seconds": seconds, "image": image}
 
 
 def main() -> None:
@@ -91,13 +91,13 @@ def main() -> None:
             rows[name] = {"error": f"{type(error).__name__}: {error}"}
             print(name, rows[name], flush=True)
             continue
-        picture = found.pop("picture")
-        plain = picture if plain is None else plain
-        found["change_of_255"] = float(np.abs(picture - plain).mean())
+        image = found.pop("image")
+        plain = image if plain is None else plain
+        found["change_of_255"] = float(np.abs(image - plain).mean())
         if args.bundled:
-            pictures = shown(SparPipeline.from_pretrained(dtype=torch.bfloat16, device=device, **way), PROMPTS, None)
-            bundled = pictures if bundled is None else bundled
-            found["bundled_change_of_255"] = float(np.abs(pictures - bundled).mean())
+            images = shown(SparPipeline.from_pretrained(dtype=torch.bfloat16, device=device, **way), PROMPTS, None)
+            bundled = images if bundled is None else bundled
+            found["bundled_change_of_255"] = float(np.abs(images - bundled).mean())
         rows[name] = found
         print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in found.items()), flush=True)
     print(json.dumps({

@@ -1,8 +1,8 @@
 """`spar serve` under load: seconds from a cold start to the first image, images a second of one client and of eight,
-and many clients for long, with errors, latencies and the server's memory. The last line is JSON.
+and a long run of many clients, with errors, latencies and the server's memory. The last line is JSON.
 
-Clients are threads that ask again as soon as they are answered, with prompts of several lengths and seeds of their own.
-`--minutes 10` is the run for the record; the default tries it out.
+Clients are threads that send the next request after each answer, with prompts of several lengths and their own seeds.
+`--minutes 10` is the recorded run; the default is a short trial.
 """
 
 import argparse
@@ -89,8 +89,8 @@ def batch_rows(port: int) -> float:
     connection.request("GET", "/metrics")
     lines = connection.getresponse().read().decode().splitlines()
     connection.close()
-    told = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-    return float(told["spar_batch_rows_sum"]) / float(told["spar_batch_rows_count"])
+    metrics = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    return float(metrics["spar_batch_rows_sum"]) / float(metrics["spar_batch_rows_count"])
 
 
 def watch(pid: int, samples: list[float], stop: threading.Event) -> None:

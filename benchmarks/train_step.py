@@ -1,8 +1,8 @@
 """Steps of tokenizer-3 and unified-2 of a recipe at full size, with random weights and images of noise.
 
-Prints images a second, the share of the device's peak (MFU) and the peak memory, beside what `spar plan` reckons. The
-operations are those that `spar plan` counts, with what is recomputed counted once. On a CPU the peak is what a large
-bfloat16 matrix product reaches in the same run. The last line is JSON.
+Prints images a second, the share of the device's peak (MFU) and the peak memory, with the estimate of `spar plan`. The
+operations are those that `spar plan` counts, with recomputed ones counted once. On a CPU the peak is that of a large
+bfloat16 matrix product in the same run. The last line is JSON.
 
     python benchmarks/train_step.py --recipe spar-1b --batch 1            # a CPU, about 20 GB
     python benchmarks/train_step.py --recipe spar-1b --batch 64 --device cuda --activation-checkpointing
@@ -137,7 +137,7 @@ def measure(name: str, stage_name: str, args: argparse.Namespace, peak: float) -
         "mfu": plain.flops / best / peak, "tflop_a_step": plain.flops / 1e12, "peak_memory_gib": used / 2**30,
         "planned_gib": (planned.memory) / 2**30, "times": times,
     }  # fmt: skip
-    print(f"{stage_name}: {best:.2f} s, {found['images_per_second']:.3f} pictures/s, MFU {found['mfu']:.2f}, "
+    print(f"{stage_name}: {best:.2f} s, {found['images_per_second']:.3f} images/s, MFU {found['mfu']:.2f}, "
           f"{found['peak_memory_gib']:.1f} GiB (planned {found['planned_gib']:.1f}, 4 of them a reserve)")
     return found
 

@@ -1,7 +1,7 @@
-"""Make the bundled weights from a run: python docs/bundle.py RUN [STAGE]; then --scores, once they are measured.
+"""Write the bundled weights from a run: python docs/bundle.py RUN [STAGE]; then --scores, once they are measured.
 
-Weights go to src/spar/assets/weights in bfloat16. `--scores` writes the main scores of docs/results into the manifest,
-and the model card from that.
+The weights are written to src/spar/assets/weights in bfloat16. `--scores` writes the main scores of docs/results into
+the manifest, and then the model card.
 """
 
 import argparse

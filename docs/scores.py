@@ -1,6 +1,6 @@
 """Write the README's tables of scores from the results files in docs/results: python docs/scores.py
 
-Two tables, each between its own marks: the bundled weights, and what the recipe alone made before they were trained on.
+There are two tables, each between its own marks: the bundled weights, and the recipe's own before further training.
 """
 
 from pathlib import Path

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# One stage on several machines: run this on each of them, with its own NODE (0, 1, ...) and the same rest.
+# Train one stage on several machines: run this on each of them, with its own NODE (0, 1, ...) and all else the same.
 #
 #   NODE=0 NODES=8 GPUS=8 HEAD=address-of-node-0:29500 RUN=/shared/run examples/multi_node.sh RECIPE STAGE [flags]
 #
-# RUN lies on a disk that all see. A run that was stopped goes on with --resume auto among the flags, on any number of machines.
+# RUN is on a shared disk. To resume a stopped run, add --resume auto to the flags, on any number of machines.
 set -euo pipefail
 recipe=$1 stage=$2
 shift 2

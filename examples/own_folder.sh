@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Teach a model your own pictures: check them, compute their features once, train LoRA on them, draw with it.
+# Train a model on your own images: check them, compute their features once, train LoRA on them, generate with it.
 #
 #   examples/own_folder.sh DATA PROMPT [any flag of spar train]
 #
-# DATA is a folder of pictures with metadata.jsonl ({"file_name": "1.png", "text": "a caption"} a line), or any other set
-# that spar.data.sources reads. MODEL, RECIPE and RUN may be set; by default the bundled model of the shapes world learns.
+# DATA is a folder of images with metadata.jsonl (lines of {"file_name": "1.png", "text": "a caption"}), or any other set
+# that spar.data.sources reads. MODEL, RECIPE and RUN may be set; by default the bundled model of the shapes world is used.
 set -euo pipefail
 data=$1 prompt=$2
 shift 2

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# From UniLIP's public checkpoint to full SPAR without training a tokenizer or a generator from nothing: the converted model
-# computes what UniLIP does, then the unified stages train router and DiT on.
+# From UniLIP's public checkpoint to full SPAR without training a tokenizer or a generator from scratch: the converted
+# model computes the same as UniLIP, then the unified stages train router and DiT.
 #
 #   examples/warm_start.sh CHECKPOINT DATA [any flag of spar train]
 #
-# CHECKPOINT is a folder or Hub id (kanashi6/UniLIP-1B), DATA a set of pictures with captions. RUN may be set, and CONVERT
-# to further flags of spar convert (the published parts, where the checkpoint does not name them).
+# CHECKPOINT is a folder or Hub id (kanashi6/UniLIP-1B), DATA a set of images with captions. RUN may be set, and CONVERT
+# to further flags of spar convert (the published parts, if the checkpoint does not name them).
 set -euo pipefail
 checkpoint=$1 data=$2
 shift 2

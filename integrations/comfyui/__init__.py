@@ -1,8 +1,8 @@
-"""ComfyUI nodes: load, generate, edit, understand, reconstruct. Thin over `spar.SparPipeline`, which does the work.
+"""ComfyUI nodes: load, generate, edit, understand, reconstruct. They are thin wrappers of `spar.SparPipeline`.
 
-This folder goes into ComfyUI's custom_nodes, the package `spar` into ComfyUI's Python (README.md). An image is an
-IMAGE of ComfyUI's, `[B, H, W, C]` in [0, 1]. A widget at its lowest value (steps, width and height 0, guidance -1)
-leaves the choice to the model.
+This folder goes into ComfyUI's custom_nodes, the package `spar` into ComfyUI's Python (README.md). An image is
+ComfyUI's IMAGE, `[B, H, W, C]` in [0, 1]. The lowest value of a widget (steps, width and height 0, guidance -1) means
+the model's default.
 """
 
 from collections.abc import Callable
@@ -19,19 +19,19 @@ from spar.common.limits import MAX_GUIDANCE, MAX_NEW_TOKENS, MAX_SEED, MAX_STEPS
 from spar.processing.images import to_tensor
 
 MODEL = "SPAR_MODEL"
-MAX_WIDGET_SEED = 2**64 - 1  # ComfyUI draws seeds up to here
+MAX_WIDGET_SEED = 2**64 - 1  # the largest seed of ComfyUI
 MAX_BATCH = 64
 MAX_SIDE = 16384
 
 Inputs = dict[str, dict[str, tuple]]
 
 
-def words(tip: str) -> tuple[str, dict[str, Any]]:
+def text_box(tip: str) -> tuple[str, dict[str, Any]]:
     return ("STRING", {"multiline": True, "default": "", "tooltip": tip})
 
 
 def sampling() -> dict[str, tuple]:
-    """What both nodes that draw take."""
+    """Inputs of both sampling nodes."""
     return {
         "seed": ("INT", {"default": 0, "min": 0, "max": MAX_WIDGET_SEED, "control_after_generate": True}),
         "steps": ("INT", {"default": 0, "min": 0, "max": MAX_STEPS, "tooltip": "0: the model's own"}),
@@ -43,7 +43,7 @@ def sampling() -> dict[str, tuple]:
 
 
 def keywords(seed: int, count: int, steps: int, guidance: float, negative_prompt: str) -> dict[str, Any]:
-    """The pipeline's keywords from widgets. Seeds beyond the pipeline's begin again at zero."""
+    """The pipeline's keywords from widgets. Seeds beyond the pipeline's wrap around to zero."""
     return {
         "seed": [(seed + index) % (MAX_SEED + 1) for index in range(count)],
         "num_inference_steps": steps or None,
@@ -54,7 +54,7 @@ def keywords(seed: int, count: int, steps: int, guidance: float, negative_prompt
 
 
 def progress() -> Callable[[int, int, Tensor], None] | None:
-    """Moves ComfyUI's bar and stops where its user says so; None outside ComfyUI."""
+    """Callback that updates ComfyUI's bar and stops on Cancel; None outside ComfyUI."""
     try:
         from comfy.model_management import throw_exception_if_processing_interrupted
         from comfy.utils import ProgressBar
@@ -71,15 +71,15 @@ def progress() -> Callable[[int, int, Tensor], None] | None:
     return step
 
 
-def pictures(image: Tensor) -> list[Image.Image]:
-    """IMAGE to Pillow images: grey, RGB or RGBA by its last dimension."""
+def pil_images(image: Tensor) -> list[Image.Image]:
+    """Convert IMAGE to Pillow images: grey, RGB or RGBA by its last dimension."""
     pixels = image.detach().cpu().float().clamp(0, 1).mul(255).round().to(torch.uint8).numpy()
     return [Image.fromarray(np.squeeze(one, -1) if one.shape[-1] == 1 else one) for one in pixels]
 
 
-def images(drawn: list[Image.Image]) -> Tensor:
-    """RGB images of one size to IMAGE."""
-    return to_tensor(drawn).permute(0, 2, 3, 1).contiguous()
+def image_tensor(generated: list[Image.Image]) -> Tensor:
+    """Convert RGB images of one size to IMAGE."""
+    return to_tensor(generated).permute(0, 2, 3, 1).contiguous()
 
 
 class SparLoad:
@@ -101,7 +101,7 @@ class SparLoad:
 
     @classmethod
     def IS_CHANGED(cls, folder: str, **_: Any) -> float:
-        """Load again when the folder was written anew."""
+        """The folder's time of change, which makes ComfyUI load it again."""
         config = Path(folder) / "config.json"
         return config.stat().st_mtime if folder and config.is_file() else 0.0
 
@@ -117,19 +117,19 @@ class SparLoad:
 
 
 class SparGenerate:
-    """Images from words."""
+    """Generate images from a prompt."""
 
     CATEGORY, FUNCTION = "SPAR", "generate"
     RETURN_TYPES, RETURN_NAMES = ("IMAGE",), ("images",)
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
-        side = {"default": 0, "min": 0, "max": MAX_SIDE, "tooltip": "0: the side that the model was trained at"}
+        side = {"default": 0, "min": 0, "max": MAX_SIDE, "tooltip": "0: the side of the training images"}
         return {
             "required": {
                 "model": (MODEL,),
-                "prompt": words("What to draw"),
-                "negative_prompt": words("What guidance steers away from"),
+                "prompt": text_box("What to generate"),
+                "negative_prompt": text_box("What the image should not show"),
                 "width": ("INT", side),
                 "height": ("INT", side),
                 "batch_size": ("INT", {"default": 1, "min": 1, "max": MAX_BATCH, "tooltip": "Image i: seed + i"}),
@@ -145,11 +145,11 @@ class SparGenerate:
             prompt, width=width or None, height=height or None, num_images_per_prompt=batch_size,
             **keywords(seed, batch_size, steps, guidance, negative_prompt),
         )
-        return (images(out.images),)
+        return (image_tensor(out.images),)
 
 
 class SparEdit:
-    """Images changed as an instruction says: each keeps its proportions, at about the trained number of pixels."""
+    """Edit images by instruction: each keeps its proportions, at about the trained number of pixels."""
 
     CATEGORY, FUNCTION = "SPAR", "edit"
     RETURN_TYPES, RETURN_NAMES = ("IMAGE",), ("images",)
@@ -160,8 +160,8 @@ class SparEdit:
             "required": {
                 "model": (MODEL,),
                 "image": ("IMAGE",),
-                "instruction": words("What to change"),
-                "negative_prompt": words("What guidance steers away from"),
+                "instruction": text_box("What to change"),
+                "negative_prompt": text_box("What the image should not show"),
                 **sampling(),
             }
         }
@@ -171,11 +171,11 @@ class SparEdit:
         guidance: float,
     ) -> tuple[Tensor]:  # fmt: skip
         settings = keywords(seed, len(image), steps, guidance, negative_prompt)
-        return (images(model.edit(pictures(image), instruction, **settings).images),)
+        return (image_tensor(model.edit(pil_images(image), instruction, **settings).images),)
 
 
 class SparUnderstand:
-    """Answers about images, one for each."""
+    """Answer a question about each image."""
 
     CATEGORY, FUNCTION = "SPAR", "understand"
     RETURN_TYPES, RETURN_NAMES, OUTPUT_IS_LIST = ("STRING",), ("answers",), (True,)
@@ -186,17 +186,17 @@ class SparUnderstand:
             "required": {
                 "model": (MODEL,),
                 "image": ("IMAGE",),
-                "question": words("What to ask"),
+                "question": text_box("What to ask"),
                 "max_new_tokens": ("INT", {"default": 48, "min": 1, "max": MAX_NEW_TOKENS}),
             }
         }
 
     def understand(self, model: SparPipeline, image: Tensor, question: str, max_new_tokens: int) -> tuple[list[str]]:
-        return (model.understand(pictures(image), question, max_new_tokens=max_new_tokens).texts,)
+        return (model.understand(pil_images(image), question, max_new_tokens=max_new_tokens).texts,)
 
 
 class SparReconstruct:
-    """Images through the unified tokenizer and back: the most that any drawn image can be."""
+    """Encode and decode images with the unified tokenizer: the upper bound of the quality of generated images."""
 
     CATEGORY, FUNCTION = "SPAR", "reconstruct"
     RETURN_TYPES, RETURN_NAMES = ("IMAGE",), ("images",)
@@ -206,7 +206,7 @@ class SparReconstruct:
         return {"required": {"model": (MODEL,), "image": ("IMAGE",)}}
 
     def reconstruct(self, model: SparPipeline, image: Tensor) -> tuple[Tensor]:
-        return (images(model.reconstruct(pictures(image)).images),)
+        return (image_tensor(model.reconstruct(pil_images(image)).images),)
 
 
 NODE_CLASS_MAPPINGS = {

@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 DISTRIBUTION = "spar-unified"  # the name on PyPI, where "spar" is another project
 __all__ = ["AutoencoderSpar", "Cancelled", "InputError", "SparPipeline", "__version__"]
 
-_HOMES = {
+_MODULES = {
     "AutoencoderSpar": "spar.inference.diffusers_autoencoder",
     "Cancelled": "spar.flow.sampler",
     "InputError": "spar.common.errors",
@@ -28,9 +28,9 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

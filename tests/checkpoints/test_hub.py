@@ -217,10 +217,10 @@ def test_an_image_names_the_commit_that_drew_it(here, folder, address, tmp_path)
     push(plan_upload(folder), "me/model")
     pipe = SparPipeline.from_pretrained(address, device="cpu")
     (path,) = pipe.generate("a red circle", num_inference_steps=1, seed=0).save(tmp_path / "out.png")
-    noted = read_metadata(path)
-    assert noted.values["model"] == f"hf://me/model@{model_folder(address).name}"
-    assert noted.reproduce_command()[-1] == f"--model={noted.values['model']}"
-    again = SparPipeline.from_pretrained(noted.values["model"], device="cpu")
+    image = read_metadata(path)
+    assert image.values["model"] == f"hf://me/model@{model_folder(address).name}"
+    assert image.reproduce_command()[-1] == f"--model={image.values['model']}"
+    again = SparPipeline.from_pretrained(image.values["model"], device="cpu")
     assert again.origin == pipe.origin
 
 

@@ -358,7 +358,7 @@ def test_a_save_that_fails_leaves_the_older_model_whole(loaded, folder, monkeypa
 
 
 def test_ctrl_c_at_any_moment_of_a_save_leaves_a_whole_model(loaded, folder, monkeypatch):
-    """Here: just behind the removal of the older folder, or what stands in its stead."""
+    """Here: just after the removal of the older folder, or after its replacement."""
     remove = shutil.rmtree
 
     def interrupted(path: Path, **keywords: object) -> None:

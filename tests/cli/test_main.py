@@ -551,7 +551,7 @@ def test_a_loss_that_is_not_finite_ends_in_one_line(run_training, capsys):
 @pytest.fixture
 def benchmarks(monkeypatch) -> list:
     """Benchmarks that answer at once and note their options."""
-    from spar.evaluation import benchmarks as room
+    from spar.evaluation import benchmarks as table
     from spar.evaluation.results import Result, Score
 
     asked = []
@@ -564,8 +564,8 @@ def benchmarks(monkeypatch) -> list:
 
         return run
 
-    for name in room.BENCHMARKS:
-        monkeypatch.setitem(room.BENCHMARKS, name, fake(name))
+    for name in table.BENCHMARKS:
+        monkeypatch.setitem(table.BENCHMARKS, name, fake(name))
     return asked
 
 

@@ -40,7 +40,7 @@ def test_addresses_and_pipes_are_refused(pattern):
 
 @pytest.fixture
 def hub(monkeypatch, sets):
-    """A Hub of one repository; notes what is fetched."""
+    """A Hub of one repository; records what is fetched."""
     asked = []
     names = ["README.md", "train/1.tar", "train/0.tar", "train/old/2.tar"]
 

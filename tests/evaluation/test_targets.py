@@ -13,7 +13,7 @@ def result(benchmark, *scores, **settings):
 
 
 @pytest.mark.parametrize(
-    ("low", "value", "high", "said"),
+    ("low", "value", "high", "expected"),
     [
         (0.91, 0.95, 0.97, "reached"),
         (0.88, 0.91, 0.93, "reached, not certain"),
@@ -22,8 +22,8 @@ def result(benchmark, *scores, **settings):
         (0.90, 0.90, 0.90, "reached"),
     ],
 )
-def test_the_verdict_says_no_more_than_the_interval(low, value, high, said):
-    assert verdict(Score("overall", value, low, high, 9), Target("x", "overall", 0.9)) == said
+def test_the_verdict_follows_from_the_interval(low, value, high, expected):
+    assert verdict(Score("overall", value, low, high, 9), Target("x", "overall", 0.9)) == expected
 
 
 def test_targets_depend_on_the_combinations():
@@ -35,9 +35,9 @@ def test_targets_depend_on_the_combinations():
 
 
 def test_the_targets_are_the_issue_s():
-    said = {(t.benchmark, t.score, t.combinations): t.at_least for t in TARGETS}
-    assert said["shapes-recon", "psnr", "seen"] == 33 and said["shapes-vqa", "position", "seen"] == 0.92
-    assert len(said) == len(TARGETS) == 8
+    targets = {(t.benchmark, t.score, t.combinations): t.at_least for t in TARGETS}
+    assert targets["shapes-recon", "psnr", "seen"] == 33 and targets["shapes-vqa", "position", "seen"] == 0.92
+    assert len(targets) == len(TARGETS) == 8
 
 
 def test_the_table_shows_main_scores_with_their_baselines():
@@ -59,14 +59,14 @@ def test_a_label_cannot_break_the_table():
     assert "a\\|b" in line
 
 
-@pytest.mark.parametrize(("after", "said"), [(0.965, "reached"), (0.95, "short")])
-def test_the_swap_is_reported_when_both_are_there(after, said):
+@pytest.mark.parametrize(("after", "expected"), [(0.965, "reached"), (0.95, "short")])
+def test_the_swap_is_reported_when_both_are_there(after, expected):
     before = result("shapes-vqa", ("overall", 0.97), label=BEFORE_SWAP)
     own = result("shapes-vqa", ("overall", after))
     assert swap_change([own]) is None and swap_change([before]) is None
     assert [score.value for score in swap_change([own, before])] == [0.97, after]
     last = scores_table([own, before]).splitlines()[-1]
-    assert f"{100 * (after - 0.97):+.1f} points" in last and f"within 1 point: {said}" in last
+    assert f"{100 * (after - 0.97):+.1f} points" in last and f"within 1 point: {expected}" in last
 
 
 def test_values_are_shown_in_their_own_units():

@@ -66,7 +66,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png_with(path: Path, *chunks: bytes) -> Path:
-    """A PNG with further chunks behind its header."""
+    """A PNG with further chunks after its header."""
     whole = saved(path, {"spar": "0.1.0"}).read_bytes()
     path.write_bytes(whole[:33] + b"".join(chunks) + whole[33:])
     return path

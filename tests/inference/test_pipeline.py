@@ -462,8 +462,8 @@ def test_every_message_and_every_image_of_a_chat_counts(pipe, pictures):
 def test_a_chat_ends_where_the_model_ends_its_turn_or_at_the_limit(pipe, pictures, monkeypatch):
     out = pipe.chat(conversation(pictures[0]), max_new_tokens=3)
     assert out.finish_reason is None and out.completion_tokens == 0
-    said = next(out)
-    assert said and out.completion_tokens == 1 and out.finish_reason is None
+    piece = next(out)
+    assert piece and out.completion_tokens == 1 and out.finish_reason is None
     list(out)
     assert (out.completion_tokens, out.finish_reason) == (3, "length")
     stream = pipe.model.language.stream
@@ -721,7 +721,7 @@ def test_max_new_tokens_has_bounds(pipe, pictures, tokens):
 
 @pytest.mark.parametrize("words", [QUESTION, "red " * 400])
 def test_more_new_tokens_than_there_can_be_are_cut_to_those(pipe, pictures, monkeypatch, words):
-    """At most MAX_NEW_TOKENS, and at most what the model has positions for behind a long question."""
+    """At most MAX_NEW_TOKENS, and at most what the model has positions for after a long question."""
     asked = []
     stream = pipe.model.language.stream
 

@@ -17,10 +17,10 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def inputs(config, draws: int = 1, *, height: int = GRID, width: int = GRID):
-    """Latents, times and conditions of two images with `noise_samples` draws each."""
-    latent = draw(2 * draws, CHANNELS, height, width, seed=1)
-    time = torch.linspace(0.05, 0.95, 2 * draws)
+def inputs(config, samples: int = 1, *, height: int = GRID, width: int = GRID):
+    """Latents, times and conditions of two images with `noise_samples` samples each."""
+    latent = draw(2 * samples, CHANNELS, height, width, seed=1)
+    time = torch.linspace(0.05, 0.95, 2 * samples)
     return latent, time, 2 * draw(2, LENGTH, config.denoiser.caption_channels, seed=2)
 
 
@@ -87,9 +87,9 @@ def test_velocity_equals_diffusers_sana_on_a_grid_of_another_shape(config, denoi
     torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("draws", [1, 2])
-def test_keys_made_once_give_the_very_velocity_of_their_condition(config, denoiser, draws):
-    latent, time, condition = inputs(config, draws=draws)
+@pytest.mark.parametrize("samples", [1, 2])
+def test_keys_made_once_give_the_very_velocity_of_their_condition(config, denoiser, samples):
+    latent, time, condition = inputs(config, samples=samples)
     with torch.no_grad():
         keys = denoiser.key_values(condition)
         for moment in (time, time / 2):
@@ -123,7 +123,7 @@ def test_features_are_the_hidden_state_behind_the_tapped_block(config, randomize
 
 
 def test_a_reference_is_added_to_its_own_cells_of_all_its_draws(config, denoiser):
-    latent, time, condition = inputs(config, draws=2)
+    latent, time, condition = inputs(config, samples=2)
     known = draw(2, CHANNELS, GRID, GRID, seed=4)
     with torch.no_grad():
         both = denoiser(latent, time, condition, MASK, known).velocity
@@ -146,11 +146,11 @@ def test_a_reference_starts_without_effect_and_can_be_left_out(config):
 
 @pytest.mark.parametrize("gradients", [False, True])
 def test_draws_that_share_a_condition_equal_separate_calls(config, denoiser, gradients):
-    latent, time, condition = inputs(config, draws=3)
+    latent, time, condition = inputs(config, samples=3)
     with torch.set_grad_enabled(gradients):
         condition.requires_grad_(gradients)
         shared = denoiser(latent, time, condition, MASK)
-        for row in range(6):  # draws of one image stand side by side
+        for row in range(6):  # samples of one image stand side by side
             one, image = slice(row, row + 1), slice(row // 3, row // 3 + 1)
             alone = denoiser(latent[one], time[one], condition[image], MASK[image])
             torch.testing.assert_close(shared.velocity[one], alone.velocity, rtol=1e-4, atol=1e-5)

@@ -90,7 +90,7 @@ def test_a_row_does_not_depend_on_its_neighbours_or_its_padding(language):
 
 @pytest.fixture(scope="module")
 def generated(config, language) -> list[list[int]]:
-    """What transformers' own greedy search writes behind each row, ten tokens long."""
+    """What transformers' own greedy search appends to each row, ten tokens long."""
     reference = Qwen2ForCausalLM(qwen_config(replace(config.text, eos_token_id=UNUSED))).eval()
     reference.model.load_state_dict(language.network.state_dict())
     reference.tie_weights()

@@ -24,7 +24,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def rows(*lengths: int, image: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Left-padded ids and mask: random words, behind an image's placeholders where asked."""
+    """Left-padded ids and mask: random words, after an image's placeholders if requested."""
     generator = torch.Generator().manual_seed(0)
     front = [START, *[IMAGE] * 16, STOP] if image else []
     texts = [front + torch.randint(7, 128, (length,), generator=generator).tolist() for length in lengths]

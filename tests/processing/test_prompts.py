@@ -140,7 +140,7 @@ def packed_losses(language: LanguageModel, packed: PackedBatch) -> list[tuple[to
 
 
 def single_losses(prompts: PromptEncoder, language: LanguageModel, turn: QuestionAnswer) -> torch.Tensor:
-    """The turn by itself: the question's form, the answer and the end of the turn behind it."""
+    """The turn by itself: the question's form, the answer and then the end of the turn."""
     asked = prompts.question([turn.question]).ids[0].tolist()
     answer = prompts.encode(turn.answer) + prompts.encode("<|im_end|>")
     ids = torch.tensor([asked + answer])

@@ -107,12 +107,12 @@ def test_the_page_is_well_formed_and_its_links_lead_somewhere(page):
 
 def test_every_part_is_shown(page):
     words = " ".join(Reader(page).words)
-    for said in (
+    for phrase in (
         "Title of the page", "a red prompt", "make it green", "what color?", "31.5 dB", "encoder", "0.950", "31.0 dB",
         "shapes-recon", "color word", "blind 0.300", "detector version 1", "99.9%", "make the red circle",
         "layer 8", "drawing queries",
     ):
-        assert said in words, said
+        assert phrase in words, phrase
 
 
 def test_nothing_of_the_user_s_is_markup(page):

@@ -60,8 +60,8 @@ def test_squares_are_drawn_row_by_row_over_the_image():
     weights = [[1.0, 0.0], [0.0, 1.0]] * 4
     view = routing_view(routing(["<IMG_CONTEXT>"] * 8, ["image"] * 8, weights), Image.new("RGB", (64, 32)))
     assert "repeat(4,1fr)" in view and "aspect-ratio:4/2" in view and "data:image/png;base64," in view
-    told = re.findall(r'title="row (\d), column (\d): layer 2 (\d+)', view)
-    assert told == [(str(i // 4 + 1), str(i % 4 + 1), "100" if i % 2 == 0 else "0") for i in range(8)]
+    found = re.findall(r'title="row (\d), column (\d): layer 2 (\d+)', view)
+    assert found == [(str(i // 4 + 1), str(i % 4 + 1), "100" if i % 2 == 0 else "0") for i in range(8)]
 
 
 def test_queries_are_counted_and_claim_no_place():

@@ -402,7 +402,7 @@ def test_a_client_that_does_not_read_keeps_no_place(address, monkeypatch):
         request = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 200
         deadline = time.monotonic() + 20
         sent = 0
-        with pytest.raises(ConnectionError):  # it hangs up; until then the buffers fill, and one request hangs
+        with pytest.raises(ConnectionError):  # the server disconnects; the buffers fill before, and one request hangs
             while time.monotonic() < deadline:
                 try:
                     sent += connection.send(request[sent % len(request) :])

@@ -1,1 +1,1 @@
-"""What every package may use: configurations, errors, limits, devices, autocast, threads."""
+"""Shared by all packages: configurations, errors, limits, devices, autocast, threads."""

@@ -1,4 +1,4 @@
-"""Where a network steps out of autocast, on any device."""
+"""Autocast on any device: disabling it, and whether it is enabled."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def without_autocast(like: Tensor) -> AbstractContextManager[None]:
-    """No autocast for operations on tensors such as this one; torch's meta device has none to leave."""
+    """Disable autocast for operations on tensors such as this one; torch's meta device has none."""
     return nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False)
 
 

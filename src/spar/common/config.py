@@ -1,6 +1,6 @@
-"""Strict, frozen configuration: dataclasses to JSON and back, with no field ignored and none guessed.
+"""Strict, frozen configuration: dataclasses to JSON and back, without ignored or guessed fields.
 
-Defaults live only in the dataclasses. A field that is unknown, missing or of the wrong kind raises `InputError`.
+Defaults are only in the dataclasses. A field that is unknown, missing or of the wrong type raises `InputError`.
 """
 
 import dataclasses
@@ -17,14 +17,14 @@ T = TypeVar("T")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A nested dictionary of JSON values for a frozen dataclass."""
+    """Convert a frozen dataclass to a nested dictionary of JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str = "", *, complete: bool = False) -> T:
     """Build `cls` from a dictionary; nested dataclasses and tuples are rebuilt, unknown fields raise.
 
-    `complete` is for files that this package wrote: there a missing field raises too, and never takes today's default.
+    `complete` is for files that this package wrote: a missing field raises too, instead of taking the current default.
     """
     name = where or cls.__name__
     if not isinstance(values, dict):
@@ -44,7 +44,7 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "", *, complete
 
 
 def differences(a: Any, b: Any, where: str) -> list[tuple[str, Any, Any]]:
-    """(field, its value in `a`, its value in `b`) for each field in which two configurations of one kind differ."""
+    """(field, value in `a`, value in `b`) for each field in which two configurations of one class differ."""
     found: list[tuple[str, Any, Any]] = []
     for item in dataclasses.fields(a):
         name, one, other = f"{where}.{item.name}", getattr(a, item.name), getattr(b, item.name)
@@ -55,19 +55,19 @@ def differences(a: Any, b: Any, where: str) -> list[tuple[str, Any, Any]]:
     return found
 
 
-def merge_overrides(under: T, base: T, changed: T) -> T:
-    """`under` with every field in which `changed` differs from `base`."""
+def merge_overrides(target: T, base: T, changed: T) -> T:
+    """`target` with every field in which `changed` differs from `base`."""
     values: dict[str, Any] = {}
-    for item in dataclasses.fields(under):
-        own, old, new = (getattr(config, item.name) for config in (under, base, changed))
+    for item in dataclasses.fields(target):
+        own, old, new = (getattr(config, item.name) for config in (target, base, changed))
         values[item.name] = (
             merge_overrides(own, old, new) if dataclasses.is_dataclass(own) else (new if new != old else own)
         )
-    return type(under)(**values)
+    return type(target)(**values)
 
 
 def _parse_value(hint: Any, value: Any, where: str, complete: bool) -> Any:
-    """Turn a JSON value into what the type hint says, or raise."""
+    """Convert a JSON value to the type of the hint, or raise."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
@@ -111,7 +111,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write indented JSON with a final newline, aside and renamed: a reader sees the old file or the new one."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    aside.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    """Write indented JSON with a final newline to a temporary file and rename it: a reader sees the old or the new."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""Which devices are here."""
+"""Available devices."""
 
 import torch
 
@@ -6,7 +6,7 @@ from spar.common.errors import InputError
 
 
 def check_device(device: str | torch.device) -> torch.device:
-    """Refuse a device that torch does not know, that is not here, or that computes nothing ("meta")."""
+    """Refuse a device that torch does not know, that is not available, or that computes nothing ("meta")."""
     try:
         where = torch.device(device)
         torch.empty(0, device=where)

@@ -1,4 +1,4 @@
-"""The one error for the user to fix, and the command that installs an optional part."""
+"""The error that a user can fix, and the command that installs an optional part."""
 
 from spar import DISTRIBUTION
 
@@ -6,7 +6,7 @@ from spar import DISTRIBUTION
 class InputError(ValueError):
     """Bad input from the user: a file, a prompt, a setting.
 
-    The message is one sentence that says what was expected and what came. The CLI prints it and exits with status 2.
+    The message is one sentence with the expected and the given value. The CLI prints it and exits with status 2.
     """
 
 

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Atomic writing of folders."""
 
 import shutil
 from collections.abc import Iterator
@@ -10,25 +10,25 @@ from spar.common.errors import InputError
 
 @contextmanager
 def atomic_directory(folder: Path) -> Iterator[Path]:
-    """A new folder to fill; once it is whole, it takes the place of `folder`, whatever that held.
+    """Yield a temporary folder to fill, which then replaces `folder` and its contents.
 
-    Callers check first that what is there may be replaced. Stopped at any point, the older or the new folder is whole
+    Callers check first that `folder` may be replaced. If stopped at any point, the old or the new folder is complete
     under its name.
 
     Raises:
-        InputError: a folder that cannot be written.
+        InputError: the folder cannot be written.
     """
     folder = folder.absolute()
-    aside, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
+    temporary, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
-        _swap(aside, folder, old)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        _swap(temporary, folder, old)
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _swap(new: Path, folder: Path, old: Path) -> None:

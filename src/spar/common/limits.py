@@ -1,6 +1,6 @@
-"""How much one may ask for at once, of the pipeline, the command line, the server, and what a data set may ask of us.
+"""Limits of the pipeline, the command line and the server, and of data sets.
 
-Light on purpose: a wrong number is refused before any heavy library is imported.
+This module imports no heavy library, so that a wrong number is refused before any is imported.
 """
 
 import math
@@ -15,12 +15,12 @@ MAX_NEW_TOKENS = 256
 MAX_MESSAGES = 256
 MAX_PARTS = 64
 MAX_CHAT_IMAGES = 16
-MAX_CHAT_TOKENS = 8192  # of a whole conversation, its answer included, whatever the model could take
+MAX_CHAT_TOKENS = 8192  # of a whole conversation with its answer, also if the model could take more
 MAX_TILE = 1024
 MAX_WORKERS = 256
 
-# Of a data set; images have theirs in `processing.images` (bytes, pixels).
-MAX_SHARDS = 100_000  # files that one pattern may name
+# Of a data set; limits of images (bytes, pixels) are in `processing.images`.
+MAX_SHARDS = 100_000  # files that match one pattern
 MAX_MEMBERS = 4_000_000  # members of one tar
 MAX_EXTENDED_HEADER = 2**20  # bytes of a tar's long name or pax record
 MAX_TEXT_BYTES = 2**20  # a caption, a json member, a line of metadata.jsonl
@@ -35,10 +35,10 @@ def one_reference(count: int | str) -> str:
 
 
 def check_range(name: str, value: object, low: float, high: float = math.inf) -> None:
-    """Refuse what is no number, or one outside [low, high] (NaN is in no range); None, "not given", passes.
+    """Refuse a value that is not a number in [low, high] (NaN is in no range); None, "not given", is accepted.
 
     Raises:
-        InputError: naming what was expected and what came.
+        InputError: with the expected and the given value.
     """
     if value is None:
         return
@@ -47,10 +47,10 @@ def check_range(name: str, value: object, low: float, high: float = math.inf) ->
 
 
 def check_int_range(name: str, value: object, low: int, high: float = math.inf) -> None:
-    """Refuse what is no whole number in [low, high]; here None is refused too.
+    """Refuse a value that is not a whole number in [low, high]; None is refused too.
 
     Raises:
-        InputError: naming what was expected and what came.
+        InputError: with the expected and the given value.
     """
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise InputError(f"{name}: expected {_range(low, high)}, got {value!r}")

@@ -1,9 +1,9 @@
-"""How many threads of the CPU compute, and how long they spin while they wait for each other.
+"""Number of CPU threads, and the time that they spin while they wait for each other.
 
-torch's kernels run in OpenMP teams that meet after every operation. GNU's OpenMP lets threads that wait spin for
-milliseconds, which is quickest on an idle machine; beside a busy process the one that is waited for has no core to run
-on, and everything takes several times as long. So the command line shortens the spinning before torch loads, and work
-that is too small to gain from a second thread runs on one. Measured: docs/log.md, 2026-11-28. Light: torch comes late.
+torch's kernels run in OpenMP teams that synchronize after every operation. GNU's OpenMP lets waiting threads spin for
+milliseconds, which is fastest on an idle machine; with a busy process the awaited thread has no core, and everything
+takes several times as long. The command line therefore shortens the spinning before torch loads, and work that is too
+small to gain from a second thread runs on one. Measured: docs/log.md, 2026-11-28. torch is imported late.
 """
 
 import os
@@ -12,19 +12,19 @@ from contextlib import contextmanager
 
 SPIN_COUNT = "1000"
 SETTINGS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-# Multiply-adds of one pass below which one thread is about as fast as two on an idle machine, and faster beside others.
+# Multiply-adds of one pass below which one thread is about as fast as two on an idle machine, and faster on a busy one.
 SMALL_WORK = 1.5e9
 
 
 def limit_spinning(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Have waiting threads spin for a short time; call it before torch loads. What the user has set stays."""
+    """Shorten the spinning of waiting threads; call it before torch loads. The user's own settings take precedence."""
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(environment):
         environment["GOMP_SPINCOUNT"] = SPIN_COUNT
 
 
 @contextmanager
 def threads_for(work: float) -> Iterator[None]:
-    """One thread for a pass of fewer than SMALL_WORK multiply-adds, else as many as torch has."""
+    """Use one thread for a pass of fewer than SMALL_WORK multiply-adds, else as many as torch has."""
     import torch
 
     threads = torch.get_num_threads()

@@ -4,7 +4,7 @@
     v   = d x_t / d t = eps - x      the target of L_fm
 
 so that x = x_t - t v and eps = x_t + (1 - t) v. The shift of SANA and SD3 is t -> s t / (1 + (s - 1) t): it fixes 0 and
-1 and spends more time near the noise for s > 1. Training and sampling each take their own shift, always explicitly.
+1 and spends more time near the noise for s > 1. Training and sampling each have their own, always explicit shift.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ Time = TypeVar("Time", float, Tensor)
 
 
 def _per_sample(t: Tensor, x: Tensor) -> Tensor:
-    """Times [B] as [B, 1, ..., 1] against x [B, ...]; a time of zero dimensions passes."""
+    """Reshape times [B] to [B, 1, ..., 1] for x [B, ...]; a time of zero dimensions is unchanged."""
     if t.ndim == 0:
         return t
     if t.ndim != 1 or t.shape[0] != x.shape[0]:
@@ -84,9 +84,9 @@ def sample_time(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Training times: sigmoid(mean + std * n) with n normal, then shifted; of the given shape, in (0, 1).
+    """Sample training times: sigmoid(mean + std * n) with n normal, then shifted; of the given shape, in (0, 1).
 
-    They are drawn in float32 on the generator's device, so one seed gives the same times on every device and type.
+    They are sampled in float32 on the generator's device, so one seed gives the same times on every device and type.
     """
     if not std >= 0:
         raise ValueError(f"expected a standard deviation of 0 or more, got {std}")

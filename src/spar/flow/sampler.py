@@ -1,15 +1,15 @@
 """Sampling: the flow's ODE from noise (t = 1) to a clean latent (t = 0), through diffusers' schedulers.
 
-Two methods behind one function: `dpmsolver++` is SANA's scheduler (DPM-Solver++ of order 2, midpoint, lower order at
+One function has two methods: `dpmsolver++` is SANA's scheduler (DPM-Solver++ of order 2, midpoint, lower order at
 the end, last sigma zero, flow sigmas with `flow_shift`); `euler` is the plain Euler step.
 
-Where we depart from a naive use of the same classes, on purpose:
+Deliberate departures from a naive use of the same classes:
 - The shift goes to `shift` in one class and to `flow_shift` in the other; a configuration of one, loaded into the
   other, silently samples with shift 1. Both are built here from one argument.
 - `FlowMatchEulerDiscreteScheduler.set_timesteps(n)` shifts the times twice, because it starts from limits that are
   already shifted, and ends on a step of almost no length. Here it gets the unshifted sigmas n/n, (n-1)/n ... 1/n.
-- `DPMSolverMultistepScheduler` truncates its times to whole thousandths. The network is asked at the exact sigma.
-  Its first sigma is 0.999 before the shift, where the noise stands in for x_t: the log-SNR is infinite at sigma 1.
+- `DPMSolverMultistepScheduler` truncates its times to whole thousandths. The network gets the exact sigma.
+  Its first sigma is 0.999 before the shift, where the noise is used as x_t: the log-SNR is infinite at sigma 1.
 """
 
 import numbers
@@ -43,8 +43,8 @@ def sample(
     """Integrates dx/dt = velocity(x, t) from `noise` [B, ...] at t = 1 to a float32 latent [B, ...] at t = 0.
 
     velocity: gets x [B, ...] and t [B] in float32, t falling from 1 towards 0; returns [B, ...] in any floating type.
-        It is called once a step, without gradients.
-    callback: called after each step with (steps done, steps in all, estimate): the clean latent as this step sees it,
+        It is called once per step, without gradients.
+    callback: called after each step with (steps done, total steps, estimate): this step's estimate of the clean latent,
         x - t * velocity(x, t), and after the last step the result itself. False, exactly, raises `Cancelled`.
     Raises InputError for a number of steps below 1, a shift outside [MIN_SHIFT, MAX_SHIFT], an unknown method.
     """
@@ -78,7 +78,7 @@ def _checked_shift(shift: float) -> float:
 
 
 def _build_scheduler(steps: int, shift: float, method: str):
-    """A fresh scheduler with its sigmas set, on the CPU, beginning at the first step."""
+    """Build a scheduler with its sigmas on the CPU, at the first step."""
     if method == "dpmsolver++":
         from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
@@ -100,5 +100,5 @@ def _build_scheduler(steps: int, shift: float, method: str):
         scheduler.set_timesteps(sigmas=[i / steps for i in range(steps, 0, -1)], device="cpu")
     else:
         raise InputError(f"method is expected to be one of {', '.join(METHODS)}, got {method!r}")
-    scheduler.set_begin_index(0)  # by position: looking a time up fails where two truncate to the same thousandth
+    scheduler.set_begin_index(0)  # by index: looking a time up fails if two truncate to the same thousandth
     return scheduler

@@ -32,8 +32,8 @@ class LeCam(nn.Module):
     """LeCam regularisation of a discriminator's logits, with its two anchors as buffers.
 
     In training mode each call first moves the anchors towards this batch's mean logits (the first call sets them), then
-    returns the regularisation as a float32 scalar; in evaluation mode the anchors stay. `mean` makes a mean over
-    several processes of one process's own.
+    returns the regularisation as a float32 scalar; in evaluation mode the anchors stay. `mean` averages one
+    process's value over all processes.
     """
 
     def __init__(self, decay: float = 0.999):
@@ -55,7 +55,7 @@ class LeCam(nn.Module):
 
     @torch.no_grad()
     def _update(self, real: Tensor, fake: Tensor) -> None:
-        step = torch.where(self.updates == 0, 1.0, 1 - self.decay)  # no .item(): the device is not waited for
+        step = torch.where(self.updates == 0, 1.0, 1 - self.decay)  # no .item(), which would synchronize the device
         self.real += step * (real - self.real)
         self.fake += step * (fake - self.fake)
         self.updates += 1
@@ -114,9 +114,9 @@ class PatchDiscriminator(nn.Module):
 
 
 class ContiguousGroupNorm(nn.GroupNorm):
-    """GroupNorm in float32 on contiguous memory, whatever the autocast and the memory format around it.
+    """GroupNorm in float32 on contiguous memory, independent of autocast and memory format.
 
-    A crash of torch's own has been met on the CPU, in the backward pass of channels_last under bfloat16 autocast.
+    torch has crashed on the CPU in the backward pass of channels_last under bfloat16 autocast.
     """
 
     def forward(self, x: Tensor) -> Tensor:

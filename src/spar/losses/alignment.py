@@ -3,9 +3,9 @@
 `projected` is phi(f_dit), an early DiT block's features after the alignment head; `teacher` is f'_v of the target image
 from the tokenizer's own encoder (or any other image encoder), and gets no gradient.
 
-Departure, an option: features of one encoder share a large mean, so that a constant prediction already earns a high
-plain cosine. The centred form compares the prediction with the teacher minus its mean, and so pays only for what
-differs between tokens. Only the teacher's statistics enter it.
+Optional departure: features of one encoder share a large mean, so that a constant prediction already has a high plain
+cosine. The centred form compares the prediction with the teacher minus its mean, and so rewards only differences
+between tokens. It uses only the teacher's statistics.
 """
 
 from torch import Tensor
@@ -19,10 +19,10 @@ def alignment_loss(
 ) -> dict[str, Tensor]:
     """Alignment of `projected` with `teacher`, both [B, N, D] on one grid (see `match_grid`).
 
-    center: the loss is of the centred cosine instead of the plain one, which is the paper's.
+    center: use the centred cosine instead of the paper's plain one.
     teacher_mean: [D], for example a running mean; None takes the mean over this batch's samples and tokens.
     Returns float32 scalars: `loss` (minus one of the cosines), `cosine_plain` and `cosine_centered` (both detached).
-    Raises ValueError where an input is missing or shapes differ.
+    Raises ValueError if an input is missing or shapes differ.
     """
     check_pair("projected", projected, "teacher", teacher)
     if projected.ndim != 3:

@@ -1,10 +1,10 @@
-"""What every loss checks: its inputs are there and agree, for a loss that broadcasts or goes missing fails silently."""
+"""Checks of a loss's inputs: a loss that broadcasts or lacks an input would fail silently."""
 
 from torch import Tensor
 
 
 def check_pair(first_name: str, first: Tensor | None, second_name: str, second: Tensor | None) -> None:
-    """Raises ValueError, naming the culprit, where one of two tensors is missing or their shapes differ."""
+    """Raise ValueError if one of two tensors is missing or their shapes differ; the message names the tensor."""
     for name, tensor in ((first_name, first), (second_name, second)):
         if tensor is None:
             raise ValueError(f"expected {name} as a tensor, got None: this loss is on and lacks its input")

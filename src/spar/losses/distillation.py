@@ -1,7 +1,7 @@
 """The tokenizer's two distillation terms (SPAR section 1).
 
-    L_s = || f_v - f'_v ||^2      stage III: the semantic features stay with a frozen copy of the encoder
-    L_p = || z_p - E_p(I) ||^2    stage I: the pixel stream finds the decoder's native latents
+    L_s = || f_v - f'_v ||^2      stage III: the semantic features stay close to a frozen copy of the encoder's
+    L_p = || z_p - E_p(I) ||^2    stage I: the pixel stream learns the decoder's native latents
 
 Both are means over every element. The teacher's side gets no gradient.
 """
@@ -12,9 +12,9 @@ from spar.losses.checks import check_pair
 
 
 def feature_mse(student: Tensor | None, teacher: Tensor | None, *, names: tuple[str, str]) -> Tensor:
-    """Mean squared error of student against a detached teacher, any one shape; a float32 scalar.
+    """Mean squared error of student against a detached teacher of the same shape; a float32 scalar.
 
-    names: what the two are called in the ValueError for a missing or unlike tensor.
+    names: names of the two in the ValueError for a missing or mismatched tensor.
     """
     check_pair(names[0], student, names[1], teacher)
     return (student.float() - teacher.detach().float()).square().mean()
@@ -26,5 +26,5 @@ def semantic_loss(f_v: Tensor | None, teacher: Tensor | None) -> Tensor:
 
 
 def native_latent_loss(z_p: Tensor | None, native: Tensor | None) -> Tensor:
-    """L_p for z_p and the frozen autoencoder's own latents of the same image, both in one layout and grid."""
+    """L_p for z_p and the frozen autoencoder's own latents of the same image, in the same layout and grid."""
     return feature_mse(z_p, native, names=("z_p", "the autoencoder's latents"))

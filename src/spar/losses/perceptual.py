@@ -1,7 +1,7 @@
-"""L_perc (SPAR section 1): distances between what a frozen network sees in two images, behind one interface.
+"""L_perc (SPAR section 1): distances between a frozen network's features of two images, with one interface.
 
 At full size it is 1.1 * (1.0 * LPIPS + 0.1 * ConvNeXt-S logits); `FeatureLoss` has the form of LPIPS (Zhang et al.,
-arXiv 1801.03924, uniform channel weights) over any frozen network that is handed in, and needs no download.
+arXiv 1801.03924, uniform channel weights) over any given frozen network, and needs no download.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,8 +21,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class PerceptualLoss(nn.Module):
     """The interface: forward(prediction, target) for images [B, 3, H, W] in [0, 1] to a float32 scalar of 0 or more.
 
-    The gradient reaches the prediction only. The network inside must be frozen: a parameter of it that wants a gradient
-    raises ValueError, and it stays in evaluation mode.
+    The gradient reaches only the prediction. The network must be frozen: a parameter that requires a gradient raises
+    ValueError, and it stays in evaluation mode.
     """
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class PerceptualLoss(nn.Module):
 
 
 def unit_normalize(features: Tensor, eps: float = 1e-5) -> Tensor:
-    """Features [B, C, H, W] divided by their length over the channels; in float32, smooth at zero."""
+    """Divide features [B, C, H, W] by their length over the channels; in float32, smooth at zero."""
     features = features.float()
     return features * torch.rsqrt(features.square().sum(dim=1, keepdim=True) + eps**2)
 
@@ -48,8 +48,8 @@ def unit_normalize(features: Tensor, eps: float = 1e-5) -> Tensor:
 class FeatureLoss(PerceptualLoss):
     """Mean over the layers of the mean squared distance between unit-normalised features; in [0, 4].
 
-    network: images [B, 3, H, W] in [0, 1] to a list of feature maps [B, C_i, H_i, W_i]; it normalises for itself.
-    layers: which of the maps count; None takes all.
+    network: images [B, 3, H, W] in [0, 1] to a list of feature maps [B, C_i, H_i, W_i]; it does its own normalisation.
+    layers: indices of the maps to use; None for all.
     """
 
     def __init__(self, network: Callable[[Tensor], Sequence[Tensor]], layers: Sequence[int] | None = None):
@@ -63,8 +63,8 @@ class FeatureLoss(PerceptualLoss):
     def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
         with torch.no_grad():
             wanted = self._features(target)
-        seen = self._features(prediction)
-        return torch.stack([(a - b).square().sum(dim=1).mean() for a, b in zip(seen, wanted, strict=True)]).mean()
+        own = self._features(prediction)
+        return torch.stack([(a - b).square().sum(dim=1).mean() for a, b in zip(own, wanted, strict=True)]).mean()
 
     def _features(self, images: Tensor) -> list[Tensor]:
         maps = self.network(images)
@@ -74,7 +74,7 @@ class FeatureLoss(PerceptualLoss):
 
 
 class LpipsLoss(PerceptualLoss):
-    """LPIPS with its learned channel weights, from the optional package `lpips`; `load` makes one."""
+    """LPIPS with its learned channel weights, from the optional package `lpips`; `load` builds it."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -83,7 +83,7 @@ class LpipsLoss(PerceptualLoss):
 
     @classmethod
     def load(cls, backbone: str = "vgg") -> "LpipsLoss":
-        """Builds LPIPS over `backbone` ("vgg", "alex", "squeeze"); its first use downloads the backbone's weights."""
+        """Build LPIPS over `backbone` ("vgg", "alex", "squeeze"); its first use downloads the backbone's weights."""
         try:
             import lpips
         except ImportError as error:
@@ -98,7 +98,7 @@ class LpipsLoss(PerceptualLoss):
 
 
 class ConvNextLoss(PerceptualLoss):
-    """Mean squared distance of a ConvNeXt classifier's logits, at the side in pixels that it was trained at."""
+    """Mean squared distance of a ConvNeXt classifier's logits, at its training side in pixels."""
 
     def __init__(self, model: nn.Module, side: int = 224):
         super().__init__()
@@ -110,7 +110,7 @@ class ConvNextLoss(PerceptualLoss):
 
     @classmethod
     def load(cls, path: str | Path, side: int = 224) -> "ConvNextLoss":
-        """Loads a ConvNextForImageClassification from a folder or an id (facebook/convnext-small-224)."""
+        """Load a ConvNextForImageClassification from a folder or an id (facebook/convnext-small-224)."""
         from transformers import ConvNextForImageClassification
 
         try:

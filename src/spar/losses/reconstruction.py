@@ -16,7 +16,7 @@ def psnr(prediction: Tensor, target: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of each image, [B], for images [B, C, H, W] with peak 1.
 
     -10 log10 of the mean squared error over the whole image; equal images give infinity. Nothing is clamped: pass
-    the image as it will be seen.
+    the final image.
     """
     check_pair("prediction", prediction, "target", target)
     error = (prediction.double() - target.double()).square().flatten(1).mean(dim=1)

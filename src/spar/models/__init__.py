@@ -1,1 +1,1 @@
-"""The network of SPAR: encoder, unified tokenizer, language model, router, connector, denoiser, and their figure."""
+"""The network of SPAR: encoder, unified tokenizer, language model, router, connector, denoiser, and the whole model."""

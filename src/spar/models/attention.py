@@ -1,4 +1,4 @@
-"""Softmax attention and its masks, shared by every part that attends."""
+"""Softmax attention and its masks, shared by all parts."""
 
 import math
 from typing import Any
@@ -18,8 +18,8 @@ MASKED = -6e4  # added to a forbidden score; finite in every half precision, so 
 def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d) + bias) v for `[B, heads, T, d]`.
 
-    torch's fused kernel, but for training on a CPU: there its backward pass is several times slower at these lengths
-    than three plain operations (benchmarks/attention.py).
+    It uses torch's fused kernel, except in training on a CPU, where the kernel's backward pass is several times slower
+    at these lengths than three plain operations (benchmarks/attention.py).
     """
     learning = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     if query.device.type == "cpu" and learning:
@@ -33,7 +33,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = N
 def transformers_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
 ) -> tuple[Tensor, None]:
-    """`attention` as transformers' layers call it: key heads are repeated where they are fewer; `[B, T, heads, d]`."""
+    """`attention` with the interface of transformers' layers: key heads are repeated if fewer; `[B, T, heads, d]`."""
     shared = query.shape[1] // key.shape[1]
     if shared > 1:
         key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
@@ -46,7 +46,7 @@ AttentionMaskInterface.register(ATTENTION, eager_mask)  # additive, as `attentio
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type that matrix products on `x` run in: autocast's where it is on, else the tensor's own."""
+    """The type of matrix products on `x`: autocast's if enabled, else the tensor's own."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if under_autocast(x) else x.dtype
 

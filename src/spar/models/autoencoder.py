@@ -1,4 +1,4 @@
-"""DC-AE (arXiv 2410.10733) behind two methods; diffusers' `AutoencoderDC` does the work.
+"""DC-AE (arXiv 2410.10733) as an encoder and a decoder, from diffusers' `AutoencoderDC`.
 
 The autoencoder's own range is [-1, 1]; everywhere else in this package pixels are in [0, 1].
 """
@@ -10,7 +10,7 @@ from spar.models.config import AutoencoderConfig
 
 
 def build_autoencoder(config: AutoencoderConfig) -> AutoencoderDC:
-    """The library's class, encoder and decoder, with random weights."""
+    """Build the library's class, encoder and decoder, with random weights."""
     return AutoencoderDC(
         latent_channels=config.latent_channels,
         attention_head_dim=config.head_dim,
@@ -28,7 +28,7 @@ def build_autoencoder(config: AutoencoderConfig) -> AutoencoderDC:
 
 
 class PixelEncoder(nn.Module):
-    """E_p, the encoder half: the guide of tokenizer stage I; not part of the finished model."""
+    """E_p, the encoder half: the teacher of tokenizer stage I; not part of the finished model."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class PixelEncoder(nn.Module):
         return self.network(pixels * 2 - 1)
 
     def features(self, pixels: Tensor) -> list[Tensor]:
-        """The feature map behind each resolution, finest first: the frozen network of the small perceptual loss."""
+        """Feature maps after each resolution, finest first: the frozen network of the small perceptual loss."""
         maps, x = [], self.network.conv_in(pixels * 2 - 1)
         for block in self.network.down_blocks:
             x = block(x)

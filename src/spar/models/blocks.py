@@ -1,4 +1,4 @@
-"""The repeated layers of all parts: what is sharded, recomputed or compiled one at a time."""
+"""The repeated layers of all parts: the units of sharding, activation checkpointing and compilation."""
 
 import torch
 from torch import nn
@@ -6,14 +6,14 @@ from torch import nn
 from spar.models.denoiser import DenoiserBlock
 from spar.models.tokenizer import ResidualBlock, TransformerBlock
 
-# The libraries' own by name, so that none is imported for it.
+# The libraries' own by name, which needs no import.
 BLOCKS = (
     "InternVLVisionLayer", "Qwen2DecoderLayer", "ResBlock", "EfficientViTBlock", "DCUpBlock2d", "DCDownBlock2d",
     TransformerBlock.__name__, ResidualBlock.__name__, DenoiserBlock.__name__,
 )  # fmt: skip
 
-# Compilations of one function before torch gives up and runs it as it is. Its own limit is 8; but all of transformers'
-# layers share one function, and each has its forms: batches of one and of more, lengths, types, with keys behind it.
+# Compilations of one function before torch falls back to eager mode. Its own limit is 8; but all of transformers'
+# layers share one function, with variants: batches of one and of more, lengths, types, with and without a KV cache.
 RECOMPILE_LIMIT = 64
 
 
@@ -23,10 +23,10 @@ def repeated_blocks(module: nn.Module) -> list[nn.Module]:
 
 
 def compile_blocks(module: nn.Module) -> None:
-    """Have torch.compile take each repeated layer when it is first called: all of a kind share what it compiles.
+    """Compile each repeated layer with torch.compile at its first call; layers of one class share the compiled code.
 
-    A layer that was taken before is left as it is. What is recomputed is recomputed around the compiled layer, for
-    which this comes before.
+    Layers that are compiled already are skipped. Activation checkpointing must wrap the compiled layer, so call this
+    first.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     for block in repeated_blocks(module):

@@ -54,8 +54,8 @@ class VisionConfig:
 class TextConfig:
     """Qwen2 (transformers' `Qwen2Config`); `hidden_size` is D_s, the width of the visual tokens too.
 
-    `rope_factor` above 1 is dynamic NTK scaling: so many times `max_positions` tokens fit, and up to `max_positions`
-    nothing changes. Without `tied_head` the next-token logits have a matrix of their own.
+    `rope_factor` above 1 is dynamic NTK scaling: that many times `max_positions` tokens fit, and up to `max_positions`
+    nothing changes. Without `tied_head` the next-token logits have a separate matrix.
     """
 
     vocab_size: int = 128
@@ -81,7 +81,7 @@ class TextConfig:
         _divides(self, "heads", "kv_heads")
         if self.hidden_size // self.heads % 2:
             raise InputError(
-                "TextConfig: rotary positions want heads of an even width, "
+                "TextConfig: rotary positions need heads of an even width, "
                 f"got hidden_size {self.hidden_size} over {self.heads} heads"
             )
         for name in ("image_token_id", "eos_token_id", "pad_token_id"):
@@ -127,12 +127,12 @@ class AutoencoderConfig:
         for before, after in zip(self.channels, self.channels[1:], strict=False):
             if 4 * before % after:
                 raise InputError(
-                    "AutoencoderConfig.channels: the shortcuts want four times each entry as a multiple of the next, "
+                    "AutoencoderConfig.channels: the shortcuts need four times each entry as a multiple of the next, "
                     f"got {before} before {after}"
                 )
         if self.channels[-1] % self.latent_channels:
             raise InputError(
-                "AutoencoderConfig: the shortcuts want the last of channels as a multiple of latent_channels, "
+                "AutoencoderConfig: the shortcuts need the last of channels as a multiple of latent_channels, "
                 f"got {self.channels[-1]} and {self.latent_channels}"
             )
 
@@ -146,7 +146,7 @@ class StreamConfig:
     """The dual stream: light semantic stream, Transformer pixel stream (paper, section 3.1).
 
     `fusion` "residual" adds the MLP of the paper's fusion to `z_s`: with an MLP that starts at zero, a tokenizer of one
-    stream goes on as it was.
+    stream keeps its function.
     """
 
     residual_blocks: int = 3
@@ -169,11 +169,11 @@ class StreamConfig:
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """Which LLM layers a condition token reads, and how they are mixed.
+    """The LLM layers that a condition token reads, and their mixture.
 
-    `scale` is the size that each state is brought to before they are mixed: "unit", or "last", the size of the token's
-    own last state. `norm` is the LayerNorm behind the mixture. With "last", no norm and an identity for `W_p`, a token
-    that reads the last layer alone gets the LLM's last state as it is.
+    `scale` is the size to which each state is scaled before the mixture: "unit", or "last", the size of the token's
+    own last state. `norm` is the LayerNorm after the mixture. With "last", no norm and an identity for `W_p`, a token
+    that reads only the last layer gets the LLM's last state unchanged.
     """
 
     kind: RouterKind = "dtr"
@@ -192,10 +192,10 @@ class RouterConfig:
 class ConnectorConfig:
     """Learnable queries, bidirectional layers (copied from the LLM's last), projection to the DiT's caption width.
 
-    `reference_positions` adds a 2-D sine embedding to the reference-image tokens behind the connector: SANA's own
-    attention has no position at all, and an edit must know where each reference token lies. `reference_scale` is
-    the size of `f_v` at the connector's door: "unit" as the routed states have it, "raw" as the encoder gives it.
-    `image_start` puts the image's opening token before the queries (UniLIP's prompt form).
+    `reference_positions` adds a 2-D sine embedding to the reference-image tokens after the connector: SANA's own
+    attention has no positions, and an edit depends on the place of each reference token. `reference_scale` is the size
+    of `f_v` at the connector's input: "unit" like the routed states, "raw" as from the encoder. `image_start` puts the
+    image's opening token before the queries (as in UniLIP's prompts).
     """
 
     queries: int = 16
@@ -213,11 +213,11 @@ class ConnectorConfig:
 class DenoiserConfig:
     """SANA (diffusers' `SanaTransformer2DModel`). `align_depth` is the 1-based block whose features align.
 
-    `interpolation_scale` is SANA's own option: its sine positions, which the published 512 px models go without. Most
+    `interpolation_scale` is SANA's own option: its sine positions, which the published 512 px models do not use. Most
     of their channels hardly vary over a small grid; `position_gain` adds that many times `sincos_pos_embed_2d`, whose
-    channels all do (0: none), so that a DiT learns to put a thing where the words say.
+    channels all vary (0: none), so that a DiT learns the places of objects in prompts.
     `reference_latent` adds the reference's own `z_f` to the noisy latent's tokens, cell by cell, so that an edit
-    copies what it keeps: `f_v` alone would have the DiT learn the whole pixel stream again.
+    copies unchanged regions: with `f_v` alone the DiT would have to learn the whole pixel stream again.
     """
 
     layers: int = 6
@@ -241,7 +241,7 @@ class DenoiserConfig:
         _at_least(self, 0, "position_gain")
         for name, value in (("caption_channels", self.caption_channels), ("heads * head_dim", self.width)):
             if value % 4:
-                raise InputError(f"DenoiserConfig.{name}: sine positions want a multiple of 4, got {value}")
+                raise InputError(f"DenoiserConfig.{name}: sine positions need a multiple of 4, got {value}")
         if not 1 <= self.align_depth <= self.layers:
             raise InputError(f"DenoiserConfig.align_depth: expected 1 to {self.layers}, got {self.align_depth}")
 

@@ -52,8 +52,8 @@ class Connector(nn.Module):
             states: routed states `[B, T, D]`.
             mask: `[B, T]`, 1 for real tokens (padding on the left).
             is_reference: `[B, T]`, true at reference-image positions.
-            reference: `f_v` of the references, `[B_with_reference, N, D]`, which replaces the routed states there so
-                that pixel detail reaches the DiT; None when no row has one.
+            reference: `f_v` of the references, `[B_with_reference, N, D]`, which replaces the routed states there, so
+                that pixel detail reaches the DiT; None if no row has one.
             grid: rows and columns of a reference's tokens, by default the trained square.
 
         Returns:

@@ -1,6 +1,6 @@
-"""The diffusion transformer: SANA (arXiv 2410.10629), with a block loop of our own that returns tapped features.
+"""The diffusion transformer: SANA (arXiv 2410.10629), with our own block loop that returns features of one block.
 
-diffusers' `SanaTransformer2DModel` holds the weights under its own names. B images, R noise draws an image (they
+diffusers' `SanaTransformer2DModel` has the weights under its own names. B images, R noise samples per image (they
 share one condition), h w the latent grid, N = h w, D the DiT's width, M condition tokens, C caption channels.
 """
 
@@ -21,7 +21,7 @@ POSITION_BASE = 10.0  # wavelengths of 2 pi to 20 pi tokens: every channel varie
 
 @dataclass(frozen=True)
 class DenoiserOutput:
-    """`velocity` `[B R, D_p, h, w]`; `features` of the tapped block `[B R, N, D]`."""
+    """`velocity` `[B R, D_p, h, w]`; `features` of block `align_depth` `[B R, N, D]`."""
 
     velocity: Tensor
     features: Tensor
@@ -30,7 +30,7 @@ class DenoiserOutput:
 def linear_attention(block: SanaTransformerBlock, x: Tensor) -> Tensor:
     """SANA's ReLU linear attention: `[B, N, D]` to `[B, N, D]`; in bfloat16 under its autocast, else in float32.
 
-    The sums over tokens are not divided before the end: float16 has not their range.
+    The sums over tokens are divided only at the end: float16 lacks their range.
     """
     attention = block.attn1
     batch, tokens, _ = x.shape
@@ -52,14 +52,14 @@ def _heads(block: SanaTransformerBlock, x: Tensor) -> Tensor:
 
 
 def key_value_proj(block: SanaTransformerBlock, condition: Tensor) -> KeyValue:
-    """Keys and values, `[B, heads, M, d]`, that a block's cross-attention makes of the condition `[B, M, D]`."""
+    """Keys and values, `[B, heads, M, d]`, of a block's cross-attention for the condition `[B, M, D]`."""
     return _heads(block, block.attn2.to_k(condition)), _heads(block, block.attn2.to_v(condition))
 
 
 def cross_attention(
     block: SanaTransformerBlock, x: Tensor, condition: Tensor | KeyValue, bias: Tensor | None
 ) -> Tensor:
-    """Softmax attention from `[B, R N, D]` to the condition `[B, M, D]`; the R draws share its keys and values."""
+    """Softmax attention from `[B, R N, D]` to the condition `[B, M, D]`; the R samples share its keys and values."""
     k, v = condition if isinstance(condition, tuple) else key_value_proj(block, condition)
     out = attention(_heads(block, block.attn2.to_q(x)), k, v, bias)
     return block.attn2.to_out[0](out.transpose(1, 2).flatten(2))
@@ -76,7 +76,7 @@ def mix_feed_forward(block: SanaTransformerBlock, x: Tensor, height: int, width:
 
 
 class DenoiserBlock(SanaTransformerBlock):
-    """SANA's block with a forward of our own; the reference is `SanaTransformerBlock.forward`."""
+    """SANA's block with our own forward; the reference is `SanaTransformerBlock.forward`."""
 
     def forward(
         self,
@@ -87,18 +87,18 @@ class DenoiserBlock(SanaTransformerBlock):
         shape: tuple[int, int, int, int],
     ) -> Tensor:
         """`x` `[B R, N, D]`, `modulation` `[B R, 6, D]`, `condition` `[B, M, D]` or its keys, `shape` (B, R, h, w)."""
-        batch, draws, height, width = shape
+        batch, samples, height, width = shape
         table = self.scale_shift_table[None] + modulation                               # [B R, 6, D]
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = table.to(x.dtype).chunk(6, dim=1)
         x = torch.addcmul(x, gate_1, linear_attention(self, torch.addcmul(shift_1, self.norm1(x), 1 + scale_1)))
-        shared = x.reshape(batch, draws * x.shape[1], -1)                               # [B, R N, D]
+        shared = x.reshape(batch, samples * x.shape[1], -1)                               # [B, R N, D]
         x = x + cross_attention(self, shared, condition, bias).view_as(x)
         modulated = torch.addcmul(shift_2, self.norm2(x), 1 + scale_2)
         return torch.addcmul(x, gate_2, mix_feed_forward(self, modulated, height, width))
 
 
 class Denoiser(nn.Module):
-    """Velocity and tapped features from a noisy latent, its time and the condition."""
+    """Velocity and features of block `align_depth` from a noisy latent, its time and the condition."""
 
     def __init__(self, config: DenoiserConfig, channels: int, grid: int) -> None:
         super().__init__()
@@ -120,13 +120,13 @@ class Denoiser(nn.Module):
             interpolation_scale=config.interpolation_scale,
         )
         for block in self.network.transformer_blocks:
-            block.__class__ = DenoiserBlock  # the same weights; what shards or recomputes a block wraps its forward
-        if config.reference_latent:  # starts at zero: a DiT that never saw a reference stays as it is
+            block.__class__ = DenoiserBlock  # the same weights; sharding and checkpointing wrap its forward
+        if config.reference_latent:  # starts at zero: a DiT without references keeps its function
             self.reference_embed = nn.Conv2d(channels, config.width, 1, bias=False, device="meta")
             self.reference_embed.weight = nn.Parameter(torch.zeros(config.width, channels, 1, 1))
 
     def key_values(self, condition: Tensor) -> list[KeyValue]:
-        """What the blocks read of a condition `[B, M, C]`: the same at every step of a sampler, so made once."""
+        """The blocks' keys and values of a condition `[B, M, C]`, which are the same at every step of a sampler."""
         condition = self._caption(condition)
         return [key_value_proj(block, condition) for block in self.network.transformer_blocks]
 
@@ -144,20 +144,20 @@ class Denoiser(nn.Module):
         """Predict the velocity.
 
         Args:
-            latent: `[B R, D_p, h, w]`, draws of one image side by side.
+            latent: `[B R, D_p, h, w]`, samples of one image adjacent.
             time: `[B R]` in [0, 1], 1 is noise.
-            condition: `[B, M, C]`, or its `keys`; mask: `[B, M]`, 1 for real tokens.
-            reference: `[B, D_p, h, w]`, the normalised latent of the image to edit; zero in rows that have none.
+            condition: `[B, M, C]`, or its `key_values`; mask: `[B, M]`, 1 for real tokens.
+            reference: `[B, D_p, h, w]`, the normalised latent of the image to edit; zero in rows without one.
         """
         network, (height, width) = self.network, latent.shape[-2:]
-        batch, draws = len(mask), len(latent) // len(mask)
+        batch, samples = len(mask), len(latent) // len(mask)
         x = network.patch_embed(latent)                                              # [B R, N, D]
         if self.config.position_gain:
             places = sincos_pos_embed_2d(x.shape[-1], height, width, POSITION_BASE).to(x)
             x = x + self.config.position_gain * places
         if reference is not None and self.config.reference_latent:
             known = self.reference_embed(reference).flatten(2).transpose(1, 2)       # [B, N, D]
-            x = x + known.repeat_interleave(draws, dim=0)
+            x = x + known.repeat_interleave(samples, dim=0)
         modulation, embedded = network.time_embed(time * TIME_STEPS, hidden_dtype=x.dtype)  # [B R, 6 D], [B R, D]
         modulation = modulation.unflatten(1, (6, -1))
         blocks = network.transformer_blocks
@@ -166,7 +166,7 @@ class Denoiser(nn.Module):
         bias = bias.masked_fill(~mask.bool(), MASKED)[:, None, None]
         features = x
         for i, (block, read) in enumerate(zip(blocks, reads, strict=True), start=1):
-            x = block(x, modulation, read, bias, (batch, draws, height, width))
+            x = block(x, modulation, read, bias, (batch, samples, height, width))
             if i == self.config.align_depth:
                 features = x
         x = network.proj_out(network.norm_out(x, embedded, network.scale_shift_table))  # [B R, N, D_p]

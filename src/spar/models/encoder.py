@@ -16,7 +16,7 @@ PIXEL_STD = (0.229, 0.224, 0.225)
 
 
 def vision_config(config: VisionConfig) -> InternVLVisionConfig:
-    """The library's configuration; q, k and v carry biases as in the published checkpoints."""
+    """The library's configuration; q, k and v have biases as in the published checkpoints."""
     return InternVLVisionConfig(
         hidden_size=config.hidden_size,
         num_hidden_layers=config.layers,
@@ -52,7 +52,7 @@ def qwen_config(config: TextConfig) -> Qwen2Config:
 
 
 def internvl_config(vision: VisionConfig, text: TextConfig) -> InternVLConfig:
-    """The configuration of the whole MLLM as `InternVLForConditionalGeneration` takes it."""
+    """The configuration of the whole MLLM for `InternVLForConditionalGeneration`."""
     return InternVLConfig(
         vision_config=vision_config(vision),
         text_config=qwen_config(text),
@@ -65,7 +65,7 @@ def internvl_config(vision: VisionConfig, text: TextConfig) -> InternVLConfig:
 def merge_patches(features: Tensor, height: int, width: int) -> Tensor:
     """InternVL's pixel shuffle at ratio 0.5: `[B, height * width, C]` to `[B, height * width / 4, 4 C]`.
 
-    Channel order within a merged token is row-major over the 2x2 square, as `InternVLModel.pixel_shuffle` leaves it.
+    Channel order within a merged token is row-major over the 2x2 square, as in `InternVLModel.pixel_shuffle`.
     """
     batch, _, channels = features.shape
     squares = features.view(batch, height // 2, 2, width // 2, 2, channels)

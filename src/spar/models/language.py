@@ -1,7 +1,7 @@
 """The language model: embeddings, the K routed hidden states, next-token logits, greedy answers.
 
-transformers' `Qwen2Model` holds the weights; the pass over its layers is ours, so that only the routed states are
-kept. B batch, T tokens, D width, K routed layers.
+transformers' `Qwen2Model` has the weights; the pass over its layers is ours, so that only the routed states are kept.
+B batch, T tokens, D width, K routed layers.
 """
 
 from collections.abc import Iterator
@@ -18,19 +18,19 @@ from spar.models.encoder import qwen_config
 
 
 class LayerKVCache:
-    """Keys and values `[B, heads, T, d]` of the tokens before those that one layer reads now.
+    """Keys and values `[B, heads, T, d]` of one layer for the tokens before the current ones.
 
-    transformers' layers call `update`. It leaves `past` alone, so that a layer may be computed twice (activation
-    checkpointing), and ignores the layer's number, for which torch.compile would compile each layer apart.
+    transformers' layers call `update`. It does not change `past`, so that a layer may be computed twice (activation
+    checkpointing), and ignores the layer's index, since torch.compile would otherwise compile each layer separately.
     """
 
     def __init__(self, before: KeyValue | None = None) -> None:
         self.past, self.key_value = before, before
 
     def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> KeyValue:
-        """Keys and values of all tokens up to the new ones.
+        """Keys and values of all tokens including the new ones.
 
-        What else a layer hands over (its number; from transformers 5.24 on, keywords too) is for other caches.
+        Further arguments of a layer (its index; keywords from transformers 5.24 on) are for other caches.
         """
         if self.past is not None:
             key, value = torch.cat([self.past[0], key], dim=2), torch.cat([self.past[1], value], dim=2)
@@ -39,7 +39,7 @@ class LayerKVCache:
 
 
 class LanguageModel(nn.Module):
-    """Causal LLM; `network` carries transformers' own parameter names, `head` is there where it is not tied."""
+    """Causal LLM; `network` has transformers' own parameter names, `head` exists if it is not tied."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -54,11 +54,11 @@ class LanguageModel(nn.Module):
         return self.network.embed_tokens(tokens)
 
     def empty_kv_cache(self) -> list[KeyValue | None]:
-        """What each layer has seen where a text begins."""
+        """The cache of each layer before the first token."""
         return [None] * len(self.network.layers)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`[B, T, D]` final states to `[B, T, vocabulary]`, with the words' embeddings where the head is tied."""
+        """`[B, T, D]` final states to `[B, T, vocabulary]`, with the token embeddings if the head is tied."""
         return nn.functional.linear(hidden, (self.head or self.network.embed_tokens).weight)
 
     def forward(
@@ -76,7 +76,7 @@ class LanguageModel(nn.Module):
             embeddings: `[B, T, D]`.
             bias: additive attention bias `[B, 1, T, T_total]`.
             position_ids: `[B, T]`.
-            layers: which hidden states to keep, 0 the embedding output, L the last layer behind the final norm
+            layers: the hidden states to keep, 0 the embedding output, L the last layer after the final norm
                 (transformers' own numbering).
             past_key_values: each layer's keys and values of the earlier tokens, replaced by those of all.
 
@@ -92,7 +92,7 @@ class LanguageModel(nn.Module):
         x = embeddings
         for i, layer in enumerate(network.layers, start=1):
             past = LayerKVCache(past_key_values[i - 1]) if past_key_values else None
-            # By place: transformers 5.24 calls the fourth `cache`, and warns of the name in 5.23, `past_key_values`.
+            # Positional: transformers 5.24 calls the fourth `cache`, and deprecates 5.23's name, `past_key_values`.
             x = layer(x, bias, position_ids, past, position_embeddings=rotary)
             if past:
                 past_key_values[i - 1] = past.key_value
@@ -120,15 +120,15 @@ class LanguageModel(nn.Module):
         return rows
 
     def stream(self, embeddings: Tensor, mask: Tensor, *, max_new_tokens: int) -> Iterator[list[int | None]]:
-        """The same continuation token by token: each step has a token a row, or None where the row has ended.
+        """The same continuation token by token: each step has one token per row, or None if the row has ended.
 
-        The caller goes from step to step without gradients.
+        The caller disables gradients.
 
         Args:
             embeddings: `[B, T, D]`, padded on the left; mask: `[B, T]`.
 
         Raises:
-            InputError: where the longest answer would not fit behind its question.
+            InputError: the longest answer would not fit after its question.
         """
         self._check_length(int(mask.sum(1).max()) + max_new_tokens)
         return self._steps(embeddings, mask, max_new_tokens)

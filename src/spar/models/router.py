@@ -1,7 +1,7 @@
-"""Dynamic Token Routing and its four baselines (SPAR section 3.2): K hidden states a token, one state out.
+"""Dynamic Token Routing and its four baselines (SPAR section 3.2): K hidden states per token to one state.
 
-Every router takes `[K, B, T, D]` states on a common scale and returns the mixed state and the weights it used.
-Which layers the K states come from is `routed_layers`; a router is only told how many there are.
+Every router takes `[K, B, T, D]` states on a common scale and returns the mixed state and its weights. `routed_layers`
+gives the layers of the K states; a router knows only their number.
 """
 
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ def routed_layers(layers: int, count: int) -> tuple[int, ...]:
 
 
 def normalize_hidden_states(states: list[Tensor], scale: Literal["unit", "last"] = "unit") -> Tensor:
-    """Stack K states `[B, T, D]` to `[K, B, T, D]`, each token's at one size: root mean square 1, or that of its last.
+    """Stack K states `[B, T, D]` to `[K, B, T, D]`, each scaled to root mean square 1, or to that of its last state.
 
-    transformers gives the last state behind the final norm and the others before it; without one scale the layer
-    with the largest norm, not the softmax, decides the mixture. At the scale "last" the last state stays as it is.
+    transformers returns the last state after the final norm and the others before it; without a common scale the layer
+    with the largest norm, not the softmax, dominates the mixture. With "last" the last state is unchanged.
     """
     x = torch.stack(states)
     squares = x.float().pow(2).mean(-1, keepdim=True) + 1e-6                    # [K, B, T, 1]
@@ -39,7 +39,7 @@ class RouterOutput:
 
 
 class Router(nn.Module):
-    """The shared frame: weights, scaled sum, LayerNorm, W_p. A design only says what the weights are."""
+    """Base class of the routers: weights, scaled sum, LayerNorm, W_p. A subclass defines the weights."""
 
     def __init__(self, width: int, config: RouterConfig) -> None:
         super().__init__()
@@ -101,9 +101,9 @@ class GlobalRouter(Router):
 
 
 class ConcatRouter(Router):
-    """The K layers side by side and a linear map M = [M_1 .. M_K].
+    """The K layers concatenated and a linear map M = [M_1 .. M_K].
 
-    It chooses no weights: what it reports is each layer's share of the merge, |M_k alpha_k H_k| over their sum.
+    It has no weights: it reports each layer's share of the merge, |M_k alpha_k H_k| over their sum.
     """
 
     def __init__(self, width: int, config: RouterConfig) -> None:

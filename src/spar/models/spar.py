@@ -19,9 +19,9 @@ from spar.models.tokenizer import UnifiedTokenizer
 
 @dataclass(frozen=True)
 class Condition:
-    """What the denoiser reads: `states` `[B, T, C]`, `mask` `[B, T]`, the routing `weights` `[B, T, K]`, and where a
-    image is edited, its normalised latent `reference` `[B, D_p, h, w]`. `keys` is what the denoiser's blocks read of
-    the states, where that has been made (`SparModel.prepare`)."""
+    """Condition of the denoiser: `states` `[B, T, C]`, `mask` `[B, T]`, the routing `weights` `[B, T, K]`, and for an
+    edit the normalised latent of the image, `reference` `[B, D_p, h, w]`. `key_values` are the keys and values of the
+    denoiser's blocks, if precomputed (`SparModel.precompute_key_values`)."""
 
     states: Tensor
     mask: Tensor
@@ -64,7 +64,7 @@ class SparModel(nn.Module):
         Args:
             tokens: `[B, T]` ids, padded on the left; the queries are appended here.
             mask: `[B, T]`, 1 for real tokens.
-            f_v: `[references, N, D]` of the reference images whose placeholders stand in `tokens`.
+            f_v: `[references, N, D]` of the reference images whose placeholders are in `tokens`.
             size: height and width of the references in pixels, by default the trained square.
         """
         batch, queries = len(tokens), self.config.connector.queries
@@ -88,7 +88,7 @@ class SparModel(nn.Module):
     ) -> Tensor | None:
         """The normalised `z_f` of each row's first reference `[B, D_p, h, w]`, zero in rows without one.
 
-        It is given, as the latent to be denoised is: no gradient reaches the tokenizer through it.
+        Like the latent to denoise, it is an input: no gradient reaches the tokenizer through it.
         """
         if f_v is None or not self.config.denoiser.reference_latent:
             return None
@@ -99,23 +99,23 @@ class SparModel(nn.Module):
         return rows
 
     def _routed_states(self, embeddings: Tensor, mask: Tensor, prompt: int) -> list[Tensor]:
-        """The K hidden states of every token, the first `prompt` of them and the queries in two passes.
+        """The K hidden states of every token, in two passes: the first `prompt` tokens, then the queries.
 
-        No token of the prompt sees a query, so with a frozen LLM its states carry no gradient, and training keeps a
-        graph of the queries' pass alone.
+        No token of the prompt attends to a query, so with a frozen LLM its states have no gradient, and training keeps
+        only the graph of the queries' pass.
         """
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.language.parameters())
-        places, seen = position_ids_from_mask(mask), self.language.empty_kv_cache()
+        positions, cache = position_ids_from_mask(mask), self.language.empty_kv_cache()
         words, queries = embeddings[:, :prompt], embeddings[:, prompt:]
         with torch.set_grad_enabled(learns):
             bias = attention_bias(mask[:, :prompt], words, causal=True)
-            _, before = self.language(words, bias, places[:, :prompt], layers=self.layers, past_key_values=seen)
+            _, first = self.language(words, bias, positions[:, :prompt], layers=self.layers, past_key_values=cache)
         bias = attention_bias(mask, queries, causal=True, past=prompt)
-        _, behind = self.language(queries, bias, places[:, prompt:], layers=self.layers, past_key_values=seen)
-        return [torch.cat(pair, dim=1) for pair in zip(before, behind, strict=True)]
+        _, last = self.language(queries, bias, positions[:, prompt:], layers=self.layers, past_key_values=cache)
+        return [torch.cat(pair, dim=1) for pair in zip(first, last, strict=True)]
 
     def precompute_key_values(self, condition: Condition) -> Condition:
-        """The condition with all that every step of a sampler would make of it anew."""
+        """The condition with the keys and values that are the same at every step of a sampler."""
         return replace(condition, key_values=self.denoiser.key_values(condition.states))
 
     def velocity(self, latent: Tensor, time: Tensor, condition: Condition) -> DenoiserOutput:

@@ -1,7 +1,7 @@
-"""Decoding a large image tile by tile: the decoder then holds the activations of one tile at a time.
+"""Tiled decoding of large images: the decoder has the activations of one tile at a time.
 
-Tiles overlap and are blended with weights that fall linearly towards their edges. DC-AE's attention sees its tile
-alone, so that the image differs a little from one decoded as a whole; with a decoder of single cells it is the same.
+Tiles overlap and are blended with weights that fall linearly towards their edges. DC-AE's attention is limited to its
+tile, so that the image differs a little from one decoded as a whole; with a decoder of single cells it is the same.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 OVERLAP = 0.25  # of a tile's side, shared with each neighbour
-MIN_TILE = 4  # tokens a side: below it a tile is all edge
+MIN_TILE = 4  # tokens per side: a smaller tile consists of edges
 
 
 def decode_in_tiles(decode: Callable[[Tensor], Tensor], latent: Tensor, tile: int) -> Tensor:
@@ -35,7 +35,7 @@ def decode_in_tiles(decode: Callable[[Tensor], Tensor], latent: Tensor, tile: in
 
 
 def _starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin: each shares at least `overlap` cells with the one before it, and the last ends at the end."""
+    """Starts of the tiles: each overlaps the one before it by at least `overlap` cells; the last ends at the end."""
     return [*range(0, length - tile, tile - overlap), length - tile]
 
 

@@ -18,7 +18,7 @@ from spar.models.tiling import decode_in_tiles
 
 @dataclass(frozen=True)
 class TokenizerOutput:
-    """What the tokenizer makes of an image. A stream that is switched off gives None."""
+    """The tokenizer's features and latents of an image. A disabled stream gives None."""
 
     f_v: Tensor  # [B, N, D_s] projected semantic features
     z_s: Tensor | None  # [B, N, D_p] semantic stream
@@ -47,7 +47,7 @@ def projection(width: int, channels: int) -> nn.Sequential:
 
 
 class TransformerBlock(nn.Module):
-    """A pre-norm Transformer encoder layer over all visual tokens, explicit about its attention."""
+    """A pre-norm Transformer encoder layer over all visual tokens."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: int) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class TransformerBlock(nn.Module):
 
 
 class Stream(nn.Module):
-    """Residual blocks, then the projection MLP; with Transformer layers in front it is the pixel stream."""
+    """Residual blocks, then the projection MLP; with Transformer layers before them it is the pixel stream."""
 
     def __init__(self, width: int, channels: int, config: StreamConfig, *, transformer_layers: int = 0) -> None:
         super().__init__()
@@ -123,8 +123,8 @@ class UnifiedTokenizer(nn.Module):
         """`[B, D_p, h, w]` to pixels `[B, 3, H, W]` of the token grid's size, not clamped.
 
         The decoder's stride may exceed the tokens' (32 against 28): then the image is resized by their ratio,
-        bilinearly and without a wider filter, as the family does. A latent of more than `tile` cells a side is decoded
-        in tiles (`spar.models.tiling`).
+        bilinearly and without antialiasing, as in the family. A latent of more than `tile` cells per side is decoded in
+        tiles (`spar.models.tiling`).
         """
         whole = tile is None or max(z_f.shape[-2:]) <= tile
         pixels = self.decoder(z_f) if whole else decode_in_tiles(self.decoder, z_f, tile)

@@ -1,1 +1,1 @@
-"""Embedded worlds: procedural data sets with an exact detector, so that a program can check every claim, offline."""
+"""Embedded worlds: procedural data sets with an exact detector, which checks every claim offline."""

@@ -1,4 +1,4 @@
-"""Truths about captions, the vocabulary and the tokenizer: what is said is true, and can be read back."""
+"""Truths about captions, the vocabulary and the tokenizer: they are true, and parse to their claim."""
 
 import re
 from collections import Counter
@@ -102,17 +102,17 @@ def test_every_edited_scene_reads_back() -> None:
         assert to_text(parse(caption(target, rng))).split()
 
 
-def test_the_relation_said_is_true_and_all_four_are_said() -> None:
+def test_the_named_relation_is_true_and_all_four_occur() -> None:
     rng = np.random.default_rng(4)
-    said: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for seed in range(200):
         scene = make_scene(seed, kind="position")
         claim = parse(caption(scene, rng))
         by_look = {(item.shape, item.color): item for item in scene.objects}
         subject, other = (by_look[group.shape, group.color] for group in claim.groups)
         assert claim.relation is not None and holds(claim.relation.name, subject, other)
-        said[claim.relation.name] += 1
-    assert min(said[name] for name in RELATIONS) > 30
+        counts[claim.relation.name] += 1
+    assert min(counts[name] for name in RELATIONS) > 30
 
 
 CELL = r" (?:on|and) (column \w+ row \w+)"
@@ -121,7 +121,7 @@ HALF = r" (to the left|to the right|above|below)(?=,| on a |$)"
 
 def test_a_placed_caption_is_true_of_places_things_and_relations() -> None:
     rng = np.random.default_rng(8)
-    said, joined, halves = Counter(), Counter(), Counter()
+    counts, joined, halves = Counter(), Counter(), Counter()
     for scene in [make_scene(seed) for seed in range(1500)]:
         text = position_caption(scene, rng)
         check_words(text)
@@ -131,7 +131,7 @@ def test_a_placed_caption_is_true_of_places_things_and_relations() -> None:
         assert claim.background in (None, scene.background)
         for phrase in re.split(", | (?:to the left of|to the right of|above|below) (?=an? )", text):
             cells, half = re.findall(CELL, phrase), re.findall(HALF, phrase)
-            said[bool(cells or half)] += 1
+            counts[bool(cells or half)] += 1
             (group,) = parse(re.sub(HALF, "", re.sub(CELL, "", phrase))).groups
             alike = [o for o in scene.objects if o.pair == (group.color, group.shape) and group.size in (None, o.size)]
             if cells:  # all of the group's members, each in its own cell
@@ -145,7 +145,7 @@ def test_a_placed_caption_is_true_of_places_things_and_relations() -> None:
             assert holds(claim.relation.name, subject, other)
             assert {subject.shape, other.shape} != HELD_OUT_POSITION_SHAPES
             joined[claim.relation.name] += 1
-    assert abs(said[True] / said.total() - 0.75) < 0.04 and min(joined[name] for name in RELATIONS) > 60
+    assert abs(counts[True] / counts.total() - 0.75) < 0.04 and min(joined[name] for name in RELATIONS) > 60
     assert min(halves.values()) > 100 and len(halves) == 4
 
 
@@ -158,9 +158,9 @@ def test_places_are_named_by_column_then_row_and_halves_on_the_farther_axis() ->
 def test_size_and_background_are_each_said_in_half_independently() -> None:
     rng = np.random.default_rng(5)
     claims = [parse(caption(scene, rng)) for scene in SCENES * 5]
-    said = np.array([[claim.background is not None, claim.groups[0].size is not None] for claim in claims])
-    assert np.abs(said.mean(0) - 0.5).max() < 0.04
-    assert abs(said.all(1).mean() - 0.25) < 0.04
+    mentioned = np.array([[claim.background is not None, claim.groups[0].size is not None] for claim in claims])
+    assert np.abs(mentioned.mean(0) - 0.5).max() < 0.04
+    assert abs(mentioned.all(1).mean() - 0.25) < 0.04
 
 
 def test_order_is_shuffled_in_captions_and_fixed_in_descriptions() -> None:
@@ -207,8 +207,8 @@ def test_a_relation_needs_two_groups() -> None:
 
 
 def test_the_vocabulary_is_exactly_what_training_says() -> None:
-    said = {word for text in [*all_texts(2500), *TEMPLATES] for word in split_words(text)}
-    assert said == set(VOCABULARY)
+    used = {word for text in [*all_texts(2500), *TEMPLATES] for word in split_words(text)}
+    assert used == set(VOCABULARY)
     assert len(set(VOCABULARY)) == len(VOCABULARY)
 
 

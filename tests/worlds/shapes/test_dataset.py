@@ -1,4 +1,4 @@
-"""Truths about the training data: dealt by index alone, and dense targets that say what the image shows."""
+"""Truths about the training data: a function of the index alone, and dense targets that agree with the image."""
 
 from collections import Counter
 
@@ -70,7 +70,7 @@ def test_bad_splits_and_indices_are_refused() -> None:
 @pytest.mark.parametrize("grid", [4, 8, 16])
 def test_dense_targets_are_what_each_cell_shows(grid: int) -> None:
     cell = 64 // grid
-    told = 0
+    count = 0
     for seed in range(30):
         scene = make_scene(seed, combinations="any")
         targets, covered = dense_targets(scene, grid), coverages(scene)
@@ -83,24 +83,24 @@ def test_dense_targets_are_what_each_cell_shows(grid: int) -> None:
                 item = scene.objects[best]
                 ids = SHAPE_IDS[item.shape], COLOR_IDS[item.color], SIZE_IDS[item.size]
                 expected = (*ids, item.x / 64, item.y / 64)
-                told += 1
+                count += 1
             got = (*(targets[name][at] for name in ("shape", "color", "size")), *targets["center"][at])
             assert got == pytest.approx(expected)
             assert targets["coverage"][at] == pytest.approx(sum(shares), abs=1e-5)
-    assert told > 20
+    assert count > 20
 
 
-def test_every_object_is_told_at_its_size() -> None:
+def test_every_object_has_targets_of_its_size() -> None:
     for seed in range(300):
         scene = make_scene(seed)
         targets = dense_targets(scene)
-        told = set(
+        found = set(
             zip(*(targets[name][targets["shape"] > 0].tolist() for name in ("shape", "color", "size")), strict=True)
         )
         looks = {(SHAPE_IDS[item.shape], COLOR_IDS[item.color], SIZE_IDS[item.size]) for item in scene.objects}
-        assert told <= looks
+        assert found <= looks
         large = {look for look in looks if look[2] == SIZE_IDS["large"]}
-        assert large <= told
+        assert large <= found
         assert (targets["background"] == BACKGROUND_IDS[scene.background]).all()
 
 

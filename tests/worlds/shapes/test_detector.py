@@ -1,4 +1,4 @@
-"""Truths about the detector: it reads real and degraded renders right, and passes nothing that is not what was said."""
+"""Truths about the detector: it reads real and degraded renders right, and accepts only images of the claim."""
 
 from dataclasses import replace
 

@@ -26,13 +26,13 @@ from spar.worlds.shapes.scene import (
 from spar.worlds.shapes.tokenizer import check_words
 
 
-def deal(number: int = 600, combinations: str = "seen") -> list[tuple[Scene, Edit]]:
+def sample_edits(number: int = 600, combinations: str = "seen") -> list[tuple[Scene, Edit]]:
     rng = np.random.default_rng(0)
     scenes = [make_scene(seed, combinations=combinations) for seed in range(number)]
     return [(scene, make_edit(scene, rng, combinations=combinations)) for scene in scenes]
 
 
-DEALT = deal()
+EDITS = sample_edits()
 
 
 def named(scene: Scene, phrase: str) -> Object:
@@ -68,7 +68,7 @@ def expected(scene: Scene, edit: Edit) -> Scene:
 
 
 def test_the_target_is_what_the_words_ask_for_and_differs() -> None:
-    for scene, edit in DEALT + deal(200, "held_out") + deal(200, "any"):
+    for scene, edit in EDITS + sample_edits(200, "held_out") + sample_edits(200, "any"):
         assert edit.target == expected(scene, edit)
         assert (edit.target.background, edit.target.objects) != (scene.background, scene.objects)
         check_words(edit.instruction)
@@ -76,8 +76,8 @@ def test_the_target_is_what_the_words_ask_for_and_differs() -> None:
 
 def test_targets_are_scenes_of_this_world() -> None:
     rng = np.random.default_rng(4)
-    crowded = [scene for scene, _ in DEALT if "add" in edit_kinds(scene)]
-    for edit in [edit for _, edit in DEALT] + [make_edit(scene, rng, "add") for scene in crowded]:
+    crowded = [scene for scene, _ in EDITS if "add" in edit_kinds(scene)]
+    for edit in [edit for _, edit in EDITS] + [make_edit(scene, rng, "add") for scene in crowded]:
         objects = edit.target.objects
         assert 1 <= len(objects) <= MAX_OBJECTS
         assert all(fits(item, [other for other in objects if other is not item]) for item in objects)
@@ -85,7 +85,7 @@ def test_targets_are_scenes_of_this_world() -> None:
 
 
 def test_pixels_away_from_the_edited_object_stay() -> None:
-    for scene, edit in DEALT[:200]:
+    for scene, edit in EDITS[:200]:
         if edit.kind == "background":
             continue
         changed = set(scene.objects) ^ set(edit.target.objects)
@@ -95,15 +95,15 @@ def test_pixels_away_from_the_edited_object_stay() -> None:
 
 
 def test_every_kind_is_dealt_and_some_additions_have_a_place() -> None:
-    kinds = Counter(edit.kind for _, edit in DEALT)
+    kinds = Counter(edit.kind for _, edit in EDITS)
     assert min(kinds[kind] for kind in EDIT_KINDS) > 60
-    added = [edit.instruction for _, edit in DEALT if edit.kind == "add"]
+    added = [edit.instruction for _, edit in EDITS if edit.kind == "add"]
     placed = [text for text in added if " the " in text]
     assert 0.1 < len(placed) / len(added) < 0.6
 
 
 def test_training_targets_never_hold_what_is_held_out() -> None:
-    for _, edit in DEALT:
+    for _, edit in EDITS:
         assert not is_held_out(edit.target)
         assert not (edit.kind == "add" and HELD_OUT_POSITION_SHAPES <= set(edit.instruction.split()))
 

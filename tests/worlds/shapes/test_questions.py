@@ -13,12 +13,12 @@ from spar.worlds.shapes.tokenizer import NUMBERS, SINGULARS, check_words
 SCENES = [make_scene(seed) for seed in range(3000)]
 
 
-def deal(scenes: list[Scene], seed: int = 0) -> list[tuple[Scene, Question]]:
+def ask_all(scenes: list[Scene], seed: int = 0) -> list[tuple[Scene, Question]]:
     rng = np.random.default_rng(seed)
     return [(scene, question) for scene in scenes for question in questions(scene, rng)]
 
 
-DEALT = deal(SCENES)
+ASKED = ask_all(SCENES)
 
 
 def answer(scene: Scene, text: str) -> str:
@@ -47,7 +47,7 @@ def answer(scene: Scene, text: str) -> str:
 
 
 def test_answers_are_true_single_known_words() -> None:
-    for scene, question in DEALT:
+    for scene, question in ASKED:
         assert question.answer == answer(scene, question.text)
         assert check_words(question.answer) == [question.answer]
         check_words(question.text)
@@ -55,14 +55,14 @@ def test_answers_are_true_single_known_words() -> None:
 
 def test_held_out_scenes_get_true_answers_too() -> None:
     scenes = [make_scene(seed, kind=kind, combinations="held_out") for seed in range(100) for kind in KINDS]
-    dealt = deal(scenes)
-    assert all(question.answer == answer(scene, question.text) for scene, question in dealt)
-    assert {question.kind for _, question in dealt} == set(QUESTION_KINDS)
+    asked = ask_all(scenes)
+    assert all(question.answer == answer(scene, question.text) for scene, question in asked)
+    assert {question.kind for _, question in asked} == set(QUESTION_KINDS)
 
 
 @pytest.mark.parametrize("kind", ["exists", "position"])
 def test_yes_and_no_are_balanced_whatever_the_words(kind: str) -> None:
-    asked = [question for _, question in DEALT if question.kind == kind]
+    asked = [question for _, question in ASKED if question.kind == kind]
     assert len(asked) > 1200
     assert abs(np.mean([question.answer == "yes" for question in asked]) - 0.5) < 0.04
     by_word = defaultdict(list)
@@ -78,16 +78,16 @@ def test_yes_and_no_are_balanced_whatever_the_words(kind: str) -> None:
 def test_guessing_from_the_words_alone_fails(kind: str, limit: float) -> None:
     """The best blind guesser, which learns the commonest answer of each wording, tested on other scenes."""
     known: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for _, question in DEALT[: len(DEALT) // 2]:
+    for _, question in ASKED[: len(ASKED) // 2]:
         known[question.text][question.answer] += 1
-    rest = [question for _, question in DEALT[len(DEALT) // 2 :] if question.kind == kind and question.text in known]
+    rest = [question for _, question in ASKED[len(ASKED) // 2 :] if question.kind == kind and question.text in known]
     right = [known[question.text].most_common(1)[0][0] == question.answer for question in rest]
     assert len(rest) > 300 and np.mean(right) < limit
 
 
 def test_no_is_asked_about_what_nearly_is_there() -> None:
     hard = []
-    for scene, question in DEALT:
+    for scene, question in ASKED:
         if question.kind == "exists" and question.answer == "no":
             color, shape = question.text.rstrip("?").split()[-2:]
             same_color = color in {item.color for item in scene.objects}
@@ -99,7 +99,7 @@ def test_no_is_asked_about_what_nearly_is_there() -> None:
 
 
 def test_training_is_never_asked_about_what_is_held_out() -> None:
-    for _, question in DEALT:
+    for _, question in ASKED:
         words = question.text.rstrip("?").split()
         if question.kind == "exists":
             assert (words[-2], words[-1]) not in HELD_OUT_PAIRS
@@ -108,7 +108,7 @@ def test_training_is_never_asked_about_what_is_held_out() -> None:
 
 
 def test_every_count_is_asked_for() -> None:
-    answers = Counter(question.answer for _, question in DEALT if question.kind == "count")
+    answers = Counter(question.answer for _, question in ASKED if question.kind == "count")
     assert set(answers) == set(NUMBERS)
     assert 0.15 < answers["zero"] / sum(answers.values()) < 0.35
 
@@ -123,14 +123,14 @@ def test_kinds_are_those_asked_for_in_their_order() -> None:
         questions(multi, rng, ("size",))
 
 
-def lessons(kind: str, scenes: list[Scene]) -> list[tuple[Scene, Question]]:
+def curriculum_questions(kind: str, scenes: list[Scene]) -> list[tuple[Scene, Question]]:
     rng = np.random.default_rng(0)
     return [(scene, question) for scene in scenes for question in questions(scene, rng, (kind,))]
 
 
 def test_a_relation_is_true_and_names_its_objects_without_doubt():
-    told = Counter()
-    for scene, question in lessons("relation", SCENES[:1000]):
+    answers = Counter()
+    for scene, question in curriculum_questions("relation", SCENES[:1000]):
         found = re.fullmatch(r"where is the (\w+) (\w+) from the (\w+) (\w+)\?", question.text)
         (a,) = [o for o in scene.objects if o.pair == (found[1], found[2])]
         (b,) = [o for o in scene.objects if o.pair == (found[3], found[4])]
@@ -139,14 +139,14 @@ def test_a_relation_is_true_and_names_its_objects_without_doubt():
         assert offsets[question.answer] == max(abs(dx), abs(dy)) >= 6
         assert {a.shape, b.shape} != HELD_OUT_POSITION_SHAPES
         check_words(question.text)
-        told[question.answer] += 1
-    assert min(told.values()) > 0.15 * told.total() and len(told) == 4
+        answers[question.answer] += 1
+    assert min(answers.values()) > 0.15 * answers.total() and len(answers) == 4
 
 
 def test_a_place_is_the_cell_of_the_objects_centre():
     numbers = "one two three four five six seven eight".split()
     seen = set()
-    for scene, question in lessons("place", SCENES[:1000]):
+    for scene, question in curriculum_questions("place", SCENES[:1000]):
         found = re.fullmatch(r"where is the (\w+) (\w+)\?", question.text)
         (item,) = [o for o in scene.objects if o.pair == (found[1], found[2])]
         place = re.fullmatch(r"column (\w+) row (\w+)", question.answer)
@@ -159,5 +159,5 @@ def test_a_place_is_the_cell_of_the_objects_centre():
 
 def test_a_scene_of_one_object_or_of_like_ones_has_no_relation_and_an_empty_one_no_place():
     scenes = [make_scene(seed, kind=kind) for seed in range(50) for kind in ("single", "count")]
-    assert lessons("relation", scenes) == []
-    assert lessons("place", [Scene("gray", (), "single")]) == []
+    assert curriculum_questions("relation", scenes) == []
+    assert curriculum_questions("place", [Scene("gray", (), "single")]) == []

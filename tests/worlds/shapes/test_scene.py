@@ -1,4 +1,4 @@
-"""Truths about scenes: what the world allows, what it holds out, and that a seed is a scene for ever."""
+"""Truths about scenes: what the world allows, what it holds out, and that a seed always gives the same scene."""
 
 from collections import Counter
 

@@ -1,6 +1,6 @@
-"""The shapes world: scenes, their renders, their language, their detector and the training data made of them.
+"""The shapes world: scenes, renders, captions, a detector and training data.
 
-`scene` says what can be there, `render` draws it, `language` speaks about it (with `words`, `questions` and `edits`),
-`detect` reads an image back and `dataset` deals deterministic training data. Everything is a function of integer
-seeds; nothing is downloaded.
+`scene` defines the scenes, `render` renders them, `captions`, `questions`, `edits` and `tokenizer` are their language,
+`detector` detects the objects of an image and `dataset` has deterministic training data. Everything is a function of
+integer seeds; nothing is downloaded.
 """

@@ -1,7 +1,7 @@
-"""What is said of a scene: captions, and the claims that they stand for.
+"""Captions of a scene, and the claims that they express.
 
-A caption is a `Claim` put into words, and `parse` reads the words back: parse(to_text(claim)) == claim for every claim.
-Questions, edits, the vocabulary and the tokenizer have files of their own and are offered here too.
+A caption is the text of a `Claim`, and `parse` is the inverse: parse(to_text(claim)) == claim for every claim.
+Questions, edits, the vocabulary and the tokenizer are in their own modules and reexported here.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ DESCRIBE = "describe the image"
 
 @dataclass(frozen=True)
 class Group:
-    """`count` objects alike in all that is said of them; None where nothing is said."""
+    """`count` objects with the same named attributes; None for an attribute that is not named."""
 
     shape: str
     color: str | None
@@ -92,7 +92,7 @@ class Relation:
 
 @dataclass(frozen=True)
 class Claim:
-    """All that a caption says of an image."""
+    """The content of a caption."""
 
     background: str | None
     groups: tuple[Group, ...]
@@ -100,7 +100,7 @@ class Claim:
 
 
 def group_objects(objects: Sequence[Object], *, color: bool = True, size: bool = True) -> tuple[Group, ...]:
-    """The objects counted by what is said of them, in order of first appearance."""
+    """Group objects by their named attributes, in order of first appearance."""
     looks = Counter((item.shape, item.color if color else None, item.size if size else None) for item in objects)
     return tuple(Group(*look, count) for look, count in looks.items())
 
@@ -131,12 +131,12 @@ def caption(
     size: bool | None = None,
     color: bool = True,
 ) -> str:
-    """A caption of a scene that has at least one object, in random order; position scenes say their relation.
+    """A caption of a scene with at least one object, in random order; for position scenes with their relation.
 
     Args:
-        scene: what to describe.
+        scene: the scene to describe.
         rng: source of the choices.
-        background, size: whether to mention it; in half of the captions, independently, when None.
+        background, size: whether to mention it; in half of the captions, independently, if None.
         color: whether to mention the objects' colours.
     """
     background = rng.random() < 0.5 if background is None else background
@@ -149,17 +149,17 @@ def caption(
 
 
 def position_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption that also says where things lie: a lesson for training, which `parse` does not read.
+    """A caption with the places of objects, for the training curriculum; `parse` does not support it.
 
-    In half of the captions every group of objects is followed by its place, in the others half of the groups are. The
-    place is the cells of the group's members, "a red circle on column two row three", or for one object in two of three
-    the half of the image, in the relations' own words: "a red circle to the left". Two objects whose relation may
-    be told (`may_relate`) are joined by it in two captions of three, then with cells alone: "a red circle on column
-    two row three to the left of a blue star". So the words of relations are met with one thing, then explained by a
-    known place.
+    In half of the captions every group of objects has its place, in the others half of the groups have. The place is
+    the cells of the group's members, "a red circle on column two row three", or for a single object in two of three
+    captions the half of the image, in the relations' own words: "a red circle to the left". Two objects whose relation
+    is allowed (`may_relate`) are joined by it in two captions of three, then only with cells: "a red circle on column
+    two row three to the left of a blue star". The words of relations thus occur first with one object, then together
+    with a known place.
     """
     objects = [scene.objects[index] for index in rng.permutation(len(scene.objects)).tolist()]
-    said, size = pick(rng, (0.5, 1.0)), bool(rng.random() < 0.5)
+    share, size = pick(rng, (0.5, 1.0)), bool(rng.random() < 0.5)
     groups = group_objects(objects, size=size)
     relation = main_relation(*objects) if len(objects) == len(groups) == 2 else ""
     joined = bool(relation) and may_relate(scene, relation, *objects) and rng.random() < 2 / 3
@@ -170,26 +170,26 @@ def position_caption(scene: Scene, rng: np.random.Generator) -> str:
         place = "on " + " and ".join(cell_text(item) for item in members)
         if len(members) == 1 and not joined and rng.random() < 2 / 3:
             place = half_of_image_text(members[0])
-        phrases.append(f"{_group_text(group)} {place}" if rng.random() < said else _group_text(group))
+        phrases.append(f"{_group_text(group)} {place}" if rng.random() < share else _group_text(group))
     text = f" {RELATIONS[relation]} ".join(phrases) if joined else ", ".join(phrases)
     return text if rng.random() < 0.5 else f"{text} on a {scene.background} background"
 
 
 def half_of_image_text(item: Object) -> str:
-    """In which half of the image a thing lies, on the axis on which it is farthest from the middle."""
+    """The half of the image in which an object is, on the axis on which it is farthest from the middle."""
     middle = replace(item, x=SIDE / 2, y=SIDE / 2)
     return RELATIONS[main_relation(item, middle)].removesuffix(" of")
 
 
 def describe(scene: Scene) -> str:
-    """The answer to DESCRIBE: everything but the places, sorted by shape, colour and size in the tables' order."""
+    """The answer to DESCRIBE: everything except the places, sorted by shape, colour and size in the tables' order."""
     shapes, colors, sizes = SHAPES, tuple(COLORS), tuple(SIZES)
     ordered = sorted(scene.objects, key=lambda o: (shapes.index(o.shape), colors.index(o.color), sizes.index(o.size)))
     return to_text(Claim(scene.background, group_objects(ordered)))
 
 
 def parse(text: str) -> Claim:
-    """What a caption says; the inverse of `to_text`.
+    """The claim of a caption; the inverse of `to_text`.
 
     Raises:
         InputError: words outside the vocabulary, or a sentence that is not a caption.

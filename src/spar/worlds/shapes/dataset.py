@@ -1,6 +1,6 @@
-"""Training data dealt by index: scene i of a split is always the same, on any machine and in any order of asking.
+"""Training data by index: scene i of a split is always the same, on any machine and in any order.
 
-Also the dense targets of the encoder's pre-training: what each cell of a coarse grid shows, exactly, from the scene.
+Also the dense targets of the encoder's pre-training: the exact contents of each cell of a coarse grid.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from spar.worlds.shapes.render import coverages, render
 from spar.worlds.shapes.scene import BACKGROUNDS, COLORS, KINDS, SEED_RANGES, SHAPES, SIDE, SIZES, Scene, make_scene
 
 GRID = 8
-CELL_SHARE = 0.25  # a cell is an object's when the object covers this share of the cell's pixels
+CELL_SHARE = 0.25  # a cell belongs to an object that covers this share of the cell's pixels
 SHAPE_IDS = {name: index for index, name in enumerate(SHAPES, start=1)}  # 0 is "none", as in the next two
 COLOR_IDS = {name: index for index, name in enumerate(COLORS, start=1)}
 SIZE_IDS = {name: index for index, name in enumerate(SIZES, start=1)}
@@ -23,7 +23,7 @@ BACKGROUND_IDS = {name: index for index, name in enumerate(BACKGROUNDS)}
 
 @dataclass(frozen=True)
 class SceneSample:
-    """A scene, its image (uint8 [64, 64, 3]) and the seed that both come from."""
+    """A scene, its image (uint8 [64, 64, 3]) and the seed of both."""
 
     scene: Scene
     image: np.ndarray
@@ -31,7 +31,7 @@ class SceneSample:
 
 
 def seed_at(split: str, index: int) -> int:
-    """The seed of scene `index` of a split; ValueError on an unknown split or an index outside its range."""
+    """Seed of scene `index` of a split; ValueError on an unknown split or an index outside its range."""
     if split not in SEED_RANGES:
         raise ValueError(f"split must be one of {tuple(SEED_RANGES)}, got {split!r}")
     start, stop = SEED_RANGES[split]
@@ -48,7 +48,7 @@ def scene_at(
     Args:
         split: a key of SEED_RANGES.
         index: from 0; its seed is the split's first seed plus index.
-        kind_weights: relative frequency of each kind of scene (a kind left out never comes); all alike when None.
+        kind_weights: relative frequency of each kind of scene (a missing kind never occurs); uniform if None.
         combinations: as in `make_scene`.
 
     Raises:
@@ -72,7 +72,7 @@ def _draw_kind(seed: int, kind_weights: Mapping[str, float]) -> str:
     total = sum(kind_weights.values())
     if unknown or total <= 0 or min(kind_weights.values()) < 0:
         raise ValueError(f"kind_weights must be non-negative, not all zero, and of {KINDS}, got {kind_weights}")
-    # A stream of its own, so that the scene does not depend on how its kind was chosen.
+    # A separate stream, so that the scene does not depend on the choice of its kind.
     mark = np.random.Generator(np.random.PCG64((seed, 1))).random() * total
     named = [(kind, kind_weights[kind]) for kind in KINDS if kind_weights.get(kind, 0) > 0]
     for kind, weight in named:
@@ -83,22 +83,22 @@ def _draw_kind(seed: int, kind_weights: Mapping[str, float]) -> str:
 
 
 def dense_targets(scene: Scene, grid: int = GRID) -> dict[str, np.ndarray]:
-    """What each cell of a grid over the scene's image shows.
+    """Contents of each cell of a grid over the scene's image.
 
-    A cell is an object's when the object covers at least CELL_SHARE of it; of several, the one that covers most wins.
+    A cell belongs to an object that covers at least CELL_SHARE of it; of several, to the one that covers most.
 
     Args:
         scene: the scene.
-        grid: cells a side; must divide 64.
+        grid: cells per side; must divide 64.
 
     Returns:
-        "shape" in 0..6, "color" in 0..8, "size" in 0..2: int64 [grid, grid], 0 where the cell is no object's.
+        "shape" in 0..6, "color" in 0..8, "size" in 0..2: int64 [grid, grid], 0 if the cell has no object.
         "background" in 0..5: int64 [grid, grid], the same in all cells.
-        "center": float32 [grid, grid, 2], (x, y) / 64 of the cell's object, zeros where none.
+        "center": float32 [grid, grid, 2], (x, y) / 64 of the cell's object, zeros if none.
         "coverage" in [0, 1]: float32 [grid, grid], the share of the cell covered by any object.
 
     Raises:
-        ValueError: a grid that does not divide the image's side.
+        ValueError: the grid does not divide the image's side.
     """
     if grid < 1 or SIDE % grid:
         raise ValueError(f"grid must divide {SIDE}, got {grid}")
@@ -107,7 +107,7 @@ def dense_targets(scene: Scene, grid: int = GRID) -> dict[str, np.ndarray]:
         shares = coverages(scene).reshape(-1, grid, cell, grid, cell).mean(axis=(2, 4))
     else:
         shares = np.zeros((1, grid, grid), dtype=np.float32)
-    owner = np.where(shares.max(axis=0) >= CELL_SHARE, shares.argmax(axis=0) + 1, 0)  # 0: nobody's
+    owner = np.where(shares.max(axis=0) >= CELL_SHARE, shares.argmax(axis=0) + 1, 0)  # 0: none
 
     def ids(values: list[int]) -> np.ndarray:
         return np.array([0, *values], dtype=np.int64)[owner]

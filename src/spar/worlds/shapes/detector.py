@@ -1,15 +1,15 @@
-"""The detector of the shapes world: reads an image back into a background and objects, by rules, never trained.
+"""The detector of the shapes world: finds the background and the objects of an image, by rules, without training.
 
-1. Smooth by [1 2 1] x [1 2 1] / 16, against pixel noise; the templates are smoothed alike.
-2. The background is the palette colour that most pixels are nearest to; its measured mean is used from there on.
+1. Smooth by [1 2 1] x [1 2 1] / 16, against pixel noise; the templates are smoothed in the same way.
+2. The background is the palette colour that most pixels are nearest to; from then on its measured mean is used.
 3. Every pixel is explained as a blend of the background and one object colour; foreground is where the blend is more
    than half object, or where no blend explains it. Objects are the 8-connected components of the foreground.
 4. Colour by vote of the component's inner pixels; shape and size by the greatest overlap (sum of minima over sum of
    maxima, the intersection over union of soft masks) with templates of all twelve looks, around the component's
    centroid: every shape of this world has its centre there.
 
-What cannot be told is UNKNOWN, which no claim accepts: a background or colour far from the palette, a shape whose best
-overlap is below MIN_OVERLAP. Components of fewer than MIN_PIXELS pixels are specks and are ignored (the smallest object
+UNKNOWN, which no claim accepts, is a background or colour far from the palette, or a shape whose best overlap is below
+MIN_OVERLAP. Components of fewer than MIN_PIXELS pixels are specks and are ignored (the smallest object
 has about 55).
 """
 
@@ -41,7 +41,7 @@ DETECTOR_VERSION = "1"
 UNKNOWN = "unknown"
 MIN_PIXELS = 12
 MIN_OVERLAP = 0.6
-MAX_COLOR_DISTANCE = 60.0  # RGB units, between what is seen and what the palette or its blends explain
+MAX_COLOR_DISTANCE = 60.0  # RGB units, between a pixel and the nearest palette colour or blend
 CENTER_TOLERANCE = 1.0  # pixels, for `agrees`
 PARTS = ("background", "count", "shape", "color", "size", "position")
 
@@ -56,7 +56,7 @@ _COLOR_RGB = np.array(list(COLORS.values()), dtype=np.float32)
 
 @dataclass(frozen=True)
 class DetectedObject:
-    """An object seen: its look, its centre in pixels, and overlap times share of colour votes, in [0, 1]."""
+    """A detected object: its look, its centre in pixels, and overlap times share of colour votes, in [0, 1]."""
 
     shape: str
     color: str
@@ -68,14 +68,14 @@ class DetectedObject:
 
 @dataclass(frozen=True)
 class Detection:
-    """All that is seen in an image; objects in order of their first row."""
+    """The detected contents of an image; objects in order of their first row."""
 
     background: str
     objects: tuple[DetectedObject, ...]
 
 
 def detect(image: np.ndarray) -> Detection:
-    """What an image shows.
+    """Detect the background and the objects of an image.
 
     Args:
         image: uint8 [64, 64, 3], RGB.
@@ -119,7 +119,7 @@ def _find_background(seen: np.ndarray) -> tuple[str, np.ndarray]:
 
 
 def _explain(offset: np.ndarray, axes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Each pixel as background + alpha * (color - background).
+    """Fit each pixel as background + alpha * (color - background).
 
     Args:
         offset: [64, 64, 3] from the background's colour.
@@ -153,12 +153,12 @@ def _find_object(
     votes = np.bincount(color_map[grown][inner], minlength=len(COLORS))
     color = int(votes.argmax())
     known = residual[grown][inner].mean() <= MAX_COLOR_DISTANCE
-    # The soft mask: blends beside the component belong to it, unless they belong to another one.
+    # The soft mask: blends next to the component belong to it, unless they belong to another one.
     near = ndimage.binary_dilation(mask, _EVERYWHERE, iterations=2) & (mask | (labels[grown] == 0))
     soft = np.zeros((SIDE + 4 * _REACH, SIDE + 4 * _REACH), dtype=np.float32)
     weights = alphas[color][grown] * near
     soft[2 * _REACH : -2 * _REACH, 2 * _REACH : -2 * _REACH][grown] = weights
-    weights = weights + 1e-9  # an unknown colour may leave no weight at all
+    weights = weights + 1e-9  # an unknown colour may have no weight
     y = grown[0].start + 0.5 + float(weights.sum(1) @ np.arange(mask.shape[0]) / weights.sum())
     x = grown[1].start + 0.5 + float(weights.sum(0) @ np.arange(mask.shape[1]) / weights.sum())
     look, overlap = _best_look(soft, x, y)
@@ -202,16 +202,16 @@ def _templates() -> tuple[np.ndarray, np.ndarray]:
     return templates, templates.sum(-1)
 
 
-# ---- is an image what was asked for? -------------------------------------------------------------------------------
+# ---- comparison with a claim ---------------------------------------------------------------------------------------
 
 
 def satisfies(detection: Detection, claim: Claim) -> tuple[bool, dict[str, bool]]:
-    """Whether an image shows all that a claim says and nothing else, and which of PARTS are right.
+    """Whether an image shows exactly the contents of a claim, and which of PARTS are right.
 
-    The verdict needs the background, the exact number of objects, and one assignment of objects to what is said for
-    which every shape, colour, size and relation holds. The parts are told apart: "count" is the exact number; "shape"
-    that what is said finds its shapes among the objects; "color" and "size" the same with the colours, or the sizes,
-    said of them; "position" that the relation holds between objects of the shapes said. A part left unsaid is right.
+    The verdict needs the background, the exact number of objects, and one assignment of objects to the claim for which
+    every shape, colour, size and relation holds. Of the parts, "count" is the exact number; "shape" that objects have
+    the claimed shapes; "color" and "size" that they also have the claimed colours, or sizes; "position" that the
+    relation holds between objects of the claimed shapes. A part that is not claimed is right.
     """
 
     def found(fits: Callable[[DetectedObject, Group], bool], related: bool = False) -> bool:
@@ -250,7 +250,7 @@ def _related(chosen: Sequence[tuple[int, DetectedObject]], claim: Claim) -> bool
 def _assignments(
     objects: Sequence[DetectedObject], claim: Claim, fits: Callable[[DetectedObject, Group], bool]
 ) -> Iterator[list[tuple[int, DetectedObject]]]:
-    """All ways to give each thing said an object of its own, as (index of the group, object)."""
+    """All ways to assign a different object to each claimed one, as (index of the group, object)."""
     slots = [index for index, group in enumerate(claim.groups) for _ in range(group.count)]
 
     def fill(
@@ -260,7 +260,7 @@ def _assignments(
             yield chosen
             return
         slot = slots[len(chosen)]
-        # Within a group the order of objects says nothing: take them in rising order only.
+        # Within a group the order of objects is irrelevant: use only the rising order.
         first = places[-1] + 1 if chosen and chosen[-1][0] == slot else 0
         for place in range(first, len(objects)):
             if place not in places and fits(objects[place], claim.groups[slot]):
@@ -269,7 +269,7 @@ def _assignments(
     return fill([], ())
 
 
-# ---- how good is the detector itself? -------------------------------------------------------------------------------
+# ---- accuracy of the detector ---------------------------------------------------------------------------------------
 
 
 def agrees(detection: Detection, scene: Scene) -> bool:
@@ -289,19 +289,19 @@ def agrees(detection: Detection, scene: Scene) -> bool:
 
 
 def degrade_image(image: np.ndarray, rng: np.random.Generator, *, blur: float = 0.7, noise: float = 16.0) -> np.ndarray:
-    """An image as a good decoder would degrade it: Gaussian blur (sigma in pixels), noise (sigma in RGB units)."""
+    """Degrade an image like a good decoder: Gaussian blur (sigma in pixels), noise (sigma in RGB units)."""
     blurred = ndimage.gaussian_filter(image.astype(np.float32), (blur, blur, 0))
     noisy = blurred + rng.normal(0, noise, image.shape)
     return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
 
 
 def detector_accuracy(n: int = 2000, degrade: bool = False, seed: int = 0) -> float:
-    """Share of n benchmark scenes (all kinds in turn, any combinations) that the detector tells fully right (`agrees`).
+    """Share of n benchmark scenes (all kinds in turn, any combinations) that the detector gets fully right (`agrees`).
 
     Args:
         n: number of scenes, >= 1.
-        degrade: whether `degrade_image` comes first.
-        seed: chooses the scenes and the noise.
+        degrade: whether to apply `degrade_image` first.
+        seed: of the scenes and the noise.
     """
     rng = np.random.default_rng(seed)
     start, stop = SEED_RANGES["benchmark"]

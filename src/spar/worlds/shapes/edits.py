@@ -1,4 +1,4 @@
-"""Edits of a scene: an instruction in words and the scene that it asks for, which differs only where the words say."""
+"""Edits of a scene: an instruction and the target scene, which differs only as instructed."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from spar.worlds.shapes.scene import (
 from spar.worlds.shapes.tokenizer import look_text, with_article
 
 EDIT_KINDS = ("recolor", "remove", "add", "replace", "background")
-PLACED_SHARE = 0.5  # of the objects added, how many are given a place beside another object, where there is room
+PLACED_SHARE = 0.5  # share of added objects with a place relative to another object, if there is room
 
 
 @dataclass(frozen=True)
 class Edit:
-    """An instruction and the scene that it makes of its source; objects kept are the source's own, in their order."""
+    """An instruction and its target scene; unchanged objects are the source's own, in their order."""
 
     kind: str
     instruction: str
@@ -50,8 +50,8 @@ class Edit:
 def edit_kinds(scene: Scene, combinations: str = "seen") -> tuple[str, ...]:
     """The kinds of edit that a scene allows.
 
-    Removing needs a second object; recolouring, removing and replacing need one that colour and shape name uniquely;
-    adding needs room. With combinations="held_out", removing and changing the background need a held-out scene.
+    Removing needs a second object; recolouring, removing and replacing need one with a unique colour and shape; adding
+    needs room. With combinations="held_out", removing and changing the background need a held-out scene.
     """
     named = unique_objects(scene)
     allowed = {
@@ -74,13 +74,13 @@ def make_edit(scene: Scene, rng: np.random.Generator, kind: str | None = None, c
     Args:
         scene: the source.
         rng: source of the choices.
-        kind: one of EDIT_KINDS; any that the scene allows when None.
-        combinations: which (colour, shape) pairs may be made: "seen" no held-out one, "held_out" only held-out ones
-            (removing and changing the background make none, so that their source must be held out), "any" all.
+        kind: one of EDIT_KINDS; any that the scene allows if None.
+        combinations: the (colour, shape) pairs of new objects: "seen" no held-out one, "held_out" only held-out ones
+            (removing and changing the background have none, so that their source must be held out), "any" all.
 
     Raises:
         ValueError: an unknown kind, one that the scene does not allow (see `edit_kinds`), or a source that does not
-            suit the combinations.
+            fit the combinations.
     """
     if combinations not in COMBINATIONS:
         raise ValueError(f"combinations must be one of {COMBINATIONS}, got {combinations!r}")
@@ -95,7 +95,7 @@ def make_edit(scene: Scene, rng: np.random.Generator, kind: str | None = None, c
 
 
 def kind_of(objects: tuple[Object, ...]) -> str:
-    """The kind of scene that objects make; "position" is never one, since it is a way of speaking."""
+    """The kind of scene of some objects; never "position", which depends on the caption."""
     if len(objects) == 1:
         return "single"
     if len({(*item.pair, item.size) for item in objects}) == 1:
@@ -159,7 +159,7 @@ def _background(scene: Scene, rng: np.random.Generator, combinations: str) -> Ed
 
 
 def _add(scene: Scene, rng: np.random.Generator, combinations: str) -> Edit:
-    """A new object in free space; beside a named object in PLACED_SHARE of the edits that have room for it."""
+    """Add an object in free space; relative to a named object in PLACED_SHARE of the edits with room for it."""
     color, shape = pick(rng, _absent_pairs(scene, combinations))
     size = pick(rng, tuple(SIZES))
     centers = _free_centers(scene, size)
@@ -189,7 +189,7 @@ def _absent_pairs(scene: Scene, combinations: str) -> list[tuple[str, str]]:
 
 
 def _free_centers(scene: Scene, size: str) -> np.ndarray:
-    """Centres at whole pixels, float [n, 2] of (x, y), where an object of a size fits among those of the scene."""
+    """Centres at whole pixels, float [n, 2] of (x, y), at which an object of a size fits into the scene."""
     radius = SIZES[size]
     line = np.arange(ceil(radius + MARGIN), SIDE - ceil(radius + MARGIN) + 1, dtype=np.float64)
     x, y = line[None, :], line[:, None]
@@ -201,7 +201,7 @@ def _free_centers(scene: Scene, size: str) -> np.ndarray:
 
 
 def _beside(centers: np.ndarray, anchor: Object, relation: str) -> np.ndarray:
-    """The centres that are clearly `relation` of an object: `is_clear` and `main_relation` for many at once."""
+    """The centres that are clearly `relation` of an object: `is_clear` and `main_relation`, vectorized."""
     offset = centers - (anchor.x, anchor.y)
     axis = 0 if relation in ("left", "right") else 1
     along = offset[:, axis] * (-1 if relation in ("left", "above") else 1)

@@ -1,7 +1,7 @@
-"""Questions about a scene, each with its answer: of one word, but for "place".
+"""Questions about a scene, each with its answer of one word (except "place").
 
-No answer follows from the words alone: yes and no are drawn evenly before the words are, "no" is asked about things
-that nearly are there, and only held-out scenes are asked about held-out combinations.
+No answer follows from the text alone: yes and no are sampled evenly before the text, "no" is the answer about objects
+that nearly exist, and only held-out scenes have questions about held-out combinations.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ class Question:
 
 
 def questions(scene: Scene, rng: np.random.Generator, kinds: Sequence[str] | None = None) -> list[Question]:
-    """One question of each kind that the scene allows, in the order of `kinds` (all of QUESTION_KINDS when None).
+    """One question of each kind that the scene allows, in the order of `kinds` (all of QUESTION_KINDS if None).
 
-    A kind that the scene does not allow (position with one object, say) is left out.
+    A kind that the scene does not allow (for example position with one object) is skipped.
 
     Raises:
         ValueError: an unknown kind.
     """
-    asked = []
+    result = []
     for kind in QUESTION_KINDS if kinds is None else kinds:
         if kind not in _ASK:
             raise ValueError(f"question kind must be one of {tuple(_ASK)}, got {kind!r}")
         found = _ASK[kind](scene, rng)
         if found is not None:
-            asked.append(Question(kind, *found))
-    return asked
+            result.append(Question(kind, *found))
+    return result
 
 
 def _ask_color(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
@@ -96,7 +96,7 @@ def _ask_exists(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | Non
 
 
 def _absent_pair(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
-    """A pair that is not there, although its colour and shape are (half of the time, if possible) or one of them."""
+    """A missing pair whose colour and shape both exist (half of the time, if possible), or one of them."""
     present = {item.pair for item in scene.objects}
     barred = present if is_held_out(scene) else present | HELD_OUT_PAIRS
     colors, shapes = sorted({color for color, _ in present}), sorted({shape for _, shape in present})
@@ -127,13 +127,13 @@ def _ask_position(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | N
 
 
 def cell_text(item: Object) -> str:
-    """Where a thing's centre lies, on a grid of eight columns and rows."""
+    """The cell of an object's centre, on a grid of eight columns and rows."""
     column, row = (ORDINALS[min(int(at * len(ORDINALS) / SIDE), len(ORDINALS) - 1)] for at in (item.x, item.y))
     return f"column {column} row {row}"
 
 
 def _ask_cell(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
-    """Where a thing lies."""
+    """Ask for the cell of an object."""
     named = unique_objects(scene)
     if not named:
         return None
@@ -142,7 +142,7 @@ def _ask_cell(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
 
 
 def _ask_relation(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
-    """Where one thing lies from another, on the axis on which the two are farthest apart."""
+    """Ask for the relation of one object to another, on the axis on which the two are farthest apart."""
     named = unique_objects(scene)
     pairs = [(a, b) for a in named for b in named if a is not b and may_relate(scene, main_relation(a, b), a, b)]
     if not pairs:

@@ -1,4 +1,4 @@
-"""Renders of scenes: solid fills with edges anti-aliased by signed distance, coverage = clip(0.5 - distance, 0, 1).
+"""Rendering of scenes: solid fills with edges anti-aliased by signed distance, coverage = clip(0.5 - distance, 0, 1).
 
 Distances are in pixels and negative inside. The polygons use the distance to their edges' lines, which is the true
 distance everywhere but outside a corner.
@@ -62,7 +62,7 @@ def _star_distance(radius: float, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
 
 
 def coverage(item: Object) -> tuple[tuple[slice, slice], np.ndarray]:
-    """How much of each pixel an object covers: (rows, columns) of its bounding box, and float [H, W] in [0, 1]."""
+    """Coverage of each pixel by an object: (rows, columns) of its bounding box, and float [H, W] in [0, 1]."""
     radius = SIZES[item.size]
     top, left = max(0, floor(item.y - radius - 0.5)), max(0, floor(item.x - radius - 0.5))
     bottom, right = min(SIDE, ceil(item.y + radius + 0.5)), min(SIDE, ceil(item.x + radius + 0.5))
@@ -86,7 +86,7 @@ def render(scene: Scene) -> np.ndarray:
 
 
 def coverages(scene: Scene) -> np.ndarray:
-    """How much of each pixel each object covers: float32 [n, 64, 64] in [0, 1], in the order of `scene.objects`."""
+    """Coverage of each pixel by each object: float32 [n, 64, 64] in [0, 1], in the order of `scene.objects`."""
     covered = np.zeros((len(scene.objects), SIDE, SIDE), dtype=np.float32)
     for plane, item in zip(covered, scene.objects, strict=True):
         box, values = coverage(item)
@@ -95,5 +95,5 @@ def coverages(scene: Scene) -> np.ndarray:
 
 
 def masks(scene: Scene) -> np.ndarray:
-    """Which pixels belong to which object (at least half covered): bool [n, 64, 64], in the objects' order."""
+    """Mask of each object (pixels at least half covered): bool [n, 64, 64], in the objects' order."""
     return coverages(scene) >= 0.5

@@ -1,7 +1,7 @@
-"""Scenes of the shapes world: what can be in an image, and one scene for each integer seed.
+"""Scenes of the shapes world, and the scene of each integer seed.
 
 Coordinates are continuous pixels: x to the right, y down, pixel (row i, column j) covers [j, j+1) x [i, i+1). Every
-shape lies inside the circle of its size's radius, so that two objects cannot touch when their circles do not.
+shape is inside the circle of its size's radius, so that two objects cannot touch if their circles do not.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"
 MAX_OBJECTS = 4
 MARGIN = 1.0  # least distance of an object's circle to the image's edge, pixels
 GAP = 3.0  # least distance between two objects' circles, pixels
-RELATION_OFFSET = 6.0  # a relation holds when the centres are this far apart along its axis, pixels
-POSITION_ALONG, POSITION_ACROSS = 16.0, 8.0  # what "clearly separated along one axis" means, pixels
+RELATION_OFFSET = 6.0  # a relation holds if the centres are this far apart along its axis, pixels
+POSITION_ALONG, POSITION_ACROSS = 16.0, 8.0  # definition of "clearly separated along one axis", pixels
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,13 @@ class Object:
 
     @property
     def pair(self) -> tuple[str, str]:
-        """(color, shape): what a phrase names."""
+        """(color, shape), which a phrase names."""
         return self.color, self.shape
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A background, the objects on it, and the kind of scene that it was drawn as."""
+    """A background, the objects on it, and the kind of the scene."""
 
     background: str
     objects: tuple[Object, ...]
@@ -123,7 +123,7 @@ def is_clear(subject: Object, other: Object) -> bool:
 
 
 def unique_objects(scene: Scene) -> list[Object]:
-    """The objects that "the <color> <shape>" names without doubt."""
+    """The objects with a unique "the <color> <shape>"."""
     counts = Counter(item.pair for item in scene.objects)
     return [item for item in scene.objects if counts[item.pair] == 1]
 
@@ -142,21 +142,21 @@ def fits(candidate: Object, others: Sequence[Object]) -> bool:
 
 
 def place(rng: np.random.Generator, shape: str, color: str, size: str) -> Object:
-    """The object at a random centre that leaves it inside the image."""
+    """Place an object at a random centre inside the image."""
     low = SIZES[size] + MARGIN
     span = SIDE - 2 * low
     return Object(shape, color, size, low + span * rng.random(), low + span * rng.random())
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether a scene needs a combination that training never shows."""
+    """Whether a scene has a combination that is not in training."""
     if any(item.pair in HELD_OUT_PAIRS for item in scene.objects):
         return True
     return scene.kind == "position" and {item.shape for item in scene.objects} == HELD_OUT_POSITION_SHAPES
 
 
 def may_relate(scene: Scene, relation: str, subject: Object, other: Object) -> bool:
-    """Whether a relation of two things may be told: it holds, and only held-out scenes tell of the held-out shapes."""
+    """Whether a text may state a relation: it holds, and the held-out shapes occur only in held-out scenes."""
     barred = None if is_held_out(scene) else HELD_OUT_POSITION_SHAPES
     return {subject.shape, other.shape} != barred and holds(relation, subject, other)
 
@@ -165,10 +165,10 @@ def make_scene(seed: int, *, kind: str | None = None, combinations: str = "seen"
     """The scene of an integer seed: the same arguments always give the same scene.
 
     Args:
-        seed: any integer >= 0; see SEED_RANGES for which seeds serve which purpose.
-        kind: one of KINDS; drawn from the seed when None.
-        combinations: "seen" never holds a held-out combination, "held_out" always does (a held-out pair of colour and
-            shape; for position scenes the held-out pair of shapes, in seen colours), "any" draws freely.
+        seed: any integer >= 0; SEED_RANGES has the ranges of each split.
+        kind: one of KINDS; sampled from the seed if None.
+        combinations: "seen" never has a held-out combination, "held_out" always has (a held-out pair of colour and
+            shape; for position scenes the held-out pair of shapes, in seen colours), "any" has no restriction.
 
     Raises:
         ValueError: an unknown kind or unknown combinations.
@@ -186,7 +186,7 @@ def make_scene(seed: int, *, kind: str | None = None, combinations: str = "seen"
 
 
 def _draw_looks(rng: np.random.Generator, kind: str, combinations: str) -> list[tuple[str, str, str]]:
-    """(shape, color, size) of each object, redrawn until the combinations are as asked."""
+    """(shape, color, size) of each object, resampled until the combinations are as requested."""
     while True:
         looks = _propose_looks(rng, kind, combinations)
         held_out_pair = any((color, shape) in HELD_OUT_PAIRS for shape, color, _ in looks)
@@ -220,7 +220,7 @@ def _distinct(rng: np.random.Generator, items: Sequence[str], number: int) -> li
 
 
 def _lay_out(rng: np.random.Generator, looks: Sequence[tuple[str, str, str]], *, clear: bool) -> tuple[Object, ...]:
-    """Rejection sampling of centres; a layout that gets stuck is started again from nothing."""
+    """Rejection sampling of centres; a layout that gets stuck is restarted."""
     while True:
         objects: list[Object] = []
         for look in looks:

@@ -1,6 +1,6 @@
 """The closed vocabulary of the shapes world, the check of a user's words, and the tokenizer.
 
-The tokenizer keeps InternVL's special tokens and its ChatML template, without a system turn; one word is one token.
+The tokenizer has InternVL's special tokens and its ChatML template, without a system turn; one word is one token.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _KNOWN = frozenset(VOCABULARY)
 
 
 def split_words(text: str) -> list[str]:
-    """Lower-case words of a text, the marks `, . ? :` split off: the tokenizer's tokens, but for newlines."""
+    """Lower-case words of a text, with the marks `, . ? :` separate: the tokenizer's tokens, except newlines."""
     return re.findall(r"[,.?:]|[^\s,.?:]+", text.lower())
 
 
 def check_words(text: str) -> list[str]:
-    """The words of a text that the world's models can read.
+    """Split a text and check that the world's models know its words.
 
     Raises:
         InputError: no text, more than 64 words, or a word outside VOCABULARY.
@@ -63,7 +63,7 @@ def check_words(text: str) -> list[str]:
 
 
 def look_text(shape: str, color: str | None, size: str | None) -> str:
-    """Size, colour and shape in the order of speech, without those that are None."""
+    """Size, colour and shape in English order, without those that are None."""
     return " ".join(word for word in (size, color, shape) if word is not None)
 
 
@@ -79,7 +79,7 @@ IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 SPECIALS = (PAD, START, END, IMAGE_START, IMAGE_END, IMAGE_CONTEXT, UNKNOWN)
 ROLES = ("system", "user", "assistant")
 
-# ChatML without a system turn; an image stands as one context token, which the processor repeats as often as it needs.
+# ChatML without a system turn; an image is one context token, which the processor repeats as needed.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "<|im_start|>{{ message['role'] }}\n"
@@ -95,7 +95,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The world's tokenizer: one token a word, a mark or a newline, lower-cased; decoding gives clean text back."""
+    """Build the world's tokenizer: one token per word, mark or newline, lower-cased; decoding gives clean text."""
     from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
