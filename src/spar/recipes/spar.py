@@ -2,7 +2,7 @@
 
 Sizes are those of the published components, stages and losses the paper's (SPAR sections 1 and 2). Where the paper is
 silent the family's public scripts are followed; what neither says is our own choice and marked so below. L_perc is
-1.1 times LPIPS and a tenth of the ConvNeXt-S distance. The pictures are the user's own (`data.sets`).
+1.1 times LPIPS and a tenth of the ConvNeXt-S distance. The images are the user's own (`data.sets`).
 """
 
 from dataclasses import replace
@@ -53,7 +53,7 @@ TOKENIZER = (
     replace(_TOKENIZER_3, name="tokenizer-448", image_size=448, batch=256, lr_end=1e-5, losses=ADVERSARY),
 )
 
-# Our choice: steps for about five passes over 36 M pictures, then five over the 240,000 of the fine-tuning; the share
+# Our choice: steps for about five passes over 36 M images, then five over the 240,000 of the fine-tuning; the share
 # of edits from 1.5 M edits shown ten times among them, and from 46,000 shown three times.
 _UNIFIED_1 = StageConfig(
     "unified-1",

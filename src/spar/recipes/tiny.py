@@ -33,7 +33,7 @@ TINY_MODEL = SparConfig(
 
 
 def tiny() -> Recipe:
-    """Three steps a stage, four pictures a step: a check of the way, not of the goal."""
+    """Three steps a stage, four images a step: a check of the way, not of the goal."""
     base = shapes()
     stages = tuple(
         replace(

@@ -60,11 +60,11 @@ class StageConfig:
     """One training stage. `trainable` are fnmatch patterns over the training modules' parameter names.
 
     The learning rate rises over exactly `warmup` steps, then falls from `lr` to `lr_end`. `questions` are the kinds
-    that an mllm step asks of each picture, in this order, beside its description. `places` is the share of captions of
+    that an mllm step asks of each image, in this order, beside its description. `places` is the share of captions of
     a dit or unified step that are lessons on places ("a red circle on column two row three to the left of a star"),
     `scenes` the kinds of scenes that it draws, one named twice twice as often (all alike when empty).
-    `batch` is the number of pictures that one step of the optimizer sees, over all devices together. `image_size` is
-    the side of the pictures in pixels where a tokenizer stage is trained at another than the model's.
+    `batch` is the number of images that one step of the optimizer sees, over all devices together. `image_size` is
+    the side of the images in pixels where a tokenizer stage is trained at another than the model's.
     """
 
     name: str
@@ -211,13 +211,13 @@ class FlowConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the pictures come from.
+    """Where the images come from.
 
     `source` shapes: of the shapes world `scenes` train, and `edits` of them carry an edit. files: `sets` are paths of
     data sets, "PATH" or "WEIGHT=PATH" (spar.data.sources says which formats), decoded by `workers` processes of each
     training process; a share of bad samples above `bad_share` ends the run; `max_aspect` cuts a tokenizer stage's
-    pictures to several proportions; `cache` is a folder of features (spar cache) that unified stages read in place of
-    pictures. none: the recipe can be planned, not trained.
+    images to several proportions; `cache` is a folder of features (spar cache) that unified stages read in place of
+    images. none: the recipe can be planned, not trained.
     """
 
     source: Literal["shapes", "files", "none"] = "shapes"
@@ -271,7 +271,7 @@ class Recipe:
 
     `word_embeddings` says where the words of the encoder's tags start: "tags" copies the tags' read-out vectors, so
     that a word begins where the encoder already points; "random" leaves them as they are. Published LLMs know their
-    words before they see a picture. `published` names the parts whose weights come from published checkpoints: a run
+    words before they see an image. `published` names the parts whose weights come from published checkpoints: a run
     that would start them from random ones is refused unless that is asked for. `max_prompt_tokens` is the longest
     prompt that the finished model takes.
     """

@@ -67,7 +67,7 @@ class FilesTrainingData:
     """The data sets of a recipe, dealt to this process.
 
     Generation and editing share a unified stage by its `edit_share`; the sets' own weights hold among sets of one
-    kind. A tokenizer stage sees the pictures of all sets, of edits the one behind the edit.
+    kind. A tokenizer stage sees the images of all sets, of edits the one behind the edit.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class FilesTrainingData:
         return Edits(**kind, references=None if self._cache is not None else to_pixels(batch.inputs[where]))
 
     def sample(self, count: int) -> tuple[Tensor, ...]:
-        """The pictures that a stage of one process would see first, `count` or a few more."""
+        """The images that a stage of one process would see first, `count` or a few more."""
         found: list[Tensor] = []
         mixture = self._mixture(64, self.weights, self.sources, 1.0)
         for batch in Loader(mixture, workers=0, captions=False).batches(0, -(-count // 64)):

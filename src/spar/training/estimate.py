@@ -1,7 +1,7 @@
 """What a recipe costs on given GPUs, before any training: operations, memory and time of each stage.
 
 Every part is run once on torch's meta device, which computes nothing and holds nothing, in bfloat16 and for one
-picture. torch's own counter counts its operations, and what autograd would keep for the backward pass is summed: those
+image. torch's own counter counts its operations, and what autograd would keep for the backward pass is summed: those
 are the coefficients. The rest is arithmetic. Not counted: the optimizer's operations, traffic between GPUs, the
 perceptual networks' activations, fragmentation and the CUDA context (RESERVE stands for the last two).
 """
@@ -41,7 +41,7 @@ PERCEPTUAL_MACS = 15.47e9 + 8.68e9
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one picture: floating-point operations of a step, and bytes.
+    """Of one image: floating-point operations of a step, and bytes.
 
     `kept` is what the forward pass keeps; `again` what the costliest recomputed block makes once more in the backward
     pass, one block at a time.
@@ -255,9 +255,9 @@ def _tokenizer_cost(modules: TrainingModules, recipe: Recipe, stage: StageConfig
     if weights.native or weights.native_fused:
         native = torch.zeros(1, 3, *2 * (grid * config.autoencoder.stride,), dtype=torch.bfloat16, device="meta")
         cost += _part_cost(lambda: modules.pixel_encoder(native), modules.pixel_encoder, through=False)
-    if weights.perceptual:  # two pictures forward, one of them back again
+    if weights.perceptual:  # two images forward, one of them back again
         cost += Cost(3 * 2 * PERCEPTUAL_MACS * (side / 224) ** 2)
-    if weights.gan:  # the generator's pass, then the discriminator's own on both kinds of pictures
+    if weights.gan:  # the generator's pass, then the discriminator's own on both kinds of images
         one = _part_cost(lambda: modules.discriminator(picture), modules.discriminator)
         cost += Cost(one.flops * 2 / 3, one.kept) + one * 2
     return cost

@@ -1,8 +1,8 @@
-"""Frozen features of data sets, computed once: what the unified stages read in place of pictures.
+"""Frozen features of data sets, computed once: what the unified stages read in place of images.
 
 A folder of safetensors, one file for each thousand samples: the target's `f_v` `[n, N, D]` and normalised latent
 `[n, D_p, h, w]`, of an edit the reference's `f_v` too, in bfloat16 as a step would use them, and each sample's `id`.
-`cache.json` holds the key: the tokenizer's weights and forms, the pictures' size and the samples. A cache of another
+`cache.json` holds the key: the tokenizer's weights and forms, the images' size and the samples. A cache of another
 key is refused. The prompts' states are not kept: the queries that follow them train, and read every layer of the LLM.
 """
 
@@ -58,7 +58,7 @@ def cache_key(tokenizer: UnifiedTokenizer, side: int, sources: list[DataSource])
 
 
 def encode(tokenizer: UnifiedTokenizer, pixels: Tensor) -> dict[str, Tensor]:
-    """The features of pictures `[B, 3, S, S]` in [0, 1] that a unified step reads: `f_v`, and the normalised latent."""
+    """The features of images `[B, 3, S, S]` in [0, 1] that a unified step reads: `f_v`, and the normalised latent."""
     latents = tokenizer.encode(pixels)
     return {"f_v": latents.f_v, "latent": tokenizer.normalize(latents.z_f)}
 

@@ -343,7 +343,7 @@ def measure_teacher_mean(ctx: StepContext, pictures: int = 512) -> None:
 
 
 def _first(ctx: StepContext, pictures: int) -> tuple[Tensor, ...]:
-    """The first pictures of the training data, in chunks."""
+    """The first images of the training data, in chunks."""
     side = ctx.stage.image_size
     return tuple(resized(chunk.to(ctx.device), side) for chunk in ctx.data.sample(pictures))
 

@@ -72,7 +72,7 @@ class TrainingModules(nn.Module):
     def native_latents(self, pixels: Tensor) -> Tensor:
         """E_p's latents on the token grid: `[B, 3, S, S]` to `[B, D_p, h, w]`, cell by cell those of the tokens.
 
-        The autoencoder's stride may differ from the tokens' (32 against 28): the picture is then resized by their
+        The autoencoder's stride may differ from the tokens' (32 against 28): the image is then resized by their
         ratio (SPAR section 1, "Grid").
         """
         stride = self.config.autoencoder.stride

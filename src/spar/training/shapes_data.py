@@ -1,4 +1,4 @@
-"""Training data: pictures, captions, questions and edits dealt by (seed, stage, step); here of the shapes world.
+"""Training data: images, captions, questions and edits dealt by (seed, stage, step); here of the shapes world.
 
 Nothing is drawn from a running generator: the batch of a step is a function of the recipe's seed, the stage's name and
 the step, so that a resumed run sees exactly what it would have seen.
@@ -52,7 +52,7 @@ class TrainingData(Protocol):
 
 
 class ShapesTrainingData:
-    """A fixed set of scenes, rendered once; the first `edits` of them also have an edited picture."""
+    """A fixed set of scenes, rendered once; the first `edits` of them also have an edited image."""
 
     def __init__(self, config: DataConfig, prompts: PromptEncoder, seed: int, cache: Path | None = None) -> None:
         self.config, self.prompts, self.seed = config, prompts, seed
@@ -100,7 +100,7 @@ class ShapesTrainingData:
         """None: nothing is computed before the run."""
 
     def sample(self, count: int) -> tuple[Tensor, ...]:
-        """The first pictures, in chunks of 64."""
+        """The first images, in chunks of 64."""
         return self.pixels(np.arange(min(count, len(self.images)))).split(64)
 
     def draw(
@@ -151,7 +151,7 @@ class ShapesTrainingData:
 
 
 def _rendered(cache: Path | None, name: str, scenes: list[Scene]) -> np.ndarray:
-    """The pictures of scenes as one array, kept as a `.npy` named by what it shows (never pickled)."""
+    """The images of scenes as one array, kept as a `.npy` named by what it shows (never pickled)."""
     digest = zlib.crc32(repr(scenes).encode())
     path = cache / f"{name}-{len(scenes)}-{digest:08x}.npy" if cache else None
     if path and path.exists():

@@ -1,6 +1,6 @@
-"""One function a training step: pictures and words in, named loss terms out; `loss` is what trains.
+"""One function a training step: images and words in, named loss terms out; `loss` is what trains.
 
-B pictures, R noise draws a picture, N visual tokens, D_p latent channels, h w the grid.
+B images, R noise draws an image, N visual tokens, D_p latent channels, h w the grid.
 """
 
 import math
@@ -121,7 +121,7 @@ def mllm_step(ctx: StepContext, batch: Dialogues, step: int) -> Terms:
 
 
 def autoencoder_step(ctx: StepContext, batch: Images, step: int) -> Terms:
-    """DC-AE on the world's pictures, encoder and decoder, with latents held near unit size."""
+    """DC-AE on the world's images, encoder and decoder, with latents held near unit size."""
     weights = ctx.stage.losses
     pixels = batch.pixels.to(memory_format=torch.channels_last)
     latent = ctx.modules.native_latents(pixels)
@@ -189,7 +189,7 @@ def external_features(ctx: StepContext, pixels: Tensor) -> Tensor:
 
 
 def _flow_terms(ctx: StepContext, step: int, latent: Tensor, condition: Condition, *, teacher: Tensor | None) -> Terms:
-    """L_fm for R draws of noise and time a picture, and where a teacher `[B, rows, columns, D]` is given, L_align."""
+    """L_fm for R draws of noise and time an image, and where a teacher `[B, rows, columns, D]` is given, L_align."""
     flow, generator = ctx.recipe.flow, ctx.generator(step)
     clean = latent.repeat_interleave(ctx.stage.noise_samples, dim=0)                         # [B R, D_p, h, w]
     count = (ctx.stage.batch, ctx.stage.noise_samples)
@@ -265,7 +265,7 @@ def _perceptual(ctx: StepContext, decoded: Tensor, pixels: Tensor) -> Tensor:
 
 def _adversarial(ctx: StepContext, decoded: Tensor, pixels: Tensor) -> Terms:
     """Both sides of the hinge game in one graph: the generator's term does not reach the discriminator's weights,
-    the discriminator's term does not reach the picture."""
+    the discriminator's term does not reach the image."""
     discriminator, weights = ctx.modules.discriminator, ctx.stage.losses
     discriminator.requires_grad_(False)
     generator_term = generator_hinge_loss(discriminator(decoded))
@@ -276,7 +276,7 @@ def _adversarial(ctx: StepContext, decoded: Tensor, pixels: Tensor) -> Terms:
 
 
 def _add_latent_noise(ctx: StepContext, step: int, latent: Tensor) -> Tensor:
-    """Noise of `losses.latent_noise` times the latent's own size, of a strength drawn for each picture."""
+    """Noise of `losses.latent_noise` times the latent's own size, of a strength drawn for each image."""
     share, count = ctx.stage.losses.latent_noise, ctx.stage.batch
     if not share:
         return latent

@@ -1,7 +1,7 @@
 """Frozen networks from outside: the external teacher of the alignment (any image encoder of transformers, the baseline
 beside SPAR's own), and the networks of L_perc.
 
-B pictures, N = rows x columns patch tokens, D the encoder's width.
+B images, N = rows x columns patch tokens, D the encoder's width.
 """
 
 from typing import Any
@@ -35,7 +35,7 @@ class ExternalTeacher(nn.Module):
     def forward(self, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """`[B, 3, H, W]` in [0, 1] to `[B, N, D]` in row-major order and (rows, columns).
 
-        Pictures are resized to the encoder's side; CLS and register tokens are dropped. Raises InputError where the
+        Images are resized to the encoder's side; CLS and register tokens are dropped. Raises InputError where the
         tokens form no square grid.
         """
         if pixels.shape[-2:] != (self.side, self.side):

@@ -240,7 +240,7 @@ def check_parallelism(stages: tuple[StageConfig, ...], parallel: DistributedCont
 def build_training_data(
     recipe: Recipe, prompts: PromptEncoder, run: Path, parallel: DistributedContext
 ) -> TrainingData:
-    """The pictures and words that a recipe names."""
+    """The images and words that a recipe names."""
     if recipe.data.source == "shapes":
         return ShapesTrainingData(recipe.data, prompts, recipe.seed, run / "cache")
     model = recipe.model
