@@ -46,7 +46,7 @@ class ModelArguments:
     decode_tile: int | None = None
     """Visual tokens per side above which images are decoded in tiles: less memory, a slightly different image."""
     weights: Literal["float32", "dtype", "int8"] = "dtype"
-    """Type of the stored weights: float32, dtype (that of --dtype, with the same results) or int8 (other results)."""
+    """Type of weights in memory: float32, dtype (that of --dtype, with the same results) or int8 (other results)."""
     offload: Flag = False
     """Keep idle parts in the CPU's memory: less of the device's memory, more time."""
     compile: Flag = False
@@ -177,7 +177,7 @@ class TrainArguments:
     recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
     """The recipe's name (tiny, shapes, ...); it comes first."""
     stage: UseAppendAction[tuple[str, ...]] = ()
-    """Train this stage only; repeatable, and each then starts from the end of the previous one."""
+    """Train only this stage; of several, each starts from the end of the previous one."""
     run: Path | None = None
     """Folder of the run; by default runs/RECIPE."""
     resume: str = "never"
@@ -205,7 +205,7 @@ class PlanArguments:
     recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
     """The recipe's name (spar-1b, spar-3b); it comes first."""
     stage: UseAppendAction[tuple[str, ...]] = ()
-    """Plan this stage only; repeatable."""
+    """Plan only this stage."""
     gpus: int = 8
     """Number of GPUs."""
     gpu: str = "h200"
@@ -249,7 +249,7 @@ class AssemblyArguments:
     output: Annotated[Path, arg(aliases=["-o"])]
     """Folder to write."""
     revision: UseAppendAction[tuple[str, ...]] = ()
-    """PART=COMMIT, for a part from the Hub; repeatable. By default the newest."""
+    """PART=COMMIT, for a part from the Hub; by default the newest."""
     seed: int = 0
     """Seed of the random weights."""
     overwrite: Flag = False
