@@ -178,6 +178,17 @@ def test_a_unified_stage_does_not_start_on_a_tokenizer_of_random_streams(tiny_ru
     assert not (tmp_path / "run").exists()
 
 
+def test_a_converted_tokenizer_serves_a_unified_stage_though_its_pixel_stream_is_random():
+    """As `spar convert` leaves it: the fusion passes the semantic stream on."""
+    parts = {
+        "tokenizer.semantic_stream": "unilip", "tokenizer.pixel_stream": "random weights of seed 0",
+        "tokenizer.fusion": "passes the semantic stream on: its learned part starts at zero",
+    }  # fmt: skip
+    converted = replace(MODEL, parts=parts, pixel_encoder=True)
+    assert plan("unified-1", init=converted).stages[0].prepares == ()
+    assert plan("tokenizer-3", init=converted).stages[0].prepares == ("teacher from encoder",)
+
+
 @pytest.mark.parametrize("stage", ["autoencoder", "dit", "tokenizer-1"])
 def test_a_stage_that_reads_the_pixel_encoder_wants_a_folder_with_one(stage):
     with pytest.raises(InputError, match=f"stage {stage} needs the autoencoder's encoder, which model does not hold"):

@@ -77,7 +77,8 @@ class InitFolder:
     Attributes:
         is_model: a SPAR folder, as against the end of a stage.
         step: the kind of step of that stage; None for a SPAR folder.
-        parts: where each part of a model that `spar build` made comes from, by its place in the model.
+        parts: where each part of a model that `spar build` or `spar convert` made comes from, by its place in it;
+            empty for a model that training made.
         pixel_encoder, teacher: whether a SPAR folder holds them.
     """
 
@@ -90,8 +91,10 @@ class InitFolder:
 
     @property
     def random_streams(self) -> tuple[str, ...]:
-        """The tokenizer's parts that still have random weights."""
-        return tuple(p for p, origin in self.parts.items() if p.startswith("tokenizer.") and origin.startswith(RANDOM))
+        """The tokenizer's parts with random weights that its latent depends on. A random pixel stream alone is none: a
+        converted tokenizer's fusion passes the semantic stream on."""
+        decisive = ("tokenizer.semantic_stream", "tokenizer.fusion")
+        return tuple(part for part in decisive if self.parts.get(part, "").startswith(RANDOM))
 
 
 @dataclass(frozen=True)
@@ -261,7 +264,7 @@ def _teacher(
         return ["teacher from folder"]
     if init is None or not init.is_model:
         return [] if came_from in ("tokenizer", "unified") else ["teacher from encoder"]
-    if init.random_streams:  # made by spar build, no tokenizer stage has trained it yet
+    if init.parts:  # made by spar build or spar convert: no tokenizer stage has trained the encoder yet
         return ["teacher from encoder"]
     if stage.losses.semantic or stage.name != next(one.name for one in recipe.stages if one.step == "tokenizer"):
         raise InputError(
