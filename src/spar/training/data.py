@@ -67,7 +67,7 @@ class FilesTrainingData:
     """The data sets of a recipe, dealt to this process.
 
     Generation and editing share a unified stage by its `edit_share`; the sets' own weights hold among sets of one
-    kind. A tokenizer stage sees the images of all sets, of edits the one behind the edit.
+    kind. A tokenizer stage sees the images of all sets, of edits the edited one.
     """
 
     def __init__(
@@ -75,13 +75,8 @@ class FilesTrainingData:
         run: Path, parallel: DistributedContext,
     ) -> None:  # fmt: skip
         self.config, self.prompts, self.seed = config, prompts, seed
-        self.side, self.stride, self.max_prompt_tokens, self.run, self.parallel = (
-            side,
-            stride,
-            max_prompt_tokens,
-            run,
-            parallel,
-        )
+        self.side, self.stride, self.max_prompt_tokens = side, stride, max_prompt_tokens
+        self.run, self.parallel = run, parallel
         self.weights = [weight for weight, _ in weighted_sets(config.sets)]
         self.sources = open_sources(config, run / "cache")
         self._cache: FeatureCache | None = None

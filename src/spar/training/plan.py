@@ -244,7 +244,7 @@ def preparations(
     came_from = init.step if init else before.step if before else None
     model = init is not None and init.is_model
     if stage.step == "tokenizer" and any(one.losses.semantic for one in recipe.stages):
-        found += _teacher(recipe, stage, init, came_from, teacher)
+        found += _teacher(stage, init, came_from, teacher)
     first = next(one for one in recipe.stages if one.step == stage.step)
     if stage.step == "mllm" and stage.name == first.name and recipe.word_embeddings == "tags" and not model:
         found.append("tag embeddings")
@@ -256,7 +256,7 @@ def preparations(
 
 
 def _teacher(
-    recipe: Recipe, stage: StageConfig, init: InitFolder | None, came_from: str | None, teacher: Path | None
+    stage: StageConfig, init: InitFolder | None, came_from: str | None, teacher: Path | None
 ) -> list[Preparation]:
     """The semantic teacher is the encoder as it was before the first tokenizer stage; later stages find it with the
     weights that they start from."""
@@ -266,12 +266,10 @@ def _teacher(
         return [] if came_from in ("tokenizer", "unified") else ["teacher from encoder"]
     if init.parts:  # made by spar build or spar convert: no tokenizer stage has trained the encoder yet
         return ["teacher from encoder"]
-    if stage.losses.semantic or stage.name != next(one.name for one in recipe.stages if one.step == "tokenizer"):
-        raise InputError(
-            f"stage {stage.name}: {init.path} keeps no semantic teacher (teacher/), and its encoder may have been "
-            "trained since; name the SPAR folder that the tokenizer's training began with: --teacher FOLDER"
-        )
-    return ["teacher from encoder"]
+    raise InputError(
+        f"stage {stage.name}: {init.path} keeps no semantic teacher (teacher/), and its encoder may have been trained "
+        "since; name the SPAR folder that the tokenizer's training began with: --teacher FOLDER"
+    )
 
 
 def check_folder(init: InitFolder, stage: StageConfig) -> None:

@@ -121,7 +121,7 @@ class ShapesTrainingData:
         return torch.from_numpy(source[indices]).permute(0, 3, 1, 2).float().div_(255)
 
     def captions(self, rng: np.random.Generator, indices: np.ndarray, *, position_captions: float = 0.0) -> list[str]:
-        """A caption of each scene; the share `places` of them also says where things lie."""
+        """A caption of each scene; the share `position_captions` of them also says where things lie."""
         placed = rng.random(len(indices)) < position_captions if position_captions else np.zeros(len(indices), bool)
         return [
             position_caption(self.scenes[i], rng) if is_placed else caption(self.scenes[i], rng)
