@@ -814,3 +814,23 @@ def test_an_edit_is_the_same_to_the_bit_whatever_stands_beside_it(bundled):
     alone = [bundled.edit(picture, one, seed=3, num_inference_steps=4).images[0].tobytes() for one in words]
     together = bundled.edit(picture, words, seed=[3] * 3, num_inference_steps=4).images
     assert [image.tobytes() for image in together] == alone
+
+
+def test_an_image_of_a_small_model_is_computed_on_one_thread_and_a_large_batch_on_all(pipe, monkeypatch):
+    seen, velocity = [], type(pipe.model).velocity
+
+    def watched(self, *arguments):
+        seen.append(torch.get_num_threads())
+        return velocity(self, *arguments)
+
+    monkeypatch.setattr(type(pipe.model), "velocity", watched)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for small_work, threads in ((float("inf"), 1), (0, 2)):
+            monkeypatch.setattr("spar.common.threads.SMALL_WORK", small_work)
+            seen.clear()
+            generate(pipe, num_inference_steps=2)
+            assert set(seen) == {threads} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -74,6 +74,11 @@ def sets(tmp_path) -> tuple[str, str]:
     return write_tar(tmp_path / "gen.tar", generation()), write_tar(tmp_path / "edit.tar", edits())
 
 
+def reader(config: DataConfig, run: Path, parallel: DistributedContext = SINGLE_PROCESS) -> FilesTrainingData:
+    prompts = PromptEncoder(build_tokenizer(), 64)
+    return FilesTrainingData(config, prompts, 0, side=64, stride=8, max_prompt_tokens=12, run=run, parallel=parallel)
+
+
 @pytest.fixture
 def training_data(sets, tmp_path):
     """`training_data(**changes)`: the two sets, for one process unless `parallel` says otherwise."""
@@ -218,16 +223,7 @@ def test_pictures_of_the_world_come_through_a_tar_unchanged(tiny_run, tmp_path, 
     images = [render(scene_at("train", i)) for i in range(8)]
     path = write_tar(tmp_path / "world.tar", [{"png": png(Image.fromarray(x)), "txt": b"a red circle"} for x in images])
     config = DataConfig(source="files", sets=(path,), workers=0)
-    found = FilesTrainingData(
-        config,
-        PromptEncoder(build_tokenizer(), 64),
-        0,
-        side=64,
-        stride=8,
-        max_prompt_tokens=12,
-        run=tmp_path,
-        parallel=DistributedContext(),
-    )
+    found = reader(config, tmp_path)
     (batch,) = next(found.batches(replace(stage, edit_share=0.0), 0, SINGLE_PROCESS))
     shown = (batch.pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     assert sorted(x.tobytes() for x in shown) == sorted(x.tobytes() for x in images)
@@ -236,16 +232,7 @@ def test_pictures_of_the_world_come_through_a_tar_unchanged(tiny_run, tmp_path, 
 def test_a_stage_of_its_own_side_and_several_proportions_squashes_nothing(tiny_run, tmp_path):
     wide = [{"png": png(Image.new("RGB", (120, 60), "red"))} for _ in range(24)]
     config = DataConfig(source="files", sets=(write_tar(tmp_path / "wide.tar", wide),), workers=0, max_aspect=2.0)
-    found = FilesTrainingData(
-        config,
-        PromptEncoder(build_tokenizer(), 64),
-        0,
-        side=64,
-        stride=8,
-        max_prompt_tokens=12,
-        run=tmp_path,
-        parallel=DistributedContext(),
-    )
+    found = reader(config, tmp_path)
     small = replace(tiny_run.recipe.stage("tokenizer-1"), image_size=32)
     (batch,) = next(found.batches(small, 0, SINGLE_PROCESS))
     shape = batch.pixels.shape

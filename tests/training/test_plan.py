@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from spar.checkpoints.safetensors_io import read_tensors
 from spar.checkpoints.spar_format import has_teacher, load_model, load_teacher, save_model
@@ -128,7 +129,18 @@ def test_a_folder_with_a_teacher_gives_it_and_one_without_says_so():
     dit = InitFolder(Path("dit/done"), is_model=False, step="dit")
     assert plan("tokenizer-3", init=dit).stages[0].prepares == ("teacher from encoder",)
     tokenizer = replace(dit, step="tokenizer")
-    assert plan("tokenizer-3", init=tokenizer).stages[0].prepares == ()
+    assert plan("tokenizer-3", init=replace(tokenizer, teacher=True)).stages[0].prepares == ()
+    with pytest.raises(InputError, match="keeps no semantic teacher"):  # of a recipe whose stages read none
+        plan("tokenizer-3", init=tokenizer)
+
+
+def test_a_stages_end_says_whether_it_holds_a_teacher(tiny_run, tmp_path):
+    assert read_init_folder(tiny_run.path / "tokenizer-3" / "done").teacher
+    tensors = load_group(tiny_run.path / "tokenizer-3" / "done", "modules")
+    save_file({k: v for k, v in tensors.items() if not k.startswith("teacher.")}, tmp_path / "modules.safetensors")
+    write_json(tmp_path / "meta.json", {"config": {"step": "tokenizer"}})
+    found = read_init_folder(tmp_path)
+    assert (found.teacher, found.step, found.is_model) == (False, "tokenizer", False)
 
 
 def test_training_takes_the_teacher_that_is_named(tiny_run, tmp_path):

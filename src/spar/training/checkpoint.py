@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -136,6 +136,20 @@ def load_group(folder: Path, name: str) -> dict[str, Tensor]:
             whole = tensors.setdefault(key, piece.new_empty(total, *piece.shape[1:]))
             whole[start : start + len(piece)] = piece
     return tensors
+
+
+def group_keys(folder: Path, name: str) -> set[str]:
+    """The names of a group's tensors, from the headers of its files; InputError as in `load_group`."""
+    found: set[str] = set()
+    for path in shards(folder, name):
+        if not path.is_file():
+            raise InputError(f"{path.name} is missing in {path.parent}")
+        try:
+            with safe_open(path, "pt") as file:
+                found |= set(file.keys())
+        except SafetensorError as error:
+            raise InputError(f"{path} is damaged or no safetensors file: {error}") from error
+    return found
 
 
 def _rows(path: Path) -> dict[str, list[int]]:

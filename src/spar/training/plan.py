@@ -12,7 +12,7 @@ from typing import Any, Literal
 from spar.checkpoints.spar_format import has_pixel_encoder, has_teacher
 from spar.common.config import read_json
 from spar.common.errors import InputError
-from spar.training.checkpoint import existing_checkpoint, read_train_state
+from spar.training.checkpoint import existing_checkpoint, group_keys, read_train_state
 from spar.training.config import Recipe, StageConfig
 
 RANDOM = "random weights"  # how a manifest's parts begin that no published checkpoint brought
@@ -79,7 +79,8 @@ class InitFolder:
         step: the kind of step of that stage; None for a SPAR folder.
         parts: where each part of a model that `spar build` or `spar convert` made comes from, by its place in it;
             empty for a model that training made.
-        pixel_encoder, teacher: whether a SPAR folder holds them.
+        pixel_encoder: whether a SPAR folder holds it.
+        teacher: whether the folder holds a semantic teacher.
     """
 
     path: Path
@@ -134,7 +135,10 @@ def read_init_folder(folder: Path) -> InitFolder:
             f"--init-from: expected a finished stage such as RUN/dit/done or a SPAR folder, got {str(folder)!r}"
         )
     config = read_json(existing_checkpoint(folder) / "meta.json").get("config", {})
-    return InitFolder(folder, False, config.get("step") if isinstance(config, dict) else None)
+    step = config.get("step") if isinstance(config, dict) else None
+    return InitFolder(
+        folder, False, step, teacher=any(key.startswith("teacher.") for key in group_keys(folder, "modules"))
+    )
 
 
 def is_spar_folder(folder: Path) -> bool:
@@ -260,15 +264,17 @@ def _teacher(
 ) -> list[Preparation]:
     """The semantic teacher is the encoder as it was before the first tokenizer stage; later stages find it with the
     weights that they start from."""
-    if teacher is not None or (init is not None and init.teacher):
+    if teacher is not None or (init is not None and init.is_model and init.teacher):
         return ["teacher from folder"]
-    if init is None or not init.is_model:
-        return [] if came_from in ("tokenizer", "unified") else ["teacher from encoder"]
-    if init.parts:  # made by spar build or spar convert: no tokenizer stage has trained the encoder yet
+    model = init is not None and init.is_model
+    # What spar build or spar convert made has parts: no tokenizer stage has trained its encoder yet.
+    if (model and init.parts) or (not model and came_from not in ("tokenizer", "unified")):
         return ["teacher from encoder"]
+    if init is None or (not model and init.teacher):
+        return []
     raise InputError(
-        f"stage {stage.name}: {init.path} keeps no semantic teacher (teacher/), and its encoder may have been trained "
-        "since; name the SPAR folder that the tokenizer's training began with: --teacher FOLDER"
+        f"stage {stage.name}: {init.path} keeps no semantic teacher (no teacher.*), and its encoder may have "
+        "been trained since; name the SPAR folder that the tokenizer's training began with: --teacher FOLDER"
     )
 
 
