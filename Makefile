@@ -1,7 +1,8 @@
-# make demo   sets up .venv, runs the demo with the bundled weights, says where its report is
-# make test   the linter and the whole suite; make fast leaves the slow tests out
+# make demo   sets up .venv, runs the demo with the bundled weights, prints where its report is
+# make test   the linter, the types and the whole suite; make fast leaves the slow tests out
 # make test-newest, make test-oldest
 #             the same as make fast, at either end of pyproject.toml's ranges: run both whenever a dependency changes
+# make docs   the guides and the API reference as a site, in site/; a warning is an error
 # make clean  removes what these made, the environments too; runs/ stays
 
 PYTHON ?= python3
@@ -12,11 +13,11 @@ TORCH_INDEX ?=
 WORKERS ?= 2
 
 BIN := .venv/bin
-# The arguments of pip and pytest come behind these two; $(1) is the environment.
+# The arguments of pip and pytest come after these two; $(1) is the environment.
 install = $(1)/bin/python -m pip install --disable-pip-version-check --quiet
 pytest = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test fast test-newest test-oldest lint clean
+.PHONY: demo test fast test-newest test-oldest lint docs clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/installed
@@ -29,8 +30,8 @@ test: lint
 fast: lint
 	$(call pytest,.venv) -m "not slow"
 
-# What came out since the environment was made is taken in at every run; torch alone stays at its pin. Where pip finds no
-# versions that agree, PIP_VERBOSE=1 lets it say which requirements those are.
+# Every run upgrades the environment; only torch stays at its pin. Where pip finds no versions that agree, PIP_VERBOSE=1
+# makes it print the requirements.
 test-newest: .venv-newest/installed
 	$(call install,.venv-newest) --constraint .venv-newest/constraints.txt --upgrade --upgrade-strategy eager --editable '.[dev]'
 	.venv-newest/bin/ruff check .
@@ -42,9 +43,14 @@ test-oldest: .venv-oldest/installed
 
 lint: .venv/installed
 	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+docs: .venv/installed
+	$(BIN)/mkdocs build --quiet
+	@echo "The documentation is site/index.html: open it in a browser."
 
 # An environment with torch in it: torch first and alone, as pip then takes a local CPU build of the pinned version where
-# there is one, and no other package's wish for torch can bring the CUDA build in before it.
+# there is one, before another package's requirement of torch installs the CUDA build.
 define environment
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	{ echo "spar needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
@@ -57,7 +63,7 @@ endef
 
 .venv/installed: pyproject.toml constraints.txt
 	$(call environment)
-	$(call install,$(@D)) --constraint constraints.txt --editable '.[dev]'
+	$(call install,$(@D)) --constraint constraints.txt --editable '.[dev,docs]'
 	@touch $@
 
 .venv-newest/installed: pyproject.toml constraints.txt
@@ -72,5 +78,5 @@ endef
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-newest .venv-oldest demo build dist .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf .venv .venv-newest .venv-oldest demo site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

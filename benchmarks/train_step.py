@@ -9,7 +9,6 @@ bfloat16 matrix product in the same run. The last line is JSON.
 """
 
 import argparse
-import itertools
 import json
 import resource
 import time
@@ -26,12 +25,14 @@ from spar.processing.prompts import TokenBatch
 from spar.recipes import recipe
 from spar.training.bundle import hardware_info
 from spar.training.config import StageConfig, freeze
+from spar.training.data import CaptionData
 from spar.training.distributed import DistributedContext, ParallelismConfig, wrap_modules
 from spar.training.estimate import GPUS, HardwareConfig, estimate
 from spar.training.loop import train_step
-from spar.training.modules import TrainingModules
+from spar.training.objectives.base import StepContext
+from spar.training.objectives.common import image_side
+from spar.training.objectives.tokenizer import TokenizerObjective
 from spar.training.optimizer import build_optimizers
-from spar.training.steps import StepContext
 
 STAGES = ("tokenizer-3", "unified-2")
 WORDS = 64
@@ -42,19 +43,11 @@ UNUSED = {
 }
 
 
-class Noise:
-    """Training data without files: images of noise, prompts of WORDS tokens."""
-
-    def __init__(self, side: int, vocabulary: int, device: torch.device) -> None:
-        self.side, self.prompts, self.device = side, Prompts(vocabulary), device
-
-    def rng(self, stage: str, step: int) -> np.random.Generator:
-        return np.random.default_rng(step)
-
-    def batches(self, stage: StageConfig, start: int, parallel: DistributedContext) -> Iterator[list[Captioned]]:
-        for _ in itertools.count(start):
-            pixels = torch.rand(stage.batch, 3, self.side, self.side, device=self.device)  # a loader that keeps up
-            yield [Captioned(keys=np.full(stage.batch, -1), pixels=pixels, texts=("",) * stage.batch)]
+def noise(stage: StageConfig, side: int, device: torch.device) -> Iterator[list[Captioned]]:
+    """Batches of images of noise, from a loader that keeps up."""
+    while True:
+        pixels = torch.rand(stage.batch, 3, side, side, device=device)
+        yield [Captioned(keys=np.full(stage.batch, -1), pixels=pixels, texts=("",) * stage.batch)]
 
 
 class Prompts:
@@ -88,9 +81,11 @@ def settle(device: torch.device) -> None:
 
 def measure(name: str, stage_name: str, args: argparse.Namespace, peak: float) -> dict:
     base, device = recipe(name), torch.device(args.device)
-    stage = replace(base.stage(stage_name), batch=args.batch, edit_share=0.0, ema=0.0)
-    if stage.losses.perceptual:  # its networks need downloads
-        stage = replace(stage, losses=replace(stage.losses, perceptual=0.0))
+    stage = replace(base.stage(stage_name), batch=args.batch, ema=0.0)
+    if isinstance(stage.objective, TokenizerObjective):  # the perceptual networks need downloads
+        stage = replace(stage, objective=replace(stage.objective, perceptual=0.0))
+    else:
+        stage = replace(stage, data=CaptionData())
     chosen = replace(base, stages=tuple(stage if s.name == stage_name else s for s in base.stages))
     (planned,) = estimate(
         chosen,
@@ -100,31 +95,31 @@ def measure(name: str, stage_name: str, args: argparse.Namespace, peak: float) -
     (plain,) = estimate(chosen, HardwareConfig(gpus=1, sharded=False), (stage_name,))
     torch.manual_seed(0)
     with device:
-        modules = TrainingModules(chosen)
+        modules = chosen.build({})
     for part in UNUSED[stage_name]:  # so that a step fits into the memory of a small machine
         parent, _, name = part.rpartition(".")
-        setattr(modules.get_submodule(parent), name, nn.Identity())
+        if hasattr(modules.get_submodule(parent), name):
+            setattr(modules.get_submodule(parent), name, nn.Identity())
     modules = modules.to(device).train()
     freeze(modules, stage)
     parallel = DistributedContext(
         device=device,
         config=ParallelismConfig(activation_checkpointing=args.activation_checkpointing, compile=args.compile),
     )
-    training_data = Noise(stage.image_size or chosen.model.image_size, chosen.model.text.vocab_size, device)
-    ctx = StepContext(modules, training_data, chosen, stage, device, parallel=parallel)
+    ctx = StepContext(modules, Prompts(chosen.model.text.vocab_size), chosen, stage, device, parallel=parallel)
     frame, optimizers = wrap_modules(modules, parallel), build_optimizers(modules, stage)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    times, batches = [], training_data.batches(stage, 0, parallel)
+    times, batches = [], noise(stage, image_side(chosen, stage), device)
     for step in range(args.steps + 1):  # the first one allocates and compiles
         settle(device)
         start = time.perf_counter()
-        train_step(ctx, frame, step, next(batches), optimizers, first=step == 0)
+        train_step(replace(ctx, step=step), frame, next(batches), optimizers, first=step == 0)
         settle(device)
         times.append(time.perf_counter() - start)
     if args.profile:
         with torch.profiler.profile() as profile:
-            train_step(ctx, frame, args.steps + 1, next(batches), optimizers, first=False)
+            train_step(replace(ctx, step=args.steps + 1), frame, next(batches), optimizers, first=False)
             settle(device)
         order = f"self_{device.type}_time_total"
         print(profile.key_averages().table(sort_by=order, row_limit=args.profile, max_name_column_width=60))

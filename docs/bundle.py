@@ -16,7 +16,8 @@ from spar.common.config import read_json, write_json
 from spar.evaluation.results import read_result
 from spar.evaluation.targets import main_scores, show_title
 from spar.inference.pipeline import BUNDLED
-from spar.training.bundle import load_stage_model
+from spar.recipes import REGISTRY
+from spar.training.systems.spar import load_stage_model
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -38,7 +39,7 @@ def main() -> None:
         write_json(path, {**read_json(path), "license": "apache-2.0", "scores": measured()})
         (BUNDLED / CARD).write_text(build_model_card(load_model(BUNDLED)), encoding="utf-8")
     elif args.run:
-        save_model(load_stage_model(args.run, args.stage), BUNDLED, torch.bfloat16)
+        save_model(load_stage_model(args.run, REGISTRY, args.stage), BUNDLED, torch.bfloat16)
         shutil.copyfile(args.run / "metrics.jsonl", BUNDLED / "metrics.jsonl")
         size = sum(file.stat().st_size for file in BUNDLED.rglob("*") if file.is_file())
         sys.stdout.write(f"{BUNDLED}: {size / 1e6:.2f} MB\n")

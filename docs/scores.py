@@ -1,30 +1,62 @@
-"""Write the README's tables of scores from the results files in docs/results: python docs/scores.py
+"""Write the tables of scores from the results files in docs/results: python docs/scores.py
 
-There are two tables, each between its own marks: the bundled weights, and the recipe's own before further training.
+docs/results.md has two full tables, each between its own marks: the bundled weights, and the recipe's own before
+further training. README.md has one row for each task. The manifest of the bundled weights, which the model card and
+`spar info` show, takes its scores from the same files: python docs/bundle.py --scores
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from spar.evaluation.results import read_result
-from spar.evaluation.targets import RECIPE_TARGETS, TARGETS, Target, scores_table
+from spar.evaluation.results import Result, read_result
+from spar.evaluation.targets import RECIPE_TARGETS, TARGETS, scores_table, show, show_interval, show_title
 
 ROOT = Path(__file__).parents[1]
-TABLES = (("scores", "docs/results", TARGETS), ("scores of the recipe", "docs/results/recipe", RECIPE_TARGETS))
+
+# (title of the result, score, what it is)
+SUMMARY = (
+    ("shapes-gen", "overall", "generated images that show the whole prompt and nothing else"),
+    ("shapes-gen, held-out combinations", "overall", "the same for combinations that training never shows"),
+    ("shapes-edit", "overall", "edits that do what was requested and keep the rest"),
+    ("shapes-vqa", "overall", "questions answered correctly"),
+    ("shapes-recon", "survival", "objects that look and lie the same after reconstruction"),
+    ("shapes-recon", "psnr", "PSNR of reconstructions"),
+)
 
 
-def table(folder: str, targets: tuple[Target, ...]) -> str:
-    """The scores in the results files of a folder."""
-    return scores_table([read_result(path) for path in sorted((ROOT / folder).glob("*.json"))], targets)
+def read_results(folder: str) -> list[Result]:
+    """The results files of a folder, by name."""
+    return [read_result(path) for path in sorted((ROOT / folder).glob("*.json"))]
+
+
+def summary_table(results: Sequence[Result]) -> str:
+    """A Markdown table of SUMMARY."""
+    by_title = {show_title(result): result for result in results}
+    lines = ["| Benchmark | Measures | Score | 95 % interval | n |", "| --- | --- | ---: | --- | ---: |"]
+    for title, name, measures in SUMMARY:
+        score = by_title[title].score(name)
+        cells = (title, measures, show(name, score.value), show_interval(score), str(score.n))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def tables() -> dict[tuple[str, str], str]:
+    """The tables by document and mark."""
+    own = read_results("docs/results")
+    recipe = read_results("docs/results/recipe")
+    return {
+        ("README.md", "scores"): summary_table(own),
+        ("docs/results.md", "scores"): scores_table(own, TARGETS),
+        ("docs/results.md", "scores of the recipe"): scores_table(recipe, RECIPE_TARGETS),
+    }
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text("utf-8")
-    for mark, folder, targets in TABLES:
+    for (document, mark), table in tables().items():
+        path = ROOT / document
+        text = path.read_text("utf-8")
         begin, end = f"<!-- {mark} -->\n", f"<!-- end of {mark} -->"
-        before, behind = text.split(begin)[0], text.split(end)[1]
-        text = before + begin + table(folder, targets) + end + behind
-    readme.write_text(text, "utf-8")
+        path.write_text(text.split(begin)[0] + begin + table + end + text.split(end)[1], "utf-8")
 
 
 if __name__ == "__main__":

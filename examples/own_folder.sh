@@ -15,5 +15,5 @@ set -- --data.source files --data.sets "$data" "$@"
 spar data check "$data"
 spar cache "$recipe" --init-from "$model" "$@" -o "$run-features"
 spar train "$recipe" --stage unified-3 --init-from "$model" "$@" --data.cache "$run-features" \
-    --stages.unified-3.edit-share 0 --lora.rank 8 --run "$run"
+    --stages.unified-3.data.edit-share 0 --lora.rank 8 --run "$run"
 spar generate "$prompt" --model "$model" --adapter "$run/adapter" -o "$run/drawn.png" --overwrite

@@ -14,5 +14,5 @@ run=${RUN:-runs/warm}
 read -ra convert <<< "${CONVERT:-}"
 spar convert unilip "$checkpoint" -o "$run-start" "${convert[@]}"
 spar train spar-1b --stage unified-2 --stage unified-3 --init-from "$run-start" \
-    --data.source files --data.sets "$data" --stages.unified-2.edit-share 0 --stages.unified-3.edit-share 0 \
+    --data.source files --data.sets "$data" --stages.unified-2.data.edit-share 0 --stages.unified-3.data.edit-share 0 \
     --run "$run" "$@"

@@ -6,7 +6,7 @@ Nothing heavy is imported here: a test that needs no torch pays nothing for it.
 import copy
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,32 +43,65 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     return TinyRun(path, recipe("tiny"), model, reports, tables)
 
 
+@dataclass(frozen=True)
+class Start:
+    """A stage as the loop has it before its first step: what a step computes with, and the data."""
+
+    ctx: Any
+    data: Any
+
+    @property
+    def modules(self) -> Any:
+        return self.ctx.modules
+
+    @property
+    def stage(self) -> Any:
+        return self.ctx.stage
+
+    @property
+    def recipe(self) -> Any:
+        return self.ctx.recipe
+
+    def at(self, step: int) -> Any:
+        """The context of a step."""
+        return replace(self.ctx, step=step)
+
+    def batch(self, step: int) -> Any:
+        """The whole batch of a step."""
+        return self.data.get_batch(self.stage, step, slice(None))
+
+    def terms(self, step: int = 0) -> Any:
+        """The terms of a step."""
+        return self.stage.objective(self.at(step), self.batch(step))
+
+
 @pytest.fixture(scope="session")
 def start(tiny_run: TinyRun) -> Callable[..., Any]:
-    """`start(stage, recipe=..., **changes)`: a step's Context as the loop has it before the stage's first step.
+    """`start(stage, recipe=..., **changes)`: a Start of the stage with the weights that `tiny_run` had there.
 
-    The weights are those that `tiny_run` had there; each call makes its own. `changes` replace fields of the stage;
-    `teacher` stands for a loaded external teacher.
+    Each call makes its own. `changes` replace fields of the stage, of its objective or of its data; `teacher` stands
+    for a loaded external teacher.
     """
     import torch
 
-    from spar.processing.prompts import PromptEncoder
+    from spar.recipes.shapes.data import ShapesTrainingData
     from spar.training.config import freeze
-    from spar.training.initial_weights import load_previous_weights
-    from spar.training.modules import build_modules
-    from spar.training.plan import PlannedStage, StageStart, preparations
-    from spar.training.shapes_data import ShapesTrainingData
-    from spar.training.steps import StepContext
-    from spar.training.trainer import prepare
+    from spar.training.initial_weights import load_previous_weights, random_modules
+    from spar.training.objectives.base import StepContext
+    from spar.training.plan import Origin, PlannedStage, StageStart, preparations
     from spar.worlds.shapes.tokenizer import build_tokenizer
 
     cpu, tiny = torch.device("cpu"), tiny_run.recipe
-    prompts = PromptEncoder(build_tokenizer(), tiny.model.grid**2)
-    fresh = build_modules(tiny, cpu, prompts)
-    training_data = ShapesTrainingData(tiny.data, prompts, tiny.seed, tiny_run.path / "cache")
+    prompts = tiny.prompts(build_tokenizer())
+    fresh = random_modules(tiny, cpu, {})
+    training_data = ShapesTrainingData(tiny.data, tiny.model.grid, tiny.seed, tiny_run.path / "cache")
 
-    def build(name: str, recipe: Any = tiny, teacher: Any = None, **changes: Any) -> StepContext:
-        stage = replace(recipe.stage(name), **changes)
+    def build(name: str, recipe: Any = tiny, teacher: Any = None, **changes: Any) -> Start:
+        stage = recipe.stage(name)
+        for part in ("objective", "data"):
+            own = {key: changes.pop(key) for key in [*changes] if key in field_names(getattr(stage, part))}
+            changes[part] = replace(changes.get(part, getattr(stage, part)), **own)
+        stage = replace(stage, **changes)
         modules = copy.deepcopy(fresh)
         names = [one.name for one in recipe.stages]
         before = recipe.stages[names.index(name) - 1] if names.index(name) else None
@@ -76,13 +109,18 @@ def start(tiny_run: TinyRun) -> Callable[..., Any]:
         if before:
             begins = StageStart("stage", tiny_run.path / before.name / "done")
             load_previous_weights(modules, begins.path)
-        ctx = StepContext(modules.train(), training_data, recipe, stage, cpu, external_teacher=teacher)
-        prepares = preparations(recipe, stage, begins, before=before)
-        prepare(ctx, PlannedStage(stage, begins, prepares))
+        networks = {} if teacher is None else {"external_teacher": teacher}
+        ctx = StepContext(modules.train(), prompts, recipe, stage, cpu, networks)
+        prepares = preparations(recipe, stage, begins, Origin(before=before))
+        stage.objective.prepare(ctx, training_data, PlannedStage(stage, begins, prepares))
         freeze(modules, stage)
-        return ctx
+        return Start(ctx, training_data)
 
     return build
+
+
+def field_names(config: Any) -> set[str]:
+    return {item.name for item in fields(config)}
 
 
 @pytest.fixture(scope="session")

@@ -1,19 +1,29 @@
-"""The documents stay true: the names that they give exist, and the scores are those of the results files."""
+"""The documents stay true: names exist, examples run, scores are those of the results files, lines are short."""
 
 import importlib
+import importlib.util
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from spar.evaluation.results import read_result
-from spar.evaluation.targets import RECIPE_TARGETS, TARGETS, scores_table
+from spar.inference.pipeline import BUNDLED
+from spar.worlds.shapes.captions import DESCRIBE, parse
+from spar.worlds.shapes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES
+from spar.worlds.shapes.tokenizer import VOCABULARY, check_words
 
 ROOT = Path(__file__).parents[1]
 GUIDES = [path for path in (ROOT / "docs").glob("*.md") if path.name != "log.md"]  # the log keeps the names of its days
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTED = ("docs", "integrations", "notebooks", "examples")
+MAX_LINE, MAX_README_LINES, MAX_IMAGE_BYTES = 120, 150, 200_000
 NAMES = sorted(set(re.findall(r"`(spar(?:\.\w+)+)`", "".join(p.read_text() for p in GUIDES))))
 
 
@@ -35,17 +45,184 @@ def test_the_map_names_the_main_classes():
     assert {"spar.models.denoiser.Denoiser", "spar.losses.alignment.alignment_loss"} <= set(NAMES)
 
 
-SCORES = {"scores": ("docs/results", TARGETS), "scores of the recipe": ("docs/results/recipe", RECIPE_TARGETS)}
+def load(name: str) -> ModuleType:
+    """A script of docs/, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-@pytest.mark.parametrize("mark", SCORES)
-def test_the_scores_of_the_readme_are_those_of_the_results_files(mark):
-    folder, targets = SCORES[mark]
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+# Scores: docs/results has the files, docs/scores.py the tables, docs/bundle.py the manifest
+
+
+TABLES = load("scores").tables()
+
+
+@pytest.mark.parametrize(("document", "mark"), TABLES)
+def test_the_tables_of_scores_are_those_of_the_results_files(document, mark):
+    """If not: python docs/scores.py"""
+    text = (ROOT / document).read_text(encoding="utf-8")
     shown = re.search(rf"<!-- {mark} -->\n(.*?)<!-- end of {mark} -->", text, re.S)[1]
-    results = [read_result(path) for path in sorted((ROOT / folder).glob("*.json"))]
-    assert results
-    assert shown.strip() == scores_table(results, targets).strip()
+    assert shown == TABLES[document, mark] and shown.count("\n") > 5
+
+
+def test_the_summary_of_the_readme_is_part_of_the_full_table():
+    full = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    row = r"^\| (shapes-\w+).*\| ([\d.]+(?: dB)?) \| ([\d.]+ to .*?) \|"
+    rows = re.findall(row, TABLES["README.md", "scores"], re.M)
+    assert len(rows) == 6
+    for title, value, interval in rows:
+        assert re.search(rf"^\| {title}.*\| {value} \| {interval} \|", full, re.M)
+
+
+def test_the_manifest_of_the_bundled_weights_has_the_scores_of_the_results_files():
+    assert manifest_scores() == load("bundle").measured()
+
+
+def test_the_model_card_and_spar_info_show_the_scores_of_the_manifest(capsys):
+    """If not: python docs/bundle.py --scores"""
+    from spar.checkpoints.spar_format import CARD
+    from spar.cli.main import main
+
+    expected = manifest_scores()
+    assert expected
+    assert main(["info", str(BUNDLED), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["manifest"]["scores"] == expected
+    card = (BUNDLED / CARD).read_text(encoding="utf-8")
+    for title, scores in expected.items():
+        for name, value in scores.items():
+            assert f"| {title} | {name} | {value:g} |" in card
+
+
+def manifest_scores() -> dict[str, dict[str, float]]:
+    return json.loads((BUNDLED / "manifest.json").read_text(encoding="utf-8"))["scores"]
+
+
+# The site
+
+
+def test_every_package_has_a_page_in_the_api_reference():
+    packages = {path.parent.name for path in (ROOT / "src" / "spar").glob("*/__init__.py")}
+    pages = {path.stem: path.read_text(encoding="utf-8").split()[1] for path in (ROOT / "docs" / "api").glob("*.md")}
+    assert pages == {"spar": "spar", **{name: f"spar.{name}" for name in packages}}
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocstrings", reason="the extra `docs` is not installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    shown = (tmp_path / "api" / "inference.html").read_text(encoding="utf-8")
+    assert 'id="spar.inference.pipeline.SparPipeline.generate"' in shown and "num_images_per_prompt" in shown
+    pages = {path.with_suffix(".html").name for path in (ROOT / "docs").glob("*.md")}
+    assert pages <= {path.name for path in tmp_path.glob("*.html")}
+    outside = re.compile(r"<(?:script|link|img)[^>]*(?:src|href)=\"?https?:")
+    for page in tmp_path.rglob("*.html"):
+        assert not outside.search(page.read_text(encoding="utf-8")), page
+
+
+# Form
+
+
+def documents() -> list[Path]:
+    """The Markdown files, except the bundled weights' model card, which is generated and goes to the Hub."""
+    folders = (path for path in ROOT.iterdir() if path.is_dir() and path.name in DOCUMENTED)
+    return [*ROOT.glob("*.md"), *(path for folder in folders for path in folder.rglob("*.md"))]
+
+
+def long_lines(text: str) -> list[int]:
+    """Numbers of the lines over MAX_LINE characters, except rows of tables and lines with nothing but a URL."""
+    lines = enumerate(text.splitlines(), 1)
+    return [i for i, line in lines if len(line) > MAX_LINE and not line.startswith("|") and " " in line.strip("-* <>")]
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_line_of_a_document_is_over_120_characters(path):
+    """Rows of tables are exempt, and what the log had before 28 November 2026; code blocks are not."""
+    text = path.read_text(encoding="utf-8")
+    found = long_lines(text)
+    if path.name == "log.md":
+        first_new = text[: text.index("\n- 2026-11-28.")].count("\n") + 2
+        found = [number for number in found if number >= first_new]
+    assert found == []
+
+
+def test_a_long_line_would_be_found():
+    words = "word " * 30
+    assert long_lines(f"short\n{words}\n```\n{words}\n```\n| {words} |\nhttps://example.org/{'x' * 130}") == [2, 4]
+
+
+def test_the_readme_is_short_and_begins_with_the_two_commands():
+    assert len(README.splitlines()) <= MAX_README_LINES
+    assert "make demo" in README[: README.index("## The four tasks")] and "make test" in README
+
+
+def test_every_file_that_a_document_links_exists():
+    for path in documents():
+        text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+        for link in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", text):
+            target = "".join(link)
+            if not target.startswith(("https://", "#")):
+                assert (path.parent / target.split("#")[0]).exists(), f"{path.name}: {target}"
+
+
+def test_images_are_small_files():
+    images = list((ROOT / "docs" / "images").iterdir())
+    assert len(images) >= 7
+    for path in images:
+        assert path.stat().st_size <= MAX_IMAGE_BYTES, path
+        Image.open(path).verify()
+
+
+def test_the_readme_gives_the_words_and_forms_of_the_bundled_model():
+    section = README.split("## What the bundled model knows")[1].split("<!--")[0]
+    count = sum(word.isalpha() for word in VOCABULARY)
+    assert f"{count} words" in section
+    for label, words in {"Shapes": SHAPES, "Sizes": SIZES, "Colors": COLORS, "Backgrounds": BACKGROUNDS}.items():
+        assert f"{label}: {', '.join(words)}." in section
+    forms = re.findall(r"`([^`]+)`", section)
+    assert len(forms) >= 14 and DESCRIBE in forms
+    for form in forms:
+        check_words(form)
+    for prompt in re.findall(r"`([^`]+)`", section.split("- Edits:")[0]):
+        parse(prompt)
+
+
+# Examples
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_readme_run(tmp_path, monkeypatch, capsys):
+    from spar.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+    section = README.split("## The four tasks")[1].split("\n## ")[0]
+    (python,), (shell,) = (re.findall(rf"^```{kind}\n(.*?)^```", section, re.M | re.S) for kind in ("python", "sh"))
+    names: dict = {}
+    exec(compile(python, "README.md", "exec"), names)  # the repository's own text
+    assert names["answer"] == "navy" and names["again"].size == (64, 64)
+    for line in shell.splitlines():
+        assert main(shlex.split(line, comments=True)[1:]) == 0, line
+    assert "navy" in capsys.readouterr().out
+    # --weights dtype, the command line's default, changes nothing
+    assert Image.open("out.png").tobytes() == names["out"].images[0].tobytes()
+
+
+@pytest.mark.slow
+def test_the_images_of_the_readme_are_the_bundled_models():
+    """If not: python docs/images.py"""
+    from spar import SparPipeline
+
+    script = load("images")
+    for name, image in script.make_images(SparPipeline.from_pretrained()).items():
+        with Image.open(ROOT / "docs" / "images" / name) as kept:
+            gap = np.asarray(kept.convert("RGB"), dtype=int) - np.asarray(image.convert("RGB"))
+        assert np.abs(gap).mean() < 2, name  # of 255: other hardware rounds otherwise
+        assert f"docs/images/{name}" in README
+    for text in (script.PROMPT, script.INSTRUCTION, f"{script.QUESTION} *{script.ANSWER}*"):
+        assert f"| {text} |" in README
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from spar.models.config import ConnectorConfig, DenoiserConfig, RouterConfig, Sp
 from spar.recipes import recipe
 from spar.training.initial_weights import load_initial_weights
 from spar.training.modules import TrainingModules
-from spar.training.plan import check_folder, read_init_folder
+from spar.training.plan import read_init_folder
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
@@ -441,14 +441,14 @@ def test_training_the_tokenizer_may_start_from_a_built_folder(deep, tmp_path):
     base = recipe("spar-1b")
     model = load_model(tmp_path / "built").model.config
     real = replace(base, model=model, alignment=replace(base.alignment, hidden=8))
-    modules = TrainingModules(real)
-    load_initial_weights(modules, tmp_path / "built", real.stages[0], real.stages)
+    modules, stage = TrainingModules(real, {}), real.stages[0]
+    load_initial_weights(modules, tmp_path / "built", stage, real)
     encoder = load_pixel_encoder(tmp_path / "built")
     own = modules.pixel_encoder.state_dict()
     assert all(torch.equal(value, own[key]) for key, value in encoder.state_dict().items())
     shutil.rmtree(tmp_path / "built" / "pixel_encoder")
     with pytest.raises(InputError, match="needs the autoencoder's encoder, which .* does not hold"):
-        check_folder(read_init_folder(tmp_path / "built"), real.stages[0])
+        stage.objective.check_folder(stage, read_init_folder(real, tmp_path / "built"))
 
 
 @pytest.mark.parametrize("revision", ["main", "dit=", "vae=main", "=main"])

@@ -369,11 +369,10 @@ def test_training_from_there_says_where_the_recipe_differs(exact, tmp_path, capl
     base = recipe("spar-1b")
     own = exact.bundle.model.config
     same = replace(base, model=own, alignment=replace(base.alignment, hidden=8))
-    modules = TrainingModules(same)
-    load_initial_weights(modules, tmp_path / "folder", same.stages[0], same.stages)
+    load_initial_weights(TrainingModules(same, {}), tmp_path / "folder", same.stages[0], same)
     assert not caplog.records
     other = replace(same, model=replace(own, streams=replace(own.streams, fusion="mlp")))
-    load_initial_weights(TrainingModules(other), tmp_path / "folder", other.stages[0], other.stages)
+    load_initial_weights(TrainingModules(other, {}), tmp_path / "folder", other.stages[0], other)
     assert "was made with model.streams.fusion 'residual'; this recipe has 'mlp'" in caplog.text
 
 

@@ -19,7 +19,7 @@ from spar.checkpoints.safetensors_io import read_tensors
 from spar.checkpoints.spar_format import load_model
 from spar.common.errors import InputError
 from spar.inference.pipeline import SparPipeline
-from spar.training.estimate import summarize
+from spar.training.estimate import HardwareConfig, estimate
 from spar.training.trainer import train
 
 ALL = LoraConfig(rank=2, parts=("denoiser", "connector", "language"))
@@ -92,7 +92,7 @@ def test_an_adapter_is_saved_apart_and_belongs_to_one_model(model, tiny_run, tmp
 def test_training_moves_the_additions_alone_and_the_pipeline_takes_them(tiny_run, tmp_path, parts):
     base, run = tiny_run.path / "model", tmp_path / "run"
     recipe = replace(tiny_run.recipe, lora=LoraConfig(rank=2, parts=parts))
-    (planned,) = summarize(recipe, ("unified-3",))
+    (planned,) = estimate(recipe, HardwareConfig(), ("unified-3",))
     train(recipe, run, stages=("unified-3",), init_from=base)
     added = read_tensors(run / "adapter" / "adapter.safetensors")
     assert all(float(value.abs().max()) > 0 for value in added.values())  # both sides have moved from their start

@@ -130,19 +130,6 @@ def test_a_torch_that_does_not_import_is_an_answer_and_no_crash(monkeypatch):
     assert doctor.check_bfloat16().ok is False
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("processor\t: 0\nflags\t\t: fpu avx512f avx512_bf16 amx_bf16 amx_tile\n", ["amx_bf16", "avx512_bf16"]),
-        ("flags : fpu avx512f avx512_bf16_not_quite\nmodel name : avx512_bf16\n", []),
-        ("Features\t: fp asimd bf16 i8mm\n", ["bf16"]),
-        ("", []),
-    ],
-)
-def test_bfloat16_instructions_are_read_from_the_flags_alone(text, expected):
-    assert doctor.bfloat16_instructions(text) == expected
-
-
 @pytest.mark.parametrize(("speeds", "ok"), [((200.0, 100.0), True), ((10.0, 100.0), None)])
 def test_slow_bfloat16_is_advice_and_no_fault(monkeypatch, speeds, ok):
     left = list(speeds)  # bfloat16 is timed first

@@ -265,7 +265,24 @@ WRONG = [
     ("train tiny --model.autoencoder.channels 3 5 7 9", "channels"),
     ("train tiny --stages.unified-4.steps 4", "unknown arguments: --stages.unified-4.steps"),
     ("train tiny --stages.unified-2.steps 0", "steps must be at least 1, got 0"),
-    ("train tiny --stages.dit.losses.mse 1", "a dit step has no use for mse"),
+    ("train tiny --stages.dit.objective.mse 1", "unknown arguments: --stages.dit.objective.mse"),
+    ("train tiny --stages.dit.data.edit-share 0.5", "unknown arguments: --stages.dit.data.edit-share"),
+    ("train tiny --data.source parquet", "--data.source: expected one of 'files', 'none', 'shapes', got 'parquet'"),
+    ("train tiny --data.source", "--data.source: expected a value, got none"),
+    ("train tiny --data.source files", "expected --data.sets, got nothing"),
+    ("train tiny --data.source none", "no data source given (--data.source)"),
+    ("train tiny --data.sets x.tar", "--data.sets belongs to --data.source files, got source shapes"),
+    ("train tiny --data.bad-share=0.5", "--data.bad-share belongs to --data.source files, got source shapes"),
+    ("train tiny --data.bad_share 0.5", "--data.bad_share belongs to --data.source files, got source shapes"),
+    ("train tiny --data.source files --data.sets x.tar --data.scenes 3",
+     "--data.scenes belongs to --data.source shapes, got source files"),
+    ("train tiny --data.source=none --data.edits 3", "--data.edits belongs to --data.source shapes, got source none"),
+    ("plan spar-1b --data.workers 2", "--data.workers belongs to --data.source files, got source none"),
+    ("train tiny --data.senes 3", "unknown arguments: --data.senes, 3; perhaps you meant --data.scenes"),
+    ("train tiny --data.source files --data.sets x.tar --stages.unified-2.data.position-captions 0.5",
+     "unknown arguments: --stages.unified-2.data.position-captions"),
+    ("train tiny --data.source files --data.sets x.tar",
+     "data.source files has images, captions, captions_and_edits, which is nothing for encoder (tags), mllm (q"),
     ("train tiny --stages.dit.name mllm", "stages of different names"),
     ("train tiny --stages.dit.trainable model.decoder.*", "matches no parameter"),
     ("train tiny --alignment.teacher external", "go together"),
@@ -436,21 +453,32 @@ def test_the_limits_are_the_pipelines_own():
 # ---- recipes as flags -----------------------------------------------------------------------------------------------
 
 
+def parse_flags(base, argv: list[str]):
+    from spar.recipes import REGISTRY
+    from spar.training.data import DataConfig
+
+    return parse(recipe_arguments(base, TrainArguments, REGISTRY[DataConfig], argv), argv, "spar train", none=True)
+
+
+def from_flags(base, argv: list[str]):
+    """The recipe that the flags make of another."""
+    return build_recipe(parse_flags(base, argv), base)
+
+
 def test_any_field_of_a_recipe_is_a_flag():
     from spar.recipes import RECIPES, recipe
 
     for name in RECIPES:
         base = recipe(name)
-        assert (
-            build_recipe(parse(recipe_arguments(base, TrainArguments), [name], "spar train", none=True), base) == base
-        )
+        assert from_flags(base, [name]) == base
     base = recipe("tiny")
     line = (
         "tiny --run there --seed 3 --model.denoiser.layers 4 --model.streams.semantic-stream False "
         "--model.denoiser.interpolation_scale 0.5 --model.autoencoder.channels 16 16 16 32 "
-        "--stages.unified-2.steps 10 --stages.tokenizer-3.losses.gan-start 2 --stage dit --stage unified-2"
+        "--stages.unified-2.steps 10 --stages.unified-2.data.edit-share 0.4 --stages.unified-2.objective.align 0.25 "
+        "--stages.tokenizer-3.objective.gan-start 2 --data.edits 8 --stage dit --stage unified-2"
     )
-    args = parse(recipe_arguments(base, TrainArguments), line.split(), "spar train", none=True)
+    args = parse_flags(base, line.split())
     assert (args.run, args.stage) == (Path("there"), ("dit", "unified-2"))
     model = replace(
         base.model,
@@ -461,17 +489,76 @@ def test_any_field_of_a_recipe_is_a_flag():
     stages = []
     for stage in base.stages:
         if stage.name == "unified-2":
-            stage = replace(stage, steps=10)
+            data, objective = replace(stage.data, edit_share=0.4), replace(stage.objective, align=0.25)
+            stage = replace(stage, steps=10, data=data, objective=objective)
         if stage.name == "tokenizer-3":
-            stage = replace(stage, losses=replace(stage.losses, gan_start=2))
+            stage = replace(stage, objective=replace(stage.objective, gan_start=2))
         stages.append(stage)
-    assert build_recipe(args, base) == replace(base, seed=3, model=model, stages=tuple(stages))
+    data = replace(base.data, edits=8)
+    assert build_recipe(args, base) == replace(base, seed=3, model=model, stages=tuple(stages), data=data)
+
+
+@pytest.mark.parametrize("chosen", ["--data.source files", "--data.source=files"])
+def test_data_sets_reduce_lessons_to_plain_captions_and_edits(chosen):
+    """What they have nothing for stays as it is; a stage's own flags are then those of what it is reduced to."""
+    from spar.recipes import recipe
+    from spar.training.data import CaptionData, MixedData
+    from spar.training.files_data import FilesData
+
+    base = recipe("tiny")
+    line = f"tiny {chosen} --data.sets a.tar 2=b.tar --data.max-aspect 2 --stages.relations.data.edit-share 0.5"
+    found = from_flags(base, line.split())
+    assert found.data == FilesData(sets=("a.tar", "2=b.tar"), max_aspect=2.0)
+    shares = {"unified-1": 0.0, "places-1": 0.0, "places-2": 0.0, "relations": 0.5, "unified-2": 0.3, "unified-3": 0.3}
+    for before, stage in zip(base.stages, found.stages, strict=True):
+        data = MixedData(edit_share=shares[stage.name]) if stage.name in shares else before.data
+        assert type(stage.data) is type(data) and stage == replace(before, data=data)
+    assert found.stage("dit").data == CaptionData()
+    assert found == replace(base, data=found.data, stages=found.stages)
+
+
+def test_a_source_that_is_chosen_anew_begins_with_its_own_defaults():
+    from spar.recipes import recipe
+    from spar.recipes.shapes.data import ShapesData
+    from spar.training.data import NoData
+
+    assert from_flags(recipe("tiny"), ["tiny", "--data.source", "none"]).data == NoData()
+    assert from_flags(recipe("tiny"), ["tiny", "--data.source", "shapes"]).data == recipe("tiny").data
+    line = ["spar-1b", "--data.source", "shapes", "--data.edits", "5"]
+    assert from_flags(recipe("spar-1b"), line).data == ShapesData(edits=5)
 
 
 def test_recipe_help_lists_fields_by_stage_name(capsys):
     assert main(["train", "tiny", "--help"]) == 0
     text = capsys.readouterr().out
-    assert "--stages.unified-2.losses.align" in text and "--model.denoiser.layers" in text
+    assert "--stages.unified-2.objective.align" in text and "--model.denoiser.layers" in text
+    assert "--stages.unified-2.data.position-captions" in text and "--stages.mllm.data.questions" in text
+    assert "--stages.dit.objective.align" not in text and "--stages.dit.data.edit-share" not in text
+
+
+def test_recipe_help_lists_the_flags_of_the_source_that_is_chosen(capsys):
+    own, other = ("--data.scenes", "--data.edits"), ("--data.sets", "--data.bad-share", "--data.cache")
+    for line, there, gone in (("", own, other), ("--data.source files", other, own), ("--data.source none", (), own)):
+        assert main(["train", "tiny", *line.split(), "--help"]) == 0
+        text = capsys.readouterr().out
+        assert all(flag in text for flag in ("--data.source", *there)) and not any(flag in text for flag in gone)
+
+
+def read_tables(text: str) -> list[dict[str, dict[str, str]]]:
+    """The printed tables: by the first column's word each row, by the columns' names its cells."""
+    found: list[dict[str, dict[str, str]]] = []
+    columns: list[str] = []
+    row: dict[str, str] = {}
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("┃│").split(line[:1])] if line[:1] in ("┃", "│") else []
+        if line.startswith("┃"):
+            columns = cells
+            found.append({})
+        elif cells and cells[0]:
+            row = found[-1][cells[0]] = dict(zip(columns, cells, strict=True))
+        elif cells:  # a row that was broken goes on
+            row |= {name: f"{row[name]} {cell}".strip() for name, cell in zip(columns, cells, strict=True)}
+    return found
 
 
 def test_a_dry_run_says_what_would_train_and_writes_nothing(capsys, monkeypatch, tmp_path):
@@ -481,18 +568,128 @@ def test_a_dry_run_says_what_would_train_and_writes_nothing(capsys, monkeypatch,
 
     monkeypatch.chdir(tmp_path)
     assert main(["train", "tiny", "--dry-run"]) == 0
-    out = capsys.readouterr().out
-    modules, base = TrainingModules(recipe("tiny")), recipe("tiny")
-    lines = {line.split()[1]: line for line in out.splitlines() if len(line.split()) > 1}
+    plan, cost = read_tables(capsys.readouterr().out)
+    modules, base = TrainingModules(recipe("tiny"), {}), recipe("tiny")
+    assert [*plan] == [stage.name for stage in base.stages] and [*cost] == [*plan, "all"]
+    everything = sum(p.numel() for p in modules.parameters())
     for stage in base.stages:
         freeze(modules, stage)
-        assert f" {sum(p.numel() for p in modules.parameters() if p.requires_grad):,} " in lines[stage.name]
-    assert "random weights" in lines["encoder"] and "the end of encoder" in lines["mllm"]
-    assert "tag embeddings" in lines["mllm"] and "teacher from encoder" in lines["tokenizer-1"]
-    assert "connector from LLM" in lines["unified-1"] and "24 scenes, 30% edits" in lines["unified-2"]
+        trainable = sum(p.numel() for p in modules.parameters() if p.requires_grad)
+        assert cost[stage.name]["trainable"] == f"{trainable:,}"
+        assert cost[stage.name]["frozen"] == f"{everything - trainable:,}"
+        assert cost[stage.name]["in all"].endswith(" MiB") and float(cost[stage.name]["in all"].split()[0]) > 0
+        assert plan[stage.name]["objective"] == stage.objective.kind and plan[stage.name]["steps"] == "3"
+    assert all(cost[name]["time"].endswith(" s") for name in cost)
+    starts = {name: row["starts from"] for name, row in plan.items()}
+    assert starts["encoder"] == "random weights" and starts["mllm"] == "the end of encoder"
+    assert starts["unified-3"] == "the end of unified-2"
+    prepares = {name: row["prepares"] for name, row in plan.items() if row["prepares"]}
+    assert prepares == {
+        "mllm": "tag embeddings", "tokenizer-1": "teacher from encoder", "unified-1": "connector from LLM",
+        **dict.fromkeys(("places-1", "places-2", "relations", "unified-2", "unified-3"), "teacher mean"),
+    }  # fmt: skip
+    measures = {name: row["then measures"] for name, row in plan.items() if row["then measures"]}
+    assert measures == {
+        "encoder": "whitening", "autoencoder": "native scale",
+        **dict.fromkeys(("tokenizer-1", "tokenizer-2", "tokenizer-3"), "latent scale"),
+    }  # fmt: skip
+    data = {name: row["data"] for name, row in plan.items()}
+    assert (data["encoder"], data["mllm"]) == ("24 scenes: tags", "24 scenes: questions")
+    assert (data["relations"], data["unified-2"]) == ("24 scenes: captions", "24 scenes: captions, 30% edits")
+    assert (plan["encoder"]["batch"], plan["dit"]["batch"]) == ("4", "4 x 2")  # two draws of noise an image
+    assert not any(row["removes"] for row in plan.values())
     assert [*tmp_path.iterdir()] == []
     assert main(["train", "tiny", "--dry-run", "--stage", "unified-1"]) == 2  # as the run itself would say
     assert "starts from the end of tokenizer-3, which is not in runs/tiny" in capsys.readouterr().err
+
+
+def test_a_dry_run_in_a_run_that_has_ended_says_what_would_be_removed_or_skipped(capsys, tiny_run):
+    line = ["train", "tiny", "--run", str(tiny_run.path), "--dry-run"]
+    before = sorted(tiny_run.path.rglob("*"))
+    assert main([*line, "--stage", "tokenizer-2", "--stage", "unified-1"]) == 0
+    plan, cost = read_tables(capsys.readouterr().out)
+    assert [*plan] == ["tokenizer-2", "unified-1"] and [*cost] == [*plan, "all"]
+    names = [stage.name for stage in tiny_run.recipe.stages]
+    assert plan["tokenizer-2"]["removes"] == ", ".join(names[names.index("tokenizer-2") :])
+    assert plan["unified-1"]["removes"] == "" and plan["unified-1"]["starts from"] == "the end of tokenizer-2"
+    assert main([*line, "--resume", "auto"]) == 0
+    plan, cost = read_tables(capsys.readouterr().out)
+    assert {row["starts from"] for row in plan.values()} == {"done already"} and [*cost] == ["all"]
+    assert not any(row[name] for row in plan.values() for name in ("prepares", "then measures", "removes"))
+    assert sorted(tiny_run.path.rglob("*")) == before
+
+
+def test_a_dry_run_counts_the_steps_that_are_left(capsys, monkeypatch, tmp_path):
+    from spar.cli.console import show_time
+    from spar.recipes import recipe
+    from spar.training import estimate as module
+    from spar.training.distributed import ParallelismConfig
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "measure_peak", lambda device, precision: 1e9)
+    state = Path("r/encoder/state")
+    state.mkdir(parents=True)
+    (state / "meta.json").write_text(json.dumps({"stage": "encoder", "step": 6000, "seconds": 9.0}))
+    flags = ["tiny", "--stages.encoder.steps", "8000"]
+    line = ["train", *flags, "--run", "r", "--stage", "encoder", "--dry-run"]
+    times = []
+    for resume in ("never", "auto"):
+        assert main([*line, "--resume", resume]) == 0
+        plan, cost = read_tables(capsys.readouterr().out)
+        times.append((plan["encoder"]["starts from"], cost["encoder"]["time"], cost["all"]["time"]))
+    machine = module.HardwareConfig.of_this_machine("cpu", ParallelismConfig())
+    (found,) = module.estimate(from_flags(recipe("tiny"), flags), machine, ("encoder",))
+    whole, left = show_time(found.seconds), show_time(found.seconds / 4)
+    assert found.seconds > 600 and whole != left
+    assert times == [("random weights", whole, whole), ("its state after 6000 steps", left, left)]
+
+
+def test_plan_prints_the_two_tables_of_a_dry_run(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "tiny", "--dry-run"]) == 0
+    plan, cost = read_tables(capsys.readouterr().out)
+    assert main(["plan", "tiny", "--gpus", "2"]) == 0
+    output = capsys.readouterr()
+    planned, estimated = read_tables(output.out)
+    assert planned == plan
+    assert [(name, *row) for name, row in estimated.items()] == [(name, *row) for name, row in cost.items()]
+    assert "2 x h200: 40% of 989 TFLOP/s each" in output.out and output.err == ""
+    for name, row in cost.items():
+        same = ("trainable", "frozen", "TFLOP a step")
+        assert [estimated[name][key] for key in same] == [row[key] for key in same]
+    assert estimated["dit"]["at once"] == "2" and estimated["dit"]["in all"] == "4.0 GiB"  # the reserve of a GPU
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_plan_shows_any_stage_without_a_run_that_it_could_start_from(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "tiny", "--stage", "unified-2"]) == 0
+    plan, cost = read_tables(capsys.readouterr().out)
+    assert [*plan] == ["unified-2"] and [*cost] == ["unified-2", "all"]
+
+
+def test_plan_says_how_often_each_sample_of_data_sets_is_shown(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("set").mkdir()
+    rows = [{"file_name": f"{index}.png", "text": "a red circle"} for index in range(8)]
+    for row in rows:
+        Image.new("RGB", (64, 64), "red").save(Path("set") / row["file_name"])
+    (Path("set") / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = "plan tiny --gpus 1 --stage encoder --data.source files --data.sets set".split()
+    assert "which is nothing for encoder (tags)" in error_of(capsys, line)[1]
+    line = "plan spar-1b --gpus 64 --stage tokenizer-1 --data.source files --data.sets set".split()
+    assert main([*line, "--stages.tokenizer-1.steps", "10000"]) == 0
+    output = capsys.readouterr()
+    plan, cost, epochs = read_tables(output.out)
+    assert plan["tokenizer-1"]["data"] == "1 data sets: images"
+    assert epochs == {"tokenizer-1": {"epochs": "tokenizer-1", "set": f"{10_000 * 2048 / 8:,.2f}"}}
+    assert "spar: note: tokenizer-1: starts model.tokenizer.encoder, " in output.err
+
+
+def test_rows_of_a_plan_are_not_broken_where_there_is_no_terminal(capsys, tiny_run):
+    assert main(["train", "tiny", "--run", str(tiny_run.path), "--dry-run", "--stage", "encoder"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert len(rows) == 3 and all(line.split()[1] in ("encoder", "all") for line in rows)
 
 
 @pytest.fixture

@@ -1,10 +1,11 @@
 import copy
 import dataclasses
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 
-from spar.common.config import from_dict, read_json, to_dict, write_json
+from spar.common.config import by_kind, from_dict, read_json, to_dict, write_json
 from spar.common.errors import InputError
 from spar.models.config import (
     AutoencoderConfig,
@@ -16,16 +17,22 @@ from spar.models.config import (
     TextConfig,
     VisionConfig,
 )
-from spar.recipes import RECIPES, recipe
-from spar.training.config import LossWeights, Recipe, StageConfig
+from spar.recipes import OBJECTIVES, RECIPES, REGISTRY, SOURCES, STAGE_DATA, SYSTEMS, recipe
+from spar.training.config import Recipe, StageConfig
+from spar.training.data import CaptionData, DataConfig, StageData
+from spar.training.objectives.base import Objective
+from spar.training.objectives.dit import DitObjective
 
-STAGE = {"name": "dit", "step": "dit", "trainable": ["model.denoiser.*"], "steps": 3, "warmup": 1}
+STAGE = {
+    "name": "dit", "objective": {"kind": "dit"}, "data": {"kind": "captions"}, "trainable": ["model.denoiser.*"],
+    "steps": 3, "warmup": 1,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_survives_a_json_file(name, tmp_path):
     write_json(tmp_path / "recipe.json", to_dict(recipe(name)))
-    assert from_dict(Recipe, read_json(tmp_path / "recipe.json")) == recipe(name)
+    assert from_dict(Recipe, read_json(tmp_path / "recipe.json"), registry=REGISTRY) == recipe(name)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -76,11 +83,10 @@ def replaced(values: dict, path: tuple, value: object) -> dict:
     return changed
 
 
-WHOLE = to_dict(dataclasses.replace(recipe("tiny"), stages=(StageConfig("s", "dit", ("a",), 1, warmup=0),)))
+DIT = StageConfig("s", DitObjective(), ("a",), 1, data=CaptionData(), warmup=0)
+WHOLE = to_dict(dataclasses.replace(recipe("tiny"), stages=(DIT,)))
 FIELDS = [
-    (cls, values, path)
-    for cls, values in ((Recipe, WHOLE), (StageConfig, to_dict(StageConfig("s", "dit", ("a",), 1, warmup=0))))
-    for path in places(values)
+    (cls, values, path) for cls, values in ((Recipe, WHOLE), (StageConfig, to_dict(DIT))) for path in places(values)
 ]
 
 
@@ -88,14 +94,14 @@ FIELDS = [
 def test_every_field_refuses_a_value_of_another_kind_and_says_where(cls, values, path):
     for odd in ({"odd": 1}, [{"odd": 1}], object()):
         with pytest.raises(InputError) as caught:
-            from_dict(cls, replaced(values, path, odd))
+            from_dict(cls, replaced(values, path, odd), registry=REGISTRY)
         assert ".".join((cls.__name__, *path)) in str(caught.value)
 
 
 @pytest.mark.parametrize("path", [(), ("model",), ("model", "text"), ("flow",), ("alignment",), ("data",)])
 def test_an_unknown_field_is_refused_at_every_depth_with_the_known_ones(path):
     with pytest.raises(InputError, match=r"unknown field typo; known fields are \w+, \w+"):
-        from_dict(Recipe, replaced(WHOLE, (*path, "typo"), 1))
+        from_dict(Recipe, replaced(WHOLE, (*path, "typo"), 1), registry=REGISTRY)
 
 
 @pytest.mark.parametrize(
@@ -108,28 +114,35 @@ def test_an_unknown_field_is_refused_at_every_depth_with_the_known_ones(path):
         ({"lr": "1e-3"}, "StageConfig.lr: expected float, got '1e-3'"),
         ({"lr": True}, "StageConfig.lr: expected float, got True"),
         ({"name": 7}, "StageConfig.name: expected str, got 7"),
-        ({"step": "dits"}, "StageConfig.step: expected one of encoder, .*, got 'dits'"),
+        ({"objective": {"kind": "dits"}}, "StageConfig.objective.kind: expected one of autoencoder, .*, got 'dits'"),
+        ({"objective": {}}, "StageConfig.objective.kind: expected one of autoencoder, .*, got None"),
+        ({"data": {"kind": "shapes"}}, "StageConfig.data.kind: expected one of captions, .*, got 'shapes'"),
         ({"trainable": "model.*"}, r"StageConfig.trainable: expected a list, got 'model.\*'"),
         ({"trainable": [1]}, r"StageConfig.trainable\[0\]: expected str, got 1"),
         ({"betas": [0.9]}, "StageConfig.betas: expected 2 values, got 1"),
         ({"betas": [0.9, "x"]}, r"StageConfig.betas\[1\]: expected float, got 'x'"),
         ({"lr_multipliers": [["a", 0.1], ["b"]]}, r"StageConfig.lr_multipliers\[1\]: expected 2 values, got 1"),
-        ({"losses": [1]}, "StageConfig.losses: expected an object with fields, got list"),
-        ({"losses": {"mse": "a"}}, "StageConfig.losses.mse: expected float, got 'a'"),
+        ({"objective": [1]}, "StageConfig.objective: expected an object with fields, got list"),
+        ({"objective": {"kind": "tokenizer", "mse": "a"}}, "StageConfig.objective.mse: expected float, got 'a'"),
+        ({"objective": {"kind": "tokenizer", "mse": -1}}, "StageConfig.objective: mse: expected at least 0, got -1.0"),
+        # What another kind reads is unknown, not idle.
+        ({"objective": {"kind": "dit", "align": 1.0}}, "unknown field align; known fields are noise_samples"),
+        ({"data": {"kind": "images", "edit_share": 0.1}}, "unknown field edit_share; known fields are image_size"),
     ],
 )
 def test_a_wrong_kind_is_named_with_what_was_expected_and_what_came(change, message):
     with pytest.raises(InputError, match=message):
-        from_dict(StageConfig, {**STAGE, **change})
+        from_dict(StageConfig, {**STAGE, **change}, registry=REGISTRY)
 
 
 def test_a_missing_field_is_named():
     with pytest.raises(InputError, match="steps"):
-        from_dict(StageConfig, {key: value for key, value in STAGE.items() if key != "steps"})
+        from_dict(StageConfig, {key: value for key, value in STAGE.items() if key != "steps"}, registry=REGISTRY)
 
 
 def test_a_whole_number_stands_for_a_float_and_lists_become_tuples():
-    stage = from_dict(StageConfig, {**STAGE, "lr": 1, "betas": [0, 0.5], "lr_multipliers": [["model.*", 1]]})
+    change = {"lr": 1, "betas": [0, 0.5], "lr_multipliers": [["model.*", 1]]}
+    stage = from_dict(StageConfig, {**STAGE, **change}, registry=REGISTRY)
     assert stage.lr == 1.0 and type(stage.lr) is float
     assert stage.betas == (0.0, 0.5) and stage.lr_multipliers == (("model.*", 1.0),)
     assert all(type(beta) is float for beta in stage.betas)
@@ -161,6 +174,85 @@ def test_dataclasses_inside_options_and_tuples_are_rebuilt():
         from_dict(Outer, {"rows": [{}, {"depth": 1}]})
 
 
+# ---- kinds -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A base of kinds: no kind itself."""
+
+
+@dataclass(frozen=True)
+class Disc(Shape):
+    kind: ClassVar[str] = "disc"
+    radius: float = 1.0
+
+
+@dataclass(frozen=True)
+class Box(Shape):
+    kind: ClassVar[str] = "box"
+    sides: tuple[float, float] = (1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Scene:
+    shape: Shape
+    kind: str = "a field, not a kind"
+
+
+KINDS = {Shape: by_kind((Disc, Box))}
+
+
+@pytest.mark.parametrize("shape", [Disc(2.0), Box((1.0, 3.0))])
+def test_a_kind_stands_beside_the_fields_and_finds_its_class_again(shape):
+    values = to_dict(Scene(shape))
+    assert values["shape"]["kind"] == shape.kind and values["kind"] == "a field, not a kind"
+    again = from_dict(Scene, values, complete=True, registry=KINDS)
+    assert again == Scene(shape) and type(again.shape) is type(shape)
+    assert from_dict(Shape, to_dict(shape), complete=True, registry=KINDS) == shape
+    assert from_dict(type(shape), to_dict(shape), complete=True) == shape  # what is expected needs no table
+
+
+def test_a_kind_that_is_unknown_or_left_out_is_refused_with_the_known_ones():
+    for kind in ("ring", 3, None, ["disc"], {"kind": "disc"}):
+        with pytest.raises(InputError, match="Scene.shape.kind: expected one of disc, box, got "):
+            from_dict(Scene, {"shape": {"kind": kind}}, registry=KINDS)
+    with pytest.raises(InputError, match="Scene.shape.kind: expected one of disc, box, got None"):
+        from_dict(Scene, {"shape": {"radius": 2.0}}, registry=KINDS)
+    with pytest.raises(InputError, match="Disc.kind: expected one of disc, got 'box'"):
+        from_dict(Disc, {"kind": "box"})
+    with pytest.raises(InputError, match="Scene.shape: unknown field sides; known fields are radius"):
+        from_dict(Scene, {"shape": {"kind": "disc", "sides": [1.0, 1.0]}}, registry=KINDS)
+
+
+def test_two_classes_of_one_kind_are_a_mistake_of_the_program():
+    @dataclass(frozen=True)
+    class Other:
+        kind: ClassVar[str] = "disc"
+
+    with pytest.raises(ValueError, match="two classes of kind 'disc': Disc and Other"):
+        by_kind((Disc, Box, Other))
+
+
+def test_every_kind_of_a_recipe_can_be_named_in_a_file():
+    for base, classes in ((Recipe, SYSTEMS), (Objective, OBJECTIVES), (DataConfig, SOURCES), (StageData, STAGE_DATA)):
+        assert all(issubclass(cls, base) for cls in classes)
+        assert {cls.kind: cls for cls in classes} == REGISTRY[base]
+    used = [part for name in RECIPES for s in recipe(name).stages for part in (s.objective, s.data)]
+    used += [part for name in RECIPES for part in (recipe(name), recipe(name).data)]
+    assert {type(part) for part in used} <= {*SYSTEMS, *OBJECTIVES, *SOURCES, *STAGE_DATA}
+
+
+@pytest.mark.parametrize(("path", "known"), [(("kind",), "spar"), (("data", "kind"), "files, none, shapes")])
+def test_a_recipe_of_an_unknown_kind_is_refused_with_the_known_kinds(path, known):
+    where = ".".join(("Recipe", *path))
+    with pytest.raises(InputError, match=f"{where}: expected one of {known}, got 'unheard'"):
+        from_dict(Recipe, replaced(WHOLE, path, "unheard"), complete=True, registry=REGISTRY)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("text", ["", "{", "[1]", "3", "\x00", '{"a": 1} trailing'])
 def test_a_file_that_holds_no_json_object_is_refused_by_name(tmp_path, text):
     path = tmp_path / "odd.json"
@@ -190,11 +282,11 @@ TEXT = TextConfig(hidden_size=160, layers=8, heads=5, kv_heads=5, vocab_size=128
         (lambda: SparConfig(text=TEXT, streams=StreamConfig(pixel_heads=3)), "divisor of text.hidden_size 160, got 3"),
         (lambda: DenoiserConfig(layers=2, align_depth=3), "expected 1 to 2, got 3"),
         (lambda: DenoiserConfig(layers=6, align_depth=0), "expected 1 to 6, got 0"),
-        (lambda: StageConfig("s", "dit", ("*",), 0), "steps must be at least 1, got 0"),
-        (lambda: StageConfig("s", "dit", ("*",), 1, lr=1e-4, lr_end=1e-3), "0 <= lr_end <= lr"),
+        (lambda: dataclasses.replace(DIT, steps=0), "steps must be at least 1, got 0"),
+        (lambda: dataclasses.replace(DIT, lr=1e-4, lr_end=1e-3), "0 <= lr_end <= lr"),
         (
-            lambda: StageConfig("s", "dit", ("*",), 100, losses=LossWeights(align=1.0)),
-            "a dit step has no use for align",
+            lambda: StageConfig("s", DitObjective(), ("*",), 100),
+            r"stage s: the objective dit takes batches of Captioned, its data \(images\) gives Images",
         ),
     ],
 )

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from spar.data.batches import Captioned, Edits, Images, Tagged
+from spar.data.batches import Captioned, Edits, Images
+from spar.recipes.shapes.dense_tagging import Tagged
 
 
 def test_a_batch_moves_with_all_its_tensors_and_stays_what_it_is():

@@ -8,9 +8,10 @@ import pytest
 from spar.common.config import from_dict, to_dict
 from spar.common.errors import InputError
 from spar.models.router import routed_layers
-from spar.recipes import RECIPES, recipe
+from spar.recipes import RECIPES, REGISTRY, recipe
 from spar.training.config import Recipe
-from spar.training.estimate import summarize
+from spar.training.estimate import HardwareConfig, check_sizes, estimate
+from spar.training.objectives.tokenizer import TokenizerObjective
 
 STAGES = ("tokenizer-1", "tokenizer-2", "tokenizer-3", "unified-1", "unified-2", "unified-3")
 LESSONS = ("places-1", "places-2", "relations")  # a departure of the small setting
@@ -33,12 +34,12 @@ of_the_world = pytest.mark.parametrize("name", ["shapes", "tiny"])
 def test_a_recipe_goes_through_json_unchanged(name):
     original = recipe(name)
     assert original.name == name
-    assert from_dict(Recipe, json.loads(json.dumps(to_dict(original))), complete=True) == original
+    assert from_dict(Recipe, json.loads(json.dumps(to_dict(original))), complete=True, registry=REGISTRY) == original
 
 
 @every
 def test_a_recipe_can_be_built_and_frozen(name):
-    planned = summarize(recipe(name))
+    planned = estimate(recipe(name), HardwareConfig())
     assert [p.stage for p in planned] == list(recipe(name).stages)
     assert len({p.trainable + p.frozen for p in planned}) == 1 and min(p.trainable for p in planned) > 0
 
@@ -57,8 +58,8 @@ def test_the_foundations_come_first_then_the_papers_stages_in_order(name):
 @every
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_has_exactly_the_papers_terms(name, stage):
-    losses = recipe(name).stage(stage).losses
-    assert {term for term in PAPERS if getattr(losses, term)} == TERMS[stage]
+    objective = recipe(name).stage(stage).objective
+    assert {term for term in PAPERS if getattr(objective, term, 0)} == TERMS[stage]
 
 
 @every
@@ -69,8 +70,12 @@ def test_the_encoder_learns_at_a_tenth_in_stage_three(name):
 
 @every
 def test_editing_comes_with_joint_pre_training(name):
-    shares = {stage: recipe(name).stage(stage).edit_share for stage in STAGES[3:]}
+    shares = {stage: recipe(name).stage(stage).data.edit_share for stage in STAGES[3:]}
     assert shares["unified-1"] == 0 and 0 < shares["unified-2"] < 1 and 0 < shares["unified-3"] < 1
+
+
+@of_the_world
+def test_the_world_of_a_recipe_has_edits(name):
     assert recipe(name).data.edits > 0
 
 
@@ -83,7 +88,7 @@ def test_the_paper_settings_that_no_small_size_touches(name):
     assert (model.router.kind, model.router.count, model.router.temperature) == ("dtr", 4, 1.0)
     assert routed_layers(model.text.layers, 4)[-1] == model.text.layers
     assert config.alignment.teacher == "self"
-    assert [config.stage(s).losses.align for s in ("unified-2", "unified-3")] == [0.5, 0.5]
+    assert [config.stage(s).objective.align for s in ("unified-2", "unified-3")] == [0.5, 0.5]
 
 
 @of_the_world
@@ -98,34 +103,34 @@ def test_a_caption_width_that_the_dit_stage_cannot_use_is_refused():
     model = replace(base.model, denoiser=replace(base.model.denoiser, caption_channels=48))
     with pytest.raises(InputError, match="expected model.denoiser.caption_channels 32 .* got 48"):
         replace(base, model=model)
-    without = tuple(stage for stage in base.stages if stage.step != "dit")
-    assert summarize(replace(base, model=model, stages=without))
+    without = tuple(stage for stage in base.stages if stage.objective.kind != "dit")
+    assert check_sizes(replace(base, model=model, stages=without), without)
 
 
 def test_the_pixel_stream_can_be_ablated_once_no_stage_binds_it():
     base = recipe("tiny")
     model = replace(base.model, streams=replace(base.model.streams, pixel_stream=False))
-    with pytest.raises(InputError, match="losses.native is about the pixel stream, .* expected 0 in tokenizer-1"):
+    with pytest.raises(InputError, match="stage tokenizer-1: native is about the pixel stream, .* expected 0"):
         replace(base, model=model)
-    free = tuple(replace(stage, losses=replace(stage.losses, native=0.0)) for stage in base.stages)
-    fewer, more = summarize(replace(base, model=model, stages=free)), summarize(base)
-    index = [stage.name for stage in base.stages].index("tokenizer-1")
-    assert 0 < fewer[index].trainable < more[index].trainable
+    free = tuple(
+        replace(stage, objective=replace(stage.objective, native=0.0))
+        if isinstance(stage.objective, TokenizerObjective)
+        else stage
+        for stage in base.stages
+    )
+    without = replace(base, model=model, stages=free)
+    fewer, more = (estimate(r, HardwareConfig(), ("tokenizer-1",))[0] for r in (without, base))
+    assert 0 < fewer.trainable < more.trainable
 
 
 def test_tiny_is_shapes_cut_down():
     small, large = recipe("tiny"), recipe("shapes")
     for a, b in zip(small.stages, large.stages, strict=True):
-        assert (a.name, a.step, a.trainable, a.lr_multipliers, a.ema) == (
-            b.name,
-            b.step,
-            b.trainable,
-            b.lr_multipliers,
-            b.ema,
-        )
+        assert type(a.objective) is type(b.objective) and a.data == b.data
+        assert (a.name, a.trainable, a.lr_multipliers, a.ema) == (b.name, b.trainable, b.lr_multipliers, b.ema)
         assert a.steps <= b.steps and a.batch <= b.batch
     assert small.flow == large.flow and small.alignment == large.alignment
-    sizes = [summarize(r, ("mllm",))[0] for r in (small, large)]
+    sizes = [estimate(r, HardwareConfig(), ("mllm",))[0] for r in (small, large)]
     assert 4 * (sizes[0].trainable + sizes[0].frozen) < sizes[1].trainable + sizes[1].frozen
 
 

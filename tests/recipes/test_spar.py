@@ -11,8 +11,10 @@ from spar.models.router import routed_layers
 from spar.models.spar import SparModel
 from spar.models.tokenizer import UnifiedTokenizer
 from spar.recipes import recipe
-from spar.training.estimate import summarize
+from spar.training.data import ImageData
+from spar.training.estimate import HardwareConfig, estimate
 from spar.training.modules import TrainingModules
+from spar.training.objectives.unified import UnifiedObjective
 from spar.training.trainer import train
 
 NAMES = ("spar-1b", "spar-3b")
@@ -36,7 +38,7 @@ MILLIONS = {"spar-1b": {"mllm": 802.3, "denoiser": 591.7}, "spar-3b": {"mllm": 1
 @pytest.fixture(scope="module", params=NAMES)
 def modules(request) -> TrainingModules:
     with torch.device("meta"):
-        return TrainingModules(recipe(request.param))
+        return TrainingModules(recipe(request.param), {})
 
 
 def parts(modules: TrainingModules) -> dict[str, nn.Module]:
@@ -68,14 +70,14 @@ def test_every_part_has_the_published_number_of_parameters(modules):
 
 
 def test_what_only_the_small_setting_needs_is_not_there(modules):
-    assert modules.dense_head is None and modules.teacher is not None
+    assert not hasattr(modules, "dense_head") and modules.teacher is not None
 
 
 def test_a_recipe_without_semantic_loss_holds_no_copy_of_the_encoder():
     base = recipe("spar-1b")
-    later = replace(base, stages=tuple(stage for stage in base.stages if stage.step == "unified"))
+    later = replace(base, stages=tuple(stage for stage in base.stages if isinstance(stage.objective, UnifiedObjective)))
     with torch.device("meta"):
-        assert TrainingModules(later).teacher is None
+        assert not hasattr(TrainingModules(later, {}), "teacher")
 
 
 def test_the_larger_one_differs_in_llm_and_dit_alone():
@@ -90,9 +92,9 @@ def test_the_tokenizer_stages_have_the_papers_numbers():
     for stage in stages:
         assert (stage.optimizer, stage.lr, stage.betas, stage.weight_decay) == ("adamw", 3e-4, (0.9, 0.999), 1e-4)
         assert (stage.steps, stage.warmup, stage.max_grad_norm) == (100_000, 10_000, 1.0) and stage.ema > 0
-    assert [(s.image_size, s.batch, s.lr_end) for s in stages] == [(224, 2048, 1e-4)] * 3 + [(448, 256, 1e-5)]
+    assert [(s.data.image_size, s.batch, s.lr_end) for s in stages] == [(224, 2048, 1e-4)] * 3 + [(448, 256, 1e-5)]
     assert [dict(s.lr_multipliers).get("model.tokenizer.encoder.*") for s in stages] == [None, None, 0.1, 0.1]
-    terms = [{name: value for name, value in vars(s.losses).items() if value} for s in stages]
+    terms = [{name: value for name, value in vars(s.objective).items() if value} for s in stages]
     reconstruction = {"mse": 1.0, "perceptual": 1.1}
     adversary = {**reconstruction, "semantic": 1.0, "gan": 0.1, "lecam": 0.001}
     assert terms == [{**reconstruction, "native": 1.0}, reconstruction, {**adversary, "gan_start": 30_000}, adversary]
@@ -103,9 +105,9 @@ def test_the_unified_stages_have_the_papers_numbers():
     assert [s.name for s in stages] == ["unified-1", "unified-2", "unified-3"]
     for stage in stages:
         assert (stage.optimizer, stage.lr, stage.lr_end, stage.weight_decay) == ("adamw", 1e-4, 1e-5, 0.0)
-        assert stage.warmup == round(0.003 * stage.steps) and stage.batch % 128 == 0 and stage.image_size is None
-    assert [s.losses.align for s in stages] == [0.0, 0.5, 0.5]
-    assert [s.edit_share > 0 for s in stages] == [False, True, True]
+        assert stage.warmup == round(0.003 * stage.steps) and stage.batch % 128 == 0
+    assert [s.objective for s in stages] == [UnifiedObjective(), *2 * [UnifiedObjective(align=0.5)]]
+    assert [s.data.edit_share > 0 for s in stages] == [False, True, True]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -125,20 +127,21 @@ def test_the_settings_of_the_paper_and_of_the_published_components(name):
 
 
 def test_training_without_data_is_refused_before_a_folder_is_made(tmp_path):
-    with pytest.raises(InputError, match=r"recipe spar-1b: no data source given \(data.source\)"):
+    with pytest.raises(InputError, match=r"no data source given \(--data.source\); .* --dry-run"):
         train(recipe("spar-1b"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_stage_whose_pictures_do_not_fit_the_tokens_is_refused():
     base = recipe("spar-1b")
-    stages = (replace(base.stages[0], image_size=256), *base.stages[1:])
+    stages = (replace(base.stages[0], data=ImageData(image_size=256)), *base.stages[1:])
     with pytest.raises(InputError, match="stage tokenizer-1: expected image_size as a multiple of 28, got 256"):
         replace(base, stages=stages)
 
 
 def test_planning_counts_each_part_once():
-    planned = {p.stage.name: p for p in summarize(recipe("spar-1b"))}
+    stages = ("unified-1", "unified-2", "unified-3")
+    planned = {p.stage.name: p for p in estimate(recipe("spar-1b"), HardwareConfig(), stages)}
     counts = COUNTS["spar-1b"]
     assert planned["unified-1"].trainable == counts["router"] + counts["connector"]
     joint = counts["router"] + counts["connector"] + counts["denoiser"] + counts["alignment head"]

@@ -1,25 +1,27 @@
 """Stages as data: what trains is exactly what the paper trains, what does not train does not move, nothing is idle."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from torch import nn
 
+from spar.common.config import from_dict
 from spar.common.errors import InputError
-from spar.recipes import RECIPES, recipe
+from spar.recipes import OBJECTIVES, RECIPES, REGISTRY, STAGE_DATA, recipe
+from spar.recipes.shapes.curricula import CaptionLessons, MixedLessons, QuestionData
+from spar.recipes.shapes.dense_tagging import DenseTaggingObjective, TagData
 from spar.training.checkpoint import load_group
-from spar.training.config import (
-    LOSS_WEIGHTS_BY_STEP,
-    AlignmentConfig,
-    LossWeights,
-    Recipe,
-    StageConfig,
-    freeze,
-    freezing_table,
-)
+from spar.training.config import StageConfig, freeze, freezing_table
+from spar.training.data import CaptionData, ImageData, MixedData, StageData
 from spar.training.modules import TrainingModules
-from spar.training.steps import STEPS
+from spar.training.objectives.autoencoder import AutoencoderObjective
+from spar.training.objectives.base import Objective
+from spar.training.objectives.dit import DitObjective
+from spar.training.objectives.next_token import NextTokenObjective
+from spar.training.objectives.tokenizer import TokenizerObjective
+from spar.training.objectives.unified import UnifiedObjective
+from spar.training.systems.spar import AlignmentConfig, SparRecipe
 
 ENCODER, DECODER = "model.tokenizer.encoder", "model.tokenizer.decoder"
 STREAMS = {"model.tokenizer.semantic_stream", "model.tokenizer.pixel_stream", "model.tokenizer.fusion"}
@@ -72,7 +74,7 @@ def part(name: str) -> str:
 def modules() -> dict[str, TrainingModules]:
     """Each recipe's modules without memory: names and shapes are enough."""
     with torch.device("meta"):
-        return {name: TrainingModules(recipe(name)) for name in RECIPES}
+        return {name: TrainingModules(recipe(name), {}) for name in RECIPES}
 
 
 @pytest.mark.parametrize(("name", "stage"), [(name, stage.name) for name in RECIPES for stage in recipe(name).stages])
@@ -134,58 +136,96 @@ def test_a_pattern_that_matches_nothing_raises(modules, where):
 @pytest.mark.parametrize(
     ("kind", "weight"),
     [
-        ("encoder", "mse"), ("encoder", "align"), ("mllm", "mse"), ("mllm", "dense"), ("autoencoder", "perceptual"),
+        ("dense_tagging", "mse"), ("dense_tagging", "align"), ("next_token", "mse"), ("next_token", "dense"),
+        ("next_token", "noise_samples"), ("next_token_from_tags", "dense"), ("autoencoder", "perceptual"),
         ("autoencoder", "gan"), ("autoencoder", "native"), ("dit", "align"), ("dit", "mse"), ("tokenizer", "align"),
-        ("tokenizer", "dense"), ("unified", "mse"), ("unified", "semantic"), ("unified", "latent_noise"),
-        ("unified", "gan_start"),
+        ("tokenizer", "dense"), ("tokenizer", "noise_samples"), ("unified", "mse"), ("unified", "semantic"),
+        ("unified", "latent_noise"), ("unified", "gan_start"),
     ],
 )
-def test_a_loss_weight_that_the_step_cannot_read_is_refused(kind, weight):
-    losses = LossWeights(**{weight: 3})
-    with pytest.raises(InputError, match=rf"stage s: a {kind} step has no use for {weight}; it reads "):
-        StageConfig("s", kind, ("*",), steps=1, warmup=0, losses=losses)
+def test_a_loss_weight_that_the_objective_cannot_read_is_refused(kind, weight):
+    assert from_dict(Objective, {"kind": kind}, registry=REGISTRY).kind == kind
+    with pytest.raises(InputError, match=f"objective: unknown field {weight}; known fields are "):
+        from_dict(Objective, {"kind": kind, weight: 3}, "objective", registry=REGISTRY)
 
 
-ALL_ON = LossWeights(
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        ("images", "edit_share", 0.5), ("images", "position_captions", 0.5), ("images", "questions", ["color"]),
+        ("captions", "image_size", 32), ("captions", "edit_share", 0.5), ("captions", "position_captions", 0.5),
+        ("captions_and_edits", "scene_kinds", ["two"]), ("caption_lessons", "edit_share", 0.5),
+        ("lessons", "image_size", 32), ("tags", "questions", ["color"]), ("tags", "image_size", 32),
+        ("questions", "position_captions", 0.5), ("questions", "edit_share", 0.5),
+    ],
+)
+def test_a_setting_that_the_data_cannot_follow_is_refused(kind, field, value):
+    assert from_dict(StageData, {"kind": kind}, registry=REGISTRY).kind == kind
+    with pytest.raises(InputError, match=f"data: unknown field {field}; known fields are "):
+        from_dict(StageData, {"kind": kind, field: value}, "data", registry=REGISTRY)
+
+
+TAKES = {
+    DenseTaggingObjective: (TagData(),),
+    NextTokenObjective: (QuestionData(),),
+    AutoencoderObjective: (ImageData(),),
+    DitObjective: (CaptionData(), CaptionLessons()),
+    TokenizerObjective: (ImageData(),),
+    UnifiedObjective: (CaptionData(), CaptionLessons(), MixedData(), MixedLessons()),
+}
+
+
+@pytest.mark.parametrize("objective", TAKES)
+def test_an_objective_takes_the_data_that_gives_its_batches_and_no_other(objective):
+    for data in (cls() for cls in STAGE_DATA):
+        stage = {"objective": objective(), "trainable": ("*",), "steps": 1, "warmup": 0, "data": data}
+        if data in TAKES[objective]:
+            assert StageConfig("s", **stage).data == data
+            continue
+        with pytest.raises(InputError, match=rf"stage s: the objective {objective.kind} takes .*\({data.kind}\) gives"):
+            StageConfig("s", **stage)
+
+
+def test_batches_that_are_not_taken_are_named():
+    said = r"the objective dit takes batches of Captioned, its data \(lessons\) gives Captioned, Edits"
+    with pytest.raises(InputError, match=said):
+        replace(recipe("tiny").stage("dit"), data=MixedLessons(edit_share=0.5))
+
+
+ALL_ON = TokenizerObjective(
     mse=1.0, perceptual=1.0, native=1.0, native_fused=1.0, semantic=1.0, gan=1.0, lecam=1.0, latent_penalty=1.0,
     latent_noise=0.5,
 )
-# Every weight that each step reads: see the test behind the next.
+# Every weight that each objective reads: see the test behind the next.
 READ = [
-    ("encoder", LossWeights(dense=1.0, pixel=1.0), ("dense", "pixel")),
+    ("encoder", DenseTaggingObjective(dense=1.0, pixel=1.0), ("dense", "pixel")),
     (
-        "autoencoder", LossWeights(mse=1.0, latent_penalty=1.0, latent_noise=0.5),
+        "autoencoder", AutoencoderObjective(mse=1.0, latent_penalty=1.0, latent_noise=0.5),
         ("mse", "latent_penalty", "latent_noise"),
     ),
-    (
-        "tokenizer-3", ALL_ON,
-        tuple(sorted(vars(ALL_ON).keys() - {"dense", "pixel", "align"})),
-    ),
-    ("unified-2", LossWeights(align=1.0), ("align",)),
+    ("dit", DitObjective(noise_samples=1), ("noise_samples",)),
+    ("tokenizer-3", ALL_ON, tuple(sorted(vars(ALL_ON)))),
+    ("unified-2", UnifiedObjective(align=1.0, noise_samples=1), ("align", "noise_samples")),
 ]
 
 
 @pytest.mark.parametrize(("stage", "base", "weight"), [(s, b, w) for s, b, names in READ for w in names])
-def test_a_loss_weight_that_the_step_reads_has_an_effect(start, stage, base, weight):
+def test_a_loss_weight_that_the_objective_reads_has_an_effect(start, stage, base, weight):
     losses = []
     for factor in (1, 2):
         value = getattr(base, weight) * factor if weight != "gan_start" else factor - 1
-        ctx = start(stage, losses=replace(base, **{weight: value}))
+        begun = start(stage, objective=replace(base, **{weight: value}))
         with torch.no_grad():  # at the stage's start the teacher and the encoder are one
-            ctx.modules.teacher.multi_modal_projector.linear_2.weight.mul_(1.5)
-        losses.append(
-            float(
-                STEPS[ctx.stage.step](ctx, ctx.data.get_batch(ctx.stage, 0, ctx.parallel.rows(ctx.stage.batch, 0)), 0)[
-                    "loss"
-                ]
-            )
-        )
+            begun.modules.teacher.multi_modal_projector.linear_2.weight.mul_(1.5)
+        losses.append(float(begun.terms()["loss"]))
     assert losses[0] != losses[1]
 
 
-def test_no_step_may_read_a_weight_that_is_not_tried_above():
-    tried = {recipe("tiny").stage(stage).step: set(names) for stage, _, names in READ}
-    assert {kind: set(names) for kind, names in LOSS_WEIGHTS_BY_STEP.items()} == {"mllm": set(), "dit": set(), **tried}
+def test_no_objective_may_read_a_weight_that_is_not_tried_above():
+    tried = {type(base): {*names} for _, base, names in READ}
+    assert {cls: {item.name for item in fields(cls)} for cls in OBJECTIVES} == {
+        **dict.fromkeys(OBJECTIVES, set()), **tried
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -193,37 +233,61 @@ def test_no_step_may_read_a_weight_that_is_not_tried_above():
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"batch": 0}, "batch must be at least 1"),
-        ({"noise_samples": 0}, "noise_samples must be at least 1"),
         ({"lr": 0.0}, "expected lr > 0"),
         ({"lr": 1e-4, "lr_end": 1e-3}, "lr_end <= lr"),
         ({"lr_end": -1e-5}, "0 <= lr_end"),
         ({"ema": 1.0}, r"ema must be in \[0, 1\)"),
-        ({"position_captions": -0.1}, r"position_captions must be in \[0, 1\]"),
-        (
-            {"step": "mllm", "losses": LossWeights(), "position_captions": 0.5},
-            "only a dit or unified step reads position_captions, got 0.5",
-        ),
-        ({"scene_kinds": ("single", "many")}, "kinds single, two, count, position, multi, got single, many"),
-        ({"edit_share": 1.5}, r"edit_share must be in \[0, 1\]"),
         ({"max_grad_norm": 0.0}, "max_grad_norm"),
         ({"warmup": -1}, "expected warmup from 0 to steps 3, got -1"),
         ({"warmup": 4}, "expected warmup from 0 to steps 3, got 4"),
-        (
-            {"step": "mllm", "losses": LossWeights(), "noise_samples": 4},
-            "only a dit or unified step reads noise_samples, got 4",
-        ),
-        ({"step": "mllm", "losses": LossWeights(), "edit_share": 0.5}, "only a unified step reads edit_share, got 0.5"),
-        ({"image_size": 32}, "only a tokenizer step reads image_size, got 32"),
-        ({"questions": ("color",)}, "only a mllm step reads questions"),
-        ({"step": "mllm", "losses": LossWeights(), "questions": ("size",)}, "kinds color, .*, got size"),
-        ({"step": "tokenizer", "losses": LossWeights(mse=1.0, lecam=1.0)}, "lecam and gan_start .* but gan is 0"),
-        ({"step": "tokenizer", "losses": LossWeights(mse=1.0, gan_start=1)}, "lecam and gan_start .* but gan is 0"),
-        ({"step": "tokenizer", "losses": LossWeights(mse=1.0, gan=0.1)}, r"expected discriminator.\* among trainable"),
     ],
 )
 def test_a_stage_refuses_settings_that_cannot_be(changes, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=f"stage encoder: .*{message}"):
         replace(recipe("tiny").stage("encoder"), **changes)
+
+
+@pytest.mark.parametrize(
+    ("cls", "changes", "message"),
+    [
+        (DitObjective, {"noise_samples": 0}, "noise_samples: expected at least 1, got 0"),
+        (UnifiedObjective, {"noise_samples": 0}, "noise_samples: expected at least 1, got 0"),
+        (UnifiedObjective, {"align": -0.5}, "align: expected at least 0, got -0.5"),
+        (DenseTaggingObjective, {"pixel": -1.0}, "pixel: expected at least 0, got -1"),
+        (AutoencoderObjective, {"latent_noise": float("nan")}, "latent_noise: expected at least 0, got nan"),
+        (TokenizerObjective, {"perceptual": float("inf")}, "perceptual: expected at least 0, got inf"),
+        (TokenizerObjective, {"gan": 1.0, "gan_start": -1}, "gan_start: expected at least 0, got -1"),
+        (TokenizerObjective, {"lecam": 1.0}, "lecam and gan_start .* but gan is 0"),
+        (TokenizerObjective, {"gan_start": 1}, "lecam and gan_start .* but gan is 0"),
+        (MixedData, {"edit_share": 1.5}, "edit_share: expected 0 to 1, got 1.5"),
+        (MixedLessons, {"edit_share": 1.5}, "edit_share: expected 0 to 1, got 1.5"),
+        (MixedLessons, {"position_captions": -0.1}, "position_captions: expected 0 to 1, got -0.1"),
+        (CaptionLessons, {"position_captions": 1.1}, "position_captions: expected 0 to 1, got 1.1"),
+        (
+            CaptionLessons, {"scene_kinds": ("single", "many")},
+            "scene_kinds: expected single, two, count, position, multi, got single, many",
+        ),
+        (QuestionData, {"questions": ("size",)}, "questions: expected color, .*, got size"),
+        (ImageData, {"image_size": 0}, "image_size: expected at least 1, got 0"),
+    ],
+)
+def test_objectives_and_data_refuse_settings_that_cannot_be(cls, changes, message):
+    with pytest.raises(InputError, match=message):
+        cls(**changes)
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "message"),
+    [
+        ("tokenizer-2", {"objective": TokenizerObjective(gan=0.1)}, r"gan is on, expected discriminator.\* among"),
+        ("tokenizer-1", {"data": ImageData(image_size=36)}, "expected image_size as a multiple of 8, got 36"),
+    ],
+)
+def test_a_recipe_refuses_a_stage_that_does_not_suit_it(stage, changes, message):
+    tiny = recipe("tiny")
+    stages = tuple(replace(one, **changes) if one.name == stage else one for one in tiny.stages)
+    with pytest.raises(InputError, match=f"stage {stage}: {message}"):
+        replace(tiny, stages=stages)
 
 
 def test_an_unknown_stage_is_named_with_the_known_ones():
@@ -238,6 +302,6 @@ def test_an_external_teacher_and_its_folder_go_together(fields):
 
 
 def test_two_stages_of_one_name_are_refused():
-    stage = StageConfig("s", "mllm", ("*",), steps=1, warmup=0)
+    stage = StageConfig("s", AutoencoderObjective(), ("*",), steps=1, warmup=0)
     with pytest.raises(InputError, match="expected stages of different names, got s, s"):
-        Recipe("r", (stage, stage))
+        SparRecipe(name="r", stages=(stage, stage))

@@ -28,9 +28,9 @@ import os, signal, sys
 from spar.cli.main import main
 from spar.training import loop
 step = loop.train_step
-def killing(ctx, frame, number, *rest, **keywords):
-    done = step(ctx, frame, number, *rest, **keywords)
-    if number == 2 and ctx.parallel.rank == 1:
+def killing(ctx, *rest, **keywords):
+    done = step(ctx, *rest, **keywords)
+    if ctx.step == 2 and ctx.parallel.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return done
 loop.train_step = killing

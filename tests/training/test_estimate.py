@@ -1,6 +1,7 @@
 """What a recipe costs: closed forms, the published model's own figure, and how memory and time go with the machine."""
 
-from dataclasses import replace
+import os
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,9 +14,14 @@ from spar.common.errors import InputError
 from spar.models.tokenizer import TransformerBlock
 from spar.recipes import recipe
 from spar.training import estimate as module
-from spar.training.config import DataConfig
-from spar.training.estimate import GIB, GPUS, RESERVE, Cost, HardwareConfig, estimate
+from spar.training.config import Recipe
+from spar.training.cost import Cost, meta_input, part_cost
+from spar.training.distributed import ParallelismConfig, RecomputedForward, apply_activation_checkpointing
+from spar.training.estimate import GIB, GPUS, RESERVE, HardwareConfig, estimate
+from spar.training.files_data import FilesData
 from spar.training.modules import TrainingModules
+from spar.training.objectives.autoencoder import AutoencoderObjective
+from spar.training.objectives.flow import meta_velocity
 
 TINY = recipe("tiny")
 
@@ -23,17 +29,25 @@ TINY = recipe("tiny")
 @pytest.fixture(scope="module")
 def large() -> TrainingModules:
     with torch.device("meta"):
-        return TrainingModules(recipe("spar-1b")).to(torch.bfloat16)
+        return TrainingModules(recipe("spar-1b"), {}).to(torch.bfloat16)
+
+
+def with_stage(name: str, part: str, base: Recipe = TINY, **changes) -> Recipe:
+    """The recipe with other fields of a stage's `objective` or `data`."""
+    stages = tuple(
+        replace(s, **{part: replace(getattr(s, part), **changes)}) if s.name == name else s for s in base.stages
+    )
+    return replace(base, stages=stages)
 
 
 def test_a_linear_map_costs_what_arithmetic_says():
     layer = nn.Linear(30, 50, bias=False, device="meta", dtype=torch.bfloat16)
-    x = module._input(7, 30)
+    x = meta_input(7, 30)
     forward, kept = 2 * 7 * 30 * 50, 2 * 7 * 30
-    assert module._part_cost(lambda: layer(x), layer) == Cost(3 * forward, kept)
+    assert part_cost(lambda: layer(x), layer) == Cost(3 * forward, kept)
     layer.requires_grad_(False)
-    assert module._part_cost(lambda: layer(x), layer).flops == 2 * forward  # the gradient passes
-    assert module._part_cost(lambda: layer(x), layer, through=False) == Cost(forward, 0)
+    assert part_cost(lambda: layer(x), layer).flops == 2 * forward  # the gradient passes
+    assert part_cost(lambda: layer(x), layer, through=False) == Cost(forward, 0)
 
 
 def test_what_a_part_keeps_is_what_a_real_one_keeps(start):
@@ -54,7 +68,7 @@ def test_what_a_part_keeps_is_what_a_real_one_keeps(start):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         out = stream(f_v)
     stream.to("meta")
-    counted = module._part_cost(lambda: stream(module._input(1, 64, 32)), stream)
+    counted = part_cost(lambda: stream(meta_input(1, 64, 32)), stream)
     assert out.shape[1] == 64 and counted.kept == pytest.approx(sum(held.values()), rel=0.02)
 
 
@@ -66,7 +80,7 @@ def test_the_published_dit_costs_what_the_library_s_own_class_does(large):
             in_channels=32, out_channels=32, sample_size=16, patch_size=1,
         )  # fmt: skip
         sana(torch.zeros(2, 32, 16, 16), encoder_hidden_states=torch.zeros(2, 300, 2304), timestep=torch.zeros(2))
-    cost = module._part_cost(lambda: module._velocity(large.model, 300), large.model.denoiser)
+    cost = part_cost(lambda: meta_velocity(large.model, 300), large.model.denoiser)
     assert cost.flops / 3 == pytest.approx(counter.get_total_flops() / 2, rel=1e-3)
 
 
@@ -81,8 +95,9 @@ def test_memory_and_time_go_with_the_machine():
     assert one.gradients == 4 * one.trainable and one.optimizer == 3 * one.gradients == 2 * two.optimizer  # with EMA
     assert one.activations == 2 * two.activations == 2 * parted.activations > again.activations
     assert one.flops == two.flops == parted.flops < again.flops < 1.5 * one.flops
-    assert two.images_per_second == pytest.approx(2 * one.images_per_second) and one.days == pytest.approx(2 * two.days)
-    assert one.days == pytest.approx(3 * one.flops / (GPUS["h200"][0] * 0.4) / 86400)
+    assert two.images_per_second == pytest.approx(2 * one.images_per_second)
+    assert one.seconds == pytest.approx(2 * two.seconds)
+    assert one.seconds == pytest.approx(3 * one.flops / (GPUS["h200"][0] * 0.4))
     assert one.memory == one.weights + one.gradients + one.optimizer + one.activations + RESERVE
     assert one.warnings == ()
 
@@ -92,45 +107,47 @@ def test_what_is_recomputed_is_held_one_block_at_a_time():
     with torch.device("meta"):
         chain = nn.Sequential(*(TransformerBlock(16, 2, ratio) for ratio in (1, 4, 1)))
         x = torch.zeros(1, 10, 16, requires_grad=True)
-    plain = module._part_cost(lambda: chain(x), chain)
-    sizes = [module._part_cost(lambda: block(x), block).kept for block in chain]  # noqa: B023 (called at once)
-    module.apply_activation_checkpointing(chain)
-    again = module._part_cost(lambda: chain(x), chain)
+    plain = part_cost(lambda: chain(x), chain)
+    sizes = [part_cost(lambda: block(x), block).kept for block in chain]  # noqa: B023 (called at once)
+    apply_activation_checkpointing(chain)
+    again = part_cost(lambda: chain(x), chain)
     assert plain.recomputed == 0 and again.recomputed == max(sizes) > min(sizes)
     assert again.kept == 3 * 10 * 16 * 4 and again.held < plain.held
     assert again.flops == pytest.approx(plain.flops * 4 / 3)
-    assert all(hasattr(block.forward, "recomputed") for block in chain)  # as it was
+    assert all(isinstance(block.forward, RecomputedForward) for block in chain)  # as it was
 
 
 def test_memory_is_that_of_the_larger_kind_of_step():
     """A step is all generation or all editing: what its share is changes the mean of the work, not what must fit."""
 
     def kept(share: float) -> int:
-        stages = tuple(replace(s, edit_share=share) if s.name == "unified-2" else s for s in TINY.stages)
-        (found,) = estimate(replace(TINY, stages=stages), HardwareConfig(), ("unified-2",))
+        changed = with_stage("unified-2", "data", edit_share=share)
+        (found,) = estimate(changed, HardwareConfig(), ("unified-2",))
         return found.activations
 
     assert kept(0.0) < kept(0.1) == kept(1.0)
 
 
 def test_what_trains_and_what_is_drawn_more_often_costs_more():
-    def flops(stage: str, **changes) -> float:
-        stages = tuple(replace(s, **changes) if s.name == stage else s for s in TINY.stages)
-        (found,) = estimate(replace(TINY, stages=stages), HardwareConfig(), (stage,))
+    def flops(stage: str, part: str = "data", **changes) -> float:
+        (found,) = estimate(with_stage(stage, part, **changes), HardwareConfig(), (stage,))
         return found.flops
 
     assert flops("unified-1") < flops("unified-2")  # the DiT trains
     assert flops("unified-2", edit_share=0.0) < flops("unified-2", edit_share=1.0)  # a reference is read too
-    assert flops("unified-2", noise_samples=1) < flops("unified-2", noise_samples=4)
+    for stage in ("unified-2", "dit"):
+        assert flops(stage, "objective", noise_samples=1) < flops(stage, "objective", noise_samples=4)
     assert flops("tokenizer-1") < flops("tokenizer-3")  # the encoder trains, an adversary plays
-    assert 3 < flops("tokenizer-1", image_size=64) / flops("tokenizer-1", image_size=32) < 6
+    for stage in ("tokenizer-1", "autoencoder"):
+        assert 3 < flops(stage, image_size=64) / flops(stage, image_size=32) < 6
 
 
 def test_lora_trains_little_and_a_cache_encodes_nothing():
     (plain,) = estimate(TINY, HardwareConfig(), ("unified-2",))
     (lora,) = estimate(replace(TINY, lora=LoraConfig(rank=2)), HardwareConfig(), ("unified-2",))
     assert lora.trainable < plain.trainable and lora.optimizer < plain.optimizer
-    cached = replace(TINY, data=DataConfig(source="files", sets=("x",), cache="y"))
+    without_dit = tuple(stage for stage in TINY.stages if stage.name != "dit")  # it reads what no cache holds
+    cached = replace(TINY, data=FilesData(sets=("x",), cache="y"), stages=without_dit)
     (found,) = estimate(cached, HardwareConfig(), ("unified-2",))
     assert found.flops < plain.flops and found.trainable == plain.trainable
 
@@ -159,6 +176,51 @@ def test_machines_that_cannot_be_are_refused(settings, said):
         HardwareConfig(**settings)
 
 
-def test_the_foundations_are_not_counted():
-    with pytest.raises(InputError, match="expected stages with a tokenizer or unified step, got encoder, "):
-        estimate(TINY, HardwareConfig())
+@pytest.mark.parametrize("stage", ["encoder", "autoencoder"])
+def test_a_stage_whose_parts_all_train_costs_three_of_its_forward_passes(start, stage):
+    begun = start(stage)
+    with FlopCounterMode(display=False) as counter:
+        begun.terms()
+    (found,) = estimate(TINY, HardwareConfig(), (stage,))
+    assert found.flops == pytest.approx(3 * counter.get_total_flops(), rel=0.02)  # an accuracy is logged too
+
+
+def test_every_stage_of_a_recipe_is_counted_in_its_order():
+    found = estimate(TINY, HardwareConfig())
+    assert [one.stage for one in found] == [*TINY.stages]
+    assert all(one.flops > 0 and one.seconds > 0 and one.activations > 0 for one in found)
+
+
+@dataclass(frozen=True)
+class Untold(AutoencoderObjective):
+    """An objective that does not say what it costs."""
+
+    def cost(self, modules, recipe, stage) -> None:
+        return None
+
+
+def test_an_objective_that_does_not_say_its_cost_is_counted_by_its_parameters_alone():
+    stage = replace(TINY.stage("autoencoder"), objective=Untold())
+    (found,) = estimate(replace(TINY, stages=(stage,)), HardwareConfig(gpus=1))
+    (told,) = estimate(TINY, HardwareConfig(gpus=1), ("autoencoder",))
+    assert (found.flops, found.activations, found.images_per_second, found.seconds) == (0, 0, 0, 0)
+    assert (found.trainable, found.gradients, found.optimizer) == (told.trainable, told.gradients, told.optimizer)
+    assert found.memory == found.weights + found.gradients + found.optimizer + RESERVE and found.warnings == ()
+
+
+def test_this_machine_is_shared_by_the_processes_of_its_launcher(monkeypatch):
+    monkeypatch.setattr(module, "measure_peak", lambda device, precision: 2e12)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    alone = HardwareConfig.of_this_machine("cpu", ParallelismConfig(grad_accum_steps=2, strategy="fsdp"))
+    assert (alone.gpus, alone.gpu, alone.sharded, alone.grad_accum_steps) == (1, "cpu", False, 2)
+    assert alone.limits == (2e12, memory) and alone.reserve == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    both = HardwareConfig.of_this_machine("cpu", ParallelismConfig(strategy="fsdp"))
+    assert (both.gpus, both.sharded, both.limits) == (2, True, (2e12, memory // 2))
+    (found,) = estimate(TINY, both, ("unified-2",))
+    assert found.seconds == pytest.approx(3 * found.flops / (2 * 2e12 * both.mfu))
+
+
+def test_a_peak_is_measured_on_the_device():
+    assert module.measure_peak("cpu", torch.float32) > 1e8

@@ -1,4 +1,5 @@
-"""Cached features: the same losses as from pictures, no picture decoded, stale and broken-off caches refused."""
+"""Cached features: the same losses as from pictures, no picture decoded, stale and broken-off caches refused; in memory
+each row once."""
 
 import functools
 import io
@@ -9,21 +10,24 @@ import tarfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from spar.checkpoints.spar_format import load_model
+from spar.cli.arguments import chosen_source
 from spar.cli.main import main
 from spar.common.errors import InputError
 from spar.models.encoder import SemanticEncoder
-from spar.recipes import recipe
-from spar.training import data as files
+from spar.recipes import REGISTRY, recipe
 from spar.training import feature_cache as module
 from spar.training.checkpoint import load_group
-from spar.training.config import DataConfig
+from spar.training.config import Recipe
+from spar.training.data import DataConfig
 from spar.training.distributed import ParallelismConfig
-from spar.training.feature_cache import FeatureCache, cache_key, sample_id, write_cache
+from spar.training.feature_cache import FeatureCache, InMemoryFeatureCache, cache_key, sample_id, write_cache
+from spar.training.files_data import FilesData, open_sources
 from spar.training.trainer import train
 from spar.worlds.shapes.dataset import scene_at
 from spar.worlds.shapes.render import render
@@ -32,7 +36,7 @@ CAPTIONS = ("a red circle", "a blue star", "a green ring", "two red squares")
 
 
 @pytest.fixture
-def data(tmp_path) -> DataConfig:
+def data(tmp_path) -> FilesData:
     """Twelve pictures of the world in a folder with captions, one of which is broken, and nine edits of one color."""
     own = tmp_path / "own"
     own.mkdir()
@@ -49,12 +53,17 @@ def data(tmp_path) -> DataConfig:
         names = {"input_image": [f"before{i}.png"], "output_image": f"after{i}.png"}
         pairs.append({"input_prompt": "remove the star", **names})
     (tmp_path / "edits.json").write_text(json.dumps(pairs))
-    return DataConfig(source="files", sets=(str(own), str(tmp_path / "edits.json")), workers=0, bad_share=0.5)
+    return FilesData(sets=(str(own), str(tmp_path / "edits.json")), workers=0, bad_share=0.5)
 
 
-def write(data: DataConfig, model: Path, folder: Path, **options) -> int:
+def on_files(recipe: Recipe, data: FilesData) -> Recipe:
+    """The recipe with data sets, as `--data.source files` makes it."""
+    return replace(recipe, data=data, stages=tuple(replace(s, data=data.nearest(s.data)) for s in recipe.stages))
+
+
+def write(data: FilesData, model: Path, folder: Path, **options) -> int:
     options = {"side": 64, "batch": 5, "precision": torch.float32, **options}
-    return write_cache(load_model(model).model.tokenizer, files.open_sources(data), folder, **options)
+    return write_cache(load_model(model).model.tokenizer, open_sources(data), folder, **options)
 
 
 def test_training_from_the_cache_has_the_losses_of_training_from_pictures(tiny_run, data, tmp_path, monkeypatch):
@@ -73,7 +82,7 @@ def test_training_from_the_cache_has_the_losses_of_training_from_pictures(tiny_r
     for name in seen:
         chosen = data if name == "pictures" else replace(data, cache=str(folder))
         train(
-            replace(tiny_run.recipe, data=chosen, stages=stages), tmp_path / name, stages=("unified-2",),
+            on_files(replace(tiny_run.recipe, stages=stages), chosen), tmp_path / name, stages=("unified-2",),
             init_from=model, parallelism=ParallelismConfig(precision="fp32"),
             report=lambda stage, step, steps, v, rows=losses[name]: rows.append((v["loss"], v["grad_norm"])),
         )  # fmt: skip
@@ -88,7 +97,7 @@ def test_training_from_the_cache_has_the_losses_of_training_from_pictures(tiny_r
 def test_a_row_is_what_the_tokenizer_makes_of_its_own_picture(tiny_run, data, tmp_path):
     model = tiny_run.path / "model"
     write(data, model, tmp_path / "features")
-    tokenizer, sources = load_model(model).model.tokenizer, files.open_sources(data)
+    tokenizer, sources = load_model(model).model.tokenizer, open_sources(data)
     cache = FeatureCache(tmp_path / "features", cache_key(tokenizer, 64, sources))
     assert len(cache.ids) == 20 and sample_id(sources[0].identity, 3) not in cache
     for source, index in ((sources[0], 7), (sources[1], 4)):
@@ -107,7 +116,7 @@ def test_a_row_is_what_the_tokenizer_makes_of_its_own_picture(tiny_run, data, tm
 def test_a_cache_of_other_weights_size_or_samples_is_stale(tiny_run, data, tmp_path):
     model, folder = tiny_run.path / "model", tmp_path / "features"
     write(data, model, folder)
-    tokenizer, sources = load_model(model).model.tokenizer, files.open_sources(data)
+    tokenizer, sources = load_model(model).model.tokenizer, open_sources(data)
     FeatureCache(folder, cache_key(tokenizer, 64, sources))
     for key in (cache_key(tokenizer, 32, sources), cache_key(tokenizer, 64, sources[:1])):
         with pytest.raises(InputError, match="is stale: it was made with other tokenizer weights"):
@@ -123,7 +132,7 @@ def test_a_cache_of_other_weights_size_or_samples_is_stale(tiny_run, data, tmp_p
     tokenizer.latent_scale *= 1.01
     with pytest.raises(InputError, match="stale"):
         FeatureCache(folder, cache_key(tokenizer, 64, sources))
-    recipe_ = replace(tiny_run.recipe, data=replace(data, cache=str(folder)))
+    recipe_ = on_files(tiny_run.recipe, replace(data, cache=str(folder)))
     with pytest.raises(InputError, match="stale"):  # the run's own check, against the weights that it starts from
         train(recipe_, tmp_path / "run", stages=("unified-2",), init_from=tiny_run.path / "tokenizer-2" / "done")
 
@@ -142,7 +151,7 @@ def test_a_broken_off_cache_is_refused_until_it_is_finished(tiny_run, data, tmp_
     monkeypatch.setattr(module, "_features", breaking)
     with pytest.raises(KeyboardInterrupt):
         write(data, model, folder)
-    key = cache_key(load_model(model).model.tokenizer, 64, files.open_sources(data))
+    key = cache_key(load_model(model).model.tokenizer, 64, open_sources(data))
     with pytest.raises(InputError, match="is not finished"):
         FeatureCache(folder, key)
     kept = {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
@@ -179,11 +188,11 @@ def test_samples_of_one_key_are_told_apart_and_the_folder_may_move(tiny_run, tmp
                     member = tarfile.TarInfo(f"{i:05}.{ending}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
-    data = DataConfig(source="files", sets=(str(shards / "*.tar"),), workers=0)
+    data = FilesData(sets=(str(shards / "*.tar"),), workers=0)
     assert write(data, tiny_run.path / "model", tmp_path / "features") == 0
     (tmp_path / "elsewhere").symlink_to(shards)
     moved = replace(data, sets=(str(tmp_path / "elsewhere" / "*.tar"),))
-    (source,) = files.open_sources(moved)
+    (source,) = open_sources(moved)
     key = cache_key(load_model(tiny_run.path / "model").model.tokenizer, 64, [source])
     found = FeatureCache(tmp_path / "features", key).rows([sample_id(source.identity, i) for i in range(6)])["latent"]
     assert len({row.float().numpy().tobytes() for row in found}) == 6
@@ -197,7 +206,7 @@ def stop_at_first(wanted: bool, stage: str, step: int, *_: object) -> None:
 def test_a_run_from_a_cache_is_stopped_and_resumed(tiny_run, data, tmp_path):
     model, folder = tiny_run.path / "model", tmp_path / "features"
     write(data, model, folder)
-    asked = replace(tiny_run.recipe, data=replace(data, cache=str(folder)))
+    asked = on_files(tiny_run.recipe, replace(data, cache=str(folder)))
     ends = []
     for name in ("whole", "parted"):
         run = {"stages": ("unified-2",), "init_from": model}
@@ -214,11 +223,59 @@ def test_a_run_from_a_cache_is_stopped_and_resumed(tiny_run, data, tmp_path):
 
 
 def test_a_cache_wants_data_sets_and_no_external_teacher():
-    with pytest.raises(InputError, match="only data sets are cached"):
-        DataConfig(cache="features")
+    with pytest.raises(InputError, match="data.sets: expected paths of data sets, got none"):
+        FilesData(sets=(), cache="features")
+    with pytest.raises(InputError, match="--data.cache belongs to --data.source files, got source shapes"):
+        chosen_source(recipe("tiny"), ["--data.cache", "features"], REGISTRY[DataConfig])
     tiny = recipe("tiny")
-    with pytest.raises(InputError, match="an external teacher reads pictures"):
+    with pytest.raises(InputError, match="an external teacher reads images"):
         replace(
-            tiny, data=DataConfig(source="files", sets=("x",), cache="y"),
+            tiny, data=FilesData(sets=("x",), cache="y"), stages=tiny.stages[-1:],
             alignment=replace(tiny.alignment, teacher="external", external="z"),
         )  # fmt: skip
+
+
+def test_a_stage_that_reads_the_autoencoders_own_latents_has_nothing_in_a_cache(tiny_run, data, tmp_path):
+    with pytest.raises(InputError, match=r"stage dit: .*cache.* holds no latents of the autoencoder"):
+        cached = on_files(tiny_run.recipe, replace(data, cache="features"))
+        train(cached, tmp_path / "run", stages=("dit",), init_from=tiny_run.path / "autoencoder" / "done")
+
+
+# ---- in memory -------------------------------------------------------------------------------------------------------
+
+
+class Counted:
+    """Features that are a function of the index, and a record of what was asked for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, pixels):
+        rows = pixels[:, 0, 0, 0]
+        self.asked += [int(row) for row in rows]
+        return {"f": rows[:, None] * torch.tensor([1.0, -2.0]), "g": rows}
+
+
+def shown(keys: list[int]) -> tuple[np.ndarray, torch.Tensor]:
+    """Keys, and images that show them."""
+    return np.array(keys), torch.tensor(keys).float().view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+
+
+def test_the_cache_computes_each_row_once_and_gives_it_back():
+    compute, cache = Counted(), InMemoryFeatureCache()
+    for keys in ([3, 1, 3], [1, 2], [9, 3, 2, 1], [*range(20)]):
+        given = cache(*shown(keys), compute)
+        assert given["g"].tolist() == keys  # in the order of asking, repeated where asked twice
+        assert given["f"].tolist() == [[i, -2 * i] for i in keys]
+    assert sorted(compute.asked) == [*range(20)]
+
+
+def test_the_cache_keeps_no_gradient():
+    weight, cache = torch.ones(1, requires_grad=True), InMemoryFeatureCache()
+    assert not cache(*shown([1, 2]), lambda x: {"f": weight * x[:, 0, 0]})["f"].requires_grad
+
+
+def test_the_cache_rounds_to_bfloat16_the_first_time_too():
+    cache = InMemoryFeatureCache()
+    first, second = (cache(*shown([0]), lambda x: {"f": torch.full((len(x), 1), 1.001)})["f"] for _ in range(2))
+    assert first.dtype == torch.bfloat16 and torch.equal(first, second) and float(first) == 1.0

@@ -5,8 +5,9 @@ import math
 import os
 import shutil
 import signal
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,21 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from spar.common.errors import InputError
+from spar.data.batches import Images
+from spar.recipes.shapes.dense_tagging import DenseTaggingObjective
 from spar.training import loop
 from spar.training.checkpoint import TrainState, load_group, read_train_state, save_folder
-from spar.training.config import AlignmentConfig, LossWeights, StageConfig
-from spar.training.loop import (
-    EMA,
-    NonFiniteLoss,
-    clip_grad_norm,
-    learning_rate,
-    measure_latent_scale,
-    run_stage,
-    stop_signals,
-    whiten,
-)
+from spar.training.config import StageConfig
+from spar.training.data import TrainingData
+from spar.training.loop import EMA, NonFiniteLoss, Report, clip_grad_norm, learning_rate, run_stage, stop_signals
+from spar.training.objectives.autoencoder import AutoencoderObjective
+from spar.training.objectives.base import Objective, StepContext, Terms
 from spar.training.optimizer import Muon, build_optimizers
-from spar.training.steps import STEPS
+from spar.training.systems.spar import AlignmentConfig
 
 GROUPS = {"modules", "optimizer", "average"}
 
@@ -45,6 +42,11 @@ def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
 
 
+def go(begun: Any, run: Path, *, resume: bool = False, report: Report | None = None) -> bool:
+    """Train the stage of a Start."""
+    return run_stage(begun.ctx, begun.data, run, resume=resume, report=report)
+
+
 def interrupt(at: int, number: int = signal.SIGINT):
     """A report that sends this process a signal at a step, as Ctrl-C does."""
 
@@ -59,7 +61,7 @@ def interrupt(at: int, number: int = signal.SIGINT):
 
 
 def test_the_learning_rate_warms_up_linearly_then_follows_a_cosine():
-    stage = StageConfig("s", "mllm", ("*",), steps=1100, lr=2e-3, lr_end=4e-4, warmup=100)
+    stage = StageConfig("s", AutoencoderObjective(), ("*",), steps=1100, lr=2e-3, lr_end=4e-4, warmup=100)
     assert [learning_rate(stage, step) for step in (0, 49, 99)] == pytest.approx([2e-5, 1e-3, 2e-3])
     for step in (100, 350, 600, 850, 1100):
         share = (step - 100) / 1000
@@ -72,7 +74,7 @@ def test_the_learning_rate_warms_up_linearly_then_follows_a_cosine():
 
 @pytest.mark.parametrize(("warmup", "first"), [(0, 1.0), (1, 1.0), (5, 0.2), (50, 0.02)])
 def test_the_warm_up_is_what_the_stage_says_and_can_be_none_or_all(warmup, first):
-    stage = StageConfig("s", "mllm", ("*",), steps=50, lr=1.0, lr_end=0.0, warmup=warmup)
+    stage = StageConfig("s", AutoencoderObjective(), ("*",), steps=50, lr=1.0, lr_end=0.0, warmup=warmup)
     assert learning_rate(stage, 0) == pytest.approx(first)
     assert max(learning_rate(stage, step) for step in range(50)) == pytest.approx(1.0)
     assert learning_rate(stage, max(0, warmup - 1)) == pytest.approx(1.0)
@@ -105,12 +107,12 @@ def test_the_average_is_the_moving_average_in_closed_form(decay):
 def test_the_loop_sets_each_groups_rate(start, tmp_path, monkeypatch, kind):
     made = []
     monkeypatch.setattr(loop, "build_optimizers", lambda *a: made.extend(build_optimizers(*a)) or made)
-    ctx = start("tokenizer-3", steps=2, optimizer=kind)
-    assert run_stage(ctx, tmp_path, resume=False)
+    begun = start("tokenizer-3", steps=2, optimizer=kind)
+    assert go(begun, tmp_path)
     assert {type(optimizer) for optimizer in made} == {torch.optim.AdamW, *([Muon] if kind == "muon" else [])}
     for optimizer in made:
         rates = {group["factor"]: group["lr"] for group in optimizer.param_groups}
-        assert rates == pytest.approx({factor: factor * learning_rate(ctx.stage, 1) for factor in (1.0, 0.5, 0.1)})
+        assert rates == pytest.approx({factor: factor * learning_rate(begun.stage, 1) for factor in (1.0, 0.5, 0.1)})
 
 
 def test_the_gradient_is_clipped_to_its_norm(start, tmp_path, monkeypatch):
@@ -125,29 +127,89 @@ def test_the_gradient_is_clipped_to_its_norm(start, tmp_path, monkeypatch):
         loop, "build_optimizers",
         lambda w, s: [Watched([{"params": [p for p in w.parameters() if p.requires_grad], "factor": 1.0}], lr=1.0)],
     )
-    run_stage(start("encoder", steps=1, max_grad_norm=0.25), tmp_path, resume=False)
+    go(start("encoder", steps=1, max_grad_norm=0.25), tmp_path)
     assert norms == pytest.approx([0.25], rel=1e-3)
     logged = json.loads((tmp_path / "metrics.jsonl").read_text())["grad_norm"]
     assert logged > 1  # what is logged is the norm before
 
 
 def test_the_two_sides_of_the_adversary_are_clipped_apart(start):
-    modules = start("tokenizer-3").modules
+    begun = start("tokenizer-3")
+    modules, apart = begun.modules, begun.stage.objective.clipped_apart
     for name, parameter in modules.named_parameters():
         if parameter.requires_grad:
             parameter.grad = torch.full_like(parameter, 9.0 if name.startswith("discriminator.") else 0.01)
     size = sum(p.numel() for name, p in trainable(modules) if not name.startswith("discriminator."))
-    assert float(clip_grad_norm(modules, 1.0)) == pytest.approx(0.01 * size**0.5, rel=1e-3)
+    assert float(clip_grad_norm(modules, 1.0, apart=apart)) == pytest.approx(0.01 * size**0.5, rel=1e-3)
     for side in (0, 1):
         rows = [p.grad.square().sum() for n, p in trainable(modules) if n.startswith("discriminator.") == side]
         assert float(torch.stack(rows).sum().sqrt()) == pytest.approx(1.0, rel=1e-3)
 
 
+def test_where_nothing_is_clipped_apart_there_is_one_norm(start):
+    begun = start("unified-2")
+    for _, parameter in trainable(begun.modules):
+        parameter.grad = torch.full_like(parameter, 0.5)
+    size = sum(parameter.numel() for _, parameter in trainable(begun.modules))
+    norm = clip_grad_norm(begun.modules, 1.0, apart=begun.stage.objective.clipped_apart)
+    assert float(norm) == pytest.approx(0.5 * size**0.5, rel=1e-3)
+    rows = [parameter.grad.square().sum() for _, parameter in trainable(begun.modules)]
+    assert float(torch.stack(rows).sum().sqrt()) == pytest.approx(1.0, rel=1e-3)
+
+
 def test_a_discriminators_gradient_that_is_not_finite_is_seen(start):
-    modules = start("tokenizer-3").modules
+    begun = start("tokenizer-3")
+    modules, apart = begun.modules, begun.stage.objective.clipped_apart
     for name, parameter in trainable(modules):
         parameter.grad = torch.full_like(parameter, math.nan if name.startswith("discriminator.") else 0.01)
-    assert not bool(torch.isfinite(clip_grad_norm(modules, 1.0)))
+    assert not bool(torch.isfinite(clip_grad_norm(modules, 1.0, apart=apart)))
+
+
+# ---- an objective and a source of one's own --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reddest(Objective):
+    """The least that an objective is: the encoder's first feature is to be how red the image is."""
+
+    kind: ClassVar[str] = "reddest"
+    takes: ClassVar[tuple[type[Images], ...]] = (Images,)
+
+    def __call__(self, ctx: StepContext, batch: Images) -> Terms:
+        found = ctx.modules.model.tokenizer.encoder(batch.pixels)[..., 0].float().mean(1)
+        return {"loss": (found - batch.pixels[:, 0].mean((1, 2))).square().mean()}
+
+
+class Plain(TrainingData):
+    """The least that a source is: images of one colour each."""
+
+    def get_batch(self, stage: StageConfig, step: int, rows: slice) -> Images:
+        colours = torch.from_numpy(self.rng(stage.name, step).random((stage.batch, 3), np.float32))[rows]
+        return Images(keys=np.full(len(colours), -1), pixels=colours[..., None, None].expand(-1, -1, 64, 64))
+
+    def sample(self, count: int) -> tuple[Tensor, ...]:
+        return ()
+
+
+def test_an_objective_and_a_source_of_ones_own_are_trained_stopped_and_resumed(start, tmp_path):
+    stage = StageConfig(
+        "own", Reddest(), ("model.tokenizer.encoder.*",), steps=40, batch=16, lr=3e-3, warmup=1, optimizer="muon"
+    )  # fmt: skip
+
+    def train(run, **options):
+        ctx = replace(start("encoder").ctx, stage=stage)
+        return run_stage(ctx, Plain(seed=0), run, **options)
+
+    assert train(tmp_path / "whole", resume=False)
+    losses = [row["loss"] for row in lines(tmp_path / "whole")]
+    assert len(losses) == 40 and max(losses[-5:]) < min(losses[:5]) / 5
+    assert not train(tmp_path / "parted", resume=False, report=interrupt(20))
+    assert train(tmp_path / "parted", resume=True)
+    assert [row["loss"] for row in lines(tmp_path / "parted")] == losses
+    ends = [load_group(tmp_path / name / "own" / "done", "modules") for name in ("whole", "parted")]
+    assert same(*ends)
+    config = json.loads((tmp_path / "whole" / "own" / "done" / "meta.json").read_text())["config"]
+    assert config["objective"] == {"kind": "reddest"} and config["data"] == {"kind": "images", "image_size": None}
 
 
 # ---- what a stage measures when it ends ------------------------------------------------------------------------------
@@ -155,12 +217,12 @@ def test_a_discriminators_gradient_that_is_not_finite_is_seen(start):
 
 @pytest.mark.parametrize("stage", ["tokenizer-1", "tokenizer-3"])
 def test_the_measured_latent_scale_gives_unit_size(start, stage):
-    ctx = start(stage)
-    tokenizer, pixels = ctx.modules.model.tokenizer, ctx.data.pixels(np.arange(24))
+    begun = start(stage)
+    tokenizer, pixels = begun.modules.model.tokenizer, begun.data.pixels(np.arange(24))
     with torch.no_grad():
         tokenizer.latent_scale.fill_(123.0)
         tokenizer.fusion[-1].weight.mul_(3.0)
-    measure_latent_scale(ctx)
+    begun.stage.objective.finish(begun.ctx, begun.data)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         latents = tokenizer.encode(pixels)
     assert float(tokenizer.normalize(latents.z_f).float().square().mean().sqrt()) == pytest.approx(1, abs=2e-3)
@@ -169,48 +231,28 @@ def test_the_measured_latent_scale_gives_unit_size(start, stage):
 
 @pytest.mark.parametrize("stage", ["unified-2", "unified-3"])
 def test_before_alignment_the_teachers_mean_is_measured(start, stage):
-    ctx = start(stage)
+    begun = start(stage)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        f_v = ctx.modules.model.tokenizer.encoder(ctx.data.pixels(np.arange(24)))
-    assert torch.allclose(ctx.modules.teacher_mean, f_v.float().mean((0, 1)), atol=1e-3)
+        f_v = begun.modules.model.tokenizer.encoder(begun.data.pixels(np.arange(24)))
+    assert torch.allclose(begun.modules.teacher_mean, f_v.float().mean((0, 1)), atol=1e-3)
     assert not start("unified-1").modules.teacher_mean.any()
 
 
 def test_the_measured_native_scale_gives_unit_size(start):
-    ctx = start("autoencoder")
-    measure_latent_scale(ctx)
+    begun = start("autoencoder")
+    begun.stage.objective.finish(begun.ctx, begun.data)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        latents = ctx.modules.pixel_encoder(ctx.data.pixels(np.arange(24))).float()
-    assert float((latents * ctx.modules.native_scale).square().mean().sqrt()) == pytest.approx(1, abs=2e-3)
-    assert float(ctx.modules.native_scale) != 1
+        latents = begun.modules.pixel_encoder(begun.data.pixels(np.arange(24))).float()
+    assert float((latents * begun.modules.native_scale).square().mean().sqrt()) == pytest.approx(1, abs=2e-3)
+    assert float(begun.modules.native_scale) != 1
 
 
 @pytest.mark.parametrize("stage", ["mllm", "dit", "unified-1", "unified-2"])
 def test_other_stages_measure_nothing(start, stage):
-    ctx = start(stage)
-    before = {name: value.clone() for name, value in ctx.modules.state_dict().items()}
-    measure_latent_scale(ctx)
-    assert same(before, ctx.modules.state_dict())
-
-
-def test_whitening_changes_the_basis_and_nothing_that_is_read_off_it(start):
-    ctx = start("encoder")
-    encoder, head = ctx.modules.model.tokenizer.encoder, ctx.modules.dense_head
-    linears = [*head.tags.values(), head.center, head.coverage, head.pixels]
-    with torch.no_grad():
-        head.center.bias.normal_(generator=torch.Generator().manual_seed(0))
-        f_v = encoder(ctx.data.pixels(np.arange(24)))
-        read = [linear(f_v) for linear in linears]
-        rows = f_v.flatten(0, 1).double()
-        variances = torch.linalg.eigvalsh(torch.cov(rows.T))
-        whiten(ctx.modules, f_v, floor=0.1)
-        white = encoder(ctx.data.pixels(np.arange(24)))
-        assert not torch.allclose(white, f_v, atol=0.1)
-        for before, linear in zip(read, linears, strict=True):
-            assert torch.allclose(linear(white), before, atol=1e-3)
-    after = torch.linalg.eigvalsh(torch.cov(white.flatten(0, 1).double().T))
-    assert torch.allclose(after, variances / (variances + 0.1 * variances.mean()), atol=1e-3)
-    assert torch.allclose(white.mean((0, 1)), torch.zeros(32), atol=1e-3)
+    begun = start(stage)
+    before = {name: value.clone() for name, value in begun.modules.state_dict().items()}
+    begun.stage.objective.finish(begun.ctx, begun.data)
+    assert same(before, begun.modules.state_dict())
 
 
 # ---- resumption ------------------------------------------------------------------------------------------------------
@@ -228,13 +270,13 @@ def test_n_steps_equal_k_then_resume_then_the_rest_bit_for_bit(start, tmp_path, 
 
     straight, parted = tmp_path / "straight", tmp_path / "parted"
     last = interrupt(STEPS_N - 1)
-    assert not run_stage(begin(), straight, resume=False, report=last)
+    assert not go(begin(), straight, report=last)
 
-    assert not run_stage(begin(), parted, resume=False, report=interrupt(CUT))
+    assert not go(begin(), parted, report=interrupt(CUT))
     assert read_train_state(parted / stage / "state").step == CUT + 1
     halfway = state(parted / stage / "state")
     assert any(name.endswith("|momentum") for name in halfway["optimizer"]) == (kind == "muon")
-    assert not run_stage(begin(), parted, resume=True, report=last)
+    assert not go(begin(), parted, resume=True, report=last)
 
     one, other = state(straight / stage / "state"), state(parted / stage / "state")
     assert one.keys() == other.keys() == (GROUPS if begin().stage.ema else GROUPS - {"average"})
@@ -242,7 +284,7 @@ def test_n_steps_equal_k_then_resume_then_the_rest_bit_for_bit(start, tmp_path, 
         assert same(one[group], other[group]), group
         assert not same(one[group], halfway[group]), group
     for run in (straight, parted):  # all steps are done: only the end of the stage is left
-        assert run_stage(begin(), run, resume=True)
+        assert go(begin(), run, resume=True)
     ends = [load_group(run / stage / "done", "modules") for run in (straight, parted)]
     assert same(*ends)
 
@@ -250,9 +292,9 @@ def test_n_steps_equal_k_then_resume_then_the_rest_bit_for_bit(start, tmp_path, 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_in_flight_saves_and_stops(start, tmp_path, number):
     before = signal.getsignal(number)
-    ctx = start("encoder", steps=9)
-    assert run_stage(ctx, tmp_path, resume=False, report=interrupt(2, number)) is False
-    assert same(state(tmp_path / "encoder" / "state")["modules"], ctx.modules.state_dict())
+    begun = start("encoder", steps=9)
+    assert go(begun, tmp_path, report=interrupt(2, number)) is False
+    assert same(state(tmp_path / "encoder" / "state")["modules"], begun.modules.state_dict())
     meta = json.loads((tmp_path / "encoder" / "state" / "meta.json").read_text())
     assert (meta["stage"], meta["step"], meta["config"]["steps"]) == ("encoder", 3, 9)
     assert not (tmp_path / "encoder" / "done").exists()
@@ -260,23 +302,23 @@ def test_a_signal_ends_the_step_in_flight_saves_and_stops(start, tmp_path, numbe
 
 
 def test_without_resume_a_saved_state_is_not_used(start, tmp_path):
-    run_stage(start("encoder", steps=4), tmp_path, resume=False, report=interrupt(1))
+    go(start("encoder", steps=4), tmp_path, report=interrupt(1))
     seen = []
-    run_stage(start("encoder", steps=4), tmp_path, resume=False, report=lambda stage, step, *_: seen.append(step))
+    go(start("encoder", steps=4), tmp_path, report=lambda stage, step, *_: seen.append(step))
     assert seen == [0, 1, 2, 3]
 
 
 def test_resuming_where_nothing_was_saved_starts_at_the_beginning(start, tmp_path):
     seen = []
-    assert run_stage(start("encoder", steps=2), tmp_path, resume=True, report=lambda s, step, *_: seen.append(step))
+    assert go(start("encoder", steps=2), tmp_path, resume=True, report=lambda s, step, *_: seen.append(step))
     assert seen == [0, 1]
 
 
 def test_the_end_holds_the_averaged_weights(start, tmp_path):
-    ctx = start("dit", steps=3)
-    run_stage(ctx, tmp_path, resume=False, report=interrupt(2))
+    begun = start("dit", steps=3)
+    go(begun, tmp_path, report=interrupt(2))
     saved = state(tmp_path / "dit" / "state")
-    assert run_stage(start("dit", steps=3), tmp_path, resume=True)
+    assert go(start("dit", steps=3), tmp_path, resume=True)
     done = load_group(tmp_path / "dit" / "done", "modules")
     assert saved["average"] and all(torch.equal(done[name], value) for name, value in saved["average"].items())
     assert not same({name: saved["modules"][name] for name in saved["average"]}, saved["average"])
@@ -285,9 +327,9 @@ def test_the_end_holds_the_averaged_weights(start, tmp_path):
 def test_the_state_is_saved_every_so_many_minutes(start, tmp_path, tiny_run):
     def steps_saved(minutes):
         seen, run = [], tmp_path / str(minutes)
-        ctx = start("encoder", recipe=replace(tiny_run.recipe, save_minutes=minutes), steps=3)
+        begun = start("encoder", recipe=replace(tiny_run.recipe, save_minutes=minutes), steps=3)
         folder = run / "encoder" / "state"
-        run_stage(ctx, run, resume=False, report=lambda *_: seen.append(read_train_state(folder)))
+        go(begun, run, report=lambda *_: seen.append(read_train_state(folder)))
         return [progress and progress.step for progress in seen]
 
     assert steps_saved(0.0) == [None, 1, 2] and steps_saved(5.0) == [None, None, None]
@@ -312,24 +354,19 @@ def test_outside_the_main_thread_signals_are_left_alone():
 
 
 def test_a_trainable_part_that_the_loss_does_not_reach_is_refused(start, tmp_path):
-    ctx = start("mllm", trainable=("model.language.*", "model.tokenizer.encoder.*"))  # f_v comes from a cache here
-    before = {name: value.clone() for name, value in ctx.modules.state_dict().items()}
+    begun = start("mllm", trainable=("model.language.*", "model.tokenizer.encoder.*"))  # f_v comes from a cache here
+    before = {name: value.clone() for name, value in begun.modules.state_dict().items()}
     with pytest.raises(InputError, match=r"mllm: 'model.tokenizer.encoder.\*' is trainable, but its loss does not"):
-        run_stage(ctx, tmp_path, resume=False)
-    assert same(before, ctx.modules.state_dict())
+        go(begun, tmp_path)
+    assert same(before, begun.modules.state_dict())
 
 
 def test_an_alignment_head_may_rest_where_alignment_is_off_and_nowhere_else(start, tmp_path, tiny_run):
     nobody = replace(tiny_run.recipe, alignment=AlignmentConfig(teacher="none"))
-    assert run_stage(start("unified-2", recipe=nobody, steps=1), tmp_path, resume=False)
-    assert run_stage(start("unified-2", losses=LossWeights(), steps=1), tmp_path, resume=False)
+    assert go(start("unified-2", recipe=nobody, steps=1), tmp_path)
+    assert go(start("unified-2", align=0.0, steps=1), tmp_path)
     with pytest.raises(InputError, match="alignment_head"):
-        run_stage(start("mllm", trainable=("model.language.*", "alignment_head.*")), tmp_path, resume=False)
-
-
-def test_an_adversary_that_does_not_train_is_refused(start):
-    with pytest.raises(InputError, match="discriminator"):
-        start("tokenizer-2", losses=LossWeights(mse=1.0, gan=0.1))
+        go(start("mllm", trainable=("model.language.*", "alignment_head.*")), tmp_path)
 
 
 # ---- a loss that is not finite ---------------------------------------------------------------------------------------
@@ -340,28 +377,28 @@ def test_a_non_finite_number_stops_before_the_optimizer_and_leaves_the_saved_sta
     start, tmp_path, tiny_run, monkeypatch, where
 ):
     often = replace(tiny_run.recipe, save_minutes=0.0)
-    whole = STEPS["encoder"]
+    whole = DenseTaggingObjective.__call__
 
-    def planted(ctx, batch, step):
-        terms = whole(ctx, batch, step)
-        if step == 2:
+    def planted(objective, ctx, batch):
+        terms = whole(objective, ctx, batch)
+        if ctx.step == 2:
             weight = ctx.modules.dense_head.coverage.weight
             poison = torch.full((), math.nan) if where == "loss" else (weight * 0).sum().sqrt()
             terms["loss"] = terms["loss"] + poison
         return terms
 
     with monkeypatch.context() as patch:
-        patch.setitem(STEPS, "encoder", planted)
-        ctx = start("encoder", recipe=often, steps=4)
+        patch.setattr(DenseTaggingObjective, "__call__", planted)
+        begun = start("encoder", recipe=often, steps=4)
         with pytest.raises(NonFiniteLoss, match="stage encoder, step 2: .*shape"):
-            run_stage(ctx, tmp_path, resume=False)
+            go(begun, tmp_path)
     folder = tmp_path / "encoder" / "state"
     assert read_train_state(folder).step == 2
-    assert same(load_group(folder, "modules"), ctx.modules.state_dict())
+    assert same(load_group(folder, "modules"), begun.modules.state_dict())
     assert all(torch.isfinite(value).all() for value in load_group(folder, "modules").values())
 
-    assert run_stage(start("encoder", steps=4), tmp_path, resume=True)
-    assert run_stage(start("encoder", steps=4), tmp_path / "other", resume=False)
+    assert go(start("encoder", steps=4), tmp_path, resume=True)
+    assert go(start("encoder", steps=4), tmp_path / "other")
     ends = [load_group(run / "encoder" / "done", "modules") for run in (tmp_path, tmp_path / "other")]
     assert same(*ends)
 
@@ -372,7 +409,7 @@ def test_a_non_finite_number_stops_before_the_optimizer_and_leaves_the_saved_sta
 @pytest.fixture
 def stopped(start, tmp_path):
     """A run stopped in the middle of a stage with an average, and its saved state."""
-    run_stage(start("dit", steps=4), tmp_path, resume=False, report=interrupt(1))
+    go(start("dit", steps=4), tmp_path, report=interrupt(1))
     return tmp_path, tmp_path / "dit" / "state"
 
 
@@ -409,14 +446,14 @@ def test_a_damaged_state_is_refused_in_words(start, stopped, damage, message):
     run, folder = stopped
     damage(folder)
     with pytest.raises(InputError, match=message):
-        run_stage(start("dit", steps=4), run, resume=True)
+        go(start("dit", steps=4), run, resume=True)
 
 
 def test_a_save_that_was_cut_between_its_two_renames_is_resumed(start, stopped):
     run, folder = stopped
     folder.rename(folder.with_name("state.old"))
     seen = []
-    assert run_stage(start("dit", steps=4), run, resume=True, report=lambda s, step, *_: seen.append(step))
+    assert go(start("dit", steps=4), run, resume=True, report=lambda s, step, *_: seen.append(step))
     assert seen == [2, 3]
 
 
@@ -470,17 +507,17 @@ def test_the_curves_are_in_tensorboard_too(tiny_run):
 
 
 def test_steps_between_are_not_logged_but_the_last_is(start, tmp_path, tiny_run):
-    ctx = start("encoder", recipe=replace(tiny_run.recipe, log_every=3), steps=6)
-    run_stage(ctx, tmp_path, resume=False)
+    begun = start("encoder", recipe=replace(tiny_run.recipe, log_every=3), steps=6)
+    go(begun, tmp_path)
     assert [row["step"] for row in lines(tmp_path)] == [0, 3, 5]
 
 
 def test_the_seconds_go_on_where_a_resumed_stage_stopped(start, tmp_path):
-    run_stage(start("encoder", steps=4), tmp_path, resume=False, report=interrupt(1))
+    go(start("encoder", steps=4), tmp_path, report=interrupt(1))
     folder = tmp_path / "encoder" / "state"
     meta = json.loads((folder / "meta.json").read_text())
     (folder / "meta.json").write_text(json.dumps({**meta, "seconds": 1000.0}))
-    run_stage(start("encoder", steps=4), tmp_path, resume=True)
+    go(start("encoder", steps=4), tmp_path, resume=True)
     assert [row["step"] for row in lines(tmp_path)] == [0, 1, 2, 3]
     assert [row["seconds"] > 1000 for row in lines(tmp_path)] == [False, False, True, True]
     assert json.loads((tmp_path / "encoder" / "done" / "meta.json").read_text())["seconds"] > 1000
@@ -491,16 +528,16 @@ def test_after_a_crash_each_step_is_logged_once(start, tmp_path):
         if step == 3:
             raise MemoryError
 
-    run_stage(start("encoder", steps=5), tmp_path, resume=False, report=interrupt(1))
+    go(start("encoder", steps=5), tmp_path, report=interrupt(1))
     with pytest.raises(MemoryError):
-        run_stage(start("encoder", steps=5), tmp_path, resume=True, report=crash)
-    run_stage(start("encoder", steps=5), tmp_path, resume=True)
+        go(start("encoder", steps=5), tmp_path, resume=True, report=crash)
+    go(start("encoder", steps=5), tmp_path, resume=True)
     assert [row["step"] for row in lines(tmp_path)] == [0, 1, 2, 3, 4]
 
 
 def test_a_run_without_tensorboard_keeps_its_lines(start, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
-    run_stage(start("encoder", steps=1), tmp_path, resume=False)
+    go(start("encoder", steps=1), tmp_path)
     assert len(lines(tmp_path)) == 1 and not (tmp_path / "tensorboard").exists()
 
 

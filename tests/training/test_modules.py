@@ -1,4 +1,5 @@
-"""The modules: the autoencoder's latents lie on the tokens' grid, whatever the two strides are."""
+"""The modules: the autoencoder's latents lie on the tokens' grid, whatever the two strides are; the heads are those of
+the objectives, and a seed means the same weights whatever the order of the stages."""
 
 from dataclasses import replace
 
@@ -9,14 +10,15 @@ import torch.nn.functional as F
 from spar.models.config import AutoencoderConfig
 from spar.recipes import recipe
 from spar.training.checkpoint import load_group
-from spar.training.config import Recipe
-from spar.training.modules import TrainingModules
+from spar.training.initial_weights import random_modules
+from spar.training.modules import AlignmentHead, TrainingModules
+from spar.training.systems.spar import SparRecipe
 from spar.training.trainer import train
 
 TINY = recipe("tiny")
 
 
-def with_stride(stride: int) -> Recipe:
+def with_stride(stride: int) -> SparRecipe:
     """`tiny` with an autoencoder of another stride; its tokens' is 8."""
     stages = {8: 4, 16: 5}[stride]
     autoencoder = AutoencoderConfig(
@@ -39,7 +41,7 @@ def modules(request) -> TrainingModules:
     assert (config.model.token_stride, config.model.autoencoder.stride) == (8, request.param)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return TrainingModules(config).eval().requires_grad_(False)
+        return TrainingModules(config, {}).eval().requires_grad_(False)
 
 
 def pixels(height: int = 64, width: int = 64) -> torch.Tensor:
@@ -77,3 +79,55 @@ def test_a_run_whose_strides_differ_binds_the_streams_to_the_native_latents(tmp_
     bound = [values["native"] for stage, values in rows if stage == "tokenizer-1"]
     assert sum(bound[-5:]) < 0.9 * sum(bound[:5])
     assert float(load_group(tmp_path / "run" / "autoencoder" / "done", "modules")["native_scale"]) != 1
+
+
+# ---- heads and teachers ----------------------------------------------------------------------------------------------
+
+
+EVERYWHERE = {"model", "pixel_encoder"}
+
+
+@pytest.mark.parametrize(
+    ("stages", "heads"),
+    [
+        (("encoder",), {"dense_head"}),
+        (("mllm",), {"dense_head"}),  # its words begin at the read-outs
+        (("mllm-2", "autoencoder", "dit", "tokenizer-1", "tokenizer-2"), set()),
+        (("tokenizer-3",), {"discriminator", "lecam", "teacher"}),
+        (("unified-1", "unified-2"), {"alignment_head"}),
+        (tuple(stage.name for stage in TINY.stages),
+         {"dense_head", "discriminator", "lecam", "teacher", "alignment_head"}),
+    ],
+)  # fmt: skip
+def test_training_holds_the_heads_of_its_objectives_and_no_others(stages, heads):
+    with torch.device("meta"):
+        modules = TrainingModules(replace(TINY, stages=tuple(TINY.stage(name) for name in stages)), {})
+    assert {name for name, _ in modules.named_children()} == EVERYWHERE | heads
+
+
+def test_a_teacher_from_outside_sets_the_width_that_is_aligned():
+    class Wide:
+        def width(self):
+            return 48
+
+    with torch.device("meta"):
+        modules = TrainingModules(TINY, {"external_teacher": Wide()})
+    assert modules.teacher_mean.shape == (48,) and modules.alignment_head.layers[-1].out_features == 48
+    assert isinstance(modules.alignment_head, AlignmentHead)
+
+
+def test_a_seed_means_the_same_weights_whatever_the_order_of_the_stages():
+    plain, turned, other = (
+        random_modules(one, "cpu", {}).state_dict()
+        for one in (TINY, replace(TINY, stages=TINY.stages[::-1]), replace(TINY, seed=1))
+    )
+    assert plain.keys() == turned.keys() and all(torch.equal(plain[name], turned[name]) for name in plain)
+    head = "alignment_head.layers.0.weight"
+    assert not torch.equal(plain[head], other[head])
+
+
+def test_the_semantic_teacher_has_the_encoders_form_and_shares_none_of_its_weights():
+    modules = random_modules(TINY, "cpu", {})
+    encoder, teacher = modules.model.tokenizer.encoder, modules.teacher
+    for (name, own), (_, copied) in zip(encoder.named_parameters(), teacher.named_parameters(), strict=True):
+        assert own.shape == copied.shape and own.data_ptr() != copied.data_ptr(), name

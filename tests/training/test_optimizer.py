@@ -9,9 +9,12 @@ from torch import Tensor, nn
 from spar.recipes import RECIPES, recipe
 from spar.training.config import StageConfig, freeze
 from spar.training.modules import TrainingModules
+from spar.training.objectives.autoencoder import AutoencoderObjective
 from spar.training.optimizer import ADAMW_RMS, MOMENTUM, Muon, build_optimizers, orthogonalize
 
-EVERYTHING = StageConfig("s", "mllm", ("*",), steps=1, warmup=0, optimizer="muon", weight_decay=0.1)
+EVERYTHING = StageConfig(
+    "s", AutoencoderObjective(), ("*",), steps=1, warmup=0, optimizer="muon", weight_decay=0.1
+)  # fmt: skip
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -115,7 +118,7 @@ def names_of(module: nn.Module, stage: StageConfig) -> tuple[set[str], set[str]]
 @pytest.fixture(scope="module")
 def modules() -> dict[str, TrainingModules]:
     with torch.device("meta"):
-        return {name: TrainingModules(recipe(name)) for name in RECIPES}
+        return {name: TrainingModules(recipe(name), {}) for name in RECIPES}
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

@@ -10,9 +10,9 @@ from transformers import ConvNextConfig, ConvNextForImageClassification
 from spar.common.errors import InputError
 from spar.losses.perceptual import FeatureLoss
 from spar.recipes import recipe
-from spar.training import steps
-from spar.training.config import PerceptualConfig
-from spar.training.teacher import build_perceptual_losses
+from spar.training.objectives import tokenizer
+from spar.training.systems.spar import PerceptualConfig
+from spar.training.teacher import perceptual_networks
 from spar.training.trainer import train
 
 
@@ -27,17 +27,18 @@ def classifier(tmp_path_factory) -> str:
 
 
 def test_the_term_is_the_weighted_sum_of_what_the_networks_see(start, classifier):
-    ctx = start("tokenizer-2")
+    ctx = start("tokenizer-2").ctx
     pictures = torch.rand(2, 2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     own = FeatureLoss(ctx.modules.pixel_encoder.features)(*pictures)
     config = PerceptualConfig(autoencoder=2.0, convnext=0.5, classifier=classifier)
-    (weight, network), = build_perceptual_losses(config)
-    assert weight == 0.5
-    ctx.recipe, ctx.perceptual = replace(ctx.recipe, perceptual=config), ((weight, network),)
+    (name, load), = perceptual_networks(config).items()
+    assert name == "convnext"
+    network = load()
+    ctx = replace(ctx, recipe=replace(ctx.recipe, perceptual=config), networks={name: network})
     wanted = float(2 * own + 0.5 * network(*pictures))
-    assert float(steps._perceptual(ctx, *pictures)) == pytest.approx(wanted, rel=1e-5)
-    ctx.recipe = replace(ctx.recipe, perceptual=replace(config, autoencoder=0.0))
-    assert float(steps._perceptual(ctx, *pictures)) == pytest.approx(0.5 * float(network(*pictures)), rel=1e-5)
+    assert float(tokenizer._perceptual(ctx, *pictures)) == pytest.approx(wanted, rel=1e-5)
+    ctx = replace(ctx, recipe=replace(ctx.recipe, perceptual=replace(config, autoencoder=0.0)))
+    assert float(tokenizer._perceptual(ctx, *pictures)) == pytest.approx(0.5 * float(network(*pictures)), rel=1e-5)
 
 
 def test_a_tokenizer_stage_trains_with_convnext_in_place_of_the_autoencoder(tiny_run, classifier, tmp_path):

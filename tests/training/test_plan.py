@@ -13,7 +13,19 @@ from spar.common.config import read_json, write_json
 from spar.common.errors import InputError
 from spar.recipes import recipe
 from spar.training.checkpoint import load_group
-from spar.training.plan import InitFolder, RunStatus, StageStart, read_init_folder, read_run, resolve
+from spar.training.files_data import FilesData
+from spar.training.objectives.next_token import NextTokenObjective
+from spar.training.objectives.tokenizer import TokenizerObjective
+from spar.training.plan import (
+    InitFolder,
+    Origin,
+    RunStatus,
+    StageStart,
+    preparations,
+    read_init_folder,
+    read_run,
+    resolve,
+)
 from spar.training.trainer import train
 
 TINY = recipe("tiny")
@@ -21,7 +33,7 @@ NAMES = [stage.name for stage in TINY.stages]
 RUN = Path("runs/tiny")
 MODEL = InitFolder(Path("model"), is_model=True)
 BUILT = InitFolder(
-    Path("built"), is_model=True, pixel_encoder=True,
+    Path("built"), is_model=True, holds=frozenset({"pixel_encoder"}),
     parts={"tokenizer.semantic_stream": "random weights of seed 0", "language": "mllm"},
 )  # fmt: skip
 
@@ -72,13 +84,39 @@ def test_a_run_that_has_begun_ignores_the_folder_that_it_started_from():
     assert begun.stages[0].start.source == "state" and begun.init_from is None
 
 
+def test_a_plan_that_is_only_shown_may_lack_data_and_published_weights():
+    full = recipe("spar-1b")
+    with pytest.raises(InputError, match="no data source given"):
+        resolve(full, RunStatus(RUN))
+    with pytest.raises(InputError, match="model.denoiser, pixel_encoder would start from random weights"):
+        resolve(replace(full, data=FilesData(sets=("a.tar",))), RunStatus(RUN))
+    found = resolve(full, RunStatus(RUN), only_shown=True)
+    assert [one.config for one in found.stages] == [*full.stages] and found.stages[0].start == StageStart("random")
+    with pytest.raises(InputError, match="data.source files has .* nothing for encoder"):  # data that do not suit
+        resolve(replace(TINY, data=FilesData(sets=("a.tar",))), RunStatus(RUN), only_shown=True)
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------
+
+
+def test_words_begin_at_the_tags_where_the_objective_says_so_but_a_model_knows_its_words():
+    stage = TINY.stage("mllm")
+    before = Origin(before=TINY.stage("encoder"))
+    assert preparations(TINY, stage, StageStart("stage", RUN), before) == ("tag embeddings",)
+    plain = replace(stage, objective=NextTokenObjective())
+    assert preparations(TINY, plain, StageStart("stage", RUN), before) == ()
+    assert plan("mllm", init=MODEL).stages[0].prepares == ()
+    assert preparations(TINY, stage, StageStart("state", RUN, 2), before) == ()  # the state has them
+
+
 # ---- the semantic teacher --------------------------------------------------------------------------------------------
 
 
 def test_the_teacher_is_taken_before_the_first_tokenizer_stage_alone():
     """Copied at every semantic stage, it would drift with the encoder that it is to hold."""
     stages = tuple(
-        replace(s, losses=replace(s.losses, semantic=1.0)) if s.step == "tokenizer" else s for s in TINY.stages
+        replace(s, objective=replace(s.objective, semantic=1.0)) if isinstance(s.objective, TokenizerObjective) else s
+        for s in TINY.stages
     )
     found = resolve(replace(TINY, stages=stages), RunStatus(RUN))
     taken = [one.config.name for one in found.stages if "teacher from encoder" in one.prepares]
@@ -117,30 +155,31 @@ def test_a_model_keeps_its_teacher_in_a_file_of_its_own(tiny_run):
 
 
 def test_a_folder_with_a_teacher_gives_it_and_one_without_says_so():
-    with_one = replace(MODEL, teacher=True, pixel_encoder=True)
+    with_one = replace(MODEL, holds=frozenset({"teacher", "pixel_encoder"}))
     found = plan("tokenizer-3", init=with_one).stages[0]
     assert found.prepares == ("teacher from folder",) and found.teacher_folder == with_one.path
-    without = replace(MODEL, pixel_encoder=True)
+    without = replace(MODEL, holds=frozenset({"pixel_encoder"}))
     with pytest.raises(InputError, match="model keeps no semantic teacher .*--teacher FOLDER"):
         plan("tokenizer-3", init=without)
     named = plan("tokenizer-3", init=without, teacher=Path("built")).stages[0]
     assert named.prepares == ("teacher from folder",) and named.teacher_folder == Path("built")
     assert plan("tokenizer-3", init=BUILT).stages[0].prepares == ("teacher from encoder",)
-    dit = InitFolder(Path("dit/done"), is_model=False, step="dit")
+    dit = InitFolder(Path("dit/done"), is_model=False, kind="dit")
     assert plan("tokenizer-3", init=dit).stages[0].prepares == ("teacher from encoder",)
-    tokenizer = replace(dit, step="tokenizer")
-    assert plan("tokenizer-3", init=replace(tokenizer, teacher=True)).stages[0].prepares == ()
+    tokenizer = replace(dit, kind="tokenizer")
+    kept = replace(tokenizer, holds=frozenset({"teacher"}))
+    assert plan("tokenizer-3", init=kept).stages[0].prepares == ()
     with pytest.raises(InputError, match="keeps no semantic teacher"):  # of a recipe whose stages read none
         plan("tokenizer-3", init=tokenizer)
 
 
 def test_a_stages_end_says_whether_it_holds_a_teacher(tiny_run, tmp_path):
-    assert read_init_folder(tiny_run.path / "tokenizer-3" / "done").teacher
+    assert "teacher" in read_init_folder(TINY, tiny_run.path / "tokenizer-3" / "done").holds
     tensors = load_group(tiny_run.path / "tokenizer-3" / "done", "modules")
     save_file({k: v for k, v in tensors.items() if not k.startswith("teacher.")}, tmp_path / "modules.safetensors")
-    write_json(tmp_path / "meta.json", {"config": {"step": "tokenizer"}})
-    found = read_init_folder(tmp_path)
-    assert (found.teacher, found.step, found.is_model) == (False, "tokenizer", False)
+    write_json(tmp_path / "meta.json", {"config": {"objective": {"kind": "tokenizer"}}})
+    found = read_init_folder(TINY, tmp_path)
+    assert ("teacher" in found.holds, found.kind, found.is_model) == (False, "tokenizer", False)
 
 
 def test_training_takes_the_teacher_that_is_named(tiny_run, tmp_path):
@@ -166,10 +205,10 @@ def test_a_trained_connector_is_not_overwritten_by_the_llms_layers(tiny_run, tmp
     for name, value in load_model(model).model.connector.state_dict().items():
         assert torch.allclose(ours[f"model.connector.{name}"], value, atol=1e-6), name
     assert plan("unified-1", init=MODEL).stages[0].prepares == ()
-    trained = InitFolder(Path("unified-2/done"), is_model=False, step="unified")
+    trained = InitFolder(Path("unified-2/done"), is_model=False, kind="unified")
     assert plan("unified-1", init=trained).stages[0].prepares == ()
-    for step in ("tokenizer", "dit"):
-        fresh = replace(trained, step=step)
+    for kind in ("tokenizer", "dit"):
+        fresh = replace(trained, kind=kind)
         assert plan("unified-1", init=fresh).stages[0].prepares == ("connector from LLM",)
 
 
@@ -184,7 +223,7 @@ def test_a_unified_stage_does_not_start_on_a_tokenizer_of_random_streams(tiny_ru
     bundle = load_model(tiny_run.path / "model")
     save_model(bundle, tmp_path / "built")
     write_json(tmp_path / "built" / "manifest.json", {"parts": dict(BUILT.parts)})
-    assert read_init_folder(tmp_path / "built").random_streams == ("tokenizer.semantic_stream",)
+    assert read_init_folder(TINY, tmp_path / "built").random_streams == ("tokenizer.semantic_stream",)
     with pytest.raises(InputError, match="is not trained yet"):
         train(TINY, tmp_path / "run", stages=("unified-1",), init_from=tmp_path / "built")
     assert not (tmp_path / "run").exists()
@@ -196,7 +235,7 @@ def test_a_converted_tokenizer_serves_a_unified_stage_though_its_pixel_stream_is
         "tokenizer.semantic_stream": "unilip", "tokenizer.pixel_stream": "random weights of seed 0",
         "tokenizer.fusion": "passes the semantic stream on: its learned part starts at zero",
     }  # fmt: skip
-    converted = replace(MODEL, parts=parts, pixel_encoder=True)
+    converted = replace(MODEL, parts=parts, holds=frozenset({"pixel_encoder"}))
     assert plan("unified-1", init=converted).stages[0].prepares == ()
     assert plan("tokenizer-3", init=converted).stages[0].prepares == ("teacher from encoder",)
 
@@ -215,7 +254,7 @@ def test_a_folder_that_is_neither_a_model_nor_a_stages_end_is_refused(tmp_path):
 def test_looking_at_a_run_reads_it_and_writes_nothing(tiny_run):
     before = sorted(tiny_run.path.rglob("*"))
     status = read_run(TINY, tiny_run.path, tiny_run.path / "model")
-    assert list(status.done) == NAMES and not status.states and status.init and status.init.teacher
+    assert list(status.done) == NAMES and not status.states and status.init and "teacher" in status.init.holds
     assert sorted(tiny_run.path.rglob("*")) == before
     assert all(one.skipped for one in resolve(TINY, status, resume=True).stages)
 

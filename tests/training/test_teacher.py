@@ -25,16 +25,14 @@ from transformers import (
 
 from spar.common.config import from_dict, read_json
 from spar.common.errors import InputError
-from spar.processing.prompts import PromptEncoder
-from spar.recipes import recipe
-from spar.training.bundle import load_stage_model
+from spar.recipes import REGISTRY, recipe
+from spar.recipes.shapes.data import ShapesTrainingData
 from spar.training.checkpoint import load_group
-from spar.training.config import AlignmentConfig, Recipe
-from spar.training.estimate import summarize
-from spar.training.shapes_data import ShapesTrainingData
-from spar.training.teacher import load_teacher
+from spar.training.config import Recipe
+from spar.training.estimate import HardwareConfig, estimate
+from spar.training.systems.spar import AlignmentConfig, load_stage_model
+from spar.training.teacher import load_external_teacher
 from spar.training.trainer import train
-from spar.worlds.shapes.tokenizer import build_tokenizer
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
@@ -77,7 +75,7 @@ def pixels(side: int, count: int = 2) -> Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_features_are_the_librarys_patch_tokens_in_row_major_order(tmp_path, kind):
-    model, teacher = save(kind, tmp_path), load_teacher(str(tmp_path))
+    model, teacher = save(kind, tmp_path), load_external_teacher(str(tmp_path))
     image = pixels(128 if kind == "convnext" else 32)
     features, grid = teacher(image)
     with torch.no_grad():
@@ -89,7 +87,7 @@ def test_features_are_the_librarys_patch_tokens_in_row_major_order(tmp_path, kin
 
 def test_pictures_are_resized_to_the_encoders_side(tmp_path):
     save("vit", tmp_path)
-    teacher, small = load_teacher(str(tmp_path)), pixels(32)
+    teacher, small = load_external_teacher(str(tmp_path)), pixels(32)
     large = small.repeat_interleave(2, 2).repeat_interleave(2, 3)
     assert teacher(large)[1] == (4, 4)
     apart = (teacher(large)[0] - teacher(small)[0]).norm(), (teacher(small.roll(1, 0))[0] - teacher(small)[0]).norm()
@@ -98,19 +96,19 @@ def test_pictures_are_resized_to_the_encoders_side(tmp_path):
 
 def test_the_normalisation_is_that_of_its_own_image_processor(tmp_path):
     save("vit", tmp_path)
-    plain = load_teacher(str(tmp_path))
+    plain = load_external_teacher(str(tmp_path))
     ViTImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.6, 0.7]).save_pretrained(tmp_path)
-    own = load_teacher(str(tmp_path))
+    own = load_external_teacher(str(tmp_path))
     assert torch.allclose(plain.mean, MEAN) and torch.allclose(plain.std, STD)  # ImageNet's, where none is given
     assert own.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
     assert own.std.flatten().tolist() == pytest.approx([0.5, 0.6, 0.7])
     ViTImageProcessor(do_normalize=False).save_pretrained(tmp_path)
-    assert not load_teacher(str(tmp_path)).mean.any()
+    assert not load_external_teacher(str(tmp_path)).mean.any()
 
 
 def test_it_is_frozen_and_gives_no_gradient(tmp_path):
     save("dinov2", tmp_path)
-    teacher = load_teacher(str(tmp_path))
+    teacher = load_external_teacher(str(tmp_path))
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
     assert not teacher(pixels(32).requires_grad_())[0].requires_grad
 
@@ -120,7 +118,7 @@ def test_it_is_frozen_and_gives_no_gradient(tmp_path):
 
 def refused(folder: Path, reason: str = "") -> None:
     with pytest.raises(InputError, match=f"alignment.external: expected the folder or Hub id .*{reason}"):
-        load_teacher(str(folder))
+        load_external_teacher(str(folder))
 
 
 def test_what_is_no_whole_image_encoder_in_safetensors_is_refused(tmp_path):
@@ -153,12 +151,12 @@ def test_code_that_comes_with_a_model_never_runs(tmp_path):
 @pytest.mark.parametrize("sizes", [{"image_size": (32, 64)}, {"patch_size": (8, 4)}])
 def test_a_grid_that_is_not_square_is_refused(tmp_path, sizes):
     ViTModel(ViTConfig(**{**SIZES, **sizes})).save_pretrained(tmp_path)
-    refused(tmp_path, "expected square pictures and patches")
+    refused(tmp_path, "expected square images and patches")
 
 
 def test_tokens_without_a_known_grid_are_refused(tmp_path):
     save("vit", tmp_path)
-    teacher = load_teacher(str(tmp_path))
+    teacher = load_external_teacher(str(tmp_path))
     teacher.network.config.patch_size = 16
     with pytest.raises(InputError, match="expected patch tokens on a square grid, got 17 tokens .* 2 x 2"):
         teacher(pixels(32))
@@ -185,14 +183,14 @@ def test_a_run_from_another_runs_tokenizer_aligns_with_it(tiny_run, tmp_path, ki
     assert len(aligned) == 3 and all(-1 <= values["cosine_centered"] <= 1 for values in aligned)
     assert all("cosine_plain" in values for values in aligned)
     done, selfs = (load_group(path / "unified-2" / "done", "modules") for path in (run, tiny_run.path))
-    teacher = load_teacher(str(tmp_path / "encoder"))
-    training_data = ShapesTrainingData(config.data, PromptEncoder(build_tokenizer(), 64), config.seed, run / "cache")
+    teacher = load_external_teacher(str(tmp_path / "encoder"))
+    training_data = ShapesTrainingData(config.data, config.model.grid, config.seed, run / "cache")
     features = teacher(training_data.pixels(range(24)))[0]
     torch.testing.assert_close(done["teacher_mean"], features.mean((0, 1)), rtol=0.05, atol=0.02)  # bfloat16 there
     assert not torch.allclose(done["teacher_mean"], selfs["teacher_mean"], atol=0.1)
     assert not torch.equal(done["alignment_head.layers.4.weight"], selfs["alignment_head.layers.4.weight"])
     assert before == {path: path.read_bytes() for path in (tmp_path / "encoder").iterdir()}
-    assert from_dict(Recipe, read_json(run / "recipe.json"), complete=True) == config
+    assert from_dict(Recipe, read_json(run / "recipe.json"), complete=True, registry=REGISTRY) == config
 
 
 def test_a_teacher_of_another_width_sets_that_of_the_head(tiny_run, tmp_path):
@@ -204,13 +202,13 @@ def test_a_teacher_of_another_width_sets_that_of_the_head(tiny_run, tmp_path):
     done = load_group(run / "unified-2" / "done", "modules")
     assert done["alignment_head.layers.4.weight"].shape[0] == len(done["teacher_mean"]) == 24
     assert done["teacher_mean"].any()
-    assert load_stage_model(run, "unified-2").model.config == config.model  # without the teacher at hand
-    wide, narrow = (summarize(c, ("unified-2",))[0] for c in (recipe("tiny"), config))
+    assert load_stage_model(run, REGISTRY, "unified-2").model.config == config.model  # without the teacher at hand
+    wide, narrow = (estimate(c, HardwareConfig(), ("unified-2",))[0] for c in (recipe("tiny"), config))
     assert wide.trainable - narrow.trainable == 8 * 257
 
 
 def test_a_teacher_that_is_not_there_is_refused_before_anything_is_made(tmp_path):
-    for refuse in (lambda c: train(c, tmp_path / "run"), summarize):
+    for refuse in (lambda c: train(c, tmp_path / "run"), lambda c: estimate(c, HardwareConfig())):
         with pytest.raises(InputError, match="alignment.external: expected the folder or Hub id"):
             refuse(outside(tmp_path / "nothing"))
     assert not (tmp_path / "run").exists()

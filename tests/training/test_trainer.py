@@ -14,14 +14,19 @@ from spar.checkpoints.spar_format import load_model
 from spar.common.config import from_dict, read_json, to_dict, write_json
 from spar.common.errors import InputError
 from spar.processing.prompts import PromptEncoder
-from spar.recipes import recipe
+from spar.recipes import REGISTRY, recipe
+from spar.recipes.shapes.dense_tagging import TAG_NAMES
 from spar.training import bundle
 from spar.training import trainer as module
 from spar.training.checkpoint import load_group
-from spar.training.config import AlignmentConfig, Recipe
-from spar.training.modules import build_modules
+from spar.training.config import Recipe
+from spar.training.initial_weights import random_modules
+from spar.training.objectives.next_token import NextTokenObjective
+from spar.training.objectives.tokenizer import TokenizerObjective
+from spar.training.objectives.unified import UnifiedObjective
 from spar.training.run_folder import open_run, read_recipe
-from spar.training.trainer import TAG_NAMES, train
+from spar.training.systems.spar import AlignmentConfig, load_stage_model
+from spar.training.trainer import train
 from spar.worlds.shapes.tokenizer import PLURALS, build_tokenizer
 
 TINY = recipe("tiny")
@@ -49,7 +54,7 @@ def half(tiny_run, tmp_path):
 
 
 def test_the_folder_says_which_recipe_it_holds(tiny_run):
-    assert from_dict(Recipe, read_json(tiny_run.path / "recipe.json"), complete=True) == TINY
+    assert from_dict(Recipe, read_json(tiny_run.path / "recipe.json"), complete=True, registry=REGISTRY) == TINY
     assert {p.name for p in tiny_run.path.iterdir() if p.is_dir()} == {
         *(stage.name for stage in TINY.stages), "cache", "model", "tensorboard"
     }
@@ -59,11 +64,11 @@ def test_the_folder_says_which_recipe_it_holds(tiny_run):
 def test_a_recipe_may_leave_out_no_field(tmp_path):
     values = to_dict(TINY)
     write_json(tmp_path / "recipe.json", values)
-    assert read_recipe(tmp_path / "recipe.json") == TINY
+    assert read_recipe(tmp_path / "recipe.json", REGISTRY) == TINY
     del values["seed"]
     write_json(tmp_path / "recipe.json", values)
     with pytest.raises(InputError, match="missing field seed"):
-        read_recipe(tmp_path / "recipe.json")
+        read_recipe(tmp_path / "recipe.json", REGISTRY)
 
 
 @pytest.mark.parametrize("fresh", [True, False])
@@ -120,22 +125,20 @@ def test_a_stage_whose_start_is_missing_is_refused(tmp_path):
 def test_a_tokenizer_with_more_words_than_the_model_is_refused():
     small = replace(TINY, model=replace(TINY.model, text=replace(TINY.model.text, vocab_size=32)))
     with pytest.raises(InputError, match=r"text.vocab_size: expected at least \d+ for this tokenizer, got 32"):
-        build_modules(small, torch.device("cpu"), PromptEncoder(build_tokenizer(), 64))
+        small.prompts(build_tokenizer())
 
 
 def test_the_seed_decides_the_first_weights():
-    prompts, cpu = PromptEncoder(build_tokenizer(), 64), torch.device("cpu")
-    one, two, three = (build_modules(replace(TINY, seed=s), cpu, prompts).model.state_dict() for s in (0, 0, 1))
+    one, two, three = (random_modules(replace(TINY, seed=s), "cpu", {}).model.state_dict() for s in (0, 0, 1))
     for name in ("language.network.embed_tokens.weight", "router.gate.0.weight", "connector.projection.weight"):
         assert torch.equal(one[name], two[name]) and not torch.equal(one[name], three[name])
 
 
 def test_the_seed_decides_every_first_weight():
-    prompts, cpu = PromptEncoder(build_tokenizer(), 64), torch.device("cpu")
     torch.manual_seed(1)
-    one = build_modules(TINY, cpu, prompts).state_dict()
+    one = random_modules(TINY, "cpu", {}).state_dict()
     torch.manual_seed(2)
-    two = build_modules(TINY, cpu, prompts).state_dict()
+    two = random_modules(TINY, "cpu", {}).state_dict()
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
 
 
@@ -292,7 +295,8 @@ def test_a_run_that_has_begun_is_resumed_wherever_it_was_to_begin(tiny_run, half
 
 def test_what_no_stage_trains_and_what_is_published_must_fit(tiny_run, tmp_path):
     """A tokenizer's end with a smaller LLM must not leave a frozen one at random, nor a published DiT."""
-    few = replace(TINY, stages=tuple(s for s in TINY.stages if s.step in ("tokenizer", "unified")))
+    kinds = TokenizerObjective | UnifiedObjective
+    few = replace(TINY, stages=tuple(s for s in TINY.stages if isinstance(s.objective, kinds)))
     deeper = replace(few, model=replace(few.model, text=replace(few.model.text, layers=6)))
     stages = {"stages": ("unified-1",), "init_from": tiny_run.path / "tokenizer-3" / "done"}
     with pytest.raises(InputError, match="does not fit this model: .* missing .model.language.network.layers"):
@@ -345,7 +349,7 @@ def test_words_begin_at_the_tags_read_outs(start, tiny_run):
                 assert float(cosine) == pytest.approx(1, abs=1e-4), word
     sizes = table.norm(dim=-1)
     assert float(sizes.max()) < 2 * float(sizes.mean())
-    random = start("mllm", recipe=replace(tiny_run.recipe, word_embeddings="random"))
+    random = start("mllm", objective=NextTokenObjective())
     token = prompts.encode("red")[0]
     assert not torch.equal(random.modules.model.language.network.embed_tokens.weight[token], table[token])
 
@@ -358,7 +362,7 @@ def test_the_model_folder_is_the_trained_model_and_says_how_it_was_made(tiny_run
     assert same(loaded.model.state_dict(), tiny_run.model.state_dict())
     manifest = loaded.manifest
     assert (manifest["recipe"], manifest["seed"]) == ("tiny", 0)
-    assert from_dict(Recipe, manifest["resolved_recipe"]) == TINY
+    assert from_dict(Recipe, manifest["resolved_recipe"], registry=REGISTRY) == TINY
     assert {name: row["steps"] for name, row in manifest["stages"].items()} == {s.name: 3 for s in TINY.stages}
     assert all(row["seconds"] > 0 for row in manifest["stages"].values())
     assert manifest["versions"]["torch"] == torch.__version__ and manifest["machine"]["cores"] >= 1
@@ -367,26 +371,26 @@ def test_the_model_folder_is_the_trained_model_and_says_how_it_was_made(tiny_run
 @pytest.mark.parametrize("stage", [None, "dit", "tokenizer-3"])
 def test_the_model_of_any_finished_stage_can_be_had(tiny_run, stage):
     saved = weights(tiny_run.path, stage or "unified-3")
-    loaded = bundle.load_stage_model(tiny_run.path, stage)
+    loaded = load_stage_model(tiny_run.path, REGISTRY, stage)
     assert all(torch.equal(value, saved[f"model.{name}"]) for name, value in loaded.model.state_dict().items())
     assert not loaded.model.training
 
 
 def test_the_manifest_tells_only_of_the_stages_that_made_the_model(tiny_run):
-    stages = bundle.load_stage_model(tiny_run.path, "dit").manifest["stages"]
+    stages = load_stage_model(tiny_run.path, REGISTRY, "dit").manifest["stages"]
     assert list(stages) == ["encoder", "mllm", "mllm-2", "autoencoder", "dit"]
 
 
 def test_the_model_of_a_stage_that_has_not_ended_is_refused(half, tmp_path):
     with pytest.raises(InputError, match="modules.safetensors is missing in .*tokenizer-1"):
-        bundle.load_stage_model(half, "tokenizer-1")
+        load_stage_model(half, REGISTRY, "tokenizer-1")
     with pytest.raises(InputError, match="recipe.json is missing"):
-        bundle.load_stage_model(tmp_path / "nowhere")
+        load_stage_model(tmp_path / "nowhere", REGISTRY)
 
 
 def test_the_flows_settings_become_the_models(tiny_run):
     flow = replace(TINY.flow, sampling_shift=3.0, sampling_steps=7, guidance=2.5, training_shift=1.5)
-    modules = module.build_modules(TINY, torch.device("cpu"), PromptEncoder(build_tokenizer(), 64))
+    modules = random_modules(TINY, "cpu", {})
     loaded = bundle.build_bundle(
         modules, replace(TINY, flow=flow), tiny_run.path, PromptEncoder(build_tokenizer(), 64), "unified-3"
     )
@@ -406,7 +410,7 @@ def test_the_commit_is_the_source_trees_or_unknown(monkeypatch):
 def test_an_external_teacher_is_loaded_or_refused_before_the_run_begins(tmp_path):
     outside = replace(TINY, alignment=AlignmentConfig(teacher="external", external=str(tmp_path / "nothing")))
     with pytest.raises(InputError, match="alignment.external: expected the folder or Hub id of an image encoder"):
-        train(replace(outside, stages=outside.stages[:1]), tmp_path / "run")
+        train(outside, tmp_path / "run", stages=ENCODER_ONLY)  # whose modules are as wide as the teacher
     assert not (tmp_path / "run").exists()
 
 

@@ -162,7 +162,7 @@ def finish(
         "differences": list(lines),
         "stages": {},
     }
-    model, pixel_encoder = (module.eval().requires_grad_(False) for module in (model, pixel_encoder))
+    model, pixel_encoder = model.eval().requires_grad_(False), pixel_encoder.eval().requires_grad_(False)
     return BuiltModel(ModelBundle(model, parts.text_tokenizer, own_sampling, manifest, pixel_encoder), lines)
 
 

@@ -117,7 +117,9 @@ def _named(sources: dict[str, str | None], settings: ForeignConfig) -> dict[str,
     return named
 
 
-def _sizes(config: SparConfig, parts: PublishedParts, files: TensorReader, kind: str, router: str) -> SparConfig:
+def _sizes(
+    config: SparConfig, parts: PublishedParts, files: TensorReader, kind: str, router: Literal["last", "dtr"]
+) -> SparConfig:
     """UniLIP's sizes and forms; those that it lacks are from `config`."""
     connector = replace(config.connector, reference_positions=False, reference_scale="raw", image_start=True)
     if kind == "model":
@@ -158,8 +160,8 @@ def _keys(
 @torch.no_grad()
 def init_fusion_to_identity(fusion: nn.Sequential) -> None:
     """Zero the last layer of a residual fusion, so that it outputs the semantic stream exactly."""
-    fusion[-1].weight.zero_()
-    fusion[-1].bias.zero_()
+    for parameter in fusion[-1].parameters():
+        parameter.zero_()
 
 
 @torch.no_grad()
@@ -170,7 +172,8 @@ def init_router_to_last(router: Router) -> None:
     router.projection.bias.zero_()
     if isinstance(router, DynamicTokenRouter):
         others = router.count - 1
-        router.gate[-1].weight.zero_()
-        router.gate[-1].bias.zero_()
-        router.gate[-1].bias[-1] = math.log((1 - others * PICKED) / PICKED)
+        weight, bias = router.gate[-1].parameters()
+        weight.zero_()
+        bias.zero_()
+        bias[-1] = math.log((1 - others * PICKED) / PICKED)
 

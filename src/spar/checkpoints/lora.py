@@ -59,7 +59,10 @@ def add_lora(model: nn.Module, config: LoraConfig) -> None:
             for name, layer in module.named_modules()
             if isinstance(layer, nn.Linear) and name.startswith(LAYERS[part])
         ]
-        settings = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=names, lora_dropout=0.0)
+        settings = peft.LoraConfig(
+            r=config.rank, target_modules=names, lora_dropout=0.0,
+            lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft says int, but only divides it by the rank
+        )  # fmt: skip
         peft.inject_adapter_in_model(settings, module)
 
 

@@ -77,7 +77,7 @@ def _origin(manifest: dict[str, Any]) -> str:
         return manifest[key] if isinstance(manifest.get(key), dict) else {}
 
     stages = ((name, one.get("steps")) for name, one in listed("stages").items() if isinstance(one, dict))
-    rows = {
+    rows: dict[str, Any] = {
         **{key: manifest[key] for key in ("recipe", "seed", "commit") if key in manifest},
         **listed("parts"),
         "stages": ", ".join(f"{name} ({steps} steps)" for name, steps in stages),

@@ -27,7 +27,7 @@ class SafetensorsReader:
         index = path.with_name(path.name + INDEX)
         self.files = [path] if path.is_file() or not index.is_file() else self._listed(index)
         self._handles = [_open(file) for file in self.files]
-        self._where = {key: handle for handle in self._handles for key in handle.keys()}
+        self._where = {key: handle for handle in self._handles for key in handle.keys()}  # noqa: SIM118  # no dictionary
         if len(self.files) > 1 or self.files[0] != path:
             self._check(index)
         self.shapes = {
@@ -55,7 +55,7 @@ class SafetensorsReader:
     def _check(self, index: Path) -> None:
         """Check that each tensor is in the file that the index gives, and in no other."""
         pairs = zip(self.files, self._handles, strict=True)
-        stored = {(key, file.name) for file, handle in pairs for key in handle.keys()}
+        stored = {(key, file.name) for file, handle in pairs for key in handle.keys()}  # noqa: SIM118
         wrong = sorted(stored ^ set(self._map(index).items()))
         if wrong:
             raise InputError(f"{index} and its shards disagree about {len(wrong)} tensors, {wrong[0][0]} among them")

@@ -1,13 +1,13 @@
 """The SPAR folder: one subfolder per part, safetensors and JSON, loaded strictly; the tokenizer alone is a folder too.
 
-    config.json               format, versions, sizes of every part, sampling defaults
-    tokenizer/                config.json (sizes, latent scale), model.safetensors
-    language/ router/ connector/ denoiser/      model.safetensors each, in shards with an index if large
-    pixel_encoder/            model.safetensors: E_p, for training the tokenizer (optional)
-    teacher/                  model.safetensors: E_s before the tokenizer's training, its semantic teacher (optional)
-    text_tokenizer/           transformers' own files
-    manifest.json             origin of the weights (optional)
-    README.md                 the model card (optional)
+config.json               format, versions, sizes of every part, sampling defaults
+tokenizer/                config.json (sizes, latent scale), model.safetensors
+language/ router/ connector/ denoiser/      model.safetensors each, in shards with an index if large
+pixel_encoder/            model.safetensors: E_p, for training the tokenizer (optional)
+teacher/                  model.safetensors: E_s before the tokenizer's training, its semantic teacher (optional)
+text_tokenizer/           transformers' own files
+manifest.json             origin of the weights (optional)
+README.md                 the model card (optional)
 """
 
 import importlib.metadata

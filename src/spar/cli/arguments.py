@@ -9,8 +9,9 @@ import io
 import os
 import re
 import typing
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, make_dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, make_dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -23,7 +24,8 @@ from spar.data.samples import Format
 from spar.serving.limits import DEFAULT_HOST, DEFAULT_PORT, MAX_BATCH, MAX_QUEUE, REQUEST_SECONDS, format_limits
 
 if TYPE_CHECKING:
-    from spar.training.config import Recipe
+    from spar.training.config import Recipe, StageConfig
+    from spar.training.data import DataConfig
 
 T = TypeVar("T")
 
@@ -191,7 +193,7 @@ class TrainArguments:
     device: str = "cpu"
     """cpu, cuda, cuda:1 ..."""
     dry_run: Flag = False
-    """Print the plan of each stage (weights, data, what trains, what is prepared and removed, memory) and stop."""
+    """Print the plan of each stage (weights, data, what is prepared and removed, memory, time) and stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -419,7 +421,7 @@ class ListenArguments(ModelArguments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeArguments(ListenArguments):
+class ServeArguments(ListenArguments):  # noqa: D101  # its help names the limits: below
     max_batch: int = MAX_BATCH
     """Images of the model's own size in one batch."""
     max_queue: int = MAX_QUEUE
@@ -535,43 +537,101 @@ def _check_utf8(text: str | None, what: str) -> None:
         raise InputError(f"{what}: expected text in UTF-8, got {text!r}") from None
 
 
-def recipe_arguments(base: "Recipe", kind: type[T]) -> type[T]:
+def chosen_source(
+    base: "Recipe", argv: Sequence[str], sources: "Mapping[str, type[DataConfig]]"
+) -> "type[DataConfig]":
+    """The class of the source that `--data.source` names, by default the recipe's; what is no source is tyro's to say.
+
+    Raises:
+        InputError: a flag that belongs to another source.
+    """
+    flags = [word.partition("=") for word in argv if word.startswith("--data.")]
+    after = dict(pairwise(argv))
+    kind = base.data.kind
+    for flag, sign, value in flags:
+        if flag == "--data.source":
+            kind = value if sign else after.get(flag, kind)
+    source = sources.get(kind, type(base.data))
+    for flag, _, _ in flags:
+        name = flag.removeprefix("--data.").replace("-", "_")
+        others = [other for other, cls in sources.items() if name in _field_names(cls)]
+        if name not in _field_names(source) and others:
+            raise InputError(f"{flag} belongs to --data.source {' or '.join(others)}, got source {source.kind}")
+    return source
+
+
+def _field_names(cls: type) -> set[str]:
+    return {item.name for item in dataclasses.fields(cls)}
+
+
+def recipe_arguments(
+    base: "Recipe", kind: type[T], sources: "Mapping[str, type[DataConfig]]", argv: Sequence[str]
+) -> type[T]:
     """Extend `kind` by a flag for every field of a recipe, stages by name, and for training those of ParallelismConfig.
 
-    The defaults are the values of `base`. Booleans take a value (`--model.streams.pixel-stream False`).
+    The defaults are the values of `base`; its data's are those of the source that `argv` chooses. Booleans take a value
+    (`--model.streams.pixel-stream False`).
     """
     from spar.training.distributed import ParallelismConfig
 
-    hints = typing.get_type_hints(type(base))
-    stages = make_dataclass(
+    source = chosen_source(base, argv, sources)
+    stages = _flags(
         "Stages",
-        [
-            (f"stage_{index}", Annotated[type(stage), arg(name=stage.name)], field(default=stage))
-            for index, stage in enumerate(base.stages)
-        ],
-        frozen=True,
+        {f"stage_{index}": _stage_flags(replace(stage, data=source.nearest(stage.data)))
+         for index, stage in enumerate(base.stages)},
+        {f"stage_{index}": stage.name for index, stage in enumerate(base.stages)},
     )
-    values = {"stages": stages()}
-    fields = [
-        (
-            name,
-            FlagConversionOff[stages if name == "stages" else hints[name]],
-            field(default=values.get(name, getattr(base, name))),
-        )
-        for name in (item.name for item in dataclasses.fields(base))
+    values = {item.name: getattr(base, item.name) for item in dataclasses.fields(base)}
+    hints: dict[str, Any] = {**typing.get_type_hints(type(base)), "stages": type(stages), "data": source}
+    annotation: Any = FlagConversionOff
+    values["stages"] = stages
+    if source is not type(base.data):
+        values["data"] = source() if not _required(source) else dataclasses.MISSING
+    fields: list[tuple[str, Any, Any]] = [
+        (name, annotation[hints[name]], field(default=value) if value is not dataclasses.MISSING else field())
+        for name, value in values.items()
     ]
+    known: Any = Literal[tuple(sources)]
+    fields.append(("data_source", Annotated[known, arg(name="data.source")], field(default=source.kind)))
     if kind is TrainArguments:
         fields.append(("parallelism", FlagConversionOff[ParallelismConfig], field(default=ParallelismConfig())))
+    names = {f"stage-{index}": stage.name for index, stage in enumerate(base.stages)}
     return make_dataclass(
-        kind.__name__, fields, bases=(kind,), frozen=True, kw_only=True, namespace={"__doc__": kind.__doc__}
-    )
+        kind.__name__, fields, bases=(kind,), frozen=True, kw_only=True,
+        namespace={"__doc__": kind.__doc__, "stage_names": names},
+    )  # fmt: skip
+
+
+def _required(cls: type) -> bool:
+    """Whether a dataclass has a field without a default."""
+    missing = dataclasses.MISSING
+    return any(item.default is missing and item.default_factory is missing for item in dataclasses.fields(cls))
+
+
+def _stage_flags(stage: "StageConfig") -> Any:
+    """A stage as a dataclass whose objective and data have their own classes, not the bases that they extend."""
+    hints = typing.get_type_hints(type(stage))
+    values = {item.name: getattr(stage, item.name) for item in dataclasses.fields(stage)}
+    hints |= {name: type(values[name]) for name in ("objective", "data")}
+    fields = [(name, hints[name], field(default=value)) for name, value in values.items()]
+    return make_dataclass("Stage", fields, frozen=True, namespace={"__doc__": type(stage).__doc__})()
+
+
+def _flags(name: str, values: dict[str, Any], names: dict[str, str]) -> Any:
+    """An instance of a dataclass of the values, whose flags have the `names`."""
+    fields = [
+        (key, Annotated[type(value), arg(name=names[key])], field(default=value)) for key, value in values.items()
+    ]
+    return make_dataclass(name, fields, frozen=True)()
 
 
 def build_recipe(arguments: Any, base: "Recipe") -> "Recipe":
     """Build the recipe from the parsed flags."""
     values = {item.name: getattr(arguments, item.name) for item in dataclasses.fields(base)}
     stages = values.pop("stages")
-    return type(base)(stages=tuple(getattr(stages, item.name) for item in dataclasses.fields(stages)), **values)
+    kind = type(base.stages[0])
+    built = (kind(**vars(getattr(stages, item.name))) for item in dataclasses.fields(stages))
+    return type(base)(stages=tuple(built), **values)
 
 
 def parse(kind: type[T], argv: Sequence[str], prog: str, *, none: bool = False) -> T:
@@ -591,7 +651,10 @@ def parse(kind: type[T], argv: Sequence[str], prog: str, *, none: bool = False) 
     except SystemExit as stop:
         if not stop.code:
             raise
-    raise InputError(_sentence(output.getvalue(), prog))
+    sentence = _sentence(output.getvalue(), prog)
+    for key, name in getattr(kind, "stage_names", {}).items():
+        sentence = sentence.replace(f"stages.{key}.", f"stages.{name}.")
+    raise InputError(sentence)
 
 
 @contextlib.contextmanager
@@ -612,6 +675,7 @@ def _capture_errors(output: io.StringIO) -> Iterator[None]:
 # Messages of tyro and Python, and our replacements.
 _ERROR_PATTERNS = (
     (r"^Error parsing (-\S+):\s*", r"\1: "),
+    (r"^Error parsing (stages\.\S+):\s*", r"\1: "),
     (r"^Error parsing [^-\s]\S*:\s*", ""),
     (r"no type matching .* could be instantiated from .*Got errors:.*- <class '[^']*'>: ", ""),
     (r"invalid literal for int\(\) with base 10: ", "expected a whole number, got "),
@@ -624,11 +688,11 @@ _ERROR_PATTERNS = (
 
 def _sentence(box: str, prog: str) -> str:
     """Convert tyro's box (a title, the error, hints, separated by rules) to one line."""
-    sections = re.split(r"^\s*-+\s*$", box, flags=re.M)
+    sections = re.split(r"^\s*-+\s*$", box, flags=re.MULTILINE)
     sentence = " ".join(sections[min(1, len(sections) - 1)].split())
     if unknown := re.fullmatch(r"Unrecognized options?: (.*)", sentence):
         near = [part for part in sections[2:] if "Perhaps you meant" in part]
-        meant = [flag.rstrip(",") for flag in re.findall(r"^\s*(--\S+)", near[0], re.M)] if near else []
+        meant = [flag.rstrip(",") for flag in re.findall(r"^\s*(--\S+)", near[0], re.MULTILINE)] if near else []
         hint = f"; perhaps you meant {' or '.join(meant)}" if meant else ""
         return f"unknown arguments: {unknown[1]}{hint} ({prog} --help lists all)"
     if missing := re.match(r"Missing from [^:]*: (\S+)", sentence):

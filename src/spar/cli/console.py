@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from spar.data.validate import ValidationReport as DataReport
     from spar.evaluation.results import Result
     from spar.training.config import StageConfig
-    from spar.training.estimate import StageEstimate, StageSummary
+    from spar.training.estimate import HardwareConfig, StageEstimate
     from spar.training.plan import RunPlan
 
 MARKS = {True: "[green]ok[/]", False: "[bold red]wrong[/]", None: "[yellow]note[/]"}
@@ -35,7 +35,7 @@ def new_console(*, stderr: bool = False) -> "Console":
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else 160)
+    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else 1000)
 
 
 def new_table(*columns: str, title: str | None = None) -> "Table":
@@ -107,45 +107,66 @@ def freezing_table(stage: "StageConfig", parts: Sequence[tuple[str, int, int]]) 
     return table
 
 
-def plan_table(sizes: Sequence["StageSummary"], plan: "RunPlan | None" = None) -> "Table":
-    """What a run would train: sizes, and where there is a plan, what its stages start from, prepare and make void."""
-    columns = ("stage", "starts from", "data", ">steps", ">batch", ">trainable", ">frozen", "prepares", "removes")
-    table = new_table(*columns, ">memory without activations")
-    planned = {one.config.name: one for one in plan.stages} if plan else {}
-    for one in sizes:
-        stage, own = one.stage, planned.get(one.stage.name)
-        batch = f"{stage.batch} x {stage.noise_samples}" if stage.noise_samples > 1 else str(stage.batch)
+def plan_table(plan: "RunPlan") -> "Table":
+    """What each stage of a run starts from, reads, prepares, measures at its end and makes void."""
+    table = new_table(
+        "stage", "objective", "starts from", "data", ">steps", ">batch", "prepares", "then measures", "removes"
+    )
+    for one in plan.stages:
+        stage = one.config
+        batch = f"{stage.batch} x {stage.objective.draws}" if stage.objective.draws > 1 else str(stage.batch)
         table.add_row(
-            stage.name, str(own.start) if own else "", data_of_stage(plan, stage) if plan else "", str(stage.steps),
-            batch, f"{one.trainable:,}", f"{one.frozen:,}", ", ".join(own.prepares) if own else "",
-            ", ".join(own.invalidates) if own else "", f"{one.bytes / 2**20:,.0f} MiB",
+            stage.name, stage.objective.kind, str(one.start), plan.recipe.data.describe(stage),
+            str(stage.steps), batch, ", ".join(one.prepares), "" if one.skipped else stage.objective.measures,
+            ", ".join(one.invalidates),
         )  # fmt: skip
     return table
 
 
-def data_of_stage(plan: "RunPlan", stage: "StageConfig") -> str:
-    """The data of a stage in a few words."""
-    data, edits = plan.recipe.data, f", {stage.edit_share:.0%} edits" if stage.edit_share else ""
-    source = f"{data.scenes:,} scenes" if data.source == "shapes" else f"{len(data.sets)} data sets"
-    cached = " from the cache" if data.cache is not None and stage.step == "unified" else ""
-    return f"{source}{cached}{edits}"
+def estimate_table(estimates: Sequence["StageEstimate"], hardware: "HardwareConfig") -> "Table":
+    """Cost of stages: parameters, memory of one device, operations of a step, images a second of all, time.
 
-
-def estimate_table(planned: Sequence["StageEstimate"]) -> "Table":
-    """Cost of stages: memory in GiB of one GPU, operations of a step, images a second of all GPUs, days."""
+    What an objective does not say of its cost is left out.
+    """
+    peak, _ = hardware.limits
     table = new_table(
-        "stage", ">trainable", ">batch", ">at once", ">weights", ">gradients", ">optimizer", ">activations",
-        ">GiB in all", ">TFLOP a step", ">images/s", ">days",
+        "stage", ">trainable", ">frozen", ">at once", ">weights", ">gradients", ">optimizer", ">activations",
+        ">in all", ">TFLOP a step", ">images/s", ">time",
+        title=f"{hardware.gpus} x {hardware.gpu}: {hardware.mfu:.0%} of {peak / 1e12:,.3g} TFLOP/s each",
     )  # fmt: skip
-    for one in planned:
-        gibs = (f"{value / 2**30:.1f}" for value in (one.weights, one.gradients, one.optimizer, one.activations))
+    for one in estimates:
+        held = map(show_bytes, (one.weights, one.gradients, one.optimizer, one.activations, one.memory))
+        speed = (show_number(one.flops / 1e12), show_number(one.images_per_second), show_time(one.seconds))
         table.add_row(
-            one.stage.name, f"{one.trainable / 1e6:.1f} M", str(one.stage.batch), str(one.micro_batch), *gibs,
-            f"{one.memory / 2**30:.1f}", f"{one.flops / 1e12:,.0f}", f"{one.images_per_second:,.0f}", f"{one.days:.2f}",
+            one.stage.name, show_count(one.trainable), show_count(one.frozen), str(one.micro_batch), *held,
+            *(speed if one.flops else ("", "", "")),
         )  # fmt: skip
     table.add_section()
-    table.add_row("all", *[""] * 10, f"{sum(one.days for one in planned):.2f}")
+    table.add_row("all", *[""] * 10, show_time(sum(one.seconds for one in estimates)))
     return table
+
+
+def show_count(number: float) -> str:
+    """A number of parameters, in millions from one million on."""
+    return f"{number:,.0f}" if number < 1e6 else f"{number / 1e6:,.1f} M"
+
+
+def show_bytes(number: float) -> str:
+    """A size in MiB or, from one on, in GiB."""
+    return f"{number / 2**20:.1f} MiB" if number < 2**30 else f"{number / 2**30:.1f} GiB"
+
+
+def show_number(value: float) -> str:
+    """A number of three digits at least."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def show_time(seconds: float) -> str:
+    """A time in its largest fitting unit."""
+    for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= unit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{seconds:.0f} s"
 
 
 def epochs_table(epochs: dict[str, dict[str, float]]) -> "Table":
@@ -202,7 +223,7 @@ def model_facts(found: "Inspection") -> dict[str, Any]:
     """Origin, image size and scores of a folder of weights."""
     config, sampling = found.config, found.sampling
     size, stride = config.image_size, config.token_stride
-    facts = {
+    facts: dict[str, Any] = {
         "images": f"{size} x {size}, {config.grid**2} visual tokens of {stride} x {stride} pixels",
         **{key: found.manifest[key] for key in ("recipe", "seed", "commit") if key in found.manifest},
         "written by": ", ".join(f"{library} {version}" for library, version in found.versions.items()),

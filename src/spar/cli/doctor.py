@@ -23,6 +23,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from spar import DISTRIBUTION
+from spar.common.cpu import bfloat16_instructions
 from spar.common.errors import install_command
 from spar.common.threads import SETTINGS
 
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     import torch
 
 WEIGHTS = Path(__file__).parents[1] / "assets" / "weights"
-CPU_INFO = Path("/proc/cpuinfo")
-BFLOAT16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")  # the last one is ARM's name
 MATMUL_SIDE = {"cpu": 768, "mps": 2048, "cuda": 4096}  # large enough to be busy, milliseconds at most
 ENOUGH_DISK = 2 * 2**30  # bytes: a run of the shapes recipe keeps 0.6 GiB of images and its state at each stage
 ENOUGH_MEMORY = 2**30  # bytes: the libraries take 0.4 GiB; then the weights and a batch of images
@@ -180,13 +179,6 @@ def best_device() -> "torch.device":
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def bfloat16_instructions(cpu_info: str) -> list[str]:
-    """The bfloat16 instructions in the text of /proc/cpuinfo."""
-    lines = (line.partition(":") for line in cpu_info.splitlines())
-    flags = {flag for key, _, value in lines if key.strip() in ("flags", "Features") for flag in value.split()}
-    return [name for name in BFLOAT16_INSTRUCTIONS if name in flags]
-
-
 def check_bfloat16() -> Check:
     """Compare bfloat16 with float32: the hardware's instructions, and one timed matrix product of each."""
     if _import_error("torch") is not None:
@@ -196,8 +188,7 @@ def check_bfloat16() -> Check:
     device = best_device()
     hardware = device.type
     if device.type == "cpu":
-        text = CPU_INFO.read_text(encoding="utf-8", errors="replace") if CPU_INFO.exists() else ""
-        hardware = ", ".join(bfloat16_instructions(text)) or "no instructions named"
+        hardware = ", ".join(bfloat16_instructions()) or "no instructions named"
     try:
         half, full = (_matmul_gflops(dtype, device) for dtype in (torch.bfloat16, torch.float32))
     except RuntimeError as error:

@@ -55,6 +55,8 @@ if TYPE_CHECKING:
 
     from spar.cli.arguments import EvalArguments, ListenArguments, ModelArguments, SamplingArguments, TrainArguments
     from spar.inference.pipeline import SparPipeline
+    from spar.training.estimate import HardwareConfig, StageEstimate
+    from spar.training.files_data import FilesData
     from spar.training.plan import RunPlan
 
 WRONG_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
@@ -199,7 +201,8 @@ def reconstruct(argv: list[str]) -> int:
 @contextmanager
 def gc_disabled() -> Iterator[None]:
     """Disable garbage collection: imports create a million permanent objects, and scanning them repeatedly takes a
-    quarter of the time."""
+    quarter of the time.
+    """
     was = gc.isenabled()
     gc.disable()
     try:
@@ -247,6 +250,7 @@ def _save(out: Any, paths: list[Path], source: Path | None = None) -> None:
 
 
 def warn_if_unquoted(texts: Sequence[str], what: str) -> None:
+    """Print a note where the words of one text came as several arguments."""
     if len(texts) > 1 and not any(" " in text for text in texts):
         print(f"spar: note: {len(texts)} {what}s of one word each; one of several words needs quotes", file=sys.stderr)
 
@@ -292,21 +296,19 @@ def train(argv: list[str]) -> int:
 
     args, chosen = _recipe(argv, TrainArguments, "spar train", "spar train tiny --run runs/tiny")
     from spar.common.device import check_device
-    from spar.training.estimate import summarize
+    from spar.training.estimate import HardwareConfig, check_sizes, estimate
     from spar.training.plan import read_run, resolve
 
     run, resume = _run_folder(args, chosen.name)
-    sizes = summarize(chosen, args.stage)
+    check_sizes(chosen, tuple(chosen.stage(name) for name in args.stage) or chosen.stages)
     check_device(args.device)
-    if args.dry_run and chosen.data.source == "none":
-        new_console().print(plan_table(sizes))
-        return 0
     run_plan = resolve(
         chosen, read_run(chosen, run, args.init_from), stages=args.stage, resume=resume,
-        from_scratch=args.from_scratch, teacher=args.teacher,
+        from_scratch=args.from_scratch, teacher=args.teacher, only_shown=args.dry_run,
     )  # fmt: skip
     if args.dry_run:
-        new_console().print(plan_table(sizes, run_plan))
+        hardware = HardwareConfig.of_this_machine(args.device, args.parallelism)
+        _print_plan(run_plan, hardware, estimate(chosen, hardware, args.stage))
         return 0
     check_folder(run)
     command = shlex.join(["spar", "train", *argv, *(["--resume", "auto"] if args.resume == "never" else [])])
@@ -321,10 +323,11 @@ def _recipe(argv: list[str], kind: type[Any], prog: str, example: str) -> tuple[
         if {"-h", "--help"} & set(argv):
             parse(kind, ["--help"], prog)
         raise InputError(f"expected the recipe's name first, as in: {example}")
-    from spar.recipes import recipe
+    from spar.recipes import REGISTRY, recipe
+    from spar.training.data import DataConfig
 
     base = recipe(argv[0])
-    args = parse(recipe_arguments(base, kind), argv, prog, none=True)
+    args = parse(recipe_arguments(base, kind, REGISTRY[DataConfig], argv), argv, prog, none=True)
     return args, _sized(build_recipe(args, base), base, getattr(args, "init_from", None))
 
 
@@ -347,29 +350,48 @@ def plan(argv: list[str]) -> int:
 
     args, chosen = _recipe(argv, PlanArguments, "spar plan", "spar plan spar-1b --gpus 64 --gpu h200")
     from spar.training.estimate import HardwareConfig, estimate
+    from spar.training.plan import RunStatus, resolve
 
     hardware = HardwareConfig(
         args.gpus, args.gpu, args.mfu, sharded=args.strategy == "fsdp", grad_accum_steps=args.grad_accum_steps,
         activation_checkpointing=args.activation_checkpointing,
     )
-    planned = estimate(chosen, hardware, args.stage)
-    new_console().print(estimate_table(planned))
-    if chosen.data.source == "files":
-        new_console().print(epochs_table(_epochs(chosen, [one.stage for one in planned])))
-    for one in planned:
-        for warning in one.warnings:
-            print(f"spar: note: {one.stage.name}: {warning}", file=sys.stderr)
+    whole = resolve(chosen, RunStatus(Path("runs") / chosen.name), only_shown=True)
+    wanted = [chosen.stage(name) for name in args.stage] or chosen.stages
+    run_plan = replace(whole, stages=tuple(one for one in whole.stages if one.config in wanted))
+    names = tuple(one.config.name for one in run_plan.stages)
+    _print_plan(run_plan, hardware, estimate(chosen, hardware, names))
     return 0
 
 
-def _epochs(recipe: Any, stages: Sequence[Any]) -> dict[str, dict[str, float]]:
+def _print_plan(plan: "RunPlan", hardware: "HardwareConfig", estimates: "Sequence[StageEstimate]") -> None:
+    """Print what each stage of a run does, what it costs on the hardware, and what would not work."""
+    from spar.training.files_data import FilesData
+
+    console = new_console()
+    console.print(plan_table(plan))
+    console.print(estimate_table(_left(plan, estimates), hardware))
+    if isinstance(plan.recipe.data, FilesData):
+        console.print(epochs_table(_epochs(plan.recipe.data, [one.config for one in plan.stages])))
+    for one in estimates:
+        for warning in one.warnings:
+            print(f"spar: note: {one.stage.name}: {warning}", file=sys.stderr)
+
+
+def _left(plan: "RunPlan", estimates: "Sequence[StageEstimate]") -> "list[StageEstimate]":
+    """The stages that are still to be trained, with the time of the steps that are left."""
+    pairs = [(one, cost) for one, cost in zip(plan.stages, estimates, strict=True) if not one.skipped]
+    shares = [1 - one.start.step / one.config.steps for one, _ in pairs]
+    return [replace(cost, seconds=cost.seconds * share) for share, (_, cost) in zip(shares, pairs, strict=True)]
+
+
+def _epochs(data: "FilesData", stages: Sequence[Any]) -> dict[str, dict[str, float]]:
     """Epochs of each data set in each stage."""
-    from spar.training.config import weighted_sets
-    from spar.training.data import epochs_per_source, open_sources
+    from spar.training.files_data import epochs_per_source, open_sources, weighted_sets
 
     with progress_bar("indexing the data"):
-        sources = open_sources(recipe.data)
-    weights = [weight for weight, _ in weighted_sets(recipe.data.sets)]
+        sources = open_sources(data)
+    weights = [weight for weight, _ in weighted_sets(data.sets)]
     return {stage.name: epochs_per_source(stage, sources, weights) for stage in stages}
 
 
@@ -383,11 +405,11 @@ def cache(argv: list[str]) -> int:
 
     from spar.checkpoints.spar_format import load_model
     from spar.common.device import check_device
-    from spar.training.data import open_sources
     from spar.training.feature_cache import write_cache
+    from spar.training.files_data import FilesData, open_sources
 
-    if chosen.data.source != "files":
-        raise InputError(f"expected data sets (--data.source files --data.sets DATA), got source {chosen.data.source}")
+    if not isinstance(chosen.data, FilesData):
+        raise InputError(f"expected data sets (--data.source files --data.sets DATA), got source {chosen.data.kind}")
     check_device(args.device)
     sources = open_sources(chosen.data)
     tokenizer = load_model(args.init_from).model.tokenizer.to(args.device)
@@ -402,7 +424,7 @@ def cache(argv: list[str]) -> int:
     return 0
 
 
-def _train(args: "TrainArguments", plan: "RunPlan", *, resume_command: str) -> int:
+def _train(args: Any, plan: "RunPlan", *, resume_command: str) -> int:
     """Train with a bar; print the model's folder at the end, or the command that resumes."""
     from spar.training.distributed import PeerFailure
     from spar.training.loop import NonFiniteLoss
@@ -455,7 +477,7 @@ def build(argv: list[str]) -> int:
     """Build a model from InternVL3, DC-AE and SANA."""
     from spar.cli.arguments import BuildArguments, parse
 
-    def make(args: Any, **shared: Any) -> Any:
+    def make(_: Any, **shared: Any) -> Any:
         from spar.checkpoints.from_published import build_from_published
 
         return build_from_published(**shared)
@@ -506,8 +528,11 @@ def _make_model(args: Any, title: str, make: Callable[..., Any]) -> int:
         from spar.checkpoints.spar_format import save_model
         from spar.recipes import recipe
         from spar.training.bundle import sampling_config
+        from spar.training.systems.spar import SparRecipe
 
         base, sources = recipe(args.recipe), {part: getattr(args, part) for part in SOURCES}
+        if not isinstance(base, SparRecipe):
+            raise InputError(f"expected a recipe of spar, got {args.recipe}, which is one of {base.kind}")
         made = make(
             args, config=base.model, sampling=sampling_config(base), sources=sources, revisions=args.revisions(),
             seed=args.seed, recipe=base.name,
@@ -539,7 +564,7 @@ def evaluate(argv: list[str]) -> int:
     from spar.evaluation.results import write_result
 
     options = EvalOptions(**args.keywords())
-    names = list(BENCHMARKS) if args.benchmark == "all" else [args.benchmark]
+    names: list[str] = list(BENCHMARKS) if args.benchmark == "all" else [args.benchmark]
     paths = _result_paths(args, names)
     check_writable(paths, overwrite=args.overwrite)
     pipe = _load(args)

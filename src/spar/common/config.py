@@ -1,46 +1,118 @@
 """Strict, frozen configuration: dataclasses to JSON and back, without ignored or guessed fields.
 
 Defaults are only in the dataclasses. A field that is unknown, missing or of the wrong type raises `InputError`.
+A dataclass with a class variable `kind` writes it beside its fields, and a `Registry` finds the class again: a file
+names kinds, never import paths.
 """
 
 import dataclasses
 import json
-import os
 import types
 import typing
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from spar.common.errors import InputError
+from spar.common.files import atomic_file
 
-T = TypeVar("T")
+
+class DataclassLike(Protocol):
+    """An instance of any dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+
+T = TypeVar("T", bound=DataclassLike)
+
+
+Registry = Mapping[type, Mapping[str, type]]  # of each base class its kinds by name
+NO_KINDS: Registry = MappingProxyType({})
+
+
+def by_kind(classes: Iterable[Any]) -> dict[str, type]:
+    """Classes by their `kind`; ValueError where two have the same one."""
+    found: dict[str, type] = {}
+    for cls in classes:
+        if found.setdefault(cls.kind, cls) is not cls:
+            raise ValueError(f"two classes of kind {cls.kind!r}: {found[cls.kind].__name__} and {cls.__name__}")
+    return found
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Convert a frozen dataclass to a nested dictionary of JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """Convert a frozen dataclass to a nested dictionary of JSON values, with the kind of what has one."""
+    kind = _kind(type(config))
+    fields = {item.name: _to_json(getattr(config, item.name)) for item in dataclasses.fields(config)}
+    return fields if kind is None else {"kind": kind, **fields}
 
 
-def from_dict(cls: type[T], values: dict[str, Any], where: str = "", *, complete: bool = False) -> T:
-    """Build `cls` from a dictionary; nested dataclasses and tuples are rebuilt, unknown fields raise.
+def _to_json(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, (list, tuple)):
+        return [_to_json(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _to_json(item) for key, item in value.items()}
+    return value
+
+
+def _kind(cls: type) -> str | None:
+    """The class variable `kind` of a dataclass; a field of that name is none."""
+    kind = getattr(cls, "kind", None)
+    fields = {item.name for item in dataclasses.fields(cls)}
+    return kind if isinstance(kind, str) and "kind" not in fields else None
+
+
+def from_dict(
+    cls: type[T], values: dict[str, Any], where: str = "", *, complete: bool = False, registry: Registry = NO_KINDS
+) -> T:
+    """Build `cls`, or the class of its kind, from a dictionary; nested dataclasses and tuples are rebuilt.
 
     `complete` is for files that this package wrote: a missing field raises too, instead of taking the current default.
+
+    Raises:
+        InputError: a field or a kind that is unknown, or a value of another type.
     """
     name = where or cls.__name__
     if not isinstance(values, dict):
         raise InputError(f"{name}: expected an object with fields, got {type(values).__name__}")
+    cls, values = _class_of_kind(cls, values, name, registry)
     hints = typing.get_type_hints(cls)
     known = {field.name for field in dataclasses.fields(cls)}
     unknown = sorted(set(values) - known)
     if unknown:
         raise InputError(f"{name}: unknown field {', '.join(unknown)}; known fields are {', '.join(sorted(known))}")
     try:
-        built = {key: _parse_value(hints[key], value, f"{name}.{key}", complete) for key, value in values.items()}
+        built = {
+            key: _parse_value(hints[key], value, f"{name}.{key}", complete, registry) for key, value in values.items()
+        }
         if complete and known - set(values):
             raise InputError(f"{name}: missing field {', '.join(sorted(known - set(values)))}")
-        return cls(**built)
+        return _constructed(cls, built, where)
     except TypeError as error:
         raise InputError(f"{name}: {error}") from error
+
+
+def _constructed(cls: type, values: dict[str, Any], where: str) -> Any:
+    """An instance of `cls`; what it refuses says where it was."""
+    try:
+        return cls(**values)
+    except InputError as error:
+        raise InputError(f"{where}: {error}" if where else str(error)) from error
+
+
+def _class_of_kind(
+    cls: type, values: dict[str, Any], name: str, registry: Registry
+) -> tuple[type, dict[str, Any]]:
+    """The class that a dictionary's `kind` names, and the other values."""
+    if cls not in registry and _kind(cls) is None:
+        return cls, values
+    kinds = registry.get(cls) or {str(_kind(cls)): cls}
+    kind = values.get("kind")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise InputError(f"{name}.kind: expected one of {', '.join(kinds)}, got {kind!r}")
+    return kinds[kind], {key: value for key, value in values.items() if key != "kind"}
 
 
 def differences(a: Any, b: Any, where: str) -> list[tuple[str, Any, Any]]:
@@ -48,7 +120,7 @@ def differences(a: Any, b: Any, where: str) -> list[tuple[str, Any, Any]]:
     found: list[tuple[str, Any, Any]] = []
     for item in dataclasses.fields(a):
         name, one, other = f"{where}.{item.name}", getattr(a, item.name), getattr(b, item.name)
-        if dataclasses.is_dataclass(one):
+        if dataclasses.is_dataclass(one) and type(one) is type(other):
             found += differences(one, other, name)
         elif one != other:
             found.append((name, one, other))
@@ -66,25 +138,28 @@ def merge_overrides(target: T, base: T, changed: T) -> T:
     return type(target)(**values)
 
 
-def _parse_value(hint: Any, value: Any, where: str, complete: bool) -> Any:
+def _parse_value(hint: Any, value: Any, where: str, complete: bool, registry: Registry) -> Any:
     """Convert a JSON value to the type of the hint, or raise."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        return _parse_value(next(a for a in arguments if a is not type(None)), value, where, complete)
-    if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, where, complete=complete)
+        return _parse_value(next(a for a in arguments if a is not type(None)), value, where, complete, registry)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where, complete=complete, registry=registry)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise InputError(f"{where}: expected a list, got {value!r}")
         if arguments[-1] is Ellipsis:
-            return tuple(_parse_value(arguments[0], item, f"{where}[{i}]", complete) for i, item in enumerate(value))
+            return tuple(
+                _parse_value(arguments[0], item, f"{where}[{i}]", complete, registry) for i, item in enumerate(value)
+            )
         if len(arguments) != len(value):
             raise InputError(f"{where}: expected {len(arguments)} values, got {len(value)}")
         pairs = zip(arguments, value, strict=True)
         return tuple(
-            _parse_value(argument, item, f"{where}[{i}]", complete) for i, (argument, item) in enumerate(pairs)
+            _parse_value(argument, item, f"{where}[{i}]", complete, registry)
+            for i, (argument, item) in enumerate(pairs)
         )
     if origin is typing.Literal:
         if value not in arguments:
@@ -111,7 +186,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write indented JSON with a final newline to a temporary file and rename it: a reader sees the old or the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Write indented JSON with a final newline, as `atomic_file`."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,11 +1,27 @@
-"""Atomic writing of folders."""
+"""Atomic writing of files and folders: a reader sees the old or the new, never a part."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from spar.common.errors import InputError
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary file to write, which then replaces `path`; its folder is created.
+
+    Its name is this process's own, so that several may write one file. What fails leaves the old file, and no other.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

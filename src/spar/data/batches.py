@@ -31,16 +31,15 @@ class Images:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def require_pixels(self) -> Tensor:
+        """`pixels`; ValueError where features stand in for them."""
+        if self.pixels is None:
+            raise ValueError("the batch has features in place of pixels, which are read here")
+        return self.pixels
+
     def to(self, device: torch.device | str) -> Self:
         """The same batch with its tensors on a device."""
         return replace(self, **{item.name: _moved(getattr(self, item.name), device) for item in fields(self)})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tagged(Images):
-    """Images with `tags` of each visual token, `[B, N, ...]` by name."""
-
-    tags: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +52,16 @@ class Captioned(Images):
 @dataclass(frozen=True, kw_only=True)
 class Edits(Captioned):
     """Edited images, the instructions, and the images before the edit: `references` `[B, 3, H, W]`, or their `f_v`
-    among the features, as `reference`."""
+    among the features, as `reference`.
+    """
 
     references: Tensor | None = None
+
+    def require_references(self) -> Tensor:
+        """`references`; ValueError where features stand in for them."""
+        if self.references is None:
+            raise ValueError("the batch has features in place of the references' pixels, which are read here")
+        return self.references
 
 
 @dataclass(frozen=True, kw_only=True)

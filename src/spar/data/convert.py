@@ -48,13 +48,15 @@ def convert(
     if shard < 1:
         raise InputError(f"samples of a shard: expected at least 1, got {shard}")
     bad_samples = BadSampleTracker(bad_share)
-    written, out = 0, None
+    written = 0
+    out: tarfile.TarFile | None = None
     try:
         for members in _good(sources, bad_samples, progress):
-            if written % shard == 0:
+            if out is None or written % shard == 0:
                 if out:
                     out.close()
-                out = tarfile.open(folder / f"{written // shard:06d}.tar", "w", format=tarfile.USTAR_FORMAT)
+                name = f"{written // shard:06d}.tar"
+                out = tarfile.open(folder / name, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115  # closed above
             for extension, data in members:
                 info = tarfile.TarInfo(f"{written:08d}.{extension}")
                 info.size = len(data)

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from spar.common.errors import InputError
+from spar.common.files import atomic_file
 from spar.data.samples import BadSample, EditSample, Kind, Sample, TextToImageSample, is_safe_path
 from spar.data.string_array import StringArray
 from spar.data.tar_index import HEADER_BYTES
@@ -148,8 +149,6 @@ def header_sizes(head: Callable[[int, int], bytes], count: int, identity: str, c
             except InputError:
                 continue
     if file:
-        temporary = file.with_name(f".{file.name}-{os.getpid()}.part")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"sizes": sizes}, temporary)
-        temporary.replace(file)
+        with atomic_file(file) as temporary:
+            save_file({"sizes": sizes}, temporary)
     return sizes

@@ -81,7 +81,7 @@ def _detect(path: str) -> str:
         raise InputError(f"expected *.tar, *.parquet or {METADATA} in the folder {path!r}, found none{hint}")
     endings = {".tar": "webdataset", ".parquet": "parquet", ".json": "sharegpt", ".txt": "gptedit"}
     for ending, format in endings.items():
-        if path.endswith(ending) or path.endswith(ending + "}"):
+        if path.endswith((ending, ending + "}")):
             return format
     raise InputError(
         f"expected a folder, or a name that ends in {', '.join(endings)}, got {path!r}; or give the format"

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from spar.common.errors import InputError
+from spar.common.files import atomic_file
 from spar.common.limits import MAX_EXTENDED_HEADER, MAX_INPUT_IMAGES, MAX_MEMBERS
 from spar.data.samples import is_safe_path
 from spar.data.string_array import StringArray
@@ -120,10 +121,10 @@ def _index(descriptor: int, name: str) -> TarIndex:
                 raise InputError(f"expected at most {MAX_MEMBERS} members in a tar, got more in {name!r}")
             found = role_of(member) if offset else "no regular file"
             if not isinstance(found, str):
-                key, *place = found
+                key, place = found[0], found[1:]
                 roles = samples.setdefault(key, {})
-                if tuple(place) not in roles:
-                    roles[tuple(place)] = (offset, size)
+                if place not in roles:
+                    roles[place] = (offset, size)
                     continue
                 found = "a second of its kind in one sample"
             skipped[found] = skipped.get(found, 0) + 1
@@ -185,7 +186,7 @@ def _members(descriptor: int) -> Iterator[tuple[str, int, int]]:
 
 
 def _pax(record: bytes) -> dict[str, str]:
-    """Parse consecutive records `length key=value\\n`; invalid ones are dropped."""
+    r"""Parse consecutive records `length key=value\n`; invalid ones are dropped."""
     found = {}
     while match := re.match(rb"(\d{1,7}) ([^=]+)=", record):
         length = int(match[1])
@@ -245,12 +246,9 @@ def _load(file: Path, stamp: dict[str, str]) -> TarIndex | None:
 def _save(file: Path, index: TarIndex, stamp: dict[str, str]) -> None:
     """Write to a temporary file and rename it, so that ranks that index the same shard do not conflict."""
     metadata = stamp | {"skipped": json.dumps(index.skipped), "damage": index.damage}
-    temporary = file.with_name(f".{file.name}-{os.getpid()}.part")
+    columns = {name: np.ascontiguousarray(column) for name, column in index.columns().items()}
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: np.ascontiguousarray(column) for name, column in index.columns().items()}, temporary, metadata)
-        temporary.replace(file)
+        with atomic_file(file) as temporary:
+            save_file(columns, temporary, metadata)
     except OSError as error:
         raise InputError(f"cache: {str(file.parent)!r} cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

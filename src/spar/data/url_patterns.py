@@ -80,8 +80,8 @@ def _from_hub(patterns: list[str]) -> list[Path]:
     """Fetch files of one repository of the Hub, all of one commit, into the Hub's own cache."""
     from huggingface_hub import HfApi, hf_hub_download
 
-    parsed = [_HUB.fullmatch(pattern) for pattern in patterns]
-    if not all(parsed):
+    parsed = [match for pattern in patterns if (match := _HUB.fullmatch(pattern))]
+    if len(parsed) < len(patterns):
         raise InputError(f"expected hf://datasets/NAME/REPOSITORY/FILES, got {patterns[0]!r}")
     kind, repository, revision = {match.groups()[:3] for match in parsed}.pop()
     kind, wanted = (kind or "models").removesuffix("s"), [match[4] for match in parsed]
@@ -89,7 +89,7 @@ def _from_hub(patterns: list[str]) -> list[Path]:
         if any(re.search(r"[*?[]", name) for name in wanted):
             info = HfApi().repo_info(repository, repo_type=kind, revision=revision)
             revision = info.sha
-            names = sorted(file.rfilename for file in info.siblings or ())
+            names = sorted(file.rfilename for file in getattr(info, "siblings", None) or ())
             wanted = [name for pattern in wanted for name in names if _matches(name, pattern)]
         if not wanted:
             raise InputError(f"expected files that {patterns[0]!r} names, but the repository has none")

@@ -68,7 +68,8 @@ class ValidationReport:
 @dataclass
 class _Part:
     """Findings of some samples: per good sample the hashes of its image and of the whole sample, uint64; width and
-    height; characters of its caption."""
+    height; characters of its caption.
+    """
 
     indices: list[int] = field(default_factory=list)
     images: list[int] = field(default_factory=list)
@@ -92,7 +93,8 @@ def validate(
     wanted = np.arange(len(source))
     if limit is not None and limit < len(source):
         wanted = np.linspace(0, len(source) - 1, limit).round().astype(np.int64)
-    bad, formats = [], Counter()
+    bad: list[BadSampleRecord] = []
+    formats: Counter[str] = Counter()
     columns: dict[str, list[np.ndarray]] = {}
     count, done = 0, 0
     for part in _parts(source, wanted, workers):
@@ -112,7 +114,7 @@ def validate(
     named = [(source.key(int(indices[one])), source.key(int(indices[other]))) for one, other in
              zip(repeated[:NAMED], first[:NAMED], strict=True)]  # fmt: skip
     files = len(getattr(source, "shards", ())) or len(getattr(source, "files", ()))
-    notes = ()
+    notes: tuple[str, ...] = ()
     if 0 < files < workers:
         notes = (f"{files} files for {workers} workers: fine here, as samples are assigned one by one; loaders that "
                  "assign whole shards would fail or be idle",)  # fmt: skip

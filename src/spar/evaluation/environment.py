@@ -8,10 +8,10 @@ import platform
 import time
 from datetime import UTC, datetime
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from spar import __version__
+from spar.common.cpu import cpu_name
 from spar.evaluation.options import EvalOptions
 from spar.worlds.shapes.detector import DETECTOR_VERSION, detector_accuracy
 
@@ -45,7 +45,7 @@ def machine_info() -> dict[str, Any]:
     import torch
 
     facts = {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -53,15 +53,6 @@ def machine_info() -> dict[str, Any]:
     if torch.cuda.is_available():
         facts["accelerator"] = torch.cuda.get_device_name()
     return facts
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def version_info() -> dict[str, str]:

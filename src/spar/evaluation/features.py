@@ -6,6 +6,8 @@ places, which describe textures, edges and colours. Distances compare with each 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 FEATURES = "random-convolutions-1 (3 layers, 16 channels each, mean and deviation: 96 features)"
@@ -25,7 +27,7 @@ def _features(images: np.ndarray) -> np.ndarray:
     rng = np.random.Generator(np.random.PCG64(_SEED))
     x = torch.from_numpy(images.copy()).permute(0, 3, 1, 2).double() / 127.5 - 1
     pooled = []
-    for inputs, outputs in zip(_CHANNELS, _CHANNELS[1:], strict=False):
+    for inputs, outputs in pairwise(_CHANNELS):
         filters = rng.standard_normal((outputs, inputs, 3, 3)) * np.sqrt(2 / (9 * inputs))
         x = torch.nn.functional.conv2d(x, torch.from_numpy(filters), padding=1).relu()
         pooled += [x.mean((2, 3)), x.std((2, 3), correction=0)]

@@ -27,11 +27,15 @@ _BLOCK = 10**6  # seeds of a task; the benchmark range has a thousand such block
 class PipelineLike(Protocol):
     """Methods of a model that the benchmarks call, as `SparPipeline` has them."""
 
-    def generate(self, prompt: Sequence[str], *, seed: Sequence[int], **keywords: Any) -> Any: ...
+    def generate(
+        self, prompt: Sequence[str], *, seed: Sequence[int], num_images_per_prompt: int = 1,
+        num_inference_steps: int | None = None, guidance_scale: float | None = None,
+    ) -> Any: ...  # fmt: skip
 
     def edit(
-        self, image: Sequence[Image.Image], instruction: Sequence[str], *, seed: Sequence[int], **keywords: Any
-    ) -> Any: ...
+        self, image: Sequence[Image.Image], instruction: Sequence[str], *, seed: Sequence[int],
+        num_inference_steps: int | None = None, guidance_scale: float | None = None,
+    ) -> Any: ...  # fmt: skip
 
     def understand(self, image: Sequence[Image.Image], question: Sequence[str]) -> Any: ...
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from spar.common.config import from_dict, read_json, to_dict
 from spar.common.errors import InputError
+from spar.common.files import atomic_file
 
 DRAWS = 1000
 LEVEL = 0.95
@@ -59,13 +60,10 @@ def write_result(path: str | Path, result: Result) -> None:
         InputError: the file cannot be written.
         ValueError: a score is not finite, which JSON cannot express.
     """
-    path = Path(path)
     text = json.dumps(to_dict(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    temporary = path.with_name(path.name + ".part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        with atomic_file(Path(path)) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write the results file {path}: {error.strerror or error}") from error
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from scipy import ndimage
@@ -138,10 +139,10 @@ def check_edit(item: EditItem, image: np.ndarray) -> EditVerdict:
     new_objects: list[DetectedObject | None] = []
     for wanted in target.objects:
         if wanted in source.objects:
-            kept.append(take_match(left, lambda found, old=wanted: same_object(found, old)))
+            kept.append(take_match(left, partial(same_object, item=wanted)))
     for wanted in target.objects:
         if wanted not in source.objects:
-            new_objects.append(take_match(left, lambda found, new=wanted: _is_new(found, new, item)))
+            new_objects.append(take_match(left, partial(_is_new, new=wanted, item=item)))
     background = detection.background == target.background
     instruction = {
         "background": background,

@@ -9,6 +9,7 @@ scenes' objects that the detector finds with the same shape, colour and size, th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -49,7 +50,7 @@ def shapes_recon(pipe: PipelineLike, options: EvalOptions | None = None, progres
     scenes = recon_scenes(options)
     before = np.stack([render(scene) for scene in scenes])
     after: list[np.ndarray] = []
-    for chunk in batches(before, options.batch, progress):
+    for chunk in batches(list(before), options.batch, progress):
         after += [pixels(image) for image in pipe.reconstruct([Image.fromarray(image) for image in chunk]).images]
     rebuilt = np.stack(after)
     decibels = [psnr(a, b) for a, b in zip(rebuilt, before, strict=True)]
@@ -78,20 +79,23 @@ def ssim(images: np.ndarray, references: np.ndarray) -> np.ndarray:
     import torch
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    values = [
-        structural_similarity_index_measure(
-            *(torch.from_numpy(part.copy()).permute(0, 3, 1, 2).double() / 255 for part in pair),
-            gaussian_kernel=False, kernel_size=WINDOW, data_range=1.0, reduction="none",
+    def chunk(all_images: np.ndarray, start: int) -> torch.Tensor:
+        return torch.from_numpy(all_images[start : start + _CHUNK].copy()).permute(0, 3, 1, 2).double() / 255
+
+    values = []
+    for start in range(0, len(images), _CHUNK):
+        value = structural_similarity_index_measure(
+            chunk(images, start), chunk(references, start), gaussian_kernel=False, kernel_size=WINDOW, data_range=1.0,
+            reduction="none",
         )
-        for pair in ((images[i : i + _CHUNK], references[i : i + _CHUNK]) for i in range(0, len(images), _CHUNK))
-    ]
-    return torch.cat([value.reshape(-1) for value in values]).numpy()
+        values.append((value if isinstance(value, torch.Tensor) else value[0]).reshape(-1))  # a pair with other options
+    return torch.cat(values).numpy()
 
 
 def survivors(detection: Detection, scene: Scene) -> tuple[int, bool]:
     """Number of a scene's objects that survive, and whether all do, on the same background, without other objects."""
     left = list(detection.objects)
-    found = [take_match(left, lambda seen, item=item: same_object(seen, item)) for item in scene.objects]
+    found = [take_match(left, partial(same_object, item=item)) for item in scene.objects]
     number = sum(seen is not None for seen in found)
     return number, number == len(scene.objects) and not left and detection.background == scene.background
 

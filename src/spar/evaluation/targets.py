@@ -98,7 +98,8 @@ def baselines(result: Result, score: Score) -> dict[str, Score]:
 
 def swap_change(results: Iterable[Result]) -> tuple[Score, Score] | None:
     """Understanding with the original encoder and with the model's own, if the results have both."""
-    before, after = [], []
+    before: list[Result] = []
+    after: list[Result] = []
     for result in results:
         if result.benchmark == "shapes-vqa" and result.settings.get("combinations", "seen") == "seen":
             (before if result.settings.get("label") == BEFORE_SWAP else after).append(result)

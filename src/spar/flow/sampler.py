@@ -14,6 +14,7 @@ Deliberate departures from a naive use of the same classes:
 
 import numbers
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,8 +78,9 @@ def _checked_shift(shift: float) -> float:
     return float(shift)
 
 
-def _build_scheduler(steps: int, shift: float, method: str):
+def _build_scheduler(steps: int, shift: float, method: str) -> Any:
     """Build a scheduler with its sigmas on the CPU, at the first step."""
+    scheduler: Any  # diffusers' classes share no typed interface
     if method == "dpmsolver++":
         from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 

@@ -61,7 +61,7 @@ class AutoencoderSpar(nn.Module):
         Raises:
             InputError: the path has other contents, or cannot be written.
         """
-        scale = torch.tensor(self.config.scaling_factor)  # `to` another type has rounded the tokenizer's own
+        scale = torch.tensor(self.config["scaling_factor"])  # `to` another type has rounded the tokenizer's own
         self.tokenizer.latent_scale = scale.to(self.device)
         check_replaceable(Path(path), f"{FORMAT}-tokenizer")
         with atomic_directory(Path(path)) as folder:
@@ -102,4 +102,4 @@ class AutoencoderSpar(nn.Module):
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Encode and decode."""
-        return self.decode(self.encode(sample).latent, return_dict)
+        return self.decode(self.encode(sample, return_dict=False)[0], return_dict)

@@ -7,12 +7,14 @@ requests otherwise. A PNG has its metadata as text chunks, which are also read h
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spar.common.errors import InputError
+from spar.common.files import atomic_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -108,20 +110,15 @@ def save_images(
     Raises:
         InputError: a file cannot be written; the message names it.
     """
-    parts: list[Path] = []
     path = paths[0]
     try:
-        for index, (image, path) in enumerate(zip(images, paths, strict=True)):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            parts.append(path.with_name(f".spar-{os.getpid()}-{index}.part"))
-            image.save(parts[-1], format="PNG", pnginfo=_text_chunks(metadata[index] if metadata else {}))
-        for part, path in zip(parts, paths, strict=True):
-            part.replace(path)
+        with ExitStack() as files:
+            for index, (image, path) in enumerate(zip(images, paths, strict=True)):
+                temporary = files.enter_context(atomic_file(path))
+                image.save(temporary, format="PNG", pnginfo=_text_chunks(metadata[index] if metadata else {}))
     except OSError as error:
-        raise InputError(f"output: {str(path)!r} cannot be written: {error.strerror or error}") from error
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
+        name = str(error.filename2 or path)
+        raise InputError(f"output: {name!r} cannot be written: {error.strerror or error}") from error
 
 
 def source_metadata(source: Path) -> dict[str, str]:
@@ -190,7 +187,7 @@ def read_metadata(path: Path) -> PngMetadata:
     Raises:
         InputError: a missing or damaged file, another format, or missing or invalid metadata.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     expected = "expected a PNG written by spar, or a folder of weights"
     try:
@@ -202,7 +199,7 @@ def read_metadata(path: Path) -> PngMetadata:
             size, texts = image.size, {key: str(value) for key, value in image.info.items() if key in METADATA_KEYS}
     except InputError:
         raise
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise InputError(f"{expected}, got {str(path)!r}, which is not a PNG") from None
     except Exception as error:  # a hostile header makes Pillow raise nearly anything
         raise InputError(f"{expected}, but {str(path)!r} cannot be read: {error}") from error

@@ -22,7 +22,7 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
             part.weight.data = part.weight.data.to(dtype)
 
 
-def quantize(model: nn.Module) -> None:
+def quantize(model: SparModel) -> None:
     """Round the linear maps of the repeated layers to 8 bits, one scale per row (torchao's weight-only int8).
 
     SANA's 1x1 convolutions, half of the DiT, stay as they are.
@@ -48,7 +48,7 @@ class Offload:
         self.device, self.loaded_parts = device, set[str]()
         tokenizer = model.tokenizer
         streams = [part for name, part in tokenizer.named_children() if name not in ("encoder", "decoder")]
-        parts = {
+        parts: dict[str, list[nn.Module]] = {
             "encoder": [tokenizer.encoder],
             "streams": streams,
             "language": [model.language],

@@ -52,6 +52,8 @@ class GenerateOutput:
 
 @dataclass(frozen=True)
 class UnderstandOutput:
+    """Answers, and why each ended."""
+
     texts: list[str]
 
 

@@ -9,7 +9,6 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from spar.checkpoints.hub import model_folder, model_name
 from spar.checkpoints.lora import load_adapter, merge_lora
 from spar.checkpoints.spar_format import ModelBundle, load_model, save_model, versions
+from spar.common.cpu import bfloat16_instructions
 from spar.common.device import check_device
 from spar.common.errors import InputError
 from spar.common.limits import (
@@ -58,12 +58,8 @@ Callback = Callable[[int, int, Tensor], bool | None]
 
 
 def has_native_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware (AMX or AVX-512 BF16)."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "amx_bf16" in flags or "avx512_bf16" in flags
+    """Whether this CPU multiplies bfloat16 in hardware by AMX or AVX-512 BF16; ARM's has not been measured."""
+    return bool({"amx_bf16", "avx512_bf16"} & {*bfloat16_instructions()})
 
 
 @dataclass
@@ -311,7 +307,7 @@ class SparPipeline:
             with torch.inference_mode(), self._compute():
                 self._load_to_device("language")  # other calls may come between two pieces
                 step = next(steps, None)
-            if step is None:
+            if step is None or step[0] is None:  # there is one row, which ends with the stream
                 break
             out.completion_tokens += 1
             if piece := text.add_token(step[0]):
@@ -394,7 +390,8 @@ class SparPipeline:
                 if guidance == 1:
                     return self.model.velocity(latent, time, condition).velocity.float()
                 both = self.model.velocity(latent.repeat(2, 1, 1, 1), time.repeat(2), condition).velocity.float()
-                return apply_guidance(*both.chunk(2), guidance)
+                conditional, unconditional = both.chunk(2)
+                return apply_guidance(conditional, unconditional, guidance)
 
             latent = sample(
                 velocity, noise, num_inference_steps=steps, shift=defaults.shift, method=defaults.method,
@@ -430,7 +427,9 @@ class SparPipeline:
             return torch.nn.functional.pad(tensor, (0, 0) * (tensor.dim() - 2) + (length - tensor.shape[1], 0))
 
         both = Condition(
-            *(torch.cat([widen(getattr(c, name)) for c in (own, other)]) for name in ("states", "mask", "weights")),
+            states=torch.cat([widen(own.states), widen(other.states)]),
+            mask=torch.cat([widen(own.mask), widen(other.mask)]),
+            weights=torch.cat([widen(own.weights), widen(other.weights)]),
             reference=None if own.reference is None else own.reference.repeat(2, 1, 1, 1),
         )
         return both, own
@@ -473,7 +472,7 @@ class SparPipeline:
             yield
 
     def _pixels(self, image: ImageSource | Sequence[ImageSource], *, keep_aspect: bool = False) -> Tensor:
-        sources = list(image) if isinstance(image, (list, tuple)) else [image]
+        sources: list[Any] = list(image) if isinstance(image, (list, tuple)) else [image]  # `open_image` checks each
         if not sources:
             raise InputError("expected at least one image, got an empty list")
         for source in sources:
@@ -501,7 +500,7 @@ class SparPipeline:
             self.check_text(one, what)
         return texts
 
-    def _negatives(self, negative: str | Sequence[str] | None, count: int) -> list[str | None]:
+    def _negatives(self, negative: str | Sequence[str] | None, count: int) -> Sequence[str | None]:
         if negative is None:
             return [None] * count
         return _broadcast(self._texts(negative, "negative_prompt"), count, "negative_prompt")
@@ -525,11 +524,14 @@ class SparPipeline:
 
 def _repeat_condition(condition: Condition, count: int) -> Condition:
     """Repeat the condition for each image. The denoiser could share a prompt's keys and values among its images, but
-    attention would then round an image differently in a batch than alone."""
-    fields = {item.name: getattr(condition, item.name) for item in fields_of(condition)}
-    return Condition(**{
-        name: None if value is None else value.repeat_interleave(count, dim=0) for name, value in fields.items()
-    })  # fmt: skip
+    attention would then round an image differently in a batch than alone.
+    """
+
+    def repeat(tensor: Tensor) -> Tensor:
+        return tensor.repeat_interleave(count, dim=0)
+
+    reference = None if condition.reference is None else repeat(condition.reference)
+    return Condition(repeat(condition.states), repeat(condition.mask), repeat(condition.weights), reference)
 
 
 def _broadcast(values: list[str], count: int, what: str) -> list[str]:

@@ -36,6 +36,10 @@ class LeCam(nn.Module):
     process's value over all processes.
     """
 
+    real: Tensor
+    fake: Tensor
+    updates: Tensor
+
     def __init__(self, decay: float = 0.999):
         super().__init__()
         if not 0 <= decay < 1:
@@ -73,7 +77,7 @@ class PatchDiscriminatorConfig:
     layers: int = 3
     groups: int = 8
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.layers < 1:
             raise ValueError(f"expected at least 1 layer, got {self.layers}")
         if self.width < 1 or self.width % self.groups:

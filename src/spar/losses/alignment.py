@@ -24,7 +24,7 @@ def alignment_loss(
     Returns float32 scalars: `loss` (minus one of the cosines), `cosine_plain` and `cosine_centered` (both detached).
     Raises ValueError if an input is missing or shapes differ.
     """
-    check_pair("projected", projected, "teacher", teacher)
+    projected, teacher = check_pair("projected", projected, "teacher", teacher)
     if projected.ndim != 3:
         raise ValueError(f"expected features [B, N, D], got {tuple(projected.shape)}")
     projected, teacher = projected.float(), teacher.detach().float()

@@ -3,12 +3,13 @@
 from torch import Tensor
 
 
-def check_pair(first_name: str, first: Tensor | None, second_name: str, second: Tensor | None) -> None:
-    """Raise ValueError if one of two tensors is missing or their shapes differ; the message names the tensor."""
-    for name, tensor in ((first_name, first), (second_name, second)):
-        if tensor is None:
-            raise ValueError(f"expected {name} as a tensor, got None: this loss is on and lacks its input")
+def check_pair(first_name: str, first: Tensor | None, second_name: str, second: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The two tensors; ValueError, which names the tensor, if one is missing or their shapes differ."""
+    if first is None or second is None:
+        name = first_name if first is None else second_name
+        raise ValueError(f"expected {name} as a tensor, got None: this loss is on and lacks its input")
     if first.shape != second.shape:
         raise ValueError(
             f"expected {first_name} and {second_name} of one shape, got {tuple(first.shape)} and {tuple(second.shape)}"
         )
+    return first, second

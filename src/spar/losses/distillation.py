@@ -16,7 +16,7 @@ def feature_mse(student: Tensor | None, teacher: Tensor | None, *, names: tuple[
 
     names: names of the two in the ValueError for a missing or mismatched tensor.
     """
-    check_pair(names[0], student, names[1], teacher)
+    student, teacher = check_pair(names[0], student, names[1], teacher)
     return (student.float() - teacher.detach().float()).square().mean()
 
 

@@ -100,6 +100,9 @@ class LpipsLoss(PerceptualLoss):
 class ConvNextLoss(PerceptualLoss):
     """Mean squared distance of a ConvNeXt classifier's logits, at its training side in pixels."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, model: nn.Module, side: int = 224):
         super().__init__()
         self.model = model

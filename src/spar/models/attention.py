@@ -31,7 +31,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = N
 
 
 def transformers_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
+    _module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_ignored: Any
 ) -> tuple[Tensor, None]:
     """`attention` with the interface of transformers' layers: key heads are repeated if fewer; `[B, T, heads, d]`."""
     shared = query.shape[1] // key.shape[1]

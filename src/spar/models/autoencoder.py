@@ -3,7 +3,7 @@
 The autoencoder's own range is [-1, 1]; everywhere else in this package pixels are in [0, 1].
 """
 
-from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
+from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC, Decoder, Encoder
 from torch import Tensor, nn
 
 from spar.models.config import AutoencoderConfig
@@ -30,7 +30,7 @@ def build_autoencoder(config: AutoencoderConfig) -> AutoencoderDC:
 class PixelEncoder(nn.Module):
     """E_p, the encoder half: the teacher of tokenizer stage I; not part of the finished model."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: Encoder) -> None:
         super().__init__()
         self.network = network
 
@@ -50,7 +50,7 @@ class PixelEncoder(nn.Module):
 class PixelDecoder(nn.Module):
     """D_p, the decoder half."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: Decoder) -> None:
         super().__init__()
         self.network = network
 

@@ -23,12 +23,13 @@ class Connector(nn.Module):
         width = config.text.hidden_size
         self.config = config
         self.queries = nn.Parameter(torch.randn(config.connector.queries, width) * 0.02)
-        self.layers = nn.ModuleList(Qwen2DecoderLayer(library, i) for i in range(config.connector.layers))
+        layers = [Qwen2DecoderLayer(library, i) for i in range(config.connector.layers)]
+        for layer in layers:
+            layer.self_attn.is_causal = False
+        self.layers = nn.ModuleList(layers)
         self.rotary = Qwen2RotaryEmbedding(library)
         self.norm = Qwen2RMSNorm(width, eps=config.text.rms_norm_eps)
         self.projection = nn.Linear(width, config.denoiser.caption_channels)
-        for layer in self.layers:
-            layer.self_attn.is_causal = False
         if config.connector.reference_positions:
             self.reference_gain = nn.Parameter(torch.ones(()))
 

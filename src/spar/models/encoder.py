@@ -31,6 +31,7 @@ def vision_config(config: VisionConfig) -> InternVLVisionConfig:
 
 
 def qwen_config(config: TextConfig) -> Qwen2Config:
+    """The LLM's configuration, as transformers has it."""
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_factor > 1:
         rope |= {"rope_type": "dynamic", "factor": config.rope_factor}
@@ -75,13 +76,16 @@ def merge_patches(features: Tensor, height: int, width: int) -> Tensor:
 class SemanticEncoder(nn.Module):
     """Pixels in [0, 1] to projected visual tokens `f_v`; the module names are transformers' own."""
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     def __init__(self, vision: VisionConfig, text: TextConfig) -> None:
         super().__init__()
-        config = internvl_config(vision, text)
-        config.vision_config._attn_implementation = ATTENTION
+        library = vision_config(vision)
+        library._attn_implementation = ATTENTION
         self.patch_size = vision.patch_size
-        self.vision_tower = InternVLVisionModel(config.vision_config)
-        self.multi_modal_projector = InternVLMultiModalProjector(config)
+        self.vision_tower = InternVLVisionModel(library)
+        self.multi_modal_projector = InternVLMultiModalProjector(internvl_config(vision, text))
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
 

@@ -94,7 +94,7 @@ class LanguageModel(nn.Module):
             past = LayerKVCache(past_key_values[i - 1]) if past_key_values else None
             # Positional: transformers 5.24 calls the fourth `cache`, and deprecates 5.23's name, `past_key_values`.
             x = layer(x, bias, position_ids, past, position_embeddings=rotary)
-            if past:
+            if past and past_key_values:
                 past_key_values[i - 1] = past.key_value
             if i in layers:
                 kept[i] = x

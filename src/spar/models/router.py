@@ -134,4 +134,5 @@ ROUTERS: dict[str, type[Router]] = {
 
 
 def build_router(width: int, config: RouterConfig) -> Router:
+    """The router of a configuration; `width` is the LLM's."""
     return ROUTERS[config.kind](width, config)

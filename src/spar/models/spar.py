@@ -21,7 +21,8 @@ from spar.models.tokenizer import UnifiedTokenizer
 class Condition:
     """Condition of the denoiser: `states` `[B, T, C]`, `mask` `[B, T]`, the routing `weights` `[B, T, K]`, and for an
     edit the normalised latent of the image, `reference` `[B, D_p, h, w]`. `key_values` are the keys and values of the
-    denoiser's blocks, if precomputed (`SparModel.precompute_key_values`)."""
+    denoiser's blocks, if precomputed (`SparModel.precompute_key_values`).
+    """
 
     states: Tensor
     mask: Tensor

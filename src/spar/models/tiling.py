@@ -18,12 +18,12 @@ def decode_in_tiles(decode: Callable[[Tensor], Tensor], latent: Tensor, tile: in
     height, width = latent.shape[-2:]
     rows, columns = min(tile, height), min(tile, width)
     overlap = max(1, round(OVERLAP * tile))
-    pixels = weights = None
+    pixels = weights = latent.new_empty(0)  # of the image's size from the first tile on
     for top in _starts(height, rows, overlap):
         for left in _starts(width, columns, overlap):
             piece = decode(latent[..., top : top + rows, left : left + columns]).float()
             stride = piece.shape[-1] // columns
-            if pixels is None:
+            if not weights.numel():
                 shape = (stride * height, stride * width)
                 pixels, weights = piece.new_zeros(*piece.shape[:2], *shape), piece.new_zeros(shape)
             down, across = (_ramp(cells * stride, overlap * stride).to(piece) for cells in (rows, columns))

@@ -90,6 +90,8 @@ class Stream(nn.Module):
 class UnifiedTokenizer(nn.Module):
     """Image to `f_v` and `z_f`, and `z_f` back to pixels. `latent_scale` is measured by training, then stored."""
 
+    latent_scale: Tensor
+
     def __init__(self, config: SparConfig) -> None:
         super().__init__()
         width, channels = config.text.hidden_size, config.autoencoder.latent_channels
@@ -126,8 +128,10 @@ class UnifiedTokenizer(nn.Module):
         bilinearly and without antialiasing, as in the family. A latent of more than `tile` cells per side is decoded in
         tiles (`spar.models.tiling`).
         """
-        whole = tile is None or max(z_f.shape[-2:]) <= tile
-        pixels = self.decoder(z_f) if whole else decode_in_tiles(self.decoder, z_f, tile)
+        if tile is None or max(z_f.shape[-2:]) <= tile:
+            pixels = self.decoder(z_f)
+        else:
+            pixels = decode_in_tiles(self.decoder, z_f, tile)
         size = tuple(side * self.config.token_stride for side in z_f.shape[-2:])
         if tuple(pixels.shape[-2:]) != size:
             pixels = F.interpolate(pixels.float(), size=size, mode="bilinear", align_corners=False)

@@ -58,8 +58,8 @@ def _open(part: Mapping[str, Any], side: int) -> str | Image.Image:
 
 def _content(message: object, name: str) -> tuple[str, list[Mapping[str, Any]]]:
     """Role and parts of one message, each part of a known type with its own keys."""
-    _check_keys(message, ("role", "content"), name)
-    role, content = message["role"], message["content"]
+    fields = _check_keys(message, ("role", "content"), name)
+    role, content = fields["role"], fields["content"]
     if role not in ROLES:
         raise InputError(f"{name}.role: expected {', '.join(ROLES[:-1])} or {ROLES[-1]}, got {role!r}")
     if isinstance(content, str):
@@ -82,11 +82,13 @@ def _content(message: object, name: str) -> tuple[str, list[Mapping[str, Any]]]:
     return role, list(content)
 
 
-def _check_keys(value: object, keys: tuple[str, str], name: str) -> None:
+def _check_keys(value: object, keys: tuple[str, str], name: str) -> Mapping[str, Any]:
+    """The object with exactly these keys."""
     if not isinstance(value, Mapping):
         raise InputError(f"{name}: expected {keys[0]} and {keys[1]}, got {type(value).__name__}")
     if set(value) != set(keys):
         raise InputError(f"{name}: expected {keys[0]} and {keys[1]}, got {', '.join(map(str, value)) or 'nothing'}")
+    return value
 
 
 def _check_order(roles: list[str]) -> None:

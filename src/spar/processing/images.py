@@ -12,7 +12,7 @@ from io import BytesIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from spar.common.errors import InputError
@@ -102,8 +102,8 @@ def open_training_image(data: bytes) -> Image.Image:
     """
     with _identify(data, "it", TRAINING_FORMATS, _EXPECTED_TRAINING) as image:
         # The further frames of a JPEG are a camera's depth or gain maps, and the first is the image.
-        if _true_format(image) != "JPEG" and getattr(image, "n_frames", 1) > 1:
-            raise InputError(f"{_EXPECTED_TRAINING} of one frame, but it has {image.n_frames}")
+        if _true_format(image) != "JPEG" and (frames := getattr(image, "n_frames", 1)) > 1:
+            raise InputError(f"{_EXPECTED_TRAINING} of one frame, but it has {frames}")
         return _convert(image, "it", own=True)
 
 
@@ -199,7 +199,7 @@ def _decode(data: bytes, name: str) -> Image.Image:
         return _convert(image, name, own=True)
 
 
-def _identify(data: bytes, name: str, formats: Sequence[str], expected: str) -> Image.Image:
+def _identify(data: bytes, name: str, formats: tuple[str, ...], expected: str) -> Image.Image:
     """Open bytes as a Pillow image of one of the formats, by content, reading only the header."""
     if not data:
         raise InputError(f"{expected}, but {name} is empty")
@@ -207,7 +207,7 @@ def _identify(data: bytes, name: str, formats: Sequence[str], expected: str) -> 
         raise InputError(_too_many_bytes(name, len(data)))
     try:
         image = Image.open(BytesIO(data), formats=formats)
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise InputError(f"{expected}, but {name} is {_kind(data)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # Pillow's own, far larger limit
         raise InputError(f"{_EXPECTED_PIXELS}, but {name} has far more") from None
@@ -220,8 +220,8 @@ def _identify(data: bytes, name: str, formats: Sequence[str], expected: str) -> 
 
 
 def _true_format(image: Image.Image) -> str:
-    """An image's format; MPO is a JPEG with further images after its end."""
-    return "JPEG" if image.format == "MPO" else image.format
+    """The format of an image that was read; MPO is a JPEG with further images after its end."""
+    return "JPEG" if image.format == "MPO" else image.format or ""  # only an image made in memory has none
 
 
 def _check_size(image: Image.Image, name: str) -> None:

@@ -47,7 +47,8 @@ class QuestionAnswer:
 @dataclass(frozen=True)
 class PackedBatch:
     """Several turns about one image per row: `ids` `[B, T]`, `allowed` `[B, T, T]`, `positions` `[B, T]`, and
-    `weights` `[B, T]`, the weight of the loss with which each token is predicted (0: not an answer)."""
+    `weights` `[B, T]`, the weight of the loss with which each token is predicted (0: not an answer).
+    """
 
     ids: Tensor
     allowed: Tensor

@@ -1,14 +1,51 @@
-"""Recipes: functions that return a complete configuration. A variant derives from another and changes what differs."""
+"""Recipes: functions that return a complete configuration. A variant derives from another and changes what differs.
+
+What a recipe may be made of is listed here too: a new objective, source of data or system is one file of its own and
+one line in its table.
+"""
 
 from collections.abc import Callable
 
+from spar.common.config import Registry, by_kind
 from spar.common.errors import InputError
+from spar.recipes.shapes.curricula import CaptionLessons, MixedLessons, QuestionData
+from spar.recipes.shapes.data import ShapesData
+from spar.recipes.shapes.dense_tagging import DenseTaggingObjective, TagData, TagWordsObjective
 from spar.recipes.shapes.recipe import shapes
 from spar.recipes.spar import spar_1b, spar_3b
 from spar.recipes.tiny import tiny
 from spar.training.config import Recipe
+from spar.training.data import CaptionData, DataConfig, ImageData, MixedData, NoData, StageData
+from spar.training.files_data import FilesData
+from spar.training.objectives.autoencoder import AutoencoderObjective
+from spar.training.objectives.base import Objective
+from spar.training.objectives.dit import DitObjective
+from spar.training.objectives.next_token import NextTokenObjective
+from spar.training.objectives.tokenizer import TokenizerObjective
+from spar.training.objectives.unified import UnifiedObjective
+from spar.training.systems.spar import SparRecipe
 
 RECIPES: dict[str, Callable[[], Recipe]] = {"shapes": shapes, "tiny": tiny, "spar-1b": spar_1b, "spar-3b": spar_3b}
+
+SYSTEMS = (SparRecipe,)
+OBJECTIVES = (
+    AutoencoderObjective,
+    DenseTaggingObjective,
+    DitObjective,
+    NextTokenObjective,
+    TagWordsObjective,
+    TokenizerObjective,
+    UnifiedObjective,
+)
+SOURCES = (FilesData, NoData, ShapesData)
+STAGE_DATA = (CaptionData, CaptionLessons, ImageData, MixedData, MixedLessons, QuestionData, TagData)
+
+REGISTRY: Registry = {
+    Recipe: by_kind(SYSTEMS),
+    Objective: by_kind(OBJECTIVES),
+    DataConfig: by_kind(SOURCES),
+    StageData: by_kind(STAGE_DATA),
+}
 
 
 def recipe(name: str) -> Recipe:

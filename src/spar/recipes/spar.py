@@ -19,62 +19,54 @@ from spar.models.config import (
     VisionConfig,
 )
 from spar.recipes.shapes.recipe import DECODER, DENOISER, ENCODER, ROUTER_AND_CONNECTOR, STREAMS
-from spar.training.config import (
-    AlignmentConfig,
-    DataConfig,
-    FlowConfig,
-    LossWeights,
-    PerceptualConfig,
-    Recipe,
-    StageConfig,
-)
+from spar.training.config import StageConfig
+from spar.training.data import ImageData, MixedData
+from spar.training.objectives.tokenizer import TokenizerObjective
+from spar.training.objectives.unified import UnifiedObjective
+from spar.training.systems.spar import AlignmentConfig, FlowConfig, PerceptualConfig, SparRecipe
 
 GPUS, BATCH_PER_GPU = 64, 128  # of the unified stages; the batch is the family's, the number of GPUs our choice
-RECONSTRUCTION = LossWeights(mse=1.0, perceptual=1.1)
-ADVERSARY = LossWeights(mse=1.0, perceptual=1.1, semantic=1.0, gan=0.1, lecam=1e-3)
+RECONSTRUCTION = TokenizerObjective(mse=1.0, perceptual=1.1)
+ADVERSARY = replace(RECONSTRUCTION, semantic=1.0, gan=0.1, lecam=1e-3)
 PUBLISHED = (
     "model.tokenizer.encoder", "model.tokenizer.decoder", "model.language", "model.denoiser", "pixel_encoder"
 )  # fmt: skip
 EVERYTHING = (ENCODER, *STREAMS, DECODER, "discriminator.*")
 
 _TOKENIZER_1 = StageConfig(
-    "tokenizer-1", "tokenizer", STREAMS, steps=100_000, batch=2048, lr=3e-4, lr_end=1e-4, warmup=10_000,
-    weight_decay=1e-4, betas=(0.9, 0.999), max_grad_norm=1.0, ema=0.999, image_size=224,
-    losses=replace(RECONSTRUCTION, native=1.0),
+    "tokenizer-1", replace(RECONSTRUCTION, native=1.0), STREAMS, data=ImageData(image_size=224), steps=100_000,
+    batch=2048, lr=3e-4, lr_end=1e-4, warmup=10_000, weight_decay=1e-4, betas=(0.9, 0.999), max_grad_norm=1.0,
+    ema=0.999,
 )
 _TOKENIZER_3 = replace(
     _TOKENIZER_1, name="tokenizer-3", trainable=EVERYTHING, lr_multipliers=((ENCODER, 0.1),),
-    losses=replace(ADVERSARY, gan_start=30_000),
+    objective=replace(ADVERSARY, gan_start=30_000),
 )
 TOKENIZER = (
     _TOKENIZER_1,
-    replace(_TOKENIZER_1, name="tokenizer-2", trainable=(*STREAMS, DECODER), losses=RECONSTRUCTION),
+    replace(_TOKENIZER_1, name="tokenizer-2", trainable=(*STREAMS, DECODER), objective=RECONSTRUCTION),
     _TOKENIZER_3,
-    replace(_TOKENIZER_3, name="tokenizer-448", image_size=448, batch=256, lr_end=1e-5, losses=ADVERSARY),
+    replace(
+        _TOKENIZER_3, name="tokenizer-448", data=ImageData(image_size=448), batch=256, lr_end=1e-5, objective=ADVERSARY
+    ),
 )
 
 # Our choice: steps for about five passes over 36 M images, then five over the 240,000 of the fine-tuning; the share
 # of edits from 1.5 M edits shown ten times among them, and from 46,000 shown three times.
 _UNIFIED_1 = StageConfig(
-    "unified-1",
-    "unified",
-    ROUTER_AND_CONNECTOR,
-    steps=22_000,
-    batch=GPUS * BATCH_PER_GPU,
-    lr=1e-4,
-    lr_end=1e-5,
-    warmup=66,
-    betas=(0.9, 0.999),
-    max_grad_norm=1.0,
+    "unified-1", UnifiedObjective(), ROUTER_AND_CONNECTOR, data=MixedData(), steps=22_000, batch=GPUS * BATCH_PER_GPU,
+    lr=1e-4, lr_end=1e-5, warmup=66, betas=(0.9, 0.999), max_grad_norm=1.0,
 )
 _UNIFIED_2 = replace(
-    _UNIFIED_1, name="unified-2", trainable=(*ROUTER_AND_CONNECTOR, DENOISER, "alignment_head.*"), edit_share=0.3,
-    losses=LossWeights(align=0.5),
+    _UNIFIED_1, name="unified-2", trainable=(*ROUTER_AND_CONNECTOR, DENOISER, "alignment_head.*"),
+    objective=UnifiedObjective(align=0.5), data=MixedData(edit_share=0.3),
 )
 UNIFIED = (
     _UNIFIED_1,
     _UNIFIED_2,
-    replace(_UNIFIED_2, name="unified-3", steps=1200, batch=8 * BATCH_PER_GPU, warmup=4, edit_share=0.57),
+    replace(
+        _UNIFIED_2, name="unified-3", steps=1200, batch=8 * BATCH_PER_GPU, warmup=4, data=MixedData(edit_share=0.57)
+    ),
 )
 
 SPAR_1B = SparConfig(
@@ -117,12 +109,12 @@ SPAR_3B = replace(
 )
 
 
-def spar_1b() -> Recipe:
-    return Recipe(
+def spar_1b() -> SparRecipe:
+    """The published system with InternVL3-1B and SANA 0.6B."""
+    return SparRecipe(
         name="spar-1b",
         model=SPAR_1B,
         stages=TOKENIZER + UNIFIED,
-        data=DataConfig(source="none"),
         # The family trains at shift 1 (its scheduler does not read SANA's `flow_shift`) and samples at SANA's 3.
         flow=FlowConfig(
             time_mean=0.0, time_std=1.0, training_shift=1.0, sampling_shift=3.0, sampling_steps=20, guidance=4.5,
@@ -133,10 +125,9 @@ def spar_1b() -> Recipe:
         perceptual=PerceptualConfig(autoencoder=0.0, lpips=1.0, convnext=0.1, classifier="facebook/convnext-small-224"),
         published=PUBLISHED,
         max_prompt_tokens=300,
-        word_embeddings="random",
     )
 
 
-def spar_3b() -> Recipe:
+def spar_3b() -> SparRecipe:
     """`spar-1b` with the larger LLM and DiT."""
     return replace(spar_1b(), name="spar-3b", model=SPAR_3B)

@@ -11,8 +11,13 @@ from spar.models.config import (
     TextConfig,
     VisionConfig,
 )
+from spar.recipes.shapes.data import ShapesData
 from spar.recipes.shapes.recipe import shapes
-from spar.training.config import DataConfig, Recipe
+from spar.training.objectives.base import Objective
+from spar.training.objectives.dit import DitObjective
+from spar.training.objectives.tokenizer import TokenizerObjective
+from spar.training.objectives.unified import UnifiedObjective
+from spar.training.systems.spar import SparRecipe
 
 TINY_MODEL = SparConfig(
     vision=VisionConfig(hidden_size=32, layers=1, heads=2, intermediate_size=64),
@@ -32,19 +37,20 @@ TINY_MODEL = SparConfig(
 )
 
 
-def tiny() -> Recipe:
+def tiny() -> SparRecipe:
     """Three steps a stage, four images a step: a check of the way, not of the goal."""
     base = shapes()
     stages = tuple(
-        replace(
-            stage,
-            steps=3,
-            batch=4,
-            warmup=1,
-            noise_samples=min(stage.noise_samples, 2),
-            losses=replace(stage.losses, gan_start=0),
-        )
-        for stage in base.stages
+        replace(stage, objective=_cut(stage.objective), steps=3, batch=4, warmup=1) for stage in base.stages
     )
-    data = DataConfig(scenes=24, edits=16)
+    data = ShapesData(scenes=24, edits=16)
     return replace(base, name="tiny", model=TINY_MODEL, stages=stages, data=data, log_every=1)
+
+
+def _cut(objective: Objective) -> Objective:
+    """At most two draws an image, and an adversary from the first step on."""
+    if isinstance(objective, TokenizerObjective):
+        return replace(objective, gan_start=0)
+    if isinstance(objective, DitObjective | UnifiedObjective):
+        return replace(objective, noise_samples=2)
+    return objective

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -41,7 +42,7 @@ def thin(steps: np.ndarray, values: np.ndarray, limit: int = MAX_POINTS) -> tupl
     if len(steps) <= limit:
         return steps.astype(float), values
     edges = np.linspace(0, len(steps), limit + 1).astype(int)
-    parts = list(zip(edges[:-1], edges[1:], strict=True))
+    parts = list(pairwise(edges))
     return np.array([steps[a:b].mean() for a, b in parts]), np.array([values[a:b].mean() for a, b in parts])
 
 

@@ -1,8 +1,8 @@
 """The demonstration: every task, a small sample of every score, and one page with all of it.
 
-    DEMO/report.html            the page, self-contained
-    DEMO/gallery/ edits/ reconstructions/      the images
-    DEMO/results/               the results files of the sample
+DEMO/report.html            the page, self-contained
+DEMO/gallery/ edits/ reconstructions/      the images
+DEMO/results/               the results files of the sample
 """
 
 import re
@@ -65,7 +65,8 @@ Step = Callable[[str, int, int], None]  # (name of the part, done, total)
 @dataclass(frozen=True)
 class DemoOptions:
     """`images`: images to reconstruct (the world's own if empty); `limit`: prompts of each benchmark task;
-    `curves`: metrics.jsonl of the weights' training; `seed`: of all samples."""
+    `curves`: metrics.jsonl of the weights' training; `seed`: of all samples.
+    """
 
     images: Sequence[Path] = ()
     limit: int = 4
@@ -176,7 +177,7 @@ def show_edits(pipe: Any, options: DemoOptions) -> ReportSection:
     return shown
 
 
-def show_answers(pipe: Any, options: DemoOptions) -> ReportSection:
+def show_answers(pipe: Any, _: DemoOptions) -> ReportSection:
     """Questions of every kind, with the model's and the true answers."""
     items = vqa_items(EvalOptions(limit=ANSWERS_A_KIND))
     images = [Image.fromarray(item.image) for item in items]

@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from spar.common.errors import InputError
+from spar.common.files import atomic_file
 from spar.evaluation.results import Result
 from spar.reporting import charts, html_page
 from spar.reporting.curves import Curves
@@ -93,13 +94,10 @@ class ReportData:
 
 
 def write_report(path: str | Path, data: ReportData) -> None:
-    """Write the page under a temporary name, then rename it; its folder is created. `InputError` on failure."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".part")
+    """Write the page, as `atomic_file`; `InputError` on failure."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(render_report(data), encoding="utf-8")
-        temporary.replace(path)
+        with atomic_file(Path(path)) as temporary:
+            temporary.write_text(render_report(data), encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write the report {path}: {error.strerror or error}") from error
 
@@ -215,7 +213,7 @@ def _summary(summary: RoutingSummary) -> Markup:
 
 
 def _training(curves: Curves, log: bool) -> Markup | None:
-    stages = []
+    stages: list[Markup] = []
     for stage, terms in curves.items():
         figures = [
             tag("figure", _caption(tag("strong", term), f"last {values[-1]:.3g}"),

@@ -8,7 +8,7 @@ stripe and the exact weights on hover give the same without colour.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -29,10 +29,17 @@ SIDE = 256  # least width of the image, pixels
 class RoutingLike(Protocol):
     """`outputs.Routing`: T tokens, their kinds, K layer numbers, weights [T, K]."""
 
-    tokens: list[str]
-    kinds: list[str]
-    layers: tuple[int, ...]
-    weights: np.ndarray
+    @property
+    def tokens(self) -> list[str]: ...
+
+    @property
+    def kinds(self) -> list[str]: ...
+
+    @property
+    def layers(self) -> tuple[int, ...]: ...
+
+    @property
+    def weights(self) -> np.ndarray: ...
 
 
 def plain_word(token: str) -> str:
@@ -53,7 +60,7 @@ def layer_colors(count: int) -> list[str]:
     return ["#{:02x}{:02x}{:02x}".format(*(round(value) for value in rgb)) for rgb in zip(*channels, strict=True)]
 
 
-def stripe(weights: Sequence[float], colors: Sequence[str]) -> str:
+def stripe(weights: Iterable[float], colors: Sequence[str]) -> str:
     """A CSS background: each colour as wide as its weight."""
     shown = [(color, weight) for color, weight in zip(colors, weights, strict=True) if weight >= SHOWN]
     ends = 100 * np.cumsum([weight for _, weight in shown]) / sum(weight for _, weight in shown)
@@ -114,7 +121,7 @@ def routing_view(routing: RoutingLike, image: Image.Image | None = None) -> Mark
     )  # fmt: skip
 
 
-def _weights_text(weights: Sequence[float], layers: Sequence[int]) -> str:
+def _weights_text(weights: Iterable[float], layers: Sequence[int]) -> str:
     return ", ".join(f"layer {layer} {100 * weight:.1f} %" for layer, weight in zip(layers, weights, strict=True))
 
 

@@ -20,7 +20,9 @@ _WORDS = {
     "number word": frozenset(NUMBERS),
     "background word": frozenset((*BACKGROUNDS, "background")),
     "place word": frozenset(("left", "right", "above", "below")),
-    "verb": frozenset("generate edit describe recolor make change remove delete add replace".split()),
+    "verb": frozenset(
+        ("generate", "edit", "describe", "recolor", "make", "change", "remove", "delete", "add", "replace")
+    ),
 }
 TOKEN_CLASSES = (*_WORDS, "other word", "template", "image", "query")
 

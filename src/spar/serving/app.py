@@ -26,13 +26,15 @@ from spar.serving.middleware import ClientDisconnected, RequestGuardMiddleware
 from spar.serving.worker import ChatJob, ImageJob, Stopped, Worker
 
 FORM = Form(media_type="multipart/form-data")
-ERRORS = {
+ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": schema.ErrorBody, "description": "The request cannot be fulfilled; 429: the server is busy, and "
             "Retry-After gives the seconds to wait"},
     "500": {"model": schema.ErrorBody, "description": "The server failed; its log has more"},
     "503": {"model": schema.ErrorBody, "description": "The request timed out, or the server is stopping"},
 }  # fmt: skip
-STREAM = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Whole, or streamed"}}
+STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Whole, or streamed"}
+}
 
 
 def create_app(
@@ -55,7 +57,7 @@ def create_app(
     model = (pipe.origin.get("model") or "spar").rpartition("/")[2]
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         worker.start()
         async with page.router.lifespan_context(page) if page else nullcontext():
             yield
@@ -253,6 +255,7 @@ def _event(value: dict[str, Any]) -> str:
 
 
 def new_id() -> str:
+    """An identifier of a completion."""
     return f"chatcmpl-{secrets.token_hex(12)}"
 
 
@@ -263,6 +266,7 @@ def usage_of(out: Any) -> dict[str, int]:
 
 
 def completion(model: str, out: Any, pieces: list[str | None]) -> dict[str, Any]:
+    """A whole chat completion in OpenAI's form."""
     message = {"role": "assistant", "content": "".join(piece or "" for piece in pieces), "refusal": None}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": out.finish_reason}
     shared = {"id": new_id(), "object": "chat.completion", "created": int(time.time()), "model": model}

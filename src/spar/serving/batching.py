@@ -43,22 +43,25 @@ class GeneratedImage:
 
 def sample_images(pipe: SparPipeline, rows: list[ImageRow], callback: Step) -> list[GeneratedImage]:
     """Generate or edit images; all rows have the same BatchKey."""
-    first = rows[0]
-    shared = {
-        "negative_prompt": [row.negative_prompt for row in rows] if first.batch_key.has_negatives else None,
-        "num_inference_steps": first.batch_key.steps, "guidance_scale": first.batch_key.guidance,
-        "seed": [row.seed for row in rows], "callback": callback,
-    }  # fmt: skip
-    prompts = [row.prompt for row in rows]
-    if first.image is None:
-        height, width = first.batch_key.size
-        out = pipe.generate(prompts, height=height, width=width, **shared)
+    key = rows[0].batch_key
+    prompts, seeds = [row.prompt for row in rows], [row.seed for row in rows]
+    negatives = [row.negative_prompt or "" for row in rows] if key.has_negatives else None
+    images = [row.image for row in rows if row.image is not None]  # of all rows, or of none
+    if not images:
+        out = pipe.generate(
+            prompts, negative_prompt=negatives, height=key.size[0], width=key.size[1], num_inference_steps=key.steps,
+            guidance_scale=key.guidance, seed=seeds, callback=callback,
+        )  # fmt: skip
     else:
-        out = pipe.edit([row.image for row in rows], prompts, **shared)
+        out = pipe.edit(
+            images, prompts, negative_prompt=negatives, num_inference_steps=key.steps, guidance_scale=key.guidance,
+            seed=seeds, callback=callback,
+        )  # fmt: skip
     return list(map(GeneratedImage, out.images, out.metadata, out.seeds))
 
 
-def reconstruct(pipe: SparPipeline, images: list[Image.Image], callback: Step) -> list[GeneratedImage]:
+def reconstruct(pipe: SparPipeline, images: list[Image.Image], _: Step) -> list[GeneratedImage]:
+    """Encode and decode images."""
     out = pipe.reconstruct(images)
     return list(map(GeneratedImage, out.images, out.metadata))
 
@@ -85,6 +88,7 @@ def sampling_jobs(
 
 
 def reconstruction_job(image: Image.Image) -> ImageJob:
+    """A job that reconstructs one image."""
     return ImageJob(reconstruct, None, image)
 
 

@@ -31,7 +31,7 @@ MESSAGES = {
     503: "the request timed out; try again",
 }
 # Expected value of a field or for a kind of error, where pydantic's own message gives no reason.
-EXPECTED_TYPES = {
+EXPECTED_TYPES: dict[str | tuple[str, str], str] = {
     "response_format": "expected b64_json: this server hosts no files that a URL could lead to",
     "size": 'expected "WIDTHxHEIGHT" in pixels, or "auto"',
     "temperature": "expected 0: answers are greedy",
@@ -93,16 +93,16 @@ def _validation(error: RequestValidationError) -> ApiError:
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{param}: this server has no such field", param=param, code="unknown_parameter")
     sentence = first["msg"].removeprefix("Value error, ")
-    kind = first["type"]
+    kind, field = first["type"], param or ""
     if kind != "value_error":
-        sentence = EXPECTED_TYPES.get(param) or EXPECTED_TYPES.get(kind) or sentence[:1].lower() + sentence[1:]
-    sentence = EXPECTED_TYPES.get((param, kind)) or sentence
+        sentence = EXPECTED_TYPES.get(field) or EXPECTED_TYPES.get(kind) or sentence[:1].lower() + sentence[1:]
+    sentence = EXPECTED_TYPES.get((field, kind)) or sentence
     return ApiError(400, f"{param}: {sentence}" if param else sentence, param=param)
 
 
 def _is_tag(before: int | str, part: int | str) -> bool:
     """Whether a part of an error's location is pydantic's tag of a union, not a field."""
-    return part in ("words", "parts") or isinstance(before, int) and part in ("text", "image_url")
+    return part in ("words", "parts") or (isinstance(before, int) and part in ("text", "image_url"))
 
 
 def add_handlers(app: FastAPI) -> None:

@@ -71,20 +71,23 @@ async def read_messages(
     Raises:
         ApiError: too many images, or an image that `read_image` or `decode_data_url` refuses.
     """
-    converted, count = [], 0
+    converted: list[dict[str, Any]] = []
+    count = 0
     for index, message in enumerate(messages):
-        content: Any = message.content
-        if not isinstance(content, str):
-            content = []
-            for part in message.content:
-                if isinstance(part, TextPart):
-                    content.append({"type": "text", "text": part.text})
-                    continue
-                count += 1
-                if count > MAX_CHAT_IMAGES:
-                    raise ApiError(400, f"messages: expected at most {MAX_CHAT_IMAGES} images", param="messages")
-                where = f"messages.{index}.content"
-                data = decode_data_url(part.image_url.url, where)
-                content.append({"type": "image", "image": await read_image(data, where, reserve, decoders)})
-        converted.append({"role": "system" if message.role == "developer" else message.role, "content": content})
+        role = "system" if message.role == "developer" else message.role
+        if isinstance(message.content, str):
+            converted.append({"role": role, "content": message.content})
+            continue
+        content: list[dict[str, Any]] = []
+        for part in message.content:
+            if isinstance(part, TextPart):
+                content.append({"type": "text", "text": part.text})
+                continue
+            count += 1
+            if count > MAX_CHAT_IMAGES:
+                raise ApiError(400, f"messages: expected at most {MAX_CHAT_IMAGES} images", param="messages")
+            where = f"messages.{index}.content"
+            data = decode_data_url(part.image_url.url, where)
+            content.append({"type": "image", "image": await read_image(data, where, reserve, decoders)})
+        converted.append({"role": role, "content": content})
     return converted

@@ -15,18 +15,18 @@ class ServerMetrics:
     """One server's metrics, in their own registry. `waiting()` is the length of the queue."""
 
     def __init__(self, waiting: Callable[[], int]) -> None:
-        self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)
-        new = {"registry": self.registry}
+        registry = self.registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
         self.requests = Counter("spar_requests", "Requests answered, or left by their client (499)",
-                                ("route", "status"), **new)  # fmt: skip
+                                ("route", "status"), registry=registry)  # fmt: skip
         self.seconds = Histogram("spar_request_seconds", "From a request's head to its end", ("route",),
-                                 buckets=SECONDS, **new)  # fmt: skip
-        self.running = Gauge("spar_requests_running", "Requests that are being answered", **new)
-        self.batch_rows = Histogram("spar_batch_rows", "Rows of a call of the pipeline", buckets=ROWS, **new)
+                                 buckets=SECONDS, registry=registry)  # fmt: skip
+        self.running = Gauge("spar_requests_running", "Requests that are being answered", registry=registry)
+        self.batch_rows = Histogram("spar_batch_rows", "Rows of a call of the pipeline", buckets=ROWS,
+                                    registry=registry)  # fmt: skip
         self.batch_seconds = Histogram("spar_batch_seconds", "Duration of a call of the pipeline", buckets=SECONDS,
-                                       **new)  # fmt: skip
-        Gauge("spar_queue", "Rows and chats that wait", **new).set_function(waiting)
+                                       registry=registry)  # fmt: skip
+        Gauge("spar_queue", "Rows and chats that wait", registry=registry).set_function(waiting)
 
     def observe(self, seconds: float, rows: int) -> None:
         self.batch_seconds.observe(seconds)

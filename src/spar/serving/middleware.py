@@ -12,6 +12,7 @@ from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from spar.serving.asgi import replay_body
 from spar.serving.errors import ApiError
 from spar.serving.limits import (
     BODY_SECONDS,
@@ -25,8 +26,9 @@ from spar.serving.limits import (
 from spar.serving.metrics import ServerMetrics
 
 Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
@@ -97,9 +99,10 @@ class RequestGuardMiddleware:
                 raise ApiError(421)
             if origin and origin.partition("://")[2] != host:
                 raise ApiError(403)
-        elif scope["path"] not in OPEN_PATHS:
-            if not hmac.compare_digest(headers.get(b"authorization", b""), self.bearer):
-                raise ApiError(401, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        elif scope["path"] not in OPEN_PATHS and not hmac.compare_digest(
+            headers.get(b"authorization", b""), self.bearer
+        ):
+            raise ApiError(401, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         if self.requests > MAX_REQUESTS:
             raise ApiError(429, code="rate_limit_exceeded")
         if headers.get(b"content-encoding", b"identity").lower() != b"identity":
@@ -114,7 +117,7 @@ def _name(host: str) -> str:
 async def _read(scope: Scope, receive: Receive, reserve: Callable[[int], None]) -> bytes:
     """Read the whole body; raise as soon as it is too large or too slow."""
     length = dict(scope["headers"]).get(b"content-length", b"0")
-    if length.isdigit() and len(length) < 20 and int(length) > MAX_BODY_BYTES or len(length) >= 20:
+    if (length.isdigit() and len(length) < 20 and int(length) > MAX_BODY_BYTES) or len(length) >= 20:
         raise ApiError(413)
     parts, size = [], 0
     try:
@@ -142,24 +145,10 @@ def _check_values(scope: Scope, body: bytes) -> None:
         raise ApiError(413)
 
 
-def replay_body(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that returns the body first, then the later messages (the client's disconnection)."""
-    replayed = False
-
-    async def replay() -> dict[str, Any]:
-        nonlocal replayed
-        if replayed:
-            return await receive()
-        replayed = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replay
-
-
 def _sender(send: Send, set_status: Callable[[int], None]) -> Send:
     """A `send` that adds our headers and records the status."""
 
-    async def wrapped(message: dict[str, Any]) -> None:
+    async def wrapped(message: Message) -> None:
         if message["type"] == "http.response.start":
             set_status(message["status"])
             message = {**message, "headers": [*message.get("headers", ()), *HEADERS]}
@@ -177,7 +166,7 @@ class TimedH11Protocol(H11Protocol):
     _late: asyncio.TimerHandle | None = None
     _unread: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn's own
         super().connection_made(transport)
         transport.set_write_buffer_limits(0)  # pause_writing is called as soon as anything is unsent
         self._expect()

@@ -84,6 +84,8 @@ class SamplingRequest(RequestModel):
 
 
 class GenerationRequest(SamplingRequest):
+    """Body of /v1/images/generations."""
+
     model_config = ConfigDict(strict=True)
 
     size: Annotated[str, Field(pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$"), AfterValidator(_area)] | None = Field(
@@ -93,6 +95,8 @@ class GenerationRequest(SamplingRequest):
 
 
 class EditForm(SamplingRequest):
+    """Form of /v1/images/edits."""
+
     image: UploadFile = Field(description="PNG, JPEG or WEBP of one frame; its name is not used.")
     size: Literal["auto"] | None = Field(None, description="The result has the image's own proportions.")
     stream: Literal["false"] | None = None
@@ -109,22 +113,30 @@ class EditForm(SamplingRequest):
 
 
 class ReconstructForm(RequestModel):
+    """Form of /v1/reconstruct."""
+
     image: UploadFile = Field(description="PNG, JPEG or WEBP of one frame; its name is not used.")
     model: Name | None = None
     output_format: OutputFormat | None = None
 
 
 class TextPart(StrictModel):
+    """Text of a chat message."""
+
     type: Literal["text"]
     text: Text
 
 
 class ImageUrl(StrictModel):
+    """Where an image of a chat message is: a data URL."""
+
     url: str = Field(description="data:image/...;base64,... and no other URL: this server fetches nothing.")
     detail: Literal["auto", "low", "high"] | None = None
 
 
 class ImagePart(StrictModel):
+    """Image of a chat message."""
+
     type: Literal["image_url"]
     image_url: ImageUrl
 
@@ -133,6 +145,8 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
 class Message(StrictModel):
+    """Message of a chat."""
+
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
         Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS), Tag("words")]  # an assistant's may be empty
@@ -142,6 +156,8 @@ class Message(StrictModel):
 
 
 class StreamOptions(StrictModel):
+    """What a stream holds beside the answer."""
+
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
@@ -167,31 +183,41 @@ class ChatRequest(StrictModel):
     store: Literal[False] | None = None
 
 
-class ImageData(BaseModel):
+class ImageItem(BaseModel):
+    """A generated image."""
+
     b64_json: str
     seed: int | None = Field(None, description="The seed that reproduces this image.")
 
 
 class ImagesResponse(BaseModel):
+    """Generated images."""
+
     created: int
-    data: list[ImageData]
+    data: list[ImageItem]
     output_format: OutputFormat
     size: str
 
 
 class Usage(BaseModel):
+    """Numbers of tokens."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
 
 
 class AnswerMessage(BaseModel):
+    """The answer."""
+
     role: Literal["assistant"] = "assistant"
     content: str
     refusal: None = None
 
 
 class Choice(BaseModel):
+    """One answer of a completion."""
+
     index: int = 0
     message: AnswerMessage
     logprobs: None = None
@@ -199,6 +225,8 @@ class Choice(BaseModel):
 
 
 class ChatCompletion(BaseModel):
+    """A whole chat completion."""
+
     id: str
     object: Literal["chat.completion"] = "chat.completion"
     created: int
@@ -208,6 +236,8 @@ class ChatCompletion(BaseModel):
 
 
 class ModelInfo(BaseModel):
+    """A served model."""
+
     id: str
     object: Literal["model"] = "model"
     created: int
@@ -215,15 +245,21 @@ class ModelInfo(BaseModel):
 
 
 class ModelList(BaseModel):
+    """The served models."""
+
     object: Literal["list"] = "list"
     data: list[ModelInfo]
 
 
 class Health(BaseModel):
+    """Whether the server can answer."""
+
     status: Literal["ok", "stopping"]
 
 
 class ErrorDetail(BaseModel):
+    """What went wrong."""
+
     message: str
     type: str
     param: str | None = None
@@ -231,4 +267,6 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
+    """An error in OpenAI's form."""
+
     error: ErrorDetail

@@ -13,7 +13,7 @@ from spar.inference.pipeline import SparPipeline
 from spar.serving.app import create_app
 from spar.serving.auth import is_local
 from spar.serving.limits import PAGE_PATH, SHUTDOWN_SECONDS
-from spar.serving.middleware import LOCAL_NAMES, Receive, Scope, Send, TimedH11Protocol
+from spar.serving.middleware import LOCAL_NAMES, Message, Receive, Scope, Send, TimedH11Protocol
 from spar.serving.worker import Worker
 
 Call = Callable[[Callable[[SparPipeline], Any]], Future]
@@ -32,7 +32,7 @@ class PathDispatcher:
             return
         begun = False
 
-        async def tracked(message: dict[str, Any]) -> None:
+        async def tracked(message: Message) -> None:
             nonlocal begun
             begun = True
             await send(message)

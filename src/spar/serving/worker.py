@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Executor, Future, InvalidStateError, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,7 +81,7 @@ class Worker:
     pipe: SparPipeline
     max_batch: int = MAX_BATCH
     max_queue: int = MAX_QUEUE
-    observe: Callable[[float, int], None] = lambda seconds, rows: None
+    observe: Callable[[float, int], None] = lambda _seconds, _rows: None
     thread: Executor | None = None
 
     def __post_init__(self) -> None:
@@ -89,21 +90,21 @@ class Worker:
         self._changed = threading.Condition(threading.RLock())
         self._stopping = False
         self._expected, self._answered_at = 0, 0.0
-        self.thread = self.thread or ThreadPoolExecutor(1, "spar-worker")
+        self._thread = self.thread or ThreadPoolExecutor(1, "spar-worker")
         self._running: Future | None = None
 
     def start(self) -> None:
-        self._running = self.thread.submit(self._loop)
+        self._running = self._thread.submit(self._loop)
 
     def stop(self) -> None:
         """Cancel waiting and running jobs, and wait for the thread to end."""
         with self._changed:
             self._stopping = True
-            cancelled = [*self._waiting, *self._chats]
+            cancelled: list[ImageJob | ChatJob] = [*self._waiting, *self._chats]
             self._changed.notify_all()
         for job in cancelled:
             job.future.cancel()
-        self.thread.shutdown()
+        self._thread.shutdown()
 
     @property
     def alive(self) -> bool:
@@ -127,13 +128,16 @@ class Worker:
             if self.waiting + len(jobs) > self.max_queue:
                 raise Busy
             for job in jobs:
-                (self._chats if isinstance(job, ChatJob) else self._waiting).append(job)
+                if isinstance(job, ChatJob):
+                    self._chats.append(job)
+                else:
+                    self._waiting.append(job)
                 job.future.add_done_callback(self._forget)  # no reference to the job, which would be a cycle
             self._changed.notify_all()
 
     def call(self, function: Callable[[SparPipeline], Any]) -> Future:
         """Queue a function of the pipeline, which runs alone; raises as `submit`."""
-        job = ImageJob(lambda pipe, inputs, step: [function(pipe)], None, None)
+        job = ImageJob(lambda pipe, _inputs, _step: [function(pipe)], None, None)
         self.submit(job)
         return job.future
 
@@ -225,7 +229,7 @@ class Worker:
             if chat.pieces is None and not chat.future.cancelled():
                 chat.pieces = chat.start(self.pipe)
             for _ in range(CHAT_TURN_TOKENS):
-                if self._stopping or chat.future.cancelled():
+                if chat.pieces is None or self._stopping or chat.future.cancelled():
                     return
                 piece = next(chat.pieces, None)
                 if piece is None:
@@ -237,16 +241,12 @@ class Worker:
 
 
 def _finish(future: Future, result: Any) -> None:
-    try:
+    with suppress(InvalidStateError):  # cancelled meanwhile
         future.set_result(result)
-    except InvalidStateError:  # cancelled meanwhile
-        pass
 
 
 def _fail(future: Future, error: Exception) -> None:
     if not isinstance(error, InputError):
         log.error("the pipeline failed", exc_info=error)
-    try:
+    with suppress(InvalidStateError):
         future.set_exception(error)
-    except InvalidStateError:
-        pass

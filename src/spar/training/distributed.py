@@ -187,7 +187,7 @@ class ForwardWrapper(nn.Module):
 
     def __init__(self, modules: nn.Module) -> None:
         super().__init__()
-        self.modules = modules
+        self.wrapped = modules
 
     def forward(self, function: Callable[..., T], *arguments: Any) -> T:
         return function(*arguments)
@@ -210,7 +210,8 @@ def wrap_modules(modules: nn.Module, parallel: DistributedContext) -> nn.Module:
         for block in repeated_blocks(modules):
             if any(p not in held for p in block.parameters()):
                 fully_shard(block, mesh=mesh, ignored_params=held)
-        return fully_shard(frame, mesh=mesh, ignored_params=held)
+        fully_shard(frame, mesh=mesh, ignored_params=held)
+        return frame
     if parallel.world > 1:
         # Generation and editing reach different parts, and check_unused_parameters says what none reaches.
         return DistributedDataParallel(frame, find_unused_parameters=True, broadcast_buffers=False)
@@ -223,17 +224,20 @@ def apply_activation_checkpointing(modules: nn.Module) -> None:
     A block that does so already, since an earlier stage, is left as it is.
     """
     for block in repeated_blocks(modules):
-        if hasattr(block.forward, "recomputed"):
-            continue
-        plain = block.forward
+        if not isinstance(block.forward, RecomputedForward):
+            block.forward = RecomputedForward(block.forward)
 
-        def again(*arguments: Any, _plain: Callable[..., Any] = plain, **keywords: Any) -> Any:
-            if not torch.is_grad_enabled():
-                return _plain(*arguments, **keywords)
-            return checkpoint(functools.partial(_plain, **keywords), *arguments, use_reentrant=False)
 
-        again.recomputed = plain
-        block.forward = again
+class RecomputedForward:
+    """A block's `plain` forward, whose activations the backward pass computes again."""
+
+    def __init__(self, plain: Callable[..., Any]) -> None:
+        self.plain = plain
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.plain(*arguments, **keywords)
+        return checkpoint(functools.partial(self.plain, **keywords), *arguments, use_reentrant=False)
 
 
 def all_reduce_replicated_grads(modules: nn.Module, parallel: DistributedContext) -> None:

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from spar.common.config import read_json, to_dict, write_json
 from spar.common.errors import InputError
+from spar.common.files import atomic_file
 from spar.data.loader import to_pixels
 from spar.data.samples import BadSample, EditSample, check_references
 from spar.data.sources import DataSource
@@ -80,7 +81,7 @@ def write_cache(
     Raises:
         InputError: a folder that holds a cache of another key, or something else.
     """
-    device, key = tokenizer.latent_scale.device, cache_key(tokenizer, side, sources)
+    device, key = next(tokenizer.parameters()).device, cache_key(tokenizer, side, sources)
     if (folder / HEADER).exists():
         _check(folder, key)
     elif folder.exists() and any(folder.iterdir()):
@@ -101,9 +102,8 @@ def write_cache(
                 rows = [_features(tokenizer, one, device, precision) for one in loaded if len(one.ids)]
                 if rows:
                     stored = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-                    aside = path.with_suffix(".part")
-                    save_file(stored, aside)
-                    aside.rename(path)
+                    with atomic_file(path) as temporary:
+                        save_file(stored, temporary)
             if path.exists():
                 with safe_open(path, "pt") as file:
                     bad += count - file.get_slice("id").get_shape()[0]
@@ -217,3 +217,42 @@ class FeatureCache:
             for name in file.keys():  # noqa: SIM118 (no dictionary)
                 if name != "id":
                     yield name, file.get_slice(name)[row]
+
+
+class InMemoryFeatureCache:
+    """Frozen features of a fixed set of images, computed at the first use of each; rows are kept in bfloat16."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, int] = {}
+        self.tables: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(
+        self, keys: np.ndarray, pixels: Tensor, compute: Callable[[Tensor], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """The features of images `[B, 3, H, W]` by their `keys` `[B]`.
+
+        Args:
+            compute: turns images `[n, 3, H, W]` into named tensors `[n, ...]`.
+        """
+        missing = [index for index, key in enumerate(keys.tolist()) if key not in self.rows]
+        if missing:
+            new, first = np.unique(keys[missing], return_index=True)
+            found = compute(pixels[torch.tensor(missing)[torch.from_numpy(first)].to(pixels.device)])
+            for name, rows in found.items():
+                self._append(name, rows)
+            self.rows |= {key: len(self.rows) + index for index, key in enumerate(new.tolist())}
+        where = torch.tensor([self.rows[key] for key in keys.tolist()])
+        return {name: table[where.to(table.device)] for name, table in self.tables.items()}
+
+    def _append(self, name: str, rows: Tensor) -> None:
+        """Put rows after those that are kept; the table doubles when it is full."""
+        used, table = len(self.rows), self.tables.get(name)
+        if table is None or used + len(rows) > len(table):
+            larger = torch.empty(
+                (max(2 * used, used + len(rows)), *rows.shape[1:]), dtype=torch.bfloat16, device=rows.device
+            )
+            if table is not None:
+                larger[:used] = table[:used]
+            self.tables[name] = table = larger
+        table[used : used + len(rows)] = rows.to(torch.bfloat16)

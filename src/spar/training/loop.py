@@ -1,4 +1,4 @@
-"""The one training loop. It reads top to bottom; what differs between stages is data (`stages`) and a step function."""
+"""The one training loop. It reads top to bottom; what differs between stages is their objective."""
 
 import ctypes
 import fnmatch
@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from spar.checkpoints.lora import LORA_PREFIX
 from spar.common.config import to_dict
 from spar.common.errors import InputError
 from spar.data.batches import Images
@@ -30,12 +29,11 @@ from spar.training.checkpoint import (
     save_folder,
 )
 from spar.training.config import StageConfig, freeze
+from spar.training.data import TrainingData
 from spar.training.distributed import all_reduce_replicated_grads, no_sync, wrap_distributed_errors, wrap_modules
 from spar.training.metrics import MetricsLogger
-from spar.training.modules import TrainingModules
+from spar.training.objectives.base import StepContext, Terms
 from spar.training.optimizer import build_optimizers
-from spar.training.shapes_data import resized
-from spar.training.steps import STEPS, StepContext, Terms, external_features
 
 log = logging.getLogger("spar.training")
 
@@ -57,7 +55,7 @@ def learning_rate(stage: StageConfig, step: int) -> float:
 class EMA:
     """Exponential moving average of the trainable parameters, with a short memory at the start."""
 
-    def __init__(self, modules: TrainingModules, decay: float) -> None:
+    def __init__(self, modules: nn.Module, decay: float) -> None:
         self.decay = decay
         self.params = {name: p for name, p in modules.named_parameters() if p.requires_grad}
         self.averages = {name: p.detach().clone() for name, p in self.params.items()}
@@ -104,37 +102,29 @@ def tune_allocator() -> None:
         log.debug("no glibc: allocator left as it is")
 
 
-def clip_grad_norm(modules: TrainingModules, limit: float) -> Tensor:
-    """Clip the discriminator's gradient and everything else's apart, and return the norm of everything else's.
+def clip_grad_norm(modules: nn.Module, limit: float, *, apart: str | None = None) -> Tensor:
+    """Clip the gradient of the parameters whose names begin with `apart`, and everything else's; return the latter's
+    norm.
 
-    One norm over both sides of the adversarial game would let the discriminator's gradient, tens of times larger,
-    set the size of the tokenizer's step. A norm of either side that is not finite is what is returned.
+    One norm over both sides of an adversarial game would let the discriminator's gradient, tens of times larger, set
+    the size of the tokenizer's step. A norm of either side that is not finite is what is returned.
     """
     sides: dict[bool, list[Tensor]] = {}
     for name, parameter in modules.named_parameters():
         if parameter.requires_grad:
-            sides.setdefault(name.startswith("discriminator."), []).append(parameter)
+            sides.setdefault(apart is not None and name.startswith(apart), []).append(parameter)
     norms = {side: torch.nn.utils.clip_grad_norm_(parameters, limit) for side, parameters in sides.items()}
     norms = {side: norm.full_tensor() if isinstance(norm, DTensor) else norm for side, norm in norms.items()}
     broken = [norm for norm in norms.values() if not bool(torch.isfinite(norm))]
-    return broken[0] if broken else norms.get(False, norms.get(True))
+    return broken[0] if broken else norms[min(norms)]
 
 
 def check_unused_parameters(ctx: StepContext) -> None:
-    """Refuse trainable parts that the loss has not reached at all: they would stay as they are, unsaid.
-
-    The alignment head may rest where the recipe or the stage has switched the alignment off. With LoRA each adapted
-    part must be reached.
-    """
+    """Refuse trainable parts that the loss has not reached at all: they would stay as they are, unsaid."""
     reached = [name for name, parameter in ctx.modules.named_parameters() if parameter.grad is not None]
-    lora = ctx.recipe.lora
-    others = [pattern for pattern in ctx.stage.trainable if not pattern.startswith("model.")]
-    parts = [f"model.{part}.*.{LORA_PREFIX}*" for part in lora.parts]
-    for pattern in (*others, *parts) if lora.rank else ctx.stage.trainable:
-        resting = (
-            pattern == "alignment_head.*" and ctx.stage.step == "unified" and not ctx.recipe.alignment_weight(ctx.stage)
-        )
-        if not resting and not fnmatch.filter(reached, pattern):
+    resting = ctx.stage.objective.may_rest(ctx.recipe)
+    for pattern in ctx.recipe.must_reach(ctx.stage):
+        if pattern not in resting and not fnmatch.filter(reached, pattern):
             raise InputError(f"stage {ctx.stage.name}: {pattern!r} is trainable, but its loss does not reach it")
 
 
@@ -194,11 +184,13 @@ def begin_stage(ctx: StepContext, run: Path, *, resume: bool) -> StageRun:
     return StageRun(folder, wrapper, optimizers, names, average, metrics, start, seconds)
 
 
-def run_stage(ctx: StepContext, run: Path, *, resume: bool, report: Report | None = None) -> bool:
+def run_stage(
+    ctx: StepContext, data: TrainingData, run: Path, *, resume: bool, report: Report | None = None
+) -> bool:
     """Train one stage of a run to its end.
 
     Args:
-        ctx: modules, training data, recipe, stage and device.
+        ctx: modules, recipe, stage and device.
         run: the run's folder.
         resume: continue from `run/STAGE/state` when it is there.
         report: called with (stage, step, steps, values) at every step that is logged.
@@ -211,11 +203,11 @@ def run_stage(ctx: StepContext, run: Path, *, resume: bool, report: Report | Non
         InputError: a saved state that does not fit, or a trainable part that the loss does not reach.
     """
     stage, going = ctx.stage, begin_stage(ctx, run, resume=resume)
-    batches = ctx.data.batches(stage, going.start, ctx.parallel)
+    batches = data.batches(stage, going.start, ctx.parallel)
     with stop_signals() as caught:
         for step, micro_batches in enumerate(batches, start=going.start):
-            first = step == going.start
-            terms, norm = train_step(ctx, going.wrapper, step, micro_batches, going.optimizers, first=first)
+            ctx = replace(ctx, step=step)
+            terms, norm = train_step(ctx, going.wrapper, micro_batches, going.optimizers, first=step == going.start)
             if going.average:
                 going.average.update(step)
             if step % ctx.recipe.log_every == 0 or step == stage.steps - 1:
@@ -231,7 +223,7 @@ def run_stage(ctx: StepContext, run: Path, *, resume: bool, report: Report | Non
     if going.metrics:
         going.metrics.close()
     if not stopped:
-        end_stage(ctx, going, run)
+        end_stage(ctx, data, going, run)
     return not stopped
 
 
@@ -248,13 +240,13 @@ def log_step(
         report(ctx.stage.name, step, ctx.stage.steps, values)
 
 
-def end_stage(ctx: StepContext, going: StageRun, run: Path) -> None:
+def end_stage(ctx: StepContext, data: TrainingData, going: StageRun, run: Path) -> None:
     """The averaged weights become the weights; what later stages must know of them is measured, and all is saved."""
     if going.average:
         going.average.apply()
     meta = going.meta(ctx, ctx.stage.steps)
     with torch.no_grad():
-        going.wrapper(measure_latent_scale, ctx)
+        going.wrapper(ctx.stage.objective.finish, ctx, data)
     if isinstance(going.wrapper, FSDPModule):
         going.wrapper.reshard()
     save_folder(run / ctx.stage.name / "done", {"modules": ctx.modules.state_dict()}, meta, ctx.parallel)
@@ -263,7 +255,6 @@ def end_stage(ctx: StepContext, going: StageRun, run: Path) -> None:
 def train_step(
     ctx: StepContext,
     wrapper: nn.Module,
-    step: int,
     micro_batches: Sequence[Images],
     optimizers: list[torch.optim.Optimizer],
     *,
@@ -277,95 +268,30 @@ def train_step(
     stage, modules, micro_steps = ctx.stage, ctx.modules, len(micro_batches)
     modules.zero_grad(set_to_none=True)
     total: Terms = {}
-    for ctx.micro_step, batch in enumerate(micro_batches):
-        batch = batch.to(ctx.device)
-        with no_sync(wrapper, ctx.micro_step == micro_steps - 1), wrap_distributed_errors():
+    for micro_step, batch in enumerate(micro_batches):
+        own = replace(ctx, micro_step=micro_step)
+        with no_sync(wrapper, micro_step == micro_steps - 1), wrap_distributed_errors():
             with ctx.autocast():
-                terms = wrapper(STEPS[stage.step], ctx, batch, step)
+                terms = wrapper(stage.objective, own, batch.to(ctx.device))
             (terms["loss"] / micro_steps).backward()
         total = {name: total.get(name, 0) + value.detach() / micro_steps for name, value in terms.items()}
     all_reduce_replicated_grads(modules, ctx.parallel)
     if first:
         check_unused_parameters(ctx)
-    norm = clip_grad_norm(modules, stage.max_grad_norm)
+    norm = clip_grad_norm(modules, stage.max_grad_norm, apart=stage.objective.clipped_apart)
     bad_loss, bad_norm = ctx.parallel.any_process(
         not bool(torch.isfinite(total["loss"])), not bool(torch.isfinite(norm))
     )
     if bad_loss:
-        raise NonFiniteLoss(f"stage {stage.name}, step {step}: loss is {float(total['loss'])}; " + _named(total))
+        raise NonFiniteLoss(f"stage {stage.name}, step {ctx.step}: loss is {float(total['loss'])}; " + _named(total))
     if bad_norm:
-        raise NonFiniteLoss(f"stage {stage.name}, step {step}: the gradient is not finite; " + _named(total))
+        raise NonFiniteLoss(f"stage {stage.name}, step {ctx.step}: the gradient is not finite; " + _named(total))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(stage, step) * group["factor"]
+            group["lr"] = learning_rate(stage, ctx.step) * group["factor"]
         optimizer.step()
     return total, norm
 
 
 def _named(terms: dict[str, Tensor]) -> str:
     return ", ".join(f"{name} {float(value):.4g}" for name, value in terms.items())
-
-
-@torch.no_grad()
-def measure_latent_scale(ctx: StepContext, pictures: int = 512) -> None:
-    """Measure and store what later stages must know of the features that this stage has changed.
-
-    Behind the encoder's pre-training `f_v` is whitened; behind the autoencoder's the native latents' scale is stored;
-    behind the tokenizer's the scale of `z_f`.
-    """
-    modules, tokenizer = ctx.modules, ctx.modules.model.tokenizer
-    chunks = _first(ctx, pictures)
-    with ctx.autocast():
-        if ctx.stage.step == "encoder":
-            whiten(modules, torch.cat([tokenizer.encoder(chunk) for chunk in chunks]).float())
-        elif ctx.stage.step == "autoencoder":
-            latent = torch.cat([modules.native_latents(chunk) for chunk in chunks]).float()
-            modules.native_scale.copy_(1 / latent.square().mean().sqrt())
-        elif ctx.stage.step == "tokenizer":
-            z_f = torch.cat([tokenizer.encode(chunk).z_f for chunk in chunks]).float()
-            tokenizer.latent_scale.copy_(1 / z_f.square().mean().sqrt())
-
-
-@torch.no_grad()
-def measure_teacher_mean(ctx: StepContext, pictures: int = 512) -> None:
-    """Store the mean of the alignment teacher's features, for centring; before a stage, since the teacher is frozen.
-
-    So a run that starts from another run's tokenizer centres on its own teacher.
-    """
-    external, encoder = ctx.recipe.alignment.teacher == "external", ctx.modules.model.tokenizer.encoder
-    cached = ctx.data.cached_features(pictures)
-    if cached is not None:
-        ctx.modules.teacher_mean.copy_(cached.float().mean((0, 1)))
-        return
-    with ctx.autocast():
-        rows = [external_features(ctx, x).flatten(1, 2) if external else encoder(x) for x in _first(ctx, pictures)]
-    ctx.modules.teacher_mean.copy_(torch.cat(rows).float().mean((0, 1)))
-
-
-def _first(ctx: StepContext, pictures: int) -> tuple[Tensor, ...]:
-    """The first images of the training data, in chunks."""
-    side = ctx.stage.image_size
-    return tuple(resized(chunk.to(ctx.device), side) for chunk in ctx.data.sample(pictures))
-
-
-@torch.no_grad()
-def whiten(modules: TrainingModules, f_v: Tensor, floor: float = 0.1) -> None:
-    """Fold a whitening of `f_v` `[B, N, D]` into the projector's last layer, and its inverse into the dense read-outs.
-
-    Pre-training leaves 95 % of the variance of `f_v` in a dozen directions of colour and brightness; a frozen encoder
-    that hands these to the LLM hides the rest behind its RMSNorm. `floor` is the share of the mean variance that is
-    added to every direction, so that noise is not blown up.
-    """
-    rows = f_v.flatten(0, 1).double()
-    mean = rows.mean(0)
-    values, vectors = torch.linalg.eigh(torch.cov((rows - mean).T))
-    scale = (values.clamp(min=0) + floor * values.mean()).sqrt()
-    forward, backward = (vectors / scale) @ vectors.T, (vectors * scale) @ vectors.T
-    projector, head = modules.model.tokenizer.encoder.multi_modal_projector.linear_2, modules.dense_head
-    projector.bias.copy_((forward @ (projector.bias.double() - mean)).to(projector.bias.dtype))
-    projector.weight.copy_((forward @ projector.weight.double()).to(projector.weight.dtype))
-    for linear in (*head.tags.values(), head.center, head.coverage, head.pixels):
-        linear.bias.add_((linear.weight.double() @ mean).to(linear.bias.dtype))
-        linear.weight.copy_((linear.weight.double() @ backward).to(linear.weight.dtype))
-
-

@@ -5,6 +5,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from spar.common.files import atomic_file
+
 log = logging.getLogger("spar.training")
 
 
@@ -38,9 +40,8 @@ class MetricsLogger:
             if row["stage"] != stage or row["step"] < start:
                 kept.append(line)
         if len(kept) < len(lines):
-            aside = self.path.with_suffix(".part")
-            aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            aside.rename(self.path)
+            with atomic_file(self.path) as temporary:
+                temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def write(self, stage: str, step: int, values: dict[str, float]) -> None:
         with open(self.path, "a", encoding="utf-8") as file:

@@ -1,40 +1,34 @@
 """Everything that training holds: the model, and the teachers and heads that no finished model keeps."""
 
-import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spar.checkpoints.lora import add_lora
-from spar.common.errors import InputError
 from spar.losses.adversarial import LeCam, PatchDiscriminator
 from spar.models.attention import sincos_pos_embed_2d
 from spar.models.autoencoder import PixelEncoder, build_autoencoder
+from spar.models.encoder import SemanticEncoder
 from spar.models.spar import SparModel
-from spar.processing.prompts import PromptEncoder
-from spar.training.config import Recipe
+from spar.training.objectives.base import Networks
 
-# What the encoder's dense pre-training reads off each token of `f_v`: classes for each named target.
-TAGS = {"shape": 7, "color": 9, "size": 3, "background": 6}
-CENTER_BINS = 16
+if TYPE_CHECKING:
+    from spar.training.systems.spar import SparRecipe
+
+EXTERNAL_TEACHER = "external_teacher"  # the name of the alignment's teacher among the networks from outside
 
 ATTENTION_GAIN = 1.4  # size of the encoder's queries and keys at their random start
 GATES = [2, 5]  # of a SANA block's table: shift, scale, gate of its attention, then of its feed-forward
 
 
-class DenseHead(nn.Module):
-    """Linear read-outs of `f_v`: tags, the owner's centre in bins a side, coverage, and the token's own pixels."""
-
-    def __init__(self, width: int, stride: int) -> None:
-        super().__init__()
-        self.tags = nn.ModuleDict({name: nn.Linear(width, classes) for name, classes in TAGS.items()})
-        self.center = nn.Linear(width, 2 * CENTER_BINS)
-        self.coverage = nn.Linear(width, 1)
-        self.pixels = nn.Linear(width, 3 * stride**2)
+class Head(nn.Module):
+    """A head of an objective; its linear layers begin as the model's do."""
 
 
-class AlignmentHead(nn.Module):
+class AlignmentHead(Head):
     """phi: two hidden layers with SiLU from the DiT's width to the teacher's (SPAR section 3.3)."""
 
     def __init__(self, width: int, hidden: int, teacher_width: int) -> None:
@@ -48,26 +42,32 @@ class AlignmentHead(nn.Module):
 
 
 class TrainingModules(nn.Module):
-    """The model under training with its teachers and heads; stage patterns name its parameters.
+    """SPAR under training, with the heads and teachers of its recipe's objectives; stage patterns name its parameters.
 
-    `dense_head` and `teacher`, the copy of the encoder, are None where no stage of the recipe reads them.
+    E_p and two measures are here in every recipe: the scale of E_p's latents, and the mean of the alignment teacher.
+    The others are here where an objective builds them.
     """
 
-    def __init__(self, recipe: Recipe, *, teacher_width: int | None = None) -> None:
+    native_scale: Tensor
+    teacher_mean: Tensor
+    alignment_head: AlignmentHead
+    discriminator: PatchDiscriminator
+    lecam: LeCam
+    teacher: SemanticEncoder
+
+    def __init__(self, recipe: "SparRecipe", networks: Networks) -> None:
         super().__init__()
         self.config = config = recipe.model
-        width = config.text.hidden_size
         self.model = SparModel(config)
         self.pixel_encoder = PixelEncoder(build_autoencoder(config.autoencoder).encoder)
-        reads_tags = any(stage.step in ("encoder", "mllm") for stage in recipe.stages)
-        self.dense_head = DenseHead(width, config.token_stride) if reads_tags else None
-        self.alignment_head = AlignmentHead(config.denoiser.width, recipe.alignment.hidden, teacher_width or width)
-        self.discriminator = PatchDiscriminator(recipe.discriminator)
-        self.lecam = LeCam()
-        taught = any(stage.losses.semantic for stage in recipe.stages)
-        self.teacher = copy.deepcopy(self.model.tokenizer.encoder) if taught else None
         self.register_buffer("native_scale", torch.ones(()))
-        self.register_buffer("teacher_mean", torch.zeros(teacher_width or width))
+        width = networks[EXTERNAL_TEACHER].width() if EXTERNAL_TEACHER in networks else config.text.hidden_size
+        self.register_buffer("teacher_mean", torch.zeros(width))
+        heads: dict[str, Callable[[Any], nn.Module]] = {}
+        for stage in recipe.stages:
+            heads = {**stage.objective.build(recipe, networks), **heads}
+        for name in sorted(heads):  # the order in which random weights are drawn is part of what a seed means
+            self.add_module(name, heads[name](self))
 
     def native_latents(self, pixels: Tensor) -> Tensor:
         """E_p's latents on the token grid: `[B, 3, S, S]` to `[B, D_p, h, w]`, cell by cell those of the tokens.
@@ -88,9 +88,9 @@ def init_weights(modules: TrainingModules) -> None:
     Drawn from torch's global generator, which the caller seeds. transformers' own initialisation (a standard deviation
     of 0.02, zero position embeddings) is made for widths of a thousand; at these widths the encoder stays at the prior.
     """
-    for part in (modules.model, modules.dense_head, modules.alignment_head):
-        if part is not None:
-            _init_xavier(part)
+    heads = sorted((name for name, part in modules.named_children() if isinstance(part, Head)), reverse=True)
+    for part in (modules.model, *map(modules.get_submodule, heads)):
+        _init_xavier(part)
     _init_vision(modules)
     _init_denoiser(modules)
 
@@ -119,8 +119,9 @@ def _init_vision(modules: TrainingModules) -> None:
     weight = embeddings.patch_embeddings.projection.weight
     nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
     for layer in encoder.vision_tower.encoder.layer:
-        layer.attention.q_proj.weight.mul_(ATTENTION_GAIN)
-        layer.attention.k_proj.weight.copy_(layer.attention.q_proj.weight)
+        query, key = (layer.get_parameter(f"attention.{name}.weight") for name in ("q_proj", "k_proj"))
+        query.mul_(ATTENTION_GAIN)
+        key.copy_(query)
 
 
 @torch.no_grad()
@@ -143,23 +144,10 @@ def _init_denoiser(modules: TrainingModules) -> None:
         block.scale_shift_table[GATES] = 1.0
 
 
-def build_modules(
-    recipe: Recipe, device: torch.device, prompts: PromptEncoder, *, teacher_width: int | None = None
-) -> TrainingModules:
-    """The modules of a recipe with weights drawn from its seed, LoRA's additions among them.
-
-    Raises:
-        InputError: a text tokenizer of more words than the model has embeddings.
-    """
-    if len(prompts.tokenizer) > recipe.model.text.vocab_size:
-        raise InputError(
-            f"text.vocab_size: expected at least {len(prompts.tokenizer)} for this tokenizer, "
-            f"got {recipe.model.text.vocab_size}"
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        modules = TrainingModules(recipe, teacher_width=teacher_width)
-        init_weights(modules)
-        if recipe.lora.rank:
-            add_lora(modules.model, recipe.lora)
-    return modules.to(device)
+def build_modules(recipe: "SparRecipe", networks: Networks) -> TrainingModules:
+    """The modules of a recipe with weights drawn from torch's global generator, LoRA's additions among them."""
+    modules = TrainingModules(recipe, networks)
+    init_weights(modules)
+    if recipe.lora.rank:
+        add_lora(modules.model, recipe.lora)
+    return modules

@@ -32,7 +32,7 @@ class Muon(torch.optim.Optimizer):
             self.state[parameter]["momentum"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]  # nothing is returned
         for group in self.param_groups:
             alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
             for parameter in group["params"]:

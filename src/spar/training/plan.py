@@ -7,31 +7,36 @@ stage's weights come from, what is prepared before its first step and what its t
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from spar.checkpoints.spar_format import has_pixel_encoder, has_teacher
 from spar.common.config import read_json
 from spar.common.errors import InputError
 from spar.training.checkpoint import existing_checkpoint, group_keys, read_train_state
 from spar.training.config import Recipe, StageConfig
+from spar.training.data import NoData
 
 RANDOM = "random weights"  # how a manifest's parts begin that no published checkpoint brought
 MODEL_PARTS = ("model", "adapter")  # what a run's last stage leaves beside the stages
 
 Source = Literal["random", "folder", "stage", "state", "done"]
-Preparation = Literal[
-    "teacher from encoder", "teacher from folder", "tag embeddings", "connector from LLM", "teacher mean"
-]
 
 
 @dataclass(frozen=True)
 class StageStart:
     """Where a stage's weights come from: `random`, a `folder` that the caller named, the end of a `stage` of this run,
-    its own saved `state` (after `step` steps), or its own end, `done`."""
+    its own saved `state` (after `step` steps), or its own end, `done`.
+    """
 
     source: Source
     path: Path | None = None
     step: int = 0
+
+    @property
+    def folder(self) -> Path:
+        """`path`; ValueError where the weights are random."""
+        if self.path is None:
+            raise ValueError(f"a start from {self.source} has no folder")
+        return self.path
 
     def __str__(self) -> str:
         words: dict[Source, str] = {
@@ -46,13 +51,25 @@ class StageStart:
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """One stage of a run. `teacher_folder` is the SPAR folder whose teacher is taken, where one is."""
+    """One stage of a run.
+
+    Attributes:
+        prepares: what changes in its weights before its first step, in the objective's own words.
+        invalidates: stages whose ends its training makes void.
+        teacher_folder: the SPAR folder whose teacher is taken, where one is.
+    """
 
     config: StageConfig
     start: StageStart
-    prepares: tuple[Preparation, ...] = ()
+    prepares: tuple[str, ...] = ()
     invalidates: tuple[str, ...] = ()
     teacher_folder: Path | None = None
+
+    def require_teacher(self) -> Path:
+        """`teacher_folder`; ValueError where there is none."""
+        if self.teacher_folder is None:
+            raise ValueError(f"stage {self.config.name} takes no teacher from a folder")
+        return self.teacher_folder
 
     @property
     def skipped(self) -> bool:
@@ -75,27 +92,52 @@ class InitFolder:
     """What a folder of weights holds that a stage may start from.
 
     Attributes:
-        is_model: a SPAR folder, as against the end of a stage.
-        step: the kind of step of that stage; None for a SPAR folder.
+        is_model: a finished model's folder, as against the end of a stage.
+        kind: of that stage's objective; None for a model's folder.
         parts: where each part of a model that `spar build` or `spar convert` made comes from, by its place in it;
             empty for a model that training made.
-        pixel_encoder: whether a SPAR folder holds it.
-        teacher: whether the folder holds a semantic teacher.
+        holds: the modules in it beside the model, by their names among the training modules.
     """
 
     path: Path
     is_model: bool
-    step: str | None = None
+    kind: str | None = None
     parts: Mapping[str, str] = field(default_factory=dict)
-    pixel_encoder: bool = False
-    teacher: bool = False
+    holds: frozenset[str] = frozenset()
 
     @property
     def random_streams(self) -> tuple[str, ...]:
         """The tokenizer's parts with random weights that its latent depends on. A random pixel stream alone is none: a
-        converted tokenizer's fusion passes the semantic stream on."""
+        converted tokenizer's fusion passes the semantic stream on.
+        """
         decisive = ("tokenizer.semantic_stream", "tokenizer.fusion")
         return tuple(part for part in decisive if self.parts.get(part, "").startswith(RANDOM))
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a stage's weights come from, as its objective may ask.
+
+    Attributes:
+        init: the folder that the caller named, where it starts from that.
+        before: the stage of this run whose end it starts from.
+        teacher: a SPAR folder that the caller names as the semantic teacher's.
+    """
+
+    init: InitFolder | None = None
+    before: StageConfig | None = None
+    teacher: Path | None = None
+
+    @property
+    def is_model(self) -> bool:
+        return self.init is not None and self.init.is_model
+
+    @property
+    def kind(self) -> str | None:
+        """The kind of the objective that the weights were trained with last; None where no stage made them."""
+        if self.init is not None:
+            return self.init.kind
+        return self.before.objective.kind if self.before else None
 
 
 @dataclass(frozen=True)
@@ -116,33 +158,31 @@ def read_run(recipe: Recipe, run: Path, init_from: Path | None = None) -> RunSta
             state = read_train_state(run / stage.name / kind)
             if state:
                 steps[stage.name] = state.step
-    return RunStatus(run, found["done"], found["state"], None if init_from is None else read_init_folder(init_from))
+    init = None if init_from is None else read_init_folder(recipe, init_from)
+    return RunStatus(run, found["done"], found["state"], init)
 
 
-def read_init_folder(folder: Path) -> InitFolder:
-    """What a SPAR folder, or the end of a stage, holds.
+def read_init_folder(recipe: Recipe, folder: Path) -> InitFolder:
+    """What a finished model's folder, or the end of a stage, holds.
 
     Raises:
         InputError: a folder that is neither.
     """
-    if is_spar_folder(folder):
-        manifest = folder / "manifest.json"
-        parts: Any = read_json(manifest).get("parts", {}) if manifest.is_file() else {}
-        parts = {str(part): str(origin) for part, origin in parts.items()} if isinstance(parts, dict) else {}
-        return InitFolder(folder, True, None, parts, has_pixel_encoder(folder), has_teacher(folder))
+    if is_model_folder(folder):
+        return recipe.read_model(folder)
     if not (existing_checkpoint(folder) / "meta.json").is_file():
         raise InputError(
             f"--init-from: expected a finished stage such as RUN/dit/done or a SPAR folder, got {str(folder)!r}"
         )
     config = read_json(existing_checkpoint(folder) / "meta.json").get("config", {})
-    step = config.get("step") if isinstance(config, dict) else None
-    return InitFolder(
-        folder, False, step, teacher=any(key.startswith("teacher.") for key in group_keys(folder, "modules"))
-    )
+    objective = config.get("objective") if isinstance(config, dict) else None
+    kind = objective.get("kind") if isinstance(objective, dict) else None
+    holds = frozenset(key.partition(".")[0] for key in group_keys(folder, "modules"))
+    return InitFolder(folder, False, kind, holds=holds)
 
 
-def is_spar_folder(folder: Path) -> bool:
-    """Whether a folder is a SPAR folder, as against the end of a stage."""
+def is_model_folder(folder: Path) -> bool:
+    """Whether a folder is a finished model's, as against the end of a stage."""
     return (folder / "config.json").is_file()
 
 
@@ -154,6 +194,7 @@ def resolve(
     resume: bool = False,
     from_scratch: bool = False,
     teacher: Path | None = None,
+    only_shown: bool = False,
 ) -> RunPlan:
     """The plan of a run.
 
@@ -162,16 +203,18 @@ def resolve(
         resume: skip stages that are done and continue the one that is not.
         from_scratch: start from random weights what the recipe expects from published checkpoints.
         teacher: a SPAR folder whose encoder is the semantic teacher, in place of the one that the weights bring.
+        only_shown: the plan is looked at, not executed: it may lack data and published weights.
 
     Raises:
         InputError: stages that the recipe's data has nothing for, or whose weights are missing or do not suit them.
     """
     chosen = tuple(recipe.stage(name) for name in stages) or recipe.stages
-    check_data(recipe, chosen)
-    check_lora(recipe, chosen)
+    if not (only_shown and isinstance(recipe.data, NoData)):
+        recipe.data.check(chosen)
+    recipe.check_stages(chosen)
     begun = resume and (chosen[0].name in status.done or chosen[0].name in status.states)
     init = None if begun else status.init  # a run that has begun goes on from its own weights
-    if not (init or from_scratch or begun):
+    if not (init or from_scratch or begun or only_shown):
         check_start(recipe, chosen)
     planned: list[PlannedStage] = []
     voided: set[str] = set()
@@ -185,12 +228,12 @@ def resolve(
             start = StageStart("state", folder / "state", status.states[stage.name])
         else:
             start = _start(recipe, status, init, chosen, index)
-        own = init if start.source == "folder" else None
-        if own:
-            check_folder(own, stage)
-        named = teacher if index == 0 else None
-        prepares = preparations(recipe, stage, start, own, before=_before(recipe, chosen, index), teacher=named)
-        taught = (named or start.path) if "teacher from folder" in prepares else None
+        own, named = (init if start.source == "folder" else None), (teacher if index == 0 else None)
+        origin = Origin(own, _before(recipe, chosen, index), named)
+        if origin.init:
+            stage.objective.check_folder(stage, origin.init)
+        prepares = preparations(recipe, stage, start, origin)
+        taught = origin.teacher or (start.path if origin.is_model else None)
         later = {one.name for one in recipe.stages[recipe.stages.index(stage) :]}
         void = tuple(name for name in status.done if name in later and name not in voided)
         voided |= later
@@ -201,7 +244,8 @@ def resolve(
 
 def _before(recipe: Recipe, chosen: tuple[StageConfig, ...], index: int) -> StageConfig | None:
     """The stage whose end a stage starts from, unless a folder is named: of those chosen the one before, for the first
-    one the recipe's."""
+    one the recipe's.
+    """
     if index:
         return chosen[index - 1]
     position = recipe.stages.index(chosen[0])
@@ -223,74 +267,15 @@ def _start(
     return StageStart("stage", status.run / before.name / "done")
 
 
-def preparations(
-    recipe: Recipe,
-    stage: StageConfig,
-    start: StageStart,
-    init: InitFolder | None = None,
-    *,
-    before: StageConfig | None = None,
-    teacher: Path | None = None,
-) -> tuple[Preparation, ...]:
-    """What a stage takes over from other weights before its first step. A saved state holds all of it already.
-
-    Args:
-        init: what `start` names, where that is a folder.
-        before: the stage of this run whose end it starts from.
-        teacher: a SPAR folder that the caller names as the semantic teacher's.
+def preparations(recipe: Recipe, stage: StageConfig, start: StageStart, origin: Origin) -> tuple[str, ...]:
+    """What changes in a stage's weights before its first step. A saved state holds all of it already.
 
     Raises:
-        InputError: a folder without a semantic teacher where the encoder in it has already been trained.
+        InputError: weights without what the objective needs.
     """
     if start.source in ("state", "done"):
         return ()
-    found: list[Preparation] = []
-    came_from = init.step if init else before.step if before else None
-    model = init is not None and init.is_model
-    if stage.step == "tokenizer" and any(one.losses.semantic for one in recipe.stages):
-        found += _teacher(stage, init, came_from, teacher)
-    first = next(one for one in recipe.stages if one.step == stage.step)
-    if stage.step == "mllm" and stage.name == first.name and recipe.word_embeddings == "tags" and not model:
-        found.append("tag embeddings")
-    if stage.step == "unified" and came_from != "unified" and not model:  # a SPAR folder's connector is no blank one
-        found.append("connector from LLM")
-    if stage.step == "unified" and recipe.alignment_weight(stage) and recipe.alignment.center:
-        found.append("teacher mean")
-    return tuple(found)
-
-
-def _teacher(
-    stage: StageConfig, init: InitFolder | None, came_from: str | None, teacher: Path | None
-) -> list[Preparation]:
-    """The semantic teacher is the encoder as it was before the first tokenizer stage; later stages find it with the
-    weights that they start from."""
-    if teacher is not None or (init is not None and init.is_model and init.teacher):
-        return ["teacher from folder"]
-    model = init is not None and init.is_model
-    # What spar build or spar convert made has parts: no tokenizer stage has trained its encoder yet.
-    if (model and init.parts) or (not model and came_from not in ("tokenizer", "unified")):
-        return ["teacher from encoder"]
-    if init is None or (not model and init.teacher):
-        return []
-    raise InputError(
-        f"stage {stage.name}: {init.path} keeps no semantic teacher (no teacher.*), and its encoder may have "
-        "been trained since; name the SPAR folder that the tokenizer's training began with: --teacher FOLDER"
-    )
-
-
-def check_folder(init: InitFolder, stage: StageConfig) -> None:
-    """Refuse a stage whose step reads what a folder does not hold, or holds as random weights alone."""
-    if stage.step == "unified" and init.random_streams:
-        raise InputError(
-            f"stage {stage.name}: the tokenizer of {init.path} is not trained yet: {', '.join(init.random_streams)} "
-            "have random weights, as its manifest says; train the tokenizer stages first"
-        )
-    reads = stage.step in ("autoencoder", "dit") or (stage.step == "tokenizer" and not init.pixel_encoder)
-    if init.is_model and reads:
-        raise InputError(
-            f"stage {stage.name} needs the autoencoder's encoder, which {init.path} does not hold: give a stage's "
-            "folder (RUN/STAGE/done), or for a tokenizer stage a folder that spar build made"
-        )
+    return stage.objective.preparations(recipe, stage, origin)
 
 
 def check_start(recipe: Recipe, stages: tuple[StageConfig, ...]) -> None:
@@ -299,24 +284,4 @@ def check_start(recipe: Recipe, stages: tuple[StageConfig, ...]) -> None:
         raise InputError(
             f"recipe {recipe.name}: {', '.join(recipe.published)} would start from random weights; expected "
             "--init-from a folder that holds the published ones (spar build makes it), or --from-scratch"
-        )
-
-
-def check_data(recipe: Recipe, stages: tuple[StageConfig, ...]) -> None:
-    """Refuse stages that the recipe's source has nothing for."""
-    if recipe.data.source == "none":
-        raise InputError(f"recipe {recipe.name}: no data source given (data.source); it can be planned with --dry-run")
-    strange = [stage.name for stage in stages if stage.step in ("encoder", "mllm", "dit")]
-    if recipe.data.source == "files" and strange:
-        raise InputError(f"data sets train tokenizer and unified stages, expected no {', '.join(strange)} (--stage)")
-
-
-def check_lora(recipe: Recipe, stages: tuple[StageConfig, ...]) -> None:
-    """Refuse LoRA in stages that have nothing to adapt: it adds to a connector and a DiT that are trained already."""
-    first = next((stage for stage in recipe.stages if stage.step == "unified"), None)
-    wrong = [stage.name for stage in stages if stage.step != "unified" or stage == first]
-    if recipe.lora.rank and wrong:
-        raise InputError(
-            f"lora: expected unified stages after {first.name if first else 'the first'} alone (as in --stage "
-            f"{recipe.stages[-1].name} --init-from MODEL), got {', '.join(wrong)}"
         )

@@ -5,18 +5,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from spar.checkpoints.spar_format import (
-    load_text_tokenizer,
-)
-from spar.common.config import from_dict, read_json, to_dict, write_json
+from spar.common.config import Registry, from_dict, read_json, to_dict, write_json
 from spar.common.errors import InputError
-from spar.models.config import SparConfig
-from spar.processing.prompts import PromptEncoder
+from spar.common.files import atomic_directory
 from spar.training.checkpoint import read_train_state
 from spar.training.config import Recipe, StageConfig
 from spar.training.distributed import SINGLE_PROCESS, DistributedContext
 from spar.training.plan import PlannedStage, RunPlan
-from spar.worlds.shapes.tokenizer import build_tokenizer
 
 log = logging.getLogger("spar.training")
 
@@ -31,7 +26,7 @@ def open_run(run: Path, recipe: Recipe, *, fresh: bool, main: bool = True) -> No
     path = run / "recipe.json"
     if fresh and path.exists():
         raise InputError(f"{run} already holds a run; resume it (--resume auto) or give another folder")
-    if path.exists() and read_recipe(path) != recipe:
+    if path.exists() and read_json(path) != to_dict(recipe):
         raise InputError(f"{run} holds a run of another recipe; give its own flags, or another folder")
     if not main:
         return
@@ -42,17 +37,18 @@ def open_run(run: Path, recipe: Recipe, *, fresh: bool, main: bool = True) -> No
         raise InputError(f"cannot write the run folder {run}: {error.strerror}") from error
 
 
-def read_recipe(path: Path) -> Recipe:
-    """The recipe of a run's `recipe.json`."""
-    return from_dict(Recipe, read_json(path), complete=True)
+def read_recipe(path: Path, registry: Registry) -> Recipe:
+    """The recipe of a run's `recipe.json`; `registry` has the kinds that it may name."""
+    base: type[Any] = Recipe  # abstract: the registry has the class of its kind
+    return from_dict(base, read_json(path), complete=True, registry=registry)
 
 
 def note_origin(plan: RunPlan, planned: PlannedStage) -> None:
     """Keep the manifest of the SPAR folder that a run's first stage starts from beside its stages."""
     if planned.start.source in ("folder", "random"):
         (plan.run / ORIGIN).unlink(missing_ok=True)
-    if planned.start.source == "folder" and (planned.start.path / "manifest.json").exists():
-        shutil.copyfile(planned.start.path / "manifest.json", plan.run / ORIGIN)
+    if planned.start.source == "folder" and (planned.start.folder / "manifest.json").exists():
+        shutil.copyfile(planned.start.folder / "manifest.json", plan.run / ORIGIN)
 
 
 def invalidate_later_stages(run: Path, recipe: Recipe, stage: StageConfig, *, resume: bool) -> None:
@@ -71,40 +67,34 @@ def invalidate_later_stages(run: Path, recipe: Recipe, stage: StageConfig, *, re
 
 
 def remove_folders(parent: Path, *names: str) -> None:
+    """Remove folders of a parent, where they exist."""
     for name in names:
         shutil.rmtree(parent / name, ignore_errors=True)
-
-
-def prompt_encoder(tokenizer: Any, config: SparConfig) -> PromptEncoder:
-    """The prompt forms of a model."""
-    return PromptEncoder(tokenizer, config.grid**2, image_start=config.connector.image_start)
 
 
 def find_text_tokenizer(
     recipe: Recipe, run: Path, init_from: Path | None, parallel: DistributedContext = SINGLE_PROCESS
 ) -> Any:
-    """The text tokenizer of a run: the shapes world's own, or the one that came with the model which it started from.
+    """The text tokenizer of a run: its data's own, or the one that came with the model which it started from.
 
     Raises:
         InputError: data sets of free words, and no tokenizer that knows them.
     """
-    if recipe.data.source == "shapes":
-        return build_tokenizer()
+    own = recipe.data.text_tokenizer()
+    if own is not None:
+        return own
     kept = run / "text_tokenizer"
     if init_from is not None and parallel.main:
         home = init_from.absolute().parents[:2][-1]  # of RUN/STAGE/done
         given = [init_from / kept.name, home / kept.name, home / "model" / kept.name]
         found = next((path for path in given if path.is_dir()), None)
         if found and not (kept.is_dir() and found.samefile(kept)):
-            aside = kept.with_name(kept.name + ".part")
-            shutil.rmtree(aside, ignore_errors=True)
-            shutil.copytree(found, aside)
-            shutil.rmtree(kept, ignore_errors=True)
-            aside.rename(kept)
+            with atomic_directory(kept) as temporary:
+                shutil.copytree(found, temporary, dirs_exist_ok=True)
     parallel.barrier()
     if not kept.is_dir():
         raise InputError(
             f"recipe {recipe.name}: its words want the text tokenizer of a SPAR folder; expected --init-from such a "
             f"folder, or a stage of a run that began with one, got {init_from}"
         )
-    return load_text_tokenizer(kept, recipe.model.text)
+    return recipe.load_tokenizer(kept)

@@ -1,10 +1,11 @@
 """Frozen networks from outside: the external teacher of the alignment (any image encoder of transformers, the baseline
-beside SPAR's own), and the networks of L_perc.
+beside SPAR's own), and the networks of L_perc. No state of a run holds them.
 
 B images, N = rows x columns patch tokens, D the encoder's width.
 """
 
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +15,20 @@ from transformers import AutoImageProcessor, AutoModel
 from spar.common.errors import InputError
 from spar.losses.perceptual import ConvNextLoss, LpipsLoss, PerceptualLoss
 from spar.models.encoder import PIXEL_MEAN, PIXEL_STD
-from spar.training.config import AlignmentConfig, PerceptualConfig
+
+if TYPE_CHECKING:
+    from spar.training.config import Recipe, StageConfig
+    from spar.training.systems.spar import PerceptualConfig
 
 SIDE = 224  # of an encoder whose configuration names none
 EXTRA_TOKENS = 2  # CLS and DeiT's distillation token; registers, which the configuration counts, come on top
 
 
 class ExternalTeacher(nn.Module):
-    """A frozen encoder's patch features on their grid; `load_teacher` makes one."""
+    """A frozen encoder's patch features on their grid; `load_external_teacher` makes one."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
@@ -29,6 +36,7 @@ class ExternalTeacher(nn.Module):
         self.side = _square(getattr(network.config, "image_size", None) or SIDE)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+        self._width: int | None = None
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -58,36 +66,62 @@ class ExternalTeacher(nn.Module):
         return states[:, extra:], (rows, columns)
 
     def width(self) -> int:
-        """D, asked of the network itself."""
-        return self(torch.zeros(1, 3, self.side, self.side, device=self.mean.device))[0].shape[-1]
+        """D, asked of the network itself, once."""
+        if self._width is None:
+            self._width = self(torch.zeros(1, 3, self.side, self.side, device=self.mean.device))[0].shape[-1]
+        return self._width
 
 
-def build_teacher(config: AlignmentConfig) -> ExternalTeacher | None:
-    """The external teacher that a recipe asks for, or None where it asks for none."""
-    return load_teacher(config.external) if config.teacher == "external" else None
+class FrozenNetworks(Mapping[str, Any]):
+    """The networks from outside that a recipe's objectives name; each is loaded once, at its first use."""
+
+    def __init__(self, recipe: "Recipe", device: torch.device | str = "cpu") -> None:
+        self.loaders = {name: load for one in recipe.stages for name, load in one.objective.networks(recipe).items()}
+        self.recipe, self.device, self.loaded = recipe, device, dict[str, nn.Module]()
+
+    def __getitem__(self, name: str) -> nn.Module:
+        if name not in self.loaded:
+            with torch.device("cpu"):  # also where modules are being built on the meta device
+                self.loaded[name] = self.loaders[name]().to(self.device)
+        return self.loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.loaders)
+
+    def __len__(self) -> int:
+        return len(self.loaders)
+
+    def load(self, stages: "tuple[StageConfig, ...]") -> None:
+        """Load all that some stages read, so that what is missing is known before anything is written; InputError."""
+        for stage in stages:
+            for name in stage.objective.networks(self.recipe):
+                self[name]
 
 
-def build_perceptual_losses(config: PerceptualConfig) -> tuple[tuple[float, PerceptualLoss], ...]:
-    """The networks of L_perc that come from outside, with their weights.
+def perceptual_networks(config: "PerceptualConfig") -> dict[str, Callable[[], PerceptualLoss]]:
+    """The networks of L_perc that come from outside, by the fields that weigh them.
 
-    Raises:
-        InputError: an extra or a download that is not there, with what to do or to choose in its place.
+    Each raises InputError where an extra or a download is not there, with what to do or to choose in its place.
     """
-    found: list[tuple[float, PerceptualLoss]] = []
+    found: dict[str, Callable[[], PerceptualLoss]] = {}
+    if config.lpips:
+        found["lpips"] = lambda: _or_explain(LpipsLoss.load)
+    if config.convnext:
+        found["convnext"] = lambda: _or_explain(lambda: ConvNextLoss.load(config.classifier))
+    return found
+
+
+def _or_explain(load: Callable[[], PerceptualLoss]) -> PerceptualLoss:
     try:
-        if config.lpips:
-            found.append((config.lpips, LpipsLoss.load()))
-        if config.convnext:
-            found.append((config.convnext, ConvNextLoss.load(config.classifier)))
+        return load()
     except InputError as error:
         raise InputError(
             f"{error}; or choose the run's own autoencoder in its place: --perceptual.lpips 0 --perceptual.convnext 0 "
             "--perceptual.autoencoder 1"
         ) from error
-    return tuple(found)
 
 
-def load_teacher(source: str) -> ExternalTeacher:
+def load_external_teacher(source: str) -> ExternalTeacher:
     """The image encoder in a folder or of a Hub id, from safetensors alone; code that comes with it never runs.
 
     Raises:
@@ -126,5 +160,5 @@ def _square(size: Any) -> int:
     """One side of a size that a configuration gives as a number or a pair."""
     sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     if len(sides) != 2 or sides[0] != sides[1] or not isinstance(sides[0], int):
-        raise InputError(f"alignment.external: expected square pictures and patches, got {size!r}")
+        raise InputError(f"alignment.external: expected square images and patches, got {size!r}")
     return sides[0]

@@ -28,7 +28,8 @@ from spar.ui.preview_stream import PreviewStep, PreviewStream
 if TYPE_CHECKING:
     from PIL import Image
 
-    from spar.inference.pipeline import GenerateOutput, ReconstructOutput, SparPipeline
+    from spar.inference.outputs import GenerateOutput, ReconstructOutput
+    from spar.inference.pipeline import SparPipeline
     from spar.ui.preview_stream import Call
 
 

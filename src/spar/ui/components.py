@@ -31,10 +31,12 @@ _PLAIN = (
 
 
 def button(title: str) -> gr.Button:
+    """The button that starts a task."""
     return gr.Button(title, variant="primary", scale=3, min_width=140)
 
 
 def stop_button() -> gr.Button:
+    """The button that stops it."""
     return gr.Button("Stop", scale=1, min_width=90)
 
 
@@ -54,11 +56,14 @@ def source(label: str, side: int, value: str | None) -> gr.Image:
         placeholder="Drop an image here, paste one, or click to choose a file",
     )  # fmt: skip
     # Gradio's own would open the file with Pillow before our checks.
-    component.preprocess = lambda data: data and data.path
+    component.preprocess = (  # type: ignore[method-assign]  # a subclass would be another component to Gradio
+        lambda payload: payload.path if payload else None
+    )
     return component
 
 
 def slider(label: str, side: int) -> gr.ImageSlider:
+    """Two images over each other."""
     return gr.ImageSlider(
         type="pil", format="png", label=label, interactive=False, height=HEIGHT, buttons=["fullscreen"],
         elem_classes=["spar-slider", *_classes(side)],
@@ -70,13 +75,16 @@ def _classes(side: int) -> list[str]:
 
 
 def seed(value: str) -> gr.Textbox:
+    """The field of the seed."""
+    attributes = {"inputmode": "numeric", "autocomplete": "off"}
     return gr.Textbox(
         value, label="Seed", info="The same seed, the same image.", placeholder="a new one each time", max_length=20,
-        html_attributes={"inputmode": "numeric", "autocomplete": "off"}, scale=3, min_width=160,
+        html_attributes=attributes, scale=3, min_width=160,  # type: ignore[arg-type]  # gradio's class lacks inputmode
     )  # fmt: skip
 
 
 def status() -> gr.HTML:
+    """The line that says how a task goes on."""
     return gr.HTML(status_message(""), elem_classes="spar-status", min_height=40)
 
 
@@ -92,6 +100,7 @@ def file(path: str) -> dict[str, Any]:
 
 
 def routing_panel() -> gr.HTML:
+    """The view of what each token reads of the LLM's layers."""
     with gr.Accordion("What each word reads", open=True):
         return gr.HTML(routing_html(tag("p", "Draw something first.", class_="spar-lead")))
 
@@ -127,20 +136,23 @@ def head(side: int, shapes: bool) -> Markup:
 def error_message(sentence: str) -> Markup:
     """An error in the page's own terms."""
     for pattern, plain in _PLAIN:
-        sentence = re.sub(pattern, plain, sentence, flags=re.S)
+        sentence = re.sub(pattern, plain, sentence, flags=re.DOTALL)
     return tag("div", sentence[0].upper() + sentence[1:].rstrip(".") + ".", class_="spar-problem", role="alert")
 
 
 def status_message(text: str) -> Markup:
+    """A status in words."""
     return tag("div", text, class_="spar-note", role="status")
 
 
 def progress(step: PreviewStep) -> Markup:
+    """The status of a step."""
     bar = tag("span", tag("i", style=f"width:{100 * step.done / step.steps:.0f}%"), class_="spar-bar")
     return tag("div", bar, f"Step {step.done} of {step.steps}", class_="spar-note")
 
 
 def done_message(seed: int, steps: int, guidance: float, seconds: float) -> Markup:
+    """The status of a finished task."""
     return status_message(f"Seed {seed} · {steps} steps · guidance {guidance:g} · {seconds:.2g} s")
 
 

@@ -15,6 +15,8 @@ from typing import Any
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from spar.serving.asgi import replay_body
+
 ROUTES = re.compile(
     r"/(|config|theme\.css|favicon\.ico|login|logout|(assets|static)/.*"
     r"|gradio_api/(run/predict|queue/join|queue/data|upload|upload_progress|cancel|reset|heartbeat/\w+|startup-events|file=.*))/?"
@@ -44,7 +46,8 @@ class GradioGuardMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            return await self.app(scope, receive, send)
+            await self.app(scope, receive, send)
+            return
         if scope["type"] != "http":
             return
         path = scope["path"].removeprefix(scope.get("root_path", ""))
@@ -104,16 +107,6 @@ async def _read(receive: Receive) -> bytes:
         body += message.get("body", b"")
         more = message.get("more_body", False)
     return body
-
-
-def replay_body(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that returns a body which was read already."""
-    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def replay() -> Message:
-        return messages.pop() if messages else await receive()
-
-    return replay
 
 
 def _with_headers(send: Send) -> Send:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from PIL import Image
 
-    from spar.inference.pipeline import GenerateOutput, SparPipeline
+    from spar.inference.outputs import GenerateOutput
+    from spar.inference.pipeline import SparPipeline
 
     Call = Callable[[Callable[[SparPipeline], Any]], Future]
     Task = Literal["generate", "edit"]
@@ -40,18 +41,20 @@ class PreviewStream:
     """
 
     def __init__(self, pipe: SparPipeline, call: Call | None = None) -> None:
-        thread = None if call else ThreadPoolExecutor(1, "spar-page")
-        self.call = call or (lambda function: thread.submit(function, pipe))
-        self._ends: dict[tuple[str, str], Callable[[], None]] = {}
+        self.call = call or _own_thread(pipe)
+        self._ends: dict[tuple[str | None, str], Callable[[], None]] = {}
 
-    def run(self, session: str, task: Task, *args: Any, **keywords: Any) -> Iterator[PreviewStep | GenerateOutput]:
+    def run(
+        self, session: str | None, task: Task, *args: Any, **keywords: Any
+    ) -> Iterator[PreviewStep | GenerateOutput]:
         """Yield the steps of a task of the pipeline, then its output. Closing the iterator stops the task.
 
         Raises:
             Cancelled, CancelledError: the task was stopped while it ran, or before it began.
             Exception: as raised by the task.
         """
-        stop, items = Event(), Queue()
+        stop = Event()
+        items: Queue[PreviewStep | Future[GenerateOutput]] = Queue()
         future = self.call(
             lambda pipe: getattr(pipe, task)(*args, callback=_callback(pipe, stop, items.put), **keywords)
         )
@@ -71,11 +74,17 @@ class PreviewStream:
             if self._ends.get((session, task)) is end:
                 del self._ends[session, task]
 
-    def stop(self, session: str, *tasks: Task) -> None:
+    def stop(self, session: str | None, *tasks: Task) -> None:
         """Stop a session's tasks: a running one after its current step, a waiting one at once."""
         for task in tasks:
             if end := self._ends.get((session, task)):
                 end()
+
+
+def _own_thread(pipe: SparPipeline) -> Call:
+    """A `call` that runs each function on one new thread."""
+    thread = ThreadPoolExecutor(1, "spar-page")
+    return lambda function: thread.submit(function, pipe)
 
 
 def _callback(pipe: SparPipeline, stop: Event, emit: Callable[[PreviewStep], None]) -> Callable[[int, int, Any], bool]:

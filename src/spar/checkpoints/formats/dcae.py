@@ -42,8 +42,8 @@ def read_config(source: CheckpointSource) -> Autoencoder:
     for name, value in (("decoder_norm_types", "rms_norm"), ("decoder_act_fns", "silu")):
         if set(_each(config.get(name), len(channels))) != {value}:
             raise InputError(f"{given.where}: {name}: expected {value!r} throughout, got {config.get(name)!r}")
-    downsample = "pixel_unshuffle" if config.get("downsample_block_type") == "pixel_unshuffle" else "Conv"
-    upsample = "interpolate" if config.get("upsample_block_type") == "interpolate" else "pixel_shuffle"
+    unshuffles = config.get("downsample_block_type") == "pixel_unshuffle"
+    interpolates = config.get("upsample_block_type") == "interpolate"
     halves: dict[str, Any] = {}
     for half in ("encoder", "decoder"):
         halves[f"{half}_layers"] = tuple(config.get(f"{half}_layers_per_block"))
@@ -51,7 +51,8 @@ def read_config(source: CheckpointSource) -> Autoencoder:
         halves[f"{half}_multiscales"] = tuple(tuple(scales) for scales in config.get(f"{half}_qkv_multiscales"))
     sizes = AutoencoderConfig(
         latent_channels=config.whole("latent_channels"), head_dim=config.whole("attention_head_dim"),
-        channels=channels, downsample=downsample, upsample=upsample, **halves,
+        channels=channels, downsample="pixel_unshuffle" if unshuffles else "Conv",
+        upsample="interpolate" if interpolates else "pixel_shuffle", **halves,
     )
     return Autoencoder(sizes, config.number("scaling_factor"))
 

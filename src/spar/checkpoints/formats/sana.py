@@ -73,4 +73,5 @@ def _shift(source: CheckpointSource) -> float | None:
 
 
 def translate(key: str) -> tuple[TensorSlice, ...] | None:
+    """Where a tensor of SANA's file goes; None for one that is not read."""
     return (TensorSlice(f"{DENOISER}.network.{key}"),)

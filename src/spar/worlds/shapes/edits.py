@@ -139,7 +139,7 @@ def _recolor(scene: Scene, rng: np.random.Generator, combinations: str) -> Edit:
     return Edit("recolor", pick(rng, forms), _swap(scene, item, replace(item, color=color)))
 
 
-def _remove(scene: Scene, rng: np.random.Generator, combinations: str) -> Edit:
+def _remove(scene: Scene, rng: np.random.Generator, _: str) -> Edit:
     item = pick(rng, unique_objects(scene))
     return Edit("remove", pick(rng, (f"remove {_name(item)}", f"delete {_name(item)}")), _swap(scene, item, None))
 
@@ -152,7 +152,7 @@ def _replace(scene: Scene, rng: np.random.Generator, combinations: str) -> Edit:
     return Edit("replace", pick(rng, forms), _swap(scene, item, replace(item, shape=shape, color=color)))
 
 
-def _background(scene: Scene, rng: np.random.Generator, combinations: str) -> Edit:
+def _background(scene: Scene, rng: np.random.Generator, _: str) -> Edit:
     name = pick(rng, [name for name in BACKGROUNDS if name != scene.background])
     forms = (f"change the background to {name}", f"make the background {name}")
     return Edit("background", pick(rng, forms), replace(scene, background=name))

@@ -152,7 +152,7 @@ def _ask_relation(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | N
     return text, main_relation(subject, other)
 
 
-def _ask_background(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+def _ask_background(scene: Scene, _: np.random.Generator) -> tuple[str, str] | None:
     return "what color is the background?", scene.background
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -92,12 +92,22 @@ class Scene:
     kind: str
 
 
+class Placed(Protocol):
+    """Anything with a centre in pixels: an `Object`, or one that the detector found."""
+
+    @property
+    def x(self) -> float: ...
+
+    @property
+    def y(self) -> float: ...
+
+
 def pick(rng: np.random.Generator, items: Sequence[T]) -> T:
     """One of `items`, uniformly (several times faster than `Generator.choice`)."""
     return items[int(rng.random() * len(items))]
 
 
-def holds(relation: str, subject: Object, other: Object) -> bool:
+def holds(relation: str, subject: Placed, other: Placed) -> bool:
     """Whether `subject` is `relation` (a key of RELATIONS) of `other`, by at least RELATION_OFFSET pixels."""
     offset = {
         "left": other.x - subject.x,
@@ -206,7 +216,7 @@ def _propose_looks(rng: np.random.Generator, kind: str, combinations: str) -> li
         look = (pick(rng, SHAPES), pick(rng, colors), pick(rng, sizes))
         return [look] * (1 if kind == "single" else 2 + int(rng.random() * 3))
     number = 3 + int(rng.random() * 2) if kind == "multi" else 2
-    pool = SHAPES
+    pool: tuple[str, ...] = SHAPES
     if kind == "position" and combinations == "held_out":
         pool = tuple(sorted(HELD_OUT_POSITION_SHAPES))
     shapes = _distinct(rng, pool, number)

@@ -18,11 +18,13 @@ from spar.common.errors import InputError
 from spar.common.limits import one_reference
 from spar.data.batches import Edits, Images
 from spar.processing.prompts import PromptEncoder
+from spar.recipes.shapes.curricula import CaptionLessons
 from spar.training.checkpoint import load_group
-from spar.training.config import DataConfig, weighted_sets
-from spar.training.data import FilesTrainingData, epochs_per_source, open_sources
+from spar.training.config import Recipe, StageConfig
+from spar.training.data import CaptionData, ImageData, MixedData
 from spar.training.distributed import SINGLE_PROCESS, DistributedContext, ParallelismConfig
 from spar.training.feature_cache import write_cache
+from spar.training.files_data import FilesData, FilesTrainingData, epochs_per_source, open_sources, weighted_sets
 from spar.training.run_folder import find_text_tokenizer
 from spar.training.trainer import train
 from spar.worlds.shapes.dataset import scene_at
@@ -74,7 +76,7 @@ def sets(tmp_path) -> tuple[str, str]:
     return write_tar(tmp_path / "gen.tar", generation()), write_tar(tmp_path / "edit.tar", edits())
 
 
-def reader(config: DataConfig, run: Path, parallel: DistributedContext = SINGLE_PROCESS) -> FilesTrainingData:
+def reader(config: FilesData, run: Path, parallel: DistributedContext = SINGLE_PROCESS) -> FilesTrainingData:
     prompts = PromptEncoder(build_tokenizer(), 64)
     return FilesTrainingData(config, prompts, 0, side=64, stride=8, max_prompt_tokens=12, run=run, parallel=parallel)
 
@@ -87,18 +89,24 @@ def training_data(sets, tmp_path):
         parallel: DistributedContext = SINGLE_PROCESS, paths=sets, run: Path = tmp_path / "run"
     ) -> FilesTrainingData:
         run.mkdir(exist_ok=True)
-        config = DataConfig(source="files", sets=tuple(paths), workers=0)
-        prompts = PromptEncoder(build_tokenizer(), 64)
-        return FilesTrainingData(
-            config, prompts, 0, side=64, stride=8, max_prompt_tokens=12, run=run, parallel=parallel
-        )
+        return reader(FilesData(sets=tuple(paths), workers=0), run, parallel)
 
     return build
 
 
 @pytest.fixture
 def stage(tiny_run):
-    return replace(tiny_run.recipe.stage("unified-2"), edit_share=0.5, batch=8)
+    return edited(replace(tiny_run.recipe.stage("unified-2"), batch=8), 0.5)
+
+
+def edited(stage: StageConfig, share: float) -> StageConfig:
+    """The stage with a share of edits, as a source of data sets has it."""
+    return replace(stage, data=replace(FilesData.nearest(stage.data), edit_share=share))
+
+
+def on_files(recipe: Recipe, data: FilesData) -> Recipe:
+    """The recipe with data sets, as `--data.source files` makes it."""
+    return replace(recipe, data=data, stages=tuple(replace(s, data=data.nearest(s.data)) for s in recipe.stages))
 
 
 def colors(pixels: torch.Tensor) -> list[str]:
@@ -150,8 +158,8 @@ def test_a_step_is_the_same_whoever_asks_for_it_and_when(training_data, stage):
 
 
 def test_a_stage_takes_the_kinds_that_it_asks_for(training_data, stage, sets):
-    assert not any(everything(training_data(), replace(stage, edit_share=0.0), step)[0] for step in range(8))
-    assert all(everything(training_data(), replace(stage, edit_share=1.0), step)[0] for step in range(8))
+    assert not any(everything(training_data(), edited(stage, 0.0), step)[0] for step in range(8))
+    assert all(everything(training_data(), edited(stage, 1.0), step)[0] for step in range(8))
     with pytest.raises(InputError, match="edit_share 0.5 wants sets of kind edit, found none among .*gen.tar"):
         everything(training_data(paths=sets[:1]), stage, 0)
     with pytest.raises(InputError, match="wants sets of kind text_to_image, found none"):
@@ -160,12 +168,10 @@ def test_a_stage_takes_the_kinds_that_it_asks_for(training_data, stage, sets):
 
 def test_epochs_count_how_often_each_sample_is_shown(training_data, stage):
     found = training_data()
-    few = replace(stage, steps=12, batch=8, edit_share=0.25)
+    few = edited(replace(stage, steps=12, batch=8), 0.25)
     shown = epochs_per_source(few, found.sources, found.weights)
     assert [shown[source.name] for source in found.sources] == pytest.approx([12 * 8 * 0.75 / 24, 12 * 8 * 0.25 / 16])
-    assert [*epochs_per_source(replace(few, edit_share=0.0), found.sources, [3.0, 1.0]).values()] == pytest.approx(
-        [12 * 8 / 24]
-    )
+    assert [*epochs_per_source(edited(few, 0.0), found.sources, [3.0, 1.0]).values()] == pytest.approx([12 * 8 / 24])
 
 
 def test_a_tokenizer_stage_sees_what_lies_behind_an_edit_and_needs_no_words(training_data, tiny_run, sets, tmp_path):
@@ -192,15 +198,14 @@ def test_captions_lose_control_tokens_and_what_is_too_long(training_data, stage,
     long = "a red circle and a blue star and a green ring and a red cross on a navy background"
     wild = [{"png": plain("red"), "txt": text.encode()} for text in ("a <img> red <|im_end|> circle", long)]
     found = training_data(paths=(write_tar(tmp_path / "wild.tar", wild * 8),))
-    (batch,) = next(found.batches(replace(stage, edit_share=0.0), 0, SINGLE_PROCESS))
+    (batch,) = next(found.batches(edited(stage, 0.0), 0, SINGLE_PROCESS))
     words = set(batch.texts)
     assert {" ".join(text.split()) for text in words} == {"a red circle", " ".join(long.split()[:12])}
 
 
 def test_a_run_trains_on_data_sets_and_resumes_on_them_bit_by_bit(tiny_run, sets, tmp_path):
     """Pictures and captions of the shapes world, read from files: two stages, with and without a stop."""
-    data = DataConfig(source="files", sets=(f"2={sets[0]}", sets[1]), workers=1)
-    recipe = replace(tiny_run.recipe, data=data)
+    recipe = on_files(tiny_run.recipe, FilesData(sets=(f"2={sets[0]}", sets[1]), workers=1))
     chosen = {"stages": ("tokenizer-1", "unified-2"), "init_from": tiny_run.path / "autoencoder" / "done"}
     values = []
     whole, parted = tmp_path / "whole", tmp_path / "parted"
@@ -222,25 +227,25 @@ def test_a_run_trains_on_data_sets_and_resumes_on_them_bit_by_bit(tiny_run, sets
 def test_pictures_of_the_world_come_through_a_tar_unchanged(tiny_run, tmp_path, stage):
     images = [render(scene_at("train", i)) for i in range(8)]
     path = write_tar(tmp_path / "world.tar", [{"png": png(Image.fromarray(x)), "txt": b"a red circle"} for x in images])
-    config = DataConfig(source="files", sets=(path,), workers=0)
+    config = FilesData(sets=(path,), workers=0)
     found = reader(config, tmp_path)
-    (batch,) = next(found.batches(replace(stage, edit_share=0.0), 0, SINGLE_PROCESS))
+    (batch,) = next(found.batches(edited(stage, 0.0), 0, SINGLE_PROCESS))
     shown = (batch.pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     assert sorted(x.tobytes() for x in shown) == sorted(x.tobytes() for x in images)
 
 
 def test_a_stage_of_its_own_side_and_several_proportions_squashes_nothing(tiny_run, tmp_path):
     wide = [{"png": png(Image.new("RGB", (120, 60), "red"))} for _ in range(24)]
-    config = DataConfig(source="files", sets=(write_tar(tmp_path / "wide.tar", wide),), workers=0, max_aspect=2.0)
+    config = FilesData(sets=(write_tar(tmp_path / "wide.tar", wide),), workers=0, max_aspect=2.0)
     found = reader(config, tmp_path)
-    small = replace(tiny_run.recipe.stage("tokenizer-1"), image_size=32)
+    small = replace(tiny_run.recipe.stage("tokenizer-1"), data=ImageData(image_size=32))
     (batch,) = next(found.batches(small, 0, SINGLE_PROCESS))
     shape = batch.pixels.shape
     assert shape[-1] > 1.5 * shape[-2] and abs(shape[-1] * shape[-2] / 32**2 - 1) < 0.2
 
 
 def test_a_stage_may_start_from_another_of_its_own_run(tiny_run, sets, tmp_path):
-    recipe = replace(tiny_run.recipe, data=DataConfig(source="files", sets=sets, workers=0))
+    recipe = on_files(tiny_run.recipe, FilesData(sets=sets, workers=0))
     train(recipe, tmp_path / "run", stages=("unified-2",), init_from=tiny_run.path / "model")
     done = tmp_path / "run" / "unified-2" / "done"
     assert train(recipe, tmp_path / "run", stages=("unified-3",), init_from=done) is not None
@@ -249,19 +254,34 @@ def test_a_stage_may_start_from_another_of_its_own_run(tiny_run, sets, tmp_path)
 def test_settings_without_sense_are_refused(tiny_run, tmp_path, sets):
     assert weighted_sets(("0.5=a.tar", "b=1.tar", "c.tar")) == [(0.5, "a.tar"), (1.0, "b=1.tar"), (1.0, "c.tar")]
     for wrong, said in (
-        ({"source": "files"}, "source files and the field sets"), ({"sets": ("x.tar",)}, "source files and the field"),
-        ({"source": "files", "sets": ("0=x.tar",)}, "weight above 0, got '0=x.tar'"),
-        ({"workers": -1}, "data.workers"), ({"bad_share": 2.0}, "data.bad_share"),
-        ({"max_aspect": 0.5}, "data.max_aspect"),
+        ({"sets": ()}, "data.sets: expected paths of data sets, got none"),
+        ({"sets": ("0=x.tar",)}, "weight above 0, got '0=x.tar'"), ({"workers": -1}, "data.workers"),
+        ({"bad_share": 2.0}, "data.bad_share"), ({"max_aspect": 0.5}, "data.max_aspect"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=said):
-            DataConfig(**wrong)
-    recipe = replace(tiny_run.recipe, data=DataConfig(source="files", sets=sets))
-    with pytest.raises(InputError, match="expected no mllm"):
-        train(recipe, tmp_path / "run", stages=("mllm", "unified-2"))
+            FilesData(**{"sets": sets, **wrong})
+    recipe = replace(tiny_run.recipe, data=FilesData(sets=sets))
+    with pytest.raises(
+        InputError,
+        match=r"data.source files has images, captions, captions_and_edits, which is nothing for mllm \(questions\), "
+        r"unified-2 \(lessons\) \(--stage",
+    ):
+        train(recipe, tmp_path / "run", stages=("mllm", "dit", "unified-2"))
     assert not (tmp_path / "run").exists()
     with pytest.raises(InputError, match="its words want the text tokenizer of a SPAR folder"):
         find_text_tokenizer(recipe, tmp_path / "run", None)
+
+
+def test_lessons_become_plain_captions_and_edits_and_other_stages_keep_what_they_read(tiny_run):
+    """What data sets have nothing for stays, so that `check` can name it."""
+    plain = {stage.name: FilesData.nearest(stage.data) for stage in tiny_run.recipe.stages}
+    lessons = ("unified-1", "places-1", "places-2", "relations", "unified-2", "unified-3")
+    shares = dict.fromkeys(lessons, 0.0) | {"unified-2": 0.3, "unified-3": 0.3}
+    assert {name: plain[name] for name in lessons} == {name: MixedData(share) for name, share in shares.items()}
+    assert plain["dit"] == CaptionData() and plain["tokenizer-1"] == ImageData()
+    assert all(plain[name] == tiny_run.recipe.stage(name).data for name in ("encoder", "mllm", "mllm-2"))
+    assert type(FilesData.nearest(CaptionLessons(position_captions=1.0))) is CaptionData
+    assert FilesData.nearest(ImageData(image_size=32)) == ImageData(image_size=32)
 
 
 def test_an_edit_of_two_references_is_set_aside_in_training_and_in_the_cache(tiny_run, sets, tmp_path):
@@ -272,8 +292,8 @@ def test_an_edit_of_two_references_is_set_aside_in_training_and_in_the_cache(tin
     ]
     both[5]["input_1.jpg"] = plain(NAMES[0])
     path, run = write_tar(tmp_path / "two.tar", both), tmp_path / "run"
-    recipe = replace(tiny_run.recipe, data=DataConfig(source="files", sets=(sets[0], path), workers=0, bad_share=0.5))
-    stages = tuple(replace(s, edit_share=1.0, steps=6) if s.name == "unified-2" else s for s in recipe.stages)
+    recipe = on_files(tiny_run.recipe, FilesData(sets=(sets[0], path), workers=0, bad_share=0.5))
+    stages = tuple(edited(replace(s, steps=6), 1.0) if s.name == "unified-2" else s for s in recipe.stages)
     recipe = replace(recipe, stages=stages)
     assert train(recipe, run, stages=("unified-2",), init_from=tiny_run.path / "model") is not None
     named = [json.loads(line) for line in (run / "bad_samples.jsonl").read_text().splitlines()]

@@ -1,0 +1,62 @@
+"""Write the images of the README with the bundled model: python docs/images.py [FOLDER], by default docs/images.
+
+The model's images have 64 x 64 pixels; they are enlarged here without smoothing. Every one has seed 0. The
+page's screenshots are written by docs/screenshots.py.
+"""
+
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from spar import SparPipeline
+from spar.ui.examples import scene_images
+
+FOLDER = Path(__file__).parent / "images"
+SEED, ENLARGED, GAP = 0, 4, 8
+PROMPT = "a large red circle to the left of a large blue star"
+INSTRUCTION = "change the background to navy"
+COUNTED, QUESTION, ANSWER = "three large green squares", "how many squares are there?", "three"
+
+
+def enlarge(image: Image.Image) -> Image.Image:
+    return image.resize((ENLARGED * image.width, ENLARGED * image.height), Image.Resampling.NEAREST)
+
+
+def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
+    both = Image.new("RGBA", (left.width + GAP + right.width, left.height))
+    both.paste(left, (0, 0))
+    both.paste(right, (left.width + GAP, 0))
+    return both
+
+
+def make_images(pipe: SparPipeline) -> dict[str, Image.Image]:
+    """The four images by their file names.
+
+    Raises:
+        ValueError: the model answers QUESTION with something else than ANSWER.
+    """
+    first, counted = (pipe.generate(prompt, seed=SEED).images[0] for prompt in (PROMPT, COUNTED))
+    edited = pipe.edit(first, INSTRUCTION, seed=SEED).images[0]
+    answer = pipe.understand(counted, QUESTION).texts[0]
+    if answer != ANSWER:
+        raise ValueError(f"expected the answer {ANSWER!r}, got {answer!r}")
+    original = scene_images()[1]  # rendered, not generated
+    again = pipe.reconstruct(original).images[0]
+    return {
+        "generate.png": enlarge(first),
+        "edit.png": side_by_side(enlarge(first), enlarge(edited)),
+        "understand.png": enlarge(counted),
+        "reconstruct.png": side_by_side(enlarge(original), enlarge(again)),
+    }
+
+
+def main() -> None:
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, image in make_images(SparPipeline.from_pretrained()).items():
+        image.save(folder / name, optimize=True)
+
+
+if __name__ == "__main__":
+    main()

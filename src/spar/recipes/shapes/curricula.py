@@ -1,0 +1,62 @@
+"""What stages of the shapes world are taught: lessons on where things are, and kinds of questions."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from spar.common.errors import InputError
+from spar.data.batches import Dialogues, Images
+from spar.training.data import CaptionData, MixedData, StageData
+from spar.worlds.shapes.questions import CURRICULUM_KINDS, QUESTION_KINDS
+from spar.worlds.shapes.scene import KINDS
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Captions that are lessons.
+
+    `position_captions` is the share of captions that say where things are ("a red circle on column two row three to
+    the left of a star"), `scene_kinds` the kinds of scenes that are drawn, one named twice twice as often (all alike
+    when empty).
+    """
+
+    position_captions: float = 0.0
+    scene_kinds: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.position_captions <= 1:
+            raise InputError(f"position_captions: expected 0 to 1, got {self.position_captions}")
+        if not set(self.scene_kinds) <= set(KINDS):
+            raise InputError(f"scene_kinds: expected {', '.join(KINDS)}, got {', '.join(self.scene_kinds)}")
+
+
+@dataclass(frozen=True)
+class CaptionLessons(Lessons, CaptionData):
+    """Captions, some of them lessons."""
+
+    kind: ClassVar[str] = "caption_lessons"
+
+
+@dataclass(frozen=True)
+class MixedLessons(Lessons, MixedData):
+    """Captions, some of them lessons, and edits."""
+
+    kind: ClassVar[str] = "lessons"
+
+    def __post_init__(self) -> None:
+        Lessons.__post_init__(self)
+        MixedData.__post_init__(self)
+
+
+@dataclass(frozen=True)
+class QuestionData(StageData):
+    """Images with questions of the kinds named, in this order, and at last the description of each."""
+
+    kind: ClassVar[str] = "questions"
+    gives: ClassVar[tuple[type[Images], ...]] = (Dialogues,)
+    questions: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        known = (*QUESTION_KINDS, *CURRICULUM_KINDS)
+        unknown = sorted(set(self.questions) - set(known))
+        if unknown:
+            raise InputError(f"questions: expected {', '.join(known)}, got {', '.join(unknown)}")

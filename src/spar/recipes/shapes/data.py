@@ -1,0 +1,164 @@
+"""The shapes world as training data: scenes, rendered once, dealt by (seed, stage, step)."""
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spar.common.errors import InputError
+from spar.common.files import atomic_file
+from spar.data.batches import Captioned, Dialogues, Edits, Images
+from spar.processing.prompts import DESCRIBE, PromptEncoder, QuestionAnswer
+from spar.recipes.shapes.curricula import CaptionLessons, Lessons, MixedLessons, QuestionData
+from spar.recipes.shapes.dense_tagging import TagData, Tagged
+from spar.training.config import Recipe, StageConfig
+from spar.training.data import CaptionData, DataConfig, ImageData, MixedData, StageData, TrainingData, resized
+from spar.training.distributed import DistributedContext
+from spar.worlds.shapes.captions import caption, describe, position_caption
+from spar.worlds.shapes.dataset import dense_targets, scene_at
+from spar.worlds.shapes.edits import Edit, make_edit
+from spar.worlds.shapes.questions import questions
+from spar.worlds.shapes.render import render
+from spar.worlds.shapes.scene import SIDE, Scene
+from spar.worlds.shapes.tokenizer import build_tokenizer
+
+
+@dataclass(frozen=True)
+class ShapesData(DataConfig):
+    """Scenes of the shapes world: `scenes` train, and `edits` of them carry an edit."""
+
+    kind: ClassVar[str] = "shapes"
+    serves: ClassVar[tuple[type[StageData], ...]] = (
+        ImageData, CaptionData, MixedData, CaptionLessons, MixedLessons, QuestionData, TagData
+    )  # fmt: skip
+    scenes: int = 32768
+    edits: int = 16384
+
+    def __post_init__(self) -> None:
+        for name in ("scenes", "edits"):
+            if getattr(self, name) < 1:
+                raise InputError(f"data.{name}: expected at least 1, got {getattr(self, name)}")
+        if self.edits > self.scenes:
+            raise InputError(f"data.edits: expected at most one for each of {self.scenes} scenes, got {self.edits}")
+
+    def open(
+        self, recipe: Recipe, prompts: PromptEncoder, run: Path, parallel: DistributedContext
+    ) -> "ShapesTrainingData":
+        return ShapesTrainingData(
+            self, recipe.image_size // recipe.token_stride, recipe.seed, run / "cache"
+        )
+
+    def text_tokenizer(self) -> Any:
+        return build_tokenizer()
+
+    def describe(self, stage: StageConfig) -> str:
+        return f"{self.scenes:,} scenes: {stage.data}"
+
+
+class ShapesTrainingData(TrainingData):
+    """A fixed set of scenes, rendered once; the first `edits` of them also have an edited image.
+
+    Args:
+        grid: visual tokens a side, for the tags of each.
+        cache: a folder that keeps the rendered images.
+    """
+
+    def __init__(self, config: ShapesData, grid: int, seed: int, cache: Path | None = None) -> None:
+        super().__init__(seed)
+        self.config, self.grid = config, grid
+        self.scenes = [scene_at("train", i) for i in range(config.scenes)]
+        self.edits: list[Edit] = [
+            make_edit(self.scenes[i], np.random.default_rng((seed, 1, i))) for i in range(config.edits)
+        ]
+        self.kinds = np.array([scene.kind for scene in self.scenes])
+        self.images = _rendered(cache, "scenes", self.scenes)
+        self.edited = _rendered(cache, "edits", [edit.target for edit in self.edits])
+
+    def get_batch(self, stage: StageConfig, step: int, rows: slice) -> Images:
+        """Rows of a step's whole batch; one of captions and edits is of edits with the stage's share."""
+        rng, data = self.rng(stage.name, step), stage.data
+        editing = isinstance(data, MixedData) and bool(rng.random() < data.edit_share)
+        lessons = data if isinstance(data, Lessons) else Lessons()
+        drawn = self.draw(rng, stage.batch, edits=editing, kinds=lessons.scene_kinds)
+        indices = drawn[rows]
+        pixels = self.pixels(indices, edited=editing)
+        if editing:
+            texts = tuple(self.instructions(drawn)[rows])
+            return Edits(keys=indices, pixels=pixels, texts=texts, references=self.pixels(indices))
+        if isinstance(data, CaptionData):
+            texts = tuple(self.captions(rng, drawn, position_captions=lessons.position_captions)[rows])
+            return Captioned(keys=indices, pixels=pixels, texts=texts)
+        if isinstance(data, QuestionData):
+            turns = tuple(map(tuple, self.turns(rng, drawn, data.questions)[rows]))
+            return Dialogues(keys=indices, pixels=pixels, turns=turns)
+        if isinstance(data, TagData):
+            return Tagged(keys=indices, pixels=pixels, tags=self.dense(indices, self.grid))
+        side = data.image_size if isinstance(data, ImageData) else None
+        return Images(keys=indices, pixels=resized(pixels, side))
+
+    def sample(self, count: int) -> tuple[Tensor, ...]:
+        """The first images, in chunks of 64."""
+        return self.pixels(np.arange(min(count, len(self.images)))).split(64)
+
+    def draw(
+        self, rng: np.random.Generator, count: int, *, edits: bool = False, kinds: tuple[str, ...] = ()
+    ) -> np.ndarray:
+        """Indices of `count` scenes, with an edit if asked; of the kinds named, each as often as it is named."""
+        known = self.kinds[: len(self.edits)] if edits else self.kinds
+        if not kinds:
+            return rng.integers(0, len(known), count)
+        pools = [pool for pool in (np.flatnonzero(known == kind) for kind in kinds) if len(pool)]
+        if not pools:
+            raise InputError(f"expected scenes of the kinds {', '.join(kinds)} among those of the recipe, found none")
+        return np.array([rng.choice(pools[i]) for i in rng.integers(0, len(pools), count)])
+
+    def pixels(self, indices: np.ndarray, *, edited: bool = False) -> Tensor:
+        """`[B, 3, 64, 64]` float in [0, 1]."""
+        source = self.edited if edited else self.images
+        return torch.from_numpy(source[indices]).permute(0, 3, 1, 2).float().div_(255)
+
+    def captions(self, rng: np.random.Generator, indices: np.ndarray, *, position_captions: float = 0.0) -> list[str]:
+        """A caption of each scene; the share `position_captions` of them also says where things lie."""
+        placed = rng.random(len(indices)) < position_captions if position_captions else np.zeros(len(indices), bool)
+        return [
+            position_caption(self.scenes[i], rng) if is_placed else caption(self.scenes[i], rng)
+            for i, is_placed in zip(indices, placed, strict=True)
+        ]
+
+    def instructions(self, indices: np.ndarray) -> list[str]:
+        return [self.edits[i].instruction for i in indices]
+
+    def turns(
+        self, rng: np.random.Generator, indices: np.ndarray, kinds: tuple[str, ...]
+    ) -> list[list[QuestionAnswer]]:
+        """Questions of the given kinds about each scene, none twice, and at last its description."""
+        rows = []
+        for i in indices:
+            scene = self.scenes[i]
+            asked = dict.fromkeys(questions(scene, rng, kinds))
+            rows.append([*(QuestionAnswer(q.text, q.answer) for q in asked), QuestionAnswer(DESCRIBE, describe(scene))])
+        return rows
+
+    def dense(self, indices: np.ndarray, grid: int) -> dict[str, Tensor]:
+        """Per-token targets `[B, grid * grid, ...]` for the encoder's pre-training."""
+        columns = [dense_targets(self.scenes[i], grid) for i in indices]
+        return {
+            name: torch.from_numpy(np.stack([c[name] for c in columns])).flatten(1, 2) for name in columns[0]
+        }
+
+
+def _rendered(cache: Path | None, name: str, scenes: list[Scene]) -> np.ndarray:
+    """The images of scenes as one array, kept as a `.npy` named by what it shows (never pickled)."""
+    digest = zlib.crc32(repr(scenes).encode())
+    path = cache / f"{name}-{len(scenes)}-{digest:08x}.npy" if cache else None
+    if path and path.exists():
+        return np.load(path, allow_pickle=False)
+    stack = np.stack([render(scene) for scene in scenes]) if scenes else np.zeros((0, SIDE, SIDE, 3), np.uint8)
+    if path:
+        with atomic_file(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, stack)
+    return stack

@@ -1,0 +1,195 @@
+"""Dense tagging: what each visual token shows, and what the LLM takes over from it.
+
+It stands for the years of images behind InternViT: the encoder of a small setting learns shapes, colours and places
+from tags of every token, its features are whitened, and the LLM's words for the tags begin where the encoder points.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spar.data.batches import Images
+from spar.processing.prompts import PromptEncoder
+from spar.training.cost import Cost, meta_input, part_cost
+from spar.training.data import StageData, TrainingData
+from spar.training.modules import Head, TrainingModules
+from spar.training.objectives.base import Networks, Objective, StepContext, Terms, check_at_least
+from spar.training.objectives.common import sample_images
+from spar.training.objectives.next_token import NextTokenObjective
+from spar.worlds.shapes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES
+from spar.worlds.shapes.tokenizer import PLURALS
+
+if TYPE_CHECKING:
+    from spar.training.config import StageConfig
+    from spar.training.plan import Origin, PlannedStage
+    from spar.training.systems.spar import SparRecipe
+
+TAG_EMBEDDINGS = "tag embeddings"
+# What the encoder's dense pre-training reads off each token of `f_v`: classes for each named target.
+TAGS = {"shape": 7, "color": 9, "size": 3, "background": 6}
+CENTER_BINS = 16
+TAG_NAMES = {
+    "shape": SHAPES,
+    "color": tuple(COLORS),
+    "size": tuple(SIZES),
+    "background": tuple(BACKGROUNDS),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tagged(Images):
+    """Images with `tags` of each visual token, `[B, N, ...]` by name."""
+
+    tags: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TagData(StageData):
+    """Images with the tags of each visual token."""
+
+    kind: ClassVar[str] = "tags"
+    gives: ClassVar[tuple[type[Images], ...]] = (Tagged,)
+
+
+class DenseHead(Head):
+    """Linear read-outs of `f_v`: tags, the owner's centre in bins a side, coverage, and the token's own pixels."""
+
+    def __init__(self, width: int, stride: int) -> None:
+        super().__init__()
+        self.tags = nn.ModuleDict({name: nn.Linear(width, classes) for name, classes in TAGS.items()})
+        self.center = nn.Linear(width, 2 * CENTER_BINS)
+        self.coverage = nn.Linear(width, 1)
+        self.pixels = nn.Linear(width, 3 * stride**2)
+
+    def linears(self) -> list[nn.Linear]:
+        """All read-outs."""
+        return [part for part in self.modules() if isinstance(part, nn.Linear)]
+
+
+def build_dense_head(recipe: "SparRecipe") -> Mapping[str, Callable[[Any], nn.Module]]:
+    """The read-outs of a recipe's encoder, for the objectives that read them."""
+    return {"dense_head": lambda _: DenseHead(recipe.model.text.hidden_size, recipe.model.token_stride)}
+
+
+def dense_head(modules: TrainingModules) -> DenseHead:
+    """The read-outs among the modules of a run."""
+    head = modules.get_submodule("dense_head")
+    if not isinstance(head, DenseHead):
+        raise TypeError(f"expected the dense_head of a run, got {type(head).__name__}")
+    return head
+
+
+@dataclass(frozen=True)
+class DenseTaggingObjective(Objective["SparRecipe"]):
+    """Pre-training of E_s: tags, centres and coverage, weighed by `dense`, and pixels, by `pixel`, each read linearly
+    off `f_v`.
+    """
+
+    kind: ClassVar[str] = "dense_tagging"
+    takes: ClassVar[tuple[type[Images], ...]] = (Tagged,)
+    splittable: ClassVar[bool] = False  # a mean over the whole batch's tokens
+    measures: ClassVar[str] = "whitening"
+    dense: float = 1.0
+    pixel: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_at_least(0, **vars(self))
+
+    def build(self, recipe: "SparRecipe", networks: Networks) -> Mapping[str, Callable[[Any], nn.Module]]:
+        return build_dense_head(recipe)
+
+    def __call__(self, ctx: StepContext, batch: Tagged) -> Terms:
+        head, config, targets = dense_head(ctx.modules), ctx.recipe.model, batch.tags
+        pixels = batch.require_pixels()
+        f_v = ctx.modules.model.tokenizer.encoder(pixels)                               # [B, N, D_s]
+        terms: Terms = {}
+        owned = targets["shape"] > 0
+        for name in TAGS:  # an object's tags count on its own tokens: over all tokens the background drowns them
+            logits, counted = head.tags[name](f_v).float(), torch.ones_like(owned) if name == "background" else owned
+            terms[name] = F.cross_entropy(logits[counted], targets[name][counted])
+        bins = (targets["center"] * CENTER_BINS).long().clamp(0, CENTER_BINS - 1)        # [B, N, 2]
+        places = head.center(f_v).float().unflatten(-1, (2, CENTER_BINS))[owned]
+        terms["center"] = F.cross_entropy(places.flatten(0, 1), bins[owned].flatten())
+        coverage = head.coverage(f_v).float().squeeze(-1)
+        terms["coverage"] = F.binary_cross_entropy_with_logits(coverage, targets["coverage"].float())
+        stride = config.token_stride
+        patches = F.pixel_unshuffle(pixels, stride).flatten(2).transpose(1, 2)           # [B, N, 3 stride^2]
+        terms["pixels"] = F.mse_loss(head.pixels(f_v).float(), patches)
+        dense = sum(value for name, value in terms.items() if name != "pixels")
+        with torch.no_grad():
+            right = (head.tags["shape"](f_v).argmax(-1) == targets["shape"])[owned].float().mean()
+        return {"loss": self.dense * dense + self.pixel * terms["pixels"], **terms, "shape_accuracy": right}
+
+    @torch.no_grad()
+    def finish(self, ctx: StepContext, data: TrainingData) -> None:
+        """Whiten `f_v`."""
+        encoder, chunks = ctx.modules.model.tokenizer.encoder, sample_images(ctx, data)
+        with ctx.autocast():
+            f_v = torch.cat([encoder(chunk) for chunk in chunks]).float()
+            whiten(ctx.modules, f_v)
+
+    def cost(self, modules: TrainingModules, recipe: "SparRecipe", stage: "StageConfig") -> Cost:
+        encoder, head, config = modules.model.tokenizer.encoder, dense_head(modules), recipe.model
+        image = meta_input(1, 3, *2 * (config.image_size,))
+        f_v = meta_input(1, config.grid**2, config.text.hidden_size)
+        cost = part_cost(lambda: encoder(image.detach()), encoder, through=False)
+        return cost + part_cost(lambda: [part(f_v) for part in head.linears()], head)
+
+
+@dataclass(frozen=True)
+class TagWordsObjective(NextTokenObjective):
+    """Next-token prediction whose words for tags begin at the tags' read-out vectors: a word begins where the encoder
+    already points. Published LLMs know their words before they see an image.
+    """
+
+    kind: ClassVar[str] = "next_token_from_tags"
+
+    def build(self, recipe: "SparRecipe", networks: Networks) -> Mapping[str, Callable[[Any], nn.Module]]:
+        return build_dense_head(recipe)
+
+    def preparations(self, recipe: "SparRecipe", stage: "StageConfig", origin: "Origin") -> tuple[str, ...]:
+        return () if origin.is_model else (TAG_EMBEDDINGS,)
+
+    def prepare(self, ctx: StepContext, data: TrainingData, planned: "PlannedStage") -> None:
+        if TAG_EMBEDDINGS in planned.prepares:
+            init_tag_embeddings(ctx.modules, ctx.prompts)
+
+
+@torch.no_grad()
+def init_tag_embeddings(modules: TrainingModules, prompts: PromptEncoder) -> None:
+    """Start each tag's word (and a shape's plural) at the tag's read-out vector, at the usual size of a word."""
+    table = modules.model.language.network.embed_tokens.weight
+    size = table.norm(dim=-1).mean()
+    for tag, names in TAG_NAMES.items():
+        weight = dense_head(modules).get_parameter(f"tags.{tag}.weight")
+        rows = weight[-len(names) :]  # the first row of most tags is "none"
+        for name, row in zip(names, rows - rows.mean(0), strict=True):
+            for word in (name, PLURALS.get(name, name)):
+                (token,) = prompts.encode(word)
+                table[token] = row / row.norm() * size
+
+
+@torch.no_grad()
+def whiten(modules: TrainingModules, f_v: Tensor, floor: float = 0.1) -> None:
+    """Fold a whitening of `f_v` `[B, N, D]` into the projector's last layer, and its inverse into the dense read-outs.
+
+    Pre-training leaves 95 % of the variance of `f_v` in a dozen directions of colour and brightness; a frozen encoder
+    that hands these to the LLM hides the rest behind its RMSNorm. `floor` is the share of the mean variance that is
+    added to every direction, so that noise is not blown up.
+    """
+    rows = f_v.flatten(0, 1).double()
+    mean = rows.mean(0)
+    values, vectors = torch.linalg.eigh(torch.cov((rows - mean).T))
+    scale = (values.clamp(min=0) + floor * values.mean()).sqrt()
+    forward, backward = (vectors / scale) @ vectors.T, (vectors * scale) @ vectors.T
+    projector, head = modules.model.tokenizer.encoder.multi_modal_projector, dense_head(modules)
+    weight, bias = (projector.get_parameter(f"linear_2.{name}") for name in ("weight", "bias"))
+    bias.copy_((forward @ (bias.double() - mean)).to(bias.dtype))
+    weight.copy_((forward @ weight.double()).to(weight.dtype))
+    for linear in head.linears():
+        linear.bias.add_((linear.weight.double() @ mean).to(linear.bias.dtype))
+        linear.weight.copy_((linear.weight.double() @ backward).to(linear.weight.dtype))

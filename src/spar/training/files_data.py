@@ -1,0 +1,268 @@
+"""Data sets on disk as training data: one batch of the loader a step (formats: spar.data.sources).
+
+A batch is a function of (seed, stage, step), whoever asks for it: a run resumes at its step on the same data, and other
+data under a run that has begun are refused.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spar.common.config import read_json, write_json
+from spar.common.errors import InputError
+from spar.data.batches import Captioned, Edits, Images
+from spar.data.buckets import make_buckets
+from spar.data.loader import Loader, LoaderBatch, to_pixels
+from spar.data.mixture import Mixture
+from spar.data.sources import DataSource, open_source
+from spar.models.tokenizer import UnifiedTokenizer
+from spar.processing.prompts import PromptEncoder
+from spar.training.config import Recipe, StageConfig
+from spar.training.data import CaptionData, DataConfig, ImageData, MixedData, StageData, TrainingData
+from spar.training.distributed import DistributedContext
+from spar.training.feature_cache import FeatureCache, cache_key, sample_id
+
+FINGERPRINTS = "data.json"  # in a run: what the order of each stage's samples depends on
+
+
+@dataclass(frozen=True)
+class FilesData(DataConfig):
+    """Data sets on disk.
+
+    `sets` are paths, "PATH" or "WEIGHT=PATH" (spar.data.sources says which formats), decoded by `workers` processes of
+    each training process; a share of bad samples above `bad_share` ends the run; `max_aspect` cuts images without
+    captions to several proportions; `cache` is a folder of features (spar cache) that unified stages read in place of
+    images.
+    """
+
+    kind: ClassVar[str] = "files"
+    serves: ClassVar[tuple[type[StageData], ...]] = (ImageData, CaptionData, MixedData)
+    sets: tuple[str, ...]
+    workers: int = 4
+    bad_share: float = 0.01
+    max_aspect: float = 1.0
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.sets:
+            raise InputError("data.sets: expected paths of data sets, got none")
+        if self.workers < 0:
+            raise InputError(f"data.workers: expected at least 0, got {self.workers}")
+        if not 0 <= self.bad_share <= 1:
+            raise InputError(f"data.bad_share: expected 0 to 1, got {self.bad_share}")
+        if self.max_aspect < 1:
+            raise InputError(f"data.max_aspect: expected at least 1, got {self.max_aspect}")
+        weighted_sets(self.sets)
+
+    @property
+    def has_cache(self) -> bool:
+        return self.cache is not None
+
+    def open(
+        self, recipe: Recipe, prompts: PromptEncoder, run: Path, parallel: DistributedContext
+    ) -> "FilesTrainingData":
+        return FilesTrainingData(
+            self, prompts, recipe.seed, side=recipe.image_size, stride=recipe.token_stride,
+            max_prompt_tokens=recipe.max_prompt_tokens, run=run, parallel=parallel,
+        )
+
+    def check(self, stages: Sequence[StageConfig]) -> None:
+        super().check(stages)
+        for stage in stages:
+            if self.has_cache and isinstance(stage.data, CaptionData) and not stage.objective.reads_features:
+                raise InputError(
+                    f"stage {stage.name}: the objective {stage.objective.kind} reads images; a cache (data.cache) "
+                    "holds no latents of the autoencoder alone"
+                )
+
+    def describe(self, stage: StageConfig) -> str:
+        cached = " from a cache" if self.has_cache and stage.objective.reads_features else ""
+        return f"{len(self.sets)} data sets{cached}: {stage.data}"
+
+
+def weighted_sets(sets: tuple[str, ...]) -> list[tuple[float, str]]:
+    """(weight, path) of data sets written "PATH" or "WEIGHT=PATH"; InputError for a weight that is none."""
+    found = []
+    for one in sets:
+        weight, sign, path = one.partition("=")
+        if not sign or not re.fullmatch(r"[\d.eE+-]+", weight):  # a path may hold the sign too
+            weight, path = "1", one
+        try:
+            value = float(weight)
+        except ValueError:
+            value = 0.0
+        if not 0 < value < float("inf") or not path:
+            raise InputError(f"data.sets: expected PATH or WEIGHT=PATH with a weight above 0, got {one!r}")
+        found.append((value, path))
+    return found
+
+
+def open_sources(config: FilesData, cache: Path | None = None) -> list[DataSource]:
+    """The readers of a recipe's data sets; `cache` keeps the indexes of their shards."""
+    return [open_source(path, cache=cache, workers=max(1, config.workers)) for _, path in weighted_sets(config.sets)]
+
+
+def sources_of_stage(
+    stage: StageConfig, sources: list[DataSource], weights: list[float]
+) -> tuple[list[DataSource], list[float]]:
+    """The sets of a stage and their shares of its samples: captions and edits are divided by `edit_share`.
+
+    Raises:
+        InputError: a share for which there is no set.
+    """
+    if not isinstance(stage.data, CaptionData):
+        return sources, weights
+    share = stage.data.edit_share if isinstance(stage.data, MixedData) else 0.0
+    wanted = {"text_to_image": 1 - share, "edit": share}
+    pairs = [*zip(sources, weights, strict=True)]
+    totals = {kind: sum(weight for source, weight in pairs if source.kind == kind) for kind in wanted}
+    for kind, part in wanted.items():
+        if part and not totals[kind]:
+            raise InputError(
+                f"stage {stage.name}: edit_share {share} wants sets of kind {kind}, found none among "
+                f"{', '.join(source.name for source in sources)}"
+            )
+    chosen = [(source, weight * wanted[source.kind] / totals[source.kind]) for source, weight in pairs]
+    chosen = [(source, weight) for source, weight in chosen if weight]
+    return [source for source, _ in chosen], [weight for _, weight in chosen]
+
+
+def epochs_per_source(stage: StageConfig, sources: list[DataSource], weights: list[float]) -> dict[str, float]:
+    """How often a stage shows each sample of each set."""
+    return Mixture(*sources_of_stage(stage, sources, weights), batch=stage.batch).epochs(stage.steps)
+
+
+class FilesTrainingData(TrainingData):
+    """The data sets of a recipe, dealt to this process.
+
+    Captions and edits share a stage by its `edit_share`; the sets' own weights hold among sets of one kind. A stage of
+    images alone sees those of all sets, of edits the edited one.
+    """
+
+    def __init__(
+        self, config: FilesData, prompts: PromptEncoder, seed: int, *, side: int, stride: int, max_prompt_tokens: int,
+        run: Path, parallel: DistributedContext,
+    ) -> None:  # fmt: skip
+        super().__init__(seed)
+        self.config, self.prompts = config, prompts
+        self.side, self.stride, self.max_prompt_tokens = side, stride, max_prompt_tokens
+        self.run, self.parallel = run, parallel
+        self.weights = [weight for weight, _ in weighted_sets(config.sets)]
+        self.sources = open_sources(config, run / "cache")
+        self._cache: FeatureCache | None = None
+
+    def open_cache(self, tokenizer: UnifiedTokenizer) -> None:
+        if self.config.cache is None:
+            return
+        self._cache = FeatureCache(Path(self.config.cache), cache_key(tokenizer, self.side, self.sources))
+
+    def cached_features(self, count: int) -> Tensor | None:
+        """The cache's `f_v` `[n, N, D]` of the images that `sample` would decode."""
+        if self._cache is None:
+            return None
+        mixture = self._mixture(64, self.weights, self.sources, 1.0)
+        loader = Loader(mixture, workers=0, captions=False, known=_Known(self._cache))
+        ids = [sample_id(*place) for batch in loader.batches(0, -(-count // 64)) for place in batch.places]
+        return self._cache.rows(ids)["f_v"]
+
+    def batches(self, stage: StageConfig, start: int, parallel: DistributedContext) -> Iterator[Sequence[Images]]:
+        """From step `start` of a stage on, this process's micro-batches of each step."""
+        for batch in self._open(stage, start):
+            parts = [parallel.rows(stage.batch, number) for number in range(parallel.config.grad_accum_steps)]
+            yield [self._micro_batch(stage, batch, slice(p.start // parallel.world, None, p.step // parallel.world))
+                   for p in parts]
+
+    def get_batch(self, stage: StageConfig, step: int, rows: slice) -> Images:
+        """Rows of a step's whole batch; `batches`, which reads ahead and decodes this process's rows alone, is what a
+        run uses.
+
+        Raises:
+            ValueError: in one of several processes, which never has the whole batch.
+        """
+        if self.parallel.world > 1:
+            raise ValueError("one of several processes has its own rows alone; use batches")
+        return self._micro_batch(stage, next(iter(self._open(stage, step))), rows)
+
+    def _micro_batch(self, stage: StageConfig, batch: LoaderBatch, rows: slice) -> Images:
+        """Rows of a process's batch: with captions texts and, from a cache, features."""
+        numbers = np.arange(len(batch.images))[rows]
+        keys, where = np.full(len(numbers), -1), torch.from_numpy(numbers)
+        if not isinstance(stage.data, CaptionData):
+            return Images(keys=keys, pixels=to_pixels(batch.images[where]))
+        texts = tuple(self._fitted(text) for text in batch.texts[rows])
+        kind: dict[str, Any] = {"keys": keys, "texts": texts}
+        if self._cache is not None:
+            features = self._cache.rows([sample_id(*batch.places[number]) for number in numbers.tolist()])
+            kind |= {"features": features}
+        else:
+            kind |= {"pixels": to_pixels(batch.images[where])}
+        if batch.kind != "edit":
+            return Captioned(**kind)
+        return Edits(**kind, references=None if self._cache is not None else to_pixels(batch.inputs[where]))
+
+    def sample(self, count: int) -> tuple[Tensor, ...]:
+        """The images that a stage of one process would see first, `count` or a few more."""
+        found: list[Tensor] = []
+        mixture = self._mixture(64, self.weights, self.sources, 1.0)
+        for batch in Loader(mixture, workers=0, captions=False).batches(0, -(-count // 64)):
+            found.append(to_pixels(batch.images))
+        return tuple(found)
+
+    def _open(self, stage: StageConfig, step: int) -> Iterator[LoaderBatch]:
+        sources, weights = sources_of_stage(stage, self.sources, self.weights)
+        captions = isinstance(stage.data, CaptionData)
+        aspect = 1.0 if captions else self.config.max_aspect
+        mixture = self._mixture(stage.batch, weights, sources, aspect, stage)
+        self._check_same(stage.name, step, mixture.fingerprint())
+        loader = Loader(
+            mixture, rank=self.parallel.rank, world=self.parallel.world, workers=self.config.workers,
+            bad_share=self.config.bad_share, bad_samples=self.run / "bad_samples.jsonl",
+            captions=captions, one_reference=captions,
+            known=_Known(self._cache) if self._cache is not None and captions else None,
+        )  # fmt: skip
+        return loader.batches(step, stage.steps)
+
+    def _mixture(
+        self, batch: int, weights: list[float], sources: list[DataSource], aspect: float,
+        stage: StageConfig | None = None,
+    ) -> Mixture:  # fmt: skip
+        own = stage.data.image_size if stage and isinstance(stage.data, ImageData) else None
+        side = own or self.side
+        seed = int(self.rng(f"order-{stage.name}" if stage else "order", 0).integers(0, 2**31))
+        return Mixture(sources, weights, batch=batch, seed=seed, buckets=make_buckets(side, aspect, self.stride))
+
+    def _check_same(self, stage: str, step: int, fingerprint: str) -> None:
+        """Remember what a stage's order depends on, and refuse another in the middle of it."""
+        path = self.run / FINGERPRINTS
+        known = read_json(path) if path.exists() else {}
+        if step and known.get(stage, fingerprint) != fingerprint:
+            raise InputError(
+                f"stage {stage}: expected the data, weights and batch that it began with (step {step}), got others; "
+                f"train the stage anew (--stage {stage}) to change them"
+            )
+        if self.parallel.main:
+            write_json(path, {**known, stage: fingerprint})
+
+    def _fitted(self, text: str) -> str:
+        """A caption without the model's control tokens, cut to the longest prompt."""
+        tokenizer = self.prompts.tokenizer
+        for token in tokenizer.all_special_tokens:
+            text = text.replace(token, " ")
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        return text if len(ids) <= self.max_prompt_tokens else tokenizer.decode(ids[: self.max_prompt_tokens])
+
+
+class _Known:
+    """Whether the cache holds a sample; a class, so that worker processes can be given it."""
+
+    def __init__(self, cache: FeatureCache) -> None:
+        self.cache = cache
+
+    def __call__(self, identity: str, number: int) -> bool:
+        return sample_id(identity, number) in self.cache

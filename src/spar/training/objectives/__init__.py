@@ -1,0 +1,1 @@
+"""What stages train on: one file an objective, a frozen dataclass of exactly the weights that it reads."""

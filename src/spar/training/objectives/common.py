@@ -1,0 +1,51 @@
+"""What several of SPAR's objectives share."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from spar.common.errors import InputError
+from spar.training.data import ImageData, TrainingData, resized
+from spar.training.objectives.base import SAMPLE, StepContext
+
+if TYPE_CHECKING:
+    from spar.training.config import StageConfig
+    from spar.training.plan import InitFolder
+    from spar.training.systems.spar import SparRecipe
+
+
+def refuse_model_folder(stage: "StageConfig", init: "InitFolder") -> None:
+    """Refuse a SPAR folder as the start of a stage that reads what no finished model keeps: E_p and its scale."""
+    if init.is_model:
+        raise InputError(
+            f"stage {stage.name} needs the autoencoder's encoder, which {init.path} does not hold: give a stage's "
+            "folder (RUN/STAGE/done), or for a tokenizer stage a folder that spar build made"
+        )
+
+
+def add_latent_noise(ctx: StepContext, latent: Tensor, share: float) -> Tensor:
+    """Noise of `share` times the latent's own size, of a strength drawn for each image."""
+    if not share:
+        return latent
+    count, generator = ctx.stage.batch, ctx.generator()
+    size = latent.detach().float().square().mean((1, 2, 3), keepdim=True).sqrt()
+    strength = ctx.own_rows(share * torch.rand((count, 1, 1, 1), generator=generator, device=latent.device))
+    noise = ctx.own_rows(torch.randn((count, *latent.shape[1:]), generator=generator, device=latent.device))
+    return latent + (size * strength * noise).to(latent.dtype)
+
+
+def image_side(recipe: "SparRecipe", stage: "StageConfig") -> int:
+    """The side of a stage's images in pixels."""
+    return stage_size(stage) or recipe.model.image_size
+
+
+def sample_images(ctx: StepContext, data: TrainingData, count: int = SAMPLE) -> list[Tensor]:
+    """The first images of the training data at the stage's size, in chunks."""
+    side = stage_size(ctx.stage)
+    return [resized(chunk.to(ctx.device), side) for chunk in data.sample(count)]
+
+
+def stage_size(stage: "StageConfig") -> int | None:
+    """The side that a stage resizes its images to, or None."""
+    return stage.data.image_size if isinstance(stage.data, ImageData) else None

@@ -1,0 +1,201 @@
+"""The unified stages: generation and editing on `z_f`, taught by the tokenizer's own encoder (SPAR section 3.3)."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from spar.common.errors import InputError
+from spar.data.batches import Captioned, Edits, Images
+from spar.training.cost import Cost, meta_input, part_cost
+from spar.training.data import MixedData, TrainingData
+from spar.training.feature_cache import encode
+from spar.training.modules import EXTERNAL_TEACHER, AlignmentHead
+from spar.training.objectives.base import SAMPLE, Networks, Objective, StepContext, Terms, check_at_least
+from spar.training.objectives.common import sample_images
+from spar.training.objectives.flow import PROMPT_TOKENS, alignment_terms, flow_matching, meta_layers, meta_velocity
+from spar.training.teacher import load_external_teacher
+
+if TYPE_CHECKING:
+    from spar.training.config import StageConfig
+    from spar.training.modules import TrainingModules
+    from spar.training.plan import InitFolder, Origin, PlannedStage
+    from spar.training.systems.spar import SparRecipe
+
+CONNECTOR_FROM_LLM, TEACHER_MEAN = "connector from LLM", "teacher mean"
+
+
+@dataclass(frozen=True)
+class UnifiedObjective(Objective["SparRecipe"]):
+    """L_fm + align L_align; align is lambda_a, `noise_samples` the draws of noise and time an image."""
+
+    kind: ClassVar[str] = "unified"
+    takes: ClassVar[tuple[type[Images], ...]] = (Captioned, Edits)
+    reads_features: ClassVar[bool] = True
+    align: float = 0.0
+    noise_samples: int = 1
+
+    def __post_init__(self) -> None:
+        check_at_least(0, align=self.align)
+        check_at_least(1, noise_samples=self.noise_samples)
+
+    @property
+    def draws(self) -> int:
+        return self.noise_samples
+
+    def weight(self, recipe: "SparRecipe") -> float:
+        """lambda_a: 0 where the recipe has no teacher."""
+        return 0.0 if recipe.alignment.teacher == "none" else self.align
+
+    def check(self, recipe: "SparRecipe", stage: "StageConfig") -> None:
+        if recipe.data.has_cache and recipe.alignment.teacher == "external":
+            raise InputError("data.cache: an external teacher reads images, which a run from a cache does not have")
+
+    def networks(self, recipe: "SparRecipe") -> Mapping[str, Callable[[], nn.Module]]:
+        source = recipe.alignment.external
+        return {} if source is None else {EXTERNAL_TEACHER: lambda: load_external_teacher(source)}
+
+    def build(self, recipe: "SparRecipe", networks: Networks) -> Mapping[str, Callable[[Any], nn.Module]]:
+        """phi, also where nothing is aligned: an ablation keeps its trainable patterns."""
+        width, hidden = recipe.model.denoiser.width, recipe.alignment.hidden
+        return {"alignment_head": lambda modules: AlignmentHead(width, hidden, len(modules.teacher_mean))}
+
+    def may_rest(self, recipe: "SparRecipe") -> tuple[str, ...]:
+        return () if self.weight(recipe) else ("alignment_head.*",)
+
+    def check_folder(self, stage: "StageConfig", init: "InitFolder") -> None:
+        if init.random_streams:
+            raise InputError(
+                f"stage {stage.name}: the tokenizer of {init.path} is not trained yet: "
+                f"{', '.join(init.random_streams)} have random weights, as its manifest says; train the tokenizer "
+                "stages first"
+            )
+
+    def preparations(self, recipe: "SparRecipe", stage: "StageConfig", origin: "Origin") -> tuple[str, ...]:
+        found = []
+        if origin.kind != self.kind and not origin.is_model:  # a SPAR folder's connector is no blank one
+            found.append(CONNECTOR_FROM_LLM)
+        if self.weight(recipe) and recipe.alignment.center:
+            found.append(TEACHER_MEAN)
+        return tuple(found)
+
+    def prepare(self, ctx: StepContext, data: TrainingData, planned: "PlannedStage") -> None:
+        model = ctx.modules.model
+        data.open_cache(model.tokenizer)
+        if CONNECTOR_FROM_LLM in planned.prepares:
+            model.connector.initialize_from(model.language)
+        if TEACHER_MEAN in planned.prepares:
+            ctx.modules.teacher_mean.copy_(self._teacher_mean(ctx, data))
+
+    @torch.no_grad()
+    def _teacher_mean(self, ctx: StepContext, data: TrainingData) -> Tensor:
+        """The mean of the alignment teacher's features `[D_s]`, for centring; before a stage, since it is frozen.
+
+        So a run that starts from another run's tokenizer centres on its own teacher.
+        """
+        cached = data.cached_features(SAMPLE)
+        if cached is not None:
+            return cached.float().mean((0, 1))
+        encoder = ctx.modules.model.tokenizer.encoder
+        external = ctx.recipe.alignment.teacher == "external"
+        with ctx.autocast():
+            rows = [
+                external_features(ctx, x).flatten(1, 2) if external else encoder(x) for x in sample_images(ctx, data)
+            ]
+        return torch.cat(rows).float().mean((0, 1))
+
+    def __call__(self, ctx: StepContext, batch: Captioned) -> Terms:
+        """Terms of a generation batch or, of `Edits`, of an editing batch."""
+        model, name = ctx.modules.model, "flow_generate"
+        texts = ctx.unconditional(batch.texts, ctx.recipe.flow.unconditional_share)
+        target, reference = _target_features(ctx, batch), None
+        if isinstance(batch, Edits):
+            name = "flow_edit"
+            tokens, reference = ctx.prompts.edit(texts).to(ctx.device), _reference_features(ctx, batch).float()
+        else:
+            tokens = ctx.prompts.generation(texts).to(ctx.device)
+        condition = model.condition(tokens.ids, tokens.mask, reference)
+        latent = target["latent"].float()
+        grid = (latent.shape[-2], latent.shape[-1])
+        error, output = flow_matching(ctx, latent, condition, self.noise_samples)
+        terms = {"loss": error, "flow": error.detach()}
+        weight = self.weight(ctx.recipe)
+        if weight:
+            teacher = self._teacher_features(ctx, batch, target, grid)
+            aligned = alignment_terms(ctx, output.features, grid, teacher, self.noise_samples)
+            terms |= {"loss": error + weight * aligned.pop("loss"), **aligned}
+        return {**terms, name: error.detach()}
+
+    def _teacher_features(
+        self, ctx: StepContext, batch: Captioned, target: Mapping[str, Tensor], grid: tuple[int, int]
+    ) -> Tensor:
+        """`[B, rows, columns, D]` of the recipe's teacher."""
+        if ctx.recipe.alignment.teacher == "external":
+            return external_features(ctx, batch.require_pixels())
+        return target["f_v"].unflatten(1, grid)
+
+    def cost(self, modules: "TrainingModules", recipe: "SparRecipe", stage: "StageConfig") -> Cost:
+        """The target's features, the LLM, router and connector, and the DiT for each draw of noise."""
+        model, config = modules.model, recipe.model
+        share = stage.data.edit_share if isinstance(stage.data, MixedData) else 0.0
+        encode_cost = Cost() if recipe.data.has_cache else _encode_cost(model)
+        drawn = encode_cost + _condition_cost(model, PROMPT_TOKENS, self.noise_samples)
+        edited = encode_cost * 2 + _condition_cost(model, PROMPT_TOKENS + config.grid**2, self.noise_samples)
+        kinds = [(part, one) for part, one in ((1 - share, drawn), (share, edited)) if part]
+        kept, recomputed = (max(getattr(one, name) for _, one in kinds) for name in ("kept", "recomputed"))
+        cost = Cost(sum(part * one.flops for part, one in kinds), kept, recomputed)
+        if self.weight(recipe):
+            features = meta_input(1, config.grid**2, config.denoiser.width)
+            cost += part_cost(lambda: modules.alignment_head(features), modules.alignment_head) * self.noise_samples
+        return cost
+
+
+def external_features(ctx: StepContext, pixels: Tensor) -> Tensor:
+    """The external teacher's features, `[B, rows, columns, D]`; asked anew each time, for they are too many to keep."""
+    features, grid = ctx.networks[EXTERNAL_TEACHER](pixels)
+    return features.unflatten(1, grid)
+
+
+def _target_features(ctx: StepContext, batch: Captioned) -> Mapping[str, Tensor]:
+    """`f_v` and the normalised latent of the images to be drawn."""
+    if "latent" in batch.features:
+        return batch.features
+    name, tokenizer = "edited" if isinstance(batch, Edits) else "scenes", ctx.modules.model.tokenizer
+    return ctx.frozen_features(name, batch, lambda x: encode(tokenizer, x))
+
+
+def _reference_features(ctx: StepContext, batch: Edits) -> Tensor:
+    """`f_v` of the images before the edit."""
+    if "reference" in batch.features:
+        return batch.features["reference"]
+    tokenizer = ctx.modules.model.tokenizer
+    return ctx.frozen_features(
+        "scenes", batch, lambda x: encode(tokenizer, x), batch.require_references()
+    )["f_v"]
+
+
+def _encode_cost(model: Any) -> Cost:
+    """The features of one image."""
+    tokenizer, config = model.tokenizer, model.config
+    image, f_v = meta_input(1, 3, *2 * (config.image_size,)), meta_input(1, config.grid**2, config.text.hidden_size)
+    cost = part_cost(lambda: tokenizer.encoder(image.detach()), tokenizer.encoder, through=False)
+    return cost + part_cost(lambda: tokenizer.fuse(f_v.detach()), tokenizer.fusion, through=False)
+
+
+def _condition_cost(model: Any, words: int, draws: int) -> Cost:
+    """The LLM on the prompt and its queries, router, connector, and `draws` passes of the denoiser."""
+    config, layers = model.config, model.language.network.layers
+    queries = config.connector.queries
+    tokens = words + queries
+    cost = part_cost(lambda: meta_layers(model, layers, words), model.language, through=False)  # with LoRA it trains
+    cost += part_cost(lambda: meta_layers(model, layers, queries), model.language)
+    states = [meta_input(1, tokens, config.text.hidden_size) for _ in range(config.router.count)]
+    cost += part_cost(lambda: model.router(torch.stack(states)), model.router)
+    cost += part_cost(lambda: _meta_connector(model, tokens), model.connector)
+    return cost + part_cost(lambda: meta_velocity(model, tokens), model.denoiser) * draws
+
+
+def _meta_connector(model: Any, tokens: int) -> Tensor:
+    return model.connector.projection(model.connector.norm(meta_layers(model, model.connector.layers, tokens)))

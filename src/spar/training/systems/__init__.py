@@ -1,0 +1,1 @@
+"""Systems: one file each, a class of recipes that says how its modules are built, begun and saved."""

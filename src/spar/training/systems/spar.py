@@ -1,0 +1,219 @@
+"""SPAR under training: what its recipes say beyond their stages, and how its modules are built, begun and saved."""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from spar.checkpoints.lora import LORA_PREFIX, LoraConfig, merge_lora, save_adapter
+from spar.checkpoints.safetensors_io import load_weights
+from spar.checkpoints.spar_format import (
+    ModelBundle,
+    has_pixel_encoder,
+    has_teacher,
+    load_model,
+    load_pixel_encoder,
+    load_teacher,
+    load_text_tokenizer,
+    read_config,
+    save_model,
+)
+from spar.common.config import Registry, differences, read_json
+from spar.common.errors import InputError
+from spar.losses.adversarial import PatchDiscriminatorConfig
+from spar.models.config import SparConfig
+from spar.processing.prompts import PromptEncoder
+from spar.training.bundle import build_bundle
+from spar.training.checkpoint import load_group
+from spar.training.config import Recipe, StageConfig
+from spar.training.data import ImageData
+from spar.training.modules import EXTERNAL_TEACHER, TrainingModules, build_modules
+from spar.training.objectives.base import Networks
+from spar.training.objectives.common import image_side
+from spar.training.objectives.unified import UnifiedObjective
+from spar.training.plan import InitFolder
+from spar.training.run_folder import find_text_tokenizer, read_recipe
+
+log = logging.getLogger("spar.training")
+
+
+@dataclass(frozen=True)
+class AlignmentConfig:
+    """The teacher of the denoiser: the tokenizer's own encoder, none, or an external image encoder.
+
+    `center` compares with the teacher less its mean, which is what trains in the small setting (a large common mean
+    makes the plain cosine of the paper start near 1); both are logged. `external` is a folder or Hub id.
+    """
+
+    teacher: Literal["self", "none", "external"] = "self"
+    center: bool = True
+    hidden: int = 256
+    external: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.teacher == "external") != (self.external is not None):
+            raise InputError("alignment: teacher 'external' and the field external (a folder or id) go together")
+
+
+@dataclass(frozen=True)
+class PerceptualConfig:
+    """The frozen networks of L_perc and their weights in it; `losses.perceptual` weighs their sum.
+
+    `autoencoder`: LPIPS' form on the features of the run's own E_p, which needs no download. `lpips`: LPIPS on VGG16,
+    from the extra `gpu`. `convnext`: logits of the classifier in `classifier`, a folder or Hub id of transformers'
+    ConvNeXt.
+    """
+
+    autoencoder: float = 1.0
+    lpips: float = 0.0
+    convnext: float = 0.0
+    classifier: str = "facebook/convnext-small-224"
+
+    def __post_init__(self) -> None:
+        weights = (self.autoencoder, self.lpips, self.convnext)
+        if not all(0 <= weight < float("inf") for weight in weights) or not sum(weights):
+            raise InputError(f"perceptual: expected weights of at least 0, one of them above it, got {weights}")
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """Training times (logit-normal), both shifts (never taken from a scheduler's file), and the sampler's defaults."""
+
+    time_mean: float = 0.0
+    time_std: float = 1.0
+    training_shift: float = 1.0
+    sampling_shift: float = 1.0
+    sampling_steps: int = 20
+    guidance: float = 4.5
+    unconditional_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("time_std", "training_shift", "sampling_shift", "sampling_steps"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"flow.{name}: expected above 0, got {getattr(self, name)}")
+        if not 0 <= self.unconditional_share <= 1:
+            raise InputError(f"flow.unconditional_share: expected 0 to 1, got {self.unconditional_share}")
+        if not self.guidance >= 0:
+            raise InputError(f"flow.guidance: expected at least 0, got {self.guidance}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparRecipe(Recipe):
+    """A recipe of SPAR: the model, and what its stages share."""
+
+    kind: ClassVar[str] = "spar"
+
+    model: SparConfig = field(default_factory=SparConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    discriminator: PatchDiscriminatorConfig = PatchDiscriminatorConfig(width=32, layers=2)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        stride = self.model.token_stride
+        for stage in self.stages:
+            side = stage.data.image_size if isinstance(stage.data, ImageData) else None
+            if side is not None and side % stride:
+                raise InputError(f"stage {stage.name}: expected image_size as a multiple of {stride}, got {side}")
+
+    @property
+    def image_size(self) -> int:
+        return self.model.image_size
+
+    @property
+    def token_stride(self) -> int:
+        return self.model.token_stride
+
+    def prompts(self, tokenizer: Any) -> PromptEncoder:
+        if len(tokenizer) > self.model.text.vocab_size:
+            raise InputError(
+                f"text.vocab_size: expected at least {len(tokenizer)} for this tokenizer, "
+                f"got {self.model.text.vocab_size}"
+            )
+        return PromptEncoder(tokenizer, self.model.grid**2, image_start=self.model.connector.image_start)
+
+    def load_tokenizer(self, folder: Path) -> Any:
+        return load_text_tokenizer(folder, self.model.text)
+
+    def build(self, networks: Networks) -> TrainingModules:
+        return build_modules(self, networks)
+
+    def save(self, modules: Any, run: Path, prompts: PromptEncoder) -> None:
+        """The model in `RUN/model`; with LoRA its additions in `RUN/adapter` too, and merged in the model."""
+        bundle = build_bundle(modules, self, run, prompts, self.stages[-1].name)
+        if self.lora.rank:
+            save_adapter(bundle.model, self.lora, run / "adapter", bundle.manifest)
+            merge_lora(bundle.model)
+        save_model(bundle, run / "model")
+
+    def try_sizes(self, modules: Any, stages: tuple[StageConfig, ...]) -> None:
+        tokenizer = modules.model.tokenizer
+        for side in {self.model.image_size, *(image_side(self, stage) for stage in stages)}:
+            tokenizer.decode(tokenizer.encode(torch.zeros(1, 3, side, side)).z_f)
+
+    def check_stages(self, stages: tuple[StageConfig, ...]) -> None:
+        """LoRA adds to a connector and a DiT that are trained already: later unified stages alone have these."""
+        unified = [stage for stage in self.stages if isinstance(stage.objective, UnifiedObjective)]
+        wrong = [stage.name for stage in stages if stage not in unified[1:]]
+        if self.lora.rank and wrong:
+            raise InputError(
+                f"lora: expected unified stages after {unified[0].name if unified else 'the first'} alone (as in "
+                f"--stage {self.stages[-1].name} --init-from MODEL), got {', '.join(wrong)}"
+            )
+
+    def must_reach(self, stage: StageConfig) -> tuple[str, ...]:
+        """With LoRA each adapted part, and the heads."""
+        if not self.lora.rank:
+            return stage.trainable
+        heads = (pattern for pattern in stage.trainable if not pattern.startswith("model."))
+        return (*heads, *(f"model.{part}.*.{LORA_PREFIX}*" for part in self.lora.parts))
+
+    def read_model(self, folder: Path) -> InitFolder:
+        manifest = folder / "manifest.json"
+        parts: Any = read_json(manifest).get("parts", {}) if manifest.is_file() else {}
+        parts = {str(part): str(origin) for part, origin in parts.items()} if isinstance(parts, dict) else {}
+        kept = {"pixel_encoder": has_pixel_encoder(folder), "teacher": has_teacher(folder)}
+        return InitFolder(folder, True, parts=parts, holds=frozenset(name for name, held in kept.items() if held))
+
+    def load_model(self, folder: Path) -> dict[str, Tensor]:
+        for name, given, own in differences(read_config(folder), self.model, "model"):
+            log.warning("%s was made with %s %r; this recipe has %r", folder, name, given, own)
+        parts: dict[str, nn.Module] = {"model": load_model(folder).model}
+        if has_pixel_encoder(folder):
+            parts["pixel_encoder"] = load_pixel_encoder(folder)
+        if has_teacher(folder):
+            parts["teacher"] = load_teacher(folder)
+        return {f"{part}.{name}": value for part in parts for name, value in parts[part].state_dict().items()}
+
+
+def load_stage_model(run: Path, registry: Registry, stage: str | None = None) -> ModelBundle:
+    """The model as it is at the end of a stage of a run, by default the recipe's last.
+
+    Args:
+        registry: the kinds that the run's recipe may name (`spar.recipes.REGISTRY`).
+
+    Raises:
+        InputError: a folder that is no run of SPAR, or a stage that has not ended.
+    """
+    recipe = read_recipe(run / "recipe.json", registry)
+    if not isinstance(recipe, SparRecipe):
+        raise InputError(f"{run} is a run of {recipe.kind}, expected one of spar")
+    last = stage or recipe.stages[-1].name
+    folder = run / recipe.stage(last).name / "done"
+    prompts = recipe.prompts(find_text_tokenizer(recipe, run, None))
+    saved = load_group(folder, "modules")
+    networks = {}
+    if "teacher_mean" in saved:  # an external teacher's width, without the teacher
+        networks[EXTERNAL_TEACHER] = SimpleNamespace(width=saved["teacher_mean"].numel)
+    with torch.random.fork_rng(devices=[]):
+        modules = recipe.build(networks)
+    load_weights(modules, saved, str(folder))
+    if recipe.lora.rank:
+        merge_lora(modules.model)
+    return build_bundle(modules, recipe, run, prompts, last)

@@ -1,0 +1,79 @@
+"""Dense tagging: whitened features that say what they said, and words that begin where the encoder points."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from spar.recipes.shapes.dense_tagging import TAG_NAMES, TAGS, TagWordsObjective, init_tag_embeddings, whiten
+from spar.training.objectives.next_token import NextTokenObjective
+from spar.training.plan import InitFolder, Origin, PlannedStage, StageStart
+from spar.worlds.shapes.tokenizer import PLURALS
+
+
+def test_whitening_changes_the_basis_and_nothing_that_is_read_off_it(start):
+    begun = start("encoder")
+    encoder, head = begun.modules.model.tokenizer.encoder, begun.modules.dense_head
+    linears = [*head.tags.values(), head.center, head.coverage, head.pixels]
+    with torch.no_grad():
+        head.center.bias.normal_(generator=torch.Generator().manual_seed(0))
+        f_v = encoder(begun.data.pixels(np.arange(24)))
+        read = [linear(f_v) for linear in linears]
+        rows = f_v.flatten(0, 1).double()
+        variances = torch.linalg.eigvalsh(torch.cov(rows.T))
+        whiten(begun.modules, f_v, floor=0.1)
+        white = encoder(begun.data.pixels(np.arange(24)))
+        assert not torch.allclose(white, f_v, atol=0.1)
+        for before, linear in zip(read, linears, strict=True):
+            assert torch.allclose(linear(white), before, atol=1e-3)
+    after = torch.linalg.eigvalsh(torch.cov(white.flatten(0, 1).double().T))
+    assert torch.allclose(after, variances / (variances + 0.1 * variances.mean()), atol=1e-3)
+    assert torch.allclose(white.mean((0, 1)), torch.zeros(32), atol=1e-3)
+
+
+def test_the_end_of_the_tagging_whitens_the_features_of_the_first_images(start):
+    begun = start("encoder")
+    encoder = begun.modules.model.tokenizer.encoder
+    begun.stage.objective.finish(begun.ctx, begun.data)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        f_v = encoder(begun.data.pixels(np.arange(24))).float()
+    assert torch.allclose(f_v.mean((0, 1)), torch.zeros(32), atol=0.05)
+    variances = torch.linalg.eigvalsh(torch.cov(f_v.flatten(0, 1).double().T))
+    assert float(variances.max()) == pytest.approx(1, abs=0.1)
+
+
+def word(begun, text: str) -> torch.Tensor:
+    (token,) = begun.ctx.prompts.encode(text)
+    return begun.modules.model.language.network.embed_tokens.weight.detach()[token]
+
+
+def test_each_tags_word_and_its_plural_point_where_the_tag_is_read_at_the_size_of_a_word(start):
+    begun = start("encoder")
+    table = begun.modules.model.language.network.embed_tokens.weight.detach().clone()
+    size = float(table.norm(dim=-1).mean())
+    init_tag_embeddings(begun.modules, begun.ctx.prompts)
+    changed = set()
+    for tag, names in TAG_NAMES.items():
+        rows = begun.modules.dense_head.tags[tag].weight.detach()[TAGS[tag] - len(names) :]
+        for name, row in zip(names, rows - rows.mean(0), strict=True):
+            for text in {name, PLURALS.get(name, name)}:
+                assert float(torch.cosine_similarity(word(begun, text), row, dim=0)) == pytest.approx(1, abs=1e-5)
+                assert float(word(begun, text).norm()) == pytest.approx(size, rel=1e-5)
+                changed.add(begun.ctx.prompts.encode(text)[0])
+    after = begun.modules.model.language.network.embed_tokens.weight.detach()
+    assert {i for i in range(len(table)) if not torch.equal(table[i], after[i])} == changed
+
+
+def test_words_begin_at_the_tags_where_the_stage_says_so_and_starts_from_training(start, tiny_run):
+    recipe, stage = tiny_run.recipe, tiny_run.recipe.stage("mllm")
+    folder = InitFolder(tiny_run.path / "model", True)
+    assert stage.objective.preparations(recipe, stage, Origin(before=recipe.stage("encoder"))) == ("tag embeddings",)
+    assert stage.objective.preparations(recipe, stage, Origin()) == ("tag embeddings",)
+    assert stage.objective.preparations(recipe, stage, Origin(init=folder)) == ()  # a finished model has its words
+    assert NextTokenObjective().preparations(recipe, stage, Origin()) == ()
+    plain, begun = start("mllm", objective=NextTokenObjective()), start("mllm")
+    assert not torch.equal(word(plain, "red"), word(begun, "red")) and torch.equal(word(plain, "a"), word(begun, "a"))
+    again = PlannedStage(stage, StageStart("state"), ())  # a saved state has them already
+    TagWordsObjective().prepare(replace(plain.ctx, stage=stage), plain.data, again)
+    assert not torch.equal(word(plain, "red"), word(begun, "red"))

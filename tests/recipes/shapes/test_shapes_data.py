@@ -1,0 +1,213 @@
+"""The shapes world as training data: dealt by (seed, stage, step) alone, and true to its scenes."""
+
+import numpy as np
+import pytest
+import torch
+
+from spar.common.errors import InputError
+from spar.data.batches import Captioned, Dialogues, Edits, Images
+from spar.processing.prompts import DESCRIBE
+from spar.recipes import recipe
+from spar.recipes.shapes.curricula import CaptionLessons, MixedLessons, QuestionData
+from spar.recipes.shapes.data import ShapesData, ShapesTrainingData
+from spar.recipes.shapes.dense_tagging import TagData, Tagged
+from spar.training.config import StageConfig
+from spar.training.data import CaptionData, ImageData, MixedData, StageData
+from spar.worlds.shapes.captions import caption, describe
+from spar.worlds.shapes.dataset import dense_targets, scene_at
+from spar.worlds.shapes.render import render
+from spar.worlds.shapes.scene import unique_objects
+from spar.worlds.shapes.tokenizer import check_words
+
+DATA = ShapesData(scenes=12, edits=5)
+GRID = 8
+KINDS = ("color", "background", *4 * ("place",))
+
+
+@pytest.fixture(scope="module")
+def training_data():
+    return ShapesTrainingData(DATA, GRID, seed=3)
+
+
+def batch(training_data: ShapesTrainingData, stage: str, step: int) -> tuple:
+    """Everything that a step could ask for, as plain values."""
+    rng = training_data.rng(stage, step)
+    some, edits = training_data.draw(rng, 6), training_data.draw(rng, 6, edits=True)
+    pictures = [training_data.pixels(some), training_data.pixels(edits), training_data.pixels(edits, edited=True)]
+    return (
+        some.tolist(), edits.tolist(), training_data.captions(rng, some), training_data.instructions(edits),
+        training_data.turns(rng, some, KINDS), [picture.numpy().tobytes() for picture in pictures],
+    )
+
+
+def test_a_batch_is_a_function_of_seed_stage_and_step(training_data):
+    again = ShapesTrainingData(DATA, GRID, seed=3)
+    batch(again, "mllm", 0)  # what was asked before does not count
+    assert batch(again, "unified-2", 7) == batch(training_data, "unified-2", 7)
+
+
+@pytest.mark.parametrize(("seed", "stage", "step"), [(4, "unified-2", 7), (3, "unified-3", 7), (3, "unified-2", 8)])
+def test_another_seed_stage_or_step_gives_another_batch(training_data, seed, stage, step):
+    other = ShapesTrainingData(DATA, GRID, seed=seed)
+    ours, theirs = batch(training_data, "unified-2", 7), batch(other, stage, step)
+    assert ours[0] != theirs[0] and ours[1] != theirs[1]
+
+
+def test_pictures_are_the_renders_of_the_scenes(training_data):
+    for i in (0, 11):
+        shown = (training_data.pixels(np.array([i]))[0] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        assert np.array_equal(shown, render(scene_at("train", i)))
+
+
+def test_edited_pictures_show_the_edits_target(training_data):
+    for i, edit in enumerate(training_data.edits):
+        shown = (
+            (training_data.pixels(np.array([i]), edited=True)[0] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        )
+        assert np.array_equal(shown, render(edit.target)) and not np.array_equal(shown, training_data.images[i])
+        assert training_data.instructions(np.array([i])) == [edit.instruction]
+
+
+def test_draws_cover_their_range_and_no_more(training_data):
+    drawn = training_data.draw(np.random.default_rng(0), 500)
+    edits = training_data.draw(np.random.default_rng(0), 500, edits=True)
+    assert set(drawn) == set(range(12)) and set(edits) == set(range(5))
+
+
+def test_draws_keep_to_the_kinds_asked_for(training_data):
+    for edits in (False, True):
+        scenes = training_data.scenes[: len(training_data.edits) if edits else None]
+        for kinds in ({"single"}, {"two", "multi"}):
+            wanted = {i for i, scene in enumerate(scenes) if scene.kind in kinds}
+            drawn = training_data.draw(np.random.default_rng(0), 300, edits=edits, kinds=tuple(kinds))
+            assert set(drawn) == wanted
+    drawn = training_data.draw(np.random.default_rng(0), 3000, kinds=("single", "two", "two"))
+    assert np.mean(training_data.kinds[drawn] == "two") == pytest.approx(2 / 3, abs=0.03)
+    few = ShapesTrainingData(ShapesData(scenes=1, edits=1), GRID, 3)
+    other = "multi" if few.scenes[0].kind == "single" else "single"
+    with pytest.raises(InputError, match=f"expected scenes of the kinds {other}"):
+        few.draw(np.random.default_rng(0), 2, kinds=(other,))
+
+
+def test_words_are_of_the_scene_and_of_the_vocabulary(training_data):
+    indices = np.arange(12)
+    captions = training_data.captions(np.random.default_rng(1), indices)
+    rng = np.random.default_rng(1)
+    assert captions == [caption(training_data.scenes[i], rng) for i in indices]
+    for row, i in zip(training_data.turns(np.random.default_rng(1), indices, KINDS), indices, strict=True):
+        asked = [turn.question for turn in row]
+        named, colored = len(unique_objects(training_data.scenes[i])), "what color is the background?" in asked
+        assert colored and len(set(asked)) == len(asked)  # none twice, where the draws repeat themselves
+        assert (named > 0) <= sum(text.startswith("where is") for text in asked) <= min(named, 4)
+        assert (row[-1].question, row[-1].answer) == (DESCRIBE, describe(training_data.scenes[i]))
+        for turn in row:
+            check_words(turn.question), check_words(turn.answer)
+
+
+def test_a_share_of_the_captions_says_where_things_lie(training_data):
+    indices = np.arange(12).repeat(50)
+    for share in (0.0, 0.3, 1.0):
+        captions = training_data.captions(np.random.default_rng(2), indices, position_captions=share)
+        placed = np.mean(["column" in text for text in captions])
+        assert 0.4 * share <= placed <= share  # a lesson may leave all its things unplaced
+
+
+def test_dense_targets_are_flat_and_row_major(training_data):
+    targets = training_data.dense(np.array([2, 5]), 8)
+    for row, i in enumerate((2, 5)):
+        for name, grid in dense_targets(training_data.scenes[i], 8).items():
+            assert np.array_equal(targets[name][row].numpy(), grid.reshape(64, *grid.shape[2:]))
+
+
+def test_rendered_pictures_are_kept_and_read_back(training_data, tmp_path):
+    first = ShapesTrainingData(DATA, GRID, 3, tmp_path)
+    (file,) = tmp_path.glob("scenes-*.npy")
+    marked = np.load(file)
+    marked[0] = 7
+    np.save(file, marked)
+    second = ShapesTrainingData(DATA, GRID, 3, tmp_path)
+    assert np.array_equal(first.images, training_data.images) and (second.images[0] == 7).all()
+    more = ShapesTrainingData(ShapesData(scenes=13, edits=5), GRID, 3, tmp_path)
+    assert len(more.images) == 13  # not the kept ones
+    assert len(list(tmp_path.glob("scenes-*.npy"))) == 2 and not list(tmp_path.glob("*.part*"))
+
+
+# ---- what a stage is given -------------------------------------------------------------------------------------------
+
+
+def staged(data: StageData) -> StageConfig:
+    """A stage of the data, six images a step."""
+    objectives = (stage.objective for stage in recipe("shapes").stages)
+    objective = next(one for one in objectives if {*data.gives} <= {*one.takes})
+    return StageConfig("s", objective, ("*",), steps=9, warmup=0, data=data, batch=6)
+
+
+def dealt(training_data: ShapesTrainingData, data: StageData, step: int = 0) -> Images:
+    return training_data.get_batch(staged(data), step, slice(None))
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (ImageData(), Images), (CaptionData(), Captioned), (MixedData(), Captioned), (MixedData(edit_share=1.0), Edits),
+        (CaptionLessons(), Captioned), (MixedLessons(), Captioned), (MixedLessons(edit_share=1.0), Edits),
+        (QuestionData(), Dialogues), (TagData(), Tagged),
+    ],
+)
+def test_each_kind_of_data_is_dealt_as_what_it_says_it_gives(training_data, data, kind):
+    given = dealt(training_data, data)
+    assert type(given) is kind and kind in data.gives and len(given) == 6
+    assert torch.equal(given.pixels, training_data.pixels(given.keys, edited=kind is Edits))
+
+
+def test_every_kind_of_data_that_the_source_serves_is_dealt(training_data):
+    for cls in ShapesData.serves:
+        assert type(dealt(training_data, cls())) in cls.gives
+
+
+def test_words_edits_and_tags_are_those_of_the_images_dealt(training_data):
+    edits = dealt(training_data, MixedLessons(edit_share=1.0))
+    assert [*edits.texts] == training_data.instructions(edits.keys)
+    assert torch.equal(edits.references, training_data.pixels(edits.keys))
+    tagged = dealt(training_data, TagData())
+    for name, value in training_data.dense(tagged.keys, GRID).items():
+        assert torch.equal(tagged.tags[name], value)
+    asked = dealt(training_data, QuestionData(KINDS))
+    for key, turns in zip(asked.keys, asked.turns, strict=True):
+        assert turns[-1].answer == describe(training_data.scenes[key]) and len(turns) > 1
+    (turns, *_) = dealt(training_data, QuestionData()).turns
+    assert [turn.question for turn in turns] == [DESCRIBE]
+
+
+def test_half_of_the_steps_edit_at_a_share_of_a_half_and_the_lessons_change_no_draw(training_data):
+    plain, lessons = MixedData(edit_share=0.5), MixedLessons(edit_share=0.5, position_captions=1.0)
+    batches = [(dealt(training_data, plain, step), dealt(training_data, lessons, step)) for step in range(100)]
+    assert 30 < sum(isinstance(one, Edits) for one, _ in batches) < 70
+    assert all(type(one) is type(other) and (one.keys == other.keys).all() for one, other in batches)
+    taught = [text for _, other in batches if not isinstance(other, Edits) for text in other.texts]
+    assert 0.4 < np.mean(["column" in text for text in taught]) < 1
+
+
+def test_the_scenes_of_a_lesson_are_of_its_kinds(training_data):
+    for data in (CaptionLessons(scene_kinds=("single",)), MixedLessons(scene_kinds=("single",), edit_share=1.0)):
+        assert {*training_data.kinds[dealt(training_data, data).keys]} == {"single"}
+
+
+def test_images_come_at_the_size_that_the_stage_asks_for(training_data):
+    whole, small = dealt(training_data, ImageData()), dealt(training_data, ImageData(image_size=32))
+    assert whole.pixels.shape[-2:] == (64, 64) and small.pixels.shape[-2:] == (32, 32)
+    halved = torch.nn.functional.interpolate(whole.pixels, size=(32, 32), mode="bilinear", antialias=True)
+    torch.testing.assert_close(small.pixels, halved)
+
+
+@pytest.mark.parametrize("cls", ShapesData.serves)
+def test_rows_of_a_batch_are_those_of_the_whole_batch(training_data, cls):
+    data = cls() if cls not in (MixedData, MixedLessons) else cls(edit_share=0.5)
+    stage = staged(data)
+    for step in range(4):
+        whole = training_data.get_batch(stage, step, slice(None))
+        part = training_data.get_batch(stage, step, slice(2, 5))
+        assert type(part) is type(whole) and (part.keys == whole.keys[2:5]).all()
+        assert torch.equal(part.pixels, whole.pixels[2:5])
+        for name in ("texts", "turns"):
+            assert getattr(part, name, ()) == getattr(whole, name, ())[2:5]
