@@ -20,8 +20,11 @@ from PIL import Image
 
 import spar
 from spar.cli import main as cli
-from spar.cli.arguments import EvalArguments, TrainArguments, build_recipe, parse, recipe_arguments
+from spar.cli.arguments import EvalArguments, TrainArguments
+from spar.cli.console import WRONG_INPUT
 from spar.cli.main import VERBS, main
+from spar.cli.parsing import parse
+from spar.cli.recipe_flags import build_recipe, recipe_arguments
 from spar.common import limits
 from spar.common.errors import InputError
 
@@ -99,7 +102,7 @@ class FakePipe:
 def pipe(monkeypatch, tmp_path) -> FakePipe:
     """A pipeline that needs no weights, in a folder of its own."""
     fake = FakePipe()
-    monkeypatch.setattr(cli, "_load", lambda args: fake)
+    monkeypatch.setattr("spar.cli.loading.load_pipeline", lambda args: fake)
     monkeypatch.chdir(tmp_path)
     return fake
 
@@ -111,7 +114,7 @@ def no_load(monkeypatch, tmp_path) -> None:
     def load(args):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(cli, "_load", load)
+    monkeypatch.setattr("spar.cli.loading.load_pipeline", load)
     monkeypatch.chdir(tmp_path)
 
 
@@ -132,7 +135,7 @@ def test_garbage_is_not_collected_while_the_model_loads_but_is_afterwards(monkey
         raise InputError("no such model")
 
     monkeypatch.setattr("spar.inference.pipeline.SparPipeline.from_pretrained", load)
-    assert error_of(capsys, ["generate", "a red circle", "-o", str(tmp_path / "out.png")])[0] == cli.WRONG_INPUT
+    assert error_of(capsys, ["generate", "a red circle", "-o", str(tmp_path / "out.png")])[0] == WRONG_INPUT
     assert seen == [False] and gc.isenabled()
     gc.unfreeze()
 
@@ -432,7 +435,7 @@ def test_understand_prints_answers_and_nothing_else(capsys, pipe):
 
 
 def test_reconstruct_takes_files_and_folders_and_keeps_their_names(capsys, pipe, monkeypatch):
-    monkeypatch.setattr(cli, "RECONSTRUCT_BATCH", 2)
+    monkeypatch.setattr("spar.cli.tasks.RECONSTRUCT_BATCH", 2)
     Path("photos").mkdir()
     for name in ("a.png", "a.jpg", "b.WEBP", "notes.txt"):
         (Path("photos") / name).write_bytes(b"")
@@ -893,11 +896,11 @@ def test_ctrl_c_saves_and_resume_goes_on_where_it_stood(capsys, monkeypatch, tmp
 
     monkeypatch.chdir(tmp_path)
     argv = ["train", "tiny", "--run", "r", "--stages.encoder.steps", "8", "--stage", "encoder"]
-    monkeypatch.setattr(cli, "training_display", interrupting)
+    monkeypatch.setattr("spar.cli.training.training_display", interrupting)
     assert main(argv) == 130
     command = capsys.readouterr().err.partition("resume with: spar ")[2]
     assert Path("r/encoder/state/meta.json").is_file() and not Path("r/encoder/done").exists()
-    monkeypatch.setattr(cli, "training_display", display)
+    monkeypatch.setattr("spar.cli.training.training_display", display)
     assert main(shlex.split(command)) == 0
     steps = [json.loads(line)["step"] for line in Path("r/metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(8)) and Path("r/encoder/done/meta.json").is_file()

@@ -27,7 +27,7 @@ def no_token(monkeypatch):
 
 @pytest.fixture
 def no_load(monkeypatch):
-    monkeypatch.setattr("spar.cli.main._load", lambda args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("spar.cli.loading.load_pipeline", lambda args: pytest.fail("the model was loaded"))
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.1", "example.org", ""])

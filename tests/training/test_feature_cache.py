@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from spar.checkpoints.spar_format import load_model
-from spar.cli.arguments import chosen_source
 from spar.cli.main import main
+from spar.cli.recipe_flags import chosen_source
 from spar.common.errors import InputError
 from spar.models.encoder import SemanticEncoder
 from spar.recipes import REGISTRY, recipe

@@ -1,31 +1,15 @@
-"""Arguments of the command line: one frozen dataclass per verb, parsed by tyro, and the flags of a recipe.
+"""Arguments of the command line: one frozen dataclass per verb. No heavy library is imported here."""
 
-tyro prints its errors as boxes; `parse` converts them to one `InputError`. No heavy library is imported here.
-"""
-
-import contextlib
-import dataclasses
-import io
-import os
-import re
-import typing
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, make_dataclass, replace
-from itertools import pairwise
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-import tyro
-from tyro.conf import DisallowNone, FlagConversionOff, FlagCreatePairsOff, Positional, UseAppendAction, arg
+from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
 from spar.common.errors import InputError
 from spar.common.limits import MAX_GUIDANCE, MAX_IMAGES, MAX_SEED, MAX_STEPS, MAX_WORKERS, check_range
 from spar.data.samples import Format
-from spar.serving.limits import DEFAULT_HOST, DEFAULT_PORT, MAX_BATCH, MAX_QUEUE, REQUEST_SECONDS, format_limits
-
-if TYPE_CHECKING:
-    from spar.training.config import Recipe, StageConfig
-    from spar.training.data import DataConfig
 
 T = TypeVar("T")
 
@@ -406,56 +390,6 @@ class DemoArguments(ModelArguments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ListenArguments(ModelArguments):
-    """Address and access of a server."""
-
-    host: str = DEFAULT_HOST
-    """Address to listen on; any but this machine's own needs a token."""
-    port: int = DEFAULT_PORT
-    """Port; 0 takes a free one."""
-    token_file: Path | None = None
-    """File with the required token; by default the variable SPAR_API_TOKEN, if set."""
-
-    def __post_init__(self) -> None:
-        check_range("--port", self.port, 0, 65535)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServeArguments(ListenArguments):  # noqa: D101  # its help names the limits: below
-    max_batch: int = MAX_BATCH
-    """Images of the model's own size in one batch."""
-    max_queue: int = MAX_QUEUE
-    """Images and chats that may wait; more are answered with 429."""
-    timeout: int = REQUEST_SECONDS
-    """Seconds that a request may wait and run."""
-    ui: Flag = False
-    """Serve the web page too, at /page (extra `ui`)."""
-
-    def __post_init__(self) -> None:
-        ListenArguments.__post_init__(self)
-        check_range("--max-batch", self.max_batch, 1, MAX_IMAGES)
-        check_range("--max-queue", self.max_queue, 1, MAX_IMAGES)
-        check_range("--timeout", self.timeout, 1, 3600)
-
-
-ServeArguments.__doc__ = f"""Serve the four tasks over HTTP, in the format of OpenAI's API: spar serve --port 8000
-
-Paths: /v1/images/generations, /v1/images/edits, /v1/chat/completions, /v1/models, /v1/reconstruct, /health, /metrics,
-/openapi.json. Limits of one request and of all requests together:
-
-{format_limits()}
-"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class UiArguments(ListenArguments):
-    """Serve the web page: spar ui"""
-
-    port: int = 7860
-    """Port; 0 takes a free one."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class DataArguments:
     """The data set, and how to read it."""
 
@@ -535,168 +469,3 @@ def _check_utf8(text: str | None, what: str) -> None:
         (text or "").encode()
     except UnicodeEncodeError:
         raise InputError(f"{what}: expected text in UTF-8, got {text!r}") from None
-
-
-def chosen_source(
-    base: "Recipe", argv: Sequence[str], sources: "Mapping[str, type[DataConfig]]"
-) -> "type[DataConfig]":
-    """The class of the source that `--data.source` names, by default the recipe's; what is no source is tyro's to say.
-
-    Raises:
-        InputError: a flag that belongs to another source.
-    """
-    flags = [word.partition("=") for word in argv if word.startswith("--data.")]
-    after = dict(pairwise(argv))
-    kind = base.data.kind
-    for flag, sign, value in flags:
-        if flag == "--data.source":
-            kind = value if sign else after.get(flag, kind)
-    source = sources.get(kind, type(base.data))
-    for flag, _, _ in flags:
-        name = flag.removeprefix("--data.").replace("-", "_")
-        others = [other for other, cls in sources.items() if name in _field_names(cls)]
-        if name not in _field_names(source) and others:
-            raise InputError(f"{flag} belongs to --data.source {' or '.join(others)}, got source {source.kind}")
-    return source
-
-
-def _field_names(cls: type) -> set[str]:
-    return {item.name for item in dataclasses.fields(cls)}
-
-
-def recipe_arguments(
-    base: "Recipe", kind: type[T], sources: "Mapping[str, type[DataConfig]]", argv: Sequence[str]
-) -> type[T]:
-    """Extend `kind` by a flag for every field of a recipe, stages by name, and for training those of ParallelismConfig.
-
-    The defaults are the values of `base`; its data's are those of the source that `argv` chooses. Booleans take a value
-    (`--model.streams.pixel-stream False`).
-    """
-    from spar.training.distributed import ParallelismConfig
-
-    source = chosen_source(base, argv, sources)
-    stages = _flags(
-        "Stages",
-        {f"stage_{index}": _stage_flags(replace(stage, data=source.nearest(stage.data)))
-         for index, stage in enumerate(base.stages)},
-        {f"stage_{index}": stage.name for index, stage in enumerate(base.stages)},
-    )
-    values = {item.name: getattr(base, item.name) for item in dataclasses.fields(base)}
-    hints: dict[str, Any] = {**typing.get_type_hints(type(base)), "stages": type(stages), "data": source}
-    annotation: Any = FlagConversionOff
-    values["stages"] = stages
-    if source is not type(base.data):
-        values["data"] = source() if not _required(source) else dataclasses.MISSING
-    fields: list[tuple[str, Any, Any]] = [
-        (name, annotation[hints[name]], field(default=value) if value is not dataclasses.MISSING else field())
-        for name, value in values.items()
-    ]
-    known: Any = Literal[tuple(sources)]
-    fields.append(("data_source", Annotated[known, arg(name="data.source")], field(default=source.kind)))
-    if kind is TrainArguments:
-        fields.append(("parallelism", FlagConversionOff[ParallelismConfig], field(default=ParallelismConfig())))
-    names = {f"stage-{index}": stage.name for index, stage in enumerate(base.stages)}
-    return make_dataclass(
-        kind.__name__, fields, bases=(kind,), frozen=True, kw_only=True,
-        namespace={"__doc__": kind.__doc__, "stage_names": names},
-    )  # fmt: skip
-
-
-def _required(cls: type) -> bool:
-    """Whether a dataclass has a field without a default."""
-    missing = dataclasses.MISSING
-    return any(item.default is missing and item.default_factory is missing for item in dataclasses.fields(cls))
-
-
-def _stage_flags(stage: "StageConfig") -> Any:
-    """A stage as a dataclass whose objective and data have their own classes, not the bases that they extend."""
-    hints = typing.get_type_hints(type(stage))
-    values = {item.name: getattr(stage, item.name) for item in dataclasses.fields(stage)}
-    hints |= {name: type(values[name]) for name in ("objective", "data")}
-    fields = [(name, hints[name], field(default=value)) for name, value in values.items()]
-    return make_dataclass("Stage", fields, frozen=True, namespace={"__doc__": type(stage).__doc__})()
-
-
-def _flags(name: str, values: dict[str, Any], names: dict[str, str]) -> Any:
-    """An instance of a dataclass of the values, whose flags have the `names`."""
-    fields = [
-        (key, Annotated[type(value), arg(name=names[key])], field(default=value)) for key, value in values.items()
-    ]
-    return make_dataclass(name, fields, frozen=True)()
-
-
-def build_recipe(arguments: Any, base: "Recipe") -> "Recipe":
-    """Build the recipe from the parsed flags."""
-    values = {item.name: getattr(arguments, item.name) for item in dataclasses.fields(base)}
-    stages = values.pop("stages")
-    kind = type(base.stages[0])
-    built = (kind(**vars(getattr(stages, item.name))) for item in dataclasses.fields(stages))
-    return type(base)(stages=tuple(built), **values)
-
-
-def parse(kind: type[T], argv: Sequence[str], prog: str, *, none: bool = False) -> T:
-    """Parse a verb's arguments; `--help` prints and raises SystemExit(0).
-
-    Args:
-        none: whether a flag accepts the value None, as for an optional field of a recipe.
-
-    Raises:
-        InputError: tyro or the dataclasses refuse an argument; the message is one sentence.
-    """
-    output = io.StringIO()
-    helped = bool({"-h", "--help"} & set(argv))
-    try:
-        with contextlib.nullcontext() if helped else _capture_errors(output):
-            return tyro.cli(kind, args=list(argv), prog=prog, config=() if none else (DisallowNone,))
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-    sentence = _sentence(output.getvalue(), prog)
-    for key, name in getattr(kind, "stage_names", {}).items():
-        sentence = sentence.replace(f"stages.{key}.", f"stages.{name}.")
-    raise InputError(sentence)
-
-
-@contextlib.contextmanager
-def _capture_errors(output: io.StringIO) -> Iterator[None]:
-    """Redirect tyro's errors to `output`, in ASCII, without colours and without line breaks."""
-    before = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "10000"
-    try:
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            yield
-    finally:
-        if before is None:
-            del os.environ["COLUMNS"]
-        else:
-            os.environ["COLUMNS"] = before
-
-
-# Messages of tyro and Python, and our replacements.
-_ERROR_PATTERNS = (
-    (r"^Error parsing (-\S+):\s*", r"\1: "),
-    (r"^Error parsing (stages\.\S+):\s*", r"\1: "),
-    (r"^Error parsing [^-\s]\S*:\s*", ""),
-    (r"no type matching .* could be instantiated from .*Got errors:.*- <class '[^']*'>: ", ""),
-    (r"invalid literal for int\(\) with base 10: ", "expected a whole number, got "),
-    (r"could not convert string to float: ", "expected a number, got "),
-    (r"^Missing value for argument '(.*?)'\. Expected 1 values?\..*", r"\1: expected a value, got none"),
-    (r"^Missing value for argument '(.*?)'\. Expected (\d+) values\..*", r"\1: expected \2 values, got fewer"),
-    (r"^invalid choice (.*?) for argument '(.*?)'\. Expected one of \((.*?),?\)\.", r"\2: expected one of \3, got \1"),
-)
-
-
-def _sentence(box: str, prog: str) -> str:
-    """Convert tyro's box (a title, the error, hints, separated by rules) to one line."""
-    sections = re.split(r"^\s*-+\s*$", box, flags=re.MULTILINE)
-    sentence = " ".join(sections[min(1, len(sections) - 1)].split())
-    if unknown := re.fullmatch(r"Unrecognized options?: (.*)", sentence):
-        near = [part for part in sections[2:] if "Perhaps you meant" in part]
-        meant = [flag.rstrip(",") for flag in re.findall(r"^\s*(--\S+)", near[0], re.MULTILINE)] if near else []
-        hint = f"; perhaps you meant {' or '.join(meant)}" if meant else ""
-        return f"unknown arguments: {unknown[1]}{hint} ({prog} --help lists all)"
-    if missing := re.match(r"Missing from [^:]*: (\S+)", sentence):
-        return f"expected {missing[1]}, got nothing ({prog} --help lists all)"
-    for pattern, ours in _ERROR_PATTERNS:
-        sentence = re.sub(pattern, ours, sentence)
-    return sentence.rstrip(".")

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from spar.training.estimate import HardwareConfig, StageEstimate
     from spar.training.plan import RunPlan
 
+WRONG_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # exit statuses
+
 MARKS = {True: "[green]ok[/]", False: "[bold red]wrong[/]", None: "[yellow]note[/]"}
 NOT_LOSS_TERMS = ("loss", "grad_norm", "lr", "seconds")  # values of a step that are not terms of its loss
 
@@ -268,3 +270,14 @@ def data_table(report: "DataReport") -> "Table":
     for key, earlier in report.named_duplicates:
         row(False, f"duplicate: {escape(key)}", f"of {earlier}")
     return table
+
+
+def fail(message: str) -> int:
+    """Print one line on stderr."""
+    print("spar: error: " + printable(" ".join(message.split())), file=sys.stderr)
+    return WRONG_INPUT
+
+
+def printable(text: str) -> str:
+    """Replace the control characters of an untrusted text."""
+    return "".join(c if c.isprintable() else "?" for c in text)

@@ -1,0 +1,83 @@
+"""tyro parses the arguments of a verb; its errors, which are boxes, become one `InputError` each."""
+
+import contextlib
+import io
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import tyro
+from tyro.conf import DisallowNone
+
+from spar.common.errors import InputError
+
+T = TypeVar("T")
+
+
+def parse(kind: type[T], argv: Sequence[str], prog: str, *, none: bool = False) -> T:
+    """Parse a verb's arguments; `--help` prints and raises SystemExit(0).
+
+    Args:
+        none: whether a flag accepts the value None, as for an optional field of a recipe.
+
+    Raises:
+        InputError: tyro or the dataclasses refuse an argument; the message is one sentence.
+    """
+    output = io.StringIO()
+    helped = bool({"-h", "--help"} & set(argv))
+    try:
+        with contextlib.nullcontext() if helped else _capture_errors(output):
+            return tyro.cli(kind, args=list(argv), prog=prog, config=() if none else (DisallowNone,))
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    sentence = _sentence(output.getvalue(), prog)
+    for key, name in getattr(kind, "stage_names", {}).items():
+        sentence = sentence.replace(f"stages.{key}.", f"stages.{name}.")
+    raise InputError(sentence)
+
+
+@contextlib.contextmanager
+def _capture_errors(output: io.StringIO) -> Iterator[None]:
+    """Redirect tyro's errors to `output`, in ASCII, without colours and without line breaks."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "10000"
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
+
+
+# Messages of tyro and Python, and our replacements.
+_ERROR_PATTERNS = (
+    (r"^Error parsing (-\S+):\s*", r"\1: "),
+    (r"^Error parsing (stages\.\S+):\s*", r"\1: "),
+    (r"^Error parsing [^-\s]\S*:\s*", ""),
+    (r"no type matching .* could be instantiated from .*Got errors:.*- <class '[^']*'>: ", ""),
+    (r"invalid literal for int\(\) with base 10: ", "expected a whole number, got "),
+    (r"could not convert string to float: ", "expected a number, got "),
+    (r"^Missing value for argument '(.*?)'\. Expected 1 values?\..*", r"\1: expected a value, got none"),
+    (r"^Missing value for argument '(.*?)'\. Expected (\d+) values\..*", r"\1: expected \2 values, got fewer"),
+    (r"^invalid choice (.*?) for argument '(.*?)'\. Expected one of \((.*?),?\)\.", r"\2: expected one of \3, got \1"),
+)
+
+
+def _sentence(box: str, prog: str) -> str:
+    """Convert tyro's box (a title, the error, hints, separated by rules) to one line."""
+    sections = re.split(r"^\s*-+\s*$", box, flags=re.MULTILINE)
+    sentence = " ".join(sections[min(1, len(sections) - 1)].split())
+    if unknown := re.fullmatch(r"Unrecognized options?: (.*)", sentence):
+        near = [part for part in sections[2:] if "Perhaps you meant" in part]
+        meant = [flag.rstrip(",") for flag in re.findall(r"^\s*(--\S+)", near[0], re.MULTILINE)] if near else []
+        hint = f"; perhaps you meant {' or '.join(meant)}" if meant else ""
+        return f"unknown arguments: {unknown[1]}{hint} ({prog} --help lists all)"
+    if missing := re.match(r"Missing from [^:]*: (\S+)", sentence):
+        return f"expected {missing[1]}, got nothing ({prog} --help lists all)"
+    for pattern, ours in _ERROR_PATTERNS:
+        sentence = re.sub(pattern, ours, sentence)
+    return sentence.rstrip(".")

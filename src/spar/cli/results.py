@@ -1,0 +1,90 @@
+"""The verbs that show what a model does: `spar eval`, `spar report` and `spar demo`."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spar.cli import loading
+from spar.cli.console import new_console, progress_bar, score_table
+from spar.common.files import atomic_directory
+from spar.inference.image_files import check_replaceable, check_writable, list_images
+
+if TYPE_CHECKING:
+    from spar.cli.arguments import EvalArguments
+
+
+def evaluate(argv: list[str]) -> int:
+    """Score a model with the detector of the shapes world."""
+    from spar.cli.arguments import EvalArguments
+    from spar.cli.parsing import parse
+
+    args = parse(EvalArguments, argv, "spar eval")
+    from spar.evaluation.benchmarks import BENCHMARKS
+    from spar.evaluation.options import EvalOptions
+    from spar.evaluation.results import write_result
+
+    options = EvalOptions(**args.keywords())
+    names: list[str] = list(BENCHMARKS) if args.benchmark == "all" else [args.benchmark]
+    paths = _result_paths(args, names)
+    check_writable(paths, overwrite=args.overwrite)
+    pipe = loading.load_pipeline(args)
+    for name, path in zip(names, paths, strict=True):
+        with progress_bar(name) as advance:
+            result = BENCHMARKS[name](pipe, options, advance)
+        write_result(path, result)
+        new_console().print(score_table(result))
+        print(path)
+    return 0
+
+
+def _result_paths(args: "EvalArguments", names: list[str]) -> list[Path]:
+    mark = "-held_out" if args.combinations == "held_out" else ""
+    files = [f"{name}{mark}.json" for name in names]
+    if args.benchmark == "all":
+        return [(args.output or Path("results")) / file for file in files]
+    if args.output is not None and os.path.isdir(args.output):
+        return [args.output / files[0]]
+    return [args.output or Path(files[0])]
+
+
+def report(argv: list[str]) -> int:
+    """Write a run's training curves and results as one HTML page."""
+    from spar.cli.arguments import ReportArguments
+    from spar.cli.parsing import parse
+
+    args = parse(ReportArguments, argv, "spar report")
+    path = args.output or args.run / "report.html"
+    from spar.reporting.report import write_report
+    from spar.reporting.run_report import run_report
+
+    data = run_report(args.run)
+    check_writable([path], overwrite=args.overwrite or args.output is None)
+    write_report(path, data)
+    print(path)
+    return 0
+
+
+def demo(argv: list[str]) -> int:
+    """Write an HTML page with all four tasks and a small sample of the scores."""
+    from spar.cli.arguments import DemoArguments
+    from spar.cli.parsing import parse
+
+    args = parse(DemoArguments, argv, "spar demo")
+    images = list_images(args.images) if args.images else []
+    check_replaceable(args.output, "report.html", overwrite=args.overwrite)
+    pipe = loading.load_pipeline(args)
+    from spar.inference.pipeline import BUNDLED
+    from spar.reporting.demo import PAGE, DemoOptions, make_demo
+
+    options = DemoOptions(images=images, limit=args.limit, curves=_curves(args.model or BUNDLED))
+    with atomic_directory(args.output) as folder, progress_bar("the demo") as advance:
+        results = make_demo(pipe, folder, options, lambda _, done, total: advance and advance(done, total))
+    for result in results:
+        new_console().print(score_table(result))
+    print(args.output / PAGE)
+    return 0
+
+
+def _curves(model: Path) -> Path | None:
+    """Training metrics of a model, from its folder or from the run around it."""
+    return next((path for path in (model / "metrics.jsonl", model.parent / "metrics.jsonl") if path.is_file()), None)

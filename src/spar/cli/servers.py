@@ -1,0 +1,99 @@
+"""The verbs that serve: `spar serve` and `spar ui`."""
+
+import logging
+import signal
+import sys
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spar.cli import loading
+from spar.cli.console import progress_bar
+from spar.cli.loading import gc_disabled
+
+if TYPE_CHECKING:
+    import socket
+    from concurrent.futures import Executor
+
+    from spar.cli.serve_arguments import ListenArguments
+    from spar.inference.pipeline import SparPipeline
+
+
+def serve(argv: list[str]) -> int:
+    """Serve the four tasks over HTTP, in the format of OpenAI's API."""
+    from spar.cli.parsing import parse
+    from spar.cli.serve_arguments import ServeArguments
+
+    args = parse(ServeArguments, argv, "spar serve")
+    from tempfile import TemporaryDirectory
+
+    listener, token, thread, pipe = _listen_and_load(args, *(["serve", "ui"] if args.ui else ["serve"]))
+    with TemporaryDirectory(prefix="spar-") if args.ui else nullcontext() as cache:
+        with gc_disabled():
+            from spar.serving.limits import PAGE_PATH
+            from spar.serving.server import build_server
+
+            build_page = None
+            if cache:
+                from spar.ui.mount import page_app
+
+                build_page = partial(page_app, pipe, args.host, PAGE_PATH, token=token, cache=Path(cache))
+            server = build_server(
+                pipe, token=token, host=args.host, max_batch=args.max_batch, max_queue=args.max_queue,
+                timeout=args.timeout, build_page=build_page, thread=thread,
+            )  # fmt: skip
+        _log_to_stderr(logging.INFO)
+        page = f", the page is {_address(listener)}{PAGE_PATH}" if args.ui else ""
+        if args.ui:
+            _clear_at_sigterm()
+        print(f"serving on {_address(listener)}{page}", flush=True)
+        server.run(sockets=[listener])
+    return 0
+
+
+def _listen_and_load(
+    args: "ListenArguments", *extras: str
+) -> tuple["socket.socket", str | None, "Executor", "SparPipeline"]:
+    """Check the arguments first, then load the model on the thread that will run it (for the reason see `Worker`)."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from spar.serving.auth import check_access, listen, read_token
+
+    token = read_token(args.token_file)
+    for extra in extras:
+        check_access(args.host, token, extra)
+    listener, thread = listen(args.host, args.port), ThreadPoolExecutor(1)
+    return listener, token, thread, thread.submit(loading.load_pipeline, args).result()
+
+
+def _clear_at_sigterm() -> None:
+    """Handle SIGTERM like Ctrl-C, so that the page's images are deleted."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def ui(argv: list[str]) -> int:
+    """Serve the web page."""
+    from spar.cli.parsing import parse
+    from spar.cli.serve_arguments import UiArguments
+
+    args = parse(UiArguments, argv, "spar ui")
+    listener, token, thread, pipe = _listen_and_load(args, "ui")
+    with progress_bar("loading the page"), gc_disabled():
+        from spar.ui.mount import serve_page
+    _log_to_stderr(logging.WARNING)
+    _clear_at_sigterm()
+    print(f"the page is {_address(listener)} (Ctrl-C ends it)", flush=True)
+    serve_page(pipe, listener, token=token, call=lambda function: thread.submit(function, pipe))
+    return 0
+
+
+def _log_to_stderr(level: int) -> None:
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    for name in ("spar", "uvicorn"):
+        logging.getLogger(name).setLevel(level)
+
+
+def _address(listener: "socket.socket") -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -1,0 +1,169 @@
+"""The verbs of the four tasks, and `spar info`."""
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spar.cli import loading
+from spar.cli.console import (
+    model_facts,
+    model_table,
+    model_values,
+    new_console,
+    printable,
+    progress_bar,
+    sampling_callback,
+)
+from spar.inference.image_files import (
+    check_writable,
+    list_images,
+    output_paths,
+    read_metadata,
+    save_images,
+    source_metadata,
+)
+
+if TYPE_CHECKING:
+    from spar.cli.arguments import SamplingArguments
+
+RECONSTRUCT_BATCH = 64
+
+
+def generate(argv: list[str]) -> int:
+    """Generate images from prompts."""
+    from spar.cli.arguments import GenerateArguments
+    from spar.cli.parsing import parse
+
+    args = parse(GenerateArguments, argv, "spar generate")
+    paths = _image_paths(args, len(args.prompt))
+    pipe = loading.load_pipeline(args)
+    with progress_bar("sampling") as advance:
+        out = pipe.generate(
+            list(args.prompt), height=args.height, width=args.width, callback=sampling_callback(advance),
+            **args.keywords(),
+        )
+    _save(out, paths)
+    warn_if_unquoted(args.prompt, "prompt")
+    return 0
+
+
+def edit(argv: list[str]) -> int:
+    """Edit an image by instruction."""
+    from spar.cli.arguments import EditArguments
+    from spar.cli.parsing import parse
+
+    args = parse(EditArguments, argv, "spar edit")
+    paths = _image_paths(args, len(args.instruction))
+    pipe = loading.load_pipeline(args)
+    with progress_bar("sampling") as advance:
+        out = pipe.edit(args.image, list(args.instruction), callback=sampling_callback(advance), **args.keywords())
+    _save(out, paths, args.image)
+    warn_if_unquoted(args.instruction, "instruction")
+    return 0
+
+
+def understand(argv: list[str]) -> int:
+    """Answer questions about an image."""
+    from spar.cli.arguments import UnderstandArguments
+    from spar.cli.parsing import parse
+
+    args = parse(UnderstandArguments, argv, "spar understand")
+    out = loading.load_pipeline(args).understand(args.image, list(args.question), max_new_tokens=args.max_new_tokens)
+    for text in out.texts:
+        print(text)
+    warn_if_unquoted(args.question, "question")
+    return 0
+
+
+def reconstruct(argv: list[str]) -> int:
+    """Encode and decode images with the unified tokenizer."""
+    from spar.cli.arguments import ReconstructArguments
+    from spar.cli.parsing import parse
+
+    args = parse(ReconstructArguments, argv, "spar reconstruct")
+    sources = [file for path in args.image for file in (list_images(path) if os.path.isdir(path) else [path])]
+    folders = any(os.path.isdir(path) for path in args.image)
+    output = Path("out") if folders and args.output is None else args.output
+    paths = output_paths(output, _file_names(sources))
+    check_writable(paths, overwrite=args.overwrite)
+    pipe = loading.load_pipeline(args)
+    images: list[Any] = []
+    metadata: list[dict[str, Any]] = []
+    with progress_bar("reconstructing") as advance:
+        for start in range(0, len(sources), RECONSTRUCT_BATCH):
+            out = pipe.reconstruct(list(sources[start : start + RECONSTRUCT_BATCH]))
+            images += out.images
+            metadata += out.metadata
+            if advance:
+                advance(len(images), len(sources))
+    pairs = zip(sources, metadata, strict=True)
+    save_images(images, paths, [{**source_metadata(source), **values} for source, values in pairs])
+    for path in paths:
+        print(path)
+    return 0
+
+
+def _image_paths(args: "SamplingArguments", texts: int) -> list[Path]:
+    """Paths of the output images, checked before the work begins."""
+    count = texts * args.num_images_per_prompt
+    paths = output_paths(args.output, [f"{index:0{len(str(count - 1))}}" for index in range(count)])
+    check_writable(paths, overwrite=args.overwrite)
+    return paths
+
+
+def _file_names(sources: Sequence[Path]) -> list[str]:
+    """Names of the outputs of files: the files' own, made unique."""
+    stems = [source.stem for source in sources]
+    whole = [stem if stems.count(stem) == 1 else source.name for stem, source in zip(stems, sources, strict=True)]
+    return [name if whole.count(name) == 1 else f"{name}-{index}" for index, name in enumerate(whole)]
+
+
+def _save(out: Any, paths: list[Path], source: Path | None = None) -> None:
+    """Write images with the metadata that reproduces them, and print their paths."""
+    origin = source_metadata(source) if source else {}
+    save_images(out.images, paths, [values | origin for values in out.metadata])
+    for path, seed in zip(paths, out.seeds, strict=True):
+        print(f"{path}  (seed {seed})")
+
+
+def warn_if_unquoted(texts: Sequence[str], what: str) -> None:
+    """Print a note where the words of one text came as several arguments."""
+    if len(texts) > 1 and not any(" " in text for text in texts):
+        print(f"spar: note: {len(texts)} {what}s of one word each; one of several words needs quotes", file=sys.stderr)
+
+
+def info(argv: list[str]) -> int:
+    """Show how an image was made, or what a folder of weights contains."""
+    from spar.cli.arguments import InfoArguments
+    from spar.cli.parsing import parse
+
+    args = parse(InfoArguments, argv, "spar info")
+    if os.path.isdir(args.path):
+        from spar.checkpoints.inspect import inspect
+
+        with progress_bar("inspecting"):
+            found = inspect(args.path)
+        if args.json:
+            print(json.dumps(model_values(found), indent=2))
+        else:
+            new_console().print(model_table(found, args.path.resolve().name))
+            _print_facts(model_facts(found))
+        return 0
+    image = read_metadata(args.path)
+    command = image.reproduce_command()
+    if args.json:
+        size = {"width": image.width, "height": image.height}
+        print(json.dumps({"kind": "image", **size, "metadata": image.values, "reproduce": command}, indent=2))
+        return 0
+    _print_facts({"size": f"{image.width} x {image.height}", **image.values, "reproduce": shlex.join(command)})
+    return 0
+
+
+def _print_facts(facts: dict[str, Any]) -> None:
+    width = max(map(len, facts)) + 2
+    for key, value in facts.items():
+        print(printable(f"{key:<{width}}{value}"))

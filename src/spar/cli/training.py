@@ -1,0 +1,210 @@
+"""The verbs that train: `spar train`, `spar plan` and `spar cache`."""
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spar.cli.console import (
+    INTERRUPTED,
+    epochs_table,
+    estimate_table,
+    fail,
+    new_console,
+    plan_table,
+    progress_bar,
+    training_display,
+)
+from spar.common.errors import InputError
+from spar.inference.image_files import check_folder
+
+if TYPE_CHECKING:
+    from spar.cli.arguments import TrainArguments
+    from spar.training.estimate import HardwareConfig, StageEstimate
+    from spar.training.files_data import FilesData
+    from spar.training.plan import RunPlan
+
+
+def train(argv: list[str]) -> int:
+    """Train a recipe."""
+    from spar.cli.arguments import TrainArguments
+
+    args, chosen = _recipe(argv, TrainArguments, "spar train", "spar train tiny --run runs/tiny")
+    from spar.common.device import check_device
+    from spar.training.estimate import HardwareConfig, check_sizes, estimate
+    from spar.training.plan import read_run, resolve
+
+    run, resume = _run_folder(args, chosen.name)
+    check_sizes(chosen, tuple(chosen.stage(name) for name in args.stage) or chosen.stages)
+    check_device(args.device)
+    run_plan = resolve(
+        chosen, read_run(chosen, run, args.init_from), stages=args.stage, resume=resume,
+        from_scratch=args.from_scratch, teacher=args.teacher, only_shown=args.dry_run,
+    )  # fmt: skip
+    if args.dry_run:
+        hardware = HardwareConfig.of_this_machine(args.device, args.parallelism)
+        _print_plan(run_plan, hardware, estimate(chosen, hardware, args.stage))
+        return 0
+    check_folder(run)
+    command = shlex.join(["spar", "train", *argv, *(["--resume", "auto"] if args.resume == "never" else [])])
+    return _train(args, run_plan, resume_command=command)
+
+
+def _recipe(argv: list[str], kind: type[Any], prog: str, example: str) -> tuple[Any, Any]:
+    """Parse the arguments of a verb whose first word is a recipe, and build that recipe from its flags."""
+    from spar.cli.parsing import parse
+    from spar.cli.recipe_flags import build_recipe, recipe_arguments
+
+    if not argv or argv[0].startswith("-"):
+        if {"-h", "--help"} & set(argv):
+            parse(kind, ["--help"], prog)
+        raise InputError(f"expected the recipe's name first, as in: {example}")
+    from spar.recipes import REGISTRY, recipe
+    from spar.training.data import DataConfig
+
+    base = recipe(argv[0])
+    args = parse(recipe_arguments(base, kind, REGISTRY[DataConfig], argv), argv, prog, none=True)
+    return args, _sized(build_recipe(args, base), base, getattr(args, "init_from", None))
+
+
+def _sized(chosen: Any, base: Any, start: Path | None) -> Any:
+    """A recipe of published parts with the sizes of the SPAR folder that it starts from, unless a flag sets them.
+
+    Those sizes are the checkpoints' own, which may differ from the recipe's.
+    """
+    if not chosen.published or start is None or not (start / "config.json").is_file():
+        return chosen
+    from spar.checkpoints.spar_format import read_config
+    from spar.common.config import merge_overrides
+
+    return replace(chosen, model=merge_overrides(read_config(start), base.model, chosen.model))
+
+
+def plan(argv: list[str]) -> int:
+    """Estimate the cost of a recipe on given GPUs."""
+    from spar.cli.arguments import PlanArguments
+
+    args, chosen = _recipe(argv, PlanArguments, "spar plan", "spar plan spar-1b --gpus 64 --gpu h200")
+    from spar.training.estimate import HardwareConfig, estimate
+    from spar.training.plan import RunStatus, resolve
+
+    hardware = HardwareConfig(
+        args.gpus, args.gpu, args.mfu, sharded=args.strategy == "fsdp", grad_accum_steps=args.grad_accum_steps,
+        activation_checkpointing=args.activation_checkpointing,
+    )
+    whole = resolve(chosen, RunStatus(Path("runs") / chosen.name), only_shown=True)
+    wanted = [chosen.stage(name) for name in args.stage] or chosen.stages
+    run_plan = replace(whole, stages=tuple(one for one in whole.stages if one.config in wanted))
+    names = tuple(one.config.name for one in run_plan.stages)
+    _print_plan(run_plan, hardware, estimate(chosen, hardware, names))
+    return 0
+
+
+def _print_plan(plan: "RunPlan", hardware: "HardwareConfig", estimates: "Sequence[StageEstimate]") -> None:
+    """Print what each stage of a run does, what it costs on the hardware, and what would not work."""
+    from spar.training.files_data import FilesData
+
+    console = new_console()
+    console.print(plan_table(plan))
+    console.print(estimate_table(_left(plan, estimates), hardware))
+    if isinstance(plan.recipe.data, FilesData):
+        console.print(epochs_table(_epochs(plan.recipe.data, [one.config for one in plan.stages])))
+    for one in estimates:
+        for warning in one.warnings:
+            print(f"spar: note: {one.stage.name}: {warning}", file=sys.stderr)
+
+
+def _left(plan: "RunPlan", estimates: "Sequence[StageEstimate]") -> "list[StageEstimate]":
+    """The stages that are still to be trained, with the time of the steps that are left."""
+    pairs = [(one, cost) for one, cost in zip(plan.stages, estimates, strict=True) if not one.skipped]
+    shares = [1 - one.start.step / one.config.steps for one, _ in pairs]
+    return [replace(cost, seconds=cost.seconds * share) for share, (_, cost) in zip(shares, pairs, strict=True)]
+
+
+def _epochs(data: "FilesData", stages: Sequence[Any]) -> dict[str, dict[str, float]]:
+    """Epochs of each data set in each stage."""
+    from spar.training.files_data import epochs_per_source, open_sources, weighted_sets
+
+    with progress_bar("indexing the data"):
+        sources = open_sources(data)
+    weights = [weight for weight, _ in weighted_sets(data.sets)]
+    return {stage.name: epochs_per_source(stage, sources, weights) for stage in stages}
+
+
+def cache(argv: list[str]) -> int:
+    """Compute the frozen features of a recipe's data sets."""
+    from spar.cli.arguments import CacheArguments
+
+    example = "spar cache RECIPE --init-from MODEL --data.source files --data.sets DATA -o features"
+    args, chosen = _recipe(argv, CacheArguments, "spar cache", example)
+    import torch
+
+    from spar.checkpoints.spar_format import load_model
+    from spar.common.device import check_device
+    from spar.training.feature_cache import write_cache
+    from spar.training.files_data import FilesData, open_sources
+
+    if not isinstance(chosen.data, FilesData):
+        raise InputError(f"expected data sets (--data.source files --data.sets DATA), got source {chosen.data.kind}")
+    check_device(args.device)
+    sources = open_sources(chosen.data)
+    tokenizer = load_model(args.init_from).model.tokenizer.to(args.device)
+    precision = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    with progress_bar("features") as advance:
+        bad = write_cache(
+            tokenizer, sources, args.output, side=chosen.model.image_size, batch=args.batch,
+            workers=chosen.data.workers, precision=precision, advance=advance,
+        )
+    total = sum(len(source) for source in sources)
+    print(f"features of {total - bad} samples, {bad} bad ones left out; read them with --data.cache {args.output}")
+    return 0
+
+
+def _train(args: Any, plan: "RunPlan", *, resume_command: str) -> int:
+    """Train with a bar; print the model's folder at the end, or the command that resumes."""
+    from spar.training.distributed import PeerFailure
+    from spar.training.loop import NonFiniteLoss
+    from spar.training.trainer import execute
+
+    run = plan.run
+    quiet = os.environ.get("RANK", "0") != "0"  # only the first of several processes prints
+    try:
+        with nullcontext((None, None)) if quiet else training_display() as (announce, report):
+            model = execute(
+                plan, device=args.device, parallelism=args.parallelism, report=report, announce=announce
+            )
+    except PeerFailure as error:
+        fail(str(error))
+        return 1
+    except NonFiniteLoss as error:
+        fail(f"{error}; resume from the last saved state: {resume_command}")
+        return 1
+    except KeyboardInterrupt:
+        model = None
+    if model is None:
+        if not quiet:
+            print(f"spar: stopped; resume with: {resume_command}", file=sys.stderr)
+        return INTERRUPTED
+    if quiet:
+        return 0
+    if (run / "model" / "config.json").is_file():
+        print(f'the model is in {run / "model"}; try: spar generate "a red circle" --model {run / "model"}')
+    else:
+        print(f"done; the weights at the end of each stage are in {run}/STAGE/done")
+    return 0
+
+
+def _run_folder(args: "TrainArguments", name: str) -> tuple[Path, bool]:
+    """The run's folder, and whether to resume it."""
+    if args.resume in ("never", "auto"):
+        return args.run or Path("runs") / name, args.resume == "auto"
+    run = Path(args.resume)
+    if not (run / "recipe.json").is_file():
+        raise InputError(f"--resume: expected never, auto or the folder of a run, got {args.resume!r}")
+    if args.run not in (None, run):
+        raise InputError(f"--run and --resume: expected one folder, got {str(args.run)!r} and {args.resume!r}")
+    return run, True
