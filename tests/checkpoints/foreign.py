@@ -7,12 +7,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaTransformer2DModel
 from safetensors.torch import load_file, save_file
-from transformers import (
-    InternVLConfig,
-    InternVLForConditionalGeneration,
-    InternVLVisionConfig,
-    Qwen2Config,
-)
+from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
 
 from spar.worlds.shapes.tokenizer import build_tokenizer
 

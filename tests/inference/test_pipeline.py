@@ -15,12 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import spar
 from spar.checkpoints.spar_format import ModelBundle, load_model
+from spar.common.cpu import has_native_bfloat16
 from spar.common.errors import InputError
 from spar.common.limits import MAX_NEW_TOKENS
 from spar.flow.sampler import Cancelled, sample
 from spar.inference import pipeline
 from spar.inference.image_files import read_metadata
-from spar.inference.pipeline import SparPipeline, has_native_bfloat16
+from spar.inference.pipeline import SparPipeline
 from spar.models.attention import attention_bias, position_ids_from_mask
 from spar.processing.images import to_pil, to_square, to_tensor
 

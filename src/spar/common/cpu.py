@@ -26,3 +26,8 @@ def bfloat16_instructions() -> list[str]:
     """The instructions by which the processor multiplies bfloat16 in hardware."""
     flags = {flag for key, value in _fields() if key in ("flags", "Features") for flag in value.split()}
     return [name for name in BFLOAT16_INSTRUCTIONS if name in flags]
+
+
+def has_native_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware by AMX or AVX-512 BF16; ARM's has not been measured."""
+    return bool({"amx_bf16", "avx512_bf16"} & {*bfloat16_instructions()})

@@ -5,8 +5,7 @@ its own seed and never on the rest of the batch.
 """
 
 import math
-import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 from spar.checkpoints.hub import model_folder, model_name
 from spar.checkpoints.lora import load_adapter, merge_lora
 from spar.checkpoints.spar_format import ModelBundle, load_model, save_model, versions
-from spar.common.cpu import bfloat16_instructions
+from spar.common.cpu import has_native_bfloat16
 from spar.common.device import check_device
 from spar.common.errors import InputError
 from spar.common.limits import (
@@ -28,24 +27,23 @@ from spar.common.limits import (
     MAX_GUIDANCE,
     MAX_IMAGES,
     MAX_NEW_TOKENS,
-    MAX_SEED,
     MAX_STEPS,
     MAX_TILE,
     check_int_range,
     check_range,
-    one_reference,
 )
 from spar.common.threads import threads_for
 from spar.flow.guidance import apply_guidance
 from spar.flow.sampler import sample
 from spar.inference.image_files import BUNDLED_MODEL
+from spar.inference.inputs import broadcast, list_seeds, list_texts, open_sources
 from spar.inference.offload import WEIGHTS, Offload, Weights, cast_weights, quantize
 from spar.inference.outputs import ChatOutput, GenerateOutput, ReconstructOutput, Routing, UnderstandOutput
 from spar.models.blocks import compile_blocks
 from spar.models.spar import Condition
 from spar.models.tiling import MIN_TILE
 from spar.processing.chat import TextStream, read_messages
-from spar.processing.images import ImageSource, nearest_size, open_image, to_pil, to_size, to_tensor
+from spar.processing.images import ImageSource, nearest_size, to_pil, to_size, to_tensor
 from spar.processing.prompts import IMAGE_TOKEN, PromptEncoder, TokenBatch
 
 BUNDLED = Path(__file__).parents[1] / "assets" / "weights"
@@ -55,11 +53,6 @@ MAX_SIDE_FACTOR = 2  # images up to twice the trained side
 TOKEN_MULTIPLE = 16
 
 Callback = Callable[[int, int, Tensor], bool | None]
-
-
-def has_native_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware by AMX or AVX-512 BF16; ARM's has not been measured."""
-    return bool({"amx_bf16", "avx512_bf16"} & {*bfloat16_instructions()})
 
 
 @dataclass
@@ -376,13 +369,13 @@ class SparPipeline:
         check_int_range("num_images_per_prompt", per_prompt, 1, MAX_IMAGES)
         count = len(tokens.ids) * per_prompt
         check_range("images in all", count, 1, MAX_IMAGES)
-        seeds = _seeds(seed, count)
+        seeds = list_seeds(seed, count)
         noise = self._noise(seeds, size)
         with self._compute(count):
             f_v = self._features(pixels) if pixels is not None else None
             self._load_to_device("streams", "language", "router_and_connector")
             condition, routed = self._conditions(tokens, negatives, f_v, size, guidance)
-            condition = _repeat_condition(condition, per_prompt)
+            condition = condition.repeat(per_prompt)
             self._load_to_device("denoiser")
             condition = self.model.precompute_key_values(condition)
 
@@ -472,18 +465,8 @@ class SparPipeline:
             yield
 
     def _pixels(self, image: ImageSource | Sequence[ImageSource], *, keep_aspect: bool = False) -> Tensor:
-        sources: list[Any] = list(image) if isinstance(image, (list, tuple)) else [image]  # `open_image` checks each
-        if not sources:
-            raise InputError("expected at least one image, got an empty list")
-        for source in sources:
-            if isinstance(source, list | tuple) and keep_aspect:  # of an edit
-                raise InputError(one_reference(f"a list of {len(source)}"))
-            if isinstance(source, list | tuple):
-                raise InputError("expected one image for each text, got a nested list (a chat takes several)")
-        images, side = [open_image(source) for source in sources], self.image_size
-        sizes = {(side, side)}
-        if keep_aspect:
-            sizes = {self.edited_size(image) for image in images}
+        images, side = open_sources(image, edited=keep_aspect), self.image_size
+        sizes = {self.edited_size(image) for image in images} if keep_aspect else {(side, side)}
         if len(sizes) > 1:
             shown = ", ".join(f"{width} x {height}" for height, width in sorted(sizes))
             raise InputError(f"expected images of the same proportions in one call, got {shown} pixels")
@@ -491,11 +474,7 @@ class SparPipeline:
         return to_tensor([to_size(image, size[1], size[0]) for image in images]).to(self.device)
 
     def _texts(self, text: str | Sequence[str], what: str) -> list[str]:
-        if not isinstance(text, Iterable):
-            raise InputError(f"{what}: expected text or a list of texts, got {type(text).__name__}")
-        texts = [text] if isinstance(text, str) else list(text)
-        if not texts:
-            raise InputError(f"expected at least one {what}, got an empty list")
+        texts = list_texts(text, what)
         for one in texts:
             self.check_text(one, what)
         return texts
@@ -503,56 +482,16 @@ class SparPipeline:
     def _negatives(self, negative: str | Sequence[str] | None, count: int) -> Sequence[str | None]:
         if negative is None:
             return [None] * count
-        return _broadcast(self._texts(negative, "negative_prompt"), count, "negative_prompt")
+        return broadcast(self._texts(negative, "negative_prompt"), count, "negative_prompt")
 
     def _pairs(
-        self,
-        image: ImageSource | Sequence[ImageSource],
-        text: str | Sequence[str],
-        what: str,
-        *,
+        self, image: ImageSource | Sequence[ImageSource], text: str | Sequence[str], what: str, *,
         keep_aspect: bool = False,
-    ) -> tuple[Tensor, list[str]]:
+    ) -> tuple[Tensor, list[str]]:  # fmt: skip
         pixels, texts = self._pixels(image, keep_aspect=keep_aspect), self._texts(text, what)
         count = max(len(pixels), len(texts))
         if len(pixels) == 1 and count > 1:
             pixels = pixels.expand(count, -1, -1, -1)
         if len(pixels) != count:
             raise InputError(f"expected one image, or one for each of {count} {what}s, got {len(pixels)}")
-        return pixels, _broadcast(texts, count, what)
-
-
-def _repeat_condition(condition: Condition, count: int) -> Condition:
-    """Repeat the condition for each image. The denoiser could share a prompt's keys and values among its images, but
-    attention would then round an image differently in a batch than alone.
-    """
-
-    def repeat(tensor: Tensor) -> Tensor:
-        return tensor.repeat_interleave(count, dim=0)
-
-    reference = None if condition.reference is None else repeat(condition.reference)
-    return Condition(repeat(condition.states), repeat(condition.mask), repeat(condition.weights), reference)
-
-
-def _broadcast(values: list[str], count: int, what: str) -> list[str]:
-    if len(values) == 1:
-        return values * count
-    if len(values) != count:
-        raise InputError(f"expected one {what}, or {count}, got {len(values)}")
-    return values
-
-
-def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
-    """Expand to one checked seed per image."""
-    if seed is None:
-        seed = secrets.randbelow(2**32)
-    if isinstance(seed, int) and not isinstance(seed, bool):
-        seeds = [seed + i for i in range(count)]
-    else:
-        seeds = list(seed) if isinstance(seed, Iterable) else [seed] * count
-    if len(seeds) != count:
-        raise InputError(f"seed: expected one, or one for each of {count} images, got {len(seeds)}")
-    for value in seeds:
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SEED:
-            raise InputError(f"seed: expected a whole number from 0 to {MAX_SEED}, got {value!r}")
-    return seeds
+        return pixels, broadcast(texts, count, what)

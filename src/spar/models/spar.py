@@ -30,6 +30,19 @@ class Condition:
     reference: Tensor | None = None
     key_values: list[KeyValue] | None = None
 
+    def repeat(self, count: int) -> "Condition":
+        """The same for `count` images a prompt, `[B count, ...]`.
+
+        The denoiser could share a prompt's keys and values among its images, but attention would then round an image
+        differently in a batch than alone.
+        """
+
+        def repeated(tensor: Tensor) -> Tensor:
+            return tensor.repeat_interleave(count, dim=0)
+
+        reference = None if self.reference is None else repeated(self.reference)
+        return Condition(repeated(self.states), repeated(self.mask), repeated(self.weights), reference)
+
 
 class SparModel(nn.Module):
     """One model, four tasks. Parts: `tokenizer`, `language`, `router`, `connector`, `denoiser`."""

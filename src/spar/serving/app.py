@@ -52,9 +52,7 @@ def create_app(
     """
     metrics = ServerMetrics(lambda: worker.waiting)
     worker.observe = metrics.observe
-    pipe, started, decoders = worker.pipe, int(time.time()), ThreadPoolExecutor(DECODE_THREADS)
-    # The model's name in requests: of hf://OWNER/NAME@COMMIT only what fits a path.
-    model = (pipe.origin.get("model") or "spar").rpartition("/")[2]
+    routes = Routes(worker, metrics, timeout)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -62,7 +60,7 @@ def create_app(
         async with page.router.lifespan_context(page) if page else nullcontext():
             yield
         await asyncio.to_thread(worker.stop)
-        decoders.shutdown(cancel_futures=True)
+        routes.decoders.shutdown(cancel_futures=True)
 
     app = FastAPI(
         title="SPAR", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS,
@@ -70,60 +68,80 @@ def create_app(
     )  # fmt: skip
     app.add_middleware(RequestGuardMiddleware, token=token, hosts=hosts, metrics=metrics)
     add_handlers(app)
+    app.post("/v1/images/generations", response_model=schema.ImagesResponse)(routes.generations)
+    app.post("/v1/images/edits", response_model=schema.ImagesResponse)(routes.edits)
+    app.post("/v1/reconstruct", response_model=schema.ImagesResponse)(routes.reconstruct)
+    app.post("/v1/chat/completions", response_model=schema.ChatCompletion, responses=STREAM)(routes.chat)
+    app.get("/v1/models", response_model=schema.ModelList)(routes.models)
+    app.get("/v1/models/{name}", response_model=schema.ModelInfo)(routes.one_model)
+    app.get("/health", response_model=schema.Health)(routes.health)
+    app.get("/metrics", response_class=Response)(routes.tell_metrics)
+    return app
 
-    def check_model(name: str | None) -> None:
-        if name not in (None, model):
-            raise ApiError(404, f"model: expected {model}", param="model", code="model_not_found")
 
-    def deadline() -> float:
+class Routes:
+    """What answers the requests: one worker, whose jobs they wait for.
+
+    Args:
+        timeout: seconds that a request may wait and run.
+    """
+
+    def __init__(self, worker: Worker, metrics: ServerMetrics, timeout: float) -> None:
+        self.worker, self.metrics, self.timeout = worker, metrics, timeout
+        self.decoders = ThreadPoolExecutor(DECODE_THREADS)
+        # The model's name in requests: of hf://OWNER/NAME@COMMIT only what fits a path.
+        name = (worker.pipe.origin.get("model") or "spar").rpartition("/")[2]
+        self.model = schema.ModelInfo(id=name, created=int(time.time()))
+
+    def _check_model(self, name: str | None) -> None:
+        if name not in (None, self.model.id):
+            raise ApiError(404, f"model: expected {self.model.id}", param="model", code="model_not_found")
+
+    def _deadline(self) -> float:
         """Latest time of the answer to a request that arrives now, by the loop's clock."""
-        return asyncio.get_running_loop().time() + timeout
+        return asyncio.get_running_loop().time() + self.timeout
 
-    async def answer(request: Request, jobs: list[ImageJob], kind: str | None, until: float) -> Response:
+    async def _answer(self, request: Request, jobs: list[ImageJob], kind: str | None, until: float) -> Response:
         """Run the jobs and encode their images."""
-        worker.submit(*jobs)
+        self.worker.submit(*jobs)
         return await asyncio.to_thread(_images, await _finished(request, jobs, until), kind or "png")
 
-    async def uploaded_image(
-        request: Request, form: schema.EditForm | schema.ReconstructForm, until: float
+    async def _uploaded_image(
+        self, request: Request, form: schema.EditForm | schema.ReconstructForm, until: float
     ) -> Image.Image:
         """Decode a form's image, after checks of its fields and its model."""
         await _check_fields_unique(request)
-        check_model(form.model)
+        self._check_model(form.model)
         data = await form.image.read()
-        return await _race(request, read_image(data, "image", request.state.reserve, decoders), until)
+        return await _race(request, read_image(data, "image", request.state.reserve, self.decoders), until)
 
-    @app.post("/v1/images/generations", response_model=schema.ImagesResponse)
-    async def generations(request: Request, body: schema.GenerationRequest) -> Response:
+    async def generations(self, request: Request, body: schema.GenerationRequest) -> Response:
         """Generate images from a prompt."""
-        check_model(body.model)
-        until = deadline()
+        self._check_model(body.model)
+        until, pipe = self._deadline(), self.worker.pipe
         jobs = sampling_jobs(pipe, body, _seed(body), pipe.output_size(*_sides(body.size)))
-        return await answer(request, jobs, body.output_format, until)
+        return await self._answer(request, jobs, body.output_format, until)
 
-    @app.post("/v1/images/edits", response_model=schema.ImagesResponse)
-    async def edits(request: Request, form: Annotated[schema.EditForm, FORM]) -> Response:
+    async def edits(self, request: Request, form: Annotated[schema.EditForm, FORM]) -> Response:
         """Edit an image as the prompt says."""
-        until = deadline()
-        image = await uploaded_image(request, form, until)
+        until, pipe = self._deadline(), self.worker.pipe
+        image = await self._uploaded_image(request, form, until)
         jobs = sampling_jobs(pipe, form, _seed(form), pipe.edited_size(image), image)
-        return await answer(request, jobs, form.output_format, until)
+        return await self._answer(request, jobs, form.output_format, until)
 
-    @app.post("/v1/reconstruct", response_model=schema.ImagesResponse)
-    async def reconstruct(request: Request, form: Annotated[schema.ReconstructForm, FORM]) -> Response:
+    async def reconstruct(self, request: Request, form: Annotated[schema.ReconstructForm, FORM]) -> Response:
         """Encode and decode an image with the unified tokenizer."""
-        until = deadline()
-        image = await uploaded_image(request, form, until)
-        return await answer(request, [reconstruction_job(image)], form.output_format, until)
+        until = self._deadline()
+        image = await self._uploaded_image(request, form, until)
+        return await self._answer(request, [reconstruction_job(image)], form.output_format, until)
 
-    @app.post("/v1/chat/completions", response_model=schema.ChatCompletion, responses=STREAM)
-    async def chat(request: Request, body: schema.ChatRequest) -> Response:
+    async def chat(self, request: Request, body: schema.ChatRequest) -> Response:
         """Answer the last message of a conversation, which may contain images; whole or streamed."""
-        check_model(body.model)
+        self._check_model(body.model)
         if body.stream_options is not None and not body.stream:
             raise ApiError(400, "stream_options: expected only with stream", param="stream_options")
-        until = deadline()
-        messages = await _race(request, read_messages(body.messages, request.state.reserve, decoders), until)
+        until = self._deadline()
+        messages = await _race(request, read_messages(body.messages, request.state.reserve, self.decoders), until)
         max_new_tokens = body.max_completion_tokens or body.max_tokens
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -133,10 +151,10 @@ def create_app(
 
         job = ChatJob(lambda pipe: begin_chat(pipe, messages, max_new_tokens), emit)
         job.future.add_done_callback(lambda _: emit(None))
-        worker.submit(job)
+        self.worker.submit(job)
         if not body.stream:
             (out,) = await _finished(request, [job], until)
-            return JSONResponse(completion(model, out, [pieces.get_nowait() for _ in range(pieces.qsize())]))
+            return JSONResponse(completion(self.model.id, out, [pieces.get_nowait() for _ in range(pieces.qsize())]))
         usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         try:
             first = await _race(request, pieces.get(), until)
@@ -145,28 +163,26 @@ def create_app(
         except BaseException:
             job.future.cancel()
             raise
-        return StreamingResponse(_chunks(job, first, pieces, model, usage, until), media_type="text/event-stream")
+        chunks = _chunks(job, first, pieces, self.model.id, usage, until)
+        return StreamingResponse(chunks, media_type="text/event-stream")
 
-    @app.get("/v1/models", response_model=schema.ModelList)
-    async def models() -> schema.ModelList:
-        return schema.ModelList(data=[schema.ModelInfo(id=model, created=started)])
+    async def models(self) -> schema.ModelList:
+        """The served model, as a list."""
+        return schema.ModelList(data=[self.model])
 
-    @app.get("/v1/models/{name}", response_model=schema.ModelInfo)
-    async def one_model(name: str) -> schema.ModelInfo:
-        check_model(name)
-        return schema.ModelInfo(id=model, created=started)
+    async def one_model(self, name: str) -> schema.ModelInfo:
+        """The served model."""
+        self._check_model(name)
+        return self.model
 
-    @app.get("/health", response_model=schema.Health)
-    async def health() -> Response:
+    async def health(self) -> Response:
         """Whether the worker accepts jobs; needs no token."""
-        return JSONResponse({"status": "ok" if worker.alive else "stopping"}, 200 if worker.alive else 503)
+        alive = self.worker.alive
+        return JSONResponse({"status": "ok" if alive else "stopping"}, 200 if alive else 503)
 
-    @app.get("/metrics", response_class=Response)
-    async def tell_metrics() -> Response:
+    async def tell_metrics(self) -> Response:
         """Metrics in Prometheus' format."""
-        return Response(metrics.text(), media_type="text/plain; version=1.0.0; charset=utf-8")
-
-    return app
+        return Response(self.metrics.text(), media_type="text/plain; version=1.0.0; charset=utf-8")
 
 
 def _seed(request: schema.SamplingRequest) -> int:

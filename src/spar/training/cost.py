@@ -6,6 +6,7 @@ torch's own counter counts the operations, and what autograd would keep for the 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from spar.models.blocks import repeated_blocks
 from spar.training.distributed import RecomputedForward
+
+_COUNTS: WeakKeyDictionary[nn.Module, dict[Any, tuple[float, float]]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,24 @@ def _count_flops_and_bytes(function: Callable[[], Any], module: nn.Module, *, gr
     return total, float(sum(kept.values()))
 
 
+def _shapes(value: Any) -> Any:
+    """What a count depends on of a value that a call uses: of tensors their shapes."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_shapes, value))
+    return tuple(value.shape) if isinstance(value, Tensor) else value
+
+
+def _counted(function: Callable[[], Any], module: nn.Module, *, grad: bool) -> tuple[float, float]:
+    """As `_count_flops_and_bytes`, once for each call that is alike: stages share most of theirs."""
+    values = tuple(_shapes(cell.cell_contents) for cell in getattr(function, "__closure__", None) or ())
+    trained = tuple(parameter.requires_grad for parameter in module.parameters())
+    key = (function.__code__, values, trained, grad)
+    known = _COUNTS.setdefault(module, {})
+    if key not in known:
+        known[key] = _count_flops_and_bytes(function, module, grad=grad)
+    return known[key]
+
+
 def part_cost(function: Callable[[], Any], module: nn.Module, *, through: bool = True) -> Cost:
     """A part's cost: trained, twice its forward pass comes back; frozen on the way of a gradient, once; else nothing.
     What is recomputed runs forward once more.
@@ -68,7 +89,7 @@ def part_cost(function: Callable[[], Any], module: nn.Module, *, through: bool =
         through: whether a gradient passes the part where it is frozen.
     """
     trains = any(parameter.requires_grad for parameter in module.parameters())
-    forward, kept = _count_flops_and_bytes(function, module, grad=trains or through)
+    forward, kept = _counted(function, module, grad=trains or through)
     again: dict[nn.Module, RecomputedForward] = {}
     for block in repeated_blocks(module) if trains or through else ():
         if isinstance(block.forward, RecomputedForward):

@@ -8,6 +8,7 @@ optimizer's operations, traffic between GPUs, the perceptual networks' activatio
 import os
 import time
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -140,10 +141,27 @@ def estimate(recipe: Recipe, machine: HardwareConfig, stages: tuple[str, ...] = 
         InputError: as `check_sizes`.
     """
     chosen = tuple(recipe.stage(name) for name in stages) or recipe.stages
-    modules = check_sizes(recipe, chosen).to(torch.bfloat16).train()
-    if machine.activation_checkpointing:
+    return [_estimate_stage(recipe, stage, machine) for stage in chosen]
+
+
+@lru_cache(maxsize=1)
+def _meta_modules(recipe: Recipe, recomputed: bool) -> nn.Module:
+    """A recipe's modules on the meta device in bfloat16; kept, for they take longer to make than a stage to count."""
+    modules = check_sizes(recipe, recipe.stages).to(torch.bfloat16).train()
+    if recomputed:
         apply_activation_checkpointing(modules)
-    return [_estimate_stage(modules, recipe, stage, machine) for stage in chosen]
+    return modules
+
+
+@lru_cache(maxsize=128)
+def _stage_cost(recipe: Recipe, stage: StageConfig, recomputed: bool) -> tuple[int, int, Cost]:
+    """(trainable parameters, frozen ones, the cost of an image) of a stage, the same on every machine."""
+    modules = _meta_modules(recipe, recomputed)
+    freeze(modules, stage)
+    sizes = {True: 0, False: 0}
+    for parameter in modules.parameters():
+        sizes[parameter.requires_grad] += parameter.numel()
+    return sizes[True], sizes[False], stage.objective.cost(modules, recipe, stage) or Cost()
 
 
 def check_sizes(recipe: Recipe, stages: tuple[StageConfig, ...]) -> nn.Module:
@@ -168,25 +186,19 @@ def check_sizes(recipe: Recipe, stages: tuple[StageConfig, ...]) -> nn.Module:
     return modules
 
 
-def _estimate_stage(
-    modules: nn.Module, recipe: Recipe, stage: StageConfig, machine: HardwareConfig
-) -> StageEstimate:
-    freeze(modules, stage)
-    sizes = {True: 0, False: 0}
-    for parameter in modules.parameters():
-        sizes[parameter.requires_grad] += parameter.numel()
-    cost = stage.objective.cost(modules, recipe, stage) or Cost()
+def _estimate_stage(recipe: Recipe, stage: StageConfig, machine: HardwareConfig) -> StageEstimate:
+    trainable, frozen, cost = _stage_cost(recipe, stage, machine.activation_checkpointing)
     shards = machine.gpus if machine.sharded else 1
     images = max(1, stage.batch // (machine.gpus * machine.grad_accum_steps))
     speed = machine.gpus * machine.limits[0] * machine.mfu / cost.flops if cost.flops else 0.0
     found = StageEstimate(
         stage=stage,
-        trainable=sizes[True],
-        frozen=sizes[False],
+        trainable=trainable,
+        frozen=frozen,
         micro_batch=images,
-        weights=BYTES * (sizes[True] + sizes[False]) // shards,
-        gradients=BYTES * sizes[True] // shards,
-        optimizer=BYTES * sizes[True] * (3 if stage.ema else 2) // shards,
+        weights=BYTES * (trainable + frozen) // shards,
+        gradients=BYTES * trainable // shards,
+        optimizer=BYTES * trainable * (3 if stage.ema else 2) // shards,
         activations=int(cost.held * images),
         reserve=machine.reserve,
         flops=cost.flops * stage.batch,
