@@ -88,6 +88,7 @@ def test_an_adapter_is_saved_apart_and_belongs_to_one_model(model, tiny_run, tmp
         load_adapter(other, tiny_run.path / "model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [("denoiser", "connector"), ("language",)])
 def test_training_moves_the_additions_alone_and_the_pipeline_takes_them(tiny_run, tmp_path, parts):
     base, run = tiny_run.path / "model", tmp_path / "run"

@@ -469,6 +469,7 @@ def from_flags(base, argv: list[str]):
     return build_recipe(parse_flags(base, argv), base)
 
 
+@pytest.mark.slow
 def test_any_field_of_a_recipe_is_a_flag():
     from spar.recipes import RECIPES, recipe
 
@@ -521,6 +522,7 @@ def test_data_sets_reduce_lessons_to_plain_captions_and_edits(chosen):
     assert found == replace(base, data=found.data, stages=found.stages)
 
 
+@pytest.mark.slow
 def test_a_source_that_is_chosen_anew_begins_with_its_own_defaults():
     from spar.recipes import recipe
     from spar.recipes.shapes.data import ShapesData
@@ -540,6 +542,7 @@ def test_recipe_help_lists_fields_by_stage_name(capsys):
     assert "--stages.dit.objective.align" not in text and "--stages.dit.data.edit-share" not in text
 
 
+@pytest.mark.slow
 def test_recipe_help_lists_the_flags_of_the_source_that_is_chosen(capsys):
     own, other = ("--data.scenes", "--data.edits"), ("--data.sets", "--data.bad-share", "--data.cache")
     for line, there, gone in (("", own, other), ("--data.source files", other, own), ("--data.source none", (), own)):
@@ -565,6 +568,7 @@ def read_tables(text: str) -> list[dict[str, dict[str, str]]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_would_train_and_writes_nothing(capsys, monkeypatch, tmp_path):
     from spar.recipes import recipe
     from spar.training.config import freeze
@@ -623,6 +627,7 @@ def test_a_dry_run_in_a_run_that_has_ended_says_what_would_be_removed_or_skipped
     assert sorted(tiny_run.path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_dry_run_counts_the_steps_that_are_left(capsys, monkeypatch, tmp_path):
     from spar.cli.console import show_time
     from spar.recipes import recipe
@@ -672,6 +677,7 @@ def test_plan_shows_any_stage_without_a_run_that_it_could_start_from(capsys, mon
     assert [*plan] == ["unified-2"] and [*cost] == ["unified-2", "all"]
 
 
+@pytest.mark.slow
 def test_plan_says_how_often_each_sample_of_data_sets_is_shown(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     Path("set").mkdir()
@@ -713,6 +719,7 @@ def run_training(monkeypatch, tmp_path):
     return execute
 
 
+@pytest.mark.slow
 def test_resume_is_never_auto_or_a_folder(run_training, capsys):
     Path("old").mkdir()
     Path("old/recipe.json").write_text("{}")

@@ -42,6 +42,7 @@ def test_spinning_is_limited_unless_the_user_says_how_to_wait(before, after):
     assert before == after
 
 
+@pytest.mark.slow
 def test_the_command_line_limits_it_before_torch_loads():
     code = """
 import sys

@@ -174,6 +174,7 @@ def test_a_velocity_that_would_broadcast_raises():
         sample(lambda x, t: x[:, :1], noise())
 
 
+@pytest.mark.slow
 def test_importing_the_sampler_does_not_import_diffusers():
     code = "import sys, spar.flow.sampler; sys.exit('diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

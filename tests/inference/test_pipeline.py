@@ -573,6 +573,7 @@ numpy.savez(sys.argv[2], *arrays, answer=numpy.array(answer))
 """
 
 
+@pytest.mark.slow
 def test_a_saved_model_gives_the_same_bits_in_a_fresh_process(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     command = [sys.executable, "-c", FRESH, tmp_path / "model", tmp_path / "out.npz", str(torch.get_num_threads())]
@@ -792,6 +793,7 @@ def bundled() -> SparPipeline:
     return SparPipeline.from_pretrained(dtype=torch.bfloat16)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_native_bfloat16(), reason="elsewhere bfloat16 is computed by other means")
 @pytest.mark.parametrize("size", [(64, 64), (40, 104)])
 def test_an_image_is_the_same_to_the_bit_whatever_stands_beside_it(bundled, size):
@@ -808,6 +810,7 @@ def test_an_image_is_the_same_to_the_bit_whatever_stands_beside_it(bundled, size
     assert pixels(PROMPTS[1], seed=0, num_images_per_prompt=3)[1] == alone[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_native_bfloat16(), reason="elsewhere bfloat16 is computed by other means")
 def test_an_edit_is_the_same_to_the_bit_whatever_stands_beside_it(bundled):
     picture = bundled.generate(PROMPTS[3], seed=0).images[0]

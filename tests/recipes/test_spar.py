@@ -139,6 +139,7 @@ def test_a_stage_whose_pictures_do_not_fit_the_tokens_is_refused():
         replace(base, stages=stages)
 
 
+@pytest.mark.slow
 def test_planning_counts_each_part_once():
     stages = ("unified-1", "unified-2", "unified-3")
     planned = {p.stage.name: p for p in estimate(recipe("spar-1b"), HardwareConfig(), stages)}

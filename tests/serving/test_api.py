@@ -61,6 +61,7 @@ def test_no_seed_is_a_new_one_each_time_and_it_is_returned(client, pipe):
     assert pixels(opened(first)) == pixels(pipe.generate(PROMPT, seed=first.seed, **QUICK).images[0])
 
 
+@pytest.mark.slow
 def test_an_image_does_not_depend_on_the_rest_of_its_batch(address, client, pipe):
     """Prompts of many lengths at once: they share calls, and each is what it is alone, to the bit."""
     prompts = [

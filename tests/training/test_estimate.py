@@ -152,6 +152,7 @@ def test_lora_trains_little_and_a_cache_encodes_nothing():
     assert found.flops < plain.flops and found.trainable == plain.trainable
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_said_with_what_would():
     full = recipe("spar-1b")
     (crowded,) = estimate(full, HardwareConfig(gpus=8, gpu="rtx4090"), ("unified-2",))

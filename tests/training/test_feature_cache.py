@@ -164,6 +164,7 @@ def test_a_broken_off_cache_is_refused_until_it_is_finished(tiny_run, data, tmp_
         write(data, model, tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_training_reads(tiny_run, data, tmp_path, capsys):
     model, folder = tiny_run.path / "model", tmp_path / "features"
     named = ["--data.source", "files", "--data.sets", *data.sets, "--data.workers", "0", "--data.bad-share", "0.5"]

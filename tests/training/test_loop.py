@@ -191,6 +191,7 @@ class Plain(TrainingData):
         return ()
 
 
+@pytest.mark.slow
 def test_an_objective_and_a_source_of_ones_own_are_trained_stopped_and_resumed(start, tmp_path):
     stage = StageConfig(
         "own", Reddest(), ("model.tokenizer.encoder.*",), steps=40, batch=16, lr=3e-3, warmup=1, optimizer="muon"
@@ -260,6 +261,7 @@ def test_other_stages_measure_nothing(start, stage):
 STEPS_N, CUT = 3, 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "kind"),
     [("encoder", "adamw"), ("mllm", "muon"), ("tokenizer-3", "muon"), ("unified-2", "adamw"), ("unified-2", "muon")],

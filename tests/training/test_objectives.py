@@ -443,6 +443,7 @@ LEARN: list[tuple[str, dict, int, str, float, float]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "changes", "count", "term", "lr", "factor"), LEARN, ids=[row[0] for row in LEARN])
 def test_one_batch_can_be_overfitted(start: Callable[..., Any], stage, changes, count, term, lr, factor):
     first, last = overfit(start(stage, **changes), count, term, lr)

@@ -81,6 +81,7 @@ def test_another_recipe_is_refused_and_writes_nothing(tiny_run, fresh):
     assert (tiny_run.path / "recipe.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_published_parts_do_not_start_from_random_weights_unasked(tiny_run, tmp_path):
     wanting = replace(TINY, stages=TINY.stages[-2:], published=("model.language",))
     with pytest.raises(InputError, match="model.language would start from random weights; expected --init-from"):
@@ -165,6 +166,7 @@ def test_a_recipe_refuses_settings_that_cannot_be(make, message):
 # ---- resuming --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_bit_equal_to_one_that_was_not(tiny_run, half):
     """Foundations from the folder, a signal inside tokenizer-2, another inside unified-2, then on to the end."""
 
@@ -423,6 +425,7 @@ def test_metrics_are_json_that_any_reader_takes(tiny_run):
     assert [row["stage"] for row in rows] == [stage.name for stage in TINY.stages for _ in range(stage.steps)]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_finished_model_and_its_manifest_says_so(tiny_run, tmp_path):
     run, given = tmp_path / "run", tiny_run.path / "model"
     seen = []
@@ -440,6 +443,7 @@ def test_a_run_goes_on_from_a_finished_model_and_its_manifest_says_so(tiny_run, 
     assert "origin" not in load_model(run / "model").manifest  # now it came from a stage
 
 
+@pytest.mark.slow
 def test_a_run_that_began_from_a_model_resumes_without_it(tiny_run, tmp_path):
     def stop(*_):
         signal.raise_signal(signal.SIGINT)
