@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 import spar
-from spar.cli import main as cli
+from spar.cli import console
 from spar.cli.arguments import EvalArguments, TrainArguments
 from spar.cli.console import WRONG_INPUT
 from spar.cli.main import VERBS, main
@@ -618,7 +618,8 @@ def test_a_dry_run_in_a_run_that_has_ended_says_what_would_be_removed_or_skipped
     plan, cost = read_tables(capsys.readouterr().out)
     assert [*plan] == ["tokenizer-2", "unified-1"] and [*cost] == [*plan, "all"]
     names = [stage.name for stage in tiny_run.recipe.stages]
-    assert plan["tokenizer-2"]["removes"] == ", ".join(names[names.index("tokenizer-2") :])
+    assert plan["tokenizer-2"]["removes"] == ", ".join([*names[names.index("tokenizer-2") :], "model"])
+    assert plan["unified-1"]["trains"] == "model.router.*, model.connector.*"
     assert plan["unified-1"]["removes"] == "" and plan["unified-1"]["starts from"] == "the end of tokenizer-2"
     assert main([*line, "--resume", "auto"]) == 0
     plan, cost = read_tables(capsys.readouterr().out)
@@ -693,7 +694,7 @@ def test_plan_says_how_often_each_sample_of_data_sets_is_shown(capsys, monkeypat
     plan, cost, epochs = read_tables(output.out)
     assert plan["tokenizer-1"]["data"] == "1 data sets: images"
     assert epochs == {"tokenizer-1": {"epochs": "tokenizer-1", "set": f"{10_000 * 2048 / 8:,.2f}"}}
-    assert "spar: note: tokenizer-1: starts model.tokenizer.encoder, " in output.err
+    assert "spar: note: model.tokenizer.encoder, " in output.err and "start from random weights unless" in output.err
 
 
 def test_rows_of_a_plan_are_not_broken_where_there_is_no_terminal(capsys, tiny_run):
@@ -889,7 +890,7 @@ def test_train_ends_in_a_model_and_never_writes_over_a_run(run, capsys):
 
 @pytest.mark.slow
 def test_ctrl_c_saves_and_resume_goes_on_where_it_stood(capsys, monkeypatch, tmp_path):
-    display = cli.training_display
+    display = console.training_display
 
     @contextmanager
     def interrupting():

@@ -131,3 +131,17 @@ def test_the_semantic_teacher_has_the_encoders_form_and_shares_none_of_its_weigh
     encoder, teacher = modules.model.tokenizer.encoder, modules.teacher
     for (name, own), (_, copied) in zip(encoder.named_parameters(), teacher.named_parameters(), strict=True):
         assert own.shape == copied.shape and own.data_ptr() != copied.data_ptr(), name
+
+
+def test_an_ablation_without_an_adversary_starts_from_the_same_weights():
+    base = recipe("tiny")
+    stage = base.stage("tokenizer-3")
+    plain = replace(
+        stage, objective=replace(stage.objective, gan=0.0, lecam=0.0),
+        trainable=tuple(pattern for pattern in stage.trainable if pattern != "discriminator.*"),
+    )  # fmt: skip
+    without = replace(base, stages=tuple(plain if one.name == stage.name else one for one in base.stages))
+    ours, theirs = (random_modules(one, "cpu", {}).state_dict() for one in (base, without))
+    assert not any(name.startswith("discriminator.") for name in theirs)
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+

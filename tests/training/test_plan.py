@@ -1,7 +1,9 @@
 """Plans: resolving is pure, and says where weights come from, what is prepared and what becomes void, or refuses."""
 
-from dataclasses import replace
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -9,13 +11,15 @@ from safetensors.torch import save_file
 
 from spar.checkpoints.safetensors_io import read_tensors
 from spar.checkpoints.spar_format import has_teacher, load_model, load_teacher, save_model
-from spar.common.config import read_json, write_json
+from spar.common.config import read_json, to_dict, write_json
 from spar.common.errors import InputError
 from spar.recipes import recipe
+from spar.recipes.shapes.dense_tagging import TagWordsObjective
 from spar.training.checkpoint import load_group
 from spar.training.files_data import FilesData
 from spar.training.objectives.next_token import NextTokenObjective
 from spar.training.objectives.tokenizer import TokenizerObjective
+from spar.training.objectives.unified import UnifiedObjective
 from spar.training.plan import (
     InitFolder,
     Origin,
@@ -26,6 +30,7 @@ from spar.training.plan import (
     read_run,
     resolve,
 )
+from spar.training.run_folder import check_run, read_recipe
 from spar.training.trainer import train
 
 TINY = recipe("tiny")
@@ -263,3 +268,77 @@ def test_centring_that_is_off_measures_nothing():
     """512 images were decoded and encoded for a mean that no loss read."""
     off = replace(TINY, alignment=replace(TINY.alignment, center=False))
     assert not any("teacher mean" in one.prepares for one in resolve(off, RunStatus(RUN)).stages)
+
+
+# ---- what a plan must not get wrong ----------------------------------------------------------------------------------
+
+
+def test_the_end_of_a_stage_that_does_not_name_its_objective_is_refused(tiny_run, tmp_path):
+    """Such as an earlier version wrote: unknown is not blank, or a trained connector would be written over."""
+    shutil.copytree(tiny_run.path / "unified-1" / "done", tmp_path / "done")
+    meta = read_json(tmp_path / "done" / "meta.json")
+    meta["config"] = {**{key: value for key, value in meta["config"].items() if key != "objective"}, "step": "unified"}
+    write_json(tmp_path / "done" / "meta.json", meta)
+    with pytest.raises(InputError, match="was made by an earlier version of spar"):
+        read_init_folder(TINY, tmp_path / "done")
+
+
+def test_a_plan_lists_saved_states_and_the_model_among_what_becomes_void():
+    status = RunStatus(RUN, dict.fromkeys(NAMES[:9], 3), {"unified-2": 2}, model_parts=("model",))
+    found = resolve(TINY, status, stages=("tokenizer-3", "unified-1"))
+    assert found.stages[0].invalidates == ("tokenizer-3", "unified-1", "unified-2 (state)", "model")
+    assert found.stages[1].invalidates == ()
+    own = resolve(TINY, replace(status, states={"places-1": 2}), stages=("places-1",), resume=True)
+    assert own.stages[0].invalidates == ("model",)  # its own state goes on
+
+
+@pytest.mark.parametrize("stages", [("unified-1", "tokenizer-3"), ("dit", "dit")])
+def test_stages_out_of_order_or_named_twice_are_refused(stages):
+    with pytest.raises(InputError, match=f"in the recipe's order, each once, got {', '.join(stages)}"):
+        plan(*stages, done=NAMES)
+
+
+def test_a_teacher_for_a_run_that_begins_with_another_stage_is_refused():
+    with pytest.raises(InputError, match="--teacher is for a run that begins with a tokenizer stage, not with encoder"):
+        plan(teacher=Path("model"))
+
+
+def test_an_objective_that_extends_another_counts_as_it():
+    @dataclass(frozen=True)
+    class Mine(UnifiedObjective):
+        kind: ClassVar[str] = "mine"
+
+    stages = tuple(
+        replace(one, objective=Mine(align=0.5, noise_samples=2)) if one.name == "places-2" else one
+        for one in TINY.stages
+    )
+    found = resolve(replace(TINY, stages=stages), RunStatus(RUN))
+    assert [one.config.name for one in found.stages if "connector from LLM" in one.prepares] == ["unified-1"]
+    folder = InitFolder(Path("done"), is_model=False, kind="mine")
+    assert Origin(folder).made_by(UnifiedObjective) and not Origin(folder).made_by(TokenizerObjective)
+
+
+def test_words_begin_at_the_tags_once():
+    stages = tuple(
+        replace(one, objective=TagWordsObjective()) if one.name == "mllm-2" else one for one in TINY.stages
+    )
+    found = resolve(replace(TINY, stages=stages), RunStatus(RUN))
+    assert [one.config.name for one in found.stages if "tag embeddings" in one.prepares] == ["mllm"]
+
+
+def test_what_a_stage_refuses_to_prepare_leaves_the_run_as_it_was(tiny_run, tmp_path):
+    shutil.copytree(tiny_run.path, tmp_path / "run")
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    with pytest.raises(InputError, match="expected a SPAR"):
+        train(TINY, tmp_path / "run", stages=("tokenizer-3",), teacher=tmp_path / "nowhere")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+    assert (tmp_path / "run" / "tokenizer-3" / "done").is_dir() and (tmp_path / "run" / "model").is_dir()
+
+
+def test_the_run_of_an_earlier_version_is_refused_as_such(tmp_path):
+    values = to_dict(TINY)
+    write_json(tmp_path / "recipe.json", {key: value for key, value in values.items() if key != "kind"})
+    for refused in (lambda: check_run(tmp_path, TINY, fresh=False), lambda: read_recipe(tmp_path / "recipe.json", {})):
+        with pytest.raises(InputError, match="written by an earlier version of spar"):
+            refused()
+

@@ -256,7 +256,7 @@ def test_init_from_weights_that_are_none_is_refused(tiny_run, tmp_path, damage):
     expected = "--init-from: expected a finished stage such as RUN/dit/done or a SPAR folder, got "
     if damage == "cut":
         (folder / "modules.safetensors").write_bytes(b"no tensors")
-        (folder / "meta.json").write_text("{}")
+        write_json(folder / "meta.json", {"config": to_dict(TINY.stages[0])})
         expected = "modules.safetensors is damaged"
     with pytest.raises(InputError, match=expected):
         train(TINY, tmp_path / "run", stages=("unified-1",), init_from=folder)
@@ -315,7 +315,7 @@ def test_init_from_a_file_without_one_fitting_tensor_is_refused(tmp_path):
     folder = tmp_path / "done"
     folder.mkdir()
     save_file({"something.else": torch.ones(3)}, folder / "modules.safetensors")
-    (folder / "meta.json").write_text("{}")
+    write_json(folder / "meta.json", {"config": to_dict(TINY.stages[0])})
     with pytest.raises(InputError, match="holds none of this model's weights"):
         train(replace(TINY, stages=TINY.stages[:1]), tmp_path / "run", init_from=folder)
 

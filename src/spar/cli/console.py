@@ -110,17 +110,20 @@ def freezing_table(stage: "StageConfig", parts: Sequence[tuple[str, int, int]]) 
 
 
 def plan_table(plan: "RunPlan") -> "Table":
-    """What each stage of a run starts from, reads, prepares, measures at its end and makes void."""
+    """What each stage of a run starts from, reads, trains, prepares, measures at its end and makes void."""
+    from rich.markup import escape
+
     table = new_table(
-        "stage", "objective", "starts from", "data", ">steps", ">batch", "prepares", "then measures", "removes"
-    )
+        "stage", "objective", "starts from", "data", "trains", ">steps", ">batch", "prepares", "then measures",
+        "removes",
+    )  # fmt: skip
     for one in plan.stages:
         stage = one.config
         batch = f"{stage.batch} x {stage.objective.draws}" if stage.objective.draws > 1 else str(stage.batch)
         table.add_row(
-            stage.name, stage.objective.kind, str(one.start), plan.recipe.data.describe(stage),
-            str(stage.steps), batch, ", ".join(one.prepares), "" if one.skipped else stage.objective.measures,
-            ", ".join(one.invalidates),
+            stage.name, stage.objective.kind, escape(str(one.start)), escape(plan.recipe.data.describe(stage)),
+            ", ".join(stage.trainable), str(stage.steps), batch, ", ".join(one.prepares),
+            "" if one.skipped else stage.objective.measures, ", ".join(one.invalidates),
         )  # fmt: skip
     return table
 
@@ -173,8 +176,10 @@ def show_time(seconds: float) -> str:
 
 def epochs_table(epochs: dict[str, dict[str, float]]) -> "Table":
     """Epochs of each data set in each stage."""
+    from rich.markup import escape
+
     sets = list(dict.fromkeys(name for one in epochs.values() for name in one))
-    table = new_table("epochs", *(f">{name}" for name in sets))
+    table = new_table("epochs", *(f">{escape(name)}" for name in sets))
     for stage, found in epochs.items():
         table.add_row(stage, *(f"{found[name]:,.2f}" if name in found else "" for name in sets))
     return table

@@ -37,6 +37,7 @@ def train(argv: list[str]) -> int:
     from spar.common.device import check_device
     from spar.training.estimate import HardwareConfig, check_sizes, estimate
     from spar.training.plan import read_run, resolve
+    from spar.training.run_folder import check_run
 
     run, resume = _run_folder(args, chosen.name)
     check_sizes(chosen, tuple(chosen.stage(name) for name in args.stage) or chosen.stages)
@@ -46,6 +47,7 @@ def train(argv: list[str]) -> int:
         from_scratch=args.from_scratch, teacher=args.teacher, only_shown=args.dry_run,
     )  # fmt: skip
     if args.dry_run:
+        check_run(run, chosen, fresh=run_plan.fresh)
         hardware = HardwareConfig.of_this_machine(args.device, args.parallelism)
         _print_plan(run_plan, hardware, estimate(chosen, hardware, args.stage))
         return 0
@@ -96,11 +98,11 @@ def plan(argv: list[str]) -> int:
         args.gpus, args.gpu, args.mfu, sharded=args.strategy == "fsdp", grad_accum_steps=args.grad_accum_steps,
         activation_checkpointing=args.activation_checkpointing,
     )
-    whole = resolve(chosen, RunStatus(Path("runs") / chosen.name), only_shown=True)
-    wanted = [chosen.stage(name) for name in args.stage] or chosen.stages
-    run_plan = replace(whole, stages=tuple(one for one in whole.stages if one.config in wanted))
-    names = tuple(one.config.name for one in run_plan.stages)
-    _print_plan(run_plan, hardware, estimate(chosen, hardware, names))
+    first = chosen.stages.index(chosen.stage(args.stage[0])) if args.stage else 0
+    earlier = {stage.name: stage.steps for stage in chosen.stages[:first]}  # as if they had been trained
+    status = RunStatus(Path("runs") / chosen.name, done=earlier)
+    run_plan = resolve(chosen, status, stages=args.stage, only_shown=True)
+    _print_plan(run_plan, hardware, estimate(chosen, hardware, args.stage))
     return 0
 
 
@@ -108,11 +110,16 @@ def _print_plan(plan: "RunPlan", hardware: "HardwareConfig", estimates: "Sequenc
     """Print what each stage of a run does, what it costs on the hardware, and what would not work."""
     from spar.training.files_data import FilesData
 
+    if os.environ.get("RANK", "0") != "0":  # the first of several processes prints
+        return
     console = new_console()
     console.print(plan_table(plan))
     console.print(estimate_table(_left(plan, estimates), hardware))
     if isinstance(plan.recipe.data, FilesData):
         console.print(epochs_table(_epochs(plan.recipe.data, [one.config for one in plan.stages])))
+    published = ", ".join(plan.recipe.published)
+    if published and plan.stages[0].start.source == "random":
+        print(f"spar: note: {published} start from random weights unless --init-from gives them", file=sys.stderr)
     for one in estimates:
         for warning in one.warnings:
             print(f"spar: note: {one.stage.name}: {warning}", file=sys.stderr)
@@ -156,7 +163,7 @@ def cache(argv: list[str]) -> int:
     precision = torch.bfloat16 if args.precision == "bf16" else torch.float32
     with progress_bar("features") as advance:
         bad = write_cache(
-            tokenizer, sources, args.output, side=chosen.model.image_size, batch=args.batch,
+            tokenizer, sources, args.output, side=chosen.image_size, batch=args.batch,
             workers=chosen.data.workers, precision=precision, advance=advance,
         )
     total = sum(len(source) for source in sources)

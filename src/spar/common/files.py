@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     Its name is this process's own, so that several may write one file. What fails leaves the old file, and no other.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{os.getpid()}-{zlib.crc32(path.name.encode()):08x}.part")
     try:
         yield temporary
         temporary.replace(path)

@@ -43,7 +43,7 @@ def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 
 def velocity_target(x: Tensor, noise: Tensor) -> Tensor:
-    """V = noise - x, the same at every time of the path."""
+    """Compute v = noise - x, the same at every time of the path."""
     _check_pair("x", x, "noise", noise)
     return noise - x
 
@@ -61,7 +61,7 @@ def to_noise(x_t: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
 
 
 def shift_time(t: Time, shift: float) -> Time:
-    """S t / (1 + (s - 1) t): times in [0, 1] to times in [0, 1], towards the noise for s > 1; s = 1 changes nothing."""
+    """Shift times in [0, 1] to s t / (1 + (s - 1) t), towards the noise for s > 1; s = 1 changes nothing."""
     if not shift > 0:
         raise ValueError(f"expected a shift above 0, got {shift}")
     return shift * t / (1 + (shift - 1) * t)

@@ -90,6 +90,8 @@ class Recipe(ABC):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: expected at least 1, got {getattr(self, name)}")
         names = [stage.name for stage in self.stages]
+        if not names:
+            raise InputError(f"recipe {self.name}: expected at least one stage, got none")
         if len(set(names)) < len(names):
             raise InputError(f"recipe {self.name}: expected stages of different names, got {', '.join(names)}")
         for stage in self.stages:

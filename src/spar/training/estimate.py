@@ -206,14 +206,12 @@ def _estimate_stage(recipe: Recipe, stage: StageConfig, machine: HardwareConfig)
         seconds=stage.steps * stage.batch / speed if speed else 0.0,
         warnings=(),
     )
-    return replace(found, warnings=tuple(_warnings(recipe, found, machine, cost)))
+    return replace(found, warnings=tuple(_warnings(found, machine, cost)))
 
 
-def _warnings(recipe: Recipe, found: StageEstimate, machine: HardwareConfig, cost: Cost) -> list[str]:
+def _warnings(found: StageEstimate, machine: HardwareConfig, cost: Cost) -> list[str]:
     """What would not work as it is."""
     stage, capacity, warnings = found.stage, machine.limits[1], []
-    if stage == recipe.stages[0] and recipe.published:
-        warnings.append(f"starts {', '.join(recipe.published)} from random weights unless --init-from gives them")
     if stage.batch % (machine.gpus * machine.grad_accum_steps):
         warnings.append(
             f"a batch of {stage.batch} does not divide into {machine.gpus} x {machine.grad_accum_steps} micro-batches"

@@ -66,8 +66,13 @@ class TrainingModules(nn.Module):
         heads: dict[str, Callable[[Any], nn.Module]] = {}
         for stage in recipe.stages:
             heads = {**stage.objective.build(recipe, networks), **heads}
-        for name in sorted(heads):  # the order in which random weights are drawn is part of what a seed means
-            self.add_module(name, heads[name](self))
+        # The order in which random weights are drawn is part of what a seed means. An adversary is drawn also where no
+        # stage has one: an ablation without it starts from the same weights.
+        drawn = {"discriminator": lambda _: PatchDiscriminator(recipe.discriminator), **heads}
+        for name in sorted(drawn):
+            part = drawn[name](self)
+            if name in heads:
+                self.add_module(name, part)
 
     def native_latents(self, pixels: Tensor) -> Tensor:
         """E_p's latents on the token grid: `[B, 3, S, S]` to `[B, D_p, h, w]`, cell by cell those of the tokens.

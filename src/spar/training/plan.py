@@ -14,6 +14,7 @@ from spar.common.errors import InputError
 from spar.training.checkpoint import existing_checkpoint, group_keys, read_train_state
 from spar.training.config import Recipe, StageConfig
 from spar.training.data import NoData
+from spar.training.objectives.base import Objective
 
 RANDOM = "random weights"  # how a manifest's parts begin that no published checkpoint brought
 MODEL_PARTS = ("model", "adapter")  # what a run's last stage leaves beside the stages
@@ -132,22 +133,29 @@ class Origin:
     def is_model(self) -> bool:
         return self.init is not None and self.init.is_model
 
-    @property
-    def kind(self) -> str | None:
-        """The kind of the objective that the weights were trained with last; None where no stage made them."""
+    def made_by(self, *objectives: type[Objective]) -> bool:
+        """Whether the weights were trained last with one of these objectives, or with one that extends it."""
         if self.init is not None:
-            return self.init.kind
-        return self.before.objective.kind if self.before else None
+            return self.init.kind in {kind for one in objectives for kind in _kinds(one)}
+        return self.before is not None and isinstance(self.before.objective, objectives)
+
+
+def _kinds(objective: type[Objective]) -> set[str]:
+    """The kinds of an objective and of those that extend it."""
+    return {objective.kind}.union(*map(_kinds, objective.__subclasses__()))
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """The stages of a run that have ended, its saved states by their steps, and the folder to start from."""
+    """The stages of a run that have ended, its saved states by their steps, what its last stage left beside them, and
+    the folder to start from.
+    """
 
     run: Path
     done: Mapping[str, int] = field(default_factory=dict)
     states: Mapping[str, int] = field(default_factory=dict)
     init: InitFolder | None = None
+    model_parts: tuple[str, ...] = ()
 
 
 def read_run(recipe: Recipe, run: Path, init_from: Path | None = None) -> RunStatus:
@@ -159,7 +167,8 @@ def read_run(recipe: Recipe, run: Path, init_from: Path | None = None) -> RunSta
             if state:
                 steps[stage.name] = state.step
     init = None if init_from is None else read_init_folder(recipe, init_from)
-    return RunStatus(run, found["done"], found["state"], init)
+    parts = tuple(part for part in MODEL_PARTS if (run / part).is_dir())
+    return RunStatus(run, found["done"], found["state"], init, parts)
 
 
 def read_init_folder(recipe: Recipe, folder: Path) -> InitFolder:
@@ -177,6 +186,11 @@ def read_init_folder(recipe: Recipe, folder: Path) -> InitFolder:
     config = read_json(existing_checkpoint(folder) / "meta.json").get("config", {})
     objective = config.get("objective") if isinstance(config, dict) else None
     kind = objective.get("kind") if isinstance(objective, dict) else None
+    if not isinstance(kind, str):
+        raise InputError(
+            f"--init-from: {folder} was made by an earlier version of spar, and does not say by which objective; start "
+            "from that run's finished model, or finish it with that version"
+        )
     holds = frozenset(key.partition(".")[0] for key in group_keys(folder, "modules"))
     return InitFolder(folder, False, kind, holds=holds)
 
@@ -209,6 +223,9 @@ def resolve(
         InputError: stages that the recipe's data has nothing for, or whose weights are missing or do not suit them.
     """
     chosen = tuple(recipe.stage(name) for name in stages) or recipe.stages
+    check_order(recipe, chosen)
+    if teacher is not None and not chosen[0].objective.takes_teacher:
+        raise InputError(f"--teacher is for a run that begins with a tokenizer stage, not with {chosen[0].name}")
     if not (only_shown and isinstance(recipe.data, NoData)):
         recipe.data.check(chosen)
     recipe.check_stages(chosen)
@@ -235,11 +252,23 @@ def resolve(
         prepares = preparations(recipe, stage, start, origin)
         taught = origin.teacher or (start.path if origin.is_model else None)
         later = {one.name for one in recipe.stages[recipe.stages.index(stage) :]}
-        void = tuple(name for name in status.done if name in later and name not in voided)
-        voided |= later
+        void = _void(recipe, status, stage, voided, resumed=start.source == "state")
+        voided |= {*later, *status.model_parts}
         done, states = done - later, states - later
         planned.append(PlannedStage(stage, start, prepares, void, taught))
     return RunPlan(recipe, status.run, tuple(planned), not (resume or stages), init.path if init else None)
+
+
+def _void(
+    recipe: Recipe, status: RunStatus, stage: StageConfig, voided: set[str], *, resumed: bool
+) -> tuple[str, ...]:
+    """What the training of a stage makes void in a run's folder: ends and saved states from it on, and the model."""
+    found = []
+    for later in recipe.stages[recipe.stages.index(stage) :]:
+        saved = later.name in status.states and not (resumed and later == stage)
+        if later.name not in voided and (later.name in status.done or saved):
+            found.append(later.name if later.name in status.done else f"{later.name} (state)")
+    return (*found, *(part for part in status.model_parts if part not in voided))
 
 
 def _before(recipe: Recipe, chosen: tuple[StageConfig, ...], index: int) -> StageConfig | None:
@@ -276,6 +305,15 @@ def preparations(recipe: Recipe, stage: StageConfig, start: StageStart, origin: 
     if start.source in ("state", "done"):
         return ()
     return stage.objective.preparations(recipe, stage, origin)
+
+
+def check_order(recipe: Recipe, stages: tuple[StageConfig, ...]) -> None:
+    """Refuse stages out of the recipe's order or named twice: the later one would remove the earlier one's end."""
+    order = [recipe.stages.index(stage) for stage in stages]
+    if order != sorted(set(order)):
+        raise InputError(
+            f"expected stages in the recipe's order, each once, got {', '.join(stage.name for stage in stages)}"
+        )
 
 
 def check_start(recipe: Recipe, stages: tuple[StageConfig, ...]) -> None:

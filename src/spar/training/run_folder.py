@@ -23,11 +23,8 @@ def open_run(run: Path, recipe: Recipe, *, fresh: bool, main: bool = True) -> No
 
     Of several processes the main one makes it and the others check.
     """
+    check_run(run, recipe, fresh=fresh)
     path = run / "recipe.json"
-    if fresh and path.exists():
-        raise InputError(f"{run} already holds a run; resume it (--resume auto) or give another folder")
-    if path.exists() and read_json(path) != to_dict(recipe):
-        raise InputError(f"{run} holds a run of another recipe; give its own flags, or another folder")
     if not main:
         return
     try:
@@ -37,10 +34,30 @@ def open_run(run: Path, recipe: Recipe, *, fresh: bool, main: bool = True) -> No
         raise InputError(f"cannot write the run folder {run}: {error.strerror}") from error
 
 
+def check_run(run: Path, recipe: Recipe, *, fresh: bool) -> None:
+    """Refuse a folder that holds another run, or any where a run is `fresh`; nothing is written."""
+    path = run / "recipe.json"
+    if fresh and path.exists():
+        raise InputError(f"{run} already holds a run; resume it (--resume auto) or give another folder")
+    if not path.exists():
+        return
+    known = read_json(path)
+    _check_version(path, known)
+    if known != to_dict(recipe):
+        raise InputError(f"{run} holds a run of another recipe; give its own flags, or another folder")
+
+
+def _check_version(path: Path, values: dict[str, Any]) -> None:
+    if "stages" in values and "kind" not in values:
+        raise InputError(f"{path} was written by an earlier version of spar; finish its run with that version")
+
+
 def read_recipe(path: Path, registry: Registry) -> Recipe:
     """The recipe of a run's `recipe.json`; `registry` has the kinds that it may name."""
     base: type[Any] = Recipe  # abstract: the registry has the class of its kind
-    return from_dict(base, read_json(path), complete=True, registry=registry)
+    values = read_json(path)
+    _check_version(path, values)
+    return from_dict(base, values, complete=True, registry=registry)
 
 
 def note_origin(plan: RunPlan, planned: PlannedStage) -> None:

@@ -102,12 +102,13 @@ def execute(
         if planned.skipped:
             log.info("stage %s is done", planned.config.name)
             continue
+        ctx = StepContext(modules, prompts, recipe, planned.config, parallel.device, networks, parallel=parallel)
+        planned.config.objective.prepare(ctx, data, planned)  # what it refuses leaves the run's folder as it was
         parallel.barrier()
         if parallel.main:
             note_origin(plan, planned)
             invalidate_later_stages(run, recipe, planned.config, resume=planned.start.source == "state")
         parallel.barrier()
-        ctx = StepContext(modules, prompts, recipe, planned.config, parallel.device, networks, parallel=parallel)
         if not run_planned(ctx, data, planned, run, report, announce):
             return None
     if parallel.sharded:
@@ -123,8 +124,7 @@ def run_planned(
     ctx: StepContext, data: TrainingData, planned: PlannedStage, run: Path, report: Report | None,
     announce: Announce | None,
 ) -> bool:  # fmt: skip
-    """Prepare one stage, announce it and train it; False where a signal stopped it."""
-    ctx.stage.objective.prepare(ctx, data, planned)
+    """Announce one stage and train it; False where a signal stopped it."""
     freeze(ctx.modules, ctx.stage)
     main = ctx.parallel.main
     if announce and main:

@@ -152,7 +152,7 @@ class TagWordsObjective(NextTokenObjective):
         return build_dense_head(recipe)
 
     def preparations(self, recipe: "SparRecipe", stage: "StageConfig", origin: "Origin") -> tuple[str, ...]:
-        return () if origin.is_model else (TAG_EMBEDDINGS,)
+        return () if origin.is_model or origin.made_by(TagWordsObjective) else (TAG_EMBEDDINGS,)
 
     def prepare(self, ctx: StepContext, data: TrainingData, planned: "PlannedStage") -> None:
         if TAG_EMBEDDINGS in planned.prepares:

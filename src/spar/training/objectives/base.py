@@ -106,6 +106,7 @@ class Objective(ABC, Generic[R]):
         splittable: whether the mean over micro-batches is the loss of the whole batch.
         clipped_apart: the prefix of the parameters whose gradient is clipped apart from the others'.
         measures: what `finish` stores, in words that the plan prints.
+        takes_teacher: whether a caller may name the semantic teacher (`--teacher`).
         reads_features: whether features that were computed before the run may stand in for a batch's images.
     """
 
@@ -115,6 +116,7 @@ class Objective(ABC, Generic[R]):
     clipped_apart: ClassVar[str | None] = None
     measures: ClassVar[str] = ""
     reads_features: ClassVar[bool] = False
+    takes_teacher: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, ctx: StepContext, batch: Any) -> Terms:

@@ -47,6 +47,7 @@ class TokenizerObjective(Objective["SparRecipe"]):
     kind: ClassVar[str] = "tokenizer"
     takes: ClassVar[tuple[type[Images], ...]] = (Images,)
     measures: ClassVar[str] = "latent scale"
+    takes_teacher: ClassVar[bool] = True
     clipped_apart: ClassVar[str | None] = "discriminator."
     mse: float = 1.0
     perceptual: float = 0.0
@@ -113,7 +114,7 @@ class TokenizerObjective(Objective["SparRecipe"]):
     def _encoder_trained(self, recipe: "SparRecipe", origin: "Origin") -> bool:
         """Whether a tokenizer stage has trained the encoder of the weights before, as far as these tell."""
         if origin.init is not None:
-            return origin.kind in (self.kind, "unified")
+            return origin.made_by(TokenizerObjective) or origin.init.kind == "unified"
         before = recipe.stages[: recipe.stages.index(origin.before) + 1] if origin.before else ()
         return any(isinstance(stage.objective, TokenizerObjective) for stage in before)
 

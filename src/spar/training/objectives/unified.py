@@ -75,7 +75,7 @@ class UnifiedObjective(Objective["SparRecipe"]):
 
     def preparations(self, recipe: "SparRecipe", stage: "StageConfig", origin: "Origin") -> tuple[str, ...]:
         found = []
-        if origin.kind != self.kind and not origin.is_model:  # a SPAR folder's connector is no blank one
+        if not origin.made_by(UnifiedObjective) and not origin.is_model:  # a SPAR folder's connector is no blank one
             found.append(CONNECTOR_FROM_LLM)
         if self.weight(recipe) and recipe.alignment.center:
             found.append(TEACHER_MEAN)

@@ -1,0 +1,29 @@
+"""Files appear whole or not at all."""
+
+import pytest
+
+from spar.common.files import atomic_file
+
+
+def test_a_file_is_replaced_whole_and_what_fails_leaves_the_old_one(tmp_path):
+    path = tmp_path / "new" / "file.json"
+    with atomic_file(path) as temporary:
+        temporary.write_text("one")
+        assert temporary.parent == path.parent and not path.exists()
+    with pytest.raises(RuntimeError), atomic_file(path) as temporary:
+        temporary.write_text("tw")
+        raise RuntimeError
+    assert path.read_text() == "one" and [*path.parent.iterdir()] == [path]
+
+
+def test_two_files_of_one_folder_are_written_at_once(tmp_path):
+    with atomic_file(tmp_path / "a") as one, atomic_file(tmp_path / "b") as two:
+        one.write_text("a"), two.write_text("b")
+    assert [(tmp_path / name).read_text() for name in "ab"] == ["a", "b"]
+
+
+def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path):
+    path = tmp_path / ("x" * 251 + ".png")
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(b"1")
+    assert path.read_bytes() == b"1"
