@@ -318,6 +318,15 @@ def test_an_objective_that_extends_another_counts_as_it():
     assert Origin(folder).made_by(UnifiedObjective) and not Origin(folder).made_by(TokenizerObjective)
 
 
+def test_the_end_of_an_unknown_objective_needs_a_teacher():
+    """Its encoder may have been trained: it is no teacher, unlike that of a foundation."""
+    folder = InitFolder(Path("done"), is_model=False, kind="mine")
+    with pytest.raises(InputError, match="keeps no semantic teacher"):
+        plan("tokenizer-3", init=folder)
+    assert plan("tokenizer-3", init=replace(folder, holds=frozenset({"teacher"}))).stages[0].prepares == ()
+    assert plan("tokenizer-3", init=replace(folder, kind="dit")).stages[0].prepares == ("teacher from encoder",)
+
+
 def test_words_begin_at_the_tags_once():
     stages = tuple(
         replace(one, objective=TagWordsObjective()) if one.name == "mllm-2" else one for one in TINY.stages

@@ -27,7 +27,7 @@ class SafetensorsReader:
         index = path.with_name(path.name + INDEX)
         self.files = [path] if path.is_file() or not index.is_file() else self._listed(index)
         self._handles = [_open(file) for file in self.files]
-        self._where = {key: handle for handle in self._handles for key in handle.keys()}  # noqa: SIM118  # no dictionary
+        self._where = {key: handle for handle in self._handles for key in handle.keys()}  # noqa: SIM118
         if len(self.files) > 1 or self.files[0] != path:
             self._check(index)
         self.shapes = {

@@ -58,7 +58,7 @@ def _to_json(value: Any) -> Any:
 
 
 def _kind(cls: type) -> str | None:
-    """The class variable `kind` of a dataclass; a field of that name is none."""
+    """The class variable `kind` of a dataclass; a field of that name does not count."""
     kind = getattr(cls, "kind", None)
     fields = {item.name for item in dataclasses.fields(cls)}
     return kind if isinstance(kind, str) and "kind" not in fields else None

@@ -121,7 +121,7 @@ def shards(folder: Path, name: str) -> list[Path]:
 
 
 def load_group(folder: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of one group of a saved state, whole, whoever wrote them."""
+    """The tensors of one group of a saved state, whole, also where several processes wrote them."""
     files = shards(folder, name)
     if len(files) == 1:
         return read_tensors(files[0])

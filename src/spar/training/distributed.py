@@ -196,7 +196,7 @@ class ForwardWrapper(nn.Module):
 def wrap_modules(modules: nn.Module, parallel: DistributedContext) -> nn.Module:
     """The wrapper to call computations through; the modules' blocks are recomputed, compiled and sharded as asked.
 
-    Call it behind `freeze`: what is frozen exchanges no gradients, and may stay whole.
+    Call it after `freeze`: what is frozen exchanges no gradients, and may stay whole.
     """
     scale, frame = parallel.config, ForwardWrapper(modules)
     if scale.compile:  # a run that may differ in its last bits for speed's sake

@@ -2,7 +2,7 @@
 
 Each objective says what one image costs, in bfloat16 (spar.training.cost); the rest is arithmetic. Not counted: the
 optimizer's operations, traffic between GPUs, the perceptual networks' activations, fragmentation and the CUDA context
-(RESERVE stands for the last two).
+(RESERVE covers the last two).
 """
 
 import os

@@ -166,7 +166,7 @@ def _stacked(pictures: list[np.ndarray]) -> Tensor:
 
 
 def _check(folder: Path, key: str | None = None) -> dict:
-    """The header of a cache; InputError where it is none, or of another key."""
+    """The header of a cache; InputError where the folder is no cache, or one of another key."""
     header = read_json(folder / HEADER)
     if (header.get("format"), header.get("format_version")) != (FORMAT, FORMAT_VERSION):
         raise InputError(f"{folder} is no cache of features ({FORMAT}, version {FORMAT_VERSION})")

@@ -1,6 +1,6 @@
 """Data sets on disk as training data: one batch of the loader a step (formats: spar.data.sources).
 
-A batch is a function of (seed, stage, step), whoever asks for it: a run resumes at its step on the same data, and other
+A batch is a function of (seed, stage, step) on any process: a run resumes at its step on the same data, and other
 data under a run that has begun are refused.
 """
 
@@ -87,7 +87,7 @@ class FilesData(DataConfig):
 
 
 def weighted_sets(sets: tuple[str, ...]) -> list[tuple[float, str]]:
-    """(weight, path) of data sets written "PATH" or "WEIGHT=PATH"; InputError for a weight that is none."""
+    """(weight, path) of data sets written "PATH" or "WEIGHT=PATH"; InputError for an invalid weight."""
     found = []
     for one in sets:
         weight, sign, path = one.partition("=")

@@ -83,7 +83,7 @@ def stop_signals() -> Iterator[list[int]]:
     caught: list[int] = []
     try:
         old = {s: signal.signal(s, lambda number, _: caught.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: whoever owns the process handles its signals
+    except ValueError:  # not the main thread: the process handles its signals
         old = {}
     try:
         yield caught

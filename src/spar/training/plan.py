@@ -108,8 +108,9 @@ class InitFolder:
 
     @property
     def random_streams(self) -> tuple[str, ...]:
-        """The tokenizer's parts with random weights that its latent depends on. A random pixel stream alone is none: a
-        converted tokenizer's fusion passes the semantic stream on.
+        """The tokenizer's parts with random weights that its latent depends on.
+
+        A random pixel stream alone does not count: a converted tokenizer's fusion passes the semantic stream on.
         """
         decisive = ("tokenizer.semantic_stream", "tokenizer.fusion")
         return tuple(part for part in decisive if self.parts.get(part, "").startswith(RANDOM))

@@ -1,7 +1,8 @@
 """Dense tagging: what each visual token shows, and what the LLM takes over from it.
 
-It stands for the years of images behind InternViT: the encoder of a small setting learns shapes, colours and places
-from tags of every token, its features are whitened, and the LLM's words for the tags begin where the encoder points.
+It replaces the years of images that InternViT was trained on: the encoder of a small setting learns shapes, colours and
+places from tags of every token, its features are whitened, and the LLM's words for the tags begin where the encoder
+points.
 """
 
 from collections.abc import Callable, Mapping
@@ -178,7 +179,7 @@ def whiten(modules: TrainingModules, f_v: Tensor, floor: float = 0.1) -> None:
     """Fold a whitening of `f_v` `[B, N, D]` into the projector's last layer, and its inverse into the dense read-outs.
 
     Pre-training leaves 95 % of the variance of `f_v` in a dozen directions of colour and brightness; a frozen encoder
-    that hands these to the LLM hides the rest behind its RMSNorm. `floor` is the share of the mean variance that is
+    that hands these to the LLM loses the rest in its RMSNorm. `floor` is the share of the mean variance that is
     added to every direction, so that noise is not blown up.
     """
     rows = f_v.flatten(0, 1).double()

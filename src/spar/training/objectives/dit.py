@@ -1,4 +1,4 @@
-"""The DiT's own pre-training: text to image on the autoencoder's latents, which stands for SANA in a small setting."""
+"""The DiT's own pre-training: text to image on the autoencoder's latents, which replaces SANA in a small setting."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar

@@ -113,10 +113,10 @@ class TokenizerObjective(Objective["SparRecipe"]):
 
     def _encoder_trained(self, recipe: "SparRecipe", origin: "Origin") -> bool:
         """Whether a tokenizer stage has trained the encoder of the weights before, as far as these tell."""
-        if origin.init is not None:
-            return origin.made_by(TokenizerObjective) or origin.init.kind == "unified"
-        before = recipe.stages[: recipe.stages.index(origin.before) + 1] if origin.before else ()
-        return any(isinstance(stage.objective, TokenizerObjective) for stage in before)
+        tokenizers = [isinstance(stage.objective, TokenizerObjective) for stage in recipe.stages]
+        if origin.init is not None:  # an objective that this recipe does not have before its tokenizer may have
+            return origin.init.kind not in {one.objective.kind for one in recipe.stages[: tokenizers.index(True)]}
+        return origin.before is not None and any(tokenizers[: recipe.stages.index(origin.before) + 1])
 
     def prepare(self, ctx: StepContext, data: TrainingData, planned: "PlannedStage") -> None:
         modules = ctx.modules
