@@ -1,13 +1,17 @@
 """Fake pipes: one that knows every truth, one that is wrong at a planted rate, one that shows plain gray."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from spar.common.errors import InputError
+from spar.evaluation.shapes_chat import chat_items
 from spar.evaluation.shapes_edit import edit_items
 from spar.evaluation.shapes_gen import gen_prompts
+from spar.evaluation.shapes_paraphrase import reword
 from spar.evaluation.shapes_vqa import vqa_items
 from spar.worlds.shapes.render import render
 from spar.worlds.shapes.scene import Object, Scene
@@ -21,14 +25,28 @@ class Oracle:
     image_size = 64
 
     def __init__(self, options, error=0.0):
-        self.error, self.calls, self.rng = error, [], np.random.default_rng(5)
-        self.scenes = {prompt.text: prompt.scene for prompt in gen_prompts(options)}
-        self.targets = {
-            (item.image.tobytes(), item.edit.instruction): item.edit.target for item in edit_items(options)
-        }
-        self.answers = {
-            (item.image.tobytes(), item.question.text): item.question.answer for item in vqa_items(options)
-        }
+        self.error, self.calls, self.rng, self.refused = error, [], np.random.default_rng(5), set()
+        prompts = [*gen_prompts(options), *gen_prompts(options, "shapes-gen-bind")]
+        edits = [*edit_items(options), *edit_items(options, "shapes-edit-bind")]
+        asked = [*vqa_items(options), *vqa_items(options, "shapes-vqa-bind")]
+        self.scenes = {prompt.text: prompt.scene for prompt in prompts}
+        self.targets = {(item.image.tobytes(), item.edit.instruction): item.edit.target for item in edits}
+        self.answers = {(item.image.tobytes(), item.question.text): item.question.answer for item in asked}
+        for item in chat_items(options):
+            self.answers |= {(item.image.tobytes(), question.text): question.answer for question in item.questions}
+        self._know_test_forms(options)
+
+    def _know_test_forms(self, options):
+        """What Shapes-Paraphrase asks, by the same places in its lists."""
+        few = [replace(options, limit=options.limit or count) for count in (25, 30, 25)]
+        prompts, edits, asked = gen_prompts(few[0]), edit_items(few[1]), vqa_items(few[2])
+        for item, text in zip(prompts, reword([one.text for one in prompts], options.combinations), strict=True):
+            self.scenes[text] = item.scene
+        told = reword([one.edit.instruction for one in edits], options.combinations)
+        for item, text in zip(edits, told, strict=True):
+            self.targets[item.image.tobytes(), text] = item.edit.target
+        for item, text in zip(asked, reword([one.question.text for one in asked], options.combinations), strict=True):
+            self.answers[item.image.tobytes(), text] = item.question.answer
 
     def fails(self):
         return self.rng.random() < self.error
@@ -48,6 +66,15 @@ class Oracle:
     def understand(self, image, question):
         found = [self.answers.get((one.tobytes(), text), "") for one, text in zip(image, question, strict=True)]
         return SimpleNamespace(texts=["nothing" if self.fails() else answer for answer in found])
+
+    def chat(self, messages):
+        first, last = messages[0]["content"], messages[-1]["content"]
+        answer = self.answers[first[0]["image"].tobytes(), last[-1]["text"]]
+        return iter(["nothing" if self.fails() else answer])
+
+    def check_text(self, text, what):
+        if text in self.refused:
+            raise InputError(f"{what}: unknown words")
 
     def reconstruct(self, image):
         return SimpleNamespace(images=[Image.fromarray(render(OTHER)) if self.fails() else one for one in image])
@@ -72,6 +99,12 @@ class Gray:
 
     def understand(self, image, question):
         return SimpleNamespace(texts=["gray"] * len(image))
+
+    def chat(self, messages):
+        return iter(["gray"])
+
+    def check_text(self, text, what):
+        pass
 
 
 @pytest.fixture

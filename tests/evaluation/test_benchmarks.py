@@ -12,7 +12,7 @@ from spar.evaluation.results import read_result, write_result
 from spar.evaluation.targets import BASELINES, main_scores
 
 SMALL = EvalOptions(limit=4, images_per_prompt=2, batch=7)
-SHARES = {"shapes-gen": "overall", "shapes-edit": "overall", "shapes-vqa": "overall", "shapes-recon": "survival"}
+SHARES = {name: "survival" if name == "shapes-recon" else "overall" for name in BENCHMARKS}
 
 
 @pytest.mark.parametrize("combinations", ["seen", "held_out"])
@@ -24,7 +24,8 @@ def test_the_oracle_is_right(name, combinations, oracle, tmp_path):
     for score in result.scores:
         if not score.name.startswith(BASELINES):
             expected = {"psnr": 100.0, "psnr_outside": 100.0, "frechet": 0.0}.get(score.name, 1.0)
-            assert score.value == pytest.approx(expected, abs=1e-6), score
+            tolerance = 0.03 if score.name == "part.fidelity" else 1e-6  # of a template at the next quarter of a pixel
+            assert score.value == pytest.approx(expected, abs=tolerance), score
     assert steps[-1][0] == steps[-1][1] and len(steps) > 1 or name == "shapes-recon"
     write_result(tmp_path / "result.json", result)
     assert read_result(tmp_path / "result.json") == result
@@ -33,7 +34,11 @@ def test_the_oracle_is_right(name, combinations, oracle, tmp_path):
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_gray_is_worth_nothing(name, gray):
     result = benchmark(name)(gray, SMALL, None)
-    assert result.score(SHARES[name]).value <= (0.1 if name == "shapes-vqa" else 0.0)
+    if name == "shapes-paraphrase":  # as right in other words as in the canonical ones: about gray backgrounds
+        assert result.score("generate").value == result.score("edit").value == 0.0
+        assert result.score("understand").value == 1.0
+        return
+    assert result.score(SHARES[name]).value <= (0.1 if name in ("shapes-vqa", "shapes-chat") else 0.0)
     if name == "shapes-vqa":  # it always says gray: right about some backgrounds, and the image makes no difference
         for score in main_scores(result):
             assert score.value == result.score(f"gray.{score.name}").value
@@ -43,7 +48,12 @@ def test_gray_is_worth_nothing(name, gray):
 def test_planted_errors_are_found(name, oracle):
     options = EvalOptions(limit=30, images_per_prompt=2)
     error = 0.3
-    score = benchmark(name)(oracle(options, error), options, None).score(SHARES[name])
+    result = benchmark(name)(oracle(options, error), options, None)
+    if name == "shapes-paraphrase":  # a share of a score with the same errors
+        assert result.score("overall").low < 1 < result.score("overall").high
+        assert result.score("part.edit_canonical").value == pytest.approx(1 - error, abs=0.09)
+        return
+    score = result.score(SHARES[name])
     assert score.value == pytest.approx(1 - error, abs=0.16 if name == "shapes-recon" else 0.09)
     assert score.low < score.value < score.high
 

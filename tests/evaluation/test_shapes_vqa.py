@@ -52,7 +52,7 @@ def test_the_blind_baseline_learns_from_validation_scenes_alone(monkeypatch):
 
     monkeypatch.setattr(shapes_vqa, "make_scene", spy)
     monkeypatch.setattr(shapes_vqa, "BLIND_SAMPLE", 50)
-    shapes_vqa._learn.__wrapped__("seen")
+    shapes_vqa._learn.__wrapped__("seen", "shapes-vqa")
     start, stop = SEED_RANGES["validation"]
     assert len(seeds) == 50 and all(start <= seed < stop for seed in seeds)
 

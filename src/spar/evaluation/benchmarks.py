@@ -7,10 +7,12 @@ from collections.abc import Callable
 from spar.common.errors import InputError
 from spar.evaluation.options import EvalOptions, PipelineLike, Progress
 from spar.evaluation.results import Result
-from spar.evaluation.shapes_edit import shapes_edit
-from spar.evaluation.shapes_gen import shapes_gen
+from spar.evaluation.shapes_chat import shapes_chat
+from spar.evaluation.shapes_edit import shapes_edit, shapes_edit_bind
+from spar.evaluation.shapes_gen import shapes_gen, shapes_gen_bind
+from spar.evaluation.shapes_paraphrase import shapes_paraphrase
 from spar.evaluation.shapes_recon import shapes_recon
-from spar.evaluation.shapes_vqa import shapes_vqa
+from spar.evaluation.shapes_vqa import shapes_vqa, shapes_vqa_bind
 
 Benchmark = Callable[[PipelineLike, EvalOptions, Progress | None], Result]
 
@@ -19,6 +21,11 @@ BENCHMARKS: dict[str, Benchmark] = {
     "shapes-edit": shapes_edit,
     "shapes-vqa": shapes_vqa,
     "shapes-recon": shapes_recon,
+    "shapes-gen-bind": shapes_gen_bind,
+    "shapes-edit-bind": shapes_edit_bind,
+    "shapes-vqa-bind": shapes_vqa_bind,
+    "shapes-paraphrase": shapes_paraphrase,
+    "shapes-chat": shapes_chat,
 }
 
 

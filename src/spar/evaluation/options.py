@@ -6,7 +6,7 @@ the option `seed` changes only the model's samples and the bootstrap's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -19,7 +19,10 @@ from spar.worlds.shapes.scene import SEED_RANGES, SIDE
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
 
-BENCHMARK_NAMES = ("shapes-gen", "shapes-edit", "shapes-vqa", "shapes-recon")
+VERSION_1 = ("shapes-gen", "shapes-edit", "shapes-vqa", "shapes-recon")
+BENCHMARK_NAMES = (
+    *VERSION_1, "shapes-gen-bind", "shapes-edit-bind", "shapes-vqa-bind", "shapes-paraphrase", "shapes-chat"
+)  # fmt: skip
 BEFORE_SWAP = "original encoder"  # label of an understanding result with the encoder before the swap
 _BLOCK = 10**6  # seeds of a task; the benchmark range has a thousand such blocks
 
@@ -40,6 +43,10 @@ class PipelineLike(Protocol):
     def understand(self, image: Sequence[Image.Image], question: Sequence[str]) -> Any: ...
 
     def reconstruct(self, image: Sequence[Image.Image]) -> Any: ...
+
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> Any: ...
+
+    def check_text(self, text: str, what: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,15 @@ def scene_seed(number: int, index: int) -> int:
 def image_seed(seed: int, number: int, prompt: int, image: int = 0) -> int:
     """Seed of one image: a function only of the run's seed, the task's block, the prompt and the image."""
     return int(np.random.SeedSequence((seed, number, prompt, image)).generate_state(1)[0])
+
+
+def is_understood(pipe: PipelineLike, text: str) -> bool:
+    """Whether a model takes a text; one that is refused (unknown words) is not asked, and counts as wrong."""
+    try:
+        pipe.check_text(text, "text")
+    except InputError:
+        return False
+    return True
 
 
 def batches(items: Sequence[T], size: int, progress: Progress | None = None) -> Iterator[Sequence[T]]:

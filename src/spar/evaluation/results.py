@@ -108,12 +108,16 @@ def mean_score(name: str, *groups: Sequence[float] | np.ndarray, seed: int = 0) 
 
 
 def ratio_score(name: str, parts: Sequence[float], wholes: Sequence[float], *, seed: int = 0) -> Score:
-    """Sum of parts over sum of wholes, one pair per unit, resampled by unit."""
+    """Sum of parts over sum of wholes (0 of nothing), one pair per unit, resampled by unit."""
     above, below = np.asarray(parts, dtype=np.float64), np.asarray(wholes, dtype=np.float64)
-    value = float(above.sum() / below.sum())
-    low, high = _all_alike(value, len(above)) or bootstrap(
-        lambda index: float(above[index].sum() / below[index].sum()), len(above), seed=seed
-    )
+
+    def ratio(index: np.ndarray | slice) -> float:
+        whole = below[index].sum()
+        return float(above[index].sum() / whole) if whole else 0.0
+
+    value = ratio(slice(None))
+    alike = _all_alike(value, len(above)) if not above.any() or (above == below).all() else None
+    low, high = alike or bootstrap(ratio, len(above), seed=seed)
     return Score(name, value, low, high, len(above))
 
 

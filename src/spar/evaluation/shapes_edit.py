@@ -2,7 +2,11 @@
 
 An image is right only if it follows the instruction, every other object keeps shape, colour, size and place, and the
 background stays. Attributes outside the instruction must stay too: a recoloured object keeps its shape, size and place,
-a replaced one the size and place of the old. An added object's place is free, unless the instruction gives it.
+a replaced one the size and place of the old. An added object's place is free, unless the instruction gives it; a moved
+one must be RELATION_OFFSET pixels farther in its direction, and at most DRIFT to the side.
+
+Shapes-Edit-Bind has the same form, and two more kinds, on scenes in which another object has the shape or the colour of
+the object to edit, or both.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from spar.evaluation.options import (
     Progress,
     batches,
     image_seed,
+    is_understood,
     pixels,
     scene_seed,
     seed_block,
@@ -30,12 +35,15 @@ from spar.evaluation.results import Result, Score, mean_score
 from spar.evaluation.shapes_recon import psnr
 from spar.worlds.shapes.captions import EDIT_KINDS, Edit, edit_kinds, make_edit
 from spar.worlds.shapes.detector import DetectedObject, detect
+from spar.worlds.shapes.edits import ALL_EDIT_KINDS, BY_NEED, BY_PAIR
 from spar.worlds.shapes.render import masks, render
-from spar.worlds.shapes.scene import RELATIONS, Object, Scene, holds, make_scene
+from spar.worlds.shapes.scene import BINDING_KINDS, Object, Scene, holds, make_scene
 
 INSTRUCTIONS = 100  # per kind
 REGION_MARGIN = 3  # pixels by which the edited region is wider than the objects that change
+DRIFT = 4.0  # pixels
 PARTS = ("instruction", "kept", "nothing_else", "background")
+_KINDS = {"shapes-edit": EDIT_KINDS, "shapes-edit-bind": ALL_EDIT_KINDS}
 
 
 @dataclass(frozen=True)
@@ -58,32 +66,50 @@ class EditVerdict:
     psnr: float | None
 
 
-def edit_items(options: EvalOptions) -> list[EditItem]:
+def edit_items(options: EvalOptions, benchmark: str = "shapes-edit") -> list[EditItem]:
     """The instructions of all kinds, in order: always the same for the same combinations; a limit takes the first.
 
-    Held-out combinations are those of new objects (recolour, add, replace), or of the source (remove, background).
+    Held-out combinations are those of new objects (recolour, add, replace), or of the source (other kinds).
     """
     count = options.limit or INSTRUCTIONS
-    return [item for part in range(len(EDIT_KINDS)) for item in _kind_items(part, count, options.combinations)]
+    return [
+        item
+        for part in range(len(_KINDS[benchmark]))
+        for item in _kind_items(benchmark, part, count, options.combinations)
+    ]
 
 
-def _kind_items(part: int, count: int, combinations: str) -> list[EditItem]:
-    kind, number = EDIT_KINDS[part], seed_block("shapes-edit", part, combinations)
-    shown = combinations if kind in ("remove", "background") else "seen"
+def _kind_items(benchmark: str, part: int, count: int, combinations: str) -> list[EditItem]:
+    kind, number = _KINDS[benchmark][part], seed_block(benchmark, part, combinations)
+    binding = benchmark == "shapes-edit-bind"
+    naming = BY_NEED if binding else BY_PAIR
+    shown = "seen" if kind in ("recolor", "add", "replace") else combinations
     items: list[EditItem] = []
     index = 0
     while len(items) < count:
         seed = scene_seed(number, index)
         index += 1
-        scene = make_scene(seed, combinations=shown)
-        if kind not in edit_kinds(scene, combinations):
+        scene_kind = BINDING_KINDS[index % len(BINDING_KINDS)] if binding else None
+        scene = make_scene(seed, kind=scene_kind, combinations=shown)
+        if kind not in edit_kinds(scene, combinations, naming):
             continue
         try:
-            edit = make_edit(scene, np.random.default_rng((seed, 1)), kind, combinations)
+            edit = make_edit(scene, np.random.default_rng((seed, 1)), kind, combinations, naming)
         except ValueError:  # no room for one more object
+            continue
+        if binding and not needs_binding(scene, edit):
             continue
         items.append(EditItem(len(items), number, scene, render(scene), edit))
     return items
+
+
+def needs_binding(scene: Scene, edit: Edit) -> bool:
+    """Whether the object to edit shares its shape or its colour with another; true of an edit of no object."""
+    gone = [item for item in scene.objects if item not in edit.target.objects]
+    return all(
+        any(other is not item and (other.shape == item.shape or other.color == item.color) for other in scene.objects)
+        for item in gone
+    )
 
 
 def shapes_edit(pipe: PipelineLike, options: EvalOptions | None = None, progress: Progress | None = None) -> Result:
@@ -92,19 +118,47 @@ def shapes_edit(pipe: PipelineLike, options: EvalOptions | None = None, progress
     Scores: "overall" (mean of the kinds), one per kind, "psnr_outside" (dB, mean over images of every kind but
     background), and "part.<name>" for each of PARTS; an image is right when its parts are.
     """
+    return _run("shapes-edit", pipe, options or EvalOptions(), progress)
+
+
+def shapes_edit_bind(
+    pipe: PipelineLike, options: EvalOptions | None = None, progress: Progress | None = None
+) -> Result:
+    """Run Shapes-Edit-Bind on `pipe.edit`; scores as in `shapes_edit`."""
+    return _run("shapes-edit-bind", pipe, options or EvalOptions(), progress)
+
+
+def run_edits(
+    pipe: PipelineLike,
+    items: Sequence[EditItem],
+    instructions: Sequence[str],
+    options: EvalOptions,
+    progress: Progress | None = None,
+) -> list[EditVerdict]:
+    """Edit each item's image by its instruction and check it; an instruction that is refused is wrong in all parts."""
     from PIL import Image
 
-    options, clock = options or EvalOptions(), Timer()
-    items = edit_items(options)
+    refused = EditVerdict(False, dict.fromkeys(PARTS, False), None)
     verdicts: list[EditVerdict] = []
-    for chunk in batches(items, options.batch, progress):
+    for chunk in batches(list(zip(items, instructions, strict=True)), options.batch, progress):
+        asked = [(item, text) for item, text in chunk if is_understood(pipe, text)]
         images = pipe.edit(
-            [Image.fromarray(item.image) for item in chunk],
-            [item.edit.instruction for item in chunk],
-            seed=[image_seed(options.seed, item.block, item.index) for item in chunk],
+            [Image.fromarray(item.image) for item, _ in asked],
+            [text for _, text in asked],
+            seed=[image_seed(options.seed, item.block, item.index) for item, _ in asked],
             **options.sampling(),
-        ).images
-        verdicts += [check_edit(item, pixels(image)) for item, image in zip(chunk, images, strict=True)]
+        ).images if asked else []  # fmt: skip
+        edited = {id(item): image for (item, _), image in zip(asked, images, strict=True)}
+        verdicts += [
+            check_edit(item, pixels(edited[id(item)])) if id(item) in edited else refused for item, _ in chunk
+        ]
+    return verdicts
+
+
+def _run(benchmark: str, pipe: PipelineLike, options: EvalOptions, progress: Progress | None) -> Result:
+    clock = Timer()
+    items = edit_items(options, benchmark)
+    verdicts = run_edits(pipe, items, [item.edit.instruction for item in items], options, progress)
     records = [
         {"kind": item.edit.kind, "instruction": item.edit.instruction, "right": verdict.right, "parts": verdict.parts}
         for item, verdict in zip(items, verdicts, strict=True)
@@ -114,17 +168,18 @@ def shapes_edit(pipe: PipelineLike, options: EvalOptions | None = None, progress
         pipe, options, clock, sampled=True, prompts=len(items), place_tolerance=PLACE_TOLERANCE,
         region=f"changed objects' masks, {REGION_MARGIN} pixels wider",
     )
-    return Result("shapes-edit", scores, settings, {"prompts": records})
+    return Result(benchmark, scores, settings, {"prompts": records})
 
 
 def _scores(items: Sequence[EditItem], verdicts: Sequence[EditVerdict], seed: int) -> tuple[Score, ...]:
     pairs = list(zip(items, verdicts, strict=True))
-    groups = {kind: [float(verdict.right) for item, verdict in pairs if item.edit.kind == kind] for kind in EDIT_KINDS}
+    kinds = dict.fromkeys(item.edit.kind for item in items)
+    groups = {kind: [float(verdict.right) for item, verdict in pairs if item.edit.kind == kind] for kind in kinds}
     outside = [verdict.psnr for verdict in verdicts if verdict.psnr is not None]
     return (
         mean_score("overall", *groups.values(), seed=seed),
         *(mean_score(kind, group, seed=seed) for kind, group in groups.items()),
-        mean_score("psnr_outside", outside, seed=seed),
+        *((mean_score("psnr_outside", outside, seed=seed),) if outside else ()),
         *(mean_score(f"part.{part}", [float(v.parts[part]) for v in verdicts], seed=seed) for part in PARTS),
     )
 
@@ -159,20 +214,15 @@ def check_edit(item: EditItem, image: np.ndarray) -> EditVerdict:
 
 def _is_new(found: DetectedObject, new: Object, item: EditItem) -> bool:
     """Whether a detected object is the new one of the instruction."""
-    if item.edit.kind != "add":
+    if item.edit.kind not in ("add", "move"):
         return same_object(found, new)
-    where = stated_place(item)
-    return same_look(found, new) and (where is None or holds(where[0], found, where[1]))
-
-
-def stated_place(item: EditItem) -> tuple[str, Object] | None:
-    """The relation (a key of RELATIONS) and the anchor of an "add" instruction, if it gives a place."""
-    for name, phrase in RELATIONS.items():
-        _, found, rest = item.edit.instruction.partition(f" {phrase} the ")
-        if found:
-            color, shape = rest.split()
-            return name, next(anchor for anchor in item.scene.objects if anchor.pair == (color, shape))
-    return None
+    if not same_look(found, new) or item.edit.place is None:
+        return same_look(found, new)
+    direction, anchor = item.edit.place
+    if item.edit.kind == "add":
+        return holds(direction, found, anchor)
+    aside = abs(found.y - anchor.y) if direction in ("left", "right") else abs(found.x - anchor.x)
+    return holds(direction, found, anchor) and aside <= DRIFT
 
 
 def _psnr_outside(item: EditItem, image: np.ndarray, new_objects: Sequence[DetectedObject | None]) -> float | None:

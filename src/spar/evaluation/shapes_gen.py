@@ -2,6 +2,9 @@
 
 An image is right only if the whole prompt is true of it and it shows nothing else. Every prompt is a caption as in
 training and always names colours: the tasks differ in the other attributes and in the number of objects.
+
+Shapes-Gen-Bind has the same form on scenes in which objects share a shape, a colour or both: each attribute must go to
+its own object.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from spar.evaluation.environment import Timer, run_settings
+from spar.evaluation.matching import fidelity_score
 from spar.evaluation.options import (
     EvalOptions,
     PipelineLike,
@@ -24,7 +28,7 @@ from spar.evaluation.options import (
 )
 from spar.evaluation.results import Result, Score, mean_score
 from spar.worlds.shapes.captions import Claim, caption, parse
-from spar.worlds.shapes.detector import PARTS, detect, satisfies
+from spar.worlds.shapes.detector import PARTS, Detection, detect, satisfies
 from spar.worlds.shapes.scene import Scene, make_scene
 
 PROMPTS = 100  # per task
@@ -54,6 +58,12 @@ TASKS = (
     GenTask("position", "position"),
     GenTask("color_attribution", "two", size=False, background=False, two_colors=True),
 )
+BIND_TASKS = (
+    GenTask("shared", "shared", size=False),
+    GenTask("shared_sizes", "shared", size=True),
+    GenTask("twins", "twins", size=True),
+)
+_TASKS = {"shapes-gen": TASKS, "shapes-gen-bind": BIND_TASKS}
 
 
 @dataclass(frozen=True)
@@ -68,14 +78,18 @@ class GenPrompt:
     scene: Scene
 
 
-def gen_prompts(options: EvalOptions) -> list[GenPrompt]:
+def gen_prompts(options: EvalOptions, benchmark: str = "shapes-gen") -> list[GenPrompt]:
     """The prompts of all tasks, in order: always the same for the same combinations; a limit takes the first."""
     count = options.limit or PROMPTS
-    return [prompt for part in range(len(TASKS)) for prompt in _task_prompts(part, count, options.combinations)]
+    return [
+        prompt
+        for part in range(len(_TASKS[benchmark]))
+        for prompt in _task_prompts(benchmark, part, count, options.combinations)
+    ]
 
 
-def _task_prompts(part: int, count: int, combinations: str) -> list[GenPrompt]:
-    task, number = TASKS[part], seed_block("shapes-gen", part, combinations)
+def _task_prompts(benchmark: str, part: int, count: int, combinations: str) -> list[GenPrompt]:
+    task, number = _TASKS[benchmark][part], seed_block(benchmark, part, combinations)
     prompts: list[GenPrompt] = []
     used: set[str] = set()
     index = 0
@@ -96,35 +110,53 @@ def _task_prompts(part: int, count: int, combinations: str) -> list[GenPrompt]:
 def shapes_gen(pipe: PipelineLike, options: EvalOptions | None = None, progress: Progress | None = None) -> Result:
     """Run Shapes-Gen on `pipe.generate`.
 
-    Scores: "overall" (mean of the tasks), one per task (mean over images; the interval resamples prompts), and
-    "part.<name>": the share of images in which that part of the prompt is right, over prompts that have it.
+    Scores: "overall" (mean of the tasks), one per task (mean over images; the interval resamples prompts),
+    "part.<name>": the share of images in which that part of the prompt is right, over prompts that have it, and
+    "part.fidelity": the mean overlap of what was drawn with the best of the world's shapes (`DetectedObject.overlap`).
     """
-    options, clock = options or EvalOptions(), Timer()
-    prompts, each = gen_prompts(options), options.images_per_prompt
+    return _run("shapes-gen", pipe, options or EvalOptions(), progress)
+
+
+def shapes_gen_bind(
+    pipe: PipelineLike, options: EvalOptions | None = None, progress: Progress | None = None
+) -> Result:
+    """Run Shapes-Gen-Bind on `pipe.generate`; scores as in `shapes_gen`."""
+    return _run("shapes-gen-bind", pipe, options or EvalOptions(), progress)
+
+
+def _run(benchmark: str, pipe: PipelineLike, options: EvalOptions, progress: Progress | None) -> Result:
+    clock = Timer()
+    prompts, each = gen_prompts(options, benchmark), options.images_per_prompt
     jobs = [
         (prompt, image_seed(options.seed, prompt.block, prompt.index, image))
         for prompt in prompts
         for image in range(each)
     ]
     verdicts: list[tuple[bool, dict[str, bool]]] = []
+    drawn: list[Detection] = []
     for chunk in batches(jobs, options.batch, progress):
         texts, seeds = [prompt.text for prompt, _ in chunk], [seed for _, seed in chunk]
         images = pipe.generate(texts, seed=seeds, num_images_per_prompt=1, **options.sampling()).images
         for (prompt, _), image in zip(chunk, images, strict=True):
-            verdicts.append(satisfies(detect(pixels(image)), prompt.claim))
+            drawn.append(detect(pixels(image)))
+            verdicts.append(satisfies(drawn[-1], prompt.claim))
     right = np.array([verdict for verdict, _ in verdicts], dtype=np.float64).reshape(len(prompts), each)
     records = [
         {"task": prompt.task, "prompt": prompt.text, "right": row.astype(int).tolist()}
         for prompt, row in zip(prompts, right, strict=True)
     ]
-    scores = _task_scores(prompts, right, options.seed) + _part_scores(prompts, verdicts, each, options.seed)
+    scores = (
+        *_task_scores(prompts, right, options.seed),
+        *_part_scores(prompts, verdicts, each, options.seed),
+        fidelity_score(drawn, options.seed),
+    )
     settings = run_settings(pipe, options, clock, sampled=True, images_per_prompt=each, prompts=len(prompts))
-    return Result("shapes-gen", scores, settings, {"prompts": records})
+    return Result(benchmark, scores, settings, {"prompts": records})
 
 
 def _task_scores(prompts: Sequence[GenPrompt], right: np.ndarray, seed: int) -> tuple[Score, ...]:
     tasks = np.array([prompt.task for prompt in prompts])
-    groups = {task.name: right[tasks == task.name].mean(1) for task in TASKS}
+    groups = {name: right[tasks == name].mean(1) for name in dict.fromkeys(prompt.task for prompt in prompts)}
     return (
         mean_score("overall", *groups.values(), seed=seed),
         *(mean_score(name, group, seed=seed) for name, group in groups.items()),

@@ -15,7 +15,7 @@ import numpy as np
 
 from spar.evaluation.environment import Timer, run_settings
 from spar.evaluation.features import FEATURES, frechet_distance, random_features
-from spar.evaluation.matching import PLACE_TOLERANCE, same_object, take_match
+from spar.evaluation.matching import PLACE_TOLERANCE, fidelity_score, same_object, take_match
 from spar.evaluation.options import EvalOptions, PipelineLike, Progress, batches, pixels, scene_seed, seed_block
 from spar.evaluation.results import Result, Score, bootstrap, mean_score, ratio_score
 from spar.worlds.shapes.detector import Detection, detect
@@ -54,11 +54,13 @@ def shapes_recon(pipe: PipelineLike, options: EvalOptions | None = None, progres
         after += [pixels(image) for image in pipe.reconstruct([Image.fromarray(image) for image in chunk]).images]
     rebuilt = np.stack(after)
     decibels = [psnr(a, b) for a, b in zip(rebuilt, before, strict=True)]
+    detections = [detect(image) for image in rebuilt]
     scores = (
         mean_score("psnr", decibels, seed=options.seed),
         mean_score("ssim", ssim(rebuilt, before), seed=options.seed),
-        *_survival_scores(scenes, [detect(image) for image in rebuilt], options.seed),
+        *_survival_scores(scenes, detections, options.seed),
         _frechet_score(random_features(before), random_features(rebuilt), options.seed),
+        fidelity_score(detections, options.seed),
     )
     records = [{"psnr": round(value, 2)} for value in decibels]
     settings = run_settings(

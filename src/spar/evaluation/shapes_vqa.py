@@ -2,6 +2,9 @@
 
 "blind": the most common answer for the question's text alone, learnt from validation scenes, never from the benchmark's
 questions. "gray": the model itself with a plain gray image instead of the right one.
+
+Shapes-VQA-Bind has the same form: seven kinds of questions about scenes in which objects share a shape, a colour or
+both.
 """
 
 from __future__ import annotations
@@ -10,20 +13,23 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 
 from spar.evaluation.environment import Timer, run_settings
-from spar.evaluation.options import EvalOptions, PipelineLike, Progress, batches, scene_seed, seed_block
+from spar.evaluation.options import EvalOptions, PipelineLike, Progress, batches, is_understood, scene_seed, seed_block
 from spar.evaluation.results import Result, Score, mean_score
 from spar.worlds.shapes.captions import QUESTION_KINDS, Question, questions, split_words
 from spar.worlds.shapes.dataset import seed_at
+from spar.worlds.shapes.questions import BINDING_QUESTION_KINDS
 from spar.worlds.shapes.render import render
-from spar.worlds.shapes.scene import COLORS, SHAPES, SIDE, Scene, make_scene
+from spar.worlds.shapes.scene import BINDING_KINDS, COLORS, SHAPES, SIDE, Scene, make_scene
 from spar.worlds.shapes.tokenizer import SINGULARS
 
 QUESTIONS = 200  # per kind
 GRAY = 128
+_KINDS = {"shapes-vqa": QUESTION_KINDS, "shapes-vqa-bind": BINDING_QUESTION_KINDS}
 BLIND_SAMPLE = 2000  # validation scenes for each kind of question
 BLIND_LEAST = 20  # a text (or pattern) with fewer samples is replaced by the next more general one
 _VALIDATION_OFFSET = 10**8  # far from training's own validation
@@ -38,23 +44,31 @@ class VqaItem:
     question: Question
 
 
-def vqa_items(options: EvalOptions) -> list[VqaItem]:
+def vqa_items(options: EvalOptions, benchmark: str = "shapes-vqa") -> list[VqaItem]:
     """The questions of all kinds, in order, one per scene: always the same for the same combinations."""
     count = options.limit or QUESTIONS
-    return [item for part in range(len(QUESTION_KINDS)) for item in _kind_items(part, count, options.combinations)]
+    return [
+        item
+        for part in range(len(_KINDS[benchmark]))
+        for item in _kind_items(benchmark, part, count, options.combinations)
+    ]
 
 
-def _kind_items(part: int, count: int, combinations: str) -> list[VqaItem]:
-    number = seed_block("shapes-vqa", part, combinations)
+def _kind_items(benchmark: str, part: int, count: int, combinations: str) -> list[VqaItem]:
+    number, kind = seed_block(benchmark, part, combinations), _KINDS[benchmark][part]
     items: list[VqaItem] = []
     index = 0
     while len(items) < count:
         seed = scene_seed(number, index)
         index += 1
-        scene = make_scene(seed, combinations=combinations)
-        for question in questions(scene, np.random.default_rng((seed, 1)), [QUESTION_KINDS[part]]):
+        scene = make_scene(seed, kind=_scene_kind(benchmark, index), combinations=combinations)
+        for question in questions(scene, np.random.default_rng((seed, 1)), [kind]):
             items.append(VqaItem(scene, render(scene), question))
     return items
+
+
+def _scene_kind(benchmark: str, index: int) -> str | None:
+    return BINDING_KINDS[index % len(BINDING_KINDS)] if benchmark == "shapes-vqa-bind" else None
 
 
 def shapes_vqa(pipe: PipelineLike, options: EvalOptions | None = None, progress: Progress | None = None) -> Result:
@@ -62,17 +76,39 @@ def shapes_vqa(pipe: PipelineLike, options: EvalOptions | None = None, progress:
 
     Scores: "overall" (mean of the kinds) and one per kind, each also with the prefixes "blind." and "gray.".
     """
+    return _run("shapes-vqa", pipe, options or EvalOptions(), progress)
+
+
+def shapes_vqa_bind(
+    pipe: PipelineLike, options: EvalOptions | None = None, progress: Progress | None = None
+) -> Result:
+    """Run Shapes-VQA-Bind on `pipe.understand`; scores as in `shapes_vqa`."""
+    return _run("shapes-vqa-bind", pipe, options or EvalOptions(), progress)
+
+
+def answer(
+    pipe: PipelineLike, jobs: Sequence[tuple[Any, str]], options: EvalOptions, progress: Progress | None = None
+) -> list[str]:
+    """The answers to (image, question); that to a question which is refused is empty."""
+    answers: list[str] = []
+    for chunk in batches(jobs, options.batch, progress):
+        asked = [is_understood(pipe, text) for _, text in chunk]
+        known = [job for job, is_asked in zip(chunk, asked, strict=True) if is_asked]
+        given = iter(pipe.understand([image for image, _ in known], [text for _, text in known]).texts if known else ())
+        answers += [next(given) if is_asked else "" for is_asked in asked]
+    return answers
+
+
+def _run(benchmark: str, pipe: PipelineLike, options: EvalOptions, progress: Progress | None) -> Result:
     from PIL import Image
 
-    options, clock = options or EvalOptions(), Timer()
-    items = vqa_items(options)
+    clock = Timer()
+    items = vqa_items(options, benchmark)
     plain = Image.fromarray(np.full((SIDE, SIDE, 3), GRAY, dtype=np.uint8))
     jobs = [(Image.fromarray(item.image), item.question.text) for item in items]
     jobs += [(plain, item.question.text) for item in items]
-    answers: list[str] = []
-    for chunk in batches(jobs, options.batch, progress):
-        answers += pipe.understand([image for image, _ in chunk], [text for _, text in chunk]).texts
-    blind = BlindBaseline.learn(options.combinations)
+    answers = answer(pipe, jobs, options, progress)
+    blind = BlindBaseline.learn(options.combinations, benchmark)
     given = {
         "": answers[: len(items)],
         "blind.": [blind.answer(item.question) for item in items],
@@ -87,11 +123,11 @@ def shapes_vqa(pipe: PipelineLike, options: EvalOptions | None = None, progress:
         pipe, options, clock, sampled=False, questions=len(items),
         baselines=f"blind: majority answer over {BLIND_SAMPLE} validation scenes a kind; gray: a plain gray image",
     )
-    return Result("shapes-vqa", tuple(scores), settings, {"questions": records})
+    return Result(benchmark, tuple(scores), settings, {"questions": records})
 
 
 def _scores(prefix: str, items: Sequence[VqaItem], answers: Sequence[str], seed: int) -> list[Score]:
-    groups: dict[str, list[float]] = {kind: [] for kind in QUESTION_KINDS}
+    groups: dict[str, list[float]] = {item.question.kind: [] for item in items}
     for item, answer in zip(items, answers, strict=True):
         groups[item.question.kind].append(float(is_right(answer, item.question.answer)))
     overall = mean_score(f"{prefix}overall", *groups.values(), seed=seed)
@@ -128,19 +164,19 @@ class BlindBaseline:
         return self.by_kind[question.kind]
 
     @classmethod
-    def learn(cls, combinations: str = "seen") -> BlindBaseline:
-        """Learn from validation scenes of the same combinations (cached; about a second)."""
-        return _learn(combinations)
+    def learn(cls, combinations: str = "seen", benchmark: str = "shapes-vqa") -> BlindBaseline:
+        """Learn from validation scenes of the same kinds and combinations (cached; about a second)."""
+        return _learn(combinations, benchmark)
 
 
 @cache
-def _learn(combinations: str) -> BlindBaseline:
+def _learn(combinations: str, benchmark: str) -> BlindBaseline:
     counts: dict[str, Counter[str]] = {}
-    kinds: dict[str, Counter[str]] = {kind: Counter() for kind in QUESTION_KINDS}
+    kinds: dict[str, Counter[str]] = {kind: Counter() for kind in _KINDS[benchmark]}
     for index in range(BLIND_SAMPLE):
         seed = seed_at("validation", _VALIDATION_OFFSET + index)
-        scene = make_scene(seed, combinations=combinations)
-        for question in questions(scene, np.random.default_rng((seed, 2))):
+        scene = make_scene(seed, kind=_scene_kind(benchmark, index), combinations=combinations)
+        for question in questions(scene, np.random.default_rng((seed, 2)), _KINDS[benchmark]):
             kinds[question.kind][question.answer] += 1
             for words in {question.text, pattern(question.text)}:
                 counts.setdefault(words, Counter())[question.answer] += 1

@@ -21,14 +21,18 @@ from spar.worlds.shapes.captions import (
     group_objects,
     half_of_image_text,
     make_edit,
+    open_caption,
     parse,
     position_caption,
     questions,
     split_words,
     to_text,
 )
-from spar.worlds.shapes.questions import CURRICULUM_KINDS, QUESTION_KINDS, cell_text
+from spar.worlds.shapes.edits import BY_ANYTHING, edit_kinds
+from spar.worlds.shapes.forms import paraphrase
+from spar.worlds.shapes.questions import BINDING_QUESTION_KINDS, CURRICULUM_KINDS, QUESTION_KINDS, cell_text
 from spar.worlds.shapes.scene import (
+    ALL_KINDS,
     HELD_OUT_POSITION_SHAPES,
     KINDS,
     RELATIONS,
@@ -207,7 +211,15 @@ def test_a_relation_needs_two_groups() -> None:
 
 
 def test_the_vocabulary_is_exactly_what_training_says() -> None:
+    rng = np.random.default_rng(1)
     used = {word for text in [*all_texts(2500), *TEMPLATES] for word in split_words(text)}
+    for seed in range(1500):  # of version 2
+        scene = make_scene(seed, kind=ALL_KINDS[seed % len(ALL_KINDS)])
+        texts = [caption(scene, rng), open_caption(scene, rng), DESCRIBE]
+        kinds = edit_kinds(scene, naming=BY_ANYTHING)
+        texts += [make_edit(scene, rng, kind, naming=BY_ANYTHING).instruction for kind in kinds]
+        texts += [question.text for question in questions(scene, rng, (*QUESTION_KINDS, *BINDING_QUESTION_KINDS))]
+        used |= {word for text in texts for word in split_words(paraphrase(text, rng))}
     assert used == set(VOCABULARY)
     assert len(set(VOCABULARY)) == len(VOCABULARY)
 

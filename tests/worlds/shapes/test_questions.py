@@ -119,8 +119,8 @@ def test_kinds_are_those_asked_for_in_their_order() -> None:
     assert [question.kind for question in questions(multi, rng)] == list(QUESTION_KINDS)
     assert [question.kind for question in questions(multi, rng, ("count", "color"))] == ["count", "color"]
     assert questions(single, rng, ("position",)) == []
-    with pytest.raises(ValueError, match="question kind must be one of .*'size'"):
-        questions(multi, rng, ("size",))
+    with pytest.raises(ValueError, match="question kind must be one of .*'weight'"):
+        questions(multi, rng, ("weight",))
 
 
 def curriculum_questions(kind: str, scenes: list[Scene]) -> list[tuple[Scene, Question]]:

@@ -69,13 +69,18 @@ __all__ = [
 ]
 
 DESCRIBE = "describe the image"
+SOME = 0
+OPEN_SHARE = 0.3  # of an open caption's attributes, each left out on its own
 
 
 @dataclass(frozen=True)
 class Group:
-    """`count` objects with the same named attributes; None for an attribute that is not named."""
+    """`count` objects with the same named attributes; None for an attribute that is not named.
 
-    shape: str
+    A count of SOME stands for two or more; of a claim at most one group may have it.
+    """
+
+    shape: str | None
     color: str | None
     size: str | None
     count: int
@@ -99,9 +104,13 @@ class Claim:
     relation: Relation | None = None
 
 
-def group_objects(objects: Sequence[Object], *, color: bool = True, size: bool = True) -> tuple[Group, ...]:
+def group_objects(
+    objects: Sequence[Object], *, shape: bool = True, color: bool = True, size: bool = True
+) -> tuple[Group, ...]:
     """Group objects by their named attributes, in order of first appearance."""
-    looks = Counter((item.shape, item.color if color else None, item.size if size else None) for item in objects)
+    looks = Counter(
+        (item.shape if shape else None, item.color if color else None, item.size if size else None) for item in objects
+    )
     return tuple(Group(*look, count) for look, count in looks.items())
 
 
@@ -119,8 +128,9 @@ def to_text(claim: Claim) -> str:
 
 def _group_text(group: Group) -> str:
     if group.count == 1:
-        return with_article(look_text(group.shape, group.color, group.size))
-    return f"{NUMBERS[group.count]} {look_text(PLURALS[group.shape], group.color, group.size)}"
+        return with_article(look_text(group.shape or "object", group.color, group.size))
+    number = "some" if group.count == SOME else NUMBERS[group.count]
+    return f"{number} {look_text(PLURALS[group.shape] if group.shape else 'objects', group.color, group.size)}"
 
 
 def caption(
@@ -146,6 +156,21 @@ def caption(
     relation = Relation(main_relation(objects[0], objects[1]), 0, 1) if scene.kind == "position" else None
     groups = group_objects(objects, color=color, size=size)
     return to_text(Claim(scene.background if background else None, groups, relation))
+
+
+def open_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """A caption that leaves attributes open: "a circle", "two stars", "a red object", "some small stars".
+
+    Colours, sizes and, of objects with a colour, shapes are left out, each in OPEN_SHARE of the captions or more; the
+    number of two to four objects alike in every tenth. Every image that fits is right.
+    """
+    color, size = bool(rng.random() >= 2 * OPEN_SHARE), bool(rng.random() < OPEN_SHARE)
+    shape = not color or bool(rng.random() >= OPEN_SHARE)
+    objects = [scene.objects[index] for index in rng.permutation(len(scene.objects)).tolist()]
+    groups = group_objects(objects, shape=shape, color=color, size=size)
+    if len(groups) == 1 and groups[0].count > 1 and rng.random() < OPEN_SHARE:
+        groups = (replace(groups[0], count=SOME),)
+    return to_text(Claim(scene.background if rng.random() < OPEN_SHARE else None, groups))
 
 
 def position_caption(scene: Scene, rng: np.random.Generator) -> str:
@@ -210,14 +235,14 @@ def parse(text: str) -> Claim:
 
 
 def _parse_group(words: list[str], text: str) -> Group:
-    numbers = {"a": 1, "an": 1, **{word: count for count, word in enumerate(NUMBERS) if count}}
-    rest = list(words)
+    numbers = {"a": 1, "an": 1, "some": SOME, **{word: count for count, word in enumerate(NUMBERS) if count}}
+    rest = ["a", *words[1:], "object"] if words[:1] == ["something"] else list(words)
     count = numbers.get(rest.pop(0)) if rest else None
     size = rest.pop(0) if rest and rest[0] in SIZES else None
     color = rest.pop(0) if rest and rest[0] in COLORS else None
-    shape = rest.pop(0) if rest else ""
-    shape = SINGULARS.get(shape, shape)
-    if count is None or shape not in SHAPES or rest:
+    word = rest.pop(0) if rest else ""
+    shape = None if word in ("object", "objects") else SINGULARS.get(word, word)
+    if count is None or shape not in (None, *SHAPES) or rest:
         raise InputError(
             "expected a caption such as 'a large red circle and two blue stars on a gray background', "
             f"got {text!r}: {' '.join(words)!r} names no object"

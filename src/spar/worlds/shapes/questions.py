@@ -1,5 +1,7 @@
 """Questions about a scene, each with its answer of one word (except "place").
 
+The kinds of version 2 tell objects apart by anything that does (`references`) and ask what binding needs.
+
 No answer follows from the text alone: yes and no are sampled evenly before the text, "no" is the answer about objects
 that nearly exist, and only held-out scenes have questions about held-out combinations.
 """
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from spar.worlds.shapes.references import any_name, named_objects, references
 from spar.worlds.shapes.scene import (
     COLORS,
     HELD_OUT_PAIRS,
@@ -21,6 +24,7 @@ from spar.worlds.shapes.scene import (
     SIDE,
     Object,
     Scene,
+    holds,
     is_held_out,
     main_relation,
     may_relate,
@@ -29,7 +33,8 @@ from spar.worlds.shapes.scene import (
 )
 from spar.worlds.shapes.tokenizer import NUMBERS, ORDINALS, PLURALS, with_article
 
-QUESTION_KINDS = ("color", "shape", "count", "exists", "position", "background")  # of the benchmark
+QUESTION_KINDS = ("color", "shape", "count", "exists", "position", "background")  # of version 1's benchmark
+BINDING_QUESTION_KINDS = ("exists", "position", "size", "total", "neighbor", "attribute", "count_color")  # version 2's
 CURRICULUM_KINDS = ("place", "relation")  # asked in training only: the benchmark's "position" builds on them
 
 
@@ -152,6 +157,69 @@ def _ask_relation(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | N
     return text, main_relation(subject, other)
 
 
+def _ask_size(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+    """Ask for the size of an object whose name does not tell it."""
+    named = [(item, name) for item in scene.objects for name in references(scene, item) if item.size not in name]
+    if not named:
+        return None
+    item, name = pick(rng, named)
+    return f"what size is the {name}?", item.size
+
+
+def _ask_total(scene: Scene, _: np.random.Generator) -> tuple[str, str] | None:
+    return "how many objects are there?", NUMBERS[len(scene.objects)]
+
+
+def _ask_count_color(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+    """Ask how many objects have a colour, or a colour and shape that perhaps do not occur together."""
+    if not scene.objects:
+        return None
+    if rng.random() < 0.5:
+        counts = Counter(item.color for item in scene.objects)
+        color = pick(rng, tuple(counts)) if rng.random() < 0.75 else pick(rng, [c for c in COLORS if c not in counts])
+        return f"how many {color} objects are there?", NUMBERS[counts[color]]
+    pairs = Counter(item.pair for item in scene.objects)
+    color, shape = pick(rng, tuple(pairs)) if rng.random() < 0.75 else _absent_pair(scene, rng)
+    return f"how many {color} {PLURALS[shape]} are there?", NUMBERS[pairs[color, shape]]
+
+
+def _ask_neighbor(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+    """Ask for the shape or colour of the one object that is on a side of another; all others are clearly not there."""
+    found = [
+        (relation, other, beside[0])
+        for other in named_objects(scene)
+        for relation in RELATIONS
+        if len(beside := [item for item in scene.objects if item is not other and holds(relation, item, other)]) == 1
+        and may_relate(scene, relation, beside[0], other)
+        and not any(_is_doubtful(relation, item, other) for item in scene.objects if item is not other)
+    ]
+    if not found:
+        return None
+    relation, other, item = pick(rng, found)
+    where = f"{RELATIONS[relation]} the {any_name(scene, other, rng)}?"
+    if rng.random() < 0.5:
+        return f"what is {where}", item.shape
+    return f"what color is the object {where}", item.color
+
+
+def _is_doubtful(relation: str, subject: Object, other: Object) -> bool:
+    """Whether one object is on a side of another by too little to say so."""
+    return not holds(relation, subject, other) and not holds(OPPOSITE[relation], subject, other)
+
+
+def _ask_attribute(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+    """Ask for the colour or the shape of an object that its other attributes, or its place, single out."""
+    named = [(item, name.split()) for item in scene.objects for name in references(scene, item)]
+    open_ones = [
+        ("color", item, name) for item, name in named if item.color not in name and item.shape in name
+    ] + [("shape", item, name) for item, name in named if item.shape not in name and item.color in name]
+    told = [one for one in open_ones if len(one[2]) > 2] or open_ones
+    if not told:
+        return None
+    asked, item, name = pick(rng, told)
+    return f"what {asked} is the {' '.join(name)}?", getattr(item, asked)
+
+
 def _ask_background(scene: Scene, _: np.random.Generator) -> tuple[str, str] | None:
     return "what color is the background?", scene.background
 
@@ -165,4 +233,9 @@ _ASK = {
     "background": _ask_background,
     "place": _ask_cell,
     "relation": _ask_relation,
+    "size": _ask_size,
+    "total": _ask_total,
+    "neighbor": _ask_neighbor,
+    "attribute": _ask_attribute,
+    "count_color": _ask_count_color,
 }

@@ -7,7 +7,7 @@ shape is inside the circle of its size's radius, so that two objects cannot touc
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -36,7 +36,9 @@ BACKGROUNDS = {
     "navy": (22, 28, 80),
     "brown": (95, 62, 42),
 }
-KINDS = ("single", "two", "count", "position", "multi")
+KINDS = ("single", "two", "count", "position", "multi")  # of version 1: what a seed alone draws from
+BINDING_KINDS = ("shared", "twins")  # of version 2: one attribute is not enough to tell an object
+ALL_KINDS = (*KINDS, *BINDING_KINDS)
 COMBINATIONS = ("seen", "held_out", "any")
 SEED_RANGES = {
     "train": (0, 10**9),
@@ -132,6 +134,11 @@ def is_clear(subject: Object, other: Object) -> bool:
     return far >= POSITION_ALONG and near <= POSITION_ACROSS
 
 
+def are_apart(subject: Object, other: Object) -> bool:
+    """Whether two objects are far enough apart along one axis to be told apart by their places."""
+    return max(abs(subject.x - other.x), abs(subject.y - other.y)) >= POSITION_ALONG
+
+
 def unique_objects(scene: Scene) -> list[Object]:
     """The objects with a unique "the <color> <shape>"."""
     counts = Counter(item.pair for item in scene.objects)
@@ -174,17 +181,21 @@ def may_relate(scene: Scene, relation: str, subject: Object, other: Object) -> b
 def make_scene(seed: int, *, kind: str | None = None, combinations: str = "seen") -> Scene:
     """The scene of an integer seed: the same arguments always give the same scene.
 
+    Of a scene "shared", with three or four objects, some pair shares its shape, some pair its colour, and no two share
+    both. Of a scene "twins" the first two objects have the same shape and colour, and differ in size or are clearly
+    apart (`are_apart`); none to two others stand beside them.
+
     Args:
         seed: any integer >= 0; SEED_RANGES has the ranges of each split.
-        kind: one of KINDS; sampled from the seed if None.
+        kind: one of ALL_KINDS; sampled from the seed, of KINDS, if None.
         combinations: "seen" never has a held-out combination, "held_out" always has (a held-out pair of colour and
             shape; for position scenes the held-out pair of shapes, in seen colours), "any" has no restriction.
 
     Raises:
         ValueError: an unknown kind or unknown combinations.
     """
-    if kind is not None and kind not in KINDS:
-        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+    if kind is not None and kind not in ALL_KINDS:
+        raise ValueError(f"kind must be one of {ALL_KINDS}, got {kind!r}")
     if combinations not in COMBINATIONS:
         raise ValueError(f"combinations must be one of {COMBINATIONS}, got {combinations!r}")
     rng = np.random.Generator(np.random.PCG64(seed))
@@ -192,7 +203,7 @@ def make_scene(seed: int, *, kind: str | None = None, combinations: str = "seen"
     kind = drawn if kind is None else kind
     background = pick(rng, tuple(BACKGROUNDS))
     looks = _draw_looks(rng, kind, combinations)
-    return Scene(background, _lay_out(rng, looks, clear=kind == "position"), kind)
+    return Scene(background, _lay_out(rng, looks, _FIRST_TWO.get(kind, _anywhere)), kind)
 
 
 def _draw_looks(rng: np.random.Generator, kind: str, combinations: str) -> list[tuple[str, str, str]]:
@@ -212,6 +223,12 @@ def _draw_looks(rng: np.random.Generator, kind: str, combinations: str) -> list[
 
 def _propose_looks(rng: np.random.Generator, kind: str, combinations: str) -> list[tuple[str, str, str]]:
     colors, sizes = tuple(COLORS), tuple(SIZES)
+    if kind in BINDING_KINDS:
+        pairs = _shared_pairs(rng) if kind == "shared" else _twin_pairs(rng)
+        looks = [(shape, color, pick(rng, sizes)) for shape, color in pairs]
+        if kind == "twins" and rng.random() < 0.5:
+            looks[:2] = [(*pairs[0], size) for size in _distinct(rng, sizes, 2)]
+        return looks
     if kind in ("single", "count"):
         look = (pick(rng, SHAPES), pick(rng, colors), pick(rng, sizes))
         return [look] * (1 if kind == "single" else 2 + int(rng.random() * 3))
@@ -224,13 +241,32 @@ def _propose_looks(rng: np.random.Generator, kind: str, combinations: str) -> li
     return [(shape, color, pick(rng, sizes)) for shape, color in zip(shapes, hues, strict=True)]
 
 
+def _shared_pairs(rng: np.random.Generator) -> list[tuple[str, str]]:
+    """(shape, color) of three or four objects, all different; some two share the shape, some two the colour."""
+    shapes, colors = _distinct(rng, SHAPES, 3), _distinct(rng, tuple(COLORS), 3)
+    pairs = [(shapes[0], colors[0]), (shapes[0], colors[1]), (shapes[1], pick(rng, colors[:2]))]
+    if rng.random() < 0.5:
+        pairs.append(pick(rng, [(s, c) for s in shapes for c in colors if (s, c) not in pairs]))
+    return pairs
+
+
+def _twin_pairs(rng: np.random.Generator) -> list[tuple[str, str]]:
+    """(shape, color) of two objects alike and of up to two others, each like the twins in shape, in colour or not."""
+    shapes, colors = _distinct(rng, SHAPES, 2), _distinct(rng, tuple(COLORS), 2)
+    others = [(s, c) for s in shapes for c in colors][1:]
+    beside = [others.pop(int(rng.random() * len(others))) for _ in range(pick(rng, range(3)))]
+    return [(shapes[0], colors[0])] * 2 + beside
+
+
 def _distinct(rng: np.random.Generator, items: Sequence[str], number: int) -> list[str]:
     pool = list(items)
     return [pool.pop(int(rng.random() * len(pool))) for _ in range(number)]
 
 
-def _lay_out(rng: np.random.Generator, looks: Sequence[tuple[str, str, str]], *, clear: bool) -> tuple[Object, ...]:
-    """Rejection sampling of centres; a layout that gets stuck is restarted."""
+def _lay_out(
+    rng: np.random.Generator, looks: Sequence[tuple[str, str, str]], suits: Callable[[list[Object]], bool]
+) -> tuple[Object, ...]:
+    """Rejection sampling of centres; a layout that gets stuck, or does not suit, is restarted."""
     while True:
         objects: list[Object] = []
         for look in looks:
@@ -241,5 +277,15 @@ def _lay_out(rng: np.random.Generator, looks: Sequence[tuple[str, str, str]], *,
                     break
             else:
                 break
-        if len(objects) == len(looks) and (not clear or is_clear(objects[0], objects[1])):
+        if len(objects) == len(looks) and suits(objects):
             return tuple(objects)
+
+
+def _anywhere(_: list[Object]) -> bool:
+    return True
+
+
+_FIRST_TWO: dict[str, Callable[[list[Object]], bool]] = {
+    "position": lambda objects: is_clear(objects[0], objects[1]),
+    "twins": lambda objects: objects[0].size != objects[1].size or are_apart(objects[0], objects[1]),
+}

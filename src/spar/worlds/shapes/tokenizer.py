@@ -9,6 +9,7 @@ import re
 from typing import TYPE_CHECKING
 
 from spar.common.errors import InputError
+from spar.worlds.shapes.forms import form_words
 from spar.worlds.shapes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES
 
 if TYPE_CHECKING:
@@ -25,11 +26,13 @@ _GLUE = (
     "a an the and on to of with is are there what how many object objects background color shape image "
     "left right above below yes no generate edit describe recolor make change remove delete add replace"
 )
+_MORE_GLUE = "larger smaller move up down at bottom some something"
 VOCABULARY = tuple(
     dict.fromkeys(
         [
             *SHAPES, *PLURALS.values(), *COLORS, *SIZES, *BACKGROUNDS, *NUMBERS, *_GLUE.split(), ",", ".", "?", ":",
             "where", "column", "row", *ORDINALS, "from",
+            *_MORE_GLUE.split(), "!", *form_words(),  # of version 2
         ]
     )
 )
@@ -37,8 +40,8 @@ _KNOWN = frozenset(VOCABULARY)
 
 
 def split_words(text: str) -> list[str]:
-    """Lower-case words of a text, with the marks `, . ? :` separate: the tokenizer's tokens, except newlines."""
-    return re.findall(r"[,.?:]|[^\s,.?:]+", text.lower())
+    """Lower-case words of a text, with the marks `, . ? ! :` separate: the tokenizer's tokens, except newlines."""
+    return re.findall(r"[,.?!:]|[^\s,.?!:]+", text.lower())
 
 
 def check_words(text: str) -> list[str]:
@@ -106,7 +109,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r"[^\S\n]+"), "removed"),
-            pre_tokenizers.Split(Regex(r"[,.?:\n]"), "isolated"),
+            pre_tokenizers.Split(Regex(r"[,.?!:\n]"), "isolated"),
         ]
     )
     tokenizer.decoder = decoders.Sequence(
