@@ -38,11 +38,8 @@ def run_report(run: Path) -> ReportData:
 
 def find_results(folder: Path) -> list[Result]:
     """The results files in a folder and in its `results` folder, by name; other JSON files are skipped."""
-    found = []
-    for path in sorted([*folder.glob("*.json"), *folder.glob("results/*.json")]):
-        if "benchmark" in read_json(path):
-            found.append(read_result(path))
-    return found
+    paths = sorted([*folder.glob("*.json"), *folder.glob("results/*.json")])
+    return [read_result(path) for path in paths if "benchmark" in read_json(path)]
 
 
 def visible_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
