@@ -43,5 +43,9 @@ def find_results(folder: Path) -> list[Result]:
 
 
 def visible_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's manifest without HIDDEN_KEYS, which are too long."""
-    return {name: value for name, value in manifest.items() if name not in HIDDEN_KEYS}
+    """A model's manifest, with those of the models that it comes from, without HIDDEN_KEYS, which are too long."""
+    return {
+        name: visible_manifest(value) if isinstance(value, Mapping) else value
+        for name, value in manifest.items()
+        if name not in HIDDEN_KEYS
+    }
