@@ -73,9 +73,8 @@ def show_interval(score: Score) -> str:
 
 def show_title(result: Result) -> str:
     """The benchmark with its combinations and label: "shapes-gen, held-out combinations"."""
-    held_out = ["held-out combinations"] if result.settings.get("combinations") == "held_out" else []
-    label = [result.settings["label"]] if result.settings.get("label") else []
-    return ", ".join([result.benchmark, *held_out, *label])
+    held_out = "held-out combinations" if result.settings.get("combinations") == "held_out" else ""
+    return ", ".join(filter(None, (result.benchmark, held_out, result.settings.get("label"))))
 
 
 def show_name(name: str) -> str:
