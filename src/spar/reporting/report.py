@@ -16,9 +16,10 @@ from spar.common.errors import InputError
 from spar.common.files import atomic_file
 from spar.evaluation import targets
 from spar.evaluation.results import Result
+from spar.inference.outputs import Routing
 from spar.reporting.charts import curve
 from spar.reporting.curves import Curves
-from spar.reporting.routing import RoutingLike, routing_view
+from spar.reporting.routing import routing_view
 from spar.reporting.routing_summary import RoutingSummary
 from spar.reporting.templating import render_template
 
@@ -73,7 +74,7 @@ class ReportRouting:
     """One prompt's routing weights, with the reference image of an edit."""
 
     prompt: str
-    routing: RoutingLike
+    routing: Routing
     image: Image.Image | None = None
 
 

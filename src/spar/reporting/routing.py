@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
+from spar.inference.outputs import Routing
 from spar.reporting.templating import render_template, template_text
 
 # Viridis at even steps, without its darkest and lightest ends, which are invisible on dark and on light ground.
@@ -26,22 +27,6 @@ NAMED = 0.1  # a layer of at least this weight is named below a stripe
 SHOWN = 0.005  # a weight below half a per cent is not shown
 SIDE = 256  # least width of the image, pixels
 STYLE = template_text("routing.css")
-
-
-class RoutingLike(Protocol):
-    """`outputs.Routing`: T tokens, their kinds, K layer numbers, weights [T, K]."""
-
-    @property
-    def tokens(self) -> list[str]: ...
-
-    @property
-    def kinds(self) -> list[str]: ...
-
-    @property
-    def layers(self) -> tuple[int, ...]: ...
-
-    @property
-    def weights(self) -> np.ndarray: ...
 
 
 class TokenView(NamedTuple):
@@ -90,7 +75,7 @@ def grid_shape(count: int, image: Image.Image | None) -> tuple[int, int] | None:
     return (rows, columns) if rows * columns == count else None
 
 
-def routing_view(routing: RoutingLike, image: Image.Image | None = None) -> Markup:
+def routing_view(routing: Routing, image: Image.Image | None = None) -> Markup:
     """View of the words, the image's squares and the queries of one prompt, each with its stripe. Needs `STYLE`.
 
     Args:
