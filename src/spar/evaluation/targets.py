@@ -127,11 +127,9 @@ class SwapChange(NamedTuple):
 
 def swap_change(results: Iterable[Result]) -> SwapChange | None:
     """The change of understanding, if the results have both encoders."""
-    before: list[Result] = []
-    after: list[Result] = []
-    for result in results:
-        if result.benchmark == "shapes-vqa" and result.settings.get("combinations", "seen") == "seen":
-            (before if result.settings.get("label") == BEFORE_SWAP else after).append(result)
+    seen = [r for r in results if r.benchmark == "shapes-vqa" and r.settings.get("combinations", "seen") == "seen"]
+    before = [result for result in seen if result.settings.get("label") == BEFORE_SWAP]
+    after = [result for result in seen if result.settings.get("label") != BEFORE_SWAP]
     return SwapChange(before[0].score("overall"), after[0].score("overall")) if before and after else None
 
 
