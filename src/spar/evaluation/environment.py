@@ -57,8 +57,13 @@ def machine_info() -> dict[str, Any]:
 
 def version_info() -> dict[str, str]:
     """Versions of Python, of this package and of the libraries that the scores depend on."""
-    libraries = {name: importlib.metadata.version(name) for name in _LIBRARIES}
-    return {"python": platform.python_version(), "spar": __version__, **libraries}
+    facts = {"python": platform.python_version(), "spar": __version__}
+    for name in _LIBRARIES:
+        try:
+            facts[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return facts
 
 
 def run_settings(pipe: Any, options: EvalOptions, clock: Timer, *, sampled: bool, **more: Any) -> dict[str, Any]:
