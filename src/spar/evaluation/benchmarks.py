@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from spar.common.errors import InputError
 from spar.evaluation.options import EvalOptions, PipelineLike, Progress
 from spar.evaluation.results import Result
 from spar.evaluation.shapes_edit import shapes_edit
@@ -20,10 +19,3 @@ BENCHMARKS: dict[str, Benchmark] = {
     "shapes-vqa": shapes_vqa,
     "shapes-recon": shapes_recon,
 }
-
-
-def benchmark(name: str) -> Benchmark:
-    """The benchmark of a name; an unknown name raises `InputError` and lists the known ones."""
-    if name not in BENCHMARKS:
-        raise InputError(f"unknown benchmark {name!r}; expected one of {', '.join(BENCHMARKS)}")
-    return BENCHMARKS[name]

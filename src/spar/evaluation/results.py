@@ -49,9 +49,6 @@ class Result:
                 return score
         raise KeyError(f"no score {name!r} in {self.benchmark}; there are {[score.name for score in self.scores]}")
 
-    def has(self, name: str) -> bool:
-        return any(score.name == name for score in self.scores)
-
 
 def write_result(path: str | Path, result: Result) -> None:
     """Write a result as JSON, under a temporary name, then rename it; its folder is created.
@@ -102,22 +99,25 @@ def mean_score(name: str, *groups: Sequence[float] | np.ndarray, seed: int = 0) 
     def statistic(*indices: np.ndarray) -> float:
         return float(np.mean([array[index].mean() for array, index in zip(arrays, indices, strict=True)]))
 
-    value, count = float(np.mean([array.mean() for array in arrays])), sum(map(len, arrays))
-    low, high = _all_alike(value, count) or bootstrap(statistic, *map(len, arrays), seed=seed)
-    return Score(name, value, low, high, count)
+    return _resampled(name, statistic, *map(len, arrays), seed=seed)
 
 
 def ratio_score(name: str, parts: Sequence[float], wholes: Sequence[float], *, seed: int = 0) -> Score:
     """Sum of parts over sum of wholes, one pair per unit, resampled by unit."""
     above, below = np.asarray(parts, dtype=np.float64), np.asarray(wholes, dtype=np.float64)
-    value = float(above.sum() / below.sum())
-    low, high = _all_alike(value, len(above)) or bootstrap(
-        lambda index: float(above[index].sum() / below[index].sum()), len(above), seed=seed
-    )
-    return Score(name, value, low, high, len(above))
+
+    def statistic(index: np.ndarray) -> float:
+        return float(above[index].sum() / below[index].sum())
+
+    return _resampled(name, statistic, len(above), seed=seed)
 
 
-def _all_alike(share: float, count: int) -> tuple[float, float] | None:
-    """The exact (Clopper-Pearson) interval if all units are right or all wrong, where the bootstrap's has length 0."""
+def _resampled(name: str, statistic: Callable[..., float], *counts: int, seed: int) -> Score:
+    """A statistic of all units with its interval: the bootstrap's, or the exact one (Clopper-Pearson) if all units are
+    right or all wrong, where the bootstrap's has length 0.
+    """
+    value, count = statistic(*map(np.arange, counts)), sum(counts)
     chance = ((1 - LEVEL) / 2) ** (1 / count)
-    return {0.0: (0.0, 1 - chance), 1.0: (chance, 1.0)}.get(share)
+    exact = {0.0: (0.0, 1 - chance), 1.0: (chance, 1.0)}.get(value)
+    low, high = exact or bootstrap(statistic, *counts, seed=seed)
+    return Score(name, value, low, high, count)

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
+from markupsafe import Markup
 
 from spar.common.errors import InputError
 from spar.common.limits import MAX_SEED
 from spar.flow.sampler import Cancelled
 from spar.inference.image_files import save_images, source_metadata
 from spar.processing.images import open_image, to_size, to_square
-from spar.reporting.markup import Markup
 from spar.reporting.routing import routing_view
 from spar.serving.worker import Unavailable
 from spar.ui import components, examples
