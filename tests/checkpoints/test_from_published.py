@@ -10,7 +10,7 @@ import torch
 
 from spar.checkpoints.formats.internvl import read_text_tokenizer
 from spar.checkpoints.from_published import BuiltModel, build_from_published
-from spar.checkpoints.spar_format import SamplingConfig, load_model, load_pixel_encoder, save_model
+from spar.checkpoints.spar_format import SamplingConfig, load_model, load_training_part, save_model
 from spar.cli.main import main
 from spar.common.errors import InputError
 from spar.inference.pipeline import SparPipeline
@@ -161,7 +161,7 @@ def test_a_built_folder_loads_as_the_model_that_was_built(assembled, tmp_path):
     again = load_model(tmp_path / "model")
     own = assembled.bundle.model.state_dict()
     assert all(torch.equal(value, own[key]) for key, value in again.model.state_dict().items())
-    encoder = load_pixel_encoder(tmp_path / "model").state_dict()
+    encoder = load_training_part(tmp_path / "model", "pixel_encoder").state_dict()
     assert all(torch.equal(v, encoder[k]) for k, v in assembled.bundle.pixel_encoder.state_dict().items())
     assert again.sampling == SAMPLING
     ids = again.text_tokenizer.encode("<|im_start|>user\na red circle<|im_end|>\n<img><IMG_CONTEXT></img>")
@@ -443,7 +443,7 @@ def test_training_the_tokenizer_may_start_from_a_built_folder(deep, tmp_path):
     real = replace(base, model=model, alignment=replace(base.alignment, hidden=8))
     modules, stage = TrainingModules(real, {}), real.stages[0]
     load_initial_weights(modules, tmp_path / "built", stage, real)
-    encoder = load_pixel_encoder(tmp_path / "built")
+    encoder = load_training_part(tmp_path / "built", "pixel_encoder")
     own = modules.pixel_encoder.state_dict()
     assert all(torch.equal(value, own[key]) for key, value in encoder.state_dict().items())
     shutil.rmtree(tmp_path / "built" / "pixel_encoder")
