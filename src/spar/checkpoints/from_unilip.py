@@ -21,7 +21,6 @@ from spar.checkpoints.formats.torch_pickle import TorchPickleReader
 from spar.checkpoints.from_published import (
     PUBLISHED,
     SOURCES,
-    BuiltModel,
     PublishedParts,
     build_from_tensors,
     finish,
@@ -29,7 +28,7 @@ from spar.checkpoints.from_published import (
     with_configs,
 )
 from spar.checkpoints.safetensors_io import SafetensorsReader
-from spar.checkpoints.spar_format import SamplingConfig
+from spar.checkpoints.spar_format import ModelBundle, SamplingConfig
 from spar.common.errors import InputError
 from spar.models.config import SparConfig
 from spar.models.router import DynamicTokenRouter, Router
@@ -55,7 +54,7 @@ def convert_unilip(
     factor: float | None = None,
     seed: int = 0,
     recipe: str = "",
-) -> BuiltModel:
+) -> ModelBundle:
     """Convert a checkpoint of UniLIP, a tokenizer or a whole model, to a SPAR model.
 
     Args:

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
 
 from spar import __version__
+from spar.checkpoints.formats.internvl import open_text_tokenizer
 from spar.checkpoints.model_card import model_card
 from spar.checkpoints.safetensors_io import has_tensors, load_into_meta, write_tensors
 from spar.common.config import from_dict, read_json, to_dict, write_json
@@ -38,7 +38,7 @@ CARD = "README.md"
 TOKENIZER_FORMAT = f"{FORMAT}-tokenizer"
 PARTS = ("language", "router", "connector", "denoiser")
 # The optional parts, which only training reads.
-TRAINING_PARTS: dict[str, Callable[[SparConfig], nn.Module]] = {
+TRAINING_PARTS: dict[str, Callable[[SparConfig], Any]] = {
     "pixel_encoder": lambda config: PixelEncoder(build_autoencoder(config.autoencoder).encoder),
     "teacher": lambda config: SemanticEncoder(config.vision, config.text),
 }
@@ -188,14 +188,9 @@ def load_teacher(folder: Path) -> SemanticEncoder:
 
 def load_text_tokenizer(folder: Path, config: TextConfig) -> Any:
     """Load a model's text tokenizer; InputError if it is damaged or of another model."""
-    from transformers import PreTrainedTokenizerFast
-
     if not (folder / "tokenizer.json").is_file():
         raise InputError(f"tokenizer.json is missing in {folder}")
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises a bare Exception on a damaged file
-        raise InputError(f"{folder} holds no readable text tokenizer: {error}") from error
+    tokenizer = open_text_tokenizer(folder)
     own = (tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), tokenizer.eos_token_id, tokenizer.pad_token_id)
     wanted = (config.image_token_id, config.eos_token_id, config.pad_token_id)
     if own != wanted:

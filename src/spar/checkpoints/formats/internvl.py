@@ -157,19 +157,24 @@ def translate_projector(key: str) -> tuple[TensorSlice, ...] | None:
 
 
 def read_text_tokenizer(folder: Path) -> Any:
-    """The checkpoint's own tokenizer, its end token the end of a turn, as one file or as Qwen2's vocabulary and merges.
+    """The checkpoint's own tokenizer, its end token the end of a turn."""
+    tokenizer = open_text_tokenizer(folder)
+    if tokenizer.pad_token_id is None:
+        raise InputError(f"{folder}: expected a text tokenizer with a padding token, got none")
+    tokenizer.eos_token = TURN_END
+    return tokenizer
 
-    No class that the checkpoint names is looked up, so that no code of its own can run.
+
+def open_text_tokenizer(folder: Path) -> Any:
+    """A folder's tokenizer, as one file or as Qwen2's vocabulary and merges.
+
+    No class that the folder names is looked up, so that no code of its own can run.
     """
     from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
     kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else Qwen2Tokenizer
     try:
-        tokenizer = kind.from_pretrained(folder, local_files_only=True)
+        return kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises a bare Exception on a damaged file
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise InputError(f"{folder} holds no readable text tokenizer: {reason}") from error
-    if tokenizer.pad_token_id is None:
-        raise InputError(f"{folder}: expected a text tokenizer with a padding token, got none")
-    tokenizer.eos_token = TURN_END
-    return tokenizer

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from spar.checkpoints.safetensors_io import describe_mismatch
@@ -43,7 +42,7 @@ class TensorReader(Protocol):
     files: list[Path]
     shapes: dict[str, Tensor]
 
-    def read(self, key: str, dtype: torch.dtype | None = None) -> Tensor: ...
+    def read(self, key: str) -> Tensor: ...
 
 
 @dataclass
@@ -59,9 +58,8 @@ class KeyMap:
             targets = translate(key)
             for rows in (TensorSlice(f"{key} (unknown)"),) if targets is None else targets:
                 if rows.name in self.sources:
-                    raise InputError(
-                        f"{files.path.parent}: {key} and {self.sources[rows.name][1]} are both {rows.name}"
-                    )
+                    other = self.sources[rows.name][1]
+                    raise InputError(f"{files.path.parent}: {key} and {other} are both {rows.name}")
                 self.sources[rows.name] = (files, key, rows)
                 self.tensors_given[rows.name] = rows.take(files.shapes[key])
 
@@ -85,11 +83,11 @@ class KeyMap:
         if faults:
             raise InputError("the checkpoints do not fit: " + "; ".join(faults))
 
-    def tensors(self, prefix: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Read the weights of a part one by one, as stored if `dtype` is None."""
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """Read the weights of a part one by one, in their stored types."""
         start = f"{prefix}."
         return {
-            name.removeprefix(start): rows.take(files.read(key, dtype)).contiguous()
+            name.removeprefix(start): rows.take(files.read(key)).contiguous()
             for name, (files, key, rows) in self.sources.items()
             if name.startswith(start)
         }
