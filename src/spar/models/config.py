@@ -1,7 +1,8 @@
 """Sizes of every part of SPAR. The defaults are the small model of the shapes world (recipe `shapes`)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from spar.common.errors import InputError
 
@@ -28,6 +29,11 @@ def _divides(config: object, whole: str, part: str) -> None:
     a, b = getattr(config, whole), getattr(config, part)
     if a % b:
         raise InputError(f"{type(config).__name__}: expected {whole} as a multiple of {part}, got {a} and {b}")
+
+
+def library_fields(config: object, names: Mapping[str, str]) -> dict[str, Any]:
+    """Fields of a configuration under a library's names for them, which are the values of `names`."""
+    return {theirs: getattr(config, ours) for ours, theirs in names.items()}
 
 
 @dataclass(frozen=True)

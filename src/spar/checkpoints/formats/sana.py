@@ -11,6 +11,7 @@ from spar.checkpoints.formats.foreign_config import ForeignConfig
 from spar.checkpoints.formats.key_map import TensorSlice
 from spar.common.errors import InputError
 from spar.models.config import DenoiserConfig
+from spar.models.denoiser import SANA_FIELDS
 
 FILES = (
     "transformer/config.json", "transformer/diffusion_pytorch_model*.json",
@@ -36,28 +37,14 @@ def read_config(source: CheckpointSource, base: DenoiserConfig) -> Dit:
     config = ForeignConfig.read(source.folder / FOLDER / "config.json")
     config.expect("_class_name", "SanaTransformer2DModel")
     config.expect("patch_size", 1)
-    for name in ("attention_bias", "norm_elementwise_affine", "guidance_embeds"):
-        config.expect(name, False, default=False)
-    config.expect("qk_norm", None, default=None)
-    config.expect("timestep_scale", 1, default=1)
-    config.expect("dropout", 0, default=0)
+    config.expect_if_given(attention_bias=False, norm_elementwise_affine=False, guidance_embeds=False)
+    config.expect_if_given(qk_norm=None, timestep_scale=1, dropout=0)
     channels = config.whole("in_channels")
-    config.expect("out_channels", channels, default=channels)
-    width = config.whole("num_attention_heads") * config.whole("attention_head_dim")
-    config.expect("cross_attention_dim", width)
-    scale = config.get("interpolation_scale", default=None)
-    sizes = replace(
-        base,
-        layers=config.whole("num_layers"),
-        heads=config.whole("num_attention_heads"),
-        head_dim=config.whole("attention_head_dim"),
-        cross_heads=config.whole("num_cross_attention_heads"),
-        cross_head_dim=config.whole("cross_attention_head_dim"),
-        caption_channels=config.whole("caption_channels"),
-        mlp_ratio=config.number("mlp_ratio", default=2.5),
-        norm_eps=config.number("norm_eps", default=1e-6),
-        interpolation_scale=None if scale is None else float(scale),
-    )
+    config.expect_if_given(out_channels=channels)
+    numbers = config.numbers(DenoiserConfig, SANA_FIELDS, mlp_ratio=2.5, norm_eps=1e-6)
+    config.expect("cross_attention_dim", numbers["heads"] * numbers["head_dim"])
+    scale = config.number("interpolation_scale") if "interpolation_scale" in config else None
+    sizes = replace(base, **numbers, interpolation_scale=scale)
     return Dit(sizes, channels, _shift(source))
 
 
