@@ -21,7 +21,7 @@ from spar.checkpoints.spar_format import TRAINING_PARTS, ModelBundle, SamplingCo
 from spar.common.config import differences
 from spar.common.errors import InputError
 from spar.models.autoencoder import PixelEncoder
-from spar.models.config import SparConfig
+from spar.models.config import AutoencoderConfig, DenoiserConfig, SparConfig, TextConfig, VisionConfig
 from spar.models.spar import SparModel
 
 SOURCES = ("mllm", "autoencoder", "dit")
@@ -71,8 +71,7 @@ def build_from_published(
     """
     parts = read_parts(config, sources, revisions or {})
     real = replace(
-        config, vision=parts.mllm.vision, text=parts.mllm.text, autoencoder=parts.autoencoder.config,
-        denoiser=parts.dit.config,
+        config, vision=parts.vision, text=parts.text, autoencoder=parts.autoencoder, denoiser=parts.denoiser
     )
     files = {name: parts.weights(name) for name in SOURCES}
     keys = KeyMap()
@@ -80,7 +79,7 @@ def build_from_published(
     keys.add(files["autoencoder"], dcae.translate)
     keys.add(files["dit"], sana.translate)
     model, pixel_encoder, origins = build_from_tensors(real, keys, PUBLISHED, seed)
-    model.tokenizer.latent_scale.fill_(parts.autoencoder.scaling_factor)
+    model.tokenizer.latent_scale.fill_(parts.scaling_factor)
     origins["latent scale"] = "the autoencoder's scaling_factor, until a tokenizer stage measures it"
     records = {name: parts.sources[name].record(with_configs(files[name].files)) for name in SOURCES}
     return finish(model, pixel_encoder, parts, (config, real), sampling, origins, records, seed=seed, recipe=recipe)
@@ -88,13 +87,19 @@ def build_from_published(
 
 @dataclass(frozen=True)
 class PublishedParts:
-    """The published parts: their sources and configurations."""
+    """The published parts: their sources, sizes, and what else their configurations state.
+
+    `scaling_factor` brings the autoencoder's latents to unit variance; `sampling_shift` is None without a scheduler.
+    """
 
     sources: dict[str, CheckpointSource]
     text_tokenizer: Any
-    mllm: internvl.Mllm
-    autoencoder: dcae.Autoencoder
-    dit: sana.Dit
+    vision: VisionConfig
+    text: TextConfig
+    autoencoder: AutoencoderConfig
+    scaling_factor: float
+    denoiser: DenoiserConfig
+    sampling_shift: float | None
 
     def weights(self, name: str) -> SafetensorsReader:
         """The tensors of one of SOURCES."""
@@ -117,15 +122,10 @@ def read_parts(
     found = {name: fetch(sources[name], PATTERNS[name], revision=revisions.get(name), what=name) for name in SOURCES}
     folder = found["mllm"].folder
     text_tokenizer = internvl.read_text_tokenizer(folder)
-    mllm = internvl.read_config(folder, llm or found["mllm"].weights(*WEIGHTS["mllm"]), text_tokenizer)
-    parts = PublishedParts(
-        found, text_tokenizer, mllm, dcae.read_config(found["autoencoder"]),
-        sana.read_config(found["dit"], config.denoiser),
-    )
-    channels = parts.autoencoder.config.latent_channels
-    if parts.dit.channels != channels:
-        raise InputError(f"the DiT denoises {parts.dit.channels} channels, expected the autoencoder's {channels}")
-    return parts
+    vision, text = internvl.read_config(folder, llm or found["mllm"].weights(*WEIGHTS["mllm"]), text_tokenizer)
+    autoencoder, scaling_factor = dcae.read_config(found["autoencoder"])
+    denoiser, shift = sana.read_config(found["dit"], config.denoiser, autoencoder.latent_channels)
+    return PublishedParts(found, text_tokenizer, vision, text, autoencoder, scaling_factor, denoiser, shift)
 
 
 def finish(
@@ -141,7 +141,7 @@ def finish(
     recipe: str,
 ) -> ModelBundle:
     """Bundle the model with its tokenizer, sampling and manifest; `configs` are the recipe's and the model's own."""
-    shift = parts.dit.sampling_shift
+    shift = parts.sampling_shift
     own_sampling = sampling if shift is None else replace(sampling, shift=shift)
     found = [*differences(*configs, "model"), *differences(sampling, own_sampling, "sampling")]
     manifest = {

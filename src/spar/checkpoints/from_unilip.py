@@ -129,13 +129,13 @@ def _sizes(
         block_norm_eps=unilip.BLOCK_NORM_EPS, fusion="residual",
     )
     return SparConfig(
-        vision=parts.mllm.vision,
-        text=parts.mllm.text,
-        autoencoder=parts.autoencoder.config,
+        vision=parts.vision,
+        text=parts.text,
+        autoencoder=parts.autoencoder,
         streams=streams,
         router=replace(config.router, kind=router, temperature=1.0, scale="last", norm=False),
         connector=connector,
-        denoiser=replace(parts.dit.config, position_gain=0.0, reference_latent=False),
+        denoiser=replace(parts.denoiser, position_gain=0.0, reference_latent=False),
     )
 
 

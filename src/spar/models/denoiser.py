@@ -16,13 +16,14 @@ from spar.models.attention import MASKED, KeyValue, attention, compute_dtype, si
 from spar.models.config import DenoiserConfig, library_fields
 
 TIME_STEPS = 1000.0  # SANA embeds time in [0, 1000]
+POSITION_BASE = 10.0  # wavelengths of 2 pi to 20 pi tokens: every channel varies over a grid of eight
+
 # diffusers' names for our fields, by which its class is built and published configurations are read.
 SANA_FIELDS = {
     "layers": "num_layers", "heads": "num_attention_heads", "head_dim": "attention_head_dim",
     "cross_heads": "num_cross_attention_heads", "cross_head_dim": "cross_attention_head_dim",
     "caption_channels": "caption_channels", "mlp_ratio": "mlp_ratio", "norm_eps": "norm_eps",
 }  # fmt: skip
-POSITION_BASE = 10.0  # wavelengths of 2 pi to 20 pi tokens: every channel varies over a grid of eight
 
 
 @dataclass(frozen=True)

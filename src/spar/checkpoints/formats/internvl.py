@@ -5,7 +5,6 @@ the LLM `language_model.model`, newer ones `model.language_model`; both are know
 """
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +33,7 @@ _PROJECTOR = {"0": "layer_norm", "1": "linear_1", "3": "linear_2"}
 _QKV = re.compile(r"encoder\.layer\.(\d+)\.attn\.qkv\.(weight|bias)")
 
 
-@dataclass(frozen=True)
-class Mllm:
-    """Sizes from a checkpoint's configuration."""
-
-    vision: VisionConfig
-    text: TextConfig
-
-
-def read_config(folder: Path, files: TensorReader, text_tokenizer: Any) -> Mllm:
+def read_config(folder: Path, files: TensorReader, text_tokenizer: Any) -> tuple[VisionConfig, TextConfig]:
     """Read the sizes of a checkpoint in either layout; unsupported settings are refused.
 
     The head is tied if the configuration says so or none is stored (older configurations do not say).
@@ -53,7 +44,7 @@ def read_config(folder: Path, files: TensorReader, text_tokenizer: Any) -> Mllm:
     text = config.inner("text_config", "llm_config")
     stated = config.get("tie_word_embeddings", default=text.get("tie_word_embeddings", default=False))
     tied = bool(stated) or not any(key.endswith("lm_head.weight") for key in files.shapes)
-    return Mllm(_vision(config.inner("vision_config")), _text(text, config, tied, text_tokenizer))
+    return _vision(config.inner("vision_config")), _text(text, config, tied, text_tokenizer)
 
 
 def _vision(config: ForeignConfig) -> VisionConfig:

@@ -4,7 +4,7 @@ That layout has a trap: its scheduler's configuration has `flow_shift`, and a sc
 silently uses 1. Here the shift of sampling is that of the field which the named class reads.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from spar.checkpoints.formats.checkpoint_source import CheckpointSource
 from spar.checkpoints.formats.foreign_config import ForeignConfig
@@ -23,17 +23,13 @@ DENOISER = "denoiser"
 SHIFTS = {"DPMSolverMultistepScheduler": "flow_shift", "FlowMatchEulerDiscreteScheduler": "shift"}
 
 
-@dataclass(frozen=True)
-class Dit:
-    """Sizes, channels of the latent, and the shift of sampling (None: there is no scheduler)."""
+def read_config(
+    source: CheckpointSource, base: DenoiserConfig, latent_channels: int
+) -> tuple[DenoiserConfig, float | None]:
+    """Read the sizes of a checkpoint for latents of these channels, and the shift of sampling (None: no scheduler).
 
-    config: DenoiserConfig
-    channels: int
-    sampling_shift: float | None
-
-
-def read_config(source: CheckpointSource, base: DenoiserConfig) -> Dit:
-    """Read the sizes of a checkpoint; settings that SANA's configuration lacks are those of `base`."""
+    Settings that SANA's configuration lacks are those of `base`.
+    """
     config = ForeignConfig.read(source.folder / FOLDER / "config.json")
     config.expect("_class_name", "SanaTransformer2DModel")
     config.expect("patch_size", 1)
@@ -41,11 +37,13 @@ def read_config(source: CheckpointSource, base: DenoiserConfig) -> Dit:
     config.expect_if_given(qk_norm=None, timestep_scale=1, dropout=0)
     channels = config.whole("in_channels")
     config.expect_if_given(out_channels=channels)
+    if channels != latent_channels:
+        raise InputError(f"the DiT denoises {channels} channels, expected the autoencoder's {latent_channels}")
     numbers = config.numbers(DenoiserConfig, SANA_FIELDS, mlp_ratio=2.5, norm_eps=1e-6)
     config.expect("cross_attention_dim", numbers["heads"] * numbers["head_dim"])
     scale = config.number("interpolation_scale") if "interpolation_scale" in config else None
     sizes = replace(base, **numbers, interpolation_scale=scale)
-    return Dit(sizes, channels, _shift(source))
+    return sizes, _shift(source)
 
 
 def _shift(source: CheckpointSource) -> float | None:
