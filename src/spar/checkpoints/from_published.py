@@ -82,7 +82,7 @@ def build_from_published(
     model.tokenizer.latent_scale.fill_(parts.scaling_factor)
     origins["latent scale"] = "the autoencoder's scaling_factor, until a tokenizer stage measures it"
     records = {name: parts.sources[name].record(with_configs(files[name].files)) for name in SOURCES}
-    return finish(model, pixel_encoder, parts, (config, real), sampling, origins, records, seed=seed, recipe=recipe)
+    return finish(model, pixel_encoder, parts, config, sampling, origins, records, seed=seed, recipe=recipe)
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def finish(
     model: SparModel,
     pixel_encoder: PixelEncoder,
     parts: PublishedParts,
-    configs: tuple[SparConfig, SparConfig],
+    config: SparConfig,
     sampling: SamplingConfig,
     origins: dict[str, str],
     records: dict[str, Any],
@@ -140,10 +140,10 @@ def finish(
     seed: int,
     recipe: str,
 ) -> ModelBundle:
-    """Bundle the model with its tokenizer, sampling and manifest; `configs` are the recipe's and the model's own."""
+    """Bundle the model with its tokenizer, sampling and manifest; `config` is the recipe's."""
     shift = parts.sampling_shift
     own_sampling = sampling if shift is None else replace(sampling, shift=shift)
-    found = [*differences(*configs, "model"), *differences(sampling, own_sampling, "sampling")]
+    found = [*differences(config, model.config, "model"), *differences(sampling, own_sampling, "sampling")]
     manifest = {
         "recipe": recipe,
         "seed": seed,

@@ -88,7 +88,7 @@ def convert_unilip(
     }
     records = {"unilip": source.record(files.files if single else with_configs(files.files))}
     records |= {name: parts.sources[name].record(with_configs(read[name])) for name in read}
-    return finish(model, pixel_encoder, parts, (config, real), sampling, origins, records, seed=seed, recipe=recipe)
+    return finish(model, pixel_encoder, parts, config, sampling, origins, records, seed=seed, recipe=recipe)
 
 
 def _open(path: str) -> tuple[CheckpointSource, TensorReader]:

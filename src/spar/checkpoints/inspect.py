@@ -71,17 +71,18 @@ def inspect(folder: Path) -> Inspection:
     whole = not folder.is_dir() or read_json(folder / "config.json").get("format") != TOKENIZER_FORMAT
     header = read_header(folder, FORMAT if whole else TOKENIZER_FORMAT)
     config = from_dict(SparConfig, header["model"], complete=True)
+    if whole:
+        tokenizer_header(folder, header)
+        load_text_tokenizer(folder / "text_tokenizer", config.text)
     modules: dict[str, nn.Module]
     with init_empty_weights():
         if whole:
-            tokenizer_header(folder, header)
-            load_text_tokenizer(folder / "text_tokenizer", config.text)
             model = SparModel(config)
             modules = {name: getattr(model, name) for name in ("tokenizer", *PARTS)}
             modules |= {name: build(config) for name, build in TRAINING_PARTS.items() if has_part(folder, name)}
         else:
             modules = {"tokenizer": UnifiedTokenizer(config)}
-    parts = [_part(name, part, folder / name if whole else folder) for name, part in modules.items()]
+    parts = [_part(name, module, folder / name if whole else folder) for name, module in modules.items()]
     manifest, versions = folder / "manifest.json", header.get("versions")
     return Inspection(
         format=header["format"],

@@ -51,11 +51,8 @@ def add_lora(model: nn.Module, config: LoraConfig) -> None:
         raise InputError(f"LoRA needs peft: {install_command('lora')}") from None
     for part in config.parts:
         module = getattr(model, part)
-        names = [
-            name
-            for name, layer in module.named_modules()
-            if isinstance(layer, nn.Linear) and name.startswith(LAYERS[part])
-        ]
+        linear = (name for name, layer in module.named_modules() if isinstance(layer, nn.Linear))
+        names = [name for name in linear if name.startswith(LAYERS[part])]
         settings = peft.LoraConfig(
             r=config.rank, target_modules=names, lora_dropout=0.0,
             lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft says int, but only divides it by the rank

@@ -26,8 +26,10 @@ def read_config(source: CheckpointSource) -> tuple[AutoencoderConfig, float]:
     parameters = inspect.signature(AutoencoderDC.__init__).parameters
     known = {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
     config = ForeignConfig({**known, **given.values}, given.where)
-    config.expect_if_given(in_channels=3, decoder_conv_act_fn="relu")
-    config.expect_if_given(encoder_out_shortcut=True, decoder_in_shortcut=True)
+    config.expect("in_channels", 3)
+    for name in ("encoder_out_shortcut", "decoder_in_shortcut"):
+        config.expect(name, True)
+    config.expect("decoder_conv_act_fn", "relu")
     channels = tuple(config.get("encoder_block_out_channels"))
     if channels != tuple(config.get("decoder_block_out_channels")):
         raise InputError(f"{given.where}: expected encoder_ and decoder_block_out_channels alike, got different ones")
