@@ -17,7 +17,7 @@ NESTED = ("state_dict", "model", "module")  # keys of the weights in files of tr
 
 
 class TorchPickleReader:
-    """The interface of `SafetensorsReader` for one file."""
+    """As `SafetensorsReader`, for one file: `path`, `files`, `shapes` and `read`."""
 
     def __init__(self, path: Path, max_bytes: int = MAX_BYTES) -> None:
         self.path, self.files = path, [path]
