@@ -20,13 +20,14 @@ pytest.importorskip("playwright", reason="playwright is not installed")
 import uvicorn
 from fastapi import FastAPI
 from playwright import sync_api
+from starlette.testclient import TestClient
 
 from spar.flow.sampler import Cancelled
 from spar.inference.image_files import BUNDLED_MODEL, read_metadata
 from spar.ui.app import build_page
 from spar.ui.components import error_message
 from spar.ui.examples import EDITS, PROMPTS, knows_shapes, scene_images
-from spar.ui.mount import mount_page
+from spar.ui.mount import mount_page, page_app
 
 pytestmark = pytest.mark.slow
 
@@ -337,6 +338,20 @@ def test_a_model_of_another_world_is_not_offered_the_shapes_examples(pipe, monke
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     config = str(build_page(pipe).get_config_file()["components"])
     assert "circle" not in config and "'type': 'dataset'" not in config and "64 × 64 pixels" in config
+
+
+# ---- the address -----------------------------------------------------------------------------------------------------
+
+
+def test_the_page_answers_under_the_names_of_this_machine_alone(pipe, monkeypatch, tmp_path):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # so that it is what it was afterwards
+    for host, other in (("127.0.0.1", "127.0.0.2"), ("127.0.0.2", "127.0.0.3"), ("::1", "[::2]")):
+        client = TestClient(page_app(pipe, host, token=None, cache=tmp_path))
+        own = f"[{host}]" if ":" in host else host
+        for name in (own, "localhost", "127.0.0.1", "[::1]"):
+            assert client.get("/config", headers={"Host": f"{name}:7860"}).status_code == 200, (host, name)
+        for name in (other, "evil.example", "localhost.evil.example"):
+            assert client.get("/config", headers={"Host": f"{name}:7860"}).status_code == 400, (host, name)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -13,16 +13,18 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Form, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from PIL import Image
+from starlette.requests import ClientDisconnect
 
 from spar import __version__
 from spar.inference.image_files import encode_image
+from spar.inference.outputs import ChatOutput
 from spar.serving import schema
-from spar.serving.batching import GeneratedImage, begin_chat, reconstruction_job, sampling_jobs
+from spar.serving.batching import GeneratedImage, reconstruct, sampling_jobs
 from spar.serving.errors import ApiError, add_handlers, api_error
 from spar.serving.image_io import read_image, read_messages
 from spar.serving.limits import DECODE_THREADS, REQUEST_SECONDS
 from spar.serving.metrics import ServerMetrics
-from spar.serving.middleware import ClientDisconnected, RequestGuardMiddleware
+from spar.serving.middleware import RequestGuardMiddleware
 from spar.serving.worker import ChatJob, ImageJob, Stopped, Worker
 
 FORM = Form(media_type="multipart/form-data")
@@ -119,21 +121,21 @@ class Routes:
         """Generate images from a prompt."""
         self._check_model(body.model)
         until, pipe = self._deadline(), self.worker.pipe
-        jobs = sampling_jobs(pipe, body, _seed(body), pipe.output_size(*_sides(body.size)))
+        jobs = sampling_jobs(pipe, body, pipe.output_size(*schema.sides(body.size)))
         return await self._answer(request, jobs, body.output_format, until)
 
     async def edits(self, request: Request, form: Annotated[schema.EditForm, FORM]) -> Response:
         """Edit an image as the prompt says."""
         until, pipe = self._deadline(), self.worker.pipe
         image = await self._uploaded_image(request, form, until)
-        jobs = sampling_jobs(pipe, form, _seed(form), pipe.edited_size(image), image)
+        jobs = sampling_jobs(pipe, form, pipe.edited_size(image), image)
         return await self._answer(request, jobs, form.output_format, until)
 
     async def reconstruct(self, request: Request, form: Annotated[schema.ReconstructForm, FORM]) -> Response:
         """Encode and decode an image with the unified tokenizer."""
         until = self._deadline()
         image = await self._uploaded_image(request, form, until)
-        return await self._answer(request, [reconstruction_job(image)], form.output_format, until)
+        return await self._answer(request, [ImageJob(reconstruct, None, image)], form.output_format, until)
 
     async def chat(self, request: Request, body: schema.ChatRequest) -> Response:
         """Answer the last message of a conversation, which may contain images; whole or streamed."""
@@ -149,12 +151,12 @@ class Routes:
         def emit(piece: str | None) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        job = ChatJob(lambda pipe: begin_chat(pipe, messages, max_new_tokens), emit)
+        job = ChatJob(lambda pipe: pipe.chat(messages, max_new_tokens=max_new_tokens), emit)
         job.future.add_done_callback(lambda _: emit(None))
         self.worker.submit(job)
         if not body.stream:
             (out,) = await _finished(request, [job], until)
-            return JSONResponse(completion(self.model.id, out, [pieces.get_nowait() for _ in range(pieces.qsize())]))
+            return JSONResponse(_completion(self.model.id, out, [pieces.get_nowait() for _ in range(pieces.qsize())]))
         usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         try:
             first = await _race(request, pieces.get(), until)
@@ -185,18 +187,6 @@ class Routes:
         return Response(self.metrics.text(), media_type="text/plain; version=1.0.0; charset=utf-8")
 
 
-def _seed(request: schema.SamplingRequest) -> int:
-    return secrets.randbelow(2**32) if request.seed is None else request.seed
-
-
-def _sides(size: str | None) -> tuple[int | None, int | None]:
-    """Height and width of a size, None for the model's own."""
-    if size in (None, "auto"):
-        return None, None
-    width, height = map(int, size.split("x"))
-    return height, width
-
-
 async def _check_fields_unique(request: Request) -> None:
     """Refuse a repeated field, of which a form would silently give the last value."""
     names = [name for name, _ in (await request.form()).multi_items()]
@@ -211,7 +201,7 @@ async def _disconnected(request: Request) -> None:
 
 
 async def _race(request: Request, work: Awaitable[Any], until: float) -> Any:
-    """Result of `work`, unless the client disconnects (ClientDisconnected) or the clock reaches `until` (503)."""
+    """Result of `work`, unless the client disconnects (ClientDisconnect) or the clock reaches `until` (503)."""
     task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
     try:
         left = max(0, until - asyncio.get_running_loop().time())
@@ -221,7 +211,7 @@ async def _race(request: Request, work: Awaitable[Any], until: float) -> Any:
         if task.done():
             return task.result()
         if leaving.done():
-            raise ClientDisconnected
+            raise ClientDisconnect
         raise ApiError(503)
     finally:
         leaving.cancel()
@@ -241,7 +231,7 @@ async def _chunks(
     job: ChatJob, piece: str | None, pieces: asyncio.Queue[str | None], model: str, usage: bool, until: float
 ) -> AsyncIterator[str]:
     """Stream an answer as server-sent events; the job is cancelled if the client stops reading."""
-    shared = {"id": new_id(), "object": "chat.completion.chunk", "created": int(time.time()), "model": model}
+    shared = _head("chat.completion.chunk", model)
 
     def chunk(delta: dict[str, str], finish: str | None = None) -> str:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
@@ -256,7 +246,7 @@ async def _chunks(
         out = job.future.result()
         yield chunk({}, out.finish_reason)
         if usage:
-            yield _event({**shared, "choices": [], "usage": usage_of(out)})
+            yield _event({**shared, "choices": [], "usage": _usage(out)})
     except TimeoutError:
         yield _event(ApiError(503).body())
     except Exception as error:  # the status has been sent already
@@ -270,23 +260,22 @@ def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value)}\n\n"
 
 
-def new_id() -> str:
-    """An identifier of a completion."""
-    return f"chatcmpl-{secrets.token_hex(12)}"
+def _head(kind: str, model: str) -> dict[str, Any]:
+    """First fields of a completion, and of each chunk of a streamed one."""
+    return {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()), "model": model}
 
 
-def usage_of(out: Any) -> dict[str, int]:
+def _usage(out: ChatOutput) -> dict[str, int]:
     """Token counts of a finished answer, as OpenAI counts them."""
     total = out.prompt_tokens + out.completion_tokens
     return {"prompt_tokens": out.prompt_tokens, "completion_tokens": out.completion_tokens, "total_tokens": total}
 
 
-def completion(model: str, out: Any, pieces: list[str | None]) -> dict[str, Any]:
+def _completion(model: str, out: ChatOutput, pieces: list[str | None]) -> dict[str, Any]:
     """A whole chat completion in OpenAI's form."""
     message = {"role": "assistant", "content": "".join(piece or "" for piece in pieces), "refusal": None}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": out.finish_reason}
-    shared = {"id": new_id(), "object": "chat.completion", "created": int(time.time()), "model": model}
-    return {**shared, "choices": [choice], "usage": usage_of(out)}
+    return {**_head("chat.completion", model), "choices": [choice], "usage": _usage(out)}
 
 
 def _images(generated: list[GeneratedImage], kind: str) -> Response:

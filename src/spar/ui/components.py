@@ -1,7 +1,5 @@
 """Components, messages and style of the page."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 
@@ -35,23 +33,18 @@ def button(title: str) -> gr.Button:
     return gr.Button(title, variant="primary", scale=3, min_width=140)
 
 
-def stop_button() -> gr.Button:
-    """The button that stops it."""
-    return gr.Button("Stop", scale=1, min_width=90)
-
-
-def image(label: str, side: int) -> gr.Image:
+def image(side: int) -> gr.Image:
     """A result, as the written file, so that the browser saves what the command line writes."""
     return gr.Image(
-        type="filepath", image_mode=None, format="png", label=label, interactive=False, height=HEIGHT,
+        type="filepath", image_mode=None, format="png", label="Image", interactive=False, height=HEIGHT,
         buttons=["fullscreen"], elem_classes=_classes(side),
     )  # fmt: skip
 
 
-def source(label: str, side: int, value: str | None) -> gr.Image:
+def source(side: int, value: str | None) -> gr.Image:
     """An image input, as the path of the uploaded file."""
     component = gr.Image(
-        value, type="filepath", image_mode=None, format="png", label=label, interactive=True, height=HEIGHT,
+        value, type="filepath", image_mode=None, format="png", label="Your image", interactive=True, height=HEIGHT,
         sources=["upload", "clipboard"], buttons=["fullscreen"], elem_classes=_classes(side),
         placeholder="Drop an image here, paste one, or click to choose a file",
     )  # fmt: skip
@@ -62,10 +55,10 @@ def source(label: str, side: int, value: str | None) -> gr.Image:
     return component
 
 
-def slider(label: str, side: int) -> gr.ImageSlider:
+def slider(side: int) -> gr.ImageSlider:
     """Two images over each other."""
     return gr.ImageSlider(
-        type="pil", format="png", label=label, interactive=False, height=HEIGHT, buttons=["fullscreen"],
+        type="pil", format="png", label="Before and after", interactive=False, height=HEIGHT, buttons=["fullscreen"],
         elem_classes=["spar-slider", *_classes(side)],
     )  # fmt: skip
 
@@ -76,10 +69,10 @@ def _classes(side: int) -> list[str]:
 
 def seed(value: str) -> gr.Textbox:
     """The field of the seed."""
-    attributes = {"inputmode": "numeric", "autocomplete": "off"}
+    attributes: Any = {"inputmode": "numeric", "autocomplete": "off"}  # gradio's class lacks inputmode
     return gr.Textbox(
         value, label="Seed", info="The same seed, the same image.", placeholder="a new one each time", max_length=20,
-        html_attributes=attributes, scale=3, min_width=160,  # type: ignore[arg-type]  # gradio's class lacks inputmode
+        html_attributes=attributes, scale=3, min_width=160,
     )  # fmt: skip
 
 
