@@ -3,6 +3,7 @@
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,14 +21,16 @@ pytest.importorskip("playwright", reason="playwright is not installed")
 import uvicorn
 from fastapi import FastAPI
 from playwright import sync_api
+from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from spar.flow.sampler import Cancelled
 from spar.inference.image_files import BUNDLED_MODEL, read_metadata
+from spar.serving.auth import listen
 from spar.ui.app import build_page
 from spar.ui.components import error_message
 from spar.ui.examples import EDITS, PROMPTS, knows_shapes, scene_images
-from spar.ui.mount import mount_page, page_app
+from spar.ui.mount import mount_page, page_app, serve_page
 
 pytestmark = pytest.mark.slow
 
@@ -352,6 +355,28 @@ def test_the_page_answers_under_the_names_of_this_machine_alone(pipe, monkeypatc
             assert client.get("/config", headers={"Host": f"{name}:7860"}).status_code == 200, (host, name)
         for name in (other, "evil.example", "localhost.evil.example"):
             assert client.get("/config", headers={"Host": f"{name}:7860"}).status_code == 400, (host, name)
+
+
+def test_the_page_alone_disconnects_a_client_that_sends_no_request(monkeypatch):
+    servers = []
+
+    class Server(uvicorn.Server):
+        def run(self, sockets):
+            servers.append(self)
+            super().run(sockets)
+
+    monkeypatch.setattr("spar.serving.limits.HEADER_SECONDS", 0.3)
+    monkeypatch.setattr("spar.ui.mount.page_app", lambda *args, **settings: Starlette())
+    monkeypatch.setattr(uvicorn, "Server", Server)
+    listener = listen("127.0.0.1", 0)
+    thread = threading.Thread(target=serve_page, args=(None, listener))
+    thread.start()
+    try:
+        with socket.create_connection(listener.getsockname(), timeout=10) as connection:
+            assert connection.recv(1) == b""
+    finally:
+        servers[0].should_exit = True
+        thread.join()
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from spar.serving import schema
 from spar.serving.batching import GeneratedImage, reconstruct, sampling_jobs
 from spar.serving.errors import ApiError, add_handlers, api_error
 from spar.serving.image_io import read_image, read_messages
-from spar.serving.limits import DECODE_THREADS, REQUEST_SECONDS
+from spar.serving.limits import DECODE_THREADS
 from spar.serving.metrics import ServerMetrics
 from spar.serving.middleware import RequestGuardMiddleware
 from spar.serving.worker import ChatJob, ImageJob, Stopped, Worker
@@ -40,8 +40,7 @@ STREAM: dict[int | str, dict[str, Any]] = {
 
 
 def create_app(
-    worker: Worker, *, token: str | None = None, hosts: Collection[str] | None = None,
-    timeout: float = REQUEST_SECONDS, page: FastAPI | None = None,
+    worker: Worker, *, token: str | None, hosts: Collection[str] | None, timeout: float, page: FastAPI | None
 ) -> FastAPI:  # fmt: skip
     """Build the ASGI application, which starts and stops the worker.
 
@@ -54,7 +53,7 @@ def create_app(
     """
     metrics = ServerMetrics(lambda: worker.waiting)
     worker.observe = metrics.observe
-    routes = Routes(worker, metrics, timeout)
+    routes = Routes(worker, metrics)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -68,7 +67,7 @@ def create_app(
         title="SPAR", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS,
         separate_input_output_schemas=False, redirect_slashes=False,
     )  # fmt: skip
-    app.add_middleware(RequestGuardMiddleware, token=token, hosts=hosts, metrics=metrics)
+    app.add_middleware(RequestGuardMiddleware, token=token, hosts=hosts, timeout=timeout, metrics=metrics)
     add_handlers(app)
     app.post("/v1/images/generations", response_model=schema.ImagesResponse)(routes.generations)
     app.post("/v1/images/edits", response_model=schema.ImagesResponse)(routes.edits)
@@ -82,14 +81,10 @@ def create_app(
 
 
 class Routes:
-    """What answers the requests: one worker, whose jobs they wait for.
+    """What answers the requests: one worker, whose jobs they wait for."""
 
-    Args:
-        timeout: seconds that a request may wait and run.
-    """
-
-    def __init__(self, worker: Worker, metrics: ServerMetrics, timeout: float) -> None:
-        self.worker, self.metrics, self.timeout = worker, metrics, timeout
+    def __init__(self, worker: Worker, metrics: ServerMetrics) -> None:
+        self.worker, self.metrics = worker, metrics
         self.decoders = ThreadPoolExecutor(DECODE_THREADS)
         # The model's name in requests: of hf://OWNER/NAME@COMMIT only what fits a path.
         name = (worker.pipe.origin.get("model") or "spar").rpartition("/")[2]
@@ -99,51 +94,41 @@ class Routes:
         if name not in (None, self.model.id):
             raise ApiError(404, f"model: expected {self.model.id}", param="model", code="model_not_found")
 
-    def _deadline(self) -> float:
-        """Latest time of the answer to a request that arrives now, by the loop's clock."""
-        return asyncio.get_running_loop().time() + self.timeout
-
-    async def _answer(self, request: Request, jobs: list[ImageJob], kind: str | None, until: float) -> Response:
+    async def _answer(self, request: Request, jobs: list[ImageJob], kind: str | None) -> Response:
         """Run the jobs and encode their images."""
         self.worker.submit(*jobs)
-        return await asyncio.to_thread(_images, await _finished(request, jobs, until), kind or "png")
+        return await asyncio.to_thread(_images, await _finished(request, jobs), kind or "png")
 
-    async def _uploaded_image(
-        self, request: Request, form: schema.EditForm | schema.ReconstructForm, until: float
-    ) -> Image.Image:
+    async def _uploaded_image(self, request: Request, form: schema.EditForm | schema.ReconstructForm) -> Image.Image:
         """Decode a form's image, after checks of its fields and its model."""
         await _check_fields_unique(request)
         self._check_model(form.model)
         data = await form.image.read()
-        return await _race(request, read_image(data, "image", request.state.reserve, self.decoders), until)
+        return await _race(request, read_image(data, "image", request.state.reserve, self.decoders))
 
     async def generations(self, request: Request, body: schema.GenerationRequest) -> Response:
         """Generate images from a prompt."""
         self._check_model(body.model)
-        until, pipe = self._deadline(), self.worker.pipe
-        jobs = sampling_jobs(pipe, body, pipe.output_size(*schema.sides(body.size)))
-        return await self._answer(request, jobs, body.output_format, until)
+        size = self.worker.pipe.output_size(*schema.sides(body.size))
+        return await self._answer(request, sampling_jobs(self.worker.pipe, body, size), body.output_format)
 
     async def edits(self, request: Request, form: Annotated[schema.EditForm, FORM]) -> Response:
         """Edit an image as the prompt says."""
-        until, pipe = self._deadline(), self.worker.pipe
-        image = await self._uploaded_image(request, form, until)
+        image, pipe = await self._uploaded_image(request, form), self.worker.pipe
         jobs = sampling_jobs(pipe, form, pipe.edited_size(image), image)
-        return await self._answer(request, jobs, form.output_format, until)
+        return await self._answer(request, jobs, form.output_format)
 
     async def reconstruct(self, request: Request, form: Annotated[schema.ReconstructForm, FORM]) -> Response:
         """Encode and decode an image with the unified tokenizer."""
-        until = self._deadline()
-        image = await self._uploaded_image(request, form, until)
-        return await self._answer(request, [ImageJob(reconstruct, None, image)], form.output_format, until)
+        image = await self._uploaded_image(request, form)
+        return await self._answer(request, [ImageJob(reconstruct, None, image)], form.output_format)
 
     async def chat(self, request: Request, body: schema.ChatRequest) -> Response:
         """Answer the last message of a conversation, which may contain images; whole or streamed."""
         self._check_model(body.model)
         if body.stream_options is not None and not body.stream:
             raise ApiError(400, "stream_options: expected only with stream", param="stream_options")
-        until = self._deadline()
-        messages = await _race(request, read_messages(body.messages, request.state.reserve, self.decoders), until)
+        messages = await _race(request, read_messages(body.messages, request.state.reserve, self.decoders))
         max_new_tokens = body.max_completion_tokens or body.max_tokens
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -155,17 +140,17 @@ class Routes:
         job.future.add_done_callback(lambda _: emit(None))
         self.worker.submit(job)
         if not body.stream:
-            (out,) = await _finished(request, [job], until)
+            (out,) = await _finished(request, [job])
             return JSONResponse(_completion(self.model.id, out, [pieces.get_nowait() for _ in range(pieces.qsize())]))
         usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         try:
-            first = await _race(request, pieces.get(), until)
+            first = await _race(request, pieces.get())
             if first is None:  # a failure before the first piece gets an error status, not a stream
                 job.future.result()
         except BaseException:
             job.future.cancel()
             raise
-        chunks = _chunks(job, first, pieces, self.model.id, usage, until)
+        chunks = _chunks(job, first, pieces, self.model.id, usage, request.state.deadline)
         return StreamingResponse(chunks, media_type="text/event-stream")
 
     async def models(self) -> schema.ModelList:
@@ -200,11 +185,11 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _race(request: Request, work: Awaitable[Any], until: float) -> Any:
-    """Result of `work`, unless the client disconnects (ClientDisconnect) or the clock reaches `until` (503)."""
+async def _race(request: Request, work: Awaitable[Any]) -> Any:
+    """Result of `work`, unless the client disconnects (ClientDisconnect) or the deadline is over (503)."""
     task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
     try:
-        left = max(0, until - asyncio.get_running_loop().time())
+        left = max(0, request.state.deadline - asyncio.get_running_loop().time())
         await asyncio.wait({task, leaving}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         if task.cancelled():
             raise Stopped
@@ -218,17 +203,17 @@ async def _race(request: Request, work: Awaitable[Any], until: float) -> Any:
         task.cancel()
 
 
-async def _finished(request: Request, jobs: Sequence[ImageJob | ChatJob], until: float) -> list[Any]:
+async def _finished(request: Request, jobs: Sequence[ImageJob | ChatJob]) -> list[Any]:
     """Results of jobs, in order; the jobs are cancelled if the client disconnects or the time is over."""
     try:
-        return await _race(request, asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs)), until)
+        return await _race(request, asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs)))
     finally:
         for job in jobs:  # no effect on finished jobs
             job.future.cancel()
 
 
 async def _chunks(
-    job: ChatJob, piece: str | None, pieces: asyncio.Queue[str | None], model: str, usage: bool, until: float
+    job: ChatJob, piece: str | None, pieces: asyncio.Queue[str | None], model: str, usage: bool, deadline: float
 ) -> AsyncIterator[str]:
     """Stream an answer as server-sent events; the job is cancelled if the client stops reading."""
     shared = _head("chat.completion.chunk", model)
@@ -239,7 +224,7 @@ async def _chunks(
 
     try:
         yield chunk({"role": "assistant", "content": ""})
-        async with asyncio.timeout_at(until):
+        async with asyncio.timeout_at(deadline):
             while piece is not None:
                 yield chunk({"content": piece})
                 piece = await pieces.get()

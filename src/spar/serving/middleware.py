@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from spar.serving import limits
 from spar.serving.asgi import add_headers, is_foreign, replay_body
@@ -22,12 +21,16 @@ HEADERS = ((b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-stor
 
 
 class RequestGuardMiddleware:
-    """`token`: bearer token, None for none; `hosts`: allowed names of Host if there is no token, None for any."""
+    """The guard, whose arguments are those of `create_app`.
+
+    Routes get in their request's state: `reserve(bytes)`, which counts memory that the request will take, and the
+    `deadline` of the answer by the loop's clock.
+    """
 
     def __init__(
-        self, app: ASGIApp, *, token: str | None, hosts: Collection[str] | None, metrics: ServerMetrics
+        self, app: ASGIApp, *, token: str | None, hosts: Collection[str] | None, timeout: float, metrics: ServerMetrics
     ) -> None:  # fmt: skip
-        self.app, self.metrics, self.hosts = app, metrics, hosts
+        self.app, self.metrics, self.hosts, self.timeout = app, metrics, hosts, timeout
         self.bearer = None if token is None else f"Bearer {token}".encode()
         self.buffered, self.requests = 0, 0  # bytes in memory, and number, of the requests in flight
 
@@ -53,7 +56,8 @@ class RequestGuardMiddleware:
             self._check(scope)
             body = await _read(scope, receive, reserve)
             _check_values(scope, body)
-            scope.setdefault("state", {})["reserve"] = reserve
+            deadline = asyncio.get_running_loop().time() + self.timeout
+            scope.setdefault("state", {}).update(reserve=reserve, deadline=deadline)
             await self.app(scope, replay_body(body, receive), send)
         except ClientDisconnect:
             pass
@@ -110,67 +114,3 @@ def _check_values(scope: Scope, body: bytes) -> None:
     kind = next((value for name, value in scope["headers"] if name == b"content-type"), b"").lower()
     if not kind.startswith(b"multipart/") and body.count(b",") > limits.MAX_VALUES:
         raise ApiError(413)
-
-
-class TimedH11Protocol(H11Protocol):
-    """uvicorn's protocol for HTTP/1.1, with a limit of HEADER_SECONDS for the head of a request.
-
-    A client that reads nothing of its answer for READ_SECONDS is disconnected, since it would hold a slot.
-    """
-
-    _late: asyncio.TimerHandle | None = None
-    _unread: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn's own
-        super().connection_made(transport)
-        transport.set_write_buffer_limits(0)  # pause_writing is called as soon as anything is unsent
-        self._expect()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._idle():
-            self._expect()
-        else:
-            self._unexpect()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._unexpect()
-        self._read_on()
-        super().connection_lost(exc)
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._await_reader(None)
-
-    def resume_writing(self) -> None:
-        self._read_on()
-        super().resume_writing()
-
-    def _await_reader(self, left: int | None) -> None:
-        """Check regularly that less is unsent than the `left` of the last check; None the first time."""
-        now = self.transport.get_write_buffer_size()
-        if left is not None and now >= left:
-            self.transport.abort()
-        else:
-            self._unread = self.loop.call_later(limits.READ_SECONDS, self._await_reader, now)
-
-    def _read_on(self) -> None:
-        if self._unread is not None:
-            self._unread.cancel()
-
-    def _idle(self) -> bool:
-        return self.cycle is None or self.cycle.response_complete
-
-    def _expect(self) -> None:
-        if self._late is None:
-            self._late = self.loop.call_later(limits.HEADER_SECONDS, self._give_up)
-
-    def _unexpect(self) -> None:
-        if self._late is not None:
-            self._late.cancel()
-            self._late = None
-
-    def _give_up(self) -> None:
-        self._late = None
-        if self._idle() and not self.transport.is_closing():
-            self.transport.close()

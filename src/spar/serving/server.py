@@ -1,4 +1,4 @@
-"""The server process: uvicorn with our limits."""
+"""The server process: API, worker, and perhaps the page."""
 
 import asyncio
 import socket
@@ -12,8 +12,8 @@ from starlette.types import Message, Receive, Scope, Send
 from spar.inference.pipeline import SparPipeline
 from spar.serving.app import create_app
 from spar.serving.auth import host_names
+from spar.serving.http import server_config
 from spar.serving.limits import PAGE_PATH, SHUTDOWN_SECONDS
-from spar.serving.middleware import TimedH11Protocol
 from spar.serving.worker import Call, Worker
 
 
@@ -73,8 +73,4 @@ def build_server(
     worker = Worker(pipe, max_batch, max_queue, thread=thread)
     page = build_page(worker.call) if build_page else None
     api = create_app(worker, token=token, hosts=host_names(host), timeout=timeout, page=page)
-    config = uvicorn.Config(
-        PathDispatcher(api, page) if page else api, http=TimedH11Protocol, ws="none", lifespan="on", log_config=None,
-        server_header=False, proxy_headers=False, timeout_graceful_shutdown=SHUTDOWN_SECONDS,
-    )  # fmt: skip
-    return ApiServer(config)
+    return ApiServer(server_config(PathDispatcher(api, page) if page else api, SHUTDOWN_SECONDS))

@@ -13,6 +13,7 @@ from spar.ui.preview_stream import PreviewStep
 HEIGHT = 340  # of an image on the page, pixels
 SMALL = 128  # images up to this side are enlarged without smoothing
 HIDDEN: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
+_IMAGE: dict[str, Any] = {"format": "png", "height": HEIGHT, "buttons": ["fullscreen"]}
 # The pipeline's messages name keywords and data; the page shows labels and files.
 _PLAIN = (
     (r"^(prompt|instruction|question): ", ""),
@@ -36,17 +37,16 @@ def button(title: str) -> gr.Button:
 def image(side: int) -> gr.Image:
     """A result, as the written file, so that the browser saves what the command line writes."""
     return gr.Image(
-        type="filepath", image_mode=None, format="png", label="Image", interactive=False, height=HEIGHT,
-        buttons=["fullscreen"], elem_classes=_classes(side),
-    )  # fmt: skip
+        label="Image", type="filepath", image_mode=None, interactive=False, elem_classes=_classes(side), **_IMAGE
+    )
 
 
 def source(side: int, value: str | None) -> gr.Image:
     """An image input, as the path of the uploaded file."""
     component = gr.Image(
-        value, type="filepath", image_mode=None, format="png", label="Your image", interactive=True, height=HEIGHT,
-        sources=["upload", "clipboard"], buttons=["fullscreen"], elem_classes=_classes(side),
-        placeholder="Drop an image here, paste one, or click to choose a file",
+        value, label="Your image", type="filepath", image_mode=None, interactive=True, elem_classes=_classes(side),
+        sources=["upload", "clipboard"], placeholder="Drop an image here, paste one, or click to choose a file",
+        **_IMAGE,
     )  # fmt: skip
     # Gradio's own would open the file with Pillow before our checks.
     component.preprocess = (  # type: ignore[method-assign]  # a subclass would be another component to Gradio
@@ -57,10 +57,8 @@ def source(side: int, value: str | None) -> gr.Image:
 
 def slider(side: int) -> gr.ImageSlider:
     """Two images over each other."""
-    return gr.ImageSlider(
-        type="pil", format="png", label="Before and after", interactive=False, height=HEIGHT, buttons=["fullscreen"],
-        elem_classes=["spar-slider", *_classes(side)],
-    )  # fmt: skip
+    classes = ["spar-slider", *_classes(side)]
+    return gr.ImageSlider(label="Before and after", type="pil", interactive=False, elem_classes=classes, **_IMAGE)
 
 
 def _classes(side: int) -> list[str]:

@@ -16,6 +16,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from spar.inference.pipeline import SparPipeline
 from spar.processing.images import MAX_BYTES
 from spar.serving.auth import host_names
+from spar.serving.http import server_config
 from spar.serving.worker import Call
 from spar.ui.app import build_page
 from spar.ui.components import CSS, theme
@@ -71,7 +72,4 @@ def serve_page(
     """
     with tempfile.TemporaryDirectory(prefix="spar-") as cache:
         app = page_app(pipe, listener.getsockname()[0], token=token, call=call, cache=Path(cache))
-        config = uvicorn.Config(
-            app, log_config=None, ws="none", server_header=False, proxy_headers=False, timeout_graceful_shutdown=1
-        )
-        uvicorn.Server(config).run(sockets=[listener])
+        uvicorn.Server(server_config(app, shutdown_seconds=1)).run(sockets=[listener])
