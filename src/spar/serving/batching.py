@@ -13,7 +13,7 @@ from spar.serving.worker import ImageJob, Step
 
 @dataclass(frozen=True)
 class ImageRow:
-    """One image to generate, or the `image` to edit: its prompts and its seed, and what all rows of a call share."""
+    """One image to generate, or to edit if there is an `image`. Rows of one call share size, steps and guidance."""
 
     prompt: str
     negative_prompt: str | None
@@ -34,14 +34,14 @@ class GeneratedImage:
 
 
 def sample_images(pipe: SparPipeline, rows: list[ImageRow], callback: Step) -> list[GeneratedImage]:
-    """Generate or edit images; all rows have the same size, steps and guidance, and have or lack the same inputs."""
+    """Generate or edit images; all rows have an image and a negative prompt, or none does."""
     first, prompts = rows[0], [row.prompt for row in rows]
     shared: dict[str, Any] = {
         "negative_prompt": None if first.negative_prompt is None else [row.negative_prompt for row in rows],
         "num_inference_steps": first.steps, "guidance_scale": first.guidance, "seed": [row.seed for row in rows],
         "callback": callback,
     }  # fmt: skip
-    images = [row.image for row in rows if row.image is not None]
+    images = [row.image for row in rows if row.image is not None]  # of all rows, or of none
     if images:
         out = pipe.edit(images, prompts, **shared)
     else:

@@ -16,7 +16,6 @@ from spar.serving.asgi import add_headers, is_foreign, replay_body
 from spar.serving.errors import ApiError
 from spar.serving.metrics import ServerMetrics
 
-OPEN_PATHS = frozenset({"/health"})
 HEADERS = ((b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store"))
 
 
@@ -74,9 +73,7 @@ class RequestGuardMiddleware:
                 raise ApiError(421)
             if is_foreign(scope):
                 raise ApiError(403)
-        elif scope["path"] not in OPEN_PATHS and not hmac.compare_digest(
-            headers.get(b"authorization", b""), self.bearer
-        ):
+        elif scope["path"] != "/health" and not hmac.compare_digest(headers.get(b"authorization", b""), self.bearer):
             raise ApiError(401, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         if self.requests > limits.MAX_REQUESTS:
             raise ApiError(429, code="rate_limit_exceeded")
