@@ -1,7 +1,5 @@
 """Components, messages and style of the page."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 
@@ -15,6 +13,7 @@ from spar.ui.preview_stream import PreviewStep
 HEIGHT = 340  # of an image on the page, pixels
 SMALL = 128  # images up to this side are enlarged without smoothing
 HIDDEN: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
+_IMAGE: dict[str, Any] = {"format": "png", "height": HEIGHT, "buttons": ["fullscreen"]}
 # The pipeline's messages name keywords and data; the page shows labels and files.
 _PLAIN = (
     (r"^(prompt|instruction|question): ", ""),
@@ -35,25 +34,19 @@ def button(title: str) -> gr.Button:
     return gr.Button(title, variant="primary", scale=3, min_width=140)
 
 
-def stop_button() -> gr.Button:
-    """The button that stops it."""
-    return gr.Button("Stop", scale=1, min_width=90)
-
-
-def image(label: str, side: int) -> gr.Image:
+def image(side: int) -> gr.Image:
     """A result, as the written file, so that the browser saves what the command line writes."""
     return gr.Image(
-        type="filepath", image_mode=None, format="png", label=label, interactive=False, height=HEIGHT,
-        buttons=["fullscreen"], elem_classes=_classes(side),
-    )  # fmt: skip
+        label="Image", type="filepath", image_mode=None, interactive=False, elem_classes=_classes(side), **_IMAGE
+    )
 
 
-def source(label: str, side: int, value: str | None) -> gr.Image:
+def source(side: int, value: str | None) -> gr.Image:
     """An image input, as the path of the uploaded file."""
     component = gr.Image(
-        value, type="filepath", image_mode=None, format="png", label=label, interactive=True, height=HEIGHT,
-        sources=["upload", "clipboard"], buttons=["fullscreen"], elem_classes=_classes(side),
-        placeholder="Drop an image here, paste one, or click to choose a file",
+        value, label="Your image", type="filepath", image_mode=None, interactive=True, elem_classes=_classes(side),
+        sources=["upload", "clipboard"], placeholder="Drop an image here, paste one, or click to choose a file",
+        **_IMAGE,
     )  # fmt: skip
     # Gradio's own would open the file with Pillow before our checks.
     component.preprocess = (  # type: ignore[method-assign]  # a subclass would be another component to Gradio
@@ -62,12 +55,10 @@ def source(label: str, side: int, value: str | None) -> gr.Image:
     return component
 
 
-def slider(label: str, side: int) -> gr.ImageSlider:
+def slider(side: int) -> gr.ImageSlider:
     """Two images over each other."""
-    return gr.ImageSlider(
-        type="pil", format="png", label=label, interactive=False, height=HEIGHT, buttons=["fullscreen"],
-        elem_classes=["spar-slider", *_classes(side)],
-    )  # fmt: skip
+    classes = ["spar-slider", *_classes(side)]
+    return gr.ImageSlider(label="Before and after", type="pil", interactive=False, elem_classes=classes, **_IMAGE)
 
 
 def _classes(side: int) -> list[str]:
@@ -76,10 +67,10 @@ def _classes(side: int) -> list[str]:
 
 def seed(value: str) -> gr.Textbox:
     """The field of the seed."""
-    attributes = {"inputmode": "numeric", "autocomplete": "off"}
+    attributes: Any = {"inputmode": "numeric", "autocomplete": "off"}  # gradio's class lacks inputmode
     return gr.Textbox(
         value, label="Seed", info="The same seed, the same image.", placeholder="a new one each time", max_length=20,
-        html_attributes=attributes, scale=3, min_width=160,  # type: ignore[arg-type]  # gradio's class lacks inputmode
+        html_attributes=attributes, scale=3, min_width=160,
     )  # fmt: skip
 
 
