@@ -35,7 +35,7 @@ def test_an_image_from_weights_held_in_two_ways():
 
 
 def test_a_server_under_load():
-    found = last_line("serve_load.py", "--seconds", "3", "--minutes", "0.03", "--clients", "3")
+    found = last_line("serve_load.py", "--seconds", "1", "--minutes", "0.03", "--clients", "3")
     assert found["first_image_s"] > 0 and found["ratio"] > 0 and found["batch_rows"] > 1
     for load in (found["one"], found["eight"], found["long"]):
         assert set(load["statuses"]) == {"200"} and load["p95_s"] >= load["p50_s"] > 0

@@ -127,7 +127,9 @@ def test_the_wheel_holds_the_package_with_its_weights_and_nothing_else(wheel):
         "tokenizer", "language", "router", "connector", "denoiser",
     }  # fmt: skip
     assert {"spar/assets/weights/config.json", "spar/assets/weights/manifest.json"} <= weights
-    assert all(name.endswith(".py") for name in {*package} - weights), "data that is not the weights'"
+    templates = {name for name in package if name.startswith("spar/reporting/templates/")}
+    assert "spar/reporting/templates/report.html" in templates
+    assert all(name.endswith(".py") for name in {*package} - weights - templates), "data of no known kind"
     named = [name for name in held if re.search(r"(^|/)(tests?|conftest|test_\w+)(\.py)?(/|$)", name)]
     assert named == []
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from spar.checkpoints.formats.internvl import read_text_tokenizer
-from spar.checkpoints.from_published import BuiltModel, build_from_published
-from spar.checkpoints.spar_format import SamplingConfig, load_model, load_pixel_encoder, save_model
+from spar.checkpoints.from_published import build_from_published
+from spar.checkpoints.spar_format import ModelBundle, SamplingConfig, load_model, load_training_part, save_model
 from spar.cli.main import main
 from spar.common.errors import InputError
 from spar.inference.pipeline import SparPipeline
@@ -60,13 +60,13 @@ def published(pristine, tmp_path) -> Path:
     return Path(shutil.copytree(pristine, tmp_path / "published"))
 
 
-def build(root: Path, config: SparConfig = CONFIG, **keywords) -> BuiltModel:
+def build(root: Path, config: SparConfig = CONFIG, **keywords) -> ModelBundle:
     sources = {part: str(root / part) for part in ("mllm", "autoencoder", "dit")}
     return build_from_published(config, SAMPLING, sources, **keywords)
 
 
 @pytest.fixture(scope="module")
-def assembled(pristine) -> BuiltModel:
+def assembled(pristine) -> ModelBundle:
     return build(pristine)
 
 
@@ -91,17 +91,17 @@ def check_mllm(model, library) -> None:
 
 
 def test_the_mllm_computes_what_it_computed(assembled, libraries):
-    check_mllm(assembled.bundle.model, libraries["mllm"])
+    check_mllm(assembled.model, libraries["mllm"])
 
 
 def test_both_halves_of_the_autoencoder_compute_what_they_computed(assembled, libraries):
     library, pixels = libraries["autoencoder"], torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         latent = library.encode(2 * pixels - 1).latent
-        torch.testing.assert_close(assembled.bundle.pixel_encoder(pixels), latent)
+        torch.testing.assert_close(assembled.pixel_encoder(pixels), latent)
         decoded = (library.decode(latent).sample + 1) / 2
-        torch.testing.assert_close(assembled.bundle.model.tokenizer.decoder(latent), decoded)
-    assert float(assembled.bundle.model.tokenizer.latent_scale) == pytest.approx(0.41407)
+        torch.testing.assert_close(assembled.model.tokenizer.decoder(latent), decoded)
+    assert float(assembled.model.tokenizer.latent_scale) == pytest.approx(0.41407)
 
 
 def test_the_dit_computes_what_it_computed(foreign, assembled, libraries):
@@ -110,37 +110,36 @@ def test_the_dit_computes_what_it_computed(foreign, assembled, libraries):
     wanted = libraries["dit"](
         latent, encoder_hidden_states=condition, encoder_attention_mask=mask, timestep=1000 * time
     ).sample
-    own = assembled.bundle.model.denoiser(latent, time, condition, mask).velocity
+    own = assembled.model.denoiser(latent, time, condition, mask).velocity
     torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_sizes_are_the_checkpoints_and_differences_are_reported(foreign, assembled):
-    config = assembled.bundle.model.config
+    config = assembled.model.config
     assert (config.text.rope_theta, config.text.rope_factor, config.text.rms_norm_eps) == (1e6, 2.0, 1e-5)
     assert (config.vision.patch_size, config.vision.image_size, config.vision.layer_scale) == (14, 112, 0.1)
     assert config.autoencoder.decoder_blocks != config.autoencoder.encoder_blocks
     assert (config.denoiser.layers, config.denoiser.caption_channels) == (3, foreign.CAPTION)
     # What no checkpoint says is the recipe's.
     assert (config.streams, config.router, config.connector) == (CONFIG.streams, CONFIG.router, CONFIG.connector)
-    assert "model.denoiser.layers: the recipe expects 2, the checkpoint has 3" in assembled.differences
-    assert not any("streams" in line or "connector" in line for line in assembled.differences)
-    assert assembled.bundle.manifest["differences"] == list(assembled.differences)
+    assert "model.denoiser.layers: the recipe expects 2, the checkpoint has 3" in assembled.manifest["differences"]
+    assert not any("streams" in line or "connector" in line for line in assembled.manifest["differences"])
 
 
 def test_the_connector_starts_from_the_llms_last_layers(assembled):
-    model = assembled.bundle.model
+    model = assembled.model
     for own, source in zip(model.connector.layers, model.language.network.layers[2:], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(own.parameters(), source.parameters(), strict=True))
 
 
 def test_what_no_checkpoint_brings_is_random_by_the_seed_and_said_so(assembled, pristine):
     fresh = ("tokenizer.semantic_stream", "tokenizer.pixel_stream", "tokenizer.fusion", "router")
-    again, other = build(pristine).bundle.model.state_dict(), build(pristine, seed=1).bundle.model.state_dict()
-    for key, value in assembled.bundle.model.state_dict().items():
+    again, other = build(pristine).model.state_dict(), build(pristine, seed=1).model.state_dict()
+    for key, value in assembled.model.state_dict().items():
         assert torch.equal(value, again[key]) and torch.isfinite(value).all()
         varies = key.startswith((*fresh, "connector.queries", "connector.projection")) and value.std() > 0
         assert torch.equal(value, other[key]) != bool(varies), key
-    parts = assembled.bundle.manifest["parts"]
+    parts = assembled.manifest["parts"]
     assert all("random weights of seed 0" in parts[part] for part in (*fresh, "connector"))
     assert "random weights" in parts["alignment head"]
     assert (parts["tokenizer.encoder"], parts["denoiser.network"]) == ("mllm", "dit")
@@ -149,7 +148,7 @@ def test_what_no_checkpoint_brings_is_random_by_the_seed_and_said_so(assembled, 
 def test_the_manifest_has_the_sums_of_the_files_that_were_read(assembled, pristine):
     import hashlib
 
-    sources = assembled.bundle.manifest["sources"]
+    sources = assembled.manifest["sources"]
     assert set(sources) == {"mllm", "autoencoder", "dit"}
     digest = hashlib.sha256((pristine / "dit/transformer/diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
     assert sources["dit"]["sha256"]["transformer/diffusion_pytorch_model.safetensors"] == digest
@@ -157,12 +156,12 @@ def test_the_manifest_has_the_sums_of_the_files_that_were_read(assembled, pristi
 
 
 def test_a_built_folder_loads_as_the_model_that_was_built(assembled, tmp_path):
-    save_model(assembled.bundle, tmp_path / "model")
+    save_model(assembled, tmp_path / "model")
     again = load_model(tmp_path / "model")
-    own = assembled.bundle.model.state_dict()
+    own = assembled.model.state_dict()
     assert all(torch.equal(value, own[key]) for key, value in again.model.state_dict().items())
-    encoder = load_pixel_encoder(tmp_path / "model").state_dict()
-    assert all(torch.equal(v, encoder[k]) for k, v in assembled.bundle.pixel_encoder.state_dict().items())
+    encoder = load_training_part(tmp_path / "model", "pixel_encoder").state_dict()
+    assert all(torch.equal(v, encoder[k]) for k, v in assembled.pixel_encoder.state_dict().items())
     assert again.sampling == SAMPLING
     ids = again.text_tokenizer.encode("<|im_start|>user\na red circle<|im_end|>\n<img><IMG_CONTEXT></img>")
     assert 5 in ids and again.text_tokenizer.eos_token == "<|im_end|>"
@@ -174,9 +173,9 @@ def test_a_built_folder_loads_as_the_model_that_was_built(assembled, tmp_path):
 def test_the_original_layout_gives_the_same_model_and_its_code_never_runs(foreign, assembled, libraries, published):
     shutil.rmtree(published / "mllm")
     foreign.save_original(libraries["mllm"], published / "mllm")
-    other = build(published).bundle.model
-    assert other.config == assembled.bundle.model.config
-    own = assembled.bundle.model.state_dict()
+    other = build(published).model
+    assert other.config == assembled.model.config
+    own = assembled.model.state_dict()
     assert all(torch.equal(value, own[key]) for key, value in other.state_dict().items())
 
 
@@ -184,7 +183,7 @@ def test_shards_give_the_same_model(foreign, assembled, libraries, published):
     shutil.rmtree(published / "mllm")
     foreign.save_hf(libraries["mllm"], published / "mllm", shard="100KB")
     assert len(list((published / "mllm").glob("*.safetensors"))) > 1
-    own, other = (made.bundle.model.state_dict() for made in (assembled, build(published)))
+    own, other = (made.model.state_dict() for made in (assembled, build(published)))
     assert all(torch.equal(value, own[key]) for key, value in other.items())
 
 
@@ -198,7 +197,7 @@ def newer_names(tensors: dict[str, torch.Tensor]) -> None:
 def test_both_names_of_the_llm_and_of_the_image_token_are_known(foreign, assembled, published):
     foreign.edit_tensors(published / "mllm/model.safetensors", newer_names)
     foreign.edit_json(published / "mllm/config.json", image_token_id=..., image_token_index=5)
-    own, other = (made.bundle.model.state_dict() for made in (assembled, build(published)))
+    own, other = (made.model.state_dict() for made in (assembled, build(published)))
     assert all(torch.equal(value, own[key]) for key, value in other.items())
 
 
@@ -208,9 +207,9 @@ def test_an_untied_head_is_taken_over(foreign, published, layout):
     shutil.rmtree(published / "mllm")
     (foreign.save_hf if layout == "hf" else foreign.save_original)(library, published / "mllm")
     made = build(published)
-    assert not made.bundle.model.config.text.tied_head
-    assert "model.text.tied_head: the recipe expects True, the checkpoint has False" in made.differences
-    check_mllm(made.bundle.model, library)
+    assert not made.model.config.text.tied_head
+    assert "model.text.tied_head: the recipe expects True, the checkpoint has False" in made.manifest["differences"]
+    check_mllm(made.model, library)
 
 
 def test_bfloat16_weights_stay_as_they_are_also_on_disk(foreign, libraries, published, tmp_path):
@@ -218,7 +217,7 @@ def test_bfloat16_weights_stay_as_they_are_also_on_disk(foreign, libraries, publ
         published / "dit/transformer/diffusion_pytorch_model.safetensors",
         lambda tensors: tensors.update({key: value.bfloat16() for key, value in tensors.items()}),
     )
-    made = build(published).bundle
+    made = build(published)
     assert {p.dtype for p in made.model.denoiser.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in made.model.language.parameters()} == {torch.float32}
     save_model(made, tmp_path / "model")
@@ -233,10 +232,10 @@ def test_the_shift_of_sampling_is_the_schedulers_and_no_other_name_is_read_for_i
     foreign.save_dit(libraries["dit"], published / "dit", shift=6.0)
     foreign.edit_json(published / "dit/scheduler/scheduler_config.json", shift=1.0)
     made = build(published)
-    assert made.bundle.sampling == replace(SAMPLING, shift=6.0)
-    assert "sampling.shift: the recipe expects 3.0, the checkpoint has 6.0" in made.differences
+    assert made.sampling == replace(SAMPLING, shift=6.0)
+    assert "sampling.shift: the recipe expects 3.0, the checkpoint has 6.0" in made.manifest["differences"]
     shutil.rmtree(published / "dit/scheduler")
-    assert build(published).bundle.sampling == SAMPLING
+    assert build(published).sampling == SAMPLING
 
 
 # ---- what does not fit is refused ------------------------------------------------------------------------------------
@@ -368,10 +367,10 @@ IDS = {part: f"someone/{part}" for part in ("mllm", "autoencoder", "dit")}
 
 def test_hub_ids_are_read_from_the_cache_and_their_commits_are_noted(hub, assembled):
     made = build_from_published(CONFIG, SAMPLING, IDS, revisions={"dit": COMMITS["dit"]})
-    own = assembled.bundle.model.state_dict()
-    assert all(torch.equal(value, own[key]) for key, value in made.bundle.model.state_dict().items())
+    own = assembled.model.state_dict()
+    assert all(torch.equal(value, own[key]) for key, value in made.model.state_dict().items())
     wanted = {part: {"source": f"someone/{part}", "commit": COMMITS[part]} for part in IDS}
-    assert made.bundle.manifest["sources"] == wanted
+    assert made.manifest["sources"] == wanted
 
 
 def test_a_commit_that_is_not_here_cannot_be_had_offline(hub):
@@ -443,7 +442,7 @@ def test_training_the_tokenizer_may_start_from_a_built_folder(deep, tmp_path):
     real = replace(base, model=model, alignment=replace(base.alignment, hidden=8))
     modules, stage = TrainingModules(real, {}), real.stages[0]
     load_initial_weights(modules, tmp_path / "built", stage, real)
-    encoder = load_pixel_encoder(tmp_path / "built")
+    encoder = load_training_part(tmp_path / "built", "pixel_encoder")
     own = modules.pixel_encoder.state_dict()
     assert all(torch.equal(value, own[key]) for key, value in encoder.state_dict().items())
     shutil.rmtree(tmp_path / "built" / "pixel_encoder")

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import Qwen2Model
 
 from spar.checkpoints.formats.torch_pickle import TorchPickleReader
-from spar.checkpoints.from_published import SOURCES, BuiltModel
+from spar.checkpoints.from_published import SOURCES
 from spar.checkpoints.from_unilip import PICKED, convert_unilip
-from spar.checkpoints.spar_format import SamplingConfig, load_model, save_model
+from spar.checkpoints.spar_format import ModelBundle, SamplingConfig, load_model, save_model
 from spar.cli.main import main
 from spar.common.errors import InputError
 from spar.inference.pipeline import SparPipeline
@@ -196,23 +196,23 @@ def write_published(foreign, root: Path, original: Original | None = None) -> No
     torch.save(tokenizer_tensors(original, foreign), root / "tokenizer.pth")
 
 
-def convert(root: Path, what: str = "model", **keywords) -> BuiltModel:
+def convert(root: Path, what: str = "model", **keywords) -> ModelBundle:
     sources = {name: None if what == "model" else str(root / name) for name in SOURCES}
     return convert_unilip(str(root / what), CONFIG, SamplingConfig(shift=3.0), sources, **keywords)
 
 
 @pytest.fixture(scope="module", params=["last", "dtr"])
-def converted(request, published) -> BuiltModel:
+def converted(request, published) -> ModelBundle:
     return convert(published, router=request.param)
 
 
 @pytest.fixture(scope="module")
-def exact(published) -> BuiltModel:
+def exact(published) -> ModelBundle:
     return convert(published, router="last")
 
 
-def is_exact(converted: BuiltModel) -> bool:
-    return converted.bundle.model.config.router.kind == "last"
+def is_exact(converted: ModelBundle) -> bool:
+    return converted.model.config.router.kind == "last"
 
 
 def near(own: Tensor, wanted: Tensor, *, exact: bool) -> None:
@@ -230,7 +230,7 @@ REFERENCE = torch.tensor([[0, 0, 3, *[IMAGE] * 16, 4, 50, 3], [1, 40, 3, *[IMAGE
 
 @pytest.mark.parametrize("size", [(112, 112), (56, 140)])
 def test_an_image_has_the_same_latent_and_the_latent_the_same_image(converted, original, size):
-    tokenizer, pixels = converted.bundle.model.tokenizer, picture(*size)
+    tokenizer, pixels = converted.model.tokenizer, picture(*size)
     latents = tokenizer.encode(pixels)
     assert torch.equal(latents.z_f, latents.z_s.transpose(1, 2).unflatten(2, latents.z_f.shape[-2:]))
     assert latents.z_p.std() > 0  # the pixel stream is there, and not yet heard
@@ -241,7 +241,7 @@ def test_an_image_has_the_same_latent_and_the_latent_the_same_image(converted, o
 
 @pytest.mark.parametrize("edit", [False, True], ids=["generate", "edit"])
 def test_a_prompt_gives_the_same_condition_and_velocity(converted, original, edit):
-    model, ids = converted.bundle.model, REFERENCE if edit else PROMPTS
+    model, ids = converted.model, REFERENCE if edit else PROMPTS
     mask, pixels = (ids != 0).long(), picture(count=2) if edit else None
     own = model.condition(ids, mask, model.tokenizer.encoder(pixels) if edit else None)
     wanted = original.condition(ids, mask, pixels)
@@ -253,14 +253,14 @@ def test_a_prompt_gives_the_same_condition_and_velocity(converted, original, edi
 
 
 def test_the_last_layer_router_hands_on_the_very_state(exact):
-    model = exact.bundle.model
+    model = exact.model
     states = [draw(2, 5, 32, seed=seed) * 10.0**seed for seed in range(4)]
     routed = model.router(normalize_hidden_states(states, model.config.router.scale))
     assert torch.equal(routed.states, states[-1])
 
 
 def test_a_dtr_that_picks_the_last_layer_can_still_learn(published):
-    model = convert(published).bundle.model
+    model = convert(published).model
     assert model.config.router == RouterConfig(kind="dtr", count=4, scale="last", norm=False)
     model.router.requires_grad_(True)
     condition = model.condition(PROMPTS, (PROMPTS != 0).long())
@@ -272,7 +272,7 @@ def test_a_dtr_that_picks_the_last_layer_can_still_learn(published):
 
 def test_it_answers_as_it_did(exact, original):
     """Understanding: the LLM with UniLIP's encoder, against the library's own generation."""
-    model, pixels = exact.bundle.model, picture()
+    model, pixels = exact.model, picture()
     ids = torch.tensor([[3, *[IMAGE] * 16, 4, 50, 60]])
     wanted = original.mllm.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=(pixels - MEAN) / STD, do_sample=False,
@@ -287,23 +287,23 @@ def test_it_answers_as_it_did(exact, original):
 
 
 def test_the_forms_are_unilips_and_the_prompt_is_too(exact):
-    config = exact.bundle.model.config
+    config = exact.model.config
     assert (config.connector.queries, config.connector.layers) == (QUERIES, CONNECTOR_LAYERS)
     assert config.connector.image_start and config.connector.reference_scale == "raw"
     assert (config.streams.fusion, config.streams.residual_blocks) == ("residual", 3)
     assert config.streams.block_norm_eps == 1e-6
     assert not config.denoiser.reference_latent and config.denoiser.position_gain == 0
-    assert float(exact.bundle.model.tokenizer.latent_scale) == pytest.approx(FACTOR)
-    assert exact.bundle.sampling.shift == 3.0
+    assert float(exact.model.tokenizer.latent_scale) == pytest.approx(FACTOR)
+    assert exact.sampling.shift == 3.0
 
 
 def test_the_manifest_tells_what_came_from_where(exact):
-    parts = exact.bundle.manifest["parts"]
+    parts = exact.manifest["parts"]
     assert parts["connector"] == parts["language"] == parts["denoiser.network"] == "unilip"
     assert parts["tokenizer.pixel_stream"] == "random weights of seed 0"
     assert parts["tokenizer.fusion"].startswith("passes the semantic stream on")
     assert parts["router"] == "passes the last layer on (last)" and parts["pixel_encoder"] == "autoencoder"
-    assert set(exact.bundle.manifest["sources"]) == {"unilip", "autoencoder"}
+    assert set(exact.manifest["sources"]) == {"unilip", "autoencoder"}
 
 
 def test_the_names_of_older_transformers_give_the_same_model(foreign, exact, original, published, tmp_path):
@@ -311,8 +311,8 @@ def test_the_names_of_older_transformers_give_the_same_model(foreign, exact, ori
     (tmp_path / "model").mkdir()
     save_file(tensors, tmp_path / "model" / "model.safetensors")
     (tmp_path / "model" / "config.json").write_bytes((published / "model" / "config.json").read_bytes())
-    other = convert(tmp_path, router="last").bundle.model.state_dict()
-    assert all(torch.equal(value, other[key]) for key, value in exact.bundle.model.state_dict().items())
+    other = convert(tmp_path, router="last").model.state_dict()
+    assert all(torch.equal(value, other[key]) for key, value in exact.model.state_dict().items())
 
 
 @pytest.mark.parametrize("form", ["pth", "safetensors", "nested"])
@@ -326,12 +326,12 @@ def test_a_tokenizer_alone_gives_the_same_images(foreign, original, published, t
         torch.save({"state_dict": tensors} if form == "nested" else tensors, path)
     sources = {name: str(published / name) for name in SOURCES}
     made = convert_unilip(str(path), CONFIG, SamplingConfig(), sources, factor=FACTOR)
-    tokenizer, pixels = made.bundle.model.tokenizer, picture()
+    tokenizer, pixels = made.model.tokenizer, picture()
     near(tokenizer.normalize(tokenizer.encode(pixels).z_f), original.encode(pixels), exact=True)
-    parts = made.bundle.manifest["parts"]
+    parts = made.manifest["parts"]
     assert (parts["tokenizer.encoder"], parts["language"], parts["denoiser.network"]) == ("unilip", "mllm", "dit")
     assert "copies of the LLM's last" in parts["connector"]
-    assert set(made.bundle.manifest["sources"]["unilip"]["sha256"]) == {path.name}
+    assert set(made.manifest["sources"]["unilip"]["sha256"]) == {path.name}
 
 
 def test_a_head_of_its_training_is_dropped_as_its_own_loader_does(foreign, original, published, tmp_path):
@@ -343,10 +343,10 @@ def test_a_head_of_its_training_is_dropped_as_its_own_loader_does(foreign, origi
 
 
 def test_a_round_trip_through_a_folder_keeps_every_weight(converted, tmp_path):
-    save_model(converted.bundle, tmp_path / "folder")
+    save_model(converted, tmp_path / "folder")
     again = load_model(tmp_path / "folder")
-    assert again.model.config == converted.bundle.model.config
-    own = converted.bundle.model.state_dict()
+    assert again.model.config == converted.model.config
+    own = converted.model.state_dict()
     assert all(torch.equal(value, own[key]) for key, value in again.model.state_dict().items())
 
 
@@ -365,9 +365,9 @@ def test_the_verb_converts_a_model_that_names_its_parts(published, tmp_path, cap
 
 
 def test_training_from_there_says_where_the_recipe_differs(exact, tmp_path, caplog):
-    save_model(exact.bundle, tmp_path / "folder")
+    save_model(exact, tmp_path / "folder")
     base = recipe("spar-1b")
-    own = exact.bundle.model.config
+    own = exact.model.config
     same = replace(base, model=own, alignment=replace(base.alignment, hidden=8))
     load_initial_weights(TrainingModules(same, {}), tmp_path / "folder", same.stages[0], same)
     assert not caplog.records

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 from spar.checkpoints.model_card import USE, model_card, recorded_scores
 from spar.checkpoints.spar_format import CARD, build_model_card, load_model, save_model
 from spar.inference.pipeline import BUNDLED
+from spar.worlds.shapes.tokenizer import VOCABULARY
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,12 @@ def test_scores_are_numbers_whatever_a_manifest_holds():
 def test_the_bundled_card_is_up_to_date():
     """If not: python docs/bundle.py --scores"""
     assert (BUNDLED / CARD).read_text(encoding="utf-8") == build_model_card(load_model(BUNDLED))
+
+
+def test_the_bundled_card_counts_the_words_that_a_user_may_write():
+    """As README.md: no marks, no names of roles."""
+    words = sum(word.isalpha() for word in VOCABULARY)
+    assert f"closed vocabulary of {words} words" in (BUNDLED / CARD).read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

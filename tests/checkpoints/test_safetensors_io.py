@@ -21,7 +21,7 @@ def module() -> nn.Module:
 @pytest.fixture
 def sharded(module, tmp_path):
     """Shards of at most 600 bytes, but for one tensor that is larger alone."""
-    write_tensors(module, tmp_path / "model.safetensors", shard_bytes=600)
+    write_tensors(module.state_dict(), tmp_path / "model.safetensors", shard_bytes=600)
     return tmp_path / "model.safetensors"
 
 
@@ -29,7 +29,7 @@ def test_shards_hold_what_one_file_holds(module, sharded, tmp_path):
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(files) == 4 and files[0] == "model-00001-of-00004.safetensors" and not sharded.exists()
     sizes = [sum(t.nbytes for t in load_file(tmp_path / name).values()) for name in files]
-    assert all(size <= 600 for size in sizes[:-1])
+    assert all(size <= 600 for size in sorted(sizes)[:-1])
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(sizes) == sum(p.nbytes for p in module.parameters())
     read = read_tensors(sharded)
@@ -52,12 +52,10 @@ def test_shapes_are_known_without_reading_and_tensors_outlive_their_file(module,
 def test_a_module_without_memory_gets_the_stored_weights(module, sharded):
     with torch.device("meta"):
         other = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)), nn.Embedding(4, 100))
-    load_into_meta(other, sharded, "here")
+    load_into_meta(other, sharded)
     assert all(torch.equal(value, other.state_dict()[key]) for key, value in module.state_dict().items())
-    load_into_meta(other, sharded, "here", torch.bfloat16)
-    assert {p.dtype for p in other.parameters()} == {torch.bfloat16}
-    with pytest.raises(InputError, match=r"here does not fit this model: .*unexpected \(1.bias, 1.weight, 2.bias"):
-        load_into_meta(nn.Sequential(nn.Linear(8, 8)), sharded, "here")
+    with pytest.raises(InputError, match=r"\d does not fit this model: .*unexpected \(1.bias, 1.weight, 2.bias"):
+        load_into_meta(nn.Sequential(nn.Linear(8, 8)), sharded)
 
 
 def rename_a_shard(index: dict, name: str) -> None:

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from jinja2 import UndefinedError
+from markupsafe import Markup
 from PIL import Image
 
 from spar.common.errors import InputError
 from spar.evaluation.results import Result, Score
 from spar.reporting import charts
-from spar.reporting.markup import VOID, Markup, tag
 from spar.reporting.report import (
     ReportAnswer,
     ReportData,
@@ -25,7 +26,9 @@ from spar.reporting.report import (
     write_report,
 )
 from spar.reporting.routing_summary import collect_routing
+from spar.reporting.templating import render_template
 
+VOID = ("img", "meta")  # elements without an end
 EVIL = "<script>alert('x')</script>\"&"
 DETECTOR = {"version": "1", "accuracy": 0.999, "accuracy_degraded": 0.99, "n": 200}
 RESULTS = (
@@ -162,10 +165,16 @@ def test_it_is_written_whole_or_not_at_all(tmp_path):
         write_report(tmp_path / "new" / "report.html" / "x.html", ReportData())
 
 
-def test_elements_escape_what_is_not_markup():
-    assert tag("p", "a < b", class_='"x"', data_x=None) == '<p class="&quot;x&quot;">a &lt; b</p>'
-    assert tag("p", Markup("<b>c</b>"), None) == "<p><b>c</b></p>"
-    assert tag("meta", name="viewport") == '<meta name="viewport">'
+def test_templates_escape_what_is_not_markup():
+    image = picture()
+    shown = render_report(ReportData(title=EVIL, gallery=[ReportImage(image, '"x" < y')]))
+    assert "<title>&lt;script&gt;" in shown and 'alt="Generated: &#34;x&#34; &lt; y"' in shown
+    assert render_template("empty_curve.svg", name=Markup("<b>c</b>")).count("<b>c</b>") == 2
+
+
+def test_a_value_that_a_template_lacks_is_an_error():
+    with pytest.raises(UndefinedError, match="name"):
+        render_template("empty_curve.svg")
 
 
 def points(drawing):

@@ -312,14 +312,14 @@ def test_too_long_a_body_is_refused_by_its_head(address):
 
 
 def test_too_long_a_body_is_cut_off_while_it_comes(address, monkeypatch):
-    monkeypatch.setattr("spar.serving.middleware.MAX_BODY_BYTES", 10_000)
+    monkeypatch.setattr("spar.serving.limits.MAX_BODY_BYTES", 10_000)
     head = "POST /v1/reconstruct HTTP/1.1\nHost: localhost\nTransfer-Encoding: chunked\n\n"
     piece = b"1000\r\n" + bytes(0x1000) + b"\r\n"
     assert b" 413 " in exchange(address, head, *[piece] * 20)
 
 
 def test_a_slow_body_is_cut_off(address, monkeypatch):
-    monkeypatch.setattr("spar.serving.middleware.BODY_SECONDS", 0.3)
+    monkeypatch.setattr("spar.serving.limits.BODY_SECONDS", 0.3)
     head = "POST /v1/images/generations HTTP/1.1\nHost: localhost\nContent-Length: 1000\n\n"
     start = time.monotonic()
     assert b" 408 " in exchange(address, head, b"{", b"{", pause=0.1)
@@ -327,7 +327,7 @@ def test_a_slow_body_is_cut_off(address, monkeypatch):
 
 
 def test_a_slow_head_is_cut_off(address, monkeypatch):
-    monkeypatch.setattr("spar.serving.middleware.HEADER_SECONDS", 0.3)
+    monkeypatch.setattr("spar.serving.limits.HEADER_SECONDS", 0.3)
     for head in ("", "POST /v1/images/gen"):
         start = time.monotonic()
         assert exchange(address, head, *[b"x"] * 3 if head else [], pause=0.05) == b""
@@ -351,7 +351,7 @@ def test_broken_http_is_refused(address, head):
 
 
 def test_all_bodies_together_have_a_limit(address, monkeypatch):
-    monkeypatch.setattr("spar.serving.middleware.MAX_BUFFERED_BYTES", 1000)
+    monkeypatch.setattr("spar.serving.limits.MAX_BUFFERED_BYTES", 1000)
     assert httpx2.post(f"{address}/v1/images/generations", content=b" " * 2000, headers=JSON).status_code == 429
     monkeypatch.undo()
     answer = httpx2.post(f"{address}/v1/images/generations", json={"prompt": PROMPT, "num_inference_steps": 1})
@@ -394,7 +394,7 @@ def test_a_token_is_asked_of_all_but_health(pipe, serve):
 
 
 def test_a_client_that_does_not_read_keeps_no_place(address, monkeypatch):
-    monkeypatch.setattr("spar.serving.middleware.READ_SECONDS", 0.2)
+    monkeypatch.setattr("spar.serving.limits.READ_SECONDS", 0.2)
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", urlsplit(address).port))

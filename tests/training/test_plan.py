@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from spar.checkpoints.safetensors_io import read_tensors
-from spar.checkpoints.spar_format import has_teacher, load_model, load_teacher, save_model
+from spar.checkpoints.spar_format import has_part, load_model, load_teacher, save_model
 from spar.common.config import read_json, to_dict, write_json
 from spar.common.errors import InputError
 from spar.recipes import recipe
@@ -150,7 +150,7 @@ def test_a_second_semantic_stage_keeps_the_teacher_of_the_first(tmp_path):
 
 def test_a_model_keeps_its_teacher_in_a_file_of_its_own(tiny_run):
     folder = tiny_run.path / "model"
-    assert has_teacher(folder) and read_json(folder / "manifest.json")["teacher"]
+    assert has_part(folder, "teacher") and read_json(folder / "manifest.json")["teacher"]
     before = load_group(tiny_run.path / "dit" / "done", "modules")
     for name, value in load_teacher(folder).state_dict().items():
         assert torch.equal(value, before[f"model.tokenizer.encoder.{name}"]), name

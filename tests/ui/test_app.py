@@ -3,6 +3,7 @@
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,13 +21,16 @@ pytest.importorskip("playwright", reason="playwright is not installed")
 import uvicorn
 from fastapi import FastAPI
 from playwright import sync_api
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
 
 from spar.flow.sampler import Cancelled
 from spar.inference.image_files import BUNDLED_MODEL, read_metadata
+from spar.serving.auth import listen
 from spar.ui.app import build_page
 from spar.ui.components import error_message
 from spar.ui.examples import EDITS, PROMPTS, knows_shapes, scene_images
-from spar.ui.mount import mount_page
+from spar.ui.mount import mount_page, page_app, serve_page
 
 pytestmark = pytest.mark.slow
 
@@ -337,6 +341,42 @@ def test_a_model_of_another_world_is_not_offered_the_shapes_examples(pipe, monke
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     config = str(build_page(pipe).get_config_file()["components"])
     assert "circle" not in config and "'type': 'dataset'" not in config and "64 × 64 pixels" in config
+
+
+# ---- the address -----------------------------------------------------------------------------------------------------
+
+
+def test_the_page_answers_under_the_names_of_this_machine_alone(pipe, monkeypatch, tmp_path):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # so that it is what it was afterwards
+    for host, other in (("127.0.0.1", "127.0.0.2"), ("127.0.0.2", "127.0.0.3"), ("::1", "[::2]")):
+        client = TestClient(page_app(pipe, host, token=None, cache=tmp_path))
+        own = f"[{host}]" if ":" in host else host
+        for name in (own, "localhost", "127.0.0.1", "[::1]"):
+            assert client.get("/config", headers={"Host": f"{name}:7860"}).status_code == 200, (host, name)
+        for name in (other, "evil.example", "localhost.evil.example"):
+            assert client.get("/config", headers={"Host": f"{name}:7860"}).status_code == 400, (host, name)
+
+
+def test_the_page_alone_disconnects_a_client_that_sends_no_request(monkeypatch):
+    servers = []
+
+    class Server(uvicorn.Server):
+        def run(self, sockets):
+            servers.append(self)
+            super().run(sockets)
+
+    monkeypatch.setattr("spar.serving.limits.HEADER_SECONDS", 0.3)
+    monkeypatch.setattr("spar.ui.mount.page_app", lambda *args, **settings: Starlette())
+    monkeypatch.setattr(uvicorn, "Server", Server)
+    listener = listen("127.0.0.1", 0)
+    thread = threading.Thread(target=serve_page, args=(None, listener))
+    thread.start()
+    try:
+        with socket.create_connection(listener.getsockname(), timeout=10) as connection:
+            assert connection.recv(1) == b""
+    finally:
+        servers[0].should_exit = True
+        thread.join()
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -17,11 +17,11 @@ from spar.checkpoints.formats import dcae, internvl, sana
 from spar.checkpoints.formats.checkpoint_source import CheckpointSource, fetch
 from spar.checkpoints.formats.key_map import KeyMap, TensorReader
 from spar.checkpoints.safetensors_io import SafetensorsReader
-from spar.checkpoints.spar_format import ModelBundle, SamplingConfig, versions
+from spar.checkpoints.spar_format import TRAINING_PARTS, ModelBundle, SamplingConfig, versions
 from spar.common.config import differences
 from spar.common.errors import InputError
-from spar.models.autoencoder import PixelEncoder, build_autoencoder
-from spar.models.config import SparConfig
+from spar.models.autoencoder import PixelEncoder
+from spar.models.config import AutoencoderConfig, DenoiserConfig, SparConfig, TextConfig, VisionConfig
 from spar.models.spar import SparModel
 
 SOURCES = ("mllm", "autoencoder", "dit")
@@ -47,14 +47,6 @@ ONES = ("alpha", "reference_gain")  # learned factors
 QUERY_SIZE = 0.02
 
 
-@dataclass(frozen=True)
-class BuiltModel:
-    """The model, ready to be saved, and the differences of the checkpoints from the recipe."""
-
-    bundle: ModelBundle
-    differences: tuple[str, ...]
-
-
 def build_from_published(
     config: SparConfig,
     sampling: SamplingConfig,
@@ -63,8 +55,8 @@ def build_from_published(
     revisions: dict[str, str] | None = None,
     seed: int = 0,
     recipe: str = "",
-) -> BuiltModel:
-    """Build a model from published parts.
+) -> ModelBundle:
+    """Build a model from published parts; `differences` in its manifest are those of the checkpoints from the recipe.
 
     Args:
         config: settings that the checkpoints lack (streams, router, connector), and expected values of the others.
@@ -79,8 +71,7 @@ def build_from_published(
     """
     parts = read_parts(config, sources, revisions or {})
     real = replace(
-        config, vision=parts.mllm.vision, text=parts.mllm.text, autoencoder=parts.autoencoder.config,
-        denoiser=parts.dit.config,
+        config, vision=parts.vision, text=parts.text, autoencoder=parts.autoencoder, denoiser=parts.denoiser
     )
     files = {name: parts.weights(name) for name in SOURCES}
     keys = KeyMap()
@@ -88,21 +79,27 @@ def build_from_published(
     keys.add(files["autoencoder"], dcae.translate)
     keys.add(files["dit"], sana.translate)
     model, pixel_encoder, origins = build_from_tensors(real, keys, PUBLISHED, seed)
-    model.tokenizer.latent_scale.fill_(parts.autoencoder.scaling_factor)
+    model.tokenizer.latent_scale.fill_(parts.scaling_factor)
     origins["latent scale"] = "the autoencoder's scaling_factor, until a tokenizer stage measures it"
     records = {name: parts.sources[name].record(with_configs(files[name].files)) for name in SOURCES}
-    return finish(model, pixel_encoder, parts, (config, real), sampling, origins, records, seed=seed, recipe=recipe)
+    return finish(model, pixel_encoder, parts, config, sampling, origins, records, seed=seed, recipe=recipe)
 
 
 @dataclass(frozen=True)
 class PublishedParts:
-    """The published parts: their sources and configurations."""
+    """The published parts: their sources, sizes, and what else their configurations state.
+
+    `scaling_factor` brings the autoencoder's latents to unit variance; `sampling_shift` is None without a scheduler.
+    """
 
     sources: dict[str, CheckpointSource]
     text_tokenizer: Any
-    mllm: internvl.Mllm
-    autoencoder: dcae.Autoencoder
-    dit: sana.Dit
+    vision: VisionConfig
+    text: TextConfig
+    autoencoder: AutoencoderConfig
+    scaling_factor: float
+    denoiser: DenoiserConfig
+    sampling_shift: float | None
 
     def weights(self, name: str) -> SafetensorsReader:
         """The tensors of one of SOURCES."""
@@ -125,45 +122,39 @@ def read_parts(
     found = {name: fetch(sources[name], PATTERNS[name], revision=revisions.get(name), what=name) for name in SOURCES}
     folder = found["mllm"].folder
     text_tokenizer = internvl.read_text_tokenizer(folder)
-    mllm = internvl.read_config(folder, llm or found["mllm"].weights(*WEIGHTS["mllm"]), text_tokenizer)
-    parts = PublishedParts(
-        found, text_tokenizer, mllm, dcae.read_config(found["autoencoder"]),
-        sana.read_config(found["dit"], config.denoiser),
-    )
-    channels = parts.autoencoder.config.latent_channels
-    if parts.dit.channels != channels:
-        raise InputError(f"the DiT denoises {parts.dit.channels} channels, expected the autoencoder's {channels}")
-    return parts
+    vision, text = internvl.read_config(folder, llm or found["mllm"].weights(*WEIGHTS["mllm"]), text_tokenizer)
+    autoencoder, scaling_factor = dcae.read_config(found["autoencoder"])
+    denoiser, shift = sana.read_config(found["dit"], config.denoiser, autoencoder.latent_channels)
+    return PublishedParts(found, text_tokenizer, vision, text, autoencoder, scaling_factor, denoiser, shift)
 
 
 def finish(
     model: SparModel,
     pixel_encoder: PixelEncoder,
     parts: PublishedParts,
-    configs: tuple[SparConfig, SparConfig],
+    config: SparConfig,
     sampling: SamplingConfig,
     origins: dict[str, str],
     records: dict[str, Any],
     *,
     seed: int,
     recipe: str,
-) -> BuiltModel:
-    """Bundle the model with its tokenizer, sampling and manifest; `configs` are the recipe's and the model's own."""
-    shift = parts.dit.sampling_shift
+) -> ModelBundle:
+    """Bundle the model with its tokenizer, sampling and manifest; `config` is the recipe's."""
+    shift = parts.sampling_shift
     own_sampling = sampling if shift is None else replace(sampling, shift=shift)
-    found = [*differences(*configs, "model"), *differences(sampling, own_sampling, "sampling")]
-    lines = tuple(f"{name}: the recipe expects {a!r}, the checkpoint has {b!r}" for name, a, b in found)
+    found = [*differences(config, model.config, "model"), *differences(sampling, own_sampling, "sampling")]
     manifest = {
         "recipe": recipe,
         "seed": seed,
         "versions": versions(),
         "sources": records,
         "parts": {**origins, "alignment head": "not in this folder: training starts it from random weights"},
-        "differences": list(lines),
+        "differences": [f"{name}: the recipe expects {a!r}, the checkpoint has {b!r}" for name, a, b in found],
         "stages": {},
     }
     model, pixel_encoder = model.eval().requires_grad_(False), pixel_encoder.eval().requires_grad_(False)
-    return BuiltModel(ModelBundle(model, parts.text_tokenizer, own_sampling, manifest, pixel_encoder), lines)
+    return ModelBundle(model, parts.text_tokenizer, own_sampling, manifest, pixel_encoder)
 
 
 def build_from_tensors(
@@ -181,7 +172,7 @@ def build_from_tensors(
     """
     with init_empty_weights():
         model = SparModel(config)
-        pixel_encoder = PixelEncoder(build_autoencoder(config.autoencoder).encoder)
+        pixel_encoder = TRAINING_PARTS["pixel_encoder"](config)
     parts = {
         prefix: pixel_encoder if prefix == dcae.PIXEL_ENCODER else model.get_submodule(prefix) for prefix in filled
     }
@@ -211,9 +202,7 @@ def init_missing_weights(model: SparModel, seed: int) -> dict[str, str]:
         module: Any = model
         for step in place.split("."):
             module = getattr(module, step, None)
-        if module is None:
-            continue
-        if not any(parameter.is_meta for parameter in module.parameters()):
+        if module is None or not any(parameter.is_meta for parameter in module.parameters()):
             continue
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         for part in module.modules():
@@ -222,8 +211,7 @@ def init_missing_weights(model: SparModel, seed: int) -> dict[str, str]:
                     value = _start(part, key, torch.empty(parameter.shape), generator)
                     setattr(part, key, nn.Parameter(value))
         origins[place] = f"random weights of seed {seed}"
-    missing = [key for key, value in model.state_dict().items() if value.is_meta]
-    if missing:
+    if missing := [key for key, value in model.state_dict().items() if value.is_meta]:
         raise ValueError(f"expected weights for every part, got none for {', '.join(missing[:3])}")
     return origins
 

@@ -21,7 +21,6 @@ from spar.checkpoints.formats.torch_pickle import TorchPickleReader
 from spar.checkpoints.from_published import (
     PUBLISHED,
     SOURCES,
-    BuiltModel,
     PublishedParts,
     build_from_tensors,
     finish,
@@ -29,7 +28,7 @@ from spar.checkpoints.from_published import (
     with_configs,
 )
 from spar.checkpoints.safetensors_io import SafetensorsReader
-from spar.checkpoints.spar_format import SamplingConfig
+from spar.checkpoints.spar_format import ModelBundle, SamplingConfig
 from spar.common.errors import InputError
 from spar.models.config import SparConfig
 from spar.models.router import DynamicTokenRouter, Router
@@ -55,7 +54,7 @@ def convert_unilip(
     factor: float | None = None,
     seed: int = 0,
     recipe: str = "",
-) -> BuiltModel:
+) -> ModelBundle:
     """Convert a checkpoint of UniLIP, a tokenizer or a whole model, to a SPAR model.
 
     Args:
@@ -89,7 +88,7 @@ def convert_unilip(
     }
     records = {"unilip": source.record(files.files if single else with_configs(files.files))}
     records |= {name: parts.sources[name].record(with_configs(read[name])) for name in read}
-    return finish(model, pixel_encoder, parts, (config, real), sampling, origins, records, seed=seed, recipe=recipe)
+    return finish(model, pixel_encoder, parts, config, sampling, origins, records, seed=seed, recipe=recipe)
 
 
 def _open(path: str) -> tuple[CheckpointSource, TensorReader]:
@@ -130,13 +129,13 @@ def _sizes(
         block_norm_eps=unilip.BLOCK_NORM_EPS, fusion="residual",
     )
     return SparConfig(
-        vision=parts.mllm.vision,
-        text=parts.mllm.text,
-        autoencoder=parts.autoencoder.config,
+        vision=parts.vision,
+        text=parts.text,
+        autoencoder=parts.autoencoder,
         streams=streams,
         router=replace(config.router, kind=router, temperature=1.0, scale="last", norm=False),
         connector=connector,
-        denoiser=replace(parts.dit.config, position_gain=0.0, reference_latent=False),
+        denoiser=replace(parts.denoiser, position_gain=0.0, reference_latent=False),
     )
 
 

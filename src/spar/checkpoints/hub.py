@@ -8,11 +8,11 @@ from pathlib import Path
 from spar.checkpoints.formats.checkpoint_source import REPOSITORY, fetch
 from spar.checkpoints.inspect import inspect
 from spar.checkpoints.safetensors_io import INDEX
-from spar.checkpoints.spar_format import PARTS
+from spar.checkpoints.spar_format import PARTS, TRAINING_PARTS
 from spar.common.config import read_json
 from spar.common.errors import InputError
 
-FOLDERS = ("", "tokenizer/", *(f"{part}/" for part in PARTS), "pixel_encoder/", "teacher/")
+FOLDERS = ("", *(f"{part}/" for part in ("tokenizer", *PARTS, *TRAINING_PARTS)))
 # Weights that are no longer in the folder are removed from the Hub: they might be loaded instead of newer ones.
 WEIGHTS = tuple(f"{folder}model*.safetensors{end}" for folder in FOLDERS for end in ("", INDEX))
 # Files of a SPAR folder: no others are uploaded.

@@ -9,22 +9,20 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from spar.checkpoints.model_card import recorded_scores
-from spar.checkpoints.safetensors_io import SafetensorsReader, describe_mismatch
+from spar.checkpoints.safetensors_io import SafetensorsReader, check_fit
 from spar.checkpoints.spar_format import (
     FORMAT,
     PARTS,
+    TOKENIZER_FORMAT,
+    TRAINING_PARTS,
     SamplingConfig,
-    has_pixel_encoder,
-    has_teacher,
+    has_part,
     load_text_tokenizer,
     read_header,
     tokenizer_header,
 )
 from spar.common.config import from_dict, read_json
-from spar.common.errors import InputError
-from spar.models.autoencoder import PixelEncoder, build_autoencoder
 from spar.models.config import SparConfig
-from spar.models.encoder import SemanticEncoder
 from spar.models.spar import SparModel
 from spar.models.tokenizer import UnifiedTokenizer
 
@@ -56,7 +54,7 @@ class Inspection:
     @property
     def parameters(self) -> int:
         """Number of parameters of the model, without E_p and the teacher, which only training reads."""
-        return sum(part.parameters for part in self.parts if part.name not in ("pixel_encoder", "teacher"))
+        return sum(part.parameters for part in self.parts if part.name not in TRAINING_PARTS)
 
     @property
     def scores(self) -> dict[str, dict[str, float]]:
@@ -70,27 +68,21 @@ def inspect(folder: Path) -> Inspection:
     Raises:
         InputError: the folder cannot be loaded; damaged tensor values are not detected.
     """
-    alone = f"{FORMAT}-tokenizer"
-    whole = not folder.is_dir() or read_json(folder / "config.json").get("format") != alone
-    header = read_header(folder, FORMAT if whole else alone)
+    whole = not folder.is_dir() or read_json(folder / "config.json").get("format") != TOKENIZER_FORMAT
+    header = read_header(folder, FORMAT if whole else TOKENIZER_FORMAT)
     config = from_dict(SparConfig, header["model"], complete=True)
-    with init_empty_weights():
-        model = SparModel(config) if whole else UnifiedTokenizer(config)
-    if not whole:
-        parts = [_part("tokenizer", model, folder / "model.safetensors")]
-    else:
+    if whole:
         tokenizer_header(folder, header)
         load_text_tokenizer(folder / "text_tokenizer", config.text)
-        names = ("tokenizer", *PARTS)
-        parts = [_part(name, getattr(model, name), folder / name / "model.safetensors") for name in names]
-    if whole and has_pixel_encoder(folder):
-        with init_empty_weights():
-            encoder = PixelEncoder(build_autoencoder(config.autoencoder).encoder)
-        parts.append(_part("pixel_encoder", encoder, folder / "pixel_encoder" / "model.safetensors"))
-    if whole and has_teacher(folder):
-        with init_empty_weights():
-            teacher = SemanticEncoder(config.vision, config.text)
-        parts.append(_part("teacher", teacher, folder / "teacher" / "model.safetensors"))
+    modules: dict[str, nn.Module]
+    with init_empty_weights():
+        if whole:
+            model = SparModel(config)
+            modules = {name: getattr(model, name) for name in ("tokenizer", *PARTS)}
+            modules |= {name: build(config) for name, build in TRAINING_PARTS.items() if has_part(folder, name)}
+        else:
+            modules = {"tokenizer": UnifiedTokenizer(config)}
+    parts = [_part(name, module, folder / name if whole else folder) for name, module in modules.items()]
     manifest, versions = folder / "manifest.json", header.get("versions")
     return Inspection(
         format=header["format"],
@@ -103,11 +95,9 @@ def inspect(folder: Path) -> Inspection:
     )
 
 
-def _part(name: str, module: nn.Module, path: Path) -> PartInfo:
-    files = SafetensorsReader(path)
-    mismatch = describe_mismatch(module.state_dict(), files.shapes)
-    if mismatch:
-        raise InputError(f"{path.parent} does not fit this model: {mismatch}")
+def _part(name: str, module: nn.Module, folder: Path) -> PartInfo:
+    files = SafetensorsReader(folder / "model.safetensors")
+    check_fit(module.state_dict(), files.shapes, folder)
     counts: Counter[str] = Counter()
     for key, kind in files.types.items():
         counts[TYPES.get(kind, kind.lower())] += files.shapes[key].numel()

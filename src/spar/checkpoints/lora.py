@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from spar.checkpoints.safetensors_io import describe_mismatch, read_tensors
+from spar.checkpoints.safetensors_io import describe_mismatch, read_tensors, write_tensors
 from spar.common.config import from_dict, read_json, to_dict, write_json
 from spar.common.errors import InputError, install_command
 
@@ -32,9 +31,7 @@ class LoraConfig:
         if self.rank < 0 or not self.alpha > 0:
             raise InputError(f"lora: expected rank at least 0 and alpha above 0, got {self.rank} and {self.alpha}")
         if not self.parts or not set(self.parts) <= set(LAYERS):
-            raise InputError(
-                f"lora.parts: expected some of {', '.join(LAYERS)}, got {', '.join(self.parts) or 'none'}"
-            )
+            raise InputError(f"lora.parts: expected some of {', '.join(LAYERS)}, got {', '.join(self.parts) or 'none'}")
 
 
 def is_lora_key(name: str) -> bool:
@@ -54,11 +51,8 @@ def add_lora(model: nn.Module, config: LoraConfig) -> None:
         raise InputError(f"LoRA needs peft: {install_command('lora')}") from None
     for part in config.parts:
         module = getattr(model, part)
-        names = [
-            name
-            for name, layer in module.named_modules()
-            if isinstance(layer, nn.Linear) and name.startswith(LAYERS[part])
-        ]
+        linear = (name for name, layer in module.named_modules() if isinstance(layer, nn.Linear))
+        names = [name for name in linear if name.startswith(LAYERS[part])]
         settings = peft.LoraConfig(
             r=config.rank, target_modules=names, lora_dropout=0.0,
             lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft says int, but only divides it by the rank
@@ -93,11 +87,8 @@ def merge_lora(model: nn.Module) -> None:
 
 def save_adapter(model: nn.Module, config: LoraConfig, folder: Path, manifest: dict[str, Any]) -> None:
     """Write the additions alone: `adapter.safetensors`, `config.json` and `manifest.json`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in adapter_tensors(model).items()}
-    save_file(tensors, folder / "adapter.safetensors")
-    header = {"format": FORMAT, "format_version": FORMAT_VERSION, "lora": to_dict(config)}
-    write_json(folder / "config.json", header)
+    write_tensors(adapter_tensors(model), folder / "adapter.safetensors")
+    write_json(folder / "config.json", {"format": FORMAT, "format_version": FORMAT_VERSION, "lora": to_dict(config)})
     write_json(folder / "manifest.json", manifest)
 
 
@@ -120,8 +111,7 @@ def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
         found = ", ".join(map(str, sorted(ranks))) or "none"
         raise InputError(f"{folder}: expected weights of rank {config.rank} as its config.json says, got {found}")
     add_lora(model, config)
-    mismatch = describe_mismatch(adapter_tensors(model), given)
-    if mismatch:
+    if mismatch := describe_mismatch(adapter_tensors(model), given):
         raise InputError(f"{folder} is no adapter of this model: {mismatch}")
     model.load_state_dict({**model.state_dict(), **given})
     return config

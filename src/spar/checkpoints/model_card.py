@@ -57,33 +57,35 @@ def model_card(
 
 def recorded_scores(manifest: dict[str, Any]) -> dict[str, dict[str, float]]:
     """The manifest's scores by benchmark; values that are not numbers are dropped."""
-    listed = manifest.get("scores")
     return {
         name: {score: value for score, value in table.items() if type(value) in (int, float)}
-        for name, table in (listed.items() if isinstance(listed, dict) else ())
+        for name, table in _fields(manifest, "scores").items()
         if isinstance(table, dict)
     }
 
 
+def _fields(manifest: dict[str, Any], key: str) -> dict[str, Any]:
+    """The object under a key of a manifest, which may be untrusted; empty if it is none."""
+    value = manifest.get(key)
+    return value if isinstance(value, dict) else {}
+
+
 def _published(manifest: dict[str, Any]) -> list[str]:
     """Hub ids of the parts from the Hub, which have a commit."""
-    sources = manifest.get("sources")
-    records = sources.values() if isinstance(sources, dict) else ()
+    records = _fields(manifest, "sources").values()
     return [one["source"] for one in records if isinstance(one, dict) and one.get("source") and one.get("commit")]
 
 
 def _origin(manifest: dict[str, Any]) -> str:
-    def listed(key: str) -> dict[str, Any]:
-        return manifest[key] if isinstance(manifest.get(key), dict) else {}
-
-    stages = ((name, one.get("steps")) for name, one in listed("stages").items() if isinstance(one, dict))
+    stages = ((name, one.get("steps")) for name, one in _fields(manifest, "stages").items() if isinstance(one, dict))
     rows: dict[str, Any] = {
         **{key: manifest[key] for key in ("recipe", "seed", "commit") if key in manifest},
-        **listed("parts"),
+        **_fields(manifest, "parts"),
         "stages": ", ".join(f"{name} ({steps} steps)" for name, steps in stages),
-        "trained on from": "an earlier model, see `origin`" if listed("origin") else "",
-        **{key: ", ".join(f"{name} {value}" for name, value in listed(key).items()) for key in ("versions", "machine")},
+        "trained on from": "an earlier model, see `origin`" if _fields(manifest, "origin") else "",
     }
+    for key in ("versions", "machine"):
+        rows[key] = ", ".join(f"{name} {value}" for name, value in _fields(manifest, key).items())
     rows = {key: value for key, value in rows.items() if value != ""}
     if not rows:
         return "`manifest.json` does not record it."
@@ -101,8 +103,7 @@ def _scores(manifest: dict[str, Any]) -> str:
 def _limits(
     config: SparConfig, manifest: dict[str, Any], license: str, prompt: int, words: int | None
 ) -> Iterable[str]:
-    parts = manifest.get("parts")
-    if isinstance(parts, dict) and any(str(origin).startswith("random weights") for origin in parts.values()):
+    if any(str(origin).startswith("random weights") for origin in _fields(manifest, "parts").values()):
         yield "Some parts have untrained random weights (above): the output is meaningless before they are trained."
     side = config.image_size
     yield f"Made for images of {side} x {side} pixels; other sides are multiples of {config.token_stride}."

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -25,11 +26,17 @@ class SafetensorsReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         index = path.with_name(path.name + INDEX)
-        self.files = [path] if path.is_file() or not index.is_file() else self._listed(index)
-        self._handles = [_open(file) for file in self.files]
-        self._where = {key: handle for handle in self._handles for key in handle.keys()}  # noqa: SIM118
-        if len(self.files) > 1 or self.files[0] != path:
-            self._check(index)
+        listed = None if path.is_file() or not index.is_file() else _read_index(index)
+        self.files = [path] if listed is None else [path.with_name(name) for name in dict.fromkeys(listed.values())]
+        handles = [_open(file) for file in self.files]
+        self._where = {key: handle for handle in handles for key in handle.keys()}  # noqa: SIM118
+        if listed is not None:
+            pairs = zip(self.files, handles, strict=True)
+            stored = {(key, file.name) for file, handle in pairs for key in handle.keys()}  # noqa: SIM118
+            if wrong := sorted(stored ^ set(listed.items())):
+                raise InputError(
+                    f"{index} and its shards disagree about {len(wrong)} tensors, {wrong[0][0]} among them"
+                )
         self.shapes = {
             key: torch.empty(handle.get_slice(key).get_shape(), device="meta") for key, handle in self._where.items()
         }
@@ -38,28 +45,6 @@ class SafetensorsReader:
     def types(self) -> dict[str, str]:
         return {key: handle.get_slice(key).get_dtype() for key, handle in self._where.items()}
 
-    def _listed(self, index: Path) -> list[Path]:
-        """The shards, each a plain file name in the index's folder."""
-        names = self._map(index).values()
-        strange = [name for name in names if not isinstance(name, str) or Path(name).name != name]
-        if strange:
-            raise InputError(f"{index}: expected names of files beside it, got {strange[0]!r}")
-        return [index.with_name(name) for name in dict.fromkeys(names)]
-
-    def _map(self, index: Path) -> dict[str, str]:
-        listed = read_json(index).get("weight_map")
-        if not isinstance(listed, dict) or not listed:
-            raise InputError(f"{index}: expected a weight_map from tensors to files, got {listed!r}")
-        return listed
-
-    def _check(self, index: Path) -> None:
-        """Check that each tensor is in the file that the index gives, and in no other."""
-        pairs = zip(self.files, self._handles, strict=True)
-        stored = {(key, file.name) for file, handle in pairs for key in handle.keys()}  # noqa: SIM118
-        wrong = sorted(stored ^ set(self._map(index).items()))
-        if wrong:
-            raise InputError(f"{index} and its shards disagree about {len(wrong)} tensors, {wrong[0][0]} among them")
-
     def read(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
         """Read one tensor, a floating one in `dtype` if given; it is a copy, independent of the file."""
         try:
@@ -67,6 +52,22 @@ class SafetensorsReader:
         except (SafetensorError, OSError) as error:
             raise InputError(f"{self.path} is damaged: {error}") from error
         return tensor.to(dtype if dtype and tensor.is_floating_point() else tensor.dtype, copy=True)
+
+
+def has_tensors(path: Path) -> bool:
+    """Whether `NAME.safetensors` is there, as one file or in shards."""
+    return path.is_file() or path.with_name(path.name + INDEX).is_file()
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """The shard of each tensor, a plain file name in the index's folder."""
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise InputError(f"{index}: expected a weight_map from tensors to files, got {listed!r}")
+    for name in listed.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise InputError(f"{index}: expected names of files beside it, got {name!r}")
+    return listed
 
 
 def _open(path: Path) -> "safe_open":
@@ -85,37 +86,29 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_tensors(
-    module: nn.Module, path: Path, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES
+    tensors: dict[str, Tensor], path: Path, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write a module's weights, floating ones in `dtype` if given; in shards if they exceed `shard_bytes`."""
+    """Write tensors, floating ones in `dtype` if given; in shards with an index if they exceed `shard_bytes`.
+
+    They are converted and copied to the CPU shard by shard.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {key: value.detach() for key, value in module.state_dict().items()}
-    kinds = {key: dtype if dtype and value.is_floating_point() else value.dtype for key, value in state.items()}
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for key, value in state.items():
-        size = value.numel() * kinds[key].itemsize
-        if shards[-1] and filled + size > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(key)
-        filled += size
-    if len(shards) == 1:
-        _save({key: value.to("cpu", kinds[key]).contiguous() for key, value in state.items()}, path)
-        return
-    names = [f"{path.stem}-{i:05d}-of-{len(shards):05d}{path.suffix}" for i in range(1, len(shards) + 1)]
-    for name, keys in zip(names, shards, strict=True):
-        _save({key: state[key].to("cpu", kinds[key]).contiguous() for key in keys}, path.with_name(name))
-    total = sum(value.numel() * kinds[key].itemsize for key, value in state.items())
-    weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
-    write_json(path.with_name(path.name + INDEX), {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:  # for example for a full disk
-        raise OSError(str(error)) from error
+    stored = {
+        key: torch.empty_like(value, dtype=dtype if dtype and value.is_floating_point() else None, device="meta")
+        for key, value in tensors.items()
+    }
+    split = split_torch_state_dict_into_shards(
+        stored, filename_pattern=f"{path.stem}{{suffix}}{path.suffix}", max_shard_size=shard_bytes
+    )
+    for name, keys in split.filename_to_tensors.items():
+        shard = {key: tensors[key].detach().to("cpu", stored[key].dtype).contiguous() for key in keys}
+        try:
+            save_file(shard, path.with_name(name))
+        except SafetensorError as error:  # for example for a full disk
+            raise OSError(str(error)) from error
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(path.with_name(path.name + INDEX), index)
 
 
 def describe_mismatch(own: dict[str, Tensor], given: dict[str, Tensor]) -> str:
@@ -135,21 +128,20 @@ def describe_mismatch(own: dict[str, Tensor], given: dict[str, Tensor]) -> str:
     )
 
 
-def load_weights(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    """Load strictly into the module's own memory and types; one report lists all mismatches."""
-    mismatch = describe_mismatch(module.state_dict(), tensors)
-    if mismatch:
+def check_fit(own: dict[str, Tensor], given: dict[str, Tensor], where: object) -> None:
+    """Refuse tensors of other names or shapes than a model's own; one report lists all mismatches."""
+    if mismatch := describe_mismatch(own, given):
         raise InputError(f"{where} does not fit this model: {mismatch}")
+
+
+def load_weights(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """Load strictly into the module's own memory and types."""
+    check_fit(module.state_dict(), tensors, where)
     module.load_state_dict(tensors)
 
 
-def load_into_meta(module: nn.Module, path: Path, where: str, dtype: torch.dtype | None = torch.float32) -> None:
-    """Load strictly into a module on the meta device: its weights become those of the file.
-
-    Floating ones are in `dtype`, or as stored if it is None.
-    """
+def load_into_meta(module: nn.Module, path: Path) -> None:
+    """Load strictly into a module on the meta device: its weights become those of the file, in float32."""
     files = SafetensorsReader(path)
-    mismatch = describe_mismatch(module.state_dict(), files.shapes)
-    if mismatch:
-        raise InputError(f"{where} does not fit this model: {mismatch}")
-    module.load_state_dict({key: files.read(key, dtype) for key in files.shapes}, assign=True)
+    check_fit(module.state_dict(), files.shapes, path.parent)
+    module.load_state_dict({key: files.read(key, torch.float32) for key in files.shapes}, assign=True)

@@ -11,6 +11,7 @@ README.md                 the model card (optional)
 """
 
 import importlib.metadata
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ import torch
 from accelerate import init_empty_weights
 
 from spar import __version__
+from spar.checkpoints.formats.internvl import open_text_tokenizer
 from spar.checkpoints.model_card import model_card
-from spar.checkpoints.safetensors_io import INDEX, load_into_meta, write_tensors
+from spar.checkpoints.safetensors_io import has_tensors, load_into_meta, write_tensors
 from spar.common.config import from_dict, read_json, to_dict, write_json
 from spar.common.errors import InputError
 from spar.common.files import atomic_directory
@@ -29,11 +31,17 @@ from spar.models.config import SparConfig, TextConfig
 from spar.models.encoder import SemanticEncoder
 from spar.models.spar import SparModel
 from spar.models.tokenizer import UnifiedTokenizer
-from spar.processing.prompts import IMAGE_TOKEN
+from spar.processing.prompts import IMAGE_TOKEN, known_words
 
 FORMAT, FORMAT_VERSION = "spar", 3
 CARD = "README.md"
+TOKENIZER_FORMAT = f"{FORMAT}-tokenizer"
 PARTS = ("language", "router", "connector", "denoiser")
+# The optional parts, which only training reads.
+TRAINING_PARTS: dict[str, Callable[[SparConfig], Any]] = {
+    "pixel_encoder": lambda config: PixelEncoder(build_autoencoder(config.autoencoder).encoder),
+    "teacher": lambda config: SemanticEncoder(config.vision, config.text),
+}
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class SamplingConfig:
 class ModelBundle:
     """Contents of a SPAR folder.
 
-    `pixel_encoder` and `teacher` are written if given; `load_pixel_encoder` and `load_teacher` read them.
+    `pixel_encoder` and `teacher` are written if given; `load_training_part` and `load_teacher` read them.
     """
 
     model: SparModel
@@ -70,22 +78,20 @@ def versions() -> dict[str, str]:
 
 def save_tokenizer(tokenizer: UnifiedTokenizer, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Write the unified tokenizer alone: image to latent and back, and the encoder for understanding."""
-    write_tensors(tokenizer, folder / "model.safetensors", dtype)
-    write_json(
-        folder / "config.json",
-        {
-            "format": f"{FORMAT}-tokenizer",
-            "format_version": FORMAT_VERSION,
-            "versions": versions(),
-            "latent_scale": float(tokenizer.latent_scale),
-            "model": to_dict(tokenizer.config),
-        },
-    )
+    write_tensors(tokenizer.state_dict(), folder / "model.safetensors", dtype)
+    scale = float(tokenizer.latent_scale)
+    _write_header(folder, TOKENIZER_FORMAT, latent_scale=scale, model=to_dict(tokenizer.config))
+
+
+def _write_header(folder: Path, kind: str, **fields: Any) -> None:
+    """Write the config.json that `read_header` reads."""
+    header = {"format": kind, "format_version": FORMAT_VERSION, "versions": versions(), **fields}
+    write_json(folder / "config.json", header)
 
 
 def load_tokenizer(folder: Path) -> UnifiedTokenizer:
     """Load the folder of `save_tokenizer`, in float32."""
-    header = read_header(folder, f"{FORMAT}-tokenizer")
+    header = read_header(folder, TOKENIZER_FORMAT)
     with init_empty_weights():
         tokenizer = UnifiedTokenizer(from_dict(SparConfig, header["model"], complete=True))
     _load_tokenizer_weights(tokenizer, folder, header)
@@ -93,7 +99,7 @@ def load_tokenizer(folder: Path) -> UnifiedTokenizer:
 
 
 def _load_tokenizer_weights(tokenizer: UnifiedTokenizer, folder: Path, header: dict[str, Any]) -> None:
-    load_into_meta(tokenizer, folder / "model.safetensors", str(folder))
+    load_into_meta(tokenizer, folder / "model.safetensors")
     tokenizer.latent_scale.fill_(header["latent_scale"])
 
 
@@ -103,64 +109,47 @@ def save_model(loaded: ModelBundle, folder: Path, dtype: torch.dtype | None = No
     with atomic_directory(folder) as temporary:
         model = loaded.model
         save_tokenizer(model.tokenizer, temporary / "tokenizer", dtype)
-        for part in PARTS:
-            write_tensors(getattr(model, part), temporary / part / "model.safetensors", dtype)
-        if loaded.pixel_encoder is not None:
-            write_tensors(loaded.pixel_encoder, temporary / "pixel_encoder" / "model.safetensors", dtype)
-        if loaded.teacher is not None:
-            write_tensors(loaded.teacher, temporary / "teacher" / "model.safetensors", dtype)
+        parts = {part: getattr(model, part) for part in PARTS}
+        parts |= {part: getattr(loaded, part) for part in TRAINING_PARTS}
+        for part, module in parts.items():
+            if module is not None:
+                write_tensors(module.state_dict(), temporary / part / "model.safetensors", dtype)
         loaded.text_tokenizer.save_pretrained(temporary / "text_tokenizer")
-        write_json(
-            temporary / "config.json",
-            {
-                "format": FORMAT,
-                "format_version": FORMAT_VERSION,
-                "versions": versions(),
-                "model": to_dict(model.config),
-                "sampling": to_dict(loaded.sampling),
-            },
-        )
+        _write_header(temporary, FORMAT, model=to_dict(model.config), sampling=to_dict(loaded.sampling))
         write_json(temporary / "manifest.json", loaded.manifest)
         (temporary / CARD).write_text(build_model_card(loaded), encoding="utf-8")
 
 
 def build_model_card(loaded: ModelBundle) -> str:
     """Text of the folder's model card."""
-    model, words = loaded.model, loaded.text_tokenizer
+    model, tokenizer = loaded.model, loaded.text_tokenizer
     sizes = {name: sum(t.numel() for t in getattr(model, name).state_dict().values()) for name in ("tokenizer", *PARTS)}
-    closed = len(set(words.get_vocab()) - set(words.all_special_tokens)) if words.unk_token_id is not None else None
-    return model_card(model.config, loaded.manifest, sizes, prompt=loaded.sampling.max_prompt_tokens, words=closed)
+    words = None if tokenizer.unk_token_id is None else len(known_words(tokenizer))
+    return model_card(model.config, loaded.manifest, sizes, prompt=loaded.sampling.max_prompt_tokens, words=words)
 
 
 def check_replaceable(folder: Path, kind: str) -> None:
     """Refuse a path that is neither an empty folder nor an older one of this kind, with InputError."""
-    if folder.absolute().exists() and not _replaceable(folder, kind):
-        what = kind.replace(FORMAT, "SPAR").replace("-", " ")
-        raise InputError(f"{folder.absolute()} exists and is no {what} folder; expected an empty or new folder")
-
-
-def _replaceable(folder: Path, kind: str) -> bool:
-    """Whether an existing path is an empty folder or an older one of this kind."""
-    if not folder.is_dir():
-        return False
-    if not any(folder.iterdir()):
-        return True
+    folder = folder.absolute()
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
     try:
-        return read_json(folder / "config.json").get("format") == kind
+        replaceable = read_json(folder / "config.json").get("format") == kind
     except InputError:
-        return False
+        replaceable = False
+    if not replaceable:
+        what = kind.replace(FORMAT, "SPAR").replace("-", " ")
+        raise InputError(f"{folder} exists and is no {what} folder; expected an empty or new folder")
 
 
 def load_model(folder: Path) -> ModelBundle:
     """Load a SPAR folder strictly, in float32 on the CPU; `InputError` names what is missing, foreign or damaged."""
     header = read_header(folder, FORMAT)
-    config = from_dict(SparConfig, header["model"], complete=True)
     with init_empty_weights():
-        model = SparModel(config)
-    tokenizer = tokenizer_header(folder, header)
-    _load_tokenizer_weights(model.tokenizer, folder / "tokenizer", tokenizer)
+        model = SparModel(from_dict(SparConfig, header["model"], complete=True))
+    _load_tokenizer_weights(model.tokenizer, folder / "tokenizer", tokenizer_header(folder, header))
     for part in PARTS:
-        load_into_meta(getattr(model, part), folder / part / "model.safetensors", str(folder / part))
+        load_into_meta(getattr(model, part), folder / part / "model.safetensors")
     manifest = folder / "manifest.json"
     return ModelBundle(
         model=model.eval().requires_grad_(False),
@@ -175,51 +164,33 @@ def read_config(folder: Path) -> SparConfig:
     return from_dict(SparConfig, read_header(folder, FORMAT)["model"], complete=True)
 
 
-def has_pixel_encoder(folder: Path) -> bool:
-    """Whether a SPAR folder contains E_p."""
-    return _has_part(folder, "pixel_encoder")
+def has_part(folder: Path, part: str) -> bool:
+    """Whether a SPAR folder contains one of TRAINING_PARTS."""
+    return has_tensors(folder / part / "model.safetensors")
 
 
-def has_teacher(folder: Path) -> bool:
-    """Whether a SPAR folder contains the semantic teacher of its tokenizer."""
-    return _has_part(folder, "teacher")
-
-
-def _has_part(folder: Path, part: str) -> bool:
-    path = folder / part / "model.safetensors"
-    return path.is_file() or path.with_name(path.name + INDEX).is_file()
+def load_training_part(folder: Path, part: str) -> Any:
+    """Load one of TRAINING_PARTS of a SPAR folder, in float32."""
+    config = read_config(folder)
+    with init_empty_weights():
+        module = TRAINING_PARTS[part](config)
+    load_into_meta(module, folder / part / "model.safetensors")
+    return module.eval().requires_grad_(False)
 
 
 def load_teacher(folder: Path) -> SemanticEncoder:
     """The semantic teacher of a SPAR folder, in float32: its own, or its encoder where it keeps none."""
-    config = read_config(folder)
-    if not has_teacher(folder):
-        return load_tokenizer(folder / "tokenizer").encoder
-    with init_empty_weights():
-        encoder = SemanticEncoder(config.vision, config.text)
-    load_into_meta(encoder, folder / "teacher" / "model.safetensors", str(folder / "teacher"))
-    return encoder.eval().requires_grad_(False)
-
-
-def load_pixel_encoder(folder: Path) -> PixelEncoder:
-    """Load E_p of a SPAR folder, in float32."""
-    config = read_config(folder)
-    with init_empty_weights():
-        encoder = PixelEncoder(build_autoencoder(config.autoencoder).encoder)
-    load_into_meta(encoder, folder / "pixel_encoder" / "model.safetensors", str(folder / "pixel_encoder"))
-    return encoder.eval().requires_grad_(False)
+    if has_part(folder, "teacher"):
+        return load_training_part(folder, "teacher")
+    read_header(folder, FORMAT)
+    return load_tokenizer(folder / "tokenizer").encoder
 
 
 def load_text_tokenizer(folder: Path, config: TextConfig) -> Any:
     """Load a model's text tokenizer; InputError if it is damaged or of another model."""
-    from transformers import PreTrainedTokenizerFast
-
     if not (folder / "tokenizer.json").is_file():
         raise InputError(f"tokenizer.json is missing in {folder}")
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises a bare Exception on a damaged file
-        raise InputError(f"{folder} holds no readable text tokenizer: {error}") from error
+    tokenizer = open_text_tokenizer(folder)
     own = (tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), tokenizer.eos_token_id, tokenizer.pad_token_id)
     wanted = (config.image_token_id, config.eos_token_id, config.pad_token_id)
     if own != wanted:
@@ -234,7 +205,8 @@ def read_header(folder: Path, expected: str) -> dict[str, Any]:
         InputError: a missing folder, an unreadable config.json, another format than `expected`, or another version.
     """
     if not folder.is_dir():
-        raise InputError(f"expected a SPAR model folder, got {folder}, which {_what(folder)}")
+        found = "is a file" if folder.exists() else "does not exist"
+        raise InputError(f"expected a SPAR model folder, got {folder}, which {found}")
     header = read_json(folder / "config.json")
     if header.get("format") != expected:
         raise InputError(f"{folder} is no {expected} folder: its config.json says format {header.get('format')!r}")
@@ -252,11 +224,7 @@ def read_header(folder: Path, expected: str) -> dict[str, Any]:
 
 def tokenizer_header(folder: Path, header: dict[str, Any]) -> dict[str, Any]:
     """Read the header of a SPAR folder's tokenizer, which has the folder's own sizes; raises as `read_header`."""
-    tokenizer = read_header(folder / "tokenizer", f"{FORMAT}-tokenizer")
+    tokenizer = read_header(folder / "tokenizer", TOKENIZER_FORMAT)
     if tokenizer["model"] != header["model"]:
         raise InputError(f"{folder}: the config.json of tokenizer/ gives other sizes than the model's own")
     return tokenizer
-
-
-def _what(path: Path) -> str:
-    return "is a file" if path.exists() else "does not exist"

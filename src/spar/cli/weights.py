@@ -73,12 +73,12 @@ def _make_model(args: Any, title: str, make: Callable[..., Any]) -> int:
         base, sources = recipe(args.recipe), {part: getattr(args, part) for part in SOURCES}
         if not isinstance(base, SparRecipe):
             raise InputError(f"expected a recipe of spar, got {args.recipe}, which is one of {base.kind}")
-        made = make(
+        bundle = make(
             args, config=base.model, sampling=sampling_config(base), sources=sources, revisions=args.revisions(),
             seed=args.seed, recipe=base.name,
         )  # fmt: skip
-        save_model(made.bundle, args.output)
-    _print_origins(args.output, made.bundle.manifest)
+        save_model(bundle, args.output)
+    _print_origins(args.output, bundle.manifest)
     return 0
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from spar.common.errors import InputError
 from spar.evaluation.options import EvalOptions, PipelineLike, Progress
 from spar.evaluation.results import Result
 from spar.evaluation.shapes_chat import shapes_chat
@@ -27,10 +26,3 @@ BENCHMARKS: dict[str, Benchmark] = {
     "shapes-paraphrase": shapes_paraphrase,
     "shapes-chat": shapes_chat,
 }
-
-
-def benchmark(name: str) -> Benchmark:
-    """The benchmark of a name; an unknown name raises `InputError` and lists the known ones."""
-    if name not in BENCHMARKS:
-        raise InputError(f"unknown benchmark {name!r}; expected one of {', '.join(BENCHMARKS)}")
-    return BENCHMARKS[name]

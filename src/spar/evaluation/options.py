@@ -69,12 +69,12 @@ class EvalOptions:
     label: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("limit", "images_per_prompt", "batch"):
+        for name, least in (("limit", 1), ("images_per_prompt", 1), ("batch", 1), ("seed", 0)):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise InputError(f"{name}: expected a whole number from 1, got {value!r}")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
-            raise InputError(f"seed: expected a whole number from 0, got {self.seed!r}")
+            if name == "limit" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise InputError(f"{name}: expected a whole number from {least}, got {value!r}")
         if self.combinations not in ("seen", "held_out"):
             raise InputError(f"combinations: expected 'seen' or 'held_out', got {self.combinations!r}")
 

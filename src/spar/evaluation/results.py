@@ -49,9 +49,6 @@ class Result:
                 return score
         raise KeyError(f"no score {name!r} in {self.benchmark}; there are {[score.name for score in self.scores]}")
 
-    def has(self, name: str) -> bool:
-        return any(score.name == name for score in self.scores)
-
 
 def write_result(path: str | Path, result: Result) -> None:
     """Write a result as JSON, under a temporary name, then rename it; its folder is created.
@@ -102,26 +99,29 @@ def mean_score(name: str, *groups: Sequence[float] | np.ndarray, seed: int = 0) 
     def statistic(*indices: np.ndarray) -> float:
         return float(np.mean([array[index].mean() for array, index in zip(arrays, indices, strict=True)]))
 
-    value, count = float(np.mean([array.mean() for array in arrays])), sum(map(len, arrays))
-    low, high = _all_alike(value, count) or bootstrap(statistic, *map(len, arrays), seed=seed)
-    return Score(name, value, low, high, count)
+    return _resampled(name, statistic, *map(len, arrays), seed=seed)
 
 
 def ratio_score(name: str, parts: Sequence[float], wholes: Sequence[float], *, seed: int = 0) -> Score:
     """Sum of parts over sum of wholes (0 of nothing), one pair per unit, resampled by unit."""
     above, below = np.asarray(parts, dtype=np.float64), np.asarray(wholes, dtype=np.float64)
 
-    def ratio(index: np.ndarray | slice) -> float:
+    def statistic(index: np.ndarray) -> float:
         whole = below[index].sum()
         return float(above[index].sum() / whole) if whole else 0.0
 
-    value = ratio(slice(None))
-    alike = _all_alike(value, len(above)) if not above.any() or (above == below).all() else None
-    low, high = alike or bootstrap(ratio, len(above), seed=seed)
-    return Score(name, value, low, high, len(above))
+    alike = not above.any() or bool((above == below).all())
+    return _resampled(name, statistic, len(above), seed=seed, alike=alike)
 
 
-def _all_alike(share: float, count: int) -> tuple[float, float] | None:
-    """The exact (Clopper-Pearson) interval if all units are right or all wrong, where the bootstrap's has length 0."""
+def _resampled(
+    name: str, statistic: Callable[..., float], *counts: int, seed: int, alike: bool = True
+) -> Score:
+    """A statistic of all units with its interval: the bootstrap's, or the exact one (Clopper-Pearson) if all units are
+    right or all wrong, where the bootstrap's has length 0; `alike`: whether a value of 0 or 1 says so.
+    """
+    value, count = statistic(*map(np.arange, counts)), sum(counts)
     chance = ((1 - LEVEL) / 2) ** (1 / count)
-    return {0.0: (0.0, 1 - chance), 1.0: (chance, 1.0)}.get(share)
+    exact = {0.0: (0.0, 1 - chance), 1.0: (chance, 1.0)}.get(value)
+    low, high = (alike and exact) or bootstrap(statistic, *counts, seed=seed)
+    return Score(name, value, low, high, count)

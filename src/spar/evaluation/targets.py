@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from spar.evaluation.options import BEFORE_SWAP
 from spar.evaluation.results import Result, Score
@@ -72,9 +73,8 @@ def show_interval(score: Score) -> str:
 
 def show_title(result: Result) -> str:
     """The benchmark with its combinations and label: "shapes-gen, held-out combinations"."""
-    held_out = ["held-out combinations"] if result.settings.get("combinations") == "held_out" else []
-    label = [result.settings["label"]] if result.settings.get("label") else []
-    return ", ".join([result.benchmark, *held_out, *label])
+    held_out = "held-out combinations" if result.settings.get("combinations") == "held_out" else ""
+    return ", ".join(filter(None, (result.benchmark, held_out, result.settings.get("label"))))
 
 
 def show_name(name: str) -> str:
@@ -82,28 +82,55 @@ def show_name(name: str) -> str:
     return _NAMES.get(name, name.replace("_", " "))
 
 
+def is_share(name: str) -> bool:
+    """Whether a score is a share in [0, 1]."""
+    return name not in (*_DECIBELS, "frechet")
+
+
 def main_scores(result: Result) -> list[Score]:
     """The main scores: no diagnostics and no baselines."""
     return [score for score in result.scores if not score.name.startswith((PARTS, *BASELINES))]
 
 
-def baselines(result: Result, score: Score) -> dict[str, Score]:
-    """The existing baselines of a score: {"blind": ..., "gray": ...}."""
-    return {
-        prefix.removesuffix("."): result.score(prefix + score.name)
-        for prefix in BASELINES
-        if result.has(prefix + score.name)
-    }
+def part_scores(result: Result) -> list[Score]:
+    """The diagnostics."""
+    return [score for score in result.scores if score.name.startswith(PARTS)]
 
 
-def swap_change(results: Iterable[Result]) -> tuple[Score, Score] | None:
-    """Understanding with the original encoder and with the model's own, if the results have both."""
-    before: list[Result] = []
-    after: list[Result] = []
-    for result in results:
-        if result.benchmark == "shapes-vqa" and result.settings.get("combinations", "seen") == "seen":
-            (before if result.settings.get("label") == BEFORE_SWAP else after).append(result)
-    return (before[0].score("overall"), after[0].score("overall")) if before and after else None
+def baselines(result: Result) -> dict[str, str]:
+    """The baselines of the scores that have some: {"overall": "blind 0.300, gray 0.200"}."""
+    found: dict[str, list[str]] = {}
+    for prefix in BASELINES:
+        for score in result.scores:
+            if score.name.startswith(prefix):
+                words = f"{prefix.removesuffix('.')} {show(score.name, score.value)}"
+                found.setdefault(score.name.removeprefix(prefix), []).append(words)
+    return {name: ", ".join(words) for name, words in found.items()}
+
+
+class SwapChange(NamedTuple):
+    """Understanding with the original encoder and with the model's own."""
+
+    before: Score
+    after: Score
+
+    @property
+    def points(self) -> float:
+        """The difference in percentage points."""
+        return 100 * (self.after.value - self.before.value)
+
+    @property
+    def verdict(self) -> str:
+        """"reached" if understanding is within one point of the original, else "short"."""
+        return "reached" if abs(self.points) <= 1 else "short"
+
+
+def swap_change(results: Iterable[Result]) -> SwapChange | None:
+    """The change of understanding, if the results have both encoders."""
+    seen = [r for r in results if r.benchmark == "shapes-vqa" and r.settings.get("combinations", "seen") == "seen"]
+    before = [result for result in seen if result.settings.get("label") == BEFORE_SWAP]
+    after = [result for result in seen if result.settings.get("label") != BEFORE_SWAP]
+    return SwapChange(before[0].score("overall"), after[0].score("overall")) if before and after else None
 
 
 def scores_table(results: Sequence[Result], targets: Sequence[Target] = TARGETS) -> str:
@@ -113,22 +140,22 @@ def scores_table(results: Sequence[Result], targets: Sequence[Target] = TARGETS)
         "| --- | --- | ---: | --- | ---: | --- |",
     ]
     for result in results:
+        others = baselines(result)
         for score in main_scores(result):
             target = find_target(result, score, targets)
-            others = ", ".join(f"{name} {show(name, base.value)}" for name, base in baselines(result, score).items())
             goal = f"≥ {target.at_least:g}: {verdict(score, target)}" if target else ""
             cells = [
                 show_title(result), show_name(score.name), show(score.name, score.value),
                 show_interval(score), str(score.n), goal,
             ]
-            if others:
-                cells[1] += f" ({others})"
+            if score.name in others:
+                cells[1] += f" ({others[score.name]})"
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     change = swap_change(results)
     if change is not None:
         before, after = change
-        points = 100 * (after.value - before.value)
-        goal = "within 1 point: " + ("reached" if abs(points) <= 1 else "short")
-        values = f"{before.value:.3f} to {after.value:.3f}"
-        lines.append(f"| after the swap | understanding | {points:+.1f} points | {values} | {after.n} | {goal} |")
+        lines.append(
+            f"| after the swap | understanding | {change.points:+.1f} points | {before.value:.3f} to {after.value:.3f} "
+            f"| {after.n} | within 1 point: {change.verdict} |"
+        )
     return "\n".join(lines) + "\n"

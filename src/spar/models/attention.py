@@ -47,8 +47,7 @@ AttentionMaskInterface.register(ATTENTION, eager_mask)  # additive, as `attentio
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The type of matrix products on `x`: autocast's if enabled, else the tensor's own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if under_autocast(x) else x.dtype
+    return torch.get_autocast_dtype(x.device.type) if under_autocast(x) else x.dtype
 
 
 def attention_bias(mask: Tensor, like: Tensor, *, causal: bool, past: int = 0) -> Tensor:

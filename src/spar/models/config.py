@@ -1,7 +1,8 @@
 """Sizes of every part of SPAR. The defaults are the small model of the shapes world (recipe `shapes`)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from spar.common.errors import InputError
 
@@ -25,11 +26,14 @@ def _positive(config: object, *names: str) -> None:
 
 def _divides(config: object, whole: str, part: str) -> None:
     """Refuse two fields where the second does not divide the first."""
-    if getattr(config, whole) % getattr(config, part):
-        raise InputError(
-            f"{type(config).__name__}: expected {whole} as a multiple of {part}, "
-            f"got {getattr(config, whole)} and {getattr(config, part)}"
-        )
+    a, b = getattr(config, whole), getattr(config, part)
+    if a % b:
+        raise InputError(f"{type(config).__name__}: expected {whole} as a multiple of {part}, got {a} and {b}")
+
+
+def library_fields(config: object, names: Mapping[str, str]) -> dict[str, Any]:
+    """Fields of a configuration under a library's names for them, which are the values of `names`."""
+    return {theirs: getattr(config, ours) for ours, theirs in names.items()}
 
 
 @dataclass(frozen=True)
@@ -114,16 +118,14 @@ class AutoencoderConfig:
         _positive(self, "latent_channels", "head_dim")
         lists = [f"{half}_{part}" for half in ("encoder", "decoder") for part in ("layers", "blocks", "multiscales")]
         for name in lists:
-            if len(getattr(self, name)) != len(self.channels):
-                raise InputError(
-                    f"AutoencoderConfig.{name}: expected one entry for each of {len(self.channels)} channels, "
-                    f"got {len(getattr(self, name))}"
-                )
-            if name.endswith("layers") and 0 in getattr(self, name)[1:]:
-                raise InputError(f"AutoencoderConfig.{name}: only the first entry may be 0, got {getattr(self, name)}")
-            unknown = sorted(set(getattr(self, name)) - set(BLOCKS)) if name.endswith("blocks") else []
-            if unknown:
-                raise InputError(f"AutoencoderConfig.{name}: expected {' or '.join(BLOCKS)}, got {', '.join(unknown)}")
+            values, stages = getattr(self, name), len(self.channels)
+            where = f"AutoencoderConfig.{name}"
+            if len(values) != stages:
+                raise InputError(f"{where}: expected one entry for each of {stages} channels, got {len(values)}")
+            if name.endswith("layers") and 0 in values[1:]:
+                raise InputError(f"{where}: only the first entry may be 0, got {values}")
+            if name.endswith("blocks") and (unknown := sorted(set(values) - set(BLOCKS))):
+                raise InputError(f"{where}: expected {' or '.join(BLOCKS)}, got {', '.join(unknown)}")
         for before, after in zip(self.channels, self.channels[1:], strict=False):
             if 4 * before % after:
                 raise InputError(
@@ -263,16 +265,12 @@ class SparConfig:
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
 
     def __post_init__(self) -> None:
-        if self.vision.image_size % self.token_stride:
-            raise InputError(
-                f"vision.image_size: expected a multiple of {self.token_stride} (two patches), "
-                f"got {self.vision.image_size}"
-            )
-        if self.streams.pixel_stream and self.text.hidden_size % self.streams.pixel_heads:
-            raise InputError(
-                f"streams.pixel_heads: expected a divisor of text.hidden_size {self.text.hidden_size}, "
-                f"got {self.streams.pixel_heads}"
-            )
+        side, stride = self.image_size, self.token_stride
+        if side % stride:
+            raise InputError(f"vision.image_size: expected a multiple of {stride} (two patches), got {side}")
+        width, heads = self.text.hidden_size, self.streams.pixel_heads
+        if self.streams.pixel_stream and width % heads:
+            raise InputError(f"streams.pixel_heads: expected a divisor of text.hidden_size {width}, got {heads}")
         if self.router.count > self.text.layers:
             raise InputError(f"router.count: expected at most {self.text.layers} LLM layers, got {self.router.count}")
         if self.connector.layers > self.text.layers:

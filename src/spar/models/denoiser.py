@@ -13,10 +13,17 @@ from torch import Tensor, nn
 
 from spar.common.autocast import under_autocast, without_autocast
 from spar.models.attention import MASKED, KeyValue, attention, compute_dtype, sincos_pos_embed_2d
-from spar.models.config import DenoiserConfig
+from spar.models.config import DenoiserConfig, library_fields
 
 TIME_STEPS = 1000.0  # SANA embeds time in [0, 1000]
 POSITION_BASE = 10.0  # wavelengths of 2 pi to 20 pi tokens: every channel varies over a grid of eight
+
+# diffusers' names for our fields, by which its class is built and published configurations are read.
+SANA_FIELDS = {
+    "layers": "num_layers", "heads": "num_attention_heads", "head_dim": "attention_head_dim",
+    "cross_heads": "num_cross_attention_heads", "cross_head_dim": "cross_attention_head_dim",
+    "caption_channels": "caption_channels", "mlp_ratio": "mlp_ratio", "norm_eps": "norm_eps",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,17 +111,10 @@ class Denoiser(nn.Module):
         super().__init__()
         self.config = config
         self.network = SanaTransformer2DModel(
+            **library_fields(config, SANA_FIELDS),
             in_channels=channels,
             out_channels=channels,
-            num_attention_heads=config.heads,
-            attention_head_dim=config.head_dim,
-            num_layers=config.layers,
-            num_cross_attention_heads=config.cross_heads,
-            cross_attention_head_dim=config.cross_head_dim,
             cross_attention_dim=config.width,
-            caption_channels=config.caption_channels,
-            mlp_ratio=config.mlp_ratio,
-            norm_eps=config.norm_eps,
             sample_size=grid,
             patch_size=1,
             interpolation_scale=config.interpolation_scale,

@@ -9,24 +9,31 @@ from transformers import InternVLConfig, InternVLVisionConfig, InternVLVisionMod
 from transformers.models.internvl.modeling_internvl import InternVLMultiModalProjector
 
 from spar.models.attention import ATTENTION
-from spar.models.config import TextConfig, VisionConfig
+from spar.models.config import TextConfig, VisionConfig, library_fields
 
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
+
+# transformers' names for our fields, by which its configurations are built and published ones are read.
+VISION_FIELDS = {
+    "hidden_size": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size", "norm_eps": "layer_norm_eps",
+}  # fmt: skip
+TEXT_FIELDS = {
+    "vocab_size": "vocab_size", "hidden_size": "hidden_size", "layers": "num_hidden_layers",
+    "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "intermediate_size": "intermediate_size",
+    "max_positions": "max_position_embeddings", "rms_norm_eps": "rms_norm_eps",
+}  # fmt: skip
 
 
 def vision_config(config: VisionConfig) -> InternVLVisionConfig:
     """The library's configuration; q, k and v have biases as in the published checkpoints."""
     return InternVLVisionConfig(
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        intermediate_size=config.intermediate_size,
+        **library_fields(config, VISION_FIELDS),
         image_size=(config.image_size, config.image_size),
         patch_size=(config.patch_size, config.patch_size),
         attention_bias=True,
         layer_scale_init_value=config.layer_scale,
-        layer_norm_eps=config.norm_eps,
     )
 
 
@@ -36,15 +43,8 @@ def qwen_config(config: TextConfig) -> Qwen2Config:
     if config.rope_factor > 1:
         rope |= {"rope_type": "dynamic", "factor": config.rope_factor}
     return Qwen2Config(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.kv_heads,
-        intermediate_size=config.intermediate_size,
+        **library_fields(config, TEXT_FIELDS),
         rope_parameters=rope,
-        max_position_embeddings=config.max_positions,
-        rms_norm_eps=config.rms_norm_eps,
         tie_word_embeddings=config.tied_head,
         eos_token_id=config.eos_token_id,
         pad_token_id=config.pad_token_id,

@@ -41,9 +41,7 @@ class ResidualBlock(nn.Module):
 
 def projection(width: int, channels: int) -> nn.Sequential:
     """LN, Linear, GELU, Linear: the projection MLP at the end of a stream, and the fusion."""
-    return nn.Sequential(
-        nn.LayerNorm(width), nn.Linear(width, channels), nn.GELU(), nn.Linear(channels, channels)
-    )
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, channels), nn.GELU(), nn.Linear(channels, channels))
 
 
 class TransformerBlock(nn.Module):

@@ -56,6 +56,12 @@ class PackedBatch:
     weights: Tensor
 
 
+def known_words(tokenizer: Any) -> list[str]:
+    """The words of a closed vocabulary, without marks, roles and control tokens."""
+    special = {*tokenizer.all_special_tokens, *ROLES}
+    return sorted(word for word in tokenizer.get_vocab() if word.isalpha() and word not in special)
+
+
 class PromptEncoder:
     """Encodes every prompt form with one tokenizer and a fixed number of visual tokens per image.
 
@@ -96,10 +102,9 @@ class PromptEncoder:
             spans = [s for i, s in zip(ids, encoded["offset_mapping"], strict=True) if i == self.tokenizer.unk_token_id]
             words = dict.fromkeys(text[start:end] for start, end in spans)
             shown = [word[:40] if word.isprintable() else ascii(word[:40]) for word in words]
-            known = [w for w, i in self.tokenizer.get_vocab().items() if i not in special and w.isalpha()]
             raise InputError(
                 f"{what}: unknown words {', '.join(shown[:10])}; this model knows only "
-                + ", ".join(sorted(set(known) - set(ROLES)))
+                + ", ".join(known_words(self.tokenizer))
             )
         if special & set(ids):
             raise InputError(f"{what}: expected plain words, got one of the model's control tokens")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,29 @@ def read_metrics(path: str | Path) -> Curves:
     Raises:
         InputError: the file is missing, or a line has no metrics.
     """
-    path = Path(path)
+    points: dict[str, dict[str, dict[int, float]]] = {}
+    for stage, step, numbers in _read_lines(Path(path)):
+        for term, value in numbers.items():
+            if term not in _NO_TERMS:
+                points.setdefault(stage, {}).setdefault(term, {})[step] = value
+    return {stage: {term: _series(values) for term, values in terms.items()} for stage, terms in points.items()}
+
+
+def stage_seconds(path: str | Path) -> dict[str, float]:
+    """Wall seconds of each stage at its last line; errors are those of `read_metrics`."""
+    seconds: dict[str, float] = {}
+    for stage, _, numbers in _read_lines(Path(path)):
+        if "seconds" in numbers:
+            seconds[stage] = max(seconds.get(stage, 0.0), numbers["seconds"])
+    return seconds
+
+
+def _read_lines(path: Path) -> Iterator[tuple[str, int, dict[str, float]]]:
+    """The stage, the step and the numbers of each line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise InputError(f"cannot read the metrics {path}: {error.strerror or error}") from error
-    points: dict[str, dict[str, dict[int, float]]] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -38,24 +56,8 @@ def read_metrics(path: str | Path) -> Curves:
                 break
             where = f"{path}, line {number}"
             raise InputError(f"{where}: expected metrics with stage and step, got {line[:60]!r}") from error
-        for term, value in row.items():
-            if term not in _NO_TERMS and isinstance(value, (int, float)) and not isinstance(value, bool):
-                points.setdefault(stage, {}).setdefault(term, {})[step] = float(value)
-    return {
-        stage: {term: _series(values) for term, values in terms.items()} for stage, terms in points.items()
-    }
-
-
-def stage_seconds(path: str | Path) -> dict[str, float]:
-    """Wall seconds of each stage at its last line."""
-    seconds: dict[str, float] = {}
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-            seconds[str(row["stage"])] = max(seconds.get(str(row["stage"]), 0.0), float(row["seconds"]))
-        except (ValueError, KeyError, TypeError):
-            continue
-    return seconds
+        numbers = {k: float(v) for k, v in row.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+        yield stage, step, numbers
 
 
 def _series(values: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:

@@ -24,7 +24,7 @@ from spar.evaluation.shapes_recon import psnr, recon_scenes
 from spar.evaluation.shapes_vqa import vqa_items
 from spar.inference.image_files import save_images
 from spar.processing.images import open_image, to_square
-from spar.reporting.curves import Curves, read_metrics
+from spar.reporting.curves import read_metrics
 from spar.reporting.report import (
     ReportAnswer,
     ReportData,
@@ -76,88 +76,22 @@ class DemoOptions:
 
 @dataclass
 class ReportSection:
-    """One task's section of the page, and its image files."""
+    """One task's section of the page: its figures, its image files by name, and the routing of its prompts."""
 
-    images: dict[str, Image.Image] = field(default_factory=dict)
     figures: list[Any] = field(default_factory=list)
+    images: dict[str, Image.Image] = field(default_factory=dict)
     routing: list[ReportRouting] = field(default_factory=list)
-    output: Any = None
-
-
-def make_demo(pipe: Any, folder: Path, options: DemoOptions, step: Step | None = None) -> list[Result]:
-    """Run the demonstration into an empty folder.
-
-    Args:
-        pipe: a `SparPipeline` of the shapes world.
-        folder: output folder of the page and the images.
-        options: contents of the page.
-        step: called before each part.
-
-    Returns:
-        The results of the sample, one per benchmark.
-
-    Raises:
-        InputError: an image cannot be read, or the model is of another world.
-    """
-    began = time.monotonic()
-    tasks: dict[str, Callable[[Any, DemoOptions], ReportSection]] = {
-        "gallery": show_gallery,
-        "edits": show_edits,
-        "answers": show_answers,
-        "reconstructions": show_reconstructions,
-    }
-    total = len(tasks) + len(BENCHMARKS)
-    shown: dict[str, ReportSection] = {}
-    for done, (name, task) in enumerate(tasks.items()):
-        if step:
-            step(name, done, total)
-        shown[name] = task(pipe, options)
-        paths = [folder / name / f"{file}.png" for file in shown[name].images]
-        if paths:
-            save_images(list(shown[name].images.values()), paths)
-    results = []
-    for done, (name, benchmark) in enumerate(BENCHMARKS.items(), start=len(tasks)):
-        if step:
-            step(name, done, total)
-        limit = options.limit * (RECON_FACTOR if name == "shapes-recon" else 1)
-        results.append(benchmark(pipe, EvalOptions(limit=limit, seed=options.seed, images_per_prompt=1), None))
-        write_result(folder / "results" / f"{name}.json", results[-1])
-    facts = {"seconds": round(time.monotonic() - began, 1), **machine_info(), **version_info()}
-    write_report(folder / PAGE, _page(pipe, shown, results, options, facts))
-    return results
-
-
-def _page(
-    pipe: Any, shown: dict[str, ReportSection], results: Sequence[Result], options: DemoOptions, facts: dict[str, Any]
-) -> ReportData:
-    curves: Curves = read_metrics(options.curves) if options.curves else {}
-    return ReportData(
-        title="SPAR on the shapes world",
-        lead="Images, edits, answers and reconstructions of the model. Each image has the detector's verdict; the "
-        f"scores are of a small sample, {options.limit} prompts per task, hence their wide intervals.",
-        manifest=visible_manifest(pipe.manifest),
-        facts=facts,
-        gallery=shown["gallery"].figures,
-        edits=shown["edits"].figures,
-        answers=shown["answers"].figures,
-        reconstructions=shown["reconstructions"].figures,
-        routing=[*shown["gallery"].routing, *shown["edits"].routing],
-        routing_summary=collect_routing([shown["gallery"].output, shown["edits"].output]),
-        curves=curves,
-        results=results,
-    )
 
 
 def show_gallery(pipe: Any, options: DemoOptions) -> ReportSection:
     """Generate images from PROMPTS, each with the detector's verdict."""
     out = pipe.generate(list(PROMPTS), seed=options.seed)
-    shown = ReportSection(output=out)
-    for number, (prompt, image) in enumerate(zip(PROMPTS, out.images, strict=True)):
+    shown = ReportSection()
+    for number, (prompt, image, routing) in enumerate(zip(PROMPTS, out.images, out.routing, strict=True)):
         right, _ = satisfies(detect(pixels(image)), parse(prompt))
         shown.figures.append(ReportImage(image, prompt, right))
         shown.images[_name(number, prompt)] = image
-    routed = zip(PROMPTS[:ROUTED], out.routing[:ROUTED], strict=True)
-    shown.routing = [ReportRouting(prompt, routing) for prompt, routing in routed]
+        shown.routing.append(ReportRouting(prompt, routing))
     return shown
 
 
@@ -166,14 +100,12 @@ def show_edits(pipe: Any, options: DemoOptions) -> ReportSection:
     items = edit_items(EvalOptions(limit=EDITS_A_KIND))
     before = [Image.fromarray(item.image) for item in items]
     out = pipe.edit(before, [item.edit.instruction for item in items], seed=options.seed)
-    shown = ReportSection(output=out)
-    for number, (item, source, image) in enumerate(zip(items, before, out.images, strict=True)):
-        right = check_edit(item, pixels(image)).right
-        shown.figures.append(ReportEdit(source, item.edit.instruction, image, right))
-        name = _name(number, item.edit.instruction)
-        shown.images |= {f"{name}-before": source, f"{name}-after": image}
-    routed = zip(items[:ROUTED], out.routing[:ROUTED], before[:ROUTED], strict=True)
-    shown.routing = [ReportRouting(item.edit.instruction, routing, source) for item, routing, source in routed]
+    shown = ReportSection()
+    for number, (item, source, image, routing) in enumerate(zip(items, before, out.images, out.routing, strict=True)):
+        instruction = item.edit.instruction
+        shown.figures.append(ReportEdit(source, instruction, image, check_edit(item, pixels(image)).right))
+        shown.images |= _before_and_after(_name(number, instruction), source, image)
+        shown.routing.append(ReportRouting(instruction, routing, source))
     return shown
 
 
@@ -204,8 +136,7 @@ def show_reconstructions(pipe: Any, options: DemoOptions) -> ReportSection:
     for number, (name, source, image) in enumerate(zip(names, before, after, strict=True)):
         decibels = psnr(np.asarray(image), np.asarray(source))
         shown.figures.append(ReportReconstruction(source, image, f"{name}, {decibels:.1f} dB"))
-        file = _name(number, name)
-        shown.images |= {f"{file}-before": source, f"{file}-after": image}
+        shown.images |= _before_and_after(_name(number, name), source, image)
     return shown
 
 
@@ -213,3 +144,64 @@ def _name(number: int, text: str) -> str:
     """A file name from a number and the first words of a text."""
     words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
     return f"{number:02d}-{words[:60].rstrip('-')}"
+
+
+def _before_and_after(name: str, before: Image.Image, after: Image.Image) -> dict[str, Image.Image]:
+    return {f"{name}-before": before, f"{name}-after": after}
+
+
+TASKS: dict[str, Callable[[Any, DemoOptions], ReportSection]] = {
+    "gallery": show_gallery,
+    "edits": show_edits,
+    "answers": show_answers,
+    "reconstructions": show_reconstructions,
+}
+
+
+def make_demo(pipe: Any, folder: Path, options: DemoOptions, step: Step = lambda *_: None) -> list[Result]:
+    """Run the demonstration into an empty folder.
+
+    Args:
+        pipe: a `SparPipeline` of the shapes world.
+        folder: output folder of the page and the images.
+        options: contents of the page.
+        step: called before each part.
+
+    Returns:
+        The results of the sample, one per benchmark.
+
+    Raises:
+        InputError: an image cannot be read, or the model is of another world.
+    """
+    began = time.monotonic()
+    total = len(TASKS) + len(BENCHMARKS)
+    shown: dict[str, ReportSection] = {}
+    for done, (name, task) in enumerate(TASKS.items()):
+        step(name, done, total)
+        shown[name] = task(pipe, options)
+        if images := shown[name].images:
+            save_images(list(images.values()), [folder / name / f"{file}.png" for file in images])
+    results = []
+    for done, (name, benchmark) in enumerate(BENCHMARKS.items(), start=len(TASKS)):
+        step(name, done, total)
+        limit = options.limit * (RECON_FACTOR if name == "shapes-recon" else 1)
+        results.append(benchmark(pipe, EvalOptions(limit=limit, seed=options.seed, images_per_prompt=1), None))
+        write_result(folder / "results" / f"{name}.json", results[-1])
+    routed = [shown["gallery"].routing, shown["edits"].routing]
+    page = ReportData(
+        title="SPAR on the shapes world",
+        lead="Images, edits, answers and reconstructions of the model. Each image has the detector's verdict; the "
+        f"scores are of a small sample, {options.limit} prompts per task, hence their wide intervals.",
+        manifest=visible_manifest(pipe.manifest),
+        facts={"seconds": round(time.monotonic() - began, 1), **machine_info(), **version_info()},
+        gallery=shown["gallery"].figures,
+        edits=shown["edits"].figures,
+        answers=shown["answers"].figures,
+        reconstructions=shown["reconstructions"].figures,
+        routing=[one for routings in routed for one in routings[:ROUTED]],
+        routing_summary=collect_routing(one.routing for routings in routed for one in routings),
+        curves=read_metrics(options.curves) if options.curves else {},
+        results=results,
+    )
+    write_report(folder / PAGE, page)
+    return results

@@ -38,13 +38,14 @@ def run_report(run: Path) -> ReportData:
 
 def find_results(folder: Path) -> list[Result]:
     """The results files in a folder and in its `results` folder, by name; other JSON files are skipped."""
-    found = []
-    for path in sorted([*folder.glob("*.json"), *folder.glob("results/*.json")]):
-        if "benchmark" in read_json(path):
-            found.append(read_result(path))
-    return found
+    paths = sorted([*folder.glob("*.json"), *folder.glob("results/*.json")])
+    return [read_result(path) for path in paths if "benchmark" in read_json(path)]
 
 
 def visible_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's manifest without HIDDEN_KEYS, which are too long."""
-    return {name: value for name, value in manifest.items() if name not in HIDDEN_KEYS}
+    """A model's manifest, with those of the models that it comes from, without HIDDEN_KEYS, which are too long."""
+    return {
+        name: visible_manifest(value) if isinstance(value, Mapping) else value
+        for name, value in manifest.items()
+        if name not in HIDDEN_KEYS
+    }

@@ -13,16 +13,18 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Form, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from PIL import Image
+from starlette.requests import ClientDisconnect
 
 from spar import __version__
 from spar.inference.image_files import encode_image
+from spar.inference.outputs import ChatOutput
 from spar.serving import schema
-from spar.serving.batching import GeneratedImage, begin_chat, reconstruction_job, sampling_jobs
+from spar.serving.batching import GeneratedImage, reconstruct, sampling_jobs
 from spar.serving.errors import ApiError, add_handlers, api_error
 from spar.serving.image_io import read_image, read_messages
-from spar.serving.limits import DECODE_THREADS, REQUEST_SECONDS
+from spar.serving.limits import DECODE_THREADS
 from spar.serving.metrics import ServerMetrics
-from spar.serving.middleware import ClientDisconnected, RequestGuardMiddleware
+from spar.serving.middleware import RequestGuardMiddleware
 from spar.serving.worker import ChatJob, ImageJob, Stopped, Worker
 
 FORM = Form(media_type="multipart/form-data")
@@ -38,8 +40,7 @@ STREAM: dict[int | str, dict[str, Any]] = {
 
 
 def create_app(
-    worker: Worker, *, token: str | None = None, hosts: Collection[str] | None = None,
-    timeout: float = REQUEST_SECONDS, page: FastAPI | None = None,
+    worker: Worker, *, token: str | None, hosts: Collection[str] | None, timeout: float, page: FastAPI | None
 ) -> FastAPI:  # fmt: skip
     """Build the ASGI application, which starts and stops the worker.
 
@@ -52,7 +53,7 @@ def create_app(
     """
     metrics = ServerMetrics(lambda: worker.waiting)
     worker.observe = metrics.observe
-    routes = Routes(worker, metrics, timeout)
+    routes = Routes(worker, metrics)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -66,7 +67,7 @@ def create_app(
         title="SPAR", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS,
         separate_input_output_schemas=False, redirect_slashes=False,
     )  # fmt: skip
-    app.add_middleware(RequestGuardMiddleware, token=token, hosts=hosts, metrics=metrics)
+    app.add_middleware(RequestGuardMiddleware, token=token, hosts=hosts, timeout=timeout, metrics=metrics)
     add_handlers(app)
     app.post("/v1/images/generations", response_model=schema.ImagesResponse)(routes.generations)
     app.post("/v1/images/edits", response_model=schema.ImagesResponse)(routes.edits)
@@ -80,14 +81,10 @@ def create_app(
 
 
 class Routes:
-    """What answers the requests: one worker, whose jobs they wait for.
+    """What answers the requests: one worker, whose jobs they wait for."""
 
-    Args:
-        timeout: seconds that a request may wait and run.
-    """
-
-    def __init__(self, worker: Worker, metrics: ServerMetrics, timeout: float) -> None:
-        self.worker, self.metrics, self.timeout = worker, metrics, timeout
+    def __init__(self, worker: Worker, metrics: ServerMetrics) -> None:
+        self.worker, self.metrics = worker, metrics
         self.decoders = ThreadPoolExecutor(DECODE_THREADS)
         # The model's name in requests: of hf://OWNER/NAME@COMMIT only what fits a path.
         name = (worker.pipe.origin.get("model") or "spar").rpartition("/")[2]
@@ -97,51 +94,41 @@ class Routes:
         if name not in (None, self.model.id):
             raise ApiError(404, f"model: expected {self.model.id}", param="model", code="model_not_found")
 
-    def _deadline(self) -> float:
-        """Latest time of the answer to a request that arrives now, by the loop's clock."""
-        return asyncio.get_running_loop().time() + self.timeout
-
-    async def _answer(self, request: Request, jobs: list[ImageJob], kind: str | None, until: float) -> Response:
+    async def _answer(self, request: Request, jobs: list[ImageJob], kind: str | None) -> Response:
         """Run the jobs and encode their images."""
         self.worker.submit(*jobs)
-        return await asyncio.to_thread(_images, await _finished(request, jobs, until), kind or "png")
+        return await asyncio.to_thread(_images, await _finished(request, jobs), kind or "png")
 
-    async def _uploaded_image(
-        self, request: Request, form: schema.EditForm | schema.ReconstructForm, until: float
-    ) -> Image.Image:
+    async def _uploaded_image(self, request: Request, form: schema.EditForm | schema.ReconstructForm) -> Image.Image:
         """Decode a form's image, after checks of its fields and its model."""
         await _check_fields_unique(request)
         self._check_model(form.model)
         data = await form.image.read()
-        return await _race(request, read_image(data, "image", request.state.reserve, self.decoders), until)
+        return await _race(request, read_image(data, "image", request.state.reserve, self.decoders))
 
     async def generations(self, request: Request, body: schema.GenerationRequest) -> Response:
         """Generate images from a prompt."""
         self._check_model(body.model)
-        until, pipe = self._deadline(), self.worker.pipe
-        jobs = sampling_jobs(pipe, body, _seed(body), pipe.output_size(*_sides(body.size)))
-        return await self._answer(request, jobs, body.output_format, until)
+        size = self.worker.pipe.output_size(*schema.sides(body.size))
+        return await self._answer(request, sampling_jobs(self.worker.pipe, body, size), body.output_format)
 
     async def edits(self, request: Request, form: Annotated[schema.EditForm, FORM]) -> Response:
         """Edit an image as the prompt says."""
-        until, pipe = self._deadline(), self.worker.pipe
-        image = await self._uploaded_image(request, form, until)
-        jobs = sampling_jobs(pipe, form, _seed(form), pipe.edited_size(image), image)
-        return await self._answer(request, jobs, form.output_format, until)
+        image, pipe = await self._uploaded_image(request, form), self.worker.pipe
+        jobs = sampling_jobs(pipe, form, pipe.edited_size(image), image)
+        return await self._answer(request, jobs, form.output_format)
 
     async def reconstruct(self, request: Request, form: Annotated[schema.ReconstructForm, FORM]) -> Response:
         """Encode and decode an image with the unified tokenizer."""
-        until = self._deadline()
-        image = await self._uploaded_image(request, form, until)
-        return await self._answer(request, [reconstruction_job(image)], form.output_format, until)
+        image = await self._uploaded_image(request, form)
+        return await self._answer(request, [ImageJob(reconstruct, None, image)], form.output_format)
 
     async def chat(self, request: Request, body: schema.ChatRequest) -> Response:
         """Answer the last message of a conversation, which may contain images; whole or streamed."""
         self._check_model(body.model)
         if body.stream_options is not None and not body.stream:
             raise ApiError(400, "stream_options: expected only with stream", param="stream_options")
-        until = self._deadline()
-        messages = await _race(request, read_messages(body.messages, request.state.reserve, self.decoders), until)
+        messages = await _race(request, read_messages(body.messages, request.state.reserve, self.decoders))
         max_new_tokens = body.max_completion_tokens or body.max_tokens
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -149,21 +136,21 @@ class Routes:
         def emit(piece: str | None) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        job = ChatJob(lambda pipe: begin_chat(pipe, messages, max_new_tokens), emit)
+        job = ChatJob(lambda pipe: pipe.chat(messages, max_new_tokens=max_new_tokens), emit)
         job.future.add_done_callback(lambda _: emit(None))
         self.worker.submit(job)
         if not body.stream:
-            (out,) = await _finished(request, [job], until)
-            return JSONResponse(completion(self.model.id, out, [pieces.get_nowait() for _ in range(pieces.qsize())]))
+            (out,) = await _finished(request, [job])
+            return JSONResponse(_completion(self.model.id, out, [pieces.get_nowait() for _ in range(pieces.qsize())]))
         usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         try:
-            first = await _race(request, pieces.get(), until)
+            first = await _race(request, pieces.get())
             if first is None:  # a failure before the first piece gets an error status, not a stream
                 job.future.result()
         except BaseException:
             job.future.cancel()
             raise
-        chunks = _chunks(job, first, pieces, self.model.id, usage, until)
+        chunks = _chunks(job, first, pieces, self.model.id, usage, request.state.deadline)
         return StreamingResponse(chunks, media_type="text/event-stream")
 
     async def models(self) -> schema.ModelList:
@@ -185,18 +172,6 @@ class Routes:
         return Response(self.metrics.text(), media_type="text/plain; version=1.0.0; charset=utf-8")
 
 
-def _seed(request: schema.SamplingRequest) -> int:
-    return secrets.randbelow(2**32) if request.seed is None else request.seed
-
-
-def _sides(size: str | None) -> tuple[int | None, int | None]:
-    """Height and width of a size, None for the model's own."""
-    if size in (None, "auto"):
-        return None, None
-    width, height = map(int, size.split("x"))
-    return height, width
-
-
 async def _check_fields_unique(request: Request) -> None:
     """Refuse a repeated field, of which a form would silently give the last value."""
     names = [name for name, _ in (await request.form()).multi_items()]
@@ -210,38 +185,38 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _race(request: Request, work: Awaitable[Any], until: float) -> Any:
-    """Result of `work`, unless the client disconnects (ClientDisconnected) or the clock reaches `until` (503)."""
+async def _race(request: Request, work: Awaitable[Any]) -> Any:
+    """Result of `work`, unless the client disconnects (ClientDisconnect) or the deadline is over (503)."""
     task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
     try:
-        left = max(0, until - asyncio.get_running_loop().time())
+        left = max(0, request.state.deadline - asyncio.get_running_loop().time())
         await asyncio.wait({task, leaving}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         if task.cancelled():
             raise Stopped
         if task.done():
             return task.result()
         if leaving.done():
-            raise ClientDisconnected
+            raise ClientDisconnect
         raise ApiError(503)
     finally:
         leaving.cancel()
         task.cancel()
 
 
-async def _finished(request: Request, jobs: Sequence[ImageJob | ChatJob], until: float) -> list[Any]:
+async def _finished(request: Request, jobs: Sequence[ImageJob | ChatJob]) -> list[Any]:
     """Results of jobs, in order; the jobs are cancelled if the client disconnects or the time is over."""
     try:
-        return await _race(request, asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs)), until)
+        return await _race(request, asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs)))
     finally:
         for job in jobs:  # no effect on finished jobs
             job.future.cancel()
 
 
 async def _chunks(
-    job: ChatJob, piece: str | None, pieces: asyncio.Queue[str | None], model: str, usage: bool, until: float
+    job: ChatJob, piece: str | None, pieces: asyncio.Queue[str | None], model: str, usage: bool, deadline: float
 ) -> AsyncIterator[str]:
     """Stream an answer as server-sent events; the job is cancelled if the client stops reading."""
-    shared = {"id": new_id(), "object": "chat.completion.chunk", "created": int(time.time()), "model": model}
+    shared = _head("chat.completion.chunk", model)
 
     def chunk(delta: dict[str, str], finish: str | None = None) -> str:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
@@ -249,14 +224,14 @@ async def _chunks(
 
     try:
         yield chunk({"role": "assistant", "content": ""})
-        async with asyncio.timeout_at(until):
+        async with asyncio.timeout_at(deadline):
             while piece is not None:
                 yield chunk({"content": piece})
                 piece = await pieces.get()
         out = job.future.result()
         yield chunk({}, out.finish_reason)
         if usage:
-            yield _event({**shared, "choices": [], "usage": usage_of(out)})
+            yield _event({**shared, "choices": [], "usage": _usage(out)})
     except TimeoutError:
         yield _event(ApiError(503).body())
     except Exception as error:  # the status has been sent already
@@ -270,23 +245,22 @@ def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value)}\n\n"
 
 
-def new_id() -> str:
-    """An identifier of a completion."""
-    return f"chatcmpl-{secrets.token_hex(12)}"
+def _head(kind: str, model: str) -> dict[str, Any]:
+    """First fields of a completion, and of each chunk of a streamed one."""
+    return {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()), "model": model}
 
 
-def usage_of(out: Any) -> dict[str, int]:
+def _usage(out: ChatOutput) -> dict[str, int]:
     """Token counts of a finished answer, as OpenAI counts them."""
     total = out.prompt_tokens + out.completion_tokens
     return {"prompt_tokens": out.prompt_tokens, "completion_tokens": out.completion_tokens, "total_tokens": total}
 
 
-def completion(model: str, out: Any, pieces: list[str | None]) -> dict[str, Any]:
+def _completion(model: str, out: ChatOutput, pieces: list[str | None]) -> dict[str, Any]:
     """A whole chat completion in OpenAI's form."""
     message = {"role": "assistant", "content": "".join(piece or "" for piece in pieces), "refusal": None}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": out.finish_reason}
-    shared = {"id": new_id(), "object": "chat.completion", "created": int(time.time()), "model": model}
-    return {**shared, "choices": [choice], "usage": usage_of(out)}
+    return {**_head("chat.completion", model), "choices": [choice], "usage": _usage(out)}
 
 
 def _images(generated: list[GeneratedImage], kind: str) -> Response:

@@ -48,6 +48,11 @@ def is_local(host: str) -> bool:
         return host == "localhost"
 
 
+def host_names(host: str) -> frozenset[str] | None:
+    """Names that the header Host may have at an address that only this machine reaches; None, any, at another."""
+    return frozenset({"localhost", "127.0.0.1", "[::1]", host}) if is_local(host) else None
+
+
 def check_access(host: str, token: str | None, extra: str = "serve") -> None:
     """Require a token for an address that other machines can reach, and the packages of an extra (`serve`, `ui`)."""
     if not is_local(host) and token is None:

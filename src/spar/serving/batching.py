@@ -1,6 +1,6 @@
 """The four tasks as jobs of the worker: which rows share a call, and that call."""
 
-from collections.abc import Iterator
+import secrets
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,24 +12,16 @@ from spar.serving.worker import ImageJob, Step
 
 
 @dataclass(frozen=True)
-class BatchKey:
-    """Settings that all rows of one call share."""
-
-    size: tuple[int, int]
-    steps: int
-    guidance: float
-    has_negatives: bool
-
-
-@dataclass(frozen=True)
 class ImageRow:
-    """One image to generate: its prompt, its seed, and the image to edit."""
+    """One image to generate, or to edit if there is an `image`. Rows of one call share size, steps and guidance."""
 
     prompt: str
     negative_prompt: str | None
     seed: int
-    batch_key: BatchKey
-    image: Image.Image | None = None
+    image: Image.Image | None
+    size: tuple[int, int]
+    steps: int
+    guidance: float
 
 
 @dataclass(frozen=True)
@@ -42,21 +34,18 @@ class GeneratedImage:
 
 
 def sample_images(pipe: SparPipeline, rows: list[ImageRow], callback: Step) -> list[GeneratedImage]:
-    """Generate or edit images; all rows have the same BatchKey."""
-    key = rows[0].batch_key
-    prompts, seeds = [row.prompt for row in rows], [row.seed for row in rows]
-    negatives = [row.negative_prompt or "" for row in rows] if key.has_negatives else None
+    """Generate or edit images; all rows have an image and a negative prompt, or none does."""
+    first, prompts = rows[0], [row.prompt for row in rows]
+    shared: dict[str, Any] = {
+        "negative_prompt": None if first.negative_prompt is None else [row.negative_prompt for row in rows],
+        "num_inference_steps": first.steps, "guidance_scale": first.guidance, "seed": [row.seed for row in rows],
+        "callback": callback,
+    }  # fmt: skip
     images = [row.image for row in rows if row.image is not None]  # of all rows, or of none
-    if not images:
-        out = pipe.generate(
-            prompts, negative_prompt=negatives, height=key.size[0], width=key.size[1], num_inference_steps=key.steps,
-            guidance_scale=key.guidance, seed=seeds, callback=callback,
-        )  # fmt: skip
+    if images:
+        out = pipe.edit(images, prompts, **shared)
     else:
-        out = pipe.edit(
-            images, prompts, negative_prompt=negatives, num_inference_steps=key.steps, guidance_scale=key.guidance,
-            seed=seeds, callback=callback,
-        )  # fmt: skip
+        out = pipe.generate(prompts, height=first.size[0], width=first.size[1], **shared)
     return list(map(GeneratedImage, out.images, out.metadata, out.seeds))
 
 
@@ -67,31 +56,22 @@ def reconstruct(pipe: SparPipeline, images: list[Image.Image], _: Step) -> list[
 
 
 def sampling_jobs(
-    pipe: SparPipeline, request: SamplingRequest, seed: int, size: tuple[int, int], image: Image.Image | None = None
+    pipe: SparPipeline, request: SamplingRequest, size: tuple[int, int], image: Image.Image | None = None
 ) -> list[ImageJob]:
-    """Build a job for each of a request's images.
+    """Build a job for each of a request's images; without a seed, they get a random one.
 
     Raises:
         InputError: the model cannot encode the prompt.
     """
-    pipe.check_text(request.prompt, "prompt")
-    if request.negative_prompt is not None:
-        pipe.check_text(request.negative_prompt, "negative_prompt")
+    prompt, negative = request.prompt, request.negative_prompt
+    pipe.check_text(prompt, "prompt")
+    if negative is not None:
+        pipe.check_text(negative, "negative_prompt")
     defaults, steps, guidance = pipe.bundle.sampling, request.num_inference_steps, request.guidance_scale
-    key = BatchKey(
-        size, defaults.steps if steps is None else steps, defaults.guidance if guidance is None else float(guidance),
-        request.negative_prompt is not None,
-    )  # fmt: skip
+    steps = defaults.steps if steps is None else steps
+    guidance = defaults.guidance if guidance is None else guidance
+    seed = secrets.randbelow(2**32) if request.seed is None else request.seed
+    key = (size, steps, guidance, negative is None, image is None)
     weight = max(1.0, size[0] * size[1] / pipe.image_size**2)
-    rows = [ImageRow(request.prompt, request.negative_prompt, seed + i, key, image) for i in range(request.n or 1)]
-    return [ImageJob(sample_images, (key, image is None), row, weight) for row in rows]
-
-
-def reconstruction_job(image: Image.Image) -> ImageJob:
-    """A job that reconstructs one image."""
-    return ImageJob(reconstruct, None, image)
-
-
-def begin_chat(pipe: SparPipeline, messages: list[dict[str, Any]], max_new_tokens: int | None) -> Iterator[str]:
-    """Iterator over the pieces of an answer, with `prompt_tokens`, `completion_tokens` and `finish_reason`."""
-    return pipe.chat(messages, max_new_tokens=max_new_tokens)
+    rows = [ImageRow(prompt, negative, seed + i, image, size, steps, guidance) for i in range(request.n or 1)]
+    return [ImageJob(sample_images, key, row, weight) for row in rows]

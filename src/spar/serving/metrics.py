@@ -41,14 +41,13 @@ class ServerMetrics:
             nonlocal status
             status = value
 
-        self.running.inc()
         try:
-            yield set_status
+            with self.running.track_inprogress():
+                yield set_status
         except Exception:
             status = 500
             raise
         finally:
-            self.running.dec()
             route = getattr(scope.get("route"), "path", "other")
             self.requests.labels(route, str(status)).inc()
             self.seconds.labels(route).observe(time.perf_counter() - start)

@@ -6,73 +6,48 @@ requests. Then it reads the whole body, within limits of size and time, before a
 
 import asyncio
 import hmac
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection
 
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from spar.serving.asgi import replay_body
+from spar.serving import limits
+from spar.serving.asgi import add_headers, is_foreign, replay_body
 from spar.serving.errors import ApiError
-from spar.serving.limits import (
-    BODY_SECONDS,
-    HEADER_SECONDS,
-    MAX_BODY_BYTES,
-    MAX_BUFFERED_BYTES,
-    MAX_REQUESTS,
-    MAX_VALUES,
-    READ_SECONDS,
-)
 from spar.serving.metrics import ServerMetrics
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
-OPEN_PATHS = frozenset({"/health"})
 HEADERS = ((b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store"))
 
 
-class ClientDisconnected(Exception):
-    """The client has disconnected."""
-
-
-@dataclass
-class MemoryBudget:
-    """Bytes that the requests in flight keep in memory."""
-
-    used: int = 0
-
-    def acquire(self, count: int) -> None:
-        if self.used + count > MAX_BUFFERED_BYTES:
-            raise ApiError(429, code="rate_limit_exceeded")
-        self.used += count
-
-
 class RequestGuardMiddleware:
-    """`token`: bearer token, None for none; `hosts`: allowed names of Host if there is no token, None for any."""
+    """The guard, whose arguments are those of `create_app`.
 
-    def __init__(self, app: Asgi, *, token: str | None, hosts: Collection[str] | None, metrics: ServerMetrics) -> None:
-        self.app, self.metrics, self.hosts = app, metrics, hosts
+    Routes get in their request's state: `reserve(bytes)`, which counts memory that the request will take, and the
+    `deadline` of the answer by the loop's clock.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, token: str | None, hosts: Collection[str] | None, timeout: float, metrics: ServerMetrics
+    ) -> None:  # fmt: skip
+        self.app, self.metrics, self.hosts, self.timeout = app, metrics, hosts, timeout
         self.bearer = None if token is None else f"Bearer {token}".encode()
-        self.memory, self.requests = MemoryBudget(), 0
+        self.buffered, self.requests = 0, 0  # bytes in memory, and number, of the requests in flight
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         with self.metrics.request(scope) as set_status:
-            await self._request(scope, receive, _sender(send, set_status))
+            await self._request(scope, receive, add_headers(send, HEADERS, set_status))
 
     async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
         taken = 0
 
         def reserve(count: int) -> None:
             nonlocal taken
-            self.memory.acquire(count)
+            if self.buffered + count > limits.MAX_BUFFERED_BYTES:
+                raise ApiError(429, code="rate_limit_exceeded")
+            self.buffered += count
             taken += count
 
         self.requests += 1
@@ -80,143 +55,59 @@ class RequestGuardMiddleware:
             self._check(scope)
             body = await _read(scope, receive, reserve)
             _check_values(scope, body)
-            scope.setdefault("state", {})["reserve"] = reserve
+            deadline = asyncio.get_running_loop().time() + self.timeout
+            scope.setdefault("state", {}).update(reserve=reserve, deadline=deadline)
             await self.app(scope, replay_body(body, receive), send)
-        except ClientDisconnected:
+        except ClientDisconnect:
             pass
         except ApiError as error:
             await error.response()(scope, receive, send)
         finally:
             self.requests -= 1
-            self.memory.used -= taken
+            self.buffered -= taken
 
     def _check(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
-        host = headers.get(b"host", b"").decode("latin-1").lower()
-        origin = headers.get(b"origin", b"").decode("latin-1").lower()
         if self.bearer is None:  # with a token, a foreign page's requests fail since they lack it
-            if self.hosts is not None and _name(host) not in self.hosts:
+            if self.hosts is not None and _name(headers.get(b"host", b"").decode("latin-1")) not in self.hosts:
                 raise ApiError(421)
-            if origin and origin.partition("://")[2] != host:
+            if is_foreign(scope):
                 raise ApiError(403)
-        elif scope["path"] not in OPEN_PATHS and not hmac.compare_digest(
-            headers.get(b"authorization", b""), self.bearer
-        ):
+        elif scope["path"] != "/health" and not hmac.compare_digest(headers.get(b"authorization", b""), self.bearer):
             raise ApiError(401, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-        if self.requests > MAX_REQUESTS:
+        if self.requests > limits.MAX_REQUESTS:
             raise ApiError(429, code="rate_limit_exceeded")
         if headers.get(b"content-encoding", b"identity").lower() != b"identity":
             raise ApiError(415, "expected a body that is not compressed")
 
 
 def _name(host: str) -> str:
-    """Host header without its port; an IPv6 address keeps its brackets."""
+    """Name in a Host header, without the port; an IPv6 address keeps its brackets."""
+    host = host.lower()
     return host[: host.rfind("]") + 1] if host.startswith("[") else host.partition(":")[0]
 
 
 async def _read(scope: Scope, receive: Receive, reserve: Callable[[int], None]) -> bytes:
     """Read the whole body; raise as soon as it is too large or too slow."""
     length = dict(scope["headers"]).get(b"content-length", b"0")
-    if (length.isdigit() and len(length) < 20 and int(length) > MAX_BODY_BYTES) or len(length) >= 20:
+    if (length.isdigit() and len(length) < 20 and int(length) > limits.MAX_BODY_BYTES) or len(length) >= 20:
         raise ApiError(413)
     parts, size = [], 0
     try:
-        async with asyncio.timeout(BODY_SECONDS):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientDisconnected
-                part = message.get("body", b"")
+        async with asyncio.timeout(limits.BODY_SECONDS):
+            async for part in Request(scope, receive).stream():
                 size += len(part)
-                if size > MAX_BODY_BYTES:
+                if size > limits.MAX_BODY_BYTES:
                     raise ApiError(413)
                 reserve(len(part))
                 parts.append(part)
-                if not message.get("more_body"):
-                    return b"".join(parts)
     except TimeoutError:
         raise ApiError(408, headers={"Connection": "close"}) from None
+    return b"".join(parts)
 
 
 def _check_values(scope: Scope, body: bytes) -> None:
     """Refuse JSON with very many values before it is parsed; a form's commas are those of its files."""
     kind = next((value for name, value in scope["headers"] if name == b"content-type"), b"").lower()
-    if not kind.startswith(b"multipart/") and body.count(b",") > MAX_VALUES:
+    if not kind.startswith(b"multipart/") and body.count(b",") > limits.MAX_VALUES:
         raise ApiError(413)
-
-
-def _sender(send: Send, set_status: Callable[[int], None]) -> Send:
-    """A `send` that adds our headers and records the status."""
-
-    async def wrapped(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            set_status(message["status"])
-            message = {**message, "headers": [*message.get("headers", ()), *HEADERS]}
-        await send(message)
-
-    return wrapped
-
-
-class TimedH11Protocol(H11Protocol):
-    """uvicorn's protocol for HTTP/1.1, with a limit of HEADER_SECONDS for the head of a request.
-
-    A client that reads nothing of its answer for READ_SECONDS is disconnected, since it would hold a slot.
-    """
-
-    _late: asyncio.TimerHandle | None = None
-    _unread: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn's own
-        super().connection_made(transport)
-        transport.set_write_buffer_limits(0)  # pause_writing is called as soon as anything is unsent
-        self._expect()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._idle():
-            self._expect()
-        else:
-            self._unexpect()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._unexpect()
-        self._read_on()
-        super().connection_lost(exc)
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._await_reader(None)
-
-    def resume_writing(self) -> None:
-        self._read_on()
-        super().resume_writing()
-
-    def _await_reader(self, left: int | None) -> None:
-        """Check regularly that less is unsent than the `left` of the last check; None the first time."""
-        now = self.transport.get_write_buffer_size()
-        if left is not None and now >= left:
-            self.transport.abort()
-        else:
-            self._unread = self.loop.call_later(READ_SECONDS, self._await_reader, now)
-
-    def _read_on(self) -> None:
-        if self._unread is not None:
-            self._unread.cancel()
-            self._unread = None
-
-    def _idle(self) -> bool:
-        return self.cycle is None or self.cycle.response_complete
-
-    def _expect(self) -> None:
-        if self._late is None:
-            self._late = self.loop.call_later(HEADER_SECONDS, self._give_up)
-
-    def _unexpect(self) -> None:
-        if self._late is not None:
-            self._late.cancel()
-            self._late = None
-
-    def _give_up(self) -> None:
-        self._late = None
-        if self._idle() and not self.transport.is_closing():
-            self.transport.close()

@@ -12,31 +12,28 @@ from fastapi import UploadFile
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from spar.common.limits import MAX_SEED, one_reference
-from spar.serving.limits import (
-    MAX_ANSWER_TOKENS,
-    MAX_FIELDS,
-    MAX_GUIDANCE,
-    MAX_MESSAGES,
-    MAX_N,
-    MAX_OUTPUT_PIXELS,
-    MAX_PARTS,
-    MAX_PROMPT_CHARACTERS,
-    MAX_STEPS,
-)
+from spar.serving import limits
 
 Name = Annotated[str, Field(max_length=256)]
-Text = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)]
+Text = Annotated[str, Field(min_length=1, max_length=limits.MAX_PROMPT_CHARACTERS)]
 # A larger value is cut, not refused: clients and benchmark kits request thousands by default.
-AnswerTokens = Annotated[int, Field(ge=1, description=f"At most {MAX_ANSWER_TOKENS}; more is cut to that.")]
+AnswerTokens = Annotated[int, Field(ge=1, description=f"At most {limits.MAX_ANSWER_TOKENS}; more is cut to that.")]
 Zero = Annotated[float, Field(ge=0, le=0)]
 OutputFormat = Literal["png", "jpeg", "webp"]
 
 
-def _area(size: str | None) -> str | None:
-    if size not in (None, "auto"):
-        width, height = map(int, size.split("x"))
-        if width * height > MAX_OUTPUT_PIXELS:
-            raise ValueError(f"expected at most {MAX_OUTPUT_PIXELS} pixels, got {size}")
+def sides(size: str | None) -> tuple[int | None, int | None]:
+    """Height and width of a size, None for the model's own."""
+    if size in (None, "auto"):
+        return None, None
+    width, height = map(int, size.split("x"))
+    return height, width
+
+
+def _area(size: str) -> str:
+    height, width = sides(size)
+    if height and width and height * width > limits.MAX_OUTPUT_PIXELS:
+        raise ValueError(f"expected at most {limits.MAX_OUTPUT_PIXELS} pixels, got {size}")
     return size
 
 
@@ -48,8 +45,8 @@ class RequestModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _few(cls, data: Any) -> Any:
-        if isinstance(data, dict) and len(data) > MAX_FIELDS:
-            raise ValueError(f"expected at most {MAX_FIELDS} fields")
+        if isinstance(data, dict) and len(data) > limits.MAX_FIELDS:
+            raise ValueError(f"expected at most {limits.MAX_FIELDS} fields")
         return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
@@ -64,13 +61,13 @@ class SamplingRequest(RequestModel):
 
     prompt: Text
     model: Name | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = 1
+    n: Annotated[int, Field(ge=1, le=limits.MAX_N)] | None = 1
     response_format: Literal["b64_json"] | None = Field(None, description="This server hosts no files.")
     output_format: OutputFormat | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = Field(None, description="Image i uses seed + i.")
     negative_prompt: Text | None = None
-    num_inference_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
-    guidance_scale: Annotated[float, Field(ge=0, le=MAX_GUIDANCE)] | None = None
+    num_inference_steps: Annotated[int, Field(ge=1, le=limits.MAX_STEPS)] | None = None
+    guidance_scale: Annotated[float, Field(ge=0, le=limits.MAX_GUIDANCE)] | None = None
     quality: Literal["auto"] | None = None
     background: Literal["auto", "opaque"] | None = None
     moderation: Literal["auto", "low"] | None = None
@@ -149,8 +146,8 @@ class Message(StrictModel):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
-        Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS), Tag("words")]  # an assistant's may be empty
-        | Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS), Tag("parts")],
+        Annotated[str, Field(max_length=limits.MAX_PROMPT_CHARACTERS), Tag("words")]  # an assistant's may be empty
+        | Annotated[list[Part], Field(min_length=1, max_length=limits.MAX_PARTS), Tag("parts")],
         Discriminator(lambda content: "parts" if isinstance(content, list) else "words"),
     ]
 
@@ -165,7 +162,7 @@ class StreamOptions(StrictModel):
 class ChatRequest(StrictModel):
     """Fields of `/v1/chat/completions`: answers are greedy, and only settings of a greedy answer are accepted."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=limits.MAX_MESSAGES)]
     model: Name | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -1,22 +1,20 @@
-"""The server process: uvicorn with our limits."""
+"""The server process: API, worker, and perhaps the page."""
 
 import asyncio
 import socket
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
-from typing import Any
+from concurrent.futures import Executor
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import Message, Receive, Scope, Send
 
 from spar.inference.pipeline import SparPipeline
 from spar.serving.app import create_app
-from spar.serving.auth import is_local
+from spar.serving.auth import host_names
+from spar.serving.http import server_config
 from spar.serving.limits import PAGE_PATH, SHUTDOWN_SECONDS
-from spar.serving.middleware import LOCAL_NAMES, Message, Receive, Scope, Send, TimedH11Protocol
-from spar.serving.worker import Worker
-
-Call = Callable[[Callable[[SparPipeline], Any]], Future]
+from spar.serving.worker import Call, Worker
 
 
 class PathDispatcher:
@@ -55,11 +53,9 @@ class PathDispatcher:
 class ApiServer(uvicorn.Server):
     """uvicorn's server, which ends a page's streams before it waits for running requests."""
 
-    dispatcher: PathDispatcher | None = None
-
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        if self.dispatcher:
-            self.dispatcher.close_streams()
+        if isinstance(self.config.app, PathDispatcher):
+            self.config.app.close_streams()
         await super().shutdown(sockets)
 
 
@@ -76,13 +72,5 @@ def build_server(
     """
     worker = Worker(pipe, max_batch, max_queue, thread=thread)
     page = build_page(worker.call) if build_page else None
-    hosts = LOCAL_NAMES | {host} if is_local(host) else None
-    api = create_app(worker, token=token, hosts=hosts, timeout=timeout, page=page)
-    dispatcher = PathDispatcher(api, page) if page else None
-    config = uvicorn.Config(
-        dispatcher or api, http=TimedH11Protocol, ws="none", lifespan="on", log_config=None, server_header=False,
-        proxy_headers=False, timeout_graceful_shutdown=SHUTDOWN_SECONDS,
-    )  # fmt: skip
-    server = ApiServer(config)
-    server.dispatcher = dispatcher
-    return server
+    api = create_app(worker, token=token, hosts=host_names(host), timeout=timeout, page=page)
+    return ApiServer(server_config(PathDispatcher(api, page) if page else api, SHUTDOWN_SECONDS))

@@ -8,7 +8,6 @@ queue; a batch whose jobs are all cancelled stops at its next step.
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Executor, Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
@@ -23,6 +22,7 @@ from spar.serving.limits import CHAT_TURN_TOKENS, GATHER_SECONDS, MAX_BATCH, MAX
 log = logging.getLogger(__name__)
 
 Step = Callable[[int, int, Any], bool]
+Call = Callable[[Callable[[SparPipeline], Any]], Future]
 
 
 class Unavailable(Exception):
@@ -85,9 +85,9 @@ class Worker:
     thread: Executor | None = None
 
     def __post_init__(self) -> None:
-        self._waiting: deque[ImageJob] = deque()
-        self._chats: deque[ChatJob] = deque()
-        self._changed = threading.Condition(threading.RLock())
+        self._waiting: list[ImageJob] = []
+        self._chats: list[ChatJob] = []
+        self._changed = threading.Condition()
         self._stopping = False
         self._expected, self._answered_at = 0, 0.0
         self._thread = self.thread or ThreadPoolExecutor(1, "spar-worker")
@@ -144,10 +144,8 @@ class Worker:
     def _forget(self, future: Future) -> None:
         """Remove a waiting job from the queue; the thread removes a running chat."""
         with self._changed:
-            for job in [job for job in self._waiting if job.future is future]:
-                self._waiting.remove(job)
-            for chat in [chat for chat in self._chats if chat.future is future and not chat.started]:
-                self._chats.remove(chat)
+            self._waiting = [job for job in self._waiting if job.future is not future]
+            self._chats = [chat for chat in self._chats if chat.started or chat.future is not future]
 
     def _loop(self) -> None:
         while self._run_once():  # a separate function, so that no result of the last turn is kept while idle
@@ -166,7 +164,7 @@ class Worker:
             self._answered_at = time.perf_counter()
             self.observe(self._answered_at - start, len(jobs))
         with self._changed:
-            running = list(self._chats)[:MAX_CHATS]
+            running = self._chats[:MAX_CHATS]
             for chat in running:
                 chat.started = True
         for chat in running:
@@ -187,16 +185,13 @@ class Worker:
         if left > 0 and self._waiting and not self._chats:
             enough = min(self._expected, self.max_batch)
             self._changed.wait_for(lambda: self._stopping or len(self._waiting) >= enough, left)
-        if not self._waiting:  # there are only chats, or all jobs were cancelled meanwhile
-            return []
-        head, room = self._waiting[0], self.max_batch - self._waiting[0].weight
-        jobs = [head]
-        for job in list(self._waiting)[1:]:
-            if job.compatible(head) and job.weight <= room:
+        jobs: list[ImageJob] = []  # stays empty if there are only chats, or all jobs were cancelled meanwhile
+        room = float(self.max_batch)
+        for job in self._waiting:
+            if not jobs or (job.compatible(jobs[0]) and job.weight <= room):
                 jobs.append(job)
                 room -= job.weight
-        for job in jobs:
-            self._waiting.remove(job)
+        self._waiting = [job for job in self._waiting if job not in jobs]
         return jobs
 
     def _run(self, jobs: list[ImageJob]) -> None:

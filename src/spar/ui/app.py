@@ -1,7 +1,5 @@
 """The web page: four tabs for the four tasks, with previews and the LLM layers that each token reads."""
 
-from __future__ import annotations
-
 import logging
 import secrets
 import tempfile
@@ -10,28 +8,23 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gradio as gr
+from markupsafe import Markup
+from PIL import Image
 
 from spar.common.errors import InputError
 from spar.common.limits import MAX_SEED
 from spar.flow.sampler import Cancelled
 from spar.inference.image_files import save_images, source_metadata
+from spar.inference.outputs import GenerateOutput, ReconstructOutput
+from spar.inference.pipeline import SparPipeline
 from spar.processing.images import open_image, to_size, to_square
-from spar.reporting.markup import Markup
 from spar.reporting.routing import routing_view
-from spar.serving.worker import Unavailable
+from spar.serving.worker import Call, Unavailable
 from spar.ui import components, examples
-from spar.ui.preview_stream import PreviewStep, PreviewStream
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from spar.inference.outputs import GenerateOutput, ReconstructOutput
-    from spar.inference.pipeline import SparPipeline
-    from spar.ui.preview_stream import Call
-
+from spar.ui.preview_stream import PreviewStep, PreviewStream, Task
 
 MAX_STEPS, MAX_GUIDANCE = 100, 15  # of the sliders; the pipeline's own limits are wider
 MAX_WAITING = 8  # accepted requests; each occupies a thread until it is finished
@@ -56,68 +49,57 @@ class Page:
     def __init__(self, pipe: SparPipeline, call: Call | None) -> None:
         self.pipe, self.stream = pipe, PreviewStream(pipe, call)
         self.shapes = examples.knows_shapes(pipe)
-        self.scenes = examples.scene_images()
         cleaning = (KEPT_SECONDS // 4, KEPT_SECONDS)
         with gr.Blocks(title="SPAR", analytics_enabled=False, delete_cache=cleaning) as self.blocks:
-            self.files = self._scene_files()
+            self.scenes = self._scene_files()
             gr.HTML(components.head(pipe.image_size, self.shapes))
             with gr.Tabs(overflow_behavior="wrap"):
-                for title, tab in (
-                    ("Generate", self._generate_tab),
-                    ("Edit", self._edit_tab),
-                    ("Understand", self._understand_tab),
-                    ("Reconstruct", self._reconstruct_tab),
-                ):
-                    with gr.Tab(title, id=title.lower()):
-                        tab()
+                with gr.Tab("Generate", id="generate"):
+                    self._sampling_tab("generate", "What to draw", "Draw", [[text] for text in examples.PROMPTS])
+                with gr.Tab("Edit", id="edit"):
+                    self._sampling_tab("edit", "What to change", "Change it", self._scene_rows(examples.EDITS))
+                with gr.Tab("Understand", id="understand"):
+                    self._understand_tab(self._scene_rows(examples.QUESTIONS))
+                with gr.Tab("Reconstruct", id="reconstruct"):
+                    self._reconstruct_tab()
             self.blocks.unload(self.leave)
         self.blocks.queue(max_size=MAX_WAITING, default_concurrency_limit=MAX_WAITING, api_open=False)
 
     # ---- tabs
 
-    def _generate_tab(self) -> None:
+    def _sampling_tab(self, task: Task, label: str, title: str, rows: list[list[str]]) -> None:
+        """A tab with sampling settings and a routing view. `rows` are its examples: a text, after the image to edit."""
         with gr.Row():
             with gr.Column(min_width=320):
-                prompt = self._text_box("What to draw", examples.PROMPTS)
+                source = [self._source()] if task == "edit" else []
+                text = self._text_box(label, rows)
                 with gr.Row():
-                    run, stop = components.button("Draw"), components.stop_button()
+                    run, stop = components.button(title), gr.Button("Stop", scale=1, min_width=90)
                 seed, settings = self._settings()
             with gr.Column(min_width=320):
-                image = components.image("Image", self.pipe.image_size)
+                result = (components.slider if task == "edit" else components.image)(self.pipe.image_size)
                 status, file = components.download_button()
-        self._examples([prompt], [(None, text) for text in examples.PROMPTS], seed)
+        self._examples([*source, text], rows, seed)
         view = components.routing_panel()
-        self._on(run, prompt, self.generate, [prompt, seed, *settings], [image, status, file, view])
-        stop.click(self.stop_generate, **components.HIDDEN)
 
-    def _edit_tab(self) -> None:
-        texts = [text for _, text in examples.EDITS]
+        def sample(request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
+            yield from self.sample(task, request.session_hash, *values)
+
+        def stop_sampling(request: gr.Request) -> None:
+            self.stream.stop(request.session_hash, task)
+
+        self._on(run, text, sample, [text, seed, *settings, *source], [result, status, file, view])
+        stop.click(stop_sampling, **components.HIDDEN)
+
+    def _understand_tab(self, rows: list[list[str]]) -> None:
         with gr.Row():
             with gr.Column(min_width=320):
-                source = self._source()
-                instruction = self._text_box("What to change", texts)
-                with gr.Row():
-                    run, stop = components.button("Change it"), components.stop_button()
-                seed, settings = self._settings()
-            with gr.Column(min_width=320):
-                slider = components.slider("Before and after", self.pipe.image_size)
-                status, file = components.download_button()
-        self._examples([source, instruction], examples.EDITS, seed)
-        view = components.routing_panel()
-        self._on(run, instruction, self.edit, [source, instruction, seed, *settings], [slider, status, file, view])
-        stop.click(self.stop_edit, **components.HIDDEN)
-
-    def _understand_tab(self) -> None:
-        texts = [text for _, text in examples.QUESTIONS]
-        with gr.Row():
-            with gr.Column(min_width=320):
-                source = self._source()
-                question = self._text_box("Your question", texts)
+                source, question = self._source(), self._text_box("Your question", rows)
                 run = components.button("Ask")
             with gr.Column(min_width=320):
                 answer = gr.Textbox(label="Answer", lines=2, interactive=False, elem_classes="spar-answer")
                 status = components.status()
-        self._examples([source, question], examples.QUESTIONS)
+        self._examples([source, question], rows)
         self._on(run, question, self.understand, [source, question], [answer, status])
 
     def _reconstruct_tab(self) -> None:
@@ -126,17 +108,17 @@ class Page:
                 source = self._source()
                 run = components.button("Rebuild")
             with gr.Column(min_width=320):
-                slider = components.slider("Before and after", self.pipe.image_size)
+                slider = components.slider(self.pipe.image_size)
                 status, file = components.download_button()
-        self._examples([source], [(place, "") for place in range(len(self.scenes))])
+        self._examples([source], [[scene] for scene in self.scenes])
         self._on(run, None, self.reconstruct, [source], [slider, status, file])
 
-    def _text_box(self, label: str, texts: Sequence[str]) -> gr.Textbox:
-        """A box that grows with its text, of one line at first, since Enter submits only then."""
-        return gr.Textbox(label=label, lines=1, max_lines=4, value=texts[0] if self.shapes else "")
+    def _text_box(self, label: str, rows: list[list[str]]) -> gr.Textbox:
+        """A box with the first example that grows with its text, of one line at first: Enter submits only then."""
+        return gr.Textbox(label=label, lines=1, max_lines=4, value=rows[0][-1] if self.shapes else "")
 
     def _source(self) -> gr.Image:
-        return components.source("Your image", self.pipe.image_size, self.files[0] if self.shapes else None)
+        return components.source(self.pipe.image_size, self.scenes[0] if self.shapes else None)
 
     def _settings(self) -> tuple[gr.Textbox, list[gr.components.Component]]:
         """The seed, and the rarer settings: steps, guidance, negative prompt."""
@@ -157,35 +139,30 @@ class Page:
             negative = gr.Textbox(label="Steer away from", info="What the image should not show; may be empty.")
         return seed, [steps, guidance, negative]
 
-    def _examples(
-        self, shown: list[Any], chosen: Sequence[tuple[int | None, str]], seed: gr.Textbox | None = None
-    ) -> None:
-        """Examples that a click puts into `shown` (image, text or both), with their seed; none for another world.
-
-        Each is the index of a scene, if the tab takes images, and a text, if it takes text.
-        """
+    def _examples(self, shown: list[Any], rows: list[list[str]], seed: gr.Textbox | None = None) -> None:
+        """Examples that a click puts into `shown` (image, text or both), with their seed; none for another world."""
         if not self.shapes:
             return
-        samples = [
-            [*([] if place is None else [self.files[place]]), *([text] if text else [])] for place, text in chosen
-        ]
         dataset = gr.Dataset(
-            label="Try one of these", components=shown, samples=samples, type="index", elem_classes="spar-examples"
+            label="Try one of these", components=shown, samples=rows, type="index", elem_classes="spar-examples"
         )
         targets, constants = (shown, []) if seed is None else ([*shown, seed], [str(examples.SEED)])
 
         def choose(index: int) -> Any:
-            values = [*samples[index], *constants]
+            values = [*rows[index], *constants]
             return values if len(values) > 1 else values[0]
 
         dataset.click(choose, dataset, targets, **components.HIDDEN)
 
     def _scene_files(self) -> list[str]:
         """Write the scenes of the examples to the cache, and return their paths."""
-        folder = Path(self.blocks.GRADIO_CACHE) / "scenes"
-        files = [folder / f"scene-{index}.png" for index in range(len(self.scenes))]
-        save_images(self.scenes, files)
+        images = examples.scene_images()
+        files = [Path(self.blocks.GRADIO_CACHE) / "scenes" / f"scene-{index}.png" for index in range(len(images))]
+        save_images(images, files)
         return [str(file) for file in files]
+
+    def _scene_rows(self, pairs: Sequence[tuple[int, str]]) -> list[list[str]]:
+        return [[self.scenes[index], text] for index, text in pairs]
 
     def _on(
         self, run: gr.Button, text: gr.Textbox | None, work: Callable[..., Any], inputs: list[Any], outputs: list[Any]
@@ -201,46 +178,25 @@ class Page:
 
     # ---- event handlers
 
-    def generate(
-        self, prompt: str, seed: str, steps: int, guidance: float, negative: str, request: gr.Request
-    ) -> Iterator[tuple[Any, ...]]:
-        """Values of image, status, file, routing."""
-        with _error_messages() as errors:
-            prompt, keywords = _text(prompt), _keywords(seed, steps, guidance, negative)
-            began = time.monotonic()
-            yield gr.skip(), components.status_message("One moment."), gr.skip(), gr.skip()
-            for item in self.stream.run(request.session_hash, "generate", prompt, **keywords):
-                if isinstance(item, PreviewStep):
-                    yield item.image or gr.skip(), components.progress(item), gr.skip(), gr.skip()
-                    continue
-                file = self._save(item, f"spar-seed-{item.seeds[0]}.png")
-                status = components.done_message(item.seeds[0], steps, guidance, time.monotonic() - began)
-                yield file, status, components.file(file), components.routing_html(routing_view(item.routing[0]))
-        if errors:
-            yield gr.skip(), errors[0], gr.skip(), gr.skip()
-
-    def edit(
-        self, source: str | None, instruction: str, seed: str, steps: int, guidance: float, negative: str,
-        request: gr.Request,
+    def sample(
+        self, task: Task, session: str | None, text: str, seed: str, steps: int, guidance: float, negative: str,
+        source: str | None = None,
     ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
-        """Values of slider, status, file, routing."""
+        """Values of image (of an edit: slider), status, file, routing."""
         with _error_messages() as errors:
-            image, instruction = _open(source), _text(instruction)
-            keywords, began = _keywords(seed, steps, guidance, negative), time.monotonic()
-            before = None  # as the model sees it, at the output's size
+            image = _open(source) if task == "edit" else None
+            text, keywords, began = _text(text), _keywords(seed, steps, guidance, negative), time.monotonic()
+            before = to_size(image, *self.pipe.edited_size(image)[::-1]) if image else None  # as the model sees it
             yield gr.skip(), components.status_message("One moment."), gr.skip(), gr.skip()
-            for item in self.stream.run(request.session_hash, "edit", image, instruction, **keywords):
+            for item in self.stream.run(session, task, *([image] if image else []), text, **keywords):
                 if isinstance(item, PreviewStep):
-                    if item.image:
-                        before = before or to_size(image, *item.image.size)
-                    pair = (before, item.image) if item.image else gr.skip()
-                    yield pair, components.progress(item), gr.skip(), gr.skip()
+                    preview = (before, item.image) if before else item.image
+                    yield preview if item.image else gr.skip(), components.progress(item), gr.skip(), gr.skip()
                     continue
-                before = before or to_size(image, *item.images[0].size)
                 file = self._save(item, f"spar-seed-{item.seeds[0]}.png", source)
                 status = components.done_message(item.seeds[0], steps, guidance, time.monotonic() - began)
                 view = components.routing_html(routing_view(item.routing[0], before))
-                yield (before, item.images[0]), status, components.file(file), view
+                yield (before, item.images[0]) if before else file, status, components.file(file), view
         if errors:
             yield gr.skip(), errors[0], gr.skip(), gr.skip()
 
@@ -263,12 +219,6 @@ class Page:
             )
             return (image, out.images[0]), status, components.file(self._save(out, "spar-rebuilt.png", source))
         return gr.skip(), errors[0], gr.skip()
-
-    def stop_generate(self, request: gr.Request) -> None:
-        self.stream.stop(request.session_hash, "generate")
-
-    def stop_edit(self, request: gr.Request) -> None:
-        self.stream.stop(request.session_hash, "edit")
 
     def leave(self, request: gr.Request) -> None:
         self.stream.stop(request.session_hash, "generate", "edit")

@@ -1,20 +1,19 @@
 """Components, messages and style of the page."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 
 import gradio as gr
+from markupsafe import Markup
 
 from spar.reporting import routing
-from spar.reporting.markup import Markup, join, tag
 from spar.ui import examples
 from spar.ui.preview_stream import PreviewStep
 
 HEIGHT = 340  # of an image on the page, pixels
 SMALL = 128  # images up to this side are enlarged without smoothing
 HIDDEN: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
+_IMAGE: dict[str, Any] = {"format": "png", "height": HEIGHT, "buttons": ["fullscreen"]}
 # The pipeline's messages name keywords and data; the page shows labels and files.
 _PLAIN = (
     (r"^(prompt|instruction|question): ", ""),
@@ -35,25 +34,19 @@ def button(title: str) -> gr.Button:
     return gr.Button(title, variant="primary", scale=3, min_width=140)
 
 
-def stop_button() -> gr.Button:
-    """The button that stops it."""
-    return gr.Button("Stop", scale=1, min_width=90)
-
-
-def image(label: str, side: int) -> gr.Image:
+def image(side: int) -> gr.Image:
     """A result, as the written file, so that the browser saves what the command line writes."""
     return gr.Image(
-        type="filepath", image_mode=None, format="png", label=label, interactive=False, height=HEIGHT,
-        buttons=["fullscreen"], elem_classes=_classes(side),
-    )  # fmt: skip
+        label="Image", type="filepath", image_mode=None, interactive=False, elem_classes=_classes(side), **_IMAGE
+    )
 
 
-def source(label: str, side: int, value: str | None) -> gr.Image:
+def source(side: int, value: str | None) -> gr.Image:
     """An image input, as the path of the uploaded file."""
     component = gr.Image(
-        value, type="filepath", image_mode=None, format="png", label=label, interactive=True, height=HEIGHT,
-        sources=["upload", "clipboard"], buttons=["fullscreen"], elem_classes=_classes(side),
-        placeholder="Drop an image here, paste one, or click to choose a file",
+        value, label="Your image", type="filepath", image_mode=None, interactive=True, elem_classes=_classes(side),
+        sources=["upload", "clipboard"], placeholder="Drop an image here, paste one, or click to choose a file",
+        **_IMAGE,
     )  # fmt: skip
     # Gradio's own would open the file with Pillow before our checks.
     component.preprocess = (  # type: ignore[method-assign]  # a subclass would be another component to Gradio
@@ -62,12 +55,10 @@ def source(label: str, side: int, value: str | None) -> gr.Image:
     return component
 
 
-def slider(label: str, side: int) -> gr.ImageSlider:
+def slider(side: int) -> gr.ImageSlider:
     """Two images over each other."""
-    return gr.ImageSlider(
-        type="pil", format="png", label=label, interactive=False, height=HEIGHT, buttons=["fullscreen"],
-        elem_classes=["spar-slider", *_classes(side)],
-    )  # fmt: skip
+    classes = ["spar-slider", *_classes(side)]
+    return gr.ImageSlider(label="Before and after", type="pil", interactive=False, elem_classes=classes, **_IMAGE)
 
 
 def _classes(side: int) -> list[str]:
@@ -76,10 +67,10 @@ def _classes(side: int) -> list[str]:
 
 def seed(value: str) -> gr.Textbox:
     """The field of the seed."""
-    attributes = {"inputmode": "numeric", "autocomplete": "off"}
+    attributes: Any = {"inputmode": "numeric", "autocomplete": "off"}  # gradio's class lacks inputmode
     return gr.Textbox(
         value, label="Seed", info="The same seed, the same image.", placeholder="a new one each time", max_length=20,
-        html_attributes=attributes, scale=3, min_width=160,  # type: ignore[arg-type]  # gradio's class lacks inputmode
+        html_attributes=attributes, scale=3, min_width=160,
     )  # fmt: skip
 
 
@@ -102,7 +93,7 @@ def file(path: str) -> dict[str, Any]:
 def routing_panel() -> gr.HTML:
     """The view of what each token reads of the LLM's layers."""
     with gr.Accordion("What each word reads", open=True):
-        return gr.HTML(routing_html(tag("p", "Draw something first.", class_="spar-lead")))
+        return gr.HTML(routing_html(Markup('<p class="spar-lead">Draw something first.</p>')))
 
 
 # ---- messages --------------------------------------------------------------------------------------------------------
@@ -114,41 +105,43 @@ def routing_html(view: Markup) -> Markup:
         "The language model works in layers, and each word is read from a mix of them that the model chooses. A stripe "
         "shows the mix, the number below names the layers, and pointing at it gives the exact shares."
     )
-    return join(tag("p", explanation, class_="spar-lead"), view)
+    return Markup('<p class="spar-lead">{}</p>{}').format(explanation, view)
 
 
 def head(side: int, shapes: bool) -> Markup:
     """Header of the page: the model and its abilities."""
     what = "One model that generates images from text, edits them, answers questions about them and reconstructs them."
     if not shapes:
-        more = f" This one works at {side} × {side} pixels."
-        return tag("div", tag("h1", "SPAR"), tag("p", what, more), class_="spar-head")
+        what += f" This one works at {side} × {side} pixels."
+        return Markup('<div class="spar-head"><h1>SPAR</h1><p>{}</p></div>').format(what)
     *first, last = examples.VOCABULARY_GROUPS["Shapes"]
     known = f"This one is small and knows a world of shapes, {side} × {side} pixels: {', '.join(first)} and {last}."
     groups = examples.VOCABULARY_GROUPS.items()
-    words = [join(tag("dt", title), tag("dd", ", ".join(values))) for title, values in groups]
-    return tag(
-        "div", tag("h1", "SPAR"), tag("p", what), tag("p", known),
-        tag("details", tag("summary", "What it knows"), tag("dl", *words)), class_="spar-head",
-    )  # fmt: skip
+    words = [Markup("<dt>{}</dt><dd>{}</dd>").format(title, ", ".join(values)) for title, values in groups]
+    return Markup(
+        '<div class="spar-head"><h1>SPAR</h1><p>{}</p><p>{}</p>'
+        "<details><summary>What it knows</summary><dl>{}</dl></details></div>"
+    ).format(what, known, Markup().join(words))
 
 
 def error_message(sentence: str) -> Markup:
     """An error in the page's own terms."""
     for pattern, plain in _PLAIN:
         sentence = re.sub(pattern, plain, sentence, flags=re.DOTALL)
-    return tag("div", sentence[0].upper() + sentence[1:].rstrip(".") + ".", class_="spar-problem", role="alert")
+    sentence = sentence[0].upper() + sentence[1:].rstrip(".") + "."
+    return Markup('<div class="spar-problem" role="alert">{}</div>').format(sentence)
 
 
 def status_message(text: str) -> Markup:
     """A status in words."""
-    return tag("div", text, class_="spar-note", role="status")
+    return Markup('<div class="spar-note" role="status">{}</div>').format(text)
 
 
 def progress(step: PreviewStep) -> Markup:
     """The status of a step."""
-    bar = tag("span", tag("i", style=f"width:{100 * step.done / step.steps:.0f}%"), class_="spar-bar")
-    return tag("div", bar, f"Step {step.done} of {step.steps}", class_="spar-note")
+    return Markup(
+        '<div class="spar-note"><span class="spar-bar"><i style="width:{:.0f}%"></i></span>Step {} of {}</div>'
+    ).format(100 * step.done / step.steps, step.done, step.steps)
 
 
 def done_message(seed: int, steps: int, guidance: float, seconds: float) -> Markup:

@@ -1,17 +1,11 @@
 """The page's texts on the shapes world, and examples that the bundled model gets right (a test runs the detector)."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 from PIL import Image
 
+from spar.inference.pipeline import SparPipeline
 from spar.worlds.shapes.render import render
 from spar.worlds.shapes.scene import BACKGROUNDS, COLORS, RELATIONS, SHAPES, SIZES, Object, Scene
 from spar.worlds.shapes.tokenizer import NUMBERS, PLURALS
-
-if TYPE_CHECKING:
-    from spar.inference.pipeline import SparPipeline
 
 SEED = 0
 PROMPTS = (

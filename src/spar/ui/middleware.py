@@ -4,18 +4,17 @@ Gradio serves more than this page needs: a proxy, streams, an API, files by path
 Its own checks follow these.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from spar.serving.asgi import replay_body
+from spar.serving.asgi import add_headers, is_foreign, replay_body
 
 ROUTES = re.compile(
     r"/(|config|theme\.css|favicon\.ico|login|logout|(assets|static)/.*"
@@ -53,11 +52,14 @@ class GradioGuardMiddleware:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         refusal = self._refuse(path, scope)
         if refusal is None and path.startswith(("/gradio_api/queue/join", "/gradio_api/run/predict")):
-            body = await _read(receive)
+            try:
+                body = await Request(scope, receive).body()  # its length was checked, and the server enforces it
+            except ClientDisconnect:
+                return
             receive = replay_body(body, receive)
             if not self._own_files(body):
                 refusal = PlainTextResponse("expected a request of this page", 400)
-        await (refusal or self.app)(scope, receive, _with_headers(send))
+        await (refusal or self.app)(scope, receive, add_headers(send, HEADERS.items()))
 
     def _refuse(self, path: str, scope: Scope) -> PlainTextResponse | None:
         """Error answer to a request whose path or headers are refused, None otherwise."""
@@ -65,10 +67,9 @@ class GradioGuardMiddleware:
             return PlainTextResponse("not found", 404)
         if scope["method"] in ("GET", "HEAD"):
             return None
-        headers = dict(scope["headers"])
-        if b"origin" in headers and headers[b"origin"].partition(b"://")[2] != headers.get(b"host"):
+        if is_foreign(scope):
             return PlainTextResponse("expected a request of this page", 403)
-        length = headers.get(b"content-length", b"")
+        length = dict(scope["headers"]).get(b"content-length", b"")
         if not length.isdigit():
             return PlainTextResponse("expected a length", 411)
         most = self.max_file + MULTIPART if path.startswith("/gradio_api/upload") else MAX_REQUEST
@@ -97,22 +98,3 @@ def _paths(data: Any) -> Iterator[Any]:
     if isinstance(data, list):
         for item in data:
             yield from _paths(item)
-
-
-async def _read(receive: Receive) -> bytes:
-    """Read a request's whole body; its length was checked, and the server enforces it."""
-    body, more = b"", True
-    while more:
-        message = await receive()
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
-    return body
-
-
-def _with_headers(send: Send) -> Send:
-    async def wrapped(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message.get("headers", ()), *HEADERS.items()]}
-        await send(message)
-
-    return wrapped

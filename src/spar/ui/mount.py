@@ -1,14 +1,11 @@
 """Serving of the page, alone or mounted into another application, with GradioGuardMiddleware around it."""
 
-from __future__ import annotations
-
 import os
 import secrets
 import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import gradio as gr
 import uvicorn
@@ -16,15 +13,14 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from spar.inference.pipeline import SparPipeline
 from spar.processing.images import MAX_BYTES
-from spar.serving.auth import is_local
+from spar.serving.auth import host_names
+from spar.serving.http import server_config
+from spar.serving.worker import Call
 from spar.ui.app import build_page
 from spar.ui.components import CSS, theme
 from spar.ui.middleware import GradioGuardMiddleware
-
-if TYPE_CHECKING:
-    from spar.inference.pipeline import SparPipeline
-    from spar.ui.preview_stream import Call
 
 
 def mount_page(
@@ -60,8 +56,8 @@ def page_app(
 ) -> FastAPI:  # fmt: skip
     """Build an application with the page alone at `path`, reached at `host`; the rest as in `mount_page`."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    if is_local(host):  # against DNS rebinding
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "["])  # [::1], cut at :
+    if (names := host_names(host)) is not None:  # against DNS rebinding
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=sorted(names))
     return mount_page(app, pipe, path, token=token, call=call, cache=cache)
 
 
@@ -76,7 +72,4 @@ def serve_page(
     """
     with tempfile.TemporaryDirectory(prefix="spar-") as cache:
         app = page_app(pipe, listener.getsockname()[0], token=token, call=call, cache=Path(cache))
-        config = uvicorn.Config(
-            app, log_config=None, ws="none", server_header=False, proxy_headers=False, timeout_graceful_shutdown=1
-        )
-        uvicorn.Server(config).run(sockets=[listener])
+        uvicorn.Server(server_config(app, shutdown_seconds=1)).run(sockets=[listener])

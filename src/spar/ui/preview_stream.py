@@ -1,23 +1,20 @@
 """Sampling for the page, with previews and a way to stop."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import Queue
 from threading import Event
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    from PIL import Image
+from PIL import Image
 
-    from spar.inference.outputs import GenerateOutput
-    from spar.inference.pipeline import SparPipeline
+from spar.inference.outputs import GenerateOutput
+from spar.inference.pipeline import SparPipeline
+from spar.serving.worker import Call
 
-    Call = Callable[[Callable[[SparPipeline], Any]], Future]
-    Task = Literal["generate", "edit"]
+Task = Literal["generate", "edit"]
 
 PREVIEW_SECONDS = 0.2  # at least between two previews
 PREVIEW_SHARE = 0.2  # largest share of the time spent on previews

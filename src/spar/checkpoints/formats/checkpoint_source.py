@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spar.checkpoints.safetensors_io import INDEX, SafetensorsReader
+from spar.checkpoints.safetensors_io import SafetensorsReader, has_tensors
 from spar.common.errors import InputError
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -25,9 +25,8 @@ class CheckpointSource:
         """The tensors of `STEM.safetensors`, in shards or not, or else of its bfloat16 variant."""
         folder = self.folder / subfolder
         for name in (f"{stem}.safetensors", f"{stem}.bf16.safetensors"):
-            path = folder / name
-            if path.is_file() or path.with_name(path.name + INDEX).is_file():
-                return SafetensorsReader(path)
+            if has_tensors(folder / name):
+                return SafetensorsReader(folder / name)
         pickled = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLED)
         found = f"only {', '.join(pickled[:3])}, which may run code when it is read" if pickled else "none"
         raise InputError(f"{folder}: expected weights as {stem}.safetensors, found {found}")

@@ -1,7 +1,6 @@
 """DC-AE in diffusers' layout (`mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers`)."""
 
 import inspect
-from dataclasses import dataclass
 from typing import Any
 
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
@@ -17,16 +16,11 @@ STEM = "diffusion_pytorch_model"
 DECODER, PIXEL_ENCODER = "tokenizer.decoder", "pixel_encoder"
 
 
-@dataclass(frozen=True)
-class Autoencoder:
-    """Sizes, and the factor that scales the native latents to unit variance."""
+def read_config(source: CheckpointSource) -> tuple[AutoencoderConfig, float]:
+    """Read the sizes of a checkpoint and the factor that scales its latents to unit variance.
 
-    config: AutoencoderConfig
-    scaling_factor: float
-
-
-def read_config(source: CheckpointSource) -> Autoencoder:
-    """Read the sizes of a checkpoint; missing fields have the library's defaults."""
+    Missing fields have the library's defaults.
+    """
     given = ForeignConfig.read(source.folder / "config.json")
     given.expect("_class_name", "AutoencoderDC")
     parameters = inspect.signature(AutoencoderDC.__init__).parameters
@@ -54,7 +48,7 @@ def read_config(source: CheckpointSource) -> Autoencoder:
         channels=channels, downsample="pixel_unshuffle" if unshuffles else "Conv",
         upsample="interpolate" if interpolates else "pixel_shuffle", **halves,
     )
-    return Autoencoder(sizes, config.number("scaling_factor"))
+    return sizes, config.number("scaling_factor")
 
 
 def _each(value: Any, count: int) -> tuple[Any, ...]:

@@ -1,5 +1,6 @@
 """A foreign configuration, read field by field: unsupported values are refused, never ignored."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,21 @@ class ForeignConfig:
             raise InputError(f"{self.where}: {name}: expected a square, got {value!r}")
         return sides[0]
 
-    def expect(self, name: str, *allowed: Any, default: Any = REQUIRED) -> None:
-        """Refuse a value that is not one of `allowed`; a missing field has the value `default`."""
+    def numbers(self, config: type, names: Mapping[str, str], **defaults: Any) -> dict[str, Any]:
+        """Numbers under our names (the keys of `names`), whole where the field of the dataclass `config` is."""
+        found = {}
+        for ours, theirs in names.items():
+            read = self.whole if config.__annotations__[ours] is int else self.number
+            found[ours] = read(theirs, default=defaults.get(ours, REQUIRED))
+        return found
+
+    def expect(self, name: str, wanted: Any, default: Any = REQUIRED) -> None:
+        """Refuse another value than `wanted`; a missing field has the value `default`."""
         value = self.get(name, default=default)
-        if value not in allowed:
-            raise InputError(f"{self.where}: {name}: expected {' or '.join(map(repr, allowed))}, got {value!r}")
+        if value != wanted:
+            raise InputError(f"{self.where}: {name}: expected {wanted!r}, got {value!r}")
+
+    def expect_if_given(self, **wanted: Any) -> None:
+        """Refuse other values than these; each of the fields may be missing."""
+        for name, value in wanted.items():
+            self.expect(name, value, default=value)

@@ -5,7 +5,6 @@ the LLM `language_model.model`, newer ones `model.language_model`; both are know
 """
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from spar.checkpoints.formats.foreign_config import ForeignConfig
 from spar.checkpoints.formats.key_map import TensorReader, TensorSlice
 from spar.common.errors import InputError
 from spar.models.config import TextConfig, VisionConfig
+from spar.models.encoder import TEXT_FIELDS, VISION_FIELDS
 from spar.processing.prompts import IMAGE_TOKEN, TURN_END
 
 FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt")  # no .py: nothing that could run
@@ -33,55 +33,35 @@ _PROJECTOR = {"0": "layer_norm", "1": "linear_1", "3": "linear_2"}
 _QKV = re.compile(r"encoder\.layer\.(\d+)\.attn\.qkv\.(weight|bias)")
 
 
-@dataclass(frozen=True)
-class Mllm:
-    """Sizes from a checkpoint's configuration."""
-
-    vision: VisionConfig
-    text: TextConfig
-
-
-def read_config(folder: Path, files: TensorReader, text_tokenizer: Any) -> Mllm:
+def read_config(folder: Path, files: TensorReader, text_tokenizer: Any) -> tuple[VisionConfig, TextConfig]:
     """Read the sizes of a checkpoint in either layout; unsupported settings are refused.
 
     The head is tied if the configuration says so or none is stored (older configurations do not say).
     """
     config = ForeignConfig.read(folder / "config.json")
-    config.expect("downsample_ratio", 0.5, default=0.5)
-    config.expect("vision_feature_layer", -1, default=-1)
-    config.expect("select_layer", -1, default=-1)
-    config.expect("ps_version", "v2", default="v2")
-    config.expect("projector_hidden_act", "gelu", default="gelu")
+    config.expect_if_given(downsample_ratio=0.5, ps_version="v2", projector_hidden_act="gelu")
+    config.expect_if_given(vision_feature_layer=-1, select_layer=-1)
     text = config.inner("text_config", "llm_config")
     stated = config.get("tie_word_embeddings", default=text.get("tie_word_embeddings", default=False))
     tied = bool(stated) or not any(key.endswith("lm_head.weight") for key in files.shapes)
-    return Mllm(_vision(config.inner("vision_config")), _text(text, config, tied, text_tokenizer))
+    return _vision(config.inner("vision_config")), _text(text, config, tied, text_tokenizer)
 
 
 def _vision(config: ForeignConfig) -> VisionConfig:
-    config.expect("hidden_act", "gelu", default="gelu")
-    config.expect("norm_type", "layer_norm", default="layer_norm")
-    for name in ("use_qk_norm", "qk_normalization", "use_mask_token"):
-        config.expect(name, False, default=False)
-    config.expect("use_absolute_position_embeddings", True, default=True)
-    config.expect("num_channels", 3, default=3)
+    config.expect_if_given(hidden_act="gelu", norm_type="layer_norm", num_channels=3)
+    config.expect_if_given(use_qk_norm=False, qk_normalization=False, use_mask_token=False)
+    config.expect_if_given(use_absolute_position_embeddings=True)
     config.expect("qkv_bias" if "qkv_bias" in config else "attention_bias", True, default=False)
     return VisionConfig(
-        hidden_size=config.whole("hidden_size"),
-        layers=config.whole("num_hidden_layers"),
-        heads=config.whole("num_attention_heads"),
-        intermediate_size=config.whole("intermediate_size"),
+        **config.numbers(VisionConfig, VISION_FIELDS, norm_eps=1e-6),
         patch_size=config.side("patch_size"),
         image_size=config.side("image_size"),
         layer_scale=config.number("layer_scale_init_value", "initializer_factor", default=0.1),
-        norm_eps=config.number("layer_norm_eps", default=1e-6),
     )
 
 
 def _text(config: ForeignConfig, whole: ForeignConfig, tied: bool, tokenizer: Any) -> TextConfig:
-    config.expect("model_type", "qwen2", default="qwen2")
-    config.expect("hidden_act", "silu", default="silu")
-    config.expect("use_sliding_window", False, default=False)
+    config.expect_if_given(model_type="qwen2", hidden_act="silu", use_sliding_window=False)
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     end = tokenizer.convert_tokens_to_ids(TURN_END)
     for token, found in ((IMAGE_TOKEN, image), (TURN_END, end)):
@@ -91,18 +71,10 @@ def _text(config: ForeignConfig, whole: ForeignConfig, tied: bool, tokenizer: An
     if stated != image:
         raise InputError(f"{whole.where}: image_token_id: expected that of {IMAGE_TOKEN}, {image}, got {stated!r}")
     theta, factor = _rope(config)
-    heads = config.whole("num_attention_heads")
     return TextConfig(
-        vocab_size=config.whole("vocab_size"),
-        hidden_size=config.whole("hidden_size"),
-        layers=config.whole("num_hidden_layers"),
-        heads=heads,
-        kv_heads=config.whole("num_key_value_heads", default=heads),
-        intermediate_size=config.whole("intermediate_size"),
+        **config.numbers(TextConfig, TEXT_FIELDS, kv_heads=config.get("num_attention_heads"), rms_norm_eps=1e-6),
         rope_theta=theta,
         rope_factor=factor,
-        max_positions=config.whole("max_position_embeddings"),
-        rms_norm_eps=config.number("rms_norm_eps", default=1e-6),
         tied_head=tied,
         image_token_id=image,
         eos_token_id=end,
@@ -157,19 +129,24 @@ def translate_projector(key: str) -> tuple[TensorSlice, ...] | None:
 
 
 def read_text_tokenizer(folder: Path) -> Any:
-    """The checkpoint's own tokenizer, its end token the end of a turn, as one file or as Qwen2's vocabulary and merges.
+    """The checkpoint's own tokenizer, its end token the end of a turn."""
+    tokenizer = open_text_tokenizer(folder)
+    if tokenizer.pad_token_id is None:
+        raise InputError(f"{folder}: expected a text tokenizer with a padding token, got none")
+    tokenizer.eos_token = TURN_END
+    return tokenizer
 
-    No class that the checkpoint names is looked up, so that no code of its own can run.
+
+def open_text_tokenizer(folder: Path) -> Any:
+    """A folder's tokenizer, as one file or as Qwen2's vocabulary and merges.
+
+    No class that the folder names is looked up, so that no code of its own can run.
     """
     from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
     kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else Qwen2Tokenizer
     try:
-        tokenizer = kind.from_pretrained(folder, local_files_only=True)
+        return kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises a bare Exception on a damaged file
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise InputError(f"{folder} holds no readable text tokenizer: {reason}") from error
-    if tokenizer.pad_token_id is None:
-        raise InputError(f"{folder}: expected a text tokenizer with a padding token, got none")
-    tokenizer.eos_token = TURN_END
-    return tokenizer

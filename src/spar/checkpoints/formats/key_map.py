@@ -2,13 +2,11 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
-from spar.checkpoints.safetensors_io import describe_mismatch
+from spar.checkpoints.formats.torch_pickle import TorchPickleReader
+from spar.checkpoints.safetensors_io import SafetensorsReader, describe_mismatch
 from spar.common.errors import InputError
 
 
@@ -32,18 +30,10 @@ class TensorSlice:
         return tensor.chunk(self.count)[self.index]
 
 
+TensorReader = SafetensorsReader | TorchPickleReader
+
 # A tensor's name in a file to our names for it: empty for an unused tensor, None for an unknown one.
 Translate = Callable[[str], tuple[TensorSlice, ...] | None]
-
-
-class TensorReader(Protocol):
-    """Tensors somewhere on disk, by name."""
-
-    path: Path
-    files: list[Path]
-    shapes: dict[str, Tensor]
-
-    def read(self, key: str, dtype: torch.dtype | None = None) -> Tensor: ...
 
 
 @dataclass
@@ -51,7 +41,6 @@ class KeyMap:
     """Our weights as tensors of foreign files. `add` every file, `check`, then `tensors` reads."""
 
     sources: dict[str, tuple[TensorReader, str, TensorSlice]] = field(default_factory=dict)
-    tensors_given: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, files: TensorReader, translate: Translate, keys: Iterable[str] | None = None) -> None:
         """Add a file's tensors (of `keys`, if given). Unknown ones keep their names, for the report."""
@@ -59,11 +48,9 @@ class KeyMap:
             targets = translate(key)
             for rows in (TensorSlice(f"{key} (unknown)"),) if targets is None else targets:
                 if rows.name in self.sources:
-                    raise InputError(
-                        f"{files.path.parent}: {key} and {self.sources[rows.name][1]} are both {rows.name}"
-                    )
+                    other = self.sources[rows.name][1]
+                    raise InputError(f"{files.path.parent}: {key} and {other} are both {rows.name}")
                 self.sources[rows.name] = (files, key, rows)
-                self.tensors_given[rows.name] = rows.take(files.shapes[key])
 
     def check(self, parts: dict[str, nn.Module], names: dict[str, str]) -> None:
         """Refuse missing, unexpected and misshapen tensors, in one report over all parts.
@@ -73,23 +60,24 @@ class KeyMap:
             names: name of each in the report.
         """
         faults = []
+        shapes = {name: rows.take(files.shapes[key]) for name, (files, key, rows) in self.sources.items()}
         for prefix, module in parts.items():
             own = {f"{prefix}.{key}": value for key, value in module.state_dict().items()}
-            given = {key: value for key, value in self.tensors_given.items() if key.startswith(f"{prefix}.")}
+            given = {key: value for key, value in shapes.items() if key.startswith(f"{prefix}.")}
             if fault := describe_mismatch(own, given):
                 faults.append(f"{names[prefix]}: {fault}")
-        strange = [key for key in self.tensors_given if not key.startswith(tuple(f"{prefix}." for prefix in parts))]
+        strange = [key for key in self.sources if not key.startswith(tuple(f"{prefix}." for prefix in parts))]
         if strange:
             shown = ", ".join(sorted(strange)[:3]) + (", ..." if len(strange) > 3 else "")
             faults.append(f"{len(strange)} unexpected in no part of ours ({shown})")
         if faults:
             raise InputError("the checkpoints do not fit: " + "; ".join(faults))
 
-    def tensors(self, prefix: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Read the weights of a part one by one, as stored if `dtype` is None."""
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """Read the weights of a part one by one, in their stored types."""
         start = f"{prefix}."
         return {
-            name.removeprefix(start): rows.take(files.read(key, dtype)).contiguous()
+            name.removeprefix(start): rows.take(files.read(key)).contiguous()
             for name, (files, key, rows) in self.sources.items()
             if name.startswith(start)
         }

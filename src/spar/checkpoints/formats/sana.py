@@ -4,13 +4,14 @@ That layout has a trap: its scheduler's configuration has `flow_shift`, and a sc
 silently uses 1. Here the shift of sampling is that of the field which the named class reads.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from spar.checkpoints.formats.checkpoint_source import CheckpointSource
 from spar.checkpoints.formats.foreign_config import ForeignConfig
 from spar.checkpoints.formats.key_map import TensorSlice
 from spar.common.errors import InputError
 from spar.models.config import DenoiserConfig
+from spar.models.denoiser import SANA_FIELDS
 
 FILES = (
     "transformer/config.json", "transformer/diffusion_pytorch_model*.json",
@@ -22,43 +23,27 @@ DENOISER = "denoiser"
 SHIFTS = {"DPMSolverMultistepScheduler": "flow_shift", "FlowMatchEulerDiscreteScheduler": "shift"}
 
 
-@dataclass(frozen=True)
-class Dit:
-    """Sizes, channels of the latent, and the shift of sampling (None: there is no scheduler)."""
+def read_config(
+    source: CheckpointSource, base: DenoiserConfig, latent_channels: int
+) -> tuple[DenoiserConfig, float | None]:
+    """Read the sizes of a checkpoint for latents of these channels, and the shift of sampling (None: no scheduler).
 
-    config: DenoiserConfig
-    channels: int
-    sampling_shift: float | None
-
-
-def read_config(source: CheckpointSource, base: DenoiserConfig) -> Dit:
-    """Read the sizes of a checkpoint; settings that SANA's configuration lacks are those of `base`."""
+    Settings that SANA's configuration lacks are those of `base`.
+    """
     config = ForeignConfig.read(source.folder / FOLDER / "config.json")
     config.expect("_class_name", "SanaTransformer2DModel")
     config.expect("patch_size", 1)
-    for name in ("attention_bias", "norm_elementwise_affine", "guidance_embeds"):
-        config.expect(name, False, default=False)
-    config.expect("qk_norm", None, default=None)
-    config.expect("timestep_scale", 1, default=1)
-    config.expect("dropout", 0, default=0)
+    config.expect_if_given(attention_bias=False, norm_elementwise_affine=False, guidance_embeds=False)
+    config.expect_if_given(qk_norm=None, timestep_scale=1, dropout=0)
     channels = config.whole("in_channels")
-    config.expect("out_channels", channels, default=channels)
-    width = config.whole("num_attention_heads") * config.whole("attention_head_dim")
-    config.expect("cross_attention_dim", width)
-    scale = config.get("interpolation_scale", default=None)
-    sizes = replace(
-        base,
-        layers=config.whole("num_layers"),
-        heads=config.whole("num_attention_heads"),
-        head_dim=config.whole("attention_head_dim"),
-        cross_heads=config.whole("num_cross_attention_heads"),
-        cross_head_dim=config.whole("cross_attention_head_dim"),
-        caption_channels=config.whole("caption_channels"),
-        mlp_ratio=config.number("mlp_ratio", default=2.5),
-        norm_eps=config.number("norm_eps", default=1e-6),
-        interpolation_scale=None if scale is None else float(scale),
-    )
-    return Dit(sizes, channels, _shift(source))
+    config.expect_if_given(out_channels=channels)
+    if channels != latent_channels:
+        raise InputError(f"the DiT denoises {channels} channels, expected the autoencoder's {latent_channels}")
+    numbers = config.numbers(DenoiserConfig, SANA_FIELDS, mlp_ratio=2.5, norm_eps=1e-6)
+    config.expect("cross_attention_dim", numbers["heads"] * numbers["head_dim"])
+    scale = config.number("interpolation_scale") if "interpolation_scale" in config else None
+    sizes = replace(base, **numbers, interpolation_scale=scale)
+    return sizes, _shift(source)
 
 
 def _shift(source: CheckpointSource) -> float | None:

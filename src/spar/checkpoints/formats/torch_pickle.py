@@ -17,17 +17,16 @@ NESTED = ("state_dict", "model", "module")  # keys of the weights in files of tr
 
 
 class TorchPickleReader:
-    """The interface of `SafetensorsReader` for one file."""
+    """As `SafetensorsReader`, for one file: `path`, `files`, `shapes` and `read`."""
 
     def __init__(self, path: Path, max_bytes: int = MAX_BYTES) -> None:
         self.path, self.files = path, [path]
         self._tensors = _tensors_of(_load(path, max_bytes), path)
         self.shapes = {key: torch.empty(value.shape, device="meta") for key, value in self._tensors.items()}
 
-    def read(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Read one tensor as a copy, a floating one in `dtype` if given."""
-        tensor = self._tensors[key]
-        return tensor.to(dtype if dtype and tensor.is_floating_point() else tensor.dtype, copy=True)
+    def read(self, key: str) -> Tensor:
+        """Read one tensor as a copy."""
+        return self._tensors[key].clone()
 
 
 def _load(path: Path, max_bytes: int) -> Any:

@@ -16,6 +16,7 @@ from spar.common.errors import InputError
 STREAM, CONNECTOR = "tokenizer.semantic_stream", "connector"
 BLOCK_NORM_EPS = 1e-6
 _BLOCK = {"0": "norm", "1": "linear_1", "3": "linear_2"}
+_RENAMED = {"llm_connector": CONNECTOR, "projector": f"{CONNECTOR}.projection", "dit": f"{sana.DENOISER}.network"}
 _WITHIN_MODEL = re.compile(r"^model\.(?=\w+\.|latent_queries$)")
 
 
@@ -68,12 +69,8 @@ def translate_model(key: str, *, head: bool) -> tuple[TensorSlice, ...] | None:
         return internvl.translate_projector(rest) or internvl.translate(key, head=head)
     if part == "latent_queries":
         return (TensorSlice(f"{CONNECTOR}.queries", single=True),)
-    if part == "llm_connector":
-        return (TensorSlice(f"{CONNECTOR}.{rest}"),)
-    if part == "projector":
-        return (TensorSlice(f"{CONNECTOR}.projection.{rest}"),)
-    if part == "dit":
-        return sana.translate(rest)
+    if part in _RENAMED:
+        return (TensorSlice(f"{_RENAMED[part]}.{rest}"),)
     if part == "vae_decoder":
         return _translate_decoder(rest)
     return internvl.translate(key, head=head)

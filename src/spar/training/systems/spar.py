@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from spar.checkpoints.lora import LORA_PREFIX, LoraConfig, merge_lora, save_adapter
 from spar.checkpoints.safetensors_io import load_weights
 from spar.checkpoints.spar_format import (
+    TRAINING_PARTS,
     ModelBundle,
-    has_pixel_encoder,
-    has_teacher,
+    has_part,
     load_model,
-    load_pixel_encoder,
-    load_teacher,
     load_text_tokenizer,
+    load_training_part,
     read_config,
     save_model,
 )
@@ -178,17 +177,14 @@ class SparRecipe(Recipe):
         manifest = folder / "manifest.json"
         parts: Any = read_json(manifest).get("parts", {}) if manifest.is_file() else {}
         parts = {str(part): str(origin) for part, origin in parts.items()} if isinstance(parts, dict) else {}
-        kept = {"pixel_encoder": has_pixel_encoder(folder), "teacher": has_teacher(folder)}
-        return InitFolder(folder, True, parts=parts, holds=frozenset(name for name, held in kept.items() if held))
+        holds = frozenset(name for name in TRAINING_PARTS if has_part(folder, name))
+        return InitFolder(folder, True, parts=parts, holds=holds)
 
     def load_model(self, folder: Path) -> dict[str, Tensor]:
         for name, given, own in differences(read_config(folder), self.model, "model"):
             log.warning("%s was made with %s %r; this recipe has %r", folder, name, given, own)
         parts: dict[str, nn.Module] = {"model": load_model(folder).model}
-        if has_pixel_encoder(folder):
-            parts["pixel_encoder"] = load_pixel_encoder(folder)
-        if has_teacher(folder):
-            parts["teacher"] = load_teacher(folder)
+        parts |= {name: load_training_part(folder, name) for name in TRAINING_PARTS if has_part(folder, name)}
         return {f"{part}.{name}": value for part in parts for name, value in parts[part].state_dict().items()}
 
 
