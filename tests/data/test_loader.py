@@ -16,7 +16,7 @@ from spar.data import bad_samples as module
 from spar.data.buckets import make_buckets
 from spar.data.loader import MAX_TRIES, Loader, to_pixels
 from spar.data.mixture import Mixture
-from spar.data.samples import BadSample, Kind, TextToImageSample
+from spar.data.samples import BadSample, Kind, Sample
 from spar.data.sources import open_source
 
 SIDE = 28
@@ -35,10 +35,10 @@ class Plain:
     def __len__(self) -> int:
         return self.count
 
-    def read(self, index: int) -> TextToImageSample:
+    def read(self, index: int) -> Sample:
         if index in self.bad:
             raise BadSample(str(index), "there", "planted")
-        return TextToImageSample(self.picture, f"text {index}", str(index), "there")
+        return Sample(self.picture, f"text {index}", str(index), "there")
 
     def sizes(self) -> np.ndarray:
         return self._sizes

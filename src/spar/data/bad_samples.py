@@ -1,10 +1,14 @@
-"""Counting and logging of bad samples: too large a share of them ends the run."""
+"""Bad samples: found at the latest by decoding, counted and logged; too large a share of them ends the run."""
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from PIL import Image
+
 from spar.common.errors import InputError
+from spar.data.samples import BadSample, Sample
+from spar.processing.images import open_training_image
 
 MIN_SAMPLES = 1000  # samples before the share is checked
 
@@ -17,6 +21,18 @@ class BadSampleRecord:
     origin: str
     key: str
     reason: str
+
+
+def decode_images(sample: Sample) -> list[Image.Image]:
+    """The sample's image, then its references, as RGB images.
+
+    Raises:
+        BadSample: one of them is damaged, or not of a format for training.
+    """
+    try:
+        return [open_training_image(data) for data in (sample.image, *sample.input_images)]
+    except InputError as error:
+        raise BadSample(sample.key, sample.origin, str(error)) from error
 
 
 class BadSampleTracker:

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from spar.common.errors import InputError
 from spar.common.files import atomic_file
-from spar.data.samples import BadSample, EditSample, Kind, Sample, TextToImageSample, is_safe_path
+from spar.data.samples import BadSample, Kind, Sample, is_safe_path
 from spar.data.string_array import StringArray
 from spar.data.tar_index import HEADER_BYTES
 from spar.processing.images import MAX_BYTES, read_header
@@ -82,13 +82,6 @@ class ImageFileSource:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def key(self, index: int) -> str:
-        return json.loads(self._rows[index])[1]
-
-    def origin(self, index: int) -> str:
-        """The folder of a sample's files."""
-        return str(self.roots[json.loads(self._rows[index])[0]])
-
     def read(self, index: int) -> Sample:
         """Read a sample, images as stored.
 
@@ -97,10 +90,8 @@ class ImageFileSource:
         """
         number, image, text, *inputs = json.loads(self._rows[index])
         root = self.roots[number]
-        data = _read_bytes(root, image, image)
-        if self.kind == "edit":
-            return EditSample(tuple(_read_bytes(root, path, image) for path in inputs), data, text, image, str(root))
-        return TextToImageSample(data, text, image, str(root))
+        data, *references = (_read_bytes(root, path, image) for path in (image, *inputs))
+        return Sample(data, text, image, str(root), input_images=tuple(references))
 
     def sizes(self) -> np.ndarray:
         """uint16 [N, 2]: width and height of each sample's image, 0 if its header cannot be read."""

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from spar.common.errors import InputError
-from spar.data.bad_samples import BadSampleRecord, BadSampleTracker
+from spar.data.bad_samples import BadSampleRecord, BadSampleTracker, decode_images
 from spar.data.buckets import Size
 from spar.data.mixture import BatchIndices, Mixture
-from spar.data.samples import BadSample, EditSample, Kind, Sample, check_references
-from spar.processing.images import open_training_image, to_size
+from spar.data.samples import BadSample, Kind, Sample, check_references
+from spar.processing.images import to_size
 
 MAX_TRIES = 16  # neighbours tried as replacements of one bad sample
 PREFETCH = 2  # batches that each worker may be ahead
@@ -195,22 +195,25 @@ class _BatchBuilder:
             rows = [self._row(indices, row, bad) for row in range(len(indices.slot))]
         except InputError as error:
             return _Failure(str(error), tuple(bad))
-        samples, sources = [sample for _, sample, _, _ in rows], [self.mixture.sources[n] for n in indices.source]
-        inputs = [one for *_, references in rows for one in references]
-        owners = [row for row, (*_, references) in enumerate(rows) for _ in references]
-        places = [(source.identity, number) for source, (number, *_) in zip(sources, rows, strict=True)]
+        numbers, samples, images = zip(*rows, strict=True)
+        sources = [self.mixture.sources[number] for number in indices.source]
+        owners = [row for row, sample in enumerate(samples) for _ in sample.input_images]
         size = indices.size if self.known is None else (1, 1)
         return LoaderBatch(
-            step, indices.kind, _stack([image for _, _, image, _ in rows], size), _stack(inputs, size),
+            step, indices.kind, _stack([image for image, *_ in images], size),
+            _stack([reference for _, *references in images for reference in references], size),
             torch.tensor(owners, dtype=torch.long), tuple(sample.text for sample in samples),
-            tuple(sample.key for sample in samples), tuple(source.name for source in sources), tuple(places),
-            tuple(bad),
+            tuple(sample.key for sample in samples), tuple(source.name for source in sources),
+            tuple(zip((source.identity for source in sources), numbers, strict=True)), tuple(bad),
         )  # fmt: skip
 
     def _row(
         self, indices: BatchIndices, row: int, bad: list[BadSampleRecord]
-    ) -> tuple[int, Sample, np.ndarray, list[np.ndarray]]:
-        """A sample's number in its source, the sample, and its decoded images; the next good one replaces a bad one."""
+    ) -> tuple[int, Sample, list[np.ndarray]]:
+        """A sample's number in its source, the sample, its image and references; the next good one replaces a bad one.
+
+        Images are uint8 [H, W, 3], cropped to the bucket's size.
+        """
         source = self.mixture.sources[int(indices.source[row])]
         for neighbour in range(MAX_TRIES + 1):
             try:
@@ -218,16 +221,15 @@ class _BatchBuilder:
                 sample = source.read(number)
                 if self.captions and not sample.text:
                     raise BadSample(sample.key, sample.origin, "expected a caption, got none")
-                references = sample.input_images if isinstance(sample, EditSample) else ()
                 if self.one_reference:
                     check_references(sample)
                 if self.known is not None:
                     if not self.known(source.identity, number):
                         raise BadSample(sample.key, sample.origin, "expected its features in the cache, got none")
                     blank = np.zeros((1, 1, 3), np.uint8)
-                    return number, sample, blank, [blank] * len(references)
-                image, *inputs = (_decode(data, indices.size, sample) for data in (sample.image, *references))
-                return number, sample, image, inputs
+                    return number, sample, [blank] * (1 + len(sample.input_images))
+                images = [np.asarray(to_size(image, *indices.size)) for image in decode_images(sample)]
+                return number, sample, images
             except BadSample as error:
                 bad.append(BadSampleRecord(source.name, error.origin, error.key, error.reason))
         raise InputError(
@@ -236,18 +238,8 @@ class _BatchBuilder:
         )
 
 
-def _decode(data: bytes, size: Size, sample: Sample) -> np.ndarray:
-    """Decode to uint8 [H, W, 3], cropped to the bucket's size."""
-    try:
-        return np.asarray(to_size(open_training_image(data), *size))
-    except InputError as error:
-        raise BadSample(sample.key, sample.origin, str(error)) from error
-
-
 def _stack(images: list[np.ndarray], size: Size) -> Tensor:
     """Stack to uint8 [n, 3, H, W], channels last in memory: Pillow's layout, and the fastest for convolutions."""
     width, height = size
-    stacked = np.empty((len(images), height, width, 3), np.uint8)
-    for row, image in enumerate(images):
-        stacked[row] = image
+    stacked = np.array(images, np.uint8).reshape(-1, height, width, 3)  # also of no images
     return torch.from_numpy(stacked).permute(0, 3, 1, 2)

@@ -10,7 +10,7 @@ import numpy as np
 from spar.common.errors import InputError, install_command
 from spar.common.limits import MAX_INPUT_IMAGES, MAX_ROW_GROUP_BYTES
 from spar.data.image_files import header_sizes
-from spar.data.samples import BadSample, EditSample, Kind, Sample, TextToImageSample
+from spar.data.samples import BadSample, Kind, Sample
 
 # Names of the columns, the more specific first.
 INPUT_COLUMNS = ("input_images", "input_image", "source_image", "original_image")
@@ -67,40 +67,26 @@ class ParquetSource:
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_last": None}
 
-    def key(self, index: int) -> str:
-        """The row's own key if there is a readable column of keys, else FILE-ROW."""
-        group, row = self._find(index)
-        if self.columns["key"]:
-            try:
-                return str(self._read(group)["key"][row])
-            except BadSample:
-                pass
-        first = next(place for place, (file, _) in enumerate(self._groups) if file == self._groups[group][0])
-        return f"{self.files[self._groups[group][0]].stem}-{index - int(self.starts[first])}"
-
-    def origin(self, index: int) -> str:
-        """The name of the file that holds a sample."""
-        return self.files[self._groups[self._find(index)[0]][0]].name
-
     def read(self, index: int) -> Sample:
-        """Read a sample, images as stored.
+        """Read a sample, images as stored; without a column of keys its key is FILE-ROW.
 
         Raises:
             BadSample: a column is empty or has another type in this row.
         """
         group, row = self._find(index)
         values = {role: column[row] for role, column in self._read(group).items()}
-        key, origin = self.key(index), self.origin(index)
-        text = values.get("text") or ""
+        number = self._groups[group][0]
+        first = next(place for place, (file, _) in enumerate(self._groups) if file == number)
+        key = str(values.get("key", f"{self.files[number].stem}-{index - int(self.starts[first])}"))
+        origin, text = self.files[number].name, values.get("text") or ""
         if not isinstance(text, str):
             raise BadSample(key, origin, f"expected text, got {type(text).__name__}")
-        image = _image_bytes(values["image"], key, origin)
-        if self.kind == "text_to_image":
-            return TextToImageSample(image, text.strip(), key, origin)
-        inputs = values["input"] if isinstance(values["input"], list) else [values["input"]]
-        if not 1 <= len(inputs) <= MAX_INPUT_IMAGES:
+        inputs = values.get("input", [])
+        inputs = inputs if isinstance(inputs, list) else [inputs]
+        if self.kind == "edit" and not 1 <= len(inputs) <= MAX_INPUT_IMAGES:
             raise BadSample(key, origin, f"expected 1 to {MAX_INPUT_IMAGES} references, got {len(inputs)}")
-        return EditSample(tuple(_image_bytes(one, key, origin) for one in inputs), image, text.strip(), key, origin)
+        image, *references = (_image_bytes(one, key, origin) for one in (values["image"], *inputs))
+        return Sample(image, text.strip(), key, origin, input_images=tuple(references))
 
     def sizes(self) -> np.ndarray:
         """uint16 [N, 2]: width and height of each row's image, 0 if its header cannot be read."""

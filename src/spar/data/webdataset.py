@@ -13,7 +13,7 @@ import numpy as np
 
 from spar.common.errors import InputError
 from spar.common.limits import MAX_TEXT_BYTES
-from spar.data.samples import BadSample, EditSample, Kind, Sample, TextToImageSample
+from spar.data.samples import BadSample, Kind, Sample
 from spar.data.tar_index import CLS, IMAGE, INPUT, JSON, TXT, TarIndex, cached_index
 from spar.processing.images import MAX_BYTES
 
@@ -70,14 +70,6 @@ class TarSource:
         """uint16 [N, 2]: width and height of each sample's image, 0 if its header cannot be read."""
         return self._sizes
 
-    def key(self, index: int) -> str:
-        shard, _, place = self._find(index)
-        return self._opened(shard)[1].keys[place]
-
-    def origin(self, index: int) -> str:
-        """The name of the shard that holds a sample."""
-        return self._find(index)[1]
-
     def read(self, index: int) -> Sample:
         """Read a sample, images as stored.
 
@@ -103,10 +95,8 @@ class TarSource:
             raise BadSample(key, origin, f"expected {wanted}, as the first sample is, got the other")
         try:
             text = _caption(found)
-            if self.kind == "edit":
-                return EditSample(tuple(found[INPUT]), found[IMAGE][0], text, key, origin)
-            label = int(found[CLS][0]) if CLS in found else None
-            return TextToImageSample(found[IMAGE][0], text, key, origin, label)
+            label = int(found[CLS][0]) if CLS in found and self.kind != "edit" else None
+            return Sample(found[IMAGE][0], text, key, origin, label, tuple(found.get(INPUT, ())))
         except (ValueError, RecursionError) as error:  # not UTF-8, JSON or a number
             raise BadSample(key, origin, f"its text cannot be read: {error}") from error
 
