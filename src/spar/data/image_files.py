@@ -4,20 +4,17 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 from spar.common.errors import InputError
-from spar.common.files import atomic_file
+from spar.data.index_cache import header_sizes
 from spar.data.samples import BadSample, Kind, Sample, is_safe_path
 from spar.data.string_array import StringArray
-from spar.data.tar_index import HEADER_BYTES
-from spar.processing.images import MAX_BYTES, read_header
+from spar.processing.images import MAX_BYTES
 
 
 @dataclass(frozen=True)
@@ -115,31 +112,3 @@ def _read_bytes(root: Path, path: str, key: str, length: int | None = None) -> b
             return file.read(-1 if length is None else length)
     except OSError as error:
         raise BadSample(key, str(root), f"{path!r} cannot be read: {error.strerror or error}") from error
-
-
-def header_sizes(head: Callable[[int, int], bytes], count: int, identity: str, cache: Path | None) -> np.ndarray:
-    """Sizes from the images' headers, uint16 [count, 2], cached in the folder under the source's identity.
-
-    Args:
-        head: (index, length) to at least the first `length` bytes of that sample's image.
-    """
-    file = cache / f"{identity[:24]}.sizes.safetensors" if cache else None
-    if file and file.is_file():
-        try:
-            if (kept := load_file(file)["sizes"]).shape == (count, 2):
-                return kept
-        except (OSError, SafetensorError, KeyError):
-            pass  # a damaged cache is rebuilt
-    sizes = np.zeros((count, 2), np.uint16)
-    for index in range(count):
-        for length in (HEADER_BYTES, MAX_BYTES):
-            try:
-                header = read_header(head(index, length))
-                sizes[index] = min(header.width, 65535), min(header.height, 65535)
-                break
-            except InputError:
-                continue
-    if file:
-        with atomic_file(file) as temporary:
-            save_file({"sizes": sizes}, temporary)
-    return sizes

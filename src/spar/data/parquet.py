@@ -9,7 +9,7 @@ import numpy as np
 
 from spar.common.errors import InputError, install_command
 from spar.common.limits import MAX_INPUT_IMAGES, MAX_ROW_GROUP_BYTES
-from spar.data.image_files import header_sizes
+from spar.data.index_cache import header_sizes
 from spar.data.samples import BadSample, Kind, Sample
 
 # Names of the columns, the more specific first.
