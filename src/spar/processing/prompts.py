@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from spar.common.errors import InputError
 
@@ -161,17 +162,12 @@ class PromptEncoder:
         the packed loss is exactly the loss of separate turns.
         """
         prefix = self.encode(f"{TURN_START}user\n") + self.image() + self.encode("\n")
-        built = [self._pack_row(prefix, turns) for turns in rows]
-        length = max(len(ids) for ids, *_ in built)
-        ids = torch.full((len(built), length), self.pad_id)
-        segments = torch.full((len(built), length), -1)
-        positions = torch.zeros(len(built), length, dtype=torch.long)
-        weights = torch.zeros(len(built), length)
-        for i, (row, segment, position, weight) in enumerate(built):
-            ids[i, : len(row)] = torch.tensor(row)
-            segments[i, : len(row)] = torch.tensor(segment)
-            positions[i, : len(row)] = torch.tensor(position)
-            weights[i, : len(row)] = torch.tensor(weight)
+        columns = zip(*(self._pack_row(prefix, turns) for turns in rows), strict=True)
+        ids, segments, positions, weights = (
+            pad_sequence([torch.tensor(row) for row in column], batch_first=True, padding_value=padding)
+            for column, padding in zip(columns, (self.pad_id, -1, 0, 0.0), strict=True)
+        )
+        length = ids.shape[1]
         same = segments[:, :, None] == segments[:, None, :]
         allowed = (same | (segments[:, None, :] == 0)) & torch.ones(length, length, dtype=torch.bool).tril()
         return PackedBatch(ids, allowed, positions, weights)
