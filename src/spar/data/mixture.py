@@ -53,12 +53,12 @@ class Mixture:
             raise InputError(f"batch: expected at least 1, got {batch}")
         self.sources, self.batch, self.seed, self.buckets = [*sources], batch, seed, buckets
         self.weights = np.array(weights, float) / sum(weights)
-        self._lists: dict[tuple[int, int], np.ndarray | None] = {}  # None: the whole source, in its order
+        self._lists: dict[tuple[int, int], Sequence[int] | np.ndarray] = {}  # (source, bucket) to the samples in it
         shares: dict[tuple[Kind, int], list[tuple[int, float]]] = {}
         for number, (source, weight) in enumerate(zip(sources, self.weights, strict=True)):
             for bucket, members in self._split(source):
                 self._lists[number, bucket] = members
-                part = 1.0 if members is None else len(members) / len(source)
+                part = len(members) / len(source)
                 shares.setdefault((source.kind, bucket), []).append((number, weight * part))
         self.categories = sorted(shares)
         self._batches = InterleaveSchedule([sum(share for _, share in shares[name]) for name in self.categories])
@@ -67,10 +67,10 @@ class Mixture:
             for name in self.categories
         ]
 
-    def _split(self, source: DataSource) -> list[tuple[int, np.ndarray | None]]:
-        """(bucket, samples in it) of a source; None means all."""
+    def _split(self, source: DataSource) -> list[tuple[int, Sequence[int] | np.ndarray]]:
+        """(bucket, samples in it) of a source."""
         if len(self.buckets) == 1:
-            return [(0, None)]
+            return [(0, range(len(source)))]
         chosen = assign(source.sizes(), self.buckets, self.batch)
         width = np.uint32 if len(source) < 2**32 else np.uint64
         return [(int(bucket), np.flatnonzero(chosen == bucket).astype(width)) for bucket in np.unique(chosen)]
@@ -92,7 +92,7 @@ class Mixture:
         source, slot = numbers[chosen], np.empty_like(occurrence)
         kind, bucket = self.categories[category]
         for number in np.unique(source):
-            size, mine = self._count(number, bucket), source == number
+            size, mine = len(self._lists[number, bucket]), source == number
             epochs = occurrence[mine] // size
             for epoch in np.unique(epochs):
                 where = np.flatnonzero(mine)[epochs == epoch]
@@ -102,14 +102,8 @@ class Mixture:
 
     def sample_index(self, indices: BatchIndices, row: int, neighbour: int = 0) -> int:
         """Number of a sample in its source, or of the n-th sample after it in the same bucket."""
-        number, bucket = int(indices.source[row]), self.categories[indices.category][1]
-        slot = (int(indices.slot[row]) + neighbour) % self._count(number, bucket)
-        members = self._lists[number, bucket]
-        return slot if members is None else int(members[slot])
-
-    def _count(self, number: int, bucket: int) -> int:
-        members = self._lists[number, bucket]
-        return len(self.sources[number]) if members is None else len(members)
+        members = self._lists[int(indices.source[row]), self.categories[indices.category][1]]
+        return int(members[(int(indices.slot[row]) + neighbour) % len(members)])
 
     def epochs(self, steps: int) -> dict[str, float]:
         """Epochs of each source in this many steps."""

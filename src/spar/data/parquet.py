@@ -12,11 +12,13 @@ from spar.common.limits import MAX_INPUT_IMAGES, MAX_ROW_GROUP_BYTES
 from spar.data.index_cache import header_sizes
 from spar.data.samples import BadSample, Kind, Sample
 
-# Names of the columns, the more specific first.
-INPUT_COLUMNS = ("input_images", "input_image", "source_image", "original_image")
-IMAGE_COLUMNS = ("output_image", "edited_image", "target_image", "image", "jpg", "png", "webp", "img")
-TEXT_COLUMNS = ("instruction", "edit_prompt", "input_prompt", "caption", "text", "txt", "prompt")
-KEY_COLUMNS = ("__key__", "key", "id")
+# Of each role the names of its column, the more specific first.
+COLUMNS = {
+    "input": ("input_images", "input_image", "source_image", "original_image"),
+    "image": ("output_image", "edited_image", "target_image", "image", "jpg", "png", "webp", "img"),
+    "text": ("instruction", "edit_prompt", "input_prompt", "caption", "text", "txt", "prompt"),
+    "key": ("__key__", "key", "id"),
+}
 
 
 class ParquetSource:
@@ -45,18 +47,14 @@ class ParquetSource:
                 self._groups.append((number, group))
         self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         columns = _open(self.files[0]).schema_arrow.names
-        self.columns = {
-            role: next((name for name in names if name in columns), None)
-            for role, names in (
-                ("input", INPUT_COLUMNS), ("image", IMAGE_COLUMNS), ("text", TEXT_COLUMNS), ("key", KEY_COLUMNS),
-            )
-        }  # fmt: skip
-        if self.columns["image"] is None or not len(self):
+        found = {role: [column for column in names if column in columns] for role, names in COLUMNS.items()}
+        self.columns = {role: names[0] for role, names in found.items() if names}
+        if "image" not in self.columns or not len(self):
             raise InputError(
-                f"expected rows with one of the columns {', '.join(IMAGE_COLUMNS)} in {name!r}, got {len(self)} rows "
-                f"with {', '.join(columns)}"
+                f"expected rows with one of the columns {', '.join(COLUMNS['image'])} in {name!r}, got {len(self)} "
+                f"rows with {', '.join(columns)}"
             )
-        self.kind: Kind = "edit" if self.columns["input"] else "text_to_image"
+        self.kind: Kind = "edit" if "input" in self.columns else "text_to_image"
         self.identity = digest.hexdigest()
         self.skipped: dict[str, int] = {}
         self._last: tuple[int, dict[str, list[Any]]] | None = None
@@ -108,10 +106,9 @@ class ParquetSource:
         """Columns of one row group, by role."""
         if self._last is None or self._last[0] != group:
             number, place = self._groups[group]
-            wanted = {role: name for role, name in self.columns.items() if name}
             try:
-                table = _open(self.files[number]).read_row_group(place, columns=[*wanted.values()])
-                self._last = (group, {role: table.column(name).to_pylist() for role, name in wanted.items()})
+                table = _open(self.files[number]).read_row_group(place, columns=[*self.columns.values()])
+                self._last = (group, {role: table.column(name).to_pylist() for role, name in self.columns.items()})
             except Exception as error:  # a damaged page makes Arrow raise nearly anything
                 name = self.files[number].name
                 raise BadSample(f"row group {place}", name, f"cannot be read: {error}") from error

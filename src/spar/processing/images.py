@@ -64,11 +64,14 @@ def open_image(source: ImageSource) -> Image.Image:
     if isinstance(source, Image.Image):
         return _convert(source, "the given image")
     if isinstance(source, bytes | bytearray | memoryview):
-        return _decode(bytes(source), "the given data")
-    if isinstance(source, str | os.PathLike):
+        data, name = bytes(source), "the given data"
+    elif isinstance(source, str | os.PathLike):
         path = os.fsdecode(source)
-        return _decode(_read(path), repr(path))
-    raise InputError(f"expected an image as a path, bytes or a Pillow image, got {type(source).__name__}")
+        data, name = _read(path), repr(path)
+    else:
+        raise InputError(f"expected an image as a path, bytes or a Pillow image, got {type(source).__name__}")
+    with _identify(data, name, FORMATS, _EXPECTED) as image:
+        return _convert(image, name, own=True)
 
 
 @dataclass(frozen=True)
@@ -192,11 +195,6 @@ def _read(path: str) -> bytes:
         raise InputError(f"{_EXPECTED}, but there is no file {path!r}") from None
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         raise InputError(f"{_EXPECTED}, but {path!r} cannot be read: {_reason(error)}") from error
-
-
-def _decode(data: bytes, name: str) -> Image.Image:
-    with _identify(data, name, FORMATS, _EXPECTED) as image:
-        return _convert(image, name, own=True)
 
 
 def _identify(data: bytes, name: str, formats: tuple[str, ...], expected: str) -> Image.Image:

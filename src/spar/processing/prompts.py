@@ -165,7 +165,7 @@ class PromptEncoder:
         columns = zip(*(self._pack_row(prefix, turns) for turns in rows), strict=True)
         ids, segments, positions, weights = (
             pad_sequence([torch.tensor(row) for row in column], batch_first=True, padding_value=padding)
-            for column, padding in zip(columns, (self.pad_id, -1, 0, 0.0), strict=True)
+            for column, padding in zip(columns, (self.tokenizer.pad_token_id, -1, 0, 0.0), strict=True)
         )
         length = ids.shape[1]
         same = segments[:, :, None] == segments[:, None, :]
@@ -186,13 +186,9 @@ class PromptEncoder:
             weights += [0.0] * len(question) + [turn.weight] * len(answer)
         return ids, segments, positions, weights
 
-    @property
-    def pad_id(self) -> int:
-        return self.tokenizer.pad_token_id
-
     def pad_rows(self, rows: Sequence[list[int]], multiple: int = 1) -> TokenBatch:
         """Left-pad to the longest row, rounded up to a multiple of `multiple`."""
         length = -(-max(len(row) for row in rows) // multiple) * multiple
-        ids = torch.tensor([[self.pad_id] * (length - len(row)) + row for row in rows])
+        ids = torch.tensor([[self.tokenizer.pad_token_id] * (length - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
         return TokenBatch(ids, mask)
