@@ -201,7 +201,7 @@ def test_replacements_are_the_same_for_everybody(plain):
 
 
 def test_more_bad_samples_than_the_budget_end_the_run(sets, plain, monkeypatch):
-    monkeypatch.setattr(module.BadSampleTracker.__init__, "__defaults__", (0.01, None, 60))
+    monkeypatch.setattr(module, "MIN_SAMPLES", 60)
     file = sets.folder / "bad.jsonl"
     loader = Loader(mixture(plain("a", 600, bad=range(0, 600, 20))), workers=1, bad_share=0.02, bad_samples=file)
     batches = loader.batches()

@@ -100,7 +100,7 @@ class ImageFileSource:
         return header_sizes(head, len(self), self.identity, self.cache)
 
 
-def _read_bytes(root: Path, path: str, key: str, length: int | None = None) -> bytes:
+def _read_bytes(root: Path, path: str, key: str, length: int = -1) -> bytes:
     """Read a file, or its first `length` bytes."""
     if not is_safe_path(path):
         raise BadSample(key, str(root), f"expected a path inside its root, got {path!r}")
@@ -109,6 +109,6 @@ def _read_bytes(root: Path, path: str, key: str, length: int | None = None) -> b
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
                 raise BadSample(key, str(root), f"expected a file of at most {MAX_BYTES >> 20} MiB: {path!r}")
-            return file.read(-1 if length is None else length)
+            return file.read(length)
     except OSError as error:
         raise BadSample(key, str(root), f"{path!r} cannot be read: {error.strerror or error}") from error

@@ -86,9 +86,7 @@ class Loader:
         for source in mixture.sources:
             for reason in source.damage:
                 log.warning("%s: %s", source.name, reason)
-            self.bad_samples.write(
-                tuple(BadSampleRecord(source.name, source.name, "", reason) for reason in source.damage)
-            )
+                self.bad_samples.write((BadSampleRecord(source.name, source.name, "", reason),))
 
     def state(self, step: int) -> dict[str, str | int]:
         """State of the data for a checkpoint: the next step, and the fingerprint of the order."""

@@ -86,14 +86,13 @@ def _from_hub(patterns: list[str]) -> list[Path]:
             revision = info.sha
             names = sorted(file.rfilename for file in getattr(info, "siblings", None) or ())
             wanted = [name for pattern in wanted for name in names if _matches(name, pattern)]
-        if not wanted:
-            raise InputError(f"expected files that {patterns[0]!r} names, but the repository has none")
-        return [Path(hf_hub_download(repository, name, repo_type=kind, revision=revision)) for name in wanted]
-    except InputError:
-        raise
+        found = [Path(hf_hub_download(repository, name, repo_type=kind, revision=revision)) for name in wanted]
     except Exception as error:  # of the network, the Hub or its client
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(f"{patterns[0]!r} cannot be fetched: {reason}") from error
+    if not found:
+        raise InputError(f"expected files that {patterns[0]!r} names, but the repository has none")
+    return found
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -1,8 +1,7 @@
 """Validation of a source: reads and decodes every sample, and reports what would disturb training."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
@@ -10,6 +9,7 @@ from hashlib import blake2b
 import numpy as np
 
 from spar.data.bad_samples import BadSampleRecord, decode_images
+from spar.data.processes import map_in_processes
 from spar.data.samples import BadSample
 from spar.data.sources import DataSource
 from spar.processing.images import read_header
@@ -93,7 +93,8 @@ def validate(
     formats: Counter[str] = Counter()
     rows = np.empty(len(wanted), _ROW)
     count, good = 0, 0
-    for part in _parts(source, wanted, workers):
+    chunks = [wanted[start : start + CHUNK] for start in range(0, len(wanted), CHUNK)]
+    for part in map_in_processes(partial(_validate_part, source), chunks, workers):
         count += len(part.bad)
         bad += part.bad[: NAMED - len(bad)]
         formats += part.formats
@@ -120,15 +121,6 @@ def validate(
         aspects=_histogram(rows["width"] / rows["height"], ASPECTS, _ASPECT_NAMES),
         skipped=dict(source.skipped), damage=source.damage, notes=notes,
     )  # fmt: skip
-
-
-def _parts(source: DataSource, wanted: np.ndarray, workers: int) -> Iterator[_Part]:
-    chunks = [wanted[start : start + CHUNK] for start in range(0, len(wanted), CHUNK)]
-    if min(workers, len(chunks)) < 2:
-        yield from (_validate_part(source, chunk) for chunk in chunks)
-        return
-    with ProcessPoolExecutor(workers) as pool:
-        yield from pool.map(partial(_validate_part, source), chunks)
 
 
 def _validate_part(source: DataSource, wanted: np.ndarray) -> _Part:

@@ -4,8 +4,7 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from spar.common.errors import InputError
 from spar.common.limits import MAX_TEXT_BYTES
+from spar.data.processes import map_in_processes
 from spar.data.samples import BadSample, Kind, Sample
 from spar.data.tar_index import CLS, IMAGE, INPUT, JSON, TXT, TarIndex, cached_index
 from spar.processing.images import MAX_BYTES
@@ -37,7 +37,9 @@ class TarSource:
         self.skipped: dict[str, int] = {}
         counts, sizes, damage, digest = [0], [], [], hashlib.sha256()
         self._kept: list[TarIndex] | None = None if cache else []
-        for shard, index in zip(self.shards, _indexes(self.shards, cache, workers), strict=True):
+        # They come one by one, so that cached ones need not be in memory together.
+        indexes = map_in_processes(partial(cached_index, cache=cache), self.shards, workers)
+        for shard, index in zip(self.shards, indexes, strict=True):
             if len(index) and not sum(counts):
                 first = {role for role, _, _ in index.members(0)}
                 self.kind = "edit" if INPUT in first else "text_to_image"
@@ -122,15 +124,6 @@ class TarSource:
             descriptor, _ = self._open.popitem(last=False)[1]
             os.close(descriptor)
         return self._open[shard]
-
-
-def _indexes(shards: list[Path], cache: Path | None, workers: int) -> Iterator[TarIndex]:
-    """Yield the indexes in order, so that cached ones need not be in memory together."""
-    if min(workers, len(shards)) < 2:
-        yield from (cached_index(shard, cache) for shard in shards)
-        return
-    with ProcessPoolExecutor(min(workers, len(shards))) as pool:
-        yield from pool.map(partial(cached_index, cache=cache), shards)
 
 
 def _caption(found: dict[int, list[bytes]]) -> str:

@@ -90,7 +90,7 @@ def read_header(data: bytes) -> ImageHeader:
         InputError: not a PNG, JPEG or WEBP, or a size that `open_training_image` would refuse.
     """
     with _identify(data, "it", TRAINING_FORMATS, _EXPECTED_TRAINING) as image:
-        _check_size(image, "it")
+        _check_pixels(image, "it")
         width, height = image.size
         # A PNG's EXIF may follow its pixels, and Pillow would decode them to find it.
         turned = "exif" in image.info and _orientation(image) in (5, 6, 7, 8)
@@ -222,26 +222,27 @@ def _true_format(image: Image.Image) -> str:
     return "JPEG" if image.format == "MPO" else image.format or ""  # only an image made in memory has none
 
 
-def _check_size(image: Image.Image, name: str) -> None:
+def _check_pixels(image: Image.Image, name: str) -> None:
+    """Refuse an image by the size and the mode of its pixels, before they are read."""
     if min(image.size) < MIN_SIDE:
         raise InputError(f"expected an image with sides of at least {MIN_SIDE} pixel, but {name} is {_size(image)}")
     if image.width * image.height > MAX_PIXELS:
         raise InputError(f"{_EXPECTED_PIXELS}, but {name} is {_size(image)}")
+    if image.mode in ("I", "F"):
+        raise InputError(f"expected 8 or 16 bits a channel, but {name} has 32 (mode {image.mode}) of unknown range")
 
 
 def _convert(image: Image.Image, name: str, *, own: bool = False) -> Image.Image:
-    """Convert an image of any mode to a new upright RGB image; its size is checked before its pixels are read.
+    """Convert an image of any mode to a new upright RGB image; size and mode are checked before pixels are read.
 
     An `own` image, without other references, is not copied if it is RGB already.
     """
-    _check_size(image, name)
+    _check_pixels(image, name)
     try:
         image.load()
         orientation = _orientation(image)
         plain = own and image.mode == "RGB" and not image.has_transparency_data
-        converted = image if plain else _to_rgb(image, name)
-    except InputError:
-        raise
+        converted = image if plain else _to_rgb(image)
     except Exception as error:  # a truncated or hostile file makes Pillow raise nearly anything
         raise InputError(f"{_EXPECTED} that is complete, but {name} cannot be decoded: {_reason(error)}") from error
     return converted.transpose(_ORIENTATIONS[orientation]) if orientation in _ORIENTATIONS else converted
@@ -255,11 +256,9 @@ def _orientation(image: Image.Image) -> int | None:
         return None
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         return _sixteen_to_rgb(image)
-    if image.mode in ("I", "F"):
-        raise InputError(f"expected 8 or 16 bits a channel, but {name} has 32 (mode {image.mode}) of unknown range")
     if image.has_transparency_data:
         background = Image.new("RGB", image.size, "white")
         if image.mode == "La":
