@@ -33,7 +33,7 @@ _EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile
 _WITHOUT_DATA = (
     tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE,
 )  # fmt: skip
-_MEMBER = np.dtype([("role", "u1"), ("number", "u1"), ("offset", "u8"), ("size", "u4")])
+_MEMBER = {"role": "u1", "number": "u1", "offset": "u8", "size": "u4"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class TarIndex:
 
     def columns(self) -> dict[str, np.ndarray]:
         keys = {"keys": self.keys.blob, "key_ends": self.keys.ends}
-        return keys | {name: getattr(self, name) for name in ("first", *_MEMBER.names, "sizes")}
+        return keys | {name: getattr(self, name) for name in ("first", *_MEMBER, "sizes")}
 
     def digest(self) -> str:
         """Hash of the index; the same on every machine."""
@@ -131,12 +131,12 @@ def _index(descriptor: int, name: str) -> TarIndex:
     members = np.array([
         (*place, offset, min(size, 2**32 - 1))
         for roles in samples.values() for place, (offset, size) in sorted(roles.items())
-    ], _MEMBER)  # fmt: skip
+    ], [*_MEMBER.items()])  # fmt: skip
     first = np.cumsum([0, *map(len, samples.values())]).astype(np.uint32)
     sizes = [_image_size(descriptor, *roles.get((IMAGE, 0), (0, 0))) for roles in samples.values()]
     return TarIndex(
-        StringArray.of(samples), first, *(members[name].copy() for name in _MEMBER.names),
-        np.array(sizes, np.uint16).reshape(-1, 2), skipped, damage,
+        StringArray.of(samples), first, **{name: members[name].copy() for name in _MEMBER},
+        sizes=np.array(sizes, np.uint16).reshape(-1, 2), skipped=skipped, damage=damage,
     )  # fmt: skip
 
 
