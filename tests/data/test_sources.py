@@ -1,6 +1,7 @@
 """Every format comes through one interface: planted samples come back, planted faults are named."""
 
 import builtins
+import os
 import pickle
 
 import numpy as np
@@ -150,10 +151,11 @@ def test_wrong_metadata_is_refused_with_its_line(sets, line, words):
 def test_files_outside_the_root_or_missing_are_bad_samples(sets):
     sets.file("secret.png", sets.picture(0))
     sets.file("set/folder.png/x", b"")
-    names = ("../secret.png", str(sets.folder / "secret.png"), "none.png", "folder.png")
+    os.mkfifo(sets.folder / "set/pipe.png")
+    names = ("../secret.png", str(sets.folder / "secret.png"), "none.png", "folder.png", "pipe.png")
     sets.file("set/metadata.jsonl", "".join(f'{{"file_name": "{name}", "text": "x"}}\n' for name in names))
     source = open_source(str(sets.folder / "set"))
-    for index, reason in enumerate(("inside its root", "inside its root", "No such file", "directory")):
+    for index, reason in enumerate(("inside its root", "inside its root", "No such file", "directory", "a file of")):
         with pytest.raises(BadSample, match=reason):
             source.read(index)
 

@@ -100,12 +100,16 @@ class ImageFileSource:
         return header_sizes(head, len(self), self.identity, self.cache)
 
 
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe would wait for its writer
+
+
 def _read_bytes(root: Path, path: str, key: str, length: int = -1) -> bytes:
     """Read a file, or its first `length` bytes."""
     if not is_safe_path(path):
         raise BadSample(key, str(root), f"expected a path inside its root, got {path!r}")
     try:
-        with open(root / path, "rb") as file:
+        with open(root / path, "rb", opener=_open_at_once) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
                 raise BadSample(key, str(root), f"expected a file of at most {MAX_BYTES >> 20} MiB: {path!r}")
