@@ -36,7 +36,7 @@ class TarSource:
         self.format = "webdataset"
         self.skipped: dict[str, int] = {}
         counts, sizes, damage, digest = [0], [], [], hashlib.sha256()
-        self._kept: list[TarIndex] | None = None if cache else []
+        self._kept: list[TarIndex] = []
         # They come one by one, so that cached ones need not be in memory together.
         indexes = map_in_processes(partial(cached_index, cache=cache), self.shards, workers)
         for shard, index in zip(self.shards, indexes, strict=True):
@@ -50,8 +50,7 @@ class TarSource:
             digest.update(index.digest().encode())
             for reason, count in index.skipped.items():
                 self.skipped[reason] = self.skipped.get(reason, 0) + count
-            if self._kept is not None:
-                self._kept.append(index)
+            self._kept += [] if cache else [index]
         self.starts = np.cumsum(counts, dtype=np.int64)
         if not len(self):
             raise InputError(f"expected samples of png, jpg, jpeg or webp in {name!r}, found none")

@@ -110,19 +110,19 @@ class PromptEncoder:
         context = self.encode(IMAGE_TOKEN)
         return self.encode(IMAGE_START) + context * (tokens or self.visual_tokens) + self.encode(IMAGE_END)
 
-    def _user(self, *parts: list[int]) -> list[int]:
-        """A user turn around the parts, then the start of the assistant's."""
-        body = [token for part in parts for token in part]
-        return self.encode(f"{TURN_START}user\n") + body + self.encode(f"{TURN_END}\n{TURN_START}assistant\n")
+    def _user(self, content: list[int]) -> list[int]:
+        """A user turn, then the start of the assistant's."""
+        return self.encode(f"{TURN_START}user\n") + content + self.encode(f"{TURN_END}\n{TURN_START}assistant\n")
 
-    def image_prompt(self, *parts: list[int]) -> list[int]:
-        """A user turn whose answer is an image."""
-        return self._user(*parts) + (self.encode(IMAGE_START) if self.image_start else [])
+    def _image_prompts(self, contents: list[list[int]]) -> TokenBatch:
+        """User turns whose answers are images."""
+        start = self.encode(IMAGE_START) if self.image_start else []
+        return self.pad_rows([self._user(content) + start for content in contents], self.multiple)
 
     def generation(self, prompts: Sequence[str | None]) -> TokenBatch:
         """`Generate an image: {prompt}`; None gives the unconditional prompt."""
         texts = [UNCONDITIONAL if prompt is None else f"Generate an image: {prompt}" for prompt in prompts]
-        return self.pad_rows([self.image_prompt(self.encode(text)) for text in texts], self.multiple)
+        return self._image_prompts([self.encode(text) for text in texts])
 
     def edit(self, instructions: Sequence[str | None], image_tokens: int | None = None) -> TokenBatch:
         """`Edit the image: {instruction}` and the reference; None gives the unconditional prompt, reference kept.
@@ -130,14 +130,12 @@ class PromptEncoder:
         `image_tokens`: visual tokens of each reference, if not the fixed number.
         """
         texts = [UNCONDITIONAL_EDIT if text is None else f"Edit the image: {text}\n" for text in instructions]
-        return self.pad_rows(
-            [self.image_prompt(self.encode(text), self.image(image_tokens)) for text in texts], self.multiple
-        )
+        return self._image_prompts([self.encode(text) + self.image(image_tokens) for text in texts])
 
     def question(self, questions: Sequence[str]) -> TokenBatch:
         """The image, then the question, then the start of the answer."""
-        newline = self.encode("\n")
-        return self.pad_rows([self._user(self.image(), newline, self.encode(question)) for question in questions])
+        before = self.image() + self.encode("\n")
+        return self.pad_rows([self._user(before + self.encode(question)) for question in questions])
 
     def conversation(self, messages: Sequence[tuple[str, Sequence[str | None]]]) -> TokenBatch:
         """Turns (role, texts) and the start of the assistant's answer, one row; a text that is None is an image.
