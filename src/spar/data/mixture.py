@@ -54,18 +54,16 @@ class Mixture:
         self.sources, self.batch, self.seed, self.buckets = [*sources], batch, seed, buckets
         self.weights = np.array(weights, float) / sum(weights)
         self._lists: dict[tuple[int, int], Sequence[int] | np.ndarray] = {}  # (source, bucket) to the samples in it
-        shares: dict[tuple[Kind, int], list[tuple[int, float]]] = {}
+        shares: dict[tuple[Kind, int], dict[int, float]] = {}  # of the sources in a category
         for number, (source, weight) in enumerate(zip(sources, self.weights, strict=True)):
             for bucket, members in self._split(source):
                 self._lists[number, bucket] = members
                 part = len(members) / len(source)
-                shares.setdefault((source.kind, bucket), []).append((number, weight * part))
+                shares.setdefault((source.kind, bucket), {})[number] = weight * part
         self.categories = sorted(shares)
-        self._batches = InterleaveSchedule([sum(share for _, share in shares[name]) for name in self.categories])
-        self._within = [
-            (np.array([number for number, _ in shares[name]]), InterleaveSchedule([share for _, share in shares[name]]))
-            for name in self.categories
-        ]
+        ordered = [shares[category] for category in self.categories]
+        self._batches = InterleaveSchedule([sum(own.values()) for own in ordered])
+        self._within = [(np.array([*own]), InterleaveSchedule([*own.values()])) for own in ordered]
 
     def _split(self, source: DataSource) -> list[tuple[int, Sequence[int] | np.ndarray]]:
         """(bucket, samples in it) of a source."""

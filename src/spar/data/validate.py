@@ -107,10 +107,8 @@ def validate(
     pairs = zip(rows["index"][repeated[:NAMED]].tolist(), rows["index"][first[:NAMED]].tolist(), strict=True)
     named = [(source.read(one).key, source.read(other).key) for one, other in pairs]
     files = len(getattr(source, "shards", ())) or len(getattr(source, "files", ()))
-    notes: tuple[str, ...] = ()
-    if 0 < files < workers:
-        notes = (f"{files} files for {workers} workers: fine here, as samples are assigned one by one; loaders that "
-                 "assign whole shards would fail or be idle",)  # fmt: skip
+    note = (f"{files} files for {workers} workers: fine here, as samples are assigned one by one; loaders that "
+            "assign whole shards would fail or be idle")  # fmt: skip
     needs_words = source.format != "imagenet"
     return ValidationReport(
         name=source.name, format=source.format, kind=source.kind, files=files, samples=len(source),
@@ -119,7 +117,7 @@ def validate(
         captions=_captions(rows["characters"], max_characters, needs_words), formats=dict(formats.most_common()),
         shorter_sides=_histogram(np.minimum(rows["width"], rows["height"]), SIDES, _SIDE_NAMES),
         aspects=_histogram(rows["width"] / rows["height"], ASPECTS, _ASPECT_NAMES),
-        skipped=dict(source.skipped), damage=source.damage, notes=notes,
+        skipped=dict(source.skipped), damage=source.damage, notes=(note,) if 0 < files < workers else (),
     )  # fmt: skip
 
 

@@ -181,10 +181,9 @@ def _read(path: str) -> bytes:
         raise InputError(f"{_EXPECTED} in a local file, got the URL {path!r}")
     try:
         status = os.stat(path)
-        if stat.S_ISDIR(status.st_mode):
-            raise InputError(f"{_EXPECTED}, but {path!r} is a directory")
         if not stat.S_ISREG(status.st_mode):
-            raise InputError(f"{_EXPECTED}, but {path!r} is not a regular file")
+            kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+            raise InputError(f"{_EXPECTED}, but {path!r} is {kind}")
         if status.st_size > MAX_BYTES:
             raise InputError(_too_many_bytes(repr(path), status.st_size))
         with open(path, "rb") as file:
