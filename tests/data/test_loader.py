@@ -16,7 +16,7 @@ from spar.data import bad_samples as module
 from spar.data.buckets import make_buckets
 from spar.data.loader import MAX_TRIES, Loader, to_pixels
 from spar.data.mixture import Mixture
-from spar.data.samples import BadSample, Kind, TextToImageSample
+from spar.data.samples import BadSample, Kind, Sample
 from spar.data.sources import open_source
 
 SIDE = 28
@@ -35,10 +35,10 @@ class Plain:
     def __len__(self) -> int:
         return self.count
 
-    def read(self, index: int) -> TextToImageSample:
+    def read(self, index: int) -> Sample:
         if index in self.bad:
             raise BadSample(str(index), "there", "planted")
-        return TextToImageSample(self.picture, f"text {index}", str(index), "there")
+        return Sample(self.picture, f"text {index}", str(index), "there")
 
     def sizes(self) -> np.ndarray:
         return self._sizes
@@ -201,7 +201,7 @@ def test_replacements_are_the_same_for_everybody(plain):
 
 
 def test_more_bad_samples_than_the_budget_end_the_run(sets, plain, monkeypatch):
-    monkeypatch.setattr(module.BadSampleTracker.__init__, "__defaults__", (0.01, None, 60))
+    monkeypatch.setattr(module, "MIN_SAMPLES", 60)
     file = sets.folder / "bad.jsonl"
     loader = Loader(mixture(plain("a", 600, bad=range(0, 600, 20))), workers=1, bad_share=0.02, bad_samples=file)
     batches = loader.batches()

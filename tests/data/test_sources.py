@@ -1,6 +1,7 @@
 """Every format comes through one interface: planted samples come back, planted faults are named."""
 
 import builtins
+import os
 import pickle
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from spar.common.errors import InputError
 from spar.data import webdataset
 from spar.data.mixture import Mixture
-from spar.data.samples import BadSample, EditSample, TextToImageSample
+from spar.data.samples import BadSample, Sample
 from spar.data.sources import open_source
 
 
@@ -27,8 +28,7 @@ def test_webdataset_shards_of_captions(sets):
         source = open_source(path)
         assert (source.kind, source.format, len(source)) == ("text_to_image", "webdataset", 15)
         assert texts(source) == [f"picture {n}" for n in range(15)]
-    assert source.read(7) == TextToImageSample(sets.picture(7), "picture 7", "00000007", "000001.tar")
-    assert (source.key(7), source.origin(7)) == ("00000007", "000001.tar")
+    assert source.read(7) == Sample(sets.picture(7), "picture 7", "00000007", "000001.tar")
     for wrong in (-1, 15):
         with pytest.raises(IndexError):
             source.read(wrong)
@@ -49,8 +49,8 @@ def test_captions_in_json_and_a_jpg_that_is_a_png(sets):
 def test_edit_pairs(sets):
     source = open_source(str(sets.edits("a.tar", range(3))))
     assert source.kind == "edit"
-    assert source.read(2) == EditSample(
-        (sets.picture(2, "JPEG"),), sets.picture(102, "JPEG"), "edit 2", "00000002", "a.tar"
+    assert source.read(2) == Sample(
+        sets.picture(102, "JPEG"), "edit 2", "00000002", "a.tar", input_images=(sets.picture(2, "JPEG"),)
     )
     members = {f"1.input_{n}.png": sets.picture(n) for n in (1, 0, 2)} | {"1.output.png": sets.picture(9), "1.txt": "x"}
     assert open_source(str(sets.tar("b.tar", members))).read(0).input_images == tuple(sets.picture(n) for n in range(3))
@@ -121,7 +121,7 @@ def test_image_folder(sets):
     sets.file("metadata.jsonl", '{"file_name": "s/a.png", "text": "one"}\n\n{"file_name": "b.png", "caption": "two"}\n')
     source = open_source(str(sets.folder))
     assert (source.format, source.kind, texts(source)) == ("folder", "text_to_image", ["one", "two"])
-    assert source.read(0) == TextToImageSample(sets.picture(1), "one", "s/a.png", str(sets.folder))
+    assert source.read(0) == Sample(sets.picture(1), "one", "s/a.png", str(sets.folder))
     assert source.sizes().tolist() == [[40, 30], [40, 30]]
 
 
@@ -151,10 +151,11 @@ def test_wrong_metadata_is_refused_with_its_line(sets, line, words):
 def test_files_outside_the_root_or_missing_are_bad_samples(sets):
     sets.file("secret.png", sets.picture(0))
     sets.file("set/folder.png/x", b"")
-    names = ("../secret.png", str(sets.folder / "secret.png"), "none.png", "folder.png")
+    os.mkfifo(sets.folder / "set/pipe.png")
+    names = ("../secret.png", str(sets.folder / "secret.png"), "none.png", "folder.png", "pipe.png")
     sets.file("set/metadata.jsonl", "".join(f'{{"file_name": "{name}", "text": "x"}}\n' for name in names))
     source = open_source(str(sets.folder / "set"))
-    for index, reason in enumerate(("inside its root", "inside its root", "No such file", "directory")):
+    for index, reason in enumerate(("inside its root", "inside its root", "No such file", "directory", "a file of")):
         with pytest.raises(BadSample, match=reason):
             source.read(index)
 
@@ -164,7 +165,7 @@ def test_sharegpt(sets):
         sets.file(f"images/{number}.png", sets.picture(number))
     one = {"input_prompt": "one", "output_image": "images/1.png"}
     made = open_source(str(sets.json("text_to_image.json", [one])))
-    assert made.read(0) == TextToImageSample(sets.picture(1), "one", "images/1.png", str(sets.folder))
+    assert made.read(0) == Sample(sets.picture(1), "one", "images/1.png", str(sets.folder))
     two = one | {"input_image": ["images/0.png"]}
     edit = open_source(str(sets.json("text_and_image_to_image.json", [two])))
     assert edit.kind == "edit" and edit.read(0).input_images == (sets.picture(0),)
@@ -222,8 +223,8 @@ def test_parquet_of_captions(sets, parquet):
     source = open_source(str(sets.folder))
     assert (source.format, source.kind) == ("parquet", "text_to_image")
     assert texts(source) == [f"picture {n}" for n in range(5)] + ["last"]
-    assert source.read(3) == TextToImageSample(sets.picture(3), "picture 3", "a-3", "a.parquet")
-    assert source.key(5) == "b-0" and source.sizes().tolist() == [[40, 30]] * 6
+    assert source.read(3) == Sample(sets.picture(3), "picture 3", "a-3", "a.parquet")
+    assert source.read(5).key == "b-0" and source.sizes().tolist() == [[40, 30]] * 6
     assert texts(pickle.loads(pickle.dumps(source))) == texts(source)
 
 
@@ -234,7 +235,7 @@ def test_parquet_of_edits_and_rows_that_lack_something(sets, parquet):
         "instruction": ["x", "y", "z"], "id": [7, 8, 9],
     }  # fmt: skip
     source = open_source(str(parquet("a.parquet", columns)))
-    assert source.read(0) == EditSample((picture[0], picture[1]), picture[2], "x", "7", "a.parquet")
+    assert source.read(0) == Sample(picture[2], "x", "7", "a.parquet", input_images=(picture[0], picture[1]))
     for index, reason in ((1, "got 0"), (2, "got NoneType")):
         with pytest.raises(BadSample, match=reason) as caught:
             source.read(index)

@@ -742,7 +742,7 @@ def test_more_new_tokens_than_there_can_be_are_cut_to_those(pipe, pictures, monk
 
 
 def test_a_chat_that_is_cut_says_so(pipe, pictures, monkeypatch):
-    monkeypatch.setattr("spar.inference.pipeline.MAX_NEW_TOKENS", 3)
+    monkeypatch.setattr("spar.common.limits.MAX_NEW_TOKENS", 3)
     out = pipe.chat(conversation(pictures[0]), max_new_tokens=4096)
     list(out)
     assert (out.completion_tokens, out.finish_reason) == (3, "length")

@@ -71,7 +71,8 @@ def open_gpt_edit(path: Path, cache: Path | None = None) -> ImageFileSource:
     As in the family's training, items have exactly two images (one input, one output), others are counted as dropped;
     `<image>` and line breaks are removed from the instruction. The flag (region weights) is not used.
     """
-    roots, rows, dropped = [], [], 0
+    roots: list[Path] = []
+    rows: list[ListedSample | None] = []
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -81,11 +82,9 @@ def open_gpt_edit(path: Path, cache: Path | None = None) -> ImageFileSource:
         if len(parts) != 3:
             raise InputError(f"expected lines image_root,annotation.json,flag in {str(path)!r}, got {line!r}")
         roots.append(path.parent / parts[0])
-        for item in _read_list(path.parent / parts[1]):
-            row = _gpt_edit_row(item, number)
-            dropped += row is None
-            rows += [] if row is None else [row]
-    return ImageFileSource(str(path), "gptedit", roots, rows, dropped=dropped, cache=cache)
+        rows += [_gpt_edit_row(item, number) for item in _read_list(path.parent / parts[1])]
+    kept = [row for row in rows if row is not None]
+    return ImageFileSource(str(path), "gptedit", roots, kept, dropped=len(rows) - len(kept), cache=cache)
 
 
 def _gpt_edit_row(item: Any, root: int) -> ListedSample | None:

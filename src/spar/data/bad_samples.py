@@ -1,10 +1,15 @@
-"""Counting and logging of bad samples: too large a share of them ends the run."""
+"""Bad samples: found at the latest by decoding, counted and logged; too large a share of them ends the run."""
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from PIL import Image
+
 from spar.common.errors import InputError
+from spar.data.samples import BadSample, Sample
+from spar.processing.images import open_training_image
 
 MIN_SAMPLES = 1000  # samples before the share is checked
 
@@ -19,18 +24,30 @@ class BadSampleRecord:
     reason: str
 
 
+def decode_images(sample: Sample) -> list[Image.Image]:
+    """The sample's image, then its references, as RGB images.
+
+    Raises:
+        BadSample: one of them is damaged, or not of a format for training.
+    """
+    try:
+        return [open_training_image(data) for data in (sample.image, *sample.input_images)]
+    except InputError as error:
+        raise BadSample(sample.key, sample.origin, str(error)) from error
+
+
 class BadSampleTracker:
     """Counts bad samples and logs each once, as lines of JSON.
 
     Args:
-        limit: share of bad samples above which `count` raises, checked from `enough` samples on.
+        limit: share of bad samples above which `count` raises, checked from MIN_SAMPLES samples on.
         path: file to append to; None keeps the records only in memory.
     """
 
-    def __init__(self, limit: float = 0.01, path: Path | None = None, enough: int = MIN_SAMPLES) -> None:
+    def __init__(self, limit: float = 0.01, path: Path | None = None) -> None:
         if not 0 <= limit <= 1:
             raise InputError(f"share of bad samples: expected 0 to 1, got {limit}")
-        self.limit, self.path, self.enough = limit, path, enough
+        self.limit, self.path = limit, path
         self.seen = self.bad = 0
         self.named: dict[BadSampleRecord, None] = dict.fromkeys(_read(path))
 
@@ -43,7 +60,7 @@ class BadSampleTracker:
         self.seen += seen
         self.bad += len(bad)
         self.write(bad)
-        if self.seen >= self.enough and self.bad > self.limit * self.seen:
+        if self.seen >= MIN_SAMPLES and self.bad > self.limit * self.seen:
             where = f"; all are named in {str(self.path)!r}" if self.path else ""
             last = next(reversed(self.named))
             raise InputError(
@@ -66,8 +83,6 @@ def _read(path: Path | None) -> list[BadSampleRecord]:
     found: list[BadSampleRecord] = []
     if path is not None and path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
-            try:
+            with suppress(json.JSONDecodeError, TypeError):
                 found.append(BadSampleRecord(**json.loads(line)))
-            except (json.JSONDecodeError, TypeError):
-                continue
     return found

@@ -5,10 +5,11 @@ B images, N visual tokens, D_s their width, D_p the latent's channels, h w the g
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from spar.processing.prompts import QuestionAnswer
@@ -39,7 +40,7 @@ class Images:
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch with its tensors on a device."""
-        return replace(self, **{item.name: _moved(getattr(self, item.name), device) for item in fields(self)})
+        return replace(self, **send_to_device({item.name: getattr(self, item.name) for item in fields(self)}, device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +70,3 @@ class Dialogues(Images):
     """Images with questions and answers about each."""
 
     turns: tuple[tuple[QuestionAnswer, ...], ...]
-
-
-def _moved(value: Any, device: torch.device | str) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {name: _moved(one, device) for name, one in value.items()}
-    return value

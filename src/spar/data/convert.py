@@ -5,6 +5,7 @@ same samples give the same bytes.
 """
 
 import io
+import itertools
 import json
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -13,10 +14,10 @@ from pathlib import Path
 
 from spar.common.config import write_json
 from spar.common.errors import InputError
-from spar.data.bad_samples import BadSampleRecord, BadSampleTracker
-from spar.data.samples import BadSample, EditSample, Sample
+from spar.data.bad_samples import BadSampleRecord, BadSampleTracker, decode_images
+from spar.data.samples import BadSample, Sample
 from spar.data.sources import DataSource
-from spar.processing.images import open_training_image, read_header
+from spar.processing.images import read_header
 
 MANIFEST, DROPPED = "converted.json", "dropped.jsonl"
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -49,26 +50,18 @@ def convert(
         raise InputError(f"samples of a shard: expected at least 1, got {shard}")
     bad_samples = BadSampleTracker(bad_share)
     written = 0
-    out: tarfile.TarFile | None = None
-    try:
-        for members in _good(sources, bad_samples, progress):
-            if out is None or written % shard == 0:
-                if out:
-                    out.close()
-                name = f"{written // shard:06d}.tar"
-                out = tarfile.open(folder / name, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115  # closed above
-            for extension, data in members:
-                info = tarfile.TarInfo(f"{written:08d}.{extension}")
-                info.size = len(data)
-                out.addfile(info, io.BytesIO(data))
-            written += 1
-    finally:
-        if out:
-            out.close()
+    good = _good(sources, bad_samples, progress)
+    for first in good:
+        with tarfile.open(folder / f"{written // shard:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as out:
+            for members in itertools.chain([first], itertools.islice(good, shard - 1)):
+                for extension, data in members:
+                    info = tarfile.TarInfo(f"{written:08d}.{extension}")
+                    info.size = len(data)
+                    out.addfile(info, io.BytesIO(data))
+                written += 1
     if not written:
-        raise InputError(
-            f"expected good samples, but all {bad_samples.seen} are bad, the last one: {_last(bad_samples)}"
-        )
+        last = next(reversed(bad_samples.named)).reason
+        raise InputError(f"expected good samples, but all {bad_samples.seen} are bad, the last one: {last}")
     if bad_samples.named:
         lines = [json.dumps(asdict(bad)) + "\n" for bad in bad_samples.named]
         (folder / DROPPED).write_text("".join(lines), encoding="utf-8")
@@ -97,28 +90,13 @@ def _good(
 
 def _members(sample: Sample) -> list[tuple[str, bytes]]:
     """(extension, data) of a sample's members, in their order in the tar."""
-    images = []
-    if isinstance(sample, EditSample):
-        several = len(sample.input_images) > 1
-        for number, data in enumerate(sample.input_images):
-            images.append((f"input_{number}" if several else "input", data))
-        images.append(("output", sample.image))
-    else:
-        images.append(("", sample.image))
-    members = []
-    for name, data in images:
-        try:
-            open_training_image(data)
-            extension = EXTENSIONS[read_header(data).format]
-        except InputError as error:
-            raise BadSample(sample.key, sample.origin, str(error)) from error
-        members.append((f"{name}.{extension}".lstrip("."), data))
+    decode_images(sample)
+    several = len(sample.input_images) > 1
+    images = [(f"input_{number}." if several else "input.", data) for number, data in enumerate(sample.input_images)]
+    images.append(("output." if images else "", sample.image))
+    members = [(name + EXTENSIONS[read_header(data).format], data) for name, data in images]
     if sample.text:
         members.append(("txt", sample.text.encode()))
-    if not isinstance(sample, EditSample) and sample.label is not None:
+    if sample.label is not None:
         members.append(("cls", str(sample.label).encode()))
     return members
-
-
-def _last(bad_samples: BadSampleTracker) -> str:
-    return next(reversed(bad_samples.named)).reason

@@ -4,20 +4,17 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 from spar.common.errors import InputError
-from spar.common.files import atomic_file
-from spar.data.samples import BadSample, EditSample, Kind, Sample, TextToImageSample, is_safe_path
+from spar.data.index_cache import header_sizes
+from spar.data.samples import BadSample, Kind, Sample, is_safe_path
 from spar.data.string_array import StringArray
-from spar.data.tar_index import HEADER_BYTES
-from spar.processing.images import MAX_BYTES, read_header
+from spar.processing.images import MAX_BYTES
 
 
 @dataclass(frozen=True)
@@ -82,13 +79,6 @@ class ImageFileSource:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def key(self, index: int) -> str:
-        return json.loads(self._rows[index])[1]
-
-    def origin(self, index: int) -> str:
-        """The folder of a sample's files."""
-        return str(self.roots[json.loads(self._rows[index])[0]])
-
     def read(self, index: int) -> Sample:
         """Read a sample, images as stored.
 
@@ -97,10 +87,8 @@ class ImageFileSource:
         """
         number, image, text, *inputs = json.loads(self._rows[index])
         root = self.roots[number]
-        data = _read_bytes(root, image, image)
-        if self.kind == "edit":
-            return EditSample(tuple(_read_bytes(root, path, image) for path in inputs), data, text, image, str(root))
-        return TextToImageSample(data, text, image, str(root))
+        data, *references = (_read_bytes(root, path, image) for path in (image, *inputs))
+        return Sample(data, text, image, str(root), input_images=tuple(references))
 
     def sizes(self) -> np.ndarray:
         """uint16 [N, 2]: width and height of each sample's image, 0 if its header cannot be read."""
@@ -112,43 +100,19 @@ class ImageFileSource:
         return header_sizes(head, len(self), self.identity, self.cache)
 
 
-def _read_bytes(root: Path, path: str, key: str, length: int | None = None) -> bytes:
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe would wait for its writer
+
+
+def _read_bytes(root: Path, path: str, key: str, length: int = -1) -> bytes:
     """Read a file, or its first `length` bytes."""
     if not is_safe_path(path):
         raise BadSample(key, str(root), f"expected a path inside its root, got {path!r}")
     try:
-        with open(root / path, "rb") as file:
+        with open(root / path, "rb", opener=_open_at_once) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
                 raise BadSample(key, str(root), f"expected a file of at most {MAX_BYTES >> 20} MiB: {path!r}")
-            return file.read(-1 if length is None else length)
+            return file.read(length)
     except OSError as error:
         raise BadSample(key, str(root), f"{path!r} cannot be read: {error.strerror or error}") from error
-
-
-def header_sizes(head: Callable[[int, int], bytes], count: int, identity: str, cache: Path | None) -> np.ndarray:
-    """Sizes from the images' headers, uint16 [count, 2], cached in the folder under the source's identity.
-
-    Args:
-        head: (index, length) to at least the first `length` bytes of that sample's image.
-    """
-    file = cache / f"{identity[:24]}.sizes.safetensors" if cache else None
-    if file and file.is_file():
-        try:
-            if (kept := load_file(file)["sizes"]).shape == (count, 2):
-                return kept
-        except (OSError, SafetensorError, KeyError):
-            pass  # a damaged cache is rebuilt
-    sizes = np.zeros((count, 2), np.uint16)
-    for index in range(count):
-        for length in (HEADER_BYTES, MAX_BYTES):
-            try:
-                header = read_header(head(index, length))
-                sizes[index] = min(header.width, 65535), min(header.height, 65535)
-                break
-            except InputError:
-                continue
-    if file:
-        with atomic_file(file) as temporary:
-            save_file({"sizes": sizes}, temporary)
-    return sizes

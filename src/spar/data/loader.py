@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from spar.common.errors import InputError
-from spar.data.bad_samples import BadSampleRecord, BadSampleTracker
+from spar.data.bad_samples import BadSampleRecord, BadSampleTracker, decode_images
 from spar.data.buckets import Size
 from spar.data.mixture import BatchIndices, Mixture
-from spar.data.samples import BadSample, EditSample, Kind, Sample, check_references
-from spar.processing.images import open_training_image, to_size
+from spar.data.samples import BadSample, Kind, Sample, check_references
+from spar.processing.images import to_size
 
 MAX_TRIES = 16  # neighbours tried as replacements of one bad sample
 PREFETCH = 2  # batches that each worker may be ahead
@@ -80,15 +80,13 @@ class Loader:
             raise InputError(f"workers: expected at least 0, got {workers}")
         if bad_samples is not None and world > 1:
             bad_samples = bad_samples.with_suffix(f".{rank}{bad_samples.suffix}")
-        self.mixture, self.workers = mixture, workers
+        self.mixture, self.rank, self.world, self.workers = mixture, rank, world, workers
+        self.captions, self.one_reference, self.known = captions, one_reference, known
         self.bad_samples = BadSampleTracker(bad_share, bad_samples)
-        self._builder = _BatchBuilder(mixture, rank, world, captions, one_reference, known)
         for source in mixture.sources:
             for reason in source.damage:
                 log.warning("%s: %s", source.name, reason)
-            self.bad_samples.write(
-                tuple(BadSampleRecord(source.name, source.name, "", reason) for reason in source.damage)
-            )
+                self.bad_samples.write((BadSampleRecord(source.name, source.name, "", reason),))
 
     def state(self, step: int) -> dict[str, str | int]:
         """State of the data for a checkpoint: the next step, and the fingerprint of the order."""
@@ -112,17 +110,65 @@ class Loader:
         """
         numbers = count(start) if stop is None else range(start, stop)
         if not self.workers:
-            yield from (self._counted(self._builder.build(step)) for step in numbers)
+            yield from (self._counted(self._build(step)) for step in numbers)
             return
         # The batch that is being read and the PREFETCH ones of each worker have a slot each.
         slots = self.workers * PREFETCH + 1
-        steps = _StepDataset(self._builder, slots)
+        steps = _StepDataset(self, slots)
         loaded = DataLoader(
             steps, batch_size=None, sampler=numbers, num_workers=self.workers, prefetch_factor=PREFETCH,
             worker_init_fn=_begin_worker, generator=torch.Generator(),  # else it would use the training's own
         )  # fmt: skip
         for batch in loaded:
             yield self._counted(batch if isinstance(batch, _Failure) else steps.fetch(batch))
+
+    def _build(self, step: int) -> "LoaderBatch | _Failure":
+        """Build the batch of a step in this process."""
+        indices = self.mixture.batch_indices(step, self.rank, self.world)
+        bad: list[BadSampleRecord] = []
+        try:
+            rows = [self._row(indices, row, bad) for row in range(len(indices.slot))]
+        except InputError as error:
+            return _Failure(str(error), tuple(bad))
+        numbers, samples, images = zip(*rows, strict=True)
+        sources = [self.mixture.sources[number] for number in indices.source]
+        owners = [row for row, sample in enumerate(samples) for _ in sample.input_images]
+        size = indices.size if self.known is None else (1, 1)
+        return LoaderBatch(
+            step, indices.kind, _stack([image for image, *_ in images], size),
+            _stack([reference for _, *references in images for reference in references], size),
+            torch.tensor(owners, dtype=torch.long), tuple(sample.text for sample in samples),
+            tuple(sample.key for sample in samples), tuple(source.name for source in sources),
+            tuple(zip((source.identity for source in sources), numbers, strict=True)), tuple(bad),
+        )  # fmt: skip
+
+    def _row(self, indices: BatchIndices, row: int, bad: list[BadSampleRecord]) -> tuple[int, Sample, list[np.ndarray]]:
+        """A sample's number in its source, the sample, its image and references; the next good one replaces a bad one.
+
+        Images are uint8 [H, W, 3], cropped to the bucket's size.
+        """
+        source = self.mixture.sources[int(indices.source[row])]
+        for neighbour in range(MAX_TRIES + 1):
+            try:
+                number = self.mixture.sample_index(indices, row, neighbour)
+                sample = source.read(number)
+                if self.captions and not sample.text:
+                    raise BadSample(sample.key, sample.origin, "expected a caption, got none")
+                if self.one_reference:
+                    check_references(sample)
+                if self.known is not None:
+                    if not self.known(source.identity, number):
+                        raise BadSample(sample.key, sample.origin, "expected its features in the cache, got none")
+                    blank = np.zeros((1, 1, 3), np.uint8)
+                    return number, sample, [blank] * (1 + len(sample.input_images))
+                images = [np.asarray(to_size(image, *indices.size)) for image in decode_images(sample)]
+                return number, sample, images
+            except BadSample as error:
+                bad.append(BadSampleRecord(source.name, error.origin, error.key, error.reason))
+        raise InputError(
+            f"expected a good sample among {MAX_TRIES + 1} neighbours in {source.name!r}, got none; the last one, "
+            f"{bad[-1].key!r}: {bad[-1].reason}"
+        )
 
     def _counted(self, batch: "LoaderBatch | _Failure") -> LoaderBatch:
         if isinstance(batch, _Failure):
@@ -151,16 +197,15 @@ class _StepDataset(Dataset):
     `step % slots` is free by then: the loader requests a step after it has read the one `slots` before it.
     """
 
-    def __init__(self, builder: "_BatchBuilder", slots: int) -> None:
-        self.builder = builder
-        mixture = builder.mixture
-        sizes = mixture.buckets if builder.known is None else [(1, 1)]
+    def __init__(self, loader: Loader, slots: int) -> None:
+        self.loader = loader
+        sizes = loader.mixture.buckets if loader.known is None else [(1, 1)]
         pixels = max(width * height for width, height in sizes)
-        shape = (slots, mixture.batch // builder.world * pixels * 3)
+        shape = (slots, loader.mixture.batch // loader.world * pixels * 3)
         self.memory = torch.empty(shape, dtype=torch.uint8).share_memory_()
 
     def __getitem__(self, step: int) -> "LoaderBatch | _Failure":
-        batch = self.builder.build(step)
+        batch = self.loader._build(step)
         if isinstance(batch, _Failure):
             return batch
         self._view(step, batch.images.shape).copy_(batch.images)
@@ -178,76 +223,8 @@ class _StepDataset(Dataset):
         return flat.view(count, height, width, 3).permute(0, 3, 1, 2)
 
 
-class _BatchBuilder:
-    """Builds the batch of a step in this process."""
-
-    def __init__(
-        self, mixture: Mixture, rank: int, world: int, captions: bool, one_reference: bool,
-        known: Callable[[str, int], bool] | None,
-    ) -> None:  # fmt: skip
-        self.mixture, self.rank, self.world, self.known = mixture, rank, world, known
-        self.captions, self.one_reference = captions, one_reference
-
-    def build(self, step: int) -> "LoaderBatch | _Failure":
-        indices = self.mixture.batch_indices(step, self.rank, self.world)
-        bad: list[BadSampleRecord] = []
-        try:
-            rows = [self._row(indices, row, bad) for row in range(len(indices.slot))]
-        except InputError as error:
-            return _Failure(str(error), tuple(bad))
-        samples, sources = [sample for _, sample, _, _ in rows], [self.mixture.sources[n] for n in indices.source]
-        inputs = [one for *_, references in rows for one in references]
-        owners = [row for row, (*_, references) in enumerate(rows) for _ in references]
-        places = [(source.identity, number) for source, (number, *_) in zip(sources, rows, strict=True)]
-        size = indices.size if self.known is None else (1, 1)
-        return LoaderBatch(
-            step, indices.kind, _stack([image for _, _, image, _ in rows], size), _stack(inputs, size),
-            torch.tensor(owners, dtype=torch.long), tuple(sample.text for sample in samples),
-            tuple(sample.key for sample in samples), tuple(source.name for source in sources), tuple(places),
-            tuple(bad),
-        )  # fmt: skip
-
-    def _row(
-        self, indices: BatchIndices, row: int, bad: list[BadSampleRecord]
-    ) -> tuple[int, Sample, np.ndarray, list[np.ndarray]]:
-        """A sample's number in its source, the sample, and its decoded images; the next good one replaces a bad one."""
-        source = self.mixture.sources[int(indices.source[row])]
-        for neighbour in range(MAX_TRIES + 1):
-            try:
-                number = self.mixture.sample_index(indices, row, neighbour)
-                sample = source.read(number)
-                if self.captions and not sample.text:
-                    raise BadSample(sample.key, sample.origin, "expected a caption, got none")
-                references = sample.input_images if isinstance(sample, EditSample) else ()
-                if self.one_reference:
-                    check_references(sample)
-                if self.known is not None:
-                    if not self.known(source.identity, number):
-                        raise BadSample(sample.key, sample.origin, "expected its features in the cache, got none")
-                    blank = np.zeros((1, 1, 3), np.uint8)
-                    return number, sample, blank, [blank] * len(references)
-                image, *inputs = (_decode(data, indices.size, sample) for data in (sample.image, *references))
-                return number, sample, image, inputs
-            except BadSample as error:
-                bad.append(BadSampleRecord(source.name, error.origin, error.key, error.reason))
-        raise InputError(
-            f"expected a good sample among {MAX_TRIES + 1} neighbours in {source.name!r}, got none; the last one, "
-            f"{bad[-1].key!r}: {bad[-1].reason}"
-        )
-
-
-def _decode(data: bytes, size: Size, sample: Sample) -> np.ndarray:
-    """Decode to uint8 [H, W, 3], cropped to the bucket's size."""
-    try:
-        return np.asarray(to_size(open_training_image(data), *size))
-    except InputError as error:
-        raise BadSample(sample.key, sample.origin, str(error)) from error
-
-
 def _stack(images: list[np.ndarray], size: Size) -> Tensor:
     """Stack to uint8 [n, 3, H, W], channels last in memory: Pillow's layout, and the fastest for convolutions."""
     width, height = size
-    stacked = np.empty((len(images), height, width, 3), np.uint8)
-    for row, image in enumerate(images):
-        stacked[row] = image
+    stacked = np.array(images, np.uint8).reshape(-1, height, width, 3)  # also of no images
     return torch.from_numpy(stacked).permute(0, 3, 1, 2)

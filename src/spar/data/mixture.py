@@ -53,24 +53,22 @@ class Mixture:
             raise InputError(f"batch: expected at least 1, got {batch}")
         self.sources, self.batch, self.seed, self.buckets = [*sources], batch, seed, buckets
         self.weights = np.array(weights, float) / sum(weights)
-        self._lists: dict[tuple[int, int], np.ndarray | None] = {}  # None: the whole source, in its order
-        shares: dict[tuple[Kind, int], list[tuple[int, float]]] = {}
+        self._lists: dict[tuple[int, int], Sequence[int] | np.ndarray] = {}  # (source, bucket) to the samples in it
+        shares: dict[tuple[Kind, int], dict[int, float]] = {}  # of the sources in a category
         for number, (source, weight) in enumerate(zip(sources, self.weights, strict=True)):
             for bucket, members in self._split(source):
                 self._lists[number, bucket] = members
-                part = 1.0 if members is None else len(members) / len(source)
-                shares.setdefault((source.kind, bucket), []).append((number, weight * part))
+                part = len(members) / len(source)
+                shares.setdefault((source.kind, bucket), {})[number] = weight * part
         self.categories = sorted(shares)
-        self._batches = InterleaveSchedule([sum(share for _, share in shares[name]) for name in self.categories])
-        self._within = [
-            (np.array([number for number, _ in shares[name]]), InterleaveSchedule([share for _, share in shares[name]]))
-            for name in self.categories
-        ]
+        ordered = [shares[category] for category in self.categories]
+        self._batches = InterleaveSchedule([sum(own.values()) for own in ordered])
+        self._within = [(np.array([*own]), InterleaveSchedule([*own.values()])) for own in ordered]
 
-    def _split(self, source: DataSource) -> list[tuple[int, np.ndarray | None]]:
-        """(bucket, samples in it) of a source; None means all."""
+    def _split(self, source: DataSource) -> list[tuple[int, Sequence[int] | np.ndarray]]:
+        """(bucket, samples in it) of a source."""
         if len(self.buckets) == 1:
-            return [(0, None)]
+            return [(0, range(len(source)))]
         chosen = assign(source.sizes(), self.buckets, self.batch)
         width = np.uint32 if len(source) < 2**32 else np.uint64
         return [(int(bucket), np.flatnonzero(chosen == bucket).astype(width)) for bucket in np.unique(chosen)]
@@ -92,7 +90,7 @@ class Mixture:
         source, slot = numbers[chosen], np.empty_like(occurrence)
         kind, bucket = self.categories[category]
         for number in np.unique(source):
-            size, mine = self._count(number, bucket), source == number
+            size, mine = len(self._lists[number, bucket]), source == number
             epochs = occurrence[mine] // size
             for epoch in np.unique(epochs):
                 where = np.flatnonzero(mine)[epochs == epoch]
@@ -102,14 +100,8 @@ class Mixture:
 
     def sample_index(self, indices: BatchIndices, row: int, neighbour: int = 0) -> int:
         """Number of a sample in its source, or of the n-th sample after it in the same bucket."""
-        number, bucket = int(indices.source[row]), self.categories[indices.category][1]
-        slot = (int(indices.slot[row]) + neighbour) % self._count(number, bucket)
-        members = self._lists[number, bucket]
-        return slot if members is None else int(members[slot])
-
-    def _count(self, number: int, bucket: int) -> int:
-        members = self._lists[number, bucket]
-        return len(self.sources[number]) if members is None else len(members)
+        members = self._lists[int(indices.source[row]), self.categories[indices.category][1]]
+        return int(members[(int(indices.slot[row]) + neighbour) % len(members)])
 
     def epochs(self, steps: int) -> dict[str, float]:
         """Epochs of each source in this many steps."""

@@ -9,14 +9,16 @@ import numpy as np
 
 from spar.common.errors import InputError, install_command
 from spar.common.limits import MAX_INPUT_IMAGES, MAX_ROW_GROUP_BYTES
-from spar.data.image_files import header_sizes
-from spar.data.samples import BadSample, EditSample, Kind, Sample, TextToImageSample
+from spar.data.index_cache import header_sizes
+from spar.data.samples import BadSample, Kind, Sample
 
-# Names of the columns, the more specific first.
-INPUT_COLUMNS = ("input_images", "input_image", "source_image", "original_image")
-IMAGE_COLUMNS = ("output_image", "edited_image", "target_image", "image", "jpg", "png", "webp", "img")
-TEXT_COLUMNS = ("instruction", "edit_prompt", "input_prompt", "caption", "text", "txt", "prompt")
-KEY_COLUMNS = ("__key__", "key", "id")
+# Of each role the names of its column, the more specific first.
+COLUMNS = {
+    "input": ("input_images", "input_image", "source_image", "original_image"),
+    "image": ("output_image", "edited_image", "target_image", "image", "jpg", "png", "webp", "img"),
+    "text": ("instruction", "edit_prompt", "input_prompt", "caption", "text", "txt", "prompt"),
+    "key": ("__key__", "key", "id"),
+}
 
 
 class ParquetSource:
@@ -45,18 +47,14 @@ class ParquetSource:
                 self._groups.append((number, group))
         self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         columns = _open(self.files[0]).schema_arrow.names
-        self.columns = {
-            role: next((name for name in names if name in columns), None)
-            for role, names in (
-                ("input", INPUT_COLUMNS), ("image", IMAGE_COLUMNS), ("text", TEXT_COLUMNS), ("key", KEY_COLUMNS),
-            )
-        }  # fmt: skip
-        if self.columns["image"] is None or not len(self):
+        found = {role: [column for column in names if column in columns] for role, names in COLUMNS.items()}
+        self.columns = {role: names[0] for role, names in found.items() if names}
+        if "image" not in self.columns or not len(self):
             raise InputError(
-                f"expected rows with one of the columns {', '.join(IMAGE_COLUMNS)} in {name!r}, got {len(self)} rows "
-                f"with {', '.join(columns)}"
+                f"expected rows with one of the columns {', '.join(COLUMNS['image'])} in {name!r}, got {len(self)} "
+                f"rows with {', '.join(columns)}"
             )
-        self.kind: Kind = "edit" if self.columns["input"] else "text_to_image"
+        self.kind: Kind = "edit" if "input" in self.columns else "text_to_image"
         self.identity = digest.hexdigest()
         self.skipped: dict[str, int] = {}
         self._last: tuple[int, dict[str, list[Any]]] | None = None
@@ -67,40 +65,26 @@ class ParquetSource:
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_last": None}
 
-    def key(self, index: int) -> str:
-        """The row's own key if there is a readable column of keys, else FILE-ROW."""
-        group, row = self._find(index)
-        if self.columns["key"]:
-            try:
-                return str(self._read(group)["key"][row])
-            except BadSample:
-                pass
-        first = next(place for place, (file, _) in enumerate(self._groups) if file == self._groups[group][0])
-        return f"{self.files[self._groups[group][0]].stem}-{index - int(self.starts[first])}"
-
-    def origin(self, index: int) -> str:
-        """The name of the file that holds a sample."""
-        return self.files[self._groups[self._find(index)[0]][0]].name
-
     def read(self, index: int) -> Sample:
-        """Read a sample, images as stored.
+        """Read a sample, images as stored; without a column of keys its key is FILE-ROW.
 
         Raises:
             BadSample: a column is empty or has another type in this row.
         """
         group, row = self._find(index)
         values = {role: column[row] for role, column in self._read(group).items()}
-        key, origin = self.key(index), self.origin(index)
-        text = values.get("text") or ""
+        number = self._groups[group][0]
+        first = next(place for place, (file, _) in enumerate(self._groups) if file == number)
+        key = str(values.get("key", f"{self.files[number].stem}-{index - int(self.starts[first])}"))
+        origin, text = self.files[number].name, values.get("text") or ""
         if not isinstance(text, str):
             raise BadSample(key, origin, f"expected text, got {type(text).__name__}")
-        image = _image_bytes(values["image"], key, origin)
-        if self.kind == "text_to_image":
-            return TextToImageSample(image, text.strip(), key, origin)
-        inputs = values["input"] if isinstance(values["input"], list) else [values["input"]]
-        if not 1 <= len(inputs) <= MAX_INPUT_IMAGES:
+        inputs = values.get("input", [])
+        inputs = inputs if isinstance(inputs, list) else [inputs]
+        if self.kind == "edit" and not 1 <= len(inputs) <= MAX_INPUT_IMAGES:
             raise BadSample(key, origin, f"expected 1 to {MAX_INPUT_IMAGES} references, got {len(inputs)}")
-        return EditSample(tuple(_image_bytes(one, key, origin) for one in inputs), image, text.strip(), key, origin)
+        image, *references = (_image_bytes(one, key, origin) for one in (values["image"], *inputs))
+        return Sample(image, text.strip(), key, origin, input_images=tuple(references))
 
     def sizes(self) -> np.ndarray:
         """uint16 [N, 2]: width and height of each row's image, 0 if its header cannot be read."""
@@ -122,10 +106,9 @@ class ParquetSource:
         """Columns of one row group, by role."""
         if self._last is None or self._last[0] != group:
             number, place = self._groups[group]
-            wanted = {role: name for role, name in self.columns.items() if name}
             try:
-                table = _open(self.files[number]).read_row_group(place, columns=[*wanted.values()])
-                self._last = (group, {role: table.column(name).to_pylist() for role, name in wanted.items()})
+                table = _open(self.files[number]).read_row_group(place, columns=[*self.columns.values()])
+                self._last = (group, {role: table.column(name).to_pylist() for role, name in self.columns.items()})
             except Exception as error:  # a damaged page makes Arrow raise nearly anything
                 name = self.files[number].name
                 raise BadSample(f"row group {place}", name, f"cannot be read: {error}") from error

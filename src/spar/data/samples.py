@@ -1,6 +1,6 @@
-"""The two canonical samples that every reader returns, and the error of an unusable sample.
+"""The sample that every reader returns, and the error of an unusable one.
 
-Images stay encoded; `spar.processing.images` checks and decodes them.
+Images stay encoded; `spar.data.bad_samples` decodes them and `spar.processing.images` checks them.
 """
 
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ Format = Literal["auto", "webdataset", "folder", "sharegpt", "gptedit", "parquet
 
 
 @dataclass(frozen=True)
-class TextToImageSample:
-    """An image and its caption; reconstruction reads the image alone.
+class Sample:
+    """An image and its caption, or an edited image, the instruction and the references in `input_images`; all encoded.
 
-    `key` is the sample's name in its set, `origin` the file that contains it. `text` may be empty; `label` is the class
-    number of an ImageNet sample.
+    `key` is the sample's name in its set, `origin` the file that contains it. `text` may be empty, as reconstruction
+    reads the image alone; `label` is the class number of an ImageNet sample.
     """
 
     image: bytes
@@ -27,20 +27,7 @@ class TextToImageSample:
     key: str
     origin: str
     label: int | None = None
-
-
-@dataclass(frozen=True)
-class EditSample:
-    """References (one or more), the edited image, and the instruction."""
-
-    input_images: tuple[bytes, ...]
-    image: bytes
-    text: str
-    key: str
-    origin: str
-
-
-Sample = TextToImageSample | EditSample
+    input_images: tuple[bytes, ...] = ()
 
 
 class BadSample(InputError):
@@ -53,7 +40,7 @@ class BadSample(InputError):
 
 def check_references(sample: Sample) -> None:
     """Refuse an edit of several reference images, which the model is not trained for, with BadSample."""
-    if isinstance(sample, EditSample) and len(sample.input_images) != 1:
+    if len(sample.input_images) > 1:
         raise BadSample(sample.key, sample.origin, one_reference(len(sample.input_images)))
 
 

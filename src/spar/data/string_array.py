@@ -18,13 +18,11 @@ class StringArray:
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> "StringArray":
-        parts, ends, total = bytearray(), [], 0
+        blob, ends = bytearray(), []
         for text in texts:
-            data = text.encode("utf-8", "surrogateescape")
-            parts += data
-            total += len(data)
-            ends.append(total)
-        return cls(np.frombuffer(bytes(parts), np.uint8), np.array(ends, np.uint64))
+            blob += text.encode("utf-8", "surrogateescape")
+            ends.append(len(blob))
+        return cls(np.frombuffer(bytes(blob), np.uint8), np.array(ends, np.uint64))
 
     def __len__(self) -> int:
         return len(self.ends)

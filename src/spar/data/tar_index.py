@@ -15,19 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from spar.common.errors import InputError
-from spar.common.files import atomic_file
 from spar.common.limits import MAX_EXTENDED_HEADER, MAX_INPUT_IMAGES, MAX_MEMBERS
+from spar.data.index_cache import Arrays, Texts, cached_arrays, upright_size
 from spar.data.samples import is_safe_path
 from spar.data.string_array import StringArray
-from spar.processing.images import MAX_BYTES, read_header
 
 IMAGE, INPUT, TXT, JSON, CLS = range(5)
 VERSION = 1
-HEADER_BYTES = 2**16  # of an image: nearly always enough to contain its size
 
 _BLOCK = 512
 _IMAGE_EXTENSION = re.compile(r"(?:output\.|(input)(?:_(\d{1,4}))?\.)?(?:jpg|jpeg|png|webp)")
@@ -37,7 +33,7 @@ _EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile
 _WITHOUT_DATA = (
     tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE,
 )  # fmt: skip
-_COLUMNS = ("keys", "key_ends", "first", "role", "number", "offset", "size", "sizes")
+_MEMBER = {"role": "u1", "number": "u1", "offset": "u8", "size": "u4"}
 
 
 @dataclass(frozen=True)
@@ -69,8 +65,8 @@ class TarIndex:
         return [*zip(self.role[span].tolist(), self.offset[span].tolist(), self.size[span].tolist(), strict=True)]
 
     def columns(self) -> dict[str, np.ndarray]:
-        own = {"keys": self.keys.blob, "key_ends": self.keys.ends}
-        return own | {name: getattr(self, name) for name in _COLUMNS[2:]}
+        keys = {"keys": self.keys.blob, "key_ends": self.keys.ends}
+        return keys | {name: getattr(self, name) for name in ("first", *_MEMBER, "sizes")}
 
     def digest(self) -> str:
         """Hash of the index; the same on every machine."""
@@ -132,17 +128,20 @@ def _index(descriptor: int, name: str) -> TarIndex:
         damage = str(error)
         if not count:
             raise InputError(f"expected an uncompressed tar shard, but {name!r}: {damage}") from None
-    rows = [(place, *where) for roles in samples.values() for place, where in sorted(roles.items())]
-    counts = [len(roles) for roles in samples.values()]
-    values = [(role, number, offset, min(size, 2**32 - 1)) for (role, number), offset, size in rows]
-    column = np.array(values, np.uint64).reshape(-1, 4)
-    places = [roles.get((IMAGE, 0)) for roles in samples.values()]
-    sizes = [_image_size(descriptor, *where) if where else (0, 0) for where in places]
+    members = np.array([
+        (*place, offset, min(size, 2**32 - 1))
+        for roles in samples.values() for place, (offset, size) in sorted(roles.items())
+    ], [*_MEMBER.items()])  # fmt: skip
+    first = np.cumsum([0, *map(len, samples.values())]).astype(np.uint32)
+    sizes = [_image_size(descriptor, *roles.get((IMAGE, 0), (0, 0))) for roles in samples.values()]
     return TarIndex(
-        StringArray.of(samples), np.concatenate([[0], np.cumsum(counts)]).astype(np.uint32),
-        column[:, 0].astype(np.uint8), column[:, 1].astype(np.uint8), column[:, 2].copy(),
-        column[:, 3].astype(np.uint32), np.array(sizes, np.uint16).reshape(-1, 2), skipped, damage,
+        StringArray.of(samples), first, **{name: members[name].copy() for name in _MEMBER},
+        sizes=np.array(sizes, np.uint16).reshape(-1, 2), skipped=skipped, damage=damage,
     )  # fmt: skip
+
+
+def _image_size(descriptor: int, offset: int, size: int) -> tuple[int, int]:
+    return upright_size(lambda length: os.pread(descriptor, min(length, size), offset))
 
 
 class _Damaged(Exception):
@@ -201,17 +200,6 @@ def _text(data: bytes) -> str:
     return data.decode("utf-8", "surrogateescape")
 
 
-def _image_size(descriptor: int, offset: int, size: int) -> tuple[int, int]:
-    """Width and height of an upright image, at most 65535 each; (0, 0) if the header cannot be read."""
-    for length in (min(size, HEADER_BYTES), size):  # a large profile may precede a JPEG's size
-        try:
-            header = read_header(os.pread(descriptor, min(length, MAX_BYTES + 1), offset))
-            return min(header.width, 65535), min(header.height, 65535)
-        except InputError:
-            continue
-    return 0, 0
-
-
 def cached_index(path: Path, cache: Path | None) -> TarIndex:
     """The index of a shard, from the cache folder if the shard's size and time are unchanged."""
     if cache is None:
@@ -223,32 +211,11 @@ def cached_index(path: Path, cache: Path | None) -> TarIndex:
     stamp = {"version": str(VERSION), "bytes": str(status.st_size), "mtime_ns": str(status.st_mtime_ns)}
     digest = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:24]
     file = cache / f"{digest}.index.safetensors"
-    if (index := _load(file, stamp)) is None:
+
+    def compute() -> tuple[Arrays, Texts]:
         index = index_tar(path)
-        _save(file, index, stamp)
-    return index
+        return index.columns(), {"skipped": json.dumps(index.skipped), "damage": index.damage}
 
-
-def _load(file: Path, stamp: dict[str, str]) -> TarIndex | None:
-    """Load an index; None if it is missing, damaged or has another stamp."""
-    try:
-        with safe_open(file, framework="numpy") as stored:
-            metadata = stored.metadata() or {}
-            if any(metadata.get(name) != value for name, value in stamp.items()):
-                return None
-            column = {name: stored.get_tensor(name) for name in _COLUMNS}
-            keys = StringArray(column.pop("keys"), column.pop("key_ends"))
-            return TarIndex(keys, **column, skipped=json.loads(metadata["skipped"]), damage=metadata["damage"])
-    except (OSError, SafetensorError, ValueError, KeyError):
-        return None
-
-
-def _save(file: Path, index: TarIndex, stamp: dict[str, str]) -> None:
-    """Write to a temporary file and rename it, so that ranks that index the same shard do not conflict."""
-    metadata = stamp | {"skipped": json.dumps(index.skipped), "damage": index.damage}
-    columns = {name: np.ascontiguousarray(column) for name, column in index.columns().items()}
-    try:
-        with atomic_file(file) as temporary:
-            save_file(columns, temporary, metadata)
-    except OSError as error:
-        raise InputError(f"cache: {str(file.parent)!r} cannot be written: {error.strerror or error}") from error
+    columns, texts = cached_arrays(file, stamp, compute)
+    keys = StringArray(columns.pop("keys"), columns.pop("key_ends"))
+    return TarIndex(keys, **columns, skipped=json.loads(texts["skipped"]), damage=texts["damage"])

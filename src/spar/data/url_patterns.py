@@ -4,6 +4,8 @@ Other forms are refused: a `pipe:` would run a shell, and a data list could make
 """
 
 import glob
+import itertools
+import math
 import os
 import re
 from pathlib import Path, PurePosixPath
@@ -23,20 +25,13 @@ def expand_braces(pattern: str) -> list[str]:
     """
     if re.search(r"\{[^}]*\{", pattern):
         raise InputError(f"expected braces that close before the next open, got {pattern!r}")
-    found, finished = [pattern], []
-    while found:
-        text = found.pop()
-        inner = re.search(r"\{([^{}]*)\}", text)
-        if inner is None:
-            finished.append(text)
-        else:
-            before, after = text[: inner.start()], text[inner.end() :]
-            found += [before + choice + after for choice in reversed(_choices(inner[1], pattern))]
-        if len(found) + len(finished) > MAX_SHARDS:
-            raise InputError(f"expected a pattern of at most {MAX_SHARDS} files, got {pattern!r}")
-    if any("{" in text or "}" in text for text in finished):
+    parts = re.split(r"\{([^{}]*)\}", pattern)  # text, contents of braces, text, ...
+    if any("{" in text or "}" in text for text in parts[::2]):
         raise InputError(f"expected braces that close, got {pattern!r}")
-    return finished
+    choices = [_choices(part, pattern) if place % 2 else [part] for place, part in enumerate(parts)]
+    if math.prod(map(len, choices)) > MAX_SHARDS:
+        raise InputError(f"expected a pattern of at most {MAX_SHARDS} files, got {pattern!r}")
+    return ["".join(chosen) for chosen in itertools.product(*choices)]
 
 
 def _choices(inner: str, pattern: str) -> list[str]:
@@ -91,14 +86,13 @@ def _from_hub(patterns: list[str]) -> list[Path]:
             revision = info.sha
             names = sorted(file.rfilename for file in getattr(info, "siblings", None) or ())
             wanted = [name for pattern in wanted for name in names if _matches(name, pattern)]
-        if not wanted:
-            raise InputError(f"expected files that {patterns[0]!r} names, but the repository has none")
-        return [Path(hf_hub_download(repository, name, repo_type=kind, revision=revision)) for name in wanted]
-    except InputError:
-        raise
+        found = [Path(hf_hub_download(repository, name, repo_type=kind, revision=revision)) for name in wanted]
     except Exception as error:  # of the network, the Hub or its client
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(f"{patterns[0]!r} cannot be fetched: {reason}") from error
+    if not found:
+        raise InputError(f"expected files that {patterns[0]!r} names, but the repository has none")
+    return found
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -1,27 +1,29 @@
 """Validation of a source: reads and decodes every sample, and reports what would disturb training."""
 
-import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 
 import numpy as np
 
-from spar.common.errors import InputError
-from spar.data.bad_samples import BadSampleRecord
-from spar.data.samples import BadSample, EditSample
+from spar.data.bad_samples import BadSampleRecord, decode_images
+from spar.data.processes import map_in_processes
+from spar.data.samples import BadSample
 from spar.data.sources import DataSource
-from spar.processing.images import open_training_image, read_header
+from spar.processing.images import read_header
 
 NAMED = 100  # bad samples and duplicates listed in a report; all are counted
 CHUNK = 1024  # samples of one task of a process
 SIDES = (224, 448, 768, 1024)  # borders of the histogram of shorter sides, pixels
 ASPECTS = (0.5, 0.75, 4 / 3, 2.0)  # borders of the histogram of width over height
+_SIDE_NAMES = ("below 224", "224 to 447", "448 to 767", "768 to 1023", "1024 and more")
 _ASPECT_NAMES = ("below 1:2", "1:2 to 3:4", "3:4 to 4:3", "4:3 to 2:1", "2:1 and above")
-_COLUMNS = {"indices": "i8", "images": "u8", "wholes": "u8", "sizes": "i4", "characters": "i4"}
+# Of a good sample: its number, the hashes of its image and of the whole sample, and the length of its caption.
+_ROW = np.dtype([
+    ("index", "i8"), ("image", "u8"), ("whole", "u8"), ("width", "i4"), ("height", "i4"), ("characters", "i4"),
+])  # fmt: skip
 
 Progress = Callable[[int, int], None]
 
@@ -65,19 +67,13 @@ class ValidationReport:
         return (*(f"{count} {what}" for what, count in found.items() if count), *self.damage)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Part:
-    """Findings of some samples: per good sample the hashes of its image and of the whole sample, uint64; width and
-    height; characters of its caption.
-    """
+    """Findings of some samples: `rows`, of _ROW, has the good ones."""
 
-    indices: list[int] = field(default_factory=list)
-    images: list[int] = field(default_factory=list)
-    wholes: list[int] = field(default_factory=list)
-    sizes: list[tuple[int, int]] = field(default_factory=list)
-    characters: list[int] = field(default_factory=list)
-    formats: Counter = field(default_factory=Counter)
-    bad: list[BadSampleRecord] = field(default_factory=list)
+    rows: np.ndarray
+    formats: Counter[str]
+    bad: list[BadSampleRecord]
 
 
 def validate(
@@ -95,70 +91,49 @@ def validate(
         wanted = np.linspace(0, len(source) - 1, limit).round().astype(np.int64)
     bad: list[BadSampleRecord] = []
     formats: Counter[str] = Counter()
-    columns: dict[str, list[np.ndarray]] = {}
-    count, done = 0, 0
-    for part in _parts(source, wanted, workers):
+    rows = np.empty(len(wanted), _ROW)
+    count, good = 0, 0
+    chunks = [wanted[start : start + CHUNK] for start in range(0, len(wanted), CHUNK)]
+    for part in map_in_processes(partial(_validate_part, source), chunks, workers):
         count += len(part.bad)
         bad += part.bad[: NAMED - len(bad)]
         formats += part.formats
-        done += len(part.bad) + len(part.indices)
-        for name, dtype in _COLUMNS.items():
-            columns.setdefault(name, []).append(np.array(getattr(part, name), dtype))
+        rows[good : good + len(part.rows)] = part.rows
+        good += len(part.rows)
         if progress:
-            progress(done, len(wanted))
-    indices, images, wholes, characters = (
-        np.concatenate(columns[name]) for name in ("indices", "images", "wholes", "characters")
-    )
-    sizes = np.concatenate([part.reshape(-1, 2) for part in columns["sizes"]])
-    repeated, first = _repeated(wholes)
-    named = [(source.key(int(indices[one])), source.key(int(indices[other]))) for one, other in
-             zip(repeated[:NAMED], first[:NAMED], strict=True)]  # fmt: skip
+            progress(good + count, len(wanted))
+    rows = rows[:good]
+    repeated, first = _repeated(rows["whole"])
+    pairs = zip(rows["index"][repeated[:NAMED]].tolist(), rows["index"][first[:NAMED]].tolist(), strict=True)
+    named = [(source.read(one).key, source.read(other).key) for one, other in pairs]
     files = len(getattr(source, "shards", ())) or len(getattr(source, "files", ()))
-    notes: tuple[str, ...] = ()
-    if 0 < files < workers:
-        notes = (f"{files} files for {workers} workers: fine here, as samples are assigned one by one; loaders that "
-                 "assign whole shards would fail or be idle",)  # fmt: skip
+    note = (f"{files} files for {workers} workers: fine here, as samples are assigned one by one; loaders that "
+            "assign whole shards would fail or be idle")  # fmt: skip
     needs_words = source.format != "imagenet"
     return ValidationReport(
         name=source.name, format=source.format, kind=source.kind, files=files, samples=len(source),
         checked=len(wanted), bad=count, named_bad=tuple(bad), duplicates=len(repeated), named_duplicates=tuple(named),
-        repeated_pictures=len(_repeated(images)[0]) - len(repeated),
-        captions=_captions(characters, max_characters, needs_words), formats=dict(formats.most_common()),
-        shorter_sides=_histogram(sizes.min(axis=1, initial=2**30), SIDES, _side_names()),
-        aspects=_histogram(sizes[:, 0] / np.maximum(sizes[:, 1], 1), ASPECTS, _ASPECT_NAMES),
-        skipped=dict(source.skipped), damage=source.damage, notes=notes,
+        repeated_pictures=len(_repeated(rows["image"])[0]) - len(repeated),
+        captions=_captions(rows["characters"], max_characters, needs_words), formats=dict(formats.most_common()),
+        shorter_sides=_histogram(np.minimum(rows["width"], rows["height"]), SIDES, _SIDE_NAMES),
+        aspects=_histogram(rows["width"] / rows["height"], ASPECTS, _ASPECT_NAMES),
+        skipped=dict(source.skipped), damage=source.damage, notes=(note,) if 0 < files < workers else (),
     )  # fmt: skip
 
 
-def _parts(source: DataSource, wanted: np.ndarray, workers: int) -> Iterator[_Part]:
-    chunks = [wanted[start : start + CHUNK] for start in range(0, len(wanted), CHUNK)]
-    if min(workers, len(chunks)) < 2:
-        yield from (_validate_part(source, chunk) for chunk in chunks)
-        return
-    with ProcessPoolExecutor(workers) as pool:
-        yield from pool.map(partial(_validate_part, source), chunks)
-
-
 def _validate_part(source: DataSource, wanted: np.ndarray) -> _Part:
-    part = _Part()
+    rows, formats, bad = [], Counter[str](), []
     for index in wanted.tolist():
         try:
             sample = source.read(index)
-            references = sample.input_images if isinstance(sample, EditSample) else ()
-            try:
-                image, *_ = [open_training_image(data) for data in (sample.image, *references)]
-            except InputError as error:
-                raise BadSample(sample.key, sample.origin, str(error)) from error
+            image, *_ = decode_images(sample)
         except BadSample as error:
-            part.bad.append(BadSampleRecord(source.name, error.origin, error.key, error.reason))
+            bad.append(BadSampleRecord(source.name, error.origin, error.key, error.reason))
             continue
-        part.indices.append(index)
-        part.images.append(_hash(sample.image))
-        part.wholes.append(_hash(sample.text.encode("utf-8", "replace"), sample.image, *references))
-        part.sizes.append(image.size)
-        part.characters.append(len(sample.text))
-        part.formats[read_header(sample.image).format] += 1
-    return part
+        whole = _hash(sample.text.encode("utf-8", "replace"), sample.image, *sample.input_images)
+        rows.append((index, _hash(sample.image), whole, *image.size, len(sample.text)))
+        formats[read_header(sample.image).format] += 1
+    return _Part(np.array(rows, _ROW), formats, bad)
 
 
 def _hash(*parts: bytes) -> int:
@@ -183,11 +158,6 @@ def _captions(characters: np.ndarray, longest: int, needed: bool) -> dict[str, i
     empty = int((characters == 0).sum()) if needed else 0
     return {"empty": empty, "too_long": int((characters > longest).sum()), "shortest": low, "median": middle,
             "longest": high}  # fmt: skip
-
-
-def _side_names() -> tuple[str, ...]:
-    between = (f"{low} to {high - 1}" for low, high in itertools.pairwise(SIDES))
-    return (f"below {SIDES[0]}", *between, f"{SIDES[-1]} and more")
 
 
 def _histogram(values: np.ndarray, borders: tuple[float, ...], names: tuple[str, ...]) -> dict[str, int]:

@@ -4,8 +4,7 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +12,8 @@ import numpy as np
 
 from spar.common.errors import InputError
 from spar.common.limits import MAX_TEXT_BYTES
-from spar.data.samples import BadSample, EditSample, Kind, Sample, TextToImageSample
+from spar.data.processes import map_in_processes
+from spar.data.samples import BadSample, Kind, Sample
 from spar.data.tar_index import CLS, IMAGE, INPUT, JSON, TXT, TarIndex, cached_index
 from spar.processing.images import MAX_BYTES
 
@@ -36,8 +36,10 @@ class TarSource:
         self.format = "webdataset"
         self.skipped: dict[str, int] = {}
         counts, sizes, damage, digest = [0], [], [], hashlib.sha256()
-        self._kept: list[TarIndex] | None = None if cache else []
-        for shard, index in zip(self.shards, _indexes(self.shards, cache, workers), strict=True):
+        self._kept: list[TarIndex] = []
+        # They come one by one, so that cached ones need not be in memory together.
+        indexes = map_in_processes(partial(cached_index, cache=cache), self.shards, workers)
+        for shard, index in zip(self.shards, indexes, strict=True):
             if len(index) and not sum(counts):
                 first = {role for role, _, _ in index.members(0)}
                 self.kind = "edit" if INPUT in first else "text_to_image"
@@ -48,8 +50,7 @@ class TarSource:
             digest.update(index.digest().encode())
             for reason, count in index.skipped.items():
                 self.skipped[reason] = self.skipped.get(reason, 0) + count
-            if self._kept is not None:
-                self._kept.append(index)
+            self._kept += [] if cache else [index]
         self.starts = np.cumsum(counts, dtype=np.int64)
         if not len(self):
             raise InputError(f"expected samples of png, jpg, jpeg or webp in {name!r}, found none")
@@ -69,14 +70,6 @@ class TarSource:
     def sizes(self) -> np.ndarray:
         """uint16 [N, 2]: width and height of each sample's image, 0 if its header cannot be read."""
         return self._sizes
-
-    def key(self, index: int) -> str:
-        shard, _, place = self._find(index)
-        return self._opened(shard)[1].keys[place]
-
-    def origin(self, index: int) -> str:
-        """The name of the shard that holds a sample."""
-        return self._find(index)[1]
 
     def read(self, index: int) -> Sample:
         """Read a sample, images as stored.
@@ -103,10 +96,8 @@ class TarSource:
             raise BadSample(key, origin, f"expected {wanted}, as the first sample is, got the other")
         try:
             text = _caption(found)
-            if self.kind == "edit":
-                return EditSample(tuple(found[INPUT]), found[IMAGE][0], text, key, origin)
-            label = int(found[CLS][0]) if CLS in found else None
-            return TextToImageSample(found[IMAGE][0], text, key, origin, label)
+            label = int(found[CLS][0]) if CLS in found and self.kind != "edit" else None
+            return Sample(found[IMAGE][0], text, key, origin, label, tuple(found.get(INPUT, ())))
         except (ValueError, RecursionError) as error:  # not UTF-8, JSON or a number
             raise BadSample(key, origin, f"its text cannot be read: {error}") from error
 
@@ -132,15 +123,6 @@ class TarSource:
             descriptor, _ = self._open.popitem(last=False)[1]
             os.close(descriptor)
         return self._open[shard]
-
-
-def _indexes(shards: list[Path], cache: Path | None, workers: int) -> Iterator[TarIndex]:
-    """Yield the indexes in order, so that cached ones need not be in memory together."""
-    if min(workers, len(shards)) < 2:
-        yield from (cached_index(shard, cache) for shard in shards)
-        return
-    with ProcessPoolExecutor(min(workers, len(shards))) as pool:
-        yield from pool.map(partial(cached_index, cache=cache), shards)
 
 
 def _caption(found: dict[int, list[bytes]]) -> str:

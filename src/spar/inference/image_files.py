@@ -22,29 +22,14 @@ if TYPE_CHECKING:
 
 MAX_HEADER_BYTES = 4 * 2**20  # of a PNG before its pixels, which contain the metadata
 
-# Keys of an image's metadata, their types, and the flag of each, if any.
-METADATA_KEYS: dict[str, tuple[type, str | None]] = {
-    "prompt": (str, None),
-    "instruction": (str, None),
-    "image": (str, None),
-    "image_sha256": (str, None),
-    "negative_prompt": (str, "--negative-prompt"),
-    "seed": (int, "--seed"),
-    "steps": (int, "--steps"),
-    "guidance": (float, "--guidance"),
-    "dtype": (str, "--dtype"),
-    "device": (str, "--device"),
-    "weights": (str, "--weights"),
-    "compile": (bool, "--compile"),
-    "decode_tile": (int, "--decode-tile"),
-    "model": (str, "--model"),
-    "adapter": (str, "--adapter"),
-    "recipe": (str, None),
-    "commit": (str, None),
-    "spar": (str, None),
-    "torch": (str, None),
-    "transformers": (str, None),
-    "diffusers": (str, None),
+# Keys of an image's metadata and their types: what has a flag of its name, between what it is made of and made with.
+FLAGS: dict[str, type] = {
+    "negative_prompt": str, "seed": int, "steps": int, "guidance": float, "dtype": str, "device": str, "weights": str,
+    "compile": bool, "decode_tile": int, "model": str, "adapter": str,
+}  # fmt: skip
+METADATA_KEYS: dict[str, type] = {
+    **dict.fromkeys(("prompt", "instruction", "image", "image_sha256"), str), **FLAGS,
+    **dict.fromkeys(("recipe", "commit", "spar", "torch", "transformers", "diffusers"), str),
 }  # fmt: skip
 BUNDLED_MODEL = "bundled"  # the model's name if no folder was given
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -173,8 +158,8 @@ class PngMetadata:
         if values["model"] == BUNDLED_MODEL:
             del values["model"]
         flags = [
-            flag if kind is bool else f"{flag}={values[name]}"
-            for name, (kind, flag) in METADATA_KEYS.items() if flag and values.get(name, False) is not False
+            f"--{name.replace('_', '-')}" + ("" if kind is bool else f"={values[name]}")
+            for name, kind in FLAGS.items() if values.get(name, False) is not False
         ]
         if any(word.startswith("-") for word in words[1:]):  # a word that is not a flag
             return ["spar", words[0], *size, *flags, "--", *words[1:]]
@@ -209,9 +194,8 @@ def read_metadata(path: Path) -> PngMetadata:
 
 
 def _parse_value(key: str, text: str) -> Any:
-    kind = METADATA_KEYS[key][0]
     try:
-        return kind(text)
+        return METADATA_KEYS[key](text)
     except ValueError:
         raise InputError(f"expected metadata of spar, got {key} {text[:40]!r}, which is not a number") from None
 

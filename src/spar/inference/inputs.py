@@ -21,10 +21,9 @@ def open_sources(image: ImageSource | Sequence[ImageSource], *, edited: bool = F
     if not sources:
         raise InputError("expected at least one image, got an empty list")
     for source in sources:
-        if isinstance(source, list | tuple) and edited:
-            raise InputError(one_reference(f"a list of {len(source)}"))
         if isinstance(source, list | tuple):
-            raise InputError("expected one image for each text, got a nested list (a chat takes several)")
+            nested = "expected one image for each text, got a nested list (a chat takes several)"
+            raise InputError(one_reference(f"a list of {len(source)}") if edited else nested)
     return [open_image(source) for source in sources]
 
 

@@ -48,17 +48,15 @@ class Offload:
         self.device, self.loaded_parts = device, set[str]()
         tokenizer = model.tokenizer
         streams = [part for name, part in tokenizer.named_children() if name not in ("encoder", "decoder")]
-        parts: dict[str, list[nn.Module]] = {
-            "encoder": [tokenizer.encoder],
-            "streams": streams,
-            "language": [model.language],
-            "router_and_connector": [model.router, model.connector],
-            "denoiser": [model.denoiser],
-            "decoder": [tokenizer.decoder],
+        parts: dict[str, nn.Module] = {
+            "encoder": tokenizer.encoder,
+            "streams": nn.ModuleList(streams),
+            "language": model.language,
+            "router_and_connector": nn.ModuleList([model.router, model.connector]),
+            "denoiser": model.denoiser,
+            "decoder": tokenizer.decoder,
         }
-        self.weights_by_part = {
-            name: [slot for one in modules for slot in _weight_slots(one)] for name, modules in parts.items()
-        }
+        self.weights_by_part = {name: _weight_slots(part) for name, part in parts.items()}
         for _, _, weight in (slot for slots in self.weights_by_part.values() for slot in slots):
             if device.type == "cuda" and type(weight.data) is Tensor:  # pinned memory is copied at the bus's full speed
                 weight.data = weight.data.pin_memory()

@@ -52,7 +52,7 @@ class GenerateOutput:
 
 @dataclass(frozen=True)
 class UnderstandOutput:
-    """Answers, and why each ended."""
+    """Answers in the order of the questions."""
 
     texts: list[str]
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +16,16 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from spar.checkpoints.hub import model_folder, model_name
 from spar.checkpoints.lora import load_adapter, merge_lora
 from spar.checkpoints.spar_format import ModelBundle, load_model, save_model, versions
+from spar.common import limits
 from spar.common.cpu import has_native_bfloat16
 from spar.common.device import check_device
 from spar.common.errors import InputError
-from spar.common.limits import (
-    MAX_CHAT_TOKENS,
-    MAX_GUIDANCE,
-    MAX_IMAGES,
-    MAX_NEW_TOKENS,
-    MAX_STEPS,
-    MAX_TILE,
-    check_int_range,
-    check_range,
-)
+from spar.common.limits import check_int_range, check_range
 from spar.common.threads import threads_for
 from spar.flow.guidance import apply_guidance
 from spar.flow.sampler import sample
@@ -91,17 +85,10 @@ class SparPipeline:
 
     @classmethod
     def from_pretrained(
-        cls,
-        path: str | Path | None = None,
-        *,
-        dtype: torch.dtype | None = None,
-        device: str | torch.device | None = None,
-        adapter: str | Path | None = None,
-        decode_tile: int | None = None,
-        weights: Weights = "float32",
-        offload: bool = False,
-        compile: bool = False,
-    ) -> "SparPipeline":
+        cls, path: str | Path | None = None, *, dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None, adapter: str | Path | None = None, decode_tile: int | None = None,
+        weights: Weights = "float32", offload: bool = False, compile: bool = False,
+    ) -> "SparPipeline":  # fmt: skip
         """Load a SPAR folder, or `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION`; without a path, the bundled weights.
 
         Args:
@@ -127,7 +114,7 @@ class SparPipeline:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise InputError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
         if decode_tile is not None:
-            check_int_range("decode_tile", decode_tile, MIN_TILE, MAX_TILE)
+            check_int_range("decode_tile", decode_tile, MIN_TILE, limits.MAX_TILE)
         if weights not in WEIGHTS:
             raise InputError(f"weights: expected one of {', '.join(WEIGHTS)}, got {weights!r}")
         if offload and where.type == "cpu":
@@ -165,18 +152,11 @@ class SparPipeline:
         return self.bundle.manifest
 
     def generate(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        negative_prompt: str | Sequence[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        num_images_per_prompt: int = 1,
-        seed: int | Sequence[int] | None = None,
+        self, prompt: str | Sequence[str], *, negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None, width: int | None = None, num_inference_steps: int | None = None,
+        guidance_scale: float | None = None, num_images_per_prompt: int = 1, seed: int | Sequence[int] | None = None,
         callback: Callback | None = None,
-    ) -> GenerateOutput:
+    ) -> GenerateOutput:  # fmt: skip
         """Generate images from prompts.
 
         Args:
@@ -194,27 +174,17 @@ class SparPipeline:
             Cancelled: by the callback; there is no result, and the pipeline is unchanged.
         """
         prompts = self._texts(prompt, "prompt")
-        negatives = self._negatives(negative_prompt, len(prompts))
-        size = self.output_size(height, width)
-        pairs = zip(prompts, negatives, strict=True)
-        prompt_metadata = [{"prompt": one, "negative_prompt": other} for one, other in pairs]
         return self._sample(
-            self.prompts.generation(prompts), self.prompts.generation(negatives), None, size, prompt_metadata,
+            "prompt", prompts, negative_prompt, self.prompts.generation, None, self.output_size(height, width),
             num_inference_steps, guidance_scale, num_images_per_prompt, seed, callback,
         )
 
     def edit(
-        self,
-        image: ImageSource | Sequence[ImageSource],
-        instruction: str | Sequence[str],
-        *,
-        negative_prompt: str | Sequence[str] | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        num_images_per_prompt: int = 1,
-        seed: int | Sequence[int] | None = None,
+        self, image: ImageSource | Sequence[ImageSource], instruction: str | Sequence[str], *,
+        negative_prompt: str | Sequence[str] | None = None, num_inference_steps: int | None = None,
+        guidance_scale: float | None = None, num_images_per_prompt: int = 1, seed: int | Sequence[int] | None = None,
         callback: Callback | None = None,
-    ) -> GenerateOutput:
+    ) -> GenerateOutput:  # fmt: skip
         """Edit images by instruction; keywords as in `generate`.
 
         One image with several instructions, or several images with one instruction, are paired; else one each. The
@@ -222,14 +192,11 @@ class SparPipeline:
         Each image has one reference image: the model has no place for a second one.
         """
         pixels, instructions = self._pairs(image, instruction, "instruction", keep_aspect=True)
-        negatives = self._negatives(negative_prompt, len(instructions))
-        size = (pixels.shape[-2], pixels.shape[-1])
-        tokens = size[0] * size[1] // self.model.config.token_stride**2
-        pairs = zip(instructions, negatives, strict=True)
-        prompt_metadata = [{"instruction": one, "negative_prompt": other} for one, other in pairs]
+        height, width = pixels.shape[-2:]
+        encode = partial(self.prompts.edit, image_tokens=height * width // self.model.config.token_stride**2)
         return self._sample(
-            self.prompts.edit(instructions, tokens), self.prompts.edit(negatives, tokens), pixels, size,
-            prompt_metadata, num_inference_steps, guidance_scale, num_images_per_prompt, seed, callback,
+            "instruction", instructions, negative_prompt, encode, pixels, (height, width),
+            num_inference_steps, guidance_scale, num_images_per_prompt, seed, callback,
         )
 
     @torch.inference_mode()
@@ -244,7 +211,7 @@ class SparPipeline:
         pixels, questions = self._pairs(image, question, "question")
         tokens = self.prompts.question(questions).to(self.device)
         room = self.model.config.text.max_seq_len - int(tokens.mask.sum(1).max())
-        max_new_tokens = min(max_new_tokens, MAX_NEW_TOKENS, max(room, 1))
+        max_new_tokens = min(max_new_tokens, limits.MAX_NEW_TOKENS, max(room, 1))
         with self._compute(len(pixels)):
             f_v = self._features(pixels)
             self._load_to_device("language")
@@ -266,10 +233,8 @@ class SparPipeline:
         """
         if max_new_tokens is not None:
             check_int_range("max_new_tokens", max_new_tokens, 1)
-        turns, max_tokens = (
-            read_messages(messages, self.image_size),
-            min(self.model.config.text.max_seq_len, MAX_CHAT_TOKENS),
-        )
+        turns = read_messages(messages, self.image_size)
+        max_tokens = min(self.model.config.text.max_seq_len, limits.MAX_CHAT_TOKENS)
         for index, turn in enumerate(turns):
             for text in turn.parts:
                 if isinstance(text, str) and (text or turn.role != "assistant"):  # an assistant's text may be empty
@@ -284,7 +249,7 @@ class SparPipeline:
         images = [image for turn in turns for image in turn.images]
         pixels = to_tensor(images).to(self.device) if images else None
         out = ChatOutput(length)
-        room = min(MAX_NEW_TOKENS, max_tokens - length)
+        room = min(limits.MAX_NEW_TOKENS, max_tokens - length)
         out.stream = self._stream(out, tokens, pixels, min(max_new_tokens or room, room))
         return out
 
@@ -356,25 +321,33 @@ class SparPipeline:
 
     @torch.inference_mode()
     def _sample(
-        self, tokens: TokenBatch, negatives: TokenBatch, pixels: Tensor | None, size: tuple[int, int],
-        prompt_metadata: list[dict[str, str | None]], steps: int | None, guidance: float | None, per_prompt: int,
-        seed: int | Sequence[int] | None, callback: Callback | None,
+        self, what: str, texts: list[str], negative_prompt: str | Sequence[str] | None,
+        encode: Callable[[Sequence[str | None]], TokenBatch], pixels: Tensor | None, size: tuple[int, int],
+        steps: int | None, guidance: float | None, per_prompt: int, seed: int | Sequence[int] | None,
+        callback: Callback | None,
     ) -> GenerateOutput:
-        """Prompts to images: one condition per prompt, then the flow's sampler around the denoiser."""
+        """Texts to images: one condition for each, then the flow's sampler around the denoiser.
+
+        `what` is the texts' name in the metadata, and `encode` their prompt.
+        """
+        negatives: Sequence[str | None] = [None] * len(texts)
+        if negative_prompt is not None:
+            negatives = broadcast(self._texts(negative_prompt, "negative_prompt"), len(texts), "negative_prompt")
+        tokens = encode(texts)
         defaults = self.bundle.sampling
         steps = defaults.steps if steps is None else steps
         guidance = defaults.guidance if guidance is None else guidance
-        check_int_range("num_inference_steps", steps, 1, MAX_STEPS)
-        check_range("guidance_scale", guidance, 0, MAX_GUIDANCE)
-        check_int_range("num_images_per_prompt", per_prompt, 1, MAX_IMAGES)
+        check_int_range("num_inference_steps", steps, 1, limits.MAX_STEPS)
+        check_range("guidance_scale", guidance, 0, limits.MAX_GUIDANCE)
+        check_int_range("num_images_per_prompt", per_prompt, 1, limits.MAX_IMAGES)
         count = len(tokens.ids) * per_prompt
-        check_range("images in all", count, 1, MAX_IMAGES)
+        check_range("images in all", count, 1, limits.MAX_IMAGES)
         seeds = list_seeds(seed, count)
         noise = self._noise(seeds, size)
         with self._compute(count):
             f_v = self._features(pixels) if pixels is not None else None
             self._load_to_device("streams", "language", "router_and_connector")
-            condition, routed = self._conditions(tokens, negatives, f_v, size, guidance)
+            condition, routed = self._conditions(tokens, encode(negatives), f_v, size, guidance)
             condition = condition.repeat(per_prompt)
             self._load_to_device("denoiser")
             condition = self.model.precompute_key_values(condition)
@@ -394,7 +367,10 @@ class SparPipeline:
             images = self.model.decode(latent, self.decode_tile).float()
         routing = [self._routing(tokens, routed, row) for row in range(len(tokens.ids)) for _ in range(per_prompt)]
         shared = {"steps": steps, "guidance": float(guidance), **self.run_metadata()}
-        metadata = [{**prompt_metadata[i // per_prompt], "seed": seed, **shared} for i, seed in enumerate(seeds)]
+        metadata = [
+            {what: texts[i // per_prompt], "negative_prompt": negatives[i // per_prompt], "seed": seed, **shared}
+            for i, seed in enumerate(seeds)
+        ]
         return GenerateOutput(images=to_pil(images), seeds=seeds, routing=routing, metadata=metadata)
 
     def run_metadata(self) -> dict[str, Any]:
@@ -414,18 +390,13 @@ class SparPipeline:
         if guidance == 1:
             return own, own
         other = self.model.condition(negatives.ids, negatives.mask, f_v, size)
-        length = max(own.states.shape[1], other.states.shape[1])
 
-        def widen(tensor: Tensor) -> Tensor:
-            return torch.nn.functional.pad(tensor, (0, 0) * (tensor.dim() - 2) + (length - tensor.shape[1], 0))
+        def join(one: Tensor, two: Tensor) -> Tensor:
+            return pad_sequence([*one, *two], batch_first=True, padding_side="left")
 
-        both = Condition(
-            states=torch.cat([widen(own.states), widen(other.states)]),
-            mask=torch.cat([widen(own.mask), widen(other.mask)]),
-            weights=torch.cat([widen(own.weights), widen(other.weights)]),
-            reference=None if own.reference is None else own.reference.repeat(2, 1, 1, 1),
-        )
-        return both, own
+        reference = None if own.reference is None else own.reference.repeat(2, 1, 1, 1)
+        states, weights = join(own.states, other.states), join(own.weights, other.weights)
+        return Condition(states, join(own.mask, other.mask), weights, reference), own
 
     def _routing(self, tokens: TokenBatch, condition: Condition, row: int) -> Routing:
         """Weights over the layers of each real token of one prompt, the queries last."""
@@ -478,11 +449,6 @@ class SparPipeline:
         for one in texts:
             self.check_text(one, what)
         return texts
-
-    def _negatives(self, negative: str | Sequence[str] | None, count: int) -> Sequence[str | None]:
-        if negative is None:
-            return [None] * count
-        return broadcast(self._texts(negative, "negative_prompt"), count, "negative_prompt")
 
     def _pairs(
         self, image: ImageSource | Sequence[ImageSource], text: str | Sequence[str], what: str, *,

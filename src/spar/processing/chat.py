@@ -44,12 +44,8 @@ def read_messages(messages: Sequence[Mapping[str, Any]], side: int) -> list[Chat
     images = sum(part["type"] == "image" for _, parts in contents for part in parts)
     if images > MAX_CHAT_IMAGES:
         raise InputError(f"messages: expected at most {MAX_CHAT_IMAGES} images, got {images}")
-    return [ChatMessage(role, tuple(_open(part, side) for part in _images_first(parts))) for role, parts in contents]
-
-
-def _images_first(parts: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The parts of one turn, images before texts, each in their order."""
-    return sorted(parts, key=lambda part: part["type"] != "image")
+    ordered = [(role, sorted(parts, key=lambda part: part["type"] != "image")) for role, parts in contents]
+    return [ChatMessage(role, tuple(_open(part, side) for part in parts)) for role, parts in ordered]
 
 
 def _open(part: Mapping[str, Any], side: int) -> str | Image.Image:

@@ -64,11 +64,14 @@ def open_image(source: ImageSource) -> Image.Image:
     if isinstance(source, Image.Image):
         return _convert(source, "the given image")
     if isinstance(source, bytes | bytearray | memoryview):
-        return _decode(bytes(source), "the given data")
-    if isinstance(source, str | os.PathLike):
+        data, name = bytes(source), "the given data"
+    elif isinstance(source, str | os.PathLike):
         path = os.fsdecode(source)
-        return _decode(_read(path), repr(path))
-    raise InputError(f"expected an image as a path, bytes or a Pillow image, got {type(source).__name__}")
+        data, name = _read(path), repr(path)
+    else:
+        raise InputError(f"expected an image as a path, bytes or a Pillow image, got {type(source).__name__}")
+    with _identify(data, name, FORMATS, _EXPECTED) as image:
+        return _convert(image, name, own=True)
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def read_header(data: bytes) -> ImageHeader:
         InputError: not a PNG, JPEG or WEBP, or a size that `open_training_image` would refuse.
     """
     with _identify(data, "it", TRAINING_FORMATS, _EXPECTED_TRAINING) as image:
-        _check_size(image, "it")
+        _check_pixels(image, "it")
         width, height = image.size
         # A PNG's EXIF may follow its pixels, and Pillow would decode them to find it.
         turned = "exif" in image.info and _orientation(image) in (5, 6, 7, 8)
@@ -178,10 +181,9 @@ def _read(path: str) -> bytes:
         raise InputError(f"{_EXPECTED} in a local file, got the URL {path!r}")
     try:
         status = os.stat(path)
-        if stat.S_ISDIR(status.st_mode):
-            raise InputError(f"{_EXPECTED}, but {path!r} is a directory")
         if not stat.S_ISREG(status.st_mode):
-            raise InputError(f"{_EXPECTED}, but {path!r} is not a regular file")
+            kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+            raise InputError(f"{_EXPECTED}, but {path!r} is {kind}")
         if status.st_size > MAX_BYTES:
             raise InputError(_too_many_bytes(repr(path), status.st_size))
         with open(path, "rb") as file:
@@ -192,11 +194,6 @@ def _read(path: str) -> bytes:
         raise InputError(f"{_EXPECTED}, but there is no file {path!r}") from None
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         raise InputError(f"{_EXPECTED}, but {path!r} cannot be read: {_reason(error)}") from error
-
-
-def _decode(data: bytes, name: str) -> Image.Image:
-    with _identify(data, name, FORMATS, _EXPECTED) as image:
-        return _convert(image, name, own=True)
 
 
 def _identify(data: bytes, name: str, formats: tuple[str, ...], expected: str) -> Image.Image:
@@ -224,26 +221,27 @@ def _true_format(image: Image.Image) -> str:
     return "JPEG" if image.format == "MPO" else image.format or ""  # only an image made in memory has none
 
 
-def _check_size(image: Image.Image, name: str) -> None:
+def _check_pixels(image: Image.Image, name: str) -> None:
+    """Refuse an image by the size and the mode of its pixels, before they are read."""
     if min(image.size) < MIN_SIDE:
         raise InputError(f"expected an image with sides of at least {MIN_SIDE} pixel, but {name} is {_size(image)}")
     if image.width * image.height > MAX_PIXELS:
         raise InputError(f"{_EXPECTED_PIXELS}, but {name} is {_size(image)}")
+    if image.mode in ("I", "F"):
+        raise InputError(f"expected 8 or 16 bits a channel, but {name} has 32 (mode {image.mode}) of unknown range")
 
 
 def _convert(image: Image.Image, name: str, *, own: bool = False) -> Image.Image:
-    """Convert an image of any mode to a new upright RGB image; its size is checked before its pixels are read.
+    """Convert an image of any mode to a new upright RGB image; size and mode are checked before pixels are read.
 
     An `own` image, without other references, is not copied if it is RGB already.
     """
-    _check_size(image, name)
+    _check_pixels(image, name)
     try:
         image.load()
         orientation = _orientation(image)
         plain = own and image.mode == "RGB" and not image.has_transparency_data
-        converted = image if plain else _to_rgb(image, name)
-    except InputError:
-        raise
+        converted = image if plain else _to_rgb(image)
     except Exception as error:  # a truncated or hostile file makes Pillow raise nearly anything
         raise InputError(f"{_EXPECTED} that is complete, but {name} cannot be decoded: {_reason(error)}") from error
     return converted.transpose(_ORIENTATIONS[orientation]) if orientation in _ORIENTATIONS else converted
@@ -257,11 +255,9 @@ def _orientation(image: Image.Image) -> int | None:
         return None
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         return _sixteen_to_rgb(image)
-    if image.mode in ("I", "F"):
-        raise InputError(f"expected 8 or 16 bits a channel, but {name} has 32 (mode {image.mode}) of unknown range")
     if image.has_transparency_data:
         background = Image.new("RGB", image.size, "white")
         if image.mode == "La":

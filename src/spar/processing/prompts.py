@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from spar.common.errors import InputError
 
@@ -114,19 +115,19 @@ class PromptEncoder:
         context = self.encode(IMAGE_TOKEN)
         return self.encode(IMAGE_START) + context * (tokens or self.visual_tokens) + self.encode(IMAGE_END)
 
-    def _user(self, *parts: list[int]) -> list[int]:
-        """A user turn around the parts, then the start of the assistant's."""
-        body = [token for part in parts for token in part]
-        return self.encode(f"{TURN_START}user\n") + body + self.encode(f"{TURN_END}\n{TURN_START}assistant\n")
+    def _user(self, content: list[int]) -> list[int]:
+        """A user turn, then the start of the assistant's."""
+        return self.encode(f"{TURN_START}user\n") + content + self.encode(f"{TURN_END}\n{TURN_START}assistant\n")
 
-    def image_prompt(self, *parts: list[int]) -> list[int]:
-        """A user turn whose answer is an image."""
-        return self._user(*parts) + (self.encode(IMAGE_START) if self.image_start else [])
+    def _image_prompts(self, contents: list[list[int]]) -> TokenBatch:
+        """User turns whose answers are images."""
+        start = self.encode(IMAGE_START) if self.image_start else []
+        return self.pad_rows([self._user(content) + start for content in contents], self.multiple)
 
     def generation(self, prompts: Sequence[str | None]) -> TokenBatch:
         """`Generate an image: {prompt}`; None gives the unconditional prompt."""
         texts = [UNCONDITIONAL if prompt is None else f"Generate an image: {prompt}" for prompt in prompts]
-        return self.pad_rows([self.image_prompt(self.encode(text)) for text in texts], self.multiple)
+        return self._image_prompts([self.encode(text) for text in texts])
 
     def edit(self, instructions: Sequence[str | None], image_tokens: int | None = None) -> TokenBatch:
         """`Edit the image: {instruction}` and the reference; None gives the unconditional prompt, reference kept.
@@ -134,14 +135,12 @@ class PromptEncoder:
         `image_tokens`: visual tokens of each reference, if not the fixed number.
         """
         texts = [UNCONDITIONAL_EDIT if text is None else f"Edit the image: {text}\n" for text in instructions]
-        return self.pad_rows(
-            [self.image_prompt(self.encode(text), self.image(image_tokens)) for text in texts], self.multiple
-        )
+        return self._image_prompts([self.encode(text) + self.image(image_tokens) for text in texts])
 
     def question(self, questions: Sequence[str]) -> TokenBatch:
         """The image, then the question, then the start of the answer."""
-        newline = self.encode("\n")
-        return self.pad_rows([self._user(self.image(), newline, self.encode(question)) for question in questions])
+        before = self.image() + self.encode("\n")
+        return self.pad_rows([self._user(before + self.encode(question)) for question in questions])
 
     def conversation(self, messages: Sequence[tuple[str, Sequence[str | None]]]) -> TokenBatch:
         """Turns (role, texts) and the start of the assistant's answer, one row; a text that is None is an image.
@@ -166,17 +165,12 @@ class PromptEncoder:
         the packed loss is exactly the loss of separate turns.
         """
         prefix = self.encode(f"{TURN_START}user\n") + self.image() + self.encode("\n")
-        built = [self._pack_row(prefix, turns) for turns in rows]
-        length = max(len(ids) for ids, *_ in built)
-        ids = torch.full((len(built), length), self.pad_id)
-        segments = torch.full((len(built), length), -1)
-        positions = torch.zeros(len(built), length, dtype=torch.long)
-        weights = torch.zeros(len(built), length)
-        for i, (row, segment, position, weight) in enumerate(built):
-            ids[i, : len(row)] = torch.tensor(row)
-            segments[i, : len(row)] = torch.tensor(segment)
-            positions[i, : len(row)] = torch.tensor(position)
-            weights[i, : len(row)] = torch.tensor(weight)
+        columns = zip(*(self._pack_row(prefix, turns) for turns in rows), strict=True)
+        ids, segments, positions, weights = (
+            pad_sequence([torch.tensor(row) for row in column], batch_first=True, padding_value=padding)
+            for column, padding in zip(columns, (self.tokenizer.pad_token_id, -1, 0, 0.0), strict=True)
+        )
+        length = ids.shape[1]
         same = segments[:, :, None] == segments[:, None, :]
         allowed = (same | (segments[:, None, :] == 0)) & torch.ones(length, length, dtype=torch.bool).tril()
         return PackedBatch(ids, allowed, positions, weights)
@@ -195,13 +189,9 @@ class PromptEncoder:
             weights += [0.0] * len(question) + [turn.weight] * len(answer)
         return ids, segments, positions, weights
 
-    @property
-    def pad_id(self) -> int:
-        return self.tokenizer.pad_token_id
-
     def pad_rows(self, rows: Sequence[list[int]], multiple: int = 1) -> TokenBatch:
         """Left-pad to the longest row, rounded up to a multiple of `multiple`."""
         length = -(-max(len(row) for row in rows) // multiple) * multiple
-        ids = torch.tensor([[self.pad_id] * (length - len(row)) + row for row in rows])
+        ids = torch.tensor([[self.tokenizer.pad_token_id] * (length - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
         return TokenBatch(ids, mask)

@@ -24,7 +24,7 @@ from spar.common.config import read_json, to_dict, write_json
 from spar.common.errors import InputError
 from spar.common.files import atomic_file
 from spar.data.loader import to_pixels
-from spar.data.samples import BadSample, EditSample, check_references
+from spar.data.samples import BadSample, check_references
 from spar.data.sources import DataSource
 from spar.models.tokenizer import UnifiedTokenizer
 from spar.processing.images import open_training_image, to_size
@@ -146,9 +146,8 @@ class _Pictures(Dataset):
         for index in range(start, min(start + self.batch, self.stop)):
             try:
                 sample = self.source.read(index)
-                references = sample.input_images if isinstance(sample, EditSample) else ()
                 check_references(sample)
-                shown = [self._decoded(data) for data in (sample.image, *references)]
+                shown = [self._decoded(data) for data in (sample.image, *sample.input_images)]
             except (BadSample, InputError) as error:
                 log.warning("%s: %s", self.source.name, error)
                 continue
