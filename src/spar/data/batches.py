@@ -66,6 +66,17 @@ class Edits(Captioned):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Descriptions(Images):
+    """Prompts for images, and each image in words: of edits, whose images are those before the edit, or of captions,
+    which have none.
+    """
+
+    prompts: tuple[str, ...]
+    texts: tuple[str, ...]
+    edits: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Dialogues(Images):
     """Images with questions and answers about each."""
 

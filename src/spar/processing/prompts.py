@@ -22,6 +22,7 @@ UNCONDITIONAL = "Generate an image."
 UNCONDITIONAL_EDIT = "Edit the image.\n"
 DESCRIBE = "describe the image"
 MAX_CHARACTERS_PER_TOKEN = 32
+PackedRow = tuple[list[int], list[int], list[int], list[float]]  # ids, segments, positions, weights
 ROLES = ("system", "user", "assistant")
 
 
@@ -38,11 +39,12 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class QuestionAnswer:
-    """One question about an image and its answer, for packed training."""
+    """One question about an image and its answer, for packed training; `follows`: asked after the turn before it."""
 
     question: str
     answer: str
     weight: float = 1.0
+    follows: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,16 +128,21 @@ class PromptEncoder:
 
     def generation(self, prompts: Sequence[str | None]) -> TokenBatch:
         """`Generate an image: {prompt}`; None gives the unconditional prompt."""
-        texts = [UNCONDITIONAL if prompt is None else f"Generate an image: {prompt}" for prompt in prompts]
-        return self._image_prompts([self.encode(text) for text in texts])
+        return self._image_prompts([self._generation(prompt) for prompt in prompts])
+
+    def _generation(self, prompt: str | None) -> list[int]:
+        return self.encode(UNCONDITIONAL if prompt is None else f"Generate an image: {prompt}")
 
     def edit(self, instructions: Sequence[str | None], image_tokens: int | None = None) -> TokenBatch:
         """`Edit the image: {instruction}` and the reference; None gives the unconditional prompt, reference kept.
 
         `image_tokens`: visual tokens of each reference, if not the fixed number.
         """
-        texts = [UNCONDITIONAL_EDIT if text is None else f"Edit the image: {text}\n" for text in instructions]
-        return self._image_prompts([self.encode(text) + self.image(image_tokens) for text in texts])
+        return self._image_prompts([self._edit(text, image_tokens) for text in instructions])
+
+    def _edit(self, instruction: str | None, image_tokens: int | None = None) -> list[int]:
+        text = UNCONDITIONAL_EDIT if instruction is None else f"Edit the image: {instruction}\n"
+        return self.encode(text) + self.image(image_tokens)
 
     def question(self, questions: Sequence[str]) -> TokenBatch:
         """The image, then the question, then the start of the answer."""
@@ -159,13 +166,29 @@ class PromptEncoder:
         return self.pad_rows([row + self.encode(f"{TURN_START}assistant\n")])
 
     def pack(self, rows: Sequence[Sequence[QuestionAnswer]]) -> PackedBatch:
-        """Several single-turn conversations about one image, sharing the image's tokens.
+        """Several conversations about one image, sharing the image's tokens.
 
-        Each turn attends to the image and to itself, never to other turns, at the positions that it would have alone:
-        the packed loss is exactly the loss of separate turns.
+        Each conversation attends to the image and to itself, never to others, at the positions that it would have
+        alone: the packed loss is exactly the loss of separate conversations. A turn that `follows` goes on with the
+        conversation of the turn before it.
         """
         prefix = self.encode(f"{TURN_START}user\n") + self.image() + self.encode("\n")
-        columns = zip(*(self._pack_row(prefix, turns) for turns in rows), strict=True)
+        return self._packed([self._pack_row(prefix, turns) for turns in rows])
+
+    def pack_descriptions(self, prompts: Sequence[str], descriptions: Sequence[str], *, edits: bool) -> PackedBatch:
+        """Prompts for images, as `generation` or `edit` writes them, each answered in words."""
+        rows = []
+        for prompt, description in zip(prompts, descriptions, strict=True):
+            ids = self._user(self._edit(prompt) if edits else self._generation(prompt))
+            answer = self.encode(description) + self.encode(TURN_END)
+            length = len(ids) + len(answer)
+            weights = [0.0] * len(ids) + [1.0] * len(answer)
+            rows.append((ids + answer, [0] * length, list(range(length)), weights))
+        return self._packed(rows)
+
+    def _packed(self, rows: Sequence[PackedRow]) -> PackedBatch:
+        """Pad rows on the right; a token attends to what is before it in segment 0 and in its own segment."""
+        columns = zip(*rows, strict=True)
         ids, segments, positions, weights = (
             pad_sequence([torch.tensor(row) for row in column], batch_first=True, padding_value=padding)
             for column, padding in zip(columns, (self.tokenizer.pad_token_id, -1, 0, 0.0), strict=True)
@@ -175,17 +198,19 @@ class PromptEncoder:
         allowed = (same | (segments[:, None, :] == 0)) & torch.ones(length, length, dtype=torch.bool).tril()
         return PackedBatch(ids, allowed, positions, weights)
 
-    def _pack_row(
-        self, prefix: list[int], turns: Sequence[QuestionAnswer]
-    ) -> tuple[list[int], list[int], list[int], list[float]]:
+    def _pack_row(self, prefix: list[int], turns: Sequence[QuestionAnswer]) -> PackedRow:
         ids, segments, weights = list(prefix), [0] * len(prefix), [0.0] * len(prefix)
-        positions = list(range(len(prefix)))
-        for number, turn in enumerate(turns, start=1):
-            question = self.encode(turn.question) + self.encode(f"{TURN_END}\n{TURN_START}assistant\n")
+        positions, number = list(range(len(prefix))), 0
+        for turn in turns:
+            goes_on = turn.follows and number > 0
+            number += not goes_on
+            question = self.encode(f"\n{TURN_START}user\n") if goes_on else []
+            question = question + self.encode(turn.question) + self.encode(f"{TURN_END}\n{TURN_START}assistant\n")
             answer = self.encode(turn.answer) + self.encode(TURN_END)
+            start = positions[-1] + 1 if goes_on else len(prefix)
             ids += question + answer
             segments += [number] * (len(question) + len(answer))
-            positions += range(len(prefix), len(prefix) + len(question) + len(answer))
+            positions += range(start, start + len(question) + len(answer))
             weights += [0.0] * len(question) + [turn.weight] * len(answer)
         return ids, segments, positions, weights
 

@@ -4,10 +4,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from spar.common.errors import InputError
-from spar.data.batches import Dialogues, Images
+from spar.data.batches import Descriptions, Dialogues, Images
 from spar.training.data import CaptionData, MixedData, StageData
-from spar.worlds.shapes.questions import CURRICULUM_KINDS, QUESTION_KINDS
-from spar.worlds.shapes.scene import KINDS
+from spar.worlds.shapes.questions import BINDING_QUESTION_KINDS, CURRICULUM_KINDS, QUESTION_KINDS
+from spar.worlds.shapes.scene import ALL_KINDS
+
+
+def _check_scene_kinds(kinds: tuple[str, ...]) -> None:
+    if not set(kinds) <= set(ALL_KINDS):
+        raise InputError(f"scene_kinds: expected {', '.join(ALL_KINDS)}, got {', '.join(kinds)}")
 
 
 @dataclass(frozen=True)
@@ -25,8 +30,7 @@ class Lessons:
     def __post_init__(self) -> None:
         if not 0 <= self.position_captions <= 1:
             raise InputError(f"position_captions: expected 0 to 1, got {self.position_captions}")
-        if not set(self.scene_kinds) <= set(KINDS):
-            raise InputError(f"scene_kinds: expected {', '.join(KINDS)}, got {', '.join(self.scene_kinds)}")
+        _check_scene_kinds(self.scene_kinds)
 
 
 @dataclass(frozen=True)
@@ -49,14 +53,24 @@ class MixedLessons(Lessons, MixedData):
 
 @dataclass(frozen=True)
 class QuestionData(StageData):
-    """Images with questions of the kinds named, in this order, and at last the description of each."""
+    """Images with questions of the kinds named, in this order, and at last the description of each.
+
+    In the share `prompt_share` of the steps the LLM reads prompts for images in their place, half captions and half
+    edits, and says what the image will show: it learns what its states have to tell the DiT, which a published LLM
+    brings along. `scene_kinds` as in `Lessons`.
+    """
 
     kind: ClassVar[str] = "questions"
-    gives: ClassVar[tuple[type[Images], ...]] = (Dialogues,)
+    gives: ClassVar[tuple[type[Images], ...]] = (Dialogues, Descriptions)
     questions: tuple[str, ...] = ()
+    prompt_share: float = 0.0
+    scene_kinds: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        known = (*QUESTION_KINDS, *CURRICULUM_KINDS)
+        if not 0 <= self.prompt_share <= 1:
+            raise InputError(f"prompt_share: expected 0 to 1, got {self.prompt_share}")
+        _check_scene_kinds(self.scene_kinds)
+        known = (*QUESTION_KINDS, *CURRICULUM_KINDS, *BINDING_QUESTION_KINDS)
         unknown = sorted(set(self.questions) - set(known))
         if unknown:
             raise InputError(f"questions: expected {', '.join(known)}, got {', '.join(unknown)}")

@@ -11,20 +11,31 @@ from torch import Tensor
 
 from spar.common.errors import InputError
 from spar.common.files import atomic_file
-from spar.data.batches import Captioned, Dialogues, Edits, Images
+from spar.data.batches import Captioned, Descriptions, Dialogues, Edits, Images
 from spar.processing.prompts import DESCRIBE, PromptEncoder, QuestionAnswer
 from spar.recipes.shapes.curricula import CaptionLessons, Lessons, MixedLessons, QuestionData
 from spar.recipes.shapes.dense_tagging import TagData, Tagged
 from spar.training.config import Recipe, StageConfig
 from spar.training.data import CaptionData, DataConfig, ImageData, MixedData, StageData, TrainingData, resized
 from spar.training.distributed import DistributedContext
-from spar.worlds.shapes.captions import caption, describe, position_caption
+from spar.worlds.shapes.captions import caption, describe, open_caption, position_caption
 from spar.worlds.shapes.dataset import dense_targets, scene_at
-from spar.worlds.shapes.edits import Edit, make_edit
+from spar.worlds.shapes.edits import BY_ANYTHING, Edit, edit_kinds, make_edit
+from spar.worlds.shapes.forms import paraphrase
 from spar.worlds.shapes.questions import questions
 from spar.worlds.shapes.render import render
-from spar.worlds.shapes.scene import SIDE, Scene
+from spar.worlds.shapes.scene import KINDS, SIDE, Scene, pick
 from spar.worlds.shapes.tokenizer import build_tokenizer
+
+# Kinds of scenes by frequency: of those with several objects 38 % need binding.
+KIND_WEIGHTS = {**dict.fromkeys(KINDS, 1.0), "shared": 1.5, "twins": 1.0}
+OPEN_CAPTIONS = 0.15
+FOLLOWING = 0.4
+
+
+def draw_edit(scene: Scene, rng: np.random.Generator) -> Edit:
+    """An edit of any kind that a scene allows, which names objects by anything that singles them out."""
+    return make_edit(scene, rng, pick(rng, edit_kinds(scene, naming=BY_ANYTHING)), naming=BY_ANYTHING)
 
 
 @dataclass(frozen=True)
@@ -70,10 +81,8 @@ class ShapesTrainingData(TrainingData):
     def __init__(self, config: ShapesData, grid: int, seed: int, cache: Path | None = None) -> None:
         super().__init__(seed)
         self.config, self.grid = config, grid
-        self.scenes = [scene_at("train", i) for i in range(config.scenes)]
-        self.edits: list[Edit] = [
-            make_edit(self.scenes[i], np.random.default_rng((seed, 1, i))) for i in range(config.edits)
-        ]
+        self.scenes = [scene_at("train", i, KIND_WEIGHTS) for i in range(config.scenes)]
+        self.edits = [draw_edit(self.scenes[i], np.random.default_rng((seed, 1, i))) for i in range(config.edits)]
         self.kinds = np.array([scene.kind for scene in self.scenes])
         self.images = _rendered(cache, "scenes", self.scenes)
         self.edited = _rendered(cache, "edits", [edit.target for edit in self.edits])
@@ -83,15 +92,18 @@ class ShapesTrainingData(TrainingData):
         rng, data = self.rng(stage.name, step), stage.data
         editing = isinstance(data, MixedData) and bool(rng.random() < data.edit_share)
         lessons = data if isinstance(data, Lessons) else Lessons()
-        drawn = self.draw(rng, stage.batch, edits=editing, kinds=lessons.scene_kinds)
+        kinds = data.scene_kinds if isinstance(data, Lessons | QuestionData) else ()
+        drawn = self.draw(rng, stage.batch, edits=editing, kinds=kinds)
         indices = drawn[rows]
         pixels = self.pixels(indices, edited=editing)
         if editing:
-            texts = tuple(self.instructions(drawn)[rows])
+            texts = tuple(self.instructions(rng, drawn)[rows])
             return Edits(keys=indices, pixels=pixels, texts=texts, references=self.pixels(indices))
         if isinstance(data, CaptionData):
             texts = tuple(self.captions(rng, drawn, position_captions=lessons.position_captions)[rows])
             return Captioned(keys=indices, pixels=pixels, texts=texts)
+        if isinstance(data, QuestionData) and rng.random() < data.prompt_share:
+            return self.described(rng, data, stage.batch, rows)
         if isinstance(data, QuestionData):
             turns = tuple(map(tuple, self.turns(rng, drawn, data.questions)[rows]))
             return Dialogues(keys=indices, pixels=pixels, turns=turns)
@@ -125,22 +137,47 @@ class ShapesTrainingData(TrainingData):
         """A caption of each scene; the share `position_captions` of them also says where things lie."""
         placed = rng.random(len(indices)) < position_captions if position_captions else np.zeros(len(indices), bool)
         return [
-            position_caption(self.scenes[i], rng) if is_placed else caption(self.scenes[i], rng)
+            position_caption(self.scenes[i], rng) if is_placed else self.caption(rng, self.scenes[i])
             for i, is_placed in zip(indices, placed, strict=True)
         ]
 
-    def instructions(self, indices: np.ndarray) -> list[str]:
-        return [self.edits[i].instruction for i in indices]
+    def caption(self, rng: np.random.Generator, scene: Scene) -> str:
+        """A caption in training forms; in OPEN_CAPTIONS one that leaves something open."""
+        return paraphrase((open_caption if rng.random() < OPEN_CAPTIONS else caption)(scene, rng), rng)
+
+    def instructions(self, rng: np.random.Generator, indices: np.ndarray) -> list[str]:
+        """The instruction of each edit, in training forms."""
+        return [paraphrase(self.edits[i].instruction, rng) for i in indices]
+
+    def described(self, rng: np.random.Generator, data: QuestionData, count: int, rows: slice) -> Descriptions:
+        """Prompts for images, of captions or of edits, with the description of what is to be seen."""
+        editing = bool(rng.random() < 0.5)
+        drawn = self.draw(rng, count, edits=editing, kinds=data.scene_kinds)
+        if editing:
+            prompts, scenes = self.instructions(rng, drawn), [self.edits[i].target for i in drawn]
+        else:
+            scenes = [self.scenes[i] for i in drawn]
+            prompts = [paraphrase(caption(scene, rng, background=True, size=True), rng) for scene in scenes]
+        return Descriptions(
+            keys=drawn[rows], pixels=self.pixels(drawn[rows]), prompts=tuple(prompts[rows]),
+            texts=tuple(describe(scene) for scene in scenes[rows]), edits=editing,
+        )  # fmt: skip
 
     def turns(
         self, rng: np.random.Generator, indices: np.ndarray, kinds: tuple[str, ...]
     ) -> list[list[QuestionAnswer]]:
-        """Questions of the given kinds about each scene, none twice, and at last its description."""
+        """Questions of the given kinds about each scene in training forms, none twice, and at last its description.
+
+        A turn goes on with the conversation of the one before it in FOLLOWING of the cases.
+        """
         rows = []
         for i in indices:
             scene = self.scenes[i]
-            asked = dict.fromkeys(questions(scene, rng, kinds))
-            rows.append([*(QuestionAnswer(q.text, q.answer) for q in asked), QuestionAnswer(DESCRIBE, describe(scene))])
+            asked = [(q.text, q.answer) for q in dict.fromkeys(questions(scene, rng, kinds))]
+            rows.append([
+                QuestionAnswer(paraphrase(text, rng), answer, follows=bool(rng.random() < FOLLOWING))
+                for text, answer in (*asked, (DESCRIBE, describe(scene)))
+            ])  # fmt: skip
         return rows
 
     def dense(self, indices: np.ndarray, grid: int) -> dict[str, Tensor]:

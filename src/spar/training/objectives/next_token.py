@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch.nn.functional as F
 
-from spar.data.batches import Dialogues, Images
+from spar.data.batches import Descriptions, Dialogues, Images
 from spar.models.attention import attention_bias
 from spar.training.cost import Cost, meta_input, part_cost
 from spar.training.objectives.base import Objective, StepContext, Terms
@@ -25,15 +25,19 @@ class NextTokenObjective(Objective["SparRecipe"]):
     """Cross-entropy of the answers' tokens alone; the encoder's features are computed once an image."""
 
     kind: ClassVar[str] = "next_token"
-    takes: ClassVar[tuple[type[Images], ...]] = (Dialogues,)
+    takes: ClassVar[tuple[type[Images], ...]] = (Dialogues, Descriptions)
     splittable: ClassVar[bool] = False  # a mean over the whole batch's tokens
 
-    def __call__(self, ctx: StepContext, batch: Dialogues) -> Terms:
-        model = ctx.modules.model
-        packed = ctx.prompts.pack(batch.turns)
+    def __call__(self, ctx: StepContext, batch: Dialogues | Descriptions) -> Terms:
+        model, f_v = ctx.modules.model, None
+        if isinstance(batch, Dialogues):
+            packed = ctx.prompts.pack(batch.turns)
+        else:
+            packed = ctx.prompts.pack_descriptions(batch.prompts, batch.texts, edits=batch.edits)
+        if isinstance(batch, Dialogues) or batch.edits:
+            f_v = ctx.frozen_features("f_v", batch, lambda x: {"f_v": model.tokenizer.encoder(x)})["f_v"].float()
         ids, weights = packed.ids.to(ctx.device), packed.weights.to(ctx.device)[:, 1:]
-        f_v = ctx.frozen_features("f_v", batch, lambda x: {"f_v": model.tokenizer.encoder(x)})["f_v"]
-        embeddings = model.embed(ids, f_v.float())
+        embeddings = model.embed(ids, f_v)
         bias = attention_bias(packed.allowed.to(ctx.device), embeddings, causal=False)
         final, _ = model.language(embeddings, bias, packed.positions.to(ctx.device))
         answered = weights > 0

@@ -1,5 +1,6 @@
 """The unified stages: generation and editing on `z_f`, taught by the tokenizer's own encoder (SPAR section 3.3)."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from spar.common.errors import InputError
 from spar.data.batches import Captioned, Edits, Images
+from spar.models.spar import Condition
 from spar.training.cost import Cost, meta_input, part_cost
 from spar.training.data import MixedData, TrainingData
 from spar.training.feature_cache import encode
@@ -29,16 +31,21 @@ CONNECTOR_FROM_LLM, TEACHER_MEAN = "connector from LLM", "teacher mean"
 
 @dataclass(frozen=True)
 class UnifiedObjective(Objective["SparRecipe"]):
-    """L_fm + align L_align; align is lambda_a, `noise_samples` the draws of noise and time an image."""
+    """L_fm + align L_align; align is lambda_a, `noise_samples` the draws of noise and time an image.
+
+    `balance` weighs a term that is no part of the paper's loss: log K less the entropy of the routing weights, their
+    mean over a batch's tokens. Without it the router of a small model settles on one layer for every token.
+    """
 
     kind: ClassVar[str] = "unified"
     takes: ClassVar[tuple[type[Images], ...]] = (Captioned, Edits)
     reads_features: ClassVar[bool] = True
     align: float = 0.0
     noise_samples: int = 1
+    balance: float = 0.0
 
     def __post_init__(self) -> None:
-        check_at_least(0, align=self.align)
+        check_at_least(0, align=self.align, balance=self.balance)
         check_at_least(1, noise_samples=self.noise_samples)
 
     @property
@@ -121,12 +128,16 @@ class UnifiedObjective(Objective["SparRecipe"]):
         grid = (latent.shape[-2], latent.shape[-1])
         error, output = flow_matching(ctx, latent, condition, self.noise_samples)
         terms = {"loss": error, "flow": error.detach()}
+        if self.balance:
+            imbalance = routing_imbalance(condition)
+            error = error + self.balance * imbalance
+            terms |= {"loss": error, "imbalance": imbalance.detach()}
         weight = self.weight(ctx.recipe)
         if weight:
             teacher = self._teacher_features(ctx, batch, target, grid)
             aligned = alignment_terms(ctx, output.features, grid, teacher, self.noise_samples)
             terms |= {"loss": error + weight * aligned.pop("loss"), **aligned}
-        return {**terms, name: error.detach()}
+        return {**terms, name: terms["flow"]}
 
     def _teacher_features(
         self, ctx: StepContext, batch: Captioned, target: Mapping[str, Tensor], grid: tuple[int, int]
@@ -150,6 +161,12 @@ class UnifiedObjective(Objective["SparRecipe"]):
             features = meta_input(1, config.grid**2, config.denoiser.width)
             cost += part_cost(lambda: modules.alignment_head(features), modules.alignment_head) * self.noise_samples
         return cost
+
+
+def routing_imbalance(condition: Condition) -> Tensor:
+    """Log K - H(mean of the routing weights over the real tokens): 0 if each layer has its share, log K for one."""
+    weights = condition.weights[condition.mask.bool()].float().mean(0)                       # [K]
+    return math.log(len(weights)) + torch.special.xlogy(weights, weights).sum()
 
 
 def external_features(ctx: StepContext, pixels: Tensor) -> Tensor:
