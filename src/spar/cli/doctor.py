@@ -23,6 +23,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from spar import DISTRIBUTION
+from spar.cli.console import show_bytes
 from spar.common.cpu import bfloat16_instructions
 from spar.common.errors import install_command
 from spar.common.threads import SETTINGS
@@ -105,12 +106,12 @@ def check_dependencies() -> Iterator[Check]:
 def _check_requirement(requirement: Requirement) -> Check:
     name, expected = requirement.name, str(requirement.specifier)
     try:
-        version = importlib.metadata.version(name)
+        found = importlib.metadata.version(name)
+        if requirement.specifier.contains(found, prereleases=True):
+            return Check(name, True, found)
     except importlib.metadata.PackageNotFoundError:
-        return Check(name, False, f"not installed; expected {expected}", f'pip install "{name}{expected}"')
-    if requirement.specifier.contains(version, prereleases=True):
-        return Check(name, True, version)
-    return Check(name, False, f"{version}; expected {expected}", f'pip install "{name}{expected}"')
+        found = "not installed"
+    return Check(name, False, f"{found}; expected {expected}", f'pip install "{name}{expected}"')
 
 
 def check_torchvision() -> Check:
@@ -159,7 +160,7 @@ def check_device() -> Check:
     device = best_device()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        return Check("device", True, f"cuda: {properties.name}, {_format_bytes(properties.total_memory)}")
+        return Check("device", True, f"cuda: {properties.name}, {show_bytes(properties.total_memory)}")
     if device.type == "mps":
         return Check("device", True, "mps (give --device mps; the default is the CPU)")
     chosen = ", ".join(f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ) or "as OpenMP waits"
@@ -267,10 +268,7 @@ def check_temporary() -> Check:
 def check_disk(folder: Path) -> Check:
     """Check the free space of the folder of runs and images."""
     free = shutil.disk_usage(folder).free
-    if free >= ENOUGH_DISK:
-        return Check("disk", True, f"{_format_bytes(free)} free in {folder}")
-    return Check("disk", False, f"{_format_bytes(free)} free in {folder}; expected {_format_bytes(ENOUGH_DISK)}",
-                 "make room, or work in a folder on another disk")
+    return _check_room("disk", free, ENOUGH_DISK, f"free in {folder}", "make room, or work in a folder on another disk")
 
 
 def check_memory() -> Check:
@@ -278,10 +276,14 @@ def check_memory() -> Check:
     free = available_memory()
     if free is None:
         return Check("memory", None, "not reported by this system")
-    if free >= ENOUGH_MEMORY:
-        return Check("memory", True, f"{_format_bytes(free)} available")
-    return Check("memory", False, f"{_format_bytes(free)} available; expected {_format_bytes(ENOUGH_MEMORY)}",
-                 "end other programs, or raise the container's limit")
+    return _check_room("memory", free, ENOUGH_MEMORY, "available", "end other programs, or raise the container's limit")
+
+
+def _check_room(name: str, free: int, enough: int, where: str, fix: str) -> Check:
+    found = f"{show_bytes(free)} {where}"
+    if free >= enough:
+        return Check(name, True, found)
+    return Check(name, False, f"{found}; expected {show_bytes(enough)}", fix)
 
 
 def available_memory(system: Path = Path("/")) -> int | None:
@@ -311,7 +313,3 @@ def _import_error(module: str) -> str | None:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _format_bytes(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB"

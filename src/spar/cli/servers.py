@@ -13,6 +13,7 @@ from spar.cli.console import progress_bar
 from spar.cli.loading import gc_disabled
 from spar.cli.parsing import takes
 from spar.cli.serve_arguments import ListenArguments, ServeArguments, UiArguments
+from spar.serving.limits import PAGE_PATH
 
 if TYPE_CHECKING:
     import socket
@@ -26,10 +27,9 @@ def serve(args: ServeArguments) -> int:
     """Serve the four tasks over HTTP, in the format of OpenAI's API."""
     from tempfile import TemporaryDirectory
 
-    listener, token, thread, pipe = _listen_and_load(args, *(["serve", "ui"] if args.ui else ["serve"]))
+    listener, token, thread, pipe = _listen_and_load(args, "serve", *(["ui"] if args.ui else []))
     with TemporaryDirectory(prefix="spar-") if args.ui else nullcontext() as cache:
         with gc_disabled():
-            from spar.serving.limits import PAGE_PATH
             from spar.serving.server import build_server
 
             build_page = None
