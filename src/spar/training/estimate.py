@@ -107,9 +107,14 @@ class StageEstimate:
     """One stage on a machine.
 
     Attributes:
-        trainable, frozen: numbers of parameters.
+        trainable: number of trainable parameters.
+        frozen: number of frozen parameters.
         micro_batch: what a device computes at once.
-        weights, gradients, optimizer, activations, reserve: bytes of one device.
+        weights: bytes of the weights on one device.
+        gradients: bytes of the gradients on one device.
+        optimizer: bytes of the optimizer's state on one device.
+        activations: bytes of the activations on one device.
+        reserve: bytes of one device that no run can use.
         flops: operations of a step; 0, as are `activations` and `seconds`, where the objective does not say.
         images_per_second: of all devices.
         seconds: of the whole stage.
