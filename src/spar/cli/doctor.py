@@ -13,7 +13,6 @@ import os
 import platform
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,34 +185,21 @@ def check_bfloat16() -> Check:
         return Check("bfloat16", False, "torch does not import", REINSTALL)
     import torch
 
+    from spar.common.device import measure_peak
+
     device = best_device()
     hardware = device.type
     if device.type == "cpu":
         hardware = ", ".join(bfloat16_instructions()) or "no instructions named"
+    side = MATMUL_SIDE[device.type]
     try:
-        half, full = (_matmul_gflops(dtype, device) for dtype in (torch.bfloat16, torch.float32))
+        half, full = (measure_peak(device, dtype, side) / 1e9 for dtype in (torch.bfloat16, torch.float32))
     except RuntimeError as error:
         return Check("bfloat16", None, f"{hardware}; not supported: {_first_line(error)}", "use float32 here")
     found = f"{hardware}; {half / full:.1f} times the speed of float32 ({half:,.0f} against {full:,.0f} GFLOP/s)"
     if half >= full:
         return Check("bfloat16", True, found)
     return Check("bfloat16", None, found, "float32 is faster here")
-
-
-def _matmul_gflops(dtype: "torch.dtype", device: "torch.device") -> float:
-    """GFLOP/s of a square matrix product, the best of three."""
-    import torch
-
-    side = MATMUL_SIDE[device.type]
-    matrix = torch.ones(side, side, dtype=dtype, device=device)
-    synchronize = torch.get_device_module(device).synchronize
-    seconds = []
-    for _ in range(4):  # the first one is the warm-up
-        start = time.perf_counter()
-        matrix @ matrix
-        synchronize()
-        seconds.append(time.perf_counter() - start)
-    return 2 * side**3 / min(seconds[1:]) / 1e9
 
 
 def check_weights(folder: Path) -> Check:

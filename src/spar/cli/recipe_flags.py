@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from tyro.conf import FlagConversionOff, arg
 
+from spar.cli.arguments import TrainArguments
 from spar.common.errors import InputError
 
 if TYPE_CHECKING:
     from spar.training.config import Recipe
     from spar.training.data import DataConfig
-
-from spar.cli.arguments import TrainArguments
 
 T = TypeVar("T")
 

@@ -85,15 +85,15 @@ def reconstruct(args: ReconstructArguments) -> int:
     paths = output_paths(output, _file_names(sources))
     check_writable(paths, overwrite=args.overwrite)
     pipe = loading.load_pipeline(args)
+    from spar.evaluation.options import batches
+
     images: list[Any] = []
     metadata: list[dict[str, Any]] = []
     with progress_bar("reconstructing") as advance:
-        for start in range(0, len(sources), RECONSTRUCT_BATCH):
-            out = pipe.reconstruct(list(sources[start : start + RECONSTRUCT_BATCH]))
+        for batch in batches(sources, RECONSTRUCT_BATCH, advance):
+            out = pipe.reconstruct(list(batch))
             images += out.images
             metadata += out.metadata
-            if advance:
-                advance(len(images), len(sources))
     pairs = zip(sources, metadata, strict=True)
     save_images(images, paths, [{**source_metadata(source), **values} for source, values in pairs])
     for path in paths:
