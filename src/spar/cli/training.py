@@ -27,7 +27,6 @@ from spar.inference.image_files import check_folder
 
 if TYPE_CHECKING:
     from spar.training.estimate import HardwareConfig, StageEstimate
-    from spar.training.files_data import FilesData
     from spar.training.plan import RunPlan
 
 
@@ -103,15 +102,20 @@ def plan(argv: list[str]) -> int:
 
 def _print_plan(plan: "RunPlan", hardware: "HardwareConfig", estimates: "Sequence[StageEstimate]") -> None:
     """Print what each stage of a run does, what it costs on the hardware, and what would not work."""
-    from spar.training.files_data import FilesData
+    from spar.training.files_data import FilesData, epochs_per_source, open_sources, weighted_sets
 
     if os.environ.get("RANK", "0") != "0":  # the first of several processes prints
         return
     console = new_console()
     console.print(plan_table(plan))
     console.print(estimate_table(_left(plan, estimates), hardware))
-    if isinstance(plan.recipe.data, FilesData):
-        console.print(epochs_table(_epochs(plan.recipe.data, [one.config for one in plan.stages])))
+    data = plan.recipe.data
+    if isinstance(data, FilesData):
+        with progress_bar("indexing the data"):
+            sources = open_sources(data)
+        weights = [weight for weight, _ in weighted_sets(data.sets)]
+        stages = [one.config for one in plan.stages]
+        console.print(epochs_table({stage.name: epochs_per_source(stage, sources, weights) for stage in stages}))
     published = ", ".join(plan.recipe.published)
     if published and plan.stages[0].start.source == "random":
         print(f"spar: note: {published} start from random weights unless --init-from gives them", file=sys.stderr)
@@ -126,16 +130,6 @@ def _left(plan: "RunPlan", estimates: "Sequence[StageEstimate]") -> "list[StageE
         replace(cost, seconds=cost.seconds * (1 - one.start.step / one.config.steps))
         for one, cost in zip(plan.stages, estimates, strict=True) if not one.skipped
     ]
-
-
-def _epochs(data: "FilesData", stages: Sequence[Any]) -> dict[str, dict[str, float]]:
-    """Epochs of each data set in each stage."""
-    from spar.training.files_data import epochs_per_source, open_sources, weighted_sets
-
-    with progress_bar("indexing the data"):
-        sources = open_sources(data)
-    weights = [weight for weight, _ in weighted_sets(data.sets)]
-    return {stage.name: epochs_per_source(stage, sources, weights) for stage in stages}
 
 
 def cache(argv: list[str]) -> int:
