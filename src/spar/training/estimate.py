@@ -6,13 +6,13 @@ optimizer's operations, traffic between GPUs, the perceptual networks' activatio
 """
 
 import os
-import time
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import nn
 
+from spar.common.device import measure_peak
 from spar.common.errors import InputError
 from spar.training.config import Recipe, StageConfig, freeze
 from spar.training.cost import Cost
@@ -31,7 +31,6 @@ GPUS = {
     "h200": (989e12, 141 * 10**9),
     "b200": (2250e12, 180 * 10**9),
 }
-MATMUL = 1024  # side of the matrices that measure a processor's peak
 CPU_MFU = 0.35  # the median of what the stages of `shapes` reached of that peak on two cores (docs/log.md)
 
 
@@ -91,25 +90,19 @@ class HardwareConfig:
         return GPUS[self.gpu]
 
 
-def measure_peak(device: str, precision: torch.dtype) -> float:
-    """Operations a second of a product of square matrices, the best of five."""
-    a = torch.ones(MATMUL, MATMUL, dtype=precision, device=device)
-    seconds = []
-    for _ in range(6):  # the first is a warm-up
-        began = time.perf_counter()
-        (a @ a)[0, 0].item()
-        seconds.append(time.perf_counter() - began)
-    return 2 * MATMUL**3 / min(seconds[1:])
-
-
 @dataclass(frozen=True)
 class StageEstimate:
     """One stage on a machine.
 
     Attributes:
-        trainable, frozen: numbers of parameters.
+        trainable: number of trainable parameters.
+        frozen: number of frozen parameters.
         micro_batch: what a device computes at once.
-        weights, gradients, optimizer, activations, reserve: bytes of one device.
+        weights: bytes of the weights on one device.
+        gradients: bytes of the gradients on one device.
+        optimizer: bytes of the optimizer's state on one device.
+        activations: bytes of the activations on one device.
+        reserve: bytes of one device that no run can use.
         flops: operations of a step; 0, as are `activations` and `seconds`, where the objective does not say.
         images_per_second: of all devices.
         seconds: of the whole stage.

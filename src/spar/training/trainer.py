@@ -48,9 +48,11 @@ def train(
         init_from: a stage's folder (`RUN/STAGE/done`) or a SPAR folder whose weights the first stage starts from; a
             run that has begun and is resumed ignores it.
         teacher: a SPAR folder whose encoder is the semantic teacher, where the starting weights keep none.
-        device, parallelism: where, and how several processes share the work; a run may be resumed with others.
+        device: where to train; a run may be resumed on another.
+        parallelism: how several processes share the work; a run may be resumed with another.
         from_scratch: start from random weights what the recipe expects from published checkpoints.
-        report, announce: as in `execute`.
+        report: as in `execute`.
+        announce: as in `execute`.
 
     Returns:
         As `execute`.
