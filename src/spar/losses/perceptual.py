@@ -48,16 +48,13 @@ def unit_normalize(features: Tensor, eps: float = 1e-5) -> Tensor:
 class FeatureLoss(PerceptualLoss):
     """Mean over the layers of the mean squared distance between unit-normalised features; in [0, 4].
 
-    network: images [B, 3, H, W] in [0, 1] to a list of feature maps [B, C_i, H_i, W_i]; it does its own normalisation.
-    layers: indices of the maps to use; None for all.
+    network: images [B, 3, H, W] in [0, 1] to a list of feature maps [B, C_i, H_i, W_i], one for each layer; it does its
+        own normalisation.
     """
 
-    def __init__(self, network: Callable[[Tensor], Sequence[Tensor]], layers: Sequence[int] | None = None):
+    def __init__(self, network: Callable[[Tensor], Sequence[Tensor]]):
         super().__init__()
         self.network = network
-        self.layers = None if layers is None else tuple(layers)
-        if self.layers == ():
-            raise ValueError("expected at least one layer for a feature loss, got none")
         self.eval()
 
     def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
@@ -70,7 +67,7 @@ class FeatureLoss(PerceptualLoss):
         maps = self.network(images)
         if not maps:
             raise ValueError("expected feature maps from the network of a feature loss, got none")
-        return [unit_normalize(maps[i]) for i in (range(len(maps)) if self.layers is None else self.layers)]
+        return [unit_normalize(layer) for layer in maps]
 
 
 class LpipsLoss(PerceptualLoss):
