@@ -20,14 +20,7 @@ from torch.distributed.tensor import DTensor
 from spar.common.config import to_dict
 from spar.common.errors import InputError
 from spar.data.batches import Images
-from spar.training.checkpoint import (
-    TrainState,
-    load_into,
-    load_optimizers,
-    optimizer_tensors,
-    read_train_state,
-    save_folder,
-)
+from spar.training.checkpoint import TrainState, load_into, optimizer_tensors, read_train_state, save_folder
 from spar.training.config import StageConfig, freeze
 from spar.training.data import TrainingData
 from spar.training.distributed import all_reduce_replicated_grads, no_sync, wrap_distributed_errors, wrap_modules
@@ -64,11 +57,6 @@ class EMA:
     def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.averages.values()), [p.detach() for p in self.params.values()], 1 - decay)
-
-    @torch.no_grad()
-    def restore(self, folder: Path) -> None:
-        """Go on from a saved state; `InputError` where it does not fit."""
-        load_into(self.averages, folder, "average")
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -174,9 +162,9 @@ def begin_stage(ctx: StepContext, run: Path, *, resume: bool) -> StageRun:
     state = read_train_state(folder) if resume else None
     if state:
         load_into(modules.state_dict(), folder, "modules")
-        load_optimizers(optimizers, names, folder)
+        load_into(optimizer_tensors(optimizers, names), folder, "optimizer")
         if average:
-            average.restore(folder)
+            load_into(average.averages, folder, "average")
     start, seconds = (state.step, state.seconds) if state else (0, 0.0)
     modules.train()
     metrics = MetricsLogger(run, stage.name, start) if ctx.parallel.main else None
