@@ -27,6 +27,7 @@ from spar.training.config import Recipe, StageConfig
 from spar.training.data import CaptionData, DataConfig, ImageData, MixedData, StageData, TrainingData
 from spar.training.distributed import DistributedContext
 from spar.training.feature_cache import FeatureCache, cache_key, sample_id
+from spar.training.objectives.base import check_at_least
 
 FINGERPRINTS = "data.json"  # in a run: what the order of each stage's samples depends on
 
@@ -52,12 +53,10 @@ class FilesData(DataConfig):
     def __post_init__(self) -> None:
         if not self.sets:
             raise InputError("data.sets: expected paths of data sets, got none")
-        if self.workers < 0:
-            raise InputError(f"data.workers: expected at least 0, got {self.workers}")
+        check_at_least(0, "data.", workers=self.workers)
+        check_at_least(1, "data.", max_aspect=self.max_aspect)
         if not 0 <= self.bad_share <= 1:
             raise InputError(f"data.bad_share: expected 0 to 1, got {self.bad_share}")
-        if self.max_aspect < 1:
-            raise InputError(f"data.max_aspect: expected at least 1, got {self.max_aspect}")
         weighted_sets(self.sets)
 
     @property
@@ -223,8 +222,8 @@ class FilesTrainingData(TrainingData):
         self, batch: int, weights: list[float], sources: list[DataSource], aspect: float,
         stage: StageConfig | None = None,
     ) -> Mixture:  # fmt: skip
-        own = stage.data.image_size if stage and isinstance(stage.data, ImageData) else None
-        buckets = make_buckets(own or self.recipe.image_size, aspect, self.recipe.token_stride)
+        side = (stage.image_size if stage else None) or self.recipe.image_size
+        buckets = make_buckets(side, aspect, self.recipe.token_stride)
         seed = int(self.rng(f"order-{stage.name}" if stage else "order", 0).integers(0, 2**31))
         return Mixture(sources, weights, batch=batch, seed=seed, buckets=buckets)
 

@@ -270,16 +270,12 @@ def train_step(
     bad_loss, bad_norm = ctx.parallel.any_process(
         not bool(torch.isfinite(total["loss"])), not bool(torch.isfinite(norm))
     )
-    if bad_loss:
-        raise NonFiniteLoss(f"stage {stage.name}, step {ctx.step}: loss is {float(total['loss'])}; " + _named(total))
-    if bad_norm:
-        raise NonFiniteLoss(f"stage {stage.name}, step {ctx.step}: the gradient is not finite; " + _named(total))
+    if bad_loss or bad_norm:
+        what = f"loss is {float(total['loss'])}" if bad_loss else "the gradient is not finite"
+        named = ", ".join(f"{name} {float(value):.4g}" for name, value in total.items())
+        raise NonFiniteLoss(f"stage {stage.name}, step {ctx.step}: {what}; {named}")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(stage, ctx.step) * group["factor"]
         optimizer.step()
     return total, norm
-
-
-def _named(terms: dict[str, Tensor]) -> str:
-    return ", ".join(f"{name} {float(value):.4g}" for name, value in terms.items())

@@ -107,7 +107,7 @@ def execute(
         parallel.barrier()
         if parallel.main:
             note_origin(plan, planned)
-            invalidate_later_stages(run, recipe, planned.config, resume=planned.start.source == "state")
+            invalidate_later_stages(run, recipe, planned)
         parallel.barrier()
         if not run_planned(ctx, data, planned, run, report, announce):
             return None

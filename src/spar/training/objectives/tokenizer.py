@@ -20,7 +20,7 @@ from spar.losses.reconstruction import mse, psnr
 from spar.training.cost import Cost, meta_input, part_cost
 from spar.training.data import TrainingData
 from spar.training.objectives.base import Networks, Objective, StepContext, Terms, check_at_least
-from spar.training.objectives.common import add_latent_noise, image_side, refuse_model_folder, sample_images
+from spar.training.objectives.common import add_latent_noise, image_side, measure_scale, refuse_model_folder
 from spar.training.teacher import perceptual_networks
 
 if TYPE_CHECKING:
@@ -176,13 +176,10 @@ class TokenizerObjective(Objective["SparRecipe"]):
         lecam = ctx.modules.lecam(real, fake, mean=ctx.parallel.mean)
         return {"gan": generator_term, "discriminator": discriminator_hinge_loss(real, fake) + self.lecam * lecam}
 
-    @torch.no_grad()
     def finish(self, ctx: StepContext, data: TrainingData) -> None:
         """Store the scale of `z_f`."""
-        tokenizer, chunks = ctx.modules.model.tokenizer, sample_images(ctx, data)
-        with ctx.autocast():
-            z_f = torch.cat([tokenizer.encode(chunk).z_f for chunk in chunks]).float()
-        tokenizer.latent_scale.copy_(1 / z_f.square().mean().sqrt())
+        tokenizer = ctx.modules.model.tokenizer
+        tokenizer.latent_scale.copy_(measure_scale(ctx, data, lambda images: tokenizer.encode(images).z_f))
 
     def cost(self, modules: "TrainingModules", recipe: "SparRecipe", stage: "StageConfig") -> Cost:
         """Encoder, streams and fusion, decoder, and the networks of the terms that are on."""
