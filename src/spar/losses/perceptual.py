@@ -129,7 +129,6 @@ class ConvNextLoss(PerceptualLoss):
 
     def _logits(self, images: Tensor) -> Tensor:
         if images.shape[-2:] != (self.side, self.side):
-            images = F.interpolate(
-                images.float(), size=(self.side, self.side), mode="bilinear", align_corners=False, antialias=True
-            )
+            size = (self.side, self.side)
+            images = F.interpolate(images.float(), size=size, mode="bilinear", align_corners=False, antialias=True)
         return self.model(pixel_values=(images - self.mean) / self.std).logits.float()

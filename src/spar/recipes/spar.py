@@ -28,9 +28,7 @@ from spar.training.systems.spar import AlignmentConfig, FlowConfig, PerceptualCo
 GPUS, BATCH_PER_GPU = 64, 128  # of the unified stages; the batch is the family's, the number of GPUs our choice
 RECONSTRUCTION = TokenizerObjective(mse=1.0, perceptual=1.1)
 ADVERSARY = replace(RECONSTRUCTION, semantic=1.0, gan=0.1, lecam=1e-3)
-PUBLISHED = (
-    "model.tokenizer.encoder", "model.tokenizer.decoder", "model.language", "model.denoiser", "pixel_encoder"
-)  # fmt: skip
+PUBLISHED = ("model.tokenizer.encoder", "model.tokenizer.decoder", "model.language", "model.denoiser", "pixel_encoder")
 EVERYTHING = (ENCODER, *STREAMS, DECODER, "discriminator.*")
 
 _TOKENIZER_1 = StageConfig(

@@ -75,9 +75,8 @@ def _write_group(folder: Path, name: str, group: dict[str, Tensor], parallel: Di
     own = {key: _own_rows(value) for key, value in group.items() if parallel.main or isinstance(value, DTensor)}
     rows = {key: [start, group[key].shape[0]] for key, (_, start) in own.items() if isinstance(group[key], DTensor)}
     stored = {key: local.detach().contiguous().cpu() for key, (local, _) in own.items()}
-    path = folder / (
-        f"{name}-{parallel.rank:05}-of-{parallel.world:05}.safetensors" if sharded else f"{name}.safetensors"
-    )
+    part = f"-{parallel.rank:05}-of-{parallel.world:05}" if sharded else ""
+    path = folder / f"{name}{part}.safetensors"
     save_file(stored, path, {ROWS: json.dumps(rows)} if sharded else None)
     _fsync(path)
 

@@ -47,9 +47,8 @@ def sample_id(identity: str, number: int) -> int:
 def cache_key(tokenizer: UnifiedTokenizer, side: int, sources: list[DataSource]) -> str:
     """What the features depend on."""
     forms = {name: to_dict(getattr(tokenizer.config, name)) for name in ("vision", "streams")}  # what no weight tells
-    digest = hashlib.sha256(
-        f"{FORMAT_VERSION} {side} {sorted(source.identity for source in sources)} {json.dumps(forms)}".encode()
-    )
+    samples = sorted(source.identity for source in sources)
+    digest = hashlib.sha256(f"{FORMAT_VERSION} {side} {samples} {json.dumps(forms)}".encode())
     for name, value in sorted(tokenizer.state_dict().items()):
         if not name.startswith("decoder."):
             digest.update(name.encode())
@@ -65,16 +64,9 @@ def encode(tokenizer: UnifiedTokenizer, pixels: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def write_cache(
-    tokenizer: UnifiedTokenizer,
-    sources: list[DataSource],
-    folder: Path,
-    *,
-    side: int,
-    batch: int = 32,
-    workers: int = 0,
-    precision: torch.dtype = torch.bfloat16,
-    advance: Advance | None = None,
-) -> int:
+    tokenizer: UnifiedTokenizer, sources: list[DataSource], folder: Path, *, side: int, batch: int = 32,
+    workers: int = 0, precision: torch.dtype = torch.bfloat16, advance: Advance | None = None,
+) -> int:  # fmt: skip
     """Compute the features of every sample; a cache that was broken off goes on where it stands. Returns the bad ones.
 
     Raises:
@@ -95,9 +87,8 @@ def write_cache(
             path = folder / f"{number:03}-{start // ROWS:06}.safetensors"
             if not path.exists():
                 pieces = range(start, start + count, batch)
-                loaded = DataLoader(
-                    _Pictures(source, side, batch, start + count), batch_size=None, sampler=pieces, num_workers=workers
-                )
+                pictures = _Pictures(source, side, batch, start + count)
+                loaded = DataLoader(pictures, batch_size=None, sampler=pieces, num_workers=workers)
                 rows = [_features(tokenizer, piece, device, precision) for piece in loaded if len(piece[0])]
                 if rows:
                     stored = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
@@ -240,9 +231,8 @@ class InMemoryFeatureCache:
         """Put rows after those that are kept; the table doubles when it is full."""
         used, table = len(self.rows), self.tables.get(name)
         if table is None or used + len(rows) > len(table):
-            larger = torch.empty(
-                (max(2 * used, used + len(rows)), *rows.shape[1:]), dtype=torch.bfloat16, device=rows.device
-            )
+            size = (max(2 * used, used + len(rows)), *rows.shape[1:])
+            larger = torch.empty(size, dtype=torch.bfloat16, device=rows.device)
             if table is not None:
                 larger[:used] = table[:used]
             self.tables[name] = table = larger

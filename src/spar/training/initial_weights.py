@@ -15,7 +15,7 @@ from spar.training.plan import is_model_folder
 
 
 def load_previous_weights(modules: nn.Module, folder: Path) -> None:
-    """Load the end of the stage before this one."""
+    """Load what a stage of this run has saved: its end, which may lack this recipe's LoRA, or its state."""
     load_weights(modules, rename_for_lora(modules.state_dict(), load_group(folder, "modules")), str(folder))
 
 

@@ -172,9 +172,7 @@ def begin_stage(ctx: StepContext, run: Path, *, resume: bool) -> StageRun:
     return StageRun(folder, wrapper, optimizers, names, average, metrics, start, seconds)
 
 
-def run_stage(
-    ctx: StepContext, data: TrainingData, run: Path, *, resume: bool, report: Report | None = None
-) -> bool:
+def run_stage(ctx: StepContext, data: TrainingData, run: Path, *, resume: bool, report: Report | None = None) -> bool:
     """Train one stage of a run to its end.
 
     Args:
@@ -215,9 +213,7 @@ def run_stage(
     return not stopped
 
 
-def log_step(
-    ctx: StepContext, going: StageRun, step: int, terms: Terms, norm: Tensor, report: Report | None
-) -> None:
+def log_step(ctx: StepContext, going: StageRun, step: int, terms: Terms, norm: Tensor, report: Report | None) -> None:
     """Write one step's terms, averaged over the processes, and report them."""
     means = ctx.parallel.mean(torch.stack([value.detach().float() for value in terms.values()])).tolist()
     values = dict(zip(terms, means, strict=True))
@@ -241,13 +237,9 @@ def end_stage(ctx: StepContext, data: TrainingData, going: StageRun, run: Path) 
 
 
 def train_step(
-    ctx: StepContext,
-    wrapper: nn.Module,
-    micro_batches: Sequence[Images],
-    optimizers: list[torch.optim.Optimizer],
-    *,
+    ctx: StepContext, wrapper: nn.Module, micro_batches: Sequence[Images], optimizers: list[torch.optim.Optimizer], *,
     first: bool,
-) -> tuple[Terms, Tensor]:
+) -> tuple[Terms, Tensor]:  # fmt: skip
     """One step of the stage: its loss terms and the gradient's norm; the `first` one checks what the loss reaches.
 
     Raises:
@@ -267,9 +259,7 @@ def train_step(
     if first:
         check_unused_parameters(ctx)
     norm = clip_grad_norm(modules, stage.max_grad_norm, apart=stage.objective.clipped_apart)
-    bad_loss, bad_norm = ctx.parallel.any_process(
-        not bool(torch.isfinite(total["loss"])), not bool(torch.isfinite(norm))
-    )
+    bad_loss, bad_norm = ctx.parallel.any_process(*(not torch.isfinite(value) for value in (total["loss"], norm)))
     if bad_loss or bad_norm:
         what = f"loss is {float(total['loss'])}" if bad_loss else "the gradient is not finite"
         named = ", ".join(f"{name} {float(value):.4g}" for name, value in total.items())

@@ -261,9 +261,7 @@ def resolve(
     return RunPlan(recipe, status.run, tuple(planned), not (resume or stages), init.path if init else None)
 
 
-def _void(
-    recipe: Recipe, status: RunStatus, stage: StageConfig, voided: set[str], *, resumed: bool
-) -> tuple[str, ...]:
+def _void(recipe: Recipe, status: RunStatus, stage: StageConfig, voided: set[str], *, resumed: bool) -> tuple[str, ...]:
     """What the training of a stage makes void in a run's folder: ends and saved states from it on, and the model."""
     found = []
     for later in recipe.stages[recipe.stages.index(stage) :]:
