@@ -67,6 +67,5 @@ def sample_time(
     if not std >= 0:
         raise ValueError(f"expected a standard deviation of 0 or more, got {std}")
     source = generator.device if generator is not None else device
-    shape = (shape,) if isinstance(shape, int) else tuple(shape)
     normal = torch.randn(shape, generator=generator, device=source, dtype=torch.float32)
     return shift_time(torch.sigmoid(mean + std * normal), shift).to(device=device, dtype=dtype)

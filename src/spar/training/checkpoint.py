@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from spar.checkpoints.safetensors_io import SafetensorsReader, describe_mismatch, read_tensors
 from spar.common.config import from_dict, read_json, write_json
 from spar.common.errors import InputError
+from spar.common.files import swap_folders
 from spar.training.distributed import SINGLE_PROCESS, DistributedContext
 
 ROWS = "rows"  # in the header of a sharded file: {tensor: [first row, rows of the whole]}
@@ -60,11 +61,7 @@ def save_folder(
             _fsync(aside / "meta.json")
     with parallel.fail_together():
         if parallel.main:
-            if target.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                target.rename(old)
-            aside.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
+            swap_folders(aside, target, old)
 
 
 def _write_group(folder: Path, name: str, group: dict[str, Tensor], parallel: DistributedContext) -> None:

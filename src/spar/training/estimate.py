@@ -85,9 +85,7 @@ class HardwareConfig:
     @property
     def limits(self) -> tuple[float, int]:
         """Operations a second and bytes of one device."""
-        if self.peak and self.capacity:
-            return self.peak, self.capacity
-        return GPUS[self.gpu]
+        return (self.peak, self.capacity) if self.peak and self.capacity else GPUS[self.gpu]
 
 
 def measure_peak(device: str, precision: torch.dtype) -> float:

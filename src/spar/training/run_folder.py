@@ -38,25 +38,22 @@ def check_run(run: Path, recipe: Recipe, *, fresh: bool) -> None:
     path = run / "recipe.json"
     if fresh and path.exists():
         raise InputError(f"{run} already holds a run; resume it (--resume auto) or give another folder")
-    if not path.exists():
-        return
-    known = read_json(path)
-    _check_version(path, known)
-    if known != to_dict(recipe):
+    if path.exists() and _read(path) != to_dict(recipe):
         raise InputError(f"{run} holds a run of another recipe; give its own flags, or another folder")
 
 
-def _check_version(path: Path, values: dict[str, Any]) -> None:
+def _read(path: Path) -> dict[str, Any]:
+    """The fields of a `recipe.json`, if they are this version's."""
+    values = read_json(path)
     if "stages" in values and "kind" not in values:
         raise InputError(f"{path} was written by an earlier version of spar; finish its run with that version")
+    return values
 
 
 def read_recipe(path: Path, registry: Registry) -> Recipe:
     """The recipe of a run's `recipe.json`; `registry` has the kinds that it may name."""
     base: type[Any] = Recipe  # abstract: the registry has the class of its kind
-    values = read_json(path)
-    _check_version(path, values)
-    return from_dict(base, values, complete=True, registry=registry)
+    return from_dict(base, _read(path), complete=True, registry=registry)
 
 
 def note_origin(plan: RunPlan, planned: PlannedStage) -> None:

@@ -9,19 +9,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from spar.checkpoints import spar_format
 from spar.checkpoints.lora import LORA_PREFIX, LoraConfig, merge_lora, save_adapter
 from spar.checkpoints.safetensors_io import load_weights
-from spar.checkpoints.spar_format import (
-    ModelBundle,
-    has_pixel_encoder,
-    has_teacher,
-    load_model,
-    load_pixel_encoder,
-    load_teacher,
-    load_text_tokenizer,
-    read_config,
-    save_model,
-)
 from spar.common.config import Registry, differences, read_json
 from spar.common.errors import InputError
 from spar.losses.adversarial import PatchDiscriminatorConfig
@@ -38,6 +28,11 @@ from spar.training.plan import InitFolder
 from spar.training.run_folder import find_text_tokenizer, read_recipe
 
 log = logging.getLogger("spar.training")
+
+KEPT_PARTS = {  # what a SPAR folder may hold beside the model, by its name among the training modules
+    "pixel_encoder": (spar_format.has_pixel_encoder, spar_format.load_pixel_encoder),
+    "teacher": (spar_format.has_teacher, spar_format.load_teacher),
+}
 
 
 @dataclass(frozen=True)
@@ -137,7 +132,7 @@ class SparRecipe(Recipe):
         return PromptEncoder(tokenizer, self.model.grid**2, image_start=self.model.connector.image_start)
 
     def load_tokenizer(self, folder: Path) -> Any:
-        return load_text_tokenizer(folder, self.model.text)
+        return spar_format.load_text_tokenizer(folder, self.model.text)
 
     def build(self, networks: Networks) -> TrainingModules:
         return build_modules(self, networks)
@@ -148,7 +143,7 @@ class SparRecipe(Recipe):
         if self.lora.rank:
             save_adapter(bundle.model, self.lora, run / "adapter", bundle.manifest)
             merge_lora(bundle.model)
-        save_model(bundle, run / "model")
+        spar_format.save_model(bundle, run / "model")
 
     def try_sizes(self, modules: Any, stages: tuple[StageConfig, ...]) -> None:
         tokenizer = modules.model.tokenizer
@@ -176,21 +171,18 @@ class SparRecipe(Recipe):
         manifest = folder / "manifest.json"
         parts: Any = read_json(manifest).get("parts") if manifest.is_file() else None
         parts = {str(part): str(origin) for part, origin in parts.items()} if isinstance(parts, dict) else {}
-        kept = {"pixel_encoder": has_pixel_encoder(folder), "teacher": has_teacher(folder)}
-        return InitFolder(folder, True, parts=parts, holds=frozenset(name for name, held in kept.items() if held))
+        holds = frozenset(name for name, (is_kept, _) in KEPT_PARTS.items() if is_kept(folder))
+        return InitFolder(folder, True, parts=parts, holds=holds)
 
     def load_model(self, folder: Path) -> dict[str, Tensor]:
-        for name, given, own in differences(read_config(folder), self.model, "model"):
+        for name, given, own in differences(spar_format.read_config(folder), self.model, "model"):
             log.warning("%s was made with %s %r; this recipe has %r", folder, name, given, own)
-        parts: dict[str, nn.Module] = {"model": load_model(folder).model}
-        if has_pixel_encoder(folder):
-            parts["pixel_encoder"] = load_pixel_encoder(folder)
-        if has_teacher(folder):
-            parts["teacher"] = load_teacher(folder)
+        parts: dict[str, nn.Module] = {"model": spar_format.load_model(folder).model}
+        parts |= {name: load(folder) for name, (is_kept, load) in KEPT_PARTS.items() if is_kept(folder)}
         return {f"{part}.{name}": value for part in parts for name, value in parts[part].state_dict().items()}
 
 
-def load_stage_model(run: Path, registry: Registry, stage: str | None = None) -> ModelBundle:
+def load_stage_model(run: Path, registry: Registry, stage: str | None = None) -> spar_format.ModelBundle:
     """The model as it is at the end of a stage of a run, by default the recipe's last.
 
     Args:
