@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from spar.losses.checks import check_pair
+from spar.common.checks import check_pair
 
 Time = TypeVar("Time", float, Tensor)
 

@@ -11,7 +11,7 @@ between tokens. It uses only the teacher's statistics.
 from torch import Tensor
 from torch.nn import functional as F
 
-from spar.losses.checks import check_pair
+from spar.common.checks import check_pair
 
 
 def alignment_loss(

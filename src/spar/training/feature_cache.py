@@ -178,7 +178,7 @@ class FeatureCache:
             table.append(np.stack([ids, np.full(len(ids), number), np.arange(len(ids))], axis=1))
         rows = np.concatenate(table)
         rows = rows[rows[:, 0].argsort()]
-        self.ids, self.places = rows[:, 0].copy(), rows[:, 1:]
+        self.ids, self.places = rows[:, 0].copy(), rows[:, 1:].copy()
 
     def __contains__(self, number: int) -> bool:
         place = int(np.searchsorted(self.ids, number))
