@@ -6,9 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from spar.checkpoints.safetensors_io import load_weights
 from spar.common.errors import InputError
-from spar.training.checkpoint import load_group
 from spar.training.config import Recipe, StageConfig, freeze, freezing_table
 from spar.training.data import TrainingData
 from spar.training.distributed import DistributedContext, ParallelismConfig
@@ -109,13 +107,13 @@ def execute(
         parallel.barrier()
         if parallel.main:
             note_origin(plan, planned)
-            invalidate_later_stages(run, recipe, planned.config, resume=planned.start.source == "state")
+            invalidate_later_stages(run, recipe, planned)
         parallel.barrier()
         if not run_planned(ctx, data, planned, run, report, announce):
             return None
     if parallel.sharded:
         modules = random_modules(recipe, "cpu", networks)
-        load_weights(modules, load_group(run / chosen[-1].name / "done", "modules"), chosen[-1].name)
+        load_previous_weights(modules, run / chosen[-1].name / "done")
     if chosen[-1] == recipe.stages[-1] and parallel.main:
         recipe.save(modules, run, prompts)
     parallel.barrier()
@@ -144,9 +142,7 @@ def load_start(modules: nn.Module, recipe: Recipe, planned: PlannedStage) -> Non
     start = planned.start
     if start.source == "folder":
         load_initial_weights(modules, start.folder, planned.config, recipe)
-    elif start.source in ("state", "done"):
-        load_weights(modules, load_group(start.folder, "modules"), planned.config.name)
-    elif start.source == "stage":
+    elif start.source != "random":
         load_previous_weights(modules, start.folder)
 
 
