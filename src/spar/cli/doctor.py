@@ -24,7 +24,7 @@ from packaging.specifiers import SpecifierSet
 from spar import DISTRIBUTION
 from spar.cli.console import show_bytes
 from spar.common.cpu import bfloat16_instructions
-from spar.common.errors import install_command
+from spar.common.errors import first_line, install_command
 from spar.common.threads import SETTINGS
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def check_step() -> Check:
         pipe.edit(image, "remove the red circle", seed=0, num_inference_steps=1)
         pipe.understand(image, "what color is the background?", max_new_tokens=2)
     except Exception as error:  # a broken installation raises anything
-        return Check("one step", False, f"fails: {type(error).__name__}: {_first_line(error)}",
+        return Check("one step", False, f"fails: {type(error).__name__}: {first_line(error)}",
                      f"fix what is listed above; else {REINSTALL}")
     return Check("one step", True, "an image is generated and edited, a question answered")
 
@@ -195,7 +195,7 @@ def check_bfloat16() -> Check:
     try:
         half, full = (measure_peak(device, dtype, side) / 1e9 for dtype in (torch.bfloat16, torch.float32))
     except RuntimeError as error:
-        return Check("bfloat16", None, f"{hardware}; not supported: {_first_line(error)}", "use float32 here")
+        return Check("bfloat16", None, f"{hardware}; not supported: {first_line(error)}", "use float32 here")
     found = f"{hardware}; {half / full:.1f} times the speed of float32 ({half:,.0f} against {full:,.0f} GFLOP/s)"
     if half >= full:
         return Check("bfloat16", True, found)
@@ -219,7 +219,7 @@ def check_weights(folder: Path) -> Check:
             with safe_open(path, framework="numpy") as file:
                 tensors += len(file.keys())
         except (OSError, ValueError, SafetensorError) as error:
-            return Check(name, False, f"{path} is damaged: {_first_line(error)}", fix)
+            return Check(name, False, f"{path} is damaged: {first_line(error)}", fix)
     size = sum(path.stat().st_size for path in files)
     return Check(name, True, f"{tensors} tensors in {len(files)} files, {size / 1e6:.1f} MB, in {folder}")
 
@@ -293,9 +293,5 @@ def _import_error(module: str) -> str | None:
     try:
         importlib.import_module(module)
     except Exception as error:  # a broken installation raises anything
-        return f"{type(error).__name__}: {_first_line(error)}"
+        return f"{type(error).__name__}: {first_line(error)}"
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spar.common.checks import check_pair
-from spar.common.errors import InputError
+from spar.common.errors import InputError, first_line
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -118,7 +118,7 @@ class ConvNextLoss(PerceptualLoss):
         except (OSError, ValueError) as error:
             raise InputError(
                 f"a ConvNeXt classifier in transformers' format is expected at {str(path)!r}, "
-                f"which cannot be loaded: {str(error).splitlines()[0]}"
+                f"which cannot be loaded: {first_line(error)}"
             ) from error
         return cls(model.requires_grad_(False), side)
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from spar.common.device import measure_peak
-from spar.common.errors import InputError
+from spar.common.errors import InputError, first_line
 from spar.training.config import Recipe, StageConfig, freeze
 from spar.training.cost import Cost
 from spar.training.distributed import ParallelismConfig, apply_activation_checkpointing
@@ -168,7 +168,7 @@ def check_sizes(recipe: Recipe, stages: tuple[StageConfig, ...]) -> nn.Module:
     except InputError:
         raise
     except Exception as error:  # whatever class of the libraries refuses its sizes, and however
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         raise InputError(f"recipe {recipe.name}: its sizes do not fit together: {reason}") from error
     for stage in stages:
         freeze(modules, stage)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel
 
-from spar.common.errors import InputError
+from spar.common.errors import InputError, first_line
 from spar.losses.perceptual import ConvNextLoss, LpipsLoss, PerceptualLoss
 from spar.models.encoder import PIXEL_MEAN, PIXEL_STD
 
@@ -135,7 +135,7 @@ def load_external_teacher(source: str) -> ExternalTeacher:
         teacher = ExternalTeacher(getattr(network, "vision_model", network), *_normalization(source))
         teacher.width()
     except Exception as error:  # whatever class of the libraries refuses it, and however
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         raise InputError(
             "alignment.external: expected the folder or Hub id of an image encoder of transformers in safetensors, "
             f"got {source!r} ({reason})"
