@@ -46,7 +46,7 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 docs: .venv/installed
-	$(BIN)/mkdocs build --quiet
+	$(BIN)/mkdocs build
 	@echo "The documentation is site/index.html: open it in a browser."
 
 # An environment with torch in it: torch first and alone, as pip then takes a local CPU build of the pinned version where

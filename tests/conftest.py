@@ -88,7 +88,7 @@ def start(tiny_run: TinyRun) -> Callable[..., Any]:
     from spar.training.config import freeze
     from spar.training.initial_weights import load_previous_weights, random_modules
     from spar.training.objectives.base import StepContext
-    from spar.training.plan import Origin, PlannedStage, StageStart, preparations
+    from spar.training.plan import Origin, PlannedStage, StageStart
     from spar.worlds.shapes.tokenizer import build_tokenizer
 
     cpu, tiny = torch.device("cpu"), tiny_run.recipe
@@ -111,7 +111,7 @@ def start(tiny_run: TinyRun) -> Callable[..., Any]:
             load_previous_weights(modules, begins.path)
         networks = {} if teacher is None else {"external_teacher": teacher}
         ctx = StepContext(modules.train(), prompts, recipe, stage, cpu, networks)
-        prepares = preparations(recipe, stage, begins, Origin(before=before))
+        prepares = stage.objective.preparations(recipe, stage, Origin(before=before))
         stage.objective.prepare(ctx, training_data, PlannedStage(stage, begins, prepares))
         freeze(modules, stage)
         return Start(ctx, training_data)

@@ -133,7 +133,7 @@ def test_a_torch_that_does_not_import_is_an_answer_and_no_crash(monkeypatch):
 @pytest.mark.parametrize(("speeds", "ok"), [((200.0, 100.0), True), ((10.0, 100.0), None)])
 def test_slow_bfloat16_is_advice_and_no_fault(monkeypatch, speeds, ok):
     left = list(speeds)  # bfloat16 is timed first
-    monkeypatch.setattr(doctor, "_matmul_gflops", lambda dtype, device: left.pop(0))
+    monkeypatch.setattr("spar.common.device.measure_peak", lambda device, dtype, side: left.pop(0))
     check = doctor.check_bfloat16()
     assert check.ok is ok and bool(check.fix) is (ok is None)
 

@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import io
 import json
 import os
 import shlex
@@ -267,7 +268,9 @@ WRONG = [
     ("train tiny --model.vision.hidden-size 30", "its sizes do not fit together"),
     ("train tiny --model.autoencoder.channels 3 5 7 9", "channels"),
     ("train tiny --stages.unified-4.steps 4", "unknown arguments: --stages.unified-4.steps"),
-    ("train tiny --stages.unified-2.steps 0", "steps must be at least 1, got 0"),
+    ("train tiny --stages.unified-2.steps 0", "spar: error: stage unified-2: steps must be at least 1, got 0"),
+    ("train tiny --stages.unified-2.data.edit-share 2", "stages.unified-2.data: edit_share: expected 0 to 1, got 2.0"),
+    ("train tiny --stages.unified-2.lr fast", "--stages.unified-2.lr: expected a number, got 'fast'"),
     ("train tiny --stages.dit.objective.mse 1", "unknown arguments: --stages.dit.objective.mse"),
     ("train tiny --stages.dit.data.edit-share 0.5", "unknown arguments: --stages.dit.data.edit-share"),
     ("train tiny --data.source parquet", "--data.source: expected one of 'files', 'none', 'shapes', got 'parquet'"),
@@ -852,6 +855,16 @@ def test_doctor_fails_only_on_what_is_wrong(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "run_checks", lambda: [*good, bad])
     assert main(["doctor"]) == 1
     assert "install anew" in capsys.readouterr().out
+
+
+def test_a_bar_shows_the_brackets_of_a_pattern(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with console.progress_bar("checking part-[ab].tar"):
+        pass
+    assert "checking part-[ab].tar" in terminal.getvalue()
 
 
 # ---- for real -------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import pytest
 
-from spar.common.files import atomic_file
+from spar.common.files import atomic_file, swap_folders
 
 
 def test_a_file_is_replaced_whole_and_what_fails_leaves_the_old_one(tmp_path):
@@ -27,3 +27,15 @@ def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path):
     with atomic_file(path) as temporary:
         temporary.write_bytes(b"1")
     assert path.read_bytes() == b"1"
+
+
+def test_the_last_folder_that_there_is_goes_only_when_the_new_one_is_in_place(tmp_path):
+    new, folder, old = (tmp_path / name for name in ("new", "folder", "folder.old"))
+    old.mkdir()  # a swap was cut between its two renames
+    (old / "file").write_text("one")
+    with pytest.raises(FileNotFoundError):
+        swap_folders(new, folder, old)
+    assert (folder / "file").read_text() == "one"
+    new.mkdir()
+    swap_folders(new, folder, old)
+    assert [*tmp_path.iterdir()] == [folder] and not [*folder.iterdir()]

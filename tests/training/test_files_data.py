@@ -18,6 +18,7 @@ from spar.common.errors import InputError
 from spar.common.limits import one_reference
 from spar.data.batches import Edits, Images
 from spar.processing.prompts import PromptEncoder
+from spar.recipes import recipe
 from spar.recipes.shapes.curricula import CaptionLessons
 from spar.training.checkpoint import load_group
 from spar.training.config import Recipe, StageConfig
@@ -78,7 +79,7 @@ def sets(tmp_path) -> tuple[str, str]:
 
 def reader(config: FilesData, run: Path, parallel: DistributedContext = SINGLE_PROCESS) -> FilesTrainingData:
     prompts = PromptEncoder(build_tokenizer(), 64)
-    return FilesTrainingData(config, prompts, 0, side=64, stride=8, max_prompt_tokens=12, run=run, parallel=parallel)
+    return FilesTrainingData(config, replace(recipe("tiny"), max_prompt_tokens=12), prompts, run, parallel)
 
 
 @pytest.fixture

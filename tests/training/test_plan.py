@@ -20,16 +20,7 @@ from spar.training.files_data import FilesData
 from spar.training.objectives.next_token import NextTokenObjective
 from spar.training.objectives.tokenizer import TokenizerObjective
 from spar.training.objectives.unified import UnifiedObjective
-from spar.training.plan import (
-    InitFolder,
-    Origin,
-    RunStatus,
-    StageStart,
-    preparations,
-    read_init_folder,
-    read_run,
-    resolve,
-)
+from spar.training.plan import InitFolder, Origin, RunStatus, StageStart, read_init_folder, read_run, resolve
 from spar.training.run_folder import check_run, read_recipe
 from spar.training.trainer import train
 
@@ -107,11 +98,10 @@ def test_a_plan_that_is_only_shown_may_lack_data_and_published_weights():
 def test_words_begin_at_the_tags_where_the_objective_says_so_but_a_model_knows_its_words():
     stage = TINY.stage("mllm")
     before = Origin(before=TINY.stage("encoder"))
-    assert preparations(TINY, stage, StageStart("stage", RUN), before) == ("tag embeddings",)
-    plain = replace(stage, objective=NextTokenObjective())
-    assert preparations(TINY, plain, StageStart("stage", RUN), before) == ()
+    assert stage.objective.preparations(TINY, stage, before) == ("tag embeddings",)
+    assert NextTokenObjective().preparations(TINY, stage, before) == ()
     assert plan("mllm", init=MODEL).stages[0].prepares == ()
-    assert preparations(TINY, stage, StageStart("state", RUN, 2), before) == ()  # the state has them
+    assert plan(done=["encoder"], states=["mllm"], resume=True).stages[1].prepares == ()  # the state has them
 
 
 # ---- the semantic teacher --------------------------------------------------------------------------------------------

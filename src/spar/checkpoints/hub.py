@@ -10,7 +10,7 @@ from spar.checkpoints.inspect import inspect
 from spar.checkpoints.safetensors_io import INDEX
 from spar.checkpoints.spar_format import PARTS, TRAINING_PARTS
 from spar.common.config import read_json
-from spar.common.errors import InputError
+from spar.common.errors import InputError, first_line
 
 FOLDERS = ("", *(f"{part}/" for part in ("tokenizer", *PARTS, *TRAINING_PARTS)))
 # Weights that are no longer in the folder are removed from the Hub: they might be loaded instead of newer ones.
@@ -120,10 +120,6 @@ def push(plan: UploadPlan, repository: str, *, private: bool = True, message: st
     except Exception as error:  # of the Hub, the network or the disk
         unknown = isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403)
         hint = "; hf auth login, or HF_TOKEN, says who asks" if unknown else ""
-        raise InputError(f"the Hub does not take {repository}: {_reason(error)}{hint}") from error
+        reason = first_line(error, getattr(error, "server_message", None))
+        raise InputError(f"the Hub does not take {repository}: {reason}{hint}") from error
     return commit.commit_url
-
-
-def _reason(error: Exception) -> str:
-    text = getattr(error, "server_message", None) or str(error)
-    return text.strip().partition("\n")[0] or type(error).__name__

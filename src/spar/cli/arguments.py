@@ -3,15 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
 from spar.common.errors import InputError
 from spar.common.limits import MAX_GUIDANCE, MAX_IMAGES, MAX_SEED, MAX_STEPS, MAX_WORKERS, check_range
 from spar.data.samples import Format
-
-T = TypeVar("T")
 
 Flag = FlagCreatePairsOff[bool]
 OutputPath = Annotated[Path | None, arg(aliases=["-o"])]
@@ -352,12 +350,6 @@ class EvalArguments(ModelArguments):
         check_range("--guidance", self.guidance_scale, 0, MAX_GUIDANCE)
         for name in ("limit", "images_per_prompt", "batch"):
             check_range("--" + name.replace("_", "-"), getattr(self, name), 1, MAX_IMAGES)
-
-    def keywords(self) -> dict[str, Any]:
-        """The given fields of EvalOptions; the others keep their defaults."""
-        names = ("limit", "seed", "num_inference_steps", "guidance_scale", "images_per_prompt", "batch")
-        values = {name: getattr(self, name) for name in (*names, "combinations", "label")}
-        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 WRONG_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # exit statuses
 
-MARKS = {True: "[green]ok[/]", False: "[bold red]wrong[/]", None: "[yellow]note[/]"}
+MARKS = {True: ("ok", "green"), False: ("wrong", "bold red"), None: ("note", "yellow")}
 NOT_LOSS_TERMS = ("loss", "grad_norm", "lr", "seconds")  # values of a step that are not terms of its loss
 
 Advance = Callable[[int, int], None]
@@ -33,11 +33,12 @@ Report = Callable[[str, int, int, dict[str, float]], None]
 
 
 def new_console(*, stderr: bool = False) -> "Console":
-    """A console; without a terminal, one that does not wrap the rows of tables."""
+    """A console that prints text as it is; without a terminal, one that does not wrap the rows of tables."""
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else 1000)
+    width = None if stream.isatty() else 1000
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False, width=width)
 
 
 def new_table(*columns: str, title: str | None = None) -> "Table":
@@ -56,10 +57,11 @@ def progress_bar(title: str) -> Iterator[Advance | None]:
     if not sys.stderr.isatty():
         yield None
         return
+    from rich.markup import escape
     from rich.progress import Progress
 
     with Progress(console=new_console(stderr=True), transient=True) as progress:
-        task = progress.add_task(title, total=None)
+        task = progress.add_task(escape(title), total=None)  # a pattern of files has brackets
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
@@ -86,7 +88,7 @@ def training_display() -> Iterator[tuple[Announce, Report]]:
             if stage not in tasks:
                 tasks[stage] = progress.add_task(stage, total=steps, completed=step)
             progress.update(tasks[stage], completed=step + 1)
-            console.print(log_line(stage, step, steps, values), markup=False, soft_wrap=True)
+            console.print(log_line(stage, step, steps, values), soft_wrap=True)
 
         yield announce, report
 
@@ -111,8 +113,6 @@ def freezing_table(stage: "StageConfig", parts: Sequence[tuple[str, int, int]]) 
 
 def plan_table(plan: "RunPlan") -> "Table":
     """What each stage of a run starts from, reads, trains, prepares, measures at its end and makes void."""
-    from rich.markup import escape
-
     table = new_table(
         "stage", "objective", "starts from", "data", "trains", ">steps", ">batch", "prepares", "then measures",
         "removes",
@@ -121,7 +121,7 @@ def plan_table(plan: "RunPlan") -> "Table":
         stage = one.config
         batch = f"{stage.batch} x {stage.objective.draws}" if stage.objective.draws > 1 else str(stage.batch)
         table.add_row(
-            stage.name, stage.objective.kind, escape(str(one.start)), escape(plan.recipe.data.describe(stage)),
+            stage.name, stage.objective.kind, str(one.start), plan.recipe.data.describe(stage),
             ", ".join(stage.trainable), str(stage.steps), batch, ", ".join(one.prepares),
             "" if one.skipped else stage.objective.measures, ", ".join(one.invalidates),
         )  # fmt: skip
@@ -176,10 +176,8 @@ def show_time(seconds: float) -> str:
 
 def epochs_table(epochs: dict[str, dict[str, float]]) -> "Table":
     """Epochs of each data set in each stage."""
-    from rich.markup import escape
-
     sets = list(dict.fromkeys(name for one in epochs.values() for name in one))
-    table = new_table("epochs", *(f">{escape(name)}" for name in sets))
+    table = new_table("epochs", *(f">{name}" for name in sets))
     for stage, found in epochs.items():
         table.add_row(stage, *(f"{found[name]:,.2f}" if name in found else "" for name in sets))
     return table
@@ -200,11 +198,11 @@ def score_table(result: "Result") -> "Table":
 
 def check_table(checks: Sequence["Check"]) -> "Table":
     """Findings of the installation check."""
-    from rich.markup import escape
+    from rich.text import Text
 
     table = new_table("", "what", "found", "how to fix it")
     for check in checks:
-        table.add_row(MARKS[check.ok], *(escape(text) for text in (check.name, check.found, check.fix)))
+        table.add_row(Text(*MARKS[check.ok]), check.name, check.found, check.fix)
     return table
 
 
@@ -216,9 +214,7 @@ def model_values(found: "Inspection") -> dict[str, Any]:
 
 def model_table(found: "Inspection", name: str) -> "Table":
     """Parts of a folder of weights."""
-    from rich.markup import escape
-
-    table = new_table("part", ">parameters", ">MB", "stored in", title=f"{escape(name)}: {found.format}")
+    table = new_table("part", ">parameters", ">MB", "stored in", title=f"{name}: {found.format}")
     for part in found.parts:
         table.add_row(part.name, f"{part.parameters:,}", f"{part.bytes / 1e6:,.2f}", ", ".join(part.types))
     table.add_section()
@@ -244,12 +240,12 @@ def model_facts(found: "Inspection") -> dict[str, Any]:
 
 def data_table(report: "DataReport") -> "Table":
     """Findings of the data check: counts first, then what is wrong, by name."""
-    from rich.markup import escape
+    from rich.text import Text
 
-    table = new_table("", "what", "found", title=f"{escape(report.name)}: {report.kind}, {report.format}")
+    table = new_table("", "what", "found", title=f"{report.name}: {report.kind}, {report.format}")
 
     def row(ok: bool | None, what: str, found: str) -> None:
-        table.add_row(MARKS[ok], what, escape(found))
+        table.add_row(Text(*MARKS[ok]), what, found)
 
     def listed(counts: dict[str, int]) -> str:
         return ", ".join(f"{name}: {count:,}" for name, count in counts.items())
@@ -271,9 +267,9 @@ def data_table(report: "DataReport") -> "Table":
     for damage in report.damage:
         row(False, "damaged file", damage)
     for bad in report.named_bad:
-        row(False, f"bad: {escape(bad.key)}", f"{bad.origin}: {bad.reason}")
+        row(False, f"bad: {bad.key}", f"{bad.origin}: {bad.reason}")
     for key, earlier in report.named_duplicates:
-        row(False, f"duplicate: {escape(key)}", f"of {earlier}")
+        row(False, f"duplicate: {key}", f"of {earlier}")
     return table
 
 

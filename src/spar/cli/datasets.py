@@ -1,10 +1,11 @@
 """The verb of data sets: `spar data check` and `spar data convert`."""
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 
+from spar.cli.arguments import DataCheckArguments, DataConvertArguments
 from spar.cli.console import data_table, new_console, progress_bar
+from spar.cli.parsing import Verb, takes
 from spar.common.errors import InputError
 from spar.common.files import atomic_directory
 from spar.inference.image_files import check_replaceable
@@ -23,12 +24,9 @@ def data(argv: list[str]) -> int:
     raise InputError(f"data: expected one of {', '.join(DATA_VERBS)}, got {got}")
 
 
-def check_data(argv: list[str]) -> int:
+@takes(DataCheckArguments, "spar data check")
+def check_data(args: DataCheckArguments) -> int:
     """Read and decode every sample, and report what is wrong."""
-    from spar.cli.arguments import DataCheckArguments
-    from spar.cli.parsing import parse
-
-    args = parse(DataCheckArguments, argv, "spar data check")
     from spar.data.sources import open_source
     from spar.data.validate import validate
 
@@ -36,37 +34,29 @@ def check_data(argv: list[str]) -> int:
     for path in args.path:
         with progress_bar(f"checking {path}") as advance:
             source = open_source(path, args.format, cache=args.cache, workers=args.workers)
-            reports.append(
-                validate(
-                    source, limit=args.limit, max_characters=args.max_characters, workers=args.workers,
-                    progress=advance,
-                )
+            found = validate(
+                source, limit=args.limit, max_characters=args.max_characters, workers=args.workers, progress=advance
             )
+        reports.append(found)
         if not args.json:
-            new_console().print(data_table(reports[-1]))
+            new_console().print(data_table(found))
     if args.json:
         print(json.dumps([asdict(report) | {"wrong": report.wrong} for report in reports], indent=2))
     return 1 if any(report.wrong for report in reports) else 0
 
 
-def convert_data(argv: list[str]) -> int:
+@takes(DataConvertArguments, "spar data convert")
+def convert_data(args: DataConvertArguments) -> int:
     """Write a data set in any format as webdataset shards."""
-    from spar.cli.arguments import DataConvertArguments
-    from spar.cli.parsing import parse
-
-    args = parse(DataConvertArguments, argv, "spar data convert")
     from spar.data.convert import MANIFEST, convert
     from spar.data.sources import open_source
 
     check_replaceable(args.output, MANIFEST, overwrite=args.overwrite)
     sources = [open_source(path, args.format, cache=args.cache, workers=args.workers) for path in args.path]
-    with (
-        atomic_directory(args.output) as folder,
-        progress_bar("converting") as advance,
-    ):
+    with atomic_directory(args.output) as folder, progress_bar("converting") as advance:
         done = convert(sources, folder, shard=args.shard_size, bad_share=args.bad_share, progress=advance)
     print(f"{args.output}  ({done.samples} samples in {done.shards} shards, {done.dropped} left out)")
     return 0
 
 
-DATA_VERBS: dict[str, Callable[[list[str]], int]] = {"check": check_data, "convert": convert_data}
+DATA_VERBS: dict[str, Verb] = {"check": check_data, "convert": convert_data}

@@ -13,7 +13,6 @@ import os
 import platform
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,9 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from spar import DISTRIBUTION
+from spar.cli.console import show_bytes
 from spar.common.cpu import bfloat16_instructions
-from spar.common.errors import install_command
+from spar.common.errors import first_line, install_command
 from spar.common.threads import SETTINGS
 
 if TYPE_CHECKING:
@@ -105,12 +105,12 @@ def check_dependencies() -> Iterator[Check]:
 def _check_requirement(requirement: Requirement) -> Check:
     name, expected = requirement.name, str(requirement.specifier)
     try:
-        version = importlib.metadata.version(name)
+        found = importlib.metadata.version(name)
+        if requirement.specifier.contains(found, prereleases=True):
+            return Check(name, True, found)
     except importlib.metadata.PackageNotFoundError:
-        return Check(name, False, f"not installed; expected {expected}", f'pip install "{name}{expected}"')
-    if requirement.specifier.contains(version, prereleases=True):
-        return Check(name, True, version)
-    return Check(name, False, f"{version}; expected {expected}", f'pip install "{name}{expected}"')
+        found = "not installed"
+    return Check(name, False, f"{found}; expected {expected}", f'pip install "{name}{expected}"')
 
 
 def check_torchvision() -> Check:
@@ -144,7 +144,7 @@ def check_step() -> Check:
         pipe.edit(image, "remove the red circle", seed=0, num_inference_steps=1)
         pipe.understand(image, "what color is the background?", max_new_tokens=2)
     except Exception as error:  # a broken installation raises anything
-        return Check("one step", False, f"fails: {type(error).__name__}: {_first_line(error)}",
+        return Check("one step", False, f"fails: {type(error).__name__}: {first_line(error)}",
                      f"fix what is listed above; else {REINSTALL}")
     return Check("one step", True, "an image is generated and edited, a question answered")
 
@@ -159,7 +159,7 @@ def check_device() -> Check:
     device = best_device()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        return Check("device", True, f"cuda: {properties.name}, {_format_bytes(properties.total_memory)}")
+        return Check("device", True, f"cuda: {properties.name}, {show_bytes(properties.total_memory)}")
     if device.type == "mps":
         return Check("device", True, "mps (give --device mps; the default is the CPU)")
     chosen = ", ".join(f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ) or "as OpenMP waits"
@@ -185,34 +185,21 @@ def check_bfloat16() -> Check:
         return Check("bfloat16", False, "torch does not import", REINSTALL)
     import torch
 
+    from spar.common.device import measure_peak
+
     device = best_device()
     hardware = device.type
     if device.type == "cpu":
         hardware = ", ".join(bfloat16_instructions()) or "no instructions named"
+    side = MATMUL_SIDE[device.type]
     try:
-        half, full = (_matmul_gflops(dtype, device) for dtype in (torch.bfloat16, torch.float32))
+        half, full = (measure_peak(device, dtype, side) / 1e9 for dtype in (torch.bfloat16, torch.float32))
     except RuntimeError as error:
-        return Check("bfloat16", None, f"{hardware}; not supported: {_first_line(error)}", "use float32 here")
+        return Check("bfloat16", None, f"{hardware}; not supported: {first_line(error)}", "use float32 here")
     found = f"{hardware}; {half / full:.1f} times the speed of float32 ({half:,.0f} against {full:,.0f} GFLOP/s)"
     if half >= full:
         return Check("bfloat16", True, found)
     return Check("bfloat16", None, found, "float32 is faster here")
-
-
-def _matmul_gflops(dtype: "torch.dtype", device: "torch.device") -> float:
-    """GFLOP/s of a square matrix product, the best of three."""
-    import torch
-
-    side = MATMUL_SIDE[device.type]
-    matrix = torch.ones(side, side, dtype=dtype, device=device)
-    synchronize = torch.get_device_module(device).synchronize
-    seconds = []
-    for _ in range(4):  # the first one is the warm-up
-        start = time.perf_counter()
-        matrix @ matrix
-        synchronize()
-        seconds.append(time.perf_counter() - start)
-    return 2 * side**3 / min(seconds[1:]) / 1e9
 
 
 def check_weights(folder: Path) -> Check:
@@ -232,7 +219,7 @@ def check_weights(folder: Path) -> Check:
             with safe_open(path, framework="numpy") as file:
                 tensors += len(file.keys())
         except (OSError, ValueError, SafetensorError) as error:
-            return Check(name, False, f"{path} is damaged: {_first_line(error)}", fix)
+            return Check(name, False, f"{path} is damaged: {first_line(error)}", fix)
     size = sum(path.stat().st_size for path in files)
     return Check(name, True, f"{tensors} tensors in {len(files)} files, {size / 1e6:.1f} MB, in {folder}")
 
@@ -267,10 +254,7 @@ def check_temporary() -> Check:
 def check_disk(folder: Path) -> Check:
     """Check the free space of the folder of runs and images."""
     free = shutil.disk_usage(folder).free
-    if free >= ENOUGH_DISK:
-        return Check("disk", True, f"{_format_bytes(free)} free in {folder}")
-    return Check("disk", False, f"{_format_bytes(free)} free in {folder}; expected {_format_bytes(ENOUGH_DISK)}",
-                 "make room, or work in a folder on another disk")
+    return _check_room("disk", free, ENOUGH_DISK, f"free in {folder}", "make room, or work in a folder on another disk")
 
 
 def check_memory() -> Check:
@@ -278,10 +262,14 @@ def check_memory() -> Check:
     free = available_memory()
     if free is None:
         return Check("memory", None, "not reported by this system")
-    if free >= ENOUGH_MEMORY:
-        return Check("memory", True, f"{_format_bytes(free)} available")
-    return Check("memory", False, f"{_format_bytes(free)} available; expected {_format_bytes(ENOUGH_MEMORY)}",
-                 "end other programs, or raise the container's limit")
+    return _check_room("memory", free, ENOUGH_MEMORY, "available", "end other programs, or raise the container's limit")
+
+
+def _check_room(name: str, free: int, enough: int, where: str, fix: str) -> Check:
+    found = f"{show_bytes(free)} {where}"
+    if free >= enough:
+        return Check(name, True, found)
+    return Check(name, False, f"{found}; expected {show_bytes(enough)}", fix)
 
 
 def available_memory(system: Path = Path("/")) -> int | None:
@@ -305,13 +293,5 @@ def _import_error(module: str) -> str | None:
     try:
         importlib.import_module(module)
     except Exception as error:  # a broken installation raises anything
-        return f"{type(error).__name__}: {_first_line(error)}"
+        return f"{type(error).__name__}: {first_line(error)}"
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _format_bytes(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB"

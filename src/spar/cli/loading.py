@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from spar.cli.arguments import ModelArguments
 from spar.cli.console import progress_bar
 
 if TYPE_CHECKING:
-    from spar.cli.arguments import ModelArguments
     from spar.inference.pipeline import SparPipeline
 
 
@@ -27,7 +27,7 @@ def gc_disabled() -> Iterator[None]:
             gc.enable()
 
 
-def load_pipeline(args: "ModelArguments") -> "SparPipeline":
+def load_pipeline(args: ModelArguments) -> "SparPipeline":
     """The pipeline of a verb's arguments, with a bar meanwhile."""
     with progress_bar("loading the model"), gc_disabled():
         import torch

@@ -1,17 +1,19 @@
 """The command line: one table from verb to function.
 
-A user's error is one line on stderr and exit status 2, Ctrl-C a short line and 130. Libraries other than Python's own
-are imported inside the verbs, so that help and errors are immediate and `main` handles Ctrl-C.
+A user's error is one line on stderr and exit status 2, Ctrl-C a short line and 130. All libraries but tyro, which takes
+a twentieth of a second, are imported inside the verbs, so that help and errors are immediate and `main` handles Ctrl-C.
 """
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
 
 from spar import __version__
+from spar.cli.arguments import DoctorArguments
 from spar.cli.console import BROKEN_PIPE, INTERRUPTED, check_table, fail, new_console, progress_bar
 from spar.cli.datasets import data
+from spar.cli.parsing import Verb, takes
 from spar.cli.results import demo, evaluate, report
 from spar.cli.servers import serve, ui
 from spar.cli.tasks import edit, generate, info, reconstruct, understand
@@ -72,12 +74,9 @@ def overview() -> str:
     return "\n".join([*head, "", *lines, "", *tail])
 
 
-def doctor(argv: list[str]) -> int:
+@takes(DoctorArguments, "spar doctor")
+def doctor(_: DoctorArguments) -> int:
     """Check the installation: what is wrong, and how to fix it."""
-    from spar.cli.arguments import DoctorArguments
-    from spar.cli.parsing import parse
-
-    parse(DoctorArguments, argv, "spar doctor")
     from spar.cli.doctor import run_checks
 
     with progress_bar("checking"):
@@ -86,7 +85,7 @@ def doctor(argv: list[str]) -> int:
     return 1 if any(check.ok is False for check in checks) else 0
 
 
-VERBS: dict[str, Callable[[list[str]], int]] = {
+VERBS: dict[str, Verb] = {
     "train": train,
     "plan": plan,
     "cache": cache,

@@ -4,7 +4,8 @@ import contextlib
 import io
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
 from typing import TypeVar
 
 import tyro
@@ -13,6 +14,20 @@ from tyro.conf import DisallowNone
 from spar.common.errors import InputError
 
 T = TypeVar("T")
+Verb = Callable[[list[str]], int]  # from its words to the exit status
+
+
+def takes(kind: type[T], prog: str) -> Callable[[Callable[[T], int]], Verb]:
+    """Decorate a function of parsed arguments: it becomes a verb, which parses its words."""
+
+    def decorate(function: Callable[[T], int]) -> Verb:
+        @wraps(function)
+        def verb(argv: list[str]) -> int:
+            return function(parse(kind, argv, prog))
+
+        return verb
+
+    return decorate
 
 
 def parse(kind: type[T], argv: Sequence[str], prog: str, *, none: bool = False) -> T:
@@ -32,10 +47,7 @@ def parse(kind: type[T], argv: Sequence[str], prog: str, *, none: bool = False) 
     except SystemExit as stop:
         if not stop.code:
             raise
-    sentence = _sentence(output.getvalue(), prog)
-    for key, name in getattr(kind, "stage_names", {}).items():
-        sentence = sentence.replace(f"stages.{key}.", f"stages.{name}.")
-    raise InputError(sentence)
+    raise InputError(_sentence(output.getvalue(), prog))
 
 
 @contextlib.contextmanager
@@ -56,7 +68,7 @@ def _capture_errors(output: io.StringIO) -> Iterator[None]:
 # Messages of tyro and Python, and our replacements.
 _ERROR_PATTERNS = (
     (r"^Error parsing (-\S+):\s*", r"\1: "),
-    (r"^Error parsing (stages\.\S+):\s*", r"\1: "),
+    (r"^Error parsing (stages\.\S+\.\S+):\s*", r"\1: "),  # a stage names itself, its objective and data do not
     (r"^Error parsing [^-\s]\S*:\s*", ""),
     (r"no type matching .* could be instantiated from .*Got errors:.*- <class '[^']*'>: ", ""),
     (r"invalid literal for int\(\) with base 10: ", "expected a whole number, got "),

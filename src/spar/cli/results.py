@@ -1,29 +1,26 @@
 """The verbs that show what a model does: `spar eval`, `spar report` and `spar demo`."""
 
 import os
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from spar.cli import loading
+from spar.cli.arguments import DemoArguments, EvalArguments, ReportArguments
 from spar.cli.console import new_console, progress_bar, score_table
+from spar.cli.parsing import takes
 from spar.common.files import atomic_directory
 from spar.inference.image_files import check_replaceable, check_writable, list_images
 
-if TYPE_CHECKING:
-    from spar.cli.arguments import EvalArguments
 
-
-def evaluate(argv: list[str]) -> int:
+@takes(EvalArguments, "spar eval")
+def evaluate(args: EvalArguments) -> int:
     """Score a model with the detector of the shapes world."""
-    from spar.cli.arguments import EvalArguments
-    from spar.cli.parsing import parse
-
-    args = parse(EvalArguments, argv, "spar eval")
     from spar.evaluation.benchmarks import BENCHMARKS
     from spar.evaluation.options import EvalOptions
     from spar.evaluation.results import write_result
 
-    options = EvalOptions(**args.keywords())
+    given = {item.name: getattr(args, item.name) for item in fields(EvalOptions)}
+    options = EvalOptions(**{name: value for name, value in given.items() if value is not None})
     names: list[str] = list(BENCHMARKS) if args.benchmark == "all" else [args.benchmark]
     paths = _result_paths(args, names)
     check_writable(paths, overwrite=args.overwrite)
@@ -37,7 +34,7 @@ def evaluate(argv: list[str]) -> int:
     return 0
 
 
-def _result_paths(args: "EvalArguments", names: list[str]) -> list[Path]:
+def _result_paths(args: EvalArguments, names: list[str]) -> list[Path]:
     mark = "-held_out" if args.combinations == "held_out" else ""
     files = [f"{name}{mark}.json" for name in names]
     if args.benchmark == "all":
@@ -47,12 +44,9 @@ def _result_paths(args: "EvalArguments", names: list[str]) -> list[Path]:
     return [args.output or Path(files[0])]
 
 
-def report(argv: list[str]) -> int:
+@takes(ReportArguments, "spar report")
+def report(args: ReportArguments) -> int:
     """Write a run's training curves and results as one HTML page."""
-    from spar.cli.arguments import ReportArguments
-    from spar.cli.parsing import parse
-
-    args = parse(ReportArguments, argv, "spar report")
     path = args.output or args.run / "report.html"
     from spar.reporting.report import write_report
     from spar.reporting.run_report import run_report
@@ -64,12 +58,9 @@ def report(argv: list[str]) -> int:
     return 0
 
 
-def demo(argv: list[str]) -> int:
+@takes(DemoArguments, "spar demo")
+def demo(args: DemoArguments) -> int:
     """Write an HTML page with all four tasks and a small sample of the scores."""
-    from spar.cli.arguments import DemoArguments
-    from spar.cli.parsing import parse
-
-    args = parse(DemoArguments, argv, "spar demo")
     images = list_images(args.images) if args.images else []
     check_replaceable(args.output, "report.html", overwrite=args.overwrite)
     pipe = loading.load_pipeline(args)

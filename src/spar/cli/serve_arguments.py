@@ -35,7 +35,7 @@ class ServeArguments(ListenArguments):  # noqa: D101  # its help names the limit
     """Serve the web page too, at /page (extra `ui`)."""
 
     def __post_init__(self) -> None:
-        ListenArguments.__post_init__(self)
+        super().__post_init__()
         check_range("--max-batch", self.max_batch, 1, MAX_IMAGES)
         check_range("--max-queue", self.max_queue, 1, MAX_IMAGES)
         check_range("--timeout", self.timeout, 1, 3600)

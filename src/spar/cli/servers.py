@@ -11,27 +11,25 @@ from typing import TYPE_CHECKING
 from spar.cli import loading
 from spar.cli.console import progress_bar
 from spar.cli.loading import gc_disabled
+from spar.cli.parsing import takes
+from spar.cli.serve_arguments import ListenArguments, ServeArguments, UiArguments
+from spar.serving.limits import PAGE_PATH
 
 if TYPE_CHECKING:
     import socket
     from concurrent.futures import Executor
 
-    from spar.cli.serve_arguments import ListenArguments
     from spar.inference.pipeline import SparPipeline
 
 
-def serve(argv: list[str]) -> int:
+@takes(ServeArguments, "spar serve")
+def serve(args: ServeArguments) -> int:
     """Serve the four tasks over HTTP, in the format of OpenAI's API."""
-    from spar.cli.parsing import parse
-    from spar.cli.serve_arguments import ServeArguments
-
-    args = parse(ServeArguments, argv, "spar serve")
     from tempfile import TemporaryDirectory
 
-    listener, token, thread, pipe = _listen_and_load(args, *(["serve", "ui"] if args.ui else ["serve"]))
+    listener, token, thread, pipe = _listen_and_load(args, "serve", *(["ui"] if args.ui else []))
     with TemporaryDirectory(prefix="spar-") if args.ui else nullcontext() as cache:
         with gc_disabled():
-            from spar.serving.limits import PAGE_PATH
             from spar.serving.server import build_server
 
             build_page = None
@@ -53,7 +51,7 @@ def serve(argv: list[str]) -> int:
 
 
 def _listen_and_load(
-    args: "ListenArguments", *extras: str
+    args: ListenArguments, *extras: str
 ) -> tuple["socket.socket", str | None, "Executor", "SparPipeline"]:
     """Check the arguments first, then load the model on the thread that will run it (for the reason see `Worker`)."""
     from concurrent.futures import ThreadPoolExecutor
@@ -72,12 +70,9 @@ def _clear_at_sigterm() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
-def ui(argv: list[str]) -> int:
+@takes(UiArguments, "spar ui")
+def ui(args: UiArguments) -> int:
     """Serve the web page."""
-    from spar.cli.parsing import parse
-    from spar.cli.serve_arguments import UiArguments
-
-    args = parse(UiArguments, argv, "spar ui")
     listener, token, thread, pipe = _listen_and_load(args, "ui")
     with progress_bar("loading the page"), gc_disabled():
         from spar.ui.mount import serve_page

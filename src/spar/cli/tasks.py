@@ -6,9 +6,17 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from spar.cli import loading
+from spar.cli.arguments import (
+    EditArguments,
+    GenerateArguments,
+    InfoArguments,
+    ReconstructArguments,
+    SamplingArguments,
+    UnderstandArguments,
+)
 from spar.cli.console import (
     model_facts,
     model_table,
@@ -18,6 +26,7 @@ from spar.cli.console import (
     progress_bar,
     sampling_callback,
 )
+from spar.cli.parsing import takes
 from spar.inference.image_files import (
     check_writable,
     list_images,
@@ -27,18 +36,12 @@ from spar.inference.image_files import (
     source_metadata,
 )
 
-if TYPE_CHECKING:
-    from spar.cli.arguments import SamplingArguments
-
 RECONSTRUCT_BATCH = 64
 
 
-def generate(argv: list[str]) -> int:
+@takes(GenerateArguments, "spar generate")
+def generate(args: GenerateArguments) -> int:
     """Generate images from prompts."""
-    from spar.cli.arguments import GenerateArguments
-    from spar.cli.parsing import parse
-
-    args = parse(GenerateArguments, argv, "spar generate")
     paths = _image_paths(args, len(args.prompt))
     pipe = loading.load_pipeline(args)
     with progress_bar("sampling") as advance:
@@ -51,12 +54,9 @@ def generate(argv: list[str]) -> int:
     return 0
 
 
-def edit(argv: list[str]) -> int:
+@takes(EditArguments, "spar edit")
+def edit(args: EditArguments) -> int:
     """Edit an image by instruction."""
-    from spar.cli.arguments import EditArguments
-    from spar.cli.parsing import parse
-
-    args = parse(EditArguments, argv, "spar edit")
     paths = _image_paths(args, len(args.instruction))
     pipe = loading.load_pipeline(args)
     with progress_bar("sampling") as advance:
@@ -66,12 +66,9 @@ def edit(argv: list[str]) -> int:
     return 0
 
 
-def understand(argv: list[str]) -> int:
+@takes(UnderstandArguments, "spar understand")
+def understand(args: UnderstandArguments) -> int:
     """Answer questions about an image."""
-    from spar.cli.arguments import UnderstandArguments
-    from spar.cli.parsing import parse
-
-    args = parse(UnderstandArguments, argv, "spar understand")
     out = loading.load_pipeline(args).understand(args.image, list(args.question), max_new_tokens=args.max_new_tokens)
     for text in out.texts:
         print(text)
@@ -79,27 +76,24 @@ def understand(argv: list[str]) -> int:
     return 0
 
 
-def reconstruct(argv: list[str]) -> int:
+@takes(ReconstructArguments, "spar reconstruct")
+def reconstruct(args: ReconstructArguments) -> int:
     """Encode and decode images with the unified tokenizer."""
-    from spar.cli.arguments import ReconstructArguments
-    from spar.cli.parsing import parse
-
-    args = parse(ReconstructArguments, argv, "spar reconstruct")
     sources = [file for path in args.image for file in (list_images(path) if os.path.isdir(path) else [path])]
     folders = any(os.path.isdir(path) for path in args.image)
     output = Path("out") if folders and args.output is None else args.output
     paths = output_paths(output, _file_names(sources))
     check_writable(paths, overwrite=args.overwrite)
     pipe = loading.load_pipeline(args)
+    from spar.evaluation.options import batches
+
     images: list[Any] = []
     metadata: list[dict[str, Any]] = []
     with progress_bar("reconstructing") as advance:
-        for start in range(0, len(sources), RECONSTRUCT_BATCH):
-            out = pipe.reconstruct(list(sources[start : start + RECONSTRUCT_BATCH]))
+        for batch in batches(sources, RECONSTRUCT_BATCH, advance):
+            out = pipe.reconstruct(list(batch))
             images += out.images
             metadata += out.metadata
-            if advance:
-                advance(len(images), len(sources))
     pairs = zip(sources, metadata, strict=True)
     save_images(images, paths, [{**source_metadata(source), **values} for source, values in pairs])
     for path in paths:
@@ -107,7 +101,7 @@ def reconstruct(argv: list[str]) -> int:
     return 0
 
 
-def _image_paths(args: "SamplingArguments", texts: int) -> list[Path]:
+def _image_paths(args: SamplingArguments, texts: int) -> list[Path]:
     """Paths of the output images, checked before the work begins."""
     count = texts * args.num_images_per_prompt
     paths = output_paths(args.output, [f"{index:0{len(str(count - 1))}}" for index in range(count)])
@@ -136,12 +130,9 @@ def warn_if_unquoted(texts: Sequence[str], what: str) -> None:
         print(f"spar: note: {len(texts)} {what}s of one word each; one of several words needs quotes", file=sys.stderr)
 
 
-def info(argv: list[str]) -> int:
+@takes(InfoArguments, "spar info")
+def info(args: InfoArguments) -> int:
     """Show how an image was made, or what a folder of weights contains."""
-    from spar.cli.arguments import InfoArguments
-    from spar.cli.parsing import parse
-
-    args = parse(InfoArguments, argv, "spar info")
     if os.path.isdir(args.path):
         from spar.checkpoints.inspect import inspect
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spar.cli.arguments import CacheArguments, PlanArguments, TrainArguments
 from spar.cli.console import (
     INTERRUPTED,
     epochs_table,
@@ -19,20 +20,18 @@ from spar.cli.console import (
     progress_bar,
     training_display,
 )
+from spar.cli.parsing import parse
+from spar.cli.recipe_flags import build_recipe, recipe_arguments
 from spar.common.errors import InputError
 from spar.inference.image_files import check_folder
 
 if TYPE_CHECKING:
-    from spar.cli.arguments import TrainArguments
     from spar.training.estimate import HardwareConfig, StageEstimate
-    from spar.training.files_data import FilesData
     from spar.training.plan import RunPlan
 
 
 def train(argv: list[str]) -> int:
     """Train a recipe."""
-    from spar.cli.arguments import TrainArguments
-
     args, chosen = _recipe(argv, TrainArguments, "spar train", "spar train tiny --run runs/tiny")
     from spar.common.device import check_device
     from spar.training.estimate import HardwareConfig, check_sizes, estimate
@@ -58,9 +57,6 @@ def train(argv: list[str]) -> int:
 
 def _recipe(argv: list[str], kind: type[Any], prog: str, example: str) -> tuple[Any, Any]:
     """Parse the arguments of a verb whose first word is a recipe, and build that recipe from its flags."""
-    from spar.cli.parsing import parse
-    from spar.cli.recipe_flags import build_recipe, recipe_arguments
-
     if not argv or argv[0].startswith("-"):
         if {"-h", "--help"} & set(argv):
             parse(kind, ["--help"], prog)
@@ -88,8 +84,6 @@ def _sized(chosen: Any, base: Any, start: Path | None) -> Any:
 
 def plan(argv: list[str]) -> int:
     """Estimate the cost of a recipe on given GPUs."""
-    from spar.cli.arguments import PlanArguments
-
     args, chosen = _recipe(argv, PlanArguments, "spar plan", "spar plan spar-1b --gpus 64 --gpu h200")
     from spar.training.estimate import HardwareConfig, estimate
     from spar.training.plan import RunStatus, resolve
@@ -108,15 +102,20 @@ def plan(argv: list[str]) -> int:
 
 def _print_plan(plan: "RunPlan", hardware: "HardwareConfig", estimates: "Sequence[StageEstimate]") -> None:
     """Print what each stage of a run does, what it costs on the hardware, and what would not work."""
-    from spar.training.files_data import FilesData
+    from spar.training.files_data import FilesData, epochs_per_source, open_sources, weighted_sets
 
     if os.environ.get("RANK", "0") != "0":  # the first of several processes prints
         return
     console = new_console()
     console.print(plan_table(plan))
     console.print(estimate_table(_left(plan, estimates), hardware))
-    if isinstance(plan.recipe.data, FilesData):
-        console.print(epochs_table(_epochs(plan.recipe.data, [one.config for one in plan.stages])))
+    data = plan.recipe.data
+    if isinstance(data, FilesData):
+        with progress_bar("indexing the data"):
+            sources = open_sources(data)
+        weights = [weight for weight, _ in weighted_sets(data.sets)]
+        stages = [one.config for one in plan.stages]
+        console.print(epochs_table({stage.name: epochs_per_source(stage, sources, weights) for stage in stages}))
     published = ", ".join(plan.recipe.published)
     if published and plan.stages[0].start.source == "random":
         print(f"spar: note: {published} start from random weights unless --init-from gives them", file=sys.stderr)
@@ -127,25 +126,14 @@ def _print_plan(plan: "RunPlan", hardware: "HardwareConfig", estimates: "Sequenc
 
 def _left(plan: "RunPlan", estimates: "Sequence[StageEstimate]") -> "list[StageEstimate]":
     """The stages that are still to be trained, with the time of the steps that are left."""
-    pairs = [(one, cost) for one, cost in zip(plan.stages, estimates, strict=True) if not one.skipped]
-    shares = [1 - one.start.step / one.config.steps for one, _ in pairs]
-    return [replace(cost, seconds=cost.seconds * share) for share, (_, cost) in zip(shares, pairs, strict=True)]
-
-
-def _epochs(data: "FilesData", stages: Sequence[Any]) -> dict[str, dict[str, float]]:
-    """Epochs of each data set in each stage."""
-    from spar.training.files_data import epochs_per_source, open_sources, weighted_sets
-
-    with progress_bar("indexing the data"):
-        sources = open_sources(data)
-    weights = [weight for weight, _ in weighted_sets(data.sets)]
-    return {stage.name: epochs_per_source(stage, sources, weights) for stage in stages}
+    return [
+        replace(cost, seconds=cost.seconds * (1 - one.start.step / one.config.steps))
+        for one, cost in zip(plan.stages, estimates, strict=True) if not one.skipped
+    ]
 
 
 def cache(argv: list[str]) -> int:
     """Compute the frozen features of a recipe's data sets."""
-    from spar.cli.arguments import CacheArguments
-
     example = "spar cache RECIPE --init-from MODEL --data.source files --data.sets DATA -o features"
     args, chosen = _recipe(argv, CacheArguments, "spar cache", example)
     import torch
@@ -181,9 +169,7 @@ def _train(args: Any, plan: "RunPlan", *, resume_command: str) -> int:
     quiet = os.environ.get("RANK", "0") != "0"  # only the first of several processes prints
     try:
         with nullcontext((None, None)) if quiet else training_display() as (announce, report):
-            model = execute(
-                plan, device=args.device, parallelism=args.parallelism, report=report, announce=announce
-            )
+            model = execute(plan, device=args.device, parallelism=args.parallelism, report=report, announce=announce)
     except PeerFailure as error:
         fail(str(error))
         return 1
@@ -205,7 +191,7 @@ def _train(args: Any, plan: "RunPlan", *, resume_command: str) -> int:
     return 0
 
 
-def _run_folder(args: "TrainArguments", name: str) -> tuple[Path, bool]:
+def _run_folder(args: TrainArguments, name: str) -> tuple[Path, bool]:
     """The run's folder, and whether to resume it."""
     if args.resume in ("never", "auto"):
         return args.run or Path("runs") / name, args.resume == "auto"

@@ -83,28 +83,18 @@ def from_dict(
     unknown = sorted(set(values) - known)
     if unknown:
         raise InputError(f"{name}: unknown field {', '.join(unknown)}; known fields are {', '.join(sorted(known))}")
+    parsed = {key: _parse_value(hints[key], values[key], f"{name}.{key}", complete, registry) for key in values}
+    if complete and known - set(values):
+        raise InputError(f"{name}: missing field {', '.join(sorted(known - set(values)))}")
     try:
-        built = {
-            key: _parse_value(hints[key], value, f"{name}.{key}", complete, registry) for key, value in values.items()
-        }
-        if complete and known - set(values):
-            raise InputError(f"{name}: missing field {', '.join(sorted(known - set(values)))}")
-        return _constructed(cls, built, where)
+        return cls(**parsed)
     except TypeError as error:
         raise InputError(f"{name}: {error}") from error
-
-
-def _constructed(cls: type, values: dict[str, Any], where: str) -> Any:
-    """An instance of `cls`; what it refuses says where it was."""
-    try:
-        return cls(**values)
-    except InputError as error:
+    except InputError as error:  # what the class refuses says where it was
         raise InputError(f"{where}: {error}" if where else str(error)) from error
 
 
-def _class_of_kind(
-    cls: type, values: dict[str, Any], name: str, registry: Registry
-) -> tuple[type, dict[str, Any]]:
+def _class_of_kind(cls: type, values: dict[str, Any], name: str, registry: Registry) -> tuple[type, dict[str, Any]]:
     """The class that a dictionary's `kind` names, and the other values."""
     if cls not in registry and _kind(cls) is None:
         return cls, values
@@ -132,10 +122,11 @@ def merge_overrides(target: T, base: T, changed: T) -> T:
     values: dict[str, Any] = {}
     for item in dataclasses.fields(target):
         own, old, new = (getattr(config, item.name) for config in (target, base, changed))
-        values[item.name] = (
-            merge_overrides(own, old, new) if dataclasses.is_dataclass(own) else (new if new != old else own)
-        )
-    return type(target)(**values)
+        if dataclasses.is_dataclass(own):
+            values[item.name] = merge_overrides(own, old, new)
+        elif new != old:
+            values[item.name] = new
+    return dataclasses.replace(target, **values)
 
 
 def _parse_value(hint: Any, value: Any, where: str, complete: bool, registry: Registry) -> Any:
@@ -151,16 +142,11 @@ def _parse_value(hint: Any, value: Any, where: str, complete: bool, registry: Re
         if not isinstance(value, (list, tuple)):
             raise InputError(f"{where}: expected a list, got {value!r}")
         if arguments[-1] is Ellipsis:
-            return tuple(
-                _parse_value(arguments[0], item, f"{where}[{i}]", complete, registry) for i, item in enumerate(value)
-            )
+            arguments = arguments[:1] * len(value)
         if len(arguments) != len(value):
             raise InputError(f"{where}: expected {len(arguments)} values, got {len(value)}")
-        pairs = zip(arguments, value, strict=True)
-        return tuple(
-            _parse_value(argument, item, f"{where}[{i}]", complete, registry)
-            for i, (argument, item) in enumerate(pairs)
-        )
+        pairs = enumerate(zip(arguments, value, strict=True))
+        return tuple(_parse_value(kind, item, f"{where}[{i}]", complete, registry) for i, (kind, item) in pairs)
     if origin is typing.Literal:
         if value not in arguments:
             raise InputError(f"{where}: expected one of {', '.join(map(str, arguments))}, got {value!r}")

@@ -1,4 +1,6 @@
-"""Available devices."""
+"""Available devices, and how fast they multiply."""
+
+import time
 
 import torch
 
@@ -16,3 +18,14 @@ def check_device(device: str | torch.device) -> torch.device:
         here = ["cpu"] + [name for name in ("cuda", "mps", "xpu") if getattr(torch, name).is_available()]
         raise InputError(f"device: expected one that is here, got {str(device)!r} (here: {', '.join(here)})")
     return where
+
+
+def measure_peak(device: str | torch.device, dtype: torch.dtype, side: int = 1024) -> float:
+    """Operations a second of a product of square matrices, the best of five."""
+    matrix = torch.ones(side, side, dtype=dtype, device=device)
+    seconds = []
+    for _ in range(6):  # the first one is the warm-up
+        start = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return 2 * side**3 / min(seconds[1:])

@@ -10,6 +10,11 @@ class InputError(ValueError):
     """
 
 
+def first_line(error: BaseException, message: str | None = None) -> str:
+    """The first line of an error's message, or of a better one, to end a sentence; its class if there is none."""
+    return (message or str(error)).strip().partition("\n")[0] or type(error).__name__
+
+
 def install_command(extra: str) -> str:
     """The command that installs one of the extras of pyproject.toml."""
     return f"pip install '{DISTRIBUTION}[{extra}]'"

@@ -41,16 +41,17 @@ def atomic_directory(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
-        _swap(temporary, folder, old)
+        swap_folders(temporary, folder, old)
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _swap(new: Path, folder: Path, old: Path) -> None:
-    shutil.rmtree(old, ignore_errors=True)
+def swap_folders(new: Path, folder: Path, old: Path) -> None:
+    """Put a whole folder in another's place, which is `old` until then; that is kept where it is all that there is."""
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     try:
         new.rename(folder)

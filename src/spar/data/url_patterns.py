@@ -10,7 +10,7 @@ import os
 import re
 from pathlib import Path, PurePosixPath
 
-from spar.common.errors import InputError
+from spar.common.errors import InputError, first_line
 from spar.common.limits import MAX_SHARDS
 
 _HUB = re.compile(r"hf://(?:(datasets|spaces)/)?([\w.-]+/[\w.-]+?)(?:@([^/]+))?/(.+)")
@@ -88,7 +88,7 @@ def _from_hub(patterns: list[str]) -> list[Path]:
             wanted = [name for pattern in wanted for name in names if _matches(name, pattern)]
         found = [Path(hf_hub_download(repository, name, repo_type=kind, revision=revision)) for name in wanted]
     except Exception as error:  # of the network, the Hub or its client
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         raise InputError(f"{patterns[0]!r} cannot be fetched: {reason}") from error
     if not found:
         raise InputError(f"expected files that {patterns[0]!r} names, but the repository has none")

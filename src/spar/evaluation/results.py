@@ -79,7 +79,8 @@ def bootstrap(
     Args:
         statistic: takes one array of indices per group, returns the value on those units.
         counts: the number of units of each group; groups are resampled separately (stratified).
-        seed, draws: of the resampling.
+        seed: of the resampling.
+        draws: number of resamples.
 
     Returns:
         The 2.5th and the 97.5th percentile of the drawn values.

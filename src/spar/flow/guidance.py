@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from spar.common.checks import check_pair
+
 
 def apply_guidance(conditional: Tensor, unconditional: Tensor | None, scale: float) -> Tensor:
     """The guided velocity; both branches have one shape.
@@ -13,9 +15,5 @@ def apply_guidance(conditional: Tensor, unconditional: Tensor | None, scale: flo
         return conditional
     if unconditional is None:
         raise ValueError(f"expected an unconditional branch for guidance scale {scale}, got None")
-    if conditional.shape != unconditional.shape:
-        raise ValueError(
-            "expected both branches of guidance in one shape, "
-            f"got {tuple(conditional.shape)} and {tuple(unconditional.shape)}"
-        )
+    check_pair("the conditional branch", conditional, "the unconditional branch", unconditional)
     return unconditional + scale * (conditional - unconditional)

@@ -13,6 +13,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from spar.common.checks import check_pair
+
 Time = TypeVar("Time", float, Tensor)
 
 
@@ -25,53 +27,27 @@ def _per_sample(t: Tensor, x: Tensor) -> Tensor:
     return t.reshape(-1, *[1] * (x.ndim - 1))
 
 
-def _check_pair(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    if x.shape != other.shape:
-        raise ValueError(
-            f"expected {name} and {other_name} of one shape, got {tuple(x.shape)} and {tuple(other.shape)}"
-        )
-
-
 def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """x_t = (1 - t) x + t noise, for x and noise [B, ...] and times t [B] in [0, 1].
 
     Types promote as in torch: a bfloat16 x with float32 times gives float32.
     """
-    _check_pair("x", x, "noise", noise)
+    check_pair("x", x, "noise", noise)
     t = _per_sample(t, x)
     return (1 - t) * x + t * noise
 
 
 def velocity_target(x: Tensor, noise: Tensor) -> Tensor:
     """Compute v = noise - x, the same at every time of the path."""
-    _check_pair("x", x, "noise", noise)
+    check_pair("x", x, "noise", noise)
     return noise - x
 
 
-def to_clean(x_t: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
-    """The clean sample that a velocity points to: x_t - t v, for x_t and velocity [B, ...] and times t [B]."""
-    _check_pair("x_t", x_t, "velocity", velocity)
-    return x_t - _per_sample(t, x_t) * velocity
-
-
-def to_noise(x_t: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
-    """The noise that a velocity comes from: x_t + (1 - t) v, for x_t and velocity [B, ...] and times t [B]."""
-    _check_pair("x_t", x_t, "velocity", velocity)
-    return x_t + (1 - _per_sample(t, x_t)) * velocity
-
-
 def shift_time(t: Time, shift: float) -> Time:
-    """Shift times in [0, 1] to s t / (1 + (s - 1) t), towards the noise for s > 1; s = 1 changes nothing."""
+    """Shift times in [0, 1] to s t / (1 + (s - 1) t), towards the noise for s > 1; a shift by 1 / s undoes it."""
     if not shift > 0:
         raise ValueError(f"expected a shift above 0, got {shift}")
     return shift * t / (1 + (shift - 1) * t)
-
-
-def unshift_time(t: Time, shift: float) -> Time:
-    """The inverse of `shift_time`, which is the shift by 1 / s."""
-    if not shift > 0:
-        raise ValueError(f"expected a shift above 0, got {shift}")
-    return shift_time(t, 1 / shift)
 
 
 def sample_time(
@@ -91,6 +67,5 @@ def sample_time(
     if not std >= 0:
         raise ValueError(f"expected a standard deviation of 0 or more, got {std}")
     source = generator.device if generator is not None else device
-    shape = (shape,) if isinstance(shape, int) else tuple(shape)
     normal = torch.randn(shape, generator=generator, device=source, dtype=torch.float32)
     return shift_time(torch.sigmoid(mean + std * normal), shift).to(device=device, dtype=dtype)

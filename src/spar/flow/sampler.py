@@ -85,14 +85,8 @@ def _build_scheduler(steps: int, shift: float, method: str) -> Any:
         from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
         scheduler = DPMSolverMultistepScheduler(
-            algorithm_type="dpmsolver++",
-            prediction_type="flow_prediction",
-            use_flow_sigmas=True,
-            flow_shift=shift,
-            solver_order=2,
-            solver_type="midpoint",
-            lower_order_final=True,
-            final_sigmas_type="zero",
+            algorithm_type="dpmsolver++", prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift,
+            solver_order=2, solver_type="midpoint", lower_order_final=True, final_sigmas_type="zero",
         )
         scheduler.set_timesteps(steps, device="cpu")
     elif method == "euler":

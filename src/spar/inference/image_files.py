@@ -89,7 +89,8 @@ def save_images(
     """Write images as PNG, all under temporary names first, then renamed; folders are created.
 
     Args:
-        images, paths: one path per image.
+        images: the images to write.
+        paths: one path per image.
         metadata: one mapping per image, written as text chunks; None values are left out.
 
     Raises:

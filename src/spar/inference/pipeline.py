@@ -162,8 +162,10 @@ class SparPipeline:
         Args:
             prompt: one or a list.
             negative_prompt: what the images should not show; by default the true unconditional prompt.
-            height, width: pixels, by default the trained side; multiples of the token stride.
-            num_inference_steps, guidance_scale: by default the model's own; guidance 1 is the conditional branch.
+            height: pixels, a multiple of the token stride; by default the trained side.
+            width: as `height`.
+            num_inference_steps: by default the model's own.
+            guidance_scale: by default the model's own; 1 is the conditional branch.
             num_images_per_prompt: images of one prompt are adjacent in the result.
             seed: one (image i gets seed + i) or one per image; random when None. `.seeds` has those used.
             callback: called after each step with (steps done, steps, estimate of the clean latent), which `preview`

@@ -4,47 +4,36 @@
 from the tokenizer's own encoder (or any other image encoder), and gets no gradient.
 
 Optional departure: features of one encoder share a large mean, so that a constant prediction already has a high plain
-cosine. The centred form compares the prediction with the teacher minus its mean, and so rewards only differences
+cosine. The centred form compares the prediction with the teacher minus that mean, and so rewards only differences
 between tokens. It uses only the teacher's statistics.
 """
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from spar.losses.checks import check_pair
+from spar.common.checks import check_pair
 
 
 def alignment_loss(
-    projected: Tensor | None, teacher: Tensor | None, *, center: bool = False, teacher_mean: Tensor | None = None
+    projected: Tensor | None, teacher: Tensor | None, *, teacher_mean: Tensor | None = None
 ) -> dict[str, Tensor]:
     """Alignment of `projected` with `teacher`, both [B, N, D] on one grid (see `match_grid`).
 
-    center: use the centred cosine instead of the paper's plain one.
-    teacher_mean: [D], for example a running mean; None takes the mean over this batch's samples and tokens.
-    Returns float32 scalars: `loss` (minus one of the cosines), `cosine_plain` and `cosine_centered` (both detached).
-    Raises ValueError if an input is missing or shapes differ.
+    teacher_mean: [D]; with it the loss is the centred cosine instead of the paper's plain one.
+    Returns float32 scalars: `loss` (minus one of the cosines), `cosine_plain` and, with a mean, `cosine_centered` (both
+    detached). Raises ValueError if an input is missing or shapes differ.
     """
     projected, teacher = check_pair("projected", projected, "teacher", teacher)
     if projected.ndim != 3:
         raise ValueError(f"expected features [B, N, D], got {tuple(projected.shape)}")
     projected, teacher = projected.float(), teacher.detach().float()
-    if teacher_mean is not None:
-        if teacher_mean.shape != teacher.shape[-1:]:
-            raise ValueError(
-                f"expected teacher_mean of shape {tuple(teacher.shape[-1:])}, got {tuple(teacher_mean.shape)}"
-            )
-        mean = teacher_mean.detach().float()
-    else:
-        if center and teacher.shape[0] * teacher.shape[1] < 2:
-            raise ValueError("expected at least two tokens, or teacher_mean, to centre the teacher; got one token")
-        mean = teacher.mean(dim=(0, 1))
     plain = F.cosine_similarity(projected, teacher, dim=-1).mean()
-    centered = F.cosine_similarity(projected, teacher - mean, dim=-1).mean()
-    return {
-        "loss": -(centered if center else plain),
-        "cosine_plain": plain.detach(),
-        "cosine_centered": centered.detach(),
-    }
+    if teacher_mean is None:
+        return {"loss": -plain, "cosine_plain": plain.detach()}
+    if teacher_mean.shape != teacher.shape[-1:]:
+        raise ValueError(f"expected teacher_mean of shape {tuple(teacher.shape[-1:])}, got {tuple(teacher_mean.shape)}")
+    centered = F.cosine_similarity(projected, teacher - teacher_mean.detach().float(), dim=-1).mean()
+    return {"loss": -centered, "cosine_plain": plain.detach(), "cosine_centered": centered.detach()}
 
 
 def match_grid(features: Tensor, *, source: tuple[int, int], target: tuple[int, int]) -> Tensor:

@@ -8,7 +8,7 @@ Both are means over every element. The teacher's side gets no gradient.
 
 from torch import Tensor
 
-from spar.losses.checks import check_pair
+from spar.common.checks import check_pair
 
 
 def feature_mse(student: Tensor | None, teacher: Tensor | None, *, names: tuple[str, str]) -> Tensor:

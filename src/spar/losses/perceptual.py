@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spar.common.errors import InputError
-from spar.losses.checks import check_pair
+from spar.common.checks import check_pair
+from spar.common.errors import InputError, first_line
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -48,16 +48,13 @@ def unit_normalize(features: Tensor, eps: float = 1e-5) -> Tensor:
 class FeatureLoss(PerceptualLoss):
     """Mean over the layers of the mean squared distance between unit-normalised features; in [0, 4].
 
-    network: images [B, 3, H, W] in [0, 1] to a list of feature maps [B, C_i, H_i, W_i]; it does its own normalisation.
-    layers: indices of the maps to use; None for all.
+    network: images [B, 3, H, W] in [0, 1] to a list of feature maps [B, C_i, H_i, W_i], one for each layer; it does its
+        own normalisation.
     """
 
-    def __init__(self, network: Callable[[Tensor], Sequence[Tensor]], layers: Sequence[int] | None = None):
+    def __init__(self, network: Callable[[Tensor], Sequence[Tensor]]):
         super().__init__()
         self.network = network
-        self.layers = None if layers is None else tuple(layers)
-        if self.layers == ():
-            raise ValueError("expected at least one layer for a feature loss, got none")
         self.eval()
 
     def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
@@ -70,7 +67,7 @@ class FeatureLoss(PerceptualLoss):
         maps = self.network(images)
         if not maps:
             raise ValueError("expected feature maps from the network of a feature loss, got none")
-        return [unit_normalize(maps[i]) for i in (range(len(maps)) if self.layers is None else self.layers)]
+        return [unit_normalize(layer) for layer in maps]
 
 
 class LpipsLoss(PerceptualLoss):
@@ -121,7 +118,7 @@ class ConvNextLoss(PerceptualLoss):
         except (OSError, ValueError) as error:
             raise InputError(
                 f"a ConvNeXt classifier in transformers' format is expected at {str(path)!r}, "
-                f"which cannot be loaded: {str(error).splitlines()[0]}"
+                f"which cannot be loaded: {first_line(error)}"
             ) from error
         return cls(model.requires_grad_(False), side)
 
@@ -132,7 +129,6 @@ class ConvNextLoss(PerceptualLoss):
 
     def _logits(self, images: Tensor) -> Tensor:
         if images.shape[-2:] != (self.side, self.side):
-            images = F.interpolate(
-                images.float(), size=(self.side, self.side), mode="bilinear", align_corners=False, antialias=True
-            )
+            size = (self.side, self.side)
+            images = F.interpolate(images.float(), size=size, mode="bilinear", align_corners=False, antialias=True)
         return self.model(pixel_values=(images - self.mean) / self.std).logits.float()

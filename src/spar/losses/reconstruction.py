@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from spar.losses.checks import check_pair
+from spar.common.checks import check_pair
 
 
 def mse(prediction: Tensor, target: Tensor) -> Tensor:

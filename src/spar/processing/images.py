@@ -15,7 +15,7 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
-from spar.common.errors import InputError
+from spar.common.errors import InputError, first_line
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 TRAINING_FORMATS = ("PNG", "JPEG", "WEBP")
@@ -286,14 +286,14 @@ def _kind(data: bytes) -> str:
     return "of another type or damaged"
 
 
-def _reason(error: Exception) -> str:
-    """The first line of an error, to end a sentence."""
-    return str(getattr(error, "strerror", None) or error).partition("\n")[0] or type(error).__name__
-
-
 def _size(image: Image.Image) -> str:
     return f"{image.width} x {image.height} pixels"
 
 
 def _too_many_bytes(name: str, size: int) -> str:
     return f"expected an image of at most {MAX_BYTES >> 20} MiB, but {name} has {size / 2**20:.1f} MiB"
+
+
+def _reason(error: Exception) -> str:
+    """What the system says of a failure, else the first line of the error."""
+    return first_line(error, getattr(error, "strerror", None))

@@ -28,9 +28,7 @@ from spar.training.systems.spar import AlignmentConfig, FlowConfig, PerceptualCo
 GPUS, BATCH_PER_GPU = 64, 128  # of the unified stages; the batch is the family's, the number of GPUs our choice
 RECONSTRUCTION = TokenizerObjective(mse=1.0, perceptual=1.1)
 ADVERSARY = replace(RECONSTRUCTION, semantic=1.0, gan=0.1, lecam=1e-3)
-PUBLISHED = (
-    "model.tokenizer.encoder", "model.tokenizer.decoder", "model.language", "model.denoiser", "pixel_encoder"
-)  # fmt: skip
+PUBLISHED = ("model.tokenizer.encoder", "model.tokenizer.decoder", "model.language", "model.denoiser", "pixel_encoder")
 EVERYTHING = (ENCODER, *STREAMS, DECODER, "discriminator.*")
 
 _TOKENIZER_1 = StageConfig(
@@ -69,6 +67,8 @@ UNIFIED = (
     ),
 )
 
+_BLOCKS = (*3 * ("ResBlock",), *3 * ("EfficientViTBlock",))  # DC-AE's encoder and decoder mirror each other
+_MULTISCALES = (*3 * ((),), *3 * ((5,),))
 SPAR_1B = SparConfig(
     vision=VisionConfig(
         hidden_size=1024, layers=24, heads=16, intermediate_size=4096, patch_size=14, image_size=448, layer_scale=0.1,
@@ -80,17 +80,10 @@ SPAR_1B = SparConfig(
         eos_token_id=151645, pad_token_id=151643,
     ),
     autoencoder=AutoencoderConfig(
-        latent_channels=32,
-        head_dim=32,
-        channels=(128, 256, 512, 512, 1024, 1024),
-        encoder_layers=(2, 2, 2, 3, 3, 3),
-        decoder_layers=(3, 3, 3, 3, 3, 3),
-        encoder_blocks=(*3 * ("ResBlock",), *3 * ("EfficientViTBlock",)),
-        decoder_blocks=(*3 * ("ResBlock",), *3 * ("EfficientViTBlock",)),
-        encoder_multiscales=((), (), (), (5,), (5,), (5,)),
-        decoder_multiscales=((), (), (), (5,), (5,), (5,)),
-        downsample="Conv",
-        upsample="interpolate",
+        latent_channels=32, head_dim=32, channels=(128, 256, 512, 512, 1024, 1024),
+        encoder_layers=(2, 2, 2, 3, 3, 3), encoder_blocks=_BLOCKS, encoder_multiscales=_MULTISCALES,
+        decoder_layers=(3, 3, 3, 3, 3, 3), decoder_blocks=_BLOCKS, decoder_multiscales=_MULTISCALES,
+        downsample="Conv", upsample="interpolate",
     ),
     streams=StreamConfig(residual_blocks=3, pixel_layers=6, pixel_heads=16, mlp_ratio=4, block_norm_eps=1e-6),
     router=RouterConfig(kind="dtr", count=4, temperature=1.0),
@@ -112,9 +105,7 @@ SPAR_3B = replace(
 def spar_1b() -> SparRecipe:
     """The published system with InternVL3-1B and SANA 0.6B."""
     return SparRecipe(
-        name="spar-1b",
-        model=SPAR_1B,
-        stages=TOKENIZER + UNIFIED,
+        name="spar-1b", model=SPAR_1B, stages=TOKENIZER + UNIFIED, published=PUBLISHED, max_prompt_tokens=300,
         # The family trains at shift 1 (its scheduler does not read SANA's `flow_shift`) and samples at SANA's 3.
         flow=FlowConfig(
             time_mean=0.0, time_std=1.0, training_shift=1.0, sampling_shift=3.0, sampling_steps=20, guidance=4.5,
@@ -123,8 +114,6 @@ def spar_1b() -> SparRecipe:
         alignment=AlignmentConfig(teacher="self", center=False, hidden=2048),
         discriminator=PatchDiscriminatorConfig(width=64, layers=3),
         perceptual=PerceptualConfig(autoencoder=0.0, lpips=1.0, convnext=0.1, classifier="facebook/convnext-small-224"),
-        published=PUBLISHED,
-        max_prompt_tokens=300,
     )
 
 

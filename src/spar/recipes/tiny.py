@@ -23,10 +23,7 @@ TINY_MODEL = SparConfig(
     vision=VisionConfig(hidden_size=32, layers=1, heads=2, intermediate_size=64),
     text=TextConfig(hidden_size=32, layers=4, heads=2, kv_heads=1, intermediate_size=64),
     autoencoder=AutoencoderConfig(
-        latent_channels=8,
-        head_dim=8,
-        channels=(16, 16, 16, 16),
-        encoder_layers=(0, 1, 1, 1),
+        latent_channels=8, head_dim=8, channels=(16, 16, 16, 16), encoder_layers=(0, 1, 1, 1),
         decoder_layers=(0, 1, 1, 1),
     ),
     streams=StreamConfig(residual_blocks=1, pixel_layers=1, pixel_heads=2),
@@ -40,9 +37,7 @@ TINY_MODEL = SparConfig(
 def tiny() -> SparRecipe:
     """Three steps a stage, four images a step: a check of the way, not of the goal."""
     base = shapes()
-    stages = tuple(
-        replace(stage, objective=_cut(stage.objective), steps=3, batch=4, warmup=1) for stage in base.stages
-    )
+    stages = tuple(replace(stage, objective=_cut(stage.objective), steps=3, batch=4, warmup=1) for stage in base.stages)
     data = ShapesData(scenes=24, edits=16)
     return replace(base, name="tiny", model=TINY_MODEL, stages=stages, data=data, log_every=1)
 

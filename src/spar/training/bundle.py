@@ -27,30 +27,22 @@ def build_bundle(
     The semantic teacher comes along where this run, or the folder that it started from, has kept it.
     """
     stages = {}
-    names = [stage.name for stage in recipe.stages]
-    for stage in recipe.stages[: names.index(last) + 1]:
+    for stage in recipe.stages[: recipe.stages.index(recipe.stage(last)) + 1]:
         path = run / stage.name / "done" / "meta.json"
         if path.exists():
             meta = read_json(path)
             stages[stage.name] = {"steps": meta["step"], "seconds": round(meta["seconds"], 3)}
     manifest = {
-        "recipe": recipe.name,
-        "seed": recipe.seed,
-        "commit": _commit(),
-        "machine": hardware_info(),
-        "versions": versions(),
-        "stages": stages,
-        "resolved_recipe": to_dict(recipe),
-    }
+        "recipe": recipe.name, "seed": recipe.seed, "commit": _commit(), "machine": hardware_info(),
+        "versions": versions(), "stages": stages, "resolved_recipe": to_dict(recipe),
+    }  # fmt: skip
     origin = read_json(run / ORIGIN) if (run / ORIGIN).exists() else {}
     if origin:
         manifest["origin"] = origin
-    teacher = getattr(modules, "teacher", None)
     tokenizers = any(isinstance(recipe.stage(name).objective, TokenizerObjective) for name in stages)
-    if teacher is not None and (origin.get("teacher") or tokenizers):
+    teacher = getattr(modules, "teacher", None) if origin.get("teacher") or tokenizers else None
+    if teacher is not None:
         manifest["teacher"] = "the encoder before the tokenizer's training, in teacher/"
-    else:
-        teacher = None
     return ModelBundle(modules.model.eval(), prompts.tokenizer, sampling_config(recipe), manifest, teacher=teacher)
 
 

@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from spar.checkpoints.safetensors_io import describe_mismatch, read_tensors
+from spar.checkpoints.safetensors_io import SafetensorsReader, describe_mismatch, read_tensors
 from spar.common.config import from_dict, read_json, write_json
 from spar.common.errors import InputError
+from spar.common.files import swap_folders
 from spar.training.distributed import SINGLE_PROCESS, DistributedContext
 
 ROWS = "rows"  # in the header of a sharded file: {tensor: [first row, rows of the whole]}
@@ -60,11 +61,7 @@ def save_folder(
             _fsync(aside / "meta.json")
     with parallel.fail_together():
         if parallel.main:
-            if target.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                target.rename(old)
-            aside.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
+            swap_folders(aside, target, old)
 
 
 def _write_group(folder: Path, name: str, group: dict[str, Tensor], parallel: DistributedContext) -> None:
@@ -75,9 +72,8 @@ def _write_group(folder: Path, name: str, group: dict[str, Tensor], parallel: Di
     own = {key: _own_rows(value) for key, value in group.items() if parallel.main or isinstance(value, DTensor)}
     rows = {key: [start, group[key].shape[0]] for key, (_, start) in own.items() if isinstance(group[key], DTensor)}
     stored = {key: local.detach().contiguous().cpu() for key, (local, _) in own.items()}
-    path = folder / (
-        f"{name}-{parallel.rank:05}-of-{parallel.world:05}.safetensors" if sharded else f"{name}.safetensors"
-    )
+    part = f"-{parallel.rank:05}-of-{parallel.world:05}" if sharded else ""
+    path = folder / f"{name}{part}.safetensors"
     save_file(stored, path, {ROWS: json.dumps(rows)} if sharded else None)
     _fsync(path)
 
@@ -127,7 +123,8 @@ def load_group(folder: Path, name: str) -> dict[str, Tensor]:
         return read_tensors(files[0])
     tensors: dict[str, Tensor] = {}
     for path in files:
-        rows = _rows(path)
+        with safe_open(path, "pt") as file:  # (first row, rows of the whole) of every sharded tensor
+            rows = json.loads((file.metadata() or {}).get(ROWS, "{}"))
         for key, piece in read_tensors(path).items():
             if key not in rows:
                 tensors[key] = piece
@@ -140,22 +137,7 @@ def load_group(folder: Path, name: str) -> dict[str, Tensor]:
 
 def group_keys(folder: Path, name: str) -> set[str]:
     """The names of a group's tensors, from the headers of its files; InputError as in `load_group`."""
-    found: set[str] = set()
-    for path in shards(folder, name):
-        if not path.is_file():
-            raise InputError(f"{path.name} is missing in {path.parent}")
-        try:
-            with safe_open(path, "pt") as file:
-                found |= set(file.keys())
-        except SafetensorError as error:
-            raise InputError(f"{path} is damaged or no safetensors file: {error}") from error
-    return found
-
-
-def _rows(path: Path) -> dict[str, list[int]]:
-    """(first row, rows of the whole) of every sharded tensor in a file."""
-    with safe_open(path, "pt") as file:
-        return json.loads((file.metadata() or {}).get(ROWS, "{}"))
+    return {key for path in shards(folder, name) for key in SafetensorsReader(path).shapes}
 
 
 def load_into(own: dict[str, Tensor], folder: Path, name: str) -> None:
@@ -181,11 +163,6 @@ def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer], names: dict[i
         for field, value in fields.items():
             flat[f"{names[id(parameter)]}|{field}"] = value
     return flat
-
-
-def load_optimizers(optimizers: Sequence[torch.optim.Optimizer], names: dict[int, str], folder: Path) -> None:
-    """The inverse of `optimizer_tensors`, from a saved state; `InputError` where it is not exactly theirs."""
-    load_into(optimizer_tensors(optimizers, names), folder, "optimizer")
 
 
 def read_train_state(folder: Path) -> TrainState | None:

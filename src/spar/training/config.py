@@ -2,6 +2,7 @@
 
 import fnmatch
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from spar.checkpoints.lora import is_lora_key
 from spar.common.errors import InputError
 from spar.training.data import DataConfig, ImageData, NoData, StageData
-from spar.training.objectives.base import Networks, Objective
+from spar.training.objectives.base import Networks, Objective, check_at_least
 
 if TYPE_CHECKING:
     from spar.processing.prompts import PromptEncoder
@@ -55,13 +56,16 @@ class StageConfig:
         if not 0 <= self.warmup <= self.steps:
             raise InputError(f"stage {self.name}: expected warmup from 0 to steps {self.steps}, got {self.warmup}")
         if not set(self.data.gives) <= set(self.objective.takes):
-            taken, given = (
-                ", ".join(one.__name__ for one in some) for some in (self.objective.takes, self.data.gives)
-            )
+            taken, given = (", ".join(cls.__name__ for cls in some) for some in (self.objective.takes, self.data.gives))
             raise InputError(
                 f"stage {self.name}: the objective {self.objective.kind} takes batches of {taken}, its data "
                 f"({self.data.kind}) gives {given}"
             )
+
+    @property
+    def image_size(self) -> int | None:
+        """The side in pixels that its images are resized to, where it is not the model's."""
+        return self.data.image_size if isinstance(self.data, ImageData) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +88,8 @@ class Recipe(ABC):
     save_minutes: float = 5.0
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise InputError(f"seed: expected at least 0, got {self.seed}")
-        for name in ("log_every", "max_prompt_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        check_at_least(0, seed=self.seed)
+        check_at_least(1, log_every=self.log_every, max_prompt_tokens=self.max_prompt_tokens)
         names = [stage.name for stage in self.stages]
         if not names:
             raise InputError(f"recipe {self.name}: expected at least one stage, got none")
@@ -153,6 +154,11 @@ class Recipe(ABC):
         raise InputError(f"--init-from: a recipe of {self.kind} starts from stages (RUN/STAGE/done), got {folder}")
 
 
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a parameter's name is one that some pattern means."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def freeze(module: nn.Module, stage: StageConfig) -> list[str]:
     """Declare what trains: set `requires_grad` by the stage's patterns and return the trainable names.
 
@@ -163,15 +169,11 @@ def freeze(module: nn.Module, stage: StageConfig) -> list[str]:
     for pattern in (*stage.trainable, *(pattern for pattern, _ in stage.lr_multipliers)):
         if not fnmatch.filter(names, pattern):
             raise InputError(f"stage {stage.name}: pattern {pattern!r} matches no parameter")
-    trainable, adapted = [], any(map(is_lora_key, names))
+    adapted = any(map(is_lora_key, names))
     for name, parameter in module.named_parameters():
-        wanted = any(fnmatch.fnmatchcase(name, pattern) for pattern in stage.trainable)
-        if adapted and name.startswith("model."):
-            wanted = is_lora_key(name)
-        parameter.requires_grad_(wanted)
-        if wanted:
-            trainable.append(name)
-    return trainable
+        lora_decides = adapted and name.startswith("model.")
+        parameter.requires_grad_(is_lora_key(name) if lora_decides else matches(name, stage.trainable))
+    return [name for name, parameter in module.named_parameters() if parameter.requires_grad]
 
 
 def freezing_table(module: nn.Module, depth: int = 2) -> list[tuple[str, int, int]]:

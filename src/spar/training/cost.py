@@ -90,10 +90,8 @@ def part_cost(function: Callable[[], Any], module: nn.Module, *, through: bool =
     """
     trains = any(parameter.requires_grad for parameter in module.parameters())
     forward, kept = _counted(function, module, grad=trains or through)
-    again: dict[nn.Module, RecomputedForward] = {}
-    for block in repeated_blocks(module) if trains or through else ():
-        if isinstance(block.forward, RecomputedForward):
-            again[block] = block.forward
+    blocks = repeated_blocks(module) if trains or through else ()
+    again = {block: block.forward for block in blocks if isinstance(block.forward, RecomputedForward)}
     times = (3 if trains else 2 if through else 1) + bool(again)
     return Cost(forward * times, kept, _peak_recomputed_bytes(function, again))
 
@@ -105,9 +103,8 @@ def _peak_recomputed_bytes(function: Callable[[], Any], again: dict[nn.Module, R
     def counted(plain: Callable[..., Any], block: nn.Module) -> Callable[..., Any]:
         def forward(*arguments: Any, **keywords: Any) -> Any:
             made: list[Any] = []
-            sizes.append(
-                _count_flops_and_bytes(lambda: made.append(plain(*arguments, **keywords)), block, grad=True)[1]
-            )
+            _, kept = _count_flops_and_bytes(lambda: made.append(plain(*arguments, **keywords)), block, grad=True)
+            sizes.append(kept)
             return made[0]
 
         return forward

@@ -95,9 +95,7 @@ class TrainingData(ABC):
         """The generator of one step's choices."""
         return step_rng(self.seed, stage, step)
 
-    def batches(
-        self, stage: "StageConfig", start: int, parallel: DistributedContext
-    ) -> Iterator[Sequence[Images]]:
+    def batches(self, stage: "StageConfig", start: int, parallel: DistributedContext) -> Iterator[Sequence[Images]]:
         """From step `start` of a stage on, this process's micro-batches of each step."""
         for step in range(start, stage.steps):
             parts = [parallel.rows(stage.batch, number) for number in range(parallel.config.grad_accum_steps)]
@@ -131,9 +129,7 @@ class DataConfig(ABC):
     serves: ClassVar[tuple[type[StageData], ...]]
 
     @abstractmethod
-    def open(
-        self, recipe: "Recipe", prompts: "PromptEncoder", run: Path, parallel: DistributedContext
-    ) -> TrainingData:
+    def open(self, recipe: "Recipe", prompts: "PromptEncoder", run: Path, parallel: DistributedContext) -> TrainingData:
         """The source, opened for this process; what it keeps goes under the run's folder."""
 
     @property
@@ -178,9 +174,7 @@ class NoData(DataConfig):
     kind: ClassVar[str] = "none"
     serves: ClassVar[tuple[type[StageData], ...]] = ()
 
-    def open(
-        self, recipe: "Recipe", prompts: "PromptEncoder", run: Path, parallel: DistributedContext
-    ) -> TrainingData:
+    def open(self, recipe: "Recipe", prompts: "PromptEncoder", run: Path, parallel: DistributedContext) -> TrainingData:
         raise InputError(_NONE)
 
     def check(self, stages: "Sequence[StageConfig]") -> None:

@@ -6,14 +6,14 @@ optimizer's operations, traffic between GPUs, the perceptual networks' activatio
 """
 
 import os
-import time
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import nn
 
-from spar.common.errors import InputError
+from spar.common.device import measure_peak
+from spar.common.errors import InputError, first_line
 from spar.training.config import Recipe, StageConfig, freeze
 from spar.training.cost import Cost
 from spar.training.distributed import ParallelismConfig, apply_activation_checkpointing
@@ -31,7 +31,6 @@ GPUS = {
     "h200": (989e12, 141 * 10**9),
     "b200": (2250e12, 180 * 10**9),
 }
-MATMUL = 1024  # side of the matrices that measure a processor's peak
 CPU_MFU = 0.35  # the median of what the stages of `shapes` reached of that peak on two cores (docs/log.md)
 
 
@@ -70,36 +69,22 @@ class HardwareConfig:
     def of_this_machine(cls, device: str, parallelism: ParallelismConfig) -> "HardwareConfig":
         """The device of a run here, its peak measured by a product of matrices, and the processes of a launcher."""
         precision = torch.bfloat16 if parallelism.precision == "bf16" else torch.float32
-        cuda = torch.device(device).type == "cuda"
+        cuda, world = torch.device(device).type == "cuda", int(os.environ.get("WORLD_SIZE", "1"))
         if cuda:
             capacity = torch.cuda.get_device_properties(device).total_memory
         else:
-            capacity = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        world = int(os.environ.get("WORLD_SIZE", "1"))
+            capacity = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world
         return cls(
             gpus=world, gpu=device, mfu=0.4 if cuda else CPU_MFU, sharded=world > 1 and parallelism.strategy == "fsdp",
             grad_accum_steps=parallelism.grad_accum_steps,
             activation_checkpointing=parallelism.activation_checkpointing, peak=measure_peak(device, precision),
-            capacity=capacity if cuda else capacity // world, reserve=RESERVE if cuda else 0,
+            capacity=capacity, reserve=RESERVE if cuda else 0,
         )  # fmt: skip
 
     @property
     def limits(self) -> tuple[float, int]:
         """Operations a second and bytes of one device."""
-        if self.peak and self.capacity:
-            return self.peak, self.capacity
-        return GPUS[self.gpu]
-
-
-def measure_peak(device: str, precision: torch.dtype) -> float:
-    """Operations a second of a product of square matrices, the best of five."""
-    a = torch.ones(MATMUL, MATMUL, dtype=precision, device=device)
-    seconds = []
-    for _ in range(6):  # the first is a warm-up
-        began = time.perf_counter()
-        (a @ a)[0, 0].item()
-        seconds.append(time.perf_counter() - began)
-    return 2 * MATMUL**3 / min(seconds[1:])
+        return (self.peak, self.capacity) if self.peak and self.capacity else GPUS[self.gpu]
 
 
 @dataclass(frozen=True)
@@ -107,9 +92,14 @@ class StageEstimate:
     """One stage on a machine.
 
     Attributes:
-        trainable, frozen: numbers of parameters.
+        trainable: number of trainable parameters.
+        frozen: number of frozen parameters.
         micro_batch: what a device computes at once.
-        weights, gradients, optimizer, activations, reserve: bytes of one device.
+        weights: bytes of the weights on one device.
+        gradients: bytes of the gradients on one device.
+        optimizer: bytes of the optimizer's state on one device.
+        activations: bytes of the activations on one device.
+        reserve: bytes of one device that no run can use.
         flops: operations of a step; 0, as are `activations` and `seconds`, where the objective does not say.
         images_per_second: of all devices.
         seconds: of the whole stage.
@@ -127,7 +117,7 @@ class StageEstimate:
     flops: float
     images_per_second: float
     seconds: float
-    warnings: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
     @property
     def memory(self) -> int:
@@ -158,10 +148,9 @@ def _stage_cost(recipe: Recipe, stage: StageConfig, recomputed: bool) -> tuple[i
     """(trainable parameters, frozen ones, the cost of an image) of a stage, the same on every machine."""
     modules = _meta_modules(recipe, recomputed)
     freeze(modules, stage)
-    sizes = {True: 0, False: 0}
-    for parameter in modules.parameters():
-        sizes[parameter.requires_grad] += parameter.numel()
-    return sizes[True], sizes[False], stage.objective.cost(modules, recipe, stage) or Cost()
+    trainable = sum(parameter.numel() for parameter in modules.parameters() if parameter.requires_grad)
+    frozen = sum(parameter.numel() for parameter in modules.parameters()) - trainable
+    return trainable, frozen, stage.objective.cost(modules, recipe, stage) or Cost()
 
 
 def check_sizes(recipe: Recipe, stages: tuple[StageConfig, ...]) -> nn.Module:
@@ -179,7 +168,7 @@ def check_sizes(recipe: Recipe, stages: tuple[StageConfig, ...]) -> nn.Module:
     except InputError:
         raise
     except Exception as error:  # whatever class of the libraries refuses its sizes, and however
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         raise InputError(f"recipe {recipe.name}: its sizes do not fit together: {reason}") from error
     for stage in stages:
         freeze(modules, stage)
@@ -192,26 +181,17 @@ def _estimate_stage(recipe: Recipe, stage: StageConfig, machine: HardwareConfig)
     images = max(1, stage.batch // (machine.gpus * machine.grad_accum_steps))
     speed = machine.gpus * machine.limits[0] * machine.mfu / cost.flops if cost.flops else 0.0
     found = StageEstimate(
-        stage=stage,
-        trainable=trainable,
-        frozen=frozen,
-        micro_batch=images,
-        weights=BYTES * (trainable + frozen) // shards,
-        gradients=BYTES * trainable // shards,
-        optimizer=BYTES * trainable * (3 if stage.ema else 2) // shards,
-        activations=int(cost.held * images),
-        reserve=machine.reserve,
-        flops=cost.flops * stage.batch,
-        images_per_second=speed,
-        seconds=stage.steps * stage.batch / speed if speed else 0.0,
-        warnings=(),
-    )
-    return replace(found, warnings=tuple(_warnings(found, machine, cost)))
+        stage, trainable, frozen, micro_batch=images, weights=BYTES * (trainable + frozen) // shards,
+        gradients=BYTES * trainable // shards, optimizer=BYTES * trainable * (3 if stage.ema else 2) // shards,
+        activations=int(cost.held * images), reserve=machine.reserve, flops=cost.flops * stage.batch,
+        images_per_second=speed, seconds=stage.steps * stage.batch / speed if speed else 0.0,
+    )  # fmt: skip
+    return replace(found, warnings=_warnings(found, machine, cost))
 
 
-def _warnings(found: StageEstimate, machine: HardwareConfig, cost: Cost) -> list[str]:
+def _warnings(found: StageEstimate, machine: HardwareConfig, cost: Cost) -> tuple[str, ...]:
     """What would not work as it is."""
-    stage, capacity, warnings = found.stage, machine.limits[1], []
+    stage, capacity, warnings = found.stage, machine.limits[1], list[str]()
     if stage.batch % (machine.gpus * machine.grad_accum_steps):
         warnings.append(
             f"a batch of {stage.batch} does not divide into {machine.gpus} x {machine.grad_accum_steps} micro-batches"
@@ -224,4 +204,4 @@ def _warnings(found: StageEstimate, machine: HardwareConfig, cost: Cost) -> list
             f"{found.memory / GIB:.0f} GiB do not fit into {capacity / GIB:.0f}: {advice}; more "
             "grad_accum_steps, activation_checkpointing, fsdp or GPUs would help"
         )
-    return warnings
+    return tuple(warnings)

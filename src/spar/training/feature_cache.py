@@ -9,8 +9,7 @@ key is refused. The prompts' states are not kept: the queries that follow them t
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -48,9 +47,8 @@ def sample_id(identity: str, number: int) -> int:
 def cache_key(tokenizer: UnifiedTokenizer, side: int, sources: list[DataSource]) -> str:
     """What the features depend on."""
     forms = {name: to_dict(getattr(tokenizer.config, name)) for name in ("vision", "streams")}  # what no weight tells
-    digest = hashlib.sha256(
-        f"{FORMAT_VERSION} {side} {sorted(source.identity for source in sources)} {json.dumps(forms)}".encode()
-    )
+    samples = sorted(source.identity for source in sources)
+    digest = hashlib.sha256(f"{FORMAT_VERSION} {side} {samples} {json.dumps(forms)}".encode())
     for name, value in sorted(tokenizer.state_dict().items()):
         if not name.startswith("decoder."):
             digest.update(name.encode())
@@ -66,16 +64,9 @@ def encode(tokenizer: UnifiedTokenizer, pixels: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def write_cache(
-    tokenizer: UnifiedTokenizer,
-    sources: list[DataSource],
-    folder: Path,
-    *,
-    side: int,
-    batch: int = 32,
-    workers: int = 0,
-    precision: torch.dtype = torch.bfloat16,
-    advance: Advance | None = None,
-) -> int:
+    tokenizer: UnifiedTokenizer, sources: list[DataSource], folder: Path, *, side: int, batch: int = 32,
+    workers: int = 0, precision: torch.dtype = torch.bfloat16, advance: Advance | None = None,
+) -> int:  # fmt: skip
     """Compute the features of every sample; a cache that was broken off goes on where it stands. Returns the bad ones.
 
     Raises:
@@ -96,19 +87,14 @@ def write_cache(
             path = folder / f"{number:03}-{start // ROWS:06}.safetensors"
             if not path.exists():
                 pieces = range(start, start + count, batch)
-                loaded = DataLoader(
-                    _Pictures(source, side, batch, start + count), batch_size=None, sampler=pieces, num_workers=workers
-                )
-                rows = [_features(tokenizer, one, device, precision) for one in loaded if len(one.ids)]
+                pictures = _Pictures(source, side, batch, start + count)
+                loaded = DataLoader(pictures, batch_size=None, sampler=pieces, num_workers=workers)
+                rows = [_features(tokenizer, piece, device, precision) for piece in loaded if len(piece[0])]
                 if rows:
                     stored = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
                     with atomic_file(path) as temporary:
                         save_file(stored, temporary)
-            if path.exists():
-                with safe_open(path, "pt") as file:
-                    bad += count - file.get_slice("id").get_shape()[0]
-            else:
-                bad += count
+            bad += count - len(_ids(path))
             done += count
             if advance:
                 advance(done, total)
@@ -117,29 +103,23 @@ def write_cache(
 
 
 def _features(
-    tokenizer: UnifiedTokenizer, one: "_Piece", device: torch.device, precision: torch.dtype
+    tokenizer: UnifiedTokenizer, piece: tuple[Tensor, Tensor, Tensor], device: torch.device, precision: torch.dtype
 ) -> dict[str, Tensor]:
+    ids, images, references = piece
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        found = encode(tokenizer, to_pixels(one.images, device))
-        if len(one.inputs):
-            found["reference"] = tokenizer.encoder(to_pixels(one.inputs, device))
-    return {"id": one.ids, **{name: value.to(torch.bfloat16).cpu().contiguous() for name, value in found.items()}}
-
-
-@dataclass(frozen=True)
-class _Piece:
-    ids: Tensor
-    images: Tensor
-    inputs: Tensor
+        found = encode(tokenizer, to_pixels(images, device))
+        if len(references):
+            found["reference"] = tokenizer.encoder(to_pixels(references, device))
+    return {"id": ids, **{name: value.to(torch.bfloat16).cpu().contiguous() for name, value in found.items()}}
 
 
 class _Pictures(Dataset):
-    """Samples `start` to `start + batch` of a source, decoded; the bad ones are left out."""
+    """Samples `start` to `start + batch` of a source, decoded: ids, images, references. The bad ones are left out."""
 
     def __init__(self, source: DataSource, side: int, batch: int, stop: int) -> None:
         self.source, self.side, self.batch, self.stop = source, side, batch, stop
 
-    def __getitem__(self, start: int) -> _Piece:
+    def __getitem__(self, start: int) -> tuple[Tensor, Tensor, Tensor]:
         ids: list[int] = []
         images: list[np.ndarray] = []
         inputs: list[np.ndarray] = []
@@ -154,7 +134,7 @@ class _Pictures(Dataset):
             ids.append(sample_id(self.source.identity, index))
             images.append(shown[0])
             inputs += shown[1:]
-        return _Piece(torch.tensor(ids, dtype=torch.long), _stacked(images), _stacked(inputs))
+        return torch.tensor(ids, dtype=torch.long), _stacked(images), _stacked(inputs)
 
     def _decoded(self, data: bytes) -> np.ndarray:
         return np.asarray(to_size(open_training_image(data), self.side, self.side))
@@ -162,6 +142,14 @@ class _Pictures(Dataset):
 
 def _stacked(pictures: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) if pictures else torch.empty(0, 3, 0, 0)
+
+
+def _ids(path: Path) -> np.ndarray:
+    """The samples of a cache's file; none where all were bad, and it was not written."""
+    if not path.exists():
+        return np.zeros(0, np.int64)
+    with safe_open(path, "pt") as file:
+        return file.get_tensor("id").numpy()
 
 
 def _check(folder: Path, key: str | None = None) -> dict:
@@ -184,38 +172,32 @@ class FeatureCache:
         if not _check(folder, key).get("complete"):
             raise InputError(f"the cache {folder} is not finished; go on with the same spar cache command")
         self.paths = sorted(folder.glob("*.safetensors"))
-        ids, places = [], []
-        for number, path in enumerate(self.paths):
-            with safe_open(path, "pt") as file:
-                own = file.get_tensor("id").numpy()
-            ids.append(own)
-            places.append(np.stack([np.full(len(own), number), np.arange(len(own))], axis=1))
-        known = np.concatenate(ids) if ids else np.zeros(0, np.int64)
-        order = np.argsort(known)
-        self.ids = known[order]
-        self.places = (np.concatenate(places) if places else np.zeros((0, 2), np.int64))[order]
+        table = [np.zeros((0, 3), np.int64)]  # a sample's id, the number of its file, its row there
+        for number, ids in enumerate(map(_ids, self.paths)):
+            table.append(np.stack([ids, np.full(len(ids), number), np.arange(len(ids))], axis=1))
+        rows = np.concatenate(table)
+        rows = rows[rows[:, 0].argsort()]
+        self.ids, self.places = rows[:, 0].copy(), rows[:, 1:].copy()
 
     def __contains__(self, number: int) -> bool:
         place = int(np.searchsorted(self.ids, number))
         return place < len(self.ids) and int(self.ids[place]) == number
+
+    def holds(self, identity: str, number: int) -> bool:
+        """Whether a sample of a source is in the cache; a bound method, so that worker processes can be given it."""
+        return sample_id(identity, number) in self
 
     def rows(self, ids: list[int]) -> dict[str, Tensor]:
         """The features of samples, in their order; KeyError where one is not in the cache."""
         missing = [number for number in ids if number not in self]
         if missing:
             raise KeyError(missing[0])
-        places = self.places[np.searchsorted(self.ids, np.array(ids))]
         found: dict[str, list[Tensor]] = {}
-        for number, row in places:
-            for name, value in self._row(int(number), int(row)):
-                found.setdefault(name, []).append(value)
-        return {name: torch.stack(values) for name, values in found.items()}
-
-    def _row(self, number: int, row: int) -> Iterator[tuple[str, Tensor]]:
-        with safe_open(self.paths[number], "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (no dictionary)
-                if name != "id":
-                    yield name, file.get_slice(name)[row]
+        for number, row in self.places[np.searchsorted(self.ids, np.array(ids))].tolist():
+            with safe_open(self.paths[number], "pt") as file:
+                for name in file.keys():  # noqa: SIM118 (no dictionary)
+                    found.setdefault(name, []).append(file.get_slice(name)[row])
+        return {name: torch.stack(values) for name, values in found.items() if name != "id"}
 
 
 class InMemoryFeatureCache:
@@ -248,9 +230,8 @@ class InMemoryFeatureCache:
         """Put rows after those that are kept; the table doubles when it is full."""
         used, table = len(self.rows), self.tables.get(name)
         if table is None or used + len(rows) > len(table):
-            larger = torch.empty(
-                (max(2 * used, used + len(rows)), *rows.shape[1:]), dtype=torch.bfloat16, device=rows.device
-            )
+            size = (max(2 * used, used + len(rows)), *rows.shape[1:])
+            larger = torch.empty(size, dtype=torch.bfloat16, device=rows.device)
             if table is not None:
                 larger[:used] = table[:used]
             self.tables[name] = table = larger

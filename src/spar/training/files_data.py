@@ -5,10 +5,10 @@ data under a run that has begun are refused.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from spar.training.config import Recipe, StageConfig
 from spar.training.data import CaptionData, DataConfig, ImageData, MixedData, StageData, TrainingData
 from spar.training.distributed import DistributedContext
 from spar.training.feature_cache import FeatureCache, cache_key, sample_id
+from spar.training.objectives.base import check_at_least
 
 FINGERPRINTS = "data.json"  # in a run: what the order of each stage's samples depends on
 
@@ -52,12 +53,10 @@ class FilesData(DataConfig):
     def __post_init__(self) -> None:
         if not self.sets:
             raise InputError("data.sets: expected paths of data sets, got none")
-        if self.workers < 0:
-            raise InputError(f"data.workers: expected at least 0, got {self.workers}")
+        check_at_least(0, "data.", workers=self.workers)
+        check_at_least(1, "data.", max_aspect=self.max_aspect)
         if not 0 <= self.bad_share <= 1:
             raise InputError(f"data.bad_share: expected 0 to 1, got {self.bad_share}")
-        if self.max_aspect < 1:
-            raise InputError(f"data.max_aspect: expected at least 1, got {self.max_aspect}")
         weighted_sets(self.sets)
 
     @property
@@ -67,10 +66,7 @@ class FilesData(DataConfig):
     def open(
         self, recipe: Recipe, prompts: PromptEncoder, run: Path, parallel: DistributedContext
     ) -> "FilesTrainingData":
-        return FilesTrainingData(
-            self, prompts, recipe.seed, side=recipe.image_size, stride=recipe.token_stride,
-            max_prompt_tokens=recipe.max_prompt_tokens, run=run, parallel=parallel,
-        )
+        return FilesTrainingData(self, recipe, prompts, run, parallel)
 
     def check(self, stages: Sequence[StageConfig]) -> None:
         super().check(stages)
@@ -146,13 +142,10 @@ class FilesTrainingData(TrainingData):
     """
 
     def __init__(
-        self, config: FilesData, prompts: PromptEncoder, seed: int, *, side: int, stride: int, max_prompt_tokens: int,
-        run: Path, parallel: DistributedContext,
-    ) -> None:  # fmt: skip
-        super().__init__(seed)
-        self.config, self.prompts = config, prompts
-        self.side, self.stride, self.max_prompt_tokens = side, stride, max_prompt_tokens
-        self.run, self.parallel = run, parallel
+        self, config: FilesData, recipe: Recipe, prompts: PromptEncoder, run: Path, parallel: DistributedContext
+    ) -> None:
+        super().__init__(recipe.seed)
+        self.config, self.recipe, self.prompts, self.run, self.parallel = config, recipe, prompts, run, parallel
         self.weights = [weight for weight, _ in weighted_sets(config.sets)]
         self.sources = open_sources(config, run / "cache")
         self._cache: FeatureCache | None = None
@@ -160,15 +153,13 @@ class FilesTrainingData(TrainingData):
     def open_cache(self, tokenizer: UnifiedTokenizer) -> None:
         if self.config.cache is None:
             return
-        self._cache = FeatureCache(Path(self.config.cache), cache_key(tokenizer, self.side, self.sources))
+        self._cache = FeatureCache(Path(self.config.cache), cache_key(tokenizer, self.recipe.image_size, self.sources))
 
     def cached_features(self, count: int) -> Tensor | None:
         """The cache's `f_v` `[n, N, D]` of the images that `sample` would decode."""
         if self._cache is None:
             return None
-        mixture = self._mixture(64, self.weights, self.sources, 1.0)
-        loader = Loader(mixture, workers=0, captions=False, known=_Known(self._cache))
-        ids = [sample_id(*place) for batch in loader.batches(0, -(-count // 64)) for place in batch.places]
+        ids = [sample_id(*place) for batch in self._first(count, self._cache.holds) for place in batch.places]
         return self._cache.rows(ids)["f_v"]
 
     def batches(self, stage: StageConfig, start: int, parallel: DistributedContext) -> Iterator[Sequence[Images]]:
@@ -196,23 +187,22 @@ class FilesTrainingData(TrainingData):
         if not isinstance(stage.data, CaptionData):
             return Images(keys=keys, pixels=to_pixels(batch.images[where]))
         texts = tuple(self._fitted(text) for text in batch.texts[rows])
-        kind: dict[str, Any] = {"keys": keys, "texts": texts}
         if self._cache is not None:
             features = self._cache.rows([sample_id(*batch.places[number]) for number in numbers.tolist()])
-            kind |= {"features": features}
-        else:
-            kind |= {"pixels": to_pixels(batch.images[where])}
+            kind = Edits if batch.kind == "edit" else Captioned
+            return kind(keys=keys, texts=texts, features=features)
+        pixels = to_pixels(batch.images[where])
         if batch.kind != "edit":
-            return Captioned(**kind)
-        return Edits(**kind, references=None if self._cache is not None else to_pixels(batch.inputs[where]))
+            return Captioned(keys=keys, texts=texts, pixels=pixels)
+        return Edits(keys=keys, texts=texts, pixels=pixels, references=to_pixels(batch.inputs[where]))
 
     def sample(self, count: int) -> tuple[Tensor, ...]:
         """The images that a stage of one process would see first, `count` or a few more."""
-        found: list[Tensor] = []
+        return tuple(to_pixels(batch.images) for batch in self._first(count))
+
+    def _first(self, count: int, known: Callable[[str, int], bool] | None = None) -> Iterator[LoaderBatch]:
         mixture = self._mixture(64, self.weights, self.sources, 1.0)
-        for batch in Loader(mixture, workers=0, captions=False).batches(0, -(-count // 64)):
-            found.append(to_pixels(batch.images))
-        return tuple(found)
+        return Loader(mixture, workers=0, captions=False, known=known).batches(0, -(-count // 64))
 
     def _open(self, stage: StageConfig, step: int) -> Iterator[LoaderBatch]:
         sources, weights = sources_of_stage(stage, self.sources, self.weights)
@@ -224,7 +214,7 @@ class FilesTrainingData(TrainingData):
             mixture, rank=self.parallel.rank, world=self.parallel.world, workers=self.config.workers,
             bad_share=self.config.bad_share, bad_samples=self.run / "bad_samples.jsonl",
             captions=captions, one_reference=captions,
-            known=_Known(self._cache) if self._cache is not None and captions else None,
+            known=self._cache.holds if self._cache is not None and captions else None,
         )  # fmt: skip
         return loader.batches(step, stage.steps)
 
@@ -232,10 +222,10 @@ class FilesTrainingData(TrainingData):
         self, batch: int, weights: list[float], sources: list[DataSource], aspect: float,
         stage: StageConfig | None = None,
     ) -> Mixture:  # fmt: skip
-        own = stage.data.image_size if stage and isinstance(stage.data, ImageData) else None
-        side = own or self.side
+        side = (stage.image_size if stage else None) or self.recipe.image_size
+        buckets = make_buckets(side, aspect, self.recipe.token_stride)
         seed = int(self.rng(f"order-{stage.name}" if stage else "order", 0).integers(0, 2**31))
-        return Mixture(sources, weights, batch=batch, seed=seed, buckets=make_buckets(side, aspect, self.stride))
+        return Mixture(sources, weights, batch=batch, seed=seed, buckets=buckets)
 
     def _check_same(self, stage: str, step: int, fingerprint: str) -> None:
         """Remember what a stage's order depends on, and refuse another in the middle of it."""
@@ -255,14 +245,5 @@ class FilesTrainingData(TrainingData):
         for token in tokenizer.all_special_tokens:
             text = text.replace(token, " ")
         ids = tokenizer.encode(text, add_special_tokens=False)
-        return text if len(ids) <= self.max_prompt_tokens else tokenizer.decode(ids[: self.max_prompt_tokens])
-
-
-class _Known:
-    """Whether the cache holds a sample; a class, so that worker processes can be given it."""
-
-    def __init__(self, cache: FeatureCache) -> None:
-        self.cache = cache
-
-    def __call__(self, identity: str, number: int) -> bool:
-        return sample_id(identity, number) in self.cache
+        longest = self.recipe.max_prompt_tokens
+        return text if len(ids) <= longest else tokenizer.decode(ids[:longest])

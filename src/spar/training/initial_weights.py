@@ -1,6 +1,5 @@
 """The weights that a stage starts from: random ones, the end of a stage, or a finished model's folder."""
 
-import fnmatch
 from pathlib import Path
 
 import torch
@@ -10,13 +9,13 @@ from spar.checkpoints.lora import is_lora_key, rename_for_lora
 from spar.checkpoints.safetensors_io import load_weights
 from spar.common.errors import InputError
 from spar.training.checkpoint import load_group
-from spar.training.config import Recipe, StageConfig
+from spar.training.config import Recipe, StageConfig, matches
 from spar.training.objectives.base import Networks
 from spar.training.plan import is_model_folder
 
 
 def load_previous_weights(modules: nn.Module, folder: Path) -> None:
-    """Load the end of the stage before this one."""
+    """Load what a stage of this run has saved: its end, which may lack this recipe's LoRA, or its state."""
     load_weights(modules, rename_for_lora(modules.state_dict(), load_group(folder, "modules")), str(folder))
 
 
@@ -36,16 +35,12 @@ def load_initial_weights(modules: nn.Module, folder: Path, stage: StageConfig, r
     fresh random weights: so one tokenizer serves every ablation.
     Where the model's configuration differs from the recipe's, a warning says so: not every field shows in weights.
     """
-    finished, names = is_model_folder(folder), [one.name for one in recipe.stages]
-    earlier = recipe.stages[: names.index(stage.name)]
+    finished, earlier = is_model_folder(folder), recipe.stages[: recipe.stages.index(stage)]
     patterns = [pattern for before in earlier for pattern in before.trainable]
     patterns += [f"{part}.*" for part in recipe.published]
     trained = [pattern for one in recipe.stages for pattern in one.trainable]
     own = modules.state_dict()
-    patterns += [
-        key for key in own
-        if key.startswith("model.") and not is_lora_key(key) and not any(fnmatch.fnmatchcase(key, p) for p in trained)
-    ]  # fmt: skip
+    patterns += [k for k in own if k.startswith("model.") and not is_lora_key(k) and not matches(k, trained)]
     given = recipe.load_model(folder) if finished else load_group(folder, "modules")
     if any(map(is_lora_key, given)) and not any(map(is_lora_key, own)):
         raise InputError(f"{folder} holds LoRA beside the model: expected the run's merged model (RUN/model), got it")
@@ -56,7 +51,7 @@ def load_initial_weights(modules: nn.Module, folder: Path, stage: StageConfig, r
         raise InputError(f"{folder} holds none of this model's weights")
     for key in own.keys() | given.keys():
         fits = key in own and key in given and own[key].shape == given[key].shape
-        if not fits and not any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns):
+        if not fits and not matches(key, patterns):
             given.pop(key, None)
             if key in own:
                 given[key] = own[key]

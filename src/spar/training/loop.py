@@ -20,14 +20,7 @@ from torch.distributed.tensor import DTensor
 from spar.common.config import to_dict
 from spar.common.errors import InputError
 from spar.data.batches import Images
-from spar.training.checkpoint import (
-    TrainState,
-    load_into,
-    load_optimizers,
-    optimizer_tensors,
-    read_train_state,
-    save_folder,
-)
+from spar.training.checkpoint import TrainState, load_into, optimizer_tensors, read_train_state, save_folder
 from spar.training.config import StageConfig, freeze
 from spar.training.data import TrainingData
 from spar.training.distributed import all_reduce_replicated_grads, no_sync, wrap_distributed_errors, wrap_modules
@@ -64,11 +57,6 @@ class EMA:
     def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.averages.values()), [p.detach() for p in self.params.values()], 1 - decay)
-
-    @torch.no_grad()
-    def restore(self, folder: Path) -> None:
-        """Go on from a saved state; `InputError` where it does not fit."""
-        load_into(self.averages, folder, "average")
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -174,9 +162,9 @@ def begin_stage(ctx: StepContext, run: Path, *, resume: bool) -> StageRun:
     state = read_train_state(folder) if resume else None
     if state:
         load_into(modules.state_dict(), folder, "modules")
-        load_optimizers(optimizers, names, folder)
+        load_into(optimizer_tensors(optimizers, names), folder, "optimizer")
         if average:
-            average.restore(folder)
+            load_into(average.averages, folder, "average")
     start, seconds = (state.step, state.seconds) if state else (0, 0.0)
     modules.train()
     metrics = MetricsLogger(run, stage.name, start) if ctx.parallel.main else None
@@ -184,9 +172,7 @@ def begin_stage(ctx: StepContext, run: Path, *, resume: bool) -> StageRun:
     return StageRun(folder, wrapper, optimizers, names, average, metrics, start, seconds)
 
 
-def run_stage(
-    ctx: StepContext, data: TrainingData, run: Path, *, resume: bool, report: Report | None = None
-) -> bool:
+def run_stage(ctx: StepContext, data: TrainingData, run: Path, *, resume: bool, report: Report | None = None) -> bool:
     """Train one stage of a run to its end.
 
     Args:
@@ -227,9 +213,7 @@ def run_stage(
     return not stopped
 
 
-def log_step(
-    ctx: StepContext, going: StageRun, step: int, terms: Terms, norm: Tensor, report: Report | None
-) -> None:
+def log_step(ctx: StepContext, going: StageRun, step: int, terms: Terms, norm: Tensor, report: Report | None) -> None:
     """Write one step's terms, averaged over the processes, and report them."""
     means = ctx.parallel.mean(torch.stack([value.detach().float() for value in terms.values()])).tolist()
     values = dict(zip(terms, means, strict=True))
@@ -253,13 +237,9 @@ def end_stage(ctx: StepContext, data: TrainingData, going: StageRun, run: Path) 
 
 
 def train_step(
-    ctx: StepContext,
-    wrapper: nn.Module,
-    micro_batches: Sequence[Images],
-    optimizers: list[torch.optim.Optimizer],
-    *,
+    ctx: StepContext, wrapper: nn.Module, micro_batches: Sequence[Images], optimizers: list[torch.optim.Optimizer], *,
     first: bool,
-) -> tuple[Terms, Tensor]:
+) -> tuple[Terms, Tensor]:  # fmt: skip
     """One step of the stage: its loss terms and the gradient's norm; the `first` one checks what the loss reaches.
 
     Raises:
@@ -279,19 +259,13 @@ def train_step(
     if first:
         check_unused_parameters(ctx)
     norm = clip_grad_norm(modules, stage.max_grad_norm, apart=stage.objective.clipped_apart)
-    bad_loss, bad_norm = ctx.parallel.any_process(
-        not bool(torch.isfinite(total["loss"])), not bool(torch.isfinite(norm))
-    )
-    if bad_loss:
-        raise NonFiniteLoss(f"stage {stage.name}, step {ctx.step}: loss is {float(total['loss'])}; " + _named(total))
-    if bad_norm:
-        raise NonFiniteLoss(f"stage {stage.name}, step {ctx.step}: the gradient is not finite; " + _named(total))
+    bad_loss, bad_norm = ctx.parallel.any_process(*(not torch.isfinite(value) for value in (total["loss"], norm)))
+    if bad_loss or bad_norm:
+        what = f"loss is {float(total['loss'])}" if bad_loss else "the gradient is not finite"
+        named = ", ".join(f"{name} {float(value):.4g}" for name, value in total.items())
+        raise NonFiniteLoss(f"stage {stage.name}, step {ctx.step}: {what}; {named}")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(stage, ctx.step) * group["factor"]
         optimizer.step()
     return total, norm
-
-
-def _named(terms: dict[str, Tensor]) -> str:
-    return ", ".join(f"{name} {float(value):.4g}" for name, value in terms.items())

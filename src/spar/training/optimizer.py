@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spar.training.config import StageConfig
+from spar.training.config import StageConfig, matches
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic with the steepest slope at zero (Jordan et al.)
 ITERATIONS = 5
@@ -74,27 +74,22 @@ def build_optimizers(module: nn.Module, stage: StageConfig) -> list[torch.optim.
         for part in module.modules()
         if isinstance(part, nn.Linear) or (isinstance(part, nn.Conv2d) and part.groups == 1 and part.in_channels > 3)
     }
-    groups: dict[bool, dict[tuple[float, bool], list[Tensor]]] = {True: {}, False: {}}
+    groups: dict[bool, dict[tuple[float, bool], dict[str, Any]]] = {True: {}, False: {}}  # whether Muon steps them
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             factor = next((rate for pattern, rate in stage.lr_multipliers if fnmatch.fnmatchcase(name, pattern)), 1.0)
-            hidden = id(parameter) in matrices and not any(fnmatch.fnmatchcase(name, out) for out in NOT_HIDDEN)
+            hidden = id(parameter) in matrices and not matches(name, NOT_HIDDEN)
             muon = hidden and stage.optimizer == "muon"
-            groups[muon].setdefault((factor, parameter.dim() > 1), []).append(parameter)
-
-    def described(muon: bool) -> list[dict[str, Any]]:
-        return [
-            {"params": parameters, "factor": factor, "weight_decay": stage.weight_decay if decays else 0.0}
-            for (factor, decays), parameters in groups[muon].items()
-        ]
-
+            decays = parameter.dim() > 1
+            group = {"params": [], "factor": factor, "weight_decay": stage.weight_decay if decays else 0.0}
+            groups[muon].setdefault((factor, decays), group)["params"].append(parameter)
     optimizers: list[torch.optim.Optimizer] = []
     if groups[False]:
-        adamw = torch.optim.AdamW(described(False), lr=stage.lr, betas=stage.betas, fused=True)
+        adamw = torch.optim.AdamW([*groups[False].values()], lr=stage.lr, betas=stage.betas, fused=True)
         for parameter in (parameter for group in adamw.param_groups for parameter in group["params"]):
             moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
             adamw.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
         optimizers.append(adamw)
     if groups[True]:
-        optimizers.append(Muon(described(True), lr=stage.lr))
+        optimizers.append(Muon([*groups[True].values()], lr=stage.lr))
     return optimizers

@@ -250,19 +250,18 @@ def resolve(
         origin = Origin(own, _before(recipe, chosen, index), named)
         if origin.init:
             stage.objective.check_folder(stage, origin.init)
-        prepares = preparations(recipe, stage, start, origin)
+        resumed = start.source == "state"  # a saved state is prepared already
+        prepares = () if resumed else stage.objective.preparations(recipe, stage, origin)
         taught = origin.teacher or (start.path if origin.is_model else None)
         later = {one.name for one in recipe.stages[recipe.stages.index(stage) :]}
-        void = _void(recipe, status, stage, voided, resumed=start.source == "state")
+        void = _void(recipe, status, stage, voided, resumed=resumed)
         voided |= {*later, *status.model_parts}
         done, states = done - later, states - later
         planned.append(PlannedStage(stage, start, prepares, void, taught))
     return RunPlan(recipe, status.run, tuple(planned), not (resume or stages), init.path if init else None)
 
 
-def _void(
-    recipe: Recipe, status: RunStatus, stage: StageConfig, voided: set[str], *, resumed: bool
-) -> tuple[str, ...]:
+def _void(recipe: Recipe, status: RunStatus, stage: StageConfig, voided: set[str], *, resumed: bool) -> tuple[str, ...]:
     """What the training of a stage makes void in a run's folder: ends and saved states from it on, and the model."""
     found = []
     for later in recipe.stages[recipe.stages.index(stage) :]:
@@ -295,17 +294,6 @@ def _start(
     if index == 0 and before.name not in status.done:
         raise InputError(f"stage {stage.name} starts from the end of {before.name}, which is not in {status.run}")
     return StageStart("stage", status.run / before.name / "done")
-
-
-def preparations(recipe: Recipe, stage: StageConfig, start: StageStart, origin: Origin) -> tuple[str, ...]:
-    """What changes in a stage's weights before its first step. A saved state holds all of it already.
-
-    Raises:
-        InputError: weights without what the objective needs.
-    """
-    if start.source in ("state", "done"):
-        return ()
-    return stage.objective.preparations(recipe, stage, origin)
 
 
 def check_order(recipe: Recipe, stages: tuple[StageConfig, ...]) -> None:

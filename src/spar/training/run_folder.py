@@ -8,8 +8,7 @@ from typing import Any
 from spar.common.config import Registry, from_dict, read_json, to_dict, write_json
 from spar.common.errors import InputError
 from spar.common.files import atomic_directory
-from spar.training.checkpoint import read_train_state
-from spar.training.config import Recipe, StageConfig
+from spar.training.config import Recipe
 from spar.training.distributed import SINGLE_PROCESS, DistributedContext
 from spar.training.plan import PlannedStage, RunPlan
 
@@ -39,25 +38,22 @@ def check_run(run: Path, recipe: Recipe, *, fresh: bool) -> None:
     path = run / "recipe.json"
     if fresh and path.exists():
         raise InputError(f"{run} already holds a run; resume it (--resume auto) or give another folder")
-    if not path.exists():
-        return
-    known = read_json(path)
-    _check_version(path, known)
-    if known != to_dict(recipe):
+    if path.exists() and _read(path) != to_dict(recipe):
         raise InputError(f"{run} holds a run of another recipe; give its own flags, or another folder")
 
 
-def _check_version(path: Path, values: dict[str, Any]) -> None:
+def _read(path: Path) -> dict[str, Any]:
+    """The fields of a `recipe.json`, if they are this version's."""
+    values = read_json(path)
     if "stages" in values and "kind" not in values:
         raise InputError(f"{path} was written by an earlier version of spar; finish its run with that version")
+    return values
 
 
 def read_recipe(path: Path, registry: Registry) -> Recipe:
     """The recipe of a run's `recipe.json`; `registry` has the kinds that it may name."""
     base: type[Any] = Recipe  # abstract: the registry has the class of its kind
-    values = read_json(path)
-    _check_version(path, values)
-    return from_dict(base, values, complete=True, registry=registry)
+    return from_dict(base, _read(path), complete=True, registry=registry)
 
 
 def note_origin(plan: RunPlan, planned: PlannedStage) -> None:
@@ -68,18 +64,17 @@ def note_origin(plan: RunPlan, planned: PlannedStage) -> None:
         shutil.copyfile(planned.start.folder / "manifest.json", plan.run / ORIGIN)
 
 
-def invalidate_later_stages(run: Path, recipe: Recipe, stage: StageConfig, *, resume: bool) -> None:
-    """Remove what the training of `stage` makes void: its own end, and all that was made from it.
+def invalidate_later_stages(run: Path, recipe: Recipe, planned: PlannedStage) -> None:
+    """Remove what the training of a stage makes void: its own end, and all that was made from it.
 
     Its own state stays when it is resumed.
     """
-    index = recipe.stages.index(stage)
-    void = [later.name for later in recipe.stages[index:] if read_train_state(run / later.name / "done")]
-    if void:
-        log.warning("stage %s is trained anew: the ends of %s are void and removed", stage.name, ", ".join(void))
-    remove_folders(run / stage.name, "done", "done.old", *(() if resume else ("state", "state.old")))
-    for later in recipe.stages[index + 1 :]:
-        remove_folders(run / later.name, "done", "done.old", "state", "state.old")
+    if planned.invalidates:
+        void = ", ".join(planned.invalidates)
+        log.warning("the training of stage %s makes void, and removes: %s", planned.config.name, void)
+    for later in recipe.stages[recipe.stages.index(planned.config) :]:
+        kept = later == planned.config and planned.start.source == "state"
+        remove_folders(run / later.name, "done", "done.old", *(() if kept else ("state", "state.old")))
     remove_folders(run, "model", "adapter")
 
 

@@ -5,6 +5,7 @@ B images, N = rows x columns patch tokens, D the encoder's width.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel
 
-from spar.common.errors import InputError
+from spar.common.errors import InputError, first_line
 from spar.losses.perceptual import ConvNextLoss, LpipsLoss, PerceptualLoss
 from spar.models.encoder import PIXEL_MEAN, PIXEL_STD
 
@@ -47,9 +48,8 @@ class ExternalTeacher(nn.Module):
         tokens form no square grid.
         """
         if pixels.shape[-2:] != (self.side, self.side):
-            pixels = F.interpolate(
-                pixels, size=(self.side, self.side), mode="bicubic", align_corners=False, antialias=True
-            )
+            size = (self.side, self.side)
+            pixels = F.interpolate(pixels, size=size, mode="bicubic", align_corners=False, antialias=True)
         states = self.network(pixel_values=(pixels - self.mean) / self.std).last_hidden_state
         if states.dim() == 4:                                             # [B, D, h, w], a convolutional network
             rows, columns = states.shape[-2:]
@@ -103,12 +103,10 @@ def perceptual_networks(config: "PerceptualConfig") -> dict[str, Callable[[], Pe
 
     Each raises InputError where an extra or a download is not there, with what to do or to choose in its place.
     """
-    found: dict[str, Callable[[], PerceptualLoss]] = {}
-    if config.lpips:
-        found["lpips"] = lambda: _or_explain(LpipsLoss.load)
-    if config.convnext:
-        found["convnext"] = lambda: _or_explain(lambda: ConvNextLoss.load(config.classifier))
-    return found
+    loaders: dict[str, Callable[[], PerceptualLoss]] = {
+        "lpips": LpipsLoss.load, "convnext": lambda: ConvNextLoss.load(config.classifier),
+    }  # fmt: skip
+    return {name: partial(_or_explain, load) for name, load in loaders.items() if getattr(config, name)}
 
 
 def _or_explain(load: Callable[[], PerceptualLoss]) -> PerceptualLoss:
@@ -137,7 +135,7 @@ def load_external_teacher(source: str) -> ExternalTeacher:
         teacher = ExternalTeacher(getattr(network, "vision_model", network), *_normalization(source))
         teacher.width()
     except Exception as error:  # whatever class of the libraries refuses it, and however
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         raise InputError(
             "alignment.external: expected the folder or Hub id of an image encoder of transformers in safetensors, "
             f"got {source!r} ({reason})"

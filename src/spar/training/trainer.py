@@ -6,9 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from spar.checkpoints.safetensors_io import load_weights
 from spar.common.errors import InputError
-from spar.training.checkpoint import load_group
 from spar.training.config import Recipe, StageConfig, freeze, freezing_table
 from spar.training.data import TrainingData
 from spar.training.distributed import DistributedContext, ParallelismConfig
@@ -48,9 +46,11 @@ def train(
         init_from: a stage's folder (`RUN/STAGE/done`) or a SPAR folder whose weights the first stage starts from; a
             run that has begun and is resumed ignores it.
         teacher: a SPAR folder whose encoder is the semantic teacher, where the starting weights keep none.
-        device, parallelism: where, and how several processes share the work; a run may be resumed with others.
+        device: where to train; a run may be resumed on another.
+        parallelism: how several processes share the work; a run may be resumed with another.
         from_scratch: start from random weights what the recipe expects from published checkpoints.
-        report, announce: as in `execute`.
+        report: as in `execute`.
+        announce: as in `execute`.
 
     Returns:
         As `execute`.
@@ -107,13 +107,13 @@ def execute(
         parallel.barrier()
         if parallel.main:
             note_origin(plan, planned)
-            invalidate_later_stages(run, recipe, planned.config, resume=planned.start.source == "state")
+            invalidate_later_stages(run, recipe, planned)
         parallel.barrier()
         if not run_planned(ctx, data, planned, run, report, announce):
             return None
     if parallel.sharded:
         modules = random_modules(recipe, "cpu", networks)
-        load_weights(modules, load_group(run / chosen[-1].name / "done", "modules"), chosen[-1].name)
+        load_previous_weights(modules, run / chosen[-1].name / "done")
     if chosen[-1] == recipe.stages[-1] and parallel.main:
         recipe.save(modules, run, prompts)
     parallel.barrier()
@@ -142,9 +142,7 @@ def load_start(modules: nn.Module, recipe: Recipe, planned: PlannedStage) -> Non
     start = planned.start
     if start.source == "folder":
         load_initial_weights(modules, start.folder, planned.config, recipe)
-    elif start.source in ("state", "done"):
-        load_weights(modules, load_group(start.folder, "modules"), planned.config.name)
-    elif start.source == "stage":
+    elif start.source != "random":
         load_previous_weights(modules, start.folder)
 
 

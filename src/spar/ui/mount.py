@@ -31,9 +31,10 @@ def mount_page(
 
     Args:
         app: the application.
-        pipe, call: as in `build_page`.
+        pipe: as in `build_page`.
         path: where to mount it.
         token: the password, if any.
+        call: as in `build_page`.
         cache: an empty folder of our own, for temporary images.
     """
     os.environ["GRADIO_TEMP_DIR"] = str(cache)  # Gradio reads it when it creates components
@@ -67,8 +68,10 @@ def serve_page(
     """Serve the page until interrupted.
 
     Args:
-        pipe, token, call: as in `mount_page`.
+        pipe: as in `mount_page`.
         listener: from `auth.listen`, after `auth.check_access`.
+        token: as in `mount_page`.
+        call: as in `mount_page`.
     """
     with tempfile.TemporaryDirectory(prefix="spar-") as cache:
         app = page_app(pipe, listener.getsockname()[0], token=token, call=call, cache=Path(cache))

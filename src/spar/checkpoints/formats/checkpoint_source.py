@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spar.checkpoints.safetensors_io import SafetensorsReader, has_tensors
-from spar.common.errors import InputError
+from spar.common.errors import InputError, first_line
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -70,6 +70,6 @@ def fetch(
             snapshot_download(source, revision=revision, allow_patterns=list(patterns), local_files_only=offline)
         )
     except Exception as error:  # the Hub's own classes, those of the network and of the disk
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         raise InputError(f"{what}: {source} cannot be had from the Hub or its cache: {reason}") from error
     return CheckpointSource(folder, source, commit=folder.name)

@@ -10,7 +10,7 @@ from typing import Any
 
 from spar.checkpoints.formats.foreign_config import ForeignConfig
 from spar.checkpoints.formats.key_map import TensorReader, TensorSlice
-from spar.common.errors import InputError
+from spar.common.errors import InputError, first_line
 from spar.models.config import TextConfig, VisionConfig
 from spar.models.encoder import TEXT_FIELDS, VISION_FIELDS
 from spar.processing.prompts import IMAGE_TOKEN, TURN_END
@@ -148,5 +148,5 @@ def open_text_tokenizer(folder: Path) -> Any:
     try:
         return kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises a bare Exception on a damaged file
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         raise InputError(f"{folder} holds no readable text tokenizer: {reason}") from error

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spar.common.errors import InputError
+from spar.common.errors import InputError, first_line
 
 MAX_BYTES = 16 * 2**30
 NESTED = ("state_dict", "model", "module")  # keys of the weights in files of training scripts
@@ -40,7 +40,7 @@ def _load(path: Path, max_bytes: int) -> Any:
     except InputError:
         raise
     except Exception as error:  # the reader raises nearly anything on what it does not admit
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         raise InputError(f"{path} holds more than plain tensors, or is damaged: {reason}") from error
 
 

@@ -10,7 +10,7 @@ from spar.losses.reconstruction import mse, psnr
 from spar.training.cost import Cost, meta_input, part_cost
 from spar.training.data import TrainingData
 from spar.training.objectives.base import Objective, StepContext, Terms, check_at_least
-from spar.training.objectives.common import add_latent_noise, image_side, refuse_model_folder, sample_images
+from spar.training.objectives.common import add_latent_noise, image_side, measure_scale, refuse_model_folder
 
 if TYPE_CHECKING:
     from spar.training.config import StageConfig
@@ -48,13 +48,9 @@ class AutoencoderObjective(Objective["SparRecipe"]):
         loss = self.mse * terms["mse"] + self.latent_penalty * terms["latent_square"]
         return {"loss": loss, **terms, "psnr": psnr(decoded.detach().clamp(0, 1), pixels).mean()}
 
-    @torch.no_grad()
     def finish(self, ctx: StepContext, data: TrainingData) -> None:
         """Store the scale of the native latents."""
-        chunks = sample_images(ctx, data)
-        with ctx.autocast():
-            latent = torch.cat([ctx.modules.native_latents(chunk) for chunk in chunks]).float()
-        ctx.modules.native_scale.copy_(1 / latent.square().mean().sqrt())
+        ctx.modules.native_scale.copy_(measure_scale(ctx, data, ctx.modules.native_latents))
 
     def cost(self, modules: "TrainingModules", recipe: "SparRecipe", stage: "StageConfig") -> Cost:
         config = recipe.model

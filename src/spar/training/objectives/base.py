@@ -160,8 +160,8 @@ class Objective(ABC, Generic[R]):
         return None
 
 
-def check_at_least(least: float, **values: float) -> None:
-    """Refuse weights below `least`, or none at all; InputError names the field."""
+def check_at_least(least: float, where: str = "", **values: float) -> None:
+    """Refuse numbers below `least`, infinite ones and NaN; InputError names the field, with `where` before it."""
     for name, value in values.items():
         if not least <= value < float("inf"):
-            raise InputError(f"{name}: expected at least {least:g}, got {value}")
+            raise InputError(f"{where}{name}: expected at least {least:g}, got {value}")

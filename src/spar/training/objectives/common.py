@@ -1,12 +1,13 @@
 """What several of SPAR's objectives share."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from spar.common.errors import InputError
-from spar.training.data import ImageData, TrainingData, resized
+from spar.training.data import TrainingData, resized
 from spar.training.objectives.base import SAMPLE, StepContext
 
 if TYPE_CHECKING:
@@ -37,15 +38,18 @@ def add_latent_noise(ctx: StepContext, latent: Tensor, share: float) -> Tensor:
 
 def image_side(recipe: "SparRecipe", stage: "StageConfig") -> int:
     """The side of a stage's images in pixels."""
-    return stage_size(stage) or recipe.model.image_size
+    return stage.image_size or recipe.model.image_size
 
 
 def sample_images(ctx: StepContext, data: TrainingData, count: int = SAMPLE) -> list[Tensor]:
     """The first images of the training data at the stage's size, in chunks."""
-    side = stage_size(ctx.stage)
-    return [resized(chunk.to(ctx.device), side) for chunk in data.sample(count)]
+    return [resized(chunk.to(ctx.device), ctx.stage.image_size) for chunk in data.sample(count)]
 
 
-def stage_size(stage: "StageConfig") -> int | None:
-    """The side that a stage resizes its images to, or None."""
-    return stage.data.image_size if isinstance(stage.data, ImageData) else None
+@torch.no_grad()
+def measure_scale(ctx: StepContext, data: TrainingData, encode: Callable[[Tensor], Tensor]) -> Tensor:
+    """The factor that brings an encoder's latents of the training data to unit size."""
+    chunks = sample_images(ctx, data)
+    with ctx.autocast():
+        latent = torch.cat([encode(chunk) for chunk in chunks]).float()
+    return 1 / latent.square().mean().sqrt()

@@ -10,7 +10,7 @@ from spar.data.batches import Captioned, Images
 from spar.models.attention import attention_bias, position_ids_from_mask
 from spar.models.router import normalize_hidden_states
 from spar.models.spar import Condition
-from spar.training.cost import Cost, part_cost
+from spar.training.cost import Cost, meta_input, part_cost
 from spar.training.objectives.base import Objective, StepContext, Terms, check_at_least
 from spar.training.objectives.common import refuse_model_folder
 from spar.training.objectives.flow import PROMPT_TOKENS, flow_matching, meta_layers, meta_velocity
@@ -64,9 +64,7 @@ class DitObjective(Objective["SparRecipe"]):
 
     def cost(self, modules: "TrainingModules", recipe: "SparRecipe", stage: "StageConfig") -> Cost:
         model, config = modules.model, recipe.model
-        native = torch.zeros(
-            1, 3, *2 * (config.grid * config.autoencoder.stride,), dtype=torch.bfloat16, device="meta"
-        )
+        native = meta_input(1, 3, *2 * (config.grid * config.autoencoder.stride,)).detach()
         cost = part_cost(lambda: modules.pixel_encoder(native), modules.pixel_encoder, through=False)
         layers = model.language.network.layers
         cost += part_cost(lambda: meta_layers(model, layers, PROMPT_TOKENS), model.language, through=False)

@@ -46,14 +46,11 @@ def alignment_terms(ctx: StepContext, features: Tensor, grid: tuple[int, int], t
         features: of the denoiser, `[B R, N, D]` on `grid`.
         teacher: `[B, rows, columns, D_s]`.
     """
-    center = ctx.recipe.alignment.center  # without it the teacher's mean is not measured
-    aligned = alignment_loss(
+    return alignment_loss(
         match_grid(ctx.modules.alignment_head(features), source=grid, target=(teacher.shape[1], teacher.shape[2])),
         teacher.flatten(1, 2).repeat_interleave(draws, dim=0),
-        center=center,
-        teacher_mean=ctx.modules.teacher_mean if center else None,
+        teacher_mean=ctx.modules.teacher_mean if ctx.recipe.alignment.center else None,
     )
-    return {name: aligned[name] for name in ("loss", "cosine_plain", *(["cosine_centered"] if center else []))}
 
 
 def meta_velocity(model: Any, tokens: int) -> Tensor:

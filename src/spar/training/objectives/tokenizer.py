@@ -1,7 +1,6 @@
 """The tokenizer's stages: which terms count is the stage's choice (SPAR section 3.1)."""
 
 import copy
-import fnmatch
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,14 +16,14 @@ from spar.losses.adversarial import LeCam, PatchDiscriminator, discriminator_hin
 from spar.losses.distillation import native_latent_loss, semantic_loss
 from spar.losses.perceptual import FeatureLoss
 from spar.losses.reconstruction import mse, psnr
+from spar.training.config import StageConfig, matches
 from spar.training.cost import Cost, meta_input, part_cost
 from spar.training.data import TrainingData
 from spar.training.objectives.base import Networks, Objective, StepContext, Terms, check_at_least
-from spar.training.objectives.common import add_latent_noise, image_side, refuse_model_folder, sample_images
+from spar.training.objectives.common import add_latent_noise, image_side, measure_scale, refuse_model_folder
 from spar.training.teacher import perceptual_networks
 
 if TYPE_CHECKING:
-    from spar.training.config import StageConfig
     from spar.training.modules import TrainingModules
     from spar.training.plan import InitFolder, Origin, PlannedStage
     from spar.training.systems.spar import SparRecipe
@@ -65,8 +64,8 @@ class TokenizerObjective(Objective["SparRecipe"]):
         if not self.gan and (self.lecam or self.gan_start):
             raise InputError("lecam and gan_start belong to an adversary, but gan is 0")
 
-    def check(self, recipe: "SparRecipe", stage: "StageConfig") -> None:
-        if self.gan and not any(fnmatch.fnmatchcase("discriminator.", p) for p in stage.trainable):
+    def check(self, recipe: "SparRecipe", stage: StageConfig) -> None:
+        if self.gan and not matches("discriminator.", stage.trainable):
             raise InputError(f"stage {stage.name}: gan is on, expected discriminator.* among trainable")
         if self.native and not recipe.model.streams.pixel_stream:
             raise InputError(
@@ -87,11 +86,11 @@ class TokenizerObjective(Objective["SparRecipe"]):
             found["teacher"] = lambda modules: copy.deepcopy(modules.model.tokenizer.encoder)
         return found
 
-    def check_folder(self, stage: "StageConfig", init: "InitFolder") -> None:
+    def check_folder(self, stage: StageConfig, init: "InitFolder") -> None:
         if "pixel_encoder" not in init.holds:
             refuse_model_folder(stage, init)
 
-    def preparations(self, recipe: "SparRecipe", stage: "StageConfig", origin: "Origin") -> tuple[str, ...]:
+    def preparations(self, recipe: "SparRecipe", stage: StageConfig, origin: "Origin") -> tuple[str, ...]:
         """The semantic teacher is the encoder as it was before the first tokenizer stage; later stages find it with
         the weights that they start from.
         """
@@ -176,15 +175,12 @@ class TokenizerObjective(Objective["SparRecipe"]):
         lecam = ctx.modules.lecam(real, fake, mean=ctx.parallel.mean)
         return {"gan": generator_term, "discriminator": discriminator_hinge_loss(real, fake) + self.lecam * lecam}
 
-    @torch.no_grad()
     def finish(self, ctx: StepContext, data: TrainingData) -> None:
         """Store the scale of `z_f`."""
-        tokenizer, chunks = ctx.modules.model.tokenizer, sample_images(ctx, data)
-        with ctx.autocast():
-            z_f = torch.cat([tokenizer.encode(chunk).z_f for chunk in chunks]).float()
-        tokenizer.latent_scale.copy_(1 / z_f.square().mean().sqrt())
+        tokenizer = ctx.modules.model.tokenizer
+        tokenizer.latent_scale.copy_(measure_scale(ctx, data, lambda images: tokenizer.encode(images).z_f))
 
-    def cost(self, modules: "TrainingModules", recipe: "SparRecipe", stage: "StageConfig") -> Cost:
+    def cost(self, modules: "TrainingModules", recipe: "SparRecipe", stage: StageConfig) -> Cost:
         """Encoder, streams and fusion, decoder, and the networks of the terms that are on."""
         tokenizer, config, side = modules.model.tokenizer, recipe.model, image_side(recipe, stage)
         grid, width = side // config.token_stride, config.text.hidden_size

@@ -108,9 +108,8 @@ class UnifiedObjective(Objective["SparRecipe"]):
         encoder = ctx.modules.model.tokenizer.encoder
         external = ctx.recipe.alignment.teacher == "external"
         with ctx.autocast():
-            rows = [
-                external_features(ctx, x).flatten(1, 2) if external else encoder(x) for x in sample_images(ctx, data)
-            ]
+            chunks = sample_images(ctx, data)
+            rows = [external_features(ctx, x).flatten(1, 2) if external else encoder(x) for x in chunks]
         return torch.cat(rows).float().mean((0, 1))
 
     def __call__(self, ctx: StepContext, batch: Captioned) -> Terms:
@@ -134,18 +133,11 @@ class UnifiedObjective(Objective["SparRecipe"]):
             terms |= {"loss": error, "imbalance": imbalance.detach()}
         weight = self.weight(ctx.recipe)
         if weight:
-            teacher = self._teacher_features(ctx, batch, target, grid)
+            external = ctx.recipe.alignment.teacher == "external"
+            teacher = external_features(ctx, batch.require_pixels()) if external else target["f_v"].unflatten(1, grid)
             aligned = alignment_terms(ctx, output.features, grid, teacher, self.noise_samples)
             terms |= {"loss": error + weight * aligned.pop("loss"), **aligned}
         return {**terms, name: terms["flow"]}
-
-    def _teacher_features(
-        self, ctx: StepContext, batch: Captioned, target: Mapping[str, Tensor], grid: tuple[int, int]
-    ) -> Tensor:
-        """`[B, rows, columns, D]` of the recipe's teacher."""
-        if ctx.recipe.alignment.teacher == "external":
-            return external_features(ctx, batch.require_pixels())
-        return target["f_v"].unflatten(1, grid)
 
     def cost(self, modules: "TrainingModules", recipe: "SparRecipe", stage: "StageConfig") -> Cost:
         """The target's features, the LLM, router and connector, and the DiT for each draw of noise."""
@@ -188,9 +180,7 @@ def _reference_features(ctx: StepContext, batch: Edits) -> Tensor:
     if "reference" in batch.features:
         return batch.features["reference"]
     tokenizer = ctx.modules.model.tokenizer
-    return ctx.frozen_features(
-        "scenes", batch, lambda x: encode(tokenizer, x), batch.require_references()
-    )["f_v"]
+    return ctx.frozen_features("scenes", batch, lambda x: encode(tokenizer, x), batch.require_references())["f_v"]
 
 
 def _encode_cost(model: Any) -> Cost:

@@ -29,9 +29,8 @@ from spar.processing.prompts import PromptEncoder
 from spar.training.bundle import build_bundle
 from spar.training.checkpoint import load_group
 from spar.training.config import Recipe, StageConfig
-from spar.training.data import ImageData
 from spar.training.modules import EXTERNAL_TEACHER, TrainingModules, build_modules
-from spar.training.objectives.base import Networks
+from spar.training.objectives.base import Networks, check_at_least
 from spar.training.objectives.common import image_side
 from spar.training.objectives.unified import UnifiedObjective
 from spar.training.plan import InitFolder
@@ -96,8 +95,7 @@ class FlowConfig:
                 raise InputError(f"flow.{name}: expected above 0, got {getattr(self, name)}")
         if not 0 <= self.unconditional_share <= 1:
             raise InputError(f"flow.unconditional_share: expected 0 to 1, got {self.unconditional_share}")
-        if not self.guidance >= 0:
-            raise InputError(f"flow.guidance: expected at least 0, got {self.guidance}")
+        check_at_least(0, "flow.", guidance=self.guidance)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +115,8 @@ class SparRecipe(Recipe):
         super().__post_init__()
         stride = self.model.token_stride
         for stage in self.stages:
-            side = stage.data.image_size if isinstance(stage.data, ImageData) else None
-            if side is not None and side % stride:
+            side = stage.image_size or stride
+            if side % stride:
                 raise InputError(f"stage {stage.name}: expected image_size as a multiple of {stride}, got {side}")
 
     @property
@@ -175,7 +173,7 @@ class SparRecipe(Recipe):
 
     def read_model(self, folder: Path) -> InitFolder:
         manifest = folder / "manifest.json"
-        parts: Any = read_json(manifest).get("parts", {}) if manifest.is_file() else {}
+        parts: Any = read_json(manifest).get("parts") if manifest.is_file() else None
         parts = {str(part): str(origin) for part, origin in parts.items()} if isinstance(parts, dict) else {}
         holds = frozenset(name for name in TRAINING_PARTS if has_part(folder, name))
         return InitFolder(folder, True, parts=parts, holds=holds)

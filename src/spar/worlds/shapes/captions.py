@@ -146,7 +146,8 @@ def caption(
     Args:
         scene: the scene to describe.
         rng: source of the choices.
-        background, size: whether to mention it; in half of the captions, independently, if None.
+        background: whether to mention it; in half of the captions if None.
+        size: whether to mention it; in half of the captions, independently of the background, if None.
         color: whether to mention the objects' colours.
     """
     background = rng.random() < 0.5 if background is None else background

@@ -1,4 +1,4 @@
-"""Checks of a loss's inputs: a loss that broadcasts or lacks an input would fail silently."""
+"""Checks of pairs of tensors: a loss that broadcasts or lacks an input would fail silently."""
 
 from torch import Tensor
 
