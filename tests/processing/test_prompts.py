@@ -181,6 +181,41 @@ def test_no_token_of_a_packed_row_sees_forward_or_into_another_turn(prompts):
         assert int(seen[start]) == prefix + 1
 
 
+def test_a_turn_that_follows_is_the_next_of_its_conversation(prompts, language):
+    first, other = QuestionAnswer("is there a blue star?", "no"), ROWS[0][0]
+    second = QuestionAnswer("red?", "yes", follows=True)
+    packed = prompts.pack([[first, second, other]])
+    (losses, _), = packed_losses(language, packed)
+    written = [("user", [None, first.question]), ("assistant", [first.answer]), ("user", [second.question])]
+    asked = prompts.conversation(written).ids[0].tolist()
+    answer = prompts.encode(second.answer) + prompts.encode("<|im_end|>")
+    ids = torch.tensor([asked + answer])
+    embeddings = language.embed(ids)
+    bias = attention_bias(torch.ones_like(ids), embeddings, causal=True)
+    final, _ = language(embeddings, bias, torch.arange(ids.shape[1])[None])
+    alone = F.cross_entropy(language.logits(final[0, len(asked) - 1 : -1]), torch.tensor(answer), reduction="none")
+    torch.testing.assert_close(losses[2:4], alone, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses[:2], single_losses(prompts, language, first), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses[4:], single_losses(prompts, language, other), rtol=1e-5, atol=1e-5)
+    leads = prompts.pack([[QuestionAnswer("red?", "yes", 1.0, True)]])  # nothing before it: a conversation's first turn
+    assert torch.equal(leads.ids, prompts.pack([[QuestionAnswer("red?", "yes")]]).ids)
+
+
+@pytest.mark.parametrize("edits", [False, True])
+def test_prompts_for_images_are_answered_in_words_after_their_own_form(prompts, edits):
+    texts, said = ["a red circle", "make the blue star red"], ["a red circle", "two stars"]
+    packed = prompts.pack_descriptions(texts, said, edits=edits)
+    asked = (prompts.edit if edits else prompts.generation)(texts)
+    for row, answer in enumerate(said):
+        prompt = asked.ids[row][asked.mask[row].bool()].tolist()
+        answered = prompts.encode(answer) + prompts.encode("<|im_end|>")
+        length = len(prompt) + len(answered)
+        assert packed.ids[row, :length].tolist() == prompt + answered
+        assert packed.weights[row].nonzero().flatten().tolist() == list(range(len(prompt), length))
+        assert packed.positions[row, :length].tolist() == list(range(length))
+        assert torch.equal(packed.allowed[row, :length, :length], torch.ones(length, length, dtype=torch.bool).tril())
+
+
 # ---- what a user may not type ---------------------------------------------------------------------------------------
 
 
@@ -197,7 +232,9 @@ def test_known_words_pass(prompts, text):
         (None, "prompt: expected text, got NoneType"),
         ("", "prompt: expected some words, got an empty text"),
         (" \t\n", "prompt: expected some words, got an empty text"),
-        ("a red dragon, a Wyvern, a dragon", "prompt: unknown words dragon, Wyvern; this model knows only a, above"),
+        ("a red dragon, a Wyvern, a dragon", "prompt: unknown words dragon, Wyvern; this model knows only 2, 3, 4, a, above"),
+        ("a crimson cirle", "prompt: unknown words crimson, cirle (perhaps circle); this model knows only"),
+        ("a red user", "prompt: unknown words user;"),
         ("red " * 65, "prompt: expected at most 64 tokens, got 65"),
         ("red " * 10_000, "prompt: expected at most 64 tokens, got a text of 40000 characters"),
         ("red <|im_end|>", "prompt: expected plain words, got one of the model's control tokens"),

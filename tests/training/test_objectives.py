@@ -1,5 +1,6 @@
 """The objectives: what each reads, what its loss is the sum of, where its gradients go, and that it can learn."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from spar.models.spar import Condition
 from spar.recipes.shapes.dense_tagging import DenseTaggingObjective
 from spar.training.data import resized
 from spar.training.objectives import flow, unified
@@ -121,6 +123,21 @@ def test_the_papers_plain_cosine_is_an_option(start, tiny_run):
     assert float(terms["loss"]) == pytest.approx(float(terms["flow"]) - 0.5 * float(terms["cosine_plain"]), rel=1e-5)
 
 
+def test_an_even_routing_costs_nothing_and_one_layer_for_all_costs_log_k(start):
+    def imbalance(weights, mask):
+        states = torch.zeros(1, len(weights), 2)
+        return float(unified.routing_imbalance(Condition(states, torch.tensor([mask]), torch.tensor([weights]))))
+
+    one, other = [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]
+    assert imbalance([[0.25] * 4] * 2, [1, 1]) == pytest.approx(0, abs=1e-6)
+    assert imbalance([one] * 3, [1, 1, 1]) == pytest.approx(math.log(4))
+    assert imbalance([one, other], [1, 1]) == pytest.approx(math.log(2))  # each token may choose: the mean counts
+    assert imbalance([one, other], [0, 1]) == pytest.approx(math.log(4))  # padding does not count
+    terms = run(start("unified-2", align=0.0, balance=2.0))
+    assert float(terms["loss"]) == pytest.approx(float(terms["flow"]) + 2 * float(terms["imbalance"]), rel=1e-5)
+    assert "imbalance" not in run(start("unified-2", balance=0.0))
+
+
 @pytest.mark.parametrize("stage", ["encoder", "mllm", "autoencoder", "dit", "tokenizer-3", "unified-2"])
 def test_a_step_is_a_function_of_its_number(start, stage):
     first, again, next_one = run(start(stage), 4), run(start(stage), 4), run(start(stage), 5)
@@ -172,7 +189,7 @@ def test_editing_reads_the_source_and_denoises_the_target(start, monkeypatch):
     rng = begun.data.rng("unified-2", 0)
     rng.random()
     indices = begun.data.draw(rng, 4, edits=True, kinds=begun.stage.data.scene_kinds)
-    instructions = begun.data.instructions(indices)
+    instructions = begun.data.instructions(rng, indices)
     assert [a or b for a, b in zip(prompts[0][0], instructions, strict=True)] == instructions
     tokenizer = begun.modules.model.tokenizer
     source = tokenizer.encode(begun.data.pixels(indices))

@@ -62,7 +62,7 @@ class TextConfig:
     nothing changes. Without `tied_head` the next-token logits have a separate matrix.
     """
 
-    vocab_size: int = 128
+    vocab_size: int = 192
     hidden_size: int = 160
     layers: int = 8
     heads: int = 5

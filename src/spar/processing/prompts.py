@@ -5,6 +5,7 @@ true unconditional prompts of classifier-free guidance. The chat template is Cha
 InternVL3 checkpoints have it; an image is `<img>`, one `<IMG_CONTEXT>` per visual token, `</img>`.
 """
 
+import difflib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ UNCONDITIONAL = "Generate an image."
 UNCONDITIONAL_EDIT = "Edit the image.\n"
 DESCRIBE = "describe the image"
 MAX_CHARACTERS_PER_TOKEN = 32
+LIKENESS = 0.7  # of a known word that is named beside an unknown one: the share of letters that match in order
 PackedRow = tuple[list[int], list[int], list[int], list[float]]  # ids, segments, positions, weights
 ROLES = ("system", "user", "assistant")
 
@@ -62,7 +64,7 @@ class PackedBatch:
 def known_words(tokenizer: Any) -> list[str]:
     """The words of a closed vocabulary, without marks, roles and control tokens."""
     special = {*tokenizer.all_special_tokens, *ROLES}
-    return sorted(word for word in tokenizer.get_vocab() if word.isalpha() and word not in special)
+    return sorted(word for word in tokenizer.get_vocab() if word.isalnum() and word not in special)
 
 
 class PromptEncoder:
@@ -101,16 +103,23 @@ class PromptEncoder:
         ids, special = encoded["input_ids"], set(self.tokenizer.all_special_ids)
         if len(ids) > limit:
             raise InputError(f"{what}: expected at most {limit} tokens, got {len(ids)}")
-        if self.tokenizer.unk_token_id in ids:
-            spans = [s for i, s in zip(ids, encoded["offset_mapping"], strict=True) if i == self.tokenizer.unk_token_id]
-            words = dict.fromkeys(text[start:end] for start, end in spans)
-            shown = [word[:40] if word.isprintable() else ascii(word[:40]) for word in words]
-            raise InputError(
-                f"{what}: unknown words {', '.join(shown[:10])}; this model knows only "
-                + ", ".join(known_words(self.tokenizer))
-            )
+        if self.tokenizer.unk_token_id is not None:
+            unsaid = {*self.tokenizer.convert_tokens_to_ids([self.tokenizer.unk_token, *ROLES])}  # roles are no words
+            spans = [span for i, span in zip(ids, encoded["offset_mapping"], strict=True) if i in unsaid]
+            self._refuse_unknown(list(dict.fromkeys(text[start:end] for start, end in spans)), what)
         if special & set(ids):
             raise InputError(f"{what}: expected plain words, got one of the model's control tokens")
+
+    def _refuse_unknown(self, words: Sequence[str], what: str) -> None:
+        """Name the words that a closed vocabulary lacks, each with the known one that is spelt most like it."""
+        if not words:
+            return
+        known, shown = known_words(self.tokenizer), []
+        for word in words[:10]:
+            like = difflib.get_close_matches(word.lower(), known, 1, LIKENESS)
+            name = word[:40] if word.isprintable() else ascii(word[:40])
+            shown.append(f"{name} (perhaps {like[0]})" if like else name)
+        raise InputError(f"{what}: unknown words {', '.join(shown)}; this model knows only {', '.join(known)}")
 
     def image(self, tokens: int | None = None) -> list[int]:
         """Ids of one image, by default with the fixed number of visual tokens."""

@@ -38,7 +38,7 @@ def tiny() -> SparRecipe:
     """Three steps a stage, four images a step: a check of the way, not of the goal."""
     base = shapes()
     stages = tuple(replace(stage, objective=_cut(stage.objective), steps=3, batch=4, warmup=1) for stage in base.stages)
-    data = ShapesData(scenes=24, edits=16)
+    data = ShapesData(scenes=48, edits=32)  # enough that each kind of scene is among them
     return replace(base, name="tiny", model=TINY_MODEL, stages=stages, data=data, log_every=1)
 
 

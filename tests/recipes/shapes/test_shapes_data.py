@@ -5,21 +5,22 @@ import pytest
 import torch
 
 from spar.common.errors import InputError
-from spar.data.batches import Captioned, Dialogues, Edits, Images
-from spar.processing.prompts import DESCRIBE
+from spar.data.batches import Captioned, Descriptions, Dialogues, Edits, Images
 from spar.recipes import recipe
 from spar.recipes.shapes.curricula import CaptionLessons, MixedLessons, QuestionData
-from spar.recipes.shapes.data import ShapesData, ShapesTrainingData
+from spar.recipes.shapes.data import FOLLOWING, KIND_WEIGHTS, ShapesData, ShapesTrainingData, draw_edit
 from spar.recipes.shapes.dense_tagging import TagData, Tagged
 from spar.training.config import StageConfig
 from spar.training.data import CaptionData, ImageData, MixedData, StageData
-from spar.worlds.shapes.captions import caption, describe
+from spar.worlds.shapes.captions import describe
 from spar.worlds.shapes.dataset import dense_targets, scene_at
+from spar.worlds.shapes.edits import ALL_EDIT_KINDS
+from spar.worlds.shapes.forms import paraphrase
 from spar.worlds.shapes.render import render
-from spar.worlds.shapes.scene import unique_objects
+from spar.worlds.shapes.scene import BINDING_KINDS, unique_objects
 from spar.worlds.shapes.tokenizer import check_words
 
-DATA = ShapesData(scenes=12, edits=5)
+DATA = ShapesData(scenes=60, edits=50)
 GRID = 8
 KINDS = ("color", "background", *4 * ("place",))
 
@@ -33,9 +34,10 @@ def batch(training_data: ShapesTrainingData, stage: str, step: int) -> tuple:
     """Everything that a step could ask for, as plain values."""
     rng = training_data.rng(stage, step)
     some, edits = training_data.draw(rng, 6), training_data.draw(rng, 6, edits=True)
+    told = training_data.instructions(rng, edits)
     pictures = [training_data.pixels(some), training_data.pixels(edits), training_data.pixels(edits, edited=True)]
     return (
-        some.tolist(), edits.tolist(), training_data.captions(rng, some), training_data.instructions(edits),
+        some.tolist(), edits.tolist(), training_data.captions(rng, some), told,
         training_data.turns(rng, some, KINDS), [picture.numpy().tobytes() for picture in pictures],
     )
 
@@ -54,9 +56,9 @@ def test_another_seed_stage_or_step_gives_another_batch(training_data, seed, sta
 
 
 def test_pictures_are_the_renders_of_the_scenes(training_data):
-    for i in (0, 11):
+    for i in (0, 39):
         shown = (training_data.pixels(np.array([i]))[0] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-        assert np.array_equal(shown, render(scene_at("train", i)))
+        assert np.array_equal(shown, render(scene_at("train", i, KIND_WEIGHTS)))
 
 
 def test_edited_pictures_show_the_edits_target(training_data):
@@ -65,13 +67,14 @@ def test_edited_pictures_show_the_edits_target(training_data):
             (training_data.pixels(np.array([i]), edited=True)[0] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
         )
         assert np.array_equal(shown, render(edit.target)) and not np.array_equal(shown, training_data.images[i])
-        assert training_data.instructions(np.array([i])) == [edit.instruction]
+        (told,) = training_data.instructions(np.random.default_rng(i), np.array([i]))
+        assert told == paraphrase(edit.instruction, np.random.default_rng(i))
 
 
 def test_draws_cover_their_range_and_no_more(training_data):
-    drawn = training_data.draw(np.random.default_rng(0), 500)
-    edits = training_data.draw(np.random.default_rng(0), 500, edits=True)
-    assert set(drawn) == set(range(12)) and set(edits) == set(range(5))
+    drawn = training_data.draw(np.random.default_rng(0), 900)
+    edits = training_data.draw(np.random.default_rng(0), 900, edits=True)
+    assert set(drawn) == set(range(60)) and set(edits) == set(range(50))
 
 
 def test_draws_keep_to_the_kinds_asked_for(training_data):
@@ -90,22 +93,44 @@ def test_draws_keep_to_the_kinds_asked_for(training_data):
 
 
 def test_words_are_of_the_scene_and_of_the_vocabulary(training_data):
-    indices = np.arange(12)
-    captions = training_data.captions(np.random.default_rng(1), indices)
-    rng = np.random.default_rng(1)
-    assert captions == [caption(training_data.scenes[i], rng) for i in indices]
+    indices = np.arange(40)
+    for text in training_data.captions(np.random.default_rng(1), indices):
+        check_words(text)
     for row, i in zip(training_data.turns(np.random.default_rng(1), indices, KINDS), indices, strict=True):
-        asked = [turn.question for turn in row]
-        named, colored = len(unique_objects(training_data.scenes[i])), "what color is the background?" in asked
-        assert colored and len(set(asked)) == len(asked)  # none twice, where the draws repeat themselves
-        assert (named > 0) <= sum(text.startswith("where is") for text in asked) <= min(named, 4)
-        assert (row[-1].question, row[-1].answer) == (DESCRIBE, describe(training_data.scenes[i]))
+        named, places = len(unique_objects(training_data.scenes[i])), [t for t in row if t.answer.startswith("column")]
+        assert training_data.scenes[i].background in [turn.answer for turn in row]
+        assert (named > 0) <= len(places) <= min(named, 4)  # none twice, where the draws repeat themselves
+        assert row[-1].answer == describe(training_data.scenes[i])
         for turn in row:
             check_words(turn.question), check_words(turn.answer)
 
 
+def test_turns_go_on_with_a_conversation_in_their_share(training_data):
+    rows = training_data.turns(np.random.default_rng(4), np.arange(40).repeat(6), KINDS)
+    assert np.mean([turn.follows for row in rows for turn in row]) == pytest.approx(FOLLOWING, abs=0.05)
+
+
+def test_scenes_that_need_binding_are_over_a_third_of_those_with_several_objects():
+    scenes = [scene_at("train", i, KIND_WEIGHTS) for i in range(3000)]
+    several = [scene for scene in scenes if len(scene.objects) > 1]
+    assert np.mean([scene.kind in BINDING_KINDS for scene in several]) > 1 / 3
+    edits = [draw_edit(scene, np.random.default_rng(i)) for i, scene in enumerate(scenes[:800])]
+    assert {edit.kind for edit in edits} == set(ALL_EDIT_KINDS)
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_prompts_are_answered_with_what_the_image_will_show(training_data, step):
+    given = dealt(training_data, QuestionData(prompt_share=1.0), step)
+    assert isinstance(given, Descriptions)
+    for row, key in enumerate(given.keys):
+        scene = training_data.edits[key].target if given.edits else training_data.scenes[key]
+        assert given.texts[row] == describe(scene)
+        check_words(given.prompts[row])
+    assert torch.equal(given.pixels, training_data.pixels(given.keys))
+
+
 def test_a_share_of_the_captions_says_where_things_lie(training_data):
-    indices = np.arange(12).repeat(50)
+    indices = np.arange(40).repeat(15)
     for share in (0.0, 0.3, 1.0):
         captions = training_data.captions(np.random.default_rng(2), indices, position_captions=share)
         placed = np.mean(["column" in text for text in captions])
@@ -127,8 +152,8 @@ def test_rendered_pictures_are_kept_and_read_back(training_data, tmp_path):
     np.save(file, marked)
     second = ShapesTrainingData(DATA, GRID, 3, tmp_path)
     assert np.array_equal(first.images, training_data.images) and (second.images[0] == 7).all()
-    more = ShapesTrainingData(ShapesData(scenes=13, edits=5), GRID, 3, tmp_path)
-    assert len(more.images) == 13  # not the kept ones
+    more = ShapesTrainingData(ShapesData(scenes=61, edits=50), GRID, 3, tmp_path)
+    assert len(more.images) == 61  # not the kept ones
     assert len(list(tmp_path.glob("scenes-*.npy"))) == 2 and not list(tmp_path.glob("*.part*"))
 
 
@@ -167,7 +192,7 @@ def test_every_kind_of_data_that_the_source_serves_is_dealt(training_data):
 
 def test_words_edits_and_tags_are_those_of_the_images_dealt(training_data):
     edits = dealt(training_data, MixedLessons(edit_share=1.0))
-    assert [*edits.texts] == training_data.instructions(edits.keys)
+    assert len({*edits.texts}) > 1 and all(check_words(text) for text in edits.texts)
     assert torch.equal(edits.references, training_data.pixels(edits.keys))
     tagged = dealt(training_data, TagData())
     for name, value in training_data.dense(tagged.keys, GRID).items():
@@ -175,8 +200,10 @@ def test_words_edits_and_tags_are_those_of_the_images_dealt(training_data):
     asked = dealt(training_data, QuestionData(KINDS))
     for key, turns in zip(asked.keys, asked.turns, strict=True):
         assert turns[-1].answer == describe(training_data.scenes[key]) and len(turns) > 1
-    (turns, *_) = dealt(training_data, QuestionData()).turns
-    assert [turn.question for turn in turns] == [DESCRIBE]
+    asked = dealt(training_data, QuestionData())
+    assert [[turn.answer for turn in turns] for turns in asked.turns] == [
+        [describe(training_data.scenes[key])] for key in asked.keys
+    ]
 
 
 def test_half_of_the_steps_edit_at_a_share_of_a_half_and_the_lessons_change_no_draw(training_data):

@@ -7,7 +7,7 @@ things lie. Departures for the small setting are in docs/training.md.
 
 from dataclasses import replace
 
-from spar.models.config import SparConfig, TextConfig
+from spar.models.config import SparConfig
 from spar.recipes.shapes.curricula import MixedLessons, QuestionData
 from spar.recipes.shapes.data import ShapesData
 from spar.recipes.shapes.dense_tagging import DenseTaggingObjective, TagData, TagWordsObjective
@@ -19,14 +19,17 @@ from spar.training.objectives.next_token import NextTokenObjective
 from spar.training.objectives.tokenizer import TokenizerObjective
 from spar.training.objectives.unified import UnifiedObjective
 from spar.training.systems.spar import FlowConfig, SparRecipe
-from spar.worlds.shapes.questions import QUESTION_KINDS
+from spar.worlds.shapes.questions import BINDING_QUESTION_KINDS, QUESTION_KINDS
 
 ENCODER = "model.tokenizer.encoder.*"
 STREAMS = ("model.tokenizer.*_stream.*", "model.tokenizer.fusion.*")
 DECODER = "model.tokenizer.decoder.*"
 ROUTER_AND_CONNECTOR = ("model.router.*", "model.connector.*")
 DENOISER = "model.denoiser.*"
-MIXTURE = ("single", "multi", *2 * ("two",), *2 * ("count",), *3 * ("position",))  # the harder, the more often
+# The harder, the more often.
+MIXTURE = ("single", "multi", *2 * ("two",), *3 * ("count",), *3 * ("position",), *4 * ("shared",), *2 * ("twins",))
+BINDING_MIXTURE = ("single", "two", "count", "position", "multi", *3 * ("shared",), *2 * ("twins",))
+QUESTIONS = tuple(dict.fromkeys((*QUESTION_KINDS, *BINDING_QUESTION_KINDS)))
 
 FOUNDATIONS = (
     StageConfig(
@@ -35,11 +38,13 @@ FOUNDATIONS = (
     ),
     StageConfig(
         "mllm", TagWordsObjective(), ("model.language.*",), steps=1500, batch=32, lr=2e-3, lr_end=2e-5, warmup=60,
-        optimizer="muon", data=QuestionData((*QUESTION_KINDS, *2 * ("place",), *4 * ("relation",), *3 * ("position",))),
+        optimizer="muon",
+        data=QuestionData((*QUESTIONS, *2 * ("place",), *4 * ("relation",), *2 * ("position",)), prompt_share=0.25),
     ),
     StageConfig(
         "mllm-2", NextTokenObjective(), ("model.language.*",), steps=600, batch=32, lr=1.5e-3, lr_end=1e-5, warmup=20,
-        optimizer="muon", data=QuestionData((*QUESTION_KINDS, "relation", *6 * ("position",))),
+        optimizer="muon",
+        data=QuestionData((*QUESTIONS, "relation", *3 * ("position",)), prompt_share=0.4, scene_kinds=BINDING_MIXTURE),
     ),
     StageConfig(
         "autoencoder", AutoencoderObjective(mse=1.0, latent_penalty=1e-3, latent_noise=0.1),
@@ -102,7 +107,7 @@ def shapes() -> SparRecipe:
     """The recipe of the bundled weights' system, from random weights."""
     return SparRecipe(
         name="shapes",
-        model=SparConfig(text=TextConfig(vocab_size=128)),
+        model=SparConfig(),
         stages=FOUNDATIONS + TOKENIZER + UNIFIED,
         data=ShapesData(),
         flow=FlowConfig(training_shift=3.0, sampling_shift=3.0),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from spar.worlds.shapes.render import coverages, render
-from spar.worlds.shapes.scene import BACKGROUNDS, COLORS, KINDS, SEED_RANGES, SHAPES, SIDE, SIZES, Scene, make_scene
+from spar.worlds.shapes.scene import ALL_KINDS, BACKGROUNDS, COLORS, SEED_RANGES, SHAPES, SIDE, SIZES, Scene, make_scene
 
 GRID = 8
 CELL_SHARE = 0.25  # a cell belongs to an object that covers this share of the cell's pixels
@@ -68,13 +68,13 @@ def sample_at(
 
 
 def _draw_kind(seed: int, kind_weights: Mapping[str, float]) -> str:
-    unknown = set(kind_weights) - set(KINDS)
+    unknown = set(kind_weights) - set(ALL_KINDS)
     total = sum(kind_weights.values())
     if unknown or total <= 0 or min(kind_weights.values()) < 0:
-        raise ValueError(f"kind_weights must be non-negative, not all zero, and of {KINDS}, got {kind_weights}")
+        raise ValueError(f"kind_weights must be non-negative, not all zero, and of {ALL_KINDS}, got {kind_weights}")
     # A separate stream, so that the scene does not depend on the choice of its kind.
     mark = np.random.Generator(np.random.PCG64((seed, 1))).random() * total
-    named = [(kind, kind_weights[kind]) for kind in KINDS if kind_weights.get(kind, 0) > 0]
+    named = [(kind, kind_weights[kind]) for kind in ALL_KINDS if kind_weights.get(kind, 0) > 0]
     for kind, weight in named:
         mark -= weight
         if mark < 0:
