@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from spar.checkpoints.model_card import USE, model_card, recorded_scores
 from spar.checkpoints.spar_format import CARD, build_model_card, load_model, save_model
 from spar.inference.pipeline import BUNDLED
-from spar.worlds.shapes.tokenizer import VOCABULARY
+from spar.processing.prompts import known_words
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +88,9 @@ def test_the_bundled_card_is_up_to_date():
 
 def test_the_bundled_card_counts_the_words_that_a_user_may_write():
     """As README.md: no marks, no names of roles."""
-    words = sum(word.isalpha() for word in VOCABULARY)
-    assert f"closed vocabulary of {words} words" in (BUNDLED / CARD).read_text(encoding="utf-8")
+    words = known_words(load_model(BUNDLED).text_tokenizer)
+    assert not {"user", ",", "<|im_end|>"} & {*words}
+    assert f"closed vocabulary of {len(words)} words" in (BUNDLED / CARD).read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from PIL import Image
 
 import spar
 from spar.cli import console
-from spar.cli.arguments import EvalArguments, TrainArguments
+from spar.cli.arguments import Benchmark, EvalArguments, TrainArguments
 from spar.cli.console import WRONG_INPUT
 from spar.cli.main import VERBS, main
 from spar.cli.parsing import parse
@@ -603,8 +604,8 @@ def test_a_dry_run_says_what_would_train_and_writes_nothing(capsys, monkeypatch,
         **dict.fromkeys(("tokenizer-1", "tokenizer-2", "tokenizer-3"), "latent scale"),
     }  # fmt: skip
     data = {name: row["data"] for name, row in plan.items()}
-    assert (data["encoder"], data["mllm"]) == ("24 scenes: tags", "24 scenes: questions")
-    assert (data["relations"], data["unified-2"]) == ("24 scenes: captions", "24 scenes: captions, 30% edits")
+    assert (data["encoder"], data["mllm"]) == ("48 scenes: tags", "48 scenes: questions")
+    assert (data["relations"], data["unified-2"]) == ("48 scenes: captions", "48 scenes: captions, 30% edits")
     assert (plan["encoder"]["batch"], plan["dit"]["batch"]) == ("4", "4 x 2")  # two draws of noise an image
     assert not any(row["removes"] for row in plan.values())
     assert [*tmp_path.iterdir()] == []
@@ -798,6 +799,7 @@ def test_eval_leaves_defaults_to_the_benchmarks(pipe, benchmarks):
 
     assert main(["eval", "all", "-o", "scores"]) == 0
     assert benchmarks == [(name, EvalOptions()) for name in BENCHMARK_NAMES]
+    assert set(get_args(Benchmark)) == {*BENCHMARK_NAMES, "all"}
     assert sorted(path.stem for path in Path("scores").iterdir()) == sorted(BENCHMARK_NAMES)
     shared = {field.name for field in fields(EvalOptions)} - {"batch"}
     assert shared <= {field.name for field in fields(EvalArguments)}

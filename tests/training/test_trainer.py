@@ -155,7 +155,7 @@ def test_the_seed_decides_every_first_weight():
         (lambda: replace(TINY.flow, training_shift=0.0), "flow.training_shift: expected above 0"),
         (lambda: replace(TINY.flow, sampling_shift=math.nan), "flow.sampling_shift: expected above 0, got nan"),
         (lambda: replace(TINY.flow, guidance=-1.0), "flow.guidance: expected at least 0"),
-        (lambda: replace(TINY.data, edits=25), "data.edits: expected at most one for each of 24 scenes, got 25"),
+        (lambda: replace(TINY.data, edits=49), "data.edits: expected at most one for each of 48 scenes, got 49"),
     ],
 )
 def test_a_recipe_refuses_settings_that_cannot_be(make, message):

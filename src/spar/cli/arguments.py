@@ -14,7 +14,10 @@ from spar.data.samples import Format
 Flag = FlagCreatePairsOff[bool]
 OutputPath = Annotated[Path | None, arg(aliases=["-o"])]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Benchmark = Literal["shapes-gen", "shapes-edit", "shapes-vqa", "shapes-recon", "all"]
+Benchmark = Literal[
+    "shapes-gen", "shapes-edit", "shapes-vqa", "shapes-recon", "shapes-gen-bind", "shapes-edit-bind", "shapes-vqa-bind",
+    "shapes-paraphrase", "shapes-chat", "all",
+]  # fmt: skip
 Steps = Annotated[int | None, arg(name="steps", aliases=["--num-inference-steps"])]
 Guidance = Annotated[float | None, arg(name="guidance", aliases=["--guidance-scale"])]
 
@@ -322,13 +325,14 @@ class EvalArguments(ModelArguments):
     """Score a model with the detector of the shapes world: spar eval shapes-gen -o shapes-gen.json"""
 
     benchmark: Annotated[Positional[Benchmark], arg(metavar="BENCHMARK")]
-    """One of shapes-gen, shapes-edit, shapes-vqa, shapes-recon, or all."""
+    """One of the benchmarks, or all: shapes-gen, shapes-edit, shapes-vqa, shapes-recon; shapes-gen-bind, shapes-edit-bind
+    and shapes-vqa-bind, of scenes whose objects share shapes and colours; shapes-paraphrase; shapes-chat."""
     output: OutputPath = None
     """Results file (for all: folder); by default BENCHMARK.json (for all: results)."""
     overwrite: Flag = False
     """Replace results that exist."""
     limit: int | None = None
-    """Prompts of each task; by default all of them."""
+    """Prompts of each task (questions of each kind, conversations); by default all of them."""
     seed: int | None = None
     """Seed of the images and of the bootstrap; by default 0."""
     num_inference_steps: Steps = None
@@ -336,7 +340,7 @@ class EvalArguments(ModelArguments):
     guidance_scale: Guidance = None
     """Classifier-free guidance; by default the model's own."""
     images_per_prompt: int | None = None
-    """Images for each prompt of shapes-gen; by default 4."""
+    """Images for each prompt of shapes-gen and shapes-gen-bind; by default 4."""
     batch: int | None = None
     """Images per batch: changes the time, never the scores."""
     combinations: Literal["seen", "held_out"] = "seen"

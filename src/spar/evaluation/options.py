@@ -55,8 +55,8 @@ class EvalOptions:
 
     `limit`: prompts per task (questions per kind, scenes), None for the benchmark's full number; a smaller one takes
     the first of the same prompts. `num_inference_steps`, `guidance_scale`: the model's own if None. `images_per_prompt`
-    is Shapes-Gen's. `batch`: outputs per call; it changes the time, never the scores. `combinations`: "seen" or
-    "held_out". `label` is recorded in the result, to distinguish two models.
+    is Shapes-Gen's and Shapes-Gen-Bind's. `batch`: outputs per call; it changes the time, never the scores.
+    `combinations`: "seen" or "held_out". `label` is recorded in the result, to distinguish two models.
     """
 
     limit: int | None = None

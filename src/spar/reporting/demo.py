@@ -17,7 +17,7 @@ from PIL import Image
 
 from spar.evaluation.benchmarks import BENCHMARKS
 from spar.evaluation.environment import machine_info, version_info
-from spar.evaluation.options import EvalOptions, pixels
+from spar.evaluation.options import VERSION_1, EvalOptions, pixels
 from spar.evaluation.results import Result, write_result
 from spar.evaluation.shapes_edit import check_edit, edit_items
 from spar.evaluation.shapes_recon import psnr, recon_scenes
@@ -168,13 +168,13 @@ def make_demo(pipe: Any, folder: Path, options: DemoOptions, step: Step = lambda
         step: called before each part.
 
     Returns:
-        The results of the sample, one per benchmark.
+        The results of the sample, one per benchmark of version 1 of the world.
 
     Raises:
         InputError: an image cannot be read, or the model is of another world.
     """
     began = time.monotonic()
-    total = len(TASKS) + len(BENCHMARKS)
+    total = len(TASKS) + len(VERSION_1)
     shown: dict[str, ReportSection] = {}
     for done, (name, task) in enumerate(TASKS.items()):
         step(name, done, total)
@@ -182,10 +182,11 @@ def make_demo(pipe: Any, folder: Path, options: DemoOptions, step: Step = lambda
         if images := shown[name].images:
             save_images(list(images.values()), [folder / name / f"{file}.png" for file in images])
     results = []
-    for done, (name, benchmark) in enumerate(BENCHMARKS.items(), start=len(TASKS)):
+    for done, name in enumerate(VERSION_1, start=len(TASKS)):
         step(name, done, total)
         limit = options.limit * (RECON_FACTOR if name == "shapes-recon" else 1)
-        results.append(benchmark(pipe, EvalOptions(limit=limit, seed=options.seed, images_per_prompt=1), None))
+        sample = EvalOptions(limit=limit, seed=options.seed, images_per_prompt=1)
+        results.append(BENCHMARKS[name](pipe, sample, None))
         write_result(folder / "results" / f"{name}.json", results[-1])
     routed = [shown["gallery"].routing, shown["edits"].routing]
     page = ReportData(
