@@ -156,3 +156,15 @@ def test_a_raw_reference_enters_as_the_encoder_gives_it(config, straight, random
     condition = raw(states, MASK, IS_REFERENCE, reference)
     wanted = raw.projection(raw.norm(reference))
     torch.testing.assert_close(condition[1, 4 : 4 + REFERENCES], wanted[0])
+
+
+def test_an_added_reference_leaves_the_routed_states_in_place(config, straight, randomize):
+    changed = replace(config.connector, reference="added", reference_scale="raw")
+    added = randomize(Connector(replace(config, connector=changed)))
+    added.load_state_dict(straight.state_dict())
+    added.reference_gain.zero_()
+    states, reference = draw(2, 23, config.text.hidden_size), draw(1, REFERENCES, config.text.hidden_size, seed=2)
+    condition = added(states, MASK, IS_REFERENCE, reference)
+    summed = states.clone()
+    summed[1, 4 : 4 + REFERENCES] += reference[0]
+    torch.testing.assert_close(condition, added.projection(added.norm(summed)))

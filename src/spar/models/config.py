@@ -196,14 +196,17 @@ class ConnectorConfig:
 
     `reference_positions` adds a 2-D sine embedding to the reference-image tokens after the connector: SANA's own
     attention has no positions, and an edit depends on the place of each reference token. `reference_scale` is the size
-    of `f_v` at the connector's input: "unit" like the routed states, "raw" as from the encoder. `image_start` puts the
-    image's opening token before the queries (as in UniLIP's prompts).
+    of `f_v` at the connector's input: "unit" like the routed states, "raw" as from the encoder. `reference` is what the
+    connector reads at the reference's tokens: `f_v` in place of the routed states, as the paper has it, or "added" to
+    them. The instruction comes before the image, so the LLM's states there tell what is to change. `image_start` puts
+    the image's opening token before the queries (as in UniLIP's prompts).
     """
 
     queries: int = 16
     layers: int = 2
     reference_positions: bool = True
     reference_scale: Literal["unit", "raw"] = "unit"
+    reference: Literal["replaced", "added"] = "replaced"
     image_start: bool = False
 
     def __post_init__(self) -> None:

@@ -53,8 +53,8 @@ class Connector(nn.Module):
             states: routed states `[B, T, D]`.
             mask: `[B, T]`, 1 for real tokens (padding on the left).
             is_reference: `[B, T]`, true at reference-image positions.
-            reference: `f_v` of the references, `[B_with_reference, N, D]`, which replaces the routed states there, so
-                that pixel detail reaches the DiT; None if no row has one.
+            reference: `f_v` of the references, `[B_with_reference, N, D]`, which replaces the routed states there (or
+                is added to them), so that pixel detail reaches the DiT; None if no row has one.
             grid: rows and columns of a reference's tokens, by default the trained square.
 
         Returns:
@@ -63,7 +63,10 @@ class Connector(nn.Module):
         if reference is not None:
             if self.config.connector.reference_scale == "unit":
                 reference = reference * torch.rsqrt(reference.float().pow(2).mean(-1, keepdim=True) + 1e-6)
-            states = states.masked_scatter(is_reference[..., None], reference.to(states.dtype))
+            placed = states.masked_scatter(is_reference[..., None], reference.to(states.dtype))
+            if self.config.connector.reference == "added":
+                placed = torch.where(is_reference[..., None], states + placed, states)
+            states = placed
         bias = attention_bias(mask, states, causal=False)
         rotary = self.rotary(states, position_ids_from_mask(mask))
         for layer in self.layers:
