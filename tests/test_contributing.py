@@ -72,9 +72,10 @@ def test_an_objective_and_a_source_of_data_are_one_class_and_one_line_each(names
         DataConfig: by_kind((*SOURCES, names["StripesData"])),
     }  # fmt: skip
     only = stage(names["SmoothObjective"](price=0.5), "model.tokenizer.*_stream.*", "model.tokenizer.fusion.*")
+    only = replace(only, batch=16)  # of four images, the loss says more of their brightness than of the step
     chosen = replace(recipe("tiny"), stages=(only,), data=names["StripesData"](), log_every=1)
     losses = trained(chosen, registry, tmp_path / "run")
-    assert len(losses) == 30 and losses[-1] < losses[0]
+    assert len(losses) == 30 and max(losses[-10:]) < losses[0]
 
 
 def test_a_system_is_one_class_and_one_line(names, tmp_path):

@@ -45,8 +45,8 @@ FLAGS = {
     "understand": ("IMAGE", "QUESTION", "--model", "--max-new-tokens"),
     "reconstruct": ("IMAGE", "--model", "-o", "--overwrite"),
     "info": ("PATH", "--json"),
-    "eval": ("shapes-gen, shapes-edit, shapes-vqa, shapes-recon", "--model", "--limit", "--seed", "--steps",
-             "--guidance", "--images-per-prompt", "--combinations", "-o"),
+    "eval": ("shapes-gen, shapes-edit, shapes-vqa, shapes-recon", "shapes-paraphrase, shapes-chat", "--model",
+             "--limit", "--seed", "--steps", "--guidance", "--images-per-prompt", "--combinations", "-o"),
     "report": ("RUN", "-o"),
     "demo": ("-o", "--images", "--model"),
     "serve": ("--host", "--port", "--token-file", "--max-batch", "--max-queue", "--timeout", "--model"),
@@ -516,7 +516,8 @@ def test_data_sets_reduce_lessons_to_plain_captions_and_edits(chosen):
     line = f"tiny {chosen} --data.sets a.tar 2=b.tar --data.max-aspect 2 --stages.relations.data.edit-share 0.5"
     found = from_flags(base, line.split())
     assert found.data == FilesData(sets=("a.tar", "2=b.tar"), max_aspect=2.0)
-    shares = {"unified-1": 0.0, "places-1": 0.0, "places-2": 0.0, "relations": 0.5, "unified-2": 0.3, "unified-3": 0.3}
+    shares = {s.name: s.data.edit_share for s in base.stages if isinstance(s.data, MixedData)} | {"relations": 0.5}
+    assert len(shares) == 6 and shares["unified-1"] == 0 < shares["unified-2"]
     for before, stage in zip(base.stages, found.stages, strict=True):
         data = MixedData(edit_share=shares[stage.name]) if stage.name in shares else before.data
         assert type(stage.data) is type(data) and stage == replace(before, data=data)
@@ -604,8 +605,9 @@ def test_a_dry_run_says_what_would_train_and_writes_nothing(capsys, monkeypatch,
         **dict.fromkeys(("tokenizer-1", "tokenizer-2", "tokenizer-3"), "latent scale"),
     }  # fmt: skip
     data = {name: row["data"] for name, row in plan.items()}
+    edits = recipe("tiny").stage("unified-2").data.edit_share
     assert (data["encoder"], data["mllm"]) == ("48 scenes: tags", "48 scenes: questions")
-    assert (data["relations"], data["unified-2"]) == ("48 scenes: captions", "48 scenes: captions, 30% edits")
+    assert (data["relations"], data["unified-2"]) == ("48 scenes: captions", f"48 scenes: captions, {edits:.0%} edits")
     assert (plan["encoder"]["batch"], plan["dit"]["batch"]) == ("4", "4 x 2")  # two draws of noise an image
     assert not any(row["removes"] for row in plan.values())
     assert [*tmp_path.iterdir()] == []

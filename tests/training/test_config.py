@@ -205,7 +205,7 @@ READ = [
     ),
     ("dit", DitObjective(noise_samples=1), ("noise_samples",)),
     ("tokenizer-3", ALL_ON, tuple(sorted(vars(ALL_ON)))),
-    ("unified-2", UnifiedObjective(align=1.0, noise_samples=1), ("align", "noise_samples")),
+    ("unified-2", UnifiedObjective(align=1.0, noise_samples=1, balance=1.0), ("align", "noise_samples", "balance")),
 ]
 
 
@@ -253,6 +253,7 @@ def test_a_stage_refuses_settings_that_cannot_be(changes, message):
         (DitObjective, {"noise_samples": 0}, "noise_samples: expected at least 1, got 0"),
         (UnifiedObjective, {"noise_samples": 0}, "noise_samples: expected at least 1, got 0"),
         (UnifiedObjective, {"align": -0.5}, "align: expected at least 0, got -0.5"),
+        (UnifiedObjective, {"balance": -0.5}, "balance: expected at least 0, got -0.5"),
         (DenseTaggingObjective, {"pixel": -1.0}, "pixel: expected at least 0, got -1"),
         (AutoencoderObjective, {"latent_noise": float("nan")}, "latent_noise: expected at least 0, got nan"),
         (TokenizerObjective, {"perceptual": float("inf")}, "perceptual: expected at least 0, got inf"),
@@ -265,9 +266,11 @@ def test_a_stage_refuses_settings_that_cannot_be(changes, message):
         (CaptionLessons, {"position_captions": 1.1}, "position_captions: expected 0 to 1, got 1.1"),
         (
             CaptionLessons, {"scene_kinds": ("single", "many")},
-            "scene_kinds: expected single, two, count, position, multi, got single, many",
+            "scene_kinds: expected single, two, count, position, multi, shared, twins, got single, many",
         ),
-        (QuestionData, {"questions": ("size",)}, "questions: expected color, .*, got size"),
+        (QuestionData, {"scene_kinds": ("few",)}, "scene_kinds: expected single, .*, twins, got few"),
+        (QuestionData, {"questions": ("weight",)}, "questions: expected color, .*, got weight"),
+        (QuestionData, {"prompt_share": -0.5}, "prompt_share: expected 0 to 1, got -0.5"),
         (ImageData, {"image_size": 0}, "image_size: expected at least 1, got 0"),
     ],
 )

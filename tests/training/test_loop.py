@@ -219,7 +219,7 @@ def test_an_objective_and_a_source_of_ones_own_are_trained_stopped_and_resumed(s
 @pytest.mark.parametrize("stage", ["tokenizer-1", "tokenizer-3"])
 def test_the_measured_latent_scale_gives_unit_size(start, stage):
     begun = start(stage)
-    tokenizer, pixels = begun.modules.model.tokenizer, begun.data.pixels(np.arange(24))
+    tokenizer, pixels = begun.modules.model.tokenizer, begun.data.pixels(np.arange(len(begun.data.scenes)))
     with torch.no_grad():
         tokenizer.latent_scale.fill_(123.0)
         tokenizer.fusion[-1].weight.mul_(3.0)
@@ -234,7 +234,7 @@ def test_the_measured_latent_scale_gives_unit_size(start, stage):
 def test_before_alignment_the_teachers_mean_is_measured(start, stage):
     begun = start(stage)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        f_v = begun.modules.model.tokenizer.encoder(begun.data.pixels(np.arange(24)))
+        f_v = begun.modules.model.tokenizer.encoder(begun.data.pixels(np.arange(len(begun.data.scenes))))
     assert torch.allclose(begun.modules.teacher_mean, f_v.float().mean((0, 1)), atol=1e-3)
     assert not start("unified-1").modules.teacher_mean.any()
 
@@ -243,7 +243,7 @@ def test_the_measured_native_scale_gives_unit_size(start):
     begun = start("autoencoder")
     begun.stage.objective.finish(begun.ctx, begun.data)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        latents = begun.modules.pixel_encoder(begun.data.pixels(np.arange(24))).float()
+        latents = begun.modules.pixel_encoder(begun.data.pixels(np.arange(len(begun.data.scenes)))).float()
     assert float((latents * begun.modules.native_scale).square().mean().sqrt()) == pytest.approx(1, abs=2e-3)
     assert float(begun.modules.native_scale) != 1
 

@@ -325,8 +325,8 @@ class EvalArguments(ModelArguments):
     """Score a model with the detector of the shapes world: spar eval shapes-gen -o shapes-gen.json"""
 
     benchmark: Annotated[Positional[Benchmark], arg(metavar="BENCHMARK")]
-    """One of the benchmarks, or all: shapes-gen, shapes-edit, shapes-vqa, shapes-recon; shapes-gen-bind, shapes-edit-bind
-    and shapes-vqa-bind, of scenes whose objects share shapes and colours; shapes-paraphrase; shapes-chat."""
+    """One of shapes-gen, shapes-edit, shapes-vqa, shapes-recon,
+    shapes-gen-bind, shapes-edit-bind, shapes-vqa-bind, shapes-paraphrase, shapes-chat, or all."""
     output: OutputPath = None
     """Results file (for all: folder); by default BENCHMARK.json (for all: results)."""
     overwrite: Flag = False

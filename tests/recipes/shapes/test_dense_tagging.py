@@ -18,12 +18,12 @@ def test_whitening_changes_the_basis_and_nothing_that_is_read_off_it(start):
     linears = [*head.tags.values(), head.center, head.coverage, head.pixels]
     with torch.no_grad():
         head.center.bias.normal_(generator=torch.Generator().manual_seed(0))
-        f_v = encoder(begun.data.pixels(np.arange(24)))
+        f_v = encoder(begun.data.pixels(np.arange(len(begun.data.scenes))))
         read = [linear(f_v) for linear in linears]
         rows = f_v.flatten(0, 1).double()
         variances = torch.linalg.eigvalsh(torch.cov(rows.T))
         whiten(begun.modules, f_v, floor=0.1)
-        white = encoder(begun.data.pixels(np.arange(24)))
+        white = encoder(begun.data.pixels(np.arange(len(begun.data.scenes))))
         assert not torch.allclose(white, f_v, atol=0.1)
         for before, linear in zip(read, linears, strict=True):
             assert torch.allclose(linear(white), before, atol=1e-3)
@@ -37,7 +37,7 @@ def test_the_end_of_the_tagging_whitens_the_features_of_the_first_images(start):
     encoder = begun.modules.model.tokenizer.encoder
     begun.stage.objective.finish(begun.ctx, begun.data)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        f_v = encoder(begun.data.pixels(np.arange(24))).float()
+        f_v = encoder(begun.data.pixels(np.arange(len(begun.data.scenes)))).float()
     assert torch.allclose(f_v.mean((0, 1)), torch.zeros(32), atol=0.05)
     variances = torch.linalg.eigvalsh(torch.cov(f_v.flatten(0, 1).double().T))
     assert float(variances.max()) == pytest.approx(1, abs=0.1)
