@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spar.checkpoints.spar_format import (
+    LATER_FIELDS,
     ModelBundle,
     SamplingConfig,
     load_model,
     load_tokenizer,
+    read_config,
     save_model,
     save_tokenizer,
 )
@@ -326,10 +328,21 @@ def test_a_configuration_may_leave_out_no_field(loaded, folder, part):
         load_model(folder)
 
 
+@pytest.mark.parametrize(("part", "field"), LATER_FIELDS)
+def test_a_folder_from_before_a_field_does_what_it_did(loaded, folder, part, field):
+    model = to_dict(loaded.model.config)
+    del model[part][field]
+    edit_json(folder / "config.json", model=model)
+    assert getattr(getattr(load_model(folder).model.config, part), field) == LATER_FIELDS[part, field]
+    assert getattr(getattr(read_config(folder), part), field) == LATER_FIELDS[part, field]
+
+
 def test_the_bundled_weights_are_of_todays_version():
     from spar.inference.pipeline import BUNDLED
 
     header = json.loads((BUNDLED / "config.json").read_text())
+    for (part, field), value in LATER_FIELDS.items():
+        header["model"][part].setdefault(field, value)
     assert to_dict(load_model(BUNDLED).model.config) == header["model"]
 
 

@@ -34,6 +34,8 @@ from spar.models.tokenizer import UnifiedTokenizer
 from spar.processing.prompts import IMAGE_TOKEN, known_words
 
 FORMAT, FORMAT_VERSION = "spar", 3
+# Fields that a configuration got after folders of this version had been written, and what those folders do.
+LATER_FIELDS = {("connector", "reference"): "replaced"}
 CARD = "README.md"
 TOKENIZER_FORMAT = f"{FORMAT}-tokenizer"
 PARTS = ("language", "router", "connector", "denoiser")
@@ -219,6 +221,10 @@ def read_header(folder: Path, expected: str) -> dict[str, Any]:
     scale = header.get("latent_scale")
     if expected != FORMAT and not (isinstance(scale, float) and scale > 0):
         raise InputError(f"{folder / 'config.json'}: expected latent_scale above 0, got {scale!r}")
+    for (part, field), value in LATER_FIELDS.items():
+        fields = header["model"].get(part) if isinstance(header["model"], dict) else None
+        if isinstance(fields, dict):
+            fields.setdefault(field, value)
     return header
 
 

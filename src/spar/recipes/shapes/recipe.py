@@ -7,7 +7,7 @@ things lie. Departures for the small setting are in docs/training.md.
 
 from dataclasses import replace
 
-from spar.models.config import SparConfig
+from spar.models.config import ConnectorConfig, SparConfig
 from spar.recipes.shapes.curricula import MixedLessons, QuestionData
 from spar.recipes.shapes.data import ShapesData
 from spar.recipes.shapes.dense_tagging import DenseTaggingObjective, TagData, TagWordsObjective
@@ -26,6 +26,7 @@ STREAMS = ("model.tokenizer.*_stream.*", "model.tokenizer.fusion.*")
 DECODER = "model.tokenizer.decoder.*"
 ROUTER_AND_CONNECTOR = ("model.router.*", "model.connector.*")
 DENOISER = "model.denoiser.*"
+GATE, BALANCE = "model.router.gate.*", 0.02  # the router learns slowly and keeps to no single layer
 # The harder, the more often.
 MIXTURE = ("single", "multi", *2 * ("two",), *3 * ("count",), *3 * ("position",), *4 * ("shared",), *2 * ("twins",))
 BINDING_MIXTURE = ("single", "two", "count", "position", "multi", *3 * ("shared",), *2 * ("twins",))
@@ -79,11 +80,11 @@ TOKENIZER = (
 )
 
 _UNIFIED_1 = StageConfig(
-    "unified-1", UnifiedObjective(noise_samples=4), ROUTER_AND_CONNECTOR, data=MixedLessons(), steps=200, batch=16,
-    lr=3e-3, lr_end=1e-3, warmup=20, optimizer="muon",
+    "unified-1", UnifiedObjective(noise_samples=4, balance=BALANCE), ROUTER_AND_CONNECTOR, data=MixedLessons(),
+    steps=200, batch=16, lr=3e-3, lr_end=1e-3, warmup=20, optimizer="muon", lr_multipliers=((GATE, 0.1),),
 )
 _JOINT = replace(
-    _UNIFIED_1, objective=UnifiedObjective(align=0.5, noise_samples=4),
+    _UNIFIED_1, objective=UnifiedObjective(align=0.5, noise_samples=4, balance=BALANCE),
     trainable=(*ROUTER_AND_CONNECTOR, DENOISER, "alignment_head.*"), lr=2e-3,
 )
 _SINGLE = MixedLessons(position_captions=1.0, scene_kinds=("single",))
@@ -94,11 +95,11 @@ UNIFIED = (
     replace(_JOINT, name="relations", steps=700, data=MixedLessons(scene_kinds=("position",))),
     replace(
         _JOINT, name="unified-2", steps=5600, lr=3e-3, lr_end=3e-4, warmup=50, ema=0.998,
-        data=MixedLessons(edit_share=0.3, position_captions=0.25, scene_kinds=MIXTURE),
+        data=MixedLessons(edit_share=0.4, position_captions=0.15, scene_kinds=MIXTURE),
     ),
     replace(
         _JOINT, name="unified-3", steps=200, lr=3e-4, lr_end=1e-5, warmup=10, ema=0.99,
-        data=MixedLessons(edit_share=0.3),
+        data=MixedLessons(edit_share=0.4),
     ),
 )
 
@@ -107,7 +108,7 @@ def shapes() -> SparRecipe:
     """The recipe of the bundled weights' system, from random weights."""
     return SparRecipe(
         name="shapes",
-        model=SparConfig(),
+        model=SparConfig(connector=ConnectorConfig(reference="added")),
         stages=FOUNDATIONS + TOKENIZER + UNIFIED,
         data=ShapesData(),
         flow=FlowConfig(training_shift=3.0, sampling_shift=3.0),
