@@ -221,10 +221,10 @@ def read_header(folder: Path, expected: str) -> dict[str, Any]:
     scale = header.get("latent_scale")
     if expected != FORMAT and not (isinstance(scale, float) and scale > 0):
         raise InputError(f"{folder / 'config.json'}: expected latent_scale above 0, got {scale!r}")
-    for (part, field), value in LATER_FIELDS.items():
+    for (part, name), value in LATER_FIELDS.items():
         fields = header["model"].get(part) if isinstance(header["model"], dict) else None
         if isinstance(fields, dict):
-            fields.setdefault(field, value)
+            fields.setdefault(name, value)
     return header
 
 
