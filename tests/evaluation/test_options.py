@@ -29,7 +29,7 @@ def test_only_what_is_given_is_passed_on():
 
 
 def test_blocks_of_seeds_never_meet_and_lie_in_the_benchmark_range():
-    keys = list(itertools.product(BENCHMARK_NAMES, range(6), ("seen", "held_out")))
+    keys = list(itertools.product(BENCHMARK_NAMES, range(7), ("seen", "held_out")))
     numbers = [seed_block(*key) for key in keys]
     assert len(set(numbers)) == len(keys)
     start, stop = SEED_RANGES["benchmark"]
