@@ -29,6 +29,7 @@ from spar.cli.parsing import parse
 from spar.cli.recipe_flags import build_recipe, recipe_arguments
 from spar.common import limits
 from spar.common.errors import InputError
+from spar.worlds.shapes.tokenizer import VOCABULARY
 
 SAMPLING_FLAGS = ("--model", "--dtype", "--device", "--output", "-o", "--overwrite", "--seed", "--steps", "--guidance",
                   "--num-inference-steps", "--guidance-scale", "--num-images-per-prompt", "-n", "--negative-prompt")
@@ -65,6 +66,8 @@ class FakePipe:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, tuple, dict]] = []
+        self.words: tuple[str, ...] = ("red",)  # of no world that is known
+        self.bundle = SimpleNamespace(text_tokenizer=SimpleNamespace(get_vocab=lambda: dict.fromkeys(self.words)))
 
     def _draw(self, count: int, seed: int | None) -> SimpleNamespace:
         seeds = [(7 if seed is None else seed) + index for index in range(count)]
@@ -430,6 +433,27 @@ def test_what_exists_is_replaced_only_when_asked(capsys, pipe):
 def test_words_without_quotes_are_noticed(capsys, pipe):
     assert main(["generate", "red", "circle"]) == 0
     assert capsys.readouterr().err.startswith("spar: note: 2 prompts of one word each")
+
+
+def test_what_lies_outside_of_the_models_world_is_noted(capsys, pipe):
+    assert main(["generate", "a white circle"]) == 0
+    assert capsys.readouterr().err == ""  # nothing is known of this model's world
+    pipe.words = VOCABULARY
+    assert main(["generate", "a red circle", "a circle on a red background", "--overwrite"]) == 0
+    assert capsys.readouterr().err.startswith("spar: note: no background of the model's world is red; they are gray")
+    Image.effect_noise((300, 200), 90).convert("RGB").save("in.png")
+    assert main(["edit", "in.png", "make the circle white", "--overwrite"]) == 0
+    notes = capsys.readouterr().err.splitlines()
+    assert len(notes) == 2 and "no object of the model's world is white" in notes[0]
+    assert "the image (it was cut to a square and resized from" in notes[1]
+    assert main(["understand", "in.png", "what color ?"]) == 0
+    assert "is outside the model's world" in capsys.readouterr().err
+    for number in range(8):
+        Image.new("RGB", (64, 64), (number, 0, 0)).save(f"plain-{number}.png")
+    assert main(["reconstruct", *(f"plain-{number}.png" for number in range(8)), "-o", "rebuilt"]) == 0
+    noted = capsys.readouterr().err.splitlines()
+    assert len(noted) == 6 and noted[0].startswith("spar: note: plain-0.png: the image is outside")
+    assert noted[-1].endswith("and 3 more like these")
 
 
 def test_understand_prints_answers_and_nothing_else(capsys, pipe):

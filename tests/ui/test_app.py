@@ -282,6 +282,24 @@ def test_errors_are_shown_in_plain_words(visit, label, text, message):
     assert message in alert.inner_text()
 
 
+def test_what_lies_outside_of_the_models_world_is_said(visit, tmp_path):
+    page = visit()
+    box(page, "What to draw").fill("a white circle")
+    press(page, "Draw")
+    status(page).get_by_text("No object of the model's world is white; their colours are red").wait_for()
+    box(page, "What to draw").fill("a red circle")
+    press(page, "Draw")
+    status(page).get_by_text("Seed ").wait_for()
+    assert "world" not in status(page).inner_text()
+    Image.effect_noise((300, 200), 90).convert("RGB").save(tmp_path / "noise.png")
+    page.get_by_role("tab", name="Reconstruct").click()
+    page.get_by_label("Remove Image").locator("visible=true").click()
+    page.locator(".spar-picture:visible input[type=file]").first.set_input_files(tmp_path / "noise.png")
+    page.get_by_label("Remove Image").locator("visible=true").wait_for()
+    press(page, "Rebuild")
+    status(page).get_by_text("resized from 300 x 200 pixels) is outside the model's world").wait_for()
+
+
 def test_what_is_no_image_is_named_and_its_path_is_not(visit, tmp_path):
     (tmp_path / "fake.png").write_bytes(b"%PDF-1.7 no picture")
     page = visit("Reconstruct")

@@ -26,6 +26,7 @@ from spar.cli.console import (
     progress_bar,
     sampling_callback,
 )
+from spar.cli.notes import print_notes
 from spar.cli.parsing import takes
 from spar.inference.image_files import (
     check_writable,
@@ -50,6 +51,7 @@ def generate(args: GenerateArguments) -> int:
             **args.keywords(),
         )
     _save(out, paths)
+    print_notes(pipe, args.prompt)
     warn_if_unquoted(args.prompt, "prompt")
     return 0
 
@@ -62,6 +64,7 @@ def edit(args: EditArguments) -> int:
     with progress_bar("sampling") as advance:
         out = pipe.edit(args.image, list(args.instruction), callback=sampling_callback(advance), **args.keywords())
     _save(out, paths, args.image)
+    print_notes(pipe, args.instruction, [args.image])
     warn_if_unquoted(args.instruction, "instruction")
     return 0
 
@@ -69,9 +72,11 @@ def edit(args: EditArguments) -> int:
 @takes(UnderstandArguments, "spar understand")
 def understand(args: UnderstandArguments) -> int:
     """Answer questions about an image."""
-    out = loading.load_pipeline(args).understand(args.image, list(args.question), max_new_tokens=args.max_new_tokens)
+    pipe = loading.load_pipeline(args)
+    out = pipe.understand(args.image, list(args.question), max_new_tokens=args.max_new_tokens)
     for text in out.texts:
         print(text)
+    print_notes(pipe, images=[args.image])
     warn_if_unquoted(args.question, "question")
     return 0
 
@@ -98,6 +103,7 @@ def reconstruct(args: ReconstructArguments) -> int:
     save_images(images, paths, [{**source_metadata(source), **values} for source, values in pairs])
     for path in paths:
         print(path)
+    print_notes(pipe, images=sources)
     return 0
 
 

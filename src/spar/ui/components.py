@@ -1,6 +1,7 @@
 """Components, messages and style of the page."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
@@ -144,9 +145,10 @@ def progress(step: PreviewStep) -> Markup:
     ).format(100 * step.done / step.steps, step.done, step.steps)
 
 
-def done_message(seed: int, steps: int, guidance: float, seconds: float) -> Markup:
-    """The status of a finished task."""
-    return status_message(f"Seed {seed} · {steps} steps · guidance {guidance:g} · {seconds:.2g} s")
+def done_message(text: str, notes: Sequence[str] = ()) -> Markup:
+    """The status of a finished task, and notes on what lay outside the model's world."""
+    warnings = (Markup('<div class="spar-note spar-warning">{}.</div>').format(n[0].upper() + n[1:]) for n in notes)
+    return status_message(text) + Markup().join(warnings)
 
 
 # ---- style -----------------------------------------------------------------------------------------------------------
@@ -183,6 +185,7 @@ CSS = """
 .spar-bar i { display: block; height: 100%; background: var(--color-accent); }
 .spar-problem { border-left: 4px solid #c2410c; background: rgb(194 65 12 / .1); border-radius: 4px;
   padding: .6rem .8rem; overflow-wrap: anywhere; }
+.spar-warning { border-left: 4px solid #a16207; padding-left: .8rem; }
 .spar-foot { align-items: start; flex-wrap: nowrap !important; }
 .spar-foot > .block { flex: 1 1 0; } .spar-foot > button { flex: 0 0 auto !important; margin-top: .35rem; }
 .spar-answer textarea { font-size: 1.15rem; }

@@ -5,6 +5,7 @@ from PIL import Image
 from spar.inference.pipeline import SparPipeline
 from spar.worlds.shapes.render import render
 from spar.worlds.shapes.scene import BACKGROUNDS, COLORS, RELATIONS, SHAPES, SIZES, Object, Scene
+from spar.worlds.shapes.scope import is_of_this_world
 from spar.worlds.shapes.tokenizer import NUMBERS, PLURALS
 
 SEED = 0
@@ -60,7 +61,7 @@ VOCABULARY_GROUPS = {
 def knows_shapes(pipe: SparPipeline) -> bool:
     """Whether a model's vocabulary is that of the shapes world."""
     tokenizer = pipe.bundle.text_tokenizer
-    return tokenizer.unk_token is not None and {*SHAPES, *COLORS, *BACKGROUNDS} <= {*tokenizer.get_vocab()}
+    return tokenizer.unk_token is not None and is_of_this_world(tokenizer.get_vocab())
 
 
 def scene_images() -> list[Image.Image]:

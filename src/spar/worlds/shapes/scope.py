@@ -1,0 +1,73 @@
+"""What lies outside the shapes world although its words are known: notes to a user, who gets a guess there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import numpy as np
+
+from spar.worlds.shapes.detector import UNKNOWN, detect
+from spar.worlds.shapes.forms import SYNONYMS
+from spar.worlds.shapes.scene import BACKGROUNDS, COLORS, MAX_OBJECTS, SHAPES, SIDE, SIZES
+from spar.worlds.shapes.tokenizer import NUMBERS, SINGULARS, split_words
+
+TRUE_OVERLAP = 0.7  # least mean overlap of an image's objects with the world's shapes; reconstructions have 0.9
+_CANONICAL = {other: word for word, others in SYNONYMS.items() for other in others}
+_COUNTS = {"a": 1, "an": 1, **{word: number for number, word in enumerate(NUMBERS) if number}}
+_THINGS = {*SHAPES, *SINGULARS, "object", "objects"}
+
+
+def is_of_this_world(words: Iterable[str]) -> bool:
+    """Whether a vocabulary is that of the shapes world, of either version."""
+    return {*SHAPES, *COLORS, *BACKGROUNDS, *SIZES} <= {*words}
+
+
+def prompt_notes(text: str) -> list[str]:
+    """What a prompt or instruction asks for that no scene has: too many objects, colours of the wrong thing."""
+    words = [_CANONICAL.get(word, word) for word in split_words(text)]
+    notes = []
+    counted = sum(_COUNTS.get(word, 0) for word, thing in _noun_phrases(words) if thing != "background")
+    if counted > MAX_OBJECTS:
+        notes.append(f"{counted} objects are asked for; the model has seen scenes of up to {MAX_OBJECTS}")
+    said = " ".join(words)
+    things = "|".join(sorted(_THINGS))
+    for color in (name for name in BACKGROUNDS if name not in COLORS):
+        recolored = re.search(rf"(?:recolor|make|paint|turn|color of) the (?:\w+ )*(?:{things})\b.* {color}$", said)
+        if re.search(rf"\b{color} (?:{things})\b", said) or (recolored and "background" not in said):
+            notes.append(f"no object of the model's world is {color}; their colours are {', '.join(COLORS)}")
+    for color in COLORS:
+        if re.search(rf"\b{color} background\b|\bbackground (?:to |is )?{color}\b|\bon {color}$", said):
+            notes.append(f"no background of the model's world is {color}; they are {', '.join(BACKGROUNDS)}")
+    return notes
+
+
+def _noun_phrases(words: list[str]) -> list[tuple[str, str]]:
+    """(article or number, thing) of each phrase such as "two small red stars"."""
+    phrases, opened = [], ""
+    for word in words:
+        if word in _COUNTS:
+            opened = word
+        elif word in _THINGS or word == "background":
+            phrases.append((opened, word))
+            opened = ""
+        elif word not in COLORS and word not in SIZES and word not in BACKGROUNDS:
+            opened = ""
+    return phrases
+
+
+def image_notes(image: np.ndarray, size: tuple[int, int]) -> list[str]:
+    """Whether an image, as the model sees it, is no scene of the world.
+
+    Args:
+        image: uint8 [64, 64, 3], RGB.
+        size: width and height of what the user gave.
+    """
+    seen = detect(image)
+    overlaps = [item.overlap for item in seen.objects]
+    strange = any(UNKNOWN in (item.shape, item.color) for item in seen.objects)
+    true = overlaps and len(overlaps) <= MAX_OBJECTS and float(np.mean(overlaps)) >= TRUE_OVERLAP
+    if seen.background != UNKNOWN and true and not strange:
+        return []
+    changed = "" if size == (SIDE, SIDE) else f" (it was cut to a square and resized from {size[0]} x {size[1]} pixels)"
+    return [f"the image{changed} is outside the model's world of one to {MAX_OBJECTS} plain shapes: expect a guess"]
