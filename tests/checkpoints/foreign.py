@@ -36,7 +36,7 @@ def mllm(*, tied: bool = True, layers: int = LAYERS) -> InternVLForConditionalGe
             patch_size=(14, 14), attention_bias=True, layer_scale_init_value=0.1,
         ),
         text_config=Qwen2Config(
-            vocab_size=128, hidden_size=WIDTH, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=192, hidden_size=WIDTH, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
             intermediate_size=64, max_position_embeddings=256, rms_norm_eps=1e-5, tie_word_embeddings=tied,
             rope_parameters={"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0}, eos_token_id=2, pad_token_id=0,
             bos_token_id=1,
@@ -102,7 +102,7 @@ def save_original(model: InternVLForConditionalGeneration, folder: Path) -> Path
         "auto_map": {"AutoModel": "modeling_internvl_chat.InternVLChatModel"},
         "downsample_ratio": 0.5, "ps_version": "v2", "select_layer": -1, "force_image_size": 112,
         "llm_config": {
-            "model_type": "qwen2", "vocab_size": 128, "hidden_size": WIDTH, "hidden_act": "silu",
+            "model_type": "qwen2", "vocab_size": 192, "hidden_size": WIDTH, "hidden_act": "silu",
             "num_hidden_layers": text.num_hidden_layers, "num_attention_heads": 4, "num_key_value_heads": 2,
             "intermediate_size": 64, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
             "rope_scaling": {"type": "dynamic", "factor": 2.0}, "tie_word_embeddings": text.tie_word_embeddings,
