@@ -277,7 +277,8 @@ def test_lessons_become_plain_captions_and_edits_and_other_stages_keep_what_they
     """What data sets have nothing for stays, so that `check` can name it."""
     plain = {stage.name: FilesData.nearest(stage.data) for stage in tiny_run.recipe.stages}
     lessons = ("unified-1", "places-1", "places-2", "relations", "unified-2", "unified-3")
-    shares = dict.fromkeys(lessons, 0.0) | {"unified-2": 0.3, "unified-3": 0.3}
+    shares = {name: tiny_run.recipe.stage(name).data.edit_share for name in lessons}
+    assert shares["unified-1"] == 0 < shares["unified-2"]
     assert {name: plain[name] for name in lessons} == {name: MixedData(share) for name, share in shares.items()}
     assert plain["dit"] == CaptionData() and plain["tokenizer-1"] == ImageData()
     assert all(plain[name] == tiny_run.recipe.stage(name).data for name in ("encoder", "mllm", "mllm-2"))
