@@ -284,6 +284,19 @@ def test_init_from_serves_a_design_that_differs_behind_it(tiny_run, tmp_path):
     assert not any("router.gate" in name for name in weights(run, "unified-1"))
 
 
+def test_a_vocabulary_grows_and_the_new_words_begin_at_the_mean(tiny_run, tmp_path):
+    smaller = tiny_run.path / "model"
+    before = load_model(smaller).model.language.network.embed_tokens.weight
+    more = replace(TINY, model=replace(TINY.model, text=replace(TINY.model.text, vocab_size=len(before) + 7)))
+    trained = train(more, tmp_path / "run", stages=("unified-3",), init_from=smaller)
+    after = trained.language.network.embed_tokens.weight
+    assert torch.equal(after[: len(before)], before)
+    torch.testing.assert_close(after[len(before) :], before.mean(0, keepdim=True).expand(7, -1))
+    fewer = replace(TINY, model=replace(TINY.model, text=replace(TINY.model.text, vocab_size=180)))
+    with pytest.raises(InputError, match="does not fit this model"):
+        train(fewer, tmp_path / "fewer", stages=("unified-3",), init_from=smaller)
+
+
 def test_a_run_that_has_begun_is_resumed_wherever_it_was_to_begin(tiny_run, half):
     """The command that began a run goes on with it under --resume auto, `--init-from` and all."""
     stages = tuple(stage.name for stage in TINY.stages if (half / stage.name / "done").exists())

@@ -70,11 +70,11 @@ def _recipe(argv: list[str], kind: type[Any], prog: str, example: str) -> tuple[
 
 
 def _sized(chosen: Any, base: Any, start: Path | None) -> Any:
-    """A recipe of published parts with the sizes of the SPAR folder that it starts from, unless a flag sets them.
+    """A recipe with the sizes and forms of the SPAR folder that it starts from, unless a flag sets them.
 
-    Those sizes are the checkpoints' own, which may differ from the recipe's.
+    They are the weights' own, which may differ from the recipe's: it may be of published parts, or a later one.
     """
-    if not chosen.published or start is None or not (start / "config.json").is_file():
+    if start is None or not (start / "config.json").is_file():
         return chosen
     from spar.checkpoints.spar_format import read_config
     from spar.common.config import merge_overrides

@@ -87,9 +87,9 @@ def converse(pipe: PipelineLike, item: ChatItem) -> list[str]:
     for question in item.questions:
         image = [] if messages else [{"type": "image", "image": Image.fromarray(item.image)}]
         messages.append({"role": "user", "content": [*image, {"type": "text", "text": question.text}]})
-        answers.append("".join(pipe.chat(messages)) if is_understood(pipe, question.text) else "")
-        if not answers[-1]:
+        if not is_understood(pipe, question.text):  # a conversation that breaks off
             return answers + [""] * (len(item.questions) - len(answers))
+        answers.append("".join(pipe.chat(messages)))
         messages.append({"role": "assistant", "content": answers[-1]})
     return answers
 

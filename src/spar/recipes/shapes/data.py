@@ -30,7 +30,7 @@ from spar.worlds.shapes.tokenizer import build_tokenizer
 # Kinds of scenes by frequency: of those with several objects 38 % need binding.
 KIND_WEIGHTS = {**dict.fromkeys(KINDS, 1.0), "shared": 1.5, "twins": 1.0}
 OPEN_CAPTIONS = 0.15
-FOLLOWING = 0.4
+FOLLOWING, TURNS = 0.5, 3
 
 
 def draw_edit(scene: Scene, rng: np.random.Generator) -> Edit:
@@ -93,6 +93,8 @@ class ShapesTrainingData(TrainingData):
         editing = isinstance(data, MixedData) and bool(rng.random() < data.edit_share)
         lessons = data if isinstance(data, Lessons) else Lessons()
         kinds = data.scene_kinds if isinstance(data, Lessons | QuestionData) else ()
+        if isinstance(data, QuestionData) and rng.random() < data.prompt_share:
+            return self.described(rng, data, stage.batch, rows)
         drawn = self.draw(rng, stage.batch, edits=editing, kinds=kinds)
         indices = drawn[rows]
         pixels = self.pixels(indices, edited=editing)
@@ -102,8 +104,6 @@ class ShapesTrainingData(TrainingData):
         if isinstance(data, CaptionData):
             texts = tuple(self.captions(rng, drawn, position_captions=lessons.position_captions)[rows])
             return Captioned(keys=indices, pixels=pixels, texts=texts)
-        if isinstance(data, QuestionData) and rng.random() < data.prompt_share:
-            return self.described(rng, data, stage.batch, rows)
         if isinstance(data, QuestionData):
             turns = tuple(map(tuple, self.turns(rng, drawn, data.questions)[rows]))
             return Dialogues(keys=indices, pixels=pixels, turns=turns)
@@ -168,16 +168,18 @@ class ShapesTrainingData(TrainingData):
     ) -> list[list[QuestionAnswer]]:
         """Questions of the given kinds about each scene in training forms, none twice, and at last its description.
 
-        A turn goes on with the conversation of the one before it in FOLLOWING of the cases.
+        A turn goes on with the conversation of the one before it in FOLLOWING of the cases, to TURNS turns at most.
         """
         rows = []
         for i in indices:
-            scene = self.scenes[i]
+            scene, row = self.scenes[i], []
             asked = [(q.text, q.answer) for q in dict.fromkeys(questions(scene, rng, kinds))]
-            rows.append([
-                QuestionAnswer(paraphrase(text, rng), answer, follows=bool(rng.random() < FOLLOWING))
-                for text, answer in (*asked, (DESCRIBE, describe(scene)))
-            ])  # fmt: skip
+            length = 0  # of the conversation so far
+            for text, answer in (*asked, (DESCRIBE, describe(scene))):
+                follows = 0 < length < TURNS and bool(rng.random() < FOLLOWING)
+                length = length + 1 if follows else 1
+                row.append(QuestionAnswer(paraphrase(text, rng), answer, follows=follows))
+            rows.append(row)
         return rows
 
     def dense(self, indices: np.ndarray, grid: int) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from spar.common.config import Registry, differences, read_json
 from spar.common.errors import InputError
 from spar.losses.adversarial import PatchDiscriminatorConfig
 from spar.models.config import SparConfig
+from spar.models.language import LanguageModel
 from spar.processing.prompts import PromptEncoder
 from spar.training.bundle import build_bundle
 from spar.training.checkpoint import load_group
@@ -181,9 +182,22 @@ class SparRecipe(Recipe):
     def load_model(self, folder: Path) -> dict[str, Tensor]:
         for name, given, own in differences(read_config(folder), self.model, "model"):
             log.warning("%s was made with %s %r; this recipe has %r", folder, name, given, own)
-        parts: dict[str, nn.Module] = {"model": load_model(folder).model}
+        model = load_model(folder).model
+        grow_vocabulary(model.language, self.model.text.vocab_size)
+        parts: dict[str, nn.Module] = {"model": model}
         parts |= {name: load_training_part(folder, name) for name in TRAINING_PARTS if has_part(folder, name)}
         return {f"{part}.{name}": value for part in parts for name, value in parts[part].state_dict().items()}
+
+
+@torch.no_grad()
+def grow_vocabulary(language: LanguageModel, size: int) -> None:
+    """Give the LLM's word matrices more rows, if `size` is larger: new words begin at the mean of those there are."""
+    for name in ("network.embed_tokens", *([] if language.head is None else ["head"])):
+        rows = language.get_parameter(f"{name}.weight")
+        if len(rows) < size:
+            mean = rows.float().mean(0, keepdim=True).to(rows.dtype)
+            grown = nn.Parameter(torch.cat([rows, mean.expand(size - len(rows), -1)]))
+            setattr(language.get_submodule(name), "weight", grown)  # noqa: B010  # a module's attributes are untyped
 
 
 def load_stage_model(run: Path, registry: Registry, stage: str | None = None) -> ModelBundle:
