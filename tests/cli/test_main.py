@@ -1120,3 +1120,26 @@ def test_the_page_wants_its_extra_and_a_token_for_others(no_load, monkeypatch, c
     assert "other machines can reach this address, which needs a token" in error_of(capsys, "ui --host 0.0.0.0")[1]
     monkeypatch.setattr("spar.serving.auth.find_spec", lambda name: None if name == "gradio" else name)
     assert "this needs gradio: pip install 'spar-unified[ui]'" in error_of(capsys, "ui")[1]
+
+
+# ---- a recipe that starts from a model ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sign", [" ", "="])
+def test_a_recipe_takes_the_sizes_and_forms_of_the_folder_that_it_starts_from(sign):
+    from spar.cli.arguments import TrainArguments
+    from spar.cli.training import _recipe
+    from spar.inference.pipeline import BUNDLED
+
+    def chosen(flags):
+        words = shlex.split(f"shapes {flags}")
+        return _recipe(words, TrainArguments, "spar train", "")[1].model
+
+    own = chosen("")
+    assert (own.text.vocab_size, own.connector.reference) == (192, "added")
+    start = f"--init-from{sign}{BUNDLED}"
+    files = chosen(f"{start} --data.source files --data.sets somewhere")
+    assert (files.text.vocab_size, files.connector.reference) == (128, "replaced")  # the bundled weights' own
+    assert (chosen(start).text.vocab_size, chosen(start).connector.reference) == (192, "replaced")  # with today's words
+    assert chosen(f"{start} --model.connector.reference added").connector.reference == "added"  # a flag has its way
+    assert chosen("--init-from runs/none/dit/done") == own

@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+def flag_value(flag: str, argv: Sequence[str]) -> str | None:
+    """The value of a flag among words that nothing has parsed yet, the last one; None if it is not there."""
+    given = [after for word, after in pairwise(argv) if word == flag]
+    given += [word.removeprefix(f"{flag}=") for word in argv if word.startswith(f"{flag}=")]
+    return given[-1] if given else None
+
+
 def chosen_source(
     base: "Recipe", argv: Sequence[str], sources: "Mapping[str, type[DataConfig]]"
 ) -> "type[DataConfig]":
@@ -27,14 +34,8 @@ def chosen_source(
     Raises:
         InputError: a flag that belongs to another source.
     """
-    flags = [word.partition("=") for word in argv if word.startswith("--data.")]
-    after = dict(pairwise(argv))
-    kind = base.data.kind
-    for flag, sign, value in flags:
-        if flag == "--data.source":
-            kind = value if sign else after.get(flag, kind)
-    source = sources.get(kind, type(base.data))
-    for flag, _, _ in flags:
+    source = sources.get(flag_value("--data.source", argv) or base.data.kind, type(base.data))
+    for flag in (word.partition("=")[0] for word in argv if word.startswith("--data.")):
         name = flag.removeprefix("--data.").replace("-", "_")
         others = [other for other, cls in sources.items() if name in _field_names(cls)]
         if name not in _field_names(source) and others:

@@ -21,7 +21,7 @@ from spar.cli.console import (
     training_display,
 )
 from spar.cli.parsing import parse
-from spar.cli.recipe_flags import build_recipe, recipe_arguments
+from spar.cli.recipe_flags import build_recipe, flag_value, recipe_arguments
 from spar.common.errors import InputError
 from spar.inference.image_files import check_folder
 
@@ -64,22 +64,34 @@ def _recipe(argv: list[str], kind: type[Any], prog: str, example: str) -> tuple[
     from spar.recipes import REGISTRY, recipe
     from spar.training.data import DataConfig
 
-    base = recipe(argv[0])
+    own = recipe(argv[0])
+    base = _sized(own, argv)
     args = parse(recipe_arguments(base, kind, REGISTRY[DataConfig], argv), argv, prog, none=True)
-    return args, _sized(build_recipe(args, base), base, getattr(args, "init_from", None))
+    chosen = build_recipe(args, base)
+    return args, chosen if base is own else _with_words(chosen, own)
 
 
-def _sized(chosen: Any, base: Any, start: Path | None) -> Any:
-    """A recipe with the sizes and forms of the SPAR folder that it starts from, unless a flag sets them.
+def _sized(base: Any, argv: Sequence[str]) -> Any:
+    """A recipe with the sizes and forms of the SPAR folder that it starts from, as the flags' defaults.
 
     They are the weights' own, which may differ from the recipe's: it may be of published parts, or a later one.
     """
-    if start is None or not (start / "config.json").is_file():
-        return chosen
     from spar.checkpoints.spar_format import read_config
-    from spar.common.config import merge_overrides
+    from spar.training.systems.spar import SparRecipe
 
-    return replace(chosen, model=merge_overrides(read_config(start), base.model, chosen.model))
+    start = flag_value("--init-from", argv)
+    if start is None or not (Path(start) / "config.json").is_file() or not isinstance(base, SparRecipe):
+        return base
+    return replace(base, model=read_config(Path(start)))
+
+
+def _with_words(chosen: Any, own: Any) -> Any:
+    """The recipe with its own vocabulary's size where its data have more words than the folder that it starts from."""
+    words = chosen.data.text_tokenizer()  # None: the folder's
+    if words is None or len(words) <= chosen.model.text.vocab_size:
+        return chosen
+    text = replace(chosen.model.text, vocab_size=own.model.text.vocab_size)
+    return replace(chosen, model=replace(chosen.model, text=text))
 
 
 def plan(argv: list[str]) -> int:

@@ -117,18 +117,6 @@ def differences(a: Any, b: Any, where: str) -> list[tuple[str, Any, Any]]:
     return found
 
 
-def merge_overrides(target: T, base: T, changed: T) -> T:
-    """`target` with every field in which `changed` differs from `base`."""
-    values: dict[str, Any] = {}
-    for item in dataclasses.fields(target):
-        own, old, new = (getattr(config, item.name) for config in (target, base, changed))
-        if dataclasses.is_dataclass(own):
-            values[item.name] = merge_overrides(own, old, new)
-        elif new != old:
-            values[item.name] = new
-    return dataclasses.replace(target, **values)
-
-
 def _parse_value(hint: Any, value: Any, where: str, complete: bool, registry: Registry) -> Any:
     """Convert a JSON value to the type of the hint, or raise."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
