@@ -1,6 +1,7 @@
 """tyro parses the arguments of a verb; its errors, which are boxes, become one `InputError` each."""
 
 import contextlib
+import difflib
 import io
 import os
 import re
@@ -85,7 +86,8 @@ def _sentence(box: str, prog: str) -> str:
     sentence = " ".join(sections[min(1, len(sections) - 1)].split())
     if unknown := re.fullmatch(r"Unrecognized options?: (.*)", sentence):
         near = [part for part in sections[2:] if "Perhaps you meant" in part]
-        meant = [flag.rstrip(",") for flag in re.findall(r"^\s*(--\S+)", near[0], re.MULTILINE)] if near else []
+        flags = [flag.rstrip(",") for flag in re.findall(r"^\s*(--\S+)", near[0], re.MULTILINE)] if near else []
+        meant = difflib.get_close_matches(unknown[1].split(",")[0].split("=")[0], flags, 3)  # tyro's are often far off
         hint = f"; perhaps you meant {' or '.join(meant)}" if meant else ""
         return f"unknown arguments: {unknown[1]}{hint} ({prog} --help lists all)"
     if missing := re.match(r"Missing from [^:]*: (\S+)", sentence):
