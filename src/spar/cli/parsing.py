@@ -1,6 +1,7 @@
 """tyro parses the arguments of a verb; its errors, which are boxes, become one `InputError` each."""
 
 import contextlib
+import difflib
 import io
 import os
 import re
@@ -13,6 +14,7 @@ from tyro.conf import DisallowNone
 
 from spar.common.errors import InputError
 
+LIKENESS = 0.45  # of a flag that is suggested; tyro's own are often far off
 T = TypeVar("T")
 Verb = Callable[[list[str]], int]  # from its words to the exit status
 
@@ -85,7 +87,9 @@ def _sentence(box: str, prog: str) -> str:
     sentence = " ".join(sections[min(1, len(sections) - 1)].split())
     if unknown := re.fullmatch(r"Unrecognized options?: (.*)", sentence):
         near = [part for part in sections[2:] if "Perhaps you meant" in part]
-        meant = [flag.rstrip(",") for flag in re.findall(r"^\s*(--\S+)", near[0], re.MULTILINE)] if near else []
+        flags = [flag.rstrip(",") for flag in re.findall(r"^\s*(--\S+)", near[0], re.MULTILINE)] if near else []
+        given = re.split("[,=]", unknown[1])[0]
+        meant = difflib.get_close_matches(given, flags, 5, LIKENESS)
         hint = f"; perhaps you meant {' or '.join(meant)}" if meant else ""
         return f"unknown arguments: {unknown[1]}{hint} ({prog} --help lists all)"
     if missing := re.match(r"Missing from [^:]*: (\S+)", sentence):
