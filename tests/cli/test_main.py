@@ -67,7 +67,8 @@ class FakePipe:
     def __init__(self) -> None:
         self.calls: list[tuple[str, tuple, dict]] = []
         self.words: tuple[str, ...] = ("red",)  # of no world that is known
-        self.bundle = SimpleNamespace(text_tokenizer=SimpleNamespace(get_vocab=lambda: dict.fromkeys(self.words)))
+        tokenizer = SimpleNamespace(unk_token="?", get_vocab=lambda: dict.fromkeys(self.words))
+        self.bundle = SimpleNamespace(text_tokenizer=tokenizer)
 
     def _draw(self, count: int, seed: int | None) -> SimpleNamespace:
         seeds = [(7 if seed is None else seed) + index for index in range(count)]

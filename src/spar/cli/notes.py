@@ -21,7 +21,8 @@ def print_notes(pipe: "SparPipeline", texts: Sequence[str] = (), images: Sequenc
     from spar.worlds.shapes.scene import SIDE
     from spar.worlds.shapes.scope import image_notes, is_of_this_world, prompt_notes
 
-    if not is_of_this_world(pipe.bundle.text_tokenizer.get_vocab()) or pipe.image_size != SIDE:
+    tokenizer = pipe.bundle.text_tokenizer
+    if tokenizer.unk_token is None or not is_of_this_world(tokenizer.get_vocab()) or pipe.image_size != SIDE:
         return
     notes = [note for text in texts for note in prompt_notes(text)]
     for path in images:

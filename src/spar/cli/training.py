@@ -68,7 +68,7 @@ def _recipe(argv: list[str], kind: type[Any], prog: str, example: str) -> tuple[
     base = _sized(own, argv)
     args = parse(recipe_arguments(base, kind, REGISTRY[DataConfig], argv), argv, prog, none=True)
     chosen = build_recipe(args, base)
-    return args, chosen if base is own else _with_words(chosen, own)
+    return args, chosen if base is own else _with_words(chosen, base, own)
 
 
 def _sized(base: Any, argv: Sequence[str]) -> Any:
@@ -85,10 +85,12 @@ def _sized(base: Any, argv: Sequence[str]) -> Any:
     return replace(base, model=read_config(Path(start)))
 
 
-def _with_words(chosen: Any, own: Any) -> Any:
-    """The recipe with its own vocabulary's size where its data have more words than the folder that it starts from."""
-    words = chosen.data.text_tokenizer()  # None: the folder's
-    if words is None or len(words) <= chosen.model.text.vocab_size:
+def _with_words(chosen: Any, base: Any, own: Any) -> Any:
+    """The recipe with its own vocabulary's size where its data have more words than the folder that it starts from, and
+    no flag says the size.
+    """
+    words, size = chosen.data.text_tokenizer(), chosen.model.text.vocab_size  # no words: the folder's
+    if words is None or len(words) <= size or size != base.model.text.vocab_size:
         return chosen
     text = replace(chosen.model.text, vocab_size=own.model.text.vocab_size)
     return replace(chosen, model=replace(chosen.model, text=text))

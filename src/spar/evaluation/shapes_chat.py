@@ -1,6 +1,7 @@
 """Shapes-Chat: conversations of three turns about one image; the third answer must be right.
 
-The three questions are of different kinds, and the model reads its own earlier answers. "part.alone" is the share of
+The three questions are of different kinds, what is said before does not give the third answer away, and the model reads
+its own earlier answers. "part.alone" is the share of
 the third questions that are answered rightly when they are asked alone: what a conversation costs.
 """
 
@@ -20,6 +21,7 @@ from spar.evaluation.shapes_vqa import answer, is_right
 from spar.worlds.shapes.questions import BINDING_QUESTION_KINDS, QUESTION_KINDS, Question, questions
 from spar.worlds.shapes.render import render
 from spar.worlds.shapes.scene import ALL_KINDS, make_scene
+from spar.worlds.shapes.tokenizer import split_words
 
 CONVERSATIONS = 150
 TURNS = 3
@@ -44,10 +46,18 @@ def chat_items(options: EvalOptions) -> list[ChatItem]:
         scene = make_scene(seed, kind=ALL_KINDS[index % len(ALL_KINDS)], combinations=options.combinations)
         rng = np.random.default_rng((seed, 1))
         asked = questions(scene, rng, rng.permutation(KINDS).tolist())[:TURNS]
-        if len(asked) == TURNS:
+        if len(asked) == TURNS and not gives_away(asked[:-1], asked[-1]):
             items.append(ChatItem(render(scene), tuple(asked)))
         index += 1
     return items
+
+
+def gives_away(earlier: Sequence[Question], question: Question) -> bool:
+    """Whether the turns before a question tell its answer: by a word that they say, or an object that they name."""
+    said = " ".join(f"{turn.text} {turn.answer}" for turn in earlier)
+    if question.kind == "exists":
+        return question.text.removeprefix("is there ").removesuffix("?").partition(" ")[2] in said
+    return question.answer not in ("yes", "no") and question.answer in split_words(said)
 
 
 def shapes_chat(pipe: PipelineLike, options: EvalOptions | None = None, progress: Progress | None = None) -> Result:

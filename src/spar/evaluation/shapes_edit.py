@@ -5,8 +5,8 @@ background stays. Attributes outside the instruction must stay too: a recoloured
 a replaced one the size and place of the old. An added object's place is free, unless the instruction gives it; a moved
 one must be RELATION_OFFSET pixels farther in its direction, and at most DRIFT to the side.
 
-Shapes-Edit-Bind has the same form, and two more kinds, on scenes in which another object has the shape or the colour of
-the object to edit, or both.
+Shapes-Edit-Bind has the same form on scenes in which another object has the shape or the colour of the object that the
+instruction names, or both: two kinds more, and one less, since a background is no object. Additions have a place.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ INSTRUCTIONS = 100  # per kind
 REGION_MARGIN = 3  # pixels by which the edited region is wider than the objects that change
 DRIFT = 4.0  # pixels
 PARTS = ("instruction", "kept", "nothing_else", "background")
-_KINDS = {"shapes-edit": EDIT_KINDS, "shapes-edit-bind": ALL_EDIT_KINDS}
+_KINDS = {
+    "shapes-edit": EDIT_KINDS,
+    "shapes-edit-bind": tuple(kind for kind in ALL_EDIT_KINDS if kind != "background"),
+}
 
 
 @dataclass(frozen=True)
@@ -104,11 +107,14 @@ def _kind_items(benchmark: str, part: int, count: int, combinations: str) -> lis
 
 
 def needs_binding(scene: Scene, edit: Edit) -> bool:
-    """Whether the object to edit shares its shape or its colour with another; true of an edit of no object."""
-    gone = [item for item in scene.objects if item not in edit.target.objects]
-    return all(
-        any(other is not item and (other.shape == item.shape or other.color == item.color) for other in scene.objects)
-        for item in gone
+    """Whether the object that an instruction names shares its shape or its colour with another one."""
+    named = [item for item in scene.objects if item not in edit.target.objects]
+    if edit.kind == "add" and edit.place is not None:
+        named = [edit.place[1]]
+    return any(
+        other is not item and (other.shape == item.shape or other.color == item.color)
+        for item in named
+        for other in scene.objects
     )
 
 
@@ -226,13 +232,14 @@ def _is_new(found: DetectedObject, new: Object, item: EditItem) -> bool:
 
 
 def _psnr_outside(item: EditItem, image: np.ndarray, new_objects: Sequence[DetectedObject | None]) -> float | None:
-    """PSNR against the source outside the region to edit; an added object counts at its detected place."""
+    """PSNR against the source outside the region to edit; an added or moved object counts at its detected place."""
     if item.edit.kind == "background":
         return None
     source, target = item.scene.objects, item.edit.target.objects
     changed = [old for old in source if old not in target] + [new for new in target if new not in source]
-    if item.edit.kind == "add" and new_objects[0] is not None:
-        changed = [replace(changed[0], x=new_objects[0].x, y=new_objects[0].y)]
+    if item.edit.kind in ("add", "move") and new_objects[0] is not None:
+        *before, new = changed
+        changed = [*before, replace(new, x=new_objects[0].x, y=new_objects[0].y)]
     region = masks(replace(item.scene, objects=tuple(changed))).any(0)
     outside = ~ndimage.binary_dilation(region, np.ones((3, 3), bool), iterations=REGION_MARGIN)
     return psnr(image[outside], item.image[outside])

@@ -6,7 +6,7 @@ seeds. A text that is refused, for a word that the model does not know, is wrong
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -44,7 +44,8 @@ def shapes_paraphrase(
 ) -> Result:
     """Run Shapes-Paraphrase on `pipe.generate`, `pipe.edit` and `pipe.understand`.
 
-    Scores: "overall" and one for each of "generate", "edit" and "understand" (shares of the canonical score), and
+    Scores: "overall" (over all texts) and one for each of "generate", "edit" and "understand", shares of the canonical
+    score (0 where that is 0), and
     "part.<task>_canonical" and "part.<task>" (the scores themselves).
     """
     options, clock = options or EvalOptions(), Timer()
@@ -57,15 +58,17 @@ def shapes_paraphrase(
         "understand": [item.question.text for item in asked],
     }
     reworded = {task: reword(texts, options.combinations) for task, texts in canonical.items()}
-    right: dict[str, dict[str, list[float]]] = {}
-    for done, (name, texts) in enumerate((("canonical", canonical), ("reworded", reworded)), start=1):
-        right[name] = {
-            "generate": _generate(pipe, prompts, texts["generate"], options),
-            "edit": [float(v.right) for v in run_edits(pipe, edits, texts["edit"], options)],
-            "understand": _understand(pipe, asked, texts["understand"], options),
-        }
+    ask: dict[str, Callable[[Sequence[str]], list[float]]] = {
+        "generate": lambda texts: _generate(pipe, prompts, texts, options),
+        "edit": lambda texts: [float(v.right) for v in run_edits(pipe, edits, texts, options)],
+        "understand": lambda texts: _understand(pipe, asked, texts, options),
+    }
+    right: dict[str, dict[str, list[float]]] = {"canonical": {}, "reworded": {}}
+    jobs = [(form, task, texts[task]) for form, texts in zip(right, (canonical, reworded), strict=True) for task in ask]
+    for done, (form, task, texts) in enumerate(jobs, start=1):
+        right[form][task] = ask[task](texts)
         if progress is not None:
-            progress(done, 2)
+            progress(done, len(jobs))
     pooled = {name: [value for values in groups.values() for value in values] for name, groups in right.items()}
     scores = [ratio_score("overall", pooled["reworded"], pooled["canonical"], seed=options.seed)]
     for task in canonical:

@@ -162,13 +162,11 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 def freeze(module: nn.Module, stage: StageConfig) -> list[str]:
     """Declare what trains: set `requires_grad` by the stage's patterns and return the trainable names.
 
-    A pattern that matches nothing raises, so that a renamed part cannot silently stay frozen; of a learning rate's
-    factor the part around it must be there (a router of another kind has no gate). Of a model with LoRA its additions
-    train and all else in it is frozen.
+    A pattern that matches nothing raises, so that a renamed part cannot silently stay frozen. Of a model with LoRA its
+    additions train and all else in it is frozen.
     """
     names = [name for name, _ in module.named_parameters()]
-    parts = [f"{pattern.removesuffix('.*').rpartition('.')[0]}.*" for pattern, _ in stage.lr_multipliers]
-    for pattern in (*stage.trainable, *parts):
+    for pattern in (*stage.trainable, *(pattern for pattern, _ in stage.lr_multipliers)):
         if not fnmatch.filter(names, pattern):
             raise InputError(f"stage {stage.name}: pattern {pattern!r} matches no parameter")
     adapted = any(map(is_lora_key, names))

@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from spar.common.errors import InputError
 from spar.worlds.shapes.captions import Claim, Group, caption, open_caption, parse, to_text
 from spar.worlds.shapes.detector import detect, detector_accuracy, satisfies
 from spar.worlds.shapes.edits import ALL_EDIT_KINDS, BY_ANYTHING, BY_NEED, edit_kinds, make_edit
@@ -172,7 +173,29 @@ def test_open_captions_are_true_of_their_scene_and_of_any_other_that_fits():
     assert {text: satisfies(seen, parse(text))[0] for text in truths} == truths
     one = detect(render(Scene("gray", pair.objects[:1], "single")))
     assert not satisfies(one, parse("some stars"))[0] and satisfies(one, parse("something red"))[0]
+    assert parse("a circle!") == parse("a circle") == parse("A circle?")
+    with pytest.raises(InputError, match="a number for all groups"):
+        parse("some stars and some circles")
     assert parse("something red") == Claim(None, (Group(None, "red", None, 1),))
+
+
+def test_a_neighbor_lies_mainly_where_it_is_said_to_lie():
+    rng = np.random.default_rng(5)
+    for scene in SCENES:
+        for question in questions(scene, rng, ("neighbor",)):
+            phrase, name = re.search(r"(to the left of|to the right of|above|below) the (.+)\?", question.text).groups()
+            (other,) = found_by(scene, name)
+            item = neighbor(scene, phrase, name)
+            dx, dy = abs(item.x - other.x), abs(item.y - other.y)
+            assert (dx if phrase.startswith("to") else dy) >= max(6, min(dx, dy)), (scene, question)
+            assert (dx >= dy) == phrase.startswith("to") or dx == dy
+
+
+def test_places_do_not_relate_the_shapes_whose_relations_are_held_out():
+    objects = (Object("triangle", "green", "small", 20, 12), Object("cross", "green", "small", 22, 50))
+    assert not any(" at " in name for name in references(Scene("gray", objects, "two"), objects[0]))
+    held_out = Scene("gray", (*objects, Object("circle", "purple", "small", 50, 30)), "multi")
+    assert "green object at the top" in references(held_out, objects[0])
 
 
 def test_captions_of_twins_say_both():

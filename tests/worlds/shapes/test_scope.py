@@ -21,6 +21,18 @@ SCENES = [make_scene(seed, kind=kind, combinations="any") for seed in range(60) 
         ("a circle, a star, a ring, a cross and a square", "5 objects are asked for; .* up to 4"),
         ("three red stars and two small blue rings on a gray background", "5 objects"),
         ("4 dots and a box", "5 objects"),
+        ("five stars", "5 objects"),
+        ("eight small red circles.", "8 objects"),
+        ("some stars and four circles", "6 objects"),
+        ("the circle, the star, the ring, the cross and the square", "5 objects"),
+        ("make the circle white.", "no object .* is white"),
+        ("can you make the circle white, please?", "no object .* is white"),
+        ("the star at the top should be white", "no object .* is white"),
+        ("change the star to white", "no object .* is white"),
+        ("turn the star into a white one", "no object .* is white"),
+        ("a navy large star", "no object .* is navy"),
+        ("something white", "no object .* is white"),
+        ("the background should be red!", "no background .* is red"),
         ("a white circle", "no object .* is white; their colours are red"),
         ("Two grey discs!", "no object .* is gray"),
         ("make the red circle navy", "no object .* is navy"),
@@ -58,7 +70,8 @@ def test_scenes_pass_also_as_a_decoder_draws_them_and_other_images_do_not():
     for strange in (noise, ramp, np.zeros((64, 64, 3), np.uint8)):
         (note,) = image_notes(strange, (640, 480))
         assert "outside the model's world" in note and "resized from 640 x 480 pixels" in note
-    assert "resized" not in image_notes(noise, (64, 64))[0]
+    assert "resized" not in image_notes(noise, (64, 64))[0] and "cut" not in image_notes(noise, (128, 128))[0]
+    assert prompt_notes("make the star on the white background red") == []
 
 
 def test_a_vocabulary_says_its_world():

@@ -26,7 +26,7 @@ STREAMS = ("model.tokenizer.*_stream.*", "model.tokenizer.fusion.*")
 DECODER = "model.tokenizer.decoder.*"
 ROUTER_AND_CONNECTOR = ("model.router.*", "model.connector.*")
 DENOISER = "model.denoiser.*"
-GATE, BALANCE = "model.router.gate.*", 0.02  # the router learns slowly and keeps to no single layer
+BALANCE = 0.02  # keeps the router from settling on one layer for every token
 # The harder, the more often.
 MIXTURE = ("single", "multi", *2 * ("two",), *3 * ("count",), *3 * ("position",), *4 * ("shared",), *2 * ("twins",))
 BINDING_MIXTURE = ("single", "two", "count", "position", "multi", *3 * ("shared",), *2 * ("twins",))
@@ -81,7 +81,7 @@ TOKENIZER = (
 
 _UNIFIED_1 = StageConfig(
     "unified-1", UnifiedObjective(noise_samples=4, balance=BALANCE), ROUTER_AND_CONNECTOR, data=MixedLessons(),
-    steps=200, batch=16, lr=3e-3, lr_end=1e-3, warmup=20, optimizer="muon", lr_multipliers=((GATE, 0.1),),
+    steps=200, batch=16, lr=3e-3, lr_end=1e-3, warmup=20, optimizer="muon",
 )
 _JOINT = replace(
     _UNIFIED_1, objective=UnifiedObjective(align=0.5, noise_samples=4, balance=BALANCE),

@@ -221,7 +221,7 @@ def parse(text: str) -> Claim:
         InputError: words outside the vocabulary, or a sentence that is not a caption.
     """
     words = check_words(text)
-    if words[-1] == ".":
+    while len(words) > 1 and words[-1] in (".", "!", "?"):
         words = words[:-1]
     background = None
     if len(words) > 4 and words[-4:-2] == ["on", "a"] and words[-1] == "background" and words[-2] in BACKGROUNDS:
@@ -232,7 +232,10 @@ def parse(text: str) -> Claim:
             groups = tuple(_parse_group(side.split(), text) for side in sides)
             return Claim(background, groups, Relation(name, 0, 1))
     phrases = re.split(r" , | and ", " ".join(words))
-    return Claim(background, tuple(_parse_group(phrase.split(), text) for phrase in phrases))
+    groups = tuple(_parse_group(phrase.split(), text) for phrase in phrases)
+    if sum(group.count == SOME for group in groups) > 1:
+        raise InputError(f"expected a number for all groups of objects but one, got {text!r}")
+    return Claim(background, groups)
 
 
 def _parse_group(words: list[str], text: str) -> Group:

@@ -79,7 +79,7 @@ EDIT_FORMS = (
     ),
     Form(
         "add", r"add (?P<n>an? .+)",
-        ("draw {n}", "put {n}", "there should be {n}", "insert {n}"),
+        ("draw {n}", "put {n} in the image", "there should be {n}", "insert {n}"),
         ("i want {n}", "add in {n}"),
     ),
 )  # fmt: skip
@@ -101,8 +101,8 @@ QUESTION_FORMS = (
     ),
     Form(
         "attribute", r"what (?P<c>color|shape|size) (?P<v>is|are) (?P<o>the .+)\?",
-        ("which {c} {v} {o}?", "what is the {c} of {o}?", "what {c} do you see for {o}?", "which {c} does {o} have?"),
-        ("tell me the {c} of {o}", "what {c} does {o} have?"),
+        ("which {c} {v} {o}?", "what is the {c} of {o}?", "what {c} do you see for {o}?", "which {c} {d} {o} have?"),
+        ("tell me the {c} of {o}", "what {c} {d} {o} have?"),
     ),
     Form(
         "count", r"how many (?P<o>.+) are there\?",
@@ -171,6 +171,7 @@ def _recast(text: str, rng: np.random.Generator, *, test: bool) -> str:
         found = re.fullmatch(form.pattern, text)
         if found:
             parts = {name[0]: value for name, value in found.groupdict().items() if value is not None}
+            parts["d"] = "do" if parts.get("v") == "are" else "does"
             if "x" in parts:
                 parts["x"] = _recast_ground(parts["x"], rng, test=test)
             return pick(rng, form.test if test else form.training).format(**parts)

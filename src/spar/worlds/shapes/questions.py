@@ -184,12 +184,15 @@ def _ask_count_color(scene: Scene, rng: np.random.Generator) -> tuple[str, str] 
 
 
 def _ask_neighbor(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
-    """Ask for the shape or colour of the one object that is on a side of another; all others are clearly not there."""
+    """Ask for the shape or colour of the one object that is on a side of another, along the axis on which the two are
+    farthest apart; all other objects are clearly not on that side.
+    """
     found = [
         (relation, other, beside[0])
         for other in named_objects(scene)
         for relation in RELATIONS
         if len(beside := [item for item in scene.objects if item is not other and holds(relation, item, other)]) == 1
+        and main_relation(beside[0], other) == relation
         and may_relate(scene, relation, beside[0], other)
         and not any(_is_doubtful(relation, item, other) for item in scene.objects if item is not other)
     ]

@@ -11,7 +11,15 @@ from itertools import product
 
 import numpy as np
 
-from spar.worlds.shapes.scene import Object, Scene, are_apart, main_relation, pick
+from spar.worlds.shapes.scene import (
+    HELD_OUT_POSITION_SHAPES,
+    Object,
+    Scene,
+    are_apart,
+    is_held_out,
+    main_relation,
+    pick,
+)
 from spar.worlds.shapes.tokenizer import look_text
 
 Name = Callable[[Scene, Object, np.random.Generator], str]
@@ -29,8 +37,10 @@ def references(scene: Scene, item: Object) -> list[str]:
     """All names of an object, without its article, that fit no other object of the scene; the shortest first.
 
     A name has the size or not, the colour or not, and the shape or "object"; among two objects that such a name fits
-    and that are clearly apart, it may end with the place of the one. Empty if no name is enough.
+    and that are clearly apart, it may end with the place of the one; of the shapes whose relations are held out only in
+    held-out scenes. Empty if no name is enough.
     """
+    barred = None if is_held_out(scene) else HELD_OUT_POSITION_SHAPES
     plain: list[str] = []
     placed: list[str] = []
     for with_size, with_color, with_shape in product((False, True), repeat=3):
@@ -48,7 +58,7 @@ def references(scene: Scene, item: Object) -> list[str]:
         )
         if len(alike) == 1:
             plain.append(phrase)
-        elif len(alike) == 2 and are_apart(*alike):
+        elif len(alike) == 2 and are_apart(*alike) and {other.shape for other in alike} != barred:
             other = next(twin for twin in alike if twin is not item)
             placed.append(f"{phrase} {PLACES[main_relation(item, other)]}")
     return sorted(plain, key=len) + sorted(placed, key=len)

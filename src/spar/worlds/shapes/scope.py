@@ -10,11 +10,12 @@ import numpy as np
 from spar.worlds.shapes.detector import UNKNOWN, detect
 from spar.worlds.shapes.forms import SYNONYMS
 from spar.worlds.shapes.scene import BACKGROUNDS, COLORS, MAX_OBJECTS, SHAPES, SIDE, SIZES
-from spar.worlds.shapes.tokenizer import NUMBERS, SINGULARS, split_words
+from spar.worlds.shapes.tokenizer import ORDINALS, SINGULARS, split_words
 
 TRUE_OVERLAP = 0.7  # least mean overlap of an image's objects with the world's shapes; reconstructions have 0.9
 _CANONICAL = {other: word for word, others in SYNONYMS.items() for other in others}
-_COUNTS = {"a": 1, "an": 1, **{word: number for number, word in enumerate(NUMBERS) if number}}
+_COUNTS = {"a": 1, "an": 1, "the": 1, "some": 2, **{word: number for number, word in enumerate(ORDINALS, start=1)}}
+_UNSAID = {".", ",", "?", "!", ":", "please", "can", "could", "would", "you", "now"}
 _THINGS = {*SHAPES, *SINGULARS, "object", "objects"}
 
 
@@ -30,14 +31,16 @@ def prompt_notes(text: str) -> list[str]:
     counted = sum(_COUNTS.get(word, 0) for word, thing in _noun_phrases(words) if thing != "background")
     if counted > MAX_OBJECTS:
         notes.append(f"{counted} objects are asked for; the model has seen scenes of up to {MAX_OBJECTS}")
-    said = " ".join(words)
-    things = "|".join(sorted(_THINGS))
+    said = " ".join(word for word in words if word not in _UNSAID)
+    sizes, things = "|".join(SIZES), "|".join(sorted(_THINGS))
+    to = "(?:to |should be |to be |into an? )?"
     for color in (name for name in BACKGROUNDS if name not in COLORS):
-        recolored = re.search(rf"(?:recolor|make|paint|turn|color of) the (?:\w+ )*(?:{things})\b.* {color}$", said)
-        if re.search(rf"\b{color} (?:{things})\b", said) or (recolored and "background" not in said):
+        has = rf"\b{color} (?:(?:{sizes}) )?(?:{things})\b|\bsomething {color}\b"
+        gets = rf"\bthe (?:\w+ )*(?:{things})(?: (?:on|at) the \w+)? {to}{color}(?: one)?$"
+        if re.search(has, said) or re.search(gets, said):
             notes.append(f"no object of the model's world is {color}; their colours are {', '.join(COLORS)}")
     for color in COLORS:
-        if re.search(rf"\b{color} background\b|\bbackground (?:to |is )?{color}\b|\bon {color}$", said):
+        if re.search(rf"\b{color} background\b|\bthe background (?:is )?{to}{color}$|\bon {color}$", said):
             notes.append(f"no background of the model's world is {color}; they are {', '.join(BACKGROUNDS)}")
     return notes
 
@@ -69,5 +72,6 @@ def image_notes(image: np.ndarray, size: tuple[int, int]) -> list[str]:
     true = overlaps and len(overlaps) <= MAX_OBJECTS and float(np.mean(overlaps)) >= TRUE_OVERLAP
     if seen.background != UNKNOWN and true and not strange:
         return []
-    changed = "" if size == (SIDE, SIDE) else f" (it was cut to a square and resized from {size[0]} x {size[1]} pixels)"
+    cut = "" if size[0] == size[1] else "cut to a square and "
+    changed = "" if size == (SIDE, SIDE) else f" (it was {cut}resized from {size[0]} x {size[1]} pixels)"
     return [f"the image{changed} is outside the model's world of one to {MAX_OBJECTS} plain shapes: expect a guess"]
