@@ -53,6 +53,22 @@ def test_planted_errors_are_found(name, oracle):
     assert score.low < score.value < score.high
 
 
+def test_a_refused_prompt_is_wrong_and_the_others_are_drawn(oracle):
+    options = EvalOptions(limit=2, images_per_prompt=3)
+    pipe = oracle(options)
+    before = BENCHMARKS["shapes-gen-bind"](pipe, options, None)
+    assert before.score("overall").value == 1.0
+    (first, *_) = before.details["prompts"]
+    pipe.refused = {first["prompt"]}
+    after = BENCHMARKS["shapes-gen-bind"](pipe, options, None)
+    assert [one["right"] for one in after.details["prompts"]] == [[0, 0, 0], *[[1, 1, 1]] * 5]
+    assert first["prompt"] not in pipe.calls[-1][1]
+    pipe.refused = {one["prompt"] for one in before.details["prompts"]}
+    nothing = BENCHMARKS["shapes-gen-bind"](pipe, options, None)
+    assert nothing.score("overall").value == 0.0
+    assert "part.fidelity" not in {score.name for score in nothing.scores}
+
+
 def test_settings_say_how_it_was_measured(gray):
     given = {"num_inference_steps": 9, "guidance_scale": 2.5, "label": "first", "seed": 3}
     options = EvalOptions(limit=2, images_per_prompt=1, **given)

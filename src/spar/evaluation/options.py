@@ -14,8 +14,9 @@ import numpy as np
 from PIL import Image
 
 from spar.common.errors import InputError
-from spar.worlds.shapes.scene import SEED_RANGES, SIDE
+from spar.worlds.shapes.scene import BINDING_KINDS, SEED_RANGES, SIDE
 
+R = TypeVar("R")
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
 
@@ -99,6 +100,21 @@ def scene_seed(number: int, index: int) -> int:
 def image_seed(seed: int, number: int, prompt: int, image: int = 0) -> int:
     """Seed of one image: a function only of the run's seed, the task's block, the prompt and the image."""
     return int(np.random.SeedSequence((seed, number, prompt, image)).generate_state(1)[0])
+
+
+def scene_kind(benchmark: str, index: int) -> str | None:
+    """The kind of a benchmark's scene: those that need binding, in turn; None in version 1, whose seeds draw one."""
+    return BINDING_KINDS[index % len(BINDING_KINDS)] if benchmark.endswith("-bind") else None
+
+
+def ask_known(
+    pipe: PipelineLike, jobs: Sequence[T], text: Callable[[T], str], run: Callable[[list[T]], Sequence[R]]
+) -> list[R | None]:
+    """What `run` makes of the jobs whose text a model takes, and None for the refused ones, which it never sees."""
+    known = [is_understood(pipe, text(job)) for job in jobs]
+    asked = [job for job, is_known in zip(jobs, known, strict=True) if is_known]
+    made = iter(run(asked) if asked else ())
+    return [next(made) if is_known else None for is_known in known]
 
 
 def is_understood(pipe: PipelineLike, text: str) -> bool:

@@ -1,8 +1,8 @@
 """Shapes-Chat: conversations of three turns about one image; the third answer must be right.
 
 The three questions are of different kinds, what is said before does not give the third answer away, and the model reads
-its own earlier answers. "part.alone" is the share of
-the third questions that are answered rightly when they are asked alone: what a conversation costs.
+its own earlier answers. "part.alone" is the share of the third questions that are answered rightly when they are asked
+alone: what a conversation costs.
 """
 
 from __future__ import annotations

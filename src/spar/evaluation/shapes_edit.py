@@ -24,10 +24,11 @@ from spar.evaluation.options import (
     EvalOptions,
     PipelineLike,
     Progress,
+    ask_known,
     batches,
     image_seed,
-    is_understood,
     pixels,
+    scene_kind,
     scene_seed,
     seed_block,
 )
@@ -37,7 +38,7 @@ from spar.worlds.shapes.captions import EDIT_KINDS, Edit, edit_kinds, make_edit
 from spar.worlds.shapes.detector import DetectedObject, detect
 from spar.worlds.shapes.edits import ALL_EDIT_KINDS, BY_NEED, BY_PAIR
 from spar.worlds.shapes.render import masks, render
-from spar.worlds.shapes.scene import BINDING_KINDS, Object, Scene, holds, make_scene
+from spar.worlds.shapes.scene import Object, Scene, holds, make_scene
 
 INSTRUCTIONS = 100  # per kind
 REGION_MARGIN = 3  # pixels by which the edited region is wider than the objects that change
@@ -92,8 +93,7 @@ def _kind_items(benchmark: str, part: int, count: int, combinations: str) -> lis
     while len(items) < count:
         seed = scene_seed(number, index)
         index += 1
-        scene_kind = BINDING_KINDS[index % len(BINDING_KINDS)] if binding else None
-        scene = make_scene(seed, kind=scene_kind, combinations=shown)
+        scene = make_scene(seed, kind=scene_kind(benchmark, index), combinations=shown)
         if kind not in edit_kinds(scene, combinations, naming):
             continue
         try:
@@ -146,17 +146,20 @@ def run_edits(
 
     refused = EditVerdict(False, dict.fromkeys(PARTS, False), None)
     verdicts: list[EditVerdict] = []
-    for chunk in batches(list(zip(items, instructions, strict=True)), options.batch, progress):
-        asked = [(item, text) for item, text in chunk if is_understood(pipe, text)]
-        images = pipe.edit(
-            [Image.fromarray(item.image) for item, _ in asked],
-            [text for _, text in asked],
-            seed=[image_seed(options.seed, item.block, item.index) for item, _ in asked],
+
+    def edit(jobs: Sequence[tuple[EditItem, str]]) -> list[Image.Image]:
+        return pipe.edit(
+            [Image.fromarray(item.image) for item, _ in jobs],
+            [text for _, text in jobs],
+            seed=[image_seed(options.seed, item.block, item.index) for item, _ in jobs],
             **options.sampling(),
-        ).images if asked else []  # fmt: skip
-        edited = {id(item): image for (item, _), image in zip(asked, images, strict=True)}
+        ).images
+
+    for chunk in batches(list(zip(items, instructions, strict=True)), options.batch, progress):
+        images = ask_known(pipe, chunk, lambda job: job[1], edit)
         verdicts += [
-            check_edit(item, pixels(edited[id(item)])) if id(item) in edited else refused for item, _ in chunk
+            refused if image is None else check_edit(item, pixels(image))
+            for (item, _), image in zip(chunk, images, strict=True)
         ]
     return verdicts
 

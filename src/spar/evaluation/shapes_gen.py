@@ -20,6 +20,7 @@ from spar.evaluation.options import (
     EvalOptions,
     PipelineLike,
     Progress,
+    ask_known,
     batches,
     image_seed,
     pixels,
@@ -124,22 +125,41 @@ def shapes_gen_bind(
     return _run("shapes-gen-bind", pipe, options or EvalOptions(), progress)
 
 
+def draw_prompts(
+    pipe: PipelineLike,
+    prompts: Sequence[GenPrompt],
+    texts: Sequence[str],
+    options: EvalOptions,
+    each: int,
+    progress: Progress | None = None,
+) -> list[Detection | None]:
+    """What is seen in `each` images of every prompt, drawn from the text at its place; None where that is refused."""
+    jobs = [
+        (text, image_seed(options.seed, prompt.block, prompt.index, image))
+        for prompt, text in zip(prompts, texts, strict=True)
+        for image in range(each)
+    ]
+
+    def draw(known: Sequence[tuple[str, int]]) -> list[Detection]:
+        asked, seeds = [text for text, _ in known], [seed for _, seed in known]
+        images = pipe.generate(asked, seed=seeds, num_images_per_prompt=1, **options.sampling()).images
+        return [detect(pixels(image)) for image in images]
+
+    drawn: list[Detection | None] = []
+    for chunk in batches(jobs, options.batch, progress):
+        drawn += ask_known(pipe, chunk, lambda job: job[0], draw)
+    return drawn
+
+
 def _run(benchmark: str, pipe: PipelineLike, options: EvalOptions, progress: Progress | None) -> Result:
     clock = Timer()
     prompts, each = gen_prompts(options, benchmark), options.images_per_prompt
-    jobs = [
-        (prompt, image_seed(options.seed, prompt.block, prompt.index, image))
-        for prompt in prompts
-        for image in range(each)
+    drawn = draw_prompts(pipe, prompts, [prompt.text for prompt in prompts], options, each, progress)
+    verdicts = [
+        (False, dict.fromkeys(PARTS, False)) if detection is None else satisfies(detection, prompts[at // each].claim)
+        for at, detection in enumerate(drawn)
     ]
-    verdicts: list[tuple[bool, dict[str, bool]]] = []
-    drawn: list[Detection] = []
-    for chunk in batches(jobs, options.batch, progress):
-        texts, seeds = [prompt.text for prompt, _ in chunk], [seed for _, seed in chunk]
-        images = pipe.generate(texts, seed=seeds, num_images_per_prompt=1, **options.sampling()).images
-        for (prompt, _), image in zip(chunk, images, strict=True):
-            drawn.append(detect(pixels(image)))
-            verdicts.append(satisfies(drawn[-1], prompt.claim))
+    seen = [detection for detection in drawn if detection is not None]
     right = np.array([verdict for verdict, _ in verdicts], dtype=np.float64).reshape(len(prompts), each)
     records = [
         {"task": prompt.task, "prompt": prompt.text, "right": row.astype(int).tolist()}
@@ -148,7 +168,7 @@ def _run(benchmark: str, pipe: PipelineLike, options: EvalOptions, progress: Pro
     scores = (
         *_task_scores(prompts, right, options.seed),
         *_part_scores(prompts, verdicts, each, options.seed),
-        fidelity_score(drawn, options.seed),
+        *([fidelity_score(seen, options.seed)] if seen else []),
     )
     settings = run_settings(pipe, options, clock, sampled=True, images_per_prompt=each, prompts=len(prompts))
     return Result(benchmark, scores, settings, {"prompts": records})

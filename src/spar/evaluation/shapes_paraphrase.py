@@ -13,21 +13,12 @@ import numpy as np
 from PIL import Image
 
 from spar.evaluation.environment import Timer, run_settings
-from spar.evaluation.options import (
-    EvalOptions,
-    PipelineLike,
-    Progress,
-    batches,
-    image_seed,
-    is_understood,
-    pixels,
-    seed_block,
-)
+from spar.evaluation.options import EvalOptions, PipelineLike, Progress, seed_block
 from spar.evaluation.results import Result, mean_score, ratio_score
 from spar.evaluation.shapes_edit import edit_items, run_edits
-from spar.evaluation.shapes_gen import GenPrompt, gen_prompts
+from spar.evaluation.shapes_gen import GenPrompt, draw_prompts, gen_prompts
 from spar.evaluation.shapes_vqa import VqaItem, answer, is_right, vqa_items
-from spar.worlds.shapes.detector import detect, satisfies
+from spar.worlds.shapes.detector import satisfies
 from spar.worlds.shapes.forms import paraphrase
 
 PROMPTS, INSTRUCTIONS, QUESTIONS = 25, 30, 25  # per task or kind, so that each of the three parts has 150
@@ -45,8 +36,7 @@ def shapes_paraphrase(
     """Run Shapes-Paraphrase on `pipe.generate`, `pipe.edit` and `pipe.understand`.
 
     Scores: "overall" (over all texts) and one for each of "generate", "edit" and "understand", shares of the canonical
-    score (0 where that is 0), and
-    "part.<task>_canonical" and "part.<task>" (the scores themselves).
+    score (0 where that is 0), and "part.<task>_canonical" and "part.<task>" (the scores themselves).
     """
     options, clock = options or EvalOptions(), Timer()
     prompts = gen_prompts(replace(options, limit=options.limit or PROMPTS))
@@ -91,14 +81,11 @@ def _generate(
     pipe: PipelineLike, prompts: Sequence[GenPrompt], texts: Sequence[str], options: EvalOptions
 ) -> list[float]:
     """Whether the one image of each text is right."""
-    jobs = [(prompt, text) for prompt, text in zip(prompts, texts, strict=True) if is_understood(pipe, text)]
-    right: dict[int, float] = {}
-    for chunk in batches(jobs, options.batch):
-        seeds = [image_seed(options.seed, prompt.block, prompt.index) for prompt, _ in chunk]
-        images = pipe.generate([text for _, text in chunk], seed=seeds, **options.sampling()).images
-        for (prompt, _), image in zip(chunk, images, strict=True):
-            right[id(prompt)] = float(satisfies(detect(pixels(image)), prompt.claim)[0])
-    return [right.get(id(prompt), 0.0) for prompt in prompts]
+    drawn = draw_prompts(pipe, prompts, texts, options, each=1)
+    return [
+        float(seen is not None and satisfies(seen, prompt.claim)[0])
+        for seen, prompt in zip(drawn, prompts, strict=True)
+    ]
 
 
 def _understand(

@@ -18,13 +18,22 @@ from typing import Any
 import numpy as np
 
 from spar.evaluation.environment import Timer, run_settings
-from spar.evaluation.options import EvalOptions, PipelineLike, Progress, batches, is_understood, scene_seed, seed_block
+from spar.evaluation.options import (
+    EvalOptions,
+    PipelineLike,
+    Progress,
+    ask_known,
+    batches,
+    scene_kind,
+    scene_seed,
+    seed_block,
+)
 from spar.evaluation.results import Result, Score, mean_score
 from spar.worlds.shapes.captions import QUESTION_KINDS, Question, questions, split_words
 from spar.worlds.shapes.dataset import seed_at
 from spar.worlds.shapes.questions import BINDING_QUESTION_KINDS
 from spar.worlds.shapes.render import render
-from spar.worlds.shapes.scene import BINDING_KINDS, COLORS, SHAPES, SIDE, Scene, make_scene
+from spar.worlds.shapes.scene import COLORS, SHAPES, SIDE, Scene, make_scene
 from spar.worlds.shapes.tokenizer import SINGULARS
 
 QUESTIONS = 200  # per kind
@@ -61,14 +70,10 @@ def _kind_items(benchmark: str, part: int, count: int, combinations: str) -> lis
     while len(items) < count:
         seed = scene_seed(number, index)
         index += 1
-        scene = make_scene(seed, kind=_scene_kind(benchmark, index), combinations=combinations)
+        scene = make_scene(seed, kind=scene_kind(benchmark, index), combinations=combinations)
         for question in questions(scene, np.random.default_rng((seed, 1)), [kind]):
             items.append(VqaItem(scene, render(scene), question))
     return items
-
-
-def _scene_kind(benchmark: str, index: int) -> str | None:
-    return BINDING_KINDS[index % len(BINDING_KINDS)] if benchmark == "shapes-vqa-bind" else None
 
 
 def shapes_vqa(pipe: PipelineLike, options: EvalOptions | None = None, progress: Progress | None = None) -> Result:
@@ -90,13 +95,14 @@ def answer(
     pipe: PipelineLike, jobs: Sequence[tuple[Any, str]], options: EvalOptions, progress: Progress | None = None
 ) -> list[str]:
     """The answers to (image, question); that to a question which is refused is empty."""
-    answers: list[str] = []
+
+    def understand(known: Sequence[tuple[Any, str]]) -> list[str]:
+        return pipe.understand([image for image, _ in known], [text for _, text in known]).texts
+
+    answers: list[str | None] = []
     for chunk in batches(jobs, options.batch, progress):
-        asked = [is_understood(pipe, text) for _, text in chunk]
-        known = [job for job, is_asked in zip(chunk, asked, strict=True) if is_asked]
-        given = iter(pipe.understand([image for image, _ in known], [text for _, text in known]).texts if known else ())
-        answers += [next(given) if is_asked else "" for is_asked in asked]
-    return answers
+        answers += ask_known(pipe, chunk, lambda job: job[1], understand)
+    return [given or "" for given in answers]
 
 
 def _run(benchmark: str, pipe: PipelineLike, options: EvalOptions, progress: Progress | None) -> Result:
@@ -175,7 +181,7 @@ def _learn(combinations: str, benchmark: str) -> BlindBaseline:
     kinds: dict[str, Counter[str]] = {kind: Counter() for kind in _KINDS[benchmark]}
     for index in range(BLIND_SAMPLE):
         seed = seed_at("validation", _VALIDATION_OFFSET + index)
-        scene = make_scene(seed, kind=_scene_kind(benchmark, index), combinations=combinations)
+        scene = make_scene(seed, kind=scene_kind(benchmark, index), combinations=combinations)
         for question in questions(scene, np.random.default_rng((seed, 2)), _KINDS[benchmark]):
             kinds[question.kind][question.answer] += 1
             for words in {question.text, pattern(question.text)}:
