@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from spar.training.modules import TrainingModules
     from spar.training.systems.spar import SparRecipe
 
-DIALOGUE_TOKENS = 128  # of the words of a dialogue, in what a step costs
+DIALOGUE_TOKENS = 240  # of the words of a row, in what a step costs: 284 and 196 in the two stages of `shapes`
 
 
 @dataclass(frozen=True)
