@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 from spar.common.errors import InputError
@@ -126,7 +127,7 @@ class AutoencoderConfig:
                 raise InputError(f"{where}: only the first entry may be 0, got {values}")
             if name.endswith("blocks") and (unknown := sorted(set(values) - set(BLOCKS))):
                 raise InputError(f"{where}: expected {' or '.join(BLOCKS)}, got {', '.join(unknown)}")
-        for before, after in zip(self.channels, self.channels[1:], strict=False):
+        for before, after in pairwise(self.channels):
             if 4 * before % after:
                 raise InputError(
                     "AutoencoderConfig.channels: the shortcuts need four times each entry as a multiple of the next, "

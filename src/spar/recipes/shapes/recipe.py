@@ -1,4 +1,4 @@
-"""`shapes`: the whole of SPAR from random weights on the shapes world, on two CPU cores, within two hours.
+"""`shapes`: the whole of SPAR from random weights on version 2 of the shapes world, on two CPU cores.
 
 Five foundation stages make what InternVL3, DC-AE and SANA bring at full size; the paper's six stages follow with its
 trainable and frozen sets (SPAR sections 1 and 2). Between unified-1 and unified-2 stand three short lessons on where
@@ -105,7 +105,7 @@ UNIFIED = (
 
 
 def shapes() -> SparRecipe:
-    """The recipe of the bundled weights' system, from random weights."""
+    """The system of the bundled weights, from random weights; those were trained on version 1 of the world."""
     return SparRecipe(
         name="shapes",
         model=SparConfig(connector=ConnectorConfig(reference="added")),

@@ -77,7 +77,7 @@ OPEN_SHARE = 0.3  # of an open caption's attributes, each left out on its own
 class Group:
     """`count` objects with the same named attributes; None for an attribute that is not named.
 
-    A count of SOME stands for two or more; of a claim at most one group may have it.
+    A count of SOME means two or more; of a claim at most one group may have it.
     """
 
     shape: str | None
