@@ -140,6 +140,25 @@ def test_the_denoiser_gets_the_references_latent_in_its_own_row(config, randomiz
     assert SparModel(other).condition(ids, mask, latents.f_v).reference is None
 
 
+@pytest.mark.parametrize("latent", [True, False])
+def test_the_denoiser_gets_the_states_at_the_first_references_tokens_cell_by_cell(config, randomize, latent):
+    reads = replace(config.denoiser, reference_states=True, reference_latent=latent)
+    model = randomize(SparModel(replace(config, denoiser=reads)))
+    image = [START, *[IMAGE] * 16, STOP]
+    ids = torch.tensor([[40, *[41] * len(image), *image], [*image, 41, *image], [41] * (2 * len(image) + 1)])
+    f_v = draw(3, 16, 32)
+    condition = model.condition(ids, torch.ones_like(ids), f_v)
+    states = condition.reference[:, 8 * latent :]                       # behind the latent's channels
+    for row, start in ((0, 20), (1, 1)):
+        wanted = condition.states[row, start : start + 16].T.unflatten(1, (4, 4))
+        torch.testing.assert_close(states[row], wanted)
+    assert states.shape[1] == config.denoiser.caption_channels and condition.reference[2].abs().max() == 0
+    without = replace(condition, reference=torch.cat([condition.reference[:, : 8 * latent], 0 * states], dim=1))
+    noisy, time = draw(3, 8, 4, 4), torch.full((3,), 0.5)
+    change = (model.velocity(noisy, time, condition).velocity - model.velocity(noisy, time, without).velocity).abs()
+    assert change[:2].amax() > 1e-3 and change[2].max() == 0
+
+
 def test_several_references_of_a_row_give_the_first_ones_latent(model):
     front = [START, *[IMAGE] * 16, STOP]
     ids = torch.tensor([[*front, *front, 40], [*front, *[41] * len(front), 40]])

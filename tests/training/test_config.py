@@ -10,7 +10,7 @@ from spar.common.config import from_dict
 from spar.common.errors import InputError
 from spar.recipes import OBJECTIVES, RECIPES, REGISTRY, STAGE_DATA, recipe
 from spar.recipes.shapes.curricula import CaptionLessons, MixedLessons, QuestionData
-from spar.recipes.shapes.dense_tagging import DenseTaggingObjective, TagData
+from spar.recipes.shapes.dense_tagging import DenseTaggingObjective, TagData, TagWordsObjective
 from spar.training.checkpoint import load_group
 from spar.training.config import StageConfig, freeze, freezing_table
 from spar.training.data import CaptionData, ImageData, MixedData, StageData
@@ -199,6 +199,7 @@ ALL_ON = TokenizerObjective(
 # Every weight that each objective reads: see the test behind the next.
 READ = [
     ("encoder", DenseTaggingObjective(dense=1.0, pixel=1.0), ("dense", "pixel")),
+    ("mllm", TagWordsObjective(edit_tags=1.0), ("edit_tags",)),
     (
         "autoencoder", AutoencoderObjective(mse=1.0, latent_penalty=1.0, latent_noise=0.5),
         ("mse", "latent_penalty", "latent_noise"),
@@ -214,7 +215,8 @@ def test_a_loss_weight_that_the_objective_reads_has_an_effect(start, stage, base
     losses = []
     for factor in (1, 2):
         value = getattr(base, weight) * factor if weight != "gan_start" else factor - 1
-        begun = start(stage, objective=replace(base, **{weight: value}))
+        edits = {"prompt_share": 1.0, "edit_prompts": 1.0} if stage == "mllm" else {}
+        begun = start(stage, objective=replace(base, **{weight: value}), **edits)
         with torch.no_grad():  # at the stage's start the teacher and the encoder are one
             begun.modules.teacher.multi_modal_projector.linear_2.weight.mul_(1.5)
         losses.append(float(begun.terms()["loss"]))

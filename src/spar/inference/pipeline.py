@@ -396,7 +396,8 @@ class SparPipeline:
         def join(one: Tensor, two: Tensor) -> Tensor:
             return pad_sequence([*one, *two], batch_first=True, padding_side="left")
 
-        reference = None if own.reference is None else own.reference.repeat(2, 1, 1, 1)
+        references = [one.reference for one in (own, other) if one.reference is not None]
+        reference = torch.cat(references) if references else None
         states, weights = join(own.states, other.states), join(own.weights, other.weights)
         return Condition(states, join(own.mask, other.mask), weights, reference), own
 

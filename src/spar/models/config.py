@@ -224,6 +224,8 @@ class DenoiserConfig:
     channels all vary (0: none), so that a DiT learns the places of objects in prompts.
     `reference_latent` adds the reference's own `z_f` to the noisy latent's tokens, cell by cell, so that an edit
     copies unchanged regions: with `f_v` alone the DiT would have to learn the whole pixel stream again.
+    `reference_states` adds the condition's states at the reference's tokens in the same way: what the instruction means
+    for a cell then reaches that cell by itself, and need not be found by cross-attention among all tokens.
     """
 
     layers: int = 6
@@ -237,6 +239,7 @@ class DenoiserConfig:
     interpolation_scale: float | None = None
     position_gain: float = 2.4
     reference_latent: bool = True
+    reference_states: bool = False
     align_depth: int = 2
 
     def __post_init__(self) -> None:
@@ -254,6 +257,10 @@ class DenoiserConfig:
     @property
     def width(self) -> int:
         return self.heads * self.head_dim
+
+    def reference_channels(self, latent: int) -> int:
+        """Channels that a cell gets of the reference, of `latent` channels itself; 0: none."""
+        return latent * self.reference_latent + self.caption_channels * self.reference_states
 
 
 @dataclass(frozen=True)

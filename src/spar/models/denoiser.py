@@ -1,7 +1,8 @@
 """The diffusion transformer: SANA (arXiv 2410.10629), with our own block loop that returns features of one block.
 
 diffusers' `SanaTransformer2DModel` has the weights under its own names. B images, R noise samples per image (they
-share one condition), h w the latent grid, N = h w, D the DiT's width, M condition tokens, C caption channels.
+share one condition), h w the latent grid, N = h w, D the DiT's width, M condition tokens, C caption channels, D_r
+those of `DenoiserConfig.reference_channels`.
 """
 
 from dataclasses import dataclass
@@ -121,9 +122,10 @@ class Denoiser(nn.Module):
         )
         for block in self.network.transformer_blocks:
             block.__class__ = DenoiserBlock  # the same weights; sharding and checkpointing wrap its forward
-        if config.reference_latent:  # starts at zero: a DiT without references keeps its function
-            self.reference_embed = nn.Conv2d(channels, config.width, 1, bias=False, device="meta")
-            self.reference_embed.weight = nn.Parameter(torch.zeros(config.width, channels, 1, 1))
+        read = config.reference_channels(channels)
+        if read:  # starts at zero: a DiT without references keeps its function
+            self.reference_embed = nn.Conv2d(read, config.width, 1, bias=False, device="meta")
+            self.reference_embed.weight = nn.Parameter(torch.zeros(config.width, read, 1, 1))
 
     def key_values(self, condition: Tensor) -> list[KeyValue]:
         """The blocks' keys and values of a condition `[B, M, C]`, which are the same at every step of a sampler."""
@@ -147,7 +149,7 @@ class Denoiser(nn.Module):
             latent: `[B R, D_p, h, w]`, samples of one image adjacent.
             time: `[B R]` in [0, 1], 1 is noise.
             condition: `[B, M, C]`, or its `key_values`; mask: `[B, M]`, 1 for real tokens.
-            reference: `[B, D_p, h, w]`, the normalised latent of the image to edit; zero in rows without one.
+            reference: `[B, D_r, h, w]`, what each cell gets of the image to edit; zero in rows without one.
         """
         network, (height, width) = self.network, latent.shape[-2:]
         batch, samples = len(mask), len(latent) // len(mask)
@@ -155,7 +157,7 @@ class Denoiser(nn.Module):
         if self.config.position_gain:
             places = sincos_pos_embed_2d(x.shape[-1], height, width, POSITION_BASE).to(x)
             x = x + self.config.position_gain * places
-        if reference is not None and self.config.reference_latent:
+        if reference is not None:
             known = self.reference_embed(reference).flatten(2).transpose(1, 2)       # [B, N, D]
             x = x + known.repeat_interleave(samples, dim=0)
         modulation, embedded = network.time_embed(time * TIME_STEPS, hidden_dtype=x.dtype)  # [B R, 6 D], [B R, D]

@@ -20,8 +20,9 @@ from spar.models.tokenizer import UnifiedTokenizer
 @dataclass(frozen=True)
 class Condition:
     """Condition of the denoiser: `states` `[B, T, C]`, `mask` `[B, T]`, the routing `weights` `[B, T, K]`, and for an
-    edit the normalised latent of the image, `reference` `[B, D_p, h, w]`. `key_values` are the keys and values of the
-    denoiser's blocks, if precomputed (`SparModel.precompute_key_values`).
+    edit what each cell gets of the image, `reference` `[B, D_r, h, w]`: its normalised latent, and the states of its
+    tokens where the denoiser reads those. `key_values` are the keys and values of the denoiser's blocks, if precomputed
+    (`SparModel.precompute_key_values`).
     """
 
     states: Tensor
@@ -93,24 +94,32 @@ class SparModel(nn.Module):
         routed = self.router(normalize_hidden_states(states, self.config.router.scale))   # [B, T + Q, D]
         grid = None if size is None else (size[0] // self.config.token_stride, size[1] // self.config.token_stride)
         condition = self.connector(routed.states, mask, is_reference, f_v, grid)  # [B, T + Q, C]
-        latent = self._reference_latent(is_reference, f_v, size)
-        return Condition(states=condition, mask=mask, weights=routed.weights, reference=latent)
+        reference = None if f_v is None else self._reference_cells(condition, is_reference, f_v, size)
+        return Condition(states=condition, mask=mask, weights=routed.weights, reference=reference)
 
-    @torch.no_grad()
-    def _reference_latent(
-        self, is_reference: Tensor, f_v: Tensor | None, size: tuple[int, int] | None
+    def _reference_cells(
+        self, condition: Tensor, is_reference: Tensor, f_v: Tensor, size: tuple[int, int] | None
     ) -> Tensor | None:
-        """The normalised `z_f` of each row's first reference `[B, D_p, h, w]`, zero in rows without one.
+        """What each cell gets of its row's first reference, `[B, D_r, h, w]`, zero in rows without one.
 
-        Like the latent to denoise, it is an input: no gradient reaches the tokenizer through it.
+        Its normalised `z_f`, then the condition's states at its tokens, as the denoiser's configuration says. Like the
+        latent to denoise, `z_f` is an input: no gradient reaches the tokenizer through it.
         """
-        if f_v is None or not self.config.denoiser.reference_latent:
+        config = self.config.denoiser
+        if not config.reference_channels(1):
             return None
-        latents = self.tokenizer.normalize(self.tokenizer.fuse(f_v, size).z_f)
+        with torch.no_grad():
+            latents = self.tokenizer.normalize(self.tokenizer.fuse(f_v, size).z_f)
         counts = is_reference.sum(1) // f_v.shape[1]                           # references of each row
-        rows = latents.new_zeros(len(counts), *latents.shape[1:])
-        rows[counts > 0] = latents[(counts.cumsum(0) - counts)[counts > 0]]
-        return rows
+        has_one = counts > 0
+        parts = [latents[(counts.cumsum(0) - counts)[has_one]]] if config.reference_latent else []
+        if config.reference_states:
+            first = is_reference & (is_reference.cumsum(1) <= f_v.shape[1])
+            states = condition[first].unflatten(0, (-1, f_v.shape[1]))          # [rows with one, N, C]
+            parts.append(states.transpose(1, 2).unflatten(2, latents.shape[-2:]))
+        cells = torch.cat([part.to(latents.dtype) for part in parts], dim=1)
+        rows = cells.new_zeros(len(counts), *cells.shape[1:])
+        return rows.index_put((has_one.nonzero().squeeze(1),), cells)
 
     def _routed_states(self, embeddings: Tensor, mask: Tensor, prompt: int) -> list[Tensor]:
         """The K hidden states of every token, in two passes: the first `prompt` tokens, then the queries.

@@ -60,6 +60,9 @@ class PackedBatch:
     positions: Tensor
     weights: Tensor
 
+    def to(self, device: torch.device | str) -> "PackedBatch":
+        return PackedBatch(*(part.to(device) for part in (self.ids, self.allowed, self.positions, self.weights)))
+
 
 def known_words(tokenizer: Any) -> list[str]:
     """The words of a closed vocabulary, without marks, roles and control tokens."""

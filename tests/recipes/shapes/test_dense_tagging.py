@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from spar.recipes.shapes.dense_tagging import TAG_NAMES, TAGS, TagWordsObjective, init_tag_embeddings, whiten
+from spar.recipes.shapes.dense_tagging import (
+    TAG_NAMES,
+    TAGS,
+    TaggedEdits,
+    TagWordsObjective,
+    init_tag_embeddings,
+    tag_terms,
+    whiten,
+)
 from spar.training.objectives.next_token import NextTokenObjective
 from spar.training.plan import InitFolder, Origin, PlannedStage, StageStart
 from spar.worlds.shapes.tokenizer import PLURALS
@@ -77,3 +85,23 @@ def test_words_begin_at_the_tags_where_the_stage_says_so_and_starts_from_trainin
     again = PlannedStage(stage, StageStart("state"), ())  # a saved state has them already
     TagWordsObjective().prepare(replace(plain.ctx, stage=stage), plain.data, again)
     assert not torch.equal(word(plain, "red"), word(begun, "red"))
+
+
+def test_the_tags_behind_an_edit_are_read_off_the_last_states_of_the_images_tokens(start):
+    begun = start("mllm", prompt_share=1.0, edit_prompts=1.0)
+    batch, objective = begun.batch(0), TagWordsObjective(edit_tags=0.5)
+    assert isinstance(batch, TaggedEdits)
+    plain, tagged = (one(begun.ctx, batch) for one in (TagWordsObjective(), objective))
+    assert {*tagged} - {*plain} == {*TAGS}
+    wanted = plain["loss"] + 0.5 * sum(tagged[tag] for tag in TAGS)
+    assert tagged["loss"].item() == pytest.approx(wanted.item(), rel=1e-4)
+    # States that say the tags, in place of the LLM's: the term is that of a sure and right read-out.
+    head, owned = begun.modules.dense_head, batch.owned
+    with torch.no_grad():
+        for name, linear in head.tags.items():
+            linear.weight.zero_()[:, : TAGS[name]].fill_diagonal_(30)
+            states = torch.nn.functional.one_hot(batch.tags[name], linear.weight.shape[1]).float()
+            terms = tag_terms(head, states, batch.tags, owned)
+            assert float(terms[name]) < 1e-6
+            wrong = tag_terms(head, states, {**batch.tags, name: (batch.tags[name] + 1) % TAGS[name]}, owned)
+            assert float(wrong[name]) == pytest.approx(30, rel=0.1)

@@ -8,8 +8,8 @@ from spar.common.errors import InputError
 from spar.data.batches import Captioned, Descriptions, Dialogues, Edits, Images
 from spar.recipes import recipe
 from spar.recipes.shapes.curricula import CaptionLessons, MixedLessons, QuestionData
-from spar.recipes.shapes.data import FOLLOWING, KIND_WEIGHTS, ShapesData, ShapesTrainingData, draw_edit
-from spar.recipes.shapes.dense_tagging import TagData, Tagged
+from spar.recipes.shapes.data import FOLLOWING, KIND_WEIGHTS, ShapesData, ShapesTrainingData, dense_tags, draw_edit
+from spar.recipes.shapes.dense_tagging import TagData, Tagged, TaggedEdits
 from spar.training.config import StageConfig
 from spar.training.data import CaptionData, ImageData, MixedData, StageData
 from spar.worlds.shapes.captions import describe
@@ -38,7 +38,7 @@ def batch(training_data: ShapesTrainingData, stage: str, step: int) -> tuple:
     pictures = [training_data.pixels(some), training_data.pixels(edits), training_data.pixels(edits, edited=True)]
     return (
         some.tolist(), edits.tolist(), training_data.captions(rng, some), told,
-        training_data.turns(rng, some, KINDS), [picture.numpy().tobytes() for picture in pictures],
+        training_data.turns(rng, some, QuestionData(KINDS)), [picture.numpy().tobytes() for picture in pictures],
     )
 
 
@@ -96,7 +96,8 @@ def test_words_are_of_the_scene_and_of_the_vocabulary(training_data):
     indices = np.arange(40)
     for text in training_data.captions(np.random.default_rng(1), indices):
         check_words(text)
-    for row, i in zip(training_data.turns(np.random.default_rng(1), indices, KINDS), indices, strict=True):
+    rows = training_data.turns(np.random.default_rng(1), indices, QuestionData(KINDS))
+    for row, i in zip(rows, indices, strict=True):
         named, places = len(unique_objects(training_data.scenes[i])), [t for t in row if t.answer.startswith("column")]
         assert training_data.scenes[i].background in [turn.answer for turn in row]
         assert (named > 0) <= len(places) <= min(named, 4)  # none twice, where the draws repeat themselves
@@ -106,7 +107,7 @@ def test_words_are_of_the_scene_and_of_the_vocabulary(training_data):
 
 
 def test_turns_go_on_with_a_conversation_in_their_share(training_data):
-    rows = training_data.turns(np.random.default_rng(4), np.arange(40).repeat(6), KINDS)
+    rows = training_data.turns(np.random.default_rng(4), np.arange(40).repeat(6), QuestionData(KINDS))
     lengths = []
     for row in rows:
         for turn in row:
@@ -135,6 +136,26 @@ def test_prompts_are_answered_with_what_the_image_will_show(training_data, step)
     assert torch.equal(given.pixels, training_data.pixels(given.keys))
 
 
+def test_edits_come_with_the_tags_of_what_the_image_will_show(training_data):
+    given = dealt(training_data, QuestionData(prompt_share=1.0, edit_prompts=1.0))
+    assert isinstance(given, TaggedEdits)
+    after = dense_tags([training_data.edits[key].target for key in given.keys], GRID)
+    before = dense_tags([training_data.scenes[key] for key in given.keys], GRID)
+    assert all(torch.equal(given.tags[name], value) for name, value in after.items())
+    assert torch.equal(given.owned, (after["shape"] + before["shape"]) > 0)
+    assert type(dealt(training_data, QuestionData(prompt_share=1.0, edit_prompts=0.0))) is Descriptions
+
+
+def test_an_image_is_asked_some_of_the_questions_drawn_anew(training_data):
+    indices = np.arange(40)
+    every = training_data.turns(np.random.default_rng(5), indices, QuestionData(KINDS))
+    some = training_data.turns(np.random.default_rng(5), indices, QuestionData(KINDS, per_image=2))
+    assert sum(map(len, some)) < 0.7 * sum(map(len, every))
+    backgrounds = np.mean([training_data.scenes[i].background in [t.answer for t in some[i]] for i in indices])
+    assert 0.1 < backgrounds < 0.7  # one question of six
+    assert all(row[-1].answer == describe(training_data.scenes[i]) for i, row in enumerate(some))
+
+
 def test_a_share_of_the_captions_says_where_things_lie(training_data):
     indices = np.arange(40).repeat(15)
     for share in (0.0, 0.3, 1.0):
@@ -144,7 +165,7 @@ def test_a_share_of_the_captions_says_where_things_lie(training_data):
 
 
 def test_dense_targets_are_flat_and_row_major(training_data):
-    targets = training_data.dense(np.array([2, 5]), 8)
+    targets = dense_tags([training_data.scenes[i] for i in (2, 5)], 8)
     for row, i in enumerate((2, 5)):
         for name, grid in dense_targets(training_data.scenes[i], 8).items():
             assert np.array_equal(targets[name][row].numpy(), grid.reshape(64, *grid.shape[2:]))
@@ -201,7 +222,7 @@ def test_words_edits_and_tags_are_those_of_the_images_dealt(training_data):
     assert len({*edits.texts}) > 1 and all(check_words(text) for text in edits.texts)
     assert torch.equal(edits.references, training_data.pixels(edits.keys))
     tagged = dealt(training_data, TagData())
-    for name, value in training_data.dense(tagged.keys, GRID).items():
+    for name, value in dense_tags([training_data.scenes[i] for i in tagged.keys], GRID).items():
         assert torch.equal(tagged.tags[name], value)
     asked = dealt(training_data, QuestionData(KINDS))
     for key, turns in zip(asked.keys, asked.turns, strict=True):

@@ -55,20 +55,26 @@ class MixedLessons(Lessons, MixedData):
 class QuestionData(StageData):
     """Images with questions of the kinds named, in this order, and at last the description of each.
 
-    In the share `prompt_share` of the steps the LLM reads prompts for images in their place, half captions and half
-    edits, and says what the image will show: it learns what its states have to tell the DiT, which a published LLM
-    brings along. `scene_kinds` as in `Lessons`.
+    An image is asked `per_image` of the questions, drawn anew each time (0: all): what a row costs grows faster than
+    its length. In the share `prompt_share` of the steps the LLM reads prompts for images in place of questions, edits
+    in the share `edit_prompts` of them, else captions, and says what the image will show: it learns what its states
+    have to tell the DiT, which a published LLM brings along. `scene_kinds` as in `Lessons`.
     """
 
     kind: ClassVar[str] = "questions"
     gives: ClassVar[tuple[type[Images], ...]] = (Dialogues, Descriptions)
     questions: tuple[str, ...] = ()
+    per_image: int = 0
     prompt_share: float = 0.0
+    edit_prompts: float = 0.5
     scene_kinds: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 0 <= self.prompt_share <= 1:
-            raise InputError(f"prompt_share: expected 0 to 1, got {self.prompt_share}")
+        if self.per_image < 0:
+            raise InputError(f"per_image: expected at least 0, got {self.per_image}")
+        for name in ("prompt_share", "edit_prompts"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name}: expected 0 to 1, got {getattr(self, name)}")
         _check_scene_kinds(self.scene_kinds)
         known = (*QUESTION_KINDS, *CURRICULUM_KINDS, *BINDING_QUESTION_KINDS)
         unknown = sorted(set(self.questions) - set(known))

@@ -14,7 +14,7 @@ from spar.common.files import atomic_file
 from spar.data.batches import Captioned, Descriptions, Dialogues, Edits, Images
 from spar.processing.prompts import DESCRIBE, PromptEncoder, QuestionAnswer
 from spar.recipes.shapes.curricula import CaptionLessons, Lessons, MixedLessons, QuestionData
-from spar.recipes.shapes.dense_tagging import TagData, Tagged
+from spar.recipes.shapes.dense_tagging import TagData, Tagged, TaggedEdits
 from spar.training.config import Recipe, StageConfig
 from spar.training.data import CaptionData, DataConfig, ImageData, MixedData, StageData, TrainingData, resized
 from spar.training.distributed import DistributedContext
@@ -105,10 +105,10 @@ class ShapesTrainingData(TrainingData):
             texts = tuple(self.captions(rng, drawn, position_captions=lessons.position_captions)[rows])
             return Captioned(keys=indices, pixels=pixels, texts=texts)
         if isinstance(data, QuestionData):
-            turns = tuple(map(tuple, self.turns(rng, drawn, data.questions)[rows]))
+            turns = tuple(map(tuple, self.turns(rng, drawn, data)[rows]))
             return Dialogues(keys=indices, pixels=pixels, turns=turns)
         if isinstance(data, TagData):
-            return Tagged(keys=indices, pixels=pixels, tags=self.dense(indices, self.grid))
+            return Tagged(keys=indices, pixels=pixels, tags=dense_tags([self.scenes[i] for i in indices], self.grid))
         side = data.image_size if isinstance(data, ImageData) else None
         return Images(keys=indices, pixels=resized(pixels, side))
 
@@ -151,28 +151,36 @@ class ShapesTrainingData(TrainingData):
 
     def described(self, rng: np.random.Generator, data: QuestionData, count: int, rows: slice) -> Descriptions:
         """Prompts for images, of captions or of edits, with the description of what is to be seen."""
-        editing = bool(rng.random() < 0.5)
+        editing = bool(rng.random() < data.edit_prompts)
         drawn = self.draw(rng, count, edits=editing, kinds=data.scene_kinds)
         if editing:
             prompts, scenes = self.instructions(rng, drawn), [self.edits[i].target for i in drawn]
         else:
             scenes = [self.scenes[i] for i in drawn]
             prompts = [paraphrase(caption(scene, rng, background=True, size=True), rng) for scene in scenes]
-        return Descriptions(
-            keys=drawn[rows], pixels=self.pixels(drawn[rows]), prompts=tuple(prompts[rows]),
-            texts=tuple(describe(scene) for scene in scenes[rows]), edits=editing,
+        indices = drawn[rows]
+        pixels, texts = self.pixels(indices), tuple(describe(scene) for scene in scenes[rows])
+        if not editing:
+            return Descriptions(keys=indices, pixels=pixels, prompts=tuple(prompts[rows]), texts=texts, edits=False)
+        tags, before = dense_tags(scenes[rows], self.grid), dense_tags([self.scenes[i] for i in indices], self.grid)
+        return TaggedEdits(
+            keys=indices, pixels=pixels, prompts=tuple(prompts[rows]), texts=texts, edits=True, tags=tags,
+            owned=(tags["shape"] > 0) | (before["shape"] > 0),
         )  # fmt: skip
 
     def turns(
-        self, rng: np.random.Generator, indices: np.ndarray, kinds: tuple[str, ...]
+        self, rng: np.random.Generator, indices: np.ndarray, data: QuestionData
     ) -> list[list[QuestionAnswer]]:
-        """Questions of the given kinds about each scene in training forms, none twice, and at last its description.
+        """Questions about each scene in training forms, none twice, and at last its description.
 
         A turn goes on with the conversation of the one before it in FOLLOWING of the cases, to TURNS turns at most.
         """
         rows = []
         for i in indices:
             scene, row = self.scenes[i], []
+            kinds = data.questions
+            if data.per_image:
+                kinds = tuple(rng.permutation(kinds)[: data.per_image].tolist())
             asked = [(q.text, q.answer) for q in dict.fromkeys(questions(scene, rng, kinds))]
             length = 0  # of the conversation so far
             for text, answer in (*asked, (DESCRIBE, describe(scene))):
@@ -182,12 +190,11 @@ class ShapesTrainingData(TrainingData):
             rows.append(row)
         return rows
 
-    def dense(self, indices: np.ndarray, grid: int) -> dict[str, Tensor]:
-        """Per-token targets `[B, grid * grid, ...]` for the encoder's pre-training."""
-        columns = [dense_targets(self.scenes[i], grid) for i in indices]
-        return {
-            name: torch.from_numpy(np.stack([c[name] for c in columns])).flatten(1, 2) for name in columns[0]
-        }
+
+def dense_tags(scenes: list[Scene], grid: int) -> dict[str, Tensor]:
+    """Tags of each of `grid * grid` visual tokens, `[B, grid * grid, ...]` by name."""
+    columns = [dense_targets(scene, grid) for scene in scenes]
+    return {name: torch.from_numpy(np.stack([c[name] for c in columns])).flatten(1, 2) for name in columns[0]}
 
 
 def _rendered(cache: Path | None, name: str, scenes: list[Scene]) -> np.ndarray:

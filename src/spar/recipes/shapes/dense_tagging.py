@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spar.data.batches import Images
+from spar.data.batches import Descriptions, Dialogues, Images
 from spar.processing.prompts import PromptEncoder
 from spar.training.cost import Cost, meta_input, part_cost
 from spar.training.data import StageData, TrainingData
@@ -46,6 +46,16 @@ class Tagged(Images):
     """Images with `tags` of each visual token, `[B, N, ...]` by name."""
 
     tags: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaggedEdits(Descriptions):
+    """Edits described in words, with the `tags` of each visual token after the edit, `[B, N, ...]` by name, and which
+    tokens belong to an object before or after it, `owned` `[B, N]`.
+    """
+
+    tags: Mapping[str, Tensor]
+    owned: Tensor
 
 
 @dataclass(frozen=True)
@@ -107,11 +117,8 @@ class DenseTaggingObjective(Objective["SparRecipe"]):
         head, config, targets = dense_head(ctx.modules), ctx.recipe.model, batch.tags
         pixels = batch.require_pixels()
         f_v = ctx.modules.model.tokenizer.encoder(pixels)                               # [B, N, D_s]
-        terms: Terms = {}
         owned = targets["shape"] > 0
-        for name in TAGS:  # an object's tags count on its own tokens: over all tokens the background drowns them
-            logits, counted = head.tags[name](f_v).float(), torch.ones_like(owned) if name == "background" else owned
-            terms[name] = F.cross_entropy(logits[counted], targets[name][counted])
+        terms = tag_terms(head, f_v, targets, owned)
         bins = (targets["center"] * CENTER_BINS).long().clamp(0, CENTER_BINS - 1)        # [B, N, 2]
         places = head.center(f_v).float().unflatten(-1, (2, CENTER_BINS))[owned]
         terms["center"] = F.cross_entropy(places.flatten(0, 1), bins[owned].flatten())
@@ -145,9 +152,26 @@ class DenseTaggingObjective(Objective["SparRecipe"]):
 class TagWordsObjective(NextTokenObjective):
     """Next-token prediction whose words for tags begin at the tags' read-out vectors: a word begins where the encoder
     already points. Published LLMs know their words before they see an image.
+
+    `edit_tags` weighs a second term: behind an instruction, the LLM's last state at each token of the image tells the
+    tags of that token after the edit, by the encoder's own read-outs. Words alone leave it to the answer's tokens to
+    find what an instruction means, and the DiT does not read those.
     """
 
     kind: ClassVar[str] = "next_token_from_tags"
+    edit_tags: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_at_least(0, edit_tags=self.edit_tags)
+
+    def __call__(self, ctx: StepContext, batch: Dialogues | Descriptions) -> Terms:
+        packed, states = self.read(ctx, batch)
+        terms = self.answer_terms(ctx, packed, states)
+        if not (self.edit_tags and isinstance(batch, TaggedEdits)):
+            return terms
+        seen = states[packed.ids == ctx.recipe.model.text.image_token_id].unflatten(0, batch.owned.shape)
+        tagged = tag_terms(dense_head(ctx.modules), seen, batch.tags, batch.owned)
+        return {**terms, "loss": terms["loss"] + self.edit_tags * sum(tagged.values()), **tagged}
 
     def build(self, recipe: "SparRecipe", networks: Networks) -> Mapping[str, Callable[[Any], nn.Module]]:
         return build_dense_head(recipe)
@@ -158,6 +182,17 @@ class TagWordsObjective(NextTokenObjective):
     def prepare(self, ctx: StepContext, data: TrainingData, planned: "PlannedStage") -> None:
         if TAG_EMBEDDINGS in planned.prepares:
             init_tag_embeddings(ctx.modules, ctx.prompts)
+
+
+def tag_terms(head: DenseHead, states: Tensor, targets: Mapping[str, Tensor], owned: Tensor) -> Terms:
+    """The cross-entropy of each tag, read off states `[B, N, D]`; an object's tags count on the tokens `owned`
+    `[B, N]`: over all tokens the background drowns them.
+    """
+    terms: Terms = {}
+    for name in TAGS:
+        logits, counted = head.tags[name](states).float(), torch.ones_like(owned) if name == "background" else owned
+        terms[name] = F.cross_entropy(logits[counted], targets[name][counted])
+    return terms
 
 
 @torch.no_grad()

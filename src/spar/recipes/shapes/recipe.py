@@ -7,7 +7,7 @@ things lie. Departures for the small setting are in docs/training.md.
 
 from dataclasses import replace
 
-from spar.models.config import ConnectorConfig, SparConfig
+from spar.models.config import ConnectorConfig, DenoiserConfig, SparConfig
 from spar.recipes.shapes.curricula import MixedLessons, QuestionData
 from spar.recipes.shapes.data import ShapesData
 from spar.recipes.shapes.dense_tagging import DenseTaggingObjective, TagData, TagWordsObjective
@@ -15,7 +15,6 @@ from spar.training.config import StageConfig
 from spar.training.data import CaptionData
 from spar.training.objectives.autoencoder import AutoencoderObjective
 from spar.training.objectives.dit import DitObjective
-from spar.training.objectives.next_token import NextTokenObjective
 from spar.training.objectives.tokenizer import TokenizerObjective
 from spar.training.objectives.unified import UnifiedObjective
 from spar.training.systems.spar import FlowConfig, SparRecipe
@@ -38,14 +37,20 @@ FOUNDATIONS = (
         batch=32, lr=2.5e-3, lr_end=2e-5, warmup=50, optimizer="muon",
     ),
     StageConfig(
-        "mllm", TagWordsObjective(), ("model.language.*",), steps=1500, batch=32, lr=2e-3, lr_end=2e-5, warmup=60,
-        optimizer="muon",
-        data=QuestionData((*QUESTIONS, *2 * ("place",), *4 * ("relation",), *2 * ("position",)), prompt_share=0.25),
+        "mllm", TagWordsObjective(edit_tags=0.3), ("model.language.*",), steps=1600, batch=32, lr=2e-3, lr_end=2e-4,
+        warmup=60, optimizer="muon",
+        data=QuestionData(
+            (*QUESTIONS, *2 * ("place",), *4 * ("relation",), *2 * ("position",)), per_image=8, prompt_share=0.3,
+            edit_prompts=0.7,
+        ),
     ),
     StageConfig(
-        "mllm-2", NextTokenObjective(), ("model.language.*",), steps=600, batch=32, lr=1.5e-3, lr_end=1e-5, warmup=20,
-        optimizer="muon",
-        data=QuestionData((*QUESTIONS, "relation", *3 * ("position",)), prompt_share=0.4, scene_kinds=BINDING_MIXTURE),
+        "mllm-2", TagWordsObjective(edit_tags=0.3), ("model.language.*",), steps=1600, batch=32, lr=1.5e-3, lr_end=1e-5,
+        warmup=20, optimizer="muon",
+        data=QuestionData(
+            (*QUESTIONS, "relation", *3 * ("position",)), per_image=8, prompt_share=0.6, edit_prompts=0.7,
+            scene_kinds=BINDING_MIXTURE,
+        ),
     ),
     StageConfig(
         "autoencoder", AutoencoderObjective(mse=1.0, latent_penalty=1e-3, latent_noise=0.1),
@@ -108,7 +113,9 @@ def shapes() -> SparRecipe:
     """The system of the bundled weights, from random weights; those were trained on version 1 of the world."""
     return SparRecipe(
         name="shapes",
-        model=SparConfig(connector=ConnectorConfig(reference="added")),
+        model=SparConfig(
+            connector=ConnectorConfig(reference="added"), denoiser=DenoiserConfig(reference_states=True)
+        ),
         stages=FOUNDATIONS + TOKENIZER + UNIFIED,
         data=ShapesData(),
         flow=FlowConfig(training_shift=3.0, sampling_shift=3.0),

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch.nn.functional as F
+from torch import Tensor
 
 from spar.data.batches import Descriptions, Dialogues, Images
 from spar.models.attention import attention_bias
+from spar.processing.prompts import PackedBatch
 from spar.training.cost import Cost, meta_input, part_cost
 from spar.training.objectives.base import Objective, StepContext, Terms
 from spar.training.objectives.common import image_side
@@ -29,20 +31,29 @@ class NextTokenObjective(Objective["SparRecipe"]):
     splittable: ClassVar[bool] = False  # a mean over the whole batch's tokens
 
     def __call__(self, ctx: StepContext, batch: Dialogues | Descriptions) -> Terms:
+        packed, states = self.read(ctx, batch)
+        return self.answer_terms(ctx, packed, states)
+
+    def read(self, ctx: StepContext, batch: Dialogues | Descriptions) -> tuple[PackedBatch, Tensor]:
+        """The packed rows of a batch, and the LLM's last states of their tokens, `[B, T, D]`."""
         model, f_v = ctx.modules.model, None
         if isinstance(batch, Dialogues):
             packed = ctx.prompts.pack(batch.turns)
         else:
             packed = ctx.prompts.pack_descriptions(batch.prompts, batch.texts, edits=batch.edits)
+        packed = packed.to(ctx.device)
         if isinstance(batch, Dialogues) or batch.edits:
             f_v = ctx.frozen_features("f_v", batch, lambda x: {"f_v": model.tokenizer.encoder(x)})["f_v"].float()
-        ids, weights = packed.ids.to(ctx.device), packed.weights.to(ctx.device)[:, 1:]
-        embeddings = model.embed(ids, f_v)
-        bias = attention_bias(packed.allowed.to(ctx.device), embeddings, causal=False)
-        final, _ = model.language(embeddings, bias, packed.positions.to(ctx.device))
+        embeddings = model.embed(packed.ids, f_v)
+        bias = attention_bias(packed.allowed, embeddings, causal=False)
+        return packed, model.language(embeddings, bias, packed.positions)[0]
+
+    def answer_terms(self, ctx: StepContext, packed: PackedBatch, states: Tensor) -> Terms:
+        """The cross-entropy of the answers' tokens, each read off the state before it, and the share that is right."""
+        weights = packed.weights[:, 1:]
         answered = weights > 0
-        logits = model.language.logits(final[:, :-1][answered]).float()
-        targets, weights = ids[:, 1:][answered], weights[answered]
+        logits = ctx.modules.model.language.logits(states[:, :-1][answered]).float()
+        targets, weights = packed.ids[:, 1:][answered], weights[answered]
         losses = F.cross_entropy(logits, targets, reduction="none")
         right = (logits.argmax(-1) == targets).float()
         words = targets != ctx.recipe.model.text.eos_token_id
