@@ -105,6 +105,26 @@ def test_a_reconstruction_is_the_pipelines_own(address, pipe):
     assert pixels(image) == pixels(pipe.reconstruct(source).images[0]) and "seed" not in answer["data"][0]
 
 
+def noise() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 80, 3), dtype=np.uint8))
+
+
+def test_what_is_outside_the_models_world_is_said_in_warnings(client, address, pipe):
+    def warnings(answer) -> list[str]:
+        return answer.model_extra.get("warnings", [])
+
+    assert warnings(client.images.generate(prompt=PROMPT, extra_body=QUICK)) == []
+    (said,) = warnings(client.images.generate(prompt="five red circles", extra_body=QUICK))
+    assert said == "5 objects are asked for; the model has seen scenes of up to 4"
+    scene = ("scene.png", png(pipe.generate(PROMPT, seed=0).images[0]))
+    assert warnings(client.images.edit(image=scene, prompt="make the circle blue", extra_body=QUICK)) == []
+    photo = ("photo.png", png(noise()))
+    beside, unseen = warnings(client.images.edit(image=photo, prompt="make the circle gray", extra_body=QUICK))
+    assert "no object of the model's world is gray" in beside and "cut to a square and resized from 80 x 48" in unseen
+    for file, wanted in ((scene, None), (photo, [unseen])):
+        assert httpx2.post(f"{address}/v1/reconstruct", files={"image": file}).json().get("warnings") == wanted
+
+
 @pytest.mark.parametrize(("kind", "form"), [("png", "PNG"), ("jpeg", "JPEG"), ("webp", "WEBP")])
 def test_the_format_is_the_one_asked_for(client, kind, form):
     answer = client.images.generate(prompt=PROMPT, output_format=kind, extra_body=QUICK)

@@ -52,6 +52,18 @@ def test_text_may_come_before_the_image(client, image):
     assert answer.choices[0].message.content == "red"
 
 
+def test_an_image_outside_the_models_world_is_said_in_warnings_whole_or_streamed(client, image):
+    photo = Image.effect_noise((90, 60), 80).convert("RGB")
+    for shown_image, wanted in ((image, False), (photo, True)):
+        messages = question(shown_image)
+        whole = client.chat.completions.create(model="bundled", messages=messages).model_extra.get("warnings", [])
+        *_, last = client.chat.completions.create(model="bundled", messages=messages, stream=True)
+        assert whole == last.model_extra.get("warnings", []) and bool(whole) == wanted
+        assert all("outside the model's world" in note for note in whole)
+    words = [{"role": "user", "content": "image"}]  # a content that is text has no images
+    assert "warnings" not in client.chat.completions.create(model="bundled", messages=words).model_extra
+
+
 @pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
 def test_more_tokens_than_an_answer_can_have_are_cut(client, image, field):
     """Benchmark kits ask for thousands; 256 is the limit, and its finish_reason is `length`."""

@@ -5,9 +5,10 @@ import base64
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, nullcontext
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Form, Request
@@ -26,6 +27,7 @@ from spar.serving.limits import DECODE_THREADS
 from spar.serving.metrics import ServerMetrics
 from spar.serving.middleware import RequestGuardMiddleware
 from spar.serving.worker import ChatJob, ImageJob, Stopped, Worker
+from spar.worlds.shapes.scope import world_notes
 
 FORM = Form(media_type="multipart/form-data")
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -94,10 +96,14 @@ class Routes:
         if name not in (None, self.model.id):
             raise ApiError(404, f"model: expected {self.model.id}", param="model", code="model_not_found")
 
-    async def _answer(self, request: Request, jobs: list[ImageJob], kind: str | None) -> Response:
-        """Run the jobs and encode their images."""
+    async def _answer(
+        self, request: Request, jobs: list[ImageJob], kind: str | None, texts: Sequence[str] = (),
+        images: Sequence[Image.Image] = (),
+    ) -> Response:  # fmt: skip
+        """Run the jobs and encode their images, with notes on the request's texts and images."""
         self.worker.submit(*jobs)
-        return await asyncio.to_thread(_images, await _finished(request, jobs), kind or "png")
+        notes = await asyncio.to_thread(world_notes, self.worker.pipe, texts, images)
+        return await asyncio.to_thread(_images, await _finished(request, jobs), kind or "png", notes)
 
     async def _uploaded_image(self, request: Request, form: schema.EditForm | schema.ReconstructForm) -> Image.Image:
         """Decode a form's image, after checks of its fields and its model."""
@@ -110,18 +116,19 @@ class Routes:
         """Generate images from a prompt."""
         self._check_model(body.model)
         size = self.worker.pipe.output_size(*schema.sides(body.size))
-        return await self._answer(request, sampling_jobs(self.worker.pipe, body, size), body.output_format)
+        jobs = sampling_jobs(self.worker.pipe, body, size)
+        return await self._answer(request, jobs, body.output_format, [body.prompt])
 
     async def edits(self, request: Request, form: Annotated[schema.EditForm, FORM]) -> Response:
         """Edit an image as the prompt says."""
         image, pipe = await self._uploaded_image(request, form), self.worker.pipe
         jobs = sampling_jobs(pipe, form, pipe.edited_size(image), image)
-        return await self._answer(request, jobs, form.output_format)
+        return await self._answer(request, jobs, form.output_format, [form.prompt], [image])
 
     async def reconstruct(self, request: Request, form: Annotated[schema.ReconstructForm, FORM]) -> Response:
         """Encode and decode an image with the unified tokenizer."""
         image = await self._uploaded_image(request, form)
-        return await self._answer(request, [ImageJob(reconstruct, None, image)], form.output_format)
+        return await self._answer(request, [ImageJob(reconstruct, None, image)], form.output_format, images=[image])
 
     async def chat(self, request: Request, body: schema.ChatRequest) -> Response:
         """Answer the last message of a conversation, which may contain images; whole or streamed."""
@@ -136,12 +143,16 @@ class Routes:
         def emit(piece: str | None) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
+        parts = [part for one in messages if isinstance(one["content"], list) for part in one["content"]]
+        images = [part["image"] for part in parts if part["type"] == "image"]
+        notes = await asyncio.to_thread(world_notes, self.worker.pipe, images=images)
         job = ChatJob(lambda pipe: pipe.chat(messages, max_new_tokens=max_new_tokens), emit)
         job.future.add_done_callback(lambda _: emit(None))
         self.worker.submit(job)
         if not body.stream:
             (out,) = await _finished(request, [job])
-            return JSONResponse(_completion(self.model.id, out, [pieces.get_nowait() for _ in range(pieces.qsize())]))
+            told = [pieces.get_nowait() for _ in range(pieces.qsize())]
+            return JSONResponse({**_completion(self.model.id, out, told), **_warnings(notes)})
         usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         try:
             first = await _race(request, pieces.get())
@@ -150,7 +161,7 @@ class Routes:
         except BaseException:
             job.future.cancel()
             raise
-        chunks = _chunks(job, first, pieces, self.model.id, usage, request.state.deadline)
+        chunks = _chunks(job, first, pieces, self.model.id, usage, notes, request.state.deadline)
         return StreamingResponse(chunks, media_type="text/event-stream")
 
     async def models(self) -> schema.ModelList:
@@ -213,14 +224,15 @@ async def _finished(request: Request, jobs: Sequence[ImageJob | ChatJob]) -> lis
 
 
 async def _chunks(
-    job: ChatJob, piece: str | None, pieces: asyncio.Queue[str | None], model: str, usage: bool, deadline: float
-) -> AsyncIterator[str]:
+    job: ChatJob, piece: str | None, pieces: asyncio.Queue[str | None], model: str, usage: bool, notes: list[str],
+    deadline: float,
+) -> AsyncIterator[str]:  # fmt: skip
     """Stream an answer as server-sent events; the job is cancelled if the client stops reading."""
     shared = _head("chat.completion.chunk", model)
 
-    def chunk(delta: dict[str, str], finish: str | None = None) -> str:
+    def chunk(delta: dict[str, str], finish: str | None = None, more: Mapping[str, Any] = MappingProxyType({})) -> str:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
-        return _event({**shared, "choices": [choice], **({"usage": None} if usage else {})})
+        return _event({**shared, "choices": [choice], **({"usage": None} if usage else {}), **more})
 
     try:
         yield chunk({"role": "assistant", "content": ""})
@@ -229,7 +241,7 @@ async def _chunks(
                 yield chunk({"content": piece})
                 piece = await pieces.get()
         out = job.future.result()
-        yield chunk({}, out.finish_reason)
+        yield chunk({}, out.finish_reason, _warnings(notes))
         if usage:
             yield _event({**shared, "choices": [], "usage": _usage(out)})
     except TimeoutError:
@@ -263,11 +275,17 @@ def _completion(model: str, out: ChatOutput, pieces: list[str | None]) -> dict[s
     return {**_head("chat.completion", model), "choices": [choice], "usage": _usage(out)}
 
 
-def _images(generated: list[GeneratedImage], kind: str) -> Response:
+def _images(generated: list[GeneratedImage], kind: str, notes: list[str]) -> Response:
     """Encode images as OpenAI's answer; PNGs carry their metadata."""
     data = []
     for one in generated:
         coded = base64.b64encode(encode_image(one.image, kind, one.metadata)).decode()
         data.append({"b64_json": coded, **({} if one.seed is None else {"seed": one.seed})})
     size = f"{generated[0].image.width}x{generated[0].image.height}"
-    return JSONResponse({"created": int(time.time()), "data": data, "output_format": kind, "size": size})
+    body = {"created": int(time.time()), "data": data, "output_format": kind, "size": size}
+    return JSONResponse({**body, **_warnings(notes)})
+
+
+def _warnings(notes: list[str]) -> dict[str, list[str]]:
+    """The field that OpenAI does not have, where there is something to say."""
+    return {"warnings": notes} if notes else {}

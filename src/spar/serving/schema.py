@@ -3,7 +3,7 @@
 A null is a missing field. Unknown fields are refused, and so is a known one whose value would change the image and is
 not supported by this model. Fields that change nothing (`user`, `moderation`, the chat's `seed`) are accepted and have
 no effect. The fields that OpenAI does not have (`seed`, `negative_prompt`, `num_inference_steps`, `guidance_scale`) are
-diffusers'.
+diffusers', and `warnings` of an answer is our own.
 """
 
 from typing import Annotated, Any, Literal
@@ -187,6 +187,10 @@ class ImageItem(BaseModel):
     seed: int | None = Field(None, description="The seed that reproduces this image.")
 
 
+# What of a request is outside the model's world, which OpenAI's answers do not have; missing where nothing is.
+Warnings = Annotated[list[str] | None, Field(description="What is outside the model's world: expect a guess there.")]
+
+
 class ImagesResponse(BaseModel):
     """Generated images."""
 
@@ -194,6 +198,7 @@ class ImagesResponse(BaseModel):
     data: list[ImageItem]
     output_format: OutputFormat
     size: str
+    warnings: Warnings = None
 
 
 class Usage(BaseModel):
@@ -230,6 +235,7 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[Choice]
     usage: Usage
+    warnings: Warnings = None
 
 
 class ModelInfo(BaseModel):

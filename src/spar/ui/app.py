@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
@@ -26,8 +25,7 @@ from spar.reporting.routing import routing_view
 from spar.serving.worker import Call, Unavailable
 from spar.ui import components, examples
 from spar.ui.preview_stream import PreviewStep, PreviewStream, Task
-from spar.worlds.shapes.scene import SIDE
-from spar.worlds.shapes.scope import image_notes, prompt_notes
+from spar.worlds.shapes.scope import world_notes
 
 MAX_STEPS, MAX_GUIDANCE = 100, 15  # of the sliders; the pipeline's own limits are wider
 MAX_WAITING = 8  # accepted requests; each occupies a thread until it is finished
@@ -199,7 +197,7 @@ class Page:
                 file = self._save(item, f"spar-seed-{item.seeds[0]}.png", source)
                 done = f"Seed {item.seeds[0]} · {steps} steps · guidance {guidance:g}"
                 done += f" · {time.monotonic() - began:.2g} s"
-                status = components.done_message(done, self._notes(text, image))
+                status = components.done_message(done, world_notes(self.pipe, [text], [image] if image else []))
                 view = components.routing_html(routing_view(item.routing[0], before))
                 yield (before, item.images[0]) if before else file, status, components.file(file), view
         if errors:
@@ -211,7 +209,7 @@ class Page:
             image, question, began = _open(source), _text(question), time.monotonic()
             answer = self.stream.call(lambda pipe: pipe.understand(image, question)).result().texts[0]
             status = f"Answered in {time.monotonic() - began:.2g} seconds."
-            return answer, components.done_message(status, self._notes("", image))
+            return answer, components.done_message(status, world_notes(self.pipe, images=[image]))
         return "", errors[0]
 
     def reconstruct(self, source: str | None) -> tuple[Any, ...]:
@@ -221,18 +219,10 @@ class Page:
             given = _open(source)
             image = to_square(given, side)
             out = self.stream.call(lambda pipe: pipe.reconstruct(image)).result()
-            status = components.done_message(
-                f"Rebuilt at {side} × {side} pixels in {time.monotonic() - began:.2g} seconds.", self._notes("", given)
-            )
+            done = f"Rebuilt at {side} × {side} pixels in {time.monotonic() - began:.2g} seconds."
+            status = components.done_message(done, world_notes(self.pipe, images=[given]))
             return (image, out.images[0]), status, components.file(self._save(out, "spar-rebuilt.png", source))
         return gr.skip(), errors[0], gr.skip()
-
-    def _notes(self, text: str, image: Image.Image | None) -> list[str]:
-        """What of a text and an image is outside the world of a model of the shapes world."""
-        if not self.shapes or self.pipe.image_size != SIDE:
-            return []
-        seen = [] if image is None else image_notes(np.asarray(to_square(image, SIDE)), image.size)
-        return [*prompt_notes(text), *seen]
 
     def leave(self, request: gr.Request) -> None:
         self.stream.stop(request.session_hash, "generate", "edit")

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 
+from spar.processing.images import to_square
 from spar.worlds.shapes.detector import UNKNOWN, detect
 from spar.worlds.shapes.forms import SYNONYMS
 from spar.worlds.shapes.scene import BACKGROUNDS, COLORS, MAX_OBJECTS, SHAPES, SIDE, SIZES
 from spar.worlds.shapes.tokenizer import ORDINALS, SINGULARS, split_words
+
+if TYPE_CHECKING:
+    from spar.inference.pipeline import SparPipeline
 
 TRUE_OVERLAP = 0.7  # least mean overlap of an image's objects with the world's shapes; reconstructions have 0.9
 _CANONICAL = {other: word for word, others in SYNONYMS.items() for other in others}
@@ -22,6 +28,16 @@ _THINGS = {*SHAPES, *SINGULARS, "object", "objects"}
 def is_of_this_world(words: Iterable[str]) -> bool:
     """Whether a vocabulary is that of the shapes world, of either version."""
     return {*SHAPES, *COLORS, *BACKGROUNDS, *SIZES} <= {*words}
+
+
+def world_notes(pipe: SparPipeline, texts: Sequence[str] = (), images: Sequence[Image.Image] = ()) -> list[str]:
+    """What lies outside the world of a model of the shapes world, each thing once; of another model nothing."""
+    tokenizer = pipe.bundle.text_tokenizer
+    if tokenizer.unk_token is None or not is_of_this_world(tokenizer.get_vocab()) or pipe.image_size != SIDE:
+        return []
+    said = [note for text in texts for note in prompt_notes(text)]
+    seen = [note for image in images for note in image_notes(np.asarray(to_square(image, SIDE)), image.size)]
+    return list(dict.fromkeys([*said, *seen]))
 
 
 def prompt_notes(text: str) -> list[str]:
