@@ -30,10 +30,15 @@ def is_of_this_world(words: Iterable[str]) -> bool:
     return {*SHAPES, *COLORS, *BACKGROUNDS, *SIZES} <= {*words}
 
 
+def draws_this_world(pipe: SparPipeline) -> bool:
+    """Whether a model's words and images are those of the shapes world."""
+    tokenizer = pipe.bundle.text_tokenizer
+    return tokenizer.unk_token is not None and is_of_this_world(tokenizer.get_vocab()) and pipe.image_size == SIDE
+
+
 def world_notes(pipe: SparPipeline, texts: Sequence[str] = (), images: Sequence[Image.Image] = ()) -> list[str]:
     """What lies outside the world of a model of the shapes world, each thing once; of another model nothing."""
-    tokenizer = pipe.bundle.text_tokenizer
-    if tokenizer.unk_token is None or not is_of_this_world(tokenizer.get_vocab()) or pipe.image_size != SIDE:
+    if not draws_this_world(pipe):
         return []
     said = [note for text in texts for note in prompt_notes(text)]
     seen = [note for image in images for note in image_notes(np.asarray(to_square(image, SIDE)), image.size)]
