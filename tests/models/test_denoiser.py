@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import SanaTransformer2DModel
+from diffusers.models.attention_processor import AttnProcessor2_0
 
 from spar.models.attention import sincos_pos_embed_2d
 from spar.models.denoiser import Denoiser, linear_attention
@@ -63,6 +64,23 @@ def test_velocity_equals_diffusers_sana(config, randomize, scale, mask, gradient
     with torch.no_grad():
         wanted = reference(library(built), latent, time, condition, mask)
     torch.testing.assert_close(own.detach(), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_softmax_attention_equals_diffusers_own_with_the_same_weights(config, randomize, gradients):
+    given = replace(config.denoiser, self_attention="softmax", position_gain=0.0)
+    built = randomize(Denoiser(given, CHANNELS, GRID))
+    sana = library(built)
+    for block in sana.transformer_blocks:
+        block.attn1.set_processor(AttnProcessor2_0())
+    latent, time, condition = inputs(config)
+    with torch.set_grad_enabled(gradients):
+        built.requires_grad_(gradients)
+        own = built(latent, time, condition, MASK).velocity
+    with torch.no_grad():
+        wanted, linear = (reference(one, latent, time, condition, MASK) for one in (sana, library(built)))
+    torch.testing.assert_close(own.detach(), wanted, rtol=1e-4, atol=1e-5)
+    assert (wanted - linear).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(("height", "width"), [(GRID, GRID), (2, 6)])

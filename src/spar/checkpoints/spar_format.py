@@ -35,7 +35,11 @@ from spar.processing.prompts import IMAGE_TOKEN, known_words
 
 FORMAT, FORMAT_VERSION = "spar", 3
 # Fields that a configuration got after folders of this version had been written, and what those folders do.
-LATER_FIELDS = {("connector", "reference"): "replaced", ("denoiser", "reference_states"): False}
+LATER_FIELDS = {
+    ("connector", "reference"): "replaced",
+    ("denoiser", "reference_states"): False,
+    ("denoiser", "self_attention"): "linear",
+}
 CARD = "README.md"
 TOKENIZER_FORMAT = f"{FORMAT}-tokenizer"
 PARTS = ("language", "router", "connector", "denoiser")

@@ -219,6 +219,10 @@ class ConnectorConfig:
 class DenoiserConfig:
     """SANA (diffusers' `SanaTransformer2DModel`). `align_depth` is the 1-based block whose features align.
 
+    `self_attention` "linear" is SANA's own, "softmax" the usual one with the same weights, which costs no more on a
+    small grid. By sums over all tokens alone a cell can hardly tell which of a prompt's objects other cells draw
+    already: small models draw one twice and leave another out.
+
     `interpolation_scale` is SANA's own option: its sine positions, which the published 512 px models do not use. Most
     of their channels hardly vary over a small grid; `position_gain` adds that many times `sincos_pos_embed_2d`, whose
     channels all vary (0: none), so that a DiT learns the places of objects in prompts.
@@ -234,6 +238,7 @@ class DenoiserConfig:
     cross_heads: int = 7
     cross_head_dim: int = 32
     caption_channels: int = 160
+    self_attention: Literal["linear", "softmax"] = "linear"
     mlp_ratio: float = 2.29
     norm_eps: float = 1e-6
     interpolation_scale: float | None = None

@@ -5,6 +5,7 @@ share one condition), h w the latent grid, N = h w, D the DiT's width, M conditi
 those of `DenoiserConfig.reference_channels`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,13 @@ class DenoiserOutput:
 
     velocity: Tensor
     features: Tensor
+
+
+def softmax_attention(block: SanaTransformerBlock, x: Tensor) -> Tensor:
+    """Softmax attention with the weights of SANA's own: `[B, N, D]` to `[B, N, D]`."""
+    own = block.attn1
+    q, k, v = (layer(x).unflatten(-1, (own.heads, -1)).transpose(1, 2) for layer in (own.to_q, own.to_k, own.to_v))
+    return own.to_out[0](attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 def linear_attention(block: SanaTransformerBlock, x: Tensor) -> Tensor:
@@ -86,6 +94,8 @@ def mix_feed_forward(block: SanaTransformerBlock, x: Tensor, height: int, width:
 class DenoiserBlock(SanaTransformerBlock):
     """SANA's block with our own forward; the reference is `SanaTransformerBlock.forward`."""
 
+    self_attention: Callable[[SanaTransformerBlock, Tensor], Tensor]
+
     def forward(  # type: ignore[override]  # the library's own loop over the blocks, which has other inputs, never runs
         self,
         x: Tensor,
@@ -98,7 +108,8 @@ class DenoiserBlock(SanaTransformerBlock):
         batch, samples, height, width = shape
         table = self.scale_shift_table[None] + modulation                               # [B R, 6, D]
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = table.to(x.dtype).chunk(6, dim=1)
-        x = torch.addcmul(x, gate_1, linear_attention(self, torch.addcmul(shift_1, self.norm1(x), 1 + scale_1)))
+        read = self.self_attention(self, torch.addcmul(shift_1, self.norm1(x), 1 + scale_1))
+        x = torch.addcmul(x, gate_1, read)
         shared = x.reshape(batch, samples * x.shape[1], -1)                               # [B, R N, D]
         x = x + cross_attention(self, shared, condition, bias).view_as(x)
         modulated = torch.addcmul(shift_2, self.norm2(x), 1 + scale_2)
@@ -122,6 +133,7 @@ class Denoiser(nn.Module):
         )
         for block in self.network.transformer_blocks:
             block.__class__ = DenoiserBlock  # the same weights; sharding and checkpointing wrap its forward
+            block.self_attention = {"linear": linear_attention, "softmax": softmax_attention}[config.self_attention]
         read = config.reference_channels(channels)
         if read:  # starts at zero: a DiT without references keeps its function
             self.reference_embed = nn.Conv2d(read, config.width, 1, bias=False, device="meta")

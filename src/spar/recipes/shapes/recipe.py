@@ -114,7 +114,8 @@ def shapes() -> SparRecipe:
     return SparRecipe(
         name="shapes",
         model=SparConfig(
-            connector=ConnectorConfig(reference="added"), denoiser=DenoiserConfig(reference_states=True)
+            connector=ConnectorConfig(reference="added"),
+            denoiser=DenoiserConfig(self_attention="softmax", reference_states=True),
         ),
         stages=FOUNDATIONS + TOKENIZER + UNIFIED,
         data=ShapesData(),
