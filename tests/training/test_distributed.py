@@ -19,8 +19,6 @@ from spar.training import distributed as module
 from spar.training.checkpoint import load_group, read_train_state, shards
 from spar.training.config import Recipe
 from spar.training.distributed import DistributedContext, ParallelismConfig
-from spar.training.objectives.base import Objective
-from spar.training.objectives.unified import UnifiedObjective
 from spar.training.trainer import check_parallelism, train
 
 STAGES = ("tokenizer-3", "unified-2")  # both sides of the adversary and averages; generation and editing
@@ -40,28 +38,16 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def unbalanced(objective: Objective) -> Objective:
-    return replace(objective, balance=0.0) if isinstance(objective, UnifiedObjective) else objective
-
-
 def exact() -> Recipe:
-    """`tiny` with AdamW, which FSDP can shard, at rates so low that rounding does not grow from step to step.
-
-    Without the term that balances the router: it is a statistic of the tokens that are computed together.
-    """
+    """`tiny` with AdamW, which FSDP can shard, at rates so low that rounding does not grow from step to step."""
     base = recipe("tiny")
-    stages = tuple(
-        replace(s, objective=unbalanced(s.objective), optimizer="adamw", lr=1e-5, lr_end=1e-6, steps=4)
-        for s in base.stages
-    )
+    stages = tuple(replace(s, optimizer="adamw", lr=1e-5, lr_end=1e-6, steps=4) for s in base.stages)
     return replace(base, stages=stages, save_minutes=0.0)
 
 
 def flags() -> list[str]:
     rates = {"optimizer": "adamw", "lr": "1e-5", "lr-end": "1e-6", "steps": "4"}
     each = [(f"--stages.{s.name}.{key}", value) for s in recipe("tiny").stages for key, value in rates.items()]
-    unified = [s.name for s in recipe("tiny").stages if isinstance(s.objective, UnifiedObjective)]
-    each += [(f"--stages.{name}.objective.balance", "0") for name in unified]
     return [*(word for pair in each for word in pair), "--save-minutes", "0", "--parallelism.precision", "fp32"]
 
 

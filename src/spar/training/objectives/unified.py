@@ -34,7 +34,7 @@ class UnifiedObjective(Objective["SparRecipe"]):
     """L_fm + align L_align; align is lambda_a, `noise_samples` the draws of noise and time an image.
 
     `balance` weighs a term that is no part of the paper's loss: log K less the entropy of the routing weights, their
-    mean over a batch's tokens. Without it the router of a small model settles on one layer for every token.
+    mean over a prompt's tokens. Without it the router of a small model settles on one layer for every token.
     """
 
     kind: ClassVar[str] = "unified"
@@ -156,9 +156,12 @@ class UnifiedObjective(Objective["SparRecipe"]):
 
 
 def routing_imbalance(condition: Condition) -> Tensor:
-    """Log K - H(mean of the routing weights over the real tokens): 0 if each layer has its share, log K for one."""
-    weights = condition.weights[condition.mask.bool()].float().mean(0)                       # [K]
-    return math.log(len(weights)) + torch.special.xlogy(weights, weights).sum()
+    """Log K - H(mean of the routing weights over a prompt's real tokens), of the prompts' mean: 0 if each layer has
+    its share in every prompt, log K for one layer.
+    """
+    real = condition.mask.bool()[..., None]
+    weights = (condition.weights.float() * real).sum(1) / real.sum(1)                        # [B, K]
+    return math.log(weights.shape[-1]) + torch.special.xlogy(weights, weights).sum(-1).mean()
 
 
 def external_features(ctx: StepContext, pixels: Tensor) -> Tensor:
