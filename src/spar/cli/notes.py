@@ -15,8 +15,8 @@ SHOWN = 5
 
 def print_notes(pipe: "SparPipeline", texts: Sequence[str] = (), images: Sequence[Path] = ()) -> None:
     """Say what lies outside the world of a model of the shapes world, each thing once; of another model nothing."""
+    from spar.inference.notes import draws_this_world, world_notes
     from spar.processing.images import open_image
-    from spar.worlds.shapes.scope import draws_this_world, world_notes
 
     if not draws_this_world(pipe):
         return

@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect
 
 from spar import __version__
 from spar.inference.image_files import encode_image
+from spar.inference.notes import world_notes
 from spar.inference.outputs import ChatOutput
 from spar.serving import schema
 from spar.serving.batching import GeneratedImage, reconstruct, sampling_jobs
@@ -27,7 +28,6 @@ from spar.serving.limits import DECODE_THREADS
 from spar.serving.metrics import ServerMetrics
 from spar.serving.middleware import RequestGuardMiddleware
 from spar.serving.worker import ChatJob, ImageJob, Stopped, Worker
-from spar.worlds.shapes.scope import world_notes
 
 FORM = Form(media_type="multipart/form-data")
 ERRORS: dict[int | str, dict[str, Any]] = {

@@ -18,6 +18,7 @@ from spar.common.errors import InputError
 from spar.common.limits import MAX_SEED
 from spar.flow.sampler import Cancelled
 from spar.inference.image_files import save_images, source_metadata
+from spar.inference.notes import world_notes
 from spar.inference.outputs import GenerateOutput, ReconstructOutput
 from spar.inference.pipeline import SparPipeline
 from spar.processing.images import open_image, to_size, to_square
@@ -25,7 +26,6 @@ from spar.reporting.routing import routing_view
 from spar.serving.worker import Call, Unavailable
 from spar.ui import components, examples
 from spar.ui.preview_stream import PreviewStep, PreviewStream, Task
-from spar.worlds.shapes.scope import world_notes
 
 MAX_STEPS, MAX_GUIDANCE = 100, 15  # of the sliders; the pipeline's own limits are wider
 MAX_WAITING = 8  # accepted requests; each occupies a thread until it is finished

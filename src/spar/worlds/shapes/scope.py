@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 import numpy as np
-from PIL import Image
 
-from spar.processing.images import to_square
 from spar.worlds.shapes.detector import UNKNOWN, detect
 from spar.worlds.shapes.forms import SYNONYMS
 from spar.worlds.shapes.scene import BACKGROUNDS, COLORS, MAX_OBJECTS, SHAPES, SIDE, SIZES
 from spar.worlds.shapes.tokenizer import ORDINALS, SINGULARS, split_words
-
-if TYPE_CHECKING:
-    from spar.inference.pipeline import SparPipeline
 
 TRUE_OVERLAP = 0.7  # least mean overlap of an image's objects with the world's shapes; reconstructions have 0.9
 _CANONICAL = {other: word for word, others in SYNONYMS.items() for other in others}
@@ -28,21 +22,6 @@ _THINGS = {*SHAPES, *SINGULARS, "object", "objects"}
 def is_of_this_world(words: Iterable[str]) -> bool:
     """Whether a vocabulary is that of the shapes world, of either version."""
     return {*SHAPES, *COLORS, *BACKGROUNDS, *SIZES} <= {*words}
-
-
-def draws_this_world(pipe: SparPipeline) -> bool:
-    """Whether a model's words and images are those of the shapes world."""
-    tokenizer = pipe.bundle.text_tokenizer
-    return tokenizer.unk_token is not None and is_of_this_world(tokenizer.get_vocab()) and pipe.image_size == SIDE
-
-
-def world_notes(pipe: SparPipeline, texts: Sequence[str] = (), images: Sequence[Image.Image] = ()) -> list[str]:
-    """What lies outside the world of a model of the shapes world, each thing once; of another model nothing."""
-    if not draws_this_world(pipe):
-        return []
-    said = [note for text in texts for note in prompt_notes(text)]
-    seen = [note for image in images for note in image_notes(np.asarray(to_square(image, SIDE)), image.size)]
-    return list(dict.fromkeys([*said, *seen]))
 
 
 def prompt_notes(text: str) -> list[str]:
