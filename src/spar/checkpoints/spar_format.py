@@ -111,7 +111,7 @@ def _load_tokenizer_weights(tokenizer: UnifiedTokenizer, folder: Path, header: d
 
 def save_model(loaded: ModelBundle, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Write a whole SPAR folder; an existing folder is replaced only if it is a SPAR folder."""
-    check_replaceable(folder, FORMAT)
+    check_model_folder(folder, FORMAT)
     with atomic_directory(folder) as temporary:
         model = loaded.model
         save_tokenizer(model.tokenizer, temporary / "tokenizer", dtype)
@@ -134,7 +134,7 @@ def build_model_card(loaded: ModelBundle) -> str:
     return model_card(model.config, loaded.manifest, sizes, prompt=loaded.sampling.max_prompt_tokens, words=words)
 
 
-def check_replaceable(folder: Path, kind: str) -> None:
+def check_model_folder(folder: Path, kind: str) -> None:
     """Refuse a path that is neither an empty folder nor an older one of this kind, with InputError."""
     folder = folder.absolute()
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):

@@ -10,6 +10,8 @@ from dataclasses import asdict
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from spar.common.progress import Advance
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -27,7 +29,6 @@ WRONG_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # exit statuses
 MARKS = {True: ("ok", "green"), False: ("wrong", "bold red"), None: ("note", "yellow")}
 NOT_LOSS_TERMS = ("loss", "grad_norm", "lr", "seconds")  # values of a step that are not terms of its loss
 
-Advance = Callable[[int, int], None]
 Announce = Callable[["StageConfig", list[tuple[str, int, int]]], None]
 Report = Callable[[str, int, int, dict[str, float]], None]
 

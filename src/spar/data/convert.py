@@ -8,12 +8,13 @@ import io
 import itertools
 import json
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from spar.common.config import write_json
 from spar.common.errors import InputError
+from spar.common.progress import Advance
 from spar.data.bad_samples import BadSampleRecord, BadSampleTracker, decode_images
 from spar.data.samples import BadSample, Sample
 from spar.data.sources import DataSource
@@ -22,7 +23,6 @@ from spar.processing.images import read_header
 MANIFEST, DROPPED = "converted.json", "dropped.jsonl"
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ConversionResult:
 
 def convert(
     sources: Sequence[DataSource], folder: Path, *, shard: int = 10_000, bad_share: float = 0.01,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> ConversionResult:  # fmt: skip
     """Write the good samples of sources of one kind, in order, into an empty folder.
 
@@ -72,7 +72,7 @@ def convert(
 
 
 def _good(
-    sources: Sequence[DataSource], bad_samples: BadSampleTracker, progress: Progress | None
+    sources: Sequence[DataSource], bad_samples: BadSampleTracker, progress: Advance | None
 ) -> Iterator[list[tuple[str, bytes]]]:
     """Yield the members (extension, data) of each good sample; bad ones are counted and logged."""
     total = sum(len(source) for source in sources)

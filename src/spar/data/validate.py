@@ -1,13 +1,13 @@
 """Validation of a source: reads and decodes every sample, and reports what would disturb training."""
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 
 import numpy as np
 
+from spar.common.progress import Advance
 from spar.data.bad_samples import BadSampleRecord, decode_images
 from spar.data.processes import map_in_processes
 from spar.data.samples import BadSample
@@ -25,7 +25,6 @@ _ROW = np.dtype([
     ("index", "i8"), ("image", "u8"), ("whole", "u8"), ("width", "i4"), ("height", "i4"), ("characters", "i4"),
 ])  # fmt: skip
 
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class _Part:
 
 def validate(
     source: DataSource, *, limit: int | None = None, max_characters: int = 4096, workers: int = 4,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> ValidationReport:  # fmt: skip
     """Check every sample of a source, or `limit` of them, evenly spread.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from spar.evaluation.options import EvalOptions, PipelineLike, Progress
+from spar.common.progress import Advance
+from spar.evaluation.options import EvalOptions, PipelineLike
 from spar.evaluation.results import Result
 from spar.evaluation.shapes_chat import shapes_chat
 from spar.evaluation.shapes_edit import shapes_edit, shapes_edit_bind
@@ -13,7 +14,7 @@ from spar.evaluation.shapes_paraphrase import shapes_paraphrase
 from spar.evaluation.shapes_recon import shapes_recon
 from spar.evaluation.shapes_vqa import shapes_vqa, shapes_vqa_bind
 
-Benchmark = Callable[[PipelineLike, EvalOptions, Progress | None], Result]
+Benchmark = Callable[[PipelineLike, EvalOptions, Advance | None], Result]
 
 BENCHMARKS: dict[str, Benchmark] = {
     "shapes-gen": shapes_gen,

@@ -14,11 +14,11 @@ import numpy as np
 from PIL import Image
 
 from spar.common.errors import InputError
+from spar.common.progress import Advance
 from spar.worlds.shapes.scene import BINDING_KINDS, SEED_RANGES, SIDE
 
 R = TypeVar("R")
 T = TypeVar("T")
-Progress = Callable[[int, int], None]
 
 VERSION_1 = ("shapes-gen", "shapes-edit", "shapes-vqa", "shapes-recon")
 BENCHMARK_NAMES = (
@@ -126,7 +126,7 @@ def is_understood(pipe: PipelineLike, text: str) -> bool:
     return True
 
 
-def batches(items: Sequence[T], size: int, progress: Progress | None = None) -> Iterator[Sequence[T]]:
+def batches(items: Sequence[T], size: int, progress: Advance | None = None) -> Iterator[Sequence[T]]:
     """Split into batches of at most `size` items; `progress(done, total)` is called after each."""
     for start in range(0, len(items), size):
         chunk = items[start : start + size]

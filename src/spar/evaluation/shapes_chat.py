@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from spar.common.progress import Advance
 from spar.evaluation.environment import Timer, run_settings
-from spar.evaluation.options import EvalOptions, PipelineLike, Progress, is_understood, scene_seed, seed_block
+from spar.evaluation.options import EvalOptions, PipelineLike, is_understood, scene_seed, seed_block
 from spar.evaluation.results import Result, mean_score
 from spar.evaluation.shapes_vqa import answer, is_right
 from spar.worlds.shapes.questions import BINDING_QUESTION_KINDS, QUESTION_KINDS, Question, questions
@@ -60,7 +61,7 @@ def gives_away(earlier: Sequence[Question], question: Question) -> bool:
     return question.answer not in ("yes", "no") and question.answer in split_words(said)
 
 
-def shapes_chat(pipe: PipelineLike, options: EvalOptions | None = None, progress: Progress | None = None) -> Result:
+def shapes_chat(pipe: PipelineLike, options: EvalOptions | None = None, progress: Advance | None = None) -> Result:
     """Run Shapes-Chat on `pipe.chat`.
 
     Scores: "overall" (the third turn), "turn_1", "turn_2", and "part.alone" (the third question asked alone).

@@ -18,12 +18,12 @@ from functools import partial
 import numpy as np
 from scipy import ndimage
 
+from spar.common.progress import Advance
 from spar.evaluation.environment import Timer, run_settings
 from spar.evaluation.matching import PLACE_TOLERANCE, same_look, same_object, take_match
 from spar.evaluation.options import (
     EvalOptions,
     PipelineLike,
-    Progress,
     ask_known,
     batches,
     image_seed,
@@ -118,7 +118,7 @@ def needs_binding(scene: Scene, edit: Edit) -> bool:
     )
 
 
-def shapes_edit(pipe: PipelineLike, options: EvalOptions | None = None, progress: Progress | None = None) -> Result:
+def shapes_edit(pipe: PipelineLike, options: EvalOptions | None = None, progress: Advance | None = None) -> Result:
     """Run Shapes-Edit on `pipe.edit`.
 
     Scores: "overall" (mean of the kinds), one per kind, "psnr_outside" (dB, mean over images of every kind but
@@ -128,7 +128,7 @@ def shapes_edit(pipe: PipelineLike, options: EvalOptions | None = None, progress
 
 
 def shapes_edit_bind(
-    pipe: PipelineLike, options: EvalOptions | None = None, progress: Progress | None = None
+    pipe: PipelineLike, options: EvalOptions | None = None, progress: Advance | None = None
 ) -> Result:
     """Run Shapes-Edit-Bind on `pipe.edit`; scores as in `shapes_edit`."""
     return _run("shapes-edit-bind", pipe, options or EvalOptions(), progress)
@@ -139,7 +139,7 @@ def run_edits(
     items: Sequence[EditItem],
     instructions: Sequence[str],
     options: EvalOptions,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> list[EditVerdict]:
     """Edit each item's image by its instruction and check it; an instruction that is refused is wrong in all parts."""
     from PIL import Image
@@ -164,7 +164,7 @@ def run_edits(
     return verdicts
 
 
-def _run(benchmark: str, pipe: PipelineLike, options: EvalOptions, progress: Progress | None) -> Result:
+def _run(benchmark: str, pipe: PipelineLike, options: EvalOptions, progress: Advance | None) -> Result:
     clock = Timer()
     items = edit_items(options, benchmark)
     verdicts = run_edits(pipe, items, [item.edit.instruction for item in items], options, progress)

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from spar.common.progress import Advance
 from spar.evaluation.environment import Timer, run_settings
 from spar.evaluation.matching import fidelity_score
 from spar.evaluation.options import (
     EvalOptions,
     PipelineLike,
-    Progress,
     ask_known,
     batches,
     image_seed,
@@ -108,7 +108,7 @@ def _task_prompts(benchmark: str, part: int, count: int, combinations: str) -> l
     return prompts
 
 
-def shapes_gen(pipe: PipelineLike, options: EvalOptions | None = None, progress: Progress | None = None) -> Result:
+def shapes_gen(pipe: PipelineLike, options: EvalOptions | None = None, progress: Advance | None = None) -> Result:
     """Run Shapes-Gen on `pipe.generate`.
 
     Scores: "overall" (mean of the tasks), one per task (mean over images; the interval resamples prompts),
@@ -119,7 +119,7 @@ def shapes_gen(pipe: PipelineLike, options: EvalOptions | None = None, progress:
 
 
 def shapes_gen_bind(
-    pipe: PipelineLike, options: EvalOptions | None = None, progress: Progress | None = None
+    pipe: PipelineLike, options: EvalOptions | None = None, progress: Advance | None = None
 ) -> Result:
     """Run Shapes-Gen-Bind on `pipe.generate`; scores as in `shapes_gen`."""
     return _run("shapes-gen-bind", pipe, options or EvalOptions(), progress)
@@ -131,7 +131,7 @@ def draw_prompts(
     texts: Sequence[str],
     options: EvalOptions,
     each: int,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> list[Detection | None]:
     """What is seen in `each` images of every prompt, drawn from the text at its place; None where that is refused."""
     jobs = [
@@ -151,7 +151,7 @@ def draw_prompts(
     return drawn
 
 
-def _run(benchmark: str, pipe: PipelineLike, options: EvalOptions, progress: Progress | None) -> Result:
+def _run(benchmark: str, pipe: PipelineLike, options: EvalOptions, progress: Advance | None) -> Result:
     clock = Timer()
     prompts, each = gen_prompts(options, benchmark), options.images_per_prompt
     drawn = draw_prompts(pipe, prompts, [prompt.text for prompt in prompts], options, each, progress)

@@ -12,8 +12,9 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
+from spar.common.progress import Advance
 from spar.evaluation.environment import Timer, run_settings
-from spar.evaluation.options import EvalOptions, PipelineLike, Progress, seed_block
+from spar.evaluation.options import EvalOptions, PipelineLike, seed_block
 from spar.evaluation.results import Result, mean_score, ratio_score
 from spar.evaluation.shapes_edit import edit_items, run_edits
 from spar.evaluation.shapes_gen import GenPrompt, draw_prompts, gen_prompts
@@ -31,7 +32,7 @@ def reword(texts: Sequence[str], combinations: str = "seen") -> list[str]:
 
 
 def shapes_paraphrase(
-    pipe: PipelineLike, options: EvalOptions | None = None, progress: Progress | None = None
+    pipe: PipelineLike, options: EvalOptions | None = None, progress: Advance | None = None
 ) -> Result:
     """Run Shapes-Paraphrase on `pipe.generate`, `pipe.edit` and `pipe.understand`.
 

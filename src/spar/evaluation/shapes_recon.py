@@ -13,10 +13,11 @@ from functools import partial
 
 import numpy as np
 
+from spar.common.progress import Advance
 from spar.evaluation.environment import Timer, run_settings
 from spar.evaluation.features import FEATURES, frechet_distance, random_features
 from spar.evaluation.matching import PLACE_TOLERANCE, fidelity_score, same_object, take_match
-from spar.evaluation.options import EvalOptions, PipelineLike, Progress, batches, pixels, scene_seed, seed_block
+from spar.evaluation.options import EvalOptions, PipelineLike, batches, pixels, scene_seed, seed_block
 from spar.evaluation.results import Result, Score, bootstrap, mean_score, ratio_score
 from spar.worlds.shapes.detector import Detection, detect
 from spar.worlds.shapes.render import render
@@ -38,7 +39,7 @@ def recon_scenes(options: EvalOptions) -> list[Scene]:
     ]
 
 
-def shapes_recon(pipe: PipelineLike, options: EvalOptions | None = None, progress: Progress | None = None) -> Result:
+def shapes_recon(pipe: PipelineLike, options: EvalOptions | None = None, progress: Advance | None = None) -> Result:
     """Run Shapes-Recon on `pipe.reconstruct`.
 
     Scores: "psnr" (dB), "ssim", "survival", "frechet", and "part.background", "part.scene" (the share of images

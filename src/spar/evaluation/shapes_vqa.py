@@ -17,17 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from spar.common.progress import Advance
 from spar.evaluation.environment import Timer, run_settings
-from spar.evaluation.options import (
-    EvalOptions,
-    PipelineLike,
-    Progress,
-    ask_known,
-    batches,
-    scene_kind,
-    scene_seed,
-    seed_block,
-)
+from spar.evaluation.options import EvalOptions, PipelineLike, ask_known, batches, scene_kind, scene_seed, seed_block
 from spar.evaluation.results import Result, Score, mean_score
 from spar.worlds.shapes.captions import QUESTION_KINDS, Question, questions, split_words
 from spar.worlds.shapes.dataset import seed_at
@@ -76,7 +68,7 @@ def _kind_items(benchmark: str, part: int, count: int, combinations: str) -> lis
     return items
 
 
-def shapes_vqa(pipe: PipelineLike, options: EvalOptions | None = None, progress: Progress | None = None) -> Result:
+def shapes_vqa(pipe: PipelineLike, options: EvalOptions | None = None, progress: Advance | None = None) -> Result:
     """Run Shapes-VQA on `pipe.understand(images, questions)`; an answer is right if it is the word, in any case.
 
     Scores: "overall" (mean of the kinds) and one per kind, each also with the prefixes "blind." and "gray.".
@@ -85,14 +77,14 @@ def shapes_vqa(pipe: PipelineLike, options: EvalOptions | None = None, progress:
 
 
 def shapes_vqa_bind(
-    pipe: PipelineLike, options: EvalOptions | None = None, progress: Progress | None = None
+    pipe: PipelineLike, options: EvalOptions | None = None, progress: Advance | None = None
 ) -> Result:
     """Run Shapes-VQA-Bind on `pipe.understand`; scores as in `shapes_vqa`."""
     return _run("shapes-vqa-bind", pipe, options or EvalOptions(), progress)
 
 
 def answer(
-    pipe: PipelineLike, jobs: Sequence[tuple[Any, str]], options: EvalOptions, progress: Progress | None = None
+    pipe: PipelineLike, jobs: Sequence[tuple[Any, str]], options: EvalOptions, progress: Advance | None = None
 ) -> list[str]:
     """The answers to (image, question); that to a question which is refused is empty."""
 
@@ -105,7 +97,7 @@ def answer(
     return [given or "" for given in answers]
 
 
-def _run(benchmark: str, pipe: PipelineLike, options: EvalOptions, progress: Progress | None) -> Result:
+def _run(benchmark: str, pipe: PipelineLike, options: EvalOptions, progress: Advance | None) -> Result:
     from PIL import Image
 
     clock = Timer()

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from spar.common.config import read_json, to_dict, write_json
 from spar.common.errors import InputError
 from spar.common.files import atomic_file
+from spar.common.progress import Advance
 from spar.data.loader import to_pixels
 from spar.data.samples import BadSample, check_references
 from spar.data.sources import DataSource
@@ -33,7 +34,6 @@ log = logging.getLogger("spar.training")
 HEADER, FORMAT, FORMAT_VERSION = "cache.json", "spar-features", 1
 ROWS = 1024  # samples a file
 
-Advance = Callable[[int, int], None]
 
 
 def sample_id(identity: str, number: int) -> int:
