@@ -45,7 +45,7 @@ FOUNDATIONS = (
         ),
     ),
     StageConfig(
-        "mllm-2", TagWordsObjective(edit_tags=0.3), ("model.language.*",), steps=1600, batch=32, lr=1.5e-3, lr_end=1e-5,
+        "mllm-2", TagWordsObjective(edit_tags=0.3), ("model.language.*",), steps=1000, batch=32, lr=1.5e-3, lr_end=1e-5,
         warmup=20, optimizer="muon",
         data=QuestionData(
             (*QUESTIONS, "relation", *3 * ("position",)), per_image=8, prompt_share=0.6, edit_prompts=0.7,
@@ -95,9 +95,9 @@ _JOINT = replace(
 _SINGLE = MixedLessons(position_captions=1.0, scene_kinds=("single",))
 UNIFIED = (
     _UNIFIED_1,
-    replace(_JOINT, name="places-1", steps=400, data=_SINGLE),
-    replace(_JOINT, name="places-2", steps=500, data=replace(_SINGLE, scene_kinds=("single", "two", "position"))),
-    replace(_JOINT, name="relations", steps=700, data=MixedLessons(scene_kinds=("position",))),
+    replace(_JOINT, name="places-1", steps=300, data=_SINGLE),
+    replace(_JOINT, name="places-2", steps=400, data=replace(_SINGLE, scene_kinds=("single", "two", "position"))),
+    replace(_JOINT, name="relations", steps=500, data=MixedLessons(scene_kinds=("position",))),
     replace(
         _JOINT, name="unified-2", steps=5600, lr=3e-3, lr_end=3e-4, warmup=50, ema=0.998,
         data=MixedLessons(edit_share=0.4, position_captions=0.15, scene_kinds=MIXTURE),
