@@ -96,12 +96,12 @@ def test_the_tags_behind_an_edit_are_read_off_the_last_states_of_the_images_toke
     wanted = plain["loss"] + 0.5 * sum(tagged[tag] for tag in TAGS)
     assert tagged["loss"].item() == pytest.approx(wanted.item(), rel=1e-4)
     # States that say the tags, in place of the LLM's: the term is that of a sure and right read-out.
-    head, owned = begun.modules.dense_head, batch.owned
+    head, counted = begun.modules.dense_head, batch.counted
     with torch.no_grad():
         for name, linear in head.tags.items():
             linear.weight.zero_()[:, : TAGS[name]].fill_diagonal_(30)
             states = torch.nn.functional.one_hot(batch.tags[name], linear.weight.shape[1]).float()
-            terms = tag_terms(head, states, batch.tags, owned)
+            terms = tag_terms(head, states, batch.tags, counted)
             assert float(terms[name]) < 1e-6
-            wrong = tag_terms(head, states, {**batch.tags, name: (batch.tags[name] + 1) % TAGS[name]}, owned)
+            wrong = tag_terms(head, states, {**batch.tags, name: (batch.tags[name] + 1) % TAGS[name]}, counted)
             assert float(wrong[name]) == pytest.approx(30, rel=0.1)

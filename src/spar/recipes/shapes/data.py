@@ -31,6 +31,7 @@ from spar.worlds.shapes.tokenizer import build_tokenizer
 KIND_WEIGHTS = {**dict.fromkeys(KINDS, 1.0), "shared": 1.5, "twins": 1.0}
 OPEN_CAPTIONS = 0.15
 FOLLOWING, TURNS = 0.5, 3
+EMPTY_TOKENS = 0.15  # of the tokens without an object, in what the tags behind an edit count
 
 
 def draw_edit(scene: Scene, rng: np.random.Generator) -> Edit:
@@ -163,9 +164,10 @@ class ShapesTrainingData(TrainingData):
         if not editing:
             return Descriptions(keys=indices, pixels=pixels, prompts=tuple(prompts[rows]), texts=texts, edits=False)
         tags, before = dense_tags(scenes[rows], self.grid), dense_tags([self.scenes[i] for i in indices], self.grid)
+        empty = torch.from_numpy(rng.random((count, self.grid**2)) < EMPTY_TOKENS)[rows]
         return TaggedEdits(
             keys=indices, pixels=pixels, prompts=tuple(prompts[rows]), texts=texts, edits=True, tags=tags,
-            owned=(tags["shape"] > 0) | (before["shape"] > 0),
+            counted=(tags["shape"] > 0) | (before["shape"] > 0) | empty,
         )  # fmt: skip
 
     def turns(

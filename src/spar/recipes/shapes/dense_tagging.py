@@ -51,11 +51,12 @@ class Tagged(Images):
 @dataclass(frozen=True, kw_only=True)
 class TaggedEdits(Descriptions):
     """Edits described in words, with the `tags` of each visual token after the edit, `[B, N, ...]` by name, and which
-    tokens belong to an object before or after it, `owned` `[B, N]`.
+    tokens count, `[B, N]`: those of an object before or after it, and some of the others. Without these an added
+    object would be told of every empty token.
     """
 
     tags: Mapping[str, Tensor]
-    owned: Tensor
+    counted: Tensor
 
 
 @dataclass(frozen=True)
@@ -169,8 +170,8 @@ class TagWordsObjective(NextTokenObjective):
         terms = self.answer_terms(ctx, packed, states)
         if not (self.edit_tags and isinstance(batch, TaggedEdits)):
             return terms
-        seen = states[packed.ids == ctx.recipe.model.text.image_token_id].unflatten(0, batch.owned.shape)
-        tagged = tag_terms(dense_head(ctx.modules), seen, batch.tags, batch.owned)
+        seen = states[packed.ids == ctx.recipe.model.text.image_token_id].unflatten(0, batch.counted.shape)
+        tagged = tag_terms(dense_head(ctx.modules), seen, batch.tags, batch.counted)
         return {**terms, "loss": terms["loss"] + self.edit_tags * sum(tagged.values()), **tagged}
 
     def build(self, recipe: "SparRecipe", networks: Networks) -> Mapping[str, Callable[[Any], nn.Module]]:
@@ -184,14 +185,14 @@ class TagWordsObjective(NextTokenObjective):
             init_tag_embeddings(ctx.modules, ctx.prompts)
 
 
-def tag_terms(head: DenseHead, states: Tensor, targets: Mapping[str, Tensor], owned: Tensor) -> Terms:
-    """The cross-entropy of each tag, read off states `[B, N, D]`; an object's tags count on the tokens `owned`
-    `[B, N]`: over all tokens the background drowns them.
+def tag_terms(head: DenseHead, states: Tensor, targets: Mapping[str, Tensor], counted: Tensor) -> Terms:
+    """The cross-entropy of each tag, read off states `[B, N, D]`; an object's tags on the tokens `counted` `[B, N]`
+    alone: over all tokens the background drowns them.
     """
     terms: Terms = {}
     for name in TAGS:
-        logits, counted = head.tags[name](states).float(), torch.ones_like(owned) if name == "background" else owned
-        terms[name] = F.cross_entropy(logits[counted], targets[name][counted])
+        logits, here = head.tags[name](states).float(), torch.ones_like(counted) if name == "background" else counted
+        terms[name] = F.cross_entropy(logits[here], targets[name][here])
     return terms
 
 

@@ -45,10 +45,10 @@ FOUNDATIONS = (
         ),
     ),
     StageConfig(
-        "mllm-2", TagWordsObjective(edit_tags=0.3), ("model.language.*",), steps=1000, batch=32, lr=1.5e-3, lr_end=1e-5,
+        "mllm-2", TagWordsObjective(edit_tags=0.3), ("model.language.*",), steps=1300, batch=32, lr=1.5e-3, lr_end=1e-5,
         warmup=20, optimizer="muon",
         data=QuestionData(
-            (*QUESTIONS, "relation", *3 * ("position",)), per_image=8, prompt_share=0.6, edit_prompts=0.7,
+            (*QUESTIONS, "relation", *3 * ("position",)), per_image=8, prompt_share=0.65, edit_prompts=0.8,
             scene_kinds=BINDING_MIXTURE,
         ),
     ),
