@@ -125,13 +125,19 @@ def field_names(config: Any) -> set[str]:
 
 @pytest.fixture(scope="session")
 def config() -> Any:
-    """Far smaller than `tiny`: 16 visual tokens, 4 LLM layers with grouped keys, 2 ViT layers, 3 denoiser blocks."""
+    """Far smaller than `tiny`: 16 visual tokens, 4 LLM layers with grouped keys, 2 ViT layers, 3 denoiser blocks.
+
+    Its forms are the published ones: linear attention, and no states of the LLM at a reference's tokens.
+    """
     from spar.recipes.tiny import TINY_MODEL
 
     return replace(
         TINY_MODEL,
         vision=replace(TINY_MODEL.vision, image_size=32, layers=2),
-        denoiser=replace(TINY_MODEL.denoiser, layers=3, align_depth=2),
+        connector=replace(TINY_MODEL.connector, reference="replaced"),
+        denoiser=replace(
+            TINY_MODEL.denoiser, layers=3, align_depth=2, self_attention="linear", reference_states=False
+        ),
     )
 
 

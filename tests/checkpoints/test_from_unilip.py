@@ -293,6 +293,8 @@ def test_the_forms_are_unilips_and_the_prompt_is_too(exact):
     assert (config.streams.fusion, config.streams.residual_blocks) == ("residual", 3)
     assert config.streams.block_norm_eps == 1e-6
     assert not config.denoiser.reference_latent and config.denoiser.position_gain == 0
+    assert not config.denoiser.reference_states and config.connector.reference == "replaced"
+    assert config.denoiser.self_attention == "linear"
     assert float(exact.model.tokenizer.latent_scale) == pytest.approx(FACTOR)
     assert exact.sampling.shift == 3.0
 

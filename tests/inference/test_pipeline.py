@@ -24,6 +24,7 @@ from spar.inference.image_files import read_metadata
 from spar.inference.pipeline import SparPipeline
 from spar.models.attention import attention_bias, position_ids_from_mask
 from spar.processing.images import to_pil, to_square, to_tensor
+from spar.processing.prompts import TokenBatch
 
 CIRCLE, SQUARES = "a red circle", "two blue squares on a white background"
 QUESTION = "what color is the background ?"
@@ -43,6 +44,7 @@ def folder(tiny_run, tmp_path_factory) -> Path:
     loaded.model.language.network.embed_tokens.weight.data[SPECIALS:words].normal_(generator=generator)
     for layer in loaded.model.language.network.layers:  # else the tied embedding repeats the last word
         layer.mlp.down_proj.weight.data.normal_(std=0.25, generator=generator)
+    loaded.model.denoiser.reference_embed.weight.data.normal_(std=0.2, generator=generator)
     path = tmp_path_factory.mktemp("lively") / "model"
     SparPipeline(loaded).save_pretrained(path)
     return path
@@ -234,13 +236,12 @@ def test_nothing_is_computed_in_float64_which_some_devices_have_not(pipe, pictur
 # ---- guidance --------------------------------------------------------------------------------------------------------
 
 
-def by_hand(pipe, scale: float, negative: str | None) -> Image.Image:
+def by_hand(pipe, scale: float, rows: list[TokenBatch], f_v: torch.Tensor | None = None) -> Image.Image:
     """Both branches one by one, in the sampler, from the seed's own noise."""
     model = pipe.model
     noise = torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        rows = [pipe.prompts.generation([text]) for text in (CIRCLE, negative)]
-        ours, theirs = (model.condition(row.ids, row.mask) for row in rows)
+        ours, theirs = (model.condition(row.ids, row.mask, f_v) for row in rows)
 
         def velocity(x, t):
             v = model.velocity(x, t, ours).velocity
@@ -258,7 +259,19 @@ def by_hand(pipe, scale: float, negative: str | None) -> Image.Image:
 @pytest.mark.parametrize("negative", [None, SQUARES])
 def test_guidance_is_its_formula_and_one_is_the_conditional_branch(pipe, scale, negative):
     (image,) = generate(pipe, guidance_scale=scale, negative_prompt=negative).images
-    assert gap(image, by_hand(pipe, scale, negative)) <= 1
+    assert gap(image, by_hand(pipe, scale, [pipe.prompts.generation([text]) for text in (CIRCLE, negative)])) <= 1
+
+
+def test_the_branches_of_an_edit_have_each_their_own_reference(pipe, pictures):
+    """The states at the reference's tokens tell the instruction, which the unconditional prompt lacks."""
+    words = "remove the red circle"
+    with torch.no_grad():
+        f_v = pipe.model.tokenizer.encoder(to_tensor(pictures[:1]))
+        rows = [pipe.prompts.edit([text]) for text in (words, None)]
+        ours, theirs = (pipe.model.condition(row.ids, row.mask, f_v).reference for row in rows)
+    assert (ours[:, 8:] - theirs[:, 8:]).abs().max() > 1e-3 and torch.equal(ours[:, :8], theirs[:, :8])
+    (image,) = edit(pipe, pictures[0], words, guidance_scale=3.0).images
+    assert gap(image, by_hand(pipe, 3.0, rows, f_v)) <= 1
 
 
 def test_guidance_one_never_runs_the_unconditional_branch(pipe, monkeypatch):

@@ -91,8 +91,8 @@ EVERYWHERE = {"model", "pixel_encoder"}
     ("stages", "heads"),
     [
         (("encoder",), {"dense_head"}),
-        (("mllm",), {"dense_head"}),  # its words begin at the read-outs
-        (("mllm-2", "autoencoder", "dit", "tokenizer-1", "tokenizer-2"), set()),
+        (("mllm", "mllm-2"), {"dense_head"}),  # words begin at the read-outs, by which the tags behind an edit are read
+        (("autoencoder", "dit", "tokenizer-1", "tokenizer-2"), set()),
         (("tokenizer-3",), {"discriminator", "lecam", "teacher"}),
         (("unified-1", "unified-2"), {"alignment_head"}),
         (tuple(stage.name for stage in TINY.stages),

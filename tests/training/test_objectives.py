@@ -133,6 +133,8 @@ def test_an_even_routing_costs_nothing_and_one_layer_for_all_costs_log_k(start):
     assert imbalance([one] * 3, [1, 1, 1]) == pytest.approx(math.log(4))
     assert imbalance([one, other], [1, 1]) == pytest.approx(math.log(2))  # each token may choose: the mean counts
     assert imbalance([one, other], [0, 1]) == pytest.approx(math.log(4))  # padding does not count
+    rows = Condition(torch.zeros(2, 1, 2), torch.ones(2, 1), torch.tensor([[one], [other]]))
+    assert float(unified.routing_imbalance(rows)) == pytest.approx(math.log(4))  # each prompt by itself
     terms = run(start("unified-2", align=0.0, balance=2.0))
     assert float(terms["loss"]) == pytest.approx(float(terms["flow"]) + 2 * float(terms["imbalance"]), rel=1e-5)
     assert "imbalance" not in run(start("unified-2", balance=0.0))

@@ -34,6 +34,14 @@ BUILT = InitFolder(
 )  # fmt: skip
 
 
+WITHOUT_TAGS = replace(
+    TINY,
+    stages=tuple(
+        replace(one, objective=TagWordsObjective()) if one.name.startswith("mllm") else one for one in TINY.stages
+    ),
+)
+
+
 def plan(*stages: str, init: InitFolder | None = None, done=(), states=(), **settings):
     status = RunStatus(RUN, dict.fromkeys(done, 3), dict.fromkeys(states, 2), init)
     return resolve(TINY, status, stages=stages, **settings)
@@ -100,7 +108,7 @@ def test_words_begin_at_the_tags_where_the_objective_says_so_but_a_model_knows_i
     before = Origin(before=TINY.stage("encoder"))
     assert stage.objective.preparations(TINY, stage, before) == ("tag embeddings",)
     assert NextTokenObjective().preparations(TINY, stage, before) == ()
-    assert plan("mllm", init=MODEL).stages[0].prepares == ()
+    assert resolve(WITHOUT_TAGS, RunStatus(RUN, {}, {}, MODEL), stages=("mllm",)).stages[0].prepares == ()
     assert plan(done=["encoder"], states=["mllm"], resume=True).stages[1].prepares == ()  # the state has them
 
 
@@ -317,12 +325,20 @@ def test_the_end_of_an_unknown_objective_needs_a_teacher():
     assert plan("tokenizer-3", init=replace(folder, kind="dit")).stages[0].prepares == ("teacher from encoder",)
 
 
-def test_words_begin_at_the_tags_once():
-    stages = tuple(
-        replace(one, objective=TagWordsObjective()) if one.name == "mllm-2" else one for one in TINY.stages
-    )
-    found = resolve(replace(TINY, stages=stages), RunStatus(RUN))
+def test_words_begin_at_the_tags_where_they_are_random_and_nowhere_else():
+    found = resolve(TINY, RunStatus(RUN))
     assert [one.config.name for one in found.stages if "tag embeddings" in one.prepares] == ["mllm"]
+    heads = frozenset({"dense_head"})
+    for kind, prepares in (("dense_tagging", ("tag embeddings",)), ("next_token", ()), ("unified", ())):
+        folder = InitFolder(Path("done"), is_model=False, kind=kind, holds=heads)
+        assert plan("mllm-2", init=folder).stages[0].prepares == prepares
+
+
+def test_tags_behind_an_edit_need_the_read_outs_which_a_model_folder_lacks():
+    folder = InitFolder(Path("model"), is_model=True)
+    with pytest.raises(InputError, match=r"stage mllm-2: edit_tags reads .* which model does not hold"):
+        plan("mllm-2", init=folder)
+    assert resolve(WITHOUT_TAGS, RunStatus(RUN, {}, {}, folder), stages=("mllm-2",)).stages[0].prepares == ()
 
 
 def test_what_a_stage_refuses_to_prepare_leaves_the_run_as_it_was(tiny_run, tmp_path):

@@ -120,7 +120,9 @@ def _sizes(
     config: SparConfig, parts: PublishedParts, files: TensorReader, kind: str, router: Literal["last", "dtr"]
 ) -> SparConfig:
     """UniLIP's sizes and forms; those that it lacks are from `config`."""
-    connector = replace(config.connector, reference_positions=False, reference_scale="raw", image_start=True)
+    connector = replace(
+        config.connector, reference_positions=False, reference_scale="raw", reference="replaced", image_start=True
+    )
     if kind == "model":
         layers = unilip.count_keys(files, r"llm_connector\.layers\.(\d+)\.")
         connector = replace(connector, queries=unilip.queries(files), layers=layers)
@@ -135,7 +137,7 @@ def _sizes(
         streams=streams,
         router=replace(config.router, kind=router, temperature=1.0, scale="last", norm=False),
         connector=connector,
-        denoiser=replace(parts.denoiser, position_gain=0.0, reference_latent=False),
+        denoiser=replace(parts.denoiser, position_gain=0.0, reference_latent=False, reference_states=False),
     )
 
 

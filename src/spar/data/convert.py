@@ -24,7 +24,6 @@ MANIFEST, DROPPED = "converted.json", "dropped.jsonl"
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
-
 @dataclass(frozen=True)
 class ConversionResult:
     """Numbers of written samples and shards, and of dropped samples (listed in DROPPED)."""

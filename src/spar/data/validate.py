@@ -26,7 +26,6 @@ _ROW = np.dtype([
 ])  # fmt: skip
 
 
-
 @dataclass(frozen=True)
 class ValidationReport:
     """Findings of one source.

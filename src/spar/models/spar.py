@@ -92,8 +92,7 @@ class SparModel(nn.Module):
         )
         states = self._routed_states(embeddings, mask, tokens.shape[1])        # K of [B, T + Q, D]
         routed = self.router(normalize_hidden_states(states, self.config.router.scale))   # [B, T + Q, D]
-        grid = None if size is None else (size[0] // self.config.token_stride, size[1] // self.config.token_stride)
-        condition = self.connector(routed.states, mask, is_reference, f_v, grid)  # [B, T + Q, C]
+        condition = self.connector(routed.states, mask, is_reference, f_v, self._grid(size))  # [B, T + Q, C]
         reference = None if f_v is None else self._reference_cells(condition, is_reference, f_v, size)
         return Condition(states=condition, mask=mask, weights=routed.weights, reference=reference)
 
@@ -106,20 +105,27 @@ class SparModel(nn.Module):
         latent to denoise, `z_f` is an input: no gradient reaches the tokenizer through it.
         """
         config = self.config.denoiser
-        if not config.reference_channels(1):
+        if not (config.reference_latent or config.reference_states):
             return None
-        with torch.no_grad():
-            latents = self.tokenizer.normalize(self.tokenizer.fuse(f_v, size).z_f)
         counts = is_reference.sum(1) // f_v.shape[1]                           # references of each row
-        has_one = counts > 0
-        parts = [latents[(counts.cumsum(0) - counts)[has_one]]] if config.reference_latent else []
+        has_one, parts = counts > 0, []
+        if config.reference_latent:
+            with torch.no_grad():
+                latents = self.tokenizer.normalize(self.tokenizer.fuse(f_v, size).z_f)
+            parts.append(latents[(counts.cumsum(0) - counts)[has_one]])
         if config.reference_states:
             first = is_reference & (is_reference.cumsum(1) <= f_v.shape[1])
             states = condition[first].unflatten(0, (-1, f_v.shape[1]))          # [rows with one, N, C]
-            parts.append(states.transpose(1, 2).unflatten(2, latents.shape[-2:]))
-        cells = torch.cat([part.to(latents.dtype) for part in parts], dim=1)
+            parts.append(states.transpose(1, 2).unflatten(2, self._grid(size)))
+        cells = torch.cat(parts, dim=1)
         rows = cells.new_zeros(len(counts), *cells.shape[1:])
-        return rows.index_put((has_one.nonzero().squeeze(1),), cells)
+        rows[has_one] = cells
+        return rows
+
+    def _grid(self, size: tuple[int, int] | None) -> tuple[int, int]:
+        """Rows and columns of the tokens of an image of a height and width, by default the trained square."""
+        stride = self.config.token_stride
+        return (self.config.grid,) * 2 if size is None else (size[0] // stride, size[1] // stride)
 
     def _routed_states(self, embeddings: Tensor, mask: Tensor, prompt: int) -> list[Tensor]:
         """The K hidden states of every token, in two passes: the first `prompt` tokens, then the queries.

@@ -27,9 +27,10 @@ TINY_MODEL = SparConfig(
         decoder_layers=(0, 1, 1, 1),
     ),
     streams=StreamConfig(residual_blocks=1, pixel_layers=1, pixel_heads=2),
-    connector=ConnectorConfig(queries=4, layers=1),
+    connector=ConnectorConfig(queries=4, layers=1, reference="added"),
     denoiser=DenoiserConfig(
-        layers=2, heads=2, head_dim=16, cross_heads=2, cross_head_dim=16, caption_channels=32, align_depth=1
+        layers=2, heads=2, head_dim=16, cross_heads=2, cross_head_dim=16, caption_channels=32, align_depth=1,
+        self_attention="softmax", reference_states=True,
     ),
 )
 

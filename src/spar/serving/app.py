@@ -5,10 +5,9 @@ import base64
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, nullcontext
-from types import MappingProxyType
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Form, Request
@@ -101,8 +100,8 @@ class Routes:
         images: Sequence[Image.Image] = (),
     ) -> Response:  # fmt: skip
         """Run the jobs and encode their images, with notes on the request's texts and images."""
+        notes = await _race(request, asyncio.to_thread(world_notes, self.worker.pipe, texts, images))
         self.worker.submit(*jobs)
-        notes = await asyncio.to_thread(world_notes, self.worker.pipe, texts, images)
         return await asyncio.to_thread(_images, await _finished(request, jobs), kind or "png", notes)
 
     async def _uploaded_image(self, request: Request, form: schema.EditForm | schema.ReconstructForm) -> Image.Image:
@@ -145,7 +144,7 @@ class Routes:
 
         parts = [part for one in messages if isinstance(one["content"], list) for part in one["content"]]
         images = [part["image"] for part in parts if part["type"] == "image"]
-        notes = await asyncio.to_thread(world_notes, self.worker.pipe, images=images)
+        notes = await _race(request, asyncio.to_thread(world_notes, self.worker.pipe, images=images))
         job = ChatJob(lambda pipe: pipe.chat(messages, max_new_tokens=max_new_tokens), emit)
         job.future.add_done_callback(lambda _: emit(None))
         self.worker.submit(job)
@@ -230,7 +229,7 @@ async def _chunks(
     """Stream an answer as server-sent events; the job is cancelled if the client stops reading."""
     shared = _head("chat.completion.chunk", model)
 
-    def chunk(delta: dict[str, str], finish: str | None = None, more: Mapping[str, Any] = MappingProxyType({})) -> str:
+    def chunk(delta: dict[str, str], finish: str | None = None, **more: list[str]) -> str:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
         return _event({**shared, "choices": [choice], **({"usage": None} if usage else {}), **more})
 
@@ -241,7 +240,7 @@ async def _chunks(
                 yield chunk({"content": piece})
                 piece = await pieces.get()
         out = job.future.result()
-        yield chunk({}, out.finish_reason, _warnings(notes))
+        yield chunk({}, out.finish_reason, **_warnings(notes))
         if usage:
             yield _event({**shared, "choices": [], "usage": _usage(out)})
     except TimeoutError:

@@ -35,7 +35,6 @@ HEADER, FORMAT, FORMAT_VERSION = "cache.json", "spar-features", 1
 ROWS = 1024  # samples a file
 
 
-
 def sample_id(identity: str, number: int) -> int:
     """63 bits of a sample's place: its source's identity, wherever the files lie, and its number there.
 

@@ -95,6 +95,11 @@ def test_the_tags_behind_an_edit_are_read_off_the_last_states_of_the_images_toke
     assert {*tagged} - {*plain} == {*TAGS}
     wanted = plain["loss"] + 0.5 * sum(tagged[tag] for tag in TAGS)
     assert tagged["loss"].item() == pytest.approx(wanted.item(), rel=1e-4)
+    packed, states = objective.read(begun.ctx, batch)
+    image = begun.recipe.model.text.image_token_id
+    seen = torch.stack([row[ids == image] for row, ids in zip(states, packed.ids, strict=True)])
+    by_rows = tag_terms(begun.modules.dense_head, seen, batch.tags, batch.counted)
+    assert all(by_rows[tag].item() == pytest.approx(tagged[tag].item(), rel=1e-4) for tag in TAGS)
     # States that say the tags, in place of the LLM's: the term is that of a sure and right read-out.
     head, counted = begun.modules.dense_head, batch.counted
     with torch.no_grad():

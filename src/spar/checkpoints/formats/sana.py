@@ -42,7 +42,7 @@ def read_config(
     numbers = config.numbers(DenoiserConfig, SANA_FIELDS, mlp_ratio=2.5, norm_eps=1e-6)
     config.expect("cross_attention_dim", numbers["heads"] * numbers["head_dim"])
     scale = config.number("interpolation_scale") if "interpolation_scale" in config else None
-    sizes = replace(base, **numbers, interpolation_scale=scale)
+    sizes = replace(base, **numbers, interpolation_scale=scale, self_attention="linear")
     return sizes, _shift(source)
 
 

@@ -53,12 +53,12 @@ class MixedLessons(Lessons, MixedData):
 
 @dataclass(frozen=True)
 class QuestionData(StageData):
-    """Images with questions of the kinds named, in this order, and at last the description of each.
+    """Images with questions of the kinds named, and at last the description of each.
 
-    An image is asked `per_image` of the questions, drawn anew each time (0: all): what a row costs grows faster than
-    its length. In the share `prompt_share` of the steps the LLM reads prompts for images in place of questions, edits
-    in the share `edit_prompts` of them, else captions, and says what the image will show: it learns what its states
-    have to tell the DiT, which a published LLM brings along. `scene_kinds` as in `Lessons`.
+    An image is asked `per_image` of the questions, drawn anew each time (0: all, in the order named): what a row costs
+    grows faster than its length. In the share `prompt_share` of the steps the LLM reads prompts for images in place of
+    questions, edits in the share `edit_prompts` of them, else captions, and says what the image will show: it learns
+    what its states have to tell the DiT, which a published LLM brings along. `scene_kinds` as in `Lessons`.
     """
 
     kind: ClassVar[str] = "questions"

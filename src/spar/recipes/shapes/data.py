@@ -177,12 +177,11 @@ class ShapesTrainingData(TrainingData):
 
         A turn goes on with the conversation of the one before it in FOLLOWING of the cases, to TURNS turns at most.
         """
-        rows = []
+        rows, kinds = [], data.questions
         for i in indices:
             scene, row = self.scenes[i], []
-            kinds = data.questions
             if data.per_image:
-                kinds = tuple(rng.permutation(kinds)[: data.per_image].tolist())
+                kinds = tuple(rng.permutation(data.questions)[: data.per_image].tolist())
             asked = [(q.text, q.answer) for q in dict.fromkeys(questions(scene, rng, kinds))]
             length = 0  # of the conversation so far
             for text, answer in (*asked, (DESCRIBE, describe(scene))):

@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spar.common.errors import InputError
 from spar.data.batches import Descriptions, Dialogues, Images
 from spar.processing.prompts import PromptEncoder
+from spar.recipes.shapes.curricula import QuestionData
 from spar.training.cost import Cost, meta_input, part_cost
 from spar.training.data import StageData, TrainingData
 from spar.training.modules import Head, TrainingModules
@@ -26,7 +28,7 @@ from spar.worlds.shapes.tokenizer import PLURALS
 
 if TYPE_CHECKING:
     from spar.training.config import StageConfig
-    from spar.training.plan import Origin, PlannedStage
+    from spar.training.plan import InitFolder, Origin, PlannedStage
     from spar.training.systems.spar import SparRecipe
 
 TAG_EMBEDDINGS = "tag embeddings"
@@ -154,9 +156,9 @@ class TagWordsObjective(NextTokenObjective):
     """Next-token prediction whose words for tags begin at the tags' read-out vectors: a word begins where the encoder
     already points. Published LLMs know their words before they see an image.
 
-    `edit_tags` weighs a second term: behind an instruction, the LLM's last state at each token of the image tells the
-    tags of that token after the edit, by the encoder's own read-outs. Words alone leave it to the answer's tokens to
-    find what an instruction means, and the DiT does not read those.
+    `edit_tags` weighs a second term: behind an instruction, the LLM's last states at the image's tokens tell the tags
+    of these tokens after the edit, by the encoder's own read-outs. Words alone leave it to the answer's tokens to find
+    what an instruction means, and the DiT does not read those.
     """
 
     kind: ClassVar[str] = "next_token_from_tags"
@@ -177,8 +179,24 @@ class TagWordsObjective(NextTokenObjective):
     def build(self, recipe: "SparRecipe", networks: Networks) -> Mapping[str, Callable[[Any], nn.Module]]:
         return build_dense_head(recipe)
 
+    def check(self, recipe: "SparRecipe", stage: "StageConfig") -> None:
+        data = stage.data
+        if self.edit_tags and not (isinstance(data, QuestionData) and data.prompt_share and data.edit_prompts):
+            raise InputError(
+                f"stage {stage.name}: edit_tags {self.edit_tags} needs edits among the prompts: data of kind "
+                f"{QuestionData.kind} with prompt_share and edit_prompts above 0"
+            )
+
+    def check_folder(self, stage: "StageConfig", init: "InitFolder") -> None:
+        if self.edit_tags and "dense_head" not in init.holds:
+            raise InputError(
+                f"stage {stage.name}: edit_tags reads the read-outs of the encoder's training, which {init.path} does "
+                "not hold: start from a stage's end, or set edit_tags 0"
+            )
+
     def preparations(self, recipe: "SparRecipe", stage: "StageConfig", origin: "Origin") -> tuple[str, ...]:
-        return () if origin.is_model or origin.made_by(TagWordsObjective) else (TAG_EMBEDDINGS,)
+        random = origin.init is None and origin.before is None
+        return (TAG_EMBEDDINGS,) if random or origin.made_by(DenseTaggingObjective) else ()
 
     def prepare(self, ctx: StepContext, data: TrainingData, planned: "PlannedStage") -> None:
         if TAG_EMBEDDINGS in planned.prepares:

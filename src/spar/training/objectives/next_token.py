@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from spar.training.modules import TrainingModules
     from spar.training.systems.spar import SparRecipe
 
-DIALOGUE_TOKENS = 240  # of the words of a row, in what a step costs: 284 and 196 in the two stages of `shapes`
+DIALOGUE_TOKENS = 190  # of the words of a row, in what a step costs: those of a row of questions in `shapes`
 
 
 @dataclass(frozen=True)

@@ -156,8 +156,9 @@ class UnifiedObjective(Objective["SparRecipe"]):
 
 
 def routing_imbalance(condition: Condition) -> Tensor:
-    """Log K - H(mean of the routing weights over a prompt's real tokens), of the prompts' mean: 0 if each layer has
-    its share in every prompt, log K for one layer.
+    """The mean over prompts of log K - H(mean of the routing weights over the prompt's real tokens).
+
+    0 if each layer has its share in every prompt, log K for one layer.
     """
     real = condition.mask.bool()[..., None]
     weights = (condition.weights.float() * real).sum(1) / real.sum(1)                        # [B, K]
