@@ -33,6 +33,7 @@ TRAINS = {
     "encoder": {ENCODER, "dense_head"},
     "mllm": {"model.language"},
     "mllm-2": {"model.language"},
+    "mllm-3": {"model.language"},
     "autoencoder": {"pixel_encoder", DECODER},
     "dit": {"model.denoiser"},
     "tokenizer-1": STREAMS,

@@ -1,6 +1,6 @@
 """`shapes`: the whole of SPAR from random weights on version 2 of the shapes world, on two CPU cores.
 
-Five foundation stages make what InternVL3, DC-AE and SANA bring at full size; the paper's six stages follow with its
+Six foundation stages make what InternVL3, DC-AE and SANA bring at full size; the paper's six stages follow with its
 trainable and frozen sets (SPAR sections 1 and 2). Between unified-1 and unified-2 stand three short lessons on where
 things lie. Departures for the small setting are in docs/training.md.
 """
@@ -30,6 +30,7 @@ BALANCE = 0.02  # keeps the router from settling on one layer for every token
 MIXTURE = ("single", "multi", *2 * ("two",), *3 * ("count",), *3 * ("position",), *4 * ("shared",), *2 * ("twins",))
 BINDING_MIXTURE = ("single", "two", "count", "position", "multi", *3 * ("shared",), *2 * ("twins",))
 QUESTIONS = tuple(dict.fromkeys((*QUESTION_KINDS, *BINDING_QUESTION_KINDS)))
+HARD_QUESTIONS = ("exists", "size", "attribute")
 
 FOUNDATIONS = (
     StageConfig(
@@ -50,6 +51,14 @@ FOUNDATIONS = (
         data=QuestionData(
             (*QUESTIONS, "relation", *3 * ("position",)), per_image=8, prompt_share=0.65, edit_prompts=0.8,
             scene_kinds=BINDING_MIXTURE,
+        ),
+    ),
+    StageConfig(
+        "mllm-3", TagWordsObjective(edit_tags=0.3), ("model.language.*",), steps=1600, batch=32, lr=1.5e-3, lr_end=1e-5,
+        warmup=20, optimizer="muon",
+        data=QuestionData(
+            (*QUESTIONS, *HARD_QUESTIONS, *2 * ("relation",), *5 * ("position",)), per_image=10, prompt_share=0.5,
+            edit_prompts=0.85, scene_kinds=BINDING_MIXTURE,
         ),
     ),
     StageConfig(
