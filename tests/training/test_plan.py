@@ -26,6 +26,7 @@ from spar.training.trainer import train
 
 TINY = recipe("tiny")
 NAMES = [stage.name for stage in TINY.stages]
+TOKENIZER, UNIFIED = NAMES.index("tokenizer-1"), NAMES.index("unified-1")
 RUN = Path("runs/tiny")
 MODEL = InitFolder(Path("model"), is_model=True)
 BUILT = InitFolder(
@@ -54,7 +55,7 @@ def test_a_new_run_goes_from_random_weights_stage_by_stage():
     for before, one in zip(NAMES, found.stages[1:], strict=False):
         assert one.start == StageStart("stage", RUN / before / "done")
     prepared = {one.config.name: one.prepares for one in found.stages if one.prepares}
-    centred = dict.fromkeys([name for name in NAMES[9:]], ("teacher mean",))
+    centred = dict.fromkeys(NAMES[UNIFIED + 1 :], ("teacher mean",))
     assert prepared == {
         "mllm": ("tag embeddings",), "tokenizer-1": ("teacher from encoder",), "unified-1": ("connector from LLM",),
         **centred,
@@ -63,16 +64,16 @@ def test_a_new_run_goes_from_random_weights_stage_by_stage():
 
 
 def test_a_resumed_run_skips_what_is_done_and_goes_on_in_the_stage_that_is_not():
-    found = plan(done=NAMES[:5], states=["tokenizer-1"], resume=True)
-    assert [one.skipped for one in found.stages] == [True] * 5 + [False] * 9 and not found.fresh
-    assert found.stages[5].start == StageStart("state", RUN / "tokenizer-1" / "state", 2)
-    assert found.stages[5].prepares == ()  # the state has it all
-    assert found.stages[6].start.source == "stage" and found.init_from is None
+    found = plan(done=NAMES[:TOKENIZER], states=["tokenizer-1"], resume=True)
+    assert [one.skipped for one in found.stages] == [i < TOKENIZER for i in range(len(NAMES))] and not found.fresh
+    assert found.stages[TOKENIZER].start == StageStart("state", RUN / "tokenizer-1" / "state", 2)
+    assert found.stages[TOKENIZER].prepares == ()  # the state has it all
+    assert found.stages[TOKENIZER + 1].start.source == "stage" and found.init_from is None
 
 
 def test_a_stage_trained_anew_makes_all_later_ones_void():
     found = plan("tokenizer-2", "unified-1", done=NAMES)
-    assert found.stages[0].invalidates == tuple(NAMES[6:]) and found.stages[1].invalidates == ()
+    assert found.stages[0].invalidates == tuple(NAMES[TOKENIZER + 1 :]) and found.stages[1].invalidates == ()
     assert found.stages[1].start == StageStart("stage", RUN / "tokenizer-2" / "done")
     with pytest.raises(
         InputError, match="stage tokenizer-2 starts from the end of tokenizer-1, which is not in runs/tin"
@@ -282,7 +283,7 @@ def test_the_end_of_a_stage_that_does_not_name_its_objective_is_refused(tiny_run
 
 
 def test_a_plan_lists_saved_states_and_the_model_among_what_becomes_void():
-    status = RunStatus(RUN, dict.fromkeys(NAMES[:9], 3), {"unified-2": 2}, model_parts=("model",))
+    status = RunStatus(RUN, dict.fromkeys(NAMES[: UNIFIED + 1], 3), {"unified-2": 2}, model_parts=("model",))
     found = resolve(TINY, status, stages=("tokenizer-3", "unified-1"))
     assert found.stages[0].invalidates == ("tokenizer-3", "unified-1", "unified-2 (state)", "model")
     assert found.stages[1].invalidates == ()
