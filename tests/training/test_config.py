@@ -34,6 +34,7 @@ TRAINS = {
     "mllm": {"model.language"},
     "mllm-2": {"model.language"},
     "mllm-3": {"model.language"},
+    "mllm-4": {"model.language"},
     "autoencoder": {"pixel_encoder", DECODER},
     "dit": {"model.denoiser"},
     "tokenizer-1": STREAMS,

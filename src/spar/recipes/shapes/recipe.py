@@ -1,6 +1,6 @@
 """`shapes`: the whole of SPAR from random weights on version 2 of the shapes world, on two CPU cores.
 
-Six foundation stages make what InternVL3, DC-AE and SANA bring at full size; the paper's six stages follow with its
+Seven foundation stages make what InternVL3, DC-AE and SANA bring at full size; the paper's six stages follow with its
 trainable and frozen sets (SPAR sections 1 and 2). Between unified-1 and unified-2 stand three short lessons on where
 things lie. Departures for the small setting are in docs/training.md.
 """
@@ -58,6 +58,14 @@ FOUNDATIONS = (
         warmup=20, optimizer="muon",
         data=QuestionData(
             (*QUESTIONS, *HARD_QUESTIONS, *2 * ("relation",), *5 * ("position",)), per_image=10, prompt_share=0.5,
+            edit_prompts=0.85, scene_kinds=BINDING_MIXTURE,
+        ),
+    ),
+    StageConfig(
+        "mllm-4", TagWordsObjective(edit_tags=0.3), ("model.language.*",), steps=1400, batch=32, lr=1.5e-3, lr_end=1e-5,
+        warmup=20, optimizer="muon",
+        data=QuestionData(
+            (*QUESTIONS, *4 * ("place",), *6 * ("relation",), *8 * ("position",)), per_image=16, prompt_share=0.15,
             edit_prompts=0.85, scene_kinds=BINDING_MIXTURE,
         ),
     ),
