@@ -61,16 +61,17 @@ def read_at_nouns(pipe: SparPipeline, prompts: int) -> dict[int, dict[str, float
     """For each routed layer, the share of each attribute that a linear read-out finds at the nouns of a third."""
     rng, model, tokenizer = np.random.default_rng(0), pipe.model, pipe.bundle.text_tokenizer
     attributes = {"size": tuple(SIZES), "color": tuple(COLORS), "shape": SHAPES}
-    looks = [[[names[i] for names in attributes.values() for i in rng.integers(0, len(names), 1)] for _ in range(3)]
-             for _ in range(prompts)]  # fmt: skip
+    looks = [
+        [[names[rng.integers(len(names))] for names in attributes.values()] for _ in range(3)] for _ in range(prompts)
+    ]
     phrases = [[f"a {size} {color} {shape}" for size, color, shape in row] for row in looks]
     tokens = pipe.prompts.generation([f"{a}, {b} and {c}" for a, b, c in phrases])
     embeddings, nouns = model.embed(tokens.ids, None), tokenizer.convert_tokens_to_ids([*SHAPES])
     bias, positions = attention_bias(tokens.mask, embeddings, causal=True), position_ids_from_mask(tokens.mask)
     _, states = model.language(embeddings, bias, positions, layers=model.layers)
-    said, found = torch.isin(tokens.ids, torch.tensor(nouns)), {}
+    at_nouns, found = torch.isin(tokens.ids, torch.tensor(nouns)), {}
     for layer, state in zip(model.layers, states, strict=True):
-        x = F.normalize(state[said].float(), dim=-1) * state.shape[-1] ** 0.5             # [nouns, D]
+        x = F.normalize(state[at_nouns].float(), dim=-1) * state.shape[-1] ** 0.5             # [nouns, D]
         x, known = torch.cat([x, torch.ones(len(x), 1)], dim=1), len(x) * 2 // 3
         found[layer] = {}
         for i, (attribute, names) in enumerate(attributes.items()):

@@ -1,16 +1,24 @@
-"""The probes of binding run on the bundled weights and say what docs/log.md says of them."""
+"""The probes of binding: on the bundled weights they say what docs/log.md says of them, and planted tags are found."""
 
 import importlib.util
 import re
 from pathlib import Path
+from types import ModuleType
 
-SCRIPT = Path(__file__).parent.parent / "docs" / "probes.py"
+import torch
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_the_probes_run_and_find_the_bundled_router_collapsed(monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("probes", SCRIPT)
-    probes = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(probes)
+    probes = script("probes")
     monkeypatch.setattr(probes, "ITEMS", 1)
     monkeypatch.setattr("sys.argv", ["probes.py"])
     probes.main()
@@ -23,3 +31,31 @@ def test_the_probes_run_and_find_the_bundled_router_collapsed(monkeypatch, capsy
     colors = [float(re.search(r"color ([\d.]+)", line).group(1)) for line in nouns]
     assert len(nouns) == 4 and all(0.6 < share < 0.9 for share in colors)  # of eight colours
     assert all("shape 1.00" in line for line in nouns)  # the noun itself
+
+
+def test_the_tags_of_an_edit_are_counted_on_changed_and_on_kept_tokens(start, monkeypatch):
+    probe = script("edit_tags")
+    begun = start("mllm-2")
+    items = {item.edit.kind: item for item in probe.edit_items(probe.EvalOptions(limit=1), "shapes-edit")}
+    item = items["recolor"]
+    modules, tags = begun.modules, begun.modules.dense_head.tags
+
+    def say(scene) -> None:
+        """Let the head read the tags of a scene, whatever the states."""
+        for name, values in probe.dense_tags([scene], 8).items():
+            if name in tags:
+                monkeypatch.setattr(tags[name], "forward", lambda _, v=values: torch.nn.functional.one_hot(v[0], 9))
+
+    say(item.edit.target)
+    assert probe.shares(modules, begun.ctx.prompts, item) == (1.0, 1.0)
+    say(item.scene)  # as if nothing had been asked for
+    assert probe.shares(modules, begun.ctx.prompts, item) == (0.0, 1.0)
+
+
+def test_the_tags_of_a_runs_stage_are_printed_by_kind(tiny_run, monkeypatch, capsys):
+    probe = script("edit_tags")
+    monkeypatch.setattr(probe, "ITEMS", 1)
+    monkeypatch.setattr("sys.argv", ["edit_tags.py", str(tiny_run.path), "mllm-2"])
+    probe.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 11 and all(re.search(r": changed [\d.]+, kept [\d.]+, items [\d.]+$", line) for line in lines)
