@@ -29,7 +29,7 @@ CONFIG = SparConfig(  # what a recipe says beside the parts, at this size
     streams=replace(PAPER.streams, residual_blocks=1, pixel_layers=1, pixel_heads=2),
     router=RouterConfig(count=2),
     connector=replace(PAPER.connector, queries=3, layers=2),
-    denoiser=replace(PAPER.denoiser, layers=2, align_depth=2),
+    denoiser=replace(PAPER.denoiser, layers=2, align_depth=2, self_attention="softmax"),  # not SANA's
 )
 
 
@@ -120,6 +120,7 @@ def test_sizes_are_the_checkpoints_and_differences_are_reported(foreign, assembl
     assert (config.vision.patch_size, config.vision.image_size, config.vision.layer_scale) == (14, 112, 0.1)
     assert config.autoencoder.decoder_blocks != config.autoencoder.encoder_blocks
     assert (config.denoiser.layers, config.denoiser.caption_channels) == (3, foreign.CAPTION)
+    assert config.denoiser.self_attention == "linear"
     # What no checkpoint says is the recipe's.
     assert (config.streams, config.router, config.connector) == (CONFIG.streams, CONFIG.router, CONFIG.connector)
     assert "model.denoiser.layers: the recipe expects 2, the checkpoint has 3" in assembled.manifest["differences"]

@@ -36,8 +36,9 @@ CONFIG = SparConfig(
     text=TextConfig(layers=4, hidden_size=32, heads=4, kv_heads=2),
     streams=replace(PAPER.streams, pixel_layers=1, pixel_heads=2),
     router=RouterConfig(count=4),
-    connector=replace(PAPER.connector, queries=3, layers=2),
-    denoiser=replace(PAPER.denoiser, layers=2, align_depth=2),
+    # Among these are forms that UniLIP does not have, and that a conversion must not take over.
+    connector=replace(PAPER.connector, queries=3, layers=2, reference="added"),
+    denoiser=replace(PAPER.denoiser, layers=2, align_depth=2, self_attention="softmax", reference_states=True),
 )
 
 
