@@ -26,10 +26,11 @@ from starlette.testclient import TestClient
 
 from spar.flow.sampler import Cancelled
 from spar.inference.image_files import BUNDLED_MODEL, read_metadata
+from spar.inference.notes import knows_shapes
 from spar.serving.auth import listen
 from spar.ui.app import build_page
 from spar.ui.components import error_message
-from spar.ui.examples import EDITS, PROMPTS, knows_shapes, scene_images
+from spar.ui.examples import EDITS, PROMPTS, scene_images
 from spar.ui.mount import mount_page, page_app, serve_page
 
 pytestmark = pytest.mark.slow
@@ -354,7 +355,7 @@ def test_a_model_of_another_world_is_not_offered_the_shapes_examples(pipe, monke
 
     other = type("Pipe", (), {"bundle": type("Bundle", (), {"text_tokenizer": Open()})})()
     assert knows_shapes(pipe) and not knows_shapes(other)
-    monkeypatch.setattr("spar.ui.examples.knows_shapes", lambda pipe: False)
+    monkeypatch.setattr("spar.ui.app.knows_shapes", lambda pipe: False)
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     config = str(build_page(pipe).get_config_file()["components"])
     assert "circle" not in config and "'type': 'dataset'" not in config and "64 × 64 pixels" in config

@@ -14,10 +14,15 @@ if TYPE_CHECKING:
     from spar.inference.pipeline import SparPipeline
 
 
+def knows_shapes(pipe: "SparPipeline") -> bool:
+    """Whether a model's vocabulary is that of the shapes world."""
+    tokenizer = pipe.bundle.text_tokenizer
+    return tokenizer.unk_token is not None and is_of_this_world(tokenizer.get_vocab())
+
+
 def draws_this_world(pipe: "SparPipeline") -> bool:
     """Whether a model's words and images are those of the shapes world."""
-    tokenizer = pipe.bundle.text_tokenizer
-    return tokenizer.unk_token is not None and is_of_this_world(tokenizer.get_vocab()) and pipe.image_size == SIDE
+    return knows_shapes(pipe) and pipe.image_size == SIDE
 
 
 def world_notes(pipe: "SparPipeline", texts: Sequence[str] = (), images: Sequence[Image.Image] = ()) -> list[str]:

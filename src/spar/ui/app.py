@@ -18,7 +18,7 @@ from spar.common.errors import InputError
 from spar.common.limits import MAX_SEED
 from spar.flow.sampler import Cancelled
 from spar.inference.image_files import save_images, source_metadata
-from spar.inference.notes import world_notes
+from spar.inference.notes import knows_shapes, world_notes
 from spar.inference.outputs import GenerateOutput, ReconstructOutput
 from spar.inference.pipeline import SparPipeline
 from spar.processing.images import open_image, to_size, to_square
@@ -49,7 +49,7 @@ class Page:
 
     def __init__(self, pipe: SparPipeline, call: Call | None) -> None:
         self.pipe, self.stream = pipe, PreviewStream(pipe, call)
-        self.shapes = examples.knows_shapes(pipe)
+        self.shapes = knows_shapes(pipe)
         cleaning = (KEPT_SECONDS // 4, KEPT_SECONDS)
         with gr.Blocks(title="SPAR", analytics_enabled=False, delete_cache=cleaning) as self.blocks:
             self.scenes = self._scene_files()

@@ -2,10 +2,8 @@
 
 from PIL import Image
 
-from spar.inference.pipeline import SparPipeline
 from spar.worlds.shapes.render import render
 from spar.worlds.shapes.scene import BACKGROUNDS, COLORS, RELATIONS, SHAPES, SIZES, Object, Scene
-from spar.worlds.shapes.scope import is_of_this_world
 from spar.worlds.shapes.tokenizer import NUMBERS, PLURALS
 
 SEED = 0
@@ -56,12 +54,6 @@ VOCABULARY_GROUPS = {
     "Changes": ["recolor", "remove", "add", "replace", "change the background"],
     "Questions": ["what color", "what shape", "how many", "is there", "is ... above ...", "describe the image"],
 }
-
-
-def knows_shapes(pipe: SparPipeline) -> bool:
-    """Whether a model's vocabulary is that of the shapes world."""
-    tokenizer = pipe.bundle.text_tokenizer
-    return tokenizer.unk_token is not None and is_of_this_world(tokenizer.get_vocab())
 
 
 def scene_images() -> list[Image.Image]:

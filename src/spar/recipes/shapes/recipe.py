@@ -32,6 +32,14 @@ BINDING_MIXTURE = ("single", "two", "count", "position", "multi", *3 * ("shared"
 QUESTIONS = tuple(dict.fromkeys((*QUESTION_KINDS, *BINDING_QUESTION_KINDS)))
 HARD_QUESTIONS = ("exists", "size", "attribute")
 
+_MLLM_2 = StageConfig(
+    "mllm-2", TagWordsObjective(edit_tags=0.3), ("model.language.*",), steps=1300, batch=32, lr=1.5e-3, lr_end=1e-5,
+    warmup=20, optimizer="muon",
+    data=QuestionData(
+        (*QUESTIONS, "relation", *3 * ("position",)), per_image=8, prompt_share=0.65, edit_prompts=0.8,
+        scene_kinds=BINDING_MIXTURE,
+    ),
+)
 FOUNDATIONS = (
     StageConfig(
         "encoder", DenseTaggingObjective(dense=1.0, pixel=10.0), (ENCODER, "dense_head.*"), data=TagData(), steps=1500,
@@ -45,25 +53,16 @@ FOUNDATIONS = (
             edit_prompts=0.7,
         ),
     ),
-    StageConfig(
-        "mllm-2", TagWordsObjective(edit_tags=0.3), ("model.language.*",), steps=1300, batch=32, lr=1.5e-3, lr_end=1e-5,
-        warmup=20, optimizer="muon",
-        data=QuestionData(
-            (*QUESTIONS, "relation", *3 * ("position",)), per_image=8, prompt_share=0.65, edit_prompts=0.8,
-            scene_kinds=BINDING_MIXTURE,
-        ),
-    ),
-    StageConfig(
-        "mllm-3", TagWordsObjective(edit_tags=0.3), ("model.language.*",), steps=1600, batch=32, lr=1.5e-3, lr_end=1e-5,
-        warmup=20, optimizer="muon",
+    _MLLM_2,
+    replace(
+        _MLLM_2, name="mllm-3", steps=1600,
         data=QuestionData(
             (*QUESTIONS, *HARD_QUESTIONS, *2 * ("relation",), *5 * ("position",)), per_image=10, prompt_share=0.5,
             edit_prompts=0.85, scene_kinds=BINDING_MIXTURE,
         ),
     ),
-    StageConfig(
-        "mllm-4", TagWordsObjective(edit_tags=0.3), ("model.language.*",), steps=1400, batch=32, lr=1.5e-3, lr_end=1e-5,
-        warmup=20, optimizer="muon",
+    replace(
+        _MLLM_2, name="mllm-4", steps=1400,
         data=QuestionData(
             (*QUESTIONS, *4 * ("place",), *6 * ("relation",), *8 * ("position",)), per_image=16, prompt_share=0.15,
             edit_prompts=0.85, scene_kinds=BINDING_MIXTURE,
