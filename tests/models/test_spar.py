@@ -148,7 +148,7 @@ def test_the_denoiser_gets_the_states_at_the_first_references_tokens_cell_by_cel
     ids = torch.tensor([[40, *[41] * len(image), *image], [*image, 41, *image], [41] * (2 * len(image) + 1)])
     f_v = draw(3, 16, 32)
     condition = model.condition(ids, torch.ones_like(ids), f_v)
-    states = condition.reference[:, 8 * latent :]                       # behind the latent's channels
+    states = condition.reference[:, 8 * latent :]                       # after the latent's channels
     for row, start in ((0, 20), (1, 1)):
         wanted = condition.states[row, start : start + 16].T.unflatten(1, (4, 4))
         torch.testing.assert_close(states[row], wanted)

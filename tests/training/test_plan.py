@@ -335,7 +335,15 @@ def test_words_begin_at_the_tags_where_they_are_random_and_nowhere_else():
         assert plan("mllm-2", init=folder).stages[0].prepares == prepares
 
 
-def test_tags_behind_an_edit_need_the_read_outs_which_a_model_folder_lacks():
+@pytest.mark.parametrize("lacking", [{"prompt_share": 0.0}, {"edit_prompts": 0.0}])
+def test_tags_after_an_edit_need_edits_among_the_prompts(lacking):
+    stage = TINY.stage("mllm-2")
+    given = replace(stage, data=replace(stage.data, **lacking))
+    with pytest.raises(InputError, match=r"stage mllm-2: edit_tags 0\.3 needs edits among the prompts"):
+        replace(TINY, stages=tuple(given if one is stage else one for one in TINY.stages))
+
+
+def test_tags_after_an_edit_need_the_read_outs_which_a_model_folder_lacks():
     folder = InitFolder(Path("model"), is_model=True)
     with pytest.raises(InputError, match=r"stage mllm-2: edit_tags reads .* which model does not hold"):
         plan("mllm-2", init=folder)

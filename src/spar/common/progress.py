@@ -1,4 +1,4 @@
-"""How long work tells how far it is."""
+"""The type of callbacks that report progress."""
 
 from collections.abc import Callable
 

@@ -219,9 +219,9 @@ class ConnectorConfig:
 class DenoiserConfig:
     """SANA (diffusers' `SanaTransformer2DModel`). `align_depth` is the 1-based block whose features align.
 
-    `self_attention` "linear" is SANA's own, "softmax" the usual one with the same weights, which costs no more on a
-    small grid. By sums over all tokens alone a cell can hardly tell which of a prompt's objects other cells draw
-    already: small models draw one twice and leave another out.
+    `self_attention` "linear" is SANA's own, "softmax" the usual one with the same weights, which took no longer on a
+    grid of eight. Linear attention passes on only sums over all tokens, from which a cell can hardly tell which of a
+    prompt's objects the other cells draw.
 
     `interpolation_scale` is SANA's own option: its sine positions, which the published 512 px models do not use. Most
     of their channels hardly vary over a small grid; `position_gain` adds that many times `sincos_pos_embed_2d`, whose

@@ -87,7 +87,7 @@ def test_words_begin_at_the_tags_where_the_stage_says_so_and_starts_from_trainin
     assert not torch.equal(word(plain, "red"), word(begun, "red"))
 
 
-def test_the_tags_behind_an_edit_are_read_off_the_last_states_of_the_images_tokens(start):
+def test_the_tags_after_an_edit_are_read_off_the_last_states_of_the_images_tokens(start):
     begun = start("mllm", prompt_share=1.0, edit_prompts=1.0)
     batch, objective = begun.batch(0), TagWordsObjective(edit_tags=0.5)
     assert isinstance(batch, TaggedEdits)

@@ -31,7 +31,7 @@ from spar.worlds.shapes.tokenizer import build_tokenizer
 KIND_WEIGHTS = {**dict.fromkeys(KINDS, 1.0), "shared": 1.5, "twins": 1.0}
 OPEN_CAPTIONS = 0.15
 FOLLOWING, TURNS = 0.5, 3
-EMPTY_TOKENS = 0.15  # of the tokens without an object, in what the tags behind an edit count
+EMPTY_TOKENS = 0.15  # of the tokens without an object, that count among the tags after an edit
 
 
 def draw_edit(scene: Scene, rng: np.random.Generator) -> Edit:

@@ -53,8 +53,8 @@ class Tagged(Images):
 @dataclass(frozen=True, kw_only=True)
 class TaggedEdits(Descriptions):
     """Edits described in words, with the `tags` of each visual token after the edit, `[B, N, ...]` by name, and which
-    tokens count, `[B, N]`: those of an object before or after it, and some of the others. Without these an added
-    object would be told of every empty token.
+    tokens count, `[B, N]`: those of an object before or after it, and some of the others. Without the others
+    the LLM would predict an added object at every empty token.
     """
 
     tags: Mapping[str, Tensor]
@@ -156,7 +156,7 @@ class TagWordsObjective(NextTokenObjective):
     """Next-token prediction whose words for tags begin at the tags' read-out vectors: a word begins where the encoder
     already points. Published LLMs know their words before they see an image.
 
-    `edit_tags` weighs a second term: behind an instruction, the LLM's last states at the image's tokens tell the tags
+    `edit_tags` weighs a second term: after an instruction, the LLM's last states at the image's tokens tell the tags
     of these tokens after the edit, by the encoder's own read-outs. Words alone leave it to the answer's tokens to find
     what an instruction means, and the DiT does not read those.
     """
