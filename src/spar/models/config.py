@@ -11,21 +11,21 @@ BLOCKS = ("ResBlock", "EfficientViTBlock")
 RouterKind = Literal["dtr", "last", "average", "concat", "global"]
 
 
-def _at_least(config: object, least: int, *names: str) -> None:
+def require_at_least(config: object, least: int, *names: str) -> None:
     """Refuse sizes below a least one."""
     for name in names:
         if getattr(config, name) < least:
             raise InputError(f"{type(config).__name__}.{name}: expected at least {least}, got {getattr(config, name)}")
 
 
-def _positive(config: object, *names: str) -> None:
+def require_positive(config: object, *names: str) -> None:
     """Refuse numbers that are not above 0 (NaN is not)."""
     for name in names:
         if not getattr(config, name) > 0:
             raise InputError(f"{type(config).__name__}.{name}: expected above 0, got {getattr(config, name)}")
 
 
-def _divides(config: object, whole: str, part: str) -> None:
+def require_divisor(config: object, whole: str, part: str) -> None:
     """Refuse two fields where the second does not divide the first."""
     a, b = getattr(config, whole), getattr(config, part)
     if a % b:
@@ -51,8 +51,10 @@ class VisionConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        _positive(self, "hidden_size", "layers", "heads", "intermediate_size", "patch_size", "image_size", "norm_eps")
-        _divides(self, "hidden_size", "heads")
+        require_positive(
+            self, "hidden_size", "layers", "heads", "intermediate_size", "patch_size", "image_size", "norm_eps"
+        )
+        require_divisor(self, "hidden_size", "heads")
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,11 @@ class TextConfig:
     pad_token_id: int = 0
 
     def __post_init__(self) -> None:
-        _positive(self, "vocab_size", "hidden_size", "layers", "heads", "kv_heads")
-        _positive(self, "intermediate_size", "max_positions", "rope_theta", "rms_norm_eps")
-        _at_least(self, 1, "rope_factor")
-        _divides(self, "hidden_size", "heads")
-        _divides(self, "heads", "kv_heads")
+        require_positive(self, "vocab_size", "hidden_size", "layers", "heads", "kv_heads")
+        require_positive(self, "intermediate_size", "max_positions", "rope_theta", "rms_norm_eps")
+        require_at_least(self, 1, "rope_factor")
+        require_divisor(self, "hidden_size", "heads")
+        require_divisor(self, "heads", "kv_heads")
         if self.hidden_size // self.heads % 2:
             raise InputError(
                 "TextConfig: rotary positions need heads of an even width, "
@@ -116,7 +118,7 @@ class AutoencoderConfig:
     upsample: Literal["interpolate", "pixel_shuffle"] = "interpolate"
 
     def __post_init__(self) -> None:
-        _positive(self, "latent_channels", "head_dim")
+        require_positive(self, "latent_channels", "head_dim")
         lists = [f"{half}_{part}" for half in ("encoder", "decoder") for part in ("layers", "blocks", "multiscales")]
         for name in lists:
             values, stages = getattr(self, name), len(self.channels)
@@ -162,8 +164,8 @@ class StreamConfig:
     pixel_stream: bool = True
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "residual_blocks", "pixel_layers")
-        _positive(self, "pixel_heads", "mlp_ratio", "block_norm_eps")
+        require_at_least(self, 0, "residual_blocks", "pixel_layers")
+        require_positive(self, "pixel_heads", "mlp_ratio", "block_norm_eps")
         if not (self.semantic_stream or self.pixel_stream):
             raise InputError("StreamConfig: at least one of semantic_stream and pixel_stream must be on")
         if self.fusion == "residual" and not self.semantic_stream:
@@ -186,7 +188,7 @@ class RouterConfig:
     norm: bool = True
 
     def __post_init__(self) -> None:
-        _positive(self, "count", "temperature")
+        require_positive(self, "count", "temperature")
         if self.kind != "dtr" and self.temperature != 1.0:
             raise InputError(f"RouterConfig.temperature: only kind dtr has one, got kind {self.kind}")
 
@@ -211,8 +213,8 @@ class ConnectorConfig:
     image_start: bool = False
 
     def __post_init__(self) -> None:
-        _positive(self, "queries")
-        _at_least(self, 0, "layers")
+        require_positive(self, "queries")
+        require_at_least(self, 0, "layers")
 
 
 @dataclass(frozen=True)
@@ -248,11 +250,11 @@ class DenoiserConfig:
     align_depth: int = 2
 
     def __post_init__(self) -> None:
-        _positive(self, "layers", "heads", "head_dim", "cross_heads", "cross_head_dim", "caption_channels")
-        _positive(self, "mlp_ratio", "norm_eps")
+        require_positive(self, "layers", "heads", "head_dim", "cross_heads", "cross_head_dim", "caption_channels")
+        require_positive(self, "mlp_ratio", "norm_eps")
         if self.interpolation_scale is not None:
-            _positive(self, "interpolation_scale")
-        _at_least(self, 0, "position_gain")
+            require_positive(self, "interpolation_scale")
+        require_at_least(self, 0, "position_gain")
         for name, value in (("caption_channels", self.caption_channels), ("heads * head_dim", self.width)):
             if value % 4:
                 raise InputError(f"DenoiserConfig.{name}: sine positions need a multiple of 4, got {value}")

@@ -45,7 +45,7 @@ def projection(width: int, channels: int) -> nn.Sequential:
 
 
 class TransformerBlock(nn.Module):
-    """A pre-norm Transformer encoder layer over all visual tokens."""
+    """A pre-norm Transformer encoder layer over all tokens, or those that a bias allows."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: int) -> None:
         super().__init__()
@@ -57,10 +57,11 @@ class TransformerBlock(nn.Module):
         self.linear_1 = nn.Linear(width, mlp_ratio * width)
         self.linear_2 = nn.Linear(mlp_ratio * width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`[B, T, width]` to the same; `bias` is added to the scores, `[B or 1, 1, T, T]`."""
         batch, tokens, width = x.shape
-        qkv = self.qkv(self.norm_1(x)).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        attended = attention(*qkv.unbind(0))  # [B, heads, N, head]
+        query, key, value = self.qkv(self.norm_1(x)).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        attended = attention(query, key, value, bias)  # [B, heads, N, head]
         x = x + self.out(attended.transpose(1, 2).reshape(batch, tokens, width))
         return x + self.linear_2(F.gelu(self.linear_1(self.norm_2(x))))
 

@@ -1,0 +1,71 @@
+"""How a code is drawn from its logits: guidance, temperature, top-k, top-p, and noise of each image's own seed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spar.common.errors import InputError
+
+
+@dataclass(frozen=True)
+class CodeSampling:
+    """Attributes:
+    temperature: of the guided logits; 0 takes the likeliest code.
+    top_k: codes that remain, or 0: all.
+    top_p: the likeliest codes that together have this probability remain; 1: all.
+    guidance: scale of classifier-free guidance; 1 is the conditional branch alone.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value, right in (
+            ("temperature", self.temperature, 0 <= self.temperature < float("inf")),
+            ("top_k", self.top_k, self.top_k >= 0),
+            ("top_p", self.top_p, 0 < self.top_p <= 1),
+            ("guidance", self.guidance, 0 <= self.guidance < float("inf")),
+        ):
+            if not right:
+                expected = {"top_p": "above 0 and at most 1"}.get(name, "a finite number of at least 0")
+                raise InputError(f"{name}: expected {expected}, got {value}")
+
+
+def gumbel_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Standard Gumbel noise `[B, *shape]`, each row from its own generator, which is on the CPU on every machine."""
+    drawn = torch.stack([torch.rand(shape, generator=generator) for generator in generators]).to(device)
+    return -(-drawn.clamp(1e-20, 1 - 2**-24).log()).log()
+
+
+def filtered(logits: Tensor, sampling: CodeSampling) -> Tensor:
+    """Logits `[B, K]` over the temperature, with minus infinity for the codes that top-k and top-p exclude.
+
+    The likeliest code always remains.
+    """
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[1]:
+        least = logits.topk(sampling.top_k, dim=1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if sampling.top_p < 1:
+        ordered, order = logits.sort(dim=1, descending=True)
+        probabilities = ordered.softmax(1)
+        beyond = probabilities.cumsum(1) - probabilities >= sampling.top_p     # those before have enough
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
+    return logits
+
+
+def choose(logits: Tensor, noise: Tensor, sampling: CodeSampling) -> Tensor:
+    """One code `[B]` from logits `[B, K]`, or `[2 B, K]` with the unconditional branch after the conditional one.
+
+    With Gumbel `noise` `[B, K]` the largest sum is a draw from the softmax of the filtered logits.
+    """
+    if len(logits) > len(noise):
+        conditional, unconditional = logits.chunk(2)
+        logits = unconditional + sampling.guidance * (conditional - unconditional)
+    if sampling.temperature == 0:
+        return logits.argmax(1)
+    return (filtered(logits, sampling) + noise).argmax(1)
