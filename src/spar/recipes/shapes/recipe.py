@@ -68,6 +68,13 @@ FOUNDATIONS = (
             edit_prompts=0.85, scene_kinds=BINDING_MIXTURE,
         ),
     ),
+    replace(
+        _MLLM_2, name="mllm-5", steps=1000,
+        data=QuestionData(
+            (*QUESTIONS, *3 * ("place",), *4 * ("relation",), *12 * ("position",)), per_image=16, prompt_share=0.15,
+            edit_prompts=0.85, scene_kinds=BINDING_MIXTURE,
+        ),
+    ),
     StageConfig(
         "autoencoder", AutoencoderObjective(mse=1.0, latent_penalty=1e-3, latent_noise=0.1),
         ("pixel_encoder.*", DECODER), steps=1000, batch=16, lr=1e-3, lr_end=2e-5, warmup=50, max_grad_norm=0.3,
