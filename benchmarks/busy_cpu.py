@@ -84,7 +84,7 @@ def main() -> None:
     if args.way:
         print(json.dumps(measure(args.way, args.repeats)))
         return
-    from spar.checkpoints.spar_format import versions
+    from spar.checkpoints.model_header import versions
     from spar.training.bundle import hardware_info
 
     results: dict[str, dict[str, dict[str, float]]] = {}

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from spar.checkpoints.spar_format import versions
+from spar.checkpoints.model_header import versions
 from spar.data.loader import Loader
 from spar.data.mixture import Mixture
 from spar.data.sources import DataSource, open_source

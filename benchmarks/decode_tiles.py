@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from spar.checkpoints.spar_format import versions
+from spar.checkpoints.model_header import versions
 from spar.inference.pipeline import SparPipeline
 from spar.models.autoencoder import PixelDecoder, build_autoencoder
 from spar.models.tiling import decode_in_tiles

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from spar.checkpoints.spar_format import ModelBundle, SamplingConfig, load_text_tokenizer, read_config, versions
+from spar.checkpoints.model_header import load_text_tokenizer, versions
+from spar.checkpoints.spar_format import ModelBundle, SamplingConfig, read_config
 from spar.inference.pipeline import BUNDLED, SparPipeline
 from spar.models.spar import SparModel
 from spar.processing.prompts import IMAGE_TOKEN

@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from spar.checkpoints.spar_format import versions
+from spar.checkpoints.model_header import versions
 from spar.training.bundle import hardware_info
 
 PROMPTS = (

@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from spar.checkpoints.spar_format import versions
+from spar.checkpoints.model_header import versions
 from spar.training.bundle import hardware_info
 
 PROMPT = "a large red circle to the left of a small blue star"

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from spar.checkpoints.spar_format import versions
+from spar.checkpoints.model_header import versions
 from spar.data.batches import Captioned
 from spar.processing.prompts import TokenBatch
 from spar.recipes import recipe

@@ -173,3 +173,20 @@ def foreign() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def dual_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """Every stage of `dualtoken-tiny`, from random weights. Read it, never write into it."""
+    from spar.recipes import recipe
+    from spar.training.trainer import train
+
+    path = tmp_path_factory.mktemp("dualtoken") / "run"
+    reports: list[tuple[str, int, int, dict[str, float]]] = []
+    tables: dict[str, list[tuple[str, int, int]]] = {}
+    own = recipe("dualtoken-tiny")
+    model = train(
+        own, path, report=lambda *line: reports.append(line),
+        announce=lambda stage, table: tables.__setitem__(stage.name, table),
+    )
+    return TinyRun(path, own, model, reports, tables)

@@ -10,8 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spar.common.errors import InputError
-    from spar.flow.sampler import Cancelled
+    from spar.common.errors import Cancelled, InputError
     from spar.inference.diffusers_autoencoder import AutoencoderSpar
     from spar.inference.pipeline import SparPipeline
 
@@ -21,7 +20,7 @@ __all__ = ["AutoencoderSpar", "Cancelled", "InputError", "SparPipeline", "__vers
 
 _MODULES = {
     "AutoencoderSpar": "spar.inference.diffusers_autoencoder",
-    "Cancelled": "spar.flow.sampler",
+    "Cancelled": "spar.common.errors",
     "InputError": "spar.common.errors",
     "SparPipeline": "spar.inference.pipeline",
 }

@@ -243,7 +243,7 @@ def test_every_kind_of_a_recipe_can_be_named_in_a_file():
     assert {type(part) for part in used} <= {*SYSTEMS, *OBJECTIVES, *SOURCES, *STAGE_DATA}
 
 
-@pytest.mark.parametrize(("path", "known"), [(("kind",), "spar"), (("data", "kind"), "files, none, shapes")])
+@pytest.mark.parametrize(("path", "known"), [(("kind",), "dualtoken, spar"), (("data", "kind"), "files, none, shapes")])
 def test_a_recipe_of_an_unknown_kind_is_refused_with_the_known_kinds(path, known):
     where = ".".join(("Recipe", *path))
     with pytest.raises(InputError, match=f"{where}: expected one of {known}, got 'unheard'"):

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from spar.common.errors import InputError
+from spar.common.errors import Cancelled, InputError
 from spar.flow.path import shift_time
-from spar.flow.sampler import METHODS, Cancelled, sample
+from spar.flow.sampler import METHODS, sample
 
 MEAN, STD = 0.7, 0.5
 

@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import spar
 from spar.checkpoints.spar_format import ModelBundle, load_model
 from spar.common.cpu import has_native_bfloat16
-from spar.common.errors import InputError
+from spar.common.errors import Cancelled, InputError
 from spar.common.limits import MAX_NEW_TOKENS
-from spar.flow.sampler import Cancelled, sample
+from spar.flow.sampler import sample
 from spar.inference import pipeline
 from spar.inference.image_files import read_metadata
 from spar.inference.pipeline import SparPipeline
@@ -169,7 +169,7 @@ def test_dtype_is_what_products_run_in(folder, pipe, pictures, dtype):
 
 def test_the_default_dtype_is_the_hardwares(folder, monkeypatch):
     for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(pipeline, "has_native_bfloat16", lambda fast=fast: fast)
+        monkeypatch.setattr("spar.inference.base.has_native_bfloat16", lambda fast=fast: fast)
         assert SparPipeline.from_pretrained(folder, device="cpu").dtype == dtype
 
 

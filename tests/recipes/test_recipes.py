@@ -12,6 +12,7 @@ from spar.recipes import RECIPES, REGISTRY, recipe
 from spar.training.config import Recipe, freeze
 from spar.training.estimate import HardwareConfig, check_sizes, estimate
 from spar.training.objectives.tokenizer import TokenizerObjective
+from spar.training.systems.spar import SparRecipe
 
 STAGES = ("tokenizer-1", "tokenizer-2", "tokenizer-3", "unified-1", "unified-2", "unified-3")
 LESSONS = ("places-1", "places-2", "relations")  # a departure of the small setting
@@ -27,6 +28,7 @@ TERMS = {
 PAPERS = {"mse", "perceptual", "native", "semantic", "gan", "lecam", "align"}
 
 every = pytest.mark.parametrize("name", RECIPES)
+of_spar = pytest.mark.parametrize("name", [name for name in RECIPES if isinstance(recipe(name), SparRecipe)])
 of_the_world = pytest.mark.parametrize("name", ["shapes", "tiny"])
 
 
@@ -48,28 +50,28 @@ def test_a_recipe_can_be_built_and_frozen(name):
 @of_the_world
 def test_the_foundations_come_first_then_the_papers_stages_in_order(name):
     names = [stage.name for stage in recipe(name).stages]
-    assert tuple(stage for stage in names[7:] if stage not in LESSONS) == STAGES
-    assert set(names[:7]) == {"encoder", "mllm", "mllm-2", "mllm-3", "mllm-4", "autoencoder", "dit"}
+    assert tuple(stage for stage in names[8:] if stage not in LESSONS) == STAGES
+    assert set(names[:8]) == {"encoder", "mllm", "mllm-2", "mllm-3", "mllm-4", "mllm-5", "autoencoder", "dit"}
     first = names.index("unified-1") + 1
     assert tuple(names[first : first + 3]) == LESSONS and names[first + 3] == "unified-2"
-    order = [names.index(name) for name in ("encoder", "mllm", "mllm-2", "mllm-3", "mllm-4", "dit")]
+    order = [names.index(name) for name in ("encoder", "mllm", "mllm-2", "mllm-3", "mllm-4", "mllm-5", "dit")]
     assert order == sorted(order) and names.index("autoencoder") < names.index("dit")
 
 
-@every
+@of_spar
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_has_exactly_the_papers_terms(name, stage):
     objective = recipe(name).stage(stage).objective
     assert {term for term in PAPERS if getattr(objective, term, 0)} == TERMS[stage]
 
 
-@every
+@of_spar
 def test_the_encoder_learns_at_a_tenth_in_stage_three(name):
     stage = recipe(name).stage("tokenizer-3")
     assert dict(stage.lr_multipliers)["model.tokenizer.encoder.*"] == 0.1 and stage.ema > 0
 
 
-@every
+@of_spar
 def test_editing_comes_with_joint_pre_training(name):
     shares = {stage: recipe(name).stage(stage).data.edit_share for stage in STAGES[3:]}
     assert shares["unified-1"] == 0 and 0 < shares["unified-2"] < 1 and 0 < shares["unified-3"] < 1
@@ -80,7 +82,7 @@ def test_the_world_of_a_recipe_has_edits(name):
     assert recipe(name).data.edits > 0
 
 
-@every
+@of_spar
 def test_the_paper_settings_that_no_small_size_touches(name):
     config = recipe(name)
     model = config.model

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from spar.common.errors import InputError
-from spar.flow.sampler import Cancelled
+from spar.common.errors import Cancelled, InputError
 from spar.serving.worker import Busy, ChatJob, ImageJob, Stopped, Worker
 
 SOON = 5  # seconds

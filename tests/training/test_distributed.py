@@ -19,6 +19,7 @@ from spar.training import distributed as module
 from spar.training.checkpoint import load_group, read_train_state, shards
 from spar.training.config import Recipe
 from spar.training.distributed import DistributedContext, ParallelismConfig
+from spar.training.initial_weights import random_modules
 from spar.training.trainer import check_parallelism, train
 
 STAGES = ("tokenizer-3", "unified-2")  # both sides of the adversary and averages; generation and editing
@@ -161,12 +162,13 @@ def test_recomputation_keeps_less(start):
 def test_compiled_blocks_are_the_ones_that_repeat(start, monkeypatch):
     compiled: list[nn.Module] = []
     monkeypatch.setattr(torch, "compile", lambda forward: compiled.append(forward.__self__) or (lambda *x: forward(*x)))
-    modules = start("unified-2").modules
-    for _ in range(2):  # each stage of a run asks for it
-        module.wrap_modules(
-            modules, DistributedContext(config=ParallelismConfig(compile=True, activation_checkpointing=True))
-        )
-    assert compiled == repeated_blocks(modules)
+    both = start("unified-2").modules, random_modules(recipe("dualtoken-tiny"), "cpu", {})
+    for modules in both:
+        for _ in range(2):  # each stage of a run asks for it
+            module.wrap_modules(
+                modules, DistributedContext(config=ParallelismConfig(compile=True, activation_checkpointing=True))
+            )
+    assert compiled == [block for modules in both for block in repeated_blocks(modules)]
     assert {type(part).__name__ for part in compiled} == set(BLOCKS)
 
 

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from spar.recipes import RECIPES, recipe
 from spar.training.config import StageConfig, freeze
-from spar.training.modules import TrainingModules
 from spar.training.objectives.autoencoder import AutoencoderObjective
 from spar.training.optimizer import ADAMW_RMS, MOMENTUM, Muon, build_optimizers, orthogonalize
 
@@ -116,9 +115,9 @@ def names_of(module: nn.Module, stage: StageConfig) -> tuple[set[str], set[str]]
 
 
 @pytest.fixture(scope="module")
-def modules() -> dict[str, TrainingModules]:
+def modules() -> dict[str, nn.Module]:
     with torch.device("meta"):
-        return {name: TrainingModules(recipe(name), {}) for name in RECIPES}
+        return {name: recipe(name).build({}) for name in RECIPES}
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

@@ -60,7 +60,7 @@ def test_what_is_missing_is_said_before_anything_is_written(tiny_run, monkeypatc
         (PerceptualConfig(lpips=1.0), "LPIPS is expected from the optional packages"),
         (PerceptualConfig(convnext=1.0, classifier=str(tmp_path)), "a ConvNeXt classifier in transformers' format"),
     ):
-        with pytest.raises(InputError, match=f"(?s){said}.*or choose the run's own autoencoder.*--perceptual.lpips 0"):
+        with pytest.raises(InputError, match=f"(?s){said}.*or choose the run's own features.*--perceptual.lpips 0"):
             train(replace(tiny_run.recipe, perceptual=config), tmp_path / "run", **stages)
         assert not (tmp_path / "run").exists()
     wanting = replace(tiny_run.recipe, perceptual=PerceptualConfig(lpips=1.0))  # no matter to a stage without the term

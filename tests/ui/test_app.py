@@ -24,7 +24,7 @@ from playwright import sync_api
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
-from spar.flow.sampler import Cancelled
+from spar.common.errors import Cancelled
 from spar.inference.image_files import BUNDLED_MODEL, read_metadata
 from spar.inference.notes import knows_shapes
 from spar.serving.auth import listen

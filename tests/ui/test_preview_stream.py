@@ -7,8 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from spar.common.errors import InputError
-from spar.flow.sampler import Cancelled
+from spar.common.errors import Cancelled, InputError
 from spar.ui.preview_stream import PREVIEW_SHARE, PreviewStep, PreviewStream
 
 

@@ -16,8 +16,9 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from spar.checkpoints.formats import dcae, internvl, sana
 from spar.checkpoints.formats.checkpoint_source import CheckpointSource, fetch
 from spar.checkpoints.formats.key_map import KeyMap, TensorReader
+from spar.checkpoints.model_header import versions
 from spar.checkpoints.safetensors_io import SafetensorsReader
-from spar.checkpoints.spar_format import TRAINING_PARTS, ModelBundle, SamplingConfig, versions
+from spar.checkpoints.spar_format import TRAINING_PARTS, ModelBundle, SamplingConfig
 from spar.common.config import differences
 from spar.common.errors import InputError
 from spar.models.autoencoder import PixelEncoder

@@ -9,6 +9,7 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from spar.checkpoints.model_card import recorded_scores
+from spar.checkpoints.model_header import load_text_tokenizer
 from spar.checkpoints.safetensors_io import SafetensorsReader, check_fit
 from spar.checkpoints.spar_format import (
     FORMAT,
@@ -17,7 +18,6 @@ from spar.checkpoints.spar_format import (
     TRAINING_PARTS,
     SamplingConfig,
     has_part,
-    load_text_tokenizer,
     read_header,
     tokenizer_header,
 )

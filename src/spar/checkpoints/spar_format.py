@@ -10,7 +10,6 @@ manifest.json             origin of the weights (optional)
 README.md                 the model card (optional)
 """
 
-import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,19 +18,19 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 
-from spar import __version__
-from spar.checkpoints.formats.internvl import open_text_tokenizer
+from spar.checkpoints import model_header
 from spar.checkpoints.model_card import model_card
+from spar.checkpoints.model_header import check_replaceable, load_text_tokenizer, read_manifest, write_header
 from spar.checkpoints.safetensors_io import has_tensors, load_into_meta, write_tensors
-from spar.common.config import from_dict, read_json, to_dict, write_json
+from spar.common.config import from_dict, to_dict, write_json
 from spar.common.errors import InputError
 from spar.common.files import atomic_directory
 from spar.models.autoencoder import PixelEncoder, build_autoencoder
-from spar.models.config import SparConfig, TextConfig
+from spar.models.config import SparConfig
 from spar.models.encoder import SemanticEncoder
 from spar.models.spar import SparModel
 from spar.models.tokenizer import UnifiedTokenizer
-from spar.processing.prompts import IMAGE_TOKEN, known_words
+from spar.processing.prompts import known_words
 
 FORMAT, FORMAT_VERSION = "spar", 3
 # Fields that a configuration got after folders of this version had been written, and what those folders do.
@@ -76,23 +75,11 @@ class ModelBundle:
     teacher: SemanticEncoder | None = None
 
 
-def versions() -> dict[str, str]:
-    """Versions of this package and of the model libraries."""
-    libraries = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "diffusers")}
-    return {"spar": __version__, **libraries}
-
-
 def save_tokenizer(tokenizer: UnifiedTokenizer, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Write the unified tokenizer alone: image to latent and back, and the encoder for understanding."""
     write_tensors(tokenizer.state_dict(), folder / "model.safetensors", dtype)
     scale = float(tokenizer.latent_scale)
-    _write_header(folder, TOKENIZER_FORMAT, latent_scale=scale, model=to_dict(tokenizer.config))
-
-
-def _write_header(folder: Path, kind: str, **fields: Any) -> None:
-    """Write the config.json that `read_header` reads."""
-    header = {"format": kind, "format_version": FORMAT_VERSION, "versions": versions(), **fields}
-    write_json(folder / "config.json", header)
+    write_header(folder, TOKENIZER_FORMAT, FORMAT_VERSION, latent_scale=scale, model=to_dict(tokenizer.config))
 
 
 def load_tokenizer(folder: Path) -> UnifiedTokenizer:
@@ -111,7 +98,7 @@ def _load_tokenizer_weights(tokenizer: UnifiedTokenizer, folder: Path, header: d
 
 def save_model(loaded: ModelBundle, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Write a whole SPAR folder; an existing folder is replaced only if it is a SPAR folder."""
-    check_model_folder(folder, FORMAT)
+    check_replaceable(folder, FORMAT)
     with atomic_directory(folder) as temporary:
         model = loaded.model
         save_tokenizer(model.tokenizer, temporary / "tokenizer", dtype)
@@ -121,7 +108,8 @@ def save_model(loaded: ModelBundle, folder: Path, dtype: torch.dtype | None = No
             if module is not None:
                 write_tensors(module.state_dict(), temporary / part / "model.safetensors", dtype)
         loaded.text_tokenizer.save_pretrained(temporary / "text_tokenizer")
-        _write_header(temporary, FORMAT, model=to_dict(model.config), sampling=to_dict(loaded.sampling))
+        sizes, sampling = to_dict(model.config), to_dict(loaded.sampling)
+        write_header(temporary, FORMAT, FORMAT_VERSION, model=sizes, sampling=sampling)
         write_json(temporary / "manifest.json", loaded.manifest)
         (temporary / CARD).write_text(build_model_card(loaded), encoding="utf-8")
 
@@ -134,20 +122,6 @@ def build_model_card(loaded: ModelBundle) -> str:
     return model_card(model.config, loaded.manifest, sizes, prompt=loaded.sampling.max_prompt_tokens, words=words)
 
 
-def check_model_folder(folder: Path, kind: str) -> None:
-    """Refuse a path that is neither an empty folder nor an older one of this kind, with InputError."""
-    folder = folder.absolute()
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    try:
-        replaceable = read_json(folder / "config.json").get("format") == kind
-    except InputError:
-        replaceable = False
-    if not replaceable:
-        what = kind.replace(FORMAT, "SPAR").replace("-", " ")
-        raise InputError(f"{folder} exists and is no {what} folder; expected an empty or new folder")
-
-
 def load_model(folder: Path) -> ModelBundle:
     """Load a SPAR folder strictly, in float32 on the CPU; `InputError` names what is missing, foreign or damaged."""
     header = read_header(folder, FORMAT)
@@ -156,12 +130,11 @@ def load_model(folder: Path) -> ModelBundle:
     _load_tokenizer_weights(model.tokenizer, folder / "tokenizer", tokenizer_header(folder, header))
     for part in PARTS:
         load_into_meta(getattr(model, part), folder / part / "model.safetensors")
-    manifest = folder / "manifest.json"
     return ModelBundle(
         model=model.eval().requires_grad_(False),
         text_tokenizer=load_text_tokenizer(folder / "text_tokenizer", model.config.text),
         sampling=from_dict(SamplingConfig, header["sampling"], complete=True),
-        manifest=read_json(manifest) if manifest.exists() else {},
+        manifest=read_manifest(folder),
     )
 
 
@@ -192,43 +165,21 @@ def load_teacher(folder: Path) -> SemanticEncoder:
     return load_tokenizer(folder / "tokenizer").encoder
 
 
-def load_text_tokenizer(folder: Path, config: TextConfig) -> Any:
-    """Load a model's text tokenizer; InputError if it is damaged or of another model."""
-    if not (folder / "tokenizer.json").is_file():
-        raise InputError(f"tokenizer.json is missing in {folder}")
-    tokenizer = open_text_tokenizer(folder)
-    own = (tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), tokenizer.eos_token_id, tokenizer.pad_token_id)
-    wanted = (config.image_token_id, config.eos_token_id, config.pad_token_id)
-    if own != wanted:
-        raise InputError(f"{folder}: expected image, end and padding tokens with ids {wanted}, got {own}")
-    return tokenizer
-
-
 def read_header(folder: Path, expected: str) -> dict[str, Any]:
     """Read config.json of a folder and check its kind and version.
 
     Raises:
         InputError: a missing folder, an unreadable config.json, another format than `expected`, or another version.
     """
-    if not folder.is_dir():
-        found = "is a file" if folder.exists() else "does not exist"
-        raise InputError(f"expected a SPAR model folder, got {folder}, which {found}")
-    header = read_json(folder / "config.json")
-    if header.get("format") != expected:
-        raise InputError(f"{folder} is no {expected} folder: its config.json says format {header.get('format')!r}")
-    version = header.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise InputError(f"{folder} has format version {version!r}; this spar reads version {FORMAT_VERSION}")
-    for key in ("model",) if expected != FORMAT else ("model", "sampling"):
-        if key not in header:
-            raise InputError(f"{folder / 'config.json'}: expected a field {key!r}, got none")
+    fields = ("model",) if expected != FORMAT else ("model", "sampling")
+    header = model_header.read_header(folder, expected, FORMAT_VERSION, fields)
     scale = header.get("latent_scale")
     if expected != FORMAT and not (isinstance(scale, float) and scale > 0):
         raise InputError(f"{folder / 'config.json'}: expected latent_scale above 0, got {scale!r}")
     for (part, name), value in LATER_FIELDS.items():
-        fields = header["model"].get(part) if isinstance(header["model"], dict) else None
-        if isinstance(fields, dict):
-            fields.setdefault(name, value)
+        fields_of = header["model"].get(part) if isinstance(header["model"], dict) else None
+        if isinstance(fields_of, dict):
+            fields_of.setdefault(name, value)
     return header
 
 

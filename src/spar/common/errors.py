@@ -1,4 +1,4 @@
-"""The error that a user can fix, and the command that installs an optional part."""
+"""The error that a user can fix, the end of a task that was stopped, and the command that installs an optional part."""
 
 from spar import DISTRIBUTION
 
@@ -18,3 +18,7 @@ def first_line(error: BaseException, message: str | None = None) -> str:
 def install_command(extra: str) -> str:
     """The command that installs one of the extras of pyproject.toml."""
     return f"pip install '{DISTRIBUTION}[{extra}]'"
+
+
+class Cancelled(Exception):
+    """Sampling was stopped by its callback; there is no result."""

@@ -19,17 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spar.common.errors import InputError
+from spar.common.errors import Cancelled, InputError
 
 METHODS = ("dpmsolver++", "euler")
 MIN_SHIFT, MAX_SHIFT = 1e-3, 1e3  # beyond these, float32 cannot tell neighbouring sigmas from 0 or 1
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Callback = Callable[[int, int, Tensor], object]
-
-
-class Cancelled(Exception):
-    """Sampling was stopped by its callback; there is no result."""
 
 
 def sample(

@@ -11,7 +11,8 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.autoencoders.vae import DecoderOutput, EncoderOutput
 from torch import Tensor, nn
 
-from spar.checkpoints.spar_format import FORMAT, check_model_folder, load_tokenizer, save_tokenizer
+from spar.checkpoints.model_header import check_replaceable
+from spar.checkpoints.spar_format import FORMAT, load_tokenizer, save_tokenizer
 from spar.common.errors import InputError
 from spar.common.files import atomic_directory
 from spar.common.limits import MAX_TILE, check_int_range
@@ -63,7 +64,7 @@ class AutoencoderSpar(nn.Module):
         """
         scale = torch.tensor(self.config["scaling_factor"])  # `to` another type has rounded the tokenizer's own
         self.tokenizer.latent_scale = scale.to(self.device)
-        check_model_folder(Path(path), f"{FORMAT}-tokenizer")
+        check_replaceable(Path(path), f"{FORMAT}-tokenizer")
         with atomic_directory(Path(path)) as folder:
             save_tokenizer(self.tokenizer, folder)
 

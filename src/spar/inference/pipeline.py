@@ -4,9 +4,7 @@ The keyword names are diffusers'. Every task takes one input or a list, which it
 its own seed and never on the rest of the batch.
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,37 +18,30 @@ from torch.nn.utils.rnn import pad_sequence
 
 from spar.checkpoints.hub import model_folder, model_name
 from spar.checkpoints.lora import load_adapter, merge_lora
-from spar.checkpoints.spar_format import ModelBundle, load_model, save_model, versions
+from spar.checkpoints.spar_format import ModelBundle, load_model, save_model
 from spar.common import limits
-from spar.common.cpu import has_native_bfloat16
-from spar.common.device import check_device
 from spar.common.errors import InputError
 from spar.common.limits import check_int_range, check_range
-from spar.common.threads import threads_for
 from spar.flow.guidance import apply_guidance
 from spar.flow.sampler import sample
+from spar.inference.base import TOKEN_MULTIPLE, Pipeline, choose_device
 from spar.inference.image_files import BUNDLED_MODEL
-from spar.inference.inputs import broadcast, list_seeds, list_texts, open_sources
+from spar.inference.inputs import broadcast, list_seeds, open_sources
 from spar.inference.offload import WEIGHTS, Offload, Weights, cast_weights, quantize
-from spar.inference.outputs import ChatOutput, GenerateOutput, ReconstructOutput, Routing, UnderstandOutput
+from spar.inference.outputs import GenerateOutput, ReconstructOutput, Routing
 from spar.models.blocks import compile_blocks
 from spar.models.spar import Condition
 from spar.models.tiling import MIN_TILE
-from spar.processing.chat import TextStream, read_messages
 from spar.processing.images import ImageSource, nearest_size, to_pil, to_size, to_tensor
 from spar.processing.prompts import IMAGE_TOKEN, PromptEncoder, TokenBatch
 
 BUNDLED = Path(__file__).parents[1] / "assets" / "weights"
 MAX_SIDE_FACTOR = 2  # images up to twice the trained side
-# Prompts are padded to multiples of this many tokens: attention sums in vectors of 16 numbers, where a prompt's tokens
-# then have the same places in any batch, and an image is the same alone and in a batch.
-TOKEN_MULTIPLE = 16
-
 Callback = Callable[[int, int, Tensor], bool | None]
 
 
 @dataclass
-class SparPipeline:
+class SparPipeline(Pipeline):
     """One model and its four tasks. Build it with `from_pretrained`.
 
     `origin` has the names of the `model` and the `adapter` for the metadata of images, without their folders.
@@ -76,7 +67,7 @@ class SparPipeline:
         self._offload = Offload(model, self.device) if self.offload else None
         if not self.offload:
             model.to(self.device)
-        self._parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
         config = self.model.config
         self.prompts = PromptEncoder(
             self.bundle.text_tokenizer, config.grid**2, image_start=config.connector.image_start,
@@ -107,12 +98,7 @@ class SparPipeline:
             InputError: a missing, partial, foreign or damaged folder, an unavailable device, or offload from the CPU
                 to itself.
         """
-        where = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else check_device(device)
-        if dtype is None:
-            fast = has_native_bfloat16() if where.type == "cpu" else where.type == "cuda"
-            dtype = torch.bfloat16 if fast else torch.float32
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise InputError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+        where, dtype = choose_device(device, dtype)
         if decode_tile is not None:
             check_int_range("decode_tile", decode_tile, MIN_TILE, limits.MAX_TILE)
         if weights not in WEIGHTS:
@@ -141,15 +127,6 @@ class SparPipeline:
         if self.weights != "float32":
             raise InputError(f"weights: expected float32 to save a pipeline, got {self.weights}")
         save_model(self.bundle, Path(path), dtype)
-
-    @property
-    def image_size(self) -> int:
-        """Side of the training images in pixels."""
-        return self.model.config.image_size
-
-    @property
-    def manifest(self) -> dict[str, Any]:
-        return self.bundle.manifest
 
     def generate(
         self, prompt: str | Sequence[str], *, negative_prompt: str | Sequence[str] | None = None,
@@ -193,7 +170,8 @@ class SparPipeline:
         result has the image's proportions, at about the trained number of pixels; images of one call must share them.
         Each image has one reference image: the model has no place for a second one.
         """
-        pixels, instructions = self._pairs(image, instruction, "instruction", keep_aspect=True)
+        pixels = self._edited(image)
+        pixels, instructions = self._paired(pixels, self._texts(instruction, "instruction"), "instruction")
         height, width = pixels.shape[-2:]
         encode = partial(self.prompts.edit, image_tokens=height * width // self.model.config.token_stride**2)
         return self._sample(
@@ -202,84 +180,9 @@ class SparPipeline:
         )
 
     @torch.inference_mode()
-    def understand(
-        self, image: ImageSource | Sequence[ImageSource], question: str | Sequence[str], *, max_new_tokens: int = 48
-    ) -> UnderstandOutput:
-        """Answer questions about images by greedy decoding; pairs as in `edit`.
-
-        `max_new_tokens` is cut to MAX_NEW_TOKENS and to what fits.
-        """
-        check_int_range("max_new_tokens", max_new_tokens, 1)
-        pixels, questions = self._pairs(image, question, "question")
-        tokens = self.prompts.question(questions).to(self.device)
-        room = self.model.config.text.max_seq_len - int(tokens.mask.sum(1).max())
-        max_new_tokens = min(max_new_tokens, limits.MAX_NEW_TOKENS, max(room, 1))
-        with self._compute(len(pixels)):
-            f_v = self._features(pixels)
-            self._load_to_device("language")
-            rows = self.model.understand(tokens.ids, tokens.mask, f_v, max_new_tokens=max_new_tokens)
-        return UnderstandOutput([self.bundle.text_tokenizer.decode(row, skip_special_tokens=True) for row in rows])
-
-    def chat(self, messages: Sequence[Mapping[str, Any]], *, max_new_tokens: int | None = None) -> ChatOutput:
-        """Answer the last message of a conversation by greedy decoding, as an iterator over pieces of the text.
-
-        Args:
-            messages: `{"role": "system" | "user" | "assistant", "content": ...}`; a content is text, or a list of parts
-                `{"type": "text", "text": str}` and `{"type": "image", "image": ImageSource}`. `read_messages` has the
-                order. Images are cropped to squares, as in `understand`.
-            max_new_tokens: by default as many as fit, at most MAX_NEW_TOKENS; a larger number is cut to that, and an
-                answer that reaches it ends with the finish reason "length".
-
-        Raises:
-            InputError: at the call, before any computation.
-        """
-        if max_new_tokens is not None:
-            check_int_range("max_new_tokens", max_new_tokens, 1)
-        turns = read_messages(messages, self.image_size)
-        max_tokens = min(self.model.config.text.max_seq_len, limits.MAX_CHAT_TOKENS)
-        for index, turn in enumerate(turns):
-            for text in turn.parts:
-                if isinstance(text, str) and (text or turn.role != "assistant"):  # an assistant's text may be empty
-                    self.prompts.check(text, f"messages[{index}]", max_tokens)
-        written = [(turn.role, [part if isinstance(part, str) else None for part in turn.parts]) for turn in turns]
-        tokens = self.prompts.conversation(written)
-        length = tokens.ids.shape[1]
-        if length >= max_tokens:
-            raise InputError(
-                f"messages: expected at most {max_tokens} tokens with their images and one for the answer, got {length}"
-            )
-        images = [image for turn in turns for image in turn.images]
-        pixels = to_tensor(images).to(self.device) if images else None
-        out = ChatOutput(length)
-        room = min(limits.MAX_NEW_TOKENS, max_tokens - length)
-        out.stream = self._stream(out, tokens, pixels, min(max_new_tokens or room, room))
-        return out
-
-    def _stream(self, out: ChatOutput, tokens: TokenBatch, pixels: Tensor | None, max_tokens: int) -> Iterator[str]:
-        """Yield the pieces of one answer. No mode of torch is active outside of the generator."""
-        text, tokens = TextStream(self.bundle.text_tokenizer), tokens.to(self.device)
-        with torch.inference_mode(), self._compute():
-            f_v = None if pixels is None else self._features(pixels)
-            self._load_to_device("language")
-            embedded = self.model.embed(tokens.ids, f_v)
-            steps = self.model.language.stream(embedded, tokens.mask, max_new_tokens=max_tokens)
-        while True:
-            with torch.inference_mode(), self._compute():
-                self._load_to_device("language")  # other calls may come between two pieces
-                step = next(steps, None)
-            if step is None or step[0] is None:  # there is one row, which ends with the stream
-                break
-            out.completion_tokens += 1
-            if piece := text.add_token(step[0]):
-                yield piece
-        out.finish_reason = "length" if out.completion_tokens == max_tokens else "stop"
-        if piece := text.flush():
-            yield piece
-
-    @torch.inference_mode()
     def reconstruct(self, image: ImageSource | Sequence[ImageSource]) -> ReconstructOutput:
         """Encode and decode images with the unified tokenizer."""
-        pixels = self._pixels(image)
+        pixels = self._squares(image)
         with self._compute(len(pixels)):
             tokenizer = self.model.tokenizer
             self._load_to_device("encoder", "streams")
@@ -287,10 +190,6 @@ class SparPipeline:
             self._load_to_device("decoder")
             out = tokenizer.decode(z_f, self.decode_tile).float().clamp(0, 1)
         return ReconstructOutput(to_pil(out), [self.run_metadata() for _ in out])
-
-    def check_text(self, text: str, what: str) -> None:
-        """Refuse a prompt that `generate`, `edit` and `understand` would refuse; `what` is its name in the error."""
-        self.prompts.check(text, what, self.bundle.sampling.max_prompt_tokens)
 
     def output_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Height and width of images of `generate`.
@@ -347,7 +246,7 @@ class SparPipeline:
         seeds = list_seeds(seed, count)
         noise = self._noise(seeds, size)
         with self._compute(count):
-            f_v = self._features(pixels) if pixels is not None else None
+            f_v = self._read_images(pixels) if pixels is not None else None
             self._load_to_device("streams", "language", "router_and_connector")
             condition, routed = self._conditions(tokens, encode(negatives), f_v, size, guidance)
             condition = condition.repeat(per_prompt)
@@ -374,14 +273,6 @@ class SparPipeline:
             for i, seed in enumerate(seeds)
         ]
         return GenerateOutput(images=to_pil(images), seeds=seeds, routing=routing, metadata=metadata)
-
-    def run_metadata(self) -> dict[str, Any]:
-        """Metadata of everything other than the arguments that an image depends on."""
-        training = {name: self.manifest.get(name) for name in ("recipe", "commit")}  # None is not written
-        run = {"dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)}
-        weights = self.weights if self.weights == "int8" else None  # the other types give the same results
-        settings = {"weights": weights, "compile": self.compile or None, "decode_tile": self.decode_tile}
-        return {**run, **settings, **self.origin, **training, **versions()}
 
     def _conditions(
         self, tokens: TokenBatch, negatives: TokenBatch, f_v: Tensor | None, size: tuple[int, int], guidance: float
@@ -422,45 +313,29 @@ class SparPipeline:
         rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(rows).to(self.device)
 
+    @property
+    def max_prompt_tokens(self) -> int:
+        return self.bundle.sampling.max_prompt_tokens
+
+    def _settings(self) -> dict[str, Any]:
+        weights = self.weights if self.weights == "int8" else None  # the other types give the same results
+        return {"weights": weights, "compile": self.compile or None, "decode_tile": self.decode_tile}
+
     def _load_to_device(self, *parts: str) -> None:
         """Load the parts that compute next, if parts are offloaded."""
         if self._offload:
             self._offload.load_to_device(*parts)
 
-    def _features(self, pixels: Tensor) -> Tensor:
+    def _read_images(self, pixels: Tensor) -> Tensor:
         self._load_to_device("encoder")
         return self.model.tokenizer.encoder(pixels).float()
 
-    @contextmanager
-    def _compute(self, images: int = 1) -> Iterator[None]:
-        """Autocast, and on a CPU the number of threads that suits the work on so many images."""
-        work = self._parameters * images * self.model.config.grid**2 if self.device.type == "cpu" else math.inf
-        with threads_for(work), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            yield
-
-    def _pixels(self, image: ImageSource | Sequence[ImageSource], *, keep_aspect: bool = False) -> Tensor:
-        images, side = open_sources(image, edited=keep_aspect), self.image_size
-        sizes = {self.edited_size(image) for image in images} if keep_aspect else {(side, side)}
+    def _edited(self, image: ImageSource | Sequence[ImageSource]) -> Tensor:
+        """Images to edit in their own proportions, at about the trained number of pixels, `[B, 3, H, W]`."""
+        images = open_sources(image, edited=True)
+        sizes = {self.edited_size(one) for one in images}
         if len(sizes) > 1:
             shown = ", ".join(f"{width} x {height}" for height, width in sorted(sizes))
             raise InputError(f"expected images of the same proportions in one call, got {shown} pixels")
         (size,) = sizes
-        return to_tensor([to_size(image, size[1], size[0]) for image in images]).to(self.device)
-
-    def _texts(self, text: str | Sequence[str], what: str) -> list[str]:
-        texts = list_texts(text, what)
-        for one in texts:
-            self.check_text(one, what)
-        return texts
-
-    def _pairs(
-        self, image: ImageSource | Sequence[ImageSource], text: str | Sequence[str], what: str, *,
-        keep_aspect: bool = False,
-    ) -> tuple[Tensor, list[str]]:  # fmt: skip
-        pixels, texts = self._pixels(image, keep_aspect=keep_aspect), self._texts(text, what)
-        count = max(len(pixels), len(texts))
-        if len(pixels) == 1 and count > 1:
-            pixels = pixels.expand(count, -1, -1, -1)
-        if len(pixels) != count:
-            raise InputError(f"expected one image, or one for each of {count} {what}s, got {len(pixels)}")
-        return pixels, broadcast(texts, count, what)
+        return to_tensor([to_size(one, size[1], size[0]) for one in images]).to(self.device)

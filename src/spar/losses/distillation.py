@@ -6,6 +6,7 @@
 Both are means over every element. The teacher's side gets no gradient.
 """
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from spar.common.checks import check_pair
@@ -18,6 +19,12 @@ def feature_mse(student: Tensor | None, teacher: Tensor | None, *, names: tuple[
     """
     student, teacher = check_pair(names[0], student, names[1], teacher)
     return (student.float() - teacher.detach().float()).square().mean()
+
+
+def cosine_distance(student: Tensor | None, teacher: Tensor | None) -> Tensor:
+    """One less the cosine of student and detached teacher over the last axis, its mean; a float32 scalar."""
+    student, teacher = check_pair("student", student, "teacher", teacher)
+    return 1 - F.cosine_similarity(student.float(), teacher.detach().float(), dim=-1).mean()
 
 
 def semantic_loss(f_v: Tensor | None, teacher: Tensor | None) -> Tensor:

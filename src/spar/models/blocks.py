@@ -8,7 +8,8 @@ from spar.models.tokenizer import ResidualBlock, TransformerBlock
 
 # The libraries' own by name, which needs no import.
 BLOCKS = (
-    "InternVLVisionLayer", "Qwen2DecoderLayer", "ResBlock", "EfficientViTBlock", "DCUpBlock2d", "DCDownBlock2d",
+    "InternVLVisionLayer", "SiglipEncoderLayer", "Qwen2DecoderLayer", "ResBlock", "EfficientViTBlock", "DCUpBlock2d",
+    "DCDownBlock2d", "ResnetBlock2D",
     TransformerBlock.__name__, ResidualBlock.__name__, DenoiserBlock.__name__,
 )  # fmt: skip
 

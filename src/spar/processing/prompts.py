@@ -133,6 +133,11 @@ class PromptEncoder:
         """A user turn, then the start of the assistant's."""
         return self.encode(f"{TURN_START}user\n") + content + self.encode(f"{TURN_END}\n{TURN_START}assistant\n")
 
+    def fixed(self, texts: Sequence[str | None], length: int) -> Tensor:
+        """Texts alone as ids `[B, length]`, cut or padded on the right; None is an empty text."""
+        rows = [self.encode(text)[:length] if text else [] for text in texts]
+        return torch.tensor([row + [self.tokenizer.pad_token_id] * (length - len(row)) for row in rows])
+
     def _image_prompts(self, contents: list[list[int]]) -> TokenBatch:
         """User turns whose answers are images."""
         start = self.encode(IMAGE_START) if self.image_start else []

@@ -8,9 +8,16 @@ from collections.abc import Callable
 
 from spar.common.config import Registry, by_kind
 from spar.common.errors import InputError
-from spar.recipes.shapes.curricula import CaptionLessons, MixedLessons, QuestionData
+from spar.recipes.dualtoken import dualtoken_tiny
+from spar.recipes.shapes.curricula import CaptionLessons, MixedLessons, QuestionData, UnifiedLessons
 from spar.recipes.shapes.data import ShapesData
-from spar.recipes.shapes.dense_tagging import DenseTaggingObjective, TagData, TagWordsObjective
+from spar.recipes.shapes.dense_tagging import (
+    DenseContrastiveObjective,
+    DenseTaggingObjective,
+    TagData,
+    TaggedCaptionData,
+    TagWordsObjective,
+)
 from spar.recipes.shapes.recipe import shapes
 from spar.recipes.spar import spar_1b, spar_3b
 from spar.recipes.tiny import tiny
@@ -19,26 +26,39 @@ from spar.training.data import CaptionData, DataConfig, ImageData, MixedData, No
 from spar.training.files_data import FilesData
 from spar.training.objectives.autoencoder import AutoencoderObjective
 from spar.training.objectives.base import Objective
+from spar.training.objectives.contrastive import ContrastiveObjective
 from spar.training.objectives.dit import DitObjective
+from spar.training.objectives.dual_next_token import DualNextTokenObjective
+from spar.training.objectives.dual_tokenizer import DualTokenizerObjective
 from spar.training.objectives.next_token import NextTokenObjective
 from spar.training.objectives.tokenizer import TokenizerObjective
 from spar.training.objectives.unified import UnifiedObjective
+from spar.training.systems.dualtoken import DualTokenRecipe
 from spar.training.systems.spar import SparRecipe
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"shapes": shapes, "tiny": tiny, "spar-1b": spar_1b, "spar-3b": spar_3b}
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "shapes": shapes, "tiny": tiny, "spar-1b": spar_1b, "spar-3b": spar_3b, "dualtoken-tiny": dualtoken_tiny,
+}  # fmt: skip
 
-SYSTEMS = (SparRecipe,)
+SYSTEMS = (DualTokenRecipe, SparRecipe)
 OBJECTIVES = (
     AutoencoderObjective,
+    ContrastiveObjective,
+    DenseContrastiveObjective,
     DenseTaggingObjective,
     DitObjective,
+    DualNextTokenObjective,
+    DualTokenizerObjective,
     NextTokenObjective,
     TagWordsObjective,
     TokenizerObjective,
     UnifiedObjective,
 )
 SOURCES = (FilesData, NoData, ShapesData)
-STAGE_DATA = (CaptionData, CaptionLessons, ImageData, MixedData, MixedLessons, QuestionData, TagData)
+STAGE_DATA = (
+    CaptionData, CaptionLessons, ImageData, MixedData, MixedLessons, QuestionData, TagData, TaggedCaptionData,
+    UnifiedLessons,
+)  # fmt: skip
 
 REGISTRY: Registry = {
     Recipe: by_kind(SYSTEMS),

@@ -14,8 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from spar.common.errors import InputError
-from spar.flow.sampler import Cancelled
+from spar.common.errors import Cancelled, InputError
 from spar.inference.pipeline import SparPipeline
 from spar.serving.limits import CHAT_TURN_TOKENS, GATHER_SECONDS, MAX_BATCH, MAX_CHATS, MAX_QUEUE
 

@@ -3,14 +3,16 @@
 import os
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from spar.checkpoints.spar_format import ModelBundle, SamplingConfig, versions
+from spar.checkpoints.model_header import versions
+from spar.checkpoints.spar_format import ModelBundle, SamplingConfig
 from spar.common.config import read_json, to_dict
 from spar.common.cpu import cpu_name
 from spar.processing.prompts import PromptEncoder
+from spar.training.config import Recipe
 from spar.training.modules import TrainingModules
 from spar.training.objectives.tokenizer import TokenizerObjective
 from spar.training.run_folder import ORIGIN
@@ -26,6 +28,17 @@ def build_bundle(
 
     The semantic teacher comes along where this run, or the folder that it started from, has kept it.
     """
+    manifest = run_manifest(recipe, run, last)
+    origin = manifest.get("origin", {})
+    tokenizers = any(isinstance(recipe.stage(name).objective, TokenizerObjective) for name in manifest["stages"])
+    teacher = getattr(modules, "teacher", None) if origin.get("teacher") or tokenizers else None
+    if teacher is not None:
+        manifest["teacher"] = "the encoder before the tokenizer's training, in teacher/"
+    return ModelBundle(modules.model.eval(), prompts.tokenizer, sampling_config(recipe), manifest, teacher=teacher)
+
+
+def run_manifest(recipe: Recipe, run: Path, last: str) -> dict[str, Any]:
+    """How the weights at the end of stage `last` of a run were made."""
     stages = {}
     for stage in recipe.stages[: recipe.stages.index(recipe.stage(last)) + 1]:
         path = run / stage.name / "done" / "meta.json"
@@ -37,13 +50,7 @@ def build_bundle(
         "versions": versions(), "stages": stages, "resolved_recipe": to_dict(recipe),
     }  # fmt: skip
     origin = read_json(run / ORIGIN) if (run / ORIGIN).exists() else {}
-    if origin:
-        manifest["origin"] = origin
-    tokenizers = any(isinstance(recipe.stage(name).objective, TokenizerObjective) for name in stages)
-    teacher = getattr(modules, "teacher", None) if origin.get("teacher") or tokenizers else None
-    if teacher is not None:
-        manifest["teacher"] = "the encoder before the tokenizer's training, in teacher/"
-    return ModelBundle(modules.model.eval(), prompts.tokenizer, sampling_config(recipe), manifest, teacher=teacher)
+    return {**manifest, "origin": origin} if origin else manifest
 
 
 def sampling_config(recipe: "SparRecipe") -> SamplingConfig:

@@ -114,6 +114,11 @@ class Recipe(ABC):
         """The side of a visual token in pixels, which divides that of an image."""
         raise InputError(f"a recipe of {self.kind} does not say what size its visual tokens have")
 
+    @property
+    def feature_width(self) -> int:
+        """The channels of a visual token's features, as the encoder gives them."""
+        raise InputError(f"a recipe of {self.kind} does not say how wide its features are")
+
     # ---- what a system says ------------------------------------------------------------------------------------------
 
     @abstractmethod

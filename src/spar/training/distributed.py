@@ -122,6 +122,19 @@ class DistributedContext:
             dist.all_reduce(total)
         return total / self.world
 
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over the processes."""
+        return self.mean(value) * self.world
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows `[n, ...]` of all processes, as many of each, one process after the other."""
+        if self.world == 1:
+            return rows
+        parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(self.world)]
+        with wrap_distributed_errors():
+            dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
     def any_process(self, *flags: bool) -> list[bool]:
         """Which flags are up on any process: all processes then do the same."""
         if self.world == 1:

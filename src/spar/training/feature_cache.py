@@ -199,8 +199,15 @@ class FeatureCache:
         return {name: torch.stack(values) for name, values in found.items() if name != "id"}
 
 
+def kept_dtype(features: Tensor) -> torch.dtype:
+    """The type in which frozen features are kept: bfloat16, but that of codes, which are whole numbers."""
+    return torch.bfloat16 if features.is_floating_point() else features.dtype
+
+
 class InMemoryFeatureCache:
-    """Frozen features of a fixed set of images, computed at the first use of each; rows are kept in bfloat16."""
+    """Frozen features of a fixed set of images, computed at the first use of each; numbers are kept in bfloat16, codes
+    as they are.
+    """
 
     def __init__(self) -> None:
         self.rows: dict[int, int] = {}
@@ -230,8 +237,8 @@ class InMemoryFeatureCache:
         used, table = len(self.rows), self.tables.get(name)
         if table is None or used + len(rows) > len(table):
             size = (max(2 * used, used + len(rows)), *rows.shape[1:])
-            larger = torch.empty(size, dtype=torch.bfloat16, device=rows.device)
+            larger = torch.empty(size, dtype=kept_dtype(rows), device=rows.device)
             if table is not None:
                 larger[:used] = table[:used]
             self.tables[name] = table = larger
-        table[used : used + len(rows)] = rows.to(torch.bfloat16)
+        table[used : used + len(rows)] = rows.to(table.dtype)

@@ -268,4 +268,6 @@ def train_step(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(stage, ctx.step) * group["factor"]
         optimizer.step()
+    with torch.no_grad(), wrap_distributed_errors():
+        stage.objective.after_step(ctx)
     return total, norm

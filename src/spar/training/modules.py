@@ -95,12 +95,13 @@ def init_weights(modules: TrainingModules) -> None:
     """
     heads = sorted((name for name, part in modules.named_children() if isinstance(part, Head)), reverse=True)
     for part in (modules.model, *map(modules.get_submodule, heads)):
-        _init_xavier(part)
+        init_xavier(part)
     _init_vision(modules)
     _init_denoiser(modules)
 
 
-def _init_xavier(module: nn.Module) -> None:
+def init_xavier(module: nn.Module) -> None:
+    """Xavier for the linear layers of a module, small embeddings, no biases."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.xavier_uniform_(part.weight)

@@ -6,7 +6,7 @@ B images, N = rows x columns patch tokens, D the encoder's width.
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,6 @@ from spar.models.encoder import PIXEL_MEAN, PIXEL_STD
 
 if TYPE_CHECKING:
     from spar.training.config import Recipe, StageConfig
-    from spar.training.systems.spar import PerceptualConfig
 
 SIDE = 224  # of an encoder whose configuration names none
 EXTRA_TOKENS = 2  # CLS and DeiT's distillation token; registers, which the configuration counts, come on top
@@ -98,7 +97,20 @@ class FrozenNetworks(Mapping[str, Any]):
                 self[name]
 
 
-def perceptual_networks(config: "PerceptualConfig") -> dict[str, Callable[[], PerceptualLoss]]:
+class OutsidePerceptual(Protocol):
+    """The weights of the perceptual networks from outside, which the configurations of all systems have."""
+
+    @property
+    def lpips(self) -> float: ...
+
+    @property
+    def convnext(self) -> float: ...
+
+    @property
+    def classifier(self) -> str: ...
+
+
+def perceptual_networks(config: OutsidePerceptual) -> dict[str, Callable[[], PerceptualLoss]]:
     """The networks of L_perc that come from outside, by the fields that weigh them.
 
     Each raises InputError where an extra or a download is not there, with what to do or to choose in its place.
@@ -114,8 +126,8 @@ def _or_explain(load: Callable[[], PerceptualLoss]) -> PerceptualLoss:
         return load()
     except InputError as error:
         raise InputError(
-            f"{error}; or choose the run's own autoencoder in its place: --perceptual.lpips 0 --perceptual.convnext 0 "
-            "--perceptual.autoencoder 1"
+            f"{error}; or choose the run's own features in its place: --perceptual.lpips 0 --perceptual.convnext 0 "
+            "--perceptual.autoencoder 1 (of DualToken --perceptual.teacher 1)"
         ) from error
 
 

@@ -14,9 +14,8 @@ import gradio as gr
 from markupsafe import Markup
 from PIL import Image
 
-from spar.common.errors import InputError
+from spar.common.errors import Cancelled, InputError
 from spar.common.limits import MAX_SEED
-from spar.flow.sampler import Cancelled
 from spar.inference.image_files import save_images, source_metadata
 from spar.inference.notes import knows_shapes, world_notes
 from spar.inference.outputs import GenerateOutput, ReconstructOutput

@@ -7,9 +7,9 @@ import torch
 from spar.common.errors import InputError
 from spar.data.batches import Captioned, Descriptions, Dialogues, Edits, Images
 from spar.recipes import recipe
-from spar.recipes.shapes.curricula import CaptionLessons, MixedLessons, QuestionData
+from spar.recipes.shapes.curricula import CaptionLessons, MixedLessons, QuestionData, UnifiedLessons
 from spar.recipes.shapes.data import FOLLOWING, KIND_WEIGHTS, ShapesData, ShapesTrainingData, dense_tags, draw_edit
-from spar.recipes.shapes.dense_tagging import TagData, Tagged, TaggedEdits
+from spar.recipes.shapes.dense_tagging import TagData, Tagged, TaggedCaptionData, TaggedCaptions, TaggedEdits
 from spar.training.config import StageConfig
 from spar.training.data import CaptionData, ImageData, MixedData, StageData
 from spar.worlds.shapes.captions import describe
@@ -190,7 +190,7 @@ def test_rendered_pictures_are_kept_and_read_back(training_data, tmp_path):
 
 def staged(data: StageData) -> StageConfig:
     """A stage of the data, six images a step."""
-    objectives = (stage.objective for stage in recipe("shapes").stages)
+    objectives = (stage.objective for name in ("shapes", "dualtoken-tiny") for stage in recipe(name).stages)
     objective = next(one for one in objectives if {*data.gives} <= {*one.takes})
     return StageConfig("s", objective, ("*",), steps=9, warmup=0, data=data, batch=6)
 
@@ -204,7 +204,8 @@ def dealt(training_data: ShapesTrainingData, data: StageData, step: int = 0) -> 
     [
         (ImageData(), Images), (CaptionData(), Captioned), (MixedData(), Captioned), (MixedData(edit_share=1.0), Edits),
         (CaptionLessons(), Captioned), (MixedLessons(), Captioned), (MixedLessons(edit_share=1.0), Edits),
-        (QuestionData(), Dialogues), (TagData(), Tagged),
+        (QuestionData(), Dialogues), (TagData(), Tagged), (TaggedCaptionData(), TaggedCaptions),
+        (UnifiedLessons(caption_share=1.0), Captioned), (UnifiedLessons(caption_share=0.0), Dialogues),
     ],
 )
 def test_each_kind_of_data_is_dealt_as_what_it_says_it_gives(training_data, data, kind):

@@ -9,7 +9,6 @@ B batch, S image side, N = h w positions, W the encoder's width, C the codes' wi
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import Decoder
 from torch import Tensor, nn
@@ -113,6 +112,11 @@ class DualTokenizer(nn.Module):
         self.expand_semantic = AttnProjection(semantic, width, width // semantic, causal=True)
         self.decoder = PixelCodesDecoder(width, pixel, config.decoder)
 
+    @property
+    def quantizers(self) -> dict[str, ResidualQuantizer]:
+        """Both, by the names of their vocabularies."""
+        return {"pixel": self.pixel_quantizer, "semantic": self.semantic_quantizer}
+
     def features(self, pixels: Tensor) -> DualFeatures:
         """`[B, 3, S, S]` in [0, 1] to what the vocabularies quantise."""
         taps = self.config.vision.taps
@@ -148,9 +152,3 @@ class DualTokenizer(nn.Module):
         semantic = self.semantic_quantizer(features.semantic, None if noise is None else noise[1])
         deep, pooled = self.semantic_features(semantic.vectors)
         return DualTokenizerOutput(pixel, semantic, deep, pooled)
-
-    @torch.no_grad()
-    def update_codebooks(self, **processes: object) -> None:
-        """End of a training step: move both codebooks; keywords as in `ResidualQuantizer.update`."""
-        for quantizer in (self.pixel_quantizer, self.semantic_quantizer):
-            quantizer.update(**processes)  # type: ignore[arg-type]

@@ -66,6 +66,12 @@ class VisionTower(nn.Module):
             (x,) = self.run(x, range(after + 1, last + 1), (last,))
         return self.network.head(self.network.post_layernorm(x))
 
+    def shallow_maps(self, pixels: Tensor) -> list[Tensor]:
+        """`[B, 3, S, S]` in [0, 1] to the features of the two shallow layers as maps `[B, W, h, w]`."""
+        taps, grid = self.config.taps[:2], self.config.grid
+        found = self.run(self.embed(pixels), range(1, taps[1] + 1), taps)
+        return [x.transpose(1, 2).unflatten(2, (grid, grid)) for x in found]
+
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """`[B, 3, S, S]` in [0, 1] to the features of the semantic layer `[B, N, W]` and the pooled one `[B, W]`."""
         tap = self.config.taps[2]

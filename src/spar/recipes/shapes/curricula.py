@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from spar.common.errors import InputError
-from spar.data.batches import Descriptions, Dialogues, Images
+from spar.data.batches import Captioned, Descriptions, Dialogues, Images
 from spar.training.data import CaptionData, MixedData, StageData
 from spar.worlds.shapes.questions import BINDING_QUESTION_KINDS, CURRICULUM_KINDS, QUESTION_KINDS
 from spar.worlds.shapes.scene import ALL_KINDS
@@ -80,3 +80,21 @@ class QuestionData(StageData):
         unknown = sorted(set(self.questions) - set(known))
         if unknown:
             raise InputError(f"questions: expected {', '.join(known)}, got {', '.join(unknown)}")
+
+
+@dataclass(frozen=True)
+class UnifiedLessons(QuestionData):
+    """Questions, and for the share `caption_share` of the steps images with captions, of which the share
+    `position_captions` says where things are.
+    """
+
+    kind: ClassVar[str] = "captions_and_questions"
+    gives: ClassVar[tuple[type[Images], ...]] = (Captioned, Dialogues, Descriptions)
+    caption_share: float = 0.5
+    position_captions: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("caption_share", "position_captions"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name}: expected 0 to 1, got {getattr(self, name)}")

@@ -13,8 +13,8 @@ from spar.common.errors import InputError
 from spar.common.files import atomic_file
 from spar.data.batches import Captioned, Descriptions, Dialogues, Edits, Images
 from spar.processing.prompts import DESCRIBE, PromptEncoder, QuestionAnswer
-from spar.recipes.shapes.curricula import CaptionLessons, Lessons, MixedLessons, QuestionData
-from spar.recipes.shapes.dense_tagging import TagData, Tagged, TaggedEdits
+from spar.recipes.shapes.curricula import CaptionLessons, Lessons, MixedLessons, QuestionData, UnifiedLessons
+from spar.recipes.shapes.dense_tagging import TagData, Tagged, TaggedCaptionData, TaggedCaptions, TaggedEdits
 from spar.training.config import Recipe, StageConfig
 from spar.training.data import CaptionData, DataConfig, ImageData, MixedData, StageData, TrainingData, resized
 from spar.training.distributed import DistributedContext
@@ -45,7 +45,8 @@ class ShapesData(DataConfig):
 
     kind: ClassVar[str] = "shapes"
     serves: ClassVar[tuple[type[StageData], ...]] = (
-        ImageData, CaptionData, MixedData, CaptionLessons, MixedLessons, QuestionData, TagData
+        ImageData, CaptionData, MixedData, CaptionLessons, MixedLessons, QuestionData, TagData, TaggedCaptionData,
+        UnifiedLessons,
     )  # fmt: skip
     scenes: int = 32768
     edits: int = 16384
@@ -92,9 +93,12 @@ class ShapesTrainingData(TrainingData):
         """Rows of a step's whole batch; one of captions and edits is of edits with the stage's share."""
         rng, data = self.rng(stage.name, step), stage.data
         editing = isinstance(data, MixedData) and bool(rng.random() < data.edit_share)
-        lessons = data if isinstance(data, Lessons) else Lessons()
+        placed = data.position_captions if isinstance(data, Lessons | UnifiedLessons) else 0.0
         kinds = data.scene_kinds if isinstance(data, Lessons | QuestionData) else ()
-        if isinstance(data, QuestionData) and rng.random() < data.prompt_share:
+        captioned = isinstance(data, CaptionData | TaggedCaptionData)
+        if isinstance(data, UnifiedLessons):
+            captioned = bool(rng.random() < data.caption_share)
+        if isinstance(data, QuestionData) and not captioned and rng.random() < data.prompt_share:
             return self.described(rng, data, stage.batch, rows)
         drawn = self.draw(rng, stage.batch, edits=editing, kinds=kinds)
         indices = drawn[rows]
@@ -102,16 +106,22 @@ class ShapesTrainingData(TrainingData):
         if editing:
             texts = tuple(self.instructions(rng, drawn)[rows])
             return Edits(keys=indices, pixels=pixels, texts=texts, references=self.pixels(indices))
-        if isinstance(data, CaptionData):
-            texts = tuple(self.captions(rng, drawn, position_captions=lessons.position_captions)[rows])
+        if captioned:
+            texts = tuple(self.captions(rng, drawn, position_captions=placed)[rows])
+            if isinstance(data, TaggedCaptionData):
+                return TaggedCaptions(keys=indices, pixels=pixels, texts=texts, tags=self.tags(indices))
             return Captioned(keys=indices, pixels=pixels, texts=texts)
         if isinstance(data, QuestionData):
             turns = tuple(map(tuple, self.turns(rng, drawn, data)[rows]))
             return Dialogues(keys=indices, pixels=pixels, turns=turns)
         if isinstance(data, TagData):
-            return Tagged(keys=indices, pixels=pixels, tags=dense_tags([self.scenes[i] for i in indices], self.grid))
+            return Tagged(keys=indices, pixels=pixels, tags=self.tags(indices))
         side = data.image_size if isinstance(data, ImageData) else None
         return Images(keys=indices, pixels=resized(pixels, side))
+
+    def tags(self, indices: np.ndarray) -> dict[str, Tensor]:
+        """The tags of each visual token of some scenes."""
+        return dense_tags([self.scenes[i] for i in indices], self.grid)
 
     def sample(self, count: int) -> tuple[Tensor, ...]:
         """The first images, in chunks of 64."""

@@ -14,21 +14,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spar.common.errors import InputError
-from spar.data.batches import Descriptions, Dialogues, Images
+from spar.data.batches import Captioned, Descriptions, Dialogues, Images
 from spar.processing.prompts import PromptEncoder
-from spar.recipes.shapes.curricula import QuestionData
+from spar.recipes.shapes.curricula import Lessons, QuestionData
 from spar.training.cost import Cost, meta_input, part_cost
 from spar.training.data import StageData, TrainingData
 from spar.training.modules import Head, TrainingModules
 from spar.training.objectives.base import Networks, Objective, StepContext, Terms, check_at_least
 from spar.training.objectives.common import sample_images
+from spar.training.objectives.contrastive import ContrastiveObjective
 from spar.training.objectives.next_token import NextTokenObjective
 from spar.worlds.shapes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES
 from spar.worlds.shapes.tokenizer import PLURALS
 
 if TYPE_CHECKING:
-    from spar.training.config import StageConfig
+    from spar.training.config import Recipe, StageConfig
     from spar.training.plan import InitFolder, Origin, PlannedStage
+    from spar.training.systems.dualtoken import DualTokenRecipe
     from spar.training.systems.spar import SparRecipe
 
 TAG_EMBEDDINGS = "tag embeddings"
@@ -51,6 +53,11 @@ class Tagged(Images):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaggedCaptions(Captioned, Tagged):
+    """Images with a caption each, and with `tags` of each visual token."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaggedEdits(Descriptions):
     """Edits described in words, with the `tags` of each visual token after the edit, `[B, N, ...]` by name, and which
     tokens count, `[B, N]`: those of an object before or after it, and some of the others. Without the others
@@ -69,6 +76,14 @@ class TagData(StageData):
     gives: ClassVar[tuple[type[Images], ...]] = (Tagged,)
 
 
+@dataclass(frozen=True)
+class TaggedCaptionData(Lessons, StageData):
+    """Images with captions and with the tags of each visual token."""
+
+    kind: ClassVar[str] = "tagged_captions"
+    gives: ClassVar[tuple[type[Images], ...]] = (TaggedCaptions,)
+
+
 class DenseHead(Head):
     """Linear read-outs of `f_v`: tags, the owner's centre in bins a side, coverage, and the token's own pixels."""
 
@@ -84,9 +99,9 @@ class DenseHead(Head):
         return [part for part in self.modules() if isinstance(part, nn.Linear)]
 
 
-def build_dense_head(recipe: "SparRecipe") -> Mapping[str, Callable[[Any], nn.Module]]:
+def build_dense_head(recipe: "Recipe") -> Mapping[str, Callable[[Any], nn.Module]]:
     """The read-outs of a recipe's encoder, for the objectives that read them."""
-    return {"dense_head": lambda _: DenseHead(recipe.model.text.hidden_size, recipe.model.token_stride)}
+    return {"dense_head": lambda _: DenseHead(recipe.feature_width, recipe.token_stride)}
 
 
 def dense_head(modules: TrainingModules) -> DenseHead:
@@ -117,23 +132,8 @@ class DenseTaggingObjective(Objective["SparRecipe"]):
         return build_dense_head(recipe)
 
     def __call__(self, ctx: StepContext, batch: Tagged) -> Terms:
-        head, config, targets = dense_head(ctx.modules), ctx.recipe.model, batch.tags
-        pixels = batch.require_pixels()
-        f_v = ctx.modules.model.tokenizer.encoder(pixels)                               # [B, N, D_s]
-        owned = targets["shape"] > 0
-        terms = tag_terms(head, f_v, targets, owned)
-        bins = (targets["center"] * CENTER_BINS).long().clamp(0, CENTER_BINS - 1)        # [B, N, 2]
-        places = head.center(f_v).float().unflatten(-1, (2, CENTER_BINS))[owned]
-        terms["center"] = F.cross_entropy(places.flatten(0, 1), bins[owned].flatten())
-        coverage = head.coverage(f_v).float().squeeze(-1)
-        terms["coverage"] = F.binary_cross_entropy_with_logits(coverage, targets["coverage"].float())
-        stride = config.token_stride
-        patches = F.pixel_unshuffle(pixels, stride).flatten(2).transpose(1, 2)           # [B, N, 3 stride^2]
-        terms["pixels"] = F.mse_loss(head.pixels(f_v).float(), patches)
-        dense = sum(value for name, value in terms.items() if name != "pixels")
-        with torch.no_grad():
-            right = (head.tags["shape"](f_v).argmax(-1) == targets["shape"])[owned].float().mean()
-        return {"loss": self.dense * dense + self.pixel * terms["pixels"], **terms, "shape_accuracy": right}
+        f_v = ctx.modules.model.tokenizer.encoder(batch.require_pixels())               # [B, N, D_s]
+        return dense_terms(ctx, batch, f_v, dense=self.dense, pixel=self.pixel)
 
     @torch.no_grad()
     def finish(self, ctx: StepContext, data: TrainingData) -> None:
@@ -201,6 +201,49 @@ class TagWordsObjective(NextTokenObjective):
     def prepare(self, ctx: StepContext, data: TrainingData, planned: "PlannedStage") -> None:
         if TAG_EMBEDDINGS in planned.prepares:
             init_tag_embeddings(ctx.modules, ctx.prompts)
+
+
+@dataclass(frozen=True)
+class DenseContrastiveObjective(ContrastiveObjective):
+    """Contrastive pre-training of both towers, with the dense tags and pixels of each token beside it, read linearly
+    off the semantic layer and weighed by `dense` and `pixel`: a short training on pairs alone teaches the pooled
+    feature, hardly the tokens'.
+    """
+
+    kind: ClassVar[str] = "dense_contrastive"
+    takes: ClassVar[tuple[type[Images], ...]] = (TaggedCaptions,)
+    dense: float = 1.0
+    pixel: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_at_least(0, **vars(self))
+
+    def build(self, recipe: "DualTokenRecipe", networks: Networks) -> Mapping[str, Callable[[Any], nn.Module]]:
+        return {**super().build(recipe, networks), **build_dense_head(recipe)}
+
+    def __call__(self, ctx: StepContext, batch: TaggedCaptions) -> Terms:  # type: ignore[override]
+        deep, pooled = ctx.modules.model.tokenizer.encoder(batch.require_pixels())
+        pairs = self.pair_terms(ctx, pooled, batch.texts)
+        terms = dense_terms(ctx, batch, deep, dense=self.dense, pixel=self.pixel)
+        return {**terms, **pairs, "loss": pairs["loss"] + terms["loss"]}
+
+
+def dense_terms(ctx: StepContext, batch: Tagged, features: Tensor, *, dense: float, pixel: float) -> Terms:
+    """Tags, centres, coverage and pixels read linearly off features `[B, N, D]`, and `loss`, their weighted sum."""
+    head, targets, pixels = dense_head(ctx.modules), batch.tags, batch.require_pixels()
+    owned = targets["shape"] > 0
+    terms = tag_terms(head, features, targets, owned)
+    bins = (targets["center"] * CENTER_BINS).long().clamp(0, CENTER_BINS - 1)            # [B, N, 2]
+    places = head.center(features).float().unflatten(-1, (2, CENTER_BINS))[owned]
+    terms["center"] = F.cross_entropy(places.flatten(0, 1), bins[owned].flatten())
+    coverage = head.coverage(features).float().squeeze(-1)
+    terms["coverage"] = F.binary_cross_entropy_with_logits(coverage, targets["coverage"].float())
+    patches = F.pixel_unshuffle(pixels, ctx.recipe.token_stride).flatten(2).transpose(1, 2)  # [B, N, 3 stride^2]
+    terms["pixels"] = F.mse_loss(head.pixels(features).float(), patches)
+    tags = sum(value for name, value in terms.items() if name != "pixels")
+    with torch.no_grad():
+        right = (head.tags["shape"](features).argmax(-1) == targets["shape"])[owned].float().mean()
+    return {"loss": dense * tags + pixel * terms["pixels"], **terms, "shape_accuracy": right}
 
 
 def tag_terms(head: DenseHead, states: Tensor, targets: Mapping[str, Tensor], counted: Tensor) -> Terms:

@@ -17,7 +17,7 @@ from spar.data.batches import Images
 from spar.training.cost import Cost
 from spar.training.data import TrainingData, step_rng
 from spar.training.distributed import SINGLE_PROCESS, DistributedContext
-from spar.training.feature_cache import InMemoryFeatureCache
+from spar.training.feature_cache import InMemoryFeatureCache, kept_dtype
 
 if TYPE_CHECKING:
     from spar.processing.prompts import PromptEncoder
@@ -84,7 +84,7 @@ class StepContext:
         pixels = batch.require_pixels() if pixels is None else pixels
         if self.parallel.sharded or (batch.keys < 0).any():
             with torch.no_grad():
-                return {key: rows.to(torch.bfloat16) for key, rows in compute(pixels).items()}
+                return {key: rows.to(kept_dtype(rows)) for key, rows in compute(pixels).items()}
         return self.features.setdefault(name, InMemoryFeatureCache())(batch.keys, pixels, compute)
 
     def unconditional(self, texts: Sequence[str | None], share: float) -> list[str | None]:
@@ -151,6 +151,9 @@ class Objective(ABC, Generic[R]):
 
     def prepare(self, ctx: StepContext, data: TrainingData, planned: "PlannedStage") -> None:
         """Do what `planned.prepares` lists; called before a stage is begun or resumed."""
+
+    def after_step(self, ctx: StepContext) -> None:
+        """Change what no gradient reaches, after the optimizer's step; every process calls it."""
 
     def finish(self, ctx: StepContext, data: TrainingData) -> None:
         """Measure and store what later stages must know of what this one has changed."""

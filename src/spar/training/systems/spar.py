@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from spar.checkpoints.lora import LORA_PREFIX, LoraConfig, merge_lora, save_adapter
+from spar.checkpoints.model_header import load_text_tokenizer
 from spar.checkpoints.safetensors_io import load_weights
 from spar.checkpoints.spar_format import (
     TRAINING_PARTS,
     ModelBundle,
     has_part,
     load_model,
-    load_text_tokenizer,
     load_training_part,
     read_config,
     save_model,
@@ -127,6 +127,10 @@ class SparRecipe(Recipe):
     @property
     def token_stride(self) -> int:
         return self.model.token_stride
+
+    @property
+    def feature_width(self) -> int:
+        return self.model.text.hidden_size
 
     def prompts(self, tokenizer: Any) -> PromptEncoder:
         if len(tokenizer) > self.model.text.vocab_size:

@@ -1,0 +1,204 @@
+"""What the pipelines of all systems share: their inputs' checks, answers in words, metadata.
+
+A system's own file has the rest of the contract: `generate`, `edit`, `reconstruct`, and how images reach its LLM.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spar.checkpoints.model_header import versions
+from spar.common import limits
+from spar.common.cpu import has_native_bfloat16
+from spar.common.device import check_device
+from spar.common.errors import InputError
+from spar.common.limits import check_int_range
+from spar.common.threads import threads_for
+from spar.inference.inputs import broadcast, list_texts, open_sources
+from spar.inference.outputs import ChatOutput, UnderstandOutput
+from spar.processing.chat import TextStream, read_messages
+from spar.processing.images import ImageSource, to_size, to_tensor
+from spar.processing.prompts import PromptEncoder, TokenBatch
+
+# Prompts are padded to multiples of this many tokens: attention sums in vectors of 16 numbers, where a prompt's tokens
+# then have the same places in any batch, and an image is the same alone and in a batch.
+TOKEN_MULTIPLE = 16
+
+
+def choose_device(device: str | torch.device | None, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
+    """The device, by default CUDA if available, and the type of matrix products, by default what it is fast in.
+
+    Raises:
+        InputError: an unavailable device, or a type that is not a floating one.
+    """
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else check_device(device)
+    if dtype is None:
+        fast = has_native_bfloat16() if where.type == "cpu" else where.type == "cuda"
+        dtype = torch.bfloat16 if fast else torch.float32
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise InputError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+    return where, dtype
+
+
+class Pipeline(ABC):
+    """One model and its tasks.
+
+    Attributes:
+        bundle: the model with its text tokenizer, sampling defaults and manifest.
+        dtype: type of matrix products.
+        origin: names of the model and the adapter for the metadata of images, without their folders.
+    """
+
+    bundle: Any
+    model: Any
+    dtype: torch.dtype
+    device: torch.device
+    origin: Mapping[str, str | None]
+    prompts: PromptEncoder
+    parameters: int
+
+    @property
+    @abstractmethod
+    def max_prompt_tokens(self) -> int:
+        """Tokens of the longest prompt."""
+
+    @abstractmethod
+    def _read_images(self, pixels: Tensor) -> Any:
+        """What the LLM reads of images `[B, 3, S, S]`."""
+
+    def _load_to_device(self, *parts: str) -> None:
+        """Load the parts that compute next, if parts are offloaded."""
+
+    def _settings(self) -> dict[str, Any]:
+        """Settings of this pipeline that an image depends on; None is not written."""
+        return {}
+
+    @property
+    def image_size(self) -> int:
+        """Side of the training images in pixels."""
+        return int(self.model.config.image_size)
+
+    @property
+    def text_tokenizer(self) -> Any:
+        return self.bundle.text_tokenizer
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return self.bundle.manifest
+
+    @torch.inference_mode()
+    def understand(
+        self, image: ImageSource | Sequence[ImageSource], question: str | Sequence[str], *, max_new_tokens: int = 48
+    ) -> UnderstandOutput:
+        """Answer questions about images by greedy decoding; pairs as in `edit`.
+
+        `max_new_tokens` is cut to MAX_NEW_TOKENS and to what fits.
+        """
+        check_int_range("max_new_tokens", max_new_tokens, 1)
+        pixels, questions = self._paired(self._squares(image), self._texts(question, "question"), "question")
+        tokens = self.prompts.question(questions).to(self.device)
+        room = self.model.config.text.max_seq_len - int(tokens.mask.sum(1).max())
+        max_new_tokens = min(max_new_tokens, limits.MAX_NEW_TOKENS, max(room, 1))
+        with self._compute(len(pixels)):
+            images = self._read_images(pixels)
+            self._load_to_device("language")
+            rows = self.model.understand(tokens.ids, tokens.mask, images, max_new_tokens=max_new_tokens)
+        return UnderstandOutput([self.bundle.text_tokenizer.decode(row, skip_special_tokens=True) for row in rows])
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], *, max_new_tokens: int | None = None) -> ChatOutput:
+        """Answer the last message of a conversation by greedy decoding, as an iterator over pieces of the text.
+
+        Args:
+            messages: `{"role": "system" | "user" | "assistant", "content": ...}`; a content is text, or a list of parts
+                `{"type": "text", "text": str}` and `{"type": "image", "image": ImageSource}`. `read_messages` has the
+                order. Images are cropped to squares, as in `understand`.
+            max_new_tokens: by default as many as fit, at most MAX_NEW_TOKENS; a larger number is cut to that, and an
+                answer that reaches it ends with the finish reason "length".
+
+        Raises:
+            InputError: at the call, before any computation.
+        """
+        if max_new_tokens is not None:
+            check_int_range("max_new_tokens", max_new_tokens, 1)
+        turns = read_messages(messages, self.image_size)
+        max_tokens = min(self.model.config.text.max_seq_len, limits.MAX_CHAT_TOKENS)
+        for index, turn in enumerate(turns):
+            for text in turn.parts:
+                if isinstance(text, str) and (text or turn.role != "assistant"):  # an assistant's text may be empty
+                    self.prompts.check(text, f"messages[{index}]", max_tokens)
+        written = [(turn.role, [part if isinstance(part, str) else None for part in turn.parts]) for turn in turns]
+        tokens = self.prompts.conversation(written)
+        length = tokens.ids.shape[1]
+        if length >= max_tokens:
+            raise InputError(
+                f"messages: expected at most {max_tokens} tokens with their images and one for the answer, got {length}"
+            )
+        images = [image for turn in turns for image in turn.images]
+        pixels = to_tensor(images).to(self.device) if images else None
+        out = ChatOutput(length)
+        room = min(limits.MAX_NEW_TOKENS, max_tokens - length)
+        out.stream = self._stream(out, tokens, pixels, min(max_new_tokens or room, room))
+        return out
+
+    def _stream(self, out: ChatOutput, tokens: TokenBatch, pixels: Tensor | None, max_tokens: int) -> Iterator[str]:
+        """Yield the pieces of one answer. No mode of torch is active outside of the generator."""
+        text, tokens = TextStream(self.bundle.text_tokenizer), tokens.to(self.device)
+        with torch.inference_mode(), self._compute():
+            images = None if pixels is None else self._read_images(pixels)
+            self._load_to_device("language")
+            embedded = self.model.embed(tokens.ids, images)
+            steps = self.model.language.stream(embedded, tokens.mask, max_new_tokens=max_tokens)
+        while True:
+            with torch.inference_mode(), self._compute():
+                self._load_to_device("language")  # other calls may come between two pieces
+                step = next(steps, None)
+            if step is None or step[0] is None:  # there is one row, which ends with the stream
+                break
+            out.completion_tokens += 1
+            if piece := text.add_token(step[0]):
+                yield piece
+        out.finish_reason = "length" if out.completion_tokens == max_tokens else "stop"
+        if piece := text.flush():
+            yield piece
+
+    def check_text(self, text: str, what: str) -> None:
+        """Refuse a prompt that the tasks would refuse; `what` is its name in the error."""
+        self.prompts.check(text, what, self.max_prompt_tokens)
+
+    def run_metadata(self) -> dict[str, Any]:
+        """Metadata of everything other than the arguments that an image depends on."""
+        training = {name: self.manifest.get(name) for name in ("recipe", "commit")}  # None is not written
+        run = {"dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)}
+        return {**run, **self._settings(), **self.origin, **training, **versions()}
+
+    @contextmanager
+    def _compute(self, images: int = 1) -> Iterator[None]:
+        """Autocast, and on a CPU the number of threads that suits the work on so many images."""
+        work = self.parameters * images * self.model.config.grid**2 if self.device.type == "cpu" else math.inf
+        with threads_for(work), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            yield
+
+    def _squares(self, image: ImageSource | Sequence[ImageSource]) -> Tensor:
+        """One image or a list, cropped and resized to the trained square, `[B, 3, S, S]`."""
+        side = self.image_size
+        return to_tensor([to_size(one, side, side) for one in open_sources(image)]).to(self.device)
+
+    def _texts(self, text: str | Sequence[str], what: str) -> list[str]:
+        texts = list_texts(text, what)
+        for one in texts:
+            self.check_text(one, what)
+        return texts
+
+    def _paired(self, pixels: Tensor, texts: list[str], what: str) -> tuple[Tensor, list[str]]:
+        """One image with several texts, several images with one text, or one each."""
+        count = max(len(pixels), len(texts))
+        if len(pixels) == 1 and count > 1:
+            pixels = pixels.expand(count, -1, -1, -1)
+        if len(pixels) != count:
+            raise InputError(f"expected one image, or one for each of {count} {what}s, got {len(pixels)}")
+        return pixels, broadcast(texts, count, what)

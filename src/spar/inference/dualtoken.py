@@ -1,0 +1,202 @@
+"""DualToken's pipeline: understand, generate, reconstruct and chat by the contract of all pipelines.
+
+Images are drawn row by row: position by position the LLM's state gives the codes of both vocabularies, and the pixel
+codes decode to the image.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from spar.checkpoints.dualtoken_format import DualTokenBundle, load_dualtoken, save_dualtoken
+from spar.checkpoints.hub import model_folder, model_name
+from spar.common import limits
+from spar.common.errors import Cancelled, InputError
+from spar.common.limits import check_int_range, check_range
+from spar.inference.base import TOKEN_MULTIPLE, Pipeline, choose_device
+from spar.inference.inputs import broadcast, list_seeds
+from spar.inference.outputs import GenerateOutput, ReconstructOutput
+from spar.models.blocks import compile_blocks
+from spar.models.dualtoken.sampling import CodeSampling
+from spar.models.dualtoken.tokenizer import DualCodes
+from spar.processing.images import ImageSource, to_pil
+from spar.processing.prompts import PromptEncoder
+
+# Called after each row with (rows done, rows, pixel codes of the whole grid, zero where nothing is drawn yet).
+RowCallback = Callable[[int, int, Tensor], bool | None]
+
+
+@dataclass
+class DualTokenPipeline(Pipeline):
+    """One model and its tasks. Build it with `from_pretrained`."""
+
+    bundle: DualTokenBundle
+    dtype: torch.dtype = torch.float32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    compile: bool = False
+    origin: Mapping[str, str | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        model = self.model = self.bundle.model
+        if self.compile:
+            compile_blocks(model)
+        model.to(self.device)
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.prompts = PromptEncoder(
+            self.bundle.text_tokenizer, model.config.grid**2, image_start=True, multiple=TOKEN_MULTIPLE
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None,
+        compile: bool = False,
+    ) -> "DualTokenPipeline":  # fmt: skip
+        """Load a DualToken folder, or `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION`.
+
+        Args:
+            dtype: type of matrix products; by default bfloat16 if the device has it in hardware. Images are encoded in
+                float32 in any case, since their codes differ otherwise.
+            device: by default a CUDA device if available, else the CPU.
+            compile: compile repeated layers with torch.compile.
+
+        Raises:
+            InputError: a missing, partial, foreign or damaged folder, or an unavailable device.
+        """
+        where, dtype = choose_device(device, dtype)
+        folder = model_folder(path)
+        origin = {"model": model_name(path, folder), "adapter": None}
+        return cls(load_dualtoken(folder), dtype, where, compile, origin)
+
+    def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write the whole model as a DualToken folder, floating weights in `dtype` (default: as they are)."""
+        save_dualtoken(self.bundle, Path(path), dtype)
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        return self.bundle.max_prompt_tokens
+
+    @torch.inference_mode()
+    def generate(
+        self, prompt: str | Sequence[str], *, negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None, width: int | None = None, num_inference_steps: int | None = None,
+        guidance_scale: float | None = None, num_images_per_prompt: int = 1, seed: int | Sequence[int] | None = None,
+        callback: RowCallback | None = None, temperature: float | None = None, top_k: int | None = None,
+        top_p: float | None = None,
+    ) -> GenerateOutput:  # fmt: skip
+        """Generate images from prompts.
+
+        Args:
+            prompt: one or a list.
+            negative_prompt: what the images should not show; by default the true unconditional prompt.
+            height: the trained side in pixels, the only one.
+            width: as `height`.
+            num_inference_steps: a step is a row of the grid: the number of rows, the only one.
+            guidance_scale: by default the model's own; 1 is the conditional branch.
+            num_images_per_prompt: images of one prompt are adjacent in the result.
+            seed: one (image i gets seed + i) or one per image; random when None. `.seeds` has those used.
+            callback: called after each row with (rows done, rows, pixel codes `[B, h, w, D]`, of which `preview` makes
+                images); returning False, exactly, cancels.
+            temperature: of the codes; 0 takes the likeliest. By default the model's own, as the next two.
+            top_k: codes that remain to draw from; 0: all.
+            top_p: the likeliest codes that together have this probability remain.
+
+        Raises:
+            InputError: the message has the expected and the given value.
+            Cancelled: by the callback; there is no result, and the pipeline is unchanged.
+        """
+        texts = self._texts(prompt, "prompt")
+        negatives: Sequence[str | None] = [None] * len(texts)
+        if negative_prompt is not None:
+            negatives = broadcast(self._texts(negative_prompt, "negative_prompt"), len(texts), "negative_prompt")
+        self.output_size(height, width)
+        rows = self.model.config.grid
+        if num_inference_steps is not None:
+            check_int_range("num_inference_steps", num_inference_steps, rows, rows)
+        sampling = self._sampling(guidance_scale, temperature, top_k, top_p)
+        check_int_range("num_images_per_prompt", num_images_per_prompt, 1, limits.MAX_IMAGES)
+        count = len(texts) * num_images_per_prompt
+        check_range("images in all", count, 1, limits.MAX_IMAGES)
+        seeds = list_seeds(seed, count)
+        written = [text for text in texts for _ in range(num_images_per_prompt)]
+        against = [text for text in negatives for _ in range(num_images_per_prompt)]
+        tokens = self.prompts.generation(written if sampling.guidance == 1 else [*written, *against]).to(self.device)
+        generators = [torch.Generator().manual_seed(one) for one in seeds]
+        with self._compute(count):
+            steps = self.model.generate_codes(tokens.ids, tokens.mask, sampling, generators)
+            codes = self._collect(steps, count, callback)
+            images = self.model.tokenizer.decode(codes).float().clamp(0, 1)
+        shared = {"guidance": float(sampling.guidance), "temperature": float(sampling.temperature)}
+        shared |= {"top_k": sampling.top_k, "top_p": float(sampling.top_p), **self.run_metadata()}
+        metadata = [
+            {"prompt": text, "negative_prompt": negative, "seed": one, **shared}
+            for text, negative, one in zip(written, against, seeds, strict=True)
+        ]
+        return GenerateOutput(images=to_pil(images), seeds=seeds, routing=[], metadata=metadata)
+
+    def _sampling(
+        self, guidance: float | None, temperature: float | None, top_k: int | None, top_p: float | None
+    ) -> CodeSampling:
+        """The model's own sampling with what the caller changes."""
+        if guidance is not None:
+            check_range("guidance_scale", guidance, 0, limits.MAX_GUIDANCE)
+        given: dict[str, Any] = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        return replace(self.bundle.sampling, **{name: value for name, value in given.items() if value is not None})
+
+    def _collect(self, steps: Iterator[DualCodes], count: int, callback: RowCallback | None) -> Tensor:
+        """The pixel codes `[B, h, w, D]` of all positions; the callback sees each finished row."""
+        grid, depth = self.model.config.grid, self.model.config.pixel.depth
+        codes = torch.zeros(count, grid * grid, depth, dtype=torch.long, device=self.device)
+        for place, step in enumerate(steps):
+            codes[:, place] = step.pixel
+            row, column = divmod(place, grid)
+            if callback and column == grid - 1 and callback(row + 1, grid, codes.unflatten(1, (grid, grid))) is False:
+                raise Cancelled(f"cancelled after {row + 1} of {grid} rows")
+        return codes.unflatten(1, (grid, grid))
+
+    def edit(self, *_: Any, **__: Any) -> GenerateOutput:
+        """Refused: DualToken does not define editing.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError("DualToken does not define editing: its tasks are understand, generate, reconstruct and chat")
+
+    @torch.inference_mode()
+    def reconstruct(self, image: ImageSource | Sequence[ImageSource]) -> ReconstructOutput:
+        """Encode images to codes and decode their pixel codes."""
+        pixels = self._squares(image)
+        codes = self._read_images(pixels)
+        with self._compute(len(pixels)):
+            out = self.model.tokenizer.decode(codes.pixel).float().clamp(0, 1)
+        return ReconstructOutput(to_pil(out), [self.run_metadata() for _ in out])
+
+    def output_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Height and width of images of `generate`; InputError for any but the trained side."""
+        for name, value in (("height", height), ("width", width)):
+            if value not in (None, self.image_size):
+                raise InputError(f"{name}: expected {self.image_size}, the only side of this model, got {value!r}")
+        return self.image_size, self.image_size
+
+    def edited_size(self, image: Image.Image) -> tuple[int, int]:
+        """Refused as `edit` is; InputError."""
+        self.edit()
+        raise AssertionError
+
+    @torch.inference_mode()
+    def preview(self, codes: Tensor) -> list[Image.Image]:
+        """Decode a callback's codes; rows that are not drawn yet have the first entry's look."""
+        with self._compute(len(codes)):
+            images = self.model.tokenizer.decode(codes).float()
+        return to_pil(images.clamp(0, 1))
+
+    def _read_images(self, pixels: Tensor) -> DualCodes:
+        with torch.autocast(self.device.type, enabled=False):
+            return self.model.tokenizer.encode(pixels.float())
+
+    def _settings(self) -> dict[str, Any]:
+        return {"compile": self.compile or None}

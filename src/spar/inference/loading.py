@@ -1,0 +1,44 @@
+"""The pipeline of a model's folder, whichever system it is of."""
+
+import importlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+from spar.checkpoints.hub import model_folder
+from spar.checkpoints.model_header import TITLES, model_type
+from spar.common.errors import InputError
+from spar.inference.base import Pipeline
+
+# Of each system its pipeline; a module is imported when a model of its system is loaded.
+PIPELINES = {
+    "spar": ("spar.inference.pipeline", "SparPipeline"),
+    "dualtoken": ("spar.inference.dualtoken", "DualTokenPipeline"),
+}
+
+
+def load_pipeline(path: str | Path | None = None, **settings: Any) -> Pipeline:
+    """The pipeline of a folder, or of `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION`; without a path, of the bundled
+    weights.
+
+    Args:
+        settings: those of the system's own `from_pretrained`, which has them explained.
+
+    Raises:
+        InputError: a folder of no known system, or a setting that its system does not have; and as `from_pretrained`.
+    """
+    system = "spar" if path is None else model_type(model_folder(path))
+    module, name = PIPELINES[system]
+    load = getattr(importlib.import_module(module), name).from_pretrained
+    return load(path, **_own_settings(load, system, settings))
+
+
+def _own_settings(load: Any, system: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a system's `from_pretrained` has; InputError for another one that is not at SPAR's default."""
+    known = inspect.signature(load).parameters
+    module, name = PIPELINES["spar"]
+    defaults = inspect.signature(getattr(importlib.import_module(module), name).from_pretrained).parameters
+    for key, value in settings.items():
+        if key not in known and not (key in defaults and value == defaults[key].default):
+            raise InputError(f"{key}: {TITLES[system]} has no such setting, got {value!r}")
+    return {key: value for key, value in settings.items() if key in known}

@@ -1,0 +1,99 @@
+"""DualToken's LLM: answers in words about images, and images from words, both as next tokens.
+
+Images are read and written as quantised codes of a frozen tokenizer; no continuous feature reaches the LLM.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spar.data.batches import Captioned, Descriptions, Dialogues, Images
+from spar.models.attention import attention_bias, position_ids_from_mask
+from spar.models.dualtoken.tokenizer import DualCodes
+from spar.processing.prompts import PackedBatch
+from spar.training.objectives.base import StepContext, Terms, check_at_least
+from spar.training.objectives.next_token import NextTokenObjective
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class DualNextTokenObjective(NextTokenObjective):
+    """Cross-entropy of answers' tokens, or of both vocabularies' codes.
+
+    `pixel` and `semantic` weigh the vocabularies' cross-entropies, `depth_decay` each depth against the one before
+    it, `unconditional` is the share of the prompts that are replaced by the unconditional one.
+    """
+
+    kind: ClassVar[str] = "dual_next_token"
+    takes: ClassVar[tuple[type[Images], ...]] = (Dialogues, Descriptions, Captioned)
+    pixel: float = 1.0
+    semantic: float = 1.0
+    depth_decay: float = 1.0
+    unconditional: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_at_least(0, **vars(self))
+
+    def may_rest(self, recipe: Any) -> tuple[str, ...]:
+        """A step of dialogues does not reach the heads, one of prompts in words not the visual tokens."""
+        return ("model.embedder.*", "model.pixel_head.*", "model.semantic_head.*")
+
+    def __call__(self, ctx: StepContext, batch: Dialogues | Descriptions | Captioned) -> Terms:
+        if isinstance(batch, Captioned):
+            return self.image_terms(ctx, batch)
+        packed, states = self.read(ctx, batch)
+        return self.answer_terms(ctx, packed, states)
+
+    def codes(self, ctx: StepContext, batch: Images) -> DualCodes:
+        """The codes of a batch's images, in float32 whatever the run's precision, computed once an image."""
+        tokenizer = ctx.modules.model.tokenizer
+
+        def encode(pixels: Tensor) -> Terms:
+            with torch.autocast(ctx.device.type, enabled=False):
+                return vars(tokenizer.encode(pixels.float()))
+
+        return DualCodes(**ctx.frozen_features("codes", batch, encode))
+
+    def read(self, ctx: StepContext, batch: Dialogues | Descriptions) -> tuple[PackedBatch, Tensor]:
+        """As of SPAR's, with codes in place of features."""
+        model, codes = ctx.modules.model, None
+        if isinstance(batch, Dialogues):
+            packed, codes = ctx.prompts.pack(batch.turns), self.codes(ctx, batch)
+        else:
+            packed = ctx.prompts.pack_descriptions(batch.prompts, batch.texts, edits=batch.edits)
+        packed = packed.to(ctx.device)
+        embeddings = model.embed(packed.ids, codes)
+        bias = attention_bias(packed.allowed, embeddings, causal=False)
+        return packed, model.language(embeddings, bias, packed.positions)[0]
+
+    def image_terms(self, ctx: StepContext, batch: Captioned) -> Terms:
+        """The codes' cross-entropies, depth by depth, of images after their prompts (teacher forcing)."""
+        model, codes = ctx.modules.model, self.codes(ctx, batch)
+        tokens = ctx.prompts.generation(ctx.unconditional(batch.texts, self.unconditional)).to(ctx.device)
+        visual = model.embed_codes(codes)                                      # [B, N, L]
+        embeddings = torch.cat([model.embed(tokens.ids, None).to(visual.dtype), visual[:, :-1]], dim=1)
+        mask = torch.cat([tokens.mask, tokens.mask.new_ones(len(visual), visual.shape[1] - 1)], dim=1)
+        bias = attention_bias(mask, embeddings, causal=True)
+        states = model.language(embeddings, bias, position_ids_from_mask(mask))[0]
+        before = states[:, tokens.ids.shape[1] - 1 :].flatten(0, 1)            # [B N, L]
+        flat = DualCodes(codes.pixel.flatten(0, 2), codes.semantic.flatten(0, 2))
+        logits = model.code_logits(before, flat)
+        terms: Terms = {}
+        total = before.new_zeros((), dtype=torch.float32)
+        for name, weight in (("pixel", self.pixel), ("semantic", self.semantic)):
+            losses = _by_depth(getattr(logits, name), getattr(flat, name))     # [D]
+            decay = self.depth_decay ** torch.arange(len(losses), device=losses.device)
+            total = total + weight * (losses * decay).sum() / decay.sum()
+            terms |= {f"{name}_{depth}": loss.detach() for depth, loss in enumerate(losses, start=1)}
+        return {"loss": total, **terms}
+
+
+def _by_depth(logits: Tensor, codes: Tensor) -> Tensor:
+    """The mean cross-entropy of each depth `[D]` from logits `[M, D, K]` and codes `[M, D]`."""
+    losses = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten(), reduction="none")
+    return losses.view(codes.shape).mean(0)

@@ -1,0 +1,127 @@
+"""DualToken under training: what its recipes say beyond their stages, and how its modules are built and saved."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from spar.checkpoints.dualtoken_format import DualTokenBundle, save_dualtoken
+from spar.common.errors import InputError
+from spar.losses.adversarial import PatchDiscriminatorConfig
+from spar.models.attention import sincos_pos_embed_2d
+from spar.models.dualtoken.config import DualTokenConfig
+from spar.models.dualtoken.model import DualTokenModel
+from spar.models.dualtoken.sampling import CodeSampling
+from spar.models.dualtoken.towers import VisionTower
+from spar.processing.prompts import PromptEncoder
+from spar.training.bundle import run_manifest
+from spar.training.config import Recipe, StageConfig
+from spar.training.modules import ATTENTION_GAIN, init_xavier
+from spar.training.objectives.base import Networks
+
+
+@dataclass(frozen=True)
+class DualPerceptualConfig:
+    """The frozen networks of the perceptual term and their weights in it.
+
+    `teacher`: LPIPS' form on the two shallow layers of the run's own teacher, which needs no download. `lpips` and
+    `convnext` as in SPAR's.
+    """
+
+    teacher: float = 1.0
+    lpips: float = 0.0
+    convnext: float = 0.0
+    classifier: str = "facebook/convnext-small-224"
+
+    def __post_init__(self) -> None:
+        weights = (self.teacher, self.lpips, self.convnext)
+        if not all(0 <= weight < float("inf") for weight in weights) or not sum(weights):
+            raise InputError(f"perceptual: expected weights of at least 0, one of them above it, got {weights}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DualTokenRecipe(Recipe):
+    """A recipe of DualToken: the model, how its images are drawn, and what its stages share."""
+
+    kind: ClassVar[str] = "dualtoken"
+
+    model: DualTokenConfig = field(default_factory=DualTokenConfig)
+    sampling: CodeSampling = CodeSampling()
+    perceptual: DualPerceptualConfig = DualPerceptualConfig()
+    discriminator: PatchDiscriminatorConfig = PatchDiscriminatorConfig(width=32, layers=2)
+
+    @property
+    def image_size(self) -> int:
+        return self.model.image_size
+
+    @property
+    def token_stride(self) -> int:
+        return self.model.vision.patch_size
+
+    @property
+    def feature_width(self) -> int:
+        return self.model.vision.hidden_size
+
+    def prompts(self, tokenizer: Any) -> PromptEncoder:
+        if len(tokenizer) > self.model.text.vocab_size:
+            raise InputError(
+                f"text.vocab_size: expected at least {len(tokenizer)} for this tokenizer, "
+                f"got {self.model.text.vocab_size}"
+            )
+        return PromptEncoder(tokenizer, self.model.grid**2, image_start=True)
+
+    def build(self, networks: Networks) -> "DualTrainingModules":
+        modules = DualTrainingModules(self, networks)
+        init_dual_weights(modules)
+        return modules
+
+    def save(self, modules: Any, run: Path, prompts: PromptEncoder) -> None:
+        """The model in `RUN/model`."""
+        model, manifest = modules.model.eval(), run_manifest(self, run, self.stages[-1].name)
+        save_dualtoken(
+            DualTokenBundle(model, prompts.tokenizer, self.sampling, self.max_prompt_tokens, manifest), run / "model"
+        )
+
+    def try_sizes(self, modules: Any, stages: tuple[StageConfig, ...]) -> None:
+        tokenizer = modules.model.tokenizer
+        tokenizer.decode(tokenizer.encode(torch.zeros(1, 3, self.image_size, self.image_size)).pixel)
+
+
+class DualTrainingModules(nn.Module):
+    """DualToken under training, with the heads and teachers of its recipe's objectives."""
+
+    def __init__(self, recipe: DualTokenRecipe, networks: Networks) -> None:
+        super().__init__()
+        self.config = recipe.model
+        self.model = DualTokenModel(recipe.model)
+        heads: dict[str, Callable[[Any], nn.Module]] = {}
+        for stage in recipe.stages:
+            heads = {**stage.objective.build(recipe, networks), **heads}
+        for name in sorted(heads):
+            self.add_module(name, heads[name](self))
+
+
+@torch.no_grad()
+def init_dual_weights(modules: DualTrainingModules) -> None:
+    """Random weights that learn from nothing, as SPAR's: Xavier, and an image tower that first looks at neighbours."""
+    init_xavier(modules.model)
+    for part in modules.children():
+        if isinstance(part, VisionTower):
+            _init_vision_tower(part)
+    _init_vision_tower(modules.model.tokenizer.encoder)
+
+
+def _init_vision_tower(tower: VisionTower) -> None:
+    network, grid = tower.network, tower.config.grid
+    network.embeddings.position_embedding.weight.copy_(
+        sincos_pos_embed_2d(tower.config.hidden_size, grid, grid)
+    )
+    weight = network.embeddings.patch_embedding.weight
+    nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
+    for layer in network.encoder.layers:
+        query, key = (layer.get_parameter(f"self_attn.{name}.weight") for name in ("q_proj", "k_proj"))
+        query.mul_(ATTENTION_GAIN)
+        key.copy_(query)

@@ -1,0 +1,267 @@
+"""DualToken's stages: what each trains and leaves, on the finished run of `dualtoken-tiny`."""
+
+import math
+import os
+import signal
+from dataclasses import fields, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from spar.checkpoints.dualtoken_format import load_dualtoken
+from spar.common.errors import InputError
+from spar.recipes import recipe
+from spar.recipes.shapes.curricula import UnifiedLessons
+from spar.recipes.shapes.data import ShapesTrainingData
+from spar.recipes.shapes.dense_tagging import DenseContrastiveObjective
+from spar.training.checkpoint import load_group
+from spar.training.config import freeze
+from spar.training.data import CaptionData
+from spar.training.initial_weights import load_previous_weights, random_modules
+from spar.training.loop import run_stage
+from spar.training.objectives.base import StepContext
+from spar.training.objectives.dual_next_token import DualNextTokenObjective
+from spar.training.objectives.dual_tokenizer import ADAPTIVE_RANGE, DualTokenizerObjective, adaptive_weight
+from spar.training.trainer import train
+from spar.worlds.shapes.tokenizer import build_tokenizer
+
+TINY = recipe("dualtoken-tiny")
+
+
+def weights(run, stage):
+    return load_group(run.path / stage / "done", "modules")
+
+
+def changed(run, before, after):
+    one, other = weights(run, before), weights(run, after)
+    return {key for key in one if not torch.equal(one[key], other[key])}
+
+
+def begin(run, name, **changes):
+    """The context of a stage with the weights that `dual_run` had there, its data, and its first batch."""
+    names = [stage.name for stage in TINY.stages]
+    stage = replace(TINY.stage(name), **changes)
+    modules = random_modules(TINY, "cpu", {})
+    if names.index(name):
+        load_previous_weights(modules, run.path / names[names.index(name) - 1] / "done")
+    prompts = TINY.prompts(build_tokenizer())
+    data = ShapesTrainingData(TINY.data, TINY.model.grid, TINY.seed, run.path / "cache")
+    freeze(modules, stage)
+    ctx = StepContext(modules.train(), prompts, TINY, stage, torch.device("cpu"))
+    return ctx, data, data.get_batch(stage, 0, slice(None))
+
+
+def test_every_stage_runs_and_leaves_a_model(dual_run):
+    seen = {stage for stage, *_ in dual_run.reports}
+    assert seen == {stage.name for stage in TINY.stages}
+    assert all(math.isfinite(values["loss"]) for *_, values in dual_run.reports)
+    loaded = load_dualtoken(dual_run.path / "model")
+    own = {key.removeprefix("model."): value for key, value in weights(dual_run, "finetune").items()}
+    assert all(torch.equal(own[key], value) for key, value in loaded.model.state_dict().items())
+    assert set(loaded.manifest["stages"]) == seen
+
+
+def test_each_stage_changes_its_own_parts_alone(dual_run):
+    codebooks = {"model.tokenizer.pixel_quantizer", "model.tokenizer.semantic_quantizer"}
+    for before, after in zip(TINY.stages, TINY.stages[1:], strict=False):
+        patterns = [pattern.rstrip("*").rstrip(".") for pattern in after.trainable]
+        for key in changed(dual_run, before.name, after.name):
+            allowed = [*patterns, *(codebooks if "tokenizer" in after.name else ()), "teacher", "lecam"]
+            assert any(key.startswith(pattern) for pattern in allowed), (after.name, key)
+
+
+def test_the_teacher_is_the_encoder_before_the_tokenizer_and_stays(dual_run):
+    before, after = weights(dual_run, "towers"), weights(dual_run, "tokenizer-gan")
+    encoder = {key for key in before if key.startswith("model.tokenizer.encoder.")}
+    for key in encoder:
+        assert torch.equal(after[key.replace("model.tokenizer.encoder", "teacher")], before[key])
+    assert any(not torch.equal(before[key], after[key]) for key in encoder)
+    text = {key for key in before if "text_tower" in key}
+    assert text and all(torch.equal(before[key], after[key]) for key in text)
+
+
+def test_codebooks_move_with_each_step_of_the_tokenizer_and_rest_later(dual_run):
+    moved = changed(dual_run, "tokenizer", "tokenizer-gan")
+    assert {"model.tokenizer.pixel_quantizer.codebook", "model.tokenizer.semantic_quantizer.codebook"} <= moved
+    assert not any("quantizer" in key for key in changed(dual_run, "tokenizer-gan", "finetune"))
+
+
+def test_a_run_that_stopped_inside_the_tokenizer_goes_on_as_if_it_had_not(dual_run, tmp_path):
+    """Codebooks, their averages and restarts come back from the state: 1 + 2 steps equal 3."""
+    own = replace(TINY, stages=TINY.stages[:2])
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(own, whole, stages=("tokenizer",), init_from=dual_run.path / "towers" / "done")
+    count = []
+
+    def report(stage, step, steps, values):
+        count.append(step)
+        if len(count) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert train(own, parts, stages=("tokenizer",), init_from=dual_run.path / "towers" / "done", report=report) is None
+    assert train(own, parts, stages=("tokenizer",), resume=True) is not None
+    one, other = (load_group(run / "tokenizer" / "done", "modules") for run in (whole, parts))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_codes_are_kept_as_whole_numbers(dual_run):
+    ctx, _, batch = begin(dual_run, "unified")
+    codes = ctx.stage.objective.codes(ctx, batch)
+    again = ctx.stage.objective.codes(ctx, batch)
+    fresh = ctx.modules.model.tokenizer.encode(batch.pixels)
+    for name in ("pixel", "semantic"):
+        assert getattr(codes, name).dtype == torch.int64
+        assert torch.equal(getattr(codes, name), getattr(again, name))
+        assert torch.equal(getattr(codes, name), getattr(fresh, name))
+
+
+def test_image_terms_are_the_cross_entropies_of_the_codes_after_the_prompt(dual_run):
+    data = UnifiedLessons(("count",), caption_share=1.0)
+    objective = replace(TINY.stage("unified").objective, unconditional=0.0, depth_decay=0.5)
+    ctx, _, batch = begin(dual_run, "unified", data=data, objective=objective)
+    terms = objective(ctx, batch)
+    model, codes = ctx.modules.model, objective.codes(ctx, batch)
+    expected = {f"{name}_{depth}": [] for name in ("pixel", "semantic") for depth in (1, 2)}
+    for row, text in enumerate(batch.texts):                                   # each image alone, position by position
+        tokens = ctx.prompts.generation([text])
+        x = model.embed(tokens.ids, None)
+        visual = model.embed_codes(type(codes)(codes.pixel[row : row + 1], codes.semantic[row : row + 1]))
+        x = torch.cat([x, visual], dim=1)
+        length = x.shape[1]
+        bias = torch.full((length, length), -6e4).triu(1)[None, None]
+        states = model.language(x, bias, torch.arange(length)[None])[0][0]
+        for place in range(64):
+            state = states[tokens.ids.shape[1] - 1 + place][None]
+            for name in ("pixel", "semantic"):
+                own = getattr(codes, name)[row].flatten(0, 1)[place][None]
+                quantizer = model.tokenizer.quantizers[name]
+                logits = model.get_submodule(f"{name}_head")(state, quantizer.partial_sums(own)[:, :-1])[0]
+                for depth in (1, 2):
+                    loss = F.cross_entropy(logits[depth - 1], own[0, depth - 1])
+                    expected[f"{name}_{depth}"].append(float(loss.detach()))
+    means = {name: sum(values) / len(values) for name, values in expected.items()}
+    for name, value in means.items():
+        assert float(terms[name]) == pytest.approx(value, rel=1e-3)
+    total = sum((means[f"{name}_1"] + 0.5 * means[f"{name}_2"]) / 1.5 for name in ("pixel", "semantic"))
+    assert float(terms["loss"]) == pytest.approx(total, rel=1e-3)
+
+
+def test_questions_are_answered_from_codes(dual_run):
+    data = UnifiedLessons(("count", "shape"), caption_share=0.0)
+    ctx, _, batch = begin(dual_run, "mllm", data=data)
+    loss = ctx.stage.objective(ctx, batch)["loss"]
+    loss.backward()
+    reached = {name.split(".")[1] for name, p in ctx.modules.named_parameters() if p.grad is not None}
+    assert reached == {"language", "embedder"}
+
+
+def test_the_share_of_captions_is_that_of_the_steps(dual_run):
+    ctx, data, _ = begin(dual_run, "unified", data=UnifiedLessons(("count",), caption_share=0.75))
+    kinds = [type(data.get_batch(ctx.stage, step, slice(1))).__name__ for step in range(200)]
+    assert 0.65 < kinds.count("Captioned") / 200 < 0.85 and set(kinds) == {"Captioned", "Dialogues"}
+
+
+def test_the_adaptive_weight_is_the_ratio_of_the_gradients():
+    last = nn.Parameter(torch.tensor([1.0, 2.0]))
+    reconstruction, adversarial = (last * torch.tensor([3.0, 4.0])).sum(), (last * torch.tensor([0.0, 2.0])).sum()
+    weight = adaptive_weight(reconstruction, adversarial, last, lambda own: own)
+    assert float(weight) == pytest.approx(5 / (2 + 1e-4))
+    assert float(adaptive_weight(reconstruction, adversarial * 1e-6, last, lambda own: own)) == ADAPTIVE_RANGE[1]
+    assert float(adaptive_weight(reconstruction * 1e-6, adversarial, last, lambda own: own)) == pytest.approx(0.3)
+
+
+def test_the_tokenizers_terms_are_weighed_as_named(dual_run):
+    objective = DualTokenizerObjective(gan=0.0, perceptual=0.0)
+    ctx, _, batch = begin(dual_run, "tokenizer", objective=objective)
+    for quantizer in ctx.modules.model.tokenizer.quantizers.values():
+        quantizer.codebook.normal_()
+    terms = objective(ctx, batch)
+    wanted = 5 * terms["mse"] + 5 * (terms["semantic_mse"] + terms["semantic_cosine"])
+    wanted = wanted + terms["pooled_mse"] + terms["pooled_cosine"]
+    wanted = wanted + 5 * (terms["commitment_pixel"] + terms["commitment_semantic"])
+    torch.testing.assert_close(terms["loss"], wanted)
+
+
+EVERY_TERM = DualTokenizerObjective(lecam=1.0)
+# Every weight that each objective reads: see the test after the next.
+READ = [
+    ("towers", DenseContrastiveObjective(pixel=1.0), ("dense", "pixel")),
+    ("tokenizer-gan", EVERY_TERM, tuple(sorted(vars(EVERY_TERM)))),
+    (
+        "unified", DualNextTokenObjective(depth_decay=0.5, unconditional=0.4),
+        ("pixel", "semantic", "depth_decay", "unconditional"),
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "base", "weight"), [(s, b, w) for s, b, names in READ for w in names])
+def test_a_loss_weight_that_an_objective_reads_has_an_effect(dual_run, name, base, weight):
+    losses = []
+    for factor in (1, 2):
+        value = getattr(base, weight) * factor if weight != "gan_start" else factor - 1
+        changes = {"data": UnifiedLessons(("count",), caption_share=1.0)} if name == "unified" else {}
+        ctx, _, batch = begin(dual_run, name, objective=replace(base, **{weight: value}), **changes)
+        losses.append(float(ctx.stage.objective(ctx, batch)["loss"].detach()))
+    assert losses[0] != losses[1]
+
+
+def test_no_objective_of_dualtoken_may_read_a_weight_that_is_not_tried_above():
+    tried = {type(base): {*names} for _, base, names in READ}
+    own = {type(stage.objective) for stage in TINY.stages}
+    assert {cls: {item.name for item in fields(cls)} for cls in own} == tried
+
+
+def test_an_adversary_must_train():
+    stage = replace(TINY.stage("tokenizer-gan"), trainable=("model.tokenizer.decoder.*",))
+    with pytest.raises(InputError, match="gan is on, expected discriminator"):
+        replace(TINY, stages=(stage,))
+
+
+def test_captions_that_are_the_same_text_are_no_negatives(dual_run):
+    ctx, _, batch = begin(dual_run, "towers")
+    objective = ctx.stage.objective
+    pooled = torch.randn(4, 32)
+    same = objective.pair_terms(ctx, pooled, ("a red circle",) * 4)
+    apart = objective.pair_terms(ctx, pooled, ("a red circle", "a blue star", "a green cross", "two stars"))
+    assert float(same["pair_accuracy"]) == 1.0
+    scale, bias = ctx.modules.pair_logits.log_scale, ctx.modules.pair_logits.bias
+    ids = ctx.prompts.fixed(("a red circle",), 16)
+    feature = F.normalize(ctx.modules.model.tokenizer.text_tower(ids), dim=1)
+    logits = F.normalize(pooled, dim=1) @ feature.T * scale.exp() + bias
+    torch.testing.assert_close(same["loss"], -F.logsigmoid(logits).sum(), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(same["loss"], apart["loss"])
+
+
+def test_the_recipe_is_planned_with_what_it_prepares(dual_run):
+    from spar.training.plan import read_run, resolve
+
+    plan = resolve(TINY, read_run(TINY, dual_run.path / "nowhere"))
+    prepares = {stage.config.name: stage.prepares for stage in plan.stages}
+    assert prepares["tokenizer"] == ("teacher from encoder", "codebooks from data")
+    assert prepares["tokenizer-gan"] == () and prepares["unified"] == ()
+
+
+def test_after_step_is_called_once_a_step_after_the_optimizer(dual_run, tmp_path):
+    calls = []
+
+    class Noted(DualTokenizerObjective):
+        def after_step(self, ctx):
+            calls.append(ctx.step)
+            super().after_step(ctx)
+
+    ctx, data, _ = begin(dual_run, "tokenizer", objective=Noted(gan=0.0, perceptual=0.0), steps=2)
+    ctx.stage.objective.prepare(ctx, data, SimpleNamespace(prepares=("codebooks from data",)))
+    assert run_stage(ctx, data, tmp_path, resume=False)
+    assert calls == [0, 1]
+
+
+def test_captions_alone_serve_the_plain_contrastive_objective(dual_run):
+    from spar.training.objectives.contrastive import ContrastiveObjective
+
+    changes = {"objective": ContrastiveObjective(), "data": CaptionData(), "trainable": ("model.tokenizer.encoder.*",)}
+    ctx, _, batch = begin(dual_run, "towers", **changes)
+    terms = ctx.stage.objective(ctx, batch)
+    assert set(terms) == {"loss", "contrastive", "pair_accuracy"}
