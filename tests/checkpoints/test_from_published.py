@@ -454,4 +454,4 @@ def test_training_the_tokenizer_may_start_from_a_built_folder(deep, tmp_path):
 @pytest.mark.parametrize("revision", ["main", "dit=", "vae=main", "=main"])
 def test_a_revision_that_names_no_part_is_refused(deep, tmp_path, capsys, revision):
     assert verb(deep, tmp_path / "built", "--revision", revision) == 2
-    assert f"expected mllm=COMMIT, autoencoder=COMMIT or dit=COMMIT, got {revision!r}" in capsys.readouterr().err
+    assert f"expected PART=COMMIT of mllm, autoencoder, dit, vision, llm, got {revision!r}" in capsys.readouterr().err

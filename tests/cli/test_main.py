@@ -38,8 +38,11 @@ FLAGS = {
     "plan": ("RECIPE", "--stage", "--gpus", "--gpu", "--mfu", "--strategy", "--grad-accum-steps",
              "--activation-checkpointing"),
     "cache": ("RECIPE", "--init-from", "--output", "--batch", "--device", "--precision"),
-    "build": ("RECIPE", "--mllm", "--autoencoder", "--dit", "-o", "--revision", "--seed", "--overwrite"),
-    "convert": ("FORMAT", "PATH", "--mllm", "--autoencoder", "--dit", "--router", "--factor", "--recipe", "-o"),
+    "build": (
+        "RECIPE", "--mllm", "--autoencoder", "--dit", "--vision", "--llm", "-o", "--revision", "--seed", "--overwrite"
+    ),
+    "convert": ("FORMAT", "PATH", "--mllm", "--autoencoder", "--dit", "--router", "--factor", "--recipe", "--vision",
+                "--llm", "--settings", "-o"),
     "push": ("FOLDER", "REPO_ID", "--public", "--message", "--dry-run"),
     "generate": ("PROMPT", *SAMPLING_FLAGS, "--height", "--width"),
     "edit": ("IMAGE", "INSTRUCTION", *SAMPLING_FLAGS),
@@ -61,6 +64,7 @@ class FakePipe:
     """Plain images whose red channel is the seed; every call is written down."""
 
     image_size = 64
+    system, tasks = "SPAR", ("generate", "edit", "understand", "reconstruct")
     manifest = {"recipe": "fake"}
     loaded = SimpleNamespace(sampling=SimpleNamespace(steps=20, guidance=4.5))
 
@@ -69,6 +73,9 @@ class FakePipe:
         self.words: tuple[str, ...] = ("red",)  # of no world that is known
         tokenizer = SimpleNamespace(unk_token="?", get_vocab=lambda: dict.fromkeys(self.words))
         self.bundle = SimpleNamespace(text_tokenizer=tokenizer)
+
+    def check_settings(self, keywords: dict) -> None:
+        self.settings = keywords
 
     def _draw(self, count: int, seed: int | None) -> SimpleNamespace:
         seeds = [(7 if seed is None else seed) + index for index in range(count)]
@@ -823,12 +830,14 @@ def test_eval_writes_results_and_shows_intervals(capsys, pipe, benchmarks):
 
 
 def test_eval_leaves_defaults_to_the_benchmarks(pipe, benchmarks):
-    from spar.evaluation.options import BENCHMARK_NAMES, EvalOptions
+    from spar.evaluation.benchmarks import BENCHMARKS, suits
+    from spar.evaluation.options import EvalOptions
 
+    own = [name for name in BENCHMARKS if suits(name, pipe.tasks)]
     assert main(["eval", "all", "-o", "scores"]) == 0
-    assert benchmarks == [(name, EvalOptions()) for name in BENCHMARK_NAMES]
-    assert set(get_args(Benchmark)) == {*BENCHMARK_NAMES, "all"}
-    assert sorted(path.stem for path in Path("scores").iterdir()) == sorted(BENCHMARK_NAMES)
+    assert benchmarks == [(name, EvalOptions()) for name in own]
+    assert set(get_args(Benchmark)) == {*BENCHMARKS, "all"}
+    assert sorted(path.stem for path in Path("scores").iterdir()) == sorted(own)
     shared = {field.name for field in fields(EvalOptions)} - {"batch"}
     assert shared <= {field.name for field in fields(EvalArguments)}
 
@@ -1145,3 +1154,47 @@ def test_a_recipe_takes_the_sizes_and_forms_of_the_folder_that_it_starts_from(si
     assert (chosen(start).text.vocab_size, chosen(start).connector.reference) == (192, "replaced")  # with today's words
     assert chosen(f"{start} --model.connector.reference added").connector.reference == "added"  # a flag has its way
     assert chosen("--init-from runs/none/dit/done") == own
+
+
+# ---- models of the other system --------------------------------------------------------------------------------------
+
+
+def test_a_model_of_dualtoken_is_used_by_the_same_commands(dual_run, tmp_path, capsys):
+    model, out = ["--model", str(dual_run.path / "model"), "--dtype", "float32"], tmp_path / "out.png"
+    drawn = ["generate", "a red circle", *model, "--seed", "3", "--temperature", "0.5", "--top-k", "4", "-o", str(out)]
+    assert main(drawn) == 0
+    assert main(["info", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "--temperature=0.5" in shown and "--top-k=4" in shown and "--top-p=1.0" in shown
+    first = out.read_bytes()
+    assert main([*drawn, "--overwrite"]) == 0
+    assert out.read_bytes() == first
+    assert main(["understand", str(out), "how many objects are there?", *model]) == 0
+    assert main(["reconstruct", str(out), *model, "-o", str(tmp_path / "again.png")]) == 0
+    assert main(["info", str(dual_run.path / "model")]) == 0
+    assert "temperature 1" in capsys.readouterr().out
+    assert main(["edit", str(out), "remove the circle", *model, "-o", str(tmp_path / "edited.png")]) == 2
+    assert "DualToken does not define editing" in capsys.readouterr().err
+
+
+def test_a_setting_that_a_system_lacks_is_refused(tiny_run, dual_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    spars, duals = (["--model", str(run.path / "model")] for run in (tiny_run, dual_run))
+    assert main(["generate", "a red circle", *spars, "--temperature", "0.5"]) == 2
+    assert "temperature: SPAR has no such setting, got 0.5" in capsys.readouterr().err
+    assert main(["generate", "a red circle", *duals, "--decode-tile", "8"]) == 2
+    assert "decode_tile: DualToken has no such setting, got 8" in capsys.readouterr().err
+    for wrong in (["--temperature", "-1"], ["--top-k", "-1"], ["--top-p", "2"]):
+        assert main(["generate", "a red circle", *duals, *wrong]) == 2
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_eval_all_leaves_out_what_a_system_does_not_define(dual_run, tmp_path, capsys):
+    model = ["--model", str(dual_run.path / "model"), "--limit", "2", "--images-per-prompt", "1"]
+    assert main(["eval", "all", *model, "-o", str(tmp_path / "all")]) == 0
+    written = {path.stem for path in (tmp_path / "all").iterdir()}
+    assert {"shapes-zero-shot", "shapes-codes", "shapes-gen", "shapes-chat"} <= written
+    assert not {"shapes-edit", "shapes-edit-bind"} & written
+    assert "DualToken does not define what these need: shapes-edit, shapes-edit-bind" in capsys.readouterr().err
+    assert main(["eval", "shapes-edit", *model, "-o", str(tmp_path / "edit.json")]) == 2
+    assert "shapes-edit needs a model that can edit; DualToken has generate" in capsys.readouterr().err

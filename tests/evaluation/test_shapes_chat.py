@@ -2,6 +2,8 @@
 
 from types import SimpleNamespace
 
+import pytest
+
 from spar.common.errors import InputError
 from spar.evaluation.options import EvalOptions
 from spar.evaluation.shapes_chat import KINDS, TURNS, chat_items, converse, gives_away
@@ -47,3 +49,24 @@ def test_each_turn_reads_what_was_said_and_a_refusal_ends_the_conversation():
             raise InputError("unknown words")
 
     assert converse(SimpleNamespace(chat=chat, check_text=refuse), item) == ["yes indeed", "", ""]
+
+
+def test_a_conversation_that_no_longer_fits_is_wrong_from_there_on():
+    """An answer without an end leaves no room for the next turn; what is refused at once is no such case."""
+    item = chat_items(EvalOptions(limit=1))[0]
+
+    class Endless:
+        def __init__(self, room):
+            self.room = room
+
+        def check_text(self, text, what):
+            pass
+
+        def chat(self, messages):
+            if len(messages) > self.room:
+                raise InputError("messages: expected at most 512 tokens")
+            return iter(["red"])
+
+    assert converse(Endless(2), item) == ["red", "", ""]
+    with pytest.raises(InputError):
+        converse(Endless(0), item)

@@ -70,6 +70,18 @@ def test_a_setting_of_the_other_system_is_refused_unless_it_is_at_its_default(fo
         load_pipeline(folder, decode_tile=8)
 
 
+def test_weights_of_the_products_type_change_no_image(folder):
+    one, other = (
+        DualTokenPipeline.from_pretrained(folder, dtype=torch.bfloat16, device="cpu", weights=weights)
+        for weights in ("float32", "dtype")
+    )
+    assert same(*(pipe.generate("a red circle", seed=2).images[0] for pipe in (one, other)))
+    with pytest.raises(InputError, match="expected float32 to save a pipeline, got dtype"):
+        other.save_pretrained(folder)
+    with pytest.raises(InputError, match="weights: expected float32 or dtype of a DualToken model, got 'int8'"):
+        load_pipeline(folder, weights="int8")
+
+
 def test_each_system_refuses_the_others_folder(folder, tiny_run):
     with pytest.raises(InputError, match="is no spar folder: its config.json says format 'dualtoken'"):
         SparPipeline.from_pretrained(folder)
@@ -183,7 +195,7 @@ def test_a_chat_streams_its_answer(pipe):
 
 
 def test_editing_says_that_it_is_not_defined(pipe):
-    with pytest.raises(InputError, match="DualToken does not define editing: its tasks are understand, generate"):
+    with pytest.raises(InputError, match="DualToken does not define editing: its tasks are generate, understand"):
         pipe.edit(image(), "remove the circle")
 
 

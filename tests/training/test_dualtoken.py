@@ -13,6 +13,7 @@ from torch import nn
 
 from spar.checkpoints.dualtoken_format import load_dualtoken
 from spar.common.errors import InputError
+from spar.processing.prompts import tower_tokens
 from spar.recipes import recipe
 from spar.recipes.shapes.curricula import UnifiedLessons
 from spar.recipes.shapes.data import ShapesTrainingData
@@ -228,7 +229,7 @@ def test_captions_that_are_the_same_text_are_no_negatives(dual_run):
     apart = objective.pair_terms(ctx, pooled, ("a red circle", "a blue star", "a green cross", "two stars"))
     assert float(same["pair_accuracy"]) == 1.0
     scale, bias = ctx.modules.pair_logits.log_scale, ctx.modules.pair_logits.bias
-    ids = ctx.prompts.fixed(("a red circle",), 16)
+    ids = tower_tokens(ctx.prompts.tokenizer, ("a red circle",), 16)
     feature = F.normalize(ctx.modules.model.tokenizer.text_tower(ids), dim=1)
     logits = F.normalize(pooled, dim=1) @ feature.T * scale.exp() + bias
     torch.testing.assert_close(same["loss"], -F.logsigmoid(logits).sum(), rtol=1e-4, atol=1e-4)

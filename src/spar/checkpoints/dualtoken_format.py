@@ -3,6 +3,7 @@
 config.json                                 model_type, format, versions, sizes of every part, sampling defaults
 tokenizer/ language/ embedder/ pixel_head/ semantic_head/       model.safetensors each, in shards with an index if large
 text_tokenizer/                             transformers' own files
+tower_tokenizer/                            the same of the text tower, where it is another (optional)
 manifest.json                               origin of the weights (optional)
 README.md                                   the model card
 """
@@ -14,13 +15,10 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 
-from spar.checkpoints.model_header import (
-    check_replaceable,
-    load_text_tokenizer,
-    read_header,
-    read_manifest,
-    write_header,
-)
+from spar.checkpoints import model_header
+from spar.checkpoints.formats.internvl import open_text_tokenizer
+from spar.checkpoints.model_card import dualtoken_card
+from spar.checkpoints.model_header import check_replaceable, load_text_tokenizer, read_manifest, write_header
 from spar.checkpoints.safetensors_io import load_into_meta, write_tensors
 from spar.common.config import from_dict, to_dict, write_json
 from spar.common.errors import InputError
@@ -28,20 +26,27 @@ from spar.common.files import atomic_directory
 from spar.models.dualtoken.config import DualTokenConfig
 from spar.models.dualtoken.model import DualTokenModel
 from spar.models.dualtoken.sampling import CodeSampling
+from spar.processing.prompts import known_words
 
 FORMAT, FORMAT_VERSION = "dualtoken", 1
+CARD = "README.md"
+TOWER_TOKENIZER = "tower_tokenizer"
 PARTS = ("tokenizer", "language", "embedder", "pixel_head", "semantic_head")
 
 
 @dataclass(frozen=True)
 class DualTokenBundle:
-    """Contents of a DualToken folder; `max_prompt_tokens` is the longest prompt."""
+    """Contents of a DualToken folder.
+
+    `max_prompt_tokens` is the longest prompt; `tower_tokenizer` the text tower's own, where it is not the LLM's.
+    """
 
     model: DualTokenModel
     text_tokenizer: Any
     sampling: CodeSampling = CodeSampling()
     max_prompt_tokens: int = 64
     manifest: dict[str, Any] = field(default_factory=dict)
+    tower_tokenizer: Any | None = None
 
 
 def save_dualtoken(loaded: DualTokenBundle, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -52,16 +57,27 @@ def save_dualtoken(loaded: DualTokenBundle, folder: Path, dtype: torch.dtype | N
             tensors = loaded.model.get_submodule(part).state_dict()
             write_tensors(tensors, temporary / part / "model.safetensors", dtype)
         loaded.text_tokenizer.save_pretrained(temporary / "text_tokenizer")
+        if loaded.tower_tokenizer is not None:
+            loaded.tower_tokenizer.save_pretrained(temporary / TOWER_TOKENIZER)
         write_header(
             temporary, FORMAT, FORMAT_VERSION, model=to_dict(loaded.model.config), sampling=to_dict(loaded.sampling),
             max_prompt_tokens=loaded.max_prompt_tokens,
         )  # fmt: skip
         write_json(temporary / "manifest.json", loaded.manifest)
+        (temporary / CARD).write_text(build_dualtoken_card(loaded), encoding="utf-8")
+
+
+def build_dualtoken_card(loaded: DualTokenBundle) -> str:
+    """Text of the folder's model card."""
+    model, tokenizer = loaded.model, loaded.text_tokenizer
+    sizes = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in PARTS}
+    words = None if tokenizer.unk_token_id is None else len(known_words(tokenizer))
+    return dualtoken_card(model.config, loaded.manifest, sizes, prompt=loaded.max_prompt_tokens, words=words)
 
 
 def load_dualtoken(folder: Path) -> DualTokenBundle:
     """Load a DualToken folder strictly, in float32 on the CPU; `InputError` names what is missing or damaged."""
-    header = read_header(folder, FORMAT, FORMAT_VERSION, ("model", "sampling", "max_prompt_tokens"))
+    header = read_header(folder)
     with init_empty_weights(include_buffers=False):
         model = DualTokenModel(from_dict(DualTokenConfig, header["model"], complete=True))
     for part in PARTS:
@@ -75,9 +91,10 @@ def load_dualtoken(folder: Path) -> DualTokenBundle:
         sampling=from_dict(CodeSampling, header["sampling"], complete=True),
         max_prompt_tokens=longest,
         manifest=read_manifest(folder),
+        tower_tokenizer=open_text_tokenizer(folder / TOWER_TOKENIZER) if (folder / TOWER_TOKENIZER).is_dir() else None,
     )
 
 
-def read_dualtoken_config(folder: Path) -> DualTokenConfig:
-    """The configuration of a DualToken folder's model, without its weights."""
-    return from_dict(DualTokenConfig, read_header(folder, FORMAT, FORMAT_VERSION)["model"], complete=True)
+def read_header(folder: Path) -> dict[str, Any]:
+    """Read config.json of a DualToken folder; raises as `model_header.read_header`."""
+    return model_header.read_header(folder, FORMAT, FORMAT_VERSION, ("model", "sampling", "max_prompt_tokens"))

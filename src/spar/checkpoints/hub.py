@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from spar.checkpoints import dualtoken_format
 from spar.checkpoints.formats.checkpoint_source import REPOSITORY, fetch
 from spar.checkpoints.inspect import inspect
 from spar.checkpoints.safetensors_io import INDEX
@@ -12,10 +13,10 @@ from spar.checkpoints.spar_format import PARTS, TRAINING_PARTS
 from spar.common.config import read_json
 from spar.common.errors import InputError, first_line
 
-FOLDERS = ("", *(f"{part}/" for part in ("tokenizer", *PARTS, *TRAINING_PARTS)))
+FOLDERS = ("", *(f"{part}/" for part in dict.fromkeys(("tokenizer", *PARTS, *TRAINING_PARTS, *dualtoken_format.PARTS))))
 # Weights that are no longer in the folder are removed from the Hub: they might be loaded instead of newer ones.
 WEIGHTS = tuple(f"{folder}model*.safetensors{end}" for folder in FOLDERS for end in ("", INDEX))
-# Files of a SPAR folder: no others are uploaded.
+# Files of a model's folder: no others are uploaded.
 ALLOWED_FILES = (
     *WEIGHTS,
     "README.md",
@@ -26,6 +27,8 @@ ALLOWED_FILES = (
     "text_tokenizer/*.json",
     "text_tokenizer/*.jinja",
     "text_tokenizer/*.txt",
+    f"{dualtoken_format.TOWER_TOKENIZER}/*.json",
+    f"{dualtoken_format.TOWER_TOKENIZER}/*.jinja",
 )
 
 
@@ -63,7 +66,7 @@ class UploadPlan:
 
 
 def plan_upload(folder: Path) -> UploadPlan:
-    """Plan the upload of a SPAR folder, or of a tokenizer's alone, without the network.
+    """Plan the upload of a model's folder, or of SPAR's tokenizer's alone, without the network.
 
     Raises:
         InputError: the folder cannot be loaded (`inspect`), or has links instead of files.

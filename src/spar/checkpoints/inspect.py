@@ -1,4 +1,4 @@
-"""Inspection of a SPAR folder by its headers alone: every tensor's name and shape is checked, none is read."""
+"""Inspection of a model's folder by its headers alone: every tensor's name and shape is checked, none is read."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -8,8 +8,9 @@ from typing import Any
 from accelerate import init_empty_weights
 from torch import nn
 
+from spar.checkpoints import dualtoken_format
 from spar.checkpoints.model_card import recorded_scores
-from spar.checkpoints.model_header import load_text_tokenizer
+from spar.checkpoints.model_header import load_text_tokenizer, model_type, read_manifest
 from spar.checkpoints.safetensors_io import SafetensorsReader, check_fit
 from spar.checkpoints.spar_format import (
     FORMAT,
@@ -23,6 +24,9 @@ from spar.checkpoints.spar_format import (
 )
 from spar.common.config import from_dict, read_json
 from spar.models.config import SparConfig
+from spar.models.dualtoken.config import DualTokenConfig
+from spar.models.dualtoken.model import DualTokenModel
+from spar.models.dualtoken.sampling import CodeSampling
 from spar.models.spar import SparModel
 from spar.models.tokenizer import UnifiedTokenizer
 
@@ -46,8 +50,8 @@ class Inspection:
     format: str
     format_version: int
     versions: dict[str, str]
-    config: SparConfig
-    sampling: SamplingConfig | None
+    config: SparConfig | DualTokenConfig
+    sampling: SamplingConfig | CodeSampling | None
     manifest: dict[str, Any]
     parts: tuple[PartInfo, ...]
 
@@ -63,12 +67,16 @@ class Inspection:
 
 
 def inspect(folder: Path) -> Inspection:
-    """Inspect a SPAR folder, or the folder of a tokenizer alone.
+    """Inspect a folder of any system, or the folder of SPAR's tokenizer alone.
 
     Raises:
         InputError: the folder cannot be loaded; damaged tensor values are not detected.
     """
-    whole = not folder.is_dir() or read_json(folder / "config.json").get("format") != TOKENIZER_FORMAT
+    return INSPECTIONS[model_type(folder)](folder)
+
+
+def _inspect_spar(folder: Path) -> Inspection:
+    whole = read_json(folder / "config.json").get("format") != TOKENIZER_FORMAT
     header = read_header(folder, FORMAT if whole else TOKENIZER_FORMAT)
     config = from_dict(SparConfig, header["model"], complete=True)
     if whole:
@@ -83,14 +91,35 @@ def inspect(folder: Path) -> Inspection:
         else:
             modules = {"tokenizer": UnifiedTokenizer(config)}
     parts = [_part(name, module, folder / name if whole else folder) for name, module in modules.items()]
-    manifest, versions = folder / "manifest.json", header.get("versions")
+    sampling = from_dict(SamplingConfig, header["sampling"], complete=True) if whole else None
+    return _inspection(header, config, sampling, read_manifest(folder) if whole else {}, parts)
+
+
+def _inspect_dualtoken(folder: Path) -> Inspection:
+    header = dualtoken_format.read_header(folder)
+    config = from_dict(DualTokenConfig, header["model"], complete=True)
+    load_text_tokenizer(folder / "text_tokenizer", config.text)
+    with init_empty_weights():
+        model = DualTokenModel(config)
+    parts = [_part(name, model.get_submodule(name), folder / name) for name in dualtoken_format.PARTS]
+    sampling = from_dict(CodeSampling, header["sampling"], complete=True)
+    return _inspection(header, config, sampling, read_manifest(folder), parts)
+
+
+INSPECTIONS = {"spar": _inspect_spar, "dualtoken": _inspect_dualtoken}
+
+
+def _inspection(
+    header: dict[str, Any], config: Any, sampling: Any, manifest: dict[str, Any], parts: list[PartInfo]
+) -> Inspection:
+    versions = header.get("versions")
     return Inspection(
         format=header["format"],
         format_version=header["format_version"],
         versions=versions if isinstance(versions, dict) else {},
         config=config,
-        sampling=from_dict(SamplingConfig, header["sampling"], complete=True) if whole else None,
-        manifest=read_json(manifest) if whole and manifest.exists() else {},
+        sampling=sampling,
+        manifest=manifest,
         parts=tuple(parts),
     )
 

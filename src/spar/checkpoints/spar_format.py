@@ -59,6 +59,9 @@ class SamplingConfig:
     guidance: float = 4.5
     max_prompt_tokens: int = 64
 
+    def __str__(self) -> str:
+        return f"{self.steps} steps, guidance {self.guidance:g}, {self.method}"
+
 
 @dataclass(frozen=True)
 class ModelBundle:

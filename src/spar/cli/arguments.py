@@ -8,7 +8,16 @@ from typing import Annotated, Any, Literal
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
 from spar.common.errors import InputError
-from spar.common.limits import MAX_GUIDANCE, MAX_IMAGES, MAX_SEED, MAX_STEPS, MAX_WORKERS, check_range
+from spar.common.limits import (
+    MAX_GUIDANCE,
+    MAX_IMAGES,
+    MAX_SEED,
+    MAX_STEPS,
+    MAX_TEMPERATURE,
+    MAX_TOP_K,
+    MAX_WORKERS,
+    check_range,
+)
 from spar.data.samples import Format
 
 Flag = FlagCreatePairsOff[bool]
@@ -16,7 +25,7 @@ OutputPath = Annotated[Path | None, arg(aliases=["-o"])]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Benchmark = Literal[
     "shapes-gen", "shapes-edit", "shapes-vqa", "shapes-recon", "shapes-gen-bind", "shapes-edit-bind", "shapes-vqa-bind",
-    "shapes-paraphrase", "shapes-chat", "all",
+    "shapes-paraphrase", "shapes-chat", "shapes-zero-shot", "shapes-codes", "all",
 ]  # fmt: skip
 Steps = Annotated[int | None, arg(name="steps", aliases=["--num-inference-steps"])]
 Guidance = Annotated[float | None, arg(name="guidance", aliases=["--guidance-scale"])]
@@ -86,11 +95,26 @@ class GenerateArguments(SamplingArguments):
     """Pixels; by default the side of the training images."""
     width: int | None = None
     """Pixels; by default the side of the training images."""
+    temperature: float | None = None
+    """Of a DualToken model: of the codes that are drawn, 0 for the likeliest; by default the model's own."""
+    top_k: int | None = None
+    """Of a DualToken model: draw from so many of the likeliest codes, 0 for all."""
+    top_p: float | None = None
+    """Of a DualToken model: draw from the likeliest codes that together have this probability."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_nonempty(self.prompt, "prompt", "PROMPT")
+        check_range("--temperature", self.temperature, 0, MAX_TEMPERATURE)
+        check_range("--top-k", self.top_k, 0, MAX_TOP_K)
+        check_range("--top-p", self.top_p, 0, 1)
         check_range("number of images", len(self.prompt) * self.num_images_per_prompt, 1, MAX_IMAGES)
+
+    def keywords(self) -> dict[str, Any]:
+        """Keywords of `generate`; those of one system alone where they are given."""
+        own = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p")}
+        given = {name: value for name, value in own.items() if value is not None}
+        return {"height": self.height, "width": self.width, **super().keywords(), **given}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,6 +253,9 @@ class CacheArguments:
     """Type of matrix products, as in the training that will read the features."""
 
 
+BUILD_PARTS = ("mllm", "autoencoder", "dit", "vision", "llm")
+
+
 @dataclass(frozen=True, kw_only=True)
 class AssemblyArguments:
     """Parts of a new model, and its folder."""
@@ -250,8 +277,8 @@ class AssemblyArguments:
         """Commit by part."""
         pairs = [text.partition("=") for text in self.revision]
         for text, (part, _, commit) in zip(self.revision, pairs, strict=True):
-            if part not in ("mllm", "autoencoder", "dit") or not commit:
-                raise InputError(f"--revision: expected mllm=COMMIT, autoencoder=COMMIT or dit=COMMIT, got {text!r}")
+            if part not in BUILD_PARTS or not commit:
+                raise InputError(f"--revision: expected PART=COMMIT of {', '.join(BUILD_PARTS)}, got {text!r}")
         return {part: commit for part, _, commit in pairs}
 
 
@@ -265,25 +292,29 @@ class BuildArguments(AssemblyArguments):
     """
 
     recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
-    """The recipe that defines the model (spar-1b, spar-3b)."""
-    mllm: str
-    """InternVL3, in transformers' layout (its name ends in -hf) or the original."""
-    autoencoder: str
-    """DC-AE, in diffusers' layout."""
-    dit: str
-    """SANA, in diffusers' layout."""
+    """The recipe that defines the model (spar-1b, spar-3b, dualtoken-3b)."""
+    mllm: str | None = None
+    """For SPAR: InternVL3, in transformers' layout (its name ends in -hf) or the original."""
+    autoencoder: str | None = None
+    """For SPAR: DC-AE, in diffusers' layout."""
+    dit: str | None = None
+    """For SPAR: SANA, in diffusers' layout."""
+    vision: str | None = None
+    """For DualToken: SigLIP or SigLIP 2 of a fixed size, in transformers' layout."""
+    llm: str | None = None
+    """For DualToken: Qwen2 or Qwen2.5, in transformers' layout."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertArguments(AssemblyArguments):
-    """Convert a public checkpoint to a SPAR model: spar convert unilip kanashi6/UniLIP-1B -o unilip-1b
+    """Convert a public checkpoint to a model: spar convert unilip kanashi6/UniLIP-1B -o unilip-1b
 
     The model computes the same function as the checkpoint, and full SPAR can be trained from it. A tokenizer's file
     (.pth) also needs the published parts and --factor; a model names its own.
     """
 
-    format: Annotated[Positional[Literal["unilip"]], arg(metavar="FORMAT")]
-    """Format of the checkpoint: unilip."""
+    format: Annotated[Positional[Literal["unilip", "dualtoken"]], arg(metavar="FORMAT")]
+    """Format of the checkpoint: unilip, or dualtoken for the public tokenizer of that system."""
     path: Annotated[Positional[str], arg(metavar="PATH")]
     """A model's folder or Hub id, or a file of tensors (.safetensors, .pt, .pth)."""
     mllm: str | None = None
@@ -296,8 +327,14 @@ class ConvertArguments(AssemblyArguments):
     """last reproduces the checkpoint exactly; dtr starts within a thousandth of it and can learn."""
     factor: float | None = None
     """Factor that scales the latent to unit variance; by default the model's own."""
-    recipe: str = "spar-1b"
-    """The recipe of the settings that the checkpoint lacks."""
+    vision: str | None = None
+    """For dualtoken: the SigLIP that the tokenizer was made of: its sizes and its words."""
+    llm: str | None = None
+    """For dualtoken: Qwen2 or Qwen2.5, in transformers' layout."""
+    settings: str | None = None
+    """For dualtoken: the checkpoint's config.json, by default the one beside it."""
+    recipe: str | None = None
+    """The recipe of the settings that the checkpoint lacks; by default spar-1b, or dualtoken-3b."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,7 +363,8 @@ class EvalArguments(ModelArguments):
 
     benchmark: Annotated[Positional[Benchmark], arg(metavar="BENCHMARK")]
     """One of shapes-gen, shapes-edit, shapes-vqa, shapes-recon,
-    shapes-gen-bind, shapes-edit-bind, shapes-vqa-bind, shapes-paraphrase, shapes-chat, or all."""
+    shapes-gen-bind, shapes-edit-bind, shapes-vqa-bind, shapes-paraphrase, shapes-chat,
+    shapes-zero-shot and shapes-codes (DualToken alone), or all that the model's system defines."""
     output: OutputPath = None
     """Results file (for all: folder); by default BENCHMARK.json (for all: results)."""
     overwrite: Flag = False

@@ -233,7 +233,7 @@ def model_facts(found: "Inspection") -> dict[str, Any]:
         "written by": ", ".join(f"{library} {version}" for library, version in found.versions.items()),
     }
     if sampling:
-        facts["sampling"] = f"{sampling.steps} steps, guidance {sampling.guidance:g}, {sampling.method}"
+        facts["sampling"] = str(sampling)
     for benchmark, scores in found.scores.items():
         facts[benchmark] = ", ".join(f"{score} {value:g}" for score, value in scores.items())
     return facts

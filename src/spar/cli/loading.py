@@ -9,7 +9,7 @@ from spar.cli.arguments import ModelArguments
 from spar.cli.console import progress_bar
 
 if TYPE_CHECKING:
-    from spar.inference.pipeline import SparPipeline
+    from spar.inference.base import Pipeline
 
 
 @contextmanager
@@ -27,15 +27,15 @@ def gc_disabled() -> Iterator[None]:
             gc.enable()
 
 
-def load_pipeline(args: ModelArguments) -> "SparPipeline":
+def load_pipeline(args: ModelArguments) -> "Pipeline":
     """The pipeline of a verb's arguments, with a bar meanwhile."""
     with progress_bar("loading the model"), gc_disabled():
         import torch
 
-        from spar.inference.pipeline import SparPipeline
+        from spar.inference import loading
 
         dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-        return SparPipeline.from_pretrained(
+        return loading.load_pipeline(
             args.model, dtype=dtype, device=args.device, adapter=args.adapter, decode_tile=args.decode_tile,
             weights=args.weights, offload=args.offload, compile=args.compile,
         )

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from spar.cli.console import printable
 
 if TYPE_CHECKING:
-    from spar.inference.pipeline import SparPipeline
+    from spar.inference.base import Pipeline
 
 SHOWN = 5
 
 
-def print_notes(pipe: "SparPipeline", texts: Sequence[str] = (), images: Sequence[Path] = ()) -> None:
+def print_notes(pipe: "Pipeline", texts: Sequence[str] = (), images: Sequence[Path] = ()) -> None:
     """Say what lies outside the world of a model of the shapes world, each thing once; of another model nothing."""
     from spar.inference.notes import draws_this_world, world_notes
     from spar.processing.images import open_image

@@ -1,6 +1,7 @@
 """The verbs that show what a model does: `spar eval`, `spar report` and `spar demo`."""
 
 import os
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from spar.cli import loading
 from spar.cli.arguments import DemoArguments, EvalArguments, ReportArguments
 from spar.cli.console import new_console, progress_bar, score_table
 from spar.cli.parsing import takes
+from spar.common.errors import InputError
 from spar.common.files import atomic_directory
 from spar.inference.image_files import check_replaceable, check_writable, list_images
 
@@ -15,7 +17,7 @@ from spar.inference.image_files import check_replaceable, check_writable, list_i
 @takes(EvalArguments, "spar eval")
 def evaluate(args: EvalArguments) -> int:
     """Score a model with the detector of the shapes world."""
-    from spar.evaluation.benchmarks import BENCHMARKS
+    from spar.evaluation.benchmarks import BENCHMARKS, NEEDS, suits
     from spar.evaluation.options import EvalOptions
     from spar.evaluation.results import write_result
 
@@ -25,7 +27,15 @@ def evaluate(args: EvalArguments) -> int:
     paths = _result_paths(args, names)
     check_writable(paths, overwrite=args.overwrite)
     pipe = loading.load_pipeline(args)
+    left = [name for name in names if not suits(name, pipe.tasks)]
+    if left == names:
+        able = ", ".join(pipe.tasks)
+        raise InputError(f"{names[0]} needs a model that can {NEEDS[names[0]]}; {pipe.system} has {able}")
+    if left:
+        print(f"spar: note: {pipe.system} does not define what these need: {', '.join(left)}", file=sys.stderr)
     for name, path in zip(names, paths, strict=True):
+        if name in left:
+            continue
         with progress_bar(name) as advance:
             result = BENCHMARKS[name](pipe, options, advance)
         write_result(path, result)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import socket
     from concurrent.futures import Executor
 
-    from spar.inference.pipeline import SparPipeline
+    from spar.inference.base import Pipeline
 
 
 @takes(ServeArguments, "spar serve")
@@ -52,7 +52,7 @@ def serve(args: ServeArguments) -> int:
 
 def _listen_and_load(
     args: ListenArguments, *extras: str
-) -> tuple["socket.socket", str | None, "Executor", "SparPipeline"]:
+) -> tuple["socket.socket", str | None, "Executor", "Pipeline"]:
     """Check the arguments first, then load the model on the thread that will run it (for the reason see `Worker`)."""
     from concurrent.futures import ThreadPoolExecutor
 

@@ -44,12 +44,10 @@ RECONSTRUCT_BATCH = 64
 def generate(args: GenerateArguments) -> int:
     """Generate images from prompts."""
     paths = _image_paths(args, len(args.prompt))
-    pipe = loading.load_pipeline(args)
+    pipe, keywords = loading.load_pipeline(args), args.keywords()
+    pipe.check_settings(keywords)
     with progress_bar("sampling") as advance:
-        out = pipe.generate(
-            list(args.prompt), height=args.height, width=args.width, callback=sampling_callback(advance),
-            **args.keywords(),
-        )
+        out = pipe.generate(list(args.prompt), callback=sampling_callback(advance), **keywords)
     _save(out, paths)
     print_notes(pipe, args.prompt)
     warn_if_unquoted(args.prompt, "prompt")

@@ -1,7 +1,8 @@
 """The verbs of published weights: `spar build`, `spar convert` and `spar push`."""
 
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from spar.cli.arguments import BuildArguments, ConvertArguments, PushArguments
 from spar.cli.console import printable, progress_bar
@@ -9,16 +10,24 @@ from spar.cli.parsing import takes
 from spar.common.errors import InputError
 from spar.inference.image_files import check_replaceable
 
+if TYPE_CHECKING:
+    from spar.checkpoints.dualtoken_format import DualTokenBundle
+    from spar.checkpoints.spar_format import ModelBundle
+    from spar.training.systems.dualtoken import DualTokenRecipe
+    from spar.training.systems.spar import SparRecipe
+
+FORMATS = {"unilip": "spar-1b", "dualtoken": "dualtoken-3b"}  # of public checkpoints, and the recipe of each
+
 
 @takes(BuildArguments, "spar build")
 def build(args: BuildArguments) -> int:
-    """Build a model from InternVL3, DC-AE and SANA."""
+    """Build a model from published parts."""
     return _make_model(args, "building")
 
 
 @takes(ConvertArguments, "spar convert")
 def convert(args: ConvertArguments) -> int:
-    """Convert a public checkpoint of UniLIP to a model."""
+    """Convert a public checkpoint to a model."""
     return _make_model(args, "converting")
 
 
@@ -47,28 +56,72 @@ def _make_model(args: BuildArguments | ConvertArguments, title: str) -> int:
     """Write the model that the arguments describe, and print the origin of its parts."""
     check_replaceable(args.output, "config.json", overwrite=args.overwrite)
     with progress_bar(title):
-        from spar.checkpoints.from_published import SOURCES, build_from_published
-        from spar.checkpoints.from_unilip import convert_unilip
-        from spar.checkpoints.spar_format import save_model
         from spar.recipes import recipe
-        from spar.training.bundle import sampling_config
+        from spar.training.systems.dualtoken import DualTokenRecipe
         from spar.training.systems.spar import SparRecipe
 
-        base = recipe(args.recipe)
-        if not isinstance(base, SparRecipe):
-            raise InputError(f"expected a recipe of spar, got {args.recipe}, which is one of {base.kind}")
-        shared: dict[str, Any] = {
-            "config": base.model, "sampling": sampling_config(base), "recipe": base.name, "seed": args.seed,
-            "sources": {part: getattr(args, part) for part in SOURCES}, "revisions": args.revisions(),
-        }  # fmt: skip
-        if isinstance(args, ConvertArguments):
-            bundle = convert_unilip(args.path, **shared, router=args.router, factor=args.factor)
-        else:
-            bundle = build_from_published(**shared)
-        save_model(bundle, args.output)
+        makers: dict[type, Callable[[Any, Any], Any]] = {SparRecipe: _make_spar, DualTokenRecipe: _make_dualtoken}
+        base = recipe(args.recipe or FORMATS[args.format] if isinstance(args, ConvertArguments) else args.recipe)
+        wanted = type(recipe(FORMATS[args.format])) if isinstance(args, ConvertArguments) else type(base)
+        if type(base) is not wanted:
+            raise InputError(f"expected a recipe of {wanted.kind}, got {base.name}, which is one of {base.kind}")
+        bundle = makers[type(base)](args, base)
     for part, origin in bundle.manifest["parts"].items():
         print(f"{part}: {origin}")
     for line in bundle.manifest["differences"]:
         print(f"spar: note: {line}", file=sys.stderr)
     print(args.output)
     return 0
+
+
+def _make_spar(args: BuildArguments | ConvertArguments, base: "SparRecipe") -> "ModelBundle":
+    from spar.checkpoints.from_published import SOURCES, build_from_published
+    from spar.checkpoints.from_unilip import convert_unilip
+    from spar.checkpoints.spar_format import save_model
+    from spar.training.bundle import sampling_config
+
+    _refuse(args, "vision", "llm", "settings")
+    shared: dict[str, Any] = {
+        "config": base.model, "sampling": sampling_config(base), "recipe": base.name, "seed": args.seed,
+        "sources": {part: getattr(args, part) for part in SOURCES}, "revisions": args.revisions(),
+    }  # fmt: skip
+    if isinstance(args, ConvertArguments):
+        bundle = convert_unilip(args.path, **shared, router=args.router, factor=args.factor)
+    else:
+        _require(args, *SOURCES)
+        bundle = build_from_published(**shared)
+    save_model(bundle, args.output)
+    return bundle
+
+
+def _make_dualtoken(args: BuildArguments | ConvertArguments, base: "DualTokenRecipe") -> "DualTokenBundle":
+    from spar.checkpoints.dualtoken_format import save_dualtoken
+    from spar.checkpoints.from_dualtoken import SOURCES, build_dualtoken, convert_dualtoken
+
+    _refuse(args, "mllm", "autoencoder", "dit", "factor")
+    _require(args, *SOURCES)
+    shared: dict[str, Any] = {
+        "config": base.model, "sampling": base.sampling, "recipe": base.name, "seed": args.seed,
+        "sources": {part: getattr(args, part) for part in SOURCES}, "revisions": args.revisions(),
+        "max_prompt_tokens": base.max_prompt_tokens,
+    }  # fmt: skip
+    if isinstance(args, ConvertArguments):
+        bundle = convert_dualtoken(args.path, **shared, settings=args.settings)
+    else:
+        bundle = build_dualtoken(**shared)
+    save_dualtoken(bundle, args.output)
+    return bundle
+
+
+def _require(args: object, *names: str) -> None:
+    """Refuse a missing source of the system that is made."""
+    missing = [f"--{name}" for name in names if getattr(args, name) is None]
+    if missing:
+        raise InputError(f"expected {', '.join(missing)}, a folder or Hub id each, got none")
+
+
+def _refuse(args: object, *names: str) -> None:
+    """Refuse what belongs to another system."""
+    strange = [f"--{name}" for name in names if getattr(args, name, None) is not None]
+    if strange:
+        raise InputError(f"{', '.join(strange)}: not for this system")

@@ -9,6 +9,8 @@ from spar.common.errors import InputError
 
 MAX_STEPS = 1000
 MAX_GUIDANCE = 100
+MAX_TEMPERATURE = 100
+MAX_TOP_K = 2**20
 MAX_SEED = 2**63 - 1
 MAX_IMAGES = 4096
 MAX_NEW_TOKENS = 256

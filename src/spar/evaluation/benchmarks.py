@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from spar.common.progress import Advance
 from spar.evaluation.options import EvalOptions, PipelineLike
 from spar.evaluation.results import Result
 from spar.evaluation.shapes_chat import shapes_chat
+from spar.evaluation.shapes_codes import shapes_codes
 from spar.evaluation.shapes_edit import shapes_edit, shapes_edit_bind
 from spar.evaluation.shapes_gen import shapes_gen, shapes_gen_bind
 from spar.evaluation.shapes_paraphrase import shapes_paraphrase
 from spar.evaluation.shapes_recon import shapes_recon
 from spar.evaluation.shapes_vqa import shapes_vqa, shapes_vqa_bind
+from spar.evaluation.shapes_zero_shot import shapes_zero_shot
 
 Benchmark = Callable[[PipelineLike, EvalOptions, Advance | None], Result]
 
@@ -26,4 +28,16 @@ BENCHMARKS: dict[str, Benchmark] = {
     "shapes-vqa-bind": shapes_vqa_bind,
     "shapes-paraphrase": shapes_paraphrase,
     "shapes-chat": shapes_chat,
+    "shapes-zero-shot": shapes_zero_shot,
+    "shapes-codes": shapes_codes,
 }
+# What a benchmark needs of a model that not every system defines.
+NEEDS = {
+    "shapes-edit": "edit", "shapes-edit-bind": "edit", "shapes-paraphrase": "edit", "shapes-zero-shot": "classify",
+    "shapes-codes": "encode",
+}  # fmt: skip
+
+
+def suits(name: str, tasks: Collection[str]) -> bool:
+    """Whether a benchmark can be run on a model of a system with these tasks."""
+    return NEEDS.get(name, "generate") in tasks

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from spar.common.errors import InputError
 from spar.common.progress import Advance
 from spar.evaluation.environment import Timer, run_settings
 from spar.evaluation.options import EvalOptions, PipelineLike, is_understood, scene_seed, seed_block
@@ -92,15 +93,24 @@ def shapes_chat(pipe: PipelineLike, options: EvalOptions | None = None, progress
 
 
 def converse(pipe: PipelineLike, item: ChatItem) -> list[str]:
-    """The model's answers, each given with the turns before in view; that to a refused question is empty."""
+    """The model's answers, each given with the turns before in view; that to a refused question is empty.
+
+    So are the answers after one that was so long that no further turn fits.
+    """
     messages: list[dict[str, Any]] = []
     answers: list[str] = []
     for question in item.questions:
         image = [] if messages else [{"type": "image", "image": Image.fromarray(item.image)}]
         messages.append({"role": "user", "content": [*image, {"type": "text", "text": question.text}]})
-        if not is_understood(pipe, question.text):  # a conversation that breaks off
+        try:
+            said = pipe.chat(messages) if is_understood(pipe, question.text) else None
+        except InputError:
+            if not answers:
+                raise
+            said = None
+        if said is None:  # a conversation that breaks off
             return answers + [""] * (len(item.questions) - len(answers))
-        answers.append("".join(pipe.chat(messages)))
+        answers.append("".join(said))
         messages.append({"role": "assistant", "content": answers[-1]})
     return answers
 

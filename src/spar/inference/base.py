@@ -3,13 +3,15 @@
 A system's own file has the rest of the contract: `generate`, `edit`, `reconstruct`, and how images reach its LLM.
 """
 
+import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from spar.checkpoints.model_header import versions
@@ -20,10 +22,13 @@ from spar.common.errors import InputError
 from spar.common.limits import check_int_range
 from spar.common.threads import threads_for
 from spar.inference.inputs import broadcast, list_texts, open_sources
-from spar.inference.outputs import ChatOutput, UnderstandOutput
+from spar.inference.outputs import ChatOutput, GenerateOutput, ReconstructOutput, UnderstandOutput
 from spar.processing.chat import TextStream, read_messages
 from spar.processing.images import ImageSource, to_size, to_tensor
 from spar.processing.prompts import PromptEncoder, TokenBatch
+
+# Called after each step with (steps done, steps, what `preview` makes images of); returning False, exactly, cancels.
+Callback = Callable[[int, int, Tensor], bool | None]
 
 # Prompts are padded to multiples of this many tokens: attention sums in vectors of 16 numbers, where a prompt's tokens
 # then have the same places in any batch, and an image is the same alone and in a batch.
@@ -51,6 +56,9 @@ class Pipeline(ABC):
     Attributes:
         bundle: the model with its text tokenizer, sampling defaults and manifest.
         dtype: type of matrix products.
+        system: its name in messages.
+        has_routing: whether its images come with the LLM layers that each token read.
+        tasks: what the system defines, by the names of the methods.
         origin: names of the model and the adapter for the metadata of images, without their folders.
     """
 
@@ -62,10 +70,77 @@ class Pipeline(ABC):
     prompts: PromptEncoder
     parameters: int
 
+    system: ClassVar[str]
+    has_routing: ClassVar[bool] = False
+    tasks: ClassVar[tuple[str, ...]] = ("generate", "understand", "reconstruct")
+
     @property
     @abstractmethod
     def max_prompt_tokens(self) -> int:
         """Tokens of the longest prompt."""
+
+    @property
+    @abstractmethod
+    def default_steps(self) -> int:
+        """Steps of the sampler unless the caller says otherwise."""
+
+    @property
+    @abstractmethod
+    def default_guidance(self) -> float:
+        """Scale of classifier-free guidance unless the caller says otherwise."""
+
+    @property
+    def steps_range(self) -> tuple[int, int]:
+        """The fewest and the most steps of the sampler."""
+        return 1, limits.MAX_STEPS
+
+    @abstractmethod
+    def generate(
+        self, prompt: str | Sequence[str], *, negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None, width: int | None = None, num_inference_steps: int | None = None,
+        guidance_scale: float | None = None, num_images_per_prompt: int = 1, seed: int | Sequence[int] | None = None,
+        callback: Callback | None = None,
+    ) -> GenerateOutput:  # fmt: skip
+        """Generate images from prompts."""
+
+    def edit(
+        self, image: ImageSource | Sequence[ImageSource], instruction: str | Sequence[str], *,
+        negative_prompt: str | Sequence[str] | None = None, num_inference_steps: int | None = None,
+        guidance_scale: float | None = None, num_images_per_prompt: int = 1, seed: int | Sequence[int] | None = None,
+        callback: Callback | None = None,
+    ) -> GenerateOutput:  # fmt: skip
+        """Edit images by instruction; a system without this task refuses.
+
+        Raises:
+            InputError: always, where `tasks` lacks it.
+        """
+        raise InputError(self._undefined("editing"))
+
+    def check_settings(self, keywords: Mapping[str, Any]) -> None:
+        """Refuse keywords of `generate` that another system has; InputError names the first."""
+        known = inspect.signature(self.generate).parameters
+        for name, value in keywords.items():
+            if name not in known:
+                raise InputError(f"{name}: {self.system} has no such setting, got {value!r}")
+
+    def _undefined(self, task: str) -> str:
+        return f"{self.system} does not define {task}: its tasks are {', '.join(self.tasks)} and chat"
+
+    @abstractmethod
+    def reconstruct(self, image: ImageSource | Sequence[ImageSource]) -> ReconstructOutput:
+        """Encode and decode images."""
+
+    @abstractmethod
+    def output_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Height and width of images of `generate`; InputError for sides that it does not make."""
+
+    def edited_size(self, image: Image.Image) -> tuple[int, int]:
+        """Height and width of the result of `edit`; InputError where there is none."""
+        raise InputError(self._undefined("editing"))
+
+    @abstractmethod
+    def preview(self, state: Tensor) -> list[Image.Image]:
+        """Images of what `generate` hands its callback."""
 
     @abstractmethod
     def _read_images(self, pixels: Tensor) -> Any:

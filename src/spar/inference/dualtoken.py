@@ -4,45 +4,52 @@ Images are drawn row by row: position by position the LLM's state gives the code
 codes decode to the image.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from spar.checkpoints.dualtoken_format import DualTokenBundle, load_dualtoken, save_dualtoken
 from spar.checkpoints.hub import model_folder, model_name
+from spar.checkpoints.model_header import TITLES
 from spar.common import limits
 from spar.common.errors import Cancelled, InputError
 from spar.common.limits import check_int_range, check_range
-from spar.inference.base import TOKEN_MULTIPLE, Pipeline, choose_device
+from spar.inference.base import TOKEN_MULTIPLE, Callback, Pipeline, choose_device
 from spar.inference.inputs import broadcast, list_seeds
+from spar.inference.offload import Weights, cast_weights
 from spar.inference.outputs import GenerateOutput, ReconstructOutput
 from spar.models.blocks import compile_blocks
 from spar.models.dualtoken.sampling import CodeSampling
 from spar.models.dualtoken.tokenizer import DualCodes
 from spar.processing.images import ImageSource, to_pil
-from spar.processing.prompts import PromptEncoder
-
-# Called after each row with (rows done, rows, pixel codes of the whole grid, zero where nothing is drawn yet).
-RowCallback = Callable[[int, int, Tensor], bool | None]
+from spar.processing.prompts import PromptEncoder, tower_tokens
 
 
 @dataclass
 class DualTokenPipeline(Pipeline):
     """One model and its tasks. Build it with `from_pretrained`."""
 
+    system: ClassVar[str] = TITLES["dualtoken"]
+    tasks: ClassVar[tuple[str, ...]] = ("generate", "understand", "reconstruct", "classify", "encode")
+
     bundle: DualTokenBundle
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    weights: Weights = "float32"
     compile: bool = False
     origin: Mapping[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         model = self.model = self.bundle.model
+        if self.weights == "dtype":  # the tokenizer encodes in float32
+            for part in (model.language, model.embedder, model.pixel_head, model.semantic_head):
+                cast_weights(part, self.dtype)
         if self.compile:
             compile_blocks(model)
         model.to(self.device)
@@ -54,7 +61,7 @@ class DualTokenPipeline(Pipeline):
     @classmethod
     def from_pretrained(
         cls, path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None,
-        compile: bool = False,
+        weights: Weights = "float32", compile: bool = False,
     ) -> "DualTokenPipeline":  # fmt: skip
         """Load a DualToken folder, or `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION`.
 
@@ -62,30 +69,52 @@ class DualTokenPipeline(Pipeline):
             dtype: type of matrix products; by default bfloat16 if the device has it in hardware. Images are encoded in
                 float32 in any case, since their codes differ otherwise.
             device: by default a CUDA device if available, else the CPU.
+            weights: type of the weights in memory: "float32" as stored, or "dtype", those of the LLM's and the heads'
+                matrix products in `dtype`, for the same results.
             compile: compile repeated layers with torch.compile.
 
         Raises:
-            InputError: a missing, partial, foreign or damaged folder, or an unavailable device.
+            InputError: a missing, partial, foreign or damaged folder, an unavailable device, or other weights.
         """
         where, dtype = choose_device(device, dtype)
+        if weights not in ("float32", "dtype"):
+            raise InputError(f"weights: expected float32 or dtype of a DualToken model, got {weights!r}")
         folder = model_folder(path)
         origin = {"model": model_name(path, folder), "adapter": None}
-        return cls(load_dualtoken(folder), dtype, where, compile, origin)
+        return cls(load_dualtoken(folder), dtype, where, weights, compile, origin)
 
     def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write the whole model as a DualToken folder, floating weights in `dtype` (default: as they are)."""
+        """Write the whole model as a DualToken folder, floating weights in `dtype` (default: as they are).
+
+        Raises:
+            InputError: the folder cannot be written, or the weights are not those that were loaded.
+        """
+        if self.weights != "float32":
+            raise InputError(f"weights: expected float32 to save a pipeline, got {self.weights}")
         save_dualtoken(self.bundle, Path(path), dtype)
 
     @property
     def max_prompt_tokens(self) -> int:
         return self.bundle.max_prompt_tokens
 
+    @property
+    def default_steps(self) -> int:
+        return int(self.model.config.grid)
+
+    @property
+    def steps_range(self) -> tuple[int, int]:
+        return self.default_steps, self.default_steps
+
+    @property
+    def default_guidance(self) -> float:
+        return self.bundle.sampling.guidance
+
     @torch.inference_mode()
     def generate(
         self, prompt: str | Sequence[str], *, negative_prompt: str | Sequence[str] | None = None,
         height: int | None = None, width: int | None = None, num_inference_steps: int | None = None,
         guidance_scale: float | None = None, num_images_per_prompt: int = 1, seed: int | Sequence[int] | None = None,
-        callback: RowCallback | None = None, temperature: float | None = None, top_k: int | None = None,
+        callback: Callback | None = None, temperature: float | None = None, top_k: int | None = None,
         top_p: float | None = None,
     ) -> GenerateOutput:  # fmt: skip
         """Generate images from prompts.
@@ -147,7 +176,7 @@ class DualTokenPipeline(Pipeline):
         given: dict[str, Any] = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         return replace(self.bundle.sampling, **{name: value for name, value in given.items() if value is not None})
 
-    def _collect(self, steps: Iterator[DualCodes], count: int, callback: RowCallback | None) -> Tensor:
+    def _collect(self, steps: Iterator[DualCodes], count: int, callback: Callback | None) -> Tensor:
         """The pixel codes `[B, h, w, D]` of all positions; the callback sees each finished row."""
         grid, depth = self.model.config.grid, self.model.config.pixel.depth
         codes = torch.zeros(count, grid * grid, depth, dtype=torch.long, device=self.device)
@@ -158,13 +187,36 @@ class DualTokenPipeline(Pipeline):
                 raise Cancelled(f"cancelled after {row + 1} of {grid} rows")
         return codes.unflatten(1, (grid, grid))
 
-    def edit(self, *_: Any, **__: Any) -> GenerateOutput:
-        """Refused: DualToken does not define editing.
+    @torch.inference_mode()
+    def encode(self, image: ImageSource | Sequence[ImageSource]) -> DualCodes:
+        """The codes of images, in float32: pixel and semantic `[B, h, w, D]`."""
+        return self._read_images(self._squares(image))
 
-        Raises:
-            InputError: always.
+    @property
+    def entries(self) -> dict[str, int]:
+        """The number of entries of each vocabulary."""
+        return {name: quantizer.config.entries for name, quantizer in self.model.tokenizer.quantizers.items()}
+
+    @torch.inference_mode()
+    def classify(
+        self, image: ImageSource | Sequence[ImageSource], labels: Sequence[str], *, quantized: bool = True
+    ) -> list[int]:
+        """The number of the label that is nearest to each image, by the two towers (zero-shot).
+
+        Args:
+            labels: texts, cut to the text tower's length.
+            quantized: whether the image's feature is that of its semantic codes, or the encoder's own.
         """
-        raise InputError("DualToken does not define editing: its tasks are understand, generate, reconstruct and chat")
+        texts = self._texts(labels, "label")
+        tower, pixels = self.model.tokenizer.text_tower, self._squares(image)
+        tokenizer = self.bundle.tower_tokenizer or self.text_tokenizer
+        ids = tower_tokens(tokenizer, texts, tower.config.positions).to(self.device)
+        with torch.autocast(self.device.type, enabled=False):
+            if quantized:
+                pooled = self.model.tokenizer.pooled(self.model.tokenizer.encode(pixels).semantic)
+            else:
+                pooled = self.model.tokenizer.encoder(pixels)[1]
+            return (pooled @ F.normalize(tower(ids), dim=1).T).argmax(1).tolist()
 
     @torch.inference_mode()
     def reconstruct(self, image: ImageSource | Sequence[ImageSource]) -> ReconstructOutput:
@@ -182,16 +234,11 @@ class DualTokenPipeline(Pipeline):
                 raise InputError(f"{name}: expected {self.image_size}, the only side of this model, got {value!r}")
         return self.image_size, self.image_size
 
-    def edited_size(self, image: Image.Image) -> tuple[int, int]:
-        """Refused as `edit` is; InputError."""
-        self.edit()
-        raise AssertionError
-
     @torch.inference_mode()
-    def preview(self, codes: Tensor) -> list[Image.Image]:
+    def preview(self, state: Tensor) -> list[Image.Image]:
         """Decode a callback's codes; rows that are not drawn yet have the first entry's look."""
-        with self._compute(len(codes)):
-            images = self.model.tokenizer.decode(codes).float()
+        with self._compute(len(state)):
+            images = self.model.tokenizer.decode(state).float()
         return to_pil(images.clamp(0, 1))
 
     def _read_images(self, pixels: Tensor) -> DualCodes:

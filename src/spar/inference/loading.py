@@ -36,6 +36,8 @@ def load_pipeline(path: str | Path | None = None, **settings: Any) -> Pipeline:
 def _own_settings(load: Any, system: str, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that a system's `from_pretrained` has; InputError for another one that is not at SPAR's default."""
     known = inspect.signature(load).parameters
+    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values()):
+        return settings
     module, name = PIPELINES["spar"]
     defaults = inspect.signature(getattr(importlib.import_module(module), name).from_pretrained).parameters
     for key, value in settings.items():

@@ -11,21 +11,21 @@ from spar.worlds.shapes.scene import SIDE
 from spar.worlds.shapes.scope import image_notes, is_of_this_world, prompt_notes
 
 if TYPE_CHECKING:
-    from spar.inference.pipeline import SparPipeline
+    from spar.inference.base import Pipeline
 
 
-def knows_shapes(pipe: "SparPipeline") -> bool:
+def knows_shapes(pipe: "Pipeline") -> bool:
     """Whether a model's vocabulary is that of the shapes world."""
     tokenizer = pipe.bundle.text_tokenizer
     return tokenizer.unk_token is not None and is_of_this_world(tokenizer.get_vocab())
 
 
-def draws_this_world(pipe: "SparPipeline") -> bool:
+def draws_this_world(pipe: "Pipeline") -> bool:
     """Whether a model's words and images are those of the shapes world."""
     return knows_shapes(pipe) and pipe.image_size == SIDE
 
 
-def world_notes(pipe: "SparPipeline", texts: Sequence[str] = (), images: Sequence[Image.Image] = ()) -> list[str]:
+def world_notes(pipe: "Pipeline", texts: Sequence[str] = (), images: Sequence[Image.Image] = ()) -> list[str]:
     """What lies outside the world of a model of the shapes world, each thing once; of another model nothing."""
     if not draws_this_world(pipe):
         return []

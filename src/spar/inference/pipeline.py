@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,13 +18,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from spar.checkpoints.hub import model_folder, model_name
 from spar.checkpoints.lora import load_adapter, merge_lora
+from spar.checkpoints.model_header import TITLES
 from spar.checkpoints.spar_format import ModelBundle, load_model, save_model
 from spar.common import limits
 from spar.common.errors import InputError
 from spar.common.limits import check_int_range, check_range
 from spar.flow.guidance import apply_guidance
 from spar.flow.sampler import sample
-from spar.inference.base import TOKEN_MULTIPLE, Pipeline, choose_device
+from spar.inference.base import TOKEN_MULTIPLE, Callback, Pipeline, choose_device
 from spar.inference.image_files import BUNDLED_MODEL
 from spar.inference.inputs import broadcast, list_seeds, open_sources
 from spar.inference.offload import WEIGHTS, Offload, Weights, cast_weights, quantize
@@ -37,8 +38,6 @@ from spar.processing.prompts import IMAGE_TOKEN, PromptEncoder, TokenBatch
 
 BUNDLED = Path(__file__).parents[1] / "assets" / "weights"
 MAX_SIDE_FACTOR = 2  # images up to twice the trained side
-Callback = Callable[[int, int, Tensor], bool | None]
-
 
 @dataclass
 class SparPipeline(Pipeline):
@@ -46,6 +45,10 @@ class SparPipeline(Pipeline):
 
     `origin` has the names of the `model` and the `adapter` for the metadata of images, without their folders.
     """
+
+    system: ClassVar[str] = TITLES["spar"]
+    has_routing: ClassVar[bool] = True
+    tasks: ClassVar[tuple[str, ...]] = ("generate", "edit", "understand", "reconstruct")
 
     bundle: ModelBundle
     dtype: torch.dtype = torch.float32
@@ -212,11 +215,11 @@ class SparPipeline(Pipeline):
         return nearest_size(image, self.image_size, self.model.config.token_stride)
 
     @torch.inference_mode()
-    def preview(self, latent: Tensor) -> list[Image.Image]:
+    def preview(self, state: Tensor) -> list[Image.Image]:
         """Decode a callback's latent `[B, C, h, w]`: blurred at first, and after the last step the result."""
         self._load_to_device("decoder")
-        with self._compute(len(latent)):
-            images = self.model.decode(latent, self.decode_tile).float()
+        with self._compute(len(state)):
+            images = self.model.decode(state, self.decode_tile).float()
         self._load_to_device("denoiser")  # for the sampler's next step
         return to_pil(images)
 
@@ -236,8 +239,8 @@ class SparPipeline(Pipeline):
             negatives = broadcast(self._texts(negative_prompt, "negative_prompt"), len(texts), "negative_prompt")
         tokens = encode(texts)
         defaults = self.bundle.sampling
-        steps = defaults.steps if steps is None else steps
-        guidance = defaults.guidance if guidance is None else guidance
+        steps = self.default_steps if steps is None else steps
+        guidance = self.default_guidance if guidance is None else guidance
         check_int_range("num_inference_steps", steps, 1, limits.MAX_STEPS)
         check_range("guidance_scale", guidance, 0, limits.MAX_GUIDANCE)
         check_int_range("num_images_per_prompt", per_prompt, 1, limits.MAX_IMAGES)
@@ -316,6 +319,14 @@ class SparPipeline(Pipeline):
     @property
     def max_prompt_tokens(self) -> int:
         return self.bundle.sampling.max_prompt_tokens
+
+    @property
+    def default_steps(self) -> int:
+        return self.bundle.sampling.steps
+
+    @property
+    def default_guidance(self) -> float:
+        return self.bundle.sampling.guidance
 
     def _settings(self) -> dict[str, Any]:
         weights = self.weights if self.weights == "int8" else None  # the other types give the same results

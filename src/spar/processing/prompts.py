@@ -64,6 +64,15 @@ class PackedBatch:
         return PackedBatch(*(part.to(device) for part in (self.ids, self.allowed, self.positions, self.weights)))
 
 
+def tower_tokens(tokenizer: Any, texts: Sequence[str | None], length: int) -> Tensor:
+    """Texts for SigLIP's text tower, `[B, length]`: in lower case, with the tokenizer's own end, cut or padded on the
+    right; None is an empty text.
+    """
+    written = [(text or "").lower() for text in texts]
+    found = tokenizer(written, padding="max_length", max_length=length, truncation=True, padding_side="right")
+    return torch.tensor(found["input_ids"])
+
+
 def known_words(tokenizer: Any) -> list[str]:
     """The words of a closed vocabulary, without marks, roles and control tokens."""
     special = {*tokenizer.all_special_tokens, *ROLES}
@@ -132,11 +141,6 @@ class PromptEncoder:
     def _user(self, content: list[int]) -> list[int]:
         """A user turn, then the start of the assistant's."""
         return self.encode(f"{TURN_START}user\n") + content + self.encode(f"{TURN_END}\n{TURN_START}assistant\n")
-
-    def fixed(self, texts: Sequence[str | None], length: int) -> Tensor:
-        """Texts alone as ids `[B, length]`, cut or padded on the right; None is an empty text."""
-        rows = [self.encode(text)[:length] if text else [] for text in texts]
-        return torch.tensor([row + [self.tokenizer.pad_token_id] * (length - len(row)) for row in rows])
 
     def _image_prompts(self, contents: list[list[int]]) -> TokenBatch:
         """User turns whose answers are images."""

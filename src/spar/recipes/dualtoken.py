@@ -1,7 +1,10 @@
-"""DualToken's recipes: `dualtoken-shapes` from random weights on the shapes world, and its small copy for tests."""
+"""DualToken's recipes: `dualtoken-shapes` from random weights on the shapes world, its small copy for tests, and the
+published sizes.
+"""
 
 from dataclasses import replace
 
+from spar.losses.adversarial import PatchDiscriminatorConfig
 from spar.models.config import TextConfig
 from spar.models.dualtoken.config import (
     DepthHeadConfig,
@@ -11,14 +14,16 @@ from spar.models.dualtoken.config import (
     TextTowerConfig,
     VisionTowerConfig,
 )
+from spar.models.dualtoken.sampling import CodeSampling
 from spar.recipes.shapes.curricula import UnifiedLessons
 from spar.recipes.shapes.data import ShapesData
 from spar.recipes.shapes.dense_tagging import DenseContrastiveObjective, TaggedCaptionData
 from spar.recipes.shapes.recipe import MIXTURE, QUESTIONS
 from spar.training.config import StageConfig
+from spar.training.data import CaptionData, ImageData
 from spar.training.objectives.dual_next_token import DualNextTokenObjective
 from spar.training.objectives.dual_tokenizer import DualTokenizerObjective
-from spar.training.systems.dualtoken import DualTokenRecipe
+from spar.training.systems.dualtoken import DualPerceptualConfig, DualTokenRecipe
 
 TOWERS = ("model.tokenizer.encoder.*", "model.tokenizer.text_tower.*")
 # All of the tokenizer that has a gradient; the text tower is the teacher's and stays.
@@ -82,3 +87,71 @@ def dualtoken_tiny() -> DualTokenRecipe:
     stages = tuple(replace(stage, steps=3, batch=4, warmup=1) for stage in base.stages)
     data = ShapesData(scenes=48, edits=32)
     return replace(base, name="dualtoken-tiny", model=TINY_MODEL, stages=stages, data=data, log_every=1)
+
+
+# ---- the published sizes ---------------------------------------------------------------------------------------------
+
+_CODES_256 = QuantizerConfig(
+    depth=4, entries=16384, width=32, codebook="shared", decay=0.99, eps=1e-5, restart_share=1 / 16
+)
+_SO400M = VisionTowerConfig(
+    hidden_size=1152, layers=27, heads=16, intermediate_size=4304, patch_size=16, image_size=256, norm_eps=1e-6,
+    shortcut_layer=4, pixel_layer=6, semantic_layer=26,
+)  # fmt: skip
+# Qwen2.5-3B, which two surveys name; the project page says 3B and no LLM. The image tokens are its first spare rows.
+_QWEN_3B = TextConfig(
+    vocab_size=151936, hidden_size=2048, layers=36, heads=16, kv_heads=2, intermediate_size=11008, rope_theta=1e6,
+    max_positions=32768, rms_norm_eps=1e-6, tied_head=True, image_token_id=151666, eos_token_id=151645,
+    pad_token_id=151643,
+)  # fmt: skip
+# Three layers are the figure's; their width is the LLM's, as VILA-U has it, since none is stated.
+_HEAD = DepthHeadConfig(layers=3, width=2048, heads=16, mlp_ratio=4)
+DUALTOKEN_3B_256 = DualTokenConfig(
+    vision=_SO400M,
+    text_tower=TextTowerConfig(
+        vocab_size=256000, hidden_size=1152, layers=27, heads=16, intermediate_size=4304, positions=64
+    ),
+    pixel=_CODES_256,
+    semantic=_CODES_256,
+    shortcut=0.6,
+    decoder=PixelDecoderConfig(channels=(128, 128, 512, 512, 1024), layers=2, groups=32, grid=16),
+    text=_QWEN_3B,
+    pixel_head=_HEAD,
+    semantic_head=_HEAD,
+)  # fmt: skip
+_CODES_384 = replace(_CODES_256, depth=8)
+DUALTOKEN_3B = replace(
+    DUALTOKEN_3B_256, vision=replace(_SO400M, patch_size=14, image_size=384), pixel=_CODES_384, semantic=_CODES_384,
+    decoder=replace(DUALTOKEN_3B_256.decoder, grid=24),
+)  # fmt: skip
+# The public code's stage 1, the only one of its three that runs: 20 epochs of 10 M images by 8 x 32, warm-up, AdamW and
+# weights of the losses are its own; the adversary counts from the middle of the first epoch.
+_EPOCH = 10_000_000 // 256
+FULL_STAGES = (
+    StageConfig(
+        "tokenizer", DualTokenizerObjective(gan_start=_EPOCH // 2), (*TOKENIZER, "discriminator.*"), data=ImageData(),
+        steps=20 * _EPOCH, batch=256, lr=7.2e-5, lr_end=0.0, warmup=10_000, weight_decay=1e-4, betas=(0.5, 0.9),
+        max_grad_norm=1.0,
+    ),
+    # Nothing was published of this stage: VILA-U's learning rate and batch, steps for 15 M captioned images.
+    StageConfig(
+        "unified", DualNextTokenObjective(), (*LANGUAGE, *HEADS), data=CaptionData(), steps=15_000_000 // 1024,
+        batch=1024, lr=1e-4, lr_end=0.0, warmup=440, betas=(0.9, 0.95), max_grad_norm=1.0,
+    ),
+)  # fmt: skip
+
+
+def dualtoken_3b() -> DualTokenRecipe:
+    """The published system at 384 pixels: SigLIP 2 So400m, patches of 14, 27 x 27 x 8 codes, Qwen2.5-3B."""
+    return DualTokenRecipe(
+        name="dualtoken-3b", model=DUALTOKEN_3B, stages=FULL_STAGES, max_prompt_tokens=300,
+        published=("model.tokenizer.encoder", "model.tokenizer.text_tower", "model.language"),
+        sampling=CodeSampling(temperature=1.0, top_k=900, top_p=0.96, guidance=3.0),  # VILA-U's
+        perceptual=DualPerceptualConfig(teacher=0.0, lpips=1.0),
+        discriminator=PatchDiscriminatorConfig(width=64, layers=3),
+    )
+
+
+def dualtoken_3b_256() -> DualTokenRecipe:
+    """`dualtoken-3b` at 256 pixels: patches of 16, 16 x 16 x 4 codes."""
+    return replace(dualtoken_3b(), name="dualtoken-3b-256", model=DUALTOKEN_3B_256)

@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from spar.inference.pipeline import SparPipeline
+from spar.inference.base import Pipeline
 from spar.serving.schema import SamplingRequest
 from spar.serving.worker import ImageJob, Step
 
@@ -33,7 +33,7 @@ class GeneratedImage:
     seed: int | None = None
 
 
-def sample_images(pipe: SparPipeline, rows: list[ImageRow], callback: Step) -> list[GeneratedImage]:
+def sample_images(pipe: Pipeline, rows: list[ImageRow], callback: Step) -> list[GeneratedImage]:
     """Generate or edit images; all rows have an image and a negative prompt, or none does."""
     first, prompts = rows[0], [row.prompt for row in rows]
     shared: dict[str, Any] = {
@@ -49,14 +49,14 @@ def sample_images(pipe: SparPipeline, rows: list[ImageRow], callback: Step) -> l
     return list(map(GeneratedImage, out.images, out.metadata, out.seeds))
 
 
-def reconstruct(pipe: SparPipeline, images: list[Image.Image], _: Step) -> list[GeneratedImage]:
+def reconstruct(pipe: Pipeline, images: list[Image.Image], _: Step) -> list[GeneratedImage]:
     """Encode and decode images."""
     out = pipe.reconstruct(images)
     return list(map(GeneratedImage, out.images, out.metadata))
 
 
 def sampling_jobs(
-    pipe: SparPipeline, request: SamplingRequest, size: tuple[int, int], image: Image.Image | None = None
+    pipe: Pipeline, request: SamplingRequest, size: tuple[int, int], image: Image.Image | None = None
 ) -> list[ImageJob]:
     """Build a job for each of a request's images; without a seed, they get a random one.
 
@@ -67,9 +67,9 @@ def sampling_jobs(
     pipe.check_text(prompt, "prompt")
     if negative is not None:
         pipe.check_text(negative, "negative_prompt")
-    defaults, steps, guidance = pipe.bundle.sampling, request.num_inference_steps, request.guidance_scale
-    steps = defaults.steps if steps is None else steps
-    guidance = defaults.guidance if guidance is None else guidance
+    steps, guidance = request.num_inference_steps, request.guidance_scale
+    steps = pipe.default_steps if steps is None else steps
+    guidance = pipe.default_guidance if guidance is None else guidance
     seed = secrets.randbelow(2**32) if request.seed is None else request.seed
     key = (size, steps, guidance, negative is None, image is None)
     weight = max(1.0, size[0] * size[1] / pipe.image_size**2)

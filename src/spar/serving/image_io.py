@@ -66,7 +66,7 @@ def decode_data_url(url: str, param: str) -> bytes:
 async def read_messages(
     messages: Sequence[Message], reserve: Callable[[int], None], decoders: Executor
 ) -> list[dict[str, Any]]:
-    """Convert a chat's messages to those of `SparPipeline.chat`, with decoded images.
+    """Convert a chat's messages to those of `Pipeline.chat`, with decoded images.
 
     Raises:
         ApiError: too many images, or an image that `read_image` or `decode_data_url` refuses.

@@ -9,7 +9,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.types import Message, Receive, Scope, Send
 
-from spar.inference.pipeline import SparPipeline
+from spar.inference.base import Pipeline
 from spar.serving.app import create_app
 from spar.serving.auth import host_names
 from spar.serving.http import server_config
@@ -60,7 +60,7 @@ class ApiServer(uvicorn.Server):
 
 
 def build_server(
-    pipe: SparPipeline, *, host: str, token: str | None, max_batch: int, max_queue: int, timeout: float,
+    pipe: Pipeline, *, host: str, token: str | None, max_batch: int, max_queue: int, timeout: float,
     build_page: Callable[[Call], FastAPI] | None = None, thread: Executor | None = None,
 ) -> uvicorn.Server:  # fmt: skip
     """Build a server that `run(sockets=[...])` starts; SIGINT and SIGTERM end it after the running requests.

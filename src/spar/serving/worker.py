@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spar.common.errors import Cancelled, InputError
-from spar.inference.pipeline import SparPipeline
+from spar.inference.base import Pipeline
 from spar.serving.limits import CHAT_TURN_TOKENS, GATHER_SECONDS, MAX_BATCH, MAX_CHATS, MAX_QUEUE
 
 log = logging.getLogger(__name__)
 
 Step = Callable[[int, int, Any], bool]
-Call = Callable[[Callable[[SparPipeline], Any]], Future]
+Call = Callable[[Callable[[Pipeline], Any]], Future]
 
 
 class Unavailable(Exception):
@@ -44,7 +44,7 @@ class ImageJob:
     `work` and `key` may share a call. `weight` is the row's size in images of the model's own size.
     """
 
-    work: Callable[[SparPipeline, list[Any], Step], Sequence[Any]]
+    work: Callable[[Pipeline, list[Any], Step], Sequence[Any]]
     key: Hashable
     inputs: Any
     weight: float = 1
@@ -61,7 +61,7 @@ class ChatJob:
     The future's result is the exhausted iterator.
     """
 
-    start: Callable[[SparPipeline], Iterator[str]]
+    start: Callable[[Pipeline], Iterator[str]]
     emit: Callable[[str], None]
     future: Future = field(default_factory=Future)
     pieces: Iterator[str] | None = None
@@ -77,7 +77,7 @@ class Worker:
     image takes nearly twice as long on two cores.
     """
 
-    pipe: SparPipeline
+    pipe: Pipeline
     max_batch: int = MAX_BATCH
     max_queue: int = MAX_QUEUE
     observe: Callable[[float, int], None] = lambda _seconds, _rows: None
@@ -134,7 +134,7 @@ class Worker:
                 job.future.add_done_callback(self._forget)  # no reference to the job, which would be a cycle
             self._changed.notify_all()
 
-    def call(self, function: Callable[[SparPipeline], Any]) -> Future:
+    def call(self, function: Callable[[Pipeline], Any]) -> Future:
         """Queue a function of the pipeline, which runs alone; raises as `submit`."""
         job = ImageJob(lambda pipe, _inputs, _step: [function(pipe)], None, None)
         self.submit(job)

@@ -16,10 +16,10 @@ from PIL import Image
 
 from spar.common.errors import Cancelled, InputError
 from spar.common.limits import MAX_SEED
+from spar.inference.base import Pipeline
 from spar.inference.image_files import save_images, source_metadata
 from spar.inference.notes import knows_shapes, world_notes
 from spar.inference.outputs import GenerateOutput, ReconstructOutput
-from spar.inference.pipeline import SparPipeline
 from spar.processing.images import open_image, to_size, to_square
 from spar.reporting.routing import routing_view
 from spar.serving.worker import Call, Unavailable
@@ -33,7 +33,7 @@ KEPT_SECONDS = 3600  # of an image in the cache
 log = logging.getLogger(__name__)
 
 
-def build_page(pipe: SparPipeline, call: Call | None = None) -> gr.Blocks:
+def build_page(pipe: Pipeline, call: Call | None = None) -> gr.Blocks:
     """Build the page of a model, which needs `components.CSS`.
 
     Args:
@@ -46,18 +46,19 @@ def build_page(pipe: SparPipeline, call: Call | None = None) -> gr.Blocks:
 class Page:
     """The tabs, and the methods of their buttons, which return new values of the output components."""
 
-    def __init__(self, pipe: SparPipeline, call: Call | None) -> None:
+    def __init__(self, pipe: Pipeline, call: Call | None) -> None:
         self.pipe, self.stream = pipe, PreviewStream(pipe, call)
         self.shapes = knows_shapes(pipe)
         cleaning = (KEPT_SECONDS // 4, KEPT_SECONDS)
         with gr.Blocks(title="SPAR", analytics_enabled=False, delete_cache=cleaning) as self.blocks:
             self.scenes = self._scene_files()
-            gr.HTML(components.head(pipe.image_size, self.shapes))
+            gr.HTML(components.head(pipe.image_size, shapes=self.shapes, edits="edit" in pipe.tasks))
             with gr.Tabs(overflow_behavior="wrap"):
                 with gr.Tab("Generate", id="generate"):
                     self._sampling_tab("generate", "What to draw", "Draw", [[text] for text in examples.PROMPTS])
-                with gr.Tab("Edit", id="edit"):
-                    self._sampling_tab("edit", "What to change", "Change it", self._scene_rows(examples.EDITS))
+                if "edit" in pipe.tasks:
+                    with gr.Tab("Edit", id="edit"):
+                        self._sampling_tab("edit", "What to change", "Change it", self._scene_rows(examples.EDITS))
                 with gr.Tab("Understand", id="understand"):
                     self._understand_tab(self._scene_rows(examples.QUESTIONS))
                 with gr.Tab("Reconstruct", id="reconstruct"):
@@ -80,7 +81,7 @@ class Page:
                 result = (components.slider if task == "edit" else components.image)(self.pipe.image_size)
                 status, file = components.download_button()
         self._examples([*source, text], rows, seed)
-        view = components.routing_panel()
+        view = components.routing_panel(visible=self.pipe.has_routing)
 
         def sample(request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
             yield from self.sample(task, request.session_hash, *values)
@@ -122,22 +123,22 @@ class Page:
 
     def _settings(self) -> tuple[gr.Textbox, list[gr.components.Component]]:
         """The seed, and the rarer settings: steps, guidance, negative prompt."""
-        defaults = self.pipe.bundle.sampling
+        (fewest, most), steps, guidance = self.pipe.steps_range, self.pipe.default_steps, self.pipe.default_guidance
         with gr.Row(elem_classes="spar-seed"):
             seed = components.seed(str(examples.SEED))
             new = gr.Button("New seed", size="md", scale=1, min_width=110)
             new.click(lambda: str(secrets.randbelow(2**32)), None, seed, **components.HIDDEN)
         with gr.Accordion("More settings", open=False):
-            steps = gr.Slider(
-                1, max(MAX_STEPS, defaults.steps), defaults.steps, step=1, precision=0, label="Steps",
-                info="More steps take longer and give finer images.",
+            steps_slider = gr.Slider(
+                fewest, min(most, max(MAX_STEPS, steps)), steps, step=1, precision=0, label="Steps",
+                info="More steps take longer and give finer images.", visible=fewest < most,
             )  # fmt: skip
-            guidance = gr.Slider(
-                1, max(MAX_GUIDANCE, defaults.guidance), defaults.guidance, step=0.1, label="Guidance",
+            guidance_slider = gr.Slider(
+                1, max(MAX_GUIDANCE, guidance), guidance, step=0.1, label="Guidance",
                 info="How strictly the image follows the prompt; 1 switches it off.",
             )  # fmt: skip
             negative = gr.Textbox(label="Steer away from", info="What the image should not show; may be empty.")
-        return seed, [steps, guidance, negative]
+        return seed, [steps_slider, guidance_slider, negative]
 
     def _examples(self, shown: list[Any], rows: list[list[str]], seed: gr.Textbox | None = None) -> None:
         """Examples that a click puts into `shown` (image, text or both), with their seed; none for another world."""
@@ -197,7 +198,7 @@ class Page:
                 done = f"Seed {item.seeds[0]} · {steps} steps · guidance {guidance:g}"
                 done += f" · {time.monotonic() - began:.2g} s"
                 status = components.done_message(done, world_notes(self.pipe, [text], [image] if image else []))
-                view = components.routing_html(routing_view(item.routing[0], before))
+                view = components.routing_html(routing_view(item.routing[0], before)) if item.routing else gr.skip()
                 yield (before, item.images[0]) if before else file, status, components.file(file), view
         if errors:
             yield gr.skip(), errors[0], gr.skip(), gr.skip()

@@ -91,9 +91,9 @@ def file(path: str) -> dict[str, Any]:
     return gr.update(value=path, interactive=True)
 
 
-def routing_panel() -> gr.HTML:
-    """The view of what each token reads of the LLM's layers."""
-    with gr.Accordion("What each word reads", open=True):
+def routing_panel(*, visible: bool) -> gr.HTML:
+    """The view of what each token reads of the LLM's layers, where a model has such a mix."""
+    with gr.Accordion("What each word reads", open=True, visible=visible):
         return gr.HTML(routing_html(Markup('<p class="spar-lead">Draw something first.</p>')))
 
 
@@ -109,9 +109,10 @@ def routing_html(view: Markup) -> Markup:
     return Markup('<p class="spar-lead">{}</p>{}').format(explanation, view)
 
 
-def head(side: int, shapes: bool) -> Markup:
+def head(side: int, *, shapes: bool, edits: bool) -> Markup:
     """Header of the page: the model and its abilities."""
-    what = "One model that generates images from text, edits them, answers questions about them and reconstructs them."
+    editing = " edits them," if edits else ""
+    what = f"One model that generates images from text,{editing} answers questions about them and reconstructs them."
     if not shapes:
         what += f" This one works at {side} × {side} pixels."
         return Markup('<div class="spar-head"><h1>SPAR</h1><p>{}</p></div>').format(what)

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from spar.inference.pipeline import SparPipeline
+from spar.inference.base import Pipeline
 from spar.processing.images import MAX_BYTES
 from spar.serving.auth import host_names
 from spar.serving.http import server_config
@@ -24,7 +24,7 @@ from spar.ui.middleware import GradioGuardMiddleware
 
 
 def mount_page(
-    app: FastAPI, pipe: SparPipeline, path: str = "/", *, token: str | None = None, call: Call | None = None,
+    app: FastAPI, pipe: Pipeline, path: str = "/", *, token: str | None = None, call: Call | None = None,
     cache: Path,
 ) -> FastAPI:  # fmt: skip
     """Mount the page into an application.
@@ -53,7 +53,7 @@ def _password(token: str) -> Callable[[str, str], bool]:
 
 
 def page_app(
-    pipe: SparPipeline, host: str, path: str = "/", call: Call | None = None, *, token: str | None, cache: Path
+    pipe: Pipeline, host: str, path: str = "/", call: Call | None = None, *, token: str | None, cache: Path
 ) -> FastAPI:  # fmt: skip
     """Build an application with the page alone at `path`, reached at `host`; the rest as in `mount_page`."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -63,7 +63,7 @@ def page_app(
 
 
 def serve_page(
-    pipe: SparPipeline, listener: socket.socket, *, token: str | None = None, call: Call | None = None
+    pipe: Pipeline, listener: socket.socket, *, token: str | None = None, call: Call | None = None
 ) -> None:  # fmt: skip
     """Serve the page until interrupted.
 

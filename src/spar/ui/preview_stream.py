@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from PIL import Image
 
+from spar.inference.base import Pipeline
 from spar.inference.outputs import GenerateOutput
-from spar.inference.pipeline import SparPipeline
 from spar.serving.worker import Call
 
 Task = Literal["generate", "edit"]
@@ -37,7 +37,7 @@ class PreviewStream:
         call: queues a function of the pipeline, which runs alone; for a pipeline whose thread belongs to a server.
     """
 
-    def __init__(self, pipe: SparPipeline, call: Call | None = None) -> None:
+    def __init__(self, pipe: Pipeline, call: Call | None = None) -> None:
         self.call = call or _own_thread(pipe)
         self._ends: dict[tuple[str | None, str], Callable[[], None]] = {}
 
@@ -78,13 +78,13 @@ class PreviewStream:
                 end()
 
 
-def _own_thread(pipe: SparPipeline) -> Call:
+def _own_thread(pipe: Pipeline) -> Call:
     """A `call` that runs each function on one new thread."""
     thread = ThreadPoolExecutor(1, "spar-page")
     return lambda function: thread.submit(function, pipe)
 
 
-def _callback(pipe: SparPipeline, stop: Event, emit: Callable[[PreviewStep], None]) -> Callable[[int, int, Any], bool]:
+def _callback(pipe: Pipeline, stop: Event, emit: Callable[[PreviewStep], None]) -> Callable[[int, int, Any], bool]:
     """Callback of the pipeline that emits each step, with a preview when one is due."""
     due = time.monotonic() + PREVIEW_SECONDS
 

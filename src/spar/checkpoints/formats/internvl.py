@@ -44,7 +44,7 @@ def read_config(folder: Path, files: TensorReader, text_tokenizer: Any) -> tuple
     text = config.inner("text_config", "llm_config")
     stated = config.get("tie_word_embeddings", default=text.get("tie_word_embeddings", default=False))
     tied = bool(stated) or not any(key.endswith("lm_head.weight") for key in files.shapes)
-    return _vision(config.inner("vision_config")), _text(text, config, tied, text_tokenizer)
+    return _vision(config.inner("vision_config")), read_text_config(text, config, tied, text_tokenizer)
 
 
 def _vision(config: ForeignConfig) -> VisionConfig:
@@ -60,7 +60,8 @@ def _vision(config: ForeignConfig) -> VisionConfig:
     )
 
 
-def _text(config: ForeignConfig, whole: ForeignConfig, tied: bool, tokenizer: Any) -> TextConfig:
+def read_text_config(config: ForeignConfig, whole: ForeignConfig, tied: bool, tokenizer: Any) -> TextConfig:
+    """Read the sizes of a Qwen2 LLM; `whole` may name the image token, `tokenizer` knows it."""
     config.expect_if_given(model_type="qwen2", hidden_act="silu", use_sliding_window=False)
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     end = tokenizer.convert_tokens_to_ids(TURN_END)

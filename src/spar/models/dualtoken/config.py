@@ -177,6 +177,10 @@ class DualTokenConfig:
         return self.vision.image_size
 
     @property
+    def token_stride(self) -> int:
+        return self.vision.patch_size
+
+    @property
     def grid(self) -> int:
         """Visual tokens along one side."""
         return self.vision.grid

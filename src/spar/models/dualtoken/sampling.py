@@ -34,6 +34,12 @@ class CodeSampling:
                 expected = {"top_p": "above 0 and at most 1"}.get(name, "a finite number of at least 0")
                 raise InputError(f"{name}: expected {expected}, got {value}")
 
+    def __str__(self) -> str:
+        return (
+            f"guidance {self.guidance:g}, temperature {self.temperature:g}, top-k {self.top_k or 'off'}, "
+            f"top-p {self.top_p:g}"
+        )
+
 
 def gumbel_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Standard Gumbel noise `[B, *shape]`, each row from its own generator, which is on the CPU on every machine."""

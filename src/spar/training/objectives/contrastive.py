@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from spar.data.batches import Captioned, Images
 from spar.losses.contrastive import sigmoid_contrastive_loss
+from spar.processing.prompts import tower_tokens
 from spar.training.objectives.base import Networks, Objective, StepContext, Terms
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class ContrastiveObjective(Objective["DualTokenRecipe"]):
     def pair_terms(self, ctx: StepContext, pooled: Tensor, texts: tuple[str | None, ...]) -> Terms:
         """The loss of pooled features `[B, W]` and their texts, and how often an image's own text is the likeliest."""
         tokenizer, head = ctx.modules.model.tokenizer, ctx.modules.pair_logits
-        ids = ctx.prompts.fixed(texts, ctx.recipe.model.text_tower.positions).to(ctx.device)
+        ids = tower_tokens(ctx.prompts.tokenizer, texts, ctx.recipe.model.text_tower.positions).to(ctx.device)
         features = tokenizer.text_tower(ids)
         same = (ids[:, None] == ids[None]).all(2)
         loss = sigmoid_contrastive_loss(pooled, features, head.log_scale, head.bias, same)
