@@ -158,7 +158,7 @@ def check_parallelism(stages: tuple[StageConfig, ...], parallel: DistributedCont
             parallel.rows(stage.batch, 0)
         except InputError as error:
             raise InputError(f"stage {stage.name}: {error}") from None
-        if parallel.micro_batches > 1 and not stage.objective.splittable:
+        if parallel.micro_batches > 1 and not stage.objective.may_split(stage):
             raise InputError(
                 f"stage {stage.name}: the objective {stage.objective.kind} weighs its whole batch's tokens against "
                 f"each other; expected one process and parallelism.grad_accum_steps 1, got {parallel.world} and "

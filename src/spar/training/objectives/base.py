@@ -152,6 +152,10 @@ class Objective(ABC, Generic[R]):
     def prepare(self, ctx: StepContext, data: TrainingData, planned: "PlannedStage") -> None:
         """Do what `planned.prepares` lists; called before a stage is begun or resumed."""
 
+    def may_split(self, stage: "StageConfig") -> bool:
+        """Whether a stage's batches may be split among processes and micro-steps."""
+        return self.splittable
+
     def after_step(self, ctx: StepContext) -> None:
         """Change what no gradient reaches, after the optimizer's step; every process calls it."""
 

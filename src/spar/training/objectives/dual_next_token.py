@@ -20,6 +20,9 @@ from spar.training.objectives.next_token import NextTokenObjective
 if TYPE_CHECKING:
     pass
 
+if TYPE_CHECKING:
+    from spar.training.config import StageConfig
+
 
 @dataclass(frozen=True)
 class DualNextTokenObjective(NextTokenObjective):
@@ -38,6 +41,10 @@ class DualNextTokenObjective(NextTokenObjective):
 
     def __post_init__(self) -> None:
         check_at_least(0, **vars(self))
+
+    def may_split(self, stage: "StageConfig") -> bool:
+        """Images alone may: each has as many codes. Answers are weighed over the whole batch's tokens."""
+        return not {Dialogues, Descriptions} & set(stage.data.gives)
 
     def may_rest(self, recipe: Any) -> tuple[str, ...]:
         """A step of dialogues does not reach the heads, one of prompts in words not the visual tokens."""

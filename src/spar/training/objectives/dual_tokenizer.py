@@ -87,7 +87,13 @@ class DualTokenizerObjective(Objective["DualTokenRecipe"]):
         return bool(self.semantic or self.pooled or (self.perceptual and recipe.perceptual.teacher))
 
     def prepare(self, ctx: StepContext, data: TrainingData, planned: "PlannedStage") -> None:
-        tokenizer = ctx.modules.model.tokenizer
+        parallel, tokenizer = ctx.parallel, ctx.modules.model.tokenizer
+        if self.gan and self.perceptual and ctx.recipe.perceptual.teacher and parallel.sharded:
+            if parallel.config.shard_frozen:  # the adaptive weight's own backward pass would free the teacher's shards
+                raise InputError(
+                    f"stage {ctx.stage.name}: the adversary's adaptive weight needs the teacher whole on each process; "
+                    "expected --parallelism.shard-frozen False, or --perceptual.teacher 0"
+                )
         if TEACHER_FROM_ENCODER in planned.prepares:
             ctx.modules.teacher.load_state_dict(tokenizer.encoder.state_dict())
         if CODEBOOKS_FROM_DATA in planned.prepares:
