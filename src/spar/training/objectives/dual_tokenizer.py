@@ -88,12 +88,12 @@ class DualTokenizerObjective(Objective["DualTokenRecipe"]):
 
     def prepare(self, ctx: StepContext, data: TrainingData, planned: "PlannedStage") -> None:
         parallel, tokenizer = ctx.parallel, ctx.modules.model.tokenizer
-        if self.gan and self.perceptual and ctx.recipe.perceptual.teacher and parallel.sharded:
-            if parallel.config.shard_frozen:  # the adaptive weight's own backward pass would free the teacher's shards
-                raise InputError(
-                    f"stage {ctx.stage.name}: the adversary's adaptive weight needs the teacher whole on each process; "
-                    "expected --parallelism.shard-frozen False, or --perceptual.teacher 0"
-                )
+        sharded = parallel.sharded and parallel.config.shard_frozen
+        if sharded and self.gan and self.perceptual and ctx.recipe.perceptual.teacher:
+            raise InputError(  # the adaptive weight's own backward pass would free the teacher's shards
+                f"stage {ctx.stage.name}: the adversary's adaptive weight needs the teacher whole on each process; "
+                "expected --parallelism.shard-frozen False, or --perceptual.teacher 0"
+            )
         if TEACHER_FROM_ENCODER in planned.prepares:
             ctx.modules.teacher.load_state_dict(tokenizer.encoder.state_dict())
         if CODEBOOKS_FROM_DATA in planned.prepares:
