@@ -40,6 +40,6 @@ def address(pipe: Any) -> Iterator[str]:
         yield address
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def serve() -> Callable[..., Any]:
     return serving

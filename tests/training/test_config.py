@@ -36,6 +36,7 @@ TRAINS = {
     "mllm-3": {"model.language"},
     "mllm-4": {"model.language"},
     "mllm-5": {"model.language"},
+    "mllm-6": {"model.language"},
     "autoencoder": {"pixel_encoder", DECODER},
     "dit": {"model.denoiser"},
     "tokenizer-1": STREAMS,

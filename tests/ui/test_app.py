@@ -431,3 +431,21 @@ def test_the_command_serves_the_page_asks_for_its_token_and_clears_up(tmp_path, 
     finally:
         process.kill()
         process.wait()
+
+
+# ---- several models --------------------------------------------------------------------------------------------------
+
+
+def test_the_visitor_chooses_among_models_and_each_has_its_own_tabs(pipe, dual_run, monkeypatch, tmp_path):
+    from spar.inference.loading import load_pipeline
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    dual = load_pipeline(dual_run.path / "model", device="cpu")
+    parts = build_page(pipe, None, {"dual": dual}).get_config_file()["components"]
+    (choice,) = [part["props"] for part in parts if part["type"] == "radio"]
+    assert [value for _, value in choice["choices"]] == ["bundled", "dual"] and choice["value"] == "bundled"
+    tabs = [part["props"]["label"] for part in parts if part["type"] == "tabitem"]
+    assert tabs == ["Generate", "Edit", "Understand", "Reconstruct", "Generate", "Understand", "Reconstruct"]
+    sliders = [part["props"]["label"] for part in parts if part["type"] == "slider"]
+    assert sliders.count("Steps") == 2 and sliders.count("Guidance") == 3      # rows of codes are no choice
+    assert "edits them" in str(parts) and str(parts).count("answers questions about them") == 2

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from tyro.conf import UseAppendAction
+
 from spar.cli.arguments import Flag, ModelArguments
 from spar.common.limits import MAX_IMAGES, check_range
 from spar.serving.limits import DEFAULT_HOST, DEFAULT_PORT, MAX_BATCH, MAX_QUEUE, REQUEST_SECONDS, format_limits
@@ -16,6 +18,8 @@ class ListenArguments(ModelArguments):
     """Address to listen on; any but this machine's own needs a token."""
     port: int = DEFAULT_PORT
     """Port; 0 takes a free one."""
+    also: UseAppendAction[tuple[Path, ...]] = ()
+    """A further model to serve beside --model, once for each; requests and page choose among them by name."""
     token_file: Path | None = None
     """File with the required token; by default the variable SPAR_API_TOKEN, if set."""
 

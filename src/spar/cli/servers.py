@@ -3,21 +3,24 @@
 import logging
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spar.cli import loading
 from spar.cli.console import progress_bar
 from spar.cli.loading import gc_disabled
 from spar.cli.parsing import takes
 from spar.cli.serve_arguments import ListenArguments, ServeArguments, UiArguments
+from spar.common.errors import InputError
 from spar.serving.limits import PAGE_PATH
 
 if TYPE_CHECKING:
     import socket
-    from concurrent.futures import Executor
+    from concurrent.futures import Executor, Future
 
     from spar.inference.base import Pipeline
 
@@ -27,7 +30,8 @@ def serve(args: ServeArguments) -> int:
     """Serve the four tasks over HTTP, in the format of OpenAI's API."""
     from tempfile import TemporaryDirectory
 
-    listener, token, thread, pipe = _listen_and_load(args, "serve", *(["ui"] if args.ui else []))
+    listener, token, thread, pipes = _listen_and_load(args, "serve", *(["ui"] if args.ui else []))
+    pipe, *others = pipes.values()
     with TemporaryDirectory(prefix="spar-") if args.ui else nullcontext() as cache:
         with gc_disabled():
             from spar.serving.server import build_server
@@ -36,10 +40,14 @@ def serve(args: ServeArguments) -> int:
             if cache:
                 from spar.ui.mount import page_app
 
-                build_page = partial(page_app, pipe, args.host, PAGE_PATH, token=token, cache=Path(cache))
+                build_page = partial(
+                    page_app, pipe, args.host, PAGE_PATH, token=token, cache=Path(cache),
+                    others=dict(zip([*pipes][1:], others, strict=True)),
+                )  # fmt: skip
             server = build_server(
                 pipe, token=token, host=args.host, max_batch=args.max_batch, max_queue=args.max_queue,
                 timeout=args.timeout, build_page=build_page, thread=thread,
+                others=dict(zip([*pipes][1:], others, strict=True)),
             )  # fmt: skip
         _log_to_stderr(logging.INFO)
         page = f", the page is {_address(listener)}{PAGE_PATH}" if args.ui else ""
@@ -52,8 +60,10 @@ def serve(args: ServeArguments) -> int:
 
 def _listen_and_load(
     args: ListenArguments, *extras: str
-) -> tuple["socket.socket", str | None, "Executor", "Pipeline"]:
-    """Check the arguments first, then load the model on the thread that will run it (for the reason see `Worker`)."""
+) -> tuple["socket.socket", str | None, "Executor", dict[str, "Pipeline"]]:
+    """Check the arguments first, then load the models, by their names, on the thread that will run them (for the reason
+    see `Worker`).
+    """
     from concurrent.futures import ThreadPoolExecutor
 
     from spar.serving.auth import check_access, listen, read_token
@@ -62,7 +72,21 @@ def _listen_and_load(
     for extra in extras:
         check_access(args.host, token, extra)
     listener, thread = listen(args.host, args.port), ThreadPoolExecutor(1)
-    return listener, token, thread, thread.submit(loading.load_pipeline, args).result()
+    return listener, token, thread, thread.submit(_load_all, args).result()
+
+
+def _load_all(args: ListenArguments) -> dict[str, "Pipeline"]:
+    """The pipelines of --model and of each --also, by name; InputError where two have the same one."""
+    from spar.serving.app import served_name
+
+    pipes: dict[str, Pipeline] = {}
+    for path in (args.model, *args.also):
+        pipe = loading.load_pipeline(replace(args, model=path, adapter=args.adapter if path == args.model else None))
+        name = served_name(pipe)
+        if name in pipes:
+            raise InputError(f"--also: expected models of different names, got two named {name}")
+        pipes[name] = pipe
+    return pipes
 
 
 def _clear_at_sigterm() -> None:
@@ -73,13 +97,18 @@ def _clear_at_sigterm() -> None:
 @takes(UiArguments, "spar ui")
 def ui(args: UiArguments) -> int:
     """Serve the web page."""
-    listener, token, thread, pipe = _listen_and_load(args, "ui")
+    listener, token, thread, pipes = _listen_and_load(args, "ui")
+    (_, pipe), *others = pipes.items()
     with progress_bar("loading the page"), gc_disabled():
         from spar.ui.mount import serve_page
     _log_to_stderr(logging.WARNING)
     _clear_at_sigterm()
     print(f"the page is {_address(listener)} (Ctrl-C ends it)", flush=True)
-    serve_page(pipe, listener, token=token, call=lambda function: thread.submit(function, pipe))
+
+    def call(function: Callable[["Pipeline"], Any], model: str | None = None) -> "Future":
+        return thread.submit(function, pipe if model is None else pipes[model])
+
+    serve_page(pipe, listener, token=token, call=call, others=dict(others))
     return 0
 
 

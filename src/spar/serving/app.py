@@ -16,6 +16,7 @@ from PIL import Image
 from starlette.requests import ClientDisconnect
 
 from spar import __version__
+from spar.inference.base import Pipeline
 from spar.inference.image_files import encode_image
 from spar.inference.notes import world_notes
 from spar.inference.outputs import ChatOutput
@@ -81,57 +82,72 @@ def create_app(
     return app
 
 
+def served_name(pipe: Pipeline) -> str:
+    """A model's name in requests: of hf://OWNER/NAME@COMMIT only what fits a path."""
+    return (pipe.origin.get("model") or "spar").rpartition("/")[2]
+
+
 class Routes:
     """What answers the requests: one worker, whose jobs they wait for."""
 
     def __init__(self, worker: Worker, metrics: ServerMetrics) -> None:
         self.worker, self.metrics = worker, metrics
         self.decoders = ThreadPoolExecutor(DECODE_THREADS)
-        # The model's name in requests: of hf://OWNER/NAME@COMMIT only what fits a path.
-        name = (worker.pipe.origin.get("model") or "spar").rpartition("/")[2]
-        self.model = schema.ModelInfo(id=name, created=int(time.time()))
+        names = [served_name(worker.pipe), *worker.others]
+        self.served = {name: schema.ModelInfo(id=name, created=int(time.time())) for name in names}
+        self.first = names[0]
 
-    def _check_model(self, name: str | None) -> None:
-        if name not in (None, self.model.id):
-            raise ApiError(404, f"model: expected {self.model.id}", param="model", code="model_not_found")
+    def _chosen(self, name: str | None) -> tuple[str, str | None, Pipeline]:
+        """The model that a request names: its id, its name among the worker's others, and its pipeline.
+
+        Raises:
+            ApiError: 404 for a model that is not served.
+        """
+        if name is not None and name not in self.served:
+            raise ApiError(404, f"model: expected {', '.join(self.served)}", param="model", code="model_not_found")
+        other = None if name in (None, self.first) else name
+        return other or self.first, other, self.worker.pipe_of(other)
 
     async def _answer(
-        self, request: Request, jobs: list[ImageJob], kind: str | None, texts: Sequence[str] = (),
+        self, request: Request, pipe: Pipeline, jobs: list[ImageJob], kind: str | None, texts: Sequence[str] = (),
         images: Sequence[Image.Image] = (),
     ) -> Response:  # fmt: skip
         """Run the jobs and encode their images, with notes on the request's texts and images."""
-        notes = await _race(request, asyncio.to_thread(world_notes, self.worker.pipe, texts, images))
+        notes = await _race(request, asyncio.to_thread(world_notes, pipe, texts, images))
         self.worker.submit(*jobs)
         return await asyncio.to_thread(_images, await _finished(request, jobs), kind or "png", notes)
 
     async def _uploaded_image(self, request: Request, form: schema.EditForm | schema.ReconstructForm) -> Image.Image:
         """Decode a form's image, after checks of its fields and its model."""
         await _check_fields_unique(request)
-        self._check_model(form.model)
+        self._chosen(form.model)
         data = await form.image.read()
         return await _race(request, read_image(data, "image", request.state.reserve, self.decoders))
 
     async def generations(self, request: Request, body: schema.GenerationRequest) -> Response:
         """Generate images from a prompt."""
-        self._check_model(body.model)
-        size = self.worker.pipe.output_size(*schema.sides(body.size))
-        jobs = sampling_jobs(self.worker.pipe, body, size)
-        return await self._answer(request, jobs, body.output_format, [body.prompt])
+        _, model, pipe = self._chosen(body.model)
+        size = pipe.output_size(*schema.sides(body.size))
+        jobs = sampling_jobs(pipe, body, size, model=model)
+        return await self._answer(request, pipe, jobs, body.output_format, [body.prompt])
 
     async def edits(self, request: Request, form: Annotated[schema.EditForm, FORM]) -> Response:
         """Edit an image as the prompt says."""
-        image, pipe = await self._uploaded_image(request, form), self.worker.pipe
-        jobs = sampling_jobs(pipe, form, pipe.edited_size(image), image)
-        return await self._answer(request, jobs, form.output_format, [form.prompt], [image])
+        image = await self._uploaded_image(request, form)
+        _, model, pipe = self._chosen(form.model)
+        jobs = sampling_jobs(pipe, form, pipe.edited_size(image), image, model)
+        return await self._answer(request, pipe, jobs, form.output_format, [form.prompt], [image])
 
     async def reconstruct(self, request: Request, form: Annotated[schema.ReconstructForm, FORM]) -> Response:
         """Encode and decode an image with the unified tokenizer."""
         image = await self._uploaded_image(request, form)
-        return await self._answer(request, [ImageJob(reconstruct, None, image)], form.output_format, images=[image])
+        _, model, pipe = self._chosen(form.model)
+        job = ImageJob(reconstruct, None, image, model=model)
+        return await self._answer(request, pipe, [job], form.output_format, images=[image])
 
     async def chat(self, request: Request, body: schema.ChatRequest) -> Response:
         """Answer the last message of a conversation, which may contain images; whole or streamed."""
-        self._check_model(body.model)
+        name, model, pipe = self._chosen(body.model)
         if body.stream_options is not None and not body.stream:
             raise ApiError(400, "stream_options: expected only with stream", param="stream_options")
         messages = await _race(request, read_messages(body.messages, request.state.reserve, self.decoders))
@@ -144,14 +160,14 @@ class Routes:
 
         parts = [part for one in messages if isinstance(one["content"], list) for part in one["content"]]
         images = [part["image"] for part in parts if part["type"] == "image"]
-        notes = await _race(request, asyncio.to_thread(world_notes, self.worker.pipe, images=images))
-        job = ChatJob(lambda pipe: pipe.chat(messages, max_new_tokens=max_new_tokens), emit)
+        notes = await _race(request, asyncio.to_thread(world_notes, pipe, images=images))
+        job = ChatJob(lambda pipe: pipe.chat(messages, max_new_tokens=max_new_tokens), emit, model)
         job.future.add_done_callback(lambda _: emit(None))
         self.worker.submit(job)
         if not body.stream:
             (out,) = await _finished(request, [job])
             told = [pieces.get_nowait() for _ in range(pieces.qsize())]
-            return JSONResponse({**_completion(self.model.id, out, told), **_warnings(notes)})
+            return JSONResponse({**_completion(name, out, told), **_warnings(notes)})
         usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         try:
             first = await _race(request, pieces.get())
@@ -160,17 +176,16 @@ class Routes:
         except BaseException:
             job.future.cancel()
             raise
-        chunks = _chunks(job, first, pieces, self.model.id, usage, notes, request.state.deadline)
+        chunks = _chunks(job, first, pieces, name, usage, notes, request.state.deadline)
         return StreamingResponse(chunks, media_type="text/event-stream")
 
     async def models(self) -> schema.ModelList:
-        """The served model, as a list."""
-        return schema.ModelList(data=[self.model])
+        """The served models."""
+        return schema.ModelList(data=[*self.served.values()])
 
     async def one_model(self, name: str) -> schema.ModelInfo:
-        """The served model."""
-        self._check_model(name)
-        return self.model
+        """One of the served models."""
+        return self.served[self._chosen(name)[0]]
 
     async def health(self) -> Response:
         """Whether the worker accepts jobs; needs no token."""

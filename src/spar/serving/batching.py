@@ -56,9 +56,10 @@ def reconstruct(pipe: Pipeline, images: list[Image.Image], _: Step) -> list[Gene
 
 
 def sampling_jobs(
-    pipe: Pipeline, request: SamplingRequest, size: tuple[int, int], image: Image.Image | None = None
-) -> list[ImageJob]:
-    """Build a job for each of a request's images; without a seed, they get a random one.
+    pipe: Pipeline, request: SamplingRequest, size: tuple[int, int], image: Image.Image | None = None,
+    model: str | None = None,
+) -> list[ImageJob]:  # fmt: skip
+    """Build a job for each of a request's images; without a seed, they get a random one. `model` as in `ImageJob`.
 
     Raises:
         InputError: the model cannot encode the prompt.
@@ -74,4 +75,4 @@ def sampling_jobs(
     key = (size, steps, guidance, negative is None, image is None)
     weight = max(1.0, size[0] * size[1] / pipe.image_size**2)
     rows = [ImageRow(prompt, negative, seed + i, image, size, steps, guidance) for i in range(request.n or 1)]
-    return [ImageJob(sample_images, key, row, weight) for row in rows]
+    return [ImageJob(sample_images, key, row, weight, model) for row in rows]

@@ -2,8 +2,8 @@
 
 import asyncio
 import socket
-from collections.abc import Callable
-from concurrent.futures import Executor
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, Future
 
 import uvicorn
 from fastapi import FastAPI
@@ -14,7 +14,7 @@ from spar.serving.app import create_app
 from spar.serving.auth import host_names
 from spar.serving.http import server_config
 from spar.serving.limits import PAGE_PATH, SHUTDOWN_SECONDS
-from spar.serving.worker import Call, Worker
+from spar.serving.worker import Worker
 
 
 class PathDispatcher:
@@ -61,7 +61,8 @@ class ApiServer(uvicorn.Server):
 
 def build_server(
     pipe: Pipeline, *, host: str, token: str | None, max_batch: int, max_queue: int, timeout: float,
-    build_page: Callable[[Call], FastAPI] | None = None, thread: Executor | None = None,
+    build_page: Callable[[Callable[..., Future]], FastAPI] | None = None, thread: Executor | None = None,
+    others: Mapping[str, Pipeline] | None = None,
 ) -> uvicorn.Server:  # fmt: skip
     """Build a server that `run(sockets=[...])` starts; SIGINT and SIGTERM end it after the running requests.
 
@@ -69,8 +70,9 @@ def build_server(
         timeout: as in `create_app`.
         thread: as in `Worker`.
         build_page: builds the web page's application at PAGE_PATH, given the worker's `call`; None for no page.
+        others: further models to serve, by the names that requests choose them by.
     """
-    worker = Worker(pipe, max_batch, max_queue, thread=thread)
+    worker = Worker(pipe, max_batch, max_queue, thread=thread, others=others or {})
     page = build_page(worker.call) if build_page else None
     api = create_app(worker, token=token, hosts=host_names(host), timeout=timeout, page=page)
     return ApiServer(server_config(PathDispatcher(api, page) if page else api, SHUTDOWN_SECONDS))

@@ -8,7 +8,7 @@ queue; a batch whose jobs are all cancelled stops at its next step.
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -41,28 +41,31 @@ class ImageJob:
     """One row.
 
     `work(pipe, inputs, callback)` gets the `inputs` of several jobs and returns a result for each; jobs of the same
-    `work` and `key` may share a call. `weight` is the row's size in images of the model's own size.
+    `work`, `key` and `model` may share a call. `weight` is the row's size in images of the model's own size. `model`
+    names one of the worker's `others`; None is its own pipeline.
     """
 
     work: Callable[[Pipeline, list[Any], Step], Sequence[Any]]
     key: Hashable
     inputs: Any
     weight: float = 1
+    model: str | None = None
     future: Future = field(default_factory=Future)
 
     def compatible(self, other: "ImageJob") -> bool:
-        return self.work is other.work and self.key == other.key
+        return self.work is other.work and (self.key, self.model) == (other.key, other.model)
 
 
 @dataclass(eq=False)
 class ChatJob:
     """One conversation: `start(pipe)` returns an iterator over pieces of text, and `emit` gets each piece.
 
-    The future's result is the exhausted iterator.
+    The future's result is the exhausted iterator. `model` as in `ImageJob`.
     """
 
     start: Callable[[Pipeline], Iterator[str]]
     emit: Callable[[str], None]
+    model: str | None = None
     future: Future = field(default_factory=Future)
     pieces: Iterator[str] | None = None
     started: bool = False
@@ -74,7 +77,7 @@ class Worker:
 
     `thread` is an executor of one thread, best the one that loaded the pipeline: OpenMP keeps a pool for each thread
     that ever computed, and with a second pool the threads sleep between operations instead of spinning, so that an
-    image takes nearly twice as long on two cores.
+    image takes nearly twice as long on two cores. `others` are further pipelines by name, on the same thread.
     """
 
     pipe: Pipeline
@@ -82,6 +85,7 @@ class Worker:
     max_queue: int = MAX_QUEUE
     observe: Callable[[float, int], None] = lambda _seconds, _rows: None
     thread: Executor | None = None
+    others: Mapping[str, Pipeline] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._waiting: list[ImageJob] = []
@@ -134,9 +138,13 @@ class Worker:
                 job.future.add_done_callback(self._forget)  # no reference to the job, which would be a cycle
             self._changed.notify_all()
 
-    def call(self, function: Callable[[Pipeline], Any]) -> Future:
-        """Queue a function of the pipeline, which runs alone; raises as `submit`."""
-        job = ImageJob(lambda pipe, _inputs, _step: [function(pipe)], None, None)
+    def pipe_of(self, model: str | None) -> Pipeline:
+        """The pipeline of a name; None is the worker's own."""
+        return self.pipe if model is None else self.others[model]
+
+    def call(self, function: Callable[[Pipeline], Any], model: str | None = None) -> Future:
+        """Queue a function of a pipeline, which runs alone; raises as `submit`."""
+        job = ImageJob(lambda pipe, _inputs, _step: [function(pipe)], None, None, model=model)
         self.submit(job)
         return job.future
 
@@ -200,7 +208,7 @@ class Worker:
             return not self._stopping and not all(job.future.cancelled() for job in jobs)
 
         try:
-            results = jobs[0].work(self.pipe, [job.inputs for job in jobs], step)
+            results = jobs[0].work(self.pipe_of(jobs[0].model), [job.inputs for job in jobs], step)
         except Cancelled:
             for job in jobs:
                 job.future.cancel()
@@ -221,7 +229,7 @@ class Worker:
         """Generate a few tokens of one conversation."""
         try:
             if chat.pieces is None and not chat.future.cancelled():
-                chat.pieces = chat.start(self.pipe)
+                chat.pieces = chat.start(self.pipe_of(chat.model))
             for _ in range(CHAT_TURN_TOKENS):
                 if chat.pieces is None or self._stopping or chat.future.cancelled():
                     return

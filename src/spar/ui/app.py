@@ -4,9 +4,10 @@ import logging
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,38 +34,64 @@ KEPT_SECONDS = 3600  # of an image in the cache
 log = logging.getLogger(__name__)
 
 
-def build_page(pipe: Pipeline, call: Call | None = None) -> gr.Blocks:
+def build_page(
+    pipe: Pipeline, call: Call | None = None, others: Mapping[str, Pipeline] | None = None
+) -> gr.Blocks:
     """Build the page of a model, which needs `components.CSS`.
 
     Args:
         pipe: runs one job at a time.
-        call: as in `PreviewStream`.
+        call: as in `PreviewStream`; with `others` it takes the name of one of them too.
+        others: further models by name, among which the page lets the visitor choose.
     """
-    return Page(pipe, call).blocks
+    cleaning = (KEPT_SECONDS // 4, KEPT_SECONDS)
+    with gr.Blocks(title="SPAR", analytics_enabled=False, delete_cache=cleaning) as blocks:
+        if not others:
+            Page(blocks, pipe, call)
+        else:
+            _build_choice(blocks, pipe, call, others)
+    blocks.queue(max_size=MAX_WAITING, default_concurrency_limit=MAX_WAITING, api_open=False)
+    return blocks
+
+
+def _build_choice(
+    blocks: gr.Blocks, pipe: Pipeline, call: Callable[..., Any] | None, others: Mapping[str, Pipeline]
+) -> None:
+    """A choice of models, and below it the tabs of the chosen one."""
+    first = pipe.origin.get("model") or pipe.system
+    choice = gr.Radio([first, *others], value=first, label="Model", elem_classes="spar-model")
+    columns = []
+    for name, one in {first: pipe, **others}.items():
+        with gr.Column(visible=one is pipe) as column:
+            Page(blocks, one, call if one is pipe or call is None else partial(call, model=name))
+        columns.append(column)
+
+    def show(chosen: str) -> list[Any]:
+        return [gr.update(visible=name == chosen) for name in (first, *others)]
+
+    choice.change(show, choice, columns, **components.HIDDEN)
 
 
 class Page:
     """The tabs, and the methods of their buttons, which return new values of the output components."""
 
-    def __init__(self, pipe: Pipeline, call: Call | None) -> None:
-        self.pipe, self.stream = pipe, PreviewStream(pipe, call)
+    def __init__(self, blocks: gr.Blocks, pipe: Pipeline, call: Call | None) -> None:
+        """Add the tabs of a model to open blocks."""
+        self.blocks, self.pipe, self.stream = blocks, pipe, PreviewStream(pipe, call)
         self.shapes = knows_shapes(pipe)
-        cleaning = (KEPT_SECONDS // 4, KEPT_SECONDS)
-        with gr.Blocks(title="SPAR", analytics_enabled=False, delete_cache=cleaning) as self.blocks:
-            self.scenes = self._scene_files()
-            gr.HTML(components.head(pipe.image_size, shapes=self.shapes, edits="edit" in pipe.tasks))
-            with gr.Tabs(overflow_behavior="wrap"):
-                with gr.Tab("Generate", id="generate"):
-                    self._sampling_tab("generate", "What to draw", "Draw", [[text] for text in examples.PROMPTS])
-                if "edit" in pipe.tasks:
-                    with gr.Tab("Edit", id="edit"):
-                        self._sampling_tab("edit", "What to change", "Change it", self._scene_rows(examples.EDITS))
-                with gr.Tab("Understand", id="understand"):
-                    self._understand_tab(self._scene_rows(examples.QUESTIONS))
-                with gr.Tab("Reconstruct", id="reconstruct"):
-                    self._reconstruct_tab()
-            self.blocks.unload(self.leave)
-        self.blocks.queue(max_size=MAX_WAITING, default_concurrency_limit=MAX_WAITING, api_open=False)
+        self.scenes = self._scene_files()
+        gr.HTML(components.head(pipe.image_size, shapes=self.shapes, edits="edit" in pipe.tasks))
+        with gr.Tabs(overflow_behavior="wrap"):
+            with gr.Tab("Generate", id="generate"):
+                self._sampling_tab("generate", "What to draw", "Draw", [[text] for text in examples.PROMPTS])
+            if "edit" in pipe.tasks:
+                with gr.Tab("Edit", id="edit"):
+                    self._sampling_tab("edit", "What to change", "Change it", self._scene_rows(examples.EDITS))
+            with gr.Tab("Understand", id="understand"):
+                self._understand_tab(self._scene_rows(examples.QUESTIONS))
+            with gr.Tab("Reconstruct", id="reconstruct"):
+                self._reconstruct_tab()
+        blocks.unload(self.leave)
 
     # ---- tabs
 
@@ -129,9 +156,9 @@ class Page:
             new = gr.Button("New seed", size="md", scale=1, min_width=110)
             new.click(lambda: str(secrets.randbelow(2**32)), None, seed, **components.HIDDEN)
         with gr.Accordion("More settings", open=False):
-            steps_slider = gr.Slider(
+            steps_slider = gr.State(steps) if fewest == most else gr.Slider(
                 fewest, min(most, max(MAX_STEPS, steps)), steps, step=1, precision=0, label="Steps",
-                info="More steps take longer and give finer images.", visible=fewest < most,
+                info="More steps take longer and give finer images.",
             )  # fmt: skip
             guidance_slider = gr.Slider(
                 1, max(MAX_GUIDANCE, guidance), guidance, step=0.1, label="Guidance",
