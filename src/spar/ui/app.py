@@ -80,7 +80,7 @@ class Page:
         self.blocks, self.pipe, self.stream = blocks, pipe, PreviewStream(pipe, call)
         self.shapes = knows_shapes(pipe)
         self.scenes = self._scene_files()
-        gr.HTML(components.head(pipe.image_size, shapes=self.shapes, edits="edit" in pipe.tasks))
+        gr.HTML(components.head(pipe.system, pipe.image_size, shapes=self.shapes, edits="edit" in pipe.tasks))
         with gr.Tabs(overflow_behavior="wrap"):
             with gr.Tab("Generate", id="generate"):
                 self._sampling_tab("generate", "What to draw", "Draw", [[text] for text in examples.PROMPTS])

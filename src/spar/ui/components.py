@@ -109,21 +109,21 @@ def routing_html(view: Markup) -> Markup:
     return Markup('<p class="spar-lead">{}</p>{}').format(explanation, view)
 
 
-def head(side: int, *, shapes: bool, edits: bool) -> Markup:
+def head(system: str, side: int, *, shapes: bool, edits: bool) -> Markup:
     """Header of the page: the model and its abilities."""
     editing = " edits them," if edits else ""
     what = f"One model that generates images from text,{editing} answers questions about them and reconstructs them."
     if not shapes:
         what += f" This one works at {side} × {side} pixels."
-        return Markup('<div class="spar-head"><h1>SPAR</h1><p>{}</p></div>').format(what)
+        return Markup('<div class="spar-head"><h1>{}</h1><p>{}</p></div>').format(system, what)
     *first, last = examples.VOCABULARY_GROUPS["Shapes"]
     known = f"This one is small and knows a world of shapes, {side} × {side} pixels: {', '.join(first)} and {last}."
     groups = examples.VOCABULARY_GROUPS.items()
     words = [Markup("<dt>{}</dt><dd>{}</dd>").format(title, ", ".join(values)) for title, values in groups]
     return Markup(
-        '<div class="spar-head"><h1>SPAR</h1><p>{}</p><p>{}</p>'
+        '<div class="spar-head"><h1>{}</h1><p>{}</p><p>{}</p>'
         "<details><summary>What it knows</summary><dl>{}</dl></details></div>"
-    ).format(what, known, Markup().join(words))
+    ).format(system, what, known, Markup().join(words))
 
 
 def error_message(sentence: str) -> Markup:
