@@ -264,7 +264,8 @@ def test_measured_numbers_in_the_guides_are_those_of_the_benchmarks():
     }  # fmt: skip
     assert len(shown) == 3 and set(shown) <= measured
     load = json.loads((folder / "serve_load.json").read_text())
-    shown = re.search(r"takes (\S+) seconds; .* gets (\S+) images a second, eight together (\S+)\s", " ".join(serving.split()))
+    flat = " ".join(serving.split())
+    shown = re.search(r"takes (\S+) seconds; .* gets (\S+) images a second, eight together (\S+)\s", flat)
     assert shown.groups() == (
         f"{load['first_image_s']:.1f}", f"{load['one']['images_per_s']:.1f}", f"{load['eight']['images_per_s']:.1f}"
     )

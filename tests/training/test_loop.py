@@ -21,7 +21,8 @@ from spar.training import loop
 from spar.training.checkpoint import TrainState, load_group, read_train_state, save_folder
 from spar.training.config import StageConfig
 from spar.training.data import TrainingData
-from spar.training.loop import EMA, NonFiniteLoss, Report, clip_grad_norm, learning_rate, run_stage, stop_signals
+from spar.training.interruption import Interruption, listening
+from spar.training.loop import EMA, NonFiniteLoss, Report, clip_grad_norm, learning_rate, run_stage
 from spar.training.objectives.autoencoder import AutoencoderObjective
 from spar.training.objectives.base import Objective, StepContext, Terms
 from spar.training.optimizer import Muon, build_optimizers
@@ -291,7 +292,7 @@ def test_n_steps_equal_k_then_resume_then_the_rest_bit_for_bit(start, tmp_path, 
     assert same(*ends)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_step_in_flight_saves_and_stops(start, tmp_path, number):
     before = signal.getsignal(number)
     begun = start("encoder", steps=9)
@@ -301,6 +302,34 @@ def test_a_signal_ends_the_step_in_flight_saves_and_stops(start, tmp_path, numbe
     assert (meta["stage"], meta["step"], meta["config"]["steps"]) == ("encoder", 3, 9)
     assert not (tmp_path / "encoder" / "done").exists()
     assert signal.getsignal(number) is before
+
+
+def test_sigusr1_saves_and_goes_on(start, tmp_path):
+    seen, folder = [], tmp_path / "encoder" / "state"
+
+    def report(stage, step, *_):
+        seen.append(read_train_state(folder) and read_train_state(folder).step)
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    assert go(start("encoder", steps=4), tmp_path, report=report)
+    assert seen == [None, None, 2, 2] and (tmp_path / "encoder" / "done").is_dir()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_the_last_step_does_not_lose_the_stage(start, tmp_path, monkeypatch, number):
+    """While the end is measured and written, a stop is noted: the stage is whole, and the caller stops after it."""
+    begun = start("encoder", steps=2)
+    finish = type(begun.stage.objective).finish
+
+    def interrupted(self, ctx, data):
+        os.kill(os.getpid(), number)
+        finish(self, ctx, data)
+
+    monkeypatch.setattr(type(begun.stage.objective), "finish", interrupted)
+    with listening() as interruption:
+        assert run_stage(begun.ctx, begun.data, tmp_path, resume=False, interruption=interruption)
+    assert interruption.stopped and read_train_state(tmp_path / "encoder" / "done").step == 2
 
 
 def test_without_resume_a_saved_state_is_not_used(start, tmp_path):
@@ -343,13 +372,13 @@ def test_outside_the_main_thread_signals_are_left_alone():
     found = []
 
     def work():
-        with stop_signals() as caught:
-            found.append(caught)
+        with listening() as interruption:
+            found.append(interruption)
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert found == [[]]
+    assert found == [Interruption()]
 
 
 # ---- a freezing that says more than it does --------------------------------------------------------------------------

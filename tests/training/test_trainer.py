@@ -474,3 +474,26 @@ def test_a_run_that_began_from_a_model_resumes_without_it(tiny_run, tmp_path):
 def test_a_stage_that_needs_the_autoencoders_encoder_does_not_start_from_a_model(tiny_run, tmp_path):
     with pytest.raises(InputError, match="autoencoder's encoder"):
         train(TINY, tmp_path / "run", stages=("tokenizer-2",), init_from=tiny_run.path / "model")
+
+
+@pytest.mark.parametrize("which", ["first", "last"])
+def test_a_signal_while_a_stages_end_is_written_stops_after_it(tiny_run, tmp_path, monkeypatch, which):
+    """The stage is done, the next is not begun; of the last stage the model is written too."""
+    from spar.training.objectives.unified import UnifiedObjective as Objective
+
+    stages = ("unified-2", "unified-3")
+    chosen = stages[0] if which == "first" else stages[1]
+
+    def finish(self, ctx, data):
+        if ctx.stage.name == chosen:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Objective, "finish", finish)
+    run, begin = tmp_path / "run", tiny_run.path / "relations" / "done"
+    done = train(TINY, run, stages=stages, init_from=begin)
+    assert (run / "unified-2" / "done").is_dir()
+    assert (done is not None) == (which == "last") == (run / "model").is_dir()
+    if which == "first":
+        assert not (run / "unified-3").exists()
+        monkeypatch.undo()
+        assert train(TINY, run, stages=stages, resume=True) is not None

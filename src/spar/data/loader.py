@@ -187,7 +187,10 @@ class _Failure:
 
 
 def _begin_worker(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the training handles Ctrl-C
+    """Leave signals to the training, which saves: one to the whole process group reaches its workers too."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class _StepDataset(Dataset):

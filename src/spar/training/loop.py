@@ -4,10 +4,9 @@ import ctypes
 import fnmatch
 import logging
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from spar.training.checkpoint import TrainState, load_into, optimizer_tensors, r
 from spar.training.config import StageConfig, freeze
 from spar.training.data import TrainingData
 from spar.training.distributed import all_reduce_replicated_grads, no_sync, wrap_distributed_errors, wrap_modules
+from spar.training.interruption import Interruption, listening
 from spar.training.metrics import MetricsLogger
 from spar.training.objectives.base import StepContext, Terms
 from spar.training.optimizer import build_optimizers
@@ -63,21 +63,6 @@ class EMA:
         """The averaged weights become the weights."""
         for name, parameter in self.params.items():
             parameter.copy_(self.averages[name])
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM are noted, not raised, so that the step in flight ends and the state is saved."""
-    caught: list[int] = []
-    try:
-        old = {s: signal.signal(s, lambda number, _: caught.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: the process handles its signals
-        old = {}
-    try:
-        yield caught
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 def tune_allocator() -> None:
@@ -172,7 +157,10 @@ def begin_stage(ctx: StepContext, run: Path, *, resume: bool) -> StageRun:
     return StageRun(folder, wrapper, optimizers, names, average, metrics, start, seconds)
 
 
-def run_stage(ctx: StepContext, data: TrainingData, run: Path, *, resume: bool, report: Report | None = None) -> bool:
+def run_stage(
+    ctx: StepContext, data: TrainingData, run: Path, *, resume: bool, report: Report | None = None,
+    interruption: Interruption | None = None,
+) -> bool:  # fmt: skip
     """Train one stage of a run to its end.
 
     Args:
@@ -180,6 +168,8 @@ def run_stage(ctx: StepContext, data: TrainingData, run: Path, *, resume: bool, 
         run: the run's folder.
         resume: continue from `run/STAGE/state` when it is there.
         report: called with (stage, step, steps, values) at every step that is logged.
+        interruption: where the caller notes signals; by default the stage listens itself. One that comes after the last
+            step does not keep the stage's end from being written.
 
     Returns:
         True when the stage ended, False when a signal stopped it; its state is saved in both cases.
@@ -190,7 +180,7 @@ def run_stage(ctx: StepContext, data: TrainingData, run: Path, *, resume: bool, 
     """
     stage, going = ctx.stage, begin_stage(ctx, run, resume=resume)
     batches = data.batches(stage, going.start, ctx.parallel)
-    with stop_signals() as caught:
+    with nullcontext(interruption) if interruption else listening() as signals:
         for step, micro_batches in enumerate(batches, start=going.start):
             ctx = replace(ctx, step=step)
             terms, norm = train_step(ctx, going.wrapper, micro_batches, going.optimizers, first=step == going.start)
@@ -199,17 +189,17 @@ def run_stage(ctx: StepContext, data: TrainingData, run: Path, *, resume: bool, 
             if step % ctx.recipe.log_every == 0 or step == stage.steps - 1:
                 log_step(ctx, going, step, terms, norm, report)
             late = time.monotonic() - going.saved_at > 60 * ctx.recipe.save_minutes
-            stopped, due = ctx.parallel.any_process(bool(caught), late)
+            stopped, due = ctx.parallel.any_process(signals.stopped, late or signals.take_save())
             if stopped or due:
                 going.save_state(ctx, step + 1)
             if stopped:
                 break
         else:
             stopped = False
-    if going.metrics:
-        going.metrics.close()
-    if not stopped:
-        end_stage(ctx, data, going, run)
+        if going.metrics:
+            going.metrics.close()
+        if not stopped:
+            end_stage(ctx, data, going, run)
     return not stopped
 
 

@@ -11,6 +11,7 @@ from spar.training.config import Recipe, StageConfig, freeze, freezing_table
 from spar.training.data import TrainingData
 from spar.training.distributed import DistributedContext, ParallelismConfig
 from spar.training.initial_weights import load_initial_weights, load_previous_weights, random_modules
+from spar.training.interruption import Interruption, listening
 from spar.training.loop import Report, run_stage, tune_allocator
 from spar.training.objectives.base import StepContext
 from spar.training.plan import PlannedStage, RunPlan, read_run, resolve
@@ -83,6 +84,14 @@ def execute(
         The trained model, or None when a signal stopped the run (its state is saved). After the recipe's last stage
         its system writes the model to `RUN/model`.
     """
+    with listening() as interruption:
+        return _execute(plan, interruption, device, parallelism, report, announce)
+
+
+def _execute(
+    plan: RunPlan, interruption: Interruption, device: str, parallelism: ParallelismConfig, report: Report | None,
+    announce: Announce | None,
+) -> nn.Module | None:  # fmt: skip
     recipe, run, chosen = plan.recipe, plan.run, tuple(stage.config for stage in plan.stages)
     parallel = DistributedContext.initialize(parallelism, device)
     check_parallelism(chosen, parallel)
@@ -109,7 +118,10 @@ def execute(
             note_origin(plan, planned)
             invalidate_later_stages(run, recipe, planned)
         parallel.barrier()
-        if not run_planned(ctx, data, planned, run, report, announce):
+        if not run_planned(ctx, data, planned, run, interruption, report, announce):
+            return None
+        (stopped,) = parallel.any_process(interruption.stopped)
+        if stopped and planned != plan.stages[-1]:  # it came while the stage's end was written
             return None
     if parallel.sharded:
         modules = random_modules(recipe, "cpu", networks)
@@ -121,8 +133,8 @@ def execute(
 
 
 def run_planned(
-    ctx: StepContext, data: TrainingData, planned: PlannedStage, run: Path, report: Report | None,
-    announce: Announce | None,
+    ctx: StepContext, data: TrainingData, planned: PlannedStage, run: Path, interruption: Interruption,
+    report: Report | None, announce: Announce | None,
 ) -> bool:  # fmt: skip
     """Announce one stage and train it; False where a signal stopped it."""
     freeze(ctx.modules, ctx.stage)
@@ -130,7 +142,9 @@ def run_planned(
     if announce and main:
         announce(ctx.stage, freezing_table(ctx.modules))
     resume = planned.start.source == "state"
-    if not run_stage(ctx, data, run, resume=resume, report=report if main else None):
+    if not run_stage(
+        ctx, data, run, resume=resume, report=report if main else None, interruption=interruption
+    ):  # fmt: skip
         return False
     if main:
         remove_folders(run / ctx.stage.name, "state", "state.old")

@@ -80,11 +80,12 @@ class Page:
         self.blocks, self.pipe, self.stream = blocks, pipe, PreviewStream(pipe, call)
         self.shapes = knows_shapes(pipe)
         self.scenes = self._scene_files()
-        gr.HTML(components.head(pipe.system, pipe.image_size, shapes=self.shapes, edits="edit" in pipe.tasks))
+        edits = "edit" in pipe.tasks
+        gr.HTML(components.head(pipe.system, pipe.image_size, shapes=self.shapes, edits=edits))
         with gr.Tabs(overflow_behavior="wrap"):
             with gr.Tab("Generate", id="generate"):
                 self._sampling_tab("generate", "What to draw", "Draw", [[text] for text in examples.PROMPTS])
-            if "edit" in pipe.tasks:
+            if edits:
                 with gr.Tab("Edit", id="edit"):
                     self._sampling_tab("edit", "What to change", "Change it", self._scene_rows(examples.EDITS))
             with gr.Tab("Understand", id="understand"):
