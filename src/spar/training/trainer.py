@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from torch import nn
@@ -16,6 +17,7 @@ from spar.training.loop import Report, run_stage, tune_allocator
 from spar.training.objectives.base import StepContext
 from spar.training.plan import PlannedStage, RunPlan, read_run, resolve
 from spar.training.run_folder import find_text_tokenizer, invalidate_later_stages, note_origin, open_run, remove_folders
+from spar.training.run_lock import run_lock
 from spar.training.teacher import FrozenNetworks
 
 log = logging.getLogger("spar.training")
@@ -84,13 +86,13 @@ def execute(
         The trained model, or None when a signal stopped the run (its state is saved). After the recipe's last stage
         its system writes the model to `RUN/model`.
     """
-    with listening() as interruption:
-        return _execute(plan, interruption, device, parallelism, report, announce)
+    with listening() as interruption, ExitStack() as held:
+        return _execute(plan, interruption, held, device, parallelism, report, announce)
 
 
 def _execute(
-    plan: RunPlan, interruption: Interruption, device: str, parallelism: ParallelismConfig, report: Report | None,
-    announce: Announce | None,
+    plan: RunPlan, interruption: Interruption, held: ExitStack, device: str, parallelism: ParallelismConfig,
+    report: Report | None, announce: Announce | None,
 ) -> nn.Module | None:  # fmt: skip
     recipe, run, chosen = plan.recipe, plan.run, tuple(stage.config for stage in plan.stages)
     parallel = DistributedContext.initialize(parallelism, device)
@@ -100,6 +102,8 @@ def _execute(
     modules = random_modules(recipe, parallel.device, networks)
     with parallel.main_first():
         open_run(run, recipe, fresh=plan.fresh and parallel.main, main=parallel.main)
+        if parallel.main:
+            held.enter_context(run_lock(run))
     tune_allocator()
     prompts = recipe.prompts(find_text_tokenizer(recipe, run, plan.init_from, parallel))
     with parallel.main_first():
