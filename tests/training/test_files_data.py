@@ -313,3 +313,14 @@ def test_pipeline_and_api_refuse_a_second_reference_in_the_same_words(tiny_run):
     image = Image.new("RGB", (64, 64))
     with pytest.raises(InputError, match="expected one reference image for each edit, got a list of 2: the model is"):
         pipe.edit([[image, image]], "remove the red circle")
+
+
+def test_workers_budget_and_place_of_the_data_may_change_when_a_run_is_resumed(tmp_path):
+    from spar.training.run_folder import open_run
+
+    base = replace(recipe("tiny"), data=FilesData(sets=("/mnt/a/photos",)))
+    open_run(tmp_path / "run", base, fresh=True)
+    for change in ({"workers": 1}, {"bad_share": 0.02}, {"sets": ("/mnt/b/photos",)}):
+        open_run(tmp_path / "run", replace(base, data=replace(base.data, **change)), fresh=False)
+    with pytest.raises(InputError, match=r"data\.max_aspect: 1\.0, now 2\.0"):
+        open_run(tmp_path / "run", replace(base, data=replace(base.data, max_aspect=2.0)), fresh=False)

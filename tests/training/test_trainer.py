@@ -497,3 +497,25 @@ def test_a_signal_while_a_stages_end_is_written_stops_after_it(tiny_run, tmp_pat
         assert not (run / "unified-3").exists()
         monkeypatch.undo()
         assert train(TINY, run, stages=stages, resume=True) is not None
+
+
+@pytest.mark.parametrize("change", [{"log_every": 7}, {"save_minutes": 1.0}])
+def test_settings_that_no_result_depends_on_may_change_when_a_run_is_resumed(tiny_run, tmp_path, change):
+    run = tmp_path / "run"
+    open_run(run, TINY, fresh=True)
+    open_run(run, replace(TINY, **change), fresh=False)
+    (name, value), = change.items()
+    assert read_json(run / "recipe.json")[name] == value
+
+
+def test_a_change_that_counts_is_named_with_both_values(tmp_path):
+    run = tmp_path / "run"
+    open_run(run, TINY, fresh=True)
+    stages = tuple(replace(s, lr=0.5, lr_end=0.1) if s.name == "dit" else s for s in TINY.stages)
+    for changed, said in (
+        (replace(TINY, seed=5), r"\(seed: 0, now 5\)"),
+        (replace(TINY, stages=stages), r"\(stages\.dit\.lr: 0\.005, now 0\.5\)"),
+        (replace(TINY, data=replace(TINY.data, scenes=64)), r"\(data\.scenes: 48, now 64\)"),
+    ):
+        with pytest.raises(InputError, match=f"holds a run of another recipe {said}; give its own flags"):
+            open_run(run, changed, fresh=False)

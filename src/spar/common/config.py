@@ -29,6 +29,7 @@ T = TypeVar("T", bound=DataclassLike)
 
 Registry = Mapping[type, Mapping[str, type]]  # of each base class its kinds by name
 NO_KINDS: Registry = MappingProxyType({})
+_NO_RESULT = "no result depends on it"
 
 
 def by_kind(classes: Iterable[Any]) -> dict[str, type]:
@@ -103,6 +104,26 @@ def _class_of_kind(cls: type, values: dict[str, Any], name: str, registry: Regis
     if not isinstance(kind, str) or kind not in kinds:
         raise InputError(f"{name}.kind: expected one of {', '.join(kinds)}, got {kind!r}")
     return kinds[kind], {key: value for key, value in values.items() if key != "kind"}
+
+
+def changes_no_result(default: Any = dataclasses.MISSING) -> Any:
+    """A field of a dataclass that no result depends on, such as how often something is logged."""
+    return dataclasses.field(default=default, metadata={_NO_RESULT: True})
+
+
+def decisive(values: Any, config: Any) -> Any:
+    """The JSON values of a configuration without the fields that no result depends on."""
+    if not dataclasses.is_dataclass(config) or not isinstance(values, dict):
+        if isinstance(config, list | tuple) and isinstance(values, list) and len(config) == len(values):
+            return [decisive(value, item) for value, item in zip(values, config, strict=True)]
+        return values
+    kept = dict(values)
+    for item in dataclasses.fields(config):
+        if item.metadata.get(_NO_RESULT):
+            kept.pop(item.name, None)
+        elif item.name in kept:
+            kept[item.name] = decisive(kept[item.name], getattr(config, item.name))
+    return kept
 
 
 def differences(a: Any, b: Any, where: str) -> list[tuple[str, Any, Any]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from spar.checkpoints.lora import is_lora_key
+from spar.common.config import changes_no_result
 from spar.common.errors import InputError
 from spar.training.data import DataConfig, ImageData, NoData, StageData
 from spar.training.objectives.base import Networks, Objective, check_at_least
@@ -84,8 +85,8 @@ class Recipe(ABC):
     published: tuple[str, ...] = ()
     max_prompt_tokens: int = 64
     seed: int = 0
-    log_every: int = 20
-    save_minutes: float = 5.0
+    log_every: int = changes_no_result(20)
+    save_minutes: float = changes_no_result(5.0)
 
     def __post_init__(self) -> None:
         check_at_least(0, seed=self.seed)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spar.common.config import read_json, write_json
+from spar.common.config import changes_no_result, read_json, write_json
 from spar.common.errors import InputError
 from spar.data.batches import Captioned, Edits, Images
 from spar.data.buckets import make_buckets
@@ -44,9 +44,9 @@ class FilesData(DataConfig):
 
     kind: ClassVar[str] = "files"
     serves: ClassVar[tuple[type[StageData], ...]] = (ImageData, CaptionData, MixedData)
-    sets: tuple[str, ...]
-    workers: int = 4
-    bad_share: float = 0.01
+    sets: tuple[str, ...] = changes_no_result()  # where they lie; `data.json` holds which samples they have
+    workers: int = changes_no_result(4)
+    bad_share: float = changes_no_result(0.01)
     max_aspect: float = 1.0
     cache: str | None = None
 

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from spar.common.config import Registry, from_dict, read_json, to_dict, write_json
+from spar.common.config import Registry, decisive, from_dict, read_json, to_dict, write_json
 from spar.common.errors import InputError
 from spar.common.files import atomic_directory
 from spar.training.config import Recipe
@@ -38,8 +38,27 @@ def check_run(run: Path, recipe: Recipe, *, fresh: bool) -> None:
     path = run / "recipe.json"
     if fresh and path.exists():
         raise InputError(f"{run} already holds a run; resume it (--resume auto) or give another folder")
-    if path.exists() and _read(path) != to_dict(recipe):
-        raise InputError(f"{run} holds a run of another recipe; give its own flags, or another folder")
+    if not path.exists():
+        return
+    held, own = (decisive(values, recipe) for values in (_read(path), to_dict(recipe)))
+    if held != own:
+        raise InputError(
+            f"{run} holds a run of another recipe ({_first_difference(held, own)}); give its own flags, or another "
+            "folder"
+        )
+
+
+def _first_difference(held: Any, own: Any, where: str = "") -> str:
+    """The place and both values of the first difference of two recipes' JSON values."""
+    if isinstance(held, dict) and isinstance(own, dict):
+        for key in [*held, *(key for key in own if key not in held)]:
+            if key not in held or key not in own or held[key] != own[key]:
+                return _first_difference(held.get(key), own.get(key), f"{where}.{key}".lstrip("."))
+    if isinstance(held, list) and isinstance(own, list) and len(held) == len(own):
+        index = next(i for i, (a, b) in enumerate(zip(held, own, strict=True)) if a != b)
+        named = held[index].get("name", index) if isinstance(held[index], dict) else index
+        return _first_difference(held[index], own[index], f"{where}.{named}")
+    return f"{where}: {str(held)[:60]}, now {str(own)[:60]}"
 
 
 def _read(path: Path) -> dict[str, Any]:
