@@ -94,3 +94,25 @@ def test_integers_keep_their_type_where_floats_are_converted(tmp_path):
     files = SafetensorsReader(tmp_path / "a.safetensors")
     assert files.read("n", torch.bfloat16).dtype == torch.int64
     assert files.read("x", torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_neither_written_nor_loaded(tmp_path, value):
+    from safetensors.torch import save_file
+
+    tensors = {"weight": torch.ones(2, 3), "bias": torch.tensor([1.0, value])}
+    with pytest.raises(InputError, match="expected finite weights, got bias with numbers that are not, in float32"):
+        write_tensors(tensors, tmp_path / "model.safetensors")
+    assert not (tmp_path / "model.safetensors").exists()
+    save_file(tensors, tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        module = torch.nn.Linear(3, 2)
+    with pytest.raises(InputError, match=r"model.safetensors: expected finite weights, got bias"):
+        load_into_meta(module, tmp_path / "model.safetensors")
+
+
+def test_a_number_that_a_smaller_type_cannot_hold_is_refused(tmp_path):
+    tensors = {"weight": torch.tensor([1e6])}
+    with pytest.raises(InputError, match="got weight with numbers that are not, in float16"):
+        write_tensors(tensors, tmp_path / "model.safetensors", torch.float16)
+    write_tensors(tensors, tmp_path / "model.safetensors", torch.bfloat16)

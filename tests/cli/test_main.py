@@ -670,13 +670,14 @@ def test_a_dry_run_counts_the_steps_that_are_left(capsys, monkeypatch, tmp_path)
     from spar.cli.console import show_time
     from spar.recipes import recipe
     from spar.training import estimate as module
+    from spar.training.checkpoint import write_meta
     from spar.training.distributed import ParallelismConfig
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(module, "measure_peak", lambda device, precision: 1e9)
     state = Path("r/encoder/state")
     state.mkdir(parents=True)
-    (state / "meta.json").write_text(json.dumps({"stage": "encoder", "step": 6000, "seconds": 9.0}))
+    write_meta(state, {"stage": "encoder", "step": 6000, "seconds": 9.0})
     flags = ["tiny", "--stages.encoder.steps", "8000"]
     line = ["train", *flags, "--run", "r", "--stage", "encoder", "--dry-run"]
     times = []

@@ -37,6 +37,7 @@ TRAINS = {
     "mllm-4": {"model.language"},
     "mllm-5": {"model.language"},
     "mllm-6": {"model.language"},
+    "mllm-7": {"model.language"},
     "autoencoder": {"pixel_encoder", DECODER},
     "dit": {"model.denoiser"},
     "tokenizer-1": STREAMS,

@@ -18,7 +18,15 @@ from spar.common.errors import InputError
 from spar.data.batches import Images
 from spar.recipes.shapes.dense_tagging import DenseTaggingObjective
 from spar.training import loop
-from spar.training.checkpoint import TrainState, load_group, read_train_state, save_folder
+from spar.training.checkpoint import (
+    TrainState,
+    find_state,
+    load_group,
+    read_meta,
+    read_train_state,
+    save_folder,
+    write_meta,
+)
 from spar.training.config import StageConfig
 from spar.training.data import TrainingData
 from spar.training.interruption import Interruption, listening
@@ -456,28 +464,100 @@ def rewrite(path: Path, change) -> None:
     save_file(tensors, path)
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda s: cut(s / "modules.safetensors"), "modules.safetensors is damaged"),
-        (lambda s: cut(s / "optimizer.safetensors"), "optimizer.safetensors is damaged"),
-        (lambda s: cut(s / "average.safetensors"), "average.safetensors is damaged"),
-        (lambda s: (s / "modules.safetensors").write_bytes(b""), "modules.safetensors is damaged"),
-        (lambda s: (s / "optimizer.safetensors").unlink(), "optimizer.safetensors is missing"),
-        (lambda s: cut(s / "meta.json"), "meta.json is not readable JSON"),
-        (lambda s: (s / "meta.json").write_text("[]"), "expected a JSON object, got list"),
-        (lambda s: rewrite(s / "modules.safetensors", lambda t: t.popitem()), "modules.*not fit .* 1 missing"),
-        (lambda s: (s / "meta.json").write_text("{}"), "meta.json: missing field seconds, stage, step"),
-        (lambda s: (s / "meta.json").write_text('{"stage": "dit", "step": "2", "seconds": 1}'), "int, got '2'"),
-        (lambda s: rewrite(s / "optimizer.safetensors", lambda t: t.popitem()), "optimizer.*not fit .* 1 missing"),
-        (lambda s: rewrite(s / "average.safetensors", lambda t: t.popitem()), "average.*not fit .* 1 missing"),
-    ],
-)
-def test_a_damaged_state_is_refused_in_words(start, stopped, damage, message):
+def flip(path: Path) -> None:
+    """One bit in the middle of a file, which no header tells of."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = [
+    *((lambda s, name=name: cut(s / f"{name}.safetensors"), f"{name}.safetensors disagrees with its checksum")
+      for name in ("modules", "optimizer", "average")),
+    *((lambda s, name=name: flip(s / f"{name}.safetensors"), f"{name}.safetensors disagrees with its checksum")
+      for name in ("modules", "optimizer", "average")),
+    (lambda s: (s / "modules.safetensors").write_bytes(b""), "modules.safetensors disagrees with its checksum"),
+    (lambda s: (s / "optimizer.safetensors").unlink(), "optimizer.safetensors is missing"),
+    (lambda s: rewrite(s / "average.safetensors", lambda t: t.popitem()), "average.safetensors disagrees"),
+    (lambda s: cut(s / "meta.json"), "meta.json is not readable JSON"),
+    (lambda s: flip(s / "meta.json"), "meta.json"),
+    (lambda s: (s / "meta.json").write_text("[]"), "expected a JSON object, got list"),
+    (lambda s: (s / "meta.json").write_text("{}"), "meta.json disagrees with its own checksum"),
+    (lambda s: (s / "meta.json").unlink(), "meta.json is missing"),
+    (lambda s: write_meta(s, {**read_meta(s), "step": "2"}), "int, got '2'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES)
+def test_a_damaged_state_is_refused_in_words_and_never_taken_for_none(start, stopped, damage, message):
     run, folder = stopped
     damage(folder)
     with pytest.raises(InputError, match=message):
         go(start("dit", steps=4), run, resume=True)
+    assert not (run / "dit" / "done").exists()
+
+
+@pytest.mark.parametrize("damage", [damage for damage, _ in DAMAGES[:-1]])
+def test_an_older_whole_state_is_taken_and_says_so(start, tmp_path, caplog, tiny_run, damage):
+    """Two states are kept; the run that goes on from the older one ends as one that never stopped."""
+    often = replace(tiny_run.recipe, save_minutes=0.0)
+    go(start("dit", recipe=often, steps=5), tmp_path / "run", report=interrupt(2))
+    folder = tmp_path / "run" / "dit" / "state"
+    assert [find_state(folder.with_name(name)).state.step for name in ("state", "state.1")] == [3, 2]
+    assert not folder.with_name("state.2").exists()
+    damage(folder)
+    seen = []
+    assert go(start("dit", recipe=often, steps=5), tmp_path / "run", resume=True,
+              report=lambda s, step, *_: seen.append(step))  # fmt: skip
+    assert seen == [2, 3, 4] and "passed over state (" in caplog.text and "going on from state.1" in caplog.text
+    assert go(start("dit", steps=5), tmp_path / "straight")
+    assert same(*(load_group(tmp_path / name / "dit" / "done", "modules") for name in ("run", "straight")))
+
+
+def test_one_state_is_kept_where_the_recipe_says_so(start, tmp_path, tiny_run):
+    once = replace(tiny_run.recipe, save_minutes=0.0, keep_states=1)
+    go(start("encoder", recipe=once, steps=5), tmp_path, report=interrupt(2))
+    assert sorted(path.name for path in (tmp_path / "encoder").iterdir()) == ["state"]
+
+
+# ---- weights that are not finite -------------------------------------------------------------------------------------
+
+
+def spoil(begun) -> None:
+    with torch.no_grad():
+        next(p for p in begun.modules.parameters() if p.requires_grad).view(-1)[0] = float("nan")
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_weights_that_are_not_finite_are_never_written(start, tmp_path, tiny_run, monkeypatch, last):
+    """An update that overflows after a finite loss: neither state nor end is written over, and the run can go on."""
+    often = replace(tiny_run.recipe, save_minutes=0.0)
+    begun = start("encoder", recipe=often, steps=4)
+    step = loop.train_step
+
+    def overflowing(ctx, *rest, **keywords):
+        done = step(ctx, *rest, **keywords)
+        if ctx.step == (3 if last else 2):
+            spoil(begun)
+        return done
+
+    monkeypatch.setattr(loop, "train_step", overflowing)
+    said = r"after step \d weights are not finite \(.* of modules.*nothing was written"
+    with pytest.raises(NonFiniteLoss, match=said):
+        go(begun, tmp_path)
+    monkeypatch.undo()
+    assert find_state(tmp_path / "encoder" / "state").state.step == (3 if last else 2)
+    assert not (tmp_path / "encoder" / "done").exists()
+    assert go(start("encoder", recipe=often, steps=4), tmp_path, resume=True)
+
+
+def test_a_loss_that_is_not_finite_names_the_samples(start, tmp_path):
+    begun = start("encoder", steps=2)
+    keys = begun.batch(0).keys.tolist()
+    with torch.no_grad():
+        next(begun.modules.model.tokenizer.encoder.parameters()).fill_(float("nan"))
+    with pytest.raises(NonFiniteLoss, match=f"samples: {', '.join(map(str, keys))}$"):
+        go(begun, tmp_path)
 
 
 def test_a_save_that_was_cut_between_its_two_renames_is_resumed(start, stopped):
@@ -546,8 +626,7 @@ def test_steps_between_are_not_logged_but_the_last_is(start, tmp_path, tiny_run)
 def test_the_seconds_go_on_where_a_resumed_stage_stopped(start, tmp_path):
     go(start("encoder", steps=4), tmp_path, report=interrupt(1))
     folder = tmp_path / "encoder" / "state"
-    meta = json.loads((folder / "meta.json").read_text())
-    (folder / "meta.json").write_text(json.dumps({**meta, "seconds": 1000.0}))
+    write_meta(folder, {**read_meta(folder), "seconds": 1000.0})
     go(start("encoder", steps=4), tmp_path, resume=True)
     assert [row["step"] for row in lines(tmp_path)] == [0, 1, 2, 3]
     assert [row["seconds"] > 1000 for row in lines(tmp_path)] == [False, False, True, True]

@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from spar.checkpoints.safetensors_io import read_tensors
 from spar.checkpoints.spar_format import has_part, load_model, load_teacher, save_model
@@ -15,7 +14,7 @@ from spar.common.config import read_json, to_dict, write_json
 from spar.common.errors import InputError
 from spar.recipes import recipe
 from spar.recipes.shapes.dense_tagging import TagWordsObjective
-from spar.training.checkpoint import load_group
+from spar.training.checkpoint import load_group, read_meta, save_folder, write_meta
 from spar.training.files_data import FilesData
 from spar.training.objectives.next_token import NextTokenObjective
 from spar.training.objectives.tokenizer import TokenizerObjective
@@ -180,9 +179,9 @@ def test_a_folder_with_a_teacher_gives_it_and_one_without_says_so():
 def test_a_stages_end_says_whether_it_holds_a_teacher(tiny_run, tmp_path):
     assert "teacher" in read_init_folder(TINY, tiny_run.path / "tokenizer-3" / "done").holds
     tensors = load_group(tiny_run.path / "tokenizer-3" / "done", "modules")
-    save_file({k: v for k, v in tensors.items() if not k.startswith("teacher.")}, tmp_path / "modules.safetensors")
-    write_json(tmp_path / "meta.json", {"config": {"objective": {"kind": "tokenizer"}}})
-    found = read_init_folder(TINY, tmp_path)
+    without = {k: v for k, v in tensors.items() if not k.startswith("teacher.")}
+    save_folder(tmp_path / "done", {"modules": without}, {"config": {"objective": {"kind": "tokenizer"}}})
+    found = read_init_folder(TINY, tmp_path / "done")
     assert ("teacher" in found.holds, found.kind, found.is_model) == (False, "tokenizer", False)
 
 
@@ -275,9 +274,9 @@ def test_centring_that_is_off_measures_nothing():
 def test_the_end_of_a_stage_that_does_not_name_its_objective_is_refused(tiny_run, tmp_path):
     """Such as an earlier version wrote: unknown is not blank, or a trained connector would be written over."""
     shutil.copytree(tiny_run.path / "unified-1" / "done", tmp_path / "done")
-    meta = read_json(tmp_path / "done" / "meta.json")
+    meta = read_meta(tmp_path / "done")
     meta["config"] = {**{key: value for key, value in meta["config"].items() if key != "objective"}, "step": "unified"}
-    write_json(tmp_path / "done" / "meta.json", meta)
+    write_meta(tmp_path / "done", meta)
     with pytest.raises(InputError, match="was made by an earlier version of spar"):
         read_init_folder(TINY, tmp_path / "done")
 

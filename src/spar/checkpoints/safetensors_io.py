@@ -91,6 +91,9 @@ def write_tensors(
     """Write tensors, floating ones in `dtype` if given; in shards with an index if they exceed `shard_bytes`.
 
     They are converted and copied to the CPU shard by shard.
+
+    Raises:
+        InputError: a number that is not finite, or not in `dtype`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     stored = {
@@ -102,6 +105,7 @@ def write_tensors(
     )
     for name, keys in split.filename_to_tensors.items():
         shard = {key: tensors[key].detach().to("cpu", stored[key].dtype).contiguous() for key in keys}
+        check_finite(shard, path)
         try:
             save_file(shard, path.with_name(name))
         except SafetensorError as error:  # for example for a full disk
@@ -109,6 +113,14 @@ def write_tensors(
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(path.with_name(path.name + INDEX), index)
+
+
+def check_finite(tensors: dict[str, Tensor], where: object) -> None:
+    """Refuse numbers that are not finite; InputError names the first tensor that has one."""
+    for key, value in tensors.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            kind = str(value.dtype).removeprefix("torch.")
+            raise InputError(f"{where}: expected finite weights, got {key} with numbers that are not, in {kind}")
 
 
 def describe_mismatch(own: dict[str, Tensor], given: dict[str, Tensor]) -> str:
@@ -144,4 +156,6 @@ def load_into_meta(module: nn.Module, path: Path) -> None:
     """Load strictly into a module on the meta device: its weights become those of the file, in float32."""
     files = SafetensorsReader(path)
     check_fit(module.state_dict(), files.shapes, path.parent)
-    module.load_state_dict({key: files.read(key, torch.float32) for key in files.shapes}, assign=True)
+    tensors = {key: files.read(key, torch.float32) for key in files.shapes}
+    check_finite(tensors, path)
+    module.load_state_dict(tensors, assign=True)

@@ -22,11 +22,13 @@ class Images:
     Attributes:
         keys: int64 `[B]`, what a cache of features calls each image; -1 for one that comes once.
         pixels: `[B, 3, H, W]` in [0, 1]; None where features stand in for them.
+        names: of each image, for messages, where the data have them.
         features: computed before the run: `f_v` `[B, N, D_s]` and `latent` `[B, D_p, h, w]`.
     """
 
     keys: np.ndarray
     pixels: Tensor | None = None
+    names: tuple[str, ...] = ()
     features: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:

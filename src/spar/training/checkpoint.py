@@ -2,15 +2,18 @@
 
 A run is a folder: `recipe.json`, `metrics.jsonl`, and for each stage `STAGE/state/` (the newest resumable state) and
 `STAGE/done/` (weights at its end). Random numbers and data order are functions of (seed, stage, step), so the step
-number is the whole of that state.
+number is the whole of that state. `meta.json` has the checksums of all files and its own: a damaged state is never
+taken for a whole one, nor for none.
 """
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -24,6 +27,8 @@ from spar.common.errors import InputError
 from spar.common.files import swap_folders
 from spar.training.distributed import SINGLE_PROCESS, DistributedContext
 
+META = "meta.json"
+CHECKSUMS, SEAL = "files", "sha256"  # in meta.json: of every other file by name, and of meta.json itself
 ROWS = "rows"  # in the header of a sharded file: {tensor: [first row, rows of the whole]}
 
 
@@ -36,10 +41,22 @@ class TrainState:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class FoundState:
+    """The newest whole state of a stage: its folder, how far it is, and why newer ones were passed over."""
+
+    path: Path
+    state: TrainState
+    passed: tuple[str, ...] = ()
+
+
 def save_folder(
-    target: Path, tensors: dict[str, dict[str, Tensor]], meta: dict, parallel: DistributedContext = SINGLE_PROCESS
-) -> None:
+    target: Path, tensors: dict[str, dict[str, Tensor]], meta: dict, parallel: DistributedContext = SINGLE_PROCESS,
+    *, keep: int = 1,
+) -> None:  # fmt: skip
     """Write every group and `meta.json` into a folder that appears whole or not at all.
+
+    The last `keep - 1` folders before it stay as `TARGET.1` and so on, the newest first.
 
     A group is `NAME.safetensors`, or where it is sharded among processes, one `NAME-RANK-of-WORLD.safetensors` each:
     every process writes its own rows, and nothing is gathered. All processes call this together.
@@ -54,21 +71,119 @@ def save_folder(
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
     with parallel.fail_together():
-        for name, group in tensors.items():
-            _write_group(aside, name, group, parallel)
-        if parallel.main:
-            write_json(aside / "meta.json", meta)
-            _fsync(aside / "meta.json")
+        written = [_write_group(aside, name, group, parallel) for name, group in tensors.items()]
+        own = {path.name: checksum(path) for path in written if path is not None}
+        write_json(aside / f"{CHECKSUMS}-{parallel.rank}.json", own)
     with parallel.fail_together():
         if parallel.main:
+            parts = sorted(aside.glob(f"{CHECKSUMS}-*.json"))
+            write_meta(aside, {**meta, CHECKSUMS: {k: v for part in parts for k, v in read_json(part).items()}})
+            for part in parts:
+                part.unlink()
+            if keep > 1 and target.exists():
+                _make_room(target, keep)
             swap_folders(aside, target, old)
 
 
-def _write_group(folder: Path, name: str, group: dict[str, Tensor], parallel: DistributedContext) -> None:
+def _make_room(target: Path, keep: int) -> None:
+    """Rename the newest folder and those before it, so that `keep - 1` of them stay."""
+    for number in range(keep - 1, 0, -1):
+        newer = _older(target, number - 1)
+        if newer.exists():
+            shutil.rmtree(_older(target, number), ignore_errors=True)
+            newer.rename(_older(target, number))
+
+
+def _older(target: Path, number: int) -> Path:
+    return target.with_name(f"{target.name}.{number}") if number else target
+
+
+def write_meta(folder: Path, values: dict[str, Any]) -> None:
+    """Write `meta.json` with its own checksum."""
+    write_json(folder / META, {**values, SEAL: _seal(values)})
+    _fsync(folder / META)
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The fields of `meta.json`.
+
+    Raises:
+        InputError: it is missing, unreadable, or disagrees with its own checksum.
+    """
+    values = read_json(folder / META)
+    seal = values.pop(SEAL, None)
+    if seal != _seal(values):
+        raise InputError(
+            f"{folder / META} disagrees with its own checksum: it is damaged, or of an earlier version of spar, with "
+            "which to finish its run"
+        )
+    return values
+
+
+def _seal(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damage(folder: Path) -> str | None:
+    """Why a saved folder is not whole, or None."""
+    try:
+        listed = read_meta(folder).get(CHECKSUMS, {})
+        for name, wanted in listed.items():
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if checksum(folder / name) != wanted:
+                return f"{name} disagrees with its checksum"
+    except InputError as error:
+        return str(error)
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
+    return None
+
+
+def find_state(folder: Path) -> FoundState | None:
+    """The newest state of a stage that is whole, among those that were kept; None where none was saved.
+
+    Raises:
+        InputError: there are states, but none is whole.
+    """
+    passed: list[str] = []
+    for path in _states(folder):
+        reason = damage(path)
+        if reason is None:
+            return FoundState(path, _train_state(path), tuple(passed))
+        passed.append(f"{path.name} ({reason})")
+    if passed:
+        raise InputError(
+            f"{folder.parent}: no saved state is whole: {', '.join(passed)}; train the stage anew "
+            f"(--stage {folder.parent.name}), or bring back a copy"
+        )
+    return None
+
+
+def _states(folder: Path) -> list[Path]:
+    """The saved states of a stage, the newest first."""
+    numbered = [path for path in folder.parent.glob(f"{folder.name}.*") if path.suffix[1:].isdigit()]
+    newest = existing_checkpoint(folder)
+    return [*([newest] if newest.exists() else []), *sorted(numbered, key=lambda path: int(path.suffix[1:]))]
+
+
+def remove_states(folder: Path) -> None:
+    """Remove all saved states of a stage."""
+    for path in (folder, folder.with_name(folder.name + ".old"), *_states(folder)):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _write_group(folder: Path, name: str, group: dict[str, Tensor], parallel: DistributedContext) -> Path | None:
     """This process's part of a group; what is not sharded is the main process's to write."""
     sharded = any(isinstance(value, DTensor) for value in group.values())
     if not (parallel.main or sharded):
-        return
+        return None
     own = {key: _own_rows(value) for key, value in group.items() if parallel.main or isinstance(value, DTensor)}
     rows = {key: [start, group[key].shape[0]] for key, (_, start) in own.items() if isinstance(group[key], DTensor)}
     stored = {key: local.detach().contiguous().cpu() for key, (local, _) in own.items()}
@@ -76,6 +191,7 @@ def _write_group(folder: Path, name: str, group: dict[str, Tensor], parallel: Di
     path = folder / f"{name}{part}.safetensors"
     save_file(stored, path, {ROWS: json.dumps(rows)} if sharded else None)
     _fsync(path)
+    return path
 
 
 def _own_rows(tensor: Tensor) -> tuple[Tensor, int]:
@@ -119,6 +235,10 @@ def shards(folder: Path, name: str) -> list[Path]:
 def load_group(folder: Path, name: str) -> dict[str, Tensor]:
     """The tensors of one group of a saved state, whole, also where several processes wrote them."""
     files = shards(folder, name)
+    listed = read_meta(files[0].parent).get(CHECKSUMS, {})
+    for path in files:
+        if path.is_file() and checksum(path) != listed.get(path.name):
+            raise InputError(f"{path} disagrees with its checksum in {META}: it is damaged; train its stage again")
     if len(files) == 1:
         return read_tensors(files[0])
     tensors: dict[str, Tensor] = {}
@@ -166,9 +286,15 @@ def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer], names: dict[i
 
 
 def read_train_state(folder: Path) -> TrainState | None:
-    """How far a stage's saved state is, or None."""
-    path = existing_checkpoint(folder) / "meta.json"
-    if not path.exists():
-        return None
-    known = {field: value for field, value in read_json(path).items() if field in TrainState.__dataclass_fields__}
-    return from_dict(TrainState, known, str(path), complete=True)
+    """How far a stage's saved folder is, or None where there is no folder.
+
+    Raises:
+        InputError: a folder whose `meta.json` is missing or damaged.
+    """
+    path = existing_checkpoint(folder)
+    return _train_state(path) if path.exists() else None
+
+
+def _train_state(folder: Path) -> TrainState:
+    known = {field: value for field, value in read_meta(folder).items() if field in TrainState.__dataclass_fields__}
+    return from_dict(TrainState, known, str(folder / META), complete=True)

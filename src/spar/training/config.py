@@ -75,6 +75,7 @@ class Recipe(ABC):
 
     `published` names the parts whose weights come from published checkpoints: a run that would start them from random
     ones is refused unless that is asked for. `max_prompt_tokens` is the longest prompt that the finished model takes.
+    A state is saved every `save_minutes`, and the last `keep_states` of a stage stay until it ends.
     """
 
     kind: ClassVar[str]
@@ -87,10 +88,12 @@ class Recipe(ABC):
     seed: int = 0
     log_every: int = changes_no_result(20)
     save_minutes: float = changes_no_result(5.0)
+    keep_states: int = changes_no_result(2)
 
     def __post_init__(self) -> None:
         check_at_least(0, seed=self.seed)
         check_at_least(1, log_every=self.log_every, max_prompt_tokens=self.max_prompt_tokens)
+        check_at_least(1, keep_states=self.keep_states)
         names = [stage.name for stage in self.stages]
         if not names:
             raise InputError(f"recipe {self.name}: expected at least one stage, got none")

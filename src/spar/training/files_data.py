@@ -184,17 +184,18 @@ class FilesTrainingData(TrainingData):
         """Rows of a process's batch: with captions texts and, from a cache, features."""
         numbers = np.arange(len(batch.images))[rows]
         keys, where = np.full(len(numbers), -1), torch.from_numpy(numbers)
+        names = tuple(batch.keys[rows])
         if not isinstance(stage.data, CaptionData):
-            return Images(keys=keys, pixels=to_pixels(batch.images[where]))
+            return Images(keys=keys, names=names, pixels=to_pixels(batch.images[where]))
         texts = tuple(self._fitted(text) for text in batch.texts[rows])
         if self._cache is not None:
             features = self._cache.rows([sample_id(*batch.places[number]) for number in numbers.tolist()])
             kind = Edits if batch.kind == "edit" else Captioned
-            return kind(keys=keys, texts=texts, features=features)
+            return kind(keys=keys, names=names, texts=texts, features=features)
         pixels = to_pixels(batch.images[where])
         if batch.kind != "edit":
-            return Captioned(keys=keys, texts=texts, pixels=pixels)
-        return Edits(keys=keys, texts=texts, pixels=pixels, references=to_pixels(batch.inputs[where]))
+            return Captioned(keys=keys, names=names, texts=texts, pixels=pixels)
+        return Edits(keys=keys, names=names, texts=texts, pixels=pixels, references=to_pixels(batch.inputs[where]))
 
     def sample(self, count: int) -> tuple[Tensor, ...]:
         """The images that a stage of one process would see first, `count` or a few more."""

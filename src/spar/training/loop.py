@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from spar.common.config import to_dict
 from spar.common.errors import InputError
 from spar.data.batches import Images
-from spar.training.checkpoint import TrainState, load_into, optimizer_tensors, read_train_state, save_folder
+from spar.training.checkpoint import TrainState, find_state, load_into, optimizer_tensors, save_folder
 from spar.training.config import StageConfig, freeze
 from spar.training.data import TrainingData
 from spar.training.distributed import all_reduce_replicated_grads, no_sync, wrap_distributed_errors, wrap_modules
@@ -131,7 +131,8 @@ class StageRun:
             "modules": ctx.modules.state_dict(), "optimizer": optimizer_tensors(self.optimizers, self.names),
             **({"average": self.average.averages} if self.average else {}),
         }  # fmt: skip
-        save_folder(self.folder, groups, self.meta(ctx, step), ctx.parallel)
+        check_finite_groups(ctx, groups, step)
+        save_folder(self.folder, groups, self.meta(ctx, step), ctx.parallel, keep=ctx.recipe.keep_states)
         self.saved_at = time.monotonic()
 
 
@@ -144,13 +145,16 @@ def begin_stage(ctx: StepContext, run: Path, *, resume: bool) -> StageRun:
     names = {id(parameter): name for name, parameter in modules.named_parameters()}
     average = EMA(modules, stage.ema) if stage.ema else None
     folder = run / stage.name / "state"
-    state = read_train_state(folder) if resume else None
-    if state:
-        load_into(modules.state_dict(), folder, "modules")
-        load_into(optimizer_tensors(optimizers, names), folder, "optimizer")
+    found = find_state(folder) if resume else None
+    if found:
+        if found.passed:
+            passed = ", ".join(found.passed)
+            log.warning("stage %s: passed over %s; going on from %s", stage.name, passed, found.path.name)
+        load_into(modules.state_dict(), found.path, "modules")
+        load_into(optimizer_tensors(optimizers, names), found.path, "optimizer")
         if average:
-            load_into(average.averages, folder, "average")
-    start, seconds = (state.step, state.seconds) if state else (0, 0.0)
+            load_into(average.averages, found.path, "average")
+    start, seconds = (found.state.step, found.state.seconds) if found else (0, 0.0)
     modules.train()
     metrics = MetricsLogger(run, stage.name, start) if ctx.parallel.main else None
     log.info("stage %s: steps %d to %d, %d trainable tensors", stage.name, start, stage.steps, len(trainable))
@@ -223,7 +227,42 @@ def end_stage(ctx: StepContext, data: TrainingData, going: StageRun, run: Path) 
         going.wrapper(ctx.stage.objective.finish, ctx, data)
     if isinstance(going.wrapper, FSDPModule):
         going.wrapper.reshard()
-    save_folder(run / ctx.stage.name / "done", {"modules": ctx.modules.state_dict()}, meta, ctx.parallel)
+    groups = {"modules": ctx.modules.state_dict()}
+    check_finite_groups(ctx, groups, ctx.stage.steps)
+    save_folder(run / ctx.stage.name / "done", groups, meta, ctx.parallel)
+
+
+def check_finite_groups(ctx: StepContext, groups: dict[str, dict[str, Tensor]], step: int) -> None:
+    """Refuse to write numbers that are not finite over ones that are: an update may overflow though its loss did not.
+
+    Raises:
+        NonFiniteLoss: on all processes; it names the first tensors.
+    """
+    wrong = [
+        f"{name} of {group}" for group, tensors in groups.items() for name, value in tensors.items()
+        if value.is_floating_point() and not bool(torch.isfinite(local_rows(value)).all())
+    ]
+    (broken,) = ctx.parallel.any_process(bool(wrong))
+    if broken:
+        shown = ", ".join(wrong[:3]) or "those of another process"
+        raise NonFiniteLoss(
+            f"stage {ctx.stage.name}: after step {step} weights are not finite ({shown}); nothing was written, and the "
+            "last saved state is intact"
+        )
+
+
+def local_rows(value: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def sample_names(batches: Sequence[Images], most: int = 8) -> str:
+    """The first samples of a step, for a message: their names, or their numbers among the data's."""
+    names = [name for batch in batches for name in batch.names or [str(key) for key in batch.keys.tolist() if key >= 0]]
+    if not names:
+        return ""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"; this process's samples: {', '.join(names[:most])}{more}"
 
 
 def train_step(
@@ -253,7 +292,8 @@ def train_step(
     if bad_loss or bad_norm:
         what = f"loss is {float(total['loss'])}" if bad_loss else "the gradient is not finite"
         named = ", ".join(f"{name} {float(value):.4g}" for name, value in total.items())
-        raise NonFiniteLoss(f"stage {stage.name}, step {ctx.step}: {what}; {named}")
+        samples = sample_names(micro_batches)
+        raise NonFiniteLoss(f"stage {stage.name}, step {ctx.step}: {what}; {named}{samples}")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(stage, ctx.step) * group["factor"]

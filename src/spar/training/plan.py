@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from spar.common.config import read_json
 from spar.common.errors import InputError
-from spar.training.checkpoint import existing_checkpoint, group_keys, read_train_state
+from spar.training.checkpoint import existing_checkpoint, find_state, group_keys, read_meta, read_train_state
 from spar.training.config import Recipe, StageConfig
 from spar.training.data import NoData
 from spar.training.objectives.base import Objective
@@ -164,7 +163,12 @@ def read_run(recipe: Recipe, run: Path, init_from: Path | None = None) -> RunSta
     found: dict[str, dict[str, int]] = {"done": {}, "state": {}}
     for stage in recipe.stages:
         for kind, steps in found.items():
-            state = read_train_state(run / stage.name / kind)
+            folder = run / stage.name / kind
+            if kind == "state":
+                whole = find_state(folder)
+                state = whole and whole.state
+            else:
+                state = read_train_state(folder)
             if state:
                 steps[stage.name] = state.step
     init = None if init_from is None else read_init_folder(recipe, init_from)
@@ -184,7 +188,7 @@ def read_init_folder(recipe: Recipe, folder: Path) -> InitFolder:
         raise InputError(
             f"--init-from: expected a finished stage such as RUN/dit/done or a SPAR folder, got {str(folder)!r}"
         )
-    config = read_json(existing_checkpoint(folder) / "meta.json").get("config", {})
+    config = read_meta(existing_checkpoint(folder)).get("config", {})
     objective = config.get("objective") if isinstance(config, dict) else None
     kind = objective.get("kind") if isinstance(objective, dict) else None
     if not isinstance(kind, str):

@@ -8,6 +8,7 @@ from typing import Any
 from spar.common.config import Registry, decisive, from_dict, read_json, to_dict, write_json
 from spar.common.errors import InputError
 from spar.common.files import atomic_directory
+from spar.training.checkpoint import remove_states
 from spar.training.config import Recipe
 from spar.training.distributed import SINGLE_PROCESS, DistributedContext
 from spar.training.plan import PlannedStage, RunPlan
@@ -93,7 +94,9 @@ def invalidate_later_stages(run: Path, recipe: Recipe, planned: PlannedStage) ->
         log.warning("the training of stage %s makes void, and removes: %s", planned.config.name, void)
     for later in recipe.stages[recipe.stages.index(planned.config) :]:
         kept = later == planned.config and planned.start.source == "state"
-        remove_folders(run / later.name, "done", "done.old", *(() if kept else ("state", "state.old")))
+        remove_folders(run / later.name, "done", "done.old")
+        if not kept:
+            remove_states(run / later.name / "state")
     remove_folders(run, "model", "adapter")
 
 

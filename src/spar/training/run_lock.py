@@ -30,8 +30,8 @@ def run_lock(run: Path) -> Iterator[None]:
         os.ftruncate(handle, 0)
         os.write(handle, json.dumps(own).encode())
         yield
-        path.unlink(missing_ok=True)
     finally:
+        path.unlink(missing_ok=True)
         os.close(handle)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from spar.common.errors import InputError
+from spar.training.checkpoint import find_state, remove_states
 from spar.training.config import Recipe, StageConfig, freeze, freezing_table
 from spar.training.data import TrainingData
 from spar.training.distributed import DistributedContext, ParallelismConfig
@@ -16,7 +17,7 @@ from spar.training.interruption import Interruption, listening
 from spar.training.loop import Report, run_stage, tune_allocator
 from spar.training.objectives.base import StepContext
 from spar.training.plan import PlannedStage, RunPlan, read_run, resolve
-from spar.training.run_folder import find_text_tokenizer, invalidate_later_stages, note_origin, open_run, remove_folders
+from spar.training.run_folder import find_text_tokenizer, invalidate_later_stages, note_origin, open_run
 from spar.training.run_lock import run_lock
 from spar.training.teacher import FrozenNetworks
 
@@ -151,7 +152,7 @@ def run_planned(
     ):  # fmt: skip
         return False
     if main:
-        remove_folders(run / ctx.stage.name, "state", "state.old")
+        remove_states(run / ctx.stage.name / "state")
     return True
 
 
@@ -160,6 +161,8 @@ def load_start(modules: nn.Module, recipe: Recipe, planned: PlannedStage) -> Non
     start = planned.start
     if start.source == "folder":
         load_initial_weights(modules, start.folder, planned.config, recipe)
+    elif start.source == "state" and (found := find_state(start.folder)):
+        load_previous_weights(modules, found.path)
     elif start.source != "random":
         load_previous_weights(modules, start.folder)
 

@@ -82,6 +82,13 @@ FOUNDATIONS = (
             per_image=10, prompt_share=0.6, edit_prompts=0.85, scene_kinds=BINDING_MIXTURE,
         ),
     ),
+    replace(
+        _MLLM_2, name="mllm-7", steps=1400,
+        data=QuestionData(
+            (*QUESTIONS, *8 * ("position",), *3 * ("relation", "neighbor", "attribute", "count_color")),
+            per_image=12, prompt_share=0.6, edit_prompts=0.9, scene_kinds=BINDING_MIXTURE,
+        ),
+    ),
     StageConfig(
         "autoencoder", AutoencoderObjective(mse=1.0, latent_penalty=1e-3, latent_noise=0.1),
         ("pixel_encoder.*", DECODER), steps=1000, batch=16, lr=1e-3, lr_end=2e-5, warmup=50, max_grad_norm=0.3,
