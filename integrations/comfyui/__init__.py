@@ -1,4 +1,4 @@
-"""ComfyUI nodes: load, generate, edit, understand, reconstruct. They are thin wrappers of `spar.SparPipeline`.
+"""ComfyUI nodes: load, generate, edit, understand, reconstruct. They wrap the pipelines.
 
 This folder goes into ComfyUI's custom_nodes, the package `spar` into ComfyUI's Python (README.md). An image is
 ComfyUI's IMAGE, `[B, H, W, C]` in [0, 1]. The lowest value of a widget (steps, width and height 0, guidance -1) means
@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from spar import SparPipeline
+from spar import load_pipeline
 from spar.common.limits import MAX_GUIDANCE, MAX_NEW_TOKENS, MAX_SEED, MAX_STEPS
+from spar.inference.base import Pipeline
 from spar.processing.images import to_tensor
 
 MODEL = "SPAR_MODEL"
@@ -83,7 +84,7 @@ def image_tensor(generated: list[Image.Image]) -> Tensor:
 
 
 class SparLoad:
-    """A SPAR folder, or the small bundled model."""
+    """A folder of SPAR or of DualToken, or the small bundled model."""
 
     CATEGORY, FUNCTION = "SPAR", "load"
     RETURN_TYPES, RETURN_NAMES = (MODEL,), ("model",)
@@ -92,7 +93,7 @@ class SparLoad:
     def INPUT_TYPES(cls) -> Inputs:
         return {
             "required": {
-                "folder": ("STRING", {"default": "", "tooltip": "SPAR folder; empty: the bundled model"}),
+                "folder": ("STRING", {"default": "", "tooltip": "folder of a model; empty: the bundled one"}),
                 "device": (["auto", "cpu", "cuda", "mps"],),
                 "dtype": (["auto", "float32", "bfloat16", "float16"],),
                 "weights": (["dtype", "float32", "int8"], {"tooltip": "dtype: half the memory, the same images"}),
@@ -105,9 +106,9 @@ class SparLoad:
         config = Path(folder) / "config.json"
         return config.stat().st_mtime if folder and config.is_file() else 0.0
 
-    def load(self, folder: str, device: str, dtype: str, weights: str) -> tuple[SparPipeline]:
+    def load(self, folder: str, device: str, dtype: str, weights: str) -> tuple[Pipeline]:
         return (
-            SparPipeline.from_pretrained(
+            load_pipeline(
                 folder or None,
                 device=None if device == "auto" else device,
                 dtype=None if dtype == "auto" else getattr(torch, dtype),
@@ -138,7 +139,7 @@ class SparGenerate:
         }
 
     def generate(
-        self, model: SparPipeline, prompt: str, negative_prompt: str, width: int, height: int, batch_size: int,
+        self, model: Pipeline, prompt: str, negative_prompt: str, width: int, height: int, batch_size: int,
         seed: int, steps: int, guidance: float,
     ) -> tuple[Tensor]:  # fmt: skip
         out = model.generate(
@@ -167,7 +168,7 @@ class SparEdit:
         }
 
     def edit(
-        self, model: SparPipeline, image: Tensor, instruction: str, negative_prompt: str, seed: int, steps: int,
+        self, model: Pipeline, image: Tensor, instruction: str, negative_prompt: str, seed: int, steps: int,
         guidance: float,
     ) -> tuple[Tensor]:  # fmt: skip
         settings = keywords(seed, len(image), steps, guidance, negative_prompt)
@@ -191,7 +192,7 @@ class SparUnderstand:
             }
         }
 
-    def understand(self, model: SparPipeline, image: Tensor, question: str, max_new_tokens: int) -> tuple[list[str]]:
+    def understand(self, model: Pipeline, image: Tensor, question: str, max_new_tokens: int) -> tuple[list[str]]:
         return (model.understand(pil_images(image), question, max_new_tokens=max_new_tokens).texts,)
 
 
@@ -205,7 +206,7 @@ class SparReconstruct:
     def INPUT_TYPES(cls) -> Inputs:
         return {"required": {"model": (MODEL,), "image": ("IMAGE",)}}
 
-    def reconstruct(self, model: SparPipeline, image: Tensor) -> tuple[Tensor]:
+    def reconstruct(self, model: Pipeline, image: Tensor) -> tuple[Tensor]:
         return (image_tensor(model.reconstruct(pil_images(image)).images),)
 
 

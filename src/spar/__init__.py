@@ -12,17 +12,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spar.common.errors import Cancelled, InputError
     from spar.inference.diffusers_autoencoder import AutoencoderSpar
+    from spar.inference.dualtoken import DualTokenPipeline
+    from spar.inference.loading import load_pipeline
     from spar.inference.pipeline import SparPipeline
 
 __version__ = "0.1.0"
 DISTRIBUTION = "spar-unified"  # the name on PyPI, where "spar" is another project
-__all__ = ["AutoencoderSpar", "Cancelled", "InputError", "SparPipeline", "__version__"]
+__all__ = [
+    "AutoencoderSpar", "Cancelled", "DualTokenPipeline", "InputError", "SparPipeline", "__version__", "load_pipeline"
+]  # fmt: skip
 
 _MODULES = {
     "AutoencoderSpar": "spar.inference.diffusers_autoencoder",
     "Cancelled": "spar.common.errors",
+    "DualTokenPipeline": "spar.inference.dualtoken",
     "InputError": "spar.common.errors",
     "SparPipeline": "spar.inference.pipeline",
+    "load_pipeline": "spar.inference.loading",
 }
 
 

@@ -186,3 +186,13 @@ def test_bad_input_is_told_in_words(comfyui, model):
         run(comfyui, "SparGenerate", model=model)
     with pytest.raises(InputError, match="width: expected a multiple of 8"):
         run(comfyui, "SparGenerate", model=model, prompt="a red circle", width=63)
+
+
+def test_the_nodes_take_a_model_of_dualtoken(comfyui, dual_run):
+    model = run(comfyui, "SparLoad", folder=str(dual_run.path / "model"), device="cpu", dtype="float32")
+    image = run(comfyui, "SparGenerate", model=model, prompt="a red circle", seed=3)
+    own = np.asarray(model.generate("a red circle", seed=3).images[0], np.float32) / 255
+    np.testing.assert_allclose(image[0].numpy(), own, atol=1e-6)
+    assert run(comfyui, "SparReconstruct", model=model, image=image).shape == image.shape
+    with pytest.raises(InputError, match="DualToken does not define editing"):
+        run(comfyui, "SparEdit", model=model, image=image, instruction="remove it")
