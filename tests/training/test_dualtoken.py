@@ -266,3 +266,25 @@ def test_captions_alone_serve_the_plain_contrastive_objective(dual_run):
     ctx, _, batch = begin(dual_run, "towers", **changes)
     terms = ctx.stage.objective(ctx, batch)
     assert set(terms) == {"loss", "contrastive", "pair_accuracy"}
+
+
+def test_what_a_step_costs_is_counted_part_by_part():
+    """Against the parameters: a trained map costs six operations for each of its weights and tokens."""
+    from spar.training.estimate import HardwareConfig, estimate
+
+    full = recipe("dualtoken-3b-256")
+    tokenizer, unified = estimate(full, HardwareConfig(gpus=8))
+    with torch.device("meta"):
+        model = full.build({}).model
+    weights = {}
+    for name in ("language", "pixel_head", "semantic_head"):
+        maps = model.get_submodule(name).named_parameters()
+        weights[name] = sum(p.numel() for key, p in maps if p.dim() > 1 and "embed" not in key)
+    image_tokens, depths = 256, 4
+    heads = weights["pixel_head"] + weights["semantic_head"]
+    classifiers = 2 * depths * 2048 * 16384                                    # each depth has its own, used once
+    least = 6 * (weights["language"] * (image_tokens + 32) + (heads - classifiers) * image_tokens * depths)
+    least += 6 * classifiers * image_tokens
+    assert least < unified.flops / unified.stage.batch < 1.25 * least
+    encoder = 6 * 427e6 * image_tokens
+    assert tokenizer.flops / tokenizer.stage.batch > encoder and tokenizer.seconds > unified.seconds > 0

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from spar.training.config import Recipe, StageConfig
 
 SIDE = 224  # of an encoder whose configuration names none
+# Multiply-adds of the perceptual networks on 224 x 224 pixels, from torchvision's tables (VGG16 and ConvNeXt-S).
+PERCEPTUAL_MACS = {"lpips": 15.47e9, "convnext": 8.68e9}
 EXTRA_TOKENS = 2  # CLS and DeiT's distillation token; registers, which the configuration counts, come on top
 
 

@@ -90,7 +90,8 @@ class PixelCodesDecoder(nn.Module):
         """`[B, N, C]` on a square grid to pixels, about [0, 1], not clamped."""
         x = self.expand(vectors).transpose(1, 2).unflatten(2, (grid, grid))    # [B, W, h, w]
         if self.config.grid not in (None, grid):
-            x = F.interpolate(x.float(), size=(self.config.grid,) * 2, mode="bilinear", align_corners=False)
+            size = (self.config.grid, self.config.grid)
+            x = F.interpolate(x.float(), size=size, mode="bilinear", align_corners=False).to(x.dtype)
         return (self.network(self.block(x)) + 1) / 2
 
 

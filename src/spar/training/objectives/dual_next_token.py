@@ -14,8 +14,12 @@ from spar.data.batches import Captioned, Descriptions, Dialogues, Images
 from spar.models.attention import attention_bias, position_ids_from_mask
 from spar.models.dualtoken.tokenizer import DualCodes
 from spar.processing.prompts import PackedBatch
+from spar.training.cost import Cost, meta_input, part_cost
 from spar.training.objectives.base import StepContext, Terms, check_at_least
+from spar.training.objectives.flow import meta_layers
 from spar.training.objectives.next_token import NextTokenObjective
+
+PROMPT_TOKENS = 32  # of a caption with its template, in what a step costs
 
 if TYPE_CHECKING:
     pass
@@ -98,6 +102,24 @@ class DualNextTokenObjective(NextTokenObjective):
             total = total + weight * (losses * decay).sum() / decay.sum()
             terms |= {f"{name}_{depth}": loss.detach() for depth, loss in enumerate(losses, start=1)}
         return {"loss": total, **terms}
+
+
+    def cost(self, modules: Any, recipe: Any, stage: "StageConfig") -> Cost:
+        """An image after its prompt: the frozen tokenizer, the LLM's layers, both heads at every position."""
+        model, config, side = modules.model, recipe.model, recipe.image_size
+        positions, image = config.grid**2, meta_input(1, 3, side, side).detach()
+        cost = part_cost(lambda: model.tokenizer.features(image), model.tokenizer.encoder, through=False)
+        layers = model.language.network.layers
+        cost += part_cost(lambda: meta_layers(model, layers, positions + PROMPT_TOKENS), model.language)
+        for name in ("pixel", "semantic"):
+            codes, head = getattr(config, name), model.get_submodule(f"{name}_head")
+            sums = meta_input(positions, codes.depth - 1, codes.width)
+            cost += _head_cost(head, meta_input(positions, config.text.hidden_size), sums)
+        return cost
+
+
+def _head_cost(head: Any, states: Tensor, sums: Tensor) -> Cost:
+    return part_cost(lambda: head(states, sums), head)
 
 
 def _by_depth(logits: Tensor, codes: Tensor) -> Tensor:

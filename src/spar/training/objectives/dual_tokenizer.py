@@ -19,10 +19,11 @@ from spar.losses.perceptual import FeatureLoss
 from spar.losses.reconstruction import mse, psnr
 from spar.models.dualtoken.tokenizer import DualTokenizerOutput
 from spar.training.config import StageConfig, matches
+from spar.training.cost import Cost, meta_input, part_cost
 from spar.training.data import TrainingData
 from spar.training.objectives.base import Networks, Objective, StepContext, Terms, check_at_least
 from spar.training.objectives.common import sample_images
-from spar.training.teacher import perceptual_networks
+from spar.training.teacher import PERCEPTUAL_MACS, perceptual_networks
 
 if TYPE_CHECKING:
     from spar.training.plan import Origin, PlannedStage
@@ -169,6 +170,28 @@ class DualTokenizerObjective(Objective["DualTokenRecipe"]):
             return terms["discriminator"]
         terms["gan_weight"] = adaptive_weight(reconstruction, generator_term, last, ctx.parallel.mean)
         return self.gan * terms["gan_weight"] * generator_term + terms["discriminator"]
+
+    def cost(self, modules: Any, recipe: "DualTokenRecipe", stage: StageConfig) -> Cost:
+        """Encoder and projections, both searches, decoder, teacher, and the networks of the terms that are on."""
+        tokenizer, config, side = modules.model.tokenizer, recipe.model, recipe.image_size
+        positions = config.grid**2
+        image = meta_input(1, 3, side, side)
+        cost = part_cost(lambda: tokenizer.features(image), tokenizer.encoder)
+        semantic = meta_input(1, positions, config.semantic.width)
+        cost += part_cost(lambda: tokenizer.semantic_features(semantic), tokenizer.expand_semantic)
+        pixel = meta_input(1, positions, config.pixel.width)
+        cost += part_cost(lambda: tokenizer.decoder(pixel, config.grid), tokenizer.decoder)
+        for codes in (config.pixel, config.semantic):
+            cost += Cost(2 * positions * codes.depth * codes.entries * codes.width)
+        if self._taught(recipe):
+            cost += part_cost(lambda: modules.teacher(image.detach()), modules.teacher, through=False)
+        if self.perceptual:  # two images forward, one of them back again
+            macs = sum(PERCEPTUAL_MACS[name] for name in perceptual_networks(recipe.perceptual))
+            cost += Cost(3 * 2 * macs * (side / 224) ** 2)
+        if self.gan:
+            one = part_cost(lambda: modules.discriminator(image), modules.discriminator)
+            cost += Cost(one.flops * 2 / 3, one.kept) + one * 2
+        return cost
 
     def after_step(self, ctx: StepContext) -> None:
         """Move both codebooks."""

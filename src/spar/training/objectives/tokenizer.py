@@ -21,7 +21,7 @@ from spar.training.cost import Cost, meta_input, part_cost
 from spar.training.data import TrainingData
 from spar.training.objectives.base import Networks, Objective, StepContext, Terms, check_at_least
 from spar.training.objectives.common import add_latent_noise, image_side, measure_scale, refuse_model_folder
-from spar.training.teacher import perceptual_networks
+from spar.training.teacher import PERCEPTUAL_MACS, perceptual_networks
 
 if TYPE_CHECKING:
     from spar.training.modules import TrainingModules
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from spar.training.systems.spar import SparRecipe
 
 TEACHER_FROM_ENCODER, TEACHER_FROM_FOLDER = "teacher from encoder", "teacher from folder"
-# Multiply-adds of the perceptual networks on 224 x 224 pixels, from torchvision's tables (VGG16 and ConvNeXt-S).
-PERCEPTUAL_MACS = {"lpips": 15.47e9, "convnext": 8.68e9}
 
 
 @dataclass(frozen=True)
