@@ -1,6 +1,7 @@
 """Bad samples: found at the latest by decoding, counted and logged; too large a share of them ends the run."""
 
 import json
+import math
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from spar.data.samples import BadSample, Sample
 from spar.processing.images import open_training_image
 
 MIN_SAMPLES = 1000  # samples before the share is checked
+CHANCE = 3.0  # standard deviations of the number of bad ones that a set within the budget may show
 
 
 @dataclass(frozen=True)
@@ -51,16 +53,23 @@ class BadSampleTracker:
         self.seen = self.bad = 0
         self.named: dict[BadSampleRecord, None] = dict.fromkeys(_read(path))
 
-    def count(self, seen: int, bad: tuple[BadSampleRecord, ...]) -> None:
+    def count(self, seen: int, bad: tuple[BadSampleRecord, ...], replaced: int | None = None) -> None:
         """Add a number of samples, and the bad ones among them.
 
+        Args:
+            seen: samples.
+            bad: those that were found bad.
+            replaced: how many of the samples were bad, where more were tried in their place; by default all of `bad`.
+
         Raises:
-            InputError: the share is above the limit; the message has the last reason and the file of all.
+            InputError: the share is above the limit by more than chance explains; the message has the last reason and
+                the file of all.
         """
         self.seen += seen
-        self.bad += len(bad)
+        self.bad += len(bad) if replaced is None else replaced
         self.write(bad)
-        if self.seen >= MIN_SAMPLES and self.bad > self.limit * self.seen:
+        admitted = self.limit * self.seen
+        if self.seen >= MIN_SAMPLES and self.bad > admitted + CHANCE * math.sqrt(admitted):
             where = f"; all are named in {str(self.path)!r}" if self.path else ""
             last = next(reversed(self.named))
             raise InputError(

@@ -5,7 +5,9 @@ the order of their steps, and resuming starts at the requested step.
 """
 
 import logging
+import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -21,9 +23,14 @@ from spar.data.bad_samples import BadSampleRecord, BadSampleTracker, decode_imag
 from spar.data.buckets import Size
 from spar.data.mixture import BatchIndices, Mixture
 from spar.data.samples import BadSample, Kind, Sample, check_references
+from spar.data.sources import DataSource
 from spar.processing.images import to_size
 
-MAX_TRIES = 16  # neighbours tried as replacements of one bad sample
+# Neighbours tried as replacements of one bad sample: the first number, or as many as the budget of bad samples admits
+# in the whole source, up to the second. A cluster of bad samples within the budget ends no run.
+MIN_TRIES, MAX_TRIES = 16, 1000
+READ_TRIES, READ_PAUSE = 3, 0.2  # of a sample whose file cannot be read at the moment, and seconds between them
+SHARED_MEMORY = Path("/dev/shm")
 PREFETCH = 2  # batches that each worker may be ahead
 
 log = logging.getLogger("spar.data")
@@ -37,7 +44,7 @@ class LoaderBatch:
     inputs: uint8 [r, 3, H, W], the references of all edits, one sample's together; r is 0 for text-to-image.
     owners: int64 [r], the row that each reference belongs to.
     texts, keys, sources: of each row. `places`: its source's identity and its number there, a unique pair.
-    `bad` has the samples that these rows replace.
+    `bad` has the samples that were passed over for these rows, of which `replaced` do not have their own.
     """
 
     step: int
@@ -50,6 +57,7 @@ class LoaderBatch:
     sources: tuple[str, ...]
     places: tuple[tuple[str, int], ...] = ()
     bad: tuple[BadSampleRecord, ...] = ()
+    replaced: int = 0
 
 
 def to_pixels(images: Tensor, device: torch.device | str = "cpu") -> Tensor:
@@ -114,6 +122,7 @@ class Loader:
             return
         # The batch that is being read and the PREFETCH ones of each worker have a slot each.
         slots = self.workers * PREFETCH + 1
+        check_shared_memory(_StepDataset.bytes_of(self, slots))
         steps = _StepDataset(self, slots)
         loaded = DataLoader(
             steps, batch_size=None, sampler=numbers, num_workers=self.workers, prefetch_factor=PREFETCH,
@@ -126,8 +135,12 @@ class Loader:
         """Build the batch of a step in this process."""
         indices = self.mixture.batch_indices(step, self.rank, self.world)
         bad: list[BadSampleRecord] = []
+        rows, replaced = [], 0
         try:
-            rows = [self._row(indices, row, bad) for row in range(len(indices.slot))]
+            for row in range(len(indices.slot)):
+                before = len(bad)
+                rows.append(self._row(indices, row, bad))
+                replaced += len(bad) > before
         except InputError as error:
             return _Failure(str(error), tuple(bad))
         numbers, samples, images = zip(*rows, strict=True)
@@ -139,7 +152,7 @@ class Loader:
             _stack([reference for _, *references in images for reference in references], size),
             torch.tensor(owners, dtype=torch.long), tuple(sample.text for sample in samples),
             tuple(sample.key for sample in samples), tuple(source.name for source in sources),
-            tuple(zip((source.identity for source in sources), numbers, strict=True)), tuple(bad),
+            tuple(zip((source.identity for source in sources), numbers, strict=True)), tuple(bad), replaced,
         )  # fmt: skip
 
     def _row(self, indices: BatchIndices, row: int, bad: list[BadSampleRecord]) -> tuple[int, Sample, list[np.ndarray]]:
@@ -148,10 +161,11 @@ class Loader:
         Images are uint8 [H, W, 3], cropped to the bucket's size.
         """
         source = self.mixture.sources[int(indices.source[row])]
-        for neighbour in range(MAX_TRIES + 1):
+        tries = min(MAX_TRIES, max(MIN_TRIES, int(self.bad_samples.limit * len(source))), len(source) - 1)
+        for neighbour in range(tries + 1):
             try:
                 number = self.mixture.sample_index(indices, row, neighbour)
-                sample = source.read(number)
+                sample = read_again(source, number)
                 if self.captions and not sample.text:
                     raise BadSample(sample.key, sample.origin, "expected a caption, got none")
                 if self.one_reference:
@@ -166,7 +180,7 @@ class Loader:
             except BadSample as error:
                 bad.append(BadSampleRecord(source.name, error.origin, error.key, error.reason))
         raise InputError(
-            f"expected a good sample among {MAX_TRIES + 1} neighbours in {source.name!r}, got none; the last one, "
+            f"expected a good sample among {tries + 1} neighbours in {source.name!r}, got none; the last one, "
             f"{bad[-1].key!r}: {bad[-1].reason}"
         )
 
@@ -174,8 +188,44 @@ class Loader:
         if isinstance(batch, _Failure):
             self.bad_samples.write(batch.bad)
             raise InputError(batch.message)
-        self.bad_samples.count(len(batch.images), batch.bad)
+        self.bad_samples.count(len(batch.images), batch.bad, batch.replaced)
         return batch
+
+
+def read_again(source: DataSource, number: int) -> Sample:
+    """A sample of a source; a read that fails is tried again, since a network's file system may be away for a moment.
+
+    Raises:
+        BadSample: it cannot be read.
+    """
+    for attempt in range(READ_TRIES):
+        try:
+            return source.read(number)
+        except OSError as error:
+            if attempt == READ_TRIES - 1:
+                raise BadSample(
+                    f"number {number}", source.name,
+                    f"cannot be read after {READ_TRIES} tries: {error.strerror or error}",
+                ) from error
+            time.sleep(READ_PAUSE)
+    raise AssertionError
+
+
+def check_shared_memory(wanted: int, folder: Path = SHARED_MEMORY) -> None:
+    """Refuse workers whose batches would not fit into shared memory: writing beyond its end kills them.
+
+    Raises:
+        InputError: with what is there and the ways out.
+    """
+    if not folder.is_dir():
+        return
+    free = shutil.disk_usage(folder).free
+    if wanted > free:
+        raise InputError(
+            f"data.workers: expected {wanted / 2**20:.0f} MiB of shared memory for the workers' batches, got "
+            f"{free / 2**20:.0f} MiB free in {folder}: give the container more (docker run --shm-size), or load in "
+            "this process (--data.workers 0)"
+        )
 
 
 @dataclass(frozen=True)
@@ -202,10 +252,15 @@ class _StepDataset(Dataset):
 
     def __init__(self, loader: Loader, slots: int) -> None:
         self.loader = loader
+        shape = (slots, self.bytes_of(loader, slots) // slots)
+        self.memory = torch.empty(shape, dtype=torch.uint8).share_memory_()
+
+    @staticmethod
+    def bytes_of(loader: Loader, slots: int) -> int:
+        """Shared memory that so many slots take."""
         sizes = loader.mixture.buckets if loader.known is None else [(1, 1)]
         pixels = max(width * height for width, height in sizes)
-        shape = (slots, loader.mixture.batch // loader.world * pixels * 3)
-        self.memory = torch.empty(shape, dtype=torch.uint8).share_memory_()
+        return slots * (loader.mixture.batch // loader.world) * pixels * 3
 
     def __getitem__(self, step: int) -> "LoaderBatch | _Failure":
         batch = self.loader._build(step)
