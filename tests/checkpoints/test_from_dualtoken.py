@@ -120,6 +120,23 @@ def test_image_tokens_take_spare_rows_and_both_tokenizers_come_along(built, tmp_
     assert all(torch.equal(own[key], value) for key, value in again.model.state_dict().items())
 
 
+def test_control_tokens_of_the_llm_and_of_images_are_refused_in_prompts(qwen, tmp_path):
+    """The image tokens come beside Qwen's own special tokens, not in their place."""
+    from spar.checkpoints.formats.internvl import open_text_tokenizer
+    from spar.checkpoints.from_dualtoken import with_image_tokens
+    from spar.processing.prompts import PromptEncoder
+
+    own = words(eos_token="<|im_end|>", extra_special_tokens=["<|im_start|>"])
+    own.save_pretrained(tmp_path)
+    tokenizer = with_image_tokens(open_text_tokenizer(tmp_path), tmp_path)
+    tokenizer.save_pretrained(tmp_path / "again")
+    for one in (tokenizer, open_text_tokenizer(tmp_path / "again")):
+        assert {"<|im_start|>", "<|im_end|>", "<img>", "<IMG_CONTEXT>", "</img>"} <= set(one.all_special_tokens)
+        for token in ("<|im_start|>", "<IMG_CONTEXT>"):
+            with pytest.raises(InputError, match="control tokens"):
+                PromptEncoder(one, 4).check(f"a red {token} circle", "prompt", 64)
+
+
 def test_the_manifest_says_what_is_published_and_what_is_random(built):
     parts = built.manifest["parts"]
     assert {parts["tokenizer.encoder"], parts["tokenizer.text_tower"]} == {"vision"} and parts["language"] == "llm"

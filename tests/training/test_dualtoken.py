@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import signal
 from dataclasses import fields, replace
 from types import SimpleNamespace
@@ -180,7 +181,7 @@ def test_the_tokenizers_terms_are_weighed_as_named(dual_run):
     for quantizer in ctx.modules.model.tokenizer.quantizers.values():
         quantizer.codebook.normal_()
     terms = objective(ctx, batch)
-    wanted = 5 * terms["mse"] + 5 * (terms["semantic_mse"] + terms["semantic_cosine"])
+    wanted = 20 * terms["mse"] + 5 * (terms["semantic_mse"] + terms["semantic_cosine"])
     wanted = wanted + terms["pooled_mse"] + terms["pooled_cosine"]
     wanted = wanted + 5 * (terms["commitment_pixel"] + terms["commitment_semantic"])
     torch.testing.assert_close(terms["loss"], wanted)
@@ -288,3 +289,48 @@ def test_what_a_step_costs_is_counted_part_by_part():
     assert least < unified.flops / unified.stage.batch < 1.25 * least
     encoder = 6 * 427e6 * image_tokens
     assert tokenizer.flops / tokenizer.stage.batch > encoder and tokenizer.seconds > unified.seconds > 0
+
+
+def test_prompts_of_edits_in_words_read_the_images_codes(dual_run):
+    data = UnifiedLessons(("count",), caption_share=0.0, prompt_share=1.0, edit_prompts=1.0)
+    ctx, _, batch = begin(dual_run, "mllm", data=data)
+    assert math.isfinite(float(ctx.stage.objective(ctx, batch)["loss"].detach()))
+
+
+def test_a_built_folder_trains_and_a_trained_one_is_refused_where_its_codebooks_would_go(dual_run, tmp_path):
+    """What spar build makes begins the tokenizer; of a finished model the LLM alone goes on."""
+    from spar.checkpoints.dualtoken_format import save_dualtoken
+
+    loaded = load_dualtoken(dual_run.path / "model")
+    built = replace(loaded, manifest={"parts": {"tokenizer.reduce_pixel": "random weights of seed 0"}})
+    save_dualtoken(built, tmp_path / "built")
+    begins = replace(TINY, stages=TINY.stages[1:], published=("model.tokenizer.encoder",))
+    assert train(begins, tmp_path / "run", stages=("tokenizer",), init_from=tmp_path / "built") is not None
+    with pytest.raises(InputError, match="holds a trained tokenizer, of which a finished model keeps no teacher"):
+        train(begins, tmp_path / "other", stages=("tokenizer",), init_from=dual_run.path / "model")
+    last = train(TINY, tmp_path / "tuned", stages=("finetune",), init_from=dual_run.path / "model")
+    before, after = loaded.model.state_dict(), last.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before if key.startswith("tokenizer."))
+    assert any(not torch.equal(before[key], after[key]) for key in before if key.startswith("language."))
+
+
+def test_data_sets_on_disk_are_cut_to_the_one_size_of_the_model(dual_run, tmp_path):
+    """Also where patches do not divide it, as 14 pixels do not divide 384."""
+    import numpy as np
+    from PIL import Image
+
+    from spar.training.files_data import FilesData
+
+    images = tmp_path / "images"
+    images.mkdir()
+    for index in range(6):
+        noise = np.random.default_rng(index).integers(0, 256, (80, 90, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(images / f"{index}.png")
+    lines = (f'{{"file_name": "{index}.png", "text": "a red circle"}}\n' for index in range(6))
+    (images / "metadata.jsonl").write_text("".join(lines))
+    vision, decoder = replace(TINY.model.vision, patch_size=7), replace(TINY.model.decoder, grid=8)
+    odd = replace(TINY.model, vision=vision, decoder=decoder)                  # 9 x 9 patches of 63 of 64 pixels
+    recipe_on_files = replace(TINY, model=odd, data=FilesData(sets=(str(images),), workers=0))
+    stage = replace(TINY.stage("unified"), data=CaptionData())
+    shutil.copytree(dual_run.path / "model" / "text_tokenizer", tmp_path / "run" / "text_tokenizer")
+    assert train(replace(recipe_on_files, stages=(stage,)), tmp_path / "run") is not None

@@ -57,3 +57,40 @@ def test_what_was_asked_for_is_noted_once():
         os.kill(os.getpid(), signal.SIGHUP)
         assert interruption.stopped
     assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_a_signal_that_the_process_ignores_stays_ignored():
+    """As under nohup, which ignores SIGHUP for what it starts."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with listening() as interruption:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interruption.stopped
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_second_ctrl_c_ends_at_once_and_a_passed_on_one_does_not(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("spar.training.interruption.time.monotonic", lambda: now[0])
+    interruption = Interruption()
+    interruption.note(signal.SIGINT)
+    now[0] += 1.0
+    interruption.note(signal.SIGINT)
+    assert interruption.stopped
+    now[0] += 2.0
+    with pytest.raises(KeyboardInterrupt):
+        interruption.note(signal.SIGINT)
+
+
+@pytest.mark.slow
+def test_an_error_with_living_workers_ends_the_process(tmp_path):
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "import torch\nfrom torch.utils.data import DataLoader\nfrom spar.data.loader import _begin_worker\n"
+        "def numbers():\n"
+        "    yield from DataLoader(list(range(1000)), num_workers=2, worker_init_fn=_begin_worker)\n"
+        "batches = numbers()\nnext(batches)\nraise RuntimeError('out of memory')\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and "out of memory" in done.stderr

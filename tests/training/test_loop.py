@@ -657,3 +657,37 @@ def test_states_hold_no_pickle(stopped):
         "average.safetensors", "meta.json", "modules.safetensors", "optimizer.safetensors"
     ]
     shutil.rmtree(folder)
+
+
+def test_a_damaged_newer_state_is_gone_before_the_next_save(start, tmp_path, tiny_run):
+    """Else it would be put in the place of the whole one, and a kill in between would leave nothing."""
+    often = replace(tiny_run.recipe, save_minutes=0.0)
+    go(start("encoder", recipe=often, steps=5), tmp_path, report=interrupt(2))
+    folder = tmp_path / "encoder" / "state"
+    flip(folder / "modules.safetensors")
+    names = []
+    go(start("encoder", recipe=replace(often, save_minutes=60.0), steps=5), tmp_path, resume=True,
+       report=lambda *_: names.append(sorted(path.name for path in folder.parent.iterdir())))  # fmt: skip
+    assert names[0] == ["state.1"]
+
+
+def test_a_state_whose_removal_was_broken_off_is_none(start, tmp_path, tiny_run, monkeypatch):
+    go(start("encoder", steps=3), tmp_path, report=interrupt(1))
+    folder = tmp_path / "encoder" / "state"
+    from spar.training import checkpoint
+
+    real = checkpoint.shutil.rmtree
+    removed = []
+
+    def broken_off(path, **keywords):
+        removed.append(Path(path).name)
+        if Path(path).exists() and Path(path).suffix == ".trash":
+            (Path(path) / "meta.json").unlink()
+            raise KeyboardInterrupt
+        real(path, **keywords)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.remove_states(folder)
+    monkeypatch.undo()
+    assert find_state(folder) is None and [path.name for path in folder.parent.iterdir()] == ["state.trash"]

@@ -365,3 +365,17 @@ def test_the_run_of_an_earlier_version_is_refused_as_such(tmp_path):
         with pytest.raises(InputError, match="written by an earlier version of spar"):
             refused()
 
+
+
+def test_damaged_states_bar_no_stage_that_does_not_resume_from_them(tiny_run, tmp_path):
+    """Of a stage that is done they are nothing, and a stage that is trained anew asks for none."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run.path / "dit", run / "dit")
+    for stage in ("dit", "places-1"):
+        (run / stage / "state").mkdir(parents=True)
+    status = read_run(TINY, run)
+    assert "dit" in status.done and set(status.damaged) == {"places-1"} and not status.states
+    with pytest.raises(InputError, match="places-1: no saved state is whole: state .meta.json is missing"):
+        resolve(TINY, status, stages=("places-1",), resume=True, from_scratch=True)
+    init = replace(status, init=InitFolder(Path("x"), False, "unified"))
+    assert resolve(TINY, init, stages=("places-1",)).stages[0].start.source == "folder"

@@ -66,3 +66,21 @@ def test_a_training_holds_its_folder_and_a_second_one_is_refused(tiny_run, tmp_p
     assert train(recipe("tiny"), run, **begin, report=second) is not None
     assert refused and not (run / LOCK).exists()
     assert (run / "model" / "config.json").is_file()
+
+
+def test_a_forked_child_does_not_hold_the_lock_beyond_its_parent(tmp_path):
+    script = (
+        "import os, sys, time, pathlib\nfrom spar.training.run_lock import run_lock\n"
+        "with run_lock(pathlib.Path(sys.argv[1])):\n"
+        "    if os.fork() == 0:\n        print(os.getpid(), flush=True); time.sleep(60)\n"
+        "    time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    try:
+        parent.kill()
+        parent.wait()
+        with run_lock(tmp_path):
+            pass
+    finally:
+        os.kill(child, 9)

@@ -158,7 +158,9 @@ def with_image_tokens(tokenizer: Any, folder: Path) -> Any:
     Raises:
         InputError: a tokenizer without ChatML's turns or a padding token.
     """
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_START, IMAGE_TOKEN, IMAGE_END]})
+    tokenizer.add_special_tokens(
+        {"extra_special_tokens": [IMAGE_START, IMAGE_TOKEN, IMAGE_END]}, replace_extra_special_tokens=False
+    )
     turn_end = tokenizer.convert_tokens_to_ids(TURN_END)
     if turn_end in (None, tokenizer.unk_token_id) or tokenizer.pad_token_id is None:
         raise InputError(f"{folder}: expected a tokenizer with {TURN_END} and a padding token")

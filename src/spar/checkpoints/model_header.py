@@ -70,7 +70,7 @@ def model_type(folder: Path) -> str:
     check_is_folder(folder, "spar")
     header = read_json(folder / "config.json")
     found = header.get(MODEL_TYPE, "spar")
-    if found not in TITLES:
+    if not isinstance(found, str) or found not in TITLES:
         raise InputError(f"{folder}: expected a model_type of {', '.join(TITLES)} in config.json, got {found!r}")
     return found
 

@@ -18,8 +18,8 @@ class ListenArguments(ModelArguments):
     """Address to listen on; any but this machine's own needs a token."""
     port: int = DEFAULT_PORT
     """Port; 0 takes a free one."""
-    also: UseAppendAction[tuple[Path, ...]] = ()
-    """A further model to serve beside --model, once for each; requests and page choose among them by name."""
+    also: UseAppendAction[tuple[str, ...]] = ()
+    """PATH or NAME=PATH of a further model to serve beside --model, once for each; requests and page choose by name."""
     token_file: Path | None = None
     """File with the required token; by default the variable SPAR_API_TOKEN, if set."""
 

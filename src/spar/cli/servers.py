@@ -79,12 +79,17 @@ def _load_all(args: ListenArguments) -> dict[str, "Pipeline"]:
     """The pipelines of --model and of each --also, by name; InputError where two have the same one."""
     from spar.serving.app import served_name
 
-    pipes: dict[str, Pipeline] = {}
-    for path in (args.model, *args.also):
-        pipe = loading.load_pipeline(replace(args, model=path, adapter=args.adapter if path == args.model else None))
-        name = served_name(pipe)
+    first = loading.load_pipeline(args)
+    pipes = {served_name(first): first}
+    for one in args.also:
+        name, sign, path = one.partition("=") if not Path(one).exists() else ("", "", one)
+        try:
+            pipe = loading.load_pipeline(replace(args, model=Path(path if sign or not name else one), adapter=None))
+        except InputError as error:
+            raise InputError(f"--also {one}: {error}") from error
+        name = name if sign else served_name(pipe)
         if name in pipes:
-            raise InputError(f"--also: expected models of different names, got two named {name}")
+            raise InputError(f"--also {one}: a model named {name} is served already; give it another one: NAME={path}")
         pipes[name] = pipe
     return pipes
 

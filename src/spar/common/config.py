@@ -9,7 +9,7 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -106,9 +106,13 @@ def _class_of_kind(cls: type, values: dict[str, Any], name: str, registry: Regis
     return kinds[kind], {key: value for key, value in values.items() if key != "kind"}
 
 
-def changes_no_result(default: Any = dataclasses.MISSING) -> Any:
-    """A field of a dataclass that no result depends on, such as how often something is logged."""
-    return dataclasses.field(default=default, metadata={_NO_RESULT: True})
+def changes_no_result(default: Any = dataclasses.MISSING, *, but: Callable[[Any], Any] = lambda _: None) -> Any:
+    """A field of a dataclass that no result depends on, such as how often something is logged.
+
+    Args:
+        but: what of its value results do depend on after all.
+    """
+    return dataclasses.field(default=default, metadata={_NO_RESULT: but})
 
 
 def decisive(values: Any, config: Any) -> Any:
@@ -119,8 +123,8 @@ def decisive(values: Any, config: Any) -> Any:
         return values
     kept = dict(values)
     for item in dataclasses.fields(config):
-        if item.metadata.get(_NO_RESULT):
-            kept.pop(item.name, None)
+        if _NO_RESULT in item.metadata and item.name in kept:
+            kept[item.name] = item.metadata[_NO_RESULT](kept[item.name])
         elif item.name in kept:
             kept[item.name] = decisive(kept[item.name], getattr(config, item.name))
     return kept

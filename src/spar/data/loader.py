@@ -5,6 +5,7 @@ the order of their steps, and resuming starts at the requested step.
 """
 
 import logging
+import os
 import shutil
 import signal
 import time
@@ -31,6 +32,7 @@ from spar.processing.images import to_size
 MIN_TRIES, MAX_TRIES = 16, 1000
 READ_TRIES, READ_PAUSE = 3, 0.2  # of a sample whose file cannot be read at the moment, and seconds between them
 SHARED_MEMORY = Path("/dev/shm")
+WORKER_GRACE = 10  # seconds
 PREFETCH = 2  # batches that each worker may be ahead
 
 log = logging.getLogger("spar.data")
@@ -237,10 +239,17 @@ class _Failure:
 
 
 def _begin_worker(_: int) -> None:
-    """Leave signals to the training, which saves: one to the whole process group reaches its workers too."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+    """Leave signals to the training, which saves: one to the whole process group reaches its workers too.
+
+    After SIGTERM a worker stays for WORKER_GRACE seconds and then leaves in peace: torch sends it as well, to workers
+    of a training that failed, and a worker that dies by it would end the training in the middle of its save.
+    """
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
 
 
 class _StepDataset(Dataset):

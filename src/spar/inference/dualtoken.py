@@ -208,6 +208,7 @@ class DualTokenPipeline(Pipeline):
             quantized: whether the image's feature is that of its semantic codes, or the encoder's own.
         """
         texts = self._texts(labels, "label")
+        check_range("labels", len(texts), 1, limits.MAX_LABELS)
         tower, pixels = self.model.tokenizer.text_tower, self._squares(image)
         tokenizer = self.bundle.tower_tokenizer or self.text_tokenizer
         ids = tower_tokens(tokenizer, texts, tower.config.positions).to(self.device)

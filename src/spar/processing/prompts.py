@@ -67,7 +67,12 @@ class PackedBatch:
 def tower_tokens(tokenizer: Any, texts: Sequence[str | None], length: int) -> Tensor:
     """Texts for SigLIP's text tower, `[B, length]`: in lower case, with the tokenizer's own end, cut or padded on the
     right; None is an empty text.
+
+    Raises:
+        InputError: a tokenizer without a padding token.
     """
+    if tokenizer.pad_token_id is None:
+        raise InputError("expected a text tower's tokenizer with a padding token, got none")
     written = [(text or "").lower() for text in texts]
     found = tokenizer(written, padding="max_length", max_length=length, truncation=True, padding_side="right")
     return torch.tensor(found["input_ids"])

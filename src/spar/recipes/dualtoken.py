@@ -33,6 +33,7 @@ TOKENIZER = (
 )  # fmt: skip
 LANGUAGE = ("model.language.*", "model.embedder.*")
 HEADS = ("model.pixel_head.*", "model.semantic_head.*")
+_PIXELS_AND_WORDS = DualTokenizerObjective(mse=5.0, perceptual=0.02, gan=0.0)
 _WORDS = UnifiedLessons(QUESTIONS, per_image=8, caption_share=0.0, scene_kinds=MIXTURE)
 
 STAGES = (
@@ -41,11 +42,11 @@ STAGES = (
         data=TaggedCaptionData(), steps=1500, batch=32, lr=2.5e-3, lr_end=2e-5, warmup=50, optimizer="muon",
     ),
     StageConfig(
-        "tokenizer", DualTokenizerObjective(perceptual=0.02, gan=0.0), TOKENIZER, steps=1500, batch=32, lr=2e-3,
-        lr_end=1e-4, warmup=50, max_grad_norm=0.3, lr_multipliers=((TOWERS[0], 0.2),), optimizer="muon",
+        "tokenizer", _PIXELS_AND_WORDS, TOKENIZER, steps=1500, batch=32, lr=2e-3, lr_end=1e-4, warmup=50,
+        max_grad_norm=0.3, lr_multipliers=((TOWERS[0], 0.2),), optimizer="muon",
     ),
     StageConfig(
-        "tokenizer-gan", DualTokenizerObjective(perceptual=0.02, gan=0.01, lecam=1e-3), (*TOKENIZER, "discriminator.*"),
+        "tokenizer-gan", replace(_PIXELS_AND_WORDS, gan=0.01, lecam=1e-3), (*TOKENIZER, "discriminator.*"),
         steps=300, batch=32, lr=2e-4, lr_end=1e-5, warmup=20, max_grad_norm=0.3, lr_multipliers=((TOWERS[0], 0.2),),
         optimizer="muon",
     ),

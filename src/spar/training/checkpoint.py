@@ -43,11 +43,12 @@ class TrainState:
 
 @dataclass(frozen=True)
 class FoundState:
-    """The newest whole state of a stage: its folder, how far it is, and why newer ones were passed over."""
+    """The newest whole state of a stage: its folder, how far it is, and the damaged newer ones with why they are."""
 
     path: Path
     state: TrainState
     passed: tuple[str, ...] = ()
+    damaged: tuple[Path, ...] = ()
 
 
 def save_folder(
@@ -153,11 +154,13 @@ def find_state(folder: Path) -> FoundState | None:
         InputError: there are states, but none is whole.
     """
     passed: list[str] = []
+    damaged: list[Path] = []
     for path in _states(folder):
         reason = damage(path)
         if reason is None:
-            return FoundState(path, _train_state(path), tuple(passed))
+            return FoundState(path, _train_state(path), tuple(passed), tuple(damaged))
         passed.append(f"{path.name} ({reason})")
+        damaged.append(path)
     if passed:
         raise InputError(
             f"{folder.parent}: no saved state is whole: {', '.join(passed)}; train the stage anew "
@@ -174,9 +177,18 @@ def _states(folder: Path) -> list[Path]:
 
 
 def remove_states(folder: Path) -> None:
-    """Remove all saved states of a stage."""
-    for path in (folder, folder.with_name(folder.name + ".old"), *_states(folder)):
-        shutil.rmtree(path, ignore_errors=True)
+    """Remove all saved states of a stage, the oldest first."""
+    discard([*reversed(_states(folder)), folder.with_name(folder.name + ".old"), folder])
+
+
+def discard(folders: Sequence[Path]) -> None:
+    """Remove folders; one that is broken off in the middle of it is no state any more, nor a damaged one."""
+    for path in folders:
+        trash = path.with_name(path.name + ".trash")
+        shutil.rmtree(trash, ignore_errors=True)
+        if path.exists():
+            path.rename(trash)
+            shutil.rmtree(trash, ignore_errors=True)
 
 
 def _write_group(folder: Path, name: str, group: dict[str, Tensor], parallel: DistributedContext) -> Path | None:

@@ -115,8 +115,13 @@ class Recipe(ABC):
 
     @property
     def token_stride(self) -> int:
-        """The side of a visual token in pixels, which divides that of an image."""
+        """The side of a visual token in pixels."""
         raise InputError(f"a recipe of {self.kind} does not say what size its visual tokens have")
+
+    @property
+    def size_multiple(self) -> int:
+        """What the sides of its images are multiples of."""
+        return self.token_stride
 
     @property
     def feature_width(self) -> int:

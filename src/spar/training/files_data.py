@@ -44,7 +44,7 @@ class FilesData(DataConfig):
 
     kind: ClassVar[str] = "files"
     serves: ClassVar[tuple[type[StageData], ...]] = (ImageData, CaptionData, MixedData)
-    sets: tuple[str, ...] = changes_no_result()  # where they lie; `data.json` holds which samples they have
+    sets: tuple[str, ...] = changes_no_result(but=lambda sets: [weight for weight, _ in weighted_sets(sets)])
     workers: int = changes_no_result(4)
     bad_share: float = changes_no_result(0.01)
     max_aspect: float = 1.0
@@ -224,7 +224,7 @@ class FilesTrainingData(TrainingData):
         stage: StageConfig | None = None,
     ) -> Mixture:  # fmt: skip
         side = (stage.image_size if stage else None) or self.recipe.image_size
-        buckets = make_buckets(side, aspect, self.recipe.token_stride)
+        buckets = make_buckets(side, aspect, self.recipe.size_multiple)
         seed = int(self.rng(f"order-{stage.name}" if stage else "order", 0).integers(0, 2**31))
         return Mixture(sources, weights, batch=batch, seed=seed, buckets=buckets)
 

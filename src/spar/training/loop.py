@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from spar.common.config import to_dict
 from spar.common.errors import InputError
 from spar.data.batches import Images
-from spar.training.checkpoint import TrainState, find_state, load_into, optimizer_tensors, save_folder
+from spar.training.checkpoint import TrainState, discard, find_state, load_into, optimizer_tensors, save_folder
 from spar.training.config import StageConfig, freeze
 from spar.training.data import TrainingData
 from spar.training.distributed import all_reduce_replicated_grads, no_sync, wrap_distributed_errors, wrap_modules
@@ -150,6 +150,9 @@ def begin_stage(ctx: StepContext, run: Path, *, resume: bool) -> StageRun:
         if found.passed:
             passed = ", ".join(found.passed)
             log.warning("stage %s: passed over %s; going on from %s", stage.name, passed, found.path.name)
+            if ctx.parallel.main:  # else the next save would put one in the whole state's place
+                discard(found.damaged)
+            ctx.parallel.barrier()
         load_into(modules.state_dict(), found.path, "modules")
         load_into(optimizer_tensors(optimizers, names), found.path, "optimizer")
         if average:
@@ -193,7 +196,8 @@ def run_stage(
             if step % ctx.recipe.log_every == 0 or step == stage.steps - 1:
                 log_step(ctx, going, step, terms, norm, report)
             late = time.monotonic() - going.saved_at > 60 * ctx.recipe.save_minutes
-            stopped, due = ctx.parallel.any_process(signals.stopped, late or signals.take_save())
+            asked = signals.take_save()
+            stopped, due = ctx.parallel.any_process(signals.stopped, late or asked)
             if stopped or due:
                 going.save_state(ctx, step + 1)
             if stopped:

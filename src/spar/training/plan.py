@@ -147,8 +147,8 @@ def _kinds(objective: type[Objective]) -> set[str]:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """The stages of a run that have ended, its saved states by their steps, what its last stage left beside them, and
-    the folder to start from.
+    """The stages of a run that have ended, its saved states by their steps, what its last stage left beside them, the
+    folder to start from, and the stages whose saved states are all damaged, with the reason.
     """
 
     run: Path
@@ -156,24 +156,26 @@ class RunStatus:
     states: Mapping[str, int] = field(default_factory=dict)
     init: InitFolder | None = None
     model_parts: tuple[str, ...] = ()
+    damaged: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_run(recipe: Recipe, run: Path, init_from: Path | None = None) -> RunStatus:
     """Look at a run's folder, and at the folder that its first stage is to start from."""
-    found: dict[str, dict[str, int]] = {"done": {}, "state": {}}
+    done, states, damaged = dict[str, int](), dict[str, int](), dict[str, str]()
     for stage in recipe.stages:
-        for kind, steps in found.items():
-            folder = run / stage.name / kind
-            if kind == "state":
-                whole = find_state(folder)
-                state = whole and whole.state
-            else:
-                state = read_train_state(folder)
-            if state:
-                steps[stage.name] = state.step
+        ended = read_train_state(run / stage.name / "done")
+        if ended:
+            done[stage.name] = ended.step
+        try:
+            whole = None if ended else find_state(run / stage.name / "state")
+        except InputError as error:
+            damaged[stage.name] = str(error)
+            continue
+        if whole:
+            states[stage.name] = whole.state.step
     init = None if init_from is None else read_init_folder(recipe, init_from)
     parts = tuple(part for part in MODEL_PARTS if (run / part).is_dir())
-    return RunStatus(run, found["done"], found["state"], init, parts)
+    return RunStatus(run, done, states, init, parts, damaged)
 
 
 def read_init_folder(recipe: Recipe, folder: Path) -> InitFolder:
@@ -241,6 +243,8 @@ def resolve(
     planned: list[PlannedStage] = []
     voided: set[str] = set()
     done, states = (set(status.done), set(status.states)) if resume else (set[str](), set[str]())
+    if resume and (broken := [stage.name for stage in chosen if stage.name in status.damaged]):
+        raise InputError(status.damaged[broken[0]])
     for index, stage in enumerate(chosen):
         folder = status.run / stage.name
         if stage.name in done:

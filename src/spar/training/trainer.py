@@ -17,7 +17,7 @@ from spar.training.interruption import Interruption, listening
 from spar.training.loop import Report, run_stage, tune_allocator
 from spar.training.objectives.base import StepContext
 from spar.training.plan import PlannedStage, RunPlan, read_run, resolve
-from spar.training.run_folder import find_text_tokenizer, invalidate_later_stages, note_origin, open_run
+from spar.training.run_folder import check_run, find_text_tokenizer, invalidate_later_stages, note_origin, open_run
 from spar.training.run_lock import run_lock
 from spar.training.teacher import FrozenNetworks
 
@@ -102,9 +102,10 @@ def _execute(
     networks.load(chosen)
     modules = random_modules(recipe, parallel.device, networks)
     with parallel.main_first():
-        open_run(run, recipe, fresh=plan.fresh and parallel.main, main=parallel.main)
+        check_run(run, recipe, fresh=plan.fresh and parallel.main)
         if parallel.main:
             held.enter_context(run_lock(run))
+        open_run(run, recipe, fresh=plan.fresh and parallel.main, main=parallel.main)
     tune_allocator()
     prompts = recipe.prompts(find_text_tokenizer(recipe, run, plan.init_from, parallel))
     with parallel.main_first():

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from spar.common.errors import InputError
+from spar.common.limits import MAX_GUIDANCE, MAX_TEMPERATURE, MAX_TOP_K, check_int_range, check_range
 
 
 @dataclass(frozen=True)
@@ -24,15 +25,12 @@ class CodeSampling:
     guidance: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, value, right in (
-            ("temperature", self.temperature, 0 <= self.temperature < float("inf")),
-            ("top_k", self.top_k, self.top_k >= 0),
-            ("top_p", self.top_p, 0 < self.top_p <= 1),
-            ("guidance", self.guidance, 0 <= self.guidance < float("inf")),
-        ):
-            if not right:
-                expected = {"top_p": "above 0 and at most 1"}.get(name, "a finite number of at least 0")
-                raise InputError(f"{name}: expected {expected}, got {value}")
+        check_range("temperature", self.temperature, 0, MAX_TEMPERATURE)
+        check_int_range("top_k", self.top_k, 0, MAX_TOP_K)
+        check_range("top_p", self.top_p, 0, 1)
+        check_range("guidance", self.guidance, 0, MAX_GUIDANCE)
+        if not self.top_p > 0:
+            raise InputError(f"top_p: expected above 0 and at most 1, got {self.top_p}")
 
     def __str__(self) -> str:
         return (
@@ -52,7 +50,7 @@ def filtered(logits: Tensor, sampling: CodeSampling) -> Tensor:
 
     The likeliest code always remains.
     """
-    logits = logits / sampling.temperature
+    logits = (logits - logits.amax(1, keepdim=True)) / sampling.temperature
     if 0 < sampling.top_k < logits.shape[1]:
         least = logits.topk(sampling.top_k, dim=1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)

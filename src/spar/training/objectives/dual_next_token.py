@@ -72,12 +72,13 @@ class DualNextTokenObjective(NextTokenObjective):
 
     def read(self, ctx: StepContext, batch: Dialogues | Descriptions) -> tuple[PackedBatch, Tensor]:
         """As of SPAR's, with codes in place of features."""
-        model, codes = ctx.modules.model, None
+        model = ctx.modules.model
         if isinstance(batch, Dialogues):
-            packed, codes = ctx.prompts.pack(batch.turns), self.codes(ctx, batch)
+            packed = ctx.prompts.pack(batch.turns)
         else:
             packed = ctx.prompts.pack_descriptions(batch.prompts, batch.texts, edits=batch.edits)
         packed = packed.to(ctx.device)
+        codes = self.codes(ctx, batch) if isinstance(batch, Dialogues) or batch.edits else None
         embeddings = model.embed(packed.ids, codes)
         bias = attention_bias(packed.allowed, embeddings, causal=False)
         return packed, model.language(embeddings, bias, packed.positions)[0]

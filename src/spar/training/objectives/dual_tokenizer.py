@@ -23,6 +23,7 @@ from spar.training.cost import Cost, meta_input, part_cost
 from spar.training.data import TrainingData
 from spar.training.objectives.base import Networks, Objective, StepContext, Terms, check_at_least
 from spar.training.objectives.common import sample_images
+from spar.training.plan import RANDOM
 from spar.training.teacher import PERCEPTUAL_MACS, perceptual_networks
 
 if TYPE_CHECKING:
@@ -30,23 +31,26 @@ if TYPE_CHECKING:
     from spar.training.systems.dualtoken import DualTokenRecipe
 
 TEACHER_FROM_ENCODER, CODEBOOKS_FROM_DATA = "teacher from encoder", "codebooks from data"
+RANDOM_PART = "tokenizer.reduce_pixel"  # of a folder that spar build made, of random weights
 ADAPTIVE_RANGE = (0.3, 10.0)  # of the adversary's adaptive weight (public code)
 
 
 @dataclass(frozen=True)
 class DualTokenizerObjective(Objective["DualTokenRecipe"]):
-    """Weights of the named terms; 0 switches a term off. The defaults are those of the public code.
+    """Weights of the named terms; 0 switches a term off. The defaults are those of the public code, whose `mse` of 5 is
+    of pixels in [-1, 1]: 20 of ours in [0, 1].
 
     `mse` and `perceptual` are of the decoded image; `semantic` weighs squared error plus cosine distance between the
     quantised features and the teacher's at the semantic layer, `pooled` the same of the pooled features; `commitment`
-    weighs both vocabularies' commitment; `gan` is multiplied by the ratio of the gradients of reconstruction and
-    adversary at the decoder's last layer, and counts from the step `gan_start` on.
+    weighs both vocabularies' commitment; `gan` is multiplied by the ratio of the gradients of reconstruction (squared
+    error of pixels in [-1, 1] plus the perceptual term, unweighted) and adversary at the decoder's last layer, and
+    counts from the step `gan_start` on; the discriminator learns from the first.
     """
 
     kind: ClassVar[str] = "dual_tokenizer"
     takes: ClassVar[tuple[type[Images], ...]] = (Images,)
     clipped_apart: ClassVar[str | None] = "discriminator."
-    mse: float = 5.0
+    mse: float = 20.0
     perceptual: float = 1.0
     semantic: float = 5.0
     pooled: float = 1.0
@@ -79,6 +83,12 @@ class DualTokenizerObjective(Objective["DualTokenRecipe"]):
 
     def preparations(self, recipe: "DualTokenRecipe", stage: StageConfig, origin: "Origin") -> tuple[str, ...]:
         """Before the first stage of this kind the image tower becomes the teacher, and data begin the codebooks."""
+        init = origin.init
+        if init is not None and init.is_model and not init.parts.get(RANDOM_PART, "").startswith(RANDOM):
+            raise InputError(
+                f"stage {stage.name}: {init.path} holds a trained tokenizer, of which a finished model keeps no "
+                "teacher: start from the end of a stage (RUN/STAGE/done), or from a folder that spar build made"
+            )
         if origin.made_by(DualTokenizerObjective):
             return ()
         return (TEACHER_FROM_ENCODER, CODEBOOKS_FROM_DATA) if self._taught(recipe) else (CODEBOOKS_FROM_DATA,)
@@ -111,11 +121,12 @@ class DualTokenizerObjective(Objective["DualTokenRecipe"]):
         out = tokenizer(pixels, noise=self._noise(ctx, tokenizer))
         decoded = tokenizer.decoder(out.pixel.vectors, tokenizer.config.grid)
         terms: Terms = {"mse": mse(decoded, pixels)}
-        reconstruction = self.mse * terms["mse"]
+        loss, reconstruction = self.mse * terms["mse"], 4 * terms["mse"]       # the latter of pixels in [-1, 1]
         if self.perceptual:
             terms["perceptual"] = _perceptual(ctx, decoded, pixels)
-            reconstruction = reconstruction + self.perceptual * terms["perceptual"]
-        loss = reconstruction + self._semantic(ctx, batch, out, terms)
+            loss = loss + self.perceptual * terms["perceptual"]
+            reconstruction = reconstruction + terms["perceptual"]
+        loss = loss + self._semantic(ctx, batch, out, terms)
         for name in ("pixel", "semantic"):
             terms[f"commitment_{name}"] = getattr(out, name).commitment
             loss = loss + self.commitment * terms[f"commitment_{name}"]

@@ -1,14 +1,17 @@
 """DualToken under training: what its recipes say beyond their stages, and how its modules are built and saved."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from spar.checkpoints.dualtoken_format import DualTokenBundle, save_dualtoken
+from spar.checkpoints.dualtoken_format import DualTokenBundle, load_dualtoken, save_dualtoken
+from spar.checkpoints.model_header import load_text_tokenizer, read_manifest
+from spar.common.config import differences
 from spar.common.errors import InputError
 from spar.losses.adversarial import PatchDiscriminatorConfig
 from spar.models.attention import sincos_pos_embed_2d
@@ -21,6 +24,10 @@ from spar.training.bundle import run_manifest
 from spar.training.config import Recipe, StageConfig
 from spar.training.modules import ATTENTION_GAIN, init_xavier
 from spar.training.objectives.base import Networks
+from spar.training.objectives.contrastive import ContrastiveObjective
+from spar.training.plan import InitFolder
+
+log = logging.getLogger("spar.training")
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,10 @@ class DualTokenRecipe(Recipe):
         return self.model.vision.patch_size
 
     @property
+    def size_multiple(self) -> int:
+        return self.image_size  # the only one
+
+    @property
     def feature_width(self) -> int:
         return self.model.vision.hidden_size
 
@@ -71,7 +82,27 @@ class DualTokenRecipe(Recipe):
                 f"text.vocab_size: expected at least {len(tokenizer)} for this tokenizer, "
                 f"got {self.model.text.vocab_size}"
             )
+        paired = any(isinstance(stage.objective, ContrastiveObjective) for stage in self.stages)
+        if paired and len(tokenizer) > self.model.text_tower.vocab_size:
+            raise InputError(
+                f"text_tower.vocab_size: expected at least {len(tokenizer)} for this tokenizer, "
+                f"got {self.model.text_tower.vocab_size}"
+            )
         return PromptEncoder(tokenizer, self.model.grid**2, image_start=True)
+
+    def load_tokenizer(self, folder: Path) -> Any:
+        return load_text_tokenizer(folder, self.model.text)
+
+    def read_model(self, folder: Path) -> InitFolder:
+        parts = read_manifest(folder).get("parts")
+        parts = {str(part): str(origin) for part, origin in parts.items()} if isinstance(parts, dict) else {}
+        return InitFolder(folder, True, parts=parts)
+
+    def load_model(self, folder: Path) -> dict[str, Tensor]:
+        model = load_dualtoken(folder).model
+        for name, given, own in differences(model.config, self.model, "model"):
+            log.warning("%s was made with %s %r; this recipe has %r", folder, name, given, own)
+        return {f"model.{name}": value for name, value in model.state_dict().items()}
 
     def build(self, networks: Networks) -> "DualTrainingModules":
         modules = DualTrainingModules(self, networks)
