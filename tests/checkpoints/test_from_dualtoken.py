@@ -407,6 +407,7 @@ def test_the_commands_make_a_model(siglip, qwen, checkpoint, tmp_path, capsys, m
         ("build dualtoken-3b --mllm x --vision x --llm x -o out", "--mllm: not for this system"),
         ("build spar-1b --vision x -o out", "--vision: not for this system"),
         ("build spar-1b --mllm x -o out", "expected --autoencoder, --dit, a folder or Hub id each, got none"),
+        ("convert dualtoken x --vision x --llm x --router last -o out", "--router: not for this system"),
         ("convert dualtoken x --recipe spar-1b -o out", "expected a recipe of dualtoken, got spar-1b"),
         ("convert unilip x --recipe dualtoken-3b -o out", "expected a recipe of spar, got dualtoken-3b"),
     ],

@@ -177,6 +177,15 @@ def test_little_room_is_found(monkeypatch, tmp_path):
     assert not doctor.check_memory().ok
 
 
+def test_little_shared_memory_is_said_with_the_way_out(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "ENOUGH_SHARED", 2**62)
+    (found,) = doctor.check_shared_memory(tmp_path)
+    assert found.ok is None and str(tmp_path) in found.found and "--shm-size" in found.fix
+    monkeypatch.setattr(doctor, "ENOUGH_SHARED", 1)
+    assert [check.ok for check in doctor.check_shared_memory(tmp_path)] == [True]
+    assert list(doctor.check_shared_memory(tmp_path / "none")) == []
+
+
 def test_memory_is_what_the_system_or_its_container_leaves(tmp_path):
     assert doctor.available_memory(tmp_path) is None
     (tmp_path / "proc").mkdir()

@@ -20,6 +20,7 @@ from spar.training import bundle
 from spar.training import trainer as module
 from spar.training.checkpoint import checksum, load_group, save_folder, write_meta
 from spar.training.config import Recipe
+from spar.training.files_data import FilesData
 from spar.training.initial_weights import random_modules
 from spar.training.objectives.next_token import NextTokenObjective
 from spar.training.objectives.tokenizer import TokenizerObjective
@@ -517,3 +518,11 @@ def test_a_change_that_counts_is_named_with_both_values(tmp_path):
     ):
         with pytest.raises(InputError, match=f"holds a run of another recipe {said}; give its own flags"):
             open_run(run, changed, fresh=False)
+
+
+def test_a_change_late_in_a_long_setting_shows_where_it_begins(tmp_path):
+    base = recipe("spar-1b")
+    first, second = (replace(base, data=FilesData(sets=("set",), cache="/a" * 60 + end)) for end in ("/one", "/two"))
+    open_run(tmp_path, first, fresh=True)
+    with pytest.raises(InputError, match=r"\(data\.cache: \.\.\.[/a]+/one, now \.\.\.[/a]+/two\)"):
+        open_run(tmp_path, second, fresh=False)

@@ -323,8 +323,8 @@ class ConvertArguments(AssemblyArguments):
     """DC-AE, in diffusers' layout."""
     dit: str | None = None
     """SANA, in diffusers' layout."""
-    router: Literal["dtr", "last"] = "dtr"
-    """last reproduces the checkpoint exactly; dtr starts within a thousandth of it and can learn."""
+    router: Literal["dtr", "last"] | None = None
+    """For unilip: dtr, the default, starts within a thousandth and can learn; last reproduces it exactly."""
     factor: float | None = None
     """Factor that scales the latent to unit variance; by default the model's own."""
     vision: str | None = None

@@ -34,6 +34,8 @@ WEIGHTS = Path(__file__).parents[1] / "assets" / "weights"
 MATMUL_SIDE = {"cpu": 768, "mps": 2048, "cuda": 4096}  # large enough to be busy, milliseconds at most
 ENOUGH_DISK = 2 * 2**30  # bytes: a run of the shapes recipe keeps 0.6 GiB of images and its state at each stage
 ENOUGH_MEMORY = 2**30  # bytes: the libraries take 0.4 GiB; then the weights and a batch of images
+ENOUGH_SHARED = 2**30  # bytes: four data workers, two batches each of 128 images of 448 pixels, are 0.6 GiB
+SHARED_MEMORY = Path("/dev/shm")
 REINSTALL = "reinstall spar, in a fresh virtual environment"
 
 
@@ -66,6 +68,7 @@ def run_checks() -> list[Check]:
         check_temporary(),
         check_disk(Path.cwd()),
         check_memory(),
+        *check_shared_memory(SHARED_MEMORY),
     ]
 
 
@@ -263,6 +266,18 @@ def check_memory() -> Check:
     if free is None:
         return Check("memory", None, "not reported by this system")
     return _check_room("memory", free, ENOUGH_MEMORY, "available", "end other programs, or raise the container's limit")
+
+
+def check_shared_memory(folder: Path) -> Iterator[Check]:
+    """Check the room for batches of data workers, where the system has such a folder. Docker's default is 64 MB."""
+    if folder.is_dir():
+        free = shutil.disk_usage(folder).free
+        found = f"{show_bytes(free)} free in {folder}"
+        if free >= ENOUGH_SHARED:
+            yield Check("shared memory", True, found)
+        else:
+            yield Check("shared memory", None, f"{found}, little for data workers at full size",
+                        "give the container more (docker run --shm-size), or train with --data.workers 0")
 
 
 def _check_room(name: str, free: int, enough: int, where: str, fix: str) -> Check:

@@ -86,7 +86,7 @@ def _make_spar(args: BuildArguments | ConvertArguments, base: "SparRecipe") -> "
         "sources": {part: getattr(args, part) for part in SOURCES}, "revisions": args.revisions(),
     }  # fmt: skip
     if isinstance(args, ConvertArguments):
-        bundle = convert_unilip(args.path, **shared, router=args.router, factor=args.factor)
+        bundle = convert_unilip(args.path, **shared, router=args.router or "dtr", factor=args.factor)
     else:
         _require(args, *SOURCES)
         bundle = build_from_published(**shared)
@@ -98,7 +98,7 @@ def _make_dualtoken(args: BuildArguments | ConvertArguments, base: "DualTokenRec
     from spar.checkpoints.dualtoken_format import save_dualtoken
     from spar.checkpoints.from_dualtoken import SOURCES, build_dualtoken, convert_dualtoken
 
-    _refuse(args, "mllm", "autoencoder", "dit", "factor")
+    _refuse(args, "mllm", "autoencoder", "dit", "factor", "router")
     _require(args, *SOURCES)
     shared: dict[str, Any] = {
         "config": base.model, "sampling": base.sampling, "recipe": base.name, "seed": args.seed,

@@ -59,7 +59,11 @@ def _first_difference(held: Any, own: Any, where: str = "") -> str:
         index = next(i for i, (a, b) in enumerate(zip(held, own, strict=True)) if a != b)
         named = held[index].get("name", index) if isinstance(held[index], dict) else index
         return _first_difference(held[index], own[index], f"{where}.{named}")
-    return f"{where}: {str(held)[:60]}, now {str(own)[:60]}"
+    texts = str(held), str(own)
+    same = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), 0)
+    start = same - 30 if same > 50 else 0  # long texts are shown from shortly before they part
+    shown = ["..." * bool(start) + text[start : start + 60] for text in texts]
+    return f"{where}: {shown[0]}, now {shown[1]}"
 
 
 def _read(path: Path) -> dict[str, Any]:
