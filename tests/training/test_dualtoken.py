@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from spar.checkpoints.dualtoken_format import load_dualtoken
+from spar.checkpoints.dualtoken_format import load_dualtoken, save_dualtoken
 from spar.common.errors import InputError
 from spar.processing.prompts import tower_tokens
 from spar.recipes import recipe
@@ -31,6 +31,7 @@ from spar.training.trainer import train
 from spar.worlds.shapes.tokenizer import build_tokenizer
 
 TINY = recipe("dualtoken-tiny")
+TOKENIZER_STAGES = ("towers", "tokenizer", "tokenizer-gan")
 
 
 def weights(run, stage):
@@ -38,8 +39,14 @@ def weights(run, stage):
 
 
 def changed(run, before, after):
+    """What training moved; the rounding of the tokenizer before the LLM's first stage is not that."""
     one, other = weights(run, before), weights(run, after)
-    return {key for key in one if not torch.equal(one[key], other[key])}
+
+    def same(key):
+        rounded = key.startswith("model.tokenizer.") and one[key].is_floating_point() and after not in TOKENIZER_STAGES
+        return torch.equal(one[key].bfloat16().float() if rounded else one[key], other[key])
+
+    return {key for key in one if not same(key)}
 
 
 def begin(run, name, **changes):
@@ -89,6 +96,19 @@ def test_codebooks_move_with_each_step_of_the_tokenizer_and_rest_later(dual_run)
     moved = changed(dual_run, "tokenizer", "tokenizer-gan")
     assert {"model.tokenizer.pixel_quantizer.codebook", "model.tokenizer.semantic_quantizer.codebook"} <= moved
     assert not any("quantizer" in key for key in changed(dual_run, "tokenizer-gan", "finetune"))
+
+
+def test_a_folder_in_bfloat16_gives_the_codes_that_the_llm_learnt(dual_run, tmp_path):
+    """Rounded behind the tokenizer's last stage: the codes of training are those of a folder of half the size."""
+    bundle = load_dualtoken(dual_run.path / "model")
+    save_dualtoken(bundle, tmp_path / "half", torch.bfloat16)
+    half = load_dualtoken(tmp_path / "half").model
+    assert not torch.equal(half.language.network.norm.weight, bundle.model.language.network.norm.weight)
+    for name, value in bundle.model.tokenizer.state_dict().items():
+        assert torch.equal(half.tokenizer.state_dict()[name], value), name
+    images = torch.rand(4, 3, TINY.image_size, TINY.image_size, generator=torch.Generator().manual_seed(0))
+    for name, codes in vars(bundle.model.tokenizer.encode(images)).items():
+        assert torch.equal(vars(half.tokenizer.encode(images))[name], codes)
 
 
 def test_a_run_that_stopped_inside_the_tokenizer_goes_on_as_if_it_had_not(dual_run, tmp_path):
@@ -243,6 +263,7 @@ def test_the_recipe_is_planned_with_what_it_prepares(dual_run):
     plan = resolve(TINY, read_run(TINY, dual_run.path / "nowhere"))
     prepares = {stage.config.name: stage.prepares for stage in plan.stages}
     assert prepares["tokenizer"] == ("teacher from encoder", "codebooks from data")
+    assert prepares["mllm"] == ("tokenizer rounded to bfloat16",)
     assert prepares["tokenizer-gan"] == () and prepares["unified"] == ()
 
 

@@ -16,16 +16,17 @@ from spar.models.dualtoken.tokenizer import DualCodes
 from spar.processing.prompts import PackedBatch
 from spar.training.cost import Cost, meta_input, part_cost
 from spar.training.objectives.base import StepContext, Terms, check_at_least
+from spar.training.objectives.dual_tokenizer import DualTokenizerObjective
 from spar.training.objectives.flow import meta_layers
 from spar.training.objectives.next_token import NextTokenObjective
 
-PROMPT_TOKENS = 32  # of a caption with its template, in what a step costs
-
-if TYPE_CHECKING:
-    pass
-
 if TYPE_CHECKING:
     from spar.training.config import StageConfig
+    from spar.training.data import TrainingData
+    from spar.training.plan import Origin, PlannedStage
+
+PROMPT_TOKENS = 32  # of a caption with its template, in what a step costs
+TOKENIZER_ROUNDED = "tokenizer rounded to bfloat16"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,17 @@ class DualNextTokenObjective(NextTokenObjective):
 
     def __post_init__(self) -> None:
         check_at_least(0, **vars(self))
+
+    def preparations(self, recipe: Any, stage: "StageConfig", origin: "Origin") -> tuple[str, ...]:
+        """Behind the tokenizer's training its weights are rounded: a folder in bfloat16 then gives the LLM's codes."""
+        return (TOKENIZER_ROUNDED,) if origin.made_by(DualTokenizerObjective) else ()
+
+    @torch.no_grad()
+    def prepare(self, ctx: StepContext, data: "TrainingData", planned: "PlannedStage") -> None:
+        if TOKENIZER_ROUNDED in planned.prepares:
+            for value in ctx.modules.model.tokenizer.state_dict().values():
+                if value.is_floating_point():
+                    value.copy_(value.bfloat16())
 
     def may_split(self, stage: "StageConfig") -> bool:
         """Images alone may: each has as many codes. Answers are weighed over the whole batch's tokens."""
@@ -103,7 +115,6 @@ class DualNextTokenObjective(NextTokenObjective):
             total = total + weight * (losses * decay).sum() / decay.sum()
             terms |= {f"{name}_{depth}": loss.detach() for depth, loss in enumerate(losses, start=1)}
         return {"loss": total, **terms}
-
 
     def cost(self, modules: Any, recipe: Any, stage: "StageConfig") -> Cost:
         """An image after its prompt: the frozen tokenizer, the LLM's layers, both heads at every position."""
