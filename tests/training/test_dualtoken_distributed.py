@@ -37,9 +37,16 @@ def exact():
 
 
 def run_alone(path, first, **parallelism):
+    """The LLM begins from one and the same tokenizer: rounding to bfloat16 would make small differences large."""
     parallel = ParallelismConfig(precision="fp32", **parallelism)
-    train(exact(), path, stages=STAGES, init_from=first, parallelism=parallel)
+    train(exact(), path, stages=STAGES[:2], init_from=first, parallelism=parallel)
+    train(exact(), language_run(path), stages=STAGES[2:], init_from=first.parents[1] / "tokenizer-gan" / "done",
+          parallelism=parallel)  # fmt: skip
     return path
+
+
+def language_run(path):
+    return path.with_name(f"{path.name}-llm")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +60,8 @@ def alone(first, tmp_path_factory) -> Path:
 
 
 def logged(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    files = [folder / "metrics.jsonl" for folder in (run, language_run(run))]
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
 def assert_alike(run, other):
@@ -62,7 +70,7 @@ def assert_alike(run, other):
         for name in a.keys() - {"stage", "step", "seconds", "gan_weight"}:
             near = 1e-4 if name == "gan" else 2e-5                             # a mean of logits near zero
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=near), (a["stage"], a["step"], name)
-    for stage in STAGES:
+    for stage in STAGES[:2]:
         one, two = (load_group(folder / stage / "done", "modules") for folder in (run, other))
         assert one.keys() == two.keys()
         for key in one:
