@@ -5,6 +5,7 @@ Nothing heavy is imported here: a test that needs no torch pays nothing for it.
 
 import copy
 import importlib.util
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -12,6 +13,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+
+def pytest_configure() -> None:
+    """A suite that a script starts in the background, or nohup, inherits ignored signals, which a run respects."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @dataclass(frozen=True)
