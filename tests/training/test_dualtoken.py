@@ -99,7 +99,7 @@ def test_codebooks_move_with_each_step_of_the_tokenizer_and_rest_later(dual_run)
 
 
 def test_a_folder_in_bfloat16_gives_the_codes_that_the_llm_learnt(dual_run, tmp_path):
-    """Rounded behind the tokenizer's last stage: the codes of training are those of a folder of half the size."""
+    """Rounded after the tokenizer's last stage: the codes of training are those of a folder of half the size."""
     bundle = load_dualtoken(dual_run.path / "model")
     save_dualtoken(bundle, tmp_path / "half", torch.bfloat16)
     half = load_dualtoken(tmp_path / "half").model

@@ -526,3 +526,6 @@ def test_a_change_late_in_a_long_setting_shows_where_it_begins(tmp_path):
     open_run(tmp_path, first, fresh=True)
     with pytest.raises(InputError, match=r"\(data\.cache: \.\.\.[/a]+/one, now \.\.\.[/a]+/two\)"):
         open_run(tmp_path, second, fresh=False)
+    longer = replace(first, data=replace(first.data, cache=first.data.cache + "/more"))
+    with pytest.raises(InputError, match=r"/one, now \.\.\.[/a]+/one/more\)"):
+        open_run(tmp_path, longer, fresh=False)

@@ -8,6 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +23,7 @@ from spar.common.errors import InputError
 from spar.common.limits import check_int_range
 from spar.common.threads import threads_for
 from spar.inference.inputs import broadcast, list_texts, open_sources
+from spar.inference.offload import Weights
 from spar.inference.outputs import ChatOutput, GenerateOutput, ReconstructOutput, UnderstandOutput
 from spar.processing.chat import TextStream, read_messages
 from spar.processing.images import ImageSource, to_size, to_tensor
@@ -56,6 +58,7 @@ class Pipeline(ABC):
     Attributes:
         bundle: the model with its text tokenizer, sampling defaults and manifest.
         dtype: type of matrix products.
+        weights: type of the weights in memory, "float32" as stored.
         system: its name in messages.
         has_routing: whether its images come with the LLM layers that each token read.
         tasks: what the system defines, by the names of the methods.
@@ -66,6 +69,7 @@ class Pipeline(ABC):
     model: Any
     dtype: torch.dtype
     device: torch.device
+    weights: Weights
     origin: Mapping[str, str | None]
     prompts: PromptEncoder
     parameters: int
@@ -141,6 +145,20 @@ class Pipeline(ABC):
     @abstractmethod
     def preview(self, state: Tensor) -> list[Image.Image]:
         """Images of what `generate` hands its callback."""
+
+    def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write the whole model as a folder of its system, floating weights in `dtype` (default: as they are).
+
+        Raises:
+            InputError: the folder cannot be written, or the weights are not those that were loaded.
+        """
+        if self.weights != "float32":
+            raise InputError(f"weights: expected float32 to save a pipeline, got {self.weights}")
+        self._save(Path(path), dtype)
+
+    @abstractmethod
+    def _save(self, folder: Path, dtype: torch.dtype | None) -> None:
+        """Write the folder."""
 
     @abstractmethod
     def _read_images(self, pixels: Tensor) -> Any:

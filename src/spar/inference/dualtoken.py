@@ -83,15 +83,8 @@ class DualTokenPipeline(Pipeline):
         origin = {"model": model_name(path, folder), "adapter": None}
         return cls(load_dualtoken(folder), dtype, where, weights, compile, origin)
 
-    def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write the whole model as a DualToken folder, floating weights in `dtype` (default: as they are).
-
-        Raises:
-            InputError: the folder cannot be written, or the weights are not those that were loaded.
-        """
-        if self.weights != "float32":
-            raise InputError(f"weights: expected float32 to save a pipeline, got {self.weights}")
-        save_dualtoken(self.bundle, Path(path), dtype)
+    def _save(self, folder: Path, dtype: torch.dtype | None) -> None:
+        save_dualtoken(self.bundle, folder, dtype)
 
     @property
     def max_prompt_tokens(self) -> int:

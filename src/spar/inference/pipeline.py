@@ -121,15 +121,8 @@ class SparPipeline(Pipeline):
         }
         return cls(loaded, dtype, where, decode_tile, weights, offload, compile, origin)
 
-    def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write the whole model as a SPAR folder, floating weights in `dtype` (default: as they are).
-
-        Raises:
-            InputError: the folder cannot be written, or the weights are not those that were loaded.
-        """
-        if self.weights != "float32":
-            raise InputError(f"weights: expected float32 to save a pipeline, got {self.weights}")
-        save_model(self.bundle, Path(path), dtype)
+    def _save(self, folder: Path, dtype: torch.dtype | None) -> None:
+        save_model(self.bundle, folder, dtype)
 
     def generate(
         self, prompt: str | Sequence[str], *, negative_prompt: str | Sequence[str] | None = None,

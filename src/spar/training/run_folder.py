@@ -60,7 +60,7 @@ def _first_difference(held: Any, own: Any, where: str = "") -> str:
         named = held[index].get("name", index) if isinstance(held[index], dict) else index
         return _first_difference(held[index], own[index], f"{where}.{named}")
     texts = str(held), str(own)
-    same = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), 0)
+    same = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
     start = same - 30 if same > 50 else 0  # long texts are shown from shortly before they part
     shown = ["..." * bool(start) + text[start : start + 60] for text in texts]
     return f"{where}: {shown[0]}, now {shown[1]}"

@@ -48,7 +48,7 @@ class DualNextTokenObjective(NextTokenObjective):
         check_at_least(0, **vars(self))
 
     def preparations(self, recipe: Any, stage: "StageConfig", origin: "Origin") -> tuple[str, ...]:
-        """Behind the tokenizer's training its weights are rounded: a folder in bfloat16 then gives the LLM's codes."""
+        """After the tokenizer's training its weights are rounded: a folder in bfloat16 then gives the LLM's codes."""
         return (TOKENIZER_ROUNDED,) if origin.made_by(DualTokenizerObjective) else ()
 
     @torch.no_grad()
