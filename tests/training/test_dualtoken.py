@@ -14,6 +14,7 @@ from torch import nn
 
 from spar.checkpoints.dualtoken_format import load_dualtoken, save_dualtoken
 from spar.common.errors import InputError
+from spar.inference.dualtoken import DualTokenPipeline
 from spar.processing.prompts import tower_tokens
 from spar.recipes import recipe
 from spar.recipes.shapes.curricula import UnifiedLessons
@@ -355,3 +356,16 @@ def test_data_sets_on_disk_are_cut_to_the_one_size_of_the_model(dual_run, tmp_pa
     stage = replace(TINY.stage("unified"), data=CaptionData())
     shutil.copytree(dual_run.path / "model" / "text_tokenizer", tmp_path / "run" / "text_tokenizer")
     assert train(replace(recipe_on_files, stages=(stage,)), tmp_path / "run") is not None
+
+
+def test_the_study_of_one_codebook_trains_every_stage_and_leaves_a_model_that_draws(tmp_path):
+    study = recipe("dualtoken-one-codebook")
+    model = replace(
+        TINY.model, one_codebook=True, shortcut=0.0, pixel=TINY.model.semantic, reads=study.model.reads
+    )
+    stages = tuple(replace(stage, steps=1, batch=4, warmup=0) for stage in study.stages)
+    train(replace(study, model=model, stages=stages, data=TINY.data), tmp_path, device="cpu")
+    assert not (tmp_path / "model" / "pixel_head").exists()
+    pipe = DualTokenPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    codes = pipe.encode(pipe.generate("a red circle", seed=3).images[0])
+    assert torch.equal(codes.pixel, codes.semantic) and int(codes.pixel.max()) < 16

@@ -31,7 +31,7 @@ from spar.processing.prompts import known_words
 FORMAT, FORMAT_VERSION = "dualtoken", 1
 CARD = "README.md"
 TOWER_TOKENIZER = "tower_tokenizer"
-PARTS = ("tokenizer", "language", "embedder", "pixel_head", "semantic_head")
+PARTS = ("tokenizer", "language", "embedder", "pixel_head", "semantic_head")  # the first head of two codebooks alone
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def save_dualtoken(loaded: DualTokenBundle, folder: Path, dtype: torch.dtype | N
     """Write a whole folder, floating weights in `dtype`; an existing one is replaced only if it is of DualToken."""
     check_replaceable(folder, FORMAT)
     with atomic_directory(folder) as temporary:
-        for part in PARTS:
+        for part in loaded.model.parts:
             tensors = loaded.model.get_submodule(part).state_dict()
             write_tensors(tensors, temporary / part / "model.safetensors", dtype)
         loaded.text_tokenizer.save_pretrained(temporary / "text_tokenizer")
@@ -70,7 +70,7 @@ def save_dualtoken(loaded: DualTokenBundle, folder: Path, dtype: torch.dtype | N
 def build_dualtoken_card(loaded: DualTokenBundle) -> str:
     """Text of the folder's model card."""
     model, tokenizer = loaded.model, loaded.text_tokenizer
-    sizes = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in PARTS}
+    sizes = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in model.parts}
     words = None if tokenizer.unk_token_id is None else len(known_words(tokenizer))
     return dualtoken_card(model.config, loaded.manifest, sizes, prompt=loaded.max_prompt_tokens, words=words)
 
@@ -80,7 +80,7 @@ def load_dualtoken(folder: Path) -> DualTokenBundle:
     header = read_header(folder)
     with init_empty_weights(include_buffers=False):
         model = DualTokenModel(from_dict(DualTokenConfig, header["model"], complete=True))
-    for part in PARTS:
+    for part in model.parts:
         load_into_meta(model.get_submodule(part), folder / part / "model.safetensors")
     longest = header["max_prompt_tokens"]
     if type(longest) is not int or longest < 1:

@@ -101,7 +101,7 @@ def _inspect_dualtoken(folder: Path) -> Inspection:
     load_text_tokenizer(folder / "text_tokenizer", config.text)
     with init_empty_weights():
         model = DualTokenModel(config)
-    parts = [_part(name, model.get_submodule(name), folder / name) for name in dualtoken_format.PARTS]
+    parts = [_part(name, model.get_submodule(name), folder / name) for name in model.parts]
     sampling = from_dict(CodeSampling, header["sampling"], complete=True)
     return _inspection(header, config, sampling, read_manifest(folder), parts)
 

@@ -48,7 +48,7 @@ class DualTokenPipeline(Pipeline):
     def __post_init__(self) -> None:
         model = self.model = self.bundle.model
         if self.weights == "dtype":  # the tokenizer encodes in float32
-            for part in (model.language, model.embedder, model.pixel_head, model.semantic_head):
+            for part in (model.language, model.embedder, *model.heads.values()):
                 cast_weights(part, self.dtype)
         if self.compile:
             compile_blocks(model)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from spar.common.config import Registry, by_kind
 from spar.common.errors import InputError
-from spar.recipes.dualtoken import dualtoken_3b, dualtoken_3b_256, dualtoken_shapes, dualtoken_tiny
+from spar.recipes import dualtoken
 from spar.recipes.shapes.curricula import CaptionLessons, MixedLessons, QuestionData, UnifiedLessons
 from spar.recipes.shapes.data import ShapesData
 from spar.recipes.shapes.dense_tagging import (
@@ -38,8 +38,12 @@ from spar.training.systems.spar import SparRecipe
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "shapes": shapes, "tiny": tiny, "spar-1b": spar_1b, "spar-3b": spar_3b,
-    "dualtoken-shapes": dualtoken_shapes, "dualtoken-tiny": dualtoken_tiny, "dualtoken-3b": dualtoken_3b,
-    "dualtoken-3b-256": dualtoken_3b_256,
+    "dualtoken-shapes": dualtoken.dualtoken_shapes, "dualtoken-tiny": dualtoken.dualtoken_tiny,
+    "dualtoken-3b": dualtoken.dualtoken_3b, "dualtoken-3b-256": dualtoken.dualtoken_3b_256,
+    "dualtoken-one-codebook": dualtoken.dualtoken_one_codebook,
+    "dualtoken-both-deep": dualtoken.dualtoken_both_deep, "dualtoken-both-shallow": dualtoken.dualtoken_both_shallow,
+    "dualtoken-pixel-only": dualtoken.dualtoken_pixel_only,
+    "dualtoken-semantic-only": dualtoken.dualtoken_semantic_only,
 }  # fmt: skip
 
 SYSTEMS = (DualTokenRecipe, SparRecipe)

@@ -70,6 +70,46 @@ def dualtoken_shapes() -> DualTokenRecipe:
     return DualTokenRecipe(name="dualtoken-shapes", stages=STAGES, data=ShapesData())
 
 
+# ---- studies: the same data, steps and stages, one choice of the design changed --------------------------------------
+
+
+def dualtoken_one_codebook() -> DualTokenRecipe:
+    """One codebook of the deep features for pixels and meaning, as VILA-U has it, in place of two."""
+    base = dualtoken_shapes()
+    model = replace(base.model, one_codebook=True, shortcut=0.0, reads=("semantic",))
+    stages = tuple(
+        replace(stage, trainable=tuple(pattern for pattern in stage.trainable if pattern != HEADS[0]))
+        for stage in base.stages
+    )
+    return replace(base, name="dualtoken-one-codebook", model=model, stages=stages)
+
+
+def dualtoken_both_deep() -> DualTokenRecipe:
+    """Two codebooks, both of the deep features, without the shortcut."""
+    base = dualtoken_shapes()
+    vision = replace(base.model.vision, pixel_layer=base.model.vision.taps[2])
+    return replace(base, name="dualtoken-both-deep", model=replace(base.model, vision=vision, shortcut=0.0))
+
+
+def dualtoken_both_shallow() -> DualTokenRecipe:
+    """Two codebooks, both of the shallow features; quantised ones run through all layers after it."""
+    base = dualtoken_shapes()
+    vision = replace(base.model.vision, semantic_layer=base.model.vision.taps[1])
+    return replace(base, name="dualtoken-both-shallow", model=replace(base.model, vision=vision))
+
+
+def dualtoken_pixel_only() -> DualTokenRecipe:
+    """The LLM reads pixel codes alone, and predicts both vocabularies."""
+    base = dualtoken_shapes()
+    return replace(base, name="dualtoken-pixel-only", model=replace(base.model, reads=("pixel",)))
+
+
+def dualtoken_semantic_only() -> DualTokenRecipe:
+    """The LLM reads semantic codes alone, and predicts both vocabularies."""
+    base = dualtoken_shapes()
+    return replace(base, name="dualtoken-semantic-only", model=replace(base.model, reads=("semantic",)))
+
+
 TINY_MODEL = DualTokenConfig(
     vision=VisionTowerConfig(hidden_size=32, layers=6, heads=2, intermediate_size=64, patch_size=8),
     text_tower=TextTowerConfig(hidden_size=32, layers=1, heads=2, intermediate_size=64),

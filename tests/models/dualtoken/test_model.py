@@ -35,7 +35,7 @@ def test_a_visual_token_is_the_two_vocabularies_side_by_side(dual_config, dual_m
     def mlp(network, x):
         return F.linear(F.gelu(F.linear(x, network[0].weight, network[0].bias)), network[2].weight, network[2].bias)
 
-    token = embedder(pixel, semantic)
+    token = embedder({"pixel": pixel, "semantic": semantic})
     torch.testing.assert_close(token, torch.cat([mlp(embedder.pixel, pixel), mlp(embedder.semantic, semantic)], dim=1))
     assert token.shape == (3, 16)
 
@@ -50,7 +50,7 @@ def test_visual_tokens_take_the_placeholders_places_in_raster_order(dual_model):
         torch.testing.assert_close(embeddings[row, start : start + 16], own[row])
     entries = dual_model.tokenizer.pixel_quantizer.decode(codes.pixel)[1, 2, 3]
     other = dual_model.tokenizer.semantic_quantizer.decode(codes.semantic)[1, 2, 3]
-    torch.testing.assert_close(own[1, 2 * 4 + 3], dual_model.embedder(entries, other))
+    torch.testing.assert_close(own[1, 2 * 4 + 3], dual_model.embedder({"pixel": entries, "semantic": other}))
 
 
 def test_placeholders_without_an_image_are_refused(dual_model):
@@ -71,8 +71,8 @@ def test_teacher_forcing_gives_the_logits_of_sequential_sampling(dual_model):
         )
         before = states[:, 4:-1].flatten(0, 1)                                 # the state before each position
         logits = dual_model.code_logits(before, DualCodes(codes.pixel.flatten(0, 1), codes.semantic.flatten(0, 1)))
-    assert torch.equal(logits.pixel.argmax(-1), codes.pixel.flatten(0, 1))
-    assert torch.equal(logits.semantic.argmax(-1), codes.semantic.flatten(0, 1))
+    assert torch.equal(logits["pixel"].argmax(-1), codes.pixel.flatten(0, 1))
+    assert torch.equal(logits["semantic"].argmax(-1), codes.semantic.flatten(0, 1))
 
 
 def test_depth_heads_are_causal_over_depths(dual_model):
@@ -113,8 +113,8 @@ def test_the_cache_changes_nothing(dual_model):
             states, _ = dual_model.language(embeddings, bias, position_ids_from_mask(mask))
             own = dual_model._sample_position(states[:, -1], CodeSampling(temperature=0), generators(1))
             assert torch.equal(own.pixel, codes.pixel[:, place]) and torch.equal(own.semantic, codes.semantic[:, place])
-            entries = dual_model.tokenizer.pixel_quantizer.decode(own.pixel)
-            token = dual_model.embedder(entries, dual_model.tokenizer.semantic_quantizer.decode(own.semantic))
+            quantizers = dual_model.tokenizer.quantizers
+            token = dual_model.embedder({name: one.decode(getattr(own, name)) for name, one in quantizers.items()})
             embeddings = torch.cat([embeddings, token[:, None]], dim=1)
 
 

@@ -53,7 +53,7 @@ def test_the_released_taps_are_the_4th_6th_and_26th_of_27_layers_and_keep_their_
 
 @pytest.mark.parametrize("wrong", [{"semantic_layer": 8}, {"shortcut_layer": 7}, {"pixel_layer": 1}])
 def test_taps_out_of_order_are_refused(wrong):
-    with pytest.raises(InputError, match="expected 1 <= shortcut_layer < pixel_layer < semantic_layer < layers 8, got"):
+    with pytest.raises(InputError, match="expected 1 <= shortcut_layer < pixel_layer <= semantic_layer < layers 8, got"):
         VisionTowerConfig(layers=8, **wrong)
 
 
@@ -63,8 +63,8 @@ def test_features_are_the_projected_hidden_states_of_siglip(tokenizer, siglip):
         hidden = siglip.vision_model(pixels * 2 - 1, output_hidden_states=True).hidden_states
     features = tokenizer.features(pixels)
     shallow = tokenizer.reduce_pixel(hidden[3]) + 0.6 * tokenizer.reduce_shortcut(hidden[1])
-    torch.testing.assert_close(features.pixel, shallow, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(features.semantic, tokenizer.reduce_semantic(hidden[5]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features.inputs["pixel"], shallow, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features.inputs["semantic"], tokenizer.reduce_semantic(hidden[5]), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(features.deep, hidden[5], rtol=1e-4, atol=1e-5)
 
 
@@ -85,7 +85,7 @@ def test_a_text_of_another_length_is_refused(tokenizer):
 
 def test_quantised_features_take_the_place_of_the_semantic_layers_output(tokenizer, siglip):
     out = tokenizer(images(2))
-    wanted = tokenizer.expand_semantic(tokenizer.semantic_quantizer.decode(out.semantic.codes))
+    wanted = tokenizer.expand_semantic(tokenizer.semantic_quantizer.decode(out.quantized["semantic"].codes))
     torch.testing.assert_close(out.features, wanted)
     with torch.no_grad():
         last = siglip.vision_model.encoder.layers[5](wanted, None)
@@ -98,21 +98,21 @@ def test_codes_are_int64_on_the_grid_and_those_of_the_forward_pass(tokenizer):
     codes, out = tokenizer.encode(images(2)), tokenizer(images(2))
     assert codes.pixel.dtype == codes.semantic.dtype == torch.int64
     assert codes.pixel.shape == (2, 4, 4, 3) and codes.semantic.shape == (2, 4, 4, 2)
-    assert torch.equal(codes.pixel.flatten(1, 2), out.pixel.codes)
-    assert torch.equal(codes.semantic.flatten(1, 2), out.semantic.codes)
+    assert torch.equal(codes.pixel.flatten(1, 2), out.quantized["pixel"].codes)
+    assert torch.equal(codes.semantic.flatten(1, 2), out.quantized["semantic"].codes)
 
 
 def test_an_image_is_decoded_from_pixel_codes_alone(tokenizer):
     codes = tokenizer.encode(images(2))
     decoded = tokenizer.decode(codes.pixel)
     assert decoded.shape == (2, 3, 32, 32)
-    torch.testing.assert_close(decoded, tokenizer.decoder(tokenizer(images(2)).pixel.vectors, 4))
+    torch.testing.assert_close(decoded, tokenizer.decoder(tokenizer(images(2)).image_vectors, 4))
     assert not torch.allclose(decoded, tokenizer.decode(codes.pixel[..., :2]))  # the last depth matters
 
 
 def test_each_vocabulary_learns_its_own_part_of_the_encoder(dual_config, randomize):
     tokenizer = randomize(DualTokenizer(dual_config)).requires_grad_(True)
-    pixel_loss = tokenizer(images(1)).pixel.commitment
+    pixel_loss = tokenizer(images(1)).quantized["pixel"].commitment
     pixel_loss.backward()
     reached = {name for name, parameter in tokenizer.named_parameters() if parameter.grad is not None}
     layers = {int(name.split(".")[4]) for name in reached if "encoder.layers" in name}
@@ -123,11 +123,11 @@ def test_each_vocabulary_learns_its_own_part_of_the_encoder(dual_config, randomi
 
 def test_without_the_shortcut_only_the_pixel_layer_counts(dual_config, randomize):
     tokenizer = randomize(DualTokenizer(replace(dual_config, shortcut=0.0)))
-    before = tokenizer.features(images(1)).pixel
+    before = tokenizer.features(images(1)).inputs["pixel"]
     with torch.no_grad():
         for parameter in tokenizer.reduce_shortcut.parameters():
             parameter.add_(1.0)
-    assert torch.equal(tokenizer.features(images(1)).pixel, before)
+    assert torch.equal(tokenizer.features(images(1)).inputs["pixel"], before)
 
 
 def test_the_decoders_grid_may_differ_from_the_codes(dual_config, randomize):

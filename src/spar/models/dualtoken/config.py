@@ -1,5 +1,6 @@
 """Sizes of every part of DualToken. The defaults are the small model of the shapes world."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -7,6 +8,7 @@ from spar.common.errors import InputError
 from spar.models.config import TextConfig, require_at_least, require_divisor, require_positive
 
 # The encoder layers that the vocabularies read, as shares of the depth: the 4th, 6th and 26th of SigLIP-so400m's 27.
+VOCABULARIES = ("pixel", "semantic")
 SHORTCUT_TAP, PIXEL_TAP, SEMANTIC_TAP = 4 / 27, 6 / 27, 26 / 27
 
 
@@ -34,9 +36,9 @@ class VisionTowerConfig:
         require_at_least(self, 4, "layers")
         require_divisor(self, "hidden_size", "heads")
         shortcut, pixel, semantic = self.taps
-        if not 1 <= shortcut < pixel < semantic < self.layers:
+        if not 1 <= shortcut < pixel <= semantic < self.layers:
             raise InputError(
-                "VisionTowerConfig: expected 1 <= shortcut_layer < pixel_layer < semantic_layer < layers "
+                "VisionTowerConfig: expected 1 <= shortcut_layer < pixel_layer <= semantic_layer < layers "
                 f"{self.layers}, got {shortcut}, {pixel}, {semantic}"
             )
 
@@ -46,6 +48,12 @@ class VisionTowerConfig:
         shortcut = self.shortcut_layer or max(1, round(SHORTCUT_TAP * self.layers))
         pixel = self.pixel_layer or max(shortcut + 1, round(PIXEL_TAP * self.layers))
         return shortcut, pixel, self.semantic_layer or min(self.layers - 1, round(SEMANTIC_TAP * self.layers))
+
+    @property
+    def shallow_layers(self) -> tuple[int, int]:
+        """The layers that the perceptual distance compares, whatever layers the vocabularies read."""
+        first = max(1, round(SHORTCUT_TAP * self.layers))
+        return first, max(first + 1, round(PIXEL_TAP * self.layers))
 
     @property
     def grid(self) -> int:
@@ -142,7 +150,11 @@ class DepthHeadConfig:
 
 @dataclass(frozen=True)
 class DualTokenConfig:
-    """The whole model. `shortcut` weighs the shallower features in the pixel vocabulary's input."""
+    """The whole model. `shortcut` weighs the shallower features in the pixel vocabulary's input.
+
+    With `one_codebook` the semantic vocabulary is the only one and images decode from its codes. `reads` are the
+    vocabularies whose codes the LLM reads at a visual token, which share its channels equally; it predicts all codes.
+    """
 
     vision: VisionTowerConfig = field(default_factory=VisionTowerConfig)
     text_tower: TextTowerConfig = field(default_factory=TextTowerConfig)
@@ -155,11 +167,17 @@ class DualTokenConfig:
     )
     pixel_head: DepthHeadConfig = field(default_factory=DepthHeadConfig)
     semantic_head: DepthHeadConfig = field(default_factory=DepthHeadConfig)
+    one_codebook: bool = False
+    reads: tuple[str, ...] = VOCABULARIES
 
     def __post_init__(self) -> None:
         require_at_least(self, 0, "shortcut")
-        for name in ("pixel", "semantic"):
-            width = getattr(self, name).width
+        heads = self.pixel_head, self.semantic_head
+        if self.one_codebook and (self.shortcut or self.pixel != self.semantic or heads[0] != heads[1]):
+            raise InputError(
+                "one_codebook: expected shortcut 0, pixel equal to semantic and pixel_head to semantic_head"
+            )
+        for name, width in ((name, codes.width) for name, codes in self.vocabularies.items()):
             if self.vision.hidden_size % width:
                 raise InputError(
                     f"{name}.width: expected a divisor of vision.hidden_size {self.vision.hidden_size}, got {width}"
@@ -169,8 +187,17 @@ class DualTokenConfig:
             raise InputError(
                 f"decoder: expected an image of vision.image_size {self.vision.image_size} pixels, got {side}"
             )
-        if self.text.hidden_size % 2:
-            raise InputError(f"text.hidden_size: expected a multiple of 2, got {self.text.hidden_size}")
+        if not self.reads or tuple(name for name in self.vocabularies if name in self.reads) != self.reads:
+            raise InputError(f"reads: expected some of {', '.join(self.vocabularies)}, in this order, got {self.reads}")
+        if self.text.hidden_size % len(self.reads):
+            raise InputError(
+                f"text.hidden_size: expected a multiple of {len(self.reads)}, got {self.text.hidden_size}"
+            )
+
+    @property
+    def vocabularies(self) -> Mapping[str, QuantizerConfig]:
+        """The quantisers by the names of their vocabularies; with one codebook the semantic one alone."""
+        return {name: getattr(self, name) for name in VOCABULARIES if name == "semantic" or not self.one_codebook}
 
     @property
     def image_size(self) -> int:

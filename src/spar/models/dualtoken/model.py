@@ -6,8 +6,7 @@ that position's pixel codes and semantic codes.
 B batch, T sequence tokens, N = h w positions in raster order, L the LLM's width, D depths.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,29 +20,21 @@ from spar.models.language import LanguageModel
 
 
 class DualEmbedder(nn.Module):
-    """Codes of both vocabularies to one LLM token a position; each vocabulary has one half of the channels."""
+    """Codes of the vocabularies that the LLM reads to one token a position; they share the channels equally."""
 
     def __init__(self, config: DualTokenConfig) -> None:
         super().__init__()
-        half = config.text.hidden_size // 2
-        self.pixel = self._mlp(config.pixel.width, half)
-        self.semantic = self._mlp(config.semantic.width, half)
+        self.reads = config.reads
+        for name in config.reads:
+            self.add_module(name, self._mlp(getattr(config, name).width, config.text.hidden_size // len(config.reads)))
 
     @staticmethod
     def _mlp(width: int, out: int) -> nn.Sequential:
         return nn.Sequential(nn.Linear(width, out), nn.GELU(), nn.Linear(out, out))
 
-    def forward(self, pixel: Tensor, semantic: Tensor) -> Tensor:
-        """Quantised vectors `[..., C]` of both vocabularies to `[..., L]`."""
-        return torch.cat([self.pixel(pixel), self.semantic(semantic)], dim=-1)
-
-
-@dataclass(frozen=True)
-class CodeLogits:
-    """Logits of the codes of M positions, `pixel` `[M, D_pix, K_pix]` and `semantic` `[M, D_sem, K_sem]`."""
-
-    pixel: Tensor
-    semantic: Tensor
+    def forward(self, vectors: Mapping[str, Tensor]) -> Tensor:
+        """Quantised vectors `[..., C]` of the vocabularies that are read, by name, to `[..., L]`."""
+        return torch.cat([self.get_submodule(name)(vectors[name]) for name in self.reads], dim=-1)
 
 
 class DualTokenModel(nn.Module):
@@ -55,14 +46,28 @@ class DualTokenModel(nn.Module):
         self.tokenizer = DualTokenizer(config)
         self.language = LanguageModel(config.text)
         self.embedder = DualEmbedder(config)
-        self.pixel_head = DepthHead(config.text.hidden_size, config.pixel, config.pixel_head)
-        self.semantic_head = DepthHead(config.text.hidden_size, config.semantic, config.semantic_head)
+        for name, codes in config.vocabularies.items():
+            head = DepthHead(config.text.hidden_size, codes, getattr(config, f"{name}_head"))
+            self.add_module(f"{name}_head", head)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of its parts."""
+        return tuple(name for name, _ in self.named_children())
+
+    @property
+    def heads(self) -> dict[str, DepthHead]:
+        """By the names of the vocabularies."""
+        return {name: getattr(self, f"{name}_head") for name in self.config.vocabularies}
 
     def embed_codes(self, codes: DualCodes) -> Tensor:
         """Codes `[B, h, w, D]` to LLM tokens `[B, N, L]`, in raster order."""
-        tokenizer = self.tokenizer
-        pixel = tokenizer.pixel_quantizer.decode(codes.pixel)
-        return self.embedder(pixel, tokenizer.semantic_quantizer.decode(codes.semantic)).flatten(1, 2)
+        return self._embed_codes(codes).flatten(1, 2)
+
+    def _embed_codes(self, codes: DualCodes) -> Tensor:
+        """Codes `[..., D]` to `[..., L]`."""
+        quantizers = self.tokenizer.quantizers
+        return self.embedder({name: quantizers[name].decode(getattr(codes, name)) for name in self.config.reads})
 
     def embed(self, tokens: Tensor, codes: DualCodes | None) -> Tensor:
         """Word embeddings `[B, T, L]` with the images' tokens in place of the image placeholders, in order."""
@@ -77,16 +82,17 @@ class DualTokenModel(nn.Module):
             return embeddings
         return embeddings.masked_scatter(places[..., None], self.embed_codes(codes).to(embeddings.dtype))
 
-    def code_logits(self, states: Tensor, codes: DualCodes) -> CodeLogits:
-        """Teacher forcing: the logits of given codes.
+    def code_logits(self, states: Tensor, codes: DualCodes) -> dict[str, Tensor]:
+        """Teacher forcing: the logits `[M, D, K]` of given codes, by vocabulary.
 
         Args:
             states: `[M, L]`, the LLM's states before M positions.
             codes: of these positions, `[M, D]` each.
         """
-        pixel = self.tokenizer.pixel_quantizer.partial_sums(codes.pixel)[..., :-1, :]
-        semantic = self.tokenizer.semantic_quantizer.partial_sums(codes.semantic)[..., :-1, :]
-        return CodeLogits(self.pixel_head(states, pixel), self.semantic_head(states, semantic))
+        quantizers, found = self.tokenizer.quantizers, {}
+        for name, head in self.heads.items():
+            found[name] = head(states, quantizers[name].partial_sums(getattr(codes, name))[..., :-1, :])
+        return found
 
     def generate_codes(
         self, tokens: Tensor, mask: Tensor, sampling: CodeSampling, generators: Sequence[torch.Generator]
@@ -110,10 +116,7 @@ class DualTokenModel(nn.Module):
             codes = self._sample_position(final[:, -1], sampling, generators)
             yield codes
             rows = len(mask) // len(generators)
-            x = self.embedder(
-                self.tokenizer.pixel_quantizer.decode(codes.pixel),
-                self.tokenizer.semantic_quantizer.decode(codes.semantic),
-            ).repeat(rows, 1)[:, None].to(x.dtype)
+            x = self._embed_codes(codes).repeat(rows, 1)[:, None].to(x.dtype)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             position_ids = position_ids[:, -1:] + 1
 
@@ -121,11 +124,9 @@ class DualTokenModel(nn.Module):
         self, states: Tensor, sampling: CodeSampling, generators: Sequence[torch.Generator]
     ) -> DualCodes:
         """The codes `[B, D]` of one position, depth by depth, from the LLM's states `[B or 2 B, L]`."""
-        found, rows = [], len(states) // len(generators)
-        parts = (
-            (self.pixel_head, self.tokenizer.pixel_quantizer), (self.semantic_head, self.tokenizer.semantic_quantizer)
-        )  # fmt: skip
-        for head, quantizer in parts:
+        found, rows = {}, len(states) // len(generators)
+        for name, head in self.heads.items():
+            quantizer = self.tokenizer.quantizers[name]
             depth, entries = quantizer.config.depth, quantizer.config.entries
             noise = gumbel_noise(generators, (depth, entries), states.device)   # [B, D, K]
             codes = torch.zeros(len(generators), 0, dtype=torch.long, device=states.device)
@@ -135,8 +136,8 @@ class DualTokenModel(nn.Module):
                     sums = quantizer.partial_sums(codes).repeat(rows, 1, 1)
                 logits = head(states, sums)[:, -1].float()                     # [B or 2 B, K]
                 codes = torch.cat([codes, choose(logits, noise[:, d], sampling)[:, None]], dim=1)
-            found.append(codes)
-        return DualCodes(*found)
+            found[name] = codes
+        return DualCodes(found.get("pixel", found["semantic"]), found["semantic"])
 
     def understand(self, tokens: Tensor, mask: Tensor, codes: DualCodes, *, max_new_tokens: int) -> list[list[int]]:
         """Greedy answers to `tokens` `[B, T]`, which hold the images' placeholders: ids of each row."""

@@ -7,6 +7,7 @@
 B batch, S image side, N = h w positions, W the encoder's width, C the codes' width, D depths.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -21,7 +22,9 @@ from spar.models.dualtoken.towers import TextTower, VisionTower
 
 @dataclass(frozen=True)
 class DualCodes:
-    """The codes of images: `pixel` int64 `[B, h, w, D_pix]` and `semantic` int64 `[B, h, w, D_sem]`."""
+    """The codes of images: `pixel` int64 `[B, h, w, D_pix]` and `semantic` int64 `[B, h, w, D_sem]`; with one codebook
+    both are the same.
+    """
 
     pixel: Tensor
     semantic: Tensor
@@ -32,23 +35,22 @@ class DualCodes:
 
 @dataclass(frozen=True)
 class DualFeatures:
-    """What the vocabularies quantise, `pixel` and `semantic` `[B, N, C]`, and the encoder's own features of the
-    semantic layer, `deep` `[B, N, W]`.
+    """What the vocabularies quantise, `[B, N, C]` each by its name, and the encoder's own features of the semantic
+    layer, `deep` `[B, N, W]`.
     """
 
-    pixel: Tensor
-    semantic: Tensor
+    inputs: Mapping[str, Tensor]
     deep: Tensor
 
 
 @dataclass(frozen=True)
 class DualTokenizerOutput:
-    """Everything that training reads: both vocabularies, the semantic features after quantisation `features`
-    `[B, N, W]` and their pooled feature `[B, W]`.
+    """Everything that training reads: the vocabularies by their names, the vectors that decode to pixels `[B, N, C]`,
+    the semantic features after quantisation `features` `[B, N, W]` and their pooled feature `[B, W]`.
     """
 
-    pixel: Quantized
-    semantic: Quantized
+    quantized: Mapping[str, Quantized]
+    image_vectors: Tensor
     features: Tensor
     pooled: Tensor
 
@@ -101,41 +103,47 @@ class DualTokenizer(nn.Module):
     def __init__(self, config: DualTokenConfig) -> None:
         super().__init__()
         self.config = config
-        width = config.vision.hidden_size
-        pixel, semantic = config.pixel.width, config.semantic.width
+        width, semantic = config.vision.hidden_size, config.semantic.width
         self.encoder = VisionTower(config.vision)
         self.text_tower = TextTower(config.text_tower, width)
-        self.reduce_shortcut = AttnProjection(width, pixel, width // pixel)
-        self.reduce_pixel = AttnProjection(width, pixel, width // pixel)
+        if not config.one_codebook:
+            pixel = config.pixel.width
+            self.reduce_shortcut = AttnProjection(width, pixel, width // pixel)
+            self.reduce_pixel = AttnProjection(width, pixel, width // pixel)
+            self.pixel_quantizer = ResidualQuantizer(config.pixel)
         self.reduce_semantic = AttnProjection(width, semantic, width // semantic)
-        self.pixel_quantizer = ResidualQuantizer(config.pixel)
         self.semantic_quantizer = ResidualQuantizer(config.semantic)
         self.expand_semantic = AttnProjection(semantic, width, width // semantic, causal=True)
-        self.decoder = PixelCodesDecoder(width, pixel, config.decoder)
+        self.decoder = PixelCodesDecoder(width, config.pixel.width, config.decoder)
 
     @property
     def quantizers(self) -> dict[str, ResidualQuantizer]:
-        """Both, by the names of their vocabularies."""
-        return {"pixel": self.pixel_quantizer, "semantic": self.semantic_quantizer}
+        """By the names of the vocabularies."""
+        return {name: getattr(self, f"{name}_quantizer") for name in self.config.vocabularies}
+
+    @property
+    def image_quantizer(self) -> ResidualQuantizer:
+        """Of the codes that decode to an image."""
+        return next(iter(self.quantizers.values()))
 
     def features(self, pixels: Tensor) -> DualFeatures:
         """`[B, 3, S, S]` in [0, 1] to what the vocabularies quantise."""
         taps = self.config.vision.taps
         h_cut, h_pix, h_sem = self.encoder.run(self.encoder.embed(pixels), range(1, taps[2] + 1), taps)
-        x_pix = self.reduce_pixel(h_pix) + self.config.shortcut * self.reduce_shortcut(h_cut)   # [B, N, C]
-        return DualFeatures(x_pix, self.reduce_semantic(h_sem), h_sem)
+        inputs = {"semantic": self.reduce_semantic(h_sem)}                                      # [B, N, C]
+        if not self.config.one_codebook:
+            inputs["pixel"] = self.reduce_pixel(h_pix) + self.config.shortcut * self.reduce_shortcut(h_cut)
+        return DualFeatures(inputs, h_sem)
 
     def encode(self, pixels: Tensor) -> DualCodes:
         """`[B, 3, S, S]` in [0, 1] to codes. In bfloat16 some codes differ from float32's, more at deeper depths."""
-        features, grid = self.features(pixels), (self.config.grid,) * 2
-        return DualCodes(
-            self.pixel_quantizer.encode(features.pixel).unflatten(1, grid),
-            self.semantic_quantizer.encode(features.semantic).unflatten(1, grid),
-        )
+        inputs, grid = self.features(pixels).inputs, (self.config.grid,) * 2
+        codes = {name: one.encode(inputs[name]).unflatten(1, grid) for name, one in self.quantizers.items()}
+        return DualCodes(codes.get("pixel", codes["semantic"]), codes["semantic"])
 
     def decode(self, pixel_codes: Tensor) -> Tensor:
         """Pixel codes `[B, h, w, D]`, or of the first depths alone, to pixels `[B, 3, S, S]`, not clamped."""
-        return self.decoder(self.pixel_quantizer.decode(pixel_codes).flatten(1, 2), self.config.grid)
+        return self.decoder(self.image_quantizer.decode(pixel_codes).flatten(1, 2), self.config.grid)
 
     def semantic_features(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Semantic vectors `[B, N, C]` to the encoder's features in their place `[B, N, W]`, and pooled `[B, W]`."""
@@ -146,10 +154,11 @@ class DualTokenizer(nn.Module):
         """The pooled feature `[B, W]` of semantic codes `[B, h, w, D]`, for zero-shot classification."""
         return self.semantic_features(self.semantic_quantizer.decode(semantic_codes).flatten(1, 2))[1]
 
-    def forward(self, pixels: Tensor, noise: tuple[Tensor, Tensor] | None = None) -> DualTokenizerOutput:
-        """Both vocabularies and the semantic features after quantisation; `noise` as in `ResidualQuantizer`."""
-        features = self.features(pixels)
-        pixel = self.pixel_quantizer(features.pixel, None if noise is None else noise[0])
-        semantic = self.semantic_quantizer(features.semantic, None if noise is None else noise[1])
-        deep, pooled = self.semantic_features(semantic.vectors)
-        return DualTokenizerOutput(pixel, semantic, deep, pooled)
+    def forward(self, pixels: Tensor, noise: Mapping[str, Tensor] | None = None) -> DualTokenizerOutput:
+        """The vocabularies and the semantic features after quantisation; `noise` of each as in `ResidualQuantizer`."""
+        inputs, noise = self.features(pixels).inputs, noise or {}
+        quantized = {name: one(inputs[name], noise.get(name)) for name, one in self.quantizers.items()}
+        semantic = quantized["semantic"].vectors
+        deep, pooled = self.semantic_features(semantic)
+        image = quantized["pixel"].vectors if "pixel" in quantized else semantic
+        return DualTokenizerOutput(quantized, image, deep, pooled)

@@ -68,7 +68,7 @@ class VisionTower(nn.Module):
 
     def shallow_maps(self, pixels: Tensor) -> list[Tensor]:
         """`[B, 3, S, S]` in [0, 1] to the features of the two shallow layers as maps `[B, W, h, w]`."""
-        taps, grid = self.config.taps[:2], self.config.grid
+        taps, grid = self.config.shallow_layers, self.config.grid
         found = self.run(self.embed(pixels), range(1, taps[1] + 1), taps)
         return [x.transpose(1, 2).unflatten(2, (grid, grid)) for x in found]
 

@@ -110,7 +110,9 @@ class DualNextTokenObjective(NextTokenObjective):
         terms: Terms = {}
         total = before.new_zeros((), dtype=torch.float32)
         for name, weight in (("pixel", self.pixel), ("semantic", self.semantic)):
-            losses = _by_depth(getattr(logits, name), getattr(flat, name))     # [D]
+            if name not in logits:
+                continue
+            losses = _by_depth(logits[name], getattr(flat, name))              # [D]
             decay = self.depth_decay ** torch.arange(len(losses), device=losses.device)
             total = total + weight * (losses * decay).sum() / decay.sum()
             terms |= {f"{name}_{depth}": loss.detach() for depth, loss in enumerate(losses, start=1)}
@@ -123,8 +125,8 @@ class DualNextTokenObjective(NextTokenObjective):
         cost = part_cost(lambda: model.tokenizer.features(image), model.tokenizer.encoder, through=False)
         layers = model.language.network.layers
         cost += part_cost(lambda: meta_layers(model, layers, positions + PROMPT_TOKENS), model.language)
-        for name in ("pixel", "semantic"):
-            codes, head = getattr(config, name), model.get_submodule(f"{name}_head")
+        for name, codes in config.vocabularies.items():
+            head = model.heads[name]
             sums = meta_input(positions, codes.depth - 1, codes.width)
             cost += _head_cost(head, meta_input(positions, config.text.hidden_size), sums)
         return cost

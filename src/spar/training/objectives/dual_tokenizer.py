@@ -112,14 +112,14 @@ class DualTokenizerObjective(Objective["DualTokenRecipe"]):
             with torch.no_grad(), ctx.autocast():
                 features = [tokenizer.features(chunk) for chunk in chunks]
             for name, quantizer in tokenizer.quantizers.items():
-                vectors = torch.cat([getattr(feature, name).float() for feature in features])
+                vectors = torch.cat([feature.inputs[name].float() for feature in features])
                 quantizer.init_from_data(vectors, ctx.generator())
 
     def __call__(self, ctx: StepContext, batch: Images) -> Terms:
         tokenizer = ctx.modules.model.tokenizer
         pixels = batch.require_pixels()
         out = tokenizer(pixels, noise=self._noise(ctx, tokenizer))
-        decoded = tokenizer.decoder(out.pixel.vectors, tokenizer.config.grid)
+        decoded = tokenizer.decoder(out.image_vectors, tokenizer.config.grid)
         terms: Terms = {"mse": mse(decoded, pixels)}
         loss, reconstruction = self.mse * terms["mse"], 4 * terms["mse"]       # the latter of pixels in [-1, 1]
         if self.perceptual:
@@ -127,21 +127,21 @@ class DualTokenizerObjective(Objective["DualTokenRecipe"]):
             loss = loss + self.perceptual * terms["perceptual"]
             reconstruction = reconstruction + terms["perceptual"]
         loss = loss + self._semantic(ctx, batch, out, terms)
-        for name in ("pixel", "semantic"):
-            terms[f"commitment_{name}"] = getattr(out, name).commitment
+        for name, quantized in out.quantized.items():
+            terms[f"commitment_{name}"] = quantized.commitment
             loss = loss + self.commitment * terms[f"commitment_{name}"]
         if self.gan:
             loss = loss + self._adversarial(ctx, decoded, pixels, reconstruction, terms)
         return {"loss": loss, **terms, "psnr": psnr(decoded.detach().clamp(0, 1), pixels).mean()}
 
-    def _noise(self, ctx: StepContext, tokenizer: Any) -> tuple[Tensor, Tensor]:
+    def _noise(self, ctx: StepContext, tokenizer: Any) -> dict[str, Tensor]:
         """This micro-step's noise for the vectors that may restart entries, drawn for the whole batch."""
-        generator, found = ctx.generator(), []
-        for quantizer in tokenizer.quantizers.values():
+        generator, found = ctx.generator(), {}
+        for name, quantizer in tokenizer.quantizers.items():
             shape = (ctx.stage.batch, tokenizer.config.grid**2, quantizer.config.depth)
             drawn = torch.rand(shape, generator=generator, device=ctx.device).clamp(min=1e-20)
-            found.append(ctx.own_rows(-(-drawn.log()).log()))
-        return found[0], found[1]
+            found[name] = ctx.own_rows(-(-drawn.log()).log())
+        return found
 
     def _semantic(self, ctx: StepContext, batch: Images, out: DualTokenizerOutput, terms: Terms) -> Tensor:
         """Distances to the teacher, of features and pooled; the features' parts go into `terms`."""
@@ -192,7 +192,7 @@ class DualTokenizerObjective(Objective["DualTokenRecipe"]):
         cost += part_cost(lambda: tokenizer.semantic_features(semantic), tokenizer.expand_semantic)
         pixel = meta_input(1, positions, config.pixel.width)
         cost += part_cost(lambda: tokenizer.decoder(pixel, config.grid), tokenizer.decoder)
-        for codes in (config.pixel, config.semantic):
+        for codes in config.vocabularies.values():
             cost += Cost(2 * positions * codes.depth * codes.entries * codes.width)
         if self._taught(recipe):
             cost += part_cost(lambda: modules.teacher(image.detach()), modules.teacher, through=False)
