@@ -2,6 +2,7 @@
 # make test   the linter, the types and the whole suite; make fast leaves the slow tests out
 # make test-newest, make test-oldest
 #             the same as make fast, at either end of pyproject.toml's ranges: run both whenever a dependency changes
+# make chaos  kills trainings 50 times and soaks training and server for an hour; the figures go to docs/reliability.md
 # make docs   the guides and the API reference as a site, in site/; a warning is an error
 # make clean  removes what these made, the environments too; runs/ stays
 
@@ -17,7 +18,7 @@ BIN := .venv/bin
 install = $(1)/bin/python -m pip install --disable-pip-version-check --quiet
 pytest = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test fast test-newest test-oldest lint docs clean
+.PHONY: demo test fast chaos test-newest test-oldest lint docs clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/installed
@@ -40,6 +41,11 @@ test-newest: .venv-newest/installed
 test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/ruff check .
 	$(call pytest,.venv-oldest) -m "not slow"
+
+chaos: .venv/installed
+	$(BIN)/python tests/chaos/kills.py --kills 50 > docs/reliability/kills.json
+	$(BIN)/python tests/chaos/soak.py --minutes 60 > docs/reliability/soak.json
+	$(BIN)/python docs/reliability.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

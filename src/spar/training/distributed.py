@@ -83,7 +83,7 @@ class DistributedContext:
             if config.strategy != "auto":
                 raise InputError(
                     f"parallelism.strategy: {config.strategy} is for several processes, got one: start them with "
-                    "`torchrun --nproc-per-node N -m spar train ...` or `accelerate launch -m spar train ...`"
+                    "`torchrun --nproc-per-node N -m -- spar train ...` or `accelerate launch -m -- spar train ...`"
                 )
             return cls(device=torch.device(device), config=config)
         state = PartialState(cpu=torch.device(device).type == "cpu")
