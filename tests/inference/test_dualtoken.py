@@ -217,3 +217,20 @@ def test_editing_says_that_it_is_not_defined(pipe):
 def test_bad_input_is_refused_in_words(pipe, wrong, message):
     with pytest.raises(InputError, match=message):
         pipe.generate(**{"prompt": "a red circle", **wrong})
+
+
+def test_labels_are_read_once_for_the_same_texts_and_in_parts(pipe, monkeypatch):
+    pictures = [image(seed) for seed in range(3)]
+    tower, seen = pipe.model.tokenizer.text_tower, []
+    labels = ["a red circle", "a blue star", "a green ring", "a red star", "a circle"]
+    whole = pipe.classify(pictures, labels)
+    monkeypatch.setattr("spar.inference.dualtoken.LABELS_AT_ONCE", 2)
+    pipe.classify(pictures[0], ["a star"])
+    hook = tower.register_forward_hook(lambda _, inputs, output: seen.append(len(output)))
+    try:
+        assert pipe.classify(pictures, labels) == whole and seen == [2, 2, 1]
+        assert pipe.classify(pictures, labels) == whole and seen == [2, 2, 1]
+        pipe.classify(pictures[0], labels[:1])
+        assert seen == [2, 2, 1, 1]
+    finally:
+        hook.remove()

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from spar.checkpoints.dualtoken_format import load_dualtoken, save_dualtoken
+from spar.checkpoints.lora import LoraConfig
+from spar.checkpoints.safetensors_io import read_tensors
 from spar.common.errors import InputError
 from spar.inference.dualtoken import DualTokenPipeline
 from spar.processing.prompts import tower_tokens
@@ -369,3 +371,28 @@ def test_the_study_of_one_codebook_trains_every_stage_and_leaves_a_model_that_dr
     pipe = DualTokenPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
     codes = pipe.encode(pipe.generate("a red circle", seed=3).images[0])
     assert torch.equal(codes.pixel, codes.semantic) and int(codes.pixel.max()) < 16
+
+
+def test_lora_moves_the_llms_additions_alone_and_the_pipeline_takes_them(dual_run, tmp_path):
+    base, adapted = dual_run.path / "model", replace(TINY, lora=LoraConfig(rank=2, parts=("language",)))
+    train(adapted, tmp_path, stages=("finetune",), init_from=base, device="cpu")
+    added = read_tensors(tmp_path / "adapter" / "adapter.safetensors")
+    assert added and all(float(value.abs().max()) > 0 for value in added.values())
+    pipe = DualTokenPipeline.from_pretrained(base, adapter=tmp_path / "adapter", device="cpu")
+    assert pipe.origin == {"model": "model", "adapter": "adapter"}
+    taken = pipe.model.state_dict()
+    merged, plain = (load_dualtoken(path).model.state_dict() for path in (tmp_path / "model", base))
+    moved = {key for key in plain if not torch.equal(merged[key], plain[key])}
+    assert moved == {key.split(".lora_")[0] + ".weight" for key in added}
+    assert all(key.startswith("language.network.layers.") for key in moved)
+    assert all(torch.allclose(merged[key], taken[key], atol=1e-6) for key in merged)
+
+
+def test_lora_is_for_the_llm_that_is_trained(dual_run, tmp_path):
+    with pytest.raises(InputError, match="lora.parts: expected language alone of DualToken, got denoiser, connector"):
+        replace(TINY, lora=LoraConfig(rank=2))
+    adapted = replace(TINY, lora=LoraConfig(rank=2, parts=("language",)))
+    for stage in ("mllm", "tokenizer"):
+        with pytest.raises(InputError, match=f"expected stages of the LLM after mllm alone .*got {stage}"):
+            train(adapted, tmp_path / "run", stages=(stage,), init_from=dual_run.path / "model")
+    assert not (tmp_path / "run").exists()

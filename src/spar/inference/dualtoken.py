@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spar.checkpoints.dualtoken_format import DualTokenBundle, load_dualtoken, save_dualtoken
 from spar.checkpoints.hub import model_folder, model_name
+from spar.checkpoints.lora import load_adapter, merge_lora
 from spar.checkpoints.model_header import TITLES
 from spar.common import limits
 from spar.common.errors import Cancelled, InputError
@@ -29,6 +30,8 @@ from spar.models.dualtoken.sampling import CodeSampling
 from spar.models.dualtoken.tokenizer import DualCodes
 from spar.processing.images import ImageSource, to_pil
 from spar.processing.prompts import PromptEncoder, tower_tokens
+
+LABELS_AT_ONCE = 256  # that the text tower reads together
 
 
 @dataclass
@@ -44,6 +47,7 @@ class DualTokenPipeline(Pipeline):
     weights: Weights = "float32"
     compile: bool = False
     origin: Mapping[str, str | None] = field(default_factory=dict)
+    _labels: tuple[tuple[str, ...], Tensor] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         model = self.model = self.bundle.model
@@ -61,7 +65,7 @@ class DualTokenPipeline(Pipeline):
     @classmethod
     def from_pretrained(
         cls, path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None,
-        weights: Weights = "float32", compile: bool = False,
+        adapter: str | Path | None = None, weights: Weights = "float32", compile: bool = False,
     ) -> "DualTokenPipeline":  # fmt: skip
         """Load a DualToken folder, or `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION`.
 
@@ -69,6 +73,7 @@ class DualTokenPipeline(Pipeline):
             dtype: type of matrix products; by default bfloat16 if the device has it in hardware. Images are encoded in
                 float32 in any case, since their codes differ otherwise.
             device: by default a CUDA device if available, else the CPU.
+            adapter: a folder of LoRA weights (`RUN/adapter`) to merge into the model.
             weights: type of the weights in memory: "float32" as stored, or "dtype", those of the LLM's and the heads'
                 matrix products in `dtype`, for the same results.
             compile: compile repeated layers with torch.compile.
@@ -80,8 +85,14 @@ class DualTokenPipeline(Pipeline):
         if weights not in ("float32", "dtype"):
             raise InputError(f"weights: expected float32 or dtype of a DualToken model, got {weights!r}")
         folder = model_folder(path)
-        origin = {"model": model_name(path, folder), "adapter": None}
-        return cls(load_dualtoken(folder), dtype, where, weights, compile, origin)
+        loaded = load_dualtoken(folder)
+        if adapter is not None:
+            load_adapter(loaded.model, Path(adapter))
+            merge_lora(loaded.model)
+        origin = {
+            "model": model_name(path, folder), "adapter": None if adapter is None else Path(adapter).resolve().name
+        }
+        return cls(loaded, dtype, where, weights, compile, origin)
 
     def _save(self, folder: Path, dtype: torch.dtype | None) -> None:
         save_dualtoken(self.bundle, folder, dtype)
@@ -202,15 +213,22 @@ class DualTokenPipeline(Pipeline):
         """
         texts = self._texts(labels, "label")
         check_range("labels", len(texts), 1, limits.MAX_LABELS)
-        tower, pixels = self.model.tokenizer.text_tower, self._squares(image)
-        tokenizer = self.bundle.tower_tokenizer or self.text_tokenizer
-        ids = tower_tokens(tokenizer, texts, tower.config.positions).to(self.device)
+        tokenizer, pixels = self.model.tokenizer, self._squares(image)
         with torch.autocast(self.device.type, enabled=False):
-            if quantized:
-                pooled = self.model.tokenizer.pooled(self.model.tokenizer.encode(pixels).semantic)
-            else:
-                pooled = self.model.tokenizer.encoder(pixels)[1]
-            return (pooled @ F.normalize(tower(ids), dim=1).T).argmax(1).tolist()
+            features = self._label_features(tuple(texts))
+            pooled = tokenizer.pooled(tokenizer.encode(pixels).semantic) if quantized else tokenizer.encoder(pixels)[1]
+            return (pooled @ features.T).argmax(1).tolist()
+
+    def _label_features(self, texts: tuple[str, ...]) -> Tensor:
+        """The text tower's unit features `[labels, W]`; the last labels' are kept, since a run asks for the same ones
+        with every batch of images.
+        """
+        if self._labels is None or self._labels[0] != texts:
+            tower = self.model.tokenizer.text_tower
+            ids = tower_tokens(self.bundle.tower_tokenizer or self.text_tokenizer, texts, tower.config.positions)
+            chunks = [tower(chunk) for chunk in ids.to(self.device).split(LABELS_AT_ONCE)]
+            self._labels = texts, F.normalize(torch.cat(chunks), dim=1)
+        return self._labels[1]
 
     @torch.inference_mode()
     def reconstruct(self, image: ImageSource | Sequence[ImageSource]) -> ReconstructOutput:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spar.checkpoints.dualtoken_format import DualTokenBundle, load_dualtoken, save_dualtoken
+from spar.checkpoints.lora import LoraConfig, add_lora, lora_patterns, merge_lora, save_adapter
 from spar.checkpoints.model_header import load_text_tokenizer, read_manifest
 from spar.common.config import differences
 from spar.common.errors import InputError
@@ -25,6 +26,7 @@ from spar.training.config import Recipe, StageConfig
 from spar.training.modules import ATTENTION_GAIN, init_xavier
 from spar.training.objectives.base import Networks
 from spar.training.objectives.contrastive import ContrastiveObjective
+from spar.training.objectives.dual_next_token import DualNextTokenObjective
 from spar.training.plan import InitFolder
 
 log = logging.getLogger("spar.training")
@@ -59,6 +61,12 @@ class DualTokenRecipe(Recipe):
     sampling: CodeSampling = CodeSampling()
     perceptual: DualPerceptualConfig = DualPerceptualConfig()
     discriminator: PatchDiscriminatorConfig = PatchDiscriminatorConfig(width=32, layers=2)
+    lora: LoraConfig = LoraConfig(parts=("language",))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora.parts != ("language",):
+            raise InputError(f"lora.parts: expected language alone of DualToken, got {', '.join(self.lora.parts)}")
 
     @property
     def image_size(self) -> int:
@@ -107,11 +115,30 @@ class DualTokenRecipe(Recipe):
     def build(self, networks: Networks) -> "DualTrainingModules":
         modules = DualTrainingModules(self, networks)
         init_dual_weights(modules)
+        if self.lora.rank:
+            add_lora(modules.model, self.lora)
         return modules
 
+    def check_stages(self, stages: tuple[StageConfig, ...]) -> None:
+        """LoRA adds to an LLM that is trained already: its later stages alone have these."""
+        language = [stage for stage in self.stages if isinstance(stage.objective, DualNextTokenObjective)]
+        wrong = [stage.name for stage in stages if stage not in language[1:]]
+        if self.lora.rank and wrong:
+            raise InputError(
+                f"lora: expected stages of the LLM after {language[0].name if language else 'the first'} alone (as in "
+                f"--stage {self.stages[-1].name} --init-from MODEL), got {', '.join(wrong)}"
+            )
+
+    def must_reach(self, stage: StageConfig) -> tuple[str, ...]:
+        """With LoRA each adapted part, and the heads beside the model."""
+        return lora_patterns(stage.trainable, self.lora) if self.lora.rank else stage.trainable
+
     def save(self, modules: Any, run: Path, prompts: PromptEncoder) -> None:
-        """The model in `RUN/model`."""
+        """The model in `RUN/model`; with LoRA its additions in `RUN/adapter` too, and merged in the model."""
         model, manifest = modules.model.eval(), run_manifest(self, run, self.stages[-1].name)
+        if self.lora.rank:
+            save_adapter(model, self.lora, run / "adapter", manifest)
+            merge_lora(model)
         save_dualtoken(
             DualTokenBundle(model, prompts.tokenizer, self.sampling, self.max_prompt_tokens, manifest), run / "model"
         )

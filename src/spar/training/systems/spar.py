@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from spar.checkpoints.lora import LORA_PREFIX, LoraConfig, merge_lora, save_adapter
+from spar.checkpoints.lora import LoraConfig, lora_patterns, merge_lora, save_adapter
 from spar.checkpoints.model_header import load_text_tokenizer
 from spar.checkpoints.safetensors_io import load_weights
 from spar.checkpoints.spar_format import (
@@ -171,10 +171,7 @@ class SparRecipe(Recipe):
 
     def must_reach(self, stage: StageConfig) -> tuple[str, ...]:
         """With LoRA each adapted part, and the heads."""
-        if not self.lora.rank:
-            return stage.trainable
-        heads = (pattern for pattern in stage.trainable if not pattern.startswith("model."))
-        return (*heads, *(f"model.{part}.*.{LORA_PREFIX}*" for part in self.lora.parts))
+        return lora_patterns(stage.trainable, self.lora) if self.lora.rank else stage.trainable
 
     def read_model(self, folder: Path) -> InitFolder:
         manifest = folder / "manifest.json"
