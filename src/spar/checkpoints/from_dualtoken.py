@@ -24,6 +24,7 @@ from spar.checkpoints.model_header import versions
 from spar.checkpoints.safetensors_io import SafetensorsReader
 from spar.common.config import differences
 from spar.common.errors import InputError
+from spar.common.seeds import cpu_generator
 from spar.models.config import TextConfig
 from spar.models.dualtoken.config import DualTokenConfig
 from spar.models.dualtoken.model import DualTokenModel
@@ -218,7 +219,7 @@ def init_missing(model: DualTokenModel, seed: int) -> dict[str, str]:
         if not any(parameter.is_meta for parameter in module.parameters()):
             continue
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.set_rng_state(cpu_generator(seed).get_state())
             for part in module.modules():
                 for key, parameter in list(part.named_parameters(recurse=False)):
                     if parameter.is_meta:

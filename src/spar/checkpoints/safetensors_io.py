@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from spar.common.config import read_json, write_json
 from spar.common.errors import InputError
+from spar.common.files import usual_mode
 
 SHARD_BYTES = 4 * 2**30
 INDEX = ".index.json"
@@ -107,7 +108,8 @@ def write_tensors(
         shard = {key: tensors[key].detach().to("cpu", stored[key].dtype).contiguous() for key in keys}
         check_finite(shard, path)
         try:
-            save_file(shard, path.with_name(name))
+            with usual_mode(path.with_name(name)):
+                save_file(shard, path.with_name(name))
         except SafetensorError as error:  # for example for a full disk
             raise OSError(str(error)) from error
     if split.is_sharded:
