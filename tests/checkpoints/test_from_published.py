@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,6 +113,21 @@ def test_the_dit_computes_what_it_computed(foreign, assembled, libraries):
     ).sample
     own = assembled.model.denoiser(latent, time, condition, mask).velocity
     torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [10**4, 10**9, 2**63, 10**400, float("inf"), float("nan")])
+@pytest.mark.parametrize("name", ["num_hidden_layers", "hidden_size", "vocab_size", "rms_norm_eps", "rope_theta"])
+def test_sizes_that_the_weights_do_not_bear_out_cost_nothing(published, name, value):
+    path = published / "mllm" / "config.json"
+    config = json.loads(path.read_text())
+    config["text_config" if "text_config" in config else "llm_config"][name] = value
+    path.write_text(json.dumps(config))
+    if isinstance(value, int) and value < 2**63 and name in ("rms_norm_eps", "rope_theta"):
+        return  # of any size
+    start = time.monotonic()
+    with pytest.raises(InputError):
+        build(published)
+    assert time.monotonic() - start < 5
 
 
 def test_sizes_are_the_checkpoints_and_differences_are_reported(foreign, assembled):

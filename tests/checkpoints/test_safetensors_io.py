@@ -52,10 +52,10 @@ def test_shapes_are_known_without_reading_and_tensors_outlive_their_file(module,
 def test_a_module_without_memory_gets_the_stored_weights(module, sharded):
     with torch.device("meta"):
         other = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)), nn.Embedding(4, 100))
-    load_into_meta(other, sharded)
+    load_into_meta(other, SafetensorsReader(sharded))
     assert all(torch.equal(value, other.state_dict()[key]) for key, value in module.state_dict().items())
     with pytest.raises(InputError, match=r"\d does not fit this model: .*unexpected \(1.bias, 1.weight, 2.bias"):
-        load_into_meta(nn.Sequential(nn.Linear(8, 8)), sharded)
+        load_into_meta(nn.Sequential(nn.Linear(8, 8)), SafetensorsReader(sharded))
 
 
 def rename_a_shard(index: dict, name: str) -> None:
@@ -108,7 +108,7 @@ def test_numbers_that_are_not_finite_are_neither_written_nor_loaded(tmp_path, va
     with torch.device("meta"):
         module = torch.nn.Linear(3, 2)
     with pytest.raises(InputError, match=r"model.safetensors: expected finite weights, got bias"):
-        load_into_meta(module, tmp_path / "model.safetensors")
+        load_into_meta(module, SafetensorsReader(tmp_path / "model.safetensors"))
 
 
 def test_a_number_that_a_smaller_type_cannot_hold_is_refused(tmp_path):

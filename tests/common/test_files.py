@@ -1,7 +1,13 @@
 """Files appear whole or not at all."""
 
-import pytest
+import os
+import stat
 
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from spar.checkpoints.safetensors_io import write_tensors
 from spar.common.files import atomic_file, swap_folders
 
 
@@ -39,3 +45,19 @@ def test_the_last_folder_that_there_is_goes_only_when_the_new_one_is_in_place(tm
     new.mkdir()
     swap_folders(new, folder, old)
     assert [*tmp_path.iterdir()] == [folder] and not [*folder.iterdir()]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_weights_may_be_read_by_whom_other_files_may(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        tensors = {"a": torch.ones(3), "b": torch.ones(3)}
+        write_tensors(tensors, tmp_path / "model.safetensors", shard_bytes=12)  # two shards and an index
+        for _ in range(2):  # new, then over an older one
+            with atomic_file(tmp_path / "cache.safetensors") as temporary:
+                save_file(tensors, temporary)
+            write_tensors(tensors, tmp_path / "whole.safetensors")
+    finally:
+        os.umask(before)
+    files = [*tmp_path.iterdir()]
+    assert len(files) == 5 and {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o666 & ~umask}

@@ -122,6 +122,11 @@ def test_an_image_depends_on_its_seed_and_not_on_its_batch(pipe):
     assert alone.images[0].size == (64, 64)
 
 
+def test_seeds_that_share_their_lower_32_bits_draw_other_images(pipe):
+    one, other = pipe.generate(["a red circle"] * 2, seed=[7, 2**32 + 7]).images
+    assert gap(one, other) > 1
+
+
 def test_seeds_count_up_over_the_images_of_a_prompt(pipe):
     out = pipe.generate("a red circle", seed=7, num_images_per_prompt=2)
     assert out.seeds == [7, 8] and len(out.images) == 2

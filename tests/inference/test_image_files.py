@@ -73,6 +73,13 @@ def png_with(path: Path, *chunks: bytes) -> Path:
     return path
 
 
+def test_a_path_may_be_text(tmp_path):
+    saved(tmp_path / "a.png", {"spar": "0.1.0", "prompt": "a red circle"})
+    assert read_metadata(str(tmp_path / "a.png")) == read_metadata(tmp_path / "a.png")
+    with pytest.raises(InputError, match="there is no file"):
+        read_metadata("")
+
+
 def test_a_bomb_of_compressed_text_is_refused_without_its_memory(tmp_path):
     bomb = zlib.compress(b"a" * 2**26, 9)
     for kind, head in ((b"zTXt", b"prompt\0\0"), (b"iTXt", b"prompt\0\1\0\0\0")):

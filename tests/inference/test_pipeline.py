@@ -294,6 +294,11 @@ def test_an_image_depends_on_its_own_seed_and_not_on_its_batch(pipe):
     assert gap(together.images[0], together.images[1]) > 4 and gap(together.images[0], together.images[2]) > 4
 
 
+def test_seeds_that_share_their_lower_32_bits_draw_other_images(pipe):
+    one, other, same = generate(pipe, [CIRCLE] * 3, seed=[7, 2**32 + 7, 7]).images
+    assert gap(one, same) == 0 and gap(one, other) > 1
+
+
 def test_an_edit_depends_on_its_own_seed_and_not_on_its_batch(pipe, pictures):
     instructions = ["remove the red circle", "add a large blue star above the small green square"]
     together = edit(pipe, pictures[:2], instructions, num_images_per_prompt=2, seed=[5, 6, 7, 8])

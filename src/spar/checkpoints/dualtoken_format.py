@@ -13,15 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 
 from spar.checkpoints import model_header
 from spar.checkpoints.formats.internvl import open_text_tokenizer
 from spar.checkpoints.model_card import dualtoken_card
-from spar.checkpoints.model_header import check_replaceable, load_text_tokenizer, read_manifest, write_header
-from spar.checkpoints.safetensors_io import load_into_meta, write_tensors
-from spar.common.config import from_dict, to_dict, write_json
-from spar.common.errors import InputError
+from spar.checkpoints.model_header import (
+    check_prompt_tokens,
+    check_replaceable,
+    load_text_tokenizer,
+    read_manifest,
+    write_header,
+)
+from spar.checkpoints.safetensors_io import SafetensorsReader, load_into_meta, write_tensors
+from spar.checkpoints.sized_build import sized_build
+from spar.common.config import from_file, to_dict, write_json
 from spar.common.files import atomic_directory
 from spar.models.dualtoken.config import DualTokenConfig
 from spar.models.dualtoken.model import DualTokenModel
@@ -53,7 +58,7 @@ def save_dualtoken(loaded: DualTokenBundle, folder: Path, dtype: torch.dtype | N
     """Write a whole folder, floating weights in `dtype`; an existing one is replaced only if it is of DualToken."""
     check_replaceable(folder, FORMAT)
     with atomic_directory(folder) as temporary:
-        for part in loaded.model.parts:
+        for part in loaded.model.config.parts:
             tensors = loaded.model.get_submodule(part).state_dict()
             write_tensors(tensors, temporary / part / "model.safetensors", dtype)
         loaded.text_tokenizer.save_pretrained(temporary / "text_tokenizer")
@@ -70,7 +75,7 @@ def save_dualtoken(loaded: DualTokenBundle, folder: Path, dtype: torch.dtype | N
 def build_dualtoken_card(loaded: DualTokenBundle) -> str:
     """Text of the folder's model card."""
     model, tokenizer = loaded.model, loaded.text_tokenizer
-    sizes = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in model.parts}
+    sizes = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in model.config.parts}
     words = None if tokenizer.unk_token_id is None else len(known_words(tokenizer))
     return dualtoken_card(model.config, loaded.manifest, sizes, prompt=loaded.max_prompt_tokens, words=words)
 
@@ -78,18 +83,16 @@ def build_dualtoken_card(loaded: DualTokenBundle) -> str:
 def load_dualtoken(folder: Path) -> DualTokenBundle:
     """Load a DualToken folder strictly, in float32 on the CPU; `InputError` names what is missing or damaged."""
     header = read_header(folder)
-    with init_empty_weights(include_buffers=False):
-        model = DualTokenModel(from_dict(DualTokenConfig, header["model"], complete=True))
-    for part in model.parts:
-        load_into_meta(model.get_submodule(part), folder / part / "model.safetensors")
-    longest = header["max_prompt_tokens"]
-    if type(longest) is not int or longest < 1:
-        raise InputError(f"{folder / 'config.json'}: expected max_prompt_tokens of at least 1, got {longest!r}")
+    config, sampling = parse_config(folder, header), parse_sampling(folder, header)
+    files = {part: SafetensorsReader(folder / part / "model.safetensors") for part in config.parts}
+    model = sized_build(lambda: DualTokenModel(config), config, files)
+    for part, one in files.items():
+        load_into_meta(model.get_submodule(part), one)
     return DualTokenBundle(
         model=model.eval().requires_grad_(False),
         text_tokenizer=load_text_tokenizer(folder / "text_tokenizer", model.config.text),
-        sampling=from_dict(CodeSampling, header["sampling"], complete=True),
-        max_prompt_tokens=longest,
+        sampling=sampling,
+        max_prompt_tokens=header["max_prompt_tokens"],
         manifest=read_manifest(folder),
         tower_tokenizer=open_text_tokenizer(folder / TOWER_TOKENIZER) if (folder / TOWER_TOKENIZER).is_dir() else None,
     )
@@ -98,3 +101,15 @@ def load_dualtoken(folder: Path) -> DualTokenBundle:
 def read_header(folder: Path) -> dict[str, Any]:
     """Read config.json of a DualToken folder; raises as `model_header.read_header`."""
     return model_header.read_header(folder, FORMAT, FORMAT_VERSION, ("model", "sampling", "max_prompt_tokens"))
+
+
+def parse_config(folder: Path, header: dict[str, Any]) -> DualTokenConfig:
+    """The configuration in a header; `InputError` names the file and the field."""
+    config = from_file(DualTokenConfig, header["model"], folder / "config.json")
+    check_prompt_tokens(folder, header["max_prompt_tokens"], config.text)
+    return config
+
+
+def parse_sampling(folder: Path, header: dict[str, Any]) -> CodeSampling:
+    """The sampling defaults in a header; raises as `parse_config`."""
+    return from_file(CodeSampling, header["sampling"], folder / "config.json")

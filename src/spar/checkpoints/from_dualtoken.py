@@ -22,8 +22,10 @@ from spar.checkpoints.formats.torch_pickle import TorchPickleReader
 from spar.checkpoints.from_published import with_configs
 from spar.checkpoints.model_header import versions
 from spar.checkpoints.safetensors_io import SafetensorsReader
+from spar.checkpoints.sized_build import FRESH, outline
 from spar.common.config import differences
 from spar.common.errors import InputError
+from spar.common.seeds import cpu_generator
 from spar.models.config import TextConfig
 from spar.models.dualtoken.config import DualTokenConfig
 from spar.models.dualtoken.model import DualTokenModel
@@ -184,11 +186,12 @@ def _finish(
     """Build the model on the meta device, fill it, and bundle it with its tokenizers and origins."""
     llm = parts.weights("llm")
     keys.add(llm, lambda key: translate_llm(key, head=not real.text.tied_head))
+    sketch = outline(lambda: DualTokenModel(real), real, keys.outlines().values(), "the checkpoints", FRESH)
+    keys.check({prefix: sketch.get_submodule(prefix) for prefix in filled}, filled)
     with init_empty_weights(include_buffers=False):
         model = DualTokenModel(real)
-    whole: dict[str, nn.Module] = {prefix: model.get_submodule(prefix) for prefix in filled}
-    keys.check(whole, filled)
-    for prefix, module in whole.items():
+    for prefix in filled:
+        module: nn.Module = model.get_submodule(prefix)
         module.load_state_dict(keys.tensors(prefix), assign=True)
     origins = {**filled, **init_missing(model, seed)}
     records = {
@@ -218,7 +221,7 @@ def init_missing(model: DualTokenModel, seed: int) -> dict[str, str]:
         if not any(parameter.is_meta for parameter in module.parameters()):
             continue
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.set_rng_state(cpu_generator(seed).get_state())
             for part in module.modules():
                 for key, parameter in list(part.named_parameters(recurse=False)):
                     if parameter.is_meta:

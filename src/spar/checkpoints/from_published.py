@@ -18,6 +18,7 @@ from spar.checkpoints.formats.checkpoint_source import CheckpointSource, fetch
 from spar.checkpoints.formats.key_map import KeyMap, TensorReader
 from spar.checkpoints.model_header import versions
 from spar.checkpoints.safetensors_io import SafetensorsReader
+from spar.checkpoints.sized_build import FRESH, outline
 from spar.checkpoints.spar_format import TRAINING_PARTS, ModelBundle, SamplingConfig
 from spar.common.config import differences
 from spar.common.errors import InputError
@@ -171,14 +172,17 @@ def build_from_tensors(
     Returns:
         The model, E_p, and the origin of each part.
     """
+
+    def build() -> tuple[SparModel, PixelEncoder]:
+        return SparModel(config), TRAINING_PARTS["pixel_encoder"](config)
+
+    def parts_of(model: SparModel, encoder: PixelEncoder) -> dict[str, nn.Module]:
+        return {name: encoder if name == dcae.PIXEL_ENCODER else model.get_submodule(name) for name in filled}
+
+    keys.check(parts_of(*outline(build, config, keys.outlines().values(), "the checkpoints", FRESH)), filled)
     with init_empty_weights():
-        model = SparModel(config)
-        pixel_encoder = TRAINING_PARTS["pixel_encoder"](config)
-    parts = {
-        prefix: pixel_encoder if prefix == dcae.PIXEL_ENCODER else model.get_submodule(prefix) for prefix in filled
-    }
-    keys.check(parts, filled)
-    for prefix, module in parts.items():
+        model, pixel_encoder = build()
+    for prefix, module in parts_of(model, pixel_encoder).items():
         module.load_state_dict(keys.tensors(prefix), assign=True)
     origins = dict(filled) | init_missing_weights(model, seed)
     if "connector" not in filled:

@@ -1,17 +1,18 @@
 """Inspection of a model's folder by its headers alone: every tensor's name and shape is checked, none is read."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import init_empty_weights
 from torch import nn
 
 from spar.checkpoints import dualtoken_format
 from spar.checkpoints.model_card import recorded_scores
 from spar.checkpoints.model_header import load_text_tokenizer, model_type, read_manifest
-from spar.checkpoints.safetensors_io import SafetensorsReader, check_fit
+from spar.checkpoints.safetensors_io import SafetensorsReader
+from spar.checkpoints.sized_build import skeleton
 from spar.checkpoints.spar_format import (
     FORMAT,
     PARTS,
@@ -19,10 +20,12 @@ from spar.checkpoints.spar_format import (
     TRAINING_PARTS,
     SamplingConfig,
     has_part,
+    parse_config,
+    parse_sampling,
     read_header,
     tokenizer_header,
 )
-from spar.common.config import from_dict, read_json
+from spar.common.config import read_json
 from spar.models.config import SparConfig
 from spar.models.dualtoken.config import DualTokenConfig
 from spar.models.dualtoken.model import DualTokenModel
@@ -78,31 +81,25 @@ def inspect(folder: Path) -> Inspection:
 def _inspect_spar(folder: Path) -> Inspection:
     whole = read_json(folder / "config.json").get("format") != TOKENIZER_FORMAT
     header = read_header(folder, FORMAT if whole else TOKENIZER_FORMAT)
-    config = from_dict(SparConfig, header["model"], complete=True)
-    if whole:
-        tokenizer_header(folder, header)
-        load_text_tokenizer(folder / "text_tokenizer", config.text)
-    modules: dict[str, nn.Module]
-    with init_empty_weights():
-        if whole:
-            model = SparModel(config)
-            modules = {name: getattr(model, name) for name in ("tokenizer", *PARTS)}
-            modules |= {name: build(config) for name, build in TRAINING_PARTS.items() if has_part(folder, name)}
-        else:
-            modules = {"tokenizer": UnifiedTokenizer(config)}
-    parts = [_part(name, module, folder / name if whole else folder) for name, module in modules.items()]
-    sampling = from_dict(SamplingConfig, header["sampling"], complete=True) if whole else None
-    return _inspection(header, config, sampling, read_manifest(folder) if whole else {}, parts)
+    config = parse_config(folder, header)
+    if not whole:
+        return _inspection(header, config, None, {}, _alone("tokenizer", UnifiedTokenizer, config, folder))
+    tokenizer_header(folder, header)
+    sampling = parse_sampling(folder, header, config)
+    load_text_tokenizer(folder / "text_tokenizer", config.text)
+    parts = _parts(lambda: SparModel(config), config, {name: folder / name for name in ("tokenizer", *PARTS)})
+    for name, build in TRAINING_PARTS.items():
+        if has_part(folder, name):
+            parts += _alone(name, build, config, folder / name)
+    return _inspection(header, config, sampling, read_manifest(folder), parts)
 
 
 def _inspect_dualtoken(folder: Path) -> Inspection:
     header = dualtoken_format.read_header(folder)
-    config = from_dict(DualTokenConfig, header["model"], complete=True)
+    config, sampling = dualtoken_format.parse_config(folder, header), dualtoken_format.parse_sampling(folder, header)
     load_text_tokenizer(folder / "text_tokenizer", config.text)
-    with init_empty_weights():
-        model = DualTokenModel(config)
-    parts = [_part(name, model.get_submodule(name), folder / name) for name in model.parts]
-    sampling = from_dict(CodeSampling, header["sampling"], complete=True)
+    folders = {name: folder / name for name in config.parts}
+    parts = _parts(lambda: DualTokenModel(config), config, folders)
     return _inspection(header, config, sampling, read_manifest(folder), parts)
 
 
@@ -124,9 +121,21 @@ def _inspection(
     )
 
 
-def _part(name: str, module: nn.Module, folder: Path) -> PartInfo:
+def _parts(build: Callable[[], nn.Module], config: Any, folders: dict[str, Path]) -> list[PartInfo]:
+    """The parts of a network, which its files in their folders fit."""
+    files = {name: SafetensorsReader(folder / "model.safetensors") for name, folder in folders.items()}
+    skeleton(build, config, files)
+    return [_part(name, one) for name, one in files.items()]
+
+
+def _alone(name: str, build: Callable[[SparConfig], nn.Module], config: SparConfig, folder: Path) -> list[PartInfo]:
+    """A network that is one part, as `_parts`."""
     files = SafetensorsReader(folder / "model.safetensors")
-    check_fit(module.state_dict(), files.shapes, folder)
+    skeleton(lambda: build(config), config, {"": files})
+    return [_part(name, files)]
+
+
+def _part(name: str, files: SafetensorsReader) -> PartInfo:
     counts: Counter[str] = Counter()
     for key, kind in files.types.items():
         counts[TYPES.get(kind, kind.lower())] += files.shapes[key].numel()

@@ -88,6 +88,14 @@ def check_replaceable(folder: Path, kind: str) -> None:
         raise InputError(f"{folder} exists and is no {title(kind)} folder; expected an empty or new folder")
 
 
+def check_prompt_tokens(folder: Path, longest: object, config: TextConfig) -> None:
+    """Refuse a longest prompt that is no number of tokens which the LLM can take, with InputError."""
+    most = config.max_seq_len
+    if type(longest) is not int or not 1 <= longest <= most:
+        where = folder / "config.json"
+        raise InputError(f"{where}: expected max_prompt_tokens of at least 1 and at most {most}, got {longest!r}")
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The origin of a folder's weights; empty where none is written."""
     manifest = folder / "manifest.json"

@@ -10,17 +10,25 @@ from torch import Tensor, nn
 
 from spar.common.config import read_json, write_json
 from spar.common.errors import InputError
+from spar.common.files import usual_mode
 
 SHARD_BYTES = 4 * 2**30
 INDEX = ".index.json"
+# torch's types by safetensors' names for them.
+TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64, "BOOL": torch.bool,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+}  # fmt: skip
 
 
 class SafetensorsReader:
     """The tensors of `NAME.safetensors`, or of the shards that `NAME.safetensors.index.json` lists.
 
-    `shapes` has every tensor on the meta device, `types` the names of their types in safetensors ("F32", "BF16");
-    `read` returns one tensor with its own memory. Raises `InputError` for files that are missing, damaged or differ
-    from the index.
+    `shapes` has every tensor, with its type, on the meta device, `types` the names of their types in safetensors
+    ("F32", "BF16"); `read` returns one tensor with its own memory. Raises `InputError` for files that are missing,
+    damaged, differ from the index, or have tensors of a type or shape that torch does not have.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,9 +45,17 @@ class SafetensorsReader:
                 raise InputError(
                     f"{index} and its shards disagree about {len(wrong)} tensors, {wrong[0][0]} among them"
                 )
-        self.shapes = {
-            key: torch.empty(handle.get_slice(key).get_shape(), device="meta") for key, handle in self._where.items()
-        }
+        self.shapes = {key: self._outline(key) for key in self._where}
+
+    def _outline(self, key: str) -> Tensor:
+        stored = self._where[key].get_slice(key)
+        kind, shape = stored.get_dtype(), stored.get_shape()
+        if kind not in TYPES:
+            raise InputError(f"{self.path}: expected tensors of {', '.join(TYPES)}, got {key} of {kind}")
+        try:
+            return torch.empty(shape, dtype=TYPES[kind], device="meta")
+        except (RuntimeError, TypeError, OverflowError):  # a side beyond 63 bits beside one of 0
+            raise InputError(f"{self.path}: expected a shape of a tensor, got {key} of {tuple(shape)}") from None
 
     @property
     def types(self) -> dict[str, str]:
@@ -107,7 +123,8 @@ def write_tensors(
         shard = {key: tensors[key].detach().to("cpu", stored[key].dtype).contiguous() for key in keys}
         check_finite(shard, path)
         try:
-            save_file(shard, path.with_name(name))
+            with usual_mode(path.with_name(name)):
+                save_file(shard, path.with_name(name))
         except SafetensorError as error:  # for example for a full disk
             raise OSError(str(error)) from error
     if split.is_sharded:
@@ -119,25 +136,35 @@ def check_finite(tensors: dict[str, Tensor], where: object) -> None:
     """Refuse numbers that are not finite; InputError names the first tensor that has one."""
     for key, value in tensors.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            kind = str(value.dtype).removeprefix("torch.")
+            kind = _kind(value)
             raise InputError(f"{where}: expected finite weights, got {key} with numbers that are not, in {kind}")
 
 
 def describe_mismatch(own: dict[str, Tensor], given: dict[str, Tensor]) -> str:
-    """One line on missing, unexpected and misshapen keys; empty if all fit."""
+    """One line on missing, unexpected and misshapen keys, and numbers of another kind; empty if all fit."""
     wrong = [
         f"{key} is {tuple(given[key].shape)}, expected {tuple(own[key].shape)}"
         for key in sorted(own.keys() & given.keys())
         if own[key].shape != given[key].shape
     ]
+    kinds = [
+        f"{key} is {_kind(given[key])}, expected {_kind(own[key])}"
+        for key in sorted(own.keys() & given.keys())
+        if own[key].is_floating_point() != given[key].is_floating_point()
+    ]
     groups = (
         ("missing", sorted(own.keys() - given.keys())),
         ("unexpected", sorted(given.keys() - own.keys())),
         ("of another shape", wrong),
+        ("of another type", kinds),
     )
     return "; ".join(
         f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" for kind, keys in groups if keys
     )
+
+
+def _kind(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
 
 
 def check_fit(own: dict[str, Tensor], given: dict[str, Tensor], where: object) -> None:
@@ -152,10 +179,9 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], where: str) -> N
     module.load_state_dict(tensors)
 
 
-def load_into_meta(module: nn.Module, path: Path) -> None:
-    """Load strictly into a module on the meta device: its weights become those of the file, in float32."""
-    files = SafetensorsReader(path)
-    check_fit(module.state_dict(), files.shapes, path.parent)
+def load_into_meta(module: nn.Module, files: SafetensorsReader) -> None:
+    """Load strictly into a module on the meta device: its weights become those of the files, in float32."""
+    check_fit(module.state_dict(), files.shapes, files.path.parent)
     tensors = {key: files.read(key, torch.float32) for key in files.shapes}
-    check_finite(tensors, path)
+    check_finite(tensors, files.path)
     module.load_state_dict(tensors, assign=True)

@@ -16,15 +16,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 
 from spar.checkpoints import model_header
 from spar.checkpoints.model_card import model_card
-from spar.checkpoints.model_header import check_replaceable, load_text_tokenizer, read_manifest, write_header
-from spar.checkpoints.safetensors_io import has_tensors, load_into_meta, write_tensors
-from spar.common.config import from_dict, to_dict, write_json
+from spar.checkpoints.model_header import (
+    check_prompt_tokens,
+    check_replaceable,
+    load_text_tokenizer,
+    read_manifest,
+    write_header,
+)
+from spar.checkpoints.safetensors_io import SafetensorsReader, has_tensors, load_into_meta, write_tensors
+from spar.checkpoints.sized_build import sized_build
+from spar.common import limits
+from spar.common.config import from_file, to_dict, write_json
 from spar.common.errors import InputError
 from spar.common.files import atomic_directory
+from spar.common.limits import check_int_range, check_range
+from spar.flow.sampler import MAX_SHIFT, METHODS, MIN_SHIFT
 from spar.models.autoencoder import PixelEncoder, build_autoencoder
 from spar.models.config import SparConfig
 from spar.models.encoder import SemanticEncoder
@@ -39,6 +48,7 @@ LATER_FIELDS = {
     ("denoiser", "reference_states"): False,
     ("denoiser", "self_attention"): "linear",
 }
+MAX_SCALE = 1e6  # of latents, which it brings to unit size: beyond it float32 overflows soon
 CARD = "README.md"
 TOKENIZER_FORMAT = f"{FORMAT}-tokenizer"
 PARTS = ("language", "router", "connector", "denoiser")
@@ -58,6 +68,14 @@ class SamplingConfig:
     steps: int = 20
     guidance: float = 4.5
     max_prompt_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        check_range("shift", self.shift, MIN_SHIFT, MAX_SHIFT)
+        if self.method not in METHODS:
+            raise InputError(f"method: expected {' or '.join(METHODS)}, got {self.method!r}")
+        check_int_range("steps", self.steps, 1, limits.MAX_STEPS)
+        check_range("guidance", self.guidance, 0, limits.MAX_GUIDANCE)
+        check_int_range("max_prompt_tokens", self.max_prompt_tokens, 1)
 
     def __str__(self) -> str:
         return f"{self.steps} steps, guidance {self.guidance:g}, {self.method}"
@@ -88,15 +106,11 @@ def save_tokenizer(tokenizer: UnifiedTokenizer, folder: Path, dtype: torch.dtype
 def load_tokenizer(folder: Path) -> UnifiedTokenizer:
     """Load the folder of `save_tokenizer`, in float32."""
     header = read_header(folder, TOKENIZER_FORMAT)
-    with init_empty_weights():
-        tokenizer = UnifiedTokenizer(from_dict(SparConfig, header["model"], complete=True))
-    _load_tokenizer_weights(tokenizer, folder, header)
-    return tokenizer.eval().requires_grad_(False)
-
-
-def _load_tokenizer_weights(tokenizer: UnifiedTokenizer, folder: Path, header: dict[str, Any]) -> None:
-    load_into_meta(tokenizer, folder / "model.safetensors")
+    config, files = parse_config(folder, header), SafetensorsReader(folder / "model.safetensors")
+    tokenizer = sized_build(lambda: UnifiedTokenizer(config), config, {"": files})
+    load_into_meta(tokenizer, files)
     tokenizer.latent_scale.fill_(header["latent_scale"])
+    return tokenizer.eval().requires_grad_(False)
 
 
 def save_model(loaded: ModelBundle, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -128,22 +142,36 @@ def build_model_card(loaded: ModelBundle) -> str:
 def load_model(folder: Path) -> ModelBundle:
     """Load a SPAR folder strictly, in float32 on the CPU; `InputError` names what is missing, foreign or damaged."""
     header = read_header(folder, FORMAT)
-    with init_empty_weights():
-        model = SparModel(from_dict(SparConfig, header["model"], complete=True))
-    _load_tokenizer_weights(model.tokenizer, folder / "tokenizer", tokenizer_header(folder, header))
-    for part in PARTS:
-        load_into_meta(getattr(model, part), folder / part / "model.safetensors")
+    config, scale = parse_config(folder, header), tokenizer_header(folder, header)["latent_scale"]
+    sampling = parse_sampling(folder, header, config)
+    files = {part: SafetensorsReader(folder / part / "model.safetensors") for part in ("tokenizer", *PARTS)}
+    model = sized_build(lambda: SparModel(config), config, files)
+    for part, one in files.items():
+        load_into_meta(model.get_submodule(part), one)
+    model.tokenizer.latent_scale.fill_(scale)
     return ModelBundle(
         model=model.eval().requires_grad_(False),
         text_tokenizer=load_text_tokenizer(folder / "text_tokenizer", model.config.text),
-        sampling=from_dict(SamplingConfig, header["sampling"], complete=True),
+        sampling=sampling,
         manifest=read_manifest(folder),
     )
 
 
 def read_config(folder: Path) -> SparConfig:
     """The configuration of a SPAR folder's model, without its weights."""
-    return from_dict(SparConfig, read_header(folder, FORMAT)["model"], complete=True)
+    return parse_config(folder, read_header(folder, FORMAT))
+
+
+def parse_config(folder: Path, header: dict[str, Any]) -> SparConfig:
+    """The configuration in a header; `InputError` names the file and the field."""
+    return from_file(SparConfig, header["model"], folder / "config.json")
+
+
+def parse_sampling(folder: Path, header: dict[str, Any], config: SparConfig) -> SamplingConfig:
+    """The sampling defaults in a header; `InputError` for values that no sampling of this model can have."""
+    sampling = from_file(SamplingConfig, header["sampling"], folder / "config.json")
+    check_prompt_tokens(folder, sampling.max_prompt_tokens, config.text)
+    return sampling
 
 
 def has_part(folder: Path, part: str) -> bool:
@@ -153,10 +181,9 @@ def has_part(folder: Path, part: str) -> bool:
 
 def load_training_part(folder: Path, part: str) -> Any:
     """Load one of TRAINING_PARTS of a SPAR folder, in float32."""
-    config = read_config(folder)
-    with init_empty_weights():
-        module = TRAINING_PARTS[part](config)
-    load_into_meta(module, folder / part / "model.safetensors")
+    config, files = read_config(folder), SafetensorsReader(folder / part / "model.safetensors")
+    module = sized_build(lambda: TRAINING_PARTS[part](config), config, {"": files})
+    load_into_meta(module, files)
     return module.eval().requires_grad_(False)
 
 
@@ -177,8 +204,9 @@ def read_header(folder: Path, expected: str) -> dict[str, Any]:
     fields = ("model",) if expected != FORMAT else ("model", "sampling")
     header = model_header.read_header(folder, expected, FORMAT_VERSION, fields)
     scale = header.get("latent_scale")
-    if expected != FORMAT and not (isinstance(scale, float) and scale > 0):
-        raise InputError(f"{folder / 'config.json'}: expected latent_scale above 0, got {scale!r}")
+    if expected != FORMAT and not (isinstance(scale, float) and 0 < scale < MAX_SCALE):
+        where = folder / "config.json"
+        raise InputError(f"{where}: expected latent_scale above 0, got {scale!r} (at most {MAX_SCALE:g})")
     for (part, name), value in LATER_FIELDS.items():
         fields_of = header["model"].get(part) if isinstance(header["model"], dict) else None
         if isinstance(fields_of, dict):

@@ -7,6 +7,8 @@ names kinds, never import paths.
 
 import dataclasses
 import json
+import math
+import stat
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -30,6 +32,8 @@ T = TypeVar("T", bound=DataclassLike)
 Registry = Mapping[type, Mapping[str, type]]  # of each base class its kinds by name
 NO_KINDS: Registry = MappingProxyType({})
 _NO_RESULT = "no result depends on it"
+MAX_JSON_BYTES = 64 * 2**20  # parsed, a file takes up to twenty times its bytes
+MAX_INT = 2**63 - 1  # of a configuration's numbers: what torch takes as a size
 
 
 def by_kind(classes: Iterable[Any]) -> dict[str, type]:
@@ -93,6 +97,14 @@ def from_dict(
         raise InputError(f"{name}: {error}") from error
     except InputError as error:  # what the class refuses says where it was
         raise InputError(f"{where}: {error}" if where else str(error)) from error
+
+
+def from_file(cls: type[T], values: Any, path: Path) -> T:
+    """Build `cls` of what a file that this package wrote has for it: `from_dict`, complete, with the file's name."""
+    try:
+        return from_dict(cls, values, complete=True)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def _class_of_kind(cls: type, values: dict[str, Any], name: str, registry: Registry) -> tuple[type, dict[str, Any]]:
@@ -164,7 +176,11 @@ def _parse_value(hint: Any, value: Any, where: str, complete: bool, registry: Re
         if value not in arguments:
             raise InputError(f"{where}: expected one of {', '.join(map(str, arguments))}, got {value!r}")
         return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if type(value) is int and abs(value) > MAX_INT:
+        raise InputError(f"{where}: expected a number of at most 63 bits, got one of {value.bit_length()}")
+    if type(value) is float and not math.isfinite(value):
+        raise InputError(f"{where}: expected a finite number, got {value!r}")
+    if hint is float and type(value) is int:
         return float(value)
     if isinstance(hint, type) and hint in (int, float, str, bool) and type(value) is not hint:
         raise InputError(f"{where}: expected {hint.__name__}, got {value!r}")
@@ -172,12 +188,21 @@ def _parse_value(hint: Any, value: Any, where: str, complete: bool, registry: Re
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file; a missing or malformed file raises `InputError` naming it."""
+    """Read a JSON object from a file; one that is missing, malformed or very large raises `InputError` naming it."""
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # of a pipe there may never be an end
+            raise InputError(f"{path} is not readable JSON: it is not a regular file")
+        if status.st_size > MAX_JSON_BYTES:
+            raise InputError(f"{path}: expected a file of at most {MAX_JSON_BYTES >> 20} MiB of JSON")
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path.name} is missing in {path.parent}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except InputError:
+        raise
+    except RecursionError:
+        raise InputError(f"{path} is not readable JSON: it is nested too deeply") from None
+    except (OSError, ValueError) as error:  # bytes that are no text, text that is no JSON, a number of 5000 digits
         raise InputError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a JSON object, got {type(values).__name__}")

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,10 +20,23 @@ def atomic_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}-{zlib.crc32(path.name.encode()):08x}.part")
     try:
-        yield temporary
+        with usual_mode(temporary):
+            yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def usual_mode(path: Path) -> Iterator[None]:
+    """Give a file that is written meanwhile the mode of any new file there; safetensors would make it the user's alone.
+
+    The mode is that of an empty file made first, since reading the process's umask would change it for other threads.
+    """
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    yield
+    path.chmod(mode)
 
 
 @contextmanager

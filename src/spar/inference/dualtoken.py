@@ -21,6 +21,7 @@ from spar.checkpoints.model_header import TITLES
 from spar.common import limits
 from spar.common.errors import Cancelled, InputError
 from spar.common.limits import check_int_range, check_range
+from spar.common.seeds import cpu_generator
 from spar.inference.base import TOKEN_MULTIPLE, Callback, Pipeline, choose_device
 from spar.inference.inputs import broadcast, list_seeds
 from spar.inference.offload import Weights, cast_weights
@@ -158,7 +159,7 @@ class DualTokenPipeline(Pipeline):
         written = [text for text in texts for _ in range(num_images_per_prompt)]
         against = [text for text in negatives for _ in range(num_images_per_prompt)]
         tokens = self.prompts.generation(written if sampling.guidance == 1 else [*written, *against]).to(self.device)
-        generators = [torch.Generator().manual_seed(one) for one in seeds]
+        generators = [cpu_generator(one) for one in seeds]
         with self._compute(count):
             steps = self.model.generate_codes(tokens.ids, tokens.mask, sampling, generators)
             codes = self._collect(steps, count, callback)

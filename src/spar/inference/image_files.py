@@ -168,7 +168,7 @@ class PngMetadata:
         return ["spar", *words, *size, *flags]
 
 
-def read_metadata(path: Path) -> PngMetadata:
+def read_metadata(path: str | Path) -> PngMetadata:
     """Read the metadata of a PNG written by spar, from its header: no pixel is decoded, other keys are ignored.
 
     Raises:
@@ -176,7 +176,7 @@ def read_metadata(path: Path) -> PngMetadata:
     """
     from PIL import Image, UnidentifiedImageError
 
-    expected = "expected a PNG written by spar, or a folder of weights"
+    path, expected = Path(path), "expected a PNG written by spar, or a folder of weights"
     try:
         if not path.is_file():
             raise InputError(f"{expected}, but there is no file {str(path)!r}")

@@ -23,6 +23,7 @@ from spar.checkpoints.spar_format import ModelBundle, load_model, save_model
 from spar.common import limits
 from spar.common.errors import InputError
 from spar.common.limits import check_int_range, check_range
+from spar.common.seeds import cpu_generator
 from spar.flow.guidance import apply_guidance
 from spar.flow.sampler import sample
 from spar.inference.base import TOKEN_MULTIPLE, Callback, Pipeline, choose_device
@@ -306,7 +307,7 @@ class SparPipeline(Pipeline):
         """Sample each image's noise on the CPU, so that it is the same on every device."""
         stride = self.model.config.token_stride
         shape = (self.model.config.autoencoder.latent_channels, size[0] // stride, size[1] // stride)
-        rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        rows = [torch.randn(shape, generator=cpu_generator(seed)) for seed in seeds]
         return torch.stack(rows).to(self.device)
 
     @property

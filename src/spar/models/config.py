@@ -1,5 +1,6 @@
 """Sizes of every part of SPAR. The defaults are the small model of the shapes world (recipe `shapes`)."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -8,20 +9,21 @@ from typing import Any, Literal
 from spar.common.errors import InputError
 
 BLOCKS = ("ResBlock", "EfficientViTBlock")
+MAX_POSITIONS = 2**26  # tokens of a sequence, far beyond any LLM's
 RouterKind = Literal["dtr", "last", "average", "concat", "global"]
 
 
 def require_at_least(config: object, least: int, *names: str) -> None:
-    """Refuse sizes below a least one."""
+    """Refuse numbers below a least one, and those that are not finite."""
     for name in names:
-        if getattr(config, name) < least:
+        if not least <= getattr(config, name) < math.inf:
             raise InputError(f"{type(config).__name__}.{name}: expected at least {least}, got {getattr(config, name)}")
 
 
 def require_positive(config: object, *names: str) -> None:
-    """Refuse numbers that are not above 0 (NaN is not)."""
+    """Refuse numbers that are not above 0 and finite."""
     for name in names:
-        if not getattr(config, name) > 0:
+        if not 0 < getattr(config, name) < math.inf:
             raise InputError(f"{type(config).__name__}.{name}: expected above 0, got {getattr(config, name)}")
 
 
@@ -91,6 +93,11 @@ class TextConfig:
                 "TextConfig: rotary positions need heads of an even width, "
                 f"got hidden_size {self.hidden_size} over {self.heads} heads"
             )
+        if self.max_positions * self.rope_factor > MAX_POSITIONS:
+            raise InputError(
+                f"TextConfig: expected max_positions times rope_factor of at most {MAX_POSITIONS}, "
+                f"got {self.max_positions} and {self.rope_factor:g}"
+            )
         for name in ("image_token_id", "eos_token_id", "pad_token_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:
                 raise InputError(f"TextConfig.{name}: expected 0 to {self.vocab_size - 1}, got {getattr(self, name)}")
@@ -119,14 +126,18 @@ class AutoencoderConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "latent_channels", "head_dim")
+        if not self.channels or min(self.channels) < 1:
+            raise InputError(f"AutoencoderConfig.channels: expected numbers above 0, got {self.channels}")
         lists = [f"{half}_{part}" for half in ("encoder", "decoder") for part in ("layers", "blocks", "multiscales")]
         for name in lists:
             values, stages = getattr(self, name), len(self.channels)
             where = f"AutoencoderConfig.{name}"
             if len(values) != stages:
                 raise InputError(f"{where}: expected one entry for each of {stages} channels, got {len(values)}")
-            if name.endswith("layers") and 0 in values[1:]:
-                raise InputError(f"{where}: only the first entry may be 0, got {values}")
+            if name.endswith("layers") and (min(values) < 0 or 0 in values[1:]):
+                raise InputError(f"{where}: expected numbers from 0, of which only the first may be 0, got {values}")
+            if name.endswith("multiscales") and any(scale < 1 for scales in values for scale in scales):
+                raise InputError(f"{where}: expected numbers above 0, got {values}")
             if name.endswith("blocks") and (unknown := sorted(set(values) - set(BLOCKS))):
                 raise InputError(f"{where}: expected {' or '.join(BLOCKS)}, got {', '.join(unknown)}")
         for before, after in pairwise(self.channels):

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from spar.checkpoints.safetensors_io import SafetensorsReader, describe_mismatch, read_tensors
 from spar.common.config import from_dict, read_json, write_json
 from spar.common.errors import InputError
-from spar.common.files import swap_folders
+from spar.common.files import swap_folders, usual_mode
 from spar.training.distributed import SINGLE_PROCESS, DistributedContext
 
 META = "meta.json"
@@ -201,7 +201,8 @@ def _write_group(folder: Path, name: str, group: dict[str, Tensor], parallel: Di
     stored = {key: local.detach().contiguous().cpu() for key, (local, _) in own.items()}
     part = f"-{parallel.rank:05}-of-{parallel.world:05}" if sharded else ""
     path = folder / f"{name}{part}.safetensors"
-    save_file(stored, path, {ROWS: json.dumps(rows)} if sharded else None)
+    with usual_mode(path):
+        save_file(stored, path, {ROWS: json.dumps(rows)} if sharded else None)
     _fsync(path)
     return path
 

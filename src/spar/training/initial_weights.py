@@ -8,6 +8,7 @@ from torch import nn
 from spar.checkpoints.lora import is_lora_key, rename_for_lora
 from spar.checkpoints.safetensors_io import load_weights
 from spar.common.errors import InputError
+from spar.common.seeds import cpu_generator
 from spar.training.checkpoint import load_group
 from spar.training.config import Recipe, StageConfig, matches
 from spar.training.objectives.base import Networks
@@ -22,7 +23,7 @@ def load_previous_weights(modules: nn.Module, folder: Path) -> None:
 def random_modules(recipe: Recipe, device: torch.device | str, networks: Networks) -> nn.Module:
     """The modules of a recipe with weights drawn from its seed."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
+        torch.set_rng_state(cpu_generator(recipe.seed).get_state())
         modules = recipe.build(networks)
     return modules.to(device)
 

@@ -69,7 +69,8 @@ def test_one_codebook_serves_pixels_and_meaning(build, dual_config):
     assert set(out.quantized) == {"semantic"} and out.image_vectors is out.quantized["semantic"].vectors
     torch.testing.assert_close(tokenizer.decode(codes.pixel), tokenizer.decoder(out.image_vectors, 4))
     torch.testing.assert_close(tokenizer.pooled(codes.semantic), out.pooled)
-    assert model.parts == ("tokenizer", "language", "embedder", "semantic_head")
+    parts = tuple(name for name, _ in model.named_children())
+    assert parts == model.config.parts == ("tokenizer", "language", "embedder", "semantic_head")
     prompts = torch.tensor([[9, 7, 6]])
     steps = [*model.generate_codes(prompts, torch.ones_like(prompts), CodeSampling(), [torch.Generator()])]
     assert len(steps) == 16 and all(torch.equal(step.pixel, step.semantic) for step in steps)

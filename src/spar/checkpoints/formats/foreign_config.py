@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spar.common.config import read_json
+from spar.common.config import MAX_INT, read_json
 from spar.common.errors import InputError
 
 REQUIRED = object()
@@ -49,6 +49,8 @@ class ForeignConfig:
         value = self.get(*names, default=default)
         if isinstance(value, bool) or not isinstance(value, kind):
             raise InputError(f"{self.where}: {names[0]}: expected a number, got {value!r}")
+        if not abs(value) <= MAX_INT:  # NaN is not
+            raise InputError(f"{self.where}: {names[0]}: expected a number of at most 63 bits, got a larger one")
         return value
 
     def side(self, name: str) -> int:

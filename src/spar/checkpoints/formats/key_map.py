@@ -59,8 +59,7 @@ class KeyMap:
             parts: our modules by the prefix of their names here.
             names: name of each in the report.
         """
-        faults = []
-        shapes = {name: rows.take(files.shapes[key]) for name, (files, key, rows) in self.sources.items()}
+        faults, shapes = [], self.outlines()
         for prefix, module in parts.items():
             own = {f"{prefix}.{key}": value for key, value in module.state_dict().items()}
             given = {key: value for key, value in shapes.items() if key.startswith(f"{prefix}.")}
@@ -72,6 +71,10 @@ class KeyMap:
             faults.append(f"{len(strange)} unexpected in no part of ours ({shown})")
         if faults:
             raise InputError("the checkpoints do not fit: " + "; ".join(faults))
+
+    def outlines(self) -> dict[str, Tensor]:
+        """Every tensor on the meta device, under our names."""
+        return {name: rows.take(files.shapes[key]) for name, (files, key, rows) in self.sources.items()}
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Read the weights of a part one by one, in their stored types."""

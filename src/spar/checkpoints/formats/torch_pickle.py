@@ -22,7 +22,7 @@ class TorchPickleReader:
     def __init__(self, path: Path, max_bytes: int = MAX_BYTES) -> None:
         self.path, self.files = path, [path]
         self._tensors = _tensors_of(_load(path, max_bytes), path)
-        self.shapes = {key: torch.empty(value.shape, device="meta") for key, value in self._tensors.items()}
+        self.shapes = {key: torch.empty_like(value, device="meta") for key, value in self._tensors.items()}
 
     def read(self, key: str) -> Tensor:
         """Read one tensor as a copy."""

@@ -200,6 +200,11 @@ class DualTokenConfig:
         return {name: getattr(self, name) for name in VOCABULARIES if name == "semantic" or not self.one_codebook}
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of the model's parts."""
+        return ("tokenizer", "language", "embedder", *(f"{name}_head" for name in self.vocabularies))
+
+    @property
     def image_size(self) -> int:
         return self.vision.image_size
 

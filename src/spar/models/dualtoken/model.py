@@ -51,11 +51,6 @@ class DualTokenModel(nn.Module):
             self.add_module(f"{name}_head", head)
 
     @property
-    def parts(self) -> tuple[str, ...]:
-        """The names of its parts."""
-        return tuple(name for name, _ in self.named_children())
-
-    @property
     def heads(self) -> dict[str, DepthHead]:
         """By the names of the vocabularies."""
         return {name: getattr(self, f"{name}_head") for name in self.config.vocabularies}
