@@ -60,6 +60,20 @@ def test_a_conversation_may_be_one_question_without_an_image():
     assert read_messages(({"role": "user", "content": (text(),)},), SIDE) == [ChatMessage("user", ("how many ?",))]
 
 
+def test_what_says_nothing_is_left_out_and_errors_keep_the_numbers():
+    empty = [user("", role="system"), user(" ", role="assistant"), user(text(""), text("\n"), role="system")]
+    turns = read_messages([*empty, user("x"), user("", role="assistant"), user("y")], SIDE)
+    assert [turn.role for turn in turns] == ["user", "assistant", "user"]
+    assert [turn.name for turn in turns] == ["messages[3]", "messages[4]", "messages[5]"]
+    with pytest.raises(InputError, match=r"messages\[4\].role: expected assistant, got user"):
+        read_messages([*empty, user("x"), user("y")], SIDE)
+    with pytest.raises(InputError, match=r"messages\[1\].role: expected user, got assistant"):
+        read_messages(empty, SIDE)
+    with pytest.raises(InputError, match="expected the last message from the user, got system"):
+        read_messages(empty[:1], SIDE)
+    assert [turn.parts for turn in read_messages([user("")], SIDE)] == [("",)]  # a user's is refused by its words
+
+
 @pytest.mark.parametrize(
     ("messages", "words"),
     [

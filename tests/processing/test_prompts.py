@@ -1,6 +1,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
 from spar.common.errors import InputError
 from spar.models.attention import attention_bias, position_ids_from_mask
@@ -269,3 +271,19 @@ def test_an_unknown_word_with_control_characters_is_named_readably(prompts, text
         prompts.check(text, "prompt", 64)
     shown = str(caught.value).split(";")[0]
     assert shown.isprintable() and shown != "prompt: unknown words "
+
+
+def test_a_sentence_with_an_unknown_word_is_left_out_whole(prompts):
+    assert prompts.known_sentences("a red circle. a blue star") == ("a red circle. a blue star", [])
+    assert prompts.known_sentences("never say red. a red circle! Today: 5.\nblue") == (
+        "a red circle! blue", ["never", "say", "Today", "5"]
+    )  # fmt: skip
+    assert prompts.known_sentences("You are a user.") == ("", ["You", "user"])
+    assert prompts.known_sentences("") == ("", [])
+
+
+@given(st.text(max_size=60) | st.lists(st.sampled_from(["red", "circle", "You", ".", "!", "\n", "?"])).map(" ".join))
+def test_what_is_kept_of_a_text_has_no_unknown_words(prompts, text):
+    kept, unknown = prompts.known_sentences(text)
+    assert prompts.known_sentences(kept) == (kept, []) and len(kept) <= len(text)
+    assert unknown or kept == text

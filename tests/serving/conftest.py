@@ -1,8 +1,10 @@
 """A running server with the bundled weights, on a free port of this machine."""
 
+import base64
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from typing import Any
 
 import pytest
@@ -43,3 +45,11 @@ def address(pipe: Any) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def serve() -> Callable[..., Any]:
     return serving
+
+
+@pytest.fixture(scope="session")
+def scene_url(pipe: Any) -> str:
+    """A red circle on gray as a data: URL."""
+    file = BytesIO()
+    pipe.generate("a large red circle on a gray background", seed=0).images[0].save(file, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

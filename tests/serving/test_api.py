@@ -151,7 +151,7 @@ def test_models_are_listed_and_an_unknown_one_is_not_found(client):
         ("size", "256x64", "from 8 to 128"),
         ("size", "99999x99999", "pixels"),
         ("size", "64", "WIDTHxHEIGHT"),
-        ("quality", "hd", "auto"),
+        ("quality", "best", "auto"),
         ("background", "transparent", "opaque"),
         ("style", "vivid", "no such field"),
         ("n", 9, "less than or equal to 8"),
@@ -188,7 +188,7 @@ def test_a_list_of_one_image_is_that_image(client, pipe):
     with pytest.raises(openai.BadRequestError, match="expected one reference image for each edit, got 2"):
         client.images.edit(image=[source, source], **asked)
     with pytest.raises(openai.BadRequestError, match="its image's own"):
-        client.images.edit(image=source, size="64x64", **asked)
+        client.images.edit(image=source, size="128x64", **asked)
 
 
 def test_a_full_queue_answers_429_and_says_when_to_come_back(pipe, serve):

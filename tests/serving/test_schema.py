@@ -13,7 +13,8 @@ from spar.serving import limits
 
 OPERATIONS = {
     "/v1/images/generations": "POST", "/v1/images/edits": "POST", "/v1/chat/completions": "POST",
-    "/v1/reconstruct": "POST", "/v1/models": "GET", "/v1/models/{name}": "GET", "/health": "GET", "/metrics": "GET",
+    "/v1/responses": "POST", "/v1/reconstruct": "POST", "/v1/models": "GET", "/v1/models/{name}": "GET",
+    "/health": "GET", "/metrics": "GET",
 }  # fmt: skip
 
 

@@ -220,10 +220,10 @@ class Pipeline(ABC):
             check_int_range("max_new_tokens", max_new_tokens, 1)
         turns = read_messages(messages, self.image_size)
         max_tokens = min(self.model.config.text.max_seq_len, limits.MAX_CHAT_TOKENS)
-        for index, turn in enumerate(turns):
+        for turn in turns:
             for text in turn.parts:
                 if isinstance(text, str) and (text or turn.role != "assistant"):  # an assistant's text may be empty
-                    self.prompts.check(text, f"messages[{index}]", max_tokens)
+                    self.prompts.check(text, turn.name, max_tokens)
         written = [(turn.role, [part if isinstance(part, str) else None for part in turn.parts]) for turn in turns]
         tokens = self.prompts.conversation(written)
         length = tokens.ids.shape[1]

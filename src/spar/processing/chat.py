@@ -1,7 +1,7 @@
 """Conversations: validation of messages, loading of their images, and the text of a streamed answer."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
@@ -14,10 +14,11 @@ from spar.processing.prompts import ROLES
 
 @dataclass(frozen=True)
 class ChatMessage:
-    """One turn: its role, and its texts and square RGB images in order."""
+    """One turn: its role, and its texts and square RGB images in order; `name` is the message's in errors."""
 
     role: str
     parts: tuple[str | Image.Image, ...]
+    name: str = field(default="messages", compare=False)
 
     @property
     def images(self) -> list[Image.Image]:
@@ -29,7 +30,8 @@ def read_messages(messages: Sequence[Mapping[str, Any]], side: int) -> list[Chat
 
     A content is text, or a list of parts `{"type": "text", "text": str}` and `{"type": "image", "image": ImageSource}`.
     One system message may come first; then user and assistant alternate, and the user's messages are first and last.
-    Only the user's messages may have images. Within a turn, images are moved before the text: that is the order of the
+    An empty system message, and an assistant's empty one before the user's first, says nothing and is left out. Only
+    the user's messages may have images. Within a turn, images are moved before the text: that is the order of the
     training data, and an answer to the other order is close to a guess (22 of 120 right against 120).
 
     Raises:
@@ -39,13 +41,21 @@ def read_messages(messages: Sequence[Mapping[str, Any]], side: int) -> list[Chat
         raise InputError(f"messages: expected a list of messages, got {type(messages).__name__}")
     if not 1 <= len(messages) <= MAX_MESSAGES:
         raise InputError(f"messages: expected 1 to {MAX_MESSAGES}, got {len(messages)}")
-    contents = [_content(message, f"messages[{index}]") for index, message in enumerate(messages)]
-    _check_order([role for role, _ in contents])
-    images = sum(part["type"] == "image" for _, parts in contents for part in parts)
+    named = [(name := f"messages[{index}]", *_content(message, name)) for index, message in enumerate(messages)]
+    first = next((index for index, (_, role, _) in enumerate(named) if role == "user"), 0)
+    turns = [turn for index, turn in enumerate(named) if not _says_nothing(*turn[1:], before_user=index < first)]
+    _check_order([(name, role) for name, role, _ in turns or named])
+    images = sum(part["type"] == "image" for _, _, parts in turns for part in parts)
     if images > MAX_CHAT_IMAGES:
         raise InputError(f"messages: expected at most {MAX_CHAT_IMAGES} images, got {images}")
-    ordered = [(role, sorted(parts, key=lambda part: part["type"] != "image")) for role, parts in contents]
-    return [ChatMessage(role, tuple(_open(part, side) for part in parts)) for role, parts in ordered]
+    ordered = [(name, role, sorted(parts, key=lambda part: part["type"] != "image")) for name, role, parts in turns]
+    return [ChatMessage(role, tuple(_open(part, side) for part in parts), name) for name, role, parts in ordered]
+
+
+def _says_nothing(role: str, parts: Sequence[Mapping[str, Any]], *, before_user: bool) -> bool:
+    """Whether a message can be left out: one of the system, or of the assistant before the user's first, is empty."""
+    empty = all(part["type"] == "text" and not part["text"].strip() for part in parts)
+    return empty and (role == "system" or (role == "assistant" and before_user))
 
 
 def _open(part: Mapping[str, Any], side: int) -> str | Image.Image:
@@ -87,14 +97,15 @@ def _check_keys(value: object, keys: tuple[str, str], name: str) -> Mapping[str,
     return value
 
 
-def _check_order(roles: list[str]) -> None:
-    first = int(roles[0] == "system")
-    for index, role in enumerate(roles[first:]):
+def _check_order(turns: Sequence[tuple[str, str]]) -> None:
+    """Refuse names and roles of messages that do not alternate after a system message at the start."""
+    first = int(turns[0][1] == "system")
+    for index, (name, role) in enumerate(turns[first:]):
         expected = ("user", "assistant")[index % 2]
         if role != expected:
-            raise InputError(f"messages[{index + first}].role: expected {expected}, got {role}")
-    if roles[-1] != "user":
-        raise InputError(f"messages: expected the last message from the user, got {roles[-1]}")
+            raise InputError(f"{name}.role: expected {expected}, got {role}")
+    if turns[-1][1] != "user":
+        raise InputError(f"messages: expected the last message from the user, got {turns[-1][1]}")
 
 
 class TextStream:

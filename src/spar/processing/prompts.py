@@ -7,8 +7,11 @@ InternVL3 checkpoints have it; an image is `<img>`, one `<IMG_CONTEXT>` per visu
 
 import difflib
 import itertools
-from collections.abc import Sequence
+import re
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -26,6 +29,7 @@ MAX_CHARACTERS_PER_TOKEN = 32
 LIKENESS = 0.7  # of a known word that is named beside an unknown one: the share of letters that match in order
 PackedRow = tuple[list[int], list[int], list[int], list[float]]  # ids, segments, positions, weights
 ROLES = ("system", "user", "assistant")
+SENTENCE = re.compile(r"[^.!?\n]*[.!?\n]+|[^.!?\n]+")
 
 
 @dataclass(frozen=True)
@@ -120,12 +124,32 @@ class PromptEncoder:
         ids, special = encoded["input_ids"], set(self.tokenizer.all_special_ids)
         if len(ids) > limit:
             raise InputError(f"{what}: expected at most {limit} tokens, got {len(ids)}")
-        if self.tokenizer.unk_token_id is not None:
-            unsaid = {*self.tokenizer.convert_tokens_to_ids([self.tokenizer.unk_token, *ROLES])}  # roles are no words
-            spans = [span for i, span in zip(ids, encoded["offset_mapping"], strict=True) if i in unsaid]
-            self._refuse_unknown(list(dict.fromkeys(text[start:end] for start, end in spans)), what)
+        self._refuse_unknown(list(dict.fromkeys(text[start:end] for start, end in self._unknown(encoded))), what)
         if special & set(ids):
             raise InputError(f"{what}: expected plain words, got one of the model's control tokens")
+
+    def _unknown(self, encoded: Mapping[str, Any]) -> list[tuple[int, int]]:
+        """Where an encoded text has words outside a closed vocabulary; nowhere for an open one."""
+        if self.tokenizer.unk_token_id is None:
+            return []
+        unsaid = {*self.tokenizer.convert_tokens_to_ids([self.tokenizer.unk_token, *ROLES])}  # roles are no words
+        return [span for i, span in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True) if i in unsaid]
+
+    def known_sentences(self, text: str) -> tuple[str, list[str]]:
+        """A text without the sentences that have words outside a closed vocabulary, and these words.
+
+        A sentence is left out whole: without its unknown words it may say the opposite.
+        """
+        unknown = self._unknown(self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True))
+        if not unknown:
+            return text, []
+        kept = []
+        for found in SENTENCE.finditer(text):
+            after = bisect_right(unknown, found.start(), key=itemgetter(1))  # the first that ends in it or later
+            overlaps = after < len(unknown) and unknown[after][0] < found.end()
+            if not overlaps and any(letter.isalnum() for letter in found.group()):
+                kept.append(found.group().strip())
+        return " ".join(kept), list(dict.fromkeys(text[start:end] for start, end in unknown))
 
     def _refuse_unknown(self, words: Sequence[str], what: str) -> None:
         """Name the words that a closed vocabulary lacks, each with the known one that is spelt most like it."""

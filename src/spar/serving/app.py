@@ -1,9 +1,7 @@
-"""The routes: OpenAI's images, edits and chat, and reconstruction, all on one worker."""
+"""The routes: OpenAI's images, edits, chat and Responses, and reconstruction, all on one worker."""
 
 import asyncio
 import base64
-import json
-import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,14 +17,16 @@ from spar import __version__
 from spar.inference.base import Pipeline
 from spar.inference.image_files import encode_image
 from spar.inference.notes import world_notes
-from spar.inference.outputs import ChatOutput
 from spar.serving import schema
+from spar.serving.adaptation import adapt_messages, answer_notes, note_header, sampling_notes
 from spar.serving.batching import GeneratedImage, reconstruct, sampling_jobs
-from spar.serving.errors import ApiError, add_handlers, api_error
+from spar.serving.completions import RunningAnswer, completion, completion_chunks
+from spar.serving.errors import ApiError, add_handlers
 from spar.serving.image_io import read_image, read_messages
 from spar.serving.limits import DECODE_THREADS
 from spar.serving.metrics import ServerMetrics
 from spar.serving.middleware import RequestGuardMiddleware
+from spar.serving.responses import ResponseObject, ResponseRequest, chat_messages, response_events, response_object
 from spar.serving.worker import ChatJob, ImageJob, Stopped, Worker
 
 FORM = Form(media_type="multipart/form-data")
@@ -75,6 +75,7 @@ def create_app(
     app.post("/v1/images/edits", response_model=schema.ImagesResponse)(routes.edits)
     app.post("/v1/reconstruct", response_model=schema.ImagesResponse)(routes.reconstruct)
     app.post("/v1/chat/completions", response_model=schema.ChatCompletion, responses=STREAM)(routes.chat)
+    app.post("/v1/responses", response_model=ResponseObject, responses=STREAM)(routes.responses)
     app.get("/v1/models", response_model=schema.ModelList)(routes.models)
     app.get("/v1/models/{name}", response_model=schema.ModelInfo)(routes.one_model)
     app.get("/health", response_model=schema.Health)(routes.health)
@@ -110,12 +111,13 @@ class Routes:
 
     async def _answer(
         self, request: Request, pipe: Pipeline, jobs: list[ImageJob], kind: str | None, texts: Sequence[str] = (),
-        images: Sequence[Image.Image] = (),
+        images: Sequence[Image.Image] = (), notes: Sequence[str] = (),
     ) -> Response:  # fmt: skip
-        """Run the jobs and encode their images, with notes on the request's texts and images."""
-        notes = await _race(request, asyncio.to_thread(world_notes, pipe, texts, images))
+        """Run the jobs and encode their images, with warnings about the request's texts and images."""
+        warnings = await _race(request, asyncio.to_thread(world_notes, pipe, texts, images))
         self.worker.submit(*jobs)
-        return await asyncio.to_thread(_images, await _finished(request, jobs), kind or "png", notes)
+        generated = await _finished(request, jobs)
+        return await asyncio.to_thread(_images, generated, kind or "png", warnings, note_header(notes))
 
     async def _uploaded_image(self, request: Request, form: schema.EditForm | schema.ReconstructForm) -> Image.Image:
         """Decode a form's image, after checks of its fields and its model."""
@@ -129,14 +131,19 @@ class Routes:
         _, model, pipe = self._chosen(body.model)
         size = pipe.output_size(*schema.sides(body.size))
         jobs = sampling_jobs(pipe, body, size, model=model)
-        return await self._answer(request, pipe, jobs, body.output_format, [body.prompt])
+        return await self._answer(request, pipe, jobs, body.output_format, [body.prompt], notes=sampling_notes(body))
 
     async def edits(self, request: Request, form: Annotated[schema.EditForm, FORM]) -> Response:
         """Edit an image as the prompt says."""
         image = await self._uploaded_image(request, form)
         _, model, pipe = self._chosen(form.model)
-        jobs = sampling_jobs(pipe, form, pipe.edited_size(image), image, model)
-        return await self._answer(request, pipe, jobs, form.output_format, [form.prompt], [image])
+        height, width = pipe.edited_size(image)
+        if schema.sides(form.size) not in ((None, None), (height, width)):
+            own = f"expected auto or {width}x{height}: an edit has its image's own proportions"
+            raise ApiError(400, f"size: {own}, got {form.size}", param="size")
+        jobs = sampling_jobs(pipe, form, (height, width), image, model)
+        notes = sampling_notes(form)
+        return await self._answer(request, pipe, jobs, form.output_format, [form.prompt], [image], notes)
 
     async def reconstruct(self, request: Request, form: Annotated[schema.ReconstructForm, FORM]) -> Response:
         """Encode and decode an image with the unified tokenizer."""
@@ -145,39 +152,46 @@ class Routes:
         job = ImageJob(reconstruct, None, image, model=model)
         return await self._answer(request, pipe, [job], form.output_format, images=[image])
 
-    async def chat(self, request: Request, body: schema.ChatRequest) -> Response:
-        """Answer the last message of a conversation, which may contain images; whole or streamed."""
+    async def _start_answer(
+        self, request: Request, body: schema.AnswerRequest, messages: Sequence[schema.Message], limit: int | None
+    ) -> RunningAnswer:
+        """Queue the answer to a conversation, of at most `limit` tokens if given."""
         name, model, pipe = self._chosen(body.model)
-        if body.stream_options is not None and not body.stream:
-            raise ApiError(400, "stream_options: expected only with stream", param="stream_options")
-        messages = await _race(request, read_messages(body.messages, request.state.reserve, self.decoders))
-        max_new_tokens = body.max_completion_tokens or body.max_tokens
+        adapted, notes = await _race(request, asyncio.to_thread(adapt_messages, pipe, messages))
+        turns = await _race(request, read_messages(adapted, request.state.reserve, self.decoders))
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
         def emit(piece: str | None) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        parts = [part for one in messages if isinstance(one["content"], list) for part in one["content"]]
+        parts = [part for one in turns if isinstance(one["content"], list) for part in one["content"]]
         images = [part["image"] for part in parts if part["type"] == "image"]
-        notes = await _race(request, asyncio.to_thread(world_notes, pipe, images=images))
-        job = ChatJob(lambda pipe: pipe.chat(messages, max_new_tokens=max_new_tokens), emit, model)
+        warnings = await _race(request, asyncio.to_thread(world_notes, pipe, images=images))
+        job = ChatJob(lambda pipe: pipe.chat(turns, max_new_tokens=limit), emit, model)
         job.future.add_done_callback(lambda _: emit(None))
         self.worker.submit(job)
+        return RunningAnswer(job, pieces, name, warnings, note_header([*answer_notes(body), *notes]))
+
+    async def chat(self, request: Request, body: schema.ChatRequest) -> Response:
+        """Answer the last message of a conversation, which may contain images; whole or streamed."""
+        limit = body.max_completion_tokens or body.max_tokens
+        answer = await self._start_answer(request, body, body.messages, limit)
         if not body.stream:
-            (out,) = await _finished(request, [job])
-            told = [pieces.get_nowait() for _ in range(pieces.qsize())]
-            return JSONResponse({**_completion(name, out, told), **_warnings(notes)})
+            (out,) = await _finished(request, [answer.job])
+            return JSONResponse(completion(answer, out), headers=answer.headers)
         usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        try:
-            first = await _race(request, pieces.get())
-            if first is None:  # a failure before the first piece gets an error status, not a stream
-                job.future.result()
-        except BaseException:
-            job.future.cancel()
-            raise
-        chunks = _chunks(job, first, pieces, name, usage, notes, request.state.deadline)
-        return StreamingResponse(chunks, media_type="text/event-stream")
+        first = await _first_piece(request, answer)
+        return _event_stream(completion_chunks(answer, first, usage, request.state.deadline), answer)
+
+    async def responses(self, request: Request, body: ResponseRequest) -> Response:
+        """Answer an input, text or a conversation, in the form of OpenAI's Responses; nothing is stored."""
+        answer = await self._start_answer(request, body, chat_messages(body), body.max_output_tokens)
+        if not body.stream:
+            (out,) = await _finished(request, [answer.job])
+            return JSONResponse(response_object(answer, body, out), headers=answer.headers)
+        first = await _first_piece(request, answer)
+        return _event_stream(response_events(answer, body, first, request.state.deadline), answer)
 
     async def models(self) -> schema.ModelList:
         """The served models."""
@@ -237,59 +251,23 @@ async def _finished(request: Request, jobs: Sequence[ImageJob | ChatJob]) -> lis
             job.future.cancel()
 
 
-async def _chunks(
-    job: ChatJob, piece: str | None, pieces: asyncio.Queue[str | None], model: str, usage: bool, notes: list[str],
-    deadline: float,
-) -> AsyncIterator[str]:  # fmt: skip
-    """Stream an answer as server-sent events; the job is cancelled if the client stops reading."""
-    shared = _head("chat.completion.chunk", model)
-
-    def chunk(delta: dict[str, str], finish: str | None = None, **more: list[str]) -> str:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
-        return _event({**shared, "choices": [choice], **({"usage": None} if usage else {}), **more})
-
+async def _first_piece(request: Request, answer: RunningAnswer) -> str | None:
+    """The first piece of an answer; a failure before it gets an error status, not a stream."""
     try:
-        yield chunk({"role": "assistant", "content": ""})
-        async with asyncio.timeout_at(deadline):
-            while piece is not None:
-                yield chunk({"content": piece})
-                piece = await pieces.get()
-        out = job.future.result()
-        yield chunk({}, out.finish_reason, **_warnings(notes))
-        if usage:
-            yield _event({**shared, "choices": [], "usage": _usage(out)})
-    except TimeoutError:
-        yield _event(ApiError(503).body())
-    except Exception as error:  # the status has been sent already
-        yield _event(api_error(error).body())
-    finally:
-        job.future.cancel()
-    yield "data: [DONE]\n\n"
+        first: str | None = await _race(request, answer.pieces.get())
+        if first is None:
+            answer.job.future.result()
+        return first
+    except BaseException:
+        answer.job.future.cancel()
+        raise
 
 
-def _event(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value)}\n\n"
+def _event_stream(events: AsyncIterator[str], answer: RunningAnswer) -> StreamingResponse:
+    return StreamingResponse(events, media_type="text/event-stream", headers=answer.headers)
 
 
-def _head(kind: str, model: str) -> dict[str, Any]:
-    """First fields of a completion, and of each chunk of a streamed one."""
-    return {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()), "model": model}
-
-
-def _usage(out: ChatOutput) -> dict[str, int]:
-    """Token counts of a finished answer, as OpenAI counts them."""
-    total = out.prompt_tokens + out.completion_tokens
-    return {"prompt_tokens": out.prompt_tokens, "completion_tokens": out.completion_tokens, "total_tokens": total}
-
-
-def _completion(model: str, out: ChatOutput, pieces: list[str | None]) -> dict[str, Any]:
-    """A whole chat completion in OpenAI's form."""
-    message = {"role": "assistant", "content": "".join(piece or "" for piece in pieces), "refusal": None}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": out.finish_reason}
-    return {**_head("chat.completion", model), "choices": [choice], "usage": _usage(out)}
-
-
-def _images(generated: list[GeneratedImage], kind: str, notes: list[str]) -> Response:
+def _images(generated: list[GeneratedImage], kind: str, warnings: list[str], headers: dict[str, str]) -> Response:
     """Encode images as OpenAI's answer; PNGs carry their metadata."""
     data = []
     for one in generated:
@@ -297,9 +275,4 @@ def _images(generated: list[GeneratedImage], kind: str, notes: list[str]) -> Res
         data.append({"b64_json": coded, **({} if one.seed is None else {"seed": one.seed})})
     size = f"{generated[0].image.width}x{generated[0].image.height}"
     body = {"created": int(time.time()), "data": data, "output_format": kind, "size": size}
-    return JSONResponse({**body, **_warnings(notes)})
-
-
-def _warnings(notes: list[str]) -> dict[str, list[str]]:
-    """The field that OpenAI does not have, where there is something to say."""
-    return {"warnings": notes} if notes else {}
+    return JSONResponse({**body, **schema.warnings_field(warnings)}, headers=headers)

@@ -34,8 +34,14 @@ MESSAGES = {
 EXPECTED_TYPES: dict[str | tuple[str, str], str] = {
     "response_format": "expected b64_json: this server hosts no files that a URL could lead to",
     "size": 'expected "WIDTHxHEIGHT" in pixels, or "auto"',
-    "temperature": "expected 0: answers are greedy",
-    ("size", "literal_error"): "expected auto: an edit has its image's own proportions",
+    "response_format.type": (TEXT_ONLY := "expected text: answers have no other form"),
+    "text.format.type": TEXT_ONLY,
+    "tools": (NO_TOOLS := "expected no tools: this model calls none"),
+    "tool_choice": NO_TOOLS,
+    "previous_response_id": (NOT_STORED := "expected the whole conversation as input: this server stores no answers"),
+    "conversation": NOT_STORED,
+    "stop": "expected no stop sequences",
+    "logit_bias": "expected no biases",
     "union_tag_invalid": (PART := "expected a part of type text or image_url"),  # pydantic's repeats the whole input
     "union_tag_not_found": PART,
     ("image", "value_error"): "expected a file",
@@ -89,7 +95,8 @@ def _validation(error: RequestValidationError) -> ApiError:
     path = ".".join(map(str, named))
     param = "".join(letter if letter.isascii() and letter.isprintable() else "?" for letter in path[:MAX_SHOWN]) or None
     if first["type"] in ("json_invalid", "model_attributes_type"):
-        return ApiError(400, "expected a JSON object, sent as application/json")
+        where = f"{param}: expected a JSON object" if named and first["type"] != "json_invalid" else None
+        return ApiError(400, where or "expected a JSON object, sent as application/json", param=where and param)
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{param}: this server has no such field", param=param, code="unknown_parameter")
     sentence = first["msg"].removeprefix("Value error, ")
@@ -102,7 +109,8 @@ def _validation(error: RequestValidationError) -> ApiError:
 
 def _is_tag(before: int | str, part: int | str) -> bool:
     """Whether a part of an error's location is pydantic's tag of a union, not a field."""
-    return part in ("words", "parts") or (isinstance(before, int) and part in ("text", "image_url"))
+    kinds = ("text", "image_url", "input_text", "input_image", "output_text")
+    return part in ("words", "parts", "items") or (isinstance(before, int) and part in kinds)
 
 
 def add_handlers(app: FastAPI) -> None:

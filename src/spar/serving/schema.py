@@ -1,9 +1,9 @@
 """Requests and answers of the API: OpenAI's fields with their limits.
 
-A null is a missing field. Unknown fields are refused, and so is a known one whose value would change the image and is
-not supported by this model. Fields that change nothing (`user`, `moderation`, the chat's `seed`) are accepted and have
-no effect. The fields that OpenAI does not have (`seed`, `negative_prompt`, `num_inference_steps`, `guidance_scale`) are
-diffusers', and `warnings` of an answer is our own.
+A null is a missing field. Unknown fields are refused, and so is a known one whose value would change the answer and is
+not supported by this model. Values that ask for nothing (`tools` [], `logit_bias` {}) and fields that change nothing
+(`user`, `moderation`, the chat's `seed`) are accepted and have no effect. The fields that OpenAI does not have (`seed`,
+`negative_prompt`, `num_inference_steps`, `guidance_scale`) are diffusers', and `warnings` of an answer is our own.
 """
 
 from typing import Annotated, Any, Literal
@@ -19,7 +19,14 @@ Text = Annotated[str, Field(min_length=1, max_length=limits.MAX_PROMPT_CHARACTER
 # A larger value is cut, not refused: clients and benchmark kits request thousands by default.
 AnswerTokens = Annotated[int, Field(ge=1, description=f"At most {limits.MAX_ANSWER_TOKENS}; more is cut to that.")]
 Zero = Annotated[float, Field(ge=0, le=0)]
+One = Annotated[float, Field(ge=1, le=1)]
+Nothing = Annotated[list[Any], Field(max_length=0)]
+NoFields = Annotated[dict[str, Any], Field(max_length=0)]
+Temperature = Annotated[float, Field(ge=0, le=2, description="Answers are greedy; the header spar-notes says so.")]
+ServiceTier = Literal["auto", "default"]
+Detail = Literal["auto", "low", "high"]
 OutputFormat = Literal["png", "jpeg", "webp"]
+Quality = Literal["auto", "standard", "hd", "low", "medium", "high"]
 
 
 def sides(size: str | None) -> tuple[int | None, int | None]:
@@ -35,6 +42,9 @@ def _area(size: str) -> str:
     if height and width and height * width > limits.MAX_OUTPUT_PIXELS:
         raise ValueError(f"expected at most {limits.MAX_OUTPUT_PIXELS} pixels, got {size}")
     return size
+
+
+Size = Annotated[str, Field(pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$"), AfterValidator(_area)]
 
 
 class RequestModel(BaseModel):
@@ -65,12 +75,13 @@ class SamplingRequest(RequestModel):
     response_format: Literal["b64_json"] | None = Field(None, description="This server hosts no files.")
     output_format: OutputFormat | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = Field(None, description="Image i uses seed + i.")
-    negative_prompt: Text | None = None
+    negative_prompt: Annotated[str, Field(max_length=limits.MAX_PROMPT_CHARACTERS)] | None = None
     num_inference_steps: Annotated[int, Field(ge=1, le=limits.MAX_STEPS)] | None = None
     guidance_scale: Annotated[float, Field(ge=0, le=limits.MAX_GUIDANCE)] | None = None
-    quality: Literal["auto"] | None = None
+    quality: Quality | None = Field(None, description="Changes nothing: there is one quality.")
     background: Literal["auto", "opaque"] | None = None
     moderation: Literal["auto", "low"] | None = None
+    partial_images: Annotated[int, Field(ge=0, le=0)] | None = None
     user: Name | None = None
 
     @model_validator(mode="after")
@@ -85,9 +96,7 @@ class GenerationRequest(SamplingRequest):
 
     model_config = ConfigDict(strict=True)
 
-    size: Annotated[str, Field(pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$"), AfterValidator(_area)] | None = Field(
-        None, description='Width x height in pixels, or "auto"; exactly this size, or refused.'
-    )
+    size: Size | None = Field(None, description='Width x height in pixels, or "auto"; exactly this size, or refused.')
     stream: Literal[False] | None = None
 
 
@@ -95,7 +104,7 @@ class EditForm(SamplingRequest):
     """Form of /v1/images/edits."""
 
     image: UploadFile = Field(description="PNG, JPEG or WEBP of one frame; its name is not used.")
-    size: Literal["auto"] | None = Field(None, description="The result has the image's own proportions.")
+    size: Size | None = Field(None, description="auto, or the result's own size: it has the image's proportions.")
     stream: Literal["false"] | None = None
 
     @model_validator(mode="before")
@@ -118,17 +127,17 @@ class ReconstructForm(RequestModel):
 
 
 class TextPart(StrictModel):
-    """Text of a chat message."""
+    """Text of a chat message; an empty one beside other parts asks for nothing."""
 
     type: Literal["text"]
-    text: Text
+    text: Annotated[str, Field(max_length=limits.MAX_PROMPT_CHARACTERS)]
 
 
 class ImageUrl(StrictModel):
     """Where an image of a chat message is: a data URL."""
 
     url: str = Field(description="data:image/...;base64,... and no other URL: this server fetches nothing.")
-    detail: Literal["auto", "low", "high"] | None = None
+    detail: Detail | None = None
 
 
 class ImagePart(StrictModel):
@@ -150,6 +159,16 @@ class Message(StrictModel):
         | Annotated[list[Part], Field(min_length=1, max_length=limits.MAX_PARTS), Tag("parts")],
         Discriminator(lambda content: "parts" if isinstance(content, list) else "words"),
     ]
+    name: Name | None = None
+    annotations: Nothing | None = None
+    tool_calls: Nothing | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """Its texts in order, without its images."""
+        if isinstance(self.content, str):
+            return [self.content]
+        return [part.text for part in self.content if isinstance(part, TextPart)]
 
 
 class StreamOptions(StrictModel):
@@ -159,25 +178,50 @@ class StreamOptions(StrictModel):
     include_obfuscation: Literal[False] | None = None
 
 
-class ChatRequest(StrictModel):
+class TextFormat(StrictModel):
+    """The form of an answer, of which there is one."""
+
+    type: Literal["text"]
+
+
+class AnswerRequest(StrictModel):
+    """Fields that `/v1/chat/completions` and `/v1/responses` share."""
+
+    model: Name | None = None
+    stream: bool | None = None
+    temperature: Temperature | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
+    tools: Nothing | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    metadata: NoFields | None = None
+    service_tier: ServiceTier | None = None
+    store: Literal[False] | None = None
+    user: Name | None = None
+    safety_identifier: Name | None = None
+    prompt_cache_key: Name | None = None
+
+
+class ChatRequest(AnswerRequest):
     """Fields of `/v1/chat/completions`: answers are greedy, and only settings of a greedy answer are accepted."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=limits.MAX_MESSAGES)]
-    model: Name | None = None
-    stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_completion_tokens: AnswerTokens | None = None
     max_tokens: AnswerTokens | None = None
-    temperature: Zero | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     frequency_penalty: Zero | None = None
     presence_penalty: Zero | None = None
+    repetition_penalty: One | None = None
+    min_p: Zero | None = None
+    top_k: Literal[-1, 0] | None = None
     n: Literal[1] | None = None
     seed: int | None = None
-    user: Name | None = None
-    safety_identifier: Name | None = None
     logprobs: Literal[False] | None = None
-    store: Literal[False] | None = None
+    stop: Nothing | None = None
+    logit_bias: NoFields | None = None
+    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
+    response_format: TextFormat | None = None
 
 
 class ImageItem(BaseModel):
@@ -189,6 +233,11 @@ class ImageItem(BaseModel):
 
 # What of a request is outside the model's world, which OpenAI's answers do not have; missing where nothing is.
 Warnings = Annotated[list[str] | None, Field(description="What is outside the model's world: expect a guess there.")]
+
+
+def warnings_field(notes: list[str]) -> dict[str, list[str]]:
+    """The field of an answer that OpenAI does not have, where there is something to say."""
+    return {"warnings": notes} if notes else {}
 
 
 class ImagesResponse(BaseModel):
