@@ -18,6 +18,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import spar
@@ -770,8 +771,16 @@ def test_resume_is_never_auto_or_a_folder(run_training, capsys):
     ):
         assert main(["train", "tiny", *line.split()]) == 0
         plan, keywords = run_training.calls[-1]
-        assert (str(plan.run), plan.fresh, keywords["device"]) == (run, fresh, "cpu")
+        assert (str(plan.run), plan.fresh, keywords["device"]) == (run, fresh, torch.device("cpu"))
     assert "one folder" in error_of(capsys, "train tiny --resume old --run other")[1]
+
+
+def test_training_says_where_it_computes(run_training, capsys, monkeypatch):
+    assert main(["train", "tiny"]) == 0
+    assert capsys.readouterr().out.startswith("training on cpu (")
+    monkeypatch.setenv("RANK", "1")  # of several processes the first one prints
+    assert main(["train", "tiny", "--run", "other"]) == 0
+    assert "training on" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("result", [None, KeyboardInterrupt])

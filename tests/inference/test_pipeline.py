@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import spar
@@ -165,6 +166,14 @@ def test_dtype_is_what_products_run_in(folder, pipe, pictures, dtype):
     assert half.reconstruct(pictures[0]).images[0].size == (64, 64)
     assert edit(half, pictures[0]).images[0].size == (64, 64)
     assert len(half.understand(pictures[0], QUESTION, max_new_tokens=2).texts) == 1
+
+
+def test_a_dtype_may_be_its_name(folder, tmp_path):
+    assert SparPipeline.from_pretrained(folder, dtype="bfloat16", device="cpu").dtype is torch.bfloat16
+    SparPipeline.from_pretrained(folder, device="cpu").save_pretrained(tmp_path / "half", dtype="bfloat16")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "half/denoiser/model.safetensors").values()} == {
+        torch.bfloat16
+    }
 
 
 def test_the_default_dtype_is_the_hardwares(folder, monkeypatch):
@@ -766,7 +775,9 @@ def test_a_chat_that_is_cut_says_so(pipe, pictures, monkeypatch):
     [
         ({"path": "nowhere"}, "expected a SPAR model folder, got nowhere, which does not exist"),
         ({"dtype": torch.int8}, "dtype: expected float32, bfloat16 or float16, got torch.int8"),
-        ({"dtype": "float32"}, "dtype: expected float32, bfloat16 or float16, got float32"),
+        ({"dtype": "float64"}, "dtype: expected float32, bfloat16 or float16, got 'float64'"),
+        ({"dtype": "torch.float32"}, "dtype: expected float32, bfloat16 or float16, got 'torch.float32'"),
+        ({"dtype": 16}, "dtype: expected float32, bfloat16 or float16, got 16"),
         ({"device": "tpu9"}, "device: expected one that is here, got 'tpu9'"),
         ({"device": "cuda:77"}, "device: expected one that is here, got 'cuda:77'"),
         ({"device": "hpu"}, "device: expected one that is here, got 'hpu'"),

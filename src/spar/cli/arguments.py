@@ -199,8 +199,8 @@ class TrainArguments:
     """SPAR folder whose encoder is the tokenizer's semantic teacher, where the starting weights keep none."""
     from_scratch: Flag = False
     """Use random weights for the parts that the recipe expects from published checkpoints."""
-    device: str = "cpu"
-    """cpu, cuda, cuda:1 ..."""
+    device: str | None = None
+    """cpu, cuda, cuda:1 ...; by default CUDA if available."""
     dry_run: Flag = False
     """Print the plan of each stage (weights, data, what is prepared and removed, memory, time) and stop."""
 
@@ -247,8 +247,8 @@ class CacheArguments:
     """Folder to write."""
     batch: int = 32
     """Images in one batch."""
-    device: str = "cpu"
-    """cpu, cuda, cuda:1 ..."""
+    device: str | None = None
+    """cpu, cuda, cuda:1 ...; by default CUDA if available."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Type of matrix products, as in the training that will read the features."""
 

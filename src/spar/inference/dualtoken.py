@@ -20,7 +20,7 @@ from spar.checkpoints.model_header import TITLES
 from spar.common import limits
 from spar.common.errors import Cancelled, InputError
 from spar.common.limits import check_int_range, check_range
-from spar.inference.base import TOKEN_MULTIPLE, Callback, Pipeline, choose_device
+from spar.inference.base import TOKEN_MULTIPLE, Callback, Pipeline, choose_device_and_dtype
 from spar.inference.inputs import broadcast, list_seeds
 from spar.inference.offload import Weights, cast_weights
 from spar.inference.outputs import GenerateOutput, ReconstructOutput
@@ -60,14 +60,14 @@ class DualTokenPipeline(Pipeline):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None,
-        weights: Weights = "float32", compile: bool = False,
+        cls, path: str | Path, *, dtype: torch.dtype | str | None = None,
+        device: str | torch.device | None = None, weights: Weights = "float32", compile: bool = False,
     ) -> "DualTokenPipeline":  # fmt: skip
         """Load a DualToken folder, or `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION`.
 
         Args:
-            dtype: type of matrix products; by default bfloat16 if the device has it in hardware. Images are encoded in
-                float32 in any case, since their codes differ otherwise.
+            dtype: type of matrix products, also by its name; by default bfloat16 if the device has it in hardware.
+                Images are encoded in float32 in any case, since their codes differ otherwise.
             device: by default a CUDA device if available, else the CPU.
             weights: type of the weights in memory: "float32" as stored, or "dtype", those of the LLM's and the heads'
                 matrix products in `dtype`, for the same results.
@@ -76,12 +76,12 @@ class DualTokenPipeline(Pipeline):
         Raises:
             InputError: a missing, partial, foreign or damaged folder, an unavailable device, or other weights.
         """
-        where, dtype = choose_device(device, dtype)
+        where, compute = choose_device_and_dtype(device, dtype)
         if weights not in ("float32", "dtype"):
             raise InputError(f"weights: expected float32 or dtype of a DualToken model, got {weights!r}")
         folder = model_folder(path)
         origin = {"model": model_name(path, folder), "adapter": None}
-        return cls(load_dualtoken(folder), dtype, where, weights, compile, origin)
+        return cls(load_dualtoken(folder), compute, where, weights, compile, origin)
 
     def _save(self, folder: Path, dtype: torch.dtype | None) -> None:
         save_dualtoken(self.bundle, folder, dtype)

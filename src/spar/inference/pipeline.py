@@ -25,7 +25,7 @@ from spar.common.errors import InputError
 from spar.common.limits import check_int_range, check_range
 from spar.flow.guidance import apply_guidance
 from spar.flow.sampler import sample
-from spar.inference.base import TOKEN_MULTIPLE, Callback, Pipeline, choose_device
+from spar.inference.base import TOKEN_MULTIPLE, Callback, Pipeline, choose_device_and_dtype
 from spar.inference.image_files import BUNDLED_MODEL
 from spar.inference.inputs import broadcast, list_seeds, open_sources
 from spar.inference.offload import WEIGHTS, Offload, Weights, cast_weights, quantize
@@ -79,14 +79,14 @@ class SparPipeline(Pipeline):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path | None = None, *, dtype: torch.dtype | None = None,
+        cls, path: str | Path | None = None, *, dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None, adapter: str | Path | None = None, decode_tile: int | None = None,
         weights: Weights = "float32", offload: bool = False, compile: bool = False,
     ) -> "SparPipeline":  # fmt: skip
         """Load a SPAR folder, or `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION`; without a path, the bundled weights.
 
         Args:
-            dtype: type of matrix products; by default bfloat16 if the device has it in hardware.
+            dtype: type of matrix products, also by its name; by default bfloat16 if the device has it in hardware.
             device: by default a CUDA device if available, else the CPU.
             adapter: a folder of LoRA weights (`RUN/adapter`) to merge into the model.
             decode_tile: visual tokens per side above which an image is decoded in tiles of that size, which takes less
@@ -101,7 +101,7 @@ class SparPipeline(Pipeline):
             InputError: a missing, partial, foreign or damaged folder, an unavailable device, or offload from the CPU
                 to itself.
         """
-        where, dtype = choose_device(device, dtype)
+        where, compute = choose_device_and_dtype(device, dtype)
         if decode_tile is not None:
             check_int_range("decode_tile", decode_tile, MIN_TILE, limits.MAX_TILE)
         if weights not in WEIGHTS:
@@ -119,7 +119,7 @@ class SparPipeline(Pipeline):
             "model": BUNDLED_MODEL if path is None else model_name(path, folder),
             "adapter": None if adapter is None else Path(adapter).resolve().name,
         }
-        return cls(loaded, dtype, where, decode_tile, weights, offload, compile, origin)
+        return cls(loaded, compute, where, decode_tile, weights, offload, compile, origin)
 
     def _save(self, folder: Path, dtype: torch.dtype | None) -> None:
         save_model(self.bundle, folder, dtype)
