@@ -35,8 +35,8 @@ def load_pipeline(args: ModelArguments) -> "Pipeline":
         from spar.inference import loading
 
         pipe = loading.load_pipeline(
-            args.model, dtype=None if args.dtype == "auto" else args.dtype, device=args.device, adapter=args.adapter, decode_tile=args.decode_tile,
-            weights=args.weights, offload=args.offload, compile=args.compile,
+            args.model, dtype=None if args.dtype == "auto" else args.dtype, device=args.device, adapter=args.adapter,
+            decode_tile=args.decode_tile, weights=args.weights, offload=args.offload, compile=args.compile,
         )
     print(f"spar: on {device_name(pipe.device)} in {str(pipe.dtype).removeprefix('torch.')}", file=sys.stderr)
     return pipe

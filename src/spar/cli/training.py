@@ -51,6 +51,7 @@ def train(argv: list[str]) -> int:
         check_run(run, chosen, fresh=run_plan.fresh)
         hardware = HardwareConfig.of_this_machine(str(device), args.parallelism)
         _print_plan(run_plan, hardware, estimate(chosen, hardware, args.stage))
+        _check_words(run_plan)
         return 0
     check_folder(run)
     command = shlex.join(["spar", "train", *argv, *(["--resume", "auto"] if args.resume == "never" else [])])
@@ -140,6 +141,19 @@ def _print_plan(plan: "RunPlan", hardware: "HardwareConfig", estimates: "Sequenc
     for one in estimates:
         for warning in one.warnings:
             print(f"spar: note: {one.stage.name}: {warning}", file=sys.stderr)
+
+
+def _check_words(plan: "RunPlan") -> None:
+    """Refuse, as the training would, captions that the text tokenizer of a run's first weights cannot read."""
+    from spar.training.files_data import FilesData, check_captions, open_sources
+    from spar.training.run_folder import text_tokenizer_folder
+
+    recipe, stages = plan.recipe, [one.config for one in plan.stages if not one.skipped]
+    if not isinstance(recipe.data, FilesData):
+        return
+    tokenizer = recipe.load_tokenizer(text_tokenizer_folder(recipe, plan.run, plan.init_from))
+    with progress_bar("reading captions"):
+        check_captions(recipe.data, stages, open_sources(recipe.data), recipe.prompts(tokenizer))
 
 
 def _left(plan: "RunPlan", estimates: "Sequence[StageEstimate]") -> "list[StageEstimate]":

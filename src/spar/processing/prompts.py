@@ -116,16 +116,36 @@ class PromptEncoder:
             raise InputError(f"{what}: expected some words, got an empty text")
         if len(text) > MAX_CHARACTERS_PER_TOKEN * limit:
             raise InputError(f"{what}: expected at most {limit} tokens, got a text of {len(text)} characters")
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, special = encoded["input_ids"], set(self.tokenizer.all_special_ids)
+        ids, unknown = self._ids_and_unknown(text)
+        special = set(self.tokenizer.all_special_ids)
         if len(ids) > limit:
             raise InputError(f"{what}: expected at most {limit} tokens, got {len(ids)}")
-        if self.tokenizer.unk_token_id is not None:
-            unsaid = {*self.tokenizer.convert_tokens_to_ids([self.tokenizer.unk_token, *ROLES])}  # roles are no words
-            spans = [span for i, span in zip(ids, encoded["offset_mapping"], strict=True) if i in unsaid]
-            self._refuse_unknown(list(dict.fromkeys(text[start:end] for start, end in spans)), what)
+        self._refuse_unknown(list(dict.fromkeys(unknown)), what)
         if special & set(ids):
             raise InputError(f"{what}: expected plain words, got one of the model's control tokens")
+
+    def _ids_and_unknown(self, text: str) -> tuple[list[int], list[str]]:
+        """Ids of a text without added special tokens, and its words that a closed vocabulary lacks."""
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids: list[int] = encoded["input_ids"]
+        if self.tokenizer.unk_token_id is None:
+            return ids, []
+        unsaid = {*self.tokenizer.convert_tokens_to_ids([self.tokenizer.unk_token, *ROLES])}  # roles are no words
+        spans = [span for i, span in zip(ids, encoded["offset_mapping"], strict=True) if i in unsaid]
+        return ids, [text[start:end] for start, end in spans]
+
+    def count_words(self, text: str) -> tuple[int, list[str]]:
+        """The number of words of a text without control tokens (of its tokens, where the vocabulary is open), and the
+        unknown ones.
+        """
+        ids, unknown = self._ids_and_unknown(self.plain(text))
+        return len(ids), unknown
+
+    def plain(self, text: str) -> str:
+        """A text without the model's control tokens."""
+        for token in self.tokenizer.all_special_tokens:
+            text = text.replace(token, " ")
+        return text
 
     def _refuse_unknown(self, words: Sequence[str], what: str) -> None:
         """Name the words that a closed vocabulary lacks, each with the known one that is spelt most like it."""

@@ -94,8 +94,8 @@ def execute(
 
 
 def _execute(
-    plan: RunPlan, interruption: Interruption, held: ExitStack, device: str | torch.device | None, parallelism: ParallelismConfig,
-    report: Report | None, announce: Announce | None,
+    plan: RunPlan, interruption: Interruption, held: ExitStack, device: str | torch.device | None,
+    parallelism: ParallelismConfig, report: Report | None, announce: Announce | None,
 ) -> nn.Module | None:  # fmt: skip
     recipe, run, chosen = plan.recipe, plan.run, tuple(stage.config for stage in plan.stages)
     parallel = DistributedContext.initialize(parallelism, choose_device(device))
@@ -112,6 +112,7 @@ def _execute(
     prompts = recipe.prompts(find_text_tokenizer(recipe, run, plan.init_from, parallel))
     with parallel.main_first():
         data = recipe.data.open(recipe, prompts, run, parallel)
+        data.check_captions([planned.config for planned in plan.stages if not planned.skipped])
     for planned in plan.stages:
         if parallel.micro_batches > 1 and planned != plan.stages[0]:  # the stage before may have wrapped these
             modules = random_modules(recipe, parallel.device, networks)
