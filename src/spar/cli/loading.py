@@ -37,6 +37,7 @@ def load_pipeline(args: ModelArguments) -> "Pipeline":
         pipe = loading.load_pipeline(
             args.model, dtype=None if args.dtype == "auto" else args.dtype, device=args.device, adapter=args.adapter,
             decode_tile=args.decode_tile, weights=args.weights, offload=args.offload, compile=args.compile,
+            progress=False,
         )
     print(f"spar: on {device_name(pipe.device)} in {str(pipe.dtype).removeprefix('torch.')}", file=sys.stderr)
     return pipe

@@ -6,7 +6,7 @@ A system's own file has the rest of the contract: `generate`, `edit`, `reconstru
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,12 +25,10 @@ from spar.common.threads import threads_for
 from spar.inference.inputs import broadcast, list_texts, open_sources
 from spar.inference.offload import Weights
 from spar.inference.outputs import ChatOutput, GenerateOutput, ReconstructOutput, UnderstandOutput
+from spar.inference.progress import Callback
 from spar.processing.chat import TextStream, read_messages
 from spar.processing.images import ImageSource, to_size, to_tensor
 from spar.processing.prompts import PromptEncoder, TokenBatch
-
-# Called after each step with (steps done, steps, what `preview` makes images of); returning False, exactly, cancels.
-Callback = Callable[[int, int, Tensor], bool | None]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -73,6 +71,7 @@ class Pipeline(ABC):
         has_routing: whether its images come with the LLM layers that each token read.
         tasks: what the system defines, by the names of the methods.
         origin: names of the model and the adapter for the metadata of images, without their folders.
+        progress: whether sampling shows a bar where the caller gives no callback.
     """
 
     bundle: Any
@@ -83,10 +82,18 @@ class Pipeline(ABC):
     origin: Mapping[str, str | None]
     prompts: PromptEncoder
     parameters: int
+    progress: bool
 
     system: ClassVar[str]
     has_routing: ClassVar[bool] = False
     tasks: ClassVar[tuple[str, ...]] = ("generate", "understand", "reconstruct")
+
+    def __repr__(self) -> str:
+        name, dtype = self.origin.get("model") or self.manifest.get("recipe"), str(self.dtype).removeprefix("torch.")
+        return (
+            f"{type(self).__name__}({name}: {self.parameters / 1e6:.1f} M parameters, {self.image_size} x "
+            f"{self.image_size} pixels, {dtype} on {self.device})"
+        )
 
     @property
     @abstractmethod

@@ -20,10 +20,12 @@ from spar.checkpoints.model_header import TITLES
 from spar.common import limits
 from spar.common.errors import Cancelled, InputError
 from spar.common.limits import check_int_range, check_range
-from spar.inference.base import TOKEN_MULTIPLE, Callback, Pipeline, choose_device_and_dtype
-from spar.inference.inputs import broadcast, list_seeds
+from spar.common.seeds import list_seeds
+from spar.inference.base import TOKEN_MULTIPLE, Pipeline, choose_device_and_dtype
+from spar.inference.inputs import broadcast
 from spar.inference.offload import Weights, cast_weights
 from spar.inference.outputs import GenerateOutput, ReconstructOutput
+from spar.inference.progress import Callback, sampling_bar
 from spar.models.blocks import compile_blocks
 from spar.models.dualtoken.sampling import CodeSampling
 from spar.models.dualtoken.tokenizer import DualCodes
@@ -31,7 +33,7 @@ from spar.processing.images import ImageSource, to_pil
 from spar.processing.prompts import PromptEncoder, tower_tokens
 
 
-@dataclass
+@dataclass(repr=False)
 class DualTokenPipeline(Pipeline):
     """One model and its tasks. Build it with `from_pretrained`."""
 
@@ -44,6 +46,7 @@ class DualTokenPipeline(Pipeline):
     weights: Weights = "float32"
     compile: bool = False
     origin: Mapping[str, str | None] = field(default_factory=dict)
+    progress: bool = True
 
     def __post_init__(self) -> None:
         model = self.model = self.bundle.model
@@ -62,6 +65,7 @@ class DualTokenPipeline(Pipeline):
     def from_pretrained(
         cls, path: str | Path, *, dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None, weights: Weights = "float32", compile: bool = False,
+        progress: bool = True,
     ) -> "DualTokenPipeline":  # fmt: skip
         """Load a DualToken folder, or `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION`.
 
@@ -72,6 +76,7 @@ class DualTokenPipeline(Pipeline):
             weights: type of the weights in memory: "float32" as stored, or "dtype", those of the LLM's and the heads'
                 matrix products in `dtype`, for the same results.
             compile: compile repeated layers with torch.compile.
+            progress: show a bar of sampling on a terminal or in a notebook, unless a call has its own callback.
 
         Raises:
             InputError: a missing, partial, foreign or damaged folder, an unavailable device, or other weights.
@@ -81,7 +86,7 @@ class DualTokenPipeline(Pipeline):
             raise InputError(f"weights: expected float32 or dtype of a DualToken model, got {weights!r}")
         folder = model_folder(path)
         origin = {"model": model_name(path, folder), "adapter": None}
-        return cls(load_dualtoken(folder), compute, where, weights, compile, origin)
+        return cls(load_dualtoken(folder), compute, where, weights, compile, origin, progress)
 
     def _save(self, folder: Path, dtype: torch.dtype | None) -> None:
         save_dualtoken(self.bundle, folder, dtype)
@@ -150,7 +155,8 @@ class DualTokenPipeline(Pipeline):
         generators = [torch.Generator().manual_seed(one) for one in seeds]
         with self._compute(count):
             steps = self.model.generate_codes(tokens.ids, tokens.mask, sampling, generators)
-            codes = self._collect(steps, count, callback)
+            with sampling_bar(callback, rows, shown=self.progress) as watch:
+                codes = self._collect(steps, count, watch)
             images = self.model.tokenizer.decode(codes).float().clamp(0, 1)
         shared = {"guidance": float(sampling.guidance), "temperature": float(sampling.temperature)}
         shared |= {"top_k": sampling.top_k, "top_p": float(sampling.top_p), **self.run_metadata()}

@@ -23,13 +23,15 @@ from spar.checkpoints.spar_format import ModelBundle, load_model, save_model
 from spar.common import limits
 from spar.common.errors import InputError
 from spar.common.limits import check_int_range, check_range
+from spar.common.seeds import list_seeds
 from spar.flow.guidance import apply_guidance
 from spar.flow.sampler import sample
-from spar.inference.base import TOKEN_MULTIPLE, Callback, Pipeline, choose_device_and_dtype
+from spar.inference.base import TOKEN_MULTIPLE, Pipeline, choose_device_and_dtype
 from spar.inference.image_files import BUNDLED_MODEL
-from spar.inference.inputs import broadcast, list_seeds, open_sources
+from spar.inference.inputs import broadcast, open_sources
 from spar.inference.offload import WEIGHTS, Offload, Weights, cast_weights, quantize
 from spar.inference.outputs import GenerateOutput, ReconstructOutput, Routing
+from spar.inference.progress import Callback, sampling_bar
 from spar.models.blocks import compile_blocks
 from spar.models.spar import Condition
 from spar.models.tiling import MIN_TILE
@@ -39,7 +41,8 @@ from spar.processing.prompts import IMAGE_TOKEN, PromptEncoder, TokenBatch
 BUNDLED = Path(__file__).parents[1] / "assets" / "weights"
 MAX_SIDE_FACTOR = 2  # images up to twice the trained side
 
-@dataclass
+
+@dataclass(repr=False)
 class SparPipeline(Pipeline):
     """One model and its four tasks. Build it with `from_pretrained`.
 
@@ -58,6 +61,7 @@ class SparPipeline(Pipeline):
     offload: bool = False
     compile: bool = False
     origin: Mapping[str, str | None] = field(default_factory=dict)
+    progress: bool = True
 
     def __post_init__(self) -> None:
         model = self.model = self.bundle.model
@@ -81,7 +85,7 @@ class SparPipeline(Pipeline):
     def from_pretrained(
         cls, path: str | Path | None = None, *, dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None, adapter: str | Path | None = None, decode_tile: int | None = None,
-        weights: Weights = "float32", offload: bool = False, compile: bool = False,
+        weights: Weights = "float32", offload: bool = False, compile: bool = False, progress: bool = True,
     ) -> "SparPipeline":  # fmt: skip
         """Load a SPAR folder, or `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION`; without a path, the bundled weights.
 
@@ -96,6 +100,7 @@ class SparPipeline(Pipeline):
                 other results (needs torchao).
             offload: keep idle parts in the CPU's memory: less of the device's memory, more time.
             compile: compile repeated layers with torch.compile: the first call takes a minute or so, later ones less.
+            progress: show a bar of sampling on a terminal or in a notebook, unless a call has its own callback.
 
         Raises:
             InputError: a missing, partial, foreign or damaged folder, an unavailable device, or offload from the CPU
@@ -119,7 +124,7 @@ class SparPipeline(Pipeline):
             "model": BUNDLED_MODEL if path is None else model_name(path, folder),
             "adapter": None if adapter is None else Path(adapter).resolve().name,
         }
-        return cls(loaded, compute, where, decode_tile, weights, offload, compile, origin)
+        return cls(loaded, compute, where, decode_tile, weights, offload, compile, origin, progress)
 
     def _save(self, folder: Path, dtype: torch.dtype | None) -> None:
         save_model(self.bundle, folder, dtype)
@@ -256,10 +261,11 @@ class SparPipeline(Pipeline):
                 conditional, unconditional = both.chunk(2)
                 return apply_guidance(conditional, unconditional, guidance)
 
-            latent = sample(
-                velocity, noise, num_inference_steps=steps, shift=defaults.shift, method=defaults.method,
-                callback=callback,
-            )
+            with sampling_bar(callback, steps, shown=self.progress) as watch:
+                latent = sample(
+                    velocity, noise, num_inference_steps=steps, shift=defaults.shift, method=defaults.method,
+                    callback=watch,
+                )
             self._load_to_device("decoder")
             images = self.model.decode(latent, self.decode_tile).float()
         routing = [self._routing(tokens, routed, row) for row in range(len(tokens.ids)) for _ in range(per_prompt)]
