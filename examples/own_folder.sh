@@ -13,6 +13,8 @@ model=${MODEL:-$(python -c 'from spar.inference.pipeline import BUNDLED; print(B
 set -- --data.source files --data.sets "$data" "$@"
 
 spar data check "$data"
+spar train "$recipe" --stage unified-3 --init-from "$model" "$@" --stages.unified-3.data.edit-share 0 --lora.rank 8 \
+    --run "$run" --dry-run  # the plan; captions whose words the model does not know are refused here
 spar cache "$recipe" --init-from "$model" "$@" -o "$run-features"
 spar train "$recipe" --stage unified-3 --init-from "$model" "$@" --data.cache "$run-features" \
     --stages.unified-3.data.edit-share 0 --lora.rank 8 --run "$run"

@@ -5,6 +5,7 @@ Nothing heavy is imported here: a test that needs no torch pays nothing for it.
 
 import copy
 import importlib.util
+import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -16,7 +17,11 @@ import pytest
 
 
 def pytest_configure() -> None:
-    """A suite that a script starts in the background, or nohup, inherits ignored signals, which a run respects."""
+    """A suite that a script starts in the background, or nohup, inherits ignored signals, which a run respects.
+
+    The tests compare numbers with those of a CPU, so they do not see a GPU unless the variable names one.
+    """
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_DFL)

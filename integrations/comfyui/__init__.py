@@ -111,7 +111,7 @@ class SparLoad:
             load_pipeline(
                 folder or None,
                 device=None if device == "auto" else device,
-                dtype=None if dtype == "auto" else getattr(torch, dtype),
+                dtype=None if dtype == "auto" else dtype,
                 weights=weights,
             ),
         )

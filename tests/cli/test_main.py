@@ -18,6 +18,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import spar
@@ -32,7 +33,8 @@ from spar.common.errors import InputError
 from spar.worlds.shapes.tokenizer import VOCABULARY
 
 SAMPLING_FLAGS = ("--model", "--dtype", "--device", "--output", "-o", "--overwrite", "--seed", "--steps", "--guidance",
-                  "--num-inference-steps", "--guidance-scale", "--num-images-per-prompt", "-n", "--negative-prompt")
+                  "--num-inference-steps", "--guidance-scale", "--num-images-per-prompt", "-n", "--negative-prompt",
+                  "--grid", "--save-steps")
 FLAGS = {
     "train": ("RECIPE", "--stage", "--run", "--resume", "--init-from", "--from-scratch", "--device", "--dry-run"),
     "plan": ("RECIPE", "--stage", "--gpus", "--gpu", "--mfu", "--strategy", "--grad-accum-steps",
@@ -78,7 +80,8 @@ class FakePipe:
         self.settings = keywords
 
     def _draw(self, count: int, seed: int | None) -> SimpleNamespace:
-        seeds = [(7 if seed is None else seed) + index for index in range(count)]
+        seeds = [seed + index for index in range(count)] if isinstance(seed, int) else list(seed)
+        assert len(seeds) == count
         images = [Image.new("RGB", (64, 64), (value % 256, 0, 0)) for value in seeds]
         routing = [
             SimpleNamespace(tokens=["red", "q"], kinds=["text", "query"], layers=(1, 2), weights=np.full((2, 2), 0.5))
@@ -88,7 +91,13 @@ class FakePipe:
         metadata = [{"seed": value, **shared} for value in seeds]
         return SimpleNamespace(images=images, seeds=seeds, routing=routing, metadata=metadata)
 
+    def preview(self, state: list[int]) -> list[Image.Image]:
+        return [Image.new("RGB", (64, 64), (value, value, value)) for value in state]
+
     def generate(self, prompt: Sequence[str], *, num_images_per_prompt: int = 1, seed=None, **keywords):
+        if keywords.get("callback"):
+            for done in (1, 2, 3):
+                keywords["callback"](done, 3, [80 * done] * len(seed))
         keywords |= {"num_images_per_prompt": num_images_per_prompt, "seed": seed}
         self.calls.append(("generate", (prompt,), keywords))
         out = self._draw(len(prompt) * num_images_per_prompt, seed)
@@ -221,7 +230,10 @@ WRONG = [
     ("generate x -o out.jpg", "ends in .png"),
     ("generate x y -o out.png", "expected a folder for 2 images"),
     ("generate x -o there.png", "'there.png' exists already"),
-    ("generate x -o folder.png", "folder.png/0.png' exists already"),
+    ("generate x --seed 3 -o folder.png", "folder.png/0-seed3.png' exists already"),
+    ("generate x -o sheet.png --grid", "sheet-grid.png' exists already"),
+    ("generate x -o sheet.png --save-steps", "sheet.gif' exists already"),
+    ("generate x -n 65 --save-steps", "number of images with --save-steps: expected 1 to 64, got 65"),
     ("generate x -o there.png/out.png", "'there.png' is not a folder"),
     ("generate x y -o there.txt", "there.txt' is not a folder"),
     ("edit", "expected IMAGE, got nothing"),
@@ -313,8 +325,8 @@ def test_wrong_input_gets_one_line_and_leaves_nothing(capsys, no_load, tmp_path,
     (tmp_path / "there.png").write_bytes(b"mine")
     (tmp_path / "there.txt").write_text("mine")
     (tmp_path / "empty").mkdir()
-    for file in ("full/mine.txt", "folder.png/0.png"):
-        (tmp_path / file).parent.mkdir()
+    for file in ("full/mine.txt", "folder.png/0-seed3.png", "sheet-grid.png", "sheet.gif"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text("mine")
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     status, error = error_of(capsys, line)
@@ -345,8 +357,8 @@ def test_a_full_disk_is_no_traceback_and_leaves_no_file(capsys, pipe, monkeypatc
         written.append(save(self, *args, **keywords))
 
     monkeypatch.setattr(Image.Image, "save", full)
-    status, error = error_of(capsys, "generate 'a red circle' -n 2")
-    assert status == 2 and "out/1.png" in error and "No space left on device" in error
+    status, error = error_of(capsys, "generate 'a red circle' -n 2 --seed 4")
+    assert status == 2 and "out/1-seed5.png" in error and "No space left on device" in error
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
@@ -368,21 +380,21 @@ def test_ctrl_c_ends_quietly_and_leaves_nothing(capsys, pipe, monkeypatch, tmp_p
 def test_every_sampling_flag_reaches_the_pipeline(pipe):
     flags = "--seed 5 --steps 3 --guidance 2.5 -n 2 --negative-prompt 'a blue star'"
     expected = {
-        "seed": 5, "num_inference_steps": 3, "guidance_scale": 2.5, "num_images_per_prompt": 2,
+        "seed": [5, 6, 7, 8], "num_inference_steps": 3, "guidance_scale": 2.5, "num_images_per_prompt": 2,
         "negative_prompt": "a blue star", "callback": None,
     }  # fmt: skip
     assert main(shlex.split(f"generate 'a red circle' 'a red ring' --height 64 --width 128 {flags}")) == 0
     assert main(shlex.split(f"edit in.png 'remove it' -o edited {flags}")) == 0
     assert pipe.calls == [
         ("generate", (["a red circle", "a red ring"],), {**expected, "height": 64, "width": 128}),
-        ("edit", (Path("in.png"), ["remove it"]), expected),
+        ("edit", (Path("in.png"), ["remove it"]), {**expected, "seed": [5, 6]}),
     ]
 
 
 def test_the_pipelines_own_names_work_too(pipe):
     for flags in ("--steps 3 --guidance 2", "--num-inference-steps 3 --guidance-scale 2",
                   "--num_inference_steps=3 --guidance_scale=2"):  # fmt: skip
-        assert main(["generate", "a red circle", "--overwrite", *flags.split()]) == 0
+        assert main(["generate", "a red circle", "--seed", "1", "--overwrite", *flags.split()]) == 0
     assert pipe.calls[0] == pipe.calls[1] == pipe.calls[2]
     assert pipe.calls[0][2]["num_inference_steps"] == 3 and pipe.calls[0][2]["guidance_scale"] == 2.0
 
@@ -405,10 +417,35 @@ def test_an_image_carries_how_it_was_made(capsys, pipe):
 def test_several_images_stand_in_a_folder_each_prompts_together(pipe):
     assert main(["generate", "a red circle", "a red ring", "-n", "6", "--seed", "0", "-o", "many"]) == 0
     made = sorted(Path("many").iterdir())
-    assert [path.name for path in made] == [f"{index:02d}.png" for index in range(12)]
+    assert [path.name for path in made] == [f"{index:02d}-seed{index}.png" for index in range(12)]
     notes = [Image.open(path).text for path in made]
     assert [note["prompt"] for note in notes] == ["a red circle"] * 6 + ["a red ring"] * 6
     assert [note["seed"] for note in notes] == [str(seed) for seed in range(12)]
+
+
+def test_a_grid_and_the_steps_are_written_beside_the_images(capsys, pipe):
+    assert main(["generate", "a ring", "a star", "-n", "3", "--seed", "4", "-o", "many", "--grid", "--save-steps"]) == 0
+    names = [f"{index}-seed{4 + index}" for index in range(6)]
+    assert {path.name for path in Path("many").iterdir()} == {
+        "grid.png", *(f"{name}.png" for name in names), *(f"{name}.gif" for name in names)
+    }  # fmt: skip
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 13 and printed[-1] == "many/grid.png  (all images)"
+    with Image.open("many/grid.png") as sheet:
+        assert sheet.size == (3 * 64 + 2 * 4, 2 * 64 + 4)  # a row for each prompt
+        assert [sheet.getpixel((x, y))[0] for y in (1, 69) for x in (1, 69, 137)] == [4, 5, 6, 7, 8, 9]
+    with Image.open("many/2-seed6.gif") as steps:
+        assert steps.n_frames == 3
+    assert main(["edit", "in.png", "remove it", "-o", "one.png", "--grid"]) == 0
+    with Image.open("one-grid.png") as sheet, Image.open("one.png") as image:
+        assert sheet.tobytes() == image.tobytes()
+
+
+def test_a_random_seed_is_in_the_name(pipe):
+    assert main(["generate", "a ring", "a star"]) == 0
+    first, second = sorted(path.stem.split("-seed") for path in Path("out").iterdir())
+    assert [first[0], second[0]] == ["0", "1"] and int(second[1]) == int(first[1]) + 1
+    assert pipe.calls[0][2]["seed"] == [int(first[1]), int(second[1])]
 
 
 def test_info_says_how_an_image_was_made(capsys, pipe):
@@ -426,7 +463,7 @@ def test_info_says_how_an_image_was_made(capsys, pipe):
     }  # fmt: skip
     assert main(found["reproduce"][1:] + ["-o", "again.png"]) == 0
     assert pipe.calls[1][1:] == ((["it's a \x1b[31mred\ncircle"],), {
-        "seed": 9, "num_inference_steps": 20, "guidance_scale": 4.5, "num_images_per_prompt": 1,
+        "seed": [9], "num_inference_steps": 20, "guidance_scale": 4.5, "num_images_per_prompt": 1,
         "negative_prompt": None, "height": 64, "width": 64, "callback": None,
     })  # fmt: skip
 
@@ -484,9 +521,10 @@ def test_reconstruct_takes_files_and_folders_and_keeps_their_names(capsys, pipe,
 
 
 def test_the_limits_are_the_pipelines_own():
-    from spar.inference import inputs, pipeline
+    from spar.common import seeds
+    from spar.inference import pipeline
 
-    assert pipeline.limits is limits and limits.MAX_SEED == inputs.MAX_SEED
+    assert pipeline.limits is limits and limits.MAX_SEED == seeds.MAX_SEED
 
 
 # ---- recipes as flags -----------------------------------------------------------------------------------------------
@@ -770,8 +808,16 @@ def test_resume_is_never_auto_or_a_folder(run_training, capsys):
     ):
         assert main(["train", "tiny", *line.split()]) == 0
         plan, keywords = run_training.calls[-1]
-        assert (str(plan.run), plan.fresh, keywords["device"]) == (run, fresh, "cpu")
+        assert (str(plan.run), plan.fresh, keywords["device"]) == (run, fresh, torch.device("cpu"))
     assert "one folder" in error_of(capsys, "train tiny --resume old --run other")[1]
+
+
+def test_training_says_where_it_computes(run_training, capsys, monkeypatch):
+    assert main(["train", "tiny"]) == 0
+    assert capsys.readouterr().out.startswith("training on cpu (")
+    monkeypatch.setenv("RANK", "1")  # of several processes the first one prints
+    assert main(["train", "tiny", "--run", "other"]) == 0
+    assert "training on" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("result", [None, KeyboardInterrupt])

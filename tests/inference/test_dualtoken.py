@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from spar.common.errors import Cancelled, InputError
 from spar.inference.dualtoken import DualTokenPipeline
 from spar.inference.loading import load_pipeline
 from spar.inference.pipeline import SparPipeline
+from spar.inference.progress import StepRecorder
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,30 @@ def test_a_setting_of_the_other_system_is_refused_unless_it_is_at_its_default(fo
     assert load_pipeline(folder, device="cpu", decode_tile=None, weights="float32", offload=False)
     with pytest.raises(InputError, match="decode_tile: DualToken has no such setting, got 8"):
         load_pipeline(folder, decode_tile=8)
+
+
+def test_repr_notebook_steps_and_bar_are_those_of_all_pipelines(folder, pipe, monkeypatch):
+    assert repr(pipe).startswith("DualTokenPipeline(model: ") and len(repr(pipe)) < 120 > len(repr(pipe.bundle))
+    assert load_pipeline(folder, dtype="float16", device="cpu", progress=False).dtype is torch.float16
+    recorder = StepRecorder(pipe.preview)
+    out = pipe.generate("a red circle", num_images_per_prompt=2, seed=0, callback=recorder)
+    assert out._repr_html_().count("a red circle (seed 1)") == 2  # under the image, and in its place where none shows
+    assert len(recorder.of_image(1)) == pipe.default_steps
+    assert all(gap(recorder.of_image(i)[-1], out.images[i]) <= 1 for i in range(2))
+    shown = []
+    monkeypatch.setattr("spar.inference.progress.tqdm", lambda **settings: shown.append(settings) or nullcontext(Bar()))
+    pipe.generate("a red circle")
+    assert shown[0]["total"] == pipe.default_steps == Bar.last
+
+
+class Bar:
+    """A bar that remembers where it stood."""
+
+    n = last = 0
+
+    def update(self, steps: int) -> None:
+        self.n += steps
+        Bar.last = self.n
 
 
 def test_weights_of_the_products_type_change_no_image(folder):

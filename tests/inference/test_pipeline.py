@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import spar
@@ -165,6 +166,14 @@ def test_dtype_is_what_products_run_in(folder, pipe, pictures, dtype):
     assert half.reconstruct(pictures[0]).images[0].size == (64, 64)
     assert edit(half, pictures[0]).images[0].size == (64, 64)
     assert len(half.understand(pictures[0], QUESTION, max_new_tokens=2).texts) == 1
+
+
+def test_a_dtype_may_be_its_name(folder, tmp_path):
+    assert SparPipeline.from_pretrained(folder, dtype="bfloat16", device="cpu").dtype is torch.bfloat16
+    SparPipeline.from_pretrained(folder, device="cpu").save_pretrained(tmp_path / "half", dtype="bfloat16")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "half/denoiser/model.safetensors").values()} == {
+        torch.bfloat16
+    }
 
 
 def test_the_default_dtype_is_the_hardwares(folder, monkeypatch):
@@ -361,7 +370,7 @@ def test_the_metadata_of_an_image_reproduces_it(pipe, pictures, tmp_path):
         "spar": spar.__version__, "torch": "", "transformers": "", "diffusers": "", "model": "model", "adapter": None,
     }  # fmt: skip
     paths = out.save(tmp_path / "many")
-    assert [path.name for path in paths] == ["0.png", "1.png", "2.png", "3.png"]
+    assert [path.name for path in paths] == [f"{i}-seed{seed}.png" for i, seed in enumerate(out.seeds)]
     metadata = read_metadata(paths[3]).values
     assert metadata == {key: value for key, value in out.metadata[3].items() if value is not None}
     again = generate(
@@ -689,8 +698,9 @@ def broken() -> bytes:
         (broken(), "cannot be decoded"),
         ("nowhere.png", "there is no file 'nowhere.png'"),
         (Path("/"), "is a directory"),
-        (None, "expected an image as a path, bytes or a Pillow image, got NoneType"),
-        (np.zeros((4, 4, 3), np.uint8), "got ndarray"),
+        (None, "expected an image as a path, bytes, a Pillow image or an array, got NoneType"),
+        (np.zeros((3, 4, 4, 5), np.uint8), "an array .H, W, C. of 1, 3 or 4 channels or as .H, W., got shape .4, 4, 5"),
+        (torch.zeros(8, 8, 3), "as a tensor .C, H, W. of 1, 3 or 4 channels"),
         ("https://example.org/a.png", "in a local file, got the URL"),
     ],
     ids=lambda value: str(value)[:24],
@@ -701,6 +711,64 @@ def test_what_is_no_image_is_refused_by_every_task(pipe, image, message):
     ):
         with pytest.raises(InputError, match=message):
             task()
+
+
+def test_arrays_give_what_their_images_give(pipe, pictures):
+    wanted = [image.tobytes() for image in pipe.reconstruct(pictures[:2]).images]
+    arrays = np.stack([np.asarray(image) for image in pictures[:2]])
+    for batch in (arrays, list(arrays), to_tensor(pictures[:2]), torch.from_numpy(arrays).permute(0, 3, 1, 2)):
+        assert [image.tobytes() for image in pipe.reconstruct(batch).images] == wanted
+    assert pipe.reconstruct(arrays[0]).images[0].tobytes() == wanted[0]
+
+
+def test_reprs_are_short_and_say_what_it_is(pipe):
+    out = pipe.generate(["a red circle", "a ring"], seed=3)
+    for one in (pipe, out, out.routing[0], pipe.bundle, pipe.reconstruct(out.images)):
+        assert len(repr(one)) < 400 and "\n" not in repr(one), one
+    assert repr(out) == "GenerateOutput(2 images of 64 x 64 pixels)"
+    assert f"{pipe.parameters / 1e6:.1f} M parameters, 64 x 64 pixels, float32 on cpu" in repr(pipe)
+    assert repr(out.routing[0]).endswith(f"over layers {', '.join(map(str, out.routing[0].layers))})")
+
+
+def test_a_notebook_shows_the_images_with_prompts_and_seeds(pipe):
+    out = pipe.generate(["a red circle", "a ring"], seed=3)
+    shown = out._repr_html_()
+    assert shown.count("data:image/png;base64,") == 2
+    assert "a red circle (seed 3)" in shown and "a ring (seed 4)" in shown
+    assert pipe.reconstruct(out.images)._repr_html_().count("<img") == 2
+    strange = replace(out, metadata=[{"prompt": "<b>&"}, {"instruction": '"'}])._repr_html_()
+    assert "&lt;b&gt;&amp; (seed 3)" in strange and "&quot; (seed 4)" in strange and "<b>" not in strange
+
+
+def test_sampling_shows_a_bar_unless_it_is_off_or_the_caller_watches(pipe, monkeypatch):
+    bars = []
+
+    class Bar:
+        def __init__(self, **settings):
+            self.n, self.settings = 0, settings
+            bars.append(self)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.ended = True
+
+        def update(self, steps):
+            self.n += steps
+
+    monkeypatch.setattr("spar.inference.progress.tqdm", Bar)
+    wanted = pipe.generate("a red circle", num_inference_steps=3, seed=0).images[0]
+    assert [(bar.n, bar.settings["total"], bar.ended) for bar in bars] == [(3, 3, True)]
+    pipe.generate("a red circle", num_inference_steps=3, callback=lambda *_: None)
+    monkeypatch.setattr(pipe, "progress", False)
+    assert pipe.generate("a red circle", num_inference_steps=3, seed=0).images[0] == wanted
+    assert len(bars) == 1
+
+
+def test_no_bar_goes_to_a_file(pipe, capfd):
+    pipe.generate("a red circle", num_inference_steps=2)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_sequence_longer_than_the_language_models_positions_gets_a_message(pipe, pictures, monkeypatch):
@@ -771,7 +839,9 @@ def test_a_chat_that_is_cut_says_so(pipe, pictures, monkeypatch):
     [
         ({"path": "nowhere"}, "expected a SPAR model folder, got nowhere, which does not exist"),
         ({"dtype": torch.int8}, "dtype: expected float32, bfloat16 or float16, got torch.int8"),
-        ({"dtype": "float32"}, "dtype: expected float32, bfloat16 or float16, got float32"),
+        ({"dtype": "float64"}, "dtype: expected float32, bfloat16 or float16, got 'float64'"),
+        ({"dtype": "torch.float32"}, "dtype: expected float32, bfloat16 or float16, got 'torch.float32'"),
+        ({"dtype": 16}, "dtype: expected float32, bfloat16 or float16, got 16"),
         ({"device": "tpu9"}, "device: expected one that is here, got 'tpu9'"),
         ({"device": "cuda:77"}, "device: expected one that is here, got 'cuda:77'"),
         ({"device": "hpu"}, "device: expected one that is here, got 'hpu'"),

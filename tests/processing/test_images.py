@@ -304,3 +304,50 @@ def test_an_image_of_the_right_proportions_is_only_scaled_and_another_loses_its_
     image = picture(60, 40)
     assert np.array_equal(pixels(to_size(image, 60, 40)), pixels(image))
     assert np.array_equal(pixels(to_size(image, 50, 40)), pixels(image)[:, 5:55])
+
+
+# Arrays
+
+
+def test_arrays_of_any_layout_are_the_same_image():
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)
+    floats = (tensor / 255, (tensor / 255).double(), (tensor / 255).requires_grad_(), tensor / 255 + 1e-4)
+    for source in (pixels, pixels / 255, (pixels / 255).astype(np.float32), pixels[:, ::-1][:, ::-1], tensor, *floats):
+        if isinstance(source, torch.Tensor) and source.is_floating_point() and source.max() > 1:
+            source = source.clamp(max=1)
+        assert (np.asarray(open_image(source)) == pixels).all()
+    halves = open_image((tensor / 255).bfloat16())
+    assert np.abs(np.asarray(halves).astype(int) - pixels).max() <= 1
+
+
+def test_grey_and_transparent_arrays_are_as_their_pillow_images():
+    grey = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    for source in (grey, grey[..., None], torch.from_numpy(grey), torch.from_numpy(grey)[None]):
+        assert (np.asarray(open_image(source)) == grey[..., None]).all()
+    clear = np.zeros((3, 4, 4), np.uint8)
+    assert open_image(clear).getpixel((0, 0)) == (255, 255, 255)  # laid on white
+    clear[..., 3] = 255
+    assert open_image(torch.from_numpy(clear).permute(2, 0, 1)).getpixel((0, 0)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((2, 4, 4, 3), np.uint8), r"an array \[H, W, C\] of 1, 3 or 4 channels .* got shape \(2, 4, 4, 3\)"),
+        (np.zeros(3, np.uint8), "got shape"), (np.zeros((3, 8, 8)), "got shape"), (np.zeros(()), "got shape"),
+        (torch.zeros(8, 8, 3), r"as a tensor \[C, H, W\] .* got shape \(8, 8, 3\)"),
+        (np.zeros((0, 4, 3), np.uint8), "side of at least 1 pixel, got 4 x 0 pixels"),
+        (np.full((4, 4, 3), 1.1), r"floats in \[0, 1\], got 1.1 to 1.1"), (np.full((4, 4, 3), -1.0), "got -1 to -1"),
+        (np.full((4, 4, 3), np.nan), "got nan"), (np.full((4, 4, 3), np.inf), "got inf"),
+        (np.zeros((4, 4, 3), np.int64), "of uint8 or of floats in .0, 1., got int64"),
+        (np.zeros((4, 4, 3), bool), "got bool"), (np.zeros((4, 4, 3), complex), "got complex128"),
+        (np.full((4, 4, 3), None), "got object"), (torch.zeros(3, 4, 4, dtype=torch.int32), "got int32"),
+        (torch.zeros(3, 4, 4, device="meta"), "a dense tensor"), (torch.zeros(3, 4, 4).to_sparse(), "a dense tensor"),
+        (np.broadcast_to(np.uint8(0), (10**5, 10**5, 3)), "at most 64 megapixels"),
+    ],
+    ids=str,
+)
+def test_arrays_that_are_no_images_are_refused(array, message):
+    with pytest.raises(InputError, match=message):
+        open_image(array)

@@ -204,6 +204,66 @@ def test_captions_lose_control_tokens_and_what_is_too_long(training_data, stage,
     assert {" ".join(text.split()) for text in words} == {"a red circle", " ".join(long.split()[:12])}
 
 
+def captions(path: Path, *texts: str) -> str:
+    """A set of plain pictures with these captions."""
+    return write_tar(path, [{"jpg": plain("red"), "txt": text.encode()} for text in texts])
+
+
+def test_captions_of_unknown_words_are_refused_with_their_share(training_data, stage, tmp_path):
+    path = captions(tmp_path / "cats.tar", "a photo of a red Cat", "a cat, a dog", "a red square", "")
+    found = training_data(paths=(path,))
+    with pytest.raises(InputError) as raised:  # photo, Cat, cat and dog of 6 + 5 + 3 words
+        found.check_captions([edited(stage, 0.0)])
+    said, _, known = str(raised.value).partition(" It knows only ")
+    assert said == (
+        f"0.286 of the words of {path} are unknown to the text tokenizer (cat 2, photo 1, dog 1); "
+        "expected at most data.unknown_share 0.01, since all of them are one token."
+    )
+    assert {"a", "red", "square"} < {*known.split(", ")}
+    found.check_captions([])  # nothing reads them
+    found.check_captions([replace(stage, data=ImageData(), objective=recipe("tiny").stage("tokenizer-1").objective)])
+
+
+def test_a_small_share_of_unknown_words_is_logged(training_data, stage, tmp_path, caplog):
+    path = captions(tmp_path / "few.tar", *["a red square and a blue circle above a pony"] * 9, "a zebra")
+    found = training_data(paths=(path,))
+    found.config = replace(found.config, unknown_share=0.2)
+    found.check_captions([edited(stage, 0.0)])
+    assert "(pony 9, zebra 1)" in caplog.text
+    caplog.clear()
+    known = training_data(paths=(captions(tmp_path / "known.tar", "a red square", "<|im_end|> a ring"),))
+    known.check_captions([edited(stage, 0.0)])  # control tokens are taken out before they are counted
+    assert caplog.text == ""
+
+
+def test_each_set_is_judged_alone_and_only_where_a_stage_reads_it(training_data, stage, sets, tmp_path):
+    strange = captions(tmp_path / "strange.tar", "zebra")
+    found = training_data(paths=(*sets, strange))
+    with pytest.raises(InputError, match="^1 of the words of .*strange.tar"):
+        found.check_captions([edited(stage, 0.5)])
+    found.check_captions([edited(stage, 1.0)])  # edits alone
+
+
+def test_an_open_vocabulary_has_no_unknown_words(training_data, stage, tmp_path):
+    found = training_data(paths=(captions(tmp_path / "cats.tar", "a photo of a cat"),))
+    tokenizer = build_tokenizer()
+    tokenizer.unk_token = None
+    found.prompts = PromptEncoder(tokenizer, 64)
+    found.check_captions([edited(stage, 0.0)])
+
+
+def test_a_training_on_unknown_words_does_not_begin(tiny_run, tmp_path, capsys):
+    from spar.cli.main import main
+
+    path, run = captions(tmp_path / "cats.tar", *["a photo of a cat"] * 8), tmp_path / "run"
+    line = ["train", "tiny", "--stage", "unified-2", "--init-from", str(tiny_run.path / "model"), "--run", str(run),
+            "--data.source", "files", "--data.sets", path, "--data.workers", "0",
+            "--stages.unified-2.data.edit-share", "0"]  # fmt: skip
+    for more in (["--dry-run"], []):
+        assert main([*line, *more]) == 2
+        assert "0.4 of the words" in capsys.readouterr().err and not (run / "unified-2").exists()
+
+
 def test_a_run_trains_on_data_sets_and_resumes_on_them_bit_by_bit(tiny_run, sets, tmp_path):
     """Pictures and captions of the shapes world, read from files: two stages, with and without a stop."""
     recipe = on_files(tiny_run.recipe, FilesData(sets=(f"2={sets[0]}", sets[1]), workers=1))
@@ -257,7 +317,8 @@ def test_settings_without_sense_are_refused(tiny_run, tmp_path, sets):
     for wrong, said in (
         ({"sets": ()}, "data.sets: expected paths of data sets, got none"),
         ({"sets": ("0=x.tar",)}, "weight above 0, got '0=x.tar'"), ({"workers": -1}, "data.workers"),
-        ({"bad_share": 2.0}, "data.bad_share"), ({"max_aspect": 0.5}, "data.max_aspect"),
+        ({"bad_share": 2.0}, "data.bad_share"),
+        ({"unknown_share": -0.1}, "data.unknown_share: expected 0 to 1"), ({"max_aspect": 0.5}, "data.max_aspect"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=said):
             FilesData(**{"sets": sets, **wrong})

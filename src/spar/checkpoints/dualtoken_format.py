@@ -46,12 +46,12 @@ class DualTokenBundle:
     `max_prompt_tokens` is the longest prompt; `tower_tokenizer` the text tower's own, where it is not the LLM's.
     """
 
-    model: DualTokenModel
-    text_tokenizer: Any
+    model: DualTokenModel = field(repr=False)
+    text_tokenizer: Any = field(repr=False)
     sampling: CodeSampling = CodeSampling()
     max_prompt_tokens: int = 64
-    manifest: dict[str, Any] = field(default_factory=dict)
-    tower_tokenizer: Any | None = None
+    manifest: dict[str, Any] = field(default_factory=dict, repr=False)
+    tower_tokenizer: Any | None = field(default=None, repr=False)
 
 
 def save_dualtoken(loaded: DualTokenBundle, folder: Path, dtype: torch.dtype | None = None) -> None:

@@ -25,7 +25,7 @@ from spar.checkpoints.safetensors_io import SafetensorsReader
 from spar.checkpoints.sized_build import FRESH, outline
 from spar.common.config import differences
 from spar.common.errors import InputError
-from spar.common.seeds import cpu_generator
+from spar.common.generators import cpu_generator
 from spar.models.config import TextConfig
 from spar.models.dualtoken.config import DualTokenConfig
 from spar.models.dualtoken.model import DualTokenModel

@@ -88,12 +88,12 @@ class ModelBundle:
     `pixel_encoder` and `teacher` are written if given; `load_training_part` and `load_teacher` read them.
     """
 
-    model: SparModel
-    text_tokenizer: Any
+    model: SparModel = field(repr=False)
+    text_tokenizer: Any = field(repr=False)
     sampling: SamplingConfig
-    manifest: dict[str, Any] = field(default_factory=dict)
-    pixel_encoder: PixelEncoder | None = None
-    teacher: SemanticEncoder | None = None
+    manifest: dict[str, Any] = field(default_factory=dict, repr=False)
+    pixel_encoder: PixelEncoder | None = field(default=None, repr=False)
+    teacher: SemanticEncoder | None = field(default=None, repr=False)
 
 
 def save_tokenizer(tokenizer: UnifiedTokenizer, folder: Path, dtype: torch.dtype | None = None) -> None:

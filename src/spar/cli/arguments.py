@@ -20,6 +20,7 @@ from spar.common.limits import (
 )
 from spar.data.samples import Format
 
+MAX_ANIMATIONS = 64  # images whose steps are kept in memory
 Flag = FlagCreatePairsOff[bool]
 OutputPath = Annotated[Path | None, arg(aliases=["-o"])]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -58,7 +59,7 @@ class SamplingArguments(ModelArguments):
     """Sampling and output of images."""
 
     output: OutputPath = None
-    """PNG file, or a folder for several images; by default out.png, or out for several."""
+    """PNG file, or a folder for several images, named by number and seed; by default out.png, or out for several."""
     overwrite: Flag = False
     """Replace files that exist."""
     seed: int | None = None
@@ -69,6 +70,10 @@ class SamplingArguments(ModelArguments):
     """Classifier-free guidance, 1 for none; by default the model's own."""
     num_images_per_prompt: Annotated[int, arg(aliases=["-n"])] = 1
     """Images for each prompt."""
+    grid: Flag = False
+    """Also write a contact sheet of all images: grid.png beside them, a row for each prompt if -n is above 1."""
+    save_steps: Flag = False
+    """Also write the steps of sampling as a GIF beside each image."""
     negative_prompt: str | None = None
     """What the images should not show."""
 
@@ -77,11 +82,23 @@ class SamplingArguments(ModelArguments):
         check_range("--steps", self.num_inference_steps, 1, MAX_STEPS)
         check_range("--guidance", self.guidance_scale, 0, MAX_GUIDANCE)
         check_range("--num-images-per-prompt", self.num_images_per_prompt, 1, MAX_IMAGES)
+        if self.save_steps:
+            check_range("number of images with --save-steps", self.count, 1, MAX_ANIMATIONS)
         _check_utf8(self.negative_prompt, "--negative-prompt")
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What each image or group of images is made of."""
+        raise NotImplementedError
+
+    @property
+    def count(self) -> int:
+        """The number of images."""
+        return len(self.texts) * self.num_images_per_prompt
+
     def keywords(self) -> dict[str, Any]:
-        """Keywords of the pipeline's sampling tasks."""
-        names = ("negative_prompt", "num_inference_steps", "guidance_scale", "num_images_per_prompt", "seed")
+        """Keywords of the pipeline's sampling tasks; the seeds of all images come beside them."""
+        names = ("negative_prompt", "num_inference_steps", "guidance_scale", "num_images_per_prompt")
         return {name: getattr(self, name) for name in names}
 
 
@@ -108,7 +125,11 @@ class GenerateArguments(SamplingArguments):
         check_range("--temperature", self.temperature, 0, MAX_TEMPERATURE)
         check_range("--top-k", self.top_k, 0, MAX_TOP_K)
         check_range("--top-p", self.top_p, 0, 1)
-        check_range("number of images", len(self.prompt) * self.num_images_per_prompt, 1, MAX_IMAGES)
+        check_range("number of images", self.count, 1, MAX_IMAGES)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return self.prompt
 
     def keywords(self) -> dict[str, Any]:
         """Keywords of `generate`; those of one system alone where they are given."""
@@ -129,7 +150,11 @@ class EditArguments(SamplingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_nonempty(self.instruction, "instruction", "IMAGE INSTRUCTION")
-        check_range("number of images", len(self.instruction) * self.num_images_per_prompt, 1, MAX_IMAGES)
+        check_range("number of images", self.count, 1, MAX_IMAGES)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return self.instruction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,8 +224,8 @@ class TrainArguments:
     """SPAR folder whose encoder is the tokenizer's semantic teacher, where the starting weights keep none."""
     from_scratch: Flag = False
     """Use random weights for the parts that the recipe expects from published checkpoints."""
-    device: str = "cpu"
-    """cpu, cuda, cuda:1 ..."""
+    device: str | None = None
+    """cpu, cuda, cuda:1 ...; by default CUDA if available."""
     dry_run: Flag = False
     """Print the plan of each stage (weights, data, what is prepared and removed, memory, time) and stop."""
 
@@ -247,8 +272,8 @@ class CacheArguments:
     """Folder to write."""
     batch: int = 32
     """Images in one batch."""
-    device: str = "cpu"
-    """cpu, cuda, cuda:1 ..."""
+    device: str | None = None
+    """cpu, cuda, cuda:1 ...; by default CUDA if available."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Type of matrix products, as in the training that will read the features."""
 

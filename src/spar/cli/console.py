@@ -66,11 +66,6 @@ def progress_bar(title: str) -> Iterator[Advance | None]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def sampling_callback(advance: Advance | None) -> Callable[[int, int, Any], None] | None:
-    """Convert a bar's advance to the pipeline's callback (steps done, steps, estimate)."""
-    return None if advance is None else lambda done, total, _: advance(done, total)
-
-
 @contextmanager
 def training_display() -> Iterator[tuple[Announce, Report]]:
     """(announce, report) for `train`: a stage's freezing table, a line per logged step, and a bar on a terminal."""

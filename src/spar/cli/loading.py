@@ -1,6 +1,7 @@
 """The model that a verb uses, loaded by its arguments."""
 
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -30,12 +31,13 @@ def gc_disabled() -> Iterator[None]:
 def load_pipeline(args: ModelArguments) -> "Pipeline":
     """The pipeline of a verb's arguments, with a bar meanwhile."""
     with progress_bar("loading the model"), gc_disabled():
-        import torch
-
+        from spar.common.device import device_name
         from spar.inference import loading
 
-        dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-        return loading.load_pipeline(
-            args.model, dtype=dtype, device=args.device, adapter=args.adapter, decode_tile=args.decode_tile,
-            weights=args.weights, offload=args.offload, compile=args.compile,
+        pipe = loading.load_pipeline(
+            args.model, dtype=None if args.dtype == "auto" else args.dtype, device=args.device, adapter=args.adapter,
+            decode_tile=args.decode_tile, weights=args.weights, offload=args.offload, compile=args.compile,
+            progress=False,
         )
+    print(f"spar: on {device_name(pipe.device)} in {str(pipe.dtype).removeprefix('torch.')}", file=sys.stderr)
+    return pipe

@@ -14,19 +14,11 @@ from spar.cli.arguments import (
     GenerateArguments,
     InfoArguments,
     ReconstructArguments,
-    SamplingArguments,
     UnderstandArguments,
 )
-from spar.cli.console import (
-    model_facts,
-    model_table,
-    model_values,
-    new_console,
-    printable,
-    progress_bar,
-    sampling_callback,
-)
+from spar.cli.console import model_facts, model_table, model_values, new_console, printable, progress_bar
 from spar.cli.notes import print_notes
+from spar.cli.outputs import OutputFiles
 from spar.cli.parsing import takes
 from spar.inference.image_files import (
     check_writable,
@@ -43,12 +35,12 @@ RECONSTRUCT_BATCH = 64
 @takes(GenerateArguments, "spar generate")
 def generate(args: GenerateArguments) -> int:
     """Generate images from prompts."""
-    paths = _image_paths(args, len(args.prompt))
+    files = OutputFiles.of(args)
     pipe, keywords = loading.load_pipeline(args), args.keywords()
     pipe.check_settings(keywords)
-    with progress_bar("sampling") as advance:
-        out = pipe.generate(list(args.prompt), callback=sampling_callback(advance), **keywords)
-    _save(out, paths)
+    with files.watching(pipe) as callback:
+        out = pipe.generate(list(args.prompt), seed=files.seeds, callback=callback, **keywords)
+    files.save(out)
     print_notes(pipe, args.prompt)
     warn_if_unquoted(args.prompt, "prompt")
     return 0
@@ -57,11 +49,11 @@ def generate(args: GenerateArguments) -> int:
 @takes(EditArguments, "spar edit")
 def edit(args: EditArguments) -> int:
     """Edit an image by instruction."""
-    paths = _image_paths(args, len(args.instruction))
-    pipe = loading.load_pipeline(args)
-    with progress_bar("sampling") as advance:
-        out = pipe.edit(args.image, list(args.instruction), callback=sampling_callback(advance), **args.keywords())
-    _save(out, paths, args.image)
+    files = OutputFiles.of(args)
+    pipe, keywords = loading.load_pipeline(args), args.keywords()
+    with files.watching(pipe) as callback:
+        out = pipe.edit(args.image, list(args.instruction), seed=files.seeds, callback=callback, **keywords)
+    files.save(out, args.image)
     print_notes(pipe, args.instruction, [args.image])
     warn_if_unquoted(args.instruction, "instruction")
     return 0
@@ -105,27 +97,11 @@ def reconstruct(args: ReconstructArguments) -> int:
     return 0
 
 
-def _image_paths(args: SamplingArguments, texts: int) -> list[Path]:
-    """Paths of the output images, checked before the work begins."""
-    count = texts * args.num_images_per_prompt
-    paths = output_paths(args.output, [f"{index:0{len(str(count - 1))}}" for index in range(count)])
-    check_writable(paths, overwrite=args.overwrite)
-    return paths
-
-
 def _file_names(sources: Sequence[Path]) -> list[str]:
     """Names of the outputs of files: the files' own, made unique."""
     stems = [source.stem for source in sources]
     whole = [stem if stems.count(stem) == 1 else source.name for stem, source in zip(stems, sources, strict=True)]
     return [name if whole.count(name) == 1 else f"{name}-{index}" for index, name in enumerate(whole)]
-
-
-def _save(out: Any, paths: list[Path], source: Path | None = None) -> None:
-    """Write images with the metadata that reproduces them, and print their paths."""
-    origin = source_metadata(source) if source else {}
-    save_images(out.images, paths, [values | origin for values in out.metadata])
-    for path, seed in zip(paths, out.seeds, strict=True):
-        print(f"{path}  (seed {seed})")
 
 
 def warn_if_unquoted(texts: Sequence[str], what: str) -> None:

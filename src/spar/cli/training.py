@@ -26,6 +26,8 @@ from spar.common.errors import InputError
 from spar.inference.image_files import check_folder
 
 if TYPE_CHECKING:
+    import torch
+
     from spar.training.estimate import HardwareConfig, StageEstimate
     from spar.training.plan import RunPlan
 
@@ -33,26 +35,29 @@ if TYPE_CHECKING:
 def train(argv: list[str]) -> int:
     """Train a recipe."""
     args, chosen = _recipe(argv, TrainArguments, "spar train", "spar train tiny --run runs/tiny")
-    from spar.common.device import check_device
+    from spar.common.device import choose_device, device_name
     from spar.training.estimate import HardwareConfig, check_sizes, estimate
     from spar.training.plan import read_run, resolve
     from spar.training.run_folder import check_run
 
     run, resume = _run_folder(args, chosen.name)
     check_sizes(chosen, tuple(chosen.stage(name) for name in args.stage) or chosen.stages)
-    check_device(args.device)
+    device = choose_device(args.device)
     run_plan = resolve(
         chosen, read_run(chosen, run, args.init_from), stages=args.stage, resume=resume,
         from_scratch=args.from_scratch, teacher=args.teacher, only_shown=args.dry_run,
     )  # fmt: skip
     if args.dry_run:
         check_run(run, chosen, fresh=run_plan.fresh)
-        hardware = HardwareConfig.of_this_machine(args.device, args.parallelism)
+        hardware = HardwareConfig.of_this_machine(str(device), args.parallelism)
         _print_plan(run_plan, hardware, estimate(chosen, hardware, args.stage))
+        _check_words(run_plan)
         return 0
     check_folder(run)
     command = shlex.join(["spar", "train", *argv, *(["--resume", "auto"] if args.resume == "never" else [])])
-    return _train(args, run_plan, resume_command=command)
+    if os.environ.get("RANK", "0") == "0":  # the first of several processes prints
+        print(f"training on {device_name(device)}", flush=True)
+    return _train(args, run_plan, device, resume_command=command)
 
 
 def _recipe(argv: list[str], kind: type[Any], prog: str, example: str) -> tuple[Any, Any]:
@@ -138,6 +143,19 @@ def _print_plan(plan: "RunPlan", hardware: "HardwareConfig", estimates: "Sequenc
             print(f"spar: note: {one.stage.name}: {warning}", file=sys.stderr)
 
 
+def _check_words(plan: "RunPlan") -> None:
+    """Refuse, as the training would, captions that the text tokenizer of a run's first weights cannot read."""
+    from spar.training.files_data import FilesData, check_captions, open_sources
+    from spar.training.run_folder import text_tokenizer_folder
+
+    recipe, stages = plan.recipe, [one.config for one in plan.stages if not one.skipped]
+    if not isinstance(recipe.data, FilesData):
+        return
+    tokenizer = recipe.load_tokenizer(text_tokenizer_folder(recipe, plan.run, plan.init_from))
+    with progress_bar("reading captions"):
+        check_captions(recipe.data, stages, open_sources(recipe.data), recipe.prompts(tokenizer))
+
+
 def _left(plan: "RunPlan", estimates: "Sequence[StageEstimate]") -> "list[StageEstimate]":
     """The stages that are still to be trained, with the time of the steps that are left."""
     return [
@@ -153,15 +171,16 @@ def cache(argv: list[str]) -> int:
     import torch
 
     from spar.checkpoints.spar_format import load_model
-    from spar.common.device import check_device
+    from spar.common.device import choose_device, device_name
     from spar.training.feature_cache import write_cache
     from spar.training.files_data import FilesData, open_sources
 
     if not isinstance(chosen.data, FilesData):
         raise InputError(f"expected data sets (--data.source files --data.sets DATA), got source {chosen.data.kind}")
-    check_device(args.device)
+    device = choose_device(args.device)
+    print(f"computing on {device_name(device)}", flush=True)
     sources = open_sources(chosen.data)
-    tokenizer = load_model(args.init_from).model.tokenizer.to(args.device)
+    tokenizer = load_model(args.init_from).model.tokenizer.to(device)
     precision = torch.bfloat16 if args.precision == "bf16" else torch.float32
     with progress_bar("features") as advance:
         bad = write_cache(
@@ -173,7 +192,7 @@ def cache(argv: list[str]) -> int:
     return 0
 
 
-def _train(args: Any, plan: "RunPlan", *, resume_command: str) -> int:
+def _train(args: Any, plan: "RunPlan", device: "torch.device", *, resume_command: str) -> int:
     """Train with a bar; print the model's folder at the end, or the command that resumes."""
     from spar.training.distributed import PeerFailure
     from spar.training.loop import NonFiniteLoss
@@ -183,7 +202,7 @@ def _train(args: Any, plan: "RunPlan", *, resume_command: str) -> int:
     quiet = os.environ.get("RANK", "0") != "0"  # only the first of several processes prints
     try:
         with nullcontext((None, None)) if quiet else training_display() as (announce, report):
-            model = execute(plan, device=args.device, parallelism=args.parallelism, report=report, announce=announce)
+            model = execute(plan, device=device, parallelism=args.parallelism, report=report, announce=announce)
     except PeerFailure as error:
         fail(str(error))
         return 1

@@ -4,6 +4,7 @@ import time
 
 import torch
 
+from spar.common.cpu import cpu_name
 from spar.common.errors import InputError
 
 
@@ -18,6 +19,18 @@ def check_device(device: str | torch.device) -> torch.device:
         here = ["cpu"] + [name for name in ("cuda", "mps", "xpu") if getattr(torch, name).is_available()]
         raise InputError(f"device: expected one that is here, got {str(device)!r} (here: {', '.join(here)})")
     return where
+
+
+def choose_device(device: str | torch.device | None = None) -> torch.device:
+    """The given device, checked as in `check_device`; None is CUDA if available, else the CPU."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return check_device(device)
+
+
+def device_name(device: torch.device) -> str:
+    """A device and what it is: "cuda:1 (NVIDIA H200)"."""
+    return f"{device} ({torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu_name()})"
 
 
 def measure_peak(device: str | torch.device, dtype: torch.dtype, side: int = 1024) -> float:

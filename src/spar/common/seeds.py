@@ -1,22 +1,23 @@
-"""Random generators of torch on the CPU for all seeds of 63 bits."""
+"""Seeds of images: one of each, checked."""
 
-import numpy as np
-import torch
+import secrets
+from collections.abc import Iterable, Sequence
 
-_STATE_AT = 3  # of torch's generator: its seed, two counters, then the words of MT19937, 64 bits for each
-_SHORT = 2**32
+from spar.common.errors import InputError
+from spar.common.limits import MAX_SEED
 
 
-def cpu_generator(seed: int) -> torch.Generator:
-    """A generator of torch on the CPU, of a seed from 0 to MAX_SEED.
-
-    `manual_seed` reads the lower 32 bits of a seed alone, so that 7 and 2**32 + 7 would draw the same. A seed of 32
-    bits draws what `manual_seed` gives; a longer one gets the state that numpy's MT19937 has for it.
-    """
-    generator = torch.Generator().manual_seed(seed % _SHORT)
-    if seed < _SHORT:
-        return generator
-    words = torch.from_numpy(np.random.MT19937(seed).state["state"]["key"].astype(np.int64))
-    state = generator.get_state()
-    state.view(torch.int64)[_STATE_AT : _STATE_AT + len(words)] = words
-    return generator.set_state(state)
+def list_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """Expand to one checked seed per image."""
+    if seed is None:
+        seed = secrets.randbelow(2**32)
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        seeds = [seed + i for i in range(count)]
+    else:
+        seeds = list(seed) if isinstance(seed, Iterable) else [seed] * count
+    if len(seeds) != count:
+        raise InputError(f"seed: expected one, or one for each of {count} images, got {len(seeds)}")
+    for value in seeds:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SEED:
+            raise InputError(f"seed: expected a whole number from 0 to {MAX_SEED}, got {value!r}")
+    return seeds

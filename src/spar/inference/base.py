@@ -6,7 +6,7 @@ A system's own file has the rest of the contract: `generate`, `edit`, `reconstru
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,38 +18,46 @@ from torch import Tensor
 from spar.checkpoints.model_header import versions
 from spar.common import limits
 from spar.common.cpu import has_native_bfloat16
-from spar.common.device import check_device
+from spar.common.device import choose_device
 from spar.common.errors import InputError
 from spar.common.limits import check_int_range
 from spar.common.threads import threads_for
 from spar.inference.inputs import broadcast, list_texts, open_sources
 from spar.inference.offload import Weights
 from spar.inference.outputs import ChatOutput, GenerateOutput, ReconstructOutput, UnderstandOutput
+from spar.inference.progress import Callback
 from spar.processing.chat import TextStream, read_messages
 from spar.processing.images import ImageSource, to_size, to_tensor
 from spar.processing.prompts import PromptEncoder, TokenBatch
 
-# Called after each step with (steps done, steps, what `preview` makes images of); returning False, exactly, cancels.
-Callback = Callable[[int, int, Tensor], bool | None]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Prompts are padded to multiples of this many tokens: attention sums in vectors of 16 numbers, where a prompt's tokens
 # then have the same places in any batch, and an image is the same alone and in a batch.
 TOKEN_MULTIPLE = 16
 
 
-def choose_device(device: str | torch.device | None, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
+def choose_device_and_dtype(
+    device: str | torch.device | None, dtype: torch.dtype | str | None
+) -> tuple[torch.device, torch.dtype]:
     """The device, by default CUDA if available, and the type of matrix products, by default what it is fast in.
 
     Raises:
         InputError: an unavailable device, or a type that is not a floating one.
     """
-    where = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else check_device(device)
+    where = choose_device(device)
     if dtype is None:
         fast = has_native_bfloat16() if where.type == "cpu" else where.type == "cuda"
-        dtype = torch.bfloat16 if fast else torch.float32
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise InputError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
-    return where, dtype
+        return where, torch.bfloat16 if fast else torch.float32
+    return where, read_dtype(dtype)
+
+
+def read_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A floating type of torch, or the one of a name such as "bfloat16"; InputError for any other."""
+    for name, known in DTYPES.items():
+        if dtype is known or (isinstance(dtype, str) and dtype == name):
+            return known
+    raise InputError(f"dtype: expected float32, bfloat16 or float16, got {dtype!r}")
 
 
 class Pipeline(ABC):
@@ -63,6 +71,7 @@ class Pipeline(ABC):
         has_routing: whether its images come with the LLM layers that each token read.
         tasks: what the system defines, by the names of the methods.
         origin: names of the model and the adapter for the metadata of images, without their folders.
+        progress: whether sampling shows a bar where the caller gives no callback.
     """
 
     bundle: Any
@@ -73,10 +82,18 @@ class Pipeline(ABC):
     origin: Mapping[str, str | None]
     prompts: PromptEncoder
     parameters: int
+    progress: bool
 
     system: ClassVar[str]
     has_routing: ClassVar[bool] = False
     tasks: ClassVar[tuple[str, ...]] = ("generate", "understand", "reconstruct")
+
+    def __repr__(self) -> str:
+        name, dtype = self.origin.get("model") or self.manifest.get("recipe"), str(self.dtype).removeprefix("torch.")
+        return (
+            f"{type(self).__name__}({name}: {self.parameters / 1e6:.1f} M parameters, {self.image_size} x "
+            f"{self.image_size} pixels, {dtype} on {self.device})"
+        )
 
     @property
     @abstractmethod
@@ -146,15 +163,15 @@ class Pipeline(ABC):
     def preview(self, state: Tensor) -> list[Image.Image]:
         """Images of what `generate` hands its callback."""
 
-    def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | str | None = None) -> None:
         """Write the whole model as a folder of its system, floating weights in `dtype` (default: as they are).
 
         Raises:
-            InputError: the folder cannot be written, or the weights are not those that were loaded.
+            InputError: the folder cannot be written, the weights are not those that were loaded, or another type.
         """
         if self.weights != "float32":
             raise InputError(f"weights: expected float32 to save a pipeline, got {self.weights}")
-        self._save(Path(path), dtype)
+        self._save(Path(path), None if dtype is None else read_dtype(dtype))
 
     @abstractmethod
     def _save(self, folder: Path, dtype: torch.dtype | None) -> None:

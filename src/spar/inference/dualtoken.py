@@ -20,12 +20,14 @@ from spar.checkpoints.lora import load_adapter, merge_lora
 from spar.checkpoints.model_header import TITLES
 from spar.common import limits
 from spar.common.errors import Cancelled, InputError
+from spar.common.generators import cpu_generator
 from spar.common.limits import check_int_range, check_range
-from spar.common.seeds import cpu_generator
-from spar.inference.base import TOKEN_MULTIPLE, Callback, Pipeline, choose_device
-from spar.inference.inputs import broadcast, list_seeds
+from spar.common.seeds import list_seeds
+from spar.inference.base import TOKEN_MULTIPLE, Pipeline, choose_device_and_dtype
+from spar.inference.inputs import broadcast
 from spar.inference.offload import Weights, cast_weights
 from spar.inference.outputs import GenerateOutput, ReconstructOutput
+from spar.inference.progress import Callback, sampling_bar
 from spar.models.blocks import compile_blocks
 from spar.models.dualtoken.sampling import CodeSampling
 from spar.models.dualtoken.tokenizer import DualCodes
@@ -35,7 +37,7 @@ from spar.processing.prompts import PromptEncoder, tower_tokens
 LABELS_AT_ONCE = 256  # that the text tower reads together
 
 
-@dataclass
+@dataclass(repr=False)
 class DualTokenPipeline(Pipeline):
     """One model and its tasks. Build it with `from_pretrained`."""
 
@@ -48,6 +50,7 @@ class DualTokenPipeline(Pipeline):
     weights: Weights = "float32"
     compile: bool = False
     origin: Mapping[str, str | None] = field(default_factory=dict)
+    progress: bool = True
     _labels: tuple[tuple[str, ...], Tensor] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -65,24 +68,25 @@ class DualTokenPipeline(Pipeline):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None,
-        adapter: str | Path | None = None, weights: Weights = "float32", compile: bool = False,
+        cls, path: str | Path, *, dtype: torch.dtype | str | None = None, device: str | torch.device | None = None,
+        adapter: str | Path | None = None, weights: Weights = "float32", compile: bool = False, progress: bool = True,
     ) -> "DualTokenPipeline":  # fmt: skip
         """Load a DualToken folder, or `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION`.
 
         Args:
-            dtype: type of matrix products; by default bfloat16 if the device has it in hardware. Images are encoded in
-                float32 in any case, since their codes differ otherwise.
+            dtype: type of matrix products, also by its name; by default bfloat16 if the device has it in hardware.
+                Images are encoded in float32 in any case, since their codes differ otherwise.
             device: by default a CUDA device if available, else the CPU.
             adapter: a folder of LoRA weights (`RUN/adapter`) to merge into the model.
             weights: type of the weights in memory: "float32" as stored, or "dtype", those of the LLM's and the heads'
                 matrix products in `dtype`, for the same results.
             compile: compile repeated layers with torch.compile.
+            progress: show a bar of sampling on a terminal or in a notebook, unless a call has its own callback.
 
         Raises:
             InputError: a missing, partial, foreign or damaged folder, an unavailable device, or other weights.
         """
-        where, dtype = choose_device(device, dtype)
+        where, compute = choose_device_and_dtype(device, dtype)
         if weights not in ("float32", "dtype"):
             raise InputError(f"weights: expected float32 or dtype of a DualToken model, got {weights!r}")
         folder = model_folder(path)
@@ -93,7 +97,7 @@ class DualTokenPipeline(Pipeline):
         origin = {
             "model": model_name(path, folder), "adapter": None if adapter is None else Path(adapter).resolve().name
         }
-        return cls(loaded, dtype, where, weights, compile, origin)
+        return cls(loaded, compute, where, weights, compile, origin, progress)
 
     def _save(self, folder: Path, dtype: torch.dtype | None) -> None:
         save_dualtoken(self.bundle, folder, dtype)
@@ -162,7 +166,8 @@ class DualTokenPipeline(Pipeline):
         generators = [cpu_generator(one) for one in seeds]
         with self._compute(count):
             steps = self.model.generate_codes(tokens.ids, tokens.mask, sampling, generators)
-            codes = self._collect(steps, count, callback)
+            with sampling_bar(callback, rows, shown=self.progress) as watch:
+                codes = self._collect(steps, count, watch)
             images = self.model.tokenizer.decode(codes).float().clamp(0, 1)
         shared = {"guidance": float(sampling.guidance), "temperature": float(sampling.temperature)}
         shared |= {"top_k": sampling.top_k, "top_p": float(sampling.top_p), **self.run_metadata()}

@@ -58,6 +58,12 @@ def output_paths(output: Path | None, names: Sequence[str]) -> list[Path]:
     return [output / f"{name}.png" for name in names]
 
 
+def numbered_names(seeds: Sequence[int]) -> list[str]:
+    """Names of images in a folder, without suffix: their numbers and seeds, as "03-seed7"."""
+    digits = len(str(len(seeds) - 1))
+    return [f"{index:0{digits}}-seed{seed}" for index, seed in enumerate(seeds)]
+
+
 def check_writable(paths: Iterable[Path], *, overwrite: bool = False) -> None:
     """Refuse files that cannot be written, before any work.
 

@@ -1,5 +1,6 @@
 """Outputs of the four tasks."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from spar.inference.image_files import check_writable, output_paths, save_images
+from spar.inference.contact_sheet import contact_sheet, images_html
+from spar.inference.image_files import check_writable, numbered_names, output_paths, save_images
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,33 @@ class Routing:
     layers: tuple[int, ...]
     weights: np.ndarray
 
+    def __repr__(self) -> str:
+        return f"Routing({len(self.tokens)} tokens over layers {', '.join(map(str, self.layers))})"
 
-@dataclass(frozen=True)
-class GenerateOutput:
+
+class ImagesOutput(ABC):
+    """What outputs of images share: how notebooks show them, and a contact sheet."""
+
+    images: list[Image.Image]
+
+    @abstractmethod
+    def _captions(self) -> list[str]:
+        """What is written under each image."""
+
+    def __repr__(self) -> str:
+        sizes = dict.fromkeys(f"{image.width} x {image.height}" for image in self.images)
+        return f"{type(self).__name__}({len(self.images)} images of {', '.join(sizes)} pixels)"
+
+    def _repr_html_(self) -> str:
+        return images_html(self.images, self._captions())
+
+    def grid(self, columns: int | None = None) -> Image.Image:
+        """The images as one, row by row on white; by default in about as many rows as columns."""
+        return contact_sheet(self.images, columns)
+
+
+@dataclass(frozen=True, repr=False)
+class GenerateOutput(ImagesOutput):
     """Images in the order of the prompts (each prompt's images together), their seeds and their routing.
 
     `metadata` has how each image was made: prompt, seed, steps, guidance, type, device, model, recipe, versions.
@@ -37,17 +63,20 @@ class GenerateOutput:
     metadata: list[dict[str, Any]]
 
     def save(self, path: str | Path | None = None, *, overwrite: bool = False) -> list[Path]:
-        """Write PNGs with their metadata: one image to a `.png` file, several into a folder; returns the paths.
+        """Write PNGs with their metadata: one image to a `.png` file, several into a folder, named by their numbers and
+        seeds; returns the paths.
 
         Raises:
             InputError: a file exists (without `overwrite`) or cannot be written.
         """
-        count = len(self.images)
-        names = [f"{index:0{len(str(count - 1))}}" for index in range(count)]
-        paths = output_paths(None if path is None else Path(path), names)
+        paths = output_paths(None if path is None else Path(path), numbered_names(self.seeds))
         check_writable(paths, overwrite=overwrite)
         save_images(self.images, paths, self.metadata)
         return paths
+
+    def _captions(self) -> list[str]:
+        texts = [values.get("prompt") or values.get("instruction") or "" for values in self.metadata]
+        return [f"{text} (seed {seed})".strip() for text, seed in zip(texts, self.seeds, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -77,9 +106,12 @@ class ChatOutput:
         return next(self.stream)
 
 
-@dataclass(frozen=True)
-class ReconstructOutput:
+@dataclass(frozen=True, repr=False)
+class ReconstructOutput(ImagesOutput):
     """Images in the order of the inputs, and their metadata as in `GenerateOutput`."""
 
     images: list[Image.Image]
     metadata: list[dict[str, Any]]
+
+    def _captions(self) -> list[str]:
+        return [f"reconstruction {number}" for number in range(len(self.images))]

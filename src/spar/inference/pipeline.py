@@ -22,15 +22,17 @@ from spar.checkpoints.model_header import TITLES
 from spar.checkpoints.spar_format import ModelBundle, load_model, save_model
 from spar.common import limits
 from spar.common.errors import InputError
+from spar.common.generators import cpu_generator
 from spar.common.limits import check_int_range, check_range
-from spar.common.seeds import cpu_generator
+from spar.common.seeds import list_seeds
 from spar.flow.guidance import apply_guidance
 from spar.flow.sampler import sample
-from spar.inference.base import TOKEN_MULTIPLE, Callback, Pipeline, choose_device
+from spar.inference.base import TOKEN_MULTIPLE, Pipeline, choose_device_and_dtype
 from spar.inference.image_files import BUNDLED_MODEL
-from spar.inference.inputs import broadcast, list_seeds, open_sources
+from spar.inference.inputs import broadcast, open_sources
 from spar.inference.offload import WEIGHTS, Offload, Weights, cast_weights, quantize
 from spar.inference.outputs import GenerateOutput, ReconstructOutput, Routing
+from spar.inference.progress import Callback, sampling_bar
 from spar.models.blocks import compile_blocks
 from spar.models.spar import Condition
 from spar.models.tiling import MIN_TILE
@@ -40,7 +42,8 @@ from spar.processing.prompts import IMAGE_TOKEN, PromptEncoder, TokenBatch
 BUNDLED = Path(__file__).parents[1] / "assets" / "weights"
 MAX_SIDE_FACTOR = 2  # images up to twice the trained side
 
-@dataclass
+
+@dataclass(repr=False)
 class SparPipeline(Pipeline):
     """One model and its four tasks. Build it with `from_pretrained`.
 
@@ -59,6 +62,7 @@ class SparPipeline(Pipeline):
     offload: bool = False
     compile: bool = False
     origin: Mapping[str, str | None] = field(default_factory=dict)
+    progress: bool = True
 
     def __post_init__(self) -> None:
         model = self.model = self.bundle.model
@@ -80,14 +84,14 @@ class SparPipeline(Pipeline):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path | None = None, *, dtype: torch.dtype | None = None,
+        cls, path: str | Path | None = None, *, dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None, adapter: str | Path | None = None, decode_tile: int | None = None,
-        weights: Weights = "float32", offload: bool = False, compile: bool = False,
+        weights: Weights = "float32", offload: bool = False, compile: bool = False, progress: bool = True,
     ) -> "SparPipeline":  # fmt: skip
         """Load a SPAR folder, or `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION`; without a path, the bundled weights.
 
         Args:
-            dtype: type of matrix products; by default bfloat16 if the device has it in hardware.
+            dtype: type of matrix products, also by its name; by default bfloat16 if the device has it in hardware.
             device: by default a CUDA device if available, else the CPU.
             adapter: a folder of LoRA weights (`RUN/adapter`) to merge into the model.
             decode_tile: visual tokens per side above which an image is decoded in tiles of that size, which takes less
@@ -97,12 +101,13 @@ class SparPipeline(Pipeline):
                 other results (needs torchao).
             offload: keep idle parts in the CPU's memory: less of the device's memory, more time.
             compile: compile repeated layers with torch.compile: the first call takes a minute or so, later ones less.
+            progress: show a bar of sampling on a terminal or in a notebook, unless a call has its own callback.
 
         Raises:
             InputError: a missing, partial, foreign or damaged folder, an unavailable device, or offload from the CPU
                 to itself.
         """
-        where, dtype = choose_device(device, dtype)
+        where, compute = choose_device_and_dtype(device, dtype)
         if decode_tile is not None:
             check_int_range("decode_tile", decode_tile, MIN_TILE, limits.MAX_TILE)
         if weights not in WEIGHTS:
@@ -120,7 +125,7 @@ class SparPipeline(Pipeline):
             "model": BUNDLED_MODEL if path is None else model_name(path, folder),
             "adapter": None if adapter is None else Path(adapter).resolve().name,
         }
-        return cls(loaded, dtype, where, decode_tile, weights, offload, compile, origin)
+        return cls(loaded, compute, where, decode_tile, weights, offload, compile, origin, progress)
 
     def _save(self, folder: Path, dtype: torch.dtype | None) -> None:
         save_model(self.bundle, folder, dtype)
@@ -257,10 +262,11 @@ class SparPipeline(Pipeline):
                 conditional, unconditional = both.chunk(2)
                 return apply_guidance(conditional, unconditional, guidance)
 
-            latent = sample(
-                velocity, noise, num_inference_steps=steps, shift=defaults.shift, method=defaults.method,
-                callback=callback,
-            )
+            with sampling_bar(callback, steps, shown=self.progress) as watch:
+                latent = sample(
+                    velocity, noise, num_inference_steps=steps, shift=defaults.shift, method=defaults.method,
+                    callback=watch,
+                )
             self._load_to_device("decoder")
             images = self.model.decode(latent, self.decode_tile).float()
         routing = [self._routing(tokens, routed, row) for row in range(len(tokens.ids)) for _ in range(per_prompt)]

@@ -25,7 +25,7 @@ MAX_SCANS = 100  # of a JPEG: an encoder writes about ten, and each decodes ever
 MIN_SIDE = 1
 MAX_ASPECT = 4  # the longer side is then twice the trained one
 
-ImageSource = str | os.PathLike | bytes | bytearray | memoryview | Image.Image
+ImageSource = str | os.PathLike | bytes | bytearray | memoryview | Image.Image | np.ndarray | Tensor
 
 _EXPECTED = f"expected an image as {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
 _EXPECTED_TRAINING = f"expected an image as {', '.join(TRAINING_FORMATS[:-1])} or {TRAINING_FORMATS[-1]}"
@@ -55,8 +55,9 @@ _OTHER_KINDS = (
 
 
 def open_image(source: ImageSource) -> Image.Image:
-    """Open a new RGB image, 8 bits a channel, upright, from a file's path, its bytes or a Pillow image.
+    """Open a new RGB image, 8 bits a channel, upright, from a file's path, its bytes, a Pillow image or an array.
 
+    An array is [H, W] or [H, W, C] of numpy or [C, H, W] of torch, C being 1, 3 or 4, of uint8 or of floats in [0, 1].
     A file may have any of FORMATS, up to MAX_BYTES and MAX_PIXELS; of an animation the first frame is used (of a Pillow
     image its current frame). EXIF orientation is applied, transparency blended onto white, 16 bits scaled to 8.
     Raises InputError, in one sentence, for anything else.
@@ -68,8 +69,11 @@ def open_image(source: ImageSource) -> Image.Image:
     elif isinstance(source, str | os.PathLike):
         path = os.fsdecode(source)
         data, name = _read(path), repr(path)
+    elif isinstance(source, np.ndarray | Tensor):
+        return _convert(_from_array(source), "the given array", own=True)
     else:
-        raise InputError(f"expected an image as a path, bytes or a Pillow image, got {type(source).__name__}")
+        expected = "expected an image as a path, bytes, a Pillow image or an array"
+        raise InputError(f"{expected}, got {type(source).__name__}")
     with _identify(data, name, FORMATS, _EXPECTED) as image:
         return _convert(image, name, own=True)
 
@@ -173,6 +177,38 @@ def to_pil(images: Tensor) -> list[Image.Image]:
         raise ValueError("expected finite pixel values, got NaN or infinity")
     pixels = images.clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
     return [Image.fromarray(image) for image in pixels]
+
+
+def _from_array(array: np.ndarray | Tensor) -> Image.Image:
+    """A Pillow image of an array, whose shape, type and values are checked first."""
+    own, place, shape = ("a tensor [C, H, W]", 0, tuple(array.shape))
+    if isinstance(array, np.ndarray):
+        own, place = "an array [H, W, C]", -1
+    channels = 1 if len(shape) == 2 else shape[place] if len(shape) == 3 else 0
+    if channels not in (1, 3, 4):
+        raise InputError(f"expected an image as {own} of 1, 3 or 4 channels or as [H, W], got shape {shape}")
+    height, width = shape if len(shape) == 2 else np.delete(shape, place)
+    if min(height, width) < MIN_SIDE or height * width > MAX_PIXELS:
+        raise InputError(f"{_EXPECTED_PIXELS} and a side of at least {MIN_SIDE} pixel, got {width} x {height} pixels")
+    if isinstance(array, Tensor):
+        if array.is_meta or array.layout != torch.strided:
+            raise InputError("expected an image as a dense tensor, got one without values or a sparse one")
+        array = array.detach().cpu()
+        array = (array.float() if array.is_floating_point() else array).numpy()
+    values = np.moveaxis(array, place, -1) if array.ndim == 3 else array
+    if values.dtype != np.uint8:
+        values = _to_bytes(values)
+    return Image.fromarray(np.ascontiguousarray(values[..., 0] if values.ndim == 3 and channels == 1 else values))
+
+
+def _to_bytes(values: np.ndarray) -> np.ndarray:
+    """Round floats in [0, 1] to 8 bits; InputError for other types, and for values that no byte is nearest to."""
+    if not np.issubdtype(values.dtype, np.floating):
+        raise InputError(f"expected an image of uint8 or of floats in [0, 1], got {values.dtype}")
+    scaled = np.round(values.astype(np.float32) * 255)
+    if not (scaled.min() >= 0 and scaled.max() <= 255):  # NaN is in no range
+        raise InputError(f"expected an image of floats in [0, 1], got {values.min():g} to {values.max():g}")
+    return scaled.astype(np.uint8)
 
 
 def _read(path: str) -> bytes:

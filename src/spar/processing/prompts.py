@@ -9,7 +9,7 @@ import difflib
 import itertools
 import re
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
@@ -120,27 +120,29 @@ class PromptEncoder:
             raise InputError(f"{what}: expected some words, got an empty text")
         if len(text) > MAX_CHARACTERS_PER_TOKEN * limit:
             raise InputError(f"{what}: expected at most {limit} tokens, got a text of {len(text)} characters")
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, special = encoded["input_ids"], set(self.tokenizer.all_special_ids)
+        ids, unknown = self._ids_and_unknown(text)
+        special = set(self.tokenizer.all_special_ids)
         if len(ids) > limit:
             raise InputError(f"{what}: expected at most {limit} tokens, got {len(ids)}")
-        self._refuse_unknown(list(dict.fromkeys(text[start:end] for start, end in self._unknown(encoded))), what)
+        self._refuse_unknown(list(dict.fromkeys(text[start:end] for start, end in unknown)), what)
         if special & set(ids):
             raise InputError(f"{what}: expected plain words, got one of the model's control tokens")
 
-    def _unknown(self, encoded: Mapping[str, Any]) -> list[tuple[int, int]]:
-        """Where an encoded text has words outside a closed vocabulary; nowhere for an open one."""
+    def _ids_and_unknown(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a text without added special tokens, and where it has words that a closed vocabulary lacks."""
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids: list[int] = encoded["input_ids"]
         if self.tokenizer.unk_token_id is None:
-            return []
+            return ids, []
         unsaid = {*self.tokenizer.convert_tokens_to_ids([self.tokenizer.unk_token, *ROLES])}  # roles are no words
-        return [span for i, span in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True) if i in unsaid]
+        return ids, [span for i, span in zip(ids, encoded["offset_mapping"], strict=True) if i in unsaid]
 
     def known_sentences(self, text: str) -> tuple[str, list[str]]:
         """A text without the sentences that have words outside a closed vocabulary, and these words.
 
         A sentence is left out whole: without its unknown words it may say the opposite.
         """
-        unknown = self._unknown(self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True))
+        unknown = self._ids_and_unknown(text)[1]
         if not unknown:
             return text, []
         kept = []
@@ -150,6 +152,20 @@ class PromptEncoder:
             if not overlaps and any(letter.isalnum() for letter in found.group()):
                 kept.append(found.group().strip())
         return " ".join(kept), list(dict.fromkeys(text[start:end] for start, end in unknown))
+
+    def count_words(self, text: str) -> tuple[int, list[str]]:
+        """The number of words of a text without control tokens (of its tokens, where the vocabulary is open), and the
+        unknown ones.
+        """
+        text = self.plain(text)
+        ids, unknown = self._ids_and_unknown(text)
+        return len(ids), [text[start:end] for start, end in unknown]
+
+    def plain(self, text: str) -> str:
+        """A text without the model's control tokens."""
+        for token in self.tokenizer.all_special_tokens:
+            text = text.replace(token, " ")
+        return text
 
     def _refuse_unknown(self, words: Sequence[str], what: str) -> None:
         """Name the words that a closed vocabulary lacks, each with the known one that is spelt most like it."""

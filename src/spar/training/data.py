@@ -109,6 +109,13 @@ class TrainingData(ABC):
     def sample(self, count: int) -> tuple[Tensor, ...]:
         """About `count` images to measure features on, in chunks, the same on every process."""
 
+    def check_captions(self, stages: "Sequence[StageConfig]") -> None:
+        """Refuse captions that the model cannot read, before any of the stages trains.
+
+        Raises:
+            InputError: they have too many words that the text tokenizer lacks.
+        """
+
     def open_cache(self, tokenizer: Any) -> None:
         """Take features that were computed before the run from now on, where the source has them.
 

@@ -73,7 +73,7 @@ class DistributedContext:
     sharded: bool = False
 
     @classmethod
-    def initialize(cls, config: ParallelismConfig, device: str) -> "DistributedContext":
+    def initialize(cls, config: ParallelismConfig, device: torch.device | str) -> "DistributedContext":
         """Meet the other processes that a launcher has started; without a launcher, be alone.
 
         Raises:

@@ -23,6 +23,7 @@ from spar.data.mixture import Mixture
 from spar.data.sources import DataSource, open_source
 from spar.models.tokenizer import UnifiedTokenizer
 from spar.processing.prompts import PromptEncoder
+from spar.training.caption_words import check_words
 from spar.training.config import Recipe, StageConfig
 from spar.training.data import CaptionData, DataConfig, ImageData, MixedData, StageData, TrainingData
 from spar.training.distributed import DistributedContext
@@ -37,7 +38,8 @@ class FilesData(DataConfig):
     """Data sets on disk.
 
     `sets` are paths, "PATH" or "WEIGHT=PATH" (spar.data.sources says which formats), decoded by `workers` processes of
-    each training process; a share of bad samples above `bad_share` ends the run; `max_aspect` cuts images without
+    each training process; a share of bad samples above `bad_share` ends the run, and a share of words above
+    `unknown_share` that the text tokenizer lacks lets none begin; `max_aspect` cuts images without
     captions to several proportions; `cache` is a folder of features (spar cache) that unified stages read in place of
     images.
     """
@@ -47,6 +49,7 @@ class FilesData(DataConfig):
     sets: tuple[str, ...] = changes_no_result(but=lambda sets: [weight for weight, _ in weighted_sets(sets)])
     workers: int = changes_no_result(4)
     bad_share: float = changes_no_result(0.01)
+    unknown_share: float = changes_no_result(0.01)
     max_aspect: float = 1.0
     cache: str | None = None
 
@@ -55,8 +58,9 @@ class FilesData(DataConfig):
             raise InputError("data.sets: expected paths of data sets, got none")
         check_at_least(0, "data.", workers=self.workers)
         check_at_least(1, "data.", max_aspect=self.max_aspect)
-        if not 0 <= self.bad_share <= 1:
-            raise InputError(f"data.bad_share: expected 0 to 1, got {self.bad_share}")
+        for name in ("bad_share", "unknown_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"data.{name}: expected 0 to 1, got {getattr(self, name)}")
         weighted_sets(self.sets)
 
     @property
@@ -129,6 +133,16 @@ def sources_of_stage(
     return [source for source, _ in chosen], [weight for _, weight in chosen]
 
 
+def check_captions(
+    config: FilesData, stages: Sequence[StageConfig], sources: list[DataSource], prompts: PromptEncoder
+) -> None:
+    """Refuse sets whose captions some stage would read and the text tokenizer cannot; as `check_words`."""
+    weights = [weight for weight, _ in weighted_sets(config.sets)]
+    read = [one for one in stages if isinstance(one.data, CaptionData)]
+    used = {id(source) for one in read for source in sources_of_stage(one, sources, weights)[0]}
+    check_words([one for one in sources if id(one) in used], prompts, config.unknown_share)
+
+
 def epochs_per_source(stage: StageConfig, sources: list[DataSource], weights: list[float]) -> dict[str, float]:
     """How often a stage shows each sample of each set."""
     return Mixture(*sources_of_stage(stage, sources, weights), batch=stage.batch).epochs(stage.steps)
@@ -149,6 +163,9 @@ class FilesTrainingData(TrainingData):
         self.weights = [weight for weight, _ in weighted_sets(config.sets)]
         self.sources = open_sources(config, run / "cache")
         self._cache: FeatureCache | None = None
+
+    def check_captions(self, stages: Sequence[StageConfig]) -> None:
+        check_captions(self.config, stages, self.sources, self.prompts)
 
     def open_cache(self, tokenizer: UnifiedTokenizer) -> None:
         if self.config.cache is None:
@@ -242,9 +259,7 @@ class FilesTrainingData(TrainingData):
 
     def _fitted(self, text: str) -> str:
         """A caption without the model's control tokens, cut to the longest prompt."""
-        tokenizer = self.prompts.tokenizer
-        for token in tokenizer.all_special_tokens:
-            text = text.replace(token, " ")
+        tokenizer, text = self.prompts.tokenizer, self.prompts.plain(text)
         ids = tokenizer.encode(text, add_special_tokens=False)
         longest = self.recipe.max_prompt_tokens
         return text if len(ids) <= longest else tokenizer.decode(ids[:longest])

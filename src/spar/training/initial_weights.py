@@ -8,7 +8,7 @@ from torch import nn
 from spar.checkpoints.lora import is_lora_key, rename_for_lora
 from spar.checkpoints.safetensors_io import load_weights
 from spar.common.errors import InputError
-from spar.common.seeds import cpu_generator
+from spar.common.generators import cpu_generator
 from spar.training.checkpoint import load_group
 from spar.training.config import Recipe, StageConfig, matches
 from spar.training.objectives.base import Networks

@@ -15,6 +15,7 @@ from spar.training.plan import PlannedStage, RunPlan
 
 log = logging.getLogger("spar.training")
 
+TEXT_TOKENIZER = "text_tokenizer"  # in a run whose data have none of their own
 ORIGIN = "origin.json"  # in a run that started from a SPAR folder: that folder's manifest
 
 
@@ -121,18 +122,28 @@ def find_text_tokenizer(
     own = recipe.data.text_tokenizer()
     if own is not None:
         return own
-    kept = run / "text_tokenizer"
-    if init_from is not None and parallel.main:
-        home = init_from.absolute().parents[:2][-1]  # of RUN/STAGE/done
-        given = [init_from / kept.name, home / kept.name, home / "model" / kept.name]
-        found = next((path for path in given if path.is_dir()), None)
-        if found and not (kept.is_dir() and found.samefile(kept)):
-            with atomic_directory(kept) as temporary:
-                shutil.copytree(found, temporary, dirs_exist_ok=True)
+    kept, found = run / TEXT_TOKENIZER, text_tokenizer_folder(recipe, run, init_from)
+    if parallel.main and not (kept.is_dir() and found.samefile(kept)):
+        with atomic_directory(kept) as temporary:
+            shutil.copytree(found, temporary, dirs_exist_ok=True)
     parallel.barrier()
-    if not kept.is_dir():
+    return recipe.load_tokenizer(kept)
+
+
+def text_tokenizer_folder(recipe: Recipe, run: Path, init_from: Path | None) -> Path:
+    """The folder of the text tokenizer that came with a run's first weights, or that the run has kept.
+
+    Raises:
+        InputError: there is none.
+    """
+    given = [run / TEXT_TOKENIZER]
+    if init_from is not None:
+        home = init_from.absolute().parents[:2][-1]  # of RUN/STAGE/done
+        given = [*(place / TEXT_TOKENIZER for place in (init_from, home, home / "model")), *given]
+    found = next((path for path in given if path.is_dir()), None)
+    if found is None:
         raise InputError(
             f"recipe {recipe.name}: its words want the text tokenizer of a SPAR folder; expected --init-from such a "
             f"folder, or a stage of a run that began with one, got {init_from}"
         )
-    return recipe.load_tokenizer(kept)
+    return found

@@ -5,8 +5,10 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
 from torch import nn
 
+from spar.common.device import choose_device
 from spar.common.errors import InputError
 from spar.training.checkpoint import find_state, remove_states
 from spar.training.config import Recipe, StageConfig, freeze, freezing_table
@@ -34,7 +36,7 @@ def train(
     resume: bool = False,
     init_from: Path | None = None,
     teacher: Path | None = None,
-    device: str = "cpu",
+    device: str | torch.device | None = None,
     parallelism: ParallelismConfig = ParallelismConfig(),  # noqa: B008 (frozen)
     from_scratch: bool = False,
     report: Report | None = None,
@@ -50,7 +52,7 @@ def train(
         init_from: a stage's folder (`RUN/STAGE/done`) or a SPAR folder whose weights the first stage starts from; a
             run that has begun and is resumed ignores it.
         teacher: a SPAR folder whose encoder is the semantic teacher, where the starting weights keep none.
-        device: where to train; a run may be resumed on another.
+        device: where to train, by default CUDA if available; a run may be resumed on another.
         parallelism: how several processes share the work; a run may be resumed with another.
         from_scratch: start from random weights what the recipe expects from published checkpoints.
         report: as in `execute`.
@@ -72,7 +74,7 @@ def train(
 def execute(
     plan: RunPlan,
     *,
-    device: str = "cpu",
+    device: str | torch.device | None = None,
     parallelism: ParallelismConfig = ParallelismConfig(),  # noqa: B008 (frozen)
     report: Report | None = None,
     announce: Announce | None = None,
@@ -92,11 +94,11 @@ def execute(
 
 
 def _execute(
-    plan: RunPlan, interruption: Interruption, held: ExitStack, device: str, parallelism: ParallelismConfig,
-    report: Report | None, announce: Announce | None,
+    plan: RunPlan, interruption: Interruption, held: ExitStack, device: str | torch.device | None,
+    parallelism: ParallelismConfig, report: Report | None, announce: Announce | None,
 ) -> nn.Module | None:  # fmt: skip
     recipe, run, chosen = plan.recipe, plan.run, tuple(stage.config for stage in plan.stages)
-    parallel = DistributedContext.initialize(parallelism, device)
+    parallel = DistributedContext.initialize(parallelism, choose_device(device))
     check_parallelism(chosen, parallel)
     networks = FrozenNetworks(recipe, parallel.device)
     networks.load(chosen)
@@ -110,6 +112,7 @@ def _execute(
     prompts = recipe.prompts(find_text_tokenizer(recipe, run, plan.init_from, parallel))
     with parallel.main_first():
         data = recipe.data.open(recipe, prompts, run, parallel)
+        data.check_captions([planned.config for planned in plan.stages if not planned.skipped])
     for planned in plan.stages:
         if parallel.micro_batches > 1 and planned != plan.stages[0]:  # the stage before may have wrapped these
             modules = random_modules(recipe, parallel.device, networks)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from spar.common.generators import cpu_generator
 from spar.common.limits import MAX_SEED
-from spar.common.seeds import cpu_generator
 
 SEEDS = [7, 2**32 - 1, 2**32, 2**32 + 7, 2**33 + 7, 2**62 + 7, MAX_SEED - 1, MAX_SEED]
 
