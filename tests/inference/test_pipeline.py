@@ -530,7 +530,7 @@ def test_two_chats_at_once_do_not_meet(pipe, pictures):
         ([turn("a red zebra")], r"messages\[0\]: unknown words zebra"),
         ([turn("<IMG_CONTEXT>")], "control tokens"),
         ([turn(" ")], "expected some words"),
-        ([turn("", role="system"), turn("how many ?")], r"messages\[0\]: expected some words"),
+        ([turn("", role="system"), turn(" ")], r"messages\[1\]: expected some words"),
         ([turn("red " * 505)], "expected at most 512 tokens with their images and one for the answer, got 513"),
         ([turn("red " * 600)], r"messages\[0\]: expected at most 512 tokens, got 600"),
         ([turn("red " * 9000)], "messages.0.: expected at most 512 tokens, got a text of"),
