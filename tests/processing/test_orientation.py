@@ -63,7 +63,7 @@ CASES = {
     "PNG, eXIf after the pixels": after_pixels(chunk(b"eXIf", TIFF)),
     "PNG, XMP after the pixels": after_pixels(chunk(b"iTXt", LATE_XMP)),
     "PNG, text before and eXIf after": after_pixels(chunk(b"eXIf", TIFF), png=text("Comment", "eXIf")),
-    "PNG, eXIf between other chunks": after_pixels(chunk(b"tIME", bytes(7)), chunk(b"eXIf", TIFF), chunk(b"prIv", b"?")),
+    "PNG, eXIf between others": after_pixels(chunk(b"tIME", bytes(7)), chunk(b"eXIf", TIFF), chunk(b"prIv", b"?")),
 }
 
 

@@ -49,7 +49,8 @@ def _files(folder: Path) -> list[Path]:
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{wanted}, but {STATE} cannot be read: {error}") from error
     listed = state.get("_data_files") if isinstance(state, dict) else None
-    names = [one.get("filename") if isinstance(one, dict) else None for one in listed or []]
+    entries = listed if isinstance(listed, list) else []
+    names = [one.get("filename") if isinstance(one, dict) else None for one in entries]
     if not names or len(names) > MAX_SHARDS or not all(isinstance(name, str) and is_safe_path(name) for name in names):
         raise InputError(f"{wanted}, but {STATE} lists no files of this folder")
     if state.get("_indices_files"):
