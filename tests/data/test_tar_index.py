@@ -8,11 +8,14 @@ import tarfile
 import pytest
 from PIL import Image
 
+from spar.cli.main import main
 from spar.common import limits as caps
 from spar.common.errors import InputError
 from spar.data import tar_index as tars
+from spar.data.convert import convert
 from spar.data.sources import open_source
 from spar.data.tar_index import CLS, IMAGE, INPUT, JSON, TXT, cached_index, index_tar, role_of
+from spar.data.validate import validate
 
 
 @pytest.mark.parametrize(
@@ -27,7 +30,9 @@ from spar.data.tar_index import CLS, IMAGE, INPUT, JSON, TXT, cached_index, inde
         ("a.b/c.input.jpg", ("a.b/c", INPUT, 0)),
         ("c.input_3.png", ("c", INPUT, 3)),
         ("c.output.jpeg", ("c", IMAGE, 0)),
-        ("c.1.jpg", ".1.jpg"),
+        ("c.1.jpg", "several dots in the name, whose extension begins at the first"),
+        ("._c.jpg", "._ files of macOS"),
+        ("c.abcdefghijklmnopqrstu", "another extension"),
         ("c.pkl", ".pkl"),
         ("c.input.pth", ".input.pth"),
         ("c.input_99.jpg", "more than 8 references"),
@@ -167,3 +172,70 @@ def test_the_cache_serves_while_the_shard_is_the_same(sets, monkeypatch):
     (file,) = cache.iterdir()
     file.write_bytes(file.read_bytes()[:100])  # damaged
     assert len(cached_index(path, cache)) == 40 and len(made) == 4
+
+
+def test_samples_that_lie_after_an_end_mark_are_damage(sets):
+    """As in two tars put together, or a hole in the middle: what follows the mark is not read, and that is said."""
+    first, second = sets.pairs("1.tar", range(2)).read_bytes(), sets.pairs("2.tar", range(2, 4)).read_bytes()
+    source = open_source(str(sets.file("both.tar", first + second)))
+    assert len(source) == 2 and f"data that are not read follow at byte {len(first)}" in source.damage[0]
+    holed = bytearray(sets.pairs("3.tar", range(40)).read_bytes())
+    holed[4096:30_000] = bytes(30_000 - 4096)
+    assert "data that are not read follow at byte 3" in index_tar(sets.file("holed.tar", bytes(holed))).damage
+
+
+def test_a_part_that_was_never_written_is_damage(sets):
+    data = sets.pairs("a.tar", range(40)).read_bytes()
+    half = len(data) // 2 // 512 * 512
+    path = sets.file("half.tar", data[:half] + bytes(len(data) - half))
+    source = open_source(str(path))
+    assert 0 < len(source) < 40 and "a part was never written" in source.damage[0]
+    assert main(["data", "check", str(path), "--workers", "1"]) == 1
+    out = sets.folder / "out"
+    out.mkdir()
+    convert([source], out, bad_share=1)
+    assert "never written" in (out / "dropped.jsonl").read_text()
+    with pytest.raises(InputError, match="holds 51200 bytes of zeros"):
+        open_source(str(sets.file("empty.tar", bytes(51200))))
+
+
+@pytest.mark.parametrize("count", range(1, 21))
+def test_the_zeros_that_fill_a_tars_last_record_are_no_damage(sets, count):
+    path = sets.tar("a.tar", {f"{number}.txt": b"x" for number in range(count)})
+    assert index_tar(path).damage == ""
+    whole = path.read_bytes().rstrip(b"\0")
+    whole += bytes(-len(whole) % 512)
+    for zeros in (512, 1024):  # what some writers leave
+        assert index_tar(sets.file("b.tar", whole + bytes(zeros))).damage == ""
+
+
+@pytest.mark.parametrize("place", range(0, 30_000, 4000))
+def test_no_sample_of_a_damaged_shard_is_lost_silently(sets, place):
+    """Wherever zeros lie: each sample is read as it was, is bad, or the shard says that it is damaged."""
+    data = bytearray(sets.pairs("a.tar", range(20)).read_bytes())
+    data[place : place + 4096] = bytes(4096)
+    try:
+        source = open_source(str(sets.file("b.tar", bytes(data))))
+    except InputError as error:
+        assert place == 0 and "b.tar" in str(error)
+        return
+    report = validate(source, workers=1)
+    assert report.wrong and (len(source) == 20 or source.damage)
+
+
+def test_reasons_are_few_and_an_error_has_them(sets):
+    good = {"ok.png": sets.picture(1), "ok.txt": "x"}
+    frames = {f"shot.{number:04}.png": b"?" for number in range(500)}
+    macos = {f"._{number:04}.png": b"?" for number in range(500)}
+    others = {f"{number}.x{number}": b"?" for number in range(500)}
+    source = open_source(str(sets.tar("a.tar", good | frames | macos | others)))
+    assert len(source.skipped) <= caps.MAX_REASONS + 1 and sum(source.skipped.values()) == 1500
+    assert source.skipped["several dots in the name, whose extension begins at the first"] == 500
+    assert source.skipped["._ files of macOS"] == 500
+    with pytest.raises(InputError, match="found none; 500 members skipped .several dots"):
+        open_source(str(sets.tar("b.tar", frames)))
+
+
+def test_separators_of_windows_separate_folders(sets):
+    index = index_tar(sets.tar("a.tar", {"v1.0\\1.png": b"x", "v1.0/1.txt": "one"}))
+    assert len(index) == 1 and index.keys[0] == "v1.0/1"

@@ -1,10 +1,12 @@
 """Patterns: braces, globs, the Hub through a stub, and what is refused."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
 
 from spar.common.errors import InputError
+from spar.data.sources import open_source
 from spar.data.url_patterns import expand_braces, find_files
 
 
@@ -77,3 +79,23 @@ def test_what_the_hub_refuses_is_one_sentence(hub):
         find_files("hf://datasets/BLIP3o/BLIP3o-60k/*.parquet")
     with pytest.raises(InputError, match="expected hf://datasets/"):
         find_files("hf://what")
+
+
+@pytest.mark.parametrize("name", ["photos [v2]", "a{0..3}", "set{a,b}", "set[12]", "what?", "a*"])
+def test_what_exists_is_itself_and_no_pattern(sets, name):
+    for folder in (name, "set1", "a0", "photos v", "whatx"):
+        sets.pairs(f"{folder}/0.tar", range(len(folder), len(folder) + 1))
+    expected = f"picture {len(name)}"
+    for path in (name, f"{name}/0.tar", f"{name}/*.tar", f"{name}/{{0..0}}.tar"):
+        source = open_source(f"{sets.folder}/{path}")
+        assert len(source) == 1 and source.read(0).text == expected, path
+    assert [path.parent.name for path in find_files(f"{sets.folder}/s[e]t1/*.tar")] == ["set1"]
+
+
+def test_only_files_of_data_are_found(sets):
+    sets.file("folder.tar/x", b"")
+    os.mkfifo(sets.folder / "pipe.tar")
+    (sets.folder / "gone.tar").symlink_to(sets.folder / "none")
+    for name, words in (("folder", "a folder"), ("pipe", "a pipe or a device"), ("gone", "a link to nothing")):
+        with pytest.raises(InputError, match=f"is {words}"):
+            find_files(f"{sets.folder}/{name}*")

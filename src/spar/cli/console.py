@@ -249,6 +249,7 @@ def data_table(report: "DataReport") -> "Table":
     where = f"{report.files:,} files" if report.files else "a list"
     row(True, "samples", f"{report.samples:,} in {where}; checked {report.checked:,}")
     row(True, "formats, by content", listed(report.formats))
+    row(True, "colour profiles", listed(report.profiles))
     row(True, "shorter side, pixels", listed(report.shorter_sides))
     row(True, "width to height", listed(report.aspects))
     row(not (report.captions["empty"] or report.captions["too_long"]), "captions, characters", listed(report.captions))

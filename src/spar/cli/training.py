@@ -185,7 +185,7 @@ def cache(argv: list[str]) -> int:
     with progress_bar("features") as advance:
         bad = write_cache(
             tokenizer, sources, args.output, side=chosen.image_size, batch=args.batch,
-            workers=chosen.data.workers, precision=precision, advance=advance,
+            workers=chosen.data.workers, precision=precision, profiles=chosen.data.color_profiles, advance=advance,
         )
     total = sum(len(source) for source in sources)
     print(f"features of {total - bad} samples, {bad} bad ones left out; read them with --data.cache {args.output}")

@@ -1,5 +1,6 @@
-"""Atomic writing of files and folders: a reader sees the old or the new, never a part."""
+"""Reading of regular files, and atomic writing: a reader sees the old or the new file or folder, never a part."""
 
+import errno
 import os
 import shutil
 import stat
@@ -7,8 +8,22 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from spar.common.errors import InputError
+
+
+def open_regular(path: str | os.PathLike) -> BinaryIO:
+    """Open a regular file to read. A pipe or a device is refused at once, as its reader would wait for a writer.
+
+    Raises:
+        OSError: the file cannot be read, or is no regular file.
+    """
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "Not a file of data, but a pipe or a device", str(path))
+    return file
 
 
 @contextmanager

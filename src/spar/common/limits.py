@@ -28,6 +28,8 @@ MAX_MEMBERS = 4_000_000  # members of one tar
 MAX_EXTENDED_HEADER = 2**20  # bytes of a tar's long name or pax record
 MAX_TEXT_BYTES = 2**20  # a caption, a json member, a line of metadata.jsonl
 MAX_INPUT_IMAGES = 8  # references of one edit
+MAX_REASONS = 16  # kinds of entries of a data set that are not read, each with its count
+MAX_INDEX_BYTES = 2**24  # the lines that name the lists of GPT-Image-Edit
 MAX_ANNOTATION_BYTES = 4 * 2**30  # a JSON list of samples, which is parsed in memory
 MAX_ROW_GROUP_BYTES = 4 * 2**30  # a parquet row group, which is read in whole
 

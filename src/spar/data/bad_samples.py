@@ -26,14 +26,14 @@ class BadSampleRecord:
     reason: str
 
 
-def decode_images(sample: Sample) -> list[Image.Image]:
-    """The sample's image, then its references, as RGB images.
+def decode_images(sample: Sample, *, profiles: bool = True) -> list[Image.Image]:
+    """The sample's image, then its references, as RGB images; `profiles` as in `open_training_image`.
 
     Raises:
         BadSample: one of them is damaged, or not of a format for training.
     """
     try:
-        return [open_training_image(data) for data in (sample.image, *sample.input_images)]
+        return [open_training_image(data, profiles=profiles) for data in (sample.image, *sample.input_images)]
     except InputError as error:
         raise BadSample(sample.key, sample.origin, str(error)) from error
 

@@ -7,6 +7,7 @@ same samples give the same bytes.
 import io
 import itertools
 import json
+import logging
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -24,9 +25,12 @@ MANIFEST, DROPPED = "converted.json", "dropped.jsonl"
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
+log = logging.getLogger("spar.data")
+
+
 @dataclass(frozen=True)
 class ConversionResult:
-    """Numbers of written samples and shards, and of dropped samples (listed in DROPPED)."""
+    """Numbers of written samples and shards, and of dropped samples; DROPPED lists these, and the damage of shards."""
 
     samples: int
     shards: int
@@ -48,6 +52,9 @@ def convert(
     if shard < 1:
         raise InputError(f"samples of a shard: expected at least 1, got {shard}")
     bad_samples = BadSampleTracker(bad_share)
+    damage = [BadSampleRecord(source.name, source.name, "", reason) for source in sources for reason in source.damage]
+    for one in damage:
+        log.warning("%s: %s", one.source, one.reason)
     written = 0
     good = _good(sources, bad_samples, progress)
     for first in good:
@@ -61,8 +68,8 @@ def convert(
     if not written:
         last = next(reversed(bad_samples.named)).reason
         raise InputError(f"expected good samples, but all {bad_samples.seen} are bad, the last one: {last}")
-    if bad_samples.named:
-        lines = [json.dumps(asdict(bad)) + "\n" for bad in bad_samples.named]
+    if named := [*damage, *bad_samples.named]:
+        lines = [json.dumps(asdict(bad)) + "\n" for bad in named]
         (folder / DROPPED).write_text("".join(lines), encoding="utf-8")
     done = ConversionResult(written, -(-written // shard), bad_samples.bad)
     names = [{"name": source.name, "format": source.format, "identity": source.identity} for source in sources]

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from spar.common.errors import InputError
+from spar.common.files import open_regular
+from spar.common.limits import MAX_TEXT_BYTES
+from spar.data.captions import caption_in_json, clean_caption, decode_caption
 from spar.data.index_cache import header_sizes
 from spar.data.samples import BadSample, Kind, Sample, is_safe_path
 from spar.data.string_array import StringArray
@@ -19,18 +21,46 @@ from spar.processing.images import MAX_BYTES
 
 @dataclass(frozen=True)
 class ListedSample:
-    """One sample of a list: paths relative to root number `root`, and the text. Edits have inputs."""
+    """One sample of a list: paths relative to root number `root`, and the text. Edits have inputs.
+
+    In place of the text, `caption_file` may name a `.txt` or `.json` that has it; `label` is a class number.
+    """
 
     inputs: tuple[str, ...]
     image: str
     text: str
     root: int = 0
+    caption_file: str = ""
+    label: int | None = None
+
+    def packed(self) -> str:
+        """One line of JSON; escapes stand only in a line that is no Unicode, which `read` reports."""
+        caption = [self.caption_file] if self.caption_file else self.text if self.label is None else self.label
+        values = [self.root, self.image, caption, *self.inputs]
+        line = json.dumps(values, ensure_ascii=False)
+        return line if line.isascii() or _is_unicode(line) else json.dumps(values)
+
+    @classmethod
+    def unpacked(cls, line: str) -> "ListedSample":
+        root, image, caption, *inputs = json.loads(line)
+        text, label = (caption, None) if isinstance(caption, str) else ("", caption)
+        if isinstance(label, list):
+            return cls(tuple(inputs), image, "", root, label[0])
+        return cls(tuple(inputs), image, text, root, label=label)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class ImageFileSource:
     """Samples whose images are files under one or more roots.
 
-    `dropped` counts entries that the format's rules exclude.
+    `skipped` counts entries that the format's rules exclude, by reason. A link that leaves the roots is not followed.
 
     Raises:
         InputError: no samples, or edits together with samples without references.
@@ -39,23 +69,24 @@ class ImageFileSource:
     damage: tuple[str, ...] = ()
 
     def __init__(
-        self, name: str, format: str, roots: list[Path], rows: Iterable[ListedSample], *, dropped: int = 0,
-        cache: Path | None = None,
+        self, name: str, format: str, roots: list[Path], rows: Iterable[ListedSample], *,
+        skipped: dict[str, int] | None = None, captioned: bool = True, cache: Path | None = None,
     ) -> None:  # fmt: skip
-        self.name, self.format, self.roots, self.cache = name, format, roots, cache
+        self.name, self.format, self.roots, self.cache, self.captioned = name, format, roots, cache, captioned
+        self._real = [_real_roots(root) for root in roots]
         kinds: set[Kind] = set()
 
         def packed() -> Iterable[str]:
             for row in rows:
                 kinds.add("edit" if row.inputs else "text_to_image")
-                yield json.dumps([row.root, row.image, row.text, *row.inputs], ensure_ascii=False)
+                yield row.packed()
 
         self._rows = StringArray.of(packed())
         if len(kinds) != 1:
             found = "none" if not kinds else "edits beside text-to-image samples"
             raise InputError(f"expected samples of one kind in {name!r}, found {found}")
         self.kind: Kind = kinds.pop()
-        self.skipped = {"entry that the format leaves out": dropped} if dropped else {}
+        self.skipped = skipped or {}
         digest = hashlib.sha256(format.encode())
         digest.update(self._rows.blob.tobytes())
         digest.update(self._file_sizes().tobytes())
@@ -68,10 +99,10 @@ class ImageFileSource:
         """
         sizes: list[int] = []
         for index in range(len(self._rows)):
-            number, image, _, *inputs = json.loads(self._rows[index])
-            for path in (image, *inputs):
+            row = ListedSample.unpacked(self._rows[index])
+            for path in (row.image, *row.inputs, *([row.caption_file] if row.caption_file else [])):
                 try:
-                    sizes.append(os.stat(self.roots[number] / path).st_size if is_safe_path(path) else -1)
+                    sizes.append(os.stat(local_path(self.roots[row.root], path)).st_size if is_safe_path(path) else -1)
                 except OSError:
                     sizes.append(-1)
         return np.array(sizes, np.int64)
@@ -83,36 +114,67 @@ class ImageFileSource:
         """Read a sample, images as stored.
 
         Raises:
-            BadSample: a file is missing, too large, or outside its root.
+            BadSample: a file is missing, too large, or outside its root, or the text is no caption.
         """
-        number, image, text, *inputs = json.loads(self._rows[index])
-        root = self.roots[number]
-        data, *references = (_read_bytes(root, path, image) for path in (image, *inputs))
-        return Sample(data, text, image, str(root), input_images=tuple(references))
+        row = ListedSample.unpacked(self._rows[index])
+        root, key = self.roots[row.root], row.image
+        data, *references = (self._read_bytes(row, path) for path in (row.image, *row.inputs))
+        text = clean_caption(self._caption(row) if row.caption_file else row.text, key, str(root))
+        return Sample(data, text, key, str(root), row.label, tuple(references))
 
     def sizes(self) -> np.ndarray:
         """uint16 [N, 2]: width and height of each sample's image, 0 if its header cannot be read."""
 
-        def head(index: int, length: int) -> bytes:
-            number, image, *_ = json.loads(self._rows[index])
-            return _read_bytes(self.roots[number], image, image, length)
+        def part(index: int, start: int, length: int) -> bytes:
+            row = ListedSample.unpacked(self._rows[index])
+            return self._read_bytes(row, row.image, start, length)
 
-        return header_sizes(head, len(self), self.identity, self.cache)
+        return header_sizes(part, len(self), self.identity, self.cache)
+
+    def _caption(self, row: ListedSample) -> str:
+        data = self._read_bytes(row, row.caption_file, 0, MAX_TEXT_BYTES + 1)
+        try:
+            return caption_in_json(data) if row.caption_file.lower().endswith(".json") else decode_caption(data)
+        except (ValueError, RecursionError) as error:
+            raise BadSample(row.image, str(self.roots[row.root]), f"its text cannot be read: {error}") from error
+
+    def _read_bytes(self, row: ListedSample, path: str, start: int = 0, length: int = MAX_BYTES + 1) -> bytes:
+        """Read `length` bytes of a file from `start` on, which counts from its end if it is negative."""
+        root = self.roots[row.root]
+
+        def bad(reason: str) -> BadSample:
+            return BadSample(row.image, str(root), reason)
+
+        if not is_safe_path(path):
+            raise bad(f"expected a path inside its root, got {path!r}")
+        place = local_path(root, path)
+        try:
+            if not os.path.realpath(place).startswith(self._real[row.root]):
+                raise bad(f"expected a file inside its root, but {path!r} is a link that leaves it")
+            with open_regular(place) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size > MAX_BYTES:
+                    raise bad(f"expected a file of at most {MAX_BYTES >> 20} MiB: {path!r}")
+                file.seek(start if start >= 0 else max(0, size + start))
+                return file.read(min(length, size))
+        except OSError as error:
+            raise bad(f"{path!r} cannot be read: {error.strerror or error}") from error
 
 
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # a pipe would wait for its writer
+def local_path(root: Path, path: str) -> Path:
+    """The file of a path in a list; lists that Windows wrote separate folders by backslashes."""
+    place = root / path
+    return place if "\\" not in path or os.path.lexists(place) else root / path.replace("\\", "/")
 
 
-def _read_bytes(root: Path, path: str, key: str, length: int = -1) -> bytes:
-    """Read a file, or its first `length` bytes."""
-    if not is_safe_path(path):
-        raise BadSample(key, str(root), f"expected a path inside its root, got {path!r}")
-    try:
-        with open(root / path, "rb", opener=_open_at_once) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
-                raise BadSample(key, str(root), f"expected a file of at most {MAX_BYTES >> 20} MiB: {path!r}")
-            return file.read(length)
-    except OSError as error:
-        raise BadSample(key, str(root), f"{path!r} cannot be read: {error.strerror or error}") from error
+def _real_roots(root: Path) -> tuple[str, ...]:
+    """The folders in which files of a root may really lie, each with a separator at its end.
+
+    In the Hub's cache the files of `snapshots/REVISION` are links into `blobs`.
+    """
+    real = os.path.realpath(root)
+    found = [real]
+    for folder in (Path(real), *Path(real).parents):
+        if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("datasets--"):
+            found.append(str(folder.parent.parent / "blobs"))
+    return tuple(os.path.join(folder, "") for folder in found)

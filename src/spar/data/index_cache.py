@@ -11,8 +11,11 @@ from safetensors.numpy import save_file
 from spar.common.errors import InputError
 from spar.common.files import atomic_file
 from spar.processing.images import MAX_BYTES, read_header
+from spar.processing.orientation import TAIL_BYTES
 
 HEADER_BYTES = 2**16  # of an image: nearly always enough to contain its size
+
+SIZES = {"version": "2"}  # of what `upright_size` says
 
 Arrays = dict[str, np.ndarray]
 Texts = dict[str, str]
@@ -40,34 +43,37 @@ def cached_arrays(file: Path, stamp: Texts, compute: Callable[[], tuple[Arrays, 
     return arrays, texts
 
 
-def upright_size(head: Callable[[int], bytes]) -> tuple[int, int]:
+def upright_size(read: Callable[[int, int], bytes]) -> tuple[int, int]:
     """Width and height of an upright image, at most 65535 each; (0, 0) if its header cannot be read.
 
     Args:
-        head: a length to at least as many bytes of the image, or to all that it has.
+        read: (start, length) to as many bytes of the image, or to all that it has; a start below 0 counts from its end.
     """
     for length in (HEADER_BYTES, MAX_BYTES + 1):  # a large profile may precede a JPEG's size; more bytes are refused
         try:
-            header = read_header(head(length))
+            data = read(0, length)
+            # A PNG's orientation may follow its pixels.
+            cut = len(data) == length and data.startswith(b"\x89PNG")
+            header = read_header(data, read(-TAIL_BYTES, TAIL_BYTES) if cut else data)
             return min(header.width, 65535), min(header.height, 65535)
         except InputError:
             continue
     return 0, 0
 
 
-def header_sizes(head: Callable[[int, int], bytes], count: int, identity: str, cache: Path | None) -> np.ndarray:
+def header_sizes(read: Callable[[int, int, int], bytes], count: int, identity: str, cache: Path | None) -> np.ndarray:
     """Sizes from the images' headers, uint16 [count, 2], cached in the folder under the source's identity.
 
     Args:
-        head: (index, length) to at least the first `length` bytes of that sample's image.
+        read: (index, start, length) to those bytes of that sample's image, as `upright_size` reads them.
     """
 
     def compute() -> tuple[Arrays, Texts]:
         sizes = np.zeros((count, 2), np.uint16)
         for index in range(count):
-            sizes[index] = upright_size(partial(head, index))
+            sizes[index] = upright_size(partial(read, index))
         return {"sizes": sizes}, {}
 
     if cache is None:
         return compute()[0]["sizes"]
-    return cached_arrays(cache / f"{identity[:24]}.sizes.safetensors", {}, compute)[0]["sizes"]
+    return cached_arrays(cache / f"{identity[:24]}.sizes.safetensors", SIZES, compute)[0]["sizes"]

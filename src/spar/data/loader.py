@@ -78,12 +78,13 @@ class Loader:
         one_reference: whether an edit of several reference images is bad.
         known: predicate of (a source's identity, a sample's number there) for cached features: with it no image is
             decoded, and a sample for which it is False is bad.
+        profiles: whether images are converted to sRGB by their colour profiles.
     """
 
     def __init__(
         self, mixture: Mixture, *, rank: int = 0, world: int = 1, workers: int = 4, bad_share: float = 0.01,
         bad_samples: Path | None = None, captions: bool = True, one_reference: bool = False,
-        known: Callable[[str, int], bool] | None = None,
+        known: Callable[[str, int], bool] | None = None, profiles: bool = True,
     ) -> None:  # fmt: skip
         mixture.batch_indices(0, rank, world)  # refuses ranks that do not divide the batch
         if workers < 0:
@@ -92,6 +93,7 @@ class Loader:
             bad_samples = bad_samples.with_suffix(f".{rank}{bad_samples.suffix}")
         self.mixture, self.rank, self.world, self.workers = mixture, rank, world, workers
         self.captions, self.one_reference, self.known = captions, one_reference, known
+        self.profiles = profiles
         self.bad_samples = BadSampleTracker(bad_share, bad_samples)
         for source in mixture.sources:
             for reason in source.damage:
@@ -177,8 +179,8 @@ class Loader:
                         raise BadSample(sample.key, sample.origin, "expected its features in the cache, got none")
                     blank = np.zeros((1, 1, 3), np.uint8)
                     return number, sample, [blank] * (1 + len(sample.input_images))
-                images = [np.asarray(to_size(image, *indices.size)) for image in decode_images(sample)]
-                return number, sample, images
+                decoded = decode_images(sample, profiles=self.profiles)
+                return number, sample, [np.asarray(to_size(image, *indices.size)) for image in decoded]
             except BadSample as error:
                 bad.append(BadSampleRecord(source.name, error.origin, error.key, error.reason))
         raise InputError(

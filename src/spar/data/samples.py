@@ -8,10 +8,10 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from spar.common.errors import InputError
-from spar.common.limits import one_reference
+from spar.common.limits import MAX_REASONS, one_reference
 
 Kind = Literal["text_to_image", "edit"]
-Format = Literal["auto", "webdataset", "folder", "sharegpt", "gptedit", "parquet"]
+Format = Literal["auto", "webdataset", "folder", "images", "sharegpt", "gptedit", "parquet", "arrow"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,17 @@ def check_references(sample: Sample) -> None:
 
 
 def is_safe_path(name: str) -> bool:
-    """Whether a relative path stays inside its root, by its text alone (links may point anywhere)."""
+    """Whether a relative path stays inside its root, by its text alone, and can be the name of a file."""
+    try:
+        name.encode("utf-8", "surrogateescape")  # as file systems do; half of a surrogate pair has no bytes
+    except UnicodeEncodeError:
+        return False
     path = PurePosixPath(name.replace("\\", "/"))
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+
+
+def count_reason(reasons: dict[str, int], reason: str, count: int = 1) -> None:
+    """Count a reason why something is not read; beyond MAX_REASONS kinds the new ones share one name."""
+    if reason not in reasons and len(reasons) >= MAX_REASONS:
+        reason = "of further kinds"
+    reasons[reason] = reasons.get(reason, 0) + count

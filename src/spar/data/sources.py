@@ -1,31 +1,38 @@
 """The interface of all formats, and the choice of the reader of a path."""
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, get_args
 
 import numpy as np
 
 from spar.common.errors import InputError
-from spar.data.annotations import METADATA, open_gpt_edit, open_image_folder, open_sharegpt
+from spar.data.annotations import open_gpt_edit, open_sharegpt
+from spar.data.arrow import ArrowSource
+from spar.data.image_folder import open_image_folder, open_plain_folder
+from spar.data.layout import COMPRESSED, layout_of, shards_in
 from spar.data.parquet import ParquetSource
-from spar.data.samples import Format, Kind, Sample
+from spar.data.samples import Format, Kind, Sample, count_reason
 from spar.data.url_patterns import find_files, refuse_addresses
 from spar.data.webdataset import TarSource
+
+log = logging.getLogger("spar.data")
 
 
 class DataSource(Protocol):
     """Samples by number, in any order, from any process.
 
-    `identity` changes with the samples; `skipped` counts unread entries by reason; `damage` describes the files that
-    end early.
+    `identity` changes with the samples; `captioned` says whether they are to have captions; `skipped` counts unread
+    entries by reason; `damage` describes the files that end early.
     """
 
     name: str
     format: str
     kind: Kind
     identity: str
+    captioned: bool
     skipped: dict[str, int]
     damage: tuple[str, ...]
 
@@ -40,8 +47,9 @@ def open_source(path: str, format: Format = "auto", *, cache: Path | None = None
     """Open the reader of a path.
 
     Args:
-        path: shards by name, braces, glob or `hf://`; a folder of shards, of parquet files, or with metadata.jsonl; a
-            JSON list of ShareGPT-4o-Image; an index of GPT-Image-Edit; parquet files.
+        path: shards or parquet files by name, braces, glob or `hf://`; a folder of either, of images, or that
+            `datasets` wrote; a JSON list of ShareGPT-4o-Image; an index of GPT-Image-Edit. What exists is that path,
+            also if its name could be read as a pattern.
         format: format of the path; `auto` detects it from name and content.
         cache: folder of the indexes of shards and the sizes of images.
         workers: processes that index shards.
@@ -50,42 +58,59 @@ def open_source(path: str, format: Format = "auto", *, cache: Path | None = None
         InputError: the path matches nothing or is a URL, or its format is unknown.
     """
     refuse_addresses(path)
+    if os.path.isdir(path):
+        return _open_folder(Path(path), format, cache, workers)
     chosen = _detect(path) if format == "auto" else format
     readers: dict[str, Callable[[], DataSource]] = {
-        "webdataset": lambda: TarSource(path, _files(path, "tar"), cache, workers),
-        "folder": lambda: open_image_folder(Path(path), cache),
+        "webdataset": lambda: TarSource(path, find_files(path), cache, workers),
         "sharegpt": lambda: open_sharegpt(_one(path), cache),
         "gptedit": lambda: open_gpt_edit(_one(path), cache),
-        "parquet": lambda: ParquetSource(path, _files(path, "parquet"), cache),
+        "parquet": lambda: ParquetSource(path, find_files(path), cache),
     }
-    if chosen not in readers:
-        raise InputError(f"format: expected auto, {', '.join(readers)}, got {format!r}")
-    return readers[chosen]()
+    return _reader(readers, chosen, f"the path {path!r}, which is no folder")()
+
+
+def _open_folder(folder: Path, format: str, cache: Path | None, workers: int) -> DataSource:
+    chosen, place = layout_of(folder) if format == "auto" else (format, folder)
+    if place != folder:
+        log.warning("%s: only its folder %s is read", folder, place.relative_to(folder))
+    tars, others = shards_in(place, ".tar") if chosen == "webdataset" else ([], 0)
+    tables, others = shards_in(place, ".parquet") if chosen == "parquet" else ([], others)
+    readers: dict[str, Callable[[], DataSource]] = {
+        "webdataset": lambda: TarSource(str(place), tars, cache, workers),
+        "folder": lambda: open_image_folder(place, cache),
+        "images": lambda: open_plain_folder(place, cache),
+        "parquet": lambda: ParquetSource(str(place), tables, cache),
+        "arrow": lambda: ArrowSource(place, cache),
+    }
+    if not (tars or tables) and chosen in ("webdataset", "parquet"):
+        raise InputError(f"expected *.{'tar' if chosen == 'webdataset' else chosen} in {str(place)!r}, found none")
+    source = _reader(readers, chosen, f"the folder {str(folder)!r}")()
+    if others:
+        count_reason(source.skipped, "file of another split than train", others)
+        log.warning("%s: %d files of other splits than train are not read", place, others)
+    return source
+
+
+def _reader(readers: dict[str, Callable[[], DataSource]], format: str, where: str) -> Callable[[], DataSource]:
+    if format not in get_args(Format):
+        raise InputError(f"format: expected {', '.join(get_args(Format))}, got {format!r}")
+    if format not in readers:
+        raise InputError(f"format: expected {', '.join(readers)} for {where}, got {format!r}")
+    return readers[format]
 
 
 def _detect(path: str) -> str:
-    """Detect the format of a path from the end of its name or the contents of its folder."""
-    if os.path.isdir(path):
-        names = os.listdir(path)
-        if METADATA in names:
-            return "folder"
-        for ending, format in ((".tar", "webdataset"), (".parquet", "parquet")):
-            if any(name.endswith(ending) for name in names):
-                return format
-        lists = sorted(name for name in names if name.endswith(".json"))
-        hint = f"; name one of its lists: {', '.join(lists[:5])}" if lists else ""
-        raise InputError(f"expected *.tar, *.parquet or {METADATA} in the folder {path!r}, found none{hint}")
+    """Detect the format of the path of a file, or of a pattern, from the end of its name."""
     endings = {".tar": "webdataset", ".parquet": "parquet", ".json": "sharegpt", ".txt": "gptedit"}
     for ending, format in endings.items():
         if path.endswith((ending, ending + "}")):
             return format
+    if path.lower().endswith(COMPRESSED):
+        raise InputError(f"expected an uncompressed set, but {path!r} is compressed: decompress it, or give the format")
     raise InputError(
         f"expected a folder, or a name that ends in {', '.join(endings)}, got {path!r}; or give the format"
     )
-
-
-def _files(path: str, ending: str) -> list[Path]:
-    return find_files(os.path.join(path, f"*.{ending}") if os.path.isdir(path) else path)
 
 
 def _one(path: str) -> Path:

@@ -17,16 +17,20 @@ from pathlib import Path
 import numpy as np
 
 from spar.common.errors import InputError
+from spar.common.files import open_regular
 from spar.common.limits import MAX_EXTENDED_HEADER, MAX_INPUT_IMAGES, MAX_MEMBERS
 from spar.data.index_cache import Arrays, Texts, cached_arrays, upright_size
-from spar.data.samples import is_safe_path
+from spar.data.samples import count_reason, is_safe_path
 from spar.data.string_array import StringArray
 
 IMAGE, INPUT, TXT, JSON, CLS = range(5)
-VERSION = 1
+VERSION = 2
 
 _BLOCK = 512
+_RECORD = 20 * _BLOCK  # a tar is filled with zeros to a multiple of this
+_SCANNED = 2**20  # bytes of zeros that are read at a time
 _IMAGE_EXTENSION = re.compile(r"(?:output\.|(input)(?:_(\d{1,4}))?\.)?(?:jpg|jpeg|png|webp)")
+_LONGEST_EXTENSION = 16
 _TEXTS = {"txt": TXT, "json": JSON, "cls": CLS}
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 _EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
@@ -80,13 +84,18 @@ def role_of(name: str) -> tuple[str, int, int] | str:
     """(key, role, number) of a member's name, or the reason why the member is not read."""
     if not is_safe_path(name):
         return "name leaves the folder"
-    folder, _, base = name.removeprefix("./").rpartition("/")
+    folder, _, base = name.replace("\\", "/").removeprefix("./").rpartition("/")
+    if base.startswith("._"):
+        return "._ files of macOS"
     stem, _, extension = base.partition(".")
     key, extension = (f"{folder}/{stem}" if folder else stem), extension.lower()
     if extension in _TEXTS:
         return key, _TEXTS[extension], 0
     if not (match := _IMAGE_EXTENSION.fullmatch(extension)):
-        return f".{extension}"
+        last = extension.rpartition(".")[2]
+        if last != extension and (last in _TEXTS or _IMAGE_EXTENSION.fullmatch(last)):
+            return "several dots in the name, whose extension begins at the first"
+        return f".{extension}" if len(extension) <= _LONGEST_EXTENSION else "another extension"
     number = int(match[2] or 0)
     if number >= MAX_INPUT_IMAGES:
         return f"more than {MAX_INPUT_IMAGES} references"
@@ -100,7 +109,7 @@ def index_tar(path: Path) -> TarIndex:
         InputError: the file cannot be read, is compressed or not a tar, or has too many members.
     """
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open_regular(path) as file:
             return _index(file.fileno(), path.name)
     except OSError as error:
         raise InputError(f"expected a tar shard, but {str(path)!r}: {error.strerror or error}") from error
@@ -123,7 +132,7 @@ def _index(descriptor: int, name: str) -> TarIndex:
                     roles[place] = (offset, size)
                     continue
                 found = "a second of its kind in one sample"
-            skipped[found] = skipped.get(found, 0) + 1
+            count_reason(skipped, found)
     except _Damaged as error:
         damage = str(error)
         if not count:
@@ -141,7 +150,11 @@ def _index(descriptor: int, name: str) -> TarIndex:
 
 
 def _image_size(descriptor: int, offset: int, size: int) -> tuple[int, int]:
-    return upright_size(lambda length: os.pread(descriptor, min(length, size), offset))
+    def read(start: int, length: int) -> bytes:
+        start = start if start >= 0 else max(0, size + start)
+        return os.pread(descriptor, min(length, size - start), offset + start)
+
+    return upright_size(read)
 
 
 class _Damaged(Exception):
@@ -157,7 +170,7 @@ def _members(descriptor: int) -> Iterator[tuple[str, int, int]]:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
             if not any(block):
-                return
+                return _check_end(descriptor, position, end)
             if not position and block.startswith(_COMPRESSED):
                 raise _Damaged("is compressed; decompress it, as members are read by offset") from None
             raise _Damaged(f"breaks at byte {position}: {error}") from None
@@ -182,6 +195,17 @@ def _members(descriptor: int) -> Iterator[tuple[str, int, int]]:
             longer = {}
         position = data + -(-size // _BLOCK) * _BLOCK
     raise _Damaged(f"is truncated: it ends at byte {end} without the empty block that ends a tar")
+
+
+def _check_end(descriptor: int, start: int, end: int) -> None:
+    """Raise _Damaged if more follows the zeros at `start` than those that end a tar and fill its last record."""
+    for position in range(start, end, _SCANNED):
+        found = os.pread(descriptor, _SCANNED, position)
+        if data := found.lstrip(b"\0"):
+            first = position + len(found) - len(data)
+            raise _Damaged(f"ends at byte {start}, but data that are not read follow at byte {first}")
+    if end - start > _RECORD + _BLOCK:
+        raise _Damaged(f"holds {end - start} bytes of zeros from byte {start} to its end: a part was never written")
 
 
 def _pax(record: bytes) -> dict[str, str]:

@@ -1,5 +1,7 @@
 """Expansion of file patterns: a path, braces `{0000..2175}` and `{a,b}`, globs, or `hf://` on the Hub.
 
+What exists is itself: only the part of a pattern after its last existing folder has braces and globs.
+
 Other forms are refused: a `pipe:` would run a shell, and a data list could make us fetch any URL.
 """
 
@@ -50,18 +52,35 @@ def find_files(pattern: str) -> list[Path]:
         InputError: the pattern matches nothing, a file is missing, or it is `pipe:` or another URL.
     """
     refuse_addresses(pattern)
-    texts = expand_braces(pattern)
     if pattern.startswith("hf://"):
-        return _from_hub(texts)
+        return _from_hub(expand_braces(pattern))
+    folder, rest = _existing(pattern)
     found: list[Path] = []
-    for text in texts:
-        matches = [text] if os.path.exists(text) else sorted(glob.glob(text, recursive=True))
+    for text in expand_braces(rest) if rest else [""]:
+        matches = [folder + text] if os.path.exists(folder + text) else _globbed(folder, text)
         if not matches:
-            raise InputError(f"expected files that {pattern!r} names, but there is no {text!r}")
+            raise InputError(f"expected files that {pattern!r} names, but there is no {folder + text!r}")
         found += map(Path, matches)
+    for path in found:
+        if not path.is_file():
+            kind = "a folder" if path.is_dir() else "a pipe or a device" if path.exists() else "a link to nothing"
+            raise InputError(f"expected files that {pattern!r} names, but {str(path)!r} is {kind}")
     if len(found) > MAX_SHARDS:
         raise InputError(f"expected a pattern of at most {MAX_SHARDS} files, got {len(found)} of {pattern!r}")
     return found
+
+
+def _existing(pattern: str) -> tuple[str, str]:
+    """A path in two: the longest beginning that exists, as whole names, and the rest, which is a pattern."""
+    if os.path.exists(pattern):
+        return pattern, ""
+    ends = [match.end() for match in re.finditer("/", pattern)]
+    end = next((end for end in reversed(ends) if os.path.isdir(pattern[:end])), 0)
+    return pattern[:end], pattern[end:]
+
+
+def _globbed(folder: str, pattern: str) -> list[str]:
+    return sorted(glob.glob(glob.escape(folder) + pattern, recursive=True))
 
 
 def refuse_addresses(pattern: str) -> None:

@@ -12,7 +12,7 @@ from spar.data.bad_samples import BadSampleRecord, decode_images
 from spar.data.processes import map_in_processes
 from spar.data.samples import BadSample
 from spar.data.sources import DataSource
-from spar.processing.images import read_header
+from spar.processing.images import profile_of, read_header
 
 NAMED = 100  # bad samples and duplicates listed in a report; all are counted
 CHUNK = 1024  # samples of one task of a process
@@ -32,7 +32,8 @@ class ValidationReport:
 
     bad, duplicates: counts; `named_bad` and `named_duplicates` (key, key of the earlier one) have the first NAMED.
     A duplicate has the images and the text of an earlier sample; `repeated_pictures` counts samples with the image of
-    an earlier one and another text. `captions` has empty, too_long, and characters: shortest, median, longest.
+    an earlier one and another text. `profiles` counts the uses of colour profiles (spar.processing.color).
+    `captions` has empty, too_long, and characters: shortest, median, longest.
     """
 
     name: str
@@ -48,6 +49,7 @@ class ValidationReport:
     repeated_pictures: int
     captions: dict[str, int]
     formats: dict[str, int]
+    profiles: dict[str, int]
     shorter_sides: dict[str, int]
     aspects: dict[str, int]
     skipped: dict[str, int]
@@ -71,6 +73,7 @@ class _Part:
 
     rows: np.ndarray
     formats: Counter[str]
+    profiles: Counter[str]
     bad: list[BadSampleRecord]
 
 
@@ -89,6 +92,7 @@ def validate(
         wanted = np.linspace(0, len(source) - 1, limit).round().astype(np.int64)
     bad: list[BadSampleRecord] = []
     formats: Counter[str] = Counter()
+    profiles: Counter[str] = Counter()
     rows = np.empty(len(wanted), _ROW)
     count, good = 0, 0
     chunks = [wanted[start : start + CHUNK] for start in range(0, len(wanted), CHUNK)]
@@ -96,6 +100,7 @@ def validate(
         count += len(part.bad)
         bad += part.bad[: NAMED - len(bad)]
         formats += part.formats
+        profiles += part.profiles
         rows[good : good + len(part.rows)] = part.rows
         good += len(part.rows)
         if progress:
@@ -107,12 +112,12 @@ def validate(
     files = len(getattr(source, "shards", ())) or len(getattr(source, "files", ()))
     note = (f"{files} files for {workers} workers: fine here, as samples are assigned one by one; loaders that "
             "assign whole shards would fail or be idle")  # fmt: skip
-    needs_words = source.format != "imagenet"
     return ValidationReport(
         name=source.name, format=source.format, kind=source.kind, files=files, samples=len(source),
         checked=len(wanted), bad=count, named_bad=tuple(bad), duplicates=len(repeated), named_duplicates=tuple(named),
         repeated_pictures=len(_repeated(rows["image"])[0]) - len(repeated),
-        captions=_captions(rows["characters"], max_characters, needs_words), formats=dict(formats.most_common()),
+        captions=_captions(rows["characters"], max_characters, source.captioned), formats=dict(formats.most_common()),
+        profiles=dict(profiles.most_common()),
         shorter_sides=_histogram(np.minimum(rows["width"], rows["height"]), SIDES, _SIDE_NAMES),
         aspects=_histogram(rows["width"] / rows["height"], ASPECTS, _ASPECT_NAMES),
         skipped=dict(source.skipped), damage=source.damage, notes=(note,) if 0 < files < workers else (),
@@ -120,7 +125,7 @@ def validate(
 
 
 def _validate_part(source: DataSource, wanted: np.ndarray) -> _Part:
-    rows, formats, bad = [], Counter[str](), []
+    rows, formats, profiles, bad = [], Counter[str](), Counter[str](), []
     for index in wanted.tolist():
         try:
             sample = source.read(index)
@@ -128,10 +133,11 @@ def _validate_part(source: DataSource, wanted: np.ndarray) -> _Part:
         except BadSample as error:
             bad.append(BadSampleRecord(source.name, error.origin, error.key, error.reason))
             continue
-        whole = _hash(sample.text.encode("utf-8", "replace"), sample.image, *sample.input_images)
+        whole = _hash(sample.text.encode(), sample.image, *sample.input_images)
         rows.append((index, _hash(sample.image), whole, *image.size, len(sample.text)))
         formats[read_header(sample.image).format] += 1
-    return _Part(np.array(rows, _ROW), formats, bad)
+        profiles[profile_of(sample.image)] += 1
+    return _Part(np.array(rows, _ROW), formats, profiles, bad)
 
 
 def _hash(*parts: bytes) -> int:

@@ -1,7 +1,6 @@
 """Tar shards as a source: text-to-image, edit pairs and ImageNet; samples are read by offset in any order."""
 
 import hashlib
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -11,14 +10,15 @@ from pathlib import Path
 import numpy as np
 
 from spar.common.errors import InputError
+from spar.common.files import open_regular
 from spar.common.limits import MAX_TEXT_BYTES
+from spar.data.captions import caption_in_json, clean_caption, decode_caption
 from spar.data.processes import map_in_processes
-from spar.data.samples import BadSample, Kind, Sample
+from spar.data.samples import BadSample, Kind, Sample, count_reason
 from spar.data.tar_index import CLS, IMAGE, INPUT, JSON, TXT, TarIndex, cached_index
 from spar.processing.images import MAX_BYTES
 
 OPEN_SHARDS = 128  # twice the blocks that are mixed at a time: a shard is opened about once per window
-_CAPTIONS = ("caption", "text")
 
 
 class TarSource:
@@ -49,11 +49,14 @@ class TarSource:
             damage += [f"{shard.name!r} {index.damage}"] if index.damage else []
             digest.update(index.digest().encode())
             for reason, count in index.skipped.items():
-                self.skipped[reason] = self.skipped.get(reason, 0) + count
+                count_reason(self.skipped, reason, count)
             self._kept += [] if cache else [index]
+        self.captioned = self.format != "imagenet"
         self.starts = np.cumsum(counts, dtype=np.int64)
         if not len(self):
-            raise InputError(f"expected samples of png, jpg, jpeg or webp in {name!r}, found none")
+            passed = [f"{count} members skipped ({reason})" for reason, count in self.skipped.items()]
+            reasons = "".join(f"; {reason}" for reason in (*passed, *damage[:3]))
+            raise InputError(f"expected samples of png, jpg, jpeg or webp in {name!r}, found none{reasons}")
         self._sizes, self.damage, self.identity = np.concatenate(sizes), tuple(damage), digest.hexdigest()
         self._open: OrderedDict[int, tuple[int, TarIndex]] = OrderedDict()
 
@@ -95,9 +98,11 @@ class TarSource:
             wanted = "an edit with an input image" if self.kind == "edit" else "an image without references"
             raise BadSample(key, origin, f"expected {wanted}, as the first sample is, got the other")
         try:
-            text = _caption(found)
+            text = clean_caption(_caption(found), key, origin)
             label = int(found[CLS][0]) if CLS in found and self.kind != "edit" else None
             return Sample(found[IMAGE][0], text, key, origin, label, tuple(found.get(INPUT, ())))
+        except BadSample:
+            raise
         except (ValueError, RecursionError) as error:  # not UTF-8, JSON or a number
             raise BadSample(key, origin, f"its text cannot be read: {error}") from error
 
@@ -116,7 +121,8 @@ class TarSource:
         if len(table) != self.starts[shard + 1] - self.starts[shard]:
             raise InputError(f"the shard {str(self.shards[shard])!r} changed while it was read")
         try:
-            self._open[shard] = (os.open(self.shards[shard], os.O_RDONLY), table)
+            with open_regular(self.shards[shard]) as file:
+                self._open[shard] = (os.dup(file.fileno()), table)
         except OSError as error:
             raise InputError(f"the shard {str(self.shards[shard])!r} is gone: {error.strerror}") from error
         if len(self._open) > OPEN_SHARDS:
@@ -127,9 +133,5 @@ class TarSource:
 
 def _caption(found: dict[int, list[bytes]]) -> str:
     """The text member, or the caption of the json member; empty if neither has text."""
-    text = found[TXT][0].decode().strip() if TXT in found else ""
-    if text or JSON not in found:
-        return text
-    values = json.loads(found[JSON][0])
-    texts = [values.get(name) for name in _CAPTIONS] if isinstance(values, dict) else []
-    return next((text.strip() for text in texts if isinstance(text, str) and text.strip()), "")
+    text = decode_caption(found[TXT][0]) if TXT in found else ""
+    return caption_in_json(found[JSON][0]) if JSON in found and not text.removeprefix("\ufeff").strip() else text

@@ -1,7 +1,7 @@
 """Loading of untrusted images: a file to a checked RGB image, to a square, to a tensor and back.
 
 The format is that of the content, never of the name. Sizes are checked before decoding, and an image that Pillow cannot
-read to its end is refused. Colour profiles are ignored: values are interpreted as sRGB.
+read to its end is refused. Colours are converted to sRGB by an image's own profile.
 """
 
 import os
@@ -12,10 +12,12 @@ from io import BytesIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from spar.common.errors import InputError, first_line
+from spar.processing.color import ProfileUse, profile_bytes, profile_use, to_rgb
+from spar.processing.orientation import is_sideways, orientation_of, turn_upright
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 TRAINING_FORMATS = ("PNG", "JPEG", "WEBP")
@@ -30,22 +32,18 @@ ImageSource = str | os.PathLike | bytes | bytearray | memoryview | Image.Image |
 _EXPECTED = f"expected an image as {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
 _EXPECTED_TRAINING = f"expected an image as {', '.join(TRAINING_FORMATS[:-1])} or {TRAINING_FORMATS[-1]}"
 _EXPECTED_PIXELS = f"expected an image of at most {MAX_PIXELS // 10**6} megapixels"
-_ORIENTATIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+# File types that share their beginning with video, by their brands.
+_BRANDS = {
+    "an AVIF image": {b"avif", b"avis"},
+    "a HEIC image": {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"},
+    "a HEIF image": {b"mif1", b"mif2", b"msf1", b"miaf"},
+    "a camera's raw image": {b"crx "},
 }
+_MAX_BRANDS = 256
 # (offset, bytes there, name): file types often mistaken for supported ones
 _OTHER_KINDS = (
-    (4, b"ftypheic", "a HEIC image"),
-    (4, b"ftypheix", "a HEIC image"),
-    (4, b"ftypmif1", "a HEIF image"),
-    (4, b"ftypavif", "an AVIF image"),
-    (4, b"ftyp", "a video"),
+    (4, b"JXL \r\n", "a JPEG XL image"),
+    (0, b"\xff\x0a", "a JPEG XL image"),
     (0, b"%PDF", "a PDF"),
     (0, b"PK\x03\x04", "a zip archive"),
     (0, b"<svg", "an SVG drawing"),
@@ -54,28 +52,29 @@ _OTHER_KINDS = (
 )
 
 
-def open_image(source: ImageSource) -> Image.Image:
+def open_image(source: ImageSource, *, profiles: bool = True) -> Image.Image:
     """Open a new RGB image, 8 bits a channel, upright, from a file's path, its bytes, a Pillow image or an array.
 
     An array is [H, W] or [H, W, C] of numpy or [C, H, W] of torch, C being 1, 3 or 4, of uint8 or of floats in [0, 1].
     A file may have any of FORMATS, up to MAX_BYTES and MAX_PIXELS; of an animation the first frame is used (of a Pillow
-    image its current frame). EXIF orientation is applied, transparency blended onto white, 16 bits scaled to 8.
+    image its current frame). EXIF orientation is applied, transparency blended onto white, 16 bits scaled to 8, and
+    colours converted to sRGB by the image's profile; without `profiles` all values are taken as sRGB.
     Raises InputError, in one sentence, for anything else.
     """
     if isinstance(source, Image.Image):
-        return _convert(source, "the given image")
+        return _convert(source, "the given image", profiles=profiles)
     if isinstance(source, bytes | bytearray | memoryview):
         data, name = bytes(source), "the given data"
     elif isinstance(source, str | os.PathLike):
         path = os.fsdecode(source)
         data, name = _read(path), repr(path)
     elif isinstance(source, np.ndarray | Tensor):
-        return _convert(_from_array(source), "the given array", own=True)
+        return _convert(_from_array(source), "the given array", profiles=False)
     else:
         expected = "expected an image as a path, bytes, a Pillow image or an array"
         raise InputError(f"{expected}, got {type(source).__name__}")
     with _identify(data, name, FORMATS, _EXPECTED) as image:
-        return _convert(image, name, own=True)
+        return _convert(image, name, data, profiles=profiles)
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,12 @@ class ImageHeader:
     height: int
 
 
-def read_header(data: bytes) -> ImageHeader:
-    """Read the header of a training image without decoding it. `data` needs only to contain the header.
+def read_header(data: bytes, end: bytes | None = None) -> ImageHeader:
+    """Read the header of a training image without decoding it.
+
+    Args:
+        data: the image, or as much from its beginning as contains the header.
+        end: at least the last TAIL_BYTES bytes of the image, where `data` are only its beginning.
 
     Raises:
         InputError: not a PNG, JPEG or WEBP, or a size that `open_training_image` would refuse.
@@ -96,12 +99,11 @@ def read_header(data: bytes) -> ImageHeader:
     with _identify(data, "it", TRAINING_FORMATS, _EXPECTED_TRAINING) as image:
         _check_pixels(image, "it")
         width, height = image.size
-        # A PNG's EXIF may follow its pixels, and Pillow would decode them to find it.
-        turned = "exif" in image.info and _orientation(image) in (5, 6, 7, 8)
+        turned = is_sideways(orientation_of(image, data if end is None else end))
         return ImageHeader(_true_format(image), *((height, width) if turned else (width, height)))
 
 
-def open_training_image(data: bytes) -> Image.Image:
+def open_training_image(data: bytes, *, profiles: bool = True) -> Image.Image:
     """Open a new RGB image as `open_image` does, from the bytes of a PNG, JPEG or WEBP of one frame.
 
     Raises:
@@ -111,7 +113,13 @@ def open_training_image(data: bytes) -> Image.Image:
         # The further frames of a JPEG are a camera's depth or gain maps, and the first is the image.
         if _true_format(image) != "JPEG" and (frames := getattr(image, "n_frames", 1)) > 1:
             raise InputError(f"{_EXPECTED_TRAINING} of one frame, but it has {frames}")
-        return _convert(image, "it", own=True)
+        return _convert(image, "it", data, profiles=profiles)
+
+
+def profile_of(data: bytes) -> ProfileUse:
+    """What `open_training_image` does with the colour profile of an image; InputError as `read_header`."""
+    with _identify(data, "it", TRAINING_FORMATS, _EXPECTED_TRAINING) as image:
+        return profile_use(image)
 
 
 def to_square(image: Image.Image, side: int) -> Image.Image:
@@ -267,55 +275,61 @@ def _check_pixels(image: Image.Image, name: str) -> None:
         raise InputError(f"expected 8 or 16 bits a channel, but {name} has 32 (mode {image.mode}) of unknown range")
 
 
-def _convert(image: Image.Image, name: str, *, own: bool = False) -> Image.Image:
+def _convert(image: Image.Image, name: str, data: bytes | None = None, *, profiles: bool) -> Image.Image:
     """Convert an image of any mode to a new upright RGB image; size and mode are checked before pixels are read.
 
-    An `own` image, without other references, is not copied if it is RGB already.
+    The image that was opened from `data` has no other references: it is not copied if there is nothing to convert.
     """
     _check_pixels(image, name)
     try:
+        late = data is None or image.format == "TIFF"  # Pillow turns a TIFF as it loads, and takes the tag away
+        orientation = None if late else orientation_of(image, data or b"")
         image.load()
-        orientation = _orientation(image)
-        plain = own and image.mode == "RGB" and not image.has_transparency_data
-        converted = image if plain else _to_rgb(image)
+        if late:
+            orientation = orientation_of(image)
+        converted = _to_rgb(image, profile_bytes(image) if profiles else b"")
+        if data is None and converted is image:
+            converted = image.copy()
     except Exception as error:  # a truncated or hostile file makes Pillow raise nearly anything
         raise InputError(f"{_EXPECTED} that is complete, but {name} cannot be decoded: {_reason(error)}") from error
-    return converted.transpose(_ORIENTATIONS[orientation]) if orientation in _ORIENTATIONS else converted
+    upright = turn_upright(converted, orientation)
+    upright.info = {}  # its orientation and its profile are applied, and would be again
+    return upright
 
 
-def _orientation(image: Image.Image) -> int | None:
-    """EXIF orientation; None if it is missing or the EXIF data are broken, since the pixels are still valid."""
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:
-        return None
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """An image of any mode as RGB, laid on white where it is transparent; the same object if it is that already."""
     if image.mode.startswith("I;16"):
-        return _sixteen_to_rgb(image)
-    if image.has_transparency_data:
-        background = Image.new("RGB", image.size, "white")
-        if image.mode == "La":
-            image = image.convert("LA")
-        if image.mode != "RGBA":
-            image = image.convert("RGBA")
-        background.paste(image, mask=image.getchannel("A"))
-        return background
-    return image.convert("RGB")
+        return to_rgb(_sixteen_to_grey(image), profile)
+    if not image.has_transparency_data:
+        return to_rgb(image, profile)
+    if image.mode in ("L", "La", "LA"):
+        image = image.convert("LA")
+        opaque = image.getchannel("L")
+    else:
+        image = image.convert("RGBA")
+        opaque = image.convert("RGB")
+    background = Image.new("RGB", image.size, "white")
+    background.paste(to_rgb(opaque, profile), mask=image.getchannel("A"))
+    return background
 
 
-def _sixteen_to_rgb(image: Image.Image) -> Image.Image:
+def _sixteen_to_grey(image: Image.Image) -> Image.Image:
     """Round 16-bit grey, 0 to 65535, to 8 bits (65535 = 255 * 257); Pillow's own conversion clips it."""
     values = np.asarray(image)
     grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         grey[values == transparent] = 255
-    return Image.fromarray(grey).convert("RGB")
+    return Image.fromarray(grey)
 
 
 def _kind(data: bytes) -> str:
+    if data[4:8] == b"ftyp":
+        # The brands of an ISO file: its own one, 4 bytes of version, those that it is compatible with.
+        size = min(int.from_bytes(data[:4], "big"), _MAX_BRANDS)
+        brands = {data[place : place + 4] for place in (8, *range(16, size - 3, 4))}
+        return next((kind for kind, names in _BRANDS.items() if brands & names), "a video")
     for offset, magic, kind in _OTHER_KINDS:
         if data[offset : offset + len(magic)].lower() == magic.lower():
             return kind

@@ -43,11 +43,11 @@ def sample_id(identity: str, number: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{identity}\0{number}".encode(), digest_size=8).digest(), "little") >> 1
 
 
-def cache_key(tokenizer: UnifiedTokenizer, side: int, sources: list[DataSource]) -> str:
-    """What the features depend on."""
+def cache_key(tokenizer: UnifiedTokenizer, side: int, sources: list[DataSource], *, profiles: bool = True) -> str:
+    """What the features depend on; `profiles` is whether images were converted to sRGB by their colour profiles."""
     forms = {name: to_dict(getattr(tokenizer.config, name)) for name in ("vision", "streams")}  # what no weight tells
     samples = sorted(source.identity for source in sources)
-    digest = hashlib.sha256(f"{FORMAT_VERSION} {side} {samples} {json.dumps(forms)}".encode())
+    digest = hashlib.sha256(f"{FORMAT_VERSION} {side} {profiles} {samples} {json.dumps(forms)}".encode())
     for name, value in sorted(tokenizer.state_dict().items()):
         if not name.startswith("decoder."):
             digest.update(name.encode())
@@ -64,14 +64,14 @@ def encode(tokenizer: UnifiedTokenizer, pixels: Tensor) -> dict[str, Tensor]:
 @torch.no_grad()
 def write_cache(
     tokenizer: UnifiedTokenizer, sources: list[DataSource], folder: Path, *, side: int, batch: int = 32,
-    workers: int = 0, precision: torch.dtype = torch.bfloat16, advance: Advance | None = None,
+    workers: int = 0, precision: torch.dtype = torch.bfloat16, profiles: bool = True, advance: Advance | None = None,
 ) -> int:  # fmt: skip
     """Compute the features of every sample; a cache that was broken off goes on where it stands. Returns the bad ones.
 
     Raises:
         InputError: a folder that holds a cache of another key, or something else.
     """
-    device, key = next(tokenizer.parameters()).device, cache_key(tokenizer, side, sources)
+    device, key = next(tokenizer.parameters()).device, cache_key(tokenizer, side, sources, profiles=profiles)
     if (folder / HEADER).exists():
         _check(folder, key)
     elif folder.exists() and any(folder.iterdir()):
@@ -81,12 +81,14 @@ def write_cache(
     write_json(folder / HEADER, header)
     total, done, bad = sum(len(source) for source in sources), 0, 0
     for number, source in enumerate(sources):
+        for damage in source.damage:
+            log.warning("%s: %s", source.name, damage)
         for start in range(0, len(source), ROWS):
             count = min(ROWS, len(source) - start)
             path = folder / f"{number:03}-{start // ROWS:06}.safetensors"
             if not path.exists():
                 pieces = range(start, start + count, batch)
-                pictures = _Pictures(source, side, batch, start + count)
+                pictures = _Pictures(source, side, batch, start + count, profiles)
                 loaded = DataLoader(pictures, batch_size=None, sampler=pieces, num_workers=workers)
                 rows = [_features(tokenizer, piece, device, precision) for piece in loaded if len(piece[0])]
                 if rows:
@@ -115,8 +117,8 @@ def _features(
 class _Pictures(Dataset):
     """Samples `start` to `start + batch` of a source, decoded: ids, images, references. The bad ones are left out."""
 
-    def __init__(self, source: DataSource, side: int, batch: int, stop: int) -> None:
-        self.source, self.side, self.batch, self.stop = source, side, batch, stop
+    def __init__(self, source: DataSource, side: int, batch: int, stop: int, profiles: bool) -> None:
+        self.source, self.side, self.batch, self.stop, self.profiles = source, side, batch, stop, profiles
 
     def __getitem__(self, start: int) -> tuple[Tensor, Tensor, Tensor]:
         ids: list[int] = []
@@ -136,7 +138,7 @@ class _Pictures(Dataset):
         return torch.tensor(ids, dtype=torch.long), _stacked(images), _stacked(inputs)
 
     def _decoded(self, data: bytes) -> np.ndarray:
-        return np.asarray(to_size(open_training_image(data), self.side, self.side))
+        return np.asarray(to_size(open_training_image(data, profiles=self.profiles), self.side, self.side))
 
 
 def _stacked(pictures: list[np.ndarray]) -> Tensor:
@@ -158,8 +160,8 @@ def _check(folder: Path, key: str | None = None) -> dict:
         raise InputError(f"{folder} is no cache of features ({FORMAT}, version {FORMAT_VERSION})")
     if key is not None and header.get("key") != key:
         raise InputError(
-            f"the cache {folder} is stale: it was made with other tokenizer weights, another size or other samples; "
-            "write it anew (spar cache) into another folder"
+            f"the cache {folder} is stale: it was made with other tokenizer weights, another size, other samples or "
+            "another use of colour profiles; write it anew (spar cache) into another folder"
         )
     return header
 

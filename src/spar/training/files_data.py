@@ -39,9 +39,9 @@ class FilesData(DataConfig):
 
     `sets` are paths, "PATH" or "WEIGHT=PATH" (spar.data.sources says which formats), decoded by `workers` processes of
     each training process; a share of bad samples above `bad_share` ends the run, and a share of words above
-    `unknown_share` that the text tokenizer lacks lets none begin; `max_aspect` cuts images without
-    captions to several proportions; `cache` is a folder of features (spar cache) that unified stages read in place of
-    images.
+    `unknown_share` that the text tokenizer lacks lets none begin; `max_aspect` cuts images without captions to several
+    proportions; `color_profiles` converts images to sRGB by their own profiles; `cache` is a folder of features (spar
+    cache) that unified stages read in place of images.
     """
 
     kind: ClassVar[str] = "files"
@@ -51,6 +51,7 @@ class FilesData(DataConfig):
     bad_share: float = changes_no_result(0.01)
     unknown_share: float = changes_no_result(0.01)
     max_aspect: float = 1.0
+    color_profiles: bool = True
     cache: str | None = None
 
     def __post_init__(self) -> None:
@@ -170,7 +171,8 @@ class FilesTrainingData(TrainingData):
     def open_cache(self, tokenizer: UnifiedTokenizer) -> None:
         if self.config.cache is None:
             return
-        self._cache = FeatureCache(Path(self.config.cache), cache_key(tokenizer, self.recipe.image_size, self.sources))
+        key = cache_key(tokenizer, self.recipe.image_size, self.sources, profiles=self.config.color_profiles)
+        self._cache = FeatureCache(Path(self.config.cache), key)
 
     def cached_features(self, count: int) -> Tensor | None:
         """The cache's `f_v` `[n, N, D]` of the images that `sample` would decode."""
@@ -220,7 +222,8 @@ class FilesTrainingData(TrainingData):
 
     def _first(self, count: int, known: Callable[[str, int], bool] | None = None) -> Iterator[LoaderBatch]:
         mixture = self._mixture(64, self.weights, self.sources, 1.0)
-        return Loader(mixture, workers=0, captions=False, known=known).batches(0, -(-count // 64))
+        loader = Loader(mixture, workers=0, captions=False, known=known, profiles=self.config.color_profiles)
+        return loader.batches(0, -(-count // 64))
 
     def _open(self, stage: StageConfig, step: int) -> Iterator[LoaderBatch]:
         sources, weights = sources_of_stage(stage, self.sources, self.weights)
@@ -231,7 +234,7 @@ class FilesTrainingData(TrainingData):
         loader = Loader(
             mixture, rank=self.parallel.rank, world=self.parallel.world, workers=self.config.workers,
             bad_share=self.config.bad_share, bad_samples=self.run / "bad_samples.jsonl",
-            captions=captions, one_reference=captions,
+            captions=captions, one_reference=captions, profiles=self.config.color_profiles,
             known=self._cache.holds if self._cache is not None and captions else None,
         )  # fmt: skip
         return loader.batches(step, stage.steps)
