@@ -162,7 +162,8 @@ def test_models_are_listed_and_an_unknown_one_is_not_found(client):
         ("guidance_scale", -1, "0"),
         ("seed", -1, "0"),
         ("negative_prompt", "an elephant", "unknown words elephant"),
-        ("stream", True, "False"),
+        ("stream", "yes", "boolean"),
+        ("partial_images", 2, "expected 0 without stream, got 2"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_in_openais_format(client, field, value, words):

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, nullcontext
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Form, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -23,6 +23,7 @@ from spar.serving.batching import GeneratedImage, reconstruct, sampling_jobs
 from spar.serving.completions import RunningAnswer, completion, completion_chunks
 from spar.serving.errors import ApiError, add_handlers
 from spar.serving.image_io import read_image, read_messages
+from spar.serving.image_stream import RunningImage, image_events
 from spar.serving.limits import DECODE_THREADS
 from spar.serving.metrics import ServerMetrics
 from spar.serving.middleware import RequestGuardMiddleware
@@ -71,8 +72,8 @@ def create_app(
     )  # fmt: skip
     app.add_middleware(RequestGuardMiddleware, token=token, hosts=hosts, timeout=timeout, metrics=metrics)
     add_handlers(app)
-    app.post("/v1/images/generations", response_model=schema.ImagesResponse)(routes.generations)
-    app.post("/v1/images/edits", response_model=schema.ImagesResponse)(routes.edits)
+    app.post("/v1/images/generations", response_model=schema.ImagesResponse, responses=STREAM)(routes.generations)
+    app.post("/v1/images/edits", response_model=schema.ImagesResponse, responses=STREAM)(routes.edits)
     app.post("/v1/reconstruct", response_model=schema.ImagesResponse)(routes.reconstruct)
     app.post("/v1/chat/completions", response_model=schema.ChatCompletion, responses=STREAM)(routes.chat)
     app.post("/v1/responses", response_model=ResponseObject, responses=STREAM)(routes.responses)
@@ -130,8 +131,32 @@ class Routes:
         """Generate images from a prompt."""
         _, model, pipe = self._chosen(body.model)
         size = pipe.output_size(*schema.sides(body.size))
+        if body.stream:
+            return await self._streamed_image(request, body, size, None)
         jobs = sampling_jobs(pipe, body, size, model=model)
         return await self._answer(request, pipe, jobs, body.output_format, [body.prompt], notes=sampling_notes(body))
+
+    async def _streamed_image(
+        self, request: Request, body: schema.SamplingRequest, size: tuple[int, int], image: Image.Image | None
+    ) -> Response:
+        """Run the job of one image and stream it."""
+        _, model, pipe = self._chosen(body.model)
+        previews: asyncio.Queue[Image.Image | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def show(preview: Image.Image | None) -> None:
+            loop.call_soon_threadsafe(previews.put_nowait, preview)
+
+        (job,) = sampling_jobs(pipe, body, size, image, model, show)
+        images = [] if image is None else [image]
+        warnings = await _race(request, asyncio.to_thread(world_notes, pipe, [body.prompt], images))
+        job.future.add_done_callback(lambda _: show(None))
+        self.worker.submit(job)
+        task: Literal["image_generation", "image_edit"] = "image_generation" if image is None else "image_edit"
+        headers = note_header(sampling_notes(body))
+        running = RunningImage(job, previews, task, body.output_format or "png", warnings, headers)
+        first = await _first_piece(request, running)
+        return _event_stream(image_events(running, first, request.state.deadline), running)
 
     async def edits(self, request: Request, form: Annotated[schema.EditForm, FORM]) -> Response:
         """Edit an image as the prompt says."""
@@ -141,6 +166,8 @@ class Routes:
         if schema.sides(form.size) not in ((None, None), (height, width)):
             own = f"expected auto or {width}x{height}: an edit has its image's own proportions"
             raise ApiError(400, f"size: {own}, got {form.size}", param="size")
+        if form.stream:
+            return await self._streamed_image(request, form, (height, width), image)
         jobs = sampling_jobs(pipe, form, (height, width), image, model)
         notes = sampling_notes(form)
         return await self._answer(request, pipe, jobs, form.output_format, [form.prompt], [image], notes)
@@ -251,10 +278,10 @@ async def _finished(request: Request, jobs: Sequence[ImageJob | ChatJob]) -> lis
             job.future.cancel()
 
 
-async def _first_piece(request: Request, answer: RunningAnswer) -> str | None:
-    """The first piece of an answer; a failure before it gets an error status, not a stream."""
+async def _first_piece(request: Request, answer: RunningAnswer | RunningImage) -> Any:
+    """The first piece of an answer or preview of an image; a failure before it gets an error status, not a stream."""
     try:
-        first: str | None = await _race(request, answer.pieces.get())
+        first: Any = await _race(request, answer.pieces.get())
         if first is None:
             answer.job.future.result()
         return first
@@ -263,7 +290,7 @@ async def _first_piece(request: Request, answer: RunningAnswer) -> str | None:
         raise
 
 
-def _event_stream(events: AsyncIterator[str], answer: RunningAnswer) -> StreamingResponse:
+def _event_stream(events: AsyncIterator[str], answer: RunningAnswer | RunningImage) -> StreamingResponse:
     return StreamingResponse(events, media_type="text/event-stream", headers=answer.headers)
 
 

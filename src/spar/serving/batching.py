@@ -1,6 +1,7 @@
 """The four tasks as jobs of the worker: which rows share a call, and that call."""
 
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,10 @@ from spar.serving.worker import ImageJob, Step
 
 @dataclass(frozen=True)
 class ImageRow:
-    """One image to generate, or to edit if there is an `image`. Rows of one call share size, steps and guidance."""
+    """One image to generate, or to edit if there is an `image`. Rows of one call share size, steps and guidance.
+
+    `show` gets `partial` previews on the way.
+    """
 
     prompt: str
     negative_prompt: str | None
@@ -22,6 +26,15 @@ class ImageRow:
     size: tuple[int, int]
     steps: int
     guidance: float
+    partial: int = 0
+    show: Callable[[Image.Image], None] | None = None
+
+    def shown_steps(self) -> set[int]:
+        """The steps after which a preview is shown: `partial` of them, evenly spread before the last."""
+        if self.show is None:
+            return set()
+        count = min(self.partial, self.steps - 1)
+        return {round(self.steps * number / (count + 1)) for number in range(1, count + 1)}
 
 
 @dataclass(frozen=True)
@@ -39,7 +52,7 @@ def sample_images(pipe: Pipeline, rows: list[ImageRow], callback: Step) -> list[
     shared: dict[str, Any] = {
         "negative_prompt": None if first.negative_prompt is None else [row.negative_prompt for row in rows],
         "num_inference_steps": first.steps, "guidance_scale": first.guidance, "seed": [row.seed for row in rows],
-        "callback": callback,
+        "callback": _with_previews(pipe, rows, callback),
     }  # fmt: skip
     images = [row.image for row in rows if row.image is not None]  # of all rows, or of none
     if images:
@@ -47,6 +60,21 @@ def sample_images(pipe: Pipeline, rows: list[ImageRow], callback: Step) -> list[
     else:
         out = pipe.generate(prompts, height=first.size[0], width=first.size[1], **shared)
     return list(map(GeneratedImage, out.images, out.metadata, out.seeds))
+
+
+def _with_previews(pipe: Pipeline, rows: list[ImageRow], callback: Step) -> Step:
+    """The callback of a call, with the previews that its rows show."""
+    shown = [row.shown_steps() for row in rows]
+
+    def step(done: int, total: int, state: Any) -> bool:
+        goes_on = callback(done, total, state)
+        if goes_on and any(done in steps for steps in shown):
+            for row, steps, image in zip(rows, shown, pipe.preview(state), strict=True):
+                if row.show and done in steps:
+                    row.show(image)
+        return goes_on
+
+    return step if any(shown) else callback
 
 
 def reconstruct(pipe: Pipeline, images: list[Image.Image], _: Step) -> list[GeneratedImage]:
@@ -57,9 +85,10 @@ def reconstruct(pipe: Pipeline, images: list[Image.Image], _: Step) -> list[Gene
 
 def sampling_jobs(
     pipe: Pipeline, request: SamplingRequest, size: tuple[int, int], image: Image.Image | None = None,
-    model: str | None = None,
+    model: str | None = None, show: Callable[[Image.Image], None] | None = None,
 ) -> list[ImageJob]:  # fmt: skip
-    """Build a job for each of a request's images; without a seed, they get a random one. `model` as in `ImageJob`.
+    """Build a job for each of a request's images; without a seed, they get a random one. `model` as in `ImageJob`,
+    `show` as in `ImageRow`.
 
     Raises:
         InputError: the model cannot encode the prompt.
@@ -74,5 +103,9 @@ def sampling_jobs(
     seed = secrets.randbelow(2**32) if request.seed is None else request.seed
     key = (size, steps, guidance, negative is None, image is None)
     weight = max(1.0, size[0] * size[1] / pipe.image_size**2)
-    rows = [ImageRow(prompt, negative, seed + i, image, size, steps, guidance) for i in range(request.n or 1)]
+    partial = request.partial_images or 0
+    rows = [
+        ImageRow(prompt, negative, seed + i, image, size, steps, guidance, partial, show)
+        for i in range(request.n or 1)
+    ]
     return [ImageJob(sample_images, key, row, weight, model) for row in rows]

@@ -19,6 +19,7 @@ MAX_PROMPT_CHARACTERS = 8192
 MAX_FIELDS = 64  # of one JSON object
 MAX_VALUES = 100_000  # of one JSON body: parsed, they take twenty times their bytes
 MAX_N = 8
+MAX_PARTIAL_IMAGES = 32
 MAX_STEPS = 100
 MAX_GUIDANCE = 30
 MAX_OUTPUT_PIXELS = 4 * 2**20
@@ -54,6 +55,7 @@ LIMITS = (
     ("MAX_FIELDS", MAX_FIELDS, "fields of a JSON object"),
     ("MAX_VALUES", MAX_VALUES, "values of a JSON body, counted by commas"),
     ("MAX_N", MAX_N, "images of a request (n)"),
+    ("MAX_PARTIAL_IMAGES", MAX_PARTIAL_IMAGES, "previews of a streamed image (partial_images)"),
     ("MAX_STEPS", MAX_STEPS, "sampling steps (num_inference_steps)"),
     ("MAX_GUIDANCE", MAX_GUIDANCE, "guidance_scale"),
     ("MAX_OUTPUT_PIXELS", f"{MAX_OUTPUT_PIXELS / 2**20:g} x 1024 x 1024", "pixels of a generated image (size); "

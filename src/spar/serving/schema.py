@@ -81,13 +81,24 @@ class SamplingRequest(RequestModel):
     quality: Quality | None = Field(None, description="Changes nothing: there is one quality.")
     background: Literal["auto", "opaque"] | None = None
     moderation: Literal["auto", "low"] | None = None
-    partial_images: Annotated[int, Field(ge=0, le=0)] | None = None
+    stream: bool | None = Field(None, description="Events of one image as it comes.")
+    partial_images: Annotated[int, Field(ge=0, le=limits.MAX_PARTIAL_IMAGES)] | None = Field(
+        None, description="Previews of a streamed image; at most one a step."
+    )
     user: Name | None = None
 
     @model_validator(mode="after")
     def _last_seed(self) -> "SamplingRequest":
         if self.seed is not None and self.seed + (self.n or 1) - 1 > MAX_SEED:
             raise ValueError(f"seed: expected at most {MAX_SEED} for the last image")
+        return self
+
+    @model_validator(mode="after")
+    def _streamed_alone(self) -> "SamplingRequest":
+        if self.stream and (self.n or 1) > 1:
+            raise ValueError(f"n: expected 1 with stream, got {self.n}")
+        if self.partial_images and not self.stream:
+            raise ValueError(f"partial_images: expected 0 without stream, got {self.partial_images}")
         return self
 
 
@@ -97,7 +108,6 @@ class GenerationRequest(SamplingRequest):
     model_config = ConfigDict(strict=True)
 
     size: Size | None = Field(None, description='Width x height in pixels, or "auto"; exactly this size, or refused.')
-    stream: Literal[False] | None = None
 
 
 class EditForm(SamplingRequest):
@@ -105,7 +115,6 @@ class EditForm(SamplingRequest):
 
     image: UploadFile = Field(description="PNG, JPEG or WEBP of one frame; its name is not used.")
     size: Size | None = Field(None, description="auto, or the result's own size: it has the image's proportions.")
-    stream: Literal["false"] | None = None
 
     @model_validator(mode="before")
     @classmethod
