@@ -203,6 +203,32 @@ def test_several_processes_want_a_launcher(monkeypatch, tmp_path):
         ParallelismConfig(grad_accum_steps=0)
 
 
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"])
+def test_processes_of_mpi_are_refused(monkeypatch, tmp_path, name):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(InputError, match=f"{name}: expected processes of torchrun or accelerate, got those of MPI"):
+        train(exact(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv(name, "1")
+    assert DistributedContext.initialize(ParallelismConfig(), "cpu").world == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [1, 2])
+def test_accelerate_on_a_cpu_starts_one_process_which_says_so_where_several_were_meant(tmp_path, number):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    for name in ("MASTER_ADDR", "WORLD_SIZE"):
+        environment.pop(name, None)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(number), "-m", "--", "spar"]
+    command += ["train", "tiny", "--run", str(tmp_path / "run"), "--parallelism.grad-accum-steps", "1000"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    alone = "expected a batch that 1 processes of 1000 micro-batches divide"
+    said = alone if number == 1 else "accelerate launch: expected several processes, got one"
+    assert done.returncode != 0 and said in done.stderr, done.stderr[-2000:]
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_state_with_a_part_missing_is_refused(tmp_path):
     for rank in (0, 2):
         (tmp_path / f"modules-{rank:05}-of-00003.safetensors").write_bytes(b"")

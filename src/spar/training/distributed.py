@@ -2,7 +2,7 @@
 
 A step is defined on the whole batch. Each process draws the same indices, words and noise for all of it and computes
 its own rows; gradients are means over rows, so that the loss and the step are those of one process, up to rounding.
-Launch with `torchrun` or `accelerate launch`; both tell each process its rank through the environment.
+Launch with `torchrun` or `accelerate launch --multi_gpu`; both tell each process its rank through the environment.
 """
 
 import functools
@@ -28,6 +28,11 @@ from spar.models.blocks import compile_blocks, repeated_blocks
 
 T = TypeVar("T")
 
+LAUNCHERS = (
+    "start them with `torchrun --nproc-per-node N -m -- spar train ...` or `accelerate launch --multi_gpu "
+    "--num_processes N -m -- spar train ...`"
+)
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 PEER_FAILURE_SIGNS = ("connection closed", "connection reset", "broken pipe", "timed out", "timeout", "nccl", "socket")
 
 
@@ -77,13 +82,13 @@ class DistributedContext:
         """Meet the other processes that a launcher has started; without a launcher, be alone.
 
         Raises:
-            InputError: a strategy for several processes, where there is one.
+            InputError: a strategy or a launcher's number of several processes, where there is one.
         """
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            _check_launcher()
             if config.strategy != "auto":
                 raise InputError(
-                    f"parallelism.strategy: {config.strategy} is for several processes, got one: start them with "
-                    "`torchrun --nproc-per-node N -m -- spar train ...` or `accelerate launch -m -- spar train ...`"
+                    f"parallelism.strategy: {config.strategy} is for several processes, got one: {LAUNCHERS}"
                 )
             return cls(device=torch.device(device), config=config)
         state = PartialState(cpu=torch.device(device).type == "cpu")
@@ -179,6 +184,19 @@ class DistributedContext:
 
 
 SINGLE_PROCESS = DistributedContext()
+
+
+def _check_launcher() -> None:
+    """Refuse to be alone where a launcher was told to start several processes: each would train the whole run."""
+    for name in MPI_SIZES:
+        if os.environ.get(name, "1") not in ("", "1"):
+            raise InputError(f"{name}: expected processes of torchrun or accelerate, got those of MPI: {LAUNCHERS}")
+    # accelerate names a meeting place for several processes, and without several GPUs starts one that has no rank
+    if {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
+        raise InputError(
+            "accelerate launch: expected several processes, got one, as always without --multi_gpu and several GPUs: "
+            f"{LAUNCHERS}, or one without a launcher"
+        )
 
 
 @contextmanager
