@@ -6,7 +6,6 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, nullcontext
 from typing import Annotated, Any
 
@@ -23,8 +22,8 @@ from spar.inference.outputs import ChatOutput
 from spar.serving import schema
 from spar.serving.batching import GeneratedImage, reconstruct, sampling_jobs
 from spar.serving.errors import ApiError, add_handlers, api_error
-from spar.serving.image_io import read_image, read_messages
-from spar.serving.limits import DECODE_THREADS
+from spar.serving.gate import RequestGate
+from spar.serving.image_io import Decoders, read_image, read_messages
 from spar.serving.metrics import ServerMetrics
 from spar.serving.middleware import RequestGuardMiddleware
 from spar.serving.worker import ChatJob, ImageJob, Stopped, Worker
@@ -42,7 +41,8 @@ STREAM: dict[int | str, dict[str, Any]] = {
 
 
 def create_app(
-    worker: Worker, *, token: str | None, hosts: Collection[str] | None, timeout: float, page: FastAPI | None
+    worker: Worker, *, token: str | None, hosts: Collection[str] | None, timeout: float, page: FastAPI | None,
+    gate: RequestGate,
 ) -> FastAPI:  # fmt: skip
     """Build the ASGI application, which starts and stops the worker.
 
@@ -52,6 +52,7 @@ def create_app(
         hosts: allowed names of the Host header if there is no token, None for any.
         timeout: seconds that a request may wait and run.
         page: the web page's application, whose lifespan is this one's.
+        gate: counts the requests and their memory.
     """
     metrics = ServerMetrics(lambda: worker.waiting)
     worker.observe = metrics.observe
@@ -63,13 +64,13 @@ def create_app(
         async with page.router.lifespan_context(page) if page else nullcontext():
             yield
         await asyncio.to_thread(worker.stop)
-        routes.decoders.shutdown(cancel_futures=True)
+        routes.decoders.stop()
 
     app = FastAPI(
         title="SPAR", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS,
         separate_input_output_schemas=False, redirect_slashes=False,
     )  # fmt: skip
-    app.add_middleware(RequestGuardMiddleware, token=token, hosts=hosts, timeout=timeout, metrics=metrics)
+    app.add_middleware(RequestGuardMiddleware, token=token, hosts=hosts, timeout=timeout, metrics=metrics, gate=gate)
     add_handlers(app)
     app.post("/v1/images/generations", response_model=schema.ImagesResponse)(routes.generations)
     app.post("/v1/images/edits", response_model=schema.ImagesResponse)(routes.edits)
@@ -92,7 +93,7 @@ class Routes:
 
     def __init__(self, worker: Worker, metrics: ServerMetrics) -> None:
         self.worker, self.metrics = worker, metrics
-        self.decoders = ThreadPoolExecutor(DECODE_THREADS)
+        self.decoders = Decoders()
         names = [served_name(worker.pipe), *worker.others]
         self.served = {name: schema.ModelInfo(id=name, created=int(time.time())) for name in names}
         self.first = names[0]
@@ -122,7 +123,7 @@ class Routes:
         await _check_fields_unique(request)
         self._chosen(form.model)
         data = await form.image.read()
-        return await _race(request, read_image(data, "image", request.state.reserve, self.decoders))
+        return await _race(request, read_image(data, "image", request.state.lease, self.decoders))
 
     async def generations(self, request: Request, body: schema.GenerationRequest) -> Response:
         """Generate images from a prompt."""
@@ -150,7 +151,7 @@ class Routes:
         name, model, pipe = self._chosen(body.model)
         if body.stream_options is not None and not body.stream:
             raise ApiError(400, "stream_options: expected only with stream", param="stream_options")
-        messages = await _race(request, read_messages(body.messages, request.state.reserve, self.decoders))
+        messages = await _race(request, read_messages(body.messages, request.state.lease, self.decoders))
         max_new_tokens = body.max_completion_tokens or body.max_tokens
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
