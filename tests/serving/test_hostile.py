@@ -153,7 +153,7 @@ def test_a_files_name_is_never_used(address, name, tmp_path, monkeypatch):
         "data:text/html;base64,PGI+",
         "data:image/png,hello",
         "data:image/png;base64,####",
-        "data:image/png;base64," + "A" * 3,
+        "data:image/png;base64," + "A" * 5,
         "",
     ],
 )

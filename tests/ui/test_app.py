@@ -18,6 +18,7 @@ from PIL import Image
 pytest.importorskip("gradio", reason="the extra `ui` is not installed")
 pytest.importorskip("playwright", reason="playwright is not installed")
 
+
 import uvicorn
 from fastapi import FastAPI
 from playwright import sync_api
@@ -28,6 +29,7 @@ from spar.common.errors import Cancelled
 from spar.inference.image_files import BUNDLED_MODEL, read_metadata
 from spar.inference.notes import knows_shapes
 from spar.serving.auth import listen
+from spar.serving.http import HttpServer
 from spar.ui.app import build_page
 from spar.ui.components import error_message
 from spar.ui.examples import EDITS, PROMPTS, scene_images
@@ -378,14 +380,14 @@ def test_the_page_answers_under_the_names_of_this_machine_alone(pipe, monkeypatc
 def test_the_page_alone_disconnects_a_client_that_sends_no_request(monkeypatch):
     servers = []
 
-    class Server(uvicorn.Server):
+    class Server(HttpServer):
         def run(self, sockets):
             servers.append(self)
             super().run(sockets)
 
     monkeypatch.setattr("spar.serving.limits.HEADER_SECONDS", 0.3)
     monkeypatch.setattr("spar.ui.mount.page_app", lambda *args, **settings: Starlette())
-    monkeypatch.setattr(uvicorn, "Server", Server)
+    monkeypatch.setattr("spar.ui.mount.HttpServer", Server)
     listener = listen("127.0.0.1", 0)
     thread = threading.Thread(target=serve_page, args=(None, listener))
     thread.start()

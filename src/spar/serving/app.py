@@ -4,7 +4,6 @@ import asyncio
 import base64
 import time
 from collections.abc import AsyncIterator, Awaitable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, nullcontext
 from typing import Annotated, Any, Literal
 
@@ -22,9 +21,9 @@ from spar.serving.adaptation import adapt_messages, answer_notes, note_header, s
 from spar.serving.batching import GeneratedImage, reconstruct, sampling_jobs
 from spar.serving.completions import RunningAnswer, completion, completion_chunks
 from spar.serving.errors import ApiError, add_handlers
-from spar.serving.image_io import read_image, read_messages
+from spar.serving.gate import RequestGate
+from spar.serving.image_io import Decoders, read_image, read_messages
 from spar.serving.image_stream import RunningImage, image_events
-from spar.serving.limits import DECODE_THREADS
 from spar.serving.metrics import ServerMetrics
 from spar.serving.middleware import RequestGuardMiddleware
 from spar.serving.responses import ResponseObject, ResponseRequest, chat_messages, response_events, response_object
@@ -43,7 +42,8 @@ STREAM: dict[int | str, dict[str, Any]] = {
 
 
 def create_app(
-    worker: Worker, *, token: str | None, hosts: Collection[str] | None, timeout: float, page: FastAPI | None
+    worker: Worker, *, token: str | None, hosts: Collection[str] | None, timeout: float, page: FastAPI | None,
+    gate: RequestGate,
 ) -> FastAPI:  # fmt: skip
     """Build the ASGI application, which starts and stops the worker.
 
@@ -53,6 +53,7 @@ def create_app(
         hosts: allowed names of the Host header if there is no token, None for any.
         timeout: seconds that a request may wait and run.
         page: the web page's application, whose lifespan is this one's.
+        gate: counts the requests and their memory.
     """
     metrics = ServerMetrics(lambda: worker.waiting)
     worker.observe = metrics.observe
@@ -64,13 +65,13 @@ def create_app(
         async with page.router.lifespan_context(page) if page else nullcontext():
             yield
         await asyncio.to_thread(worker.stop)
-        routes.decoders.shutdown(cancel_futures=True)
+        routes.decoders.stop()
 
     app = FastAPI(
         title="SPAR", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS,
         separate_input_output_schemas=False, redirect_slashes=False,
     )  # fmt: skip
-    app.add_middleware(RequestGuardMiddleware, token=token, hosts=hosts, timeout=timeout, metrics=metrics)
+    app.add_middleware(RequestGuardMiddleware, token=token, hosts=hosts, timeout=timeout, metrics=metrics, gate=gate)
     add_handlers(app)
     app.post("/v1/images/generations", response_model=schema.ImagesResponse, responses=STREAM)(routes.generations)
     app.post("/v1/images/edits", response_model=schema.ImagesResponse, responses=STREAM)(routes.edits)
@@ -94,7 +95,7 @@ class Routes:
 
     def __init__(self, worker: Worker, metrics: ServerMetrics) -> None:
         self.worker, self.metrics = worker, metrics
-        self.decoders = ThreadPoolExecutor(DECODE_THREADS)
+        self.decoders = Decoders()
         names = [served_name(worker.pipe), *worker.others]
         self.served = {name: schema.ModelInfo(id=name, created=int(time.time())) for name in names}
         self.first = names[0]
@@ -125,7 +126,7 @@ class Routes:
         await _check_fields_unique(request)
         self._chosen(form.model)
         data = await form.image.read()
-        return await _race(request, read_image(data, "image", request.state.reserve, self.decoders))
+        return await _race(request, read_image(data, "image", request.state.lease, self.decoders))
 
     async def generations(self, request: Request, body: schema.GenerationRequest) -> Response:
         """Generate images from a prompt."""
@@ -185,7 +186,7 @@ class Routes:
         """Queue the answer to a conversation, of at most `limit` tokens if given."""
         name, model, pipe = self._chosen(body.model)
         adapted, notes = await _race(request, asyncio.to_thread(adapt_messages, pipe, messages))
-        turns = await _race(request, read_messages(adapted, request.state.reserve, self.decoders))
+        turns = await _race(request, read_messages(adapted, request.state.lease, self.decoders))
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 

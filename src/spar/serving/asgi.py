@@ -12,12 +12,28 @@ def is_foreign(scope: Scope) -> bool:
     return origin is not None and origin.lower().partition(b"://")[1:] != (b"://", host.lower())
 
 
-def replay_body(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that returns a body which was read already, then the later messages (the client's disconnection)."""
-    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+def host_name(scope: Scope) -> str:
+    """The name in a request's Host header, without the port; an IPv6 address keeps its brackets."""
+    host = dict(scope["headers"]).get(b"host", b"").decode("latin-1").lower()
+    return host[: host.rfind("]") + 1] if host.startswith("[") else host.partition(":")[0]
+
+
+def replay_body(parts: list[bytes], receive: Receive) -> Receive:
+    """A `receive` that returns a body which was read already, then the later messages (the client's disconnection).
+
+    Each part is forgotten with its message, so that a body is not held twice.
+    """
+    left: list[bytes] | None = parts[::-1] or [b""]
+    parts.clear()
 
     async def replay() -> Message:
-        return messages.pop() if messages else await receive()
+        nonlocal left
+        if left is None:
+            return await receive()
+        body = left.pop()
+        more = bool(left)
+        left = left or None
+        return {"type": "http.request", "body": body, "more_body": more}
 
     return replay
 

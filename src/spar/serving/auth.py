@@ -1,8 +1,11 @@
 """Address and token of API and page; imports little, so that mistakes are reported before a model loads."""
 
+import asyncio
 import ipaddress
 import os
 import socket
+import time
+from collections import deque
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,6 +13,8 @@ from spar.common.errors import InputError, install_command
 from spar.serving.limits import MIN_TOKEN_CHARACTERS, TOKEN_VARIABLE
 
 BACKLOG = 512
+FREE_GUESSES = 32
+GUESS_SECONDS = 1.0
 EXTRAS = {
     "serve": ("fastapi", "uvicorn", "python_multipart", "prometheus_client"),
     "ui": ("gradio", "fastapi", "uvicorn"),
@@ -38,6 +43,24 @@ def read_token(file: Path | None) -> str | None:
             f"got {len(token)} characters (python -c 'import secrets; print(secrets.token_urlsafe())' makes one)"
         )
     return token
+
+
+class GuessLimit:
+    """Slows guesses at the token: of those in a minute beyond FREE_GUESSES each waits GUESS_SECONDS for its answer.
+
+    The right token is never kept waiting, so that nobody can lock others out.
+    """
+
+    def __init__(self) -> None:
+        self._times: deque[float] = deque(maxlen=FREE_GUESSES)
+
+    async def wrong(self) -> None:
+        """Wait as a wrong guess must."""
+        now = time.monotonic()
+        late = len(self._times) == FREE_GUESSES and now - self._times[0] < 60
+        self._times.append(now)
+        if late:
+            await asyncio.sleep(GUESS_SECONDS)
 
 
 def is_local(host: str) -> bool:

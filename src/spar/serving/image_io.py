@@ -2,32 +2,61 @@
 
 import asyncio
 import base64
-import binascii
 import logging
 import re
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from string import whitespace as ascii_whitespace
+from typing import Any, TypeVar
+from urllib.parse import unquote
 
 from PIL import Image
 
 from spar.common.errors import InputError
 from spar.processing.images import open_training_image, read_header
 from spar.serving.errors import ApiError
-from spar.serving.limits import MAX_CHAT_IMAGES, MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS
+from spar.serving.gate import Lease
+from spar.serving.limits import DECODE_THREADS, MAX_CHAT_IMAGES, MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS, PIXEL_BYTES
 from spar.serving.schema import Message, TextPart
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 EXPECTED = (
     f"expected a whole PNG, JPEG or WEBP of one frame, at most {MAX_UPLOAD_PIXELS / 1e6:g} million pixels and "
     f"{MAX_UPLOAD_BYTES >> 20} MiB"
 )
-_DATA = re.compile(r"data:image/[\w.+-]{1,32};base64,", re.ASCII | re.IGNORECASE)
+_MAX_TYPE = 1024  # characters of a data URL before its data
+_TYPE = re.compile(r"image/[\w.+-]+", re.ASCII | re.IGNORECASE)
+_SPACES = re.compile(r"[ \t\n\f\r]+")
+_BASE64 = re.compile(r"[A-Za-z0-9+/]*", re.ASCII)
 
 
-async def read_image(data: bytes, param: str, reserve: Callable[[int], None], decoders: Executor) -> Image.Image:
-    """Decode a client's bytes in `decoders` to an RGB image, after `reserve(bytes)` of its memory.
+class Decoders:
+    """Threads for images, DECODE_THREADS at once; a client that leaves while it waits leaves nothing in their queue."""
+
+    def __init__(self) -> None:
+        self._threads, self._free = ThreadPoolExecutor(DECODE_THREADS), asyncio.Semaphore(DECODE_THREADS)
+
+    async def run(self, function: Callable[[bytes], T], data: bytes) -> T:
+        """The result of a function of the data, which goes on to its end even if nobody waits for it any more."""
+        await self._free.acquire()
+        loop, future = asyncio.get_running_loop(), self._threads.submit(function, data)
+        future.add_done_callback(lambda _: _call_soon(loop, self._free.release))
+        return await asyncio.wrap_future(future)
+
+    def stop(self) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
+    with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        loop.call_soon_threadsafe(function)
+
+
+async def read_image(data: bytes, param: str, lease: Lease, decoders: Decoders) -> Image.Image:
+    """Decode a client's bytes to an RGB image, whose memory is on the request's `lease`.
 
     Raises:
         ApiError: not such an image (one fixed message; the log has the reason).
@@ -35,36 +64,47 @@ async def read_image(data: bytes, param: str, reserve: Callable[[int], None], de
     try:
         if len(data) > MAX_UPLOAD_BYTES:
             raise InputError(f"{len(data)} bytes")
-        loop = asyncio.get_running_loop()
-        header = await loop.run_in_executor(decoders, read_header, data)  # a hostile one takes seconds
-        if header.width * header.height > MAX_UPLOAD_PIXELS:
+        header = await decoders.run(read_header, data)  # a hostile one takes seconds
+        pixels = header.width * header.height
+        if pixels > MAX_UPLOAD_PIXELS:
             raise InputError(f"{header.width} x {header.height} pixels")
-        reserve(header.width * header.height * 3)
-        return await loop.run_in_executor(decoders, open_training_image, data)
+        lease.reserve(2 * PIXEL_BYTES * pixels + len(data))  # while it is converted; chunks that a decoder keeps
+        image = await decoders.run(open_training_image, data)
+        lease.release(PIXEL_BYTES * pixels + len(data))
+        return image
     except InputError as error:
         log.info("%s refused: %s", param, ascii(str(error))[:300])
         raise ApiError(400, f"{param}: {EXPECTED}", param=param) from None
 
 
 def decode_data_url(url: str, param: str) -> bytes:
-    """Decode the base64 `data:` URL of an image; its media type is ignored.
+    """Decode the base64 `data:` URL of an image (RFC 2397); its media type and parameters are ignored.
+
+    The base64 may be percent-encoded, have line breaks and spaces, and lack its padding, as browsers take it (the
+    forgiving base64 of the WHATWG).
 
     Raises:
         ApiError: any other URL.
     """
-    found = _DATA.match(url)
-    if found is None:
+    scheme, _, rest = url.lstrip(ascii_whitespace)[:_MAX_TYPE].partition(":")
+    kind, comma, _ = rest.partition(",")
+    media, *parameters = [part.strip(ascii_whitespace) for part in kind.split(";")]
+    last = parameters[-1].lower() if parameters else ""
+    if scheme.lower() != "data" or not comma or last != "base64" or not _TYPE.fullmatch(media):
         raise ApiError(
             400, f"{param}: expected an image as data:image/...;base64,...: this server fetches nothing", param=param
         )
-    try:
-        return base64.b64decode(url[found.end() :], validate=True)
-    except (binascii.Error, ValueError):
-        raise ApiError(400, f"{param}: expected base64 after data:image/...;base64,", param=param) from None
+    text = url[url.index(",") + 1 :]
+    text = _SPACES.sub("", unquote(text, "ascii", "replace") if "%" in text else text)
+    if len(text) % 4 == 0:
+        text = text.removesuffix("=").removesuffix("=")
+    if len(text) % 4 == 1 or not _BASE64.fullmatch(text):
+        raise ApiError(400, f"{param}: expected base64 after data:image/...;base64,", param=param)
+    return base64.b64decode(text + "=" * (-len(text) % 4))
 
 
 async def read_messages(
-    messages: Sequence[Message], reserve: Callable[[int], None], decoders: Executor
+    messages: Sequence[Message], lease: Lease, decoders: Decoders
 ) -> list[dict[str, Any]]:
     """Convert a chat's messages to those of `Pipeline.chat`, with decoded images.
 
@@ -88,6 +128,6 @@ async def read_messages(
                 raise ApiError(400, f"messages: expected at most {MAX_CHAT_IMAGES} images", param="messages")
             where = f"messages.{index}.content"
             data = decode_data_url(part.image_url.url, where)
-            content.append({"type": "image", "image": await read_image(data, where, reserve, decoders)})
+            content.append({"type": "image", "image": await read_image(data, where, lease, decoders)})
         converted.append({"role": role, "content": content})
     return converted

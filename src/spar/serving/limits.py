@@ -37,8 +37,14 @@ SHUTDOWN_SECONDS = 30
 RETRY_SECONDS = 2  # Retry-After of a refused request
 
 # All requests together
+MAX_CONNECTIONS = 1024  # at most as many as there are file handles, without SPARE_FILES
+SPARE_FILES = 256
+ACCEPTED_AT_ONCE = 64  # connections, before those too many are closed
 MAX_REQUESTS = 256
 MAX_BUFFERED_BYTES = 512 * 2**20
+JSON_COPIES = 4  # of a body: its bytes, their text, the parsed text, what a data URL holds
+FORM_COPIES = 2  # its bytes, and the file that is read
+PIXEL_BYTES = 4  # of a decoded image; once more while it is converted
 MAX_QUEUE = 64
 MAX_BATCH = 8
 MAX_CHATS = 8
@@ -69,8 +75,9 @@ LIMITS = (
     ("READ_SECONDS", READ_SECONDS, "seconds that a client may stop reading an answer"),
     ("REQUEST_SECONDS", REQUEST_SECONDS, "seconds from then to the answer (--timeout)"),
     ("SHUTDOWN_SECONDS", SHUTDOWN_SECONDS, "seconds that running requests get when the server stops"),
-    ("MAX_REQUESTS", MAX_REQUESTS, "requests at once"),
-    ("MAX_BUFFERED_BYTES", f"{MAX_BUFFERED_BYTES // _MIB} MiB", "bodies and decoded images of all requests together"),
+    ("MAX_CONNECTIONS", MAX_CONNECTIONS, "connections at once; then the one that has waited longest is closed"),
+    ("MAX_REQUESTS", MAX_REQUESTS, "requests at once, without those of `/health`"),
+    ("MAX_BUFFERED_BYTES", f"{MAX_BUFFERED_BYTES // _MIB} MiB", "memory that bodies and images of all requests take"),
     ("MAX_QUEUE", MAX_QUEUE, "images and chats that wait (--max-queue)"),
     ("MAX_BATCH", MAX_BATCH, "images of the model's own size in one batch (--max-batch)"),
     ("MAX_CHATS", MAX_CHATS, "chats answered in turns"),

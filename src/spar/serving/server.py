@@ -12,7 +12,8 @@ from starlette.types import Message, Receive, Scope, Send
 from spar.inference.base import Pipeline
 from spar.serving.app import create_app
 from spar.serving.auth import host_names
-from spar.serving.http import server_config
+from spar.serving.gate import MemoryBudget, RequestGate
+from spar.serving.http import HttpServer, server_config
 from spar.serving.limits import PAGE_PATH, SHUTDOWN_SECONDS
 from spar.serving.worker import Worker
 
@@ -50,8 +51,8 @@ class PathDispatcher:
             task.cancel()
 
 
-class ApiServer(uvicorn.Server):
-    """uvicorn's server, which ends a page's streams before it waits for running requests."""
+class ApiServer(HttpServer):
+    """The server, which ends a page's streams before it waits for running requests."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if isinstance(self.config.app, PathDispatcher):
@@ -61,7 +62,7 @@ class ApiServer(uvicorn.Server):
 
 def build_server(
     pipe: Pipeline, *, host: str, token: str | None, max_batch: int, max_queue: int, timeout: float,
-    build_page: Callable[[Callable[..., Future]], FastAPI] | None = None, thread: Executor | None = None,
+    build_page: Callable[[Callable[..., Future], RequestGate], FastAPI] | None = None, thread: Executor | None = None,
     others: Mapping[str, Pipeline] | None = None,
 ) -> uvicorn.Server:  # fmt: skip
     """Build a server that `run(sockets=[...])` starts; SIGINT and SIGTERM end it after the running requests.
@@ -69,10 +70,13 @@ def build_server(
     Args:
         timeout: as in `create_app`.
         thread: as in `Worker`.
-        build_page: builds the web page's application at PAGE_PATH, given the worker's `call`; None for no page.
+        build_page: builds the web page's application at PAGE_PATH, given the worker's `call` and a gate; None for no
+            page.
         others: further models to serve, by the names that requests choose them by.
     """
     worker = Worker(pipe, max_batch, max_queue, thread=thread, others=others or {})
-    page = build_page(worker.call) if build_page else None
-    api = create_app(worker, token=token, hosts=host_names(host), timeout=timeout, page=page)
+    budget = MemoryBudget()
+    page = build_page(worker.call, RequestGate(budget)) if build_page else None
+    gate = RequestGate(budget)
+    api = create_app(worker, token=token, hosts=host_names(host), timeout=timeout, page=page, gate=gate)
     return ApiServer(server_config(PathDispatcher(api, page) if page else api, SHUTDOWN_SECONDS))

@@ -1,25 +1,35 @@
-"""Limits on what reaches Gradio: an allow-list of routes, small requests, files of its own folder, and no URLs.
+"""Limits on what reaches Gradio: an allow-list of routes, login, small requests of this page's own form, files of its
+own folder, and no URLs.
 
-Gradio serves more than this page needs: a proxy, streams, an API, files by path, and inputs that it fetches from a URL.
-Its own checks follow these.
+Gradio serves more than this page needs: a proxy, streams, an API, files by path, inputs that it fetches from a URL, and
+answers to pages of any origin. Its own checks follow these.
 """
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from spar.serving.asgi import add_headers, is_foreign, replay_body
+from spar.serving.asgi import add_headers, host_name, is_foreign, replay_body
+from spar.serving.auth import GuessLimit
+from spar.serving.errors import ApiError
+from spar.serving.gate import RequestGate, read_body
 
+# Open to who has not logged in; /config and / check for themselves what they answer.
+OPEN_ROUTES = re.compile(r"/(|config|theme\.css|favicon\.ico|login|logout|(assets|static)/.*)/?")
 ROUTES = re.compile(
-    r"/(|config|theme\.css|favicon\.ico|login|logout|(assets|static)/.*"
-    r"|gradio_api/(run/predict|queue/join|queue/data|upload|upload_progress|cancel|reset|heartbeat/\w+|startup-events|file=.*))/?"
+    r"/gradio_api/(run/predict|queue/join|queue/data|upload|upload_progress|cancel|reset|heartbeat/\w+|file=.*)/?"
 )
+LOGIN = re.compile(r"/login/?")
+EVENTS = ("/gradio_api/queue/join", "/gradio_api/run/predict")
+CALLS = ("/gradio_api/cancel", "/gradio_api/reset")  # whose body names an event
+NAME = re.compile(r"[\w-]{1,64}", re.ASCII)
+JSON = b"application/json"
 MAX_REQUEST = 256 * 2**10  # bytes of a request that carries no image
 MULTIPART = 64 * 2**10  # bytes around an image
 HEADERS = {
@@ -31,6 +41,19 @@ HEADERS = {
 }
 
 
+class HostMiddleware:
+    """ASGI middleware that refuses requests under another name in Host than `names`: DNS rebinding sends one."""
+
+    def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
+        self.app, self.names = app, names
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and host_name(scope) not in self.names:
+            await PlainTextResponse("expected this server's own name in the header Host", 400)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+
 class GradioGuardMiddleware:
     """ASGI middleware around Gradio's application.
 
@@ -38,10 +61,18 @@ class GradioGuardMiddleware:
         app: Gradio's.
         files: the folder that files may be served from, Gradio's cache.
         max_file: bytes of an uploaded image.
+        gate: counts the requests and their memory.
+        logged_in: whether a request is of a visitor who has logged in, or of one who needs not.
+        is_event: whether the body of an event is one that the page could send.
     """
 
-    def __init__(self, app: ASGIApp, files: Path, max_file: int) -> None:
+    def __init__(
+        self, app: ASGIApp, files: Path, max_file: int, *, gate: RequestGate | None = None,
+        logged_in: Callable[[Scope], bool] = lambda _: True, is_event: Callable[[Any], bool] = lambda _: True,
+    ) -> None:  # fmt: skip
         self.app, self.files, self.max_file = app, files.resolve(), max_file
+        self.gate, self.logged_in, self.is_event = gate or RequestGate(), logged_in, is_event
+        self.guesses = GuessLimit()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -49,44 +80,74 @@ class GradioGuardMiddleware:
             return
         if scope["type"] != "http":
             return
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
-        refusal = self._refuse(path, scope)
-        if refusal is None and path.startswith(("/gradio_api/queue/join", "/gradio_api/run/predict")):
-            try:
-                body = await Request(scope, receive).body()  # its length was checked, and the server enforces it
-            except ClientDisconnect:
-                return
-            receive = replay_body(body, receive)
-            if not self._own_files(body):
-                refusal = PlainTextResponse("expected a request of this page", 400)
-        await (refusal or self.app)(scope, receive, add_headers(send, HEADERS.items()))
-
-    def _refuse(self, path: str, scope: Scope) -> PlainTextResponse | None:
-        """Error answer to a request whose path or headers are refused, None otherwise."""
-        if not ROUTES.fullmatch(path) or (path.startswith("/gradio_api/file=") and not self._is_own(path[17:])):
-            return PlainTextResponse("not found", 404)
-        if scope["method"] in ("GET", "HEAD"):
-            return None
-        if is_foreign(scope):
-            return PlainTextResponse("expected a request of this page", 403)
-        length = dict(scope["headers"]).get(b"content-length", b"")
-        if not length.isdigit():
-            return PlainTextResponse("expected a length", 411)
-        most = self.max_file + MULTIPART if path.startswith("/gradio_api/upload") else MAX_REQUEST
-        return PlainTextResponse("too large", 413) if int(length) > most else None
-
-    def _own_files(self, body: bytes) -> bool:
-        """Whether every file of a request lies in our folder (and is no URL)."""
+        send = add_headers(send, HEADERS.items())
         try:
-            return all(isinstance(path, str) and self._is_own(path) for path in _paths(json.loads(body)))
+            with self.gate.enter() as lease:
+                path = scope["path"].removeprefix(scope.get("root_path", ""))
+                self._check(path, scope)
+                parts = await read_body(scope, receive, lease, self._most(path))
+                if path.startswith((*EVENTS, *CALLS)) and not self._is_own_request(path, scope, b"".join(parts)):
+                    raise ApiError(400, "expected a request of this page")
+                if LOGIN.fullmatch(path):
+                    send = self._slow_guesses(send)
+                await self.app(scope, replay_body(parts, receive), send)
+        except ClientDisconnect:
+            pass
+        except ApiError as error:
+            await PlainTextResponse(str(error), error.status, error.headers)(scope, receive, send)
+
+    def _check(self, path: str, scope: Scope) -> None:
+        """Refuse a request by its path and its headers, with ApiError."""
+        if not (OPEN_ROUTES.fullmatch(path) or ROUTES.fullmatch(path)):
+            raise ApiError(404, "not found")
+        if path.startswith("/gradio_api/file=") and not self._is_own(path[17:]):
+            raise ApiError(404, "not found")
+        if is_foreign(scope):
+            raise ApiError(403, "expected a request of this page")
+        if not OPEN_ROUTES.fullmatch(path) and not self.logged_in(scope):
+            raise ApiError(401, "expected a visitor who has logged in")
+        length = dict(scope["headers"]).get(b"content-length", b"")
+        if scope["method"] not in ("GET", "HEAD") and not length.isdigit():
+            raise ApiError(411, "expected a length")
+
+    def _most(self, path: str) -> int:
+        """Bytes of the largest body that a path may have."""
+        return self.max_file + MULTIPART if path.startswith("/gradio_api/upload") else MAX_REQUEST
+
+    def _slow_guesses(self, send: Send) -> Send:
+        """A `send` that holds the answer to a wrong password back, as `GuessLimit`."""
+
+        async def slow(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                await self.guesses.wrong()
+            await send(message)
+
+        return slow
+
+    def _is_own_request(self, path: str, scope: Scope, body: bytes) -> bool:
+        """Whether a body of JSON is one of this page, all of whose files lie in our folder (and are no URL)."""
+        if dict(scope["headers"]).get(b"content-type", JSON).partition(b";")[0].strip().lower() != JSON:
+            return False
+        try:
+            values = json.loads(body)
         except (ValueError, RecursionError):
             return False
+        if path.startswith(CALLS):
+            return isinstance(values, dict) and all(map(_is_plain, values.values()))
+        return self.is_event(values) and all(isinstance(path, str) and self._is_own(path) for path in _paths(values))
 
     def _is_own(self, path: str) -> bool:
         try:
             return Path(path).is_absolute() and Path(path).resolve().is_relative_to(self.files)
         except (OSError, ValueError):
             return False
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value may be that of a call: the name of a session or an event, or a number of a function."""
+    if isinstance(value, str):
+        return NAME.fullmatch(value) is not None
+    return value is None or (type(value) is int and 0 <= value < 2**31)
 
 
 def _paths(data: Any) -> Iterator[Any]:

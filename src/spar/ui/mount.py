@@ -5,27 +5,31 @@ import secrets
 import socket
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import gradio as gr
-import uvicorn
 from fastapi import FastAPI
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from gradio.routes import App as GradioApp
+from starlette.requests import Request
+from starlette.routing import Mount
+from starlette.types import Scope
 
 from spar.inference.base import Pipeline
 from spar.processing.images import MAX_BYTES
 from spar.serving.auth import host_names
-from spar.serving.http import server_config
+from spar.serving.gate import RequestGate
+from spar.serving.http import HttpServer, server_config
 from spar.serving.worker import Call
 from spar.ui.app import build_page
 from spar.ui.components import CSS, theme
-from spar.ui.middleware import GradioGuardMiddleware
+from spar.ui.events import is_event
+from spar.ui.middleware import GradioGuardMiddleware, HostMiddleware
 
 
 def mount_page(
     app: FastAPI, pipe: Pipeline, path: str = "/", *, token: str | None = None, call: Call | None = None,
-    cache: Path, others: Mapping[str, Pipeline] | None = None,
+    cache: Path, others: Mapping[str, Pipeline] | None = None, gate: RequestGate | None = None,
 ) -> FastAPI:  # fmt: skip
     """Mount the page into an application.
 
@@ -37,16 +41,31 @@ def mount_page(
         call: as in `build_page`.
         cache: an empty folder of our own, for temporary images.
         others: as in `build_page`.
+        gate: counts the requests and their memory; by default one of the page's own.
     """
     os.environ["GRADIO_TEMP_DIR"] = str(cache)  # Gradio reads it when it creates components
     blocks = build_page(pipe, call, others)
-    guard = Middleware(GradioGuardMiddleware, files=cache, max_file=MAX_BYTES)
-    return gr.mount_gradio_app(
-        app, blocks, path, app_kwargs={"middleware": [guard]}, max_file_size=MAX_BYTES, show_error=False,
+    gr.mount_gradio_app(
+        app, blocks, path, max_file_size=MAX_BYTES, show_error=False,
         auth=_password(token) if token else None, auth_message="The password is the token that spar was started with.",
         footer_links=[], run_history=False, ssr_mode=False, mcp_server=False, pwa=False, enable_monitoring=False,
         theme=theme(), css=CSS,
     )  # fmt: skip
+    for route in app.routes:
+        if isinstance(route, Mount) and isinstance(own := route.app, GradioApp) and own.get_blocks() is blocks:
+            route.app = GradioGuardMiddleware(  # around Gradio's own middleware too, which answers other pages
+                own, cache, MAX_BYTES, gate=gate, logged_in=partial(_logged_in, own),
+                is_event=partial(is_event, blocks),
+            )  # fmt: skip
+            return app
+    raise RuntimeError("expected Gradio to mount its application, found none")
+
+
+def _logged_in(app: GradioApp, scope: Scope) -> bool:
+    """Whether a request has the cookie that Gradio gave after the right password, or needs none."""
+    cookies = Request(scope).cookies
+    tokens = (cookies.get(f"access-token-{kind}{app.cookie_id}") for kind in ("", "unsecure-"))
+    return app.auth is None or any(token in app.tokens for token in tokens)
 
 
 def _password(token: str) -> Callable[[str, str], bool]:
@@ -54,14 +73,14 @@ def _password(token: str) -> Callable[[str, str], bool]:
 
 
 def page_app(
-    pipe: Pipeline, host: str, path: str = "/", call: Call | None = None, *, token: str | None, cache: Path,
-    others: Mapping[str, Pipeline] | None = None,
+    pipe: Pipeline, host: str, path: str = "/", call: Call | None = None, gate: RequestGate | None = None, *,
+    token: str | None, cache: Path, others: Mapping[str, Pipeline] | None = None,
 ) -> FastAPI:  # fmt: skip
     """Build an application with the page alone at `path`, reached at `host`; the rest as in `mount_page`."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     if (names := host_names(host)) is not None:  # against DNS rebinding
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=sorted(names))
-    return mount_page(app, pipe, path, token=token, call=call, cache=cache, others=others)
+        app.add_middleware(HostMiddleware, names=names)
+    return mount_page(app, pipe, path, token=token, call=call, cache=cache, others=others, gate=gate)
 
 
 def serve_page(
@@ -80,4 +99,4 @@ def serve_page(
     with tempfile.TemporaryDirectory(prefix="spar-") as cache:
         host = listener.getsockname()[0]
         app = page_app(pipe, host, token=token, call=call, cache=Path(cache), others=others)
-        uvicorn.Server(server_config(app, shutdown_seconds=1)).run(sockets=[listener])
+        HttpServer(server_config(app, shutdown_seconds=1)).run(sockets=[listener])

@@ -1,0 +1,90 @@
+"""What bounds the requests of API and page alike: their number, the time and size of their bodies, and their memory."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from starlette.requests import Request
+from starlette.types import Receive, Scope
+
+from spar.serving import limits
+from spar.serving.errors import ApiError
+
+
+class MemoryBudget:
+    """The bytes that all requests of a server hold together, at most MAX_BUFFERED_BYTES."""
+
+    held = 0
+
+
+class Lease:
+    """What one request holds of a budget."""
+
+    def __init__(self, budget: MemoryBudget) -> None:
+        self.budget, self.held = budget, 0
+
+    def reserve(self, count: int) -> None:
+        """Count memory before it is taken; ApiError (429) where there is no more."""
+        if self.budget.held + count > limits.MAX_BUFFERED_BYTES:
+            raise ApiError(429, code="rate_limit_exceeded")
+        self._take(count)
+
+    def release(self, count: int) -> None:
+        """Give back memory that is free again before the request ends."""
+        self._take(-min(count, self.held))
+
+    def _take(self, count: int) -> None:
+        self.held += count
+        self.budget.held += count
+
+
+class RequestGate:
+    """Counts the requests of one application; several may share the `budget` of memory."""
+
+    def __init__(self, budget: MemoryBudget | None = None) -> None:
+        self.budget, self.requests = budget or MemoryBudget(), 0
+
+    @contextmanager
+    def enter(self, *, counted: bool = True) -> Iterator[Lease]:
+        """Let one request in, with its lease; ApiError (429) where MAX_REQUESTS are in already.
+
+        Args:
+            counted: whether it takes one of the places; False for what must be answered in any case.
+        """
+        if counted and self.requests >= limits.MAX_REQUESTS:
+            raise ApiError(429, code="rate_limit_exceeded")
+        lease = Lease(self.budget)
+        self.requests += counted
+        try:
+            yield lease
+        finally:
+            self.requests -= counted
+            lease.release(lease.held)
+
+
+async def read_body(scope: Scope, receive: Receive, lease: Lease, most: int) -> list[bytes]:
+    """Read a whole body in parts, with a lease on the copies that its parsing makes.
+
+    Raises:
+        ApiError: 413 or 408 as soon as it is larger than `most` bytes or too slow, 429 where memory is short.
+        ClientDisconnect: the client is gone.
+    """
+    headers = dict(scope["headers"])
+    length = headers.get(b"content-length", b"0")
+    if (length.isdigit() and len(length) < 20 and int(length) > most) or len(length) >= 20:
+        raise ApiError(413)
+    form = headers.get(b"content-type", b"").lower().startswith(b"multipart/")  # its files go to the disk
+    copies = limits.FORM_COPIES if form else limits.JSON_COPIES
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(limits.BODY_SECONDS * max(1, most / limits.MAX_BODY_BYTES)):
+            async for part in Request(scope, receive).stream():
+                size += len(part)
+                if size > most:
+                    raise ApiError(413)
+                lease.reserve(copies * len(part))
+                if part:
+                    parts.append(part)
+    except TimeoutError:
+        raise ApiError(408, headers={"Connection": "close"}) from None
+    return parts

@@ -1,0 +1,235 @@
+"""What bounds all requests together: connections, places, the time of bodies, and memory; for API and page alike."""
+
+import asyncio
+import errno
+import resource
+import socket
+import time
+from contextlib import ExitStack
+from io import BytesIO
+from urllib.parse import urlsplit
+
+import httpx2
+import pytest
+from PIL import Image
+from starlette.requests import ClientDisconnect
+
+from spar.serving import limits
+from spar.serving.asgi import replay_body
+from spar.serving.auth import FREE_GUESSES, GuessLimit
+from spar.serving.errors import ApiError
+from spar.serving.gate import Lease, MemoryBudget, RequestGate, read_body
+from spar.serving.http import QUIET_SECONDS, HttpServer, max_connections
+from spar.serving.image_io import Decoders, read_image
+
+HALF = b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{"
+PROMPT = {"prompt": "a red circle", "num_inference_steps": 1}
+
+
+def connect(address: str, data: bytes = b"") -> socket.socket:
+    where = urlsplit(address)
+    connection = socket.create_connection((where.hostname, where.port), timeout=10)
+    connection.sendall(data)
+    return connection
+
+
+def health(address: str) -> tuple[int, float]:
+    start = time.monotonic()
+    return httpx2.get(f"{address}/health", timeout=10).status_code, time.monotonic() - start
+
+
+@pytest.mark.parametrize("data", [b"", b"GET /hea", HALF])
+def test_more_waiting_clients_than_connections_keep_nobody_waiting(address, monkeypatch, data):
+    monkeypatch.setattr(limits, "MAX_CONNECTIONS", 8)
+    with ExitStack() as stack:
+        held = [stack.enter_context(connect(address, data)) for _ in range(60)]
+        for _ in range(3):
+            status, seconds = health(address)
+            assert status == 200 and seconds < 2
+        held[0].settimeout(5)
+        try:
+            assert held[0].recv(100) == b""  # the first ones were disconnected
+        except ConnectionError:
+            pass
+    assert httpx2.post(f"{address}/v1/images/generations", json=PROMPT, timeout=30).status_code == 200
+
+
+def test_the_health_is_told_while_no_request_has_a_place(address, monkeypatch):
+    monkeypatch.setattr(limits, "MAX_REQUESTS", 3)
+    with ExitStack() as stack:
+        for _ in range(5):
+            stack.enter_context(connect(address, HALF))
+        time.sleep(0.3)
+        assert health(address)[0] == 200
+        answer = httpx2.post(f"{address}/v1/images/generations", json=PROMPT, timeout=10)
+        assert answer.status_code == 429 and answer.headers["Retry-After"]
+    time.sleep(0.3)
+    assert httpx2.post(f"{address}/v1/images/generations", json=PROMPT, timeout=30).status_code == 200
+
+
+@pytest.mark.parametrize(("files", "most"), [(64, 32), (1024, 768), (100_000, limits.MAX_CONNECTIONS), (-1, 1024)])
+def test_there_are_fewer_connections_than_file_handles(monkeypatch, files, most):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
+    assert max_connections() == most
+
+
+def test_the_log_says_once_in_a_while_that_file_handles_ran_out(caplog, monkeypatch):
+    server, told = HttpServer.__new__(HttpServer), []
+    loop = type("Loop", (), {"default_exception_handler": lambda _self, context: told.append(context)})()
+    for _ in range(1000):
+        server._handle(loop, {"exception": OSError(errno.EMFILE, "Too many open files")})
+    assert caplog.text.count("no file handle is left") == 1 and told == []
+    monkeypatch.setattr("spar.serving.http.QUIET_SECONDS", 0)
+    server._handle(loop, {"exception": OSError(errno.ENFILE, "Too many open files")})
+    assert caplog.text.count("no file handle is left") == 2 and QUIET_SECONDS >= 60
+    for context in ({"message": "x"}, {"exception": OSError(errno.EIO, "x")}, {"exception": ValueError()}):
+        server._handle(loop, context)
+        assert told[-1] is context
+
+
+def scope(**headers: str) -> dict:
+    pairs = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    return {"type": "http", "method": "POST", "path": "/", "headers": pairs}
+
+
+def bodies(*parts: bytes, then: str = "wait"):
+    """A `receive` of these parts, after which the client sends nothing more, or leaves."""
+    left = list(parts)
+
+    async def receive() -> dict:
+        if left:
+            return {"type": "http.request", "body": left.pop(0), "more_body": bool(left) or then != "end"}
+        if then == "leave":
+            return {"type": "http.disconnect"}
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    return receive
+
+
+def test_a_body_is_timed_measured_and_leased(monkeypatch):
+    monkeypatch.setattr(limits, "BODY_SECONDS", 0.1)
+
+    async def read(*parts: bytes, most: int = 10, then: str = "end", **headers: str) -> tuple[list[bytes], int]:
+        lease = Lease(MemoryBudget())
+        return await read_body(scope(**headers), bodies(*parts, then=then), lease, most), lease.held
+
+    assert asyncio.run(read(b"abc", b"", b"de")) == ([b"abc", b"de"], 5 * limits.JSON_COPIES)
+    assert asyncio.run(read(b"abc", content_type="multipart/form-data; boundary=x"))[1] == 3 * limits.FORM_COPIES
+    assert asyncio.run(read(b"")) == ([], 0)
+    for parts, then, headers, status in (
+        ((b"abc",), "wait", {}, 408), ((), "wait", {}, 408), ((b"x" * 11,), "end", {}, 413),
+        ((b"x",), "end", {"content_length": "11"}, 413), ((b"x",), "end", {"content_length": "9" * 30}, 413),
+    ):
+        with pytest.raises(ApiError) as caught:
+            asyncio.run(read(*parts, then=then, **headers))
+        assert caught.value.status == status
+    with pytest.raises(ClientDisconnect):
+        asyncio.run(read(b"x", then="leave"))
+
+
+def test_a_body_that_was_read_comes_in_its_parts_and_is_forgotten():
+    async def replayed(*parts: bytes) -> list[tuple[bytes, bool]]:
+        given, messages = list(parts), []
+        receive = replay_body(given, bodies(then="leave"))
+        while (message := await receive())["type"] == "http.request":
+            messages.append((message["body"], message["more_body"]))
+        assert given == []
+        return messages
+
+    assert asyncio.run(replayed(b"a", b"b", b"c")) == [(b"a", True), (b"b", True), (b"c", False)]
+    assert asyncio.run(replayed(b"a")) == [(b"a", False)] and asyncio.run(replayed()) == [(b"", False)]
+
+
+def test_memory_is_given_back_whatever_happens(monkeypatch):
+    monkeypatch.setattr(limits, "MAX_BUFFERED_BYTES", 100)
+    budget = MemoryBudget()
+    api, page = RequestGate(budget), RequestGate(budget)
+    with api.enter() as one, page.enter() as other:
+        one.reserve(60)
+        with pytest.raises(ApiError) as caught:
+            other.reserve(50)
+        assert caught.value.status == 429 and other.held == 0
+        one.release(30), other.reserve(50)
+        one.release(1000)
+        assert budget.held == 50
+    with pytest.raises(RuntimeError), api.enter() as one:
+        one.reserve(100)
+        raise RuntimeError
+    assert budget.held == 0 and (api.requests, page.requests) == (0, 0)
+
+
+def test_places_are_counted_for_each_application_and_given_back(monkeypatch):
+    monkeypatch.setattr(limits, "MAX_REQUESTS", 2)
+    api, page = RequestGate(), RequestGate()
+    with api.enter(), api.enter(), page.enter(), api.enter(counted=False):
+        with pytest.raises(ApiError) as caught, api.enter():
+            pass
+        assert caught.value.status == 429
+    with api.enter(), api.enter():
+        pass
+
+
+def png(side: int) -> bytes:
+    file = BytesIO()
+    Image.new("RGB", (side, side)).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_decoded_image_counts_as_what_it_takes(monkeypatch):
+    data, pixels = png(100), 100 * 100
+    peak = 2 * limits.PIXEL_BYTES * pixels + len(data)
+
+    async def read(budget: int) -> Lease:
+        monkeypatch.setattr(limits, "MAX_BUFFERED_BYTES", budget)
+        lease, decoders = Lease(MemoryBudget()), Decoders()
+        try:
+            assert (await read_image(data, "image", lease, decoders)).size == (100, 100)
+        finally:
+            decoders.stop()
+        return lease
+
+    assert asyncio.run(read(peak)).held == limits.PIXEL_BYTES * pixels
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(read(peak - 1))
+    assert caught.value.status == 429
+
+
+def test_a_client_that_leaves_leaves_nothing_in_the_queue_of_the_decoders():
+    async def run() -> None:
+        decoders, began = Decoders(), []
+
+        def slow(data: bytes) -> bytes:
+            began.append(data)
+            time.sleep(0.2)
+            return data
+
+        jobs = [asyncio.ensure_future(decoders.run(slow, bytes([index]))) for index in range(20)]
+        await asyncio.sleep(0.05)
+        assert len(began) == limits.DECODE_THREADS == 2
+        for job in jobs[:-1]:
+            job.cancel()
+        assert await asyncio.wait_for(jobs[-1], 2) == bytes([19])
+        assert began == [b"\x00", b"\x01", b"\x13"]
+        decoders.stop()
+
+    asyncio.run(run())
+
+
+def test_guesses_beyond_a_few_wait(monkeypatch):
+    monkeypatch.setattr("spar.serving.auth.GUESS_SECONDS", 0.05)
+
+    async def seconds(guesses: GuessLimit) -> float:
+        start = time.monotonic()
+        await guesses.wrong()
+        return time.monotonic() - start
+
+    async def run() -> None:
+        guesses = GuessLimit()
+        assert all([await seconds(guesses) < 0.04 for _ in range(FREE_GUESSES)])
+        assert await seconds(guesses) >= 0.05
+        now = time.monotonic
+        monkeypatch.setattr(time, "monotonic", lambda: now() + 61)
+        assert await seconds(guesses) < 0.04
+
+    asyncio.run(run())
