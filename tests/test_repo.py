@@ -35,7 +35,7 @@ LAYERS = {
     "cli": 9, "__main__": 10, "__init__": 10,
 }  # fmt: skip
 CONSOLE_MODULES = {"spar.cli.main", "spar.cli.console"}  # may use rich; the CLI alone prints
-DISTRIBUTIONS = {"PIL": "pillow"}  # where the imported name is not the name that pip knows
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}  # where the imported name is not the name that pip knows
 
 MAX_FILE_BYTES = 10 * 2**20
 MAX_WEIGHTS_BYTES = 24 * 10**6

@@ -23,11 +23,12 @@ from PIL import Image
 
 import spar
 from spar.cli import console
-from spar.cli.arguments import Benchmark, EvalArguments, TrainArguments
 from spar.cli.console import WRONG_INPUT
 from spar.cli.main import VERBS, main
 from spar.cli.parsing import parse
 from spar.cli.recipe_flags import build_recipe, recipe_arguments
+from spar.cli.result_arguments import Benchmark, EvalArguments
+from spar.cli.train_arguments import TrainArguments
 from spar.common import limits
 from spar.common.errors import InputError
 from spar.worlds.shapes.tokenizer import VOCABULARY
@@ -36,7 +37,8 @@ SAMPLING_FLAGS = ("--model", "--dtype", "--device", "--output", "-o", "--overwri
                   "--num-inference-steps", "--guidance-scale", "--num-images-per-prompt", "-n", "--negative-prompt",
                   "--grid", "--save-steps")
 FLAGS = {
-    "train": ("RECIPE", "--stage", "--run", "--resume", "--init-from", "--from-scratch", "--device", "--dry-run"),
+    "train": ("RECIPE", "--config", "--stage", "--run", "--resume", "--init-from", "--from-scratch", "--device",
+              "--dry-run"),
     "plan": ("RECIPE", "--stage", "--gpus", "--gpu", "--mfu", "--strategy", "--grad-accum-steps",
              "--activation-checkpointing"),
     "cache": ("RECIPE", "--init-from", "--output", "--batch", "--device", "--precision"),
@@ -58,7 +60,9 @@ FLAGS = {
     "serve": ("--host", "--port", "--token-file", "--max-batch", "--max-queue", "--timeout", "--model"),
     "ui": ("--host", "--port", "--token-file", "--model"),
     "data": ("check", "convert"),
+    "list": ("--json",),
     "doctor": ("--help",),
+    "completion": ("SHELL", "bash"),
 }  # fmt: skip
 
 
@@ -280,6 +284,11 @@ WRONG = [
     ("doctor x", "unknown arguments: x"),
     ("train", "recipe's name first"),
     ("train --seed 3 tiny", "recipe's name first"),
+    ("train tiny --config there.txt", "expected a recipe's name or --config, got tiny and there.txt"),
+    ("train --config there.txt", "expected a file that ends in .json, .yaml, .yml, got 'there.txt'"),
+    ("plan --config nowhere.yaml", "there is no file 'nowhere.yaml'"),
+    ("train --config", "expected the recipe's name first"),
+    ("completion tcsh", "expected one of"), ("list recipes", "unknown arguments: recipes"),
     ("train large", "unknown recipe 'large'"),
     ("train tiny --resume nowhere", "expected never, auto or the folder of a run"),
     ("train tiny --stage unified-4", "no stage 'unified-4'"),
@@ -943,6 +952,22 @@ def test_doctor_fails_only_on_what_is_wrong(capsys, monkeypatch):
     assert "install anew" in capsys.readouterr().out
 
 
+def test_a_terminal_is_told_where_the_model_is(monkeypatch, capsys):
+    from spar.cli.loading import load_pipeline
+    from spar.cli.task_arguments import ReconstructArguments
+
+    asked = []
+    loaded = SimpleNamespace(device=torch.device("cpu"), dtype=torch.bfloat16)
+    monkeypatch.setattr("spar.inference.loading.load_pipeline", lambda *_, **given: asked.append(given) or loaded)
+    for there in (False, True):
+        stream = io.StringIO()
+        stream.isatty = lambda there=there: there
+        monkeypatch.setattr("sys.stderr", stream)
+        assert load_pipeline(ReconstructArguments(image=(Path("x"),), dtype="float16")) is loaded
+        assert ("spar: on cpu (" in stream.getvalue() and ") in bfloat16\n" in stream.getvalue()) == there
+    assert asked[0]["dtype"] == "float16" and asked[0]["progress"] is False
+
+
 def test_a_bar_shows_the_brackets_of_a_pattern(monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
@@ -1185,7 +1210,7 @@ def test_the_page_wants_its_extra_and_a_token_for_others(no_load, monkeypatch, c
 
 @pytest.mark.parametrize("sign", [" ", "="])
 def test_a_recipe_takes_the_sizes_and_forms_of_the_folder_that_it_starts_from(sign):
-    from spar.cli.arguments import TrainArguments
+    from spar.cli.train_arguments import TrainArguments
     from spar.cli.training import _recipe
     from spar.inference.pipeline import BUNDLED
 

@@ -6,7 +6,8 @@ from dataclasses import fields
 import pytest
 import torch
 
-from spar.cli.arguments import CacheArguments, GenerateArguments, TrainArguments
+from spar.cli.task_arguments import GenerateArguments
+from spar.cli.train_arguments import CacheArguments, TrainArguments
 from spar.common.cpu import cpu_name
 from spar.common.device import choose_device, device_name
 from spar.common.errors import InputError

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from spar.cli.arguments import GenerateArguments
 from spar.cli.parsing import parse
+from spar.cli.task_arguments import GenerateArguments
 from spar.common.errors import InputError
 from spar.inference.image_files import MAX_HEADER_BYTES, METADATA_KEYS, read_metadata, save_images
 

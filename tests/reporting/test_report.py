@@ -201,3 +201,13 @@ def test_long_series_are_thinned_to_their_means():
     steps, values = charts.thin(np.arange(1000), np.arange(1000.0))
     assert len(steps) == charts.MAX_POINTS
     assert np.allclose(steps, values) and values[0] == pytest.approx(2.5)
+
+
+def test_what_is_long_of_the_origin_is_folded():
+    earlier = {"recipe": "shapes", "scores": {f"score {number}": number / 7 for number in range(40)}}
+    page = render_report(ReportData(manifest={"recipe": "own", "origin": earlier, "words": ["red"] * 200}))
+    open_part, *folded = page.split("<details>")
+    assert "<dd>own</dd>" in open_part and "score 39" not in open_part
+    assert [part.partition("</summary>")[0] for part in folded] == ["<summary>origin", "<summary>words"]
+    assert "score 39" in folded[0] and "<dt>recipe</dt>" in folded[0] and "red, red" in folded[1]
+    assert "<details>" not in render_report(ReportData(manifest={"recipe": "own"}))

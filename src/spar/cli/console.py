@@ -52,6 +52,26 @@ def new_table(*columns: str, title: str | None = None) -> "Table":
     return table
 
 
+def show_table(console: "Console", table: "Table") -> None:
+    """Print a table; where a terminal is so narrow that it would break words, each row as lines of name and value."""
+    wide = console.options.update(width=10**6)
+    if table.__rich_measure__(console, wide).minimum <= console.width:
+        console.print(table)
+        return
+    from rich.table import Table
+
+    if table.title:
+        console.print(table.title)
+    for row in zip(*(column.cells for column in table.columns), strict=True):
+        lines = Table.grid(padding=(0, 2))
+        lines.add_column(no_wrap=True)
+        lines.add_column(overflow="fold")
+        for column, value in zip(table.columns, row, strict=True):
+            if value != "":
+                lines.add_row(str(column.header), value)
+        console.print(lines, "")
+
+
 @contextmanager
 def progress_bar(title: str) -> Iterator[Advance | None]:
     """A bar with the time left, on stderr if it is a terminal: yields advance(done, total), or None."""
@@ -78,7 +98,7 @@ def training_display() -> Iterator[tuple[Announce, Report]]:
     with Progress(*columns, *times, console=console, disable=not console.is_terminal) as progress:
 
         def announce(stage: "StageConfig", parts: list[tuple[str, int, int]]) -> None:
-            console.print(freezing_table(stage, parts))
+            show_table(console, freezing_table(stage, parts))
 
         def report(stage: str, step: int, steps: int, values: dict[str, float]) -> None:
             if stage not in tasks:

@@ -3,8 +3,8 @@
 import json
 from dataclasses import asdict
 
-from spar.cli.arguments import DataCheckArguments, DataConvertArguments
-from spar.cli.console import data_table, new_console, progress_bar
+from spar.cli.console import data_table, new_console, progress_bar, show_table
+from spar.cli.data_arguments import DataCheckArguments, DataConvertArguments
 from spar.cli.parsing import Verb, takes
 from spar.common.errors import InputError
 from spar.common.files import atomic_directory
@@ -39,7 +39,7 @@ def check_data(args: DataCheckArguments) -> int:
             )
         reports.append(found)
         if not args.json:
-            new_console().print(data_table(found))
+            show_table(new_console(), data_table(found))
     if args.json:
         print(json.dumps([asdict(report) | {"wrong": report.wrong} for report in reports], indent=2))
     return 1 if any(report.wrong for report in reports) else 0

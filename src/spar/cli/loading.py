@@ -39,5 +39,6 @@ def load_pipeline(args: ModelArguments) -> "Pipeline":
             decode_tile=args.decode_tile, weights=args.weights, offload=args.offload, compile=args.compile,
             progress=False,
         )
-    print(f"spar: on {device_name(pipe.device)} in {str(pipe.dtype).removeprefix('torch.')}", file=sys.stderr)
+    if sys.stderr.isatty():  # an error is one line where programs read it
+        print(f"spar: on {device_name(pipe.device)} in {str(pipe.dtype).removeprefix('torch.')}", file=sys.stderr)
     return pipe

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 from spar import __version__
-from spar.cli.arguments import DoctorArguments
-from spar.cli.console import BROKEN_PIPE, INTERRUPTED, check_table, fail, new_console, progress_bar
+from spar.cli.completion import completion_script
+from spar.cli.console import BROKEN_PIPE, INTERRUPTED, check_table, fail, new_console, progress_bar, show_table
 from spar.cli.datasets import data
+from spar.cli.help_arguments import CompletionArguments, DoctorArguments
+from spar.cli.listing import list_all
 from spar.cli.parsing import Verb, takes
 from spar.cli.results import demo, evaluate, report
 from spar.cli.servers import serve, ui
@@ -81,8 +83,15 @@ def doctor(_: DoctorArguments) -> int:
 
     with progress_bar("checking"):
         checks = run_checks()
-    new_console().print(check_table(checks))
+    show_table(new_console(), check_table(checks))
     return 1 if any(check.ok is False for check in checks) else 0
+
+
+@takes(CompletionArguments, "spar completion")
+def completion(args: CompletionArguments) -> int:
+    """Print a script that completes verbs, flags and names in a shell."""
+    print(completion_script(args.shell, VERBS), end="")
+    return 0
 
 
 VERBS: dict[str, Verb] = {
@@ -103,5 +112,7 @@ VERBS: dict[str, Verb] = {
     "serve": serve,
     "ui": ui,
     "data": data,
+    "list": list_all,
     "doctor": doctor,
+    "completion": completion,
 }

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spar.cli.arguments import SamplingArguments
 from spar.cli.console import progress_bar
+from spar.cli.task_arguments import SamplingArguments
 from spar.common.seeds import list_seeds
 from spar.inference.image_files import check_writable, numbered_names, output_paths, save_images, source_metadata
 

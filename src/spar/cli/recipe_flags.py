@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from tyro.conf import FlagConversionOff, arg
 
-from spar.cli.arguments import TrainArguments
+from spar.cli.train_arguments import TrainArguments
 from spar.common.errors import InputError
 
 if TYPE_CHECKING:

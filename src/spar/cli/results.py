@@ -6,9 +6,9 @@ from dataclasses import fields
 from pathlib import Path
 
 from spar.cli import loading
-from spar.cli.arguments import DemoArguments, EvalArguments, ReportArguments
-from spar.cli.console import new_console, progress_bar, score_table
+from spar.cli.console import new_console, progress_bar, score_table, show_table
 from spar.cli.parsing import takes
+from spar.cli.result_arguments import DemoArguments, EvalArguments, ReportArguments
 from spar.common.errors import InputError
 from spar.common.files import atomic_directory
 from spar.inference.image_files import check_replaceable, check_writable, list_images
@@ -39,7 +39,7 @@ def evaluate(args: EvalArguments) -> int:
         with progress_bar(name) as advance:
             result = BENCHMARKS[name](pipe, options, advance)
         write_result(path, result)
-        new_console().print(score_table(result))
+        show_table(new_console(), score_table(result))
         print(path)
     return 0
 
@@ -81,7 +81,7 @@ def demo(args: DemoArguments) -> int:
     with atomic_directory(args.output) as folder, progress_bar("the demo") as advance:
         results = make_demo(pipe, folder, options, lambda _, done, total: advance and advance(done, total))
     for result in results:
-        new_console().print(score_table(result))
+        show_table(new_console(), score_table(result))
     print(args.output / PAGE)
     return 0
 

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from spar.cli import loading
-from spar.cli.arguments import (
+from spar.cli.console import model_facts, model_table, model_values, new_console, printable, progress_bar, show_table
+from spar.cli.notes import print_notes
+from spar.cli.outputs import OutputFiles
+from spar.cli.parsing import takes
+from spar.cli.task_arguments import (
     EditArguments,
     GenerateArguments,
     InfoArguments,
     ReconstructArguments,
     UnderstandArguments,
 )
-from spar.cli.console import model_facts, model_table, model_values, new_console, printable, progress_bar
-from spar.cli.notes import print_notes
-from spar.cli.outputs import OutputFiles
-from spar.cli.parsing import takes
 from spar.inference.image_files import (
     check_writable,
     list_images,
@@ -121,7 +121,7 @@ def info(args: InfoArguments) -> int:
         if args.json:
             print(json.dumps(model_values(found), indent=2))
         else:
-            new_console().print(model_table(found, args.path.resolve().name))
+            show_table(new_console(), model_table(found, args.path.resolve().name))
             _print_facts(model_facts(found))
         return 0
     image = read_metadata(args.path)

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spar.cli.arguments import CacheArguments, PlanArguments, TrainArguments
 from spar.cli.console import (
     INTERRUPTED,
     epochs_table,
@@ -18,10 +17,12 @@ from spar.cli.console import (
     new_console,
     plan_table,
     progress_bar,
+    show_table,
     training_display,
 )
 from spar.cli.parsing import parse
 from spar.cli.recipe_flags import build_recipe, flag_value, recipe_arguments
+from spar.cli.train_arguments import CacheArguments, PlanArguments, TrainArguments
 from spar.common.errors import InputError
 from spar.inference.image_files import check_folder
 
@@ -61,16 +62,27 @@ def train(argv: list[str]) -> int:
 
 
 def _recipe(argv: list[str], kind: type[Any], prog: str, example: str) -> tuple[Any, Any]:
-    """Parse the arguments of a verb whose first word is a recipe, and build that recipe from its flags."""
-    if not argv or argv[0].startswith("-"):
+    """Parse the arguments of a verb whose first word is a recipe, or which has a recipe's file, and build that recipe
+    from its flags.
+    """
+    file = flag_value("--config", argv)
+    if file is not None and not argv[0].startswith("-"):
+        raise InputError(f"expected a recipe's name or --config, got {argv[0]} and {file}")
+    if file is None and (not argv or argv[0].startswith("-")):
         if {"-h", "--help"} & set(argv):
             parse(kind, ["--help"], prog)
         raise InputError(f"expected the recipe's name first, as in: {example}")
     from spar.recipes import REGISTRY, recipe
     from spar.training.data import DataConfig
 
-    own = recipe(argv[0])
-    base = _sized(own, argv)
+    if file is not None:
+        from spar.cli.recipe_files import read_recipe_file
+
+        own, sized = read_recipe_file(Path(file))
+        argv = [own.name, *argv]
+    else:
+        own, sized = recipe(argv[0]), False
+    base = own if sized else _sized(own, argv)
     args = parse(recipe_arguments(base, kind, REGISTRY[DataConfig], argv), argv, prog, none=True)
     chosen = build_recipe(args, base)
     return args, chosen if base is own else _with_words(chosen, base, own)
@@ -126,15 +138,15 @@ def _print_plan(plan: "RunPlan", hardware: "HardwareConfig", estimates: "Sequenc
     if os.environ.get("RANK", "0") != "0":  # the first of several processes prints
         return
     console = new_console()
-    console.print(plan_table(plan))
-    console.print(estimate_table(_left(plan, estimates), hardware))
+    show_table(console, plan_table(plan))
+    show_table(console, estimate_table(_left(plan, estimates), hardware))
     data = plan.recipe.data
     if isinstance(data, FilesData):
         with progress_bar("indexing the data"):
             sources = open_sources(data)
         weights = [weight for weight, _ in weighted_sets(data.sets)]
         stages = [one.config for one in plan.stages]
-        console.print(epochs_table({stage.name: epochs_per_source(stage, sources, weights) for stage in stages}))
+        show_table(console, epochs_table({one.name: epochs_per_source(one, sources, weights) for one in stages}))
     published = ", ".join(plan.recipe.published)
     if published and plan.stages[0].start.source == "random":
         print(f"spar: note: {published} start from random weights unless --init-from gives them", file=sys.stderr)

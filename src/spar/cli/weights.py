@@ -4,9 +4,9 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from spar.cli.arguments import BuildArguments, ConvertArguments, PushArguments
 from spar.cli.console import printable, progress_bar
 from spar.cli.parsing import takes
+from spar.cli.weights_arguments import BuildArguments, ConvertArguments, PushArguments
 from spar.common.errors import InputError
 from spar.inference.image_files import check_replaceable
 

@@ -31,6 +31,20 @@ BENCHMARKS: dict[str, Benchmark] = {
     "shapes-zero-shot": shapes_zero_shot,
     "shapes-codes": shapes_codes,
 }
+# What a benchmark's main score measures.
+MEASURED = {
+    "shapes-gen": "generated images that show the whole prompt and nothing else",
+    "shapes-edit": "edits that do what was requested and keep the rest",
+    "shapes-vqa": "questions answered correctly",
+    "shapes-recon": "objects, colors and pixels after reconstruction",
+    "shapes-gen-bind": "shapes-gen on scenes in which objects share shape or color",
+    "shapes-edit-bind": "shapes-edit on such scenes, with edits of size and place",
+    "shapes-vqa-bind": "shapes-vqa on such scenes, with further questions",
+    "shapes-paraphrase": "what is right in other words, of what is right in the usual ones",
+    "shapes-chat": "answers right in each turn of a conversation",
+    "shapes-zero-shot": "objects named by the nearest label, by the two towers",
+    "shapes-codes": "how much of each vocabulary is used, and how evenly",
+}
 # What a benchmark needs of a model that not every system defines.
 NEEDS = {
     "shapes-edit": "edit", "shapes-edit-bind": "edit", "shapes-paraphrase": "edit", "shapes-zero-shot": "classify",

@@ -1,0 +1,64 @@
+"""The verb that says what there is: `spar list`."""
+
+import json
+from typing import Any
+
+from spar.cli.console import new_console, new_table, show_count, show_table
+from spar.cli.help_arguments import ListArguments
+from spar.cli.parsing import takes
+
+
+@takes(ListArguments, "spar list")
+def list_all(args: ListArguments) -> int:
+    """List the recipes, the bundled models and the benchmarks."""
+    found = {"recipes": _recipes(), "models": _models(), "benchmarks": _benchmarks()}
+    if args.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    console = new_console()
+    for title, rows in found.items():
+        table = new_table(*rows[0] if rows else ("none",), title=title)
+        for row in rows:
+            table.add_row(*(show_count(value) if key == "parameters" else str(value) for key, value in row.items()))
+        show_table(console, table)
+    return 0
+
+
+def _recipes() -> list[dict[str, Any]]:
+    from spar.checkpoints.model_header import TITLES
+    from spar.recipes import RECIPES
+
+    rows = []
+    for name, function in RECIPES.items():
+        one = function()
+        rows.append({
+            "name": name, "system": TITLES.get(one.kind, one.kind), "pixels": one.image_size,
+            "stages": len(one.stages), "steps": sum(stage.steps for stage in one.stages),
+            "what": (function.__doc__ or "").strip().partition("\n")[0],
+        })  # fmt: skip
+    return rows
+
+
+def _models() -> list[dict[str, Any]]:
+    """The models that came with this installation: folders beside the default one, which no flag needs to name."""
+    from spar.checkpoints.inspect import inspect
+    from spar.inference.pipeline import BUNDLED
+
+    rows = []
+    folders = BUNDLED.parent.iterdir() if BUNDLED.parent.is_dir() else ()
+    for folder in sorted(folder for folder in folders if (folder / "config.json").is_file()):
+        found = inspect(folder)
+        rows.append({
+            "name": "bundled, the default" if folder == BUNDLED else folder.name, "format": found.format,
+            "recipe": found.manifest.get("recipe", ""), "pixels": found.config.image_size,
+            "parameters": found.parameters, "folder": str(folder),
+        })  # fmt: skip
+    return rows
+
+
+def _benchmarks() -> list[dict[str, Any]]:
+    from spar.evaluation.benchmarks import BENCHMARKS, MEASURED, NEEDS
+
+    return [
+        {"name": name, "needs": NEEDS.get(name, ""), "what": MEASURED[name]} for name in BENCHMARKS
+    ]  # fmt: skip

@@ -1,0 +1,81 @@
+"""Arguments of the verbs that show what a model does."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from spar.cli.arguments import Flag, Guidance, ModelArguments, OutputPath, Steps
+from spar.common.limits import MAX_GUIDANCE, MAX_IMAGES, MAX_SEED, MAX_STEPS, check_range
+
+Benchmark = Literal[
+    "shapes-gen", "shapes-edit", "shapes-vqa", "shapes-recon", "shapes-gen-bind", "shapes-edit-bind", "shapes-vqa-bind",
+    "shapes-paraphrase", "shapes-chat", "shapes-zero-shot", "shapes-codes", "all",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalArguments(ModelArguments):
+    """Score a model with the detector of the shapes world: spar eval shapes-gen -o shapes-gen.json"""
+
+    benchmark: Annotated[Positional[Benchmark], arg(metavar="BENCHMARK")]
+    """One of shapes-gen, shapes-edit, shapes-vqa, shapes-recon,
+    shapes-gen-bind, shapes-edit-bind, shapes-vqa-bind, shapes-paraphrase, shapes-chat,
+    shapes-zero-shot and shapes-codes (DualToken alone), or all that the model's system defines."""
+    output: OutputPath = None
+    """Results file (for all: folder); by default BENCHMARK.json (for all: results)."""
+    overwrite: Flag = False
+    """Replace results that exist."""
+    limit: int | None = None
+    """Prompts of each task (questions of each kind, conversations); by default all of them."""
+    seed: int | None = None
+    """Seed of the images and of the bootstrap; by default 0."""
+    num_inference_steps: Steps = None
+    """Sampling steps; by default the model's own."""
+    guidance_scale: Guidance = None
+    """Classifier-free guidance; by default the model's own."""
+    images_per_prompt: int | None = None
+    """Images for each prompt of shapes-gen and shapes-gen-bind; by default 4."""
+    batch: int | None = None
+    """Images per batch: changes the time, never the scores."""
+    combinations: Literal["seen", "held_out"] = "seen"
+    """Combinations of colour and shape that training contains, or those that it holds out."""
+    label: str | None = None
+    """Label in the results, to distinguish two models."""
+
+    def __post_init__(self) -> None:
+        check_range("--seed", self.seed, 0, MAX_SEED)
+        check_range("--steps", self.num_inference_steps, 1, MAX_STEPS)
+        check_range("--guidance", self.guidance_scale, 0, MAX_GUIDANCE)
+        for name in ("limit", "images_per_prompt", "batch"):
+            check_range("--" + name.replace("_", "-"), getattr(self, name), 1, MAX_IMAGES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportArguments:
+    """Write a run's training curves and results as one HTML page: spar report runs/shapes"""
+
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    """Folder of the run."""
+    output: OutputPath = None
+    """HTML file; by default RUN/report.html, which is replaced."""
+    overwrite: Flag = False
+    """Replace the file of --output if it exists."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoArguments(ModelArguments):
+    """Write a page with all four tasks: images, edits, answers, reconstructions and a small sample of the scores."""
+
+    output: Annotated[Path, arg(aliases=["-o"])] = Path("demo")
+    """Folder to write."""
+    overwrite: Flag = False
+    """Replace an earlier demo."""
+    images: Path | None = None
+    """Folder of images to reconstruct; by default images of the shapes world."""
+    limit: int = 4
+    """Prompts of each benchmark task."""
+
+    def __post_init__(self) -> None:
+        check_range("--limit", self.limit, 1, MAX_IMAGES)
