@@ -7,8 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from spar.cli.main import main
 from spar.common.errors import InputError
 from spar.evaluation.options import EvalOptions
+from spar.evaluation.results import read_result
 from spar.evaluation.zero_shot import class_names, zero_shot
 from spar.inference.dualtoken import DualTokenPipeline
 
@@ -100,3 +102,17 @@ def test_a_model_classifies_a_folder_and_names_an_image_that_it_cannot_read(dual
     broken.write_bytes(b"no image at all")
     with pytest.raises(InputError, match=r"green.2\.png"):
         zero_shot(pipe, folder, EvalOptions(batch=5), template="a {} circle")
+
+
+def test_the_command_scores_a_folder(dual_run, folder, tmp_path, capsys):
+    (folder / "deep_blue").rename(folder / "blue")
+    out = tmp_path / "scores.json"
+    model = str(dual_run.path / "model")
+    asked = ["eval", "zero-shot", "--model", model, "--images", str(folder), "--template", "a {} star", "-o", str(out)]
+    assert main([*asked, "--limit", "2"]) == 0
+    result = read_result(out)
+    assert result.score("overall").n == 6 and result.settings["template"] == "a {} star"
+    assert main(["eval", "zero-shot", "--model", model]) == 2
+    assert "zero-shot: expected --images FOLDER" in capsys.readouterr().err
+    assert main(["eval", "shapes-codes", "--model", model, "--images", str(folder)]) == 2
+    assert "--images belongs to zero-shot, got shapes-codes" in capsys.readouterr().err

@@ -57,8 +57,6 @@ def _models() -> list[dict[str, Any]]:
 
 
 def _benchmarks() -> list[dict[str, Any]]:
-    from spar.evaluation.benchmarks import BENCHMARKS, MEASURED, NEEDS
+    from spar.evaluation.benchmarks import MEASURED, NEEDS
 
-    return [
-        {"name": name, "needs": NEEDS.get(name, ""), "what": MEASURED[name]} for name in BENCHMARKS
-    ]  # fmt: skip
+    return [{"name": name, "needs": NEEDS.get(name, ""), "what": what} for name, what in MEASURED.items()]

@@ -7,11 +7,12 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from spar.cli.arguments import Flag, Guidance, ModelArguments, OutputPath, Steps
+from spar.common.errors import InputError
 from spar.common.limits import MAX_GUIDANCE, MAX_IMAGES, MAX_SEED, MAX_STEPS, check_range
 
 Benchmark = Literal[
     "shapes-gen", "shapes-edit", "shapes-vqa", "shapes-recon", "shapes-gen-bind", "shapes-edit-bind", "shapes-vqa-bind",
-    "shapes-paraphrase", "shapes-chat", "shapes-zero-shot", "shapes-codes", "all",
+    "shapes-paraphrase", "shapes-chat", "shapes-zero-shot", "shapes-codes", "zero-shot", "all",
 ]  # fmt: skip
 
 
@@ -22,7 +23,8 @@ class EvalArguments(ModelArguments):
     benchmark: Annotated[Positional[Benchmark], arg(metavar="BENCHMARK")]
     """One of shapes-gen, shapes-edit, shapes-vqa, shapes-recon,
     shapes-gen-bind, shapes-edit-bind, shapes-vqa-bind, shapes-paraphrase, shapes-chat,
-    shapes-zero-shot and shapes-codes (DualToken alone), or all that the model's system defines."""
+    shapes-zero-shot and shapes-codes (DualToken alone), zero-shot (DualToken, on images of --images), or all of the
+    shapes world that the model's system defines."""
     output: OutputPath = None
     """Results file (for all: folder); by default BENCHMARK.json (for all: results)."""
     overwrite: Flag = False
@@ -41,6 +43,12 @@ class EvalArguments(ModelArguments):
     """Images per batch: changes the time, never the scores."""
     combinations: Literal["seen", "held_out"] = "seen"
     """Combinations of colour and shape that training contains, or those that it holds out."""
+    images: Path | None = None
+    """Folder of zero-shot with a subfolder of images for each class."""
+    class_names: Path | None = None
+    """JSON file {subfolder: name} of the classes of zero-shot; by default the subfolders' own names."""
+    template: str | None = None
+    """Text of a label of zero-shot, {} where the class goes; by default "a photo of a {}."."""
     label: str | None = None
     """Label in the results, to distinguish two models."""
 
@@ -50,6 +58,11 @@ class EvalArguments(ModelArguments):
         check_range("--guidance", self.guidance_scale, 0, MAX_GUIDANCE)
         for name in ("limit", "images_per_prompt", "batch"):
             check_range("--" + name.replace("_", "-"), getattr(self, name), 1, MAX_IMAGES)
+        if self.benchmark == "zero-shot" and self.images is None:
+            raise InputError("zero-shot: expected --images FOLDER, with a subfolder of images for each class")
+        for flag in ("images", "class_names", "template"):
+            if self.benchmark != "zero-shot" and getattr(self, flag) is not None:
+                raise InputError(f"--{flag.replace('_', '-')} belongs to zero-shot, got {self.benchmark}")
 
 
 @dataclass(frozen=True, kw_only=True)

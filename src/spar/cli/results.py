@@ -20,6 +20,7 @@ def evaluate(args: EvalArguments) -> int:
     from spar.evaluation.benchmarks import BENCHMARKS, NEEDS, suits
     from spar.evaluation.options import EvalOptions
     from spar.evaluation.results import write_result
+    from spar.evaluation.zero_shot import TEMPLATE, zero_shot
 
     given = {item.name: getattr(args, item.name) for item in fields(EvalOptions)}
     options = EvalOptions(**{name: value for name, value in given.items() if value is not None})
@@ -37,7 +38,11 @@ def evaluate(args: EvalArguments) -> int:
         if name in left:
             continue
         with progress_bar(name) as advance:
-            result = BENCHMARKS[name](pipe, options, advance)
+            if args.images is not None:
+                template = TEMPLATE if args.template is None else args.template
+                result = zero_shot(pipe, args.images, options, advance, template=template, names=args.class_names)
+            else:
+                result = BENCHMARKS[name](pipe, options, advance)
         write_result(path, result)
         show_table(new_console(), score_table(result))
         print(path)

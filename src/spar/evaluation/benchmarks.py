@@ -1,4 +1,7 @@
-"""The table of benchmarks: name to a function of a pipe, options and a progress callback that returns a Result."""
+"""The table of benchmarks: name to a function of a pipe, options and a progress callback that returns a Result.
+
+`zero_shot` beside them needs images of the user's.
+"""
 
 from __future__ import annotations
 
@@ -44,11 +47,12 @@ MEASURED = {
     "shapes-chat": "answers right in each turn of a conversation",
     "shapes-zero-shot": "objects named by the nearest label, by the two towers",
     "shapes-codes": "how much of each vocabulary is used, and how evenly",
+    "zero-shot": "your own images named by the nearest class, by the two towers",
 }
 # What a benchmark needs of a model that not every system defines.
 NEEDS = {
     "shapes-edit": "edit", "shapes-edit-bind": "edit", "shapes-paraphrase": "edit", "shapes-zero-shot": "classify",
-    "shapes-codes": "encode",
+    "shapes-codes": "encode", "zero-shot": "classify",
 }  # fmt: skip
 
 
