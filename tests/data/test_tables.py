@@ -143,9 +143,10 @@ def test_a_saved_dictionary_of_splits_stands_for_train(sets):
         save_to_disk(sets.folder / f"all/{split}", rows(sets, count))
     sets.json("all/dataset_dict.json", {"splits": ["test", "train"]})
     assert len(open_source(str(sets.folder / "all"))) == 3
-    sets.json("all/dataset_dict.json", {"splits": ["../x"]})
-    with pytest.raises(InputError, match="expected the splits"):
-        open_source(str(sets.folder / "all"))
+    for wrong in ({"splits": ["../x"]}, {"splits": 3}, [], {}):
+        sets.json("all/dataset_dict.json", wrong)
+        with pytest.raises(InputError, match="expected the splits"):
+            open_source(str(sets.folder / "all"))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from spar.common.errors import InputError
-from spar.processing.images import FORMATS, MAX_BYTES, nearest_size, open_image, to_pil, to_size, to_square, to_tensor
+from spar.processing.images import (
+    FORMATS,
+    MAX_BYTES,
+    nearest_size,
+    open_image,
+    open_training_image,
+    to_pil,
+    to_size,
+    to_square,
+    to_tensor,
+)
 
 
 def picture(width: int = 60, height: int = 40, seed: int = 0) -> Image.Image:
@@ -165,6 +175,21 @@ def test_a_truncated_file_is_refused(kind, part):
     data = encode(noise, kind)
     with pytest.raises(InputError, match="expected an image as .* cannot be decoded: ."):
         open_image(data[: int(part * len(data))])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {}), ("WEBP", {"lossless": True})],
+)
+@pytest.mark.parametrize("part", [0.5, 0.9])
+def test_a_file_whose_end_was_never_written_is_refused(kind, options, part):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    data = encode(noise, kind, **options)
+    length = int(part * len(data))
+    with pytest.raises(InputError, match="that is complete"):
+        open_training_image(data[:length] + bytes(len(data) - length))
+    if kind != "WEBP":  # zeros after the end are padding
+        assert np.array_equal(pixels(open_training_image(data + bytes(500))), pixels(open_training_image(data)))
 
 
 @pytest.mark.parametrize(

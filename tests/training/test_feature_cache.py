@@ -94,6 +94,18 @@ def test_training_from_the_cache_has_the_losses_of_training_from_pictures(tiny_r
     assert {json.loads(line)["key"] for line in lines} == {"3.png"}
 
 
+def test_a_caption_that_is_no_unicode_is_left_out_and_named(tiny_run, data, tmp_path, caplog):
+    table = tmp_path / "own" / "metadata.jsonl"
+    table.write_text(table.read_text().replace('"5.png", "text": "a blue star"', '"5.png", "text": "a \\ud83d"'))
+    assert write(data, tiny_run.path / "model", tmp_path / "features") == 2
+    assert "'5.png'" in caplog.text and "half a surrogate pair" in caplog.text
+
+
+def test_a_cache_of_another_use_of_colour_profiles_is_stale(tiny_run, data):
+    tokenizer, sources = load_model(tiny_run.path / "model").model.tokenizer, open_sources(data)
+    assert cache_key(tokenizer, 64, sources, profiles=False) != cache_key(tokenizer, 64, sources)
+
+
 def test_a_row_is_what_the_tokenizer_makes_of_its_own_picture(tiny_run, data, tmp_path):
     model = tiny_run.path / "model"
     write(data, model, tmp_path / "features")

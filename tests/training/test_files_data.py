@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from spar.checkpoints.spar_format import load_model
 from spar.common.errors import InputError
@@ -383,5 +383,21 @@ def test_workers_budget_and_place_of_the_data_may_change_when_a_run_is_resumed(t
     open_run(tmp_path / "run", base, fresh=True)
     for change in ({"workers": 1}, {"bad_share": 0.02}, {"sets": ("/mnt/b/photos",)}):
         open_run(tmp_path / "run", replace(base, data=replace(base.data, **change)), fresh=False)
+    with pytest.raises(InputError, match=r"data\.color_profiles: "):
+        open_run(tmp_path / "run", replace(base, data=replace(base.data, color_profiles=False)), fresh=False)
     with pytest.raises(InputError, match=r"data\.max_aspect: 1\.0, now 2\.0"):
         open_run(tmp_path / "run", replace(base, data=replace(base.data, max_aspect=2.0)), fresh=False)
+
+
+def test_colour_profiles_may_be_left_unused(tmp_path):
+    """A profile that swaps red and blue, so that its use shows."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    red, blue = profile.index(b"rXYZ"), profile.index(b"bXYZ")
+    profile[red : red + 4], profile[blue : blue + 4] = b"bXYZ", b"rXYZ"
+    out = io.BytesIO()
+    Image.new("RGB", (64, 64), (250, 10, 10)).save(out, "PNG", icc_profile=bytes(profile))
+    path = write_tar(tmp_path / "tagged.tar", [{"png": out.getvalue(), "txt": b"a red square"}] * 8)
+    for used, color in ((True, [10, 10, 250]), (False, [250, 10, 10])):
+        config = FilesData(sets=(path,), workers=0, color_profiles=used)
+        (pixels, *_) = reader(config, tmp_path / str(used)).sample(1)
+        assert np.abs(pixels[0].mean((1, 2)).numpy() * 255 - color).max() < 3

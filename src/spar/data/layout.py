@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spar.common.errors import InputError
+from spar.common.files import open_regular
+from spar.common.limits import MAX_INDEX_BYTES
 from spar.data.arrow import SPLITS, STATE
 from spar.data.captions import parse_json
 from spar.data.image_folder import IMAGE_ENDINGS, METADATA
@@ -80,14 +82,15 @@ def _names(folder: Path) -> list[str]:
 def _shards(names: Sequence[str], ending: str) -> list[str]:
     found = [name for name in names if name.endswith(ending)]
     if ending == ".parquet":  # of NUMBER.parquet beside NUMBER.tar or NUMBER/ the samples are there
-        stems = {name: name.removesuffix(ending) for name in found}
-        found = [name for name in found if f"{stems[name]}.tar" not in names and stems[name] not in names]
+        beside = {name.removesuffix(".tar") for name in names if name.removesuffix(".tar").isdecimal()}
+        found = [name for name in found if name.removesuffix(ending) not in beside]
     return found
 
 
 def _train_split(folder: Path) -> str:
     try:
-        splits = parse_json((folder / SPLITS).read_bytes())["splits"]
+        with open_regular(folder / SPLITS) as file:
+            splits = parse_json(file.read(MAX_INDEX_BYTES))["splits"]
         return "train" if "train" in splits else next(name for name in splits if name in _names(folder))
     except (OSError, ValueError, KeyError, TypeError, StopIteration, RecursionError) as error:
         raise InputError(f"expected the splits of a data set in {str(folder / SPLITS)!r}, got {error!r}") from error

@@ -103,7 +103,7 @@ class TableSource(ABC):
             raise BadSample(key, origin, f"expected 1 to {MAX_INPUT_IMAGES} references, got {len(inputs)}")
         stored = (values[self.columns["image"][0]], *inputs)
         image, *references = (self._image_bytes(one, file, key, origin) for one in stored)
-        label = values[self.columns["label"][0]] if "label" in self.columns and self.kind != "edit" else None
+        label = None if self.captioned or self.kind == "edit" else values[self.columns["label"][0]]
         label = label if isinstance(label, int) and label >= 0 else None
         return Sample(image, text, key, origin, label, input_images=tuple(references))
 

@@ -23,6 +23,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 TRAINING_FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 64 * 10**6
 MAX_BYTES = 64 * 2**20
+_HOLE = 64  # bytes: no encoder ends a file on so many zeros
 MAX_SCANS = 100  # of a JPEG: an encoder writes about ten, and each decodes every pixel
 MIN_SIDE = 1
 MAX_ASPECT = 4  # the longer side is then twice the trained one
@@ -281,6 +282,8 @@ def _convert(image: Image.Image, name: str, data: bytes | None = None, *, profil
     The image that was opened from `data` has no other references: it is not copied if there is nothing to convert.
     """
     _check_pixels(image, name)
+    if data is not None and _ends_in_a_hole(data, image):
+        raise InputError(f"{_EXPECTED} that is complete, but {name} has zeros in place of its end")
     try:
         late = data is None or image.format == "TIFF"  # Pillow turns a TIFF as it loads, and takes the tag away
         orientation = None if late else orientation_of(image, data or b"")
@@ -295,6 +298,20 @@ def _convert(image: Image.Image, name: str, data: bytes | None = None, *, profil
     upright = turn_upright(converted, orientation)
     upright.info = {}  # its orientation and its profile are applied, and would be again
     return upright
+
+
+def _ends_in_a_hole(data: bytes, image: Image.Image) -> bool:
+    """Whether the end of a file was never written, as of a download broken off: decoders take zeros for grey pixels."""
+    if any(data[-_HOLE:]):
+        return False
+    match _true_format(image):
+        case "JPEG":
+            return b"\xff\xd9" not in data[data.rfind(b"\xff\xda") :]
+        case "PNG":
+            return b"IEND\xaeB`\x82" not in data
+        case "WEBP":
+            return b"EXIF" not in data  # whose zeros may be its end
+    return False
 
 
 def _to_rgb(image: Image.Image, profile: bytes) -> Image.Image:
