@@ -116,6 +116,8 @@ def forbidden(module: str, tree: ast.Module) -> list[str]:
                 fault(node, "print: only the CLI prints")
             if called in ("eval", "exec"):
                 fault(node, called)
+            if called.startswith("yaml.") and "load" in called and keywords.get("Loader") != "PlainLoader":
+                fault(node, f"{called} without Loader=PlainLoader, which is safe and bounded")
             if called == "torch.load" and keywords.get("weights_only") != "True":
                 fault(node, "torch.load without weights_only=True")
             if keywords.get("strict") == "False" and called != "zip":
@@ -245,6 +247,8 @@ def test_an_import_that_points_down_is_no_fault(line, known):
         "assert x",
         "import pickle",
         "from pickle import load",
+        "yaml.load(text, Loader=yaml.Loader)",
+        "yaml.unsafe_load(text)",
         "torch.load(path)",
         "torch.load(path, weights_only=False)",
         "model.load_state_dict(tensors, strict=False)",
@@ -264,6 +268,7 @@ def test_what_the_code_never_does_would_be_found(line):
     [
         "zip(a, b, strict=False)",
         "torch.load(path, weights_only=True)",
+        "yaml.load(text, Loader=PlainLoader)",
         "model.eval()",
         "np.load(path, allow_pickle=False)",
         "Image.MAX_IMAGE_PIXELS < 10",

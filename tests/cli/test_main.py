@@ -237,6 +237,7 @@ WRONG = [
     ("generate x --seed 3 -o folder.png", "folder.png/0-seed3.png' exists already"),
     ("generate x -o sheet.png --grid", "sheet-grid.png' exists already"),
     ("generate x -o sheet.png --save-steps", "sheet.gif' exists already"),
+    ("generate --save-steps", "expected at least one prompt (PROMPT), got none"),
     ("generate x -n 65 --save-steps", "number of images with --save-steps: expected 1 to 64, got 65"),
     ("generate x -o there.png/out.png", "'there.png' is not a folder"),
     ("generate x y -o there.txt", "there.txt' is not a folder"),

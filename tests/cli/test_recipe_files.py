@@ -111,6 +111,7 @@ BOMB = "a: &a [1]\nb: [*a, *a]"
         ("recipe: tiny\nname: ../elsewhere", "name: expected the name of a folder, got '../elsewhere'"),
         ("recipe: tiny\nname: ''", "got ''"), ("recipe: tiny\nname: -x", "got '-x'"),
         ("recipe: tiny\nrecipe: shapes", "each key once, got 'recipe' twice"),
+        ("recipe: tiny\n? [a]\n: 1", "cannot be read"), ("recipe: tiny\n1: 2", "got dict"),
         (BOMB, "got an alias"), ("a: [", "cannot be read"), ("!!python/object:os.system {}", "cannot be read"),
         ("[" * 5000, "cannot be read"), ("\udcff", "cannot be read"),
     ],

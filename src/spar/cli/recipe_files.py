@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from spar.common.errors import InputError, first_line
 if TYPE_CHECKING:
     from spar.training.config import Recipe
 
-MAX_BYTES = 2**20
+MAX_BYTES = 2**18
 SUFFIXES = (".json", ".yaml", ".yml")
 
 
@@ -28,8 +29,8 @@ class PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        if twice := next((key for key in keys if keys.count(key) > 1), None):
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := next((key for key, count in keys.items() if count > 1), None):
             raise yaml.YAMLError(f"expected each key once, got {twice!r} twice")
         return super().construct_mapping(node, deep)
 

@@ -40,8 +40,6 @@ class SamplingArguments(ModelArguments):
         check_range("--steps", self.num_inference_steps, 1, MAX_STEPS)
         check_range("--guidance", self.guidance_scale, 0, MAX_GUIDANCE)
         check_range("--num-images-per-prompt", self.num_images_per_prompt, 1, MAX_IMAGES)
-        if self.save_steps:
-            check_range("number of images with --save-steps", self.count, 1, MAX_ANIMATIONS)
         check_utf8(self.negative_prompt, "--negative-prompt")
 
     @property
@@ -53,6 +51,12 @@ class SamplingArguments(ModelArguments):
     def count(self) -> int:
         """The number of images."""
         return len(self.texts) * self.num_images_per_prompt
+
+    def check_count(self) -> None:
+        """Refuse more images than one call makes, or than whose steps are kept."""
+        check_range("number of images", self.count, 1, MAX_IMAGES)
+        if self.save_steps:
+            check_range("number of images with --save-steps", self.count, 1, MAX_ANIMATIONS)
 
     def keywords(self) -> dict[str, Any]:
         """Keywords of the pipeline's sampling tasks; the seeds of all images come beside them."""
@@ -83,7 +87,7 @@ class GenerateArguments(SamplingArguments):
         check_range("--temperature", self.temperature, 0, MAX_TEMPERATURE)
         check_range("--top-k", self.top_k, 0, MAX_TOP_K)
         check_range("--top-p", self.top_p, 0, 1)
-        check_range("number of images", self.count, 1, MAX_IMAGES)
+        self.check_count()
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -108,7 +112,7 @@ class EditArguments(SamplingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_nonempty(self.instruction, "instruction", "IMAGE INSTRUCTION")
-        check_range("number of images", self.count, 1, MAX_IMAGES)
+        self.check_count()
 
     @property
     def texts(self) -> tuple[str, ...]:
