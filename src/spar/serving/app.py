@@ -26,6 +26,7 @@ from spar.serving.gate import RequestGate
 from spar.serving.image_io import Decoders, read_image, read_messages
 from spar.serving.metrics import ServerMetrics
 from spar.serving.middleware import RequestGuardMiddleware
+from spar.serving.overview import overview
 from spar.serving.worker import ChatJob, ImageJob, Stopped, Worker
 
 FORM = Form(media_type="multipart/form-data")
@@ -80,6 +81,12 @@ def create_app(
     app.get("/v1/models/{name}", response_model=schema.ModelInfo)(routes.one_model)
     app.get("/health", response_model=schema.Health)(routes.health)
     app.get("/metrics", response_class=Response)(routes.tell_metrics)
+
+    async def show() -> Response:
+        return overview(app.openapi(), routes.served, page=page is not None)
+
+    for path in ("/", "/docs"):
+        app.get(path, include_in_schema=False)(show)
     return app
 
 
