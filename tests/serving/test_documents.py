@@ -1,14 +1,18 @@
 """docs/serving.md is true: its examples run against a server, and its limits are the code's."""
 
+import html
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx2
+import pytest
 from PIL import Image
 
 from spar.serving.limits import LIMITS
+from spar.serving.overview import overview
 
 TEXT = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 
@@ -44,3 +48,21 @@ def test_the_examples_with_curl(address, tmp_path):
 def test_the_limits_are_those_of_the_code():
     shown = re.search(r"<!-- limits -->\n(.*?)<!-- end of limits -->", TEXT, re.S)[1]
     assert re.findall(r"\| `(\w+)` \| (.*?) \| (.*) \|", shown) == [(n, str(v), w) for n, v, w in LIMITS]
+
+
+@pytest.mark.parametrize("path", ["/", "/docs"])
+def test_a_person_who_opens_the_address_finds_what_it_serves(address, path):
+    answer = httpx2.get(address + path)
+    assert answer.status_code == 200 and answer.headers["Content-Type"].startswith("text/html")
+    document = httpx2.get(f"{address}/openapi.json").json()
+    for shown in (*document["paths"], *(name for name, *_ in LIMITS), "bundled", "Generate images from a prompt."):
+        assert html.escape(shown) in answer.text
+    assert re.findall(r"(?:src|href)=\"(.*?)\"", answer.text) == ["openapi.json"]
+    assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+    assert not {"/", "/docs"} & document["paths"].keys()
+
+
+def test_the_overview_of_hostile_names_is_text():
+    document = {"info": {"version": "<1>"}, "paths": {"/<x>": {"get": {"description": "a & b"}}}}
+    text = overview(document, ["<script>"], page=True).body.decode()
+    assert "<script>" not in text and "&lt;script&gt;" in text and "/&lt;x&gt;" in text and 'href="./page"' in text

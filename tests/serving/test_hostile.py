@@ -273,7 +273,7 @@ def test_a_form_says_each_thing_once(address):
     assert checked(answer)["code"] == "unknown_parameter"
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/images", "/docs", "/static/../../etc/passwd", "/%2e%2e/etc/passwd"])
+@pytest.mark.parametrize("path", ["/v1", "/v1/images", "/docs/", "/static/../../etc/passwd", "/%2e%2e/etc/passwd"])
 def test_there_is_nothing_elsewhere(address, path):
     assert checked(httpx2.get(address + path))["message"]
 
@@ -374,11 +374,12 @@ def test_a_page_elsewhere_cannot_use_a_server_on_this_machine(address):
         assert "access-control-allow-origin" not in answer.headers
 
 
-def test_a_token_is_asked_of_all_but_health(pipe, serve):
+def test_a_token_is_asked_of_all_but_health(pipe, serve, monkeypatch):
+    monkeypatch.setattr("spar.serving.auth.GUESS_SECONDS", 0.01)
     token = "a-token-for-the-tests-0123456789"
     with serve(pipe, token=token) as address:
         assert httpx2.get(f"{address}/health").status_code == 200
-        for path in ("/v1/models", "/metrics", "/openapi.json", "/nowhere"):
+        for path in ("/", "/docs", "/v1/models", "/metrics", "/openapi.json", "/nowhere"):
             wrong = (None, "", token, f"bearer {token}x", f"Bearer {token[:-1]}", f"Bearer  {token}", "Basic eDp5")
             for value in wrong:
                 answer = httpx2.get(address + path, headers={} if value is None else {"Authorization": value})

@@ -1,5 +1,6 @@
 """GradioGuardMiddleware: only the page's own routes, small requests, files of the cache, no URLs."""
 
+import asyncio
 import json
 
 import pytest
@@ -12,6 +13,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route
 from starlette.testclient import TestClient
 
+from spar.serving import limits
 from spar.ui.middleware import MAX_REQUEST, MULTIPART, GradioGuardMiddleware
 
 MAX_FILE = 1000
@@ -104,3 +106,31 @@ def test_a_page_from_elsewhere_cannot_post(client):
     assert client.post("gradio_api/cancel", content=b"{}", headers=own).status_code == 200
     assert client.post("gradio_api/cancel", content=b"{}", headers=other).status_code == 403
     assert client.post("gradio_api/cancel", content=b"{}", headers={"origin": "null"}).status_code == 403
+
+
+def answered(guard: GradioGuardMiddleware, receive) -> int:
+    """The status that a POST of a thousand bytes gets whose parts `receive` gives."""
+    headers = [(b"host", b"localhost"), (b"content-length", b"1000"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/gradio_api/queue/join", "headers": headers}
+    statuses = []
+
+    async def send(message) -> None:
+        statuses.append(message.get("status"))
+
+    asyncio.run(guard(scope, receive, send))
+    return statuses[0]
+
+
+def test_a_body_that_never_comes_is_given_up_and_its_place_is_free_again(cache, monkeypatch):
+    monkeypatch.setattr(limits, "BODY_SECONDS", 0.1)
+    guard = GradioGuardMiddleware(Starlette(), cache, MAX_FILE)
+
+    async def half() -> dict:
+        await asyncio.sleep(0.03)
+        return {"type": "http.request", "body": b"{", "more_body": True}
+
+    for _ in range(3):
+        assert answered(guard, half) == 408
+    assert (guard.gate.requests, guard.gate.budget.held) == (0, 0)
+    monkeypatch.setattr(limits, "MAX_REQUESTS", 0)
+    assert answered(guard, half) == 429

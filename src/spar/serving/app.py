@@ -26,6 +26,7 @@ from spar.serving.image_io import Decoders, read_image, read_messages
 from spar.serving.image_stream import RunningImage, image_events
 from spar.serving.metrics import ServerMetrics
 from spar.serving.middleware import RequestGuardMiddleware
+from spar.serving.overview import overview
 from spar.serving.responses import ResponseObject, ResponseRequest, chat_messages, response_events, response_object
 from spar.serving.worker import ChatJob, ImageJob, Stopped, Worker
 
@@ -82,6 +83,12 @@ def create_app(
     app.get("/v1/models/{name}", response_model=schema.ModelInfo)(routes.one_model)
     app.get("/health", response_model=schema.Health)(routes.health)
     app.get("/metrics", response_class=Response)(routes.tell_metrics)
+
+    async def show() -> Response:
+        return overview(app.openapi(), routes.served, page=page is not None)
+
+    for path in ("/", "/docs"):
+        app.get(path, include_in_schema=False)(show)
     return app
 
 

@@ -20,7 +20,7 @@ MESSAGES = {
     400: "expected a request that can be read",
     401: "expected the server's token as Authorization: Bearer TOKEN",
     403: "expected a request from this server's own address",
-    404: "no such path; /openapi.json lists all paths",
+    404: "no such path; /docs lists all paths",
     405: "this path does not have this method",
     408: "the body of the request arrived too slowly",
     413: "the request is too large",
