@@ -140,6 +140,8 @@ class PromptEncoder:
 
         A sentence is left out whole: without its unknown words it may say the opposite.
         """
+        if self.tokenizer.unk_token_id is None:
+            return text, []
         unknown = self._unknown(self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True))
         if not unknown:
             return text, []
