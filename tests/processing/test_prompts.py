@@ -282,7 +282,7 @@ def test_a_sentence_with_an_unknown_word_is_left_out_whole(prompts):
     assert prompts.known_sentences("") == ("", [])
 
 
-@given(st.text(max_size=60) | st.lists(st.sampled_from(["red", "circle", "elephant", ".", "!", "\n", "?"])).map(" ".join))
+@given(st.text(max_size=60) | st.lists(st.sampled_from(["red", "elephant", ".", "!", "\n", "?"])).map(" ".join))
 def test_what_is_kept_of_a_text_has_no_unknown_words(prompts, text):
     kept, unknown = prompts.known_sentences(text)
     assert prompts.known_sentences(kept) == (kept, []) and len(kept) <= len(text)
