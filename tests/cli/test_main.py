@@ -887,13 +887,13 @@ def test_eval_writes_results_and_shows_intervals(capsys, pipe, benchmarks):
 
 
 def test_eval_leaves_defaults_to_the_benchmarks(pipe, benchmarks):
-    from spar.evaluation.benchmarks import BENCHMARKS, suits
+    from spar.evaluation.benchmarks import BENCHMARKS, MEASURED, suits
     from spar.evaluation.options import EvalOptions
 
     own = [name for name in BENCHMARKS if suits(name, pipe.tasks)]
     assert main(["eval", "all", "-o", "scores"]) == 0
     assert benchmarks == [(name, EvalOptions()) for name in own]
-    assert set(get_args(Benchmark)) == {*BENCHMARKS, "all"}
+    assert set(get_args(Benchmark)) == {*MEASURED, "all"}
     assert sorted(path.stem for path in Path("scores").iterdir()) == sorted(own)
     shared = {field.name for field in fields(EvalOptions)} - {"batch"}
     assert shared <= {field.name for field in fields(EvalArguments)}

@@ -97,7 +97,7 @@ def test_what_says_nothing_is_left_out_and_errors_keep_the_numbers():
         ([user({"type": "text"})], r"content\[0\]: expected type and text, got type"),
         ([user({"type": "image", "text": "x"})], "expected type and image, got type, text"),
         ([user(text(7))], r"content\[0\]: expected text, got int"),
-        ([user(image(7))], "expected an image as a path, bytes or a Pillow image, got int"),
+        ([user(image(7))], "expected an image as a path, bytes, a Pillow image or an array, got int"),
         ([user(image(b"GIF89a"))], "expected an image"),
         ([user(image(), role="system"), user("x")], "expected an image from the user only, got one from the system"),
         ([user("x"), user(image(), role="assistant"), user("x")], "got one from the assistant"),

@@ -278,11 +278,11 @@ def test_a_sentence_with_an_unknown_word_is_left_out_whole(prompts):
     assert prompts.known_sentences("never say red. a red circle! Today: 5.\nblue") == (
         "a red circle! blue", ["never", "say", "Today", "5"]
     )  # fmt: skip
-    assert prompts.known_sentences("You are a user.") == ("", ["You", "user"])
+    assert prompts.known_sentences("a helpful user.") == ("", ["helpful", "user"])
     assert prompts.known_sentences("") == ("", [])
 
 
-@given(st.text(max_size=60) | st.lists(st.sampled_from(["red", "circle", "You", ".", "!", "\n", "?"])).map(" ".join))
+@given(st.text(max_size=60) | st.lists(st.sampled_from(["red", "elephant", ".", "!", "\n", "?"])).map(" ".join))
 def test_what_is_kept_of_a_text_has_no_unknown_words(prompts, text):
     kept, unknown = prompts.known_sentences(text)
     assert prompts.known_sentences(kept) == (kept, []) and len(kept) <= len(text)

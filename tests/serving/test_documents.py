@@ -30,8 +30,13 @@ def run(command: list[str], folder: Path) -> str:
 
 
 def test_the_example_with_openais_client(address, pipe, tmp_path):
-    (code,) = blocks("python")
-    assert run([sys.executable, "-c", code.replace("http://127.0.0.1:8000", address)], tmp_path).strip() == "navy"
+    code, streamed = blocks("python")
+    both = f"{code}\n{streamed}"  # the second goes on with the first one's client
+    assert run([sys.executable, "-c", both.replace("http://127.0.0.1:8000", address)], tmp_path).strip() == "navy"
+    steps = {path.name for path in tmp_path.glob("image_generation.*.png")}
+    assert steps == {f"image_generation.{name}.png" for name in (
+        "partial_image-0", "partial_image-1", "partial_image-2", "completed-last"
+    )}  # fmt: skip
     own = pipe.generate("a large red circle to the left of a small blue star", seed=0).images[0]
     assert Image.open(tmp_path / "out.png").tobytes() == own.tobytes()
 

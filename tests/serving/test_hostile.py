@@ -20,7 +20,9 @@ from spar.serving import limits
 
 PROMPT = "a red circle"
 JSON = {"Content-Type": "application/json"}
-ROUTES = ("/v1/images/generations", "/v1/images/edits", "/v1/chat/completions", "/v1/reconstruct")
+ROUTES = (
+    "/v1/images/generations", "/v1/images/edits", "/v1/chat/completions", "/v1/responses", "/v1/reconstruct"
+)  # fmt: skip
 
 
 def encoded(kind: str = "PNG", size: tuple[int, int] = (16, 16), **settings) -> bytes:

@@ -142,6 +142,8 @@ class PromptEncoder:
 
         A sentence is left out whole: without its unknown words it may say the opposite.
         """
+        if self.tokenizer.unk_token_id is None:
+            return text, []
         unknown = self._ids_and_unknown(text)[1]
         if not unknown:
             return text, []

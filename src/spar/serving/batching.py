@@ -93,7 +93,8 @@ def sampling_jobs(
     Raises:
         InputError: the model cannot encode the prompt.
     """
-    prompt, negative = request.prompt, request.negative_prompt or None  # an empty one asks for nothing
+    prompt, negative = request.prompt, request.negative_prompt
+    negative = negative if negative and negative.strip() else None  # an empty one asks for nothing
     pipe.check_text(prompt, "prompt")
     if negative is not None:
         pipe.check_text(negative, "negative_prompt")
