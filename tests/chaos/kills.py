@@ -66,12 +66,20 @@ def finish(argv: list[str]) -> None:
 
 def kill_tree(pid: int) -> None:
     """SIGKILL to a process and all that it has started, in whatever group: torchrun's are in groups of their own."""
-    parent = psutil.Process(pid)
-    family = [parent, *parent.children(recursive=True)]
+    family = stopped_family(psutil.Process(pid))
     for process in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(family, timeout=DEADLINE)
+
+
+def stopped_family(process: psutil.Process) -> list[psutil.Process]:
+    """A process and its descendants, each stopped before its children are listed, so that none is started unseen."""
+    try:
+        process.suspend()
+        return [process, *(one for child in process.children() for one in stopped_family(child))]
+    except psutil.NoSuchProcess:
+        return []
 
 
 class Killer:
