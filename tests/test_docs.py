@@ -101,6 +101,24 @@ def manifest_scores() -> dict[str, dict[str, float]]:
     return json.loads((BUNDLED / "manifest.json").read_text(encoding="utf-8"))["scores"]
 
 
+# Reliability
+
+
+def test_the_figures_of_reliability_are_those_of_the_last_run():
+    """If not: python docs/reliability.py"""
+    script = load("reliability")
+    text = (ROOT / script.DOCUMENT).read_text(encoding="utf-8")
+    assert text.split(script.MARKS[0])[1].split(script.MARKS[1])[0] == script.figures()
+    assert not any(one["differing"] for one in script.read("kills")["rounds"])
+    assert all(size["flat"] for size in script.read("soak")["sizes"].values())
+
+
+def test_every_test_that_reliability_names_exists():
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)`", text)
+    assert len(named) > 10 and all((ROOT / path).is_file() for path in named)
+
+
 # The site
 
 
