@@ -1,12 +1,15 @@
-"""Write the bundled weights from a run: python docs/bundle.py RUN [STAGE]; then --scores, once they are measured.
+"""Write the bundled weights: python docs/bundle.py RUN/model RUN [...]; then --scores, once they are measured.
 
-The weights are written to src/spar/assets/weights in bfloat16. `--scores` writes the main scores of docs/results into
-the manifest, and then the model card.
+The weights are written to src/spar/assets/weights in bfloat16, with the stages and curves of the runs that made them,
+in order: a training may have been stopped and continued in several folders. `--scores` writes the main scores of
+docs/results into the manifest, and then the model card.
 """
 
 import argparse
-import shutil
+import json
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,8 +19,6 @@ from spar.common.config import read_json, write_json
 from spar.evaluation.results import read_result
 from spar.evaluation.targets import main_scores, show_title
 from spar.inference.pipeline import BUNDLED
-from spar.recipes import REGISTRY
-from spar.training.systems.spar import load_stage_model
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -28,23 +29,43 @@ def measured() -> dict[str, dict[str, float]]:
     return {show_title(r): {score.name: round(score.value, 4) for score in main_scores(r)} for r in results}
 
 
+def stages(runs: Sequence[Path]) -> dict[str, dict[str, float]]:
+    """Steps and seconds of the finished stages of several runs, in the recipe's order."""
+    found = {}
+    for run in runs:
+        for stage in read_json(run / "recipe.json")["stages"]:
+            meta = run / stage["name"] / "done" / "meta.json"
+            if meta.is_file():
+                values = read_json(meta)
+                found[stage["name"]] = {"steps": values["step"], "seconds": round(values["seconds"], 3)}
+    return found
+
+
+def curves(run: Path) -> list[str]:
+    """The lines of a run's metrics that are of stages which it has finished."""
+    finished = stages([run])
+    lines = (run / "metrics.jsonl").read_text("utf-8").splitlines(keepends=True)
+    return [line for line in lines if json.loads(line)["stage"] in finished]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, nargs="?")
-    parser.add_argument("stage", nargs="?")
+    parser.add_argument("model", type=Path, nargs="?")
+    parser.add_argument("runs", type=Path, nargs="*")
     parser.add_argument("--scores", action="store_true")
     args = parser.parse_args()
     if args.scores:
         path = BUNDLED / "manifest.json"
         write_json(path, {**read_json(path), "license": "apache-2.0", "scores": measured()})
         (BUNDLED / CARD).write_text(build_model_card(load_model(BUNDLED)), encoding="utf-8")
-    elif args.run:
-        save_model(load_stage_model(args.run, REGISTRY, args.stage), BUNDLED, torch.bfloat16)
-        shutil.copyfile(args.run / "metrics.jsonl", BUNDLED / "metrics.jsonl")
+    elif args.model and args.runs:
+        bundle = load_model(args.model)
+        save_model(replace(bundle, manifest=bundle.manifest | {"stages": stages(args.runs)}), BUNDLED, torch.bfloat16)
+        (BUNDLED / "metrics.jsonl").write_text("".join(line for run in args.runs for line in curves(run)), "utf-8")
         size = sum(file.stat().st_size for file in BUNDLED.rglob("*") if file.is_file())
         sys.stdout.write(f"{BUNDLED}: {size / 1e6:.2f} MB\n")
     else:
-        parser.error("give a run, or --scores")
+        parser.error("give a model and its runs, or --scores")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ CONSOLE_MODULES = {"spar.cli.main", "spar.cli.console"}  # may use rich; the CLI
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}  # where the imported name is not the name that pip knows
 
 MAX_FILE_BYTES = 10 * 2**20
-MAX_WEIGHTS_BYTES = 24 * 10**6
+MAX_WEIGHTS_BYTES = 32 * 10**6
 BUNDLED = "src/spar/assets/weights/"
 # A folder that only one machine has, at the start of a path (so no match in `https://...` or `tests/home/...`).
 MACHINE_PATH = re.compile(r"(?<![\w./:~-])/(?:work|farm|root|home|Users|tmp/bash_jobs)/\w")

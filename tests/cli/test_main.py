@@ -1210,7 +1210,7 @@ def test_the_page_wants_its_extra_and_a_token_for_others(no_load, monkeypatch, c
 
 
 @pytest.mark.parametrize("sign", [" ", "="])
-def test_a_recipe_takes_the_sizes_and_forms_of_the_folder_that_it_starts_from(sign):
+def test_a_recipe_takes_the_sizes_and_forms_of_the_folder_that_it_starts_from(sign, tmp_path):
     from spar.cli.train_arguments import TrainArguments
     from spar.cli.training import _recipe
     from spar.inference.pipeline import BUNDLED
@@ -1221,9 +1221,13 @@ def test_a_recipe_takes_the_sizes_and_forms_of_the_folder_that_it_starts_from(si
 
     own = chosen("")
     assert (own.text.vocab_size, own.connector.reference) == (192, "added")
-    start = f"--init-from{sign}{BUNDLED}"
+    older = json.loads((BUNDLED / "config.json").read_text())
+    older["model"]["text"]["vocab_size"] = 128
+    older["model"]["connector"]["reference"] = "replaced"
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    start = f"--init-from{sign}{tmp_path}"
     files = chosen(f"{start} --data.source files --data.sets somewhere")
-    assert (files.text.vocab_size, files.connector.reference) == (128, "replaced")  # the bundled weights' own
+    assert (files.text.vocab_size, files.connector.reference) == (128, "replaced")  # the folder's own
     assert (chosen(start).text.vocab_size, chosen(start).connector.reference) == (192, "replaced")  # with today's words
     assert chosen(f"{start} --model.connector.reference added").connector.reference == "added"  # a flag has its way
     assert chosen("--init-from runs/none/dit/done") == own
