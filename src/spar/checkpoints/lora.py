@@ -34,12 +34,6 @@ class LoraConfig:
             raise InputError(f"lora.parts: expected some of {', '.join(LAYERS)}, got {', '.join(self.parts) or 'none'}")
 
 
-def lora_patterns(trainable: tuple[str, ...], config: LoraConfig) -> tuple[str, ...]:
-    """Of a stage with LoRA the parameters that train: the heads beside the model, and each part's additions."""
-    heads = (pattern for pattern in trainable if not pattern.startswith("model."))
-    return (*heads, *(f"model.{part}.*.{LORA_PREFIX}*" for part in config.parts))
-
-
 def is_lora_key(name: str) -> bool:
     """Whether a parameter was added by LoRA."""
     return f".{LORA_PREFIX}" in name

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spar.checkpoints.dualtoken_format import DualTokenBundle, load_dualtoken, save_dualtoken
-from spar.checkpoints.lora import LoraConfig, add_lora, lora_patterns, merge_lora, save_adapter
+from spar.checkpoints.lora import LoraConfig, add_lora
 from spar.checkpoints.model_header import load_text_tokenizer, read_manifest
 from spar.common.config import differences
 from spar.common.errors import InputError
@@ -22,12 +22,13 @@ from spar.models.dualtoken.sampling import CodeSampling
 from spar.models.dualtoken.towers import VisionTower
 from spar.processing.prompts import PromptEncoder
 from spar.training.bundle import run_manifest
-from spar.training.config import Recipe, StageConfig
+from spar.training.config import StageConfig
 from spar.training.modules import ATTENTION_GAIN, init_xavier
 from spar.training.objectives.base import Networks
 from spar.training.objectives.contrastive import ContrastiveObjective
 from spar.training.objectives.dual_next_token import DualNextTokenObjective
 from spar.training.plan import InitFolder
+from spar.training.systems.lora import LoraRecipe
 
 log = logging.getLogger("spar.training")
 
@@ -52,10 +53,12 @@ class DualPerceptualConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DualTokenRecipe(Recipe):
+class DualTokenRecipe(LoraRecipe):
     """A recipe of DualToken: the model, how its images are drawn, and what its stages share."""
 
     kind: ClassVar[str] = "dualtoken"
+    adapted: ClassVar[type[DualNextTokenObjective]] = DualNextTokenObjective
+    adapted_stages: ClassVar[str] = "stages of the LLM"
 
     model: DualTokenConfig = field(default_factory=DualTokenConfig)
     sampling: CodeSampling = CodeSampling()
@@ -119,26 +122,10 @@ class DualTokenRecipe(Recipe):
             add_lora(modules.model, self.lora)
         return modules
 
-    def check_stages(self, stages: tuple[StageConfig, ...]) -> None:
-        """LoRA adds to an LLM that is trained already: its later stages alone have these."""
-        language = [stage for stage in self.stages if isinstance(stage.objective, DualNextTokenObjective)]
-        wrong = [stage.name for stage in stages if stage not in language[1:]]
-        if self.lora.rank and wrong:
-            raise InputError(
-                f"lora: expected stages of the LLM after {language[0].name if language else 'the first'} alone (as in "
-                f"--stage {self.stages[-1].name} --init-from MODEL), got {', '.join(wrong)}"
-            )
-
-    def must_reach(self, stage: StageConfig) -> tuple[str, ...]:
-        """With LoRA each adapted part, and the heads beside the model."""
-        return lora_patterns(stage.trainable, self.lora) if self.lora.rank else stage.trainable
-
     def save(self, modules: Any, run: Path, prompts: PromptEncoder) -> None:
         """The model in `RUN/model`; with LoRA its additions in `RUN/adapter` too, and merged in the model."""
         model, manifest = modules.model.eval(), run_manifest(self, run, self.stages[-1].name)
-        if self.lora.rank:
-            save_adapter(model, self.lora, run / "adapter", manifest)
-            merge_lora(model)
+        self.merge(model, run, manifest)
         save_dualtoken(
             DualTokenBundle(model, prompts.tokenizer, self.sampling, self.max_prompt_tokens, manifest), run / "model"
         )

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from spar.checkpoints.lora import LoraConfig, lora_patterns, merge_lora, save_adapter
+from spar.checkpoints.lora import merge_lora
 from spar.checkpoints.model_header import load_text_tokenizer
 from spar.checkpoints.safetensors_io import load_weights
 from spar.checkpoints.spar_format import (
@@ -29,13 +29,14 @@ from spar.models.language import LanguageModel
 from spar.processing.prompts import PromptEncoder
 from spar.training.bundle import build_bundle
 from spar.training.checkpoint import load_group
-from spar.training.config import Recipe, StageConfig
+from spar.training.config import StageConfig
 from spar.training.modules import EXTERNAL_TEACHER, TrainingModules, build_modules
 from spar.training.objectives.base import Networks, check_at_least
 from spar.training.objectives.common import image_side
 from spar.training.objectives.unified import UnifiedObjective
 from spar.training.plan import InitFolder
 from spar.training.run_folder import find_text_tokenizer, read_recipe
+from spar.training.systems.lora import LoraRecipe
 
 log = logging.getLogger("spar.training")
 
@@ -100,16 +101,17 @@ class FlowConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparRecipe(Recipe):
+class SparRecipe(LoraRecipe):
     """A recipe of SPAR: the model, and what its stages share."""
 
     kind: ClassVar[str] = "spar"
+    adapted: ClassVar[type[UnifiedObjective]] = UnifiedObjective
+    adapted_stages: ClassVar[str] = "unified stages"
 
     model: SparConfig = field(default_factory=SparConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
     discriminator: PatchDiscriminatorConfig = PatchDiscriminatorConfig(width=32, layers=2)
 
     def __post_init__(self) -> None:
@@ -149,29 +151,13 @@ class SparRecipe(Recipe):
     def save(self, modules: Any, run: Path, prompts: PromptEncoder) -> None:
         """The model in `RUN/model`; with LoRA its additions in `RUN/adapter` too, and merged in the model."""
         bundle = build_bundle(modules, self, run, prompts, self.stages[-1].name)
-        if self.lora.rank:
-            save_adapter(bundle.model, self.lora, run / "adapter", bundle.manifest)
-            merge_lora(bundle.model)
+        self.merge(bundle.model, run, bundle.manifest)
         save_model(bundle, run / "model")
 
     def try_sizes(self, modules: Any, stages: tuple[StageConfig, ...]) -> None:
         tokenizer = modules.model.tokenizer
         for side in {self.model.image_size, *(image_side(self, stage) for stage in stages)}:
             tokenizer.decode(tokenizer.encode(torch.zeros(1, 3, side, side)).z_f)
-
-    def check_stages(self, stages: tuple[StageConfig, ...]) -> None:
-        """LoRA adds to a connector and a DiT that are trained already: later unified stages alone have these."""
-        unified = [stage for stage in self.stages if isinstance(stage.objective, UnifiedObjective)]
-        wrong = [stage.name for stage in stages if stage not in unified[1:]]
-        if self.lora.rank and wrong:
-            raise InputError(
-                f"lora: expected unified stages after {unified[0].name if unified else 'the first'} alone (as in "
-                f"--stage {self.stages[-1].name} --init-from MODEL), got {', '.join(wrong)}"
-            )
-
-    def must_reach(self, stage: StageConfig) -> tuple[str, ...]:
-        """With LoRA each adapted part, and the heads."""
-        return lora_patterns(stage.trainable, self.lora) if self.lora.rank else stage.trainable
 
     def read_model(self, folder: Path) -> InitFolder:
         manifest = folder / "manifest.json"
