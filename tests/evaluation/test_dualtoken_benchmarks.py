@@ -105,3 +105,14 @@ def test_a_model_can_be_scored(dual_run):
     assert 0 < codes.score("overall").value <= 1 and 0 <= zero.score("overall").value <= 1
     depths = {score.name for score in codes.scores}
     assert {"pixel.usage.1", "pixel.usage.2", "semantic.usage.pooled"} <= depths
+
+
+def test_a_model_of_one_codebook_has_one_vocabulary_to_score():
+    codes = torch.arange(16).view(1, 4, 4, 1)
+    pipe = SimpleNamespace(
+        entries={"semantic": 16},
+        encode=lambda images: SimpleNamespace(semantic=codes.expand(len(images), 4, 4, 1)),
+    )
+    result = shapes_codes(pipe, EvalOptions(limit=2))
+    assert {score.name.partition(".")[0] for score in result.scores} == {"overall", "semantic"}
+    assert result.score("semantic.usage.1").value == 1.0

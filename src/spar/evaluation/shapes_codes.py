@@ -37,12 +37,12 @@ def shapes_codes(pipe: Any, options: EvalOptions | None = None, progress: Advanc
         raise InputError("shapes-codes needs a model with visual vocabularies: expected one of DualToken")
     options, clock = options or EvalOptions(), Timer()
     scenes = recon_scenes(options)
-    codes: dict[str, list[np.ndarray]] = {"pixel": [], "semantic": []}
+    entries = pipe.entries
+    codes: dict[str, list[np.ndarray]] = {name: [] for name in entries}
     for chunk in batches(scenes, options.batch, progress):
         found = pipe.encode([Image.fromarray(render(scene)) for scene in chunk])
         for name, rows in codes.items():
             rows.append(getattr(found, name).flatten(1, 2).cpu().numpy())       # [B, N, D]
-    entries = pipe.entries
     scores: list[Score] = []
     for name, rows in codes.items():
         scores += _scores(name, np.concatenate(rows), entries[name], options.seed)

@@ -30,37 +30,26 @@ class Target:
     combinations: str = "seen"
 
 
-TARGETS = (
-    Target("shapes-recon", "psnr", 33.5),
-    Target("shapes-recon", "ssim", 0.95),
-    Target("shapes-recon", "survival", 0.97),
-    Target("shapes-vqa", "overall", 0.99),
-    Target("shapes-vqa", "position", 0.92),
-    Target("shapes-vqa-bind", "overall", 0.97),
-    Target("shapes-chat", "overall", 0.95),
-    Target("shapes-paraphrase", "overall", 0.90),
-    Target("shapes-gen", "overall", 0.95),
-    Target("shapes-gen", "counting", 0.90),
-    Target("shapes-gen", "overall", 0.94, "held_out"),
-    Target("shapes-gen-bind", "overall", 0.85),
-    Target("shapes-edit", "overall", 0.94),
-    Target("shapes-edit", "replace", 0.90),
-    Target("shapes-edit-bind", "overall", 0.85),
+# Benchmark, score, combinations; the target of the bundled weights, and of the recipe on a CPU within its time.
+_GOALS: tuple[tuple[str, str, str, float, float | None], ...] = (
+    ("shapes-recon", "psnr", "seen", 33.5, 33.0),
+    ("shapes-recon", "ssim", "seen", 0.95, None),
+    ("shapes-recon", "survival", "seen", 0.97, None),
+    ("shapes-vqa", "overall", "seen", 0.99, 0.98),
+    ("shapes-vqa", "position", "seen", 0.92, None),
+    ("shapes-vqa-bind", "overall", "seen", 0.97, 0.93),
+    ("shapes-chat", "overall", "seen", 0.95, 0.90),
+    ("shapes-paraphrase", "overall", "seen", 0.90, 0.85),
+    ("shapes-gen", "overall", "seen", 0.95, 0.88),
+    ("shapes-gen", "counting", "seen", 0.90, 0.80),
+    ("shapes-gen", "overall", "held_out", 0.94, 0.88),
+    ("shapes-gen-bind", "overall", "seen", 0.85, 0.70),
+    ("shapes-edit", "overall", "seen", 0.94, 0.88),
+    ("shapes-edit", "replace", "seen", 0.90, None),
+    ("shapes-edit-bind", "overall", "seen", 0.85, 0.65),
 )
-# Of the recipe on a CPU, within its bound of time.
-RECIPE_TARGETS = (
-    Target("shapes-recon", "psnr", 33.0),
-    Target("shapes-vqa", "overall", 0.98),
-    Target("shapes-vqa-bind", "overall", 0.93),
-    Target("shapes-chat", "overall", 0.90),
-    Target("shapes-paraphrase", "overall", 0.85),
-    Target("shapes-gen", "overall", 0.88),
-    Target("shapes-gen", "counting", 0.80),
-    Target("shapes-gen", "overall", 0.88, "held_out"),
-    Target("shapes-gen-bind", "overall", 0.70),
-    Target("shapes-edit", "overall", 0.88),
-    Target("shapes-edit-bind", "overall", 0.65),
-)
+TARGETS = tuple(Target(name, score, bundle, of) for name, score, of, bundle, _ in _GOALS)
+RECIPE_TARGETS = tuple(Target(name, score, own, of) for name, score, of, _, own in _GOALS if own is not None)
 
 
 def find_target(result: Result, score: Score, targets: Sequence[Target] = TARGETS) -> Target | None:
