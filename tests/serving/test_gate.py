@@ -233,3 +233,22 @@ def test_guesses_beyond_a_few_wait(monkeypatch):
         assert await seconds(guesses) < 0.04
 
     asyncio.run(run())
+
+
+def test_a_guess_that_waits_takes_no_place(pipe, serve, monkeypatch):
+    monkeypatch.setattr(limits, "MAX_REQUESTS", 1)
+    monkeypatch.setattr("spar.serving.auth.FREE_GUESSES", 1)
+    monkeypatch.setattr("spar.serving.auth.GUESS_SECONDS", 4.0)
+    token = "a-token-of-16-or-more"
+
+    def models(given: str, timeout: float) -> int:
+        headers = {"Authorization": f"Bearer {given}"}
+        return httpx2.get(f"{address}/v1/models", headers=headers, timeout=timeout).status_code
+
+    with serve(pipe, token=token) as address:
+        assert models("wrong", 20) == 401
+        slow = connect(address, b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer wrong\r\n\r\n")
+        slow.settimeout(0.5)
+        with slow, pytest.raises(TimeoutError):
+            slow.recv(1)
+        assert models(token, 20) == 200

@@ -1,4 +1,4 @@
-"""`data:` URLs as clients write them (RFC 2397), and what is none."""
+"""`data:` URLs as clients write them (RFC 2397), and what is refused."""
 
 import base64
 import itertools

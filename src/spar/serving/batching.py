@@ -68,10 +68,11 @@ def _with_previews(pipe: Pipeline, rows: list[ImageRow], callback: Step) -> Step
 
     def step(done: int, total: int, state: Any) -> bool:
         goes_on = callback(done, total, state)
-        if goes_on and any(done in steps for steps in shown):
-            for row, steps, image in zip(rows, shown, pipe.preview(state), strict=True):
-                if row.show and done in steps:
-                    row.show(image)
+        wanted = [number for number, steps in enumerate(shown) if done in steps]
+        if goes_on and wanted:
+            for number, image in zip(wanted, pipe.preview(state[wanted]), strict=True):
+                if show := rows[number].show:
+                    show(image)
         return goes_on
 
     return step if any(shown) else callback

@@ -45,8 +45,8 @@ class RequestGuardMiddleware:
     async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
         health = scope["path"] == "/health"  # has no body, and is answered however many others wait
         try:
+            await self._check(scope)  # a wrong token waits there, and takes no place meanwhile
             with self.gate.enter(counted=not health) as lease:
-                await self._check(scope)
                 parts = [] if health else await read_body(scope, receive, lease, limits.MAX_BODY_BYTES)
                 _check_values(scope, parts)
                 deadline = asyncio.get_running_loop().time() + self.timeout
