@@ -1,4 +1,4 @@
-"""A recipe's file gives the recipe that its flags would, flags change it further, and what is none gets one line."""
+"""A recipe's file gives what its flags would, flags change it further, and any other file gets one line."""
 
 import json
 import re

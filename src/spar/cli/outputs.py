@@ -60,7 +60,7 @@ class OutputFiles:
             yield callback
 
     def save(self, out: Any, source: Path | None = None) -> None:
-        """Write the images with the metadata that reproduces them, then what else is asked for, and print the paths."""
+        """Write the images with the metadata that reproduces them, sheet and animations, and print the paths."""
         origin = source_metadata(source) if source else {}
         save_images(out.images, self.paths, [values | origin for values in out.metadata])
         for path, seed in zip(self.paths, out.seeds, strict=True):

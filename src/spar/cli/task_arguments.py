@@ -1,5 +1,6 @@
 """Arguments of the four tasks and of `spar info`."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,7 @@ MAX_ANIMATIONS = 64  # images whose steps are kept in memory
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingArguments(ModelArguments):
+class SamplingArguments(ModelArguments, ABC):
     """Sampling and output of images."""
 
     output: OutputPath = None
@@ -43,9 +44,9 @@ class SamplingArguments(ModelArguments):
         check_utf8(self.negative_prompt, "--negative-prompt")
 
     @property
+    @abstractmethod
     def texts(self) -> tuple[str, ...]:
         """What each image or group of images is made of."""
-        raise NotImplementedError
 
     @property
     def count(self) -> int:

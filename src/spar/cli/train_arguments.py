@@ -18,7 +18,7 @@ class TrainArguments:
     """
 
     recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
-    """The recipe's name (tiny, shapes, ...); it comes first, unless --config stands for it."""
+    """The recipe's name (tiny, shapes, ...); it comes first, unless --config gives it."""
     config: Path | None = None
     """A recipe's file: recipe.json of a run, or YAML with `recipe: NAME` and what differs. Flags change it further."""
     stage: UseAppendAction[tuple[str, ...]] = ()
@@ -48,7 +48,7 @@ class PlanArguments:
     """
 
     recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
-    """The recipe's name (spar-1b, spar-3b); it comes first, unless --config stands for it."""
+    """The recipe's name (spar-1b, spar-3b); it comes first, unless --config gives it."""
     config: Path | None = None
     """A recipe's file, as in `spar train`."""
     stage: UseAppendAction[tuple[str, ...]] = ()
@@ -76,7 +76,7 @@ class CacheArguments:
     """
 
     recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
-    """The recipe's name; it comes first, unless --config stands for it."""
+    """The recipe's name; it comes first, unless --config gives it."""
     config: Path | None = None
     """A recipe's file, as in `spar train`."""
     init_from: Path

@@ -12,6 +12,8 @@ from typing import BinaryIO
 
 from spar.common.errors import InputError
 
+_AT_ONCE = getattr(os, "O_NONBLOCK", 0)  # Windows has no such flag
+
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
     """Open a regular file to read. A pipe or a device is refused at once, as its reader would wait for a writer.
@@ -19,7 +21,7 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
     Raises:
         OSError: the file cannot be read, or is no regular file.
     """
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | _AT_ONCE))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "Not a file of data, but a pipe or a device", str(path))

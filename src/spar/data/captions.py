@@ -92,7 +92,7 @@ def is_text(value: Any) -> bool:
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a value stands for nothing: None or NaN."""
+    """Whether a value is None or NaN, which pandas writes for it."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 

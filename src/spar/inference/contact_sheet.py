@@ -65,7 +65,7 @@ def save_animation(frames: Sequence[Image.Image], path: Path) -> None:
 def images_html(images: Sequence[Image.Image], captions: Sequence[str]) -> str:
     """HTML of images with their captions, small ones enlarged without smoothing; the first MAX_SHOWN of many."""
     figures = []
-    for image, caption in zip(images[:MAX_SHOWN], captions, strict=False):
+    for image, caption in zip(images[:MAX_SHOWN], captions[:MAX_SHOWN], strict=True):
         file = BytesIO()
         image.save(file, format="PNG")
         source = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -26,7 +26,10 @@ def sampling_bar(callback: Callback | None, steps: int, *, shown: bool) -> Itera
     off = False if "ipykernel" in sys.modules else None  # None: where there is no terminal
     with tqdm(total=steps, desc="sampling", leave=False, disable=off) as bar:
 
-        yield lambda done, *_: bar.update(done - bar.n) and None
+        def move(done: int, _total: int, _state: Tensor) -> None:
+            bar.update(done - bar.n)
+
+        yield move
 
 
 class StepRecorder:

@@ -1,6 +1,7 @@
 """A run's folder: one recipe, the ends of its stages, the manifest that it started from, and its text tokenizer."""
 
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def _first_difference(held: Any, own: Any, where: str = "") -> str:
         named = held[index].get("name", index) if isinstance(held[index], dict) else index
         return _first_difference(held[index], own[index], f"{where}.{named}")
     texts = str(held), str(own)
-    same = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
+    same = len(os.path.commonprefix(texts))  # noqa: RUF071  # of texts, letter by letter
     start = same - 30 if same > 50 else 0  # long texts are shown from shortly before they part
     shown = ["..." * bool(start) + text[start : start + 60] for text in texts]
     return f"{where}: {shown[0]}, now {shown[1]}"

@@ -109,12 +109,10 @@ class DualNextTokenObjective(NextTokenObjective):
         logits = model.code_logits(before, flat)
         terms: Terms = {}
         total = before.new_zeros((), dtype=torch.float32)
-        for name, weight in (("pixel", self.pixel), ("semantic", self.semantic)):
-            if name not in logits:
-                continue
-            losses = _by_depth(logits[name], getattr(flat, name))              # [D]
+        for name, found in logits.items():
+            losses = _by_depth(found, getattr(flat, name))                     # [D]
             decay = self.depth_decay ** torch.arange(len(losses), device=losses.device)
-            total = total + weight * (losses * decay).sum() / decay.sum()
+            total = total + getattr(self, name) * (losses * decay).sum() / decay.sum()
             terms |= {f"{name}_{depth}": loss.detach() for depth, loss in enumerate(losses, start=1)}
         return {"loss": total, **terms}
 
