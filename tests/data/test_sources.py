@@ -9,9 +9,11 @@ import pytest
 
 from spar.common.errors import InputError
 from spar.data import webdataset
+from spar.data.convert import convert
 from spar.data.mixture import Mixture
 from spar.data.samples import BadSample, Sample
 from spar.data.sources import open_source
+from spar.data.validate import validate
 
 
 def texts(source) -> list[str]:
@@ -191,6 +193,46 @@ def test_gpt_edit_keeps_items_of_two_images_and_counts_the_rest(sets):
     assert (source.format, source.kind, texts(source)) == ("gptedit", "edit", ["make it red"] * 3)
     assert source.read(1).input_images == (sets.picture(2),) and source.read(1).image == sets.picture(3)
     assert list(source.skipped.values()) == [2]
+
+
+def test_llava_keeps_conversations_about_one_image_and_counts_the_rest(sets):
+    for number in range(3):
+        sets.file(f"coco/{number}.png", sets.picture(number))
+
+    def item(image, *turns):
+        values = [{"from": who, "value": text} for who, text in turns]
+        return {"id": "1", **({"image": image} if image else {}), "conversations": values}
+
+    asked, said = ("human", "<image>\nwhat is it?"), ("gpt", " a square ")
+    items = [
+        item("coco/0.png", asked, said, ("human", "what\ncolour? <image>"), ("gpt", "red")),
+        item(None, asked, said),
+        item(["coco/0.png", "coco/1.png"], asked, said),
+        item(["coco/1.png"], ("system", "be brief"), ("user", "and this?"), ("assistant", "a ring"), asked),
+        item("coco/2.png", said, asked),
+        item("coco/2.png", asked),
+        item("coco/2.png", ("human", "<image>"), said),
+    ]
+    source = open_source(str(sets.json("llava.json", items)))
+    assert (source.format, source.kind, len(source)) == ("llava", "dialogue", 3)
+    assert source.read(0).turns == (("what is it?", "a square"), ("what\ncolour?", "red"))
+    assert source.read(0).image == sets.picture(0) and source.read(0).text == ""
+    assert source.read(0).words == "what is it?\na square\nwhat\ncolour?\nred"
+    assert source.read(1).turns == (("and this?", "a ring"),)
+    with pytest.raises(BadSample, match="expected a question and an answer in each turn, got an empty one"):
+        source.read(2)
+    assert source.skipped == {
+        "conversation about no image": 1, "conversation about several images": 1,
+        "conversation whose turns do not alternate": 2,
+    }  # fmt: skip
+    other = open_source(str(sets.json("llava.json", [item("coco/0.png", asked, ("gpt", "another"))])))
+    assert other.identity != source.identity
+    with pytest.raises(InputError, match="expected image and conversations, each turn with from and value in .*item 1"):
+        open_source(str(sets.json("llava.json", [items[0], {"image": "coco/0.png", "conversations": [{}]}])))
+    with pytest.raises(InputError, match="expected captions or edits, .* got dialogues"):
+        convert([source], sets.folder)
+    report = validate(source, workers=0)
+    assert (report.kind, report.bad, report.captions["empty"], report.captions["shortest"]) == ("dialogue", 1, 0, 16)
 
 
 @pytest.mark.parametrize("text", ["one,two", "root,none.json,false", "root,data.txt,false"])

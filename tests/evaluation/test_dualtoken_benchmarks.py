@@ -6,15 +6,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from spar.common.errors import InputError
 from spar.evaluation.benchmarks import BENCHMARKS, suits
 from spar.evaluation.options import EvalOptions
+from spar.evaluation.shapes_agreement import shapes_agreement
 from spar.evaluation.shapes_codes import perplexity, shapes_codes, usage
+from spar.evaluation.shapes_gen import gen_prompts
 from spar.evaluation.shapes_zero_shot import LABELS, label_text, shapes_zero_shot
 from spar.inference.dualtoken import DualTokenPipeline
 from spar.inference.pipeline import SparPipeline
 from spar.worlds.shapes.detector import detect
+from spar.worlds.shapes.questions import questions
+from spar.worlds.shapes.render import render
 from spar.worlds.shapes.scene import HELD_OUT_PAIRS
 
 LABEL_TEXTS = [label_text(*pair) for pair in LABELS]
@@ -92,8 +97,8 @@ def test_each_benchmark_is_for_systems_that_define_its_task(tmp_path):
     own = {name for name in BENCHMARKS if suits(name, DualTokenPipeline.tasks)}
     spars = {name for name in BENCHMARKS if suits(name, SparPipeline.tasks)}
     assert set(BENCHMARKS) - own == {"shapes-edit", "shapes-edit-bind", "shapes-paraphrase"}
-    assert set(BENCHMARKS) - spars == {"shapes-zero-shot", "shapes-codes"}
-    for benchmark in (shapes_zero_shot, shapes_codes):
+    assert set(BENCHMARKS) - spars == {"shapes-zero-shot", "shapes-codes", "shapes-agreement"}
+    for benchmark in (shapes_zero_shot, shapes_codes, shapes_agreement):
         with pytest.raises(InputError, match="expected one of DualToken"):
             benchmark(object())
 
@@ -103,8 +108,53 @@ def test_a_model_can_be_scored(dual_run):
     options = EvalOptions(limit=6, batch=4)
     codes, zero = shapes_codes(pipe, options), shapes_zero_shot(pipe, options)
     assert 0 < codes.score("overall").value <= 1 and 0 <= zero.score("overall").value <= 1
+    assert 0 <= shapes_agreement(pipe, options).score("overall").value <= 1
     depths = {score.name for score in codes.scores}
     assert {"pixel.usage.1", "pixel.usage.2", "semantic.usage.pooled"} <= depths
+
+
+class Drawing:
+    """Draws the scene of each prompt, or of its neighbour where it is wrong; its codes are the scene's own number, by
+    which it answers rightly about what it drew.
+    """
+
+    def __init__(self, wrong):
+        self.prompts, self.wrong = gen_prompts(EvalOptions(limit=10)), wrong
+        self.seeds, self.asked = [], []
+
+    def check_text(self, text, what):
+        if text == self.prompts[3].text:
+            raise InputError("unknown words")
+
+    def generate(self, prompt, *, seed):
+        self.seeds += seed
+        places = [[one.text for one in self.prompts].index(text) for text in prompt]
+        places = [(place + 1) % len(self.prompts) if place in self.wrong else place for place in places]
+        scenes = [self.prompts[place].scene for place in places]
+        return SimpleNamespace(images=[Image.fromarray(render(scene)) for scene in scenes], codes=scenes)
+
+    def understand_codes(self, codes, question):
+        answers = []
+        for scene, text in zip(codes, question, strict=True):
+            self.asked.append(text)
+            own = [one for seed in range(200) for one in questions(scene, np.random.default_rng(seed))]
+            answers.append(next((one.answer for one in own if one.text == text), "nothing"))
+        return SimpleNamespace(texts=answers)
+
+
+def test_agreement_is_that_of_the_answers_about_the_drawn_codes_with_the_prompts():
+    pipe = Drawing(wrong=())
+    result = shapes_agreement(pipe, EvalOptions(limit=10, batch=7))
+    wrong = 1 / 10 / 6                                                         # the refused prompt, of six tasks
+    assert result.score("overall").value == pytest.approx(1 - wrong)
+    assert result.score("part.drawn").value == pytest.approx(1 - 1 / 60)
+    assert result.score("part.of_drawn").value == 1.0
+    assert len(set(pipe.seeds)) == len(pipe.seeds) == 59
+    asked = {one["task"]: one["question"] for one in result.details["prompts"]}
+    assert asked["counting"].startswith("how many") and asked["colors"].startswith("what color")
+    other = shapes_agreement(Drawing(wrong=(*range(10, 20), *range(50, 60))), EvalOptions(limit=10))
+    assert other.score("two_object").value < 1 and other.score("color_attribution").value < 0.5
+    assert other.score("counting").value == 1.0 and other.score("part.drawn").value < 0.75
 
 
 def test_a_model_of_one_codebook_has_one_vocabulary_to_score():

@@ -15,6 +15,7 @@ from spar.inference.dualtoken import DualTokenPipeline
 from spar.inference.loading import load_pipeline
 from spar.inference.pipeline import SparPipeline
 from spar.inference.progress import StepRecorder
+from spar.models.dualtoken.tokenizer import DualCodes
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +217,26 @@ def test_an_answer_reads_quantised_codes_alone(pipe, monkeypatch):
     own = pipe.model.embed(tokens.ids, codes)
     monkeypatch.setattr(type(pipe.model.tokenizer), "features", None)          # nothing but codes is needed from here
     torch.testing.assert_close(pipe.model.embed(tokens.ids, codes), own)
+
+
+def test_codes_are_understood_without_an_image(pipe):
+    """Those of `encode` as the image; drawn ones as they were drawn, which the image's own codes need not be."""
+    texts = ["how many objects are there?", "what color is the background?"]
+    by_codes = pipe.understand_codes(pipe.encode(image()), texts, max_new_tokens=4).texts
+    assert by_codes == pipe.understand(image(), texts, max_new_tokens=4).texts
+    drawn = pipe.generate(["a red circle", "a blue star"], seed=1)
+    assert drawn.codes.pixel.shape == drawn.codes.semantic.shape == (2, 8, 8, 2)
+    assert same(pipe.preview(drawn.codes.pixel)[1], drawn.images[1])
+    assert len(pipe.understand_codes(drawn.codes, "what is it?", max_new_tokens=2).texts) == 2
+    pixel, semantic = drawn.codes.pixel, drawn.codes.semantic
+    for wrong, message in (
+        (DualCodes(pixel[:, :4], semantic), "codes.pixel: expected [B, 8, 8, 2] of this model, got [2, 4, 8, 2]"),
+        (DualCodes(pixel, semantic + 16), "codes.semantic: expected 0 to 15, got 1"),
+        (DualCodes(pixel[:0], semantic[:0]), "codes.pixel: expected those of at least one image, got none"),
+    ):
+        with pytest.raises(InputError) as error:
+            pipe.understand_codes(wrong, "what is it?")
+        assert message in str(error.value)
 
 
 def test_a_chat_streams_its_answer(pipe):

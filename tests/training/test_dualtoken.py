@@ -7,6 +7,7 @@ import signal
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ from spar.training.data import CaptionData
 from spar.training.initial_weights import load_previous_weights, random_modules
 from spar.training.loop import run_stage
 from spar.training.objectives.base import StepContext
-from spar.training.objectives.dual_next_token import DualNextTokenObjective
+from spar.training.objectives.dual_next_token import DualNextTokenObjective, flat_patches
 from spar.training.objectives.dual_tokenizer import ADAPTIVE_RANGE, DualTokenizerObjective, adaptive_weight
 from spar.training.trainer import train
 from spar.worlds.shapes.tokenizer import build_tokenizer
@@ -160,10 +161,12 @@ def test_image_terms_are_the_cross_entropies_of_the_codes_after_the_prompt(dual_
         states = model.language(x, bias, torch.arange(length)[None])[0][0]
         for place in range(64):
             state = states[tokens.ids.shape[1] - 1 + place][None]
+            given = model.tokenizer.pixel_quantizer.decode(codes.pixel[row].flatten(0, 1)[place][None])
             for name in ("pixel", "semantic"):
                 own = getattr(codes, name)[row].flatten(0, 1)[place][None]
-                quantizer = model.tokenizer.quantizers[name]
-                logits = model.get_submodule(f"{name}_head")(state, quantizer.partial_sums(own)[:, :-1])[0]
+                sums = model.tokenizer.quantizers[name].partial_sums(own)[:, :-1]
+                head = model.get_submodule(f"{name}_head")
+                logits = (head(state, sums, given) if name == "semantic" else head(state, sums))[0]
                 for depth in (1, 2):
                     loss = F.cross_entropy(logits[depth - 1], own[0, depth - 1])
                     expected[f"{name}_{depth}"].append(float(loss.detach()))
@@ -172,6 +175,27 @@ def test_image_terms_are_the_cross_entropies_of_the_codes_after_the_prompt(dual_
         assert float(terms[name]) == pytest.approx(value, rel=1e-3)
     total = sum((means[f"{name}_1"] + 0.5 * means[f"{name}_2"]) / 1.5 for name in ("pixel", "semantic"))
     assert float(terms["loss"]) == pytest.approx(total, rel=1e-3)
+
+
+def test_codes_after_the_first_of_patches_of_one_colour_weigh_less(dual_run):
+    """With weight 0 the loss is that of all first codes and of the deeper codes where a patch shows more."""
+    pixels = torch.full((1, 3, 16, 16), 0.5)
+    pixels[0, 1, 3, 12] = 0.53                                                 # in the second of four patches
+    pixels[0, :, 8:, :8] = torch.linspace(0.3, 0.315, 8)                       # too little to see
+    assert flat_patches(pixels, 8).tolist() == [[True, False, True, True]]
+    data = UnifiedLessons(("count",), caption_share=1.0)
+    objective = replace(TINY.stage("unified").objective, unconditional=0.0, flat=1.0, depth_decay=1.0)
+    ctx, _, batch = begin(dual_run, "unified", data=data, objective=objective)
+    plain = objective(ctx, batch)
+    weighed = {flat: replace(objective, flat=flat)(ctx, batch) for flat in (0.0, 0.5)}
+    flat = flat_patches(batch.pixels, 8)
+    assert 0.3 < flat.float().mean() < 0.98
+    first = sum(plain[f"{name}_1"] for name in ("pixel", "semantic")) / 2
+    assert first < weighed[0.0]["loss"] < weighed[0.5]["loss"] < plain["loss"]
+    torch.testing.assert_close(weighed[0.5]["loss"], (weighed[0.0]["loss"] + plain["loss"]) / 2)
+    blank = replace(batch, pixels=torch.full_like(batch.pixels, 0.5), keys=np.full_like(batch.keys, -1))
+    terms = replace(objective, flat=0.0)(ctx, blank)
+    assert float(terms["loss"]) == pytest.approx(float(terms["pixel_1"] + terms["semantic_1"]) / 2, rel=1e-4)
 
 
 def test_questions_are_answered_from_codes(dual_run):
@@ -216,8 +240,8 @@ READ = [
     ("towers", DenseContrastiveObjective(pixel=1.0), ("dense", "pixel")),
     ("tokenizer-gan", EVERY_TERM, tuple(sorted(vars(EVERY_TERM)))),
     (
-        "unified", DualNextTokenObjective(depth_decay=0.5, unconditional=0.4),
-        ("pixel", "semantic", "depth_decay", "unconditional"),
+        "unified", DualNextTokenObjective(depth_decay=0.5, flat=0.5, unconditional=0.4),
+        ("pixel", "semantic", "depth_decay", "flat", "unconditional"),
     ),
 ]  # fmt: skip
 
@@ -363,7 +387,8 @@ def test_data_sets_on_disk_are_cut_to_the_one_size_of_the_model(dual_run, tmp_pa
 def test_the_study_of_one_codebook_trains_every_stage_and_leaves_a_model_that_draws(tmp_path):
     study = recipe("dualtoken-one-codebook")
     model = replace(
-        TINY.model, one_codebook=True, shortcut=0.0, pixel=TINY.model.semantic, reads=study.model.reads
+        TINY.model, one_codebook=True, shortcut=0.0, pixel=TINY.model.semantic, reads=study.model.reads,
+        semantic_given_pixel=False,
     )
     stages = tuple(replace(stage, steps=1, batch=4, warmup=0) for stage in study.stages)
     train(replace(study, model=model, stages=stages, data=TINY.data), tmp_path, device="cpu")

@@ -17,15 +17,17 @@ from spar.checkpoints.spar_format import load_model
 from spar.common.errors import InputError
 from spar.common.limits import one_reference
 from spar.data.batches import Edits, Images
-from spar.processing.prompts import PromptEncoder
+from spar.processing.prompts import PromptEncoder, QuestionAnswer
 from spar.recipes import recipe
-from spar.recipes.shapes.curricula import CaptionLessons
+from spar.recipes.shapes.curricula import CaptionLessons, QuestionData, UnifiedLessons
+from spar.recipes.shapes.data import ShapesData
 from spar.training.checkpoint import load_group
 from spar.training.config import Recipe, StageConfig
-from spar.training.data import CaptionData, ImageData, MixedData
+from spar.training.data import CaptionData, CaptionDialogueData, DialogueData, ImageData, MixedData
 from spar.training.distributed import SINGLE_PROCESS, DistributedContext, ParallelismConfig
 from spar.training.feature_cache import write_cache
 from spar.training.files_data import FilesData, FilesTrainingData, epochs_per_source, open_sources, weighted_sets
+from spar.training.objectives.dual_next_token import DualNextTokenObjective
 from spar.training.run_folder import find_text_tokenizer
 from spar.training.trainer import train
 from spar.worlds.shapes.dataset import scene_at
@@ -161,10 +163,69 @@ def test_a_step_is_the_same_whoever_asks_for_it_and_when(training_data, stage):
 def test_a_stage_takes_the_kinds_that_it_asks_for(training_data, stage, sets):
     assert not any(everything(training_data(), edited(stage, 0.0), step)[0] for step in range(8))
     assert all(everything(training_data(), edited(stage, 1.0), step)[0] for step in range(8))
-    with pytest.raises(InputError, match="edit_share 0.5 wants sets of kind edit, found none among .*gen.tar"):
+    with pytest.raises(InputError, match="0.5 of its samples are to be of kind edit .*, but no set is: .*gen.tar"):
         everything(training_data(paths=sets[:1]), stage, 0)
-    with pytest.raises(InputError, match="wants sets of kind text_to_image, found none"):
+    with pytest.raises(InputError, match="0.5 of its samples are to be of kind text_to_image"):
         everything(training_data(paths=sets[1:]), stage, 0)
+
+
+def dialogues(folder: Path, turns: list[tuple[str, str]], count: int = 8) -> str:
+    """A list of conversations about plain pictures, all alike."""
+    spoken = [{"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn, strict=True)]
+    items = []
+    for i in range(count):
+        (folder / f"{i}.jpg").write_bytes(plain(NAMES[i % 8]))
+        items.append({"image": f"{i}.jpg", "conversations": spoken})
+    (folder / "llava.json").write_text(json.dumps(items))
+    return str(folder / "llava.json")
+
+
+def test_conversations_come_with_their_images_by_their_share(training_data, stage, sets, tmp_path):
+    path = dialogues(tmp_path, [("what color is it?", "red"), ("is there a star?", "no <|im_end|>")])
+    found = training_data(paths=(sets[0], path))
+    data = CaptionDialogueData(dialogue_share=0.25)
+    both = replace(stage, objective=DualNextTokenObjective(), data=data, steps=16)
+    alone = replace(both, data=DialogueData())
+    kinds = [type(found.get_batch(both, step, slice(None))).__name__ for step in range(16)]
+    assert 3 <= kinds.count("Dialogues") <= 5 and set(kinds) == {"Dialogues", "Captioned"}
+    batch = found.get_batch(alone, 0, slice(2, 5))
+    assert batch.pixels.shape == (3, 3, 64, 64) and len(batch.names) == 3
+    first, second = batch.turns[1]
+    assert (first.question, first.answer, first.follows) == ("what color is it?", "red", False)
+    assert (second.question, second.answer.strip(), second.follows) == ("is there a star?", "no", True)
+    with pytest.raises(InputError, match="kind dialogue .*, but no set is: .*gen.tar"):
+        training_data().get_batch(alone, 0, slice(None))
+    with pytest.raises(InputError, match="unknown"):
+        path = dialogues(tmp_path, [("what zebra is it?", "a gnu")])
+        training_data(paths=(path,)).check_captions([alone])
+
+
+def test_turns_that_do_not_fit_are_left_out_and_a_first_answer_is_cut(sets, tmp_path, stage):
+    question, long = "what color is it?", " ".join(["red"] * 60)
+    path = dialogues(tmp_path, [(question, long), (question, "red")])
+    prompts = PromptEncoder(build_tokenizer(), 64)
+    whole = prompts.packed_length([QuestionAnswer(question, long)])
+    packed = prompts.pack([[QuestionAnswer(question, long), QuestionAnswer(question, "red", follows=True)]])
+    assert prompts.packed_length([QuestionAnswer(question, long), QuestionAnswer(question, "red", follows=True)]) == (
+        packed.ids.shape[1]
+    )
+    own = replace(stage, objective=DualNextTokenObjective(), data=DialogueData())
+    for limit, turns, words in ((packed.ids.shape[1], 2, 60), (whole + 3, 1, 60), (whole - 20, 1, 40)):
+        found = reader(FilesData(sets=(path,), workers=0, dialogue_tokens=limit), tmp_path)
+        (row,) = found.get_batch(own, 0, slice(1)).turns
+        assert (len(row), len(row[0].answer.split())) == (turns, words)
+        assert prompts.packed_length(row) <= limit
+    with pytest.raises(InputError, match="data.dialogue_tokens: expected room for an image and a question"):
+        found = reader(FilesData(sets=(path,), workers=0, dialogue_tokens=60), tmp_path)
+        found.get_batch(own, 0, slice(1))
+
+
+def test_lessons_of_the_shapes_world_have_a_plain_form_in_data_sets():
+    assert FilesData.nearest(QuestionData(("color",), per_image=2)) == DialogueData()
+    unified = FilesData.nearest(UnifiedLessons(("color",), caption_share=0.75))
+    assert unified == CaptionDialogueData(dialogue_share=0.25)
+    own = UnifiedLessons(("color",))
+    assert ShapesData.nearest(own) == own
 
 
 def test_epochs_count_how_often_each_sample_is_shown(training_data, stage):
@@ -343,7 +404,8 @@ def test_lessons_become_plain_captions_and_edits_and_other_stages_keep_what_they
     assert {name: plain[name] for name in lessons} == {name: MixedData(share) for name, share in shares.items()}
     assert plain["dit"] == CaptionData() and plain["tokenizer-1"] == ImageData()
     language = ("mllm", "mllm-2", "mllm-3", "mllm-4", "mllm-5", "mllm-6", "mllm-7")
-    assert all(plain[name] == tiny_run.recipe.stage(name).data for name in ("encoder", *language))
+    assert plain["encoder"] == tiny_run.recipe.stage("encoder").data
+    assert all(plain[name] == DialogueData() for name in language)
     assert type(FilesData.nearest(CaptionLessons(position_captions=1.0))) is CaptionData
     assert FilesData.nearest(ImageData(image_size=32)) == ImageData(image_size=32)
 

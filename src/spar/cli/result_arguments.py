@@ -12,7 +12,7 @@ from spar.common.limits import MAX_GUIDANCE, MAX_IMAGES, MAX_SEED, MAX_STEPS, ch
 
 Benchmark = Literal[
     "shapes-gen", "shapes-edit", "shapes-vqa", "shapes-recon", "shapes-gen-bind", "shapes-edit-bind", "shapes-vqa-bind",
-    "shapes-paraphrase", "shapes-chat", "shapes-zero-shot", "shapes-codes", "zero-shot", "all",
+    "shapes-paraphrase", "shapes-chat", "shapes-zero-shot", "shapes-codes", "shapes-agreement", "zero-shot", "all",
 ]  # fmt: skip
 
 
@@ -23,8 +23,8 @@ class EvalArguments(ModelArguments):
     benchmark: Annotated[Positional[Benchmark], arg(metavar="BENCHMARK")]
     """One of shapes-gen, shapes-edit, shapes-vqa, shapes-recon,
     shapes-gen-bind, shapes-edit-bind, shapes-vqa-bind, shapes-paraphrase, shapes-chat,
-    shapes-zero-shot and shapes-codes (DualToken alone), zero-shot (DualToken, on images of --images), or all of the
-    shapes world that the model's system defines."""
+    shapes-zero-shot, shapes-codes and shapes-agreement (DualToken alone), zero-shot (DualToken, on images of
+    --images), or all of the shapes world that the model's system defines."""
     output: OutputPath = None
     """Results file (for all: folder); by default BENCHMARK.json (for all: results)."""
     overwrite: Flag = False

@@ -1,4 +1,4 @@
-"""Published formats of sample lists: ShareGPT-4o-Image, GPT-Image-Edit."""
+"""Published formats of sample lists: ShareGPT-4o-Image, GPT-Image-Edit, LLaVA's conversations."""
 
 import os
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ from spar.common.files import open_regular
 from spar.common.limits import MAX_ANNOTATION_BYTES, MAX_INDEX_BYTES, MAX_INPUT_IMAGES
 from spar.data.captions import first_text, is_text, parse_json
 from spar.data.image_files import ImageFileSource, ListedSample, local_path
+from spar.data.samples import count_reason
 
 
 def open_sharegpt(path: Path, cache: Path | None = None) -> ImageFileSource:
@@ -67,6 +68,63 @@ def _gpt_edit_row(item: Any, root: int) -> ListedSample | None:
     except (KeyError, TypeError, ValueError, StopIteration):
         return None
     return ListedSample((source,), target, text, root)
+
+
+# Who speaks in a turn, by the names of the public sets.
+_ASKS, _SAYS = {"human", "user"}, {"gpt", "assistant"}
+_PLACE = "<image>"
+SNIFFED = 1 << 16  # bytes at the start of a list, in which a set of conversations says that it is one
+
+
+def is_llava(path: Path) -> bool:
+    """Whether a JSON list is one of conversations, by its first bytes; False where they cannot be read."""
+    try:
+        with open_regular(path) as file:
+            return b'"conversations"' in file.read(SNIFFED)
+    except (OSError, InputError):
+        return False
+
+
+def open_llava(path: Path, cache: Path | None = None) -> ImageFileSource:
+    """Open a list of conversations about images as LLaVA has them, with images in its folder.
+
+    Items are `{"image": PATH, "conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}`.
+    `<image>` and the spaces around it are removed, since an image comes first here, as are system turns. Items of no
+    image, of several, or whose turns do not alternate are counted as skipped.
+    """
+    skipped: dict[str, int] = {}
+
+    def rows() -> Iterator[ListedSample]:
+        for place, item in enumerate(_read_list(path)):
+            try:
+                paths = image_paths(item.get("image") or [])
+                turns = _turns(item["conversations"])
+            except (KeyError, ValueError, AttributeError, TypeError) as error:
+                wanted = "expected image and conversations, each turn with from and value"
+                raise InputError(f"{wanted} in {str(path)!r}, item {place}: {error!r}") from error
+            if len(paths) != 1:
+                count_reason(skipped, f"conversation about {'several images' if paths else 'no image'}")
+            elif not turns:
+                count_reason(skipped, "conversation whose turns do not alternate")
+            else:
+                yield ListedSample((), paths[0], "", turns=turns)
+
+    return ImageFileSource(str(path), "llava", [path.parent], rows(), skipped=skipped, cache=cache)
+
+
+def _turns(conversations: Any) -> tuple[tuple[str, str], ...]:
+    """Questions and answers of a conversation; none where they do not alternate. A last question is left out."""
+    spoken = [(turn["from"], _string(turn["value"])) for turn in conversations]
+    spoken = [(who, text) for who, text in spoken if who != "system"]
+    if len(spoken) % 2:
+        spoken = spoken[:-1]
+    asked, said = spoken[::2], spoken[1::2]
+    if not {who for who, _ in asked} <= _ASKS or not {who for who, _ in said} <= _SAYS:
+        return ()
+    return tuple(
+        (question.replace(_PLACE, " ").strip(), answer)
+        for (_, question), (_, answer) in zip(asked, said, strict=True)
+    )
 
 
 def _read_list(path: Path) -> list[Any]:

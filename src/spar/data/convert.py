@@ -44,11 +44,13 @@ def convert(
     """Write the good samples of sources of one kind, in order, into an empty folder.
 
     Raises:
-        InputError: sources of two kinds, no good samples, or a share of bad samples above `bad_share`.
+        InputError: sources of two kinds or of dialogues, no good samples, or a share of bad samples above `bad_share`.
     """
     kinds = {source.kind for source in sources}
     if len(kinds) != 1:
         raise InputError(f"expected sources of one kind, got {' and '.join(sorted(kinds)) or 'none'}")
+    if kinds == {"dialogue"}:
+        raise InputError("expected captions or edits, which the shards have members for, got dialogues")
     if shard < 1:
         raise InputError(f"samples of a shard: expected at least 1, got {shard}")
     bad_samples = BadSampleTracker(bad_share)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,8 @@ from spar.processing.images import MAX_BYTES
 class ListedSample:
     """One sample of a list: paths relative to root number `root`, and the text. Edits have inputs.
 
-    In place of the text, `caption_file` may name a `.txt` or `.json` that has it; `label` is a class number.
+    In place of the text, `caption_file` may name a `.txt` or `.json` that has it; `label` is a class number; `turns`
+    are questions and answers about the image.
     """
 
     inputs: tuple[str, ...]
@@ -32,10 +34,13 @@ class ListedSample:
     root: int = 0
     caption_file: str = ""
     label: int | None = None
+    turns: tuple[tuple[str, str], ...] = ()
 
     def packed(self) -> str:
         """One line of JSON; escapes stand only in a line that is no Unicode, which `read` reports."""
-        caption = [self.caption_file] if self.caption_file else self.text if self.label is None else self.label
+        caption: Any = [self.caption_file] if self.caption_file else self.text if self.label is None else self.label
+        if self.turns:
+            caption = {"turns": self.turns}
         values = [self.root, self.image, caption, *self.inputs]
         line = json.dumps(values, ensure_ascii=False)
         return line if line.isascii() or _is_unicode(line) else json.dumps(values)
@@ -43,6 +48,8 @@ class ListedSample:
     @classmethod
     def unpacked(cls, line: str) -> "ListedSample":
         root, image, caption, *inputs = json.loads(line)
+        if isinstance(caption, dict):
+            return cls(tuple(inputs), image, "", root, turns=tuple((asked, said) for asked, said in caption["turns"]))
         text, label = (caption, None) if isinstance(caption, str) else ("", caption)
         if isinstance(label, list):
             return cls(tuple(inputs), image, "", root, label[0])
@@ -78,12 +85,12 @@ class ImageFileSource:
 
         def packed() -> Iterable[str]:
             for row in rows:
-                kinds.add("edit" if row.inputs else "text_to_image")
+                kinds.add("edit" if row.inputs else "dialogue" if row.turns else "text_to_image")
                 yield row.packed()
 
         self._rows = StringArray.of(packed())
         if len(kinds) != 1:
-            found = "none" if not kinds else "edits beside text-to-image samples"
+            found = " beside ".join(sorted(kinds)) or "none"
             raise InputError(f"expected samples of one kind in {name!r}, found {found}")
         self.kind: Kind = kinds.pop()
         self.skipped = skipped or {}
@@ -114,13 +121,17 @@ class ImageFileSource:
         """Read a sample, images as stored.
 
         Raises:
-            BadSample: a file is missing, too large, or outside its root, or the text is no caption.
+            BadSample: a file is missing, too large, or outside its root, or the text is no caption, or a turn has no
+                question or no answer.
         """
         row = ListedSample.unpacked(self._rows[index])
         root, key = self.roots[row.root], row.image
         data, *references = (self._read_bytes(row, path) for path in (row.image, *row.inputs))
         text = clean_caption(self._caption(row) if row.caption_file else row.text, key, str(root))
-        return Sample(data, text, key, str(root), row.label, tuple(references))
+        turns = tuple((clean_caption(a, key, str(root)), clean_caption(b, key, str(root))) for a, b in row.turns)
+        if not all(asked and said for asked, said in turns):
+            raise BadSample(key, str(root), "expected a question and an answer in each turn, got an empty one")
+        return Sample(data, text, key, str(root), row.label, tuple(references), turns)
 
     def sizes(self) -> np.ndarray:
         """uint16 [N, 2]: width and height of each sample's image, 0 if its header cannot be read."""

@@ -45,7 +45,8 @@ class LoaderBatch:
     images: uint8 [b, 3, H, W].
     inputs: uint8 [r, 3, H, W], the references of all edits, one sample's together; r is 0 for text-to-image.
     owners: int64 [r], the row that each reference belongs to.
-    texts, keys, sources: of each row. `places`: its source's identity and its number there, a unique pair.
+    texts, keys, sources: of each row. `places`: its source's identity and its number there, a unique pair. `turns`:
+    questions and answers of dialogues.
     `bad` has the samples that were passed over for these rows, of which `replaced` do not have their own.
     """
 
@@ -60,6 +61,7 @@ class LoaderBatch:
     places: tuple[tuple[str, int], ...] = ()
     bad: tuple[BadSampleRecord, ...] = ()
     replaced: int = 0
+    turns: tuple[tuple[tuple[str, str], ...], ...] = ()
 
 
 def to_pixels(images: Tensor, device: torch.device | str = "cpu") -> Tensor:
@@ -157,6 +159,7 @@ class Loader:
             torch.tensor(owners, dtype=torch.long), tuple(sample.text for sample in samples),
             tuple(sample.key for sample in samples), tuple(source.name for source in sources),
             tuple(zip((source.identity for source in sources), numbers, strict=True)), tuple(bad), replaced,
+            tuple(sample.turns for sample in samples),
         )  # fmt: skip
 
     def _row(self, indices: BatchIndices, row: int, bad: list[BadSampleRecord]) -> tuple[int, Sample, list[np.ndarray]]:
@@ -170,7 +173,7 @@ class Loader:
             try:
                 number = self.mixture.sample_index(indices, row, neighbour)
                 sample = read_again(source, number)
-                if self.captions and not sample.text:
+                if self.captions and not sample.words:
                     raise BadSample(sample.key, sample.origin, "expected a caption, got none")
                 if self.one_reference:
                     check_references(sample)

@@ -10,13 +10,14 @@ from typing import Literal
 from spar.common.errors import InputError
 from spar.common.limits import MAX_REASONS, one_reference
 
-Kind = Literal["text_to_image", "edit"]
-Format = Literal["auto", "webdataset", "folder", "images", "sharegpt", "gptedit", "parquet", "arrow"]
+Kind = Literal["text_to_image", "edit", "dialogue"]
+Format = Literal["auto", "webdataset", "folder", "images", "sharegpt", "gptedit", "llava", "parquet", "arrow"]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An image and its caption, or an edited image, the instruction and the references in `input_images`; all encoded.
+    """An image and its caption, or an edited image, the instruction and the references in `input_images`, or an image
+    and the questions and answers of a conversation about it in `turns`; all images encoded.
 
     `key` is the sample's name in its set, `origin` the file that contains it. `text` may be empty, as reconstruction
     reads the image alone; `label` is the class number of an ImageNet sample.
@@ -28,6 +29,12 @@ class Sample:
     origin: str
     label: int | None = None
     input_images: tuple[bytes, ...] = ()
+    turns: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def words(self) -> str:
+        """All of the sample's text: the caption, or the conversation."""
+        return self.text or "\n".join(text for turn in self.turns for text in turn)
 
 
 class BadSample(InputError):

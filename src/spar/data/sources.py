@@ -9,7 +9,7 @@ from typing import Protocol, get_args
 import numpy as np
 
 from spar.common.errors import InputError
-from spar.data.annotations import open_gpt_edit, open_sharegpt
+from spar.data.annotations import is_llava, open_gpt_edit, open_llava, open_sharegpt
 from spar.data.arrow import ArrowSource
 from spar.data.image_folder import open_image_folder, open_plain_folder
 from spar.data.layout import COMPRESSED, layout_of, shards_in
@@ -48,8 +48,8 @@ def open_source(path: str, format: Format = "auto", *, cache: Path | None = None
 
     Args:
         path: shards or parquet files by name, braces, glob or `hf://`; a folder of either, of images, or that
-            `datasets` wrote; a JSON list of ShareGPT-4o-Image; an index of GPT-Image-Edit. What exists is that path,
-            also if its name could be read as a pattern.
+            `datasets` wrote; a JSON list of ShareGPT-4o-Image, or of conversations as LLaVA has them; an index of
+            GPT-Image-Edit. What exists is that path, also if its name could be read as a pattern.
         format: format of the path; `auto` detects it from name and content.
         cache: folder of the indexes of shards and the sizes of images.
         workers: processes that index shards.
@@ -65,6 +65,7 @@ def open_source(path: str, format: Format = "auto", *, cache: Path | None = None
         "webdataset": lambda: TarSource(path, find_files(path), cache, workers),
         "sharegpt": lambda: open_sharegpt(_one(path), cache),
         "gptedit": lambda: open_gpt_edit(_one(path), cache),
+        "llava": lambda: open_llava(_one(path), cache),
         "parquet": lambda: ParquetSource(path, find_files(path), cache),
     }
     return _reader(readers, chosen, f"the path {path!r}, which is no folder")()
@@ -105,7 +106,7 @@ def _detect(path: str) -> str:
     endings = {".tar": "webdataset", ".parquet": "parquet", ".json": "sharegpt", ".txt": "gptedit"}
     for ending, format in endings.items():
         if path.endswith((ending, ending + "}")):
-            return format
+            return "llava" if format == "sharegpt" and is_llava(Path(path)) else format
     if path.lower().endswith(COMPRESSED):
         raise InputError(f"expected an uncompressed set, but {path!r} is compressed: decompress it, or give the format")
     raise InputError(

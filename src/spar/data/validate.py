@@ -33,7 +33,7 @@ class ValidationReport:
     bad, duplicates: counts; `named_bad` and `named_duplicates` (key, key of the earlier one) have the first NAMED.
     A duplicate has the images and the text of an earlier sample; `repeated_pictures` counts samples with the image of
     an earlier one and another text. `profiles` counts the uses of colour profiles (spar.processing.color).
-    `captions` has empty, too_long, and characters: shortest, median, longest.
+    `captions` (of dialogues: all turns together) has empty, too_long, and characters: shortest, median, longest.
     """
 
     name: str
@@ -133,8 +133,8 @@ def _validate_part(source: DataSource, wanted: np.ndarray) -> _Part:
         except BadSample as error:
             bad.append(BadSampleRecord(source.name, error.origin, error.key, error.reason))
             continue
-        whole = _hash(sample.text.encode(), sample.image, *sample.input_images)
-        rows.append((index, _hash(sample.image), whole, *image.size, len(sample.text)))
+        whole = _hash(sample.words.encode(), sample.image, *sample.input_images)
+        rows.append((index, _hash(sample.image), whole, *image.size, len(sample.words)))
         formats[read_header(sample.image).format] += 1
         profiles[profile_of(sample.image)] += 1
     return _Part(np.array(rows, _ROW), formats, profiles, bad)

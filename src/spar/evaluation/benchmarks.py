@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 from spar.common.progress import Advance
 from spar.evaluation.options import EvalOptions, PipelineLike
 from spar.evaluation.results import Result
+from spar.evaluation.shapes_agreement import shapes_agreement
 from spar.evaluation.shapes_chat import shapes_chat
 from spar.evaluation.shapes_codes import shapes_codes
 from spar.evaluation.shapes_edit import shapes_edit, shapes_edit_bind
@@ -33,6 +34,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "shapes-chat": shapes_chat,
     "shapes-zero-shot": shapes_zero_shot,
     "shapes-codes": shapes_codes,
+    "shapes-agreement": shapes_agreement,
 }
 # What a benchmark's main score measures.
 MEASURED = {
@@ -47,12 +49,13 @@ MEASURED = {
     "shapes-chat": "answers right in each turn of a conversation",
     "shapes-zero-shot": "objects named by the nearest label, by the two towers",
     "shapes-codes": "how much of each vocabulary is used, and how evenly",
+    "shapes-agreement": "what the model says of its own drawings, from their codes, agrees with the prompts",
     "zero-shot": "your own images named by the nearest class, by the two towers",
 }
 # What a benchmark needs of a model that not every system defines.
 NEEDS = {
     "shapes-edit": "edit", "shapes-edit-bind": "edit", "shapes-paraphrase": "edit", "shapes-zero-shot": "classify",
-    "shapes-codes": "encode", "zero-shot": "classify",
+    "shapes-codes": "encode", "shapes-agreement": "encode", "zero-shot": "classify",
 }  # fmt: skip
 
 

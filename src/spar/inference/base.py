@@ -6,7 +6,7 @@ A system's own file has the rest of the contract: `generate`, `edit`, `reconstru
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -211,11 +211,15 @@ class Pipeline(ABC):
         """
         check_int_range("max_new_tokens", max_new_tokens, 1)
         pixels, questions = self._paired(self._squares(image), self._texts(question, "question"), "question")
+        return self._answers(lambda: self._read_images(pixels), questions, max_new_tokens)
+
+    def _answers(self, read: Callable[[], Any], questions: Sequence[str], max_new_tokens: int) -> UnderstandOutput:
+        """Answers about the images that `read` makes ready for the LLM, one for each question."""
         tokens = self.prompts.question(questions).to(self.device)
         room = self.model.config.text.max_seq_len - int(tokens.mask.sum(1).max())
         max_new_tokens = min(max_new_tokens, limits.MAX_NEW_TOKENS, max(room, 1))
-        with self._compute(len(pixels)):
-            images = self._read_images(pixels)
+        with self._compute(len(questions)):
+            images = read()
             self._load_to_device("language")
             rows = self.model.understand(tokens.ids, tokens.mask, images, max_new_tokens=max_new_tokens)
         return UnderstandOutput([self.bundle.text_tokenizer.decode(row, skip_special_tokens=True) for row in rows])

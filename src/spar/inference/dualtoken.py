@@ -26,7 +26,7 @@ from spar.common.seeds import list_seeds
 from spar.inference.base import TOKEN_MULTIPLE, Pipeline, choose_device_and_dtype
 from spar.inference.inputs import broadcast
 from spar.inference.offload import Weights, cast_weights
-from spar.inference.outputs import GenerateOutput, ReconstructOutput
+from spar.inference.outputs import GenerateOutput, ReconstructOutput, UnderstandOutput
 from spar.inference.progress import Callback, sampling_bar
 from spar.models.blocks import compile_blocks
 from spar.models.dualtoken.sampling import CodeSampling
@@ -35,6 +35,13 @@ from spar.processing.images import ImageSource, to_pil
 from spar.processing.prompts import PromptEncoder, tower_tokens
 
 LABELS_AT_ONCE = 256  # that the text tower reads together
+
+
+@dataclass(frozen=True, repr=False)
+class DualGenerateOutput(GenerateOutput):
+    """Images with the `codes` that they were drawn as, which `understand_codes` takes."""
+
+    codes: DualCodes
 
 
 @dataclass(repr=False)
@@ -125,7 +132,7 @@ class DualTokenPipeline(Pipeline):
         guidance_scale: float | None = None, num_images_per_prompt: int = 1, seed: int | Sequence[int] | None = None,
         callback: Callback | None = None, temperature: float | None = None, top_k: int | None = None,
         top_p: float | None = None,
-    ) -> GenerateOutput:  # fmt: skip
+    ) -> DualGenerateOutput:  # fmt: skip
         """Generate images from prompts.
 
         Args:
@@ -168,14 +175,14 @@ class DualTokenPipeline(Pipeline):
             steps = self.model.generate_codes(tokens.ids, tokens.mask, sampling, generators)
             with sampling_bar(callback, rows, shown=self.progress) as watch:
                 codes = self._collect(steps, count, watch)
-            images = self.model.tokenizer.decode(codes).float().clamp(0, 1)
+            images = self.model.tokenizer.decode(codes.pixel).float().clamp(0, 1)
         shared = {"guidance": float(sampling.guidance), "temperature": float(sampling.temperature)}
         shared |= {"top_k": sampling.top_k, "top_p": float(sampling.top_p), **self.run_metadata()}
         metadata = [
             {"prompt": text, "negative_prompt": negative, "seed": one, **shared}
             for text, negative, one in zip(written, against, seeds, strict=True)
         ]
-        return GenerateOutput(images=to_pil(images), seeds=seeds, routing=[], metadata=metadata)
+        return DualGenerateOutput(images=to_pil(images), seeds=seeds, routing=[], metadata=metadata, codes=codes)
 
     def _sampling(
         self, guidance: float | None, temperature: float | None, top_k: int | None, top_p: float | None
@@ -186,16 +193,42 @@ class DualTokenPipeline(Pipeline):
         given: dict[str, Any] = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         return replace(self.bundle.sampling, **{name: value for name, value in given.items() if value is not None})
 
-    def _collect(self, steps: Iterator[DualCodes], count: int, callback: Callback | None) -> Tensor:
-        """The pixel codes `[B, h, w, D]` of all positions; the callback sees each finished row."""
-        grid, depth = self.model.config.grid, self.model.config.pixel.depth
-        codes = torch.zeros(count, grid * grid, depth, dtype=torch.long, device=self.device)
+    def _collect(self, steps: Iterator[DualCodes], count: int, callback: Callback | None) -> DualCodes:
+        """The codes `[B, h, w, D]` of all positions; the callback sees the pixel codes after each finished row."""
+        config, grid = self.model.config, self.model.config.grid
+        semantic = torch.zeros(count, grid, grid, config.semantic.depth, dtype=torch.long, device=self.device)
+        pixel = semantic if config.one_codebook else semantic.new_zeros(count, grid, grid, config.pixel.depth)
         for place, step in enumerate(steps):
-            codes[:, place] = step.pixel
             row, column = divmod(place, grid)
-            if callback and column == grid - 1 and callback(row + 1, grid, codes.unflatten(1, (grid, grid))) is False:
+            pixel[:, row, column], semantic[:, row, column] = step.pixel, step.semantic
+            if callback and column == grid - 1 and callback(row + 1, grid, pixel) is False:
                 raise Cancelled(f"cancelled after {row + 1} of {grid} rows")
-        return codes.unflatten(1, (grid, grid))
+        return DualCodes(pixel, semantic)
+
+    @torch.inference_mode()
+    def understand_codes(
+        self, codes: DualCodes, question: str | Sequence[str], *, max_new_tokens: int = 48
+    ) -> UnderstandOutput:
+        """`understand` of images that are given as their codes, `[B, h, w, D]` each: those of `encode`, or as
+        `generate` drew them.
+        """
+        check_int_range("max_new_tokens", max_new_tokens, 1)
+        questions = self._texts(question, "question")
+        for name, values in (("pixel", codes.pixel), ("semantic", codes.semantic)):
+            one = self.model.tokenizer.quantizers.get(name, self.model.tokenizer.semantic_quantizer).config
+            grid = self.model.config.grid
+            if values.dim() != 4 or values.shape[1:] != (grid, grid, one.depth):
+                expected, given = f"[B, {grid}, {grid}, {one.depth}]", list(values.shape)
+                raise InputError(f"codes.{name}: expected {expected} of this model, got {given}")
+            if not len(values):
+                raise InputError(f"codes.{name}: expected those of at least one image, got none")
+            if not 0 <= int(values.min()) <= int(values.max()) < one.entries:
+                raise InputError(f"codes.{name}: expected 0 to {one.entries - 1}, got {values.min()} to {values.max()}")
+        pixel, asked = self._paired(codes.pixel, questions, "question")
+        semantic, _ = self._paired(codes.semantic, questions, "question")
+        return self._answers(
+            lambda: DualCodes(pixel.to(self.device), semantic.to(self.device)), asked, max_new_tokens
+        )
 
     @torch.inference_mode()
     def encode(self, image: ImageSource | Sequence[ImageSource]) -> DualCodes:

@@ -240,8 +240,16 @@ class PromptEncoder:
         alone: the packed loss is exactly the loss of separate conversations. A turn that `follows` goes on with the
         conversation of the turn before it.
         """
-        prefix = self.encode(f"{TURN_START}user\n") + self.image() + self.encode("\n")
+        prefix = self._image_first()
         return self._packed([self._pack_row(prefix, turns) for turns in rows])
+
+    def _image_first(self) -> list[int]:
+        """The start of a user turn, with the image that it is about."""
+        return self.encode(f"{TURN_START}user\n") + self.image() + self.encode("\n")
+
+    def packed_length(self, turns: Sequence[QuestionAnswer]) -> int:
+        """Tokens of a row of `pack`."""
+        return len(self._pack_row(self._image_first(), turns)[0])
 
     def pack_descriptions(self, prompts: Sequence[str], descriptions: Sequence[str], *, edits: bool) -> PackedBatch:
         """Prompts for images, as `generation` or `edit` writes them, each answered in words."""

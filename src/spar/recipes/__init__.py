@@ -22,7 +22,16 @@ from spar.recipes.shapes.recipe import shapes
 from spar.recipes.spar import spar_1b, spar_3b
 from spar.recipes.tiny import tiny
 from spar.training.config import Recipe
-from spar.training.data import CaptionData, DataConfig, ImageData, MixedData, NoData, StageData
+from spar.training.data import (
+    CaptionData,
+    CaptionDialogueData,
+    DataConfig,
+    DialogueData,
+    ImageData,
+    MixedData,
+    NoData,
+    StageData,
+)
 from spar.training.files_data import FilesData
 from spar.training.objectives.autoencoder import AutoencoderObjective
 from spar.training.objectives.base import Objective
@@ -44,6 +53,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "dualtoken-both-deep": dualtoken.dualtoken_both_deep, "dualtoken-both-shallow": dualtoken.dualtoken_both_shallow,
     "dualtoken-pixel-only": dualtoken.dualtoken_pixel_only,
     "dualtoken-semantic-only": dualtoken.dualtoken_semantic_only,
+    "dualtoken-independent-heads": dualtoken.dualtoken_independent_heads,
 }  # fmt: skip
 
 SYSTEMS = (DualTokenRecipe, SparRecipe)
@@ -62,8 +72,8 @@ OBJECTIVES = (
 )
 SOURCES = (FilesData, NoData, ShapesData)
 STAGE_DATA = (
-    CaptionData, CaptionLessons, ImageData, MixedData, MixedLessons, QuestionData, TagData, TaggedCaptionData,
-    UnifiedLessons,
+    CaptionData, CaptionDialogueData, CaptionLessons, DialogueData, ImageData, MixedData, MixedLessons, QuestionData,
+    TagData, TaggedCaptionData, UnifiedLessons,
 )  # fmt: skip
 
 REGISTRY: Registry = {

@@ -34,7 +34,7 @@ def check_words(sources: Sequence[DataSource], prompts: PromptEncoder, limit: fl
         words, unknown = 0, Counter[str]()
         for number in np.unique(np.linspace(0, len(source) - 1, min(CAPTIONS, len(source))).astype(int)):
             try:
-                text = read_again(source, int(number)).text
+                text = read_again(source, int(number)).words
             except BadSample:
                 continue
             found, lacking = prompts.count_words(text)

@@ -124,6 +124,11 @@ class Recipe(ABC):
         return self.token_stride
 
     @property
+    def max_sequence_tokens(self) -> int:
+        """Tokens of the longest sequence that its LLM takes, with images."""
+        raise InputError(f"a recipe of {self.kind} does not say how much its LLM reads")
+
+    @property
     def feature_width(self) -> int:
         """The channels of a visual token's features, as the encoder gives them."""
         raise InputError(f"a recipe of {self.kind} does not say how wide its features are")

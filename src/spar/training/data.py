@@ -6,7 +6,7 @@ it reads (`StageData`), a recipe where that comes from (`DataConfig`), and the s
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spar.common.errors import InputError
-from spar.data.batches import Captioned, Edits, Images
+from spar.data.batches import Captioned, Dialogues, Edits, Images
+from spar.data.samples import Kind
 from spar.training.distributed import DistributedContext
 
 if TYPE_CHECKING:
@@ -38,6 +39,16 @@ class StageData:
 
     kind: ClassVar[str]
     gives: ClassVar[tuple[type[Images], ...]]
+
+    @property
+    def shares(self) -> Mapping[Kind, float]:
+        """The share of each kind of samples whose texts it reads, of data sets; none: the images of any kind alone."""
+        return {}
+
+    @property
+    def plain(self) -> "StageData":
+        """What other sources may have of it, where that is no class that it derives from."""
+        return self
 
     def __str__(self) -> str:
         return self.kind.replace("_", " ")
@@ -63,6 +74,10 @@ class CaptionData(StageData):
     kind: ClassVar[str] = "captions"
     gives: ClassVar[tuple[type[Images], ...]] = (Captioned,)
 
+    @property
+    def shares(self) -> Mapping[Kind, float]:
+        return {"text_to_image": 1.0}
+
 
 @dataclass(frozen=True)
 class MixedData(CaptionData):
@@ -78,8 +93,44 @@ class MixedData(CaptionData):
         if not 0 <= self.edit_share <= 1:
             raise InputError(f"edit_share: expected 0 to 1, got {self.edit_share}")
 
+    @property
+    def shares(self) -> Mapping[Kind, float]:
+        return {"text_to_image": 1 - self.edit_share, "edit": self.edit_share}
+
     def __str__(self) -> str:
         return f"captions, {self.edit_share:.0%} edits" if self.edit_share else "captions"
+
+
+@dataclass(frozen=True)
+class DialogueData(StageData):
+    """Images with conversations about them."""
+
+    kind: ClassVar[str] = "dialogues"
+    gives: ClassVar[tuple[type[Images], ...]] = (Dialogues,)
+
+    @property
+    def shares(self) -> Mapping[Kind, float]:
+        return {"dialogue": 1.0}
+
+
+@dataclass(frozen=True)
+class CaptionDialogueData(CaptionData):
+    """Images with captions, and for the share `dialogue_share` of the samples images with conversations."""
+
+    kind: ClassVar[str] = "captions_and_dialogues"
+    gives: ClassVar[tuple[type[Images], ...]] = (Captioned, Dialogues)
+    dialogue_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dialogue_share <= 1:
+            raise InputError(f"dialogue_share: expected 0 to 1, got {self.dialogue_share}")
+
+    @property
+    def shares(self) -> Mapping[Kind, float]:
+        return {"text_to_image": 1 - self.dialogue_share, "dialogue": self.dialogue_share}
+
+    def __str__(self) -> str:
+        return f"captions, {self.dialogue_share:.0%} dialogues"
 
 
 # ---- where it comes from ---------------------------------------------------------------------------------------------
@@ -164,9 +215,10 @@ class DataConfig(ABC):
     @classmethod
     def nearest(cls, data: StageData) -> StageData:
         """What this source has of a stage's data that another source was meant for: its plain form, or itself."""
-        for plain in type(data).__mro__:
-            if plain in cls.serves:
-                return plain(**{item.name: getattr(data, item.name) for item in fields(plain)})
+        plain = data if type(data) in cls.serves else data.plain
+        for one in type(plain).__mro__:
+            if one in cls.serves:
+                return one(**{item.name: getattr(plain, item.name) for item in fields(one)})
         return data
 
     def describe(self, stage: "StageConfig") -> str:

@@ -6,7 +6,7 @@ data under a run that has begun are refused.
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,16 +16,25 @@ from torch import Tensor
 
 from spar.common.config import changes_no_result, read_json, write_json
 from spar.common.errors import InputError
-from spar.data.batches import Captioned, Edits, Images
+from spar.data.batches import Captioned, Dialogues, Edits, Images
 from spar.data.buckets import make_buckets
 from spar.data.loader import Loader, LoaderBatch, to_pixels
 from spar.data.mixture import Mixture
 from spar.data.sources import DataSource, open_source
 from spar.models.tokenizer import UnifiedTokenizer
-from spar.processing.prompts import PromptEncoder
+from spar.processing.prompts import PromptEncoder, QuestionAnswer
 from spar.training.caption_words import check_words
 from spar.training.config import Recipe, StageConfig
-from spar.training.data import CaptionData, DataConfig, ImageData, MixedData, StageData, TrainingData
+from spar.training.data import (
+    CaptionData,
+    CaptionDialogueData,
+    DataConfig,
+    DialogueData,
+    ImageData,
+    MixedData,
+    StageData,
+    TrainingData,
+)
 from spar.training.distributed import DistributedContext
 from spar.training.feature_cache import FeatureCache, cache_key, sample_id
 from spar.training.objectives.base import check_at_least
@@ -41,24 +50,28 @@ class FilesData(DataConfig):
     each training process; a share of bad samples above `bad_share` ends the run, and a share of words above
     `unknown_share` that the text tokenizer lacks lets none begin; `max_aspect` cuts images without captions to several
     proportions; `color_profiles` converts images to sRGB by their own profiles; `cache` is a folder of features (spar
-    cache) that unified stages read in place of images.
+    cache) that unified stages read in place of images. `dialogue_tokens` is the longest conversation, with its image:
+    turns that do not fit are left out, and the answer of a first one is cut.
     """
 
     kind: ClassVar[str] = "files"
-    serves: ClassVar[tuple[type[StageData], ...]] = (ImageData, CaptionData, MixedData)
+    serves: ClassVar[tuple[type[StageData], ...]] = (
+        ImageData, CaptionData, MixedData, DialogueData, CaptionDialogueData,
+    )  # fmt: skip
     sets: tuple[str, ...] = changes_no_result(but=lambda sets: [weight for weight, _ in weighted_sets(sets)])
     workers: int = changes_no_result(4)
     bad_share: float = changes_no_result(0.01)
     unknown_share: float = changes_no_result(0.01)
     max_aspect: float = 1.0
     color_profiles: bool = True
+    dialogue_tokens: int = 2048
     cache: str | None = None
 
     def __post_init__(self) -> None:
         if not self.sets:
             raise InputError("data.sets: expected paths of data sets, got none")
         check_at_least(0, "data.", workers=self.workers)
-        check_at_least(1, "data.", max_aspect=self.max_aspect)
+        check_at_least(1, "data.", max_aspect=self.max_aspect, dialogue_tokens=self.dialogue_tokens)
         for name in ("bad_share", "unknown_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"data.{name}: expected 0 to 1, got {getattr(self, name)}")
@@ -76,7 +89,7 @@ class FilesData(DataConfig):
     def check(self, stages: Sequence[StageConfig]) -> None:
         super().check(stages)
         for stage in stages:
-            if self.has_cache and isinstance(stage.data, CaptionData) and not stage.objective.reads_features:
+            if self.has_cache and stage.data.shares and not stage.objective.reads_features:
                 raise InputError(
                     f"stage {stage.name}: the objective {stage.objective.kind} reads images; a cache (data.cache) "
                     "holds no latents of the autoencoder alone"
@@ -112,25 +125,26 @@ def open_sources(config: FilesData, cache: Path | None = None) -> list[DataSourc
 def sources_of_stage(
     stage: StageConfig, sources: list[DataSource], weights: list[float]
 ) -> tuple[list[DataSource], list[float]]:
-    """The sets of a stage and their shares of its samples: captions and edits are divided by `edit_share`.
+    """The sets of a stage and their shares of its samples: kinds are divided by the stage's own shares.
 
     Raises:
         InputError: a share for which there is no set.
     """
-    if not isinstance(stage.data, CaptionData):
+    wanted = stage.data.shares
+    if not wanted:
         return sources, weights
-    share = stage.data.edit_share if isinstance(stage.data, MixedData) else 0.0
-    wanted = {"text_to_image": 1 - share, "edit": share}
     pairs = [*zip(sources, weights, strict=True)]
     totals = {kind: sum(weight for source, weight in pairs if source.kind == kind) for kind in wanted}
     for kind, part in wanted.items():
         if part and not totals[kind]:
             raise InputError(
-                f"stage {stage.name}: edit_share {share} wants sets of kind {kind}, found none among "
+                f"stage {stage.name}: {part:g} of its samples are to be of kind {kind} ({stage.data}), but no set is: "
                 f"{', '.join(source.name for source in sources)}"
             )
-    chosen = [(source, weight * wanted[source.kind] / totals[source.kind]) for source, weight in pairs]
-    chosen = [(source, weight) for source, weight in chosen if weight]
+    chosen = [
+        (source, weight * wanted[source.kind] / totals[source.kind])
+        for source, weight in pairs if wanted.get(source.kind)
+    ]  # fmt: skip
     return [source for source, _ in chosen], [weight for _, weight in chosen]
 
 
@@ -139,7 +153,7 @@ def check_captions(
 ) -> None:
     """Refuse sets whose captions some stage would read and the text tokenizer cannot; as `check_words`."""
     weights = [weight for weight, _ in weighted_sets(config.sets)]
-    read = [one for one in stages if isinstance(one.data, CaptionData)]
+    read = [one for one in stages if one.data.shares]
     used = {id(source) for one in read for source in sources_of_stage(one, sources, weights)[0]}
     check_words([one for one in sources if id(one) in used], prompts, config.unknown_share)
 
@@ -204,8 +218,11 @@ class FilesTrainingData(TrainingData):
         numbers = np.arange(len(batch.images))[rows]
         keys, where = np.full(len(numbers), -1), torch.from_numpy(numbers)
         names = tuple(batch.keys[rows])
-        if not isinstance(stage.data, CaptionData):
+        if not stage.data.shares:
             return Images(keys=keys, names=names, pixels=to_pixels(batch.images[where]))
+        if batch.kind == "dialogue":
+            turns = tuple(self._dialogue(row) for row in batch.turns[rows])
+            return Dialogues(keys=keys, names=names, pixels=to_pixels(batch.images[where]), turns=turns)
         texts = tuple(self._fitted(text) for text in batch.texts[rows])
         if self._cache is not None:
             features = self._cache.rows([sample_id(*batch.places[number]) for number in numbers.tolist()])
@@ -227,7 +244,7 @@ class FilesTrainingData(TrainingData):
 
     def _open(self, stage: StageConfig, step: int) -> Iterator[LoaderBatch]:
         sources, weights = sources_of_stage(stage, self.sources, self.weights)
-        captions = isinstance(stage.data, CaptionData)
+        captions = bool(stage.data.shares)
         aspect = 1.0 if captions else self.config.max_aspect
         mixture = self._mixture(stage.batch, weights, sources, aspect, stage)
         self._check_same(stage.name, step, mixture.fingerprint())
@@ -259,6 +276,33 @@ class FilesTrainingData(TrainingData):
             )
         if self.parallel.main:
             write_json(path, {**known, stage: fingerprint})
+
+    def _dialogue(self, turns: Sequence[tuple[str, str]]) -> tuple[QuestionAnswer, ...]:
+        """The turns of a conversation that fit beside their image, without control tokens; the first one always."""
+        limit = min(self.config.dialogue_tokens, self.recipe.max_sequence_tokens)
+        found: list[QuestionAnswer] = []
+        for question, answer in turns:
+            own = QuestionAnswer(self.prompts.plain(question), self.prompts.plain(answer), follows=bool(found))
+            room = limit - self.prompts.packed_length([*found, own])
+            if room < 0 and found:
+                break
+            found.append(own if room >= 0 else self._cut(own, -room))
+        return tuple(found)
+
+    def _cut(self, turn: QuestionAnswer, tokens: int) -> QuestionAnswer:
+        """A turn so many tokens shorter at its answer's end.
+
+        Raises:
+            InputError: the question alone does not fit.
+        """
+        tokenizer = self.prompts.tokenizer
+        ids = tokenizer.encode(turn.answer, add_special_tokens=False)
+        if len(ids) <= tokens:
+            raise InputError(
+                f"data.dialogue_tokens: expected room for an image and a question with its answer, {tokens} tokens "
+                f"more than there is for {turn.question[:80]!r}"
+            )
+        return replace(turn, answer=tokenizer.decode(ids[: len(ids) - tokens]))
 
     def _fitted(self, text: str) -> str:
         """A caption without the model's control tokens, cut to the longest prompt."""

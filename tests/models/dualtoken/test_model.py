@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,14 +32,20 @@ MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
 
 def test_a_visual_token_is_the_two_vocabularies_side_by_side(dual_config, dual_model, randomize):
     embedder = randomize(DualEmbedder(dual_config))
-    pixel, semantic = torch.randn(3, 8), torch.randn(3, 4)
+    pixel, semantic = torch.randn(16, 8), torch.randn(16, 4)
 
     def mlp(network, x):
         return F.linear(F.gelu(F.linear(x, network[0].weight, network[0].bias)), network[2].weight, network[2].bias)
 
     token = embedder({"pixel": pixel, "semantic": semantic})
-    torch.testing.assert_close(token, torch.cat([mlp(embedder.pixel, pixel), mlp(embedder.semantic, semantic)], dim=1))
-    assert token.shape == (3, 16)
+    both = torch.cat([mlp(embedder.pixel, pixel), mlp(embedder.semantic, semantic)], dim=1)
+    torch.testing.assert_close(token, both + embedder.positions)
+    assert token.shape == (16, 16)
+    one = embedder({"pixel": pixel[3], "semantic": semantic[3]}, 3)
+    torch.testing.assert_close(one, token[3])
+    plain = randomize(DualEmbedder(replace(dual_config, visual_positions=False)))
+    token = plain({"pixel": pixel, "semantic": semantic})
+    torch.testing.assert_close(token, torch.cat([mlp(plain.pixel, pixel), mlp(plain.semantic, semantic)], dim=1))
 
 
 def test_visual_tokens_take_the_placeholders_places_in_raster_order(dual_model):
@@ -50,7 +58,7 @@ def test_visual_tokens_take_the_placeholders_places_in_raster_order(dual_model):
         torch.testing.assert_close(embeddings[row, start : start + 16], own[row])
     entries = dual_model.tokenizer.pixel_quantizer.decode(codes.pixel)[1, 2, 3]
     other = dual_model.tokenizer.semantic_quantizer.decode(codes.semantic)[1, 2, 3]
-    torch.testing.assert_close(own[1, 2 * 4 + 3], dual_model.embedder({"pixel": entries, "semantic": other}))
+    torch.testing.assert_close(own[1, 2 * 4 + 3], dual_model.embedder({"pixel": entries, "semantic": other}, 2 * 4 + 3))
 
 
 def test_placeholders_without_an_image_are_refused(dual_model):
@@ -92,6 +100,23 @@ def test_depth_heads_are_causal_over_depths(dual_model):
     assert not torch.allclose(other[:, 2], whole[:, 2])
 
 
+def test_semantic_codes_are_given_the_pixel_codes_or_not(dual_config, dual_model, randomize):
+    """Another pixel code at any depth changes the logits of the semantic codes, from the first on; with independent
+    heads it does not.
+    """
+    states = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
+    pixel = torch.randint(0, 8, (6, 3), generator=torch.Generator().manual_seed(1))
+    semantic = torch.randint(0, 12, (6, 2), generator=torch.Generator().manual_seed(2))
+    other = pixel.clone()
+    other[:, 2] = (other[:, 2] + 1) % 8
+    apart = randomize(type(dual_model)(replace(dual_config, semantic_given_pixel=False)))
+    for model, given in ((dual_model, True), (apart, False)):
+        one, two = (model.code_logits(states, DualCodes(codes, semantic))["semantic"] for codes in (pixel, other))
+        assert ((one - two).abs().amax((1, 2)) > 1e-4).all() if given else torch.equal(one, two)
+    assert "from_given.weight" in dict(dual_model.semantic_head.named_parameters())
+    assert "from_given.weight" not in dict(dual_model.pixel_head.named_parameters())
+
+
 def test_a_batch_gives_the_images_that_each_prompt_gives_alone(dual_model):
     with torch.no_grad():
         both = sampled(dual_model, PROMPTS, MASK, seeds=generators(2))
@@ -114,7 +139,8 @@ def test_the_cache_changes_nothing(dual_model):
             own = dual_model._sample_position(states[:, -1], CodeSampling(temperature=0), generators(1))
             assert torch.equal(own.pixel, codes.pixel[:, place]) and torch.equal(own.semantic, codes.semantic[:, place])
             quantizers = dual_model.tokenizer.quantizers
-            token = dual_model.embedder({name: one.decode(getattr(own, name)) for name, one in quantizers.items()})
+            vectors = {name: one.decode(getattr(own, name)) for name, one in quantizers.items()}
+            token = dual_model.embedder(vectors, place)
             embeddings = torch.cat([embeddings, token[:, None]], dim=1)
 
 

@@ -7,6 +7,7 @@ import torch
 
 from spar.common.errors import InputError
 from spar.models.attention import attention_bias
+from spar.models.dualtoken.config import QuantizerConfig
 from spar.models.dualtoken.model import DualTokenModel
 from spar.models.dualtoken.sampling import CodeSampling
 from spar.models.dualtoken.tokenizer import DualCodes
@@ -30,7 +31,10 @@ def build(dual_config, randomize):
 
 
 def one_codebook(config):
-    return {"one_codebook": True, "shortcut": 0.0, "pixel": config.semantic, "reads": ("semantic",)}
+    return {
+        "one_codebook": True, "shortcut": 0.0, "pixel": config.semantic, "reads": ("semantic",),
+        "semantic_given_pixel": False,
+    }  # fmt: skip
 
 
 def pixels(count):
@@ -93,6 +97,14 @@ def test_both_vocabularies_of_one_layer_read_the_same_features(dual_config, buil
         torch.testing.assert_close(tokenizer.encoder.pool(features.deep, layer), wanted)
 
 
+def test_independent_heads_differ_from_the_base_in_that_alone():
+    base, study = recipe("dualtoken-shapes"), recipe("dualtoken-independent-heads")
+    assert base.model.semantic_given_pixel and study.model == replace(base.model, semantic_given_pixel=False)
+    assert replace(study, name=base.name, model=base.model) == base
+    published = recipe("dualtoken-3b").model
+    assert not published.semantic_given_pixel and not published.visual_positions
+
+
 def test_the_perceptual_distance_compares_the_same_layers_in_every_study():
     names = ("shapes", "one-codebook", "both-deep", "both-shallow", "pixel-only", "semantic-only")
     visions = [recipe(f"dualtoken-{name}").model.vision for name in names]
@@ -107,6 +119,8 @@ def test_the_perceptual_distance_compares_the_same_layers_in_every_study():
         ({"reads": ("semantic", "pixel")}, "in this order, got ('semantic', 'pixel')"),
         ({"reads": ("words",)}, "got ('words',)"),
         ({"one_codebook": True}, "one_codebook: expected shortcut 0, pixel equal to semantic"),
+        ({"one_codebook": True, "shortcut": 0.0, "pixel": QuantizerConfig(), "semantic": QuantizerConfig()},
+         "semantic_given_pixel: expected False with one_codebook"),
     ],
 )
 def test_contradictory_settings_are_refused(dual_config, changes, message):

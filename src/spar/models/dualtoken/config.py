@@ -154,6 +154,9 @@ class DualTokenConfig:
 
     With `one_codebook` the semantic vocabulary is the only one and images decode from its codes. `reads` are the
     vocabularies whose codes the LLM reads at a visual token, which share its channels equally; it predicts all codes.
+    With `visual_positions` a visual token has a learned embedding of its place in the grid, which a small LLM would
+    have to count out otherwise. With `semantic_given_pixel` the semantic head also reads the position's pixel codes:
+    two heads that draw independently disagree wherever the LLM's state leaves open what is there.
     """
 
     vision: VisionTowerConfig = field(default_factory=VisionTowerConfig)
@@ -169,6 +172,8 @@ class DualTokenConfig:
     semantic_head: DepthHeadConfig = field(default_factory=DepthHeadConfig)
     one_codebook: bool = False
     reads: tuple[str, ...] = VOCABULARIES
+    visual_positions: bool = True
+    semantic_given_pixel: bool = True
 
     def __post_init__(self) -> None:
         require_at_least(self, 0, "shortcut")
@@ -177,6 +182,8 @@ class DualTokenConfig:
             raise InputError(
                 "one_codebook: expected shortcut 0, pixel equal to semantic and pixel_head to semantic_head"
             )
+        if self.one_codebook and self.semantic_given_pixel:
+            raise InputError("semantic_given_pixel: expected False with one_codebook, which has no pixel codes")
         for name, width in ((name, codes.width) for name, codes in self.vocabularies.items()):
             if self.vision.hidden_size % width:
                 raise InputError(

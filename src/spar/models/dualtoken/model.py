@@ -2,7 +2,7 @@
 
 At a visual position the LLM reads both vocabularies: the sum of a position's entries passes an MLP of its vocabulary,
 and the two results are concatenated along the channels. From the LLM's state before a position two depth heads predict
-that position's pixel codes and semantic codes.
+that position's pixel codes and, given those or not, its semantic codes.
 B batch, T sequence tokens, N = h w positions in raster order, L the LLM's width, D depths.
 """
 
@@ -22,9 +22,13 @@ from spar.models.language import LanguageModel
 class DualEmbedder(nn.Module):
     """Codes of the vocabularies that the LLM reads to one token a position; they share the channels equally."""
 
+    positions: nn.Parameter | None
+
     def __init__(self, config: DualTokenConfig) -> None:
         super().__init__()
         self.reads = config.reads
+        shape = config.grid**2, config.text.hidden_size
+        self.register_parameter("positions", nn.Parameter(torch.zeros(shape)) if config.visual_positions else None)
         for name in config.reads:
             self.add_module(name, self._mlp(getattr(config, name).width, config.text.hidden_size // len(config.reads)))
 
@@ -32,9 +36,14 @@ class DualEmbedder(nn.Module):
     def _mlp(width: int, out: int) -> nn.Sequential:
         return nn.Sequential(nn.Linear(width, out), nn.GELU(), nn.Linear(out, out))
 
-    def forward(self, vectors: Mapping[str, Tensor]) -> Tensor:
-        """Quantised vectors `[..., C]` of the vocabularies that are read, by name, to `[..., L]`."""
-        return torch.cat([self.get_submodule(name)(vectors[name]) for name in self.reads], dim=-1)
+    def forward(self, vectors: Mapping[str, Tensor], place: int | None = None) -> Tensor:
+        """Quantised vectors `[..., N, C]` of the vocabularies that are read, by name, to `[..., N, L]`; or those of one
+        `place` in the raster, `[..., C]` to `[..., L]`.
+        """
+        tokens = torch.cat([self.get_submodule(name)(vectors[name]) for name in self.reads], dim=-1)
+        if self.positions is None:
+            return tokens
+        return tokens + (self.positions if place is None else self.positions[place]).to(tokens.dtype)
 
 
 class DualTokenModel(nn.Module):
@@ -47,7 +56,8 @@ class DualTokenModel(nn.Module):
         self.language = LanguageModel(config.text)
         self.embedder = DualEmbedder(config)
         for name, codes in config.vocabularies.items():
-            head = DepthHead(config.text.hidden_size, codes, getattr(config, f"{name}_head"))
+            given = config.pixel.width if name == "semantic" and config.semantic_given_pixel else 0
+            head = DepthHead(config.text.hidden_size, codes, getattr(config, f"{name}_head"), given)
             self.add_module(f"{name}_head", head)
 
     @property
@@ -57,12 +67,12 @@ class DualTokenModel(nn.Module):
 
     def embed_codes(self, codes: DualCodes) -> Tensor:
         """Codes `[B, h, w, D]` to LLM tokens `[B, N, L]`, in raster order."""
-        return self._embed_codes(codes).flatten(1, 2)
+        return self.embedder(self._vectors(DualCodes(codes.pixel.flatten(1, 2), codes.semantic.flatten(1, 2))))
 
-    def _embed_codes(self, codes: DualCodes) -> Tensor:
-        """Codes `[..., D]` to `[..., L]`."""
+    def _vectors(self, codes: DualCodes) -> dict[str, Tensor]:
+        """Codes `[..., D]` to quantised vectors `[..., C]` of the vocabularies that the LLM reads."""
         quantizers = self.tokenizer.quantizers
-        return self.embedder({name: quantizers[name].decode(getattr(codes, name)) for name in self.config.reads})
+        return {name: quantizers[name].decode(getattr(codes, name)) for name in self.config.reads}
 
     def embed(self, tokens: Tensor, codes: DualCodes | None) -> Tensor:
         """Word embeddings `[B, T, L]` with the images' tokens in place of the image placeholders, in order."""
@@ -84,9 +94,11 @@ class DualTokenModel(nn.Module):
             states: `[M, L]`, the LLM's states before M positions.
             codes: of these positions, `[M, D]` each.
         """
-        quantizers, found = self.tokenizer.quantizers, {}
+        quantizers, found, given = self.tokenizer.quantizers, {}, None
         for name, head in self.heads.items():
-            found[name] = head(states, quantizers[name].partial_sums(getattr(codes, name))[..., :-1, :])
+            sums = quantizers[name].partial_sums(getattr(codes, name))
+            found[name] = head(states, sums[..., :-1, :], given)
+            given = sums[..., -1, :]
         return found
 
     def generate_codes(
@@ -104,14 +116,14 @@ class DualTokenModel(nn.Module):
         """
         x, cache = self.embed(tokens, None), self.language.empty_kv_cache()
         position_ids, past = position_ids_from_mask(mask), 0
-        for _ in range(self.config.grid**2):
+        for place in range(self.config.grid**2):
             bias = attention_bias(mask, x, causal=True, past=past)
             final, _ = self.language(x, bias, position_ids, past_key_values=cache)
             past = mask.shape[1]
             codes = self._sample_position(final[:, -1], sampling, generators)
             yield codes
             rows = len(mask) // len(generators)
-            x = self._embed_codes(codes).repeat(rows, 1)[:, None].to(x.dtype)
+            x = self.embedder(self._vectors(codes), place).repeat(rows, 1)[:, None].to(x.dtype)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             position_ids = position_ids[:, -1:] + 1
 
@@ -119,7 +131,7 @@ class DualTokenModel(nn.Module):
         self, states: Tensor, sampling: CodeSampling, generators: Sequence[torch.Generator]
     ) -> DualCodes:
         """The codes `[B, D]` of one position, depth by depth, from the LLM's states `[B or 2 B, L]`."""
-        found, rows = {}, len(states) // len(generators)
+        found, given, rows = {}, None, len(states) // len(generators)
         for name, head in self.heads.items():
             quantizer = self.tokenizer.quantizers[name]
             depth, entries = quantizer.config.depth, quantizer.config.entries
@@ -129,9 +141,9 @@ class DualTokenModel(nn.Module):
                 sums = states.new_zeros(len(states), 0, quantizer.config.width)
                 if d:
                     sums = quantizer.partial_sums(codes).repeat(rows, 1, 1)
-                logits = head(states, sums)[:, -1].float()                     # [B or 2 B, K]
+                logits = head(states, sums, given)[:, -1].float()              # [B or 2 B, K]
                 codes = torch.cat([codes, choose(logits, noise[:, d], sampling)[:, None]], dim=1)
-            found[name] = codes
+            found[name], given = codes, quantizer.decode(codes).repeat(rows, 1)
         return DualCodes(found.get("pixel", found["semantic"]), found["semantic"])
 
     def understand(self, tokens: Tensor, mask: Tensor, codes: DualCodes, *, max_new_tokens: int) -> list[list[int]]:

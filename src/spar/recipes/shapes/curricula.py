@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from spar.common.errors import InputError
 from spar.data.batches import Captioned, Descriptions, Dialogues, Images
-from spar.training.data import CaptionData, MixedData, StageData
+from spar.training.data import CaptionData, CaptionDialogueData, DialogueData, MixedData, StageData
 from spar.worlds.shapes.questions import BINDING_QUESTION_KINDS, CURRICULUM_KINDS, QUESTION_KINDS
 from spar.worlds.shapes.scene import ALL_KINDS
 
@@ -52,7 +52,7 @@ class MixedLessons(Lessons, MixedData):
 
 
 @dataclass(frozen=True)
-class QuestionData(StageData):
+class QuestionData(DialogueData):
     """Images with questions of the kinds named, and at last the description of each.
 
     An image is asked `per_image` of the questions, drawn anew each time (0: all, in the order named): what a row costs
@@ -98,3 +98,7 @@ class UnifiedLessons(QuestionData):
         for name in ("caption_share", "position_captions"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name}: expected 0 to 1, got {getattr(self, name)}")
+
+    @property
+    def plain(self) -> StageData:
+        return CaptionDialogueData(dialogue_share=1 - self.caption_share)

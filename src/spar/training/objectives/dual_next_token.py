@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 PROMPT_TOKENS = 32  # of a caption with its template, in what a step costs
 TOKENIZER_ROUNDED = "tokenizer rounded to bfloat16"
+FLAT_RANGE = 0.02  # of a channel within a patch, of 1
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,9 @@ class DualNextTokenObjective(NextTokenObjective):
     """Cross-entropy of answers' tokens, or of both vocabularies' codes.
 
     `pixel` and `semantic` weigh the vocabularies' cross-entropies, `depth_decay` each depth against the one before
-    it, `unconditional` is the share of the prompts that are replaced by the unconditional one.
+    it, `flat` the codes after the first of patches that show one colour alone (below FLAT_RANGE): those say nothing
+    about the image, and are most of the loss of a drawing. `unconditional` is the share of the prompts that are
+    replaced by the unconditional one.
     """
 
     kind: ClassVar[str] = "dual_next_token"
@@ -42,6 +45,7 @@ class DualNextTokenObjective(NextTokenObjective):
     pixel: float = 1.0
     semantic: float = 1.0
     depth_decay: float = 1.0
+    flat: float = 1.0
     unconditional: float = 0.1
 
     def __post_init__(self) -> None:
@@ -105,15 +109,17 @@ class DualNextTokenObjective(NextTokenObjective):
         bias = attention_bias(mask, embeddings, causal=True)
         states = model.language(embeddings, bias, position_ids_from_mask(mask))[0]
         before = states[:, tokens.ids.shape[1] - 1 :].flatten(0, 1)            # [B N, L]
-        flat = DualCodes(codes.pixel.flatten(0, 2), codes.semantic.flatten(0, 2))
-        logits = model.code_logits(before, flat)
+        logits = model.code_logits(before, DualCodes(codes.pixel.flatten(0, 2), codes.semantic.flatten(0, 2)))
         terms: Terms = {}
         total = before.new_zeros((), dtype=torch.float32)
+        plain = flat_patches(batch.require_pixels(), model.config.token_stride).flatten()        # [B N]
         for name, found in logits.items():
-            losses = _by_depth(found, getattr(flat, name))                     # [D]
-            decay = self.depth_decay ** torch.arange(len(losses), device=losses.device)
-            total = total + getattr(self, name) * (losses * decay).sum() / decay.sum()
-            terms |= {f"{name}_{depth}": loss.detach() for depth, loss in enumerate(losses, start=1)}
+            losses = _by_depth(found, getattr(codes, name).flatten(0, 2))      # [B N, D]
+            weights = self.depth_decay ** torch.arange(losses.shape[1], device=losses.device)
+            weights = (weights / weights.sum()).expand(losses.shape).clone()
+            weights[:, 1:] *= torch.where(plain, self.flat, 1.0)[:, None]
+            total = total + getattr(self, name) * (losses * weights).sum(1).mean()
+            terms |= {f"{name}_{depth}": loss.mean().detach() for depth, loss in enumerate(losses.unbind(1), start=1)}
         return {"loss": total, **terms}
 
     def cost(self, modules: Any, recipe: Any, stage: "StageConfig") -> Cost:
@@ -134,7 +140,13 @@ def _head_cost(head: Any, states: Tensor, sums: Tensor) -> Cost:
     return part_cost(lambda: head(states, sums), head)
 
 
+def flat_patches(pixels: Tensor, side: int) -> Tensor:
+    """Which patches of `side` pixels show one colour alone: `[B, 3, S, S]` to `[B, N]`, in raster order."""
+    highest, lowest = (F.max_pool2d(sign * pixels, side) for sign in (1, -1))
+    return (highest + lowest).amax(1).flatten(1) < FLAT_RANGE
+
+
 def _by_depth(logits: Tensor, codes: Tensor) -> Tensor:
-    """The mean cross-entropy of each depth `[D]` from logits `[M, D, K]` and codes `[M, D]`."""
+    """The cross-entropies `[M, D]` of logits `[M, D, K]` and codes `[M, D]`."""
     losses = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten(), reduction="none")
-    return losses.view(codes.shape).mean(0)
+    return losses.view(codes.shape)

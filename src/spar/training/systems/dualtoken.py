@@ -32,6 +32,8 @@ from spar.training.systems.lora import LoraRecipe
 
 log = logging.getLogger("spar.training")
 
+POSITION_SCALE = 0.14  # of sines and cosines: about the size of a word's embedding
+
 
 @dataclass(frozen=True)
 class DualPerceptualConfig:
@@ -74,6 +76,10 @@ class DualTokenRecipe(LoraRecipe):
     @property
     def image_size(self) -> int:
         return self.model.image_size
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        return self.model.text.max_seq_len
 
     @property
     def token_stride(self) -> int:
@@ -157,6 +163,9 @@ def init_dual_weights(modules: DualTrainingModules) -> None:
         if isinstance(part, VisionTower):
             _init_vision_tower(part)
     _init_vision_tower(modules.model.tokenizer.encoder)
+    embedder, grid = modules.model.embedder, modules.config.grid
+    if embedder.positions is not None:
+        embedder.positions.copy_(POSITION_SCALE * sincos_pos_embed_2d(embedder.positions.shape[1], grid, grid))
 
 
 def _init_vision_tower(tower: VisionTower) -> None:

@@ -127,6 +127,10 @@ class SparRecipe(LoraRecipe):
         return self.model.image_size
 
     @property
+    def max_sequence_tokens(self) -> int:
+        return self.model.text.max_seq_len
+
+    @property
     def token_stride(self) -> int:
         return self.model.token_stride
 
