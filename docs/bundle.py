@@ -1,8 +1,8 @@
-"""Write the bundled weights: python docs/bundle.py RUN/model RUN [...]; then --scores, once they are measured.
+"""Write bundled weights: python docs/bundle.py NAME RUN/model RUN [...]; then NAME --scores, once they are measured.
 
-The weights are written to src/spar/assets/weights in bfloat16, with the stages and curves of the runs that made them,
-in order: a training may have been stopped and continued in several folders. `--scores` writes the main scores of
-docs/results into the manifest, and then the model card.
+NAME is spar or dualtoken. The weights are written to src/spar/assets in bfloat16, with the stages and curves of the
+runs that made them, in order: a training may have been stopped and continued in several folders. `--scores` writes the
+main scores of docs/results (of DualToken: docs/results/dualtoken) into the manifest, and then the model card.
 """
 
 import argparse
@@ -14,18 +14,24 @@ from pathlib import Path
 
 import torch
 
+from spar.checkpoints.bundled import BUNDLED_MODELS
+from spar.checkpoints.dualtoken_format import build_dualtoken_card, load_dualtoken, save_dualtoken
 from spar.checkpoints.spar_format import CARD, build_model_card, load_model, save_model
 from spar.common.config import read_json, write_json
 from spar.evaluation.results import read_result
 from spar.evaluation.targets import main_scores, show_title
-from spar.inference.pipeline import BUNDLED
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = {"spar": Path(__file__).parent / "results", "dualtoken": Path(__file__).parent / "results" / "dualtoken"}
+# How a system's folder is read, written and described.
+FORMATS = {
+    "spar": (load_model, save_model, build_model_card),
+    "dualtoken": (load_dualtoken, save_dualtoken, build_dualtoken_card),
+}
 
 
-def measured() -> dict[str, dict[str, float]]:
-    """The main scores of every results file."""
-    results = [read_result(path) for path in sorted(RESULTS.glob("*.json"))]
+def measured(name: str) -> dict[str, dict[str, float]]:
+    """The main scores of every results file of a model."""
+    results = [read_result(path) for path in sorted(RESULTS[name].glob("*.json"))]
     return {show_title(r): {score.name: round(score.value, 4) for score in main_scores(r)} for r in results}
 
 
@@ -50,20 +56,22 @@ def curves(run: Path) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=BUNDLED_MODELS)
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("runs", type=Path, nargs="*")
     parser.add_argument("--scores", action="store_true")
     args = parser.parse_args()
+    folder, (load, save, build_card) = BUNDLED_MODELS[args.name], FORMATS[args.name]
     if args.scores:
-        path = BUNDLED / "manifest.json"
-        write_json(path, {**read_json(path), "license": "apache-2.0", "scores": measured()})
-        (BUNDLED / CARD).write_text(build_model_card(load_model(BUNDLED)), encoding="utf-8")
+        path = folder / "manifest.json"
+        write_json(path, {**read_json(path), "license": "apache-2.0", "scores": measured(args.name)})
+        (folder / CARD).write_text(build_card(load(folder)), encoding="utf-8")
     elif args.model and args.runs:
-        bundle = load_model(args.model)
-        save_model(replace(bundle, manifest=bundle.manifest | {"stages": stages(args.runs)}), BUNDLED, torch.bfloat16)
-        (BUNDLED / "metrics.jsonl").write_text("".join(line for run in args.runs for line in curves(run)), "utf-8")
-        size = sum(file.stat().st_size for file in BUNDLED.rglob("*") if file.is_file())
-        sys.stdout.write(f"{BUNDLED}: {size / 1e6:.2f} MB\n")
+        bundle = load(args.model)
+        save(replace(bundle, manifest=bundle.manifest | {"stages": stages(args.runs)}), folder, torch.bfloat16)
+        (folder / "metrics.jsonl").write_text("".join(line for run in args.runs for line in curves(run)), "utf-8")
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        sys.stdout.write(f"{folder}: {size / 1e6:.2f} MB\n")
     else:
         parser.error("give a model and its runs, or --scores")
 

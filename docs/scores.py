@@ -1,8 +1,8 @@
 """Write the tables of scores from the results files in docs/results: python docs/scores.py
 
-docs/results.md has two full tables, each between its own marks: the bundled weights, and the recipe's own before
-further training. README.md has one row for each task. The manifest of the bundled weights, which the model card and
-`spar info` show, takes its scores from the same files: python docs/bundle.py --scores
+docs/results.md has full tables, each between its own marks: the bundled weights of SPAR, those of its recipe before
+further training, and those of DualToken. README.md has one row for each task. The manifests of the bundled weights,
+which the model cards and `spar info` show, take their scores from the same files: python docs/bundle.py NAME --scores
 """
 
 from collections.abc import Sequence
@@ -21,6 +21,7 @@ SUMMARY = (
     ("shapes-vqa", "overall", "questions answered correctly"),
     ("shapes-recon", "survival", "objects that look and lie the same after reconstruction"),
     ("shapes-recon", "psnr", "PSNR of reconstructions"),
+    ("shapes-zero-shot", "overall", "colors and shapes named by the two towers"),
 )
 
 
@@ -29,25 +30,28 @@ def read_results(folder: str) -> list[Result]:
     return [read_result(path) for path in sorted((ROOT / folder).glob("*.json"))]
 
 
-def summary_table(results: Sequence[Result]) -> str:
-    """A Markdown table of SUMMARY."""
-    by_title = {show_title(result): result for result in results}
-    lines = ["| Benchmark | Measures | Score | 95 % interval | n |", "| --- | --- | ---: | --- | ---: |"]
+def summary_table(spar: Sequence[Result], dualtoken: Sequence[Result]) -> str:
+    """A Markdown table of SUMMARY, each score with its interval; a task that a system does not define has none."""
+    systems = [{show_title(result): result for result in results} for results in (spar, dualtoken)]
+    lines = ["| Benchmark | Measures | SPAR | DualToken |", "| --- | --- | ---: | ---: |"]
     for title, name, measures in SUMMARY:
-        score = by_title[title].score(name)
-        cells = (title, measures, show(name, score.value), show_interval(score), str(score.n))
+        cells = [title, measures]
+        for results in systems:
+            score = results[title].score(name) if title in results else None
+            cells.append(f"{show(name, score.value)} ({show_interval(score)})" if score else "not defined")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def tables() -> dict[tuple[str, str], str]:
     """The tables by document and mark."""
-    own = read_results("docs/results")
+    own, dualtoken = read_results("docs/results"), read_results("docs/results/dualtoken")
     recipe = read_results("docs/results/recipe")
     return {
-        ("README.md", "scores"): summary_table(own),
+        ("README.md", "scores"): summary_table(own, dualtoken),
         ("docs/results.md", "scores"): scores_table(own, TARGETS),
         ("docs/results.md", "scores of the recipe"): scores_table(recipe, RECIPE_TARGETS),
+        ("docs/results.md", "scores of DualToken"): scores_table(dualtoken),
     }
 
 

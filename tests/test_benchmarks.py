@@ -40,3 +40,12 @@ def test_a_server_under_load():
     for load in (found["one"], found["eight"], found["long"]):
         assert set(load["statuses"]) == {"200"} and load["p95_s"] >= load["p50_s"] > 0
     assert found["exit_status"] in (0, -15)
+
+
+def test_the_cost_of_both_systems():
+    found = last_line("two_systems.py", "--runs", "1", "--batch", "2")
+    assert set(found["results"]) == {"spar", "dualtoken"}
+    assert set(found["seconds_dualtoken_over_spar"]) == {"generate", "understand", "reconstruct"}
+    for one in found["results"].values():
+        assert one["parameters"] > 5e6 and one["peak_gib"] > 0.1
+        assert all(value > 0 for values in one["seconds_per_image"].values() for value in values.values())

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from spar.checkpoints.bundled import BUNDLED_MODELS
 from spar.checkpoints.spar_format import load_model
 from spar.inference.pipeline import BUNDLED
 from spar.processing.prompts import known_words
@@ -71,34 +72,41 @@ def test_the_tables_of_scores_are_those_of_the_results_files(document, mark):
 
 def test_the_summary_of_the_readme_is_part_of_the_full_table():
     full = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    row = r"^\| (shapes-\w+).*\| ([\d.]+(?: dB)?) \| ([\d.]+ to .*?) \|"
-    rows = re.findall(row, TABLES["README.md", "scores"], re.M)
-    assert len(rows) == 6
-    for title, value, interval in rows:
-        assert re.search(rf"^\| {title}.*\| {value} \| {interval} \|", full, re.M)
+    full, marks = full.split("<!-- scores of DualToken -->"), TABLES["README.md", "scores"].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in marks]
+    shown = 0
+    for title, _, *scores in rows:
+        for found, table in zip(scores, full, strict=True):
+            if score := re.fullmatch(r"([\d.]+(?: dB)?) \((.*)\)", found):
+                shown += 1
+                assert re.search(rf"^\| {title} \|.*\| {score[1]} \| {score[2]} \|", table, re.M)
+    assert len(rows) == 7 and shown == 12                                      # SPAR has six of seven, so has DualToken
 
 
-def test_the_manifest_of_the_bundled_weights_has_the_scores_of_the_results_files():
-    assert manifest_scores() == load("bundle").measured()
+@pytest.mark.parametrize("name", BUNDLED_MODELS)
+def test_the_manifests_of_the_bundled_weights_have_the_scores_of_the_results_files(name):
+    assert manifest_scores(name) == load("bundle").measured(name)
 
 
-def test_the_model_card_and_spar_info_show_the_scores_of_the_manifest(capsys):
-    """If not: python docs/bundle.py --scores"""
+@pytest.mark.parametrize("name", BUNDLED_MODELS)
+def test_the_model_card_and_spar_info_show_the_scores_of_the_manifest(name, capsys, monkeypatch, tmp_path):
+    """If not: python docs/bundle.py NAME --scores"""
     from spar.checkpoints.spar_format import CARD
     from spar.cli.main import main
 
-    expected = manifest_scores()
+    monkeypatch.chdir(tmp_path)  # no folder of a bundled model's name
+    expected = manifest_scores(name)
     assert expected
-    assert main(["info", str(BUNDLED), "--json"]) == 0
+    assert main(["info", name, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["manifest"]["scores"] == expected
-    card = (BUNDLED / CARD).read_text(encoding="utf-8")
+    card = (BUNDLED_MODELS[name] / CARD).read_text(encoding="utf-8")
     for title, scores in expected.items():
         for name, value in scores.items():
             assert f"| {title} | {name} | {value:g} |" in card
 
 
-def manifest_scores() -> dict[str, dict[str, float]]:
-    return json.loads((BUNDLED / "manifest.json").read_text(encoding="utf-8"))["scores"]
+def manifest_scores(name: str) -> dict[str, dict[str, float]]:
+    return json.loads((BUNDLED_MODELS[name] / "manifest.json").read_text(encoding="utf-8"))["scores"]
 
 
 # Reliability
@@ -233,10 +241,10 @@ def test_the_examples_of_the_readme_run(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_the_images_of_the_readme_are_the_bundled_models():
     """If not: python docs/images.py"""
-    from spar import SparPipeline
+    from spar import SparPipeline, load_pipeline
 
     script = load("images")
-    for name, image in script.make_images(SparPipeline.from_pretrained()).items():
+    for name, image in script.make_images(SparPipeline.from_pretrained(), load_pipeline("dualtoken")).items():
         with Image.open(ROOT / "docs" / "images" / name) as kept:
             gap = np.asarray(kept.convert("RGB"), dtype=int) - np.asarray(image.convert("RGB"))
         assert np.abs(gap).mean() < 2, name  # of 255: other hardware rounds otherwise

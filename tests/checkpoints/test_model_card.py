@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 from huggingface_hub import ModelCard
 
+from spar.checkpoints.bundled import BUNDLED_MODELS
+from spar.checkpoints.dualtoken_format import build_dualtoken_card, load_dualtoken
 from spar.checkpoints.model_card import USE, model_card, recorded_scores
 from spar.checkpoints.spar_format import CARD, build_model_card, load_model, save_model
 from spar.inference.pipeline import BUNDLED
@@ -81,9 +83,11 @@ def test_scores_are_numbers_whatever_a_manifest_holds():
     assert [recorded_scores({"scores": value}) for value in (None, [], "x", 1)] == [{}] * 4
 
 
-def test_the_bundled_card_is_up_to_date():
-    """If not: python docs/bundle.py --scores"""
+def test_the_bundled_cards_are_up_to_date():
+    """If not: python docs/bundle.py NAME --scores"""
     assert (BUNDLED / CARD).read_text(encoding="utf-8") == build_model_card(load_model(BUNDLED))
+    other = BUNDLED_MODELS["dualtoken"]
+    assert (other / CARD).read_text(encoding="utf-8") == build_dualtoken_card(load_dualtoken(other))
 
 
 def test_the_bundled_card_counts_the_words_that_a_user_may_write():

@@ -44,7 +44,8 @@ def test_every_finding_here_is_complete_and_nothing_is_printed(capsys):
     assert capsys.readouterr() == ("", "")
     names = [check.name for check in checks]
     assert len(set(names)) == len(names)
-    assert {"python", "spar-unified", "torch", "device", "bfloat16", "weights", "one step", "memory"} <= {*names}
+    assert {"python", "spar-unified", "torch", "device", "bfloat16", "one step", "memory"} <= {*names}
+    assert {"weights of spar", "weights of dualtoken"} <= {*names}
     for check in checks:
         assert check.found, check
         assert check.ok is not False or check.fix, f"{check} does not say how to fix it"
@@ -139,7 +140,7 @@ def test_slow_bfloat16_is_advice_and_no_fault(monkeypatch, speeds, ok):
 
 
 def test_the_doctor_looks_where_the_pipeline_loads_from():
-    assert doctor.WEIGHTS == pipeline.BUNDLED
+    assert doctor.BUNDLED_MODELS["spar"] == pipeline.BUNDLED
 
 
 def test_whole_weights_are_counted(tmp_path):

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -27,12 +28,15 @@ def test_list_names_every_recipe_model_and_benchmark(capsys):
         assert (row["stages"], row["pixels"]) == (len(own.stages), own.image_size)
         assert row["steps"] == sum(stage.steps for stage in own.stages) and row["what"].endswith(".")
     assert [row["name"] for row in found["benchmarks"]] == [*BENCHMARKS, "zero-shot"] == [*MEASURED]
-    model = next(row for row in found["models"] if row["folder"] == str(BUNDLED))
-    assert model["parameters"] == inspect(BUNDLED).parameters
+    assert [row["name"] for row in found["models"]] == ["spar, the default", "dualtoken"]
+    for row in found["models"]:
+        assert row["parameters"] == inspect(Path(row["folder"])).parameters
+    assert found["models"][0]["folder"] == str(BUNDLED)
 
 
 def test_list_prints_the_same_as_tables(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("spar.inference.pipeline.BUNDLED", tmp_path / "none" / "weights")  # an installation without
+    folder = tmp_path / "none" / "weights"                                     # an installation without
+    monkeypatch.setattr("spar.checkpoints.bundled.BUNDLED_MODELS", {"spar": folder})
     assert main(["list"]) == 0
     lines = capsys.readouterr().out
     for name in [*RECIPES, *BENCHMARKS]:

@@ -13,6 +13,7 @@ from spar.evaluation.targets import (
     scores_table,
     show,
     swap_change,
+    targets_of,
     verdict,
 )
 
@@ -42,6 +43,15 @@ def test_targets_depend_on_the_combinations():
     assert find_target(seen, seen.scores[0]).at_least == 0.95
     assert find_target(held_out, held_out.scores[0]).at_least == 0.94
     assert find_target(result("shapes-gen", ("colors", 1.0)), Score("colors", 1, 1, 1, 1)) is None
+
+
+def test_a_model_of_dualtoken_has_targets_of_its_own():
+    own = result("shapes-gen", ("overall", 0.8), model={"recipe": "dualtoken-shapes"})
+    assert find_target(own, own.scores[0]).at_least == 0.8
+    assert find_target(own, own.scores[0], TARGETS).at_least == 0.95
+    codes = result("shapes-codes", ("semantic.perplexity.4", 0.6), model={"recipe": "dualtoken-shapes"})
+    assert find_target(codes, codes.scores[0]).at_least == 0.5
+    assert targets_of(result("shapes-gen")) == targets_of(result("shapes-gen", model={"recipe": "shapes"})) == TARGETS
 
 
 def test_the_targets_are_the_issue_s():

@@ -1,5 +1,6 @@
 """DualToken's stages: what each trains and leaves, on the finished run of `dualtoken-tiny`."""
 
+import json
 import math
 import os
 import shutil
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from spar.checkpoints.dualtoken_format import load_dualtoken, save_dualtoken
@@ -26,6 +28,7 @@ from spar.recipes.shapes.dense_tagging import DenseContrastiveObjective
 from spar.training.checkpoint import load_group
 from spar.training.config import freeze
 from spar.training.data import CaptionData
+from spar.training.files_data import FilesData
 from spar.training.initial_weights import load_previous_weights, random_modules
 from spar.training.loop import run_stage
 from spar.training.objectives.base import StepContext
@@ -364,11 +367,6 @@ def test_a_built_folder_trains_and_a_trained_one_is_refused_where_its_codebooks_
 
 def test_data_sets_on_disk_are_cut_to_the_one_size_of_the_model(dual_run, tmp_path):
     """Also where patches do not divide it, as 14 pixels do not divide 384."""
-    import numpy as np
-    from PIL import Image
-
-    from spar.training.files_data import FilesData
-
     images = tmp_path / "images"
     images.mkdir()
     for index in range(6):
@@ -382,6 +380,28 @@ def test_data_sets_on_disk_are_cut_to_the_one_size_of_the_model(dual_run, tmp_pa
     stage = replace(TINY.stage("unified"), data=CaptionData())
     shutil.copytree(dual_run.path / "model" / "text_tokenizer", tmp_path / "run" / "text_tokenizer")
     assert train(replace(recipe_on_files, stages=(stage,)), tmp_path / "run") is not None
+
+
+def test_conversations_on_disk_teach_the_llm_beside_captions(dual_run, tmp_path):
+    """The plain form of the shapes world's lessons: captions and conversations in one stage, of both some steps."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for index in range(4):
+        Image.new("RGB", (64, 64), (60 * index, 90, 30)).save(images / f"{index}.png")
+    spoken = [{"from": "human", "value": "<image>\nwhat color is it?"}, {"from": "gpt", "value": "red"}]
+    (images / "talk.json").write_text(json.dumps([{"image": f"{i}.png", "conversations": spoken} for i in range(4)]))
+    (images / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a red circle"}\n')
+    data = FilesData(sets=(str(images), str(images / "talk.json")), workers=0)
+    stage = TINY.stage("unified")
+    stage = replace(stage, data=replace(data.nearest(stage.data), dialogue_share=0.5), steps=6)
+    shutil.copytree(dual_run.path / "model" / "text_tokenizer", tmp_path / "run" / "text_tokenizer")
+    kinds = []
+
+    def report(stage, step, steps, values):
+        kinds.append("pixel_1" in values)
+
+    assert train(replace(TINY, stages=(stage,), data=data), tmp_path / "run", report=report) is not None
+    assert {*kinds} == {True, False}
 
 
 def test_the_study_of_one_codebook_trains_every_stage_and_leaves_a_model_that_draws(tmp_path):

@@ -1,4 +1,6 @@
-"""Upload and download of folders of weights; an upload is checked first, and is one commit."""
+"""Folders of weights by their names: local, bundled with the installation, or on the Hub. An upload is checked first,
+and is one commit.
+"""
 
 import re
 from dataclasses import dataclass
@@ -6,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from spar.checkpoints import dualtoken_format
+from spar.checkpoints.bundled import bundled_folder, is_bundled
 from spar.checkpoints.formats.checkpoint_source import REPOSITORY, fetch
 from spar.checkpoints.inspect import inspect
 from spar.checkpoints.safetensors_io import INDEX
@@ -36,11 +39,14 @@ ADDRESS = re.compile(r"hf:/+([\w.-]+/[\w.-]+?)(?:@([^/]+))?")  # a Path has one 
 
 
 def model_folder(path: str | Path) -> Path:
-    """A local folder: the path itself, or the download of `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION`.
+    """A local folder: the path itself, a bundled model by its name if there is no such path, or the download of
+    `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION`.
 
     Raises:
-        InputError: another URL, or a failed download.
+        InputError: a bundled model that this installation lacks, another URL, or a failed download.
     """
+    if is_bundled(path):
+        return bundled_folder(str(path))
     if not str(path).startswith("hf:"):
         return Path(path)
     found = ADDRESS.fullmatch(str(path))
@@ -50,7 +56,11 @@ def model_folder(path: str | Path) -> Path:
 
 
 def model_name(path: str | Path, folder: Path) -> str:
-    """A model's name in metadata: the folder's own name, or the URL on the Hub with the downloaded commit."""
+    """A model's name in metadata: the folder's own name, the bundled model's, or the URL on the Hub with the downloaded
+    commit.
+    """
+    if is_bundled(path):
+        return str(path)
     found = ADDRESS.fullmatch(str(path))
     return f"hf://{found[1]}@{folder.name}" if found else folder.resolve().name
 

@@ -24,7 +24,7 @@ class ModelArguments:
     """The weights, and how they run."""
 
     model: Path | None = None
-    """Model folder, or hf://OWNER/NAME[@REVISION]; by default the bundled weights."""
+    """Model folder, hf://OWNER/NAME[@REVISION], or a bundled model by name: spar, the default, or dualtoken."""
     adapter: Path | None = None
     """Folder of LoRA weights (RUN/adapter) to merge into the model."""
     decode_tile: int | None = None

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from spar.checkpoints.inspect import Inspection
     from spar.cli.doctor import Check
     from spar.data.validate import ValidationReport as DataReport
+    from spar.evaluation.compare import Difference
     from spar.evaluation.results import Result
     from spar.training.config import StageConfig
     from spar.training.estimate import HardwareConfig, StageEstimate
@@ -209,6 +210,20 @@ def score_table(result: "Result") -> "Table":
         target = find_target(result, score)
         goal = f"{target.at_least:g}: {verdict(score, target)}" if target else ""
         table.add_row(show_name(score.name), show(score.name, score.value), show_interval(score), str(score.n), goal)
+    return table
+
+
+def difference_table(differences: "Sequence[Difference]") -> "Table":
+    """Paired differences of two models' scores."""
+    from spar.evaluation.targets import show, show_name
+
+    table = new_table("benchmark", "score", ">first", ">second", ">difference", "95 % interval", ">n", ">p", "verdict")
+    for one in differences:
+        unit = " dB" if one.score == "psnr" else ""
+        table.add_row(
+            one.title, show_name(one.score), show(one.score, one.first), show(one.score, one.second),
+            f"{one.value:+.3g}{unit}", f"{one.low:+.3g} to {one.high:+.3g}", str(one.n), f"{one.p:.3g}", one.verdict,
+        )  # fmt: skip
     return table
 
 

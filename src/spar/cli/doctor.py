@@ -22,6 +22,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from spar import DISTRIBUTION
+from spar.checkpoints.bundled import BUNDLED_MODELS
 from spar.cli.console import show_bytes
 from spar.common.cpu import bfloat16_instructions
 from spar.common.errors import first_line, install_command
@@ -30,7 +31,6 @@ from spar.common.threads import SETTINGS
 if TYPE_CHECKING:
     import torch
 
-WEIGHTS = Path(__file__).parents[1] / "assets" / "weights"
 MATMUL_SIDE = {"cpu": 768, "mps": 2048, "cuda": 4096}  # large enough to be busy, milliseconds at most
 ENOUGH_DISK = 2 * 2**30  # bytes: a run of the shapes recipe keeps 0.6 GiB of images and its state at each stage
 ENOUGH_MEMORY = 2**30  # bytes: the libraries take 0.4 GiB; then the weights and a batch of images
@@ -62,7 +62,7 @@ def run_checks() -> list[Check]:
         check_pipeline(),
         check_device(),
         check_bfloat16(),
-        check_weights(WEIGHTS),
+        *(check_weights(folder, f"weights of {name}") for name, folder in BUNDLED_MODELS.items()),
         check_step(),
         *check_extras(),
         check_temporary(),
@@ -205,9 +205,11 @@ def check_bfloat16() -> Check:
     return Check("bfloat16", None, found, "float32 is faster here")
 
 
-def check_weights(folder: Path) -> Check:
-    """Check that all bundled JSON files parse and each safetensors file has the length that its header gives."""
-    name, fix = "weights", f"{REINSTALL}, or train your own weights: spar train shapes"
+def check_weights(folder: Path, name: str = "weights") -> Check:
+    """Check that all JSON files of a bundled model parse and each safetensors file has the length that its header
+    gives.
+    """
+    fix = f"{REINSTALL}, or train your own weights (spar train)"
     files = sorted(folder.rglob("*.safetensors"))
     if not files or not (folder / "config.json").is_file():
         return Check(name, False, f"no model in {folder}", fix)

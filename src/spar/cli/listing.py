@@ -40,16 +40,17 @@ def _recipes() -> list[dict[str, Any]]:
 
 
 def _models() -> list[dict[str, Any]]:
-    """The models that came with this installation: folders beside the default one, which no flag needs to name."""
+    """The models that came with this installation; no flag needs to name the default."""
+    from spar.checkpoints.bundled import BUNDLED_MODELS, DEFAULT_MODEL
     from spar.checkpoints.inspect import inspect
-    from spar.inference.pipeline import BUNDLED
 
-    rows = []
-    folders = BUNDLED.parent.iterdir() if BUNDLED.parent.is_dir() else ()
-    for folder in sorted(folder for folder in folders if (folder / "config.json").is_file()):
+    rows: list[dict[str, Any]] = []
+    for name, folder in BUNDLED_MODELS.items():
+        if not (folder / "config.json").is_file():
+            continue
         found = inspect(folder)
         rows.append({
-            "name": "bundled, the default" if folder == BUNDLED else folder.name, "format": found.format,
+            "name": f"{name}, the default" if name == DEFAULT_MODEL else name, "format": found.format,
             "recipe": found.manifest.get("recipe", ""), "pixels": found.config.image_size,
             "parameters": found.parameters, "folder": str(folder),
         })  # fmt: skip

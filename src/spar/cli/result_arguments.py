@@ -66,6 +66,21 @@ class EvalArguments(ModelArguments):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompareArguments:
+    """Compare two models on the same prompts: spar compare results/spar results/dualtoken
+
+    Each score's difference (the second minus the first) is paired by prompt, with its 95 % interval.
+    """
+
+    first: Annotated[Positional[Path], arg(metavar="FIRST")]
+    """Results file of `spar eval`, or a folder of such files."""
+    second: Annotated[Positional[Path], arg(metavar="SECOND")]
+    """The same of the other model; of folders the files of the same name are compared."""
+    json: Flag = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportArguments:
     """Write a run's training curves and results as one HTML page: spar report runs/shapes"""
 

@@ -1,17 +1,22 @@
 """The verbs that show what a model does: `spar eval`, `spar report` and `spar demo`."""
 
+import json
 import os
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spar.cli import loading
-from spar.cli.console import new_console, progress_bar, score_table, show_table
+from spar.cli.console import difference_table, new_console, progress_bar, score_table, show_table
 from spar.cli.parsing import takes
-from spar.cli.result_arguments import DemoArguments, EvalArguments, ReportArguments
+from spar.cli.result_arguments import CompareArguments, DemoArguments, EvalArguments, ReportArguments
 from spar.common.errors import InputError
 from spar.common.files import atomic_directory
 from spar.inference.image_files import check_replaceable, check_writable, list_images
+
+if TYPE_CHECKING:
+    from spar.evaluation.results import Result
 
 
 @takes(EvalArguments, "spar eval")
@@ -59,6 +64,44 @@ def _result_paths(args: EvalArguments, names: list[str]) -> list[Path]:
     return [args.output or Path(files[0])]
 
 
+@takes(CompareArguments, "spar compare")
+def compare(args: CompareArguments) -> int:
+    """Compare two models' results, paired by prompt."""
+    from spar.evaluation.compare import compare, corrected
+
+    found = []
+    for first, second in _pairs_of_results(args.first, args.second):
+        found += compare(first, second)
+    found = corrected(found)
+    if args.json:
+        print(json.dumps([{**asdict(one), "verdict": one.verdict} for one in found], indent=2))
+    else:
+        show_table(new_console(), difference_table(found))
+    return 0
+
+
+def _pairs_of_results(first: Path, second: Path) -> "list[tuple[Result, Result]]":
+    """Two results files, or those of two folders that have the same name and outcomes to pair."""
+    from spar.evaluation.compare import units
+    from spar.evaluation.results import read_result
+
+    if not (first.is_dir() and second.is_dir()):
+        return [(read_result(first), read_result(second))]
+    shared = sorted({path.name for path in first.glob("*.json")} & {path.name for path in second.glob("*.json")})
+    found = []
+    for name in shared:
+        pair = read_result(first / name), read_result(second / name)
+        try:
+            units(pair[0])
+        except InputError as error:
+            print(f"spar: note: {name} is not compared: {error}", file=sys.stderr)
+            continue
+        found.append(pair)
+    if not found:
+        raise InputError(f"expected results files of the same names in {first} and {second}, found none to compare")
+    return found
+
+
 @takes(ReportArguments, "spar report")
 def report(args: ReportArguments) -> int:
     """Write a run's training curves and results as one HTML page."""
@@ -79,10 +122,11 @@ def demo(args: DemoArguments) -> int:
     images = list_images(args.images) if args.images else []
     check_replaceable(args.output, "report.html", overwrite=args.overwrite)
     pipe = loading.load_pipeline(args)
-    from spar.inference.pipeline import BUNDLED
+    from spar.checkpoints.bundled import DEFAULT_MODEL
+    from spar.checkpoints.hub import model_folder
     from spar.reporting.demo import PAGE, DemoOptions, make_demo
 
-    options = DemoOptions(images=images, limit=args.limit, curves=_curves(args.model or BUNDLED))
+    options = DemoOptions(images=images, limit=args.limit, curves=_curves(model_folder(args.model or DEFAULT_MODEL)))
     with atomic_directory(args.output) as folder, progress_bar("the demo") as advance:
         results = make_demo(pipe, folder, options, lambda _, done, total: advance and advance(done, total))
     for result in results:

@@ -19,7 +19,8 @@ class ListenArguments(ModelArguments):
     port: int = DEFAULT_PORT
     """Port; 0 takes a free one."""
     also: UseAppendAction[tuple[str, ...]] = ()
-    """PATH or NAME=PATH of a further model to serve beside --model, once for each; requests and page choose by name."""
+    """PATH or NAME=PATH of a further model to serve beside --model, once for each; requests and page choose by name.
+    Without --model and --also all bundled models are served."""
     token_file: Path | None = None
     """File with the required token; by default the variable SPAR_API_TOKEN, if set."""
 

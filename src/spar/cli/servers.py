@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spar.checkpoints.bundled import BUNDLED_MODELS, DEFAULT_MODEL
 from spar.cli import loading
 from spar.cli.console import progress_bar
 from spar.cli.loading import gc_disabled
@@ -76,22 +77,38 @@ def _listen_and_load(
 
 
 def _load_all(args: ListenArguments) -> dict[str, "Pipeline"]:
-    """The pipelines of --model and of each --also, by name; InputError where two have the same one."""
+    """The pipelines of --model and of each --also, by name; of all bundled models where neither is given.
+
+    Raises:
+        InputError: two have the same name, or a named one does not load. A bundled one that nobody named and that does
+            not take the settings is left out, with a note.
+    """
     from spar.serving.app import served_name
 
     first = loading.load_pipeline(args)
     pipes = {served_name(first): first}
-    for one in args.also:
+    named = bool(args.also or args.model or args.adapter)
+    for one in args.also if named else _other_bundled_models():
         name, sign, path = one.partition("=") if not Path(one).exists() else ("", "", one)
         try:
             pipe = loading.load_pipeline(replace(args, model=Path(path if sign or not name else one), adapter=None))
         except InputError as error:
-            raise InputError(f"--also {one}: {error}") from error
+            if named:
+                raise InputError(f"--also {one}: {error}") from error
+            print(f"spar: note: the bundled model {one} is not served: {error}", file=sys.stderr)
+            continue
         name = name if sign else served_name(pipe)
         if name in pipes:
             raise InputError(f"--also {one}: a model named {name} is served already; give it another one: NAME={path}")
         pipes[name] = pipe
     return pipes
+
+
+def _other_bundled_models() -> list[str]:
+    """The names of the bundled models beside the default one."""
+    return [
+        name for name, folder in BUNDLED_MODELS.items() if name != DEFAULT_MODEL and (folder / "config.json").is_file()
+    ]
 
 
 def _clear_at_sigterm() -> None:

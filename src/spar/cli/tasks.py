@@ -113,11 +113,14 @@ def warn_if_unquoted(texts: Sequence[str], what: str) -> None:
 @takes(InfoArguments, "spar info")
 def info(args: InfoArguments) -> int:
     """Show how an image was made, or what a folder of weights contains."""
-    if os.path.isdir(args.path):
+    from spar.checkpoints.bundled import bundled_folder, is_bundled
+
+    folder = bundled_folder(str(args.path)) if is_bundled(args.path) else args.path
+    if os.path.isdir(folder):
         from spar.checkpoints.inspect import inspect
 
         with progress_bar("inspecting"):
-            found = inspect(args.path)
+            found = inspect(folder)
         if args.json:
             print(json.dumps(model_values(found), indent=2))
         else:

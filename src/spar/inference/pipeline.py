@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from spar.checkpoints.bundled import BUNDLED_MODELS, DEFAULT_MODEL
 from spar.checkpoints.hub import model_folder, model_name
 from spar.checkpoints.lora import load_adapter, merge_lora
 from spar.checkpoints.model_header import TITLES
@@ -39,7 +40,7 @@ from spar.models.tiling import MIN_TILE
 from spar.processing.images import ImageSource, nearest_size, to_pil, to_size, to_tensor
 from spar.processing.prompts import IMAGE_TOKEN, PromptEncoder, TokenBatch
 
-BUNDLED = Path(__file__).parents[1] / "assets" / "weights"
+BUNDLED = BUNDLED_MODELS[DEFAULT_MODEL]
 MAX_SIDE_FACTOR = 2  # images up to twice the trained side
 
 

@@ -59,15 +59,18 @@ def _build_choice(
 ) -> None:
     """A choice of models, and below it the tabs of the chosen one."""
     first = pipe.origin.get("model") or pipe.system
-    choice = gr.Radio([first, *others], value=first, label="Model", elem_classes="spar-model")
+    models = {first: pipe, **others}
+    systems = [one.system for one in models.values()]
+    titles = systems if len(set(systems)) == len(systems) else [*models]
+    choice = gr.Radio([*zip(titles, models, strict=True)], value=first, label="Model", elem_classes="spar-model")
     columns = []
-    for name, one in {first: pipe, **others}.items():
+    for name, one in models.items():
         with gr.Column(visible=one is pipe) as column:
             Page(blocks, one, call if one is pipe or call is None else partial(call, model=name))
         columns.append(column)
 
     def show(chosen: str) -> list[Any]:
-        return [gr.update(visible=name == chosen) for name in (first, *others)]
+        return [gr.update(visible=name == chosen) for name in models]
 
     choice.change(show, choice, columns, **components.HIDDEN)
 

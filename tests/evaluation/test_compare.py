@@ -1,0 +1,128 @@
+"""Two models on the same prompts: planted differences, none where there is none, and refusals."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from spar.cli.main import main
+from spar.common.errors import InputError
+from spar.evaluation.compare import Difference, compare, corrected, units
+from spar.evaluation.results import Result, mean_score, write_result
+
+
+def gen(rows, **settings):
+    """A result of Shapes-Gen with these outcomes by task, each a list of the images of one prompt."""
+    records = [
+        {"task": task, "prompt": f"{task} {number}", "right": right}
+        for task, prompts in rows.items() for number, right in enumerate(prompts)
+    ]  # fmt: skip
+    scores = (mean_score("overall", *([np.mean(one) for one in prompts] for prompts in rows.values())),)
+    return Result("shapes-gen", scores, {"seed": 0, "images_per_prompt": 4, **settings}, {"prompts": records})
+
+
+def vqa(answers, benchmark="shapes-vqa"):
+    records = [
+        {"kind": "count", "question": f"question {number}", "expected": "two", "answer": given}
+        for number, given in enumerate(answers)
+    ]
+    return Result(benchmark, (mean_score("overall", [0.0]),), {"seed": 0}, {"questions": records})
+
+
+def test_the_difference_is_that_of_the_scores_and_each_task_s_own():
+    first = gen({"counting": [[1, 1, 0, 0]] * 10, "colors": [[1, 1, 1, 1]] * 10})
+    second = gen({"counting": [[1, 1, 1, 0]] * 10, "colors": [[1, 1, 1, 0]] * 10})
+    overall, counting, colors = compare(first, second)
+    assert (overall.score, counting.score, colors.score) == ("overall", "counting", "colors")
+    assert overall.value == pytest.approx(second.score("overall").value - first.score("overall").value) == 0.0
+    assert (counting.first, counting.second, counting.value) == (0.5, 0.75, 0.25)
+    assert colors.value == -0.25 and (counting.verdict, colors.verdict) == ("higher", "lower")
+    assert overall.verdict.startswith("undecided") and overall.n == 20 and counting.n == 10
+
+
+def test_a_pair_of_hard_and_easy_prompts_shows_what_two_intervals_would_hide():
+    """Each prompt gains a little, though prompts differ by far more: the paired interval excludes 0."""
+    rng = np.random.default_rng(0)
+    hard = rng.integers(0, 4, 80)
+    first = gen({"counting": [[1] * k + [0] * (4 - k) for k in hard]})
+    second = gen({"counting": [[1] * k + [0] * (4 - k) for k in hard + (np.arange(80) % 4 == 0)]})
+    (difference,) = compare(first, second)
+    assert difference.value == pytest.approx(20 / 80 / 4) and difference.low > 0 and difference.p < 0.01
+    low, high = (np.std([np.mean(r["right"]) for r in one.details["prompts"]]) for one in (first, second))
+    assert difference.high - difference.low < 0.5 * 3.92 * np.hypot(low, high) / 80**0.5
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says_and_an_a_a_pair_is_undecided():
+    rng, held, decided = np.random.default_rng(1), 0, 0
+    for _ in range(200):
+        level = rng.uniform(0.2, 0.8, 60)
+        rows = [[[int(x) for x in rng.random(4) < p] for p in level] for _ in range(2)]
+        (difference,) = compare(gen({"colors": rows[0]}), gen({"colors": rows[1]}))
+        held += difference.low <= 0 <= difference.high
+        decided += not difference.verdict.startswith("undecided")
+    assert 0.9 <= held / 200 <= 0.99 and decided / 200 <= 0.1
+
+
+def test_what_is_detectable_is_found_four_times_of_five():
+    rng, found, detectable = np.random.default_rng(2), 0, []
+    for _ in range(100):
+        rows = [[[int(x)] for x in rng.random(100) < p] for p in (0.4, 0.4 + 0.194)]  # 2.8 * sqrt(2 * 0.24 / 100)
+        (difference,) = compare(gen({"colors": rows[0]}), gen({"colors": rows[1]}))
+        found += difference.verdict == "higher"
+        detectable.append(difference.detectable)
+    assert np.mean(detectable) == pytest.approx(0.194, abs=0.01) and 0.68 <= found / 100 <= 0.92
+
+
+def test_holm_s_correction_is_its_definition():
+    def one(score, p):
+        return Difference("x", score, 0.1, 0.2, 0.1, 0.05, 0.15, 9, p, 0.1)
+
+    given = [one("overall", 0.04), one("colors", 0.04), one("overall", 0.01), one("psnr", 0.03)]
+    assert [d.p for d in corrected(given)] == pytest.approx([0.06, 0.04, 0.03, 0.06])
+    assert corrected(given)[0].verdict.startswith("undecided") and given[0].verdict == "higher"
+
+
+def test_outcomes_of_every_kind_of_record_are_read():
+    assert [value for _, value in units(vqa(["two", "Two.", "three"]))["count"]] == [1.0, 1.0, 0.0]
+    recon = replace(vqa([]), benchmark="shapes-recon", details={"scenes": [{"psnr": 30.5}, {"psnr": 20.0}]})
+    assert units(recon) == {"overall": [("0", 30.5), ("1", 20.0)]}
+    chat = {"questions": ["a", "b"], "expected": ["red", "two"], "answers": ["red", "three"]}
+    assert units(replace(recon, benchmark="shapes-chat", details={"conversations": [chat]})) == {
+        "overall": [("['a', 'b']", 0.0)]
+    }
+    (difference,) = compare(recon, replace(recon, details={"scenes": [{"psnr": 31.5}, {"psnr": 22.0}]}))
+    assert (difference.score, difference.value) == ("psnr", 1.5)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (vqa(["two"]), "the same benchmark, got 'shapes-gen' and 'shapes-vqa'"),
+        (gen({"colors": [[1]] * 3}, seed=1), "the same seed, got 0 and 1"),
+        (gen({"colors": [[1]] * 3}, combinations="held_out"), "the same combinations"),
+        (gen({"colors": [[1]] * 2}), "the same prompts, got 3 and 2"),
+        (gen({"counting": [[1]] * 3}), "the same prompts"),
+        (replace(gen({"colors": [[1]]}), details={}), "the outcome of every prompt in the details, found none"),
+    ],
+)
+def test_results_that_are_no_pair_are_refused(other, message):
+    with pytest.raises(InputError) as error:
+        compare(gen({"colors": [[1]] * 3}), other)
+    assert message in str(error.value)
+
+
+def test_files_and_folders_are_compared_on_the_command_line(tmp_path, capsys):
+    first, second = vqa(["two"] * 30 + ["one"] * 10), vqa(["two"] * 40)
+    for folder, one in (("a", first), ("b", second)):
+        write_result(tmp_path / folder / "shapes-vqa.json", one)
+        write_result(tmp_path / folder / "shapes-codes.json", Result("shapes-codes", one.scores, {"seed": 0}))
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--json"]) == 0
+    out, error = capsys.readouterr()
+    (found,) = json.loads(out)
+    assert found["value"] == 0.25 and found["verdict"] == "higher" and "shapes-codes.json is not compared" in error
+    files = [str(tmp_path / folder / "shapes-vqa.json") for folder in ("a", "b")]
+    assert main(["compare", *files]) == 0 and "+0.25" in capsys.readouterr().out
+    (tmp_path / "none").mkdir()
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "none")]) == 2
+    assert "expected results files of the same names" in capsys.readouterr().err
