@@ -59,3 +59,15 @@ def test_the_tags_of_a_runs_stage_are_printed_by_kind(tiny_run, monkeypatch, cap
     probe.main()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 11 and all(re.search(r": changed [\d.]+, kept [\d.]+, items [\d.]+$", line) for line in lines)
+
+
+def test_the_losses_of_codes_are_those_of_training_at_both_kinds_of_patches(dual_run):
+    """With an untrained LLM each code is about as likely as any other; shares are by the number of patches then."""
+    probe = script("code_losses")
+    pipe = probe.load_pipeline(dual_run.path / "model", device="cpu", dtype=torch.float32)
+    found, decibels = probe.code_losses(pipe, 8)
+    assert [(one.name, one.depth) for one in found] == [
+        ("pixel", 1), ("pixel", 2), ("semantic", 1), ("semantic", 2)
+    ]  # fmt: skip
+    assert all(1.5 < one.flat < 4 and 1.5 < one.other < 4 and 0.3 < one.share < 0.95 for one in found)
+    assert len(decibels) == 2 and all(value > 0 for value in decibels)

@@ -3,12 +3,20 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AddedToken
 
 from spar.common.errors import InputError
 from spar.models.attention import attention_bias, position_ids_from_mask
 from spar.models.config import TextConfig
 from spar.models.language import LanguageModel
-from spar.processing.prompts import MAX_CHARACTERS_PER_TOKEN, PackedBatch, PromptEncoder, QuestionAnswer
+from spar.processing.prompts import (
+    MAX_CHARACTERS_PER_TOKEN,
+    PackedBatch,
+    PromptEncoder,
+    QuestionAnswer,
+    check_rows,
+    known_words,
+)
 from spar.worlds.shapes.tokenizer import build_tokenizer
 
 VISUAL = 3
@@ -250,6 +258,26 @@ def test_anything_else_is_refused_with_what_was_expected_and_what_came(prompts, 
     with pytest.raises(InputError) as caught:
         prompts.check(text, "prompt", 64)
     assert message in str(caught.value)
+
+
+def test_a_control_token_without_a_row_is_no_fault_and_no_text_has_it():
+    """InternVL3's tokenizer has `<video>` after the last row of the embedding: special in its file, without a role."""
+    tokenizer = build_tokenizer()
+    rows = len(tokenizer)
+    tokenizer.add_tokens([AddedToken("<video>", special=True)])
+    assert len(tokenizer) == rows + 1 and "<video>" not in tokenizer.all_special_tokens
+    check_rows(tokenizer, rows, "text.vocab_size")
+    prompts = PromptEncoder(tokenizer, VISUAL)
+    with pytest.raises(InputError, match="expected plain words, got one of the model's control tokens"):
+        prompts.check("a red <video>", "prompt", 64)
+    assert prompts.plain("a red<video> circle") == "a red  circle" and "<video>" not in known_words(tokenizer)
+    with pytest.raises(InputError, match=rf"text.vocab_size: expected at least {rows} .*, got {rows - 1}: its token"):
+        check_rows(tokenizer, rows - 1, "text.vocab_size")
+    tokenizer.add_tokens(["zebra"])
+    with pytest.raises(InputError, match=f"expected at least {rows + 2} .*, got {rows}: its token 'zebra' has number"):
+        check_rows(tokenizer, rows, "text.vocab_size")
+    with pytest.raises(InputError, match="its token '<img>' has number 3"):    # a template's
+        check_rows(tokenizer, 3, "text.vocab_size")
 
 
 def test_the_limit_is_the_longest_text_that_passes(prompts):

@@ -30,7 +30,7 @@ from spar.models.config import TextConfig
 from spar.models.dualtoken.config import DualTokenConfig
 from spar.models.dualtoken.model import DualTokenModel
 from spar.models.dualtoken.sampling import CodeSampling
-from spar.processing.prompts import IMAGE_END, IMAGE_START, IMAGE_TOKEN, TURN_END
+from spar.processing.prompts import IMAGE_END, IMAGE_START, IMAGE_TOKEN, TURN_END, check_rows
 
 SOURCES = ("vision", "llm")
 LANGUAGE = "language"
@@ -146,11 +146,7 @@ class _Parts:
         config, files = ForeignConfig.read(folder / "config.json"), self.weights("llm")
         tied = bool(config.get("tie_word_embeddings", default=False)) or "lm_head.weight" not in files.shapes
         text = internvl.read_text_config(config, config, tied, self.text_tokenizer)
-        if len(self.text_tokenizer) > text.vocab_size:
-            raise InputError(
-                f"{folder}: expected {len(self.text_tokenizer)} rows of word embeddings for its words and the image "
-                f"tokens, got {text.vocab_size}"
-            )
+        check_rows(self.text_tokenizer, text.vocab_size, f"{folder}: rows of word embeddings")
         return text
 
 

@@ -22,6 +22,7 @@ from spar.common.errors import InputError
 
 IMAGE_START, IMAGE_TOKEN, IMAGE_END = "<img>", "<IMG_CONTEXT>", "</img>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
+TEMPLATE_TOKENS = (IMAGE_START, IMAGE_TOKEN, IMAGE_END, TURN_START, TURN_END)
 UNCONDITIONAL = "Generate an image."
 UNCONDITIONAL_EDIT = "Edit the image.\n"
 DESCRIBE = "describe the image"
@@ -82,9 +83,36 @@ def tower_tokens(tokenizer: Any, texts: Sequence[str | None], length: int) -> Te
     return torch.tensor(found["input_ids"])
 
 
+def control_tokens(tokenizer: Any) -> dict[int, str]:
+    """The tokens that no text may have, by their ids: those with a role, and those that the tokenizer's file calls
+    special.
+    """
+    named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    return named | {number: str(one) for number, one in tokenizer.added_tokens_decoder.items() if one.special}
+
+
+def check_rows(tokenizer: Any, rows: int, what: str) -> None:
+    """Refuse a tokenizer of whose tokens some prompt may have one for which an embedding has no row.
+
+    Control tokens that no template has may lie beyond it: InternVL3's tokenizer has `<video>` without a row.
+
+    Raises:
+        InputError: it names `what` has the rows, and a token without one.
+    """
+    if len(tokenizer) <= rows:
+        return
+    unused = {*control_tokens(tokenizer).values()} - {*TEMPLATE_TOKENS}
+    beyond = {number: word for word, number in tokenizer.get_vocab().items() if number >= rows and word not in unused}
+    if beyond:
+        most, (number, word) = max(beyond) + 1, min(beyond.items())
+        raise InputError(
+            f"{what}: expected at least {most} for this tokenizer, got {rows}: its token {word!r} has number {number}"
+        )
+
+
 def known_words(tokenizer: Any) -> list[str]:
     """The words of a closed vocabulary, without marks, roles and control tokens."""
-    special = {*tokenizer.all_special_tokens, *ROLES}
+    special = {*control_tokens(tokenizer).values(), *ROLES}
     return sorted(word for word in tokenizer.get_vocab() if word.isalnum() and word not in special)
 
 
@@ -100,6 +128,7 @@ class PromptEncoder:
         self.visual_tokens = visual_tokens
         self.image_start = image_start
         self.multiple = multiple
+        self.control = control_tokens(tokenizer)
         self._cache: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
@@ -121,11 +150,10 @@ class PromptEncoder:
         if len(text) > MAX_CHARACTERS_PER_TOKEN * limit:
             raise InputError(f"{what}: expected at most {limit} tokens, got a text of {len(text)} characters")
         ids, unknown = self._ids_and_unknown(text)
-        special = set(self.tokenizer.all_special_ids)
         if len(ids) > limit:
             raise InputError(f"{what}: expected at most {limit} tokens, got {len(ids)}")
         self._refuse_unknown(list(dict.fromkeys(text[start:end] for start, end in unknown)), what)
-        if special & set(ids):
+        if self.control.keys() & {*ids}:
             raise InputError(f"{what}: expected plain words, got one of the model's control tokens")
 
     def _ids_and_unknown(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -165,7 +193,7 @@ class PromptEncoder:
 
     def plain(self, text: str) -> str:
         """A text without the model's control tokens."""
-        for token in self.tokenizer.all_special_tokens:
+        for token in self.control.values():
             text = text.replace(token, " ")
         return text
 

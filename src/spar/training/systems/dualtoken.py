@@ -20,7 +20,7 @@ from spar.models.dualtoken.config import DualTokenConfig
 from spar.models.dualtoken.model import DualTokenModel
 from spar.models.dualtoken.sampling import CodeSampling
 from spar.models.dualtoken.towers import VisionTower
-from spar.processing.prompts import PromptEncoder
+from spar.processing.prompts import PromptEncoder, check_rows
 from spar.training.bundle import run_manifest
 from spar.training.config import StageConfig
 from spar.training.modules import ATTENTION_GAIN, init_xavier
@@ -94,17 +94,10 @@ class DualTokenRecipe(LoraRecipe):
         return self.model.vision.hidden_size
 
     def prompts(self, tokenizer: Any) -> PromptEncoder:
-        if len(tokenizer) > self.model.text.vocab_size:
-            raise InputError(
-                f"text.vocab_size: expected at least {len(tokenizer)} for this tokenizer, "
-                f"got {self.model.text.vocab_size}"
-            )
+        check_rows(tokenizer, self.model.text.vocab_size, "text.vocab_size")
         paired = any(isinstance(stage.objective, ContrastiveObjective) for stage in self.stages)
-        if paired and len(tokenizer) > self.model.text_tower.vocab_size:
-            raise InputError(
-                f"text_tower.vocab_size: expected at least {len(tokenizer)} for this tokenizer, "
-                f"got {self.model.text_tower.vocab_size}"
-            )
+        if paired:
+            check_rows(tokenizer, self.model.text_tower.vocab_size, "text_tower.vocab_size")
         return PromptEncoder(tokenizer, self.model.grid**2, image_start=True)
 
     def load_tokenizer(self, folder: Path) -> Any:

@@ -26,7 +26,7 @@ from spar.common.errors import InputError
 from spar.losses.adversarial import PatchDiscriminatorConfig
 from spar.models.config import SparConfig
 from spar.models.language import LanguageModel
-from spar.processing.prompts import PromptEncoder
+from spar.processing.prompts import PromptEncoder, check_rows
 from spar.training.bundle import build_bundle
 from spar.training.checkpoint import load_group
 from spar.training.config import StageConfig
@@ -139,11 +139,7 @@ class SparRecipe(LoraRecipe):
         return self.model.text.hidden_size
 
     def prompts(self, tokenizer: Any) -> PromptEncoder:
-        if len(tokenizer) > self.model.text.vocab_size:
-            raise InputError(
-                f"text.vocab_size: expected at least {len(tokenizer)} for this tokenizer, "
-                f"got {self.model.text.vocab_size}"
-            )
+        check_rows(tokenizer, self.model.text.vocab_size, "text.vocab_size")
         return PromptEncoder(tokenizer, self.model.grid**2, image_start=self.model.connector.image_start)
 
     def load_tokenizer(self, folder: Path) -> Any:
