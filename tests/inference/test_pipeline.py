@@ -130,6 +130,18 @@ def test_defaults_are_the_models_own(folder, pipe):
     assert gap(image, generate(pipe, num_inference_steps=2, guidance_scale=1.5).images[0]) == 0
 
 
+def test_the_sampler_of_a_call_is_as_the_models_own(folder, pipe, pictures):
+    """And in the metadata, from which `spar info` writes the command; without it, what was there before."""
+    loaded = load_model(folder)
+    own = SparPipeline(
+        ModelBundle(loaded.model, loaded.text_tokenizer, replace(loaded.sampling, method="euler"))
+    )
+    asked, default = generate(pipe, sampler="euler"), generate(own)
+    assert gap(asked.images[0], default.images[0]) == 0 < gap(asked.images[0], generate(pipe).images[0])
+    assert asked.metadata[0]["sampler"] == "euler" and "sampler" not in default.metadata[0]
+    assert gap(edit(pipe, pictures[0], sampler="euler").images[0], edit(pipe, pictures[0]).images[0]) > 0
+
+
 @pytest.mark.parametrize("change", [{"shift": 1.0}, {"method": "euler"}])
 def test_the_models_shift_and_method_count(folder, pipe, change):
     loaded = load_model(folder)
@@ -654,6 +666,7 @@ BAD_PROMPTS = [
     (dict(guidance_scale=-1), "guidance_scale: expected 0 to 100"),
     (dict(guidance_scale=float("nan")), "guidance_scale: expected"),
     (dict(guidance_scale="4"), "guidance_scale: expected"),
+    (dict(sampler="heun"), "sampler: expected one of dpmsolver++, euler, got 'heun'"),
     (dict(num_images_per_prompt=0), "num_images_per_prompt: expected 1 to 4096, got 0"),
     (dict(num_images_per_prompt=4096, prompt=["red", "blue"]), "images in all: expected 1 to 4096, got 8192"),
     (dict(seed=-1), "seed: expected a whole number from 0 to"),

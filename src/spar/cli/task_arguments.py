@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -27,6 +27,8 @@ class SamplingArguments(ModelArguments, ABC):
     """Sampling steps; by default the model's own."""
     guidance_scale: Guidance = None
     """Classifier-free guidance, 1 for none; by default the model's own."""
+    sampler: Literal["dpmsolver++", "euler"] | None = None
+    """Of a SPAR model: how the flow is sampled; by default the model's own way."""
     num_images_per_prompt: Annotated[int, arg(aliases=["-n"])] = 1
     """Images for each prompt."""
     grid: Flag = False
@@ -62,7 +64,8 @@ class SamplingArguments(ModelArguments, ABC):
     def keywords(self) -> dict[str, Any]:
         """Keywords of the pipeline's sampling tasks; the seeds of all images come beside them."""
         names = ("negative_prompt", "num_inference_steps", "guidance_scale", "num_images_per_prompt")
-        return {name: getattr(self, name) for name in names}
+        own = {"sampler": self.sampler} if self.sampler else {}
+        return {**{name: getattr(self, name) for name in names}, **own}
 
 
 @dataclass(frozen=True, kw_only=True)

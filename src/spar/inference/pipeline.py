@@ -27,7 +27,7 @@ from spar.common.generators import cpu_generator
 from spar.common.limits import check_int_range, check_range
 from spar.common.seeds import list_seeds
 from spar.flow.guidance import apply_guidance
-from spar.flow.sampler import sample
+from spar.flow.sampler import METHODS, sample
 from spar.inference.base import TOKEN_MULTIPLE, Pipeline, choose_device_and_dtype
 from spar.inference.image_files import BUNDLED_MODEL
 from spar.inference.inputs import broadcast, open_sources
@@ -135,7 +135,7 @@ class SparPipeline(Pipeline):
         self, prompt: str | Sequence[str], *, negative_prompt: str | Sequence[str] | None = None,
         height: int | None = None, width: int | None = None, num_inference_steps: int | None = None,
         guidance_scale: float | None = None, num_images_per_prompt: int = 1, seed: int | Sequence[int] | None = None,
-        callback: Callback | None = None,
+        callback: Callback | None = None, sampler: str | None = None,
     ) -> GenerateOutput:  # fmt: skip
         """Generate images from prompts.
 
@@ -150,6 +150,7 @@ class SparPipeline(Pipeline):
             seed: one (image i gets seed + i) or one per image; random when None. `.seeds` has those used.
             callback: called after each step with (steps done, steps, estimate of the clean latent), which `preview`
                 converts to images; returning False, exactly, cancels.
+            sampler: of the flow, "dpmsolver++" or "euler"; by default the model's own.
 
         Raises:
             InputError: the message has the expected and the given value.
@@ -158,14 +159,14 @@ class SparPipeline(Pipeline):
         prompts = self._texts(prompt, "prompt")
         return self._sample(
             "prompt", prompts, negative_prompt, self.prompts.generation, None, self.output_size(height, width),
-            num_inference_steps, guidance_scale, num_images_per_prompt, seed, callback,
+            num_inference_steps, guidance_scale, num_images_per_prompt, seed, callback, sampler,
         )
 
     def edit(
         self, image: ImageSource | Sequence[ImageSource], instruction: str | Sequence[str], *,
         negative_prompt: str | Sequence[str] | None = None, num_inference_steps: int | None = None,
         guidance_scale: float | None = None, num_images_per_prompt: int = 1, seed: int | Sequence[int] | None = None,
-        callback: Callback | None = None,
+        callback: Callback | None = None, sampler: str | None = None,
     ) -> GenerateOutput:  # fmt: skip
         """Edit images by instruction; keywords as in `generate`.
 
@@ -179,7 +180,7 @@ class SparPipeline(Pipeline):
         encode = partial(self.prompts.edit, image_tokens=height * width // self.model.config.token_stride**2)
         return self._sample(
             "instruction", instructions, negative_prompt, encode, pixels, (height, width),
-            num_inference_steps, guidance_scale, num_images_per_prompt, seed, callback,
+            num_inference_steps, guidance_scale, num_images_per_prompt, seed, callback, sampler,
         )
 
     @torch.inference_mode()
@@ -228,7 +229,7 @@ class SparPipeline(Pipeline):
         self, what: str, texts: list[str], negative_prompt: str | Sequence[str] | None,
         encode: Callable[[Sequence[str | None]], TokenBatch], pixels: Tensor | None, size: tuple[int, int],
         steps: int | None, guidance: float | None, per_prompt: int, seed: int | Sequence[int] | None,
-        callback: Callback | None,
+        callback: Callback | None, sampler: str | None,
     ) -> GenerateOutput:
         """Texts to images: one condition for each, then the flow's sampler around the denoiser.
 
@@ -241,6 +242,8 @@ class SparPipeline(Pipeline):
         defaults = self.bundle.sampling
         steps = self.default_steps if steps is None else steps
         guidance = self.default_guidance if guidance is None else guidance
+        if sampler is not None and sampler not in METHODS:
+            raise InputError(f"sampler: expected one of {', '.join(METHODS)}, got {sampler!r}")
         check_int_range("num_inference_steps", steps, 1, limits.MAX_STEPS)
         check_range("guidance_scale", guidance, 0, limits.MAX_GUIDANCE)
         check_int_range("num_images_per_prompt", per_prompt, 1, limits.MAX_IMAGES)
@@ -265,13 +268,14 @@ class SparPipeline(Pipeline):
 
             with sampling_bar(callback, steps, shown=self.progress) as watch:
                 latent = sample(
-                    velocity, noise, num_inference_steps=steps, shift=defaults.shift, method=defaults.method,
-                    callback=watch,
+                    velocity, noise, num_inference_steps=steps, shift=defaults.shift,
+                    method=sampler or defaults.method, callback=watch,
                 )
             self._load_to_device("decoder")
             images = self.model.decode(latent, self.decode_tile).float()
         routing = [self._routing(tokens, routed, row) for row in range(len(tokens.ids)) for _ in range(per_prompt)]
-        shared = {"steps": steps, "guidance": float(guidance), **self.run_metadata()}
+        shared = {"steps": steps, "guidance": float(guidance), **({"sampler": sampler} if sampler else {})}
+        shared |= self.run_metadata()
         metadata = [
             {what: texts[i // per_prompt], "negative_prompt": negatives[i // per_prompt], "seed": seed, **shared}
             for i, seed in enumerate(seeds)
