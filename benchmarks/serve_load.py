@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=0.5, help="of the long run")
     parser.add_argument("--max-batch", type=int)
     args = parser.parse_args()
-    command = [str(Path(sys.executable).with_name("spar")), "serve", "--port", "0"]
+    command = [str(Path(sys.executable).with_name("spar")), "serve", "--port", "0", "--model", "spar"]
     command += ["--max-batch", str(args.max_batch)] if args.max_batch else []
     start = time.perf_counter()
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)

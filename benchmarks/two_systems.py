@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from spar.checkpoints.bundled import BUNDLED_MODELS
+from spar.checkpoints.bundled import BUNDLED_MODELS, bundled_folder
 
 PROMPT, INSTRUCTION, QUESTION = "a large red circle", "change the background to navy", "what color is the background?"
 
@@ -32,7 +32,7 @@ def measure(name: str, runs: int, batch: int) -> dict[str, Any]:
     from spar.inference.loading import load_pipeline
     from spar.training.bundle import hardware_info
 
-    pipe = load_pipeline(name, device="cpu", progress=False)
+    pipe = load_pipeline(bundled_folder(name), device="cpu", progress=False)
     loaded = time.perf_counter() - start
     side = pipe.image_size
     images = [
@@ -58,7 +58,8 @@ def measure(name: str, runs: int, batch: int) -> dict[str, Any]:
                 run(count)
                 taken.append(time.perf_counter() - begun)
             seconds[task][str(count)] = round(statistics.median(taken) / count, 5)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {
         "system": pipe.system, "parameters": pipe.parameters, "dtype": str(pipe.dtype).removeprefix("torch."),
         "load_seconds": round(loaded, 2), "seconds_per_image": seconds, "peak_gib": round(peak / 2**30, 3),
@@ -72,6 +73,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--one", choices=BUNDLED_MODELS, help="this model alone, in this process")
     args = parser.parse_args()
+    if args.runs < 1 or args.batch < 1:
+        parser.error(f"expected at least one run and one image, got {args.runs} and {args.batch}")
     if args.one:
         print(json.dumps(measure(args.one, args.runs, args.batch)))
         return

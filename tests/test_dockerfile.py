@@ -151,7 +151,7 @@ def test_the_command_serves_until_it_is_ended(image, tmp_path):
             urllib.request.urlopen(models, timeout=30)
         request = urllib.request.Request(models, headers={"Authorization": f"Bearer {TOKEN}"})
         with urllib.request.urlopen(request, timeout=30) as answer:
-            assert json.load(answer)["data"][0]["id"] == "bundled"
+            assert json.load(answer)["data"][0]["id"] == "spar"
         process.send_signal(signal.SIGTERM)  # what `docker stop` sends
         process.stdout.read()
         assert process.wait(60) == -signal.SIGTERM

@@ -205,7 +205,7 @@ def test_images_are_small_files():
 
 
 def test_the_readme_gives_the_words_and_forms_of_the_bundled_model():
-    section = README.split("## What the bundled model knows")[1].split("<!--")[0]
+    section = README.split("## What the bundled models know")[1].split("<!--")[0]
     known = set(known_words(load_model(BUNDLED).text_tokenizer))
     assert f"{len(known)} words" in section
     for label, words in {"Shapes": SHAPES, "Sizes": SIZES, "Colors": COLORS, "Backgrounds": BACKGROUNDS}.items():

@@ -122,11 +122,15 @@ def test_the_wheel_holds_the_package_with_its_weights_and_nothing_else(wheel):
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert all(data == (SOURCE / name).read_bytes() for name, data in package.items())
-    weights = {name for name in package if name.startswith("spar/assets/weights/")}
-    assert {PurePosixPath(name).parent.name for name in weights if name.endswith(".safetensors")} == {
-        "tokenizer", "language", "router", "connector", "denoiser",
-    }  # fmt: skip
-    assert {"spar/assets/weights/config.json", "spar/assets/weights/manifest.json"} <= weights
+    weights = {name for name in package if name.startswith("spar/assets/")}
+    parts = {
+        "weights": {"tokenizer", "language", "router", "connector", "denoiser"},
+        "dualtoken": {"tokenizer", "language", "embedder", "pixel_head", "semantic_head"},
+    }
+    for folder, expected in parts.items():
+        own = {PurePosixPath(name) for name in weights if name.startswith(f"spar/assets/{folder}/")}
+        assert {path.parent.name for path in own if path.suffix == ".safetensors"} == expected
+        assert {"config.json", "manifest.json", "README.md", "metrics.jsonl"} <= {path.name for path in own}
     templates = {name for name in package if name.startswith("spar/reporting/templates/")}
     assert "spar/reporting/templates/report.html" in templates
     assert all(name.endswith(".py") for name in {*package} - weights - templates), "data of no known kind"

@@ -35,7 +35,7 @@ from spar.worlds.shapes.tokenizer import VOCABULARY
 
 SAMPLING_FLAGS = ("--model", "--dtype", "--device", "--output", "-o", "--overwrite", "--seed", "--steps", "--guidance",
                   "--num-inference-steps", "--guidance-scale", "--num-images-per-prompt", "-n", "--negative-prompt",
-                  "--grid", "--save-steps")
+                  "--grid", "--save-steps", "--sampler")
 FLAGS = {
     "train": ("RECIPE", "--config", "--stage", "--run", "--resume", "--init-from", "--from-scratch", "--device",
               "--dry-run"),
@@ -55,6 +55,7 @@ FLAGS = {
     "info": ("PATH", "--json"),
     "eval": ("shapes-gen, shapes-edit, shapes-vqa, shapes-recon", "shapes-paraphrase, shapes-chat", "--model",
              "--limit", "--seed", "--steps", "--guidance", "--images-per-prompt", "--combinations", "-o"),
+    "compare": ("FIRST", "SECOND", "--json"),
     "report": ("RUN", "-o"),
     "demo": ("-o", "--images", "--model"),
     "serve": ("--host", "--port", "--token-file", "--max-batch", "--max-queue", "--timeout", "--model"),
@@ -91,7 +92,7 @@ class FakePipe:
             SimpleNamespace(tokens=["red", "q"], kinds=["text", "query"], layers=(1, 2), weights=np.full((2, 2), 0.5))
             for _ in seeds
         ]
-        shared = {"steps": 20, "guidance": 4.5, "decode_tile": None, "model": "bundled", "spar": "9"}
+        shared = {"steps": 20, "guidance": 4.5, "decode_tile": None, "model": "spar", "spar": "9"}
         metadata = [{"seed": value, **shared} for value in seeds]
         return SimpleNamespace(images=images, seeds=seeds, routing=routing, metadata=metadata)
 
@@ -416,7 +417,7 @@ def test_an_image_carries_how_it_was_made(capsys, pipe):
     with Image.open("out.png") as image:
         assert image.getpixel((0, 0)) == (9, 0, 0)
         assert image.text == {
-            "prompt": prompt, "seed": "9", "steps": "20", "guidance": "4.5", "model": "bundled", "spar": "9"
+            "prompt": prompt, "seed": "9", "steps": "20", "guidance": "4.5", "model": "spar", "spar": "9"
         }  # fmt: skip
     assert main(["edit", "out.png", "remove it", "-o", "edited.png"]) == 0
     with Image.open("edited.png") as image:

@@ -212,6 +212,8 @@ def test_llava_keeps_conversations_about_one_image_and_counts_the_rest(sets):
         item("coco/2.png", said, asked),
         item("coco/2.png", asked),
         item("coco/2.png", ("human", "<image>"), said),
+        item([f"coco/{n}.png" for n in range(20)], asked, said),
+        item("coco/2.png", asked, ("gpt", " ")),
     ]
     source = open_source(str(sets.json("llava.json", items)))
     assert (source.format, source.kind, len(source)) == ("llava", "dialogue", 3)
@@ -222,17 +224,20 @@ def test_llava_keeps_conversations_about_one_image_and_counts_the_rest(sets):
     with pytest.raises(BadSample, match="expected a question and an answer in each turn, got an empty one"):
         source.read(2)
     assert source.skipped == {
-        "conversation about no image": 1, "conversation about several images": 1,
-        "conversation whose turns do not alternate": 2,
+        "conversation about no image": 1, "conversation about several images": 2,
+        "conversation whose turns do not alternate": 2, "conversation with a turn of the image alone": 1,
     }  # fmt: skip
-    other = open_source(str(sets.json("llava.json", [item("coco/0.png", asked, ("gpt", "another"))])))
+    other = open_source(str(sets.json("other.json", [item("coco/0.png", asked, ("gpt", "another"))])))
     assert other.identity != source.identity
     with pytest.raises(InputError, match="expected image and conversations, each turn with from and value in .*item 1"):
-        open_source(str(sets.json("llava.json", [items[0], {"image": "coco/0.png", "conversations": [{}]}])))
+        open_source(str(sets.json("other.json", [items[0], {"image": "coco/0.png", "conversations": [{}]}])))
     with pytest.raises(InputError, match="expected captions or edits, .* got dialogues"):
         convert([source], sets.folder)
     report = validate(source, workers=0)
-    assert (report.kind, report.bad, report.captions["empty"], report.captions["shortest"]) == ("dialogue", 1, 0, 16)
+    assert (report.kind, report.bad, report.captions["empty"], report.captions["shortest"]) == ("dialogue", 1, 0, 9)
+    assert open_source(f"{sets.folder}/llav*.json").format == "llava"           # a pattern names it too
+    with pytest.raises(InputError, match="found none; left out: 1 of 'conversation about no image'"):
+        open_source(str(sets.json("llava.json", items[1:2])))
 
 
 @pytest.mark.parametrize("text", ["one,two", "root,none.json,false", "root,data.txt,false"])

@@ -8,7 +8,7 @@ import pytest
 
 from spar.cli.main import main
 from spar.common.errors import InputError
-from spar.evaluation.compare import Difference, compare, corrected, units
+from spar.evaluation.compare import Difference, compare, holm_corrected, units
 from spar.evaluation.results import Result, mean_score, write_result
 
 
@@ -79,18 +79,39 @@ def test_holm_s_correction_is_its_definition():
         return Difference("x", score, 0.1, 0.2, 0.1, 0.05, 0.15, 9, p, 0.1)
 
     given = [one("overall", 0.04), one("colors", 0.04), one("overall", 0.01), one("psnr", 0.03)]
-    assert [d.p for d in corrected(given)] == pytest.approx([0.06, 0.04, 0.03, 0.06])
-    assert corrected(given)[0].verdict.startswith("undecided") and given[0].verdict == "higher"
+    found = holm_corrected(given)
+    assert [d.p for d in found] == pytest.approx([0.06, 0.04, 0.03, 0.06])
+    assert found[0].verdict.startswith("undecided") and given[0].verdict == "higher"
+    assert [d.corrected for d in found] == [True, False, True, True]
+    z = {0.05: 1.960, 0.05 / 3: 2.394}                                         # two-sided normal quantiles
+    assert found[0].detectable == pytest.approx(0.1 * (z[0.05 / 3] + 0.842) / (z[0.05] + 0.842), rel=1e-3)
+    assert found[1].detectable == 0.1 and holm_corrected([]) == []
+
+
+def test_few_prompts_and_equal_models_decide_nothing():
+    """Where all differences are alike the interval is the exact one, as that of a score of 0 or 1."""
+    for n in (1, 3):
+        (one,) = compare(gen({"colors": [[0]] * n}), gen({"colors": [[1]] * n}))
+        assert one.verdict.startswith("undecided") and one.value == one.high == 1.0
+        assert one.low == pytest.approx(0.025 ** (1 / n)) and one.p > 0.2
+    (one,) = compare(gen({"colors": [[0]] * 12}), gen({"colors": [[1]] * 12}))
+    assert one.verdict == "higher" and one.p < 0.01
+    (same,) = compare(gen({"colors": [[1]] * 200}), gen({"colors": [[1]] * 200}))
+    edge = 1 - 0.025 ** (1 / 200)
+    assert (same.value, same.p) == (0.0, 1.0) and (-same.low, same.high) == pytest.approx((edge, edge))
+    assert same.verdict == f"undecided (at least {edge:.2g} would show)"
 
 
 def test_outcomes_of_every_kind_of_record_are_read():
     assert [value for _, value in units(vqa(["two", "Two.", "three"]))["count"]] == [1.0, 1.0, 0.0]
     recon = replace(vqa([]), benchmark="shapes-recon", details={"scenes": [{"psnr": 30.5}, {"psnr": 20.0}]})
     assert units(recon) == {"overall": [("0", 30.5), ("1", 20.0)]}
+    labels = [{"image": "a.png", "expected": "a photo of a cat.", "answer": "a photo of a cat."}]
+    shot = replace(recon, benchmark="zero-shot", details={"images": labels})
+    assert units(shot) == {"overall": [("a.png | a photo of a cat.", 1.0)]}
     chat = {"questions": ["a", "b"], "expected": ["red", "two"], "answers": ["red", "three"]}
-    assert units(replace(recon, benchmark="shapes-chat", details={"conversations": [chat]})) == {
-        "overall": [("['a', 'b']", 0.0)]
-    }
+    (row,) = units(replace(recon, benchmark="shapes-chat", details={"conversations": [chat]}))["overall"]
+    assert row[1] == 0.0 and "['a', 'b']" in row[0]
     (difference,) = compare(recon, replace(recon, details={"scenes": [{"psnr": 31.5}, {"psnr": 22.0}]}))
     assert (difference.score, difference.value) == ("psnr", 1.5)
 
@@ -101,9 +122,13 @@ def test_outcomes_of_every_kind_of_record_are_read():
         (vqa(["two"]), "the same benchmark, got 'shapes-gen' and 'shapes-vqa'"),
         (gen({"colors": [[1]] * 3}, seed=1), "the same seed, got 0 and 1"),
         (gen({"colors": [[1]] * 3}, combinations="held_out"), "the same combinations"),
-        (gen({"colors": [[1]] * 2}), "the same prompts, got 3 and 2"),
-        (gen({"counting": [[1]] * 3}), "the same prompts"),
+        (gen({"colors": [[1]] * 2}), "the same prompts, got 3 and 2; the first that differ: 'colors 2' and none"),
+        (gen({"counting": [[1]] * 3}), "the first that differ: 'colors 0' and 'counting 0'"),
         (replace(gen({"colors": [[1]]}), details={}), "the outcome of every prompt in the details, found none"),
+        (replace(gen({"colors": [[1]]}), details={"n": 3}), "the outcome of every prompt in the details, found none"),
+        (replace(gen({"colors": [[1]]}), details={"prompts": [{"answer": "x"}]}), "expected an outcome in record 0"),
+        (replace(gen({"colors": [[1]]}), details={"prompts": [7]}), "expected an outcome in record 0 of the details"),
+        (gen({"colors": [[1]] * 3}, detector={"version": 9}), "the same detector version, got None and 9"),
     ],
 )
 def test_results_that_are_no_pair_are_refused(other, message):
@@ -120,7 +145,13 @@ def test_files_and_folders_are_compared_on_the_command_line(tmp_path, capsys):
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--json"]) == 0
     out, error = capsys.readouterr()
     (found,) = json.loads(out)
-    assert found["value"] == 0.25 and found["verdict"] == "higher" and "shapes-codes.json is not compared" in error
+    assert found["value"] == 0.25 and found["verdict"] == "higher"
+    assert "shapes-codes.json is not compared: shapes-codes: its score is no mean over prompts" in error
+    write_result(tmp_path / "a" / "more.json", first)
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert "more.json is not compared: only one folder has it" in capsys.readouterr().err
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b" / "shapes-vqa.json")]) == 2
+    assert "expected two results files or two folders of them" in capsys.readouterr().err
     files = [str(tmp_path / folder / "shapes-vqa.json") for folder in ("a", "b")]
     assert main(["compare", *files]) == 0 and "+0.25" in capsys.readouterr().out
     (tmp_path / "none").mkdir()

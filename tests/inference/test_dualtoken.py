@@ -232,7 +232,9 @@ def test_codes_are_understood_without_an_image(pipe):
     for wrong, message in (
         (DualCodes(pixel[:, :4], semantic), "codes.pixel: expected [B, 8, 8, 2] of this model, got [2, 4, 8, 2]"),
         (DualCodes(pixel, semantic + 16), "codes.semantic: expected 0 to 15, got 1"),
-        (DualCodes(pixel[:0], semantic[:0]), "codes.pixel: expected those of at least one image, got none"),
+        (DualCodes(pixel[:0], semantic[:0]), "codes.pixel: expected those of at least one image, got 0"),
+        (DualCodes(pixel, semantic[:1]), "codes.semantic: expected those of 2 images, as codes.pixel, got 1"),
+        (DualCodes(pixel.float(), semantic), "codes.pixel: expected whole numbers (int64), got torch.float32"),
     ):
         with pytest.raises(InputError) as error:
             pipe.understand_codes(wrong, "what is it?")

@@ -46,12 +46,12 @@ def test_a_seed_gives_the_pipelines_own_pixels_and_notes(client, pipe):
     images = [opened(item) for item in answer.data]
     assert [pixels(image) for image in images] == [pixels(image) for image in own.images]
     assert [item.seed for item in answer.data] == [3, 4] and answer.size == "64x48"
-    metadata = {"prompt": PROMPT, "seed": "4", "steps": "3", "guidance": "2.0", "model": "bundled"}
+    metadata = {"prompt": PROMPT, "seed": "4", "steps": "3", "guidance": "2.0", "model": "spar"}
     assert metadata.items() <= images[1].info.items()
 
 
 def test_what_is_not_asked_for_is_the_models_own(client, pipe):
-    answer = client.images.generate(prompt=PROMPT, model="bundled", size="auto", extra_body={"seed": 1})
+    answer = client.images.generate(prompt=PROMPT, model="spar", size="auto", extra_body={"seed": 1})
     assert pixels(opened(answer.data[0])) == pixels(pipe.generate(PROMPT, seed=1).images[0])
 
 
@@ -132,8 +132,8 @@ def test_the_format_is_the_one_asked_for(client, kind, form):
 
 
 def test_models_are_listed_and_an_unknown_one_is_not_found(client):
-    assert [model.id for model in client.models.list()] == ["bundled"]
-    assert client.models.retrieve("bundled").id == "bundled"
+    assert [model.id for model in client.models.list()] == ["spar"]
+    assert client.models.retrieve("spar").id == "spar"
     for call in (
         lambda: client.models.retrieve("gpt-image-1"),
         lambda: client.images.generate(prompt=PROMPT, model="gpt-image-1"),

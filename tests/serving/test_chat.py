@@ -37,7 +37,7 @@ def question(image: Image.Image, words: str = QUESTION) -> list[dict]:
 
 
 def test_an_answer_about_an_image_is_the_pipelines_own(client, pipe, image):
-    answer = client.chat.completions.create(model="bundled", messages=question(image), temperature=0)
+    answer = client.chat.completions.create(model="spar", messages=question(image), temperature=0)
     choice = answer.choices[0]
     assert choice.message.content == pipe.understand(image, QUESTION).texts[0] == "red"
     assert (choice.finish_reason, choice.message.role, answer.object) == ("stop", "assistant", "chat.completion")
@@ -48,7 +48,7 @@ def test_an_answer_about_an_image_is_the_pipelines_own(client, pipe, image):
 def test_text_may_come_before_the_image(client, image):
     """Many clients write their turns so; the answer is that of the other order, and right."""
     turn = question(image)[0]
-    answer = client.chat.completions.create(model="bundled", messages=[turn | {"content": turn["content"][::-1]}])
+    answer = client.chat.completions.create(model="spar", messages=[turn | {"content": turn["content"][::-1]}])
     assert answer.choices[0].message.content == "red"
 
 
@@ -56,19 +56,19 @@ def test_an_image_outside_the_models_world_is_said_in_warnings_whole_or_streamed
     photo = Image.effect_noise((90, 60), 80).convert("RGB")
     for shown_image, wanted in ((image, False), (photo, True)):
         messages = question(shown_image)
-        whole = client.chat.completions.create(model="bundled", messages=messages).model_extra.get("warnings", [])
-        *_, last = client.chat.completions.create(model="bundled", messages=messages, stream=True)
+        whole = client.chat.completions.create(model="spar", messages=messages).model_extra.get("warnings", [])
+        *_, last = client.chat.completions.create(model="spar", messages=messages, stream=True)
         assert whole == last.model_extra.get("warnings", []) and bool(whole) == wanted
         assert all("outside the model's world" in note for note in whole)
     words = [{"role": "user", "content": "image"}]  # a content that is text has no images
-    assert "warnings" not in client.chat.completions.create(model="bundled", messages=words).model_extra
+    assert "warnings" not in client.chat.completions.create(model="spar", messages=words).model_extra
 
 
 @pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
 def test_more_tokens_than_an_answer_can_have_are_cut(client, image, field):
     """Benchmark kits ask for thousands; 256 is the limit, and its finish_reason is `length`."""
     for count in (257, 4096, 10**12):
-        out = client.chat.completions.create(model="bundled", messages=question(image), extra_body={field: count})
+        out = client.chat.completions.create(model="spar", messages=question(image), extra_body={field: count})
         assert (out.choices[0].message.content, out.choices[0].finish_reason) == ("red", "stop")
 
 
@@ -83,14 +83,14 @@ def test_a_conversation_of_several_turns_is_the_pipelines_own(client, pipe, imag
         ],
         max_new_tokens=6,
     )
-    answer = client.chat.completions.create(model="bundled", messages=messages, max_completion_tokens=6)
+    answer = client.chat.completions.create(model="spar", messages=messages, max_completion_tokens=6)
     assert answer.choices[0].message.content == "".join(out)
     assert answer.choices[0].finish_reason == out.finish_reason == "length"
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (out.prompt_tokens, out.completion_tokens)
 
 
 def test_a_stream_has_the_same_words_piece_by_piece(client, image):
-    asked = {"model": "bundled", "messages": question(image, "describe the image"), "max_tokens": 12}
+    asked = {"model": "spar", "messages": question(image, "describe the image"), "max_tokens": 12}
     whole = client.chat.completions.create(**asked)
     chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
     pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices and chunk.choices[0].delta.content]
@@ -104,7 +104,7 @@ def test_what_fails_before_it_begins_is_no_stream(client, image):
     for stream in (False, True):
         with pytest.raises(openai.BadRequestError, match="unknown words .*elephant"):
             client.chat.completions.create(
-                model="bundled", messages=question(image, "is it an elephant ?"), stream=stream
+                model="spar", messages=question(image, "is it an elephant ?"), stream=stream
             )
 
 
@@ -153,13 +153,13 @@ def test_a_reader_that_leaves_a_stream_frees_its_place(pipe, serve, image, monke
 )  # fmt: skip
 def test_what_a_greedy_answer_cannot_honour_is_refused(client, image, field, value):
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model="bundled", messages=question(image), extra_body={field: value})
+        client.chat.completions.create(model="spar", messages=question(image), extra_body={field: value})
     assert field in caught.value.message
 
 
 def test_what_it_does_honour_is_taken(client, image):
     answer = client.chat.completions.create(
-        model="bundled", messages=[{"role": "developer", "content": "describe"}, *question(image)], top_p=1, n=1,
+        model="spar", messages=[{"role": "developer", "content": "describe"}, *question(image)], top_p=1, n=1,
         temperature=0, presence_penalty=0, frequency_penalty=0, seed=1, user="me", max_completion_tokens=1,
     )  # fmt: skip
     assert answer.usage.completion_tokens == 1 and len(answer.choices) == 1
@@ -167,15 +167,15 @@ def test_what_it_does_honour_is_taken(client, image):
 
 def test_an_answer_may_be_sent_back_as_it_came(client, image):
     """As the client's own message object, and as other clients send it: with nulls for missing fields."""
-    first = client.chat.completions.create(model="bundled", messages=question(image)).choices[0].message
+    first = client.chat.completions.create(model="spar", messages=question(image)).choices[0].message
     asked = {"role": "user", "content": "how many objects?"}
     nulls = {"refusal": None, "audio": None, "function_call": None, "tool_calls": None, "annotations": None}
     plain = {"role": "assistant", "content": first.content}
     answers = [
-        client.chat.completions.create(model="bundled", messages=[*question(image), message, asked], stop=None)
+        client.chat.completions.create(model="spar", messages=[*question(image), message, asked], stop=None)
         for message in (plain, first, plain | nulls)
     ]
     assert len({answer.choices[0].message.content for answer in answers}) == 1
-    client.chat.completions.create(model="bundled", messages=[*question(image), plain | {"content": ""}, asked])
+    client.chat.completions.create(model="spar", messages=[*question(image), plain | {"content": ""}, asked])
     with pytest.raises(openai.BadRequestError, match="empty"):
-        client.chat.completions.create(model="bundled", messages=[{"role": "user", "content": ""}])
+        client.chat.completions.create(model="spar", messages=[{"role": "user", "content": ""}])

@@ -16,7 +16,7 @@ from PIL import Image
 QUESTION, NEXT = "what color is the circle?", "how many objects?"
 PROMPT, INSTRUCTION = "a red circle", "make the circle blue"
 SYSTEM = "You are a helpful assistant."
-MODEL, KEY = "bundled", "none"
+MODEL, KEY = "spar", "none"
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ def test_a_person_who_opens_the_address_finds_what_it_serves(address, path):
     answer = httpx2.get(address + path)
     assert answer.status_code == 200 and answer.headers["Content-Type"].startswith("text/html")
     document = httpx2.get(f"{address}/openapi.json").json()
-    for shown in (*document["paths"], *(name for name, *_ in LIMITS), "bundled", "Generate images from a prompt."):
+    for shown in (*document["paths"], *(name for name, *_ in LIMITS), "spar", "Generate images from a prompt."):
         assert html.escape(shown) in answer.text
     assert re.findall(r"(?:src|href)=\"(.*?)\"", answer.text) == ["openapi.json"]
     assert "default-src 'none'" in answer.headers["Content-Security-Policy"]

@@ -63,18 +63,18 @@ def call(address, scene_url):
 
 
 OPENAI_CALLS = {
-    "chat": 'return (await client.chat.completions.create({ model: "bundled", messages })).choices[0].message.content;',
+    "chat": 'return (await client.chat.completions.create({ model: "spar", messages })).choices[0].message.content;',
     "chat stream": """return all((async function* () {
-        for await (const chunk of await client.chat.completions.create({ model: "bundled", messages, stream: true }))
+        for await (const chunk of await client.chat.completions.create({ model: "spar", messages, stream: true }))
             yield chunk.choices[0]?.delta?.content ?? "";
     })());""",
-    "chat helper": 'return client.chat.completions.stream({ model: "bundled", messages }).finalContent();',
-    "responses": 'return (await client.responses.create({ model: "bundled", input })).output_text;',
-    "responses helper": """const stream = client.responses.stream({ model: "bundled", input });
+    "chat helper": 'return client.chat.completions.stream({ model: "spar", messages }).finalContent();',
+    "responses": 'return (await client.responses.create({ model: "spar", input })).output_text;',
+    "responses helper": """const stream = client.responses.stream({ model: "spar", input });
         return (await stream.finalResponse()).output_text;""",
-    "responses of two turns": """const first = await client.responses.create({ model: "bundled", input });
+    "responses of two turns": """const first = await client.responses.create({ model: "spar", input });
         const more = [...input, ...first.output, { role: "user", content: next }];
-        const second = await client.responses.create({ model: "bundled", input: more });
+        const second = await client.responses.create({ model: "spar", input: more });
         return second.output_text ? first.output_text : null;""",
 }
 
@@ -85,17 +85,17 @@ def test_openai_answers(call, name):
 
 
 def test_openai_images(call):
-    body = """const generated = await client.images.generate({ model: "bundled", prompt });
+    body = """const generated = await client.images.generate({ model: "spar", prompt });
         const image = await toFile(png, "a.png", { type: "image/png" });
-        const edited = await client.images.edit({ model: "bundled", image, prompt: "make the circle blue" });
+        const edited = await client.images.edit({ model: "spar", image, prompt: "make the circle blue" });
         return [generated, edited].map((one) => one.data[0].b64_json.length > 100);"""
     assert call(OPENAI, body, "openai") == [True, True]
 
 
 AI_MODELS = {
-    "responses": (AI, 'spar("bundled")', "@ai-sdk/openai"),
-    "chat": (AI, 'spar.chat("bundled")', "@ai-sdk/openai"),
-    "compatible": (COMPATIBLE, 'spar("bundled")', "@ai-sdk/openai-compatible"),
+    "responses": (AI, 'spar("spar")', "@ai-sdk/openai"),
+    "chat": (AI, 'spar.chat("spar")', "@ai-sdk/openai"),
+    "compatible": (COMPATIBLE, 'spar("spar")', "@ai-sdk/openai-compatible"),
 }
 
 
@@ -122,7 +122,7 @@ def test_vercels_ai_takes_a_second_turn(call, name):
 
 
 def test_vercels_ai_is_told_that_nothing_is_stored(call):
-    body = """const model = spar("bundled");
+    body = """const model = spar("spar");
         const first = await ai.generateText({ model, messages });
         messages.push(...first.response.messages, { role: "user", content: next });
         return ai.generateText({ model, messages, maxRetries: 0 }).then(() => null, (error) => error.message);"""
@@ -134,5 +134,5 @@ def test_vercels_ai_generates_images(call, begin):
     make = "spar.image" if begin is AI else "spar.imageModel"
     package = "@ai-sdk/openai" if begin is AI else "@ai-sdk/openai-compatible"
     body = f"""const generate = ai.generateImage ?? ai.experimental_generateImage;
-        return (await generate({{ model: {make}("bundled"), prompt }})).image.mediaType;"""
+        return (await generate({{ model: {make}("spar"), prompt }})).image.mediaType;"""
     assert call(begin, body, "ai", package) == "image/png"

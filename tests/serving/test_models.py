@@ -31,7 +31,7 @@ def drawn(address, **fields):
 def test_the_models_are_listed_and_described(both):
     address, _ = both
     listed = httpx.get(f"{address}/v1/models").json()["data"]
-    assert [one["id"] for one in listed] == ["bundled", "dual"]
+    assert [one["id"] for one in listed] == ["spar", "dual"]
     assert httpx.get(f"{address}/v1/models/dual").json()["id"] == "dual"
     answer = httpx.get(f"{address}/v1/models/other")
     assert answer.status_code == 404 and "expected bundled, dual" in answer.json()["error"]["message"]
@@ -41,7 +41,7 @@ def test_a_request_chooses_its_model(both, pipe):
     address, dual = both
     own = np.asarray(dual.generate("a red circle", seed=3).images[0])
     np.testing.assert_array_equal(drawn(address, model="dual"), own)
-    first = drawn(address, model="bundled")
+    first = drawn(address, model="spar")
     np.testing.assert_array_equal(first, drawn(address))                       # without a name, the first
     assert not np.array_equal(first, own)
 
@@ -49,7 +49,7 @@ def test_a_request_chooses_its_model(both, pipe):
 def test_answers_name_the_model_and_come_from_it(both):
     address, dual = both
     question = {"role": "user", "content": "how many objects are there?"}
-    for name in ("bundled", "dual"):
+    for name in ("spar", "dual"):
         answer = httpx.post(
             f"{address}/v1/chat/completions", json={"messages": [question], "model": name, "max_tokens": 3}, timeout=60
         ).json()

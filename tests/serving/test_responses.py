@@ -29,10 +29,10 @@ def question(scene_url):
 
 def test_an_answer_is_that_of_the_chat(client, question, scene_url):
     content = [{"type": "image_url", "image_url": {"url": scene_url}}, {"type": "text", "text": "describe the image"}]
-    chat = client.chat.completions.create(model="bundled", messages=[{"role": "user", "content": content}])
-    answer = client.responses.create(model="bundled", input=question("describe the image"))
+    chat = client.chat.completions.create(model="spar", messages=[{"role": "user", "content": content}])
+    answer = client.responses.create(model="spar", input=question("describe the image"))
     assert answer.output_text == chat.choices[0].message.content and answer.output_text
-    assert (answer.status, answer.object, answer.model) == ("completed", "response", "bundled")
+    assert (answer.status, answer.object, answer.model) == ("completed", "response", "spar")
     usage = (answer.usage.input_tokens, answer.usage.output_tokens, answer.usage.total_tokens)
     assert usage == (chat.usage.prompt_tokens, chat.usage.completion_tokens, chat.usage.total_tokens)
     assert answer.error is None and answer.incomplete_details is None
@@ -40,11 +40,11 @@ def test_an_answer_is_that_of_the_chat(client, question, scene_url):
 
 def test_an_input_may_be_a_text_and_instructions_are_the_system_message(client):
     words = "describe the image"
-    text = client.responses.create(model="bundled", input=words)
+    text = client.responses.create(model="spar", input=words)
     assert text.output_text == client.responses.create(input=[{"role": "user", "content": words}]).output_text
-    told = client.responses.create(model="bundled", input=words, instructions=words)
+    told = client.responses.create(model="spar", input=words, instructions=words)
     messages = [{"role": "system", "content": words}, {"role": "user", "content": words}]
-    chat = client.chat.completions.create(model="bundled", messages=messages)
+    chat = client.chat.completions.create(model="spar", messages=messages)
     assert told.output_text == chat.choices[0].message.content and told.instructions == words
     assert told.usage.input_tokens == chat.usage.prompt_tokens > text.usage.input_tokens
 
@@ -66,7 +66,7 @@ def test_an_answer_that_is_cut_is_incomplete(client, question):
 
 
 def test_a_stream_has_openais_events_and_the_same_answer(client, question):
-    asked = {"model": "bundled", "input": question("describe the image")}
+    asked = {"model": "spar", "input": question("describe the image")}
     whole = client.responses.create(**asked)
     events = list(client.responses.create(**asked, stream=True))
     kinds = [event.type.removeprefix("response.") for event in events]
@@ -82,7 +82,7 @@ def test_a_stream_has_openais_events_and_the_same_answer(client, question):
 
 
 def test_the_clients_own_helper_reads_the_stream(client, question):
-    with client.responses.stream(model="bundled", input=question()) as stream:
+    with client.responses.stream(model="spar", input=question()) as stream:
         assert stream.get_final_response().output_text == "red"
 
 

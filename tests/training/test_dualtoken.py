@@ -27,7 +27,7 @@ from spar.recipes.shapes.data import ShapesTrainingData
 from spar.recipes.shapes.dense_tagging import DenseContrastiveObjective
 from spar.training.checkpoint import load_group
 from spar.training.config import freeze
-from spar.training.data import CaptionData
+from spar.training.data import CaptionData, DialogueData
 from spar.training.files_data import FilesData
 from spar.training.initial_weights import load_previous_weights, random_modules
 from spar.training.loop import run_stage
@@ -210,6 +210,31 @@ def test_questions_are_answered_from_codes(dual_run):
     assert reached == {"language", "embedder"}
 
 
+def test_a_mean_over_images_weighs_each_conversation_alike_and_may_be_split(dual_run):
+    """The loss of a batch is the mean of those of its rows alone; over tokens longer rows weigh more."""
+    data = UnifiedLessons(("count", "shape"), per_image=2, caption_share=0.0)
+    objective = replace(TINY.stage("mllm").objective, mean_over="images")
+    ctx, source, batch = begin(dual_run, "mllm", data=data, objective=objective)
+    rows = [replace(batch, pixels=batch.pixels[i : i + 1], keys=batch.keys[i : i + 1], turns=batch.turns[i : i + 1][:1])
+            for i in range(4)]
+    uneven = replace(batch, turns=(batch.turns[0][:1], *batch.turns[1:]))
+    rows[0] = replace(rows[0], turns=(batch.turns[0][:1],))
+    with torch.no_grad():
+        alone = [float(objective(ctx, row)["loss"]) for row in rows]
+        by_tokens = float(replace(objective, mean_over="tokens")(ctx, uneven)["loss"])
+        assert float(objective(ctx, uneven)["loss"]) == pytest.approx(np.mean(alone), rel=1e-4) != by_tokens
+    stage = replace(TINY.stage("mllm"), objective=objective)
+    assert objective.may_split(stage) and not TINY.stage("mllm").objective.may_split(stage)
+    with pytest.raises(InputError, match="mean_over: expected tokens or images, got 'rows'"):
+        replace(objective, mean_over="rows")
+
+
+def test_every_full_size_stage_may_be_shared_by_several_processes():
+    for name in ("dualtoken-3b", "dualtoken-3b-256"):
+        for stage in recipe(name).stages:
+            assert stage.objective.may_split(stage), (name, stage.name)
+
+
 def test_the_share_of_captions_is_that_of_the_steps(dual_run):
     ctx, data, _ = begin(dual_run, "unified", data=UnifiedLessons(("count",), caption_share=0.75))
     kinds = [type(data.get_batch(ctx.stage, step, slice(1))).__name__ for step in range(200)]
@@ -263,7 +288,7 @@ def test_a_loss_weight_that_an_objective_reads_has_an_effect(dual_run, name, bas
 def test_no_objective_of_dualtoken_may_read_a_weight_that_is_not_tried_above():
     tried = {type(base): {*names} for _, base, names in READ}
     own = {type(stage.objective) for stage in TINY.stages}
-    assert {cls: {item.name for item in fields(cls)} for cls in own} == tried
+    assert {cls: {item.name for item in fields(cls)} - {"mean_over"} for cls in own} == tried
 
 
 def test_an_adversary_must_train():
@@ -325,6 +350,8 @@ def test_what_a_step_costs_is_counted_part_by_part():
     from spar.training.estimate import HardwareConfig, estimate
 
     full = recipe("dualtoken-3b-256")
+    whole, last = full, full.stages[-1]
+    full = replace(full, stages=(*full.stages[:-1], replace(last, data=CaptionData())))
     tokenizer, unified = estimate(full, HardwareConfig(gpus=8))
     with torch.device("meta"):
         model = full.build({}).model
@@ -338,6 +365,11 @@ def test_what_a_step_costs_is_counted_part_by_part():
     least = 6 * (weights["language"] * (image_tokens + 32) + (heads - classifiers) * image_tokens * depths)
     least += 6 * classifiers * image_tokens
     assert least < unified.flops / unified.stage.batch < 1.25 * least
+    talk = replace(full, stages=(*full.stages[:-1], replace(last, data=DialogueData())))
+    mixed, talk = (estimate(one, HardwareConfig(gpus=8))[-1] for one in (whole, talk))
+    least = 6 * weights["language"] * (image_tokens + 190)
+    assert least < talk.flops / last.batch < 1.25 * least
+    assert mixed.flops == pytest.approx((unified.flops + talk.flops) / 2, rel=1e-6)
     encoder = 6 * 427e6 * image_tokens
     assert tokenizer.flops / tokenizer.stage.batch > encoder and tokenizer.seconds > unified.seconds > 0
 

@@ -214,10 +214,16 @@ def test_turns_that_do_not_fit_are_left_out_and_a_first_answer_is_cut(sets, tmp_
         found = reader(FilesData(sets=(path,), workers=0, dialogue_tokens=limit), tmp_path)
         (row,) = found.get_batch(own, 0, slice(1)).turns
         assert (len(row), len(row[0].answer.split())) == (turns, words)
-        assert prompts.packed_length(row) <= limit
-    with pytest.raises(InputError, match="data.dialogue_tokens: expected room for an image and a question"):
-        found = reader(FilesData(sets=(path,), workers=0, dialogue_tokens=60), tmp_path)
-        found.get_batch(own, 0, slice(1))
+        assert prompts.packed_length(row) <= limit and row[0].cut is (words < 60)
+    for wrong, message in (
+        ({"dialogue_tokens": 60}, r"expected a first question and its image of fewer than 60 tokens .*, got 7\d"),
+        ({}, "expected words in each turn, got control tokens alone"),
+    ):
+        if not wrong:
+            path = dialogues(tmp_path, [(question, "<|im_end|> <|im_start|>")])
+        found = reader(FilesData(sets=(path,), workers=0, **wrong), tmp_path / message[:8])
+        with pytest.raises(InputError, match=message):                          # each is bad, so no neighbour is left
+            found.get_batch(own, 0, slice(1))
 
 
 def test_lessons_of_the_shapes_world_have_a_plain_form_in_data_sets():

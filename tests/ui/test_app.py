@@ -445,7 +445,7 @@ def test_the_visitor_chooses_among_models_and_each_has_its_own_tabs(pipe, dual_r
     dual = load_pipeline(dual_run.path / "model", device="cpu")
     parts = build_page(pipe, None, {"dual": dual}).get_config_file()["components"]
     (choice,) = [part["props"] for part in parts if part["type"] == "radio"]
-    assert [value for _, value in choice["choices"]] == ["bundled", "dual"] and choice["value"] == "bundled"
+    assert [value for _, value in choice["choices"]] == ["spar", "dual"] and choice["value"] == "spar"
     tabs = [part["props"]["label"] for part in parts if part["type"] == "tabitem"]
     assert tabs == ["Generate", "Edit", "Understand", "Reconstruct", "Generate", "Understand", "Reconstruct"]
     sliders = [part["props"]["label"] for part in parts if part["type"] == "slider"]

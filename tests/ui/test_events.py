@@ -34,7 +34,7 @@ def usual(component) -> object:
     """A value that the page's own script would send for a component."""
     if isinstance(component, gr.Image):
         return None
-    return {gr.Textbox: "7", gr.Slider: 4, gr.Dataset: 0, gr.State: None, gr.Radio: "bundled"}[type(component)]
+    return {gr.Textbox: "7", gr.Slider: 4, gr.Dataset: 0, gr.State: None, gr.Radio: "spar"}[type(component)]
 
 
 def event(number: int, fn) -> dict:

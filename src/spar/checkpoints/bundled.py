@@ -10,8 +10,13 @@ BUNDLED_MODELS = {DEFAULT_MODEL: ASSETS / "weights", "dualtoken": ASSETS / "dual
 
 
 def is_bundled(path: str | Path) -> bool:
-    """Whether a path is the name of a bundled model, and not that of a local file or folder."""
-    return str(path) in BUNDLED_MODELS and not Path(path).exists()
+    """Whether a path is the name of a bundled model, and not that of a local folder with a model."""
+    return str(path) in BUNDLED_MODELS and not (Path(path) / "config.json").exists()
+
+
+def local_folder(path: Path) -> Path:
+    """The path itself, or the folder of the bundled model that it names; `InputError` if the installation lacks it."""
+    return bundled_folder(str(path)) if is_bundled(path) else path
 
 
 def bundled_folder(name: str) -> Path:

@@ -217,7 +217,9 @@ def difference_table(differences: "Sequence[Difference]") -> "Table":
     """Paired differences of two models' scores."""
     from spar.evaluation.targets import show, show_name
 
-    table = new_table("benchmark", "score", ">first", ">second", ">difference", "95 % interval", ">n", ">p", "verdict")
+    title = "p of main scores after Holm's correction, of single tasks without one"
+    heads = ("benchmark", "score", ">first", ">second", ">difference", "95 % interval", ">n", ">p", "verdict")
+    table = new_table(*heads, title=title)
     for one in differences:
         unit = " dB" if one.score == "psnr" else ""
         table.add_row(

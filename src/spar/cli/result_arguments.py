@@ -69,7 +69,8 @@ class EvalArguments(ModelArguments):
 class CompareArguments:
     """Compare two models on the same prompts: spar compare results/spar results/dualtoken
 
-    Each score's difference (the second minus the first) is paired by prompt, with its 95 % interval.
+    Each score's difference (the second minus the first) is paired by prompt, with its 95 % interval: the main score
+    (of reconstructions PSNR, of conversations the last turn) and each task's.
     """
 
     first: Annotated[Positional[Path], arg(metavar="FIRST")]

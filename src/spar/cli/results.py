@@ -1,4 +1,4 @@
-"""The verbs that show what a model does: `spar eval`, `spar report` and `spar demo`."""
+"""The verbs that show what a model does: `spar eval`, `spar compare`, `spar report` and `spar demo`."""
 
 import json
 import os
@@ -67,12 +67,12 @@ def _result_paths(args: EvalArguments, names: list[str]) -> list[Path]:
 @takes(CompareArguments, "spar compare")
 def compare(args: CompareArguments) -> int:
     """Compare two models' results, paired by prompt."""
-    from spar.evaluation.compare import compare, corrected
+    from spar.evaluation.compare import compare, holm_corrected
 
     found = []
     for first, second in _pairs_of_results(args.first, args.second):
         found += compare(first, second)
-    found = corrected(found)
+    found = holm_corrected(found)
     if args.json:
         print(json.dumps([{**asdict(one), "verdict": one.verdict} for one in found], indent=2))
     else:
@@ -85,14 +85,19 @@ def _pairs_of_results(first: Path, second: Path) -> "list[tuple[Result, Result]]
     from spar.evaluation.compare import units
     from spar.evaluation.results import read_result
 
-    if not (first.is_dir() and second.is_dir()):
+    if first.is_dir() != second.is_dir():
+        raise InputError(f"expected two results files or two folders of them, got {first} and {second}")
+    if not first.is_dir():
         return [(read_result(first), read_result(second))]
-    shared = sorted({path.name for path in first.glob("*.json")} & {path.name for path in second.glob("*.json")})
+    names = [{path.name for path in folder.glob("*.json")} for folder in (first, second)]
     found = []
-    for name in shared:
+    for name in sorted(names[0] ^ names[1]):
+        print(f"spar: note: {name} is not compared: only one folder has it", file=sys.stderr)
+    for name in sorted(names[0] & names[1]):
         pair = read_result(first / name), read_result(second / name)
         try:
-            units(pair[0])
+            for one in pair:
+                units(one)
         except InputError as error:
             print(f"spar: note: {name} is not compared: {error}", file=sys.stderr)
             continue
@@ -122,11 +127,12 @@ def demo(args: DemoArguments) -> int:
     images = list_images(args.images) if args.images else []
     check_replaceable(args.output, "report.html", overwrite=args.overwrite)
     pipe = loading.load_pipeline(args)
-    from spar.checkpoints.bundled import DEFAULT_MODEL
+    from spar.checkpoints.bundled import DEFAULT_MODEL, bundled_folder
     from spar.checkpoints.hub import model_folder
     from spar.reporting.demo import PAGE, DemoOptions, make_demo
 
-    options = DemoOptions(images=images, limit=args.limit, curves=_curves(model_folder(args.model or DEFAULT_MODEL)))
+    folder = bundled_folder(DEFAULT_MODEL) if args.model is None else model_folder(args.model)
+    options = DemoOptions(images=images, limit=args.limit, curves=_curves(folder))
     with atomic_directory(args.output) as folder, progress_bar("the demo") as advance:
         results = make_demo(pipe, folder, options, lambda _, done, total: advance and advance(done, total))
     for result in results:

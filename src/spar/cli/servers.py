@@ -88,14 +88,14 @@ def _load_all(args: ListenArguments) -> dict[str, "Pipeline"]:
     first = loading.load_pipeline(args)
     pipes = {served_name(first): first}
     named = bool(args.also or args.model or args.adapter)
-    for one in args.also if named else _other_bundled_models():
+    for one in args.also if named else _other_bundled_folders():
         name, sign, path = one.partition("=") if not Path(one).exists() else ("", "", one)
         try:
             pipe = loading.load_pipeline(replace(args, model=Path(path if sign or not name else one), adapter=None))
         except InputError as error:
             if named:
                 raise InputError(f"--also {one}: {error}") from error
-            print(f"spar: note: the bundled model {one} is not served: {error}", file=sys.stderr)
+            print(f"spar: note: the bundled model {Path(one).name} is not served: {error}", file=sys.stderr)
             continue
         name = name if sign else served_name(pipe)
         if name in pipes:
@@ -104,11 +104,10 @@ def _load_all(args: ListenArguments) -> dict[str, "Pipeline"]:
     return pipes
 
 
-def _other_bundled_models() -> list[str]:
-    """The names of the bundled models beside the default one."""
-    return [
-        name for name, folder in BUNDLED_MODELS.items() if name != DEFAULT_MODEL and (folder / "config.json").is_file()
-    ]
+def _other_bundled_folders() -> list[str]:
+    """The folders of the bundled models beside the default one, so that no local folder of their names hides them."""
+    others = (folder for name, folder in BUNDLED_MODELS.items() if name != DEFAULT_MODEL)
+    return [str(folder) for folder in others if (folder / "config.json").is_file()]
 
 
 def _clear_at_sigterm() -> None:

@@ -113,9 +113,9 @@ def warn_if_unquoted(texts: Sequence[str], what: str) -> None:
 @takes(InfoArguments, "spar info")
 def info(args: InfoArguments) -> int:
     """Show how an image was made, or what a folder of weights contains."""
-    from spar.checkpoints.bundled import bundled_folder, is_bundled
+    from spar.checkpoints.bundled import local_folder
 
-    folder = bundled_folder(str(args.path)) if is_bundled(args.path) else args.path
+    folder = local_folder(args.path)
     if os.path.isdir(folder):
         from spar.checkpoints.inspect import inspect
 

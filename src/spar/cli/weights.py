@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from spar.checkpoints.bundled import local_folder
 from spar.cli.console import printable, progress_bar
 from spar.cli.parsing import takes
 from spar.cli.weights_arguments import BuildArguments, ConvertArguments, PushArguments
@@ -38,7 +39,7 @@ def push(args: PushArguments) -> int:
         from spar.checkpoints.hub import check_repository, plan_upload, push
 
         check_repository(args.repository)
-        planned = plan_upload(args.folder)
+        planned = plan_upload(local_folder(args.folder))
     for name, size in planned.files.items():
         print(f"{size:>15,}  {printable(name)}")
     where = f"{args.repository}, {'public' if args.public else 'private'}"

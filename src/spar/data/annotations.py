@@ -73,11 +73,11 @@ def _gpt_edit_row(item: Any, root: int) -> ListedSample | None:
 # Who speaks in a turn, by the names of the public sets.
 _ASKS, _SAYS = {"human", "user"}, {"gpt", "assistant"}
 _PLACE = "<image>"
-SNIFFED = 1 << 16  # bytes at the start of a list, in which a set of conversations says that it is one
+SNIFFED = 1 << 20  # bytes at the start of a list, in which a set of conversations says that it is one
 
 
 def is_llava(path: Path) -> bool:
-    """Whether a JSON list is one of conversations, by its first bytes; False where they cannot be read."""
+    """Whether a JSON list is one of conversations, by its first SNIFFED bytes; False where they cannot be read."""
     try:
         with open_regular(path) as file:
             return b'"conversations"' in file.read(SNIFFED)
@@ -89,15 +89,17 @@ def open_llava(path: Path, cache: Path | None = None) -> ImageFileSource:
     """Open a list of conversations about images as LLaVA has them, with images in its folder.
 
     Items are `{"image": PATH, "conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}`.
-    `<image>` and the spaces around it are removed, since an image comes first here, as are system turns. Items of no
-    image, of several, or whose turns do not alternate are counted as skipped.
+    `<image>` is removed, since an image comes first here, as are system turns and a last question without an answer.
+    Items of no image, of several, with a question that is the image alone, or whose turns do not alternate are counted
+    as skipped.
     """
     skipped: dict[str, int] = {}
 
     def rows() -> Iterator[ListedSample]:
         for place, item in enumerate(_read_list(path)):
             try:
-                paths = image_paths(item.get("image") or [])
+                images = item.get("image") or []
+                paths = [_string(one) for one in ([images] if isinstance(images, str) else images)]
                 turns = _turns(item["conversations"])
             except (KeyError, ValueError, AttributeError, TypeError) as error:
                 wanted = "expected image and conversations, each turn with from and value"
@@ -106,6 +108,8 @@ def open_llava(path: Path, cache: Path | None = None) -> ImageFileSource:
                 count_reason(skipped, f"conversation about {'several images' if paths else 'no image'}")
             elif not turns:
                 count_reason(skipped, "conversation whose turns do not alternate")
+            elif not all(question for question, _ in turns):
+                count_reason(skipped, "conversation with a turn of the image alone")
             else:
                 yield ListedSample((), paths[0], "", turns=turns)
 

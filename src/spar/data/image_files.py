@@ -70,7 +70,7 @@ class ImageFileSource:
     `skipped` counts entries that the format's rules exclude, by reason. A link that leaves the roots is not followed.
 
     Raises:
-        InputError: no samples, or edits together with samples without references.
+        InputError: no samples, or samples of several kinds.
     """
 
     damage: tuple[str, ...] = ()
@@ -91,7 +91,8 @@ class ImageFileSource:
         self._rows = StringArray.of(packed())
         if len(kinds) != 1:
             found = " beside ".join(sorted(kinds)) or "none"
-            raise InputError(f"expected samples of one kind in {name!r}, found {found}")
+            left = "".join(f"; left out: {count} of {reason!r}" for reason, count in (skipped or {}).items())
+            raise InputError(f"expected samples of one kind in {name!r}, found {found}{left}")
         self.kind: Kind = kinds.pop()
         self.skipped = skipped or {}
         digest = hashlib.sha256(format.encode())

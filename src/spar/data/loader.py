@@ -81,12 +81,14 @@ class Loader:
         known: predicate of (a source's identity, a sample's number there) for cached features: with it no image is
             decoded, and a sample for which it is False is bad.
         profiles: whether images are converted to sRGB by their colour profiles.
+        check: raises BadSample for a sample that the training cannot use; it runs in the workers.
     """
 
     def __init__(
         self, mixture: Mixture, *, rank: int = 0, world: int = 1, workers: int = 4, bad_share: float = 0.01,
         bad_samples: Path | None = None, captions: bool = True, one_reference: bool = False,
         known: Callable[[str, int], bool] | None = None, profiles: bool = True,
+        check: Callable[[Sample], None] | None = None,
     ) -> None:  # fmt: skip
         mixture.batch_indices(0, rank, world)  # refuses ranks that do not divide the batch
         if workers < 0:
@@ -95,7 +97,7 @@ class Loader:
             bad_samples = bad_samples.with_suffix(f".{rank}{bad_samples.suffix}")
         self.mixture, self.rank, self.world, self.workers = mixture, rank, world, workers
         self.captions, self.one_reference, self.known = captions, one_reference, known
-        self.profiles = profiles
+        self.profiles, self.check = profiles, check
         self.bad_samples = BadSampleTracker(bad_share, bad_samples)
         for source in mixture.sources:
             for reason in source.damage:
@@ -177,6 +179,8 @@ class Loader:
                     raise BadSample(sample.key, sample.origin, "expected a caption, got none")
                 if self.one_reference:
                     check_references(sample)
+                if self.check is not None:
+                    self.check(sample)
                 if self.known is not None:
                     if not self.known(source.identity, number):
                         raise BadSample(sample.key, sample.origin, "expected its features in the cache, got none")

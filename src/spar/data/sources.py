@@ -106,7 +106,7 @@ def _detect(path: str) -> str:
     endings = {".tar": "webdataset", ".parquet": "parquet", ".json": "sharegpt", ".txt": "gptedit"}
     for ending, format in endings.items():
         if path.endswith((ending, ending + "}")):
-            return "llava" if format == "sharegpt" and is_llava(Path(path)) else format
+            return "llava" if format == "sharegpt" and is_llava(_one(path)) else format
     if path.lower().endswith(COMPRESSED):
         raise InputError(f"expected an uncompressed set, but {path!r} is compressed: decompress it, or give the format")
     raise InputError(

@@ -33,7 +33,7 @@ class ValidationReport:
     bad, duplicates: counts; `named_bad` and `named_duplicates` (key, key of the earlier one) have the first NAMED.
     A duplicate has the images and the text of an earlier sample; `repeated_pictures` counts samples with the image of
     an earlier one and another text. `profiles` counts the uses of colour profiles (spar.processing.color).
-    `captions` (of dialogues: all turns together) has empty, too_long, and characters: shortest, median, longest.
+    `captions` (of dialogues: the longest text of each) has empty, too_long, and characters: shortest, median, longest.
     """
 
     name: str
@@ -134,7 +134,8 @@ def _validate_part(source: DataSource, wanted: np.ndarray) -> _Part:
             bad.append(BadSampleRecord(source.name, error.origin, error.key, error.reason))
             continue
         whole = _hash(sample.words.encode(), sample.image, *sample.input_images)
-        rows.append((index, _hash(sample.image), whole, *image.size, len(sample.words)))
+        longest = max(map(len, (sample.text, *(text for turn in sample.turns for text in turn))))
+        rows.append((index, _hash(sample.image), whole, *image.size, longest))
         formats[read_header(sample.image).format] += 1
         profiles[profile_of(sample.image)] += 1
     return _Part(np.array(rows, _ROW), formats, profiles, bad)

@@ -2,13 +2,15 @@
 
 A prompt that is hard for one model is hard for the other, so that the interval of the difference is that of the
 differences of the prompts, and narrower than the two scores' own intervals suggest. Prompts are resampled within their
-tasks; an image's seeds stay with its prompt. Holm's correction holds over the main scores of a comparison.
+tasks; an image's seeds stay with its prompt. Chance is judged by flipping the signs of the prompts' differences, and
+Holm's correction holds over the main scores of a comparison; those of single tasks are not corrected.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,11 @@ from spar.evaluation.results import DRAWS, LEVEL, Result
 from spar.evaluation.shapes_vqa import is_right
 from spar.evaluation.targets import show_title
 
-POWER_FACTOR = 2.8  # standard errors: what a two-sided test at 5 % finds in 80 % of the cases (1.96 + 0.84)
+POWER = 0.8
+MAIN = ("overall", "psnr")  # a result's main score
+CLASSIFIED = ("zero-shot", "shapes-zero-shot")  # benchmarks whose answers are labels, word for word
+_SAME = ("combinations", "seed", "images_per_prompt", "template")
+_CHUNK = 2**22  # values that are drawn at once
 
 
 @dataclass(frozen=True)
@@ -31,8 +37,9 @@ class Difference:
         first: the first model's score; `second` the second's.
         value: their difference, from `low` to `high` with 95 % confidence.
         n: prompts.
-        p: of no difference, two-sided, by the bootstrap, at least 1 / DRAWS; of main scores after Holm's correction.
+        p: how often chance alone gives such a difference, two-sided; of main scores after Holm's correction.
         detectable: the difference that this many prompts show in 80 % of the cases.
+        corrected: whether `p` and `detectable` are after the correction.
     """
 
     title: str
@@ -45,11 +52,12 @@ class Difference:
     n: int
     p: float
     detectable: float
+    corrected: bool = False
 
     @property
     def verdict(self) -> str:
-        """In words; "undecided" with what could have been seen, where the interval holds 0 or chance may explain it."""
-        if self.value and not self.low <= 0 <= self.high and self.p < 1 - LEVEL:
+        """In words; "undecided" with what would have shown, where the interval holds 0 or chance may explain it."""
+        if not self.low <= 0 <= self.high and self.p < 1 - LEVEL:
             return "higher" if self.value > 0 else "lower"
         return f"undecided (at least {self.detectable:.2g} would show)"
 
@@ -58,51 +66,63 @@ def units(result: Result) -> dict[str, list[tuple[str, float]]]:
     """The prompts of each task with their outcomes, in order, from the details of a result.
 
     Raises:
-        InputError: a benchmark whose score is no mean over prompts, or a result without details.
+        InputError: a benchmark whose score is no mean over prompts, or details that do not have every outcome.
     """
-    records: list[dict[str, Any]] = next(iter(result.details.values()), [])
+    if result.benchmark in ("shapes-paraphrase", "shapes-codes"):
+        raise InputError(f"{result.benchmark}: its score is no mean over prompts, so that nothing can be paired")
+    records = next(iter(result.details.values()), None)
+    if not isinstance(records, list) or not records:
+        raise InputError(f"{result.benchmark}: expected the outcome of every prompt in the details, found none")
     found: dict[str, list[tuple[str, float]]] = {}
     for number, one in enumerate(records):
-        outcome = _outcome(result.benchmark, one)
-        if outcome is None:
-            break
-        text = one.get("prompt") or one.get("instruction") or one.get("question") or one.get("questions", number)
-        found.setdefault(one.get("task") or one.get("kind") or "overall", []).append((str(text), outcome))
-    if not found or sum(map(len, found.values())) != len(records):
-        raise InputError(f"{result.benchmark}: expected the outcome of every prompt in the details, found none")
+        try:
+            outcome = _outcome(result.benchmark, one)
+            known = ("prompt", "instruction", "question", "questions", "image", "expected")
+            key = " | ".join(str(one[name]) for name in known if name in one) or str(number)
+            task = str(one.get("task") or one.get("kind") or "overall")
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"{result.benchmark}: expected an outcome in record {number} of the details, got {str(one)[:80]}"
+            ) from error
+        found.setdefault(task, []).append((key, outcome))
     return found
 
 
-def _outcome(benchmark: str, record: dict[str, Any]) -> float | None:
-    """The outcome of one prompt: a share, or decibels; None where it is no part of a mean."""
-    if benchmark == "shapes-paraphrase":
-        return None
+def _outcome(benchmark: str, record: dict[str, Any]) -> float:
+    """The outcome of one prompt: a share, or decibels; of a conversation that of the last turn."""
     if "psnr" in record:
         return float(record["psnr"])
     if "answers" in record:
         return float(is_right(record["answers"][-1], record["expected"][-1]))
+    if benchmark in CLASSIFIED:
+        return float(record["answer"] == record["expected"])
     if "answer" in record:
         return float(is_right(record["answer"], record["expected"]))
-    return None if "right" not in record else float(np.mean(record["right"]))
+    return float(np.mean(record["right"]))
 
 
 def compare(first: Result, second: Result, *, seed: int = 0) -> list[Difference]:
-    """The differences of the main score and of each task's.
+    """The differences of the main score (of reconstructions PSNR, of conversations the last turn) and of each task's.
 
     Raises:
         InputError: results of other benchmarks, settings or prompts.
     """
-    for name in ("benchmark", "combinations", "seed", "images_per_prompt"):
-        values = [getattr(one, name, None) or one.settings.get(name) for one in (first, second)]
-        if values[0] != values[1]:
-            raise InputError(f"expected two results of the same {name}, got {values[0]!r} and {values[1]!r}")
+    settings = {"benchmark": (first.benchmark, second.benchmark)}
+    settings |= {name: (first.settings.get(name), second.settings.get(name)) for name in _SAME}
+    detectors = [one.settings.get("detector") for one in (first, second)]
+    versions = [one.get("version") if isinstance(one, dict) else None for one in detectors]
+    settings["detector version"] = (versions[0], versions[1])
+    for name, (was, now) in settings.items():
+        if was != now:
+            raise InputError(f"expected two results of the same {name}, got {was!r} and {now!r}")
     own, other = units(first), units(second)
-    if {name: [text for text, _ in rows] for name, rows in own.items()} != {
-        name: [text for text, _ in rows] for name, rows in other.items()
-    }:
-        counts = [sum(map(len, one.values())) for one in (own, other)]
+    keys = [[(task, key) for task, rows in one.items() for key, _ in rows] for one in (own, other)]
+    if keys[0] != keys[1]:
+        place = next((i for i, (a, b) in enumerate(zip(*keys, strict=False)) if a != b), min(map(len, keys)))
+        shown = [repr(one[place][1][:60]) if place < len(one) else "none" for one in keys]
         raise InputError(
-            f"{first.benchmark}: expected two results of the same prompts, got {counts[0]} and {counts[1]}"
+            f"{first.benchmark}: expected two results of the same prompts, got {len(keys[0])} and {len(keys[1])}; the "
+            f"first that differ: {shown[0]} and {shown[1]}"
         )
     pairs = {
         name: np.array([[was, now] for (_, was), (_, now) in zip(rows, other[name], strict=True)])
@@ -120,23 +140,40 @@ def _difference(title: str, score: str, groups: Sequence[np.ndarray], seed: int)
     rng = np.random.default_rng(seed)
     first, second = np.mean([group.mean(0) for group in groups], axis=0)
     changes = [group[:, 1] - group[:, 0] for group in groups]
-    drawn = np.mean([
-        change[rng.integers(0, len(change), (DRAWS, len(change)))].mean(1) for change in changes
-    ], axis=0)  # fmt: skip
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    beyond = min(float((drawn <= 0).mean()), float((drawn >= 0).mean()))
-    return Difference(
-        title, score, float(first), float(second), float(second - first), float(low), float(high),
-        sum(map(len, groups)), min(1.0, max(2 * beyond, 1 / DRAWS)), float(POWER_FACTOR * drawn.std()),
-    )  # fmt: skip
+    count, value = sum(map(len, groups)), float(second - first)
+    drawn, by_chance = np.zeros(DRAWS), np.zeros(DRAWS)
+    for change in changes:
+        for start in range(0, DRAWS, part := max(1, _CHUNK // len(change))):
+            rows = slice(start, min(start + part, DRAWS))
+            shape = rows.stop - rows.start, len(change)
+            drawn[rows] += change[rng.integers(0, len(change), shape)].mean(1) / len(changes)
+            by_chance[rows] += (change * rng.choice((-1.0, 1.0), shape)).mean(1) / len(changes)
+    low, high = (float(one) for one in np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
+    detectable = _detectable(1 - LEVEL) * float(drawn.std())
+    if all((change == change[0]).all() for change in changes):  # the bootstrap's interval would have no length
+        chance = ((1 - LEVEL) / 2) ** (1 / count)                              # Clopper-Pearson
+        edges = (value * chance, value) if value else (chance - 1, 1 - chance)
+        (low, high), detectable = sorted(edges), 1 - chance
+    beyond = int((np.abs(by_chance) >= abs(value) - 1e-12).sum())
+    p = (1 + beyond) / (1 + DRAWS)
+    return Difference(title, score, float(first), float(second), value, low, high, count, p, detectable)
 
 
-def corrected(differences: Sequence[Difference]) -> list[Difference]:
-    """The differences with Holm's correction of the main scores' p, in their order."""
-    main = [number for number, one in enumerate(differences) if one.score in ("overall", "psnr")]
-    ordered, least = sorted(main, key=lambda number: differences[number].p), 0.0
-    found = list(differences)
-    for rank, number in enumerate(ordered):
-        least = max(least, min(1.0, differences[number].p * (len(main) - rank)))
-        found[number] = replace(differences[number], p=least)
+def _detectable(alpha: float) -> float:
+    """Standard errors that a two-sided test at level `alpha` finds with POWER."""
+    normal = NormalDist()
+    return normal.inv_cdf(1 - alpha / 2) + normal.inv_cdf(POWER)
+
+
+def holm_corrected(differences: Sequence[Difference]) -> list[Difference]:
+    """The differences with Holm's correction of the main scores, in their order; what is detectable is by its first
+    and strictest step.
+    """
+    main = [number for number, one in enumerate(differences) if one.score in MAIN]
+    found, least = list(differences), 0.0
+    stricter = _detectable((1 - LEVEL) / max(1, len(main))) / _detectable(1 - LEVEL)
+    for rank, number in enumerate(sorted(main, key=lambda number: differences[number].p)):
+        one = differences[number]
+        least = max(least, min(1.0, one.p * (len(main) - rank)))
+        found[number] = replace(one, p=least, detectable=one.detectable * stricter, corrected=True)
     return found

@@ -69,8 +69,9 @@ DUALTOKEN_TARGETS = (
 
 def targets_of(result: Result) -> tuple[Target, ...]:
     """The targets of the system whose recipe made the model of a result."""
-    name = (result.settings.get("model") or {}).get("recipe", "")
-    return DUALTOKEN_TARGETS if name.startswith("dualtoken") else TARGETS
+    model = result.settings.get("model")
+    name = model.get("recipe") if isinstance(model, dict) else None
+    return DUALTOKEN_TARGETS if str(name).startswith("dualtoken") else TARGETS
 
 
 def find_target(result: Result, score: Score, targets: Sequence[Target] | None = None) -> Target | None:

@@ -220,8 +220,11 @@ class DualTokenPipeline(Pipeline):
             if values.dim() != 4 or values.shape[1:] != (grid, grid, one.depth):
                 expected, given = f"[B, {grid}, {grid}, {one.depth}]", list(values.shape)
                 raise InputError(f"codes.{name}: expected {expected} of this model, got {given}")
-            if not len(values):
-                raise InputError(f"codes.{name}: expected those of at least one image, got none")
+            if not len(values) or len(values) != len(codes.pixel):
+                expected = f"{len(codes.pixel)} images, as codes.pixel" if len(codes.pixel) else "at least one image"
+                raise InputError(f"codes.{name}: expected those of {expected}, got {len(values)}")
+            if values.dtype != torch.long:
+                raise InputError(f"codes.{name}: expected whole numbers (int64), got {values.dtype}")
             if not 0 <= int(values.min()) <= int(values.max()) < one.entries:
                 raise InputError(f"codes.{name}: expected 0 to {one.entries - 1}, got {values.min()} to {values.max()}")
         pixel, asked = self._paired(codes.pixel, questions, "question")

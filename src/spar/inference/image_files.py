@@ -13,6 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spar.checkpoints.bundled import DEFAULT_MODEL
 from spar.common.errors import InputError
 from spar.common.files import atomic_file
 
@@ -32,7 +33,8 @@ METADATA_KEYS: dict[str, type] = {
     **dict.fromkeys(("prompt", "instruction", "image", "image_sha256"), str), **FLAGS,
     **dict.fromkeys(("recipe", "commit", "spar", "torch", "transformers", "diffusers"), str),
 }  # fmt: skip
-BUNDLED_MODEL = "bundled"  # the model's name if no folder was given
+BUNDLED_MODEL = DEFAULT_MODEL  # the model's name if no folder was given
+EARLIER_NAME = "bundled"  # of the same model, in images of earlier versions
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
@@ -163,7 +165,7 @@ class PngMetadata:
             words = ["edit", image, metadata["instruction"]] if "instruction" in metadata else ["reconstruct", image]
             size = []
         values = {"model": "MODEL", **metadata}
-        if values["model"] == BUNDLED_MODEL:
+        if values["model"] in (BUNDLED_MODEL, EARLIER_NAME):
             del values["model"]
         flags = [
             f"--{name.replace('_', '-')}" + ("" if kind is bool else f"={values[name]}")

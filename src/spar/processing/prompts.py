@@ -46,12 +46,16 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class QuestionAnswer:
-    """One question about an image and its answer, for packed training; `follows`: asked after the turn before it."""
+    """One question about an image and its answer, for packed training.
+
+    `follows`: asked after the turn before it. `cut`: the answer goes on, so that no end of it is taught.
+    """
 
     question: str
     answer: str
     weight: float = 1.0
     follows: bool = False
+    cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -310,7 +314,7 @@ class PromptEncoder:
             number += not goes_on
             question = self.encode(f"\n{TURN_START}user\n") if goes_on else []
             question = question + self.encode(turn.question) + self.encode(f"{TURN_END}\n{TURN_START}assistant\n")
-            answer = self.encode(turn.answer) + self.encode(TURN_END)
+            answer = self.encode(turn.answer) + ([] if turn.cut else self.encode(TURN_END))
             start = positions[-1] + 1 if goes_on else len(prefix)
             ids += question + answer
             segments += [number] * (len(question) + len(answer))

@@ -191,8 +191,8 @@ FULL_STAGES = (
     # Nothing was published of this stage: VILA-U's learning rate and batch, steps for 15 M samples, half of them
     # conversations about images.
     StageConfig(
-        "unified", DualNextTokenObjective(), (*LANGUAGE, *HEADS), data=CaptionDialogueData(), steps=15_000_000 // 1024,
-        batch=1024, lr=1e-4, lr_end=0.0, warmup=440, betas=(0.9, 0.95), max_grad_norm=1.0,
+        "unified", DualNextTokenObjective(mean_over="images"), (*LANGUAGE, *HEADS), data=CaptionDialogueData(),
+        steps=15_000_000 // 1024, batch=1024, lr=1e-4, lr_end=0.0, warmup=440, betas=(0.9, 0.95), max_grad_norm=1.0,
     ),
 )  # fmt: skip
 

@@ -114,7 +114,7 @@ class DialogueData(StageData):
 
 
 @dataclass(frozen=True)
-class CaptionDialogueData(CaptionData):
+class CaptionDialogueData(StageData):
     """Images with captions, and for the share `dialogue_share` of the samples images with conversations."""
 
     kind: ClassVar[str] = "captions_and_dialogues"

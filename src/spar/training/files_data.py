@@ -20,6 +20,7 @@ from spar.data.batches import Captioned, Dialogues, Edits, Images
 from spar.data.buckets import make_buckets
 from spar.data.loader import Loader, LoaderBatch, to_pixels
 from spar.data.mixture import Mixture
+from spar.data.samples import BadSample, Sample
 from spar.data.sources import DataSource, open_source
 from spar.models.tokenizer import UnifiedTokenizer
 from spar.processing.prompts import PromptEncoder, QuestionAnswer
@@ -92,7 +93,7 @@ class FilesData(DataConfig):
             if self.has_cache and stage.data.shares and not stage.objective.reads_features:
                 raise InputError(
                     f"stage {stage.name}: the objective {stage.objective.kind} reads images; a cache (data.cache) "
-                    "holds no latents of the autoencoder alone"
+                    "holds features for unified stages alone"
                 )
 
     def describe(self, stage: StageConfig) -> str:
@@ -166,8 +167,8 @@ def epochs_per_source(stage: StageConfig, sources: list[DataSource], weights: li
 class FilesTrainingData(TrainingData):
     """The data sets of a recipe, dealt to this process.
 
-    Captions and edits share a stage by its `edit_share`; the sets' own weights hold among sets of one kind. A stage of
-    images alone sees those of all sets, of edits the edited one.
+    Captions, edits and conversations share a stage by its own shares; the sets' weights hold among sets of one kind. A
+    stage of images alone sees those of all sets, of edits the edited one.
     """
 
     def __init__(
@@ -253,6 +254,7 @@ class FilesTrainingData(TrainingData):
             bad_share=self.config.bad_share, bad_samples=self.run / "bad_samples.jsonl",
             captions=captions, one_reference=captions, profiles=self.config.color_profiles,
             known=self._cache.holds if self._cache is not None and captions else None,
+            check=self._check_dialogue if "dialogue" in stage.data.shares else None,
         )  # fmt: skip
         return loader.batches(step, stage.steps)
 
@@ -278,31 +280,47 @@ class FilesTrainingData(TrainingData):
             write_json(path, {**known, stage: fingerprint})
 
     def _dialogue(self, turns: Sequence[tuple[str, str]]) -> tuple[QuestionAnswer, ...]:
-        """The turns of a conversation that fit beside their image, without control tokens; the first one always."""
-        limit = min(self.config.dialogue_tokens, self.recipe.max_sequence_tokens)
+        """The turns of a conversation that fit beside their image, without control tokens; the first one always, if
+        need be with its answer cut, which `_check_dialogue` has found to be possible.
+        """
+        limit, tokenizer = self._dialogue_limit, self.prompts.tokenizer
         found: list[QuestionAnswer] = []
         for question, answer in turns:
             own = QuestionAnswer(self.prompts.plain(question), self.prompts.plain(answer), follows=bool(found))
-            room = limit - self.prompts.packed_length([*found, own])
-            if room < 0 and found:
-                break
-            found.append(own if room >= 0 else self._cut(own, -room))
+            if self.prompts.packed_length([*found, own]) > limit:
+                if found:
+                    break
+                ids = tokenizer.encode(own.answer, add_special_tokens=False)
+                while self.prompts.packed_length([own]) > limit:  # decoded and encoded again, a part may be longer
+                    ids = ids[: len(ids) - (self.prompts.packed_length([own]) - limit)]
+                    own = replace(own, answer=tokenizer.decode(ids), cut=True)
+            found.append(own)
         return tuple(found)
 
-    def _cut(self, turn: QuestionAnswer, tokens: int) -> QuestionAnswer:
-        """A turn so many tokens shorter at its answer's end.
+    @property
+    def _dialogue_limit(self) -> int:
+        """Tokens of the longest conversation, with its image."""
+        return min(self.config.dialogue_tokens, self.recipe.max_sequence_tokens)
+
+    def _check_dialogue(self, sample: Sample) -> None:
+        """Refuse a conversation whose first question leaves no room for an answer, or that control tokens alone make.
 
         Raises:
-            InputError: the question alone does not fit.
+            BadSample: with the limit and what came.
         """
-        tokenizer = self.prompts.tokenizer
-        ids = tokenizer.encode(turn.answer, add_special_tokens=False)
-        if len(ids) <= tokens:
-            raise InputError(
-                f"data.dialogue_tokens: expected room for an image and a question with its answer, {tokens} tokens "
-                f"more than there is for {turn.question[:80]!r}"
+        if not sample.turns:
+            return
+        texts = [[self.prompts.plain(text).strip() for text in turn] for turn in sample.turns]
+        if not all(map(all, texts)):
+            raise BadSample(sample.key, sample.origin, "expected words in each turn, got control tokens alone")
+        least = self.prompts.packed_length([QuestionAnswer(texts[0][0], "", cut=True)]) + 1
+        if least > self._dialogue_limit:
+            raise BadSample(
+                sample.key, sample.origin,
+                f"expected a first question and its image of fewer than {self._dialogue_limit} tokens "
+                f"(data.dialogue_tokens {self.config.dialogue_tokens}, the model's {self.recipe.max_sequence_tokens}), "
+                f"got {least - 1}",
             )
-        return replace(turn, answer=tokenizer.decode(ids[: len(ids) - tokens]))
 
     def _fitted(self, text: str) -> str:
         """A caption without the model's control tokens, cut to the longest prompt."""

@@ -41,6 +41,9 @@ class DepthHead(nn.Module):
             given: `[M, given]`, the position's vectors of the other vocabulary, if this head reads them.
         """
         first = self.from_state(states)                                        # [M, width]
+        if (given is None) != (self.from_given is None):
+            expected = "none" if self.from_given is None else "those of the other vocabulary"
+            raise ValueError(f"given vectors: expected {expected}, got {'none' if given is None else 'some'}")
         if self.from_given is not None and given is not None:
             first = first + self.from_given(given.to(first.dtype))
         x = torch.cat([first[:, None], self.from_codes(sums.to(first.dtype))], dim=1)  # [M, d + 1, width]

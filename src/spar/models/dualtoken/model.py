@@ -97,7 +97,7 @@ class DualTokenModel(nn.Module):
         quantizers, found, given = self.tokenizer.quantizers, {}, None
         for name, head in self.heads.items():
             sums = quantizers[name].partial_sums(getattr(codes, name))
-            found[name] = head(states, sums[..., :-1, :], given)
+            found[name] = head(states, sums[..., :-1, :], given if head.from_given else None)
             given = sums[..., -1, :]
         return found
 
@@ -141,7 +141,8 @@ class DualTokenModel(nn.Module):
                 sums = states.new_zeros(len(states), 0, quantizer.config.width)
                 if d:
                     sums = quantizer.partial_sums(codes).repeat(rows, 1, 1)
-                logits = head(states, sums, given)[:, -1].float()              # [B or 2 B, K]
+                other = given if head.from_given else None
+                logits = head(states, sums, other)[:, -1].float()              # [B or 2 B, K]
                 codes = torch.cat([codes, choose(logits, noise[:, d], sampling)[:, None]], dim=1)
             found[name], given = codes, quantizer.decode(codes).repeat(rows, 1)
         return DualCodes(found.get("pixel", found["semantic"]), found["semantic"])

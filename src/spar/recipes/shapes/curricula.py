@@ -1,10 +1,12 @@
 """What stages of the shapes world are taught: lessons on where things are, and kinds of questions."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from spar.common.errors import InputError
 from spar.data.batches import Captioned, Descriptions, Dialogues, Images
+from spar.data.samples import Kind
 from spar.training.data import CaptionData, CaptionDialogueData, DialogueData, MixedData, StageData
 from spar.worlds.shapes.questions import BINDING_QUESTION_KINDS, CURRICULUM_KINDS, QUESTION_KINDS
 from spar.worlds.shapes.scene import ALL_KINDS
@@ -102,3 +104,7 @@ class UnifiedLessons(QuestionData):
     @property
     def plain(self) -> StageData:
         return CaptionDialogueData(dialogue_share=1 - self.caption_share)
+
+    @property
+    def shares(self) -> Mapping[Kind, float]:
+        return self.plain.shares

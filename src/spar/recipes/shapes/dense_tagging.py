@@ -165,6 +165,7 @@ class TagWordsObjective(NextTokenObjective):
     edit_tags: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_at_least(0, edit_tags=self.edit_tags)
 
     def __call__(self, ctx: StepContext, batch: Dialogues | Descriptions) -> Terms:

@@ -18,7 +18,7 @@ from spar.training.cost import Cost, meta_input, part_cost
 from spar.training.objectives.base import StepContext, Terms, check_at_least
 from spar.training.objectives.dual_tokenizer import DualTokenizerObjective
 from spar.training.objectives.flow import meta_layers
-from spar.training.objectives.next_token import NextTokenObjective
+from spar.training.objectives.next_token import DIALOGUE_TOKENS, NextTokenObjective
 
 if TYPE_CHECKING:
     from spar.training.config import StageConfig
@@ -49,7 +49,8 @@ class DualNextTokenObjective(NextTokenObjective):
     unconditional: float = 0.1
 
     def __post_init__(self) -> None:
-        check_at_least(0, **vars(self))
+        super().__post_init__()
+        check_at_least(0, **{name: value for name, value in vars(self).items() if name != "mean_over"})
 
     def preparations(self, recipe: Any, stage: "StageConfig", origin: "Origin") -> tuple[str, ...]:
         """After the tokenizer's training its weights are rounded: a folder in bfloat16 then gives the LLM's codes."""
@@ -63,8 +64,8 @@ class DualNextTokenObjective(NextTokenObjective):
                     value.copy_(value.bfloat16())
 
     def may_split(self, stage: "StageConfig") -> bool:
-        """Images alone may: each has as many codes. Answers are weighed over the whole batch's tokens."""
-        return not {Dialogues, Descriptions} & set(stage.data.gives)
+        """Images alone may: each has as many codes. With answers it is `mean_over` that says."""
+        return not {Dialogues, Descriptions} & set(stage.data.gives) or super().may_split(stage)
 
     def may_rest(self, recipe: Any) -> tuple[str, ...]:
         """A step of dialogues does not reach the heads, one of prompts in words not the visual tokens."""
@@ -112,32 +113,41 @@ class DualNextTokenObjective(NextTokenObjective):
         logits = model.code_logits(before, DualCodes(codes.pixel.flatten(0, 2), codes.semantic.flatten(0, 2)))
         terms: Terms = {}
         total = before.new_zeros((), dtype=torch.float32)
-        plain = flat_patches(batch.require_pixels(), model.config.token_stride).flatten()        # [B N]
+        is_flat = flat_patches(batch.require_pixels(), model.config.token_stride).flatten()      # [B N]
         for name, found in logits.items():
             losses = _by_depth(found, getattr(codes, name).flatten(0, 2))      # [B N, D]
             weights = self.depth_decay ** torch.arange(losses.shape[1], device=losses.device)
             weights = (weights / weights.sum()).expand(losses.shape).clone()
-            weights[:, 1:] *= torch.where(plain, self.flat, 1.0)[:, None]
+            weights[:, 1:] *= torch.where(is_flat, self.flat, 1.0)[:, None]
             total = total + getattr(self, name) * (losses * weights).sum(1).mean()
             terms |= {f"{name}_{depth}": loss.mean().detach() for depth, loss in enumerate(losses.unbind(1), start=1)}
         return {"loss": total, **terms}
 
     def cost(self, modules: Any, recipe: Any, stage: "StageConfig") -> Cost:
-        """An image after its prompt: the frozen tokenizer, the LLM's layers, both heads at every position."""
+        """The frozen tokenizer; an image after its prompt (the LLM's layers, both heads at every position) or a
+        conversation about it, by their shares, and the memory of the larger.
+        """
         model, config, side = modules.model, recipe.model, recipe.image_size
         positions, image = config.grid**2, meta_input(1, 3, side, side).detach()
-        cost = part_cost(lambda: model.tokenizer.features(image), model.tokenizer.encoder, through=False)
-        layers = model.language.network.layers
-        cost += part_cost(lambda: meta_layers(model, layers, positions + PROMPT_TOKENS), model.language)
+        encoder = part_cost(lambda: model.tokenizer.features(image), model.tokenizer.encoder, through=False)
+        share, layers = stage.data.shares.get("dialogue", 0.0), model.language.network.layers
+        talk = part_cost(lambda: meta_layers(model, layers, positions + DIALOGUE_TOKENS), model.language)
+        if share == 1:
+            return encoder + talk
+        cost = part_cost(lambda: meta_layers(model, layers, positions + PROMPT_TOKENS), model.language)
         for name, codes in config.vocabularies.items():
             head = model.heads[name]
             sums = meta_input(positions, codes.depth - 1, codes.width)
-            cost += _head_cost(head, meta_input(positions, config.text.hidden_size), sums)
-        return cost
+            given = meta_input(positions, config.pixel.width) if head.from_given else None
+            cost += _head_cost(head, meta_input(positions, config.text.hidden_size), sums, given)
+        if share:
+            flops = (1 - share) * cost.flops + share * talk.flops
+            cost = Cost(flops, max(cost.kept, talk.kept), max(cost.recomputed, talk.recomputed))
+        return encoder + cost
 
 
-def _head_cost(head: Any, states: Tensor, sums: Tensor) -> Cost:
-    return part_cost(lambda: head(states, sums), head)
+def _head_cost(head: Any, states: Tensor, sums: Tensor, given: Tensor | None) -> Cost:
+    return part_cost(lambda: head(states, sums, given), head)
 
 
 def flat_patches(pixels: Tensor, side: int) -> Tensor:

@@ -1,11 +1,12 @@
 """Captioning and question answering: next-token prediction by the LLM on images that a frozen encoder reads."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from spar.common.errors import InputError
 from spar.data.batches import Descriptions, Dialogues, Images
 from spar.models.attention import attention_bias
 from spar.processing.prompts import PackedBatch
@@ -24,11 +25,22 @@ DIALOGUE_TOKENS = 190  # of the words of a row, in what a step costs: those of a
 
 @dataclass(frozen=True)
 class NextTokenObjective(Objective["SparRecipe"]):
-    """Cross-entropy of the answers' tokens alone; the encoder's features are computed once an image."""
+    """Cross-entropy of the answers' tokens alone; the encoder's features are computed once an image.
+
+    `mean_over` "tokens" weighs all tokens of a batch alike; "images" all images, each with the mean of its own tokens:
+    so a batch may be shared among processes and micro-steps.
+    """
 
     kind: ClassVar[str] = "next_token"
     takes: ClassVar[tuple[type[Images], ...]] = (Dialogues, Descriptions)
-    splittable: ClassVar[bool] = False  # a mean over the whole batch's tokens
+    mean_over: Literal["tokens", "images"] = "tokens"
+
+    def __post_init__(self) -> None:
+        if self.mean_over not in ("tokens", "images"):
+            raise InputError(f"mean_over: expected tokens or images, got {self.mean_over!r}")
+
+    def may_split(self, stage: "StageConfig") -> bool:
+        return self.mean_over == "images"
 
     def __call__(self, ctx: StepContext, batch: Dialogues | Descriptions) -> Terms:
         packed, states = self.read(ctx, batch)
@@ -52,12 +64,15 @@ class NextTokenObjective(Objective["SparRecipe"]):
         """The cross-entropy of the answers' tokens, each read off the state before it, and the share that is right."""
         weights = packed.weights[:, 1:]
         answered = weights > 0
+        if self.mean_over == "images":  # of the tokens that count, in equal parts
+            weights = weights / weights.sum(1, keepdim=True).clamp(min=1e-9)
         logits = ctx.modules.model.language.logits(states[:, :-1][answered]).float()
         targets, weights = packed.ids[:, 1:][answered], weights[answered]
         losses = F.cross_entropy(logits, targets, reduction="none")
         right = (logits.argmax(-1) == targets).float()
         words = targets != ctx.recipe.model.text.eos_token_id
-        return {"loss": (losses * weights).sum() / weights.sum(), "word_accuracy": right[words].mean()}
+        whole = len(packed.ids) if self.mean_over == "images" else weights.sum()
+        return {"loss": (losses * weights).sum() / whole, "word_accuracy": right[words].mean()}
 
     def cost(self, modules: "TrainingModules", recipe: "SparRecipe", stage: "StageConfig") -> Cost:
         model, side = modules.model, image_side(recipe, stage)
