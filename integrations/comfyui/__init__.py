@@ -93,7 +93,7 @@ class SparLoad:
     def INPUT_TYPES(cls) -> Inputs:
         return {
             "required": {
-                "folder": ("STRING", {"default": "", "tooltip": "folder of a model, or dualtoken; empty: the bundled SPAR"}),
+                "folder": ("STRING", {"default": "", "tooltip": "folder, or dualtoken; empty: the bundled SPAR"}),
                 "device": (["auto", "cpu", "cuda", "mps"],),
                 "dtype": (["auto", "float32", "bfloat16", "float16"],),
                 "weights": (["dtype", "float32", "int8"], {"tooltip": "dtype: half the memory, the same images"}),

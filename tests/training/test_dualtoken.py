@@ -149,7 +149,7 @@ def test_codes_are_kept_as_whole_numbers(dual_run):
 
 def test_image_terms_are_the_cross_entropies_of_the_codes_after_the_prompt(dual_run):
     data = UnifiedLessons(("count",), caption_share=1.0)
-    objective = replace(TINY.stage("unified").objective, unconditional=0.0, depth_decay=0.5)
+    objective = replace(TINY.stage("unified").objective, unconditional=0.0, depth_decay=0.5, flat=1.0)
     ctx, _, batch = begin(dual_run, "unified", data=data, objective=objective)
     terms = objective(ctx, batch)
     model, codes = ctx.modules.model, objective.codes(ctx, batch)

@@ -216,7 +216,7 @@ def test_turns_that_do_not_fit_are_left_out_and_a_first_answer_is_cut(sets, tmp_
         assert (len(row), len(row[0].answer.split())) == (turns, words)
         assert prompts.packed_length(row) <= limit and row[0].cut is (words < 60)
     for wrong, message in (
-        ({"dialogue_tokens": 60}, r"expected a first question and its image of fewer than 60 tokens .*, got 7\d"),
+        ({"dialogue_tokens": 60}, r"expected a first question and its image of fewer than 60 tokens .*, got 80"),
         ({}, "expected words in each turn, got control tokens alone"),
     ):
         if not wrong:
@@ -227,7 +227,9 @@ def test_turns_that_do_not_fit_are_left_out_and_a_first_answer_is_cut(sets, tmp_
 
 
 def test_lessons_of_the_shapes_world_have_a_plain_form_in_data_sets():
-    assert FilesData.nearest(QuestionData(("color",), per_image=2)) == DialogueData()
+    assert FilesData.nearest(UnifiedLessons(("color",), per_image=2, caption_share=0.0)) == DialogueData()
+    lesson = QuestionData(("color",))                                          # SPAR's, which come with tags
+    assert FilesData.nearest(lesson) is lesson
     unified = FilesData.nearest(UnifiedLessons(("color",), caption_share=0.75))
     assert unified == CaptionDialogueData(dialogue_share=0.25)
     own = UnifiedLessons(("color",))
@@ -392,8 +394,8 @@ def test_settings_without_sense_are_refused(tiny_run, tmp_path, sets):
     recipe = replace(tiny_run.recipe, data=FilesData(sets=sets))
     with pytest.raises(
         InputError,
-        match=r"data.source files has images, captions, captions_and_edits, which is nothing for mllm \(questions\), "
-        r"unified-2 \(lessons\) \(--stage",
+        match=r"data.source files has images, captions, captions_and_edits, dialogues, captions_and_dialogues, which "
+        r"is nothing for mllm \(questions\), unified-2 \(lessons\) \(--stage",
     ):
         train(recipe, tmp_path / "run", stages=("mllm", "dit", "unified-2"))
     assert not (tmp_path / "run").exists()
@@ -410,8 +412,7 @@ def test_lessons_become_plain_captions_and_edits_and_other_stages_keep_what_they
     assert {name: plain[name] for name in lessons} == {name: MixedData(share) for name, share in shares.items()}
     assert plain["dit"] == CaptionData() and plain["tokenizer-1"] == ImageData()
     language = ("mllm", "mllm-2", "mllm-3", "mllm-4", "mllm-5", "mllm-6", "mllm-7")
-    assert plain["encoder"] == tiny_run.recipe.stage("encoder").data
-    assert all(plain[name] == DialogueData() for name in language)
+    assert all(plain[name] == tiny_run.recipe.stage(name).data for name in ("encoder", *language))
     assert type(FilesData.nearest(CaptionLessons(position_captions=1.0))) is CaptionData
     assert FilesData.nearest(ImageData(image_size=32)) == ImageData(image_size=32)
 

@@ -54,7 +54,7 @@ class MixedLessons(Lessons, MixedData):
 
 
 @dataclass(frozen=True)
-class QuestionData(DialogueData):
+class QuestionData(StageData):
     """Images with questions of the kinds named, and at last the description of each.
 
     An image is asked `per_image` of the questions, drawn anew each time (0: all, in the order named): what a row costs
@@ -103,7 +103,7 @@ class UnifiedLessons(QuestionData):
 
     @property
     def plain(self) -> StageData:
-        return CaptionDialogueData(dialogue_share=1 - self.caption_share)
+        return CaptionDialogueData(dialogue_share=1 - self.caption_share) if self.caption_share else DialogueData()
 
     @property
     def shares(self) -> Mapping[Kind, float]:
