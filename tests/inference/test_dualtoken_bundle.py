@@ -10,7 +10,7 @@ from spar.evaluation.shapes_vqa import shapes_vqa
 from spar.inference.loading import load_pipeline
 
 pytestmark = pytest.mark.slow
-ANSWERS, DRAWINGS = EvalOptions(limit=12), EvalOptions(limit=8, images_per_prompt=1)
+ANSWERS, DRAWINGS = EvalOptions(limit=8), EvalOptions(limit=5, images_per_prompt=1)
 
 
 @pytest.fixture(scope="module")
@@ -64,5 +64,5 @@ def test_with_tokens_at_other_places_answers_and_drawings_are_worse(pipe, whole)
 
 
 def test_what_it_says_of_its_own_drawings_agrees_with_most_prompts(pipe):
-    found = shapes_agreement(pipe, EvalOptions(limit=8))
+    found = shapes_agreement(pipe, EvalOptions(limit=5))
     assert found.score("overall").value > 0.5

@@ -60,11 +60,11 @@ STAGES = (
     ),
     StageConfig(
         "unified", DualNextTokenObjective(flat=0.1), (*LANGUAGE, *HEADS), data=replace(_WORDS, caption_share=0.8),
-        steps=6000, batch=32, lr=2e-3, lr_end=1e-4, warmup=50, ema=0.998, optimizer="muon",
+        steps=4500, batch=32, lr=2e-3, lr_end=1e-4, warmup=50, ema=0.998, optimizer="muon",
     ),
     StageConfig(
         "finetune", DualNextTokenObjective(flat=0.1), (*LANGUAGE, *HEADS), data=replace(_WORDS, caption_share=0.7),
-        steps=300, batch=32, lr=2e-4, lr_end=1e-5, warmup=10, ema=0.99, optimizer="muon",
+        steps=200, batch=32, lr=2e-4, lr_end=1e-5, warmup=10, ema=0.99, optimizer="muon",
     ),
 )  # fmt: skip
 
