@@ -144,6 +144,21 @@ def test_the_cache_changes_nothing(dual_model):
             embeddings = torch.cat([embeddings, token[:, None]], dim=1)
 
 
+def test_deeper_codes_have_their_own_temperature(dual_model):
+    """With decay 0 the first code of a position is drawn as before, and the deeper ones are the likeliest after it."""
+    sampling = CodeSampling(temperature=2.0, depth_decay=0.0)
+    assert [sampling.at_depth(d).temperature for d in range(3)] == [2.0, 0.0, 0.0]
+    assert [replace(sampling, depth_decay=0.5).at_depth(d).temperature for d in range(3)] == [2.0, 1.0, 0.5]
+    states = torch.randn(6, 16, generator=torch.Generator().manual_seed(3))
+    drawn, plain = (
+        dual_model._sample_position(states, one, generators(6)) for one in (sampling, CodeSampling(temperature=2.0))
+    )
+    assert torch.equal(drawn.pixel[:, 0], plain.pixel[:, 0]) and not torch.equal(drawn.pixel, plain.pixel)
+    logits = dual_model.code_logits(states, drawn)
+    for name in ("pixel", "semantic"):
+        assert torch.equal(logits[name][:, 1:].argmax(-1), getattr(drawn, name)[:, 1:])
+
+
 def test_guidance_one_is_the_conditional_branch_and_more_is_not(dual_model):
     unconditional = torch.tensor([[0, 0, 0, 14, 9]] * 2)
     tokens = torch.cat([PROMPTS, unconditional])

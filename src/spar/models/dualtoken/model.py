@@ -143,7 +143,7 @@ class DualTokenModel(nn.Module):
                     sums = quantizer.partial_sums(codes).repeat(rows, 1, 1)
                 other = given if head.from_given else None
                 logits = head(states, sums, other)[:, -1].float()              # [B or 2 B, K]
-                codes = torch.cat([codes, choose(logits, noise[:, d], sampling)[:, None]], dim=1)
+                codes = torch.cat([codes, choose(logits, noise[:, d], sampling.at_depth(d))[:, None]], dim=1)
             found[name], given = codes, quantizer.decode(codes).repeat(rows, 1)
         return DualCodes(found.get("pixel", found["semantic"]), found["semantic"])
 

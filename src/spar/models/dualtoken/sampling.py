@@ -1,7 +1,7 @@
 """How a code is drawn from its logits: guidance, temperature, top-k, top-p, and noise of each image's own seed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,24 +17,33 @@ class CodeSampling:
     top_k: codes that remain, or 0: all.
     top_p: the likeliest codes that together have this probability remain; 1: all.
     guidance: scale of classifier-free guidance; 1 is the conditional branch alone.
+    depth_decay: each depth has this times the temperature of the one before it. The first code of a position says
+        whether and what begins there, which should vary; the deeper ones are its details, which should be right.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     guidance: float = 1.0
+    depth_decay: float = 1.0
 
     def __post_init__(self) -> None:
         check_range("temperature", self.temperature, 0, MAX_TEMPERATURE)
         check_int_range("top_k", self.top_k, 0, MAX_TOP_K)
         check_range("top_p", self.top_p, 0, 1)
         check_range("guidance", self.guidance, 0, MAX_GUIDANCE)
+        check_range("depth_decay", self.depth_decay, 0, 1)
         if not self.top_p > 0:
             raise InputError(f"top_p: expected above 0 and at most 1, got {self.top_p}")
 
+    def at_depth(self, depth: int) -> "CodeSampling":
+        """The sampling of a depth, from 0."""
+        return replace(self, temperature=self.temperature * self.depth_decay**depth)
+
     def __str__(self) -> str:
+        decay = f" (times {self.depth_decay:g} for each depth after the first)" if self.depth_decay != 1 else ""
         return (
-            f"guidance {self.guidance:g}, temperature {self.temperature:g}, top-k {self.top_k or 'off'}, "
+            f"guidance {self.guidance:g}, temperature {self.temperature:g}{decay}, top-k {self.top_k or 'off'}, "
             f"top-p {self.top_p:g}"
         )
 
