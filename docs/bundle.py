@@ -1,8 +1,9 @@
 """Write bundled weights: python docs/bundle.py NAME RUN/model RUN [...]; then NAME --scores, once they are measured.
 
-NAME is spar or dualtoken. The weights are written to src/spar/assets in bfloat16, with the stages and curves of the
-runs that made them, in order: a training may have been stopped and continued in several folders. `--scores` writes the
-main scores of docs/results (of DualToken: docs/results/dualtoken) into the manifest, and then the model card.
+NAME is spar or dualtoken. The weights are written to src/spar/assets in bfloat16 (the matrices of DualToken's LLM and
+heads in 8 bits), with the stages and curves of the runs that made them, in order: a training may have been stopped and
+continued in several folders. `--scores` writes the main scores of docs/results (of DualToken: docs/results/dualtoken)
+into the manifest, and then the model card.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import torch
 
 from spar.checkpoints.bundled import BUNDLED_MODELS
 from spar.checkpoints.dualtoken_format import build_dualtoken_card, load_dualtoken, save_dualtoken
+from spar.checkpoints.safetensors_io import read_tensors, write_tensors
 from spar.checkpoints.spar_format import CARD, build_model_card, load_model, save_model
 from spar.common.config import read_json, write_json
 from spar.evaluation.results import read_result
@@ -27,6 +29,20 @@ FORMATS = {
     "spar": (load_model, save_model, build_model_card),
     "dualtoken": (load_dualtoken, save_dualtoken, build_dualtoken_card),
 }
+
+
+# The bundled models together may have 40 MB. The tokenizer stays in bfloat16: other weights give other codes.
+IN_EIGHT_BITS = {"spar": (), "dualtoken": ("language", "pixel_head", "semantic_head")}
+
+
+def store_in_eight_bits(folder: Path, part: str) -> None:
+    """Store the matrices of a part as float8 (e4m3: 3 bits of mantissa); embeddings, norms and biases stay."""
+    path = folder / part / "model.safetensors"
+    tensors = read_tensors(path)
+    for name, value in tensors.items():
+        if value.dim() > 1 and not name.endswith(("embed_tokens.weight", "positions")):
+            tensors[name] = value.to(torch.float8_e4m3fn)
+    write_tensors(tensors, path)
 
 
 def measured(name: str) -> dict[str, dict[str, float]]:
@@ -69,6 +85,8 @@ def main() -> None:
     elif args.model and args.runs:
         bundle = load(args.model)
         save(replace(bundle, manifest=bundle.manifest | {"stages": stages(args.runs)}), folder, torch.bfloat16)
+        for part in IN_EIGHT_BITS[args.name]:
+            store_in_eight_bits(folder, part)
         (folder / "metrics.jsonl").write_text("".join(line for run in args.runs for line in curves(run)), "utf-8")
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         sys.stdout.write(f"{folder}: {size / 1e6:.2f} MB\n")

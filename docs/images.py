@@ -19,7 +19,7 @@ PROMPT = "a large red circle to the left of a large blue star"
 INSTRUCTION = "change the background to navy"
 COUNTED, QUESTION, ANSWER = "three large green squares", "how many squares are there?", "three"
 DUALTOKEN_PROMPTS = (
-    "a large red circle on a white background", "two large yellow stars", "a blue ring and a pink cross"
+    "a large red circle on a white background", "a small cyan cross on a brown background", "three small red stars"
 )  # fmt: skip
 
 

@@ -111,6 +111,19 @@ def test_numbers_that_are_not_finite_are_neither_written_nor_loaded(tmp_path, va
         load_into_meta(module, SafetensorsReader(tmp_path / "model.safetensors"))
 
 
+def test_eight_bits_are_judged_written_and_loaded_as_any_other_type(tmp_path):
+    tensors = {"weight": torch.tensor([[0.5, -1.75, 448.0], [0.0, 2**-9, 1.0]]), "bias": torch.zeros(2)}
+    small = {name: value.to(torch.float8_e4m3fn) for name, value in tensors.items()}
+    write_tensors(small, tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        module = torch.nn.Linear(3, 2)
+    load_into_meta(module, SafetensorsReader(tmp_path / "model.safetensors"))
+    assert torch.equal(module.weight, tensors["weight"]) and module.weight.dtype == torch.float32
+    small["bias"] = torch.tensor([1.0, float("nan")]).to(torch.float8_e4m3fn)
+    with pytest.raises(InputError, match="got bias with numbers that are not, in float8_e4m3fn"):
+        write_tensors(small, tmp_path / "model.safetensors")
+
+
 def test_a_number_that_a_smaller_type_cannot_hold_is_refused(tmp_path):
     tensors = {"weight": torch.tensor([1e6])}
     with pytest.raises(InputError, match="got weight with numbers that are not, in float16"):

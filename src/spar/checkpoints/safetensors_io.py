@@ -135,7 +135,10 @@ def write_tensors(
 def check_finite(tensors: dict[str, Tensor], where: object) -> None:
     """Refuse numbers that are not finite; InputError names the first tensor that has one."""
     for key, value in tensors.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        if not value.is_floating_point():
+            continue
+        numbers = value.float() if value.element_size() == 1 else value  # torch does not judge 8 bits
+        if not bool(torch.isfinite(numbers).all()):
             kind = _kind(value)
             raise InputError(f"{where}: expected finite weights, got {key} with numbers that are not, in {kind}")
 

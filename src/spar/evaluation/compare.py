@@ -107,7 +107,7 @@ def compare(first: Result, second: Result, *, seed: int = 0) -> list[Difference]
     Raises:
         InputError: results of other benchmarks, settings or prompts.
     """
-    settings = {"benchmark": (first.benchmark, second.benchmark)}
+    settings: dict[str, tuple[Any, Any]] = {"benchmark": (first.benchmark, second.benchmark)}
     settings |= {name: (first.settings.get(name), second.settings.get(name)) for name in _SAME}
     detectors = [one.settings.get("detector") for one in (first, second)]
     versions = [one.get("version") if isinstance(one, dict) else None for one in detectors]

@@ -72,7 +72,8 @@ STAGES = (
 def dualtoken_shapes() -> DualTokenRecipe:
     """DualToken from random weights on version 2 of the shapes world."""
     # An autoregressive model overfits 9,000 scenes within the steps of its last stages.
-    return DualTokenRecipe(name="dualtoken-shapes", stages=STAGES, data=ShapesData(scenes=65536))
+    sampling = CodeSampling(guidance=1.5, top_p=0.99, depth_decay=0.5)
+    return DualTokenRecipe(name="dualtoken-shapes", stages=STAGES, data=ShapesData(scenes=65536), sampling=sampling)
 
 
 # ---- studies: the same data, steps and stages, one choice of the design changed --------------------------------------

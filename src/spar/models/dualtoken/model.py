@@ -131,7 +131,9 @@ class DualTokenModel(nn.Module):
         self, states: Tensor, sampling: CodeSampling, generators: Sequence[torch.Generator]
     ) -> DualCodes:
         """The codes `[B, D]` of one position, depth by depth, from the LLM's states `[B or 2 B, L]`."""
-        found, given, rows = {}, None, len(states) // len(generators)
+        found: dict[str, Tensor] = {}
+        given: Tensor | None = None
+        rows = len(states) // len(generators)
         for name, head in self.heads.items():
             quantizer = self.tokenizer.quantizers[name]
             depth, entries = quantizer.config.depth, quantizer.config.entries
