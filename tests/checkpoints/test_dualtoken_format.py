@@ -22,7 +22,9 @@ def test_the_inspection_counts_every_part(folder):
     assert [part.name for part in found.parts] == list(PARTS) and found.format == "dualtoken"
     for part in found.parts:
         assert part.parameters == sum(t.numel() for t in model.get_submodule(part.name).state_dict().values())
-    assert str(found.sampling) == "guidance 1, temperature 1, top-k off, top-p 1"
+    assert str(found.sampling) == (
+        "guidance 1.5, temperature 1 (times 0.5 for each depth after the first), top-k off, top-p 0.99"
+    )
 
 
 def test_a_damaged_part_is_found_by_the_headers_alone(folder, tmp_path):

@@ -324,7 +324,7 @@ WRONG = [
     ("train tiny --data.source files --data.sets x.tar --stages.unified-2.data.position-captions 0.5",
      "unknown arguments: --stages.unified-2.data.position-captions"),
     ("train tiny --data.source files --data.sets x.tar",
-     "data.source files has images, captions, captions_and_edits, which is nothing for encoder (tags), mllm (q"),
+     "captions_and_edits, dialogues, captions_and_dialogues, which is nothing for encoder (tags), mllm (q"),
     ("train tiny --stages.dit.name mllm", "stages of different names"),
     ("train tiny --stages.dit.trainable model.decoder.*", "matches no parameter"),
     ("train tiny --alignment.teacher external", "go together"),
@@ -1243,7 +1243,7 @@ def test_a_model_of_dualtoken_is_used_by_the_same_commands(dual_run, tmp_path, c
     assert main(drawn) == 0
     assert main(["info", str(out)]) == 0
     shown = capsys.readouterr().out
-    assert "--temperature=0.5" in shown and "--top-k=4" in shown and "--top-p=1.0" in shown
+    assert "--temperature=0.5" in shown and "--top-k=4" in shown and "--top-p=0.99" in shown
     first = out.read_bytes()
     assert main([*drawn, "--overwrite"]) == 0
     assert out.read_bytes() == first

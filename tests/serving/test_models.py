@@ -34,7 +34,7 @@ def test_the_models_are_listed_and_described(both):
     assert [one["id"] for one in listed] == ["spar", "dual"]
     assert httpx.get(f"{address}/v1/models/dual").json()["id"] == "dual"
     answer = httpx.get(f"{address}/v1/models/other")
-    assert answer.status_code == 404 and "expected bundled, dual" in answer.json()["error"]["message"]
+    assert answer.status_code == 404 and "expected spar, dual" in answer.json()["error"]["message"]
 
 
 def test_a_request_chooses_its_model(both, pipe):

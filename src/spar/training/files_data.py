@@ -93,7 +93,7 @@ class FilesData(DataConfig):
             if self.has_cache and stage.data.shares and not stage.objective.reads_features:
                 raise InputError(
                     f"stage {stage.name}: the objective {stage.objective.kind} reads images; a cache (data.cache) "
-                    "holds features for unified stages alone"
+                    "holds no latents of the autoencoder alone"
                 )
 
     def describe(self, stage: StageConfig) -> str:
