@@ -10,15 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from spar.inference.dualtoken import DualTokenPipeline
 from spar.inference.loading import load_pipeline
 from spar.losses.reconstruction import psnr
-from spar.models.attention import attention_bias, position_ids_from_mask
-from spar.models.dualtoken.tokenizer import DualCodes
-from spar.training.objectives.dual_next_token import flat_patches
+from spar.training.objectives.dual_next_token import flat_patches, losses_by_depth
 from spar.worlds.shapes.captions import caption
 from spar.worlds.shapes.dataset import scene_at, seed_at
 from spar.worlds.shapes.render import render
@@ -42,18 +39,10 @@ def losses(pipe: DualTokenPipeline, pixels: Tensor, texts: list[str]) -> tuple[T
     """Which patches are of one colour `[B N]`, and each vocabulary's cross-entropies `[B N, D]`."""
     model, codes = pipe.model, pipe.model.tokenizer.encode(pixels)
     tokens = pipe.prompts.generation(texts)
-    visual = model.embed_codes(codes)
-    embeddings = torch.cat([model.embed(tokens.ids, None), visual[:, :-1]], dim=1)
-    mask = torch.cat([tokens.mask, tokens.mask.new_ones(len(visual), visual.shape[1] - 1)], dim=1)
-    bias = attention_bias(mask, embeddings, causal=True)
-    states = model.language(embeddings, bias, position_ids_from_mask(mask))[0]
-    before = states[:, tokens.ids.shape[1] - 1 :].flatten(0, 1)
-    flat = DualCodes(codes.pixel.flatten(0, 2), codes.semantic.flatten(0, 2))
-    found = {
-        name: F.cross_entropy(logits.float().flatten(0, 1), getattr(flat, name).flatten(), reduction="none")
-        for name, logits in model.code_logits(before, flat).items()
+    depths = {
+        name: losses_by_depth(logits, getattr(codes, name).flatten(0, 2))
+        for name, logits in model.image_logits(tokens.ids, tokens.mask, codes).items()
     }
-    depths = {name: values.view(getattr(flat, name).shape) for name, values in found.items()}
     return flat_patches(pixels, model.config.token_stride).flatten(), depths
 
 

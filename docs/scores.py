@@ -1,13 +1,16 @@
 """Write the tables of scores from the results files in docs/results: python docs/scores.py
 
 docs/results.md has full tables, each between its own marks: the bundled weights of SPAR, those of its recipe before
-further training, and those of DualToken. README.md has one row for each task. The manifests of the bundled weights,
+further training, and those of DualToken, with the stages of its training (its manifest) and what both cost
+(benchmarks/results/two_systems.json). README.md has one row for each task. The manifests of the bundled weights,
 which the model cards and `spar info` show, take their scores from the same files: python docs/bundle.py NAME --scores
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from spar.checkpoints.bundled import BUNDLED_MODELS
+from spar.common.config import read_json
 from spar.evaluation.results import Result, read_result
 from spar.evaluation.targets import RECIPE_TARGETS, TARGETS, scores_table, show, show_interval, show_title
 
@@ -43,6 +46,29 @@ def summary_table(spar: Sequence[Result], dualtoken: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def stages_table(folder: Path) -> str:
+    """A Markdown table of the stages in a bundled model's manifest."""
+    stages = read_json(folder / "manifest.json")["stages"]
+    whole = {key: sum(one[key] for one in stages.values()) for key in ("steps", "seconds")}
+    shown = {**stages, "all": whole}
+    rows = [f"| {name} | {one['steps']:,} | {one['seconds'] / 60:.0f} |" for name, one in shown.items()]
+    return "\n".join(["| stage | steps | minutes |", "| --- | ---: | ---: |", *rows]) + "\n"
+
+
+def costs_table(path: Path) -> str:
+    """A Markdown table of a result of benchmarks/two_systems.py."""
+    found = read_json(path)
+    models, batch = found["results"].values(), str(found["batch"])
+    lines = [f"|  | {' | '.join(one['system'] for one in models)} |", f"| --- |{' ---: |' * len(models)}"]
+    rows: dict[str, list[str]] = {"parameters": [f"{one['parameters'] / 1e6:.1f} M" for one in models]}
+    for task in ("generate", "edit", "understand", "reconstruct"):
+        own = [one["seconds_per_image"].get(task) for one in models]
+        for count, words in (("1", "alone"), (batch, f"of {batch}")):
+            rows[f"{task}, {words}"] = [f"{one[count]:.3f} s" if one else "not defined" for one in own]
+    rows["memory at most"] = [f"{one['peak_gib']:.2f} GiB" for one in models]
+    return "\n".join([*lines, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())]) + "\n"
+
+
 def tables() -> dict[tuple[str, str], str]:
     """The tables by document and mark."""
     own, dualtoken = read_results("docs/results"), read_results("docs/results/dualtoken")
@@ -52,6 +78,8 @@ def tables() -> dict[tuple[str, str], str]:
         ("docs/results.md", "scores"): scores_table(own, TARGETS),
         ("docs/results.md", "scores of the recipe"): scores_table(recipe, RECIPE_TARGETS),
         ("docs/results.md", "scores of DualToken"): scores_table(dualtoken),
+        ("docs/results.md", "stages of DualToken"): stages_table(BUNDLED_MODELS["dualtoken"]),
+        ("docs/results.md", "costs of both"): costs_table(ROOT / "benchmarks/results/two_systems.json"),
     }
 
 

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,11 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from spar.checkpoints.bundled import BUNDLED_MODELS
+from spar.checkpoints.safetensors_io import SafetensorsReader, read_tensors
 from spar.checkpoints.spar_format import load_model
 from spar.inference.pipeline import BUNDLED
 from spar.processing.prompts import known_words
@@ -103,6 +106,22 @@ def test_the_model_card_and_spar_info_show_the_scores_of_the_manifest(name, caps
     for title, scores in expected.items():
         for name, value in scores.items():
             assert f"| {title} | {name} | {value:g} |" in card
+
+
+def test_eight_bits_hold_matrices_alone_and_never_the_tokenizers(dual_run, tmp_path):
+    """Of the tokenizer other weights would give other codes than the LLM was trained on."""
+    script, part = load("bundle"), "pixel_head"
+    assert "tokenizer" not in script.IN_EIGHT_BITS["dualtoken"]
+    types = SafetensorsReader(BUNDLED_MODELS["dualtoken"] / "tokenizer" / "model.safetensors").types
+    assert {*types.values()} == {"BF16"}
+    shutil.copytree(dual_run.path / "model" / part, tmp_path / part)
+    before = read_tensors(tmp_path / part / "model.safetensors")
+    script.store_in_eight_bits(tmp_path, part)
+    for name, value in read_tensors(tmp_path / part / "model.safetensors").items():
+        kept = value.dim() == 1 or name == "positions"
+        assert value.dtype == (torch.float32 if kept else torch.float8_e4m3fn), name
+        # 3 bits of mantissa, and below 2^-6 steps of 2^-9
+        torch.testing.assert_close(value.float(), before[name], rtol=0 if kept else 2**-4, atol=0 if kept else 2**-10)
 
 
 def manifest_scores(name: str) -> dict[str, dict[str, float]]:

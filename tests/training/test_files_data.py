@@ -193,6 +193,9 @@ def test_conversations_come_with_their_images_by_their_share(training_data, stag
     first, second = batch.turns[1]
     assert (first.question, first.answer, first.follows) == ("what color is it?", "red", False)
     assert (second.question, second.answer.strip(), second.follows) == ("is there a star?", "no", True)
+    apart = reader(FilesData(sets=(sets[0], path), workers=1), tmp_path / "apart")
+    (first,) = next(apart.batches(replace(alone, steps=1), 0, apart.parallel))  # a worker's, with its check of each row
+    assert first.turns == found.get_batch(alone, 0, slice(None)).turns
     with pytest.raises(InputError, match="kind dialogue .*, but no set is: .*gen.tar"):
         training_data().get_batch(alone, 0, slice(None))
     with pytest.raises(InputError, match="unknown"):

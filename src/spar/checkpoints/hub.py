@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from spar.checkpoints import dualtoken_format
-from spar.checkpoints.bundled import bundled_folder, is_bundled
+from spar.checkpoints.bundled import is_bundled, local_folder
 from spar.checkpoints.formats.checkpoint_source import REPOSITORY, fetch
 from spar.checkpoints.inspect import inspect
 from spar.checkpoints.safetensors_io import INDEX
@@ -45,10 +45,8 @@ def model_folder(path: str | Path) -> Path:
     Raises:
         InputError: a bundled model that this installation lacks, another URL, or a failed download.
     """
-    if is_bundled(path):
-        return bundled_folder(str(path))
     if not str(path).startswith("hf:"):
-        return Path(path)
+        return local_folder(Path(path))
     found = ADDRESS.fullmatch(str(path))
     if not found:
         raise InputError(f"model: expected a folder or hf://OWNER/NAME or hf://OWNER/NAME@REVISION, got {str(path)!r}")

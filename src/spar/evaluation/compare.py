@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from statistics import NormalDist
 from typing import Any
 
@@ -118,8 +119,8 @@ def compare(first: Result, second: Result, *, seed: int = 0) -> list[Difference]
     own, other = units(first), units(second)
     keys = [[(task, key) for task, rows in one.items() for key, _ in rows] for one in (own, other)]
     if keys[0] != keys[1]:
-        place = next((i for i, (a, b) in enumerate(zip(*keys, strict=False)) if a != b), min(map(len, keys)))
-        shown = [repr(one[place][1][:60]) if place < len(one) else "none" for one in keys]
+        pair = next(pair for pair in zip_longest(*keys) if pair[0] != pair[1])
+        shown = [repr(one[1][:60]) if one else "none" for one in pair]
         raise InputError(
             f"{first.benchmark}: expected two results of the same prompts, got {len(keys[0])} and {len(keys[1])}; the "
             f"first that differ: {shown[0]} and {shown[1]}"

@@ -87,6 +87,22 @@ class DualTokenModel(nn.Module):
             return embeddings
         return embeddings.masked_scatter(places[..., None], self.embed_codes(codes).to(embeddings.dtype))
 
+    def image_logits(self, tokens: Tensor, mask: Tensor, codes: DualCodes) -> dict[str, Tensor]:
+        """Teacher forcing of whole images after their prompts: the logits `[B N, D, K]`, by vocabulary.
+
+        Args:
+            tokens: `[B, T]`, padded on the left, ending with the image's opening token.
+            mask: as `tokens`, 1 for real tokens.
+            codes: of the images, `[B, h, w, D]` each.
+        """
+        visual = self.embed_codes(codes)                                       # [B, N, L]
+        embeddings = torch.cat([self.embed(tokens, None).to(visual.dtype), visual[:, :-1]], dim=1)
+        mask = torch.cat([mask, mask.new_ones(len(visual), visual.shape[1] - 1)], dim=1)
+        bias = attention_bias(mask, embeddings, causal=True)
+        states = self.language(embeddings, bias, position_ids_from_mask(mask))[0]
+        before = states[:, tokens.shape[1] - 1 :].flatten(0, 1)                # [B N, L]
+        return self.code_logits(before, DualCodes(codes.pixel.flatten(0, 2), codes.semantic.flatten(0, 2)))
+
     def code_logits(self, states: Tensor, codes: DualCodes) -> dict[str, Tensor]:
         """Teacher forcing: the logits `[M, D, K]` of given codes, by vocabulary.
 

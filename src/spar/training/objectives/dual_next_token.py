@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spar.data.batches import Captioned, Descriptions, Dialogues, Images
-from spar.models.attention import attention_bias, position_ids_from_mask
+from spar.models.attention import attention_bias
 from spar.models.dualtoken.tokenizer import DualCodes
 from spar.processing.prompts import PackedBatch
 from spar.training.cost import Cost, meta_input, part_cost
@@ -104,18 +104,12 @@ class DualNextTokenObjective(NextTokenObjective):
         """The codes' cross-entropies, depth by depth, of images after their prompts (teacher forcing)."""
         model, codes = ctx.modules.model, self.codes(ctx, batch)
         tokens = ctx.prompts.generation(ctx.unconditional(batch.texts, self.unconditional)).to(ctx.device)
-        visual = model.embed_codes(codes)                                      # [B, N, L]
-        embeddings = torch.cat([model.embed(tokens.ids, None).to(visual.dtype), visual[:, :-1]], dim=1)
-        mask = torch.cat([tokens.mask, tokens.mask.new_ones(len(visual), visual.shape[1] - 1)], dim=1)
-        bias = attention_bias(mask, embeddings, causal=True)
-        states = model.language(embeddings, bias, position_ids_from_mask(mask))[0]
-        before = states[:, tokens.ids.shape[1] - 1 :].flatten(0, 1)            # [B N, L]
-        logits = model.code_logits(before, DualCodes(codes.pixel.flatten(0, 2), codes.semantic.flatten(0, 2)))
+        logits = model.image_logits(tokens.ids, tokens.mask, codes)
         terms: Terms = {}
-        total = before.new_zeros((), dtype=torch.float32)
+        total = torch.zeros((), device=ctx.device)
         is_flat = flat_patches(batch.require_pixels(), model.config.token_stride).flatten()      # [B N]
         for name, found in logits.items():
-            losses = _by_depth(found, getattr(codes, name).flatten(0, 2))      # [B N, D]
+            losses = losses_by_depth(found, getattr(codes, name).flatten(0, 2))  # [B N, D]
             weights = self.depth_decay ** torch.arange(losses.shape[1], device=losses.device)
             weights = (weights / weights.sum()).expand(losses.shape).clone()
             weights[:, 1:] *= torch.where(is_flat, self.flat, 1.0)[:, None]
@@ -156,7 +150,7 @@ def flat_patches(pixels: Tensor, side: int) -> Tensor:
     return (highest + lowest).amax(1).flatten(1) < FLAT_RANGE
 
 
-def _by_depth(logits: Tensor, codes: Tensor) -> Tensor:
+def losses_by_depth(logits: Tensor, codes: Tensor) -> Tensor:
     """The cross-entropies `[M, D]` of logits `[M, D, K]` and codes `[M, D]`."""
     losses = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten(), reduction="none")
     return losses.view(codes.shape)
