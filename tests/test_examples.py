@@ -56,7 +56,7 @@ def test_a_folder_of_ones_own_trains_lora_and_draws(tiny_run, data, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert Image.open(tmp_path / "run" / "drawn.png").size == (64, 64)
-    assert (tmp_path / "run" / "adapter" / "adapter.safetensors").is_file()
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
     assert read_json(tmp_path / "run-features" / "cache.json")["samples"] == 12
 
 

@@ -5,17 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from spar.checkpoints.lora import (
-    LoraConfig,
-    adapter_tensors,
-    add_lora,
-    is_lora_key,
-    load_adapter,
-    merge_lora,
-    save_adapter,
-)
-from spar.checkpoints.safetensors_io import read_tensors
+from spar.checkpoints.lora import LoraConfig, adapter_tensors, add_lora, is_lora_key, merge_lora
+from spar.checkpoints.lora_files import CONFIG, DIFFUSERS_WEIGHTS, WEIGHTS, merge_adapter, save_adapter
+from spar.checkpoints.safetensors_io import read_tensors, write_tensors
 from spar.checkpoints.spar_format import load_model
 from spar.common.errors import InputError
 from spar.inference.pipeline import SparPipeline
@@ -74,18 +68,150 @@ def test_alpha_over_rank_is_how_much_the_additions_count(model, tiny_run):
     assert torch.allclose(model.get_parameter(f"{key}.weight"), before + 6 / 4 * b @ a, atol=1e-6)
 
 
-def test_an_adapter_is_saved_apart_and_belongs_to_one_model(model, tiny_run, tmp_path):
+@pytest.fixture
+def saved(model, tmp_path):
+    """An adapter's folder; `model` has it unmerged."""
     add_lora(model, ALL)
     fill(model)
-    save_adapter(model, ALL, tmp_path, {"made": "here"})
-    assert set(read_tensors(tmp_path / "adapter.safetensors")) == set(adapter_tensors(model))
+    save_adapter(model, ALL, tmp_path / "adapter", {"made": "here"})
+    return tmp_path / "adapter"
+
+
+def close(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    """Whether answers differ by the rounding of a merge alone."""
+    return all(float((x - y).norm()) < 1e-3 * float(y.norm()) for x, y in zip(a, b, strict=True))
+
+
+def test_an_adapter_is_saved_apart_and_belongs_to_one_model(model, tiny_run, saved):
+    assert sum(map(torch.numel, read_tensors(saved / WEIGHTS).values())) == sum(
+        map(torch.numel, adapter_tensors(model).values())
+    )
     other = load_model(tiny_run.path / "model").model
-    assert load_adapter(other, tmp_path) == ALL
-    assert all(map(torch.equal, answers(other), answers(model)))
-    with pytest.raises(InputError, match="is no adapter of this model: .* of another shape"):
-        load_adapter(SparPipeline.from_pretrained().model, tmp_path)
-    with pytest.raises(InputError, match="expected an adapter .*got 'spar', version 3"):
-        load_adapter(other, tiny_run.path / "model")
+    merge_adapter(other, saved)
+    assert close(answers(other), answers(model))
+    bundled = SparPipeline.from_pretrained().model
+    before = {name: value.clone() for name, value in bundled.state_dict().items()}
+    with pytest.raises(InputError, match="is no adapter of this model: .* do not fit: .*, expected "):
+        merge_adapter(bundled, saved)
+    assert all(map(torch.equal, bundled.state_dict().values(), before.values()))
+    with pytest.raises(InputError, match=f"expected an adapter: a folder with {CONFIG}"):
+        merge_adapter(other, tiny_run.path / "model")
+
+
+def test_peft_loads_our_adapter(model, tiny_run, saved):
+    peft = pytest.importorskip("peft")
+    plain = load_model(tiny_run.path / "model").model
+    wrapped = peft.PeftModel.from_pretrained(plain, str(saved))
+    assert close(answers(wrapped.base_model.model), answers(model))
+
+
+def test_diffusers_loads_our_adapter_of_the_dit(model, tiny_run, saved):
+    from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline
+
+    network = load_model(tiny_run.path / "model").model.denoiser.network
+    parts = {"tokenizer": None, "text_encoder": None, "vae": None, "scheduler": FlowMatchEulerDiscreteScheduler()}
+    pipe = SanaPipeline(transformer=network, **parts)
+    pipe.load_lora_weights(str(saved))
+    pipe.fuse_lora(components=["transformer"])
+    merge_lora(model)
+    theirs, ours = network.state_dict(), model.denoiser.network.state_dict()
+    adapted = [name.removesuffix("weight") for name in read_tensors(saved / DIFFUSERS_WEIGHTS)]
+    names = {name.removeprefix("transformer.").partition(".lora_")[0] for name in adapted}
+    assert len(names) == 6 * model.config.denoiser.layers + 2 * model.config.denoiser.layers
+    for name in names:
+        assert torch.allclose(theirs[f"{name}.base_layer.weight"], ours[f"{name}.weight"], atol=1e-6)
+
+
+def test_adapters_of_other_libraries_are_merged(model, tiny_run, tmp_path):
+    """diffusers' file with and without alphas, and peft's folders of the LLM and of the DiT alone."""
+    for file, name, ours in (
+        ("transformer.transformer_blocks.0.attn1.to_q", "", "denoiser.network.transformer_blocks.0.attn1.to_q"),
+        ("transformer_blocks.0.attn2.to_k", "", "denoiser.network.transformer_blocks.0.attn2.to_k"),
+        ("model.layers.1.self_attn.v_proj", CONFIG, "language.network.layers.1.self_attn.v_proj"),
+        ("model.language_model.layers.0.mlp.up_proj", CONFIG, "language.network.layers.0.mlp.up_proj"),
+        ("transformer_blocks.0.ff.conv_inverted", "", "denoiser.network.transformer_blocks.0.ff.conv_inverted"),
+    ):
+        plain = load_model(tiny_run.path / "model").model
+        weight = plain.get_parameter(f"{ours}.weight")
+        before, (out, width) = weight.detach().clone(), weight.shape[:2]
+        a, b = torch.randn(2, width), torch.randn(out, 2)
+        if weight.dim() == 4:
+            a, b = a[..., None, None], b[..., None, None]
+        sides = {f"{file}.lora_A.weight": a, f"{file}.lora_B.weight": b}
+        path, scale = tmp_path / f"{ours}.safetensors", 1.0
+        if name:
+            path, scale = tmp_path / ours, 3.0 / 2
+            header = {"peft_type": "LORA", "r": 2, "lora_alpha": 7, "alpha_pattern": {file.split(".")[-1]: 3}}
+            write_tensors({f"base_model.model.{key}": value for key, value in sides.items()}, path / WEIGHTS)
+            (path / CONFIG).write_text(json.dumps(header))
+        elif weight.dim() == 4:
+            sides[f"{file}.alpha"], scale = torch.tensor(5.0), 5.0 / 2
+            write_tensors(sides, path)
+        else:
+            write_tensors(sides, path)
+        merge_adapter(plain, path)
+        expected = before + scale * (b.flatten(1) @ a.flatten(1)).view_as(before)
+        assert torch.allclose(plain.get_parameter(f"{ours}.weight"), expected, atol=1e-5), file
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"lora_unet_blocks_0_attn.lora_down.weight": (2, 4)}, "kohya's layout is not read"),
+        ({"a.lora_A.weight": (2, 4)}, "expected A and B of one rank for a, got A 2 x 4"),
+        ({"a.lora_A.weight": (2, 4), "a.lora_B.weight": (4, 3)}, "of one rank for a, got A 2 x 4, B 4 x 3"),
+        ({"a.lora_A.weight": (0, 4), "a.lora_B.weight": (4, 0)}, "of one rank for a"),
+        ({"a.lora_A.weight": (2, 4), "a.lora_B.weight": (4, 2)}, "1 of its 1 modules do not fit: a .no such module"),
+        ({"a.weight": (2, 4)}, "expected matrices MODULE.lora_A.weight"),
+        ({}, "got none"),
+    ],
+)
+def test_a_file_that_is_no_adapter_is_refused(model, tmp_path, keys, message):
+    save_file({name: torch.ones(shape) for name, shape in keys.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(InputError, match=message):
+        merge_adapter(model, tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"peft_type": "LOHA"}, "expected peft_type 'LORA', got 'LOHA'"),
+        ({"use_dora": True}, "expected plain LoRA.* it has use_dora"),
+        ({"modules_to_save": ["norm"]}, "it has modules_to_save"),
+        ({"bias": "all"}, "it has bias"),
+        ({"r": 10**6}, f"expected weights of rank 1000000 as its {CONFIG} says, got 2"),
+        ({"r": True}, "expected numbers above 0 as r"),
+        ({"lora_alpha": float("inf")}, "expected numbers above 0 as lora_alpha"),
+        ({"alpha_pattern": [1]}, "in alpha_pattern"),
+        ({"alpha_pattern": {"(a+)+$": 3}}, "expected ends of modules' names in rank_pattern and alpha_pattern"),
+    ],
+)
+def test_a_peft_configuration_that_is_not_read_is_refused(model, tiny_run, saved, fields, message):
+    header = json.loads((saved / CONFIG).read_text())
+    (saved / CONFIG).write_text(json.dumps({**header, **fields}))
+    with pytest.raises(InputError, match=message):
+        merge_adapter(load_model(tiny_run.path / "model").model, saved)
+
+
+def test_numbers_that_are_not_finite_are_refused(model, tiny_run, saved):
+    tensors = read_tensors(saved / WEIGHTS)
+    next(iter(tensors.values()))[0, 0] = torch.nan
+    save_file(tensors, saved / WEIGHTS)
+    with pytest.raises(InputError, match="expected finite weights"):
+        merge_adapter(load_model(tiny_run.path / "model").model, saved)
+
+
+def test_an_adapter_is_downloaded_from_the_hub(saved, tiny_run, monkeypatch):
+    asked = []
+
+    def snapshot_download(name, *, revision, allow_patterns, local_files_only):
+        asked.append((name, revision, sorted(allow_patterns)))
+        return str(saved)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    pipe = SparPipeline.from_pretrained(tiny_run.path / "model", adapter="hf://me/lora@v1")
+    assert asked == [("me/lora", "v1", sorted((CONFIG, WEIGHTS, DIFFUSERS_WEIGHTS)))]
+    assert pipe.origin["adapter"] == "hf://me/lora@adapter"
 
 
 @pytest.mark.slow
@@ -95,7 +221,7 @@ def test_training_moves_the_additions_alone_and_the_pipeline_takes_them(tiny_run
     recipe = replace(tiny_run.recipe, lora=LoraConfig(rank=2, parts=parts))
     (planned,) = estimate(recipe, HardwareConfig(), ("unified-3",))
     train(recipe, run, stages=("unified-3",), init_from=base)
-    added = read_tensors(run / "adapter" / "adapter.safetensors")
+    added = read_tensors(run / "adapter" / WEIGHTS)
     assert all(float(value.abs().max()) > 0 for value in added.values())  # both sides have moved from their start
     head = sum(rows[1] for rows in tiny_run.tables["unified-3"] if rows[0].startswith("alignment_head"))
     assert planned.trainable == sum(value.numel() for value in added.values()) + head
@@ -105,22 +231,16 @@ def test_training_moves_the_additions_alone_and_the_pipeline_takes_them(tiny_run
     merged, plain = (load_model(path).model.state_dict() for path in (run / "model", base))
     assert merged.keys() == plain.keys() == with_adapter.keys()
     changed = {key for key in plain if not torch.equal(merged[key], plain[key])}
-    assert changed == {key.split(".lora_")[0] + ".weight" for key in added}
+    assert changed == {key.removeprefix("base_model.model.").split(".lora_")[0] + ".weight" for key in added}
     assert all(torch.allclose(merged[key], with_adapter[key], atol=1e-6) for key in merged)
 
 
-def test_a_stage_with_lora_is_no_start_for_a_plain_recipe_and_its_adapter_is_checked(model, tiny_run, tmp_path):
+def test_a_stage_with_lora_is_no_start_for_a_plain_recipe(tiny_run, tmp_path):
     base = tiny_run.path / "model"
     train(replace(tiny_run.recipe, lora=ALL), tmp_path / "run", stages=("unified-3",), init_from=base)
     with pytest.raises(InputError, match="holds LoRA beside the model: expected the run's merged model"):
         done = tmp_path / "run" / "unified-3" / "done"
         train(tiny_run.recipe, tmp_path / "other", stages=("unified-3",), init_from=done)
-    adapter = tmp_path / "run" / "adapter"
-    header = json.loads((adapter / "config.json").read_text())
-    for rank in (0, 10**6):
-        (adapter / "config.json").write_text(json.dumps({**header, "lora": {**header["lora"], "rank": rank}}))
-        with pytest.raises(InputError, match=f"expected weights of rank {rank} as its config.json says, got 2"):
-            load_adapter(model, adapter)
     train(tiny_run.recipe, tmp_path / "again", stages=("unified-3",), init_from=tmp_path / "run" / "model")
 
 

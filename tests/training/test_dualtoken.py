@@ -453,7 +453,7 @@ def test_the_study_of_one_codebook_trains_every_stage_and_leaves_a_model_that_dr
 def test_lora_moves_the_llms_additions_alone_and_the_pipeline_takes_them(dual_run, tmp_path):
     base, adapted = dual_run.path / "model", replace(TINY, lora=LoraConfig(rank=2, parts=("language",)))
     train(adapted, tmp_path, stages=("finetune",), init_from=base, device="cpu")
-    added = read_tensors(tmp_path / "adapter" / "adapter.safetensors")
+    added = read_tensors(tmp_path / "adapter" / "adapter_model.safetensors")
     assert added and all(float(value.abs().max()) > 0 for value in added.values())
     pipe = DualTokenPipeline.from_pretrained(base, adapter=tmp_path / "adapter", device="cpu")
     assert pipe.origin == {"model": "model", "adapter": "adapter"}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from spar.checkpoints import dualtoken_format
+from spar.checkpoints import dualtoken_format, lora_files
 from spar.checkpoints.bundled import is_bundled, local_folder
 from spar.checkpoints.formats.checkpoint_source import REPOSITORY, fetch
 from spar.checkpoints.inspect import inspect
@@ -34,6 +34,7 @@ ALLOWED_FILES = (
     f"{dualtoken_format.TOWER_TOKENIZER}/*.jinja",
 )
 
+ADAPTER_FILES = (lora_files.CONFIG, lora_files.WEIGHTS, lora_files.DIFFUSERS_WEIGHTS)
 
 ADDRESS = re.compile(r"hf:/+([\w.-]+/[\w.-]+?)(?:@([^/]+))?")  # a Path has one slash left of two
 
@@ -45,17 +46,32 @@ def model_folder(path: str | Path) -> Path:
     Raises:
         InputError: a bundled model that this installation lacks, another URL, or a failed download.
     """
-    if not str(path).startswith("hf:"):
-        return local_folder(Path(path))
+    return local_folder(Path(path)) if not _is_address(path) else _download(path, ALLOWED_FILES, "model")
+
+
+def adapter_files(path: str | Path) -> Path:
+    """An adapter's folder or file: the path itself, or the download of `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION`.
+
+    Raises:
+        InputError: another URL, or a failed download.
+    """
+    return Path(path) if not _is_address(path) else _download(path, ADAPTER_FILES, "adapter")
+
+
+def _is_address(path: str | Path) -> bool:
+    return str(path).startswith("hf:")
+
+
+def _download(path: str | Path, files: tuple[str, ...], what: str) -> Path:
     found = ADDRESS.fullmatch(str(path))
     if not found:
-        raise InputError(f"model: expected a folder or hf://OWNER/NAME or hf://OWNER/NAME@REVISION, got {str(path)!r}")
-    return fetch(found[1], ALLOWED_FILES, revision=found[2], what="model").folder
+        raise InputError(f"{what}: expected a folder or hf://OWNER/NAME or hf://OWNER/NAME@REVISION, got {str(path)!r}")
+    return fetch(found[1], files, revision=found[2], what=what).folder
 
 
 def model_name(path: str | Path, folder: Path) -> str:
-    """A model's name in metadata: the folder's own name, the bundled model's, or the URL on the Hub with the downloaded
-    commit.
+    """The name of a model or an adapter in metadata: the folder's own name, the bundled model's, or the URL on the Hub
+    with the downloaded commit.
     """
     if is_bundled(path):
         return str(path)

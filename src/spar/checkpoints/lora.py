@@ -1,20 +1,15 @@
-"""LoRA (arXiv 2106.09685) with peft: small trainable additions to frozen linear maps, saved separately or merged.
+"""LoRA (arXiv 2106.09685) with peft: small trainable additions to frozen linear maps, merged at the end.
 
 It adapts the linear maps inside the repeated layers of a part: attention and feed-forward of the LLM and the connector,
 attention of the DiT (whose feed-forward consists of convolutions, which stay as they are).
 """
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
-from spar.checkpoints.safetensors_io import describe_mismatch, read_tensors, write_tensors
-from spar.common.config import from_dict, read_json, to_dict, write_json
 from spar.common.errors import InputError, install_command
 
-FORMAT, FORMAT_VERSION = "spar-adapter", 1
 LAYERS = {"denoiser": "network.transformer_blocks.", "connector": "layers.", "language": "network.layers."}
 LORA_PREFIX = "lora_"  # in the name of every tensor that an adapter adds
 
@@ -83,35 +78,3 @@ def merge_lora(model: nn.Module) -> None:
         layer.merge(safe_merge=True)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.get_base_layer())
-
-
-def save_adapter(model: nn.Module, config: LoraConfig, folder: Path, manifest: dict[str, Any]) -> None:
-    """Write the additions alone: `adapter.safetensors`, `config.json` and `manifest.json`."""
-    write_tensors(adapter_tensors(model), folder / "adapter.safetensors")
-    write_json(folder / "config.json", {"format": FORMAT, "format_version": FORMAT_VERSION, "lora": to_dict(config)})
-    write_json(folder / "manifest.json", manifest)
-
-
-def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
-    """Add LoRA to a plain model and load the additions from a folder.
-
-    Raises:
-        InputError: the folder has no adapter, or one whose sizes or names do not fit the model.
-    """
-    header = read_json(folder / "config.json")
-    if (header.get("format"), header.get("format_version")) != (FORMAT, FORMAT_VERSION):
-        raise InputError(
-            f"{folder}: expected an adapter ({FORMAT}, version {FORMAT_VERSION}), got "
-            f"{header.get('format')!r}, version {header.get('format_version')!r}"
-        )
-    config = from_dict(LoraConfig, header.get("lora", {}), complete=True)
-    given = read_tensors(folder / "adapter.safetensors")
-    ranks = {value.shape[0] for name, value in given.items() if name.endswith("lora_A.default.weight")}
-    if ranks != {config.rank}:
-        found = ", ".join(map(str, sorted(ranks))) or "none"
-        raise InputError(f"{folder}: expected weights of rank {config.rank} as its config.json says, got {found}")
-    add_lora(model, config)
-    if mismatch := describe_mismatch(adapter_tensors(model), given):
-        raise InputError(f"{folder} is no adapter of this model: {mismatch}")
-    model.load_state_dict({**model.state_dict(), **given})
-    return config

@@ -26,7 +26,8 @@ class ModelArguments:
     model: Path | None = None
     """Model folder, hf://OWNER/NAME[@REVISION], or a bundled model by name: spar, the default, or dualtoken."""
     adapter: Path | None = None
-    """Folder of LoRA weights (RUN/adapter) to merge into the model."""
+    """LoRA to merge into the model: a folder (RUN/adapter, or peft's or diffusers'), a .safetensors file, or
+    hf://OWNER/NAME."""
     decode_tile: int | None = None
     """Visual tokens per side above which images are decoded in tiles: less memory, a slightly different image."""
     weights: Literal["float32", "dtype", "int8"] = "dtype"

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from spar.checkpoints.dualtoken_format import DualTokenBundle, load_dualtoken, save_dualtoken
-from spar.checkpoints.hub import model_folder, model_name
-from spar.checkpoints.lora import load_adapter, merge_lora
+from spar.checkpoints.hub import adapter_files, model_folder, model_name
+from spar.checkpoints.lora_files import merge_adapter
 from spar.checkpoints.model_header import TITLES
 from spar.common import limits
 from spar.common.errors import Cancelled, InputError
@@ -84,7 +84,8 @@ class DualTokenPipeline(Pipeline):
             dtype: type of matrix products, also by its name; by default bfloat16 if the device has it in hardware.
                 Images are encoded in float32 in any case, since their codes differ otherwise.
             device: by default a CUDA device if available, else the CPU.
-            adapter: a folder of LoRA weights (`RUN/adapter`) to merge into the model.
+            adapter: LoRA to merge into the model: a folder (`RUN/adapter`, or peft's or diffusers'), a .safetensors
+                file, or `hf://OWNER/NAME`.
             weights: type of the weights in memory: "float32" as stored, or "dtype", those of the LLM's and the heads'
                 matrix products in `dtype`, for the same results.
             compile: compile repeated layers with torch.compile.
@@ -98,11 +99,11 @@ class DualTokenPipeline(Pipeline):
             raise InputError(f"weights: expected float32 or dtype of a DualToken model, got {weights!r}")
         folder = model_folder(path)
         loaded = load_dualtoken(folder)
-        if adapter is not None:
-            load_adapter(loaded.model, Path(adapter))
-            merge_lora(loaded.model)
+        lora = None if adapter is None else adapter_files(adapter)
+        if lora is not None:
+            merge_adapter(loaded.model, lora)
         origin = {
-            "model": model_name(path, folder), "adapter": None if adapter is None else Path(adapter).resolve().name
+            "model": model_name(path, folder), "adapter": model_name(adapter, lora) if adapter and lora else None
         }
         return cls(loaded, compute, where, weights, compile, origin, progress)
 

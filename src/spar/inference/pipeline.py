@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from spar.checkpoints.bundled import BUNDLED_MODELS, DEFAULT_MODEL
-from spar.checkpoints.hub import model_folder, model_name
-from spar.checkpoints.lora import load_adapter, merge_lora
+from spar.checkpoints.hub import adapter_files, model_folder, model_name
+from spar.checkpoints.lora_files import merge_adapter
 from spar.checkpoints.model_header import TITLES
 from spar.checkpoints.spar_format import ModelBundle, load_model, save_model
 from spar.common import limits
@@ -94,7 +94,8 @@ class SparPipeline(Pipeline):
         Args:
             dtype: type of matrix products, also by its name; by default bfloat16 if the device has it in hardware.
             device: by default a CUDA device if available, else the CPU.
-            adapter: a folder of LoRA weights (`RUN/adapter`) to merge into the model.
+            adapter: LoRA to merge into the model: a folder (`RUN/adapter`, or peft's or diffusers'), a .safetensors
+                file, or `hf://OWNER/NAME`.
             decode_tile: visual tokens per side above which an image is decoded in tiles of that size, which takes less
                 memory and changes it a little; None never uses tiles.
             weights: type of the weights in memory: "float32" as stored; "dtype", those of matrix products in `dtype`,
@@ -119,12 +120,12 @@ class SparPipeline(Pipeline):
         if path is None and not (folder / "config.json").exists():
             raise InputError("this installation has no bundled weights; give a model folder, or train one")
         loaded = load_model(folder)
-        if adapter is not None:
-            load_adapter(loaded.model, Path(adapter))
-            merge_lora(loaded.model)
+        lora = None if adapter is None else adapter_files(adapter)
+        if lora is not None:
+            merge_adapter(loaded.model, lora)
         origin = {
             "model": BUNDLED_MODEL if path is None else model_name(path, folder),
-            "adapter": None if adapter is None else Path(adapter).resolve().name,
+            "adapter": model_name(adapter, lora) if adapter and lora else None,
         }
         return cls(loaded, compute, where, decode_tile, weights, offload, compile, origin, progress)
 

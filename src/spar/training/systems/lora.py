@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from spar.checkpoints.lora import LORA_PREFIX, LoraConfig, merge_lora, save_adapter
+from spar.checkpoints.lora import LORA_PREFIX, LoraConfig, merge_lora
+from spar.checkpoints.lora_files import save_adapter
 from spar.common.errors import InputError
 from spar.training.config import Recipe, StageConfig
 from spar.training.objectives.base import Objective
