@@ -120,6 +120,7 @@ def test_the_layers_start_as_copies_of_the_llms_last(config, randomize):
     for own, source in zip(connector.layers, language.network.layers[2:], strict=True):
         for name, value in source.state_dict().items():
             assert torch.equal(own.state_dict()[name], value)
+    assert torch.equal(connector.norm.weight, language.network.norm.weight)       # which the copied layers feed
     before = language.network.layers[3].mlp.down_proj.weight.clone()
     connector.layers[1].mlp.down_proj.weight.add_(1)
     assert torch.equal(language.network.layers[3].mlp.down_proj.weight, before)   # a copy, not the same tensor

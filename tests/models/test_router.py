@@ -33,6 +33,11 @@ def test_at_the_last_states_scale_the_last_stays_and_the_others_get_its_size():
     torch.testing.assert_close(size, size[-1:].expand_as(size), rtol=1e-2, atol=1e-4)
 
 
+def test_raw_states_are_the_papers_equation():
+    h = states() * torch.tensor([1.0, 300.0, 0.02])[:, None, None, None]
+    assert torch.equal(normalize_hidden_states(list(h), "none"), h)
+
+
 def test_without_a_norm_the_router_is_the_papers_own_formula(randomize):
     """h = W_p(sum_k w_k alpha_k H_k)."""
     built, h = randomize(build_router(WIDTH, RouterConfig(count=COUNT, norm=False))), states()
@@ -100,7 +105,8 @@ def test_the_last_layer_baseline(randomize):
 
 def test_the_static_average_baseline(randomize):
     built, h = router("average", randomize), states()
-    torch.testing.assert_close(built(h).states, behind(built, (built.alpha[:, None, None, None] * h).mean(0)))
+    torch.testing.assert_close(built(h).states, behind(built, h.mean(0)))
+    assert not any("alpha" in name for name in built.state_dict())  # nothing of the mixture is learned
 
 
 def test_the_token_agnostic_baseline(randomize):

@@ -222,7 +222,7 @@ READ = [
 def test_a_loss_weight_that_the_objective_reads_has_an_effect(start, stage, base, weight):
     losses = []
     for factor in (1, 2):
-        value = getattr(base, weight) * factor if weight != "gan_start" else factor - 1
+        value = getattr(base, weight) * factor if not weight.endswith("_start") else factor - 1
         edits = {"prompt_share": 1.0, "edit_prompts": 1.0} if stage == "mllm" else {}
         begun = start(stage, objective=replace(base, **{weight: value}), **edits)
         with torch.no_grad():  # at the stage's start the teacher and the encoder are one
@@ -269,8 +269,9 @@ def test_a_stage_refuses_settings_that_cannot_be(changes, message):
         (AutoencoderObjective, {"latent_noise": float("nan")}, "latent_noise: expected at least 0, got nan"),
         (TokenizerObjective, {"perceptual": float("inf")}, "perceptual: expected at least 0, got inf"),
         (TokenizerObjective, {"gan": 1.0, "gan_start": -1}, "gan_start: expected at least 0, got -1"),
-        (TokenizerObjective, {"lecam": 1.0}, "lecam and gan_start .* but gan is 0"),
-        (TokenizerObjective, {"gan_start": 1}, "lecam and gan_start .* but gan is 0"),
+        (TokenizerObjective, {"lecam": 1.0}, "lecam, gan_start and discriminator_start .* but gan is 0"),
+        (TokenizerObjective, {"discriminator_start": 1}, "lecam, gan_start and discriminator_start .* but gan is 0"),
+        (TokenizerObjective, {"gan_start": 1}, "lecam, gan_start and discriminator_start .* but gan is 0"),
         (MixedData, {"edit_share": 1.5}, "edit_share: expected 0 to 1, got 1.5"),
         (MixedLessons, {"edit_share": 1.5}, "edit_share: expected 0 to 1, got 1.5"),
         (MixedLessons, {"position_captions": -0.1}, "position_captions: expected 0 to 1, got -0.1"),

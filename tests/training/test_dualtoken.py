@@ -278,7 +278,7 @@ READ = [
 def test_a_loss_weight_that_an_objective_reads_has_an_effect(dual_run, name, base, weight):
     losses = []
     for factor in (1, 2):
-        value = getattr(base, weight) * factor if weight != "gan_start" else factor - 1
+        value = getattr(base, weight) * factor if not weight.endswith("_start") else factor - 1
         changes = {"data": UnifiedLessons(("count",), caption_share=1.0)} if name == "unified" else {}
         ctx, _, batch = begin(dual_run, name, objective=replace(base, **{weight: value}), **changes)
         losses.append(float(ctx.stage.objective(ctx, batch)["loss"].detach()))

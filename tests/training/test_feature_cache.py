@@ -292,3 +292,5 @@ def test_the_cache_rounds_to_bfloat16_the_first_time_too():
     cache = InMemoryFeatureCache()
     first, second = (cache(*shown([0]), lambda x: {"f": torch.full((len(x), 1), 1.001)})["f"] for _ in range(2))
     assert first.dtype == torch.bfloat16 and torch.equal(first, second) and float(first) == 1.0
+    exact = InMemoryFeatureCache(torch.float32)(*shown([0]), lambda x: {"f": torch.full((len(x), 1), 1.001)})["f"]
+    assert exact.dtype == torch.float32 and float(exact) == pytest.approx(1.001)

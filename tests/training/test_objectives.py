@@ -306,6 +306,13 @@ def test_before_its_step_the_adversary_learns_and_the_decoder_does_not_feel_it(s
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize(("step", "learns"), [(1, False), (2, True)])
+def test_the_discriminator_has_its_own_start(start, step, learns):
+    begun = start("tokenizer-3", objective=TokenizerObjective(mse=1.0, gan=1.0, gan_start=9, discriminator_start=2))
+    run(begun, step)["loss"].backward()
+    assert moved(gradients(begun), "discriminator.") == learns
+
+
 @pytest.mark.parametrize("editing", [0.0, 1.0])
 def test_the_alignments_target_is_the_encoders_own_and_gives_it_no_gradient(start, editing):
     begun = start("unified-2", edit_share=editing, align=0.5)

@@ -187,15 +187,16 @@ class StreamConfig:
 class RouterConfig:
     """The LLM layers that a condition token reads, and their mixture.
 
-    `scale` is the size to which each state is scaled before the mixture: "unit", or "last", the size of the token's
-    own last state. `norm` is the LayerNorm after the mixture. With "last", no norm and an identity for `W_p`, a token
-    that reads only the last layer gets the LLM's last state unchanged.
+    `scale` is the size to which each state is scaled before the mixture: "unit"; "last", the size of the token's own
+    last state; or "none", the raw states of the paper's equation. `norm` is the LayerNorm after the mixture. With
+    "last", no norm and an identity for `W_p`, a token that reads only the last layer gets the LLM's last state
+    unchanged.
     """
 
     kind: RouterKind = "dtr"
     count: int = 4
     temperature: float = 1.0
-    scale: Literal["unit", "last"] = "unit"
+    scale: Literal["unit", "last", "none"] = "unit"
     norm: bool = True
 
     def __post_init__(self) -> None:

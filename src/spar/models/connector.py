@@ -34,10 +34,12 @@ class Connector(nn.Module):
             self.reference_gain = nn.Parameter(torch.ones(()))
 
     def initialize_from(self, language: LanguageModel) -> None:
-        """Copy the LLM's last layers into the connector's."""
+        """Copy the LLM's last layers into the connector's, and the norm that follows them."""
         layers = language.network.layers
         for own, source in zip(self.layers, layers[len(layers) - len(self.layers) :], strict=True):
             own.load_state_dict(source.state_dict())
+        if self.layers:
+            self.norm.load_state_dict(language.network.norm.state_dict())
 
     def forward(
         self,

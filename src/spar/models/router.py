@@ -19,13 +19,16 @@ def routed_layers(layers: int, count: int) -> tuple[int, ...]:
     return tuple(layers - interval * k for k in reversed(range(count)))
 
 
-def normalize_hidden_states(states: list[Tensor], scale: Literal["unit", "last"] = "unit") -> Tensor:
+def normalize_hidden_states(states: list[Tensor], scale: Literal["unit", "last", "none"] = "unit") -> Tensor:
     """Stack K states `[B, T, D]` to `[K, B, T, D]`, each scaled to root mean square 1, or to that of its last state.
 
     transformers returns the last state after the final norm and the others before it; without a common scale the layer
-    with the largest norm, not the softmax, dominates the mixture. With "last" the last state is unchanged.
+    with the largest norm, not the softmax, dominates the mixture. With "last" the last state is unchanged. With "none"
+    all are as they come, as in the paper's equation.
     """
     x = torch.stack(states)
+    if scale == "none":
+        return x
     squares = x.float().pow(2).mean(-1, keepdim=True) + 1e-6                    # [K, B, T, 1]
     return x * (squares.rsqrt() if scale == "unit" else (squares[-1] / squares).sqrt()).to(x.dtype)
 
@@ -83,7 +86,14 @@ class LastLayerRouter(Router):
 
 
 class AverageRouter(Router):
-    """Every token reads the plain mean of the K layers."""
+    """Every token reads the plain mean of the K layers; nothing is learned, so there is no alpha."""
+
+    def __init__(self, width: int, config: RouterConfig) -> None:
+        super().__init__(width, config)
+        self.register_parameter("alpha", None)
+
+    def mix(self, states: Tensor, weights: Tensor) -> Tensor:
+        return torch.einsum("kbtd,btk->btd", states, weights.to(states.dtype))
 
     def weights(self, states: Tensor) -> Tensor:
         return states.new_full((self.count,), 1 / self.count).expand(*states.shape[1:3], -1)

@@ -181,13 +181,13 @@ DUALTOKEN_3B = replace(
     decoder=replace(DUALTOKEN_3B_256.decoder, grid=24),
 )  # fmt: skip
 # The public code's stage 1, the only one of its three that runs: 20 epochs of 10 M images by 8 x 32, warm-up, AdamW and
-# weights of the losses are its own; the adversary counts from the middle of the first epoch.
+# weights of the losses are its own; the adversary learns and counts from the middle of the first epoch.
 _EPOCH = 10_000_000 // 256
 FULL_STAGES = (
     StageConfig(
-        "tokenizer", DualTokenizerObjective(gan_start=_EPOCH // 2), (*TOKENIZER, "discriminator.*"), data=ImageData(),
-        steps=20 * _EPOCH, batch=256, lr=7.2e-5, lr_end=0.0, warmup=10_000, weight_decay=1e-4, betas=(0.5, 0.9),
-        max_grad_norm=1.0,
+        "tokenizer", DualTokenizerObjective(gan_start=_EPOCH // 2, discriminator_start=_EPOCH // 2),
+        (*TOKENIZER, "discriminator.*"), data=ImageData(), steps=20 * _EPOCH, batch=256, lr=7.2e-5, lr_end=0.0,
+        warmup=10_000, weight_decay=1e-4, betas=(0.5, 0.9), max_grad_norm=1.0,
     ),
     # Nothing was published of this stage: VILA-U's learning rate and batch, steps for 15 M samples, half of them
     # conversations about images.

@@ -86,7 +86,8 @@ SPAR_1B = SparConfig(
         downsample="Conv", upsample="interpolate",
     ),
     streams=StreamConfig(residual_blocks=3, pixel_layers=6, pixel_heads=16, mlp_ratio=4, block_norm_eps=1e-6),
-    router=RouterConfig(kind="dtr", count=4, temperature=1.0),
+    # The paper's equation mixes raw states (scale "none"), where the layer of the largest norm outweighs the softmax.
+    router=RouterConfig(kind="dtr", count=4, temperature=1.0, scale="unit"),
     connector=ConnectorConfig(
         queries=256, layers=6, reference_positions=False, reference_scale="raw", image_start=True
     ),

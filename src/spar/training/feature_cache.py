@@ -1,7 +1,7 @@
 """Frozen features of data sets, computed once: what the unified stages read in place of images.
 
 A folder of safetensors, one file for each thousand samples: the target's `f_v` `[n, N, D]` and normalised latent
-`[n, D_p, h, w]`, of an edit the reference's `f_v` too, in bfloat16 as a step would use them, and each sample's `id`.
+`[n, D_p, h, w]`, of an edit the reference's `f_v` too, in the type of a step's products, and each sample's `id`.
 `cache.json` holds the key: the tokenizer's weights and forms, the images' size and the samples. A cache of another
 key is refused. The prompts' states are not kept: the queries that follow them train, and read every layer of the LLM.
 """
@@ -111,7 +111,8 @@ def _features(
         found = encode(tokenizer, to_pixels(images, device))
         if len(references):
             found["reference"] = tokenizer.encoder(to_pixels(references, device))
-    return {"id": ids, **{name: value.to(torch.bfloat16).cpu().contiguous() for name, value in found.items()}}
+    kept = torch.float32 if precision == torch.float32 else torch.bfloat16
+    return {"id": ids, **{name: value.to(kept).cpu().contiguous() for name, value in found.items()}}
 
 
 class _Pictures(Dataset):
@@ -201,17 +202,20 @@ class FeatureCache:
         return {name: torch.stack(values) for name, values in found.items() if name != "id"}
 
 
-def kept_dtype(features: Tensor) -> torch.dtype:
-    """The type in which frozen features are kept: bfloat16, but that of codes, which are whole numbers."""
-    return torch.bfloat16 if features.is_floating_point() else features.dtype
+def kept_dtype(features: Tensor, precision: torch.dtype) -> torch.dtype:
+    """The type in which frozen features are kept: that of the products they enter, but that of codes, which are whole
+    numbers.
+    """
+    return precision if features.is_floating_point() else features.dtype
 
 
 class InMemoryFeatureCache:
-    """Frozen features of a fixed set of images, computed at the first use of each; numbers are kept in bfloat16, codes
-    as they are.
+    """Frozen features of a fixed set of images, computed at the first use of each; numbers are kept in `precision`,
+    codes as they are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, precision: torch.dtype = torch.bfloat16) -> None:
+        self.precision = precision
         self.rows: dict[int, int] = {}
         self.tables: dict[str, Tensor] = {}
 
@@ -239,7 +243,7 @@ class InMemoryFeatureCache:
         used, table = len(self.rows), self.tables.get(name)
         if table is None or used + len(rows) > len(table):
             size = (max(2 * used, used + len(rows)), *rows.shape[1:])
-            larger = torch.empty(size, dtype=kept_dtype(rows), device=rows.device)
+            larger = torch.empty(size, dtype=kept_dtype(rows, self.precision), device=rows.device)
             if table is not None:
                 larger[:used] = table[:used]
             self.tables[name] = table = larger

@@ -82,10 +82,11 @@ class StepContext:
         images that come once.
         """
         pixels = batch.require_pixels() if pixels is None else pixels
+        precision = torch.bfloat16 if self.parallel.config.precision == "bf16" else torch.float32
         if self.parallel.sharded or (batch.keys < 0).any():
             with torch.no_grad():
-                return {key: rows.to(kept_dtype(rows)) for key, rows in compute(pixels).items()}
-        return self.features.setdefault(name, InMemoryFeatureCache())(batch.keys, pixels, compute)
+                return {key: rows.to(kept_dtype(rows, precision)) for key, rows in compute(pixels).items()}
+        return self.features.setdefault(name, InMemoryFeatureCache(precision))(batch.keys, pixels, compute)
 
     def unconditional(self, texts: Sequence[str | None], share: float) -> list[str | None]:
         """The texts of this micro-step with a `share` of the prompts replaced by the unconditional one."""

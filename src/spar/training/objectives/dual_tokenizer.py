@@ -44,7 +44,7 @@ class DualTokenizerObjective(Objective["DualTokenRecipe"]):
     quantised features and the teacher's at the semantic layer, `pooled` the same of the pooled features; `commitment`
     weighs both vocabularies' commitment; `gan` is multiplied by the ratio of the gradients of reconstruction (squared
     error of pixels in [-1, 1] plus the perceptual term, unweighted) and adversary at the decoder's last layer, and
-    counts from the step `gan_start` on; the discriminator learns from the first.
+    counts from the step `gan_start` on; the discriminator learns from `discriminator_start` on.
     """
 
     kind: ClassVar[str] = "dual_tokenizer"
@@ -58,11 +58,12 @@ class DualTokenizerObjective(Objective["DualTokenRecipe"]):
     gan: float = 0.75
     lecam: float = 0.0
     gan_start: int = 0
+    discriminator_start: int = 0
 
     def __post_init__(self) -> None:
         check_at_least(0, **vars(self))
-        if not self.gan and (self.lecam or self.gan_start):
-            raise InputError("lecam and gan_start belong to an adversary, but gan is 0")
+        if not self.gan and (self.lecam or self.gan_start or self.discriminator_start):
+            raise InputError("lecam, gan_start and discriminator_start belong to an adversary, but gan is 0")
 
     def check(self, recipe: "DualTokenRecipe", stage: StageConfig) -> None:
         if self.gan and not matches("discriminator.", stage.trainable):
@@ -177,10 +178,11 @@ class DualTokenizerObjective(Objective["DualTokenRecipe"]):
         lecam = ctx.modules.lecam(real, fake, mean=ctx.parallel.mean)
         terms["discriminator"] = discriminator_hinge_loss(real, fake) + self.lecam * lecam
         terms["gan"] = generator_term
+        learned = float(ctx.step >= self.discriminator_start) * terms["discriminator"]
         if ctx.step < self.gan_start:
-            return terms["discriminator"]
+            return learned
         terms["gan_weight"] = adaptive_weight(reconstruction, generator_term, last, ctx.parallel.mean)
-        return self.gan * terms["gan_weight"] * generator_term + terms["discriminator"]
+        return self.gan * terms["gan_weight"] * generator_term + learned
 
     def cost(self, modules: Any, recipe: "DualTokenRecipe", stage: StageConfig) -> Cost:
         """Encoder and projections, both searches, decoder, teacher, and the networks of the terms that are on."""

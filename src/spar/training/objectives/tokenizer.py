@@ -35,10 +35,10 @@ TEACHER_FROM_ENCODER, TEACHER_FROM_FOLDER = "teacher from encoder", "teacher fro
 class TokenizerObjective(Objective["SparRecipe"]):
     """Weights of the named terms; 0 switches a term off.
 
-    native is lambda_p, semantic lambda_s; `gan_start` is the step from which the adversarial term counts. Departures
-    for the small setting: `native_fused` holds `z_f`, not only `z_p`, near the autoencoder's own latents;
-    `latent_penalty` weighs the square of the latent; `latent_noise` is the standard deviation of noise on the latent
-    before decoding, relative to the latent's own.
+    native is lambda_p, semantic lambda_s; `gan_start` is the step from which the adversarial term counts,
+    `discriminator_start` the one from which the discriminator learns. Departures for the small setting: `native_fused`
+    holds `z_f`, not only `z_p`, near the autoencoder's own latents; `latent_penalty` weighs the square of the latent;
+    `latent_noise` is the standard deviation of noise on the latent before decoding, relative to the latent's own.
     """
 
     kind: ClassVar[str] = "tokenizer"
@@ -54,13 +54,14 @@ class TokenizerObjective(Objective["SparRecipe"]):
     gan: float = 0.0
     lecam: float = 0.0
     gan_start: int = 0
+    discriminator_start: int = 0
     latent_penalty: float = 0.0
     latent_noise: float = 0.0
 
     def __post_init__(self) -> None:
         check_at_least(0, **vars(self))
-        if not self.gan and (self.lecam or self.gan_start):
-            raise InputError("lecam and gan_start belong to an adversary, but gan is 0")
+        if not self.gan and (self.lecam or self.gan_start or self.discriminator_start):
+            raise InputError("lecam, gan_start and discriminator_start belong to an adversary, but gan is 0")
 
     def check(self, recipe: "SparRecipe", stage: StageConfig) -> None:
         if self.gan and not matches("discriminator.", stage.trainable):
@@ -150,8 +151,8 @@ class TokenizerObjective(Objective["SparRecipe"]):
         if self.gan:
             adversarial = self._adversarial(ctx, decoded, pixels)
             terms.update(adversarial)
-            on = 1.0 if ctx.step >= self.gan_start else 0.0
-            loss = loss + on * self.gan * adversarial["gan"] + adversarial["discriminator"]
+            on, learns = (float(ctx.step >= start) for start in (self.gan_start, self.discriminator_start))
+            loss = loss + on * self.gan * adversarial["gan"] + learns * adversarial["discriminator"]
         return {"loss": loss, **terms, "psnr": psnr(decoded.detach().clamp(0, 1), pixels).mean()}
 
     def _encoded(self, ctx: StepContext, batch: Images, pixels: Tensor) -> Tensor:
