@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import InternVLForConditionalGeneration
 
 from spar.checkpoints.formats.internvl import read_text_tokenizer
 from spar.checkpoints.from_published import build_from_published
@@ -227,6 +228,24 @@ def test_an_untied_head_is_taken_over(foreign, published, layout):
     assert not made.model.config.text.tied_head
     assert "model.text.tied_head: the recipe expects True, the checkpoint has False" in made.manifest["differences"]
     check_mllm(made.model, library)
+
+
+def test_a_stored_head_that_differs_from_tied_words_is_kept(foreign, published, tmp_path):
+    """As transformers 5 does; a stored head that is the same stays tied."""
+    folder, head = published / "mllm", foreign.mllm(tied=False).lm_head.weight
+
+    def add(tensors, value=None):
+        words = tensors["language_model.model.embed_tokens.weight"]
+        tensors["language_model.lm_head.weight"] = words.clone() if value is None else value
+
+    foreign.edit_tensors(folder / "model.safetensors", lambda tensors: add(tensors))
+    assert build(published).model.config.text.tied_head
+    foreign.edit_tensors(folder / "model.safetensors", lambda tensors: add(tensors, head.clone()))
+    made = build(published)
+    assert not made.model.config.text.tied_head and torch.equal(made.model.language.head.weight, head)
+    check_mllm(made.model, InternVLForConditionalGeneration.from_pretrained(folder).eval())
+    save_model(made, tmp_path / "model")
+    assert torch.equal(load_model(tmp_path / "model").model.language.head.weight, head)
 
 
 def test_bfloat16_weights_stay_as_they_are_also_on_disk(foreign, libraries, published, tmp_path):

@@ -318,6 +318,23 @@ def test_the_names_of_older_transformers_give_the_same_model(foreign, exact, ori
     assert all(torch.equal(value, other[key]) for key, value in exact.model.state_dict().items())
 
 
+def test_its_vocabulary_and_its_head_are_read_from_its_weights(foreign, original, published, tmp_path):
+    """UniLIP adds three tokens to InternVL3's, and its head is its own, though its configuration says 192 and tied."""
+    tensors, words = model_tensors(original, foreign), "model.language_model.embed_tokens.weight"
+    tensors[words] = torch.cat([tensors[words], draw(4, 32, seed=9)])
+    tensors["lm_head.weight"] = draw(*tensors[words].shape, seed=10)
+    (tmp_path / "model").mkdir()
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    (tmp_path / "model" / "config.json").write_bytes((published / "model" / "config.json").read_bytes())
+    made = convert(tmp_path, router="last")
+    assert made.model.config.text.vocab_size == 196 and not made.model.config.text.tied_head
+    save_model(made, tmp_path / "saved")
+    language, ids = load_model(tmp_path / "saved").model.language, torch.tensor([[3, 50, 195, 60]])
+    states = language.network(inputs_embeds=F.embedding(ids, tensors[words])).last_hidden_state
+    torch.testing.assert_close(language.head(states), states @ tensors["lm_head.weight"].T)
+    assert torch.equal(language.network.embed_tokens.weight, tensors[words])
+
+
 @pytest.mark.parametrize("form", ["pth", "safetensors", "nested"])
 def test_a_tokenizer_alone_gives_the_same_images(foreign, original, published, tmp_path, form):
     """The LLM and the DiT are then the published ones; the file may be pickled, nested, or safe."""

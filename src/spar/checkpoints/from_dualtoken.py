@@ -144,7 +144,7 @@ class _Parts:
 
     def _text(self, folder: Path) -> TextConfig:
         config, files = ForeignConfig.read(folder / "config.json"), self.weights("llm")
-        tied = bool(config.get("tie_word_embeddings", default=False)) or "lm_head.weight" not in files.shapes
+        tied = internvl.is_tied(files, stated=bool(config.get("tie_word_embeddings", default=False)))
         text = internvl.read_text_config(config, config, tied, self.text_tokenizer)
         check_rows(self.text_tokenizer, text.vocab_size, f"{folder}: rows of word embeddings")
         return text

@@ -124,7 +124,8 @@ def read_parts(
     found = {name: fetch(sources[name], PATTERNS[name], revision=revisions.get(name), what=name) for name in SOURCES}
     folder = found["mllm"].folder
     text_tokenizer = internvl.read_text_tokenizer(folder)
-    vision, text = internvl.read_config(folder, llm or found["mllm"].weights(*WEIGHTS["mllm"]), text_tokenizer)
+    files = llm or found["mllm"].weights(*WEIGHTS["mllm"])
+    vision, text = internvl.read_config(folder, files, text_tokenizer, own_vocabulary=llm is not None)
     autoencoder, scaling_factor = dcae.read_config(found["autoencoder"])
     denoiser, shift = sana.read_config(found["dit"], config.denoiser, autoencoder.latent_channels)
     return PublishedParts(found, text_tokenizer, vision, text, autoencoder, scaling_factor, denoiser, shift)

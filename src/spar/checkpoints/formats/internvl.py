@@ -4,9 +4,13 @@ Their names differ in the vision tower and the projector; the original keeps q, 
 the LLM `language_model.model`, newer ones `model.language_model`; both are known.
 """
 
+import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from spar.checkpoints.formats.foreign_config import ForeignConfig
 from spar.checkpoints.formats.key_map import TensorReader, TensorSlice
@@ -14,6 +18,8 @@ from spar.common.errors import InputError, first_line
 from spar.models.config import TextConfig, VisionConfig
 from spar.models.encoder import TEXT_FIELDS, VISION_FIELDS
 from spar.processing.prompts import IMAGE_TOKEN, TURN_END
+
+log = logging.getLogger("spar.checkpoints")
 
 FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt")  # no .py: nothing that could run
 ENCODER, LANGUAGE = "tokenizer.encoder", "language"
@@ -33,18 +39,49 @@ _PROJECTOR = {"0": "layer_norm", "1": "linear_1", "3": "linear_2"}
 _QKV = re.compile(r"encoder\.layer\.(\d+)\.attn\.qkv\.(weight|bias)")
 
 
-def read_config(folder: Path, files: TensorReader, text_tokenizer: Any) -> tuple[VisionConfig, TextConfig]:
+def read_config(
+    folder: Path, files: TensorReader, text_tokenizer: Any, *, own_vocabulary: bool = False
+) -> tuple[VisionConfig, TextConfig]:
     """Read the sizes of a checkpoint in either layout; unsupported settings are refused.
 
-    The head is tied if the configuration says so or none is stored (older configurations do not say).
+    Args:
+        own_vocabulary: the LLM in `files` has other rows of words than the folder's configuration says.
     """
     config = ForeignConfig.read(folder / "config.json")
     config.expect_if_given(downsample_ratio=0.5, ps_version="v2", projector_hidden_act="gelu")
     config.expect_if_given(vision_feature_layer=-1, select_layer=-1)
     text = config.inner("text_config", "llm_config")
     stated = config.get("tie_word_embeddings", default=text.get("tie_word_embeddings", default=False))
-    tied = bool(stated) or not any(key.endswith("lm_head.weight") for key in files.shapes)
-    return _vision(config.inner("vision_config")), read_text_config(text, config, tied, text_tokenizer)
+    tied = is_tied(files, stated=bool(stated))
+    read = read_text_config(text, config, tied, text_tokenizer)
+    if own_vocabulary:
+        read = replace(read, vocab_size=len(files.shapes[_embeddings(files)]))
+    return _vision(config.inner("vision_config")), read
+
+
+def _embeddings(files: TensorReader) -> str:
+    """The name of the LLM's word embeddings; a connector made of LLM layers may have some of its own."""
+    found = [key for key in files.shapes if key.endswith("embed_tokens.weight") and "connector" not in key]
+    if len(found) != 1:
+        raise InputError(f"{files.path}: expected one matrix of word embeddings (embed_tokens), got {len(found)}")
+    return found[0]
+
+
+def is_tied(files: TensorReader, *, stated: bool) -> bool:
+    """Whether an LLM's head is its word embeddings: none is stored, or the configuration says so and it is the same.
+
+    Of a head that is stored and differs, the weights are believed, as transformers 5 does.
+    """
+    head = next((key for key in files.shapes if key.endswith("lm_head.weight")), None)
+    if head is None:
+        return True
+    if not stated:
+        return False
+    words = _embeddings(files)
+    same = files.shapes[words].shape == files.shapes[head].shape and torch.equal(files.read(words), files.read(head))
+    if not same:
+        log.warning("%s: its configuration says that the head is tied, but %s differs; both are kept", files.path, head)
+    return same
 
 
 def _vision(config: ForeignConfig) -> VisionConfig:
