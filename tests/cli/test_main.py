@@ -47,6 +47,7 @@ FLAGS = {
     ),
     "convert": ("FORMAT", "PATH", "--mllm", "--autoencoder", "--dit", "--router", "--factor", "--recipe", "--vision",
                 "--llm", "--settings", "-o"),
+    "export": ("FORMAT", "MODEL", "-o", "--dtype", "--overwrite"),
     "push": ("FOLDER", "REPO_ID", "--public", "--message", "--dry-run"),
     "generate": ("PROMPT", *SAMPLING_FLAGS, "--height", "--width"),
     "edit": ("IMAGE", "INSTRUCTION", *SAMPLING_FLAGS),

@@ -20,7 +20,7 @@ from spar.cli.results import compare, demo, evaluate, report
 from spar.cli.servers import serve, ui
 from spar.cli.tasks import edit, generate, info, reconstruct, understand
 from spar.cli.training import cache, plan, train
-from spar.cli.weights import build, convert, push
+from spar.cli.weights import build, convert, export, push
 from spar.common.errors import InputError
 from spar.common.threads import limit_spinning
 
@@ -100,6 +100,7 @@ VERBS: dict[str, Verb] = {
     "cache": cache,
     "build": build,
     "convert": convert,
+    "export": export,
     "push": push,
     "generate": generate,
     "edit": edit,

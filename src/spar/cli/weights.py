@@ -1,4 +1,4 @@
-"""The verbs of published weights: `spar build`, `spar convert` and `spar push`."""
+"""The verbs of published weights: `spar build`, `spar convert`, `spar export` and `spar push`."""
 
 import sys
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from spar.checkpoints.bundled import local_folder
 from spar.cli.console import printable, progress_bar
 from spar.cli.parsing import takes
-from spar.cli.weights_arguments import BuildArguments, ConvertArguments, PushArguments
+from spar.cli.weights_arguments import BuildArguments, ConvertArguments, ExportArguments, PushArguments
 from spar.common.errors import InputError
 from spar.inference.image_files import check_replaceable
 
@@ -30,6 +30,22 @@ def build(args: BuildArguments) -> int:
 def convert(args: ConvertArguments) -> int:
     """Convert a public checkpoint to a model."""
     return _make_model(args, "converting")
+
+
+@takes(ExportArguments, "spar export")
+def export(args: ExportArguments) -> int:
+    """Write a part of a model in another program's format."""
+    check_replaceable(args.output, "preprocessor_config.json", overwrite=args.overwrite)
+    with progress_bar("exporting"):
+        import torch
+
+        from spar.checkpoints.hub import model_folder
+        from spar.checkpoints.spar_format import load_model
+        from spar.checkpoints.to_internvl import export_internvl
+
+        export_internvl(load_model(model_folder(args.model)), args.output, getattr(torch, args.dtype))
+    print(args.output)
+    return 0
 
 
 @takes(PushArguments, "spar push")

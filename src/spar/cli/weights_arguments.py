@@ -95,6 +95,26 @@ class ConvertArguments(AssemblyArguments):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportArguments:
+    """Write a part of a SPAR model in a format of other programs: spar export internvl MODEL -o OUT
+
+    internvl: the tuned encoder and the LLM as a plain InternVL folder, which transformers, vLLM and benchmark kits
+    load.
+    """
+
+    format: Annotated[Positional[Literal["internvl"]], arg(metavar="FORMAT")]
+    """Format to write."""
+    model: Annotated[Positional[Path], arg(metavar="MODEL")]
+    """SPAR folder, hf://OWNER/NAME[@REVISION], or a bundled model by name."""
+    output: Annotated[Path, arg(aliases=["-o"])]
+    """Folder to write."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the weights in the folder."""
+    overwrite: Flag = False
+    """Replace an earlier export."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PushArguments:
     """Upload a folder of weights to the Hub: spar push runs/shapes/model OWNER/NAME --dry-run
 

@@ -1,0 +1,60 @@
+"""The understanding half of a SPAR model as a plain InternVL folder, in the layout of `OpenGVLab/InternVL3-*-hf`.
+
+The tuned encoder and the LLM are the whole of what answers (SPAR section 3.3), so transformers, vLLM and the benchmark
+kits can load them without SPAR. `build_from_published` reads such a folder back, to the last bit in float32.
+"""
+
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from transformers import InternVLForConditionalGeneration
+
+from spar.checkpoints.spar_format import ModelBundle
+from spar.common.config import write_json
+from spar.common.files import atomic_directory
+from spar.models.encoder import PIXEL_MEAN, PIXEL_STD, internvl_config
+from spar.models.spar import SparModel
+
+# Of the published folders; what transformers 5 adds to them is its own affair.
+_IMAGE_PROCESSOR = {
+    "image_processor_type": "GotOcr2ImageProcessorFast", "processor_class": "InternVLProcessor",
+    "crop_to_patches": False, "min_patches": 1, "max_patches": 12, "do_convert_rgb": True, "do_resize": True,
+    "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+    "image_mean": list(PIXEL_MEAN), "image_std": list(PIXEL_STD),
+}  # fmt: skip
+
+
+def internvl_model(model: SparModel, dtype: torch.dtype | None = None) -> InternVLForConditionalGeneration:
+    """The library's own class with the weights of a SPAR model's encoder and LLM, in `dtype` if given."""
+    config = internvl_config(model.config.vision, model.config.text)
+    with init_empty_weights():
+        library = InternVLForConditionalGeneration(config)
+    encoder, language = model.tokenizer.encoder, model.language
+    parts = {
+        "model.vision_tower": encoder.vision_tower, "model.multi_modal_projector": encoder.multi_modal_projector,
+        "model.language_model": language.network,
+    }  # fmt: skip
+    weights = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
+    head = language.network.embed_tokens if language.head is None else language.head
+    weights["lm_head.weight"] = head.weight
+    library.load_state_dict({key: value.detach().to("cpu", dtype) for key, value in weights.items()}, assign=True)
+    library.tie_weights()
+    library.to(dtype=dtype or torch.float32)  # also what the configuration says
+    return library.eval().requires_grad_(False)
+
+
+def export_internvl(bundle: ModelBundle, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write the folder: weights, configuration, text tokenizer and the settings of transformers' processor.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    config = bundle.model.config
+    with atomic_directory(folder) as temporary:
+        internvl_model(bundle.model, dtype).save_pretrained(temporary)
+        bundle.text_tokenizer.save_pretrained(temporary)
+        side = {"height": config.image_size, "width": config.image_size}
+        write_json(temporary / "preprocessor_config.json", {**_IMAGE_PROCESSOR, "size": side})
+        processor = {"processor_class": "InternVLProcessor", "image_seq_length": config.grid**2}
+        write_json(temporary / "processor_config.json", processor)

@@ -1,0 +1,99 @@
+"""`spar export internvl`: transformers' own classes answer as SPAR does, and the folder can be built from again."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import InternVLForConditionalGeneration
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+from spar.checkpoints.from_published import build_from_published
+from spar.checkpoints.spar_format import ModelBundle, SamplingConfig
+from spar.checkpoints.to_internvl import export_internvl
+from spar.cli.main import main
+from spar.inference.pipeline import SparPipeline
+from spar.models.config import ConnectorConfig, DenoiserConfig, RouterConfig, SparConfig, StreamConfig, TextConfig
+from spar.processing.prompts import PromptEncoder
+from spar.worlds.shapes.dataset import scene_at
+from spar.worlds.shapes.render import render
+
+CONFIG = SparConfig(  # what a recipe says beside the parts, at this size
+    text=TextConfig(layers=4, hidden_size=32, heads=4, kv_heads=2),
+    streams=StreamConfig(residual_blocks=1, pixel_layers=1, pixel_heads=2), router=RouterConfig(count=2),
+    connector=ConnectorConfig(queries=3, layers=2), denoiser=DenoiserConfig(layers=2, align_depth=2),
+)  # fmt: skip
+
+
+def build(root: Path) -> ModelBundle:
+    sources = {part: str(root / part) for part in ("mllm", "autoencoder", "dit")}
+    return build_from_published(CONFIG, SamplingConfig(), sources)
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def published(foreign, tmp_path, request) -> Path:
+    """One folder a part, as they are published."""
+    root = tmp_path / "published"
+    foreign.save_hf(foreign.mllm(tied=request.param), root / "mllm")
+    foreign.autoencoder().save_pretrained(root / "autoencoder")
+    foreign.save_dit(foreign.dit(), root / "dit")
+    return root
+
+
+def test_what_is_exported_is_built_from_again_to_the_bit(published, tmp_path):
+    built = build(published)
+    export_internvl(built, tmp_path / "out")
+    shutil.rmtree(published / "mllm")
+    shutil.copytree(tmp_path / "out", published / "mllm")
+    again = build(published)
+    assert again.model.config == built.model.config
+    own = built.model.state_dict()
+    same = [torch.equal(value, own[key]) for key, value in again.model.state_dict().items()]
+    assert all(same) and len(same) == len(own)
+
+
+def test_the_library_reads_an_image_as_we_do(published, tmp_path):
+    built = build(published)
+    export_internvl(built, tmp_path / "out")
+    library = InternVLForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    assert library.config.tie_word_embeddings == built.model.config.text.tied_head
+    processor = GotOcr2ImageProcessorPil.from_pretrained(tmp_path / "out")
+    picture = torch.randint(256, (112, 112, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    pixels = processor(picture.numpy(), return_tensors="pt").pixel_values
+    f_v = built.model.tokenizer.encoder(picture.permute(2, 0, 1)[None] / 255)
+    wanted = library.model.get_image_features(pixels).pooler_output
+    torch.testing.assert_close(f_v, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_bundled_model_answers_the_same_in_transformers(tmp_path):
+    pipe = SparPipeline.from_pretrained(dtype="float32", device="cpu")
+    assert main(["export", "internvl", "spar", "-o", str(tmp_path / "out")]) == 0
+    library = InternVLForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    processor = GotOcr2ImageProcessorPil.from_pretrained(tmp_path / "out")
+    prompts = PromptEncoder(pipe.bundle.text_tokenizer, pipe.model.config.grid**2)
+    for seed, question in enumerate(("describe the image", "what color is the background?")):
+        image = render(scene_at("validation", seed))
+        tokens = prompts.question([question])
+        given = library.generate(
+            input_ids=tokens.ids, attention_mask=tokens.mask, do_sample=False, max_new_tokens=40,
+            pixel_values=processor(image, return_tensors="pt").pixel_values,
+        )[0, tokens.ids.shape[1] :]
+        answer = pipe.bundle.text_tokenizer.decode(given, skip_special_tokens=True)
+        assert answer.split() == pipe.understand(image, question).texts[0].split() != []
+
+
+def test_files_types_and_refusals(tiny_run, tmp_path, capsys):
+    model, out = tiny_run.path / "model", tmp_path / "out"
+    assert main(["export", "internvl", str(model), "-o", str(out), "--dtype", "bfloat16"]) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert (config["model_type"], config["dtype"]) == ("internvl", "bfloat16")
+    names = {"model.safetensors", "tokenizer.json", "preprocessor_config.json", "processor_config.json"}
+    assert names <= {path.name for path in out.iterdir()} and not (tmp_path / "out.part").exists()
+    assert main(["export", "internvl", str(model), "-o", str(out)]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert main(["export", "internvl", str(model), "-o", str(out), "--overwrite"]) == 0
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    assert main(["export", "internvl", str(model), "-o", str(tmp_path / "other"), "--overwrite"]) == 2
+    assert main(["export", "internvl", "dualtoken", "-o", str(tmp_path / "third")]) == 2
