@@ -51,7 +51,7 @@ FLAGS = {
     "push": ("FOLDER", "REPO_ID", "--public", "--message", "--dry-run"),
     "generate": ("PROMPT", *SAMPLING_FLAGS, "--height", "--width"),
     "edit": ("IMAGE", "INSTRUCTION", *SAMPLING_FLAGS),
-    "understand": ("IMAGE", "QUESTION", "--model", "--max-new-tokens"),
+    "understand": ("IMAGE", "QUESTION", "--model", "--max-new-tokens", "--temperature", "--top-p", "--seed"),
     "reconstruct": ("IMAGE", "--model", "-o", "--overwrite"),
     "info": ("PATH", "--json"),
     "eval": ("shapes-gen, shapes-edit, shapes-vqa, shapes-recon", "shapes-paraphrase, shapes-chat", "--model",

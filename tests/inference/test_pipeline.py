@@ -826,9 +826,9 @@ def test_more_new_tokens_than_there_can_be_are_cut_to_those(pipe, pictures, monk
     asked = []
     stream = pipe.model.language.stream
 
-    def counted(embeddings, mask, *, max_new_tokens):
+    def counted(embeddings, mask, *, max_new_tokens, sampling):
         asked.append((mask.shape[1], max_new_tokens))
-        return islice(stream(embeddings, mask, max_new_tokens=max_new_tokens), 2)
+        return islice(stream(embeddings, mask, max_new_tokens=max_new_tokens, sampling=sampling), 2)
 
     monkeypatch.setattr(pipe.model.language, "stream", counted)
     monkeypatch.setattr(pipe, "check_text", lambda *_: None)  # understand takes no question as long as a chat does
@@ -838,6 +838,40 @@ def test_more_new_tokens_than_there_can_be_are_cut_to_those(pipe, pictures, monk
     longest = pipe.model.config.text.max_seq_len
     assert [new for _, new in asked] == [min(MAX_NEW_TOKENS, longest - length) for length, _ in asked]
     assert len(asked) == 2
+
+
+def test_answers_are_drawn_by_their_own_seeds(pipe, pictures):
+    keywords = {"max_new_tokens": 6, "temperature": 5.0}
+    together = pipe.understand(pictures[:3], QUESTION, seed=[4, 9, 4], **keywords)
+    alone = [pipe.understand(pictures[i], QUESTION, seed=seed, **keywords) for i, seed in enumerate((4, 9, 4))]
+    assert together.texts == [one.texts[0] for one in alone]
+    assert (together.seeds, alone[1].seeds) == ([4, 9, 4], [9])
+    counted = pipe.understand([pictures[0]] * 3, QUESTION, seed=8, **keywords)
+    assert counted.seeds == [8, 9, 10] and len(set(counted.texts)) > 1
+    out = pipe.chat(conversation(pictures[0]), seed=9, **keywords)
+    assert "".join(out) and out.seed == 9
+    again = pipe.understand(pictures[0], QUESTION, **keywords)
+    assert again.texts == pipe.understand(pictures[0], QUESTION, seed=again.seeds, **keywords).texts
+
+
+def test_a_small_nucleus_and_temperature_zero_take_the_likeliest_word(pipe, pictures):
+    greedy = pipe.understand(pictures[0], QUESTION, max_new_tokens=6)
+    assert greedy.seeds == []
+    assert pipe.understand(pictures[0], QUESTION, max_new_tokens=6, seed=3).texts == greedy.texts
+    drawn = pipe.understand(pictures[0], QUESTION, max_new_tokens=6, temperature=2.0, top_p=1e-9, seed=3)
+    assert drawn.texts == greedy.texts
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"temperature": -1}, "temperature: expected"), ({"top_p": 0}, "top_p: expected above 0"),
+     ({"temperature": 1, "seed": -1}, "seed: expected"), ({"seed": [1, 2]}, "seed: expected one, or one for each")],
+)  # fmt: skip
+def test_ways_to_draw_that_have_no_meaning_are_refused(pipe, pictures, wrong, message):
+    with pytest.raises(InputError, match=message):
+        pipe.understand(pictures[0], QUESTION, **wrong)
+    with pytest.raises(InputError, match=message):
+        pipe.chat(conversation(pictures[0]), **wrong)
 
 
 def test_a_chat_that_is_cut_says_so(pipe, pictures, monkeypatch):

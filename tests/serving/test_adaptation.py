@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spar.serving.adaptation import NOTES_HEADER, adapt_messages, note_header
+from spar.serving.adaptation import NOTES_HEADER, SEED_HEADER, adapt_messages, note_header
 from spar.serving.schema import Message
 
 QUESTION = "what color is the circle ?"
@@ -108,17 +108,28 @@ def test_a_value_that_asks_for_more_is_refused_in_words(ask, path, name, value, 
 
 
 @pytest.mark.parametrize("path", [CHAT, RESPONSES])
-def test_a_temperature_is_taken_and_the_header_says_that_it_has_no_effect(ask, path):
-    answer = ask(path, temperature=0.7)
-    assert words(answer) == "red"
-    assert answer.headers[NOTES_HEADER] == "temperature: 0.7 has no effect, answers are greedy"
+def test_a_temperature_draws_words_and_the_header_has_the_seed(ask, path):
+    answer = ask(path, temperature=0.7, top_p=0.9)
+    assert words(answer) == "red"  # nothing else has a tenth of the probability
+    assert 0 <= int(answer.headers[SEED_HEADER]) < 2**32 and NOTES_HEADER not in answer.headers
+    assert SEED_HEADER not in ask(path, temperature=0).headers
+
+
+def test_the_same_seed_draws_the_same_words(address):
+    body = {"messages": [{"role": "user", "content": "describe the image"}], "temperature": 2}  # of which there is none
+    asked = [{**body, "seed": seed} for seed in (*range(12), *range(12), -1)]
+    answers = [httpx2.post(f"{address}{CHAT}", json=one, timeout=60) for one in asked]
+    said = [words(answer) for answer in answers]
+    assert said[:12] == said[12:24] and len(set(said)) > 1
+    seeds = [*range(12), *range(12), 2**63 - 1]
+    assert [answer.headers[SEED_HEADER] for answer in answers] == [*map(str, seeds)]
 
 
 def test_a_stream_has_the_header_too(address, scene_url):
     content = [{"type": "image_url", "image_url": {"url": scene_url}}, {"type": "text", "text": QUESTION}]
-    body = {"messages": [{"role": "user", "content": content}], "stream": True, "temperature": 1}
+    body = {"messages": [{"role": "user", "content": content}], "stream": True, "temperature": 1, "seed": 3}
     with httpx2.stream("POST", f"{address}{CHAT}", json=body, timeout=60) as answer:
-        assert "greedy" in answer.headers[NOTES_HEADER] and any("red" in line for line in answer.iter_lines())
+        assert answer.headers[SEED_HEADER] == "3" and any("red" in line for line in answer.iter_lines())
 
 
 SYSTEM_PROMPTS = {

@@ -132,11 +132,20 @@ class UnderstandArguments(ModelArguments):
     question: Annotated[Positional[tuple[str, ...]], arg(metavar="QUESTION")]
     """What to ask; one line is printed for each question."""
     max_new_tokens: int = 48
-    """Tokens of the longest answer; more than 256 is cut to that."""
+    """Tokens of the longest answer; more than 2048 is cut to that."""
+    temperature: float = 0.0
+    """0 takes the likeliest word at each step; above it, words are drawn."""
+    top_p: float = 1.0
+    """Draw from the likeliest words that together have this probability."""
+    seed: int | None = None
+    """Of the first answer; the next ones count up from it. By default drawn."""
 
     def __post_init__(self) -> None:
         check_nonempty(self.question, "question", "IMAGE QUESTION")
         check_range("--max-new-tokens", self.max_new_tokens, 1)
+        check_range("--temperature", self.temperature, 0, MAX_TEMPERATURE)
+        check_range("--top-p", self.top_p, 0, 1)
+        check_range("--seed", self.seed, 0, MAX_SEED)
 
 
 @dataclass(frozen=True, kw_only=True)

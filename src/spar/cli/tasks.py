@@ -63,7 +63,10 @@ def edit(args: EditArguments) -> int:
 def understand(args: UnderstandArguments) -> int:
     """Answer questions about an image."""
     pipe = loading.load_pipeline(args)
-    out = pipe.understand(args.image, list(args.question), max_new_tokens=args.max_new_tokens)
+    out = pipe.understand(
+        args.image, list(args.question), max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+        top_p=args.top_p, seed=args.seed,
+    )
     for text in out.texts:
         print(text)
     print_notes(pipe, images=[args.image])

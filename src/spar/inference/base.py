@@ -21,11 +21,13 @@ from spar.common.cpu import has_native_bfloat16
 from spar.common.device import choose_device
 from spar.common.errors import InputError
 from spar.common.limits import check_int_range
+from spar.common.seeds import list_seeds
 from spar.common.threads import threads_for
 from spar.inference.inputs import broadcast, list_texts, open_sources
 from spar.inference.offload import Weights
 from spar.inference.outputs import ChatOutput, GenerateOutput, ReconstructOutput, UnderstandOutput
 from spar.inference.progress import Callback
+from spar.models.sampling import TextSampling
 from spar.processing.chat import TextStream, read_messages
 from spar.processing.images import ImageSource, to_size, to_tensor
 from spar.processing.prompts import PromptEncoder, TokenBatch
@@ -58,6 +60,17 @@ def read_dtype(dtype: torch.dtype | str) -> torch.dtype:
         if dtype is known or (isinstance(dtype, str) and dtype == name):
             return known
     raise InputError(f"dtype: expected float32, bfloat16 or float16, got {dtype!r}")
+
+
+def text_sampling(temperature: float, top_p: float, seed: int | Sequence[int] | None, count: int) -> TextSampling:
+    """How `count` answers are drawn, each with its own seed; none of them has one at temperature 0.
+
+    Raises:
+        InputError: a number without meaning, or another number of seeds.
+    """
+    checked = TextSampling(temperature, top_p)
+    seeds = list_seeds(seed, count) if temperature or seed is not None else []
+    return TextSampling(temperature, top_p, tuple(seeds)) if temperature else checked
 
 
 class Pipeline(ABC):
@@ -203,17 +216,26 @@ class Pipeline(ABC):
 
     @torch.inference_mode()
     def understand(
-        self, image: ImageSource | Sequence[ImageSource], question: str | Sequence[str], *, max_new_tokens: int = 48
-    ) -> UnderstandOutput:
-        """Answer questions about images by greedy decoding; pairs as in `edit`.
+        self, image: ImageSource | Sequence[ImageSource], question: str | Sequence[str], *, max_new_tokens: int = 48,
+        temperature: float = 0.0, top_p: float = 1.0, seed: int | Sequence[int] | None = None,
+    ) -> UnderstandOutput:  # fmt: skip
+        """Answer questions about images; pairs as in `edit`.
 
-        `max_new_tokens` is cut to MAX_NEW_TOKENS and to what fits.
+        Args:
+            max_new_tokens: is cut to MAX_NEW_TOKENS and to what fits.
+            temperature: 0 takes the likeliest token at each step; above it, tokens are drawn.
+            top_p: tokens are drawn from the likeliest that together have this probability.
+            seed: of the first answer, the next ones count up from it, or one for each; None draws seeds. They are in
+                the output, and the same seed gives the same answer in any batch.
         """
         check_int_range("max_new_tokens", max_new_tokens, 1)
         pixels, questions = self._paired(self._squares(image), self._texts(question, "question"), "question")
-        return self._answers(lambda: self._read_images(pixels), questions, max_new_tokens)
+        sampling = text_sampling(temperature, top_p, seed, len(questions))
+        return self._answers(lambda: self._read_images(pixels), questions, max_new_tokens, sampling)
 
-    def _answers(self, read: Callable[[], Any], questions: Sequence[str], max_new_tokens: int) -> UnderstandOutput:
+    def _answers(
+        self, read: Callable[[], Any], questions: Sequence[str], max_new_tokens: int, sampling: TextSampling
+    ) -> UnderstandOutput:
         """Answers about the images that `read` makes ready for the LLM, one for each question."""
         tokens = self.prompts.question(questions).to(self.device)
         room = self.model.config.text.max_seq_len - int(tokens.mask.sum(1).max())
@@ -221,11 +243,17 @@ class Pipeline(ABC):
         with self._compute(len(questions)):
             images = read()
             self._load_to_device("language")
-            rows = self.model.understand(tokens.ids, tokens.mask, images, max_new_tokens=max_new_tokens)
-        return UnderstandOutput([self.bundle.text_tokenizer.decode(row, skip_special_tokens=True) for row in rows])
+            rows = self.model.understand(
+                tokens.ids, tokens.mask, images, max_new_tokens=max_new_tokens, sampling=sampling
+            )
+        texts = [self.bundle.text_tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+        return UnderstandOutput(texts, [*sampling.seeds])
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], *, max_new_tokens: int | None = None) -> ChatOutput:
-        """Answer the last message of a conversation by greedy decoding, as an iterator over pieces of the text.
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, max_new_tokens: int | None = None, temperature: float = 0.0,
+        top_p: float = 1.0, seed: int | None = None,
+    ) -> ChatOutput:  # fmt: skip
+        """Answer the last message of a conversation, as an iterator over pieces of the text.
 
         Args:
             messages: `{"role": "system" | "user" | "assistant", "content": ...}`; a content is text, or a list of parts
@@ -233,12 +261,14 @@ class Pipeline(ABC):
                 order. Images are cropped to squares, as in `understand`.
             max_new_tokens: by default as many as fit, at most MAX_NEW_TOKENS; a larger number is cut to that, and an
                 answer that reaches it ends with the finish reason "length".
+            temperature, top_p, seed: as in `understand`.
 
         Raises:
             InputError: at the call, before any computation.
         """
         if max_new_tokens is not None:
             check_int_range("max_new_tokens", max_new_tokens, 1)
+        sampling = text_sampling(temperature, top_p, seed, 1)
         turns = read_messages(messages, self.image_size)
         max_tokens = min(self.model.config.text.max_seq_len, limits.MAX_CHAT_TOKENS)
         for turn in turns:
@@ -254,19 +284,23 @@ class Pipeline(ABC):
             )
         images = [image for turn in turns for image in turn.images]
         pixels = to_tensor(images).to(self.device) if images else None
-        out = ChatOutput(length)
+        out = ChatOutput(length, seed=next(iter(sampling.seeds), None))
         room = min(limits.MAX_NEW_TOKENS, max_tokens - length)
-        out.stream = self._stream(out, tokens, pixels, min(max_new_tokens or room, room))
+        out.stream = self._stream(out, tokens, pixels, min(max_new_tokens or room, room), sampling)
         return out
 
-    def _stream(self, out: ChatOutput, tokens: TokenBatch, pixels: Tensor | None, max_tokens: int) -> Iterator[str]:
+    def _stream(
+        self, out: ChatOutput, tokens: TokenBatch, pixels: Tensor | None, max_tokens: int, sampling: TextSampling
+    ) -> Iterator[str]:
         """Yield the pieces of one answer. No mode of torch is active outside of the generator."""
         text, tokens = TextStream(self.bundle.text_tokenizer), tokens.to(self.device)
         with torch.inference_mode(), self._compute():
             images = None if pixels is None else self._read_images(pixels)
             self._load_to_device("language")
             embedded = self.model.embed(tokens.ids, images)
-            steps = self.model.language.stream(embedded, tokens.mask, max_new_tokens=max_tokens)
+            steps = self.model.language.stream(
+                embedded, tokens.mask, max_new_tokens=max_tokens, sampling=sampling
+            )
         while True:
             with torch.inference_mode(), self._compute():
                 self._load_to_device("language")  # other calls may come between two pieces

@@ -23,7 +23,7 @@ from spar.common.errors import Cancelled, InputError
 from spar.common.generators import cpu_generator
 from spar.common.limits import check_int_range, check_range
 from spar.common.seeds import list_seeds
-from spar.inference.base import TOKEN_MULTIPLE, Pipeline, choose_device_and_dtype
+from spar.inference.base import TOKEN_MULTIPLE, Pipeline, choose_device_and_dtype, text_sampling
 from spar.inference.inputs import broadcast
 from spar.inference.offload import Weights, cast_weights
 from spar.inference.outputs import GenerateOutput, ReconstructOutput, UnderstandOutput
@@ -208,10 +208,11 @@ class DualTokenPipeline(Pipeline):
 
     @torch.inference_mode()
     def understand_codes(
-        self, codes: DualCodes, question: str | Sequence[str], *, max_new_tokens: int = 48
-    ) -> UnderstandOutput:
-        """`understand` of images that are given as their codes, `[B, h, w, D]` each: those of `encode`, or as
-        `generate` drew them.
+        self, codes: DualCodes, question: str | Sequence[str], *, max_new_tokens: int = 48, temperature: float = 0.0,
+        top_p: float = 1.0, seed: int | Sequence[int] | None = None,
+    ) -> UnderstandOutput:  # fmt: skip
+        """`understand`, with its arguments, of images that are given as their codes, `[B, h, w, D]` each: those of
+        `encode`, or as `generate` drew them.
         """
         check_int_range("max_new_tokens", max_new_tokens, 1)
         questions = self._texts(question, "question")
@@ -230,8 +231,9 @@ class DualTokenPipeline(Pipeline):
                 raise InputError(f"codes.{name}: expected 0 to {one.entries - 1}, got {values.min()} to {values.max()}")
         pixel, asked = self._paired(codes.pixel, questions, "question")
         semantic, _ = self._paired(codes.semantic, questions, "question")
+        sampling = text_sampling(temperature, top_p, seed, len(asked))
         return self._answers(
-            lambda: DualCodes(pixel.to(self.device), semantic.to(self.device)), asked, max_new_tokens
+            lambda: DualCodes(pixel.to(self.device), semantic.to(self.device)), asked, max_new_tokens, sampling
         )
 
     @torch.inference_mode()

@@ -81,9 +81,10 @@ class GenerateOutput(ImagesOutput):
 
 @dataclass(frozen=True)
 class UnderstandOutput:
-    """Answers in the order of the questions."""
+    """Answers in the order of the questions, and the seed of each; none has one at temperature 0."""
 
     texts: list[str]
+    seeds: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -91,12 +92,13 @@ class ChatOutput:
     """An answer during decoding: an iterator over pieces of its text, which join to the whole.
 
     `prompt_tokens`, and `completion_tokens` so far; `finish_reason` is None until the answer ends, then "stop" if the
-    model ended its turn, or "length".
+    model ended its turn, or "length". `seed` is that of an answer whose tokens are drawn.
     """
 
     prompt_tokens: int
     completion_tokens: int = 0
     finish_reason: str | None = None
+    seed: int | None = None
     stream: Iterator[str] = field(default_factory=lambda: iter(()), repr=False)
 
     def __iter__(self) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The language model: embeddings, the K routed hidden states, next-token logits, greedy answers.
+"""The language model: embeddings, the K routed hidden states, next-token logits, answers.
 
 transformers' `Qwen2Model` has the weights; the pass over its layers is ours, so that only the routed states are kept.
 B batch, T tokens, D width, K routed layers.
@@ -15,6 +15,7 @@ from spar.common.errors import InputError
 from spar.models.attention import ATTENTION, KeyValue, attention_bias, position_ids_from_mask
 from spar.models.config import TextConfig
 from spar.models.encoder import qwen_config
+from spar.models.sampling import GREEDY, TextSampling
 
 
 class LayerKVCache:
@@ -110,37 +111,45 @@ class LanguageModel(nn.Module):
             )
 
     @torch.inference_mode()
-    def generate(self, embeddings: Tensor, mask: Tensor, *, max_new_tokens: int) -> list[list[int]]:
-        """Greedy continuation, batched; each row ends before its own end-of-turn token. Arguments as in `stream`."""
+    def generate(
+        self, embeddings: Tensor, mask: Tensor, *, max_new_tokens: int, sampling: TextSampling = GREEDY
+    ) -> list[list[int]]:
+        """Continuation, batched; each row ends before its own end-of-turn token. Arguments as in `stream`."""
         rows: list[list[int]] = [[] for _ in range(len(embeddings))]
-        for step in self.stream(embeddings, mask, max_new_tokens=max_new_tokens):
+        for step in self.stream(embeddings, mask, max_new_tokens=max_new_tokens, sampling=sampling):
             for row, token in zip(rows, step, strict=True):
                 if token is not None:
                     row.append(token)
         return rows
 
-    def stream(self, embeddings: Tensor, mask: Tensor, *, max_new_tokens: int) -> Iterator[list[int | None]]:
+    def stream(
+        self, embeddings: Tensor, mask: Tensor, *, max_new_tokens: int, sampling: TextSampling = GREEDY
+    ) -> Iterator[list[int | None]]:
         """The same continuation token by token: each step has one token per row, or None if the row has ended.
 
         The caller disables gradients.
 
         Args:
             embeddings: `[B, T, D]`, padded on the left; mask: `[B, T]`.
+            sampling: with a seed for each row, which draws the same in any batch.
 
         Raises:
             InputError: the longest answer would not fit after its question.
         """
         self._check_length(int(mask.sum(1).max()) + max_new_tokens)
-        return self._steps(embeddings, mask, max_new_tokens)
+        return self._steps(embeddings, mask, max_new_tokens, sampling)
 
-    def _steps(self, x: Tensor, mask: Tensor, max_new_tokens: int) -> Iterator[list[int | None]]:
+    def _steps(
+        self, x: Tensor, mask: Tensor, max_new_tokens: int, sampling: TextSampling
+    ) -> Iterator[list[int | None]]:
+        choose = sampling.chooser()
         seen, past, position_ids = self.empty_kv_cache(), 0, position_ids_from_mask(mask)
         done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for _ in range(max_new_tokens):
             bias = attention_bias(mask, x, causal=True, past=past)
             final, _ = self(x, bias, position_ids, past_key_values=seen)
             past = mask.shape[1]
-            token = self.logits(final[:, -1]).argmax(-1)
+            token = choose(self.logits(final[:, -1]))
             done = done | (token == self.config.eos_token_id)
             if bool(done.all()):
                 return

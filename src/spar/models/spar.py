@@ -14,6 +14,7 @@ from spar.models.connector import Connector
 from spar.models.denoiser import Denoiser, DenoiserOutput
 from spar.models.language import LanguageModel
 from spar.models.router import build_router, normalize_hidden_states, routed_layers
+from spar.models.sampling import GREEDY, TextSampling
 from spar.models.tokenizer import UnifiedTokenizer
 
 
@@ -156,6 +157,9 @@ class SparModel(nn.Module):
         """Normalised latent to pixels in [0, 1]; `tile` as in `UnifiedTokenizer.decode`."""
         return self.tokenizer.decode(self.tokenizer.denormalize(latent), tile).clamp(0, 1)
 
-    def understand(self, tokens: Tensor, mask: Tensor, f_v: Tensor, *, max_new_tokens: int) -> list[list[int]]:
-        """Greedy answers to `[B, T]` left-padded questions about images with features `f_v` `[B, N, D]`."""
-        return self.language.generate(self.embed(tokens, f_v), mask, max_new_tokens=max_new_tokens)
+    def understand(
+        self, tokens: Tensor, mask: Tensor, f_v: Tensor, *, max_new_tokens: int, sampling: TextSampling = GREEDY
+    ) -> list[list[int]]:
+        """Answers to `[B, T]` left-padded questions about images with features `f_v` `[B, N, D]`."""
+        embedded = self.embed(tokens, f_v)
+        return self.language.generate(embedded, mask, max_new_tokens=max_new_tokens, sampling=sampling)

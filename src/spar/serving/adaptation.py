@@ -4,9 +4,9 @@ import itertools
 from collections.abc import Iterable, Sequence
 
 from spar.inference.base import Pipeline
-from spar.serving.schema import AnswerRequest, Message, SamplingRequest, TextPart
+from spar.serving.schema import Message, SamplingRequest, TextPart
 
-NOTES_HEADER = "Spar-Notes"
+NOTES_HEADER, SEED_HEADER = "Spar-Notes", "Spar-Seed"
 MAX_SHOWN_WORDS = 8
 MAX_SHOWN_LETTERS = 32
 
@@ -17,17 +17,15 @@ def note_header(notes: Iterable[str]) -> dict[str, str]:
     return {NOTES_HEADER: joined} if joined else {}
 
 
+def seed_header(seed: int | None) -> dict[str, str]:
+    """The header that says by which seed an answer was drawn; none of an answer that was not."""
+    return {} if seed is None else {SEED_HEADER: str(seed)}
+
+
 def sampling_notes(request: SamplingRequest) -> list[str]:
     """What of a request for images has no effect."""
     chosen = request.quality not in (None, "auto", "standard")
     return [f"quality: {request.quality} has no effect, this model has one quality"] if chosen else []
-
-
-def answer_notes(request: AnswerRequest) -> list[str]:
-    """What of a request for an answer in words has no effect."""
-    if not request.temperature:
-        return []
-    return [f"temperature: {request.temperature:g} has no effect, answers are greedy"]
 
 
 def adapt_messages(pipe: Pipeline, messages: Sequence[Message]) -> tuple[list[Message], list[str]]:

@@ -17,7 +17,7 @@ from spar.inference.base import Pipeline
 from spar.inference.image_files import encode_image
 from spar.inference.notes import world_notes
 from spar.serving import schema
-from spar.serving.adaptation import adapt_messages, answer_notes, note_header, sampling_notes
+from spar.serving.adaptation import adapt_messages, note_header, sampling_notes, seed_header
 from spar.serving.batching import GeneratedImage, reconstruct, sampling_jobs
 from spar.serving.completions import RunningAnswer, completion, completion_chunks
 from spar.serving.errors import ApiError, add_handlers
@@ -203,10 +203,14 @@ class Routes:
         parts = [part for one in turns if isinstance(one["content"], list) for part in one["content"]]
         images = [part["image"] for part in parts if part["type"] == "image"]
         warnings = await _race(request, asyncio.to_thread(world_notes, pipe, images=images))
-        job = ChatJob(lambda pipe: pipe.chat(turns, max_new_tokens=limit), emit, model)
+        temperature, top_p, seed = body.sampling()
+        job = ChatJob(
+            lambda pipe: pipe.chat(turns, max_new_tokens=limit, temperature=temperature, top_p=top_p, seed=seed),
+            emit, model,
+        )  # fmt: skip
         job.future.add_done_callback(lambda _: emit(None))
         self.worker.submit(job)
-        return RunningAnswer(job, pieces, name, warnings, note_header([*answer_notes(body), *notes]))
+        return RunningAnswer(job, pieces, name, warnings, {**note_header(notes), **seed_header(seed)})
 
     async def chat(self, request: Request, body: schema.ChatRequest) -> Response:
         """Answer the last message of a conversation, which may contain images; whole or streamed."""

@@ -86,7 +86,7 @@ class TextOptions(StrictModel):
 
 
 class ResponseRequest(schema.AnswerRequest):
-    """Body of /v1/responses: answers are greedy, and only settings of a greedy answer are accepted."""
+    """Body of /v1/responses."""
 
     input: Annotated[
         Annotated[schema.Text, Tag("words")]
@@ -211,8 +211,8 @@ def _head(answer: RunningAnswer, body: ResponseRequest) -> dict[str, Any]:
         "status": "in_progress", "error": None, "incomplete_details": None, "instructions": body.instructions,
         "max_output_tokens": body.max_output_tokens, "model": answer.model, "output": [], "parallel_tool_calls": True,
         "previous_response_id": None, "reasoning": {"effort": None, "summary": None}, "store": False,
-        "temperature": 0, "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_p": 1,
-        "truncation": "disabled", "usage": None, "metadata": {},
+        "temperature": body.temperature or 0, "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [],
+        "top_p": body.top_p or 1, "truncation": "disabled", "usage": None, "metadata": {},
     }  # fmt: skip
 
 

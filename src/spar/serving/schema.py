@@ -2,10 +2,11 @@
 
 A null is a missing field. Unknown fields are refused, and so is a known one whose value would change the answer and is
 not supported by this model. Values that ask for nothing (`tools` [], `logit_bias` {}) and fields that change nothing
-(`user`, `moderation`, the chat's `seed`) are accepted and have no effect. The fields that OpenAI does not have (`seed`,
+(`user`, `moderation`) are accepted and have no effect. The fields that OpenAI does not have (`seed`,
 `negative_prompt`, `num_inference_steps`, `guidance_scale`) are diffusers', and `warnings` of an answer is our own.
 """
 
+import secrets
 from typing import Annotated, Any, Literal
 
 from fastapi import UploadFile
@@ -22,7 +23,9 @@ Zero = Annotated[float, Field(ge=0, le=0)]
 One = Annotated[float, Field(ge=1, le=1)]
 Nothing = Annotated[list[Any], Field(max_length=0)]
 NoFields = Annotated[dict[str, Any], Field(max_length=0)]
-Temperature = Annotated[float, Field(ge=0, le=2, description="Answers are greedy; the header spar-notes says so.")]
+Temperature = Annotated[
+    float, Field(ge=0, le=2, description="0, the default, takes the likeliest word each time, above it words are drawn")
+]
 ServiceTier = Literal["auto", "default"]
 Detail = Literal["auto", "low", "high"]
 OutputFormat = Literal["png", "jpeg", "webp"]
@@ -196,6 +199,12 @@ class TextFormat(StrictModel):
 class AnswerRequest(StrictModel):
     """Fields that `/v1/chat/completions` and `/v1/responses` share."""
 
+    def sampling(self) -> tuple[float, float, int | None]:
+        """Temperature, top-p, and the seed, which is drawn here if none is given; None where nothing is drawn."""
+        seed = getattr(self, "seed", None)
+        drawn = secrets.randbelow(2**32) if seed is None else seed % (MAX_SEED + 1)
+        return self.temperature or 0.0, self.top_p or 1.0, drawn if self.temperature else None
+
     model: Name | None = None
     stream: bool | None = None
     temperature: Temperature | None = None
@@ -213,7 +222,7 @@ class AnswerRequest(StrictModel):
 
 
 class ChatRequest(AnswerRequest):
-    """Fields of `/v1/chat/completions`: answers are greedy, and only settings of a greedy answer are accepted."""
+    """Fields of `/v1/chat/completions`; penalties and other settings that no answer of ours has ask for nothing."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=limits.MAX_MESSAGES)]
     stream_options: StreamOptions | None = None

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from spar.common.errors import InputError
-from spar.models.dualtoken.sampling import CodeSampling, choose, filtered, gumbel_noise
+from spar.models.dualtoken.sampling import CodeSampling, choose
+from spar.models.sampling import filtered, gumbel_noise
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
 
@@ -43,7 +44,7 @@ def test_temperature_zero_takes_the_likeliest_code():
     ],
 )
 def test_top_k_and_top_p_keep_the_likeliest(sampling, left):
-    kept = torch.isfinite(filtered(LOGITS, sampling))[0]
+    kept = torch.isfinite(filtered(LOGITS, temperature=1.0, top_k=sampling.top_k, top_p=sampling.top_p))[0]
     assert kept.tolist() == [True] * left + [False] * (4 - left)
 
 

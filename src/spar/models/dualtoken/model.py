@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from spar.models.attention import attention_bias, position_ids_from_mask
 from spar.models.dualtoken.config import DualTokenConfig
 from spar.models.dualtoken.depth_head import DepthHead
-from spar.models.dualtoken.sampling import CodeSampling, choose, gumbel_noise
+from spar.models.dualtoken.sampling import CodeSampling, choose
 from spar.models.dualtoken.tokenizer import DualCodes, DualTokenizer
 from spar.models.language import LanguageModel
+from spar.models.sampling import GREEDY, TextSampling, gumbel_noise
 
 
 class DualEmbedder(nn.Module):
@@ -165,6 +166,9 @@ class DualTokenModel(nn.Module):
             found[name], given = codes, quantizer.decode(codes).repeat(rows, 1)
         return DualCodes(found.get("pixel", found["semantic"]), found["semantic"])
 
-    def understand(self, tokens: Tensor, mask: Tensor, codes: DualCodes, *, max_new_tokens: int) -> list[list[int]]:
-        """Greedy answers to `tokens` `[B, T]`, which hold the images' placeholders: ids of each row."""
-        return self.language.generate(self.embed(tokens, codes), mask, max_new_tokens=max_new_tokens)
+    def understand(
+        self, tokens: Tensor, mask: Tensor, codes: DualCodes, *, max_new_tokens: int, sampling: TextSampling = GREEDY
+    ) -> list[list[int]]:
+        """Answers to `tokens` `[B, T]`, which hold the images' placeholders: ids of each row."""
+        embedded = self.embed(tokens, codes)
+        return self.language.generate(embedded, mask, max_new_tokens=max_new_tokens, sampling=sampling)
