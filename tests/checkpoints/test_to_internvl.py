@@ -4,8 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import InternVLForConditionalGeneration
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
@@ -14,7 +16,15 @@ from spar.checkpoints.spar_format import ModelBundle, SamplingConfig
 from spar.checkpoints.to_internvl import export_internvl
 from spar.cli.main import main
 from spar.inference.pipeline import SparPipeline
-from spar.models.config import ConnectorConfig, DenoiserConfig, RouterConfig, SparConfig, StreamConfig, TextConfig
+from spar.models.config import (
+    ConnectorConfig,
+    DenoiserConfig,
+    RouterConfig,
+    SparConfig,
+    StreamConfig,
+    TextConfig,
+    UnderstandingConfig,
+)
 from spar.processing.prompts import PromptEncoder
 from spar.worlds.shapes.dataset import scene_at
 from spar.worlds.shapes.render import render
@@ -23,6 +33,7 @@ CONFIG = SparConfig(  # what a recipe says beside the parts, at this size
     text=TextConfig(layers=4, hidden_size=32, heads=4, kv_heads=2),
     streams=StreamConfig(residual_blocks=1, pixel_layers=1, pixel_heads=2), router=RouterConfig(count=2),
     connector=ConnectorConfig(queries=3, layers=2), denoiser=DenoiserConfig(layers=2, align_depth=2),
+    understanding=UnderstandingConfig(geometry="stretch"),
 )  # fmt: skip
 
 
@@ -64,6 +75,44 @@ def test_the_library_reads_an_image_as_we_do(published, tmp_path):
     f_v = built.model.tokenizer.encoder(picture.permute(2, 0, 1)[None] / 255)
     wanted = library.model.get_image_features(pixels).pooler_output
     torch.testing.assert_close(f_v, wanted, rtol=1e-4, atol=1e-5)
+
+
+def asked(library, processor, tokenizer, text: str, images: list[Image.Image], **keywords) -> list[int]:
+    """The library's own greedy answer, its placeholders written out by the processor's number of tiles."""
+    given = processor(images, return_tensors="pt", **keywords)
+    for count in given["num_patches"].tolist():
+        text = text.replace("<image>", f"<img>{'<IMG_CONTEXT>' * 16 * count}</img>", 1)
+    ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
+    return library.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=given.pixel_values, do_sample=False,
+        max_new_tokens=8,
+    )[0, ids.shape[1] :].tolist()  # fmt: skip
+
+
+@pytest.mark.parametrize("published", [True], indirect=True)
+def test_answers_are_the_librarys_token_for_token(published, tmp_path):
+    """With one square of the whole image, with tiles, and with two images in one conversation."""
+    built = build(published)
+    export_internvl(built, tmp_path / "out")
+    library = InternVLForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    library.generation_config.eos_token_id = built.model.config.text.eos_token_id
+    processor = GotOcr2ImageProcessorPil.from_pretrained(tmp_path / "out")
+    pipe = SparPipeline(built, torch.float32, torch.device("cpu"))
+    tokenizer = pipe.text_tokenizer
+    wide, high = (Image.fromarray(np.random.default_rng(s).integers(0, 256, (*size, 3), np.uint8))
+                  for s, size in enumerate(((90, 250), (200, 130))))  # fmt: skip
+    question = "how many objects are there?"
+    for tiles, keywords in ((1, {}), (6, {"crop_to_patches": True, "max_patches": 6})):
+        for images in ([wide], [high], [wide, high]):
+            content = [*({"type": "image", "image": one} for one in images), {"type": "text", "text": question}]
+            said = list(pipe.chat([{"role": "user", "content": content}], max_new_tokens=8, max_tiles=tiles))
+            before = "<image>\n" * len(images)
+            text = f"<|im_start|>user\n{before}{question}<|im_end|>\n<|im_start|>assistant\n"
+            wanted = asked(library, processor, tokenizer, text, images, **keywords)
+            assert "".join(said) == tokenizer.decode(wanted, skip_special_tokens=True) != ""
+            if len(images) == 1:
+                answer = pipe.understand(images[0], question, max_new_tokens=8, max_tiles=tiles).texts[0]
+                assert answer == "".join(said)
 
 
 def test_the_bundled_model_answers_the_same_in_transformers(tmp_path):

@@ -448,7 +448,7 @@ def test_a_chat_is_the_models_greedy_answer_to_the_whole_conversation(pipe, pict
     out = pipe.chat(messages, max_new_tokens=5)
     answer = "".join(out)
     model, texts = pipe.model, ["what color is the background ?", "red", "how many objects are there ?"]
-    row = pipe.prompts.conversation([("user", [None, texts[0]]), ("assistant", texts[1:2]), ("user", texts[2:])]).ids
+    row = pipe.prompts.conversation([("user", [1, texts[0]]), ("assistant", texts[1:2]), ("user", texts[2:])]).ids
     length, eos = row.shape[1], model.config.text.eos_token_id
     with torch.no_grad():
         f_v = model.tokenizer.encoder(to_tensor(pictures[0]))

@@ -11,10 +11,15 @@ from PIL import Image
 from spar.common.errors import InputError
 from spar.common.limits import MAX_CHAT_IMAGES, MAX_MESSAGES, MAX_PARTS
 from spar.processing.chat import ChatMessage, TextStream, read_messages
+from spar.processing.images import to_square
 from spar.worlds.shapes.tokenizer import build_tokenizer
 
 RED = Image.new("RGB", (8, 6), "red")
 SIDE = 4
+
+
+def squares(image: Image.Image) -> list[Image.Image]:
+    return [to_square(image, SIDE)]
 
 
 def user(*parts, role: str = "user") -> dict:
@@ -38,11 +43,12 @@ def test_a_conversation_keeps_its_turns_and_opens_its_images(tmp_path):
             user(text("one"), role="assistant"),
             user("what color ?"),
         ],
-        SIDE,
+        squares,
     )
     assert [turn.role for turn in turns] == ["system", "user", "assistant", "user"]
     assert [turn.parts for turn in turns if not turn.images] == [("look closely",), ("one",), ("what color ?",)]
-    assert turns[1].parts[2:] == ("how many ?", "and ?") and turns[1].images == [*turns[1].parts[:2]]
+    assert turns[1].parts[2:] == ("how many ?", "and ?")
+    assert turns[1].images == [square for part in turns[1].parts[:2] for square in part]
     assert [np.asarray(one).tolist() for one in turns[1].images] == [[[[255, 0, 0]] * SIDE] * SIDE] * 2
 
 
@@ -50,28 +56,28 @@ def test_a_conversation_keeps_its_turns_and_opens_its_images(tmp_path):
 @given(st.lists(st.sampled_from(("a", "b", 1, 2)), min_size=1, max_size=8))
 def test_images_come_before_the_text_of_their_turn_each_in_its_order(order):
     parts = [text(one) if isinstance(one, str) else image(Image.new("RGB", (4, 4), (one, 0, 0))) for one in order]
-    (turn,) = read_messages([user(*parts)], SIDE)
-    kept = [part if isinstance(part, str) else part.getpixel((0, 0))[0] for part in turn.parts]
+    (turn,) = read_messages([user(*parts)], squares)
+    kept = [part if isinstance(part, str) else part[0].getpixel((0, 0))[0] for part in turn.parts]
     assert kept == [one for one in order if one in (1, 2)] + [one for one in order if one in ("a", "b")]
 
 
 def test_a_conversation_may_be_one_question_without_an_image():
-    assert read_messages([user("how many ?")], SIDE) == [ChatMessage("user", ("how many ?",))]
-    assert read_messages(({"role": "user", "content": (text(),)},), SIDE) == [ChatMessage("user", ("how many ?",))]
+    assert read_messages([user("how many ?")], squares) == [ChatMessage("user", ("how many ?",))]
+    assert read_messages(({"role": "user", "content": (text(),)},), squares) == [ChatMessage("user", ("how many ?",))]
 
 
 def test_what_says_nothing_is_left_out_and_errors_keep_the_numbers():
     empty = [user("", role="system"), user(" ", role="assistant"), user(text(""), text("\n"), role="system")]
-    turns = read_messages([*empty, user("x"), user("", role="assistant"), user("y")], SIDE)
+    turns = read_messages([*empty, user("x"), user("", role="assistant"), user("y")], squares)
     assert [turn.role for turn in turns] == ["user", "assistant", "user"]
     assert [turn.name for turn in turns] == ["messages[3]", "messages[4]", "messages[5]"]
     with pytest.raises(InputError, match=r"messages\[4\].role: expected assistant, got user"):
-        read_messages([*empty, user("x"), user("y")], SIDE)
+        read_messages([*empty, user("x"), user("y")], squares)
     with pytest.raises(InputError, match=r"messages\[1\].role: expected user, got assistant"):
-        read_messages(empty, SIDE)
+        read_messages(empty, squares)
     with pytest.raises(InputError, match="expected the last message from the user, got system"):
-        read_messages(empty[:1], SIDE)
-    assert [turn.parts for turn in read_messages([user("")], SIDE)] == [("",)]  # a user's is refused by its words
+        read_messages(empty[:1], squares)
+    assert [turn.parts for turn in read_messages([user("")], squares)] == [("",)]  # a user's is refused by its words
 
 
 @pytest.mark.parametrize(
@@ -112,7 +118,7 @@ def test_what_says_nothing_is_left_out_and_errors_keep_the_numbers():
 )  # fmt: skip
 def test_a_malformed_conversation_gets_a_message(messages, words):
     with pytest.raises(InputError, match=words):
-        read_messages(messages, SIDE)
+        read_messages(messages, squares)
 
 
 # ---- text from tokens ------------------------------------------------------------------------------------------------

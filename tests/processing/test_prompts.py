@@ -72,10 +72,10 @@ def test_a_question_follows_its_image_as_the_chat_template_writes_it(prompts):
 
 def test_a_conversation_is_what_the_chat_template_writes(prompts):
     turns = [
-        ("system", ["what is there?"]), ("user", [None, "what color is the circle?"]), ("assistant", ["red"]),
-        ("user", [None, None, "and above?"]),
+        ("system", ["what is there?"]), ("user", [1, "what color is the circle?"]), ("assistant", ["red"]),
+        ("user", [1, 1, "and above?"]),
     ]
-    parts = {None: {"type": "image"}}
+    parts = {1: {"type": "image"}}
     messages = [
         {"role": role, "content": [parts.get(text, {"type": "text", "text": text}) for text in texts]}
         for role, texts in turns
@@ -86,8 +86,15 @@ def test_a_conversation_is_what_the_chat_template_writes(prompts):
 
 
 def test_a_conversation_of_one_question_is_the_question(prompts):
-    asked = prompts.conversation([("user", [None, "how many?"])])
+    asked = prompts.conversation([("user", [1, "how many?"])])
     assert real(asked) == real(prompts.question(["how many?"]))
+
+
+def test_an_image_of_several_tiles_has_the_tokens_of_each(prompts):
+    three, two = prompts.question(["how many?", "red?"], [3, 2]).ids
+    places = [int((row == TextConfig().image_token_id).sum()) for row in (three, two)]
+    assert places == [3 * VISUAL, 2 * VISUAL]
+    assert real(prompts.conversation([("user", [3, "how many?"])])) == real(prompts.question(["how many?"], [3]))
 
 
 def test_texts_of_one_turn_stand_on_lines_of_their_own(prompts):
@@ -196,7 +203,7 @@ def test_a_turn_that_follows_is_the_next_of_its_conversation(prompts, language):
     second = QuestionAnswer("red?", "yes", follows=True)
     packed = prompts.pack([[first, second, other]])
     (losses, _), = packed_losses(language, packed)
-    written = [("user", [None, first.question]), ("assistant", [first.answer]), ("user", [second.question])]
+    written = [("user", [1, first.question]), ("assistant", [first.answer]), ("user", [second.question])]
     asked = prompts.conversation(written).ids[0].tolist()
     answer = prompts.encode(second.answer) + prompts.encode("<|im_end|>")
     ids = torch.tensor([asked + answer])

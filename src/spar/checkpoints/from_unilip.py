@@ -138,6 +138,7 @@ def _sizes(
         router=replace(config.router, kind=router, temperature=1.0, scale="last", norm=False),
         connector=connector,
         denoiser=replace(parts.denoiser, position_gain=0.0, reference_latent=False, reference_states=False),
+        understanding=config.understanding,
     )
 
 

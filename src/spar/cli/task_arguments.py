@@ -8,7 +8,16 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from spar.cli.arguments import Flag, Guidance, ModelArguments, OutputPath, Steps, check_nonempty, check_utf8
-from spar.common.limits import MAX_GUIDANCE, MAX_IMAGES, MAX_SEED, MAX_STEPS, MAX_TEMPERATURE, MAX_TOP_K, check_range
+from spar.common.limits import (
+    MAX_GUIDANCE,
+    MAX_IMAGE_TILES,
+    MAX_IMAGES,
+    MAX_SEED,
+    MAX_STEPS,
+    MAX_TEMPERATURE,
+    MAX_TOP_K,
+    check_range,
+)
 
 MAX_ANIMATIONS = 64  # images whose steps are kept in memory
 
@@ -139,9 +148,12 @@ class UnderstandArguments(ModelArguments):
     """Draw from the likeliest words that together have this probability."""
     seed: int | None = None
     """Of the first answer; the next ones count up from it. By default drawn."""
+    max_tiles: int | None = None
+    """Read the image as up to so many tiles and the whole (InternVL's dynamic tiling); by default the model's own."""
 
     def __post_init__(self) -> None:
         check_nonempty(self.question, "question", "IMAGE QUESTION")
+        check_range("--max-tiles", self.max_tiles, 1, MAX_IMAGE_TILES)
         check_range("--max-new-tokens", self.max_new_tokens, 1)
         check_range("--temperature", self.temperature, 0, MAX_TEMPERATURE)
         check_range("--top-p", self.top_p, 0, 1)

@@ -65,7 +65,7 @@ def understand(args: UnderstandArguments) -> int:
     pipe = loading.load_pipeline(args)
     out = pipe.understand(
         args.image, list(args.question), max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-        top_p=args.top_p, seed=args.seed,
+        top_p=args.top_p, seed=args.seed, max_tiles=args.max_tiles,
     )
     for text in out.texts:
         print(text)

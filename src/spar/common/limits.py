@@ -18,6 +18,7 @@ MAX_NEW_TOKENS = 2048
 MAX_MESSAGES = 256
 MAX_PARTS = 64
 MAX_CHAT_IMAGES = 16
+MAX_IMAGE_TILES = 40  # of one image to answer about, without the whole beside them
 MAX_CHAT_TOKENS = 8192  # of a whole conversation with its answer, also if the model could take more
 MAX_TILE = 1024
 MAX_WORKERS = 256

@@ -28,8 +28,8 @@ from spar.inference.offload import Weights
 from spar.inference.outputs import ChatOutput, GenerateOutput, ReconstructOutput, UnderstandOutput
 from spar.inference.progress import Callback
 from spar.models.sampling import TextSampling
-from spar.processing.chat import TextStream, read_messages
-from spar.processing.images import ImageSource, to_size, to_tensor
+from spar.processing.chat import Squares, TextStream, read_messages
+from spar.processing.images import ImageSource, to_size, to_square, to_tensor
 from spar.processing.prompts import PromptEncoder, TokenBatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -218,6 +218,7 @@ class Pipeline(ABC):
     def understand(
         self, image: ImageSource | Sequence[ImageSource], question: str | Sequence[str], *, max_new_tokens: int = 48,
         temperature: float = 0.0, top_p: float = 1.0, seed: int | Sequence[int] | None = None,
+        max_tiles: int | None = None,
     ) -> UnderstandOutput:  # fmt: skip
         """Answer questions about images; pairs as in `edit`.
 
@@ -227,17 +228,31 @@ class Pipeline(ABC):
             top_p: tokens are drawn from the likeliest that together have this probability.
             seed: of the first answer, the next ones count up from it, or one for each; None draws seeds. They are in
                 the output, and the same seed gives the same answer in any batch.
+            max_tiles: tiles that an image is read as at most, with the whole beside them if there are several
+                (InternVL's dynamic tiling); by default the model's own number.
         """
         check_int_range("max_new_tokens", max_new_tokens, 1)
-        pixels, questions = self._paired(self._squares(image), self._texts(question, "question"), "question")
+        cut = self._answer_squares(max_tiles)
+        squares = [to_tensor(cut(one)) for one in open_sources(image)]
+        count, texts = len(squares), self._texts(question, "question")
+        places, questions = self._paired(torch.arange(count)[:, None, None, None], texts, "question")
+        read = [squares[place] for place in places.flatten().tolist()]
+        pixels, tiles = torch.cat(read).to(self.device), [len(one) for one in read]
         sampling = text_sampling(temperature, top_p, seed, len(questions))
-        return self._answers(lambda: self._read_images(pixels), questions, max_new_tokens, sampling)
+        return self._answers(lambda: self._read_images(pixels), questions, max_new_tokens, sampling, tiles)
+
+    def _answer_squares(self, max_tiles: int | None) -> Squares:
+        """How this model cuts an image for an answer: its middle square."""
+        if max_tiles not in (None, 1):
+            raise InputError(f"max_tiles: {self.system} reads one square of an image, expected 1, got {max_tiles!r}")
+        return lambda image: [to_square(image, self.image_size)]
 
     def _answers(
-        self, read: Callable[[], Any], questions: Sequence[str], max_new_tokens: int, sampling: TextSampling
-    ) -> UnderstandOutput:
-        """Answers about the images that `read` makes ready for the LLM, one for each question."""
-        tokens = self.prompts.question(questions).to(self.device)
+        self, read: Callable[[], Any], questions: Sequence[str], max_new_tokens: int, sampling: TextSampling,
+        tiles: Sequence[int] | None = None,
+    ) -> UnderstandOutput:  # fmt: skip
+        """Answers about the images that `read` makes ready for the LLM, of so many `tiles` each (one), a question."""
+        tokens = self.prompts.question(questions, tiles).to(self.device)
         room = self.model.config.text.max_seq_len - int(tokens.mask.sum(1).max())
         max_new_tokens = min(max_new_tokens, limits.MAX_NEW_TOKENS, max(room, 1))
         with self._compute(len(questions)):
@@ -251,17 +266,17 @@ class Pipeline(ABC):
 
     def chat(
         self, messages: Sequence[Mapping[str, Any]], *, max_new_tokens: int | None = None, temperature: float = 0.0,
-        top_p: float = 1.0, seed: int | None = None,
+        top_p: float = 1.0, seed: int | None = None, max_tiles: int | None = None,
     ) -> ChatOutput:  # fmt: skip
         """Answer the last message of a conversation, as an iterator over pieces of the text.
 
         Args:
             messages: `{"role": "system" | "user" | "assistant", "content": ...}`; a content is text, or a list of parts
                 `{"type": "text", "text": str}` and `{"type": "image", "image": ImageSource}`. `read_messages` has the
-                order. Images are cropped to squares, as in `understand`.
+                order. Images become squares as in `understand`.
             max_new_tokens: by default as many as fit, at most MAX_NEW_TOKENS; a larger number is cut to that, and an
                 answer that reaches it ends with the finish reason "length".
-            temperature, top_p, seed: as in `understand`.
+            temperature, top_p, seed, max_tiles: as in `understand`.
 
         Raises:
             InputError: at the call, before any computation.
@@ -269,13 +284,13 @@ class Pipeline(ABC):
         if max_new_tokens is not None:
             check_int_range("max_new_tokens", max_new_tokens, 1)
         sampling = text_sampling(temperature, top_p, seed, 1)
-        turns = read_messages(messages, self.image_size)
+        turns = read_messages(messages, self._answer_squares(max_tiles))
         max_tokens = min(self.model.config.text.max_seq_len, limits.MAX_CHAT_TOKENS)
         for turn in turns:
             for text in turn.parts:
                 if isinstance(text, str) and (text or turn.role != "assistant"):  # an assistant's text may be empty
                     self.prompts.check(text, turn.name, max_tokens)
-        written = [(turn.role, [part if isinstance(part, str) else None for part in turn.parts]) for turn in turns]
+        written = [(turn.role, [p if isinstance(p, str) else len(p) for p in turn.parts]) for turn in turns]
         tokens = self.prompts.conversation(written)
         length = tokens.ids.shape[1]
         if length >= max_tokens:

@@ -37,8 +37,10 @@ from spar.inference.progress import Callback, sampling_bar
 from spar.models.blocks import compile_blocks
 from spar.models.spar import Condition
 from spar.models.tiling import MIN_TILE
+from spar.processing.chat import Squares
 from spar.processing.images import ImageSource, nearest_size, to_pil, to_size, to_tensor
 from spar.processing.prompts import IMAGE_TOKEN, PromptEncoder, TokenBatch
+from spar.processing.tiles import answer_images
 
 BUNDLED = BUNDLED_MODELS[DEFAULT_MODEL]
 MAX_SIDE_FACTOR = 2  # images up to twice the trained side
@@ -342,6 +344,13 @@ class SparPipeline(Pipeline):
         """Load the parts that compute next, if parts are offloaded."""
         if self._offload:
             self._offload.load_to_device(*parts)
+
+    def _answer_squares(self, max_tiles: int | None) -> Squares:
+        """By the model's own geometry and number of tiles, unless a call gives another."""
+        own, side = self.model.config.understanding, self.image_size
+        if max_tiles is not None:
+            check_int_range("max_tiles", max_tiles, 1, limits.MAX_IMAGE_TILES)
+        return lambda image: answer_images(image, side, own.geometry, max_tiles or own.max_tiles)
 
     def _read_images(self, pixels: Tensor) -> Tensor:
         self._load_to_device("encoder")

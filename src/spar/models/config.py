@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from spar.common.errors import InputError
+from spar.common.limits import MAX_IMAGE_TILES, check_int_range
 
 BLOCKS = ("ResBlock", "EfficientViTBlock")
 MAX_POSITIONS = 2**26  # tokens of a sequence, far beyond any LLM's
@@ -283,6 +284,22 @@ class DenoiserConfig:
 
 
 @dataclass(frozen=True)
+class UnderstandingConfig:
+    """How an image becomes squares for the encoder that answers; images to edit keep their proportions.
+
+    `geometry` is that of one square: "crop", its middle, or "stretch", the whole of it, as InternVL has it.
+    `max_tiles` is the default of InternVL's dynamic tiling: above 1 an image is read as up to so many tiles of its own
+    proportions, and the whole beside them.
+    """
+
+    geometry: Literal["crop", "stretch"] = "crop"
+    max_tiles: int = 1
+
+    def __post_init__(self) -> None:
+        check_int_range("understanding.max_tiles", self.max_tiles, 1, MAX_IMAGE_TILES)
+
+
+@dataclass(frozen=True)
 class SparConfig:
     """The whole model. Geometry: `image_size` pixels, visual tokens of stride `2 * patch_size`."""
 
@@ -293,6 +310,7 @@ class SparConfig:
     router: RouterConfig = field(default_factory=RouterConfig)
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    understanding: UnderstandingConfig = field(default_factory=UnderstandingConfig)
 
     def __post_init__(self) -> None:
         side, stride = self.image_size, self.token_stride

@@ -1,6 +1,6 @@
 """Conversations: validation of messages, loading of their images, and the text of a streamed answer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,25 +8,31 @@ from PIL import Image
 
 from spar.common.errors import InputError
 from spar.common.limits import MAX_CHAT_IMAGES, MAX_MESSAGES, MAX_PARTS
-from spar.processing.images import open_image, to_square
+from spar.processing.images import open_image
 from spar.processing.prompts import ROLES
 
 
 @dataclass(frozen=True)
 class ChatMessage:
-    """One turn: its role, and its texts and square RGB images in order; `name` is the message's in errors."""
+    """One turn: its role, and in order its texts, and its images as the RGB squares that are read of each; `name` is
+    the message's in errors.
+    """
 
     role: str
-    parts: tuple[str | Image.Image, ...]
+    parts: tuple[str | tuple[Image.Image, ...], ...]
     name: str = field(default="messages", compare=False)
 
     @property
     def images(self) -> list[Image.Image]:
-        return [part for part in self.parts if isinstance(part, Image.Image)]
+        """All squares."""
+        return [square for part in self.parts if not isinstance(part, str) for square in part]
 
 
-def read_messages(messages: Sequence[Mapping[str, Any]], side: int) -> list[ChatMessage]:
-    """Convert messages `{"role": ..., "content": ...}` to turns; images are opened one by one, to `side` x `side`.
+Squares = Callable[[Image.Image], Sequence[Image.Image]]
+
+
+def read_messages(messages: Sequence[Mapping[str, Any]], squares: Squares) -> list[ChatMessage]:
+    """Convert messages `{"role": ..., "content": ...}` to turns; images are opened one by one, and cut by `squares`.
 
     A content is text, or a list of parts `{"type": "text", "text": str}` and `{"type": "image", "image": ImageSource}`.
     One system message may come first; then user and assistant alternate, and the user's messages are first and last.
@@ -49,7 +55,7 @@ def read_messages(messages: Sequence[Mapping[str, Any]], side: int) -> list[Chat
     if images > MAX_CHAT_IMAGES:
         raise InputError(f"messages: expected at most {MAX_CHAT_IMAGES} images, got {images}")
     ordered = [(name, role, sorted(parts, key=lambda part: part["type"] != "image")) for name, role, parts in turns]
-    return [ChatMessage(role, tuple(_open(part, side) for part in parts), name) for name, role, parts in ordered]
+    return [ChatMessage(role, tuple(_open(part, squares) for part in parts), name) for name, role, parts in ordered]
 
 
 def _says_nothing(role: str, parts: Sequence[Mapping[str, Any]], *, before_user: bool) -> bool:
@@ -58,8 +64,8 @@ def _says_nothing(role: str, parts: Sequence[Mapping[str, Any]], *, before_user:
     return empty and (role == "system" or (role == "assistant" and before_user))
 
 
-def _open(part: Mapping[str, Any], side: int) -> str | Image.Image:
-    return part["text"] if part["type"] == "text" else to_square(open_image(part["image"]), side)
+def _open(part: Mapping[str, Any], squares: Squares) -> str | tuple[Image.Image, ...]:
+    return part["text"] if part["type"] == "text" else tuple(squares(open_image(part["image"])))
 
 
 def _content(message: object, name: str) -> tuple[str, list[Mapping[str, Any]]]:

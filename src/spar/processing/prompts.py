@@ -244,24 +244,28 @@ class PromptEncoder:
         text = UNCONDITIONAL_EDIT if instruction is None else f"Edit the image: {instruction}\n"
         return self.encode(text) + self.image(image_tokens)
 
-    def question(self, questions: Sequence[str]) -> TokenBatch:
-        """The image, then the question, then the start of the answer."""
-        before = self.image() + self.encode("\n")
-        return self.pad_rows([self._user(before + self.encode(question)) for question in questions])
+    def question(self, questions: Sequence[str], tiles: Sequence[int] | None = None) -> TokenBatch:
+        """The image, of one square or of so many `tiles` in each row, the question, and the start of the answer."""
+        rows = []
+        for question, count in zip(questions, tiles or [1] * len(questions), strict=True):
+            content = self.image(count * self.visual_tokens) + self.encode("\n") + self.encode(question)
+            rows.append(self._user(content))
+        return self.pad_rows(rows)
 
-    def conversation(self, messages: Sequence[tuple[str, Sequence[str | None]]]) -> TokenBatch:
-        """Turns (role, texts) and the start of the assistant's answer, one row; a text that is None is an image.
+    def conversation(self, messages: Sequence[tuple[str, Sequence[str | int]]]) -> TokenBatch:
+        """Turns (role, parts) and the start of the assistant's answer, one row.
 
-        A newline follows an image, as in `question`, and separates two texts.
+        A part is a text, or the number of an image's tiles. A newline follows an image, as in `question`, and separates
+        two texts.
         """
         row: list[int] = []
         for role, parts in messages:
             row += self.encode(f"{TURN_START}{role}\n")
             for before, part in itertools.pairwise((None, *parts)):
-                if part is None:
-                    row += self.image() + self.encode("\n")
+                if isinstance(part, int):
+                    row += self.image(part * self.visual_tokens) + self.encode("\n")
                 else:
-                    row += (self.encode("\n") if before is not None else []) + self.encode(part)
+                    row += (self.encode("\n") if isinstance(before, str) else []) + self.encode(part)
             row += self.encode(f"{TURN_END}\n")
         return self.pad_rows([row + self.encode(f"{TURN_START}assistant\n")])
 

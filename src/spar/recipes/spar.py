@@ -16,6 +16,7 @@ from spar.models.config import (
     SparConfig,
     StreamConfig,
     TextConfig,
+    UnderstandingConfig,
     VisionConfig,
 )
 from spar.recipes.shapes.recipe import DECODER, DENOISER, ENCODER, ROUTER_AND_CONNECTOR, STREAMS
@@ -95,6 +96,7 @@ SPAR_1B = SparConfig(
         layers=28, heads=36, head_dim=32, cross_heads=16, cross_head_dim=72, caption_channels=2304, mlp_ratio=2.5,
         norm_eps=1e-6, interpolation_scale=None, position_gain=0.0, reference_latent=False, align_depth=6,
     ),
+    understanding=UnderstandingConfig(geometry="stretch"),
 )
 SPAR_3B = replace(
     SPAR_1B,
