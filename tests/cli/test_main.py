@@ -58,6 +58,7 @@ FLAGS = {
     "eval": ("shapes-gen, shapes-edit, shapes-vqa, shapes-recon", "shapes-paraphrase, shapes-chat", "--model",
              "--limit", "--seed", "--steps", "--guidance", "--images-per-prompt", "--combinations", "-o"),
     "compare": ("FIRST", "SECOND", "--json"),
+    "study": ("STUDY", "-o", "--init-from", "--seeds", "--device"),
     "report": ("RUN", "-o"),
     "demo": ("-o", "--images", "--model"),
     "serve": ("--host", "--port", "--token-file", "--max-batch", "--max-queue", "--timeout", "--model"),

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from spar.cli import recipe_files
 from spar.cli.main import main
 from spar.cli.recipe_files import read_recipe_file
 from spar.cli.train_arguments import TrainArguments
 from spar.cli.training import _recipe
+from spar.common import settings_files
 from spar.common.config import to_dict
 from spar.common.errors import InputError
 from spar.recipes import RECIPES, recipe
@@ -132,6 +132,6 @@ def test_files_have_a_limit_and_an_ending(tmp_path, monkeypatch):
         read_recipe_file(tmp_path / "folder.yaml")
     with pytest.raises(InputError, match="cannot be read"):
         read_recipe_file(write(tmp_path, "{", "own.json"))
-    monkeypatch.setattr(recipe_files, "MAX_BYTES", 1024)
+    monkeypatch.setattr(settings_files, "MAX_BYTES", 1024)
     with pytest.raises(InputError, match="at most 1 KiB"):
         read_recipe_file(write(tmp_path, "#" * 1025))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from spar.data.validate import ValidationReport as DataReport
     from spar.evaluation.compare import Difference
     from spar.evaluation.results import Result
+    from spar.evaluation.study import StudyResult
     from spar.training.config import StageConfig
     from spar.training.estimate import HardwareConfig, StageEstimate
     from spar.training.plan import RunPlan
@@ -225,6 +226,19 @@ def difference_table(differences: "Sequence[Difference]") -> "Table":
         table.add_row(
             one.title, show_name(one.score), show(one.score, one.first), show(one.score, one.second),
             f"{one.value:+.3g}{unit}", f"{one.low:+.3g} to {one.high:+.3g}", str(one.n), f"{one.p:.3g}", one.verdict,
+        )  # fmt: skip
+    return table
+
+
+def study_table(found: "StudyResult") -> "Table":
+    """The differences of a study's arms from its reference."""
+    heads = ("arm", "endpoint", f">{found.study.reference}", ">arm", ">difference", "95 % interval", ">p", "verdict")
+    holds = "contains 0 everywhere" if found.holds else "does NOT contain 0 everywhere: chance is larger than said here"
+    table = new_table(*heads, title=f"{found.study.question} (A/A arm: {holds})")
+    for one in found.differences:
+        table.add_row(
+            one.arm, one.endpoint, f"{one.reference:.4g}", f"{one.mean:.4g}", f"{one.value:+.3g}",
+            f"{one.low:+.3g} to {one.high:+.3g}", f"{one.p:.3g}", one.verdict,
         )  # fmt: skip
     return table
 

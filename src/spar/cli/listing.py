@@ -1,6 +1,7 @@
 """The verb that says what there is: `spar list`."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from spar.cli.console import new_console, new_table, show_count, show_table
@@ -10,8 +11,8 @@ from spar.cli.parsing import takes
 
 @takes(ListArguments, "spar list")
 def list_all(args: ListArguments) -> int:
-    """List the recipes, the bundled models and the benchmarks."""
-    found = {"recipes": _recipes(), "models": _models(), "benchmarks": _benchmarks()}
+    """List the recipes, the bundled models, the benchmarks and the studies."""
+    found = {"recipes": _recipes(), "models": _models(), "benchmarks": _benchmarks(), "studies": _studies()}
     if args.json:
         print(json.dumps(found, indent=2))
         return 0
@@ -61,3 +62,13 @@ def _benchmarks() -> list[dict[str, Any]]:
     from spar.evaluation.benchmarks import MEASURED, NEEDS
 
     return [{"name": name, "needs": NEEDS.get(name, ""), "what": what} for name, what in MEASURED.items()]
+
+
+def _studies() -> list[dict[str, Any]]:
+    from spar.evaluation.study import bundled_studies, read_study
+
+    studies = [read_study(Path(name)) for name in bundled_studies()]
+    return [
+        {"name": one.name, "recipe": one.recipe, "arms": len(one.arms), "seeds": len(one.seeds), "asks": one.question}
+        for one in studies
+    ]

@@ -16,7 +16,7 @@ from spar.cli.datasets import data
 from spar.cli.help_arguments import CompletionArguments, DoctorArguments
 from spar.cli.listing import list_all
 from spar.cli.parsing import Verb, takes
-from spar.cli.results import compare, demo, evaluate, report
+from spar.cli.results import compare, demo, evaluate, report, study
 from spar.cli.servers import serve, ui
 from spar.cli.tasks import edit, generate, info, reconstruct, understand
 from spar.cli.training import cache, plan, train
@@ -109,6 +109,7 @@ VERBS: dict[str, Verb] = {
     "info": info,
     "eval": evaluate,
     "compare": compare,
+    "study": study,
     "report": report,
     "demo": demo,
     "serve": serve,

@@ -82,6 +82,29 @@ class CompareArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StudyArguments:
+    """Train and compare variants of a recipe: spar study routing --init-from MODEL -o studies/routing
+
+    A study is a YAML or JSON file, or a bundled one by its name (spar list). What is done is not done again: the same
+    command goes on after a stop. At the end the folder has results.json and report.html.
+    """
+
+    study: Annotated[Positional[Path], arg(metavar="STUDY")]
+    """File of the study, or the name of a bundled one."""
+    output: OutputPath = None
+    """Folder of the study; by default studies/NAME."""
+    init_from: Path | None = None
+    """What the first stage starts from, as in spar train: RUN/STAGE/done or a folder of a model."""
+    seeds: int | None = None
+    """Only the first so many seeds of the study."""
+    device: str | None = None
+    """cpu, cuda, cuda:1 ...; by default CUDA if available."""
+
+    def __post_init__(self) -> None:
+        check_range("--seeds", self.seeds, 1, 64)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportArguments:
     """Write a run's training curves and results as one HTML page: spar report runs/shapes"""
 

@@ -3,20 +3,33 @@
 import json
 import os
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spar.cli import loading
-from spar.cli.console import difference_table, new_console, progress_bar, score_table, show_table
+from spar.cli.console import (
+    INTERRUPTED,
+    difference_table,
+    new_console,
+    progress_bar,
+    score_table,
+    show_table,
+    study_table,
+)
 from spar.cli.parsing import takes
-from spar.cli.result_arguments import CompareArguments, DemoArguments, EvalArguments, ReportArguments
+from spar.cli.result_arguments import CompareArguments, DemoArguments, EvalArguments, ReportArguments, StudyArguments
 from spar.common.errors import InputError
-from spar.common.files import atomic_directory
+from spar.common.files import atomic_directory, atomic_file
 from spar.inference.image_files import check_replaceable, check_writable, list_images
 
 if TYPE_CHECKING:
     from spar.evaluation.results import Result
+
+PROMPTS = (
+    "a large red circle", "two blue stars", "a green square to the left of a yellow circle",
+    "a small pink ring above a large orange cross",
+)  # of a study's page
 
 
 @takes(EvalArguments, "spar eval")
@@ -105,6 +118,36 @@ def _pairs_of_results(first: Path, second: Path) -> "list[tuple[Result, Result]]
     if not found:
         raise InputError(f"expected results files of the same names in {first} and {second}, found none to compare")
     return found
+
+
+@takes(StudyArguments, "spar study")
+def study(args: StudyArguments) -> int:
+    """Train and compare variants of a recipe on several seeds."""
+    from spar.evaluation.study import read_study, run_study, sample_grids
+    from spar.recipes import REGISTRY, recipe
+    from spar.reporting.study_report import render_study
+
+    chosen = read_study(args.study)
+    if args.seeds is not None:
+        chosen = replace(chosen, seeds=chosen.seeds[: args.seeds])
+    folder = args.output or Path("studies") / chosen.name
+
+    def say(line: str) -> None:
+        print(f"{chosen.name}: {line}", file=sys.stderr)
+
+    found = run_study(
+        chosen, folder, REGISTRY, recipe, device=args.device, init_from=args.init_from, say=say
+    )
+    if found is None:
+        print("spar: stopped; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
+    prompts = PROMPTS if "shapes-gen" in chosen.endpoints else ()
+    grids = list(sample_grids(found, folder, prompts, REGISTRY)) if prompts else []
+    with atomic_file(folder / "report.html") as temporary:
+        temporary.write_text(render_study(found, folder, prompts, grids), encoding="utf-8")
+    show_table(new_console(), study_table(found))
+    print(folder / "report.html")
+    return 0
 
 
 @takes(ReportArguments, "spar report")

@@ -91,8 +91,9 @@ def units(result: Result) -> dict[str, list[tuple[str, float]]]:
 
 def _outcome(benchmark: str, record: dict[str, Any]) -> float:
     """The outcome of one prompt: a share, or decibels; of a conversation that of the last turn."""
-    if "psnr" in record:
-        return float(record["psnr"])
+    for name in ("psnr", "loss"):
+        if name in record:
+            return float(record[name])
     if "answers" in record:
         return float(is_right(record["answers"][-1], record["expected"][-1]))
     if benchmark in CLASSIFIED:
@@ -150,7 +151,7 @@ def _difference(title: str, score: str, groups: Sequence[np.ndarray], seed: int)
             drawn[rows] += change[rng.integers(0, len(change), shape)].mean(1) / len(changes)
             by_chance[rows] += (change * rng.choice((-1.0, 1.0), shape)).mean(1) / len(changes)
     low, high = (float(one) for one in np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
-    detectable = _detectable(1 - LEVEL) * float(drawn.std())
+    detectable = detectable_errors(1 - LEVEL) * float(drawn.std())
     if all((change == change[0]).all() for change in changes):  # the bootstrap's interval would have no length
         chance = ((1 - LEVEL) / 2) ** (1 / count)                              # Clopper-Pearson
         edges = (value * chance, value) if value else (chance - 1, 1 - chance)
@@ -160,7 +161,7 @@ def _difference(title: str, score: str, groups: Sequence[np.ndarray], seed: int)
     return Difference(title, score, float(first), float(second), value, low, high, count, p, detectable)
 
 
-def _detectable(alpha: float) -> float:
+def detectable_errors(alpha: float) -> float:
     """Standard errors that a two-sided test at level `alpha` finds with POWER."""
     normal = NormalDist()
     return normal.inv_cdf(1 - alpha / 2) + normal.inv_cdf(POWER)
@@ -172,7 +173,7 @@ def holm_corrected(differences: Sequence[Difference]) -> list[Difference]:
     """
     main = [number for number, one in enumerate(differences) if one.score in MAIN]
     found, least = list(differences), 0.0
-    stricter = _detectable((1 - LEVEL) / max(1, len(main))) / _detectable(1 - LEVEL)
+    stricter = detectable_errors((1 - LEVEL) / max(1, len(main))) / detectable_errors(1 - LEVEL)
     for rank, number in enumerate(sorted(main, key=lambda number: differences[number].p)):
         one = differences[number]
         least = max(least, min(1.0, one.p * (len(main) - rank)))

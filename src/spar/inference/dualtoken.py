@@ -237,6 +237,24 @@ class DualTokenPipeline(Pipeline):
         )
 
     @torch.inference_mode()
+    def image_loss(
+        self, image: ImageSource | Sequence[ImageSource], prompt: Sequence[str], seed: int = 0
+    ) -> list[float]:
+        """How badly the model predicts images from prompts: the mean cross-entropy of their codes (nats, teacher
+        forcing), one number a pair. Nothing is drawn: `seed` has no effect. Codes of another tokenizer are not
+        comparable.
+        """
+        pixels, prompts = self._paired(self._squares(image), self._texts(prompt, "prompt"), "prompt")
+        codes, tokens = self._read_images(pixels), self.prompts.generation(prompts).to(self.device)
+        with self._compute(len(prompts)):
+            found = self.model.image_logits(tokens.ids, tokens.mask, codes)
+        losses = [
+            F.cross_entropy(logits.float().flatten(0, 1), getattr(codes, name).flatten(), reduction="none")
+            for name, logits in found.items()
+        ]
+        return torch.stack([loss.view(len(prompts), -1).mean(1) for loss in losses]).mean(0).tolist()
+
+    @torch.inference_mode()
     def encode(self, image: ImageSource | Sequence[ImageSource]) -> DualCodes:
         """The codes of images, in float32: pixel and semantic `[B, h, w, D]`."""
         return self._read_images(self._squares(image))

@@ -27,6 +27,7 @@ from spar.common.generators import cpu_generator
 from spar.common.limits import check_int_range, check_range
 from spar.common.seeds import list_seeds
 from spar.flow.guidance import apply_guidance
+from spar.flow.path import interpolate, velocity_target
 from spar.flow.sampler import METHODS, sample
 from spar.inference.base import TOKEN_MULTIPLE, Pipeline, choose_device_and_dtype
 from spar.inference.image_files import BUNDLED_MODEL
@@ -44,6 +45,7 @@ from spar.processing.tiles import answer_images
 
 BUNDLED = BUNDLED_MODELS[DEFAULT_MODEL]
 MAX_SIDE_FACTOR = 2  # images up to twice the trained side
+LOSS_TIMES = (0.95, 0.9, 0.8, 0.7, 0.5)  # 1 is noise: what an image shows is settled early
 
 
 @dataclass(repr=False)
@@ -316,6 +318,28 @@ class SparPipeline(Pipeline):
             layers=self.model.layers,
             weights=weights[kept],
         )
+
+    @torch.inference_mode()
+    def image_loss(
+        self, image: ImageSource | Sequence[ImageSource], prompt: Sequence[str], seed: int = 0
+    ) -> list[float]:
+        """How badly the model predicts images from prompts: the flow loss, its mean over LOSS_TIMES, one number a pair.
+
+        Noise is of the pair's number and `seed`, so that two models are compared on the same. Latents of another
+        tokenizer have another scale: only models that share one are comparable.
+        """
+        pixels, prompts = self._paired(self._squares(image), self._texts(prompt, "prompt"), "prompt")
+        with self._compute(len(prompts)):
+            clean = self.model.tokenizer.normalize(self.model.tokenizer.encode(pixels).z_f).float()
+            tokens = self.prompts.generation(prompts).to(self.device)
+            condition, total = self.model.condition(tokens.ids, tokens.mask), torch.zeros(len(prompts))
+            for number, time in enumerate(LOSS_TIMES):
+                seeds = [seed + len(LOSS_TIMES) * pair + number for pair in range(len(prompts))]
+                noise = self._noise(seeds, (self.image_size, self.image_size))
+                times = torch.full((len(prompts),), time, device=self.device)
+                velocity = self.model.velocity(interpolate(clean, noise, times), times, condition).velocity.float()
+                total += (velocity - velocity_target(clean, noise)).square().mean((1, 2, 3)).cpu() / len(LOSS_TIMES)
+        return total.tolist()
 
     def _noise(self, seeds: list[int], size: tuple[int, int]) -> Tensor:
         """Sample each image's noise on the CPU, so that it is the same on every device."""

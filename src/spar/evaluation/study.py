@@ -1,0 +1,316 @@
+"""Studies: variants of a recipe that differ in one thing, trained on several seeds and judged on the same prompts.
+
+A study is a file (`read_study`); `run_study` trains what is missing, measures what is missing and compares. Its folder:
+`study.json`, `shared/seed-S` with the stages that all variants share, `VARIANT/seed-S` with a run each and its
+`results/`, and at the end `results.json`. The arm `again` is the reference under other seeds: an A/A test, in which
+nothing differs but chance.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spar.common.config import Registry, from_dict, read_json, to_dict, write_json
+from spar.common.errors import InputError
+from spar.common.settings_files import merged, read_settings
+from spar.evaluation.benchmarks import BENCHMARKS, Benchmark, suits
+from spar.evaluation.options import EvalOptions
+from spar.evaluation.results import Result, read_result, write_result
+from spar.evaluation.shapes_loss import shapes_loss
+from spar.evaluation.study_statistics import StudyDifference, study_differences
+
+if TYPE_CHECKING:
+    from spar.inference.base import Pipeline
+    from spar.training.config import Recipe
+
+STUDIES = Path(__file__).parent / "studies"
+AGAIN, SHARED = "again", "shared"
+AGAIN_SEED = 1000  # what the arm `again` adds to the seeds
+MAX_SEEDS, MAX_VARIANTS = 64, 64
+ENDPOINTS: dict[str, Benchmark] = {"shapes-loss": shapes_loss, **BENCHMARKS}
+Say = Callable[[str], None]
+Find = Callable[[str], "Recipe"]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared.
+
+    Attributes:
+        name: of the study and of its folder.
+        question: what it asks, in a sentence.
+        recipe: the name of the recipe that all variants begin with.
+        variants: by name the fields that differ from `recipe` and `settings`, as a recipe's file has them, also
+            `recipe` itself; the first is the reference, to which the others are compared.
+        shared: stages that are trained once a seed, for all variants: none may use what a variant changes.
+        stages: those that each variant trains, in order; all after the shared ones when empty.
+        settings: fields that all variants change.
+        seeds: of training; `again` adds AGAIN_SEED to each.
+        endpoints: benchmarks, and "shapes-loss".
+        limit: prompts of each task; None: all.
+        images_per_prompt: as in `EvalOptions`.
+    """
+
+    name: str
+    question: str
+    recipe: str
+    variants: dict[str, dict[str, Any]]
+    shared: tuple[str, ...] = ()
+    stages: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    endpoints: tuple[str, ...] = ("shapes-loss", "shapes-gen")
+    limit: int | None = 20
+    images_per_prompt: int = 1
+
+    def __post_init__(self) -> None:
+        names = (self.name, *self.variants)
+        for name in names:
+            if not re.fullmatch(r"[\w][\w.-]{0,63}", name) or name in (AGAIN, SHARED):
+                raise InputError(f"study: expected names of letters, digits, '.', '_' and '-', got {name!r}")
+        if not 2 <= len(self.variants) <= MAX_VARIANTS:
+            raise InputError(f"variants: expected 2 to {MAX_VARIANTS}, got {len(self.variants)}")
+        if not 1 <= len(self.seeds) <= MAX_SEEDS or len(set(self.seeds)) < len(self.seeds):
+            raise InputError(f"seeds: expected 1 to {MAX_SEEDS} that differ, got {list(self.seeds)}")
+        unknown = [name for name in self.endpoints if name not in ENDPOINTS]
+        if unknown or not self.endpoints:
+            raise InputError(f"endpoints: expected some of {', '.join(ENDPOINTS)}, got {', '.join(unknown) or 'none'}")
+        self.options()
+
+    @property
+    def reference(self) -> str:
+        return next(iter(self.variants))
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """The reference, its A/A arm, and the other variants."""
+        reference, *others = self.variants
+        return (reference, AGAIN, *others)
+
+    def options(self) -> EvalOptions:
+        return EvalOptions(limit=self.limit, images_per_prompt=self.images_per_prompt)
+
+    def changes(self, arm: str, seed: int) -> dict[str, Any]:
+        """What an arm changes in the recipe for a seed."""
+        own = {} if arm == SHARED else self.variants[self.reference if arm == AGAIN else arm]
+        changed = merged(self.settings, own, f"variants.{arm}")
+        return {**changed, "seed": seed + AGAIN_SEED if arm == AGAIN else seed}
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """What a study has found: every arm's results by endpoint and seed, the differences, and what the arms cost."""
+
+    study: Study
+    results: dict[str, dict[str, list[Result]]]
+    differences: tuple[StudyDifference, ...]
+    seconds: dict[str, float]
+    parameters: dict[str, int]
+
+    @property
+    def holds(self) -> bool:
+        """Whether every interval of the A/A arm contains 0, so that the others may be believed."""
+        return all(one.low <= 0 <= one.high for one in self.differences if one.arm == AGAIN)
+
+
+def read_study(path: Path) -> Study:
+    """A study from a YAML or JSON file, or a bundled one by its name.
+
+    Raises:
+        InputError: an unreadable file, or a field or a value that a study does not have.
+    """
+    bundled = STUDIES / f"{path}.yaml"
+    if not path.suffix and bundled.is_file():
+        path = bundled
+    values = read_settings(path, "STUDY", f"the file of a study, or one of {', '.join(bundled_studies())}")
+    return from_dict(Study, {"name": path.stem, **values}, str(path))
+
+
+def bundled_studies() -> list[str]:
+    """Names of the studies that come with this installation."""
+    return sorted(path.stem for path in STUDIES.glob("*.yaml"))
+
+
+def run_study(
+    study: Study, folder: Path, registry: Registry, find: Find, *, device: str | None = None,
+    init_from: Path | None = None, say: Say = lambda _: None,
+) -> StudyResult | None:  # fmt: skip
+    """Train and measure what is not there yet, and compare; a repeated call goes on where the last one ended.
+
+    Args:
+        find: gives the recipe of a name.
+        init_from: what the first stage of every run, or of the shared ones, starts from.
+        say: is told what happens next, a line at a time.
+
+    Returns:
+        The result, also in `results.json`; None when a signal stopped a training, whose state is saved.
+
+    Raises:
+        InputError: a folder that holds another study, or what training or a benchmark refuses.
+    """
+    recipes = {(arm, seed): _recipe(study, arm, seed, registry, find) for arm in study.arms for seed in study.seeds}
+    stages = _own_stages(study, find(study.recipe))
+    _open_folder(study, folder)
+    for seed in study.seeds:
+        start = init_from
+        if study.shared:
+            run = folder / SHARED / f"seed-{seed}"
+            start = run / study.shared[-1] / "done"
+            if not start.is_dir():
+                say(f"{SHARED}, seed {seed}: training")
+                _share_cache(folder, run)
+                recipe = _recipe(study, SHARED, seed, registry, find)
+                if not _train(recipe, run, study.shared, device, init_from):
+                    return None
+        for arm in study.arms:
+            run, recipe = folder / arm / f"seed-{seed}", recipes[arm, seed]
+            if not (run / stages[-1] / "done").is_dir():
+                say(f"{arm}, seed {seed}: training")
+                _share_cache(folder, run)
+                if not _train(recipe, run, stages, device, start):
+                    return None
+            if missing := [name for name in study.endpoints if not _result_path(run, name).is_file()]:
+                say(f"{arm}, seed {seed}: {', '.join(missing)}")
+                _measure(study, run, stages[-1], missing, registry, device)
+    found = collect(study, folder)
+    write_json(folder / "results.json", {**_shown(found), "holds": found.holds})
+    return found
+
+
+def collect(study: Study, folder: Path) -> StudyResult:
+    """The result of a study whose runs and measurements are all there."""
+    runs = {arm: [folder / arm / f"seed-{seed}" for seed in study.seeds] for arm in study.arms}
+    results = {
+        arm: {name: [read_result(_result_path(run, name)) for run in places] for name in study.endpoints}
+        for arm, places in runs.items()
+    }
+    stages = [(arm, meta) for arm, places in runs.items() for run in places for meta in run.glob("*/done/meta.json")]
+    seconds = dict.fromkeys(runs, 0.0)
+    for arm, meta in stages:
+        seconds[arm] += float(read_json(meta).get("seconds", 0.0)) / len(study.seeds)
+    parameters = {arm: int(read_json(places[0] / "arm.json")["parameters"]) for arm, places in runs.items()}
+    differences = study_differences(study.reference, results)
+    return StudyResult(study, results, tuple(differences), seconds, parameters)
+
+
+def _shown(found: StudyResult) -> dict[str, Any]:
+    scores = {
+        arm: {name: [[*map(to_dict, one.scores)] for one in results] for name, results in endpoints.items()}
+        for arm, endpoints in found.results.items()
+    }
+    first = next(iter(next(iter(found.results.values())).values()))[0]
+    return {
+        "study": to_dict(found.study), "seconds": found.seconds, "parameters": found.parameters,
+        "differences": [{**to_dict(one), "verdict": one.verdict} for one in found.differences], "scores": scores,
+        "machine": first.settings.get("machine"), "versions": first.settings.get("versions"),
+    }  # fmt: skip
+
+
+def _recipe(study: Study, arm: str, seed: int, registry: Registry, find: Find) -> Recipe:
+    from spar.training.changes import changed_recipe
+
+    changes = study.changes(arm, seed)
+    base = find(str(changes.pop("recipe", study.recipe)))
+    return changed_recipe(base, changes, f"study {study.name}, {arm}", registry)
+
+
+def _own_stages(study: Study, base: Recipe) -> tuple[str, ...]:
+    """The stages that each variant trains."""
+    names = [stage.name for stage in base.stages]
+    for name in (*study.shared, *study.stages):
+        if name not in names:
+            raise InputError(f"study {study.name}: expected stages of {base.name} ({', '.join(names)}), got {name!r}")
+    first = max((names.index(name) + 1 for name in study.shared), default=0)
+    chosen = study.stages or tuple(names[first:])
+    if not chosen or any(names.index(name) < first for name in chosen):
+        shown = ", ".join(chosen) or "none"
+        raise InputError(f"study {study.name}: expected stages after {', '.join(study.shared)}, got {shown}")
+    return chosen
+
+
+def _open_folder(study: Study, folder: Path) -> None:
+    """Write `study.json`, or find the same study there: a changed one would compare unlike runs."""
+    path, values = folder / "study.json", to_dict(study)
+    if path.is_file():
+        if (kept := read_json(path)) != read_back(values):
+            fields = sorted(key for key in kept.keys() | values.keys() if kept.get(key) != read_back(values).get(key))
+            raise InputError(f"{folder} holds another study: {', '.join(fields)} differ; give another folder")
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} has other contents; expected a new folder, or one of this study")
+    write_json(path, values)
+
+
+def read_back(values: Any) -> Any:
+    """Values as JSON gives them back: lists for tuples."""
+    if isinstance(values, Mapping):
+        return {key: read_back(value) for key, value in values.items()}
+    return [read_back(value) for value in values] if isinstance(values, list | tuple) else values
+
+
+def _train(recipe: Recipe, run: Path, stages: tuple[str, ...], device: str | None, init_from: Path | None) -> bool:
+    """Train a run to the end of its stages; False when a signal stopped it."""
+    from spar.training.trainer import train
+
+    model = train(recipe, run, stages=stages, resume=True, device=device, init_from=init_from)
+    if model is None:
+        return False
+    write_json(run / "arm.json", {"parameters": sum(parameter.numel() for parameter in model.parameters())})
+    return True
+
+
+def _share_cache(folder: Path, run: Path) -> None:
+    """Let a run use what the first one has prepared of the data: it is the same for all."""
+    cache = folder / "cache"
+    cache.mkdir(parents=True, exist_ok=True)
+    run.mkdir(parents=True, exist_ok=True)
+    if not (run / "cache").exists():
+        (run / "cache").symlink_to(Path("..") / ".." / "cache", target_is_directory=True)
+
+
+def _measure(
+    study: Study, run: Path, stage: str, endpoints: Sequence[str], registry: Registry, device: str | None
+) -> None:
+    pipe = _pipeline(run, stage, registry, device)
+    for name in endpoints:
+        if name in BENCHMARKS and not suits(name, pipe.tasks):
+            raise InputError(f"study {study.name}: {name} is not defined for {pipe.system}")
+        write_result(_result_path(run, name), ENDPOINTS[name](pipe, study.options(), None))
+
+
+def _pipeline(run: Path, stage: str, registry: Registry, device: str | None) -> Pipeline:
+    """The model of a run: its finished one, or as it is at the end of a stage."""
+    from spar.inference.loading import load_pipeline
+
+    if (run / "model" / "config.json").is_file():
+        return load_pipeline(run / "model", device=device, progress=False)
+    from spar.inference.base import choose_device_and_dtype
+    from spar.inference.pipeline import SparPipeline
+    from spar.training.systems.spar import load_stage_model
+
+    where, dtype = choose_device_and_dtype(device, None)
+    return SparPipeline(load_stage_model(run, registry, stage), dtype, where, progress=False)
+
+
+def _result_path(run: Path, name: str) -> Path:
+    return run / "results" / f"{name}.json"
+
+
+def sample_grids(
+    found: StudyResult, folder: Path, prompts: Sequence[str], registry: Registry
+) -> Iterator[tuple[str, Sequence[Any]]]:
+    """By arm the images of some prompts, at equal seeds, of the first seed's model."""
+    names = _stage_folders(folder / found.study.reference / f"seed-{found.study.seeds[0]}")
+    for arm in found.study.arms:
+        pipe = _pipeline(folder / arm / f"seed-{found.study.seeds[0]}", names[-1], registry, None)
+        yield arm, pipe.generate(list(prompts), seed=0).images
+
+
+def _stage_folders(run: Path) -> list[str]:
+    """The stages that a run has finished, in order."""
+    done = {path.parent.name for path in run.glob("*/done") if path.is_dir()}
+    return [stage["name"] for stage in read_json(run / "recipe.json")["stages"] if stage["name"] in done]

@@ -1,0 +1,192 @@
+"""`spar study`: variants on seeds, resumed, compared with an A/A arm; its statistics on planted differences."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spar.cli.main import main
+from spar.common.errors import InputError
+from spar.evaluation import study as studies
+from spar.evaluation.results import Result, Score, read_result
+from spar.evaluation.study import AGAIN, Study, bundled_studies, read_study, run_study
+from spar.evaluation.study_statistics import difference, study_differences
+from spar.recipes import REGISTRY, recipe
+from spar.training.changes import changed_recipe
+
+# ---- statistics ------------------------------------------------------------------------------------------------------
+
+
+def result(outcomes: np.ndarray, names: str = "prompt") -> Result:
+    records = [{"prompt": f"{names} {i}", "right": [float(value)]} for i, value in enumerate(outcomes)]
+    score = Score("overall", float(outcomes.mean()), 0.0, 1.0, len(outcomes))
+    return Result("shapes-gen", (score,), {}, {"prompts": records})
+
+
+def planted(effect: float, *, seeds: int = 3, prompts: int = 200, spread: float = 0.0, seed: int = 0) -> list[Result]:
+    """Results of one prompt's difficulty each, moved by `effect` and by each seed's own luck."""
+    hard = np.random.default_rng(9).random(prompts)
+    rng = np.random.default_rng(seed)
+    luck = spread * np.linspace(-1, 1, seeds)
+    return [result((rng.random(prompts) < np.clip(hard + effect + luck[i], 0, 1)).astype(float)) for i in range(seeds)]
+
+
+def test_a_planted_difference_is_found_and_none_is_not():
+    base, better, same = planted(0.0), planted(0.2, seed=1), planted(0.0, seed=2)
+    found = difference("better", base, better)
+    assert found.verdict == "higher" and found.low > 0 and 0.05 < found.value < 0.25 and found.p < 0.01
+    none = difference("same", base, same)
+    assert none.low < 0 < none.high and none.verdict.startswith("undecided (at least 0.")
+    assert len(found.by_seed) == 3 and found.value == pytest.approx(np.mean(found.by_seed))
+
+
+def test_the_luck_of_seeds_widens_the_interval():
+    steady, lucky = (difference("x", planted(0.0), planted(0.1, spread=s, seed=1)) for s in (0.0, 0.2))
+    assert lucky.high - lucky.low > 1.5 * (steady.high - steady.low)
+
+
+def test_holms_correction_leaves_the_aa_arm_out():
+    arms = {"base": planted(0.0), AGAIN: planted(0.0, seed=5), "a": planted(0.06, seed=1), "b": planted(0.2, seed=2)}
+    found = {one.arm: one for one in study_differences("base", {arm: {"gen": rows} for arm, rows in arms.items()})}
+    alone = {arm: difference(arm, arms["base"], arms[arm]) for arm in (AGAIN, "a", "b")}
+    assert found[AGAIN] == alone[AGAIN]
+    least, most = sorted(("a", "b"), key=lambda arm: alone[arm].p)
+    assert found[least].p == pytest.approx(min(1, 2 * alone[least].p))
+    assert found[most].p == pytest.approx(max(found[least].p, alone[most].p))
+    assert found["a"].detectable > alone["a"].detectable
+
+
+def test_other_prompts_or_seeds_are_not_compared():
+    with pytest.raises(InputError, match="expected results of 3 seeds, got 2"):
+        difference("x", planted(0.0), planted(0.0)[:2])
+    with pytest.raises(InputError, match="the same prompts for every seed"):
+        difference("x", [result(np.ones(3))], [result(np.ones(3), "other")])
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", bundled_studies())
+def test_bundled_studies_are_of_recipes_and_stages_that_there_are(name):
+    one = read_study(Path(name))
+    assert one.name == name and one.question.endswith("?") and len(one.variants) >= 4
+    made = [studies._recipe(one, arm, 0, REGISTRY, recipe) for arm in one.arms]
+    assert len({repr(replace(each, name="", seed=0)) for each in made}) == len(one.variants)  # again is the reference
+    studies._own_stages(one, recipe(one.recipe))
+
+
+WRONG = [
+    ({"variants": {"a": {}}}, "variants: expected 2 to 64, got 1"),
+    ({"variants": {"a": {}, "../b": {}}}, "expected names of letters"),
+    ({"variants": {"a": {}, "again": {}}}, "expected names of letters"),
+    ({"seeds": [1, 1]}, "seeds: expected 1 to 64 that differ"),
+    ({"endpoints": ["speed"]}, "endpoints: expected some of shapes-loss, .*got speed"),
+    ({"endpoints": []}, "endpoints: expected some of .*got none"),
+    ({"limit": 0}, "limit: expected a whole number from 1"),
+    ({"colour": 1}, "unknown field colour"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG)
+def test_a_study_without_sense_is_refused(tmp_path, change, message):
+    values = {"question": "?", "recipe": "tiny", "variants": {"a": {}, "b": {"seed": 1}}}
+    (tmp_path / "s.json").write_text(json.dumps({**values, **change}))
+    with pytest.raises(InputError, match=message):
+        read_study(tmp_path / "s.json")
+
+
+def test_stages_that_there_are_not_and_fields_that_there_are_not(tmp_path):
+    one = Study("s", "?", "tiny", {"a": {}, "b": {}}, stages=("nap",))
+    with pytest.raises(InputError, match="study s: expected stages of tiny .*got 'nap'"):
+        run_study(one, tmp_path / "s", REGISTRY, recipe)
+    with pytest.raises(InputError, match="study s: expected stages after unified-1, got mllm"):
+        run_study(replace(one, shared=("unified-1",), stages=("mllm",)), tmp_path / "s", REGISTRY, recipe)
+    wrong = replace(one, stages=(), variants={"a": {}, "b": {"model": {"router": {"speed": 1}}}})
+    with pytest.raises(InputError, match="study s, b.model.router: unknown field speed"):
+        run_study(wrong, tmp_path / "s", REGISTRY, recipe)
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_recipe_with_changes_is_that_of_a_file():
+    made = changed_recipe(recipe("tiny"), {"seed": 3, "stages": {"dit": {"steps": 2}}}, "x", REGISTRY)
+    assert (made.seed, made.stage("dit").steps) == (3, 2)
+    assert replace(made, seed=0, stages=recipe("tiny").stages) == recipe("tiny")
+
+
+# ---- a whole one -----------------------------------------------------------------------------------------------------
+
+FILE = """
+question: Does anything matter in three steps?
+recipe: tiny
+stages: [unified-1, unified-2]
+settings: {stages: {unified-2: {steps: 2}}}
+variants:
+  dtr: {}
+  last: {model: {router: {kind: last}}, stages: {unified-2: {objective: {balance: 0.0}}}}
+seeds: [0, 1]
+endpoints: [shapes-loss, shapes-gen]
+limit: 2
+"""
+
+
+def test_a_study_runs_resumes_and_ends_in_one_table_and_one_page(tiny_run, tmp_path, capsys, monkeypatch):
+    (tmp_path / "s.yaml").write_text(FILE)
+    start, folder = tiny_run.path / "tokenizer-3" / "done", tmp_path / "out"
+    line = ["study", str(tmp_path / "s.yaml"), "-o", str(folder), "--init-from", str(start), "--device", "cpu"]
+    assert main([*line, "--seeds", "1"]) == 0
+    assert main([*line, "--seeds", "2"]) == 2  # another study in the same folder
+    assert "holds another study: seeds differ" in capsys.readouterr().err
+    found = json.loads((folder / "results.json").read_text())
+    assert {(one["arm"], one["endpoint"]) for one in found["differences"]} == {
+        (arm, name) for arm in ("again", "last") for name in ("shapes-loss", "shapes-gen")
+    }
+    assert found["parameters"]["last"] < found["parameters"]["dtr"] and found["seconds"]["dtr"] > 0
+    page = (folder / "report.html").read_text()
+    assert "Does anything matter" in page and page.count("data:image/png") == 3 * 4 and "unified-2, loss" in page
+    trained = []
+    monkeypatch.setattr(studies, "_train", lambda *given: trained.append(given))
+    assert main([*line, "--seeds", "1"]) == 0 and not trained  # all is there
+    loss = folder / "last" / "seed-0" / "results" / "shapes-loss.json"
+    before = read_result(loss)
+    loss.unlink()
+    assert main([*line, "--seeds", "1"]) == 0 and read_result(loss).scores == before.scores
+
+
+def test_shared_stages_are_trained_once_a_seed_and_a_stop_is_no_end(tiny_run, tmp_path, monkeypatch):
+    calls = []
+    real = studies._train
+
+    def counted(made, run, stages, device, start):
+        calls.append((run.relative_to(tmp_path / "out").as_posix(), stages, start))
+        return real(made, run, stages, device, start) if len(calls) < 3 else False
+
+    monkeypatch.setattr(studies, "_train", counted)
+    one = Study(
+        "s", "?", "tiny", {"a": {}, "b": {"stages": {"unified-2": {"lr": 4e-4}}}}, shared=("unified-1",),
+        stages=("unified-2",), seeds=(4,), endpoints=("shapes-loss",), limit=1,
+    )  # fmt: skip
+    start = tiny_run.path / "tokenizer-3" / "done"
+    assert run_study(one, tmp_path / "out", REGISTRY, recipe, device="cpu", init_from=start) is None
+    shared = tmp_path / "out" / "shared" / "seed-4" / "unified-1" / "done"
+    assert calls == [
+        ("shared/seed-4", ("unified-1",), start), ("a/seed-4", ("unified-2",), shared),
+        ("again/seed-4", ("unified-2",), shared),
+    ]  # fmt: skip
+    assert not (tmp_path / "out" / "results.json").exists()
+    monkeypatch.setattr(studies, "_train", real)
+    found = run_study(one, tmp_path / "out", REGISTRY, recipe, device="cpu", init_from=start)
+    assert found is not None and [one.arm for one in found.differences] == ["again", "b"]
+
+
+@pytest.mark.slow
+def test_eight_variants_of_tiny(tiny_run, tmp_path):
+    variants = {f"v{i}": {"stages": {"unified-2": {"lr": 4e-4 * (i + 1)}}} for i in range(8)}
+    one = Study(
+        "eight", "?", "tiny", variants, stages=("unified-1", "unified-2"), seeds=(0,), endpoints=("shapes-loss",),
+        limit=4,
+    )  # fmt: skip
+    start = tiny_run.path / "tokenizer-3" / "done"
+    found = run_study(one, tmp_path / "out", REGISTRY, recipe, device="cpu", init_from=start)
+    assert found is not None and len(found.differences) == 8
