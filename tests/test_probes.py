@@ -7,6 +7,12 @@ from types import ModuleType
 
 import torch
 
+from spar.checkpoints.bundled import bundled_folder
+from spar.checkpoints.spar_format import load_model
+from spar.recipes import recipe
+from spar.training.checkpoint import load_group
+from spar.training.plan import read_run, resolve
+
 DOCS = Path(__file__).parent.parent / "docs"
 
 
@@ -71,3 +77,22 @@ def test_the_losses_of_codes_are_those_of_training_at_both_kinds_of_patches(dual
     ]  # fmt: skip
     assert all(1.5 < one.flat < 4 and 1.5 < one.other < 4 and 0.3 < one.share < 0.95 for one in found)
     assert len(decibels) == 2 and all(value > 0 for value in decibels)
+
+
+def test_a_finished_model_becomes_the_start_of_a_run(tmp_path, monkeypatch):
+    warm, made = script("warm_start"), recipe("shapes")
+    modules = warm.in_todays_form(made, bundled_folder("spar"))
+    own = load_model(bundled_folder("spar")).model.state_dict()
+    kept = [k for k, value in modules.model.state_dict().items() if k in own and torch.equal(value, own[k])]
+    assert len(kept) > 0.9 * len(own) and "language.network.layers.0.mlp.up_proj.weight" in kept
+    assert 0 < float(warm.fit_read_outs(made, modules, scenes=8, steps=2)) < 1
+    warm.write_end(tmp_path, "mllm-7", made, modules.state_dict())
+    monkeypatch.setattr("sys.argv", ["warm_start.py", "--router", str(tmp_path), "mllm-7"])
+    warm.main()
+    planned = resolve(made, read_run(made, tmp_path / "run", tmp_path / "relations" / "done"), stages=("unified-2",))
+    assert planned.stages[0].start.source == "folder" and planned.stages[0].prepares == ("teacher mean",)
+    modules.load_state_dict(load_group(tmp_path / "relations" / "done", "modules"))
+    ids = torch.tensor([[7, 9, 11, 12]])
+    with torch.no_grad():
+        weights = modules.model.condition(ids, torch.ones_like(ids)).weights
+    assert float((weights - 1 / 4).abs().max()) < 0.2

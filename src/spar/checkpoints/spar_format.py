@@ -47,6 +47,8 @@ LATER_FIELDS = {
     ("connector", "reference"): "replaced",
     ("denoiser", "reference_states"): False,
     ("denoiser", "self_attention"): "linear",
+    ("understanding", "geometry"): "crop",
+    ("understanding", "max_tiles"): 1,
 }
 MAX_SCALE = 1e6  # of latents, which it brings to unit size: beyond it float32 overflows soon
 CARD = "README.md"
@@ -207,6 +209,8 @@ def read_header(folder: Path, expected: str) -> dict[str, Any]:
     if expected != FORMAT and not (isinstance(scale, float) and 0 < scale < MAX_SCALE):
         where = folder / "config.json"
         raise InputError(f"{where}: expected latent_scale above 0, got {scale!r} (at most {MAX_SCALE:g})")
+    if isinstance(header["model"], dict):
+        header["model"].setdefault("understanding", {})  # the part itself came later
     for (part, name), value in LATER_FIELDS.items():
         fields_of = header["model"].get(part) if isinstance(header["model"], dict) else None
         if isinstance(fields_of, dict):
