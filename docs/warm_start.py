@@ -82,9 +82,8 @@ def with_fresh_gate(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_end(run: Path, stage: str, made: SparRecipe, weights: dict[str, Tensor]) -> None:
-    """Write weights as the end of a stage, of no steps."""
-    config = made.stage(stage)
-    meta = {"stage": stage, "step": config.steps, "seconds": 0.0, "config": to_dict(config)}
+    """Write weights as the end of a stage of no steps."""
+    meta = {"stage": stage, "step": 0, "seconds": 0.0, "config": to_dict(made.stage(stage))}
     save_folder(run / stage / "done", {"modules": weights}, meta)
 
 

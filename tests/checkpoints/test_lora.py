@@ -179,6 +179,7 @@ def test_a_file_that_is_no_adapter_is_refused(model, tmp_path, keys, message):
         ({"use_dora": True}, "expected plain LoRA.* it has use_dora"),
         ({"modules_to_save": ["norm"]}, "it has modules_to_save"),
         ({"bias": "all"}, "it has bias"),
+        ({"init_lora_weights": "pissa_niter_4"}, "it has init_lora_weights 'pissa_niter_4'"),
         ({"r": 10**6}, f"expected weights of rank 1000000 as its {CONFIG} says, got 2"),
         ({"r": True}, "expected numbers above 0 as r"),
         ({"lora_alpha": float("inf")}, "expected numbers above 0 as lora_alpha"),

@@ -519,7 +519,9 @@ def test_what_lies_outside_of_the_models_world_is_noted(capsys, pipe):
 def test_understand_prints_answers_and_nothing_else(capsys, pipe):
     assert main(["understand", "in.png", "what color ?", "how many ?", "--max-new-tokens", "5"]) == 0
     assert capsys.readouterr() == ("answer to what color ?\nanswer to how many ?\n", "")
-    assert pipe.calls == [("understand", (Path("in.png"), ["what color ?", "how many ?"]), {"max_new_tokens": 5})]
+    drawn = {"temperature": 0.0, "top_p": 1.0, "seed": None, "max_tiles": None}
+    asked = (Path("in.png"), ["what color ?", "how many ?"])
+    assert pipe.calls == [("understand", asked, {"max_new_tokens": 5, **drawn})]
 
 
 def test_reconstruct_takes_files_and_folders_and_keeps_their_names(capsys, pipe, monkeypatch):

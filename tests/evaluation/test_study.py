@@ -36,10 +36,37 @@ def planted(effect: float, *, seeds: int = 3, prompts: int = 200, spread: float 
 def test_a_planted_difference_is_found_and_none_is_not():
     base, better, same = planted(0.0), planted(0.2, seed=1), planted(0.0, seed=2)
     found = difference("better", base, better)
-    assert found.verdict == "higher" and found.low > 0 and 0.05 < found.value < 0.25 and found.p < 0.01
+    assert found.verdict == "higher: better" and found.low > 0 and 0.05 < found.value < 0.25 and found.p < 0.05
     none = difference("same", base, same)
     assert none.low < 0 < none.high and none.verdict.startswith("undecided (at least 0.")
     assert len(found.by_seed) == 3 and found.value == pytest.approx(np.mean(found.by_seed))
+
+
+def test_nothing_is_found_where_only_seeds_differ():
+    """At most about one in twenty, though each seed's luck is larger than the prompts' noise."""
+    rng, wrong = np.random.default_rng(3), 0
+    for number in range(120):
+        pair = [
+            [result((rng.random(40) < np.clip(0.5 + luck, 0, 1)).astype(float)) for luck in rng.normal(0, 0.15, 3)]
+            for _ in range(2)
+        ]
+        wrong += not difference("x", *pair, seed=number).verdict.startswith("undecided")
+    assert wrong <= 12
+
+
+def test_one_seed_decides_nothing_and_equal_results_are_no_difference():
+    one = difference("x", planted(0.0, seeds=1), planted(0.5, seeds=1, seed=1))
+    assert one.value > 0.2 and one.verdict == "undecided (one seed)"
+    same = difference("x", planted(0.0), planted(0.0))
+    assert (same.value, same.p) == (0, 1) and same.low < 0 < same.high and "at least 0.0" in same.verdict
+    lower = difference("x", [loss(2.0), loss(2.1)], [loss(1.0), loss(1.1)])
+    assert lower.verdict == "lower: better" and lower.n == 30
+
+
+def loss(mean: float) -> Result:
+    values = mean + np.random.default_rng(0).normal(0, 0.01, 30)
+    records = [{"prompt": str(i), "loss": float(value)} for i, value in enumerate(values)]
+    return Result("shapes-loss", (Score("overall", mean, 0.0, 1.0, 30),), {}, {"scenes": records})
 
 
 def test_the_luck_of_seeds_widens_the_interval():
@@ -74,6 +101,8 @@ def test_bundled_studies_are_of_recipes_and_stages_that_there_are(name):
     assert one.name == name and one.question.endswith("?") and len(one.variants) >= 4
     made = [studies._recipe(one, arm, 0, REGISTRY, recipe) for arm in one.arms]
     assert len({repr(replace(each, name="", seed=0)) for each in made}) == len(one.variants)  # again is the reference
+    if name == "routing":  # another kind of router keeps the other fields
+        assert {each.model.router.count for each in made} == {4}
     studies._own_stages(one, recipe(one.recipe))
 
 
@@ -84,6 +113,13 @@ WRONG = [
     ({"seeds": [1, 1]}, "seeds: expected 1 to 64 that differ"),
     ({"endpoints": ["speed"]}, "endpoints: expected some of shapes-loss, .*got speed"),
     ({"endpoints": []}, "endpoints: expected some of .*got none"),
+    ({"endpoints": ["shapes-paraphrase"]}, "got shapes-paraphrase"),
+    ({"seeds": [0, 1000]}, "and not by 1000"),
+    ({"settings": {"seed": 3}}, "settings: expected fields of a recipe that differ, got seed"),
+    ({"settings": [1]}, "settings: expected an object"),
+    ({"variants": ["a", "b"]}, "variants: expected an object"),
+    ({"variants": {"a": {}, "b": 3}}, "b: expected fields of a recipe that differ, got 3"),
+    ({"variants": {"a": {}, "cache": {}}}, "expected names of letters"),
     ({"limit": 0}, "limit: expected a whole number from 1"),
     ({"colour": 1}, "unknown field colour"),
 ]
@@ -91,7 +127,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("change", "message"), WRONG)
 def test_a_study_without_sense_is_refused(tmp_path, change, message):
-    values = {"question": "?", "recipe": "tiny", "variants": {"a": {}, "b": {"seed": 1}}}
+    values = {"question": "?", "recipe": "tiny", "variants": {"a": {}, "b": {"name": "c"}}}
     (tmp_path / "s.json").write_text(json.dumps({**values, **change}))
     with pytest.raises(InputError, match=message):
         read_study(tmp_path / "s.json")
@@ -136,8 +172,11 @@ def test_a_study_runs_resumes_and_ends_in_one_table_and_one_page(tiny_run, tmp_p
     start, folder = tiny_run.path / "tokenizer-3" / "done", tmp_path / "out"
     line = ["study", str(tmp_path / "s.yaml"), "-o", str(folder), "--init-from", str(start), "--device", "cpu"]
     assert main([*line, "--seeds", "1"]) == 0
-    assert main([*line, "--seeds", "2"]) == 2  # another study in the same folder
-    assert "holds another study: seeds differ" in capsys.readouterr().err
+    assert main([*line[:4], "--init-from", str(start.parent), "--device", "cpu"]) == 2  # from another start
+    assert "holds another study: init_from differ" in capsys.readouterr().err
+    (tmp_path / "s.yaml").write_text(FILE.replace("limit: 2", "limit: 3"))
+    assert main([*line, "--seeds", "1"]) == 2 and "holds another study: limit differ" in capsys.readouterr().err
+    (tmp_path / "s.yaml").write_text(FILE)
     found = json.loads((folder / "results.json").read_text())
     assert {(one["arm"], one["endpoint"]) for one in found["differences"]} == {
         (arm, name) for arm in ("again", "last") for name in ("shapes-loss", "shapes-gen")
@@ -176,6 +215,7 @@ def test_shared_stages_are_trained_once_a_seed_and_a_stop_is_no_end(tiny_run, tm
     ]  # fmt: skip
     assert not (tmp_path / "out" / "results.json").exists()
     monkeypatch.setattr(studies, "_train", real)
+    (tmp_path / "out" / "a" / "seed-4" / "arm.json").unlink()  # as if stopped before it was written
     found = run_study(one, tmp_path / "out", REGISTRY, recipe, device="cpu", init_from=start)
     assert found is not None and [one.arm for one in found.differences] == ["again", "b"]
 

@@ -288,3 +288,17 @@ def test_labels_are_read_once_for_the_same_texts_and_in_parts(pipe, monkeypatch)
         assert seen == [2, 2, 1, 1]
     finally:
         hook.remove()
+
+
+def test_the_image_loss_is_the_codes_cross_entropy(pipe):
+    texts = ["a red circle", "two blue stars"]
+    losses = pipe.image_loss([image(0), image(1)], texts)
+    codes, tokens = pipe.encode(image(1)), pipe.prompts.generation([texts[1]])
+    with torch.no_grad():
+        logits = pipe.model.image_logits(tokens.ids, tokens.mask, codes)
+    by_hand = [
+        float(-logits[name].log_softmax(-1).gather(-1, getattr(codes, name).flatten(0, 2)[..., None]).mean())
+        for name in logits
+    ]
+    assert losses[1] == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-4)
+    assert pipe.image_loss(image(0), texts[0])[0] == pytest.approx(losses[0], rel=1e-4)

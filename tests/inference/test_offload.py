@@ -33,7 +33,8 @@ def everything(pipe: SparPipeline) -> list:
     again = pipe.reconstruct(made).images
     answers = pipe.understand(made, QUESTION["text"], max_new_tokens=4).texts
     answer = "".join(pipe.chat([{"role": "user", "content": [{"type": "image", "image": made[0]}, QUESTION]}]))
-    return [np.asarray(image) for image in (*made, *edited, *again)] + answers + [answer]
+    losses = pipe.image_loss(made, PROMPTS)
+    return [np.asarray(image) for image in (*made, *edited, *again)] + answers + [answer, *losses]
 
 
 def test_weights_held_in_the_type_they_are_computed_in_change_no_result():

@@ -840,6 +840,25 @@ def test_more_new_tokens_than_there_can_be_are_cut_to_those(pipe, pictures, monk
     assert len(asked) == 2
 
 
+def test_the_image_loss_is_the_flow_loss_on_noise_of_its_own(pipe, pictures):
+    """By hand for the second pair; the first one's noise and number do not depend on the others."""
+    texts = [CIRCLE, SQUARES, CIRCLE]
+    losses = pipe.image_loss(pictures, texts, seed=7)
+    model, total = pipe.model, 0.0
+    with torch.no_grad():
+        clean = model.tokenizer.normalize(model.tokenizer.encode(to_tensor(pictures[1])).z_f)
+        tokens = pipe.prompts.generation([SQUARES])
+        condition = model.condition(tokens.ids, tokens.mask)
+        for number, time in enumerate((0.95, 0.9, 0.8, 0.7, 0.5)):
+            noise = torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(7 + 5 + number))[None]
+            noisy = (1 - time) * clean + time * noise
+            velocity = model.velocity(noisy, torch.tensor([time]), condition).velocity
+            total += float((velocity - (noise - clean)).square().mean()) / 5
+    assert losses[1] == pytest.approx(total, rel=1e-4)
+    assert pipe.image_loss(pictures[0], CIRCLE, seed=7)[0] == pytest.approx(losses[0], rel=1e-4)
+    assert pipe.image_loss(pictures[0], CIRCLE, seed=8)[0] != losses[0]
+
+
 def test_answers_are_drawn_by_their_own_seeds(pipe, pictures):
     keywords = {"max_new_tokens": 6, "temperature": 5.0}
     together = pipe.understand(pictures[:3], QUESTION, seed=[4, 9, 4], **keywords)

@@ -109,7 +109,7 @@ def test_what_fails_before_it_begins_is_no_stream(client, image):
 
 
 def test_what_fails_on_the_way_ends_the_stream_with_an_error(pipe, serve, image, monkeypatch):
-    def broken(self, messages, *, max_new_tokens=None):
+    def broken(self, messages, **_):
         yield "red"
         raise RuntimeError("a secret of the machine")
 
@@ -125,7 +125,7 @@ def test_what_fails_on_the_way_ends_the_stream_with_an_error(pipe, serve, image,
 def test_a_reader_that_leaves_a_stream_frees_its_place(pipe, serve, image, monkeypatch):
     ended = []
 
-    def endless(self, messages, *, max_new_tokens=None):
+    def endless(self, messages, **_):
         try:
             while True:
                 time.sleep(0.001)

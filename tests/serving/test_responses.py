@@ -95,7 +95,7 @@ def test_what_fails_before_it_begins_is_no_stream(client, question):
 
 
 def test_what_fails_on_the_way_ends_the_stream_with_an_error(pipe, serve, question, monkeypatch):
-    def broken(self, messages, *, max_new_tokens=None):
+    def broken(self, messages, **_):
         yield "red"
         raise RuntimeError("a secret of the machine")
 

@@ -37,9 +37,13 @@ KOHYA = re.compile(r"^lora_(unet|te\d?|transformer)_|\.lora_(down|up)\.")
 SIDE = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 # Fields of peft's configuration under which two matrices are not the whole addition.
 UNREAD = (
-    "alora_invocation_tokens", "arrow_config", "fan_in_fan_out", "layer_replication", "lora_bias", "modules_to_save",
-    "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora",
+    "alora_invocation_tokens", "arrow_config", "fan_in_fan_out", "kasa_config", "layer_replication", "lora_bias",
+    "modules_to_save", "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora",
+    "use_qalora", "velora_config",
 )  # fmt: skip
+# Ways to begin that leave the base weights as they are; the others (pissa, olora, corda, loftq, ...) take their first
+# product out of them, so that it may not be added to the untouched weights.
+BEGINNINGS = ("gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,8 @@ def _read_peft(folder: Path) -> dict[str, Addition]:
         raise InputError(f"{where}: expected peft_type 'LORA', got {header.get('peft_type')!r}")
     used = [name for name in UNREAD if header.get(name)]
     used += ["bias"] if header.get("bias", "none") != "none" else []
+    begun = header.get("init_lora_weights", True)
+    used += [f"init_lora_weights {begun!r}"] if isinstance(begun, str) and begun not in BEGINNINGS else []
     if used:
         raise InputError(f"{where}: expected plain LoRA, which adds two matrices' product; it has {', '.join(used)}")
     ranks, alphas = _Pattern(header, where, "r", "rank_pattern"), _Pattern(header, where, "lora_alpha", "alpha_pattern")

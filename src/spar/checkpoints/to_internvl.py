@@ -1,7 +1,7 @@
 """The understanding half of a SPAR model as a plain InternVL folder, in the layout of `OpenGVLab/InternVL3-*-hf`.
 
-The tuned encoder and the LLM are the whole of what answers (SPAR section 3.3), so transformers, vLLM and the benchmark
-kits can load them without SPAR. `build_from_published` reads such a folder back, to the last bit in float32.
+The tuned encoder and the LLM are the whole of what answers (SPAR section 3.3), so transformers' own class can load them
+without SPAR. `build_from_published` reads such a folder back, to the last bit in float32.
 """
 
 from pathlib import Path

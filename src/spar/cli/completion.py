@@ -59,8 +59,14 @@ def _names(verb: str) -> list[str]:
         from spar.recipes import RECIPES
 
         return [*RECIPES]
-    return {"eval": [*get_args(Benchmark)], "data": ["check", "convert"], "completion": ["bash", "zsh", "fish"],
-            "convert": ["unilip", "dualtoken"]}.get(verb, [])  # fmt: skip
+    if verb == "study":
+        from spar.evaluation.study import bundled_studies
+
+        return bundled_studies()
+    return {
+        "eval": [*get_args(Benchmark)], "data": ["check", "convert"], "completion": ["bash", "zsh", "fish"],
+        "convert": ["unilip", "dualtoken"], "export": ["internvl"],
+    }.get(verb, [])  # fmt: skip
 
 
 def _flags(verb: "Verb") -> list[str]:

@@ -96,7 +96,7 @@ class StudyArguments:
     init_from: Path | None = None
     """What the first stage starts from, as in spar train: RUN/STAGE/done or a folder of a model."""
     seeds: int | None = None
-    """Only the first so many seeds of the study."""
+    """Only the first so many seeds of the study; a later call may go on with more."""
     device: str | None = None
     """cpu, cuda, cuda:1 ...; by default CUDA if available."""
 

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -128,21 +128,19 @@ def study(args: StudyArguments) -> int:
     from spar.reporting.study_report import render_study
 
     chosen = read_study(args.study)
-    if args.seeds is not None:
-        chosen = replace(chosen, seeds=chosen.seeds[: args.seeds])
     folder = args.output or Path("studies") / chosen.name
 
     def say(line: str) -> None:
         print(f"{chosen.name}: {line}", file=sys.stderr)
 
     found = run_study(
-        chosen, folder, REGISTRY, recipe, device=args.device, init_from=args.init_from, say=say
+        chosen, folder, REGISTRY, recipe, device=args.device, init_from=args.init_from, first=args.seeds, say=say,
     )
     if found is None:
         print("spar: stopped; the same command goes on from here", file=sys.stderr)
         return INTERRUPTED
     prompts = PROMPTS if "shapes-gen" in chosen.endpoints else ()
-    grids = list(sample_grids(found, folder, prompts, REGISTRY)) if prompts else []
+    grids = list(sample_grids(found, folder, prompts, REGISTRY, args.device)) if prompts else []
     with atomic_file(folder / "report.html") as temporary:
         temporary.write_text(render_study(found, folder, prompts, grids), encoding="utf-8")
     show_table(new_console(), study_table(found))

@@ -98,8 +98,7 @@ class ConvertArguments(AssemblyArguments):
 class ExportArguments:
     """Write a part of a SPAR model in a format of other programs: spar export internvl MODEL -o OUT
 
-    internvl: the tuned encoder and the LLM as a plain InternVL folder, which transformers, vLLM and benchmark kits
-    load.
+    internvl: the tuned encoder and the LLM as a plain InternVL folder, as transformers' own model class has it.
     """
 
     format: Annotated[Positional[Literal["internvl"]], arg(metavar="FORMAT")]

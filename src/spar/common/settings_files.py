@@ -1,5 +1,6 @@
 """Settings that a user writes: an object in a JSON or YAML file, read with limits and without surprises."""
 
+import dataclasses
 import json
 import re
 from collections import Counter
@@ -66,16 +67,23 @@ def read_settings(path: Path, flag: str, what: str) -> dict[str, Any]:
     return values
 
 
-def merged(own: dict[str, Any], changes: Any, where: str) -> dict[str, Any]:
-    """Values with the changes put over them, object by object; another `kind` replaces an object whole."""
+def merged(own: dict[str, Any], changes: Any, where: str, config: Any = None) -> dict[str, Any]:
+    """Values with the changes put over them, object by object; another `kind` replaces an object whole.
+
+    Args:
+        config: the configuration that `own` is of, if known: where `kind` is one of its fields (a router's), the others
+            stay.
+    """
     if not isinstance(changes, Mapping):
         raise InputError(f"{where}: expected an object with fields, got {short(changes)}")
-    if "kind" in changes and changes["kind"] != own.get("kind"):
+    is_field = dataclasses.is_dataclass(config) and "kind" in {one.name for one in dataclasses.fields(config)}
+    if "kind" in changes and changes["kind"] != own.get("kind") and not is_field:
         return dict(changes)
     found = dict(own)
     for key, value in changes.items():
         inner = found.get(key)
-        found[key] = merged(inner, value, f"{where}.{key}") if isinstance(inner, dict) else value
+        of = getattr(config, key, None)
+        found[key] = merged(inner, value, f"{where}.{key}", of) if isinstance(inner, dict) else value
     return found
 
 

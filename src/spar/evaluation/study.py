@@ -9,14 +9,15 @@ nothing differs but chance.
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spar.common.config import Registry, from_dict, read_json, to_dict, write_json
 from spar.common.errors import InputError
-from spar.common.settings_files import merged, read_settings
+from spar.common.settings_files import read_settings
 from spar.evaluation.benchmarks import BENCHMARKS, Benchmark, suits
 from spar.evaluation.options import EvalOptions
 from spar.evaluation.results import Result, read_result, write_result
@@ -29,9 +30,14 @@ if TYPE_CHECKING:
 
 STUDIES = Path(__file__).parent / "studies"
 AGAIN, SHARED = "again", "shared"
+ARM = "arm.json"  # in an arm's run, once it is trained
 AGAIN_SEED = 1000  # what the arm `again` adds to the seeds
 MAX_SEEDS, MAX_VARIANTS = 64, 64
-ENDPOINTS: dict[str, Benchmark] = {"shapes-loss": shapes_loss, **BENCHMARKS}
+UNPAIRED = ("shapes-paraphrase", "shapes-codes")  # no mean over prompts
+ENDPOINTS: dict[str, Benchmark] = {
+    "shapes-loss": shapes_loss, **{name: run for name, run in BENCHMARKS.items() if name not in UNPAIRED}
+}  # fmt: skip
+RESERVED = (AGAIN, SHARED, "cache", "study.json", "results.json", "report.html")
 Say = Callable[[str], None]
 Find = Callable[[str], "Recipe"]
 
@@ -68,14 +74,27 @@ class Study:
     images_per_prompt: int = 1
 
     def __post_init__(self) -> None:
+        for where, fields in (("settings", self.settings), ("variants", self.variants)):
+            if not isinstance(fields, Mapping):
+                raise InputError(f"{where}: expected an object with fields, got {type(fields).__name__}")
+        for where, changes in (("settings", self.settings), *self.variants.items()):
+            if not isinstance(changes, Mapping) or "seed" in changes:
+                got = "seed, which is the study's" if isinstance(changes, Mapping) else repr(changes)[:60]
+                raise InputError(f"{where}: expected fields of a recipe that differ, got {got}")
         names = (self.name, *self.variants)
         for name in names:
-            if not re.fullmatch(r"[\w][\w.-]{0,63}", name) or name in (AGAIN, SHARED):
-                raise InputError(f"study: expected names of letters, digits, '.', '_' and '-', got {name!r}")
+            if not re.fullmatch(r"[\w][\w.-]{0,63}", name) or name in RESERVED:
+                raise InputError(
+                    f"study: expected names of letters, digits, '.', '_' and '-', none of {', '.join(RESERVED)}, got "
+                    f"{name!r}"
+                )
         if not 2 <= len(self.variants) <= MAX_VARIANTS:
             raise InputError(f"variants: expected 2 to {MAX_VARIANTS}, got {len(self.variants)}")
-        if not 1 <= len(self.seeds) <= MAX_SEEDS or len(set(self.seeds)) < len(self.seeds):
-            raise InputError(f"seeds: expected 1 to {MAX_SEEDS} that differ, got {list(self.seeds)}")
+        trained = {seed + more for seed in self.seeds for more in (0, AGAIN_SEED)}
+        if not 1 <= len(self.seeds) <= MAX_SEEDS or len(trained) < 2 * len(self.seeds):
+            raise InputError(
+                f"seeds: expected 1 to {MAX_SEEDS} that differ, and not by {AGAIN_SEED}, got {list(self.seeds)}"
+            )
         unknown = [name for name in self.endpoints if name not in ENDPOINTS]
         if unknown or not self.endpoints:
             raise InputError(f"endpoints: expected some of {', '.join(ENDPOINTS)}, got {', '.join(unknown) or 'none'}")
@@ -94,11 +113,9 @@ class Study:
     def options(self) -> EvalOptions:
         return EvalOptions(limit=self.limit, images_per_prompt=self.images_per_prompt)
 
-    def changes(self, arm: str, seed: int) -> dict[str, Any]:
-        """What an arm changes in the recipe for a seed."""
-        own = {} if arm == SHARED else self.variants[self.reference if arm == AGAIN else arm]
-        changed = merged(self.settings, own, f"variants.{arm}")
-        return {**changed, "seed": seed + AGAIN_SEED if arm == AGAIN else seed}
+    def changes(self, arm: str) -> dict[str, Any]:
+        """What an arm changes beside the settings of all."""
+        return {} if arm == SHARED else dict(self.variants[self.reference if arm == AGAIN else arm])
 
 
 @dataclass(frozen=True)
@@ -137,13 +154,14 @@ def bundled_studies() -> list[str]:
 
 def run_study(
     study: Study, folder: Path, registry: Registry, find: Find, *, device: str | None = None,
-    init_from: Path | None = None, say: Say = lambda _: None,
+    init_from: Path | None = None, first: int | None = None, say: Say = lambda _: None,
 ) -> StudyResult | None:  # fmt: skip
     """Train and measure what is not there yet, and compare; a repeated call goes on where the last one ended.
 
     Args:
         find: gives the recipe of a name.
         init_from: what the first stage of every run, or of the shared ones, starts from.
+        first: only so many of the study's seeds; a later call may go on with more.
         say: is told what happens next, a line at a time.
 
     Returns:
@@ -154,13 +172,15 @@ def run_study(
     """
     recipes = {(arm, seed): _recipe(study, arm, seed, registry, find) for arm in study.arms for seed in study.seeds}
     stages = _own_stages(study, find(study.recipe))
-    _open_folder(study, folder)
-    for seed in study.seeds:
+    _check_endpoints(study, find(study.recipe), stages)
+    _open_folder(study, folder, init_from)
+    chosen = replace(study, seeds=study.seeds[:first])
+    for seed in chosen.seeds:
         start = init_from
         if study.shared:
             run = folder / SHARED / f"seed-{seed}"
             start = run / study.shared[-1] / "done"
-            if not start.is_dir():
+            if not (run / ARM).is_file():
                 say(f"{SHARED}, seed {seed}: training")
                 _share_cache(folder, run)
                 recipe = _recipe(study, SHARED, seed, registry, find)
@@ -168,15 +188,16 @@ def run_study(
                     return None
         for arm in study.arms:
             run, recipe = folder / arm / f"seed-{seed}", recipes[arm, seed]
-            if not (run / stages[-1] / "done").is_dir():
+            if not (run / ARM).is_file() or not (run / stages[-1] / "done").is_dir():
                 say(f"{arm}, seed {seed}: training")
+                shutil.rmtree(run / "results", ignore_errors=True)  # of weights that are gone
                 _share_cache(folder, run)
                 if not _train(recipe, run, stages, device, start):
                     return None
             if missing := [name for name in study.endpoints if not _result_path(run, name).is_file()]:
                 say(f"{arm}, seed {seed}: {', '.join(missing)}")
                 _measure(study, run, stages[-1], missing, registry, device)
-    found = collect(study, folder)
+    found = collect(chosen, folder)
     write_json(folder / "results.json", {**_shown(found), "holds": found.holds})
     return found
 
@@ -192,7 +213,7 @@ def collect(study: Study, folder: Path) -> StudyResult:
     seconds = dict.fromkeys(runs, 0.0)
     for arm, meta in stages:
         seconds[arm] += float(read_json(meta).get("seconds", 0.0)) / len(study.seeds)
-    parameters = {arm: int(read_json(places[0] / "arm.json")["parameters"]) for arm, places in runs.items()}
+    parameters = {arm: int(read_json(places[0] / ARM)["parameters"]) for arm, places in runs.items()}
     differences = study_differences(study.reference, results)
     return StudyResult(study, results, tuple(differences), seconds, parameters)
 
@@ -213,9 +234,10 @@ def _shown(found: StudyResult) -> dict[str, Any]:
 def _recipe(study: Study, arm: str, seed: int, registry: Registry, find: Find) -> Recipe:
     from spar.training.changes import changed_recipe
 
-    changes = study.changes(arm, seed)
+    changes, where = study.changes(arm), f"study {study.name}, {arm}"
     base = find(str(changes.pop("recipe", study.recipe)))
-    return changed_recipe(base, changes, f"study {study.name}, {arm}", registry)
+    base = changed_recipe(base, study.settings, f"study {study.name}, settings", registry)
+    return replace(changed_recipe(base, changes, where, registry), seed=seed + AGAIN_SEED * (arm == AGAIN))
 
 
 def _own_stages(study: Study, base: Recipe) -> tuple[str, ...]:
@@ -232,12 +254,32 @@ def _own_stages(study: Study, base: Recipe) -> tuple[str, ...]:
     return chosen
 
 
-def _open_folder(study: Study, folder: Path) -> None:
-    """Write `study.json`, or find the same study there: a changed one would compare unlike runs."""
-    path, values = folder / "study.json", to_dict(study)
+def _check_endpoints(study: Study, base: Recipe, stages: tuple[str, ...]) -> None:
+    """Refuse before the first training what could not be measured after the last."""
+    from spar.inference.loading import tasks_of
+    from spar.training.systems.spar import SparRecipe
+
+    tasks = tasks_of(base.kind)
+    if left := [name for name in study.endpoints if name in BENCHMARKS and not suits(name, tasks)]:
+        raise InputError(f"study {study.name}: {', '.join(left)} cannot be measured on a model of {base.kind}")
+    if not isinstance(base, SparRecipe) and stages[-1] != base.stages[-1].name:
+        raise InputError(
+            f"study {study.name}: expected stages to the last, {base.stages[-1].name}, which writes the model, "
+            f"got {stages[-1]}"
+        )
+
+
+def _open_folder(study: Study, folder: Path, init_from: Path | None) -> None:
+    """Write `study.json`, or find the same study there: a changed one would compare unlike runs.
+
+    The order of the variants counts: the first is the reference.
+    """
+    start = None if init_from is None else str(init_from.absolute())
+    values = read_back({**to_dict(study), "order": list(study.variants), "init_from": start})
+    path = folder / "study.json"
     if path.is_file():
-        if (kept := read_json(path)) != read_back(values):
-            fields = sorted(key for key in kept.keys() | values.keys() if kept.get(key) != read_back(values).get(key))
+        if (kept := read_json(path)) != values:
+            fields = sorted(key for key in kept.keys() | values.keys() if kept.get(key) != values.get(key))
             raise InputError(f"{folder} holds another study: {', '.join(fields)} differ; give another folder")
         return
     if folder.exists() and any(folder.iterdir()):
@@ -259,7 +301,7 @@ def _train(recipe: Recipe, run: Path, stages: tuple[str, ...], device: str | Non
     model = train(recipe, run, stages=stages, resume=True, device=device, init_from=init_from)
     if model is None:
         return False
-    write_json(run / "arm.json", {"parameters": sum(parameter.numel() for parameter in model.parameters())})
+    write_json(run / ARM, {"parameters": sum(parameter.numel() for parameter in model.parameters())})
     return True
 
 
@@ -277,8 +319,6 @@ def _measure(
 ) -> None:
     pipe = _pipeline(run, stage, registry, device)
     for name in endpoints:
-        if name in BENCHMARKS and not suits(name, pipe.tasks):
-            raise InputError(f"study {study.name}: {name} is not defined for {pipe.system}")
         write_result(_result_path(run, name), ENDPOINTS[name](pipe, study.options(), None))
 
 
@@ -301,12 +341,12 @@ def _result_path(run: Path, name: str) -> Path:
 
 
 def sample_grids(
-    found: StudyResult, folder: Path, prompts: Sequence[str], registry: Registry
+    found: StudyResult, folder: Path, prompts: Sequence[str], registry: Registry, device: str | None = None
 ) -> Iterator[tuple[str, Sequence[Any]]]:
     """By arm the images of some prompts, at equal seeds, of the first seed's model."""
     names = _stage_folders(folder / found.study.reference / f"seed-{found.study.seeds[0]}")
     for arm in found.study.arms:
-        pipe = _pipeline(folder / arm / f"seed-{found.study.seeds[0]}", names[-1], registry, None)
+        pipe = _pipeline(folder / arm / f"seed-{found.study.seeds[0]}", names[-1], registry, device)
         yield arm, pipe.generate(list(prompts), seed=0).images
 
 

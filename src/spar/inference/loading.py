@@ -33,6 +33,12 @@ def load_pipeline(path: str | Path | None = None, **settings: Any) -> Pipeline:
     return load(path, **_own_settings(load, system, settings))
 
 
+def tasks_of(system: str) -> tuple[str, ...]:
+    """The tasks that the pipeline of a system has, without a model."""
+    module, name = PIPELINES[system]
+    return getattr(importlib.import_module(module), name).tasks
+
+
 def _own_settings(load: Any, system: str, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that a system's `from_pretrained` has; InputError for another one that is not at SPAR's default."""
     known = inspect.signature(load).parameters

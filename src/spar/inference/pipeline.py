@@ -330,9 +330,12 @@ class SparPipeline(Pipeline):
         """
         pixels, prompts = self._paired(self._squares(image), self._texts(prompt, "prompt"), "prompt")
         with self._compute(len(prompts)):
+            self._load_to_device("encoder", "streams")
             clean = self.model.tokenizer.normalize(self.model.tokenizer.encode(pixels).z_f).float()
+            self._load_to_device("streams", "language", "router_and_connector")
             tokens = self.prompts.generation(prompts).to(self.device)
             condition, total = self.model.condition(tokens.ids, tokens.mask), torch.zeros(len(prompts))
+            self._load_to_device("denoiser")
             for number, time in enumerate(LOSS_TIMES):
                 seeds = [seed + len(LOSS_TIMES) * pair + number for pair in range(len(prompts))]
                 noise = self._noise(seeds, (self.image_size, self.image_size))

@@ -23,8 +23,11 @@ def changed_recipe(base: Recipe, changes: Mapping[str, Any], where: str, registr
     stages, named = values.pop("stages", {}), {stage["name"]: stage for stage in own["stages"]}
     if not isinstance(stages, Mapping) or not stages.keys() <= named.keys():
         raise InputError(f"{where}: stages: expected fields by stage, of {', '.join(named)}, got {short(stages)}")
-    changed = [merged(stage, stages.get(key, {}), f"{where}: stages.{key}") for key, stage in named.items()]
+    configs = {stage.name: stage for stage in base.stages}
+    changed = [
+        merged(stage, stages.get(key, {}), f"{where}: stages.{key}", configs[key]) for key, stage in named.items()
+    ]
     kind: type[Any] = Recipe  # abstract: the registry has the class of its kind
-    chosen = from_dict(kind, {**merged(own, values, where), "stages": changed}, where, registry=registry)
+    chosen = from_dict(kind, {**merged(own, values, where, base), "stages": changed}, where, registry=registry)
     nearest = type(chosen.data).nearest
     return replace(chosen, stages=tuple(replace(stage, data=nearest(stage.data)) for stage in chosen.stages))

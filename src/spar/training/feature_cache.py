@@ -72,12 +72,16 @@ def write_cache(
         InputError: a folder that holds a cache of another key, or something else.
     """
     device, key = next(tokenizer.parameters()).device, cache_key(tokenizer, side, sources, profiles=profiles)
+    kept = "float32" if precision == torch.float32 else "bfloat16"
     if (folder / HEADER).exists():
-        _check(folder, key)
+        found = _check(folder, key).get("precision", "bfloat16")
+        if found != kept:
+            raise InputError(f"the cache {folder} was begun in {found}, expected {kept}; write another one")
     elif folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} exists and holds no cache; expected an empty or new folder")
     folder.mkdir(parents=True, exist_ok=True)
     header = {"format": FORMAT, "format_version": FORMAT_VERSION, "key": key, "side": side, "complete": False}
+    header["precision"] = kept
     write_json(folder / HEADER, header)
     total, done, bad = sum(len(source) for source in sources), 0, 0
     for number, source in enumerate(sources):

@@ -36,9 +36,10 @@ class TokenizerObjective(Objective["SparRecipe"]):
     """Weights of the named terms; 0 switches a term off.
 
     native is lambda_p, semantic lambda_s; `gan_start` is the step from which the adversarial term counts,
-    `discriminator_start` the one from which the discriminator learns. Departures for the small setting: `native_fused`
-    holds `z_f`, not only `z_p`, near the autoencoder's own latents; `latent_penalty` weighs the square of the latent;
-    `latent_noise` is the standard deviation of noise on the latent before decoding, relative to the latent's own.
+    `discriminator_start` the one from which the discriminator learns (before it, its gradients are zero). Departures
+    for the small setting: `native_fused` holds `z_f`, not only `z_p`, near the autoencoder's own latents;
+    `latent_penalty` weighs the square of the latent; `latent_noise` is the standard deviation of noise on the latent
+    before decoding, relative to the latent's own.
     """
 
     kind: ClassVar[str] = "tokenizer"
