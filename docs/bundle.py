@@ -33,6 +33,10 @@ FORMATS = {
 
 # The bundled models together may have 40 MB. The tokenizer stays in bfloat16: other weights give other codes.
 IN_EIGHT_BITS = {"spar": (), "dualtoken": ("language", "pixel_head", "semantic_head")}
+STORAGE = {
+    "spar": "bfloat16",
+    "dualtoken": "bfloat16, the matrices of language, pixel_head and semantic_head in 8 bits (float8 e4m3)",
+}
 
 
 def store_in_eight_bits(folder: Path, part: str) -> None:
@@ -84,7 +88,8 @@ def main() -> None:
         (folder / CARD).write_text(build_card(load(folder)), encoding="utf-8")
     elif args.model and args.runs:
         bundle = load(args.model)
-        save(replace(bundle, manifest=bundle.manifest | {"stages": stages(args.runs)}), folder, torch.bfloat16)
+        made = {"stages": stages(args.runs), "storage": STORAGE[args.name]}
+        save(replace(bundle, manifest=bundle.manifest | made), folder, torch.bfloat16)
         for part in IN_EIGHT_BITS[args.name]:
             store_in_eight_bits(folder, part)
         (folder / "metrics.jsonl").write_text("".join(line for run in args.runs for line in curves(run)), "utf-8")

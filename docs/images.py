@@ -11,16 +11,14 @@ from PIL import Image
 
 from spar import SparPipeline, load_pipeline
 from spar.inference.base import Pipeline
-from spar.ui.examples import scene_images
+from spar.ui.examples import PROMPTS_OF, scene_images
 
 FOLDER = Path(__file__).parent / "images"
 SEED, ENLARGED, GAP = 0, 4, 8
 PROMPT = "a large red circle to the left of a large blue star"
 INSTRUCTION = "change the background to navy"
 COUNTED, QUESTION, ANSWER = "three large green squares", "how many squares are there?", "three"
-DUALTOKEN_PROMPTS = (
-    "a large red circle on a white background", "a small cyan cross on a brown background", "three small red stars"
-)  # fmt: skip
+DUALTOKEN_PROMPTS = PROMPTS_OF["dualtoken"]
 
 
 def enlarge(image: Image.Image) -> Image.Image:

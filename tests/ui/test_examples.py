@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from spar.inference.loading import load_pipeline
 from spar.inference.pipeline import SparPipeline
-from spar.ui.examples import EDITS, PROMPTS, QUESTIONS, SCENES, SEED, scene_images
+from spar.ui.examples import EDITS, PROMPTS, PROMPTS_OF, QUESTIONS, SCENES, SEED, scene_images
 from spar.worlds.shapes.captions import describe, parse
 from spar.worlds.shapes.detector import detect, satisfies
 from spar.worlds.shapes.scene import fits
@@ -49,6 +50,15 @@ def test_scenes_are_of_the_world():
 def test_prompts(pipe):
     images = pipe.generate(PROMPTS, seed=[SEED] * len(PROMPTS)).images
     assert [right(image, prompt) for image, prompt in zip(images, PROMPTS, strict=True)] == [True] * len(PROMPTS)
+
+
+@pytest.mark.parametrize("name", PROMPTS_OF)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_prompts_of_other_bundled_models(name, dtype):
+    other = load_pipeline(name, dtype=dtype)
+    prompts = PROMPTS_OF[name]
+    images = other.generate(prompts, seed=[SEED] * len(prompts)).images
+    assert [prompt for image, prompt in zip(images, prompts, strict=True) if not right(image, prompt)] == []
 
 
 def test_edits(pipe):

@@ -131,7 +131,7 @@ def _published(manifest: dict[str, Any]) -> list[str]:
 def _origin(manifest: dict[str, Any]) -> str:
     stages = ((name, one.get("steps")) for name, one in _fields(manifest, "stages").items() if isinstance(one, dict))
     rows: dict[str, Any] = {
-        **{key: manifest[key] for key in ("recipe", "seed", "commit") if key in manifest},
+        **{key: manifest[key] for key in ("recipe", "seed", "commit", "storage") if key in manifest},
         **_fields(manifest, "parts"),
         "stages": ", ".join(f"{name} ({steps} steps)" for name, steps in stages),
         "trained on from": "an earlier model, see `origin`" if _fields(manifest, "origin") else "",

@@ -87,7 +87,8 @@ class Page:
         gr.HTML(components.head(pipe.system, pipe.image_size, shapes=self.shapes, edits=edits))
         with gr.Tabs(overflow_behavior="wrap"):
             with gr.Tab("Generate", id="generate"):
-                self._sampling_tab("generate", "What to draw", "Draw", [[text] for text in examples.PROMPTS])
+                prompts = examples.PROMPTS_OF.get(pipe.origin.get("model") or "", examples.PROMPTS)
+                self._sampling_tab("generate", "What to draw", "Draw", [[text] for text in prompts])
             if edits:
                 with gr.Tab("Edit", id="edit"):
                     self._sampling_tab("edit", "What to change", "Change it", self._scene_rows(examples.EDITS))

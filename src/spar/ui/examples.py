@@ -1,4 +1,4 @@
-"""The page's texts on the shapes world, and examples that the bundled model gets right (a test runs the detector)."""
+"""The page's texts on the shapes world, and examples that the bundled models get right (a test runs the detector)."""
 
 from PIL import Image
 
@@ -15,6 +15,12 @@ PROMPTS = (
     "a large pink circle above a small cyan square",
     "a small yellow triangle on a navy background",
 )
+# Of a bundled model that draws other prompts wrongly, those that it draws rightly; by its name.
+PROMPTS_OF = {
+    "dualtoken": (
+        "a large red circle on a white background", "a small cyan cross on a brown background", "three small red stars",
+    ),
+}  # fmt: skip
 SCENES = (
     Scene("gray", (Object("circle", "red", "large", 19, 34), Object("star", "blue", "large", 45, 28)), "two"),
     Scene(
