@@ -280,7 +280,7 @@ WRONG = [
     ("data check there.txt", "expected lines image_root,annotation.json,flag"),
     ("data check empty", "found none"),
     ("data check nowhere.tar", "there is no 'nowhere.tar'"),
-    ("data check 'pipe:cat x.tar'", "expected a local path or hf://"),
+    ("data check 'pipe:cat x.tar'", "expected a local path, hf://"),
     ("data check empty --workers 0", "--workers: expected 1 to 256, got 0"),
     ("data check empty --format zip", "expected one of 'auto'"),
     ("data convert empty", "expected -o, got nothing"),

@@ -7,6 +7,7 @@ from typing import Any
 
 from spar.common.errors import InputError, install_command
 from spar.common.limits import MAX_ROW_GROUP_BYTES
+from spar.data.remote import DataFile, RemoteFile, stamp_of
 from spar.data.table import TableSource
 
 
@@ -19,11 +20,11 @@ class ParquetSource(TableSource):
 
     format = "parquet"
 
-    def __init__(self, name: str, files: Sequence[Path], cache: Path | None = None) -> None:
+    def __init__(self, name: str, files: Sequence[DataFile], cache: Path | None = None) -> None:
         digest, groups = hashlib.sha256(), []
         for number, path in enumerate(files):
             meta = open_parquet(path).metadata
-            digest.update(f"{path.name} {path.stat().st_size} {meta.num_rows}\n".encode())
+            digest.update(f"{path.name} {stamp_of(path)['bytes']} {meta.num_rows}\n".encode())
             for group in range(meta.num_row_groups):
                 if (size := meta.row_group(group).total_byte_size) > MAX_ROW_GROUP_BYTES:
                     limit = f"expected row groups of at most {MAX_ROW_GROUP_BYTES} bytes"
@@ -36,10 +37,12 @@ class ParquetSource(TableSource):
         return open_parquet(self.files[file]).read_row_group(group, columns=columns)
 
 
-def open_parquet(path: Path) -> Any:
+def open_parquet(path: DataFile) -> Any:
     """The pyarrow.parquet.ParquetFile of a path; InputError if it is none, or pyarrow is missing."""
     pyarrow = import_pyarrow("parquet")
     try:
+        if isinstance(path, RemoteFile):
+            return pyarrow.parquet.ParquetFile(path.seekable())
         if not path.is_file():
             raise OSError("there is no such file")
         return pyarrow.parquet.ParquetFile(path)

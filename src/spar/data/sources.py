@@ -14,6 +14,7 @@ from spar.data.arrow import ArrowSource
 from spar.data.image_folder import open_image_folder, open_plain_folder
 from spar.data.layout import COMPRESSED, layout_of, shards_in
 from spar.data.parquet import ParquetSource
+from spar.data.remote import RemoteFile, is_remote, shown
 from spar.data.samples import Format, Kind, Sample, count_reason
 from spar.data.url_patterns import find_files, refuse_addresses
 from spar.data.webdataset import TarSource
@@ -47,8 +48,8 @@ def open_source(path: str, format: Format = "auto", *, cache: Path | None = None
     """Open the reader of a path.
 
     Args:
-        path: shards or parquet files by name, braces, glob or `hf://`; a folder of either, of images, or that
-            `datasets` wrote; a JSON list of ShareGPT-4o-Image, or of conversations as LLaVA has them; an index of
+        path: shards or parquet files by name, braces, glob, `hf://` or an address; a folder of either, of images, or
+            that `datasets` wrote; a JSON list of ShareGPT-4o-Image, or of conversations as LLaVA has them; an index of
             GPT-Image-Edit. What exists is that path, also if its name could be read as a pattern.
         format: format of the path; `auto` detects it from name and content.
         cache: folder of the indexes of shards and the sizes of images.
@@ -103,10 +104,11 @@ def _reader(readers: dict[str, Callable[[], DataSource]], format: str, where: st
 
 def _detect(path: str) -> str:
     """Detect the format of the path of a file, or of a pattern, from the end of its name."""
+    whole, path = path, shown(path) if is_remote(path) else path
     endings = {".tar": "webdataset", ".parquet": "parquet", ".json": "sharegpt", ".txt": "gptedit"}
     for ending, format in endings.items():
         if path.endswith((ending, ending + "}")):
-            return "llava" if format == "sharegpt" and is_llava(_one(path)) else format
+            return "llava" if format == "sharegpt" and is_llava(_one(whole)) else format
     if path.lower().endswith(COMPRESSED):
         raise InputError(f"expected an uncompressed set, but {path!r} is compressed: decompress it, or give the format")
     raise InputError(
@@ -118,4 +120,7 @@ def _one(path: str) -> Path:
     files = find_files(path)
     if len(files) > 1:
         raise InputError(f"expected one list of samples, got {len(files)} files of {path!r}")
-    return files[0]
+    (file,) = files
+    if isinstance(file, RemoteFile):
+        raise InputError(f"expected a list of samples in a local file, since its images are beside it, got {file}")
+    return file

@@ -13,6 +13,7 @@ from spar.common.files import open_regular
 from spar.common.limits import MAX_INPUT_IMAGES
 from spar.data.captions import CAPTION_FIELDS, caption_in_json, caption_of, clean_caption, is_missing, is_text
 from spar.data.index_cache import header_sizes
+from spar.data.remote import DataFile, RemoteFile
 from spar.data.samples import BadSample, Kind, Sample, is_safe_path
 from spar.processing.images import MAX_BYTES
 
@@ -48,8 +49,8 @@ class TableSource(ABC):
     damage: tuple[str, ...] = ()
 
     def __init__(
-        self, name: str, files: Sequence[Path], groups: list[tuple[int, int, int]], columns: list[str], identity: str,
-        cache: Path | None = None,
+        self, name: str, files: Sequence[DataFile], groups: list[tuple[int, int, int]], columns: list[str],
+        identity: str, cache: Path | None = None,
     ) -> None:  # fmt: skip
         self.name, self.files, self.cache, self.identity = name, [*files], cache, identity
         self._groups = [(file, group) for file, group, _ in groups]
@@ -163,9 +164,12 @@ class TableSource(ABC):
         """The image of a row that has a path in place of the bytes, as `datasets` writes images that it found in files.
 
         A relative path stays inside the table's folder. An absolute one is the writer's own, on this machine or
-        another; a table from the Hub names no file of this machine.
+        another; a table from elsewhere names no file of this machine.
         """
-        root = os.path.realpath(self.files[file].parent)
+        table = self.files[file]
+        if isinstance(table, RemoteFile):
+            raise BadSample(key, origin, f"expected an image's bytes in the row, got the path {path!r}: {_EMBED}")
+        root = os.path.realpath(table.parent)
         own = os.path.isabs(path) and not self.name.startswith("hf://") and "\0" not in path
         place = os.path.realpath(os.path.join(root, path)) if own or is_safe_path(path) else ""
         if not own and not place.startswith(os.path.join(root, "")):

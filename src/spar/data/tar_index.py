@@ -7,19 +7,19 @@ the base name, and folders belong to the key.
 
 import hashlib
 import json
-import os
 import re
 import tarfile
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from spar.common.errors import InputError
-from spar.common.files import open_regular
 from spar.common.limits import MAX_EXTENDED_HEADER, MAX_INPUT_IMAGES, MAX_MEMBERS
 from spar.data.index_cache import Arrays, Texts, cached_arrays, upright_size
+from spar.data.remote import ByteReader, DataFile, address_of, open_reader, stamp_of
 from spar.data.samples import count_reason, is_safe_path
 from spar.data.string_array import StringArray
 
@@ -102,25 +102,25 @@ def role_of(name: str) -> tuple[str, int, int] | str:
     return key, INPUT if match[1] else IMAGE, number
 
 
-def index_tar(path: Path) -> TarIndex:
+def index_tar(path: DataFile) -> TarIndex:
     """Index a tar in one pass over its headers and the header of each image.
 
     Raises:
         InputError: the file cannot be read, is compressed or not a tar, or has too many members.
     """
     try:
-        with open_regular(path) as file:
-            return _index(file.fileno(), path.name)
+        with closing(open_reader(path, whole=True)) as file:
+            return _index(file, path.name)
     except OSError as error:
         raise InputError(f"expected a tar shard, but {str(path)!r}: {error.strerror or error}") from error
 
 
-def _index(descriptor: int, name: str) -> TarIndex:
+def _index(file: ByteReader, name: str) -> TarIndex:
     skipped: dict[str, int] = {}
     samples: dict[str, dict[tuple[int, int], tuple[int, int]]] = {}
     damage, count = "", 0
     try:
-        for member, offset, size in _members(descriptor):
+        for member, offset, size in _members(file):
             count += 1
             if count > MAX_MEMBERS:
                 raise InputError(f"expected at most {MAX_MEMBERS} members in a tar, got more in {name!r}")
@@ -142,17 +142,17 @@ def _index(descriptor: int, name: str) -> TarIndex:
         for roles in samples.values() for place, (offset, size) in sorted(roles.items())
     ], [*_MEMBER.items()])  # fmt: skip
     first = np.cumsum([0, *map(len, samples.values())]).astype(np.uint32)
-    sizes = [_image_size(descriptor, *roles.get((IMAGE, 0), (0, 0))) for roles in samples.values()]
+    sizes = [_image_size(file, *roles.get((IMAGE, 0), (0, 0))) for roles in samples.values()]
     return TarIndex(
         StringArray.of(samples), first, **{name: members[name].copy() for name in _MEMBER},
         sizes=np.array(sizes, np.uint16).reshape(-1, 2), skipped=skipped, damage=damage,
     )  # fmt: skip
 
 
-def _image_size(descriptor: int, offset: int, size: int) -> tuple[int, int]:
+def _image_size(file: ByteReader, offset: int, size: int) -> tuple[int, int]:
     def read(start: int, length: int) -> bytes:
         start = start if start >= 0 else max(0, size + start)
-        return os.pread(descriptor, min(length, size - start), offset + start)
+        return file.pread(min(length, size - start), offset + start)
 
     return upright_size(read)
 
@@ -161,16 +161,16 @@ class _Damaged(Exception):
     """The tar ends early or has an invalid header."""
 
 
-def _members(descriptor: int) -> Iterator[tuple[str, int, int]]:
+def _members(file: ByteReader) -> Iterator[tuple[str, int, int]]:
     """(name, offset of the data, bytes) of every member; offset 0 if it is not a regular file."""
-    end, position = os.fstat(descriptor).st_size, 0
+    end, position = file.size, 0
     longer: dict[str, str] = {}
-    while block := os.pread(descriptor, _BLOCK, position):
+    while block := file.pread(_BLOCK, position):
         try:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
             if not any(block):
-                return _check_end(descriptor, position, end)
+                return _check_end(file, position, end)
             if not position and block.startswith(_COMPRESSED):
                 raise _Damaged("is compressed; decompress it, as members are read by offset") from None
             raise _Damaged(f"breaks at byte {position}: {error}") from None
@@ -178,7 +178,7 @@ def _members(descriptor: int) -> Iterator[tuple[str, int, int]]:
         if info.type in _EXTENDED:
             if not 0 <= size <= MAX_EXTENDED_HEADER:
                 raise _Damaged(f"breaks at byte {position}: an extended header of {size} bytes")
-            record = os.pread(descriptor, size, data)
+            record = file.pread(size, data)
             if info.type == tarfile.GNUTYPE_LONGNAME:
                 longer["path"] = _text(record.rstrip(b"\0"))
             elif info.type == tarfile.XHDTYPE:
@@ -197,10 +197,10 @@ def _members(descriptor: int) -> Iterator[tuple[str, int, int]]:
     raise _Damaged(f"is truncated: it ends at byte {end} without the empty block that ends a tar")
 
 
-def _check_end(descriptor: int, start: int, end: int) -> None:
+def _check_end(file: ByteReader, start: int, end: int) -> None:
     """Raise _Damaged if more follows the zeros at `start` than those that end a tar and fill its last record."""
     for position in range(start, end, _SCANNED):
-        found = os.pread(descriptor, _SCANNED, position)
+        found = file.pread(_SCANNED, position)
         if data := found.lstrip(b"\0"):
             first = position + len(found) - len(data)
             raise _Damaged(f"ends at byte {start}, but data that are not read follow at byte {first}")
@@ -224,16 +224,15 @@ def _text(data: bytes) -> str:
     return data.decode("utf-8", "surrogateescape")
 
 
-def cached_index(path: Path, cache: Path | None) -> TarIndex:
+def cached_index(path: DataFile, cache: Path | None) -> TarIndex:
     """The index of a shard, from the cache folder if the shard's size and time are unchanged."""
     if cache is None:
         return index_tar(path)
     try:
-        status = path.stat()
+        stamp = {"version": str(VERSION), **stamp_of(path)}
     except OSError as error:
         raise InputError(f"expected a tar shard, but {str(path)!r}: {error.strerror or error}") from error
-    stamp = {"version": str(VERSION), "bytes": str(status.st_size), "mtime_ns": str(status.st_mtime_ns)}
-    digest = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:24]
+    digest = hashlib.sha256(address_of(path)).hexdigest()[:24]
     file = cache / f"{digest}.index.safetensors"
 
     def compute() -> tuple[Arrays, Texts]:

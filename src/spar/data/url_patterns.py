@@ -1,8 +1,9 @@
-"""Expansion of file patterns: a path, braces `{0000..2175}` and `{a,b}`, globs, or `hf://` on the Hub.
+"""Expansion of file patterns: a path, braces `{0000..2175}` and `{a,b}`, globs, `hf://` on the Hub, or an address.
 
 What exists is itself: only the part of a pattern after its last existing folder has braces and globs.
 
-Other forms are refused: a `pipe:` would run a shell, and a data list could make us fetch any URL.
+Other forms are refused: a `pipe:` would run a shell. Only what the user names is read elsewhere: nothing inside a data
+set is taken as an address.
 """
 
 import glob
@@ -14,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from spar.common.errors import InputError, first_line
 from spar.common.limits import MAX_SHARDS
+from spar.data.remote import SCHEMES, DataFile, check_address, find_remote, is_remote, shown
 
 _HUB = re.compile(r"hf://(?:(datasets|spaces)/)?([\w.-]+/[\w.-]+?)(?:@([^/]+))?/(.+)")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -45,15 +47,18 @@ def _choices(inner: str, pattern: str) -> list[str]:
     return [f"{number:0{len(ends[1])}}" for number in range(low, high + 1)]
 
 
-def find_files(pattern: str) -> list[Path]:
-    """The files of a pattern, braces in order and globs by name; those of `hf://` are fetched first.
+def find_files(pattern: str) -> list[DataFile]:
+    """The files of a pattern, braces in order and globs by name; those of `hf://` are fetched first, and those of
+    `remote.SCHEMES` stay where they are.
 
     Raises:
         InputError: the pattern matches nothing, a file is missing, or it is `pipe:` or another URL.
     """
     refuse_addresses(pattern)
+    if is_remote(pattern):
+        return [*find_remote(expand_braces(pattern))]
     if pattern.startswith("hf://"):
-        return _from_hub(expand_braces(pattern))
+        return [*_from_hub(expand_braces(pattern))]
     folder, rest = _existing(pattern)
     found: list[Path] = []
     for text in expand_braces(rest) if rest else [""]:
@@ -67,7 +72,7 @@ def find_files(pattern: str) -> list[Path]:
             raise InputError(f"expected files that {pattern!r} names, but {str(path)!r} is {kind}")
     if len(found) > MAX_SHARDS:
         raise InputError(f"expected a pattern of at most {MAX_SHARDS} files, got {len(found)} of {pattern!r}")
-    return found
+    return [*found]
 
 
 def _existing(pattern: str) -> tuple[str, str]:
@@ -84,10 +89,15 @@ def _globbed(folder: str, pattern: str) -> list[str]:
 
 
 def refuse_addresses(pattern: str) -> None:
-    """Refuse a pattern that is neither a local path nor `hf://`."""
+    """Refuse a pattern that is neither a local path, nor `hf://`, nor an address that is read by ranges."""
     scheme = re.match(r"(pipe:|[A-Za-z][\w+.-]*://)", pattern)
-    if scheme and scheme[1] != "hf://":
-        raise InputError(f"expected a local path or hf://datasets/NAME/REPOSITORY/FILES, got {pattern!r}")
+    if scheme and scheme[1] != "hf://" and not is_remote(pattern):
+        known = ", ".join(f"{name}://" for name in SCHEMES)
+        raise InputError(
+            f"expected a local path, hf://datasets/NAME/REPOSITORY/FILES or one of {known}, got {shown(pattern)!r}"
+        )
+    if is_remote(pattern):
+        check_address(pattern)
 
 
 def _from_hub(patterns: list[str]) -> list[Path]:

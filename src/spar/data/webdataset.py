@@ -1,7 +1,6 @@
 """Tar shards as a source: text-to-image, edit pairs and ImageNet; samples are read by offset in any order."""
 
 import hashlib
-import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
@@ -10,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from spar.common.errors import InputError
-from spar.common.files import open_regular
 from spar.common.limits import MAX_TEXT_BYTES
 from spar.data.captions import caption_in_json, clean_caption, decode_caption
 from spar.data.processes import map_in_processes
+from spar.data.remote import ByteReader, DataFile, open_reader
 from spar.data.samples import BadSample, Kind, Sample, count_reason
 from spar.data.tar_index import CLS, IMAGE, INPUT, JSON, TXT, TarIndex, cached_index
 from spar.processing.images import MAX_BYTES
@@ -30,7 +29,7 @@ class TarSource:
         InputError: a shard is not a tar, or there are no samples.
     """
 
-    def __init__(self, name: str, shards: Sequence[Path], cache: Path | None = None, workers: int = 1) -> None:
+    def __init__(self, name: str, shards: Sequence[DataFile], cache: Path | None = None, workers: int = 1) -> None:
         self.name, self.shards, self.cache = name, [*shards], cache
         self.kind: Kind = "text_to_image"
         self.format = "webdataset"
@@ -58,7 +57,7 @@ class TarSource:
             reasons = "".join(f"; {reason}" for reason in (*passed, *damage[:3]))
             raise InputError(f"expected samples of png, jpg, jpeg or webp in {name!r}, found none{reasons}")
         self._sizes, self.damage, self.identity = np.concatenate(sizes), tuple(damage), digest.hexdigest()
-        self._open: OrderedDict[int, tuple[int, TarIndex]] = OrderedDict()
+        self._open: OrderedDict[int, tuple[ByteReader, TarIndex]] = OrderedDict()
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -67,8 +66,8 @@ class TarSource:
         return self.__dict__ | {"_open": OrderedDict()}  # a worker opens files of its own
 
     def __del__(self) -> None:
-        for descriptor, _ in self.__dict__.get("_open", {}).values():
-            os.close(descriptor)
+        for file, _ in self.__dict__.get("_open", {}).values():
+            file.close()
 
     def sizes(self) -> np.ndarray:
         """uint16 [N, 2]: width and height of each sample's image, 0 if its header cannot be read."""
@@ -81,14 +80,14 @@ class TarSource:
             BadSample: a member is missing, too large or unreadable.
         """
         shard, origin, place = self._find(index)
-        descriptor, table = self._opened(shard)
+        file, table = self._opened(shard)
         key = table.keys[place]
         found: dict[int, list[bytes]] = {}
         for role, offset, size in table.members(place):
             cap = MAX_BYTES if role in (IMAGE, INPUT) else MAX_TEXT_BYTES
             if size > cap:
                 raise BadSample(key, origin, f"expected members of at most {cap} bytes, got one of {size}")
-            data = os.pread(descriptor, size, offset)
+            data = file.pread(size, offset)
             if len(data) < size:
                 raise BadSample(key, origin, f"expected a member of {size} bytes, but the shard ends after {len(data)}")
             found.setdefault(role, []).append(data)
@@ -113,7 +112,7 @@ class TarSource:
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
         return shard, self.shards[shard].name, index - int(self.starts[shard])
 
-    def _opened(self, shard: int) -> tuple[int, TarIndex]:
+    def _opened(self, shard: int) -> tuple[ByteReader, TarIndex]:
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
@@ -121,13 +120,11 @@ class TarSource:
         if len(table) != self.starts[shard + 1] - self.starts[shard]:
             raise InputError(f"the shard {str(self.shards[shard])!r} changed while it was read")
         try:
-            with open_regular(self.shards[shard]) as file:
-                self._open[shard] = (os.dup(file.fileno()), table)
+            self._open[shard] = (open_reader(self.shards[shard]), table)
         except OSError as error:
-            raise InputError(f"the shard {str(self.shards[shard])!r} is gone: {error.strerror}") from error
+            raise InputError(f"the shard {str(self.shards[shard])!r} is gone: {error.strerror or error}") from error
         if len(self._open) > OPEN_SHARDS:
-            descriptor, _ = self._open.popitem(last=False)[1]
-            os.close(descriptor)
+            self._open.popitem(last=False)[1][0].close()
         return self._open[shard]
 
 
