@@ -40,7 +40,6 @@ def internvl_model(model: SparModel, dtype: torch.dtype | None = None) -> Intern
     weights["lm_head.weight"] = head.weight
     library.load_state_dict({key: value.detach().to("cpu", dtype) for key, value in weights.items()}, assign=True)
     library.tie_weights()
-    library.to(dtype=dtype or torch.float32)  # also what the configuration says
     return library.eval().requires_grad_(False)
 
 

@@ -34,9 +34,10 @@ class ArrowSource(TableSource):
             groups.append((number, 0, table.num_rows))
             columns = columns or table.column_names
         super().__init__(str(folder), files, groups, columns, digest.hexdigest(), cache)
+        self._paths = files
 
     def _load(self, file: int, group: int, columns: list[str]) -> Any:
-        table = _read(self.files[file]).select(columns)
+        table = _read(self._paths[file]).select(columns)
         table.validate(full=True)  # what a stream says of its own offsets is not checked before
         return table
 

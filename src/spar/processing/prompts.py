@@ -6,7 +6,6 @@ InternVL3 checkpoints have it; an image is `<img>`, one `<IMG_CONTEXT>` per visu
 """
 
 import difflib
-import itertools
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -261,11 +260,12 @@ class PromptEncoder:
         row: list[int] = []
         for role, parts in messages:
             row += self.encode(f"{TURN_START}{role}\n")
-            for before, part in itertools.pairwise((None, *parts)):
+            for number, part in enumerate(parts):
                 if isinstance(part, int):
                     row += self.image(part * self.visual_tokens) + self.encode("\n")
                 else:
-                    row += (self.encode("\n") if isinstance(before, str) else []) + self.encode(part)
+                    after_text = number > 0 and isinstance(parts[number - 1], str)
+                    row += (self.encode("\n") if after_text else []) + self.encode(part)
             row += self.encode(f"{TURN_END}\n")
         return self.pad_rows([row + self.encode(f"{TURN_START}assistant\n")])
 
