@@ -38,7 +38,7 @@ SAMPLING_FLAGS = ("--model", "--dtype", "--device", "--output", "-o", "--overwri
                   "--grid", "--save-steps", "--sampler")
 FLAGS = {
     "train": ("RECIPE", "--config", "--stage", "--run", "--resume", "--init-from", "--from-scratch", "--device",
-              "--dry-run"),
+              "--track", "--dry-run"),
     "plan": ("RECIPE", "--stage", "--gpus", "--gpu", "--mfu", "--strategy", "--grad-accum-steps",
              "--activation-checkpointing"),
     "cache": ("RECIPE", "--init-from", "--output", "--batch", "--device", "--precision"),

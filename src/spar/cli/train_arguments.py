@@ -35,6 +35,8 @@ class TrainArguments:
     """Use random weights for the parts that the recipe expects from published checkpoints."""
     device: str | None = None
     """cpu, cuda, cuda:1 ...; by default CUDA if available."""
+    track: UseAppendAction[tuple[str, ...]] = ()
+    """Also log to a tracker of Accelerate's: wandb, trackio, mlflow, ... (repeatable). Its own variables set it up."""
     dry_run: Flag = False
     """Print the plan of each stage (weights, data, what is prepared and removed, memory, time) and stop."""
 

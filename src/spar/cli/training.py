@@ -208,13 +208,16 @@ def _train(args: Any, plan: "RunPlan", device: "torch.device", *, resume_command
     """Train with a bar; print the model's folder at the end, or the command that resumes."""
     from spar.training.distributed import PeerFailure
     from spar.training.loop import NonFiniteLoss
+    from spar.training.trackers import tracked
     from spar.training.trainer import execute
 
     run = plan.run
     quiet = os.environ.get("RANK", "0") != "0"  # only the first of several processes prints
     try:
-        with nullcontext((None, None)) if quiet else training_display() as (announce, report):
-            model = execute(plan, device=device, parallelism=args.parallelism, report=report, announce=announce)
+        shown = nullcontext((None, None)) if quiet else training_display()
+        trackers = () if quiet else args.track
+        with shown as (announce, report), tracked(trackers, plan.recipe, run, report) as told:
+            model = execute(plan, device=device, parallelism=args.parallelism, report=told, announce=announce)
     except PeerFailure as error:
         fail(str(error))
         return 1

@@ -1,0 +1,95 @@
+"""Experiment trackers beside a run's own metrics, off by default: those that Accelerate knows (wandb, trackio, ...).
+
+A tracker sees what is logged, under `STAGE/NAME` at the step of the whole run, and the recipe's fields. What it sends,
+and where, is its own: its environment variables say (WANDB_MODE=offline, MLFLOW_TRACKING_URI, ...). A tracker that
+fails is left out from then on; the training goes on.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from spar.common.config import to_dict
+from spar.common.errors import InputError, first_line
+from spar.training.config import Recipe
+from spar.training.loop import Report
+
+log = logging.getLogger("spar.training")
+
+
+def tracker_names() -> list[str]:
+    """The trackers that Accelerate knows, installed or not."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    return sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
+
+
+@contextmanager
+def tracked(names: Sequence[str], recipe: Recipe, run: Path, report: Report | None) -> Iterator[Report | None]:
+    """A report that also tells trackers; they are opened here and finished at the end.
+
+    Raises:
+        InputError: a tracker that there is not, whose package is missing, or which cannot be opened.
+    """
+    if not names:
+        yield report
+        return
+    opened = {name: _open(name, recipe, run) for name in dict.fromkeys(names)}
+    ends = dict(zip((stage.name for stage in recipe.stages), accumulate(s.steps for s in recipe.stages), strict=True))
+
+    def attempt(name: str, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:  # of its network, disk or client
+            log.warning("the tracker %s failed and is left out from here: %s", name, first_line(error))
+            opened.pop(name, None)
+
+    def reported(stage: str, step: int, steps: int, values: dict[str, float]) -> None:
+        named, whole = {f"{stage}/{name}": value for name, value in values.items()}, ends[stage] - steps + step
+        for name, tracker in list(opened.items()):
+            attempt(name, lambda: tracker.log(named, step=whole))  # noqa: B023  # called at once
+        if report:
+            report(stage, step, steps, values)
+
+    try:
+        yield reported
+    finally:
+        for name, tracker in list(opened.items()):
+            attempt(name, tracker.finish)
+
+
+def _open(name: str, recipe: Recipe, run: Path) -> Any:
+    """A started tracker: its project is the recipe, its folder the run's, where it wants one."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known = {str(key): found for key, found in LOGGER_TYPE_TO_CLASS.items()}
+    if name not in known:
+        raise InputError(f"--track: expected one of {', '.join(sorted(known))}, got {name!r}")
+    if name not in {str(one) for one in get_available_trackers()}:
+        raise InputError(f"--track {name}: its package is not installed: pip install {name}")
+    try:
+        places = [run / "trackers"] if known[name].requires_logging_directory else []
+        tracker = known[name](recipe.name, *places)
+        tracker.start()
+        tracker.store_init_configuration(flat(to_dict(recipe)))
+    except Exception as error:  # no network, no login, no such server
+        raise InputError(f"--track {name}: it cannot be opened: {first_line(error)}") from error
+    return tracker
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A recipe's fields as `stages.NAME.FIELD: value`, of plain types."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and value and all(isinstance(one, Mapping) and "name" in one for one in value):
+            for one in value:
+                found |= flat(one, f"{prefix}{key}.{one['name']}.")
+        else:
+            plain = isinstance(value, str | int | float | bool)
+            found[f"{prefix}{key}"] = value if plain else "" if value is None else str(value)
+    return found
