@@ -72,11 +72,16 @@ def test_trackers_that_are_not_there_are_refused(fake, tmp_path, monkeypatch):
         assert report is None
 
 
-def test_accelerates_own_tracker_writes_into_the_run(tmp_path):
+def test_accelerates_own_tracker_writes_into_the_run(tmp_path, monkeypatch):
+    """Without Accelerate's own state, which under a launcher would wait for the other processes."""
+    from accelerate.state import PartialState
+
+    monkeypatch.setattr(PartialState, "_shared_state", {})
     assert {"wandb", "trackio", "mlflow", "tensorboard"} <= {*tracker_names()}
     with tracked(["tensorboard"], recipe("tiny"), tmp_path, None) as report:
         report("mllm", 1, 3, {"loss": 2.0})
     assert [path for path in (tmp_path / "trackers").rglob("events*") if path.stat().st_size]
+    assert PartialState._shared_state == {}
 
 
 def test_fields_are_flat_and_plain():

@@ -63,16 +63,19 @@ def tracked(names: Sequence[str], recipe: Recipe, run: Path, report: Report | No
 
 def _open(name: str, recipe: Recipe, run: Path) -> Any:
     """A started tracker: its project is the recipe, its folder the run's, where it wants one."""
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate import tracking
 
-    known = {str(key): found for key, found in LOGGER_TYPE_TO_CLASS.items()}
+    known = {str(key): found for key, found in tracking.LOGGER_TYPE_TO_CLASS.items()}
     if name not in known:
         raise InputError(f"--track: expected one of {', '.join(sorted(known))}, got {name!r}")
-    if name not in {str(one) for one in get_available_trackers()}:
+    if name not in {str(one) for one in tracking.get_available_trackers()}:
         raise InputError(f"--track {name}: its package is not installed: pip install {name}")
     try:
         places = [run / "trackers"] if known[name].requires_logging_directory else []
         tracker = known[name](recipe.name, *places)
+        # Only the main process is here: Accelerate's own state, which would join all processes, is not needed.
+        tracker.main_process_only = False
+        tracking.logger = log
         tracker.start()
         tracker.store_init_configuration(flat(to_dict(recipe)))
     except Exception as error:  # no network, no login, no such server
