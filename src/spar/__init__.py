@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spar.common.errors import Cancelled, InputError
     from spar.inference.diffusers_autoencoder import AutoencoderSpar
+    from spar.inference.diffusers_pipeline import SparDiffusionPipeline
     from spar.inference.dualtoken import DualTokenPipeline
     from spar.inference.loading import load_pipeline
     from spar.inference.pipeline import SparPipeline
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 DISTRIBUTION = "spar-unified"  # the name on PyPI, where "spar" is another project
 __all__ = [
-    "AutoencoderSpar", "Cancelled", "DualTokenPipeline", "InputError", "SparPipeline", "__version__", "load_pipeline"
+    "AutoencoderSpar", "Cancelled", "DualTokenPipeline", "InputError", "SparDiffusionPipeline", "SparPipeline",
+    "__version__", "load_pipeline",
 ]  # fmt: skip
 
 _MODULES = {
@@ -27,6 +29,7 @@ _MODULES = {
     "Cancelled": "spar.common.errors",
     "DualTokenPipeline": "spar.inference.dualtoken",
     "InputError": "spar.common.errors",
+    "SparDiffusionPipeline": "spar.inference.diffusers_pipeline",
     "SparPipeline": "spar.inference.pipeline",
     "load_pipeline": "spar.inference.loading",
 }

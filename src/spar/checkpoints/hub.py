@@ -26,6 +26,7 @@ ALLOWED_FILES = (
     "config.json",
     "manifest.json",
     "metrics.jsonl",
+    "model_index.json",
     "tokenizer/config.json",
     "text_tokenizer/*.json",
     "text_tokenizer/*.jinja",

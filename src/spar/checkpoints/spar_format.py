@@ -24,6 +24,7 @@ from spar.checkpoints.model_header import (
     check_replaceable,
     load_text_tokenizer,
     read_manifest,
+    versions,
     write_header,
 )
 from spar.checkpoints.safetensors_io import SafetensorsReader, has_tensors, load_into_meta, write_tensors
@@ -52,6 +53,11 @@ LATER_FIELDS = {
 }
 MAX_SCALE = 1e6  # of latents, which it brings to unit size: beyond it float32 overflows soon
 CARD = "README.md"
+# What diffusers reads of a folder: the class of `spar.inference.diffusers_pipeline`, and that all weights are its own.
+MODEL_INDEX = "model_index.json"
+DIFFUSERS_INDEX = {
+    "_class_name": "SparDiffusionPipeline", "network": ["spar.inference.diffusers_pipeline", "SparNetwork"]
+}  # fmt: skip
 TOKENIZER_FORMAT = f"{FORMAT}-tokenizer"
 PARTS = ("language", "router", "connector", "denoiser")
 # The optional parts, which only training reads.
@@ -130,6 +136,7 @@ def save_model(loaded: ModelBundle, folder: Path, dtype: torch.dtype | None = No
         sizes, sampling = to_dict(model.config), to_dict(loaded.sampling)
         write_header(temporary, FORMAT, FORMAT_VERSION, model=sizes, sampling=sampling)
         write_json(temporary / "manifest.json", loaded.manifest)
+        write_json(temporary / MODEL_INDEX, {**DIFFUSERS_INDEX, "_diffusers_version": versions()["diffusers"]})
         (temporary / CARD).write_text(build_model_card(loaded), encoding="utf-8")
 
 

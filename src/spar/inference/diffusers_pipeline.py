@@ -1,0 +1,183 @@
+"""SPAR as a pipeline of diffusers: a thin face of `SparPipeline` with diffusers' conventions.
+
+`from spar import SparDiffusionPipeline` also tells diffusers of the class, so that `DiffusionPipeline.from_pretrained`
+then opens a SPAR folder by its `model_index.json`. Its images are those of `SparPipeline` at the same seed.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+
+from spar.checkpoints.hub import model_folder
+from spar.checkpoints.spar_format import ModelBundle, load_model, save_model
+from spar.common.errors import Cancelled, InputError
+from spar.common.limits import MAX_SEED
+from spar.inference.base import read_dtype
+from spar.inference.pipeline import SparPipeline
+from spar.processing.images import ImageSource
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class SparNetwork(ModelMixin, ConfigMixin):
+    """All weights of a SPAR folder as diffusers' one component; matrix products have the type `dtype`."""
+
+    config_name = "config.json"
+
+    def __init__(self, bundle: ModelBundle, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.bundle, self.model, self.compute_dtype = bundle, bundle.model, dtype
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **keywords: Any) -> "SparNetwork":
+        """Load a SPAR folder; of diffusers' keywords `torch_dtype` (or `dtype`) is used."""
+        dtype = keywords.get("torch_dtype") or keywords.get("dtype") or torch.float32
+        return cls(load_model(model_folder(pretrained_model_name_or_path)), read_dtype(dtype))
+
+    def to(self, *args: Any, **keywords: Any) -> "SparNetwork":
+        """Move the weights; a type is that of matrix products, and leaves the stored weights as they are."""
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **keywords)
+        if device is not None:
+            self.model.to(device)
+        self.compute_dtype = self.compute_dtype if dtype is None else read_dtype(dtype)
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.compute_dtype
+
+
+class SparDiffusionPipeline(DiffusionPipeline):
+    """Generates from a prompt, and edits when it is given an image."""
+
+    def __init__(self, network: SparNetwork) -> None:
+        super().__init__()
+        self.register_modules(network=network)
+        self._made: tuple[Any, SparPipeline] | None = None
+        self._offload_to: torch.device | None = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **keywords: Any) -> "SparDiffusionPipeline":
+        """Load a SPAR folder, a bundled model by its name, `hf://OWNER/NAME`, or OWNER/NAME on the Hub.
+
+        Args:
+            pretrained_model_name_or_path: the folder or the name.
+            keywords: diffusers'; `torch_dtype` (or `dtype`) and a ready `network` are used.
+        """
+        if (network := keywords.get("network")) is not None:
+            return cls(network)
+        name = str(pretrained_model_name_or_path)
+        if not Path(name).exists() and name.count("/") == 1 and ":" not in name:
+            name = f"hf://{name}"
+        return cls(SparNetwork.from_pretrained(name, **keywords))
+
+    def save_pretrained(self, save_directory: Any, **_: Any) -> None:
+        """Write the whole SPAR folder, with `model_index.json`."""
+        save_model(self.network.bundle, Path(save_directory))
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: Any = "cuda") -> None:
+        """Keep the weights on the CPU, and each part on the device while it computes (`SparPipeline`'s `offload`)."""
+        where = torch.device(device)
+        self._offload_to = torch.device(where.type, gpu_id or where.index or 0)
+
+    def __call__(
+        self, prompt: str | Sequence[str], image: ImageSource | Sequence[ImageSource] | None = None,
+        negative_prompt: str | Sequence[str] | None = None, height: int | None = None, width: int | None = None,
+        num_inference_steps: int | None = None, guidance_scale: float | None = None, num_images_per_prompt: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None, output_type: str = "pil",
+        return_dict: bool = True, callback_on_step_end: Callable[..., Any] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple[Any]:  # fmt: skip
+        """Generate images, or edit `image` by the instruction in `prompt`.
+
+        Args:
+            prompt: one or several; further arguments are those of `SparPipeline.generate` and `edit`.
+            image: the image to edit, or one for each instruction; `height` and `width` are then its own.
+            generator: one, or one for each image. The images of a fresh one are those of its seed, which counts up; one
+                that was used before gives others.
+            output_type: "pil", "np" `[B, H, W, 3]` or "pt" `[B, 3, H, W]` in [0, 1], of the 8-bit images, or "latent",
+                normalised `[B, D_p, h, w]`.
+            return_dict: whether to return diffusers' output, or a tuple.
+            callback_on_step_end: called as `f(pipe, step, step, {"latents": estimate})`; it may stop the sampler by
+                setting `pipe._interrupt`, but not change the latents.
+
+        Raises:
+            InputError: what `SparPipeline` refuses, another `output_type`, or tensors that the callback may not have.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise InputError(f"output_type: expected one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+        if unknown := [name for name in callback_on_step_end_tensor_inputs if name != "latents"]:
+            raise InputError(f"callback_on_step_end_tensor_inputs: expected latents, got {', '.join(unknown)}")
+        pipe, self._interrupt, last = self._pipeline(), False, list[torch.Tensor]()
+
+        def watch(done: int, _steps: int, estimate: torch.Tensor) -> bool:
+            last[:] = [estimate]
+            if callback_on_step_end is not None:
+                callback_on_step_end(self, done - 1, done - 1, {"latents": estimate})
+            return not self._interrupt
+
+        shared: dict[str, Any] = {
+            "negative_prompt": negative_prompt, "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale, "num_images_per_prompt": num_images_per_prompt,
+            "seed": seeds_of(generator),
+        }  # fmt: skip
+        if callback_on_step_end is not None or output_type == "latent":
+            shared["callback"] = watch
+        images: Any
+        try:
+            if image is None:
+                images = pipe.generate(prompt, height=height, width=width, **shared).images
+            else:
+                images = pipe.edit(image, prompt, **shared).images
+        except Cancelled:  # the callback has set `_interrupt`: the estimate of the last step is the result
+            images = pipe.preview(last[0])
+        if output_type == "latent":
+            images = last[0]
+        elif output_type != "pil":
+            images = np.stack([np.asarray(one, np.float32) / 255 for one in images])
+            images = images if output_type == "np" else torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _pipeline(self) -> SparPipeline:
+        """The pipeline on the device and in the type of now."""
+        network, away = self.network, self._offload_to
+        where = next(network.model.parameters()).device if away is None else away
+        shown = not getattr(self, "_progress_bar_config", {}).get("disable", False)
+        key = (where, network.compute_dtype, away, shown)
+        if self._made is None or self._made[0] != key:
+            made = SparPipeline(
+                network.bundle, network.compute_dtype, where, offload=away is not None, progress=shown
+            )
+            self._made = key, made
+        return self._made[1]
+
+
+def seeds_of(generator: torch.Generator | Sequence[torch.Generator] | None) -> int | list[int] | None:
+    """The seed of a fresh generator, and a new one of each that was used before; they count as used afterwards."""
+    if generator is None:
+        return None
+    if not isinstance(generator, torch.Generator):
+        return [_seed_of(one) for one in generator]
+    return _seed_of(generator)
+
+
+def _seed_of(generator: torch.Generator) -> int:
+    """The generator's own seed while nothing has been drawn from it; it draws a number."""
+    seed = generator.initial_seed()
+    fresh = 0 <= seed <= MAX_SEED and generator.device.type == "cpu"
+    fresh = fresh and torch.equal(generator.get_state(), torch.Generator().manual_seed(seed).get_state())
+    if generator.device.type != "cpu" and generator.get_state().numel() == 16:  # seed and offset
+        fresh = 0 <= seed <= MAX_SEED and not bool(generator.get_state()[8:].any())
+    drawn = int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
+    return seed if fresh else drawn
+
+
+diffusers.SparDiffusionPipeline = SparDiffusionPipeline  # where `DiffusionPipeline.from_pretrained` looks for the class

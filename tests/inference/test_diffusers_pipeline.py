@@ -1,0 +1,112 @@
+"""SPAR as a pipeline of diffusers: the same pixels, by diffusers' conventions."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from spar import SparDiffusionPipeline, SparPipeline
+from spar.common.errors import InputError
+from spar.inference.diffusers_pipeline import seeds_of
+
+STEPS = {"num_inference_steps": 3}
+PROMPT = "a red circle"
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_run):
+    return tiny_run.path / "model"
+
+
+@pytest.fixture(scope="module")
+def own(folder) -> SparPipeline:
+    return SparPipeline.from_pretrained(folder, dtype="float32", device="cpu")
+
+
+@pytest.fixture
+def pipe(folder) -> DiffusionPipeline:
+    return DiffusionPipeline.from_pretrained(folder)
+
+
+def fresh(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def same(one: Image.Image, other: Image.Image) -> bool:
+    return np.array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_diffusers_opens_a_folder_and_draws_the_same_pixels(pipe, own, folder):
+    assert type(pipe) is SparDiffusionPipeline and {*pipe.components} == {"network"}
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "SparDiffusionPipeline"
+    wanted = own.generate(PROMPT, seed=3, num_images_per_prompt=2, **STEPS).images
+    given = pipe(PROMPT, generator=fresh(3), num_images_per_prompt=2, **STEPS).images
+    assert all(map(same, given, wanted))
+    (given,) = pipe([PROMPT, PROMPT], generator=[fresh(3), fresh(4)], return_dict=False, **STEPS)
+    assert all(map(same, given, wanted))
+
+
+def test_with_an_image_it_edits(pipe, own):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    wanted = own.edit(picture, "remove the red circle", seed=3, **STEPS).images[0]
+    assert same(pipe("remove the red circle", picture, generator=fresh(3), **STEPS).images[0], wanted)
+
+
+def test_types_of_output(pipe, own):
+    image = pipe(PROMPT, generator=fresh(3), **STEPS).images[0]
+    array = pipe(PROMPT, generator=fresh(3), output_type="np", **STEPS).images
+    tensor = pipe(PROMPT, generator=fresh(3), output_type="pt", **STEPS).images
+    assert array.shape == (1, 64, 64, 3) and tensor.shape == (1, 3, 64, 64)
+    assert np.array_equal((array[0] * 255).round().astype(np.uint8), np.asarray(image))
+    assert np.array_equal(tensor[0].permute(1, 2, 0).numpy(), array[0])
+    latent = pipe(PROMPT, generator=fresh(3), output_type="latent", **STEPS).images
+    with torch.no_grad():
+        decoded = own.model.decode(latent)
+    assert np.abs(decoded[0].permute(1, 2, 0).numpy() - array[0]).max() <= 0.5 / 255 + 1e-6
+    with pytest.raises(InputError, match="output_type: expected one of pil, np, pt, latent, got 'jpg'"):
+        pipe(PROMPT, output_type="jpg")
+
+
+def test_a_used_generator_draws_other_images_again_and_again(pipe):
+    generator = fresh(3)
+    first, second = (pipe(PROMPT, generator=generator, **STEPS).images[0] for _ in range(2))
+    assert not same(first, second)
+    generator = fresh(3)
+    again = [pipe(PROMPT, generator=generator, **STEPS).images[0] for _ in range(2)]
+    assert same(again[0], first) and same(again[1], second)
+    assert seeds_of(None) is None and seeds_of([fresh(5), fresh(7)]) == [5, 7]
+
+
+def test_a_callback_sees_each_step_and_may_stop(pipe):
+    seen = []
+    pipe(PROMPT, callback_on_step_end=lambda *given: seen.append(given), generator=fresh(3), **STEPS)
+    assert [(one[0] is pipe, one[1], [*one[3]]) for one in seen] == [(True, step, ["latents"]) for step in range(3)]
+
+    def stop(one, step, _time, _tensors):
+        one._interrupt = step == 1
+
+    image = pipe(PROMPT, callback_on_step_end=stop, generator=fresh(3), **STEPS).images[0]
+    assert image.size == (64, 64)
+    with pytest.raises(InputError, match="expected latents, got prompt_embeds"):
+        pipe(PROMPT, callback_on_step_end=stop, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+
+
+def test_it_moves_casts_saves_and_loads_as_a_pipeline_does(pipe, own, folder, tmp_path):
+    assert pipe.to("cpu", torch.bfloat16) is pipe and pipe.dtype == torch.bfloat16
+    assert {value.dtype for value in pipe.network.model.parameters()} == {torch.float32}  # as stored
+    half = SparPipeline.from_pretrained(folder, dtype="bfloat16", device="cpu").generate(PROMPT, seed=3, **STEPS)
+    assert same(pipe(PROMPT, generator=fresh(3), **STEPS).images[0], half.images[0])
+    pipe.to(torch.float32).save_pretrained(tmp_path / "saved")
+    pipe.set_progress_bar_config(disable=True)
+    loaded = SparDiffusionPipeline.from_pretrained(tmp_path / "saved", torch_dtype=torch.float32)
+    wanted = own.generate(PROMPT, seed=3, **STEPS).images[0]
+    assert same(loaded(PROMPT, generator=fresh(3), **STEPS).images[0], wanted)
+    assert same(SparDiffusionPipeline(loaded.network)(PROMPT, generator=fresh(3), **STEPS).images[0], wanted)
+
+
+def test_offload_is_the_pipelines_own(pipe):
+    pipe.enable_model_cpu_offload(gpu_id=1)
+    assert pipe._offload_to == torch.device("cuda", 1)
