@@ -107,6 +107,27 @@ def test_it_moves_casts_saves_and_loads_as_a_pipeline_does(pipe, own, folder, tm
     assert same(SparDiffusionPipeline(loaded.network)(PROMPT, generator=fresh(3), **STEPS).images[0], wanted)
 
 
-def test_offload_is_the_pipelines_own(pipe):
-    pipe.enable_model_cpu_offload(gpu_id=1)
-    assert pipe._offload_to == torch.device("cuda", 1)
+def test_offload_is_the_pipelines_own_and_a_device_ends_it(pipe, monkeypatch):
+    made = []
+
+    def build(*given, **keywords):
+        made.append((given[2], keywords))
+        return SparPipeline(*given[:2], torch.device("cpu"))
+
+    monkeypatch.setattr("spar.inference.diffusers_pipeline.SparPipeline", build)
+    pipe.enable_model_cpu_offload(gpu_id=0, device="cuda:1")
+    pipe._pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe._pipeline().progress is False  # the same one
+    pipe.to("cpu")
+    pipe._pipeline()
+    assert made == [(torch.device("cuda:0"), {"offload": True}), (torch.device("cpu"), {"offload": False})]
+
+
+def test_what_diffusers_has_and_this_pipeline_has_not_is_refused(pipe, tmp_path):
+    for call in (pipe.enable_sequential_cpu_offload, pipe.enable_group_offload, lambda: pipe.push_to_hub("me/it")):
+        with pytest.raises(InputError, match="is not for this pipeline"):
+            call()
+    with pytest.raises(InputError, match="expected a folder alone, got push_to_hub"):
+        pipe.save_pretrained(tmp_path / "x", push_to_hub=True)
+    assert not (tmp_path / "x").exists()

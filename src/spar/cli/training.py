@@ -208,6 +208,7 @@ def _train(args: Any, plan: "RunPlan", device: "torch.device", *, resume_command
     """Train with a bar; print the model's folder at the end, or the command that resumes."""
     from spar.training.distributed import PeerFailure
     from spar.training.loop import NonFiniteLoss
+    from spar.training.run_folder import check_run
     from spar.training.trackers import tracked
     from spar.training.trainer import execute
 
@@ -216,6 +217,8 @@ def _train(args: Any, plan: "RunPlan", device: "torch.device", *, resume_command
     try:
         shown = nullcontext((None, None)) if quiet else training_display()
         trackers = () if quiet else args.track
+        if trackers:  # before one is told of a run that is refused
+            check_run(run, plan.recipe, fresh=plan.fresh)
         with shown as (announce, report), tracked(trackers, plan.recipe, run, report) as told:
             model = execute(plan, device=device, parallelism=args.parallelism, report=told, announce=announce)
     except PeerFailure as error:

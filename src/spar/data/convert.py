@@ -17,6 +17,7 @@ from spar.common.config import write_json
 from spar.common.errors import InputError
 from spar.common.progress import Advance
 from spar.data.bad_samples import BadSampleRecord, BadSampleTracker, decode_images
+from spar.data.loader import read_again
 from spar.data.samples import BadSample, Sample
 from spar.data.sources import DataSource
 from spar.processing.images import read_header
@@ -88,7 +89,7 @@ def _good(
         for index in range(len(source)):
             bad: tuple[BadSampleRecord, ...] = ()
             try:
-                yield _members(source.read(index))
+                yield _members(read_again(source, index))
             except BadSample as error:
                 bad = (BadSampleRecord(source.name, error.origin, error.key, error.reason),)
             bad_samples.count(1, bad)

@@ -47,6 +47,8 @@ def open_parquet(path: DataFile) -> Any:
             raise OSError("there is no such file")
         return pyarrow.parquet.ParquetFile(path)
     except (OSError, pyarrow.ArrowException) as error:
+        if isinstance(path, RemoteFile) and not isinstance(error, pyarrow.ArrowException):
+            raise  # it may be back in a moment
         raise InputError(f"expected a parquet file, but {str(path)!r}: {error}") from error
 
 

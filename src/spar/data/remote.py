@@ -1,8 +1,8 @@
 """Files as readers need them, here or elsewhere: a name, what tells two versions apart, and bytes by offset.
 
 Elsewhere is what fsspec reads: `s3://`, `gs://`, `https://` and others of SCHEMES. Ranges are read, never whole files.
-Credentials are those that fsspec's own packages find (their environment variables and configuration files); addresses
-are shown without their query and without a user.
+Credentials are those that fsspec's own packages find (their environment variables and configuration files). An address
+with a user or a query is refused: a run keeps the names of its data, and a finished model carries them.
 """
 
 import io
@@ -19,9 +19,13 @@ from spar.common.errors import InputError, first_line
 from spar.common.files import open_regular
 
 T = TypeVar("T")
-SCHEMES = ("s3", "gs", "gcs", "az", "abfs", "abfss", "https", "http", "memory")
+SCHEMES = ("s3", "gs", "gcs", "https", "http", "memory")
 ADDRESS = re.compile(r"([A-Za-z][\w+.-]*)://")
 _LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+VERSIONS = (
+    "ETag", "etag", "md5Hash", "Content-MD5", "Digest", "LastModified", "last_modified", "Last-Modified", "mtime",
+    "updated", "created",
+)  # fmt: skip
 TRIES, PAUSE = 4, 0.5  # attempts to read a range, and seconds before the second one, twice as many before each next
 AHEAD = 4 * 2**20  # bytes that are read at once while a file is read from its beginning to its end
 
@@ -59,7 +63,7 @@ class RemoteFile:
 
     @property
     def name(self) -> str:
-        return urlsplit(self.address).path.rpartition("/")[2]
+        return self.address.rpartition("/")[2]
 
     @property
     def stem(self) -> str:
@@ -72,9 +76,9 @@ class RemoteFile:
         """What differs between two versions of the file, as far as its server says."""
         info = _attempt(lambda: _filesystem(self.address).info(self.address), self)
         found = {"bytes": str(info.get("size"))}
-        for name in ("ETag", "etag", "LastModified", "last_modified", "mtime", "updated", "created", "md5Hash"):
+        for name in VERSIONS:  # the first that there is: a listing and a request may write times differently
             if info.get(name) is not None:
-                found[name] = str(info[name])
+                return found | {name: str(info[name])}
         return found
 
     def seekable(self) -> io.BufferedReader:
@@ -98,12 +102,17 @@ class RemoteReader:
             return b""
         if not self._start <= offset <= end <= self._start + len(self._kept):
             stop = min(self.size, max(end, offset + self._ahead))
-            address = self._file.address
-            data = _attempt(lambda: _filesystem(address).cat_file(address, offset, stop), self._file)
-            if len(data) > stop - offset:  # a server that knows no ranges sends all of it
-                raise OSError(f"{self._file}: its server sends no ranges, got {len(data)} bytes of {stop - offset}")
-            self._start, self._kept = offset, data
+            self._kept = _attempt(lambda: self._range(offset, stop), self._file)
+            self._start = offset
         return self._kept[offset - self._start : end - self._start]
+
+    def _range(self, start: int, stop: int) -> bytes:
+        data: bytes = _filesystem(self._file.address).cat_file(self._file.address, start, stop)
+        if len(data) > stop - start:  # a server that knows no ranges sends all of it
+            raise InputError(f"{self._file}: its server sends no ranges, got {len(data)} bytes of {stop - start}")
+        if len(data) < stop - start:
+            raise OSError("the answer is short")
+        return data
 
     def close(self) -> None:
         self._kept = b""
@@ -145,10 +154,25 @@ def is_remote(pattern: str) -> bool:
 
 
 def check_address(pattern: str) -> None:
-    """Refuse `http://` to another machine: what is read could be changed on its way."""
-    parts = urlsplit(pattern)
-    if parts.scheme == "http" and parts.hostname not in _LOCAL_HOSTS:
+    """Refuse `http://` to another machine, since what is read could be changed on its way, and what may be a secret."""
+    try:
+        parts = urlsplit(pattern)
+        host = parts.hostname
+    except ValueError:
+        raise InputError(f"expected an address such as https://HOST/FILES, got {shown(pattern)!r}") from None
+    if parts.scheme == "http" and host not in _LOCAL_HOSTS:
         raise InputError(f"expected https:// (http:// is for this machine alone), got {shown(pattern)!r}")
+    if "@" in parts.netloc or (parts.scheme in ("http", "https") and (parts.query or parts.fragment)):
+        raise InputError(
+            f"expected an address without a user and a query, which a run would keep, got {shown(pattern)!r}; give "
+            "credentials as the packages of fsspec read them (environment variables, configuration files)"
+        )
+
+
+def normal(pattern: str) -> str:
+    """An address with its scheme in lower case."""
+    scheme, mark, rest = pattern.partition("://")
+    return f"{scheme.lower()}{mark}{rest}"
 
 
 def open_reader(file: DataFile, *, whole: bool = False) -> ByteReader:
@@ -176,11 +200,12 @@ def find_remote(patterns: list[str]) -> list[RemoteFile]:
         InputError: an address that matches nothing or cannot be read, or a package of fsspec that is missing.
     """
     found: list[RemoteFile] = []
-    for pattern in patterns:
+    for given in patterns:
+        pattern = normal(given)
         check_address(pattern)
         files = _filesystem(pattern)
         try:
-            if re.search(r"[*?[]", urlsplit(pattern).path) and not pattern.startswith("http"):
+            if re.search(r"[*?[]", pattern) and not pattern.startswith("http"):
                 names = sorted(_attempt(lambda: files.glob(pattern), pattern))  # noqa: B023  # called at once
                 matches = [RemoteFile(files.unstrip_protocol(name)) for name in names]
             else:
@@ -199,37 +224,45 @@ def find_remote(patterns: list[str]) -> list[RemoteFile]:
 def shown(address: object) -> str:
     """An address as it may be printed: without a user, a password and a query."""
     text = str(address)
-    parts = urlsplit(text)
-    if not parts.scheme or "://" not in text:
+    scheme, mark, rest = text.partition("://")
+    if not mark or not ADDRESS.match(text):
         return text
-    host = parts.netloc.rpartition("@")[2]
-    return f"{parts.scheme}://{host}{parts.path}"
+    host, slash, path = rest.partition("/")
+    path = re.split(r"[?#]", path)[0] if scheme.lower() in ("http", "https") else path
+    return f"{scheme}://{re.split(r'[?#]', host.rpartition('@')[2])[0]}{slash}{path}"
 
 
 def _filesystem(address: str) -> Any:
     """Fsspec's file system of an address; it keeps one a process."""
     import fsspec
 
-    scheme = address.partition("://")[0].lower()
+    scheme = address.partition("://")[0]
     try:
         return fsspec.filesystem(scheme)
     except ImportError as error:
         raise InputError(f"reading {scheme}:// needs a package that is not installed: {first_line(error)}") from error
+    except Exception as error:  # of its package, for example without credentials
+        raise InputError(f"reading {scheme}:// cannot begin: {type(error).__name__}") from error
 
 
 def _attempt(read: Callable[[], T], where: object) -> T:
-    """What a read gives, tried again after a pause; OSError without what the address hides."""
+    """What a read gives, tried again after a pause; OSError without what the address hides.
+
+    fsspec says of any failure of HTTP that there is no such file; only its cause tells which it was.
+    """
     for number in range(TRIES):
         try:
             return read()
-        except FileNotFoundError:
-            raise FileNotFoundError(f"there is no {shown(where)}") from None
-        except PermissionError:
-            raise PermissionError(f"reading {shown(where)} is not allowed with the credentials found") from None
         except InputError:
             raise
+        except PermissionError:
+            raise PermissionError(f"reading {shown(where)} is not allowed with the credentials found") from None
         except Exception as error:  # of the network, or of the server's own client
-            reason = type(error).__name__
+            cause = error.__cause__ or error.__context__
+            status = getattr(cause, "status", None)
+            if isinstance(error, FileNotFoundError) and (cause is None or status in (404, 410)):
+                raise FileNotFoundError(f"there is no {shown(where)}") from None
+            reason = f"status {status}" if status else type(cause or error).__name__
             if number == TRIES - 1:
                 raise OSError(f"{shown(where)} cannot be read after {TRIES} attempts ({reason})") from None
             time.sleep(PAUSE * 2**number)

@@ -69,7 +69,10 @@ def open_source(path: str, format: Format = "auto", *, cache: Path | None = None
         "llava": lambda: open_llava(_one(path), cache),
         "parquet": lambda: ParquetSource(path, find_files(path), cache),
     }
-    return _reader(readers, chosen, f"the path {path!r}, which is no folder")()
+    try:
+        return _reader(readers, chosen, f"the path {path!r}, which is no folder")()
+    except OSError as error:
+        raise InputError(f"{path!r} cannot be read: {error}") from error
 
 
 def _open_folder(folder: Path, format: str, cache: Path | None, workers: int) -> DataSource:

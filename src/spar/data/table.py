@@ -147,6 +147,8 @@ class TableSource(ABC):
                 table = self._load(file, place, names)
                 self._last = (group, {name: table.column(name) for name in names})
             except Exception as error:  # a damaged page makes Arrow raise nearly anything
+                if isinstance(self.files[file], RemoteFile) and isinstance(error, OSError):
+                    raise  # it may be back in a moment, and is no fault of the data
                 raise BadSample(f"row group {place}", self.files[file].name, f"cannot be read: {error}") from error
         return self._last[1]
 

@@ -19,7 +19,7 @@ import numpy as np
 from spar.common.errors import InputError
 from spar.common.limits import MAX_EXTENDED_HEADER, MAX_INPUT_IMAGES, MAX_MEMBERS
 from spar.data.index_cache import Arrays, Texts, cached_arrays, upright_size
-from spar.data.remote import ByteReader, DataFile, address_of, open_reader, stamp_of
+from spar.data.remote import ByteReader, DataFile, RemoteFile, address_of, open_reader, stamp_of
 from spar.data.samples import count_reason, is_safe_path
 from spar.data.string_array import StringArray
 
@@ -112,12 +112,15 @@ def index_tar(path: DataFile) -> TarIndex:
         with closing(open_reader(path, whole=True)) as file:
             return _index(file, path.name)
     except OSError as error:
+        if isinstance(path, RemoteFile):  # it may be back in a moment
+            raise
         raise InputError(f"expected a tar shard, but {str(path)!r}: {error.strerror or error}") from error
 
 
 def _index(file: ByteReader, name: str) -> TarIndex:
     skipped: dict[str, int] = {}
     samples: dict[str, dict[tuple[int, int], tuple[int, int]]] = {}
+    shapes: dict[str, tuple[int, int]] = {}  # read as the pass comes by: elsewhere bytes are fetched once
     damage, count = "", 0
     try:
         for member, offset, size in _members(file):
@@ -130,6 +133,8 @@ def _index(file: ByteReader, name: str) -> TarIndex:
                 roles = samples.setdefault(key, {})
                 if place not in roles:
                     roles[place] = (offset, size)
+                    if place == (IMAGE, 0):
+                        shapes[key] = _image_size(file, offset, size)
                     continue
                 found = "a second of its kind in one sample"
             count_reason(skipped, found)
@@ -142,7 +147,7 @@ def _index(file: ByteReader, name: str) -> TarIndex:
         for roles in samples.values() for place, (offset, size) in sorted(roles.items())
     ], [*_MEMBER.items()])  # fmt: skip
     first = np.cumsum([0, *map(len, samples.values())]).astype(np.uint32)
-    sizes = [_image_size(file, *roles.get((IMAGE, 0), (0, 0))) for roles in samples.values()]
+    sizes = [shapes.get(key, (0, 0)) for key in samples]
     return TarIndex(
         StringArray.of(samples), first, **{name: members[name].copy() for name in _MEMBER},
         sizes=np.array(sizes, np.uint16).reshape(-1, 2), skipped=skipped, damage=damage,
@@ -231,6 +236,8 @@ def cached_index(path: DataFile, cache: Path | None) -> TarIndex:
     try:
         stamp = {"version": str(VERSION), **stamp_of(path)}
     except OSError as error:
+        if isinstance(path, RemoteFile):
+            raise
         raise InputError(f"expected a tar shard, but {str(path)!r}: {error.strerror or error}") from error
     digest = hashlib.sha256(address_of(path)).hexdigest()[:24]
     file = cache / f"{digest}.index.safetensors"

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from spar.common.errors import InputError, first_line
 from spar.common.limits import MAX_SHARDS
-from spar.data.remote import SCHEMES, DataFile, check_address, find_remote, is_remote, shown
+from spar.data.remote import SCHEMES, DataFile, check_address, find_remote, is_remote, normal, shown
 
 _HUB = re.compile(r"hf://(?:(datasets|spaces)/)?([\w.-]+/[\w.-]+?)(?:@([^/]+))?/(.+)")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -56,7 +56,10 @@ def find_files(pattern: str) -> list[DataFile]:
     """
     refuse_addresses(pattern)
     if is_remote(pattern):
-        return [*find_remote(expand_braces(pattern))]
+        files = find_remote(expand_braces(pattern))
+        if len(files) > MAX_SHARDS:
+            raise InputError(f"expected a pattern of at most {MAX_SHARDS} files, got {len(files)} of {pattern!r}")
+        return [*files]
     if pattern.startswith("hf://"):
         return [*_from_hub(expand_braces(pattern))]
     folder, rest = _existing(pattern)
@@ -97,7 +100,7 @@ def refuse_addresses(pattern: str) -> None:
             f"expected a local path, hf://datasets/NAME/REPOSITORY/FILES or one of {known}, got {shown(pattern)!r}"
         )
     if is_remote(pattern):
-        check_address(pattern)
+        check_address(normal(pattern))
 
 
 def _from_hub(patterns: list[str]) -> list[Path]:

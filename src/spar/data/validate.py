@@ -9,6 +9,7 @@ import numpy as np
 
 from spar.common.progress import Advance
 from spar.data.bad_samples import BadSampleRecord, decode_images
+from spar.data.loader import read_again
 from spar.data.processes import map_in_processes
 from spar.data.samples import BadSample
 from spar.data.sources import DataSource
@@ -108,7 +109,7 @@ def validate(
     rows = rows[:good]
     repeated, first = _repeated(rows["whole"])
     pairs = zip(rows["index"][repeated[:NAMED]].tolist(), rows["index"][first[:NAMED]].tolist(), strict=True)
-    named = [(source.read(one).key, source.read(other).key) for one, other in pairs]
+    named = [(read_again(source, one).key, read_again(source, other).key) for one, other in pairs]
     files = len(getattr(source, "shards", ())) or len(getattr(source, "files", ()))
     note = (f"{files} files for {workers} workers: fine here, as samples are assigned one by one; loaders that "
             "assign whole shards would fail or be idle")  # fmt: skip
@@ -128,7 +129,7 @@ def _validate_part(source: DataSource, wanted: np.ndarray) -> _Part:
     rows, formats, profiles, bad = [], Counter[str](), Counter[str](), []
     for index in wanted.tolist():
         try:
-            sample = source.read(index)
+            sample = read_again(source, index)
             image, *_ = decode_images(sample)
         except BadSample as error:
             bad.append(BadSampleRecord(source.name, error.origin, error.key, error.reason))

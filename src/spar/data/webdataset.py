@@ -12,7 +12,7 @@ from spar.common.errors import InputError
 from spar.common.limits import MAX_TEXT_BYTES
 from spar.data.captions import caption_in_json, clean_caption, decode_caption
 from spar.data.processes import map_in_processes
-from spar.data.remote import ByteReader, DataFile, open_reader
+from spar.data.remote import ByteReader, DataFile, RemoteFile, open_reader
 from spar.data.samples import BadSample, Kind, Sample, count_reason
 from spar.data.tar_index import CLS, IMAGE, INPUT, JSON, TXT, TarIndex, cached_index
 from spar.processing.images import MAX_BYTES
@@ -122,6 +122,8 @@ class TarSource:
         try:
             self._open[shard] = (open_reader(self.shards[shard]), table)
         except OSError as error:
+            if isinstance(self.shards[shard], RemoteFile):  # it may be back in a moment
+                raise
             raise InputError(f"the shard {str(self.shards[shard])!r} is gone: {error.strerror or error}") from error
         if len(self._open) > OPEN_SHARDS:
             self._open.popitem(last=False)[1][0].close()

@@ -172,7 +172,9 @@ def run_study(
     """
     recipes = {(arm, seed): _recipe(study, arm, seed, registry, find) for arm in study.arms for seed in study.seeds}
     stages = _own_stages(study, find(study.recipe))
-    _check_endpoints(study, find(study.recipe), stages)
+    for recipe in recipes.values():
+        _own_stages(study, recipe)
+        _check_endpoints(study, recipe, stages)
     _open_folder(study, folder, init_from)
     chosen = replace(study, seeds=study.seeds[:first])
     for seed in chosen.seeds:

@@ -61,7 +61,7 @@ class SparDiffusionPipeline(DiffusionPipeline):
     def __init__(self, network: SparNetwork) -> None:
         super().__init__()
         self.register_modules(network=network)
-        self._made: tuple[Any, SparPipeline] | None = None
+        self._made: SparPipeline | None = None
         self._offload_to: torch.device | None = None
 
     @classmethod
@@ -79,14 +79,45 @@ class SparDiffusionPipeline(DiffusionPipeline):
             name = f"hf://{name}"
         return cls(SparNetwork.from_pretrained(name, **keywords))
 
-    def save_pretrained(self, save_directory: Any, **_: Any) -> None:
-        """Write the whole SPAR folder, with `model_index.json`."""
+    def save_pretrained(self, save_directory: Any, **keywords: Any) -> None:
+        """Write the whole SPAR folder, with `model_index.json`; `spar push` sends one to the Hub.
+
+        Raises:
+            InputError: a keyword, none of which would have an effect.
+        """
+        if given := [name for name, value in keywords.items() if (name, value) != ("safe_serialization", True)]:
+            raise InputError(f"save_pretrained: expected a folder alone, got {', '.join(given)}")
         save_model(self.network.bundle, Path(save_directory))
+
+    def to(self, *args: Any, **keywords: Any) -> "SparDiffusionPipeline":
+        """As diffusers' own; a device ends offloading."""
+        if torch._C._nn._parse_to(*args, **keywords)[0] is not None:
+            self._forget()
+            self._offload_to = None
+        return super().to(*args, **keywords)
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: Any = "cuda") -> None:
         """Keep the weights on the CPU, and each part on the device while it computes (`SparPipeline`'s `offload`)."""
         where = torch.device(device)
-        self._offload_to = torch.device(where.type, gpu_id or where.index or 0)
+        self._forget()
+        self._offload_to = torch.device(where.type, gpu_id if gpu_id is not None else where.index or 0)
+
+    def enable_sequential_cpu_offload(self, *_: Any, **__: Any) -> None:
+        """Refused: the parts of SPAR compute by more ways than `forward`, which its hooks watch."""
+        raise InputError("enable_sequential_cpu_offload is not for this pipeline: use enable_model_cpu_offload")
+
+    def enable_group_offload(self, *_: Any, **__: Any) -> None:
+        """Refused, as `enable_sequential_cpu_offload`."""
+        raise InputError("enable_group_offload is not for this pipeline: use enable_model_cpu_offload")
+
+    def push_to_hub(self, *_: Any, **__: Any) -> None:
+        """Refused: `spar push` checks what it sends, and sends it to a private repository."""
+        raise InputError("push_to_hub is not for this pipeline: save_pretrained, then `spar push FOLDER OWNER/NAME`")
+
+    def _forget(self) -> None:
+        """Drop the pipeline, with all weights on the CPU."""
+        self._made = None
+        self.network.model.to("cpu")
 
     def __call__(
         self, prompt: str | Sequence[str], image: ImageSource | Sequence[ImageSource] | None = None,
@@ -150,14 +181,12 @@ class SparDiffusionPipeline(DiffusionPipeline):
         """The pipeline on the device and in the type of now."""
         network, away = self.network, self._offload_to
         where = next(network.model.parameters()).device if away is None else away
-        shown = not getattr(self, "_progress_bar_config", {}).get("disable", False)
-        key = (where, network.compute_dtype, away, shown)
-        if self._made is None or self._made[0] != key:
-            made = SparPipeline(
-                network.bundle, network.compute_dtype, where, offload=away is not None, progress=shown
-            )
-            self._made = key, made
-        return self._made[1]
+        if self._made is None:
+            self._made = SparPipeline(network.bundle, network.compute_dtype, where, offload=away is not None)
+        made = self._made
+        made.dtype, made.device = network.compute_dtype, where
+        made.progress = not getattr(self, "_progress_bar_config", {}).get("disable", False)
+        return made
 
 
 def seeds_of(generator: torch.Generator | Sequence[torch.Generator] | None) -> int | list[int] | None:

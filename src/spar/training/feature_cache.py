@@ -23,7 +23,7 @@ from spar.common.config import read_json, to_dict, write_json
 from spar.common.errors import InputError
 from spar.common.files import atomic_file
 from spar.common.progress import Advance
-from spar.data.loader import to_pixels
+from spar.data.loader import read_again, to_pixels
 from spar.data.samples import BadSample, check_references
 from spar.data.sources import DataSource
 from spar.models.tokenizer import UnifiedTokenizer
@@ -131,7 +131,7 @@ class _Pictures(Dataset):
         inputs: list[np.ndarray] = []
         for index in range(start, min(start + self.batch, self.stop)):
             try:
-                sample = self.source.read(index)
+                sample = read_again(self.source, index)
                 check_references(sample)
                 shown = [self._decoded(data) for data in (sample.image, *sample.input_images)]
             except (BadSample, InputError) as error:

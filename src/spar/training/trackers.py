@@ -20,6 +20,13 @@ from spar.training.loop import Report
 log = logging.getLogger("spar.training")
 
 
+class _Log(logging.LoggerAdapter):
+    """A logger with the method that Accelerate's own has."""
+
+    def warning_once(self, *given: Any, **keywords: Any) -> None:
+        self.warning(*given, **keywords)
+
+
 def tracker_names() -> list[str]:
     """The trackers that Accelerate knows, installed or not."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -37,7 +44,7 @@ def tracked(names: Sequence[str], recipe: Recipe, run: Path, report: Report | No
     if not names:
         yield report
         return
-    opened = {name: _open(name, recipe, run) for name in dict.fromkeys(names)}
+    opened: dict[str, Any] = {}
     ends = dict(zip((stage.name for stage in recipe.stages), accumulate(s.steps for s in recipe.stages), strict=True))
 
     def attempt(name: str, work: Callable[[], None]) -> None:
@@ -55,6 +62,8 @@ def tracked(names: Sequence[str], recipe: Recipe, run: Path, report: Report | No
             report(stage, step, steps, values)
 
     try:
+        for name in dict.fromkeys(names):
+            opened[name] = _open(name, recipe, run)
         yield reported
     finally:
         for name, tracker in list(opened.items()):
@@ -75,7 +84,7 @@ def _open(name: str, recipe: Recipe, run: Path) -> Any:
         tracker = known[name](recipe.name, *places)
         # Only the main process is here: Accelerate's own state, which would join all processes, is not needed.
         tracker.main_process_only = False
-        tracking.logger = log
+        tracking.logger = _Log(log, {})
         tracker.start()
         tracker.store_init_configuration(flat(to_dict(recipe)))
     except Exception as error:  # no network, no login, no such server
