@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parent / "images"
 SEED, ENLARGED, GAP = 0, 4, 8
 PROMPT = "a large red circle to the left of a large blue star"
 INSTRUCTION = "change the background to navy"
-COUNTED, QUESTION, ANSWER = "three large green squares", "how many squares are there?", "three"
+COUNTED, QUESTION, ANSWER = "three large purple triangles", "how many triangles are there?", "three"
 DUALTOKEN_PROMPTS = PROMPTS_OF["dualtoken"]
 
 

@@ -276,7 +276,10 @@ class Pipeline(ABC):
                 order. Images become squares as in `understand`.
             max_new_tokens: by default as many as fit, at most MAX_NEW_TOKENS; a larger number is cut to that, and an
                 answer that reaches it ends with the finish reason "length".
-            temperature, top_p, seed, max_tiles: as in `understand`.
+            temperature: as in `understand`, and so the following.
+            top_p: of the likeliest tokens.
+            seed: of the answer.
+            max_tiles: of an image.
 
         Raises:
             InputError: at the call, before any computation.

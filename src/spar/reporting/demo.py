@@ -44,7 +44,7 @@ PAGE = "report.html"
 PROMPTS = (
     "a large red circle to the left of a small blue star",
     "a small yellow triangle on a navy background",
-    "three large green squares",
+    "three large purple triangles",
     "a large purple ring and a small orange cross on a white background",
     "a small pink star above a large cyan circle",
     "two small red stars on a beige background",

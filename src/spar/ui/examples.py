@@ -10,7 +10,7 @@ SEED = 0
 PROMPTS = (
     "a large red circle to the left of a large blue star",
     "two large yellow stars on a black background",
-    "three large green squares",
+    "three large purple triangles",
     "a large purple ring and a small orange cross",
     "a large pink circle above a small cyan square",
     "a small yellow triangle on a navy background",
@@ -18,7 +18,8 @@ PROMPTS = (
 # Of a bundled model that draws other prompts wrongly, those that it draws rightly; by its name.
 PROMPTS_OF = {
     "dualtoken": (
-        "a large red circle on a white background", "a small cyan cross on a brown background", "three small red stars",
+        "a large red circle on a white background", "a small cyan cross on a brown background",
+        "a large green ring on a black background",
     ),
 }  # fmt: skip
 SCENES = (

@@ -147,7 +147,7 @@ UNIFIED = (
 
 
 def shapes() -> SparRecipe:
-    """The system of the bundled weights, from random weights; those were trained on version 1 of the world."""
+    """The system of the bundled weights, from random weights; those began with weights of an earlier form."""
     return SparRecipe(
         name="shapes",
         model=SparConfig(
