@@ -11,10 +11,9 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 
 from spar.checkpoints.hub import model_folder
 from spar.checkpoints.spar_format import ModelBundle, load_model, save_model
@@ -30,7 +29,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 class SparNetwork(ModelMixin, ConfigMixin):
     """All weights of a SPAR folder as diffusers' one component; matrix products have the type `dtype`."""
 
-    config_name = "config.json"
+    config_name = "config.json"  # type: ignore[assignment]  # the base class says None, and means a name
 
     def __init__(self, bundle: ModelBundle, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -42,7 +41,7 @@ class SparNetwork(ModelMixin, ConfigMixin):
         dtype = keywords.get("torch_dtype") or keywords.get("dtype") or torch.float32
         return cls(load_model(model_folder(pretrained_model_name_or_path)), read_dtype(dtype))
 
-    def to(self, *args: Any, **keywords: Any) -> "SparNetwork":
+    def to(self, *args: Any, **keywords: Any) -> "SparNetwork":  # type: ignore[override]  # a wrapped one
         """Move the weights; a type is that of matrix products, and leaves the stored weights as they are."""
         device, dtype, *_ = torch._C._nn._parse_to(*args, **keywords)
         if device is not None:
@@ -57,6 +56,8 @@ class SparNetwork(ModelMixin, ConfigMixin):
 
 class SparDiffusionPipeline(DiffusionPipeline):
     """Generates from a prompt, and edits when it is given an image."""
+
+    network: SparNetwork
 
     def __init__(self, network: SparNetwork) -> None:
         super().__init__()
@@ -79,7 +80,7 @@ class SparDiffusionPipeline(DiffusionPipeline):
             name = f"hf://{name}"
         return cls(SparNetwork.from_pretrained(name, **keywords))
 
-    def save_pretrained(self, save_directory: Any, **keywords: Any) -> None:
+    def save_pretrained(self, save_directory: Any, *_: Any, **keywords: Any) -> None:
         """Write the whole SPAR folder, with `model_index.json`; `spar push` sends one to the Hub.
 
         Raises:
@@ -110,7 +111,7 @@ class SparDiffusionPipeline(DiffusionPipeline):
         """Refused, as `enable_sequential_cpu_offload`."""
         raise InputError("enable_group_offload is not for this pipeline: use enable_model_cpu_offload")
 
-    def push_to_hub(self, *_: Any, **__: Any) -> None:
+    def push_to_hub(self, *_: Any, **__: Any) -> Any:
         """Refused: `spar push` checks what it sends, and sends it to a private repository."""
         raise InputError("push_to_hub is not for this pipeline: save_pretrained, then `spar push FOLDER OWNER/NAME`")
 
@@ -209,4 +210,5 @@ def _seed_of(generator: torch.Generator) -> int:
     return seed if fresh else drawn
 
 
-diffusers.SparDiffusionPipeline = SparDiffusionPipeline  # where `DiffusionPipeline.from_pretrained` looks for the class
+# Where `DiffusionPipeline.from_pretrained` looks for the class.
+setattr(diffusers, "SparDiffusionPipeline", SparDiffusionPipeline)  # noqa: B010  # the module does not declare it
