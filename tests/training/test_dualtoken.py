@@ -460,7 +460,7 @@ def test_lora_moves_the_llms_additions_alone_and_the_pipeline_takes_them(dual_ru
     taken = pipe.model.state_dict()
     merged, plain = (load_dualtoken(path).model.state_dict() for path in (tmp_path / "model", base))
     moved = {key for key in plain if not torch.equal(merged[key], plain[key])}
-    assert moved == {key.split(".lora_")[0] + ".weight" for key in added}
+    assert moved == {key.removeprefix("base_model.model.").split(".lora_")[0] + ".weight" for key in added}
     assert all(key.startswith("language.network.layers.") for key in moved)
     assert all(torch.allclose(merged[key], taken[key], atol=1e-6) for key in merged)
 

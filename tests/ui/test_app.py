@@ -267,7 +267,7 @@ def test_a_new_seed_is_shown(visit):
 @pytest.mark.parametrize(
     ("label", "text", "message"),
     [
-        ("What to draw", "a purple dog", "This model does not know: dog; the top of the page says what it knows."),
+        ("What to draw", "a purple dog", "This model does not know: dog (perhaps do); the top of"),
         ("What to draw", "  ", "Please write some text first."),
         ("What to draw", "red " * 65, "Expected at most 64 tokens, got 65."),
         ("Seed", "-1", "Seed: expected a whole number from 0 to 9223372036854775807, or nothing, got '-1'."),
