@@ -49,7 +49,7 @@ def in_todays_form(made: SparRecipe, folder: Path) -> TrainingModules:
 
 
 def fit_read_outs(made: SparRecipe, modules: TrainingModules, scenes: int = SCENES, steps: int = STEPS) -> Tensor:
-    """Fit the linear read-outs of the tags to the frozen encoder; the share of tokens whose shape they tell."""
+    """Fit the linear read-outs of the tags to the frozen encoder; the share of objects' tokens that they name."""
     data = ShapesTrainingData(ShapesData(scenes=scenes, edits=1), made.model.grid, made.seed)
     chosen = np.arange(scenes)
     encoder, head = modules.model.tokenizer.encoder.eval(), dense_head(modules)
@@ -66,7 +66,8 @@ def fit_read_outs(made: SparRecipe, modules: TrainingModules, scenes: int = SCEN
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        return (head.tags["shape"](f_v).argmax(-1) == tags["shape"]).float().mean()
+        own = tags["shape"] > 0
+        return (head.tags["shape"](f_v).argmax(-1) == tags["shape"])[own].float().mean()
 
 
 def with_fresh_gate(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -96,7 +97,7 @@ def main() -> None:
         write_end(run, "relations", made, with_fresh_gate(load_group(run / stage / "done", "modules")))
         return
     modules = in_todays_form(made, Path(sys.argv[1]))
-    print(f"shape read off {float(fit_read_outs(made, modules)):.3f} of the tokens")
+    print(f"shape read off {float(fit_read_outs(made, modules)):.3f} of the objects' tokens")
     write_end(Path(sys.argv[2]), "encoder", made, modules.state_dict())
 
 

@@ -237,6 +237,17 @@ def test_the_readme_gives_the_words_and_forms_of_the_bundled_model():
         parse(prompt)
 
 
+def test_the_chat_scores_and_the_minutes_in_the_guides_are_those_of_their_files():
+    scores = json.loads((ROOT / "docs" / "results" / "shapes-chat.json").read_text())["scores"]
+    found = {score["name"]: f"{score['value']:.3f}" for score in scores}
+    said = re.search(r"\(Shapes-Chat\).*?\n\n", (ROOT / "docs" / "use.md").read_text("utf-8"), re.S)[0]
+    assert re.findall(r"\d\.\d{3}", said) == [found[name] for name in ("turn_1", "turn_2", "overall", "part.alone")]
+    stages = json.loads((BUNDLED / "manifest.json").read_text())["stages"]
+    text = (ROOT / "docs" / "results.md").read_text("utf-8")
+    assert f"for {sum(one['seconds'] for one in stages.values()) / 60:.0f} minutes" in text
+    assert all(f"{one['steps']:,} " in text for one in stages.values())
+
+
 # Examples
 
 

@@ -130,7 +130,8 @@ def test_a_server_that_fails_is_not_one_without_the_file(served, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "address", ["https://h/a.tar?token=secret", "https://me:secret@h/a.tar", "s3://secret@b/a.tar", "https://h/a.tar#secret"]
+    "address",
+    ["https://h/a.tar?token=secret", "https://me:secret@h/a.tar", "s3://secret@b/a.tar", "https://h/a.tar#secret"],
 )
 def test_an_address_that_may_hold_a_secret_is_refused(address):
     with pytest.raises(InputError, match="expected an address without a user and a query") as raised:

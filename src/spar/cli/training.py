@@ -217,7 +217,7 @@ def _train(args: Any, plan: "RunPlan", device: "torch.device", *, resume_command
     try:
         shown = nullcontext((None, None)) if quiet else training_display()
         trackers = () if quiet else args.track
-        if trackers:  # before one is told of a run that is refused
+        if trackers:  # a run that is refused is not announced to them
             check_run(run, plan.recipe, fresh=plan.fresh)
         with shown as (announce, report), tracked(trackers, plan.recipe, run, report) as told:
             model = execute(plan, device=device, parallelism=args.parallelism, report=told, announce=announce)

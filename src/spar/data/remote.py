@@ -150,7 +150,7 @@ DataFile = Path | RemoteFile
 def is_remote(pattern: str) -> bool:
     """Whether a path or a pattern is an address that is read by ranges."""
     scheme = ADDRESS.match(pattern)
-    return bool(scheme) and scheme[1].lower() in SCHEMES if scheme else False
+    return scheme is not None and scheme[1].lower() in SCHEMES
 
 
 def check_address(pattern: str) -> None:

@@ -68,9 +68,8 @@ def text_sampling(temperature: float, top_p: float, seed: int | Sequence[int] | 
     Raises:
         InputError: a number without meaning, or another number of seeds.
     """
-    checked = TextSampling(temperature, top_p)
     seeds = list_seeds(seed, count) if temperature or seed is not None else []
-    return TextSampling(temperature, top_p, tuple(seeds)) if temperature else checked
+    return TextSampling(temperature, top_p, tuple(seeds) if temperature else ())
 
 
 class Pipeline(ABC):

@@ -80,13 +80,14 @@ class SparDiffusionPipeline(DiffusionPipeline):
             name = f"hf://{name}"
         return cls(SparNetwork.from_pretrained(name, **keywords))
 
-    def save_pretrained(self, save_directory: Any, *_: Any, **keywords: Any) -> None:
+    def save_pretrained(self, save_directory: Any, *others: Any, **keywords: Any) -> None:
         """Write the whole SPAR folder, with `model_index.json`; `spar push` sends one to the Hub.
 
         Raises:
-            InputError: a keyword, none of which would have an effect.
+            InputError: a further argument, none of which would have an effect.
         """
-        if given := [name for name, value in keywords.items() if (name, value) != ("safe_serialization", True)]:
+        given = [name for name, value in keywords.items() if (name, value) != ("safe_serialization", True)]
+        if given := [*map(repr, others), *given]:
             raise InputError(f"save_pretrained: expected a folder alone, got {', '.join(given)}")
         save_model(self.network.bundle, Path(save_directory))
 

@@ -27,13 +27,6 @@ class _Log(logging.LoggerAdapter):
         self.warning(*given, **keywords)
 
 
-def tracker_names() -> list[str]:
-    """The trackers that Accelerate knows, installed or not."""
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-    return sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
-
-
 @contextmanager
 def tracked(names: Sequence[str], recipe: Recipe, run: Path, report: Report | None) -> Iterator[Report | None]:
     """A report that also tells trackers; they are opened here and finished at the end.
