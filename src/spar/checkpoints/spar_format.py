@@ -69,13 +69,17 @@ TRAINING_PARTS: dict[str, Callable[[SparConfig], Any]] = {
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """Default sampling of the model; part of it, since training determines it."""
+    """Default sampling of the model; part of it, since training determines it.
+
+    `layout`: whether its LLM first writes where everything lies (`SparPipeline.generate`).
+    """
 
     shift: float = 1.0
     method: str = "dpmsolver++"
     steps: int = 20
     guidance: float = 4.5
     max_prompt_tokens: int = 64
+    layout: bool = False
 
     def __post_init__(self) -> None:
         check_range("shift", self.shift, MIN_SHIFT, MAX_SHIFT)
@@ -218,6 +222,8 @@ def read_header(folder: Path, expected: str) -> dict[str, Any]:
         raise InputError(f"{where}: expected latent_scale above 0, got {scale!r} (at most {MAX_SCALE:g})")
     if isinstance(header["model"], dict):
         header["model"].setdefault("understanding", {})  # the part itself came later
+    if isinstance(header.get("sampling"), dict):
+        header["sampling"].setdefault("layout", False)
     for (part, name), value in LATER_FIELDS.items():
         fields_of = header["model"].get(part) if isinstance(header["model"], dict) else None
         if isinstance(fields_of, dict):

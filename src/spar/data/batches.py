@@ -53,6 +53,11 @@ class Captioned(Images):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Layouts(Captioned):
+    """Images whose texts are layouts, which say where everything lies: an image is drawn of one on a blank canvas."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Edits(Captioned):
     """Edited images, the instructions, and the images before the edit: `references` `[B, 3, H, W]`, or their `f_v`
     among the features, as `reference`.

@@ -72,6 +72,13 @@ class SparModel(nn.Module):
             return embeddings
         return embeddings.masked_scatter(places[..., None], f_v.to(embeddings.dtype))
 
+    def canvas(self, count: int) -> Tensor:
+        """`f_v` `[count, N, D]` of a blank image, mid-gray, which a layout is laid out on."""
+        weight, side = self.language.network.embed_tokens.weight, self.config.image_size
+        with torch.no_grad():
+            f_v: Tensor = self.tokenizer.encoder(weight.new_full((1, 3, side, side), 0.5, dtype=torch.float32))
+        return f_v.float().expand(count, -1, -1)
+
     def condition(
         self, tokens: Tensor, mask: Tensor, f_v: Tensor | None = None, size: tuple[int, int] | None = None
     ) -> Condition:

@@ -232,6 +232,13 @@ class PromptEncoder:
     def _generation(self, prompt: str | None) -> list[int]:
         return self.encode(UNCONDITIONAL if prompt is None else f"Generate an image: {prompt}")
 
+    def layout(self, layouts: Sequence[str | None]) -> TokenBatch:
+        """`Generate an image: {layout}` and a blank canvas; None gives the unconditional prompt, canvas kept."""
+        return self._image_prompts([self._layout(text) for text in layouts])
+
+    def _layout(self, text: str | None) -> list[int]:
+        return self._generation(text) + self.encode("\n") + self.image()
+
     def edit(self, instructions: Sequence[str | None], image_tokens: int | None = None) -> TokenBatch:
         """`Edit the image: {instruction}` and the reference; None gives the unconditional prompt, reference kept.
 
@@ -296,6 +303,24 @@ class PromptEncoder:
             length = len(ids) + len(answer)
             weights = [0.0] * len(ids) + [1.0] * len(answer)
             rows.append((ids + answer, [0] * length, list(range(length)), weights))
+        return self._packed(rows)
+
+    def pack_layouts(self, prompts: Sequence[str], layouts: Sequence[str]) -> PackedBatch:
+        """Prompts for images, each answered with a layout, and beside it the layout as a prompt with its canvas.
+
+        The two share a row and nothing else: each has the positions that it would have alone.
+        """
+        rows = []
+        for prompt, text in zip(prompts, layouts, strict=True):
+            asked, answer = self._user(self._generation(prompt)), self.encode(text) + self.encode(TURN_END)
+            drawn = self._user(self._layout(text))
+            length = len(asked) + len(answer)
+            rows.append((
+                asked + answer + drawn,
+                [1] * length + [2] * len(drawn),
+                [*range(length), *range(len(drawn))],
+                [0.0] * len(asked) + [1.0] * len(answer) + [0.0] * len(drawn),
+            ))  # fmt: skip
         return self._packed(rows)
 
     def _packed(self, rows: Sequence[PackedRow]) -> PackedBatch:

@@ -58,7 +58,7 @@ def sampling_config(recipe: "SparRecipe") -> SamplingConfig:
     flow = recipe.flow
     return SamplingConfig(
         shift=flow.sampling_shift, steps=flow.sampling_steps, guidance=flow.guidance,
-        max_prompt_tokens=recipe.max_prompt_tokens,
+        max_prompt_tokens=recipe.max_prompt_tokens, layout=flow.layout,
     )
 
 

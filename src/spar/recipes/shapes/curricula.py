@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from spar.common.errors import InputError
-from spar.data.batches import Captioned, Descriptions, Dialogues, Images
+from spar.data.batches import Captioned, Descriptions, Dialogues, Edits, Images, Layouts
 from spar.data.samples import Kind
 from spar.training.data import CaptionData, CaptionDialogueData, DialogueData, MixedData, StageData
 from spar.worlds.shapes.questions import BINDING_QUESTION_KINDS, CURRICULUM_KINDS, QUESTION_KINDS
@@ -15,6 +15,11 @@ from spar.worlds.shapes.scene import ALL_KINDS
 def _check_scene_kinds(kinds: tuple[str, ...]) -> None:
     if not set(kinds) <= set(ALL_KINDS):
         raise InputError(f"scene_kinds: expected {', '.join(ALL_KINDS)}, got {', '.join(kinds)}")
+
+
+def _check_share(name: str, share: float) -> None:
+    if not 0 <= share <= 1:
+        raise InputError(f"{name}: expected 0 to 1, got {share}")
 
 
 @dataclass(frozen=True)
@@ -30,8 +35,7 @@ class Lessons:
     scene_kinds: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 0 <= self.position_captions <= 1:
-            raise InputError(f"position_captions: expected 0 to 1, got {self.position_captions}")
+        _check_share("position_captions", self.position_captions)
         _check_scene_kinds(self.scene_kinds)
 
 
@@ -44,13 +48,18 @@ class CaptionLessons(Lessons, CaptionData):
 
 @dataclass(frozen=True)
 class MixedLessons(Lessons, MixedData):
-    """Captions, some of them lessons, and edits."""
+    """Captions, some of them lessons, and edits; in the share `layouts` of the steps without edits, images are drawn of
+    layouts in place of captions.
+    """
 
     kind: ClassVar[str] = "lessons"
+    gives: ClassVar[tuple[type[Images], ...]] = (Captioned, Layouts, Edits)
+    layouts: float = 0.0
 
     def __post_init__(self) -> None:
         Lessons.__post_init__(self)
         MixedData.__post_init__(self)
+        _check_share("layouts", self.layouts)
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,8 @@ class QuestionData(StageData):
     An image is asked `per_image` of the questions, drawn anew each time (0: all, in the order named): what a row costs
     grows faster than its length. In the share `prompt_share` of the steps the LLM reads prompts for images in place of
     questions, edits in the share `edit_prompts` of them, else captions, and says what the image will show: it learns
-    what its states have to tell the DiT, which a published LLM brings along. `scene_kinds` as in `Lessons`.
+    what its states have to tell the DiT, which a published LLM brings along. With `layouts` it answers captions with
+    layouts, and says what each place of a blank canvas will show behind one. `scene_kinds` as in `Lessons`.
     """
 
     kind: ClassVar[str] = "questions"
@@ -69,14 +79,14 @@ class QuestionData(StageData):
     per_image: int = 0
     prompt_share: float = 0.0
     edit_prompts: float = 0.5
+    layouts: bool = False
     scene_kinds: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.per_image < 0:
             raise InputError(f"per_image: expected at least 0, got {self.per_image}")
         for name in ("prompt_share", "edit_prompts"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name}: expected 0 to 1, got {getattr(self, name)}")
+            _check_share(name, getattr(self, name))
         _check_scene_kinds(self.scene_kinds)
         known = (*QUESTION_KINDS, *CURRICULUM_KINDS, *BINDING_QUESTION_KINDS)
         unknown = sorted(set(self.questions) - set(known))
@@ -98,8 +108,7 @@ class UnifiedLessons(QuestionData):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("caption_share", "position_captions"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name}: expected 0 to 1, got {getattr(self, name)}")
+            _check_share(name, getattr(self, name))
 
     @property
     def plain(self) -> StageData:

@@ -1,6 +1,7 @@
 """The shapes world as training data: scenes, rendered once, dealt by (seed, stage, step)."""
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,14 +12,21 @@ from torch import Tensor
 
 from spar.common.errors import InputError
 from spar.common.files import atomic_file
-from spar.data.batches import Captioned, Descriptions, Dialogues, Edits, Images
+from spar.data.batches import Captioned, Descriptions, Dialogues, Edits, Images, Layouts
 from spar.processing.prompts import DESCRIBE, PromptEncoder, QuestionAnswer
 from spar.recipes.shapes.curricula import CaptionLessons, Lessons, MixedLessons, QuestionData, UnifiedLessons
-from spar.recipes.shapes.dense_tagging import TagData, Tagged, TaggedCaptionData, TaggedCaptions, TaggedEdits
+from spar.recipes.shapes.dense_tagging import (
+    TagData,
+    Tagged,
+    TaggedCaptionData,
+    TaggedCaptions,
+    TaggedEdits,
+    TaggedLayouts,
+)
 from spar.training.config import Recipe, StageConfig
 from spar.training.data import CaptionData, DataConfig, ImageData, MixedData, StageData, TrainingData, resized
 from spar.training.distributed import DistributedContext
-from spar.worlds.shapes.captions import caption, describe, open_caption, position_caption
+from spar.worlds.shapes.captions import caption, describe, layout, open_caption, position_caption
 from spar.worlds.shapes.dataset import dense_targets, scene_at
 from spar.worlds.shapes.edits import BY_ANYTHING, Edit, edit_kinds, make_edit
 from spar.worlds.shapes.forms import paraphrase
@@ -31,7 +39,8 @@ from spar.worlds.shapes.tokenizer import build_tokenizer
 KIND_WEIGHTS = {**dict.fromkeys(KINDS, 1.0), "shared": 1.5, "twins": 1.0}
 OPEN_CAPTIONS = 0.15
 FOLLOWING, TURNS = 0.5, 3
-EMPTY_TOKENS = 0.15  # of the tokens without an object, that count among the tags after an edit
+EMPTY_TOKENS = 0.15  # of the tokens without an object, that count among the tags of a prompt
+POSITION_PROMPTS = 0.15  # of the captions that are answered with a layout, those that say where things are
 
 
 def draw_edit(scene: Scene, rng: np.random.Generator) -> Edit:
@@ -106,6 +115,9 @@ class ShapesTrainingData(TrainingData):
         if editing:
             texts = tuple(self.instructions(rng, drawn)[rows])
             return Edits(keys=indices, pixels=pixels, texts=texts, references=self.pixels(indices))
+        if isinstance(data, MixedLessons) and data.layouts and rng.random() < data.layouts:
+            texts = tuple(layout(self.scenes[i], layout_order(self.scenes[i], rng)) for i in drawn)[rows]
+            return Layouts(keys=indices, pixels=pixels, texts=texts)
         if captioned:
             texts = tuple(self.captions(rng, drawn, position_captions=placed)[rows])
             if isinstance(data, TaggedCaptionData):
@@ -152,9 +164,10 @@ class ShapesTrainingData(TrainingData):
             for i, is_placed in zip(indices, placed, strict=True)
         ]
 
-    def caption(self, rng: np.random.Generator, scene: Scene) -> str:
+    def caption(self, rng: np.random.Generator, scene: Scene, order: Sequence[int] | None = None) -> str:
         """A caption in training forms; in OPEN_CAPTIONS one that leaves something open."""
-        return paraphrase((open_caption if rng.random() < OPEN_CAPTIONS else caption)(scene, rng), rng)
+        form = open_caption if rng.random() < OPEN_CAPTIONS else caption
+        return paraphrase(form(scene, rng, order=order), rng)
 
     def instructions(self, rng: np.random.Generator, indices: np.ndarray) -> list[str]:
         """The instruction of each edit, in training forms."""
@@ -164,6 +177,8 @@ class ShapesTrainingData(TrainingData):
         """Prompts for images, of captions or of edits, with the description of what is to be seen."""
         editing = bool(rng.random() < data.edit_prompts)
         drawn = self.draw(rng, count, edits=editing, kinds=data.scene_kinds)
+        if data.layouts and not editing:
+            return self.laid_out(rng, drawn, rows)
         if editing:
             prompts, scenes = self.instructions(rng, drawn), [self.edits[i].target for i in drawn]
         else:
@@ -178,6 +193,22 @@ class ShapesTrainingData(TrainingData):
         return TaggedEdits(
             keys=indices, pixels=pixels, prompts=tuple(prompts[rows]), texts=texts, edits=True, tags=tags,
             counted=(tags["shape"] > 0) | (before["shape"] > 0) | empty,
+        )  # fmt: skip
+
+    def laid_out(self, rng: np.random.Generator, drawn: np.ndarray, rows: slice) -> TaggedLayouts:
+        """Captions with layouts of the same scenes in the same order, and what each visual token will show."""
+        scenes, prompts, texts = [self.scenes[i] for i in drawn], [], []
+        placed = rng.random(len(scenes)) < POSITION_PROMPTS
+        for scene, is_placed in zip(scenes, placed, strict=True):
+            order = layout_order(scene, rng)
+            said = position_caption(scene, rng, order=order) if is_placed else self.caption(rng, scene, order)
+            prompts.append(said)
+            texts.append(layout(scene, order))
+        tags = dense_tags(scenes[rows], self.grid)
+        empty = torch.from_numpy(rng.random((len(scenes), self.grid**2)) < EMPTY_TOKENS)[rows]
+        return TaggedLayouts(
+            keys=drawn[rows], pixels=self.pixels(drawn[rows]), prompts=tuple(prompts[rows]), texts=tuple(texts[rows]),
+            edits=False, tags=tags, counted=(tags["shape"] > 0) | empty,
         )  # fmt: skip
 
     def turns(
@@ -200,6 +231,15 @@ class ShapesTrainingData(TrainingData):
                 row.append(QuestionAnswer(paraphrase(text, rng), answer, follows=follows))
             rows.append(row)
         return rows
+
+
+def layout_order(scene: Scene, rng: np.random.Generator) -> list[int]:
+    """A random order of a scene's objects in which those that one phrase of a caption names follow each other."""
+    order: list[int] = rng.permutation(len(scene.objects)).tolist()
+    first: dict[tuple[str, str], int] = {}
+    for place, index in enumerate(order):
+        first.setdefault(scene.objects[index].pair, place)
+    return sorted(order, key=lambda index: first[scene.objects[index].pair])
 
 
 def dense_tags(scenes: list[Scene], grid: int) -> dict[str, Tensor]:

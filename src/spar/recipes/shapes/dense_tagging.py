@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from spar.common.errors import InputError
 from spar.data.batches import Captioned, Descriptions, Dialogues, Images
-from spar.processing.prompts import PromptEncoder
+from spar.processing.prompts import PackedBatch, PromptEncoder
 from spar.recipes.shapes.curricula import Lessons, QuestionData
 from spar.training.cost import Cost, meta_input, part_cost
 from spar.training.data import StageData, TrainingData
@@ -23,7 +23,7 @@ from spar.training.modules import Head, TrainingModules
 from spar.training.objectives.base import Networks, Objective, StepContext, Terms, check_at_least
 from spar.training.objectives.common import sample_images
 from spar.training.objectives.contrastive import ContrastiveObjective
-from spar.training.objectives.next_token import NextTokenObjective
+from spar.training.objectives.next_token import NextTokenObjective, last_states
 from spar.worlds.shapes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES
 from spar.worlds.shapes.tokenizer import PLURALS
 
@@ -58,14 +58,24 @@ class TaggedCaptions(Captioned, Tagged):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaggedEdits(Descriptions):
-    """Edits described in words, with the `tags` of each visual token after the edit, `[B, N, ...]` by name, and which
-    tokens count, `[B, N]`: those of an object before or after it, and some of the others. Without the others
-    the LLM would predict an added object at every empty token.
+class TaggedPrompts(Descriptions):
+    """Prompts answered in words, with the `tags` of each visual token of the image that they ask for, `[B, N, ...]` by
+    name, and which tokens count, `[B, N]`: those of an object, and some of the others. Without the others the LLM would
+    predict an object at every empty token.
     """
 
     tags: Mapping[str, Tensor]
     counted: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaggedEdits(TaggedPrompts):
+    """Edits; the tokens of objects before the edit count too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaggedLayouts(TaggedPrompts):
+    """Captions, and as their `texts` layouts; the tags are read at the tokens of a blank canvas behind the layout."""
 
 
 @dataclass(frozen=True)
@@ -171,11 +181,17 @@ class TagWordsObjective(NextTokenObjective):
     def __call__(self, ctx: StepContext, batch: Dialogues | Descriptions) -> Terms:
         packed, states = self.read(ctx, batch)
         terms = self.answer_terms(ctx, packed, states)
-        if not (self.edit_tags and isinstance(batch, TaggedEdits)):
+        if not (self.edit_tags and isinstance(batch, TaggedPrompts)):
             return terms
         seen = states[packed.ids == ctx.recipe.model.text.image_token_id].unflatten(0, batch.counted.shape)
         tagged = tag_terms(dense_head(ctx.modules), seen, batch.tags, batch.counted)
         return {**terms, "loss": terms["loss"] + self.edit_tags * sum(tagged.values()), **tagged}
+
+    def read(self, ctx: StepContext, batch: Dialogues | Descriptions) -> tuple[PackedBatch, Tensor]:
+        if not isinstance(batch, TaggedLayouts):
+            return super().read(ctx, batch)
+        packed = ctx.prompts.pack_layouts(batch.prompts, batch.texts).to(ctx.device)
+        return packed, last_states(ctx, packed, ctx.modules.model.canvas(len(batch)))
 
     def build(self, recipe: "SparRecipe", networks: Networks) -> Mapping[str, Callable[[Any], nn.Module]]:
         return build_dense_head(recipe)

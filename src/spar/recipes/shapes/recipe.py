@@ -79,14 +79,14 @@ FOUNDATIONS = (
         _MLLM_2, name="mllm-6", steps=1600,
         data=QuestionData(
             (*QUESTIONS, *4 * ("position",), *3 * ("relation", "size", "neighbor", "attribute", "count_color")),
-            per_image=10, prompt_share=0.6, edit_prompts=0.85, scene_kinds=BINDING_MIXTURE,
+            per_image=10, prompt_share=0.6, edit_prompts=0.6, layouts=True, scene_kinds=BINDING_MIXTURE,
         ),
     ),
     replace(
         _MLLM_2, name="mllm-7", steps=1400,
         data=QuestionData(
             (*QUESTIONS, *8 * ("position",), *3 * ("relation", "neighbor", "attribute", "count_color")),
-            per_image=12, prompt_share=0.6, edit_prompts=0.9, scene_kinds=BINDING_MIXTURE,
+            per_image=12, prompt_share=0.7, edit_prompts=0.5, layouts=True, scene_kinds=BINDING_MIXTURE,
         ),
     ),
     StageConfig(
@@ -137,11 +137,11 @@ UNIFIED = (
     replace(_JOINT, name="relations", steps=500, data=MixedLessons(scene_kinds=("position",))),
     replace(
         _JOINT, name="unified-2", steps=5600, lr=3e-3, lr_end=3e-4, warmup=50, ema=0.998,
-        data=MixedLessons(edit_share=0.4, position_captions=0.15, scene_kinds=MIXTURE),
+        data=MixedLessons(edit_share=0.3, position_captions=0.15, layouts=0.7, scene_kinds=MIXTURE),
     ),
     replace(
         _JOINT, name="unified-3", steps=200, lr=3e-4, lr_end=1e-5, warmup=10, ema=0.99,
-        data=MixedLessons(edit_share=0.4),
+        data=MixedLessons(edit_share=0.3, layouts=0.7),
     ),
 )
 
@@ -156,5 +156,5 @@ def shapes() -> SparRecipe:
         ),
         stages=FOUNDATIONS + TOKENIZER + UNIFIED,
         data=ShapesData(),
-        flow=FlowConfig(training_shift=3.0, sampling_shift=3.0),
+        flow=FlowConfig(training_shift=3.0, sampling_shift=3.0, layout=True),
     )

@@ -56,9 +56,7 @@ class NextTokenObjective(Objective["SparRecipe"]):
         packed = packed.to(ctx.device)
         if isinstance(batch, Dialogues) or batch.edits:
             f_v = ctx.frozen_features("f_v", batch, lambda x: {"f_v": model.tokenizer.encoder(x)})["f_v"].float()
-        embeddings = model.embed(packed.ids, f_v)
-        bias = attention_bias(packed.allowed, embeddings, causal=False)
-        return packed, model.language(embeddings, bias, packed.positions)[0]
+        return packed, last_states(ctx, packed, f_v)
 
     def answer_terms(self, ctx: StepContext, packed: PackedBatch, states: Tensor) -> Terms:
         """The cross-entropy of the answers' tokens, each read off the state before it, and the share that is right."""
@@ -79,3 +77,12 @@ class NextTokenObjective(Objective["SparRecipe"]):
         image, tokens = meta_input(1, 3, side, side), recipe.model.grid**2 + DIALOGUE_TOKENS
         cost = part_cost(lambda: model.tokenizer.encoder(image.detach()), model.tokenizer.encoder, through=False)
         return cost + part_cost(lambda: meta_layers(model, model.language.network.layers, tokens), model.language)
+
+
+def last_states(ctx: StepContext, packed: PackedBatch, f_v: Tensor | None) -> Tensor:
+    """The LLM's last states of packed rows, `[B, T, D]`, with `f_v` at their image tokens."""
+    model = ctx.modules.model
+    embeddings = model.embed(packed.ids, f_v)
+    bias = attention_bias(packed.allowed, embeddings, causal=False)
+    states: Tensor = model.language(embeddings, bias, packed.positions)[0]
+    return states

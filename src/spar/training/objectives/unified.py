@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spar.common.errors import InputError
-from spar.data.batches import Captioned, Edits, Images
+from spar.data.batches import Captioned, Edits, Images, Layouts
 from spar.models.spar import Condition
 from spar.training.cost import Cost, meta_input, part_cost
 from spar.training.data import MixedData, TrainingData
@@ -38,7 +38,7 @@ class UnifiedObjective(Objective["SparRecipe"]):
     """
 
     kind: ClassVar[str] = "unified"
-    takes: ClassVar[tuple[type[Images], ...]] = (Captioned, Edits)
+    takes: ClassVar[tuple[type[Images], ...]] = (Captioned, Layouts, Edits)
     reads_features: ClassVar[bool] = True
     align: float = 0.0
     noise_samples: int = 1
@@ -113,13 +113,16 @@ class UnifiedObjective(Objective["SparRecipe"]):
         return torch.cat(rows).float().mean((0, 1))
 
     def __call__(self, ctx: StepContext, batch: Captioned) -> Terms:
-        """Terms of a generation batch or, of `Edits`, of an editing batch."""
+        """Terms of a generation batch: of captions, of `Layouts` on a blank canvas, or of `Edits`."""
         model, name = ctx.modules.model, "flow_generate"
         texts = ctx.unconditional(batch.texts, ctx.recipe.flow.unconditional_share)
         target, reference = _target_features(ctx, batch), None
         if isinstance(batch, Edits):
             name = "flow_edit"
             tokens, reference = ctx.prompts.edit(texts).to(ctx.device), _reference_features(ctx, batch).float()
+        elif isinstance(batch, Layouts):
+            name = "flow_layout"
+            tokens, reference = ctx.prompts.layout(texts).to(ctx.device), model.canvas(len(batch))
         else:
             tokens = ctx.prompts.generation(texts).to(ctx.device)
         condition = model.condition(tokens.ids, tokens.mask, reference)

@@ -60,6 +60,7 @@ __all__ = [
     "edit_kinds",
     "group_objects",
     "half_of_image_text",
+    "layout",
     "make_edit",
     "parse",
     "position_caption",
@@ -140,6 +141,7 @@ def caption(
     background: bool | None = None,
     size: bool | None = None,
     color: bool = True,
+    order: Sequence[int] | None = None,
 ) -> str:
     """A caption of a scene with at least one object, in random order; for position scenes with their relation.
 
@@ -149,17 +151,22 @@ def caption(
         background: whether to mention it; in half of the captions if None.
         size: whether to mention it; in half of the captions, independently of the background, if None.
         color: whether to mention the objects' colours.
+        order: of the objects, in place of a random one.
     """
     background = rng.random() < 0.5 if background is None else background
     size = rng.random() < 0.5 if size is None else size
-    order = rng.permutation(len(scene.objects)).tolist()
-    objects = [scene.objects[index] for index in order]
+    objects = _ordered(scene, rng, order)
     relation = Relation(main_relation(objects[0], objects[1]), 0, 1) if scene.kind == "position" else None
     groups = group_objects(objects, color=color, size=size)
     return to_text(Claim(scene.background if background else None, groups, relation))
 
 
-def open_caption(scene: Scene, rng: np.random.Generator) -> str:
+def _ordered(scene: Scene, rng: np.random.Generator, order: Sequence[int] | None) -> list[Object]:
+    """The objects of a scene in an order, by default a random one."""
+    return [scene.objects[index] for index in (rng.permutation(len(scene.objects)) if order is None else order)]
+
+
+def open_caption(scene: Scene, rng: np.random.Generator, *, order: Sequence[int] | None = None) -> str:
     """A caption that leaves attributes open: "a circle", "two stars", "a red object", "some small stars".
 
     Colours, sizes and, of objects with a colour, shapes are left out, each in OPEN_SHARE of the captions or more; the
@@ -167,14 +174,14 @@ def open_caption(scene: Scene, rng: np.random.Generator) -> str:
     """
     color, size = bool(rng.random() >= 2 * OPEN_SHARE), bool(rng.random() < OPEN_SHARE)
     shape = not color or bool(rng.random() >= OPEN_SHARE)
-    objects = [scene.objects[index] for index in rng.permutation(len(scene.objects)).tolist()]
+    objects = _ordered(scene, rng, order)
     groups = group_objects(objects, shape=shape, color=color, size=size)
     if len(groups) == 1 and groups[0].count > 1 and rng.random() < OPEN_SHARE:
         groups = (replace(groups[0], count=SOME),)
     return to_text(Claim(scene.background if rng.random() < OPEN_SHARE else None, groups))
 
 
-def position_caption(scene: Scene, rng: np.random.Generator) -> str:
+def position_caption(scene: Scene, rng: np.random.Generator, *, order: Sequence[int] | None = None) -> str:
     """A caption with the places of objects, for the training curriculum; `parse` does not support it.
 
     In half of the captions every group of objects has its place, in the others half of the groups have. The place is
@@ -184,7 +191,7 @@ def position_caption(scene: Scene, rng: np.random.Generator) -> str:
     two row three to the left of a blue star". The words of relations thus occur first with one object, then together
     with a known place.
     """
-    objects = [scene.objects[index] for index in rng.permutation(len(scene.objects)).tolist()]
+    objects = _ordered(scene, rng, order)
     share, size = pick(rng, (0.5, 1.0)), bool(rng.random() < 0.5)
     groups = group_objects(objects, size=size)
     relation = main_relation(*objects) if len(objects) == len(groups) == 2 else ""
@@ -199,6 +206,15 @@ def position_caption(scene: Scene, rng: np.random.Generator) -> str:
         phrases.append(f"{_group_text(group)} {place}" if rng.random() < share else _group_text(group))
     text = f" {RELATIONS[relation]} ".join(phrases) if joined else ", ".join(phrases)
     return text if rng.random() < 0.5 else f"{text} on a {scene.background} background"
+
+
+def layout(scene: Scene, order: Sequence[int]) -> str:
+    """A scene in words with the cell of every object: "a large red circle on column two row three, a small blue star on
+    column six row five on a gray background"; `parse` does not support it.
+    """
+    objects = [scene.objects[index] for index in order]
+    phrases = [f"{with_article(look_text(o.shape, o.color, o.size))} on {cell_text(o)}" for o in objects]
+    return f"{', '.join(phrases)} on a {scene.background} background"
 
 
 def half_of_image_text(item: Object) -> str:
