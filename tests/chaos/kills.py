@@ -87,19 +87,21 @@ class Killer:
 
     def __init__(self, run: Path, seed: int) -> None:
         self.run, self.random = run, random.Random(seed)
+        self.start_seconds = 10.0  # from a start to its first line, as the last one took
         self.done = {"kills": 0, "inside_a_save": 0, "ended_before": 0}
 
     def kill(self, argv: list[str], when: str) -> None:
         """One training, from its start to its end by SIGKILL at a moment of WHEN."""
-        lines = self._lines()
+        lines, begun = self._lines(), time.monotonic()
         with tempfile.TemporaryFile("w+") as said:
             process = subprocess.Popen(
                 argv, env=ENVIRONMENT, stdout=said, stderr=subprocess.STDOUT
             )
             try:
                 if when == "start":
-                    time.sleep(self.random.uniform(0, 10))
+                    time.sleep(self.random.uniform(0, self.start_seconds))
                 elif self._wait(process, lambda: self._lines() > lines):
+                    self.start_seconds = time.monotonic() - begun
                     if when == "save":
                         self._wait(process, self._saving)
                     else:

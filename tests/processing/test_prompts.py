@@ -233,6 +233,23 @@ def test_prompts_for_images_are_answered_in_words_after_their_own_form(prompts, 
         assert torch.equal(packed.allowed[row, :length, :length], torch.ones(length, length, dtype=torch.bool).tril())
 
 
+def test_a_prompt_its_layout_and_the_layouts_canvas_do_not_meet(prompts):
+    texts, layouts = ["a circle", "two red squares on a gray background"], ["a small red circle on column two row one"] * 2
+    packed = prompts.pack_layouts(texts, layouts)
+    asked, drawn = prompts.generation(texts), prompts.layout(layouts)
+    for row in range(2):
+        prompt = asked.ids[row][asked.mask[row].bool()].tolist()
+        answer = prompts.encode(layouts[row]) + prompts.encode("<|im_end|>")
+        canvas = drawn.ids[row][drawn.mask[row].bool()].tolist()
+        first, length = len(prompt) + len(answer), len(prompt) + len(answer) + len(canvas)
+        assert packed.ids[row, :length].tolist() == prompt + answer + canvas
+        assert packed.weights[row].nonzero().flatten().tolist() == list(range(len(prompt), first))
+        assert packed.positions[row, :length].tolist() == [*range(first), *range(len(canvas))]
+        alone = torch.block_diag(torch.ones(first, first).tril(), torch.ones(len(canvas), len(canvas)).tril()).bool()
+        assert torch.equal(packed.allowed[row, :length, :length], alone)
+        assert canvas.count(prompts.encode("<IMG_CONTEXT>")[0]) == prompts.visual_tokens
+
+
 # ---- what a user may not type ---------------------------------------------------------------------------------------
 
 

@@ -39,6 +39,8 @@ class EvalArguments(ModelArguments):
     """Classifier-free guidance; by default the model's own."""
     images_per_prompt: int | None = None
     """Images for each prompt of shapes-gen and shapes-gen-bind; by default 4."""
+    no_layout: Flag = False
+    """Of a SPAR model that writes layouts: draw of the prompts themselves (shapes-gen and shapes-gen-bind)."""
     batch: int | None = None
     """Images per batch: changes the time, never the scores."""
     combinations: Literal["seen", "held_out"] = "seen"
@@ -51,6 +53,10 @@ class EvalArguments(ModelArguments):
     """Text of a label of zero-shot, {} where the class goes; by default "a photo of a {}."."""
     label: str | None = None
     """Label in the results, to distinguish two models."""
+
+    @property
+    def layout(self) -> bool | None:
+        return False if self.no_layout else None
 
     def __post_init__(self) -> None:
         check_range("--seed", self.seed, 0, MAX_SEED)

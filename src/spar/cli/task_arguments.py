@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from spar.cli.arguments import Flag, Guidance, ModelArguments, OutputPath, Steps, check_nonempty, check_utf8
+from spar.common.errors import InputError
 from spar.common.limits import (
     MAX_GUIDANCE,
     MAX_IMAGE_TILES,
@@ -87,6 +88,10 @@ class GenerateArguments(SamplingArguments):
     """Pixels; by default the side of the training images."""
     width: int | None = None
     """Pixels; by default the side of the training images."""
+    layout: str | None = None
+    """Of a SPAR model that writes layouts: where everything lies, in words, in place of its own layout."""
+    no_layout: Flag = False
+    """Of such a model: draw of the prompt itself, without a layout."""
     temperature: float | None = None
     """Of a DualToken model: of the codes that are drawn, 0 for the likeliest; by default the model's own."""
     top_k: int | None = None
@@ -97,6 +102,9 @@ class GenerateArguments(SamplingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_nonempty(self.prompt, "prompt", "PROMPT")
+        if self.no_layout and self.layout is not None:
+            raise InputError("expected one of --layout and --no-layout, got both")
+        check_utf8(self.layout, "--layout")
         check_range("--temperature", self.temperature, 0, MAX_TEMPERATURE)
         check_range("--top-k", self.top_k, 0, MAX_TOP_K)
         check_range("--top-p", self.top_p, 0, 1)
@@ -108,7 +116,8 @@ class GenerateArguments(SamplingArguments):
 
     def keywords(self) -> dict[str, Any]:
         """Keywords of `generate`; those of one system alone where they are given."""
-        own = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p")}
+        own: dict[str, Any] = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p")}
+        own["layout"] = False if self.no_layout else self.layout
         given = {name: value for name, value in own.items() if value is not None}
         return {"height": self.height, "width": self.width, **super().keywords(), **given}
 

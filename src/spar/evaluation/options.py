@@ -57,8 +57,9 @@ class EvalOptions:
 
     `limit`: prompts per task (questions per kind, scenes), None for the benchmark's full number; a smaller one takes
     the first of the same prompts. `num_inference_steps`, `guidance_scale`: the model's own if None. `images_per_prompt`
-    is Shapes-Gen's and Shapes-Gen-Bind's. `batch`: outputs per call; it changes the time, never the scores.
-    `combinations`: "seen" or "held_out". `label` is recorded in the result, to distinguish two models.
+    and `layout` (whether images are drawn of layouts, by default as the model does) are Shapes-Gen's and
+    Shapes-Gen-Bind's. `batch`: outputs per call; it changes the time, never the scores. `combinations`: "seen" or
+    "held_out". `label` is recorded in the result, to distinguish two models.
     """
 
     limit: int | None = None
@@ -69,6 +70,7 @@ class EvalOptions:
     batch: int = 64
     combinations: str = "seen"
     label: str = ""
+    layout: bool | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("limit", 1), ("images_per_prompt", 1), ("batch", 1), ("seed", 0)):

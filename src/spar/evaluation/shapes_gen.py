@@ -142,7 +142,8 @@ def draw_prompts(
 
     def draw(known: Sequence[tuple[str, int]]) -> list[Detection]:
         asked, seeds = [text for text, _ in known], [seed for _, seed in known]
-        images = pipe.generate(asked, seed=seeds, num_images_per_prompt=1, **options.sampling()).images
+        own = {} if options.layout is None else {"layout": options.layout}
+        images = pipe.generate(asked, seed=seeds, num_images_per_prompt=1, **options.sampling(), **own).images
         return [detect(pixels(image)) for image in images]
 
     drawn: list[Detection | None] = []
@@ -170,7 +171,12 @@ def _run(benchmark: str, pipe: PipelineLike, options: EvalOptions, progress: Adv
         *_part_scores(prompts, verdicts, each, options.seed),
         *([fidelity_score(seen, options.seed)] if seen else []),
     )
-    settings = run_settings(pipe, options, clock, sampled=True, images_per_prompt=each, prompts=len(prompts))
+    laid_out = options.layout
+    if laid_out is None:
+        laid_out = bool(getattr(getattr(getattr(pipe, "bundle", None), "sampling", None), "layout", False))
+    settings = run_settings(
+        pipe, options, clock, sampled=True, images_per_prompt=each, prompts=len(prompts), layout=laid_out
+    )
     return Result(benchmark, scores, settings, {"prompts": records})
 
 

@@ -36,6 +36,7 @@ from spar.inference.offload import WEIGHTS, Offload, Weights, cast_weights, quan
 from spar.inference.outputs import GenerateOutput, ReconstructOutput, Routing
 from spar.inference.progress import Callback, sampling_bar
 from spar.models.blocks import compile_blocks
+from spar.models.sampling import TextSampling
 from spar.models.spar import Condition
 from spar.models.tiling import MIN_TILE
 from spar.processing.chat import Squares
@@ -45,6 +46,10 @@ from spar.processing.tiles import answer_images
 
 BUNDLED = BUNDLED_MODELS[DEFAULT_MODEL]
 MAX_SIDE_FACTOR = 2  # images up to twice the trained side
+# How layouts are drawn: places vary, and the improbable tail of words, which would be mistakes, is cut.
+LAYOUT_TEMPERATURE, LAYOUT_TOP_P = 1.0, 0.9
+Layout = bool | str | Sequence[str] | None
+LayoutWriter = Callable[[Sequence[str], Sequence[int]], list[str]]
 LOSS_TIMES = (0.95, 0.9, 0.8, 0.7, 0.5)  # 1 is noise: what an image shows is settled early
 
 
@@ -140,7 +145,7 @@ class SparPipeline(Pipeline):
         self, prompt: str | Sequence[str], *, negative_prompt: str | Sequence[str] | None = None,
         height: int | None = None, width: int | None = None, num_inference_steps: int | None = None,
         guidance_scale: float | None = None, num_images_per_prompt: int = 1, seed: int | Sequence[int] | None = None,
-        callback: Callback | None = None, sampler: str | None = None,
+        callback: Callback | None = None, sampler: str | None = None, layout: Layout = None,
     ) -> GenerateOutput:  # fmt: skip
         """Generate images from prompts.
 
@@ -156,16 +161,57 @@ class SparPipeline(Pipeline):
             callback: called after each step with (steps done, steps, estimate of the clean latent), which `preview`
                 converts to images; returning False, exactly, cancels.
             sampler: of the flow, "dpmsolver++" or "euler"; by default the model's own.
+            layout: whether the LLM first writes where everything lies, for each image anew, by its seed, and the image
+                is drawn of that; by default where the model was taught to, at the trained size. Or the layout itself,
+                one or one for each prompt, such as "a large red circle on column two row three on a gray background",
+                which takes the prompt's place. It is in the metadata.
 
         Raises:
             InputError: the message has the expected and the given value.
             Cancelled: by the callback; there is no result, and the pipeline is unchanged.
         """
-        prompts = self._texts(prompt, "prompt")
+        prompts, size = self._texts(prompt, "prompt"), self.output_size(height, width)
+        write = self._layout_writer(layout, len(prompts), size)
+        encode = self.prompts.layout if write else self.prompts.generation
         return self._sample(
-            "prompt", prompts, negative_prompt, self.prompts.generation, None, self.output_size(height, width),
-            num_inference_steps, guidance_scale, num_images_per_prompt, seed, callback, sampler,
+            "prompt", prompts, negative_prompt, encode, None, size, num_inference_steps, guidance_scale,
+            num_images_per_prompt, seed, callback, sampler, write,
         )
+
+    def _layout_writer(self, layout: Layout, prompts: int, size: tuple[int, int]) -> LayoutWriter | None:
+        """What makes a layout of the prompt of every image; None where images are drawn of the prompts themselves.
+
+        Raises:
+            InputError: a layout that was asked for at a size at which the LLM knows no places.
+        """
+        trained = size == (self.image_size, self.image_size)
+        if layout is None:
+            layout = self.bundle.sampling.layout and trained
+        if layout is False:
+            return None
+        if not trained:
+            side = self.image_size
+            raise InputError(f"layout: expected images of {side} x {side} pixels, got {size[1]} x {size[0]}")
+        if layout is True:
+            return self._write_layouts
+        given = broadcast(self._texts(layout, "layout"), prompts, "layout")
+        return lambda texts, _: [given[i * prompts // len(texts)] for i in range(len(texts))]
+
+    def _write_layouts(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
+        """A layout of each prompt, drawn with its seed; an empty one is the prompt.
+
+        In the weights' own type: rounded, its tokens would depend on the batch.
+        """
+        tokens = self.prompts.generation(prompts).to(self.device)
+        sampling = TextSampling(LAYOUT_TEMPERATURE, LAYOUT_TOP_P, tuple(seeds))
+        room = self.model.config.text.max_seq_len - int(tokens.mask.sum(1).max())
+        with torch.autocast(self.device.type, enabled=False):
+            rows = self.model.language.generate(
+                self.model.embed(tokens.ids, None), tokens.mask, max_new_tokens=min(self.max_prompt_tokens, room),
+                sampling=sampling,
+            )  # fmt: skip
+        texts = [self.bundle.text_tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+        return [text or prompt for text, prompt in zip(texts, prompts, strict=True)]
 
     def edit(
         self, image: ImageSource | Sequence[ImageSource], instruction: str | Sequence[str], *,
@@ -234,16 +280,16 @@ class SparPipeline(Pipeline):
         self, what: str, texts: list[str], negative_prompt: str | Sequence[str] | None,
         encode: Callable[[Sequence[str | None]], TokenBatch], pixels: Tensor | None, size: tuple[int, int],
         steps: int | None, guidance: float | None, per_prompt: int, seed: int | Sequence[int] | None,
-        callback: Callback | None, sampler: str | None,
+        callback: Callback | None, sampler: str | None, write: LayoutWriter | None = None,
     ) -> GenerateOutput:
         """Texts to images: one condition for each, then the flow's sampler around the denoiser.
 
-        `what` is the texts' name in the metadata, and `encode` their prompt.
+        `what` is the texts' name in the metadata, and `encode` their prompt. With `write` each image has a layout of
+        its own, and a condition.
         """
         negatives: Sequence[str | None] = [None] * len(texts)
         if negative_prompt is not None:
             negatives = broadcast(self._texts(negative_prompt, "negative_prompt"), len(texts), "negative_prompt")
-        tokens = encode(texts)
         defaults = self.bundle.sampling
         steps = self.default_steps if steps is None else steps
         guidance = self.default_guidance if guidance is None else guidance
@@ -252,15 +298,22 @@ class SparPipeline(Pipeline):
         check_int_range("num_inference_steps", steps, 1, limits.MAX_STEPS)
         check_range("guidance_scale", guidance, 0, limits.MAX_GUIDANCE)
         check_int_range("num_images_per_prompt", per_prompt, 1, limits.MAX_IMAGES)
-        count = len(tokens.ids) * per_prompt
+        count = len(texts) * per_prompt
         check_range("images in all", count, 1, limits.MAX_IMAGES)
-        seeds = list_seeds(seed, count)
+        seeds, repeat = list_seeds(seed, count), 1 if write is None else per_prompt
         noise = self._noise(seeds, size)
         with self._compute(count):
             f_v = self._read_images(pixels) if pixels is not None else None
+            if write is not None:
+                self._load_to_device("encoder")
+                f_v = self.model.canvas(count)
             self._load_to_device("streams", "language", "router_and_connector")
-            condition, routed = self._conditions(tokens, encode(negatives), f_v, size, guidance)
-            condition = condition.repeat(per_prompt)
+            asked = [(text, negative) for text, negative in zip(texts, negatives, strict=True) for _ in range(repeat)]
+            said = [text for text, _ in asked]
+            layouts = None if write is None else write(said, seeds)
+            tokens = encode(layouts or said)
+            condition, routed = self._conditions(tokens, encode([other for _, other in asked]), f_v, size, guidance)
+            condition = condition.repeat(count // len(asked))
             self._load_to_device("denoiser")
             condition = self.model.precompute_key_values(condition)
 
@@ -278,13 +331,16 @@ class SparPipeline(Pipeline):
                 )
             self._load_to_device("decoder")
             images = self.model.decode(latent, self.decode_tile).float()
-        routing = [self._routing(tokens, routed, row) for row in range(len(tokens.ids)) for _ in range(per_prompt)]
+        routing = [self._routing(tokens, routed, i * len(asked) // count) for i in range(count)]
         shared = {"steps": steps, "guidance": float(guidance), **({"sampler": sampler} if sampler else {})}
         shared |= self.run_metadata()
         metadata = [
-            {what: texts[i // per_prompt], "negative_prompt": negatives[i // per_prompt], "seed": seed, **shared}
+            {
+                what: texts[i // per_prompt], "negative_prompt": negatives[i // per_prompt],
+                "seed": seed, **({"layout": layouts[i]} if layouts else {}), **shared,
+            }
             for i, seed in enumerate(seeds)
-        ]
+        ]  # fmt: skip
         return GenerateOutput(images=to_pil(images), seeds=seeds, routing=routing, metadata=metadata)
 
     def _conditions(
