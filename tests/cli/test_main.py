@@ -49,7 +49,7 @@ FLAGS = {
                 "--llm", "--settings", "-o"),
     "export": ("FORMAT", "MODEL", "-o", "--dtype", "--overwrite"),
     "push": ("FOLDER", "REPO_ID", "--public", "--message", "--dry-run"),
-    "generate": ("PROMPT", *SAMPLING_FLAGS, "--height", "--width"),
+    "generate": ("PROMPT", *SAMPLING_FLAGS, "--height", "--width", "--layout", "--no-layout"),
     "edit": ("IMAGE", "INSTRUCTION", *SAMPLING_FLAGS),
     "understand": ("IMAGE", "QUESTION", "--model", "--max-new-tokens", "--temperature", "--top-p", "--seed",
                    "--max-tiles"),
@@ -397,12 +397,19 @@ def test_every_sampling_flag_reaches_the_pipeline(pipe):
         "seed": [5, 6, 7, 8], "num_inference_steps": 3, "guidance_scale": 2.5, "num_images_per_prompt": 2,
         "negative_prompt": "a blue star", "callback": None,
     }  # fmt: skip
-    assert main(shlex.split(f"generate 'a red circle' 'a red ring' --height 64 --width 128 {flags}")) == 0
+    own = "--height 64 --width 128 --layout 'a ring'"
+    assert main(shlex.split(f"generate 'a red circle' 'a red ring' {own} {flags}")) == 0
     assert main(shlex.split(f"edit in.png 'remove it' -o edited {flags}")) == 0
     assert pipe.calls == [
-        ("generate", (["a red circle", "a red ring"],), {**expected, "height": 64, "width": 128}),
+        ("generate", (["a red circle", "a red ring"],), {**expected, "height": 64, "width": 128, "layout": "a ring"}),
         ("edit", (Path("in.png"), ["remove it"]), {**expected, "seed": [5, 6]}),
     ]
+
+
+def test_an_image_may_be_drawn_without_a_layout(capsys, pipe):
+    assert main(shlex.split("generate 'a red circle' --no-layout")) == 0
+    assert pipe.calls[0][2]["layout"] is False
+    assert "got both" in error_of(capsys, "generate 'a red circle' --no-layout --layout 'a ring'")[1]
 
 
 def test_the_pipelines_own_names_work_too(pipe):

@@ -50,6 +50,11 @@ def test_the_command_that_reproduces_an_image(tmp_path):
         "remove it",
         "--seed=0",
     ]
+    laid_out = {"prompt": "a circle", "layout": "a ring", "seed": 0, "model": "bundled", "spar": "0.1.0"}
+    plain = {"prompt": "a circle", "no_layout": True, "seed": 0, "model": "bundled", "spar": "0.1.0"}
+    for number, (values, flag) in enumerate([(laid_out, "--layout=a ring"), (plain, "--no-layout")]):
+        command = read_metadata(saved(tmp_path / f"layout-{number}.png", values)).reproduce_command()
+        assert command == ["spar", "generate", "a circle", "--height=6", "--width=8", "--seed=0", flag]
     again = {"image": "in.png", "model": "mine", "spar": "0.1.0"}
     command = read_metadata(saved(tmp_path / "c.png", again)).reproduce_command()
     assert command == ["spar", "reconstruct", "in.png", "--model=mine"]

@@ -234,7 +234,8 @@ def test_prompts_for_images_are_answered_in_words_after_their_own_form(prompts, 
 
 
 def test_a_prompt_its_layout_and_the_layouts_canvas_do_not_meet(prompts):
-    texts, layouts = ["a circle", "two red squares on a gray background"], ["a small red circle on column two row one"] * 2
+    texts = ["a circle", "two red squares on a gray background"]
+    layouts = ["a small red circle on column two row one"] * 2
     packed = prompts.pack_layouts(texts, layouts)
     asked, drawn = prompts.generation(texts), prompts.layout(layouts)
     for row in range(2):

@@ -173,10 +173,14 @@ class SparPipeline(Pipeline):
         prompts, size = self._texts(prompt, "prompt"), self.output_size(height, width)
         write = self._layout_writer(layout, len(prompts), size)
         encode = self.prompts.layout if write else self.prompts.generation
-        return self._sample(
+        out = self._sample(
             "prompt", prompts, negative_prompt, encode, None, size, num_inference_steps, guidance_scale,
             num_images_per_prompt, seed, callback, sampler, write,
         )
+        if layout is False and self.bundle.sampling.layout:
+            for values in out.metadata:
+                values["no_layout"] = True
+        return out
 
     def _layout_writer(self, layout: Layout, prompts: int, size: tuple[int, int]) -> LayoutWriter | None:
         """What makes a layout of the prompt of every image; None where images are drawn of the prompts themselves.
