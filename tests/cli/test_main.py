@@ -233,7 +233,7 @@ WRONG = [
     ("generate x --dtype int8", "'float16', got 'int8'"),
     ("generate 'a red \udcff circle'", "prompt: expected text in UTF-8"),
     ("generate x --negative-prompt \udcff", "--negative-prompt: expected text in UTF-8"),
-    ("train tiny --out runs/x", "unknown arguments: --out, runs/x (spar train --help lists all)"),
+    ("train tiny --into runs/x", "unknown arguments: --into, runs/x (spar train --help lists all)"),
     ("generate x --stepps 3", "unknown arguments: --stepps, 3; perhaps you meant"),
     ("generate x -o out.jpg", "ends in .png"),
     ("generate x y -o out.png", "expected a folder for 2 images"),

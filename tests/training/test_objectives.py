@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from spar.data.batches import Layouts
 from spar.models.spar import Condition
 from spar.recipes.shapes.dense_tagging import DenseTaggingObjective
 from spar.training.data import resized
@@ -165,7 +166,7 @@ def test_what_is_drawn_for_one_purpose_says_nothing_of_another(start):
 
 
 def test_generation_reads_captions_and_denoises_their_own_pictures(start, monkeypatch):
-    begun = start("unified-2", edit_share=0.0, position_captions=1.0, scene_kinds=("single", "two"))
+    begun = start("unified-2", edit_share=0.0, layouts=0.0, position_captions=1.0, scene_kinds=("single", "two"))
     matched, aligned = (spy(monkeypatch, unified, name) for name in ("flow_matching", "alignment_terms"))
     prompts = spy(monkeypatch, begun.ctx.prompts, "generation")
     assert "flow_generate" in run(begun)
@@ -180,6 +181,20 @@ def test_generation_reads_captions_and_denoises_their_own_pictures(start, monkey
     clean = tokenizer.normalize(latents.z_f)
     assert is_the_first(matched[0][1], clean, clean.roll(1, 0))
     assert is_the_first(aligned[0][3].flatten(1, 2), latents.f_v, latents.f_v.roll(1, 0))
+
+
+def test_layouts_are_drawn_on_a_blank_canvas(start, monkeypatch):
+    begun = start("unified-2", edit_share=0.0, layouts=1.0)
+    matched, conditions = spy(monkeypatch, unified, "flow_matching"), spy(monkeypatch, begun.modules.model, "condition")
+    prompts = spy(monkeypatch, begun.ctx.prompts, "layout")
+    assert "flow_layout" in run(begun)
+    batch, tokenizer = begun.batch(0), begun.modules.model.tokenizer
+    assert isinstance(batch, Layouts) and all("column" in text for text in batch.texts)
+    assert [a or b for a, b in zip(prompts[0][0], batch.texts, strict=True)] == [*batch.texts]
+    blank = tokenizer.encoder(torch.full((1, 3, 64, 64), 0.5)).expand(4, -1, -1)
+    assert is_the_first(conditions[0][2], blank, tokenizer.encoder(batch.pixels))
+    clean = tokenizer.normalize(tokenizer.encode(batch.pixels).z_f)
+    assert is_the_first(matched[0][1], clean, clean.roll(1, 0))
 
 
 def test_editing_reads_the_source_and_denoises_the_target(start, monkeypatch):

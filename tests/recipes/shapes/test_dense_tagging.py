@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from spar.models.attention import attention_bias, position_ids_from_mask
 from spar.recipes.shapes.dense_tagging import (
     TAG_NAMES,
     TAGS,
     TaggedEdits,
+    TaggedLayouts,
     TagWordsObjective,
     init_tag_embeddings,
     tag_terms,
@@ -85,6 +87,21 @@ def test_words_begin_at_the_tags_where_the_stage_says_so_and_starts_from_trainin
     again = PlannedStage(stage, StageStart("state"), ())  # a saved state has them already
     TagWordsObjective().prepare(replace(plain.ctx, stage=stage), plain.data, again)
     assert not torch.equal(word(plain, "red"), word(begun, "red"))
+
+
+def test_the_tags_of_a_layout_are_read_off_its_canvas(start):
+    begun = start("mllm-7", prompt_share=1.0, edit_prompts=0.0)
+    batch, objective = begun.batch(0), TagWordsObjective(edit_tags=0.5)
+    assert isinstance(batch, TaggedLayouts)
+    packed, states = objective.read(begun.ctx, batch)
+    image, model = begun.recipe.model.text.image_token_id, begun.modules.model
+    tokens = begun.ctx.prompts.layout(batch.texts)
+    bias, positions = attention_bias(tokens.mask, states, causal=True), position_ids_from_mask(tokens.mask)
+    alone = model.language(model.embed(tokens.ids, model.canvas(4)), bias, positions)[0]
+    torch.testing.assert_close(states[packed.ids == image], alone[tokens.ids == image], rtol=1e-4, atol=1e-4)
+    seen = alone[tokens.ids == image].unflatten(0, batch.counted.shape)
+    wanted, found = tag_terms(begun.modules.dense_head, seen, batch.tags, batch.counted), objective(begun.ctx, batch)
+    assert all(found[tag].item() == pytest.approx(wanted[tag].item(), rel=1e-3) for tag in TAGS)
 
 
 def test_the_tags_after_an_edit_are_read_off_the_last_states_of_the_images_tokens(start):

@@ -1,24 +1,42 @@
 """The shapes world as training data: dealt by (seed, stage, step) alone, and true to its scenes."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 
 from spar.common.errors import InputError
-from spar.data.batches import Captioned, Descriptions, Dialogues, Edits, Images
+from spar.data.batches import Captioned, Descriptions, Dialogues, Edits, Images, Layouts
 from spar.recipes import recipe
 from spar.recipes.shapes.curricula import CaptionLessons, MixedLessons, QuestionData, UnifiedLessons
-from spar.recipes.shapes.data import FOLLOWING, KIND_WEIGHTS, ShapesData, ShapesTrainingData, dense_tags, draw_edit
-from spar.recipes.shapes.dense_tagging import TagData, Tagged, TaggedCaptionData, TaggedCaptions, TaggedEdits
+from spar.recipes.shapes.data import (
+    FOLLOWING,
+    KIND_WEIGHTS,
+    ShapesData,
+    ShapesTrainingData,
+    dense_tags,
+    draw_edit,
+    layout_order,
+)
+from spar.recipes.shapes.dense_tagging import (
+    TagData,
+    Tagged,
+    TaggedCaptionData,
+    TaggedCaptions,
+    TaggedEdits,
+    TaggedLayouts,
+)
 from spar.training.config import StageConfig
 from spar.training.data import CaptionData, ImageData, MixedData, StageData
 from spar.worlds.shapes.captions import describe
 from spar.worlds.shapes.dataset import dense_targets, scene_at
 from spar.worlds.shapes.edits import ALL_EDIT_KINDS
 from spar.worlds.shapes.forms import paraphrase
+from spar.worlds.shapes.questions import cell_text
 from spar.worlds.shapes.render import render
-from spar.worlds.shapes.scene import BINDING_KINDS, unique_objects
-from spar.worlds.shapes.tokenizer import check_words
+from spar.worlds.shapes.scene import BINDING_KINDS, SHAPES, unique_objects
+from spar.worlds.shapes.tokenizer import check_words, split_words
 
 DATA = ShapesData(scenes=60, edits=50)
 GRID = 8
@@ -145,6 +163,42 @@ def test_edits_come_with_the_tags_of_what_the_image_will_show(training_data):
     owned = (after["shape"] + before["shape"]) > 0
     assert given.counted[owned].all() and 0.05 < given.counted[~owned].float().mean() < 0.3
     assert type(dealt(training_data, QuestionData(prompt_share=1.0, edit_prompts=0.0))) is Descriptions
+
+
+def test_captions_are_answered_with_layouts_in_their_own_order(training_data):
+    data = QuestionData(prompt_share=1.0, edit_prompts=0.0, layouts=True, scene_kinds=("position",))
+    given = dealt(training_data, data)
+    assert isinstance(given, TaggedLayouts) and not given.edits
+    for row, key in enumerate(given.keys):
+        scene, text = training_data.scenes[key], given.texts[row]
+        check_words(text), check_words(given.prompts[row])
+        first, second = (f"{item.color} {item.shape} on {cell_text(item)}" for item in scene.objects)
+        assert first in text and second in text and text.endswith(f"on a {scene.background} background")
+        said = [word for word in split_words(given.prompts[row]) if word in SHAPES]
+        if len(said) == 2:  # no synonyms
+            assert [word for word in split_words(text) if word in SHAPES] == said
+    tags = dense_tags([training_data.scenes[key] for key in given.keys], GRID)
+    assert all(torch.equal(given.tags[name], value) for name, value in tags.items())
+    owned = tags["shape"] > 0
+    assert given.counted[owned].all() and 0.05 < given.counted[~owned].float().mean() < 0.3
+
+
+def test_what_a_phrase_names_follows_each_other_in_a_layout():
+    scenes = [scene_at("train", i, {"twins": 1.0}) for i in range(40)]
+    orders = [layout_order(scene, np.random.default_rng(i)) for i, scene in enumerate(scenes)]
+    assert all(sorted(order) == list(range(len(scene.objects))) for scene, order in zip(scenes, orders, strict=True))
+    for scene, order in zip(scenes, orders, strict=True):
+        pairs = [scene.objects[index].pair for index in order]
+        assert len([1 for a, b in pairwise(pairs) if a == b]) == len(pairs) - len(set(pairs))
+    assert len({tuple(order) for order in orders}) > 6
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, Captioned), (1.0, Layouts)])
+def test_a_share_of_the_steps_without_edits_has_layouts(training_data, share, expected):
+    assert type(dealt(training_data, MixedLessons(layouts=share))) is expected
+    assert type(dealt(training_data, MixedLessons(layouts=share, edit_share=1.0))) is Edits
+    kinds = {type(dealt(training_data, MixedLessons(layouts=0.5), step)) for step in range(12)}
+    assert kinds == {Captioned, Layouts}
 
 
 def test_an_image_is_asked_some_of_the_questions_drawn_anew(training_data):
