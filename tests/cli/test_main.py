@@ -908,7 +908,7 @@ def test_eval_leaves_defaults_to_the_benchmarks(pipe, benchmarks):
     assert benchmarks == [(name, EvalOptions()) for name in own]
     assert set(get_args(Benchmark)) == {*MEASURED, "all"}
     assert sorted(path.stem for path in Path("scores").iterdir()) == sorted(own)
-    shared = {field.name for field in fields(EvalOptions)} - {"batch"}
+    shared = {field.name for field in fields(EvalOptions)} - {"batch", "layout"}  # --no-layout
     assert shared <= {field.name for field in fields(EvalArguments)}
 
 

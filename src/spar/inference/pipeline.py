@@ -204,12 +204,13 @@ class SparPipeline(Pipeline):
     def _write_layouts(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
         """A layout of each prompt, drawn with its seed; an empty one is the prompt.
 
-        In the weights' own type: rounded, its tokens would depend on the batch.
+        In float32 where the weights are: rounded, its tokens would depend on the batch.
         """
         tokens = self.prompts.generation(prompts).to(self.device)
         sampling = TextSampling(LAYOUT_TEMPERATURE, LAYOUT_TOP_P, tuple(seeds))
         room = self.model.config.text.max_seq_len - int(tokens.mask.sum(1).max())
-        with torch.autocast(self.device.type, enabled=False):
+        rounded = self.weights != "float32" and self.dtype != torch.float32
+        with torch.autocast(self.device.type, self.dtype, enabled=rounded):
             rows = self.model.language.generate(
                 self.model.embed(tokens.ids, None), tokens.mask, max_new_tokens=min(self.max_prompt_tokens, room),
                 sampling=sampling,
