@@ -18,4 +18,5 @@ spar train "$recipe" --stage unified-3 --init-from "$model" "$@" --stages.unifie
 spar cache "$recipe" --init-from "$model" "$@" -o "$run-features"
 spar train "$recipe" --stage unified-3 --init-from "$model" "$@" --data.cache "$run-features" \
     --stages.unified-3.data.edit-share 0 --lora.rank 8 --run "$run"
-spar generate "$prompt" --model "$model" --adapter "$run/adapter" -o "$run/drawn.png" --overwrite
+# The captions have taught no layouts.
+spar generate "$prompt" --no-layout --model "$model" --adapter "$run/adapter" -o "$run/drawn.png" --overwrite

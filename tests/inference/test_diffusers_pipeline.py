@@ -55,6 +55,16 @@ def test_with_an_image_it_edits(pipe, own):
     assert same(pipe("remove the red circle", picture, generator=fresh(3), **STEPS).images[0], wanted)
 
 
+def test_a_layout_is_the_pipelines_own(pipe, own):
+    text = "a large red circle on column two row three on a navy background"
+    for layout in (text, True, False):
+        made = pipe("a red circle", layout=layout, generator=torch.Generator().manual_seed(3), num_inference_steps=3)
+        wanted = own.generate("a red circle", layout=layout, seed=3, num_inference_steps=3)
+        assert np.array_equal(np.asarray(made.images[0]), np.asarray(wanted.images[0]))
+    with pytest.raises(InputError, match="expected none beside an image to edit"):
+        pipe("remove the circle", image=made.images[0], layout=text)
+
+
 def test_types_of_output(pipe, own):
     image = pipe(PROMPT, generator=fresh(3), **STEPS).images[0]
     array = pipe(PROMPT, generator=fresh(3), output_type="np", **STEPS).images

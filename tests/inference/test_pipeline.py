@@ -369,9 +369,8 @@ def test_the_models_own_layout_is_drawn_with_the_images_seed_and_makes_the_image
         alone = pipe.generate(prompt, layout=True, seed=seed, num_inference_steps=STEPS)
         assert alone.metadata[0]["layout"] == layouts[number]
         assert gap(alone.images[0], several.images[number]) <= 1
-        if "user" not in layouts[number] and "assistant" not in layouts[number]:  # no words of a prompt
-            again = pipe.generate(prompt, layout=layouts[number], seed=seed, num_inference_steps=STEPS)
-            assert gap(again.images[0], alone.images[0]) == 0
+        again = pipe.generate(prompt, layout=layouts[number], seed=seed, num_inference_steps=STEPS)
+        assert gap(again.images[0], alone.images[0]) == 0
     assert [len(one.weights) for one in several.routing] == [
         len(pipe.prompts.layout([text]).ids[0][pipe.prompts.layout([text]).mask[0].bool()]) + 4 for text in layouts
     ]
@@ -384,9 +383,22 @@ def test_the_model_says_whether_it_writes_layouts(pipe, folder):
     assert "layout" not in generate(own, height=32, width=64).metadata[0]  # the LLM knows the places of a square
 
 
-def test_an_empty_layout_is_the_prompt(pipe, monkeypatch):
-    monkeypatch.setattr(pipe.model.language, "generate", lambda *_, **__: [[]])
+@pytest.mark.parametrize("words", ["", "user", "circle " * 64])
+def test_a_layout_that_no_user_could_give_or_without_an_end_is_the_prompt(pipe, monkeypatch, words):
+    monkeypatch.setattr(pipe.model.language, "generate", lambda *_, **__: [pipe.prompts.encode(words)])
     assert generate(pipe, layout=True).metadata[0]["layout"] == CIRCLE
+
+
+def test_a_layout_is_drawn_with_numbers_that_the_noise_does_not_have(pipe, monkeypatch):
+    seeds = []
+
+    def generate_words(*_, sampling, **__):
+        seeds.extend(sampling.seeds)
+        return [pipe.prompts.encode(LAYOUT)] * len(sampling.seeds)
+
+    monkeypatch.setattr(pipe.model.language, "generate", generate_words)
+    assert generate(pipe, layout=True, num_images_per_prompt=2).metadata[1]["layout"] == LAYOUT
+    assert len({*seeds, *range(1000)}) == 1002
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,28 @@ def test_what_is_not_asked_for_is_the_models_own(client, pipe):
     assert pixels(opened(answer.data[0])) == pixels(pipe.generate(PROMPT, seed=1).images[0])
 
 
+LAYOUT = "a large red circle on column two row three on a navy background"
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, True, False])
+def test_a_layout_is_the_pipelines_own_and_openais_revised_prompt(client, pipe, layout):
+    answer = client.images.generate(prompt=PROMPT, extra_body={"layout": layout, **QUICK})
+    own = pipe.generate(PROMPT, layout=layout, seed=3, num_inference_steps=2)
+    image = opened(answer.data[0])
+    assert pixels(image) == pixels(own.images[0])
+    assert answer.data[0].revised_prompt == own.metadata[0].get("layout") == image.info.get("layout")
+    assert (image.info.get("layout") == LAYOUT) is (layout == LAYOUT)
+
+
+def test_layouts_and_prompts_alone_do_not_share_a_call(client, pipe):
+    bodies = [{"layout": layout, **QUICK} for layout in (LAYOUT, False, None, True, f"{LAYOUT}.")]
+    with ThreadPoolExecutor(5) as pool:
+        answers = [*pool.map(lambda body: client.images.generate(prompt=PROMPT, extra_body=body), bodies)]
+    for body, answer in zip(bodies, answers, strict=True):
+        own = pipe.generate(PROMPT, layout=body["layout"], seed=3, num_inference_steps=2)
+        assert answer.data[0].revised_prompt == own.metadata[0].get("layout")
+
+
 def test_no_seed_is_a_new_one_each_time_and_it_is_returned(client, pipe):
     first, second = (client.images.generate(prompt=PROMPT, extra_body=QUICK).data[0] for _ in range(2))
     assert first.seed != second.seed
@@ -162,6 +184,9 @@ def test_models_are_listed_and_an_unknown_one_is_not_found(client):
         ("guidance_scale", -1, "0"),
         ("seed", -1, "0"),
         ("negative_prompt", "an elephant", "unknown words elephant"),
+        ("layout", "an elephant", "unknown words elephant"),
+        ("layout", "", "at least 1"),
+        ("layout", 3, "layout"),
         ("stream", "yes", "boolean"),
         ("partial_images", 2, "expected 0 without stream, got 2"),
     ],

@@ -40,7 +40,8 @@ class EvalArguments(ModelArguments):
     images_per_prompt: int | None = None
     """Images for each prompt of shapes-gen and shapes-gen-bind; by default 4."""
     no_layout: Flag = False
-    """Of a SPAR model that writes layouts: draw of the prompts themselves (shapes-gen and shapes-gen-bind)."""
+    """Of a SPAR model that writes layouts: draw of the prompts themselves
+    (shapes-gen, shapes-gen-bind, shapes-paraphrase)."""
     batch: int | None = None
     """Images per batch: changes the time, never the scores."""
     combinations: Literal["seen", "held_out"] = "seen"

@@ -46,6 +46,8 @@ def evaluate(args: EvalArguments) -> int:
     paths = _result_paths(args, names)
     check_writable(paths, overwrite=args.overwrite)
     pipe = loading.load_pipeline(args)
+    if args.no_layout:
+        pipe.check_settings({"layout": False})
     left = [name for name in names if not suits(name, pipe.tasks)]
     if left == names:
         able = ", ".join(pipe.tasks)

@@ -57,9 +57,9 @@ class EvalOptions:
 
     `limit`: prompts per task (questions per kind, scenes), None for the benchmark's full number; a smaller one takes
     the first of the same prompts. `num_inference_steps`, `guidance_scale`: the model's own if None. `images_per_prompt`
-    and `layout` (whether images are drawn of layouts, by default as the model does) are Shapes-Gen's and
-    Shapes-Gen-Bind's. `batch`: outputs per call; it changes the time, never the scores. `combinations`: "seen" or
-    "held_out". `label` is recorded in the result, to distinguish two models.
+    is Shapes-Gen's and Shapes-Gen-Bind's; `layout` (whether images of prompts are drawn of layouts, by default as the
+    model does) also Shapes-Paraphrase's. `batch`: outputs per call; it changes the time, never the scores.
+    `combinations`: "seen" or "held_out". `label` is recorded in the result, to distinguish two models.
     """
 
     limit: int | None = None

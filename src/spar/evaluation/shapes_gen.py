@@ -152,6 +152,13 @@ def draw_prompts(
     return drawn
 
 
+def draws_layouts(pipe: PipelineLike, options: EvalOptions) -> bool:
+    """Whether images of prompts are drawn of layouts."""
+    if options.layout is not None:
+        return options.layout
+    return bool(getattr(getattr(getattr(pipe, "bundle", None), "sampling", None), "layout", False))
+
+
 def _run(benchmark: str, pipe: PipelineLike, options: EvalOptions, progress: Advance | None) -> Result:
     clock = Timer()
     prompts, each = gen_prompts(options, benchmark), options.images_per_prompt
@@ -171,12 +178,10 @@ def _run(benchmark: str, pipe: PipelineLike, options: EvalOptions, progress: Adv
         *_part_scores(prompts, verdicts, each, options.seed),
         *([fidelity_score(seen, options.seed)] if seen else []),
     )
-    laid_out = options.layout
-    if laid_out is None:
-        laid_out = bool(getattr(getattr(getattr(pipe, "bundle", None), "sampling", None), "layout", False))
     settings = run_settings(
-        pipe, options, clock, sampled=True, images_per_prompt=each, prompts=len(prompts), layout=laid_out
-    )
+        pipe, options, clock, sampled=True, images_per_prompt=each, prompts=len(prompts),
+        layout=draws_layouts(pipe, options),
+    )  # fmt: skip
     return Result(benchmark, scores, settings, {"prompts": records})
 
 

@@ -20,7 +20,7 @@ from spar.checkpoints.spar_format import ModelBundle, load_model, save_model
 from spar.common.errors import Cancelled, InputError
 from spar.common.limits import MAX_SEED
 from spar.inference.base import read_dtype
-from spar.inference.pipeline import SparPipeline
+from spar.inference.pipeline import Layout, SparPipeline
 from spar.processing.images import ImageSource
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -127,7 +127,7 @@ class SparDiffusionPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None, guidance_scale: float | None = None, num_images_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None, output_type: str = "pil",
         return_dict: bool = True, callback_on_step_end: Callable[..., Any] | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",), layout: Layout = None,
     ) -> ImagePipelineOutput | tuple[Any]:  # fmt: skip
         """Generate images, or edit `image` by the instruction in `prompt`.
 
@@ -141,10 +141,14 @@ class SparDiffusionPipeline(DiffusionPipeline):
             return_dict: whether to return diffusers' output, or a tuple.
             callback_on_step_end: called as `f(pipe, step, step, {"latents": estimate})`; it may stop the sampler by
                 setting `pipe._interrupt`, but not change the latents.
+            layout: of generation, as in `SparPipeline.generate`.
 
         Raises:
-            InputError: what `SparPipeline` refuses, another `output_type`, or tensors that the callback may not have.
+            InputError: what `SparPipeline` refuses, another `output_type`, a layout beside an image, or tensors that
+                the callback may not have.
         """
+        if image is not None and layout is not None:
+            raise InputError(f"layout: expected none beside an image to edit, got {layout!r}")
         if output_type not in OUTPUT_TYPES:
             raise InputError(f"output_type: expected one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
         if unknown := [name for name in callback_on_step_end_tensor_inputs if name != "latents"]:
@@ -167,7 +171,7 @@ class SparDiffusionPipeline(DiffusionPipeline):
         images: Any
         try:
             if image is None:
-                images = pipe.generate(prompt, height=height, width=width, **shared).images
+                images = pipe.generate(prompt, height=height, width=width, layout=layout, **shared).images
             else:
                 images = pipe.edit(image, prompt, **shared).images
         except Cancelled:  # the callback has set `_interrupt`: the estimate of the last step is the result

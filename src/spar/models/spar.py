@@ -74,9 +74,9 @@ class SparModel(nn.Module):
 
     def canvas(self, count: int) -> Tensor:
         """`f_v` `[count, N, D]` of a blank image, mid-gray, which a layout is laid out on."""
-        weight, side = self.language.network.embed_tokens.weight, self.config.image_size
+        side = self.config.image_size
         with torch.no_grad():
-            f_v: Tensor = self.tokenizer.encoder(weight.new_full((1, 3, side, side), 0.5, dtype=torch.float32))
+            f_v: Tensor = self.tokenizer.encoder(self.tokenizer.encoder.pixel_mean.new_full((1, 3, side, side), 0.5))
         return f_v.float().expand(count, -1, -1)
 
     def condition(

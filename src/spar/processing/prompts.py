@@ -232,6 +232,10 @@ class PromptEncoder:
     def _generation(self, prompt: str | None) -> list[int]:
         return self.encode(UNCONDITIONAL if prompt is None else f"Generate an image: {prompt}")
 
+    def layout_questions(self, prompts: Sequence[str]) -> TokenBatch:
+        """Prompts for images, and the start of an answer in words."""
+        return self.pad_rows([self._user(self._generation(prompt)) for prompt in prompts], self.multiple)
+
     def layout(self, layouts: Sequence[str | None]) -> TokenBatch:
         """`Generate an image: {layout}` and a blank canvas; None gives the unconditional prompt, canvas kept."""
         return self._image_prompts([self._layout(text) for text in layouts])

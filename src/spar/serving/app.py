@@ -311,7 +311,7 @@ def _images(generated: list[GeneratedImage], kind: str, warnings: list[str], hea
     data = []
     for one in generated:
         coded = base64.b64encode(encode_image(one.image, kind, one.metadata)).decode()
-        data.append({"b64_json": coded, **({} if one.seed is None else {"seed": one.seed})})
+        data.append({"b64_json": coded, **one.fields()})
     size = f"{generated[0].image.width}x{generated[0].image.height}"
     body = {"created": int(time.time()), "data": data, "output_format": kind, "size": size}
     return JSONResponse({**body, **schema.warnings_field(warnings)}, headers=headers)

@@ -8,13 +8,15 @@ from typing import Any
 from PIL import Image
 
 from spar.inference.base import Pipeline
-from spar.serving.schema import SamplingRequest
+from spar.inference.pipeline import SparPipeline
+from spar.serving.schema import GenerationRequest, SamplingRequest
 from spar.serving.worker import ImageJob, Step
 
 
 @dataclass(frozen=True)
 class ImageRow:
-    """One image to generate, or to edit if there is an `image`. Rows of one call share size, steps and guidance.
+    """One image to generate, or to edit if there is an `image`. Rows of one call share size, steps and guidance, and
+    the `layout` but for its words.
 
     `show` gets `partial` previews on the way.
     """
@@ -28,6 +30,7 @@ class ImageRow:
     guidance: float
     partial: int = 0
     show: Callable[[Image.Image], None] | None = None
+    layout: str | bool | None = None
 
     def shown_steps(self) -> set[int]:
         """The steps after which a preview is shown: `partial` of them, evenly spread before the last."""
@@ -45,6 +48,11 @@ class GeneratedImage:
     metadata: dict[str, Any]
     seed: int | None = None
 
+    def fields(self) -> dict[str, Any]:
+        """What an answer says of the image beside its pixels; `revised_prompt` is OpenAI's name."""
+        own = {"seed": self.seed, "revised_prompt": self.metadata.get("layout")}
+        return {name: value for name, value in own.items() if value is not None}
+
 
 def sample_images(pipe: Pipeline, rows: list[ImageRow], callback: Step) -> list[GeneratedImage]:
     """Generate or edit images; all rows have an image and a negative prompt, or none does."""
@@ -58,6 +66,9 @@ def sample_images(pipe: Pipeline, rows: list[ImageRow], callback: Step) -> list[
     if images:
         out = pipe.edit(images, prompts, **shared)
     else:
+        if first.layout is not None:
+            given = [row.layout for row in rows]
+            shared["layout"] = given if isinstance(first.layout, str) else first.layout
         out = pipe.generate(prompts, height=first.size[0], width=first.size[1], **shared)
     return list(map(GeneratedImage, out.images, out.metadata, out.seeds))
 
@@ -99,15 +110,20 @@ def sampling_jobs(
     pipe.check_text(prompt, "prompt")
     if negative is not None:
         pipe.check_text(negative, "negative_prompt")
+    layout = request.layout if isinstance(request, GenerationRequest) else None
+    if layout is not None:
+        pipe.check_settings({"layout": layout})
+    if isinstance(pipe, SparPipeline):
+        pipe.check_layout(layout, size)
     steps, guidance = request.num_inference_steps, request.guidance_scale
     steps = pipe.default_steps if steps is None else steps
     guidance = pipe.default_guidance if guidance is None else guidance
     seed = secrets.randbelow(2**32) if request.seed is None else request.seed
-    key = (size, steps, guidance, negative is None, image is None)
+    key = (size, steps, guidance, negative is None, image is None, str if isinstance(layout, str) else layout)
     weight = max(1.0, size[0] * size[1] / pipe.image_size**2)
     partial = request.partial_images or 0
     rows = [
-        ImageRow(prompt, negative, seed + i, image, size, steps, guidance, partial, show)
+        ImageRow(prompt, negative, seed + i, image, size, steps, guidance, partial, show, layout)
         for i in range(request.n or 1)
     ]
     return [ImageJob(sample_images, key, row, weight, model) for row in rows]

@@ -51,7 +51,7 @@ async def image_events(running: RunningImage, preview: Image.Image | None, deadl
                 preview, index = await running.pieces.get(), index + 1
             made = running.job.future.result()
             yield await event(
-                "completed", made.image, made.metadata, seed=made.seed, **warnings_field(running.warnings)
+                "completed", made.image, made.metadata, **made.fields(), **warnings_field(running.warnings)
             )
     except Exception as error:  # the status has been sent already
         failure = ApiError(503) if isinstance(error, TimeoutError) else api_error(error)

@@ -3,7 +3,8 @@
 A null is a missing field. Unknown fields are refused, and so is a known one whose value would change the answer and is
 not supported by this model. Values that ask for nothing (`tools` [], `logit_bias` {}) and fields that change nothing
 (`user`, `moderation`) are accepted and have no effect. The fields that OpenAI does not have (`seed`,
-`negative_prompt`, `num_inference_steps`, `guidance_scale`) are diffusers', and `warnings` of an answer is our own.
+`negative_prompt`, `num_inference_steps`, `guidance_scale`) are diffusers'; `layout`, and `warnings` of an answer, are
+our own.
 """
 
 import secrets
@@ -111,6 +112,9 @@ class GenerationRequest(SamplingRequest):
     model_config = ConfigDict(strict=True)
 
     size: Size | None = Field(None, description='Width x height in pixels, or "auto"; exactly this size, or refused.')
+    layout: Text | bool | None = Field(
+        None, description="Where everything lies, in words; true: as the model writes it; false: draw of the prompt."
+    )
 
 
 class EditForm(SamplingRequest):
@@ -247,6 +251,7 @@ class ImageItem(BaseModel):
 
     b64_json: str
     seed: int | None = Field(None, description="The seed that reproduces this image.")
+    revised_prompt: str | None = Field(None, description="The layout that the image was drawn of, if there is one.")
 
 
 # What of a request is outside the model's world, which OpenAI's answers do not have; missing where nothing is.

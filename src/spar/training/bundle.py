@@ -15,6 +15,7 @@ from spar.processing.prompts import PromptEncoder
 from spar.training.config import Recipe
 from spar.training.modules import TrainingModules
 from spar.training.objectives.tokenizer import TokenizerObjective
+from spar.training.objectives.unified import UnifiedObjective
 from spar.training.run_folder import ORIGIN
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ def build_bundle(
     teacher = getattr(modules, "teacher", None) if origin.get("teacher") or tokenizers else None
     if teacher is not None:
         manifest["teacher"] = "the encoder before the tokenizer's training, in teacher/"
-    return ModelBundle(modules.model.eval(), prompts.tokenizer, sampling_config(recipe), manifest, teacher=teacher)
+    sampling = sampling_config(recipe, last)
+    return ModelBundle(modules.model.eval(), prompts.tokenizer, sampling, manifest, teacher=teacher)
 
 
 def run_manifest(recipe: Recipe, run: Path, last: str) -> dict[str, Any]:
@@ -53,12 +55,16 @@ def run_manifest(recipe: Recipe, run: Path, last: str) -> dict[str, Any]:
     return {**manifest, "origin": origin} if origin else manifest
 
 
-def sampling_config(recipe: "SparRecipe") -> SamplingConfig:
-    """How a recipe's model is sampled unless the caller says otherwise."""
-    flow = recipe.flow
+def sampling_config(recipe: "SparRecipe", last: str | None = None) -> SamplingConfig:
+    """How a recipe's model is sampled at the end of stage `last`, unless the caller says otherwise.
+
+    It writes layouts where the last stage has drawn of them.
+    """
+    flow, stage = recipe.flow, recipe.stage(last or recipe.stages[-1].name)
     return SamplingConfig(
         shift=flow.sampling_shift, steps=flow.sampling_steps, guidance=flow.guidance,
-        max_prompt_tokens=recipe.max_prompt_tokens, layout=flow.layout,
+        max_prompt_tokens=recipe.max_prompt_tokens,
+        layout=getattr(stage.data, "layouts", 0.0) > 0 and isinstance(stage.objective, UnifiedObjective),
     )
 
 

@@ -229,6 +229,8 @@ class Page:
                 file = self._save(item, f"spar-seed-{item.seeds[0]}.png", source)
                 done = f"Seed {item.seeds[0]} · {steps} steps · guidance {guidance:g}"
                 done += f" · {time.monotonic() - began:.2g} s"
+                if layout := item.metadata[0].get("layout"):
+                    done += f" · {layout}"
                 status = components.done_message(done, world_notes(self.pipe, [text], [image] if image else []))
                 view = components.routing_html(routing_view(item.routing[0], before)) if item.routing else gr.skip()
                 yield (before, item.images[0]) if before else file, status, components.file(file), view

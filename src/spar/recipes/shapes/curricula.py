@@ -61,6 +61,10 @@ class MixedLessons(Lessons, MixedData):
         MixedData.__post_init__(self)
         _check_share("layouts", self.layouts)
 
+    def __str__(self) -> str:
+        words = MixedData.__str__(self)
+        return f"{words}, {self.layouts:.0%} of the rest layouts" if self.layouts else words
+
 
 @dataclass(frozen=True)
 class QuestionData(StageData):

@@ -234,7 +234,9 @@ class ShapesTrainingData(TrainingData):
 
 
 def layout_order(scene: Scene, rng: np.random.Generator) -> list[int]:
-    """A random order of a scene's objects in which those that one phrase of a caption names follow each other."""
+    """A random order of a scene's objects in which those of one color and shape, which most captions name together,
+    follow each other.
+    """
     order: list[int] = rng.permutation(len(scene.objects)).tolist()
     first: dict[tuple[str, str], int] = {}
     for place, index in enumerate(order):

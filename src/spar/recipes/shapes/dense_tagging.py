@@ -166,9 +166,9 @@ class TagWordsObjective(NextTokenObjective):
     """Next-token prediction whose words for tags begin at the tags' read-out vectors: a word begins where the encoder
     already points. Published LLMs know their words before they see an image.
 
-    `edit_tags` weighs a second term: after an instruction, the LLM's last states at the image's tokens tell the tags
-    of these tokens after the edit, by the encoder's own read-outs. Words alone leave it to the answer's tokens to find
-    what an instruction means, and the DiT does not read those.
+    `edit_tags` weighs a second term: after an instruction, or a layout, the LLM's last states at the image's, or
+    canvas's, tokens tell the tags of these tokens in the image that is asked for, by the encoder's own read-outs. Words
+    alone leave it to the answer's tokens to find what an instruction means, and the DiT does not read those.
     """
 
     kind: ClassVar[str] = "next_token_from_tags"
@@ -198,10 +198,11 @@ class TagWordsObjective(NextTokenObjective):
 
     def check(self, recipe: "SparRecipe", stage: "StageConfig") -> None:
         data = stage.data
-        if self.edit_tags and not (isinstance(data, QuestionData) and data.prompt_share and data.edit_prompts):
+        prompted = isinstance(data, QuestionData) and data.prompt_share and (data.edit_prompts or data.layouts)
+        if self.edit_tags and not prompted:
             raise InputError(
-                f"stage {stage.name}: edit_tags {self.edit_tags} needs edits among the prompts: data of kind "
-                f"{QuestionData.kind} with prompt_share and edit_prompts above 0"
+                f"stage {stage.name}: edit_tags {self.edit_tags} needs edits or layouts among the prompts: data of "
+                f"kind {QuestionData.kind} with prompt_share above 0, and edit_prompts above 0 or layouts"
             )
 
     def check_folder(self, stage: "StageConfig", init: "InitFolder") -> None:

@@ -76,17 +76,17 @@ FOUNDATIONS = (
         ),
     ),
     replace(
-        _MLLM_2, name="mllm-6", steps=1600,
+        _MLLM_2, name="mllm-6", objective=TagWordsObjective(edit_tags=1.0), steps=1600,
         data=QuestionData(
             (*QUESTIONS, *4 * ("position",), *3 * ("relation", "size", "neighbor", "attribute", "count_color")),
-            per_image=10, prompt_share=0.6, edit_prompts=0.6, layouts=True, scene_kinds=BINDING_MIXTURE,
+            per_image=10, prompt_share=0.6, edit_prompts=0.5, layouts=True, scene_kinds=BINDING_MIXTURE,
         ),
     ),
     replace(
-        _MLLM_2, name="mllm-7", steps=1400,
+        _MLLM_2, name="mllm-7", objective=TagWordsObjective(edit_tags=1.0), steps=1400,
         data=QuestionData(
             (*QUESTIONS, *8 * ("position",), *3 * ("relation", "neighbor", "attribute", "count_color")),
-            per_image=12, prompt_share=0.7, edit_prompts=0.5, layouts=True, scene_kinds=BINDING_MIXTURE,
+            per_image=12, prompt_share=0.7, edit_prompts=0.35, layouts=True, scene_kinds=BINDING_MIXTURE,
         ),
     ),
     StageConfig(
@@ -156,5 +156,5 @@ def shapes() -> SparRecipe:
         ),
         stages=FOUNDATIONS + TOKENIZER + UNIFIED,
         data=ShapesData(),
-        flow=FlowConfig(training_shift=3.0, sampling_shift=3.0, layout=True),
+        flow=FlowConfig(training_shift=3.0, sampling_shift=3.0),
     )

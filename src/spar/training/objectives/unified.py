@@ -149,7 +149,10 @@ class UnifiedObjective(Objective["SparRecipe"]):
         encode_cost = Cost() if recipe.data.has_cache else _encode_cost(model)
         drawn = encode_cost + _condition_cost(model, PROMPT_TOKENS, self.noise_samples)
         edited = encode_cost * 2 + _condition_cost(model, PROMPT_TOKENS + config.grid**2, self.noise_samples)
-        kinds = [(part, one) for part, one in ((1 - share, drawn), (share, edited)) if part]
+        laid_out = (1 - share) * getattr(stage.data, "layouts", 0.0)  # of layouts, with a canvas and no image before
+        on_canvas = encode_cost + _condition_cost(model, PROMPT_TOKENS + config.grid**2, self.noise_samples)
+        parts = ((1 - share - laid_out, drawn), (laid_out, on_canvas), (share, edited))
+        kinds = [(part, one) for part, one in parts if part]
         kept, recomputed = (max(getattr(one, name) for _, one in kinds) for name in ("kept", "recomputed"))
         cost = Cost(sum(part * one.flops for part, one in kinds), kept, recomputed)
         if self.weight(recipe):

@@ -81,9 +81,7 @@ class PerceptualConfig:
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """Training times (logit-normal), both shifts (never taken from a scheduler's file), and the sampler's defaults;
-    `layout`: whether the finished model writes a layout before it draws, which its stages must have taught.
-    """
+    """Training times (logit-normal), both shifts (never taken from a scheduler's file), and the sampler's defaults."""
 
     time_mean: float = 0.0
     time_std: float = 1.0
@@ -92,7 +90,6 @@ class FlowConfig:
     sampling_steps: int = 20
     guidance: float = 4.5
     unconditional_share: float = 0.1
-    layout: bool = False
 
     def __post_init__(self) -> None:
         for name in ("time_std", "training_shift", "sampling_shift", "sampling_steps"):
