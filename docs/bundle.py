@@ -2,8 +2,8 @@
 
 NAME is spar or dualtoken. The weights are written to src/spar/assets in bfloat16 (the matrices of DualToken's LLM and
 heads in 8 bits), with the stages and curves of the runs that made them, in order: a training may have been stopped and
-continued in several folders. `--scores` writes the main scores of docs/results (of DualToken: docs/results/dualtoken)
-into the manifest, and then the model card.
+continued in several folders; `--origin` is the model that the first of them began with. `--scores` writes the main
+scores of docs/results (of DualToken: docs/results/dualtoken) into the manifest, and then the model card.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -56,22 +57,30 @@ def measured(name: str) -> dict[str, dict[str, float]]:
 
 
 def stages(runs: Sequence[Path]) -> dict[str, dict[str, float]]:
-    """Steps and seconds of the finished stages of several runs, in the recipe's order."""
-    found = {}
+    """Steps and seconds of the finished stages of several runs, in the recipe's order; those of one name add up."""
+    found: dict[str, dict[str, float]] = {}
     for run in runs:
         for stage in read_json(run / "recipe.json")["stages"]:
             meta = run / stage["name"] / "done" / "meta.json"
-            if meta.is_file():
-                values = read_json(meta)
-                found[stage["name"]] = {"steps": values["step"], "seconds": round(values["seconds"], 3)}
+            values = read_json(meta) if meta.is_file() else {"step": 0}
+            if values["step"]:
+                before = found.get(stage["name"], {"steps": 0, "seconds": 0.0})
+                seconds = round(before["seconds"] + values["seconds"], 3)
+                found[stage["name"]] = {"steps": before["steps"] + values["step"], "seconds": seconds}
     return found
 
 
-def curves(run: Path) -> list[str]:
-    """The lines of a run's metrics that are of stages which it has finished."""
-    finished = stages([run])
-    lines = (run / "metrics.jsonl").read_text("utf-8").splitlines(keepends=True)
-    return [line for line in lines if json.loads(line)["stage"] in finished]
+def curves(runs: Sequence[Path]) -> list[str]:
+    """The lines of the runs' metrics that are of stages which they have finished; steps of one name are counted on."""
+    lines = []
+    for number, run in enumerate(runs):
+        before, finished = stages(runs[:number]), stages([run])
+        for line in (run / "metrics.jsonl").read_text("utf-8").splitlines():
+            values = json.loads(line)
+            if values["stage"] in finished:
+                values["step"] += before.get(values["stage"], {"steps": 0})["steps"]
+                lines.append(json.dumps(values) + "\n")
+    return lines
 
 
 def main() -> None:
@@ -80,6 +89,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("runs", type=Path, nargs="*")
     parser.add_argument("--scores", action="store_true")
+    parser.add_argument("--origin", type=Path, help="the model that the training began with, for the manifest")
     args = parser.parse_args()
     folder, (load, save, build_card) = BUNDLED_MODELS[args.name], FORMATS[args.name]
     if args.scores:
@@ -88,11 +98,13 @@ def main() -> None:
         (folder / CARD).write_text(build_card(load(folder)), encoding="utf-8")
     elif args.model and args.runs:
         bundle = load(args.model)
-        made = {"stages": stages(args.runs), "storage": STORAGE[args.name]}
+        made: dict[str, Any] = {"stages": stages(args.runs), "storage": STORAGE[args.name]}
+        if args.origin:
+            made["origin"] = read_json(args.origin / "manifest.json")
         save(replace(bundle, manifest=bundle.manifest | made), folder, torch.bfloat16)
         for part in IN_EIGHT_BITS[args.name]:
             store_in_eight_bits(folder, part)
-        (folder / "metrics.jsonl").write_text("".join(line for run in args.runs for line in curves(run)), "utf-8")
+        (folder / "metrics.jsonl").write_text("".join(curves(args.runs)), "utf-8")
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         sys.stdout.write(f"{folder}: {size / 1e6:.2f} MB\n")
     else:

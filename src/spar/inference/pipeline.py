@@ -47,8 +47,8 @@ from spar.processing.tiles import answer_images
 
 BUNDLED = BUNDLED_MODELS[DEFAULT_MODEL]
 MAX_SIDE_FACTOR = 2  # images up to twice the trained side
-# How layouts are drawn: places vary, and the improbable tail of words, which would be mistakes, is cut.
-LAYOUT_TEMPERATURE, LAYOUT_TOP_P = 1.0, 0.9
+# How layouts are drawn: places vary, and the improbable tail of words, which would be mistakes, is cut (docs/log.md).
+LAYOUT_TEMPERATURE, LAYOUT_TOP_P = 1.0, 0.6
 LAYOUT_STREAM = 1  # of an image's seed, whose own stream is its noise
 HALVES = (torch.bfloat16, torch.float16)
 Layout = bool | str | Sequence[str] | None
