@@ -61,7 +61,7 @@ def make_images(pipe: SparPipeline, dualtoken: Pipeline) -> dict[str, Image.Imag
 def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    for name, image in make_images(SparPipeline.from_pretrained(), load_pipeline("dualtoken")).items():
+    for name, image in make_images(SparPipeline.from_pretrained(), load_pipeline("dualtoken", dtype="float32")).items():
         image.save(folder / name, optimize=True)
 
 

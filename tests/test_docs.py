@@ -273,8 +273,8 @@ def test_the_images_of_the_readme_are_the_bundled_models():
     """If not: python docs/images.py"""
     from spar import SparPipeline, load_pipeline
 
-    script = load("images")
-    for name, image in script.make_images(SparPipeline.from_pretrained(), load_pipeline("dualtoken")).items():
+    script, dualtoken = load("images"), load_pipeline("dualtoken", dtype="float32")
+    for name, image in script.make_images(SparPipeline.from_pretrained(), dualtoken).items():
         with Image.open(ROOT / "docs" / "images" / name) as kept:
             gap = np.asarray(kept.convert("RGB"), dtype=int) - np.asarray(image.convert("RGB"))
         assert np.abs(gap).mean() < 2, name  # of 255: other hardware rounds otherwise

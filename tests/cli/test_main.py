@@ -699,9 +699,10 @@ def test_a_dry_run_says_what_would_train_and_writes_nothing(capsys, monkeypatch,
         **dict.fromkeys(("tokenizer-1", "tokenizer-2", "tokenizer-3"), "latent scale"),
     }  # fmt: skip
     data = {name: row["data"] for name, row in plan.items()}
-    edits = recipe("tiny").stage("unified-2").data.edit_share
+    mixed = recipe("tiny").stage("unified-2").data
+    words = f"48 scenes: captions, {mixed.edit_share:.0%} edits, {mixed.layouts:.0%} of the rest layouts"
     assert (data["encoder"], data["mllm"]) == ("48 scenes: tags", "48 scenes: questions")
-    assert (data["relations"], data["unified-2"]) == ("48 scenes: captions", f"48 scenes: captions, {edits:.0%} edits")
+    assert (data["relations"], data["unified-2"]) == ("48 scenes: captions", words)
     assert (plan["encoder"]["batch"], plan["dit"]["batch"]) == ("4", "4 x 2")  # two draws of noise an image
     assert not any(row["removes"] for row in plan.values())
     assert [*tmp_path.iterdir()] == []

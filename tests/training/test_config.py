@@ -195,7 +195,7 @@ def test_an_objective_takes_the_data_that_gives_its_batches_and_no_other(objecti
 
 
 def test_batches_that_are_not_taken_are_named():
-    said = r"the objective dit takes batches of Captioned, its data \(lessons\) gives Captioned, Edits"
+    said = r"the objective dit takes batches of Captioned, its data \(lessons\) gives Captioned, Layouts, Edits"
     with pytest.raises(InputError, match=said):
         replace(recipe("tiny").stage("dit"), data=MixedLessons(edit_share=0.5))
 

@@ -121,7 +121,7 @@ def test_memory_is_that_of_the_larger_kind_of_step():
     """A step is all generation or all editing: what its share is changes the mean of the work, not what must fit."""
 
     def kept(share: float) -> int:
-        changed = with_stage("unified-2", "data", edit_share=share)
+        changed = with_stage("unified-2", "data", edit_share=share, layouts=0.0)
         (found,) = estimate(changed, HardwareConfig(), ("unified-2",))
         return found.activations
 

@@ -338,7 +338,7 @@ def test_words_begin_at_the_tags_where_they_are_random_and_nowhere_else():
 def test_tags_after_an_edit_need_edits_among_the_prompts(lacking):
     stage = TINY.stage("mllm-2")
     given = replace(stage, data=replace(stage.data, **lacking))
-    with pytest.raises(InputError, match=r"stage mllm-2: edit_tags 0\.3 needs edits among the prompts"):
+    with pytest.raises(InputError, match=r"stage mllm-2: edit_tags 0\.3 needs edits or layouts among the prompts"):
         replace(TINY, stages=tuple(given if one is stage else one for one in TINY.stages))
 
 

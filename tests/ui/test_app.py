@@ -147,10 +147,13 @@ def test_the_routing_view_tells_each_words_weights(visit, pipe):
     box(page, "What to draw").fill("a large red circle")
     page.keyboard.press("Enter")
     status(page).get_by_text("Seed 0").wait_for()
-    routing = pipe.generate("a large red circle", seed=0).routing[0]
+    out = pipe.generate("a large red circle", seed=0)
+    routing, layout = out.routing[0], out.metadata[0]["layout"]
     titles = [token.get_attribute("title") for token in page.locator(".routing-token").all()]
     words = [title.partition(":")[0] for title in titles]
-    assert words == ["generate", "an", "image", "", "a", "large", "red", "circle", *map(str, range(1, 17))]
+    assert layout.startswith("a large red circle on")
+    assert words[:13] == ["generate", "an", "image", "", *layout.split()[:9]]
+    assert words[-16:] == [*map(str, range(1, 17))]
     place = routing.tokens.index("red")
     wanted = [f"layer {k} {100 * w:.1f} %" for k, w in zip(routing.layers, routing.weights[place], strict=True)]
     assert titles[6] == f"red: {', '.join(wanted)}"
