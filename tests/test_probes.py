@@ -1,6 +1,7 @@
 """The probes of binding: on the bundled weights they say what docs/log.md says of them, and planted tags are found."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -79,6 +80,17 @@ def test_the_losses_of_codes_are_those_of_training_at_both_kinds_of_patches(dual
     assert len(decibels) == 2 and all(value > 0 for value in decibels)
 
 
+def test_stages_of_one_name_in_several_runs_add_up(tmp_path):
+    bundle, runs = script("bundle"), [tmp_path / name for name in "ab"]
+    for number, run in enumerate(runs):
+        (run / "dit" / "done").mkdir(parents=True)
+        (run / "recipe.json").write_text('{"stages": [{"name": "dit"}, {"name": "unified-1"}]}')
+        (run / "dit" / "done" / "meta.json").write_text(f'{{"step": {3 + number}, "seconds": 1.5}}')
+        (run / "metrics.jsonl").write_text('{"stage": "dit", "step": 2}\n{"stage": "unified-1", "step": 0}\n')
+    assert bundle.stages(runs) == {"dit": {"steps": 7, "seconds": 3.0}}
+    assert [json.loads(line)["step"] for line in bundle.curves(runs)] == [2, 5]
+
+
 def test_a_finished_model_becomes_the_start_of_a_run(tmp_path, monkeypatch):
     warm, made = script("warm_start"), recipe("shapes")
     modules = warm.in_todays_form(made, bundled_folder("spar"))
@@ -88,6 +100,10 @@ def test_a_finished_model_becomes_the_start_of_a_run(tmp_path, monkeypatch):
     shares = [float(warm.fit_read_outs(made, modules, scenes=16, steps=steps)) for steps in (1, 120)]
     assert shares[1] > shares[0] + 0.2
     warm.write_end(tmp_path, "mllm-7", made, modules.state_dict())
+    monkeypatch.setattr("sys.argv", ["warm_start.py", "--unified", str(tmp_path), "mllm-7"])
+    warm.main()
+    ended = load_group(tmp_path / "relations" / "done", "modules")
+    assert all(torch.equal(value, ended[name]) for name, value in modules.state_dict().items())
     monkeypatch.setattr("sys.argv", ["warm_start.py", "--router", str(tmp_path), "mllm-7"])
     warm.main()
     planned = resolve(made, read_run(made, tmp_path / "run", tmp_path / "relations" / "done"), stages=("unified-2",))

@@ -1052,6 +1052,13 @@ def test_an_image_is_the_same_whatever_stands_beside_it(bundled, size):
 
 
 @pytest.mark.slow
+def test_the_bundled_model_writes_another_layout_for_each_seed(bundled):
+    out = bundled.generate("a red circle", num_images_per_prompt=6, seed=0, num_inference_steps=1)
+    layouts = [values["layout"] for values in out.metadata]
+    assert len({*layouts}) >= 4 and all("red circle on column" in text for text in layouts)
+
+
+@pytest.mark.slow
 def test_an_edit_is_the_same_whatever_stands_beside_it(bundled):
     picture = bundled.generate(PROMPTS[3], seed=0).images[0]
     words = ["remove the star", "change the background to navy", "add a large green ring to the left of the blue star"]

@@ -333,20 +333,20 @@ class SparPipeline(Pipeline):
         check_int_range("num_images_per_prompt", per_prompt, 1, limits.MAX_IMAGES)
         count = len(texts) * per_prompt
         check_range("images in all", count, 1, limits.MAX_IMAGES)
-        seeds, repeat = list_seeds(seed, count), 1 if write is None else per_prompt
+        seeds = list_seeds(seed, count)
         noise = self._noise(seeds, size)
         with self._compute(count):
             f_v = self._read_images(pixels) if pixels is not None else None
-            if write is not None:
+            if write is not None:  # each image is a prompt of its own
+                texts = [one for one in texts for _ in range(per_prompt)]
+                negatives, per_prompt = [one for one in negatives for _ in range(per_prompt)], 1
                 self._load_to_device("encoder")
                 f_v = self.model.canvas(count)
             self._load_to_device("streams", "language", "router_and_connector")
-            asked = [(text, negative) for text, negative in zip(texts, negatives, strict=True) for _ in range(repeat)]
-            said = [text for text, _ in asked]
-            layouts = None if write is None else write(said, seeds)
-            tokens = encode(layouts or said)
-            condition, routed = self._conditions(tokens, encode([other for _, other in asked]), f_v, size, guidance)
-            condition = condition.repeat(count // len(asked))
+            layouts = None if write is None else write(texts, seeds)
+            tokens = encode(layouts or texts)
+            condition, routed = self._conditions(tokens, encode(negatives), f_v, size, guidance)
+            condition = condition.repeat(per_prompt)
             self._load_to_device("denoiser")
             condition = self.model.precompute_key_values(condition)
 
@@ -364,7 +364,7 @@ class SparPipeline(Pipeline):
                 )
             self._load_to_device("decoder")
             images = self.model.decode(latent, self.decode_tile).float()
-        routing = [self._routing(tokens, routed, i * len(asked) // count) for i in range(count)]
+        routing = [self._routing(tokens, routed, i // per_prompt) for i in range(count)]
         shared = {"steps": steps, "guidance": float(guidance), **({"sampler": sampler} if sampler else {})}
         shared |= self.run_metadata()
         metadata = [

@@ -74,7 +74,7 @@ class QuestionData(StageData):
     grows faster than its length. In the share `prompt_share` of the steps the LLM reads prompts for images in place of
     questions, edits in the share `edit_prompts` of them, else captions, and says what the image will show: it learns
     what its states have to tell the DiT, which a published LLM brings along. With `layouts` it answers captions with
-    layouts, and says what each place of a blank canvas will show behind one. `scene_kinds` as in `Lessons`.
+    layouts, and says what each place of a blank canvas after one will show. `scene_kinds` as in `Lessons`.
     """
 
     kind: ClassVar[str] = "questions"

@@ -75,7 +75,7 @@ class TaggedEdits(TaggedPrompts):
 
 @dataclass(frozen=True, kw_only=True)
 class TaggedLayouts(TaggedPrompts):
-    """Captions, and as their `texts` layouts; the tags are read at the tokens of a blank canvas behind the layout."""
+    """Captions, and as their `texts` layouts; the tags are read at the tokens of the blank canvas after the layout."""
 
 
 @dataclass(frozen=True)
