@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 import torch
 
 from spar.checkpoints.bundled import bundled_folder
@@ -38,6 +39,65 @@ def test_the_probes_find_that_the_bundled_model_binds_and_its_router_chooses(mon
     colors = [float(re.search(r"color ([\d.]+)", line).group(1)) for line in nouns]
     assert len(nouns) == 4 and min(colors) > 0.85 and max(colors) > 0.97  # of eight colours
     assert all("shape 1.00" in line for line in nouns)  # the noun itself
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "fault"),
+    [
+        ("a large red circle on column two row two", "a small red circle on column six row six", ""),
+        ("a large red circle on column two row two", "a small red circle on column four row two", ""),
+        ("a large red circle on column two row two", "a small red circle on column three row two", "near"),
+        ("a large red circle on column two row two", "a small blue star on column six row six", "words"),
+        ("a large red circle on column two", "a small red circle on column six row six", "form"),
+        ("a red circle on column two row two", "a small red circle on column six row six", "form"),
+    ],
+)
+def test_planted_faults_of_layouts_are_found(first, second, fault):
+    assert script("layouts").fault(f"{first}, {second} on a navy background", "two red circles") == fault
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("", "form"), ("two red circles", "form"),
+        ("a small red circle on column two row two on a navy background", "words"),
+    ],
+)  # fmt: skip
+def test_what_is_no_layout_or_lacks_objects_is_a_fault(text, fault):
+    assert script("layouts").fault(text, "two red circles") == fault
+
+
+def test_a_relation_that_the_cells_of_a_layout_do_not_hold_is_a_fault():
+    text = "a small red circle on column {} row two, a small blue star on column {} row two on a navy background"
+    found = script("layouts").fault
+    assert found(text.format("two", "six"), "a red circle to the left of a blue star") == ""
+    assert found(text.format("six", "two"), "a red circle to the left of a blue star") == "words"
+
+
+def test_the_bundled_models_layouts_are_sound_where_there_is_room(monkeypatch, capsys):
+    layouts = script("layouts")
+    monkeypatch.setattr(layouts, "CAPTIONS", 8)
+    monkeypatch.setattr(layouts, "KINDS", ("two", "count"))
+    monkeypatch.setattr("sys.argv", ["layouts.py"])
+    layouts.main()
+    two, count = capsys.readouterr().out.splitlines()
+    assert two == "two: sound 1.00"
+    assert re.fullmatch(r"count: sound \d\.\d\d(; (form|near|words) [\d.]+(, (near|words) [\d.]+)*)?", count)
+
+
+def test_layouts_of_a_stage_are_read_from_its_weights(tiny_run, monkeypatch, capsys):
+    layouts = script("layouts")
+    monkeypatch.setattr(layouts, "CAPTIONS", 2)
+    monkeypatch.setattr(layouts, "KINDS", ("two",))
+    seen = []
+    monkeypatch.setattr(layouts.SparPipeline, "write_layouts", lambda self, *_, **__: seen.append(self) or ["", ""])
+    end = tiny_run.path / "mllm-2" / "done"
+    monkeypatch.setattr("sys.argv", ["layouts.py", str(tiny_run.path / "model"), str(end)])
+    layouts.main()
+    assert capsys.readouterr().out == "two: sound 0.00; form 1.00\n"
+    weights = load_group(end, "modules")
+    own = seen[0].model.language.state_dict()
+    assert all(torch.equal(value, weights[f"model.language.{name}"]) for name, value in own.items())
 
 
 def test_the_tags_of_an_edit_are_counted_on_changed_and_on_kept_tokens(start, monkeypatch):

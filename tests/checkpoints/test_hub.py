@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from spar.checkpoints.hub import ALLOWED_FILES, model_folder, plan_upload, push
+from spar.checkpoints.hub import ALLOWED_FILES, hub_address, model_folder, plan_upload, push
 from spar.checkpoints.spar_format import load_model, save_tokenizer
 from spar.cli.main import main
 from spar.common.errors import InputError
+from spar.inference.diffusers_autoencoder import AutoencoderSpar
 from spar.inference.image_files import read_metadata
 from spar.inference.pipeline import SparPipeline
 
@@ -222,6 +223,22 @@ def test_an_image_names_the_commit_that_drew_it(here, folder, address, tmp_path)
     assert image.reproduce_command()[-1] == f"--model={image.values['model']}"
     again = SparPipeline.from_pretrained(image.values["model"], device="cpu")
     assert again.origin == pipe.origin
+
+
+def test_a_repository_is_named_as_in_diffusers_where_there_is_no_such_folder(here, folder, tmp_path, monkeypatch):
+    push(plan_upload(folder), "me/model")
+    monkeypatch.chdir(tmp_path)
+    assert str(SparPipeline.from_pretrained("me/model", device="cpu").origin["model"]).startswith("hf://me/model@")
+    sizes = AutoencoderSpar.from_pretrained(folder).config["sizes"]
+    assert all(AutoencoderSpar.from_pretrained(f"{at}me/model").config["sizes"] == sizes for at in ("", "hf://"))
+    with pytest.raises(InputError, match="me/none cannot be had from the Hub"):
+        SparPipeline.from_pretrained("me/none", device="cpu")
+    for name in ("/model", "model/", "./model", "../m", "~/m", "me/.model", "a/b/c", "me:x/m", Path("me/model")):
+        assert hub_address(name) == name
+    assert hub_address("me/model@v1") == "hf://me/model@v1"
+    (tmp_path / "me" / "model").mkdir(parents=True)  # a folder comes first, even an empty one
+    with pytest.raises(InputError, match="config.json"):
+        SparPipeline.from_pretrained("me/model", device="cpu")
 
 
 def test_what_is_no_address_or_cannot_be_had_gets_a_message(here):

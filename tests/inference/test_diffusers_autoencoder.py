@@ -1,11 +1,16 @@
 """The tokenizer in other people's diffusion code: diffusers' own pipeline and image processor run on it unchanged."""
 
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
+from safetensors.torch import save_file
 
 import spar
 from spar.checkpoints.spar_format import load_tokenizer, save_tokenizer
@@ -88,31 +93,138 @@ def test_sana_draws_with_it_in_place_of_its_own_autoencoder(vae):
 
 def test_tiling_is_the_tokenizers(vae):
     latent = torch.randn(1, 8, 12, 12, generator=torch.Generator().manual_seed(0))
-    plain = vae.decode(latent).sample
-    vae.enable_tiling(8)
-    try:
-        torch.testing.assert_close(vae.decode(latent).sample, 2 * vae.tokenizer.decode(latent, 8) - 1)
-        assert not torch.allclose(vae.decode(latent).sample, plain)
-    finally:
-        vae.disable_tiling()
+    plain, tiled = vae.decode(latent).sample, 2 * vae.tokenizer.decode(latent, 8) - 1
+    square = {"tile_sample_min_height": 64, "tile_sample_min_width": 64}
+    for arguments in ({"tile": 8}, {"tile_sample_min_height": 64}, square):
+        vae.enable_tiling(**arguments)
+        try:
+            torch.testing.assert_close(vae.decode(latent).sample, tiled)
+            assert not torch.allclose(vae.decode(latent).sample, plain)
+        finally:
+            vae.disable_tiling()
     assert torch.equal(vae.decode(latent).sample, plain)
-    with pytest.raises(InputError, match="tile: expected"):
-        vae.enable_tiling(1)
+    for arguments, message in (
+        ({"tile": 1}, "tile: expected"), ({"tile_sample_min_width": 60}, "multiple of 8, got 60"),
+        ({"tile_sample_min_height": 64, "tile_sample_min_width": 128}, "square tiles"),
+        ({"tile": 8, "tile_sample_min_height": 64}, "square tiles"),
+        ({"tile_sample_stride_width": 32}, "tile_sample_stride: expected none"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            vae.enable_tiling(**arguments)
+    assert not vae.use_tiling
+
+
+def test_slices_are_computed_one_by_one(vae, pixels, monkeypatch):
+    whole, sizes, encode = vae(pixels).sample, [], vae.tokenizer.encode
+    monkeypatch.setattr(vae.tokenizer, "encode", lambda rows: sizes.append(len(rows)) or encode(rows))
+    vae.enable_slicing()
+    try:
+        torch.testing.assert_close(vae(pixels).sample, whole, rtol=0, atol=1e-5)
+    finally:
+        vae.disable_slicing()
+    assert sizes == [1, 1]
 
 
 def test_it_is_saved_and_loaded_and_nothing_else_is_overwritten(vae, pixels, tmp_path, folder):
     vae.save_pretrained(tmp_path / "alone")
     again = spar.AutoencoderSpar.from_pretrained(tmp_path / "alone")
-    assert again.config == vae.config and torch.equal(again(pixels).sample, vae(pixels).sample)
+    assert dict(again.config, _name_or_path="") == dict(vae.config, _name_or_path="")
+    assert torch.equal(again(pixels).sample, vae(pixels).sample)
+    assert not again.training and not any(one.requires_grad for one in again.parameters())
     again.save_pretrained(tmp_path / "alone")  # an older one of its kind gives way
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone"]
+    assert {path.name for path in (tmp_path / "alone").iterdir()} == {
+        "config.json", "diffusion_pytorch_model.safetensors"
+    }  # fmt: skip
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text('{"format": "spar"}')
-    with pytest.raises(InputError, match="is no SPAR tokenizer folder"):
+    with pytest.raises(InputError, match="it stays as it is"):
         vae.save_pretrained(tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["config.json"]
-    with pytest.raises(InputError, match="expected a SPAR model folder"):
+    with pytest.raises(InputError, match="a pickle may run code"):
+        vae.save_pretrained(tmp_path / "pickled", True, None, False)
+    with pytest.raises(InputError, match="got the file"):
+        vae.save_pretrained(tmp_path / "mine" / "config.json")
+    with pytest.raises(InputError, match="SPAR"):
         AutoencoderSpar.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="variant: expected none"):
+        AutoencoderSpar.from_pretrained(folder, variant="fp16")
+    with pytest.raises(InputError, match="cache: expected none of them"):
+        AutoencoderSpar.from_pretrained(folder, cache="typo", low_cpu_mem_usage=True)
+    with pytest.raises(InputError, match="revision: a local folder has none, got 'v1'"):
+        AutoencoderSpar.from_pretrained(folder, revision="v1")
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "diffusion_pytorch_model.safetensors").write_bytes(b"mine")
+    with pytest.raises(InputError, match="it stays as it is"):
+        vae.save_pretrained(weights)
+
+
+def test_a_pipeline_of_diffusers_is_saved_and_loaded_with_it(vae, pixels, tmp_path):
+    transformer = SanaTransformer2DModel(
+        in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=8, num_layers=1, sample_size=8,
+        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=12,
+    )
+    scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    pipe = SanaPipeline(tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=scheduler)
+    pipe.save_pretrained(tmp_path / "sana")
+    again = SanaPipeline.from_pretrained(tmp_path / "sana", tokenizer=None, text_encoder=None)
+    assert type(again.vae) is AutoencoderSpar and torch.equal(again.vae(pixels).sample, vae(pixels).sample)
+    part = AutoencoderSpar.from_pretrained(tmp_path / "sana", subfolder="vae")
+    assert torch.equal(part(pixels).sample, vae(pixels).sample)
+    with pytest.raises(InputError, match="is no spar-tokenizer folder"):
+        AutoencoderSpar.from_pretrained(tmp_path / "sana", subfolder="transformer")
+
+
+def test_a_new_process_loads_the_pipeline_as_the_documents_say(vae, tmp_path):
+    vae.save_pretrained(tmp_path / "vae")
+    index = {"_class_name": "SanaPipeline", "vae": ["spar.inference.diffusers_autoencoder", "AutoencoderSpar"]}
+    index |= {name: [None, None] for name in ("tokenizer", "text_encoder", "transformer", "scheduler")}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    code = (
+        "from spar import AutoencoderSpar\nfrom diffusers import DiffusionPipeline\n"
+        f"print(type(DiffusionPipeline.from_pretrained({str(tmp_path)!r}).vae).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split()[-1:] == ["AutoencoderSpar"], done.stderr[-2000:]
+
+
+def test_a_configuration_makes_another_one(vae, pixels, tmp_path):
+    made = AutoencoderSpar.from_config(vae.config)
+    assert made.config["sizes"] == vae.config["sizes"] and made.config.latent_channels == vae.config.latent_channels
+    made.load_state_dict(vae.state_dict())
+    made.eval().save_pretrained(tmp_path)
+    assert torch.equal(AutoencoderSpar.from_pretrained(tmp_path)(pixels).sample, vae(pixels).sample)
+    with pytest.raises(InputError, match="sizes: expected those of a model, got UnifiedTokenizer; see from_tokenizer"):
+        AutoencoderSpar(vae.tokenizer)
+    assert torch.equal(AutoencoderSpar.from_tokenizer(vae.tokenizer)(pixels).sample, vae(pixels).sample)
+
+
+def test_weights_that_do_not_fit_are_refused(vae, tmp_path):
+    vae.save_pretrained(tmp_path)
+    weights = {name: value.clone() for name, value in vae.state_dict().items()}
+    first = min(name for name in weights if "decoder" in name)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file({name: value for name, value in weights.items() if name != first}, path)
+    with pytest.raises(InputError, match="does not fit AutoencoderSpar: missing_keys"):
+        AutoencoderSpar.from_pretrained(tmp_path)
+    save_file({**weights, "more": weights[first].clone()}, path)
+    with pytest.raises(InputError, match="unexpected_keys more"):
+        AutoencoderSpar.from_pretrained(tmp_path)
+    path.unlink()
+    index = {"metadata": {}, "weight_map": {name: "shard.bin" for name in weights}}
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="expected files of safetensors alone"):
+        AutoencoderSpar.from_pretrained(tmp_path)
+
+
+def test_a_pickle_is_never_loaded(vae, tmp_path):
+    vae.save_pretrained(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(vae.state_dict(), tmp_path / "diffusion_pytorch_model.bin")
+    for keywords in ({}, {"use_safetensors": False}):
+        with pytest.raises(OSError, match="no file named diffusion_pytorch_model.safetensors"):
+            AutoencoderSpar.from_pretrained(tmp_path, **keywords)
 
 
 def test_half_precision_is_close_and_keeps_the_scale(vae, pixels, folder, tmp_path):

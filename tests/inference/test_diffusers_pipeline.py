@@ -10,7 +10,7 @@ from PIL import Image
 
 from spar import SparDiffusionPipeline, SparPipeline
 from spar.common.errors import InputError
-from spar.inference.diffusers_pipeline import seeds_of
+from spar.inference.diffusers_call import seeds_of
 
 STEPS = {"num_inference_steps": 3}
 PROMPT = "a red circle"
@@ -141,3 +141,49 @@ def test_what_diffusers_has_and_this_pipeline_has_not_is_refused(pipe, tmp_path)
     with pytest.raises(InputError, match="expected a folder alone, got push_to_hub"):
         pipe.save_pretrained(tmp_path / "x", push_to_hub=True)
     assert not (tmp_path / "x").exists()
+
+
+def test_the_own_pipeline_takes_what_a_user_of_diffusers_types(pipe, folder):
+    half = SparPipeline.from_pretrained(folder, torch_dtype="bfloat16")
+    assert half.dtype == torch.bfloat16 and half.to("cpu", torch.float32) is half and half.dtype == torch.float32
+    wanted = pipe(PROMPT, generator=fresh(3), output_type="np", **STEPS).images
+    assert np.array_equal(half(PROMPT, generator=fresh(3), output_type="np", **STEPS).images, wanted)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    edited = pipe("remove the red circle", image=picture, generator=fresh(3), **STEPS).images[0]
+    for image in (picture, np.asarray(picture), torch.from_numpy(np.array(picture)).permute(2, 0, 1)):
+        assert same(half("remove the red circle", image=image, generator=fresh(3), **STEPS).images[0], edited)
+
+    def stop(one, step, _time, _tensors):
+        one._interrupt = step == 1
+
+    assert half(PROMPT, callback_on_step_end=stop, **STEPS).images[0].size == (64, 64)
+    with pytest.raises(InputError, match="output_type: expected one of"):
+        half(PROMPT, output_type="jpg")
+    for given in ({"seed": 3}, {"callback": print}):  # the own names, which this call would not hear
+        with pytest.raises(InputError, match=f"diffusers' names, got {[*given][0]}"):
+            half(PROMPT, **given)
+    with pytest.raises(InputError, match="torch_dtype: expected it or dtype"):
+        SparPipeline.from_pretrained(folder, torch_dtype="bfloat16", dtype="float32")
+
+
+def test_numbers_of_numpy_are_numbers(own):
+    wanted = own.generate(PROMPT, seed=3, num_images_per_prompt=2, guidance_scale=2.5, **STEPS)
+    counts = {"num_inference_steps": np.int64(3), "num_images_per_prompt": np.int32(2)}
+    given = own.generate(PROMPT, seed=np.int64(3), guidance_scale=np.float32(2.5), **counts)
+    assert given.metadata == wanted.metadata and all(map(same, given.images, wanted.images))
+    wide = own.generate([PROMPT] * 2, height=np.int64(64), num_images_per_prompt=np.uint8(200), num_inference_steps=1)
+    assert len(wide.images) == 400
+    assert own.generate([PROMPT] * 2, seed=np.arange(3, 5), guidance_scale=2.5, **STEPS).seeds == [3, 4]
+    json.dumps(given.metadata)
+    for seed in (np.float64(3), np.bool_(True), np.int64(-1), "3"):
+        with pytest.raises(InputError, match="seed: expected"):
+            own.generate(PROMPT, seed=seed, **STEPS)
+
+
+def test_weights_in_a_type_stay_in_it(folder):
+    half = SparPipeline.from_pretrained(folder, dtype="bfloat16", weights="dtype", device="cpu")
+    assert half.to("cpu").to(torch.bfloat16) is half
+    with pytest.raises(InputError, match=r"to: expected torch.bfloat16, in which the weights are, got torch.float32"):
+        half.to(torch.float32)
+    with pytest.raises(InputError, match="dtype: expected float32, bfloat16 or float16"):
+        half.to(torch.float64)

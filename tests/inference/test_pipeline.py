@@ -376,6 +376,16 @@ def test_the_models_own_layout_is_drawn_with_the_images_seed_and_makes_the_image
     ]
 
 
+def test_layouts_are_written_without_an_image(pipe, monkeypatch):
+    monkeypatch.setattr(pipeline, "LAYOUT_TEMPERATURE", 30.0)
+    drawn = pipe.generate([CIRCLE, SQUARES], layout=True, seed=[3, 9], num_inference_steps=1)
+    assert pipe.write_layouts([CIRCLE, SQUARES], seed=[3, 9]) == [values["layout"] for values in drawn.metadata]
+    assert pipe.write_layouts(CIRCLE, seed=3) == [drawn.metadata[0]["layout"]]
+    for bad in ([], ["zebra"], 3):
+        with pytest.raises(InputError, match="prompt"):
+            pipe.write_layouts(bad)
+
+
 def test_the_model_says_whether_it_writes_layouts(pipe, folder):
     own = SparPipeline(replace(pipe.bundle, sampling=replace(pipe.bundle.sampling, layout=True)))
     assert generate(own).metadata[0]["layout"] == generate(pipe, layout=True).metadata[0]["layout"]
@@ -1055,6 +1065,7 @@ def test_an_image_is_the_same_whatever_stands_beside_it(bundled, size):
 def test_the_bundled_model_writes_another_layout_for_each_seed(bundled):
     out = bundled.generate("a red circle", num_images_per_prompt=6, seed=0, num_inference_steps=1)
     layouts = [values["layout"] for values in out.metadata]
+    assert bundled.write_layouts(["a red circle"] * 6, seed=0) == layouts
     assert len({*layouts}) >= 4 and all("red circle on column" in text for text in layouts)
 
 

@@ -50,6 +50,14 @@ def model_folder(path: str | Path) -> Path:
     return local_folder(Path(path)) if not _is_address(path) else _download(path, ALLOWED_FILES, "model")
 
 
+def hub_address(name: str | Path) -> str | Path:
+    """`hf://OWNER/NAME` of OWNER/NAME, as diffusers and transformers name a repository, where no such path exists; a
+    `Path` is a path.
+    """
+    known = isinstance(name, str) and re.fullmatch(rf"(?![.~])({REPOSITORY.pattern})(?:@[^/]+)?", name)
+    return f"hf://{name}" if known and "/." not in str(name) and not Path(name).exists() else name
+
+
 def adapter_files(path: str | Path) -> Path:
     """An adapter's folder or file: the path itself, or the download of `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION`.
 

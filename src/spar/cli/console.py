@@ -3,6 +3,7 @@
 rich is imported inside the functions, so that a verb without tables and terminal starts without it.
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -74,10 +75,20 @@ def show_table(console: "Console", table: "Table") -> None:
         console.print(lines, "")
 
 
+def is_first_process() -> bool:
+    """Whether this is the first of the processes that a launcher started, or the only one: it alone prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def is_one_of_several() -> bool:
+    """Whether a launcher started this process together with others; a scheduler may name their number alone."""
+    return "LOCAL_RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+
+
 @contextmanager
 def progress_bar(title: str) -> Iterator[Advance | None]:
     """A bar with the time left, on stderr if it is a terminal: yields advance(done, total), or None."""
-    if not sys.stderr.isatty():
+    if not (sys.stderr.isatty() and is_first_process()):
         yield None
         return
     from rich.markup import escape

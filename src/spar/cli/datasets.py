@@ -7,7 +7,6 @@ from spar.cli.console import data_table, new_console, progress_bar, show_table
 from spar.cli.data_arguments import DataCheckArguments, DataConvertArguments
 from spar.cli.parsing import Verb, takes
 from spar.common.errors import InputError
-from spar.common.files import atomic_directory
 from spar.inference.image_files import check_replaceable
 
 
@@ -48,14 +47,18 @@ def check_data(args: DataCheckArguments) -> int:
 @takes(DataConvertArguments, "spar data convert")
 def convert_data(args: DataConvertArguments) -> int:
     """Write a data set in any format as webdataset shards."""
+    from spar.common.process_group import PATIENCE, ProcessGroup
     from spar.data.convert import MANIFEST, convert
     from spar.data.sources import open_source
 
     check_replaceable(args.output, MANIFEST, overwrite=args.overwrite)
-    sources = [open_source(path, args.format, cache=args.cache, workers=args.workers) for path in args.path]
-    with atomic_directory(args.output) as folder, progress_bar("converting") as advance:
-        done = convert(sources, folder, shard=args.shard_size, bad_share=args.bad_share, progress=advance)
-    print(f"{args.output}  ({done.samples} samples in {done.shards} shards, {done.dropped} left out)")
+    group = ProcessGroup.meet("cpu", patience=PATIENCE)
+    with group.main_first():  # it indexes what lies far away, and the others find the index
+        sources = [open_source(path, args.format, cache=args.cache, workers=args.workers) for path in args.path]
+    with group.directory(args.output) as folder, progress_bar("converting") as advance:
+        done = convert(sources, folder, shard=args.shard_size, bad_share=args.bad_share, progress=advance, group=group)
+    if group.main:
+        print(f"{args.output}  ({done.samples} samples in {done.shards} shards, {done.dropped} left out)")
     return 0
 
 

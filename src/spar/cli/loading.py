@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from spar.cli.arguments import ModelArguments
-from spar.cli.console import progress_bar
+from spar.cli.console import is_first_process, progress_bar
 
 if TYPE_CHECKING:
+    import torch
+
     from spar.inference.base import Pipeline
 
 
@@ -28,17 +30,17 @@ def gc_disabled() -> Iterator[None]:
             gc.enable()
 
 
-def load_pipeline(args: ModelArguments) -> "Pipeline":
-    """The pipeline of a verb's arguments, with a bar meanwhile."""
+def load_pipeline(args: ModelArguments, device: "torch.device | None" = None) -> "Pipeline":
+    """The pipeline of a verb's arguments, with a bar meanwhile; on `device`, that of one of several processes."""
     with progress_bar("loading the model"), gc_disabled():
         from spar.common.device import device_name
         from spar.inference import loading
 
         pipe = loading.load_pipeline(
-            args.model, dtype=None if args.dtype == "auto" else args.dtype, device=args.device, adapter=args.adapter,
-            decode_tile=args.decode_tile, weights=args.weights, offload=args.offload, compile=args.compile,
-            progress=False,
+            args.model, dtype=None if args.dtype == "auto" else args.dtype, device=device or args.device,
+            adapter=args.adapter, decode_tile=args.decode_tile, weights=args.weights, offload=args.offload,
+            compile=args.compile, progress=False,
         )
-    if sys.stderr.isatty():  # an error is one line where programs read it
+    if sys.stderr.isatty() and is_first_process():  # an error is one line where programs read it
         print(f"spar: on {device_name(pipe.device)} in {str(pipe.dtype).removeprefix('torch.')}", file=sys.stderr)
     return pipe

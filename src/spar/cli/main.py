@@ -16,12 +16,12 @@ from spar.cli.datasets import data
 from spar.cli.help_arguments import CompletionArguments, DoctorArguments
 from spar.cli.listing import list_all
 from spar.cli.parsing import Verb, takes
-from spar.cli.results import compare, demo, evaluate, report, study
+from spar.cli.results import compare, demo, evaluate, judge, report, study
 from spar.cli.servers import serve, ui
 from spar.cli.tasks import edit, generate, info, reconstruct, understand
 from spar.cli.training import cache, plan, train
 from spar.cli.weights import build, convert, export, push
-from spar.common.errors import InputError
+from spar.common.errors import InputError, PeerFailure
 from spar.common.threads import limit_spinning
 
 
@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else 0
     except InputError as error:
         return fail(str(error))
+    except PeerFailure as error:
+        fail(str(error))
+        return 1
     except KeyboardInterrupt:
         print("spar: stopped", file=sys.stderr)
         return INTERRUPTED
@@ -108,6 +111,7 @@ VERBS: dict[str, Verb] = {
     "reconstruct": reconstruct,
     "info": info,
     "eval": evaluate,
+    "judge": judge,
     "compare": compare,
     "study": study,
     "report": report,

@@ -73,6 +73,43 @@ class EvalArguments(ModelArguments):
 
 
 @dataclass(frozen=True, kw_only=True)
+class JudgeArguments:
+    """Have images judged by a model at an OpenAI-compatible endpoint: spar judge wise drawn --prompts wise/data ...
+
+    The images are those of spar generate --format wise, or of spar edit --format imgedit. The key is read from a
+    variable of the environment. Replies are kept beside the results, and are not asked for again.
+    """
+
+    benchmark: Annotated[Positional[Literal["wise", "wise-verified", "imgedit"]], arg(metavar="BENCHMARK")]
+    """One of wise, wise-verified (the version of 2026, whose scores are others) and imgedit."""
+    folder: Annotated[Positional[Path], arg(metavar="FOLDER")]
+    """Folder of the images."""
+    prompts: Path
+    """The benchmark's own file of prompts (WISE: or folder)."""
+    template: Path
+    """What the judge is told: of WISE a text with {prompt} and {explanation}, of ImgEdit its prompts.json."""
+    judge: str
+    """Name of the judging model at the endpoint."""
+    endpoint: str = "https://api.openai.com/v1"
+    """Address of the endpoint, up to /v1."""
+    key_variable: str = "OPENAI_API_KEY"
+    """Variable of the environment with the key; without it none is sent."""
+    images: Path | None = None
+    """Of imgedit: the folder of the pictures before the edits; by default that of --prompts."""
+    parallel: int = 4
+    """Requests at a time."""
+    output: OutputPath = None
+    """Results file; by default BENCHMARK.json. The replies are in a file of its name that ends in .replies.jsonl."""
+    overwrite: Flag = False
+    """Replace results that exist; replies are kept."""
+
+    def __post_init__(self) -> None:
+        check_range("--parallel", self.parallel, 1, 64)
+        if self.images is not None and self.benchmark != "imgedit":
+            raise InputError(f"--images belongs to imgedit, got {self.benchmark}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompareArguments:
     """Compare two models on the same prompts: spar compare results/spar results/dualtoken
 

@@ -5,7 +5,7 @@ import os
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spar.cli import loading
 from spar.cli.console import (
@@ -18,12 +18,20 @@ from spar.cli.console import (
     study_table,
 )
 from spar.cli.parsing import takes
-from spar.cli.result_arguments import CompareArguments, DemoArguments, EvalArguments, ReportArguments, StudyArguments
+from spar.cli.result_arguments import (
+    CompareArguments,
+    DemoArguments,
+    EvalArguments,
+    JudgeArguments,
+    ReportArguments,
+    StudyArguments,
+)
 from spar.common.errors import InputError
 from spar.common.files import atomic_directory, atomic_file
 from spar.inference.image_files import check_replaceable, check_writable, list_images
 
 if TYPE_CHECKING:
+    from spar.evaluation.prompt_formats import Named
     from spar.evaluation.results import Result
 
 PROMPTS = (
@@ -35,9 +43,12 @@ PROMPTS = (
 @takes(EvalArguments, "spar eval")
 def evaluate(args: EvalArguments) -> int:
     """Score a model with the detector of the shapes world."""
+    from spar.common.device import choose_device
+    from spar.common.process_group import PATIENCE, ProcessGroup
     from spar.evaluation.benchmarks import BENCHMARKS, NEEDS, suits
     from spar.evaluation.options import EvalOptions
     from spar.evaluation.results import write_result
+    from spar.evaluation.sharing import ALONE, SharedPipeline
     from spar.evaluation.zero_shot import TEMPLATE, zero_shot
 
     given = {item.name: getattr(args, item.name) for item in fields(EvalOptions)}
@@ -45,24 +56,31 @@ def evaluate(args: EvalArguments) -> int:
     names: list[str] = list(BENCHMARKS) if args.benchmark == "all" else [args.benchmark]
     paths = _result_paths(args, names)
     check_writable(paths, overwrite=args.overwrite)
-    pipe = loading.load_pipeline(args)
+    group = ProcessGroup.meet(choose_device(args.device), patience=PATIENCE)
+    pipe = loading.load_pipeline(args, group.device)
+    shared: Any = pipe if group.world == 1 else SharedPipeline(pipe, group)
     if args.no_layout:
         pipe.check_settings({"layout": False})
     left = [name for name in names if not suits(name, pipe.tasks)]
     if left == names:
         able = ", ".join(pipe.tasks)
         raise InputError(f"{names[0]} needs a model that can {NEEDS[names[0]]}; {pipe.system} has {able}")
-    if left:
+    if left and group.main:
         print(f"spar: note: {pipe.system} does not define what these need: {', '.join(left)}", file=sys.stderr)
-    for name, path in zip(names, paths, strict=True):
-        if name in left:
+    # What one process does alone comes last: the others need not wait for it.
+    for name, path in sorted(zip(names, paths, strict=True), key=lambda pair: pair[0] in ALONE):
+        alone = name in ALONE
+        if name in left or (alone and not group.main):
             continue
         with progress_bar(name) as advance:
+            asked = pipe if alone else shared
             if args.images is not None:
                 template = TEMPLATE if args.template is None else args.template
-                result = zero_shot(pipe, args.images, options, advance, template=template, names=args.class_names)
+                result = zero_shot(asked, args.images, options, advance, template=template, names=args.class_names)
             else:
-                result = BENCHMARKS[name](pipe, options, advance)
+                result = BENCHMARKS[name](asked, options, advance)
+        if not group.main:
+            continue
         write_result(path, result)
         show_table(new_console(), score_table(result))
         print(path)
@@ -77,6 +95,35 @@ def _result_paths(args: EvalArguments, names: list[str]) -> list[Path]:
     if args.output is not None and os.path.isdir(args.output):
         return [args.output / files[0]]
     return [args.output or Path(files[0])]
+
+
+@takes(JudgeArguments, "spar judge")
+def judge(args: JudgeArguments) -> int:
+    """Have images judged by a model at an OpenAI-compatible endpoint."""
+    from spar.evaluation.judges import RUBRICS, Endpoint, judge, read_template
+    from spar.evaluation.prompt_formats import read_imgedit, read_wise
+    from spar.evaluation.results import write_result
+
+    path = args.output or Path(f"{args.benchmark}.json")
+    check_writable([path], overwrite=args.overwrite)
+    rubric = RUBRICS[args.benchmark]
+    if args.benchmark == "imgedit":
+        given: Named = read_imgedit(args.prompts, args.images or args.prompts.parent)
+    else:
+        given = read_wise(args.prompts)
+    endpoint, template = Endpoint(args.endpoint, args.judge, args.key_variable), read_template(args.template, rubric)
+    journal = path.with_suffix(".replies.jsonl")
+    with progress_bar("judging") as advance:
+        result = judge(
+            rubric, given, args.folder, template, endpoint, journal, parallel=args.parallel, advance=advance
+        )
+    write_result(path, result)
+    show_table(new_console(), score_table(result))
+    if unread := result.details["unread"]:
+        key, reason = next(iter(unread.items()))
+        print(f"spar: note: {len(unread)} replies have no scores, first of {key}: {reason}", file=sys.stderr)
+    print(path)
+    return 1 if unread else 0
 
 
 @takes(CompareArguments, "spar compare")

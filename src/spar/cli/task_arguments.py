@@ -1,6 +1,7 @@
 """Arguments of the four tasks and of `spar info`."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -79,11 +80,45 @@ class SamplingArguments(ModelArguments, ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateArguments(SamplingArguments):
+class PromptFileArguments(SamplingArguments, ABC):
+    """Sampling of one call, or of a whole file into a folder."""
+
+    prompts: Path | None = None
+    """In place of the words above: a file with a prompt a line, or of JSON objects with a "prompt" a line (.jsonl; for
+    edits with an "image" too), drawn into the folder of -o. The same call goes on with a folder, and under torchrun
+    processes share the work."""
+    batch: int | None = None
+    """Of --prompts: images drawn together, 16 by default; it changes the time alone."""
+    check: Flag = False
+    """Of --prompts: draw nothing, and say what the folder of -o lacks or has wrong."""
+
+    def check_file(self, given: Mapping[str, bool]) -> None:
+        """Refuse what does not go with --prompts, or is for it alone; `given` says which of the verb's words and own
+        flags were, the words first.
+        """
+        check_range("--batch", self.batch, 1, MAX_IMAGES)
+        words, *flags = given
+        if self.prompts is None:
+            alone = {"--batch": self.batch is not None, "--check": self.check, **{flag: given[flag] for flag in flags}}
+            if used := [name for name, value in alone.items() if value]:
+                raise InputError(f"{', '.join(used)}: expected --prompts FILE beside it, got none")
+            return
+        refused = {words: given[words], "--grid": self.grid, "--save-steps": self.save_steps}
+        if used := [name for name, value in refused.items() if value]:
+            raise InputError(f"--prompts: expected none of {words}, --grid and --save-steps, got {', '.join(used)}")
+        if self.overwrite:
+            raise InputError("--prompts: expected no --overwrite: a folder goes on, or is refused")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateArguments(PromptFileArguments):
     """Generate images from prompts: spar generate "a large red circle on a gray background" -o out.png"""
 
-    prompt: Annotated[Positional[tuple[str, ...]], arg(metavar="PROMPT")]
+    prompt: Annotated[Positional[tuple[str, ...]], arg(metavar="PROMPT")] = ()
     """What to generate; several prompts give several images."""
+    format: Literal["plain", "geneval", "geneval2", "wise", "dpg"] = "plain"
+    """Of --prompts: a benchmark's own prompt file (WISE: or folder, DPG: folder), and the layout that its scorer
+    reads."""
     height: int | None = None
     """Pixels; by default the side of the training images."""
     width: int | None = None
@@ -101,14 +136,17 @@ class GenerateArguments(SamplingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_nonempty(self.prompt, "prompt", "PROMPT")
+        self.check_file({"PROMPT": bool(self.prompt), "--format": self.format != "plain"})
+        if self.prompts is None:
+            check_nonempty(self.prompt, "prompt", "PROMPT")
         if self.no_layout and self.layout is not None:
             raise InputError("expected one of --layout and --no-layout, got both")
         check_utf8(self.layout, "--layout")
         check_range("--temperature", self.temperature, 0, MAX_TEMPERATURE)
         check_range("--top-k", self.top_k, 0, MAX_TOP_K)
         check_range("--top-p", self.top_p, 0, 1)
-        self.check_count()
+        if self.prompts is None:
+            self.check_count()
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -123,18 +161,25 @@ class GenerateArguments(SamplingArguments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EditArguments(SamplingArguments):
+class EditArguments(PromptFileArguments):
     """Edit an image by instruction: spar edit photo.png "remove the red circle" -o edited.png"""
 
-    image: Annotated[Positional[Path], arg(metavar="IMAGE")]
+    image: Annotated[Positional[Path | None], arg(metavar="IMAGE")] = None
     """The image to edit."""
-    instruction: Annotated[Positional[tuple[str, ...]], arg(metavar="INSTRUCTION")]
+    instruction: Annotated[Positional[tuple[str, ...]], arg(metavar="INSTRUCTION")] = ()
     """What to change; several instructions give several images."""
+    format: Literal["plain", "imgedit"] = "plain"
+    """Of --prompts: ImgEdit's own file of instructions, and the layout that its scorer reads."""
+    images: Path | None = None
+    """Of --prompts: the folder of the images that the file names; by default its own."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_nonempty(self.instruction, "instruction", "IMAGE INSTRUCTION")
-        self.check_count()
+        flags = {"--format": self.format != "plain", "--images": self.images is not None}
+        self.check_file({"IMAGE": self.image is not None, **flags})
+        if self.prompts is None:
+            check_nonempty(self.instruction, "instruction", "IMAGE INSTRUCTION")
+            self.check_count()
 
     @property
     def texts(self) -> tuple[str, ...]:

@@ -6,10 +6,19 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spar.cli import loading
-from spar.cli.console import model_facts, model_table, model_values, new_console, printable, progress_bar, show_table
+from spar.cli.console import (
+    is_one_of_several,
+    model_facts,
+    model_table,
+    model_values,
+    new_console,
+    printable,
+    progress_bar,
+    show_table,
+)
 from spar.cli.notes import print_notes
 from spar.cli.outputs import OutputFiles
 from spar.cli.parsing import takes
@@ -17,10 +26,13 @@ from spar.cli.task_arguments import (
     EditArguments,
     GenerateArguments,
     InfoArguments,
+    PromptFileArguments,
     ReconstructArguments,
     UnderstandArguments,
 )
+from spar.common.errors import InputError
 from spar.inference.image_files import (
+    check_folder,
     check_writable,
     list_images,
     output_paths,
@@ -29,12 +41,23 @@ from spar.inference.image_files import (
     source_metadata,
 )
 
+if TYPE_CHECKING:
+    from spar.inference.prompt_files import PromptSet
+
 RECONSTRUCT_BATCH = 64
+FILE_BATCH = 16
+SHOWN_FAULTS = 20
 
 
 @takes(GenerateArguments, "spar generate")
 def generate(args: GenerateArguments) -> int:
     """Generate images from prompts."""
+    if args.prompts is not None:
+        from spar.evaluation.prompt_formats import FORMATS
+
+        return _draw_file(args, FORMATS[args.format](args.prompts))
+    if is_one_of_several():
+        raise InputError("expected --prompts FILE, whose images several processes share, got PROMPT")
     files = OutputFiles.of(args)
     pipe, keywords = loading.load_pipeline(args), args.keywords()
     pipe.check_settings(keywords)
@@ -46,9 +69,49 @@ def generate(args: GenerateArguments) -> int:
     return 0
 
 
+def _draw_file(args: PromptFileArguments, given: "PromptSet") -> int:
+    """Draw the images of a file of prompts, or check them."""
+    folder = args.output or Path("out")
+    check_folder(folder)
+    from spar.common.device import choose_device
+    from spar.common.process_group import PATIENCE, ProcessGroup
+    from spar.inference.prompt_files import begin, check, draw
+
+    if args.check:
+        wrong = check(folder, given)
+        for line in wrong[:SHOWN_FAULTS]:
+            print(line)
+        print(f"{folder}: {len(wrong)} faults" if wrong else f"{folder} is complete")
+        return 1 if wrong else 0
+    group = ProcessGroup.meet(choose_device(args.device), patience=PATIENCE)
+    pipe = loading.load_pipeline(args, group.device)
+    keywords = args.keywords()
+    if given.sources and "edit" not in pipe.tasks:
+        raise InputError(f"editing: {pipe.system} does not define it")
+    if not given.sources:
+        pipe.check_settings(keywords)
+    each = keywords.pop("num_images_per_prompt")
+    seeds = begin(folder, pipe, given, group, seed=args.seed, each=each, settings=keywords)
+    with progress_bar("generating") as advance:
+        drawn = draw(
+            folder, pipe, given, seeds, group, batch=args.batch or FILE_BATCH, settings=keywords, advance=advance
+        )
+    new = f"{drawn} new" if group.world == 1 else f"{drawn} new by this process of {group.world}"
+    if group.main:
+        print(f"{folder}  ({len(seeds)} images of {len(given.prompts)} prompts from seed {seeds[0]} on; {new})")
+    return 0
+
+
 @takes(EditArguments, "spar edit")
 def edit(args: EditArguments) -> int:
     """Edit an image by instruction."""
+    if args.prompts is not None:
+        from spar.evaluation.prompt_formats import EDIT_FORMATS
+
+        return _draw_file(args, EDIT_FORMATS[args.format](args.prompts, args.images or args.prompts.parent))
+    if is_one_of_several():
+        raise InputError("expected --prompts FILE, whose images several processes share, got IMAGE")
+    assert args.image is not None  # there are instructions, which come after it
     files = OutputFiles.of(args)
     pipe, keywords = loading.load_pipeline(args), args.keywords()
     with files.watching(pipe) as callback:

@@ -1,6 +1,5 @@
 """The verbs that train: `spar train`, `spar plan` and `spar cache`."""
 
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from spar.cli.console import (
     epochs_table,
     estimate_table,
     fail,
+    is_first_process,
     new_console,
     plan_table,
     progress_bar,
@@ -56,7 +56,7 @@ def train(argv: list[str]) -> int:
         return 0
     check_folder(run)
     command = shlex.join(["spar", "train", *argv, *(["--resume", "auto"] if args.resume == "never" else [])])
-    if os.environ.get("RANK", "0") == "0":  # the first of several processes prints
+    if is_first_process():
         print(f"training on {device_name(device)}", flush=True)
     return _train(args, run_plan, device, resume_command=command)
 
@@ -135,7 +135,7 @@ def _print_plan(plan: "RunPlan", hardware: "HardwareConfig", estimates: "Sequenc
     """Print what each stage of a run does, what it costs on the hardware, and what would not work."""
     from spar.training.files_data import FilesData, epochs_per_source, open_sources, weighted_sets
 
-    if os.environ.get("RANK", "0") != "0":  # the first of several processes prints
+    if not is_first_process():
         return
     console = new_console()
     show_table(console, plan_table(plan))
@@ -184,36 +184,40 @@ def cache(argv: list[str]) -> int:
 
     from spar.checkpoints.spar_format import load_model
     from spar.common.device import choose_device, device_name
+    from spar.common.process_group import PATIENCE, ProcessGroup
     from spar.training.feature_cache import write_cache
     from spar.training.files_data import FilesData, open_sources
 
     if not isinstance(chosen.data, FilesData):
         raise InputError(f"expected data sets (--data.source files --data.sets DATA), got source {chosen.data.kind}")
-    device = choose_device(args.device)
-    print(f"computing on {device_name(device)}", flush=True)
-    sources = open_sources(chosen.data)
-    tokenizer = load_model(args.init_from).model.tokenizer.to(device)
+    group = ProcessGroup.meet(choose_device(args.device), patience=PATIENCE)
+    if group.main:
+        print(f"computing on {device_name(group.device)}", flush=True)
+    with group.main_first():  # it indexes what lies far away, and the others find the index
+        sources = open_sources(chosen.data)
+    tokenizer = load_model(args.init_from).model.tokenizer.to(group.device)
     precision = torch.bfloat16 if args.precision == "bf16" else torch.float32
     with progress_bar("features") as advance:
         bad = write_cache(
             tokenizer, sources, args.output, side=chosen.image_size, batch=args.batch,
             workers=chosen.data.workers, precision=precision, profiles=chosen.data.color_profiles, advance=advance,
+            group=group,
         )
     total = sum(len(source) for source in sources)
-    print(f"features of {total - bad} samples, {bad} bad ones left out; read them with --data.cache {args.output}")
+    if group.main:
+        print(f"features of {total - bad} samples, {bad} bad ones left out; read them with --data.cache {args.output}")
     return 0
 
 
 def _train(args: Any, plan: "RunPlan", device: "torch.device", *, resume_command: str) -> int:
     """Train with a bar; print the model's folder at the end, or the command that resumes."""
-    from spar.training.distributed import PeerFailure
     from spar.training.loop import NonFiniteLoss
     from spar.training.run_folder import check_run
     from spar.training.trackers import tracked
     from spar.training.trainer import execute
 
     run = plan.run
-    quiet = os.environ.get("RANK", "0") != "0"  # only the first of several processes prints
+    quiet = not is_first_process()
     try:
         shown = nullcontext((None, None)) if quiet else training_display()
         trackers = () if quiet else args.track
@@ -221,9 +225,6 @@ def _train(args: Any, plan: "RunPlan", device: "torch.device", *, resume_command
             check_run(run, plan.recipe, fresh=plan.fresh)
         with shown as (announce, report), tracked(trackers, plan.recipe, run, report) as told:
             model = execute(plan, device=device, parallelism=args.parallelism, report=told, announce=announce)
-    except PeerFailure as error:
-        fail(str(error))
-        return 1
     except NonFiniteLoss as error:
         fail(f"{error}; resume from the last saved state: {resume_command}")
         return 1

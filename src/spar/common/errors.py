@@ -22,3 +22,7 @@ def install_command(extra: str) -> str:
 
 class Cancelled(Exception):
     """Sampling was stopped by its callback; there is no result."""
+
+
+class PeerFailure(RuntimeError):
+    """Another process of the command has ended, so this one cannot go on; what was saved last is whole."""

@@ -4,6 +4,8 @@ This module imports no heavy library, so that a wrong number is refused before a
 """
 
 import math
+from numbers import Integral, Real
+from typing import Any
 
 from spar.common.errors import InputError
 
@@ -40,7 +42,7 @@ def one_reference(count: int | str) -> str:
     return f"expected one reference image for each edit, got {count}: the model is trained for edits of one"
 
 
-def check_range(name: str, value: object, low: float, high: float = math.inf) -> None:
+def check_range(name: str, value: Any, low: float, high: float = math.inf) -> None:
     """Refuse a value that is not a number in [low, high] (NaN is in no range); None, "not given", is accepted.
 
     Raises:
@@ -48,17 +50,19 @@ def check_range(name: str, value: object, low: float, high: float = math.inf) ->
     """
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+    known = isinstance(value, Real) and not isinstance(value, bool)  # numpy's too
+    if not known or not low <= value <= high:
         raise InputError(f"{name}: expected {_range(low, high)}, got {value!r}")
 
 
-def check_int_range(name: str, value: object, low: int, high: float = math.inf) -> None:
+def check_int_range(name: str, value: Any, low: int, high: float = math.inf) -> None:
     """Refuse a value that is not a whole number in [low, high]; None is refused too.
 
     Raises:
         InputError: with the expected and the given value.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+    known = isinstance(value, Integral) and not isinstance(value, bool)
+    if not known or not low <= value <= high:
         raise InputError(f"{name}: expected {_range(low, high)}, got {value!r}")
 
 

@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 
 from spar.common.errors import InputError
 from spar.common.limits import MAX_SEED
@@ -11,13 +12,13 @@ def list_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     """Expand to one checked seed per image."""
     if seed is None:
         seed = secrets.randbelow(2**32)
-    if isinstance(seed, int) and not isinstance(seed, bool):
-        seeds = [seed + i for i in range(count)]
+    if isinstance(seed, Integral) and not isinstance(seed, bool):  # numpy's too
+        seeds = [int(seed) + i for i in range(count)]
     else:
         seeds = list(seed) if isinstance(seed, Iterable) else [seed] * count
     if len(seeds) != count:
         raise InputError(f"seed: expected one, or one for each of {count} images, got {len(seeds)}")
     for value in seeds:
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SEED:
+        if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) <= MAX_SEED:
             raise InputError(f"seed: expected a whole number from 0 to {MAX_SEED}, got {value!r}")
-    return seeds
+    return [int(value) for value in seeds]

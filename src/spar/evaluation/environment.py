@@ -95,6 +95,7 @@ def run_settings(pipe: Any, options: EvalOptions, clock: Timer, *, sampled: bool
         "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
         "device": str(getattr(pipe, "device", "")) or None,
         "batch": options.batch,
+        **({"processes": processes} if (processes := getattr(pipe, "processes", 1)) > 1 else {}),
         **more,
         "interval": "95 % bootstrap, 1000 draws",
         "detector": detector_info(),

@@ -91,14 +91,20 @@ def bootstrap(
     return float(low), float(high)
 
 
-def mean_score(name: str, *groups: Sequence[float] | np.ndarray, seed: int = 0) -> Score:
-    """The mean of the groups' means, each group an array of one value per unit; groups are resampled separately."""
+def mean_score(
+    name: str, *groups: Sequence[float] | np.ndarray, seed: int = 0, weights: Sequence[float] | None = None
+) -> Score:
+    """The mean of the groups' means, each group an array of one value per unit; groups are resampled separately.
+
+    `weights` of the groups, whose sum is 1, are equal by default.
+    """
     arrays = [np.asarray(group, dtype=np.float64) for group in groups]
     if not arrays or any(len(array) == 0 for array in arrays):
         raise ValueError(f"{name}: expected at least one value in every group")
 
     def statistic(*indices: np.ndarray) -> float:
-        return float(np.mean([array[index].mean() for array, index in zip(arrays, indices, strict=True)]))
+        means = [array[index].mean() for array, index in zip(arrays, indices, strict=True)]
+        return float(np.mean(means) if weights is None else np.dot(weights, means))
 
     return _resampled(name, statistic, *map(len, arrays), seed=seed)
 

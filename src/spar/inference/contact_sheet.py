@@ -19,7 +19,7 @@ MAX_SHOWN = 64  # images in a notebook's cell
 SHOWN_SIDE = 160  # pixels on the screen that an image in a cell has at least
 
 
-def contact_sheet(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+def contact_sheet(images: Sequence[Image.Image], columns: int | None = None, *, gap: int = GAP) -> Image.Image:
     """Images row by row on white, each in the middle of its cell; by default in about as many rows as columns.
 
     Raises:
@@ -34,15 +34,15 @@ def contact_sheet(images: Sequence[Image.Image], columns: int | None = None) -> 
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
     width, height = (max(getattr(image, side) for image in images) for side in ("width", "height"))
-    most = min((MAX_SHEET + GAP) // columns, (MAX_SHEET + GAP) // rows) - GAP
+    most = min((MAX_SHEET + gap) // columns, (MAX_SHEET + gap) // rows) - gap
     scale = min(1.0, most / max(width, height))
     width, height = (max(1, int(side * scale)) for side in (width, height))
-    sheet = Image.new("RGB", (columns * (width + GAP) - GAP, rows * (height + GAP) - GAP), "white")
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
         own = image if scale == 1 else image.resize((width, height), Image.Resampling.BOX)
         corner = (width - own.width) // 2, (height - own.height) // 2
-        sheet.paste(own, (column * (width + GAP) + corner[0], row * (height + GAP) + corner[1]))
+        sheet.paste(own, (column * (width + gap) + corner[0], row * (height + gap) + corner[1]))
     return sheet
 
 

@@ -9,21 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 
-from spar.checkpoints.hub import model_folder
+from spar.checkpoints.hub import hub_address, model_folder
 from spar.checkpoints.spar_format import ModelBundle, load_model, save_model
-from spar.common.errors import Cancelled, InputError
-from spar.common.limits import MAX_SEED
+from spar.common.errors import InputError
 from spar.inference.base import read_dtype
+from spar.inference.diffusers_call import draw
 from spar.inference.pipeline import Layout, SparPipeline
 from spar.processing.images import ImageSource
-
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 class SparNetwork(ModelMixin, ConfigMixin):
@@ -75,10 +72,7 @@ class SparDiffusionPipeline(DiffusionPipeline):
         """
         if (network := keywords.get("network")) is not None:
             return cls(network)
-        name = str(pretrained_model_name_or_path)
-        if not Path(name).exists() and name.count("/") == 1 and ":" not in name:
-            name = f"hf://{name}"
-        return cls(SparNetwork.from_pretrained(name, **keywords))
+        return cls(SparNetwork.from_pretrained(hub_address(pretrained_model_name_or_path), **keywords))
 
     def save_pretrained(self, save_directory: Any, *others: Any, **keywords: Any) -> None:
         """Write the whole SPAR folder, with `model_index.json`; `spar push` sends one to the Hub.
@@ -141,47 +135,19 @@ class SparDiffusionPipeline(DiffusionPipeline):
             return_dict: whether to return diffusers' output, or a tuple.
             callback_on_step_end: called as `f(pipe, step, step, {"latents": estimate})`; it may stop the sampler by
                 setting `pipe._interrupt`, but not change the latents.
-            layout: of generation, as in `SparPipeline.generate`.
+            layout: of generation, as in `SparPipeline.generate`; an edit has none.
 
         Raises:
             InputError: what `SparPipeline` refuses, another `output_type`, a layout beside an image, or tensors that
                 the callback may not have.
         """
-        if image is not None and layout is not None:
-            raise InputError(f"layout: expected none beside an image to edit, got {layout!r}")
-        if output_type not in OUTPUT_TYPES:
-            raise InputError(f"output_type: expected one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
-        if unknown := [name for name in callback_on_step_end_tensor_inputs if name != "latents"]:
-            raise InputError(f"callback_on_step_end_tensor_inputs: expected latents, got {', '.join(unknown)}")
-        pipe, self._interrupt, last = self._pipeline(), False, list[torch.Tensor]()
-
-        def watch(done: int, _steps: int, estimate: torch.Tensor) -> bool:
-            last[:] = [estimate]
-            if callback_on_step_end is not None:
-                callback_on_step_end(self, done - 1, done - 1, {"latents": estimate})
-            return not self._interrupt
-
-        shared: dict[str, Any] = {
-            "negative_prompt": negative_prompt, "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale, "num_images_per_prompt": num_images_per_prompt,
-            "seed": seeds_of(generator),
-        }  # fmt: skip
-        if callback_on_step_end is not None or output_type == "latent":
-            shared["callback"] = watch
-        images: Any
-        try:
-            if image is None:
-                images = pipe.generate(prompt, height=height, width=width, layout=layout, **shared).images
-            else:
-                images = pipe.edit(image, prompt, **shared).images
-        except Cancelled:  # the callback has set `_interrupt`: the estimate of the last step is the result
-            images = pipe.preview(last[0])
-        if output_type == "latent":
-            images = last[0]
-        elif output_type != "pil":
-            images = np.stack([np.asarray(one, np.float32) / 255 for one in images])
-            images = images if output_type == "np" else torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return draw(
+            self, self._pipeline(), prompt, image, negative_prompt=negative_prompt, height=height, width=width,
+            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+            num_images_per_prompt=num_images_per_prompt, generator=generator, output_type=output_type,
+            return_dict=return_dict, callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs, layout=layout,
+        )  # fmt: skip
 
     def _pipeline(self) -> SparPipeline:
         """The pipeline on the device and in the type of now."""
@@ -193,26 +159,6 @@ class SparDiffusionPipeline(DiffusionPipeline):
         made.dtype, made.device = network.compute_dtype, where
         made.progress = not getattr(self, "_progress_bar_config", {}).get("disable", False)
         return made
-
-
-def seeds_of(generator: torch.Generator | Sequence[torch.Generator] | None) -> int | list[int] | None:
-    """The seed of a fresh generator, and a new one of each that was used before; they count as used afterwards."""
-    if generator is None:
-        return None
-    if not isinstance(generator, torch.Generator):
-        return [_seed_of(one) for one in generator]
-    return _seed_of(generator)
-
-
-def _seed_of(generator: torch.Generator) -> int:
-    """The generator's own seed while nothing has been drawn from it; it draws a number."""
-    seed = generator.initial_seed()
-    fresh = 0 <= seed <= MAX_SEED and generator.device.type == "cpu"
-    fresh = fresh and torch.equal(generator.get_state(), torch.Generator().manual_seed(seed).get_state())
-    if generator.device.type != "cpu" and generator.get_state().numel() == 16:  # seed and offset
-        fresh = 0 <= seed <= MAX_SEED and not bool(generator.get_state()[8:].any())
-    drawn = int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
-    return seed if fresh else drawn
 
 
 # Where `DiffusionPipeline.from_pretrained` looks for the class.

@@ -7,6 +7,7 @@ its own seed and never on the rest of the batch.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,11 +18,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from spar.checkpoints.bundled import BUNDLED_MODELS, DEFAULT_MODEL
-from spar.checkpoints.hub import adapter_files, model_folder, model_name
+from spar.checkpoints.hub import adapter_files, hub_address, model_folder, model_name
 from spar.checkpoints.lora_files import merge_adapter
 from spar.checkpoints.model_header import TITLES
 from spar.checkpoints.spar_format import ModelBundle, load_model, save_model
 from spar.common import limits
+from spar.common.device import choose_device
 from spar.common.errors import InputError
 from spar.common.generators import cpu_generator
 from spar.common.limits import check_int_range, check_range
@@ -29,7 +31,8 @@ from spar.common.seeds import list_seeds
 from spar.flow.guidance import apply_guidance
 from spar.flow.path import interpolate, velocity_target
 from spar.flow.sampler import METHODS, sample
-from spar.inference.base import TOKEN_MULTIPLE, Pipeline, choose_device_and_dtype
+from spar.inference.base import TOKEN_MULTIPLE, Pipeline, choose_device_and_dtype, read_dtype
+from spar.inference.diffusers_call import draw
 from spar.inference.image_files import BUNDLED_MODEL
 from spar.inference.inputs import broadcast, open_sources
 from spar.inference.offload import WEIGHTS, Offload, Weights, cast_weights, quantize
@@ -111,8 +114,10 @@ class SparPipeline(Pipeline):
         cls, path: str | Path | None = None, *, dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None, adapter: str | Path | None = None, decode_tile: int | None = None,
         weights: Weights = "float32", offload: bool = False, compile: bool = False, progress: bool = True,
+        torch_dtype: torch.dtype | str | None = None,
     ) -> "SparPipeline":  # fmt: skip
         """Load a SPAR folder, or `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION`; without a path, the bundled weights.
+        OWNER/NAME is a repository too, where there is no such folder.
 
         Args:
             dtype: type of matrix products, also by its name; by default bfloat16 if the device has it in hardware.
@@ -127,18 +132,23 @@ class SparPipeline(Pipeline):
             offload: keep idle parts in the CPU's memory: less of the device's memory, more time.
             compile: compile repeated layers with torch.compile: the first call takes a minute or so, later ones less.
             progress: show a bar of sampling on a terminal or in a notebook, unless a call has its own callback.
+            torch_dtype: diffusers' name of `dtype`.
 
         Raises:
-            InputError: a missing, partial, foreign or damaged folder, an unavailable device, or offload from the CPU
-                to itself.
+            InputError: a missing, partial, foreign or damaged folder, an unavailable device, two types, or offload from
+                the CPU to itself.
         """
-        where, compute = choose_device_and_dtype(device, dtype)
+        if dtype is not None and torch_dtype is not None:
+            raise InputError(f"torch_dtype: expected it or dtype, which are the same, got {torch_dtype} and {dtype}")
+        where, compute = choose_device_and_dtype(device, torch_dtype if dtype is None else dtype)
         if decode_tile is not None:
             check_int_range("decode_tile", decode_tile, MIN_TILE, limits.MAX_TILE)
+            decode_tile = int(decode_tile)
         if weights not in WEIGHTS:
             raise InputError(f"weights: expected one of {', '.join(WEIGHTS)}, got {weights!r}")
         if offload and where.type == "cpu":
             raise InputError("offload: expected a device other than the CPU, got cpu")
+        path = None if path is None else hub_address(path)
         folder = BUNDLED if path is None else model_folder(path)
         if path is None and not (folder / "config.json").exists():
             raise InputError("this installation has no bundled weights; give a model folder, or train one")
@@ -151,6 +161,31 @@ class SparPipeline(Pipeline):
             "adapter": model_name(adapter, lora) if adapter and lora else None,
         }
         return cls(loaded, compute, where, decode_tile, weights, offload, compile, origin, progress)
+
+    def __call__(
+        self, prompt: str | Sequence[str], image: ImageSource | Sequence[ImageSource] | None = None, **keywords: Any
+    ) -> Any:
+        """Generate images, or edit `image`, with the keywords and the output of `SparDiffusionPipeline`."""
+        return draw(self, self, prompt, image, **keywords)
+
+    def to(self, *arguments: Any, **keywords: Any) -> "SparPipeline":
+        """Move to a device, and compute in another type: arguments of torch's `to`; returns this pipeline.
+
+        Raises:
+            InputError: a device of an offloaded pipeline, or a type that its weights no longer hold.
+        """
+        device, dtype, *_ = torch._C._nn._parse_to(*arguments, **keywords)
+        if device is not None and self.offload:
+            raise InputError(f"to: expected no device for an offloaded pipeline, got {device}")
+        compute = self.dtype if dtype is None else read_dtype(dtype)
+        if self.weights != "float32" and compute != self.dtype:
+            raise InputError(f"to: expected {self.dtype}, in which the weights are, got {compute}: load them in that")
+        if device is not None:
+            where = choose_device(device)
+            self.model.to(where)
+            self.device = where
+        self.dtype = compute
+        return self
 
     def _save(self, folder: Path, dtype: torch.dtype | None) -> None:
         save_model(self.bundle, folder, dtype)
@@ -196,6 +231,16 @@ class SparPipeline(Pipeline):
             for values in out.metadata:
                 values["no_layout"] = True
         return out
+
+    def write_layouts(self, prompt: str | Sequence[str], *, seed: int | Sequence[int] | None = None) -> list[str]:
+        """The layout that `generate` writes for one image of each prompt at the same seed: to read, or to change and
+        give back as its `layout`. `prompt`, `seed` and errors as there.
+        """
+        prompts = self._texts(prompt, "prompt")
+        check_range("prompts", len(prompts), 1, limits.MAX_IMAGES)
+        with self._compute(len(prompts)):
+            self._load_to_device("streams", "language", "router_and_connector")
+            return self._write_layouts(prompts, list_seeds(seed, len(prompts)))
 
     def check_layout(self, layout: Layout, size: tuple[int, int]) -> None:
         """Refuse a layout with words that the model lacks, or at a size at which its LLM knows no places."""
@@ -288,12 +333,12 @@ class SparPipeline(Pipeline):
         stride, side = self.model.config.token_stride, self.image_size
         for name, value in (("height", height), ("width", width)):
             if value is not None and (
-                not isinstance(value, int) or value % stride or not stride <= value <= MAX_SIDE_FACTOR * side
+                not isinstance(value, Integral) or value % stride or not stride <= value <= MAX_SIDE_FACTOR * side
             ):
                 raise InputError(
                     f"{name}: expected a multiple of {stride} from {stride} to {MAX_SIDE_FACTOR * side}, got {value!r}"
                 )
-        return height or side, width or side
+        return int(height or side), int(width or side)
 
     def edited_size(self, image: Image.Image) -> tuple[int, int]:
         """Height and width of the result of `edit`; InputError for too extreme proportions."""
@@ -331,6 +376,7 @@ class SparPipeline(Pipeline):
         check_int_range("num_inference_steps", steps, 1, limits.MAX_STEPS)
         check_range("guidance_scale", guidance, 0, limits.MAX_GUIDANCE)
         check_int_range("num_images_per_prompt", per_prompt, 1, limits.MAX_IMAGES)
+        steps, guidance, per_prompt = int(steps), float(guidance), int(per_prompt)  # of numpy's types, which wrap
         count = len(texts) * per_prompt
         check_range("images in all", count, 1, limits.MAX_IMAGES)
         seeds = list_seeds(seed, count)
@@ -365,7 +411,7 @@ class SparPipeline(Pipeline):
             self._load_to_device("decoder")
             images = self.model.decode(latent, self.decode_tile).float()
         routing = [self._routing(tokens, routed, i // per_prompt) for i in range(count)]
-        shared = {"steps": steps, "guidance": float(guidance), **({"sampler": sampler} if sampler else {})}
+        shared = {"steps": steps, "guidance": guidance, **({"sampler": sampler} if sampler else {})}
         shared |= self.run_metadata()
         metadata = [
             {

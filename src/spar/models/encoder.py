@@ -86,8 +86,9 @@ class SemanticEncoder(nn.Module):
         self.patch_size = vision.patch_size
         self.vision_tower = InternVLVisionModel(library)
         self.multi_modal_projector = InternVLMultiModalProjector(internvl_config(vision, text))
-        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
+        # In float32 even where a library builds models with another default type.
+        for name, values in (("pixel_mean", PIXEL_MEAN), ("pixel_std", PIXEL_STD)):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """`[B, 3, S, S]` in [0, 1] to `f_v`: `[B, N, D_s]`."""

@@ -7,16 +7,13 @@ Launch with `torchrun` or `accelerate launch --multi_gpu`; both tell each proces
 
 import functools
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
-import torch.distributed as dist
-from accelerate import PartialState
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -24,16 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from spar.common.errors import InputError
+from spar.common.process_group import LAUNCHERS, ProcessGroup
 from spar.models.blocks import compile_blocks, repeated_blocks
 
 T = TypeVar("T")
-
-LAUNCHERS = (
-    "start them with `torchrun --nproc-per-node N -m -- spar train ...` or `accelerate launch --multi_gpu "
-    "--num_processes N -m -- spar train ...`"
-)
-MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-PEER_FAILURE_SIGNS = ("connection closed", "connection reset", "broken pipe", "timed out", "timeout", "nccl", "socket")
 
 
 @dataclass(frozen=True)
@@ -63,17 +54,10 @@ class ParallelismConfig:
             raise InputError(f"parallelism.grad_accum_steps: expected at least 1, got {self.grad_accum_steps}")
 
 
-class PeerFailure(RuntimeError):
-    """Another process of the run has ended, so this one cannot go on; the last saved state is whole."""
-
-
 @dataclass(frozen=True)
-class DistributedContext:
-    """The processes of a run as one of them sees them. `rank` 0 writes the files that all share."""
+class DistributedContext(ProcessGroup):
+    """The processes of a run, and how they use the machine."""
 
-    rank: int = 0
-    world: int = 1
-    device: torch.device = torch.device("cpu")
     config: ParallelismConfig = ParallelismConfig()
     sharded: bool = False
 
@@ -84,21 +68,12 @@ class DistributedContext:
         Raises:
             InputError: a strategy or a launcher's number of several processes, where there is one.
         """
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            _check_launcher()
-            if config.strategy != "auto":
-                raise InputError(
-                    f"parallelism.strategy: {config.strategy} is for several processes, got one: {LAUNCHERS}"
-                )
-            return cls(device=torch.device(device), config=config)
-        state = PartialState(cpu=torch.device(device).type == "cpu")
         asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
         sharded = config.strategy == "fsdp" or (config.strategy == "auto" and asked)
-        return cls(state.process_index, state.num_processes, state.device, config, sharded)
-
-    @property
-    def main(self) -> bool:
-        return self.rank == 0
+        met = cls.meet(device, config=config)
+        if met.world == 1 and config.strategy != "auto":
+            raise InputError(f"parallelism.strategy: {config.strategy} is for several processes, got one: {LAUNCHERS}")
+        return replace(met, sharded=sharded and met.world > 1)
 
     @property
     def micro_batches(self) -> int:
@@ -118,99 +93,8 @@ class DistributedContext:
             )
         return slice(self.rank + self.world * micro_step, count, self.micro_batches)
 
-    def mean(self, value: Tensor) -> Tensor:
-        """The mean over the processes."""
-        if self.world == 1:
-            return value
-        total = value.detach().clone()
-        with wrap_distributed_errors():
-            dist.all_reduce(total)
-        return total / self.world
-
-    def sum(self, value: Tensor) -> Tensor:
-        """The sum over the processes."""
-        return self.mean(value) * self.world
-
-    def gather(self, rows: Tensor) -> Tensor:
-        """The rows `[n, ...]` of all processes, as many of each, one process after the other."""
-        if self.world == 1:
-            return rows
-        parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(self.world)]
-        with wrap_distributed_errors():
-            dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
-
-    def any_process(self, *flags: bool) -> list[bool]:
-        """Which flags are up on any process: all processes then do the same."""
-        if self.world == 1:
-            return list(flags)
-        raised = torch.tensor(flags, dtype=torch.float32, device=self.device)
-        return [bool(flag) for flag in self.mean(raised) > 0]
-
-    def barrier(self) -> None:
-        """Until all processes are here."""
-        if self.world > 1:
-            with wrap_distributed_errors():
-                dist.barrier()
-
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """The main process goes through alone; the others follow, and find what it wrote."""
-        if not self.main:
-            self.barrier()
-        try:
-            yield
-        finally:
-            if self.main:
-                self.barrier()
-
-    @contextmanager
-    def fail_together(self) -> Iterator[None]:
-        """What fails on one process fails on all, so that none waits for ever; for writing files.
-
-        Raises:
-            OSError: this process's own, or one that says that another process failed.
-        """
-        failure = None
-        try:
-            yield
-        except (OSError, SafetensorError) as error:  # the latter where a disk is full
-            failure = error if isinstance(error, OSError) else OSError(str(error))
-        (failed,) = self.any_process(failure is not None)
-        if failure:
-            raise failure
-        if failed:
-            raise OSError("another process of this run could not write its part; its own error says why")
-
 
 SINGLE_PROCESS = DistributedContext()
-
-
-def _check_launcher() -> None:
-    """Refuse to be alone where a launcher was told to start several processes: each would train the whole run."""
-    for name in MPI_SIZES:
-        if os.environ.get(name, "1") not in ("", "1"):
-            raise InputError(f"{name}: expected processes of torchrun or accelerate, got those of MPI: {LAUNCHERS}")
-    # accelerate names a meeting place for several processes, and without several GPUs starts one that has no rank
-    if {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
-        raise InputError(
-            "accelerate launch: expected several processes, got one, as always without --multi_gpu and several GPUs: "
-            f"{LAUNCHERS}, or one without a launcher"
-        )
-
-
-@contextmanager
-def wrap_distributed_errors() -> Iterator[None]:
-    """Turn the libraries' errors about a lost process into one that says so."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and not any(sign in str(error).lower() for sign in PEER_FAILURE_SIGNS):
-            raise
-        raise PeerFailure(
-            "another process of this run has ended (its own error stands above, or the machine stopped it); the state "
-            "that was saved last is whole: start the run again with --resume auto"
-        ) from error
 
 
 class ForwardWrapper(nn.Module):

@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from spar.common.config import read_json, to_dict, write_json
 from spar.common.errors import InputError
 from spar.common.files import atomic_file
+from spar.common.process_group import ONE_PROCESS, ProcessGroup
 from spar.common.progress import Advance
 from spar.data.loader import read_again, to_pixels
 from spar.data.samples import BadSample, check_references
@@ -65,46 +67,59 @@ def encode(tokenizer: UnifiedTokenizer, pixels: Tensor) -> dict[str, Tensor]:
 def write_cache(
     tokenizer: UnifiedTokenizer, sources: list[DataSource], folder: Path, *, side: int, batch: int = 32,
     workers: int = 0, precision: torch.dtype = torch.bfloat16, profiles: bool = True, advance: Advance | None = None,
+    group: ProcessGroup = ONE_PROCESS,
 ) -> int:  # fmt: skip
     """Compute the features of every sample; a cache that was broken off goes on where it stands. Returns the bad ones.
+    Of several processes each writes its share of the files.
 
     Raises:
         InputError: a folder that holds a cache of another key, or something else.
     """
     device, key = next(tokenizer.parameters()).device, cache_key(tokenizer, side, sources, profiles=profiles)
     kept = "float32" if precision == torch.float32 else "bfloat16"
+    header: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION, "key": key, "side": side}
+    header |= {"complete": False, "precision": kept}
+    group.main_only(lambda: _begin(folder, header))
+    total = sum(len(source) for source in sources)
+    files: list[tuple[Path, DataSource, range]] = []
+    for number, source in enumerate(sources):
+        for damage in source.damage if group.main else ():
+            log.warning("%s: %s", source.name, damage)
+        for start in range(0, len(source), ROWS):
+            path = folder / f"{number:03}-{start // ROWS:06}.safetensors"
+            files.append((path, source, range(start, min(start + ROWS, len(source)))))
+    written = set(group.main_only(lambda: [path.name for path, _, _ in files if path.exists()]))
+    own, done = group.share([file for file in files if file[0].name not in written]), 0
+    for path, source, indices in own:
+        pictures = _Pictures(source, side, batch, indices.stop, profiles)
+        loaded = DataLoader(pictures, batch_size=None, sampler=indices[::batch], num_workers=workers)
+        rows = [_features(tokenizer, piece, device, precision) for piece in loaded if len(piece[0])]
+        if rows:
+            stored = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+            with atomic_file(path) as temporary:
+                save_file(stored, temporary)
+        done += len(indices)
+        if advance:
+            advance(done, sum(len(indices) for _, _, indices in own))
+    group.barrier()
+    bad = total - sum(len(_ids(path)) for path, _, _ in files)
+    if group.main:
+        write_json(folder / HEADER, {**header, "complete": True, "samples": total - bad, "bad": bad})
+    return bad
+
+
+def _begin(folder: Path, header: dict[str, Any]) -> None:
+    """Write the header of a cache that is not complete; InputError for a folder with something else."""
     if (folder / HEADER).exists():
-        found = _check(folder, key).get("precision", "bfloat16")
-        if found != kept:
-            raise InputError(f"the cache {folder} was begun in {found}, expected {kept}; write another one")
+        found = _check(folder, header["key"]).get("precision", "bfloat16")
+        if found != header["precision"]:
+            raise InputError(
+                f"the cache {folder} was begun in {found}, expected {header['precision']}; write another one"
+            )
     elif folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} exists and holds no cache; expected an empty or new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    header = {"format": FORMAT, "format_version": FORMAT_VERSION, "key": key, "side": side, "complete": False}
-    header["precision"] = kept
     write_json(folder / HEADER, header)
-    total, done, bad = sum(len(source) for source in sources), 0, 0
-    for number, source in enumerate(sources):
-        for damage in source.damage:
-            log.warning("%s: %s", source.name, damage)
-        for start in range(0, len(source), ROWS):
-            count = min(ROWS, len(source) - start)
-            path = folder / f"{number:03}-{start // ROWS:06}.safetensors"
-            if not path.exists():
-                pieces = range(start, start + count, batch)
-                pictures = _Pictures(source, side, batch, start + count, profiles)
-                loaded = DataLoader(pictures, batch_size=None, sampler=pieces, num_workers=workers)
-                rows = [_features(tokenizer, piece, device, precision) for piece in loaded if len(piece[0])]
-                if rows:
-                    stored = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-                    with atomic_file(path) as temporary:
-                        save_file(stored, temporary)
-            bad += count - len(_ids(path))
-            done += count
-            if advance:
-                advance(done, total)
-    write_json(folder / HEADER, {**header, "complete": True, "samples": total - bad, "bad": bad})
-    return bad
 
 
 def _features(

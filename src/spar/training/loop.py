@@ -18,11 +18,12 @@ from torch.distributed.tensor import DTensor
 
 from spar.common.config import to_dict
 from spar.common.errors import InputError
+from spar.common.process_group import wrap_distributed_errors
 from spar.data.batches import Images
 from spar.training.checkpoint import TrainState, discard, find_state, load_into, optimizer_tensors, save_folder
 from spar.training.config import StageConfig, freeze
 from spar.training.data import TrainingData
-from spar.training.distributed import all_reduce_replicated_grads, no_sync, wrap_distributed_errors, wrap_modules
+from spar.training.distributed import all_reduce_replicated_grads, no_sync, wrap_modules
 from spar.training.interruption import Interruption, listening
 from spar.training.metrics import MetricsLogger
 from spar.training.objectives.base import StepContext, Terms

@@ -190,6 +190,11 @@ def test_what_a_phrase_names_follows_each_other_in_a_layout():
     for scene, order in zip(scenes, orders, strict=True):
         pairs = [scene.objects[index].pair for index in order]
         assert len([1 for a, b in pairwise(pairs) if a == b]) == len(pairs) - len(set(pairs))
+        ranks: dict[tuple[str, str, str], list[float]] = {}
+        for index in order:
+            item = scene.objects[index]
+            ranks.setdefault((item.shape, item.color, item.size), []).append(item.x)
+        assert all(xs == sorted(xs) for xs in ranks.values())
     assert len({tuple(order) for order in orders}) > 6
 
 

@@ -235,13 +235,24 @@ class ShapesTrainingData(TrainingData):
 
 def layout_order(scene: Scene, rng: np.random.Generator) -> list[int]:
     """A random order of a scene's objects in which those of one color and shape, which most captions name together,
-    follow each other.
+    follow each other; of these, those of one size, from left to right.
+
+    Of objects that one group of a caption names, any order would be right. With a single one the LLM has less to guess,
+    and each object's place depends on those to its left.
     """
     order: list[int] = rng.permutation(len(scene.objects)).tolist()
-    first: dict[tuple[str, str], int] = {}
+    pairs: dict[tuple[str, str], int] = {}
+    looks: dict[tuple[str, str, str], int] = {}
     for place, index in enumerate(order):
-        first.setdefault(scene.objects[index].pair, place)
-    return sorted(order, key=lambda index: first[scene.objects[index].pair])
+        item = scene.objects[index]
+        pairs.setdefault(item.pair, place)
+        looks.setdefault((*item.pair, item.size), place)
+
+    def rank(index: int) -> tuple[float, ...]:
+        item = scene.objects[index]
+        return (pairs[item.pair], looks[*item.pair, item.size], item.x, item.y)
+
+    return sorted(order, key=rank)
 
 
 def dense_tags(scenes: list[Scene], grid: int) -> dict[str, Tensor]:

@@ -1,0 +1,84 @@
+"""A call with diffusers' arguments, answered by a pipeline's own tasks."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from spar.common.errors import Cancelled, InputError
+from spar.common.limits import MAX_SEED
+from spar.inference.base import Pipeline
+from spar.processing.images import ImageSource
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def draw(
+    face: Any, pipe: Pipeline, prompt: str | Sequence[str], image: ImageSource | Sequence[ImageSource] | None = None, *,
+    height: int | None = None, width: int | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None, output_type: str = "pil",
+    return_dict: bool = True, callback_on_step_end: Callable[..., Any] | None = None,
+    callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",), layout: Any = None, **settings: Any,
+) -> Any:  # fmt: skip
+    """Generate with `pipe`, or edit `image`; `face` is what was called, which the callback gets.
+
+    The arguments and errors are those of `SparDiffusionPipeline.__call__`, and `settings` those of both tasks.
+    """
+    from diffusers.pipelines.pipeline_utils import ImagePipelineOutput  # at its first use: a second of imports
+
+    if image is not None and layout not in (None, False):
+        raise InputError(f"layout: expected none beside an image to edit, got {layout!r}")
+    if output_type not in OUTPUT_TYPES:
+        raise InputError(f"output_type: expected one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+    if unknown := [name for name in callback_on_step_end_tensor_inputs if name != "latents"]:
+        raise InputError(f"callback_on_step_end_tensor_inputs: expected latents, got {', '.join(unknown)}")
+    if settings.keys() & {"callback", "seed"}:
+        given = ", ".join(sorted(settings.keys() & {"callback", "seed"}))
+        raise InputError(f"expected generator and callback_on_step_end, diffusers' names, got {given}")
+    face._interrupt, last = False, list[torch.Tensor]()
+
+    def watch(done: int, _steps: int, estimate: torch.Tensor) -> bool:
+        last[:] = [estimate]
+        if callback_on_step_end is not None:
+            callback_on_step_end(face, done - 1, done - 1, {"latents": estimate})
+        return not face._interrupt
+
+    settings["seed"] = seeds_of(generator)
+    if callback_on_step_end is not None or output_type == "latent":
+        settings["callback"] = watch
+    images: Any
+    try:
+        if image is None:
+            own = {} if layout is None else {"layout": layout}
+            images = pipe.generate(prompt, height=height, width=width, **own, **settings).images
+        else:
+            images = pipe.edit(image, prompt, **settings).images
+    except Cancelled:  # the callback has set `_interrupt`: the estimate of the last step is the result
+        images = pipe.preview(last[0])
+    if output_type == "latent":
+        images = last[0]
+    elif output_type != "pil":
+        images = np.stack([np.asarray(one, np.float32) / 255 for one in images])
+        images = images if output_type == "np" else torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def seeds_of(generator: torch.Generator | Sequence[torch.Generator] | None) -> int | list[int] | None:
+    """The seed of a fresh generator, and a new one of each that was used before; they count as used afterwards."""
+    if generator is None:
+        return None
+    if not isinstance(generator, torch.Generator):
+        return [_seed_of(one) for one in generator]
+    return _seed_of(generator)
+
+
+def _seed_of(generator: torch.Generator) -> int:
+    """The generator's own seed while nothing has been drawn from it; it draws a number."""
+    seed = generator.initial_seed()
+    fresh = 0 <= seed <= MAX_SEED and generator.device.type == "cpu"
+    fresh = fresh and torch.equal(generator.get_state(), torch.Generator().manual_seed(seed).get_state())
+    if generator.device.type != "cpu" and generator.get_state().numel() == 16:  # seed and offset
+        fresh = 0 <= seed <= MAX_SEED and not bool(generator.get_state()[8:].any())
+    drawn = int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
+    return seed if fresh else drawn
