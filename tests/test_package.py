@@ -143,7 +143,11 @@ def test_the_wheel_holds_the_package_with_its_weights_and_nothing_else(wheel):
 
 def test_the_wheel_brings_one_program(wheel):
     text = contents(wheel)[f"{INFO}/entry_points.txt"].decode()
-    assert text.split() == ["[console_scripts]", "spar", "=", PROJECT["scripts"]["spar"]]
+    groups = {"console_scripts": PROJECT["scripts"], **PROJECT["entry-points"]}
+    listed = [
+        f"[{group}]" + "".join(f" {name} = {at}" for name, at in groups[group].items()) for group in sorted(groups)
+    ]
+    assert text.split() == " ".join(listed).split() and [*PROJECT["scripts"]] == ["spar"]
 
 
 def test_the_sdist_builds_the_same_wheel(unpacked, wheel, tmp_path):

@@ -37,7 +37,7 @@ def test_the_probes_find_that_the_bundled_model_binds_and_its_router_chooses(mon
     assert float(first) < 0.4 and 0.2 < float(entropy) <= 1.39
     assert re.fullmatch(r"shapes-gen: [\d.]+ routed, [\d.]+ by the plain mean", drawn)
     colors = [float(re.search(r"color ([\d.]+)", line).group(1)) for line in nouns]
-    assert len(nouns) == 4 and min(colors) > 0.85 and max(colors) > 0.97  # of eight colours
+    assert len(nouns) == 4 and min(colors) > 0.7 and max(colors) > 0.97  # of eight colours
     assert all("shape 1.00" in line for line in nouns)  # the noun itself
 
 

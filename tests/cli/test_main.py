@@ -60,7 +60,7 @@ FLAGS = {
     "info": ("PATH", "--json"),
     "eval": ("shapes-gen, shapes-edit, shapes-vqa, shapes-recon", "shapes-paraphrase, shapes-chat", "--model",
              "--limit", "--seed", "--steps", "--guidance", "--images-per-prompt", "--combinations", "-o"),
-    "judge": ("wise, wise-verified, imgedit", "FOLDER", "--prompts", "--template", "--judge", "--endpoint",
+    "judge": ("BENCHMARK", "FOLDER", "--prompts", "--template", "--judge", "--endpoint",
               "--key-variable", "--images", "--parallel", "-o"),
     "compare": ("FIRST", "SECOND", "--json"),
     "study": ("STUDY", "-o", "--init-from", "--seeds", "--device"),
@@ -137,7 +137,7 @@ class FakePipe:
 def pipe(monkeypatch, tmp_path) -> FakePipe:
     """A pipeline that needs no weights, in a folder of its own."""
     fake = FakePipe()
-    monkeypatch.setattr("spar.cli.loading.load_pipeline", lambda args: fake)
+    monkeypatch.setattr("spar.cli.loading.load_pipeline", lambda *_: fake)
     monkeypatch.chdir(tmp_path)
     return fake
 
@@ -146,7 +146,7 @@ def pipe(monkeypatch, tmp_path) -> FakePipe:
 def no_load(monkeypatch, tmp_path) -> None:
     """Fails the test if a verb goes as far as loading a model."""
 
-    def load(args):
+    def load(*_):
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr("spar.cli.loading.load_pipeline", load)

@@ -92,8 +92,9 @@ class Handler(BaseHTTPRequestHandler):
         self.server.keys.append(self.headers.get("Authorization"))
         reply = self.server.answer(request)
         status = reply if isinstance(reply, int) else 200
-        body = json.dumps({"choices": [{"message": {"role": "assistant", "content": reply}}]}).encode()
-        body = reply if isinstance(reply, bytes) else body
+        body = reply
+        if not isinstance(reply, bytes):
+            body = json.dumps({"choices": [{"message": {"role": "assistant", "content": reply}}]}).encode()
         self.send_response(status)
         if status in (301, 302):
             self.send_header("Location", "http://127.0.0.1:9/elsewhere")

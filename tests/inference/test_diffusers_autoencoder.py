@@ -179,11 +179,11 @@ def test_a_pipeline_of_diffusers_is_saved_and_loaded_with_it(vae, pixels, tmp_pa
 def test_a_new_process_loads_the_pipeline_as_the_documents_say(vae, tmp_path):
     vae.save_pretrained(tmp_path / "vae")
     index = {"_class_name": "SanaPipeline", "vae": ["spar.inference.diffusers_autoencoder", "AutoencoderSpar"]}
-    index |= {name: [None, None] for name in ("tokenizer", "text_encoder", "transformer", "scheduler")}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     code = (
-        "from spar import AutoencoderSpar\nfrom diffusers import DiffusionPipeline\n"
-        f"print(type(DiffusionPipeline.from_pretrained({str(tmp_path)!r}).vae).__name__)"
+        "from spar import AutoencoderSpar\nfrom diffusers import SanaPipeline\n"
+        "others = dict.fromkeys(('tokenizer', 'text_encoder', 'transformer', 'scheduler'))\n"
+        f"print(type(SanaPipeline.from_pretrained({str(tmp_path)!r}, **others).vae).__name__)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.split()[-1:] == ["AutoencoderSpar"], done.stderr[-2000:]

@@ -177,9 +177,16 @@ class EditArguments(PromptFileArguments):
         super().__post_init__()
         flags = {"--format": self.format != "plain", "--images": self.images is not None}
         self.check_file({"IMAGE": self.image is not None, **flags})
-        if self.prompts is None:
+        if self.prompts is None and self.source:
             check_nonempty(self.instruction, "instruction", "IMAGE INSTRUCTION")
             self.check_count()
+
+    @property
+    def source(self) -> Path:
+        """The image to edit where there is no file of edits; InputError without one."""
+        if self.image is None:
+            raise InputError("expected IMAGE, got nothing")
+        return self.image
 
     @property
     def texts(self) -> tuple[str, ...]:

@@ -111,13 +111,12 @@ def edit(args: EditArguments) -> int:
         return _draw_file(args, EDIT_FORMATS[args.format](args.prompts, args.images or args.prompts.parent))
     if is_one_of_several():
         raise InputError("expected --prompts FILE, whose images several processes share, got IMAGE")
-    assert args.image is not None  # there are instructions, which come after it
     files = OutputFiles.of(args)
     pipe, keywords = loading.load_pipeline(args), args.keywords()
     with files.watching(pipe) as callback:
-        out = pipe.edit(args.image, list(args.instruction), seed=files.seeds, callback=callback, **keywords)
-    files.save(out, args.image)
-    print_notes(pipe, args.instruction, [args.image])
+        out = pipe.edit(args.source, list(args.instruction), seed=files.seeds, callback=callback, **keywords)
+    files.save(out, args.source)
+    print_notes(pipe, args.instruction, [args.source])
     warn_if_unquoted(args.instruction, "instruction")
     return 0
 

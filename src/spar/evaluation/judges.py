@@ -39,6 +39,7 @@ WISE_VERIFIED = {
     "culture": (1, 400, 0.4), "time": (401, 520, 0.12), "space": (521, 640, 0.12), "biology": (641, 760, 0.12),
     "physics": (761, 880, 0.12), "chemistry": (881, 1000, 0.12),
 }  # fmt: skip
+Ranges = Mapping[str, tuple[int, int, float]]
 WISE_PARTS = {"consistency": 0.7, "realism": 0.2, "aesthetic quality": 0.1}
 
 
@@ -94,7 +95,7 @@ def _one(reply: str, found: set[str], low: int, high: int) -> int:
 
 
 @dataclass(frozen=True)
-class Question:
+class JudgeQuestion:
     """What a judge is asked about one image: the text, and the images after it."""
 
     key: str
@@ -109,34 +110,34 @@ class Rubric:
 
     name: str
     parse: Callable[[str], float]
-    ask: Callable[[Named, Path, str], Iterator[Question]]
+    ask: Callable[[Named, Path, str], Iterator[JudgeQuestion]]
     weights: Mapping[str, float] = field(default_factory=dict)
     max_tokens: int = 2000
 
 
-def _wise_questions(ranges: Mapping[str, tuple[int, int, float]]) -> Callable[[Named, Path, str], Iterator[Question]]:
-    def ask(given: Named, folder: Path, template: str) -> Iterator[Question]:
+def _wise_questions(ranges: Ranges) -> Callable[[Named, Path, str], Iterator[JudgeQuestion]]:
+    def ask(given: Named, folder: Path, template: str) -> Iterator[JudgeQuestion]:
         for name, entry in zip(given.names, given.entries, strict=True):
             group = next((group for group, (low, high, _) in ranges.items() if low <= int(name) <= high), None)
             if group is None:
                 raise InputError(f"expected prompts with numbers from 1 to 1000, got {name}")
             text = template.replace("{prompt}", entry["Prompt"]).replace("{explanation}", str(entry["Explanation"]))
-            yield Question(name, group, text, (folder / f"{name}.png",))
+            yield JudgeQuestion(name, group, text, (folder / f"{name}.png",))
 
     return ask
 
 
-def _imgedit_questions(given: Named, folder: Path, template: str) -> Iterator[Question]:
+def _imgedit_questions(given: Named, folder: Path, template: str) -> Iterator[JudgeQuestion]:
     texts = json.loads(template)
     for name, entry, source in zip(given.names, given.entries, given.sources, strict=True):
         kind = str(entry.get("edit_type"))
         if kind not in texts:
             raise InputError(f"expected instructions for edits of the kind {kind!r}, got those of {', '.join(texts)}")
         text = texts[kind].replace("<edit_prompt>", entry["prompt"])
-        yield Question(name, kind, text, (source, folder / f"{name}.png"))
+        yield JudgeQuestion(name, kind, text, (source, folder / f"{name}.png"))
 
 
-def _weights(ranges: Mapping[str, tuple[int, int, float]]) -> dict[str, float]:
+def _weights(ranges: Ranges) -> dict[str, float]:
     return {name: weight for name, (_, _, weight) in ranges.items()}
 
 
@@ -294,11 +295,11 @@ def judge(
     return _result(rubric, questions, scores, unread, identity)
 
 
-def _place(question: Question) -> tuple[str, str]:
+def _place(question: JudgeQuestion) -> tuple[str, str]:
     return question.key, _digest(question)
 
 
-def _digest(question: Question) -> str:
+def _digest(question: JudgeQuestion) -> str:
     return hashlib.sha256(question.images[-1].read_bytes()).hexdigest()
 
 
@@ -325,8 +326,8 @@ def _read_journal(path: Path, identity: Mapping[str, Any], rubric: Rubric) -> di
 
 
 def _result(
-    rubric: Rubric, questions: Sequence[Question], scores: Mapping[tuple[str, str], float], unread: Mapping[str, str],
-    identity: Mapping[str, Any],
+    rubric: Rubric, questions: Sequence[JudgeQuestion], scores: Mapping[tuple[str, str], float],
+    unread: Mapping[str, str], identity: Mapping[str, Any],
 ) -> Result:  # fmt: skip
     """Means of the groups, and overall where every image has a score and every weighted group has images."""
     groups: dict[str, list[float]] = {}

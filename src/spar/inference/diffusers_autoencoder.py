@@ -4,6 +4,7 @@ It replaces `AutoencoderDC`: `encode(x).latent`, `decode(z).sample`, pixels in [
 by `config.scaling_factor` before a network denoises it. It is deterministic and has no `latent_dist`.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,7 @@ class AutoencoderSpar(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignor
         return (made, info) if wants_info else made
 
     def save_pretrained(
-        self, save_directory: str | Path, is_main_process: bool = True, save_function: Any = None,
+        self, save_directory: str | os.PathLike[Any], is_main_process: bool = True, save_function: Any = None,
         safe_serialization: bool = True, variant: str | None = None, max_shard_size: int | str = "10GB",
         push_to_hub: bool = False, use_flashpack: bool = False, **keywords: Any,
     ) -> None:  # fmt: skip
