@@ -369,14 +369,7 @@ class SparPipeline(Pipeline):
         if negative_prompt is not None:
             negatives = broadcast(self._texts(negative_prompt, "negative_prompt"), len(texts), "negative_prompt")
         defaults = self.bundle.sampling
-        steps = self.default_steps if steps is None else steps
-        guidance = self.default_guidance if guidance is None else guidance
-        if sampler is not None and sampler not in METHODS:
-            raise InputError(f"sampler: expected one of {', '.join(METHODS)}, got {sampler!r}")
-        check_int_range("num_inference_steps", steps, 1, limits.MAX_STEPS)
-        check_range("guidance_scale", guidance, 0, limits.MAX_GUIDANCE)
-        check_int_range("num_images_per_prompt", per_prompt, 1, limits.MAX_IMAGES)
-        steps, guidance, per_prompt = int(steps), float(guidance), int(per_prompt)  # of numpy's types, which wrap
+        steps, guidance, per_prompt = self._numbers(steps, guidance, per_prompt, sampler)
         count = len(texts) * per_prompt
         check_range("images in all", count, 1, limits.MAX_IMAGES)
         seeds = list_seeds(seed, count)
@@ -421,6 +414,19 @@ class SparPipeline(Pipeline):
             for i, seed in enumerate(seeds)
         ]  # fmt: skip
         return GenerateOutput(images=to_pil(images), seeds=seeds, routing=routing, metadata=metadata)
+
+    def _numbers(
+        self, steps: int | None, guidance: float | None, per_prompt: int, sampler: str | None
+    ) -> tuple[int, float, int]:
+        """Steps, guidance and images of a prompt, checked; numpy's numbers, which wrap, become plain ones."""
+        steps = self.default_steps if steps is None else steps
+        guidance = self.default_guidance if guidance is None else guidance
+        if sampler is not None and sampler not in METHODS:
+            raise InputError(f"sampler: expected one of {', '.join(METHODS)}, got {sampler!r}")
+        check_int_range("num_inference_steps", steps, 1, limits.MAX_STEPS)
+        check_range("guidance_scale", guidance, 0, limits.MAX_GUIDANCE)
+        check_int_range("num_images_per_prompt", per_prompt, 1, limits.MAX_IMAGES)
+        return int(steps), float(guidance), int(per_prompt)
 
     def _conditions(
         self, tokens: TokenBatch, negatives: TokenBatch, f_v: Tensor | None, size: tuple[int, int], guidance: float
