@@ -21,7 +21,7 @@ from spar.inference.prompt_files import read_prompts
 
 PROMPTS = ["a red circle", "a blue star", "two green rings"]
 FAST = ["--steps", "2", "--dtype", "float32", "--device", "cpu"]
-# Rank 1 dies behind its first image.
+# Rank 1 dies after its first image.
 KILLED = """
 import os, signal, sys
 from spar.cli.main import main
@@ -234,25 +234,6 @@ def test_a_file_of_edits_becomes_what_single_edits_are(model, tmp_path, capsys):
     assert "expected the images of all instructions, 2 are missing, first" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("name", "data", "message"),
-    [
-        ("plain", '{"prompt": "remove the star"}', "expected a file inside pictures as image, got None"),
-        ("plain", '{"prompt": "remove the star", "image": "../a.png"}', "got '../a.png'"),
-        ("plain", '{"prompt": "remove the star", "image": "/etc/passwd"}', "got '/etc/passwd'"),
-        ("imgedit", "[]", "expected an object of 1 to"),
-        ("imgedit", '{"a/b": {"id": "a.png", "prompt": "remove the star"}}', "'a/b': expected a number and an object"),
-        ("imgedit", '{"1": {"id": "a.png"}}', "'1': expected a number and an object"),
-        ("imgedit", "{", "expected an object of ImgEdit's instructions, which it is not"),
-    ],
-)
-def test_a_malformed_file_of_edits_gets_a_message(name, data, message, tmp_path):
-    path = tmp_path / "edits.json"
-    path.write_text(data)
-    with pytest.raises(InputError, match=message):
-        EDIT_FORMATS[name](path, Path("pictures"))
-
-
 def test_a_check_says_what_is_missing_broken_or_of_another_prompt(model, tmp_path, capsys):
     path, folder = benchmark(tmp_path)["geneval"][0], tmp_path / "out"
     more = ["--format", "geneval", "-n", "2"]
@@ -293,13 +274,23 @@ def benchmark_of_other_prompts(folder: Path) -> Path:
         ("wise", "{}", "expected a JSON list of 1 to"),
         ("wise", "[", "expected a JSON list of objects with 'Prompt', which it is not"),
         ("dpg", "a red circle", "expected a folder of prompts"),
+        ("edits", '{"prompt": "remove the star"}', "expected a file inside pictures as image, got None"),
+        ("edits", '{"prompt": "remove the star", "image": "../a.png"}', "got '../a.png'"),
+        ("edits", '{"prompt": "remove the star", "image": "/etc/passwd"}', "got '/etc/passwd'"),
+        ("imgedit", "[]", "expected an object of 1 to"),
+        ("imgedit", '{"a/b": {"id": "a.png", "prompt": "remove the star"}}', "'a/b': expected a number and an object"),
+        ("imgedit", '{"1": {"id": "a.png"}}', "'1': expected a number and an object"),
+        ("imgedit", "{", "expected an object of ImgEdit's instructions, which it is not"),
     ],
 )
 def test_a_malformed_file_of_a_benchmark_gets_a_message(name, data, message, tmp_path):
     path = tmp_path / "file.json"
     path.write_text(data)
     with pytest.raises(InputError, match=message):
-        FORMATS[name](path if name != "geneval2" else path.rename(tmp_path / "file.jsonl"))
+        if name in ("edits", "imgedit"):
+            EDIT_FORMATS["plain" if name == "edits" else name](path, Path("pictures"))
+        else:
+            FORMATS[name](path if name != "geneval2" else path.rename(tmp_path / "file.jsonl"))
 
 
 def test_a_number_of_images_that_a_layout_has_no_files_for_is_refused(model, tmp_path, capsys):

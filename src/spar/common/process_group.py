@@ -153,7 +153,7 @@ class ProcessGroup:
 
     @contextmanager
     def fail_together(self) -> Iterator[None]:
-        """What fails on one process fails on all, so that none waits for ever; for writing files.
+        """What fails on one process fails on all, so that none waits forever; for writing files.
 
         Raises:
             OSError: this process's own, or one that says that another process failed.

@@ -7,6 +7,7 @@ The detector and the classifier of colours are the caller's: a score is only "Ge
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def score(folder: Path, detect: Detector, color_of: ColorOf) -> list[dict[str, A
         for path in samples:
             with Image.open(path, formats=("PNG",)) as opened:
                 image = opened.convert("RGB")
-            verdict = judge(entry, detect(image), lambda name, box, shown=image: color_of(shown, name, box))  # type: ignore[misc]
+            verdict = judge(entry, detect(image), partial(color_of, image))
             results.append(
                 {
                     "filename": str(path), "tag": entry["tag"], "prompt": entry["prompt"],

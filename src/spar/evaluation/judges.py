@@ -106,7 +106,7 @@ class JudgeQuestion:
 
 @dataclass(frozen=True)
 class Rubric:
-    """A benchmark's questions, scores and weights of groups (equal ones if there are none)."""
+    """A benchmark's questions, scores and weights of groups (equal weights if empty)."""
 
     name: str
     parse: Callable[[str], float]

@@ -64,7 +64,7 @@ class PromptSet:
 
 
 def read_prompts(path: Path) -> PromptSet:
-    """The prompts of a text file, one a line, or the `prompt` of each object of a .jsonl file; empty lines are none.
+    """The prompts of a text file, one a line, or the `prompt` of each object of a .jsonl file; empty lines are skipped.
 
     Raises:
         InputError: an unreadable file, no prompts or too many, or a line that has none, with its number.
@@ -154,8 +154,8 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def _identity(given: PromptSet) -> dict[str, Any]:
-    asked = [given.prompts, *([path.name for path in given.sources] for _ in given.sources[:1])]
-    digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+    asked = json.dumps([list(given.prompts), [path.name for path in given.sources]])
+    digest = hashlib.sha256(asked.encode()).hexdigest()
     return {"format": FORMAT, "files": given.format, "prompts": digest}
 
 
@@ -178,11 +178,10 @@ def draw(
         asked = {**settings, "seed": [seeds[i] for file in some for i in file.images]}
         if given.sources:
             (source,) = (given.sources[file.prompt] for file in some)
-            out = pipe.edit([source] * len(texts), texts, **asked)
-            out.metadata[:] = [{**values, **source_metadata(source)} for values in out.metadata]
+            out, origin = pipe.edit([source] * len(texts), texts, **asked), source_metadata(source)
         else:
-            out = pipe.generate(texts, **asked)
-        rows = iter(zip(out.images, out.metadata, strict=True))
+            out, origin = pipe.generate(texts, **asked), {}
+        rows = iter(zip(out.images, [values | origin for values in out.metadata], strict=True))
         shown = [[next(rows) for _ in file.images] for file in some]
         whole = [one[0][0] if len(one) == 1 else contact_sheet([image for image, _ in one], 2, gap=0) for one in shown]
         save_images(whole, [folder / file.name for file in some], [one[0][1] for one in shown])

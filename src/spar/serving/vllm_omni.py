@@ -12,7 +12,7 @@ from spar.common.errors import InputError
 class SparCapabilities:
     """What vLLM-Omni reads under the name of the pipeline's class."""
 
-    # No first request: its words are none of a closed vocabulary, and an error of it ends the server.
+    # No first request: its words are not in a closed vocabulary, and an error of it ends the server.
     dummy_run_num_frames = 0
     color_format = "RGB"
 
