@@ -3,6 +3,7 @@
 import json
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -74,7 +75,7 @@ def test_a_setting_of_the_other_system_is_refused_unless_it_is_at_its_default(fo
 
 
 def test_repr_notebook_steps_and_bar_are_those_of_all_pipelines(folder, pipe, monkeypatch):
-    assert repr(pipe).startswith("DualTokenPipeline(model: ") and len(repr(pipe)) < 140 > len(repr(pipe.bundle))
+    assert repr(pipe).startswith("DualTokenPipeline(model: ") and len(repr(pipe)) < 150 > len(repr(pipe.bundle))
     assert load_pipeline(folder, dtype="float16", device="cpu", progress=False).dtype is torch.float16
     recorder = StepRecorder(pipe.preview)
     out = pipe.generate("a red circle", num_images_per_prompt=2, seed=0, callback=recorder)
@@ -302,3 +303,29 @@ def test_the_image_loss_is_the_codes_cross_entropy(pipe):
     ]
     assert losses[1] == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-4)
     assert pipe.image_loss(image(0), texts[0])[0] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_an_image_may_be_drawn_of_a_layout_in_its_prompts_place(pipe):
+    text = "a small red circle on column two row one on a gray background"
+    given = pipe.generate("a red circle", layout=text, seed=3)
+    written = pipe.generate(text, seed=3)
+    assert torch.equal(given.codes.pixel, written.codes.pixel)
+    assert given.metadata[0] == {**written.metadata[0], "prompt": "a red circle", "layout": text}
+    assert "layout" not in pipe.generate("a red circle", layout=False, seed=3).metadata[0]
+    own = pipe.generate("a red circle", layout=True, num_images_per_prompt=2, seed=3)
+    texts = [values["layout"] for values in own.metadata]
+    assert texts == pipe.write_layouts(["a red circle"] * 2, seed=3)
+    for number, one in enumerate(texts):
+        again = pipe.generate("a red circle", layout=one, seed=3 + number).codes.pixel
+        assert torch.equal(own.codes.pixel[number], again[0])
+    with pytest.raises(InputError, match="layout: .*unknown words elephant"):
+        pipe.generate("a red circle", layout="an elephant")
+
+
+def test_a_model_that_was_taught_to_writes_layouts_unless_it_is_told_not_to(pipe):
+    bundle = replace(pipe.bundle, sampling=replace(pipe.bundle.sampling, layout=True))
+    own = DualTokenPipeline(bundle)
+    assert own.generate("a red circle", seed=1).metadata[0]["layout"] == own.write_layouts("a red circle", seed=1)[0]
+    plain = own.generate("a red circle", layout=False, seed=1)
+    assert plain.metadata[0]["no_layout"] is True
+    assert torch.equal(plain.codes.pixel, pipe.generate("a red circle", seed=1).codes.pixel)

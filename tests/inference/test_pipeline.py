@@ -20,6 +20,7 @@ from spar.common.cpu import has_native_bfloat16
 from spar.common.errors import Cancelled, InputError
 from spar.common.limits import MAX_NEW_TOKENS
 from spar.flow.sampler import sample
+from spar.inference import layouts as layouts_module
 from spar.inference import pipeline
 from spar.inference.image_files import read_metadata
 from spar.inference.pipeline import SparPipeline
@@ -359,7 +360,7 @@ def test_a_layout_takes_the_prompts_place_on_a_blank_canvas(pipe):
 
 
 def test_the_models_own_layout_is_drawn_with_the_images_seed_and_makes_the_image_again(pipe, monkeypatch):
-    monkeypatch.setattr(pipeline, "LAYOUT_TEMPERATURE", 30.0)  # else this model says one word again and again
+    monkeypatch.setattr(layouts_module, "LAYOUT_TEMPERATURE", 30.0)  # else this model says one word again and again
     several = pipe.generate(
         [CIRCLE, SQUARES], layout=True, num_images_per_prompt=2, seed=[3, 4, 3, 9], num_inference_steps=STEPS
     )
@@ -377,7 +378,7 @@ def test_the_models_own_layout_is_drawn_with_the_images_seed_and_makes_the_image
 
 
 def test_layouts_are_written_without_an_image(pipe, monkeypatch):
-    monkeypatch.setattr(pipeline, "LAYOUT_TEMPERATURE", 30.0)
+    monkeypatch.setattr(layouts_module, "LAYOUT_TEMPERATURE", 30.0)
     drawn = pipe.generate([CIRCLE, SQUARES], layout=True, seed=[3, 9], num_inference_steps=1)
     assert pipe.write_layouts([CIRCLE, SQUARES], seed=[3, 9]) == [values["layout"] for values in drawn.metadata]
     assert pipe.write_layouts(CIRCLE, seed=3) == [drawn.metadata[0]["layout"]]

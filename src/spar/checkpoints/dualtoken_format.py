@@ -100,7 +100,10 @@ def load_dualtoken(folder: Path) -> DualTokenBundle:
 
 def read_header(folder: Path) -> dict[str, Any]:
     """Read config.json of a DualToken folder; raises as `model_header.read_header`."""
-    return model_header.read_header(folder, FORMAT, FORMAT_VERSION, ("model", "sampling", "max_prompt_tokens"))
+    header = model_header.read_header(folder, FORMAT, FORMAT_VERSION, ("model", "sampling", "max_prompt_tokens"))
+    if isinstance(header["sampling"], dict):
+        header["sampling"].setdefault("layout", False)  # a later field
+    return header
 
 
 def parse_config(folder: Path, header: dict[str, Any]) -> DualTokenConfig:

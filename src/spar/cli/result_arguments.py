@@ -40,7 +40,7 @@ class EvalArguments(ModelArguments):
     images_per_prompt: int | None = None
     """Images for each prompt of shapes-gen and shapes-gen-bind; by default 4."""
     no_layout: Flag = False
-    """Of a SPAR model that writes layouts: draw of the prompts themselves
+    """Of a model that writes layouts: draw of the prompts themselves
     (shapes-gen, shapes-gen-bind, shapes-paraphrase)."""
     batch: int | None = None
     """Images per batch: changes the time, never the scores."""

@@ -124,7 +124,7 @@ class GenerateArguments(PromptFileArguments):
     width: int | None = None
     """Pixels; by default the side of the training images."""
     layout: str | None = None
-    """Of a SPAR model that writes layouts: where everything lies, in words, in place of its own layout."""
+    """Of a model that writes layouts: where everything lies, in words, in place of its own layout."""
     no_layout: Flag = False
     """Of such a model: draw of the prompt itself, without a layout."""
     temperature: float | None = None

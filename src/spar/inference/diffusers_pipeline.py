@@ -19,7 +19,8 @@ from spar.checkpoints.spar_format import ModelBundle, load_model, save_model
 from spar.common.errors import InputError
 from spar.inference.base import read_dtype
 from spar.inference.diffusers_call import draw
-from spar.inference.pipeline import Layout, SparPipeline
+from spar.inference.layouts import Layout
+from spar.inference.pipeline import SparPipeline
 from spar.processing.images import ImageSource
 
 

@@ -23,8 +23,9 @@ from spar.common.errors import Cancelled, InputError
 from spar.common.generators import cpu_generator
 from spar.common.limits import check_int_range, check_range
 from spar.common.seeds import list_seeds
-from spar.inference.base import TOKEN_MULTIPLE, Pipeline, choose_device_and_dtype, text_sampling
+from spar.inference.base import TOKEN_MULTIPLE, choose_device_and_dtype, text_sampling
 from spar.inference.inputs import broadcast
+from spar.inference.layouts import Layout, LayoutPipeline
 from spar.inference.offload import Weights, cast_weights
 from spar.inference.outputs import GenerateOutput, ReconstructOutput, UnderstandOutput
 from spar.inference.progress import Callback, sampling_bar
@@ -45,7 +46,7 @@ class DualGenerateOutput(GenerateOutput):
 
 
 @dataclass(repr=False)
-class DualTokenPipeline(Pipeline):
+class DualTokenPipeline(LayoutPipeline):
     """One model and its tasks. Build it with `from_pretrained`."""
 
     system: ClassVar[str] = TITLES["dualtoken"]
@@ -132,7 +133,7 @@ class DualTokenPipeline(Pipeline):
         height: int | None = None, width: int | None = None, num_inference_steps: int | None = None,
         guidance_scale: float | None = None, num_images_per_prompt: int = 1, seed: int | Sequence[int] | None = None,
         callback: Callback | None = None, temperature: float | None = None, top_k: int | None = None,
-        top_p: float | None = None,
+        top_p: float | None = None, layout: Layout = None,
     ) -> DualGenerateOutput:  # fmt: skip
         """Generate images from prompts.
 
@@ -150,6 +151,7 @@ class DualTokenPipeline(Pipeline):
             temperature: of the codes; 0 takes the likeliest. By default the model's own, as the next two.
             top_k: codes that remain to draw from; 0: all.
             top_p: the likeliest codes that together have this probability remain.
+            layout: as in `SparPipeline.generate`; the image's prompt is then the layout.
 
         Raises:
             InputError: the message has the expected and the given value.
@@ -159,7 +161,7 @@ class DualTokenPipeline(Pipeline):
         negatives: Sequence[str | None] = [None] * len(texts)
         if negative_prompt is not None:
             negatives = broadcast(self._texts(negative_prompt, "negative_prompt"), len(texts), "negative_prompt")
-        self.output_size(height, width)
+        write = self._layout_writer(layout, len(texts), self.output_size(height, width))
         rows = self.model.config.grid
         if num_inference_steps is not None:
             check_int_range("num_inference_steps", num_inference_steps, rows, rows)
@@ -170,19 +172,25 @@ class DualTokenPipeline(Pipeline):
         seeds = list_seeds(seed, count)
         written = [text for text in texts for _ in range(num_images_per_prompt)]
         against = [text for text in negatives for _ in range(num_images_per_prompt)]
-        tokens = self.prompts.generation(written if sampling.guidance == 1 else [*written, *against]).to(self.device)
         generators = [cpu_generator(one) for one in seeds]
         with self._compute(count):
+            layouts = None if write is None else write(written, seeds)
+            asked: list[str | None] = [*(layouts or written), *([] if sampling.guidance == 1 else against)]
+            tokens = self.prompts.generation(asked).to(self.device)
             steps = self.model.generate_codes(tokens.ids, tokens.mask, sampling, generators)
             with sampling_bar(callback, rows, shown=self.progress) as watch:
                 codes = self._collect(steps, count, watch)
             images = self.model.tokenizer.decode(codes.pixel).float().clamp(0, 1)
         shared = {"guidance": float(sampling.guidance), "temperature": float(sampling.temperature)}
         shared |= {"top_k": sampling.top_k, "top_p": float(sampling.top_p), **self.run_metadata()}
+        shared |= {"no_layout": True} if layout is False and self.bundle.sampling.layout else {}
         metadata = [
-            {"prompt": text, "negative_prompt": negative, "seed": one, **shared}
-            for text, negative, one in zip(written, against, seeds, strict=True)
-        ]
+            {
+                "prompt": written[i], "negative_prompt": against[i], "seed": one,
+                **({"layout": layouts[i]} if layouts else {}), **shared,
+            }
+            for i, one in enumerate(seeds)
+        ]  # fmt: skip
         return DualGenerateOutput(images=to_pil(images), seeds=seeds, routing=[], metadata=metadata, codes=codes)
 
     def _sampling(

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from spar.inference.base import Pipeline
-from spar.inference.pipeline import SparPipeline
+from spar.inference.layouts import LayoutPipeline
 from spar.serving.schema import GenerationRequest, SamplingRequest
 from spar.serving.worker import ImageJob, Step
 
@@ -113,7 +113,7 @@ def sampling_jobs(
     layout = request.layout if isinstance(request, GenerationRequest) else None
     if layout is not None:
         pipe.check_settings({"layout": layout})
-    if isinstance(pipe, SparPipeline):
+    if isinstance(pipe, LayoutPipeline):
         pipe.check_layout(layout, size)
     steps, guidance = request.num_inference_steps, request.guidance_scale
     steps = pipe.default_steps if steps is None else steps

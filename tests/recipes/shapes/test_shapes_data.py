@@ -1,5 +1,6 @@
 """The shapes world as training data: dealt by (seed, stage, step) alone, and true to its scenes."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -204,6 +205,18 @@ def test_a_share_of_the_steps_without_edits_has_layouts(training_data, share, ex
     assert type(dealt(training_data, MixedLessons(layouts=share, edit_share=1.0))) is Edits
     kinds = {type(dealt(training_data, MixedLessons(layouts=0.5), step)) for step in range(12)}
     assert kinds == {Captioned, Layouts}
+
+
+def test_a_share_of_the_images_of_an_autoregressive_model_has_layouts_as_texts(training_data):
+    """The others of its steps teach the LLM to write them."""
+    own = UnifiedLessons(layouts=True, prompt_share=1.0, edit_prompts=0.0, caption_share=1.0, layout_captions=1.0)
+    found = dealt(training_data, own)
+    assert type(found) is Captioned and all(" on column " in text for text in found.texts)
+    assert not any(" on column " in text for text in dealt(training_data, replace(own, layout_captions=0.0)).texts)
+    asked = dealt(training_data, replace(own, caption_share=0.0))
+    assert type(asked) is TaggedLayouts and all(" on column " in text for text in asked.texts)
+    with pytest.raises(InputError, match="layout_captions: expected layouts true"):
+        UnifiedLessons(layout_captions=0.5)
 
 
 def test_an_image_is_asked_some_of_the_questions_drawn_anew(training_data):

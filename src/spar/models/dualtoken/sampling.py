@@ -17,6 +17,7 @@ class CodeSampling:
     guidance: scale of classifier-free guidance; 1 is the conditional branch alone.
     depth_decay: each depth has this times the temperature of the one before it. The first code of a position says
         whether and what begins there, which should vary; the deeper ones are its details, which should be right.
+    layout: whether the LLM first writes where everything lies, in words, and the image is drawn of that.
     """
 
     temperature: float = 1.0
@@ -24,6 +25,7 @@ class CodeSampling:
     top_p: float = 1.0
     guidance: float = 1.0
     depth_decay: float = 1.0
+    layout: bool = False
 
     def __post_init__(self) -> None:
         check_sampling(self.temperature, self.top_p)

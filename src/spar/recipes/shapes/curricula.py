@@ -101,18 +101,22 @@ class QuestionData(StageData):
 @dataclass(frozen=True)
 class UnifiedLessons(QuestionData):
     """Questions, and for the share `caption_share` of the steps images with captions, of which the share
-    `position_captions` says where things are.
+    `position_captions` says where things are. With `layouts` the share `layout_captions` of these steps has layouts in
+    place of captions.
     """
 
     kind: ClassVar[str] = "captions_and_questions"
     gives: ClassVar[tuple[type[Images], ...]] = (Captioned, Dialogues, Descriptions)
     caption_share: float = 0.5
     position_captions: float = 0.0
+    layout_captions: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("caption_share", "position_captions"):
+        for name in ("caption_share", "position_captions", "layout_captions"):
             _check_share(name, getattr(self, name))
+        if self.layout_captions and not self.layouts:
+            raise InputError("layout_captions: expected layouts true, so that the LLM learns to write them, got false")
 
     @property
     def plain(self) -> StageData:

@@ -116,8 +116,10 @@ class ShapesTrainingData(TrainingData):
             texts = tuple(self.instructions(rng, drawn)[rows])
             return Edits(keys=indices, pixels=pixels, texts=texts, references=self.pixels(indices))
         if isinstance(data, MixedLessons) and data.layouts and rng.random() < data.layouts:
-            texts = tuple(layout(self.scenes[i], layout_order(self.scenes[i], rng)) for i in drawn)[rows]
-            return Layouts(keys=indices, pixels=pixels, texts=texts)
+            return Layouts(keys=indices, pixels=pixels, texts=self.layouts(rng, drawn)[rows])
+        laid_out = data.layout_captions if isinstance(data, UnifiedLessons) and captioned else 0.0
+        if laid_out and rng.random() < laid_out:
+            return Captioned(keys=indices, pixels=pixels, texts=self.layouts(rng, drawn)[rows])
         if captioned:
             texts = tuple(self.captions(rng, drawn, position_captions=placed)[rows])
             if isinstance(data, TaggedCaptionData):
@@ -155,6 +157,10 @@ class ShapesTrainingData(TrainingData):
         """`[B, 3, 64, 64]` float in [0, 1]."""
         source = self.edited if edited else self.images
         return torch.from_numpy(source[indices]).permute(0, 3, 1, 2).float().div_(255)
+
+    def layouts(self, rng: np.random.Generator, indices: np.ndarray) -> tuple[str, ...]:
+        """The layout of each scene."""
+        return tuple(layout(self.scenes[i], layout_order(self.scenes[i], rng)) for i in indices)
 
     def captions(self, rng: np.random.Generator, indices: np.ndarray, *, position_captions: float = 0.0) -> list[str]:
         """A caption of each scene; the share `position_captions` of them also says where things lie."""
