@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from spar.recipes import recipe
+
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 TINY = ("--recipe", "tiny", "--device", "cpu")
@@ -49,3 +51,10 @@ def test_the_cost_of_both_systems():
     for one in found["results"].values():
         assert one["parameters"] > 5e6 and one["peak_gib"] > 0.1
         assert all(value > 0 for values in one["seconds_per_image"].values() for value in values.values())
+
+
+def test_the_minutes_of_a_recipe():
+    found = last_line("recipe_minutes.py", "--recipe", "tiny", "--steps", "3")
+    assert [*found["results"]] == [stage.name for stage in recipe("tiny").stages]
+    assert found["minutes"] == pytest.approx(sum(row["minutes"] for row in found["results"].values()))
+    assert all(row["minutes"] == pytest.approx(row["seconds"] * 3 / 60) for row in found["results"].values())
