@@ -1,6 +1,6 @@
 """What a model of the shapes world writes before it draws: `python docs/layouts.py [MODEL [END]]` prints, for each kind
 of scene, the share of layouts without fault and the share of each fault, on captions of validation scenes. With END,
-the end of a stage of a run such as RUN/mllm-7/done, MODEL's LLM has the weights that it had there.
+the end of a stage of a run such as RUN/mllm-2/done, MODEL's LLM has the weights that it had there.
 
 Faults: "form", a text that is no layout; "words", objects that are not those of the caption, or a relation that does
 not hold between their cells; "near", two objects on top of each other: their cells' centers are nearer than the sum of

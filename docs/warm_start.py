@@ -2,10 +2,10 @@
 
 `python docs/warm_start.py MODEL RUN` writes RUN/encoder/done: the model's weights in the recipe's own form (words that
 are new get a row, parts that are new start as in training), with the encoder's read-outs fitted anew, since a folder of
-a model keeps none. `spar train shapes --stage mllm-7 --init-from RUN/encoder/done` teaches the LLM from there.
+a model keeps none. `spar train shapes --stage mllm-2 --init-from RUN/encoder/done` teaches the LLM from there.
 
-`python docs/warm_start.py --unified RUN STAGE` writes RUN/relations/done: the end of that stage as if it were the one
-before unified-2, which keeps the connector. `spar train shapes --stage unified-2 --init-from RUN/relations/done` goes
+`python docs/warm_start.py --unified RUN STAGE` writes RUN/unified-1/done: the end of that stage as if it were the one
+before unified-2, which keeps the connector. `spar train shapes --stage unified-2 --init-from RUN/unified-1/done` goes
 on. With `--router` in place of `--unified` the router, which had settled on one layer, has a fresh gate.
 """
 
@@ -96,7 +96,7 @@ def main() -> None:
     if sys.argv[1] in ("--unified", "--router"):
         run, stage = Path(sys.argv[2]), sys.argv[3]
         weights = load_group(run / stage / "done", "modules")
-        write_end(run, "relations", made, with_fresh_gate(weights) if sys.argv[1] == "--router" else weights)
+        write_end(run, "unified-1", made, with_fresh_gate(weights) if sys.argv[1] == "--router" else weights)
         return
     modules = in_todays_form(made, Path(sys.argv[1]))
     print(f"shape read off {float(fit_read_outs(made, modules)):.3f} of the objects' tokens")

@@ -159,16 +159,16 @@ def test_a_finished_model_becomes_the_start_of_a_run(tmp_path, monkeypatch):
     assert len(kept) > 0.9 * len(own) and "language.network.layers.0.mlp.up_proj.weight" in kept
     shares = [float(warm.fit_read_outs(made, modules, scenes=16, steps=steps)) for steps in (1, 120)]
     assert shares[1] > shares[0] + 0.2
-    warm.write_end(tmp_path, "mllm-7", made, modules.state_dict())
-    monkeypatch.setattr("sys.argv", ["warm_start.py", "--unified", str(tmp_path), "mllm-7"])
+    warm.write_end(tmp_path, "mllm-2", made, modules.state_dict())
+    monkeypatch.setattr("sys.argv", ["warm_start.py", "--unified", str(tmp_path), "mllm-2"])
     warm.main()
-    ended = load_group(tmp_path / "relations" / "done", "modules")
+    ended = load_group(tmp_path / "unified-1" / "done", "modules")
     assert all(torch.equal(value, ended[name]) for name, value in modules.state_dict().items())
-    monkeypatch.setattr("sys.argv", ["warm_start.py", "--router", str(tmp_path), "mllm-7"])
+    monkeypatch.setattr("sys.argv", ["warm_start.py", "--router", str(tmp_path), "mllm-2"])
     warm.main()
-    planned = resolve(made, read_run(made, tmp_path / "run", tmp_path / "relations" / "done"), stages=("unified-2",))
+    planned = resolve(made, read_run(made, tmp_path / "run", tmp_path / "unified-1" / "done"), stages=("unified-2",))
     assert planned.stages[0].start.source == "folder" and planned.stages[0].prepares == ("teacher mean",)
-    modules.load_state_dict(load_group(tmp_path / "relations" / "done", "modules"))
+    modules.load_state_dict(load_group(tmp_path / "unified-1" / "done", "modules"))
     ids = torch.tensor([[7, 9, 11, 12]])
     with torch.no_grad():
         weights = modules.model.condition(ids, torch.ones_like(ids)).weights

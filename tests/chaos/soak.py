@@ -35,7 +35,7 @@ from spar.recipes import recipe
 from spar.training.trainer import train
 
 STAGES = ("unified-2", "unified-3")
-BEFORE = "relations"
+BEFORE = "unified-1"
 LIMIT = 1.05  # of memory in the last quarter against the second
 PIXELS = "data:image/png;base64,"
 

@@ -612,11 +612,11 @@ def test_data_sets_reduce_lessons_to_plain_captions_and_edits(chosen):
     from spar.training.files_data import FilesData
 
     base = recipe("tiny")
-    line = f"tiny {chosen} --data.sets a.tar 2=b.tar --data.max-aspect 2 --stages.relations.data.edit-share 0.5"
+    line = f"tiny {chosen} --data.sets a.tar 2=b.tar --data.max-aspect 2 --stages.unified-1.data.edit-share 0.5"
     found = from_flags(base, line.split())
     assert found.data == FilesData(sets=("a.tar", "2=b.tar"), max_aspect=2.0)
-    shares = {s.name: s.data.edit_share for s in base.stages if isinstance(s.data, MixedData)} | {"relations": 0.5}
-    assert len(shares) == 6 and shares["unified-1"] == 0 < shares["unified-2"]
+    shares = {s.name: s.data.edit_share for s in base.stages if isinstance(s.data, MixedData)} | {"unified-1": 0.5}
+    assert len(shares) == 3 and shares["unified-2"] > 0
     for before, stage in zip(base.stages, found.stages, strict=True):
         data = MixedData(edit_share=shares[stage.name]) if stage.name in shares else before.data
         assert type(stage.data) is type(data) and stage == replace(before, data=data)
@@ -696,7 +696,7 @@ def test_a_dry_run_says_what_would_train_and_writes_nothing(capsys, monkeypatch,
     prepares = {name: row["prepares"] for name, row in plan.items() if row["prepares"]}
     assert prepares == {
         "mllm": "tag embeddings", "tokenizer-1": "teacher from encoder", "unified-1": "connector from LLM",
-        **dict.fromkeys(("places-1", "places-2", "relations", "unified-2", "unified-3"), "teacher mean"),
+        **dict.fromkeys(("unified-2", "unified-3"), "teacher mean"),
     }  # fmt: skip
     measures = {name: row["then measures"] for name, row in plan.items() if row["then measures"]}
     assert measures == {
@@ -707,7 +707,7 @@ def test_a_dry_run_says_what_would_train_and_writes_nothing(capsys, monkeypatch,
     mixed = recipe("tiny").stage("unified-2").data
     words = f"48 scenes: captions, {mixed.edit_share:.0%} edits, {mixed.layouts:.0%} of the rest layouts"
     assert (data["encoder"], data["mllm"]) == ("48 scenes: tags", "48 scenes: questions")
-    assert (data["relations"], data["unified-2"]) == ("48 scenes: captions", words)
+    assert (data["unified-1"], data["unified-2"]) == ("48 scenes: captions", words)
     assert (plan["encoder"]["batch"], plan["dit"]["batch"]) == ("4", "4 x 2")  # two draws of noise an image
     assert not any(row["removes"] for row in plan.values())
     assert [*tmp_path.iterdir()] == []

@@ -33,20 +33,12 @@ TRAINS = {
     "encoder": {ENCODER, "dense_head"},
     "mllm": {"model.language"},
     "mllm-2": {"model.language"},
-    "mllm-3": {"model.language"},
-    "mllm-4": {"model.language"},
-    "mllm-5": {"model.language"},
-    "mllm-6": {"model.language"},
-    "mllm-7": {"model.language"},
     "autoencoder": {"pixel_encoder", DECODER},
     "dit": {"model.denoiser"},
     "tokenizer-1": STREAMS,
     "tokenizer-2": {*STREAMS, DECODER},
     "tokenizer-3": {ENCODER, *STREAMS, DECODER, "discriminator"},
     "unified-1": BRIDGE,
-    "places-1": JOINT,
-    "places-2": JOINT,
-    "relations": JOINT,
     "unified-2": JOINT,
     "unified-3": JOINT,
 }
@@ -65,10 +57,8 @@ MEASURES = {
     "tokenizer-3": {"model.tokenizer.latent_scale", "lecam.real", "lecam.fake", "lecam.updates"},
 }
 # A generation prompt has no reference image, so what places one in an edit has no gradient.
-REFERENCE = {"model.denoiser.reference_embed.weight", "model.connector.reference_gain"}
 IDLE = {
     "dit": {"model.denoiser.reference_embed.weight"}, "unified-1": {"model.connector.reference_gain"},
-    "places-1": REFERENCE, "places-2": REFERENCE, "relations": REFERENCE,
 }
 
 

@@ -409,12 +409,12 @@ def test_settings_without_sense_are_refused(tiny_run, tmp_path, sets):
 def test_lessons_become_plain_captions_and_edits_and_other_stages_keep_what_they_read(tiny_run):
     """What data sets have nothing for stays, so that `check` can name it."""
     plain = {stage.name: FilesData.nearest(stage.data) for stage in tiny_run.recipe.stages}
-    lessons = ("unified-1", "places-1", "places-2", "relations", "unified-2", "unified-3")
+    lessons = ("unified-1", "unified-2", "unified-3")
     shares = {name: tiny_run.recipe.stage(name).data.edit_share for name in lessons}
     assert shares["unified-1"] == 0 < shares["unified-2"]
     assert {name: plain[name] for name in lessons} == {name: MixedData(share) for name, share in shares.items()}
     assert plain["dit"] == CaptionData() and plain["tokenizer-1"] == ImageData()
-    language = ("mllm", "mllm-2", "mllm-3", "mllm-4", "mllm-5", "mllm-6", "mllm-7")
+    language = ("mllm", "mllm-2")
     assert all(plain[name] == tiny_run.recipe.stage(name).data for name in ("encoder", *language))
     assert type(FilesData.nearest(CaptionLessons(position_captions=1.0))) is CaptionData
     assert FilesData.nearest(ImageData(image_size=32)) == ImageData(image_size=32)

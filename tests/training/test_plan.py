@@ -286,7 +286,7 @@ def test_a_plan_lists_saved_states_and_the_model_among_what_becomes_void():
     found = resolve(TINY, status, stages=("tokenizer-3", "unified-1"))
     assert found.stages[0].invalidates == ("tokenizer-3", "unified-1", "unified-2 (state)", "model")
     assert found.stages[1].invalidates == ()
-    own = resolve(TINY, replace(status, states={"places-1": 2}), stages=("places-1",), resume=True)
+    own = resolve(TINY, replace(status, states={"unified-3": 2}), stages=("unified-3",), resume=True)
     assert own.stages[0].invalidates == ("model",)  # its own state goes on
 
 
@@ -307,7 +307,7 @@ def test_an_objective_that_extends_another_counts_as_it():
         kind: ClassVar[str] = "mine"
 
     stages = tuple(
-        replace(one, objective=Mine(align=0.5, noise_samples=2)) if one.name == "places-2" else one
+        replace(one, objective=Mine(align=0.5, noise_samples=2)) if one.name == "unified-2" else one
         for one in TINY.stages
     )
     found = resolve(replace(TINY, stages=stages), RunStatus(RUN))
@@ -337,8 +337,8 @@ def test_words_begin_at_the_tags_where_they_are_random_and_nowhere_else():
 @pytest.mark.parametrize("lacking", [{"prompt_share": 0.0}, {"edit_prompts": 0.0}])
 def test_tags_after_an_edit_need_edits_among_the_prompts(lacking):
     stage = TINY.stage("mllm-2")
-    given = replace(stage, data=replace(stage.data, **lacking))
-    with pytest.raises(InputError, match=r"stage mllm-2: edit_tags 0\.3 needs edits or layouts among the prompts"):
+    given = replace(stage, data=replace(stage.data, layouts=False, **lacking))
+    with pytest.raises(InputError, match=r"stage mllm-2: edit_tags 1\.0 needs edits or layouts among the prompts"):
         replace(TINY, stages=tuple(given if one is stage else one for one in TINY.stages))
 
 
@@ -371,11 +371,11 @@ def test_damaged_states_bar_no_stage_that_does_not_resume_from_them(tiny_run, tm
     """Of a stage that is done they are nothing, and a stage that is trained anew asks for none."""
     run = tmp_path / "run"
     shutil.copytree(tiny_run.path / "dit", run / "dit")
-    for stage in ("dit", "places-1"):
+    for stage in ("dit", "unified-2"):
         (run / stage / "state").mkdir(parents=True)
     status = read_run(TINY, run)
-    assert "dit" in status.done and set(status.damaged) == {"places-1"} and not status.states
-    with pytest.raises(InputError, match="places-1: no saved state is whole: state .meta.json is missing"):
-        resolve(TINY, status, stages=("places-1",), resume=True, from_scratch=True)
+    assert "dit" in status.done and set(status.damaged) == {"unified-2"} and not status.states
+    with pytest.raises(InputError, match="unified-2: no saved state is whole: state .meta.json is missing"):
+        resolve(TINY, status, stages=("unified-2",), resume=True, from_scratch=True)
     init = replace(status, init=InitFolder(Path("x"), False, "unified"))
-    assert resolve(TINY, init, stages=("places-1",)).stages[0].start.source == "folder"
+    assert resolve(TINY, init, stages=("unified-2",)).stages[0].start.source == "folder"

@@ -90,7 +90,7 @@ def test_words_begin_at_the_tags_where_the_stage_says_so_and_starts_from_trainin
 
 
 def test_the_tags_of_a_layout_are_read_off_its_canvas(start):
-    begun = start("mllm-7", prompt_share=1.0, edit_prompts=0.0)
+    begun = start("mllm-2", prompt_share=1.0, edit_prompts=0.0)
     batch, objective = begun.batch(0), TagWordsObjective(edit_tags=0.5)
     assert isinstance(batch, TaggedLayouts)
     packed, states = objective.read(begun.ctx, batch)
