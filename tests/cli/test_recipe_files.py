@@ -78,7 +78,7 @@ def test_the_file_of_a_run_plans_that_run_again(tiny_run, tmp_path, capsys, monk
     assert main(["train", "--config", str(tiny_run.path / "recipe.json"), "--dry-run"]) == 0
     planned = capsys.readouterr().out
     assert main(["train", "tiny", "--dry-run"]) == 0
-    assert planned.splitlines()[:20] == capsys.readouterr().out.splitlines()[:20]
+    assert planned.splitlines()[:15] == capsys.readouterr().out.splitlines()[:15]  # after these, how fast the CPU is
     assert main(["plan", "--config", str(tiny_run.path / "recipe.json"), "--gpus", "1"]) == 0
     assert [*tmp_path.iterdir()] == []
 
