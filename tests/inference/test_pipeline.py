@@ -1043,7 +1043,7 @@ def assert_same(bundled: SparPipeline, images: list[Image.Image], others: list[I
     for one, other in zip(images, others, strict=True):
         difference = np.abs(np.asarray(one, int) - np.asarray(other, int))
         assert difference.max() <= (1 if bundled.dtype == torch.float32 else 128)
-        assert difference.mean() <= 1
+        assert difference.mean() <= (1 if bundled.dtype == torch.float32 else 4)
 
 
 @pytest.mark.slow
