@@ -47,7 +47,7 @@ def summary_table(spar: Sequence[Result], dualtoken: Sequence[Result]) -> str:
 
 
 def stages_table(folder: Path) -> str:
-    """A Markdown table of the stages in a bundled model's manifest."""
+    """A Markdown table of the stages in a model's manifest."""
     stages = read_json(folder / "manifest.json")["stages"]
     whole = {key: sum(one[key] for one in stages.values()) for key in ("steps", "seconds")}
     shown = {**stages, "all": whole}
@@ -77,6 +77,7 @@ def tables() -> dict[tuple[str, str], str]:
         ("README.md", "scores"): summary_table(own, dualtoken),
         ("docs/results.md", "scores"): scores_table(own, TARGETS),
         ("docs/results.md", "scores of the recipe"): scores_table(recipe, RECIPE_TARGETS),
+        ("docs/results.md", "stages of the recipe"): stages_table(ROOT / "docs/results/recipe/run"),
         ("docs/results.md", "scores of DualToken"): scores_table(dualtoken),
         ("docs/results.md", "stages of DualToken"): stages_table(BUNDLED_MODELS["dualtoken"]),
         ("docs/results.md", "costs of both"): costs_table(ROOT / "benchmarks/results/two_systems.json"),
