@@ -1039,11 +1039,14 @@ def bundled(request) -> SparPipeline:
 
 
 def assert_same(bundled: SparPipeline, images: list[Image.Image], others: list[Image.Image]) -> None:
-    """Within a level in float32; some processors round a product in bfloat16 by its rows, which shows at edges."""
+    """Within a level in float32; some processors round a product in bfloat16 by its rows, which shows at edges, most of
+    all at sizes that the model was not trained at.
+    """
     for one, other in zip(images, others, strict=True):
         difference = np.abs(np.asarray(one, int) - np.asarray(other, int))
-        assert difference.max() <= (1 if bundled.dtype == torch.float32 else 128)
-        assert difference.mean() <= (1 if bundled.dtype == torch.float32 else 4)
+        largest, mean = (64, 1) if one.size == (64, 64) else (128, 4)
+        assert difference.max() <= (1 if bundled.dtype == torch.float32 else largest)
+        assert difference.mean() <= (1 if bundled.dtype == torch.float32 else mean)
 
 
 @pytest.mark.slow
