@@ -65,6 +65,8 @@ def test_dualtoken_streams_its_rows(dual_run, serve):
             prompt=PROMPT, stream=True, extra_body={"seed": 3, "partial_images": 32}
         )
         events = list(stream)
+        with pytest.raises(openai.BadRequestError, match="unknown words elephant"):  # before any computation
+            client_of(address).images.generate(prompt=PROMPT, extra_body={"layout": "an elephant"})
     assert [event.type for event in events] == ["image_generation.partial_image"] * (rows - 1) + [
         "image_generation.completed"
     ]

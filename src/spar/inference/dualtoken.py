@@ -181,9 +181,7 @@ class DualTokenPipeline(LayoutPipeline):
             with sampling_bar(callback, rows, shown=self.progress) as watch:
                 codes = self._collect(steps, count, watch)
             images = self.model.tokenizer.decode(codes.pixel).float().clamp(0, 1)
-        shared = {"guidance": float(sampling.guidance), "temperature": float(sampling.temperature)}
-        shared |= {"top_k": sampling.top_k, "top_p": float(sampling.top_p), **self.run_metadata()}
-        shared |= {"no_layout": True} if layout is False and self.bundle.sampling.layout else {}
+        shared = {**self._sampling_metadata(sampling), **self._layout_turned_off(layout)}
         metadata = [
             {
                 "prompt": written[i], "negative_prompt": against[i], "seed": one,
@@ -201,6 +199,11 @@ class DualTokenPipeline(LayoutPipeline):
             check_range("guidance_scale", guidance, 0, limits.MAX_GUIDANCE)
         given: dict[str, Any] = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         return replace(self.bundle.sampling, **{name: value for name, value in given.items() if value is not None})
+
+    def _sampling_metadata(self, sampling: CodeSampling) -> dict[str, Any]:
+        """Metadata that all images of a call share."""
+        numbers = {name: float(getattr(sampling, name)) for name in ("guidance", "temperature", "top_p")}
+        return {**numbers, "top_k": sampling.top_k, **self.run_metadata()}
 
     def _collect(self, steps: Iterator[DualCodes], count: int, callback: Callback | None) -> DualCodes:
         """The codes `[B, h, w, D]` of all positions; the callback sees the pixel codes after each finished row."""

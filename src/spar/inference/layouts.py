@@ -90,6 +90,10 @@ class LayoutPipeline(Pipeline):
             for row, text, prompt in zip(rows, texts, prompts, strict=True)
         ]
 
+    def _layout_turned_off(self, layout: Layout) -> dict[str, Any]:
+        """Metadata of images that were drawn of the prompt itself though the model would have written a layout."""
+        return {"no_layout": True} if layout is False and self.bundle.sampling.layout else {}
+
     def _may_be_given(self, text: str) -> bool:
         try:
             self.check_text(text, "layout")

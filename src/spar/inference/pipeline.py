@@ -209,9 +209,8 @@ class SparPipeline(LayoutPipeline):
             "prompt", prompts, negative_prompt, encode, None, size, num_inference_steps, guidance_scale,
             num_images_per_prompt, seed, callback, sampler, write,
         )
-        if layout is False and self.bundle.sampling.layout:
-            for values in out.metadata:
-                values["no_layout"] = True
+        for values in out.metadata:
+            values.update(self._layout_turned_off(layout))
         return out
 
     def edit(

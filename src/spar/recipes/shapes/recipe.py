@@ -91,7 +91,7 @@ _UNIFIED_1 = StageConfig(
 )
 _JOINT = replace(
     _UNIFIED_1, objective=UnifiedObjective(align=0.5, noise_samples=4, balance=BALANCE),
-    trainable=(*ROUTER_AND_CONNECTOR, DENOISER, "alignment_head.*"), lr=2e-3,
+    trainable=(*ROUTER_AND_CONNECTOR, DENOISER, "alignment_head.*"),
 )
 UNIFIED = (
     _UNIFIED_1,
