@@ -1,10 +1,12 @@
 """`spar generate --prompts`: a file of prompts into a folder, broken off and gone on with, alone or by processes."""
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from spar.cli.main import main
 from spar.common.errors import InputError
 from spar.data.sources import open_source
 from spar.evaluation.prompt_formats import EDIT_FORMATS, FORMATS
-from spar.inference.image_files import read_metadata
+from spar.inference.image_files import encode_image, read_metadata
 from spar.inference.prompt_files import read_prompts
 
 PROMPTS = ["a red circle", "a blue star", "two green rings"]
@@ -157,12 +159,14 @@ def benchmark(folder: Path) -> dict[str, tuple[Path, int]]:
     for name, ids in (("culture", (1, 2)), ("science", (701,)), ("culture_rewrite", (1, 2))):
         lines = [{"Prompt": PROMPTS[i % 3], "prompt_id": i, "Explanation": "", "Category": ""} for i in ids]
         (folder / "wise" / f"{name}.json").write_text(json.dumps(lines))
+    numbered = {f"{i:05}": {"id": f"{i:05}", "prompt": text, "prompt in Chinese": ""} for i, text in enumerate(PROMPTS)}
+    (folder / "genai.json").write_text(json.dumps(numbered))
     (folder / "dpg").mkdir()
     for name, text in zip("abc", PROMPTS, strict=True):
         (folder / "dpg" / f"{name}.txt").write_text(text + "\n")
     return {
         "geneval": (folder / "geneval.jsonl", 2), "geneval2": (folder / "geneval2.jsonl", 1),
-        "wise": (folder / "wise", 1), "dpg": (folder / "dpg", 4),
+        "wise": (folder / "wise", 1), "dpg": (folder / "dpg", 4), "genai": (folder / "genai.json", 1),
     }  # fmt: skip
 
 
@@ -172,7 +176,7 @@ LAYOUTS = {
     ],
     "geneval2": ["00000.png", "00001.png", "00002.png", "images.json"],
     "wise": ["1.png", "2.png", "701.png"],
-    "dpg": ["a.png", "b.png", "c.png"],
+    "dpg": ["a.png", "b.png", "c.png"], "genai": ["00000.jpeg", "00001.jpeg", "00002.jpeg"],
 }  # fmt: skip
 
 
@@ -188,7 +192,13 @@ def test_a_benchmark_has_the_layout_that_its_scorer_reads(name, model, tmp_path,
     own = ["-n", str(each), "--seed", "5", "-o", str(plain), "--model", str(model)]
     assert main(["generate", *prompts, *own, *FAST]) == 0
     drawn = [np.asarray(Image.open(one)) for one in sorted(plain.glob("*.png"))]
-    found = [np.asarray(Image.open(folder / one)) for one in files if one.endswith(".png")]
+    found = [np.asarray(Image.open(folder / one)) for one in files if one.endswith((".png", ".jpeg"))]
+    if name == "genai":
+        assert Image.open(folder / files[0]).format == "JPEG"
+        coded = [encode_image(Image.fromarray(one), "jpeg", {}) for one in drawn]
+        drawn = [np.asarray(Image.open(BytesIO(one))).astype(float) for one in coded]
+        assert len(found) == 3 and all(np.abs(x - y).mean() < 1 for x, y in zip(found, drawn, strict=True))
+        return
     if name == "dpg":  # upper left, upper right, lower left, lower right
         found = [half for one in found for rows in np.split(one, 2) for half in np.split(rows, 2, axis=1)]
     assert len(found) == len(drawn) and all(map(alike, found, drawn))
@@ -280,14 +290,17 @@ def benchmark_of_other_prompts(folder: Path) -> Path:
         ("imgedit", "[]", "expected an object of 1 to"),
         ("imgedit", '{"a/b": {"id": "a.png", "prompt": "remove the star"}}', "'a/b': expected a number and an object"),
         ("imgedit", '{"1": {"id": "a.png"}}', "'1': expected a number and an object"),
-        ("imgedit", "{", "expected an object of ImgEdit's instructions, which it is not"),
+        ("imgedit", "{", "expected an object of instructions, which it is not"),
+        ("genai", '{"0/0": {"prompt": "a red circle"}}', "'0/0': expected a number and an object"),
+        ("genai", '{"00000": "a red circle"}', "'00000': expected a number and an object"),
+        ("gedit", "a red circle", "expected a parquet file"),
     ],
 )
 def test_a_malformed_file_of_a_benchmark_gets_a_message(name, data, message, tmp_path):
     path = tmp_path / "file.json"
     path.write_text(data)
     with pytest.raises(InputError, match=message):
-        if name in ("edits", "imgedit"):
+        if name in ("edits", "imgedit", "gedit"):
             EDIT_FORMATS["plain" if name == "edits" else name](path, Path("pictures"))
         else:
             FORMATS[name](path if name != "geneval2" else path.rename(tmp_path / "file.jsonl"))
@@ -393,3 +406,94 @@ def test_processes_score_cache_and_convert_what_one_does(model, tmp_path):
     assert {path.name for path in (tmp_path / "four").iterdir()} == {
         "000000.tar", "000001.tar", "converted.json", "dropped.jsonl"
     }  # fmt: skip
+
+
+def gedit_rows() -> list[dict]:
+    """Rows as `stepfun-ai/GEdit-Bench` has them: raw and smaller images, two languages, names with a hyphen."""
+    def picture(color: str, side: int) -> dict:
+        file = BytesIO()
+        Image.new("RGB", (side, side), color).save(file, "PNG")
+        return {"bytes": file.getvalue(), "path": None}
+
+    rows = [
+        ("subject-remove", "k1", "remove the red circle", "en"), ("subject-remove", "k1", "remove the star", "cn"),
+        ("color_alter", "k2", "change the background to navy", "en"),
+    ]  # fmt: skip
+    colors = ("red", "green", "navy")
+    return [
+        {
+            "task_type": task, "key": key, "instruction": text, "instruction_language": language,
+            "input_image": picture(color, 48), "input_image_raw": picture(color, 64), "Intersection_exist": True,
+        }
+        for (task, key, text, language), color in zip(rows, colors, strict=True)
+    ]  # fmt: skip
+
+
+def write_gedit(folder: Path, rows: list[dict]) -> Path:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    (folder / "data").mkdir(parents=True)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "data" / "train-00000.parquet", row_group_size=2)
+    return folder / "data"
+
+
+def test_gedit_edits_the_images_of_its_tables(model, tmp_path, capsys):
+    prompts, folder = write_gedit(tmp_path, gedit_rows()), tmp_path / "out"
+    own = ["edit", "--prompts", str(prompts), "--format", "gedit", "--model", str(model), *FAST, "-o", str(folder)]
+    assert main([*own, "--seed", "5"]) == 0
+    stems = ["fullset/color_alter/en/k2", "fullset/subject-remove/cn/k1", "fullset/subject-remove/en/k1"]
+    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png"))
+    assert found == sorted(f"{stem}{end}.png" for stem in stems for end in ("", "_SRCIMG"))
+    for number, row in enumerate(gedit_rows()):
+        stem = folder / "fullset" / row["task_type"] / row["instruction_language"] / row["key"]
+        before = np.asarray(Image.open(BytesIO(row["input_image"]["bytes"])))
+        assert np.array_equal(np.asarray(Image.open(f"{stem}_SRCIMG.png")), before)
+        (tmp_path / "raw.png").write_bytes(row["input_image_raw"]["bytes"])
+        alone = tmp_path / f"{number}.png"
+        words = ["edit", str(tmp_path / "raw.png"), row["instruction"], "-o", str(alone), "--model", str(model)]
+        assert main([*words, *FAST, "--seed", str(5 + number)]) == 0
+        assert same(alone, Path(f"{stem}.png"))
+        digest = hashlib.sha256(row["input_image_raw"]["bytes"]).hexdigest()
+        assert read_metadata(f"{stem}.png").values["image_sha256"] == digest
+    assert main([*own, "--check"]) == 0
+    (folder / f"{stems[0]}_SRCIMG.png").unlink()
+    (folder / f"{stems[1]}_SRCIMG.png").write_bytes(b"no image")
+    capsys.readouterr()
+    assert main([*own, "--check"]) == 1
+    missing, damaged, last = sorted(capsys.readouterr().out.splitlines(), key=lambda line: "missing" not in line)
+    assert missing == f"{stems[0]}_SRCIMG.png is missing" and f"{stems[1]}_SRCIMG.png is damaged" in damaged + last
+    english = EDIT_FORMATS["gedit-en"](prompts, prompts)
+    assert [*english.prompts] == ["remove the red circle", "change the background to navy"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"key": "../k1"}, "row 0 of group 0: expected a name as key"),
+        ({"task_type": ""}, "row 0 of group 0: expected text as task_type, got ''"),
+        ({"instruction_language": "de"}, None),
+        ({"key": "k1", "instruction_language": "cn"}, "got 'fullset/subject-remove/cn/k1' twice"),
+    ],
+)
+def test_rows_that_are_none_of_gedit_get_a_message(change, message, tmp_path):
+    rows = gedit_rows()
+    rows[0] |= change
+    path = write_gedit(tmp_path, rows)
+    if message is None:  # another language: left out
+        assert len(EDIT_FORMATS["gedit"](path, path).prompts) == 2
+        return
+    with pytest.raises(InputError, match=message):
+        EDIT_FORMATS["gedit"](path, path)
+    for name in ("key", "input_image"):
+        without = write_gedit(tmp_path / name, [{k: v for k, v in row.items() if k != name} for row in gedit_rows()])
+        with pytest.raises(InputError, match=f"expected columns .* missing {name}"):
+            EDIT_FORMATS["gedit"](without, without)
+
+
+def test_a_row_of_gedit_without_its_image_gets_a_message(tmp_path):
+    rows = gedit_rows()
+    rows[1]["input_image_raw"] = {"bytes": None, "path": "k1.png"}
+    path = write_gedit(tmp_path, rows)
+    with pytest.raises(InputError, match="expected an image as input_image_raw of row 1 of group 0, found none"):
+        EDIT_FORMATS["gedit"](path, path).sources[1].read()

@@ -116,7 +116,7 @@ class GenerateArguments(PromptFileArguments):
 
     prompt: Annotated[Positional[tuple[str, ...]], arg(metavar="PROMPT")] = ()
     """What to generate; several prompts give several images."""
-    format: Literal["plain", "geneval", "geneval2", "wise", "dpg"] = "plain"
+    format: Literal["plain", "geneval", "geneval2", "wise", "dpg", "genai"] = "plain"
     """Of --prompts: a benchmark's own prompt file (WISE: or folder, DPG: folder), and the layout that its scorer
     reads."""
     height: int | None = None
@@ -168,8 +168,9 @@ class EditArguments(PromptFileArguments):
     """The image to edit."""
     instruction: Annotated[Positional[tuple[str, ...]], arg(metavar="INSTRUCTION")] = ()
     """What to change; several instructions give several images."""
-    format: Literal["plain", "imgedit"] = "plain"
-    """Of --prompts: ImgEdit's own file of instructions, and the layout that its scorer reads."""
+    format: Literal["plain", "imgedit", "gedit", "gedit-en"] = "plain"
+    """Of --prompts: ImgEdit's own file of instructions, or GEdit-Bench's parquet file or their folder (gedit-en: its
+    English instructions alone), and the layout that its scorer reads."""
     images: Path | None = None
     """Of --prompts: the folder of the images that the file names; by default its own."""
 

@@ -25,6 +25,7 @@ from spar.common.errors import InputError
 from spar.common.progress import Advance
 from spar.evaluation.prompt_formats import Named
 from spar.evaluation.results import Result, Score, mean_score
+from spar.inference.prompt_files import SourceFile
 
 MAX_REPLY_BYTES = 2**20
 TRIES, FIRST_WAIT, LONGEST_WAIT = 5, 1.0, 60.0  # seconds between tries, each twice the one before
@@ -129,12 +130,13 @@ def _wise_questions(ranges: Ranges) -> Callable[[Named, Path, str], Iterator[Jud
 
 def _imgedit_questions(given: Named, folder: Path, template: str) -> Iterator[JudgeQuestion]:
     texts = json.loads(template)
-    for name, entry, source in zip(given.names, given.entries, given.sources, strict=True):
+    before = [source.path for source in given.sources if isinstance(source, SourceFile)]
+    for name, entry, path in zip(given.names, given.entries, before, strict=True):
         kind = str(entry.get("edit_type"))
         if kind not in texts:
             raise InputError(f"expected instructions for edits of the kind {kind!r}, got those of {', '.join(texts)}")
         text = texts[kind].replace("<edit_prompt>", entry["prompt"])
-        yield JudgeQuestion(name, kind, text, (source, folder / f"{name}.png"))
+        yield JudgeQuestion(name, kind, text, (path, folder / f"{name}.png"))
 
 
 def _weights(ranges: Ranges) -> dict[str, float]:

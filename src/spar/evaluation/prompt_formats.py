@@ -2,7 +2,8 @@
 read.
 
 The scorers, with their networks, are the benchmarks' own. Facts of GenEval (djghosh13/geneval af4902f), GenEval 2, WISE
-(PKU-YuanGroup/WISE eb51174), DPG-Bench (TencentQQGYLab/ELLA 3c228f1) and ImgEdit (PKU-YuanGroup/ImgEdit 547185d).
+(PKU-YuanGroup/WISE eb51174), DPG-Bench (TencentQQGYLab/ELLA 3c228f1), GenAI-Bench (linzhiqiu/t2v_metrics a3cea5e) and
+ImgEdit (PKU-YuanGroup/ImgEdit 547185d).
 """
 
 import json
@@ -13,7 +14,8 @@ from typing import Any, ClassVar
 
 from spar.common.errors import InputError
 from spar.common.limits import MAX_TEXT_BYTES
-from spar.inference.prompt_files import MAX_PROMPTS, ImageFile, PromptSet, read_prompts
+from spar.evaluation.gedit import read_gedit, read_gedit_en
+from spar.inference.prompt_files import MAX_PROMPTS, ImageFile, PromptSet, SourceFile, SourceImage, read_prompts
 
 MAX_FILE_BYTES = 2**26  # of a benchmark's prompts
 GRID = 4  # images of a prompt that DPG-Bench has in one file, two by two
@@ -60,10 +62,13 @@ class Named(PromptSet):
     names: Sequence[str] = ()
     entries: Sequence[Mapping[str, Any]] = ()  # as the benchmark's file has them, where it has more than prompts
     grid: ClassVar[bool] = False
+    suffix: ClassVar[str] = ".png"
 
     def files(self, seeds: Sequence[int]) -> list[ImageFile]:
         each = _expect_images(self, seeds, *((1, GRID) if self.grid else (1,)))
-        return [ImageFile(f"{name}.png", i, range(i * each, (i + 1) * each)) for i, name in enumerate(self.names)]
+        return [
+            ImageFile(name + self.suffix, i, range(i * each, (i + 1) * each)) for i, name in enumerate(self.names)
+        ]
 
     def lists(self, seeds: Sequence[int]) -> Iterator[tuple[str, str]]:
         yield from ()
@@ -82,6 +87,14 @@ class Dpg(Named):
 
     format: ClassVar[str] = "dpg"
     grid: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class GenAIBench(Named):
+    """`ID.jpeg`, one image a prompt."""
+
+    format: ClassVar[str] = "genai"
+    suffix: ClassVar[str] = ".jpeg"
 
 
 @dataclass(frozen=True)
@@ -139,6 +152,12 @@ def read_dpg(path: Path) -> Dpg:
     return Dpg(tuple(" ".join(_text(file).split()) for file in files), names=tuple(file.stem for file in files))
 
 
+def read_genai(path: Path) -> GenAIBench:
+    """GenAI-Bench's `genai_image.json`: {number: {prompt, ...}}."""
+    found = _numbered(path, "prompts")
+    return GenAIBench(tuple(one["prompt"] for one in found.values()), names=tuple(found), entries=tuple(found.values()))
+
+
 def read_edits(path: Path, images: Path) -> PromptSet:
     """Objects with `image`, a file in the folder `images`, and `prompt`, the instruction, one a line."""
     entries = [_object(path, number, line) for number, line in _lines(path)]
@@ -147,29 +166,38 @@ def read_edits(path: Path, images: Path) -> PromptSet:
 
 def read_imgedit(path: Path, images: Path) -> ImgEdit:
     """ImgEdit's object {key: {id, prompt, edit_type}}; `id` is a file in the folder `images`."""
-    found = _parsed(path, "an object of ImgEdit's instructions")
-    if not isinstance(found, dict) or not 0 < len(found) <= MAX_PROMPTS:
-        raise InputError(f"{path}: expected an object of 1 to {MAX_PROMPTS} instructions")
-    for key, entry in found.items():
-        if not key.isdigit() or not isinstance(entry, dict) or not _is_prompt(entry.get("prompt")):
-            raise InputError(f'{path}, {key!r}: expected a number and an object with a "prompt", got {str(entry)[:80]}')
+    found = _numbered(path, "instructions")
     sources = [_inside(path, images, entry, "id") for entry in found.values()]
     return ImgEdit(
         tuple(entry["prompt"] for entry in found.values()), sources, tuple(found), entries=tuple(found.values())
     )
 
 
-def _inside(path: Path, images: Path, entry: Mapping[str, Any], key: str) -> Path:
+def _numbered(path: Path, what: str) -> dict[str, dict[str, Any]]:
+    """An object of objects that have a prompt, by their numbers as text."""
+    found = _parsed(path, f"an object of {what}")
+    if not isinstance(found, dict) or not 0 < len(found) <= MAX_PROMPTS:
+        raise InputError(f"{path}: expected an object of 1 to {MAX_PROMPTS} {what}")
+    for key, entry in found.items():
+        if not (key.isascii() and key.isdigit()) or not isinstance(entry, dict) or not _is_prompt(entry.get("prompt")):
+            raise InputError(f'{path}, {key!r}: expected a number and an object with a "prompt", got {str(entry)[:80]}')
+    return found
+
+
+def _inside(path: Path, images: Path, entry: Mapping[str, Any], key: str) -> SourceImage:
     """The file of a folder that an entry names."""
     name = entry.get(key)
     if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise InputError(f"{path}: expected a file inside {images} as {key}, got {name!r}")
-    return images / name
+    return SourceFile(images / name)
 
 
-EDIT_FORMATS: dict[str, Callable[[Path, Path], PromptSet]] = {"plain": read_edits, "imgedit": read_imgedit}
+EDIT_FORMATS: dict[str, Callable[[Path, Path], PromptSet]] = {
+    "plain": read_edits, "imgedit": read_imgedit, "gedit": read_gedit, "gedit-en": read_gedit_en,
+}  # fmt: skip
 FORMATS: dict[str, Callable[[Path], PromptSet]] = {
     "plain": read_prompts, "geneval": read_geneval, "geneval2": read_geneval2, "wise": read_wise, "dpg": read_dpg,
+    "genai": read_genai,
 }  # fmt: skip
 
 

@@ -100,7 +100,7 @@ def save_images(
 
     Args:
         images: the images to write.
-        paths: one path per image.
+        paths: one path per image; one that ends in .jpeg becomes a JPEG at quality 95, without metadata.
         metadata: one mapping per image, written as text chunks; None values are left out.
 
     Raises:
@@ -111,7 +111,8 @@ def save_images(
         with ExitStack() as files:
             for index, (image, path) in enumerate(zip(images, paths, strict=True)):
                 temporary = files.enter_context(atomic_file(path))
-                image.save(temporary, format="PNG", pnginfo=_text_chunks(metadata[index] if metadata else {}))
+                kind = "jpeg" if path.suffix == ".jpeg" else "png"
+                temporary.write_bytes(encode_image(image, kind, metadata[index] if metadata else {}))
     except OSError as error:
         name = str(error.filename2 or path)
         raise InputError(f"output: {name!r} cannot be written: {error.strerror or error}") from error

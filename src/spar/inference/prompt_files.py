@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from PIL import Image
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from spar.common.seeds import list_seeds
 from spar.inference.base import Pipeline
 from spar.inference.contact_sheet import contact_sheet
 from spar.inference.image_files import numbered_names, read_metadata, save_images, source_metadata
+from spar.processing.images import ImageSource, open_image
 
 FORMAT, SETTINGS, LIST = "spar-images", "generation.json", "metadata.jsonl"
 MAX_PROMPTS, MAX_FILES = 10**6, 10**7
@@ -40,12 +41,49 @@ class ImageFile:
     images: range
 
 
+class SourceImage(Protocol):
+    """An image that is edited, wherever it lies."""
+
+    @property
+    def name(self) -> str: ...
+
+    def exists(self) -> bool: ...
+
+    def read(self) -> ImageSource: ...
+
+    def metadata(self) -> dict[str, str]:
+        """What an edit of it says of it."""
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """An image in a file of its own."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def exists(self) -> bool:
+        return self.path.is_file()
+
+    def read(self) -> ImageSource:
+        return self.path
+
+    def metadata(self) -> dict[str, str]:
+        return source_metadata(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
 @dataclass(frozen=True)
 class PromptSet:
     """Prompts, and the files that their images become; with `sources`, an image each, they are edits of these."""
 
     prompts: Sequence[str]
-    sources: Sequence[Path] = ()
+    sources: Sequence[SourceImage] = ()
     format: ClassVar[str] = "plain"
 
     def files(self, seeds: Sequence[int]) -> list[ImageFile]:
@@ -61,6 +99,10 @@ class PromptSet:
             for file in self.files(seeds)
         ]
         yield LIST, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def copies(self) -> Mapping[str, SourceImage]:
+        """Images of the benchmark's own that its scorer wants beside the edits, by their names there."""
+        return {}
 
 
 def read_prompts(path: Path) -> PromptSet:
@@ -108,7 +150,7 @@ def begin(
     Raises:
         InputError: a prompt that the model does not take, an image that is not there, or a folder with something else.
     """
-    if missing := [path for path in given.sources if not path.is_file()]:
+    if missing := [source for source in given.sources if not source.exists()]:
         raise InputError(f"expected the images of all instructions, {len(missing)} are missing, first {missing[0]}")
     for number, text in enumerate(given.prompts, 1):
         try:
@@ -154,7 +196,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def _identity(given: PromptSet) -> dict[str, Any]:
-    asked = json.dumps([list(given.prompts), [path.name for path in given.sources]])
+    asked = json.dumps([list(given.prompts), [source.name for source in given.sources]])
     digest = hashlib.sha256(asked.encode()).hexdigest()
     return {"format": FORMAT, "files": given.format, "prompts": digest}
 
@@ -178,7 +220,7 @@ def draw(
         asked = {**settings, "seed": [seeds[i] for file in some for i in file.images]}
         if given.sources:
             (source,) = (given.sources[file.prompt] for file in some)
-            out, origin = pipe.edit([source] * len(texts), texts, **asked), source_metadata(source)
+            out, origin = pipe.edit([source.read()] * len(texts), texts, **asked), source.metadata()
         else:
             out, origin = pipe.generate(texts, **asked), {}
         rows = iter(zip(out.images, [values | origin for values in out.metadata], strict=True))
@@ -194,6 +236,9 @@ def draw(
         for name, text in given.lists(seeds):
             with atomic_file(folder / name) as temporary:
                 temporary.write_text(text, encoding="utf-8")
+        for name, source in given.copies().items():
+            if not (folder / name).is_file():
+                save_images([open_image(source.read())], [folder / name])
     return len(own)
 
 
@@ -221,21 +266,27 @@ def check(folder: Path, given: PromptSet) -> list[str]:
     seeds = list_seeds(seed, count)
     wrong = []
     for file in given.files(seeds):
-        path = folder / file.name
-        try:
-            with Image.open(path, formats=("PNG",)) as image:
-                image.load()
-            said = read_metadata(path).values.get("instruction" if given.sources else "prompt")
-        except FileNotFoundError:
-            wrong.append(f"{file.name} is missing")
-            continue
-        except (OSError, SyntaxError, ValueError) as error:
-            wrong.append(f"{file.name} is damaged: {error}")
-            continue
-        if said is not None and said != given.prompts[file.prompt]:
-            wrong.append(f"{file.name} shows another prompt: {said!r}")
+        if fault := _fault(folder, file.name):
+            wrong.append(fault)
+        elif file.name.endswith(".png"):
+            said = read_metadata(folder / file.name).values.get("instruction" if given.sources else "prompt")
+            if said is not None and said != given.prompts[file.prompt]:
+                wrong.append(f"{file.name} shows another prompt: {said!r}")
+    wrong += [fault for name in given.copies() if (fault := _fault(folder, name))]
     for name, text in given.lists(seeds):
         path = folder / name
         if not path.is_file() or path.read_text(encoding="utf-8", errors="replace") != text:
             wrong.append(f"{name} is missing or differs: run the same call again")
     return wrong
+
+
+def _fault(folder: Path, name: str) -> str:
+    """What is wrong with an image file; "" if nothing is."""
+    try:
+        with Image.open(folder / name, formats=("PNG", "JPEG")) as image:
+            image.load()
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except (OSError, SyntaxError, ValueError) as error:
+        return f"{name} is damaged: {error}"
+    return ""
