@@ -12,7 +12,7 @@ from spar.evaluation.targets import BASELINES, main_scores
 
 SMALL = EvalOptions(limit=4, images_per_prompt=2, batch=7)
 OF_DUALTOKEN = ("shapes-zero-shot", "shapes-codes", "shapes-agreement")  # tests/evaluation/test_dualtoken_benchmarks.py
-COMMON = [name for name in BENCHMARKS if name not in OF_DUALTOKEN]
+COMMON = [name for name in BENCHMARKS if name not in (*OF_DUALTOKEN, "shapes-robust")]
 SHARES = {name: "survival" if name == "shapes-recon" else "overall" for name in COMMON}
 
 

@@ -12,7 +12,8 @@ from spar.common.limits import MAX_GUIDANCE, MAX_IMAGES, MAX_SEED, MAX_STEPS, ch
 
 Benchmark = Literal[
     "shapes-gen", "shapes-edit", "shapes-vqa", "shapes-recon", "shapes-gen-bind", "shapes-edit-bind", "shapes-vqa-bind",
-    "shapes-paraphrase", "shapes-chat", "shapes-zero-shot", "shapes-codes", "shapes-agreement", "zero-shot", "all",
+    "shapes-paraphrase", "shapes-chat", "shapes-robust", "shapes-zero-shot", "shapes-codes", "shapes-agreement",
+    "zero-shot", "all",
 ]  # fmt: skip
 
 
@@ -22,7 +23,7 @@ class EvalArguments(ModelArguments):
 
     benchmark: Annotated[Positional[Benchmark], arg(metavar="BENCHMARK")]
     """One of shapes-gen, shapes-edit, shapes-vqa, shapes-recon,
-    shapes-gen-bind, shapes-edit-bind, shapes-vqa-bind, shapes-paraphrase, shapes-chat,
+    shapes-gen-bind, shapes-edit-bind, shapes-vqa-bind, shapes-paraphrase, shapes-chat, shapes-robust,
     shapes-zero-shot, shapes-codes and shapes-agreement (DualToken alone), zero-shot (DualToken, on images of
     --images), or all of the shapes world that the model's system defines."""
     output: OutputPath = None
@@ -41,7 +42,7 @@ class EvalArguments(ModelArguments):
     """Images for each prompt of shapes-gen and shapes-gen-bind; by default 4."""
     no_layout: Flag = False
     """Of a model that writes layouts: draw of the prompts themselves
-    (shapes-gen, shapes-gen-bind, shapes-paraphrase)."""
+    (shapes-gen, shapes-gen-bind, shapes-paraphrase, shapes-robust)."""
     batch: int | None = None
     """Images per batch: changes the time, never the scores."""
     combinations: Literal["seen", "held_out"] = "seen"

@@ -17,6 +17,7 @@ from spar.evaluation.shapes_edit import shapes_edit, shapes_edit_bind
 from spar.evaluation.shapes_gen import shapes_gen, shapes_gen_bind
 from spar.evaluation.shapes_paraphrase import shapes_paraphrase
 from spar.evaluation.shapes_recon import shapes_recon
+from spar.evaluation.shapes_robust import shapes_robust
 from spar.evaluation.shapes_vqa import shapes_vqa, shapes_vqa_bind
 from spar.evaluation.shapes_zero_shot import shapes_zero_shot
 
@@ -32,6 +33,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "shapes-vqa-bind": shapes_vqa_bind,
     "shapes-paraphrase": shapes_paraphrase,
     "shapes-chat": shapes_chat,
+    "shapes-robust": shapes_robust,
     "shapes-zero-shot": shapes_zero_shot,
     "shapes-codes": shapes_codes,
     "shapes-agreement": shapes_agreement,
@@ -47,6 +49,7 @@ MEASURED = {
     "shapes-vqa-bind": "shapes-vqa on such scenes, with further questions",
     "shapes-paraphrase": "what is right in other words, of what is right in the usual ones",
     "shapes-chat": "answers right in each turn of a conversation",
+    "shapes-robust": "drawings of strangers' prompts: other words, long texts, misspellings, contradictions, attacks",
     "shapes-zero-shot": "objects named by the nearest label, by the two towers",
     "shapes-codes": "how much of each vocabulary is used, and how evenly",
     "shapes-agreement": "what the model says of its own drawings, from their codes, agrees with the prompts",

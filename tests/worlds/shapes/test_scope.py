@@ -39,6 +39,17 @@ SCENES = [make_scene(seed, kind=kind, combinations="any") for seed in range(60) 
         ("a circle on a red background", "no background .* is red; they are gray"),
         ("change the background to violet", "no background .* is purple"),
         ("a circle on green", "no background .* is green"),
+        ("a red blue circle", "red and blue are both said of one circle"),
+        ("Two 3 stars", "two and three are both said of one star"),
+        ("a tiny large violet box", "small and large are both said of one square"),
+        ("no stars", "was not taught to leave things out .'no'.: it draws what is named"),
+        ("zero circles", "was not taught to leave things out .'zero'."),
+        ("a red or blue star", "was not taught to choose .'or'."),
+        ("a star above a ring below a cross", "2 relations are asked for; the model has seen one"),
+        ("a white gray background", "white and gray are both said of one background"),
+        ("a star on a white background on a black background", "an image has one background"),
+        ("???", "no object and no background is named"),
+        ("large", "no object and no background is named"),
     ],
 )
 def test_what_no_scene_has_is_said(text, note):

@@ -1,4 +1,6 @@
-"""What lies outside the shapes world although its words are known: notes to a user, who gets a guess there."""
+"""What lies outside the shapes world although its words are known, or contradicts itself: notes to a user, who gets a
+guess there.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +19,10 @@ _CANONICAL = {other: word for word, others in SYNONYMS.items() for other in othe
 _COUNTS = {"a": 1, "an": 1, "the": 1, "some": 2, **{word: number for number, word in enumerate(ORDINALS, start=1)}}
 _UNSAID = {".", ",", "?", "!", ":", "please", "can", "could", "would", "you", "now"}
 _THINGS = {*SHAPES, *SINGULARS, "object", "objects"}
+_NAMED = {*_THINGS, "background", "it", "something"}
+_UNTAUGHT = {"no": "to leave things out", "zero": "to leave things out", "or": "to choose"}
+_RELATIONS = re.compile(r"\b(?:to the (?:left|right) of|above|below|over|under|beneath)\b")
+_ALIKE = ((*COLORS, *BACKGROUNDS), tuple(SIZES), ORDINALS)  # of each, one thing has one
 
 
 def is_of_this_world(words: Iterable[str]) -> bool:
@@ -25,7 +31,9 @@ def is_of_this_world(words: Iterable[str]) -> bool:
 
 
 def prompt_notes(text: str) -> list[str]:
-    """What a prompt or instruction asks for that no scene has: too many objects, colours of the wrong thing."""
+    """What a prompt or instruction asks for that no scene has: too many objects, colours of the wrong thing, two
+    colours of one thing, and what no caption or instruction of the training says.
+    """
     words = [_CANONICAL.get(word, word) for word in split_words(text)]
     notes = []
     counted = sum(_COUNTS.get(word, 0) for word, thing in _noun_phrases(words) if thing != "background")
@@ -42,7 +50,29 @@ def prompt_notes(text: str) -> list[str]:
     for color in COLORS:
         if re.search(rf"\b{color} background\b|\bthe background (?:is )?{to}{color}$|\bon {color}$", said):
             notes.append(f"no background of the model's world is {color}; they are {', '.join(BACKGROUNDS)}")
+    for one, other, thing in _contradictions(words):
+        notes.append(f"{one} and {other} are both said of one {SINGULARS.get(thing, thing)}: expect a guess")
+    for word in dict.fromkeys(word for word in words if word in _UNTAUGHT):
+        notes.append(f"the model was not taught {_UNTAUGHT[word]} ({word!r}): it draws what is named")
+    if (related := len(_RELATIONS.findall(" ".join(words)))) > 1:
+        notes.append(f"{related} relations are asked for; the model has seen one in a prompt")
+    if words.count("background") > 1:
+        notes.append("an image has one background: expect a guess")
+    if not _NAMED & {*words}:
+        notes.append("no object and no background is named: expect a guess")
     return notes
+
+
+def _contradictions(words: list[str]) -> list[tuple[str, str, str]]:
+    """Pairs of different colours, sizes or numbers that stand together before one thing, and the thing."""
+    found, before = [], list[str]()
+    for word in words:
+        if word in _THINGS or word == "background":
+            for names in _ALIKE:
+                said = list(dict.fromkeys(one for one in before if one in names))
+                found += [(said[0], said[1], word)] if len(said) > 1 else []
+        before = [*before, word] if any(word in names for names in _ALIKE) else []
+    return found
 
 
 def _noun_phrases(words: list[str]) -> list[tuple[str, str]]:
