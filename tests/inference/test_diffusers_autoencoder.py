@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from diffusers import DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
 from diffusers.image_processor import VaeImageProcessor
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 
 import spar
 from spar.checkpoints.spar_format import load_tokenizer, save_tokenizer
+from spar.common import files
 from spar.common.errors import InputError
 from spar.inference.diffusers_autoencoder import AutoencoderSpar
 from spar.inference.pipeline import SparPipeline
@@ -123,6 +125,32 @@ def test_slices_are_computed_one_by_one(vae, pixels, monkeypatch):
     finally:
         vae.disable_slicing()
     assert sizes == [1, 1]
+
+
+def test_a_save_that_is_stopped_leaves_the_old_one_and_what_lies_beside_it(vae, tmp_path, monkeypatch):
+    folder = tmp_path / "vae"
+    vae.save_pretrained(folder)
+    (folder / "README.md").write_text("mine")
+    (folder / "pictures").mkdir()
+    (folder / "pictures" / "a.png").write_bytes(b"a picture")
+    (folder / "link").symlink_to("README.md")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    for module, name in ((files, "swap_folders"), (vae, "save_config"), (safetensors.torch, "save_file")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, stopped)
+            with pytest.raises(KeyboardInterrupt):
+                vae.save_pretrained(folder, max_shard_size="20KB")
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+        assert [path.name for path in tmp_path.iterdir()] == ["vae"]
+    vae.save_pretrained(folder, max_shard_size="20KB")
+    shards = {path.name for path in folder.iterdir()} - {"config.json", "README.md", "pictures", "link"}
+    assert len(shards) > 2 and "diffusion_pytorch_model.safetensors" not in shards
+    assert (folder / "pictures" / "a.png").read_bytes() == b"a picture" and (folder / "link").is_symlink()
+    assert (folder / "README.md").read_text() == "mine"
 
 
 def test_it_is_saved_and_loaded_and_nothing_else_is_overwritten(vae, pixels, tmp_path, folder):

@@ -21,6 +21,7 @@ from spar.checkpoints.hub import ADDRESS, hub_address, model_folder
 from spar.checkpoints.spar_format import load_tokenizer
 from spar.common.config import from_dict, read_json, to_dict
 from spar.common.errors import InputError
+from spar.common.files import atomic_directory, take_along
 from spar.common.limits import MAX_TILE, check_int_range
 from spar.inference.base import read_dtype
 from spar.models.config import SparConfig
@@ -148,8 +149,10 @@ class AutoencoderSpar(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignor
     ) -> None:  # fmt: skip
         """Write the autoencoder in diffusers' form, weights as they are; arguments are diffusers'.
 
+        Stopped at any point, the folder has the old files or the new ones; others in it stay.
+
         Raises:
-            InputError: the path has something else, is a file, or a pickle would be written.
+            InputError: the path has something else, is a file, cannot be written, or a pickle would be written.
         """
         folder = Path(save_directory)
         if not safe_serialization:
@@ -160,10 +163,18 @@ class AutoencoderSpar(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignor
         own = header.is_file() and read_json(header).get("_class_name") == type(self).__name__
         if not own and folder.is_dir() and (header.exists() or any(folder.glob(f"{WEIGHTS}*"))):
             raise InputError(f"{folder} has another model than {type(self).__name__}: it stays as it is")
-        super().save_pretrained(
-            str(folder), is_main_process, save_function, True, variant, max_shard_size, push_to_hub, use_flashpack,
-            **keywords,
-        )  # fmt: skip
+        if not is_main_process:
+            return
+        if push_to_hub:
+            keywords.setdefault("repo_id", folder.absolute().name)
+        with atomic_directory(folder) as temporary:
+            super().save_pretrained(
+                str(temporary), True, save_function, True, variant, max_shard_size, push_to_hub, use_flashpack,
+                **keywords,
+            )  # fmt: skip
+            for other in folder.iterdir() if folder.is_dir() else ():
+                if not other.name.startswith(WEIGHTS) and not (temporary / other.name).exists():
+                    take_along(other, temporary / other.name)
 
     def enable_tiling(
         self, tile_sample_min_height: int | None = None, tile_sample_min_width: int | None = None,
