@@ -88,6 +88,10 @@ class FakePipe:
         self.words: tuple[str, ...] = ("red",)  # of no world that is known
         tokenizer = SimpleNamespace(unk_token="?", get_vocab=lambda: dict.fromkeys(self.words))
         self.bundle = SimpleNamespace(text_tokenizer=tokenizer)
+        self.model = torch.nn.Linear(2, 2)
+
+    def run_metadata(self) -> dict:
+        return {"dtype": "float32", "device": "cpu", "recipe": "fake"}
 
     def check_settings(self, keywords: dict) -> None:
         self.settings = keywords

@@ -49,14 +49,20 @@ def evaluate(args: EvalArguments) -> int:
     from spar.evaluation.options import EvalOptions
     from spar.evaluation.results import write_result
     from spar.evaluation.sharing import ALONE, SharedPipeline
+    from spar.evaluation.unfinished import Unfinished
     from spar.evaluation.zero_shot import TEMPLATE, zero_shot
+    from spar.inference.prompt_files import weights_digest
 
     given = {item.name: getattr(args, item.name) for item in fields(EvalOptions)}
     options = EvalOptions(**{name: value for name, value in given.items() if value is not None})
     names: list[str] = list(BENCHMARKS) if args.benchmark == "all" else [args.benchmark]
     paths = _result_paths(args, names)
-    check_writable(paths, overwrite=args.overwrite)
     group = ProcessGroup.meet(choose_device(args.device), patience=PATIENCE)
+    whole = paths[0].parent if args.benchmark == "all" else paths[0]
+    unfinished = Unfinished(whole.with_name(f"{whole.name}.unfinished"), group, overwrite=args.overwrite)
+    written = {name for name, path in zip(names, paths, strict=True) if unfinished.finished(name) and path.is_file()}
+    left_to_write = [path for name, path in zip(names, paths, strict=True) if name not in written]
+    group.main_only(lambda: check_writable(left_to_write, overwrite=args.overwrite))
     pipe = loading.load_pipeline(args, group.device)
     shared: Any = pipe if group.world == 1 else SharedPipeline(pipe, group)
     if args.no_layout:
@@ -67,13 +73,20 @@ def evaluate(args: EvalArguments) -> int:
         raise InputError(f"{names[0]} needs a model that can {NEEDS[names[0]]}; {pipe.system} has {able}")
     if left and group.main:
         print(f"spar: note: {pipe.system} does not define what these need: {', '.join(left)}", file=sys.stderr)
+    asked_for = {name: value for name, value in asdict(options).items() if name != "batch"}  # which changes no score
+    made_of = {name: value for name, value in pipe.run_metadata().items() if name != "device"}
+    own = {"template": args.template, "images": args.images, "class_names": args.class_names}
+    unfinished.begin({
+        "benchmarks": names, "options": asked_for | {name: value and str(value) for name, value in own.items()},
+        "model": made_of, "weights": weights_digest(pipe.model),
+    })  # fmt: skip
     # What one process does alone comes last: the others need not wait for it.
     for name, path in sorted(zip(names, paths, strict=True), key=lambda pair: pair[0] in ALONE):
         alone = name in ALONE
-        if name in left or (alone and not group.main):
+        if name in left or name in written or (alone and not group.main):
             continue
         with progress_bar(name) as advance:
-            asked = pipe if alone else shared
+            asked = pipe if alone else unfinished.recorded(name, shared)
             if args.images is not None:
                 template = TEMPLATE if args.template is None else args.template
                 result = zero_shot(asked, args.images, options, advance, template=template, names=args.class_names)
@@ -81,9 +94,14 @@ def evaluate(args: EvalArguments) -> int:
                 result = BENCHMARKS[name](asked, options, advance)
         if not group.main:
             continue
+        if kept := 0 if alone else asked.kept:
+            result.settings["kept_calls"] = kept  # whose time is not in `seconds`
         write_result(path, result)
+        unfinished.finish(name)
         show_table(new_console(), score_table(result))
         print(path)
+    if group.main:
+        unfinished.end()
     return 0
 
 
