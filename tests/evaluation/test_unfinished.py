@@ -74,16 +74,16 @@ def told(folder: str) -> dict:
 def test_a_stopped_evaluation_goes_on_and_ends_as_an_unbroken_one(pipe, capsys):
     assert main(["eval", "all", *FLAGS, "-o", "whole"]) == 0
     whole = len(pipe.calls)
-    assert not Path("whole.unfinished").exists() and whole > 12
+    assert not Path("whole/all.unfinished").exists() and whole > 12
     for stop in (4, whole - 3):
         pipe.calls, pipe.stop = [], stop
         assert main(["eval", "all", *FLAGS, "-o", f"parts{stop}"]) == 130
-        assert Path(f"parts{stop}.unfinished").is_dir()
+        assert Path(f"parts{stop}/all.unfinished").is_dir()
         pipe.calls, pipe.stop = [], None
         assert main(["eval", "all", *FLAGS, "-o", f"parts{stop}"]) == 0
         assert len(pipe.calls) == whole - stop
         assert told(f"parts{stop}") == told("whole")
-        assert not Path(f"parts{stop}.unfinished").exists()
+        assert not Path(f"parts{stop}/all.unfinished").exists()
         kept = [json.loads(path.read_text())["settings"].get("kept_calls") for path in Path(f"parts{stop}").iterdir()]
         assert sum(one is not None for one in kept) <= 1
 

@@ -58,8 +58,8 @@ def evaluate(args: EvalArguments) -> int:
     names: list[str] = list(BENCHMARKS) if args.benchmark == "all" else [args.benchmark]
     paths = _result_paths(args, names)
     group = ProcessGroup.meet(choose_device(args.device), patience=PATIENCE)
-    whole = paths[0].parent if args.benchmark == "all" else paths[0]
-    unfinished = Unfinished(whole.with_name(f"{whole.name}.unfinished"), group, overwrite=args.overwrite)
+    folder = paths[0].with_name(("all" if args.benchmark == "all" else paths[0].name) + ".unfinished")
+    unfinished = Unfinished(folder, group, overwrite=args.overwrite)
     written = {name for name, path in zip(names, paths, strict=True) if unfinished.finished(name) and path.is_file()}
     left_to_write = [path for name, path in zip(names, paths, strict=True) if name not in written]
     group.main_only(lambda: check_writable(left_to_write, overwrite=args.overwrite))
@@ -73,13 +73,14 @@ def evaluate(args: EvalArguments) -> int:
         raise InputError(f"{names[0]} needs a model that can {NEEDS[names[0]]}; {pipe.system} has {able}")
     if left and group.main:
         print(f"spar: note: {pipe.system} does not define what these need: {', '.join(left)}", file=sys.stderr)
-    asked_for = {name: value for name, value in asdict(options).items() if name != "batch"}  # which changes no score
-    made_of = {name: value for name, value in pipe.run_metadata().items() if name != "device"}
-    own = {"template": args.template, "images": args.images, "class_names": args.class_names}
+    own = {name: str(getattr(args, name)) for name in ("template", "images", "class_names")}
+    # Neither the device nor the size of a batch changes a score.
     unfinished.begin({
-        "benchmarks": names, "options": asked_for | {name: value and str(value) for name, value in own.items()},
-        "model": made_of, "weights": weights_digest(pipe.model),
-    })  # fmt: skip
+        "benchmarks": names,
+        "options": own | {name: value for name, value in asdict(options).items() if name != "batch"},
+        "model": {name: value for name, value in pipe.run_metadata().items() if name != "device"},
+        "weights": weights_digest(pipe.model),
+    })
     # What one process does alone comes last: the others need not wait for it.
     for name, path in sorted(zip(names, paths, strict=True), key=lambda pair: pair[0] in ALONE):
         alone = name in ALONE

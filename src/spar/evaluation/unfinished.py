@@ -29,7 +29,7 @@ class Unfinished:
     """The folder of an evaluation that is under way.
 
     Args:
-        folder: `RESULTS.unfinished`.
+        folder: `RESULT.json.unfinished` beside the result, or `all.unfinished` among several.
         group: the processes that share the evaluation; one of them writes.
         overwrite: whether to begin anew whatever is there.
     """
