@@ -1,15 +1,15 @@
 """Write bundled weights: python docs/bundle.py NAME RUN/model RUN [...]; then NAME --scores, once they are measured.
 
-NAME is spar or dualtoken. The weights are written to src/spar/assets in bfloat16 (the matrices of DualToken's LLM and
-heads in 8 bits), with the stages and curves of the runs that made them, in order: a training may have been stopped and
-continued in several folders; `--origin` is the model that the first of them began with. `--scores` writes the main
-scores of docs/results (of DualToken: docs/results/dualtoken) into the manifest, and then the model card.
+NAME is spar or dualtoken. The weights are written to src/spar/assets in bfloat16 (DualToken's matrices in 8 bits), with
+the stages and curves of the runs that made them, in order: a training may have been stopped and continued in several
+folders; `--origin` is the model that the first of them began with. `--scores` writes the main scores of docs/results
+(of DualToken: docs/results/dualtoken) into the manifest, and then the model card.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ import torch
 
 from spar.checkpoints.bundled import BUNDLED_MODELS
 from spar.checkpoints.dualtoken_format import build_dualtoken_card, load_dualtoken, save_dualtoken
+from spar.checkpoints.eight_bits import EIGHT_BITS, rounded, takes_eight_bits
 from spar.checkpoints.safetensors_io import read_tensors, write_tensors
 from spar.checkpoints.spar_format import CARD, build_model_card, load_model, save_model
 from spar.common.config import read_json, write_json
+from spar.common.errors import InputError
 from spar.evaluation.results import read_result
 from spar.evaluation.targets import main_scores, show_title
 
@@ -32,22 +34,31 @@ FORMATS = {
 }
 
 
-# The bundled models together may have 40 MB. The tokenizer stays in bfloat16: other weights give other codes.
-IN_EIGHT_BITS = {"spar": (), "dualtoken": ("language", "pixel_head", "semantic_head")}
+# The bundled models together may have 40 MB.
+IN_EIGHT_BITS = {"spar": (), "dualtoken": ("tokenizer", "language", "pixel_head", "semantic_head")}
 STORAGE = {
     "spar": "bfloat16",
-    "dualtoken": "bfloat16, the matrices of language, pixel_head and semantic_head in 8 bits (float8 e4m3)",
+    "dualtoken": "bfloat16, the matrices of tokenizer, language, pixel_head and semantic_head in 8 bits (float8 e4m3)",
 }
 
 
+def check_tokenizer(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a tokenizer that was not trained to be stored in 8 bits: its codes would not be those that the LLM knows.
+
+    Raises:
+        InputError: the message has the first weight that 8 bits would change.
+    """
+    for name, value in tensors.items():
+        if not torch.equal(rounded(name, value, 8), value):
+            raise InputError(f"{name} is not rounded to 8 bits: expected a model trained with tokenizer_bits 8")
+
+
 def store_in_eight_bits(folder: Path, part: str) -> None:
-    """Store the matrices of a part as float8 (e4m3: 3 bits of mantissa); embeddings, norms and biases stay."""
+    """Store the matrices of a part in 8 bits."""
     path = folder / part / "model.safetensors"
     tensors = read_tensors(path)
-    for name, value in tensors.items():
-        if value.dim() > 1 and not name.endswith(("embed_tokens.weight", "positions")):
-            tensors[name] = value.to(torch.float8_e4m3fn)
-    write_tensors(tensors, path)
+    kept = {name: value for name, value in tensors.items() if not takes_eight_bits(name, value)}
+    write_tensors({name: value.to(EIGHT_BITS) for name, value in tensors.items()} | kept, path)
 
 
 def measured(name: str) -> dict[str, dict[str, float]]:
@@ -98,6 +109,8 @@ def main() -> None:
         (folder / CARD).write_text(build_card(load(folder)), encoding="utf-8")
     elif args.model and args.runs:
         bundle = load(args.model)
+        if "tokenizer" in IN_EIGHT_BITS[args.name]:
+            check_tokenizer(bundle.model.tokenizer.state_dict())
         made: dict[str, Any] = {"stages": stages(args.runs), "storage": STORAGE[args.name]}
         if args.origin:
             made["origin"] = read_json(args.origin / "manifest.json")

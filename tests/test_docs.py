@@ -17,8 +17,10 @@ import torch
 from PIL import Image
 
 from spar.checkpoints.bundled import BUNDLED_MODELS
-from spar.checkpoints.safetensors_io import SafetensorsReader, read_tensors
+from spar.checkpoints.eight_bits import rounded
+from spar.checkpoints.safetensors_io import read_tensors, write_tensors
 from spar.checkpoints.spar_format import load_model
+from spar.common.errors import InputError
 from spar.inference.pipeline import BUNDLED
 from spar.processing.prompts import known_words
 from spar.worlds.shapes.captions import DESCRIBE, parse
@@ -108,20 +110,26 @@ def test_the_model_card_and_spar_info_show_the_scores_of_the_manifest(name, caps
             assert f"| {title} | {name} | {value:g} |" in card
 
 
-def test_eight_bits_hold_matrices_alone_and_never_the_tokenizers(dual_run, tmp_path):
-    """Of the tokenizer other weights would give other codes than the LLM was trained on."""
-    script, part = load("bundle"), "pixel_head"
-    assert "tokenizer" not in script.IN_EIGHT_BITS["dualtoken"]
-    types = SafetensorsReader(BUNDLED_MODELS["dualtoken"] / "tokenizer" / "model.safetensors").types
-    assert {*types.values()} == {"BF16"}
+@pytest.mark.parametrize("part", ["pixel_head", "tokenizer"])
+def test_eight_bits_hold_matrices_alone(part, dual_run, tmp_path):
+    script, path = load("bundle"), tmp_path / part / "model.safetensors"
     shutil.copytree(dual_run.path / "model" / part, tmp_path / part)
-    before = read_tensors(tmp_path / part / "model.safetensors")
+    before = {name: rounded(name, value, 8) for name, value in read_tensors(path).items()}
+    write_tensors(before, path)
     script.store_in_eight_bits(tmp_path, part)
-    for name, value in read_tensors(tmp_path / part / "model.safetensors").items():
-        kept = value.dim() == 1 or name == "positions"
-        assert value.dtype == (torch.float32 if kept else torch.float8_e4m3fn), name
-        # 3 bits of mantissa, and below 2^-6 steps of 2^-9
-        torch.testing.assert_close(value.float(), before[name], rtol=0 if kept else 2**-4, atol=0 if kept else 2**-10)
+    kept = {name for name, value in before.items() if value.dim() == 1 or "position" in name or "quantizer" in name}
+    for name, value in read_tensors(path).items():
+        assert value.dtype == (before[name].dtype if name in kept else torch.float8_e4m3fn), name
+        assert torch.equal(value.to(before[name].dtype), before[name]), name
+
+
+def test_a_tokenizer_that_was_not_trained_for_eight_bits_is_not_stored_so(dual_run):
+    """Of other weights it would give other codes than the LLM was trained on."""
+    script, tensors = load("bundle"), read_tensors(dual_run.path / "model" / "tokenizer" / "model.safetensors")
+    script.check_tokenizer(tensors)
+    name = "encoder.network.head.mlp.fc1.weight"
+    with pytest.raises(InputError, match=f"{name} is not rounded to 8 bits: expected a model trained with"):
+        script.check_tokenizer({**tensors, name: tensors[name] + 2**-12})
 
 
 def manifest_scores(name: str) -> dict[str, dict[str, float]]:

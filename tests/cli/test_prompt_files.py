@@ -198,6 +198,14 @@ def test_a_benchmark_has_the_layout_that_its_scorer_reads(name, model, tmp_path,
         coded = [encode_image(Image.fromarray(one), "jpeg", {}) for one in drawn]
         drawn = [np.asarray(Image.open(BytesIO(one))).astype(float) for one in coded]
         assert len(found) == 3 and all(np.abs(x - y).mean() < 1 for x, y in zip(found, drawn, strict=True))
+        (folder / files[1]).unlink()
+        assert run(model, path, folder, *more, "--check") == 1
+        assert f"{files[1]} is missing" in capsys.readouterr().out
+        assert run(model, path, folder, *more) == 0 and "; 1 new" in capsys.readouterr().out
+        assert run(model, path, folder, *more, "--check") == 0
+        Image.open(folder / files[0]).save(folder / files[0], format="PNG")
+        assert run(model, path, folder, *more, "--check") == 1
+        assert f"{files[0]} is damaged" in capsys.readouterr().out
         return
     if name == "dpg":  # upper left, upper right, lower left, lower right
         found = [half for one in found for rows in np.split(one, 2) for half in np.split(rows, 2, axis=1)]
@@ -463,6 +471,8 @@ def test_gedit_edits_the_images_of_its_tables(model, tmp_path, capsys):
     assert main([*own, "--check"]) == 1
     missing, damaged, last = sorted(capsys.readouterr().out.splitlines(), key=lambda line: "missing" not in line)
     assert missing == f"{stems[0]}_SRCIMG.png is missing" and f"{stems[1]}_SRCIMG.png is damaged" in damaged + last
+    assert main([*own, "--images", str(tmp_path)]) == 2
+    assert "--images: expected none with --format gedit, whose images are in its" in capsys.readouterr().err
     english = EDIT_FORMATS["gedit-en"](prompts, prompts)
     assert [*english.prompts] == ["remove the red circle", "change the background to navy"]
 

@@ -95,3 +95,12 @@ def test_the_bundled_models_end_every_prompt_in_an_image_or_in_words(name):
             pipe.check_text(prompt.text, "prompt")
         except InputError as error:
             assert str(error).startswith("prompt"), error
+
+
+def test_a_setting_that_is_refused_ends_the_run_and_is_no_refusal_of_prompts():
+    class Refusing(Stranger):
+        def generate(self, prompt, **keywords):
+            raise InputError("num_inference_steps: expected 8, got 20")
+
+    with pytest.raises(InputError, match="num_inference_steps"):
+        shapes_robust(Refusing(), EvalOptions(limit=1))

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from spar.cli.main import main
+from spar.common.errors import InputError
 from spar.common.process_group import ProcessGroup
 from spar.evaluation.unfinished import RecordedPipeline
 
@@ -84,8 +85,9 @@ def test_a_stopped_evaluation_goes_on_and_ends_as_an_unbroken_one(pipe, capsys):
         assert len(pipe.calls) == whole - stop
         assert told(f"parts{stop}") == told("whole")
         assert not Path(f"parts{stop}/all.unfinished").exists()
-        kept = [json.loads(path.read_text())["settings"].get("kept_calls") for path in Path(f"parts{stop}").iterdir()]
-        assert sum(one is not None for one in kept) <= 1
+        settings = [json.loads(path.read_text())["settings"] for path in Path(f"parts{stop}").iterdir()]
+        kept = [one.get("kept_calls", 0) for one in settings]
+        assert sum(kept) == (4 if stop == 4 else max(kept))
 
 
 def test_one_result_goes_on_too_and_what_is_damaged_is_computed_again(pipe, capsys):
@@ -110,11 +112,32 @@ def test_another_call_does_not_go_on_with_it(pipe, capsys):
     pipe.calls, pipe.stop = [], None
     assert main([*words, "--seed", "4"]) == 2
     assert "gen.json.unfinished was begun with another options" in capsys.readouterr().err
-    torch.nn.init.zeros_(pipe.model.weight)
+    with torch.no_grad():
+        pipe.model.weight.add_(1)
     assert main(words) == 2 and "begun with another weights" in capsys.readouterr().err
     assert not pipe.calls
-    assert main([*words, "--seed", "4", "--overwrite"]) == 0
+    assert main([*words, "--seed", "4", "--overwrite"]) == 0 and len(pipe.calls) == 5
     assert not Path("gen.json.unfinished").exists()
+
+
+def test_results_that_are_replaced_go_on_too(pipe):
+    words = ["eval", "shapes-gen", *FLAGS, "-o", "gen.json", "--overwrite"]
+    assert main(words) == 0
+    pipe.calls, pipe.stop = [], 3
+    assert main(words) == 130
+    pipe.calls, pipe.stop = [], None
+    assert main(words) == 0 and len(pipe.calls) == 2
+
+
+def test_a_call_that_was_refused_does_not_stand_in_the_way_of_the_right_one(pipe, monkeypatch):
+    def refuse(*_, **__):
+        raise InputError("num_inference_steps: expected 8, got 20")
+
+    words = ["eval", "shapes-gen", *FLAGS, "-o", "gen.json"]
+    with monkeypatch.context() as patch:
+        patch.setattr(pipe, "generate", refuse)
+        assert main([*words, "--steps", "20"]) == 2
+    assert main(words) == 0
 
 
 def test_a_kept_call_is_that_of_the_same_inputs_alone(tmp_path):

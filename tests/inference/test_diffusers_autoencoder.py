@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +12,11 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import spar
 from spar.checkpoints.spar_format import load_tokenizer, save_tokenizer
-from spar.common import files
 from spar.common.errors import InputError
 from spar.inference.diffusers_autoencoder import AutoencoderSpar
 from spar.inference.pipeline import SparPipeline
@@ -131,26 +132,42 @@ def test_a_save_that_is_stopped_leaves_the_old_one_and_what_lies_beside_it(vae, 
     folder = tmp_path / "vae"
     vae.save_pretrained(folder)
     (folder / "README.md").write_text("mine")
-    (folder / "pictures").mkdir()
-    (folder / "pictures" / "a.png").write_bytes(b"a picture")
-    (folder / "link").symlink_to("README.md")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
     def stopped(*_, **__):
         raise KeyboardInterrupt
 
-    for module, name in ((files, "swap_folders"), (vae, "save_config"), (safetensors.torch, "save_file")):
+    def full(*_, **__):
+        raise SafetensorError("No space left on device")
+
+    for module, name, error in (
+        (vae, "save_config", stopped), (safetensors.torch, "save_file", stopped), (safetensors.torch, "save_file", full)
+    ):  # fmt: skip
         with monkeypatch.context() as patch:
-            patch.setattr(module, name, stopped)
-            with pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, name, error)
+            with pytest.raises(KeyboardInterrupt if error is stopped else InputError):
                 vae.save_pretrained(folder, max_shard_size="20KB")
         assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-        assert [path.name for path in tmp_path.iterdir()] == ["vae"]
+        assert not (folder / ".saving").exists()
     vae.save_pretrained(folder, max_shard_size="20KB")
-    shards = {path.name for path in folder.iterdir()} - {"config.json", "README.md", "pictures", "link"}
+    shards = {path.name for path in folder.iterdir()} - {"config.json", "README.md"}
     assert len(shards) > 2 and "diffusion_pytorch_model.safetensors" not in shards
-    assert (folder / "pictures" / "a.png").read_bytes() == b"a picture" and (folder / "link").is_symlink()
-    assert (folder / "README.md").read_text() == "mine"
+    vae.save_pretrained(folder)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in before}
+
+
+def test_variants_lie_beside_each_other_and_a_folder_may_be_where_one_works_or_a_link(vae, tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.chdir(tmp_path / "real")
+    vae.save_pretrained(".")
+    vae.save_pretrained(tmp_path / "link", variant="fp16")
+    vae.save_pretrained(tmp_path / "link", variant="fp16", max_shard_size="20KB")
+    names = {path.name for path in Path().iterdir()}
+    assert {"config.json", "diffusion_pytorch_model.safetensors"} < names
+    assert "diffusion_pytorch_model.fp16.safetensors" not in names
+    assert sum(".fp16" in name for name in names) == len(names) - 2 > 2
+    assert (tmp_path / "link").is_symlink()
 
 
 def test_it_is_saved_and_loaded_and_nothing_else_is_overwritten(vae, pixels, tmp_path, folder):

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 
 from spar.checkpoints.dualtoken_format import load_dualtoken, save_dualtoken
+from spar.checkpoints.eight_bits import rounded
 from spar.checkpoints.lora import LoraConfig
 from spar.checkpoints.safetensors_io import read_tensors
 from spar.common.errors import InputError
@@ -50,8 +51,8 @@ def changed(run, before, after):
     one, other = weights(run, before), weights(run, after)
 
     def same(key):
-        rounded = key.startswith("model.tokenizer.") and one[key].is_floating_point() and after not in TOKENIZER_STAGES
-        return torch.equal(one[key].bfloat16().float() if rounded else one[key], other[key])
+        is_rounded = key.startswith("model.tokenizer.") and after not in TOKENIZER_STAGES
+        return torch.equal(rounded(key, one[key], 8) if is_rounded else one[key], other[key])
 
     return {key for key in one if not same(key)}
 
@@ -106,13 +107,16 @@ def test_codebooks_move_with_each_step_of_the_tokenizer_and_rest_later(dual_run)
 
 
 def test_a_folder_in_bfloat16_gives_the_codes_that_the_llm_learnt(dual_run, tmp_path):
-    """Rounded after the tokenizer's last stage: the codes of training are those of a folder of half the size."""
+    """Rounded after the tokenizer's last stage: the codes of training are those of a folder of half the size, or with
+    the matrices in 8 bits of a quarter.
+    """
     bundle = load_dualtoken(dual_run.path / "model")
     save_dualtoken(bundle, tmp_path / "half", torch.bfloat16)
     half = load_dualtoken(tmp_path / "half").model
     assert not torch.equal(half.language.network.norm.weight, bundle.model.language.network.norm.weight)
     for name, value in bundle.model.tokenizer.state_dict().items():
         assert torch.equal(half.tokenizer.state_dict()[name], value), name
+        assert torch.equal(rounded(name, value, 8), value), name
     images = torch.rand(4, 3, TINY.image_size, TINY.image_size, generator=torch.Generator().manual_seed(0))
     for name, codes in vars(bundle.model.tokenizer.encode(images)).items():
         assert torch.equal(vars(half.tokenizer.encode(images))[name], codes)
@@ -288,7 +292,7 @@ def test_a_loss_weight_that_an_objective_reads_has_an_effect(dual_run, name, bas
 def test_no_objective_of_dualtoken_may_read_a_weight_that_is_not_tried_above():
     tried = {type(base): {*names} for _, base, names in READ}
     own = {type(stage.objective) for stage in TINY.stages}
-    assert {cls: {item.name for item in fields(cls)} - {"mean_over"} for cls in own} == tried
+    assert {cls: {item.name for item in fields(cls)} - {"mean_over", "tokenizer_bits"} for cls in own} == tried
 
 
 def test_an_adversary_must_train():
@@ -318,7 +322,7 @@ def test_the_recipe_is_planned_with_what_it_prepares(dual_run):
     plan = resolve(TINY, read_run(TINY, dual_run.path / "nowhere"))
     prepares = {stage.config.name: stage.prepares for stage in plan.stages}
     assert prepares["tokenizer"] == ("teacher from encoder", "codebooks from data")
-    assert prepares["mllm"] == ("tokenizer rounded to bfloat16",)
+    assert prepares["mllm"] == ("tokenizer rounded as it is stored",)
     assert prepares["tokenizer-gan"] == () and prepares["unified"] == ()
 
 

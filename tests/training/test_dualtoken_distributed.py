@@ -37,7 +37,7 @@ def exact():
 
 
 def run_alone(path, first, **parallelism):
-    """The LLM begins from one and the same tokenizer: rounding to bfloat16 would make small differences large."""
+    """The LLM begins from one and the same tokenizer: rounding its weights would make small differences large."""
     parallel = ParallelismConfig(precision="fp32", **parallelism)
     train(exact(), path, stages=STAGES[:2], init_from=first, parallelism=parallel)
     train(exact(), language_run(path), stages=STAGES[2:], init_from=first.parents[1] / "tokenizer-gan" / "done",

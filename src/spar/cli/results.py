@@ -58,11 +58,12 @@ def evaluate(args: EvalArguments) -> int:
     names: list[str] = list(BENCHMARKS) if args.benchmark == "all" else [args.benchmark]
     paths = _result_paths(args, names)
     group = ProcessGroup.meet(choose_device(args.device), patience=PATIENCE)
-    folder = paths[0].with_name(("all" if args.benchmark == "all" else paths[0].name) + ".unfinished")
-    unfinished = Unfinished(folder, group, overwrite=args.overwrite)
-    written = {name for name, path in zip(names, paths, strict=True) if unfinished.finished(name) and path.is_file()}
-    left_to_write = [path for name, path in zip(names, paths, strict=True) if name not in written]
-    group.main_only(lambda: check_writable(left_to_write, overwrite=args.overwrite))
+    several = f"all{_mark(args)}" if args.benchmark == "all" else paths[0].name
+    results = dict(zip(names, paths, strict=True))
+    unfinished = Unfinished(paths[0].with_name(f"{several}.unfinished"), group, results)
+    written = unfinished.written()
+    new = [path for name, path in results.items() if name not in written]
+    group.main_only(lambda: check_writable(new, overwrite=args.overwrite))
     pipe = loading.load_pipeline(args, group.device)
     shared: Any = pipe if group.world == 1 else SharedPipeline(pipe, group)
     if args.no_layout:
@@ -80,9 +81,10 @@ def evaluate(args: EvalArguments) -> int:
         "options": own | {name: value for name, value in asdict(options).items() if name != "batch"},
         "model": {name: value for name, value in pipe.run_metadata().items() if name != "device"},
         "weights": weights_digest(pipe.model),
-    })
+    }, overwrite=args.overwrite)  # fmt: skip
+    written = unfinished.written()
     # What one process does alone comes last: the others need not wait for it.
-    for name, path in sorted(zip(names, paths, strict=True), key=lambda pair: pair[0] in ALONE):
+    for name, path in sorted(results.items(), key=lambda pair: pair[0] in ALONE):
         alone = name in ALONE
         if name in left or name in written or (alone and not group.main):
             continue
@@ -106,9 +108,12 @@ def evaluate(args: EvalArguments) -> int:
     return 0
 
 
+def _mark(args: EvalArguments) -> str:
+    return "-held_out" if args.combinations == "held_out" else ""
+
+
 def _result_paths(args: EvalArguments, names: list[str]) -> list[Path]:
-    mark = "-held_out" if args.combinations == "held_out" else ""
-    files = [f"{name}{mark}.json" for name in names]
+    files = [f"{name}{_mark(args)}.json" for name in names]
     if args.benchmark == "all":
         return [(args.output or Path("results")) / file for file in files]
     if args.output is not None and os.path.isdir(args.output):

@@ -178,6 +178,8 @@ class EditArguments(PromptFileArguments):
         super().__post_init__()
         flags = {"--format": self.format != "plain", "--images": self.images is not None}
         self.check_file({"IMAGE": self.image is not None, **flags})
+        if self.images is not None and self.format.startswith("gedit"):
+            raise InputError(f"--images: expected none with --format {self.format}, whose images are in its files")
         if self.prompts is None and self.source:
             check_nonempty(self.instruction, "instruction", "IMAGE INSTRUCTION")
             self.check_count()

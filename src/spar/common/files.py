@@ -91,18 +91,3 @@ def swap_folders(new: Path, folder: Path, old: Path) -> None:
             old.rename(folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def take_along(source: Path, target: Path) -> None:
-    """Have a file or folder of one place in another of the same file system too, by links where it has them."""
-
-    def link(one: str, other: str) -> None:
-        try:
-            os.link(one, other, follow_symlinks=False)
-        except OSError:  # a file system without links, or one that allows none of another user's file
-            shutil.copy2(one, other, follow_symlinks=False)
-
-    if source.is_dir() and not source.is_symlink():
-        shutil.copytree(source, target, symlinks=True, copy_function=link)
-    else:
-        link(str(source), str(target))

@@ -49,7 +49,7 @@ MEASURED = {
     "shapes-vqa-bind": "shapes-vqa on such scenes, with further questions",
     "shapes-paraphrase": "what is right in other words, of what is right in the usual ones",
     "shapes-chat": "answers right in each turn of a conversation",
-    "shapes-robust": "drawings of strangers' prompts: other words, long texts, misspellings, contradictions, attacks",
+    "shapes-robust": "strangers' prompts drawn as they were meant: other words, long texts, misspellings",
     "shapes-zero-shot": "objects named by the nearest label, by the two towers",
     "shapes-codes": "how much of each vocabulary is used, and how evenly",
     "shapes-agreement": "what the model says of its own drawings, from their codes, agrees with the prompts",

@@ -31,8 +31,11 @@ class _Images:
     def read(self, path: Path, group: int, row: int, column: str) -> bytes:
         place = (path, group, column)
         if self._last is None or self._last[0] != place:
-            self._last = place, open_parquet(path).read_row_group(group, columns=[column]).column(column)
-        stored = self._last[1][row].as_py()
+            self._last = place, _read_group(path, open_parquet(path), group, [column]).column(column)
+        try:
+            stored = self._last[1][row].as_py()
+        except Exception as error:  # of a damaged page Arrow raises nearly anything
+            raise InputError(f"{path}: {column} of row {row} of group {group} cannot be read: {error}") from error
         data = stored.get("bytes") if isinstance(stored, dict) else stored
         if not isinstance(data, bytes) or not 0 < len(data) <= MAX_BYTES:
             raise InputError(f"{path}: expected an image as {column} of row {row} of group {group}, found none")
@@ -82,8 +85,8 @@ class GEdit(PromptSet):
         return {f"{name}_SRCIMG.png": image for name, image in zip(self.names, self.compared, strict=True)}
 
 
-def read_gedit(path: Path, _: Path, *, languages: Sequence[str] = _LANGUAGES) -> GEdit:
-    """GEdit-Bench's parquet file, or the folder of its files.
+def read_gedit(path: Path, languages: Sequence[str] = _LANGUAGES) -> GEdit:
+    """GEdit-Bench's parquet file, or the folder of its files; its instructions in some of its languages.
 
     Raises:
         InputError: pyarrow is missing, or a file or a row that is none of GEdit-Bench.
@@ -91,9 +94,7 @@ def read_gedit(path: Path, _: Path, *, languages: Sequence[str] = _LANGUAGES) ->
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     images, found = _Images(), dict[str, tuple[str, _RowImage, _RowImage]]()
     for file in files:
-        for group, row, (task, key, language, text) in _rows(file):
-            if language not in languages:
-                continue
+        for group, row, (task, key, language, text) in _rows(file, languages):
             name = f"fullset/{task}/{language}/{key}"
             if name in found:
                 raise InputError(f"{path}: expected each key once, got {name!r} twice")
@@ -109,13 +110,15 @@ def read_gedit(path: Path, _: Path, *, languages: Sequence[str] = _LANGUAGES) ->
     return GEdit(texts, edited, names=tuple(found), compared=compared)
 
 
-def read_gedit_en(path: Path, images: Path) -> GEdit:
-    """Its instructions in English alone."""
-    return read_gedit(path, images, languages=("en",))
+def _read_group(path: Path, parquet: Any, group: int, columns: list[str]) -> Any:
+    try:
+        return parquet.read_row_group(group, columns=columns)
+    except Exception as error:
+        raise InputError(f"{path}: group {group} of its rows cannot be read: {error}") from error
 
 
-def _rows(file: Path) -> Iterator[tuple[int, int, list[str]]]:
-    """Of each row its group, its number there, and the texts of _WORDS."""
+def _rows(file: Path, languages: Sequence[str]) -> Iterator[tuple[int, int, list[str]]]:
+    """Of each row in one of the languages its group, its number there, and the texts of _WORDS."""
     parquet = open_parquet(file)
     missing = [name for name in (*_WORDS, _EDITED, _COMPARED) if name not in parquet.schema_arrow.names]
     if missing:
@@ -123,11 +126,17 @@ def _rows(file: Path) -> Iterator[tuple[int, int, list[str]]]:
     for group in range(parquet.metadata.num_row_groups):
         if (size := parquet.metadata.row_group(group).total_byte_size) > MAX_ROW_GROUP_BYTES:
             raise InputError(f"{file}: expected row groups of at most {MAX_ROW_GROUP_BYTES} bytes, got {size}")
-        columns = parquet.read_row_group(group, columns=[*_WORDS]).to_pydict()
-        for row, words in enumerate(zip(*(columns[name] for name in _WORDS), strict=True)):
+        table = _read_group(file, parquet, group, [*_WORDS])
+        for row in range(len(table)):
+            try:
+                words = [table.column(name)[row].as_py() for name in _WORDS]
+            except Exception as error:  # text that is not UTF-8
+                raise InputError(f"{file}, row {row} of group {group}: its text cannot be read: {error}") from error
+            if words[_WORDS.index("instruction_language")] not in languages:
+                continue
             for name, word in zip(_WORDS, words, strict=True):
                 if not isinstance(word, str) or not word.strip() or len(word) > MAX_TEXT_BYTES:
                     raise InputError(f"{file}, row {row} of group {group}: expected text as {name}, got {word!r:.80}")
                 if name != "instruction" and ("/" in word or not is_safe_path(word)):
                     raise InputError(f"{file}, row {row} of group {group}: expected a name as {name}, got {word!r:.80}")
-            yield group, row, [*words]
+            yield group, row, words

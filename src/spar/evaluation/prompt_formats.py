@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from spar.common.errors import InputError
 from spar.common.limits import MAX_TEXT_BYTES
-from spar.evaluation.gedit import read_gedit, read_gedit_en
+from spar.evaluation.gedit import read_gedit
 from spar.inference.prompt_files import MAX_PROMPTS, ImageFile, PromptSet, SourceFile, SourceImage, read_prompts
 
 MAX_FILE_BYTES = 2**26  # of a benchmark's prompts
@@ -193,7 +193,8 @@ def _inside(path: Path, images: Path, entry: Mapping[str, Any], key: str) -> Sou
 
 
 EDIT_FORMATS: dict[str, Callable[[Path, Path], PromptSet]] = {
-    "plain": read_edits, "imgedit": read_imgedit, "gedit": read_gedit, "gedit-en": read_gedit_en,
+    "plain": read_edits, "imgedit": read_imgedit,
+    "gedit": lambda path, _: read_gedit(path), "gedit-en": lambda path, _: read_gedit(path, ("en",)),
 }  # fmt: skip
 FORMATS: dict[str, Callable[[Path], PromptSet]] = {
     "plain": read_prompts, "geneval": read_geneval, "geneval2": read_geneval2, "wise": read_wise, "dpg": read_dpg,

@@ -60,6 +60,9 @@ def shapes_robust(pipe: PipelineLike, options: EvalOptions | None = None, progre
     "part.noted", of the contradictory prompts drawn, those with a note to the user (`prompt_notes`); and
     "part.handled", the share of all prompts that were drawn or refused in words, not failed.
     The prompts are the same for all `combinations`, which change the seeds alone.
+
+    Raises:
+        InputError: a setting that the model refuses.
     """
     options, clock = options or EvalOptions(), Timer()
     prompts = robust_prompts(options.limit)
@@ -116,8 +119,10 @@ def _draw(pipe: PipelineLike, prompts: Sequence[RobustPrompt], options: EvalOpti
     def check(prompt: RobustPrompt) -> tuple[str, str] | None:
         try:
             pipe.check_text(prompt.text, "prompt")
+        except InputError as error:
+            return REFUSED, str(error)
         except Exception as error:
-            return _ended(error)
+            return _failed(error)
         return None
 
     def draw(some: Sequence[RobustPrompt]) -> list[tuple[str, str]]:
@@ -125,8 +130,10 @@ def _draw(pipe: PipelineLike, prompts: Sequence[RobustPrompt], options: EvalOpti
         texts, seeds = [one.text for one in some], [image_seed(options.seed, block, one.index) for one in some]
         try:
             images = pipe.generate(texts, seed=seeds, num_images_per_prompt=1, **options.sampling(), **own).images
+        except InputError:  # of the settings: the prompts were checked
+            raise
         except Exception as error:
-            return [_ended(error)] if len(some) == 1 else [end for prompt in some for end in draw([prompt])]
+            return [_failed(error)] if len(some) == 1 else [end for prompt in some for end in draw([prompt])]
         return [(_verdict(prompt, image), "") for prompt, image in zip(some, images, strict=True)]
 
     refused = {prompt.index: end for prompt in prompts if (end := check(prompt))}
@@ -135,9 +142,9 @@ def _draw(pipe: PipelineLike, prompts: Sequence[RobustPrompt], options: EvalOpti
     return [(refused | drawn)[prompt.index] for prompt in prompts]
 
 
-def _ended(error: Exception) -> tuple[str, str]:
-    """What an error is worth: a refusal is said in words, any other should never be seen."""
-    return (REFUSED, str(error)) if isinstance(error, InputError) else (FAILED, f"{type(error).__name__}: {error}")
+def _failed(error: Exception) -> tuple[str, str]:
+    """An error that no user should see."""
+    return FAILED, f"{type(error).__name__}: {error}"
 
 
 def _verdict(prompt: RobustPrompt, image: Image.Image) -> str:

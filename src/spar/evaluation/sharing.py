@@ -12,8 +12,9 @@ from PIL import Image
 from spar.common.process_group import ProcessGroup
 from spar.processing.images import ImageSource
 
-# Benchmarks whose calls depend on the one before (a conversation) or hand on more than images and words (codes).
-ALONE = ("shapes-chat", "shapes-codes", "shapes-agreement")
+# Benchmarks whose calls depend on the one before (a conversation), hand on more than images and words (codes), or may
+# fail on one process alone.
+ALONE = ("shapes-chat", "shapes-codes", "shapes-agreement", "shapes-robust")
 
 
 @dataclass(frozen=True)

@@ -30,21 +30,28 @@ class Unfinished:
 
     Args:
         folder: `RESULT.json.unfinished` beside the result, or `all.unfinished` among several.
-        group: the processes that share the evaluation; one of them writes.
-        overwrite: whether to begin anew whatever is there.
+        group: the processes that share the evaluation; one of them reads and writes.
+        results: the file of each benchmark's result.
     """
 
-    def __init__(self, folder: Path, group: ProcessGroup, *, overwrite: bool = False) -> None:
-        self.folder, self.group = folder, group
-        if overwrite:
-            group.main_only(self.end)
+    def __init__(self, folder: Path, group: ProcessGroup, results: Mapping[str, Path]) -> None:
+        self.folder, self.group, self.results = folder, group, results
 
-    def finished(self, name: str) -> bool:
-        """Whether the result of a benchmark was written before the stop."""
-        return self.group.main_only((self.folder / f"{name}{DONE}").is_file)
+    def written(self) -> set[str]:
+        """The benchmarks whose results were written before the stop."""
+        return self.group.main_only(
+            lambda: {
+                name for name, path in self.results.items()
+                if (self.folder / f"{name}{DONE}").is_file() and path.is_file()
+            }
+        )  # fmt: skip
 
-    def begin(self, identity: Mapping[str, Any]) -> None:
-        """Make the folder, or check that the same call left it.
+    def begin(self, identity: Mapping[str, Any], *, overwrite: bool) -> None:
+        """Make the folder, or check that the same call left it; one without outputs is made anew.
+
+        Args:
+            identity: of the call.
+            overwrite: whether to begin anew where another call left it.
 
         Raises:
             InputError: it is of another call; the message has what differs.
@@ -53,14 +60,18 @@ class Unfinished:
 
         def begun() -> None:
             path = self.folder / SETTINGS
-            if path.is_file():
-                for name, found in read_json(path).items():
-                    if found != wanted.get(name):
-                        differs = f"begun with another {name}: {str(found)[:200]}, got {str(wanted.get(name))[:200]}"
-                        raise InputError(f"{self.folder} was {differs}; --overwrite begins anew")
-            else:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                write_json(path, wanted)
+            if path.is_file() and {*self.folder.iterdir()} != {path}:
+                found = read_json(path)
+                other = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
+                if not other:
+                    return
+                if not overwrite:
+                    was, now = (str(one.get(other[0]))[:200] for one in (found, wanted))
+                    differs = f"begun with another {other[0]}: {was}, got {now}"
+                    raise InputError(f"{self.folder} was {differs}; --overwrite begins anew")
+            self.end()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, wanted)
 
         self.group.main_only(begun)
 

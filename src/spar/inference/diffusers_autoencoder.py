@@ -5,6 +5,8 @@ by `config.scaling_factor` before a network denoises it. It is deterministic and
 """
 
 import os
+import re
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_c
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, EncoderOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
+from safetensors import SafetensorError
 from torch import Tensor
 
 from spar.checkpoints.formats.checkpoint_source import fetch
@@ -21,7 +24,6 @@ from spar.checkpoints.hub import ADDRESS, hub_address, model_folder
 from spar.checkpoints.spar_format import load_tokenizer
 from spar.common.config import from_dict, read_json, to_dict
 from spar.common.errors import InputError
-from spar.common.files import atomic_directory, take_along
 from spar.common.limits import MAX_TILE, check_int_range
 from spar.inference.base import read_dtype
 from spar.models.config import SparConfig
@@ -30,12 +32,26 @@ from spar.models.tokenizer import UnifiedTokenizer
 
 TILE = 32  # cells per side
 WEIGHTS = "diffusion_pytorch_model"  # diffusers' name of a model's files
+ASIDE = ".saving"  # where a model's files are written first
 MISFITS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 # What a pipeline's loading says to each of its parts, and what has no effect on the loading of a SPAR folder.
 WITHOUT_EFFECT = (
     "disable_mmap", "low_cpu_mem_usage", "max_memory", "offload_folder", "offload_state_dict", "use_flashpack",
     "use_safetensors",
 )  # fmt: skip
+
+
+def _take_places(new: Path, folder: Path, variant: str | None) -> None:
+    """Put the files of a folder in the places of a model's; of its older files those of the same variant go."""
+    mark = f".{re.escape(variant)}" if variant else ""
+    own = re.compile(rf"{WEIGHTS}(?:{mark}(?:-\d+-of-\d+)?\.safetensors|\.safetensors\.index{mark}\.json)")
+    config = folder / "config.json"
+    config.unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if own.fullmatch(path.name):
+            path.unlink()
+    for path in sorted(new.iterdir(), key=lambda one: one.name == config.name):
+        path.replace(folder / path.name)
 
 
 class AutoencoderSpar(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[misc]  # two types of config_name
@@ -149,7 +165,8 @@ class AutoencoderSpar(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignor
     ) -> None:  # fmt: skip
         """Write the autoencoder in diffusers' form, weights as they are; arguments are diffusers'.
 
-        Stopped at any point, the folder has the old files or the new ones; others in it stay.
+        The files are written aside first and take the old ones' places at the end; others in the folder stay. While
+        they do, `config.json` is missing, so that no mixture of two models can be loaded.
 
         Raises:
             InputError: the path has something else, is a file, cannot be written, or a pickle would be written.
@@ -167,14 +184,19 @@ class AutoencoderSpar(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignor
             return
         if push_to_hub:
             keywords.setdefault("repo_id", folder.absolute().name)
-        with atomic_directory(folder) as temporary:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / ASIDE
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
             super().save_pretrained(
                 str(temporary), True, save_function, True, variant, max_shard_size, push_to_hub, use_flashpack,
                 **keywords,
             )  # fmt: skip
-            for other in folder.iterdir() if folder.is_dir() else ():
-                if not other.name.startswith(WEIGHTS) and not (temporary / other.name).exists():
-                    take_along(other, temporary / other.name)
+            _take_places(temporary, folder, variant)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"cannot write {folder}: {error}") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
     def enable_tiling(
         self, tile_sample_min_height: int | None = None, tile_sample_min_width: int | None = None,

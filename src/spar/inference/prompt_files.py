@@ -28,6 +28,7 @@ from spar.inference.image_files import numbered_names, read_metadata, save_image
 from spar.processing.images import ImageSource, open_image
 
 FORMAT, SETTINGS, LIST = "spar-images", "generation.json", "metadata.jsonl"
+SUFFIXES = {".png": "PNG", ".jpeg": "JPEG"}  # and what Pillow calls them
 MAX_PROMPTS, MAX_FILES = 10**6, 10**7
 DIGEST_NUMBERS = 64  # of each tensor
 
@@ -170,7 +171,7 @@ def begin(
     }
 
     def begun() -> int:
-        if (folder / SETTINGS).is_file() and next(folder.rglob("*.png"), None) is not None:
+        if (folder / SETTINGS).is_file() and any(file.suffix in SUFFIXES for file in folder.rglob("*")):
             found = read_json(folder / SETTINGS)
             first: Any = found.get("seed") if seed is None else seed
             _compare(folder, found, {**wanted, "seed": first})
@@ -266,13 +267,10 @@ def check(folder: Path, given: PromptSet) -> list[str]:
     seeds = list_seeds(seed, count)
     wrong = []
     for file in given.files(seeds):
-        if fault := _fault(folder, file.name):
-            wrong.append(fault)
-        elif file.name.endswith(".png"):
-            said = read_metadata(folder / file.name).values.get("instruction" if given.sources else "prompt")
-            if said is not None and said != given.prompts[file.prompt]:
-                wrong.append(f"{file.name} shows another prompt: {said!r}")
-    wrong += [fault for name in given.copies() if (fault := _fault(folder, name))]
+        key = "instruction" if given.sources else "prompt"
+        wrong += _faults(folder, file.name, key, given.prompts[file.prompt])
+    for name in given.copies():
+        wrong += _faults(folder, name)
     for name, text in given.lists(seeds):
         path = folder / name
         if not path.is_file() or path.read_text(encoding="utf-8", errors="replace") != text:
@@ -280,13 +278,16 @@ def check(folder: Path, given: PromptSet) -> list[str]:
     return wrong
 
 
-def _fault(folder: Path, name: str) -> str:
-    """What is wrong with an image file; "" if nothing is."""
+def _faults(folder: Path, name: str, key: str = "", text: str = "") -> list[str]:
+    """What is wrong with an image file, or with the text under a key of its metadata; a JPEG has none."""
+    path, said = folder / name, None
     try:
-        with Image.open(folder / name, formats=("PNG", "JPEG")) as image:
+        with Image.open(path, formats=(SUFFIXES[path.suffix],)) as image:
             image.load()
+        if key and path.suffix == ".png":
+            said = read_metadata(path).values.get(key)
     except FileNotFoundError:
-        return f"{name} is missing"
+        return [f"{name} is missing"]
     except (OSError, SyntaxError, ValueError) as error:
-        return f"{name} is damaged: {error}"
-    return ""
+        return [f"{name} is damaged: {error}"]
+    return [] if said in (None, text) else [f"{name} shows another prompt: {said!r}"]

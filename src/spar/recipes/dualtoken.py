@@ -34,11 +34,13 @@ TOKENIZER = (
 LANGUAGE = ("model.language.*", "model.embedder.*")
 HEADS = ("model.pixel_head.*", "model.semantic_head.*")
 _PIXELS_AND_WORDS = DualTokenizerObjective(mse=5.0, perceptual=0.02, gan=0.0)
-# Where things lie is the hardest to learn: two kinds of lessons lead to it, as in SPAR's recipe.
+# Where things lie is the hardest to learn: two kinds of lessons lead to it, as in SPAR's recipe. Prompts are answered
+# with layouts, and images are drawn of those.
 _WORDS = UnifiedLessons(
     (*QUESTIONS, *2 * ("place",), *4 * ("relation",), *3 * ("position",)), per_image=8, caption_share=0.0,
-    scene_kinds=MIXTURE,
+    scene_kinds=MIXTURE, prompt_share=0.4, edit_prompts=0.0, layouts=True,
 )
+_NEXT_TOKEN = DualNextTokenObjective(tokenizer_bits=8)  # the bundled models together may have 40 MB
 
 STAGES = (
     StageConfig(
@@ -55,16 +57,18 @@ STAGES = (
         optimizer="muon",
     ),
     StageConfig(
-        "mllm", DualNextTokenObjective(), LANGUAGE, data=_WORDS, steps=1500, batch=32, lr=2e-3, lr_end=2e-4, warmup=60,
-        optimizer="muon",
+        "mllm", _NEXT_TOKEN, LANGUAGE, data=_WORDS, steps=1500, batch=32, lr=2e-3,
+        lr_end=2e-4, warmup=60, optimizer="muon",
     ),
     StageConfig(
-        "unified", DualNextTokenObjective(flat=0.1), (*LANGUAGE, *HEADS), data=replace(_WORDS, caption_share=0.8),
-        steps=4500, batch=32, lr=2e-3, lr_end=1e-4, warmup=50, ema=0.998, optimizer="muon",
+        "unified", replace(_NEXT_TOKEN, flat=0.1), (*LANGUAGE, *HEADS),
+        data=replace(_WORDS, caption_share=0.8, layout_captions=0.9), steps=4500, batch=32, lr=2e-3, lr_end=1e-4,
+        warmup=50, ema=0.998, optimizer="muon",
     ),
     StageConfig(
-        "finetune", DualNextTokenObjective(flat=0.1), (*LANGUAGE, *HEADS), data=replace(_WORDS, caption_share=0.7),
-        steps=200, batch=32, lr=2e-4, lr_end=1e-5, warmup=10, ema=0.99, optimizer="muon",
+        "finetune", replace(_NEXT_TOKEN, flat=0.1), (*LANGUAGE, *HEADS),
+        data=replace(_WORDS, caption_share=0.7, layout_captions=0.9), steps=200, batch=32, lr=2e-4, lr_end=1e-5,
+        warmup=10, ema=0.99, optimizer="muon",
     ),
 )  # fmt: skip
 
@@ -72,7 +76,7 @@ STAGES = (
 def dualtoken_shapes() -> DualTokenRecipe:
     """DualToken from random weights on version 2 of the shapes world."""
     # An autoregressive model overfits 9,000 scenes within the steps of its last stages.
-    sampling = CodeSampling(guidance=1.5, top_p=0.99, depth_decay=0.5)
+    sampling = CodeSampling(guidance=1.5, top_p=0.99, depth_decay=0.5, layout=True)
     return DualTokenRecipe(name="dualtoken-shapes", stages=STAGES, data=ShapesData(scenes=65536), sampling=sampling)
 
 

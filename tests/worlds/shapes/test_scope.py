@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from spar.worlds.shapes.captions import caption, open_caption
+from spar.worlds.shapes.captions import caption, layout, open_caption, position_caption
 from spar.worlds.shapes.detector import degrade_image
 from spar.worlds.shapes.edits import BY_ANYTHING, edit_kinds, make_edit
 from spar.worlds.shapes.forms import paraphrase
@@ -65,7 +65,8 @@ def test_nothing_is_said_of_what_the_world_has(test):
     for scene in SCENES:
         kind = pick(rng, [kind for kind in edit_kinds(scene, "any", BY_ANYTHING) if kind != "add"])
         edit = make_edit(scene, rng, kind, "any", BY_ANYTHING).instruction
-        for text in (caption(scene, rng), open_caption(scene, rng), edit):
+        placed = (position_caption(scene, rng), layout(scene, range(len(scene.objects))))
+        for text in (caption(scene, rng), open_caption(scene, rng), edit, *placed):
             assert prompt_notes(text) == []
             said = paraphrase(text, rng, test=test)
             assert prompt_notes(said) == [], said
@@ -83,6 +84,7 @@ def test_scenes_pass_also_as_a_decoder_draws_them_and_other_images_do_not():
         assert "outside the model's world" in note and "resized from 640 x 480 pixels" in note
     assert "resized" not in image_notes(noise, (64, 64))[0] and "cut" not in image_notes(noise, (128, 128))[0]
     assert prompt_notes("make the star on the white background red") == []
+    assert prompt_notes("change the gray background to a navy background") == []
 
 
 def test_a_vocabulary_says_its_world():

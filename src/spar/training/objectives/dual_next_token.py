@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spar.checkpoints.eight_bits import rounded
+from spar.common.errors import InputError
 from spar.data.batches import Captioned, Descriptions, Dialogues, Images
 from spar.models.attention import attention_bias
 from spar.models.dualtoken.tokenizer import DualCodes
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from spar.training.plan import Origin, PlannedStage
 
 PROMPT_TOKENS = 32  # of a caption with its template, in what a step costs
-TOKENIZER_ROUNDED = "tokenizer rounded to bfloat16"
+TOKENIZER_ROUNDED = "tokenizer rounded as it is stored"
 FLAT_RANGE = 0.02  # of a channel within a patch, of 1
 
 
@@ -37,7 +39,8 @@ class DualNextTokenObjective(NextTokenObjective):
     `pixel` and `semantic` weigh the vocabularies' cross-entropies, `depth_decay` each depth against the one before
     it, `flat` the codes after the first of patches that show one colour alone (below FLAT_RANGE): those say nothing
     about the image, and are most of the loss of a drawing. `unconditional` is the share of the prompts that are
-    replaced by the unconditional one.
+    replaced by the unconditional one. `tokenizer_bits` (16: bfloat16, or 8: matrices in float8) is what the tokenizer's
+    weights are rounded to before the LLM reads its first code: those of a folder so stored are then the same.
     """
 
     kind: ClassVar[str] = "dual_next_token"
@@ -47,21 +50,23 @@ class DualNextTokenObjective(NextTokenObjective):
     depth_decay: float = 1.0
     flat: float = 1.0
     unconditional: float = 0.1
+    tokenizer_bits: int = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.tokenizer_bits not in (8, 16):
+            raise InputError(f"tokenizer_bits: expected 8 or 16, got {self.tokenizer_bits}")
         check_at_least(0, **{name: value for name, value in vars(self).items() if name != "mean_over"})
 
     def preparations(self, recipe: Any, stage: "StageConfig", origin: "Origin") -> tuple[str, ...]:
-        """After the tokenizer's training its weights are rounded: a folder in bfloat16 then gives the LLM's codes."""
+        """After the tokenizer's training its weights are rounded: a folder of them then gives the LLM's codes."""
         return (TOKENIZER_ROUNDED,) if origin.made_by(DualTokenizerObjective) else ()
 
     @torch.no_grad()
     def prepare(self, ctx: StepContext, data: "TrainingData", planned: "PlannedStage") -> None:
         if TOKENIZER_ROUNDED in planned.prepares:
-            for value in ctx.modules.model.tokenizer.state_dict().values():
-                if value.is_floating_point():
-                    value.copy_(value.bfloat16())
+            for name, value in ctx.modules.model.tokenizer.state_dict().items():
+                value.copy_(rounded(name, value, self.tokenizer_bits))
 
     def may_split(self, stage: "StageConfig") -> bool:
         """Images alone may: each has as many codes. With answers it is `mean_over` that says."""

@@ -21,7 +21,11 @@ _UNSAID = {".", ",", "?", "!", ":", "please", "can", "could", "would", "you", "n
 _THINGS = {*SHAPES, *SINGULARS, "object", "objects"}
 _NAMED = {*_THINGS, "background", "it", "something"}
 _UNTAUGHT = {"no": "to leave things out", "zero": "to leave things out", "or": "to choose"}
-_RELATIONS = re.compile(r"\b(?:to the (?:left|right) of|above|below|over|under|beneath)\b")
+# Between two things: half of an image, as in "a star above, a ring below", is none.
+_RELATIONS = re.compile(
+    rf"\b(?:to the (?:left|right) of|above|below|over|under|beneath) (?:a|an|the|some|{'|'.join(ORDINALS)})\b"
+)
+_ON_BACKGROUND = re.compile(r"\bon (?:a|an|the) (?:\w+ )?background\b")
 _ALIKE = ((*COLORS, *BACKGROUNDS), tuple(SIZES), ORDINALS)  # of each, one thing has one
 
 
@@ -56,7 +60,7 @@ def prompt_notes(text: str) -> list[str]:
         notes.append(f"the model was not taught {_UNTAUGHT[word]} ({word!r}): it draws what is named")
     if (related := len(_RELATIONS.findall(" ".join(words)))) > 1:
         notes.append(f"{related} relations are asked for; the model has seen one in a prompt")
-    if words.count("background") > 1:
+    if len(_ON_BACKGROUND.findall(" ".join(words))) > 1:
         notes.append("an image has one background: expect a guess")
     if not _NAMED & {*words}:
         notes.append("no object and no background is named: expect a guess")
