@@ -62,7 +62,7 @@ STAGES = (
     ),
     StageConfig(
         "unified", replace(_NEXT_TOKEN, flat=0.1), (*LANGUAGE, *HEADS),
-        data=replace(_WORDS, caption_share=0.8, layout_captions=0.9), steps=4500, batch=32, lr=2e-3, lr_end=1e-4,
+        data=replace(_WORDS, caption_share=0.8, layout_captions=0.9), steps=5000, batch=32, lr=2e-3, lr_end=1e-4,
         warmup=50, ema=0.998, optimizer="muon",
     ),
     StageConfig(
@@ -76,7 +76,7 @@ STAGES = (
 def dualtoken_shapes() -> DualTokenRecipe:
     """DualToken from random weights on version 2 of the shapes world."""
     # An autoregressive model overfits 9,000 scenes within the steps of its last stages.
-    sampling = CodeSampling(guidance=1.5, top_p=0.99, depth_decay=0.5, layout=True)
+    sampling = CodeSampling(temperature=0.7, guidance=2.2, top_p=0.95, depth_decay=0.8, layout=True)
     return DualTokenRecipe(name="dualtoken-shapes", stages=STAGES, data=ShapesData(scenes=65536), sampling=sampling)
 
 

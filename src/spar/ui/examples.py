@@ -18,8 +18,8 @@ PROMPTS = (
 # Of a bundled model that draws other prompts wrongly, those that it draws rightly; by its name.
 PROMPTS_OF = {
     "dualtoken": (
-        "a large red circle on a white background", "a small cyan cross on a brown background",
-        "a large green ring on a black background",
+        "a large red circle to the left of a large blue star", "two large yellow stars on a black background",
+        "a large purple ring and a small orange cross",
     ),
 }  # fmt: skip
 SCENES = (
