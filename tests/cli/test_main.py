@@ -1265,14 +1265,14 @@ def test_a_model_of_dualtoken_is_used_by_the_same_commands(dual_run, tmp_path, c
     assert main(drawn) == 0
     assert main(["info", str(out)]) == 0
     shown = capsys.readouterr().out
-    assert "--temperature=0.5" in shown and "--top-k=4" in shown and "--top-p=0.99" in shown
+    assert "--temperature=0.5" in shown and "--top-k=4" in shown and "--top-p=0.95" in shown
     first = out.read_bytes()
     assert main([*drawn, "--overwrite"]) == 0
     assert out.read_bytes() == first
     assert main(["understand", str(out), "how many objects are there?", *model]) == 0
     assert main(["reconstruct", str(out), *model, "-o", str(tmp_path / "again.png")]) == 0
     assert main(["info", str(dual_run.path / "model")]) == 0
-    assert "temperature 1" in capsys.readouterr().out
+    assert "temperature 0.7" in capsys.readouterr().out
     assert main(["edit", str(out), "remove the circle", *model, "-o", str(tmp_path / "edited.png")]) == 2
     assert "DualToken does not define editing" in capsys.readouterr().err
 
