@@ -89,7 +89,7 @@ def evaluate(args: EvalArguments) -> int:
         if name in left or name in written or (alone and not group.main):
             continue
         with progress_bar(name) as advance:
-            asked = pipe if alone else unfinished.recorded(name, shared)
+            asked: Any = pipe if alone else unfinished.recorded(name, shared)
             if args.images is not None:
                 template = TEMPLATE if args.template is None else args.template
                 result = zero_shot(asked, args.images, options, advance, template=template, names=args.class_names)

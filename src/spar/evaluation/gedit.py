@@ -106,8 +106,11 @@ def read_gedit(path: Path, languages: Sequence[str] = _LANGUAGES) -> GEdit:
                 raise InputError(f"{path}: expected at most {MAX_PROMPTS} instructions")
     if not found:
         raise InputError(f"{path}: expected instructions in {' or '.join(languages)} in parquet files, found none")
-    texts, edited, compared = zip(*found.values(), strict=True)
-    return GEdit(texts, edited, names=tuple(found), compared=compared)
+    rows = [*found.values()]
+    return GEdit(
+        [text for text, *_ in rows], [edited for _, edited, _ in rows], names=tuple(found),
+        compared=[compared for *_, compared in rows],
+    )  # fmt: skip
 
 
 def _read_group(path: Path, parquet: Any, group: int, columns: list[str]) -> Any:

@@ -100,7 +100,9 @@ def shapes_robust(pipe: PipelineLike, options: EvalOptions | None = None, progre
     )
     records: dict[str, list[dict[str, object]]] = {"prompts": [], "others": []}
     for prompt, (outcome, said) in zip(prompts, ended, strict=True):
-        record = {"kind": prompt.kind, "prompt": _shown(prompt.text), "outcome": outcome, "said": _shown(said)}
+        record: dict[str, object] = {
+            "kind": prompt.kind, "prompt": _shown(prompt.text), "outcome": outcome, "said": _shown(said)
+        }  # fmt: skip
         if prompt.kind in MEANT:
             records["prompts"].append({**record, "right": int(outcome == RIGHT)})
         else:
