@@ -23,7 +23,7 @@ def test_the_inspection_counts_every_part(folder):
     for part in found.parts:
         assert part.parameters == sum(t.numel() for t in model.get_submodule(part.name).state_dict().values())
     assert str(found.sampling) == (
-        "guidance 1.5, temperature 1 (times 0.5 for each depth after the first), top-k off, top-p 0.99"
+        "guidance 2.2, temperature 0.7 (times 0.8 for each depth after the first), top-k off, top-p 0.95"
     )
 
 

@@ -23,7 +23,7 @@ T = TypeVar("T")
 VERSION_1 = ("shapes-gen", "shapes-edit", "shapes-vqa", "shapes-recon")
 BENCHMARK_NAMES = (
     *VERSION_1, "shapes-gen-bind", "shapes-edit-bind", "shapes-vqa-bind", "shapes-paraphrase", "shapes-chat",
-    "shapes-zero-shot", "shapes-robust",
+    "shapes-zero-shot",
 )  # fmt: skip
 BEFORE_SWAP = "original encoder"  # label of an understanding result with the encoder before the swap
 _BLOCK = 10**6  # seeds of a task; the benchmark range has a thousand such blocks

@@ -16,7 +16,7 @@ from PIL import Image
 from spar.common.errors import InputError
 from spar.common.progress import Advance
 from spar.evaluation.environment import Timer, run_settings
-from spar.evaluation.options import EvalOptions, PipelineLike, batches, image_seed, pixels, seed_block
+from spar.evaluation.options import EvalOptions, PipelineLike, batches, image_seed, pixels
 from spar.evaluation.results import Result, mean_score
 from spar.evaluation.shapes_gen import draws_layouts
 from spar.worlds.shapes.captions import parse
@@ -27,6 +27,7 @@ PROMPTS = Path(__file__).with_name("robustness.jsonl")
 KINDS = ("diverse", "long", "misspelt", "contradictory", "hostile")
 MEANT = KINDS[:3]  # the kinds of which each prompt has one meaning
 REFUSED, FAILED, DRAWN, RIGHT = "refused", "failed", "drawn", "right"
+BLOCK = 1000  # of the images' seeds, beyond those of the benchmarks that draw scenes
 SHOWN = 80  # characters of a prompt or an error in the record
 
 
@@ -115,7 +116,7 @@ def shapes_robust(pipe: PipelineLike, options: EvalOptions | None = None, progre
 
 def _draw(pipe: PipelineLike, prompts: Sequence[RobustPrompt], options: EvalOptions) -> list[tuple[str, str]]:
     """How each prompt of a batch ended, and what was said of it."""
-    block = seed_block("shapes-robust", 0, options.combinations)
+    block = BLOCK + 50 * (options.combinations == "held_out")
     own = {} if options.layout is None else {"layout": options.layout}
 
     def check(prompt: RobustPrompt) -> tuple[str, str] | None:
