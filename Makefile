@@ -11,12 +11,13 @@ PYTHON ?= python3
 # own index of CPU wheels (its address is on pytorch.org) is much smaller: make demo TORCH_INDEX=...
 TORCH_INDEX ?=
 # One process a core: the tensors of the tests are too small for more than one thread each.
+# In the order of their names: the kill test, two tests that take five minutes, begins first and not alone at the end.
 WORKERS ?= 2
 
 BIN := .venv/bin
 # The arguments of pip and pytest come after these two; $(1) is the environment.
 install = $(1)/bin/python -m pip install --disable-pip-version-check --quiet
-pytest = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS) --dist loadfile
+pytest = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test fast chaos test-newest test-oldest lint docs clean
 .DEFAULT_GOAL := demo
