@@ -73,9 +73,7 @@ class GEdit(PromptSet):
     compared: Sequence[SourceImage] = ()
 
     def files(self, seeds: Sequence[int]) -> list[ImageFile]:
-        if len(seeds) != len(self.prompts):
-            each = len(seeds) // len(self.prompts)
-            raise InputError(f"--num-images-per-prompt: expected 1 of {self.format}, got {each}")
+        self.expect_images(seeds, 1)
         return [ImageFile(f"{name}.png", i, range(i, i + 1)) for i, name in enumerate(self.names)]
 
     def lists(self, seeds: Sequence[int]) -> Iterator[tuple[str, str]]:

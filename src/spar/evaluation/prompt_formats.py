@@ -47,7 +47,7 @@ class GenEval2(PromptSet):
     format: ClassVar[str] = "geneval2"
 
     def files(self, seeds: Sequence[int]) -> list[ImageFile]:
-        _expect_images(self, seeds, 1)
+        self.expect_images(seeds, 1)
         return [ImageFile(f"{i:05}.png", i, range(i, i + 1)) for i in range(len(seeds))]
 
     def lists(self, seeds: Sequence[int]) -> Iterator[tuple[str, str]]:
@@ -65,7 +65,7 @@ class Named(PromptSet):
     suffix: ClassVar[str] = ".png"
 
     def files(self, seeds: Sequence[int]) -> list[ImageFile]:
-        each = _expect_images(self, seeds, *((1, GRID) if self.grid else (1,)))
+        each = self.expect_images(seeds, *((1, GRID) if self.grid else (1,)))
         return [
             ImageFile(name + self.suffix, i, range(i * each, (i + 1) * each)) for i, name in enumerate(self.names)
         ]
@@ -102,15 +102,6 @@ class ImgEdit(Named):
     """`KEY.png`, one edit an instruction."""
 
     format: ClassVar[str] = "imgedit"
-
-
-def _expect_images(given: PromptSet, seeds: Sequence[int], *allowed: int) -> int:
-    """Images of a prompt; InputError for a number that a format has no files for."""
-    each = len(seeds) // len(given.prompts)
-    if each not in allowed:
-        expected = " or ".join(map(str, allowed))
-        raise InputError(f"--num-images-per-prompt: expected {expected} of {given.format}, got {each}")
-    return each
 
 
 def read_geneval(path: Path) -> GenEval:

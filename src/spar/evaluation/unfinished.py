@@ -20,6 +20,7 @@ from spar.common.config import read_json, write_json
 from spar.common.errors import InputError
 from spar.common.process_group import ProcessGroup
 from spar.evaluation.sharing import SharedOutput
+from spar.inference.image_files import encode_image
 from spar.processing.images import ImageSource, open_image
 
 SETTINGS, DONE = "evaluation.json", ".done"
@@ -143,11 +144,7 @@ def _digests(images: Sequence[ImageSource]) -> list[str]:
 
 
 def _write(path: Path, key: str, output: SharedOutput) -> None:
-    images = []
-    for image in output.images:
-        file = BytesIO()
-        image.save(file, format="PNG")
-        images.append(base64.b64encode(file.getvalue()).decode())
+    images = [base64.b64encode(encode_image(image, "png", {})).decode() for image in output.images]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"key": key, "images": images, "texts": list(output.texts)})
 

@@ -101,6 +101,14 @@ class PromptSet:
         ]
         yield LIST, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
+    def expect_images(self, seeds: Sequence[int], *allowed: int) -> int:
+        """Images of a prompt; InputError for a number that a format has no files for."""
+        each = len(seeds) // len(self.prompts)
+        if each not in allowed:
+            expected = " or ".join(map(str, allowed))
+            raise InputError(f"--num-images-per-prompt: expected {expected} of {self.format}, got {each}")
+        return each
+
     def copies(self) -> Mapping[str, SourceImage]:
         """Images of the benchmark's own that its scorer wants beside the edits, by their names there."""
         return {}
