@@ -31,6 +31,7 @@ from spar.common.files import atomic_directory, atomic_file
 from spar.inference.image_files import check_replaceable, check_writable, list_images
 
 if TYPE_CHECKING:
+    from spar.evaluation.options import EvalOptions
     from spar.evaluation.prompt_formats import Named
     from spar.evaluation.results import Result
 
@@ -50,8 +51,6 @@ def evaluate(args: EvalArguments) -> int:
     from spar.evaluation.results import write_result
     from spar.evaluation.sharing import ALONE, SharedPipeline
     from spar.evaluation.unfinished import Unfinished
-    from spar.evaluation.zero_shot import TEMPLATE, zero_shot
-    from spar.inference.prompt_files import weights_digest
 
     given = {item.name: getattr(args, item.name) for item in fields(EvalOptions)}
     options = EvalOptions(**{name: value for name, value in given.items() if value is not None})
@@ -74,27 +73,15 @@ def evaluate(args: EvalArguments) -> int:
         raise InputError(f"{names[0]} needs a model that can {NEEDS[names[0]]}; {pipe.system} has {able}")
     if left and group.main:
         print(f"spar: note: {pipe.system} does not define what these need: {', '.join(left)}", file=sys.stderr)
-    own = {name: str(getattr(args, name)) for name in ("template", "images", "class_names")}
-    # Neither the device nor the size of a batch changes a score.
-    unfinished.begin({
-        "benchmarks": names,
-        "options": own | {name: value for name, value in asdict(options).items() if name != "batch"},
-        "model": {name: value for name, value in pipe.run_metadata().items() if name != "device"},
-        "weights": weights_digest(pipe.model),
-    }, overwrite=args.overwrite)  # fmt: skip
+    unfinished.begin(_identity(args, options, names, pipe), overwrite=args.overwrite)
     written = unfinished.written()
     # What one process does alone comes last: the others need not wait for it.
     for name, path in sorted(results.items(), key=lambda pair: pair[0] in ALONE):
         alone = name in ALONE
         if name in left or name in written or (alone and not group.main):
             continue
-        with progress_bar(name) as advance:
-            asked: Any = pipe if alone else unfinished.recorded(name, shared)
-            if args.images is not None:
-                template = TEMPLATE if args.template is None else args.template
-                result = zero_shot(asked, args.images, options, advance, template=template, names=args.class_names)
-            else:
-                result = BENCHMARKS[name](asked, options, advance)
+        asked: Any = pipe if alone else unfinished.recorded(name, shared)
+        result = _run(args, options, name, asked)
         if not group.main:
             continue
         if kept := 0 if alone else asked.kept:
@@ -106,6 +93,31 @@ def evaluate(args: EvalArguments) -> int:
     if group.main:
         unfinished.end()
     return 0
+
+
+def _identity(args: EvalArguments, options: "EvalOptions", names: list[str], pipe: Any) -> dict[str, Any]:
+    """All that the scores depend on; neither the device nor the size of a batch changes one."""
+    from spar.inference.prompt_files import weights_digest
+
+    own = {name: str(getattr(args, name)) for name in ("template", "images", "class_names")}
+    return {
+        "benchmarks": names,
+        "options": own | {name: value for name, value in asdict(options).items() if name != "batch"},
+        "model": {name: value for name, value in pipe.run_metadata().items() if name != "device"},
+        "weights": weights_digest(pipe.model),
+    }
+
+
+def _run(args: EvalArguments, options: "EvalOptions", name: str, pipe: Any) -> "Result":
+    """One benchmark, with its bar."""
+    from spar.evaluation.benchmarks import BENCHMARKS
+    from spar.evaluation.zero_shot import TEMPLATE, zero_shot
+
+    with progress_bar(name) as advance:
+        if args.images is None:
+            return BENCHMARKS[name](pipe, options, advance)
+        template = TEMPLATE if args.template is None else args.template
+        return zero_shot(pipe, args.images, options, advance, template=template, names=args.class_names)
 
 
 def _mark(args: EvalArguments) -> str:
