@@ -6,8 +6,9 @@ further training, and those of DualToken, with the stages of its training (its m
 which the model cards and `spar info` show, take their scores from the same files: python docs/bundle.py NAME --scores
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from spar.checkpoints.bundled import BUNDLED_MODELS
 from spar.common.config import read_json
@@ -46,9 +47,9 @@ def summary_table(spar: Sequence[Result], dualtoken: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def stages_table(folder: Path) -> str:
+def stages_table(manifest: Mapping[str, Any]) -> str:
     """A Markdown table of the stages in a model's manifest."""
-    stages = read_json(folder / "manifest.json")["stages"]
+    stages = manifest["stages"]
     whole = {key: sum(one[key] for one in stages.values()) for key in ("steps", "seconds")}
     shown = {**stages, "all": whole}
     rows = [f"| {name} | {one['steps']:,} | {one['seconds'] / 60:.0f} |" for name, one in shown.items()]
@@ -73,13 +74,16 @@ def tables() -> dict[tuple[str, str], str]:
     """The tables by document and mark."""
     own, dualtoken = read_results("docs/results"), read_results("docs/results/dualtoken")
     recipe = read_results("docs/results/recipe")
+    folders = ROOT / "docs/results/recipe/run", BUNDLED_MODELS["dualtoken"]
+    run, made = (read_json(folder / "manifest.json") for folder in folders)
     return {
         ("README.md", "scores"): summary_table(own, dualtoken),
         ("docs/results.md", "scores"): scores_table(own, TARGETS),
         ("docs/results.md", "scores of the recipe"): scores_table(recipe, RECIPE_TARGETS),
-        ("docs/results.md", "stages of the recipe"): stages_table(ROOT / "docs/results/recipe/run"),
+        ("docs/results.md", "stages of the recipe"): stages_table(run),
         ("docs/results.md", "scores of DualToken"): scores_table(dualtoken),
-        ("docs/results.md", "stages of DualToken"): stages_table(BUNDLED_MODELS["dualtoken"]),
+        ("docs/results.md", "first stages of DualToken"): stages_table(made["origin"]),
+        ("docs/results.md", "stages of DualToken"): stages_table(made),
         ("docs/results.md", "costs of both"): costs_table(ROOT / "benchmarks/results/two_systems.json"),
     }
 
