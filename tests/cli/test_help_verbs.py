@@ -27,7 +27,7 @@ def test_list_names_every_recipe_model_and_benchmark(capsys):
         own = recipe(row["name"])
         assert (row["stages"], row["pixels"]) == (len(own.stages), own.image_size)
         assert row["steps"] == sum(stage.steps for stage in own.stages) and row["what"].endswith(".")
-    assert [row["name"] for row in found["benchmarks"]] == [*BENCHMARKS, "zero-shot"] == [*MEASURED]
+    assert [row["name"] for row in found["benchmarks"]] == [*BENCHMARKS, "zero-shot", "recon"] == [*MEASURED]
     assert [row["name"] for row in found["models"]] == ["spar, the default", "dualtoken"]
     for row in found["models"]:
         assert row["parameters"] == inspect(Path(row["folder"])).parameters

@@ -5,9 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from spar.evaluation.features import frechet_distance, random_features
+from spar.evaluation.features import random_features
+from spar.evaluation.frechet import frechet_distance
 from spar.evaluation.options import EvalOptions
-from spar.evaluation.shapes_recon import psnr, recon_scenes, ssim, survivors
+from spar.evaluation.pixel_metrics import psnr, ssim
+from spar.evaluation.shapes_recon import recon_scenes, survivors
 from spar.worlds.shapes.detector import degrade_image, detect
 from spar.worlds.shapes.render import render
 from spar.worlds.shapes.scene import Object, Scene

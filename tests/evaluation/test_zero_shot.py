@@ -115,4 +115,4 @@ def test_the_command_scores_a_folder(dual_run, folder, tmp_path, capsys):
     assert main(["eval", "zero-shot", "--model", model]) == 2
     assert "zero-shot: expected --images FOLDER" in capsys.readouterr().err
     assert main(["eval", "shapes-codes", "--model", model, "--images", str(folder)]) == 2
-    assert "--images belongs to zero-shot, got shapes-codes" in capsys.readouterr().err
+    assert "--images belongs to zero-shot and recon, got shapes-codes" in capsys.readouterr().err

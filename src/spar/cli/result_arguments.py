@@ -13,8 +13,13 @@ from spar.common.limits import MAX_GUIDANCE, MAX_IMAGES, MAX_SEED, MAX_STEPS, ch
 Benchmark = Literal[
     "shapes-gen", "shapes-edit", "shapes-vqa", "shapes-recon", "shapes-gen-bind", "shapes-edit-bind", "shapes-vqa-bind",
     "shapes-paraphrase", "shapes-chat", "shapes-robust", "shapes-zero-shot", "shapes-codes", "shapes-agreement",
-    "zero-shot", "all",
+    "zero-shot", "recon", "all",
 ]  # fmt: skip
+# Flags of single benchmarks.
+OWN_FLAGS = {
+    "images": ("zero-shot", "recon"), "class_names": ("zero-shot",), "template": ("zero-shot",),
+    "features": ("recon",), "pairs": ("recon",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +29,8 @@ class EvalArguments(ModelArguments):
     benchmark: Annotated[Positional[Benchmark], arg(metavar="BENCHMARK")]
     """One of shapes-gen, shapes-edit, shapes-vqa, shapes-recon,
     shapes-gen-bind, shapes-edit-bind, shapes-vqa-bind, shapes-paraphrase, shapes-chat, shapes-robust,
-    shapes-zero-shot, shapes-codes and shapes-agreement (DualToken alone), zero-shot (DualToken, on images of
-    --images), or all of the shapes world that the model's system defines."""
+    shapes-zero-shot, shapes-codes and shapes-agreement (DualToken alone), zero-shot (DualToken) and recon on
+    images of --images, or all of the shapes world that the model's system defines."""
     output: OutputPath = None
     """Results file (for all: folder); by default BENCHMARK.json (for all: results)."""
     overwrite: Flag = False
@@ -48,7 +53,12 @@ class EvalArguments(ModelArguments):
     combinations: Literal["seen", "held_out"] = "seen"
     """Combinations of colour and shape that training contains, or those that it holds out."""
     images: Path | None = None
-    """Folder of zero-shot with a subfolder of images for each class."""
+    """Folder of recon's images, or of zero-shot with a subfolder of images for each class."""
+    features: Path | None = None
+    """Of recon's Fréchet distance: the file of Inception's weights (for rFID, pt_inception-2015-12-05-6726825d.pth)
+    or the folder of an image encoder of transformers; by default fixed random features."""
+    pairs: Path | None = None
+    """Folder for recon's images as they were compared, gt/00000.png and recon/00000.png."""
     class_names: Path | None = None
     """JSON file {subfolder: name} of the classes of zero-shot; by default the subfolders' own names."""
     template: str | None = None
@@ -68,9 +78,12 @@ class EvalArguments(ModelArguments):
             check_range("--" + name.replace("_", "-"), getattr(self, name), 1, MAX_IMAGES)
         if self.benchmark == "zero-shot" and self.images is None:
             raise InputError("zero-shot: expected --images FOLDER, with a subfolder of images for each class")
-        for flag in ("images", "class_names", "template"):
-            if self.benchmark != "zero-shot" and getattr(self, flag) is not None:
-                raise InputError(f"--{flag.replace('_', '-')} belongs to zero-shot, got {self.benchmark}")
+        if self.benchmark == "recon" and self.images is None:
+            raise InputError("recon: expected --images FOLDER")
+        for flag, owners in OWN_FLAGS.items():
+            if self.benchmark not in owners and getattr(self, flag) is not None:
+                shown = " and ".join(owners)
+                raise InputError(f"--{flag.replace('_', '-')} belongs to {shown}, got {self.benchmark}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from spar.cli.console import (
 )
 from spar.cli.parsing import takes
 from spar.cli.result_arguments import (
+    OWN_FLAGS,
     CompareArguments,
     DemoArguments,
     EvalArguments,
@@ -99,7 +100,7 @@ def _identity(args: EvalArguments, options: "EvalOptions", names: list[str], pip
     """All that the scores depend on; neither the device nor the size of a batch changes one."""
     from spar.inference.prompt_files import weights_digest
 
-    own = {name: str(getattr(args, name)) for name in ("template", "images", "class_names")}
+    own = {name: str(getattr(args, name)) for name in OWN_FLAGS}
     return {
         "benchmarks": names,
         "options": own | {name: value for name, value in asdict(options).items() if name != "batch"},
@@ -111,11 +112,16 @@ def _identity(args: EvalArguments, options: "EvalOptions", names: list[str], pip
 def _run(args: EvalArguments, options: "EvalOptions", name: str, pipe: Any) -> "Result":
     """One benchmark, with its bar."""
     from spar.evaluation.benchmarks import BENCHMARKS
+    from spar.evaluation.features import load_features
+    from spar.evaluation.recon import recon
     from spar.evaluation.zero_shot import TEMPLATE, zero_shot
 
     with progress_bar(name) as advance:
         if args.images is None:
             return BENCHMARKS[name](pipe, options, advance)
+        if name == "recon":
+            features = load_features(args.features, pipe.device)
+            return recon(pipe, args.images, options, advance, features=features, pairs=args.pairs)
         template = TEMPLATE if args.template is None else args.template
         return zero_shot(pipe, args.images, options, advance, template=template, names=args.class_names)
 

@@ -1,6 +1,6 @@
 """The table of benchmarks: name to a function of a pipe, options and a progress callback that returns a Result.
 
-`zero_shot` beside them needs images of the user's.
+`zero_shot` and `recon` beside them need images of the user's.
 """
 
 from __future__ import annotations
@@ -54,11 +54,13 @@ MEASURED = {
     "shapes-codes": "how much of each vocabulary is used, and how evenly",
     "shapes-agreement": "what the model says of its own drawings, from their codes, agrees with the prompts",
     "zero-shot": "your own images named by the nearest class, by the two towers",
+    "recon": "your own images after reconstruction: PSNR, SSIM, rFID",
 }
 # What a benchmark needs of a model that not every system defines.
 NEEDS = {
     "shapes-edit": "edit", "shapes-edit-bind": "edit", "shapes-paraphrase": "edit", "shapes-zero-shot": "classify",
     "shapes-codes": "encode", "shapes-agreement": "encode", "zero-shot": "classify",
+    "recon": "reconstruct",
 }  # fmt: skip
 
 

@@ -1,19 +1,118 @@
-"""Features for the Fréchet distance, independent of the model under test: fixed random convolutions.
+"""Features for the Fréchet distance, independent of the model under test. Distances of other features never compare.
 
-They are three layers of random filters with rectifiers, and the mean and the standard deviation of every channel over
-places, which describe textures, edges and colours. Distances compare with each other, never with an Inception FID.
+By default fixed random convolutions: three layers of random filters with rectifiers, and the mean and the standard
+deviation of every channel over places, which describe textures, edges and colours. Inception's and those of an encoder
+of transformers need files of the user's.
 """
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+
+from spar.common.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 FEATURES = "random-convolutions-1 (3 layers, 16 channels each, mean and deviation: 96 features)"
 _CHANNELS = (3, 16, 16, 16)
 _SEED = 20240
-_CHUNK = 128
+_CHUNK, _INCEPTION_CHUNK = 128, 16
+
+
+@dataclass(frozen=True)
+class Described:
+    """Features of images [N, D] and, of a classifier, its logits [N, C]."""
+
+    values: np.ndarray
+    logits: np.ndarray | None = None
+
+
+class ImageFeatures(Protocol):
+    """What describes images, uint8 [N, H, W, 3]; `name` says of which network, for the results."""
+
+    @property
+    def name(self) -> str: ...
+
+    def __call__(self, images: np.ndarray) -> Described: ...
+
+
+class RandomFeatures:
+    """`random_features`."""
+
+    name = FEATURES
+
+    def __call__(self, images: np.ndarray) -> Described:
+        return Described(random_features(images))
+
+
+class InceptionFeatures:
+    """The 2,048 features and 1,008 logits of FID's network; float64."""
+
+    def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
+        from spar.evaluation.inception import Inception
+
+        self.network, self.device = Inception.load(path, device), device
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self.name = f"Inception v3 of FID, {path.name}, sha256 {digest}, float64"
+
+    def __call__(self, images: np.ndarray) -> Described:
+        import torch
+
+        found = []
+        for start in range(0, len(images), _INCEPTION_CHUNK):
+            with torch.inference_mode():
+                chunk = _tensor(images[start : start + _INCEPTION_CHUNK]).to(self.device)
+                found.append([one.cpu().numpy() for one in self.network(chunk)])
+        values, logits = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return Described(values, logits)
+
+
+class EncoderFeatures:
+    """The mean patch token of an image encoder in a folder of transformers; float32."""
+
+    def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
+        from spar.training.teacher import load_external_teacher
+
+        self.encoder, self.device = load_external_teacher(str(folder), "features").to(device), device
+        kind = type(self.encoder.network).__name__
+        self.name = f"{kind} of {folder.absolute().name}, mean patch token, {self.encoder.side} pixels, float32"
+
+    def __call__(self, images: np.ndarray) -> Described:
+        values = []
+        for start in range(0, len(images), _CHUNK):
+            tokens, _ = self.encoder(_tensor(images[start : start + _CHUNK]).to(self.device).float() / 255)
+            values.append(tokens.mean(1).double().cpu().numpy())
+        return Described(np.concatenate(values))
+
+
+def load_features(path: Path | None, device: torch.device | str = "cpu") -> ImageFeatures:
+    """The features of a file of Inception's weights, of an encoder's folder, or the random ones.
+
+    Raises:
+        InputError: neither, or files that hold something else.
+    """
+    if path is None:
+        return RandomFeatures()
+    if path.is_dir():
+        return EncoderFeatures(path, device)
+    if path.is_file():
+        return InceptionFeatures(path, device)
+    raise InputError(f"features: expected Inception's file or the folder of an encoder, found nothing at {str(path)!r}")
+
+
+def _tensor(images: np.ndarray) -> torch.Tensor:
+    """uint8 [N, H, W, 3] to [N, 3, H, W]."""
+    import torch
+
+    return torch.from_numpy(images.copy()).permute(0, 3, 1, 2)
 
 
 def random_features(images: np.ndarray) -> np.ndarray:
@@ -33,18 +132,3 @@ def _features(images: np.ndarray) -> np.ndarray:
         pooled += [x.mean((2, 3)), x.std((2, 3), correction=0)]
         x = torch.nn.functional.avg_pool2d(x, 2)
     return torch.cat(pooled, 1).numpy()
-
-
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Squared Fréchet distance between Gaussians fitted to two sets of features, [N, D] and [M, D].
-
-    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), with C = X^T X / N of the centred features; the last trace
-    is that of the symmetric (R C_b R)^(1/2), R the root of C_a, so that all eigenvalues are real.
-    """
-    mean_a, mean_b = a.mean(0), b.mean(0)
-    x, y = a - mean_a, b - mean_b
-    values, vectors = np.linalg.eigh(x.T @ x / len(a))
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
-    overlap = np.sqrt(np.linalg.eigvalsh(root @ (y.T @ y) @ root / len(b)).clip(0)).sum()
-    spread = (x**2).sum() / len(a) + (y**2).sum() / len(b)
-    return max(0.0, float(((mean_a - mean_b) ** 2).sum() + spread - 2 * overlap))

@@ -32,8 +32,8 @@ from spar.evaluation.options import (
     scene_seed,
     seed_block,
 )
+from spar.evaluation.pixel_metrics import psnr
 from spar.evaluation.results import Result, Score, mean_score
-from spar.evaluation.shapes_recon import psnr
 from spar.worlds.shapes.captions import EDIT_KINDS, Edit, edit_kinds, make_edit
 from spar.worlds.shapes.detector import DetectedObject, detect
 from spar.worlds.shapes.edits import ALL_EDIT_KINDS, BY_NEED, BY_PAIR

@@ -15,19 +15,18 @@ import numpy as np
 
 from spar.common.progress import Advance
 from spar.evaluation.environment import Timer, run_settings
-from spar.evaluation.features import FEATURES, frechet_distance, random_features
+from spar.evaluation.features import FEATURES, random_features
+from spar.evaluation.frechet import frechet_distance
 from spar.evaluation.matching import PLACE_TOLERANCE, fidelity_score, same_object, take_match
 from spar.evaluation.options import EvalOptions, PipelineLike, batches, pixels, scene_seed, seed_block
+from spar.evaluation.pixel_metrics import WINDOW, psnr, ssim
 from spar.evaluation.results import Result, Score, bootstrap, mean_score, ratio_score
 from spar.worlds.shapes.detector import Detection, detect
 from spar.worlds.shapes.render import render
 from spar.worlds.shapes.scene import Scene, make_scene
 
 SCENES = 500
-MAX_PSNR = 100.0  # decibels of equal images
-WINDOW = 7
 _FRECHET_DRAWS = 200
-_CHUNK = 4  # images per call of SSIM: on a CPU four times as fast as 64
 
 
 def recon_scenes(options: EvalOptions) -> list[Scene]:
@@ -69,30 +68,6 @@ def shapes_recon(pipe: PipelineLike, options: EvalOptions | None = None, progres
         ssim=f"torchmetrics, data_range 1, uniform {WINDOW} x {WINDOW} window", place_tolerance=PLACE_TOLERANCE,
     )
     return Result("shapes-recon", scores, settings, {"scenes": records})
-
-
-def psnr(image: np.ndarray, reference: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of uint8 values against others, the peak at 255; MAX_PSNR when equal."""
-    error = np.mean(((image.astype(np.float64) - reference) / 255) ** 2)
-    return MAX_PSNR if error == 0 else min(MAX_PSNR, float(-10 * np.log10(error)))
-
-
-def ssim(images: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """Structural similarity of each image: uint8 [N, H, W, 3] twice to float [N]; for its form see the module."""
-    import torch
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    def chunk(all_images: np.ndarray, start: int) -> torch.Tensor:
-        return torch.from_numpy(all_images[start : start + _CHUNK].copy()).permute(0, 3, 1, 2).double() / 255
-
-    values = []
-    for start in range(0, len(images), _CHUNK):
-        value = structural_similarity_index_measure(
-            chunk(images, start), chunk(references, start), gaussian_kernel=False, kernel_size=WINDOW, data_range=1.0,
-            reduction="none",
-        )
-        values.append((value if isinstance(value, torch.Tensor) else value[0]).reshape(-1))  # a pair with other options
-    return torch.cat(values).numpy()
 
 
 def survivors(detection: Detection, scene: Scene) -> tuple[int, bool]:

@@ -11,11 +11,15 @@ from spar.evaluation.results import Result, Score
 
 PARTS, BASELINES = "part.", ("blind.", "gray.")
 _DECIBELS = ("psnr", "psnr_outside")
+_DISTANCES = ("frechet", "rfid", "inception_score")  # with three digits
 _NAMES = {
     "psnr": "PSNR",
     "ssim": "SSIM",
     "survival": "objects that survive",
     "frechet": "Fréchet distance",
+    "rfid": "rFID",
+    "ssim_range_2": "SSIM with range 2",
+    "inception_score": "Inception score",
     "psnr_outside": "PSNR outside the edit",
 }
 
@@ -89,11 +93,11 @@ def verdict(score: Score, target: Target) -> str:
 
 
 def show(name: str, value: float) -> str:
-    """Format a value: decibels with one decimal, the distance with three digits, shares with three decimals."""
+    """Format a value: decibels with one decimal, distances with three digits, shares with three decimals."""
     last = name.split(".")[-1]
     if last in _DECIBELS:
         return f"{value:.1f} dB"
-    return f"{value:.3g}" if last == "frechet" else f"{value:.3f}"
+    return f"{value:.3g}" if last in _DISTANCES else f"{value:.3f}"
 
 
 def show_interval(score: Score) -> str:
@@ -115,7 +119,7 @@ def show_name(name: str) -> str:
 
 def is_share(name: str) -> bool:
     """Whether a score is a share in [0, 1]."""
-    return name not in (*_DECIBELS, "frechet")
+    return name not in (*_DECIBELS, *_DISTANCES)
 
 
 def main_scores(result: Result) -> list[Score]:

@@ -18,9 +18,10 @@ from PIL import Image
 from spar.evaluation.benchmarks import BENCHMARKS
 from spar.evaluation.environment import machine_info, version_info
 from spar.evaluation.options import VERSION_1, EvalOptions, pixels
+from spar.evaluation.pixel_metrics import psnr
 from spar.evaluation.results import Result, write_result
 from spar.evaluation.shapes_edit import check_edit, edit_items
-from spar.evaluation.shapes_recon import psnr, recon_scenes
+from spar.evaluation.shapes_recon import recon_scenes
 from spar.evaluation.shapes_vqa import vqa_items
 from spar.inference.image_files import save_images
 from spar.processing.images import open_image, to_square

@@ -61,7 +61,7 @@ class ExternalTeacher(nn.Module):
         registers = getattr(self.network.config, "num_register_tokens", 0) or 0
         if rows != columns or not 0 <= extra <= EXTRA_TOKENS + registers:
             raise InputError(
-                f"alignment.external: expected patch tokens on a square grid, got {states.shape[1]} tokens "
+                f"expected patch tokens on a square grid, got {states.shape[1]} tokens "
                 f"where the encoder's configuration promises {rows} x {columns}"
             )
         return states[:, extra:], (rows, columns)
@@ -133,8 +133,11 @@ def _or_explain(load: Callable[[], PerceptualLoss]) -> PerceptualLoss:
         ) from error
 
 
-def load_external_teacher(source: str) -> ExternalTeacher:
+def load_external_teacher(source: str, field: str = "alignment.external") -> ExternalTeacher:
     """The image encoder in a folder or of a Hub id, from safetensors alone; code that comes with it never runs.
+
+    Args:
+        field: what the message of an error begins with.
 
     Raises:
         InputError: what is no whole image encoder of transformers in safetensors, or gives no square grid.
@@ -151,7 +154,7 @@ def load_external_teacher(source: str) -> ExternalTeacher:
     except Exception as error:  # whatever class of the libraries refuses it, and however
         reason = first_line(error)
         raise InputError(
-            "alignment.external: expected the folder or Hub id of an image encoder of transformers in safetensors, "
+            f"{field}: expected the folder or Hub id of an image encoder of transformers in safetensors, "
             f"got {source!r} ({reason})"
         ) from error
     return teacher
@@ -172,5 +175,5 @@ def _square(size: Any) -> int:
     """One side of a size that a configuration gives as a number or a pair."""
     sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     if len(sides) != 2 or sides[0] != sides[1] or not isinstance(sides[0], int):
-        raise InputError(f"alignment.external: expected square images and patches, got {size!r}")
+        raise InputError(f"expected square images and patches, got {size!r}")
     return sides[0]

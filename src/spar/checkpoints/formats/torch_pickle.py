@@ -1,4 +1,5 @@
-"""Tensors in a file of torch.save (`.pt`, `.pth`), only for conversions: torch's reader of plain tensors, size-capped.
+"""Tensors in a file of torch.save (`.pt`, `.pth`), only for conversions and Inception's weights: torch's
+reader of plain tensors, size-capped.
 
 `weights_only` admits no code; the cap and the check of the contents keep a hostile file from filling the memory.
 """
