@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from spar.checkpoints.bundled import bundled_folder
 from spar.cli.main import main
 from spar.common.errors import InputError
 from spar.evaluation import study as studies
@@ -173,7 +174,7 @@ def test_a_study_runs_resumes_and_ends_in_one_table_and_one_page(tiny_run, tmp_p
     line = ["study", str(tmp_path / "s.yaml"), "-o", str(folder), "--init-from", str(start), "--device", "cpu"]
     assert main([*line, "--seeds", "1"]) == 0
     assert main([*line[:4], "--init-from", str(start.parent), "--device", "cpu"]) == 2  # from another start
-    assert "holds another study: init_from differ" in capsys.readouterr().err
+    assert "holds another study: start differ" in capsys.readouterr().err
     (tmp_path / "s.yaml").write_text(FILE.replace("limit: 2", "limit: 3"))
     assert main([*line, "--seeds", "1"]) == 2 and "holds another study: limit differ" in capsys.readouterr().err
     (tmp_path / "s.yaml").write_text(FILE)
@@ -197,9 +198,9 @@ def test_shared_stages_are_trained_once_a_seed_and_a_stop_is_no_end(tiny_run, tm
     calls = []
     real = studies._train
 
-    def counted(made, run, stages, device, start):
+    def counted(made, run, stages, device, start, reinitialize):
         calls.append((run.relative_to(tmp_path / "out").as_posix(), stages, start))
-        return real(made, run, stages, device, start) if len(calls) < 3 else False
+        return real(made, run, stages, device, start, reinitialize) if len(calls) < 3 else False
 
     monkeypatch.setattr(studies, "_train", counted)
     one = Study(
@@ -218,6 +219,20 @@ def test_shared_stages_are_trained_once_a_seed_and_a_stop_is_no_end(tiny_run, tm
     (tmp_path / "out" / "a" / "seed-4" / "arm.json").unlink()  # as if stopped before it was written
     found = run_study(one, tmp_path / "out", REGISTRY, recipe, device="cpu", init_from=start)
     assert found is not None and [one.arm for one in found.differences] == ["again", "b"]
+
+
+def test_a_study_may_start_from_a_bundled_model_some_parts_of_it_anew(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(studies, "_train", lambda *all_of_it: given.append(all_of_it[-2:]))
+    one = read_study(Path("routing"))
+    assert run_study(one, tmp_path / "out", REGISTRY, recipe, device="cpu") is None
+    assert given == [(bundled_folder("spar"), ("model.router.*", "model.connector.*", "model.denoiser.*"))]
+    kept = json.loads((tmp_path / "out" / "study.json").read_text())
+    assert (kept["start"], kept["init_from"]) == ("spar", "spar")  # no path: an installation may be moved
+    with pytest.raises(InputError, match="holds another study: start differ"):
+        run_study(one, tmp_path / "out", REGISTRY, recipe, device="cpu", init_from=tmp_path)
+    with pytest.raises(InputError, match="init_from: expected one of spar, dualtoken, got 'mine'"):
+        replace(one, init_from="mine")
 
 
 @pytest.mark.slow

@@ -47,6 +47,19 @@ def plan(*stages: str, init: InitFolder | None = None, done=(), states=(), **set
     return resolve(TINY, status, stages=stages, **settings)
 
 
+def test_parts_that_start_anew_are_prepared_as_random_ones_are():
+    left_out = plan("unified-1", init=MODEL, reinitialize=("model.connector.*",)).stages[0]
+    assert left_out.prepares == ("random weights for model.connector.*", "connector from LLM")
+    assert left_out.reinitialize == ("model.connector.*",)
+    other = plan("unified-1", "unified-2", init=MODEL, reinitialize=("model.denoiser.*",))
+    assert other.stages[0].prepares == ("random weights for model.denoiser.*",)  # the folder's connector is trained
+    assert other.stages[1].reinitialize == () and "teacher mean" in other.stages[1].prepares
+    resumed = plan("unified-1", init=MODEL, states=("unified-1",), resume=True, reinitialize=("model.denoiser.*",))
+    assert resumed.stages[0].reinitialize == ()
+    with pytest.raises(InputError, match="--reinitialize: expected --init-from beside it"):
+        plan("unified-1", done=("tokenizer-3",), reinitialize=("model.denoiser.*",))
+
+
 def test_a_new_run_goes_from_random_weights_stage_by_stage():
     found = plan()
     assert [one.config.name for one in found.stages] == NAMES and found.fresh

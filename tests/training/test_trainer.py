@@ -19,9 +19,9 @@ from spar.recipes.shapes.dense_tagging import TAG_NAMES
 from spar.training import bundle
 from spar.training import trainer as module
 from spar.training.checkpoint import checksum, load_group, save_folder, write_meta
-from spar.training.config import Recipe
+from spar.training.config import Recipe, matches
 from spar.training.files_data import FilesData
-from spar.training.initial_weights import random_modules
+from spar.training.initial_weights import load_initial_weights, random_modules
 from spar.training.objectives.next_token import NextTokenObjective
 from spar.training.objectives.tokenizer import TokenizerObjective
 from spar.training.objectives.unified import UnifiedObjective
@@ -452,6 +452,29 @@ def test_a_run_goes_on_from_a_finished_model_and_its_manifest_says_so(tiny_run, 
     assert manifest["origin"] == load_model(given).manifest
     train(TINY, run, stages=("unified-3",), init_from=tiny_run.path / "unified-2" / "done")
     assert "origin" not in load_model(run / "model").manifest  # now it came from a stage
+
+
+def test_parts_may_start_from_random_weights_though_the_folder_has_them(tiny_run):
+    given, patterns = tiny_run.path / "model", ("model.denoiser.*", "model.connector.*")
+    modules = random_modules(TINY, "cpu", {})
+    fresh = {key: value.clone() for key, value in modules.state_dict().items()}
+    load_initial_weights(modules, given, TINY.stage("unified-2"), TINY, patterns)
+    own = modules.state_dict()
+    for key, value in TINY.load_model(given).items():
+        expected = fresh[key] if matches(key, patterns) else value
+        assert torch.equal(own[key], expected.to(own[key].dtype)), key
+    queries = TINY.load_model(given)["model.connector.queries"]
+    assert not torch.equal(own["model.connector.queries"], queries)
+
+
+def test_what_starts_anew_is_in_the_manifest_and_a_pattern_must_mean_something(tiny_run, tmp_path):
+    given, run = tiny_run.path / "model", tmp_path / "run"
+    with pytest.raises(InputError, match=r"expected patterns such as model.denoiser.\*, got 'model.dit.\*'"):
+        train(TINY, run, stages=("unified-3",), init_from=given, reinitialize=("model.dit.*",))
+    assert not run.exists()
+    train(TINY, run, stages=("unified-3",), init_from=given, reinitialize=("model.router.*",))
+    origin = load_model(run / "model").manifest["origin"]
+    assert origin == {**load_model(given).manifest, "reinitialized": ["model.router.*"]}
 
 
 @pytest.mark.slow

@@ -141,7 +141,7 @@ class CompareArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyArguments:
-    """Train and compare variants of a recipe: spar study routing --init-from MODEL -o studies/routing
+    """Train and compare variants of a recipe: spar study routing -o studies/routing
 
     A study is a YAML or JSON file, or a bundled one by its name (spar list). What is done is not done again: the same
     command goes on after a stop. At the end the folder has results.json and report.html.
@@ -152,7 +152,7 @@ class StudyArguments:
     output: OutputPath = None
     """Folder of the study; by default studies/NAME."""
     init_from: Path | None = None
-    """What the first stage starts from, as in spar train: RUN/STAGE/done or a folder of a model."""
+    """What the first stage starts from, as in spar train; by default what the study names."""
     seeds: int | None = None
     """Only the first so many seeds of the study; a later call may go on with more."""
     device: str | None = None

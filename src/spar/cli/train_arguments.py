@@ -31,6 +31,8 @@ class TrainArguments:
     """Start the first stage from the weights of a finished stage (RUN/STAGE/done) or of a SPAR folder."""
     teacher: Path | None = None
     """SPAR folder whose encoder is the tokenizer's semantic teacher, where the starting weights keep none."""
+    reinitialize: UseAppendAction[tuple[str, ...]] = ()
+    """Parameters that start from random weights though --init-from has them: model.denoiser.* (repeatable)."""
     from_scratch: Flag = False
     """Use random weights for the parts that the recipe expects from published checkpoints."""
     device: str | None = None

@@ -46,7 +46,8 @@ def train(argv: list[str]) -> int:
     device = choose_device(args.device)
     run_plan = resolve(
         chosen, read_run(chosen, run, args.init_from), stages=args.stage, resume=resume,
-        from_scratch=args.from_scratch, teacher=args.teacher, only_shown=args.dry_run,
+        from_scratch=args.from_scratch, teacher=args.teacher, reinitialize=args.reinitialize,
+        only_shown=args.dry_run,
     )  # fmt: skip
     if args.dry_run:
         check_run(run, chosen, fresh=run_plan.fresh)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spar.checkpoints.bundled import BUNDLED_MODELS, bundled_folder
 from spar.common.config import Registry, from_dict, read_json, to_dict, write_json
 from spar.common.errors import InputError
 from spar.common.settings_files import read_settings
@@ -59,6 +60,8 @@ class Study:
         endpoints: benchmarks, and "shapes-loss".
         limit: prompts of each task; None: all.
         images_per_prompt: as in `EvalOptions`.
+        init_from: a bundled model that all trainings start from, unless the caller names another folder.
+        reinitialize: patterns of parameters that start from random weights all the same, in every arm.
     """
 
     name: str
@@ -72,6 +75,8 @@ class Study:
     endpoints: tuple[str, ...] = ("shapes-loss", "shapes-gen")
     limit: int | None = 20
     images_per_prompt: int = 1
+    init_from: str = ""
+    reinitialize: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for where, fields in (("settings", self.settings), ("variants", self.variants)):
@@ -95,6 +100,8 @@ class Study:
             raise InputError(
                 f"seeds: expected 1 to {MAX_SEEDS} that differ, and not by {AGAIN_SEED}, got {list(self.seeds)}"
             )
+        if self.init_from and self.init_from not in BUNDLED_MODELS:
+            raise InputError(f"init_from: expected one of {', '.join(BUNDLED_MODELS)}, got {self.init_from!r}")
         unknown = [name for name in self.endpoints if name not in ENDPOINTS]
         if unknown or not self.endpoints:
             raise InputError(f"endpoints: expected some of {', '.join(ENDPOINTS)}, got {', '.join(unknown) or 'none'}")
@@ -160,7 +167,7 @@ def run_study(
 
     Args:
         find: gives the recipe of a name.
-        init_from: what the first stage of every run, or of the shared ones, starts from.
+        init_from: what the first stage of every run, or of the shared ones, starts from; by default `study.init_from`.
         first: only so many of the study's seeds; a later call may go on with more.
         say: is told what happens next, a line at a time.
 
@@ -170,6 +177,8 @@ def run_study(
     Raises:
         InputError: a folder that holds another study, or what training or a benchmark refuses.
     """
+    if init_from is None and study.init_from:
+        init_from = bundled_folder(study.init_from)
     recipes = {(arm, seed): _recipe(study, arm, seed, registry, find) for arm in study.arms for seed in study.seeds}
     stages = _own_stages(study, find(study.recipe))
     for recipe in recipes.values():
@@ -186,7 +195,7 @@ def run_study(
                 say(f"{SHARED}, seed {seed}: training")
                 _share_cache(folder, run)
                 recipe = _recipe(study, SHARED, seed, registry, find)
-                if not _train(recipe, run, study.shared, device, init_from):
+                if not _train(recipe, run, study.shared, device, init_from, study.reinitialize):
                     return None
         for arm in study.arms:
             run, recipe = folder / arm / f"seed-{seed}", recipes[arm, seed]
@@ -194,7 +203,7 @@ def run_study(
                 say(f"{arm}, seed {seed}: training")
                 shutil.rmtree(run / "results", ignore_errors=True)  # of weights that are gone
                 _share_cache(folder, run)
-                if not _train(recipe, run, stages, device, start):
+                if not _train(recipe, run, stages, device, start, () if study.shared else study.reinitialize):
                     return None
             if missing := [name for name in study.endpoints if not _result_path(run, name).is_file()]:
                 say(f"{arm}, seed {seed}: {', '.join(missing)}")
@@ -277,7 +286,9 @@ def _open_folder(study: Study, folder: Path, init_from: Path | None) -> None:
     The order of the variants counts: the first is the reference.
     """
     start = None if init_from is None else str(init_from.absolute())
-    values = read_back({**to_dict(study), "order": list(study.variants), "init_from": start})
+    if study.init_from and init_from == bundled_folder(study.init_from):
+        start = study.init_from  # an installation may be moved
+    values = read_back({**to_dict(study), "order": list(study.variants), "start": start})
     path = folder / "study.json"
     if path.is_file():
         if (kept := read_json(path)) != values:
@@ -296,11 +307,16 @@ def read_back(values: Any) -> Any:
     return [read_back(value) for value in values] if isinstance(values, list | tuple) else values
 
 
-def _train(recipe: Recipe, run: Path, stages: tuple[str, ...], device: str | None, init_from: Path | None) -> bool:
+def _train(
+    recipe: Recipe, run: Path, stages: tuple[str, ...], device: str | None, init_from: Path | None,
+    reinitialize: tuple[str, ...],
+) -> bool:  # fmt: skip
     """Train a run to the end of its stages; False when a signal stopped it."""
     from spar.training.trainer import train
 
-    model = train(recipe, run, stages=stages, resume=True, device=device, init_from=init_from)
+    model = train(
+        recipe, run, stages=stages, resume=True, device=device, init_from=init_from, reinitialize=reinitialize
+    )
     if model is None:
         return False
     write_json(run / ARM, {"parameters": sum(parameter.numel() for parameter in model.parameters())})

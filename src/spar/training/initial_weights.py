@@ -28,12 +28,15 @@ def random_modules(recipe: Recipe, device: torch.device | str, networks: Network
     return modules.to(device)
 
 
-def load_initial_weights(modules: nn.Module, folder: Path, stage: StageConfig, recipe: Recipe) -> None:
+def load_initial_weights(
+    modules: nn.Module, folder: Path, stage: StageConfig, recipe: Recipe, reinitialize: tuple[str, ...] = ()
+) -> None:
     """Start a stage from another run's stage, or from a finished model's folder, which holds no heads.
 
     What the stages before this one train must fit exactly, and so must published parts and what of the model no stage
     trains. What else none has touched may differ in design (another router, another teacher's width) and then keeps its
     fresh random weights: so one tokenizer serves every ablation.
+    What `reinitialize` means keeps them too.
     Where the model's configuration differs from the recipe's, a warning says so: not every field shows in weights.
     """
     finished, earlier = is_model_folder(folder), recipe.stages[: recipe.stages.index(stage)]
@@ -52,7 +55,7 @@ def load_initial_weights(modules: nn.Module, folder: Path, stage: StageConfig, r
         raise InputError(f"{folder} holds none of this model's weights")
     for key in own.keys() | given.keys():
         fits = key in own and key in given and own[key].shape == given[key].shape
-        if not fits and not matches(key, patterns):
+        if matches(key, reinitialize) or (not fits and not matches(key, patterns)):
             given.pop(key, None)
             if key in own:
                 given[key] = own[key]

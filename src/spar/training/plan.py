@@ -6,6 +6,7 @@ stage's weights come from, what is prepared before its first step and what its t
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
@@ -57,6 +58,7 @@ class PlannedStage:
         prepares: what changes in its weights before its first step, in the objective's own words.
         invalidates: stages whose ends its training makes void.
         teacher_folder: the SPAR folder whose teacher is taken, where one is.
+        reinitialize: patterns of parameters that keep random weights though the folder that it starts from has them.
     """
 
     config: StageConfig
@@ -64,6 +66,7 @@ class PlannedStage:
     prepares: tuple[str, ...] = ()
     invalidates: tuple[str, ...] = ()
     teacher_folder: Path | None = None
+    reinitialize: tuple[str, ...] = ()
 
     def require_teacher(self) -> Path:
         """`teacher_folder`; ValueError where there is none."""
@@ -123,15 +126,21 @@ class Origin:
         init: the folder that the caller named, where it starts from that.
         before: the stage of this run whose end it starts from.
         teacher: a SPAR folder that the caller names as the semantic teacher's.
+        reinitialize: patterns of parameters that keep random weights all the same.
     """
 
     init: InitFolder | None = None
     before: StageConfig | None = None
     teacher: Path | None = None
+    reinitialize: tuple[str, ...] = ()
 
     @property
     def is_model(self) -> bool:
         return self.init is not None and self.init.is_model
+
+    def brings(self, part: str) -> bool:
+        """Whether a finished model's folder gives a part of the model its weights."""
+        return self.is_model and not any(fnmatchcase(f"{part}.weight", one) for one in self.reinitialize)
 
     def made_by(self, *objectives: type[Objective]) -> bool:
         """Whether the weights were trained last with one of these objectives, or with one that extends it."""
@@ -215,6 +224,7 @@ def resolve(
     resume: bool = False,
     from_scratch: bool = False,
     teacher: Path | None = None,
+    reinitialize: tuple[str, ...] = (),
     only_shown: bool = False,
 ) -> RunPlan:
     """The plan of a run.
@@ -224,6 +234,7 @@ def resolve(
         resume: skip stages that are done and continue the one that is not.
         from_scratch: start from random weights what the recipe expects from published checkpoints.
         teacher: a SPAR folder whose encoder is the semantic teacher, in place of the one that the weights bring.
+        reinitialize: patterns of parameters that start from random weights though the folder to start from has them.
         only_shown: the plan is looked at, not executed: it may lack data and published weights.
 
     Raises:
@@ -236,6 +247,8 @@ def resolve(
     if not (only_shown and isinstance(recipe.data, NoData)):
         recipe.data.check(chosen)
     recipe.check_stages(chosen)
+    if reinitialize and status.init is None:
+        raise InputError(f"--reinitialize: expected --init-from beside it, got {', '.join(reinitialize)} alone")
     begun = resume and (chosen[0].name in status.done or chosen[0].name in status.states)
     init = None if begun else status.init  # a run that has begun goes on from its own weights
     if not (init or from_scratch or begun or only_shown):
@@ -255,17 +268,20 @@ def resolve(
         else:
             start = _start(recipe, status, init, chosen, index)
         own, named = (init if start.source == "folder" else None), (teacher if index == 0 else None)
-        origin = Origin(own, _before(recipe, chosen, index), named)
+        left_out = reinitialize if own else ()
+        origin = Origin(own, _before(recipe, chosen, index), named, left_out)
         if origin.init:
             stage.objective.check_folder(stage, origin.init)
         resumed = start.source == "state"  # a saved state is prepared already
         prepares = () if resumed else stage.objective.preparations(recipe, stage, origin)
+        if left_out:
+            prepares = (f"random weights for {', '.join(left_out)}", *prepares)
         taught = origin.teacher or (start.path if origin.is_model else None)
         later = {one.name for one in recipe.stages[recipe.stages.index(stage) :]}
         void = _void(recipe, status, stage, voided, resumed=resumed)
         voided |= {*later, *status.model_parts}
         done, states = done - later, states - later
-        planned.append(PlannedStage(stage, start, prepares, void, taught))
+        planned.append(PlannedStage(stage, start, prepares, void, taught, left_out))
     return RunPlan(recipe, status.run, tuple(planned), not (resume or stages), init.path if init else None)
 
 

@@ -87,7 +87,9 @@ def note_origin(plan: RunPlan, planned: PlannedStage) -> None:
     if planned.start.source in ("folder", "random"):
         (plan.run / ORIGIN).unlink(missing_ok=True)
     if planned.start.source == "folder" and (planned.start.folder / "manifest.json").exists():
-        shutil.copyfile(planned.start.folder / "manifest.json", plan.run / ORIGIN)
+        manifest = read_json(planned.start.folder / "manifest.json")
+        left_out = {"reinitialized": list(planned.reinitialize)} if planned.reinitialize else {}
+        write_json(plan.run / ORIGIN, {**manifest, **left_out})
 
 
 def invalidate_later_stages(run: Path, recipe: Recipe, planned: PlannedStage) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from spar.common.device import choose_device
 from spar.common.errors import InputError
 from spar.training.checkpoint import find_state, remove_states
-from spar.training.config import Recipe, StageConfig, freeze, freezing_table
+from spar.training.config import Recipe, StageConfig, freeze, freezing_table, matches
 from spar.training.data import TrainingData
 from spar.training.distributed import DistributedContext, ParallelismConfig
 from spar.training.initial_weights import load_initial_weights, load_previous_weights, random_modules
@@ -36,6 +36,7 @@ def train(
     resume: bool = False,
     init_from: Path | None = None,
     teacher: Path | None = None,
+    reinitialize: tuple[str, ...] = (),
     device: str | torch.device | None = None,
     parallelism: ParallelismConfig = ParallelismConfig(),  # noqa: B008 (frozen)
     from_scratch: bool = False,
@@ -52,6 +53,7 @@ def train(
         init_from: a stage's folder (`RUN/STAGE/done`) or a SPAR folder whose weights the first stage starts from; a
             run that has begun and is resumed ignores it.
         teacher: a SPAR folder whose encoder is the semantic teacher, where the starting weights keep none.
+        reinitialize: patterns of parameters that start from random weights though `init_from` has them.
         device: where to train, by default CUDA if available; a run may be resumed on another.
         parallelism: how several processes share the work; a run may be resumed with another.
         from_scratch: start from random weights what the recipe expects from published checkpoints.
@@ -66,7 +68,7 @@ def train(
     """
     plan = resolve(
         recipe, read_run(recipe, run, init_from), stages=stages, resume=resume, from_scratch=from_scratch,
-        teacher=teacher,
+        teacher=teacher, reinitialize=reinitialize,
     )  # fmt: skip
     return execute(plan, device=device, parallelism=parallelism, report=report, announce=announce)
 
@@ -103,6 +105,7 @@ def _execute(
     networks = FrozenNetworks(recipe, parallel.device)
     networks.load(chosen)
     modules = random_modules(recipe, parallel.device, networks)
+    check_patterns(modules, plan)
     with parallel.main_first():
         check_run(run, recipe, fresh=plan.fresh and parallel.main)
         if parallel.main:
@@ -164,11 +167,20 @@ def load_start(modules: nn.Module, recipe: Recipe, planned: PlannedStage) -> Non
     """Load the weights that a stage starts from; random ones are there already."""
     start = planned.start
     if start.source == "folder":
-        load_initial_weights(modules, start.folder, planned.config, recipe)
+        load_initial_weights(modules, start.folder, planned.config, recipe, planned.reinitialize)
     elif start.source == "state" and (found := find_state(start.folder)):
         load_previous_weights(modules, found.path)
     elif start.source != "random":
         load_previous_weights(modules, start.folder)
+
+
+def check_patterns(modules: nn.Module, plan: RunPlan) -> None:
+    """Refuse patterns of what is to start from random weights that mean nothing of this model."""
+    names = [name for name, _ in modules.named_parameters()]
+    for planned in plan.stages:
+        for pattern in planned.reinitialize:
+            if not any(matches(name, (pattern,)) for name in names):
+                raise InputError(f"--reinitialize: expected patterns such as model.denoiser.*, got {pattern!r}")
 
 
 def check_parallelism(stages: tuple[StageConfig, ...], parallel: DistributedContext) -> None:

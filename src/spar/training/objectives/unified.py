@@ -82,7 +82,7 @@ class UnifiedObjective(Objective["SparRecipe"]):
 
     def preparations(self, recipe: "SparRecipe", stage: "StageConfig", origin: "Origin") -> tuple[str, ...]:
         found = []
-        if not origin.made_by(UnifiedObjective) and not origin.is_model:  # a SPAR folder's connector is no blank one
+        if not origin.made_by(UnifiedObjective) and not origin.brings("model.connector"):  # it is blank
             found.append(CONNECTOR_FROM_LLM)
         if self.weight(recipe) and recipe.alignment.center:
             found.append(TEACHER_MEAN)
