@@ -1,5 +1,6 @@
 """Reconstruction of image folders: measures against closed forms and other libraries, the command on a tiny model."""
 
+import json
 from functools import cache
 
 import numpy as np
@@ -13,6 +14,8 @@ from transformers import ViTConfig, ViTModel
 
 from spar.cli.main import main
 from spar.common.errors import InputError
+from spar.evaluation import recon as module
+from spar.evaluation.compare import compare
 from spar.evaluation.features import Described, EncoderFeatures, InceptionFeatures, load_features
 from spar.evaluation.frechet import (
     ClassSums,
@@ -25,8 +28,9 @@ from spar.evaluation.frechet import (
 from spar.evaluation.inception import Inception, resize
 from spar.evaluation.options import EvalOptions
 from spar.evaluation.pixel_metrics import ssim_inside
-from spar.evaluation.recon import images_below, recon
+from spar.evaluation.recon import check_pairs, images_below, recon
 from spar.evaluation.results import read_result
+from spar.processing.images import to_square
 
 RNG = np.random.default_rng(0)
 
@@ -48,24 +52,23 @@ def test_ssim_is_the_formula_over_windows_inside_with_the_sample_covariance(data
     cov = ((x - mx[..., None, None]) * (y - my[..., None, None])).sum((-1, -2)) / 48
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     value = (2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
-    assert ssim_inside(a, b, data_range=data_range) == pytest.approx(value.mean((1, 2, 3)))
+    assert ssim_inside(a, b, [data_range])[0] == pytest.approx(value.mean((1, 2, 3)))
 
 
-@pytest.mark.parametrize("data_range", [1.0, 2.0])
-def test_ssim_is_scikit_images(data_range):
-    metrics = pytest.importorskip("skimage.metrics")
-    a, b = noisy((3, 40, 33, 3))
-    theirs = [
-        metrics.structural_similarity(x / 255, y / 255, data_range=data_range, channel_axis=-1)
-        for x, y in zip(a, b, strict=True)
-    ]
-    assert ssim_inside(a, b, data_range=data_range) == pytest.approx(theirs)
+def test_ssim_is_scikit_images():
+    """The values are scikit-image's (0.26, `structural_similarity(..., channel_axis=-1)`) on these images in [0, 1]."""
+    rng = np.random.default_rng(5)
+    a = rng.integers(0, 256, (12, 17, 3), dtype=np.uint8)
+    b = np.clip(a.astype(int) + rng.integers(-30, 31, a.shape), 0, 255).astype(np.uint8)
+    theirs = [0.9702426679622088, 0.9707639150533524]
+    assert ssim_inside(a[None], b[None], [1.0, 2.0])[:, 0] == pytest.approx(theirs, rel=1e-12)
 
 
 def test_the_doubled_range_flatters_and_a_small_image_is_refused():
     a, b = noisy((1, 32, 32, 3))
     assert ssim_inside(a, a).item() == pytest.approx(1.0)
-    assert 0 < ssim_inside(a, b).item() < ssim_inside(a, b, data_range=2.0).item() < 1
+    once, doubled = ssim_inside(a, b, (1.0, 2.0))[:, 0]
+    assert 0 < once < doubled < 1
     with pytest.raises(ValueError, match="at least 7 x 7"):
         ssim_inside(a[:, :6], b[:, :6])
 
@@ -96,12 +99,11 @@ def test_the_inception_score_counts_evenly_used_classes():
 
 
 def test_the_jackknife_of_a_mean_is_its_standard_error():
-    values = RNG.normal(3.0, 1.0, 10)
-    score = jackknife_score("mean", lambda one: one / 10, [(value,) for value in values], 10)
-    left = jackknife_score("mean", lambda one: one.mean(), [(Group([value]),) for value in values], 10)
-    assert score.value == left.value == pytest.approx(values.mean())
+    values = np.random.default_rng(2).normal(3.0, 1.0, 10)
+    score = jackknife_score("mean", lambda one: one.mean(), [(Group([value]),) for value in values], 10)
     half = 2.262157 * values.std(ddof=1) / 10**0.5  # Student's, 9 degrees of freedom
-    assert (left.low, left.high) == pytest.approx((values.mean() - half, values.mean() + half))
+    found = score.value, score.low, score.high
+    assert found == pytest.approx((values.mean(), values.mean() - half, values.mean() + half))
 
 
 class Group:
@@ -229,6 +231,7 @@ class Brightness:
 def test_images_are_compared_as_they_were_cropped(folder, tmp_path):
     pipe = Darker(step=2)
     result = recon(pipe, folder, EvalOptions(batch=5), features=Brightness(), pairs=tmp_path / "pairs")
+    assert result.settings["images"] == 12
     assert pipe.calls == [5, 5, 2]
     assert result.score("psnr").value == pytest.approx(20 * np.log10(255 / 2)) and result.score("psnr").n == 12
     assert 0.99 < result.score("ssim").value < result.score("ssim_range_2").value < 1
@@ -249,14 +252,17 @@ class Classifier:
 
     def __call__(self, images):
         values = images.mean((1, 2)).astype(np.float64)
-        return Described(values, np.stack([values[:, 0], 220 - values[:, 0]], 1))
+        return Described(values, np.stack([values[:, 0], 240 - values[:, 0]], 1) / 2)
 
 
 def test_a_classifier_gives_rfid_and_the_inception_score(folder):
     result = recon(Darker(), folder, features=Classifier())
     assert [score.name for score in result.scores] == ["psnr", "ssim", "ssim_range_2", "rfid", "inception_score"]
-    assert result.score("rfid").value == pytest.approx(3.0)
-    assert 1 < result.score("inception_score").value < 2
+    assert result.score("rfid").value == pytest.approx(3.0)  # three means are 1 lower, the variances the same
+    paths = images_below(folder)
+    darker = np.stack([np.asarray(to_square(Image.open(path), 32)) - np.uint8(1) for path in paths])
+    expected = inception_score(ClassSums.of(Classifier()(darker).logits))
+    assert result.score("inception_score").value == pytest.approx(expected)
 
 
 def test_an_encoder_describes_by_its_mean_patch_token(tmp_path):
@@ -264,20 +270,65 @@ def test_an_encoder_describes_by_its_mean_patch_token(tmp_path):
     network = ViTModel(ViTConfig(**sizes, image_size=32, patch_size=8))
     network.save_pretrained(tmp_path / "vit")
     features = load_features(tmp_path / "vit")
-    assert isinstance(features, EncoderFeatures) and features.name.startswith("ViTModel of vit, mean patch token, 32")
+    assert isinstance(features, EncoderFeatures) and features.name.startswith("ViTModel, weights ")
     images = RNG.integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     pixels = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - features.encoder.mean) / features.encoder.std
     with torch.inference_mode():
         tokens = network.eval()(pixel_values=pixels).last_hidden_state[:, 1:]
     assert features(images).values == pytest.approx(tokens.mean(1).numpy(), abs=1e-5)
     (tmp_path / "vit" / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="features: expected the folder or Hub id of an image encoder"):
+    with pytest.raises(InputError, match="features: expected the folder of an image encoder"):
         load_features(tmp_path / "vit")
 
 
-def test_folders_without_two_images_are_refused(folder, tmp_path):
+def test_images_are_taken_evenly_from_the_subfolders_that_have_some(folder):
+    (folder / "annotations").mkdir()
+    (folder / "annotations" / "list.txt").write_text("no image")
     assert [path.parent.name for path in images_below(folder)] == ["cats"] * 6 + ["dogs"] * 6
-    assert len(images_below(folder / "cats")) == 6
+    chosen = [path.relative_to(folder).as_posix() for path in images_below(folder, 3)]
+    assert chosen == ["cats/0.png", "cats/1.png", "dogs/0.png"]
+    assert len(images_below(folder / "cats")) == 6 and len(images_below(folder / "cats", 2)) == 2
+    Image.new("RGB", (8, 8)).save(folder / "stray.png")
+    with pytest.raises(InputError, match=r"or in its subfolders, got both: stray.png"):
+        images_below(folder)
+
+
+def test_pairs_have_a_folder_of_their_own(folder, tmp_path):
+    for place in (folder, folder / "pairs", tmp_path):
+        with pytest.raises(InputError, match="pairs: expected a folder apart from the images"):
+            check_pairs(place, folder)
+    (tmp_path / "other").mkdir()
+    check_pairs(tmp_path / "other", folder)
+    (tmp_path / "other" / "mine.txt").touch()
+    with pytest.raises(InputError, match="has other contents"):
+        check_pairs(tmp_path / "other", folder, overwrite=True)
+
+
+def test_features_of_many_images_are_added_up_in_parts(folder, monkeypatch):
+    whole = recon(Darker(step=2), folder, EvalOptions(batch=2), features=Classifier())
+    monkeypatch.setattr(module, "_FOLDED", 3)
+    parts = recon(Darker(step=2), folder, EvalOptions(batch=2), features=Classifier())
+    assert [score.value for score in parts.scores] == pytest.approx([score.value for score in whole.scores])
+    assert [score.low for score in parts.scores] == pytest.approx([score.low for score in whole.scores])
+
+
+def test_of_several_processes_one_measures(folder, tmp_path):
+    pipe = Darker()
+    assert recon(pipe, folder, EvalOptions(batch=5), pairs=tmp_path / "pairs", main=False) is None
+    assert pipe.calls == [5, 5, 2] and not (tmp_path / "pairs").exists()
+
+
+def test_two_results_are_compared_on_the_same_originals_alone(folder):
+    first, second = (recon(Darker(step), folder, features=Brightness()) for step in (3, 1))
+    decibels, similar = compare(first, second)
+    assert (decibels.score, similar.score) == ("psnr", "ssim")
+    assert decibels.value == pytest.approx(20 * np.log10(3), abs=1e-3) and similar.verdict == "higher"
+    Image.new("RGB", (40, 40), "red").save(folder / "cats" / "0.png")
+    with pytest.raises(InputError, match="two results of the same originals"):
+        compare(first, recon(Darker(), folder, features=Brightness()))
+
+
+def test_folders_without_two_images_are_refused(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     for place, message in ((tmp_path / "empty", "found none"), (tmp_path / "nowhere", "expected a folder of images")):
         with pytest.raises(InputError, match=message):
@@ -293,11 +344,16 @@ def test_the_command_scores_a_folder(tiny_run, folder, tmp_path, capsys):
     out, model = tmp_path / "scores.json", str(tiny_run.path / "model")
     asked = ["eval", "recon", "--model", model]
     assert main([*asked, "--images", str(folder), "--pairs", str(tmp_path / "pairs"), "-o", str(out)]) == 0
+    assert "SSIM with range 2" in capsys.readouterr().out
     result = read_result(out)
     assert result.score("psnr").n == 12 and result.settings["size"] == 64
     assert result.settings["features"].startswith("random-convolutions-1")
     assert len(list((tmp_path / "pairs" / "recon").iterdir())) == 12
-    assert "SSIM with range 2" in capsys.readouterr().out
+    assert json.loads((tmp_path / "pairs" / "images.json").read_text())[6] == "dogs/0.png"
+    other = ["--images", str(folder), "-o", str(tmp_path / "other.json"), "--pairs", str(tmp_path / "pairs")]
+    assert main([*asked, *other]) == 2 and "--overwrite" in capsys.readouterr().err
+    assert main([*asked, *other, "--overwrite", "--limit", "4"]) == 0
+    assert len(list((tmp_path / "pairs" / "recon").iterdir())) == 4  # none of the earlier ones is left
     assert main(asked) == 2
     assert "recon: expected --images FOLDER" in capsys.readouterr().err
     assert main([*asked, "--images", str(folder), "--template", "a {}", "-o", str(tmp_path / "other.json")]) == 2

@@ -52,6 +52,21 @@ def test_text_may_come_before_the_image(client, image):
     assert answer.choices[0].message.content == "red"
 
 
+def test_an_image_is_read_as_so_many_tiles_as_asked_for(client, pipe, image):
+    wide = image.resize((128, 64))
+    used = {}
+    for tiles in (None, 1, 2, 12):
+        given = {} if tiles is None else {"max_tiles": tiles}
+        answer = client.chat.completions.create(model="spar", messages=question(wide), extra_body=given)
+        used[tiles] = answer.usage.prompt_tokens
+        own = pipe.understand(wide, QUESTION, max_tiles=tiles).texts[0]
+        assert answer.choices[0].message.content == own
+    assert used[None] == used[1] and used[2] == used[12] > used[1]  # two tiles and the whole
+    for tiles in (0, 41):
+        with pytest.raises(openai.BadRequestError, match="max_tiles"):
+            client.chat.completions.create(model="spar", messages=question(wide), extra_body={"max_tiles": tiles})
+
+
 def test_an_image_outside_the_models_world_is_said_in_warnings_whole_or_streamed(client, image):
     photo = Image.effect_noise((90, 60), 80).convert("RGB")
     for shown_image, wanted in ((image, False), (photo, True)):

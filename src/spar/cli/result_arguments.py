@@ -15,6 +15,7 @@ Benchmark = Literal[
     "shapes-paraphrase", "shapes-chat", "shapes-robust", "shapes-zero-shot", "shapes-codes", "shapes-agreement",
     "zero-shot", "recon", "all",
 ]  # fmt: skip
+MAX_RECONSTRUCTED = 10**7  # images of recon
 # Flags of single benchmarks.
 OWN_FLAGS = {
     "images": ("zero-shot", "recon"), "class_names": ("zero-shot",), "template": ("zero-shot",),
@@ -36,7 +37,8 @@ class EvalArguments(ModelArguments):
     overwrite: Flag = False
     """Replace results that exist."""
     limit: int | None = None
-    """Prompts of each task (questions of each kind, conversations); by default all of them."""
+    """Prompts of each task (questions of each kind, conversations), images of recon, of zero-shot images of each class;
+    by default all of them."""
     seed: int | None = None
     """Seed of the images and of the bootstrap; by default 0."""
     num_inference_steps: Steps = None
@@ -58,7 +60,7 @@ class EvalArguments(ModelArguments):
     """Of recon's Fréchet distance: the file of Inception's weights (for rFID, pt_inception-2015-12-05-6726825d.pth)
     or the folder of an image encoder of transformers; by default fixed random features."""
     pairs: Path | None = None
-    """Folder for recon's images as they were compared, gt/00000.png and recon/00000.png."""
+    """New folder for recon's images as they were compared, gt/00000.png and recon/00000.png."""
     class_names: Path | None = None
     """JSON file {subfolder: name} of the classes of zero-shot; by default the subfolders' own names."""
     template: str | None = None
@@ -75,7 +77,8 @@ class EvalArguments(ModelArguments):
         check_range("--steps", self.num_inference_steps, 1, MAX_STEPS)
         check_range("--guidance", self.guidance_scale, 0, MAX_GUIDANCE)
         for name in ("limit", "images_per_prompt", "batch"):
-            check_range("--" + name.replace("_", "-"), getattr(self, name), 1, MAX_IMAGES)
+            most = MAX_RECONSTRUCTED if (self.benchmark, name) == ("recon", "limit") else MAX_IMAGES
+            check_range("--" + name.replace("_", "-"), getattr(self, name), 1, most)
         if self.benchmark == "zero-shot" and self.images is None:
             raise InputError("zero-shot: expected --images FOLDER, with a subfolder of images for each class")
         if self.benchmark == "recon" and self.images is None:

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,7 @@ def evaluate(args: EvalArguments) -> int:
     from spar.common.process_group import PATIENCE, ProcessGroup
     from spar.evaluation.benchmarks import BENCHMARKS, NEEDS, suits
     from spar.evaluation.options import EvalOptions
+    from spar.evaluation.recon import check_pairs
     from spar.evaluation.results import write_result
     from spar.evaluation.sharing import ALONE, SharedPipeline
     from spar.evaluation.unfinished import Unfinished
@@ -64,6 +66,9 @@ def evaluate(args: EvalArguments) -> int:
     written = unfinished.written()
     new = [path for name, path in results.items() if name not in written]
     group.main_only(lambda: check_writable(new, overwrite=args.overwrite))
+    if args.pairs and args.images and new:
+        pairs, images = args.pairs, args.images
+        group.main_only(lambda: check_pairs(pairs, images, overwrite=args.overwrite))
     pipe = loading.load_pipeline(args, group.device)
     shared: Any = pipe if group.world == 1 else SharedPipeline(pipe, group)
     if args.no_layout:
@@ -82,8 +87,8 @@ def evaluate(args: EvalArguments) -> int:
         if name in left or name in written or (alone and not group.main):
             continue
         asked: Any = pipe if alone else unfinished.recorded(name, shared)
-        result = _run(args, options, name, asked)
-        if not group.main:
+        result = _run(args, options, name, asked, main=group.main)
+        if result is None or not group.main:
             continue
         if kept := 0 if alone else asked.kept:
             result.settings["kept_calls"] = kept  # whose time is not in `seconds`
@@ -100,7 +105,7 @@ def _identity(args: EvalArguments, options: "EvalOptions", names: list[str], pip
     """All that the scores depend on; neither the device nor the size of a batch changes one."""
     from spar.inference.prompt_files import weights_digest
 
-    own = {name: str(getattr(args, name)) for name in OWN_FLAGS}
+    own = {name: str(getattr(args, name)) for name in OWN_FLAGS if name != "pairs"}
     return {
         "benchmarks": names,
         "options": own | {name: value for name, value in asdict(options).items() if name != "batch"},
@@ -109,8 +114,8 @@ def _identity(args: EvalArguments, options: "EvalOptions", names: list[str], pip
     }
 
 
-def _run(args: EvalArguments, options: "EvalOptions", name: str, pipe: Any) -> "Result":
-    """One benchmark, with its bar."""
+def _run(args: EvalArguments, options: "EvalOptions", name: str, pipe: Any, *, main: bool) -> "Result | None":
+    """One benchmark, with its bar; None where this process only shares the model's work."""
     from spar.evaluation.benchmarks import BENCHMARKS
     from spar.evaluation.features import load_features
     from spar.evaluation.recon import recon
@@ -120,8 +125,10 @@ def _run(args: EvalArguments, options: "EvalOptions", name: str, pipe: Any) -> "
         if args.images is None:
             return BENCHMARKS[name](pipe, options, advance)
         if name == "recon":
-            features = load_features(args.features, pipe.device)
-            return recon(pipe, args.images, options, advance, features=features, pairs=args.pairs)
+            features = load_features(args.features if main else None, pipe.device)
+            with ExitStack() as stack:
+                pairs = stack.enter_context(atomic_directory(args.pairs)) if args.pairs and main else None
+                return recon(pipe, args.images, options, advance, features=features, pairs=pairs, main=main)
         template = TEMPLATE if args.template is None else args.template
         return zero_shot(pipe, args.images, options, advance, template=template, names=args.class_names)
 

@@ -22,9 +22,10 @@ from spar.evaluation.shapes_vqa import is_right
 from spar.evaluation.targets import show_title
 
 POWER = 0.8
-MAIN = ("overall", "psnr")  # a result's main score
+MAIN = ("overall", "psnr", "ssim")  # a result's main scores
+MEASURES = {"shapes-recon": ("psnr",), "recon": ("psnr", "ssim")}  # of its records; of others their one outcome
 CLASSIFIED = ("zero-shot", "shapes-zero-shot")  # benchmarks whose answers are labels, word for word
-_SAME = ("combinations", "seed", "images_per_prompt", "template")
+_SAME = ("combinations", "seed", "images_per_prompt", "template", "originals")
 _CHUNK = 2**22  # values that are drawn at once
 
 
@@ -63,8 +64,8 @@ class Difference:
         return f"undecided (at least {self.detectable:.2g} would show)"
 
 
-def units(result: Result) -> dict[str, list[tuple[str, float]]]:
-    """The prompts of each task with their outcomes, in order, from the details of a result.
+def units(result: Result, measure: str | None = None) -> dict[str, list[tuple[str, float]]]:
+    """The prompts of each task with their outcomes, in order, from a result's details; by default its first measure.
 
     Raises:
         InputError: a benchmark whose score is no mean over prompts, or details that do not have every outcome.
@@ -77,7 +78,7 @@ def units(result: Result) -> dict[str, list[tuple[str, float]]]:
     found: dict[str, list[tuple[str, float]]] = {}
     for number, one in enumerate(records):
         try:
-            outcome = _outcome(result.benchmark, one)
+            outcome = _outcome(result.benchmark, one) if measure is None else float(one[measure])
             known = ("prompt", "instruction", "question", "questions", "image", "expected")
             key = " | ".join(str(one[name]) for name in known if name in one) or str(number)
             task = str(one.get("task") or one.get("kind") or "overall")
@@ -104,7 +105,7 @@ def _outcome(benchmark: str, record: dict[str, Any]) -> float:
 
 
 def compare(first: Result, second: Result, *, seed: int = 0) -> list[Difference]:
-    """The differences of the main score (of reconstructions PSNR, of conversations the last turn) and of each task's.
+    """The differences of the main scores (of reconstructions PSNR, of conversations the last turn) and of each task's.
 
     Raises:
         InputError: results of other benchmarks, settings or prompts.
@@ -117,7 +118,14 @@ def compare(first: Result, second: Result, *, seed: int = 0) -> list[Difference]
     for name, (was, now) in settings.items():
         if was != now:
             raise InputError(f"expected two results of the same {name}, got {was!r} and {now!r}")
-    own, other = units(first), units(second)
+    found = []
+    for measure in MEASURES.get(first.benchmark, (None,)):
+        found += _compare(first, second, measure, seed)
+    return found
+
+
+def _compare(first: Result, second: Result, measure: str | None, seed: int) -> list[Difference]:
+    own, other = units(first, measure), units(second, measure)
     keys = [[(task, key) for task, rows in one.items() for key, _ in rows] for one in (own, other)]
     if keys[0] != keys[1]:
         pair = next(pair for pair in zip_longest(*keys) if pair[0] != pair[1])
@@ -130,8 +138,7 @@ def compare(first: Result, second: Result, *, seed: int = 0) -> list[Difference]
         name: np.array([[was, now] for (_, was), (_, now) in zip(rows, other[name], strict=True)])
         for name, rows in own.items()
     }  # fmt: skip
-    score = "psnr" if first.benchmark == "shapes-recon" else "overall"
-    found = [_difference(show_title(first), score, [*pairs.values()], seed)]
+    found = [_difference(show_title(first), measure or "overall", [*pairs.values()], seed)]
     if len(pairs) > 1:
         found += [_difference(show_title(first), name, [rows], seed) for name, rows in pairs.items()]
     return found

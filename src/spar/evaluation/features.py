@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 FEATURES = "random-convolutions-1 (3 layers, 16 channels each, mean and deviation: 96 features)"
 _CHANNELS = (3, 16, 16, 16)
 _SEED = 20240
-_CHUNK, _INCEPTION_CHUNK = 128, 16
+_CHUNK, _INCEPTION_CHUNK = 128, 16  # images at once; of the random features those of 64 x 64 pixels
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ class InceptionFeatures:
     def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
         from spar.evaluation.inception import Inception
 
-        self.network, self.device = Inception.load(path, device), device
+        self.device = "cpu" if str(device).startswith("mps") else device  # which has no float64
+        self.network = Inception.load(path, self.device)
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         self.name = f"Inception v3 of FID, {path.name}, sha256 {digest}, float64"
@@ -79,17 +80,18 @@ class EncoderFeatures:
     """The mean patch token of an image encoder in a folder of transformers; float32."""
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
+        from spar.inference.prompt_files import weights_digest
         from spar.training.teacher import load_external_teacher
 
         self.encoder, self.device = load_external_teacher(str(folder), "features").to(device), device
-        kind = type(self.encoder.network).__name__
-        self.name = f"{kind} of {folder.absolute().name}, mean patch token, {self.encoder.side} pixels, float32"
+        kind, digest = type(self.encoder.network).__name__, weights_digest(self.encoder.network)
+        self.name = f"{kind}, weights {digest}, mean patch token, {self.encoder.side} pixels, float32"
 
     def __call__(self, images: np.ndarray) -> Described:
         values = []
         for start in range(0, len(images), _CHUNK):
             tokens, _ = self.encoder(_tensor(images[start : start + _CHUNK]).to(self.device).float() / 255)
-            values.append(tokens.mean(1).double().cpu().numpy())
+            values.append(tokens.mean(1).cpu().double().numpy())
         return Described(np.concatenate(values))
 
 
@@ -117,7 +119,8 @@ def _tensor(images: np.ndarray) -> torch.Tensor:
 
 def random_features(images: np.ndarray) -> np.ndarray:
     """Features of images: uint8 [N, H, W, 3] to float64 [N, 96]."""
-    return np.concatenate([_features(images[i : i + _CHUNK]) for i in range(0, len(images), _CHUNK)])
+    step = max(1, _CHUNK * 64 * 64 // (images.shape[1] * images.shape[2]))
+    return np.concatenate([_features(images[i : i + step]) for i in range(0, len(images), step)])
 
 
 def _features(images: np.ndarray) -> np.ndarray:

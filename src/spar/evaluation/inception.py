@@ -198,7 +198,7 @@ class Inception(nn.Module):
 
 
 def resize(images: Tensor, side: int) -> Tensor:
-    """Resize `[B, C, H, W]` to side x side as TensorFlow 1 did: bilinear, not antialiased, from corner to corner."""
+    """Resize `[B, C, H, W]` to side x side as TensorFlow 1 did: bilinear, not antialiased, pixel i at i size / side."""
     for axis in (2, 3):
         size = images.shape[axis]
         # The ratio is rounded as TensorFlow has it: part of the published numbers.

@@ -4,6 +4,8 @@ scikit-image's, which papers on tokenizers have, some of them with a wrong range
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 MAX_PSNR = 100.0  # decibels of equal images
@@ -38,29 +40,29 @@ def ssim(images: np.ndarray, references: np.ndarray) -> np.ndarray:
     return torch.cat(values).numpy()
 
 
-def ssim_inside(images: np.ndarray, references: np.ndarray, *, data_range: float = 1.0) -> np.ndarray:
-    """Structural similarity as scikit-image has it by default: uint8 [N, H, W, 3] twice to float [N].
+def ssim_inside(images: np.ndarray, references: np.ndarray, data_ranges: Sequence[float] = (1.0,)) -> np.ndarray:
+    """Structural similarity as scikit-image has it by default: uint8 [N, H, W, 3] twice to float [R, N], R ranges.
 
     Uniform window, sample covariance, only windows that lie inside the image, mean over pixels and channels. Values are
-    in [0, 1]; a `data_range` of 2, in LlamaGen, TokenFlow and UniLIP, makes the constants four times as large.
+    in [0, 1]; a range of 2, in LlamaGen, TokenFlow and UniLIP, makes the constants four times as large.
     """
     if min(images.shape[1:3]) < WINDOW:
         raise ValueError(f"expected images of at least {WINDOW} x {WINDOW} pixels, got {images.shape}")
-    return np.array([
-        _inside(a / 255, b / 255, data_range)
-        for a, b in zip(images.astype(np.float64), references.astype(np.float64), strict=True)
-    ])  # fmt: skip
+    return np.array([_inside(a / 255.0, b / 255.0, data_ranges) for a, b in zip(images, references, strict=True)]).T
 
 
-def _inside(x: np.ndarray, y: np.ndarray, data_range: float) -> float:
-    """Of two images [H, W, 3] in [0, 1]."""
+def _inside(x: np.ndarray, y: np.ndarray, data_ranges: Sequence[float]) -> list[float]:
+    """Of two images [H, W, 3] in [0, 1], by each range."""
     mean_x, mean_y = _window_means(x), _window_means(y)
     sample = WINDOW**2 / (WINDOW**2 - 1)
     spread_x, spread_y = (sample * (_window_means(z**2) - mean**2) for z, mean in ((x, mean_x), (y, mean_y)))
     together = sample * (_window_means(x * y) - mean_x * mean_y)
-    first, second = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    above = (2 * mean_x * mean_y + first) * (2 * together + second)
-    return float((above / ((mean_x**2 + mean_y**2 + first) * (spread_x + spread_y + second))).mean())
+    values = []
+    for data_range in data_ranges:
+        first, second = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+        above = (2 * mean_x * mean_y + first) * (2 * together + second)
+        values.append(float((above / ((mean_x**2 + mean_y**2 + first) * (spread_x + spread_y + second))).mean()))
+    return values
 
 
 def _window_means(x: np.ndarray) -> np.ndarray:

@@ -26,6 +26,7 @@ UNCONDITIONAL = "Generate an image."
 UNCONDITIONAL_EDIT = "Edit the image.\n"
 DESCRIBE = "describe the image"
 MAX_CHARACTERS_PER_TOKEN = 32
+MAX_CACHED_CHARACTERS = 2**20  # of texts whose ids are kept: at most some 40 MB
 LIKENESS = 0.7  # of a known word that is named beside an unknown one: the share of letters that match in order
 PackedRow = tuple[list[int], list[int], list[int], list[float]]  # ids, segments, positions, weights
 ROLES = ("system", "user", "assistant")
@@ -133,14 +134,18 @@ class PromptEncoder:
         self.multiple = multiple
         self.control = control_tokens(tokenizer)
         self._cache: dict[str, list[int]] = {}
+        self._cached = 0  # characters
 
     def encode(self, text: str) -> list[int]:
         """Ids of a piece of template or text, without added special tokens; they are cached."""
-        if text not in self._cache:
-            if len(self._cache) > 100_000:
-                self._cache.clear()
-            self._cache[text] = self.tokenizer.encode(text, add_special_tokens=False)
-        return self._cache[text]
+        ids = self._cache.get(text)
+        if ids is None:
+            ids = self.tokenizer.encode(text, add_special_tokens=False)
+            self._cached += len(text)
+            if self._cached > MAX_CACHED_CHARACTERS:
+                self._cache, self._cached = {}, len(text)
+            self._cache[text] = ids
+        return ids
 
     def check(self, text: str, what: str, limit: int) -> None:
         """Refuse a prompt that is not text, empty, too long, or (for a closed vocabulary) has unknown words."""

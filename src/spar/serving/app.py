@@ -205,7 +205,9 @@ class Routes:
         warnings = await _race(request, asyncio.to_thread(world_notes, pipe, images=images))
         temperature, top_p, seed = body.sampling()
         job = ChatJob(
-            lambda pipe: pipe.chat(turns, max_new_tokens=limit, temperature=temperature, top_p=top_p, seed=seed),
+            lambda pipe: pipe.chat(
+                turns, max_new_tokens=limit, temperature=temperature, top_p=top_p, seed=seed, max_tiles=body.max_tiles
+            ),
             emit, model,
         )  # fmt: skip
         job.future.add_done_callback(lambda _: emit(None))

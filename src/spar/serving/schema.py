@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from fastapi import UploadFile
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from spar.common.limits import MAX_SEED, one_reference
+from spar.common.limits import MAX_IMAGE_TILES, MAX_SEED, one_reference
 from spar.serving import limits
 
 Name = Annotated[str, Field(max_length=256)]
@@ -213,6 +213,7 @@ class AnswerRequest(StrictModel):
     stream: bool | None = None
     temperature: Temperature | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_tiles: Annotated[int, Field(ge=1, le=MAX_IMAGE_TILES)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
     tools: Nothing | None = None
     tool_choice: Literal["none", "auto"] | None = None

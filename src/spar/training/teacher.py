@@ -152,9 +152,9 @@ def load_external_teacher(source: str, field: str = "alignment.external") -> Ext
         teacher = ExternalTeacher(getattr(network, "vision_model", network), *_normalization(source))
         teacher.width()
     except Exception as error:  # whatever class of the libraries refuses it, and however
-        reason = first_line(error)
+        reason, hub = first_line(error), " or Hub id" if field == "alignment.external" else ""
         raise InputError(
-            f"{field}: expected the folder or Hub id of an image encoder of transformers in safetensors, "
+            f"{field}: expected the folder{hub} of an image encoder of transformers in safetensors, "
             f"got {source!r} ({reason})"
         ) from error
     return teacher
