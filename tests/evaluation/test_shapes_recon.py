@@ -8,7 +8,7 @@ import pytest
 from spar.evaluation.features import random_features
 from spar.evaluation.frechet import frechet_distance
 from spar.evaluation.options import EvalOptions
-from spar.evaluation.pixel_metrics import psnr, ssim
+from spar.evaluation.pixel_metrics import band_psnr, psnr, ssim
 from spar.evaluation.shapes_recon import recon_scenes, survivors
 from spar.worlds.shapes.detector import degrade_image, detect
 from spar.worlds.shapes.render import render
@@ -22,6 +22,18 @@ def test_psnr_of_a_known_error():
     assert psnr(a + np.uint8(5), a) == pytest.approx(20 * np.log10(255 / 5))
     assert psnr(a - np.uint8(5), a) == psnr(a + np.uint8(5), a)
     assert psnr(a, a) == 100.0
+
+
+def test_the_errors_of_the_bands_add_up_and_each_wave_is_in_its_own():
+    a, b = (RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(2))
+    assert -10 * np.log10(sum(10 ** (-value / 10) for value in band_psnr(a, b))) == pytest.approx(psnr(a, b))
+    flat = np.full((64, 64, 3), 128, np.uint8)
+    for band, period in enumerate((32, 8, 2)):
+        rows = np.rint(128 + 16 * np.cos(2 * np.pi * np.arange(64) / period))
+        wave = np.broadcast_to(rows[:, None, None], flat.shape).astype(np.uint8)
+        values = band_psnr(wave, flat)
+        assert int(np.argmin(values)) == band and values[band] == pytest.approx(psnr(wave, flat), abs=0.1)
+    assert band_psnr(a, a) == [100.0] * 3
 
 
 def test_ssim_is_the_formula_over_uniform_windows():

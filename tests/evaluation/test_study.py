@@ -101,10 +101,13 @@ def test_bundled_studies_are_of_recipes_and_stages_that_there_are(name):
     one = read_study(Path(name))
     assert one.name == name and one.question.endswith("?") and len(one.variants) >= 4
     made = [studies._recipe(one, arm, 0, REGISTRY, recipe) for arm in one.arms]
-    assert len({repr(replace(each, name="", seed=0)) for each in made}) == len(one.variants)  # again is the reference
+    pairs = zip(one.arms, made, strict=True)
+    differ = {(repr(replace(each, name="", seed=0)), one.skipped(arm)) for arm, each in pairs}
+    assert len(differ) == len(one.variants)  # again is the reference
     if name == "routing":  # another kind of router keeps the other fields
         assert {each.model.router.count for each in made} == {4}
-    studies._own_stages(one, recipe(one.recipe))
+    for arm in one.arms:
+        assert studies._own_stages(one, recipe(one.recipe), arm)
 
 
 WRONG = [
@@ -123,6 +126,7 @@ WRONG = [
     ({"variants": {"a": {}, "cache": {}}}, "expected names of letters"),
     ({"limit": 0}, "limit: expected a whole number from 1"),
     ({"colour": 1}, "unknown field colour"),
+    ({"variants": {"a": {}, "b": {"skip": "dit"}}}, "b.skip: expected a list of stages, got 'dit'"),
 ]
 
 
@@ -140,6 +144,10 @@ def test_stages_that_there_are_not_and_fields_that_there_are_not(tmp_path):
         run_study(one, tmp_path / "s", REGISTRY, recipe)
     with pytest.raises(InputError, match="study s: expected stages after unified-1, got mllm"):
         run_study(replace(one, shared=("unified-1",), stages=("mllm",)), tmp_path / "s", REGISTRY, recipe)
+    for skip, message in ((["nap"], "got 'nap'"), (["unified-1"], "expected stages after .*got none")):
+        with pytest.raises(InputError, match=message):
+            skipping = {"a": {}, "b": {"skip": skip}}
+            run_study(replace(one, stages=("unified-1",), variants=skipping), tmp_path / "s", REGISTRY, recipe)
     wrong = replace(one, stages=(), variants={"a": {}, "b": {"model": {"router": {"speed": 1}}}})
     with pytest.raises(InputError, match="study s, b.model.router: unknown field speed"):
         run_study(wrong, tmp_path / "s", REGISTRY, recipe)
@@ -180,9 +188,10 @@ def test_a_study_runs_resumes_and_ends_in_one_table_and_one_page(tiny_run, tmp_p
     (tmp_path / "s.yaml").write_text(FILE)
     found = json.loads((folder / "results.json").read_text())
     assert {(one["arm"], one["endpoint"]) for one in found["differences"]} == {
-        (arm, name) for arm in ("again", "last") for name in ("shapes-loss", "shapes-gen")
+        (arm, name) for arm in ("again", "last") for name in ("shapes-loss", "shapes-loss, margin", "shapes-gen")
     }
     assert found["parameters"]["last"] < found["parameters"]["dtr"] and found["seconds"]["dtr"] > 0
+    assert found["memory"]["dtr"] > 2**27  # bytes: the libraries alone take more
     page = (folder / "report.html").read_text()
     assert "Does anything matter" in page and page.count("data:image/png") == 3 * 4 and "unified-2, loss" in page
     trained = []
@@ -218,7 +227,45 @@ def test_shared_stages_are_trained_once_a_seed_and_a_stop_is_no_end(tiny_run, tm
     monkeypatch.setattr(studies, "_train", real)
     (tmp_path / "out" / "a" / "seed-4" / "arm.json").unlink()  # as if stopped before it was written
     found = run_study(one, tmp_path / "out", REGISTRY, recipe, device="cpu", init_from=start)
-    assert found is not None and [one.arm for one in found.differences] == ["again", "b"]
+    assert found is not None and [one.arm for one in found.differences] == ["again", "again", "b", "b"]
+
+
+def test_an_arm_may_leave_a_stage_out(tmp_path, monkeypatch):
+    calls = {}
+
+    def trained(made, run, stages, *rest):
+        calls[run.parent.name] = stages
+        for name in stages:
+            (run / name / "done").mkdir(parents=True)
+        (run / "arm.json").write_text("{}")
+        return True
+
+    measured = {}
+    monkeypatch.setattr(studies, "_train", trained)
+    monkeypatch.setattr(studies, "_measure", lambda study, run, stage, *rest: measured.update({run.parent.name: stage}))
+    monkeypatch.setattr(studies, "collect", lambda *given: None)
+    one = Study(
+        "s", "?", "tiny", {"a": {}, "b": {"skip": ["tokenizer-3"]}, "c": {"skip": ["tokenizer-2"]}}, seeds=(0,),
+        stages=("tokenizer-2", "tokenizer-3"), endpoints=("shapes-recon",),
+    )  # fmt: skip
+    with pytest.raises(AttributeError):  # there is nothing to collect
+        run_study(one, tmp_path / "out", REGISTRY, recipe, init_from=tmp_path)
+    both = ("tokenizer-2", "tokenizer-3")
+    assert calls == {"a": both, "again": both, "b": ("tokenizer-2",), "c": ("tokenizer-3",)}
+    assert measured == {"a": both[1], "again": both[1], "b": "tokenizer-2", "c": "tokenizer-3"}
+
+
+def test_every_measure_of_an_endpoint_is_compared():
+    def losses(mean, margin):
+        rows = np.random.default_rng(0).normal(0, 0.01, (30, 2)) + (mean, margin)
+        records = [{"prompt": str(i), "loss": a, "other": a + b, "margin": b} for i, (a, b) in enumerate(rows.tolist())]
+        return Result("shapes-loss", (Score("overall", mean, 0.0, 1.0, 30),), {}, {"scenes": records})
+
+    arms = {"base": [losses(2.0, 0.1), losses(2.1, 0.11)], "b": [losses(1.0, 0.5), losses(1.1, 0.51)]}
+    loss, margin = study_differences("base", {arm: {"shapes-loss": rows} for arm, rows in arms.items()})
+    assert (loss.endpoint, margin.endpoint) == ("shapes-loss", "shapes-loss, margin")
+    assert (loss.verdict, margin.verdict) == ("lower: better", "higher: better")
+    assert margin.value == pytest.approx(0.4)
 
 
 def test_a_study_may_start_from_a_bundled_model_some_parts_of_it_anew(tmp_path, monkeypatch):
@@ -244,4 +291,4 @@ def test_eight_variants_of_tiny(tiny_run, tmp_path):
     )  # fmt: skip
     start = tiny_run.path / "tokenizer-3" / "done"
     found = run_study(one, tmp_path / "out", REGISTRY, recipe, device="cpu", init_from=start)
-    assert found is not None and len(found.differences) == 8
+    assert found is not None and len(found.differences) == 2 * 8  # loss and margin

@@ -48,6 +48,7 @@ LATER_FIELDS = {
     ("connector", "reference"): "replaced",
     ("denoiser", "reference_states"): False,
     ("denoiser", "self_attention"): "linear",
+    ("streams", "semantic_layers"): 0,
     ("understanding", "geometry"): "crop",
     ("understanding", "max_tiles"): 1,
 }

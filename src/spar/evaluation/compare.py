@@ -23,7 +23,7 @@ from spar.evaluation.targets import show_title
 
 POWER = 0.8
 MAIN = ("overall", "psnr", "ssim")  # a result's main scores
-MEASURES = {"shapes-recon": ("psnr",), "recon": ("psnr", "ssim")}  # of its records; of others their one outcome
+MEASURES = {"shapes-recon": ("psnr",), "recon": ("psnr", "ssim")}  # of their records; others have one outcome each
 CLASSIFIED = ("zero-shot", "shapes-zero-shot")  # benchmarks whose answers are labels, word for word
 _SAME = ("combinations", "seed", "images_per_prompt", "template", "originals")
 _CHUNK = 2**22  # values that are drawn at once

@@ -5,10 +5,13 @@ scikit-image's, which papers on tokenizers have, some of them with a wrong range
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
 MAX_PSNR = 100.0  # decibels of equal images
+# From which spatial frequency on, in cycles a pixel: areas, forms (periods of 16 to 4 pixels), edges.
+BANDS = {"low": 0.0, "middle": 1 / 16, "high": 1 / 4}
 WINDOW = 7
 _CHUNK = 4  # images per call of SSIM: on a CPU four times as fast as 64
 
@@ -17,6 +20,20 @@ def psnr(image: np.ndarray, reference: np.ndarray) -> float:
     """Peak signal-to-noise ratio in dB of uint8 values against others, the peak at 255; MAX_PSNR when equal."""
     error = np.mean(((image.astype(np.float64) - reference) / 255) ** 2)
     return MAX_PSNR if error == 0 else min(MAX_PSNR, float(-10 * np.log10(error)))
+
+
+def band_psnr(image: np.ndarray, reference: np.ndarray) -> list[float]:
+    """PSNR of the part of the error in each of BANDS, by spatial frequency: uint8 [H, W, 3] twice to three numbers.
+
+    In dB. The errors of the bands add up to the whole error (Parseval); MAX_PSNR where a band has none.
+    """
+    error = (image.astype(np.float64) - reference) / 255
+    power = (np.abs(np.fft.fft2(error, axes=(0, 1))) ** 2).mean(-1) / (error.shape[0] * error.shape[1]) ** 2
+    rows, columns = (np.fft.fftfreq(side) for side in error.shape[:2])
+    frequency = np.hypot(rows[:, None], columns)
+    edges = [*BANDS.values(), np.inf]
+    parts = [float(power[(low <= frequency) & (frequency < high)].sum()) for low, high in pairwise(edges)]
+    return [MAX_PSNR if part <= 10 ** (-MAX_PSNR / 10) else -10 * float(np.log10(part)) for part in parts]
 
 
 def ssim(images: np.ndarray, references: np.ndarray) -> np.ndarray:

@@ -51,6 +51,9 @@ def shapes_loss(pipe: Any, options: EvalOptions | None = None, progress: Advance
         mean_score("part.margin", np.subtract(wrong, own), seed=options.seed),
     )
     rows = zip(texts, own, wrong, strict=True)
-    records = [{"prompt": text, "loss": round(loss, 6), "other": round(other, 6)} for text, loss, other in rows]
+    records = [
+        {"prompt": text, "loss": round(loss, 6), "other": round(other, 6), "margin": round(other - loss, 6)}
+        for text, loss, other in rows
+    ]
     settings = run_settings(pipe, options, clock, sampled=False, scenes=len(pairs))
     return Result("shapes-loss", scores, settings, {"scenes": records})

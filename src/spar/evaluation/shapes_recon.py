@@ -19,7 +19,7 @@ from spar.evaluation.features import FEATURES, random_features
 from spar.evaluation.frechet import frechet_distance
 from spar.evaluation.matching import PLACE_TOLERANCE, fidelity_score, same_object, take_match
 from spar.evaluation.options import EvalOptions, PipelineLike, batches, pixels, scene_seed, seed_block
-from spar.evaluation.pixel_metrics import WINDOW, psnr, ssim
+from spar.evaluation.pixel_metrics import BANDS, WINDOW, band_psnr, psnr, ssim
 from spar.evaluation.results import Result, Score, bootstrap, mean_score, ratio_score
 from spar.worlds.shapes.detector import Detection, detect
 from spar.worlds.shapes.render import render
@@ -42,7 +42,8 @@ def shapes_recon(pipe: PipelineLike, options: EvalOptions | None = None, progres
     """Run Shapes-Recon on `pipe.reconstruct`.
 
     Scores: "psnr" (dB), "ssim", "survival", "frechet", and "part.background", "part.scene" (the share of images
-    whose background is right, and of those in which everything survives and nothing else appears).
+    whose background is right, and of those in which everything survives and nothing else appears), "part.psnr_low",
+    "part.psnr_middle" and "part.psnr_high" (of the error in a band of spatial frequencies, `pixel_metrics.BANDS`).
     """
     from PIL import Image
 
@@ -55,14 +56,25 @@ def shapes_recon(pipe: PipelineLike, options: EvalOptions | None = None, progres
     rebuilt = np.stack(after)
     decibels = [psnr(a, b) for a, b in zip(rebuilt, before, strict=True)]
     detections = [detect(image) for image in rebuilt]
+    similar = ssim(rebuilt, before)
+    bands = np.array([band_psnr(a, b) for a, b in zip(rebuilt, before, strict=True)])
     scores = (
         mean_score("psnr", decibels, seed=options.seed),
-        mean_score("ssim", ssim(rebuilt, before), seed=options.seed),
+        mean_score("ssim", similar, seed=options.seed),
         *_survival_scores(scenes, detections, options.seed),
         _frechet_score(random_features(before), random_features(rebuilt), options.seed),
         fidelity_score(detections, options.seed),
+        *(mean_score(f"part.psnr_{name}", bands[:, band], seed=options.seed) for band, name in enumerate(BANDS)),
     )
-    records = [{"psnr": round(value, 2)} for value in decibels]
+    pairs = zip(detections, scenes, strict=True)
+    kept = [survivors(detection, scene)[0] / len(scene.objects) for detection, scene in pairs]
+    records = [
+        {
+            "psnr": round(value, 2), "ssim": round(float(share), 4), "survived": survived,
+            **{f"psnr_{name}": round(float(one), 2) for name, one in zip(BANDS, row, strict=True)},
+        }
+        for value, share, survived, row in zip(decibels, similar, kept, bands, strict=True)
+    ]  # fmt: skip
     settings = run_settings(
         pipe, options, clock, sampled=False, scenes=len(scenes), features=FEATURES,
         ssim=f"torchmetrics, data_range 1, uniform {WINDOW} x {WINDOW} window", place_tolerance=PLACE_TOLERANCE,

@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 from spar.checkpoints.bundled import BUNDLED_MODELS, bundled_folder
 from spar.common.config import Registry, from_dict, read_json, to_dict, write_json
 from spar.common.errors import InputError
+from spar.common.memory import begin_peak, peak_bytes
 from spar.common.settings_files import read_settings
 from spar.evaluation.benchmarks import BENCHMARKS, Benchmark, suits
 from spar.evaluation.options import EvalOptions
 from spar.evaluation.results import Result, read_result, write_result
 from spar.evaluation.shapes_loss import shapes_loss
+from spar.evaluation.shapes_probe import shapes_probe
 from spar.evaluation.study_statistics import StudyDifference, study_differences
 
 if TYPE_CHECKING:
@@ -30,13 +32,14 @@ if TYPE_CHECKING:
     from spar.training.config import Recipe
 
 STUDIES = Path(__file__).parent / "studies"
-AGAIN, SHARED = "again", "shared"
+AGAIN, SHARED, SKIP = "again", "shared", "skip"
 ARM = "arm.json"  # in an arm's run, once it is trained
 AGAIN_SEED = 1000  # what the arm `again` adds to the seeds
 MAX_SEEDS, MAX_VARIANTS = 64, 64
 UNPAIRED = ("shapes-paraphrase", "shapes-codes")  # no mean over prompts
 ENDPOINTS: dict[str, Benchmark] = {
-    "shapes-loss": shapes_loss, **{name: run for name, run in BENCHMARKS.items() if name not in UNPAIRED}
+    "shapes-loss": shapes_loss, "shapes-probe": shapes_probe,
+    **{name: run for name, run in BENCHMARKS.items() if name not in UNPAIRED},
 }  # fmt: skip
 RESERVED = (AGAIN, SHARED, "cache", "study.json", "results.json", "report.html")
 Say = Callable[[str], None]
@@ -52,7 +55,8 @@ class Study:
         question: what it asks, in a sentence.
         recipe: the name of the recipe that all variants begin with.
         variants: by name the fields that differ from `recipe` and `settings`, as a recipe's file has them, also
-            `recipe` itself; the first is the reference, to which the others are compared.
+            `recipe` itself, and in `skip` the stages that it leaves out; the first is the reference, to which the
+            others are compared.
         shared: stages that are trained once a seed, for all variants: none may use what a variant changes.
         stages: those that each variant trains, in order; all after the shared ones when empty.
         settings: fields that all variants change.
@@ -83,6 +87,9 @@ class Study:
             if not isinstance(fields, Mapping):
                 raise InputError(f"{where}: expected an object with fields, got {type(fields).__name__}")
         for where, changes in (("settings", self.settings), *self.variants.items()):
+            skip = changes.get(SKIP, []) if isinstance(changes, Mapping) else []
+            if not isinstance(skip, list | tuple) or not all(isinstance(name, str) for name in skip):
+                raise InputError(f"{where}.skip: expected a list of stages, got {skip!r}")
             if not isinstance(changes, Mapping) or "seed" in changes:
                 got = "seed, which is the study's" if isinstance(changes, Mapping) else repr(changes)[:60]
                 raise InputError(f"{where}: expected fields of a recipe that differ, got {got}")
@@ -122,18 +129,28 @@ class Study:
 
     def changes(self, arm: str) -> dict[str, Any]:
         """What an arm changes beside the settings of all."""
-        return {} if arm == SHARED else dict(self.variants[self.reference if arm == AGAIN else arm])
+        given = {} if arm == SHARED else self.variants[self.reference if arm == AGAIN else arm]
+        return {name: value for name, value in given.items() if name != SKIP}
+
+    def skipped(self, arm: str) -> tuple[str, ...]:
+        """The stages that an arm leaves out."""
+        return tuple(self.variants[self.reference if arm == AGAIN else arm].get(SKIP, ()))
 
 
 @dataclass(frozen=True)
 class StudyResult:
-    """What a study has found: every arm's results by endpoint and seed, the differences, and what the arms cost."""
+    """What a study has found: every arm's results by endpoint and seed, the differences, and what the arms cost.
+
+    `memory` is the most that a training took, in bytes: of a GPU what was allocated, else of the whole process; 0 where
+    it is not known.
+    """
 
     study: Study
     results: dict[str, dict[str, list[Result]]]
     differences: tuple[StudyDifference, ...]
     seconds: dict[str, float]
     parameters: dict[str, int]
+    memory: dict[str, int]
 
     @property
     def holds(self) -> bool:
@@ -180,10 +197,10 @@ def run_study(
     if init_from is None and study.init_from:
         init_from = bundled_folder(study.init_from)
     recipes = {(arm, seed): _recipe(study, arm, seed, registry, find) for arm in study.arms for seed in study.seeds}
-    stages = _own_stages(study, find(study.recipe))
-    for recipe in recipes.values():
-        _own_stages(study, recipe)
-        _check_endpoints(study, recipe, stages)
+    stages = {arm: _own_stages(study, find(study.recipe), arm) for arm in study.arms}
+    for (arm, _), recipe in recipes.items():
+        _own_stages(study, recipe, arm)
+        _check_endpoints(study, recipe, stages[arm])
     _open_folder(study, folder, init_from)
     chosen = replace(study, seeds=study.seeds[:first])
     for seed in chosen.seeds:
@@ -199,15 +216,16 @@ def run_study(
                     return None
         for arm in study.arms:
             run, recipe = folder / arm / f"seed-{seed}", recipes[arm, seed]
-            if not (run / ARM).is_file() or not (run / stages[-1] / "done").is_dir():
+            last = stages[arm][-1]
+            if not (run / ARM).is_file() or not (run / last / "done").is_dir():
                 say(f"{arm}, seed {seed}: training")
                 shutil.rmtree(run / "results", ignore_errors=True)  # of weights that are gone
                 _share_cache(folder, run)
-                if not _train(recipe, run, stages, device, start, () if study.shared else study.reinitialize):
+                if not _train(recipe, run, stages[arm], device, start, () if study.shared else study.reinitialize):
                     return None
             if missing := [name for name in study.endpoints if not _result_path(run, name).is_file()]:
                 say(f"{arm}, seed {seed}: {', '.join(missing)}")
-                _measure(study, run, stages[-1], missing, registry, device)
+                _measure(study, run, last, missing, registry, device)
     found = collect(chosen, folder)
     write_json(folder / "results.json", {**_shown(found), "holds": found.holds})
     return found
@@ -224,9 +242,11 @@ def collect(study: Study, folder: Path) -> StudyResult:
     seconds = dict.fromkeys(runs, 0.0)
     for arm, meta in stages:
         seconds[arm] += float(read_json(meta).get("seconds", 0.0)) / len(study.seeds)
-    parameters = {arm: int(read_json(places[0] / ARM)["parameters"]) for arm, places in runs.items()}
+    facts = {arm: [read_json(place / ARM) for place in places] for arm, places in runs.items()}
+    parameters = {arm: int(one[0]["parameters"]) for arm, one in facts.items()}
+    memory = {arm: max(int(each.get("memory", 0)) for each in one) for arm, one in facts.items()}
     differences = study_differences(study.reference, results)
-    return StudyResult(study, results, tuple(differences), seconds, parameters)
+    return StudyResult(study, results, tuple(differences), seconds, parameters, memory)
 
 
 def _shown(found: StudyResult) -> dict[str, Any]:
@@ -237,6 +257,7 @@ def _shown(found: StudyResult) -> dict[str, Any]:
     first = next(iter(next(iter(found.results.values())).values()))[0]
     return {
         "study": to_dict(found.study), "seconds": found.seconds, "parameters": found.parameters,
+        "memory": found.memory,
         "differences": [{**to_dict(one), "verdict": one.verdict} for one in found.differences], "scores": scores,
         "machine": first.settings.get("machine"), "versions": first.settings.get("versions"),
     }  # fmt: skip
@@ -251,14 +272,14 @@ def _recipe(study: Study, arm: str, seed: int, registry: Registry, find: Find) -
     return replace(changed_recipe(base, changes, where, registry), seed=seed + AGAIN_SEED * (arm == AGAIN))
 
 
-def _own_stages(study: Study, base: Recipe) -> tuple[str, ...]:
-    """The stages that each variant trains."""
-    names = [stage.name for stage in base.stages]
-    for name in (*study.shared, *study.stages):
+def _own_stages(study: Study, base: Recipe, arm: str) -> tuple[str, ...]:
+    """The stages that an arm trains."""
+    names, skipped = [stage.name for stage in base.stages], study.skipped(arm)
+    for name in (*study.shared, *study.stages, *skipped):
         if name not in names:
             raise InputError(f"study {study.name}: expected stages of {base.name} ({', '.join(names)}), got {name!r}")
     first = max((names.index(name) + 1 for name in study.shared), default=0)
-    chosen = study.stages or tuple(names[first:])
+    chosen = tuple(name for name in study.stages or names[first:] if name not in skipped)
     if not chosen or any(names.index(name) < first for name in chosen):
         shown = ", ".join(chosen) or "none"
         raise InputError(f"study {study.name}: expected stages after {', '.join(study.shared)}, got {shown}")
@@ -271,6 +292,8 @@ def _check_endpoints(study: Study, base: Recipe, stages: tuple[str, ...]) -> Non
     from spar.training.systems.spar import SparRecipe
 
     tasks = tasks_of(base.kind)
+    if "shapes-probe" in study.endpoints and not isinstance(base, SparRecipe):
+        raise InputError(f"study {study.name}: shapes-probe reads SPAR's tokens, got a recipe of {base.kind}")
     if left := [name for name in study.endpoints if name in BENCHMARKS and not suits(name, tasks)]:
         raise InputError(f"study {study.name}: {', '.join(left)} cannot be measured on a model of {base.kind}")
     if not isinstance(base, SparRecipe) and stages[-1] != base.stages[-1].name:
@@ -314,12 +337,14 @@ def _train(
     """Train a run to the end of its stages; False when a signal stopped it."""
     from spar.training.trainer import train
 
+    begin_peak()
     model = train(
         recipe, run, stages=stages, resume=True, device=device, init_from=init_from, reinitialize=reinitialize
     )
     if model is None:
         return False
-    write_json(run / ARM, {"parameters": sum(parameter.numel() for parameter in model.parameters())})
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    write_json(run / ARM, {"parameters": parameters, "memory": peak_bytes()})
     return True
 
 

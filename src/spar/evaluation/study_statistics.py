@@ -20,6 +20,10 @@ from spar.evaluation.targets import show_title
 
 DRAWS = 2000
 LOWER_IS_BETTER = ("shapes-loss",)
+# What is compared of an endpoint's records, the first under the endpoint's own name; others have one outcome each.
+STUDIED: dict[str, tuple[str, ...]] = {
+    "shapes-loss": ("loss", "margin"), "shapes-recon": ("psnr", "survived", "psnr_low", "psnr_high"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class StudyDifference:
         if len(self.by_seed) == 1:
             return "undecided (one seed)"
         if self.p < 1 - LEVEL and not self.low <= 0 <= self.high:
-            better = (self.value < 0) == self.endpoint.startswith(LOWER_IS_BETTER)
+            better = (self.value < 0) == (self.endpoint in LOWER_IS_BETTER)
             return f"{'higher' if self.value > 0 else 'lower'}: {'better' if better else 'worse'}"
         return f"undecided (at least {self.detectable:.2g} would show)"
 
@@ -63,13 +67,14 @@ class StudyDifference:
 def study_differences(
     reference: str, results: Mapping[str, Mapping[str, Sequence[Result]]], *, again: str = "again", seed: int = 0
 ) -> list[StudyDifference]:
-    """Each arm's difference from the reference at each endpoint, main scores alone.
+    """Each arm's difference from the reference at each endpoint, in its outcomes or in what STUDIED names.
 
     The A/A arm is no comparison of the study: it is not corrected, and corrects no other.
     """
     found = [
-        difference(arm, results[reference][endpoint], results[arm][endpoint], seed=seed)
+        difference(arm, results[reference][endpoint], results[arm][endpoint], measure, seed=seed)
         for arm in results if arm != reference for endpoint in results[arm]
+        for measure in studied(results[reference][endpoint][0])
     ]  # fmt: skip
     compared = [number for number, one in enumerate(found) if one.arm != again]
     least, count = 0.0, len(compared)
@@ -81,8 +86,20 @@ def study_differences(
     return found
 
 
-def difference(arm: str, reference: Sequence[Result], other: Sequence[Result], *, seed: int = 0) -> StudyDifference:
+def studied(result: Result) -> tuple[str | None, ...]:
+    """The measures of a result that its records have; None for the one outcome."""
+    records: Sequence[Mapping[str, object]] = next(iter(result.details.values()), [])
+    record = next(iter(records), {})
+    return tuple(name for name in STUDIED.get(result.benchmark, ()) if name in record) or (None,)
+
+
+def difference(
+    arm: str, reference: Sequence[Result], other: Sequence[Result], measure: str | None = None, *, seed: int = 0
+) -> StudyDifference:
     """The difference of two arms' results, one of each seed, on the same prompts.
+
+    Args:
+        measure: a field of the records; by default the benchmark's outcome.
 
     Raises:
         InputError: another number of seeds, or other prompts.
@@ -90,7 +107,9 @@ def difference(arm: str, reference: Sequence[Result], other: Sequence[Result], *
     if len(reference) != len(other) or not reference:
         raise InputError(f"{arm}: expected results of {len(reference)} seeds, got {len(other)}")
     title = show_title(reference[0])
-    own, its = ([units(result) for result in results] for results in (reference, other))
+    if measure is not None and measure != STUDIED.get(reference[0].benchmark, (measure,))[0]:
+        title = f"{title}, {measure}"
+    own, its = ([units(result, measure) for result in results] for results in (reference, other))
     keys = [[(task, key) for task, rows in one.items() for key, _ in rows] for one in (*own, *its)]
     if any(one != keys[0] for one in keys):
         raise InputError(f"{arm}, {title}: expected results of the same prompts for every seed")

@@ -10,7 +10,7 @@ from spar.evaluation.options import BEFORE_SWAP
 from spar.evaluation.results import Result, Score
 
 PARTS, BASELINES = "part.", ("blind.", "gray.")
-_DECIBELS = ("psnr", "psnr_outside")
+_DECIBELS = ("psnr", "psnr_outside", "psnr_low", "psnr_middle", "psnr_high")
 _DISTANCES = ("frechet", "rfid", "inception_score")  # with three digits
 _NAMES = {
     "psnr": "PSNR",

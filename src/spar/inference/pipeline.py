@@ -407,6 +407,14 @@ class SparPipeline(LayoutPipeline):
                 total += (velocity - velocity_target(clean, noise)).square().mean((1, 2, 3)).cpu() / len(LOSS_TIMES)
         return total.tolist()
 
+    @torch.inference_mode()
+    def token_features(self, image: ImageSource | Sequence[ImageSource]) -> Tensor:
+        """`f_v` of images, which the LLM reads: float32 `[B, N, D_s]` on the CPU, tokens in row-major order."""
+        pixels = self._squares(image)
+        with self._compute(len(pixels)):
+            self._load_to_device("encoder")
+            return self.model.tokenizer.encoder(pixels).float().cpu()
+
     def _noise(self, seeds: list[int], size: tuple[int, int]) -> Tensor:
         """Sample each image's noise on the CPU, so that it is the same on every device."""
         stride = self.model.config.token_stride

@@ -163,11 +163,12 @@ class StreamConfig:
     """The dual stream: light semantic stream, Transformer pixel stream (paper, section 3.1).
 
     `fusion` "residual" adds the MLP of the paper's fusion to `z_s`: with an MLP that starts at zero, a tokenizer of one
-    stream keeps its function.
+    stream keeps its function. `semantic_layers` puts Transformer layers into the semantic stream too: an ablation.
     """
 
     residual_blocks: int = 3
     pixel_layers: int = 4
+    semantic_layers: int = 0
     pixel_heads: int = 5
     mlp_ratio: int = 4
     block_norm_eps: float = 1e-5
@@ -176,7 +177,7 @@ class StreamConfig:
     pixel_stream: bool = True
 
     def __post_init__(self) -> None:
-        require_at_least(self, 0, "residual_blocks", "pixel_layers")
+        require_at_least(self, 0, "residual_blocks", "pixel_layers", "semantic_layers")
         require_positive(self, "pixel_heads", "mlp_ratio", "block_norm_eps")
         if not (self.semantic_stream or self.pixel_stream):
             raise InputError("StreamConfig: at least one of semantic_stream and pixel_stream must be on")

@@ -67,7 +67,7 @@ class TransformerBlock(nn.Module):
 
 
 class Stream(nn.Module):
-    """Residual blocks, then the projection MLP; with Transformer layers before them it is the pixel stream."""
+    """Residual blocks, then the projection MLP; the pixel stream has Transformer layers before them."""
 
     def __init__(self, width: int, channels: int, config: StreamConfig, *, transformer_layers: int = 0) -> None:
         super().__init__()
@@ -97,7 +97,10 @@ class UnifiedTokenizer(nn.Module):
         self.config = config
         self.encoder = SemanticEncoder(config.vision, config.text)
         streams = config.streams
-        self.semantic_stream = Stream(width, channels, streams) if streams.semantic_stream else None
+        self.semantic_stream = (
+            Stream(width, channels, streams, transformer_layers=streams.semantic_layers)
+            if streams.semantic_stream else None
+        )  # fmt: skip
         self.pixel_stream = (
             Stream(width, channels, streams, transformer_layers=streams.pixel_layers) if streams.pixel_stream else None
         )

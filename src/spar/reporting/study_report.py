@@ -71,5 +71,5 @@ def render_study(
     return render_template(
         "study.html", study=found.study, arms=found.study.arms, differences=found.differences, holds=found.holds,
         panels=panels(found, folder), prompts=prompts, grids=grids, seconds=found.seconds,
-        parameters=found.parameters, colors=COLORS,
+        parameters=found.parameters, memory=found.memory, colors=COLORS,
     ) + "\n"  # fmt: skip
