@@ -21,6 +21,8 @@ from spar.checkpoints.eight_bits import rounded
 from spar.checkpoints.safetensors_io import read_tensors, write_tensors
 from spar.checkpoints.spar_format import load_model
 from spar.common.errors import InputError
+from spar.evaluation.study import read_study
+from spar.evaluation.study_statistics import STUDIED
 from spar.inference.pipeline import BUNDLED
 from spar.processing.prompts import known_words
 from spar.worlds.shapes.captions import DESCRIBE, parse
@@ -134,6 +136,49 @@ def test_a_tokenizer_that_was_not_trained_for_eight_bits_is_not_stored_so(dual_r
 
 def manifest_scores(name: str) -> dict[str, dict[str, float]]:
     return json.loads((BUNDLED_MODELS[name] / "manifest.json").read_text(encoding="utf-8"))["scores"]
+
+
+# Evidence
+
+
+EVIDENCE = load("evidence")
+
+
+def test_the_tables_of_evidence_are_those_of_the_results_files():
+    """If not: python docs/evidence.py"""
+    text = EVIDENCE.DOCUMENT.read_text(encoding="utf-8")
+    assert text.split(EVIDENCE.MARKS[0])[1].split(EVIDENCE.MARKS[1])[0] == EVIDENCE.tables()
+
+
+@pytest.mark.parametrize("claim", EVIDENCE.CLAIMS, ids=lambda claim: claim.number)
+def test_a_claim_is_about_arms_and_endpoints_of_its_study(claim):
+    study = read_study(Path(claim.study))
+    for one in claim.expected:
+        endpoint, _, measure = one.endpoint.partition(", ")
+        assert one.arm in study.arms and endpoint in study.endpoints
+        assert not measure or measure in STUDIED[endpoint]
+
+
+def test_verdicts_come_from_the_differences(tmp_path, monkeypatch):
+    monkeypatch.setattr(EVIDENCE, "STUDIES", tmp_path)
+    arms = [("last", "higher: worse", 0.1), ("average", "lower: better", -0.1), ("again", "undecided (x)", 0.0)]
+    differences = [
+        {
+            "arm": arm, "endpoint": "shapes-loss", "value": value, "low": value - 0.01, "high": value + 0.01,
+            "verdict": said,
+        }
+        for arm, said, value in arms
+    ]  # fmt: skip
+    values = {
+        "differences": differences, "seconds": {"a": 60, "b": 60}, "study": {"seeds": [0, 1, 2]},
+        "machine": {"cores": 2, "cpu": "a CPU"}, "versions": {"torch": "2"},
+    }  # fmt: skip
+    (tmp_path / "routing.json").write_text(json.dumps(values))
+    text = EVIDENCE.tables()
+    assert "| `last`, shapes-loss | +0.1 (+0.09 to +0.11) | supports it |" in text
+    assert "| `average`, shapes-loss | -0.1 (-0.11 to -0.09) | contradicts it |" in text
+    assert "| `global`, shapes-loss |  | not measured |" in text and "study `tokenizer` |  | not run |" in text
+    assert "| `routing` | 3 | 6 | contains 0 | 2 cores of a CPU, torch 2 |" in text
 
 
 # Reliability

@@ -1,0 +1,147 @@
+"""Write the tables of docs/evidence.md from the results of studies in docs/results/studies: python docs/evidence.py
+
+A study's file there is the `results.json` that `spar study` wrote. The claims, what the papers report for them and what
+would support each are below; the verdicts come from the files alone.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from spar.common.config import read_json
+
+ROOT = Path(__file__).parents[1]
+STUDIES = ROOT / "docs" / "results" / "studies"
+DOCUMENT, MARKS = ROOT / "docs" / "evidence.md", ("<!-- claims -->\n", "<!-- end of claims -->\n")
+A_A = "again"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """An arm and an endpoint of a study, and on which side of the reference the claim has it."""
+
+    arm: str
+    endpoint: str
+    side: Literal["lower", "higher"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says, what it reports for that, and the comparisons that would show it in our world."""
+
+    number: str
+    words: str
+    paper: str
+    study: str
+    expected: tuple[Expected, ...]
+
+
+def _worse(arms: tuple[str, ...]) -> tuple[Expected, ...]:
+    """Arms whose flow loss is higher, and whose words are worth less."""
+    sides: tuple[tuple[str, Literal["lower", "higher"]], ...] = (
+        ("shapes-loss", "higher"), ("shapes-loss, margin", "lower")
+    )  # fmt: skip
+    return tuple(Expected(arm, endpoint, side) for arm in arms for endpoint, side in sides)
+
+
+CLAIMS = (
+    Claim(
+        "E1", "the pixel stream lifts reconstruction", "PSNR 24.62 without it, 26.65 with it", "tokenizer",
+        (
+            Expected("no-pixel-stream", "shapes-recon", "lower"),
+            Expected("no-pixel-stream", "shapes-recon, psnr_high", "lower"),
+        ),
+    ),
+    Claim(
+        "E2", "the semantic stream and its loss keep understanding", "MME-P 709 without both, 1500 with them",
+        "tokenizer",
+        (
+            Expected("no-semantic-loss", "shapes-probe", "lower"),
+            Expected("no-semantic-stream", "shapes-probe", "lower"),
+        ),
+    ),
+    Claim(
+        "E3", "training the encoder too (stage III) is needed", "PSNR 16.26 without it, 26.65 with it", "tokenizer",
+        (Expected("no-stage-3", "shapes-recon", "lower"),),
+    ),
+    Claim(
+        "E4", "routing beats the last layer and one mixture for all", "GenEval 0.86 with the last layer, 0.89 routed",
+        "routing", _worse(("last", "average", "global")),
+    ),
+    Claim(
+        "E5", "self-alignment beats none", "GenEval 0.86 without it, 0.89 with it", "alignment", _worse(("none",)),
+    ),
+    Claim(
+        "E7", "two codebooks beat one; shallow pixel and deep semantic features are the right ones",
+        "zero-shot 72.3 with both deep, 82.0", "dualtoken",
+        tuple(
+            Expected(arm, endpoint, "lower")
+            for arm in ("one-codebook", "both-deep", "both-shallow")
+            for endpoint in ("shapes-recon", "shapes-zero-shot")
+        ),
+    ),
+)  # fmt: skip
+
+
+def verdict(expected: Expected, found: Mapping[str, Any]) -> str:
+    """What a difference says about a claim."""
+    words = str(found["verdict"])
+    if words.startswith("undecided"):
+        return words
+    return "supports it" if words.startswith(expected.side) else "contradicts it"
+
+
+def rows(claim: Claim) -> Iterator[tuple[str, ...]]:
+    """The table's rows of a claim."""
+    path = STUDIES / f"{claim.study}.json"
+    if not path.is_file():
+        yield claim.number, claim.words, claim.paper, f"study `{claim.study}`", "", "not run"
+        return
+    values = read_json(path)
+    differences = {(one["arm"], one["endpoint"]): one for one in values["differences"]}
+    head = (claim.number, claim.words, claim.paper)
+    for expected in claim.expected:
+        one = differences.get((expected.arm, expected.endpoint))
+        what = f"`{expected.arm}`, {expected.endpoint}"
+        if one is None:
+            yield *head, what, "", "not measured"
+        else:
+            shown = f"{one['value']:+.3g} ({one['low']:+.3g} to {one['high']:+.3g})"
+            yield *head, what, shown, verdict(expected, one)
+        head = ("", "", "")
+
+
+def a_a_rows() -> Iterator[str]:
+    """Of each study that was run, whether its A/A arm holds, its seeds and its circumstances."""
+    for path in sorted(STUDIES.glob("*.json")):
+        values = read_json(path)
+        machine, seeds = values["machine"], len(values["study"]["seeds"])
+        seconds = sum(values["seconds"].values()) * seeds
+        own = [one for one in values["differences"] if one["arm"] == A_A]
+        outside = [one["endpoint"] for one in own if not one["low"] <= 0 <= one["high"]]
+        holds = "contains 0" if not outside else f"does not contain 0 in {', '.join(outside)}"
+        yield (
+            f"| `{path.stem}` | {seeds} | {seconds / 60:.0f} | {holds} | {machine['cores']} cores of {machine['cpu']}, "
+            f"torch {values['versions']['torch']} |"
+        )
+
+
+def tables() -> str:
+    """Claims and studies as Markdown."""
+    lines = ["| | claim | paper | arm and endpoint | arm less reference (95 %) | verdict |", "| --- " * 6 + "|"]
+    lines += ["| " + " | ".join(row) + " |" for claim in CLAIMS for row in rows(claim)]
+    studies = [*a_a_rows()]
+    if studies:
+        lines += ["", "| study | seeds | minutes of training | interval of the A/A arm | where |", "| --- " * 5 + "|"]
+        lines += studies
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    before, rest = DOCUMENT.read_text("utf-8").split(MARKS[0])
+    DOCUMENT.write_text(before + MARKS[0] + tables() + MARKS[1] + rest.split(MARKS[1])[1], "utf-8")
+
+
+if __name__ == "__main__":
+    main()
