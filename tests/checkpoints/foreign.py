@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaTransformer2DModel
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
 
 from spar.worlds.shapes.tokenizer import build_tokenizer
@@ -28,20 +29,99 @@ def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def mllm(*, tied: bool = True, layers: int = LAYERS) -> InternVLForConditionalGeneration:
-    """InternVL3's structure: biases in the tower, dynamic rotary scaling, tokens of stride 28."""
+# The published vocabulary: Qwen2.5's 151,643 tokens and its own 22 special ones, then InternVL's nine.
+QWEN_TOKENS = 151_643
+QWEN_SPECIAL = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>",
+    "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>",
+)  # fmt: skip
+INTERN_SPECIAL = ("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
+INTERN_ROWS = QWEN_TOKENS + len(QWEN_SPECIAL) + len(INTERN_SPECIAL)
+PUBLISHED_IDS = {"image_token_id": 151_667, "eos_token_id": 151_645, "pad_token_id": 151_643, "bos_token_id": 151_643}
+SMALL_IDS = {"image_token_id": 5, "eos_token_id": 2, "pad_token_id": 0, "bos_token_id": 1}
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def save_published_tokenizer(folder: Path, *more: str) -> None:
+    """A tokenizer of the published length and structure, and `more` special tokens after it.
+
+    A byte-level BPE in which every token but the bytes is a merge, Qwen's way to split words, every special token at
+    its published place. Which pairs merge is ours: all pairs of bytes, then triples.
+    """
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {letter: number for number, letter in enumerate(letters)}
+    merges = [(first, second) for first in letters for second in letters]
+    words |= {first + second: len(words) + number for number, (first, second) in enumerate(merges)}
+    for first, second in merges[:]:
+        for third in letters:
+            if len(words) == QWEN_TOKENS:
+                break
+            words[first + second + third] = len(words)
+            merges.append((first + second, third))
+    tokenizer = Tokenizer(models.BPE(words, merges))
+    tokenizer.normalizer = normalizers.NFC()
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), "isolated"), whole])
+    tokenizer.decoder = decoders.ByteLevel()
+    special = (*QWEN_SPECIAL, *INTERN_SPECIAL, *more)
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    plain = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    added = {str(QWEN_TOKENS + i): {"content": text, **plain, "special": True} for i, text in enumerate(special)}
+    config = {
+        "added_tokens_decoder": added, "additional_special_tokens": list(special[3:]), "bos_token": None,
+        "clean_up_tokenization_spaces": False, "eos_token": "<|im_end|>", "errors": "replace",
+        "extra_special_tokens": {"context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"} if more else {},
+        "model_max_length": 8192, "pad_token": "<|endoftext|>", "processor_class": "InternVLProcessor",
+        "tokenizer_class": "Qwen2Tokenizer", "unk_token": None,
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def save_published_files(folder: Path) -> None:
+    """The small files beside the weights of an `InternVL3-*-hf` repository."""
+    processor = {
+        "crop_to_patches": False, "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True,
+        "image_mean": [0.485, 0.456, 0.406], "image_processor_type": "GotOcr2ImageProcessorFast",
+        "image_std": [0.229, 0.224, 0.225], "max_patches": 12, "min_patches": 1, "resample": 3,
+        "rescale_factor": 1 / 255, "size": {"height": 112, "width": 112},
+    }  # fmt: skip
+    files = {
+        "preprocessor_config.json": processor,
+        "video_preprocessor_config.json": {"video_processor_type": "InternVLVideoProcessor"},
+        "processor_config.json": {"image_seq_length": 16, "processor_class": "InternVLProcessor"},
+        "generation_config.json": {"eos_token_id": 151_645, "pad_token_id": 151_643, "_from_model_config": True},
+    }
+    for name, values in files.items():
+        (folder / name).write_text(json.dumps(values))
+    (folder / "chat_template.jinja").write_text("{% for message in messages %}{{ message['role'] }}{% endfor %}")
+
+
+def mllm(*, tied: bool = True, layers: int = LAYERS, rows: int = 192) -> InternVLForConditionalGeneration:
+    """InternVL3's structure: biases in the tower, dynamic rotary scaling, tokens of stride 28.
+
+    Args:
+        rows: of words; the ids of the special tokens are the published ones where they have a row.
+    """
+    ids = PUBLISHED_IDS if rows >= INTERN_ROWS else SMALL_IDS
+    image = ids["image_token_id"]
+    special = {name: value for name, value in ids.items() if name != "image_token_id"}
     config = InternVLConfig(
         vision_config=InternVLVisionConfig(
             hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=(112, 112),
             patch_size=(14, 14), attention_bias=True, layer_scale_init_value=0.1,
         ),
         text_config=Qwen2Config(
-            vocab_size=192, hidden_size=WIDTH, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=rows, hidden_size=WIDTH, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
             intermediate_size=64, max_position_embeddings=256, rms_norm_eps=1e-5, tie_word_embeddings=tied,
-            rope_parameters={"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0}, eos_token_id=2, pad_token_id=0,
-            bos_token_id=1,
+            rope_parameters={"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0}, **special,
         ),
-        image_token_id=5, image_seq_length=16, tie_word_embeddings=tied,
+        image_token_id=image, image_seq_length=16, tie_word_embeddings=tied,
     )  # fmt: skip
     model = randomize(InternVLForConditionalGeneration(config))
     if tied:
@@ -52,7 +132,11 @@ def mllm(*, tied: bool = True, layers: int = LAYERS) -> InternVLForConditionalGe
 def save_hf(model: InternVLForConditionalGeneration, folder: Path, *, shard: str = "5GB", **config: Any) -> Path:
     """transformers' layout (`InternVL3-*-hf`); `config` replaces fields of config.json, `...` removes one."""
     model.save_pretrained(folder, max_shard_size=shard)
-    build_tokenizer().save_pretrained(folder)
+    if model.config.text_config.vocab_size >= INTERN_ROWS:
+        save_published_tokenizer(folder, "<video>")
+        save_published_files(folder)
+    else:
+        build_tokenizer().save_pretrained(folder)
     edit_json(folder / "config.json", **config)
     return folder
 

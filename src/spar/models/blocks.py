@@ -1,6 +1,7 @@
 """The repeated layers of all parts: the units of sharding, activation checkpointing and compilation."""
 
 import torch
+import torch._functorch.config
 from torch import nn
 
 from spar.models.denoiser import DenoiserBlock
@@ -30,6 +31,8 @@ def compile_blocks(module: nn.Module) -> None:
     first.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    # Compiled code may not give away what it saved for the backward pass: an adversary's weight walks a graph twice.
+    torch._functorch.config.donated_buffer = False
     for block in repeated_blocks(module):
         if "forward" not in vars(block):
             block.forward = torch.compile(block.forward)
