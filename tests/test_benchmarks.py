@@ -53,6 +53,17 @@ def test_the_cost_of_both_systems():
         assert all(value > 0 for values in one["seconds_per_image"].values() for value in values.values())
 
 
+def test_the_cost_of_the_parts():
+    found = last_line("cost_of_parts.py", "--recipe", "tiny", "--batch", "2", "--rounds", "1")["results"]
+    assert [*found] == ["whole", "no pixel stream", "no semantic stream", "last layer"]
+    whole = found.pop("whole")
+    for one in found.values():
+        assert one["parameters"] < whole["parameters"]
+        assert all(one[name]["ratio"] > 0 for name in ("encode", "decode", "condition"))
+    for stage in ("tokenizer-3", "unified-2"):
+        assert found["no pixel stream"]["tflop_a_step"][stage] < whole["tflop_a_step"][stage]
+
+
 def test_the_minutes_of_a_recipe():
     found = last_line("recipe_minutes.py", "--recipe", "tiny", "--steps", "3")
     assert [*found["results"]] == [stage.name for stage in recipe("tiny").stages]
