@@ -62,7 +62,7 @@ STAGES = (
     ),
     StageConfig(
         "unified", replace(_NEXT_TOKEN, flat=0.1), (*LANGUAGE, *HEADS),
-        data=replace(_WORDS, caption_share=0.8, layout_captions=0.9), steps=5000, batch=32, lr=2e-3, lr_end=1e-4,
+        data=replace(_WORDS, caption_share=0.8, layout_captions=0.9), steps=4500, batch=32, lr=2e-3, lr_end=1e-4,
         warmup=50, ema=0.998, optimizer="muon",
     ),
     StageConfig(
