@@ -62,7 +62,7 @@ FLAGS = {
              "--limit", "--seed", "--steps", "--guidance", "--images-per-prompt", "--combinations", "-o"),
     "judge": ("BENCHMARK", "FOLDER", "--prompts", "--template", "--judge", "--endpoint",
               "--key-variable", "--images", "--parallel", "-o"),
-    "compare": ("FIRST", "SECOND", "--json"),
+    "compare": ("FIRST", "SECOND", "MORE", "--json", "--html", "--draw"),
     "study": ("STUDY", "-o", "--init-from", "--seeds", "--device"),
     "report": ("RUN", "-o"),
     "demo": ("-o", "--images", "--model"),

@@ -157,3 +157,57 @@ def test_files_and_folders_are_compared_on_the_command_line(tmp_path, capsys):
     (tmp_path / "none").mkdir()
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "none")]) == 2
     assert "expected results files of the same names" in capsys.readouterr().err
+
+
+def test_of_folders_what_differs_in_its_settings_is_left_out_and_said(tmp_path, capsys):
+    for folder, images in (("a", 4), ("b", 1)):
+        one = gen({"colors": [[1] * images] * 9}, images_per_prompt=images)
+        write_result(tmp_path / folder / "shapes-gen.json", one)
+    both = [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert main(["compare", *both]) == 2
+    said = "shapes-gen is not compared: expected two results of the same images_per_prompt, got 4 and 1"
+    assert said in capsys.readouterr().err
+    for folder in "ab":
+        write_result(tmp_path / folder / "shapes-vqa.json", vqa(["two"] * 9))
+    assert main(["compare", *both]) == 0
+    out, error = capsys.readouterr()
+    assert f"spar: note: {both[1]}: {said}" in error and "shapes-vqa" in out and "shapes-gen" not in out
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Files of three models, right in 30, 40 and 20 of 40 questions."""
+    for name, right in (("a", 30), ("b", 40), ("c", 20)):
+        write_result(tmp_path / f"{name}.json", vqa(["two"] * right + ["one"] * (40 - right)))
+    return [str(tmp_path / f"{name}.json") for name in "abc"]
+
+
+def test_several_models_are_compared_with_the_first_on_a_page(three, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    assert main(["compare", *three, "--json", "--html", str(page)]) == 0
+    out, error = capsys.readouterr()
+    found = json.loads(out)
+    assert [(one["model"], one["value"]) for one in found] == [(three[1], 0.25), (three[2], -0.25)]
+    assert all(one["corrected"] for one in found) and str(page) in error
+    text = page.read_text()
+    # Both intervals are drawn to the scale of the widest end.
+    reach = max(abs(one[side]) for one in found for side in ("low", "high"))
+    for one in found:
+        assert f'cx="{80 * one["value"] / reach:.1f}"' in text and one["model"] in text
+    assert "Drawings" not in text and three[0] in text
+    assert main(["compare", *three, "--html", str(page)]) == 2 and "--overwrite" in capsys.readouterr().err
+    assert main(["compare", *three, "--html", str(page), "--overwrite"]) == 0
+    shown = capsys.readouterr().out
+    assert "model" in shown and "-0.25" in shown
+
+
+def test_the_page_has_what_each_model_draws(three, tmp_path, tiny_run, capsys):
+    page, model = tmp_path / "page.html", str(tiny_run.path / "model")
+    assert main(["compare", *three[:2], "--html", str(page), "--draw", model, "--draw", model]) == 0
+    assert page.read_text().count("data:image/png") == 2 * 4
+    for line, said in (
+        (["--draw", model], "--draw: expected --html"),
+        (["--html", str(tmp_path / "other.html"), "--draw", model], "a model for each of 2 results"),
+    ):
+        assert main(["compare", *three[:2], *line]) == 2 and said in capsys.readouterr().err
+    assert main(["compare", three[0], three[0]]) == 2 and "results that differ" in capsys.readouterr().err

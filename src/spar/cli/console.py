@@ -225,17 +225,20 @@ def score_table(result: "Result") -> "Table":
     return table
 
 
-def difference_table(differences: "Sequence[Difference]") -> "Table":
-    """Paired differences of two models' scores."""
+def difference_table(differences: "Sequence[tuple[str, Difference]]") -> "Table":
+    """Paired differences of models' scores from the first one's, by the names of their results."""
     from spar.evaluation.targets import show, show_name
 
     title = "p of main scores after Holm's correction, of single tasks without one"
-    heads = ("benchmark", "score", ">first", ">second", ">difference", "95 % interval", ">n", ">p", "verdict")
+    several = len({name for name, _ in differences}) > 1
+    second = ("model", ">first", ">its") if several else (">first", ">second")
+    heads = ("benchmark", "score", *second, ">difference", "95 % interval", ">n", ">p", "verdict")
     table = new_table(*heads, title=title)
-    for one in differences:
+    for name, one in differences:
         unit = " dB" if one.score == "psnr" else ""
         table.add_row(
-            one.title, show_name(one.score), show(one.score, one.first), show(one.score, one.second),
+            one.title, show_name(one.score), *([name] if several else []), show(one.score, one.first),
+            show(one.score, one.second),
             f"{one.value:+.3g}{unit}", f"{one.low:+.3g} to {one.high:+.3g}", str(one.n), f"{one.p:.3g}", one.verdict,
         )  # fmt: skip
     return table

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from spar.cli.arguments import Flag, Guidance, ModelArguments, OutputPath, Steps
 from spar.common.errors import InputError
@@ -16,6 +16,7 @@ Benchmark = Literal[
     "zero-shot", "recon", "all",
 ]  # fmt: skip
 MAX_RECONSTRUCTED = 10**7  # images of recon
+MAX_COMPARED = 16
 # Flags of single benchmarks.
 OWN_FLAGS = {
     "images": ("zero-shot", "recon"), "class_names": ("zero-shot",), "template": ("zero-shot",),
@@ -128,18 +129,38 @@ class JudgeArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareArguments:
-    """Compare two models on the same prompts: spar compare results/spar results/dualtoken
+    """Compare models on the same prompts: spar compare results/spar results/dualtoken
 
-    Each score's difference (the second minus the first) is paired by prompt, with its 95 % interval: the main score
-    (of reconstructions PSNR, of conversations the last turn) and each task's.
+    Each score's difference (another model's minus the first's) is paired by prompt, with its 95 % interval: the main
+    score (of reconstructions PSNR, of conversations the last turn) and each task's.
     """
 
     first: Annotated[Positional[Path], arg(metavar="FIRST")]
     """Results file of `spar eval`, or a folder of such files."""
     second: Annotated[Positional[Path], arg(metavar="SECOND")]
-    """The same of the other model; of folders the files of the same name are compared."""
+    """The same of another model; of folders the files of the same name are compared."""
+    more: Annotated[Positional[tuple[Path, ...]], arg(metavar="MORE")] = ()
+    """The same of further models, each compared with the first."""
     json: Flag = False
     """Print JSON."""
+    html: Path | None = None
+    """HTML page to write: the table with its intervals drawn."""
+    draw: UseAppendAction[tuple[str, ...]] = ()
+    """Model of each results, in their order (repeatable): the page shows what all draw of four prompts at seed 0."""
+    overwrite: Flag = False
+    """Replace the page of --html if it exists."""
+
+    @property
+    def results(self) -> tuple[Path, ...]:
+        return (self.first, self.second, *self.more)
+
+    def __post_init__(self) -> None:
+        if len(self.results) > MAX_COMPARED:
+            raise InputError(f"compare: expected at most {MAX_COMPARED} results, got {len(self.results)}")
+        if len(set(self.results)) < len(self.results):
+            raise InputError("compare: expected results that differ, got some twice")
+        if self.draw and (self.html is None or len(self.draw) != len(self.results)):
+            raise InputError(f"--draw: expected --html, and a model for each of {len(self.results)} results in order")
 
 
 @dataclass(frozen=True, kw_only=True)

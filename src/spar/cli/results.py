@@ -33,6 +33,9 @@ from spar.common.files import atomic_directory, atomic_file
 from spar.inference.image_files import check_replaceable, check_writable, list_images
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from spar.evaluation.compare import Difference
     from spar.evaluation.options import EvalOptions
     from spar.evaluation.prompt_formats import Named
     from spar.evaluation.results import Result
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
 PROMPTS = (
     "a large red circle", "two blue stars", "a green square to the left of a yellow circle",
     "a small pink ring above a large orange cross",
-)  # of a study's page
+)  # of the pages of studies and comparisons
 
 
 @takes(EvalArguments, "spar eval")
@@ -177,18 +180,52 @@ def judge(args: JudgeArguments) -> int:
 
 @takes(CompareArguments, "spar compare")
 def compare(args: CompareArguments) -> int:
-    """Compare two models' results, paired by prompt."""
-    from spar.evaluation.compare import compare, holm_corrected
+    """Compare models' results with the first one's, paired by prompt."""
+    from spar.evaluation.compare import Difference, compare, holm_corrected
 
-    found = []
-    for first, second in _pairs_of_results(args.first, args.second):
-        found += compare(first, second)
-    found = holm_corrected(found)
+    if args.html is not None:
+        check_writable([args.html], overwrite=args.overwrite)
+    named = []
+    for path in args.results[1:]:
+        differences, reasons = list[Difference](), list[str]()
+        for pair in _pairs_of_results(args.first, path):
+            try:
+                differences += compare(*pair)
+            except InputError as error:
+                if not path.is_dir():
+                    raise
+                reasons.append(f"{pair[0].benchmark} is not compared: {error}")
+        if reasons and not differences:
+            raise InputError(f"{path}: {reasons[0]}")
+        for reason in reasons:
+            print(f"spar: note: {path}: {reason}", file=sys.stderr)
+        named += [(str(path), one) for one in differences]
+    corrected = holm_corrected([one for _, one in named])
+    found = [(name, one) for (name, _), one in zip(named, corrected, strict=True)]
+    if args.html is not None:
+        _write_comparison(args, found)
     if args.json:
-        print(json.dumps([{**asdict(one), "verdict": one.verdict} for one in found], indent=2))
+        print(json.dumps([{**asdict(one), "verdict": one.verdict, "model": name} for name, one in found], indent=2))
     else:
         show_table(new_console(), difference_table(found))
+    if args.html is not None:
+        print(args.html, file=sys.stderr if args.json else sys.stdout)
     return 0
+
+
+def _write_comparison(args: CompareArguments, found: "Sequence[tuple[str, Difference]]") -> None:
+    """The page of a comparison, with what each model draws."""
+    from spar.inference.loading import load_pipeline
+    from spar.reporting.comparison import render_comparison
+
+    grids = []
+    for path, model in zip(args.results, args.draw, strict=False):
+        pipe = load_pipeline(model, progress=False)
+        grids.append((str(path), pipe.generate(list(PROMPTS), seed=0).images))
+    if args.html is not None:
+        with atomic_file(args.html) as temporary:
+            text = render_comparison(str(args.first), found, PROMPTS if grids else (), grids)
+            temporary.write_text(text, encoding="utf-8")
 
 
 def _pairs_of_results(first: Path, second: Path) -> "list[tuple[Result, Result]]":
