@@ -40,7 +40,8 @@ def render_comparison(
         grids: by name the images of all prompts.
     """
     return render_template(
-        "comparison.html", first=first, rows=rows(differences), prompts=prompts, grids=grids, reach=REACH
+        "comparison.html", first=first, rows=rows(differences), prompts=prompts, grids=grids, reach=REACH,
+        several=len({name for name, _ in differences}) > 1,
     ) + "\n"  # fmt: skip
 
 
