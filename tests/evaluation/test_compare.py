@@ -194,7 +194,7 @@ def test_several_models_are_compared_with_the_first_on_a_page(three, tmp_path, c
     reach = max(abs(one[side]) for one in found for side in ("low", "high"))
     for one in found:
         assert f'cx="{80 * one["value"] / reach:.1f}"' in text and one["model"] in text
-    assert "Drawings" not in text and three[0] in text
+    assert "Drawings at equal seeds" not in text and three[0] in text
     assert main(["compare", *three, "--html", str(page)]) == 2 and "--overwrite" in capsys.readouterr().err
     assert main(["compare", *three, "--html", str(page), "--overwrite"]) == 0
     shown = capsys.readouterr().out
