@@ -171,7 +171,7 @@ def test_verdicts_come_from_the_differences(tmp_path, monkeypatch):
     ]  # fmt: skip
     values = {
         "differences": differences, "seconds": {"a": 60, "b": 60}, "study": {"seeds": [0, 1, 2]},
-        "machine": {"cores": 2, "cpu": "a CPU"}, "versions": {"torch": "2"},
+        "machine": {"cores": 2, "cpu": "a CPU"}, "versions": {"torch": "2"}, "holds": True,
     }  # fmt: skip
     (tmp_path / "routing.json").write_text(json.dumps(values))
     text = EVIDENCE.tables()
@@ -179,6 +179,8 @@ def test_verdicts_come_from_the_differences(tmp_path, monkeypatch):
     assert "| `average`, shapes-loss | -0.1 (-0.11 to -0.09) | contradicts it |" in text
     assert "| `global`, shapes-loss |  | not measured |" in text and "study `tokenizer` |  | not run |" in text
     assert "| `routing` | 3 | 6 | contains 0 | 2 cores of a CPU, torch 2 |" in text
+    (tmp_path / "routing.json").write_text(json.dumps({**values, "holds": False}))
+    assert "supports it; the A/A arm does not hold |" in EVIDENCE.tables()
 
 
 # Reliability

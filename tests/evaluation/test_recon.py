@@ -294,14 +294,17 @@ def test_images_are_taken_evenly_from_the_subfolders_that_have_some(folder):
 
 
 def test_pairs_have_a_folder_of_their_own(folder, tmp_path):
-    for place in (folder, folder / "pairs", tmp_path):
+    result = tmp_path / "scores.json"
+    for place in (folder, folder / "pairs", tmp_path, tmp_path / "images" / ".." / "images"):
         with pytest.raises(InputError, match="pairs: expected a folder apart from the images"):
-            check_pairs(place, folder)
+            check_pairs(place, folder, result)
+    with pytest.raises(InputError, match="and from .*recon.json"):
+        check_pairs(tmp_path / "other", folder, tmp_path / "other" / "recon.json")
     (tmp_path / "other").mkdir()
-    check_pairs(tmp_path / "other", folder)
+    check_pairs(tmp_path / "other", folder, result)
     (tmp_path / "other" / "mine.txt").touch()
     with pytest.raises(InputError, match="has other contents"):
-        check_pairs(tmp_path / "other", folder, overwrite=True)
+        check_pairs(tmp_path / "other", folder, result, overwrite=True)
 
 
 def test_features_of_many_images_are_added_up_in_parts(folder, monkeypatch):

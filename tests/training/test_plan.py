@@ -54,6 +54,11 @@ def test_parts_that_start_anew_are_prepared_as_random_ones_are():
     other = plan("unified-1", "unified-2", init=MODEL, reinitialize=("model.denoiser.*",))
     assert other.stages[0].prepares == ("random weights for model.denoiser.*",)  # the folder's connector is trained
     assert other.stages[1].reinitialize == () and "teacher mean" in other.stages[1].prepares
+    stage = InitFolder(Path("unified-1/done"), is_model=False, kind="unified")
+    for pattern, copied in (("model.connector.layers.*", True), ("model.connector.queries", False)):
+        for folder in (MODEL, stage):
+            prepared = plan("unified-1", init=folder, reinitialize=(pattern,)).stages[0].prepares
+            assert ("connector from LLM" in prepared) == copied
     resumed = plan("unified-1", init=MODEL, states=("unified-1",), resume=True, reinitialize=("model.denoiser.*",))
     assert resumed.stages[0].reinitialize == ()
     with pytest.raises(InputError, match="--reinitialize: expected --init-from beside it"):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -469,8 +470,12 @@ def test_parts_may_start_from_random_weights_though_the_folder_has_them(tiny_run
 
 def test_what_starts_anew_is_in_the_manifest_and_a_pattern_must_mean_something(tiny_run, tmp_path):
     given, run = tiny_run.path / "model", tmp_path / "run"
-    with pytest.raises(InputError, match=r"expected patterns such as model.denoiser.\*, got 'model.dit.\*'"):
-        train(TINY, run, stages=("unified-3",), init_from=given, reinitialize=("model.dit.*",))
+    for pattern in ("model.dit.*", "model.tokenizer.*"):  # which is not there; which the stage does not train
+        with pytest.raises(InputError, match=f"such as model.denoiser.*, got '{re.escape(pattern)}'"):
+            train(TINY, run, stages=("unified-3",), init_from=given, reinitialize=(pattern,))
+    adapted = replace(TINY, lora=replace(TINY.lora, rank=2))
+    with pytest.raises(InputError, match="--reinitialize: expected no LoRA"):
+        train(adapted, run, stages=("unified-3",), init_from=given, reinitialize=("model.denoiser.*",))
     assert not run.exists()
     train(TINY, run, stages=("unified-3",), init_from=given, reinitialize=("model.router.*",))
     origin = load_model(run / "model").manifest["origin"]

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,7 @@ from spar.inference.image_files import check_replaceable, check_writable, list_i
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from spar.common.process_group import ProcessGroup
     from spar.evaluation.compare import Difference
     from spar.evaluation.options import EvalOptions
     from spar.evaluation.prompt_formats import Named
@@ -69,9 +70,11 @@ def evaluate(args: EvalArguments) -> int:
     written = unfinished.written()
     new = [path for name, path in results.items() if name not in written]
     group.main_only(lambda: check_writable(new, overwrite=args.overwrite))
-    if args.pairs and args.images and new:
+    if args.pairs and args.images:
         pairs, images = args.pairs, args.images
-        group.main_only(lambda: check_pairs(pairs, images, overwrite=args.overwrite))
+        if not new:
+            raise InputError(f"--pairs: {paths[0]} was written before this call, without them; --overwrite begins anew")
+        group.main_only(lambda: check_pairs(pairs, images, paths[0], overwrite=args.overwrite))
     pipe = loading.load_pipeline(args, group.device)
     shared: Any = pipe if group.world == 1 else SharedPipeline(pipe, group)
     if args.no_layout:
@@ -90,7 +93,7 @@ def evaluate(args: EvalArguments) -> int:
         if name in left or name in written or (alone and not group.main):
             continue
         asked: Any = pipe if alone else unfinished.recorded(name, shared)
-        result = _run(args, options, name, asked, main=group.main)
+        result = _run(args, options, name, asked, group)
         if result is None or not group.main:
             continue
         if kept := 0 if alone else asked.kept:
@@ -117,7 +120,9 @@ def _identity(args: EvalArguments, options: "EvalOptions", names: list[str], pip
     }
 
 
-def _run(args: EvalArguments, options: "EvalOptions", name: str, pipe: Any, *, main: bool) -> "Result | None":
+def _run(
+    args: EvalArguments, options: "EvalOptions", name: str, pipe: Any, group: "ProcessGroup"
+) -> "Result | None":  # fmt: skip
     """One benchmark, with its bar; None where this process only shares the model's work."""
     from spar.evaluation.benchmarks import BENCHMARKS
     from spar.evaluation.features import load_features
@@ -128,10 +133,9 @@ def _run(args: EvalArguments, options: "EvalOptions", name: str, pipe: Any, *, m
         if args.images is None:
             return BENCHMARKS[name](pipe, options, advance)
         if name == "recon":
-            features = load_features(args.features if main else None, pipe.device)
-            with ExitStack() as stack:
-                pairs = stack.enter_context(atomic_directory(args.pairs)) if args.pairs and main else None
-                return recon(pipe, args.images, options, advance, features=features, pairs=pairs, main=main)
+            features = load_features(args.features, pipe.device)  # by all: what one refuses, all refuse
+            with group.directory(args.pairs) if args.pairs else nullcontext() as pairs:
+                return recon(pipe, args.images, options, advance, features=features, pairs=pairs, main=group.main)
         template = TEMPLATE if args.template is None else args.template
         return zero_shot(pipe, args.images, options, advance, template=template, names=args.class_names)
 

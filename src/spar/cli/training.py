@@ -40,9 +40,10 @@ def train(argv: list[str]) -> int:
     from spar.training.estimate import HardwareConfig, check_sizes, estimate
     from spar.training.plan import read_run, resolve
     from spar.training.run_folder import check_run
+    from spar.training.trainer import check_patterns
 
     run, resume = _run_folder(args, chosen.name)
-    check_sizes(chosen, tuple(chosen.stage(name) for name in args.stage) or chosen.stages)
+    modules = check_sizes(chosen, tuple(chosen.stage(name) for name in args.stage) or chosen.stages)
     device = choose_device(args.device)
     run_plan = resolve(
         chosen, read_run(chosen, run, args.init_from), stages=args.stage, resume=resume,
@@ -51,6 +52,7 @@ def train(argv: list[str]) -> int:
     )  # fmt: skip
     if args.dry_run:
         check_run(run, chosen, fresh=run_plan.fresh)
+        check_patterns(modules, run_plan)
         hardware = HardwareConfig.of_this_machine(str(device), args.parallelism)
         _print_plan(run_plan, hardware, estimate(chosen, hardware, args.stage))
         _check_words(run_plan)

@@ -107,15 +107,18 @@ def images_below(folder: Path, limit: int | None = None) -> list[Path]:
     return sorted(path for _, path in numbered[:limit])
 
 
-def check_pairs(pairs: Path, folder: Path, *, overwrite: bool = False) -> None:
-    """Refuse a folder for pairs that has other contents, or where the images are.
+def check_pairs(pairs: Path, folder: Path, result: Path, *, overwrite: bool = False) -> None:
+    """Refuse a folder for pairs that has other contents, or where the images or the result are.
 
     Raises:
-        InputError: as `check_replaceable`, or a folder that holds the images or lies among them.
+        InputError: as `check_replaceable`, or a folder that holds the images or the result, or lies among the images.
     """
-    own, other = pairs.absolute(), folder.absolute()
-    if own.is_relative_to(other) or other.is_relative_to(own):
-        raise InputError(f"pairs: expected a folder apart from the images of {str(folder)!r}, got {str(pairs)!r}")
+    own, other = pairs.resolve(), folder.resolve()
+    if own.is_relative_to(other) or other.is_relative_to(own) or result.resolve().is_relative_to(own):
+        raise InputError(
+            f"pairs: expected a folder apart from the images of {str(folder)!r} and from {str(result)!r}, got "
+            f"{str(pairs)!r}"
+        )
     check_replaceable(pairs, NAMES, overwrite=overwrite)
 
 

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from spar.checkpoints.bundled import BUNDLED_MODELS, bundled_folder
 from spar.common.config import Registry, from_dict, read_json, to_dict, write_json
 from spar.common.errors import InputError
-from spar.common.memory import begin_peak, peak_bytes
 from spar.common.settings_files import read_settings
 from spar.evaluation.benchmarks import BENCHMARKS, Benchmark, suits
 from spar.evaluation.options import EvalOptions
@@ -141,8 +140,7 @@ class Study:
 class StudyResult:
     """What a study has found: every arm's results by endpoint and seed, the differences, and what the arms cost.
 
-    `memory` is the most that a training took, in bytes: of a GPU what was allocated, else of the whole process; 0 where
-    it is not known.
+    `memory` is the most that a training's tensors took of a GPU, in bytes; 0 on a CPU, as all arms share one process.
     """
 
     study: Study
@@ -154,8 +152,8 @@ class StudyResult:
 
     @property
     def holds(self) -> bool:
-        """Whether every interval of the A/A arm contains 0, so that the others may be believed."""
-        return all(one.low <= 0 <= one.high for one in self.differences if one.arm == AGAIN)
+        """Whether every main interval of the A/A arm contains 0, so that the others may be believed."""
+        return all(one.low <= 0 <= one.high for one in self.differences if one.arm == AGAIN and one.main)
 
 
 def read_study(path: Path) -> Study:
@@ -201,6 +199,8 @@ def run_study(
     for (arm, _), recipe in recipes.items():
         _own_stages(study, recipe, arm)
         _check_endpoints(study, recipe, stages[arm])
+    if init_from is None and not study.shared and len({names[0] for names in stages.values()}) > 1:
+        raise InputError(f"study {study.name}: an arm that skips the first stage needs what it starts from: init_from")
     _open_folder(study, folder, init_from)
     chosen = replace(study, seeds=study.seeds[:first])
     for seed in chosen.seeds:
@@ -238,8 +238,9 @@ def collect(study: Study, folder: Path) -> StudyResult:
         arm: {name: [read_result(_result_path(run, name)) for run in places] for name in study.endpoints}
         for arm, places in runs.items()
     }
-    stages = [(arm, meta) for arm, places in runs.items() for run in places for meta in run.glob("*/done/meta.json")]
-    seconds = dict.fromkeys(runs, 0.0)
+    places = {**runs, SHARED: [folder / SHARED / f"seed-{seed}" for seed in study.seeds]} if study.shared else runs
+    stages = [(arm, meta) for arm, own in places.items() for run in own for meta in run.glob("*/done/meta.json")]
+    seconds = dict.fromkeys(places, 0.0)
     for arm, meta in stages:
         seconds[arm] += float(read_json(meta).get("seconds", 0.0)) / len(study.seeds)
     facts = {arm: [read_json(place / ARM) for place in places] for arm, places in runs.items()}
@@ -275,11 +276,14 @@ def _recipe(study: Study, arm: str, seed: int, registry: Registry, find: Find) -
 def _own_stages(study: Study, base: Recipe, arm: str) -> tuple[str, ...]:
     """The stages that an arm trains."""
     names, skipped = [stage.name for stage in base.stages], study.skipped(arm)
-    for name in (*study.shared, *study.stages, *skipped):
+    for name in (*study.shared, *study.stages):
         if name not in names:
             raise InputError(f"study {study.name}: expected stages of {base.name} ({', '.join(names)}), got {name!r}")
     first = max((names.index(name) + 1 for name in study.shared), default=0)
-    chosen = tuple(name for name in study.stages or names[first:] if name not in skipped)
+    own = study.stages or tuple(names[first:])
+    if wrong := [name for name in skipped if name not in own]:
+        raise InputError(f"study {study.name}, {arm}.skip: expected some of {', '.join(own)}, got {wrong[0]!r}")
+    chosen = tuple(name for name in own if name not in skipped)
     if not chosen or any(names.index(name) < first for name in chosen):
         shown = ", ".join(chosen) or "none"
         raise InputError(f"study {study.name}: expected stages after {', '.join(study.shared)}, got {shown}")
@@ -335,16 +339,22 @@ def _train(
     reinitialize: tuple[str, ...],
 ) -> bool:  # fmt: skip
     """Train a run to the end of its stages; False when a signal stopped it."""
+    import torch
+
+    from spar.common.device import choose_device
     from spar.training.trainer import train
 
-    begin_peak()
+    where = choose_device(device)
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(where)
     model = train(
         recipe, run, stages=stages, resume=True, device=device, init_from=init_from, reinitialize=reinitialize
     )
     if model is None:
         return False
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    write_json(run / ARM, {"parameters": parameters, "memory": peak_bytes()})
+    memory = torch.cuda.max_memory_allocated(where) if where.type == "cuda" else 0
+    write_json(run / ARM, {"parameters": parameters, "memory": memory})
     return True
 
 
@@ -387,9 +397,9 @@ def sample_grids(
     found: StudyResult, folder: Path, prompts: Sequence[str], registry: Registry, device: str | None = None
 ) -> Iterator[tuple[str, Sequence[Any]]]:
     """By arm the images of some prompts, at equal seeds, of the first seed's model."""
-    names = _stage_folders(folder / found.study.reference / f"seed-{found.study.seeds[0]}")
     for arm in found.study.arms:
-        pipe = _pipeline(folder / arm / f"seed-{found.study.seeds[0]}", names[-1], registry, device)
+        run = folder / arm / f"seed-{found.study.seeds[0]}"
+        pipe = _pipeline(run, _stage_folders(run)[-1], registry, device)
         yield arm, pipe.generate(list(prompts), seed=0).images
 
 

@@ -36,9 +36,11 @@ class StudyDifference:
         value: their difference, from `low` to `high` with 95 % confidence.
         by_seed: the difference of each seed.
         n: prompts of each seed.
-        p: two-sided, the larger of both tests'; after Holm's correction over the study's comparisons. 1 with one seed.
-        detectable: the difference that so many seeds and prompts show in 80 % of the cases, at the corrected level;
-            infinite with one seed.
+        p: two-sided, the larger of both tests'; of main measures after Holm's correction over the study's comparisons.
+            1 with one seed.
+        detectable: the difference that so many seeds and prompts show in 80 % of the cases, at the level of the
+            correction's first and strictest step; infinite with one seed.
+        main: whether it is the endpoint's main measure; the others are not corrected.
     """
 
     arm: str
@@ -52,6 +54,7 @@ class StudyDifference:
     n: int
     p: float
     detectable: float
+    main: bool = True
 
     @property
     def verdict(self) -> str:
@@ -69,20 +72,26 @@ def study_differences(
 ) -> list[StudyDifference]:
     """Each arm's difference from the reference at each endpoint, in its outcomes or in what STUDIED names.
 
-    The A/A arm is no comparison of the study: it is not corrected, and corrects no other.
+    Holm's correction is over the main measures, the first of each endpoint. The A/A arm is no comparison of the study:
+    it is not corrected, and corrects no other.
     """
-    found = [
-        difference(arm, results[reference][endpoint], results[arm][endpoint], measure, seed=seed)
+    asked = [
+        (arm, endpoint, measure, arm != again and rank == 0)
         for arm in results if arm != reference for endpoint in results[arm]
-        for measure in studied(results[reference][endpoint][0])
+        for rank, measure in enumerate(studied(results[reference][endpoint][0]))
     ]  # fmt: skip
-    compared = [number for number, one in enumerate(found) if one.arm != again]
-    least, count = 0.0, len(compared)
-    stricter = detectable_errors((1 - LEVEL) / max(1, count)) / detectable_errors(1 - LEVEL)
+    count = sum(corrected for *_, corrected in asked)
+    found = [
+        difference(
+            arm, results[reference][endpoint], results[arm][endpoint], measure, seed=seed,
+            comparisons=count if corrected else 1,
+        )
+        for arm, endpoint, measure, corrected in asked
+    ]  # fmt: skip
+    compared, least = [number for number, one in enumerate(asked) if one[-1]], 0.0
     for rank, number in enumerate(sorted(compared, key=lambda number: found[number].p)):
-        one = found[number]
-        least = max(least, min(1.0, one.p * (count - rank)))
-        found[number] = replace(one, p=least, detectable=one.detectable * stricter)
+        least = max(least, min(1.0, found[number].p * (count - rank)))
+        found[number] = replace(found[number], p=least)
     return found
 
 
@@ -94,12 +103,14 @@ def studied(result: Result) -> tuple[str | None, ...]:
 
 
 def difference(
-    arm: str, reference: Sequence[Result], other: Sequence[Result], measure: str | None = None, *, seed: int = 0
-) -> StudyDifference:
+    arm: str, reference: Sequence[Result], other: Sequence[Result], measure: str | None = None, *, seed: int = 0,
+    comparisons: int = 1,
+) -> StudyDifference:  # fmt: skip
     """The difference of two arms' results, one of each seed, on the same prompts.
 
     Args:
         measure: a field of the records; by default the benchmark's outcome.
+        comparisons: so many share the chance of being wrong, in what is detectable.
 
     Raises:
         InputError: another number of seeds, or other prompts.
@@ -107,8 +118,10 @@ def difference(
     if len(reference) != len(other) or not reference:
         raise InputError(f"{arm}: expected results of {len(reference)} seeds, got {len(other)}")
     title = show_title(reference[0])
-    if measure is not None and measure != STUDIED.get(reference[0].benchmark, (measure,))[0]:
+    main = measure is None or measure == STUDIED.get(reference[0].benchmark, (measure,))[0]
+    if not main:
         title = f"{title}, {measure}"
+    alpha = (1 - LEVEL) / comparisons
     own, its = ([units(result, measure) for result in results] for results in (reference, other))
     keys = [[(task, key) for task, rows in one.items() for key, _ in rows] for one in (*own, *its)]
     if any(one != keys[0] for one in keys):
@@ -120,27 +133,30 @@ def difference(
     changes = [second - first for first, second in tables]
     by_seed = np.mean([change.mean(1) for change in changes], axis=0)                       # [seeds]
     count, seeds, value = sum(change.shape[1] for change in changes), len(reference), float(by_seed.mean())
-    half, p, detectable = _over_prompts(changes, value, seed)
+    half, p, detectable = _over_prompts(changes, value, seed, alpha)
     if seeds > 1:
-        others = _over_seeds(by_seed, value)
+        others = _over_seeds(by_seed, value, alpha)
         half, p, detectable = (max(pair) for pair in zip((half, p, detectable), others, strict=True))
     else:
         p, detectable = 1.0, float("inf")
     first, second = (float(np.mean([table[side].mean() for table in tables])) for side in (0, 1))
     return StudyDifference(
-        arm, title, first, second, value, value - half, value + half, tuple(by_seed.tolist()), count, p, detectable
+        arm, title, first, second, value, value - half, value + half, tuple(by_seed.tolist()), count, p, detectable,
+        main,
     )
 
 
-def _over_seeds(by_seed: np.ndarray, value: float) -> tuple[float, float, float]:
-    """Half the interval, p and what is detectable, by Student's distribution over the seeds."""
+def _over_seeds(by_seed: np.ndarray, value: float, alpha: float) -> tuple[float, float, float]:
+    """Half the interval, p and what is detectable at level `alpha`, by Student's distribution over the seeds."""
     error, freedom = float(by_seed.std(ddof=1)) / len(by_seed) ** 0.5, len(by_seed) - 1
     edge = float(stats.t.ppf((1 + LEVEL) / 2, freedom))
     p = float(2 * stats.t.sf(abs(value) / error, freedom)) if error else float(value == 0)
-    return edge * error, p, (edge + float(stats.t.ppf(POWER, freedom))) * error
+    return edge * error, p, float(stats.t.ppf(1 - alpha / 2, freedom) + stats.t.ppf(POWER, freedom)) * error
 
 
-def _over_prompts(changes: Sequence[np.ndarray], value: float, seed: int) -> tuple[float, float, float]:
+def _over_prompts(
+    changes: Sequence[np.ndarray], value: float, seed: int, alpha: float
+) -> tuple[float, float, float]:  # fmt: skip
     """The same by resampling prompts, which all seeds share, within their tasks."""
     means = [change.mean(0) for change in changes]                                          # by task `[prompts]`
     whole = np.concatenate(means)
@@ -151,4 +167,4 @@ def _over_prompts(changes: Sequence[np.ndarray], value: float, seed: int) -> tup
     drawn = np.mean([m[rng.integers(0, len(m), (DRAWS, len(m)))].mean(1) for m in means], axis=0)
     error = float(drawn.std())
     p = float(2 * stats.norm.sf(abs(value) / error)) if error else float(value == 0)
-    return float(stats.norm.ppf((1 + LEVEL) / 2)) * error, p, detectable_errors(1 - LEVEL) * error
+    return float(stats.norm.ppf((1 + LEVEL) / 2)) * error, p, detectable_errors(alpha) * error

@@ -29,7 +29,9 @@ class Panel:
 
 
 def panels(found: StudyResult, folder: Path) -> list[Panel]:
-    """The terms that all runs have logged at the same steps, those of the loss first."""
+    """The terms of the reference's stages, those of the loss first; an arm without a term, or with other steps, has no
+    line there.
+    """
     runs = {
         arm: [read_metrics(folder / arm / f"seed-{seed}" / "metrics.jsonl") for seed in found.study.seeds]
         for arm in found.study.arms
@@ -38,20 +40,20 @@ def panels(found: StudyResult, folder: Path) -> list[Panel]:
     terms = [(stage, term) for stage, names in first.items() for term in names if term not in ("lr", "grad_norm")]
     drawn = []
     for stage, term in sorted(terms, key=lambda pair: pair[1] != "loss"):
-        series = [[run.get(stage, {}).get(term) for run in one] for one in runs.values()]
-        if any(values is None for one in series for values in one):
-            continue
         steps = first[stage][term][0]
-        if any(len(values[0]) != len(steps) for one in series for values in one if values is not None):
-            continue
-        means = [np.mean([values[1] for values in one if values is not None], axis=0) for one in series]
+        means = []
+        for one in runs.values():
+            series = [run.get(stage, {}).get(term) for run in one]
+            whole = [values[1] for values in series if values is not None and len(values[0]) == len(steps)]
+            means.append(np.mean(whole, axis=0) if len(whole) == len(one) else None)
         drawn.append(_panel(f"{stage}, {term}", steps, means))
     return drawn[:MAX_PANELS]
 
 
-def _panel(name: str, steps: np.ndarray, means: Sequence[np.ndarray]) -> Panel:
-    lines = [thin(steps, smooth(values)) for values in means]
-    low, high = (float(edge(np.concatenate([values for _, values in lines]))) for edge in (np.min, np.max))
+def _panel(name: str, steps: np.ndarray, means: Sequence[np.ndarray | None]) -> Panel:
+    lines = [None if values is None else thin(steps, smooth(values)) for values in means]
+    drawn = np.concatenate([line[1] for line in lines if line is not None])
+    low, high = float(drawn.min()), float(drawn.max())
     span, reach = (high - low) or 1.0, float(steps[-1] - steps[0]) or 1.0
 
     def points(xs: np.ndarray, ys: np.ndarray) -> str:
@@ -61,7 +63,7 @@ def _panel(name: str, steps: np.ndarray, means: Sequence[np.ndarray]) -> Panel:
         )
 
     ticks = [(HEIGHT * (1 - share), low + share * (high - low)) for share in (0.0, 0.5, 1.0)]
-    return Panel(name, int(steps[-1]), ticks, [points(*line) for line in lines])
+    return Panel(name, int(steps[-1]), ticks, [points(*line) if line else "" for line in lines])
 
 
 def render_study(

@@ -138,9 +138,9 @@ class Origin:
     def is_model(self) -> bool:
         return self.init is not None and self.init.is_model
 
-    def brings(self, part: str) -> bool:
-        """Whether a finished model's folder gives a part of the model its weights."""
-        return self.is_model and not any(fnmatchcase(f"{part}.weight", one) for one in self.reinitialize)
+    def restarts(self, part: str) -> bool:
+        """Whether some of a part's weights start anew though the folder has them."""
+        return any(one.startswith(f"{part}.") or fnmatchcase(f"{part}.weight", one) for one in self.reinitialize)
 
     def made_by(self, *objectives: type[Objective]) -> bool:
         """Whether the weights were trained last with one of these objectives, or with one that extends it."""

@@ -175,12 +175,21 @@ def load_start(modules: nn.Module, recipe: Recipe, planned: PlannedStage) -> Non
 
 
 def check_patterns(modules: nn.Module, plan: RunPlan) -> None:
-    """Refuse patterns of what is to start from random weights that mean nothing of this model."""
-    names = [name for name, _ in modules.named_parameters()]
-    for planned in plan.stages:
-        for pattern in planned.reinitialize:
-            if not any(matches(name, (pattern,)) for name in names):
-                raise InputError(f"--reinitialize: expected patterns such as model.denoiser.*, got {pattern!r}")
+    """Refuse patterns of what is to start from random weights that mean nothing here, or what then stays random.
+
+    Raises:
+        InputError: such a pattern, or any with LoRA, whose additions alone train.
+    """
+    trainable = [pattern for planned in plan.stages for pattern in planned.config.trainable]
+    trained = [name for name, _ in modules.named_parameters() if matches(name, trainable)]
+    for pattern in (pattern for planned in plan.stages for pattern in planned.reinitialize):
+        if getattr(getattr(plan.recipe, "lora", None), "rank", 0):
+            raise InputError(f"--reinitialize: expected no LoRA, whose additions alone train, beside {pattern!r}")
+        if not any(matches(name, (pattern,)) for name in trained):
+            raise InputError(
+                f"--reinitialize: expected patterns of parameters that these stages train, such as model.denoiser.*, "
+                f"got {pattern!r}"
+            )
 
 
 def check_parallelism(stages: tuple[StageConfig, ...], parallel: DistributedContext) -> None:

@@ -82,7 +82,8 @@ class UnifiedObjective(Objective["SparRecipe"]):
 
     def preparations(self, recipe: "SparRecipe", stage: "StageConfig", origin: "Origin") -> tuple[str, ...]:
         found = []
-        if not origin.made_by(UnifiedObjective) and not origin.brings("model.connector"):  # it is blank
+        trained = origin.made_by(UnifiedObjective) or origin.is_model  # a SPAR folder's connector is no blank one
+        if not trained or origin.restarts("model.connector.layers"):
             found.append(CONNECTOR_FROM_LLM)
         if self.weight(recipe) and recipe.alignment.center:
             found.append(TEACHER_MEAN)
