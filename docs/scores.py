@@ -1,7 +1,7 @@
 """Write the tables of scores from the results files in docs/results: python docs/scores.py
 
-docs/results.md has full tables, each between its own marks: the bundled weights of SPAR, those of its recipe before
-further training, and those of DualToken, with the stages of its training (its manifest) and what both cost
+docs/results.md has full tables, each between its own marks: the bundled weights of both systems, what each recipe gives
+from random weights, the stages of those trainings (manifests), both recipes side by side, and what both systems cost
 (benchmarks/results/two_systems.json). README.md has one row for each task. The manifests of the bundled weights,
 which the model cards and `spar info` show, take their scores from the same files: python docs/bundle.py NAME --scores
 """
@@ -13,7 +13,15 @@ from typing import Any
 from spar.checkpoints.bundled import BUNDLED_MODELS
 from spar.common.config import read_json
 from spar.evaluation.results import Result, read_result
-from spar.evaluation.targets import RECIPE_TARGETS, TARGETS, scores_table, show, show_interval, show_title
+from spar.evaluation.targets import (
+    DUALTOKEN_RECIPE_TARGETS,
+    RECIPE_TARGETS,
+    TARGETS,
+    scores_table,
+    show,
+    show_interval,
+    show_title,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,6 +84,8 @@ def tables() -> dict[tuple[str, str], str]:
     recipe = read_results("docs/results/recipe")
     folders = ROOT / "docs/results/recipe/run", BUNDLED_MODELS["dualtoken"]
     run, made = (read_json(folder / "manifest.json") for folder in folders)
+    second = read_results("docs/results/dualtoken/recipe")
+    second_run = read_json(ROOT / "docs/results/dualtoken/recipe/run/manifest.json")
     return {
         ("README.md", "scores"): summary_table(own, dualtoken),
         ("docs/results.md", "scores"): scores_table(own, TARGETS),
@@ -84,6 +94,9 @@ def tables() -> dict[tuple[str, str], str]:
         ("docs/results.md", "scores of DualToken"): scores_table(dualtoken),
         ("docs/results.md", "first stages of DualToken"): stages_table(made["origin"]),
         ("docs/results.md", "stages of DualToken"): stages_table(made),
+        ("docs/results.md", "scores of DualToken's recipe"): scores_table(second, DUALTOKEN_RECIPE_TARGETS),
+        ("docs/results.md", "stages of DualToken's recipe"): stages_table(second_run),
+        ("docs/results.md", "both recipes"): summary_table(recipe, second),
         ("docs/results.md", "costs of both"): costs_table(ROOT / "benchmarks/results/two_systems.json"),
     }
 
