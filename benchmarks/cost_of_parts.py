@@ -6,7 +6,7 @@ timed in rounds, so that each ratio is of one minute; the median is shown. The o
 of unified-2 are the plan's. The last line is JSON; ratios above 1 are what the whole costs beside the reduced one.
 
     python benchmarks/cost_of_parts.py --recipe shapes --batch 16
-    python benchmarks/cost_of_parts.py --recipe spar-1b --dtype bfloat16    # full size: about 12 GB
+    python benchmarks/cost_of_parts.py --recipe spar-1b --dtype bfloat16 --batch 1    # full size, five minutes
 """
 
 import argparse

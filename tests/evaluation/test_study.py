@@ -304,6 +304,7 @@ def test_a_study_may_start_from_a_bundled_model_some_parts_of_it_anew(tmp_path, 
         replace(one, init_from="mine")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["routing", "alignment"])
 def test_every_arm_takes_the_bundled_models_tokenizer_and_llm(name):
     one = read_study(Path(name))
