@@ -232,6 +232,7 @@ def test_images_are_compared_as_they_were_cropped(folder, tmp_path):
     pipe = Darker(step=2)
     result = recon(pipe, folder, EvalOptions(batch=5), features=Brightness(), pairs=tmp_path / "pairs")
     assert result.settings["images"] == 12
+    assert result.settings["distance_interval"] == "95 % jackknife, 10 groups of images"
     assert pipe.calls == [5, 5, 2]
     assert result.score("psnr").value == pytest.approx(20 * np.log10(255 / 2)) and result.score("psnr").n == 12
     assert 0.99 < result.score("ssim").value < result.score("ssim_range_2").value < 1

@@ -68,6 +68,17 @@ def test_the_semantic_stream_is_local_and_a_token_keeps_its_place(config, random
     assert moved.tolist() == [[False, False, False], [False, True, False]]
 
 
+def test_with_layers_the_semantic_stream_is_no_longer_local(config, randomize):
+    streams = StreamConfig(residual_blocks=1, pixel_stream=False, semantic_layers=2, pixel_heads=2)
+    tokenizer = randomize(UnifiedTokenizer(replace(config, streams=streams)))
+    assert [type(layer) for layer in tokenizer.semantic_stream.layers] == [TransformerBlock] * 2
+    f_v = draw(1, config.grid**2, config.text.hidden_size)
+    changed = f_v.clone()
+    changed[:, 0] += 1
+    moved = (tokenizer.fuse(f_v).z_s - tokenizer.fuse(changed).z_s).abs().amax(-1)[0]
+    assert (moved > 0).all()
+
+
 def test_the_pixel_stream_lets_every_token_see_every_other(tokenizer, config):
     f_v = draw(1, 16, config.text.hidden_size)
     changed = f_v.clone()

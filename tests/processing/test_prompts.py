@@ -9,6 +9,7 @@ from spar.common.errors import InputError
 from spar.models.attention import attention_bias, position_ids_from_mask
 from spar.models.config import TextConfig
 from spar.models.language import LanguageModel
+from spar.processing import prompts as module
 from spar.processing.prompts import (
     MAX_CHARACTERS_PER_TOKEN,
     PackedBatch,
@@ -37,6 +38,17 @@ def template(prompts: PromptEncoder, content) -> list[int]:
 
 def real(tokens) -> list[list[int]]:
     return [ids[mask.bool()].tolist() for ids, mask in zip(tokens.ids, tokens.mask, strict=True)]
+
+
+def test_the_ids_that_are_kept_are_bounded_by_their_texts_characters(monkeypatch):
+    monkeypatch.setattr(module, "MAX_CACHED_CHARACTERS", 100)
+    own = PromptEncoder(build_tokenizer(), VISUAL)
+    texts = ["red " * count for count in range(1, 40)]
+    wanted = [own.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    for _ in range(2):
+        for text, ids in zip(texts, wanted, strict=True):
+            assert own.encode(text) == ids
+            assert sum(map(len, own._cache)) <= max(100, len(text))
 
 
 def test_generation_is_a_user_turn_of_the_chat_template(prompts):

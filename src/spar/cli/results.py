@@ -207,7 +207,7 @@ def compare(args: CompareArguments) -> int:
     corrected = holm_corrected([one for _, one in named])
     found = [(name, one) for (name, _), one in zip(named, corrected, strict=True)]
     if args.html is not None:
-        _write_comparison(args, found)
+        _write_comparison(args.html, args, found)
     if args.json:
         print(json.dumps([{**asdict(one), "verdict": one.verdict, "model": name} for name, one in found], indent=2))
     else:
@@ -217,19 +217,18 @@ def compare(args: CompareArguments) -> int:
     return 0
 
 
-def _write_comparison(args: CompareArguments, found: "Sequence[tuple[str, Difference]]") -> None:
+def _write_comparison(page: Path, args: CompareArguments, found: "Sequence[tuple[str, Difference]]") -> None:
     """The page of a comparison, with what each model draws."""
     from spar.inference.loading import load_pipeline
     from spar.reporting.comparison import render_comparison
 
     grids = []
-    for path, model in zip(args.results, args.draw, strict=False):
-        pipe = load_pipeline(model, progress=False)
-        grids.append((str(path), pipe.generate(list(PROMPTS), seed=0).images))
-    if args.html is not None:
-        with atomic_file(args.html) as temporary:
-            text = render_comparison(str(args.first), found, PROMPTS if grids else (), grids)
-            temporary.write_text(text, encoding="utf-8")
+    if args.draw:
+        for path, model in zip(args.results, args.draw, strict=True):
+            pipe = load_pipeline(model, progress=False)
+            grids.append((str(path), pipe.generate(list(PROMPTS), seed=0).images))
+    with atomic_file(page) as temporary:
+        temporary.write_text(render_comparison(str(args.first), found, PROMPTS, grids), encoding="utf-8")
 
 
 def _pairs_of_results(first: Path, second: Path) -> "list[tuple[Result, Result]]":

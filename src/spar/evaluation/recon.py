@@ -76,13 +76,14 @@ def recon(
         write_json(pairs / NAMES, names)
     rows = zip(names, found.decibels, found.similar[0], strict=True)
     records = [{"image": name, "psnr": round(one, 3), "ssim": round(share, 4)} for name, one, share in rows]
+    scores = tuple(found.scores(options.seed))
     settings = run_settings(
         pipe, options, clock, sampled=False, images=len(paths), originals=found.originals.hexdigest(),
         features=features.name,
         ssim=f"scikit-image's: uniform {WINDOW} x {WINDOW} window inside the image, sample covariance",
         distance_interval=f"95 % jackknife, {len(found.groups)} groups of images",
     )
-    return Result("recon", tuple(found.scores(options.seed)), settings, {"images": records})
+    return Result("recon", scores, settings, {"images": records})
 
 
 def images_below(folder: Path, limit: int | None = None) -> list[Path]:
