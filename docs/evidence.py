@@ -19,11 +19,11 @@ A_A = "again"
 
 @dataclass(frozen=True)
 class Expected:
-    """An arm and an endpoint of a study, and on which side of the reference the claim has it."""
+    """An arm and an endpoint of a study, and on which side of the reference the claim has it; "same" is on neither."""
 
     arm: str
     endpoint: str
-    side: Literal["lower", "higher"]
+    side: Literal["lower", "higher", "same"]
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Claim:
 
 
 def _worse(arms: tuple[str, ...]) -> tuple[Expected, ...]:
-    """Arms whose flow loss is higher, and whose words are worth less."""
+    """Arms whose flow loss is higher, whose words are worth less, and whose drawings are farther from the world's."""
     sides: tuple[tuple[str, Literal["lower", "higher"]], ...] = (
-        ("shapes-loss", "higher"), ("shapes-loss, margin", "lower")
+        ("shapes-loss", "higher"), ("shapes-loss, margin", "lower"), ("shapes-frechet", "higher")
     )  # fmt: skip
     return tuple(Expected(arm, endpoint, side) for arm in arms for endpoint, side in sides)
 
@@ -73,6 +73,10 @@ CLAIMS = (
         "E5", "self-alignment beats none", "GenEval 0.86 without it, 0.89 with it", "alignment", _worse(("none",)),
     ),
     Claim(
+        "E5", "self-alignment teaches as well as an external encoder", "not reported", "alignment",
+        tuple(Expected("external", name, "same") for name in ("shapes-loss", "shapes-loss, margin", "shapes-frechet")),
+    ),
+    Claim(
         "E7", "two codebooks beat one; shallow pixel and deep semantic features are the right ones",
         "zero-shot 72.3 with both deep, 82.0", "dualtoken",
         tuple(
@@ -87,6 +91,10 @@ CLAIMS = (
 def verdict(expected: Expected, found: Mapping[str, Any]) -> str:
     """What a difference says about a claim."""
     words = str(found["verdict"])
+    if expected.side == "same":
+        if words.startswith("undecided"):
+            return words.replace("undecided", "no difference seen")
+        return f"contradicts it: the arm is {words.partition(': ')[2]}"
     if words.startswith("undecided"):
         return words
     return "supports it" if words.startswith(expected.side) else "contradicts it"

@@ -64,6 +64,15 @@ def test_the_cost_of_the_parts():
         assert found["no pixel stream"]["tflop_a_step"][stage] < whole["tflop_a_step"][stage]
 
 
+def test_the_samplers_approximations():
+    found = last_line("approximations.py", "--limit", "1", "--rounds", "1")["results"]
+    exact = found.pop("exact")
+    assert (exact["blocks"], exact["change_of_255"], exact["times_faster"]) == (1, 0, 1)
+    for one in found.values():
+        assert one["blocks"] < 1 and 0 <= one["score"] <= 1 and one["images"] == 6 and one["denoiser_seconds"] > 0
+    assert found["10 steps"]["blocks"] == 0.5 > found["10 steps, guidance 0.6:1"]["blocks"]
+
+
 def test_the_minutes_of_a_recipe():
     found = last_line("recipe_minutes.py", "--recipe", "tiny", "--steps", "3")
     assert [*found["results"]] == [stage.name for stage in recipe("tiny").stages]

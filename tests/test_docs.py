@@ -179,8 +179,27 @@ def test_verdicts_come_from_the_differences(tmp_path, monkeypatch):
     assert "| `average`, shapes-loss | -0.1 (-0.11 to -0.09) | contradicts it |" in text
     assert "| `global`, shapes-loss |  | not measured |" in text and "study `tokenizer` |  | not run |" in text
     assert "| `routing` | 3 | 6 | contains 0 | 2 cores of a CPU, torch 2 |" in text
+    same = EVIDENCE.Expected("external", "shapes-loss", "same")
+    for words, told in (
+        ("undecided (at least 0.1 would show)", "no difference seen (at least 0.1 would show)"),
+        ("lower: better", "contradicts it: the arm is better"),
+    ):
+        assert EVIDENCE.verdict(same, {"verdict": words}) == told
     (tmp_path / "routing.json").write_text(json.dumps({**values, "holds": False}))
     assert "supports it; the A/A arm does not hold |" in EVIDENCE.tables()
+
+
+# Performance
+
+
+def test_the_tables_of_performance_are_those_of_the_results():
+    """If not: python docs/performance.py"""
+    script = load("performance")
+    text = script.DOCUMENT.read_text(encoding="utf-8")
+    for mark, table in script.tables().items():
+        assert text.split(f"<!-- {mark} -->\n")[1].split(f"<!-- end of {mark} -->")[0] == table
+    scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+    assert scripts > {*script.ROWS, "approximations"}
 
 
 # Reliability

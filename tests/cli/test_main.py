@@ -35,7 +35,7 @@ from spar.worlds.shapes.tokenizer import VOCABULARY
 
 SAMPLING_FLAGS = ("--model", "--dtype", "--device", "--output", "-o", "--overwrite", "--seed", "--steps", "--guidance",
                   "--num-inference-steps", "--guidance-scale", "--num-images-per-prompt", "-n", "--negative-prompt",
-                  "--grid", "--save-steps", "--sampler")
+                  "--grid", "--save-steps", "--sampler", "--guidance-interval", "--step-cache")
 FLAGS = {
     "train": ("RECIPE", "--config", "--stage", "--run", "--resume", "--init-from", "--from-scratch", "--device",
               "--track", "--dry-run"),
@@ -63,7 +63,7 @@ FLAGS = {
     "judge": ("BENCHMARK", "FOLDER", "--prompts", "--template", "--judge", "--endpoint",
               "--key-variable", "--images", "--parallel", "-o"),
     "compare": ("FIRST", "SECOND", "MORE", "--json", "--html", "--draw"),
-    "study": ("STUDY", "-o", "--init-from", "--seeds", "--device"),
+    "study": ("STUDY", "-o", "--init-from", "--seeds", "--reuse", "--device"),
     "report": ("RUN", "-o"),
     "demo": ("-o", "--images", "--model"),
     "serve": ("--host", "--port", "--token-file", "--max-batch", "--max-queue", "--timeout", "--model"),

@@ -13,10 +13,12 @@ from spar.cli.main import main
 from spar.common.errors import InputError
 from spar.evaluation import study as studies
 from spar.evaluation.results import Result, Score, read_result
-from spar.evaluation.study import AGAIN, Study, bundled_studies, read_study, run_study
+from spar.evaluation.study import AGAIN, Study, bundled_studies, read_study, run_study, share_until
+from spar.evaluation.study_sharing import training_keys
 from spar.evaluation.study_statistics import difference, study_differences
 from spar.recipes import REGISTRY, recipe
 from spar.training.changes import changed_recipe
+from spar.training.checkpoint import load_group
 from spar.training.config import matches
 from spar.training.initial_weights import load_initial_weights, random_modules
 from spar.training.plan import read_run, resolve
@@ -172,6 +174,17 @@ def test_a_recipe_with_changes_is_that_of_a_file():
     assert replace(made, seed=0, stages=recipe("tiny").stages) == recipe("tiny")
 
 
+def test_the_share_of_steps_until_anothers_end_is_planted():
+    """A curve that falls by 1 a step: at the height where another stayed, after the steps that lead there."""
+    falling = np.arange(100.0, 0.0, -1.0)
+    assert share_until(falling, np.full(100, 60.5)) == pytest.approx(0.51, abs=0.02)  # the mean of 20 lags by ten
+    assert share_until(falling, falling + 0.01) == 1.0
+    assert share_until(falling, falling - 50) is None and share_until(falling, falling[:50]) is None
+    assert share_until(np.zeros(100), np.ones(100)) == 0.2  # from the first mean on
+    again = np.r_[np.zeros(50), np.full(50, 9.0)]
+    assert share_until(again, np.ones(100)) is None  # it was there, and left
+
+
 # ---- a whole one -----------------------------------------------------------------------------------------------------
 
 FILE = """
@@ -203,9 +216,11 @@ def test_a_study_runs_resumes_and_ends_in_one_table_and_one_page(tiny_run, tmp_p
         (arm, name) for arm in ("again", "last") for name in ("shapes-loss", "shapes-loss, margin", "shapes-gen")
     }
     assert found["parameters"]["last"] < found["parameters"]["dtr"] and found["seconds"]["dtr"] > 0
+    assert set(found["reached"]) == {"again", "last"}
     assert found["memory"] == dict.fromkeys(("dtr", "again", "last"), 0)  # of a GPU, and there is none
     page = (folder / "report.html").read_text()
-    assert "Does anything matter" in page and page.count("data:image/png") == 3 * 4 and "unified-2, loss" in page
+    assert "Does anything matter" in page and page.count("data:image/png") == 3 * 4
+    assert "unified-2, routing_entropy" in page and "dtr was there after" in page
     trained = []
     monkeypatch.setattr(studies, "_train", lambda *given: trained.append(given))
     assert main([*line, "--seeds", "1"]) == 0 and not trained  # all is there
@@ -240,6 +255,55 @@ def test_shared_stages_are_trained_once_a_seed_and_a_stop_is_no_end(tiny_run, tm
     (tmp_path / "out" / "a" / "seed-4" / "arm.json").unlink()  # as if stopped before it was written
     found = run_study(one, tmp_path / "out", REGISTRY, recipe, device="cpu", init_from=start)
     assert found is not None and [one.arm for one in found.differences] == ["again", "again", "b", "b"]
+
+
+def test_what_arms_and_studies_train_alike_is_trained_once(tiny_run, tmp_path):
+    """The second arm takes the reference's unified-1, another study both stages, and they are what training gives."""
+    short = {"stages": {"unified-1": {"steps": 2}, "unified-2": {"steps": 2}}}
+    other = {"stages": {"unified-2": {"lr": 4e-4}}}
+    one = Study(
+        "s", "?", "tiny", {"a": {}, "b": other}, stages=("unified-1", "unified-2"), seeds=(4,), settings=short,
+        endpoints=("shapes-loss",), limit=1,
+    )  # fmt: skip
+    start, said = tiny_run.path / "tokenizer-3" / "done", []
+    given = dict(device="cpu", init_from=start, say=said.append)
+    run_study(one, tmp_path / "s", REGISTRY, recipe, **given)
+    assert [line for line in said if " as in " in line] == [f"b, seed 4: unified-1 as in {tmp_path / 's/a/seed-4'}"]
+    lines = (tmp_path / "s/b/seed-4/metrics.jsonl").read_text().splitlines()
+    stages = [json.loads(line)["stage"] for line in lines]
+    assert stages == sorted(stages) and len(set(stages)) == 2  # the curves of both stages, once
+
+    said.clear()
+    swapped = replace(one, name="t", variants={"b": other, "c": {"stages": {"unified-1": {"steps": 1}}}})
+    run_study(swapped, tmp_path / "t", REGISTRY, recipe, reuse=[tmp_path / "s"], **given)
+    taken = [line.partition(" as in ")[0] for line in said if " as in " in line]
+    assert taken == ["b, seed 4: unified-1", "b, seed 4: unified-2", "again, seed 4: unified-1"]
+    alone = replace(one, name="u", variants={"b": other, "z": {"stages": {"unified-1": {"steps": 1}}}})
+    run_study(alone, tmp_path / "u", REGISTRY, recipe, **given)
+    for folder in ("s", "t"):
+        for stage in ("unified-1", "unified-2"):
+            own, wanted = (
+                load_group(tmp_path / place / "b/seed-4" / stage / "done", "modules") for place in (folder, "u")
+            )
+            assert all(torch.equal(own[name], wanted[name]) for name in wanted), (folder, stage)
+    with pytest.raises(InputError, match="study.json"):
+        run_study(alone, tmp_path / "v", REGISTRY, recipe, reuse=[tmp_path / "nothing"], **given)
+    assert not (tmp_path / "v").exists()
+
+
+def test_stages_are_alike_only_if_all_that_they_follow_from_is():
+    tiny = recipe("tiny")
+    base = training_keys(tiny, ("unified-1", "unified-2"), "start")
+
+    def same(changes, stages=("unified-1", "unified-2"), start="start"):
+        keys = training_keys(changed_recipe(tiny, changes, "x", REGISTRY), stages, start)
+        return [name for name in keys if keys[name] == base.get(name)]
+
+    assert same({}) == same({"stages": {"mllm": {"steps": 3}}}) == ["unified-1", "unified-2"]
+    assert same({"stages": {"unified-2": {"steps": 1}}}) == ["unified-1"]
+    for changes in ({"seed": 1}, {"model": {"router": {"kind": "last"}}}, {"stages": {"unified-1": {"steps": 1}}}):
+        assert same(changes) == []
+    assert same({}, ("unified-2",)) == [] and same({}, start="another") == []
 
 
 def test_an_arm_may_leave_a_stage_out(tmp_path, monkeypatch):
@@ -305,7 +369,7 @@ def test_a_study_may_start_from_a_bundled_model_some_parts_of_it_anew(tmp_path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["routing", "alignment"])
+@pytest.mark.parametrize("name", ["routing", "alignment", "alignment-form"])
 def test_every_arm_takes_the_bundled_models_tokenizer_and_llm(name):
     one = read_study(Path(name))
     folder = bundled_folder(one.init_from)

@@ -148,6 +148,43 @@ def test_the_sampler_of_a_call_is_as_the_models_own(folder, pipe, pictures):
     assert gap(edit(pipe, pictures[0], sampler="euler").images[0], edit(pipe, pictures[0]).images[0]) > 0
 
 
+def counted(pipe, monkeypatch):
+    """The rows of every call of the denoiser, and its calls of all blocks but the first."""
+    rows, blocks = [], []
+    real, last = pipe.model.denoiser.forward, pipe.model.denoiser.network.transformer_blocks[-1]
+    monkeypatch.setattr(pipe.model.denoiser, "forward", lambda x, *rest: rows.append(len(x)) or real(x, *rest))
+    own = type(last).forward
+    monkeypatch.setattr(last, "forward", lambda x, *rest: blocks.append(len(x)) or own(last, x, *rest))
+    return rows, blocks
+
+
+def test_guidance_within_an_interval_computes_one_branch_outside(pipe, pictures, monkeypatch):
+    exact = generate(pipe)
+    rows, _ = counted(pipe, monkeypatch)
+    whole = generate(pipe, guidance_interval=(0, 1))
+    assert gap(whole.images[0], exact.images[0]) == 0 and set(rows) == {2}
+    assert whole.metadata[0]["guidance_interval"] == "0:1" and "guidance_interval" not in exact.metadata[0]
+    rows.clear()
+    none = generate(pipe, guidance_interval=(0, 0))
+    assert set(rows) == {1} and gap(none.images[0], generate(pipe, guidance_scale=1).images[0]) <= 1
+    rows.clear()
+    part = generate(pipe, guidance_interval=(0.5, 1))
+    assert set(rows) == {1, 2} and sorted(rows, reverse=True) == rows  # it ends on the way
+    assert gap(part.images[0], exact.images[0]) > 0
+    assert gap(edit(pipe, pictures[0], guidance_interval=(0, 0)).images[0], edit(pipe, pictures[0]).images[0]) > 0
+
+
+def test_step_caching_is_exact_at_nothing_and_saves_blocks_above(pipe, monkeypatch):
+    exact = generate(pipe)
+    rows, blocks = counted(pipe, monkeypatch)
+    same = generate(pipe, step_cache=1e-9)
+    assert gap(same.images[0], exact.images[0]) <= 1 and blocks == rows
+    blocks.clear()
+    saved = generate(pipe, step_cache=1.0)
+    assert sum(blocks) < sum(rows) / 2 and saved.metadata[0]["step_cache"] == 1.0
+    assert "step_cache" not in exact.metadata[0]
+
+
 @pytest.mark.parametrize("change", [{"shift": 1.0}, {"method": "euler"}])
 def test_the_models_shift_and_method_count(folder, pipe, change):
     loaded = load_model(folder)
@@ -754,6 +791,9 @@ BAD_PROMPTS = [
     (dict(guidance_scale=-1), "guidance_scale: expected 0 to 100"),
     (dict(guidance_scale=float("nan")), "guidance_scale: expected"),
     (dict(guidance_scale="4"), "guidance_scale: expected"),
+    (dict(step_cache=-0.1), "step_cache: expected .* 0 to 1, got -0.1"),
+    (dict(step_cache=2), "step_cache: expected .* 0 to 1, got 2"),
+    (dict(guidance_interval=(0.9, 0.1)), "guidance_interval: expected two times, .*got"),
     (dict(sampler="heun"), "sampler: expected one of dpmsolver++, euler, got 'heun'"),
     (dict(num_images_per_prompt=0), "num_images_per_prompt: expected 1 to 4096, got 0"),
     (dict(num_images_per_prompt=4096, prompt=["red", "blue"]), "images in all: expected 1 to 4096, got 8192"),

@@ -23,6 +23,8 @@ from transformers import (
     ViTModel,
 )
 
+from spar.checkpoints.bundled import bundled_folder
+from spar.checkpoints.dualtoken_format import load_dualtoken
 from spar.common.config import from_dict, read_json
 from spar.common.errors import InputError
 from spar.recipes import REGISTRY, recipe
@@ -104,6 +106,20 @@ def test_the_normalisation_is_that_of_its_own_image_processor(tmp_path):
     assert own.std.flatten().tolist() == pytest.approx([0.5, 0.6, 0.7])
     ViTImageProcessor(do_normalize=False).save_pretrained(tmp_path)
     assert not load_external_teacher(str(tmp_path)).mean.any()
+
+
+def test_dualtokens_image_tower_teaches_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    teacher = load_external_teacher("dualtoken")
+    tower = load_dualtoken(bundled_folder("dualtoken")).model.tokenizer.encoder
+    image = pixels(64)
+    features, grid = teacher(image)
+    assert grid == (8, 8) and teacher.width() == 160
+    with torch.no_grad():
+        (last,) = tower.run(tower.embed(image), range(1, 9), (8,))
+        torch.testing.assert_close(features, tower.network.post_layernorm(last))
+    save("vit", tmp_path / "dualtoken")  # a folder of that name comes first
+    assert load_external_teacher("dualtoken").width() == 32
 
 
 def test_it_is_frozen_and_gives_no_gradient(tmp_path):

@@ -179,6 +179,8 @@ class StudyArguments:
     """What the first stage starts from, as in spar train; by default what the study names."""
     seeds: int | None = None
     """Only the first so many seeds of the study; a later call may go on with more."""
+    reuse: tuple[Path, ...] = ()
+    """Folders of other studies: what they have trained alike is not trained again."""
     device: str | None = None
     """cpu, cuda, cuda:1 ...; by default CUDA if available."""
 

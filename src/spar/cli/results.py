@@ -272,12 +272,14 @@ def study(args: StudyArguments) -> int:
         print(f"{chosen.name}: {line}", file=sys.stderr)
 
     found = run_study(
-        chosen, folder, REGISTRY, recipe, device=args.device, init_from=args.init_from, first=args.seeds, say=say,
-    )
+        chosen, folder, REGISTRY, recipe, device=args.device, init_from=args.init_from, first=args.seeds,
+        reuse=args.reuse, say=say,
+    )  # fmt: skip
     if found is None:
         print("spar: stopped; the same command goes on from here", file=sys.stderr)
         return INTERRUPTED
-    prompts = PROMPTS if "shapes-gen" in chosen.endpoints else ()
+    draws = any(name.startswith(("shapes-gen", "shapes-frechet")) for name in chosen.endpoints)
+    prompts = PROMPTS if draws else ()
     grids = list(sample_grids(found, folder, prompts, REGISTRY, args.device)) if prompts else []
     with atomic_file(folder / "report.html") as temporary:
         temporary.write_text(render_study(found, folder, prompts, grids), encoding="utf-8")

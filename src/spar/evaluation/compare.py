@@ -92,7 +92,7 @@ def units(result: Result, measure: str | None = None) -> dict[str, list[tuple[st
 
 def _outcome(benchmark: str, record: dict[str, Any]) -> float:
     """The outcome of one prompt: a share, or decibels; of a conversation that of the last turn."""
-    for name in ("psnr", "loss"):
+    for name in ("psnr", "loss", "frechet"):
         if name in record:
             return float(record[name])
     if "answers" in record:

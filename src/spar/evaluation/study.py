@@ -8,12 +8,15 @@ nothing differs but chance.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from spar.checkpoints.bundled import BUNDLED_MODELS, bundled_folder
 from spar.common.config import Registry, from_dict, read_json, to_dict, write_json
@@ -22,8 +25,10 @@ from spar.common.settings_files import read_settings
 from spar.evaluation.benchmarks import BENCHMARKS, Benchmark, suits
 from spar.evaluation.options import EvalOptions
 from spar.evaluation.results import Result, read_result, write_result
+from spar.evaluation.shapes_frechet import shapes_frechet
 from spar.evaluation.shapes_loss import shapes_loss
 from spar.evaluation.shapes_probe import shapes_probe
+from spar.evaluation.study_sharing import METRICS, ORIGIN, Training, take_over, training_keys
 from spar.evaluation.study_statistics import StudyDifference, study_differences
 
 if TYPE_CHECKING:
@@ -37,7 +42,7 @@ AGAIN_SEED = 1000  # what the arm `again` adds to the seeds
 MAX_SEEDS, MAX_VARIANTS = 64, 64
 UNPAIRED = ("shapes-paraphrase", "shapes-codes")  # no mean over prompts
 ENDPOINTS: dict[str, Benchmark] = {
-    "shapes-loss": shapes_loss, "shapes-probe": shapes_probe,
+    "shapes-loss": shapes_loss, "shapes-probe": shapes_probe, "shapes-frechet": shapes_frechet,
     **{name: run for name, run in BENCHMARKS.items() if name not in UNPAIRED},
 }  # fmt: skip
 RESERVED = (AGAIN, SHARED, "cache", "study.json", "results.json", "report.html")
@@ -60,7 +65,7 @@ class Study:
         stages: those that each variant trains, in order; all after the shared ones when empty.
         settings: fields that all variants change.
         seeds: of training; `again` adds AGAIN_SEED to each.
-        endpoints: benchmarks, and "shapes-loss".
+        endpoints: of ENDPOINTS: benchmarks, and measures that are there for studies alone.
         limit: prompts of each task; None: all.
         images_per_prompt: as in `EvalOptions`.
         init_from: a bundled model that all trainings start from, unless the caller names another folder.
@@ -141,6 +146,8 @@ class StudyResult:
     """What a study has found: every arm's results by endpoint and seed, the differences, and what the arms cost.
 
     `memory` is the most that a training's tensors took of a GPU, in bytes; 0 on a CPU, as all arms share one process.
+    `reached` has of each arm the share of its last stage's steps after which the reference's training loss was down to
+    what the arm's was at its end; None where it never was, or where the arms' losses do not compare.
     """
 
     study: Study
@@ -149,6 +156,7 @@ class StudyResult:
     seconds: dict[str, float]
     parameters: dict[str, int]
     memory: dict[str, int]
+    reached: dict[str, float | None]
 
     @property
     def holds(self) -> bool:
@@ -176,14 +184,17 @@ def bundled_studies() -> list[str]:
 
 def run_study(
     study: Study, folder: Path, registry: Registry, find: Find, *, device: str | None = None,
-    init_from: Path | None = None, first: int | None = None, say: Say = lambda _: None,
+    init_from: Path | None = None, first: int | None = None, reuse: Sequence[Path] = (), say: Say = lambda _: None,
 ) -> StudyResult | None:  # fmt: skip
     """Train and measure what is not there yet, and compare; a repeated call goes on where the last one ended.
+
+    Stages that arms train alike, at the same seed, are trained once.
 
     Args:
         find: gives the recipe of a name.
         init_from: what the first stage of every run, or of the shared ones, starts from; by default `study.init_from`.
         first: only so many of the study's seeds; a later call may go on with more.
+        reuse: folders of other studies, whose stages count like those of this one's arms.
         say: is told what happens next, a line at a time.
 
     Returns:
@@ -201,7 +212,9 @@ def run_study(
         _check_endpoints(study, recipe, stages[arm])
     if init_from is None and not study.shared and len({names[0] for names in stages.values()}) > 1:
         raise InputError(f"study {study.name}: an arm that skips the first stage needs what it starts from: init_from")
+    others = [training for other in reuse for training in _of_another_study(other, registry, find, init_from)]
     _open_folder(study, folder, init_from)
+    own = trainings(study, folder, registry, find, _start_name(study, init_from))
     chosen = replace(study, seeds=study.seeds[:first])
     for seed in chosen.seeds:
         start = init_from
@@ -218,9 +231,11 @@ def run_study(
             run, recipe = folder / arm / f"seed-{seed}", recipes[arm, seed]
             last = stages[arm][-1]
             if not (run / ARM).is_file() or not (run / last / "done").is_dir():
-                say(f"{arm}, seed {seed}: training")
                 shutil.rmtree(run / "results", ignore_errors=True)  # of weights that are gone
                 _share_cache(folder, run)
+                for name, source in take_over(own[arm, seed], [*own.values(), *others]).items():
+                    say(f"{arm}, seed {seed}: {name} as in {source}")
+                say(f"{arm}, seed {seed}: training")
                 if not _train(recipe, run, stages[arm], device, start, () if study.shared else study.reinitialize):
                     return None
             if missing := [name for name in study.endpoints if not _result_path(run, name).is_file()]:
@@ -229,6 +244,47 @@ def run_study(
     found = collect(chosen, folder)
     write_json(folder / "results.json", {**_shown(found), "holds": found.holds})
     return found
+
+
+def trainings(
+    study: Study, folder: Path, registry: Registry, find: Find, start: str | None
+) -> dict[tuple[str, int], Training]:
+    """The trainings of a study's arms by arm and seed, whether they are there yet or not.
+
+    Args:
+        start: what the first stages start from, as `study.json` has it.
+    """
+    found = {}
+    for seed in study.seeds:
+        first: Any = [start, list(study.reinitialize)]
+        if study.shared:
+            first = list(training_keys(_recipe(study, SHARED, seed, registry, find), study.shared, first).values())
+        for arm in study.arms:
+            stages = _own_stages(study, find(study.recipe), arm)
+            keys = training_keys(_recipe(study, arm, seed, registry, find), stages, first)
+            found[arm, seed] = Training(folder / arm / f"seed-{seed}", keys)
+    return found
+
+
+def _of_another_study(
+    folder: Path, registry: Registry, find: Find, init_from: Path | None
+) -> Iterator[Training]:
+    """The trainings in another study's folder that started from this very model; InputError where there is none."""
+    path = folder / "study.json"
+    values = read_json(path)
+    order, start = values.pop("order", None), values.pop("start", None)
+    if isinstance(order, list) and isinstance(values.get("variants"), dict):
+        values["variants"] = {name: values["variants"].get(name) for name in order}
+    study = from_dict(Study, values, str(path))
+    manifest = None if init_from is None else init_from / "manifest.json"
+    expected = read_json(manifest) if manifest is not None and manifest.is_file() else None
+    for training in trainings(study, folder, registry, find, start).values():
+        home = folder / SHARED / training.run.name if study.shared else training.run
+        origin = read_json(home / ORIGIN) if (home / ORIGIN).is_file() else None
+        if origin is not None:
+            origin.pop("reinitialized", None)
+        if origin == expected:
+            yield training
 
 
 def collect(study: Study, folder: Path) -> StudyResult:
@@ -247,7 +303,35 @@ def collect(study: Study, folder: Path) -> StudyResult:
     parameters = {arm: int(one[0]["parameters"]) for arm, one in facts.items()}
     memory = {arm: max(int(each.get("memory", 0)) for each in one) for arm, one in facts.items()}
     differences = study_differences(study.reference, results)
-    return StudyResult(study, results, tuple(differences), seconds, parameters, memory)
+    curves = {arm: _mean_curve(places) for arm, places in runs.items()}
+    reached = {arm: share_until(curves[study.reference], curves[arm]) for arm in study.arms if arm != study.reference}
+    return StudyResult(study, results, tuple(differences), seconds, parameters, memory, reached)
+
+
+def _mean_curve(runs: Sequence[Path]) -> np.ndarray:
+    """The mean training loss of an arm's runs at the logged steps of their last stage: flow, where the loss has other
+    terms beside it. Empty where the runs were logged at unlike steps.
+    """
+    curves = []
+    for run in runs:
+        last, lines = _stage_folders(run)[-1], (run / METRICS).read_text(encoding="utf-8").splitlines()
+        rows = {one["step"]: one.get("flow", one["loss"]) for one in map(json.loads, lines) if one["stage"] == last}
+        curves.append([rows[step] for step in sorted(rows)])
+    return np.mean(curves, axis=0) if len({len(curve) for curve in curves}) == 1 else np.zeros(0)
+
+
+def share_until(reference: np.ndarray, other: np.ndarray) -> float | None:
+    """The share of its steps after which a curve stays at most at another's end, both as means over a fifth of them.
+
+    None if it never does, or if one has other steps.
+    """
+    if len(reference) != len(other) or not len(other):
+        return None
+    width = max(1, len(other) // 5)
+    own = np.convolve(reference, np.ones(width) / width, "valid")
+    above = np.flatnonzero(own > other[-width:].mean())
+    first = 0 if not len(above) else int(above[-1]) + 1
+    return None if first == len(own) else (first + width) / len(other)
 
 
 def _shown(found: StudyResult) -> dict[str, Any]:
@@ -258,7 +342,7 @@ def _shown(found: StudyResult) -> dict[str, Any]:
     first = next(iter(next(iter(found.results.values())).values()))[0]
     return {
         "study": to_dict(found.study), "seconds": found.seconds, "parameters": found.parameters,
-        "memory": found.memory,
+        "memory": found.memory, "reached": found.reached,
         "differences": [{**to_dict(one), "verdict": one.verdict} for one in found.differences], "scores": scores,
         "machine": first.settings.get("machine"), "versions": first.settings.get("versions"),
     }  # fmt: skip
@@ -312,9 +396,7 @@ def _open_folder(study: Study, folder: Path, init_from: Path | None) -> None:
 
     The order of the variants counts: the first is the reference.
     """
-    start = None if init_from is None else str(init_from.absolute())
-    if study.init_from and init_from == bundled_folder(study.init_from):
-        start = study.init_from  # an installation may be moved
+    start = _start_name(study, init_from)
     values = read_back({**to_dict(study), "order": list(study.variants), "start": start})
     path = folder / "study.json"
     if path.is_file():
@@ -325,6 +407,13 @@ def _open_folder(study: Study, folder: Path, init_from: Path | None) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} has other contents; expected a new folder, or one of this study")
     write_json(path, values)
+
+
+def _start_name(study: Study, init_from: Path | None) -> str | None:
+    """What a study starts from, as `study.json` has it; a bundled model by its name, as an installation may move."""
+    if study.init_from and init_from == bundled_folder(study.init_from):
+        return study.init_from
+    return None if init_from is None else str(init_from.absolute())
 
 
 def read_back(values: Any) -> Any:
@@ -370,12 +459,12 @@ def _share_cache(folder: Path, run: Path) -> None:
 def _measure(
     study: Study, run: Path, stage: str, endpoints: Sequence[str], registry: Registry, device: str | None
 ) -> None:
-    pipe = _pipeline(run, stage, registry, device)
+    pipe = arm_pipeline(run, stage, registry, device)
     for name in endpoints:
         write_result(_result_path(run, name), ENDPOINTS[name](pipe, study.options(), None))
 
 
-def _pipeline(run: Path, stage: str, registry: Registry, device: str | None) -> Pipeline:
+def arm_pipeline(run: Path, stage: str, registry: Registry, device: str | None) -> Pipeline:
     """The model of a run: its finished one, or as it is at the end of a stage."""
     from spar.inference.loading import load_pipeline
 
@@ -399,7 +488,7 @@ def sample_grids(
     """By arm the images of some prompts, at equal seeds, of the first seed's model."""
     for arm in found.study.arms:
         run = folder / arm / f"seed-{found.study.seeds[0]}"
-        pipe = _pipeline(run, _stage_folders(run)[-1], registry, device)
+        pipe = arm_pipeline(run, _stage_folders(run)[-1], registry, device)
         yield arm, pipe.generate(list(prompts), seed=0).images
 
 

@@ -19,7 +19,7 @@ from spar.evaluation.results import LEVEL, Result
 from spar.evaluation.targets import show_title
 
 DRAWS = 2000
-LOWER_IS_BETTER = ("shapes-loss",)
+LOWER_IS_BETTER = ("shapes-loss", "shapes-frechet")
 # What is compared of an endpoint's records, the first under the endpoint's own name; others have one outcome each.
 STUDIED: dict[str, tuple[str, ...]] = {
     "shapes-loss": ("loss", "margin"), "shapes-recon": ("psnr", "survived", "psnr_low", "psnr_high"),

@@ -1,8 +1,15 @@
 """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598) on velocities: v_u + scale (v_c - v_u)."""
 
+import math
+from collections.abc import Sequence
+from numbers import Real
+
 from torch import Tensor
 
 from spar.common.checks import check_pair
+from spar.common.errors import InputError
+
+Interval = tuple[float, float]
 
 
 def apply_guidance(conditional: Tensor, unconditional: Tensor | None, scale: float) -> Tensor:
@@ -17,3 +24,22 @@ def apply_guidance(conditional: Tensor, unconditional: Tensor | None, scale: flo
         raise ValueError(f"expected an unconditional branch for guidance scale {scale}, got None")
     check_pair("the conditional branch", conditional, "the unconditional branch", unconditional)
     return unconditional + scale * (conditional - unconditional)
+
+
+def check_interval(interval: Sequence[float] | None) -> Interval | None:
+    """The first and the last time at which guidance applies (Kynkaanniemi et al., arXiv 2404.07724), or None: always.
+
+    Times are of the flow, 1 is noise. Raises InputError unless 0 <= first <= last <= 1.
+    """
+    if interval is None:
+        return None
+    values = tuple(interval) if isinstance(interval, Sequence) and not isinstance(interval, str) else ()
+    whole = len(values) == 2 and all(isinstance(v, Real) and not isinstance(v, bool) for v in values)
+    if not whole or not all(map(math.isfinite, values)) or not 0 <= values[0] <= values[1] <= 1:
+        raise InputError(f"guidance_interval: expected two times, 0 <= first <= last <= 1, got {interval!r}")
+    return float(values[0]), float(values[1])
+
+
+def is_guided(time: float, interval: Interval | None) -> bool:
+    """Whether guidance applies at a time."""
+    return interval is None or interval[0] <= time <= interval[1]

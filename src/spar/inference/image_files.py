@@ -26,7 +26,7 @@ MAX_HEADER_BYTES = 4 * 2**20  # of a PNG before its pixels, which contain the me
 # Keys of an image's metadata and their types: what has a flag of its name, between what it is made of and made with.
 FLAGS: dict[str, type] = {
     "negative_prompt": str, "seed": int, "steps": int, "guidance": float, "sampler": str,
-    "layout": str, "no_layout": bool,
+    "guidance_interval": str, "step_cache": float, "layout": str, "no_layout": bool,
     "temperature": float, "top_k": int, "top_p": float, "dtype": str, "device": str, "weights": str,
     "compile": bool, "decode_tile": int, "model": str, "adapter": str,
 }  # fmt: skip

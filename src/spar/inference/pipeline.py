@@ -30,9 +30,10 @@ from spar.common.limits import check_int_range, check_range
 from spar.common.seeds import list_seeds
 from spar.flow.guidance import apply_guidance
 from spar.flow.path import interpolate, velocity_target
-from spar.flow.sampler import METHODS, sample
+from spar.flow.sampler import sample
 from spar.inference.base import TOKEN_MULTIPLE, choose_device_and_dtype, read_dtype
 from spar.inference.diffusers_call import draw
+from spar.inference.flow_sampling import FlowSampling
 from spar.inference.image_files import BUNDLED_MODEL
 from spar.inference.inputs import broadcast, open_sources
 from spar.inference.layouts import Layout, LayoutPipeline, LayoutWriter
@@ -177,6 +178,7 @@ class SparPipeline(LayoutPipeline):
         height: int | None = None, width: int | None = None, num_inference_steps: int | None = None,
         guidance_scale: float | None = None, num_images_per_prompt: int = 1, seed: int | Sequence[int] | None = None,
         callback: Callback | None = None, sampler: str | None = None, layout: Layout = None,
+        guidance_interval: Sequence[float] | None = None, step_cache: float = 0.0,
     ) -> GenerateOutput:  # fmt: skip
         """Generate images from prompts.
 
@@ -197,6 +199,10 @@ class SparPipeline(LayoutPipeline):
                 one or one for each prompt, such as "a large red circle on column two row three on a gray background",
                 which takes the prompt's place. It is in the metadata. A negative prompt stays as it is: no training has
                 seen one beside a layout.
+            guidance_interval: the first and the last time, from 0 to 1 (noise), at which guidance applies; elsewhere
+                the conditional branch alone is computed. An approximation.
+            step_cache: above 0, a step takes from the one before what the DiT's blocks but the first add, where the
+                first one's part has changed by at most this share: an approximation, measured in docs/performance.md.
 
         Raises:
             InputError: the message has the expected and the given value.
@@ -207,7 +213,7 @@ class SparPipeline(LayoutPipeline):
         encode = self.prompts.layout if write else self.prompts.generation
         out = self._sample(
             "prompt", prompts, negative_prompt, encode, None, size, num_inference_steps, guidance_scale,
-            num_images_per_prompt, seed, callback, sampler, write,
+            num_images_per_prompt, seed, callback, FlowSampling(sampler, guidance_interval, step_cache), write,
         )
         for values in out.metadata:
             values.update(self._layout_turned_off(layout))
@@ -218,6 +224,7 @@ class SparPipeline(LayoutPipeline):
         negative_prompt: str | Sequence[str] | None = None, num_inference_steps: int | None = None,
         guidance_scale: float | None = None, num_images_per_prompt: int = 1, seed: int | Sequence[int] | None = None,
         callback: Callback | None = None, sampler: str | None = None,
+        guidance_interval: Sequence[float] | None = None, step_cache: float = 0.0,
     ) -> GenerateOutput:  # fmt: skip
         """Edit images by instruction; keywords as in `generate`.
 
@@ -231,7 +238,8 @@ class SparPipeline(LayoutPipeline):
         encode = partial(self.prompts.edit, image_tokens=height * width // self.model.config.token_stride**2)
         return self._sample(
             "instruction", instructions, negative_prompt, encode, pixels, (height, width),
-            num_inference_steps, guidance_scale, num_images_per_prompt, seed, callback, sampler,
+            num_inference_steps, guidance_scale, num_images_per_prompt, seed, callback,
+            FlowSampling(sampler, guidance_interval, step_cache),
         )
 
     @torch.inference_mode()
@@ -280,7 +288,7 @@ class SparPipeline(LayoutPipeline):
         self, what: str, texts: list[str], negative_prompt: str | Sequence[str] | None,
         encode: Callable[[Sequence[str | None]], TokenBatch], pixels: Tensor | None, size: tuple[int, int],
         steps: int | None, guidance: float | None, per_prompt: int, seed: int | Sequence[int] | None,
-        callback: Callback | None, sampler: str | None, write: LayoutWriter | None = None,
+        callback: Callback | None, flow: FlowSampling, write: LayoutWriter | None = None,
     ) -> GenerateOutput:
         """Texts to images: one condition for each, then the flow's sampler around the denoiser.
 
@@ -291,7 +299,7 @@ class SparPipeline(LayoutPipeline):
         if negative_prompt is not None:
             negatives = broadcast(self._texts(negative_prompt, "negative_prompt"), len(texts), "negative_prompt")
         defaults = self.bundle.sampling
-        steps, guidance, per_prompt = self._numbers(steps, guidance, per_prompt, sampler)
+        steps, guidance, per_prompt = self._numbers(steps, guidance, per_prompt)
         count = len(texts) * per_prompt
         check_range("images in all", count, 1, limits.MAX_IMAGES)
         seeds = list_seeds(seed, count)
@@ -310,23 +318,25 @@ class SparPipeline(LayoutPipeline):
             condition = condition.repeat(per_prompt)
             self._load_to_device("denoiser")
             condition = self.model.precompute_key_values(condition)
+            alone, cache = condition.first(count), flow.cache(count)
 
             def velocity(latent: Tensor, time: Tensor) -> Tensor:
-                if guidance == 1:
-                    return self.model.velocity(latent, time, condition).velocity.float()
-                both = self.model.velocity(latent.repeat(2, 1, 1, 1), time.repeat(2), condition).velocity.float()
+                if guidance == 1 or not flow.is_guided(time):
+                    return self.model.velocity(latent, time, alone, cache).velocity.float()
+                latent, time = latent.repeat(2, 1, 1, 1), time.repeat(2)
+                both = self.model.velocity(latent, time, condition, cache).velocity.float()
                 conditional, unconditional = both.chunk(2)
                 return apply_guidance(conditional, unconditional, guidance)
 
             with sampling_bar(callback, steps, shown=self.progress) as watch:
                 latent = sample(
                     velocity, noise, num_inference_steps=steps, shift=defaults.shift,
-                    method=sampler or defaults.method, callback=watch,
+                    method=flow.sampler or defaults.method, callback=watch,
                 )
             self._load_to_device("decoder")
             images = self.model.decode(latent, self.decode_tile).float()
         routing = [self._routing(tokens, routed, i // per_prompt) for i in range(count)]
-        shared = {"steps": steps, "guidance": guidance, **({"sampler": sampler} if sampler else {})}
+        shared = {"steps": steps, "guidance": guidance, **flow.metadata()}
         shared |= self.run_metadata()
         metadata = [
             {
@@ -338,13 +348,11 @@ class SparPipeline(LayoutPipeline):
         return GenerateOutput(images=to_pil(images), seeds=seeds, routing=routing, metadata=metadata)
 
     def _numbers(
-        self, steps: int | None, guidance: float | None, per_prompt: int, sampler: str | None
+        self, steps: int | None, guidance: float | None, per_prompt: int
     ) -> tuple[int, float, int]:
         """Steps, guidance and images of a prompt, checked; numpy's numbers, which wrap, become plain ones."""
         steps = self.default_steps if steps is None else steps
         guidance = self.default_guidance if guidance is None else guidance
-        if sampler is not None and sampler not in METHODS:
-            raise InputError(f"sampler: expected one of {', '.join(METHODS)}, got {sampler!r}")
         check_int_range("num_inference_steps", steps, 1, limits.MAX_STEPS)
         check_range("guidance_scale", guidance, 0, limits.MAX_GUIDANCE)
         check_int_range("num_images_per_prompt", per_prompt, 1, limits.MAX_IMAGES)

@@ -5,7 +5,7 @@ share one condition), h w the latent grid, N = h w, D the DiT's width, M conditi
 those of `DenoiserConfig.reference_channels`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from spar.common.autocast import under_autocast, without_autocast
 from spar.models.attention import MASKED, KeyValue, attention, compute_dtype, sincos_pos_embed_2d
 from spar.models.config import DenoiserConfig, library_fields
+from spar.models.step_cache import StepCache
 
 TIME_STEPS = 1000.0  # SANA embeds time in [0, 1000]
 POSITION_BASE = 10.0  # wavelengths of 2 pi to 20 pi tokens: every channel varies over a grid of eight
@@ -91,6 +92,13 @@ def mix_feed_forward(block: SanaTransformerBlock, x: Tensor, height: int, width:
     return F.linear(value * F.silu(gate), ff.conv_point.weight.flatten(1))
 
 
+def _rows(read: Tensor | KeyValue, rows: Tensor | None) -> Tensor | KeyValue:
+    """Some rows of what a block's cross-attention reads; None: all."""
+    if rows is None:
+        return read
+    return (read[0][rows], read[1][rows]) if isinstance(read, tuple) else read[rows]
+
+
 class DenoiserBlock(SanaTransformerBlock):
     """SANA's block with our own forward; the reference is `SanaTransformerBlock.forward`."""
 
@@ -154,6 +162,7 @@ class Denoiser(nn.Module):
         condition: Tensor | list[KeyValue],
         mask: Tensor,
         reference: Tensor | None = None,
+        cache: StepCache | None = None,
     ) -> DenoiserOutput:
         """Predict the velocity.
 
@@ -162,6 +171,7 @@ class Denoiser(nn.Module):
             time: `[B R]` in [0, 1], 1 is noise.
             condition: `[B, M, C]`, or its `key_values`; mask: `[B, M]`, 1 for real tokens.
             reference: `[B, D_r, h, w]`, what each cell gets of the image to edit; zero in rows without one.
+            cache: of this call of a sampler, one sample an image; the features are then those of the last block.
         """
         network, (height, width) = self.network, latent.shape[-2:]
         batch, samples = len(mask), len(latent) // len(mask)
@@ -174,15 +184,42 @@ class Denoiser(nn.Module):
             x = x + known.repeat_interleave(samples, dim=0)
         modulation, embedded = network.time_embed(time * TIME_STEPS, hidden_dtype=x.dtype)  # [B R, 6 D], [B R, D]
         modulation = modulation.unflatten(1, (6, -1))
-        blocks = network.transformer_blocks
-        reads = condition if isinstance(condition, list) else [self._caption(condition)] * len(blocks)
+        reads = condition if isinstance(condition, list) else [self._caption(condition)] * self.config.layers
         bias = torch.zeros(mask.shape, dtype=x.dtype, device=x.device)
         bias = bias.masked_fill(~mask.bool(), MASKED)[:, None, None]
-        features = x
-        for i, (block, read) in enumerate(zip(blocks, reads, strict=True), start=1):
-            x = block(x, modulation, read, bias, (batch, samples, height, width))
-            if i == self.config.align_depth:
-                features = x
+        if cache is None:
+            x, features = self._run(x, modulation, reads, bias, (batch, samples, height, width))
+        else:
+            x = features = self._run_cached(cache, x, modulation, reads, bias, (height, width))
         x = network.proj_out(network.norm_out(x, embedded, network.scale_shift_table))  # [B R, N, D_p]
         velocity = x.transpose(1, 2).unflatten(2, (height, width))                       # [B R, D_p, h, w]
         return DenoiserOutput(velocity=velocity, features=features)
+
+    def _run(
+        self, x: Tensor, modulation: Tensor, reads: Sequence[Tensor | KeyValue], bias: Tensor,
+        shape: tuple[int, int, int, int], first: int = 0,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The output of the blocks from number `first` on, and of block `align_depth`."""
+        features = x
+        for number, block in enumerate(self.network.transformer_blocks[first:], start=first):
+            x = block(x, modulation, reads[number], bias, shape)
+            if number + 1 == self.config.align_depth:
+                features = x
+        return x, features
+
+    def _run_cached(
+        self, cache: StepCache, x: Tensor, modulation: Tensor, reads: Sequence[Tensor | KeyValue], bias: Tensor,
+        grid: tuple[int, int],
+    ) -> Tensor:  # fmt: skip
+        """The output of all blocks, of which a cache runs only the first where the others would change little."""
+        if len(x) != len(bias):
+            raise ValueError(f"expected one noise sample an image beside a cache, got {len(x)} of {len(bias)}")
+
+        def first(x: Tensor) -> Tensor:
+            return self.network.transformer_blocks[0](x, modulation, reads[0], bias, (len(x), 1, *grid))
+
+        def others(x: Tensor, rows: Tensor | None) -> Tensor:
+            own, mine = (modulation, bias) if rows is None else (modulation[rows], bias[rows])
+            return self._run(x, own, [_rows(read, rows) for read in reads], mine, (len(x), 1, *grid), first=1)[0]
+
+        return cache.run(x, first, others)

@@ -15,6 +15,7 @@ from spar.models.denoiser import Denoiser, DenoiserOutput
 from spar.models.language import LanguageModel
 from spar.models.router import build_router, normalize_hidden_states, routed_layers
 from spar.models.sampling import GREEDY, TextSampling
+from spar.models.step_cache import StepCache
 from spar.models.tokenizer import UnifiedTokenizer
 
 
@@ -44,6 +45,12 @@ class Condition:
 
         reference = None if self.reference is None else repeated(self.reference)
         return Condition(repeated(self.states), repeated(self.mask), repeated(self.weights), reference)
+
+    def first(self, count: int) -> "Condition":
+        """The first `count` rows alone."""
+        reference = None if self.reference is None else self.reference[:count]
+        read = self.key_values and [(key[:count], value[:count]) for key, value in self.key_values]
+        return Condition(self.states[:count], self.mask[:count], self.weights[:count], reference, read)
 
 
 class SparModel(nn.Module):
@@ -155,10 +162,12 @@ class SparModel(nn.Module):
         """The condition with the keys and values that are the same at every step of a sampler."""
         return replace(condition, key_values=self.denoiser.key_values(condition.states))
 
-    def velocity(self, latent: Tensor, time: Tensor, condition: Condition) -> DenoiserOutput:
-        """Velocity of the normalised latent `[B R, D_p, h, w]` at `time` `[B R]`."""
+    def velocity(
+        self, latent: Tensor, time: Tensor, condition: Condition, cache: StepCache | None = None
+    ) -> DenoiserOutput:
+        """Velocity of the normalised latent `[B R, D_p, h, w]` at `time` `[B R]`; `cache` as the denoiser has it."""
         reads = condition.states if condition.key_values is None else condition.key_values
-        return self.denoiser(latent, time, reads, condition.mask, condition.reference)
+        return self.denoiser(latent, time, reads, condition.mask, condition.reference, cache)
 
     def decode(self, latent: Tensor, tile: int | None = None) -> Tensor:
         """Normalised latent to pixels in [0, 1]; `tile` as in `UnifiedTokenizer.decode`."""

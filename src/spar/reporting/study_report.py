@@ -73,5 +73,6 @@ def render_study(
     return render_template(
         "study.html", study=found.study, arms=found.study.arms, differences=found.differences, holds=found.holds,
         panels=panels(found, folder), prompts=prompts, grids=grids, seconds=found.seconds,
-        parameters=found.parameters, memory=found.memory, colors=COLORS,
+        parameters=found.parameters, memory=found.memory, reached=found.reached,
+        colors=COLORS,
     ) + "\n"  # fmt: skip

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel
 
+from spar.checkpoints.bundled import bundled_folder, is_bundled
+from spar.checkpoints.dualtoken_format import load_dualtoken
 from spar.common.errors import InputError, first_line
 from spar.losses.perceptual import ConvNextLoss, LpipsLoss, PerceptualLoss
 from spar.models.encoder import PIXEL_MEAN, PIXEL_STD
@@ -20,6 +22,8 @@ from spar.models.encoder import PIXEL_MEAN, PIXEL_STD
 if TYPE_CHECKING:
     from spar.training.config import Recipe, StageConfig
 
+BUNDLED = "dualtoken"
+SIGLIP_RANGE = (0.5, 0.5, 0.5)  # mean and deviation that bring [0, 1] to [-1, 1]
 SIDE = 224  # of an encoder whose configuration names none
 # Multiply-adds of the perceptual networks on 224 x 224 pixels, from torchvision's tables (VGG16 and ConvNeXt-S).
 PERCEPTUAL_MACS = {"lpips": 15.47e9, "convnext": 8.68e9}
@@ -136,12 +140,17 @@ def _or_explain(load: Callable[[], PerceptualLoss]) -> PerceptualLoss:
 def load_external_teacher(source: str, field: str = "alignment.external") -> ExternalTeacher:
     """The image encoder in a folder or of a Hub id, from safetensors alone; code that comes with it never runs.
 
+    "dualtoken" is the image tower of the bundled DualToken: SigLIP's, trained on the shapes world apart from SPAR.
+
     Args:
         field: what the message of an error begins with.
 
     Raises:
         InputError: what is no whole image encoder of transformers in safetensors, or gives no square grid.
     """
+    if source == BUNDLED and is_bundled(source):
+        tower = load_dualtoken(bundled_folder(source)).model.tokenizer.encoder.network
+        return ExternalTeacher(tower, SIGLIP_RANGE, SIGLIP_RANGE)
     try:
         network, report = AutoModel.from_pretrained(
             source, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True

@@ -130,7 +130,7 @@ class UnifiedObjective(Objective["SparRecipe"]):
         latent = target["latent"].float()
         grid = (latent.shape[-2], latent.shape[-1])
         error, output = flow_matching(ctx, latent, condition, self.noise_samples)
-        terms = {"loss": error, "flow": error.detach()}
+        terms = {"loss": error, "flow": error.detach(), "routing_entropy": routing_entropy(condition)}
         if self.balance:
             imbalance = routing_imbalance(condition)
             error = error + self.balance * imbalance
@@ -170,6 +170,13 @@ def routing_imbalance(condition: Condition) -> Tensor:
     real = condition.mask.bool()[..., None]
     weights = (condition.weights.float() * real).sum(1) / real.sum(1)                        # [B, K]
     return math.log(weights.shape[-1]) + torch.special.xlogy(weights, weights).sum(-1).mean()
+
+
+@torch.no_grad()
+def routing_entropy(condition: Condition) -> Tensor:
+    """The mean entropy of a token's routing weights (nats) over the batch's real tokens; 0 if each reads one layer."""
+    weights, real = condition.weights.float(), condition.mask.float()                        # [B, T, K], [B, T]
+    return -(torch.special.xlogy(weights, weights).sum(-1) * real).sum() / real.sum()
 
 
 def external_features(ctx: StepContext, pixels: Tensor) -> Tensor:

@@ -46,7 +46,8 @@ class AlignmentConfig:
     """The teacher of the denoiser: the tokenizer's own encoder, none, or an external image encoder.
 
     `center` compares with the teacher less its mean, which is what trains in the small setting (a large common mean
-    makes the plain cosine of the paper start near 1); both are logged. `external` is a folder or Hub id.
+    makes the plain cosine of the paper start near 1); both are logged. `external` is a folder, a Hub id, or
+    "dualtoken": the image tower of the bundled model.
     """
 
     teacher: Literal["self", "none", "external"] = "self"

@@ -1,0 +1,110 @@
+"""Write the tables of docs/performance.md from the files in benchmarks/results: python docs/performance.py
+
+Each file is the last line of a script of its name in benchmarks/.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from spar.common.config import read_json
+
+ROOT = Path(__file__).parents[1]
+RESULTS, DOCUMENT = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
+Values = Mapping[str, Any]
+
+
+def _attention(values: Values) -> str:
+    return ", ".join(f"{name} {one['ratio']:.1f} times" for name, one in values["results"].items())
+
+
+def _train_step(values: Values) -> str:
+    return ", ".join(f"{one['stage']} {one['seconds']:.1f} s, {one['mfu']:.0%}" for one in values["results"])
+
+
+def _cost_of_parts(values: Values) -> str:
+    return ", ".join(
+        f"{name} {values['results'][name]['encode']['ratio']:.2f} times"
+        for name in ("no pixel stream", "no semantic stream")
+    )
+
+
+# By file: what is measured, beside what, and how the result reads.
+ROWS: dict[str, tuple[str, str, Callable[[Values], str]]] = {
+    "attention": ("explicit attention at the recipe's lengths", "torch's fused kernel", _attention),
+    "train_step": ("a training step of spar-1b, batch 1", "the run's own matmul peak", _train_step),
+    "cost_of_parts": ("encoding with all parts, shapes", "without the part", _cost_of_parts),
+    "data_loader": (
+        "images a second of the loader", "a bare Pillow loop", lambda values: f"{values['ratio']:.2f} times"
+    ),
+    "decode_tiles": (
+        "decoding in tiles, 1,024 pixels", "as a whole",
+        lambda values: f"memory {values['memory_ratio']:.2f} times, time {values['time_ratio']:.1f} times",
+    ),
+    "serve_load": (
+        "images a second of eight clients", "one client",
+        lambda values: f"{values['ratio']:.1f} times; p95 of 16 clients {values['long']['p95_s']:.2f} s",
+    ),
+    "startup": (
+        "`spar generate` from a cold process", "importing torch", lambda values: f"{values['ratio']:.1f} times"
+    ),
+    "busy_cpu": (
+        "an image while one process keeps a core busy", "with OpenMP's own way of waiting",
+        lambda values: f"{values['ratio']['1']['image']:.1f} times faster",
+    ),
+}  # fmt: skip
+
+
+def summary() -> str:
+    """What the scripts gave that have a baseline in the same run."""
+    lines = ["| script | measured | beside | result | machine |", "| --- " * 5 + "|"]
+    for name, (measured, beside, read) in ROWS.items():
+        values = read_json(RESULTS / f"{name}.json")
+        machine = values["machine"]
+        where = f"{machine['cores']} cores, {machine['processor']}"
+        lines.append(f"| `{name}` | {measured} | {beside} | {read(values)} | {where} |")
+    return "\n".join(lines) + "\n"
+
+
+def approximations() -> str:
+    """What each way of sampling saves and costs."""
+    path = RESULTS / "approximations.json"
+    if not path.is_file():
+        return "Not run.\n"
+    values = read_json(path)
+    lines = [
+        "| way | blocks run | denoiser | whole call | Shapes-Gen | fidelity | change of 255 |",
+        "| --- | ---: | ---: | ---: | --- | ---: | ---: |",
+    ]
+    for name, one in values["results"].items():
+        cells = (
+            name, f"{one['blocks']:.0%}", f"{one['denoiser_times_faster']:.2f} times",
+            f"{one['times_faster']:.2f} times", f"{one['score']:.3f} ({one['low']:.3f} to {one['high']:.3f})",
+            f"{one['fidelity']:.3f}", f"{one['change_of_255']:.1f}",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    machine, images = values["machine"], next(iter(values["results"].values()))["images"]
+    lines += [
+        "",
+        f"{images} images, one a prompt, the same seeds; {values['dtype']}, {values['batch']} at once, "
+        f"{values['threads']} threads; {machine['cores']} cores, {machine['processor']}, "
+        f"{values['peak_gflops']:.0f} GFLOP/s; torch {values['versions']['torch']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def tables() -> dict[str, str]:
+    """By mark."""
+    return {"ratios": summary(), "approximations": approximations()}
+
+
+def main() -> None:
+    text = DOCUMENT.read_text("utf-8")
+    for mark, table in tables().items():
+        begin, end = f"<!-- {mark} -->\n", f"<!-- end of {mark} -->"
+        text = text.split(begin)[0] + begin + table + end + text.split(end)[1]
+    DOCUMENT.write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+    main()
