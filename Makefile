@@ -20,7 +20,8 @@ BIN := .venv/bin
 install = $(1)/bin/python -m pip install --disable-pip-version-check --quiet
 pytest = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-BENCHMARKS ?= attention approximations busy_cpu cost_of_parts data_loader decode_tiles serve_load startup two_systems
+BENCHMARKS ?= attention approximations busy_cpu cost_of_parts data_loader decode_tiles full_size_inference serve_load \
+  startup text_tokens two_systems
 
 .PHONY: demo test fast chaos bench test-newest test-oldest lint docs clean
 .DEFAULT_GOAL := demo

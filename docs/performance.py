@@ -18,6 +18,19 @@ def _attention(values: Values) -> str:
     return ", ".join(f"{name} {one['ratio']:.1f} times" for name, one in values["results"].items())
 
 
+def _inference(values: Values) -> str:
+    parts = (
+        f"{name} {one['times_faster']:.2f} times ({one['roofline_share']:.0%} of the roofline)"
+        for name, one in values["results"].items()
+    )
+    image = values["image"]
+    return f"{', '.join(parts)}; an image of {image['steps']} steps {image['times_faster']:.2f} times"
+
+
+def _text_tokens(values: Values) -> str:
+    return ", ".join(f"batch {batch} {one['ratio']:.1f} times" for batch, one in values["results"].items())
+
+
 def _train_step(values: Values) -> str:
     return ", ".join(f"{one['stage']} {one['seconds']:.1f} s, {one['mfu']:.0%}" for one in values["results"])
 
@@ -32,6 +45,8 @@ def _cost_of_parts(values: Values) -> str:
 # By file: what is measured, beside what, and how the result reads.
 ROWS: dict[str, tuple[str, str, Callable[[Values], str]]] = {
     "attention": ("explicit attention at the recipe's lengths", "torch's fused kernel", _attention),
+    "full_size_inference": ("a part of spar-1b at inference", "the libraries' own classes", _inference),
+    "text_tokens": ("text tokens a second, 0.5 B parameters", "transformers' generate", _text_tokens),
     "train_step": ("a training step of spar-1b, batch 1", "the run's own matmul peak", _train_step),
     "cost_of_parts": ("encoding with all parts, shapes", "without the part", _cost_of_parts),
     "data_loader": (
@@ -56,9 +71,11 @@ ROWS: dict[str, tuple[str, str, Callable[[Values], str]]] = {
 
 
 def summary() -> str:
-    """What the scripts gave that have a baseline in the same run."""
+    """What the scripts that have a baseline in the same run gave, where they were run."""
     lines = ["| script | measured | beside | result | machine |", "| --- " * 5 + "|"]
     for name, (measured, beside, read) in ROWS.items():
+        if not (RESULTS / f"{name}.json").is_file():
+            continue
         values = read_json(RESULTS / f"{name}.json")
         machine = values["machine"]
         where = f"{machine['cores']} cores, {machine['processor']}"

@@ -64,6 +64,21 @@ def test_the_cost_of_the_parts():
         assert found["no pixel stream"]["tflop_a_step"][stage] < whole["tflop_a_step"][stage]
 
 
+def test_inference_beside_the_libraries_own():
+    found = last_line("full_size_inference.py", "--recipe", "shapes", "--rounds", "1")
+    assert [*found["results"]] == ["denoiser", "decoder", "encoder", "condition"]
+    for one in found["results"].values():
+        assert one["tflop"] > 0 and one["roofline_share"] > 0 and one["times_faster"] > 0
+    steps = found["image"]["steps"]
+    assert found["image"]["seconds"] > steps * found["results"]["denoiser"]["seconds"]
+
+
+def test_text_tokens_beside_the_librarys_own():
+    found = last_line("text_tokens.py", "--layers", "1", "--new", "2", "--rounds", "1")
+    assert [*found["results"]] == ["1", "8"]
+    assert all(one["ratio"] > 0 and one["tokens_per_second"] > 0 for one in found["results"].values())
+
+
 def test_the_samplers_approximations():
     found = last_line("approximations.py", "--limit", "1", "--rounds", "1")["results"]
     exact = found.pop("exact")

@@ -369,7 +369,7 @@ def test_a_study_may_start_from_a_bundled_model_some_parts_of_it_anew(tmp_path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["routing", "alignment", "alignment-form"])
+@pytest.mark.parametrize("name", ["routing", "routing-form", "alignment", "alignment-form"])
 def test_every_arm_takes_the_bundled_models_tokenizer_and_llm(name):
     one = read_study(Path(name))
     folder = bundled_folder(one.init_from)
