@@ -168,7 +168,7 @@ def test_guidance_within_an_interval_computes_one_branch_outside(pipe, pictures,
     none = generate(pipe, guidance_interval=(0, 0))
     assert set(rows) == {1} and gap(none.images[0], generate(pipe, guidance_scale=1).images[0]) <= 1
     rows.clear()
-    part = generate(pipe, guidance_interval=(0.5, 1))
+    part = generate(pipe, guidance_interval=(0.95, 1))
     assert set(rows) == {1, 2} and sorted(rows, reverse=True) == rows  # it ends on the way
     assert gap(part.images[0], exact.images[0]) > 0
     assert gap(edit(pipe, pictures[0], guidance_interval=(0, 0)).images[0], edit(pipe, pictures[0]).images[0]) > 0
@@ -791,9 +791,9 @@ BAD_PROMPTS = [
     (dict(guidance_scale=-1), "guidance_scale: expected 0 to 100"),
     (dict(guidance_scale=float("nan")), "guidance_scale: expected"),
     (dict(guidance_scale="4"), "guidance_scale: expected"),
-    (dict(step_cache=-0.1), "step_cache: expected .* 0 to 1, got -0.1"),
-    (dict(step_cache=2), "step_cache: expected .* 0 to 1, got 2"),
-    (dict(guidance_interval=(0.9, 0.1)), "guidance_interval: expected two times, .*got"),
+    (dict(step_cache=-0.1), "step_cache: expected 0 to 1.0, got -0.1"),
+    (dict(step_cache=2), "step_cache: expected 0 to 1.0, got 2"),
+    (dict(guidance_interval=(0.9, 0.1)), "guidance_interval: expected two times, 0 <= first <= last <= 1, got (0.9, 0.1)"),
     (dict(sampler="heun"), "sampler: expected one of dpmsolver++, euler, got 'heun'"),
     (dict(num_images_per_prompt=0), "num_images_per_prompt: expected 1 to 4096, got 0"),
     (dict(num_images_per_prompt=4096, prompt=["red", "blue"]), "images in all: expected 1 to 4096, got 8192"),

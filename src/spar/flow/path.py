@@ -18,7 +18,7 @@ from spar.common.checks import check_pair
 Time = TypeVar("Time", float, Tensor)
 
 
-def _per_sample(t: Tensor, x: Tensor) -> Tensor:
+def per_sample(t: Tensor, x: Tensor) -> Tensor:
     """Reshape times [B] to [B, 1, ..., 1] for x [B, ...]; a time of zero dimensions is unchanged."""
     if t.ndim == 0:
         return t
@@ -33,7 +33,7 @@ def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     Types promote as in torch: a bfloat16 x with float32 times gives float32.
     """
     check_pair("x", x, "noise", noise)
-    t = _per_sample(t, x)
+    t = per_sample(t, x)
     return (1 - t) * x + t * noise
 
 

@@ -62,6 +62,14 @@ def sample(
     return x
 
 
+def euler_times(steps: int, shift: float) -> Tensor:
+    """The times `[steps + 1]` of Euler's method, float32, from 1 to 0; those of twice as many steps hold them all.
+
+    Raises InputError as `sample`.
+    """
+    return _build_scheduler(_checked_steps(steps), _checked_shift(shift), "euler").sigmas.to(torch.float32)
+
+
 def _checked_steps(steps: int) -> int:
     if isinstance(steps, bool) or not isinstance(steps, numbers.Integral) or steps < 1:
         raise InputError(f"num_inference_steps is expected to be a whole number of at least 1, got {steps!r}")

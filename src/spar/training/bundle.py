@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from spar.common.cpu import cpu_name
 from spar.processing.prompts import PromptEncoder
 from spar.training.config import Recipe
 from spar.training.modules import TrainingModules
+from spar.training.objectives.few_step import FewStepObjective
 from spar.training.objectives.tokenizer import TokenizerObjective
 from spar.training.objectives.unified import UnifiedObjective
 from spar.training.run_folder import ORIGIN
@@ -58,14 +60,17 @@ def run_manifest(recipe: Recipe, run: Path, last: str) -> dict[str, Any]:
 def sampling_config(recipe: "SparRecipe", last: str | None = None) -> SamplingConfig:
     """How a recipe's model is sampled at the end of stage `last`, unless the caller says otherwise.
 
-    It writes layouts where the last stage has drawn of them.
+    It writes layouts where the last stage has drawn of them, and takes the steps to which one was distilled.
     """
     flow, stage = recipe.flow, recipe.stage(last or recipe.stages[-1].name)
-    return SamplingConfig(
+    draws = isinstance(stage.objective, FewStepObjective | UnifiedObjective)
+    sampling = SamplingConfig(
         shift=flow.sampling_shift, steps=flow.sampling_steps, guidance=flow.guidance,
-        max_prompt_tokens=recipe.max_prompt_tokens,
-        layout=getattr(stage.data, "layouts", 0.0) > 0 and isinstance(stage.objective, UnifiedObjective),
-    )
+        max_prompt_tokens=recipe.max_prompt_tokens, layout=draws and getattr(stage.data, "layouts", 0.0) > 0,
+    )  # fmt: skip
+    if isinstance(stage.objective, FewStepObjective):
+        sampling = replace(sampling, steps=stage.objective.windows, guidance=1.0, method="euler")
+    return sampling
 
 
 def hardware_info() -> dict[str, str | int]:

@@ -14,6 +14,7 @@ from spar.training.config import StageConfig
 from spar.training.data import CaptionData
 from spar.training.objectives.autoencoder import AutoencoderObjective
 from spar.training.objectives.dit import DitObjective
+from spar.training.objectives.few_step import FewStepObjective
 from spar.training.objectives.tokenizer import TokenizerObjective
 from spar.training.objectives.unified import UnifiedObjective
 from spar.training.systems.spar import FlowConfig, SparRecipe
@@ -106,6 +107,13 @@ UNIFIED = (
 )
 
 
+FEW_STEPS = StageConfig(
+    "few-steps", FewStepObjective(windows=4, teacher_steps=5), (DENOISER,), steps=1000, batch=16, lr=1e-3, lr_end=2e-5,
+    warmup=20, ema=0.99, optimizer="muon",
+    data=MixedLessons(edit_share=0.35, position_captions=0.15, layouts=0.9, scene_kinds=MIXTURE),
+)
+
+
 def shapes() -> SparRecipe:
     """The system of the bundled weights, from random weights; those began with weights of an earlier form."""
     return SparRecipe(
@@ -118,3 +126,8 @@ def shapes() -> SparRecipe:
         data=ShapesData(),
         flow=FlowConfig(training_shift=3.0, sampling_shift=3.0),
     )
+
+
+def shapes_few_steps() -> SparRecipe:
+    """A trained model of `shapes` distilled to four steps without guidance."""
+    return replace(shapes(), name="shapes-few-steps", stages=(FEW_STEPS,))

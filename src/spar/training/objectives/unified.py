@@ -1,7 +1,7 @@
 """The unified stages: generation and editing on `z_f`, taught by the tokenizer's own encoder (SPAR section 3.3)."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -115,18 +115,8 @@ class UnifiedObjective(Objective["SparRecipe"]):
 
     def __call__(self, ctx: StepContext, batch: Captioned) -> Terms:
         """Terms of a generation batch: of captions, of `Layouts` on a blank canvas, or of `Edits`."""
-        model, name = ctx.modules.model, "flow_generate"
         texts = ctx.unconditional(batch.texts, ctx.recipe.flow.unconditional_share)
-        target, reference = _target_features(ctx, batch), None
-        if isinstance(batch, Edits):
-            name = "flow_edit"
-            tokens, reference = ctx.prompts.edit(texts).to(ctx.device), _reference_features(ctx, batch).float()
-        elif isinstance(batch, Layouts):
-            name = "flow_layout"
-            tokens, reference = ctx.prompts.layout(texts).to(ctx.device), model.canvas(len(batch))
-        else:
-            tokens = ctx.prompts.generation(texts).to(ctx.device)
-        condition = model.condition(tokens.ids, tokens.mask, reference)
+        target, condition = target_features(ctx, batch), condition_of(ctx, batch, texts)
         latent = target["latent"].float()
         grid = (latent.shape[-2], latent.shape[-1])
         error, output = flow_matching(ctx, latent, condition, self.noise_samples)
@@ -141,17 +131,18 @@ class UnifiedObjective(Objective["SparRecipe"]):
             teacher = external_features(ctx, batch.require_pixels()) if external else target["f_v"].unflatten(1, grid)
             aligned = alignment_terms(ctx, output.features, grid, teacher, self.noise_samples)
             terms |= {"loss": error + weight * aligned.pop("loss"), **aligned}
-        return {**terms, name: terms["flow"]}
+        name = "edit" if isinstance(batch, Edits) else "layout" if isinstance(batch, Layouts) else "generate"
+        return {**terms, f"flow_{name}": terms["flow"]}
 
     def cost(self, modules: "TrainingModules", recipe: "SparRecipe", stage: "StageConfig") -> Cost:
         """The target's features, the LLM, router and connector, and the DiT for each draw of noise."""
         model, config = modules.model, recipe.model
         share = stage.data.edit_share if isinstance(stage.data, MixedData) else 0.0
-        encode_cost = Cost() if recipe.data.has_cache else _encode_cost(model)
-        drawn = encode_cost + _condition_cost(model, PROMPT_TOKENS, self.noise_samples)
-        edited = encode_cost * 2 + _condition_cost(model, PROMPT_TOKENS + config.grid**2, self.noise_samples)
+        encode_cost = Cost() if recipe.data.has_cache else image_cost(model)
+        drawn = encode_cost + condition_cost(model, PROMPT_TOKENS, self.noise_samples)
+        edited = encode_cost * 2 + condition_cost(model, PROMPT_TOKENS + config.grid**2, self.noise_samples)
         laid_out = (1 - share) * getattr(stage.data, "layouts", 0.0)  # of layouts, with a canvas and no image before
-        on_canvas = encode_cost + _condition_cost(model, PROMPT_TOKENS + config.grid**2, self.noise_samples)
+        on_canvas = encode_cost + condition_cost(model, PROMPT_TOKENS + config.grid**2, self.noise_samples)
         parts = ((1 - share - laid_out, drawn), (laid_out, on_canvas), (share, edited))
         kinds = [(part, one) for part, one in parts if part]
         kept, recomputed = (max(getattr(one, name) for _, one in kinds) for name in ("kept", "recomputed"))
@@ -185,7 +176,19 @@ def external_features(ctx: StepContext, pixels: Tensor) -> Tensor:
     return features.unflatten(1, grid)
 
 
-def _target_features(ctx: StepContext, batch: Captioned) -> Mapping[str, Tensor]:
+def condition_of(ctx: StepContext, batch: Captioned, texts: Sequence[str | None]) -> Condition:
+    """The condition of a batch's images by `texts`, None for the unconditional prompt."""
+    model, reference = ctx.modules.model, None
+    if isinstance(batch, Edits):
+        tokens, reference = ctx.prompts.edit(texts).to(ctx.device), _reference_features(ctx, batch).float()
+    elif isinstance(batch, Layouts):
+        tokens, reference = ctx.prompts.layout(texts).to(ctx.device), model.canvas(len(batch))
+    else:
+        tokens = ctx.prompts.generation(texts).to(ctx.device)
+    return model.condition(tokens.ids, tokens.mask, reference)
+
+
+def target_features(ctx: StepContext, batch: Captioned) -> Mapping[str, Tensor]:
     """`f_v` and the normalised latent of the images to be drawn."""
     if "latent" in batch.features:
         return batch.features
@@ -201,7 +204,7 @@ def _reference_features(ctx: StepContext, batch: Edits) -> Tensor:
     return ctx.frozen_features("scenes", batch, lambda x: encode(tokenizer, x), batch.require_references())["f_v"]
 
 
-def _encode_cost(model: Any) -> Cost:
+def image_cost(model: Any) -> Cost:
     """The features of one image."""
     tokenizer, config = model.tokenizer, model.config
     image, f_v = meta_input(1, 3, *2 * (config.image_size,)), meta_input(1, config.grid**2, config.text.hidden_size)
@@ -209,7 +212,7 @@ def _encode_cost(model: Any) -> Cost:
     return cost + part_cost(lambda: tokenizer.fuse(f_v.detach()), tokenizer.fusion, through=False)
 
 
-def _condition_cost(model: Any, words: int, draws: int) -> Cost:
+def condition_cost(model: Any, words: int, draws: int) -> Cost:
     """The LLM on the prompt and its queries, router, connector, and `draws` passes of the denoiser."""
     config, layers = model.config, model.language.network.layers
     queries = config.connector.queries

@@ -1,0 +1,123 @@
+"""Distillation of the flow to a few steps without guidance (the idea of PeRFlow, arXiv 2405.07510, at the windows'
+starts alone).
+
+The flow's time is cut into windows, at the times of Euler's method with as many steps. From the start of a window the
+teacher, the denoiser as it was before the stage, goes on with guidance in `teacher_steps` steps of Euler's to the
+window's end. There the student is to arrive in one step, by its conditional branch alone:
+
+    v(x, t_i) = (x - x') / (t_i - t_(i+1)),        x = (1 - t_i) z + t_i noise,        x' where the teacher arrives
+
+B images, D_p latent channels, h w the grid.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from spar.common.errors import InputError
+from spar.data.batches import Captioned, Edits, Images, Layouts
+from spar.flow.guidance import apply_guidance
+from spar.flow.path import interpolate, per_sample
+from spar.flow.sampler import euler_times
+from spar.models.spar import Condition
+from spar.training.cost import Cost, part_cost
+from spar.training.data import TrainingData
+from spar.training.objectives.base import Networks, Objective, StepContext, Terms, check_at_least
+from spar.training.objectives.flow import PROMPT_TOKENS, meta_velocity
+from spar.training.objectives.unified import condition_cost, condition_of, image_cost, target_features
+
+if TYPE_CHECKING:
+    from spar.training.config import StageConfig
+    from spar.training.modules import TrainingModules
+    from spar.training.plan import InitFolder, Origin, PlannedStage
+    from spar.training.systems.spar import SparRecipe
+
+TEACHER_FROM_DENOISER = "flow teacher from denoiser"
+
+
+@dataclass(frozen=True)
+class FewStepObjective(Objective["SparRecipe"]):
+    """The mean square of what the student's step misses, at the start of a window drawn for each image.
+
+    `windows` is the number of steps that the model then takes, by Euler's method and without guidance: its folder says
+    so. The teacher's guidance is the recipe's; 1 distils a model of few steps to fewer.
+    """
+
+    kind: ClassVar[str] = "few_step"
+    takes: ClassVar[tuple[type[Images], ...]] = (Captioned, Layouts, Edits)
+    reads_features: ClassVar[bool] = True
+    windows: int = 4
+    teacher_steps: int = 5
+
+    def __post_init__(self) -> None:
+        check_at_least(1, windows=self.windows, teacher_steps=self.teacher_steps)
+
+    def check(self, recipe: "SparRecipe", stage: "StageConfig") -> None:
+        if any(not pattern.startswith("model.denoiser") for pattern in stage.trainable):
+            raise InputError(
+                f"stage {stage.name}: the teacher shares all but the denoiser with the model; expected patterns of "
+                f"model.denoiser.* in trainable, got {', '.join(stage.trainable)}"
+            )
+
+    def build(self, recipe: "SparRecipe", networks: Networks) -> Mapping[str, Callable[[Any], nn.Module]]:
+        return {"flow_teacher": lambda modules: copy.deepcopy(modules.model.denoiser)}
+
+    def check_folder(self, stage: "StageConfig", init: "InitFolder") -> None:
+        if init.random_streams:
+            raise InputError(f"stage {stage.name}: {init.path} is not trained yet; expected a model that draws")
+
+    def preparations(self, recipe: "SparRecipe", stage: "StageConfig", origin: "Origin") -> tuple[str, ...]:
+        return (TEACHER_FROM_DENOISER,)
+
+    def prepare(self, ctx: StepContext, data: TrainingData, planned: "PlannedStage") -> None:
+        data.open_cache(ctx.modules.model.tokenizer)
+        if TEACHER_FROM_DENOISER in planned.prepares:
+            ctx.modules.flow_teacher.load_state_dict(ctx.modules.model.denoiser.state_dict())
+
+    def __call__(self, ctx: StepContext, batch: Captioned) -> Terms:
+        """Terms of captions, of `Layouts` on a blank canvas, or of `Edits`."""
+        flow = ctx.recipe.flow
+        with torch.no_grad():
+            latent = target_features(ctx, batch)["latent"].float()                            # [B, D_p, h, w]
+            condition = condition_of(ctx, batch, batch.texts)
+            other = condition_of(ctx, batch, [None] * len(batch)) if flow.guidance != 1 else None
+        generator, count = ctx.generator(), ctx.stage.batch
+        noise = torch.randn((count, *latent.shape[1:]), generator=generator, device=ctx.device)
+        window = torch.randint(self.windows, (count,), generator=generator, device=ctx.device)
+        noise, window = ctx.own_rows(noise), ctx.own_rows(window)
+        times = euler_times(self.windows * self.teacher_steps, flow.sampling_shift).to(ctx.device)
+        first = window * self.teacher_steps
+        start, end = times[first], times[first + self.teacher_steps]                          # [B]
+        x = interpolate(latent, noise, start)
+        with torch.no_grad():
+            wanted = (x - self._arrival(ctx, x, times, first, condition, other)) / per_sample(start - end, x)
+        missed = ctx.modules.model.velocity(x, start, condition).velocity.float() - wanted
+        return {"loss": missed.square().mean(), "teacher_square": wanted.square().mean()}
+
+    def _arrival(
+        self, ctx: StepContext, x: Tensor, times: Tensor, first: Tensor, condition: Condition, other: Condition | None
+    ) -> Tensor:
+        """Where the teacher arrives from `x` `[B, D_p, h, w]` at the end of each image's window."""
+        teacher, scale = ctx.modules.flow_teacher, ctx.recipe.flow.guidance
+        branches = [(one, teacher.key_values(one.states)) for one in (condition, other) if one is not None]
+        for step in range(self.teacher_steps):
+            now, then = times[first + step], times[first + step + 1]
+            found = [teacher(x, now, reads, one.mask, one.reference).velocity.float() for one, reads in branches]
+            velocity = apply_guidance(found[0], found[1], scale) if other is not None else found[0]
+            x = x + per_sample(then - now, x) * velocity
+        return x
+
+    def cost(self, modules: "TrainingModules", recipe: "SparRecipe", stage: "StageConfig") -> Cost:
+        """The target's features, both branches' conditions, and the DiT: the student's step and the teacher's, which
+        have no way back.
+        """
+        model, guided = modules.model, recipe.flow.guidance != 1
+        encoded = Cost() if recipe.data.has_cache else image_cost(model)
+        tokens = PROMPT_TOKENS + recipe.model.connector.queries
+        taught = part_cost(lambda: meta_velocity(model, tokens), model.denoiser).flops / 3 * self.teacher_steps
+        cost = encoded + condition_cost(model, PROMPT_TOKENS, 1) + Cost(taught * (1 + guided))
+        return cost + condition_cost(model, PROMPT_TOKENS, 0) * guided
