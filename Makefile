@@ -3,7 +3,7 @@
 # make test-newest, make test-oldest
 #             the same as make fast, at either end of pyproject.toml's ranges: run both whenever a dependency changes
 # make chaos  kills trainings 50 times and soaks training and server for an hour; the figures go to docs/reliability.md
-# make bench  the benchmarks that a CPU can run, with their defaults; then the tables of docs/performance.md
+# make bench  the benchmarks that a CPU can run, as they were recorded; then the tables of docs/performance.md
 # make docs   the guides and the API reference as a site, in site/; a warning is an error
 # make clean  removes what these made, the environments too; runs/ stays
 
@@ -19,9 +19,6 @@ BIN := .venv/bin
 # The arguments of pip and pytest come after these two; $(1) is the environment.
 install = $(1)/bin/python -m pip install --disable-pip-version-check --quiet
 pytest = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
-
-BENCHMARKS ?= attention approximations busy_cpu cost_of_parts data_loader decode_tiles full_size_inference serve_load \
-  startup text_tokens two_systems
 
 .PHONY: demo test fast chaos bench test-newest test-oldest lint docs clean
 .DEFAULT_GOAL := demo
@@ -53,10 +50,7 @@ chaos: .venv/installed
 	$(BIN)/python docs/reliability.py
 
 bench: .venv/installed
-	for name in $(BENCHMARKS); do \
-	  $(BIN)/python benchmarks/$$name.py > benchmarks/results/$$name.log || exit 1; \
-	  tail -n 1 benchmarks/results/$$name.log > benchmarks/results/$$name.json; rm benchmarks/results/$$name.log; \
-	done
+	$(BIN)/python benchmarks/all.py
 	$(BIN)/python docs/performance.py
 
 lint: .venv/installed

@@ -3,7 +3,8 @@
 - denoiser: a step for one image with guidance (two rows). Plain: diffusers' SanaTransformer2DModel.
 - decoder: one latent. Plain: diffusers' AutoencoderDC decoder.
 - encoder: one image to f_v and z_f. Plain: transformers' InternVL vision tower alone.
-- condition: LLM, router and connector for a prompt and an empty one. Plain: transformers' Qwen2 with all hidden states.
+- condition: LLM, router, connector and the denoiser's keys for a prompt and an empty one. Plain: transformers' Qwen2
+  with all hidden states; its denoiser computes its keys at every step.
 
 Random weights, bfloat16. Rounds in which both take turns; a ratio is the median of the rounds' own. The roofline share:
 the plain way's operations over the part's own seconds and the run's matmul peak. The last line is JSON.
@@ -100,7 +101,7 @@ def pairs(pipe: SparPipeline) -> dict[str, tuple[Run, Run]]:
             lambda: tower(pixel_values=pixels.to(**small)).last_hidden_state,
         ),
         "condition": (
-            ours(lambda: model.condition(tokens.ids, tokens.mask), 2),
+            ours(lambda: model.precompute_key_values(model.condition(tokens.ids, tokens.mask)), 2),
             lambda: qwen(inputs_embeds=words, attention_mask=condition.mask, output_hidden_states=True),
         ),
     }  # fmt: skip

@@ -93,8 +93,8 @@ def verdict(expected: Expected, found: Mapping[str, Any]) -> str:
     words = str(found["verdict"])
     if expected.side == "same":
         if words.startswith("undecided"):
-            return words.replace("undecided", "no difference seen")
-        return f"contradicts it: the arm is {words.partition(': ')[2]}"
+            return words if "one seed" in words else words.replace("undecided", "no difference seen")
+        return "contradicts it: the arm is better" if words.endswith("better") else "supports it: the arm is worse"
     if words.startswith("undecided"):
         return words
     return "supports it" if words.startswith(expected.side) else "contradicts it"
@@ -136,6 +136,21 @@ def a_a_rows() -> Iterator[str]:
         )
 
 
+def words_rows() -> Iterator[str]:
+    """What each kind of word reads in the arms of studies whose routers were read (docs/routing_by_word.py)."""
+    for path in sorted((STUDIES / "words").glob("*.json")):
+        arms = read_json(path)["arms"]
+        names = list(next(iter(arms.values()))["weights"])
+        yield f"Mean weights of the routed layers in study `{path.stem}`, by kind of token:"
+        yield ""
+        yield f"| arm | layers | entropy, nats | {' | '.join(names)} |"
+        yield "| --- " * (3 + len(names)) + "|"
+        for arm, one in arms.items():
+            cells = (" ".join(f"{weight:.2f}" for weight in one["weights"][name]) for name in names)
+            layers = ", ".join(map(str, one["layers"]))
+            yield f"| `{arm}` | {layers} | {one['entropy']:.2f} | {' | '.join(cells)} |"
+
+
 def tables() -> str:
     """Claims and studies as Markdown."""
     lines = ["| | claim | paper | arm and endpoint | arm less reference (95 %) | verdict |", "| --- " * 6 + "|"]
@@ -144,6 +159,8 @@ def tables() -> str:
     if studies:
         lines += ["", "| study | seeds | minutes of training | interval of the A/A arm | where |", "| --- " * 5 + "|"]
         lines += studies
+    if words := [*words_rows()]:
+        lines += ["", *words]
     return "\n".join(lines) + "\n"
 
 

@@ -2,7 +2,7 @@
 
 Of every arm the mean weight of each routed layer, by kind of word, and the mean entropy of a token's weights in nats,
 over 200 captions of unseen scenes and the study's seeds; no image is drawn. Written to
-docs/results/studies/NAME-words.json, which docs/evidence.py reads.
+docs/results/studies/words/NAME.json, of which docs/evidence.py makes a table.
 """
 
 import sys
@@ -14,12 +14,12 @@ import torch
 
 from spar.common.config import read_json, write_json
 from spar.evaluation.shapes_loss import loss_scenes
-from spar.evaluation.study import arm_pipeline
+from spar.evaluation.study import arm_pipeline, finished_stages
 from spar.inference.pipeline import SparPipeline
 from spar.recipes import REGISTRY
 from spar.reporting.routing_summary import token_class
 
-RESULTS = Path(__file__).parents[1] / "docs" / "results" / "studies"
+RESULTS = Path(__file__).parents[1] / "docs" / "results" / "studies" / "words"
 CAPTIONS = 200
 
 
@@ -41,22 +41,27 @@ def weights_by_word(pipe: SparPipeline, texts: list[str]) -> dict[str, list[np.n
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    study = read_json(folder / "study.json")
+    values = read_json(folder / "results.json")
+    study, layers = values["study"], {}
     texts, arms = [text for _, text in loss_scenes(CAPTIONS)], {}
-    for arm in (study["order"][0], "again", *study["order"][1:]):
+    for arm in values["scores"]:
         found: dict[str, list[np.ndarray]] = defaultdict(list)
         for seed in study["seeds"]:
             run = folder / arm / f"seed-{seed}"
-            for name, rows in weights_by_word(arm_pipeline(run, study["stages"][-1], REGISTRY, "cpu"), texts).items():
+            pipe = arm_pipeline(run, finished_stages(run)[-1], REGISTRY, "cpu")
+            layers[arm] = list(pipe.model.layers)
+            for name, rows in weights_by_word(pipe, texts).items():
                 found[name] += rows
         every = np.concatenate([np.stack(rows) for rows in found.values()])
         logs = np.log(np.where(every > 0, every, 1))
         arms[arm] = {
-            "entropy": float(-(every * logs).sum(1).mean()),
+            "layers": layers[arm], "entropy": float(-(every * logs).sum(1).mean()),
             "weights": {name: np.mean(rows, axis=0).round(4).tolist() for name, rows in sorted(found.items())},
         }
         print(arm, arms[arm]["entropy"])
-    write_json(RESULTS / f"{study['name']}-words.json", {"captions": CAPTIONS, "seeds": study["seeds"], "arms": arms})
+    path = RESULTS / f"{study['name']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"captions": CAPTIONS, "seeds": study["seeds"], "arms": arms})
 
 
 if __name__ == "__main__":

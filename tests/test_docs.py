@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import json
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -183,6 +184,7 @@ def test_verdicts_come_from_the_differences(tmp_path, monkeypatch):
     for words, told in (
         ("undecided (at least 0.1 would show)", "no difference seen (at least 0.1 would show)"),
         ("lower: better", "contradicts it: the arm is better"),
+        ("higher: worse", "supports it: the arm is worse"), ("undecided (one seed)", "undecided (one seed)"),
     ):
         assert EVIDENCE.verdict(same, {"verdict": words}) == told
     (tmp_path / "routing.json").write_text(json.dumps({**values, "holds": False}))
@@ -198,8 +200,11 @@ def test_the_tables_of_performance_are_those_of_the_results():
     text = script.DOCUMENT.read_text(encoding="utf-8")
     for mark, table in script.tables().items():
         assert text.split(f"<!-- {mark} -->\n")[1].split(f"<!-- end of {mark} -->")[0] == table
-    scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
-    assert scripts > {*script.ROWS, "approximations"}
+    folder = ROOT / "benchmarks"
+    recorded = runpy.run_path(str(folder / "all.py"))["RECORDED"]
+    assert {*script.ROWS, "approximations"} <= {*recorded}
+    assert all((folder / own[0]).is_file() for own in recorded.values())
+    assert {path.stem for path in (folder / "results").glob("*.json")} <= {*recorded, "train_step_h200"}
 
 
 # Reliability

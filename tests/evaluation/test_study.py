@@ -1,6 +1,7 @@
 """`spar study`: variants on seeds, resumed, compared with an A/A arm; its statistics on planted differences."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from spar.common.errors import InputError
 from spar.evaluation import study as studies
 from spar.evaluation.results import Result, Score, read_result
 from spar.evaluation.study import AGAIN, Study, bundled_studies, read_study, run_study, share_until
-from spar.evaluation.study_sharing import training_keys
+from spar.evaluation.study_sharing import Training, take_over, training_keys
 from spar.evaluation.study_statistics import difference, study_differences
 from spar.recipes import REGISTRY, recipe
 from spar.training.changes import changed_recipe
@@ -108,7 +109,7 @@ def test_other_prompts_or_seeds_are_not_compared():
 @pytest.mark.parametrize("name", bundled_studies())
 def test_bundled_studies_are_of_recipes_and_stages_that_there_are(name):
     one = read_study(Path(name))
-    assert one.name == name and one.question.endswith("?") and len(one.variants) >= 4
+    assert one.name == name and one.question.endswith("?") and len(one.variants) >= 3
     made = [studies._recipe(one, arm, 0, REGISTRY, recipe) for arm in one.arms]
     pairs = zip(one.arms, made, strict=True)
     differ = {(repr(replace(each, name="", seed=0)), one.skipped(arm)) for arm, each in pairs}
@@ -178,11 +179,24 @@ def test_the_share_of_steps_until_anothers_end_is_planted():
     """A curve that falls by 1 a step: at the height where another stayed, after the steps that lead there."""
     falling = np.arange(100.0, 0.0, -1.0)
     assert share_until(falling, np.full(100, 60.5)) == pytest.approx(0.51, abs=0.02)  # the mean of 20 lags by ten
-    assert share_until(falling, falling + 0.01) == 1.0
-    assert share_until(falling, falling - 50) is None and share_until(falling, falling[:50]) is None
+    assert share_until(falling, falling + 0.01) == 1.0 and share_until(falling, falling - 50) is None
     assert share_until(np.zeros(100), np.ones(100)) == 0.2  # from the first mean on
     again = np.r_[np.zeros(50), np.full(50, 9.0)]
     assert share_until(again, np.ones(100)) is None  # it was there, and left
+
+
+def test_only_flow_losses_of_the_same_steps_are_curves(tmp_path):
+    def run(name, rows):
+        (tmp_path / name / "unified-2" / "done").mkdir(parents=True)
+        (tmp_path / name / "recipe.json").write_text('{"stages": [{"name": "unified-2"}]}')
+        lines = [json.dumps({"stage": "unified-2", **row}) for row in rows]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join([*lines, '{"stage": "unif']))
+        return tmp_path / name
+
+    two = [run(f"a{i}", [{"step": 1, "loss": 9.0, "flow": 3.0 + i}, {"step": 2, "flow": 1.0 + i}]) for i in range(2)]
+    assert studies._mean_curve(two) == {1: 3.5, 2: 1.5}
+    assert studies._mean_curve([two[0], run("late", [{"step": 1, "flow": 1.0}, {"step": 3, "flow": 1.0}])]) == {}
+    assert studies._mean_curve([run("other", [{"step": 1, "loss": 1.0}])]) == {}  # a loss of several terms
 
 
 # ---- a whole one -----------------------------------------------------------------------------------------------------
@@ -265,19 +279,21 @@ def test_what_arms_and_studies_train_alike_is_trained_once(tiny_run, tmp_path):
         "s", "?", "tiny", {"a": {}, "b": other}, stages=("unified-1", "unified-2"), seeds=(4,), settings=short,
         endpoints=("shapes-loss",), limit=1,
     )  # fmt: skip
-    start, said = tiny_run.path / "tokenizer-3" / "done", []
+    start, said = tiny_run.path / "model", []
     given = dict(device="cpu", init_from=start, say=said.append)
     run_study(one, tmp_path / "s", REGISTRY, recipe, **given)
-    assert [line for line in said if " as in " in line] == [f"b, seed 4: unified-1 as in {tmp_path / 's/a/seed-4'}"]
+    assert [line for line in said if " as in " in line] == ["b, seed 4: unified-1 as in s/a/seed-4"]
     lines = (tmp_path / "s/b/seed-4/metrics.jsonl").read_text().splitlines()
     stages = [json.loads(line)["stage"] for line in lines]
     assert stages == sorted(stages) and len(set(stages)) == 2  # the curves of both stages, once
 
     said.clear()
     swapped = replace(one, name="t", variants={"b": other, "c": {"stages": {"unified-1": {"steps": 1}}}})
-    run_study(swapped, tmp_path / "t", REGISTRY, recipe, reuse=[tmp_path / "s"], **given)
+    found = run_study(swapped, tmp_path / "t", REGISTRY, recipe, reuse=[tmp_path / "s"], **given)
     taken = [line.partition(" as in ")[0] for line in said if " as in " in line]
     assert taken == ["b, seed 4: unified-1", "b, seed 4: unified-2", "again, seed 4: unified-1"]
+    assert found.taken["b/seed-4"] == {"unified-1": "s/a/seed-4", "unified-2": "s/b/seed-4"}
+    assert set(found.taken) == {"b/seed-4", "again/seed-4"} and "3 stages are trained alike in" in said[0]
     alone = replace(one, name="u", variants={"b": other, "z": {"stages": {"unified-1": {"steps": 1}}}})
     run_study(alone, tmp_path / "u", REGISTRY, recipe, **given)
     for folder in ("s", "t"):
@@ -291,6 +307,38 @@ def test_what_arms_and_studies_train_alike_is_trained_once(tiny_run, tmp_path):
     assert not (tmp_path / "v").exists()
 
 
+def test_damaged_ends_and_those_of_an_earlier_recipe_are_not_taken(tiny_run, tmp_path):
+    """The keys are those of what the folder was trained by, not of what its study would train today."""
+    made, start = tiny_run.recipe, "start"
+    stages = ("unified-1", "unified-2")
+    source = Training("s/a/seed-0", tmp_path / "a", stages, start, made)
+    shutil.copytree(tiny_run.path / "unified-1", tmp_path / "a" / "unified-1")
+    shutil.copy(tiny_run.path / "recipe.json", tmp_path / "a")
+    (tmp_path / "a" / "metrics.jsonl").write_text('{"stage": "unified-1", "step": 1, "flow": 1.0}\n{"stage": "uni')
+
+    def taken(name):
+        training = Training(f"s/{name}/seed-0", tmp_path / name, stages, start, made)
+        return [*take_over(training, [source, training], REGISTRY)]
+
+    assert taken("b") == ["unified-1"]  # the source has no end of unified-2
+    assert (tmp_path / "b/metrics.jsonl").read_text() == '{"stage": "unified-1", "step": 1, "flow": 1.0}\n'
+    assert json.loads((tmp_path / "b/taken.json").read_text()) == {"unified-1": "s/a/seed-0"}
+    assert taken("b") == []  # it is there
+    (tmp_path / "c" / "unified-1" / "state").mkdir(parents=True)
+    assert taken("c") == []  # begun by itself
+    whole = (tmp_path / "a" / "recipe.json").read_text()
+    earlier = json.loads(whole)
+    earlier["stages"][[one["name"] for one in earlier["stages"]].index("unified-1")]["lr"] *= 2
+    (tmp_path / "a" / "recipe.json").write_text(json.dumps(earlier))
+    assert taken("d") == []
+    (tmp_path / "a" / "recipe.json").write_text(whole)
+    weights = tmp_path / "a/unified-1/done/modules.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert taken("e") == []
+
+
 def test_stages_are_alike_only_if_all_that_they_follow_from_is():
     tiny = recipe("tiny")
     base = training_keys(tiny, ("unified-1", "unified-2"), "start")
@@ -300,10 +348,21 @@ def test_stages_are_alike_only_if_all_that_they_follow_from_is():
         return [name for name in keys if keys[name] == base.get(name)]
 
     assert same({}) == same({"stages": {"mllm": {"steps": 3}}}) == ["unified-1", "unified-2"]
-    assert same({"stages": {"unified-2": {"steps": 1}}}) == ["unified-1"]
+    assert same({"stages": {"unified-2": {"lr": 1e-3}}}) == ["unified-1"]
     for changes in ({"seed": 1}, {"model": {"router": {"kind": "last"}}}, {"stages": {"unified-1": {"steps": 1}}}):
         assert same(changes) == []
+    assert same({"stages": {"tokenizer-3": {"objective": {"semantic": 0.0}}}}) == []  # no teacher among the modules
     assert same({}, ("unified-2",)) == [] and same({}, start="another") == []
+
+
+def test_what_the_arms_of_the_tokenizer_study_share_fits_them():
+    """What one takes over from another has its modules: an arm without the semantic loss has no teacher."""
+    one, found = replace(read_study(Path("tokenizer")), seeds=(0,)), {}
+    for (arm, _), training in studies.trainings(one, Path("s"), REGISTRY, recipe, None).items():
+        shapes = {name: value.shape for name, value in random_modules(training.recipe, "cpu", {}).state_dict().items()}
+        for stage, key in training.keys().items():
+            assert found.setdefault(key, shapes) == shapes, (arm, stage)
+    assert len(found) < 2 + 3 * len(one.arms)  # and something is shared
 
 
 def test_an_arm_may_leave_a_stage_out(tmp_path, monkeypatch):

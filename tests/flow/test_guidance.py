@@ -34,6 +34,9 @@ def test_an_interval_of_guidance_holds_both_ends():
     assert interval == (0.25, 0.5) and check_interval(None) is None
     assert [is_guided(time, interval) for time in (0.2, 0.25, 0.4, 0.5, 0.6)] == [False, True, True, True, False]
     assert is_guided(0.0, None) and is_guided(1.0, None)
+    for end in (0.1, 0.6, 0.9):  # which float32 rounds down or up
+        time = float(torch.tensor(end))
+        assert is_guided(time, (end, 1.0)) and is_guided(time, (0.0, end))
 
 
 @pytest.mark.parametrize("wrong", [0.5, "01", (0.5,), (0.6, 0.5), (-0.1, 1), (0, 1.1), (0, float("nan")), (True, 1)])

@@ -163,7 +163,7 @@ def test_guidance_within_an_interval_computes_one_branch_outside(pipe, pictures,
     rows, _ = counted(pipe, monkeypatch)
     whole = generate(pipe, guidance_interval=(0, 1))
     assert gap(whole.images[0], exact.images[0]) == 0 and set(rows) == {2}
-    assert whole.metadata[0]["guidance_interval"] == "0:1" and "guidance_interval" not in exact.metadata[0]
+    assert whole.metadata[0]["guidance_interval"] == "0.0:1.0" and "guidance_interval" not in exact.metadata[0]
     rows.clear()
     none = generate(pipe, guidance_interval=(0, 0))
     assert set(rows) == {1} and gap(none.images[0], generate(pipe, guidance_scale=1).images[0]) <= 1
@@ -180,9 +180,20 @@ def test_step_caching_is_exact_at_nothing_and_saves_blocks_above(pipe, monkeypat
     same = generate(pipe, step_cache=1e-9)
     assert gap(same.images[0], exact.images[0]) <= 1 and blocks == rows
     blocks.clear()
+    rows.clear()
     saved = generate(pipe, step_cache=1.0)
-    assert sum(blocks) < sum(rows) / 2 and saved.metadata[0]["step_cache"] == 1.0
+    assert 0 < sum(blocks) < sum(rows) and saved.metadata[0]["step_cache"] == 1.0
     assert "step_cache" not in exact.metadata[0]
+
+
+def test_step_caching_suits_batches_edits_and_bfloat16(folder, pictures):
+    half = SparPipeline.from_pretrained(folder, dtype=torch.bfloat16, device="cpu", progress=False)
+    for one in (half, SparPipeline.from_pretrained(folder, dtype=torch.float32, device="cpu", progress=False)):
+        several = generate(one, [CIRCLE, SQUARES], num_images_per_prompt=2, step_cache=1e-9, guidance_interval=(0.9, 1))
+        plain = generate(one, [CIRCLE, SQUARES], num_images_per_prompt=2, guidance_interval=(0.9, 1))
+        assert max(gap(a, b) for a, b in zip(several.images, plain.images, strict=True)) <= 21  # as of batches
+        edited = edit(one, pictures[0], step_cache=0.5)
+        assert edited.images[0].size == (64, 64) and edited.metadata[0]["step_cache"] == 0.5
 
 
 @pytest.mark.parametrize("change", [{"shift": 1.0}, {"method": "euler"}])
@@ -793,7 +804,9 @@ BAD_PROMPTS = [
     (dict(guidance_scale="4"), "guidance_scale: expected"),
     (dict(step_cache=-0.1), "step_cache: expected 0 to 1.0, got -0.1"),
     (dict(step_cache=2), "step_cache: expected 0 to 1.0, got 2"),
-    (dict(guidance_interval=(0.9, 0.1)), "guidance_interval: expected two times, 0 <= first <= last <= 1, got (0.9, 0.1)"),
+    (dict(step_cache=None), "step_cache: expected 0 to 1.0, got None"),
+    (dict(guidance_interval=(0.9, 0.1)), "expected two times, 0 <= first <= last <= 1, got (0.9, 0.1)"),
+    (dict(guidance_interval=(0, 1), guidance_scale=1), "guidance_interval: expected a guidance_scale other than 1"),
     (dict(sampler="heun"), "sampler: expected one of dpmsolver++, euler, got 'heun'"),
     (dict(num_images_per_prompt=0), "num_images_per_prompt: expected 1 to 4096, got 0"),
     (dict(num_images_per_prompt=4096, prompt=["red", "blue"]), "images in all: expected 1 to 4096, got 8192"),

@@ -1,6 +1,5 @@
 """Arguments of the four tasks and of `spar info`."""
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,15 +24,17 @@ from spar.common.limits import (
 MAX_ANIMATIONS = 64  # images whose steps are kept in memory
 
 
-def parse_interval(text: str | None) -> tuple[float, float] | None:
+def parse_interval(text: str | None) -> list[float] | None:
     """The times of FIRST:LAST; InputError for anything else."""
     if text is None:
         return None
-    found = re.fullmatch(r"(\d*\.?\d+):(\d*\.?\d+)", text)
-    first, last = map(float, found.groups()) if found else (1.0, 0.0)
+    try:
+        first, last = map(float, text.split(":"))
+    except ValueError:
+        first, last = 1.0, 0.0
     if not 0 <= first <= last <= 1:
         raise InputError(f"--guidance-interval: expected FIRST:LAST, 0 <= FIRST <= LAST <= 1, got {text!r}")
-    return first, last
+    return [first, last]
 
 
 @dataclass(frozen=True, kw_only=True)

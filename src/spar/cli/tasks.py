@@ -113,6 +113,8 @@ def edit(args: EditArguments) -> int:
         raise InputError("expected --prompts FILE, whose images several processes share, got IMAGE")
     files = OutputFiles.of(args)
     pipe, keywords = loading.load_pipeline(args), args.keywords()
+    if "edit" not in pipe.tasks:
+        pipe.edit(args.source, list(args.instruction))  # refuses, whatever the keywords
     with files.watching(pipe) as callback:
         out = pipe.edit(args.source, list(args.instruction), seed=files.seeds, callback=callback, **keywords)
     files.save(out, args.source)

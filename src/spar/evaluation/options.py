@@ -58,8 +58,8 @@ class EvalOptions:
     `limit`: prompts per task (questions per kind, scenes), None for the benchmark's full number; a smaller one takes
     the first of the same prompts. `num_inference_steps`, `guidance_scale`: the model's own if None. `images_per_prompt`
     is Shapes-Gen's and Shapes-Gen-Bind's; `layout` (whether images of prompts are drawn of layouts, by default as the
-    model does) also Shapes-Paraphrase's and Shapes-Robust's. `batch`: outputs per call; it changes the time, never the
-    scores.
+    model does) also Shapes-Paraphrase's, Shapes-Robust's and Shapes-Fréchet's. `batch`: outputs per call; it changes
+    the time, never the scores.
     `combinations`: "seen" or "held_out". `label` is recorded in the result, to distinguish two models.
     """
 

@@ -1,9 +1,9 @@
 """Shapes-Fréchet: how far what a model draws of captions lies, as a set, from the world's own images.
 
 The Fréchet distance in `random_features`, which no teacher and no model has learned. It is no mean over images; the
-jackknife makes it one: the pseudo-value of an image is N d - (N - 1) d', d' the distance without it. Their mean has
-lost the bias of few images in its first order (Efron, 1979), and two models can be paired image by image. Lower is
-better; images of the world itself give about 0, above or below.
+jackknife makes it one: the pseudo-value of an image is N d - (N - 1) d', d' the distance without it (Tukey, 1958).
+Their mean has lost the bias of few images in its first order (Quenouille, 1949), and two models can be paired image by
+image. Lower is better; images of the world itself give about 0, above or below.
 """
 
 from __future__ import annotations

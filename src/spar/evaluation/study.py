@@ -8,7 +8,6 @@ nothing differs but chance.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,8 +27,18 @@ from spar.evaluation.results import Result, read_result, write_result
 from spar.evaluation.shapes_frechet import shapes_frechet
 from spar.evaluation.shapes_loss import shapes_loss
 from spar.evaluation.shapes_probe import shapes_probe
-from spar.evaluation.study_sharing import METRICS, ORIGIN, Training, take_over, training_keys
+from spar.evaluation.study_sharing import (
+    METRICS,
+    ORIGIN,
+    TAKEN,
+    Training,
+    alike_stages,
+    metric_rows,
+    take_over,
+    training_keys,
+)
 from spar.evaluation.study_statistics import StudyDifference, study_differences
+from spar.worlds.shapes.scene import SIDE
 
 if TYPE_CHECKING:
     from spar.inference.base import Pipeline
@@ -38,6 +47,7 @@ if TYPE_CHECKING:
 STUDIES = Path(__file__).parent / "studies"
 AGAIN, SHARED, SKIP = "again", "shared", "skip"
 ARM = "arm.json"  # in an arm's run, once it is trained
+MEMORY = "memory.json"  # in a run that took stages over: the most that training them took of a GPU
 AGAIN_SEED = 1000  # what the arm `again` adds to the seeds
 MAX_SEEDS, MAX_VARIANTS = 64, 64
 UNPAIRED = ("shapes-paraphrase", "shapes-codes")  # no mean over prompts
@@ -146,8 +156,9 @@ class StudyResult:
     """What a study has found: every arm's results by endpoint and seed, the differences, and what the arms cost.
 
     `memory` is the most that a training's tensors took of a GPU, in bytes; 0 on a CPU, as all arms share one process.
-    `reached` has of each arm the share of its last stage's steps after which the reference's training loss was down to
-    what the arm's was at its end; None where it never was, or where the arms' losses do not compare.
+    `reached` has of each arm the share of its last stage's steps after which the reference's flow loss in training was
+    down to what the arm's was at its end, and None if it never was; arms without such a loss, or with other steps, are
+    not in it. `taken` has of each run of the study, ARM/seed-S, the stages that were trained elsewhere, and where.
     """
 
     study: Study
@@ -157,6 +168,7 @@ class StudyResult:
     parameters: dict[str, int]
     memory: dict[str, int]
     reached: dict[str, float | None]
+    taken: dict[str, dict[str, str]]
 
     @property
     def holds(self) -> bool:
@@ -216,14 +228,18 @@ def run_study(
     _open_folder(study, folder, init_from)
     own = trainings(study, folder, registry, find, _start_name(study, init_from))
     chosen = replace(study, seeds=study.seeds[:first])
+    if reuse:
+        alike = sum(alike_stages(training, others) for (_, seed), training in own.items() if seed in chosen.seeds)
+        say(f"{alike} stages are trained alike in {', '.join(map(str, reuse))}")
     for seed in chosen.seeds:
         start = init_from
         if study.shared:
             run = folder / SHARED / f"seed-{seed}"
             start = run / study.shared[-1] / "done"
             if not (run / ARM).is_file():
-                say(f"{SHARED}, seed {seed}: training")
                 _share_cache(folder, run)
+                _take_over(own[SHARED, seed], others, registry, say)
+                say(f"{SHARED}, seed {seed}: training")
                 recipe = _recipe(study, SHARED, seed, registry, find)
                 if not _train(recipe, run, study.shared, device, init_from, study.reinitialize):
                     return None
@@ -233,8 +249,7 @@ def run_study(
             if not (run / ARM).is_file() or not (run / last / "done").is_dir():
                 shutil.rmtree(run / "results", ignore_errors=True)  # of weights that are gone
                 _share_cache(folder, run)
-                for name, source in take_over(own[arm, seed], [*own.values(), *others]).items():
-                    say(f"{arm}, seed {seed}: {name} as in {source}")
+                _take_over(own[arm, seed], [*own.values(), *others], registry, say)
                 say(f"{arm}, seed {seed}: training")
                 if not _train(recipe, run, stages[arm], device, start, () if study.shared else study.reinitialize):
                     return None
@@ -246,10 +261,21 @@ def run_study(
     return found
 
 
+def _take_over(training: Training, others: Sequence[Training], registry: Registry, say: Say) -> None:
+    """`take_over`, told; the most memory that the sources' trainings took becomes the run's."""
+    memory = []
+    for stage, source in take_over(training, others, registry).items():
+        say(f"{training.name.partition('/')[2].replace('/seed-', ', seed ')}: {stage} as in {source.name}")
+        facts = source.run / ARM
+        memory.append(int(read_json(facts).get("memory", 0)) if facts.is_file() else 0)
+    if memory:
+        write_json(training.run / MEMORY, {"memory": max(memory)})
+
+
 def trainings(
     study: Study, folder: Path, registry: Registry, find: Find, start: str | None
 ) -> dict[tuple[str, int], Training]:
-    """The trainings of a study's arms by arm and seed, whether they are there yet or not.
+    """The trainings of a study by arm and seed, the shared ones as SHARED, whether they are there yet or not.
 
     Args:
         start: what the first stages start from, as `study.json` has it.
@@ -257,19 +283,24 @@ def trainings(
     found = {}
     for seed in study.seeds:
         first: Any = [start, list(study.reinitialize)]
+        arms = {arm: _own_stages(study, find(study.recipe), arm) for arm in study.arms}
         if study.shared:
-            first = list(training_keys(_recipe(study, SHARED, seed, registry, find), study.shared, first).values())
-        for arm in study.arms:
-            stages = _own_stages(study, find(study.recipe), arm)
-            keys = training_keys(_recipe(study, arm, seed, registry, find), stages, first)
-            found[arm, seed] = Training(folder / arm / f"seed-{seed}", keys)
+            recipe = _recipe(study, SHARED, seed, registry, find)
+            run = folder / SHARED / f"seed-{seed}"
+            found[SHARED, seed] = Training(f"{study.name}/{SHARED}/seed-{seed}", run, study.shared, first, recipe)
+            first = list(training_keys(recipe, study.shared, first).values())
+        for arm, stages in arms.items():
+            recipe, run = _recipe(study, arm, seed, registry, find), folder / arm / f"seed-{seed}"
+            found[arm, seed] = Training(f"{study.name}/{arm}/seed-{seed}", run, stages, first, recipe)
     return found
 
 
 def _of_another_study(
     folder: Path, registry: Registry, find: Find, init_from: Path | None
 ) -> Iterator[Training]:
-    """The trainings in another study's folder that started from this very model; InputError where there is none."""
+    """The trainings in another study's folder that started from this very model, which its manifest tells, or from
+    random weights as this study does; InputError where there is no study.
+    """
     path = folder / "study.json"
     values = read_json(path)
     order, start = values.pop("order", None), values.pop("start", None)
@@ -277,7 +308,9 @@ def _of_another_study(
         values["variants"] = {name: values["variants"].get(name) for name in order}
     study = from_dict(Study, values, str(path))
     manifest = None if init_from is None else init_from / "manifest.json"
-    expected = read_json(manifest) if manifest is not None and manifest.is_file() else None
+    if manifest is not None and not manifest.is_file():
+        return  # the end of a stage: what is at its path may have been trained anew since
+    expected = None if manifest is None else read_json(manifest)
     for training in trainings(study, folder, registry, find, start).values():
         home = folder / SHARED / training.run.name if study.shared else training.run
         origin = read_json(home / ORIGIN) if (home / ORIGIN).is_file() else None
@@ -304,29 +337,36 @@ def collect(study: Study, folder: Path) -> StudyResult:
     memory = {arm: max(int(each.get("memory", 0)) for each in one) for arm, one in facts.items()}
     differences = study_differences(study.reference, results)
     curves = {arm: _mean_curve(places) for arm, places in runs.items()}
-    reached = {arm: share_until(curves[study.reference], curves[arm]) for arm in study.arms if arm != study.reference}
-    return StudyResult(study, results, tuple(differences), seconds, parameters, memory, reached)
+    first = curves[study.reference]
+    reached = {
+        arm: share_until(np.array([*first.values()]), np.array([*curve.values()]))
+        for arm, curve in curves.items() if arm != study.reference and curve and [*curve] == [*first]
+    }  # fmt: skip
+    taken = {
+        f"{arm}/{place.name}": read_json(place / TAKEN)
+        for arm, own in places.items() for place in own if (place / TAKEN).is_file()
+    }  # fmt: skip
+    return StudyResult(study, results, tuple(differences), seconds, parameters, memory, reached, taken)
 
 
-def _mean_curve(runs: Sequence[Path]) -> np.ndarray:
-    """The mean training loss of an arm's runs at the logged steps of their last stage: flow, where the loss has other
-    terms beside it. Empty where the runs were logged at unlike steps.
+def _mean_curve(runs: Sequence[Path]) -> dict[int, float]:
+    """The mean flow loss of an arm's runs by the logged steps of their last stage; empty where these differ, or where
+    the stage has none.
     """
-    curves = []
+    curves: list[dict[int, float]] = []
     for run in runs:
-        last, lines = _stage_folders(run)[-1], (run / METRICS).read_text(encoding="utf-8").splitlines()
-        rows = {one["step"]: one.get("flow", one["loss"]) for one in map(json.loads, lines) if one["stage"] == last}
-        curves.append([rows[step] for step in sorted(rows)])
-    return np.mean(curves, axis=0) if len({len(curve) for curve in curves}) == 1 else np.zeros(0)
+        last = finished_stages(run)[-1]
+        rows = [row for row in metric_rows(run / METRICS) if row.get("stage") == last]
+        curves.append({row["step"]: row["flow"] for row in rows if "flow" in row})
+    if any([*curve] != [*curves[0]] for curve in curves):
+        return {}
+    return {step: float(np.mean([curve[step] for curve in curves])) for step in curves[0]}
 
 
 def share_until(reference: np.ndarray, other: np.ndarray) -> float | None:
-    """The share of its steps after which a curve stays at most at another's end, both as means over a fifth of them.
-
-    None if it never does, or if one has other steps.
+    """The share of its steps after which a curve stays at most at another's end, both as means over a fifth of them;
+    None if it never does. Both have the same steps.
     """
-    if len(reference) != len(other) or not len(other):
-        return None
     width = max(1, len(other) // 5)
     own = np.convolve(reference, np.ones(width) / width, "valid")
     above = np.flatnonzero(own > other[-width:].mean())
@@ -342,7 +382,7 @@ def _shown(found: StudyResult) -> dict[str, Any]:
     first = next(iter(next(iter(found.results.values())).values()))[0]
     return {
         "study": to_dict(found.study), "seconds": found.seconds, "parameters": found.parameters,
-        "memory": found.memory, "reached": found.reached,
+        "memory": found.memory, "reached": found.reached, "taken": found.taken,
         "differences": [{**to_dict(one), "verdict": one.verdict} for one in found.differences], "scores": scores,
         "machine": first.settings.get("machine"), "versions": first.settings.get("versions"),
     }  # fmt: skip
@@ -380,6 +420,8 @@ def _check_endpoints(study: Study, base: Recipe, stages: tuple[str, ...]) -> Non
     from spar.training.systems.spar import SparRecipe
 
     tasks = tasks_of(base.kind)
+    if base.image_size != SIDE:
+        raise InputError(f"study {study.name}: expected a recipe of {SIDE} pixels, got one of {base.image_size}")
     if "shapes-probe" in study.endpoints and not isinstance(base, SparRecipe):
         raise InputError(f"study {study.name}: shapes-probe reads SPAR's tokens, got a recipe of {base.kind}")
     if left := [name for name in study.endpoints if name in BENCHMARKS and not suits(name, tasks)]:
@@ -443,6 +485,8 @@ def _train(
         return False
     parameters = sum(parameter.numel() for parameter in model.parameters())
     memory = torch.cuda.max_memory_allocated(where) if where.type == "cuda" else 0
+    if (run / MEMORY).is_file():
+        memory = max(memory, int(read_json(run / MEMORY)["memory"]))
     write_json(run / ARM, {"parameters": parameters, "memory": memory})
     return True
 
@@ -488,11 +532,11 @@ def sample_grids(
     """By arm the images of some prompts, at equal seeds, of the first seed's model."""
     for arm in found.study.arms:
         run = folder / arm / f"seed-{found.study.seeds[0]}"
-        pipe = arm_pipeline(run, _stage_folders(run)[-1], registry, device)
+        pipe = arm_pipeline(run, finished_stages(run)[-1], registry, device)
         yield arm, pipe.generate(list(prompts), seed=0).images
 
 
-def _stage_folders(run: Path) -> list[str]:
+def finished_stages(run: Path) -> list[str]:
     """The stages that a run has finished, in order."""
     done = {path.parent.name for path in run.glob("*/done") if path.is_dir()}
     return [stage["name"] for stage in read_json(run / "recipe.json")["stages"] if stage["name"] in done]

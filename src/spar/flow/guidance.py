@@ -10,6 +10,7 @@ from spar.common.checks import check_pair
 from spar.common.errors import InputError
 
 Interval = tuple[float, float]
+SLACK = 1e-6
 
 
 def apply_guidance(conditional: Tensor, unconditional: Tensor | None, scale: float) -> Tensor:
@@ -41,5 +42,5 @@ def check_interval(interval: Sequence[float] | None) -> Interval | None:
 
 
 def is_guided(time: float, interval: Interval | None) -> bool:
-    """Whether guidance applies at a time."""
-    return interval is None or interval[0] <= time <= interval[1]
+    """Whether guidance applies at a time, which has float32's precision: both ends belong to the interval."""
+    return interval is None or interval[0] - SLACK <= time <= interval[1] + SLACK

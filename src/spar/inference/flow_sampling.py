@@ -12,7 +12,7 @@ from spar.flow.guidance import check_interval, is_guided
 from spar.flow.sampler import METHODS
 from spar.models.step_cache import StepCache
 
-MAX_CHANGE = 1.0  # of the first block's part, beyond which nothing would be run anew
+MAX_CHANGE = 1.0  # of the first block's part: as much as there was
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,16 @@ class FlowSampling:
         if self.sampler is not None and self.sampler not in METHODS:
             raise InputError(f"sampler: expected one of {', '.join(METHODS)}, got {self.sampler!r}")
         check_interval(self.guidance_interval)
+        if self.step_cache is None:
+            raise InputError(f"step_cache: expected 0 to {MAX_CHANGE}, got None")
         check_range("step_cache", self.step_cache, 0, MAX_CHANGE)
+
+    def check_guidance(self, guidance: float) -> None:
+        """Refuse an interval where there is no guidance to switch off."""
+        if self.guidance_interval is not None and guidance == 1:
+            raise InputError(
+                f"guidance_interval: expected a guidance_scale other than 1 beside it, got {self.guidance_interval!r}"
+            )
 
     def is_guided(self, time: Tensor) -> bool:
         """Whether guidance applies at a step, whose rows `[B]` have one time."""
@@ -47,6 +56,6 @@ class FlowSampling:
         interval = check_interval(self.guidance_interval)
         values = {
             "sampler": self.sampler, "step_cache": float(self.step_cache),
-            "guidance_interval": None if interval is None else f"{interval[0]:g}:{interval[1]:g}",
+            "guidance_interval": None if interval is None else f"{interval[0]!r}:{interval[1]!r}",
         }  # fmt: skip
         return {name: value for name, value in values.items() if value}

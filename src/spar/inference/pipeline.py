@@ -300,6 +300,7 @@ class SparPipeline(LayoutPipeline):
             negatives = broadcast(self._texts(negative_prompt, "negative_prompt"), len(texts), "negative_prompt")
         defaults = self.bundle.sampling
         steps, guidance, per_prompt = self._numbers(steps, guidance, per_prompt)
+        flow.check_guidance(guidance)
         count = len(texts) * per_prompt
         check_range("images in all", count, 1, limits.MAX_IMAGES)
         seeds = list_seeds(seed, count)

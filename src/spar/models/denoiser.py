@@ -199,11 +199,12 @@ class Denoiser(nn.Module):
         self, x: Tensor, modulation: Tensor, reads: Sequence[Tensor | KeyValue], bias: Tensor,
         shape: tuple[int, int, int, int], first: int = 0,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The output of the blocks from number `first` on, and of block `align_depth`."""
+        """The output of the blocks after the first `first`, which read `reads`, and of block `align_depth`."""
         features = x
-        for number, block in enumerate(self.network.transformer_blocks[first:], start=first):
-            x = block(x, modulation, reads[number], bias, shape)
-            if number + 1 == self.config.align_depth:
+        blocks = self.network.transformer_blocks[first:]
+        for number, (block, read) in enumerate(zip(blocks, reads, strict=True), start=first + 1):
+            x = block(x, modulation, read, bias, shape)
+            if number == self.config.align_depth:
                 features = x
         return x, features
 
@@ -220,6 +221,6 @@ class Denoiser(nn.Module):
 
         def others(x: Tensor, rows: Tensor | None) -> Tensor:
             own, mine = (modulation, bias) if rows is None else (modulation[rows], bias[rows])
-            return self._run(x, own, [_rows(read, rows) for read in reads], mine, (len(x), 1, *grid), first=1)[0]
+            return self._run(x, own, [_rows(read, rows) for read in reads[1:]], mine, (len(x), 1, *grid), first=1)[0]
 
         return cache.run(x, first, others)

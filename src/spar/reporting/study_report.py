@@ -74,5 +74,5 @@ def render_study(
         "study.html", study=found.study, arms=found.study.arms, differences=found.differences, holds=found.holds,
         panels=panels(found, folder), prompts=prompts, grids=grids, seconds=found.seconds,
         parameters=found.parameters, memory=found.memory, reached=found.reached,
-        colors=COLORS,
+        taken=found.taken, colors=COLORS,
     ) + "\n"  # fmt: skip
