@@ -65,9 +65,10 @@ class VaeDecoder(nn.Module):
 
 
 class Original(nn.Module):
-    def __init__(self, foreign) -> None:
+    def __init__(self, foreign, mllm: nn.Module | None = None) -> None:
         super().__init__()
-        self.mllm = foreign.mllm()
+        self.mllm = mllm or foreign.mllm()
+        self.image = self.mllm.config.image_token_id
         text = self.mllm.config.text_config
         short = type(text)(**{**text.to_dict(), "num_hidden_layers": CONNECTOR_LAYERS, "layer_types": None})
         short._attn_implementation = "eager"
@@ -104,7 +105,7 @@ class Original(nn.Module):
 
     def condition(self, ids: Tensor, mask: Tensor, pixels: Tensor | None = None) -> Tensor:
         embeddings = self.mllm.model.language_model.embed_tokens(ids).clone()
-        image = ids == IMAGE
+        image = ids == self.image
         if pixels is not None:
             embeddings[image] = self.features(pixels).flatten(0, 1)
         embeddings = torch.cat([embeddings, self.latent_queries.repeat(len(ids), 1, 1)], dim=1)
@@ -182,7 +183,7 @@ def published(foreign, original, tmp_path_factory) -> Path:
 def write_published(foreign, root: Path, original: Original | None = None) -> None:
     """The parts that UniLIP is made from, a model and a tokenizer of UniLIP."""
     original = original or Original(foreign)
-    foreign.save_hf(foreign.mllm(), root / "mllm")
+    foreign.save_hf(original.mllm, root / "mllm")
     foreign.autoencoder().save_pretrained(root / "autoencoder")
     foreign.save_dit(foreign.dit(), root / "dit")
     (root / "model").mkdir()
@@ -333,6 +334,35 @@ def test_its_vocabulary_and_its_head_are_read_from_its_weights(foreign, original
     states = language.network(inputs_embeds=F.embedding(ids, tensors[words])).last_hidden_state
     torch.testing.assert_close(language.head(states), states @ tensors["lm_head.weight"].T)
     assert torch.equal(language.network.embed_tokens.weight, tensors[words])
+
+
+def test_at_the_published_length_it_has_three_tokens_more_than_internvl(foreign, tmp_path):
+    """151,678 rows with a head of its own beside InternVL3's 151,674, `<video>` and UniLIP's three after them."""
+    original = Original(foreign, foreign.mllm(rows=foreign.INTERN_ROWS))
+    write_published(foreign, tmp_path, original)
+    language, width = original.mllm.model.language_model, foreign.WIDTH
+    rows = torch.cat([language.embed_tokens.weight, draw(4, width, seed=9)])
+    language.embed_tokens = nn.Embedding.from_pretrained(rows)
+    original.mllm.lm_head = nn.Linear(width, len(rows), bias=False).requires_grad_(False)
+    original.mllm.lm_head.weight.copy_(draw(*rows.shape, seed=10))
+    save_file(model_tensors(original, foreign), tmp_path / "model" / "model.safetensors")
+    made = convert(tmp_path, router="last")
+    save_model(made, tmp_path / "saved")
+    loaded = load_model(tmp_path / "saved")
+    text = loaded.model.config.text
+    assert (text.vocab_size, text.tied_head) == (151_678, False)
+    assert (text.image_token_id, text.eos_token_id) == (151_667, 151_645)
+    start, end, image = 151_665, 151_666, text.image_token_id
+    shown = [start, *[image] * 16, end]
+    ids = torch.tensor([[0, 0, *shown, 50, 151_677], [1, 40, *shown, 43, 151_675]])
+    mask, pixels = (ids != 0).long(), picture(count=2)
+    with torch.no_grad():
+        found = loaded.model.condition(ids, mask, loaded.model.tokenizer.encoder(pixels)).states
+        wanted = original.condition(ids, mask, pixels)
+        states = draw(1, 2, width, seed=11)
+        torch.testing.assert_close(loaded.model.language.logits(states), original.mllm.lm_head(states))
+    real = F.pad(mask, (0, QUERIES), value=1).bool()
+    near(found[real], wanted[real], exact=True)
 
 
 @pytest.mark.parametrize("form", ["pth", "safetensors", "nested"])
