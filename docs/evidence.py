@@ -149,6 +149,7 @@ def words_rows() -> Iterator[str]:
             cells = (" ".join(f"{weight:.2f}" for weight in one["weights"][name]) for name in names)
             layers = ", ".join(map(str, one["layers"]))
             yield f"| `{arm}` | {layers} | {one['entropy']:.2f} | {' | '.join(cells)} |"
+        yield ""
 
 
 def tables() -> str:
@@ -160,7 +161,7 @@ def tables() -> str:
         lines += ["", "| study | seeds | minutes of training | interval of the A/A arm | where |", "| --- " * 5 + "|"]
         lines += studies
     if words := [*words_rows()]:
-        lines += ["", *words]
+        lines += ["", *words[:-1]]
     return "\n".join(lines) + "\n"
 
 

@@ -330,8 +330,9 @@ def by_hand(pipe, scale: float, rows: list[TokenBatch], f_v: torch.Tensor | None
         return to_pil(model.decode(latent))[0]
 
 
-@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
-@pytest.mark.parametrize("negative", [None, SQUARES])
+@pytest.mark.parametrize(
+    ("scale", "negative"), [(0.0, None), (1.0, None), (3.0, None), (0.0, SQUARES), (3.0, SQUARES)]
+)
 def test_guidance_is_its_formula_and_one_is_the_conditional_branch(pipe, scale, negative):
     (image,) = generate(pipe, guidance_scale=scale, negative_prompt=negative).images
     assert gap(image, by_hand(pipe, scale, [pipe.prompts.generation([text]) for text in (CIRCLE, negative)])) <= 1
@@ -789,6 +790,7 @@ BAD_PROMPTS = [
     (dict(prompt="<|im_start|> red circle"), "control tokens"),
     (dict(prompt="<IMG_CONTEXT>"), "control tokens"),
     (dict(negative_prompt="a zebra"), "negative_prompt: unknown words zebra"),
+    (dict(negative_prompt=SQUARES, guidance_scale=1), "negative_prompt: expected a guidance_scale other than 1"),
     (dict(negative_prompt=["red", "blue"]), "expected one negative_prompt, or 1, got 2"),
     (dict(height=63), "height: expected a multiple of 8 from 8 to 128, got 63"),
     (dict(height=0), "height: expected"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from spar.checkpoints.spar_format import load_model
+from spar.cli.main import main
 from spar.common.errors import InputError
 from spar.flow.sampler import euler_times
 from spar.inference.pipeline import SparPipeline
@@ -17,6 +18,7 @@ from spar.training.config import StageConfig, freeze
 from spar.training.initial_weights import random_modules
 from spar.training.objectives.base import StepContext
 from spar.training.objectives.few_step import TEACHER_FROM_DENOISER, FewStepObjective
+from spar.training.objectives.unified import CONNECTOR_FROM_LLM
 from spar.training.plan import PlannedStage, StageStart, read_run, resolve
 from spar.training.trainer import train
 from spar.worlds.shapes.tokenizer import build_tokenizer
@@ -87,7 +89,7 @@ def test_where_the_teacher_arrives_is_eulers_product():
     times, first = euler_times(6, 3.0), torch.tensor([0, 4])
     x = torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     ctx = SimpleNamespace(
-        modules=SimpleNamespace(flow_teacher=Linear()), recipe=SimpleNamespace(flow=SimpleNamespace(guidance=3.0))
+        parallel=SimpleNamespace(sharded=False), modules=SimpleNamespace(flow_teacher=Linear()), recipe=SimpleNamespace(flow=SimpleNamespace(guidance=3.0))
     )
     one, two = (SimpleNamespace(states=value, mask=None, reference=None) for value in (0.5, 0.2))
     for other, rate in ((None, 0.5), (two, 0.2 + 3.0 * (0.5 - 0.2))):
@@ -128,6 +130,48 @@ def test_a_trained_model_takes_its_steps_without_guidance(tiny_run, tmp_path):
     changed = {name for name, value in pipe.model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed and all(name.startswith("denoiser.") for name in changed)
     assert len(pipe.generate("a red circle", seed=0).images) == 1
+
+
+def test_the_documented_commands_are_planned(capsys, tmp_path, monkeypatch):
+    """From the bundled model by its name; without one it is refused, for it would train on nothing."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "shapes-few-steps", "--init-from", "spar", "--dry-run"]) == 0
+    assert TEACHER_FROM_DENOISER in " ".join(capsys.readouterr().out.split())
+    for more in ((), ("--from-scratch",)):
+        assert main(["train", "shapes-few-steps", "--device", "cpu", *more]) == 2
+        assert "stage few-steps goes on from a trained model" in capsys.readouterr().err
+    anew = ("--reinitialize", "model.denoiser.*")
+    assert main(["train", "shapes-few-steps", "--init-from", "spar", "--dry-run", *anew]) == 2
+    assert "expected no --reinitialize" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_starts_that_do_not_draw_are_refused(tiny_run, tmp_path):
+    own = few_recipe(windows=2, teacher_steps=2)
+    begun = tiny_run.path / "tokenizer-3" / "done"
+    with pytest.raises(InputError, match="expected a model that draws in .*got the end of a stage of kind tokenizer"):
+        resolve(own, read_run(own, tmp_path, begun))
+    assert resolve(own, read_run(own, tmp_path, tiny_run.path / "unified-3" / "done")).stages
+    deeper = replace(own, model=replace(own.model, denoiser=replace(own.model.denoiser, layers=3)))
+    with pytest.raises(InputError, match="missing"):
+        train(deeper, tmp_path / "deeper", init_from=tiny_run.path / "model", device="cpu")
+
+
+def test_a_model_of_few_steps_is_a_teacher_without_guidance(tiny_run, tmp_path):
+    """Of as many steps as it takes; and a unified stage that goes on from there keeps its connector."""
+    four = few_recipe(windows=4, teacher_steps=2)
+    train(four, tmp_path / "four", init_from=tiny_run.path / "model", device="cpu")
+    for wrong in (dict(guidance=4.5), dict(guidance=1.0, teacher_steps=3)):
+        two = few_recipe(**{"windows": 2, "teacher_steps": 2, **wrong})
+        with pytest.raises(InputError, match="draws in 4 steps of Euler's without guidance: expected flow.guidance 1"):
+            train(two, tmp_path / "two", init_from=tmp_path / "four" / "model", device="cpu")
+    two = few_recipe(windows=2, teacher_steps=2, guidance=1.0)
+    train(two, tmp_path / "two", init_from=tmp_path / "four" / "model", device="cpu")
+    sampling = load_model(tmp_path / "two" / "model").sampling
+    assert (sampling.steps, sampling.guidance) == (2, 1.0)
+    tiny = tiny_run.recipe
+    again = resolve(tiny, read_run(tiny, tmp_path / "x", tmp_path / "four/few-steps/done"), stages=("unified-3",))
+    assert CONNECTOR_FROM_LLM not in again.stages[0].prepares
 
 
 def test_what_is_not_a_denoisers_parameter_is_refused():

@@ -176,6 +176,12 @@ def read_config(folder: Path) -> SparConfig:
     return parse_config(folder, read_header(folder, FORMAT))
 
 
+def read_sampling(folder: Path) -> SamplingConfig:
+    """The sampling defaults of a SPAR folder; raises as `load_model`."""
+    header = read_header(folder, FORMAT)
+    return parse_sampling(folder, header, parse_config(folder, header))
+
+
 def parse_config(folder: Path, header: dict[str, Any]) -> SparConfig:
     """The configuration in a header; `InputError` names the file and the field."""
     return from_file(SparConfig, header["model"], folder / "config.json")

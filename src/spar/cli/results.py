@@ -8,6 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spar.checkpoints.bundled import local_folder
 from spar.cli import loading
 from spar.cli.console import (
     INTERRUPTED,
@@ -272,7 +273,8 @@ def study(args: StudyArguments) -> int:
         print(f"{chosen.name}: {line}", file=sys.stderr)
 
     found = run_study(
-        chosen, folder, REGISTRY, recipe, device=args.device, init_from=args.init_from, first=args.seeds,
+        chosen, folder, REGISTRY, recipe, device=args.device, first=args.seeds,
+        init_from=None if args.init_from is None else local_folder(args.init_from),
         reuse=args.reuse, say=say,
     )  # fmt: skip
     if found is None:

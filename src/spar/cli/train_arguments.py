@@ -28,7 +28,8 @@ class TrainArguments:
     resume: str = "never"
     """never: refuse a folder that contains a run. auto: resume it from its last state. A folder: resume that run."""
     init_from: Path | None = None
-    """Start the first stage from the weights of a finished stage (RUN/STAGE/done) or of a SPAR folder."""
+    """Start the first stage from the weights of a finished stage (RUN/STAGE/done), of a SPAR folder, or of a bundled
+    model by its name."""
     teacher: Path | None = None
     """SPAR folder whose encoder is the tokenizer's semantic teacher, where the starting weights keep none."""
     reinitialize: UseAppendAction[tuple[str, ...]] = ()

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spar.checkpoints.bundled import local_folder
 from spar.cli.console import (
     INTERRUPTED,
     epochs_table,
@@ -43,10 +44,11 @@ def train(argv: list[str]) -> int:
     from spar.training.trainer import check_patterns
 
     run, resume = _run_folder(args, chosen.name)
+    init_from = None if args.init_from is None else local_folder(args.init_from)
     modules = check_sizes(chosen, tuple(chosen.stage(name) for name in args.stage) or chosen.stages)
     device = choose_device(args.device)
     run_plan = resolve(
-        chosen, read_run(chosen, run, args.init_from), stages=args.stage, resume=resume,
+        chosen, read_run(chosen, run, init_from), stages=args.stage, resume=resume,
         from_scratch=args.from_scratch, teacher=args.teacher, reinitialize=args.reinitialize,
         only_shown=args.dry_run,
     )  # fmt: skip
@@ -99,10 +101,11 @@ def _sized(base: Any, argv: Sequence[str]) -> Any:
     from spar.checkpoints.spar_format import read_config
     from spar.training.systems.spar import SparRecipe
 
-    start = flag_value("--init-from", argv)
-    if start is None or not (Path(start) / "config.json").is_file() or not isinstance(base, SparRecipe):
+    named = flag_value("--init-from", argv)
+    start = None if named is None else local_folder(Path(named))
+    if start is None or not (start / "config.json").is_file() or not isinstance(base, SparRecipe):
         return base
-    return replace(base, model=read_config(Path(start)))
+    return replace(base, model=read_config(start))
 
 
 def _with_words(chosen: Any, base: Any, own: Any) -> Any:
@@ -198,7 +201,7 @@ def cache(argv: list[str]) -> int:
         print(f"computing on {device_name(group.device)}", flush=True)
     with group.main_first():  # it indexes what lies far away, and the others find the index
         sources = open_sources(chosen.data)
-    tokenizer = load_model(args.init_from).model.tokenizer.to(group.device)
+    tokenizer = load_model(local_folder(args.init_from)).model.tokenizer.to(group.device)
     precision = torch.bfloat16 if args.precision == "bf16" else torch.float32
     with progress_bar("features") as advance:
         bad = write_cache(

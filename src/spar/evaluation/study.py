@@ -268,8 +268,10 @@ def _take_over(training: Training, others: Sequence[Training], registry: Registr
         say(f"{training.name.partition('/')[2].replace('/seed-', ', seed ')}: {stage} as in {source.name}")
         facts = source.run / ARM
         memory.append(int(read_json(facts).get("memory", 0)) if facts.is_file() else 0)
+    path = training.run / MEMORY
     if memory:
-        write_json(training.run / MEMORY, {"memory": max(memory)})
+        before = int(read_json(path)["memory"]) if path.is_file() else 0
+        write_json(path, {"memory": max(before, *memory)})
 
 
 def trainings(
@@ -283,15 +285,17 @@ def trainings(
     found = {}
     for seed in study.seeds:
         first: Any = [start, list(study.reinitialize)]
+        shared = None
         arms = {arm: _own_stages(study, find(study.recipe), arm) for arm in study.arms}
         if study.shared:
             recipe = _recipe(study, SHARED, seed, registry, find)
             run = folder / SHARED / f"seed-{seed}"
-            found[SHARED, seed] = Training(f"{study.name}/{SHARED}/seed-{seed}", run, study.shared, first, recipe)
+            shared = Training(f"{study.name}/{SHARED}/seed-{seed}", run, study.shared, first, recipe)
+            found[SHARED, seed] = shared
             first = list(training_keys(recipe, study.shared, first).values())
         for arm, stages in arms.items():
             recipe, run = _recipe(study, arm, seed, registry, find), folder / arm / f"seed-{seed}"
-            found[arm, seed] = Training(f"{study.name}/{arm}/seed-{seed}", run, stages, first, recipe)
+            found[arm, seed] = Training(f"{study.name}/{arm}/seed-{seed}", run, stages, first, recipe, shared)
     return found
 
 

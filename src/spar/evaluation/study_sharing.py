@@ -34,8 +34,9 @@ class Training:
         name: STUDY/ARM/seed-S.
         run: its folder.
         stages: what it trains, in order.
-        start: what the first one starts from, as JSON has it.
+        start: what the first one starts from, as JSON has it; of an arm with `shared` stages their keys.
         recipe: that it is trained by; what the folder holds may have been trained by an earlier form of it.
+        shared: the training that it starts from, of a study that has shared stages.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Training:
     stages: tuple[str, ...]
     start: Any
     recipe: Recipe
+    shared: Training | None = None
 
     def keys(self) -> dict[str, str]:
         """By stage, in order, all that the weights at its end follow from."""
@@ -52,9 +54,10 @@ class Training:
         """The same of the recipe that the folder was trained by; none where it tells nothing."""
         from spar.training.run_folder import read_recipe
 
+        start = self.start if self.shared is None else list(self.shared.trained_keys(registry).values())
         try:
             recipe = read_recipe(self.run / "recipe.json", registry)
-            return training_keys(recipe, [name for name in self.stages if recipe.stage(name)], self.start)
+            return training_keys(recipe, [name for name in self.stages if recipe.stage(name)], start)
         except InputError:
             return {}
 
@@ -80,6 +83,8 @@ def take_over(training: Training, others: Sequence[Training], registry: Registry
         By stage the training that it came from.
     """
     run, taken = training.run, dict[str, Training]()
+    if (run / TAKEN).is_file():
+        write_json(run / TAKEN, _taken(run))
     for name, key in training.keys().items():
         if (run / name / "done").is_dir():
             continue
@@ -91,11 +96,16 @@ def take_over(training: Training, others: Sequence[Training], registry: Registry
             if (source.run / extra).exists() and not (run / extra).exists():
                 _link_or_copy_tree(source.run / extra, run / extra)
         _add_metrics(source.run / METRICS, run / METRICS, name)
-        before = read_json(run / TAKEN) if (run / TAKEN).is_file() else {}
-        write_json(run / TAKEN, {**before, name: source.name})
+        write_json(run / TAKEN, {**_taken(run), name: source.name})
         _link_or_copy_tree(source.run / name / "done", run / name / "done")
         taken[name] = source
     return taken
+
+
+def _taken(run: Path) -> dict[str, str]:
+    """What a run has taken over and still holds."""
+    before = read_json(run / TAKEN) if (run / TAKEN).is_file() else {}
+    return {stage: source for stage, source in before.items() if (run / stage / "done").is_dir()}
 
 
 def _holds(source: Training, stage: str, key: str, registry: Registry) -> bool:

@@ -301,6 +301,8 @@ class SparPipeline(LayoutPipeline):
         defaults = self.bundle.sampling
         steps, guidance, per_prompt = self._numbers(steps, guidance, per_prompt)
         flow.check_guidance(guidance)
+        if guidance == 1 and any(negatives):
+            raise InputError("negative_prompt: expected a guidance_scale other than 1 beside it, which alone reads it")
         count = len(texts) * per_prompt
         check_range("images in all", count, 1, limits.MAX_IMAGES)
         seeds = list_seeds(seed, count)

@@ -33,15 +33,16 @@ def load_initial_weights(
 ) -> None:
     """Start a stage from another run's stage, or from a finished model's folder, which holds no heads.
 
-    What the stages before this one train must fit exactly, and so must published parts and what of the model no stage
-    trains. What else none has touched may differ in design (another router, another teacher's width) and then keeps its
-    fresh random weights: so one tokenizer serves every ablation.
+    What the stages before this one train must fit exactly, and so must published parts, what of the model no stage
+    trains, and all of it where the stage goes on from a whole model. What else none has touched may differ in design
+    (another router, another teacher's width) and then keeps its fresh random weights: so one tokenizer serves every
+    ablation.
     What `reinitialize` means keeps them too.
     Where the model's configuration differs from the recipe's, a warning says so: not every field shows in weights.
     """
     finished, earlier = is_model_folder(folder), recipe.stages[: recipe.stages.index(stage)]
     patterns = [pattern for before in earlier for pattern in before.trainable]
-    patterns += [f"{part}.*" for part in recipe.published]
+    patterns += [f"{part}.*" for part in recipe.published] + ["model.*"] * stage.objective.continues
     trained = [pattern for one in recipe.stages for pattern in one.trainable]
     own = modules.state_dict()
     patterns += [k for k in own if k.startswith("model.") and not is_lora_key(k) and not matches(k, trained)]

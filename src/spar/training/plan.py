@@ -138,6 +138,11 @@ class Origin:
     def is_model(self) -> bool:
         return self.init is not None and self.init.is_model
 
+    @property
+    def kind(self) -> str | None:
+        """Of the objective that trained the weights last, where it is known."""
+        return self.init.kind if self.init else self.before.objective.kind if self.before else None
+
     def restarts(self, part: str) -> bool:
         """Whether some of a part's weights start anew though the folder has them."""
         return any(one.startswith(f"{part}.") or fnmatchcase(f"{part}.weight", one) for one in self.reinitialize)
@@ -251,6 +256,8 @@ def resolve(
         raise InputError(f"--reinitialize: expected --init-from beside it, got {', '.join(reinitialize)} alone")
     begun = resume and (chosen[0].name in status.done or chosen[0].name in status.states)
     init = None if begun else status.init  # a run that has begun goes on from its own weights
+    if chosen[0] == recipe.stages[0] and chosen[0].objective.continues and not (init or begun or only_shown):
+        raise InputError(f"stage {chosen[0].name} goes on from a trained model: expected --init-from, got none")
     if not (init or from_scratch or begun or only_shown):
         check_start(recipe, chosen)
     planned: list[PlannedStage] = []

@@ -109,6 +109,7 @@ class Objective(ABC, Generic[R]):
         measures: what `finish` stores, in words that the plan prints.
         takes_teacher: whether a caller may name the semantic teacher (`--teacher`).
         reads_features: whether features that were computed before the run may stand in for a batch's images.
+        continues: whether it goes on from a whole trained model, and has no meaning from random weights.
     """
 
     kind: ClassVar[str]
@@ -118,6 +119,7 @@ class Objective(ABC, Generic[R]):
     measures: ClassVar[str] = ""
     reads_features: ClassVar[bool] = False
     takes_teacher: ClassVar[bool] = False
+    continues: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, ctx: StepContext, batch: Any) -> Terms:

@@ -13,11 +13,13 @@ B images, D_p latent channels, h w the grid.
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from spar.checkpoints.spar_format import read_sampling
 from spar.common.errors import InputError
 from spar.data.batches import Captioned, Edits, Images, Layouts
 from spar.flow.guidance import apply_guidance
@@ -27,8 +29,17 @@ from spar.models.spar import Condition
 from spar.training.cost import Cost, part_cost
 from spar.training.data import TrainingData
 from spar.training.objectives.base import Networks, Objective, StepContext, Terms, check_at_least
-from spar.training.objectives.flow import PROMPT_TOKENS, meta_velocity
-from spar.training.objectives.unified import condition_cost, condition_of, image_cost, target_features
+from spar.training.objectives.flow import meta_velocity
+from spar.training.objectives.unified import (
+    FEW_STEP,
+    UnifiedObjective,
+    condition_cost,
+    condition_of,
+    image_cost,
+    mixed_cost,
+    target_features,
+)
+from spar.training.plan import RANDOM
 
 if TYPE_CHECKING:
     from spar.training.config import StageConfig
@@ -47,9 +58,10 @@ class FewStepObjective(Objective["SparRecipe"]):
     so. The teacher's guidance is the recipe's; 1 distils a model of few steps to fewer.
     """
 
-    kind: ClassVar[str] = "few_step"
+    kind: ClassVar[str] = FEW_STEP
     takes: ClassVar[tuple[type[Images], ...]] = (Captioned, Layouts, Edits)
     reads_features: ClassVar[bool] = True
+    continues: ClassVar[bool] = True
     windows: int = 4
     teacher_steps: int = 5
 
@@ -67,16 +79,35 @@ class FewStepObjective(Objective["SparRecipe"]):
         return {"flow_teacher": lambda modules: copy.deepcopy(modules.model.denoiser)}
 
     def check_folder(self, stage: "StageConfig", init: "InitFolder") -> None:
-        if init.random_streams:
-            raise InputError(f"stage {stage.name}: {init.path} is not trained yet; expected a model that draws")
+        drawing = ("tokenizer", "router", "connector", "denoiser")
+        begun = [part for part, how in init.parts.items() if how.startswith(RANDOM) and part.startswith(drawing)]
+        if begun or not (init.is_model or init.kind in (UnifiedObjective.kind, self.kind)):
+            found = f"{', '.join(begun)} with random weights" if begun else f"the end of a stage of kind {init.kind}"
+            raise InputError(f"stage {stage.name}: expected a model that draws in {init.path}, got {found}")
 
     def preparations(self, recipe: "SparRecipe", stage: "StageConfig", origin: "Origin") -> tuple[str, ...]:
+        if origin.reinitialize:
+            raise InputError(f"stage {stage.name} goes on from a trained model: expected no --reinitialize beside it")
+        if origin.init is not None and origin.init.is_model:
+            self._check_teacher(recipe, origin.init.path)
         return (TEACHER_FROM_DENOISER,)
 
     def prepare(self, ctx: StepContext, data: TrainingData, planned: "PlannedStage") -> None:
         data.open_cache(ctx.modules.model.tokenizer)
         if TEACHER_FROM_DENOISER in planned.prepares:
             ctx.modules.flow_teacher.load_state_dict(ctx.modules.model.denoiser.state_dict())
+
+    def _check_teacher(self, recipe: "SparRecipe", folder: Path) -> None:
+        """Refuse to ask a model of few steps for what it was not distilled to."""
+        own = read_sampling(folder)
+        if own.method != "euler" or own.guidance != 1:
+            return
+        if recipe.flow.guidance != 1 or self.windows * self.teacher_steps != own.steps:
+            raise InputError(
+                f"{folder} draws in {own.steps} steps of Euler's without guidance: expected flow.guidance 1 and "
+                f"windows times teacher_steps of {own.steps}, got {recipe.flow.guidance:g} and {self.windows} times "
+                f"{self.teacher_steps}"
+            )
 
     def __call__(self, ctx: StepContext, batch: Captioned) -> Terms:
         """Terms of captions, of `Layouts` on a blank canvas, or of `Edits`."""
@@ -103,7 +134,7 @@ class FewStepObjective(Objective["SparRecipe"]):
     ) -> Tensor:
         """Where the teacher arrives from `x` `[B, D_p, h, w]` at the end of each image's window."""
         teacher, scale = ctx.modules.flow_teacher, ctx.recipe.flow.guidance
-        branches = [(one, teacher.key_values(one.states)) for one in (condition, other) if one is not None]
+        branches = [(one, self._reads(ctx, one)) for one in (condition, other) if one is not None]
         for step in range(self.teacher_steps):
             now, then = times[first + step], times[first + step + 1]
             found = [teacher(x, now, reads, one.mask, one.reference).velocity.float() for one, reads in branches]
@@ -111,13 +142,22 @@ class FewStepObjective(Objective["SparRecipe"]):
             x = x + per_sample(then - now, x) * velocity
         return x
 
+    def _reads(self, ctx: StepContext, condition: Condition) -> Any:
+        """What the teacher reads at all steps; sharded blocks give their keys within their own pass alone."""
+        return condition.states if ctx.parallel.sharded else ctx.modules.flow_teacher.key_values(condition.states)
+
     def cost(self, modules: "TrainingModules", recipe: "SparRecipe", stage: "StageConfig") -> Cost:
         """The target's features, both branches' conditions, and the DiT: the student's step and the teacher's, which
         have no way back.
         """
-        model, guided = modules.model, recipe.flow.guidance != 1
+        model, teacher, guided = modules.model, modules.flow_teacher, recipe.flow.guidance != 1
         encoded = Cost() if recipe.data.has_cache else image_cost(model)
-        tokens = PROMPT_TOKENS + recipe.model.connector.queries
-        taught = part_cost(lambda: meta_velocity(model, tokens), model.denoiser).flops / 3 * self.teacher_steps
-        cost = encoded + condition_cost(model, PROMPT_TOKENS, 1) + Cost(taught * (1 + guided))
-        return cost + condition_cost(model, PROMPT_TOKENS, 0) * guided
+
+        def one(words: int, images: int) -> Cost:
+            tokens = words + recipe.model.connector.queries
+            taught = part_cost(lambda: meta_velocity(model, tokens, teacher), teacher, through=False)
+            cost = encoded * images + condition_cost(model, words, 1, through=False)
+            cost += condition_cost(model, words, 0, through=False) * guided
+            return cost + taught * (self.teacher_steps * (1 + guided))
+
+        return mixed_cost(stage, recipe.model.grid**2, one)

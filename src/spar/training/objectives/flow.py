@@ -53,13 +53,14 @@ def alignment_terms(ctx: StepContext, features: Tensor, grid: tuple[int, int], t
     )
 
 
-def meta_velocity(model: Any, tokens: int) -> Tensor:
-    """One pass of the denoiser on the meta device, conditioned on `tokens` tokens."""
+def meta_velocity(model: Any, tokens: int, denoiser: Any = None) -> Tensor:
+    """One pass of the denoiser (the model's, or another) on the meta device, conditioned on `tokens` tokens."""
     config = model.config
     latent = meta_input(1, config.autoencoder.latent_channels, config.grid, config.grid)
     time = torch.zeros(1, dtype=torch.bfloat16, device="meta")
     mask = torch.ones(1, tokens, dtype=torch.long, device="meta")
-    return model.denoiser(latent, time, meta_input(1, tokens, config.denoiser.caption_channels), mask).velocity
+    states, network = meta_input(1, tokens, config.denoiser.caption_channels), denoiser or model.denoiser
+    return network(latent, time, states, mask).velocity
 
 
 def meta_layers(model: Any, layers: Any, tokens: int) -> Tensor:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from spar.training.systems.spar import SparRecipe
 
 CONNECTOR_FROM_LLM, TEACHER_MEAN = "connector from LLM", "teacher mean"
+FEW_STEP = "few_step"  # the kind of the objective that goes on from a unified stage, and keeps its connector
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class UnifiedObjective(Objective["SparRecipe"]):
     def preparations(self, recipe: "SparRecipe", stage: "StageConfig", origin: "Origin") -> tuple[str, ...]:
         found = []
         trained = origin.made_by(UnifiedObjective) or origin.is_model  # a SPAR folder's connector is no blank one
+        trained = trained or origin.kind == FEW_STEP
         if not trained or origin.restarts("model.connector.layers"):
             found.append(CONNECTOR_FROM_LLM)
         if self.weight(recipe) and recipe.alignment.center:
@@ -137,16 +139,11 @@ class UnifiedObjective(Objective["SparRecipe"]):
     def cost(self, modules: "TrainingModules", recipe: "SparRecipe", stage: "StageConfig") -> Cost:
         """The target's features, the LLM, router and connector, and the DiT for each draw of noise."""
         model, config = modules.model, recipe.model
-        share = stage.data.edit_share if isinstance(stage.data, MixedData) else 0.0
         encode_cost = Cost() if recipe.data.has_cache else image_cost(model)
-        drawn = encode_cost + condition_cost(model, PROMPT_TOKENS, self.noise_samples)
-        edited = encode_cost * 2 + condition_cost(model, PROMPT_TOKENS + config.grid**2, self.noise_samples)
-        laid_out = (1 - share) * getattr(stage.data, "layouts", 0.0)  # of layouts, with a canvas and no image before
-        on_canvas = encode_cost + condition_cost(model, PROMPT_TOKENS + config.grid**2, self.noise_samples)
-        parts = ((1 - share - laid_out, drawn), (laid_out, on_canvas), (share, edited))
-        kinds = [(part, one) for part, one in parts if part]
-        kept, recomputed = (max(getattr(one, name) for _, one in kinds) for name in ("kept", "recomputed"))
-        cost = Cost(sum(part * one.flops for part, one in kinds), kept, recomputed)
+        cost = mixed_cost(
+            stage, config.grid**2,
+            lambda words, images: encode_cost * images + condition_cost(model, words, self.noise_samples),
+        )  # fmt: skip
         if self.weight(recipe):
             features = meta_input(1, config.grid**2, config.denoiser.width)
             cost += part_cost(lambda: modules.alignment_head(features), modules.alignment_head) * self.noise_samples
@@ -204,6 +201,24 @@ def _reference_features(ctx: StepContext, batch: Edits) -> Tensor:
     return ctx.frozen_features("scenes", batch, lambda x: encode(tokenizer, x), batch.require_references())["f_v"]
 
 
+def mixed_cost(stage: "StageConfig", cells: int, one: Callable[[int, int], Cost]) -> Cost:
+    """The cost of an image of a stage's data: the mean of its kinds' operations, the most of their memory.
+
+    Args:
+        cells: tokens of an image, or of the canvas of a layout.
+        one: the cost by the tokens of the prompt and the images to encode.
+    """
+    share = stage.data.edit_share if isinstance(stage.data, MixedData) else 0.0
+    laid_out = (1 - share) * getattr(stage.data, "layouts", 0.0)  # of layouts, with a canvas and no image before
+    parts = (
+        (1 - share - laid_out, PROMPT_TOKENS, 1), (laid_out, PROMPT_TOKENS + cells, 1),
+        (share, PROMPT_TOKENS + cells, 2),
+    )  # fmt: skip
+    kinds = [(part, one(words, images)) for part, words, images in parts if part]
+    kept, recomputed = (max(getattr(cost, name) for _, cost in kinds) for name in ("kept", "recomputed"))
+    return Cost(sum(part * cost.flops for part, cost in kinds), kept, recomputed)
+
+
 def image_cost(model: Any) -> Cost:
     """The features of one image."""
     tokenizer, config = model.tokenizer, model.config
@@ -212,16 +227,18 @@ def image_cost(model: Any) -> Cost:
     return cost + part_cost(lambda: tokenizer.fuse(f_v.detach()), tokenizer.fusion, through=False)
 
 
-def condition_cost(model: Any, words: int, draws: int) -> Cost:
-    """The LLM on the prompt and its queries, router, connector, and `draws` passes of the denoiser."""
+def condition_cost(model: Any, words: int, draws: int, *, through: bool = True) -> Cost:
+    """The LLM on the prompt and its queries, router, connector, and `draws` passes of the denoiser; `through`: whether
+    a gradient passes the first three where they are frozen.
+    """
     config, layers = model.config, model.language.network.layers
     queries = config.connector.queries
     tokens = words + queries
     cost = part_cost(lambda: meta_layers(model, layers, words), model.language, through=False)  # with LoRA it trains
-    cost += part_cost(lambda: meta_layers(model, layers, queries), model.language)
+    cost += part_cost(lambda: meta_layers(model, layers, queries), model.language, through=through)
     states = [meta_input(1, tokens, config.text.hidden_size) for _ in range(config.router.count)]
-    cost += part_cost(lambda: model.router(torch.stack(states)), model.router)
-    cost += part_cost(lambda: _meta_connector(model, tokens), model.connector)
+    cost += part_cost(lambda: model.router(torch.stack(states)), model.router, through=through)
+    cost += part_cost(lambda: _meta_connector(model, tokens), model.connector, through=through)
     return cost + part_cost(lambda: meta_velocity(model, tokens), model.denoiser) * draws
 
 
