@@ -89,8 +89,9 @@ def test_where_the_teacher_arrives_is_eulers_product():
     times, first = euler_times(6, 3.0), torch.tensor([0, 4])
     x = torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     ctx = SimpleNamespace(
-        parallel=SimpleNamespace(sharded=False), modules=SimpleNamespace(flow_teacher=Linear()), recipe=SimpleNamespace(flow=SimpleNamespace(guidance=3.0))
-    )
+        parallel=SimpleNamespace(sharded=False), modules=SimpleNamespace(flow_teacher=Linear()),
+        recipe=SimpleNamespace(flow=SimpleNamespace(guidance=3.0)),
+    )  # fmt: skip
     one, two = (SimpleNamespace(states=value, mask=None, reference=None) for value in (0.5, 0.2))
     for other, rate in ((None, 0.5), (two, 0.2 + 3.0 * (0.5 - 0.2))):
         found = FewStepObjective(windows=3, teacher_steps=2)._arrival(ctx, x, times, first, one, other)

@@ -54,6 +54,7 @@ class TrainingModules(nn.Module):
     discriminator: PatchDiscriminator
     lecam: LeCam
     teacher: SemanticEncoder
+    flow_teacher: nn.Module
 
     def __init__(self, recipe: "SparRecipe", networks: Networks) -> None:
         super().__init__()
