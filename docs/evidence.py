@@ -141,7 +141,8 @@ def words_rows() -> Iterator[str]:
     for path in sorted((STUDIES / "words").glob("*.json")):
         arms = read_json(path)["arms"]
         names = list(next(iter(arms.values()))["weights"])
-        yield f"Mean weights of the routed layers in study `{path.stem}`, by kind of token:"
+        arms = {arm: one for arm, one in arms.items() if len(set(map(str, one["weights"].values()))) > 1}
+        yield f"Mean weights of the routed layers in study `{path.stem}`, by kind of token, where these differ:"
         yield ""
         yield f"| arm | layers | entropy, nats | {' | '.join(names)} |"
         yield "| --- " * (3 + len(names)) + "|"

@@ -191,6 +191,19 @@ def test_verdicts_come_from_the_differences(tmp_path, monkeypatch):
     assert "supports it; the A/A arm does not hold |" in EVIDENCE.tables()
 
 
+def test_what_words_read_is_a_table_for_each_study(tmp_path, monkeypatch):
+    monkeypatch.setattr(EVIDENCE, "STUDIES", tmp_path)
+    (tmp_path / "words").mkdir()
+    chooses = {"layers": [2, 4], "entropy": 0.5, "weights": {"query": [0.5, 0.5], "verb": [0.1, 0.9]}}
+    same = {"layers": [2, 4], "entropy": 0.0, "weights": {"query": [0.0, 1.0], "verb": [0.0, 1.0]}}
+    for name in ("a", "b"):
+        (tmp_path / "words" / f"{name}.json").write_text(json.dumps({"arms": {"dtr": chooses, "last": same}}))
+    text = EVIDENCE.tables()
+    assert text.count("| `dtr` | 2, 4 | 0.50 | 0.50 0.50 | 0.10 0.90 |\n") == 2
+    assert "`last`" not in text.split("Mean", 1)[1]
+    assert text.count("\n\nMean weights of the routed layers in study") == 2
+
+
 # Performance
 
 
