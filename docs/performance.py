@@ -105,8 +105,9 @@ def approximations() -> str:
     lines += [
         "",
         f"{images} images, one a prompt, the same seeds; {values['dtype']}, {values['batch']} at once, "
-        f"{values['threads']} threads; {machine['cores']} cores, {machine['processor']}, "
-        f"{values['peak_gflops']:.0f} GFLOP/s; torch {values['versions']['torch']}.",
+        f"{values['threads']} threads;",
+        f"{machine['cores']} cores, {machine['processor']}, {values['peak_gflops']:.0f} GFLOP/s; "
+        f"torch {values['versions']['torch']}.",
     ]
     return "\n".join(lines) + "\n"
 

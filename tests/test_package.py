@@ -133,7 +133,7 @@ def test_the_wheel_holds_the_package_with_its_weights_and_nothing_else(wheel):
         assert {"config.json", "manifest.json", "README.md", "metrics.jsonl"} <= {path.name for path in own}
     templates = {name for name in package if name.startswith("spar/reporting/templates/")}
     assert "spar/reporting/templates/report.html" in templates
-    studies = {name for name in package if re.fullmatch(r"spar/evaluation/studies/[a-z]+\.yaml", name)}
+    studies = {name for name in package if re.fullmatch(r"spar/evaluation/studies/[a-z-]+\.yaml", name)}
     assert "spar/evaluation/studies/routing.yaml" in studies
     others = {*package} - weights - templates - studies - {"spar/evaluation/robustness.jsonl"}
     assert all(name.endswith(".py") for name in others), "data of no known kind"

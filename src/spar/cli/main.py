@@ -35,6 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = dispatch(argv)
         sys.stdout.flush()
+        if "torch.distributed" in sys.modules:  # else nobody was met, and torch need not be imported
+            from spar.common.process_group import leave_processes
+
+            leave_processes()
         return status
     except SystemExit as stop:  # --help
         return stop.code if isinstance(stop.code, int) else 0

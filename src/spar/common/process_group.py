@@ -173,6 +173,14 @@ class ProcessGroup:
 ONE_PROCESS = ProcessGroup()
 
 
+def leave_processes() -> None:
+    """Leave the processes that were met, at the end of a command: a group whose threads still run when the interpreter
+    ends may abort it.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def _check_launcher() -> None:
     """Refuse to be alone where a launcher was told to start several processes: each would train the whole run."""
     for name in MPI_SIZES:

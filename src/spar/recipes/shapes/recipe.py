@@ -108,7 +108,7 @@ UNIFIED = (
 
 
 FEW_STEPS = StageConfig(
-    "few-steps", FewStepObjective(windows=4, teacher_steps=5), (DENOISER,), steps=1000, batch=16, lr=1e-3, lr_end=2e-5,
+    "few-steps", FewStepObjective(windows=4, teacher_steps=5), (DENOISER,), steps=600, batch=16, lr=1e-3, lr_end=2e-5,
     warmup=20, ema=0.99, optimizer="muon",
     data=MixedLessons(edit_share=0.35, position_captions=0.15, layouts=0.9, scene_kinds=MIXTURE),
 )

@@ -162,9 +162,11 @@ def routing_imbalance(condition: Condition) -> Tensor:
 
 @torch.no_grad()
 def routing_entropy(condition: Condition) -> Tensor:
-    """The mean entropy of a token's routing weights (nats) over the batch's real tokens; 0 if each reads one layer."""
+    """The mean entropy of a token's routing weights (nats) over a prompt's real tokens, then over prompts; 0 if each
+    token reads one layer.
+    """
     weights, real = condition.weights.float(), condition.mask.float()                        # [B, T, K], [B, T]
-    return -(torch.special.xlogy(weights, weights).sum(-1) * real).sum() / real.sum()
+    return -((torch.special.xlogy(weights, weights).sum(-1) * real).sum(1) / real.sum(1)).mean()
 
 
 def external_features(ctx: StepContext, pixels: Tensor) -> Tensor:
