@@ -10,7 +10,7 @@ from typing import Any
 from spar.common.config import read_json
 
 ROOT = Path(__file__).parents[1]
-FEW_STEPS = ROOT / "docs" / "results" / "few-steps"  # of `spar eval`, 25 prompts a task, one image
+SCORES = ROOT / "docs" / "results"  # of `spar eval`
 RESULTS, DOCUMENT = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
 Values = Mapping[str, Any]
 
@@ -114,19 +114,18 @@ def approximations() -> str:
 
 def few_steps() -> str:
     """What distillation to few steps leaves of the scores; the first row is the model that was distilled."""
-    exact = read_json(RESULTS / "approximations.json")["results"]["exact"]
     lines = ["| steps and guidance | Shapes-Gen | Shapes-Edit |", "| --- | --- | --- |"]
-    for steps, words in ((20, "20, guidance 4.5"), (4, "4, none"), (2, "2, none")):
-        drawn = (exact["score"], exact["low"], exact["high"]) if steps == 20 else _overall(f"shapes-gen-{steps}")
-        both = (drawn, _overall(f"shapes-edit-{steps}"))
+    few = SCORES / "few-steps"
+    for words, folder, suffix in (("20, guidance 4.5", SCORES, ""), ("4, none", few, "-4"), ("2, none", few, "-2")):
+        both = (_overall(folder / f"{name}{suffix}.json") for name in ("shapes-gen", "shapes-edit"))
         scores = (f"{value:.3f} ({low:.3f} to {high:.3f})" for value, low, high in both)
         lines.append(f"| {words} | {' | '.join(scores)} |")
     return "\n".join(lines) + "\n"
 
 
-def _overall(name: str) -> tuple[float, float, float]:
+def _overall(path: Path) -> tuple[float, float, float]:
     """The overall score of a result, and its interval."""
-    (found,) = (one for one in read_json(FEW_STEPS / f"{name}.json")["scores"] if one["name"] == "overall")
+    (found,) = (one for one in read_json(path)["scores"] if one["name"] == "overall")
     return found["value"], found["low"], found["high"]
 
 
