@@ -217,16 +217,16 @@ def run_study(
     """
     if init_from is None and study.init_from:
         init_from = bundled_folder(study.init_from)
-    recipes = {(arm, seed): _recipe(study, arm, seed, registry, find) for arm in study.arms for seed in study.seeds}
-    stages = {arm: _own_stages(study, find(study.recipe), arm) for arm in study.arms}
-    for (arm, _), recipe in recipes.items():
-        _own_stages(study, recipe, arm)
-        _check_endpoints(study, recipe, stages[arm])
+    own = trainings(study, folder, registry, find, _start_name(study, init_from))
+    stages = {arm: own[arm, study.seeds[0]].stages for arm in study.arms}
+    for (arm, _), training in own.items():
+        if arm != SHARED:
+            _own_stages(study, training.recipe, arm)
+            _check_endpoints(study, training.recipe, training.stages)
     if init_from is None and not study.shared and len({names[0] for names in stages.values()}) > 1:
         raise InputError(f"study {study.name}: an arm that skips the first stage needs what it starts from: init_from")
     others = [training for other in reuse for training in _of_another_study(other, registry, find, init_from)]
     _open_folder(study, folder, init_from)
-    own = trainings(study, folder, registry, find, _start_name(study, init_from))
     chosen = replace(study, seeds=study.seeds[:first])
     if reuse:
         alike = sum(alike_stages(training, others) for (_, seed), training in own.items() if seed in chosen.seeds)
@@ -240,18 +240,17 @@ def run_study(
                 _share_cache(folder, run)
                 _take_over(own[SHARED, seed], others, registry, say)
                 say(f"{SHARED}, seed {seed}: training")
-                recipe = _recipe(study, SHARED, seed, registry, find)
-                if not _train(recipe, run, study.shared, device, init_from, study.reinitialize):
+                if not _train(own[SHARED, seed].recipe, run, study.shared, device, init_from, study.reinitialize):
                     return None
         for arm in study.arms:
-            run, recipe = folder / arm / f"seed-{seed}", recipes[arm, seed]
-            last = stages[arm][-1]
+            run, last = own[arm, seed].run, stages[arm][-1]
             if not (run / ARM).is_file() or not (run / last / "done").is_dir():
                 shutil.rmtree(run / "results", ignore_errors=True)  # of weights that are gone
                 _share_cache(folder, run)
                 _take_over(own[arm, seed], [*own.values(), *others], registry, say)
                 say(f"{arm}, seed {seed}: training")
-                if not _train(recipe, run, stages[arm], device, start, () if study.shared else study.reinitialize):
+                anew = () if study.shared else study.reinitialize
+                if not _train(own[arm, seed].recipe, run, stages[arm], device, start, anew):
                     return None
             if missing := [name for name in study.endpoints if not _result_path(run, name).is_file()]:
                 say(f"{arm}, seed {seed}: {', '.join(missing)}")

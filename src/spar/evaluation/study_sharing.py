@@ -109,7 +109,7 @@ def _taken(run: Path) -> dict[str, str]:
 
 
 def _holds(source: Training, stage: str, key: str, registry: Registry) -> bool:
-    """Whether a run holds a stage's whole end, and was trained by the recipe that it is said to be of."""
+    """Whether a run holds the undamaged end of a stage, and was trained by the recipe that is expected of it."""
     from spar.training.checkpoint import damage
 
     done = source.run / stage / "done"
