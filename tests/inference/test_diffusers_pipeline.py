@@ -1,6 +1,7 @@
 """SPAR as a pipeline of diffusers: the same pixels, by diffusers' conventions."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -90,6 +91,49 @@ def test_a_used_generator_draws_other_images_again_and_again(pipe):
     assert seeds_of(None) is None and seeds_of([fresh(5), fresh(7)]) == [5, 7]
 
 
+def test_a_fresh_generator_of_any_device_gives_its_own_seed(monkeypatch):
+    class Generator:
+        """One of another device, whose state begins with its seed and the number of draws."""
+
+        def __init__(self, device):
+            self.device, self.seed, self.draws = device, 0, 0
+
+        def manual_seed(self, seed):
+            self.seed, self.draws = seed, 0
+            return self
+
+        def initial_seed(self):
+            return self.seed
+
+        def get_state(self):
+            return torch.tensor([self.seed, self.draws, *range(42)], dtype=torch.uint8)
+
+    def randint(_high, _shape, *, generator, device):
+        generator.draws += 1
+        return torch.tensor(1000 + generator.draws)
+
+    own = {"Generator": Generator, "randint": randint, "equal": torch.equal}
+    monkeypatch.setattr("spar.inference.diffusers_call.torch", types.SimpleNamespace(**own))
+    generator = Generator(types.SimpleNamespace(type="mps")).manual_seed(7)
+    assert [seeds_of(generator) for _ in range(3)] == [7, 1002, 1003]
+
+
+def test_what_is_no_generator_or_callback_is_refused_and_an_empty_negative_prompt_asks_for_nothing(pipe, own):
+    for given in (5, [5], "cpu", [fresh(1), None]):
+        with pytest.raises(InputError, match="generator: expected a torch.Generator, or one for each image, got"):
+            pipe(PROMPT, generator=given)
+    with pytest.raises(InputError, match="callback_on_step_end: expected a function, got 5"):
+        pipe(PROMPT, callback_on_step_end=5)
+    wanted = own.generate([PROMPT] * 2, seed=3, num_inference_steps=1).images
+    for negative in ("", " ", ["", ""], None):
+        keywords = {"negative_prompt": negative, "callback_on_step_end_tensor_inputs": None, "num_inference_steps": 1}
+        for one in (pipe, own):
+            assert all(map(same, one([PROMPT] * 2, generator=fresh(3), **keywords).images, wanted))
+    for wrong, words in ((["", "red"], "negative_prompt: expected some words"), ([], "at least one negative_prompt")):
+        with pytest.raises(InputError, match=words):
+            pipe([PROMPT] * 2, negative_prompt=wrong)
+
+
 def test_a_callback_sees_each_step_and_may_stop(pipe):
     seen = []
     pipe(PROMPT, callback_on_step_end=lambda *given: seen.append(given), generator=fresh(3), **STEPS)
@@ -141,6 +185,29 @@ def test_what_diffusers_has_and_this_pipeline_has_not_is_refused(pipe, tmp_path)
     with pytest.raises(InputError, match="expected a folder alone, got push_to_hub"):
         pipe.save_pretrained(tmp_path / "x", push_to_hub=True)
     assert not (tmp_path / "x").exists()
+
+
+def test_every_keyword_of_loading_has_an_effect_or_is_refused(folder, pipe, monkeypatch):
+    load = SparDiffusionPipeline.from_pretrained
+    for name, value in {
+        "device_map": "cuda", "token": "hf_x", "cache_dir": "/tmp", "variant": "fp16", "local_files_only": True,
+        "nonsense": 1,
+    }.items():  # fmt: skip
+        with pytest.raises(InputError, match=f"{name}: expected none of them for a SPAR folder"):
+            load(folder, **{name: value})
+    with pytest.raises(InputError, match="revision: a local folder has none, got 'v1'"):
+        load(folder, revision="v1")
+    with pytest.raises(InputError, match="torch_dtype: expected it or dtype"):
+        load(folder, torch_dtype="bfloat16", dtype="float32")
+    with pytest.raises(InputError, match="dtype, revision: expected none of them"):
+        load(folder, network=pipe.network, dtype="bfloat16", revision="v1")
+    asked = []
+    monkeypatch.setattr("spar.inference.diffusers_pipeline.model_folder", lambda name: asked.append(name) or folder)
+    assert load("me/it", revision="v1", variant=None, low_cpu_mem_usage=True, dtype="bfloat16").dtype == torch.bfloat16
+    load("hf://me/it@v1", revision="v1")
+    with pytest.raises(InputError, match="revision: expected that of hf://me/it@v2, or none, got 'v1'"):
+        load("me/it@v2", revision="v1")
+    assert asked == ["hf://me/it@v1"] * 2
 
 
 def test_the_own_pipeline_takes_what_a_user_of_diffusers_types(pipe, folder):

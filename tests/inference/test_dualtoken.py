@@ -183,6 +183,11 @@ def test_the_negative_prompt_takes_the_unconditional_ones_place(pipe):
     assert not same(plain.images[0], pipe.generate("a red circle", negative_prompt="a star", **shared).images[0])
 
 
+def test_a_negative_prompt_needs_guidance_which_alone_reads_it(pipe):
+    with pytest.raises(InputError, match="negative_prompt: expected a guidance_scale other than 1 beside it"):
+        pipe.generate("a red circle", negative_prompt="a star", guidance_scale=1)
+
+
 def test_the_callback_sees_every_row_and_may_cancel(pipe):
     seen = []
 

@@ -244,7 +244,7 @@ def test_a_dtype_may_be_its_name(folder, tmp_path):
 
 def test_the_default_dtype_is_the_hardwares(folder, monkeypatch):
     for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr("spar.inference.base.has_native_bfloat16", lambda fast=fast: fast)
+        monkeypatch.setattr("spar.common.device.has_native_bfloat16", lambda fast=fast: fast)
         assert SparPipeline.from_pretrained(folder, device="cpu").dtype == dtype
 
 

@@ -218,13 +218,31 @@ def test_a_list_of_one_image_is_that_image(client, pipe):
         client.images.edit(image=source, size="128x64", **asked)
 
 
-def test_a_full_queue_answers_429_and_says_when_to_come_back(pipe, serve):
-    with serve(pipe, max_queue=2) as address:
-        body = {"prompt": PROMPT, "n": 3}
-        answer = httpx2.post(f"{address}/v1/images/generations", json=body)
+def test_a_full_queue_answers_429_and_says_when_to_come_back(pipe, serve, monkeypatch):
+    entered, opened, generate = threading.Event(), threading.Event(), type(pipe).generate
+
+    def held(*args, **keywords):
+        entered.set()
+        opened.wait(30)
+        return generate(*args, **keywords)
+
+    monkeypatch.setattr(type(pipe), "generate", held)
+    with serve(pipe, max_queue=2) as address, ThreadPoolExecutor(2) as pool:
+
+        def post(n: int) -> httpx2.Response:
+            return httpx2.post(f"{address}/v1/images/generations", json={"prompt": PROMPT, "n": n, **QUICK}, timeout=60)
+
+        running = pool.submit(post, 1)
+        assert entered.wait(30)
+        waiting = pool.submit(post, 2)
+        while "spar_queue 2.0" not in httpx2.get(f"{address}/metrics").text:
+            time.sleep(0.02)
+        answer, never = post(1), post(3)
+        opened.set()
         assert answer.status_code == 429 and int(answer.headers["Retry-After"]) > 0
         assert answer.json()["error"]["code"] == "rate_limit_exceeded"
-        assert httpx2.post(f"{address}/v1/images/generations", json=body | {"n": 1, **QUICK}).status_code == 200
+        assert never.status_code == 400 and "n: expected at most 2" in never.json()["error"]["message"]
+        assert [one.result().status_code for one in (running, waiting)] == [200, 200]
 
 
 def test_a_request_that_waits_too_long_gets_an_error(pipe, serve):

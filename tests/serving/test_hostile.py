@@ -442,6 +442,15 @@ def test_json_of_very_many_values_is_refused_unread(address):
         assert time.monotonic() - start < 1
 
 
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", 'APPLICATION/X-WWW-Form-URLEncoded; x="y"'])
+def test_a_form_without_files_is_refused_unread(address, kind):
+    start = time.monotonic()
+    for route in ROUTES:
+        answer = httpx2.post(address + route, content=b"&" * 2**20, headers={"Content-Type": kind})
+        assert checked(answer) and answer.status_code == 415
+    assert time.monotonic() - start < 1
+
+
 def test_waiting_for_a_decoder_counts_as_waiting(pipe, serve, monkeypatch):
     monkeypatch.setattr("spar.serving.image_io.open_training_image", lambda data: time.sleep(2))
     with serve(pipe, timeout=0.2) as address:

@@ -1,11 +1,14 @@
 """The queue, with a pipeline that only records its calls."""
 
+import gc
 import threading
 import time
+import weakref
 from concurrent.futures import CancelledError
 from typing import Any
 
 import pytest
+import torch
 
 from spar.common.errors import Cancelled, InputError
 from spar.serving.worker import Busy, ChatJob, ImageJob, Stopped, Worker
@@ -234,3 +237,61 @@ def test_one_client_alone_never_waits_for_others(worker, scribe, monkeypatch):
         job = ImageJob(scribe, "k", number)
         worker.submit(job)
         assert job.future.result(SOON) == f"{number}!"
+
+
+def test_more_jobs_than_the_queue_ever_holds_are_refused_for_good(worker, scribe):
+    with pytest.raises(InputError, match="n: expected at most 8, the length of the queue, got 9"):
+        worker.submit(*(ImageJob(scribe, "k", i) for i in range(9)))
+    assert worker.waiting == 0
+
+
+class Tensor:
+    """What a call holds on the device; `alive` has those that are not free."""
+
+
+@pytest.fixture
+def alive():
+    gc.collect()
+    gc.disable()
+    yield weakref.WeakSet()
+    gc.enable()
+
+
+def test_a_failed_batch_is_free_before_its_jobs_run_one_by_one(worker, scribe, alive, monkeypatch):
+    emptied, before = [], []
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: emptied.append(len(alive)))
+    hold(worker, scribe)
+
+    def work(pipe: Any, inputs: list[Any], step: Any) -> list[Any]:
+        before.append(len(alive))
+        held = Tensor()
+        alive.add(held)
+        if len(inputs) > 1:
+            raise torch.cuda.OutOfMemoryError("too much")
+        return inputs
+
+    jobs = [ImageJob(work, "k", value) for value in "ab"]
+    worker.submit(*jobs)
+    scribe.open.set()
+    assert [job.future.result(SOON) for job in jobs] == ["a", "b"]
+    assert before == [0, 0, 0] and emptied == [0]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_job_that_failed_keeps_nothing_of_its_call(worker, alive, chat):
+    def fail(*_: Any) -> None:
+        held = Tensor()
+        alive.add(held)
+        try:
+            int("x")
+        except ValueError as error:
+            raise InputError("no") from error
+
+    job = ChatJob(fail, print) if chat else ImageJob(fail, "k", 0)
+    alive.add(job)
+    worker.submit(job)
+    future = job.future
+    del job
+    assert isinstance(future.exception(SOON), InputError)
+    worker.call(lambda pipe: None).result(SOON)  # the turn of the job is over
+    assert not alive

@@ -2,7 +2,10 @@
 
 import asyncio
 import copy
+import gc
 import json
+import time
+import weakref
 
 import pytest
 
@@ -11,9 +14,12 @@ pytest.importorskip("gradio", reason="the extra `ui` is not installed")
 import gradio as gr
 from starlette.testclient import TestClient
 
+from spar.common.errors import InputError
 from spar.serving.auth import GUESS_SECONDS
+from spar.ui.app import _error_messages
 from spar.ui.events import CHECKS, is_event
 from spar.ui.mount import page_app
+from spar.ui.preview_stream import PreviewStream
 
 TOKEN = "a-token-of-16-or-more"
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
@@ -138,6 +144,40 @@ def test_only_who_has_logged_in_is_answered(pipe, tmp_path, monkeypatch):
     assert client.post("/login", content=f"username=me&password={TOKEN}", headers=FORM).status_code == 200
     assert client.post("/gradio_api/reset", json={"event_id": "b"}).status_code == 200
     assert client.get("/config").status_code == 200
+
+
+def test_a_task_that_fails_keeps_nothing():
+    class Image:
+        pass
+
+    class Pipe:
+        def generate(self, prompt, *, callback):
+            alive.add(image := Image())
+            raise InputError(f"no {type(image).__name__}")
+
+    alive = weakref.WeakSet()
+    gc.collect()
+    gc.disable()
+    try:
+        with _error_messages() as errors:
+            list(PreviewStream(Pipe()).run("me", "generate", "a"))
+        deadline = time.monotonic() + 5
+        while alive and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not alive and "No Image" in errors[0]
+    finally:
+        gc.enable()
+
+
+def test_a_proxy_that_passes_the_hosts_name_on_reaches_the_login(pipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    client = TestClient(page_app(pipe, "127.0.0.1", token=TOKEN, cache=tmp_path), base_url="http://127.0.0.1")
+    proxied = {"Host": "spar.example:8443", "Origin": "https://spar.example:8443", "X-Forwarded-Proto": "https"}
+    login = {"content": f"username=me&password={TOKEN}", "headers": {**FORM, **proxied}}
+    assert client.get("/", headers=proxied).status_code == 200
+    assert client.post("/login", **{**login, "headers": {**login["headers"], "Host": "127.0.0.1"}}).status_code == 403
+    assert client.post("/login", **login).status_code == 200
+    assert client.get("/config", headers=proxied).json()["root"] == "https://spar.example:8443"
 
 
 def test_guesses_at_the_password_are_slowed_and_the_right_one_is_not(pipe, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from starlette.routing import Mount, Route
 from starlette.testclient import TestClient
 
 from spar.serving import limits
-from spar.ui.middleware import MAX_REQUEST, MULTIPART, GradioGuardMiddleware
+from spar.ui.middleware import MAX_LOGIN, MAX_REQUEST, MULTIPART, GradioGuardMiddleware
 
 MAX_FILE = 1000
 
@@ -99,6 +99,9 @@ def test_requests_are_small_but_for_uploads_of_one_image(client):
     assert post("gradio_api/upload", content=b"x" * (MAX_FILE + MULTIPART)).status_code == 200
     assert post("gradio_api/upload", content=b"x" * (MAX_FILE + MULTIPART + 1)).status_code == 413
     assert post("gradio_api/upload", content=iter([b"x"])).status_code == 411
+    for path in ("login", "login/"):  # of a form of separators alone, 256 KiB took a fifth of a second
+        assert post(path, content=b"&" * MAX_LOGIN).status_code == 200
+        assert post(path, content=b"&" * (MAX_LOGIN + 1)).status_code == 413
 
 
 def test_a_page_from_elsewhere_cannot_post(client):

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from spar.checkpoints.model_header import versions
 from spar.common import limits
-from spar.common.cpu import has_native_bfloat16
-from spar.common.device import choose_device
+from spar.common.device import choose_device, dtype_name, native_dtype
 from spar.common.errors import InputError
 from spar.common.limits import check_int_range
 from spar.common.seeds import list_seeds
@@ -48,10 +47,7 @@ def choose_device_and_dtype(
         InputError: an unavailable device, or a type that is not a floating one.
     """
     where = choose_device(device)
-    if dtype is None:
-        fast = has_native_bfloat16() if where.type == "cpu" else where.type == "cuda"
-        return where, torch.bfloat16 if fast else torch.float32
-    return where, read_dtype(dtype)
+    return where, native_dtype(where) if dtype is None else read_dtype(dtype)
 
 
 def read_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -101,7 +97,7 @@ class Pipeline(ABC):
     tasks: ClassVar[tuple[str, ...]] = ("generate", "understand", "reconstruct")
 
     def __repr__(self) -> str:
-        name, dtype = self.origin.get("model") or self.manifest.get("recipe"), str(self.dtype).removeprefix("torch.")
+        name, dtype = self.origin.get("model") or self.manifest.get("recipe"), dtype_name(self.dtype)
         return (
             f"{type(self).__name__}({name}: {self.parameters / 1e6:.1f} M parameters, {self.image_size} x "
             f"{self.image_size} pixels, {dtype} on {self.device})"
@@ -232,7 +228,7 @@ class Pipeline(ABC):
         """
         check_int_range("max_new_tokens", max_new_tokens, 1)
         cut = self._answer_squares(max_tiles)
-        squares = [to_tensor(cut(one)) for one in open_sources(image)]
+        squares = open_sources(image, lambda one: to_tensor(cut(one)))
         count, texts = len(squares), self._texts(question, "question")
         places, questions = self._paired(torch.arange(count)[:, None, None, None], texts, "question")
         read = [squares[place] for place in places.flatten().tolist()]
@@ -338,7 +334,7 @@ class Pipeline(ABC):
     def run_metadata(self) -> dict[str, Any]:
         """Metadata of everything other than the arguments that an image depends on."""
         training = {name: self.manifest.get(name) for name in ("recipe", "commit")}  # None is not written
-        run = {"dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)}
+        run = {"dtype": dtype_name(self.dtype), "device": str(self.device)}
         return {**run, **self._settings(), **self.origin, **training, **versions()}
 
     @contextmanager
@@ -351,7 +347,22 @@ class Pipeline(ABC):
     def _squares(self, image: ImageSource | Sequence[ImageSource]) -> Tensor:
         """One image or a list, cropped and resized to the trained square, `[B, 3, S, S]`."""
         side = self.image_size
-        return to_tensor([to_size(one, side, side) for one in open_sources(image)]).to(self.device)
+        return to_tensor(open_sources(image, lambda one: to_size(one, side, side))).to(self.device)
+
+    def _negatives(
+        self, negative_prompt: str | Sequence[str] | None, count: int, guidance: float
+    ) -> Sequence[str | None]:
+        """The negative prompt of each of `count` texts, None without any.
+
+        Raises:
+            InputError: another number of them, or one that a guidance scale of 1 would not read.
+        """
+        if negative_prompt is None:
+            return [None] * count
+        negatives = broadcast(self._texts(negative_prompt, "negative_prompt"), count, "negative_prompt")
+        if guidance == 1:
+            raise InputError("negative_prompt: expected a guidance_scale other than 1 beside it, which alone reads it")
+        return negatives
 
     def _texts(self, text: str | Sequence[str], what: str) -> list[str]:
         texts = list_texts(text, what)

@@ -20,12 +20,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from spar.checkpoints.formats.checkpoint_source import fetch
-from spar.checkpoints.hub import ADDRESS, hub_address, model_folder
+from spar.checkpoints.hub import ADDRESS, model_folder
 from spar.checkpoints.spar_format import load_tokenizer
 from spar.common.config import from_dict, read_json, to_dict
 from spar.common.errors import InputError
 from spar.common.limits import MAX_TILE, check_int_range
 from spar.inference.base import read_dtype
+from spar.inference.diffusers_keywords import refuse_keywords, with_revision
 from spar.models.config import SparConfig
 from spar.models.tiling import MIN_TILE
 from spar.models.tokenizer import UnifiedTokenizer
@@ -34,11 +35,6 @@ TILE = 32  # cells per side
 WEIGHTS = "diffusion_pytorch_model"  # diffusers' name of a model's files
 ASIDE = ".saving"  # where a model's files are written first
 MISFITS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
-# What a pipeline's loading says to each of its parts, and what has no effect on the loading of a SPAR folder.
-WITHOUT_EFFECT = (
-    "disable_mmap", "low_cpu_mem_usage", "max_memory", "offload_folder", "offload_state_dict", "use_flashpack",
-    "use_safetensors",
-)  # fmt: skip
 
 
 def _take_places(new: Path, folder: Path, variant: str | None) -> None:
@@ -118,24 +114,21 @@ class AutoencoderSpar(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignor
         """
         dtype = keywords.pop("dtype", None) or torch_dtype
         dtype = torch.float32 if dtype is None else read_dtype(dtype)
-        address = ADDRESS.fullmatch(str(hub_address(path)))
+        name = with_revision(path, keywords.pop("revision", None))
+        address = ADDRESS.fullmatch(str(name))
         if address:  # by its configuration it is diffusers' or ours
-            keywords["revision"] = keywords.get("revision") or address[2]
             header = f"{subfolder}/config.json" if subfolder else "config.json"
-            config = fetch(address[1], (header,), revision=keywords["revision"], what="model").folder / header
+            config = fetch(address[1], (header,), revision=address[2], what="model").folder / header
         else:
-            folder = model_folder(path) / (subfolder or "")
+            folder = model_folder(name) / (subfolder or "")
             config = folder / "config.json"
         if config.is_file() and read_json(config).get("_class_name") == cls.__name__:
-            place = address[1] if address else str(folder)
-            return cls._from_diffusers(place, subfolder if address else None, dtype, keywords)
-        revision = keywords.pop("revision", None)
-        if given := [name for name, value in keywords.items() if value is not None and name not in WITHOUT_EFFECT]:
-            raise InputError(f"{', '.join(given)}: expected none of them for a SPAR folder ({path})")
+            if address:
+                return cls._from_diffusers(address[1], subfolder, dtype, {**keywords, "revision": address[2]})
+            return cls._from_diffusers(str(folder), None, dtype, keywords)
+        refuse_keywords(keywords, path)
         if address:
-            folder = model_folder(f"hf://{address[1]}{f'@{revision}' if revision else ''}") / (subfolder or "")
-        elif revision:
-            raise InputError(f"revision: a local folder has none, got {revision!r} for {path}")
+            folder = model_folder(name) / (subfolder or "")
         if (folder / "tokenizer" / "config.json").is_file():
             folder = folder / "tokenizer"
         return cls.from_tokenizer(load_tokenizer(folder)).to(dtype)  # type: ignore[arg-type]  # a wrapped `to`

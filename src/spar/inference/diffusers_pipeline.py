@@ -14,11 +14,12 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 
-from spar.checkpoints.hub import hub_address, model_folder
+from spar.checkpoints.hub import model_folder
 from spar.checkpoints.spar_format import ModelBundle, load_model, save_model
 from spar.common.errors import InputError
 from spar.inference.base import read_dtype
 from spar.inference.diffusers_call import draw
+from spar.inference.diffusers_keywords import refuse_keywords, with_revision
 from spar.inference.layouts import Layout
 from spar.inference.pipeline import SparPipeline
 from spar.processing.images import ImageSource
@@ -64,16 +65,33 @@ class SparDiffusionPipeline(DiffusionPipeline):
         self._offload_to: torch.device | None = None
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **keywords: Any) -> "SparDiffusionPipeline":
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *, torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None, revision: str | None = None, network: SparNetwork | None = None,
+        **keywords: Any,
+    ) -> "SparDiffusionPipeline":  # fmt: skip
         """Load a SPAR folder, a bundled model by its name, `hf://OWNER/NAME`, or OWNER/NAME on the Hub.
 
         Args:
             pretrained_model_name_or_path: the folder or the name.
-            keywords: diffusers'; `torch_dtype` (or `dtype`) and a ready `network` are used.
+            torch_dtype: type of matrix products, float32 by default.
+            dtype: the same.
+            revision: of a repository on the Hub.
+            network: a ready one, in place of the folder's.
+            keywords: diffusers' others, of which those that change nothing here are accepted.
+
+        Raises:
+            InputError: a keyword that would have no effect, two types, or what `load_model` refuses.
         """
-        if (network := keywords.get("network")) is not None:
+        own = {"torch_dtype": torch_dtype, "dtype": dtype, "revision": revision}
+        if network is not None:
+            refuse_keywords({**own, **keywords}, "whose network is given")
             return cls(network)
-        return cls(SparNetwork.from_pretrained(hub_address(pretrained_model_name_or_path), **keywords))
+        refuse_keywords(keywords, pretrained_model_name_or_path)
+        if dtype is not None and torch_dtype is not None:
+            raise InputError(f"torch_dtype: expected it or dtype, which are the same, got {torch_dtype} and {dtype}")
+        name = with_revision(pretrained_model_name_or_path, revision)
+        return cls(SparNetwork.from_pretrained(name, torch_dtype=torch_dtype, dtype=dtype))
 
     def save_pretrained(self, save_directory: Any, *others: Any, **keywords: Any) -> None:
         """Write the whole SPAR folder, with `model_index.json`; `spar push` sends one to the Hub.
@@ -122,13 +140,14 @@ class SparDiffusionPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None, guidance_scale: float | None = None, num_images_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None, output_type: str = "pil",
         return_dict: bool = True, callback_on_step_end: Callable[..., Any] | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",), layout: Layout = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",), layout: Layout = None,
     ) -> ImagePipelineOutput | tuple[Any]:  # fmt: skip
         """Generate images, or edit `image` by the instruction in `prompt`.
 
         Args:
             prompt: one or several; further arguments are those of `SparPipeline.generate` and `edit`.
             image: the image to edit, or one for each instruction; `height` and `width` are then its own.
+            negative_prompt: as in `SparPipeline.generate`, or "", which asks for nothing.
             generator: one, or one for each image. The images of a fresh one are those of its seed, which counts up; one
                 that was used before gives others.
             output_type: "pil", "np" `[B, H, W, 3]` or "pt" `[B, 3, H, W]` in [0, 1], of the 8-bit images, or "latent",

@@ -24,7 +24,6 @@ from spar.common.generators import cpu_generator
 from spar.common.limits import check_int_range, check_range
 from spar.common.seeds import list_seeds
 from spar.inference.base import TOKEN_MULTIPLE, choose_device_and_dtype, text_sampling
-from spar.inference.inputs import broadcast
 from spar.inference.layouts import Layout, LayoutPipeline
 from spar.inference.offload import Weights, cast_weights
 from spar.inference.outputs import GenerateOutput, ReconstructOutput, UnderstandOutput
@@ -158,14 +157,12 @@ class DualTokenPipeline(LayoutPipeline):
             Cancelled: by the callback; there is no result, and the pipeline is unchanged.
         """
         texts = self._texts(prompt, "prompt")
-        negatives: Sequence[str | None] = [None] * len(texts)
-        if negative_prompt is not None:
-            negatives = broadcast(self._texts(negative_prompt, "negative_prompt"), len(texts), "negative_prompt")
         write = self._layout_writer(layout, len(texts), self.output_size(height, width))
         rows = self.model.config.grid
         if num_inference_steps is not None:
             check_int_range("num_inference_steps", num_inference_steps, rows, rows)
         sampling = self._sampling(guidance_scale, temperature, top_k, top_p)
+        negatives = self._negatives(negative_prompt, len(texts), sampling.guidance)
         check_int_range("num_images_per_prompt", num_images_per_prompt, 1, limits.MAX_IMAGES)
         count = len(texts) * num_images_per_prompt
         check_range("images in all", count, 1, limits.MAX_IMAGES)

@@ -1,7 +1,7 @@
 """What callers give to a task, one or a list of it, as checked lists."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -11,11 +11,20 @@ from spar.common.errors import InputError
 from spar.common.limits import one_reference
 from spar.processing.images import ImageSource, open_image
 
+T = TypeVar("T")
 
-def open_sources(image: ImageSource | Sequence[ImageSource], *, edited: bool = False) -> list[Image.Image]:
-    """Open one image, or each of a list or of an array with a further axis in front.
+
+def open_sources(
+    image: ImageSource | Sequence[ImageSource], read: Callable[[Image.Image], T], *, edited: bool = False
+) -> list[T]:
+    """What `read` makes of one image, or of each of a list or of an array with a further axis in front.
+
+    Images are opened one after another, and one that is several times in a list only once: the model reads a small part
+    of the memory that opened ones take.
 
     Args:
+        image: one or several.
+        read: what the model reads of an opened image.
         edited: whether they are to be edited, each without further references.
     """
     sources: list[Any] = [image]  # `open_image` checks each
@@ -27,7 +36,9 @@ def open_sources(image: ImageSource | Sequence[ImageSource], *, edited: bool = F
         if isinstance(source, list | tuple):
             nested = "expected one image for each text, got a nested list (a chat takes several)"
             raise InputError(one_reference(f"a list of {len(source)}") if edited else nested)
-    return [open_image(source) for source in sources]
+    once = {id(source): source for source in sources}
+    made = {number: read(open_image(source)) for number, source in once.items()}
+    return [made[id(source)] for source in sources]
 
 
 def list_texts(text: str | Sequence[str], what: str) -> list[str]:

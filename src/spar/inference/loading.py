@@ -5,10 +5,12 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from spar.checkpoints.hub import model_folder
 from spar.checkpoints.model_header import TITLES, model_type
 from spar.common.errors import InputError
-from spar.inference.base import Pipeline
+from spar.inference.base import Pipeline, choose_device_and_dtype
 
 # Of each system its pipeline; a module is imported when a model of its system is loaded.
 PIPELINES = {
@@ -31,6 +33,18 @@ def load_pipeline(path: str | Path | None = None, **settings: Any) -> Pipeline:
     module, name = PIPELINES[system]
     load = getattr(importlib.import_module(module), name).from_pretrained
     return load(path, **_own_settings(load, system, settings))
+
+
+def open_bundle(system: str, bundle: Any, device: str | torch.device | None = None) -> Pipeline:
+    """The pipeline of a model that a training has made, of the system that its recipe's `kind` names.
+
+    Raises:
+        InputError: an unavailable device.
+    """
+    where, dtype = choose_device_and_dtype(device, None)
+    module, name = PIPELINES[system]
+    found: Pipeline = getattr(importlib.import_module(module), name)(bundle, dtype, where, progress=False)
+    return found
 
 
 def tasks_of(system: str) -> tuple[str, ...]:

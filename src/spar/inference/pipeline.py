@@ -35,7 +35,7 @@ from spar.inference.base import TOKEN_MULTIPLE, choose_device_and_dtype, read_dt
 from spar.inference.diffusers_call import draw
 from spar.inference.flow_sampling import FlowSampling
 from spar.inference.image_files import BUNDLED_MODEL
-from spar.inference.inputs import broadcast, open_sources
+from spar.inference.inputs import open_sources
 from spar.inference.layouts import Layout, LayoutPipeline, LayoutWriter
 from spar.inference.offload import WEIGHTS, Offload, Weights, cast_weights, quantize
 from spar.inference.outputs import GenerateOutput, ReconstructOutput, Routing
@@ -295,14 +295,10 @@ class SparPipeline(LayoutPipeline):
         `what` is the texts' name in the metadata, and `encode` their prompt. With `write` each image has a layout of
         its own, and a condition.
         """
-        negatives: Sequence[str | None] = [None] * len(texts)
-        if negative_prompt is not None:
-            negatives = broadcast(self._texts(negative_prompt, "negative_prompt"), len(texts), "negative_prompt")
         defaults = self.bundle.sampling
         steps, guidance, per_prompt = self._numbers(steps, guidance, per_prompt)
         flow.check_guidance(guidance)
-        if guidance == 1 and any(negatives):
-            raise InputError("negative_prompt: expected a guidance_scale other than 1 beside it, which alone reads it")
+        negatives = self._negatives(negative_prompt, len(texts), guidance)
         count = len(texts) * per_prompt
         check_range("images in all", count, 1, limits.MAX_IMAGES)
         seeds = list_seeds(seed, count)
@@ -467,10 +463,9 @@ class SparPipeline(LayoutPipeline):
 
     def _edited(self, image: ImageSource | Sequence[ImageSource]) -> Tensor:
         """Images to edit in their own proportions, at about the trained number of pixels, `[B, 3, H, W]`."""
-        images = open_sources(image, edited=True)
-        sizes = {self.edited_size(one) for one in images}
+        images = open_sources(image, lambda one: to_size(one, *self.edited_size(one)[::-1]), edited=True)
+        sizes = {(one.height, one.width) for one in images}
         if len(sizes) > 1:
             shown = ", ".join(f"{width} x {height}" for height, width in sorted(sizes))
             raise InputError(f"expected images of the same proportions in one call, got {shown} pixels")
-        (size,) = sizes
-        return to_tensor([to_size(one, size[1], size[0]) for one in images]).to(self.device)
+        return to_tensor(images).to(self.device)

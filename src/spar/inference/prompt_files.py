@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spar.common.config import read_json, write_json
 from spar.common.errors import InputError
-from spar.common.files import atomic_file
+from spar.common.files import atomic_file, is_temporary
 from spar.common.limits import MAX_TEXT_BYTES, check_range
 from spar.common.process_group import ProcessGroup
 from spar.common.progress import Advance
@@ -183,7 +183,7 @@ def begin(
             found = read_json(folder / SETTINGS)
             first: Any = found.get("seed") if seed is None else seed
             _compare(folder, found, {**wanted, "seed": first})
-        elif folder.exists() and (not folder.is_dir() or {*folder.iterdir()} - {folder / SETTINGS}):
+        elif folder.exists() and (not folder.is_dir() or not _is_unused(folder)):
             raise InputError(f"{folder}: expected an empty or new folder, or one that the same call began")
         else:  # also where the settings were refused before the first image
             first = list_seeds(seed, count)[0]
@@ -192,6 +192,14 @@ def begin(
         return int(first)
 
     return list_seeds(group.main_only(begun), count)
+
+
+def _is_unused(folder: Path) -> bool:
+    """Whether a folder is empty, or has no more than what a call leaves that was stopped before its first image."""
+    if not (folder / SETTINGS).is_file():
+        return not any(folder.iterdir())
+    left = (file for file in folder.rglob("*") if not file.is_dir() and file != folder / SETTINGS)
+    return all(is_temporary(file) for file in left)
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -207,7 +215,11 @@ def weights_digest(model: nn.Module) -> str:
 def _identity(given: PromptSet) -> dict[str, Any]:
     asked = json.dumps([list(given.prompts), [source.name for source in given.sources]])
     digest = hashlib.sha256(asked.encode()).hexdigest()
-    return {"format": FORMAT, "files": given.format, "prompts": digest}
+    found = {"format": FORMAT, "files": given.format, "prompts": digest}
+    if given.sources:
+        pictures = json.dumps([source.metadata() for source in given.sources])
+        found["pictures"] = hashlib.sha256(pictures.encode()).hexdigest()
+    return found
 
 
 def _compare(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -265,9 +277,11 @@ def check(folder: Path, given: PromptSet) -> list[str]:
     """What a folder of images lacks or has wrong, a sentence each; nothing if it is complete.
 
     Raises:
-        InputError: a folder that no such call began.
+        InputError: a folder that no such call began, or a picture that cannot be read.
     """
     found = read_json(folder / SETTINGS)
+    if missing := [source for source in given.sources if not source.exists()]:
+        raise InputError(f"expected the images of all instructions, {len(missing)} are missing, first {missing[0]}")
     _compare(folder, found, _identity(given))
     seed, count = found.get("seed"), found.get("images")
     if not isinstance(seed, int) or not isinstance(count, int) or count < 1 or count % len(given.prompts):

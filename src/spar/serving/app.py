@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager, nullcontext
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Form, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from PIL import Image
 from starlette.requests import ClientDisconnect
 
@@ -20,7 +20,7 @@ from spar.serving import schema
 from spar.serving.adaptation import adapt_messages, note_header, sampling_notes, seed_header
 from spar.serving.batching import GeneratedImage, reconstruct, sampling_jobs
 from spar.serving.completions import RunningAnswer, completion, completion_chunks
-from spar.serving.errors import ApiError, add_handlers
+from spar.serving.errors import ApiError, add_handlers, job_error
 from spar.serving.gate import RequestGate
 from spar.serving.image_io import Decoders, read_image, read_messages
 from spar.serving.image_stream import RunningImage, image_events
@@ -28,6 +28,7 @@ from spar.serving.metrics import ServerMetrics
 from spar.serving.middleware import RequestGuardMiddleware
 from spar.serving.overview import overview
 from spar.serving.responses import ResponseObject, ResponseRequest, chat_messages, response_events, response_object
+from spar.serving.streaming import JobStream
 from spar.serving.worker import ChatJob, ImageJob, Stopped, Worker
 
 FORM = Form(media_type="multipart/form-data")
@@ -161,10 +162,10 @@ class Routes:
         job.future.add_done_callback(lambda _: show(None))
         self.worker.submit(job)
         task: Literal["image_generation", "image_edit"] = "image_generation" if image is None else "image_edit"
-        headers = note_header(sampling_notes(body))
-        running = RunningImage(job, previews, task, body.output_format or "png", warnings, headers)
+        running = RunningImage(job, previews, task, body.output_format or "png", warnings)
         first = await _first_piece(request, running)
-        return _event_stream(image_events(running, first, request.state.deadline), running)
+        events = image_events(running, first, request.state.deadline)
+        return JobStream(events, job, note_header(sampling_notes(body)))
 
     async def edits(self, request: Request, form: Annotated[schema.EditForm, FORM]) -> Response:
         """Edit an image as the prompt says."""
@@ -223,7 +224,8 @@ class Routes:
             return JSONResponse(completion(answer, out), headers=answer.headers)
         usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         first = await _first_piece(request, answer)
-        return _event_stream(completion_chunks(answer, first, usage, request.state.deadline), answer)
+        events = completion_chunks(answer, first, usage, request.state.deadline)
+        return JobStream(events, answer.job, answer.headers)
 
     async def responses(self, request: Request, body: ResponseRequest) -> Response:
         """Answer an input, text or a conversation, in the form of OpenAI's Responses; nothing is stored."""
@@ -232,7 +234,7 @@ class Routes:
             (out,) = await _finished(request, [answer.job])
             return JSONResponse(response_object(answer, body, out), headers=answer.headers)
         first = await _first_piece(request, answer)
-        return _event_stream(response_events(answer, body, first, request.state.deadline), answer)
+        return JobStream(response_events(answer, body, first, request.state.deadline), answer.job, answer.headers)
 
     async def models(self) -> schema.ModelList:
         """The served models."""
@@ -281,12 +283,17 @@ async def _race(request: Request, work: Awaitable[Any]) -> Any:
     finally:
         leaving.cancel()
         task.cancel()
+        del task, work  # their exception refers to this frame: all would stay until garbage is collected
 
 
 async def _finished(request: Request, jobs: Sequence[ImageJob | ChatJob]) -> list[Any]:
     """Results of jobs, in order; the jobs are cancelled if the client disconnects or the time is over."""
     try:
         return await _race(request, asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs)))
+    except (ApiError, ClientDisconnect, Stopped):
+        raise
+    except Exception as error:  # of a job
+        raise job_error(error) from None
     finally:
         for job in jobs:  # no effect on finished jobs
             job.future.cancel()
@@ -296,16 +303,15 @@ async def _first_piece(request: Request, answer: RunningAnswer | RunningImage) -
     """The first piece of an answer or preview of an image; a failure before it gets an error status, not a stream."""
     try:
         first: Any = await _race(request, answer.pieces.get())
-        if first is None:
-            answer.job.future.result()
-        return first
     except BaseException:
         answer.job.future.cancel()
         raise
-
-
-def _event_stream(events: AsyncIterator[str], answer: RunningAnswer | RunningImage) -> StreamingResponse:
-    return StreamingResponse(events, media_type="text/event-stream", headers=answer.headers)
+    if first is None:
+        try:
+            answer.job.future.result()
+        except Exception as error:
+            raise job_error(error) from None
+    return first
 
 
 def _images(generated: list[GeneratedImage], kind: str, warnings: list[str], headers: dict[str, str]) -> Response:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from spar.inference.outputs import ChatOutput
-from spar.serving.errors import ApiError, api_error
+from spar.serving.errors import job_error
 from spar.serving.schema import warnings_field
+from spar.serving.streaming import next_piece
 from spar.serving.worker import ChatJob
 
 
@@ -32,10 +33,7 @@ class RunningAnswer:
 async def completion_chunks(
     answer: RunningAnswer, piece: str | None, usage: bool, deadline: float
 ) -> AsyncIterator[str]:  # fmt: skip
-    """Stream an answer, whose first piece is given, as server-sent events.
-
-    The job is cancelled if the client stops reading.
-    """
+    """Stream an answer, whose first piece is given, as server-sent events."""
     shared = _head("chat.completion.chunk", answer.model)
 
     def chunk(delta: dict[str, str], finish: str | None = None, **more: list[str]) -> str:
@@ -44,20 +42,15 @@ async def completion_chunks(
 
     try:
         yield chunk({"role": "assistant", "content": ""})
-        async with asyncio.timeout_at(deadline):
-            while piece is not None:
-                yield chunk({"content": piece})
-                piece = await answer.pieces.get()
+        while piece is not None:
+            yield chunk({"content": piece})
+            piece = await next_piece(answer.pieces, answer.job, deadline)
         out = answer.job.future.result()
         yield chunk({}, out.finish_reason, **warnings_field(answer.warnings))
         if usage:
             yield _event({**shared, "choices": [], "usage": _usage(out)})
-    except TimeoutError:
-        yield _event(ApiError(503).body())
     except Exception as error:  # the status has been sent already
-        yield _event(api_error(error).body())
-    finally:
-        answer.job.future.cancel()
+        yield _event(job_error(error).body())
     yield "data: [DONE]\n\n"
 
 

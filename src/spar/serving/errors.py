@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 
 from spar.common.errors import InputError
 from spar.serving.limits import RETRY_SECONDS
-from spar.serving.worker import Busy, Stopped
+from spar.serving.worker import Busy, Stopped, forget_frames
 
 MAX_SHOWN = 64
 RETRY = {"Retry-After": str(RETRY_SECONDS)}
@@ -85,6 +85,12 @@ def api_error(error: Exception) -> ApiError:
             return ApiError(error.status_code if error.status_code in MESSAGES else 400, headers=error.headers)
         case _:
             return ApiError(500)
+
+
+def job_error(error: Exception) -> ApiError:
+    """Error answer of an exception that came out of a job's future, through frames that hold the job."""
+    forget_frames(error)
+    return api_error(error)
 
 
 def _validation(error: RequestValidationError) -> ApiError:

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from string import whitespace as ascii_whitespace
 from typing import Any, TypeVar
-from urllib.parse import unquote
 
 from PIL import Image
 
@@ -29,8 +28,13 @@ EXPECTED = (
 )
 _MAX_TYPE = 1024  # characters of a data URL before its data
 _TYPE = re.compile(r"image/[\w.+-]+", re.ASCII | re.IGNORECASE)
-_SPACES = re.compile(r"[ \t\n\f\r]+")
-_BASE64 = re.compile(r"[A-Za-z0-9+/]*", re.ASCII)
+_SPACES = b" \t\n\f\r"
+_BASE64 = re.compile(rb"[A-Za-z0-9+/]*")
+# All that percent-encoding has to escape in base64, whose letters no encoder escapes.
+_ESCAPES = {
+    b"%2B": b"+", b"%2b": b"+", b"%2F": b"/", b"%2f": b"/", b"%3D": b"=", b"%3d": b"=", b"%0A": b"", b"%0a": b"",
+    b"%0D": b"", b"%0d": b"", b"%20": b"",
+}  # fmt: skip
 
 
 class Decoders:
@@ -39,12 +43,15 @@ class Decoders:
     def __init__(self) -> None:
         self._threads, self._free = ThreadPoolExecutor(DECODE_THREADS), asyncio.Semaphore(DECODE_THREADS)
 
-    async def run(self, function: Callable[[bytes], T], data: bytes) -> T:
-        """The result of a function of the data, which goes on to its end even if nobody waits for it any more."""
+    async def run(self, function: Callable[..., T], *values: Any) -> T:
+        """The result of a function of the values, which goes on to its end even if nobody waits for it any more."""
         await self._free.acquire()
-        loop, future = asyncio.get_running_loop(), self._threads.submit(function, data)
+        loop, future = asyncio.get_running_loop(), self._threads.submit(function, *values)
         future.add_done_callback(lambda _: _call_soon(loop, self._free.release))
-        return await asyncio.wrap_future(future)
+        try:
+            return await asyncio.wrap_future(future)
+        finally:
+            del future  # its exception refers to this frame: the values would stay until garbage is collected
 
     def stop(self) -> None:
         self._threads.shutdown(cancel_futures=True)
@@ -80,8 +87,8 @@ async def read_image(data: bytes, param: str, lease: Lease, decoders: Decoders) 
 def decode_data_url(url: str, param: str) -> bytes:
     """Decode the base64 `data:` URL of an image (RFC 2397); its media type and parameters are ignored.
 
-    The base64 may be percent-encoded, have line breaks and spaces, and lack its padding, as browsers take it (the
-    forgiving base64 of the WHATWG).
+    The base64 may have its signs percent-encoded, have line breaks and spaces, and lack its padding, as browsers take
+    it (the forgiving base64 of the WHATWG).
 
     Raises:
         ApiError: any other URL.
@@ -94,13 +101,16 @@ def decode_data_url(url: str, param: str) -> bytes:
         raise ApiError(
             400, f"{param}: expected an image as data:image/...;base64,...: this server fetches nothing", param=param
         )
-    text = url[url.index(",") + 1 :]
-    text = _SPACES.sub("", unquote(text, "ascii", "replace") if "%" in text else text)
-    if len(text) % 4 == 0:
-        text = text.removesuffix("=").removesuffix("=")
-    if len(text) % 4 == 1 or not _BASE64.fullmatch(text):
+    data = url[url.index(",") + 1 :].encode("ascii", "replace")  # another letter becomes "?", which base64 lacks
+    if b"%" in data:
+        for escape, letter in _ESCAPES.items():
+            data = data.replace(escape, letter)
+    data = data.translate(None, _SPACES)
+    if len(data) % 4 == 0:
+        data = data.removesuffix(b"=").removesuffix(b"=")
+    if len(data) % 4 == 1 or not _BASE64.fullmatch(data):
         raise ApiError(400, f"{param}: expected base64 after data:image/...;base64,", param=param)
-    return base64.b64decode(text + "=" * (-len(text) % 4))
+    return base64.b64decode(data + b"=" * (-len(data) % 4))
 
 
 async def read_messages(
@@ -127,7 +137,7 @@ async def read_messages(
             if count > MAX_CHAT_IMAGES:
                 raise ApiError(400, f"messages: expected at most {MAX_CHAT_IMAGES} images", param="messages")
             where = f"messages.{index}.content"
-            data = decode_data_url(part.image_url.url, where)
+            data = await decoders.run(decode_data_url, part.image_url.url, where)
             content.append({"type": "image", "image": await read_image(data, where, lease, decoders)})
         converted.append({"role": role, "content": content})
     return converted

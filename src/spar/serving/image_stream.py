@@ -11,8 +11,9 @@ from typing import Any, Literal
 from PIL import Image
 
 from spar.inference.image_files import encode_image
-from spar.serving.errors import ApiError, api_error
+from spar.serving.errors import job_error
 from spar.serving.schema import warnings_field
+from spar.serving.streaming import next_piece
 from spar.serving.worker import ImageJob
 
 
@@ -25,14 +26,10 @@ class RunningImage:
     task: Literal["image_generation", "image_edit"]
     kind: str
     warnings: list[str]
-    headers: dict[str, str]
 
 
 async def image_events(running: RunningImage, preview: Image.Image | None, deadline: float) -> AsyncIterator[str]:
-    """Stream an image, whose first preview is given, as server-sent events.
-
-    The job is cancelled if the client stops reading.
-    """
+    """Stream an image, whose first preview is given, as server-sent events."""
     created, index = int(time.time()), 0
 
     async def event(kind: str, image: Image.Image, metadata: dict[str, Any], **fields: Any) -> str:
@@ -45,16 +42,10 @@ async def image_events(running: RunningImage, preview: Image.Image | None, deadl
         return f"event: {kind}\ndata: {json.dumps(data)}\n\n"
 
     try:
-        async with asyncio.timeout_at(deadline):
-            while preview is not None:
-                yield await event("partial_image", preview, {}, partial_image_index=index)
-                preview, index = await running.pieces.get(), index + 1
-            made = running.job.future.result()
-            yield await event(
-                "completed", made.image, made.metadata, **made.fields(), **warnings_field(running.warnings)
-            )
+        while preview is not None:
+            yield await event("partial_image", preview, {}, partial_image_index=index)
+            preview, index = await next_piece(running.pieces, running.job, deadline), index + 1
+        made = running.job.future.result()
+        yield await event("completed", made.image, made.metadata, **made.fields(), **warnings_field(running.warnings))
     except Exception as error:  # the status has been sent already
-        failure = ApiError(503) if isinstance(error, TimeoutError) else api_error(error)
-        yield f"event: error\ndata: {json.dumps(failure.body())}\n\n"
-    finally:
-        running.job.future.cancel()
+        yield f"event: error\ndata: {json.dumps(job_error(error).body())}\n\n"

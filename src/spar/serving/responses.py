@@ -3,7 +3,6 @@
 Nothing is stored: a request has the whole conversation as its input.
 """
 
-import asyncio
 import itertools
 import json
 import secrets
@@ -16,8 +15,9 @@ from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 from spar.inference.outputs import ChatOutput
 from spar.serving import limits, schema
 from spar.serving.completions import RunningAnswer
-from spar.serving.errors import ApiError, api_error
+from spar.serving.errors import job_error
 from spar.serving.schema import StrictModel, warnings_field
+from spar.serving.streaming import next_piece
 
 Words = Annotated[str, Field(max_length=limits.MAX_PROMPT_CHARACTERS)]
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
@@ -167,10 +167,7 @@ def response_object(answer: RunningAnswer, body: ResponseRequest, out: ChatOutpu
 async def response_events(
     answer: RunningAnswer, body: ResponseRequest, piece: str | None, deadline: float
 ) -> AsyncIterator[str]:
-    """Stream an answer, whose first piece is given, as OpenAI's events.
-
-    The job is cancelled if the client stops reading.
-    """
+    """Stream an answer, whose first piece is given, as OpenAI's events."""
     numbers = itertools.count()
 
     def event(kind: str, **fields: Any) -> str:
@@ -184,11 +181,10 @@ async def response_events(
         yield event("response.in_progress", response=head)
         yield event("response.output_item.added", output_index=0, item={**message, "content": []})
         yield event("response.content_part.added", **part, part=_output_text(""))
-        async with asyncio.timeout_at(deadline):
-            while piece is not None:
-                text += piece
-                yield event("response.output_text.delta", **part, delta=piece, logprobs=[])
-                piece = await answer.pieces.get()
+        while piece is not None:
+            text += piece
+            yield event("response.output_text.delta", **part, delta=piece, logprobs=[])
+            piece = await next_piece(answer.pieces, answer.job, deadline)
         out = answer.job.future.result()
         message = {**_message(text, out), "id": message["id"]}
         yield event("response.output_text.done", **part, text=text, logprobs=[])
@@ -197,11 +193,8 @@ async def response_events(
         whole = _finished(head, message, answer, out)
         yield event(f"response.{whole['status']}", response=whole)
     except Exception as error:  # the status has been sent already
-        failure = ApiError(503) if isinstance(error, TimeoutError) else api_error(error)
-        said = {"code": "server_error", "message": str(failure)}
+        said = {"code": "server_error", "message": str(job_error(error))}
         yield event("response.failed", response={**head, "status": "failed", "error": said})
-    finally:
-        answer.job.future.cancel()
 
 
 def _head(answer: RunningAnswer, body: ResponseRequest) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from spar.common.errors import Cancelled, InputError
 from spar.inference.base import Pipeline
 from spar.serving.limits import CHAT_TURN_TOKENS, GATHER_SECONDS, MAX_BATCH, MAX_CHATS, MAX_QUEUE
@@ -122,9 +124,12 @@ class Worker:
         """Queue all jobs or none.
 
         Raises:
+            InputError: the queue never has room for so many.
             Busy: the queue has no room for all of them.
             Stopped: the worker has been stopped.
         """
+        if len(jobs) > self.max_queue:
+            raise InputError(f"n: expected at most {self.max_queue}, the length of the queue, got {len(jobs)}")
         with self._changed:
             if not self.alive:
                 raise Stopped
@@ -203,6 +208,13 @@ class Worker:
 
     def _run(self, jobs: list[ImageJob]) -> None:
         """Run all jobs in one call; if it fails, each in its own, so that only the faulty ones fail."""
+        if not self._run_together(jobs):
+            for job in jobs:
+                if not job.future.cancelled():
+                    self._run_together([job])
+
+    def _run_together(self, jobs: list[ImageJob]) -> bool:
+        """Run all jobs in one call; False if that failed for several of them."""
 
         def step(*_: Any) -> bool:
             return not self._stopping and not all(job.future.cancelled() for job in jobs)
@@ -213,17 +225,16 @@ class Worker:
             for job in jobs:
                 job.future.cancel()
         except Exception as error:
-            if len(jobs) == 1:
-                _fail(jobs[0].future, error)
-                return
-            log.warning("a batch of %d failed and is run one by one: %s", len(jobs), type(error).__name__)
-            for job in jobs:
-                if not job.future.cancelled():
-                    self._run([job])
+            if len(jobs) > 1:
+                log.warning("a batch of %d failed and is run one by one: %s", len(jobs), type(error).__name__)
+                _free(error)
+                return False
+            _fail(jobs[0].future, error)
         else:
             self._expected = len(jobs) + len(self._waiting)
             for job, result in zip(jobs, results, strict=True):
                 _finish(job.future, result)
+        return True
 
     def _advance(self, chat: ChatJob) -> None:
         """Generate a few tokens of one conversation."""
@@ -250,5 +261,18 @@ def _finish(future: Future, result: Any) -> None:
 def _fail(future: Future, error: Exception) -> None:
     if not isinstance(error, InputError):
         log.error("the pipeline failed", exc_info=error)
+    _free(error)
     with suppress(InvalidStateError):
         future.set_exception(error)
+
+
+def _free(error: Exception) -> None:
+    """Free what a failed call holds, on the device too."""
+    forget_frames(error)
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        torch.cuda.empty_cache()
+
+
+def forget_frames(error: BaseException) -> None:
+    """Drop the tracebacks of an error: their frames hold images and tensors, and the future that holds the error."""
+    error.__traceback__ = error.__cause__ = error.__context__ = None

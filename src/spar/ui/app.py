@@ -23,7 +23,7 @@ from spar.inference.notes import knows_shapes, world_notes
 from spar.inference.outputs import GenerateOutput, ReconstructOutput
 from spar.processing.images import open_image, to_size, to_square
 from spar.reporting.routing import routing_view
-from spar.serving.worker import Call, Unavailable
+from spar.serving.worker import Call, Unavailable, forget_frames
 from spar.ui import components, examples
 from spar.ui.preview_stream import PreviewStep, PreviewStream, Task
 
@@ -306,12 +306,18 @@ def _error_messages() -> Iterator[list[Markup]]:
     errors: list[Markup] = []
     try:
         yield errors
-    except InputError as error:
-        errors.append(components.error_message(str(error)))
-    except Unavailable:
-        errors.append(components.error_message("spar is busy; please try again in a moment"))
-    except (Cancelled, CancelledError):
-        errors.append(components.status_message("Stopped."))
-    except Exception:
-        log.exception("a request of the page failed")
-        errors.append(components.error_message("something went wrong here; spar's log has the details"))
+    except Exception as error:
+        errors.append(_message_of(error))
+        forget_frames(error)  # through which its job's future holds itself
+
+
+def _message_of(error: Exception) -> Markup:
+    match error:
+        case InputError():
+            return components.error_message(str(error))
+        case Unavailable():
+            return components.error_message("spar is busy; please try again in a moment")
+        case Cancelled() | CancelledError():
+            return components.status_message("Stopped.")
+    log.error("a request of the page failed", exc_info=error)
+    return components.error_message("something went wrong here; spar's log has the details")

@@ -31,6 +31,7 @@ CALLS = ("/gradio_api/cancel", "/gradio_api/reset")  # whose body names an event
 NAME = re.compile(r"[\w-]{1,64}", re.ASCII)
 JSON = b"application/json"
 MAX_REQUEST = 256 * 2**10  # bytes of a request that carries no image
+MAX_LOGIN = 4 * 2**10  # bytes of a login, whose form is parsed before it is known who sends it
 MULTIPART = 64 * 2**10  # bytes around an image
 HEADERS = {
     # Gradio writes script and style into its page and compiles templates there; everything else is forbidden.
@@ -112,6 +113,8 @@ class GradioGuardMiddleware:
 
     def _most(self, path: str) -> int:
         """Bytes of the largest body that a path may have."""
+        if LOGIN.fullmatch(path):
+            return MAX_LOGIN
         return self.max_file + MULTIPART if path.startswith("/gradio_api/upload") else MAX_REQUEST
 
     def _slow_guesses(self, send: Send) -> Send:

@@ -76,9 +76,13 @@ def page_app(
     pipe: Pipeline, host: str, path: str = "/", call: Call | None = None, gate: RequestGate | None = None, *,
     token: str | None, cache: Path, others: Mapping[str, Pipeline] | None = None,
 ) -> FastAPI:  # fmt: skip
-    """Build an application with the page alone at `path`, reached at `host`; the rest as in `mount_page`."""
+    """Build an application with the page alone at `path`, reached at `host`; the rest as in `mount_page`.
+
+    Without a token only requests that name this machine are answered: DNS rebinding sends others. With one they log in
+    under any name, as a reverse proxy passes it on.
+    """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    if (names := host_names(host)) is not None:  # against DNS rebinding
+    if token is None and (names := host_names(host)) is not None:
         app.add_middleware(HostMiddleware, names=names)
     return mount_page(app, pipe, path, token=token, call=call, cache=cache, others=others, gate=gate)
 
