@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import InternVLForConditionalGeneration
 
+from spar.checkpoints.formats.checkpoint_source import CheckpointSource
 from spar.checkpoints.formats.internvl import read_text_tokenizer
 from spar.checkpoints.from_published import build_from_published
 from spar.checkpoints.spar_format import ModelBundle, SamplingConfig, load_model, load_training_part, save_model
@@ -277,6 +278,26 @@ def test_the_shift_of_sampling_is_the_schedulers_and_no_other_name_is_read_for_i
 # ---- what does not fit is refused ------------------------------------------------------------------------------------
 
 
+def test_scaled_positions_of_our_own_grid_are_the_librarys(foreign, libraries, published):
+    path = published / "dit/transformer/config.json"
+    foreign.edit_json(path, interpolation_scale=2)
+    library = type(libraries["dit"]).from_config(json.loads(path.read_text()))
+    library.load_state_dict(libraries["dit"].state_dict())
+    latent, time, condition = draw(1, 8, 4, 4), torch.tensor([0.3]), draw(1, 7, foreign.CAPTION, seed=1)
+    mask = torch.ones(1, 7, dtype=torch.long)
+    with torch.no_grad():
+        wanted = library(latent, encoder_hidden_states=condition, encoder_attention_mask=mask, timestep=1000 * time)
+        own = build(published).model.denoiser(latent, time, condition, mask).velocity
+    torch.testing.assert_close(own, wanted.sample, rtol=1e-4, atol=1e-4)
+
+
+def test_a_file_whose_name_is_no_text_is_recorded_as_text(tmp_path):
+    path = tmp_path / "unilip\udcff.pth"
+    path.write_bytes(b"1")
+    record = CheckpointSource(tmp_path, path.name).record([path])
+    assert (record["source"], [*record["sha256"]]) == ("unilip?.pth", ["unilip?.pth"])
+
+
 def test_everything_that_does_not_fit_is_in_one_report(foreign, published):
     foreign.edit_tensors(
         published / "mllm/model.safetensors",
@@ -320,11 +341,22 @@ def test_a_fused_matrix_that_does_not_split_in_three_is_refused(foreign, librari
         ("autoencoder/config.json", {"decoder_norm_types": "batch_norm"}, "expected 'rms_norm' throughout"),
         ("autoencoder/config.json", {"encoder_block_out_channels": [8] * 6}, "alike, got different ones"),
         ("autoencoder/config.json", {"decoder_in_shortcut": False}, "decoder_in_shortcut: expected True, got False"),
+        ("autoencoder/config.json", {"encoder_layers_per_block": 3}, "block: expected whole numbers, got 3"),
+        ("autoencoder/config.json", {"encoder_block_out_channels": ["8"] * 6}, "channels: expected whole numbers, got"),
+        ("autoencoder/config.json", {"encoder_block_types": 7}, "expected a name or a list of names, got 7"),
+        ("autoencoder/config.json", {"decoder_act_fns": [1] * 6}, "expected a name or a list of names, got"),
+        ("autoencoder/config.json", {"decoder_qkv_multiscales": [5]}, "expected lists of whole numbers, got"),
+        ("autoencoder/config.json", {"scaling_factor": 0}, "expected scaling_factor above 0, got 0"),
+        ("autoencoder/config.json", {"scaling_factor": 1e7}, "scaling_factor above 0, got 10000000.0 .at most 1e"),
+        ("autoencoder/config.json", {"scaling_factor": "1"}, "expected scaling_factor above 0, got '1'"),
         ("dit/transformer/config.json", {"qk_norm": "rms_norm"}, "qk_norm: expected None, got 'rms_norm'"),
         ("dit/transformer/config.json", {"guidance_embeds": True}, "guidance_embeds: expected False, got True"),
         ("dit/transformer/config.json", {"num_layers": "3"}, "num_layers: expected a number, got '3'"),
         ("dit/transformer/config.json", {"in_channels": 4, "out_channels": 4}, "DiT denoises 4 channels"),
+        ("dit/transformer/config.json", {"interpolation_scale": 2, "sample_size": 8},
+         "interpolation_scale: expected none where sample_size is not the model's grid of 4 .* 2 and sample_size 8"),
         ("dit/scheduler/scheduler_config.json", {"_class_name": "DDIM"}, "expected a scheduler of the kinds"),
+        ("dit/scheduler/scheduler_config.json", {"_class_name": ["DDIM"]}, "expected a scheduler of the kinds"),
     ],
 )
 def test_a_configuration_that_we_cannot_compute_is_refused(foreign, published, file, fields, message):
@@ -342,6 +374,7 @@ def test_a_configuration_that_we_cannot_compute_is_refused(foreign, published, f
         ("vision_config", {"patch_size": [14, 16]}, r"patch_size: expected a square, got \[14, 16\]"),
         ("text_config", {"model_type": "llama"}, "model_type: expected 'qwen2', got 'llama'"),
         ("text_config", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type default or dynamic, got 'yarn'"),
+        ("text_config", {"rope_parameters": {"rope_theta": [1e6]}}, r"rope_theta: expected a number, got \[1000000"),
     ],
 )
 def test_a_part_of_the_mllm_that_we_cannot_compute_is_refused(foreign, published, part, fields, message):
@@ -419,7 +452,9 @@ def test_a_commit_that_is_not_here_cannot_be_had_offline(hub):
     [
         ("nowhere", "dit: expected a folder or a Hub id such as OWNER/NAME, got 'nowhere'"),
         ("a/b/c", "expected a folder or a Hub id"),
-        ("../x/y", "expected a folder or a Hub id"),
+        *((name, f"dit: there is no such folder or file, got '{name}'") for name in (
+            "../x/y", "./InternVL3-2B", "~/model", "/nowhere/model", "checkpoint.pth", "dir/unet.safetensors",
+        )),
     ],
 )
 def test_a_source_that_is_neither_folder_nor_id_is_refused(pristine, source, message):
@@ -468,6 +503,26 @@ def test_spar_build_writes_a_folder_that_draws(deep, tmp_path, capsys):
     assert verb(deep, tmp_path / "built") == 2
     assert "exists already; give another name, or --overwrite" in capsys.readouterr().err
     assert verb(deep, tmp_path / "built", "--overwrite", "--seed", "1") == 0
+
+
+def test_another_programs_folder_is_refused_before_any_part_is_looked_for(tmp_path, capsys, monkeypatch):
+    def fetched(*_, **__):
+        raise AssertionError("a part was looked for")
+
+    for module in ("from_published", "from_unilip", "from_dualtoken"):
+        monkeypatch.setattr(f"spar.checkpoints.{module}.fetch", fetched)
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "config.json").write_text('{"model_type": "qwen2"}')
+    parts = "--mllm a/b --autoencoder a/b --dit a/b"
+    towers = "--vision a/b --llm a/b"
+    for line in (
+        f"build spar-1b {parts}", f"build dualtoken-3b {towers}", f"convert unilip a/b {parts}",
+        f"convert dualtoken x.pth {towers}",
+    ):
+        assert main([*line.split(), "-o", str(theirs), "--overwrite"]) == 2
+        assert "folder; expected an empty or new folder" in capsys.readouterr().err
+    assert [path.name for path in theirs.iterdir()] == ["config.json"]
 
 
 def test_training_the_tokenizer_may_start_from_a_built_folder(deep, tmp_path):

@@ -472,8 +472,10 @@ def test_a_foreign_file_is_named_for_what_it_lacks(published, tmp_path):
 
 
 def test_a_tokenizer_without_its_factor_or_its_parts_is_refused(published):
-    with pytest.raises(InputError, match=r"factor: expected the scale of UniLIP's latent, above 0 .*, got 0.0"):
+    with pytest.raises(InputError, match=r"factor: expected the scale of UniLIP's latent .* above 0, got 0.0"):
         convert(published, "tokenizer.pth")
+    with pytest.raises(InputError, match=r"above 0, got 10000000.0 \(at most 1e\+06\)"):  # its folder would not load
+        convert(published, "tokenizer.pth", factor=1e7)
     with pytest.raises(InputError, match="expected a folder or Hub id for mllm, autoencoder, dit, got none"):
         convert_unilip(str(published / "tokenizer.pth"), CONFIG, SamplingConfig(), dict.fromkeys(SOURCES), factor=1.0)
 

@@ -241,6 +241,16 @@ def test_a_repository_is_named_as_in_diffusers_where_there_is_no_such_folder(her
         SparPipeline.from_pretrained("me/model", device="cpu")
 
 
+def test_an_address_is_the_hubs_also_where_a_folder_has_that_name(here, folder, tmp_path, monkeypatch):
+    push(plan_upload(folder), "me/model")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "me" / "model").mkdir(parents=True)
+    assert contents(model_folder("hf://me/model@main")) == contents(folder)
+    (tmp_path / "me" / "other").write_text("a file")
+    with pytest.raises(InputError, match="model: me/other cannot be had from the Hub"):
+        model_folder("hf://me/other")
+
+
 def test_what_is_no_address_or_cannot_be_had_gets_a_message(here):
     for address in ("hf://model", "hf://a/b/c", "hf:me/model"):
         with pytest.raises(InputError, match="model: expected a folder or hf://OWNER/NAME"):

@@ -15,7 +15,8 @@ from spar.losses.adversarial import PatchDiscriminatorConfig
 from spar.models.config import RouterConfig, SparConfig, TextConfig
 from spar.recipes import REGISTRY, recipe
 from spar.training.files_data import FilesData
-from spar.training.systems.spar import PerceptualConfig, load_stage_model
+from spar.training.stage_model import load_stage_model
+from spar.training.systems.spar import PerceptualConfig
 from spar.training.trainer import train
 
 PAPER = recipe("spar-1b").model

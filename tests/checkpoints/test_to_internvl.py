@@ -12,10 +12,11 @@ from transformers import InternVLForConditionalGeneration
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
 from spar.checkpoints.from_published import build_from_published
-from spar.checkpoints.spar_format import ModelBundle, SamplingConfig
+from spar.checkpoints.spar_format import ModelBundle, SamplingConfig, load_model
 from spar.checkpoints.to_internvl import export_internvl
 from spar.cli.main import main
-from spar.inference.pipeline import SparPipeline
+from spar.common.errors import InputError
+from spar.inference.pipeline import BUNDLED, SparPipeline
 from spar.models.config import (
     ConnectorConfig,
     DenoiserConfig,
@@ -138,11 +139,30 @@ def test_files_types_and_refusals(tiny_run, tmp_path, capsys):
     config = json.loads((out / "config.json").read_text())
     assert (config["model_type"], config["dtype"]) == ("internvl", "bfloat16")
     names = {"model.safetensors", "tokenizer.json", "preprocessor_config.json", "processor_config.json"}
-    assert names <= {path.name for path in out.iterdir()} and not (tmp_path / "out.part").exists()
+    assert names <= {path.name for path in out.iterdir()} and [*tmp_path.iterdir()] == [out]
     assert main(["export", "internvl", str(model), "-o", str(out)]) == 2
     assert "exists already" in capsys.readouterr().err
     assert main(["export", "internvl", str(model), "-o", str(out), "--overwrite"]) == 0
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "notes.txt").write_text("mine")
-    assert main(["export", "internvl", str(model), "-o", str(tmp_path / "other"), "--overwrite"]) == 2
+    for name in ("notes.txt", "preprocessor_config.json"):  # the latter is in every published folder of images
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("mine")
+        assert main(["export", "internvl", str(model), "-o", str(tmp_path / name), "--overwrite"]) == 2
+        assert (tmp_path / name / name).read_text() == "mine"
     assert main(["export", "internvl", "dualtoken", "-o", str(tmp_path / "third")]) == 2
+
+
+def test_weights_that_the_type_does_not_hold_are_not_exported(tmp_path):
+    """float16 ends at 65504: a larger weight would be written as infinity."""
+    bundle = load_model(BUNDLED)
+    bundle.model.language.network.norm.weight.data[0] = 1e5
+    with pytest.raises(InputError, match="expected finite weights, got model.language_model.norm.weight .* in float16"):
+        export_internvl(bundle, tmp_path / "out", torch.float16)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_users_own_folder_beside_an_export_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m.old").mkdir()
+    (tmp_path / "m.old" / "keep.txt").write_text("x")
+    assert main(["export", "internvl", "spar", "-o", "m"]) == 0
+    assert (tmp_path / "m.old" / "keep.txt").read_text() == "x"

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -20,10 +21,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._inductor.exc import InductorError
 
 import spar
 from spar.cli import console
 from spar.cli.console import WRONG_INPUT
+from spar.cli.failures import LESS_MEMORY
 from spar.cli.main import VERBS, main
 from spar.cli.parsing import parse
 from spar.cli.recipe_flags import build_recipe, recipe_arguments
@@ -31,6 +34,7 @@ from spar.cli.result_arguments import Benchmark, EvalArguments
 from spar.cli.train_arguments import TrainArguments
 from spar.common import limits
 from spar.common.errors import InputError
+from spar.processing.images import to_pil
 from spar.worlds.shapes.tokenizer import VOCABULARY
 
 SAMPLING_FLAGS = ("--model", "--dtype", "--device", "--output", "-o", "--overwrite", "--seed", "--steps", "--guidance",
@@ -107,6 +111,10 @@ class FakePipe:
         shared = {"steps": 20, "guidance": 4.5, "decode_tile": None, "model": "spar", "spar": "9"}
         metadata = [{"seed": value, **shared} for value in seeds]
         return SimpleNamespace(images=images, seeds=seeds, routing=routing, metadata=metadata)
+
+    def check_text(self, text: str, what: str) -> None:
+        if "zebra" in text:
+            raise InputError(f"{what}: no zebra is known")
 
     def preview(self, state: list[int]) -> list[Image.Image]:
         return [Image.new("RGB", (64, 64), (value, value, value)) for value in state]
@@ -295,6 +303,13 @@ WRONG = [
     ("data convert empty", "expected -o, got nothing"),
     ("data convert empty -o full", "has other contents"),
     ("data convert empty -o new --shard-size 0", "--shard-size: expected 1"),
+    ("build spar-1b --mllm ./nowhere --autoencoder a/b --dit a/b -o new", "mllm: there is no such folder or file, got"),
+    ("build spar-1b -o new\udcff", "--output: expected text in UTF-8"),
+    ("build spar-1b -o full --overwrite", "has other contents"),
+    ("convert unilip nofile.pth -o new", "unilip: there is no such folder or file, got 'nofile.pth'"),
+    ("export internvl spar -o full --overwrite", "has other contents"),
+    ("cache tiny --init-from spar --batch 0", "--batch: expected 1 to 4096, got 0"),
+    ("cache tiny --init-from spar --batch -1", "--batch: expected 1 to 4096, got -1"),
     ("doctor x", "unknown arguments: x"),
     ("train", "recipe's name first"),
     ("train --seed 3 tiny", "recipe's name first"),
@@ -397,6 +412,63 @@ def test_ctrl_c_ends_quietly_and_leaves_nothing(capsys, pipe, monkeypatch, tmp_p
     assert [*tmp_path.iterdir()] == []
 
 
+class FullGpu(torch.OutOfMemoryError):
+    def __init__(self) -> None:
+        super().__init__("CUDA out of memory. Tried to allocate 20.50 GiB. GPU 0 has a total capacity of 139.80 GiB")
+
+
+class FullMachine(RuntimeError):
+    def __init__(self) -> None:
+        super().__init__("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to "
+                         "allocate 400 bytes. Error code 12 (Cannot allocate memory)")  # fmt: skip
+
+
+class NoCompiler(InductorError):
+    def __init__(self) -> None:
+        RuntimeError.__init__(self, "InvalidCxxCompiler: No working C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1")
+
+
+def draw_nan() -> None:
+    to_pil(torch.full((1, 3, 8, 8), float("nan")))
+
+
+@pytest.mark.parametrize(
+    ("failure", "words"),
+    [
+        (FullGpu, "out of memory (tried to allocate 20.50 gib): try a smaller --batch, --decode-tile 16"),
+        (FullMachine, "out of memory (tried to allocate 400 bytes): try a smaller --batch"),
+        (MemoryError, "out of memory: try a smaller --batch"),
+        (NoCompiler, "torch.compile fails here (InvalidCxxCompiler: No working C++ compiler found): go on without "
+                     "--compile"),
+        (draw_nan, "numbers that are not finite: try --dtype float32"),
+    ],
+)  # fmt: skip
+def test_a_failure_of_the_machine_is_one_line_that_names_the_way_out(capsys, pipe, monkeypatch, failure, words):
+    def fail(*args, **keywords):
+        raise failure()
+
+    monkeypatch.setattr(pipe, "generate", fail)
+    status, error = error_of(capsys, "generate 'a red circle'")
+    assert status == 1 and words in error
+
+
+def test_what_is_no_known_failure_keeps_its_traceback(pipe, monkeypatch):
+    def fail(*args, **keywords):
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(pipe, "generate", fail)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        main(["generate", "a red circle"])
+
+
+@pytest.mark.parametrize("verb", LESS_MEMORY)
+def test_what_takes_less_memory_are_flags_of_the_verb(capsys, verb):
+    assert main([verb, *(["tiny"] if verb == "train" else []), "--help"]) == 0
+    text = capsys.readouterr().out
+    named = [flag.replace("STAGE", "unified-2") for flag in re.findall(r"--[\w.-]+", LESS_MEMORY[verb])]
+    assert [flag for flag in named if flag not in text] == []
+
+
 # ---- the four tasks -------------------------------------------------------------------------------------------------
 
 
@@ -469,6 +541,53 @@ def test_a_grid_and_the_steps_are_written_beside_the_images(capsys, pipe):
     assert main(["edit", "in.png", "remove it", "-o", "one.png", "--grid"]) == 0
     with Image.open("one-grid.png") as sheet, Image.open("one.png") as image:
         assert sheet.tobytes() == image.tobytes()
+
+
+def test_many_images_are_drawn_in_batches_and_each_is_what_it_would_be(capsys, pipe):
+    line = ["generate", "a ring", "a star", "-n", "10", "--seed", "4", "--grid", "--save-steps"]
+    assert main([*line, "-o", "many"]) == 0
+    first = ["a ring"] * 10 + ["a star"] * 6
+    asked = [(call[1][0], call[2]["seed"], call[2]["num_images_per_prompt"]) for call in pipe.calls]
+    assert asked == [(first, [*range(4, 20)], 1), (["a star"] * 4, [*range(20, 24)], 1)]
+    assert main([*line, "-o", "once", "--batch", "20"]) == 0
+    assert pipe.calls[2][1] == (["a ring", "a star"],) and pipe.calls[2][2]["num_images_per_prompt"] == 10
+    many, once = ({path.name: path.read_bytes() for path in Path(name).iterdir()} for name in ("many", "once"))
+    assert many == once and len(many) == 41
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 82 and sum("(seed " in line for line in printed) == 40
+    assert main(["edit", "in.png", "remove it", "-n", "3", "--batch", "2", "-o", "edited", "--seed", "1"]) == 0
+    assert [(call[1], call[2]["seed"]) for call in pipe.calls[3:]] == [
+        ((Path("in.png"), ["remove it"] * 2), [1, 2]), ((Path("in.png"), ["remove it"]), [3])
+    ]  # fmt: skip
+    assert "prompt: no zebra is known" in error_of(capsys, "generate 'a ring' zebra --batch 1 -o none")[1]
+    assert len(pipe.calls) == 5 and not Path("none").exists()
+
+
+def test_a_batch_that_fails_leaves_those_before_it(capsys, pipe, monkeypatch):
+    calls, make = [], pipe.generate
+
+    def second_fails(*args, **keywords):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return make(*args, **keywords)
+
+    monkeypatch.setattr(pipe, "generate", second_fails)
+    assert main(["generate", "a ring", "-n", "3", "--batch", "2", "--seed", "0", "-o", "many"]) == 130
+    assert sorted(path.name for path in Path("many").iterdir()) == ["0-seed0.png", "1-seed1.png"]
+    assert capsys.readouterr().out == "many/0-seed0.png  (seed 0)\nmany/1-seed1.png  (seed 1)\n"
+
+
+def test_a_bar_of_several_batches_moves_over_all_of_them(pipe, monkeypatch):
+    moved = []
+
+    @contextmanager
+    def bar(title):
+        yield lambda done, total: moved.append((done, total))
+
+    monkeypatch.setattr("spar.cli.outputs.progress_bar", bar)
+    assert main(["generate", "a ring", "-n", "4", "--batch", "2"]) == 0
+    assert moved == [(done, 6) for done in range(1, 7)]
 
 
 def test_a_random_seed_is_in_the_name(pipe):
@@ -550,6 +669,25 @@ def test_reconstruct_takes_files_and_folders_and_keeps_their_names(capsys, pipe,
     assert [len(arguments[0]) for _, arguments, _ in pipe.calls] == [2, 2]
     assert main(["reconstruct", "c\udcff.png", "-o", "back.png"]) == 0
     assert Image.open("back.png").text["image"] == "c?.png"
+
+
+def test_a_bad_image_costs_no_other_ones_reconstruction(capsys, pipe, monkeypatch):
+    monkeypatch.setattr("spar.cli.tasks.RECONSTRUCT_BATCH", 2)
+    Path("photos").mkdir()
+    for name in "abcde":
+        Path(f"photos/{name}.png").write_bytes(b"")
+    make = pipe.reconstruct
+
+    def reconstruct(images):
+        if Path("photos/d.png") in images:
+            raise InputError("photos/d.png is no image")
+        return make(images)
+
+    monkeypatch.setattr(pipe, "reconstruct", reconstruct)
+    assert main(["reconstruct", "photos"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "out/a.png\nout/b.png\n" and printed.err == "spar: error: photos/d.png is no image\n"
+    assert sorted(path.name for path in Path("out").iterdir()) == ["a.png", "b.png"]
 
 
 def test_the_limits_are_the_pipelines_own():
@@ -871,6 +1009,22 @@ def test_a_loss_that_is_not_finite_ends_in_one_line(run_training, capsys):
     assert error_of(capsys, "train tiny")[0] == 1
 
 
+@pytest.mark.parametrize(
+    ("failure", "words"),
+    [
+        (FullGpu, "gib): try --parallelism.grad-accum-steps 2 or more, --parallelism.activation-checkpointing True"),
+        (NoCompiler, "C++ compiler found): go on without --parallelism.compile"),
+    ],
+)
+def test_a_training_without_memory_or_compiler_says_what_needs_less_and_how_to_go_on(
+    run_training, capsys, failure, words
+):
+    run_training.result = failure
+    status, error = error_of(capsys, "train tiny --seed 3")
+    assert status == 1 and words in error
+    assert error.endswith("; resume from the last saved state: spar train tiny --seed 3 --resume auto\n")
+
+
 # ---- scores, reports, demo, doctor ----------------------------------------------------------------------------------
 
 
@@ -953,6 +1107,14 @@ def test_demo_writes_one_folder_whole(capsys, pipe, benchmarks):
     Path("demo/old.txt").write_text("old")
     assert main(["demo", "-o", "demo", "--overwrite"]) == 0
     assert not Path("demo/old.txt").exists() and "mine.png" not in Path("demo/report.html").read_text()
+
+
+def test_a_demo_replaces_no_other_folder_with_a_report(capsys, no_load):
+    Path("run").mkdir()
+    for name in ("report.html", "recipe.json"):  # as in a run and a study
+        Path("run", name).write_text("mine")
+    assert "has other contents" in error_of(capsys, "demo -o run --overwrite")[1]
+    assert sorted(path.name for path in Path("run").iterdir()) == ["recipe.json", "report.html"]
 
 
 def test_the_demos_prompts_are_captions_that_the_judge_can_check():
@@ -1232,8 +1394,8 @@ def test_the_page_wants_its_extra_and_a_token_for_others(no_load, monkeypatch, c
 # ---- a recipe that starts from a model ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sign", [" ", "="])
-def test_a_recipe_takes_the_sizes_and_forms_of_the_folder_that_it_starts_from(sign, tmp_path):
+@pytest.mark.parametrize("flag", ["--init-from ", "--init-from=", "--init_from ", "--init_from="])
+def test_a_recipe_takes_the_sizes_and_forms_of_the_folder_that_it_starts_from(flag, tmp_path):
     from spar.cli.train_arguments import TrainArguments
     from spar.cli.training import _recipe
     from spar.inference.pipeline import BUNDLED
@@ -1248,7 +1410,7 @@ def test_a_recipe_takes_the_sizes_and_forms_of_the_folder_that_it_starts_from(si
     older["model"]["text"]["vocab_size"] = 128
     older["model"]["connector"]["reference"] = "replaced"
     (tmp_path / "config.json").write_text(json.dumps(older))
-    start = f"--init-from{sign}{tmp_path}"
+    start = f"{flag}{tmp_path}"
     files = chosen(f"{start} --data.source files --data.sets somewhere")
     assert (files.text.vocab_size, files.connector.reference) == (128, "replaced")  # the folder's own
     assert (chosen(start).text.vocab_size, chosen(start).connector.reference) == (192, "replaced")  # with today's words

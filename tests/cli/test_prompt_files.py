@@ -247,9 +247,32 @@ def test_a_file_of_edits_becomes_what_single_edits_are(model, tmp_path, capsys):
         assert read_metadata(tmp_path / "two" / f"{7 + number}.png").values["image"] == picture.name
     capsys.readouterr()
     assert main([*own, "--prompts", str(imgedit), "--format", "imgedit", "-o", str(tmp_path / "two"), "--check"]) == 0
+    Image.new("RGB", (64, 64), (0, 200, 0)).save(tmp_path / "pictures" / "a.png")  # another picture of the same name
+    (tmp_path / "one" / "0-seed5.png").unlink()
+    for more in ([], ["--check"]):
+        assert main([*own, "--prompts", str(plain), "-o", str(tmp_path / "one"), *more]) == 2
+        assert "was begun with another pictures" in capsys.readouterr().err
     (tmp_path / "pictures" / "a.png").unlink()
+    assert main([*own, "--prompts", str(plain), "-o", str(tmp_path / "one"), "--check"]) == 2
+    assert "expected the images of all instructions, 2 are missing, first" in capsys.readouterr().err
     assert main([*own, "--prompts", str(plain), "-o", str(tmp_path / "three")]) == 2
     assert "expected the images of all instructions, 2 are missing, first" in capsys.readouterr().err
+
+
+def test_what_a_killed_call_left_before_its_first_image_is_no_other_content(model, tmp_path, capsys):
+    path, folder = benchmark(tmp_path)["geneval"][0], tmp_path / "out"
+    more = ["--format", "geneval", "--seed", "5"]
+    assert run(model, path, folder, *more) == 0
+    for file in folder.rglob("*.png"):
+        file.rename(file.with_name(".123-0a1b2c3d.part"))
+    for file in folder.rglob("metadata.jsonl"):
+        file.unlink()
+    assert run(model, path, folder, *more) == 0 and len([*folder.rglob("*.png")]) == len(PROMPTS)
+    for file in folder.rglob("*.png"):
+        file.rename(file.with_suffix(".mine"))
+    capsys.readouterr()
+    assert run(model, path, folder, *more) == 2
+    assert "expected an empty or new folder, or one that the same call began" in capsys.readouterr().err
 
 
 def test_a_check_says_what_is_missing_broken_or_of_another_prompt(model, tmp_path, capsys):
@@ -329,7 +352,7 @@ def test_what_does_not_go_with_a_file_gets_a_message(model, listed, tmp_path, ca
         ([*file, "a red circle"], "expected none of PROMPT, --grid and --save-steps, got PROMPT"),
         ([*file, "--grid", "--save-steps"], "got --grid, --save-steps"),
         ([*file, "--overwrite"], "expected no --overwrite"),
-        (["generate", "a red circle", "--batch", "4"], "--batch: expected --prompts FILE beside it, got none"),
+        (["generate", "a red circle", "--batch", "0"], "--batch: expected 1 to 4096, got 0"),
         (["generate", "a red circle", "--format", "wise", "--check"], "--check, --format: expected --prompts FILE"),
         (["generate"], "expected at least one prompt (PROMPT), got none"),
         ([*file, "--top-k", "4"], "top_k: SPAR has no such setting"),

@@ -149,6 +149,19 @@ def test_a_whole_number_stands_for_a_float_and_lists_become_tuples():
     assert stage.trainable == ("model.denoiser.*",)
 
 
+def test_what_a_class_refuses_in_its_own_way_is_input_too():
+    @dataclass(frozen=True)
+    class Odd:
+        size: int = 1
+
+        def __post_init__(self):
+            if self.size % 2 == 0:
+                raise ValueError("expected an odd size")
+
+    with pytest.raises(InputError, match="there.odd: expected an odd size"):
+        from_dict(Odd, {"size": 2}, "there.odd")
+
+
 def test_an_optional_field_takes_none_or_its_kind():
     assert from_dict(DenoiserConfig, {"interpolation_scale": None}).interpolation_scale is None
     assert from_dict(DenoiserConfig, {"interpolation_scale": 2}).interpolation_scale == 2.0

@@ -20,8 +20,14 @@ def test_weights_are_positive_rise_and_fall():
     assert ramp.tolist() == [0.125, 0.375, 0.625, 0.875, 1, 1, 1, 1, 0.875, 0.625, 0.375, 0.125]
 
 
-@pytest.mark.parametrize("size", [(8, 8), (9, 13), (3, 16), (4, 4)])
-def test_a_decoder_of_single_cells_gives_the_same_image(size):
+@pytest.mark.parametrize(
+    ("tile", "size"),
+    [
+        *((4, size) for size in ((8, 8), (9, 13), (3, 16), (4, 4), (1, 8))),
+        (8, (2, 16)), (16, (4, 32)), (30, (8, 32)), (31, (8, 32)),
+    ],
+)  # fmt: skip
+def test_a_decoder_of_single_cells_gives_the_same_image(tile, size):
     latent = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
     seen = []
 
@@ -30,8 +36,8 @@ def test_a_decoder_of_single_cells_gives_the_same_image(size):
         return torch.nn.functional.interpolate(x * 2 + 1, scale_factor=4, mode="nearest")
 
     whole = decode(latent)
-    assert torch.allclose(decode_in_tiles(decode, latent, 4), whole, atol=1e-6)
-    assert max(max(shape) for shape in seen[1:]) <= 4
+    assert torch.allclose(decode_in_tiles(decode, latent, tile), whole, atol=1e-6)
+    assert max(max(shape) for shape in seen[1:]) <= tile
 
 
 def test_the_pipeline_decodes_in_tiles_where_an_image_is_larger_and_nearly_the_same(monkeypatch):

@@ -127,7 +127,8 @@ def read_parts(
     files = llm or found["mllm"].weights(*WEIGHTS["mllm"])
     vision, text = internvl.read_config(folder, files, text_tokenizer, own_vocabulary=llm is not None)
     autoencoder, scaling_factor = dcae.read_config(found["autoencoder"])
-    denoiser, shift = sana.read_config(found["dit"], config.denoiser, autoencoder.latent_channels)
+    grid = vision.image_size // (2 * vision.patch_size)
+    denoiser, shift = sana.read_config(found["dit"], config.denoiser, autoencoder.latent_channels, grid)
     return PublishedParts(found, text_tokenizer, vision, text, autoencoder, scaling_factor, denoiser, shift)
 
 

@@ -27,6 +27,7 @@ from spar.checkpoints.from_published import (
     read_parts,
     with_configs,
 )
+from spar.checkpoints.model_header import check_latent_scale
 from spar.checkpoints.safetensors_io import SafetensorsReader
 from spar.checkpoints.spar_format import ModelBundle, SamplingConfig
 from spar.common.errors import InputError
@@ -75,12 +76,12 @@ def convert_unilip(
     settings = ForeignConfig({}, path) if single else ForeignConfig.read(source.folder / "config.json")
     revisions, named = revisions or {}, _named(sources, settings)
     parts = read_parts(config, named, revisions, llm=files if kind == "model" else None)
-    real = _sizes(config, parts, files, kind, router)
+    real, scale = _sizes(config, parts, files, kind, router), _factor(settings, factor)
     keys, filled, read = _keys(parts, files, kind, tied=real.text.tied_head)
     model, pixel_encoder, origins = build_from_tensors(real, keys, filled, seed)
     init_fusion_to_identity(model.tokenizer.fusion)
     init_router_to_last(model.router)
-    model.tokenizer.latent_scale.fill_(_factor(settings, factor))
+    model.tokenizer.latent_scale.fill_(scale)
     origins |= {
         "tokenizer.fusion": "passes the semantic stream on: its learned part starts at zero",
         "router": f"passes the last layer on ({router})",
@@ -104,9 +105,7 @@ def _open(path: str) -> tuple[CheckpointSource, TensorReader]:
 def _factor(settings: ForeignConfig, factor: float | None) -> float:
     """Factor that scales UniLIP's latent to unit variance."""
     scale = settings.number("unilip_factor", default=0.0) if factor is None else factor
-    if not 0 < scale < math.inf:
-        raise InputError(f"factor: expected the scale of UniLIP's latent, above 0 (its scripts have 10.6), got {scale}")
-    return scale
+    return check_latent_scale(scale, "factor", "the scale of UniLIP's latent (10.6 in its scripts)")
 
 
 def _named(sources: dict[str, str | None], settings: ForeignConfig) -> dict[str, str]:

@@ -75,7 +75,7 @@ def _download(path: str | Path, files: tuple[str, ...], what: str) -> Path:
     found = ADDRESS.fullmatch(str(path))
     if not found:
         raise InputError(f"{what}: expected a folder or hf://OWNER/NAME or hf://OWNER/NAME@REVISION, got {str(path)!r}")
-    return fetch(found[1], files, revision=found[2], what=what).folder
+    return fetch(found[1], files, revision=found[2], what=what, local=False).folder
 
 
 def model_name(path: str | Path, folder: Path) -> str:

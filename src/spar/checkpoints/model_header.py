@@ -9,11 +9,13 @@ from spar import __version__
 from spar.checkpoints.formats.internvl import open_text_tokenizer
 from spar.common.config import read_json, write_json
 from spar.common.errors import InputError
+from spar.common.files import is_temporary
 from spar.models.config import TextConfig
 from spar.processing.prompts import IMAGE_TOKEN
 
 TITLES = {"spar": "SPAR", "dualtoken": "DualToken"}  # of the systems, by their `model_type`
 MODEL_TYPE = "model_type"
+MAX_SCALE = 1e6  # of latents, which it brings to unit size: beyond it float32 overflows soon
 
 
 def versions() -> dict[str, str]:
@@ -76,9 +78,12 @@ def model_type(folder: Path) -> str:
 
 
 def check_replaceable(folder: Path, kind: str) -> None:
-    """Refuse a path that is neither an empty folder nor an older one of this kind, with InputError."""
+    """Refuse a path that is neither an empty folder nor an older one of this kind, with InputError.
+
+    What a process that was killed has left in the folder is nothing.
+    """
     folder = folder.absolute()
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and all(is_temporary(path) for path in folder.iterdir())):
         return
     try:
         replaceable = read_json(folder / "config.json").get("format") == kind
@@ -86,6 +91,14 @@ def check_replaceable(folder: Path, kind: str) -> None:
         replaceable = False
     if not replaceable:
         raise InputError(f"{folder} exists and is no {title(kind)} folder; expected an empty or new folder")
+
+
+def check_latent_scale(scale: Any, where: object, name: str) -> float:
+    """The factor that brings latents to unit variance; InputError for what cannot, with its place and name."""
+    known = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if not known or not 0 < scale < MAX_SCALE:
+        raise InputError(f"{where}: expected {name} above 0, got {scale!r} (at most {MAX_SCALE:g})")
+    return float(scale)
 
 
 def check_prompt_tokens(folder: Path, longest: object, config: TextConfig) -> None:

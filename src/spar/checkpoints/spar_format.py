@@ -20,6 +20,7 @@ import torch
 from spar.checkpoints import model_header
 from spar.checkpoints.model_card import model_card
 from spar.checkpoints.model_header import (
+    check_latent_scale,
     check_prompt_tokens,
     check_replaceable,
     load_text_tokenizer,
@@ -52,7 +53,6 @@ LATER_FIELDS = {
     ("understanding", "geometry"): "crop",
     ("understanding", "max_tiles"): 1,
 }
-MAX_SCALE = 1e6  # of latents, which it brings to unit size: beyond it float32 overflows soon
 CARD = "README.md"
 # What diffusers reads of a folder: the class of `spar.inference.diffusers_pipeline`, and that all weights are its own.
 MODEL_INDEX = "model_index.json"
@@ -223,10 +223,8 @@ def read_header(folder: Path, expected: str) -> dict[str, Any]:
     """
     fields = ("model",) if expected != FORMAT else ("model", "sampling")
     header = model_header.read_header(folder, expected, FORMAT_VERSION, fields)
-    scale = header.get("latent_scale")
-    if expected != FORMAT and not (isinstance(scale, float) and 0 < scale < MAX_SCALE):
-        where = folder / "config.json"
-        raise InputError(f"{where}: expected latent_scale above 0, got {scale!r} (at most {MAX_SCALE:g})")
+    if expected != FORMAT:
+        check_latent_scale(header.get("latent_scale"), folder / "config.json", "latent_scale")
     if isinstance(header["model"], dict):
         header["model"].setdefault("understanding", {})  # the part itself came later
     if isinstance(header.get("sampling"), dict):

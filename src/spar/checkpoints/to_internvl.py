@@ -10,11 +10,15 @@ import torch
 from accelerate import init_empty_weights
 from transformers import InternVLForConditionalGeneration
 
+from spar.checkpoints.model_header import versions
+from spar.checkpoints.safetensors_io import check_finite
 from spar.checkpoints.spar_format import ModelBundle
 from spar.common.config import write_json
 from spar.common.files import atomic_directory
 from spar.models.encoder import PIXEL_MEAN, PIXEL_STD, internvl_config
 from spar.models.spar import SparModel
+
+MARK = "spar-export.json"  # which an InternVL folder of others does not have
 
 # Of the published folders; what transformers 5 adds to them is its own affair.
 _IMAGE_PROCESSOR = {
@@ -26,7 +30,11 @@ _IMAGE_PROCESSOR = {
 
 
 def internvl_model(model: SparModel, dtype: torch.dtype | None = None) -> InternVLForConditionalGeneration:
-    """The library's own class with the weights of a SPAR model's encoder and LLM, in `dtype` if given."""
+    """The library's own class with the weights of a SPAR model's encoder and LLM, in `dtype` if given.
+
+    Raises:
+        InputError: weights that are not finite, or not in `dtype`.
+    """
     config = internvl_config(model.config.vision, model.config.text)
     with init_empty_weights():
         library = InternVLForConditionalGeneration(config)
@@ -38,7 +46,9 @@ def internvl_model(model: SparModel, dtype: torch.dtype | None = None) -> Intern
     weights = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
     head = language.network.embed_tokens if language.head is None else language.head
     weights["lm_head.weight"] = head.weight
-    library.load_state_dict({key: value.detach().to("cpu", dtype) for key, value in weights.items()}, assign=True)
+    cast = {key: value.detach().to("cpu", dtype) for key, value in weights.items()}
+    check_finite(cast, "export")
+    library.load_state_dict(cast, assign=True)
     library.tie_weights()
     return library.eval().requires_grad_(False)
 
@@ -47,7 +57,7 @@ def export_internvl(bundle: ModelBundle, folder: Path, dtype: torch.dtype | None
     """Write the folder: weights, configuration, text tokenizer and the settings of transformers' processor.
 
     Raises:
-        InputError: the folder cannot be written.
+        InputError: the folder cannot be written, or weights as in `internvl_model`.
     """
     config = bundle.model.config
     with atomic_directory(folder) as temporary:
@@ -57,3 +67,4 @@ def export_internvl(bundle: ModelBundle, folder: Path, dtype: torch.dtype | None
         write_json(temporary / "preprocessor_config.json", {**_IMAGE_PROCESSOR, "size": side})
         processor = {"processor_class": "InternVLProcessor", "image_seq_length": config.grid**2}
         write_json(temporary / "processor_config.json", processor)
+        write_json(temporary / MARK, {"format": "internvl", "versions": versions()})

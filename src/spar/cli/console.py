@@ -247,7 +247,9 @@ def difference_table(differences: "Sequence[tuple[str, Difference]]") -> "Table"
 def study_table(found: "StudyResult") -> "Table":
     """The differences of a study's arms from its reference."""
     heads = ("arm", "endpoint", f">{found.study.reference}", ">arm", ">difference", "95 % interval", ">p", "verdict")
-    holds = "contains 0 everywhere" if found.holds else "does NOT contain 0 everywhere: chance is larger than said here"
+    holds = "contains 0 everywhere"
+    if outside := found.outside:
+        holds = f"does NOT contain 0 in {', '.join(outside)}: chance is larger there than said here"
     table = new_table(*heads, title=f"{found.study.question} (A/A arm: {holds})")
     for one in found.differences:
         table.add_row(

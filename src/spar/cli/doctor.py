@@ -138,18 +138,18 @@ def check_pipeline() -> Check:
 
 
 def check_step() -> Check:
-    """Run one step of each task, since a library that imports may still refuse our calls."""
+    """Run one step of each task where a verb would, since a library that imports may still refuse our calls."""
     try:
         from spar.inference.pipeline import SparPipeline
 
-        pipe = SparPipeline.from_pretrained(device="cpu")
+        pipe = SparPipeline.from_pretrained()
         image = pipe.generate("a red circle", seed=0, num_inference_steps=1).images[0]
         pipe.edit(image, "remove the red circle", seed=0, num_inference_steps=1)
         pipe.understand(image, "what color is the background?", max_new_tokens=2)
     except Exception as error:  # a broken installation raises anything
         return Check("one step", False, f"fails: {type(error).__name__}: {first_line(error)}",
                      f"fix what is listed above; else {REINSTALL}")
-    return Check("one step", True, "an image is generated and edited, a question answered")
+    return Check("one step", True, f"an image is generated and edited, a question answered, on {pipe.device}")
 
 
 def check_device() -> Check:
@@ -159,7 +159,12 @@ def check_device() -> Check:
         return Check("device", False, f"torch does not import: {failure}", REINSTALL)
     import torch
 
+    from spar.common.device import device_failure
+
     device = best_device()
+    if failure := device_failure(device):
+        return Check("device", False, f"{device} is here, but does not compute, so the CPU is used: {failure}",
+                     "install the build of torch that has this GPU's architecture (https://pytorch.org)")
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return Check("device", True, f"cuda: {properties.name}, {show_bytes(properties.total_memory)}")

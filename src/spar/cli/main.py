@@ -1,7 +1,8 @@
 """The command line: one table from verb to function.
 
-A user's error is one line on stderr and exit status 2, Ctrl-C a short line and 130. All libraries but tyro, which takes
-a twentieth of a second, are imported inside the verbs, so that help and errors are immediate and `main` handles Ctrl-C.
+A user's error is one line on stderr and exit status 2, a failure of the machine one and 1, Ctrl-C one and 130. All
+libraries but tyro, which takes a twentieth of a second, are imported inside the verbs, so that help and errors are
+immediate and `main` handles Ctrl-C.
 """
 
 import os
@@ -13,6 +14,7 @@ from spar import __version__
 from spar.cli.completion import completion_script
 from spar.cli.console import BROKEN_PIPE, INTERRUPTED, check_table, fail, new_console, progress_bar, show_table
 from spar.cli.datasets import data
+from spar.cli.failures import explain
 from spar.cli.help_arguments import CompletionArguments, DoctorArguments
 from spar.cli.listing import list_all
 from spar.cli.parsing import Verb, takes
@@ -55,6 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BROKEN_PIPE
     except OSError as error:  # the disk is full, a folder has vanished
         return fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+    except Exception as error:
+        line = explain(error, argv[0])
+        if line is None:
+            raise
+        fail(line)
+        return 1
 
 
 def dispatch(argv: list[str]) -> int:

@@ -20,10 +20,16 @@ T = TypeVar("T")
 
 
 def flag_value(flag: str, argv: Sequence[str]) -> str | None:
-    """The value of a flag among words that nothing has parsed yet, the last one; None if it is not there."""
-    given = [after for word, after in pairwise(argv) if word == flag]
-    given += [word.removeprefix(f"{flag}=") for word in argv if word.startswith(f"{flag}=")]
-    return given[-1] if given else None
+    """The value of a flag among words that nothing has parsed yet, the last one; None if it is not there.
+
+    As for tyro, `--init_from` is `--init-from`.
+    """
+    given = [""]
+    for word, after in pairwise([*argv, ""]):
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") == flag:
+            given.append(value if equals else after)
+    return given[-1] or None
 
 
 def chosen_source(

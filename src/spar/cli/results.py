@@ -29,6 +29,7 @@ from spar.cli.result_arguments import (
     ReportArguments,
     StudyArguments,
 )
+from spar.common.config import write_json
 from spar.common.errors import InputError
 from spar.common.files import atomic_directory, atomic_file
 from spar.inference.image_files import check_replaceable, check_writable, list_images
@@ -46,6 +47,7 @@ PROMPTS = (
     "a large red circle", "two blue stars", "a green square to the left of a yellow circle",
     "a small pink ring above a large orange cross",
 )  # of the pages of studies and comparisons
+DEMO = "spar-demo.json"  # in every demo, and in no run or study, which have a report.html too
 
 
 @takes(EvalArguments, "spar eval")
@@ -110,9 +112,10 @@ def evaluate(args: EvalArguments) -> int:
 
 def _identity(args: EvalArguments, options: "EvalOptions", names: list[str], pipe: Any) -> dict[str, Any]:
     """All that the scores depend on; neither the device nor the size of a batch changes one."""
+    from spar.checkpoints.formats.checkpoint_source import name_as_text
     from spar.inference.prompt_files import weights_digest
 
-    own = {name: str(getattr(args, name)) for name in OWN_FLAGS if name != "pairs"}
+    own = {name: name_as_text(str(getattr(args, name))) for name in OWN_FLAGS if name != "pairs"}
     return {
         "benchmarks": names,
         "options": own | {name: value for name, value in asdict(options).items() if name != "batch"},
@@ -228,8 +231,9 @@ def _write_comparison(page: Path, args: CompareArguments, found: "Sequence[tuple
         for path, model in zip(args.results, args.draw, strict=True):
             pipe = load_pipeline(model, progress=False)
             grids.append((str(path), pipe.generate(list(PROMPTS), seed=0).images))
+    text = render_comparison(str(args.first), found, PROMPTS, grids)
     with atomic_file(page) as temporary:
-        temporary.write_text(render_comparison(str(args.first), found, PROMPTS, grids), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="replace")  # a file's name may be no text
 
 
 def _pairs_of_results(first: Path, second: Path) -> "list[tuple[Result, Result]]":
@@ -308,7 +312,7 @@ def report(args: ReportArguments) -> int:
 def demo(args: DemoArguments) -> int:
     """Write an HTML page with all four tasks and a small sample of the scores."""
     images = list_images(args.images) if args.images else []
-    check_replaceable(args.output, "report.html", overwrite=args.overwrite)
+    check_replaceable(args.output, DEMO, overwrite=args.overwrite)
     pipe = loading.load_pipeline(args)
     from spar.checkpoints.bundled import DEFAULT_MODEL, bundled_folder
     from spar.checkpoints.hub import model_folder
@@ -318,6 +322,7 @@ def demo(args: DemoArguments) -> int:
     options = DemoOptions(images=images, limit=args.limit, curves=_curves(folder))
     with atomic_directory(args.output) as folder, progress_bar("the demo") as advance:
         results = make_demo(pipe, folder, options, lambda _, done, total: advance and advance(done, total))
+        write_json(folder / DEMO, pipe.run_metadata())
     for result in results:
         show_table(new_console(), score_table(result))
     print(args.output / PAGE)

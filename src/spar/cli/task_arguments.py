@@ -113,7 +113,7 @@ class PromptFileArguments(SamplingArguments, ABC):
     edits with an "image" too), drawn into the folder of -o. The same call goes on with a folder, and under torchrun
     processes share the work."""
     batch: int | None = None
-    """Of --prompts: images drawn together, 16 by default; it changes the time alone."""
+    """Images drawn together, 16 by default; it changes time and memory alone."""
     check: Flag = False
     """Of --prompts: draw nothing, and say what the folder of -o lacks or has wrong."""
 
@@ -124,7 +124,7 @@ class PromptFileArguments(SamplingArguments, ABC):
         check_range("--batch", self.batch, 1, MAX_IMAGES)
         words, *flags = given
         if self.prompts is None:
-            alone = {"--batch": self.batch is not None, "--check": self.check, **{flag: given[flag] for flag in flags}}
+            alone = {"--check": self.check, **{flag: given[flag] for flag in flags}}
             if used := [name for name, value in alone.items() if value]:
                 raise InputError(f"{', '.join(used)}: expected --prompts FILE beside it, got none")
             return

@@ -5,6 +5,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from spar.inference.prompt_files import PromptSet
 
 RECONSTRUCT_BATCH = 64
-FILE_BATCH = 16
+BATCH = 16  # images drawn together
 SHOWN_FAULTS = 20
 
 
@@ -61,9 +62,7 @@ def generate(args: GenerateArguments) -> int:
     files = OutputFiles.of(args)
     pipe, keywords = loading.load_pipeline(args), args.keywords()
     pipe.check_settings(keywords)
-    with files.watching(pipe) as callback:
-        out = pipe.generate(list(args.prompt), seed=files.seeds, callback=callback, **keywords)
-    files.save(out)
+    files.draw(pipe, pipe.generate, args.prompt, batch=args.batch or BATCH, **keywords)
     print_notes(pipe, args.prompt)
     warn_if_unquoted(args.prompt, "prompt")
     return 0
@@ -94,7 +93,7 @@ def _draw_file(args: PromptFileArguments, given: "PromptSet") -> int:
     seeds = begin(folder, pipe, given, group, seed=args.seed, each=each, settings=keywords)
     with progress_bar("generating") as advance:
         drawn = draw(
-            folder, pipe, given, seeds, group, batch=args.batch or FILE_BATCH, settings=keywords, advance=advance
+            folder, pipe, given, seeds, group, batch=args.batch or BATCH, settings=keywords, advance=advance
         )
     new = f"{drawn} new" if group.world == 1 else f"{drawn} new by this process of {group.world}"
     if group.main:
@@ -115,9 +114,8 @@ def edit(args: EditArguments) -> int:
     pipe, keywords = loading.load_pipeline(args), args.keywords()
     if "edit" not in pipe.tasks:
         pipe.edit(args.source, list(args.instruction))  # refuses, whatever the keywords
-    with files.watching(pipe) as callback:
-        out = pipe.edit(args.source, list(args.instruction), seed=files.seeds, callback=callback, **keywords)
-    files.save(out, args.source)
+    make = partial(pipe.edit, args.source)
+    files.draw(pipe, make, args.instruction, batch=args.batch or BATCH, source=args.source, **keywords)
     print_notes(pipe, args.instruction, [args.source])
     warn_if_unquoted(args.instruction, "instruction")
     return 0
@@ -149,17 +147,18 @@ def reconstruct(args: ReconstructArguments) -> int:
     pipe = loading.load_pipeline(args)
     from spar.evaluation.options import batches
 
-    images: list[Any] = []
-    metadata: list[dict[str, Any]] = []
-    with progress_bar("reconstructing") as advance:
-        for batch in batches(sources, RECONSTRUCT_BATCH, advance):
-            out = pipe.reconstruct(list(batch))
-            images += out.images
-            metadata += out.metadata
-    pairs = zip(sources, metadata, strict=True)
-    save_images(images, paths, [{**source_metadata(source), **values} for source, values in pairs])
-    for path in paths:
-        print(path)
+    done = 0
+    try:
+        with progress_bar("reconstructing") as advance:
+            for batch in batches(sources, RECONSTRUCT_BATCH, advance):
+                out, then = pipe.reconstruct(list(batch)), done + len(batch)
+                pairs = zip(batch, out.metadata, strict=True)
+                metadata = [{**source_metadata(source), **values} for source, values in pairs]
+                save_images(out.images, paths[done:then], metadata)
+                done = then
+    finally:  # also of what was written before a bad file
+        for path in paths[:done]:
+            print(path)
     print_notes(pipe, images=sources)
     return 0
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, UseAppendAction, arg
 
 from spar.cli.arguments import Flag
+from spar.common.limits import MAX_IMAGES, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,5 +93,8 @@ class CacheArguments:
     """Images in one batch."""
     device: str | None = None
     """cpu, cuda, cuda:1 ...; by default CUDA if available."""
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Type of matrix products, as in the training that will read the features."""
+
+    def __post_init__(self) -> None:
+        check_range("--batch", self.batch, 1, MAX_IMAGES)

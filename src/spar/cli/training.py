@@ -21,6 +21,7 @@ from spar.cli.console import (
     show_table,
     training_display,
 )
+from spar.cli.failures import Failure, explain
 from spar.cli.parsing import parse
 from spar.cli.recipe_flags import build_recipe, flag_value, recipe_arguments
 from spar.cli.train_arguments import CacheArguments, PlanArguments, TrainArguments
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 def train(argv: list[str]) -> int:
     """Train a recipe."""
     args, chosen = _recipe(argv, TrainArguments, "spar train", "spar train tiny --run runs/tiny")
-    from spar.common.device import choose_device, device_name
+    from spar.common.device import choose_device, device_name, dtype_name
     from spar.training.estimate import HardwareConfig, check_sizes, estimate
     from spar.training.plan import read_run, resolve
     from spar.training.run_folder import check_run
@@ -62,7 +63,8 @@ def train(argv: list[str]) -> int:
     check_folder(run)
     command = shlex.join(["spar", "train", *argv, *(["--resume", "auto"] if args.resume == "never" else [])])
     if is_first_process():
-        print(f"training on {device_name(device)}", flush=True)
+        dtype = dtype_name(args.parallelism.dtype(device))
+        print(f"training on {device_name(device)} in {dtype}", flush=True)
     return _train(args, run_plan, device, resume_command=command)
 
 
@@ -186,11 +188,10 @@ def cache(argv: list[str]) -> int:
     """Compute the frozen features of a recipe's data sets."""
     example = "spar cache RECIPE --init-from MODEL --data.source files --data.sets DATA -o features"
     args, chosen = _recipe(argv, CacheArguments, "spar cache", example)
-    import torch
-
     from spar.checkpoints.spar_format import load_model
     from spar.common.device import choose_device, device_name
     from spar.common.process_group import PATIENCE, ProcessGroup
+    from spar.training.distributed import ParallelismConfig
     from spar.training.feature_cache import write_cache
     from spar.training.files_data import FilesData, open_sources
 
@@ -202,7 +203,7 @@ def cache(argv: list[str]) -> int:
     with group.main_first():  # it indexes what lies far away, and the others find the index
         sources = open_sources(chosen.data)
     tokenizer = load_model(local_folder(args.init_from)).model.tokenizer.to(group.device)
-    precision = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    precision = ParallelismConfig(precision=args.precision).dtype(group.device)
     with progress_bar("features") as advance:
         bad = write_cache(
             tokenizer, sources, args.output, side=chosen.image_size, batch=args.batch,
@@ -216,7 +217,11 @@ def cache(argv: list[str]) -> int:
 
 
 def _train(args: Any, plan: "RunPlan", device: "torch.device", *, resume_command: str) -> int:
-    """Train with a bar; print the model's folder at the end, or the command that resumes."""
+    """Train with a bar; print the model's folder at the end, or the command that resumes.
+
+    Raises:
+        Failure: too little memory, or no compiler.
+    """
     from spar.training.loop import NonFiniteLoss
     from spar.training.run_folder import check_run
     from spar.training.trackers import tracked
@@ -234,6 +239,11 @@ def _train(args: Any, plan: "RunPlan", device: "torch.device", *, resume_command
     except NonFiniteLoss as error:
         fail(f"{error}; resume from the last saved state: {resume_command}")
         return 1
+    except (RuntimeError, MemoryError) as error:
+        line = explain(error, "train")
+        if line is None:
+            raise
+        raise Failure(f"{line}; resume from the last saved state: {resume_command}") from error
     except KeyboardInterrupt:
         model = None
     if model is None:

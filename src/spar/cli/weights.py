@@ -35,14 +35,14 @@ def convert(args: ConvertArguments) -> int:
 @takes(ExportArguments, "spar export")
 def export(args: ExportArguments) -> int:
     """Write a part of a model in another program's format."""
-    check_replaceable(args.output, "preprocessor_config.json", overwrite=args.overwrite)
     with progress_bar("exporting"):
         import torch
 
         from spar.checkpoints.hub import model_folder
         from spar.checkpoints.spar_format import load_model
-        from spar.checkpoints.to_internvl import export_internvl
+        from spar.checkpoints.to_internvl import MARK, export_internvl
 
+        check_replaceable(args.output, MARK, overwrite=args.overwrite)
         export_internvl(load_model(model_folder(args.model)), args.output, getattr(torch, args.dtype))
     print(args.output)
     return 0
@@ -92,11 +92,13 @@ def _make_model(args: BuildArguments | ConvertArguments, title: str) -> int:
 
 
 def _make_spar(args: BuildArguments | ConvertArguments, base: "SparRecipe") -> "ModelBundle":
+    from spar.checkpoints import model_header
     from spar.checkpoints.from_published import SOURCES, build_from_published
     from spar.checkpoints.from_unilip import convert_unilip
-    from spar.checkpoints.spar_format import save_model
+    from spar.checkpoints.spar_format import FORMAT, save_model
     from spar.training.bundle import sampling_config
 
+    model_header.check_replaceable(args.output, FORMAT)
     _refuse(args, "vision", "llm", "settings")
     shared: dict[str, Any] = {
         "config": base.model, "sampling": sampling_config(base), "recipe": base.name, "seed": args.seed,
@@ -112,9 +114,11 @@ def _make_spar(args: BuildArguments | ConvertArguments, base: "SparRecipe") -> "
 
 
 def _make_dualtoken(args: BuildArguments | ConvertArguments, base: "DualTokenRecipe") -> "DualTokenBundle":
-    from spar.checkpoints.dualtoken_format import save_dualtoken
+    from spar.checkpoints import model_header
+    from spar.checkpoints.dualtoken_format import FORMAT, save_dualtoken
     from spar.checkpoints.from_dualtoken import SOURCES, build_dualtoken, convert_dualtoken
 
+    model_header.check_replaceable(args.output, FORMAT)
     _refuse(args, "mllm", "autoencoder", "dit", "factor", "router")
     _require(args, *SOURCES)
     shared: dict[str, Any] = {

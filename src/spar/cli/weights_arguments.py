@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from spar.cli.arguments import Flag
+from spar.cli.arguments import Flag, check_utf8
 from spar.common.errors import InputError
 from spar.common.limits import MAX_SEED, check_range
 
@@ -27,6 +27,7 @@ class AssemblyArguments:
     """Replace an earlier model."""
 
     def __post_init__(self) -> None:
+        check_utf8(str(self.output), "--output")  # safetensors writes to no other name
         check_range("--seed", self.seed, 0, MAX_SEED)
         self.revisions()
 
@@ -111,6 +112,9 @@ class ExportArguments:
     """Type of the weights in the folder."""
     overwrite: Flag = False
     """Replace an earlier export."""
+
+    def __post_init__(self) -> None:
+        check_utf8(str(self.output), "--output")
 
 
 @dataclass(frozen=True, kw_only=True)

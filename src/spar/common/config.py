@@ -62,6 +62,19 @@ def _to_json(value: Any) -> Any:
     return value
 
 
+def check_finite(values: Any, where: str) -> None:
+    """Refuse JSON values with infinity or NaN among them, for which JSON has no form; InputError says where."""
+    if isinstance(values, float) and not math.isfinite(values):
+        raise InputError(f"{where}: expected a finite number, got {values}")
+    if isinstance(values, Mapping):
+        for name, value in values.items():
+            check_finite(value, f"{where}.{name}")
+    elif isinstance(values, list):
+        for value in values:
+            named = value.get("name") if isinstance(value, Mapping) else None
+            check_finite(value, f"{where}.{named}" if named else where)
+
+
 def _kind(cls: type) -> str | None:
     """The class variable `kind` of a dataclass; a field of that name does not count."""
     kind = getattr(cls, "kind", None)
@@ -93,10 +106,10 @@ def from_dict(
         raise InputError(f"{name}: missing field {', '.join(sorted(known - set(values)))}")
     try:
         return cls(**parsed)
-    except TypeError as error:
-        raise InputError(f"{name}: {error}") from error
     except InputError as error:  # what the class refuses says where it was
         raise InputError(f"{where}: {error}" if where else str(error)) from error
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name}: {error}") from error
 
 
 def from_file(cls: type[T], values: Any, path: Path) -> T:

@@ -1,5 +1,6 @@
 """What the kernel says of the processor."""
 
+import functools
 import platform
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def bfloat16_instructions() -> list[str]:
     return [name for name in BFLOAT16_INSTRUCTIONS if name in flags]
 
 
+@functools.cache
 def has_native_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware by AMX or AVX-512 BF16; ARM's has not been measured."""
     return bool({"amx_bf16", "avx512_bf16"} & {*bfloat16_instructions()})

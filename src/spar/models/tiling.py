@@ -36,6 +36,8 @@ def decode_in_tiles(decode: Callable[[Tensor], Tensor], latent: Tensor, tile: in
 
 def _starts(length: int, tile: int, overlap: int) -> list[int]:
     """Starts of the tiles: each overlaps the one before it by at least `overlap` cells; the last ends at the end."""
+    if length <= tile:  # the overlap is that of whole tiles, and may be wider than this one
+        return [0]
     return [*range(0, length - tile, tile - overlap), length - tile]
 
 

@@ -11,6 +11,7 @@ from spar.common.errors import InputError, first_line
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+LOCAL = re.compile(rf"[.~/].*|.*({'|'.join(map(re.escape, (*PICKLED, '.safetensors')))})", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,16 @@ class CheckpointSource:
 
     def record(self, files: list[Path]) -> dict[str, Any]:
         """Record of the read files for a manifest: the commit, or for a local folder the hashes of the files."""
+        name = name_as_text(self.name)
         if self.commit is not None:
-            return {"source": self.name, "commit": self.commit}
-        sums = {path.relative_to(self.folder).as_posix(): _sha256(path) for path in sorted(files)}
-        return {"source": self.name, "sha256": sums}
+            return {"source": name, "commit": self.commit}
+        sums = {name_as_text(path.relative_to(self.folder).as_posix()): _sha256(path) for path in sorted(files)}
+        return {"source": name, "sha256": sums}
+
+
+def name_as_text(name: str) -> str:
+    """A file's name for a manifest: bytes that are no text, which Python keeps as lone surrogates, become "?"."""
+    return name.encode(errors="replace").decode()
 
 
 def _sha256(path: Path) -> str:
@@ -45,21 +52,26 @@ def _sha256(path: Path) -> str:
 
 
 def fetch(
-    source: str, patterns: tuple[str, ...], *, revision: str | None = None, what: str = "source"
+    source: str, patterns: tuple[str, ...], *, revision: str | None = None, what: str = "source", local: bool = True
 ) -> CheckpointSource:
     """Find a local folder, or the files of a Hub repository that match `patterns`, and download missing ones.
 
     Downloads, their resumption and the offline mode (HF_HUB_OFFLINE) are huggingface_hub's; no code is downloaded.
 
+    Args:
+        local: whether `source` may be a folder; else it is a Hub id, whatever is here.
+
     Raises:
         InputError: neither of the two, a revision of a local folder, or a failed download.
     """
     path = Path(source)
-    if path.is_dir():
+    if local and path.is_dir():
         if revision is not None:
             raise InputError(f"{what}: a local folder has no revision, got {revision!r} for {source!r}")
         return CheckpointSource(path, path.resolve().name)
-    if path.exists() or not REPOSITORY.fullmatch(source):
+    if local and LOCAL.fullmatch(source) and not path.exists():
+        raise InputError(f"{what}: there is no such folder or file, got {source!r}")
+    if (local and path.exists()) or not REPOSITORY.fullmatch(source):
         raise InputError(f"{what}: expected a folder or a Hub id such as OWNER/NAME, got {source!r}")
     from huggingface_hub import constants, snapshot_download
 

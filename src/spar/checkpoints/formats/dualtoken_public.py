@@ -5,7 +5,6 @@ They follow the released classes as their public code defines them; no checkpoin
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,19 +133,13 @@ def quantizer_config(settings: ForeignConfig) -> QuantizerConfig:
 def decoder_config(settings: ForeignConfig) -> PixelDecoderConfig:
     """The decoder's sizes from `ddconfig` and `decoder_latent_shape`."""
     sizes = settings.inner("ddconfig")
-    base, factors = sizes.whole("ch"), _wholes(sizes, "ch_mult")
-    grid, attention = _wholes(settings, "decoder_latent_shape"), _wholes(sizes, "attn_resolutions")
+    base, factors = sizes.whole("ch"), sizes.wholes("ch_mult")
+    grid, attention = settings.wholes("decoder_latent_shape"), sizes.wholes("attn_resolutions")
     channels = tuple(base * factor for factor in factors)
-    if len(set(grid)) != 1 or attention != [grid[0]] or sizes.whole("decoder_in_channels") != channels[-1]:
+    if len(set(grid)) != 1 or attention != grid[:1] or sizes.whole("decoder_in_channels") != channels[-1]:
         raise InputError(
-            f"{settings.where}: expected attention at the decoder's own square grid {grid} alone, and as many input "
-            f"channels as it begins with ({channels[-1]}), got {attention} and {sizes.get('decoder_in_channels')}"
+            f"{settings.where}: expected attention at the decoder's own square grid {[*grid]} alone, and as many input "
+            f"channels as it begins with ({channels[-1]}), got {[*attention]} and {sizes.get('decoder_in_channels')}"
         )
     return PixelDecoderConfig(channels=channels, layers=sizes.whole("num_res_blocks"), groups=32, grid=grid[0])
 
-
-def _wholes(settings: ForeignConfig, name: str) -> list[int]:
-    value: Any = settings.get(name)
-    if not isinstance(value, list) or not value or not all(type(one) is int for one in value):
-        raise InputError(f"{settings.where}: {name}: expected whole numbers, got {value!r}")
-    return value

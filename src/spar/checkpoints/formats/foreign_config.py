@@ -10,6 +10,11 @@ from spar.common.errors import InputError
 REQUIRED = object()
 
 
+def is_whole(value: Any) -> bool:
+    """Whether a value of JSON is a whole number that fits 63 bits."""
+    return type(value) is int and abs(value) <= MAX_INT
+
+
 class ForeignConfig:
     """The fields of a JSON object, named `where` in errors. Of several names of a field the first one found is used."""
 
@@ -52,6 +57,13 @@ class ForeignConfig:
         if not abs(value) <= MAX_INT:  # NaN is not
             raise InputError(f"{self.where}: {names[0]}: expected a number of at most 63 bits, got a larger one")
         return value
+
+    def wholes(self, name: str) -> tuple[int, ...]:
+        """Whole numbers, one at least."""
+        value = self.get(name)
+        if not isinstance(value, list | tuple) or not value or not all(is_whole(one) for one in value):
+            raise InputError(f"{self.where}: {name}: expected whole numbers, got {value!r}")
+        return tuple(value)
 
     def side(self, name: str) -> int:
         """Side of a square, given as a number or a pair."""

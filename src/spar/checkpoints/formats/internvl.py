@@ -125,10 +125,10 @@ def _rope(config: ForeignConfig) -> tuple[float, float]:
     name = next((name for name in ("rope_parameters", "rope_scaling") if name in config), None)
     rope = config.inner(name) if name else ForeignConfig({}, config.where)
     kind = rope.get("rope_type", "type", default="default")
-    theta = rope.get("rope_theta", default=config.number("rope_theta", default=10000.0))
+    theta = rope.number("rope_theta", default=config.number("rope_theta", default=10000.0))
     if kind not in ("default", "dynamic"):
         raise InputError(f"{rope.where}: expected rope_type default or dynamic, got {kind!r}")
-    return float(theta), rope.number("factor") if kind == "dynamic" else 1.0
+    return theta, rope.number("factor") if kind == "dynamic" else 1.0
 
 
 def translate(key: str, *, head: bool) -> tuple[TensorSlice, ...] | None:

@@ -24,11 +24,14 @@ SHIFTS = {"DPMSolverMultistepScheduler": "flow_shift", "FlowMatchEulerDiscreteSc
 
 
 def read_config(
-    source: CheckpointSource, base: DenoiserConfig, latent_channels: int
+    source: CheckpointSource, base: DenoiserConfig, latent_channels: int, grid: int
 ) -> tuple[DenoiserConfig, float | None]:
     """Read the sizes of a checkpoint for latents of these channels, and the shift of sampling (None: no scheduler).
 
-    Settings that SANA's configuration lacks are those of `base`.
+    Settings that SANA's configuration lacks are those of `base`. `grid` is the model's own, in cells per side.
+
+    Raises:
+        InputError: a configuration that ours cannot hold, as sine positions that are scaled for another grid.
     """
     config = ForeignConfig.read(source.folder / FOLDER / "config.json")
     config.expect("_class_name", "SanaTransformer2DModel")
@@ -42,6 +45,12 @@ def read_config(
     numbers = config.numbers(DenoiserConfig, SANA_FIELDS, mlp_ratio=2.5, norm_eps=1e-6)
     config.expect("cross_attention_dim", numbers["heads"] * numbers["head_dim"])
     scale = config.number("interpolation_scale") if "interpolation_scale" in config else None
+    side = config.whole("sample_size", default=32)
+    if scale is not None and side != grid:
+        raise InputError(
+            f"{config.where}: interpolation_scale: expected none where sample_size is not the model's grid of {grid} "
+            f"cells per side, since its positions are scaled by both, got {scale:g} and sample_size {side}"
+        )
     sizes = replace(base, **numbers, interpolation_scale=scale, self_attention="linear")
     return sizes, _shift(source)
 
@@ -52,7 +61,7 @@ def _shift(source: CheckpointSource) -> float | None:
         return None
     config = ForeignConfig.read(path)
     kind = config.get("_class_name")
-    if kind not in SHIFTS:
+    if not isinstance(kind, str) or kind not in SHIFTS:
         raise InputError(f"{path}: expected a scheduler of the kinds {', '.join(SHIFTS)}, got {kind!r}")
     return config.number(SHIFTS[kind], default=1.0)
 
