@@ -240,6 +240,14 @@ def test_no_objective_may_read_a_weight_that_is_not_tried_above():
         ({"lr_end": -1e-5}, "0 <= lr_end"),
         ({"ema": 1.0}, r"ema must be in \[0, 1\)"),
         ({"max_grad_norm": 0.0}, "max_grad_norm"),
+        ({"max_grad_norm": float("inf")}, "max_grad_norm must be above 0 and finite, got inf"),
+        ({"lr": float("inf")}, "expected lr > 0"),
+        ({"lr": float("nan"), "lr_end": 0.0}, "expected lr > 0"),
+        ({"betas": (0.9, 1.0)}, r"betas must be in \[0, 1\), got 0.9, 1.0"),
+        ({"betas": (-0.1, 0.9)}, r"betas must be in \[0, 1\)"),
+        ({"weight_decay": -0.1}, "weight_decay: expected at least 0, got -0.1"),
+        ({"weight_decay": float("inf")}, "weight_decay: expected at least 0, got inf"),
+        ({"lr_multipliers": (("model.*", -1.0),)}, r"lr_multipliers of model.\*: expected at least 0, got -1"),
         ({"warmup": -1}, "expected warmup from 0 to steps 3, got -1"),
         ({"warmup": 4}, "expected warmup from 0 to steps 3, got 4"),
     ],
@@ -247,6 +255,14 @@ def test_no_objective_may_read_a_weight_that_is_not_tried_above():
 def test_a_stage_refuses_settings_that_cannot_be(changes, message):
     with pytest.raises(InputError, match=f"stage encoder: .*{message}"):
         replace(recipe("tiny").stage("encoder"), **changes)
+
+
+@pytest.mark.parametrize("name", ["../../other", "", "a/b", ".hidden", "model", "adapter", "cache", "lock"])
+def test_a_stage_whose_name_is_no_folder_of_its_own_is_refused(name):
+    """Its folder is removed when it is trained anew."""
+    with pytest.raises(InputError, match=f"stage: expected a name of letters, .*got {name!r}"):
+        replace(recipe("tiny").stage("encoder"), name=name)
+    assert replace(recipe("tiny").stage("encoder"), name="encoder.2_b-\u00e9").name
 
 
 @pytest.mark.parametrize(

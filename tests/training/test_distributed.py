@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from spar.common.errors import InputError
+from spar.common.process_group import PATIENCE
 from spar.models.blocks import BLOCKS, repeated_blocks
 from spar.recipes import recipe
 from spar.training import distributed as module
@@ -202,6 +203,21 @@ def test_several_processes_want_a_launcher(monkeypatch, tmp_path):
     assert not (tmp_path / "run").exists()
     with pytest.raises(InputError, match=r"parallelism.grad_accum_steps: expected at least 1, got 0"):
         ParallelismConfig(grad_accum_steps=0)
+
+
+def test_processes_wait_for_a_main_one_that_works_alone(monkeypatch):
+    """It writes, hashes and indexes alone, which may take longer than the ten minutes that torch waits."""
+    waited = []
+
+    class State:
+        num_processes, process_index, device = 2, 0, torch.device("cpu")
+
+        def __init__(self, *, cpu, timeout=None):
+            waited.append(timeout)
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("accelerate.PartialState", State)
+    assert DistributedContext.initialize(ParallelismConfig(), "cpu").world == 2 and waited == [PATIENCE]
 
 
 @pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"])

@@ -176,6 +176,25 @@ def test_a_broken_off_cache_is_refused_until_it_is_finished(tiny_run, data, tmp_
         write(data, model, tmp_path / "other")
 
 
+def test_a_broken_off_cache_goes_on_with_its_sets_in_another_order(tiny_run, data, tmp_path, monkeypatch):
+    """Its files were numbered by the order: rows of one set were taken for those of the other, and never computed."""
+    model, folder, turned = tiny_run.path / "model", tmp_path / "features", replace(data, sets=data.sets[::-1])
+    work = module._features
+
+    def breaking(tokenizer, piece, *rest):
+        if len(piece[2]):
+            raise KeyboardInterrupt
+        return work(tokenizer, piece, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_features", breaking)
+        with pytest.raises(KeyboardInterrupt):
+            write(data, model, folder)
+    assert len(list(folder.glob("*.safetensors"))) == 1 and write(turned, model, folder) == 1
+    found = FeatureCache(folder, cache_key(load_model(model).model.tokenizer, 64, open_sources(data)))
+    assert len({*found.ids.tolist()}) == 20
+
+
 @pytest.mark.slow
 def test_the_command_writes_what_training_reads(tiny_run, data, tmp_path, capsys):
     model, folder = tiny_run.path / "model", tmp_path / "features"

@@ -258,6 +258,16 @@ def test_a_tokenizer_stage_sees_what_lies_behind_an_edit_and_needs_no_words(trai
     assert seen == set(NAMES) and sum(map(len, found.sample(100))) >= 100
 
 
+def test_measuring_bears_as_many_bad_samples_as_training(sets, tmp_path):
+    """A run whose own share was above the default ended where its stage measured what it needs."""
+    bad = [{**sample, "jpg": b"none"} if i % 2 else sample for i, sample in enumerate(generation())]
+    config = FilesData(sets=(write_tar(tmp_path / "bad.tar", bad),), workers=0, bad_share=0.6)
+    many = 1100  # above what is decoded before the share is judged
+    assert sum(map(len, reader(config, tmp_path / "run").sample(many))) >= many
+    with pytest.raises(InputError, match="expected at most 1.0% bad samples"):
+        reader(replace(config, bad_share=0.01), tmp_path / "run").sample(many)
+
+
 def test_other_data_in_the_middle_of_a_stage_are_refused(training_data, stage, sets, tmp_path):
     everything(training_data(), stage, 0)
     everything(training_data(), stage, 3)
@@ -391,9 +401,13 @@ def test_settings_without_sense_are_refused(tiny_run, tmp_path, sets):
         ({"sets": ("0=x.tar",)}, "weight above 0, got '0=x.tar'"), ({"workers": -1}, "data.workers"),
         ({"bad_share": 2.0}, "data.bad_share"),
         ({"unknown_share": -0.1}, "data.unknown_share: expected 0 to 1"), ({"max_aspect": 0.5}, "data.max_aspect"),
+        ({"max_aspect": 9.0}, "max_aspect: expected 1 to 8, got 9"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=said):
             FilesData(**{"sets": sets, **wrong})
+    with pytest.raises(InputError, match="tokenizer-3: expected a discriminator .* sides of 40 pixels, got .* 48 and"):
+        bold = replace(tiny_run.recipe.discriminator, layers=4)
+        replace(tiny_run.recipe, data=FilesData(sets=sets, max_aspect=3.0), discriminator=bold)
     recipe = replace(tiny_run.recipe, data=FilesData(sets=sets))
     with pytest.raises(
         InputError,

@@ -7,6 +7,7 @@ import shutil
 import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,6 +20,7 @@ from spar.data.batches import Images
 from spar.recipes.shapes.dense_tagging import DenseTaggingObjective
 from spar.training import loop
 from spar.training.checkpoint import (
+    FoundState,
     TrainState,
     find_state,
     load_group,
@@ -29,6 +31,7 @@ from spar.training.checkpoint import (
 )
 from spar.training.config import StageConfig
 from spar.training.data import TrainingData
+from spar.training.distributed import DistributedContext, ParallelismConfig
 from spar.training.interruption import Interruption, listening
 from spar.training.loop import EMA, NonFiniteLoss, Report, clip_grad_norm, learning_rate, run_stage
 from spar.training.objectives.autoencoder import AutoencoderObjective
@@ -64,6 +67,31 @@ def interrupt(at: int, number: int = signal.SIGINT):
             os.kill(os.getpid(), number)
 
     return report
+
+
+# ---- the allocator ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("largest", "calls"),
+    [
+        (2**40, [(-3, 2**30), (-1, 2**31 - 1)]),
+        (2**25, [(-3, 2**30), (-3, 2**25), (-1, 2**31 - 1)]),  # glibc before 2.35
+        (0, [(-3, 2**30), (-3, 2**25)]),  # the trim threshold alone would make it worse
+    ],
+)
+def test_the_allocator_keeps_memory_as_far_as_it_can_be_told_to(monkeypatch, largest, calls):
+    made = []
+
+    def mallopt(option, value):
+        made.append((option, value))
+        return int(option != -3 or value <= largest)
+
+    monkeypatch.setattr(loop.ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
+    loop.tune_allocator()
+    assert made == calls
+    monkeypatch.setattr(loop.ctypes, "CDLL", lambda _: SimpleNamespace())
+    loop.tune_allocator()
 
 
 # ---- closed forms ----------------------------------------------------------------------------------------------------
@@ -233,7 +261,7 @@ def test_the_measured_latent_scale_gives_unit_size(start, stage):
         tokenizer.latent_scale.fill_(123.0)
         tokenizer.fusion[-1].weight.mul_(3.0)
     begun.stage.objective.finish(begun.ctx, begun.data)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), begun.ctx.autocast():
         latents = tokenizer.encode(pixels)
     assert float(tokenizer.normalize(latents.z_f).float().square().mean().sqrt()) == pytest.approx(1, abs=2e-3)
     assert torch.allclose(tokenizer.denormalize(tokenizer.normalize(latents.z_f)), latents.z_f, rtol=1e-2)
@@ -242,7 +270,7 @@ def test_the_measured_latent_scale_gives_unit_size(start, stage):
 @pytest.mark.parametrize("stage", ["unified-2", "unified-3"])
 def test_before_alignment_the_teachers_mean_is_measured(start, stage):
     begun = start(stage)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), begun.ctx.autocast():
         f_v = begun.modules.model.tokenizer.encoder(begun.data.pixels(np.arange(len(begun.data.scenes))))
     assert torch.allclose(begun.modules.teacher_mean, f_v.float().mean((0, 1)), atol=1e-3)
     assert not start("unified-1").modules.teacher_mean.any()
@@ -251,7 +279,7 @@ def test_before_alignment_the_teachers_mean_is_measured(start, stage):
 def test_the_measured_native_scale_gives_unit_size(start):
     begun = start("autoencoder")
     begun.stage.objective.finish(begun.ctx, begun.data)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), begun.ctx.autocast():
         latents = begun.modules.pixel_encoder(begun.data.pixels(np.arange(len(begun.data.scenes)))).float()
     assert float((latents * begun.modules.native_scale).square().mean().sqrt()) == pytest.approx(1, abs=2e-3)
     assert float(begun.modules.native_scale) != 1
@@ -512,6 +540,35 @@ def test_an_older_whole_state_is_taken_and_says_so(start, tmp_path, caplog, tiny
     assert seen == [2, 3, 4] and "passed over state (" in caplog.text and "going on from state.1" in caplog.text
     assert go(start("dit", steps=5), tmp_path / "straight")
     assert same(*(load_group(tmp_path / name / "dit" / "done", "modules") for name in ("run", "straight")))
+
+
+def test_all_processes_go_on_from_the_state_that_the_main_one_has_found(start, tmp_path, tiny_run):
+    """One that read the newest state in a bad moment went on from an older one alone, or removed what others read."""
+    often = replace(tiny_run.recipe, save_minutes=0.0)
+    go(start("encoder", recipe=often, steps=5), tmp_path, report=interrupt(2))
+    state, older = (tmp_path / "encoder" / name for name in ("state", "state.1"))
+    decided = FoundState(older, TrainState("encoder", 2), ("state (it could not be read)",), (state,))
+
+    class Second(DistributedContext):
+        def main_only(self, work):
+            return decided
+
+    begun = start("encoder", recipe=often, steps=5)
+    ctx = replace(begun.ctx, parallel=Second(rank=1))
+    assert loop.begin_stage(ctx, tmp_path, resume=True).start == 2 and state.is_dir()
+
+
+@pytest.mark.parametrize(("saved", "warns"), [("bfloat16", True), ("float32", False), (None, False)])
+def test_a_state_of_another_type_is_resumed_with_a_warning(start, tmp_path, caplog, saved, warns):
+    plain = {"parallel": DistributedContext(config=ParallelismConfig(precision="fp32"))}
+    begun = start("encoder", steps=3)
+    run_stage(replace(begun.ctx, **plain), begun.data, tmp_path, resume=False, report=interrupt(0))
+    folder = tmp_path / "encoder" / "state"
+    assert read_meta(folder)["dtype"] == "float32"
+    write_meta(folder, {key: value for key, value in {**read_meta(folder), "dtype": saved}.items() if value})
+    begun = start("encoder", steps=3)
+    assert loop.begin_stage(replace(begun.ctx, **plain), tmp_path, resume=True).start == 1
+    assert ("its steps so far were computed in bfloat16, the others will be in float32" in caplog.text) == warns
 
 
 def test_one_state_is_kept_where_the_recipe_says_so(start, tmp_path, tiny_run):

@@ -99,11 +99,48 @@ def test_a_stage_trained_anew_makes_all_later_ones_void():
 
 
 def test_a_run_that_has_begun_ignores_the_folder_that_it_started_from():
-    assert (
-        plan(init=MODEL, states=["unified-2"], resume=True, done=()).init_from == MODEL.path
-    )  # its first stage has not
+    assert plan(init=MODEL, resume=True).init_from == MODEL.path  # its first stage has not
     begun = plan("unified-2", init=MODEL, states=["unified-2"], resume=True)
     assert begun.stages[0].start.source == "state" and begun.init_from is None
+
+
+def test_a_run_that_began_later_is_not_resumed_from_its_first_stage_on():
+    """`--resume auto` without the `--stage` of the first command began at the first stage and removed all the rest."""
+    said = r"has an end or a state of unified-2 but none of encoder, .*such as --stage unified-2 --stage unified-3; to"
+    for progress in ({"states": ["unified-2"]}, {"done": ["unified-2"]}):
+        with pytest.raises(InputError, match=said):
+            plan(init=MODEL, resume=True, **progress)
+    damaged = RunStatus(RUN, damaged={"unified-2": "a reason"})
+    with pytest.raises(InputError, match=said):
+        resolve(TINY, damaged, resume=True)
+    named = plan("unified-2", "unified-3", init=MODEL, states=["unified-2"], resume=True)
+    assert named.stages[0].start.source == "state"
+    with pytest.raises(InputError, match="a state of dit but none of mllm, .*such as --stage encoder --stage dit "):
+        plan(done=["encoder", "dit"], resume=True)
+    assert plan("mllm", done=["encoder", "dit"]).stages[0].invalidates == ("dit",)  # to train it anew it is named
+
+
+@pytest.mark.parametrize("place", ["model", "adapter", "unified-3/done", "unified-3/state"])
+def test_a_training_does_not_start_from_what_it_removes(place):
+    for stages in (("unified-2", "unified-3"), ("unified-3",)):
+        with pytest.raises(InputError, match=f"--init-from: expected a folder that the training of {stages[0]} in .* "
+                           f"does not remove, got {RUN / place}; give the run another folder"):  # fmt: skip
+            plan(*stages, init=replace(MODEL, path=RUN / place))
+    with pytest.raises(InputError, match="--teacher: expected a folder that the training of tokenizer-3 in .*does not"):
+        plan("tokenizer-3", done=NAMES, teacher=RUN / place)
+    kept = InitFolder(RUN / "unified-1" / "done", is_model=False, kind="unified")
+    assert plan("unified-3", init=kept).init_from == kept.path
+    assert plan("unified-3", init=replace(MODEL, path=Path("runs/tiny-2") / place)).stages
+    done = plan("unified-3", init=replace(MODEL, path=RUN / place), done=["unified-3"], resume=True)
+    assert done.stages[0].skipped  # nothing is removed
+
+
+def test_a_link_does_not_hide_what_a_training_removes(tmp_path):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "latest").symlink_to(tmp_path / "run")
+    status = RunStatus(tmp_path / "run", init=replace(MODEL, path=tmp_path / "latest" / "model"))
+    with pytest.raises(InputError, match="--init-from: expected a folder that the training of unified-3"):
+        resolve(TINY, status, stages=("unified-3",))
 
 
 def test_a_plan_that_is_only_shown_may_lack_data_and_published_weights():
@@ -396,4 +433,24 @@ def test_damaged_states_bar_no_stage_that_does_not_resume_from_them(tiny_run, tm
     with pytest.raises(InputError, match="unified-2: no saved state is whole: state .meta.json is missing"):
         resolve(TINY, status, stages=("unified-2",), resume=True, from_scratch=True)
     init = replace(status, init=InitFolder(Path("x"), False, "unified"))
-    assert resolve(TINY, init, stages=("unified-2",)).stages[0].start.source == "folder"
+    found = resolve(TINY, init, stages=("unified-2",)).stages[0]
+    assert found.start.source == "folder" and found.invalidates == ("unified-2 (damaged)",)
+
+
+def test_a_damaged_end_bars_no_stage_that_does_not_need_it(tiny_run, tmp_path):
+    """It barred every command, `--stage dit` too, which the message advised."""
+    run = tmp_path / "run"
+    for stage in NAMES[: TOKENIZER + 1]:
+        shutil.copytree(tiny_run.path / stage, run / stage)
+    (run / "dit" / "done" / "meta.json").write_text("{")
+    status, said = read_run(TINY, run), "the end of stage dit is damaged .*train the stage anew .--stage dit."
+    assert set(status.damaged) == {"dit"} and "dit" not in status.done
+    for stages, resume in (((), True), (("tokenizer-1",), False), (("dit",), True)):
+        with pytest.raises(InputError, match=said):
+            resolve(TINY, status, stages=stages, resume=resume)
+    again = resolve(TINY, status, stages=("dit",)).stages[0]
+    assert again.start.source == "stage" and again.invalidates == ("dit (damaged)", "tokenizer-1")
+    assert resolve(TINY, status, stages=("mllm",), resume=True).stages[0].skipped
+    shutil.copytree(run / "mllm" / "done", run / "dit" / "state")
+    saved = resolve(TINY, read_run(TINY, run), stages=("dit",), resume=True).stages[0]
+    assert saved.start.source == "state"  # it goes on from its whole state

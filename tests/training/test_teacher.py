@@ -32,7 +32,8 @@ from spar.recipes.shapes.data import ShapesTrainingData
 from spar.training.checkpoint import load_group
 from spar.training.config import Recipe
 from spar.training.estimate import HardwareConfig, estimate
-from spar.training.systems.spar import AlignmentConfig, load_stage_model
+from spar.training.stage_model import load_stage_model
+from spar.training.systems.spar import AlignmentConfig
 from spar.training.teacher import load_external_teacher
 from spar.training.trainer import train
 

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -17,7 +18,7 @@ from spar.common.errors import InputError
 from spar.processing.prompts import PromptEncoder
 from spar.recipes import REGISTRY, recipe
 from spar.recipes.shapes.dense_tagging import TAG_NAMES
-from spar.training import bundle
+from spar.training import bundle, checkpoint
 from spar.training import trainer as module
 from spar.training.checkpoint import checksum, load_group, save_folder, write_meta
 from spar.training.config import Recipe, matches
@@ -26,13 +27,16 @@ from spar.training.initial_weights import load_initial_weights, random_modules
 from spar.training.objectives.next_token import NextTokenObjective
 from spar.training.objectives.tokenizer import TokenizerObjective
 from spar.training.objectives.unified import UnifiedObjective
-from spar.training.run_folder import open_run, read_recipe
-from spar.training.systems.spar import AlignmentConfig, load_stage_model
-from spar.training.trainer import train
+from spar.training.plan import read_run, resolve
+from spar.training.run_folder import invalidate_later_stages, open_run, read_recipe
+from spar.training.stage_model import load_stage_model
+from spar.training.systems.spar import AlignmentConfig
+from spar.training.trainer import execute, train
 from spar.worlds.shapes.tokenizer import PLURALS, build_tokenizer
 
 TINY = recipe("tiny")
 ENCODER_ONLY = ("encoder",)
+ORDER = [stage.name for stage in TINY.stages]
 
 
 def same(a, b):
@@ -47,8 +51,7 @@ def weights(run, stage):
 def half(tiny_run, tmp_path):
     """A copy of the finished run with only its foundations in it."""
     run = tmp_path / "half"
-    names = [stage.name for stage in TINY.stages]
-    later = names[names.index("tokenizer-1") :]
+    later = ORDER[ORDER.index("tokenizer-1") :]
     shutil.copytree(tiny_run.path, run, ignore=shutil.ignore_patterns(*later, "model", "tensorboard"))
     return run
 
@@ -146,6 +149,10 @@ def test_the_seed_decides_every_first_weight():
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
 
 
+def adversary(**changes):
+    return replace(TINY, discriminator=replace(TINY.discriminator, **changes))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -159,6 +166,13 @@ def test_the_seed_decides_every_first_weight():
         (lambda: replace(TINY.flow, sampling_shift=math.nan), "flow.sampling_shift: expected above 0, got nan"),
         (lambda: replace(TINY.flow, guidance=-1.0), "flow.guidance: expected at least 0"),
         (lambda: replace(TINY.data, edits=49), "data.edits: expected at most one for each of 48 scenes, got 49"),
+        (lambda: replace(TINY, save_minutes=math.inf), "tiny.save_minutes: expected a finite number, got inf"),
+        (lambda: replace(TINY, flow=replace(TINY.flow, time_mean=math.nan)), "tiny.flow.time_mean: .*got nan"),
+        (lambda: adversary(layers=5), "tokenizer-3: expected a discriminator .*64 pixels, got .* 5 layers, .* 96 and"),
+        (lambda: adversary(channels=4), "tokenizer-3: expected a discriminator that reads 3 channels .*of 4 channels"),
+        (lambda: adversary(layers=0), "discriminator: expected at least 1 layer, got 0"),
+        (lambda: adversary(width=30), "discriminator: expected a width that 8 groups divide, got 30"),
+        (lambda: adversary(groups=0), "discriminator: expected a width that 0 groups divide"),
     ],
 )
 def test_a_recipe_refuses_settings_that_cannot_be(make, message):
@@ -215,6 +229,72 @@ def test_a_stage_trained_again_makes_the_later_ones_undone(tiny_run, half):
     assert (half / "encoder" / "done").exists() and (half / "mllm" / "done").exists()
     assert not (half / "autoencoder" / "done").exists() and not (half / "dit" / "done").exists()
     assert not (half / "model").exists()
+
+
+def test_what_is_removed_goes_by_one_rename_and_the_last_made_first(tiny_run, half, monkeypatch):
+    """A removal that is broken off leaves whole ends alone, and none of a later stage without the earlier ones."""
+    shutil.copytree(tiny_run.path / "model", half / "model")
+    real, left = checkpoint.shutil.rmtree, []
+
+    def broken_off(path, **keywords):
+        if not os.path.exists(path):
+            return
+        left.append([name for name in ORDER if (half / name / "done").exists()])
+        assert path.suffix == ".trash"
+        real(path, **keywords)
+
+    planned = resolve(TINY, read_run(TINY, half), stages=("mllm",)).stages[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", broken_off)
+        invalidate_later_stages(half, TINY, planned)
+    foundations = ORDER[: ORDER.index("tokenizer-1")]
+    assert left == [foundations[:count] for count in range(len(foundations), 0, -1)]
+    assert not list(half.rglob("*.trash"))
+
+
+def test_the_manifest_leaves_out_a_damaged_end_that_the_model_did_not_come_from(tiny_run, half, caplog):
+    (half / "dit" / "done" / "meta.json").write_text("{}")
+    found = bundle.run_manifest(TINY, half, "dit")
+    assert list(found["stages"]) == ORDER[: ORDER.index("dit")] and "leaves out stage dit" in caplog.text
+
+
+def test_a_run_that_another_process_has_written_since_it_was_looked_at_is_refused(tiny_run, half):
+    """A second command that was planned in the last seconds of the first one removed the end that this had written."""
+    plan = resolve(TINY, read_run(TINY, half), stages=("tokenizer-1",), resume=True)
+    shutil.copytree(tiny_run.path / "tokenizer-1", half / "tokenizer-1")
+    with pytest.raises(InputError, match="was written by another process after this one had looked at it"):
+        execute(plan)
+    assert same(weights(half, "tokenizer-1"), weights(tiny_run.path, "tokenizer-1"))
+
+
+@pytest.mark.parametrize("where", ["prepare", "open"])
+def test_a_signal_in_the_set_up_ends_the_run_before_anything_is_removed(
+    tiny_run, tmp_path, monkeypatch, caplog, where
+):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run.path, run)
+    cls = UnifiedObjective if where == "prepare" else type(TINY.data)
+    plain = getattr(cls, where)
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*arguments)
+
+    before = sorted(path for path in run.rglob("*") if path.is_file())
+    monkeypatch.setattr(cls, where, interrupted)
+    monkeypatch.setattr(module, "run_planned", lambda *_: pytest.fail("a step was trained"))
+    assert train(TINY, run, stages=("unified-2",)) is None
+    assert sorted(path for path in run.rglob("*") if path.is_file()) == before
+    assert "stage unified-2 has not begun" in caplog.text and "without --resume" in caplog.text
+
+
+def test_a_pattern_that_matches_nothing_is_refused_before_anything_is_removed(half):
+    idle = (("model.nothing.*", 0.5),)
+    stages = tuple(replace(s, lr_multipliers=idle) if s.name == "mllm" else s for s in TINY.stages)
+    write_json(half / "recipe.json", to_dict(replace(TINY, stages=stages)))
+    with pytest.raises(InputError, match="pattern 'model.nothing.*' matches no parameter"):
+        train(replace(TINY, stages=stages), half, stages=("mllm",))
+    assert (half / "mllm" / "done").is_dir()
 
 
 def test_a_stage_that_is_being_trained_again_is_not_taken_for_done(half):
@@ -379,6 +459,7 @@ def test_the_model_folder_is_the_trained_model_and_says_how_it_was_made(tiny_run
     assert from_dict(Recipe, manifest["resolved_recipe"], registry=REGISTRY) == TINY
     assert {name: row["steps"] for name, row in manifest["stages"].items()} == {s.name: 3 for s in TINY.stages}
     assert all(row["seconds"] > 0 for row in manifest["stages"].values())
+    assert {row["dtype"] for row in manifest["stages"].values()} <= {"float32", "bfloat16"}
     assert manifest["versions"]["torch"] == torch.__version__ and manifest["machine"]["cores"] >= 1
 
 
@@ -419,6 +500,20 @@ def test_the_commit_is_the_source_trees_or_unknown(monkeypatch):
 
     monkeypatch.setattr(bundle.subprocess, "run", no_git)
     assert bundle._commit() == "unknown"
+
+
+def test_the_commit_of_a_repository_around_an_installation_is_not_ours(monkeypatch, tmp_path):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=me", "-c", "user.email=me@example.org"]
+    own = tmp_path / ".venv" / "bundle.py"
+    own.parent.mkdir()
+    own.write_text("")
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "theirs"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(bundle, "__file__", str(own))
+    assert bundle._commit() == "unknown"
+    for words in (["add", "-f", str(own)], ["commit", "-q", "-m", "ours"]):
+        subprocess.run([*git, *words], check=True)
+    assert len(bundle._commit()) == 40
 
 
 def test_an_external_teacher_is_loaded_or_refused_before_the_run_begins(tmp_path):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spar.common.autocast import without_autocast
+from spar.common.errors import InputError
 
 
 def discriminator_hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
@@ -79,9 +80,14 @@ class PatchDiscriminatorConfig:
 
     def __post_init__(self) -> None:
         if self.layers < 1:
-            raise ValueError(f"expected at least 1 layer, got {self.layers}")
-        if self.width < 1 or self.width % self.groups:
-            raise ValueError(f"expected a width that {self.groups} groups divide, got {self.width}")
+            raise InputError(f"discriminator: expected at least 1 layer, got {self.layers}")
+        if self.groups < 1 or self.width < 1 or self.width % self.groups:
+            raise InputError(f"discriminator: expected a width that {self.groups} groups divide, got {self.width}")
+
+    @property
+    def smallest_side(self) -> int:
+        """Pixels of the shortest side that gives a logit."""
+        return 3 * 2**self.layers
 
 
 class PatchDiscriminator(nn.Module):
@@ -108,7 +114,7 @@ class PatchDiscriminator(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        smallest = 3 * 2**self.config.layers
+        smallest = self.config.smallest_side
         if images.ndim != 4 or images.shape[1] != self.config.channels or min(images.shape[2:]) < smallest:
             raise ValueError(
                 f"expected images [B, {self.config.channels}, H, W] with sides of at least {smallest} pixels, "

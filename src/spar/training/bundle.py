@@ -1,5 +1,6 @@
 """The model at the end of a stage, with all that a SPAR folder says of how it was made."""
 
+import logging
 import os
 import subprocess
 from dataclasses import replace
@@ -12,7 +13,9 @@ from spar.checkpoints.model_header import versions
 from spar.checkpoints.spar_format import ModelBundle, SamplingConfig
 from spar.common.config import read_json, to_dict
 from spar.common.cpu import cpu_name
+from spar.common.errors import InputError
 from spar.processing.prompts import PromptEncoder
+from spar.training.checkpoint import read_meta
 from spar.training.config import Recipe
 from spar.training.modules import TrainingModules
 from spar.training.objectives.few_step import FewStepObjective
@@ -22,6 +25,8 @@ from spar.training.run_folder import ORIGIN
 
 if TYPE_CHECKING:
     from spar.training.systems.spar import SparRecipe
+
+log = logging.getLogger("spar.training")
 
 
 def build_bundle(
@@ -45,10 +50,15 @@ def run_manifest(recipe: Recipe, run: Path, last: str) -> dict[str, Any]:
     """How the weights at the end of stage `last` of a run were made."""
     stages = {}
     for stage in recipe.stages[: recipe.stages.index(recipe.stage(last)) + 1]:
-        path = run / stage.name / "done" / "meta.json"
-        if path.exists():
-            meta = read_json(path)
+        folder = run / stage.name / "done"
+        if folder.exists():
+            try:
+                meta = read_meta(folder)
+            except InputError as error:  # of a stage that the others did not start from
+                log.warning("the model's manifest leaves out stage %s: %s", stage.name, error)
+                continue
             stages[stage.name] = {"steps": meta["step"], "seconds": round(meta["seconds"], 3)}
+            stages[stage.name] |= {"dtype": meta["dtype"]} if "dtype" in meta else {}  # older runs do not say it
     manifest = {
         "recipe": recipe.name, "seed": recipe.seed, "commit": _commit(), "machine": hardware_info(),
         "versions": versions(), "stages": stages, "resolved_recipe": to_dict(recipe),
@@ -80,12 +90,13 @@ def hardware_info() -> dict[str, str | int]:
 
 
 def _commit() -> str:
-    """The commit of the source tree, where this is one."""
+    """The commit of the source tree, where this is one: a repository around an installation is another's."""
+    own = Path(__file__)
     try:
-        done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10,
-            check=False,
-        )
+        for words in (["ls-files", "--error-unmatch", own.name], ["rev-parse", "HEAD"]):
+            done = subprocess.run(
+                ["git", "-C", str(own.parent), *words], capture_output=True, text=True, timeout=10, check=True
+            )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return done.stdout.strip() or "unknown"
+    return done.stdout.strip()

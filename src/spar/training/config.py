@@ -1,8 +1,10 @@
 """A stage is name, objective, data, trainable patterns and optimizer; a recipe is its stages and a system."""
 
 import fnmatch
+import math
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from spar.checkpoints.lora import is_lora_key
-from spar.common.config import changes_no_result
+from spar.common.config import changes_no_result, check_finite, to_dict
 from spar.common.errors import InputError
 from spar.training.data import DataConfig, ImageData, NoData, StageData
 from spar.training.objectives.base import Networks, Objective, check_at_least
@@ -18,6 +20,11 @@ from spar.training.objectives.base import Networks, Objective, check_at_least
 if TYPE_CHECKING:
     from spar.processing.prompts import PromptEncoder
     from spar.training.plan import InitFolder
+
+RESERVED = (  # what a run's folder holds beside its stages
+    "model", "adapter", "cache", "tensorboard", "trackers", "text_tokenizer", "lock", "recipe.json", "origin.json",
+    "data.json", "metrics.jsonl", "bad_samples.jsonl",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,13 +52,23 @@ class StageConfig:
     lr_multipliers: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w][\w.-]{0,63}", self.name) or self.name in RESERVED:
+            raise InputError(
+                f"stage: expected a name of letters, digits, '.', '_' and '-', none of {', '.join(RESERVED)}, got "
+                f"{self.name!r}"
+            )
         for name in ("steps", "batch"):
             if getattr(self, name) < 1:
                 raise InputError(f"stage {self.name}: {name} must be at least 1, got {getattr(self, name)}")
-        if not self.max_grad_norm > 0:
-            raise InputError(f"stage {self.name}: max_grad_norm must be above 0, got {self.max_grad_norm}")
-        if self.lr <= 0 or not 0 <= self.lr_end <= self.lr:
+        if not 0 < self.max_grad_norm < math.inf:
+            raise InputError(f"stage {self.name}: max_grad_norm must be above 0 and finite, got {self.max_grad_norm}")
+        if not (0 < self.lr < math.inf and 0 <= self.lr_end <= self.lr):
             raise InputError(f"stage {self.name}: expected lr > 0 and 0 <= lr_end <= lr, got {self.lr}, {self.lr_end}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"stage {self.name}: betas must be in [0, 1), got {', '.join(map(str, self.betas))}")
+        check_at_least(0, f"stage {self.name}: ", weight_decay=self.weight_decay)
+        for pattern, factor in self.lr_multipliers:
+            check_at_least(0, f"stage {self.name}: lr_multipliers of ", **{pattern: factor})
         if not 0 <= self.ema < 1:
             raise InputError(f"stage {self.name}: ema must be in [0, 1), got {self.ema}")
         if not 0 <= self.warmup <= self.steps:
@@ -101,6 +118,7 @@ class Recipe(ABC):
             raise InputError(f"recipe {self.name}: expected stages of different names, got {', '.join(names)}")
         for stage in self.stages:
             stage.objective.check(self, stage)
+        check_finite(to_dict(self), self.name)
 
     def stage(self, name: str) -> StageConfig:
         for stage in self.stages:
@@ -149,6 +167,14 @@ class Recipe(ABC):
 
         The product is its child `model`; heads and teachers, which no product keeps, stand beside it.
         """
+
+    def stand_ins(self, saved: Mapping[str, Any]) -> Networks:
+        """What `build` needs in place of networks from outside, to load a stage's saved modules without them."""
+        return {}
+
+    def bundle(self, modules: Any, run: Path, prompts: "PromptEncoder", last: str) -> Any:
+        """The product as it is at the end of stage `last`: the contents of its folder."""
+        raise InputError(f"a recipe of {self.kind} has no model before its last stage, got {last}")
 
     @abstractmethod
     def save(self, modules: nn.Module, run: Path, prompts: "PromptEncoder") -> None:

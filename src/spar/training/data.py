@@ -17,6 +17,7 @@ from torch import Tensor
 
 from spar.common.errors import InputError
 from spar.data.batches import Captioned, Dialogues, Edits, Images
+from spar.data.buckets import Size
 from spar.data.samples import Kind
 from spar.training.distributed import DistributedContext
 
@@ -211,6 +212,11 @@ class DataConfig(ABC):
                 f"data.source {self.kind} has {', '.join(one.kind for one in self.serves)}, which is nothing for "
                 f"{', '.join(strange)} (--stage chooses stages)"
             )
+
+    def sizes(self, recipe: "Recipe", stage: "StageConfig") -> tuple[Size, ...]:
+        """(width, height) in pixels of the images of a stage."""
+        side = stage.image_size or recipe.image_size
+        return ((side, side),)
 
     @classmethod
     def nearest(cls, data: StageData) -> StageData:

@@ -20,8 +20,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from spar.common.device import native_dtype
 from spar.common.errors import InputError
-from spar.common.process_group import LAUNCHERS, ProcessGroup
+from spar.common.process_group import LAUNCHERS, PATIENCE, ProcessGroup
 from spar.models.blocks import compile_blocks, repeated_blocks
 
 T = TypeVar("T")
@@ -38,7 +39,7 @@ class ParallelismConfig:
             each of them.
         activation_checkpointing: the backward pass computes the activations of blocks again instead of keeping them.
         compile: blocks go through torch.compile.
-        precision: of matrix products; weights stay float32.
+        precision: of matrix products; weights stay float32. auto is bf16 if the device has it in hardware, else fp32.
         shard_frozen: under fsdp, whether frozen weights are sharded too (less memory) or held whole (less traffic).
     """
 
@@ -46,12 +47,16 @@ class ParallelismConfig:
     grad_accum_steps: int = 1
     activation_checkpointing: bool = False
     compile: bool = False
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     shard_frozen: bool = True
 
     def __post_init__(self) -> None:
         if self.grad_accum_steps < 1:
             raise InputError(f"parallelism.grad_accum_steps: expected at least 1, got {self.grad_accum_steps}")
+
+    def dtype(self, device: torch.device) -> torch.dtype:
+        """The type of matrix products on a device."""
+        return {"auto": native_dtype(device), "bf16": torch.bfloat16, "fp32": torch.float32}[self.precision]
 
 
 @dataclass(frozen=True)
@@ -70,10 +75,15 @@ class DistributedContext(ProcessGroup):
         """
         asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
         sharded = config.strategy == "fsdp" or (config.strategy == "auto" and asked)
-        met = cls.meet(device, config=config)
+        met = cls.meet(device, patience=PATIENCE, config=config)  # the main process works alone at times
         if met.world == 1 and config.strategy != "auto":
             raise InputError(f"parallelism.strategy: {config.strategy} is for several processes, got one: {LAUNCHERS}")
         return replace(met, sharded=sharded and met.world > 1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of matrix products."""
+        return self.config.dtype(self.device)
 
     @property
     def micro_batches(self) -> int:

@@ -68,8 +68,8 @@ class HardwareConfig:
     @classmethod
     def of_this_machine(cls, device: str, parallelism: ParallelismConfig) -> "HardwareConfig":
         """The device of a run here, its peak measured by a product of matrices, and the processes of a launcher."""
-        precision = torch.bfloat16 if parallelism.precision == "bf16" else torch.float32
-        cuda, world = torch.device(device).type == "cuda", int(os.environ.get("WORLD_SIZE", "1"))
+        where, world = torch.device(device), int(os.environ.get("WORLD_SIZE", "1"))
+        cuda = where.type == "cuda"
         if cuda:
             capacity = torch.cuda.get_device_properties(device).total_memory
         else:
@@ -77,8 +77,8 @@ class HardwareConfig:
         return cls(
             gpus=world, gpu=device, mfu=0.4 if cuda else CPU_MFU, sharded=world > 1 and parallelism.strategy == "fsdp",
             grad_accum_steps=parallelism.grad_accum_steps,
-            activation_checkpointing=parallelism.activation_checkpointing, peak=measure_peak(device, precision),
-            capacity=capacity, reserve=RESERVE if cuda else 0,
+            activation_checkpointing=parallelism.activation_checkpointing,
+            peak=measure_peak(where, parallelism.dtype(where)), capacity=capacity, reserve=RESERVE if cuda else 0,
         )  # fmt: skip
 
     @property

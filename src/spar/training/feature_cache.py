@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from spar.common.config import read_json, to_dict, write_json
+from spar.common.device import native_dtype
 from spar.common.errors import InputError
 from spar.common.files import atomic_file
 from spar.common.process_group import ONE_PROCESS, ProcessGroup
@@ -66,7 +67,7 @@ def encode(tokenizer: UnifiedTokenizer, pixels: Tensor) -> dict[str, Tensor]:
 @torch.no_grad()
 def write_cache(
     tokenizer: UnifiedTokenizer, sources: list[DataSource], folder: Path, *, side: int, batch: int = 32,
-    workers: int = 0, precision: torch.dtype = torch.bfloat16, profiles: bool = True, advance: Advance | None = None,
+    workers: int = 0, precision: torch.dtype | None = None, profiles: bool = True, advance: Advance | None = None,
     group: ProcessGroup = ONE_PROCESS,
 ) -> int:  # fmt: skip
     """Compute the features of every sample; a cache that was broken off goes on where it stands. Returns the bad ones.
@@ -76,17 +77,19 @@ def write_cache(
         InputError: a folder that holds a cache of another key, or something else.
     """
     device, key = next(tokenizer.parameters()).device, cache_key(tokenizer, side, sources, profiles=profiles)
+    precision = precision or native_dtype(device)
     kept = "float32" if precision == torch.float32 else "bfloat16"
     header: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION, "key": key, "side": side}
     header |= {"complete": False, "precision": kept}
     group.main_only(lambda: _begin(folder, header))
     total = sum(len(source) for source in sources)
     files: list[tuple[Path, DataSource, range]] = []
-    for number, source in enumerate(sources):
+    for source in sources:
         for damage in source.damage if group.main else ():
             log.warning("%s: %s", source.name, damage)
+        name = hashlib.blake2b(source.identity.encode(), digest_size=8).hexdigest()  # in whatever order the sets come
         for start in range(0, len(source), ROWS):
-            path = folder / f"{number:03}-{start // ROWS:06}.safetensors"
+            path = folder / f"{name}-{start // ROWS:06}.safetensors"
             files.append((path, source, range(start, min(start + ROWS, len(source)))))
     written = set(group.main_only(lambda: [path.name for path, _, _ in files if path.exists()]))
     own, done = group.share([file for file in files if file[0].name not in written]), 0

@@ -17,7 +17,7 @@ from torch import Tensor
 from spar.common.config import changes_no_result, read_json, write_json
 from spar.common.errors import InputError
 from spar.data.batches import Captioned, Dialogues, Edits, Images
-from spar.data.buckets import make_buckets
+from spar.data.buckets import STRIDE, Size, make_buckets
 from spar.data.loader import Loader, LoaderBatch, to_pixels
 from spar.data.mixture import Mixture
 from spar.data.samples import BadSample, Sample
@@ -76,6 +76,7 @@ class FilesData(DataConfig):
         for name in ("bad_share", "unknown_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"data.{name}: expected 0 to 1, got {getattr(self, name)}")
+        make_buckets(STRIDE, self.max_aspect)
         weighted_sets(self.sets)
 
     @property
@@ -95,6 +96,10 @@ class FilesData(DataConfig):
                     f"stage {stage.name}: the objective {stage.objective.kind} reads images; a cache (data.cache) "
                     "holds no latents of the autoencoder alone"
                 )
+
+    def sizes(self, recipe: Recipe, stage: StageConfig) -> tuple[Size, ...]:
+        side, aspect = stage.image_size or recipe.image_size, 1.0 if stage.data.shares else self.max_aspect
+        return make_buckets(side, aspect, recipe.size_multiple)
 
     def describe(self, stage: StageConfig) -> str:
         cached = " from a cache" if self.has_cache and stage.objective.reads_features else ""
@@ -239,15 +244,17 @@ class FilesTrainingData(TrainingData):
         return tuple(to_pixels(batch.images) for batch in self._first(count))
 
     def _first(self, count: int, known: Callable[[str, int], bool] | None = None) -> Iterator[LoaderBatch]:
-        mixture = self._mixture(64, self.weights, self.sources, 1.0)
-        loader = Loader(mixture, workers=0, captions=False, known=known, profiles=self.config.color_profiles)
+        mixture = self._mixture(64, self.weights, self.sources)
+        loader = Loader(
+            mixture, workers=0, bad_share=self.config.bad_share, captions=False, known=known,
+            profiles=self.config.color_profiles,
+        )  # fmt: skip
         return loader.batches(0, -(-count // 64))
 
     def _open(self, stage: StageConfig, step: int) -> Iterator[LoaderBatch]:
         sources, weights = sources_of_stage(stage, self.sources, self.weights)
         captions = bool(stage.data.shares)
-        aspect = 1.0 if captions else self.config.max_aspect
-        mixture = self._mixture(stage.batch, weights, sources, aspect, stage)
+        mixture = self._mixture(stage.batch, weights, sources, stage)
         self._check_same(stage.name, step, mixture.fingerprint())
         loader = Loader(
             mixture, rank=self.parallel.rank, world=self.parallel.world, workers=self.config.workers,
@@ -259,11 +266,10 @@ class FilesTrainingData(TrainingData):
         return loader.batches(step, stage.steps)
 
     def _mixture(
-        self, batch: int, weights: list[float], sources: list[DataSource], aspect: float,
-        stage: StageConfig | None = None,
-    ) -> Mixture:  # fmt: skip
-        side = (stage.image_size if stage else None) or self.recipe.image_size
-        buckets = make_buckets(side, aspect, self.recipe.size_multiple)
+        self, batch: int, weights: list[float], sources: list[DataSource], stage: StageConfig | None = None
+    ) -> Mixture:
+        square = make_buckets(self.recipe.image_size, 1.0, self.recipe.size_multiple)
+        buckets = self.config.sizes(self.recipe, stage) if stage else square
         seed = int(self.rng(f"order-{stage.name}" if stage else "order", 0).integers(0, 2**31))
         return Mixture(sources, weights, batch=batch, seed=seed, buckets=buckets)
 

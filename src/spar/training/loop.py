@@ -17,10 +17,19 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from spar.common.config import to_dict
+from spar.common.device import dtype_name
 from spar.common.errors import InputError
 from spar.common.process_group import wrap_distributed_errors
 from spar.data.batches import Images
-from spar.training.checkpoint import TrainState, discard, find_state, load_into, optimizer_tensors, save_folder
+from spar.training.checkpoint import (
+    TrainState,
+    discard,
+    find_state,
+    load_into,
+    optimizer_tensors,
+    read_meta,
+    save_folder,
+)
 from spar.training.config import StageConfig, freeze
 from spar.training.data import TrainingData
 from spar.training.distributed import all_reduce_replicated_grads, no_sync, wrap_modules
@@ -32,6 +41,8 @@ from spar.training.optimizer import build_optimizers
 log = logging.getLogger("spar.training")
 
 Report = Callable[[str, int, int, dict[str, float]], None]
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+MMAP_THRESHOLDS = (2**30, 2**25)  # bytes; glibc before 2.35 takes none above the second one
 
 
 class NonFiniteLoss(RuntimeError):
@@ -69,11 +80,12 @@ class EMA:
 def tune_allocator() -> None:
     """glibc: keep freed memory instead of returning it to the kernel; steps on a CPU gain a fifth or more."""
     try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-    except OSError:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
         log.debug("no glibc: allocator left as it is")
+        return
+    if any(mallopt(M_MMAP_THRESHOLD, size) for size in MMAP_THRESHOLDS):
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # alone it would do harm: it fixes the other threshold where it is
 
 
 def clip_grad_norm(modules: nn.Module, limit: float, *, apart: str | None = None) -> Tensor:
@@ -124,7 +136,8 @@ class StageRun:
 
     def meta(self, ctx: StepContext, step: int) -> dict[str, Any]:
         """What is saved beside the tensors after `step` steps."""
-        return {**vars(TrainState(ctx.stage.name, step, self.spent)), "config": to_dict(ctx.stage)}
+        state = vars(TrainState(ctx.stage.name, step, self.spent))
+        return {**state, "dtype": dtype_name(ctx.parallel.dtype), "config": to_dict(ctx.stage)}
 
     def save_state(self, ctx: StepContext, step: int) -> None:
         """Write what a resumed run goes on from."""
@@ -146,14 +159,14 @@ def begin_stage(ctx: StepContext, run: Path, *, resume: bool) -> StageRun:
     names = {id(parameter): name for name, parameter in modules.named_parameters()}
     average = EMA(modules, stage.ema) if stage.ema else None
     folder = run / stage.name / "state"
-    found = find_state(folder) if resume else None
+    found = ctx.parallel.main_only(lambda: find_state(folder)) if resume else None  # all go on from the same one
     if found:
         if found.passed:
             passed = ", ".join(found.passed)
             log.warning("stage %s: passed over %s; going on from %s", stage.name, passed, found.path.name)
             if ctx.parallel.main:  # else the next save would put one in the whole state's place
                 discard(found.damaged)
-            ctx.parallel.barrier()
+        warn_of_other_dtype(ctx, found.path)
         load_into(modules.state_dict(), found.path, "modules")
         load_into(optimizer_tensors(optimizers, names), found.path, "optimizer")
         if average:
@@ -163,6 +176,16 @@ def begin_stage(ctx: StepContext, run: Path, *, resume: bool) -> StageRun:
     metrics = MetricsLogger(run, stage.name, start) if ctx.parallel.main else None
     log.info("stage %s: steps %d to %d, %d trainable tensors", stage.name, start, stage.steps, len(trainable))
     return StageRun(folder, wrapper, optimizers, names, average, metrics, start, seconds)
+
+
+def warn_of_other_dtype(ctx: StepContext, state: Path) -> None:
+    """Log that the steps before a saved state had matrix products of another type, where the state says so."""
+    before, own = read_meta(state).get("dtype"), dtype_name(ctx.parallel.dtype)
+    if before not in (None, own):
+        log.warning(
+            "stage %s: its steps so far were computed in %s, the others will be in %s: the end is not that of a run in "
+            "one piece (--parallelism.precision)", ctx.stage.name, before, own,
+        )  # fmt: skip
 
 
 def run_stage(

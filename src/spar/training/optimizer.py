@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spar.common.device import native_dtype
 from spar.training.config import StageConfig, matches
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic with the steepest slope at zero (Jordan et al.)
@@ -51,11 +52,13 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """About the nearest matrices with singular values of one: `[n, R, C]` to `[n, R, C]`, computed in bfloat16."""
+    """About the nearest matrices with singular values of one: `[n, R, C]` to `[n, R, C]`, computed in
+    bfloat16 if the device has it in hardware.
+    """
     a, b, c = NEWTON_SCHULZ
     turned = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if turned else matrices
-    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(native_dtype(matrices.device))
     for _ in range(ITERATIONS):
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)

@@ -1,11 +1,12 @@
 """What a run will do, stage by stage: `read_run` looks, `resolve` decides, the trainer executes.
 
-`read_run` is the only reader of files here. `resolve` is pure: from a recipe and what was read it says where each
-stage's weights come from, what is prepared before its first step and what its training makes void, or refuses.
+`read_run` is the only reader of files here. `resolve` is pure, but that it follows links: from a recipe and what was
+read it says where each stage's weights come from, what is prepared before its first step and what its training makes
+void, or refuses.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
@@ -81,13 +82,19 @@ class PlannedStage:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The stages that are trained or skipped, in order; `fresh`: the run's folder must not hold a run yet."""
+    """The stages that are trained or skipped, in order, and the `status` of the run for which that was decided;
+    `fresh`: the run's folder must not hold a run yet.
+    """
 
     recipe: Recipe
-    run: Path
+    status: "RunStatus"
     stages: tuple[PlannedStage, ...]
     fresh: bool
     init_from: Path | None
+
+    @property
+    def run(self) -> Path:
+        return self.status.run
 
 
 @dataclass(frozen=True)
@@ -162,7 +169,7 @@ def _kinds(objective: type[Objective]) -> set[str]:
 @dataclass(frozen=True)
 class RunStatus:
     """The stages of a run that have ended, its saved states by their steps, what its last stage left beside them, the
-    folder to start from, and the stages whose saved states are all damaged, with the reason.
+    folder to start from, and the stages whose end, or whose saved states all, are damaged, with the reason.
     """
 
     run: Path
@@ -172,24 +179,44 @@ class RunStatus:
     model_parts: tuple[str, ...] = ()
     damaged: Mapping[str, str] = field(default_factory=dict)
 
+    def traces(self, stages: Iterable[StageConfig]) -> list[str]:
+        """The names of those stages that have left an end or a saved state, whole or damaged."""
+        return [one.name for one in stages if one.name in {*self.done, *self.states, *self.damaged}]
+
 
 def read_run(recipe: Recipe, run: Path, init_from: Path | None = None) -> RunStatus:
     """Look at a run's folder, and at the folder that its first stage is to start from."""
     done, states, damaged = dict[str, int](), dict[str, int](), dict[str, str]()
     for stage in recipe.stages:
-        ended = read_train_state(run / stage.name / "done")
+        try:
+            ended = read_train_state(run / stage.name / "done")
+        except InputError as error:
+            ended = None
+            damaged[stage.name] = (
+                f"the end of stage {stage.name} is damaged ({error}): train the stage anew (--stage {stage.name}), or "
+                "bring back a copy"
+            )
         if ended:
             done[stage.name] = ended.step
+            continue
         try:
-            whole = None if ended else find_state(run / stage.name / "state")
+            whole = find_state(run / stage.name / "state")
         except InputError as error:
-            damaged[stage.name] = str(error)
+            damaged.setdefault(stage.name, str(error))
             continue
         if whole:
             states[stage.name] = whole.state.step
     init = None if init_from is None else read_init_folder(recipe, init_from)
     parts = tuple(part for part in MODEL_PARTS if (run / part).is_dir())
     return RunStatus(run, done, states, init, parts, damaged)
+
+
+def check_current(plan: RunPlan) -> None:
+    """Refuse a run that another process has written since the plan was made; the caller holds the run's lock."""
+    if replace(read_run(plan.recipe, plan.run), init=plan.status.init) != plan.status:
+        raise InputError(
+            f"{plan.run} was written by another process after this one had looked at it: give the same command again"
+        )
 
 
 def read_init_folder(recipe: Recipe, folder: Path) -> InitFolder:
@@ -243,7 +270,9 @@ def resolve(
         only_shown: the plan is looked at, not executed: it may lack data and published weights.
 
     Raises:
-        InputError: stages that the recipe's data has nothing for, or whose weights are missing or do not suit them.
+        InputError: stages that the recipe's data has nothing for, whose weights are missing, damaged or do not suit
+            them, or whose training would remove the folder that they start from; with `resume`, stages that would
+            begin before what the run has trained.
     """
     chosen = tuple(recipe.stage(name) for name in stages) or recipe.stages
     check_order(recipe, chosen)
@@ -252,6 +281,8 @@ def resolve(
     if not (only_shown and isinstance(recipe.data, NoData)):
         recipe.data.check(chosen)
     recipe.check_stages(chosen)
+    if resume:
+        check_resumed(recipe, status, chosen)
     if reinitialize and status.init is None:
         raise InputError(f"--reinitialize: expected --init-from beside it, got {', '.join(reinitialize)} alone")
     begun = resume and (chosen[0].name in status.done or chosen[0].name in status.states)
@@ -263,8 +294,6 @@ def resolve(
     planned: list[PlannedStage] = []
     voided: set[str] = set()
     done, states = (set(status.done), set(status.states)) if resume else (set[str](), set[str]())
-    if resume and (broken := [stage.name for stage in chosen if stage.name in status.damaged]):
-        raise InputError(status.damaged[broken[0]])
     for index, stage in enumerate(chosen):
         folder = status.run / stage.name
         if stage.name in done:
@@ -289,7 +318,8 @@ def resolve(
         voided |= {*later, *status.model_parts}
         done, states = done - later, states - later
         planned.append(PlannedStage(stage, start, prepares, void, taught, left_out))
-    return RunPlan(recipe, status.run, tuple(planned), not (resume or stages), init.path if init else None)
+    check_kept(recipe, status.run, planned, {"--init-from": init.path if init else None, "--teacher": teacher})
+    return RunPlan(recipe, status, tuple(planned), not (resume or stages), init.path if init else None)
 
 
 def _void(recipe: Recipe, status: RunStatus, stage: StageConfig, voided: set[str], *, resumed: bool) -> tuple[str, ...]:
@@ -297,8 +327,9 @@ def _void(recipe: Recipe, status: RunStatus, stage: StageConfig, voided: set[str
     found = []
     for later in recipe.stages[recipe.stages.index(stage) :]:
         saved = later.name in status.states and not (resumed and later == stage)
-        if later.name not in voided and (later.name in status.done or saved):
-            found.append(later.name if later.name in status.done else f"{later.name} (state)")
+        if later.name not in voided and (later.name in status.done or later.name in status.damaged or saved):
+            kind = "" if later.name in status.done else " (state)" if saved else " (damaged)"
+            found.append(f"{later.name}{kind}")
     return (*found, *(part for part in status.model_parts if part not in voided))
 
 
@@ -323,6 +354,8 @@ def _start(
     if before is None:
         return StageStart("random")
     if index == 0 and before.name not in status.done:
+        if before.name in status.damaged:
+            raise InputError(status.damaged[before.name])
         raise InputError(f"stage {stage.name} starts from the end of {before.name}, which is not in {status.run}")
     return StageStart("stage", status.run / before.name / "done")
 
@@ -334,6 +367,43 @@ def check_order(recipe: Recipe, stages: tuple[StageConfig, ...]) -> None:
         raise InputError(
             f"expected stages in the recipe's order, each once, got {', '.join(stage.name for stage in stages)}"
         )
+
+
+def check_resumed(recipe: Recipe, status: RunStatus, stages: tuple[StageConfig, ...]) -> None:
+    """Refuse to resume where the first stage to train has damaged files alone to go on from, or none while later stages
+    have some: its training would remove them.
+    """
+    first = next((stage for stage in stages if stage.name not in status.done), None)
+    if first is None or first.name in status.states:
+        return
+    if first.name in status.damaged:
+        raise InputError(status.damaged[first.name])
+    if begun := status.traces(recipe.stages[recipe.stages.index(first) + 1 :]):
+        ahead = recipe.stages[recipe.stages.index(recipe.stage(begun[-1])) + 1 :]
+        flags = [f"--stage {name}" for name in (*status.traces(recipe.stages), *(one.name for one in ahead))]
+        raise InputError(
+            f"{status.run} has an end or a state of {', '.join(begun)} but none of {first.name}, whose training would "
+            f"remove them: to resume, name the stages that the run began with, such as {' '.join(flags)}; to train "
+            f"{first.name} all the same, name it without --resume (--stage {first.name})"
+        )
+
+
+def check_kept(recipe: Recipe, run: Path, planned: Sequence[PlannedStage], given: Mapping[str, Path | None]) -> None:
+    """Refuse to start from what the training removes before anything is in its place.
+
+    Args:
+        given: folders by the flags that name them.
+    """
+    first = next((one.config for one in planned if not one.skipped), None)
+    if first is None:
+        return
+    void = [*(stage.name for stage in recipe.stages[recipe.stages.index(first) :]), *MODEL_PARTS]
+    for flag, path in given.items():
+        if path is not None and any(path.resolve().is_relative_to((run / name).resolve()) for name in void):
+            raise InputError(
+                f"{flag}: expected a folder that the training of {first.name} in {run} does not remove, got {path}; "
+                "give the run another folder (--run)"
+            )
 
 
 def check_start(recipe: Recipe, stages: tuple[StageConfig, ...]) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 from spar.common.config import Registry, decisive, from_dict, read_json, to_dict, write_json
 from spar.common.errors import InputError
 from spar.common.files import atomic_directory
-from spar.training.checkpoint import remove_states
+from spar.training.checkpoint import discard, remove_states
 from spar.training.config import Recipe
 from spar.training.distributed import SINGLE_PROCESS, DistributedContext
-from spar.training.plan import PlannedStage, RunPlan
+from spar.training.plan import MODEL_PARTS, PlannedStage, RunPlan
 
 log = logging.getLogger("spar.training")
 
@@ -95,23 +95,18 @@ def note_origin(plan: RunPlan, planned: PlannedStage) -> None:
 def invalidate_later_stages(run: Path, recipe: Recipe, planned: PlannedStage) -> None:
     """Remove what the training of a stage makes void: its own end, and all that was made from it.
 
-    Its own state stays when it is resumed.
+    Its own state stays when it is resumed. What was made last goes first: a removal that is broken off leaves nothing
+    that was made from what is gone.
     """
     if planned.invalidates:
         void = ", ".join(planned.invalidates)
         log.warning("the training of stage %s makes void, and removes: %s", planned.config.name, void)
-    for later in recipe.stages[recipe.stages.index(planned.config) :]:
+    discard([run / part for part in MODEL_PARTS])
+    for later in reversed(recipe.stages[recipe.stages.index(planned.config) :]):
         kept = later == planned.config and planned.start.source == "state"
-        remove_folders(run / later.name, "done", "done.old")
+        discard([run / later.name / "done.old", run / later.name / "done"])
         if not kept:
             remove_states(run / later.name / "state")
-    remove_folders(run, "model", "adapter")
-
-
-def remove_folders(parent: Path, *names: str) -> None:
-    """Remove folders of a parent, where they exist."""
-    for name in names:
-        shutil.rmtree(parent / name, ignore_errors=True)
 
 
 def find_text_tokenizer(

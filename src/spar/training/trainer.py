@@ -18,7 +18,7 @@ from spar.training.initial_weights import load_initial_weights, load_previous_we
 from spar.training.interruption import Interruption, listening
 from spar.training.loop import Report, run_stage, tune_allocator
 from spar.training.objectives.base import StepContext
-from spar.training.plan import PlannedStage, RunPlan, read_run, resolve
+from spar.training.plan import PlannedStage, RunPlan, check_current, read_run, resolve
 from spar.training.run_folder import check_run, find_text_tokenizer, invalidate_later_stages, note_origin, open_run
 from spar.training.run_lock import run_lock
 from spar.training.teacher import FrozenNetworks
@@ -88,8 +88,12 @@ def execute(
         announce: called before each stage with its freezing table; both by the main process alone.
 
     Returns:
-        The trained model, or None when a signal stopped the run (its state is saved). After the recipe's last stage
-        its system writes the model to `RUN/model`.
+        The trained model, or None when a signal stopped the run: what it has trained is saved, and a stage that has not
+        begun has removed nothing. After the recipe's last stage its system writes the model to `RUN/model`.
+
+    Raises:
+        InputError: what the machine, the recipe or the run's folder does not allow, such as a folder that another
+            process writes, or has written since the plan was made.
     """
     with listening() as interruption, ExitStack() as held:
         return _execute(plan, interruption, held, device, parallelism, report, announce)
@@ -110,6 +114,7 @@ def _execute(
         check_run(run, recipe, fresh=plan.fresh and parallel.main)
         if parallel.main:
             held.enter_context(run_lock(run))
+        check_current(plan)
         open_run(run, recipe, fresh=plan.fresh and parallel.main, main=parallel.main)
     tune_allocator()
     prompts = recipe.prompts(find_text_tokenizer(recipe, run, plan.init_from, parallel))
@@ -117,23 +122,23 @@ def _execute(
         data = recipe.data.open(recipe, prompts, run, parallel)
         data.check_captions([planned.config for planned in plan.stages if not planned.skipped])
     for planned in plan.stages:
+        if stopped_before(planned, interruption, parallel):  # in the set-up, or as the last stage's end was written
+            return None
         if parallel.micro_batches > 1 and planned != plan.stages[0]:  # the stage before may have wrapped these
             modules = random_modules(recipe, parallel.device, networks)
-        load_start(modules, recipe, planned)
+        load_start(modules, recipe, planned, parallel)
         if planned.skipped:
             log.info("stage %s is done", planned.config.name)
             continue
         ctx = StepContext(modules, prompts, recipe, planned.config, parallel.device, networks, parallel=parallel)
         planned.config.objective.prepare(ctx, data, planned)  # what it refuses leaves the run's folder as it was
-        parallel.barrier()
+        if stopped_before(planned, interruption, parallel):
+            return None
         if parallel.main:
             note_origin(plan, planned)
             invalidate_later_stages(run, recipe, planned)
         parallel.barrier()
         if not run_planned(ctx, data, planned, run, interruption, report, announce):
-            return None
-        (stopped,) = parallel.any_process(interruption.stopped)
-        if stopped and planned != plan.stages[-1]:  # it came while the stage's end was written
             return None
     if parallel.sharded:
         modules = random_modules(recipe, "cpu", networks)
@@ -142,6 +147,17 @@ def _execute(
         recipe.save(modules, run, prompts)
     parallel.barrier()
     return modules.get_submodule("model")
+
+
+def stopped_before(planned: PlannedStage, interruption: Interruption, parallel: DistributedContext) -> bool:
+    """Whether a signal came to some process before a stage has begun; what that would remove is still there then."""
+    (stopped,) = parallel.any_process(interruption.stopped)
+    if stopped and planned.invalidates and planned.start.source != "state":
+        log.warning(
+            "stage %s has not begun, and nothing was removed: to train it anew give the same command again, without "
+            "--resume", planned.config.name,
+        )  # fmt: skip
+    return stopped
 
 
 def run_planned(
@@ -163,23 +179,25 @@ def run_planned(
     return True
 
 
-def load_start(modules: nn.Module, recipe: Recipe, planned: PlannedStage) -> None:
+def load_start(modules: nn.Module, recipe: Recipe, planned: PlannedStage, parallel: DistributedContext) -> None:
     """Load the weights that a stage starts from; random ones are there already."""
     start = planned.start
     if start.source == "folder":
         load_initial_weights(modules, start.folder, planned.config, recipe, planned.reinitialize)
-    elif start.source == "state" and (found := find_state(start.folder)):
+    elif start.source == "state" and (found := parallel.main_only(lambda: find_state(start.folder))):
         load_previous_weights(modules, found.path)
     elif start.source != "random":
         load_previous_weights(modules, start.folder)
 
 
 def check_patterns(modules: nn.Module, plan: RunPlan) -> None:
-    """Refuse patterns of what is to start from random weights that mean nothing here, or what then stays random.
+    """Refuse patterns of what trains, or of what is to start from random weights, that mean nothing here.
 
     Raises:
-        InputError: such a pattern, or any with LoRA, whose additions alone train.
+        InputError: such a pattern, or any of random weights with LoRA, whose additions alone train.
     """
+    for planned in plan.stages:
+        freeze(modules, planned.config)
     trainable = [pattern for planned in plan.stages for pattern in planned.config.trainable]
     trained = [name for name, _ in modules.named_parameters() if matches(name, trainable)]
     for pattern in (pattern for planned in plan.stages for pattern in planned.reinitialize):

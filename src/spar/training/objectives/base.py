@@ -62,7 +62,7 @@ class StepContext:
 
     def autocast(self) -> torch.autocast:
         """The precision of this run's matrix products."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.parallel.config.precision == "bf16")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.parallel.dtype == torch.bfloat16)
 
     def rng(self, purpose: str) -> np.random.Generator:
         """The generator of this step's choices for one purpose."""
@@ -82,7 +82,7 @@ class StepContext:
         images that come once.
         """
         pixels = batch.require_pixels() if pixels is None else pixels
-        precision = torch.bfloat16 if self.parallel.config.precision == "bf16" else torch.float32
+        precision = self.parallel.dtype
         if self.parallel.sharded or (batch.keys < 0).any():
             with torch.no_grad():
                 return {key: rows.to(kept_dtype(rows, precision)) for key, rows in compute(pixels).items()}

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from spar.common.errors import InputError
+from spar.training.config import matches
 from spar.training.data import TrainingData, resized
 from spar.training.objectives.base import SAMPLE, StepContext
 
 if TYPE_CHECKING:
     from spar.training.config import StageConfig
     from spar.training.plan import InitFolder
+    from spar.training.systems.dualtoken import DualTokenRecipe
     from spar.training.systems.spar import SparRecipe
 
 
@@ -22,6 +24,18 @@ def refuse_model_folder(stage: "StageConfig", init: "InitFolder") -> None:
         raise InputError(
             f"stage {stage.name} needs the autoencoder's encoder, which {init.path} does not hold: give a stage's "
             "folder (RUN/STAGE/done), or for a tokenizer stage a folder that spar build made"
+        )
+
+
+def check_discriminator(recipe: "SparRecipe | DualTokenRecipe", stage: "StageConfig") -> None:
+    """Refuse an adversary that does not train in its stage, or cannot read the stage's images; InputError."""
+    if not matches("discriminator.", stage.trainable):
+        raise InputError(f"stage {stage.name}: gan is on, expected discriminator.* among trainable")
+    config, shortest = recipe.discriminator, min(min(size) for size in recipe.data.sizes(recipe, stage))
+    if config.channels != 3 or shortest < config.smallest_side:
+        raise InputError(
+            f"stage {stage.name}: expected a discriminator that reads 3 channels and sides of {shortest} pixels, got "
+            f"one of {config.channels} channels and {config.layers} layers, which reads {config.smallest_side} and more"
         )
 
 

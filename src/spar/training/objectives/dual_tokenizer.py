@@ -18,11 +18,11 @@ from spar.losses.distillation import cosine_distance, feature_mse
 from spar.losses.perceptual import FeatureLoss
 from spar.losses.reconstruction import mse, psnr
 from spar.models.dualtoken.tokenizer import DualTokenizerOutput
-from spar.training.config import StageConfig, matches
+from spar.training.config import StageConfig
 from spar.training.cost import Cost, meta_input, part_cost
 from spar.training.data import TrainingData
 from spar.training.objectives.base import Networks, Objective, StepContext, Terms, check_at_least
-from spar.training.objectives.common import sample_images
+from spar.training.objectives.common import check_discriminator, sample_images
 from spar.training.plan import RANDOM
 from spar.training.teacher import PERCEPTUAL_MACS, perceptual_networks
 
@@ -66,8 +66,8 @@ class DualTokenizerObjective(Objective["DualTokenRecipe"]):
             raise InputError("lecam, gan_start and discriminator_start belong to an adversary, but gan is 0")
 
     def check(self, recipe: "DualTokenRecipe", stage: StageConfig) -> None:
-        if self.gan and not matches("discriminator.", stage.trainable):
-            raise InputError(f"stage {stage.name}: gan is on, expected discriminator.* among trainable")
+        if self.gan:
+            check_discriminator(recipe, stage)
 
     def networks(self, recipe: "DualTokenRecipe") -> Mapping[str, Callable[[], nn.Module]]:
         return perceptual_networks(recipe.perceptual) if self.perceptual else {}

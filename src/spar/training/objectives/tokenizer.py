@@ -16,11 +16,17 @@ from spar.losses.adversarial import LeCam, PatchDiscriminator, discriminator_hin
 from spar.losses.distillation import native_latent_loss, semantic_loss
 from spar.losses.perceptual import FeatureLoss
 from spar.losses.reconstruction import mse, psnr
-from spar.training.config import StageConfig, matches
+from spar.training.config import StageConfig
 from spar.training.cost import Cost, meta_input, part_cost
 from spar.training.data import TrainingData
 from spar.training.objectives.base import Networks, Objective, StepContext, Terms, check_at_least
-from spar.training.objectives.common import add_latent_noise, image_side, measure_scale, refuse_model_folder
+from spar.training.objectives.common import (
+    add_latent_noise,
+    check_discriminator,
+    image_side,
+    measure_scale,
+    refuse_model_folder,
+)
 from spar.training.teacher import PERCEPTUAL_MACS, perceptual_networks
 
 if TYPE_CHECKING:
@@ -65,8 +71,8 @@ class TokenizerObjective(Objective["SparRecipe"]):
             raise InputError("lecam, gan_start and discriminator_start belong to an adversary, but gan is 0")
 
     def check(self, recipe: "SparRecipe", stage: StageConfig) -> None:
-        if self.gan and not matches("discriminator.", stage.trainable):
-            raise InputError(f"stage {stage.name}: gan is on, expected discriminator.* among trainable")
+        if self.gan:
+            check_discriminator(recipe, stage)
         if self.native and not recipe.model.streams.pixel_stream:
             raise InputError(
                 f"stage {stage.name}: native is about the pixel stream, which model.streams.pixel_stream switches "
@@ -87,7 +93,8 @@ class TokenizerObjective(Objective["SparRecipe"]):
         return found
 
     def check_folder(self, stage: StageConfig, init: "InitFolder") -> None:
-        if "pixel_encoder" not in init.holds:
+        reads_native = self.native or self.native_fused or self.perceptual
+        if reads_native and "pixel_encoder" not in init.holds:
             refuse_model_folder(stage, init)
 
     def preparations(self, recipe: "SparRecipe", stage: StageConfig, origin: "Origin") -> tuple[str, ...]:

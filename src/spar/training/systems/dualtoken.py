@@ -121,13 +121,17 @@ class DualTokenRecipe(LoraRecipe):
             add_lora(modules.model, self.lora)
         return modules
 
+    def bundle(self, modules: Any, run: Path, prompts: PromptEncoder, last: str) -> DualTokenBundle:
+        manifest = run_manifest(self, run, last)
+        return DualTokenBundle(
+            modules.model.eval(), prompts.tokenizer, self.sampling, self.max_prompt_tokens, manifest
+        )
+
     def save(self, modules: Any, run: Path, prompts: PromptEncoder) -> None:
         """The model in `RUN/model`; with LoRA its additions in `RUN/adapter` too, and merged in the model."""
-        model, manifest = modules.model.eval(), run_manifest(self, run, self.stages[-1].name)
-        self.merge(model, run, manifest)
-        save_dualtoken(
-            DualTokenBundle(model, prompts.tokenizer, self.sampling, self.max_prompt_tokens, manifest), run / "model"
-        )
+        bundle = self.bundle(modules, run, prompts, self.stages[-1].name)
+        self.merge(bundle.model, run, bundle.manifest)
+        save_dualtoken(bundle, run / "model")
 
     def try_sizes(self, modules: Any, stages: tuple[StageConfig, ...]) -> None:
         tokenizer = modules.model.tokenizer

@@ -1,6 +1,7 @@
 """SPAR under training: what its recipes say beyond their stages, and how its modules are built, begun and saved."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,9 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from spar.checkpoints.lora import merge_lora
 from spar.checkpoints.model_header import load_text_tokenizer
-from spar.checkpoints.safetensors_io import load_weights
 from spar.checkpoints.spar_format import (
     TRAINING_PARTS,
     ModelBundle,
@@ -21,21 +20,19 @@ from spar.checkpoints.spar_format import (
     read_config,
     save_model,
 )
-from spar.common.config import Registry, differences, read_json
+from spar.common.config import differences, read_json
 from spar.common.errors import InputError
 from spar.losses.adversarial import PatchDiscriminatorConfig
 from spar.models.config import SparConfig
 from spar.models.language import LanguageModel
 from spar.processing.prompts import PromptEncoder, check_rows
 from spar.training.bundle import build_bundle
-from spar.training.checkpoint import load_group
 from spar.training.config import StageConfig
 from spar.training.modules import EXTERNAL_TEACHER, TrainingModules, build_modules
 from spar.training.objectives.base import Networks, check_at_least
 from spar.training.objectives.common import image_side
 from spar.training.objectives.unified import UnifiedObjective
 from spar.training.plan import InitFolder
-from spar.training.run_folder import find_text_tokenizer, read_recipe
 from spar.training.systems.lora import LoraRecipe
 
 log = logging.getLogger("spar.training")
@@ -116,12 +113,12 @@ class SparRecipe(LoraRecipe):
     discriminator: PatchDiscriminatorConfig = PatchDiscriminatorConfig(width=32, layers=2)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         stride = self.model.token_stride
         for stage in self.stages:
             side = stage.image_size or stride
             if side % stride:
                 raise InputError(f"stage {stage.name}: expected image_size as a multiple of {stride}, got {side}")
+        super().__post_init__()
 
     @property
     def image_size(self) -> int:
@@ -149,9 +146,18 @@ class SparRecipe(LoraRecipe):
     def build(self, networks: Networks) -> TrainingModules:
         return build_modules(self, networks)
 
+    def stand_ins(self, saved: Mapping[str, Any]) -> Networks:
+        """An external teacher's width."""
+        if "teacher_mean" not in saved:
+            return {}
+        return {EXTERNAL_TEACHER: SimpleNamespace(width=saved["teacher_mean"].numel)}
+
+    def bundle(self, modules: Any, run: Path, prompts: PromptEncoder, last: str) -> ModelBundle:
+        return build_bundle(modules, self, run, prompts, last)
+
     def save(self, modules: Any, run: Path, prompts: PromptEncoder) -> None:
         """The model in `RUN/model`; with LoRA its additions in `RUN/adapter` too, and merged in the model."""
-        bundle = build_bundle(modules, self, run, prompts, self.stages[-1].name)
+        bundle = self.bundle(modules, run, prompts, self.stages[-1].name)
         self.merge(bundle.model, run, bundle.manifest)
         save_model(bundle, run / "model")
 
@@ -186,30 +192,3 @@ def grow_vocabulary(language: LanguageModel, size: int) -> None:
             mean = rows.float().mean(0, keepdim=True).to(rows.dtype)
             grown = nn.Parameter(torch.cat([rows, mean.expand(size - len(rows), -1)]))
             setattr(language.get_submodule(name), "weight", grown)  # noqa: B010  # a module's attributes are untyped
-
-
-def load_stage_model(run: Path, registry: Registry, stage: str | None = None) -> ModelBundle:
-    """The model as it is at the end of a stage of a run, by default the recipe's last.
-
-    Args:
-        registry: the kinds that the run's recipe may name (`spar.recipes.REGISTRY`).
-
-    Raises:
-        InputError: a folder that is no run of SPAR, or a stage that has not ended.
-    """
-    recipe = read_recipe(run / "recipe.json", registry)
-    if not isinstance(recipe, SparRecipe):
-        raise InputError(f"{run} is a run of {recipe.kind}, expected one of spar")
-    last = stage or recipe.stages[-1].name
-    folder = run / recipe.stage(last).name / "done"
-    prompts = recipe.prompts(find_text_tokenizer(recipe, run, None))
-    saved = load_group(folder, "modules")
-    networks = {}
-    if "teacher_mean" in saved:  # an external teacher's width, without the teacher
-        networks[EXTERNAL_TEACHER] = SimpleNamespace(width=saved["teacher_mean"].numel)
-    with torch.random.fork_rng(devices=[]):
-        modules = recipe.build(networks)
-    load_weights(modules, saved, str(folder))
-    if recipe.lora.rank:
-        merge_lora(modules.model)
-    return build_bundle(modules, recipe, run, prompts, last)
