@@ -74,6 +74,14 @@ def test_what_is_detectable_is_found_four_times_of_five():
     assert np.mean(detectable) == pytest.approx(0.194, abs=0.01) and 0.68 <= found / 100 <= 0.92
 
 
+def test_a_large_effect_is_found_among_many_scores_and_no_p_is_below_what_the_prompts_allow():
+    first, second = gen({"colors": [[0, 1]] * 100 + [[0, 0]] * 100}), gen({"colors": [[1, 1]] * 200})
+    (one,) = compare(first, second)
+    assert one.p < 1e-12 and {each.verdict for each in holm_corrected([one] * 60)} == {"higher"}
+    (few,) = compare(gen({"colors": [[0]] * 11 + [[1]]}), gen({"colors": [[1]] * 11 + [[1]]}))
+    assert few.p >= 2 * 0.5**12  # of all signs that eleven changes may have
+
+
 def test_holm_s_correction_is_its_definition():
     def one(score, p):
         return Difference("x", score, 0.1, 0.2, 0.1, 0.05, 0.15, 9, p, 0.1)

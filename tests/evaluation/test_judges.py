@@ -1,5 +1,6 @@
 """Judges at an endpoint: what replies say, good, odd and hostile ones, and a stub of the endpoint."""
 
+import http.client
 import json
 import threading
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ from spar.evaluation.judges import (
     parse_wise_verified,
     read_template,
 )
+from spar.evaluation.prompt_formats import read_wise
+from spar.evaluation.results import mean_score
 
 
 @pytest.mark.parametrize(
@@ -247,3 +250,134 @@ def test_edits_are_judged_with_the_picture_before_them(serve, tmp_path):
     with pytest.raises(InputError, match=r"prompts\.json with <edit_prompt>"):
         (tmp_path / "prompts.json").write_text('{"remove": "R"}')
         read_template(tmp_path / "prompts.json", RUBRICS["imgedit"])
+
+
+@pytest.mark.parametrize(
+    ("reply", "score"),
+    [
+        ("Consistency (0-2): 2\nRealism (0-2): 2\nAesthetic Quality (0-2): 2", 1.0),
+        ("**Consistency** [0, 1 or 2]: 1\n**Realism** (scale 0-2) = 2\n**Aesthetic Quality**: (1)", 0.6),
+        ("Consistency (2), Realism (1), Aesthetic Quality (0)", 0.8),
+        ("| Consistency | 2 |\n| Realism | 2 |\n| Aesthetic Quality | 1 |", 0.95),
+        ("2\n2\n2", 1.0),
+    ],
+)
+def test_a_scale_that_a_judge_repeats_is_no_score(reply, score):
+    assert parse_wise(reply) == pytest.approx(score, abs=1e-12)
+    assert parse_wise_verified("Score (0 or 1): 1") == parse_wise_verified("Score [0-1]: 1") == 1
+    with pytest.raises(InputError, match="expected scores from 0 to 1, got '-1'"):
+        parse_wise_verified("Score: -1")
+
+
+def test_imgedits_lines_may_be_numbered_and_repeat_the_scale():
+    assert parse_imgedit("1. Prompt Compliance: 4\n2) Visual Naturalness: 3\n3. Detail Integrity: 3") == 3.33
+    assert parse_imgedit("Prompt Compliance (1-5): 4\n**Naturalness** (1-5): 4\nDetail [1-5]: 4") == 4.0
+    with pytest.raises(InputError, match="got '-3'"):
+        parse_imgedit("Prompt Compliance: 4\nVisual Naturalness: -3\nDetail Integrity: 3")
+
+
+def test_a_question_that_is_refused_stops_no_other(serve, wise, tmp_path, capsys):
+    refused = [400]
+    stub = serve(lambda request: refused[0] if "prompt 1 " in str(request) else GOOD)
+    out = tmp_path / "result.json"
+    assert call(stub, wise, out) == 1 and len(stub.requests) == 6
+    assert "1 replies have no scores, first of 1: " in (said := capsys.readouterr().err) and "refuses: 400" in said
+    assert len(out.with_suffix(".replies.jsonl").read_text().splitlines()) == 6
+    refused[0] = b'{"choices": [{"message": {"content": null}}]}'
+    assert call(stub, wise, out, "--overwrite") == 1 and len(stub.requests) == 7
+    refused[0] = GOOD
+    assert call(stub, wise, out, "--overwrite") == 0 and len(stub.requests) == 8
+
+
+def test_an_endpoint_that_refuses_all_is_asked_few_questions(serve, wise, tmp_path, capsys):
+    entries = [{"Prompt": f"prompt {n}", "Explanation": "why", "prompt_id": n} for n in range(1, 41)]
+    wise[0].write_text(json.dumps(entries))
+    for n in range(1, 41):
+        Image.new("RGB", (8, 8)).save(wise[1] / f"{n}.png")
+    stub = serve(lambda _: 400)
+    assert call(stub, wise, tmp_path / "result.json", "--parallel", "2") == 2
+    assert "refuses: 400" in capsys.readouterr().err and len(stub.requests) < 20
+
+
+def test_finished_replies_are_kept_while_the_first_is_slow(serve, wise, tmp_path):
+    out, others = tmp_path / "result.json", threading.Semaphore(0)
+
+    def answer(request):
+        if "prompt 1 " in str(request):
+            for _ in range(5):
+                others.acquire(timeout=20)
+            journal = out.with_suffix(".replies.jsonl")
+            kept.append(len(journal.read_text().splitlines()) - 1)
+            return 401
+        others.release()
+        return GOOD
+
+    kept: list[int] = []
+    assert call(serve(answer), wise, out) == 2
+    assert kept[0] >= 1  # answers that came before the first question's
+
+
+def test_replies_belong_to_the_prompt_and_to_all_pictures(serve, wise, tmp_path):
+    stub, out = serve(lambda _: GOOD), tmp_path / "result.json"
+    assert call(stub, wise, out) == 0 and len(stub.requests) == 6
+    entries = json.loads(wise[0].read_text())
+    entries[0]["Explanation"] = "another reason"
+    wise[0].write_text(json.dumps(entries))
+    assert call(stub, wise, out, "--overwrite") == 0 and len(stub.requests) == 7
+    assert len(json.loads(out.read_text())["details"]["scores"]) == 6
+
+
+def test_a_journal_survives_odd_line_ends_and_a_cut(serve, wise, tmp_path):
+    stub, out = serve(lambda _: GOOD + "\u2028\u0085 done"), tmp_path / "result.json"
+    assert call(stub, wise, out) == 0
+    journal = out.with_suffix(".replies.jsonl")
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:-1]) + lines[-1][:40] + b"\xe2\x80")  # cut inside a character
+    assert call(stub, wise, out, "--overwrite") == 0 and len(stub.requests) == 7
+    assert call(stub, wise, out, "--overwrite") == 0 and len(stub.requests) == 7
+
+
+def test_a_key_and_an_address_that_cannot_be_sent_are_refused_and_not_shown(serve, wise, monkeypatch, tmp_path, capsys):
+    stub = serve(lambda _: GOOD)
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key\r\n")
+    assert call(stub, wise, tmp_path / "result.json") == 0 and set(stub.keys) == {"Bearer secret-key"}
+    monkeypatch.setenv("OPENAI_API_KEY", "secret\nkey")
+    assert call(stub, wise, tmp_path / "other.json") == 2
+    said = capsys.readouterr().err
+    assert "OPENAI_API_KEY: expected a key of printable ASCII characters" in said and "secret" not in said
+    monkeypatch.delenv("OPENAI_API_KEY")
+    for url in ("http://host:abc/v1", "http://[::1/v1", "http://a b/v1"):
+        with pytest.raises(InputError, match="expected http:// or https:// and a host"):
+            Endpoint(url, "eye")
+    entries = json.loads(wise[0].read_text())
+    del entries[0]["Explanation"]
+    wise[0].write_text(json.dumps(entries))
+    assert call(stub, wise, tmp_path / "third.json") == 2
+    assert "expected a text as Explanation of prompt 1, got None" in capsys.readouterr().err
+
+
+def test_a_connection_that_breaks_in_a_reply_is_tried_again(monkeypatch):
+    class Broken:
+        def open(self, *_, **__):
+            tried.append(1)
+            raise http.client.IncompleteRead(b"half")
+
+    tried: list[int] = []
+    monkeypatch.setattr("urllib.request.build_opener", lambda *_: Broken())
+    with pytest.raises(InputError, match="cannot be reached"):
+        Endpoint("http://127.0.0.1:9/v1", "eye", wait=lambda _: None).ask("text", [], 10)
+    assert len(tried) == TRIES
+
+
+def test_wises_folder_may_have_a_merged_list(tmp_path):
+    for name, numbers in (("culture_verified", (1, 2)), ("science_verified", (3,)), ("merge", (1, 2, 3))):
+        rows = [{"Prompt": f"p {n}", "Explanation": "e", "prompt_id": n} for n in numbers]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    assert read_wise(tmp_path).names == ("1", "2", "3")
+    assert read_wise(tmp_path / "merge.json").names == ("1", "2", "3")
+
+
+def test_scores_at_the_ends_of_imgedits_scale_have_intervals_on_it():
+    assert mean_score("a", [1.0] * 23, scale=(1.0, 5.0)).low == 1.0
+    assert 1.3 < mean_score("a", [1.0] * 23, scale=(1.0, 5.0)).high < 2.0
+    assert 4.0 < mean_score("a", [5.0] * 23, scale=(1.0, 5.0)).low < 5.0

@@ -23,6 +23,7 @@ from spar.training.checkpoint import load_group
 from spar.training.config import matches
 from spar.training.initial_weights import load_initial_weights, random_modules
 from spar.training.plan import read_run, resolve
+from spar.training.stage_model import load_stage_model
 from spar.training.trainer import check_patterns
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
@@ -109,7 +110,7 @@ def test_other_prompts_or_seeds_are_not_compared():
 @pytest.mark.parametrize("name", bundled_studies())
 def test_bundled_studies_are_of_recipes_and_stages_that_there_are(name):
     one = read_study(Path(name))
-    assert one.name == name and one.question.endswith("?") and len(one.variants) >= 3
+    assert one.name == name and one.question.endswith("?") and len(one.variants) >= 2
     made = [studies._recipe(one, arm, 0, REGISTRY, recipe) for arm in one.arms]
     pairs = zip(one.arms, made, strict=True)
     differ = {(repr(replace(each, name="", seed=0)), one.skipped(arm)) for arm, each in pairs}
@@ -117,7 +118,7 @@ def test_bundled_studies_are_of_recipes_and_stages_that_there_are(name):
     if name == "routing":  # another kind of router keeps the other fields
         assert {each.model.router.count for each in made} == {4}
     for arm in one.arms:
-        assert studies._own_stages(one, recipe(one.recipe), arm)
+        assert studies._own_stages(one, studies._base(one, arm, recipe), arm)
 
 
 WRONG = [
@@ -225,7 +226,16 @@ def test_a_study_runs_resumes_and_ends_in_one_table_and_one_page(tiny_run, tmp_p
     (tmp_path / "s.yaml").write_text(FILE.replace("limit: 2", "limit: 3"))
     assert main([*line, "--seeds", "1"]) == 2 and "holds another study: limit differ" in capsys.readouterr().err
     (tmp_path / "s.yaml").write_text(FILE)
-    found = json.loads((folder / "results.json").read_text())
+    run = folder / "last" / "seed-0" / "recipe.json"
+    kept = run.read_text()
+    run.write_text(kept.replace('"balance": 0.0', '"balance": 0.5'))  # as an earlier installation had it
+    assert main([*line, "--seeds", "1"]) == 2
+    assert "last/seed-0 has trained unified-1 by another form of the recipe" in capsys.readouterr().err
+    run.write_text(kept)
+    text = (folder / "results.json").read_text()
+    assert "Infinity" not in text
+    found = json.loads(text)
+    assert {one["detectable"] for one in found["differences"]} == {None}
     assert {(one["arm"], one["endpoint"]) for one in found["differences"]} == {
         (arm, name) for arm in ("again", "last") for name in ("shapes-loss", "shapes-loss, margin", "shapes-gen")
     }
@@ -248,9 +258,9 @@ def test_shared_stages_are_trained_once_a_seed_and_a_stop_is_no_end(tiny_run, tm
     calls = []
     real = studies._train
 
-    def counted(made, run, stages, device, start, reinitialize):
+    def counted(made, run, stages, device, start, *begin):
         calls.append((run.relative_to(tmp_path / "out").as_posix(), stages, start))
-        return real(made, run, stages, device, start, reinitialize) if len(calls) < 3 else False
+        return real(made, run, stages, device, start, *begin) if len(calls) < 3 else False
 
     monkeypatch.setattr(studies, "_train", counted)
     one = Study(
@@ -415,7 +425,7 @@ def test_what_would_show_is_by_students_quantiles_at_the_corrected_level():
 
 def test_a_study_may_start_from_a_bundled_model_some_parts_of_it_anew(tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr(studies, "_train", lambda *all_of_it: given.append(all_of_it[-2:]))
+    monkeypatch.setattr(studies, "_train", lambda *all_of_it: given.append(all_of_it[-3:-1]))
     one = read_study(Path("routing"))
     assert run_study(one, tmp_path / "out", REGISTRY, recipe, device="cpu") is None
     assert given == [(bundled_folder("spar"), ("model.router.*", "model.connector.*", "model.denoiser.*"))]
@@ -428,8 +438,8 @@ def test_a_study_may_start_from_a_bundled_model_some_parts_of_it_anew(tmp_path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["routing", "routing-form", "alignment", "alignment-form"])
-def test_every_arm_takes_the_bundled_models_tokenizer_and_llm(name):
+@pytest.mark.parametrize("name", ["routing", "routing-form", "alignment", "alignment-form", "dualtoken-reading"])
+def test_every_arm_takes_of_the_bundled_model_what_does_not_start_anew(name):
     one = read_study(Path(name))
     folder = bundled_folder(one.init_from)
     for arm in one.arms:
@@ -437,7 +447,8 @@ def test_every_arm_takes_the_bundled_models_tokenizer_and_llm(name):
         status = read_run(made, Path("nowhere"), folder)
         plan = resolve(made, status, stages=one.stages, reinitialize=one.reinitialize)
         anew = "random weights for " + ", ".join(one.reinitialize)
-        assert plan.stages[0].prepares[:2] == (anew, "connector from LLM")
+        assert plan.stages[0].prepares[0] == anew
+        assert ("connector from LLM" in plan.stages[0].prepares) == (one.init_from == "spar")
         modules = random_modules(made, "cpu", {})
         check_patterns(modules, plan)
         random = {key: value.clone() for key, value in modules.state_dict().items()}
@@ -447,6 +458,21 @@ def test_every_arm_takes_the_bundled_models_tokenizer_and_llm(name):
             if own is not None:
                 wanted = random[key] if matches(key, one.reinitialize) else value
                 assert torch.equal(own, wanted.to(own.dtype)), (arm, key)
+
+
+def test_a_study_of_dualtokens_tokenizer_ends_with_it(tmp_path):
+    one = Study(
+        "codes", "?", "dualtoken-tiny", {"a": {}, "b": {"model": {"shortcut": 0.0}}}, shared=("towers",),
+        stages=("tokenizer",), seeds=(0,), endpoints=("shapes-recon", "shapes-zero-shot"), limit=4,
+    )  # fmt: skip
+    found = run_study(one, tmp_path / "out", REGISTRY, recipe, device="cpu")
+    assert [*found.results["b"]] == ["shapes-recon", "shapes-zero-shot"]
+    assert not (tmp_path / "out/b/seed-0/model").exists()
+    run = tmp_path / "out" / "a" / "seed-0"
+    loaded = load_stage_model(run, REGISTRY, "tokenizer")
+    assert [*loaded.manifest["stages"]] == ["tokenizer"] and loaded.model.config == recipe("dualtoken-tiny").model
+    saved = load_group(run / "tokenizer" / "done", "modules")
+    assert all(torch.equal(value, saved[f"model.{name}"]) for name, value in loaded.model.state_dict().items())
 
 
 @pytest.mark.slow

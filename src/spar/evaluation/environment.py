@@ -12,6 +12,7 @@ from typing import Any
 
 from spar import __version__
 from spar.common.cpu import cpu_name
+from spar.common.device import dtype_name
 from spar.evaluation.options import EvalOptions
 from spar.worlds.shapes.detector import DETECTOR_VERSION, detector_accuracy
 
@@ -92,7 +93,7 @@ def run_settings(pipe: Any, options: EvalOptions, clock: Timer, *, sampled: bool
         **(sampling if sampled else {}),
         "limit": options.limit,
         "size": getattr(pipe, "image_size", None),
-        "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+        "dtype": None if dtype is None else dtype_name(dtype),
         "device": str(getattr(pipe, "device", "")) or None,
         "batch": options.batch,
         **({"processes": processes} if (processes := getattr(pipe, "processes", 1)) > 1 else {}),

@@ -6,6 +6,7 @@ Facts of WISE (PKU-YuanGroup/WISE eb51174, of both versions) and ImgEdit (PKU-Yu
 
 import base64
 import hashlib
+import http.client
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from spar.inference.prompt_files import SourceFile
 MAX_REPLY_BYTES = 2**20
 TRIES, FIRST_WAIT, LONGEST_WAIT = 5, 1.0, 60.0  # seconds between tries, each twice the one before
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)  # statuses after which a request is sent again
+OF_ONE_QUESTION = (400, 413, 422)  # statuses by which an endpoint may refuse this question, and answer others
+ALL_REFUSED = 8  # so many refusals and no answer: the endpoint refuses whatever it is asked
 # Categories by the numbers of the prompts, and their weights: those of the version that most papers report, and of the
 # verified one. Numbers 641 to 700 change their category between them.
 WISE = {
@@ -58,7 +61,7 @@ def parse_wise(reply: str) -> float:
         bare = [line.strip() for line in reply.strip().splitlines() if line.strip()]
         named = [{line} for line in bare] if len(bare) == len(WISE_PARTS) else named
     values = [_one(reply, found, 0, 2) for found in named]
-    return float(np.dot(list(WISE_PARTS.values()), values)) / 2
+    return float(np.dot(list(WISE_PARTS.values()), values)) / (2 * sum(WISE_PARTS.values()))
 
 
 def parse_wise_verified(reply: str) -> float:
@@ -68,7 +71,8 @@ def parse_wise_verified(reply: str) -> float:
 
 def parse_imgedit(reply: str) -> float:
     """The mean, rounded to two digits, of a reply's three lines `Name: SCORE`, 1 to 5; errors as of `parse_wise`."""
-    lines = re.findall(r"^[^\S\n]*\W*([A-Za-z][A-Za-z &,-]*?)\W*:\W*(\d+)[^\S\n]*\W*$", reply, re.MULTILINE)
+    line = rf"^\W*(?:\d+[.)]\W*)?([A-Za-z][A-Za-z &,-]*?)[*_\s]*{_SCALE}[*_\s]*:{_SIGNS}(-?\d+)[^\S\n]*\W*$"
+    lines = re.findall(line, reply, re.MULTILINE)
     found: dict[str, set[str]] = {}
     for name, value in lines:
         found.setdefault(name.strip().lower(), set()).add(value)
@@ -77,9 +81,16 @@ def parse_imgedit(reply: str) -> float:
     return round(float(np.mean([_one(reply, values, 1, 5) for values in found.values()])), 2)
 
 
+# Between a name and its number: signs that are no minus of the number and open no bracket, and a scale in brackets,
+# such as (0-2) or [0 or 1], which repeats what was asked.
+_SIGNS = r"(?:[^\w(\[-]|-(?!\d))*"
+_SCALE = r"(?:[(\[](?!\s*\d+\s*[)\]])[^()\[\]\n]*[)\]])?"
+
+
 def _named(reply: str, name: str) -> set[str]:
     """The numbers that a reply has after a name."""
-    return set(re.findall(rf"\b{name.replace(' ', r'[ _]')}\b\W*?(\d+(?:\.\d+)?)", reply, re.IGNORECASE))
+    words = name.replace(" ", "[ _]")
+    return set(re.findall(rf"\b{words}\b{_SIGNS}{_SCALE}{_SIGNS}[(\[]?\s*(-?\d+(?:\.\d+)?)", reply, re.IGNORECASE))
 
 
 def _one(reply: str, found: set[str], low: int, high: int) -> int:
@@ -95,6 +106,10 @@ def _one(reply: str, found: set[str], low: int, high: int) -> int:
 # ---- what it is asked ------------------------------------------------------------------------------------------------
 
 
+class QuestionRefused(InputError):
+    """An endpoint answers, but not this question."""
+
+
 @dataclass(frozen=True)
 class JudgeQuestion:
     """What a judge is asked about one image: the text, and the images after it."""
@@ -104,15 +119,21 @@ class JudgeQuestion:
     text: str
     images: tuple[Path, ...]
 
+    def digest(self) -> str:
+        """A hash of all that is sent."""
+        parts = (self.text.encode(), *(path.read_bytes() for path in self.images))
+        return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+
 
 @dataclass(frozen=True)
 class Rubric:
-    """A benchmark's questions, scores and weights of groups (equal weights if empty)."""
+    """A benchmark's questions, scores, weights of groups (equal weights if empty), and least and highest score."""
 
     name: str
     parse: Callable[[str], float]
     ask: Callable[[Named, Path, str], Iterator[JudgeQuestion]]
     weights: Mapping[str, float] = field(default_factory=dict)
+    scale: tuple[float, float] = (0.0, 1.0)
     max_tokens: int = 2000
 
 
@@ -122,7 +143,9 @@ def _wise_questions(ranges: Ranges) -> Callable[[Named, Path, str], Iterator[Jud
             group = next((group for group, (low, high, _) in ranges.items() if low <= int(name) <= high), None)
             if group is None:
                 raise InputError(f"expected prompts with numbers from 1 to 1000, got {name}")
-            text = template.replace("{prompt}", entry["Prompt"]).replace("{explanation}", str(entry["Explanation"]))
+            if not isinstance(entry.get("Explanation"), str):
+                raise InputError(f"expected a text as Explanation of prompt {name}, got {entry.get('Explanation')!r}")
+            text = template.replace("{prompt}", entry["Prompt"]).replace("{explanation}", entry["Explanation"])
             yield JudgeQuestion(name, group, text, (folder / f"{name}.png",))
 
     return ask
@@ -148,7 +171,7 @@ RUBRICS = {
     "wise-verified": Rubric(
         "wise-verified", parse_wise_verified, _wise_questions(WISE_VERIFIED), _weights(WISE_VERIFIED)
     ),
-    "imgedit": Rubric("imgedit", parse_imgedit, _imgedit_questions),
+    "imgedit": Rubric("imgedit", parse_imgedit, _imgedit_questions, scale=(1.0, 5.0)),
 }
 
 
@@ -197,15 +220,23 @@ class Endpoint:
     wait: Callable[[float], None] = time.sleep
 
     def __post_init__(self) -> None:
-        if urlsplit(self.url).scheme not in ("http", "https") or not urlsplit(self.url).hostname:
+        try:
+            parts = urlsplit(self.url)
+            known = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
+        except ValueError:  # a port that is no number, a bracket that is not closed
+            known = False
+        if not known or not self.url.isprintable() or " " in self.url:
             raise InputError(f"--endpoint: expected http:// or https:// and a host, got {self.url!r}")
+        key = os.environ.get(self.key_variable, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise InputError(f"{self.key_variable}: expected a key of printable ASCII characters")
 
     def ask(self, text: str, images: Sequence[Path], max_tokens: int) -> str:
         """The reply to a text with images, at temperature 0.
 
         Raises:
             InputError: an image that cannot be read, or an endpoint that refuses, fails again and again, or replies
-                with something else.
+                with something else; QuestionRefused where that may be about this question alone.
         """
         content: list[dict[str, Any]] = [{"type": "text", "text": text}]
         for path in images:
@@ -223,14 +254,15 @@ class Endpoint:
         try:
             said = json.loads(reply)["choices"][0]["message"]["content"]
         except (ValueError, TypeError, KeyError, IndexError, RecursionError):
-            said = None
-        if not isinstance(said, str):
-            raise InputError(f"{self.url}: expected a chat's reply, got {reply[:200]!r}")
-        return said
+            said = False
+        if isinstance(said, str):
+            return said
+        refusal = QuestionRefused if said is None else InputError  # a chat's reply without a text
+        raise refusal(f"{self.url}: expected a chat's reply, got {reply[:200]!r}")
 
     def _send(self, body: bytes) -> bytes:
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(self.key_variable):
+        if key := os.environ.get(self.key_variable, "").strip():
             headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions", body, headers)
         opener = urllib.request.build_opener(_NoRedirect)
@@ -242,10 +274,11 @@ class Endpoint:
             except urllib.error.HTTPError as error:
                 reason = f"{error.code} {error.read(500).decode(errors='replace').strip()}"
                 if error.code not in AGAIN or attempt == TRIES - 1:
-                    raise InputError(f"{self.url} refuses: {reason[:300]}") from None
+                    kind = QuestionRefused if error.code in OF_ONE_QUESTION else InputError
+                    raise kind(f"{self.url} refuses: {reason[:300]}") from None
                 told = error.headers.get("Retry-After", "")
                 pause = max(pause, float(told)) if told.isdigit() else pause
-            except OSError as error:  # no connection, or one that was lost or took too long
+            except (OSError, http.client.HTTPException) as error:  # no connection, or one lost, broken or too slow
                 if attempt == TRIES - 1:
                     raise InputError(f"{self.url} cannot be reached: {error}") from None
             else:
@@ -266,8 +299,11 @@ def judge(
 ) -> Result:  # fmt: skip
     """Have the images of a folder judged; replies are kept in `journal`, and what is there is not asked again.
 
+    A question that the endpoint refuses is left without a score, like a reply without scores.
+
     Raises:
-        InputError: an image that is missing, a journal of another judge, or what `Endpoint.ask` raises.
+        InputError: an image that is missing, a journal of another judge, what `Endpoint.ask` raises, or an endpoint
+            that refuses all of the first questions.
     """
     questions = list(rubric.ask(given, folder, template))
     if missing := [path for question in questions for path in question.images if not path.is_file()]:
@@ -276,41 +312,52 @@ def judge(
         "benchmark": rubric.name, "judge": endpoint.model, "endpoint": urlsplit(endpoint.url).hostname,
         "template": hashlib.sha256(template.encode()).hexdigest(), "temperature": 0,
     }  # fmt: skip
-    scores, unread = _read_journal(journal, identity, rubric), dict[str, str]()
-    left = [question for question in questions if _place(question) not in scores]
-    with journal.open("a", encoding="utf-8") as lines, ThreadPoolExecutor(parallel) as pool:
+    kept, unread = _read_journal(journal, identity, rubric), dict[str, str]()
+    places = {question: (question.key, question.digest()) for question in questions}
+    scores = {question: kept[place] for question, place in places.items() if place in kept}
+    left = [question for question in questions if question not in scores]
+    answered = len(scores)
+    with journal.open("ab") as lines, ThreadPoolExecutor(parallel) as pool:
         if journal.stat().st_size == 0:
-            lines.write(json.dumps(identity) + "\n")
-        asked = pool.map(lambda one: endpoint.ask(one.text, one.images, rubric.max_tokens), left)
-        for done, (question, reply) in enumerate(zip(left, asked, strict=True), 1):
-            try:
-                scores[_place(question)] = rubric.parse(reply)
-            except InputError as error:  # it is asked again by the next call
-                unread[question.key] = str(error)
-                continue
-            finally:
+            lines.write(json.dumps(identity).encode() + b"\n")
+        asked = {pool.submit(endpoint.ask, one.text, one.images, rubric.max_tokens): one for one in left}
+        try:
+            for done, future in enumerate(as_completed(asked), len(questions) - len(left) + 1):
+                question = asked[future]
+                try:
+                    reply = future.result()
+                    answered += 1
+                    scores[question] = rubric.parse(reply)
+                    key, digest = places[question]
+                    lines.write(json.dumps({"key": key, "sent": digest, "reply": reply}).encode() + b"\n")
+                    lines.flush()
+                except QuestionRefused as error:
+                    unread[question.key] = str(error)
+                    if not answered and len(unread) >= ALL_REFUSED:
+                        raise
+                except InputError as error:
+                    if future.exception() is not None:  # the endpoint's, not the reply's
+                        raise
+                    unread[question.key] = str(error)  # it is asked again by the next call
                 if advance:
-                    advance(len(questions) - len(left) + done, len(questions))
-            row = {"key": question.key, "image": _digest(question), "reply": reply}
-            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-            lines.flush()
+                    advance(done, len(questions))
+        finally:  # what is under way is waited for, what is not is not begun
+            pool.shutdown(wait=False, cancel_futures=True)
     return _result(rubric, questions, scores, unread, identity)
 
 
-def _place(question: JudgeQuestion) -> tuple[str, str]:
-    return question.key, _digest(question)
-
-
-def _digest(question: JudgeQuestion) -> str:
-    return hashlib.sha256(question.images[-1].read_bytes()).hexdigest()
-
-
 def _read_journal(path: Path, identity: Mapping[str, Any], rubric: Rubric) -> dict[tuple[str, str], float]:
-    """The scores of a journal by prompt and image; a last line that was broken off is none."""
+    """The scores of a journal by question and the hash of what was sent; a last line that was broken off is none, and
+    is ended.
+    """
     if not path.is_file() or not path.stat().st_size:
         path.parent.mkdir(parents=True, exist_ok=True)
         return {}
-    first, *rest = path.read_text(encoding="utf-8").splitlines()
+    data = path.read_bytes()
+    if not data.endswith(b"\n"):
+        with path.open("ab") as lines:
+            lines.write(b"\n")
+    first, *rest = data.decode(errors="replace").split("\n")
     try:
         found = json.loads(first)
     except ValueError:
@@ -321,25 +368,27 @@ def _read_journal(path: Path, identity: Mapping[str, Any], rubric: Rubric) -> di
     for line in rest:
         try:
             row = json.loads(line)
-            scores[row["key"], row["image"]] = rubric.parse(row["reply"])
+            scores[row["key"], row["sent"]] = rubric.parse(row["reply"])
         except (ValueError, TypeError, KeyError):
             continue
     return scores
 
 
 def _result(
-    rubric: Rubric, questions: Sequence[JudgeQuestion], scores: Mapping[tuple[str, str], float],
+    rubric: Rubric, questions: Sequence[JudgeQuestion], scores: Mapping[JudgeQuestion, float],
     unread: Mapping[str, str], identity: Mapping[str, Any],
 ) -> Result:  # fmt: skip
     """Means of the groups, and overall where every image has a score and every weighted group has images."""
     groups: dict[str, list[float]] = {}
     for question in questions:
-        if (value := scores.get(_place(question))) is not None:
+        if (value := scores.get(question)) is not None:
             groups.setdefault(question.group, []).append(value)
-    found: list[Score] = [mean_score(name, values) for name, values in groups.items()]
+    found: list[Score] = [mean_score(name, values, scale=rubric.scale) for name, values in groups.items()]
     names = list(rubric.weights) or list(groups)
     if not unread and set(names) == set(groups):
         weights = [rubric.weights[name] for name in names] if rubric.weights else None
-        found.insert(0, mean_score("overall", *(groups[name] for name in names), weights=weights))
-    details = {"scores": {key: value for (key, _), value in scores.items()}, "unread": dict(unread)}
+        found.insert(
+            0, mean_score("overall", *(groups[name] for name in names), weights=weights, scale=rubric.scale)
+        )
+    details = {"scores": {question.key: value for question, value in scores.items()}, "unread": dict(unread)}
     return Result(rubric.name, tuple(found), settings=dict(identity), details=details)

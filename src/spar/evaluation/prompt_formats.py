@@ -123,9 +123,12 @@ def read_geneval2(path: Path) -> GenEval2:
 
 
 def read_wise(path: Path) -> Wise:
-    """WISE's list, or a folder of its lists: objects with `Prompt` and `prompt_id`; `*_rewrite.json` are left out."""
-    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
-    entries = [entry for file in files if not file.stem.endswith("_rewrite") for entry in _list(file, "Prompt")]
+    """WISE's list, or a folder of its lists: objects with `Prompt` and `prompt_id`. Of a folder `*_rewrite.json` are
+    left out, and beside other lists `merge.json`, which repeats them.
+    """
+    files = [file for file in sorted(path.glob("*.json")) if not file.stem.endswith("_rewrite")]
+    files = [file for file in files if file.stem != "merge" or len(files) == 1] if path.is_dir() else [path]
+    entries = [entry for file in files for entry in _list(file, "Prompt")]
     names = []
     for entry in entries:
         number = entry.get("prompt_id")

@@ -24,7 +24,7 @@ from spar.evaluation.features import Described, ImageFeatures, RandomFeatures
 from spar.evaluation.frechet import ClassSums, FeatureSums, distance_of_sums, inception_score, jackknife_score
 from spar.evaluation.options import EvalOptions, batches
 from spar.evaluation.pixel_metrics import WINDOW, psnr, ssim_inside
-from spar.evaluation.results import Result, Score, mean_score
+from spar.evaluation.results import Result, Score, mean_score, shown_path
 from spar.inference.image_files import IMAGE_SUFFIXES, check_replaceable, list_images, save_images
 from spar.processing.images import open_image, to_square
 
@@ -71,7 +71,7 @@ def recon(
             found.add(*(np.stack([np.asarray(image) for image in images]) for images in (before, after)))
     if not main:
         return None
-    names = [str(path.relative_to(folder).as_posix()).encode("utf-8", "replace").decode() for path in paths]
+    names = [shown_path(path.relative_to(folder)) for path in paths]
     if pairs is not None:
         write_json(pairs / NAMES, names)
     rows = zip(names, found.decibels, found.similar[0], strict=True)

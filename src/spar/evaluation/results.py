@@ -65,6 +65,11 @@ def write_result(path: str | Path, result: Result) -> None:
         raise InputError(f"cannot write the results file {path}: {error.strerror or error}") from error
 
 
+def shown_path(path: Path) -> str:
+    """A path as a results file has it; bytes of old file names that are no text become question marks."""
+    return path.as_posix().encode("utf-8", "replace").decode()
+
+
 def read_result(path: str | Path) -> Result:
     """Read a file of `write_result`; a missing, damaged or foreign one raises `InputError`."""
     path = Path(path)
@@ -92,11 +97,13 @@ def bootstrap(
 
 
 def mean_score(
-    name: str, *groups: Sequence[float] | np.ndarray, seed: int = 0, weights: Sequence[float] | None = None
-) -> Score:
+    name: str, *groups: Sequence[float] | np.ndarray, seed: int = 0, weights: Sequence[float] | None = None,
+    scale: tuple[float, float] = (0.0, 1.0),
+) -> Score:  # fmt: skip
     """The mean of the groups' means, each group an array of one value per unit; groups are resampled separately.
 
-    `weights` of the groups, whose sum is 1, are equal by default.
+    `weights` of the groups, whose sum is 1, are equal by default; `scale` is the least and the highest value that there
+    is, at which all units are alike.
     """
     arrays = [np.asarray(group, dtype=np.float64) for group in groups]
     if not arrays or any(len(array) == 0 for array in arrays):
@@ -106,7 +113,7 @@ def mean_score(
         means = [array[index].mean() for array, index in zip(arrays, indices, strict=True)]
         return float(np.mean(means) if weights is None else np.dot(weights, means))
 
-    return _resampled(name, statistic, *map(len, arrays), seed=seed)
+    return _resampled(name, statistic, *map(len, arrays), seed=seed, scale=scale)
 
 
 def ratio_score(name: str, parts: Sequence[float], wholes: Sequence[float], *, seed: int = 0) -> Score:
@@ -122,13 +129,15 @@ def ratio_score(name: str, parts: Sequence[float], wholes: Sequence[float], *, s
 
 
 def _resampled(
-    name: str, statistic: Callable[..., float], *counts: int, seed: int, alike: bool = True
-) -> Score:
+    name: str, statistic: Callable[..., float], *counts: int, seed: int, alike: bool = True,
+    scale: tuple[float, float] = (0.0, 1.0),
+) -> Score:  # fmt: skip
     """A statistic of all units with its interval: the bootstrap's, or the exact one (Clopper-Pearson) if all units are
-    right or all wrong, where the bootstrap's has length 0; `alike`: whether a value of 0 or 1 says so.
+    right or all wrong, where the bootstrap's has length 0; `alike`: whether a value at an end of the scale says so.
     """
     value, count = statistic(*map(np.arange, counts)), sum(counts)
     chance = ((1 - LEVEL) / 2) ** (1 / count)
-    exact = {0.0: (0.0, 1 - chance), 1.0: (chance, 1.0)}.get(value)
+    (least, most), reach = scale, (1 - chance) * (scale[1] - scale[0])
+    exact = {least: (least, least + reach), most: (most - reach, most)}.get(value)
     low, high = (alike and exact) or bootstrap(statistic, *counts, seed=seed)
     return Score(name, value, low, high, count)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +50,7 @@ ARM = "arm.json"  # in an arm's run, once it is trained
 MEMORY = "memory.json"  # in a run that took stages over: the most that training them took of a GPU
 AGAIN_SEED = 1000  # what the arm `again` adds to the seeds
 MAX_SEEDS, MAX_VARIANTS = 64, 64
+LEAST_DRAWINGS = 100  # about as many as shapes-frechet has features
 UNPAIRED = ("shapes-paraphrase", "shapes-codes")  # no mean over prompts
 ENDPOINTS: dict[str, Benchmark] = {
     "shapes-loss": shapes_loss, "shapes-probe": shapes_probe, "shapes-frechet": shapes_frechet,
@@ -80,6 +81,7 @@ class Study:
         images_per_prompt: as in `EvalOptions`.
         init_from: a bundled model that all trainings start from, unless the caller names another folder.
         reinitialize: patterns of parameters that start from random weights all the same, in every arm.
+        teacher: a bundled model whose encoder is the semantic teacher of arms that begin with a tokenizer stage.
     """
 
     name: str
@@ -95,6 +97,7 @@ class Study:
     images_per_prompt: int = 1
     init_from: str = ""
     reinitialize: tuple[str, ...] = ()
+    teacher: str = ""
 
     def __post_init__(self) -> None:
         for where, fields in (("settings", self.settings), ("variants", self.variants)):
@@ -121,8 +124,9 @@ class Study:
             raise InputError(
                 f"seeds: expected 1 to {MAX_SEEDS} that differ, and not by {AGAIN_SEED}, got {list(self.seeds)}"
             )
-        if self.init_from and self.init_from not in BUNDLED_MODELS:
-            raise InputError(f"init_from: expected one of {', '.join(BUNDLED_MODELS)}, got {self.init_from!r}")
+        for where, name in (("init_from", self.init_from), ("teacher", self.teacher)):
+            if name and name not in BUNDLED_MODELS:
+                raise InputError(f"{where}: expected one of {', '.join(BUNDLED_MODELS)}, got {name!r}")
         unknown = [name for name in self.endpoints if name not in ENDPOINTS]
         if unknown or not self.endpoints:
             raise InputError(f"endpoints: expected some of {', '.join(ENDPOINTS)}, got {', '.join(unknown) or 'none'}")
@@ -171,9 +175,15 @@ class StudyResult:
     taken: dict[str, dict[str, str]]
 
     @property
+    def outside(self) -> list[str]:
+        """Where the A/A arm's interval does not contain 0, so that chance is larger than the others say."""
+        own = (one for one in self.differences if one.arm == AGAIN)
+        return [one.endpoint for one in own if not one.low <= 0 <= one.high]
+
+    @property
     def holds(self) -> bool:
-        """Whether every main interval of the A/A arm contains 0, so that the others may be believed."""
-        return all(one.low <= 0 <= one.high for one in self.differences if one.arm == AGAIN and one.main)
+        """Whether every interval of the A/A arm contains 0, so that the others may be believed."""
+        return not self.outside
 
 
 def read_study(path: Path) -> Study:
@@ -222,12 +232,15 @@ def run_study(
     for (arm, _), training in own.items():
         if arm != SHARED:
             _own_stages(study, training.recipe, arm)
-            _check_endpoints(study, training.recipe, training.stages)
-    if init_from is None and not study.shared and len({names[0] for names in stages.values()}) > 1:
+            _check_endpoints(study, training.recipe)
+    skips = any(names[0] != own[arm, study.seeds[0]].recipe.stages[0].name for arm, names in stages.items())
+    if init_from is None and not study.shared and skips and len({names[0] for names in stages.values()}) > 1:
         raise InputError(f"study {study.name}: an arm that skips the first stage needs what it starts from: init_from")
+    _check_trained(own.values(), registry)
     others = [training for other in reuse for training in _of_another_study(other, registry, find, init_from)]
     _open_folder(study, folder, init_from)
     chosen = replace(study, seeds=study.seeds[:first])
+    begin = study.reinitialize, bundled_folder(study.teacher) if study.teacher else None
     if reuse:
         alike = sum(alike_stages(training, others) for (_, seed), training in own.items() if seed in chosen.seeds)
         say(f"{alike} stages are trained alike in {', '.join(map(str, reuse))}")
@@ -240,7 +253,7 @@ def run_study(
                 _share_cache(folder, run)
                 _take_over(own[SHARED, seed], others, registry, say)
                 say(f"{SHARED}, seed {seed}: training")
-                if not _train(own[SHARED, seed].recipe, run, study.shared, device, init_from, study.reinitialize):
+                if not _train(own[SHARED, seed].recipe, run, study.shared, device, init_from, *begin):
                     return None
         for arm in study.arms:
             run, last = own[arm, seed].run, stages[arm][-1]
@@ -249,8 +262,8 @@ def run_study(
                 _share_cache(folder, run)
                 _take_over(own[arm, seed], [*own.values(), *others], registry, say)
                 say(f"{arm}, seed {seed}: training")
-                anew = () if study.shared else study.reinitialize
-                if not _train(own[arm, seed].recipe, run, stages[arm], device, start, anew):
+                how = ((), None) if study.shared else begin
+                if not _train(own[arm, seed].recipe, run, stages[arm], device, start, *how):
                     return None
             if missing := [name for name in study.endpoints if not _result_path(run, name).is_file()]:
                 say(f"{arm}, seed {seed}: {', '.join(missing)}")
@@ -258,6 +271,19 @@ def run_study(
     found = collect(chosen, folder)
     write_json(folder / "results.json", {**_shown(found), "holds": found.holds})
     return found
+
+
+def _check_trained(trained: Iterable[Training], registry: Registry) -> None:
+    """Refuse ends of stages that another form of the recipe has trained: arms would differ in more than they say."""
+    for training in trained:
+        keys = training.keys()
+        if done := [name for name in keys if (training.run / name / "done").is_dir()]:
+            found = training.trained_keys(registry)
+            if wrong := [name for name in done if found.get(name) != keys[name]]:
+                raise InputError(
+                    f"{training.run} has trained {wrong[0]} by another form of the recipe, of an earlier installation "
+                    "perhaps: remove that folder, or give a new one to the study"
+                )
 
 
 def _take_over(training: Training, others: Sequence[Training], registry: Registry, say: Say) -> None:
@@ -283,9 +309,9 @@ def trainings(
     """
     found = {}
     for seed in study.seeds:
-        first: Any = [start, list(study.reinitialize)]
+        first: Any = [start, list(study.reinitialize), *([study.teacher] if study.teacher else [])]
         shared = None
-        arms = {arm: _own_stages(study, find(study.recipe), arm) for arm in study.arms}
+        arms = {arm: _own_stages(study, _base(study, arm, find), arm) for arm in study.arms}
         if study.shared:
             recipe = _recipe(study, SHARED, seed, registry, find)
             run = folder / SHARED / f"seed-{seed}"
@@ -377,6 +403,12 @@ def share_until(reference: np.ndarray, other: np.ndarray) -> float | None:
     return None if first == len(own) else (first + width) / len(other)
 
 
+def _difference_shown(one: StudyDifference) -> dict[str, Any]:
+    """JSON has no infinity: what one seed can detect is null."""
+    detectable = one.detectable if np.isfinite(one.detectable) else None
+    return {**to_dict(one), "detectable": detectable, "verdict": one.verdict}
+
+
 def _shown(found: StudyResult) -> dict[str, Any]:
     scores = {
         arm: {name: [[*map(to_dict, one.scores)] for one in results] for name, results in endpoints.items()}
@@ -386,7 +418,7 @@ def _shown(found: StudyResult) -> dict[str, Any]:
     return {
         "study": to_dict(found.study), "seconds": found.seconds, "parameters": found.parameters,
         "memory": found.memory, "reached": found.reached, "taken": found.taken,
-        "differences": [{**to_dict(one), "verdict": one.verdict} for one in found.differences], "scores": scores,
+        "differences": [_difference_shown(one) for one in found.differences], "scores": scores,
         "machine": first.settings.get("machine"), "versions": first.settings.get("versions"),
     }  # fmt: skip
 
@@ -395,9 +427,14 @@ def _recipe(study: Study, arm: str, seed: int, registry: Registry, find: Find) -
     from spar.training.changes import changed_recipe
 
     changes, where = study.changes(arm), f"study {study.name}, {arm}"
-    base = find(str(changes.pop("recipe", study.recipe)))
-    base = changed_recipe(base, study.settings, f"study {study.name}, settings", registry)
+    changes.pop("recipe", None)
+    base = changed_recipe(_base(study, arm, find), study.settings, f"study {study.name}, settings", registry)
     return replace(changed_recipe(base, changes, where, registry), seed=seed + AGAIN_SEED * (arm == AGAIN))
+
+
+def _base(study: Study, arm: str, find: Find) -> Recipe:
+    """The recipe that an arm begins with, unchanged."""
+    return find(str(study.changes(arm).get("recipe", study.recipe)))
 
 
 def _own_stages(study: Study, base: Recipe, arm: str) -> tuple[str, ...]:
@@ -417,7 +454,7 @@ def _own_stages(study: Study, base: Recipe, arm: str) -> tuple[str, ...]:
     return chosen
 
 
-def _check_endpoints(study: Study, base: Recipe, stages: tuple[str, ...]) -> None:
+def _check_endpoints(study: Study, base: Recipe) -> None:
     """Refuse before the first training what could not be measured after the last."""
     from spar.inference.loading import tasks_of
     from spar.training.systems.spar import SparRecipe
@@ -427,13 +464,13 @@ def _check_endpoints(study: Study, base: Recipe, stages: tuple[str, ...]) -> Non
         raise InputError(f"study {study.name}: expected a recipe of {SIDE} pixels, got one of {base.image_size}")
     if "shapes-probe" in study.endpoints and not isinstance(base, SparRecipe):
         raise InputError(f"study {study.name}: shapes-probe reads SPAR's tokens, got a recipe of {base.kind}")
+    if "shapes-frechet" in study.endpoints and study.limit is not None and study.limit < LEAST_DRAWINGS:
+        raise InputError(
+            f"study {study.name}: shapes-frechet compares sets of at least {LEAST_DRAWINGS} drawings, whose distance "
+            f"fewer bias; got limit {study.limit}"
+        )
     if left := [name for name in study.endpoints if name in BENCHMARKS and not suits(name, tasks)]:
         raise InputError(f"study {study.name}: {', '.join(left)} cannot be measured on a model of {base.kind}")
-    if not isinstance(base, SparRecipe) and stages[-1] != base.stages[-1].name:
-        raise InputError(
-            f"study {study.name}: expected stages to the last, {base.stages[-1].name}, which writes the model, "
-            f"got {stages[-1]}"
-        )
 
 
 def _open_folder(study: Study, folder: Path, init_from: Path | None) -> None:
@@ -470,7 +507,7 @@ def read_back(values: Any) -> Any:
 
 def _train(
     recipe: Recipe, run: Path, stages: tuple[str, ...], device: str | None, init_from: Path | None,
-    reinitialize: tuple[str, ...],
+    reinitialize: tuple[str, ...], teacher: Path | None,
 ) -> bool:  # fmt: skip
     """Train a run to the end of its stages; False when a signal stopped it."""
     import torch
@@ -482,8 +519,9 @@ def _train(
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
     model = train(
-        recipe, run, stages=stages, resume=True, device=device, init_from=init_from, reinitialize=reinitialize
-    )
+        recipe, run, stages=stages, resume=True, device=device, init_from=init_from, reinitialize=reinitialize,
+        teacher=teacher,
+    )  # fmt: skip
     if model is None:
         return False
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -513,16 +551,14 @@ def _measure(
 
 def arm_pipeline(run: Path, stage: str, registry: Registry, device: str | None) -> Pipeline:
     """The model of a run: its finished one, or as it is at the end of a stage."""
-    from spar.inference.loading import load_pipeline
+    from spar.inference.loading import load_pipeline, open_bundle
+    from spar.training.run_folder import read_recipe
+    from spar.training.stage_model import load_stage_model
 
     if (run / "model" / "config.json").is_file():
         return load_pipeline(run / "model", device=device, progress=False)
-    from spar.inference.base import choose_device_and_dtype
-    from spar.inference.pipeline import SparPipeline
-    from spar.training.systems.spar import load_stage_model
-
-    where, dtype = choose_device_and_dtype(device, None)
-    return SparPipeline(load_stage_model(run, registry, stage), dtype, where, progress=False)
+    system = read_recipe(run / "recipe.json", registry).kind
+    return open_bundle(system, load_stage_model(run, registry, stage), device)
 
 
 def _result_path(run: Path, name: str) -> Path:

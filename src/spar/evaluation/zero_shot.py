@@ -18,7 +18,7 @@ from spar.common.limits import MAX_LABELS
 from spar.common.progress import Advance
 from spar.evaluation.environment import Timer, run_settings
 from spar.evaluation.options import EvalOptions, batches
-from spar.evaluation.results import Result, mean_score
+from spar.evaluation.results import Result, mean_score, shown_path
 from spar.inference.image_files import list_images
 
 TEMPLATE = "a photo of a {}."  # CLIP's and SigLIP's first
@@ -64,7 +64,7 @@ def zero_shot(
         mean_score("part.unquantized", (np.array(answers[False]) == truth).astype(float), seed=options.seed),
     )
     records = [
-        {"image": str(path.relative_to(folder)), "expected": labels[number], "answer": labels[answer]}
+        {"image": shown_path(path.relative_to(folder)), "expected": labels[number], "answer": labels[answer]}
         for (number, path), answer in zip(items, answers[True], strict=True)
     ]
     settings = run_settings(

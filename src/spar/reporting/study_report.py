@@ -71,7 +71,7 @@ def render_study(
 ) -> str:
     """The page as text."""
     return render_template(
-        "study.html", study=found.study, arms=found.study.arms, differences=found.differences, holds=found.holds,
+        "study.html", study=found.study, arms=found.study.arms, differences=found.differences, outside=found.outside,
         panels=panels(found, folder), prompts=prompts, grids=grids, seconds=found.seconds,
         parameters=found.parameters, memory=found.memory, reached=found.reached,
         taken=found.taken, colors=COLORS,
