@@ -19,10 +19,12 @@ RECORDED: dict[str, tuple[str, ...]] = {
     "attention": ("attention.py",),
     "busy_cpu": ("busy_cpu.py",),
     "cost_of_parts": ("cost_of_parts.py", "--batch", "16", "--rounds", "9"),
-    "cost_of_parts_1b": ("cost_of_parts.py", "--recipe", "spar-1b", "--dtype", "bfloat16", "--batch", "1"),
+    "cost_of_parts_1b": ("cost_of_parts.py", "--recipe", "spar-1b", "--dtype", "native", "--batch", "1"),
     "data_loader": ("data_loader.py", "--images", "1536"),
     "decode_tiles": ("decode_tiles.py",),
     "full_size_inference": ("full_size_inference.py",),
+    "growth": ("growth.py",),
+    "growth_1b": ("growth.py", "--recipe", "spar-1b", "--counted"),
     "inference_memory_cpu": (
         "inference_memory.py", "--device", "cpu", "--way", "float32", "--way", "dtype", "--steps", "20",
     ),

@@ -20,6 +20,7 @@ from train_step import matmul_peak
 
 from spar.checkpoints.bundled import bundled_folder
 from spar.checkpoints.model_header import versions
+from spar.common.device import dtype_name
 from spar.evaluation.matching import fidelity_score
 from spar.evaluation.options import EvalOptions, image_seed, pixels
 from spar.evaluation.results import mean_score
@@ -126,7 +127,7 @@ def main() -> None:
             one[kind] = statistics.median(before / after for before, after in pairs)
     print(json.dumps({
         "benchmark": "approximations", "ways": {name: list(map(str, way.items())) for name, way in WAYS.items()},
-        "batch": BATCH, "rounds": args.rounds, "results": found, "dtype": str(pipe.dtype).removeprefix("torch."),
+        "batch": BATCH, "rounds": args.rounds, "results": found, "dtype": dtype_name(pipe.dtype),
         "threads": torch.get_num_threads(), "peak_gflops": peak / 1e9, "machine": hardware_info(),
         "versions": versions(),
     }))  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spar.common.device import native_dtype
 from spar.models.attention import attention
 from spar.training.bundle import hardware_info
 
@@ -23,12 +24,12 @@ SHAPES = {  # heads, queries, keys, width of a head; batch 32
 
 
 def seconds(attention: Callable[[Tensor, Tensor, Tensor], Tensor], shape: tuple[int, ...], repeats: int) -> float:
-    """The fastest of `repeats` forward and backward passes in bfloat16."""
+    """The fastest of `repeats` forward and backward passes, in bfloat16 where the CPU has it."""
     heads, queries, keys, width = shape
-    best = float("inf")
+    best, dtype = float("inf"), native_dtype(torch.device("cpu"))
     for _ in range(repeats + 1):
         q, k, v = (
-            torch.randn(32, heads, n, width, dtype=torch.bfloat16, requires_grad=True) for n in (queries, keys, keys)
+            torch.randn(32, heads, n, width, dtype=dtype, requires_grad=True) for n in (queries, keys, keys)
         )
         start = time.perf_counter()
         attention(q, k, v).sum().backward()

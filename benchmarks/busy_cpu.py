@@ -60,6 +60,7 @@ def train_step(repeats: int) -> float:
     """Seconds of a step of `shapes`' unified stage at the bundle's size, without its data."""
     import torch
 
+    from spar.common.cpu import has_native_bfloat16
     from spar.inference.pipeline import SparPipeline
 
     model = SparPipeline.from_pretrained(dtype=torch.float32, device="cpu").model.denoiser.requires_grad_(True)
@@ -68,7 +69,7 @@ def train_step(repeats: int) -> float:
     states, mask = torch.randn(16, 32, config.caption_channels), torch.ones(16, 32, dtype=torch.long)
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_native_bfloat16()):
             out = model(latent, time_, states, mask, torch.zeros_like(latent)).velocity
         out.float().square().mean().backward()
 

@@ -6,7 +6,7 @@ timed in rounds, so that each ratio is of one minute; the median is shown. The o
 of unified-2 are the plan's. The last line is JSON; ratios above 1 are what the whole costs beside the reduced one.
 
     python benchmarks/cost_of_parts.py --recipe shapes --batch 16
-    python benchmarks/cost_of_parts.py --recipe spar-1b --dtype bfloat16 --batch 1    # full size, five minutes
+    python benchmarks/cost_of_parts.py --recipe spar-1b --dtype native --batch 1    # full size, five minutes
 """
 
 import argparse
@@ -21,6 +21,7 @@ import torch
 from train_step import matmul_peak
 
 from spar.checkpoints.model_header import versions
+from spar.common.device import dtype_name, native_dtype
 from spar.models.config import SparConfig
 from spar.models.spar import SparModel
 from spar.recipes import recipe
@@ -102,10 +103,11 @@ def main() -> None:
     parser.add_argument("--recipe", default="shapes")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "native"), default="float32")
     args = parser.parse_args()
-    base, dtype = recipe(args.recipe), getattr(torch, args.dtype)
-    peak = matmul_peak(torch.device("cpu"))
+    base, cpu = recipe(args.recipe), torch.device("cpu")
+    dtype = native_dtype(cpu) if args.dtype == "native" else getattr(torch, args.dtype)
+    peak = matmul_peak(cpu, dtype)
     with torch.inference_mode():
         parameters, seconds = timed(base.model, args.batch, args.rounds, dtype)
     steps, rows = operations(args.recipe), {}
@@ -120,7 +122,7 @@ def main() -> None:
         shown = ", ".join(f"{name} {row[name]['seconds'] * 1e3:.1f} ms" for name in ("encode", "decode", "condition"))
         print(f"{label}: {parameters[label] / 1e6:.2f} M parameters, {shown}")
     print(json.dumps({
-        "benchmark": "cost_of_parts", "recipe": args.recipe, "batch": args.batch, "dtype": args.dtype,
+        "benchmark": "cost_of_parts", "recipe": args.recipe, "batch": args.batch, "dtype": dtype_name(dtype),
         "peak_gflops": peak / 1e9, "results": rows, "machine": hardware_info(), "versions": versions(),
     }))  # fmt: skip
 

@@ -1,7 +1,8 @@
 """Decoding in tiles against decoding as a whole: memory and time of DC-AE's decoder at full size, and the change.
 
-Memory is the peak of a separate process minus its memory before the decoding; weights are random, bfloat16. The change
-is measured on the bundled model: the mean difference of 128 x 128 images, of 255. The last line is JSON.
+Memory is the peak of a separate process minus its memory before the decoding; weights are random, bfloat16 where the
+CPU has it. The change is measured on the bundled model: the mean difference of 128 x 128 images, of 255. The last line
+is JSON.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from spar.checkpoints.model_header import versions
+from spar.common.device import native_dtype
 from spar.inference.pipeline import SparPipeline
 from spar.models.autoencoder import PixelDecoder, build_autoencoder
 from spar.models.tiling import decode_in_tiles
@@ -32,8 +34,9 @@ def decode(cells: int, tile: int) -> None:
     """Run one decoding in a separate process; print its seconds and memory as JSON."""
     torch.manual_seed(0)
     config = recipe("spar-1b").model.autoencoder
-    decoder = PixelDecoder(build_autoencoder(config).decoder).to(torch.bfloat16).eval()
-    latent = torch.randn(1, config.latent_channels, cells, cells, dtype=torch.bfloat16)
+    dtype = native_dtype(torch.device("cpu"))
+    decoder = PixelDecoder(build_autoencoder(config).decoder).to(dtype).eval()
+    latent = torch.randn(1, config.latent_channels, cells, cells, dtype=dtype)
     with torch.inference_mode():
         decoder(latent[..., :2, :2])
         Path("/proc/self/clear_refs").write_text("5")  # forgets the peak

@@ -6,8 +6,9 @@
 - condition: LLM, router, connector and the denoiser's keys for a prompt and an empty one. Plain: transformers' Qwen2
   with all hidden states; its denoiser computes its keys at every step.
 
-Random weights, bfloat16. Rounds in which both take turns; a ratio is the median of the rounds' own. The roofline share:
-the plain way's operations over the part's own seconds and the run's matmul peak. The last line is JSON.
+Random weights, bfloat16 where the CPU has it. Rounds in which both take turns; a ratio is the median of the rounds'
+own. The roofline share: the plain way's operations over the part's own seconds and the run's matmul peak. The last line
+is JSON.
 
     python benchmarks/full_size_inference.py --recipe spar-1b --rounds 5
 """
@@ -27,6 +28,7 @@ from train_step import matmul_peak
 from transformers import InternVLVisionModel, Qwen2Model
 
 from spar.checkpoints.model_header import versions
+from spar.common.device import dtype_name, native_dtype
 from spar.inference.pipeline import SparPipeline
 from spar.models.autoencoder import build_autoencoder
 from spar.models.config import library_fields
@@ -118,7 +120,7 @@ def main() -> None:
         parser.error(f"expected at least one round, got {args.rounds}")
     cpu = torch.device("cpu")
     loaded = full_size(args.recipe, cpu)
-    pipe = SparPipeline(loaded, torch.bfloat16, cpu, weights="dtype", compile=args.compile, progress=False)
+    pipe = SparPipeline(loaded, native_dtype(cpu), cpu, weights="dtype", compile=args.compile, progress=False)
     peak, rows = matmul_peak(cpu), {}
     for name, (ours, plain) in pairs(pipe).items():
         with FlopCounterMode(display=False) as counted:
@@ -145,7 +147,8 @@ def main() -> None:
     }
     image |= {"steps": steps, "times_faster": image["plain_seconds"] / image["seconds"]}
     print(json.dumps({
-        "benchmark": "full_size_inference", "recipe": args.recipe, "side": pipe.image_size, "dtype": "bfloat16",
+        "benchmark": "full_size_inference", "recipe": args.recipe, "side": pipe.image_size,
+        "dtype": dtype_name(pipe.dtype),
         "rounds": args.rounds, "compile": args.compile, "image": image,
         "results": rows, "peak_gflops": peak / 1e9, "threads": torch.get_num_threads(), "machine": hardware_info(),
         "versions": versions(),

@@ -23,6 +23,7 @@ from PIL import Image
 
 from spar.checkpoints.model_header import load_text_tokenizer, versions
 from spar.checkpoints.spar_format import ModelBundle, SamplingConfig, read_config
+from spar.common.device import dtype_name, native_dtype
 from spar.inference.pipeline import BUNDLED, SparPipeline
 from spar.models.spar import SparModel
 from spar.processing.prompts import IMAGE_TOKEN
@@ -64,7 +65,7 @@ def measure(loaded: ModelBundle, ways: dict, device: torch.device, steps: int) -
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    pipe = SparPipeline(copy.deepcopy(loaded), torch.bfloat16, device, **ways)
+    pipe = SparPipeline(copy.deepcopy(loaded), native_dtype(device), device, **ways)
     image = shown(pipe, PROMPTS[:1], steps)
     start = time.perf_counter()
     image = shown(pipe, PROMPTS[:1], steps)
@@ -83,6 +84,7 @@ def main() -> None:
     parser.add_argument("--bundled", action="store_true", help="also how much the bundled model's images change")
     args = parser.parse_args()
     device, rows, plain, bundled = torch.device(args.device), {}, None, None
+    dtype = native_dtype(device)
     ways = {name: WAYS[name] for name in args.way or WAYS if device.type != "cpu" or "offload" not in WAYS[name]}
     loaded = full_size(args.recipe, device)
     for name, way in ways.items():
@@ -96,13 +98,13 @@ def main() -> None:
         plain = image if plain is None else plain
         found["change_of_255"] = float(np.abs(image - plain).mean())
         if args.bundled:
-            images = shown(SparPipeline.from_pretrained(dtype=torch.bfloat16, device=device, **way), PROMPTS, None)
+            images = shown(SparPipeline.from_pretrained(dtype=dtype, device=device, **way), PROMPTS, None)
             bundled = images if bundled is None else bundled
             found["bundled_change_of_255"] = float(np.abs(images - bundled).mean())
         rows[name] = found
         print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in found.items()), flush=True)
     print(json.dumps({
-        "benchmark": "inference_memory", "recipe": args.recipe, "device": args.device, "dtype": "bfloat16",
+        "benchmark": "inference_memory", "recipe": args.recipe, "device": args.device, "dtype": dtype_name(dtype),
         "steps": args.steps, "guidance": SamplingConfig().guidance, "side": loaded.model.config.image_size, "seed": 0,
         "results": rows, "machine": hardware_info(), "versions": versions(),
     }))  # fmt: skip

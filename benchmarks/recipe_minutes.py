@@ -2,7 +2,7 @@
 
 A stage's step is the mean of the later half of those that are timed, since steps of a stage may be of several kinds.
 Features of frozen parts are kept after their first use, which so few steps do not show: a whole run is faster by that.
-The peak is that of a large bfloat16 matrix product in the same run. The last line is JSON.
+The peak is that of a large matrix product in the same run. The last line is JSON.
 
     python benchmarks/recipe_minutes.py --recipe shapes --compile
 """

@@ -1,7 +1,7 @@
 """Text tokens a second of the language model's own `generate` against transformers', with the same weights.
 
-Greedy, from embeddings, of the size of Qwen2.5-0.5B by default, random weights, bfloat16; both take turns, and a ratio
-is the median of the rounds' own. The last line is JSON; ratios above 1 favour ours.
+Greedy, from embeddings, of the size of Qwen2.5-0.5B by default, random weights, bfloat16 where the CPU has it; both
+take turns, and a ratio is the median of the rounds' own. The last line is JSON; ratios above 1 favour ours.
 
     python benchmarks/text_tokens.py --rounds 3
 """
@@ -17,6 +17,7 @@ from train_step import matmul_peak
 from transformers import Qwen2ForCausalLM
 
 from spar.checkpoints.model_header import versions
+from spar.common.device import dtype_name, native_dtype
 from spar.models.config import TextConfig
 from spar.models.encoder import qwen_config
 from spar.models.language import LanguageModel
@@ -39,16 +40,17 @@ def main() -> None:
     if min(args.layers, args.prompt, args.new, args.rounds) < 1:
         parser.error("expected numbers of at least 1")
     config = replace(QWEN_HALF_B, layers=args.layers)
+    dtype = native_dtype(torch.device("cpu"))
     torch.manual_seed(0)
-    ours = LanguageModel(config).to(torch.bfloat16).eval().requires_grad_(False)
+    ours = LanguageModel(config).to(dtype).eval().requires_grad_(False)
     for parameter in ours.parameters():
         parameter.normal_(std=0.02)
-    theirs = Qwen2ForCausalLM(qwen_config(config)).to(torch.bfloat16).eval().requires_grad_(False)
+    theirs = Qwen2ForCausalLM(qwen_config(config)).to(dtype).eval().requires_grad_(False)
     theirs.model.load_state_dict(ours.network.state_dict())
     theirs.tie_weights()
     peak, rows = matmul_peak(torch.device("cpu")), {}
     for batch in (1, 8):
-        words = torch.randn(batch, args.prompt, config.hidden_size).to(torch.bfloat16)
+        words = torch.randn(batch, args.prompt, config.hidden_size).to(dtype)
         mask = torch.ones(batch, args.prompt, dtype=torch.long)
 
         def own(words: torch.Tensor = words, mask: torch.Tensor = mask) -> int:
@@ -76,7 +78,7 @@ def main() -> None:
         print(f"batch {batch}: {rows[str(batch)]}", flush=True)
     print(json.dumps({
         "benchmark": "text_tokens", "layers": args.layers, "prompt": args.prompt, "new": args.new,
-        "rounds": args.rounds, "parameters": sum(p.numel() for p in ours.parameters()), "dtype": "bfloat16",
+        "rounds": args.rounds, "parameters": sum(p.numel() for p in ours.parameters()), "dtype": dtype_name(dtype),
         "results": rows, "peak_gflops": peak / 1e9, "machine": hardware_info(), "versions": versions(),
     }))  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 Prints images a second, the share of the device's peak (MFU) and the peak memory, with the estimate of `spar plan`. The
 operations are those that `spar plan` counts, with recomputed ones counted once. On a CPU the peak is that of a large
-bfloat16 matrix product in the same run. The last line is JSON.
+matrix product in the same run. The last line is JSON.
 
     python benchmarks/train_step.py --recipe spar-1b --batch 1            # a CPU, about 20 GB
     python benchmarks/train_step.py --recipe spar-1b --batch 64 --device cuda --activation-checkpointing
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from spar.checkpoints.model_header import versions
+from spar.common.device import native_dtype
 from spar.data.batches import Captioned
 from spar.processing.prompts import TokenBatch
 from spar.recipes import recipe
@@ -61,10 +62,10 @@ class Prompts:
         return TokenBatch(ids, torch.ones_like(ids))
 
 
-def matmul_peak(device: torch.device) -> float:
-    """Operations a second of a large bfloat16 matrix product, the best of five."""
+def matmul_peak(device: torch.device, dtype: torch.dtype | None = None) -> float:
+    """Operations a second of a large matrix product, the best of five; by default of the type that is used here."""
     size, best = (4096 if device.type == "cpu" else 16384), float("inf")
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(size, size, device=device, dtype=dtype or native_dtype(device)) for _ in range(2))
     for _ in range(6):
         settle(device)
         start = time.perf_counter()

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from spar.checkpoints.bundled import BUNDLED_MODELS, bundled_folder
+from spar.common.device import dtype_name
 
 PROMPT, INSTRUCTION, QUESTION = "a large red circle", "change the background to navy", "what color is the background?"
 
@@ -61,7 +62,7 @@ def measure(name: str, runs: int, batch: int) -> dict[str, Any]:
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {
-        "system": pipe.system, "parameters": pipe.parameters, "dtype": str(pipe.dtype).removeprefix("torch."),
+        "system": pipe.system, "parameters": pipe.parameters, "dtype": dtype_name(pipe.dtype),
         "load_seconds": round(loaded, 2), "seconds_per_image": seconds, "peak_gib": round(peak / 2**30, 3),
         "machine": hardware_info(), "versions": versions(),
     }  # fmt: skip

@@ -1,9 +1,10 @@
-"""Write the tables of docs/performance.md from the files in benchmarks/results: python docs/performance.py
+"""Write the tables and the plot of docs/performance.md from the files in benchmarks/results: docs/performance.py
 
 Each file is the last line of a script of its name in benchmarks/.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ from spar.common.config import read_json
 ROOT = Path(__file__).parents[1]
 SCORES = ROOT / "docs" / "results"  # of `spar eval`
 RESULTS, DOCUMENT = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
+PLOT = ROOT / "docs" / "images" / "growth.svg"
+PANEL, PLOT_COLUMNS = (180, 130), 4  # pixels of a panel's plot
+COLORS = {"seconds": "#0b6e99", "gib": "#a8481d", "tflop": "#6b7280"}  # and dashes, so that colour is not all
+DASHES = {"seconds": "", "gib": "6 3", "tflop": "2 3"}
 Values = Mapping[str, Any]
 
 
@@ -129,9 +134,93 @@ def _overall(path: Path) -> tuple[float, float, float]:
     return found["value"], found["low"], found["high"]
 
 
+GROWN = {"seconds": "time", "gib": "memory", "tflop": "operations"}
+
+
+def growth() -> str:
+    """The exponents of what grows, measured at the small size and counted at full size."""
+    lines = ["| what grows | sizes | time | memory | operations | spar-1b, operations | in the limit |"]
+    lines.append("| --- | --- " + "| ---: " * 5 + "|")
+    whole = read_json(RESULTS / "growth_1b.json")["results"]
+    values = read_json(RESULTS / "growth.json")
+    for name, one in values["results"].items():
+        own, full = one["exponents"], whole.get(name, {"exponents": {}})["exponents"]
+        shown = (f"{own[kind]:.2f}" if own.get(kind) is not None else "" for kind in GROWN)
+        counted = f"{full['tflop']:.2f}" if full.get("tflop") is not None else ""
+        sizes = f"{one['sizes'][0]} to {one['sizes'][-1]}"
+        lines.append(f"| {name} | {sizes} | {' | '.join(shown)} | {counted} | {one['expected']}: {one['why']} |")
+    machine = values["machine"]
+    lines += [
+        "",
+        f"`{values['recipe']}`, random weights, {values['dtype']}, {values['threads']} threads; "
+        f"{machine['cores']} cores, {machine['processor']}, {values['peak_gflops']:.0f} GFLOP/s;",
+        f"torch {values['versions']['torch']}. `spar-1b` from {whole['side, encode']['sizes'][0]} to "
+        f"{whole['side, encode']['sizes'][-1]} pixels.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def growth_plot() -> str:
+    """One panel of logarithms an axis, each quantity over its value at the first size; thin: the limit's slope."""
+    values = read_json(RESULTS / "growth.json")["results"]
+    width, height = PANEL[0] + 60, PANEL[1] + 62
+    rows = math.ceil(len(values) / PLOT_COLUMNS)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {PLOT_COLUMNS * width} {rows * height + 24}" '
+        'font-family="sans-serif" font-size="11" role="img" aria-label="Growth of time, memory and operations">'
+        '<rect width="100%" height="100%" fill="white"/>'
+    ]
+    for number, (name, one) in enumerate(values.items()):
+        x, y = number % PLOT_COLUMNS * width + 44, number // PLOT_COLUMNS * height + 24
+        parts.append(f'<g transform="translate({x} {y})">{_panel(name, one)}</g>')
+    for number, (kind, words) in enumerate(GROWN.items()):
+        x, y = 44 + 130 * number, rows * height + 10
+        parts.append(
+            f'<path d="M{x} {y}h26" stroke="{COLORS[kind]}" stroke-width="2" stroke-dasharray="{DASHES[kind]}"/>'
+            f'<text x="{x + 32}" y="{y + 4}">{words}</text>'
+        )
+    x = 44 + 130 * len(GROWN)
+    parts.append(
+        f'<path d="M{x} {y}h26" stroke="black" stroke-width="0.7"/><text x="{x + 32}" y="{y + 4}">in the limit</text>'
+    )
+    return "".join(parts) + "</svg>\n"
+
+
+def _panel(name: str, one: Values) -> str:
+    sizes = one["sizes"]
+    power = 2 if name.startswith("side") else 1  # of sides the pixels count
+    across = [power * math.log(size / sizes[0]) for size in sizes]
+    kinds = {kind: one[kind] for kind in GROWN if kind in one and min(one[kind]) > 0}
+    lines = {kind: [math.log(value / rows[0]) for value in rows] for kind, rows in kinds.items()}
+    limit = [one["expected"] * each for each in across]
+    top = max(limit[-1] if one["expected"] == 1 else 0, *(max(line) for line in lines.values()), 0.1)
+    reach = across[-1] or 1.0
+
+    def path(line: Sequence[float], style: str) -> str:
+        kept = [(a, b) for a, b in zip(across, line, strict=True) if b <= top * 1.02]
+        points = " ".join(f"{PANEL[0] * a / reach:.1f},{PANEL[1] * (1 - b / top):.1f}" for a, b in kept)
+        return f'<polyline points="{points}" fill="none" {style}/>'
+
+    drawn = [path(limit, 'stroke="black" stroke-width="0.7"')]
+    drawn += [
+        path(line, f'stroke="{COLORS[kind]}" stroke-width="2" stroke-dasharray="{DASHES[kind]}"')
+        for kind, line in lines.items()
+    ]
+    return (
+        f'<text x="0" y="-8" font-weight="bold">{name}</text>'
+        f'<rect width="{PANEL[0]}" height="{PANEL[1]}" fill="none" stroke="#999"/>{"".join(drawn)}'
+        f'<text x="-6" y="{PANEL[1]}" text-anchor="end">1</text>'
+        f'<text x="-6" y="10" text-anchor="end">{math.exp(top):.3g}</text>'
+        f'<text x="0" y="{PANEL[1] + 14}">{sizes[0]}</text>'
+        f'<text x="{PANEL[0]}" y="{PANEL[1] + 14}" text-anchor="end">{sizes[-1]}</text>'
+    )
+
+
 def tables() -> dict[str, str]:
     """By mark."""
-    return {"ratios": summary(), "approximations": approximations(), "few steps": few_steps()}
+    return {
+        "ratios": summary(), "approximations": approximations(), "few steps": few_steps(), "growth": growth(),
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -140,6 +229,7 @@ def main() -> None:
         begin, end = f"<!-- {mark} -->\n", f"<!-- end of {mark} -->"
         text = text.split(begin)[0] + begin + table + end + text.split(end)[1]
     DOCUMENT.write_text(text, "utf-8")
+    PLOT.write_text(growth_plot(), "utf-8")
 
 
 if __name__ == "__main__":

@@ -93,3 +93,13 @@ def test_the_minutes_of_a_recipe():
     assert [*found["results"]] == [stage.name for stage in recipe("tiny").stages]
     assert found["minutes"] == pytest.approx(sum(row["minutes"] for row in found["results"].values()))
     assert all(row["minutes"] == pytest.approx(row["seconds"] * 3 / 60) for row in found["results"].values())
+
+
+def test_growth_has_the_slopes_of_its_structure():
+    found = last_line("growth.py", "--recipe", "tiny", "--largest", "4", "--rounds", "1")["results"]
+    assert len(found) == 7 and all(len(one["seconds"]) == len(one["sizes"]) for one in found.values())
+    for name in ("batch, step", "steps, sampling", "side, decode"):
+        assert found[name]["exponents"]["tflop"] == pytest.approx(1, abs=0.02)
+    assert found["chat's tokens, reading"]["exponents"]["tflop"] > 1.02  # its attention is counted
+    counted = last_line("growth.py", "--recipe", "tiny", "--largest", "2", "--counted")["results"]
+    assert "seconds" not in counted["side, encode"] and "queries, condition" not in counted

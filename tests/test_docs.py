@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -166,7 +167,7 @@ def test_verdicts_come_from_the_differences(tmp_path, monkeypatch):
     differences = [
         {
             "arm": arm, "endpoint": "shapes-loss", "value": value, "low": value - 0.01, "high": value + 0.01,
-            "verdict": said,
+            "verdict": said, "main": True,
         }
         for arm, said, value in arms
     ]  # fmt: skip
@@ -187,8 +188,12 @@ def test_verdicts_come_from_the_differences(tmp_path, monkeypatch):
         ("higher: worse", "supports it: the arm is worse"), ("undecided (one seed)", "undecided (one seed)"),
     ):
         assert EVIDENCE.verdict(same, {"verdict": words}) == told
-    (tmp_path / "routing.json").write_text(json.dumps({**values, "holds": False}))
-    assert "supports it; the A/A arm does not hold |" in EVIDENCE.tables()
+    differences[-1] |= {"low": 0.1}
+    differences.append({**differences[0], "endpoint": "shapes-loss, margin", "verdict": "lower: worse", "main": False})
+    (tmp_path / "routing.json").write_text(json.dumps(values))
+    text = EVIDENCE.tables()
+    assert "| supports it; the A/A arm does not hold |" in text
+    assert "`last`, shapes-loss, margin | +0.1 (+0.09 to +0.11) | supports it (p not corrected) |" in text
 
 
 def test_what_words_read_is_a_table_for_each_study(tmp_path, monkeypatch):
@@ -213,6 +218,7 @@ def test_the_tables_of_performance_are_those_of_the_results():
     text = script.DOCUMENT.read_text(encoding="utf-8")
     for mark, table in script.tables().items():
         assert text.split(f"<!-- {mark} -->\n")[1].split(f"<!-- end of {mark} -->")[0] == table
+    assert script.PLOT.read_text(encoding="utf-8") == script.growth_plot()
     folder = ROOT / "benchmarks"
     recorded = runpy.run_path(str(folder / "all.py"))["RECORDED"]
     assert {*script.ROWS, "approximations"} <= {*recorded}
@@ -312,7 +318,10 @@ def test_images_are_small_files():
     assert len(images) >= 7
     for path in images:
         assert path.stat().st_size <= MAX_IMAGE_BYTES, path
-        Image.open(path).verify()
+        if path.suffix == ".svg":
+            assert ElementTree.parse(path).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+        else:
+            Image.open(path).verify()
 
 
 def test_the_readme_gives_the_words_and_forms_of_the_bundled_model():
