@@ -7,6 +7,7 @@ import copy
 import importlib.util
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -25,6 +26,18 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+BEGUN = time.monotonic()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Continuous integration has a limit, and machines differ by four times in speed: slow tests that would begin after
+    so many minutes are skipped, and the run says so.
+    """
+    minutes = os.environ.get("SPAR_SLOW_TESTS_MINUTES")
+    if minutes and item.get_closest_marker("slow") and time.monotonic() - BEGUN > 60 * float(minutes):
+        pytest.skip(f"no slow test begins after {minutes} minutes (SPAR_SLOW_TESTS_MINUTES)")
 
 
 @dataclass(frozen=True)

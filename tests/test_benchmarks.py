@@ -96,7 +96,7 @@ def test_the_minutes_of_a_recipe():
 
 
 def test_growth_has_the_slopes_of_its_structure():
-    found = last_line("growth.py", "--recipe", "tiny", "--largest", "4", "--rounds", "1")["results"]
+    found = last_line("growth.py", "--recipe", "tiny", "--largest", "2", "--rounds", "1")["results"]
     assert len(found) == 7 and all(len(one["seconds"]) == len(one["sizes"]) for one in found.values())
     for name in ("batch, step", "steps, sampling", "side, decode"):
         assert found[name]["exponents"]["tflop"] == pytest.approx(1, abs=0.02)
