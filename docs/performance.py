@@ -89,6 +89,15 @@ def summary() -> str:
     return "\n".join(lines) + "\n"
 
 
+def _machine(values: Values) -> str:
+    """Where a script was run, as the end of a sentence."""
+    machine = values["machine"]
+    return (
+        f"{machine['cores']} cores, {machine['processor']}, {values['peak_gflops']:.0f} GFLOP/s; "
+        f"torch {values['versions']['torch']}."
+    )
+
+
 def approximations() -> str:
     """What each way of sampling saves and costs."""
     path = RESULTS / "approximations.json"
@@ -106,13 +115,12 @@ def approximations() -> str:
             f"{one['fidelity']:.3f}", f"{one['change_of_255']:.1f}",
         )  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
-    machine, images = values["machine"], next(iter(values["results"].values()))["images"]
+    images = next(iter(values["results"].values()))["images"]
     lines += [
         "",
         f"{images} images, one a prompt, the same seeds; {values['dtype']}, {values['batch']} at once, "
         f"{values['threads']} threads;",
-        f"{machine['cores']} cores, {machine['processor']}, {values['peak_gflops']:.0f} GFLOP/s; "
-        f"torch {values['versions']['torch']}.",
+        _machine(values),
     ]
     return "\n".join(lines) + "\n"
 
@@ -149,12 +157,10 @@ def growth() -> str:
         counted = f"{full['tflop']:.2f}" if full.get("tflop") is not None else ""
         sizes = f"{one['sizes'][0]} to {one['sizes'][-1]}"
         lines.append(f"| {name} | {sizes} | {' | '.join(shown)} | {counted} | {one['expected']}: {one['why']} |")
-    machine = values["machine"]
     lines += [
         "",
-        f"`{values['recipe']}`, random weights, {values['dtype']}, {values['threads']} threads; "
-        f"{machine['cores']} cores, {machine['processor']}, {values['peak_gflops']:.0f} GFLOP/s;",
-        f"torch {values['versions']['torch']}. `spar-1b` from {whole['side, encode']['sizes'][0]} to "
+        f"`{values['recipe']}`, random weights, {values['dtype']}, {values['threads']} threads;",
+        f"{_machine(values)} `spar-1b` from {whole['side, encode']['sizes'][0]} to "
         f"{whole['side, encode']['sizes'][-1]} pixels.",
     ]
     return "\n".join(lines) + "\n"
