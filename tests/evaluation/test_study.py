@@ -438,7 +438,9 @@ def test_a_study_may_start_from_a_bundled_model_some_parts_of_it_anew(tmp_path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["routing", "routing-form", "alignment", "alignment-form", "dualtoken-reading"])
+@pytest.mark.parametrize(
+    "name", ["routing", "routing-form", "alignment", "alignment-form", "alignment-stages", "dualtoken-reading"]
+)
 def test_every_arm_takes_of_the_bundled_model_what_does_not_start_anew(name):
     one = read_study(Path(name))
     folder = bundled_folder(one.init_from)

@@ -27,7 +27,8 @@ TERMS = {
 PAPERS = {"mse", "perceptual", "native", "semantic", "gan", "lecam", "align"}
 
 every = pytest.mark.parametrize("name", RECIPES)
-WHOLE = [name for name in RECIPES if isinstance(recipe(name), SparRecipe) and name != "shapes-few-steps"]
+APART = ("shapes-few-steps", "shapes-self-flow")  # one goes on from a model, one has another teacher
+WHOLE = [name for name in RECIPES if isinstance(recipe(name), SparRecipe) and name not in APART]
 of_spar = pytest.mark.parametrize("name", WHOLE)
 of_the_world = pytest.mark.parametrize("name", ["shapes", "tiny"])
 
@@ -132,10 +133,22 @@ def test_tiny_is_shapes_cut_down():
     assert 4 * (sizes[0].trainable + sizes[0].frozen) < sizes[1].trainable + sizes[1].frozen
 
 
+def test_self_flow_changes_the_teacher_alone():
+    own, base = recipe("shapes-self-flow"), recipe("shapes")
+    assert replace(own, name=base.name, stages=base.stages) == base
+    for a, b in zip(own.stages, base.stages, strict=True):
+        if not getattr(b.objective, "align", 0):
+            assert a == b
+            continue
+        assert replace(a, objective=b.objective, trainable=b.trainable) == b
+        assert (a.objective.align, a.objective.noise_samples) == (b.objective.align, b.objective.noise_samples)
+        assert own.model.denoiser.align_depth < a.objective.teacher_depth <= own.model.denoiser.layers
+
+
 def test_a_recipe_is_made_anew_each_time():
     assert recipe("tiny") == recipe("tiny") and recipe("tiny") is not recipe("tiny")
 
 
 def test_an_unknown_recipe_is_refused_with_the_known_ones():
-    with pytest.raises(InputError, match="unknown recipe 'small'; expected one of shapes, shapes-few-steps, tiny"):
+    with pytest.raises(InputError, match="unknown recipe 'small'; expected one of shapes, shapes-few-steps, shapes-self-flow"):
         recipe("small")

@@ -43,8 +43,9 @@ TRAINS = {
     "unified-3": JOINT,
 }
 WORLD = ("shapes", "tiny")
-# Distillation, which goes on from these, is in tests/training/test_few_step.py.
-OF_SPAR = [name for name in RECIPES if isinstance(recipe(name), SparRecipe) and name != "shapes-few-steps"]
+# Distillation, which goes on from these, and the denoiser's own average as its teacher have tests of their own.
+APART = ("shapes-few-steps", "shapes-self-flow")
+OF_SPAR = [name for name in RECIPES if isinstance(recipe(name), SparRecipe) and name not in APART]
 # The objectives of SPAR's stages; tests/training/test_dualtoken.py has the others.
 SPARS = {type(stage.objective) for name in OF_SPAR for stage in recipe(name).stages} | {NextTokenObjective}
 PARTS = {
@@ -224,7 +225,7 @@ def test_a_loss_weight_that_the_objective_reads_has_an_effect(start, stage, base
 
 def test_no_objective_may_read_a_weight_that_is_not_tried_above():
     tried = {type(base): {*names} for _, base, names in READ}
-    own = {cls: {item.name for item in fields(cls)} - {"mean_over"} for cls in SPARS}  # no weight
+    own = {cls: {item.name for item in fields(cls)} - {"mean_over", "gradient_share"} for cls in SPARS}  # no weights
     assert own == {
         **dict.fromkeys(SPARS, set()), **tried
     }  # fmt: skip

@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from spar.common.errors import InputError
 from spar.data.batches import Layouts
 from spar.models.spar import Condition
 from spar.recipes.shapes.dense_tagging import DenseTaggingObjective
 from spar.training.data import resized
+from spar.training.distributed import DistributedContext, ParallelismConfig
 from spar.training.objectives import flow, unified
 from spar.training.objectives.autoencoder import AutoencoderObjective
 from spar.training.objectives.common import add_latent_noise
@@ -179,7 +181,7 @@ def test_generation_reads_captions_and_denoises_their_own_pictures(start, monkey
     tokenizer = begun.modules.model.tokenizer
     latents = tokenizer.encode(begun.data.pixels(indices))
     clean = tokenizer.normalize(latents.z_f)
-    assert is_the_first(matched[0][1], clean, clean.roll(1, 0))
+    assert is_the_first(matched[0][1].clean[::2], clean, clean.roll(1, 0))
     assert is_the_first(aligned[0][3].flatten(1, 2), latents.f_v, latents.f_v.roll(1, 0))
 
 
@@ -194,7 +196,7 @@ def test_layouts_are_drawn_on_a_blank_canvas(start, monkeypatch):
     blank = tokenizer.encoder(torch.full((1, 3, 64, 64), 0.5)).expand(4, -1, -1)
     assert is_the_first(conditions[0][2], blank, tokenizer.encoder(batch.pixels))
     clean = tokenizer.normalize(tokenizer.encode(batch.pixels).z_f)
-    assert is_the_first(matched[0][1], clean, clean.roll(1, 0))
+    assert is_the_first(matched[0][1].clean[::2], clean, clean.roll(1, 0))
 
 
 def test_editing_reads_the_source_and_denoises_the_target(start, monkeypatch):
@@ -212,7 +214,7 @@ def test_editing_reads_the_source_and_denoises_the_target(start, monkeypatch):
     source = tokenizer.encode(begun.data.pixels(indices))
     target = tokenizer.encode(begun.data.pixels(indices, edited=True))
     assert is_the_first(conditions[0][2], source.f_v, target.f_v)
-    assert is_the_first(matched[0][1], tokenizer.normalize(target.z_f), tokenizer.normalize(source.z_f))
+    assert is_the_first(matched[0][1].clean[::2], tokenizer.normalize(target.z_f), tokenizer.normalize(source.z_f))
     assert is_the_first(aligned[0][3].flatten(1, 2), target.f_v, source.f_v)
 
 
@@ -297,6 +299,33 @@ def test_frozen_features_are_computed_once_a_picture(start, stage, part):
 
 
 # ---- where gradients go ----------------------------------------------------------------------------------------------
+
+
+def test_the_share_of_a_gradient_is_in_closed_form_and_linear_over_rows():
+    features = torch.tensor([[3.0, 4.0], [0.0, 2.0], [0.0, 0.0]], requires_grad=True)
+    one, two = features.square().sum() / 2, 3 * features.square().sum() / 2  # gradients x and 3 x
+    assert float(unified.gradient_share(one, two, features)) == pytest.approx((0.25 + 0.25 + 0.0) / 3)
+    halves = [unified.gradient_share(features[rows].square().sum() * 2, features.sum(), features) for rows in (0, 1)]
+    assert features.grad is None and float(halves[0]) == pytest.approx((20 / (20 + 2**0.5)) / 3)
+
+
+def test_the_logged_share_of_the_alignment_leaves_the_step_as_it_is(start):
+    shares, found = [], []
+    for changes in ({}, {"gradient_share": True}, {"gradient_share": True, "align": 5.0}):
+        begun = start("unified-2", **changes)
+        terms = begun.terms()
+        terms["loss"].backward()
+        shares.append(float(terms.get("align_share", 0)))
+        found.append(gradients(begun))
+    assert found[0] == found[1] and shares[0] == 0 < shares[1] < shares[2] < 1
+
+
+@pytest.mark.parametrize("changes", [{"compile": True}, {"strategy": "fsdp"}])
+def test_the_share_is_refused_where_blocks_go_back_once(start, changes):
+    begun = start("unified-2", gradient_share=True)
+    parallel = DistributedContext(config=ParallelismConfig(**changes), sharded="strategy" in changes)
+    with pytest.raises(InputError, match="stage unified-2: gradient_share goes back twice"):
+        begun.stage.objective.prepare(replace(begun.ctx, parallel=parallel), begun.data, None)
 
 
 def test_the_two_sides_of_the_adversary_do_not_touch(start):

@@ -19,8 +19,10 @@ Time = TypeVar("Time", float, Tensor)
 
 
 def per_sample(t: Tensor, x: Tensor) -> Tensor:
-    """Reshape times [B] to [B, 1, ..., 1] for x [B, ...]; a time of zero dimensions is unchanged."""
-    if t.ndim == 0:
+    """Reshape times [B] to [B, 1, ..., 1] for x [B, ...]; a time of zero dimensions is unchanged, and so are times of
+    as many dimensions as x, such as one for each cell: [B, 1, h, w].
+    """
+    if t.ndim == 0 or (t.ndim == x.ndim > 1 and all(a in (1, b) for a, b in zip(t.shape, x.shape, strict=True))):
         return t
     if t.ndim != 1 or t.shape[0] != x.shape[0]:
         raise ValueError(f"expected one time for each of {x.shape[0]} samples, got times of shape {tuple(t.shape)}")
@@ -28,7 +30,7 @@ def per_sample(t: Tensor, x: Tensor) -> Tensor:
 
 
 def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """x_t = (1 - t) x + t noise, for x and noise [B, ...] and times t [B] in [0, 1].
+    """x_t = (1 - t) x + t noise, for x and noise [B, ...] and times t in [0, 1]: [B], or as `per_sample` has them.
 
     Types promote as in torch: a bfloat16 x with float32 times gives float32.
     """

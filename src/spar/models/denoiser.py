@@ -1,8 +1,8 @@
 """The diffusion transformer: SANA (arXiv 2410.10629), with our own block loop that returns features of one block.
 
 diffusers' `SanaTransformer2DModel` has the weights under its own names. B images, R noise samples per image (they
-share one condition), h w the latent grid, N = h w, D the DiT's width, M condition tokens, C caption channels, D_r
-those of `DenoiserConfig.reference_channels`.
+share one condition), h w the latent grid, N = h w, T the times of a sample (1, or N: one for each token), D the DiT's
+width, M condition tokens, C caption channels, D_r those of `DenoiserConfig.reference_channels`.
 """
 
 from collections.abc import Callable, Sequence
@@ -112,10 +112,14 @@ class DenoiserBlock(SanaTransformerBlock):
         bias: Tensor,
         shape: tuple[int, int, int, int],
     ) -> Tensor:
-        """`x` `[B R, N, D]`, `modulation` `[B R, 6, D]`, `condition` `[B, M, D]` or its keys, `shape` (B, R, h, w)."""
+        """The block's output, `[B R, N, D]` as `x` is.
+
+        Args:
+            modulation: `[B R, T, 6, D]`; condition: `[B, M, D]`, or its keys and values; shape: (B, R, h, w).
+        """
         batch, samples, height, width = shape
-        table = self.scale_shift_table[None] + modulation                               # [B R, 6, D]
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = table.to(x.dtype).chunk(6, dim=1)
+        table = self.scale_shift_table + modulation                                     # [B R, T, 6, D]
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = table.to(x.dtype).unbind(2)
         read = self.self_attention(self, torch.addcmul(shift_1, self.norm1(x), 1 + scale_1))
         x = torch.addcmul(x, gate_1, read)
         shared = x.reshape(batch, samples * x.shape[1], -1)                               # [B, R N, D]
@@ -168,7 +172,7 @@ class Denoiser(nn.Module):
 
         Args:
             latent: `[B R, D_p, h, w]`, samples of one image adjacent.
-            time: `[B R]` in [0, 1], 1 is noise.
+            time: `[B R]` in [0, 1], 1 is noise; or `[B R, N]`, a time for each token.
             condition: `[B, M, C]`, or its `key_values`; mask: `[B, M]`, 1 for real tokens.
             reference: `[B, D_r, h, w]`, what each cell gets of the image to edit; zero in rows without one.
             cache: of this call of a sampler, one sample an image; the features are then those of the last block.
@@ -182,8 +186,8 @@ class Denoiser(nn.Module):
         if reference is not None:
             known = self.reference_embed(reference).flatten(2).transpose(1, 2)       # [B, N, D]
             x = x + known.repeat_interleave(samples, dim=0)
-        modulation, embedded = network.time_embed(time * TIME_STEPS, hidden_dtype=x.dtype)  # [B R, 6 D], [B R, D]
-        modulation = modulation.unflatten(1, (6, -1))
+        modulation, embedded = network.time_embed(time.flatten() * TIME_STEPS, hidden_dtype=x.dtype)
+        modulation, embedded = modulation.view(len(x), -1, 6, x.shape[-1]), embedded.view(len(x), -1, x.shape[-1])
         reads = condition if isinstance(condition, list) else [self._caption(condition)] * self.config.layers
         bias = torch.zeros(mask.shape, dtype=x.dtype, device=x.device)
         bias = bias.masked_fill(~mask.bool(), MASKED)[:, None, None]
@@ -191,7 +195,8 @@ class Denoiser(nn.Module):
             x, features = self._run(x, modulation, reads, bias, (batch, samples, height, width))
         else:
             x = features = self._run_cached(cache, x, modulation, reads, bias, (height, width))
-        x = network.proj_out(network.norm_out(x, embedded, network.scale_shift_table))  # [B R, N, D_p]
+        shift, scale = (network.scale_shift_table + embedded[:, :, None]).unbind(2)  # [B R, T, D] each
+        x = network.proj_out(network.norm_out.norm(x) * (1 + scale) + shift)         # [B R, N, D_p]
         velocity = x.transpose(1, 2).unflatten(2, (height, width))                       # [B R, D_p, h, w]
         return DenoiserOutput(velocity=velocity, features=features)
 

@@ -18,7 +18,7 @@ from spar.recipes.shapes.dense_tagging import (
     TaggedCaptionData,
     TagWordsObjective,
 )
-from spar.recipes.shapes.recipe import shapes, shapes_few_steps
+from spar.recipes.shapes.recipe import shapes, shapes_few_steps, shapes_self_flow
 from spar.recipes.spar import spar_1b, spar_3b
 from spar.recipes.tiny import tiny
 from spar.training.config import Recipe
@@ -41,13 +41,15 @@ from spar.training.objectives.dual_next_token import DualNextTokenObjective
 from spar.training.objectives.dual_tokenizer import DualTokenizerObjective
 from spar.training.objectives.few_step import FewStepObjective
 from spar.training.objectives.next_token import NextTokenObjective
+from spar.training.objectives.self_flow import SelfFlowObjective
 from spar.training.objectives.tokenizer import TokenizerObjective
 from spar.training.objectives.unified import UnifiedObjective
 from spar.training.systems.dualtoken import DualTokenRecipe
 from spar.training.systems.spar import SparRecipe
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
-    "shapes": shapes, "shapes-few-steps": shapes_few_steps, "tiny": tiny, "spar-1b": spar_1b, "spar-3b": spar_3b,
+    "shapes": shapes, "shapes-few-steps": shapes_few_steps, "shapes-self-flow": shapes_self_flow, "tiny": tiny,
+    "spar-1b": spar_1b, "spar-3b": spar_3b,
     "dualtoken-shapes": dualtoken.dualtoken_shapes, "dualtoken-tiny": dualtoken.dualtoken_tiny,
     "dualtoken-3b": dualtoken.dualtoken_3b, "dualtoken-3b-256": dualtoken.dualtoken_3b_256,
     "dualtoken-one-codebook": dualtoken.dualtoken_one_codebook,
@@ -68,6 +70,7 @@ OBJECTIVES = (
     DualTokenizerObjective,
     FewStepObjective,
     NextTokenObjective,
+    SelfFlowObjective,
     TagWordsObjective,
     TokenizerObjective,
     UnifiedObjective,

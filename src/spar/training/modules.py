@@ -55,6 +55,8 @@ class TrainingModules(nn.Module):
     lecam: LeCam
     teacher: SemanticEncoder
     flow_teacher: nn.Module
+    self_flow_head: AlignmentHead
+    denoiser_average: nn.Module
 
     def __init__(self, recipe: "SparRecipe", networks: Networks) -> None:
         super().__init__()

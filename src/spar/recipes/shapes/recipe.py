@@ -15,6 +15,7 @@ from spar.training.data import CaptionData
 from spar.training.objectives.autoencoder import AutoencoderObjective
 from spar.training.objectives.dit import DitObjective
 from spar.training.objectives.few_step import FewStepObjective
+from spar.training.objectives.self_flow import SelfFlowObjective
 from spar.training.objectives.tokenizer import TokenizerObjective
 from spar.training.objectives.unified import UnifiedObjective
 from spar.training.systems.spar import FlowConfig, SparRecipe
@@ -126,6 +127,22 @@ def shapes() -> SparRecipe:
         data=ShapesData(),
         flow=FlowConfig(training_shift=3.0, sampling_shift=3.0),
     )
+
+
+def shapes_self_flow() -> SparRecipe:
+    """`shapes` whose denoiser is taught by its own average instead of the tokenizer's encoder (an ablation)."""
+    base = shapes()
+
+    def own(stage: StageConfig) -> StageConfig:
+        if not (isinstance(stage.objective, UnifiedObjective) and stage.objective.align):
+            return stage
+        objective = SelfFlowObjective(
+            align=stage.objective.align, noise_samples=stage.objective.noise_samples, balance=stage.objective.balance,
+            teacher_depth=4,
+        )
+        return replace(stage, objective=objective, trainable=(*ROUTER_AND_CONNECTOR, DENOISER, "self_flow_head.*"))
+
+    return replace(base, name="shapes-self-flow", stages=tuple(map(own, base.stages)))
 
 
 def shapes_few_steps() -> SparRecipe:

@@ -68,9 +68,9 @@ class StepContext:
         """The generator of this step's choices for one purpose."""
         return step_rng(self.recipe.seed, f"{purpose}-{self.stage.name}", self.step)
 
-    def generator(self) -> torch.Generator:
-        """The generator of this step's noise, on the device."""
-        return torch.Generator(self.device).manual_seed(int(self.rng("noise").integers(0, 2**62)))
+    def generator(self, purpose: str = "noise") -> torch.Generator:
+        """The generator of this step's noise, or of another purpose's, on the device."""
+        return torch.Generator(self.device).manual_seed(int(self.rng(purpose).integers(0, 2**62)))
 
     def frozen_features(
         self, name: str, batch: Images, compute: Callable[[Tensor], Terms], pixels: Tensor | None = None

@@ -13,7 +13,7 @@ from spar.models.spar import Condition
 from spar.training.cost import Cost, meta_input, part_cost
 from spar.training.objectives.base import Objective, StepContext, Terms, check_at_least
 from spar.training.objectives.common import refuse_model_folder
-from spar.training.objectives.flow import PROMPT_TOKENS, flow_matching, meta_layers, meta_velocity
+from spar.training.objectives.flow import PROMPT_TOKENS, draw_noise, flow_matching, meta_layers, meta_velocity
 
 if TYPE_CHECKING:
     from spar.training.config import StageConfig
@@ -59,7 +59,7 @@ class DitObjective(Objective["SparRecipe"]):
             condition = Condition(normalize_hidden_states([final])[0], tokens.mask, final.new_ones(*final.shape[:2], 1))
         native = ctx.frozen_features("native", batch, lambda x: {"latent": modules.native_latents(x)})
         latent = native["latent"].float() * modules.native_scale
-        error, _ = flow_matching(ctx, latent, condition, self.noise_samples)
+        error, _ = flow_matching(ctx, draw_noise(ctx, latent, self.noise_samples), condition)
         return {"loss": error, "flow": error.detach()}
 
     def cost(self, modules: "TrainingModules", recipe: "SparRecipe", stage: "StageConfig") -> Cost:

@@ -1,6 +1,6 @@
 """Flow matching on latents, which the DiT's own pre-training and the unified stages share (SPAR section 3.3)."""
 
-import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,25 +18,37 @@ if TYPE_CHECKING:
 PROMPT_TOKENS = 64  # of a caption with its template, in what a step costs; one of 300 tokens costs the LLM alone
 
 
-def flow_matching(
-    ctx: StepContext, latent: Tensor, condition: Condition, draws: int
-) -> tuple[Tensor, "DenoiserOutput"]:
-    """L_fm of `draws` noises and times an image, and the denoiser's output for them, `[B R, ...]`.
-
-    Args:
-        latent: clean, `[B, D_p, h, w]`.
+@dataclass(frozen=True)
+class Noised:
+    """R draws of noise and time an image: `clean` and `noise` `[B R, D_p, h, w]`, `time` `[B R]`, or `[B R, N]` where
+    tokens have times of their own.
     """
+
+    clean: Tensor
+    noise: Tensor
+    time: Tensor
+
+    def latent(self, time: Tensor) -> Tensor:
+        """The noisy latent at other times of either shape."""
+        cells = time if time.ndim == 1 else time.unflatten(1, self.clean.shape[2:])[:, None]
+        return interpolate(self.clean, self.noise, cells)
+
+
+def draw_noise(ctx: StepContext, latent: Tensor, draws: int) -> Noised:
+    """`draws` noises and times an image of a clean `latent` `[B, D_p, h, w]`."""
     flow, generator = ctx.recipe.flow, ctx.generator()
-    clean = latent.repeat_interleave(draws, dim=0)                                           # [B R, D_p, h, w]
-    count = (ctx.stage.batch, draws)
+    clean, count = latent.repeat_interleave(draws, dim=0), (ctx.stage.batch, draws)
     noise = ctx.own_rows(torch.randn((*count, *clean.shape[1:]), generator=generator, device=ctx.device)).flatten(0, 1)
     time = sample_time(
-        math.prod(count), mean=flow.time_mean, std=flow.time_std, shift=flow.training_shift, generator=generator,
-        device=ctx.device,
+        count, mean=flow.time_mean, std=flow.time_std, shift=flow.training_shift, generator=generator, device=ctx.device
     )
-    time = ctx.own_rows(time.view(count)).flatten()
-    output = ctx.modules.model.velocity(interpolate(clean, noise, time), time, condition)
-    return (output.velocity.float() - velocity_target(clean, noise)).square().mean(), output
+    return Noised(clean, noise, ctx.own_rows(time).flatten())
+
+
+def flow_matching(ctx: StepContext, noised: Noised, condition: Condition) -> tuple[Tensor, "DenoiserOutput"]:
+    """L_fm, and the denoiser's output, `[B R, ...]`."""
+    output = ctx.modules.model.velocity(noised.latent(noised.time), noised.time, condition)
+    return (output.velocity.float() - velocity_target(noised.clean, noised.noise)).square().mean(), output
 
 
 def alignment_terms(ctx: StepContext, features: Tensor, grid: tuple[int, int], teacher: Tensor, draws: int) -> Terms:

@@ -17,7 +17,15 @@ from spar.training.feature_cache import encode
 from spar.training.modules import EXTERNAL_TEACHER, AlignmentHead
 from spar.training.objectives.base import SAMPLE, Networks, Objective, StepContext, Terms, check_at_least
 from spar.training.objectives.common import sample_images
-from spar.training.objectives.flow import PROMPT_TOKENS, alignment_terms, flow_matching, meta_layers, meta_velocity
+from spar.training.objectives.flow import (
+    PROMPT_TOKENS,
+    Noised,
+    alignment_terms,
+    draw_noise,
+    flow_matching,
+    meta_layers,
+    meta_velocity,
+)
 from spar.training.teacher import load_external_teacher
 
 if TYPE_CHECKING:
@@ -36,6 +44,9 @@ class UnifiedObjective(Objective["SparRecipe"]):
 
     `balance` weighs a term that is no part of the paper's loss: log K less the entropy of the routing weights, their
     mean over a prompt's tokens. Without it the router of a small model settles on one layer for every token.
+
+    `gradient_share` logs, as `align_share`, what part of the gradient that reaches the aligned block is the
+    alignment's: |g_align| / (|g_align| + |g_fm|), the mean over samples; the later blocks then go back twice.
     """
 
     kind: ClassVar[str] = "unified"
@@ -44,6 +55,7 @@ class UnifiedObjective(Objective["SparRecipe"]):
     align: float = 0.0
     noise_samples: int = 1
     balance: float = 0.0
+    gradient_share: bool = False
 
     def __post_init__(self) -> None:
         check_at_least(0, align=self.align, balance=self.balance)
@@ -93,11 +105,16 @@ class UnifiedObjective(Objective["SparRecipe"]):
 
     def prepare(self, ctx: StepContext, data: TrainingData, planned: "PlannedStage") -> None:
         model = ctx.modules.model
+        if self.gradient_share and (ctx.parallel.sharded or ctx.parallel.config.compile):
+            raise InputError(
+                f"stage {ctx.stage.name}: gradient_share goes back twice, which compiled and sharded blocks do not "
+                "allow; expected no parallelism.compile, and parallelism.strategy ddp"
+            )
         data.open_cache(model.tokenizer)
         if CONNECTOR_FROM_LLM in planned.prepares:
             model.connector.initialize_from(model.language)
         if TEACHER_MEAN in planned.prepares:
-            ctx.modules.teacher_mean.copy_(self._teacher_mean(ctx, data))
+            ctx.modules.teacher_mean.copy_(ctx.compute(self._teacher_mean, ctx, data))
 
     @torch.no_grad()
     def _teacher_mean(self, ctx: StepContext, data: TrainingData) -> Tensor:
@@ -119,22 +136,35 @@ class UnifiedObjective(Objective["SparRecipe"]):
         """Terms of a generation batch: of captions, of `Layouts` on a blank canvas, or of `Edits`."""
         texts = ctx.unconditional(batch.texts, ctx.recipe.flow.unconditional_share)
         target, condition = target_features(ctx, batch), condition_of(ctx, batch, texts)
-        latent = target["latent"].float()
-        grid = (latent.shape[-2], latent.shape[-1])
-        error, output = flow_matching(ctx, latent, condition, self.noise_samples)
+        noised = self.noised(ctx, target["latent"].float())
+        error, output = flow_matching(ctx, noised, condition)
         terms = {"loss": error, "flow": error.detach(), "routing_entropy": routing_entropy(condition)}
         if self.balance:
             imbalance = routing_imbalance(condition)
-            error = error + self.balance * imbalance
-            terms |= {"loss": error, "imbalance": imbalance.detach()}
+            terms |= {"loss": error + self.balance * imbalance, "imbalance": imbalance.detach()}
         weight = self.weight(ctx.recipe)
         if weight:
-            external = ctx.recipe.alignment.teacher == "external"
-            teacher = external_features(ctx, batch.require_pixels()) if external else target["f_v"].unflatten(1, grid)
-            aligned = alignment_terms(ctx, output.features, grid, teacher, self.noise_samples)
-            terms |= {"loss": error + weight * aligned.pop("loss"), **aligned}
+            aligned = self.aligned(ctx, batch, target, noised, condition, output.features)
+            pull = weight * aligned.pop("loss")
+            if self.gradient_share:
+                terms["align_share"] = gradient_share(pull, error, output.features)
+            terms |= {"loss": terms["loss"] + pull, **aligned}
         name = "edit" if isinstance(batch, Edits) else "layout" if isinstance(batch, Layouts) else "generate"
         return {**terms, f"flow_{name}": terms["flow"]}
+
+    def noised(self, ctx: StepContext, latent: Tensor) -> Noised:
+        """Noise and times for clean latents `[B, D_p, h, w]`."""
+        return draw_noise(ctx, latent, self.noise_samples)
+
+    def aligned(
+        self, ctx: StepContext, batch: Captioned, target: Mapping[str, Tensor], noised: Noised, condition: Condition,
+        features: Tensor,
+    ) -> Terms:  # fmt: skip
+        """L_align as `loss`, and cosines, of the denoiser's features `[B R, N, D]` with the teacher's."""
+        grid = (noised.clean.shape[-2], noised.clean.shape[-1])
+        external = ctx.recipe.alignment.teacher == "external"
+        teacher = external_features(ctx, batch.require_pixels()) if external else target["f_v"].unflatten(1, grid)
+        return alignment_terms(ctx, features, grid, teacher, self.noise_samples)
 
     def cost(self, modules: "TrainingModules", recipe: "SparRecipe", stage: "StageConfig") -> Cost:
         """The target's features, the LLM, router and connector, and the DiT for each draw of noise."""
@@ -144,10 +174,21 @@ class UnifiedObjective(Objective["SparRecipe"]):
             stage, config.grid**2,
             lambda words, images: encode_cost * images + condition_cost(model, words, self.noise_samples),
         )  # fmt: skip
-        if self.weight(recipe):
-            features = meta_input(1, config.grid**2, config.denoiser.width)
-            cost += part_cost(lambda: modules.alignment_head(features), modules.alignment_head) * self.noise_samples
-        return cost
+        return cost + self.alignment_cost(modules, recipe) * self.noise_samples if self.weight(recipe) else cost
+
+    def alignment_cost(self, modules: "TrainingModules", recipe: "SparRecipe") -> Cost:
+        """The cost of a draw's alignment."""
+        features = meta_input(1, recipe.model.grid**2, recipe.model.denoiser.width)
+        return part_cost(lambda: modules.alignment_head(features), modules.alignment_head)
+
+
+def gradient_share(first: Tensor, second: Tensor, features: Tensor) -> Tensor:
+    """|g_1| / (|g_1| + |g_2|) of two losses' gradients at `features` `[B, ...]`, the mean over its rows."""
+    one, two = (
+        torch.autograd.grad(loss, features, retain_graph=True)[0].float().flatten(1).norm(dim=1)
+        for loss in (first, second)
+    )
+    return (one / (one + two).clamp_min(torch.finfo(one.dtype).tiny)).mean()
 
 
 def routing_imbalance(condition: Condition) -> Tensor:
