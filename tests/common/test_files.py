@@ -51,6 +51,22 @@ def test_the_last_folder_that_there_is_goes_only_when_the_new_one_is_in_place(tm
     assert [*tmp_path.iterdir()] == [folder] and not [*folder.iterdir()]
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_what_other_libraries_write_may_be_read_by_whom_other_files_may(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with atomic_directory(tmp_path / "made") as folder:
+            (folder / "inner").mkdir()
+            private, program = folder / "inner" / "weights", folder / "program"
+            for path, mode in ((private, 0o600), (program, 0o700)):
+                path.touch()
+                path.chmod(mode)
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "made").rglob("*") if path.is_file()}
+    assert modes == {"weights": 0o666 & ~umask, "program": 0o700 | 0o666 & ~umask}
+
+
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
 def test_weights_may_be_read_by_whom_other_files_may(tmp_path, umask):
     before = os.umask(umask)

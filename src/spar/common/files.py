@@ -73,7 +73,8 @@ def atomic_directory(folder: Path) -> Iterator[Path]:
 
     Callers check first that `folder` may be replaced. Of a link the folder that it names is replaced. An empty folder,
     the working folder and a mount stay and get the contents; what came into them meanwhile by other names stays too.
-    If stopped at any point, the old contents are whole in their place or beside it (`.NAME.*.old`), or the new ones.
+    Its files may be read by whom any new file there may. If stopped at any point, the old contents are whole in their
+    place or beside it (`.NAME.*.old`), or the new ones.
 
     Raises:
         InputError: the folder cannot be written.
@@ -90,6 +91,7 @@ def atomic_directory(folder: Path) -> Iterator[Path]:
         else:
             temporary.mkdir(parents=True)
         yield temporary
+        _give_usual_modes(temporary)
         old = temporary.with_name(f"{name}.old")
         if stays:
             _swap_contents(temporary, folder, before, old)
@@ -101,6 +103,22 @@ def atomic_directory(folder: Path) -> Iterator[Path]:
         raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _give_usual_modes(folder: Path) -> None:
+    """Let those read a folder's files who may read any new file there; other libraries' safetensors are the user's
+    alone.
+    """
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    probe = folder / _own_name()
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in files:
+        own = stat.S_IMODE(path.stat().st_mode)
+        if own | mode != own:
+            with suppress(OSError):  # CIFS and FAT have no modes to set
+                path.chmod(own | mode)
 
 
 def _movable(folder: Path, beside: Path) -> Path:
