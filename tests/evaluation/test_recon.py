@@ -10,6 +10,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from scipy.linalg import sqrtm
 from scipy.ndimage import uniform_filter
+from torchmetrics.functional.image import peak_signal_noise_ratio
+from torchmetrics.image.fid import FrechetInceptionDistance
 from transformers import ViTConfig, ViTModel
 
 from spar.cli.main import main
@@ -27,7 +29,7 @@ from spar.evaluation.frechet import (
 )
 from spar.evaluation.inception import Inception, resize
 from spar.evaluation.options import EvalOptions
-from spar.evaluation.pixel_metrics import ssim_inside
+from spar.evaluation.pixel_metrics import psnr, ssim_inside
 from spar.evaluation.recon import check_pairs, images_below, recon
 from spar.evaluation.results import read_result
 from spar.processing.images import to_square
@@ -85,6 +87,30 @@ def test_the_distance_of_sums_is_scipys_formula_however_the_images_are_split():
     assert parts.count == 60
     assert distance_of_sums(parts, FeatureSums.of(b)) == pytest.approx(expected)
     assert frechet_distance(a, a) == pytest.approx(0.0, abs=1e-6)
+
+
+class Rows(torch.nn.Module):
+    """An image's pixels are its features."""
+
+    def forward(self, images):
+        return images.flatten(1)
+
+
+def test_the_distance_of_published_fids_is_torchmetrics():
+    """With unbiased covariances; that of Shapes-Recon divides by N."""
+    a, b = RNG.normal(size=(60, 3, 2, 2)), RNG.normal(0.3, 1.4, size=(50, 3, 2, 2))
+    theirs = FrechetInceptionDistance(Rows(), input_img_size=(3, 2, 2)).set_dtype(torch.float64)
+    theirs.update(torch.from_numpy(a), real=True)
+    theirs.update(torch.from_numpy(b), real=False)
+    sums = [FeatureSums.of(one.reshape(len(one), 12)) for one in (a, b)]
+    assert distance_of_sums(*sums) == pytest.approx(float(theirs.compute()), rel=1e-9)
+
+
+def test_psnr_is_torchmetrics():
+    a, b = noisy((3, 16, 20, 3))
+    for one, other in zip(a, b, strict=True):
+        theirs = peak_signal_noise_ratio(torch.from_numpy(one).double(), torch.from_numpy(other).double(), 255.0)
+        assert psnr(one, other) == pytest.approx(float(theirs), rel=1e-6)
 
 
 def test_the_inception_score_counts_evenly_used_classes():
