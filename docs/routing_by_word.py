@@ -14,7 +14,8 @@ import torch
 
 from spar.common.config import read_json, write_json
 from spar.evaluation.shapes_loss import loss_scenes
-from spar.evaluation.study import arm_pipeline, finished_stages
+from spar.evaluation.study_results import finished_stages
+from spar.evaluation.study_run import arm_pipeline
 from spar.inference.pipeline import SparPipeline
 from spar.recipes import REGISTRY
 from spar.reporting.routing_summary import token_class

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,20 @@ import torch
 from spar.checkpoints.bundled import bundled_folder
 from spar.cli.main import main
 from spar.common.errors import InputError
-from spar.evaluation import study as studies
+from spar.evaluation import study_run
 from spar.evaluation.results import Result, Score, read_result
-from spar.evaluation.study import AGAIN, Study, bundled_studies, read_study, run_study, share_until
+from spar.evaluation.study import (
+    AGAIN,
+    Study,
+    arm_recipe,
+    base_recipe,
+    bundled_studies,
+    own_stages,
+    read_study,
+    trainings,
+)
+from spar.evaluation.study_results import mean_curve, share_until
+from spar.evaluation.study_run import StudyRun, run_study
 from spar.evaluation.study_sharing import Training, take_over, training_keys
 from spar.evaluation.study_statistics import difference, study_differences
 from spar.recipes import REGISTRY, recipe
@@ -111,14 +123,14 @@ def test_other_prompts_or_seeds_are_not_compared():
 def test_bundled_studies_are_of_recipes_and_stages_that_there_are(name):
     one = read_study(Path(name))
     assert one.name == name and one.question.endswith("?") and len(one.variants) >= 2
-    made = [studies._recipe(one, arm, 0, REGISTRY, recipe) for arm in one.arms]
+    made = [arm_recipe(one, arm, 0, REGISTRY, recipe) for arm in one.arms]
     pairs = zip(one.arms, made, strict=True)
     differ = {(repr(replace(each, name="", seed=0)), one.skipped(arm)) for arm, each in pairs}
     assert len(differ) == len(one.variants)  # again is the reference
     if name == "routing":  # another kind of router keeps the other fields
         assert {each.model.router.count for each in made} == {4}
     for arm in one.arms:
-        assert studies._own_stages(one, studies._base(one, arm, recipe), arm)
+        assert own_stages(one, base_recipe(one, arm, recipe), arm)
 
 
 WRONG = [
@@ -195,9 +207,9 @@ def test_only_flow_losses_of_the_same_steps_are_curves(tmp_path):
         return tmp_path / name
 
     two = [run(f"a{i}", [{"step": 1, "loss": 9.0, "flow": 3.0 + i}, {"step": 2, "flow": 1.0 + i}]) for i in range(2)]
-    assert studies._mean_curve(two) == {1: 3.5, 2: 1.5}
-    assert studies._mean_curve([two[0], run("late", [{"step": 1, "flow": 1.0}, {"step": 3, "flow": 1.0}])]) == {}
-    assert studies._mean_curve([run("other", [{"step": 1, "loss": 1.0}])]) == {}  # a loss of several terms
+    assert mean_curve(two) == {1: 3.5, 2: 1.5}
+    assert mean_curve([two[0], run("late", [{"step": 1, "flow": 1.0}, {"step": 3, "flow": 1.0}])]) == {}
+    assert mean_curve([run("other", [{"step": 1, "loss": 1.0}])]) == {}  # a loss of several terms
 
 
 # ---- a whole one -----------------------------------------------------------------------------------------------------
@@ -246,7 +258,7 @@ def test_a_study_runs_resumes_and_ends_in_one_table_and_one_page(tiny_run, tmp_p
     assert "Does anything matter" in page and page.count("data:image/png") == 3 * 4
     assert "unified-2, routing_entropy" in page and "dtr was there after" in page
     trained = []
-    monkeypatch.setattr(studies, "_train", lambda *given: trained.append(given))
+    monkeypatch.setattr(study_run, "train_run", lambda *given: trained.append(given))
     assert main([*line, "--seeds", "1"]) == 0 and not trained  # all is there
     loss = folder / "last" / "seed-0" / "results" / "shapes-loss.json"
     before = read_result(loss)
@@ -256,13 +268,13 @@ def test_a_study_runs_resumes_and_ends_in_one_table_and_one_page(tiny_run, tmp_p
 
 def test_shared_stages_are_trained_once_a_seed_and_a_stop_is_no_end(tiny_run, tmp_path, monkeypatch):
     calls = []
-    real = studies._train
+    real = study_run.train_run
 
-    def counted(made, run, stages, device, start, *begin):
-        calls.append((run.relative_to(tmp_path / "out").as_posix(), stages, start))
-        return real(made, run, stages, device, start, *begin) if len(calls) < 3 else False
+    def counted(training, device, start, *begin):
+        calls.append((training.run.relative_to(tmp_path / "out").as_posix(), training.stages, start))
+        return real(training, device, start, *begin) if len(calls) < 3 else False
 
-    monkeypatch.setattr(studies, "_train", counted)
+    monkeypatch.setattr(study_run, "train_run", counted)
     one = Study(
         "s", "?", "tiny", {"a": {}, "b": {"stages": {"unified-2": {"lr": 4e-4}}}}, shared=("unified-1",),
         stages=("unified-2",), seeds=(4,), endpoints=("shapes-loss",), limit=1,
@@ -275,7 +287,7 @@ def test_shared_stages_are_trained_once_a_seed_and_a_stop_is_no_end(tiny_run, tm
         ("again/seed-4", ("unified-2",), shared),
     ]  # fmt: skip
     assert not (tmp_path / "out" / "results.json").exists()
-    monkeypatch.setattr(studies, "_train", real)
+    monkeypatch.setattr(study_run, "train_run", real)
     (tmp_path / "out" / "a" / "seed-4" / "arm.json").unlink()  # as if stopped before it was written
     found = run_study(one, tmp_path / "out", REGISTRY, recipe, device="cpu", init_from=start)
     assert found is not None and [one.arm for one in found.differences] == ["again", "again", "b", "b"]
@@ -368,7 +380,7 @@ def test_stages_are_alike_only_if_all_that_they_follow_from_is():
 def test_what_the_arms_of_the_tokenizer_study_share_fits_them():
     """What one takes over from another has its modules: an arm without the semantic loss has no teacher."""
     one, found = replace(read_study(Path("tokenizer")), seeds=(0,)), {}
-    for (arm, _), training in studies.trainings(one, Path("s"), REGISTRY, recipe, None).items():
+    for (arm, _), training in trainings(one, Path("s"), REGISTRY, recipe, None).items():
         shapes = {name: value.shape for name, value in random_modules(training.recipe, "cpu", {}).state_dict().items()}
         for stage, key in training.keys().items():
             assert found.setdefault(key, shapes) == shapes, (arm, stage)
@@ -378,17 +390,30 @@ def test_what_the_arms_of_the_tokenizer_study_share_fits_them():
 def test_an_arm_may_leave_a_stage_out(tmp_path, monkeypatch):
     calls = {}
 
-    def trained(made, run, stages, *rest):
-        calls[run.parent.name] = stages
-        for name in stages:
-            (run / name / "done").mkdir(parents=True)
-        (run / "arm.json").write_text("{}")
+    def trained(training, *rest):
+        calls[training.run.parent.name] = training.stages
+        for name in training.stages:
+            (training.run / name / "done").mkdir(parents=True)
+        (training.run / "arm.json").write_text("{}")
         return True
 
     measured = {}
-    monkeypatch.setattr(studies, "_train", trained)
-    monkeypatch.setattr(studies, "_measure", lambda study, run, stage, *rest: measured.update({run.parent.name: stage}))
-    monkeypatch.setattr(studies, "collect", lambda *given: None)
+
+    class Measured(Exception):
+        """As far as there is something to open."""
+
+    def opened(run, stage, *rest):
+        measured[run.parent.name] = stage
+        raise Measured
+
+    def measure(runner, arm, seed, real=StudyRun._measure):
+        with suppress(Measured):
+            real(runner, arm, seed)
+
+    monkeypatch.setattr(study_run, "train_run", trained)
+    monkeypatch.setattr(study_run, "arm_pipeline", opened)
+    monkeypatch.setattr(StudyRun, "_measure", measure)
+    monkeypatch.setattr(study_run, "collect", lambda *given: None)
     one = Study(
         "s", "?", "tiny", {"a": {}, "b": {"skip": ["tokenizer-3"]}, "c": {"skip": ["tokenizer-2"]}}, seeds=(0,),
         stages=("tokenizer-2", "tokenizer-3"), endpoints=("shapes-recon",),
@@ -425,7 +450,7 @@ def test_what_would_show_is_by_students_quantiles_at_the_corrected_level():
 
 def test_a_study_may_start_from_a_bundled_model_some_parts_of_it_anew(tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr(studies, "_train", lambda *all_of_it: given.append(all_of_it[-3:-1]))
+    monkeypatch.setattr(study_run, "train_run", lambda *all_of_it: given.append(all_of_it[-3:-1]))
     one = read_study(Path("routing"))
     assert run_study(one, tmp_path / "out", REGISTRY, recipe, device="cpu") is None
     assert given == [(bundled_folder("spar"), ("model.router.*", "model.connector.*", "model.denoiser.*"))]
@@ -445,7 +470,7 @@ def test_every_arm_takes_of_the_bundled_model_what_does_not_start_anew(name):
     one = read_study(Path(name))
     folder = bundled_folder(one.init_from)
     for arm in one.arms:
-        made = studies._recipe(one, arm, 0, REGISTRY, recipe)
+        made = arm_recipe(one, arm, 0, REGISTRY, recipe)
         status = read_run(made, Path("nowhere"), folder)
         plan = resolve(made, status, stages=one.stages, reinitialize=one.reinitialize)
         anew = "random weights for " + ", ".join(one.reinitialize)
@@ -455,10 +480,11 @@ def test_every_arm_takes_of_the_bundled_model_what_does_not_start_anew(name):
         check_patterns(modules, plan)
         random = {key: value.clone() for key, value in modules.state_dict().items()}
         load_initial_weights(modules, folder, plan.stages[0].config, made, one.reinitialize)
-        for key, value in made.load_model(folder).items():
+        source = made.open_model(folder)
+        for key in source.shapes:
             own = modules.state_dict().get(key)
             if own is not None:
-                wanted = random[key] if matches(key, one.reinitialize) else value
+                wanted = random[key] if matches(key, one.reinitialize) else source.read(key)
                 assert torch.equal(own, wanted.to(own.dtype)), (arm, key)
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from spar.data.validate import ValidationReport as DataReport
     from spar.evaluation.compare import Difference
     from spar.evaluation.results import Result
-    from spar.evaluation.study import StudyResult
+    from spar.evaluation.study_results import StudyResult
     from spar.training.config import StageConfig
     from spar.training.estimate import HardwareConfig, StageEstimate
     from spar.training.plan import RunPlan

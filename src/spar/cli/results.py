@@ -266,7 +266,8 @@ def _pairs_of_results(first: Path, second: Path) -> "list[tuple[Result, Result]]
 @takes(StudyArguments, "spar study")
 def study(args: StudyArguments) -> int:
     """Train and compare variants of a recipe on several seeds."""
-    from spar.evaluation.study import read_study, run_study, sample_grids
+    from spar.evaluation.study import read_study
+    from spar.evaluation.study_run import run_study, sample_grids
     from spar.recipes import REGISTRY, recipe
     from spar.reporting.study_report import render_study
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from spar.evaluation.study import StudyResult
+from spar.evaluation.study_results import StudyResult
 from spar.reporting.charts import HEIGHT, WIDTH, smooth, thin
 from spar.reporting.curves import read_metrics
 from spar.reporting.templating import render_template
