@@ -1,7 +1,8 @@
 """Run the benchmarks whose results are recorded and that a CPU can run, as they were recorded.
 
-Each writes its last line to benchmarks/results/NAME.json when it ends. `docs/performance.py` then makes the tables;
-figures that a guide quotes in its text are compared with the files by the tests.
+Each writes its last line to benchmarks/results/NAME.json when it ends. `docs/performance.py` then makes the tables
+(`docs/evidence.py` that of early exit); figures that a guide quotes in its text are compared with the files by the
+tests.
 
     python benchmarks/all.py                    # all of them
     python benchmarks/all.py approximations     # these alone
@@ -22,12 +23,15 @@ RECORDED: dict[str, tuple[str, ...]] = {
     "cost_of_parts_1b": ("cost_of_parts.py", "--recipe", "spar-1b", "--dtype", "native", "--batch", "1"),
     "data_loader": ("data_loader.py", "--images", "1536"),
     "decode_tiles": ("decode_tiles.py",),
+    "early_exit": ("early_exit.py",),
     "full_size_inference": ("full_size_inference.py",),
     "growth": ("growth.py",),
     "growth_1b": ("growth.py", "--recipe", "spar-1b", "--counted"),
     "inference_memory_cpu": (
         "inference_memory.py", "--device", "cpu", "--way", "float32", "--way", "dtype", "--steps", "20",
     ),
+    "joining_policies": ("joining_policies.py",),
+    "serve_joining": ("serve_joining.py",),
     "serve_load": ("serve_load.py", "--minutes", "10", "--seconds", "60"),
     "startup": ("startup.py",),
     "text_tokens": ("text_tokens.py",),

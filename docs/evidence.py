@@ -1,7 +1,8 @@
 """Write the tables of docs/evidence.md from the results of studies in docs/results/studies: python docs/evidence.py
 
 A study's file there is the `results.json` that `spar study` wrote. The claims, what the papers report for them and what
-would support each are below; the verdicts come from the files alone.
+would support each are below; the verdicts come from the files alone. The table of early exit is that of
+benchmarks/early_exit.py.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,8 @@ from spar.common.config import read_json
 
 ROOT = Path(__file__).parents[1]
 STUDIES = ROOT / "docs" / "results" / "studies"
-DOCUMENT, MARKS = ROOT / "docs" / "evidence.md", ("<!-- claims -->\n", "<!-- end of claims -->\n")
+EARLY_EXIT = ROOT / "benchmarks" / "results" / "early_exit.json"
+DOCUMENT = ROOT / "docs" / "evidence.md"
 A_A = "again"
 
 
@@ -179,7 +181,7 @@ def words_rows() -> Iterator[str]:
         yield ""
 
 
-def tables() -> str:
+def claims() -> str:
     """Claims and studies as Markdown."""
     lines = ["| | claim | paper | arm and endpoint | arm less reference (95 %) | verdict |", "| --- " * 6 + "|"]
     lines += ["| " + " | ".join(row) + " |" for claim in CLAIMS for row in rows(claim)]
@@ -192,9 +194,51 @@ def tables() -> str:
     return "\n".join(lines) + "\n"
 
 
+def early_exit() -> str:
+    """What each way of leaving saves of the LLM's operations, and what it costs."""
+    if not EARLY_EXIT.is_file():
+        return "Not run.\n"
+    values = read_json(EARLY_EXIT)
+    layers = list(next(iter(values["results"].values()))["left_after"])
+    lines = [
+        f"| way | operations saved | error of the condition | leave after {', '.join(layers[:-1])} | time | "
+        "Shapes-Gen | less that of 0 | verdict |",
+        "| ---: | ---: | ---: | --- | ---: | --- | --- | --- |",
+    ]
+    for name, one in values["results"].items():
+        change = one.get("difference")
+        cells = (
+            name, f"{one['saved']:.1%}", f"{one['error']:.1%}",
+            ", ".join(f"{one['left_after'][layer]:.0%}" for layer in layers[:-1]),
+            f"{1 / one['condition_times_faster']:.2f} times",
+            f"{one['score']:.3f} ({one['low']:.3f} to {one['high']:.3f})",
+            f"{change['value']:+.3f} ({change['low']:+.3f} to {change['high']:+.3f})" if change else "",
+            change["verdict"] if change else "",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    shares, settings, machine = values["llm_share"], values["settings"], values["machine"]
+    lines += [
+        "",
+        f"{values['images']} images, one a prompt, of the same layouts and seeds, {settings['steps']} steps, "
+        f"{values['dtype']}; maps fitted to {settings['fit']} layouts.",
+        f"{machine['cores']} cores, {machine['processor']}; torch {values['versions']['torch']}. Of the operations of "
+        "LLM and guided DiT for an image of 20 steps",
+        f"the LLM's are {shares['shapes']:.1%} here and {shares['spar-1b']:.1%} in spar-1b.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def tables() -> dict[str, str]:
+    """By mark."""
+    return {"claims": claims(), "early exit": early_exit()}
+
+
 def main() -> None:
-    before, rest = DOCUMENT.read_text("utf-8").split(MARKS[0])
-    DOCUMENT.write_text(before + MARKS[0] + tables() + MARKS[1] + rest.split(MARKS[1])[1], "utf-8")
+    text = DOCUMENT.read_text("utf-8")
+    for mark, table in tables().items():
+        begin, end = f"<!-- {mark} -->\n", f"<!-- end of {mark} -->"
+        text = text.split(begin)[0] + begin + table + end + text.split(end)[1]
+    DOCUMENT.write_text(text, "utf-8")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,14 @@ def _train_step(values: Values) -> str:
     return ", ".join(f"{one['stage']} {one['seconds']:.1f} s, {one['mfu']:.0%}" for one in values["results"])
 
 
+def _joining_policies(values: Values) -> str:
+    parts = []
+    for kind, machines in values["results"].items():
+        ratios = [one["by cost"]["p95"] for loads in machines.values() for one in loads.values()]
+        parts.append(f"{kind} steps {min(ratios):.2f} to {max(ratios):.2f} times")
+    return ", ".join(parts)
+
+
 def _cost_of_parts(values: Values) -> str:
     return ", ".join(
         f"{name} {values['results'][name]['encode']['ratio']:.2f} times"
@@ -65,6 +73,15 @@ ROWS: dict[str, tuple[str, str, Callable[[Values], str]]] = {
     "serve_load": (
         "images a second of eight clients", "one client",
         lambda values: f"{values['ratio']:.1f} times; p95 of 16 clients {values['long']['p95_s']:.2f} s",
+    ),
+    "joining_policies": (
+        "p95 of requests that join by cost, simulated", "gathered into the next call", _joining_policies
+    ),
+    "serve_joining": (
+        "p95 of requests that may join a running batch", "gathered into the next call",
+        lambda values: ", ".join(
+            f"{kind} steps {one['p95_ratio']:.2f} times" for kind, one in values["results"].items()
+        ),
     ),
     "startup": (
         "`spar generate` from a cold process", "importing torch", lambda values: f"{values['ratio']:.1f} times"

@@ -44,6 +44,22 @@ def test_a_server_under_load():
     assert found["exit_status"] in (0, -15)
 
 
+def test_joining_by_cost_is_no_slower_than_waiting_where_joining_at_once_is():
+    found = last_line("joining_policies.py", "--requests", "100", "--rounds", "1")["results"]
+    assert found["equal"]["large"]["0.7"]["by cost"] == {"p50": 1, "p95": 1}  # a step costs as much as its images
+    assert found["equal"]["small"]["0.7"]["at once"]["p95"] > 2 > 1.1 > found["equal"]["small"]["0.7"]["by cost"]["p95"]
+    assert found["mixed"]["small, no layouts"]["0.5"]["by cost"]["p95"] < 0.8
+
+
+def test_requests_that_join_beside_requests_that_are_gathered():
+    found = last_line("serve_joining.py", "--requests", "4", "--rounds", "1", "--steps", "2", "--load", "5")
+    assert [*found["results"]] == ["equal", "mixed"] and found["clients"] == 16
+    for one in found["results"].values():
+        joined, gathered = one["joined"], one["gathered"]
+        assert joined["p95_s"] >= joined["p50_s"] > 0 and joined["rows"] >= 1 <= gathered["rows"]
+        assert one["p95_ratio"] == pytest.approx(joined["p95_s"] / gathered["p95_s"])
+
+
 def test_the_cost_of_both_systems():
     found = last_line("two_systems.py", "--runs", "1", "--batch", "2")
     assert set(found["results"]) == {"spar", "dualtoken"}
@@ -86,6 +102,20 @@ def test_the_samplers_approximations():
     for one in found.values():
         assert one["blocks"] < 1 and 0 <= one["score"] <= 1 and one["images"] == 6 and one["denoiser_seconds"] > 0
     assert found["10 steps"]["blocks"] == 0.5 > found["10 steps, guidance 0.6:1"]["blocks"]
+
+
+def test_early_exit_is_measured_way_by_way(tmp_path):
+    sizes = ("--fit", "20", "--limit", "1", "--steps", "2", "--rounds", "1")
+    first = last_line("early_exit.py", *sizes, "--way", "0")
+    (tmp_path / "first.txt").write_text(f"a line before\n{json.dumps(first)}\n")
+    both = last_line("early_exit.py", *sizes, "--way", "all after 2", "--add", str(tmp_path / "first.txt"))
+    assert [*both["results"]] == ["0", "all after 2"]
+    full, least = both["results"].values()
+    assert {**first["results"]["0"]} == full and full["error"] == 0 and full["left_after"]["8"] == 1
+    assert full["saved"] == pytest.approx(0, abs=0.002) and least["left_after"]["2"] == 1
+    assert 0.5 < least["saved"] < 0.75 and least["error"] > 0 and least["operations"] == full["operations"]
+    assert set(least["mean_layers"].values()) == {2} and len(least["right"]) == both["images"] == 6
+    assert least["difference"]["value"] == least["score"] - full["score"] and 0 < both["llm_share"]["shapes"] < 0.2
 
 
 def test_the_minutes_of_a_recipe():

@@ -149,7 +149,23 @@ EVIDENCE = load("evidence")
 def test_the_tables_of_evidence_are_those_of_the_results_files():
     """If not: python docs/evidence.py"""
     text = EVIDENCE.DOCUMENT.read_text(encoding="utf-8")
-    assert text.split(EVIDENCE.MARKS[0])[1].split(EVIDENCE.MARKS[1])[0] == EVIDENCE.tables()
+    for mark, table in EVIDENCE.tables().items():
+        assert text.split(f"<!-- {mark} -->\n")[1].split(f"<!-- end of {mark} -->")[0] == table
+
+
+def test_what_evidence_says_of_early_exit_is_in_its_results():
+    found = json.loads(EVIDENCE.EARLY_EXIT.read_text())["results"]
+    by_threshold = [one for name, one in found.items() if not name.startswith("all")]
+    for name in ("saved", "error"):
+        assert sorted(one[name] for one in by_threshold) == [one[name] for one in by_threshold]
+    assert found["0"]["error"] == 0 and found["0"]["left_after"]["8"] == 1
+    text = " ".join(EVIDENCE.DOCUMENT.read_text(encoding="utf-8").split())
+    said = re.search(r"words of size have (\S+) layers in .*? those of color (\S+), but .*? of all, (\S+);", text)
+    kinds = found["0.3"]["mean_layers"]
+    assert said.groups() == tuple(f"{kinds[name]:.1f}" for name in ("size word", "color word", "image"))
+    said = re.search(r"the error is (\S+) times that at 0.4 .*? layer 4 (\S+) times that at 0.7;", text)
+    pairs = (("all after 6", "0.4"), ("all after 4", "0.7"))
+    assert said.groups() == tuple(f"{found[one]['error'] / found[other]['error']:.1f}" for one, other in pairs)
 
 
 @pytest.mark.parametrize("claim", EVIDENCE.CLAIMS, ids=lambda claim: claim.number)
@@ -176,7 +192,7 @@ def test_verdicts_come_from_the_differences(tmp_path, monkeypatch):
         "machine": {"cores": 2, "cpu": "a CPU"}, "versions": {"torch": "2"}, "holds": True,
     }  # fmt: skip
     (tmp_path / "routing.json").write_text(json.dumps(values))
-    text = EVIDENCE.tables()
+    text = EVIDENCE.claims()
     assert "| `last`, shapes-loss | +0.1 (+0.09 to +0.11) | supports it |" in text
     assert "| `average`, shapes-loss | -0.1 (-0.11 to -0.09) | contradicts it |" in text
     assert "| `global`, shapes-loss |  | not measured |" in text and "study `tokenizer` |  | not run |" in text
@@ -191,7 +207,7 @@ def test_verdicts_come_from_the_differences(tmp_path, monkeypatch):
     differences[-1] |= {"low": 0.1}
     differences.append({**differences[0], "endpoint": "shapes-loss, margin", "verdict": "lower: worse", "main": False})
     (tmp_path / "routing.json").write_text(json.dumps(values))
-    text = EVIDENCE.tables()
+    text = EVIDENCE.claims()
     assert "| supports it; the A/A arm does not hold |" in text
     assert "`last`, shapes-loss, margin | +0.1 (+0.09 to +0.11) | supports it (p not corrected) |" in text
 
@@ -203,7 +219,7 @@ def test_what_words_read_is_a_table_for_each_study(tmp_path, monkeypatch):
     same = {"layers": [2, 4], "entropy": 0.0, "weights": {"query": [0.0, 1.0], "verb": [0.0, 1.0]}}
     for name in ("a", "b"):
         (tmp_path / "words" / f"{name}.json").write_text(json.dumps({"arms": {"dtr": chooses, "last": same}}))
-    text = EVIDENCE.tables()
+    text = EVIDENCE.claims()
     assert text.count("| `dtr` | 2, 4 | 0.50 | 0.50 0.50 | 0.10 0.90 |\n") == 2
     assert "`last`" not in text.split("Mean", 1)[1]
     assert text.count("\n\nMean weights of the routed layers in study") == 2

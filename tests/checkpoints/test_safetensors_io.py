@@ -7,7 +7,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from spar.checkpoints.safetensors_io import SafetensorsReader, load_into_meta, read_tensors, write_tensors
+from spar.checkpoints.safetensors_io import (
+    JoinedTensors,
+    PartTensors,
+    SafetensorsReader,
+    load_into_meta,
+    read_tensors,
+    write_tensors,
+)
 from spar.common.errors import InputError
 
 
@@ -47,6 +54,26 @@ def test_shapes_are_known_without_reading_and_tensors_outlive_their_file(module,
     with open(files.files[0], "r+b") as file:
         file.truncate(10)
     assert torch.equal(weight, module[0].weight)
+
+
+def test_rows_are_read_alone_from_shards_from_joined_sources_and_from_values_that_stand_in(module, sharded, tmp_path):
+    own, files = module.state_dict(), SafetensorsReader(sharded)
+    joined = JoinedTensors({"a.": files, "b.": files}, {"b.6.weight": torch.ones(3, 2)})
+    assert joined.shapes.keys() == {f"{prefix}.{key}" for prefix in "ab" for key in own}
+    assert joined.shapes["b.6.weight"].shape == (3, 2) and joined.shapes["a.6.weight"].shape == (4, 100)
+    for rows in (slice(0, 4), slice(1, 3), slice(2, 2), slice(3, 4)):
+        for source, key in ((files, "6.weight"), (joined, "a.6.weight"), (PartTensors(joined, "a."), "6.weight")):
+            assert torch.equal(source.read_rows(key, rows), own["6.weight"][rows])
+    assert torch.equal(joined.read_rows("b.6.weight", slice(1, 3)), torch.ones(2, 2))
+    assert PartTensors(joined, "b.").read("6.weight", torch.float16).dtype == torch.float16
+    write_tensors(PartTensors(joined, "a."), tmp_path / "again.safetensors")
+    again = read_tensors(tmp_path / "again.safetensors")
+    assert again.keys() == own.keys() and all(torch.equal(value, again[key]) for key, value in own.items())
+    piece = files.read_rows("6.weight", slice(1, 2))
+    for file in files.files:
+        with open(file, "r+b") as opened:
+            opened.truncate(10)
+    assert torch.equal(piece, own["6.weight"][1:2])
 
 
 def test_a_module_without_memory_gets_the_stored_weights(module, sharded):

@@ -1,13 +1,16 @@
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from spar.common.errors import Cancelled, InputError
 from spar.flow.path import shift_time
-from spar.flow.sampler import METHODS, sample
+from spar.flow.sampler import METHODS, FlowSampler, sample
 
 MEAN, STD = 0.7, 0.5
 
@@ -178,3 +181,94 @@ def test_a_velocity_that_would_broadcast_raises():
 def test_importing_the_sampler_does_not_import_diffusers():
     code = "import sys, spar.flow.sampler; sys.exit('diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# ---- samples that join and leave between steps -----------------------------------------------------------------------
+
+
+def reference(method: str, steps: int, shift: float) -> Any:
+    """diffusers' own scheduler at its first step."""
+    if method == "euler":
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+        scheduler.set_timesteps(sigmas=[i / steps for i in range(steps, 0, -1)])
+    else:
+        scheduler = DPMSolverMultistepScheduler(
+            algorithm_type="dpmsolver++", prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift,
+            solver_order=2, solver_type="midpoint", lower_order_final=True, final_sigmas_type="zero",
+        )
+        scheduler.set_timesteps(steps)
+    scheduler.set_begin_index(0)
+    return scheduler
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("steps", [1, 2, 3, 14, 15, 20])
+@pytest.mark.parametrize("shift", [1.0, 3.0, 1e-3, 1e3])
+def test_a_step_is_that_of_diffusers_to_the_bit(method, steps, shift):
+    scheduler, x = reference(method, steps, shift), noise()
+    for i, timestep in enumerate(scheduler.timesteps):
+        v = gaussian_velocity(x, scheduler.sigmas[i].expand(3))
+        x = scheduler.step(v, timestep, x, return_dict=False)[0]
+    assert torch.equal(sample(gaussian_velocity, noise(), num_inference_steps=steps, shift=shift, method=method), x)
+
+
+def alone(method: str, row: int, steps: int) -> torch.Tensor:
+    return sample(gaussian_velocity, noise()[row : row + 1], num_inference_steps=steps, method=method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_who_joins_later_with_other_steps_and_who_leaves_change_nothing_for_the_rest(method):
+    sampler, times, got = FlowSampler(method=method), [], {}
+
+    def velocity(x, t):
+        times.append(t.tolist())
+        return gaussian_velocity(x, t)
+
+    sampler.join(noise()[:1], 8)
+    names = ["first"]
+    for step in range(1, 12):
+        estimates = sampler.step(velocity)
+        assert estimates.shape[0] == len(names)
+        for row in sampler.finished:
+            got[names[row]] = step, sampler.latents([row])
+            assert torch.equal(estimates[row], got[names[row]][1][0])
+        kept = [row for row in range(len(sampler)) if row not in sampler.finished]
+        sampler.keep(kept)
+        names = [names[row] for row in kept]
+        if step == 3:
+            sampler.join(noise()[1:], [4, 8])
+            names += ["short", "last"]
+        if step == 5:
+            sampler.join(noise()[:1], 9)
+            names.append("cancelled")
+        if step == 6:
+            row = names.index("cancelled")
+            sampler.keep([number for number in range(len(sampler)) if number != row])
+            names.remove("cancelled")
+    assert {name: step for name, (step, _) in got.items()} == {"first": 8, "short": 7, "last": 11}
+    assert len(times) == 11 and len(sampler) == 0  # calls of the network; one after the other would be 20
+    assert [len(row) for row in times] == [1, 1, 1, 3, 3, 4, 3, 2, 1, 1, 1]
+    for row, (name, steps) in enumerate((("first", 8), ("short", 4), ("last", 8))):
+        torch.testing.assert_close(got[name][1], alone(method, row, steps), rtol=0, atol=1e-6)
+
+
+def test_what_fails_leaves_the_samples_as_they_were():
+    sampler = FlowSampler()
+    with pytest.raises(ValueError, match="expected samples"):
+        sampler.step(gaussian_velocity)
+    with pytest.raises(ValueError, match="expected samples"):
+        sampler.latents([])
+    sampler.join(noise(), 2)
+    sampler.step(gaussian_velocity)
+    before = sampler.latents(range(3))
+    with pytest.raises(InputError, match="num_inference_steps is expected"):
+        sampler.join(noise(), [2, 0, 2])
+    with pytest.raises(ValueError, match="for each of 3 samples, got 2"):
+        sampler.join(noise(), [2, 2])
+    with pytest.raises(RuntimeError, match="lost"):
+        sampler.step(lambda x, t: (_ for _ in ()).throw(RuntimeError("lost")))
+    assert torch.equal(sampler.latents(range(3)), before) and (sampler.done, sampler.steps) == ([1] * 3, [2] * 3)
+    sampler.step(gaussian_velocity)
+    torch.testing.assert_close(sampler.latents([2]), sample(gaussian_velocity, noise()[2:], num_inference_steps=2))
+    with pytest.raises(ValueError, match="got 3, 3 finished"):
+        sampler.step(gaussian_velocity)

@@ -304,8 +304,8 @@ def test_nothing_is_computed_in_float64_which_some_devices_have_not(pipe, pictur
         pipe.understand(pictures[0], QUESTION, max_new_tokens=2)
         list(pipe.chat(conversation(pictures[0]), max_new_tokens=2))
         pipe.reconstruct(pictures[0])
-    allowed = torch.ops.aten.lift_fresh.default, (STEPS,)  # the schedule, read from numpy on the CPU
-    assert doubles.found == [allowed] * 2
+    allowed = torch.ops.aten.lift_fresh.default, (STEPS,)  # the schedule, read from numpy on the CPU at its first use
+    assert set(doubles.found) <= {allowed}
 
 
 # ---- guidance --------------------------------------------------------------------------------------------------------

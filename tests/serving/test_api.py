@@ -68,13 +68,15 @@ def test_a_layout_is_the_pipelines_own_and_openais_revised_prompt(client, pipe, 
     assert (image.info.get("layout") == LAYOUT) is (layout == LAYOUT)
 
 
-def test_layouts_and_prompts_alone_do_not_share_a_call(client, pipe):
+def test_layouts_and_prompts_alone_share_a_batch_in_which_each_is_its_own(client, pipe):
     bodies = [{"layout": layout, "seed": 3, **QUICK} for layout in (LAYOUT, False, None, True, f"{LAYOUT}.")]
     with ThreadPoolExecutor(5) as pool:
         answers = [*pool.map(lambda body: client.images.generate(prompt=PROMPT, extra_body=body), bodies)]
     for body, answer in zip(bodies, answers, strict=True):
         own = pipe.generate(PROMPT, layout=body["layout"], seed=3, num_inference_steps=2)
         assert answer.data[0].revised_prompt == own.metadata[0].get("layout")
+        levels = np.abs(np.array(pixels(opened(answer.data[0])), int) - np.array(pixels(own.images[0]), int))
+        assert levels.mean() <= 1 and levels.max() <= (64 if "bfloat16" in str(pipe.dtype) else 1)
 
 
 def test_no_seed_is_a_new_one_each_time_and_it_is_returned(client, pipe):
@@ -97,7 +99,7 @@ def test_an_image_does_not_depend_on_the_rest_of_its_batch(address, client, pipe
             for i, prompt in enumerate(prompts)
         ]
         got = [pixels(opened(job.result().data[0])) for job in jobs]
-    assert rows(address)[0] - batches[0] < len(prompts)  # some went together
+    assert rows(address)[0] - batches[0] < 4 * len(prompts)  # some went together
     alone = [pipe.generate(prompt, seed=i, num_inference_steps=4).images[0] for i, prompt in enumerate(prompts)]
     for one, other in zip(got, alone, strict=True):
         levels = np.abs(np.array(one, int) - np.array(pixels(other), int))
@@ -105,7 +107,7 @@ def test_an_image_does_not_depend_on_the_rest_of_its_batch(address, client, pipe
 
 
 def rows(address: str) -> tuple[int, int]:
-    """Calls of the pipeline so far, and rows in them."""
+    """Steps of the sampler and other calls of the pipeline so far, and rows in them."""
     lines = dict(line.rsplit(" ", 1) for line in httpx2.get(f"{address}/metrics").text.splitlines() if line[0] != "#")
     return int(float(lines["spar_batch_rows_count"])), int(float(lines["spar_batch_rows_sum"]))
 
@@ -219,14 +221,14 @@ def test_a_list_of_one_image_is_that_image(client, pipe):
 
 
 def test_a_full_queue_answers_429_and_says_when_to_come_back(pipe, serve, monkeypatch):
-    entered, opened, generate = threading.Event(), threading.Event(), type(pipe).generate
+    entered, opened, step = threading.Event(), threading.Event(), type(pipe).step
 
     def held(*args, **keywords):
         entered.set()
         opened.wait(30)
-        return generate(*args, **keywords)
+        return step(*args, **keywords)
 
-    monkeypatch.setattr(type(pipe), "generate", held)
+    monkeypatch.setattr(type(pipe), "step", held)
     with serve(pipe, max_queue=2) as address, ThreadPoolExecutor(2) as pool:
 
         def post(n: int) -> httpx2.Response:

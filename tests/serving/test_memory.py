@@ -80,7 +80,7 @@ def test_a_chat_that_fails(address, pipe, held, monkeypatch, path, stream, later
 
 @pytest.mark.parametrize("stream", ["false", "true"])
 def test_an_edit_that_fails(address, pipe, held, monkeypatch, stream):
-    monkeypatch.setattr(type(pipe), "edit", refuse)
+    monkeypatch.setattr(type(pipe), "join", refuse)
     form = {"files": {"image": png()}, "data": {"prompt": "remove the circle", "stream": stream}}
     assert httpx2.post(f"{address}/v1/images/edits", **form).status_code == 400
     assert freed(held)

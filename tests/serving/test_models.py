@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from spar.inference.dualtoken import DualTokenPipeline
-from spar.serving.worker import ImageJob, Worker
+from spar.serving.jobs import ImageJob
+from spar.serving.worker import Worker
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from spar.serving.batching import GeneratedImage
 from spar.serving.completions import RunningAnswer, completion_chunks
 from spar.serving.errors import ApiError
 from spar.serving.image_stream import RunningImage, image_events
+from spar.serving.jobs import ChatJob, ImageJob
 from spar.serving.responses import ResponseRequest, response_events
 from spar.serving.streaming import JobStream, next_piece
-from spar.serving.worker import ChatJob, ImageJob
 
 IMAGE = Image.new("RGB", (8, 8))
 SECONDS = 0.05

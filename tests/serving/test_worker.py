@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from spar.common.errors import Cancelled, InputError
-from spar.serving.worker import Busy, ChatJob, ImageJob, Stopped, Worker
+from spar.serving.jobs import ChatJob, ImageJob
+from spar.serving.worker import Busy, Stopped, Worker
 
 SOON = 5  # seconds
 

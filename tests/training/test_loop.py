@@ -90,6 +90,8 @@ def test_the_allocator_keeps_memory_as_far_as_it_can_be_told_to(monkeypatch, lar
     monkeypatch.setattr(loop.ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
     loop.tune_allocator()
     assert made == calls
+    loop.tune_allocator(keep=False)
+    assert made[len(calls) :] == [(-3, 2**20)]
     monkeypatch.setattr(loop.ctypes, "CDLL", lambda _: SimpleNamespace())
     loop.tune_allocator()
 

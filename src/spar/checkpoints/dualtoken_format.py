@@ -24,8 +24,8 @@ from spar.checkpoints.model_header import (
     read_manifest,
     write_header,
 )
-from spar.checkpoints.safetensors_io import SafetensorsReader, load_into_meta, write_tensors
-from spar.checkpoints.sized_build import sized_build
+from spar.checkpoints.safetensors_io import PartTensors, SafetensorsReader, TensorSource, load_into_meta, write_tensors
+from spar.checkpoints.sized_build import sized_build, skeleton
 from spar.common.config import from_file, to_dict, write_json
 from spar.common.files import atomic_directory
 from spar.models.dualtoken.config import DualTokenConfig
@@ -54,12 +54,19 @@ class DualTokenBundle:
     tower_tokenizer: Any | None = field(default=None, repr=False)
 
 
-def save_dualtoken(loaded: DualTokenBundle, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Write a whole folder, floating weights in `dtype`; an existing one is replaced only if it is of DualToken."""
+def save_dualtoken(
+    loaded: DualTokenBundle, folder: Path, dtype: torch.dtype | None = None, weights: TensorSource | None = None
+) -> None:
+    """Write a whole folder, floating weights in `dtype`; an existing one is replaced only if it is of DualToken.
+
+    Args:
+        weights: of `model.`, where the modules' own are on the meta device: they are read as they are written.
+    """
     check_replaceable(folder, FORMAT)
     with atomic_directory(folder) as temporary:
         for part in loaded.model.config.parts:
-            tensors = loaded.model.get_submodule(part).state_dict()
+            own = None if weights is None else PartTensors(weights, f"model.{part}.")
+            tensors = own or loaded.model.get_submodule(part).state_dict()
             write_tensors(tensors, temporary / part / "model.safetensors", dtype)
         loaded.text_tokenizer.save_pretrained(temporary / "text_tokenizer")
         if loaded.tower_tokenizer is not None:
@@ -84,7 +91,7 @@ def load_dualtoken(folder: Path) -> DualTokenBundle:
     """Load a DualToken folder strictly, in float32 on the CPU; `InputError` names what is missing or damaged."""
     header = read_header(folder)
     config, sampling = parse_config(folder, header), parse_sampling(folder, header)
-    files = {part: SafetensorsReader(folder / part / "model.safetensors") for part in config.parts}
+    files = _readers(folder, config)
     model = sized_build(lambda: DualTokenModel(config), config, files)
     for part, one in files.items():
         load_into_meta(model.get_submodule(part), one)
@@ -96,6 +103,23 @@ def load_dualtoken(folder: Path) -> DualTokenBundle:
         manifest=read_manifest(folder),
         tower_tokenizer=open_text_tokenizer(folder / TOWER_TOKENIZER) if (folder / TOWER_TOKENIZER).is_dir() else None,
     )
+
+
+def open_dualtoken(folder: Path) -> dict[str, SafetensorsReader]:
+    """The stored weights of each part, which fit the folder's sizes; raises as `load_dualtoken`."""
+    config = read_config(folder)
+    files = _readers(folder, config)
+    skeleton(lambda: DualTokenModel(config), config, files)
+    return files
+
+
+def _readers(folder: Path, config: DualTokenConfig) -> dict[str, SafetensorsReader]:
+    return {part: SafetensorsReader(folder / part / "model.safetensors") for part in config.parts}
+
+
+def read_config(folder: Path) -> DualTokenConfig:
+    """The configuration of a DualToken folder's model, without its weights."""
+    return parse_config(folder, read_header(folder))
 
 
 def read_header(folder: Path) -> dict[str, Any]:

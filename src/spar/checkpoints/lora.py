@@ -4,6 +4,7 @@ It adapts the linear maps inside the repeated layers of a part: attention and fe
 attention of the DiT (whose feed-forward consists of convolutions, which stay as they are).
 """
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -55,14 +56,14 @@ def add_lora(model: nn.Module, config: LoraConfig) -> None:
         peft.inject_adapter_in_model(settings, module)
 
 
-def rename_for_lora(own: dict[str, Tensor], given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a plain model's weights to an adapted one's names; missing additions are taken from `own`."""
-    renamed = {}
-    for name, value in given.items():
+def rename_for_lora(own: Collection[str], given: Iterable[str]) -> dict[str, str | None]:
+    """The names in an adapted model of a plain one's weights, each with the plain name; None for missing additions."""
+    renamed: dict[str, str | None] = {}
+    for name in given:
         stem, _, last = name.rpartition(".")
         base = f"{stem}.base_layer.{last}"
-        renamed[base if base in own else name] = value
-    return {**{name: value for name, value in own.items() if is_lora_key(name)}, **renamed}
+        renamed[base if base in own else name] = name
+    return {**{name: None for name in own if is_lora_key(name)}, **renamed}
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -1,6 +1,8 @@
 """Tensors in safetensors files, single or in shards with an index, read one at a time and always strictly."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -21,6 +23,18 @@ TYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
 }  # fmt: skip
+
+
+class TensorSource(Protocol):
+    """Stored tensors that are read one at a time; `shapes` has every one, with its type, on the meta device."""
+
+    shapes: dict[str, Tensor]
+
+    def read(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Read one tensor, a floating one in `dtype` if given; it has its own memory."""
+
+    def read_rows(self, key: str, rows: slice) -> Tensor:
+        """Read some rows of a tensor, from `rows.start` to before `rows.stop`; they have their own memory."""
 
 
 class SafetensorsReader:
@@ -69,6 +83,63 @@ class SafetensorsReader:
             raise InputError(f"{self.path} is damaged: {error}") from error
         return tensor.to(dtype if dtype and tensor.is_floating_point() else tensor.dtype, copy=True)
 
+    def read_rows(self, key: str, rows: slice) -> Tensor:
+        """Read some rows of a tensor; they are a copy, independent of the file."""
+        if rows.start >= rows.stop:
+            return torch.empty((0, *self.shapes[key].shape[1:]), dtype=self.shapes[key].dtype)
+        try:
+            part: Tensor = self._where[key].get_slice(key)[rows.start : rows.stop]
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{self.path} is damaged: {error}") from error
+        return part.clone()
+
+
+class PartTensors:
+    """Those tensors of a source whose names begin with a prefix, without it."""
+
+    def __init__(self, source: TensorSource, prefix: str) -> None:
+        self._source, self._prefix = source, prefix
+        found = source.shapes.items()
+        self.shapes = {key.removeprefix(prefix): value for key, value in found if key.startswith(prefix)}
+
+    def read(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Read one tensor, as the source."""
+        return self._source.read(self._prefix + key, dtype)
+
+    def read_rows(self, key: str, rows: slice) -> Tensor:
+        """Read some rows of a tensor, as the source."""
+        return self._source.read_rows(self._prefix + key, rows)
+
+
+class JoinedTensors:
+    """The tensors of several sources, each under its prefix, and others that stand in for stored ones.
+
+    Args:
+        sources: by their prefixes, which end with a dot.
+        given: tensors by their whole names.
+    """
+
+    def __init__(self, sources: Mapping[str, TensorSource], given: Mapping[str, Tensor]) -> None:
+        self._given = given
+        self._where = {prefix + key: (one, key) for prefix, one in sources.items() for key in one.shapes}
+        self.shapes = {name: one.shapes[key] for name, (one, key) in self._where.items()}
+        self.shapes |= {name: torch.empty_like(value, device="meta") for name, value in given.items()}
+
+    def read(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Read one tensor, as the source that has it."""
+        if key in self._given:
+            value = self._given[key]
+            return value.to(dtype if dtype and value.is_floating_point() else value.dtype, copy=True)
+        source, name = self._where[key]
+        return source.read(name, dtype)
+
+    def read_rows(self, key: str, rows: slice) -> Tensor:
+        """Read some rows of a tensor, as the source that has it."""
+        if key in self._given:
+            return self._given[key][rows].clone()
+        source, name = self._where[key]
+        return source.read_rows(name, rows)
+
 
 def has_tensors(path: Path) -> bool:
     """Whether `NAME.safetensors` is there, as one file or in shards."""
@@ -102,11 +173,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_tensors(
-    tensors: dict[str, Tensor], path: Path, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES
-) -> None:
+    tensors: Mapping[str, Tensor] | TensorSource, path: Path, dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:  # fmt: skip
     """Write tensors, floating ones in `dtype` if given; in shards with an index if they exceed `shard_bytes`.
 
-    They are converted and copied to the CPU shard by shard.
+    They are read, converted and copied to the CPU shard by shard.
 
     Raises:
         InputError: a number that is not finite, or not in `dtype`.
@@ -114,13 +186,14 @@ def write_tensors(
     path.parent.mkdir(parents=True, exist_ok=True)
     stored = {
         key: torch.empty_like(value, dtype=dtype if dtype and value.is_floating_point() else None, device="meta")
-        for key, value in tensors.items()
+        for key, value in (tensors if isinstance(tensors, Mapping) else tensors.shapes).items()
     }
+    read = tensors.__getitem__ if isinstance(tensors, Mapping) else tensors.read
     split = split_torch_state_dict_into_shards(
         stored, filename_pattern=f"{path.stem}{{suffix}}{path.suffix}", max_shard_size=shard_bytes
     )
     for name, keys in split.filename_to_tensors.items():
-        shard = {key: tensors[key].detach().to("cpu", stored[key].dtype).contiguous() for key in keys}
+        shard = {key: read(key).detach().to("cpu", stored[key].dtype).contiguous() for key in keys}
         check_finite(shard, path)
         try:
             with usual_mode(path.with_name(name)):
@@ -174,12 +247,6 @@ def check_fit(own: dict[str, Tensor], given: dict[str, Tensor], where: object) -
     """Refuse tensors of other names or shapes than a model's own; one report lists all mismatches."""
     if mismatch := describe_mismatch(own, given):
         raise InputError(f"{where} does not fit this model: {mismatch}")
-
-
-def load_weights(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    """Load strictly into the module's own memory and types."""
-    check_fit(module.state_dict(), tensors, where)
-    module.load_state_dict(tensors)
 
 
 def load_into_meta(module: nn.Module, files: SafetensorsReader) -> None:

@@ -28,8 +28,15 @@ from spar.checkpoints.model_header import (
     versions,
     write_header,
 )
-from spar.checkpoints.safetensors_io import SafetensorsReader, has_tensors, load_into_meta, write_tensors
-from spar.checkpoints.sized_build import sized_build
+from spar.checkpoints.safetensors_io import (
+    PartTensors,
+    SafetensorsReader,
+    TensorSource,
+    has_tensors,
+    load_into_meta,
+    write_tensors,
+)
+from spar.checkpoints.sized_build import sized_build, skeleton
 from spar.common import limits
 from spar.common.config import from_file, to_dict, write_json
 from spar.common.errors import InputError
@@ -109,9 +116,14 @@ class ModelBundle:
     teacher: SemanticEncoder | None = field(default=None, repr=False)
 
 
-def save_tokenizer(tokenizer: UnifiedTokenizer, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Write the unified tokenizer alone: image to latent and back, and the encoder for understanding."""
-    write_tensors(tokenizer.state_dict(), folder / "model.safetensors", dtype)
+def save_tokenizer(
+    tokenizer: UnifiedTokenizer, folder: Path, dtype: torch.dtype | None = None, weights: TensorSource | None = None
+) -> None:
+    """Write the unified tokenizer alone: image to latent and back, and the encoder for understanding.
+
+    `weights` stand in for its own, where these are on the meta device.
+    """
+    write_tensors(weights or tokenizer.state_dict(), folder / "model.safetensors", dtype)
     scale = float(tokenizer.latent_scale)
     write_header(folder, TOKENIZER_FORMAT, FORMAT_VERSION, latent_scale=scale, model=to_dict(tokenizer.config))
 
@@ -126,17 +138,28 @@ def load_tokenizer(folder: Path) -> UnifiedTokenizer:
     return tokenizer.eval().requires_grad_(False)
 
 
-def save_model(loaded: ModelBundle, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Write a whole SPAR folder; an existing folder is replaced only if it is a SPAR folder."""
+def save_model(
+    loaded: ModelBundle, folder: Path, dtype: torch.dtype | None = None, weights: TensorSource | None = None
+) -> None:
+    """Write a whole SPAR folder; an existing folder is replaced only if it is a SPAR folder.
+
+    Args:
+        weights: of `model.` and the training parts, where the modules' own are on the meta device: they are read as
+            they are written.
+    """
     check_replaceable(folder, FORMAT)
+
+    def read(name: str) -> TensorSource | None:
+        return None if weights is None else PartTensors(weights, f"{name}.")
+
     with atomic_directory(folder) as temporary:
         model = loaded.model
-        save_tokenizer(model.tokenizer, temporary / "tokenizer", dtype)
-        parts = {part: getattr(model, part) for part in PARTS}
-        parts |= {part: getattr(loaded, part) for part in TRAINING_PARTS}
-        for part, module in parts.items():
+        save_tokenizer(model.tokenizer, temporary / "tokenizer", dtype, read("model.tokenizer"))
+        parts = {part: (f"model.{part}", getattr(model, part)) for part in PARTS}
+        parts |= {part: (part, getattr(loaded, part)) for part in TRAINING_PARTS}
+        for part, (name, module) in parts.items():
             if module is not None:
-                write_tensors(module.state_dict(), temporary / part / "model.safetensors", dtype)
+                write_tensors(read(name) or module.state_dict(), temporary / part / "model.safetensors", dtype)
         loaded.text_tokenizer.save_pretrained(temporary / "text_tokenizer")
         sizes, sampling = to_dict(model.config), to_dict(loaded.sampling)
         write_header(temporary, FORMAT, FORMAT_VERSION, model=sizes, sampling=sampling)
@@ -156,9 +179,8 @@ def build_model_card(loaded: ModelBundle) -> str:
 def load_model(folder: Path) -> ModelBundle:
     """Load a SPAR folder strictly, in float32 on the CPU; `InputError` names what is missing, foreign or damaged."""
     header = read_header(folder, FORMAT)
-    config, scale = parse_config(folder, header), tokenizer_header(folder, header)["latent_scale"]
-    sampling = parse_sampling(folder, header, config)
-    files = {part: SafetensorsReader(folder / part / "model.safetensors") for part in ("tokenizer", *PARTS)}
+    config, scale = parse_config(folder, header), read_latent_scale(folder)
+    sampling, files = parse_sampling(folder, header, config), _readers(folder)
     model = sized_build(lambda: SparModel(config), config, files)
     for part, one in files.items():
         load_into_meta(model.get_submodule(part), one)
@@ -169,6 +191,30 @@ def load_model(folder: Path) -> ModelBundle:
         sampling=sampling,
         manifest=read_manifest(folder),
     )
+
+
+def open_model(folder: Path) -> dict[str, SafetensorsReader]:
+    """The stored weights of each part of the model, which fit the folder's sizes; raises as `load_model`."""
+    config, files = read_config(folder), _readers(folder)
+    skeleton(lambda: SparModel(config), config, files)
+    return files
+
+
+def _readers(folder: Path) -> dict[str, SafetensorsReader]:
+    return {part: SafetensorsReader(folder / part / "model.safetensors") for part in ("tokenizer", *PARTS)}
+
+
+def read_latent_scale(folder: Path) -> float:
+    """The factor that brings the model's latents to unit variance; raises as `load_model`."""
+    scale: float = tokenizer_header(folder, read_header(folder, FORMAT))["latent_scale"]
+    return scale
+
+
+def open_teacher(folder: Path) -> TensorSource:
+    """The stored weights of the semantic teacher that `load_teacher` loads."""
+    if has_part(folder, "teacher"):
+        return open_training_part(folder, "teacher")
+    return PartTensors(open_model(folder)["tokenizer"], "encoder.")
 
 
 def read_config(folder: Path) -> SparConfig:
@@ -205,6 +251,13 @@ def load_training_part(folder: Path, part: str) -> Any:
     module = sized_build(lambda: TRAINING_PARTS[part](config), config, {"": files})
     load_into_meta(module, files)
     return module.eval().requires_grad_(False)
+
+
+def open_training_part(folder: Path, part: str) -> SafetensorsReader:
+    """The stored weights of one of TRAINING_PARTS, which fit the folder's sizes."""
+    config, files = read_config(folder), SafetensorsReader(folder / part / "model.safetensors")
+    skeleton(lambda: TRAINING_PARTS[part](config), config, {"": files})
+    return files
 
 
 def load_teacher(folder: Path) -> SemanticEncoder:

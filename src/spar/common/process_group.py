@@ -153,21 +153,24 @@ class ProcessGroup:
 
     @contextmanager
     def fail_together(self) -> Iterator[None]:
-        """What fails on one process fails on all, so that none waits forever; for writing files.
+        """What fails on one process fails on all, so that none waits forever; for reading and writing files.
 
         Raises:
+            InputError: this process's own.
             OSError: this process's own, or one that says that another process failed.
         """
-        failure = None
+        failure: InputError | OSError | None = None
         try:
             yield
-        except (OSError, SafetensorError) as error:  # the latter where a disk is full
-            failure = error if isinstance(error, OSError) else OSError(str(error))
+        except (InputError, OSError) as error:
+            failure = error
+        except SafetensorError as error:  # where a disk is full
+            failure = OSError(str(error))
         (failed,) = self.any_process(failure is not None)
         if failure:
             raise failure
         if failed:
-            raise OSError("another process of this run could not write its part; its own error says why")
+            raise OSError("another process of this run could not read or write its part; its own error says why")
 
 
 ONE_PROCESS = ProcessGroup()

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from spar.common.errors import InputError
 from spar.common.limits import check_range
 from spar.flow.guidance import check_interval, is_guided
@@ -42,13 +40,12 @@ class FlowSampling:
                 f"guidance_interval: expected a guidance_scale other than 1 beside it, got {self.guidance_interval!r}"
             )
 
-    def is_guided(self, time: Tensor) -> bool:
-        """Whether guidance applies at a step, whose rows `[B]` have one time."""
-        interval = check_interval(self.guidance_interval)
-        return interval is None or is_guided(float(time[0]), interval)
+    def is_guided(self, time: float) -> bool:
+        """Whether guidance applies at a time."""
+        return is_guided(time, check_interval(self.guidance_interval))
 
     def cache(self, images: int) -> StepCache | None:
-        """A new cache for a call that makes so many images."""
+        """A new cache for a batch of so many images."""
         return StepCache(float(self.step_cache), images) if self.step_cache else None
 
     def metadata(self) -> dict[str, Any]:

@@ -4,14 +4,13 @@ The keyword names are diffusers'. Every task takes one input or a list, which it
 its own seed and never on the rest of the batch.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -28,24 +27,24 @@ from spar.common.errors import InputError
 from spar.common.generators import cpu_generator
 from spar.common.limits import check_int_range, check_range
 from spar.common.seeds import list_seeds
-from spar.flow.guidance import apply_guidance
 from spar.flow.path import interpolate, velocity_target
-from spar.flow.sampler import sample
+from spar.flow.sampler import FlowSampler
 from spar.inference.base import TOKEN_MULTIPLE, choose_device_and_dtype, read_dtype
 from spar.inference.diffusers_call import draw
 from spar.inference.flow_sampling import FlowSampling
+from spar.inference.image_batch import BatchRow, ImageBatch, SamplingInputs, StepwisePipeline
 from spar.inference.image_files import BUNDLED_MODEL
 from spar.inference.inputs import open_sources
-from spar.inference.layouts import Layout, LayoutPipeline, LayoutWriter
+from spar.inference.layouts import Layout, LayoutPipeline
 from spar.inference.offload import WEIGHTS, Offload, Weights, cast_weights, quantize
-from spar.inference.outputs import GenerateOutput, ReconstructOutput, Routing
+from spar.inference.outputs import GenerateOutput, ReconstructOutput
 from spar.inference.progress import Callback, sampling_bar
 from spar.models.blocks import compile_blocks
 from spar.models.spar import Condition
 from spar.models.tiling import MIN_TILE
 from spar.processing.chat import Squares
 from spar.processing.images import ImageSource, nearest_size, to_pil, to_size, to_tensor
-from spar.processing.prompts import IMAGE_TOKEN, PromptEncoder, TokenBatch
+from spar.processing.prompts import PromptEncoder, TokenBatch
 from spar.processing.tiles import answer_images
 
 BUNDLED = BUNDLED_MODELS[DEFAULT_MODEL]
@@ -54,7 +53,7 @@ LOSS_TIMES = (0.95, 0.9, 0.8, 0.7, 0.5)  # 1 is noise: what an image shows is se
 
 
 @dataclass(repr=False)
-class SparPipeline(LayoutPipeline):
+class SparPipeline(StepwisePipeline, LayoutPipeline):
     """One model and its four tasks. Build it with `from_pretrained`.
 
     `origin` has the names of the `model` and the `adapter` for the metadata of images, without their folders.
@@ -208,16 +207,11 @@ class SparPipeline(LayoutPipeline):
             InputError: the message has the expected and the given value.
             Cancelled: by the callback; there is no result, and the pipeline is unchanged.
         """
-        prompts, size = self._texts(prompt, "prompt"), self.output_size(height, width)
-        write = self._layout_writer(layout, len(prompts), size)
-        encode = self.prompts.layout if write else self.prompts.generation
-        out = self._sample(
-            "prompt", prompts, negative_prompt, encode, None, size, num_inference_steps, guidance_scale,
-            num_images_per_prompt, seed, callback, FlowSampling(sampler, guidance_interval, step_cache), write,
+        size = self.output_size(height, width)
+        return self._sample(
+            self._prompted(prompt, layout, size), size, negative_prompt, num_inference_steps, guidance_scale,
+            num_images_per_prompt, seed, callback, FlowSampling(sampler, guidance_interval, step_cache),
         )
-        for values in out.metadata:
-            values.update(self._layout_turned_off(layout))
-        return out
 
     def edit(
         self, image: ImageSource | Sequence[ImageSource], instruction: str | Sequence[str], *,
@@ -233,11 +227,8 @@ class SparPipeline(LayoutPipeline):
         Each image has one reference image: the model has no place for a second one.
         """
         pixels = self._edited(image)
-        pixels, instructions = self._paired(pixels, self._texts(instruction, "instruction"), "instruction")
-        height, width = pixels.shape[-2:]
-        encode = partial(self.prompts.edit, image_tokens=height * width // self.model.config.token_stride**2)
         return self._sample(
-            "instruction", instructions, negative_prompt, encode, pixels, (height, width),
+            self._instructed(pixels, instruction), (pixels.shape[-2], pixels.shape[-1]), negative_prompt,
             num_inference_steps, guidance_scale, num_images_per_prompt, seed, callback,
             FlowSampling(sampler, guidance_interval, step_cache),
         )
@@ -283,68 +274,123 @@ class SparPipeline(LayoutPipeline):
         self._load_to_device("denoiser")  # for the sampler's next step
         return to_pil(images)
 
+    def _prompted(self, prompt: str | Sequence[str], layout: Layout, size: tuple[int, int]) -> SamplingInputs:
+        """What `generate` samples from."""
+        prompts = self._texts(prompt, "prompt")
+        write = self._layout_writer(layout, len(prompts), size)
+        encode = self.prompts.layout if write else self.prompts.generation
+        return SamplingInputs("prompt", prompts, encode, write=write, notes=self._layout_turned_off(layout))
+
+    def _instructed(self, pixels: Tensor, instruction: str | Sequence[str]) -> SamplingInputs:
+        """What `edit` samples from; `pixels` as of `_edited`."""
+        pixels, instructions = self._paired(pixels, self._texts(instruction, "instruction"), "instruction")
+        height, width = pixels.shape[-2:]
+        encode = partial(self.prompts.edit, image_tokens=height * width // self.model.config.token_stride**2)
+        return SamplingInputs("instruction", instructions, encode, pixels)
+
     @torch.inference_mode()
     def _sample(
-        self, what: str, texts: list[str], negative_prompt: str | Sequence[str] | None,
-        encode: Callable[[Sequence[str | None]], TokenBatch], pixels: Tensor | None, size: tuple[int, int],
+        self, inputs: SamplingInputs, size: tuple[int, int], negative_prompt: str | Sequence[str] | None,
         steps: int | None, guidance: float | None, per_prompt: int, seed: int | Sequence[int] | None,
-        callback: Callback | None, flow: FlowSampling, write: LayoutWriter | None = None,
+        callback: Callback | None, flow: FlowSampling,
     ) -> GenerateOutput:
-        """Texts to images: one condition for each, then the flow's sampler around the denoiser.
-
-        `what` is the texts' name in the metadata, and `encode` their prompt. With `write` each image has a layout of
-        its own, and a condition.
-        """
-        defaults = self.bundle.sampling
+        """A batch that begins and ends together."""
         steps, guidance, per_prompt = self._numbers(steps, guidance, per_prompt)
         flow.check_guidance(guidance)
-        negatives = self._negatives(negative_prompt, len(texts), guidance)
-        count = len(texts) * per_prompt
+        negatives = self._negatives(negative_prompt, len(inputs.texts), guidance)
+        count = len(inputs.texts) * per_prompt
         check_range("images in all", count, 1, limits.MAX_IMAGES)
-        seeds = list_seeds(seed, count)
-        noise = self._noise(seeds, size)
+        batch = self._open_batch(size, guidance, flow)
         with self._compute(count):
-            f_v = self._read_images(pixels) if pixels is not None else None
-            if write is not None:  # each image is a prompt of its own
-                texts = [one for one in texts for _ in range(per_prompt)]
-                negatives, per_prompt = [one for one in negatives for _ in range(per_prompt)], 1
-                self._load_to_device("encoder")
-                f_v = self.model.canvas(count)
-            self._load_to_device("streams", "language", "router_and_connector")
-            layouts = None if write is None else write(texts, seeds)
-            tokens = encode(layouts or texts)
-            condition, routed = self._conditions(tokens, encode(negatives), f_v, size, guidance)
-            condition = condition.repeat(per_prompt)
-            self._load_to_device("denoiser")
-            condition = self.model.precompute_key_values(condition)
-            alone, cache = condition.first(count), flow.cache(count)
-
-            def velocity(latent: Tensor, time: Tensor) -> Tensor:
-                if guidance == 1 or not flow.is_guided(time):
-                    return self.model.velocity(latent, time, alone, cache).velocity.float()
-                latent, time = latent.repeat(2, 1, 1, 1), time.repeat(2)
-                both = self.model.velocity(latent, time, condition, cache).velocity.float()
-                conditional, unconditional = both.chunk(2)
-                return apply_guidance(conditional, unconditional, guidance)
-
+            self._join(batch, inputs, negatives, list_seeds(seed, count), steps)
             with sampling_bar(callback, steps, shown=self.progress) as watch:
-                latent = sample(
-                    velocity, noise, num_inference_steps=steps, shift=defaults.shift,
-                    method=flow.sampler or defaults.method, callback=watch,
-                )
+                batch.run(self.model, watch)
+            return self.finish(batch, range(count))
+
+    @property
+    def lets_join(self) -> bool:
+        return not self.offload  # each image that joins would have parts loaded and unloaded
+
+    def open_batch(self, size: tuple[int, int], guidance: float) -> ImageBatch:
+        check_range("guidance_scale", guidance, 0, limits.MAX_GUIDANCE)
+        return self._open_batch(size, float(guidance), FlowSampling())
+
+    def _open_batch(self, size: tuple[int, int], guidance: float, flow: FlowSampling) -> ImageBatch:
+        defaults = self.bundle.sampling
+        sampler = FlowSampler(shift=defaults.shift, method=flow.sampler or defaults.method)
+        return ImageBatch(size, guidance, flow, sampler)
+
+    @torch.inference_mode()
+    def join(
+        self, batch: ImageBatch, prompt: Sequence[str], *, image: Sequence[ImageSource] | None = None,
+        negative_prompt: Sequence[str] | None = None, num_inference_steps: Sequence[int], seed: Sequence[int],
+        layout: Layout = None,
+    ) -> None:  # fmt: skip
+        if image is None:
+            inputs = self._prompted(prompt, layout, batch.size)
+        else:
+            inputs = self._instructed(self._edited(image), prompt)
+            if inputs.pixels is not None and inputs.pixels.shape[-2:] != batch.size:
+                raise ValueError(f"expected images of {batch.size}, got {tuple(inputs.pixels.shape[-2:])}")
+        for steps in num_inference_steps:
+            check_int_range("num_inference_steps", steps, 1, limits.MAX_STEPS)
+        negatives = self._negatives(negative_prompt, len(inputs.texts), batch.guidance)
+        seeds = list_seeds(seed, len(inputs.texts))
+        with self._compute(len(seeds)):
+            self._join(batch, inputs, negatives, seeds, list(num_inference_steps))
+
+    def _join(
+        self, batch: ImageBatch, inputs: SamplingInputs, negatives: Sequence[str | None], seeds: list[int],
+        steps: int | list[int],
+    ) -> None:  # fmt: skip
+        """Append an image for each seed, so many of each text adjacent; with layouts each has its own condition."""
+        noise, count, texts = self._noise(seeds, batch.size), len(seeds), inputs.texts
+        per_prompt = count // len(texts)
+        f_v = self._read_images(inputs.pixels) if inputs.pixels is not None else None
+        if inputs.write is not None:  # each image is a prompt of its own
+            texts = [one for one in texts for _ in range(per_prompt)]
+            negatives, per_prompt = [one for one in negatives for _ in range(per_prompt)], 1
+            self._load_to_device("encoder")
+            f_v = self.model.canvas(count)
+        self._load_to_device("streams", "language", "router_and_connector")
+        layouts = None if inputs.write is None else inputs.write(texts, seeds)
+        tokens = inputs.encode(layouts or texts)
+        condition, routed = self._conditions(tokens, inputs.encode(negatives), f_v, batch.size, batch.guidance)
+        condition = condition.repeat(per_prompt)
+        self._load_to_device("denoiser")
+        condition = self.model.precompute_key_values(condition)
+        rows = []
+        for i, seed in enumerate(seeds):
+            place, layout = i // per_prompt, {"layout": layouts[i]} if layouts else {}
+            asked = {inputs.what: texts[place], "negative_prompt": negatives[place], "seed": seed, **layout}
+            prompt = tokens.ids[place], tokens.mask[place], routed.weights[place]
+            rows.append(BatchRow(seed, asked, dict(inputs.notes), *prompt, columns=condition.mask.shape[1]))
+        batch.join(noise, condition, rows, steps)
+
+    @torch.inference_mode()
+    def step(self, batch: ImageBatch) -> Tensor:
+        with self._compute(len(batch)):
+            self._load_to_device("denoiser")
+            state = batch.step(self.model)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        return state
+
+    @torch.inference_mode()
+    def finish(self, batch: ImageBatch, rows: Sequence[int]) -> GenerateOutput:
+        with self._compute(len(rows)):
             self._load_to_device("decoder")
-            images = self.model.decode(latent, self.decode_tile).float()
-        routing = [self._routing(tokens, routed, i // per_prompt) for i in range(count)]
-        shared = {"steps": steps, "guidance": guidance, **flow.metadata()}
-        shared |= self.run_metadata()
+            images = to_pil(self.model.decode(batch.sampler.latents(rows), self.decode_tile).float())
+        made, run = [batch.rows[row] for row in rows], self.run_metadata()
         metadata = [
-            {
-                what: texts[i // per_prompt], "negative_prompt": negatives[i // per_prompt],
-                "seed": seed, **({"layout": layouts[i]} if layouts else {}), **shared,
-            }
-            for i, seed in enumerate(seeds)
+            {**one.metadata, "steps": batch.sampler.steps[row], "guidance": batch.guidance, **batch.flow.metadata(),
+             **run, **one.notes}
+            for row, one in zip(rows, made, strict=True)
         ]  # fmt: skip
-        return GenerateOutput(images=to_pil(images), seeds=seeds, routing=routing, metadata=metadata)
+        routing = [one.routing(self.bundle.text_tokenizer, self.model.layers) for one in made]
+        out = GenerateOutput(images, [one.seed for one in made], routing, metadata)
+        batch.leave(rows)
+        return out
 
     def _numbers(
         self, steps: int | None, guidance: float | None, per_prompt: int
@@ -374,20 +420,6 @@ class SparPipeline(LayoutPipeline):
         reference = torch.cat(references) if references else None
         states, weights = join(own.states, other.states), join(own.weights, other.weights)
         return Condition(states, join(own.mask, other.mask), weights, reference), own
-
-    def _routing(self, tokens: TokenBatch, condition: Condition, row: int) -> Routing:
-        """Weights over the layers of each real token of one prompt, the queries last."""
-        real = tokens.mask[row].bool()
-        pieces = self.bundle.text_tokenizer.convert_ids_to_tokens(tokens.ids[row][real].tolist())
-        queries = self.model.config.connector.queries
-        weights = condition.weights[row].float().cpu().numpy()
-        kept = np.concatenate([real.numpy(), np.ones(queries, bool)])
-        return Routing(
-            tokens=[*pieces, *(f"query {i}" for i in range(queries))],
-            kinds=["image" if piece == IMAGE_TOKEN else "text" for piece in pieces] + ["query"] * queries,
-            layers=self.model.layers,
-            weights=weights[kept],
-        )
 
     @torch.inference_mode()
     def image_loss(

@@ -3,6 +3,8 @@
 B batch, T condition tokens, D the LLM's width, C the DiT's caption channels.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm, Qwen2RotaryEmbedding
@@ -11,6 +13,10 @@ from spar.models.attention import ATTENTION, attention_bias, position_ids_from_m
 from spar.models.config import SparConfig
 from spar.models.encoder import qwen_config
 from spar.models.language import LanguageModel
+
+
+def _load_weights(module: nn.Module, source: nn.Module) -> None:
+    module.load_state_dict(source.state_dict())
 
 
 class Connector(nn.Module):
@@ -33,13 +39,20 @@ class Connector(nn.Module):
         if config.connector.reference_positions:
             self.reference_gain = nn.Parameter(torch.ones(()))
 
-    def initialize_from(self, language: LanguageModel) -> None:
-        """Copy the LLM's last layers into the connector's, and the norm that follows them."""
+    def initialize_from(
+        self, language: LanguageModel, copy: Callable[[nn.Module, nn.Module], object] = _load_weights
+    ) -> None:
+        """Copy the LLM's last layers into the connector's, and the norm that follows them.
+
+        Args:
+            copy: gives its first argument the weights of its second one, a module of the same form; sharded modules
+                need one of their own.
+        """
         layers = language.network.layers
         for own, source in zip(self.layers, layers[len(layers) - len(self.layers) :], strict=True):
-            own.load_state_dict(source.state_dict())
+            copy(own, source)
         if self.layers:
-            self.norm.load_state_dict(language.network.norm.state_dict())
+            copy(self.norm, language.network.norm)
 
     def forward(
         self,

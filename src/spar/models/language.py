@@ -87,7 +87,7 @@ class LanguageModel(nn.Module):
         Raises:
             InputError: a sequence with more tokens, padding not counted, than the model has positions.
         """
-        self._check_length(int(position_ids.max()) + 1)
+        self.check_length(int(position_ids.max()) + 1)
         network, kept = self.network, {0: embeddings}
         rotary = network.rotary_emb(embeddings, position_ids)
         x = embeddings
@@ -103,7 +103,8 @@ class LanguageModel(nn.Module):
         kept[self.config.layers] = final
         return final, [kept[i] for i in layers]
 
-    def _check_length(self, tokens: int) -> None:
+    def check_length(self, tokens: int) -> None:
+        """Refuse more tokens than the model has positions."""
         if tokens > self.config.max_seq_len:
             raise InputError(
                 f"the language model takes at most {self.config.max_seq_len} tokens at once (prompt, images, queries "
@@ -136,7 +137,7 @@ class LanguageModel(nn.Module):
         Raises:
             InputError: the longest answer would not fit after its question.
         """
-        self._check_length(int(mask.sum(1).max()) + max_new_tokens)
+        self.check_length(int(mask.sum(1).max()) + max_new_tokens)
         return self._steps(embeddings, mask, max_new_tokens, sampling)
 
     def _steps(

@@ -13,7 +13,7 @@ from spar.models.config import SparConfig
 from spar.models.connector import Connector
 from spar.models.denoiser import Denoiser, DenoiserOutput
 from spar.models.language import LanguageModel
-from spar.models.router import build_router, normalize_hidden_states, routed_layers
+from spar.models.router import RouterOutput, build_router, normalize_hidden_states, routed_layers
 from spar.models.sampling import GREEDY, TextSampling
 from spar.models.step_cache import StepCache
 from spar.models.tokenizer import UnifiedTokenizer
@@ -97,19 +97,28 @@ class SparModel(nn.Module):
             f_v: `[references, N, D]` of the reference images whose placeholders are in `tokens`.
             size: height and width of the references in pixels, by default the trained square.
         """
-        batch, queries = len(tokens), self.config.connector.queries
-        embeddings = self.embed(tokens, f_v)
-        tail = self.connector.queries.to(embeddings.dtype).expand(batch, -1, -1)
-        embeddings = torch.cat([embeddings, tail], dim=1)                      # [B, T + Q, D]
-        mask = torch.cat([mask, mask.new_ones(batch, queries)], dim=1)
-        is_reference = torch.cat(
-            [tokens == self.config.text.image_token_id, mask.new_zeros(batch, queries).bool()], dim=1
-        )
-        states = self._routed_states(embeddings, mask, tokens.shape[1])        # K of [B, T + Q, D]
-        routed = self.router(normalize_hidden_states(states, self.config.router.scale))   # [B, T + Q, D]
+        embeddings, mask = self.sequence(tokens, mask, f_v)                    # [B, T + Q, D]
+        is_reference = torch.zeros_like(mask, dtype=torch.bool)
+        is_reference[:, : tokens.shape[1]] = tokens == self.config.text.image_token_id
+        routed = self.route(embeddings, mask, tokens.shape[1])                 # [B, T + Q, D]
         condition = self.connector(routed.states, mask, is_reference, f_v, self._grid(size))  # [B, T + Q, C]
         reference = None if f_v is None else self._reference_cells(condition, is_reference, f_v, size)
         return Condition(states=condition, mask=mask, weights=routed.weights, reference=reference)
+
+    def sequence(self, tokens: Tensor, mask: Tensor, f_v: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What the LLM reads for a condition: the tokens' embeddings and the queries, `[B, T + Q, D]`, and their mask.
+
+        Arguments as in `condition`.
+        """
+        batch, embeddings = len(tokens), self.embed(tokens, f_v)
+        tail = self.connector.queries.to(embeddings.dtype).expand(batch, -1, -1)
+        ones = mask.new_ones(batch, tail.shape[1])
+        return torch.cat([embeddings, tail], dim=1), torch.cat([mask, ones], dim=1)
+
+    def route(self, embeddings: Tensor, mask: Tensor, prompt: int) -> RouterOutput:
+        """The routed states of a sequence, of which the first `prompt` tokens are no queries."""
+        states = self._routed_states(embeddings, mask, prompt)                 # K of [B, T + Q, D]
+        return self.router(normalize_hidden_states(states, self.config.router.scale))
 
     def _reference_cells(
         self, condition: Tensor, is_reference: Tensor, f_v: Tensor, size: tuple[int, int] | None
@@ -165,7 +174,7 @@ class SparModel(nn.Module):
     def velocity(
         self, latent: Tensor, time: Tensor, condition: Condition, cache: StepCache | None = None
     ) -> DenoiserOutput:
-        """Velocity of the normalised latent `[B R, D_p, h, w]` at `time` `[B R]`; `cache` as the denoiser has it."""
+        """Velocity of the normalised latent `[B R, D_p, h, w]`; `time` and `cache` as the denoiser has them."""
         reads = condition.states if condition.key_values is None else condition.key_values
         return self.denoiser(latent, time, reads, condition.mask, condition.reference, cache)
 

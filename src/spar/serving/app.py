@@ -24,12 +24,13 @@ from spar.serving.errors import ApiError, add_handlers, job_error
 from spar.serving.gate import RequestGate
 from spar.serving.image_io import Decoders, read_image, read_messages
 from spar.serving.image_stream import RunningImage, image_events
+from spar.serving.jobs import ChatJob, ImageJob
 from spar.serving.metrics import ServerMetrics
 from spar.serving.middleware import RequestGuardMiddleware
 from spar.serving.overview import overview
 from spar.serving.responses import ResponseObject, ResponseRequest, chat_messages, response_events, response_object
 from spar.serving.streaming import JobStream
-from spar.serving.worker import ChatJob, ImageJob, Stopped, Worker
+from spar.serving.worker import Stopped, Worker
 
 FORM = Form(media_type="multipart/form-data")
 ERRORS: dict[int | str, dict[str, Any]] = {

@@ -1,4 +1,4 @@
-"""The four tasks as jobs of the worker: which rows share a call, and that call."""
+"""The four tasks as jobs of the worker: which rows share a call or a running batch, and these."""
 
 import secrets
 from collections.abc import Callable
@@ -8,15 +8,16 @@ from typing import Any
 from PIL import Image
 
 from spar.inference.base import Pipeline
+from spar.inference.image_batch import StepwisePipeline
 from spar.inference.layouts import LayoutPipeline
+from spar.serving.jobs import ImageJob, JoiningJob, Step
 from spar.serving.schema import GenerationRequest, SamplingRequest
-from spar.serving.worker import ImageJob, Step
 
 
 @dataclass(frozen=True)
 class ImageRow:
     """One image to generate, or to edit if there is an `image`. Rows of one call share size, steps and guidance, and
-    the `layout` but for its words.
+    the `layout` but for its words; rows of a running batch share size and guidance.
 
     `show` gets `partial` previews on the way.
     """
@@ -58,7 +59,7 @@ def sample_images(pipe: Pipeline, rows: list[ImageRow], callback: Step) -> list[
     """Generate or edit images; all rows have an image and a negative prompt, or none does."""
     first, prompts = rows[0], [row.prompt for row in rows]
     shared: dict[str, Any] = {
-        "negative_prompt": None if first.negative_prompt is None else [row.negative_prompt for row in rows],
+        "negative_prompt": _negatives(rows),
         "num_inference_steps": first.steps, "guidance_scale": first.guidance, "seed": [row.seed for row in rows],
         "callback": _with_previews(pipe, rows, callback),
     }  # fmt: skip
@@ -67,8 +68,7 @@ def sample_images(pipe: Pipeline, rows: list[ImageRow], callback: Step) -> list[
         out = pipe.edit(images, prompts, **shared)
     else:
         if first.layout is not None:
-            given = [row.layout for row in rows]
-            shared["layout"] = given if isinstance(first.layout, str) else first.layout
+            shared["layout"] = _layout(rows)
         out = pipe.generate(prompts, height=first.size[0], width=first.size[1], **shared)
     return list(map(GeneratedImage, out.images, out.metadata, out.seeds))
 
@@ -87,6 +87,68 @@ def _with_previews(pipe: Pipeline, rows: list[ImageRow], callback: Step) -> Step
         return goes_on
 
     return step if any(shown) else callback
+
+
+class RunningRows:
+    """Rows of one size and guidance in the sampler of a pipeline: `SteppedBatch` as the worker drives it."""
+
+    def __init__(self, pipe: StepwisePipeline, size: tuple[int, int], guidance: float) -> None:
+        self.pipe, self.batch = pipe, pipe.open_batch(size, guidance)
+        self.rows: list[ImageRow] = []
+        self._state: Any = None  # what previews are made of, a row for each, after a step
+
+    def join(self, rows: list[ImageRow]) -> None:
+        """Append rows; of images and negative prompts all have one, or none does, and the layouts are of one kind."""
+        images = [row.image for row in rows if row.image is not None]
+        self.pipe.join(
+            self.batch, [row.prompt for row in rows], image=images or None, negative_prompt=_negatives(rows),
+            num_inference_steps=[row.steps for row in rows], seed=[row.seed for row in rows], layout=_layout(rows),
+        )  # fmt: skip
+        self.rows, self._state = [*self.rows, *rows], None
+
+    def step(self) -> None:
+        self._state = self.pipe.step(self.batch)
+
+    def left(self) -> list[int]:
+        sampler = self.batch.sampler
+        return [steps - done for done, steps in zip(sampler.done, sampler.steps, strict=True)]
+
+    def previews(self) -> list[int]:
+        done = self.batch.sampler.done
+        return [number for number, row in enumerate(self.rows) if done[number] in row.shown_steps()]
+
+    def show(self, rows: list[int]) -> None:
+        for number, image in zip(rows, self.pipe.preview(self._state[rows]), strict=True):
+            if show := self.rows[number].show:
+                show(image)
+
+    def finished(self) -> list[int]:
+        return self.batch.finished
+
+    def finish(self, rows: list[int]) -> list[GeneratedImage]:
+        out = self.pipe.finish(self.batch, rows)
+        self._forget(rows)
+        return list(map(GeneratedImage, out.images, out.metadata, out.seeds))
+
+    def leave(self, rows: list[int]) -> None:
+        self.batch.leave(rows)
+        self._forget(rows)
+
+    def _forget(self, rows: list[int]) -> None:
+        kept = [number for number in range(len(self.rows)) if number not in rows]
+        self.rows = [self.rows[number] for number in kept]
+        self._state = None if self._state is None else self._state[kept]
+
+
+def _negatives(rows: list[ImageRow]) -> list[str] | None:
+    """The negative prompts, of all rows or of none."""
+    return [row.negative_prompt for row in rows if row.negative_prompt is not None] or None
+
+
+def _layout(rows: list[ImageRow]) -> list[str] | bool | None:
+    """The layouts of rows, if they have words; else what all of them ask for."""
+    first = rows[0].layout
+    return [row.layout for row in rows if isinstance(row.layout, str)] if isinstance(first, str) else first
 
 
 def reconstruct(pipe: Pipeline, images: list[Image.Image], _: Step) -> list[GeneratedImage]:
@@ -119,11 +181,16 @@ def sampling_jobs(
     steps = pipe.default_steps if steps is None else steps
     guidance = pipe.default_guidance if guidance is None else guidance
     seed = secrets.randbelow(2**32) if request.seed is None else request.seed
-    key = (size, steps, guidance, negative is None, image is None, str if isinstance(layout, str) else layout)
+    key = (size, guidance, negative is None, image is None, str if isinstance(layout, str) else layout)
     weight = max(1.0, size[0] * size[1] / pipe.image_size**2)
     partial = request.partial_images or 0
     rows = [
         ImageRow(prompt, negative, seed + i, image, size, steps, guidance, partial, show, layout)
         for i in range(request.n or 1)
     ]
-    return [ImageJob(sample_images, key, row, weight, model) for row in rows]
+    if isinstance(pipe, StepwisePipeline) and pipe.lets_join:
+        shared: dict[str, Any] = {
+            "open": lambda own: RunningRows(own, size, guidance), "batch_key": (size, guidance), "steps": steps
+        }  # fmt: skip
+        return [JoiningJob(sample_images, key, row, weight, model, **shared) for row in rows]
+    return [ImageJob(sample_images, (*key, steps), row, weight, model) for row in rows]

@@ -10,9 +10,9 @@ from typing import Any
 
 from spar.inference.outputs import ChatOutput
 from spar.serving.errors import job_error
+from spar.serving.jobs import ChatJob
 from spar.serving.schema import warnings_field
 from spar.serving.streaming import next_piece
-from spar.serving.worker import ChatJob
 
 
 @dataclass(frozen=True)

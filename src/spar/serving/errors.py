@@ -11,8 +11,9 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from spar.common.errors import InputError
+from spar.serving.jobs import forget_frames
 from spar.serving.limits import RETRY_SECONDS
-from spar.serving.worker import Busy, Stopped, forget_frames
+from spar.serving.worker import Busy, Stopped
 
 MAX_SHOWN = 64
 RETRY = {"Retry-After": str(RETRY_SECONDS)}

@@ -12,9 +12,9 @@ from PIL import Image
 
 from spar.inference.image_files import encode_image
 from spar.serving.errors import job_error
+from spar.serving.jobs import ImageJob
 from spar.serving.schema import warnings_field
 from spar.serving.streaming import next_piece
-from spar.serving.worker import ImageJob
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
-SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -22,10 +22,10 @@ class ServerMetrics:
         self.seconds = Histogram("spar_request_seconds", "From a request's head to its end", ("route",),
                                  buckets=SECONDS, registry=registry)  # fmt: skip
         self.running = Gauge("spar_requests_running", "Requests that are being answered", registry=registry)
-        self.batch_rows = Histogram("spar_batch_rows", "Rows of a call of the pipeline", buckets=ROWS,
+        self.batch_rows = Histogram("spar_batch_rows", "Rows of a step of the sampler, or of a call", buckets=ROWS,
                                     registry=registry)  # fmt: skip
-        self.batch_seconds = Histogram("spar_batch_seconds", "Duration of a call of the pipeline", buckets=SECONDS,
-                                       registry=registry)  # fmt: skip
+        self.batch_seconds = Histogram("spar_batch_seconds", "Duration of a step of the sampler, or of a call",
+                                       buckets=SECONDS, registry=registry)  # fmt: skip
         Gauge("spar_queue", "Rows and chats that wait", registry=registry).set_function(waiting)
 
     def observe(self, seconds: float, rows: int) -> None:

@@ -8,7 +8,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from spar.serving.errors import ApiError
-from spar.serving.worker import ChatJob, ImageJob
+from spar.serving.jobs import ChatJob, ImageJob
 
 T = TypeVar("T")
 

@@ -1,28 +1,33 @@
 """One thread that owns the pipeline, and its queue.
 
-A job is one row of a batch. Jobs of the same task and settings share a call: the worker takes the oldest job and all
-compatible ones. Chats get turns between the batches, so that neither starves the other. A cancelled job leaves the
-queue; a batch whose jobs are all cancelled stops at its next step.
+A job is one row of a batch. Where a sampler allows it, jobs join the running batch between two steps, oldest first as
+far as there is room and as soon as that is worth it (`joining`), and each leaves it when it is finished, cancelled or
+faulty. A call of another task and a chat have their turns between two steps too, after which the batch runs for as long
+as they took, so that none starves the others.
+
+Jobs of other samplers and tasks share a call, which runs to its end: the worker takes the oldest one and all compatible
+ones. A call whose jobs are all cancelled stops at its next step.
 """
 
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, InvalidStateError, ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from spar.common.errors import Cancelled, InputError
 from spar.inference.base import Pipeline
+from spar.serving.jobs import ChatJob, ImageJob, JoiningJob, fail, finish, free
+from spar.serving.joining import BatchCosts
 from spar.serving.limits import CHAT_TURN_TOKENS, GATHER_SECONDS, MAX_BATCH, MAX_CHATS, MAX_QUEUE
+from spar.serving.running_batch import Jobs, RunningBatch, groups_of, run_apart
 
 log = logging.getLogger(__name__)
 
-Step = Callable[[int, int, Any], bool]
+MAX_COSTS = 64  # kinds of batches whose costs are remembered
+
 Call = Callable[[Callable[[Pipeline], Any]], Future]
 
 
@@ -38,44 +43,9 @@ class Stopped(Unavailable):
     """The worker accepts no more jobs."""
 
 
-@dataclass(eq=False)
-class ImageJob:
-    """One row.
-
-    `work(pipe, inputs, callback)` gets the `inputs` of several jobs and returns a result for each; jobs of the same
-    `work`, `key` and `model` may share a call. `weight` is the row's size in images of the model's own size. `model`
-    names one of the worker's `others`; None is its own pipeline.
-    """
-
-    work: Callable[[Pipeline, list[Any], Step], Sequence[Any]]
-    key: Hashable
-    inputs: Any
-    weight: float = 1
-    model: str | None = None
-    future: Future = field(default_factory=Future)
-
-    def compatible(self, other: "ImageJob") -> bool:
-        return self.work is other.work and (self.key, self.model) == (other.key, other.model)
-
-
-@dataclass(eq=False)
-class ChatJob:
-    """One conversation: `start(pipe)` returns an iterator over pieces of text, and `emit` gets each piece.
-
-    The future's result is the exhausted iterator. `model` as in `ImageJob`.
-    """
-
-    start: Callable[[Pipeline], Iterator[str]]
-    emit: Callable[[str], None]
-    model: str | None = None
-    future: Future = field(default_factory=Future)
-    pieces: Iterator[str] | None = None
-    started: bool = False
-
-
 @dataclass
 class Worker:
-    """The queue and its thread. `observe(seconds, rows)` is called after each batch.
+    """The queue and its thread. `observe(seconds, rows)` is called after each call and each step of a batch.
 
     `thread` is an executor of one thread, best the one that loaded the pipeline: OpenMP keeps a pool for each thread
     that ever computed, and with a second pool the threads sleep between operations instead of spinning, so that an
@@ -92,6 +62,10 @@ class Worker:
     def __post_init__(self) -> None:
         self._waiting: list[ImageJob] = []
         self._chats: list[ChatJob] = []
+        self._batch: RunningBatch | None = None
+        self._costs: dict[Hashable, BatchCosts] = {}
+        self._chat_turns = 0
+        self._owed = 0.0  # seconds that the batch is to run before the next call or chat
         self._changed = threading.Condition()
         self._stopping = False
         self._expected, self._answered_at = 0, 0.0
@@ -117,7 +91,7 @@ class Worker:
 
     @property
     def waiting(self) -> int:
-        """Number of jobs and chats in the queue, without the running batch but with running chats."""
+        """Number of jobs and chats in the queue, without those in a batch or a call but with running chats."""
         return len(self._waiting) + len(self._chats)
 
     def submit(self, *jobs: ImageJob | ChatJob) -> None:
@@ -160,23 +134,138 @@ class Worker:
             self._chats = [chat for chat in self._chats if chat.started or chat.future is not future]
 
     def _loop(self) -> None:
-        while self._run_once():  # a separate function, so that no result of the last turn is kept while idle
-            pass
+        try:
+            while self._run_once():  # a separate function, so that no result of the last turn is kept while idle
+                pass
+        finally:
+            for job in self._batch.jobs if self._batch else []:
+                job.future.cancel()
+            self._batch = None
 
     def _run_once(self) -> bool:
-        """Wait for jobs, then run a batch and advance each chat; False once the worker is stopped."""
+        """Wait for jobs, then let some join the batch and run its step, and for half of the time a call and some tokens
+        of chats; False once the worker is stopped.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._stopping or self._waiting or self._chats)
+            self._changed.wait_for(lambda: self._stopping or self._waiting or self._chats or self._batch)
+            self._gather()
             if self._stopping:
                 return False
-            jobs = self._take_batch()
+            joining = self._take_joining()
+        start = time.perf_counter()
+        for group in groups_of(joining):
+            run_apart(group, self._join, lambda job, error: fail(job.future, error))
+        for job in self._step(self._batch) if self._batch else []:
+            if not job.future.done():
+                self._run_together([job])
+        end = time.perf_counter()
+        self._owed -= end - start
+        if not self._batch or self._owed <= 0:
+            self._call()
+            self._speak()
+            self._owed = time.perf_counter() - end if self._batch or self._waiting else 0.0
+        return True
+
+    def _call(self) -> None:
+        """Run the oldest job of a call, and all compatible ones."""
+        with self._changed:
+            jobs = [] if self._stopping else self._take_batch()
         if jobs:
             start = time.perf_counter()
             self._run(jobs)
             self._answered_at = time.perf_counter()
             self.observe(self._answered_at - start, len(jobs))
+
+    def _gather(self) -> None:
+        """Wait for the next requests of clients that were just answered, which send them within milliseconds.
+
+        The worker waits that long for as many as it answered last: without that, eight clients fall into two groups
+        that wait for each other, or join one by one.
+        """
+        left = self._answered_at + GATHER_SECONDS - time.perf_counter()
+        if left > 0 and self._waiting and not self._chats and not self._batch:
+            enough = min(self._expected, self.max_batch)
+            self._changed.wait_for(lambda: self._stopping or len(self._waiting) >= enough, left)
+
+    def _take_joining(self) -> list[JoiningJob]:
+        """Take the jobs that are to join the batch, or with the oldest one to begin it, as far as there is room.
+
+        Nobody is overtaken by those that a running batch suits better: the first job of another batch, or for which
+        there is no room, lets none after it join.
+        """
+        running, jobs = self._batch, list[JoiningJob]()
+        room = self.max_batch - (running.weight if running else 0)
+        for job in self._waiting:
+            if not isinstance(job, JoiningJob):
+                continue
+            name = running.name if running else jobs[0].batch if jobs else None  # None: it begins the batch
+            if name is None or (job.batch == name and job.weight <= room):
+                jobs.append(job)
+                room -= job.weight
+            elif running:
+                break
+        if running and jobs and not running.welcomes(jobs):
+            return []
+        self._waiting = [job for job in self._waiting if job not in jobs]
+        return jobs
+
+    def _take_batch(self) -> list[ImageJob]:
+        """Take the oldest job of a call and all compatible ones, up to a full batch."""
+        jobs: list[ImageJob] = []
+        room = float(self.max_batch)
+        for job in self._waiting:
+            if not isinstance(job, JoiningJob) and (not jobs or (job.compatible(jobs[0]) and job.weight <= room)):
+                jobs.append(job)
+                room -= job.weight
+        self._waiting = [job for job in self._waiting if job not in jobs]
+        return jobs
+
+    def _join(self, jobs: Sequence[JoiningJob]) -> None:
+        """Let jobs of one key join the batch, which begins with them where none runs."""
+        first = jobs[0]
+        running = self._batch
+        if running is None:
+            running = RunningBatch(first.batch, first.open(self.pipe_of(first.model)), self._costs_of(first.batch))
+        running.join(jobs)
+        self._batch = running
+
+    def _costs_of(self, name: Hashable) -> BatchCosts:
+        """What is known of the costs of a kind of batch; of MAX_COSTS kinds, which requests may invent."""
+        while len(self._costs) >= MAX_COSTS and name not in self._costs:
+            del self._costs[next(iter(self._costs))]
+        return self._costs.setdefault(name, BatchCosts())
+
+    def _step(self, running: RunningBatch) -> Jobs:
+        """Run a step of the batch; where it fails, the batch is over, and its jobs are returned."""
+        start = time.perf_counter()
+        try:
+            running.step()
+            rows = len(running.jobs)
+            if running.answer():
+                self._expected = rows - len(running.jobs) + len(self._waiting)
+                self._answered_at = time.perf_counter()
+        except Exception as error:
+            self._batch = None
+            if len(running.jobs) > 1:
+                log.warning("a step of %d failed, run one by one: %s", len(running.jobs), type(error).__name__)
+                free(error)
+                return running.jobs
+            for job in running.jobs:
+                fail(job.future, error)
+            return []
+        if not running.jobs:
+            self._batch = None
+        if rows:
+            self.observe(time.perf_counter() - start, rows)
+        return []
+
+    def _speak(self) -> None:
+        """Generate a few tokens of each chat, or beside a batch of one, the next in turn."""
         with self._changed:
             running = self._chats[:MAX_CHATS]
+            if running and self._batch:
+                self._chat_turns += 1
+                running = [running[self._chat_turns % len(running)]]
             for chat in running:
                 chat.started = True
         for chat in running:
@@ -185,26 +274,6 @@ class Worker:
                 chat.pieces = None  # frees the KV cache of the conversation
                 with self._changed:
                     self._chats.remove(chat)
-        return True
-
-    def _take_batch(self) -> list[ImageJob]:
-        """Take the oldest job and all compatible ones, up to a full batch.
-
-        Clients that were just answered send their next requests within milliseconds. The worker waits that long for as
-        many as it answered last: without that, eight clients fall into two groups that wait for each other.
-        """
-        left = self._answered_at + GATHER_SECONDS - time.perf_counter()
-        if left > 0 and self._waiting and not self._chats:
-            enough = min(self._expected, self.max_batch)
-            self._changed.wait_for(lambda: self._stopping or len(self._waiting) >= enough, left)
-        jobs: list[ImageJob] = []  # stays empty if there are only chats, or all jobs were cancelled meanwhile
-        room = float(self.max_batch)
-        for job in self._waiting:
-            if not jobs or (job.compatible(jobs[0]) and job.weight <= room):
-                jobs.append(job)
-                room -= job.weight
-        self._waiting = [job for job in self._waiting if job not in jobs]
-        return jobs
 
     def _run(self, jobs: list[ImageJob]) -> None:
         """Run all jobs in one call; if it fails, each in its own, so that only the faulty ones fail."""
@@ -227,13 +296,13 @@ class Worker:
         except Exception as error:
             if len(jobs) > 1:
                 log.warning("a batch of %d failed and is run one by one: %s", len(jobs), type(error).__name__)
-                _free(error)
+                free(error)
                 return False
-            _fail(jobs[0].future, error)
+            fail(jobs[0].future, error)
         else:
             self._expected = len(jobs) + len(self._waiting)
             for job, result in zip(jobs, results, strict=True):
-                _finish(job.future, result)
+                finish(job.future, result)
         return True
 
     def _advance(self, chat: ChatJob) -> None:
@@ -246,33 +315,8 @@ class Worker:
                     return
                 piece = next(chat.pieces, None)
                 if piece is None:
-                    _finish(chat.future, chat.pieces)
+                    finish(chat.future, chat.pieces)
                     return
                 chat.emit(piece)
         except Exception as error:
-            _fail(chat.future, error)
-
-
-def _finish(future: Future, result: Any) -> None:
-    with suppress(InvalidStateError):  # cancelled meanwhile
-        future.set_result(result)
-
-
-def _fail(future: Future, error: Exception) -> None:
-    if not isinstance(error, InputError):
-        log.error("the pipeline failed", exc_info=error)
-    _free(error)
-    with suppress(InvalidStateError):
-        future.set_exception(error)
-
-
-def _free(error: Exception) -> None:
-    """Free what a failed call holds, on the device too."""
-    forget_frames(error)
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        torch.cuda.empty_cache()
-
-
-def forget_frames(error: BaseException) -> None:
-    """Drop the tracebacks of an error: their frames hold images and tensors, and the future that holds the error."""
-    error.__traceback__ = error.__cause__ = error.__context__ = None
+            fail(chat.future, error)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,18 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from spar.checkpoints.safetensors_io import SafetensorsReader, describe_mismatch, read_tensors
+from spar.checkpoints.safetensors_io import SafetensorsReader, TensorSource, check_finite, check_fit, describe_mismatch
 from spar.common.config import from_dict, read_json, write_json
 from spar.common.errors import InputError
 from spar.common.files import swap_folders, usual_mode
-from spar.training.distributed import SINGLE_PROCESS, DistributedContext
+from spar.training.distributed import SINGLE_PROCESS, DistributedContext, own_rows
 
 META = "meta.json"
 CHECKSUMS, SEAL = "files", "sha256"  # in meta.json: of every other file by name, and of meta.json itself
+PIECE = 2**24  # numbers that are read at once
 ROWS = "rows"  # in the header of a sharded file: {tensor: [first row, rows of the whole]}
 
 
@@ -212,8 +213,7 @@ def _own_rows(tensor: Tensor) -> tuple[Tensor, int]:
     if not isinstance(tensor, DTensor):
         return tensor, 0
     mesh = tensor.device_mesh
-    rows = -(-tensor.shape[0] // mesh.size())
-    return tensor.to_local(), min(tensor.shape[0], mesh.get_local_rank() * rows)
+    return tensor.to_local(), own_rows(tensor.shape[0], mesh.get_local_rank(), mesh.size()).start
 
 
 def _fsync(path: Path) -> None:
@@ -245,27 +245,53 @@ def shards(folder: Path, name: str) -> list[Path]:
     return parts
 
 
+class GroupReader:
+    """The tensors of one group of a saved state, read one at a time, also where several processes wrote their rows.
+
+    `shapes` has every tensor, whole, on the meta device. Raises `InputError` for files that are missing or damaged.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        files = shards(folder, name)
+        listed = read_meta(files[0].parent).get(CHECKSUMS, {})
+        for path in files:
+            if path.is_file() and checksum(path) != listed.get(path.name):
+                raise InputError(f"{path} disagrees with its checksum in {META}: it is damaged; train its stage again")
+        self.shapes: dict[str, Tensor] = {}
+        self._pieces: dict[str, list[tuple[int, SafetensorsReader]]] = {}  # of each tensor, with their first rows
+        for path in files:
+            reader = SafetensorsReader(path)
+            with safe_open(path, "pt") as file:  # (first row, rows of the whole) of every sharded tensor
+                rows = json.loads((file.metadata() or {}).get(ROWS, "{}"))
+            for key, piece in reader.shapes.items():
+                start, *total = rows.get(key, [0])
+                self.shapes[key] = piece.new_empty(*total, *piece.shape[1:]) if total else piece
+                self._pieces.setdefault(key, []).append((start, reader))
+
+    def read(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Read one tensor, whole, a floating one in `dtype` if given."""
+        pieces = self._pieces[key]
+        if len(pieces) == 1:
+            return pieces[0][1].read(key, dtype)
+        whole = self.read_rows(key, slice(0, len(self.shapes[key])))
+        return whole.to(dtype) if dtype and whole.is_floating_point() else whole
+
+    def read_rows(self, key: str, rows: slice) -> Tensor:
+        """Read some rows of a tensor, whoever wrote them."""
+        outline = self.shapes[key]
+        found = torch.empty((rows.stop - rows.start, *outline.shape[1:]), dtype=outline.dtype)
+        for start, reader in self._pieces[key]:
+            first, last = max(rows.start, start), min(rows.stop, start + len(reader.shapes[key]))
+            if first < last:
+                piece = reader.read_rows(key, slice(first - start, last - start))
+                found[first - rows.start : last - rows.start] = piece
+        return found
+
+
 def load_group(folder: Path, name: str) -> dict[str, Tensor]:
     """The tensors of one group of a saved state, whole, also where several processes wrote them."""
-    files = shards(folder, name)
-    listed = read_meta(files[0].parent).get(CHECKSUMS, {})
-    for path in files:
-        if path.is_file() and checksum(path) != listed.get(path.name):
-            raise InputError(f"{path} disagrees with its checksum in {META}: it is damaged; train its stage again")
-    if len(files) == 1:
-        return read_tensors(files[0])
-    tensors: dict[str, Tensor] = {}
-    for path in files:
-        with safe_open(path, "pt") as file:  # (first row, rows of the whole) of every sharded tensor
-            rows = json.loads((file.metadata() or {}).get(ROWS, "{}"))
-        for key, piece in read_tensors(path).items():
-            if key not in rows:
-                tensors[key] = piece
-                continue
-            start, total = rows[key]
-            whole = tensors.setdefault(key, piece.new_empty(total, *piece.shape[1:]))
-            whole[start : start + len(piece)] = piece
-    return tensors
+    reader = GroupReader(folder, name)
+    return {key: reader.read(key) for key in reader.shapes}
 
 
 def group_keys(folder: Path, name: str) -> set[str]:
@@ -279,14 +305,47 @@ def load_into(own: dict[str, Tensor], folder: Path, name: str) -> None:
     Raises:
         InputError: where the names or shapes differ; nothing is copied then.
     """
-    given = load_group(folder, name)
-    mismatch = describe_mismatch(own, given)
+    given = GroupReader(folder, name)
+    mismatch = describe_mismatch(own, given.shapes)
     if mismatch:
         raise InputError(f"{name}.safetensors in {folder} does not fit this stage: {mismatch}")
-    with torch.no_grad():
-        for key, tensor in own.items():
-            local, start = _own_rows(tensor)
-            local.copy_(given[key][start : start + len(local)] if isinstance(tensor, DTensor) else given[key])
+    copy_stored(own, given, {key: key for key in own}, folder)
+
+
+@torch.no_grad()
+def copy_stored(own: dict[str, Tensor], source: TensorSource, names: Mapping[str, str | None], where: object) -> None:
+    """Copy stored tensors into tensors of the same shapes, some rows at a time, and each process its own rows.
+
+    Args:
+        names: the stored name for each of `own`; None keeps it as it is.
+        where: what is read, for messages.
+
+    Raises:
+        InputError: numbers that are not finite, or files that are damaged.
+    """
+    for key, tensor in own.items():
+        name = names[key]
+        if name is None:
+            continue
+        local, start = _own_rows(tensor)
+        if not local.dim():
+            stored = source.read(name)
+            check_finite({name: stored}, where)
+            local.copy_(stored)
+            continue
+        each = max(1, PIECE * len(local) // max(1, local.numel()))
+        for first in range(0, len(local), each):
+            part = local[first : first + each]
+            stored = source.read_rows(name, slice(start + first, start + first + len(part)))
+            check_finite({name: stored}, where)
+            part.copy_(stored)
+
+
+def load_stored(module: nn.Module, source: TensorSource, where: object) -> None:
+    """Load a module's tensors strictly, as `copy_stored`; InputError too where names or shapes differ."""
+    own = module.state_dict()
+    check_fit(own, source.shapes, where)
+    copy_stored(own, source, {key: key for key in own}, where)
 
 
 def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer], names: dict[int, str]) -> dict[str, Tensor]:

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from spar.checkpoints.lora import is_lora_key
+from spar.checkpoints.safetensors_io import TensorSource
 from spar.common.config import changes_no_result, check_finite, to_dict
 from spar.common.errors import InputError
 from spar.training.data import DataConfig, ImageData, NoData, StageData
@@ -180,6 +181,16 @@ class Recipe(ABC):
     def save(self, modules: nn.Module, run: Path, prompts: "PromptEncoder") -> None:
         """Write the product of a run that has ended into its folder."""
 
+    def save_stored(self, modules: nn.Module, weights: TensorSource, run: Path, prompts: "PromptEncoder") -> None:
+        """The same of modules whose parameters are on the meta device, and in `weights` by their names.
+
+        A system may read them as it writes; by default all are read first.
+        """
+        own = modules.state_dict()
+        read = {name: weights.read(name) if value.is_meta else value for name, value in own.items()}
+        modules.load_state_dict(read, assign=True)
+        self.save(modules, run, prompts)
+
     def try_sizes(self, modules: nn.Module, stages: tuple[StageConfig, ...]) -> None:
         """Run modules on the meta device as some stages would; whatever is raised says what does not fit."""
 
@@ -194,8 +205,8 @@ class Recipe(ABC):
         """What a folder of a finished model holds that a stage may start from."""
         raise InputError(f"--init-from: a recipe of {self.kind} starts from stages (RUN/STAGE/done), got {folder}")
 
-    def load_model(self, folder: Path) -> dict[str, Tensor]:
-        """The weights of a folder of a finished model, under the training modules' names."""
+    def open_model(self, folder: Path) -> TensorSource:
+        """The weights in a folder of a finished model, to be read one at a time by the training modules' names."""
         raise InputError(f"--init-from: a recipe of {self.kind} starts from stages (RUN/STAGE/done), got {folder}")
 
 

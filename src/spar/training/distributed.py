@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -118,29 +118,106 @@ class ForwardWrapper(nn.Module):
         return function(*arguments)
 
 
-def wrap_modules(modules: nn.Module, parallel: DistributedContext) -> nn.Module:
+def wrap_modules(modules: nn.Module, parallel: DistributedContext, sharded: nn.Module | None = None) -> nn.Module:
     """The wrapper to call computations through; the modules' blocks are recomputed, compiled and sharded as asked.
 
-    Call it after `freeze`: what is frozen exchanges no gradients, and may stay whole.
+    Call it after `freeze`: what is frozen exchanges no gradients, and may stay whole. `sharded` is what `shard_modules`
+    has given already.
     """
-    scale, frame = parallel.config, ForwardWrapper(modules)
+    scale = parallel.config
     if scale.compile:  # a run that may differ in its last bits for speed's sake
         torch.backends.cudnn.benchmark = True  # its shapes are few: each is tried out once
         compile_blocks(modules)
     if scale.activation_checkpointing:
         apply_activation_checkpointing(modules)
     if parallel.sharded:
-        mesh = init_device_mesh(parallel.device.type, (parallel.world,))
-        held = {p for p in modules.parameters() if not p.dim() or not (p.requires_grad or scale.shard_frozen)}
-        for block in repeated_blocks(modules):
-            if any(p not in held for p in block.parameters()):
-                fully_shard(block, mesh=mesh, ignored_params=held)
-        fully_shard(frame, mesh=mesh, ignored_params=held)
-        return frame
+        return sharded or shard_modules(modules, parallel)
+    frame = ForwardWrapper(modules)
     if parallel.world > 1:
         # Generation and editing reach different parts, and check_unused_parameters says what none reaches.
         return DistributedDataParallel(frame, find_unused_parameters=True, broadcast_buffers=False)
     return frame
+
+
+def shard_modules(
+    modules: nn.Module, parallel: DistributedContext, rows: dict[str, Tensor] | None = None
+) -> ForwardWrapper:
+    """The wrapper of modules whose weights FSDP2 shards by rows, block by block; call it after `freeze`.
+
+    Scalars stay whole on every process, and so does what is frozen where `shard_frozen` is off.
+
+    Args:
+        rows: where the modules' parameters are on the meta device, this process's rows of each by name
+            (`spar.training.sharded_build`); they are taken out of it.
+    """
+    frame = ForwardWrapper(modules)
+    mesh = init_device_mesh(parallel.device.type, (parallel.world,))
+    if rows is not None:
+        _hold_whole(modules, parallel, mesh, rows)
+    held = {p for p in modules.parameters() if _stays_whole(p, parallel)}
+    for block in repeated_blocks(modules):
+        if any(p not in held for p in block.parameters()):
+            fully_shard(block, mesh=mesh, ignored_params=held)
+    fully_shard(frame, mesh=mesh, ignored_params=held)
+    if rows is not None:
+        device = parallel.device
+        frame._apply(lambda one: torch.empty_like(one, device=device) if one.is_meta else one.to(device))
+        with torch.no_grad():
+            for name, parameter in modules.named_parameters():
+                if isinstance(parameter, DTensor):
+                    parameter.to_local().copy_(rows.pop(name))
+    return frame
+
+
+def _stays_whole(parameter: nn.Parameter, parallel: DistributedContext) -> bool:
+    return not parameter.dim() or not (parameter.requires_grad or parallel.config.shard_frozen)
+
+
+def _hold_whole(modules: nn.Module, parallel: DistributedContext, mesh: DeviceMesh, rows: dict[str, Tensor]) -> None:
+    """Give parameters that stay whole their values, from the rows of all processes."""
+    wholes: dict[nn.Parameter, nn.Parameter] = {}
+    for name, outline in modules.named_parameters():
+        if _stays_whole(outline, parallel):
+            own = rows.pop(name).to(parallel.device)
+            if outline.dim():
+                shape, stride = outline.shape, outline.stride()
+                own = DTensor.from_local(own, mesh, [Shard(0)], shape=shape, stride=stride).full_tensor()
+            wholes[outline] = nn.Parameter(own, outline.requires_grad)
+    for owner in modules.modules():
+        for key, parameter in owner._parameters.items():
+            if parameter is not None and parameter in wholes:
+                owner._parameters[key] = wholes[parameter]
+
+
+def own_rows(count: int, rank: int, world: int) -> slice:
+    """Which of `count` rows of a tensor FSDP gives a process: `count / world` of them, rounded up, while there are."""
+    each = -(-count // world)
+    return slice(min(count, rank * each), min(count, (rank + 1) * each))
+
+
+def whole_tensor(value: Tensor) -> Tensor:
+    """All of a tensor, where each process may have its rows alone; all processes call it together."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+@torch.no_grad()
+def copy_weights(module: nn.Module, source: nn.Module) -> None:
+    """Copy a module's weights and buffers from another that has the same, and maybe more; all processes together.
+
+    Either may be sharded and the other whole.
+    """
+    given = source.state_dict()
+    for name, own in module.state_dict().items():
+        value = given[name]
+        if own.shape != value.shape:
+            raise ValueError(f"expected {name} of {tuple(own.shape)}, got {tuple(value.shape)}")
+        if not isinstance(own, DTensor):
+            own.copy_(whole_tensor(value))
+        elif isinstance(value, DTensor):
+            own.to_local().copy_(value.to_local())
+        else:
+            mesh = own.device_mesh
+            own.to_local().copy_(value[own_rows(len(value), mesh.get_local_rank(), mesh.size())])
 
 
 def apply_activation_checkpointing(modules: nn.Module) -> None:

@@ -31,6 +31,7 @@ from spar.data.samples import BadSample, check_references
 from spar.data.sources import DataSource
 from spar.models.tokenizer import UnifiedTokenizer
 from spar.processing.images import open_training_image, to_size
+from spar.training.distributed import whole_tensor
 
 log = logging.getLogger("spar.training")
 
@@ -54,7 +55,7 @@ def cache_key(tokenizer: UnifiedTokenizer, side: int, sources: list[DataSource],
     for name, value in sorted(tokenizer.state_dict().items()):
         if not name.startswith("decoder."):
             digest.update(name.encode())
-            digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+            digest.update(whole_tensor(value.detach()).float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -77,14 +77,19 @@ class EMA:
             parameter.copy_(self.averages[name])
 
 
-def tune_allocator() -> None:
-    """glibc: keep freed memory instead of returning it to the kernel; steps on a CPU gain a fifth or more."""
+def tune_allocator(*, keep: bool = True) -> None:
+    """glibc: keep freed memory instead of returning it to the kernel; steps on a CPU gain a fifth or more.
+
+    Without `keep`, tensors of a MiB and more are returned at once: while weights come and go whose rows alone stay.
+    """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         log.debug("no glibc: allocator left as it is")
         return
-    if any(mallopt(M_MMAP_THRESHOLD, size) for size in MMAP_THRESHOLDS):
+    if not keep:
+        mallopt(M_MMAP_THRESHOLD, 2**20)
+    elif any(mallopt(M_MMAP_THRESHOLD, size) for size in MMAP_THRESHOLDS):
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # alone it would do harm: it fixes the other threshold where it is
 
 
@@ -154,7 +159,7 @@ def begin_stage(ctx: StepContext, run: Path, *, resume: bool) -> StageRun:
     """Freeze, wrap and give optimizers to a stage's modules; with `resume` load its saved state, where there is one."""
     stage, modules = ctx.stage, ctx.modules
     trainable = freeze(modules, stage)
-    wrapper = wrap_modules(modules, ctx.parallel)
+    wrapper = wrap_modules(modules, ctx.parallel, ctx.sharded)
     optimizers = build_optimizers(modules, stage)
     names = {id(parameter): name for name, parameter in modules.named_parameters()}
     average = EMA(modules, stage.ema) if stage.ema else None

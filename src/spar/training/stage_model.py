@@ -6,9 +6,8 @@ from typing import Any
 import torch
 
 from spar.checkpoints.lora import merge_lora
-from spar.checkpoints.safetensors_io import load_weights
 from spar.common.config import Registry
-from spar.training.checkpoint import load_group
+from spar.training.checkpoint import GroupReader, load_stored
 from spar.training.run_folder import find_text_tokenizer, read_recipe
 from spar.training.systems.lora import LoraRecipe
 
@@ -26,10 +25,10 @@ def load_stage_model(run: Path, registry: Registry, stage: str | None = None) ->
     last = stage or recipe.stages[-1].name
     folder = run / recipe.stage(last).name / "done"
     prompts = recipe.prompts(find_text_tokenizer(recipe, run, None))
-    saved = load_group(folder, "modules")
+    saved = GroupReader(folder, "modules")
     with torch.random.fork_rng(devices=[]):
-        modules = recipe.build(recipe.stand_ins(saved))
-    load_weights(modules, saved, str(folder))
+        modules = recipe.build(recipe.stand_ins(saved.shapes))
+    load_stored(modules, saved, folder)
     if isinstance(recipe, LoraRecipe) and recipe.lora.rank:
         merge_lora(modules.get_submodule("model"))
     return recipe.bundle(modules, run, prompts, last)

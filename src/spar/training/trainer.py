@@ -3,18 +3,25 @@
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spar.common.device import choose_device
 from spar.common.errors import InputError
 from spar.training.checkpoint import find_state, remove_states
 from spar.training.config import Recipe, StageConfig, freeze, freezing_table, matches
 from spar.training.data import TrainingData
-from spar.training.distributed import DistributedContext, ParallelismConfig
-from spar.training.initial_weights import load_initial_weights, load_previous_weights, random_modules
+from spar.training.distributed import DistributedContext, ParallelismConfig, shard_modules
+from spar.training.initial_weights import (
+    load_initial_weights,
+    load_previous_weights,
+    random_modules,
+    random_rows,
+    stored_modules,
+)
 from spar.training.interruption import Interruption, listening
 from spar.training.loop import Report, run_stage, tune_allocator
 from spar.training.objectives.base import StepContext
@@ -89,7 +96,8 @@ def execute(
 
     Returns:
         The trained model, or None when a signal stopped the run: what it has trained is saved, and a stage that has not
-        begun has removed nothing. After the recipe's last stage its system writes the model to `RUN/model`.
+        begun has removed nothing. After the recipe's last stage its system writes the model to `RUN/model`. Of a
+        sharded run each process gets its own rows.
 
     Raises:
         InputError: what the machine, the recipe or the run's folder does not allow, such as a folder that another
@@ -108,7 +116,7 @@ def _execute(
     check_parallelism(chosen, parallel)
     networks = FrozenNetworks(recipe, parallel.device)
     networks.load(chosen)
-    modules = random_modules(recipe, parallel.device, networks)
+    modules, rows = starting_modules(recipe, parallel, networks)
     check_patterns(modules, plan)
     with parallel.main_first():
         check_run(run, recipe, fresh=plan.fresh and parallel.main)
@@ -116,7 +124,6 @@ def _execute(
             held.enter_context(run_lock(run))
         check_current(plan)
         open_run(run, recipe, fresh=plan.fresh and parallel.main, main=parallel.main)
-    tune_allocator()
     prompts = recipe.prompts(find_text_tokenizer(recipe, run, plan.init_from, parallel))
     with parallel.main_first():
         data = recipe.data.open(recipe, prompts, run, parallel)
@@ -125,26 +132,17 @@ def _execute(
         if stopped_before(planned, interruption, parallel):  # in the set-up, or as the last stage's end was written
             return None
         if parallel.micro_batches > 1 and planned != plan.stages[0]:  # the stage before may have wrapped these
-            modules = random_modules(recipe, parallel.device, networks)
-        load_start(modules, recipe, planned, parallel)
-        if planned.skipped:
-            log.info("stage %s is done", planned.config.name)
-            continue
+            del modules, rows
+            modules, rows = starting_modules(recipe, parallel, networks)
         ctx = StepContext(modules, prompts, recipe, planned.config, parallel.device, networks, parallel=parallel)
-        planned.config.objective.prepare(ctx, data, planned)  # what it refuses leaves the run's folder as it was
-        if stopped_before(planned, interruption, parallel):
+        if not execute_stage(ctx, rows, data, plan, planned, interruption, report, announce):
             return None
-        if parallel.main:
-            note_origin(plan, planned)
-            invalidate_later_stages(run, recipe, planned)
-        parallel.barrier()
-        if not run_planned(ctx, data, planned, run, interruption, report, announce):
-            return None
-    if parallel.sharded:
-        modules = random_modules(recipe, "cpu", networks)
-        load_previous_weights(modules, run / chosen[-1].name / "done")
+        del ctx
     if chosen[-1] == recipe.stages[-1] and parallel.main:
-        recipe.save(modules, run, prompts)
+        if parallel.sharded:
+            recipe.save_stored(*stored_modules(recipe, run / chosen[-1].name / "done", networks), run, prompts)
+        else:
+            recipe.save(modules, run, prompts)
     parallel.barrier()
     return modules.get_submodule("model")
 
@@ -158,6 +156,29 @@ def stopped_before(planned: PlannedStage, interruption: Interruption, parallel: 
             "--resume", planned.config.name,
         )  # fmt: skip
     return stopped
+
+
+def execute_stage(
+    ctx: StepContext, rows: dict[str, Tensor] | None, data: TrainingData, plan: RunPlan, planned: PlannedStage,
+    interruption: Interruption, report: Report | None, announce: Announce | None,
+) -> bool:  # fmt: skip
+    """Put one stage's start in place, prepare and train it; False where a signal stopped it.
+
+    Of one that is done the end is put in place. `rows` are those of `random_rows`, where the run is sharded.
+    """
+    ctx, run = placed(ctx, planned, rows), plan.run
+    tune_allocator()
+    if planned.skipped:
+        log.info("stage %s is done", ctx.stage.name)
+        return True
+    ctx.stage.objective.prepare(ctx, data, planned)  # what it refuses leaves the run's folder as it was
+    if stopped_before(planned, interruption, ctx.parallel):
+        return False
+    if ctx.parallel.main:
+        note_origin(plan, planned)
+        invalidate_later_stages(run, plan.recipe, planned)
+    ctx.parallel.barrier()
+    return run_planned(ctx, data, planned, run, interruption, report, announce)
 
 
 def run_planned(
@@ -179,15 +200,36 @@ def run_planned(
     return True
 
 
+def starting_modules(
+    recipe: Recipe, parallel: DistributedContext, networks: FrozenNetworks
+) -> tuple[nn.Module, dict[str, Tensor] | None]:
+    """The modules of a recipe with random weights on the device; of a sharded run as `random_rows` gives them."""
+    if parallel.sharded:
+        tune_allocator(keep=False)
+        return random_rows(recipe, parallel, networks)
+    return random_modules(recipe, parallel.device, networks), None
+
+
+def placed(ctx: StepContext, planned: PlannedStage, rows: dict[str, Tensor] | None) -> StepContext:
+    """The context of a stage whose start is in place: frozen, sharded where there are `rows` to do it with, loaded."""
+    freeze(ctx.modules, ctx.stage)
+    if rows is not None:
+        ctx = replace(ctx, sharded=shard_modules(ctx.modules, ctx.parallel, rows))
+    load_start(ctx.modules, ctx.recipe, planned, ctx.parallel)
+    return ctx
+
+
 def load_start(modules: nn.Module, recipe: Recipe, planned: PlannedStage, parallel: DistributedContext) -> None:
     """Load the weights that a stage starts from; random ones are there already."""
     start = planned.start
-    if start.source == "folder":
-        load_initial_weights(modules, start.folder, planned.config, recipe, planned.reinitialize)
-    elif start.source == "state" and (found := parallel.main_only(lambda: find_state(start.folder))):
-        load_previous_weights(modules, found.path)
-    elif start.source != "random":
-        load_previous_weights(modules, start.folder)
+    folder = start.path
+    if start.source == "state" and (found := parallel.main_only(lambda: find_state(start.folder))):
+        folder = found.path
+    with parallel.fail_together():
+        if start.source == "folder":
+            load_initial_weights(modules, start.folder, planned.config, recipe, planned.reinitialize)
+        elif folder is not None:
+            load_previous_weights(modules, folder)
 
 
 def check_patterns(modules: nn.Module, plan: RunPlan) -> None:

@@ -23,7 +23,8 @@ from spar.inference.notes import knows_shapes, world_notes
 from spar.inference.outputs import GenerateOutput, ReconstructOutput
 from spar.processing.images import open_image, to_size, to_square
 from spar.reporting.routing import routing_view
-from spar.serving.worker import Call, Unavailable, forget_frames
+from spar.serving.jobs import forget_frames
+from spar.serving.worker import Call, Unavailable
 from spar.ui import components, examples
 from spar.ui.preview_stream import PreviewStep, PreviewStream, Task
 

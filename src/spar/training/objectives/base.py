@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from spar.common.errors import InputError
 from spar.data.batches import Images
 from spar.training.cost import Cost
 from spar.training.data import TrainingData, step_rng
-from spar.training.distributed import SINGLE_PROCESS, DistributedContext
+from spar.training.distributed import SINGLE_PROCESS, DistributedContext, ForwardWrapper
 from spar.training.feature_cache import InMemoryFeatureCache, kept_dtype
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 Terms = dict[str, Tensor]
 Rows = TypeVar("Rows", list, np.ndarray, Tensor)
+Result = TypeVar("Result")
 R = TypeVar("R", bound="Recipe")
 Networks = Mapping[str, Any]  # frozen networks from outside, by name
 SAMPLE = 512  # images on which a stage measures what later ones must know
@@ -43,6 +45,7 @@ class StepContext:
         networks: frozen networks from outside, by the names that the objectives gave them.
         features: frozen features of this stage by name, for as long as they stay frozen.
         step: of the stage, from 0; `micro_step` is the part of its batch that is computed.
+        sharded: the wrapper of sharded modules (`shard_modules`), through which all that computes must go.
     """
 
     modules: Any
@@ -55,6 +58,17 @@ class StepContext:
     parallel: DistributedContext = SINGLE_PROCESS
     step: int = 0
     micro_step: int = 0
+    sharded: ForwardWrapper | None = None
+
+    def compute(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """What a function of the modules gives outside a step, without gradients; it must not change their weights."""
+        with torch.no_grad():
+            if self.sharded is None:
+                return function(*arguments)
+            result: Result = self.sharded(function, *arguments)
+        if isinstance(self.sharded, FSDPModule):
+            self.sharded.reshard()
+        return result
 
     def own_rows(self, values: Rows) -> Rows:
         """This process's rows of what was drawn for a whole batch: a list, an array or a tensor."""

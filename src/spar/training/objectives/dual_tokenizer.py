@@ -21,6 +21,7 @@ from spar.models.dualtoken.tokenizer import DualTokenizerOutput
 from spar.training.config import StageConfig
 from spar.training.cost import Cost, meta_input, part_cost
 from spar.training.data import TrainingData
+from spar.training.distributed import copy_weights
 from spar.training.objectives.base import Networks, Objective, StepContext, Terms, check_at_least
 from spar.training.objectives.common import check_discriminator, sample_images
 from spar.training.plan import RANDOM
@@ -107,11 +108,11 @@ class DualTokenizerObjective(Objective["DualTokenRecipe"]):
                 "expected --parallelism.shard-frozen False, or --perceptual.teacher 0"
             )
         if TEACHER_FROM_ENCODER in planned.prepares:
-            ctx.modules.teacher.load_state_dict(tokenizer.encoder.state_dict())
+            copy_weights(ctx.modules.teacher, tokenizer.encoder)
         if CODEBOOKS_FROM_DATA in planned.prepares:
             chunks = sample_images(ctx, data)
-            with torch.no_grad(), ctx.autocast():
-                features = [tokenizer.features(chunk) for chunk in chunks]
+            with ctx.autocast():
+                features = ctx.compute(lambda: [tokenizer.features(chunk) for chunk in chunks])
             for name, quantizer in tokenizer.quantizers.items():
                 vectors = torch.cat([feature.inputs[name].float() for feature in features])
                 quantizer.init_from_data(vectors, ctx.generator())

@@ -28,6 +28,7 @@ from spar.flow.sampler import euler_times
 from spar.models.spar import Condition
 from spar.training.cost import Cost, part_cost
 from spar.training.data import TrainingData
+from spar.training.distributed import copy_weights
 from spar.training.objectives.base import Networks, Objective, StepContext, Terms, check_at_least
 from spar.training.objectives.flow import meta_velocity
 from spar.training.objectives.unified import (
@@ -95,7 +96,7 @@ class FewStepObjective(Objective["SparRecipe"]):
     def prepare(self, ctx: StepContext, data: TrainingData, planned: "PlannedStage") -> None:
         data.open_cache(ctx.modules.model.tokenizer)
         if TEACHER_FROM_DENOISER in planned.prepares:
-            ctx.modules.flow_teacher.load_state_dict(ctx.modules.model.denoiser.state_dict())
+            copy_weights(ctx.modules.flow_teacher, ctx.modules.model.denoiser)
 
     def _check_teacher(self, recipe: "SparRecipe", folder: Path) -> None:
         """Refuse to ask a model of few steps for what it was not distilled to."""

@@ -25,6 +25,7 @@ from spar.models.denoiser import Denoiser
 from spar.models.spar import Condition
 from spar.training.cost import Cost, meta_input, part_cost
 from spar.training.data import TrainingData
+from spar.training.distributed import copy_weights
 from spar.training.modules import AlignmentHead
 from spar.training.objectives.base import Networks, StepContext, Terms, check_at_least
 from spar.training.objectives.flow import PROMPT_TOKENS, Noised, draw_noise, meta_velocity
@@ -95,8 +96,7 @@ class SelfFlowObjective(UnifiedObjective):
     def prepare(self, ctx: StepContext, data: TrainingData, planned: "PlannedStage") -> None:
         super().prepare(ctx, data, planned)
         if AVERAGE_FROM_DENOISER in planned.prepares:
-            average, given = ctx.modules.denoiser_average, ctx.modules.model.denoiser.state_dict()
-            average.load_state_dict({name: given[name] for name in average.state_dict()})
+            copy_weights(ctx.modules.denoiser_average, ctx.modules.model.denoiser)
 
     def __call__(self, ctx: StepContext, batch: Captioned) -> Terms:
         """Terms as of `unified`; the flow's errors at mixed times have names of their own, for they do not compare with

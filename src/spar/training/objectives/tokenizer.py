@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from spar.checkpoints.safetensors_io import load_weights
-from spar.checkpoints.spar_format import load_teacher
+from spar.checkpoints.spar_format import open_teacher
 from spar.common.errors import InputError
 from spar.data.batches import Images
 from spar.losses.adversarial import LeCam, PatchDiscriminator, discriminator_hinge_loss, generator_hinge_loss
 from spar.losses.distillation import native_latent_loss, semantic_loss
 from spar.losses.perceptual import FeatureLoss
 from spar.losses.reconstruction import mse, psnr
+from spar.training.checkpoint import load_stored
 from spar.training.config import StageConfig
 from spar.training.cost import Cost, meta_input, part_cost
 from spar.training.data import TrainingData
+from spar.training.distributed import copy_weights
 from spar.training.objectives.base import Networks, Objective, StepContext, Terms, check_at_least
 from spar.training.objectives.common import (
     add_latent_noise,
@@ -127,10 +128,10 @@ class TokenizerObjective(Objective["SparRecipe"]):
     def prepare(self, ctx: StepContext, data: TrainingData, planned: "PlannedStage") -> None:
         modules = ctx.modules
         if TEACHER_FROM_ENCODER in planned.prepares:
-            modules.teacher.load_state_dict(modules.model.tokenizer.encoder.state_dict())
+            copy_weights(modules.teacher, modules.model.tokenizer.encoder)
         if TEACHER_FROM_FOLDER in planned.prepares:
             folder = planned.require_teacher()
-            load_weights(modules.teacher, load_teacher(folder).state_dict(), f"the teacher of {folder}")
+            load_stored(modules.teacher, open_teacher(folder), f"the teacher of {folder}")
 
     def __call__(self, ctx: StepContext, batch: Images) -> Terms:
         modules = ctx.modules

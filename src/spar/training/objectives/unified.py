@@ -13,6 +13,7 @@ from spar.data.batches import Captioned, Edits, Images, Layouts
 from spar.models.spar import Condition
 from spar.training.cost import Cost, meta_input, part_cost
 from spar.training.data import MixedData, TrainingData
+from spar.training.distributed import copy_weights
 from spar.training.feature_cache import encode
 from spar.training.modules import EXTERNAL_TEACHER, AlignmentHead
 from spar.training.objectives.base import SAMPLE, Networks, Objective, StepContext, Terms, check_at_least
@@ -112,7 +113,7 @@ class UnifiedObjective(Objective["SparRecipe"]):
             )
         data.open_cache(model.tokenizer)
         if CONNECTOR_FROM_LLM in planned.prepares:
-            model.connector.initialize_from(model.language)
+            model.connector.initialize_from(model.language, copy_weights)
         if TEACHER_MEAN in planned.prepares:
             ctx.modules.teacher_mean.copy_(ctx.compute(self._teacher_mean, ctx, data))
 

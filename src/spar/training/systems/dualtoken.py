@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from spar.checkpoints.dualtoken_format import DualTokenBundle, load_dualtoken, save_dualtoken
+from spar.checkpoints.dualtoken_format import DualTokenBundle, open_dualtoken, read_config, save_dualtoken
 from spar.checkpoints.lora import LoraConfig, add_lora
 from spar.checkpoints.model_header import load_text_tokenizer, read_manifest
+from spar.checkpoints.safetensors_io import JoinedTensors, TensorSource
 from spar.common.config import differences
 from spar.common.errors import InputError
 from spar.losses.adversarial import PatchDiscriminatorConfig
@@ -108,11 +109,10 @@ class DualTokenRecipe(LoraRecipe):
         parts = {str(part): str(origin) for part, origin in parts.items()} if isinstance(parts, dict) else {}
         return InitFolder(folder, True, parts=parts)
 
-    def load_model(self, folder: Path) -> dict[str, Tensor]:
-        model = load_dualtoken(folder).model
-        for name, given, own in differences(model.config, self.model, "model"):
+    def open_model(self, folder: Path) -> JoinedTensors:
+        for name, given, own in differences(read_config(folder), self.model, "model"):
             log.warning("%s was made with %s %r; this recipe has %r", folder, name, given, own)
-        return {f"model.{name}": value for name, value in model.state_dict().items()}
+        return JoinedTensors({f"model.{part}.": one for part, one in open_dualtoken(folder).items()}, {})
 
     def build(self, networks: Networks) -> "DualTrainingModules":
         modules = DualTrainingModules(self, networks)
@@ -132,6 +132,12 @@ class DualTokenRecipe(LoraRecipe):
         bundle = self.bundle(modules, run, prompts, self.stages[-1].name)
         self.merge(bundle.model, run, bundle.manifest)
         save_dualtoken(bundle, run / "model")
+
+    def save_stored(self, modules: Any, weights: TensorSource, run: Path, prompts: PromptEncoder) -> None:
+        if self.lora.rank:  # which is merged in memory
+            super().save_stored(modules, weights, run, prompts)
+        else:
+            save_dualtoken(self.bundle(modules, run, prompts, self.stages[-1].name), run / "model", weights=weights)
 
     def try_sizes(self, modules: Any, stages: tuple[StageConfig, ...]) -> None:
         tokenizer = modules.model.tokenizer

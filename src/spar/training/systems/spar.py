@@ -8,23 +8,24 @@ from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spar.checkpoints.model_header import load_text_tokenizer
+from spar.checkpoints.safetensors_io import JoinedTensors, TensorSource
 from spar.checkpoints.spar_format import (
     TRAINING_PARTS,
     ModelBundle,
     has_part,
-    load_model,
-    load_training_part,
+    open_model,
+    open_training_part,
     read_config,
+    read_latent_scale,
     save_model,
 )
 from spar.common.config import differences, read_json
 from spar.common.errors import InputError
 from spar.losses.adversarial import PatchDiscriminatorConfig
 from spar.models.config import SparConfig
-from spar.models.language import LanguageModel
 from spar.processing.prompts import PromptEncoder, check_rows
 from spar.training.bundle import build_bundle
 from spar.training.config import StageConfig
@@ -161,6 +162,12 @@ class SparRecipe(LoraRecipe):
         self.merge(bundle.model, run, bundle.manifest)
         save_model(bundle, run / "model")
 
+    def save_stored(self, modules: Any, weights: TensorSource, run: Path, prompts: PromptEncoder) -> None:
+        if self.lora.rank:  # which is merged in memory
+            super().save_stored(modules, weights, run, prompts)
+        else:
+            save_model(self.bundle(modules, run, prompts, self.stages[-1].name), run / "model", weights=weights)
+
     def try_sizes(self, modules: Any, stages: tuple[StageConfig, ...]) -> None:
         tokenizer = modules.model.tokenizer
         for side in {self.model.image_size, *(image_side(self, stage) for stage in stages)}:
@@ -173,22 +180,44 @@ class SparRecipe(LoraRecipe):
         holds = frozenset(name for name in TRAINING_PARTS if has_part(folder, name))
         return InitFolder(folder, True, parts=parts, holds=holds)
 
-    def load_model(self, folder: Path) -> dict[str, Tensor]:
+    def open_model(self, folder: Path) -> JoinedTensors:
         for name, given, own in differences(read_config(folder), self.model, "model"):
             log.warning("%s was made with %s %r; this recipe has %r", folder, name, given, own)
-        model = load_model(folder).model
-        grow_vocabulary(model.language, self.model.text.vocab_size)
-        parts: dict[str, nn.Module] = {"model": model}
-        parts |= {name: load_training_part(folder, name) for name in TRAINING_PARTS if has_part(folder, name)}
-        return {f"{part}.{name}": value for part in parts for name, value in parts[part].state_dict().items()}
+        sources: dict[str, TensorSource] = {}
+        for part, files in open_model(folder).items():
+            sources[f"model.{part}."] = files
+        for name in (name for name in TRAINING_PARTS if has_part(folder, name)):
+            sources[f"{name}."] = open_training_part(folder, name)
+        sources["model.language."] = GrownVocabulary(sources["model.language."], self.model.text.vocab_size)
+        scale = torch.tensor(read_latent_scale(folder))
+        return JoinedTensors(sources, {"model.tokenizer.latent_scale": scale})
 
 
-@torch.no_grad()
-def grow_vocabulary(language: LanguageModel, size: int) -> None:
-    """Give the LLM's word matrices more rows, if `size` is larger: new words begin at the mean of those there are."""
-    for name in ("network.embed_tokens", *([] if language.head is None else ["head"])):
-        rows = language.get_parameter(f"{name}.weight")
-        if len(rows) < size:
-            mean = rows.float().mean(0, keepdim=True).to(rows.dtype)
-            grown = nn.Parameter(torch.cat([rows, mean.expand(size - len(rows), -1)]))
-            setattr(language.get_submodule(name), "weight", grown)  # noqa: B010  # a module's attributes are untyped
+class GrownVocabulary:
+    """An LLM's stored weights whose word matrices get more rows, if `size` is larger, in float32; new words begin at
+    the mean of those there are.
+    """
+
+    def __init__(self, stored: TensorSource, size: int) -> None:
+        self._stored, self._means = stored, dict[str, Tensor]()
+        self.shapes = dict(stored.shapes)
+        for name in ("network.embed_tokens.weight", "head.weight"):
+            table = stored.shapes.get(name)
+            if table is not None and len(table) < size:
+                self.shapes[name] = torch.empty(size, table.shape[1], device="meta")
+
+    def read(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Read one tensor, a floating one in `dtype` if given."""
+        if self.shapes[key] is self._stored.shapes[key]:
+            return self._stored.read(key, dtype)
+        return self.read_rows(key, slice(0, len(self.shapes[key]))).to(dtype)
+
+    def read_rows(self, key: str, rows: slice) -> Tensor:
+        """Read some rows of a tensor, new ones too."""
+        there = len(self._stored.shapes[key])
+        if rows.stop <= there:
+            return self._stored.read_rows(key, rows)
+        if key not in self._means:
+            self._means[key] = self._stored.read(key, torch.float32).mean(0, keepdim=True)
+        old = self._stored.read_rows(key, slice(rows.start, there)).float()
+        return torch.cat([old, self._means[key].expand(rows.stop - max(rows.start, there), -1)])
