@@ -142,6 +142,20 @@ def test_the_callback_gets_the_clean_estimate_not_the_noisy_state(method):
         torch.testing.assert_close(estimate, torch.full_like(estimate, 0.3), rtol=0, atol=2e-3)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_callback_may_change_the_estimate_in_place(method):
+    def spoil(done, steps, estimate):
+        estimate.fill_(7)
+
+    own = sample(gaussian_velocity, noise(), num_inference_steps=5, method=method)
+    assert torch.equal(sample(gaussian_velocity, noise(), num_inference_steps=5, method=method, callback=spoil), own)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_samples_are_none_afterwards(method):
+    assert sample(gaussian_velocity, noise()[:0], num_inference_steps=3, method=method).shape == (0, 2, 4, 4)
+
+
 def test_only_false_itself_cancels():
     asked = []
 

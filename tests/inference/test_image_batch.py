@@ -112,6 +112,14 @@ def test_an_interval_of_guidance_is_that_of_each_images_own_time(pipe):
     assert [gap(a, b) <= 1 for a, b in zip(made, own.images, strict=True)] == [True, True]
 
 
+def test_who_measures_joining_and_a_step_measures_all_of_the_devices_work(pipe, monkeypatch):
+    batch, waited = pipe.open_batch(SIDE, pipe.default_guidance), list[tuple[int, list[int]]]()
+    monkeypatch.setattr(type(pipe), "_wait", lambda _: waited.append((len(batch), [*batch.sampler.done])))
+    join(pipe, batch, CIRCLE, layout=False)
+    pipe.step(batch)
+    assert waited == [(1, [0]), (1, [1])]
+
+
 def test_what_fails_leaves_the_batch_as_it_was(pipe, monkeypatch):
     batch, picture = pipe.open_batch(SIDE, pipe.default_guidance), Image.new("RGB", (128, 64))
     join(pipe, batch, CIRCLE, steps=1)

@@ -59,5 +59,6 @@ def test_costs_lie_on_a_line_through_what_was_measured_lately():
     assert cost.line() == pytest.approx((0, 2))
     cost.observe(1, 100.0)                                                # another process had the core
     assert cost.measured[1] == pytest.approx(2 + 0.1 * 98)
-    assert LinearCost({1: 5.0, 2: 4.0}).line() == pytest.approx((4.5, 0))       # more rows are never cheaper,
+    assert LinearCost({1: 5.0, 2: 4.0}).line() == pytest.approx((4, 0))         # more rows are never cheaper,
+    assert LinearCost({1: 20.0, 4: 0.2, 8: 0.2}).line() == pytest.approx((0.2, 0))  # so that a cold start is none,
     assert LinearCost({1: 1.0, 2: 4.0}).line() == pytest.approx((0, 2.5 / 1.5))  # nor is no row

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from spar.common.errors import InputError
+from spar.common.errors import Cancelled, InputError
 from spar.serving.batching import RunningRows, sampling_jobs
 from spar.serving.jobs import ChatJob, ImageJob, JoiningJob
 from spar.serving.schema import GenerationRequest
@@ -64,6 +64,8 @@ class Rows:
         self.walk.joined.append(names)
         if "J" in names:
             raise InputError("cannot join")
+        if "M" in names:
+            raise torch.cuda.OutOfMemoryError("too much")
         self.names += names
         self.rest += [steps for _, steps in inputs]
 
@@ -299,6 +301,62 @@ def test_after_a_step_that_fails_each_job_runs_alone(begun):
     assert results(again) == ["c!"] and worker.alive
 
 
+def test_who_finds_no_memory_beside_others_is_run_alone_and_who_finds_none_at_all_fails(begun):
+    walk = Walk(1)
+    worker, first = begun(walk), job("a", 3)
+    worker.submit(first)
+    walk.at(1)
+    later = [job("b", 2), job("M", 2), job("c", 2)]
+    worker.submit(*later)
+    walk.go(1)
+    assert results(first, *later) == ["a!", "b!", "M alone!", "c!"]
+    assert walk.joined == ["a", "bMc", "b", "M", "c"] and walk.steps == ["a", "abc", "abc"]
+    alone = job("M", 2)
+    worker.submit(alone)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        alone.future.result(SOON)
+
+
+def test_jobs_of_a_step_that_fails_take_turns_with_chats(begun):
+    walk = Walk(1)
+    worker, jobs = begun(walk), [job(name, 3) for name in "aSb"]
+    chat = ChatJob(lambda _: iter("w" * 3 * 8), walk.tried.append)
+    worker.submit(jobs[0])
+    walk.at(1)
+    worker.submit(*jobs[1:], chat)
+    walk.go(1)
+    results(jobs[0], jobs[2], chat)
+    turn = ["w"] * 8
+    assert walk.tried == [*turn, "aSb", "a", *turn, "S", *turn, "b"]
+
+
+def test_a_job_that_is_to_run_alone_may_be_cancelled_and_stopped(begun, monkeypatch):
+    monkeypatch.setattr(Rows, "step", lambda _: (_ for _ in ()).throw(RuntimeError("lost")))
+    entered, gone = threading.Event(), threading.Event()
+
+    def waits(walk: Walk, inputs: list[Any], step: Any) -> list[str]:
+        walk.tried += [name for name, _ in inputs]
+        entered.set()
+        while step(1, 2, None):
+            gone.wait(0.01)
+        raise Cancelled
+
+    walk = Walk()
+    worker, jobs = begun(walk), [job(name, 3) for name in "abcd"]
+    for one in jobs:
+        one.work = waits
+    worker.submit(*jobs)
+    assert entered.wait(SOON) and worker.waiting == 3
+    jobs[1].future.cancel()
+    assert worker.waiting == 2
+    jobs[0].future.cancel()
+    worker.stop()
+    for one in jobs:
+        with pytest.raises(CancelledError):
+            one.future.result(0)
+    assert "b" not in walk.tried and "d" not in walk.tried
+
+
 def test_stopping_gives_up_what_runs_and_what_waits(begun):
     walk = Walk(1)
     worker, running, waiting = begun(walk, max_batch=1), job("a", 9), job("b", 1)
@@ -431,6 +489,29 @@ def test_previews_come_at_an_images_own_steps_and_are_its_own(pipe, counted):
     pipe.generate(PROMPT, seed=2, num_inference_steps=4, callback=lambda done, _, state: states.append(state))
     (preview,) = shown
     assert levels(preview, pipe.preview(states[1])[0]).mean() <= 1 < levels(preview, pipe.preview(states[0])[0]).mean()
+
+
+def test_no_preview_comes_twice_where_a_step_after_it_fails(pipe, counted):
+    _, acts = counted
+    worker, shown = Worker(pipe), list[Image.Image]()
+    body = GenerationRequest(prompt=PROMPT, seed=2, num_inference_steps=6, stream=True, partial_images=2)
+    (first,), (second,) = jobs_of(pipe, 1, steps=6), sampling_jobs(pipe, body, (64, 64), show=shown.append)
+
+    def fail() -> None:
+        raise RuntimeError("too much at once")
+
+    acts[3] = fail
+    worker.start()
+    try:
+        worker.submit(first, second)
+        results(first, second)
+    finally:
+        worker.stop()
+    states = []
+    pipe.generate(PROMPT, seed=2, num_inference_steps=6, callback=lambda done, _, state: states.append(state))
+    assert len(shown) == 2
+    for preview, done in zip(shown, (2, 4), strict=True):
+        assert levels(preview, pipe.preview(states[done - 1])[0]).mean() <= 1
 
 
 def test_an_offloaded_pipeline_gathers_its_images(pipe, monkeypatch):

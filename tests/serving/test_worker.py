@@ -217,6 +217,25 @@ def test_stopping_gives_up_what_waits_and_what_runs(scribe):
         worker.submit(ImageJob(scribe, "k", 1))
 
 
+def test_who_waits_for_a_worker_that_has_failed_itself_is_given_up(scribe, caplog):
+    def lost(seconds: float, rows: int) -> None:
+        raise RuntimeError("lost")
+
+    worker = Worker(object(), max_batch=4, max_queue=8, observe=lost)
+    worker.start()
+    running, waiting, chat = hold(worker, scribe), ImageJob(scribe, "k", 1), ChatJob(lambda _: iter("a"), print)
+    worker.submit(waiting, chat)
+    scribe.open.set()
+    assert running.future.result(SOON) == "held!"
+    for job in (waiting, chat):
+        with pytest.raises(CancelledError):
+            job.future.result(SOON)
+    assert not worker.alive and "the worker has failed" in caplog.text
+    with pytest.raises(Stopped):
+        worker.submit(ImageJob(scribe, "k", 2))
+    worker.stop()
+
+
 def test_after_a_batch_of_several_the_worker_waits_a_moment_for_as_many(worker, scribe, monkeypatch):
     monkeypatch.setattr("spar.serving.worker.GATHER_SECONDS", 60)
     for numbers in ((0, 1), (10, 11)):

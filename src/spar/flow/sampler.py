@@ -107,11 +107,9 @@ class FlowSampler:
             x = _euler(x, v, *factors) if self._method == "euler" else _solve(x, clean, before, *factors)
         self._state = x, clean
         self.done = [done + 1 for done in self.done]
-        last = self.finished
-        if not last:
-            return clean
-        estimate = clean.clone()
-        estimate[last] = x[last]
+        estimate, last = clean.clone(), self.finished  # the caller's own: the next step reads `clean`
+        if last:
+            estimate[last] = x[last]
         return estimate
 
     def latents(self, rows: Sequence[int]) -> Tensor:
@@ -132,7 +130,7 @@ class FlowSampler:
 
         `velocity`, `callback` and errors as in `sample`.
         """
-        while not self.finished:
+        while len(self.finished) < len(self):
             estimate = self.step(velocity)
             done, steps = self.done[0], self.steps[0]
             if callback is not None and callback(done, steps, estimate) is False:

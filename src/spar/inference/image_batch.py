@@ -225,8 +225,8 @@ class StepwisePipeline(Pipeline):
     ) -> None:  # fmt: skip
         """Append an image of each prompt to a batch, as `generate` or, with images, `edit` begins it.
 
-        After an error the batch is as it was. Arguments and errors as there; `num_inference_steps` and `seed` have a
-        number for each.
+        Returns when that is done. After an error the batch is as it was. Arguments and errors as there;
+        `num_inference_steps` and `seed` have a number for each.
         """
 
     @abstractmethod

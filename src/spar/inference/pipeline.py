@@ -338,6 +338,7 @@ class SparPipeline(StepwisePipeline, LayoutPipeline):
         seeds = list_seeds(seed, len(inputs.texts))
         with self._compute(len(seeds)):
             self._join(batch, inputs, negatives, seeds, list(num_inference_steps))
+        self._wait()
 
     def _join(
         self, batch: ImageBatch, inputs: SamplingInputs, negatives: Sequence[str | None], seeds: list[int],
@@ -372,9 +373,13 @@ class SparPipeline(StepwisePipeline, LayoutPipeline):
         with self._compute(len(batch)):
             self._load_to_device("denoiser")
             state = batch.step(self.model)
+        self._wait()
+        return state
+
+    def _wait(self) -> None:
+        """Wait until the device has done its work, so that who measures the time of a piece of it has all of that."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
-        return state
 
     @torch.inference_mode()
     def finish(self, batch: ImageBatch, rows: Sequence[int]) -> GenerateOutput:

@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
@@ -19,7 +19,7 @@ class ImageRow:
     """One image to generate, or to edit if there is an `image`. Rows of one call share size, steps and guidance, and
     the `layout` but for its words; rows of a running batch share size and guidance.
 
-    `show` gets `partial` previews on the way.
+    `show` gets `partial` previews on the way; `shown` has the steps of those that it got.
     """
 
     prompt: str
@@ -32,6 +32,7 @@ class ImageRow:
     partial: int = 0
     show: Callable[[Image.Image], None] | None = None
     layout: str | bool | None = None
+    shown: set[int] = field(default_factory=set, compare=False)
 
     def shown_steps(self) -> set[int]:
         """The steps after which a preview is shown: `partial` of them, evenly spread before the last."""
@@ -39,6 +40,12 @@ class ImageRow:
             return set()
         count = min(self.partial, self.steps - 1)
         return {round(self.steps * number / (count + 1)) for number in range(1, count + 1)}
+
+    def show_once(self, done: int, preview: Image.Image) -> None:
+        """Show the preview of a step, unless an earlier run of the row, which failed later, has shown it."""
+        if self.show is not None and done not in self.shown:
+            self.shown.add(done)
+            self.show(preview)
 
 
 @dataclass(frozen=True)
@@ -82,8 +89,7 @@ def _with_previews(pipe: Pipeline, rows: list[ImageRow], callback: Step) -> Step
         wanted = [number for number, steps in enumerate(shown) if done in steps]
         if goes_on and wanted:
             for number, image in zip(wanted, pipe.preview(state[wanted]), strict=True):
-                if show := rows[number].show:
-                    show(image)
+                rows[number].show_once(done, image)
         return goes_on
 
     return step if any(shown) else callback
@@ -119,8 +125,7 @@ class RunningRows:
 
     def show(self, rows: list[int]) -> None:
         for number, image in zip(rows, self.pipe.preview(self._state[rows]), strict=True):
-            if show := self.rows[number].show:
-                show(image)
+            self.rows[number].show_once(self.batch.sampler.done[number], image)
 
     def finished(self) -> list[int]:
         return self.batch.finished

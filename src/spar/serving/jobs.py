@@ -21,7 +21,7 @@ class SteppedBatch(Protocol):
     """Rows in the order of joining, which advance together, each at its own step."""
 
     def join(self, inputs: list[Any]) -> None:
-        """Append a row of each input, all or, after an error, none."""
+        """Append a row of each input, all or, after an error, none, and return when that is done."""
 
     def step(self) -> None:
         """Advance every row, and return when that is done."""
@@ -70,7 +70,7 @@ class JoiningJob(ImageJob):
     """A row of so many `steps`, which shares a running batch with others of its `batch_key` and `model`, and joins it
     together with those of the same `key`.
 
-    `open(pipe)` returns an empty batch. `work` runs the row alone where a step of the batch has failed.
+    `open(pipe)` returns an empty batch. `work` runs the row alone where the batch has failed with it.
     """
 
     open: Callable[[Any], SteppedBatch]
@@ -80,6 +80,10 @@ class JoiningJob(ImageJob):
     @property
     def batch(self) -> Hashable:
         return self.model, self.batch_key
+
+    def alone(self) -> ImageJob:
+        """The row as a job of a call that no other shares."""
+        return ImageJob(self.work, object(), self.inputs, self.weight, self.model, self.future)
 
 
 @dataclass(eq=False)

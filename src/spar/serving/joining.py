@@ -31,10 +31,13 @@ class LinearCost:
         """
         if not self.measured:
             return 0.0, 0.0
-        count = len(self.measured)
-        rows, seconds = sum(self.measured) / count, sum(self.measured.values()) / count
-        spread = sum((one - rows) ** 2 for one in self.measured)
-        slope = sum((one - rows) * took for one, took in self.measured.items()) / spread if spread else 0.0
+        # Fewer rows never take longer: a number of rows that has not come again since the first, cold one, counts as
+        # more rows do.
+        least = {rows: min(took for more, took in self.measured.items() if more >= rows) for rows in self.measured}
+        count = len(least)
+        rows, seconds = sum(least) / count, sum(least.values()) / count
+        spread = sum((one - rows) ** 2 for one in least)
+        slope = sum((one - rows) * took for one, took in least.items()) / spread if spread else 0.0
         each = min(max(slope, 0.0), seconds / rows)
         return seconds - each * rows, each
 

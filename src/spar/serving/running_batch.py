@@ -3,28 +3,26 @@
 import logging
 import time
 from collections.abc import Callable, Hashable, Sequence
-from typing import TypeVar
 
-from spar.serving.jobs import ImageJob, JoiningJob, SteppedBatch, fail, finish, free
+from spar.serving.jobs import JoiningJob, SteppedBatch, fail, finish, free
 from spar.serving.joining import BatchCosts
 
 log = logging.getLogger(__name__)
 
-Jobs = Sequence[ImageJob]
-J = TypeVar("J", bound=ImageJob)
+Jobs = Sequence[JoiningJob]
 
 
 class RunningBatch:
     """A batch, its name, and the jobs of its rows."""
 
     def __init__(self, name: Hashable, batch: SteppedBatch, costs: BatchCosts) -> None:
-        self.name, self.batch, self.costs, self.jobs = name, batch, costs, list[ImageJob]()
+        self.name, self.batch, self.costs, self.jobs = name, batch, costs, list[JoiningJob]()
 
     @property
     def weight(self) -> float:
         return sum(job.weight for job in self.jobs)
 
-    def welcomes(self, jobs: Sequence[JoiningJob]) -> bool:
+    def welcomes(self, jobs: Jobs) -> bool:
         """Whether it is worth it that jobs join now rather than at the end."""
         return not self.jobs or self.costs.worth_joining(self.batch.left(), [job.steps for job in jobs])
 
@@ -66,12 +64,12 @@ class RunningBatch:
             self.batch.leave(self._rows(jobs))
             self.jobs = [job for job in self.jobs if job not in jobs]
 
-    def _drop(self, job: ImageJob, error: Exception) -> None:
+    def _drop(self, job: JoiningJob, error: Exception) -> None:
         fail(job.future, error)
         self._leave([job])
 
 
-def run_apart(jobs: Sequence[J], run: Callable[[Sequence[J]], None], fail: Callable[[J, Exception], None]) -> None:
+def run_apart(jobs: Jobs, run: Callable[[Jobs], None], fail: Callable[[JoiningJob, Exception], None]) -> None:
     """Run all jobs at once; if that fails, each alone, so that only the faulty ones fail."""
     if not jobs:
         return
@@ -88,7 +86,7 @@ def run_apart(jobs: Sequence[J], run: Callable[[Sequence[J]], None], fail: Calla
         run_apart([job], run, fail)
 
 
-def groups_of(jobs: Sequence[JoiningJob]) -> list[list[JoiningJob]]:
+def groups_of(jobs: Jobs) -> list[list[JoiningJob]]:
     """The jobs of a batch that can join it together, the oldest first."""
     groups: dict[Hashable, list[JoiningJob]] = {}
     for job in jobs:

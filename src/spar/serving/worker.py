@@ -2,8 +2,9 @@
 
 A job is one row of a batch. Where a sampler allows it, jobs join the running batch between two steps, oldest first as
 far as there is room and as soon as that is worth it (`joining`), and each leaves it when it is finished, cancelled or
-faulty. A call of another task and a chat have their turns between two steps too, after which the batch runs for as long
-as they took, so that none starves the others.
+faulty. One that finds no memory beside others, and those of a step that fails, have a call of their own each. A call
+of another task and a chat have their turns between two steps too, after which the batch runs for as long as they took,
+so that none starves the others.
 
 Jobs of other samplers and tasks share a call, which runs to its end: the worker takes the oldest one and all compatible
 ones. A call whose jobs are all cancelled stops at its next step.
@@ -12,7 +13,7 @@ ones. A call whose jobs are all cancelled stops at its next step.
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -137,10 +138,16 @@ class Worker:
         try:
             while self._run_once():  # a separate function, so that no result of the last turn is kept while idle
                 pass
+        except Exception:  # nobody reads the thread's own future
+            log.exception("the worker has failed and takes no more jobs")
         finally:
-            for job in self._batch.jobs if self._batch else []:
-                job.future.cancel()
+            with self._changed:
+                self._stopping = True
+                running: list[JoiningJob] = self._batch.jobs if self._batch else []
+                left: list[ImageJob | ChatJob] = [*running, *self._waiting, *self._chats]
             self._batch = None
+            for job in left:  # no effect on those that `stop` cancelled
+                job.future.cancel()
 
     def _run_once(self) -> bool:
         """Wait for jobs, then let some join the batch and run its step, and for half of the time a call and some tokens
@@ -154,10 +161,9 @@ class Worker:
             joining = self._take_joining()
         start = time.perf_counter()
         for group in groups_of(joining):
-            run_apart(group, self._join, lambda job, error: fail(job.future, error))
-        for job in self._step(self._batch) if self._batch else []:
-            if not job.future.done():
-                self._run_together([job])
+            run_apart(group, self._join, self._refuse)
+        if self._batch:
+            self._step(self._batch)
         end = time.perf_counter()
         self._owed -= end - start
         if not self._batch or self._owed <= 0:
@@ -220,7 +226,7 @@ class Worker:
         self._waiting = [job for job in self._waiting if job not in jobs]
         return jobs
 
-    def _join(self, jobs: Sequence[JoiningJob]) -> None:
+    def _join(self, jobs: Jobs) -> None:
         """Let jobs of one key join the batch, which begins with them where none runs."""
         first = jobs[0]
         running = self._batch
@@ -229,14 +235,28 @@ class Worker:
         running.join(jobs)
         self._batch = running
 
+    def _refuse(self, job: JoiningJob, error: Exception) -> None:
+        """Fail a job that could not join, unless that may be for want of memory beside those that run."""
+        if self._batch is None or isinstance(error, InputError):
+            fail(job.future, error)
+            return
+        log.warning("an image could not join and is run in a call of its own: %s", type(error).__name__)
+        free(error)
+        self._call_alone([job])
+
+    def _call_alone(self, jobs: Jobs) -> None:
+        """Let jobs that failed together wait again, before all others, each for a call of its own."""
+        with self._changed:
+            self._waiting = [*(job.alone() for job in jobs if not job.future.done()), *self._waiting]
+
     def _costs_of(self, name: Hashable) -> BatchCosts:
         """What is known of the costs of a kind of batch; of MAX_COSTS kinds, which requests may invent."""
         while len(self._costs) >= MAX_COSTS and name not in self._costs:
             del self._costs[next(iter(self._costs))]
         return self._costs.setdefault(name, BatchCosts())
 
-    def _step(self, running: RunningBatch) -> Jobs:
-        """Run a step of the batch; where it fails, the batch is over, and its jobs are returned."""
+    def _step(self, running: RunningBatch) -> None:
+        """Run a step of the batch; where it fails, the batch is over, and its jobs run one by one."""
         start = time.perf_counter()
         try:
             running.step()
@@ -249,15 +269,15 @@ class Worker:
             if len(running.jobs) > 1:
                 log.warning("a step of %d failed, run one by one: %s", len(running.jobs), type(error).__name__)
                 free(error)
-                return running.jobs
-            for job in running.jobs:
-                fail(job.future, error)
-            return []
+                self._call_alone(running.jobs)
+            else:
+                for job in running.jobs:
+                    fail(job.future, error)
+            return
         if not running.jobs:
             self._batch = None
         if rows:
             self.observe(time.perf_counter() - start, rows)
-        return []
 
     def _speak(self) -> None:
         """Generate a few tokens of each chat, or beside a batch of one, the next in turn."""
