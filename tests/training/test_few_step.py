@@ -19,7 +19,7 @@ from spar.training.initial_weights import random_modules
 from spar.training.objectives.base import StepContext
 from spar.training.objectives.few_step import TEACHER_FROM_DENOISER, FewStepObjective
 from spar.training.objectives.unified import CONNECTOR_FROM_LLM
-from spar.training.plan import PlannedStage, StageStart, read_run, resolve
+from spar.training.plan import InitFolder, PlannedStage, StageStart, read_run, resolve
 from spar.training.trainer import train
 from spar.worlds.shapes.tokenizer import build_tokenizer
 
@@ -153,6 +153,11 @@ def test_starts_that_do_not_draw_are_refused(tiny_run, tmp_path):
     with pytest.raises(InputError, match="expected a model that draws in .*got the end of a stage of kind tokenizer"):
         resolve(own, read_run(own, tmp_path, begun))
     assert resolve(own, read_run(own, tmp_path, tiny_run.path / "unified-3" / "done")).stages
+    stage = own.stages[0]
+    for kind in ("few_step", "self_flow"):  # the latter extends `unified`
+        stage.objective.check_folder(stage, InitFolder(tmp_path, False, kind))
+    with pytest.raises(InputError, match="end of a stage of kind dit"):
+        stage.objective.check_folder(stage, InitFolder(tmp_path, False, "dit"))
     deeper = replace(own, model=replace(own.model, denoiser=replace(own.model.denoiser, layers=3)))
     with pytest.raises(InputError, match="missing"):
         train(deeper, tmp_path / "deeper", init_from=tiny_run.path / "model", device="cpu")

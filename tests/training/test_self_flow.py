@@ -176,3 +176,13 @@ def test_a_run_that_is_stopped_goes_on_with_its_average(tiny_run, tmp_path):
 def test_settings_without_a_meaning_are_refused(bad, said):
     with pytest.raises(InputError, match=said):
         self_flow_recipe(**bad)
+
+
+def test_all_stages_have_one_average():
+    """The first stage's objective builds it: another depth in a later one would be that of the first, in silence."""
+    own = self_flow_recipe()
+    later = replace(own.stages[0], name="later")
+    assert replace(own, stages=(*own.stages, later)).stages[1] == later
+    deeper = replace(later, objective=replace(later.objective, teacher_depth=1))
+    with pytest.raises(InputError, match="teacher_depth: expected one of all self_flow stages, got 2, 1"):
+        replace(own, stages=(*own.stages, deeper))

@@ -73,7 +73,7 @@ def test_a_recipe_may_leave_out_no_field(tmp_path):
     assert read_recipe(tmp_path / "recipe.json", REGISTRY) == TINY
     del values["seed"]
     write_json(tmp_path / "recipe.json", values)
-    with pytest.raises(InputError, match="missing field seed"):
+    with pytest.raises(InputError, match=r"recipe\.json: missing field seed"):
         read_recipe(tmp_path / "recipe.json", REGISTRY)
 
 

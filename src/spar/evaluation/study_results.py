@@ -113,12 +113,12 @@ def results_file(found: StudyResult) -> dict[str, Any]:
     return {
         "study": to_dict(found.study), "seconds": found.seconds, "parameters": found.parameters,
         "memory": found.memory, "reached": found.reached, "taken": found.taken,
-        "differences": [_differenceresults_file(one) for one in found.differences], "scores": scores,
+        "differences": [_difference_values(one) for one in found.differences], "scores": scores,
         "machine": first.settings.get("machine"), "versions": first.settings.get("versions"),
     }  # fmt: skip
 
 
-def _differenceresults_file(one: StudyDifference) -> dict[str, Any]:
+def _difference_values(one: StudyDifference) -> dict[str, Any]:
     """JSON has no infinity: what one seed can detect is null."""
     detectable = one.detectable if np.isfinite(one.detectable) else None
     return {**to_dict(one), "detectable": detectable, "verdict": one.verdict}

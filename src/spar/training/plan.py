@@ -124,6 +124,10 @@ class InitFolder:
         decisive = ("tokenizer.semantic_stream", "tokenizer.fusion")
         return tuple(part for part in decisive if self.parts.get(part, "").startswith(RANDOM))
 
+    def made_by(self, *objectives: type[Objective]) -> bool:
+        """Whether it is the end of a stage with one of these objectives, or with one that extends it."""
+        return self.kind in {kind for one in objectives for kind in _kinds(one)}
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -157,7 +161,7 @@ class Origin:
     def made_by(self, *objectives: type[Objective]) -> bool:
         """Whether the weights were trained last with one of these objectives, or with one that extends it."""
         if self.init is not None:
-            return self.init.kind in {kind for one in objectives for kind in _kinds(one)}
+            return self.init.made_by(*objectives)
         return self.before is not None and isinstance(self.before.objective, objectives)
 
 

@@ -79,7 +79,7 @@ def _read(path: Path) -> dict[str, Any]:
 def read_recipe(path: Path, registry: Registry) -> Recipe:
     """The recipe of a run's `recipe.json`; `registry` has the kinds that it may name."""
     base: type[Any] = Recipe  # abstract: the registry has the class of its kind
-    return from_dict(base, _read(path), complete=True, registry=registry)
+    return from_dict(base, _read(path), str(path), complete=True, registry=registry)
 
 
 def note_origin(plan: RunPlan, planned: PlannedStage) -> None:

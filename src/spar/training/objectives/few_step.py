@@ -82,7 +82,7 @@ class FewStepObjective(Objective["SparRecipe"]):
     def check_folder(self, stage: "StageConfig", init: "InitFolder") -> None:
         drawing = ("tokenizer", "router", "connector", "denoiser")
         begun = [part for part, how in init.parts.items() if how.startswith(RANDOM) and part.startswith(drawing)]
-        if begun or not (init.is_model or init.kind in (UnifiedObjective.kind, self.kind)):
+        if begun or not (init.is_model or init.made_by(UnifiedObjective, FewStepObjective)):
             found = f"{', '.join(begun)} with random weights" if begun else f"the end of a stage of kind {init.kind}"
             raise InputError(f"stage {stage.name}: expected a model that draws in {init.path}, got {found}")
 

@@ -42,11 +42,13 @@ AVERAGE_FROM_DENOISER = "denoiser average from denoiser"
 
 @dataclass(frozen=True)
 class SelfFlowObjective(UnifiedObjective):
-    """`unified` with the denoiser's own average as the teacher of `align`; the recipe's `alignment` is not read.
+    """`unified` with the denoiser's own average as the teacher of `align`; of the recipe's `alignment` only `hidden` is
+    read, the width of the head.
 
     Attributes:
         mask_ratio: the expected part of an image's tokens that has the second time.
-        teacher_depth: the 1-based block whose features teach; those of `denoiser.align_depth` learn.
+        teacher_depth: the 1-based block whose features teach, the same in all of a recipe's stages; those of
+            `denoiser.align_depth` learn.
         decay: of the average, with a short memory at the start.
     """
 
@@ -72,6 +74,12 @@ class SelfFlowObjective(UnifiedObjective):
             raise InputError(
                 f"stage {stage.name}, teacher_depth: expected 1 to {recipe.model.denoiser.layers}, got "
                 f"{self.teacher_depth}"
+            )
+        others = [one.objective.teacher_depth for one in recipe.stages if isinstance(one.objective, SelfFlowObjective)]
+        if any(depth != self.teacher_depth for depth in others):  # they share one average
+            raise InputError(
+                f"stage {stage.name}, teacher_depth: expected one of all self_flow stages, got "
+                f"{', '.join(map(str, others))}"
             )
         if recipe.lora.rank:
             raise InputError(f"stage {stage.name}: self_flow averages whole weights; expected no lora beside it")
