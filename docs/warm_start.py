@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spar.checkpoints.spar_format import load_model
 from spar.common.config import to_dict
 from spar.recipes import recipe
 from spar.recipes.shapes.data import ShapesData, ShapesTrainingData
@@ -25,7 +24,7 @@ from spar.recipes.shapes.dense_tagging import TAGS, dense_head
 from spar.training.checkpoint import load_group, save_folder
 from spar.training.initial_weights import random_modules
 from spar.training.modules import TrainingModules
-from spar.training.systems.spar import SparRecipe, grow_vocabulary
+from spar.training.systems.spar import SparRecipe
 
 SCENES, BATCH, STEPS = 6144, 256, 1200
 
@@ -33,9 +32,8 @@ SCENES, BATCH, STEPS = 6144, 256, 1200
 def in_todays_form(made: SparRecipe, folder: Path) -> TrainingModules:
     """The modules of a recipe with a model's weights; what a convolution reads in addition starts at zero."""
     modules: TrainingModules = random_modules(made, "cpu", {})  # type: ignore[assignment]
-    model = load_model(folder).model
-    grow_vocabulary(model.language, made.model.text.vocab_size)
-    given = {f"model.{name}": value for name, value in model.state_dict().items()}
+    stored = made.open_model(folder)  # with rows for words that are new
+    given = {name: stored.read(name, torch.float32) for name in stored.shapes}
     own = modules.state_dict()
     for name, value in own.items():
         if name not in given:

@@ -148,7 +148,7 @@ def test_recomputation_keeps_less(start):
             module.apply_activation_checkpointing(nn.ModuleList([block]))
         width = block.norm1.normalized_shape[0]
         x = torch.randn(1, 64, width, requires_grad=True)
-        arguments = (torch.zeros(1, 6, width), torch.randn(1, 3, width), torch.zeros(1, 1, 1, 3), (1, 1, 8, 8))
+        arguments = (torch.zeros(1, 1, 6, width), torch.randn(1, 3, width), torch.zeros(1, 1, 1, 3), (1, 1, 8, 8))
 
         def keep(tensor: torch.Tensor, recompute: bool = recompute) -> torch.Tensor:
             kept[recompute] += tensor.numel()
