@@ -199,6 +199,53 @@ def test_no_module_imports_itself_in_a_circle(trees):
     assert set(find_circle(planted)) == {*planted}
 
 
+def bound_names(tree: ast.Module) -> set[str]:
+    """The names that a module has once it is imported."""
+    found: set[str] = set()
+    nodes: list[ast.AST] = [*tree.body]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+            found.add(node.name)
+            continue
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found.update((name.asname or name.name).partition(".")[0] for name in node.names)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        nodes.extend(ast.iter_child_nodes(node))
+    return found
+
+
+def missing_imports(tree: ast.Module, trees: dict[str, ast.Module]) -> list[str]:
+    """What a file imports out of the package's modules that they do not have, inside functions too."""
+    wanted = [
+        (node.module or "", name.name)
+        for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level
+        for name in node.names
+    ]  # fmt: skip
+    return [
+        f"{module}.{name}" for module, name in wanted
+        if module.partition(".")[0] == "spar" and module != "spar" and f"{module}.{name}" not in trees
+        and name not in (bound_names(trees[module]) if module in trees else ())
+    ]  # fmt: skip
+
+
+def test_scripts_and_tests_import_what_there_is(trees, files):
+    """Scripts of the documents and benchmarks too, which no type checker reads and few tests run."""
+    scripts = [path for path in files if path.suffix == ".py" and SOURCE not in path.parents]
+    assert len(scripts) > 100
+    found = {path.relative_to(ROOT).as_posix(): missing_imports(ast.parse(path.read_text()), trees) for path in scripts}
+    assert {path: missing for path, missing in found.items() if missing} == {}
+
+
+def test_an_import_of_what_there_is_not_would_be_found(trees):
+    line = "def late():\n    from spar.evaluation.study import read_study, run_study, gone\nfrom spar.nowhere import x"
+    assert missing_imports(ast.parse(line), trees) == [
+        "spar.nowhere.x", "spar.evaluation.study.run_study", "spar.evaluation.study.gone"
+    ]  # fmt: skip
+    assert missing_imports(ast.parse("from spar.evaluation import study\nfrom spar import nothing"), trees) == []
+
+
 def test_no_class_name_is_used_twice(trees):
     """One concept has one name, and one name is one concept: also where two modules would never meet."""
     classes = [node.name for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
