@@ -51,7 +51,7 @@ class Walk:
 
 
 class Rows:
-    """A batch of a walk: an input is (name, steps), and a name with a capital letter fails where that stands for."""
+    """A batch of a walk: an input is (name, steps); a name with a capital letter fails at the event of that letter."""
 
     def __init__(self, walk: Walk) -> None:
         self.walk, self.names, self.rest = walk, "", list[int]()

@@ -150,7 +150,7 @@ def test_clones_and_views_of_a_weight_see_what_is_done_to_it():
     ]  # fmt: skip
 
 
-def test_rows_of_a_group_are_read_whoever_wrote_them(tmp_path):
+def test_rows_of_a_group_are_read_from_all_processes_files(tmp_path):
     """One file of all, and a sharded group of three processes, one of them with none."""
     whole = {"a": torch.arange(8.0).view(4, 2), "b": torch.tensor(3.0), "c": torch.arange(5)}
     for rank in range(3):

@@ -277,7 +277,7 @@ class GroupReader:
         return whole.to(dtype) if dtype and whole.is_floating_point() else whole
 
     def read_rows(self, key: str, rows: slice) -> Tensor:
-        """Read some rows of a tensor, whoever wrote them."""
+        """Read some rows of a tensor, from the files of all processes that wrote it."""
         outline = self.shapes[key]
         found = torch.empty((rows.stop - rows.start, *outline.shape[1:]), dtype=outline.dtype)
         for start, reader in self._pieces[key]:

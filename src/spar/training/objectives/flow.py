@@ -36,13 +36,20 @@ class Noised:
 
 def draw_noise(ctx: StepContext, latent: Tensor, draws: int) -> Noised:
     """`draws` noises and times an image of a clean `latent` `[B, D_p, h, w]`."""
-    flow, generator = ctx.recipe.flow, ctx.generator()
+    generator = ctx.generator()
     clean, count = latent.repeat_interleave(draws, dim=0), (ctx.stage.batch, draws)
     noise = ctx.own_rows(torch.randn((*count, *clean.shape[1:]), generator=generator, device=ctx.device)).flatten(0, 1)
+    return Noised(clean, noise, draw_times(ctx, draws, generator))
+
+
+def draw_times(ctx: StepContext, draws: int, generator: torch.Generator) -> Tensor:
+    """`draws` training times an image, `[B R]`, by the recipe's flow settings."""
+    flow = ctx.recipe.flow
     time = sample_time(
-        count, mean=flow.time_mean, std=flow.time_std, shift=flow.training_shift, generator=generator, device=ctx.device
+        (ctx.stage.batch, draws), mean=flow.time_mean, std=flow.time_std, shift=flow.training_shift,
+        generator=generator, device=ctx.device,
     )
-    return Noised(clean, noise, ctx.own_rows(time).flatten())
+    return ctx.own_rows(time).flatten()
 
 
 def flow_matching(ctx: StepContext, noised: Noised, condition: Condition) -> tuple[Tensor, "DenoiserOutput"]:

@@ -19,16 +19,15 @@ from torch.distributed.tensor import DTensor
 
 from spar.common.errors import InputError
 from spar.data.batches import Captioned
-from spar.flow.path import sample_time
 from spar.losses.alignment import alignment_loss
 from spar.models.denoiser import Denoiser
 from spar.models.spar import Condition
 from spar.training.cost import Cost, meta_input, part_cost
 from spar.training.data import TrainingData
-from spar.training.distributed import copy_weights
+from spar.training.distributed import copy_weights, whole_tensor
 from spar.training.modules import AlignmentHead
 from spar.training.objectives.base import Networks, StepContext, Terms, check_at_least
-from spar.training.objectives.flow import PROMPT_TOKENS, Noised, draw_noise, meta_velocity
+from spar.training.objectives.flow import PROMPT_TOKENS, Noised, draw_noise, draw_times, meta_velocity
 from spar.training.objectives.unified import TEACHER_MEAN, UnifiedObjective
 
 if TYPE_CHECKING:
@@ -119,22 +118,16 @@ class SelfFlowObjective(UnifiedObjective):
         decay = min(self.decay, (1 + ctx.step) / (10 + ctx.step))
         given = dict(ctx.modules.model.denoiser.named_parameters())
         for name, average in ctx.modules.denoiser_average.named_parameters():
-            own = given[name]
-            if isinstance(own, DTensor) and not isinstance(average, DTensor):
-                own = own.full_tensor()  # frozen weights may be held whole beside sharded ones
-            average.lerp_(own, 1 - decay)
+            own = given[name]  # which may be sharded where the average, which is frozen, is held whole
+            average.lerp_(own if isinstance(average, DTensor) else whole_tensor(own), 1 - decay)
 
     def noised(self, ctx: StepContext, latent: Tensor) -> Noised:
         """Two times an image, of which each token has one: `time` `[B R, N]`."""
-        drawn, flow, generator = draw_noise(ctx, latent, self.noise_samples), ctx.recipe.flow, ctx.generator("tokens")
-        count = (ctx.stage.batch, self.noise_samples)
-        other = sample_time(
-            count, mean=flow.time_mean, std=flow.time_std, shift=flow.training_shift, generator=generator,
-            device=ctx.device,
-        )
-        cells = latent.shape[-2] * latent.shape[-1]
-        mask = torch.rand((*count, cells), generator=generator, device=ctx.device) < self.mask_ratio
-        other, mask = ctx.own_rows(other).flatten(), ctx.own_rows(mask).flatten(0, 1)
+        drawn, generator = draw_noise(ctx, latent, self.noise_samples), ctx.generator("tokens")
+        other = draw_times(ctx, self.noise_samples, generator)
+        shape = (ctx.stage.batch, self.noise_samples, latent.shape[-2] * latent.shape[-1])
+        mask = torch.rand(shape, generator=generator, device=ctx.device) < self.mask_ratio
+        mask = ctx.own_rows(mask).flatten(0, 1)                                               # [B R, N]
         return Noised(drawn.clean, drawn.noise, torch.where(mask, other[:, None], drawn.time[:, None]))
 
     def aligned(
