@@ -7,8 +7,9 @@
   with all hidden states; its denoiser computes its keys at every step.
 
 Random weights, bfloat16 where the CPU has it. Rounds in which both take turns; a ratio is the median of the rounds'
-own. The roofline share: the plain way's operations over the part's own seconds and the run's matmul peak. The last line
-is JSON.
+own. The roofline share: the plain way's operations over the part's own seconds and the run's matmul peak; beside it
+with the part's own operations (the plain encoder and condition have fewer parts, the plain decoder more products). The
+last line is JSON.
 
     python benchmarks/full_size_inference.py --recipe spar-1b --rounds 5
 """
@@ -125,7 +126,8 @@ def main() -> None:
     for name, (ours, plain) in pairs(pipe).items():
         with FlopCounterMode(display=False) as counted:
             plain()
-        ours()
+        with FlopCounterMode(display=False) as own_counted:
+            ours()
         taken: list[tuple[float, float]] = []
         for _ in range(args.rounds):
             begun = time.perf_counter()
@@ -134,10 +136,11 @@ def main() -> None:
             plain()
             taken.append((middle - begun, time.perf_counter() - middle))
         own, other = (statistics.median(one) for one in zip(*taken, strict=True))
-        flops = counted.get_total_flops()
+        flops, own_flops = counted.get_total_flops(), own_counted.get_total_flops()
         rows[name] = {
             "seconds": own, "plain_seconds": other, "times_faster": statistics.median(b / a for a, b in taken),
             "tflop": flops / 1e12, "roofline_share": flops / own / peak,
+            "own_tflop": own_flops / 1e12, "own_roofline_share": own_flops / own / peak,
         }  # fmt: skip
         print(f"{name}: {rows[name]}", flush=True)
     steps = 20

@@ -1,6 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
+from diffusers.models.normalization import RMSNorm
 
+from spar.models import dcae_blocks
 from spar.models.autoencoder import PixelDecoder, PixelEncoder, build_autoencoder
 from spar.models.config import AutoencoderConfig
 
@@ -53,3 +58,61 @@ def test_features_are_the_encoders_own_maps(config, randomize):
     for own, other in zip(features, seen, strict=True):
         torch.testing.assert_close(own, other)
     assert [map_.shape[-1] for map_ in features] == sorted((map_.shape[-1] for map_ in features), reverse=True)
+
+
+def library_of(config: AutoencoderConfig, own: AutoencoderDC) -> AutoencoderDC:
+    """diffusers' own class as it is, with the weights of ours."""
+    given = own.config
+    library = AutoencoderDC(**{name: value for name, value in given.items() if not name.startswith("_")})
+    library.load_state_dict(own.state_dict())
+    return library
+
+
+# A channel of the shortcut above repeats four times at 8 to 8 channels, twice at 16 to 8; UNEVEN's three times.
+ONCE = replace(SMALL, channels=(16, 4, 16), decoder_blocks=("ResBlock",) * 3, decoder_multiscales=((),) * 3)
+UNEVEN = replace(SMALL, channels=(12, 12, 16), decoder_blocks=("ResBlock",) * 3, decoder_multiscales=((),) * 3)
+
+
+@pytest.mark.parametrize("config", [SMALL, WHOLE, ONCE, UNEVEN])
+@pytest.mark.parametrize("side", [8, 32])  # attention: quadratic where tokens are few, else linear
+def test_channels_last_compute_the_library_s_function_and_gradients(config, side, randomize):
+    own = randomize(build_autoencoder(config)).requires_grad_(True)
+    library = library_of(config, own)
+    assert type(library.decoder) is not type(own.decoder) and list(library.state_dict()) == list(own.state_dict())
+    image = torch.randn(2, 3, side, 2 * side, generator=torch.Generator().manual_seed(1))
+    grads = []
+    for model in (own, library):
+        latent = model.encoder(image)
+        decoded = model.decoder(latent)
+        decoded.square().sum().backward()
+        grads.append({name: weight.grad for name, weight in model.named_parameters()})
+    for name, grad in grads[1].items():
+        torch.testing.assert_close(grads[0][name], grad, rtol=1e-3, atol=1e-3 * grad.abs().max().item(), msg=name)
+    with torch.no_grad():
+        torch.testing.assert_close(own.encoder(image), library.encoder(image), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(own.decoder(latent), library.decoder(latent), rtol=1e-4, atol=1e-4)
+
+
+def test_a_norm_in_chunks_is_the_norm_and_leaves_its_residual_alone(monkeypatch):
+    monkeypatch.setattr(dcae_blocks, "NORM_CHUNK", 40)  # 5 rows of 8: the last chunk is shorter
+    norm = RMSNorm(8, 1e-5, elementwise_affine=True, bias=True)
+    with torch.no_grad():
+        norm.weight.normal_()
+        norm.bias.normal_()
+        image, residual = dcae_blocks.channels_last(torch.randn(2, 8, 3, 7)), torch.randn(2, 8, 3, 7)
+        before = residual.clone()
+        expected = norm(image.movedim(1, -1)).movedim(-1, 1) + residual
+        torch.testing.assert_close(dcae_blocks.normalize(norm, image, residual), expected)
+        assert torch.equal(residual, before)
+
+
+def test_without_gradients_autocast_keeps_images_in_its_type(randomize):
+    own = randomize(build_autoencoder(SMALL))
+    library, latent = library_of(SMALL, own), torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        expected = library.decoder(latent)
+        with torch.autocast("cpu", torch.bfloat16):
+            inner = own.decoder.up_blocks[2](own.decoder.conv_in(latent))
+            decoded = own.decoder(latent)
+    assert inner.dtype == torch.bfloat16
+    assert ((decoded - expected).abs().mean() / expected.abs().mean()).item() < 0.03

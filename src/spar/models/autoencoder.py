@@ -7,11 +7,12 @@ from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC, Decoder,
 from torch import Tensor, nn
 
 from spar.models.config import AutoencoderConfig
+from spar.models.dcae_blocks import keep_channels_last
 
 
 def build_autoencoder(config: AutoencoderConfig) -> AutoencoderDC:
-    """Build the library's class, encoder and decoder, with random weights."""
-    return AutoencoderDC(
+    """Build the library's class, encoder and decoder, with random weights; its blocks keep channels last in memory."""
+    built = AutoencoderDC(
         latent_channels=config.latent_channels,
         attention_head_dim=config.head_dim,
         encoder_block_types=config.encoder_blocks,
@@ -25,6 +26,8 @@ def build_autoencoder(config: AutoencoderConfig) -> AutoencoderDC:
         downsample_block_type=config.downsample,
         upsample_block_type=config.upsample,
     )
+    keep_channels_last(built)
+    return built
 
 
 class PixelEncoder(nn.Module):

@@ -40,10 +40,10 @@ FOUNDATIONS = (
         batch=32, lr=2.5e-3, lr_end=2e-5, warmup=50, optimizer="muon",
     ),
     StageConfig(
-        "mllm", TagWordsObjective(edit_tags=1.0), ("model.language.*",), steps=1500, batch=32, lr=2e-3, lr_end=3e-4,
+        "mllm", TagWordsObjective(edit_tags=1.0), ("model.language.*",), steps=3000, batch=32, lr=2e-3, lr_end=1e-3,
         warmup=60, optimizer="muon",
         data=QuestionData(
-            (*QUESTIONS, *3 * ("place",), *4 * ("relation",), *3 * ("position",)), per_image=8, prompt_share=0.45,
+            (*QUESTIONS, *3 * ("place",), *4 * ("relation",), *6 * ("position",)), per_image=8, prompt_share=0.4,
             edit_prompts=0.5, layouts=True,
         ),
     ),
@@ -98,7 +98,7 @@ _JOINT = replace(
 UNIFIED = (
     _UNIFIED_1,
     replace(
-        _JOINT, name="unified-2", steps=2000, lr=3e-3, lr_end=5e-5, warmup=50, ema=0.998,
+        _JOINT, name="unified-2", steps=3600, lr=3e-3, lr_end=5e-5, warmup=50, ema=0.998,
         data=MixedLessons(edit_share=0.35, position_captions=0.15, layouts=0.9, scene_kinds=MIXTURE),
     ),
     replace(
