@@ -969,8 +969,11 @@ def run_training(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_resume_is_never_auto_or_a_folder(run_training, capsys):
+    from spar.common.config import to_dict
+    from spar.recipes import recipe
+
     Path("old").mkdir()
-    Path("old/recipe.json").write_text("{}")
+    Path("old/recipe.json").write_text(json.dumps(to_dict(recipe("tiny"))))
     for line, run, fresh in (
         ("", "runs/tiny", True),
         ("--resume auto", "runs/tiny", False),
@@ -994,12 +997,10 @@ def test_training_says_where_it_computes(run_training, capsys, monkeypatch):
 @pytest.mark.parametrize("result", [None, KeyboardInterrupt])
 def test_a_stopped_training_says_how_to_go_on(run_training, capsys, result):
     run_training.result = result
-    for line, command in (
-        ("--run 'my run' --seed 3", "--run 'my run' --seed 3 --resume auto"),
-        ("--resume auto", "--resume auto"),
-    ):
+    for line in ("--run 'my run' --seed 3", "--resume auto"):
         assert main(["train", "tiny", *shlex.split(line)]) == 130
-        assert capsys.readouterr().err == f"spar: stopped; resume with: spar train tiny {command}\n"
+        said = f"spar: stopped; the run has not begun; begin again with: spar train tiny {line}\n"
+        assert capsys.readouterr().err == said
 
 
 def test_a_loss_that_is_not_finite_ends_in_one_line(run_training, capsys):
@@ -1022,7 +1023,7 @@ def test_a_training_without_memory_or_compiler_says_what_needs_less_and_how_to_g
     run_training.result = failure
     status, error = error_of(capsys, "train tiny --seed 3")
     assert status == 1 and words in error
-    assert error.endswith("; resume from the last saved state: spar train tiny --seed 3 --resume auto\n")
+    assert error.endswith("; the run has not begun; begin again with: spar train tiny --seed 3\n")
 
 
 # ---- scores, reports, demo, doctor ----------------------------------------------------------------------------------
@@ -1215,7 +1216,7 @@ def test_ctrl_c_saves_and_resume_goes_on_where_it_stood(capsys, monkeypatch, tmp
     argv = ["train", "tiny", "--run", "r", "--stages.encoder.steps", "8", "--stage", "encoder"]
     monkeypatch.setattr("spar.cli.training.training_display", interrupting)
     assert main(argv) == 130
-    command = capsys.readouterr().err.partition("resume with: spar ")[2]
+    command = capsys.readouterr().err.partition("go on with: spar ")[2]
     assert Path("r/encoder/state/meta.json").is_file() and not Path("r/encoder/done").exists()
     monkeypatch.setattr("spar.cli.training.training_display", display)
     assert main(shlex.split(command)) == 0

@@ -44,7 +44,7 @@ def test_a_signal_to_the_group_ends_saved_though_workers_get_it_too(tiny_run, tm
     os.killpg(process.pid, number)
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 130, said[-3000:]
-    assert "stopped; resume with" in said and "Traceback" not in said
+    assert "spar: stopped; stage tokenizer-3 is saved after " in said and "Traceback" not in said
     assert read_train_state(run / "tokenizer-3" / "state").step >= 3
 
 

@@ -305,8 +305,24 @@ def test_a_stage_that_reads_the_pixel_encoder_wants_a_folder_with_one(stage):
 
 
 def test_a_folder_that_is_neither_a_model_nor_a_stages_end_is_refused(tmp_path):
-    with pytest.raises(InputError, match="--init-from: expected a finished stage"):
-        read_run(TINY, tmp_path / "run", tmp_path)
+    status = read_run(TINY, tmp_path / "run", tmp_path)
+    with pytest.raises(InputError, match=f"^--init-from: expected a finished stage .*, got '{tmp_path}'$"):
+        resolve(TINY, status, stages=("unified-1",))
+    assert status.init is None and not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_has_gone_is_missed_where_a_stage_starts_from_it_alone():
+    fault = "--init-from: expected a finished stage, got 'gone'"
+    status = RunStatus(RUN, init_fault=fault)
+    chosen = {"stages": ("unified-1", "unified-2"), "reinitialize": ("model.router.*",)}
+    for resume, said in ((False, fault), (True, f"{fault}; {RUN} has no state of unified-1 yet, which still starts")):
+        with pytest.raises(InputError, match=f"^{said}"):
+            resolve(TINY, status, resume=resume, **chosen)
+    for begun, source in (({"states": {"unified-1": 2}}, "state"), ({"done": {"unified-1": 3}}, "done")):
+        found = resolve(TINY, replace(status, **begun), resume=True, **chosen)
+        assert [one.start.source for one in found.stages] == [source, "stage"] and found.init_from is None
+        with pytest.raises(InputError, match=f"^{fault}$"):  # trained anew, it starts from there
+            resolve(TINY, replace(status, **begun), **chosen)
 
 
 def test_looking_at_a_run_reads_it_and_writes_nothing(tiny_run):

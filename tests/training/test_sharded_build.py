@@ -39,6 +39,7 @@ from spar.training.initial_weights import (
 )
 from spar.training.objectives.base import StepContext
 from spar.training.objectives.few_step import FewStepObjective
+from spar.training.objectives.self_flow import SelfFlowObjective
 from spar.training.sharded_build import RowKeeper, build_rows
 from spar.training.systems.spar import GrownVocabulary
 from spar.training.trainer import train
@@ -341,3 +342,62 @@ def test_distillation_to_few_steps_among_processes_is_that_of_one(tiny_run, tmp_
         assert torch.equal(teacher[f"flow_teacher.{key}"], value), key
     assert load_model(runs[0] / "model").sampling == load_model(runs[1] / "model").sampling
     assert load_model(runs[0] / "model").sampling.steps == 2
+
+
+def self_flow():
+    """`tiny` whose denoiser learns from its own average, in two stages at a rate at which rounding does not grow."""
+    base = recipe("tiny")
+    trainable = ("model.router.*", "model.connector.*", "model.denoiser.*", "self_flow_head.*")
+    stages = tuple(
+        replace(
+            base.stage(name), objective=SelfFlowObjective(teacher_depth=2, decay=0.5), trainable=trainable, steps=3,
+            optimizer="adamw", lr=1e-5, lr_end=1e-6, warmup=1,
+        )
+        for name in ("unified-2", "unified-3")
+    )  # fmt: skip
+    return replace(base, name="self-flow", stages=stages, log_every=1)
+
+
+def teach_itself(run, first):
+    """On each of two processes, with frozen weights sharded, the average's among them, and whole; one stops between."""
+
+    def stopping(_stage, step, _steps, _values):
+        if step == 1:
+            os.kill(os.getpid(), 15)
+
+    for frozen in (True, False):
+        parallelism = ParallelismConfig(strategy="fsdp", shard_frozen=frozen, precision="fp32")
+        given = {"init_from": first, "parallelism": parallelism, "device": "cpu"}
+        folder = run / str(frozen)
+        if frozen:
+            assert train(self_flow(), folder, report=stopping, **given) is None
+        assert train(self_flow(), folder, resume=frozen, **given) is not None
+
+
+@pytest.mark.slow
+def test_a_denoiser_that_teaches_itself_among_processes_is_that_of_one(tiny_run, tmp_path):
+    """Its losses, its gradients and its average, which moves with weights that no process holds whole."""
+    first = tiny_run.path / "unified-1" / "done"
+    on_two_processes("teach_itself", tmp_path, first)
+    train(self_flow(), tmp_path / "alone", init_from=first, parallelism=ParallelismConfig(precision="fp32"))
+    start = load_group(first, "modules")
+    for frozen in ("True", "False"):
+        runs = tmp_path / frozen, tmp_path / "alone"
+        ours, alone = ([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs)
+        assert [(row["stage"], row["step"]) for row in ours] == [(row["stage"], row["step"]) for row in alone]
+        assert len(ours) == 6 and {"cosine_plain", "mixed_flow", "grad_norm"} <= ours[0].keys() == alone[0].keys()
+        for one, other in zip(ours, alone, strict=True):
+            for name in one.keys() - {"stage", "step", "seconds"}:
+                assert one[name] == pytest.approx(other[name], rel=5e-4, abs=2e-5), (frozen, one["step"], name)
+        before = start
+        for stage in self_flow().stages:
+            done, ended = (load_group(run / stage.name / "done", "modules") for run in runs)
+            assert done.keys() == ended.keys()
+            for part in ("model.denoiser.", "denoiser_average."):
+                moved, apart = 0.0, 0.0
+                for key in (key for key in ended if key.startswith(part)):
+                    began = before[key.replace("denoiser_average.", "model.denoiser.")]
+                    moved += float((began - ended[key]).square().sum())
+                    apart += float((done[key] - ended[key]).square().sum())
+                assert apart < 1e-4 * moved, (frozen, stage.name, part, apart, moved)
+            before = ended

@@ -2,13 +2,18 @@
 refused before the training.
 """
 
+import json
+import os
+import sqlite3
+import struct
+from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
 
 from spar.common.errors import InputError
 from spar.recipes import recipe
-from spar.training.trackers import flat, tracked
+from spar.training.trackers import flat, places, tracked
 
 
 class Fake:
@@ -83,6 +88,95 @@ def test_accelerates_own_tracker_writes_into_the_run(tmp_path, monkeypatch):
         report("mllm", 1, 3, {"loss": 2.0})
     assert [path for path in (tmp_path / "trackers").rglob("events*") if path.stat().st_size]
     assert PartialState._shared_state == {}
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A home and a working directory of their own, and no variable of a tracker's but those that keep it offline."""
+    for name in [one for one in os.environ if one.startswith(("WANDB_", "TRACKIO_", "MLFLOW_"))]:
+        monkeypatch.delenv(name)
+    for name in ("home", "here"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name, value in {
+        "HOME": tmp_path / "home", "XDG_CACHE_HOME": tmp_path / "home", "XDG_CONFIG_HOME": tmp_path / "home",
+        "WANDB_MODE": "offline", "WANDB_SILENT": "true", "TRACKIO_DIR": tmp_path / "trackio",
+        "MLFLOW_TRACKING_URI": (tmp_path / "mlflow").as_uri(), "MLFLOW_ALLOW_FILE_STORE": "true",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, str(value))
+    return tmp_path
+
+
+def tell(name, run):
+    """A tracker's run of two steps."""
+    with tracked([name], recipe("tiny"), run, None) as report:
+        report("mllm", 1, 3, {"loss": 2.0})
+        report("mllm", 2, 3, {"loss": 0.5})
+
+
+def wandb_records(path):
+    """What wandb has written: a log of LevelDB's, in blocks of 32 KiB; a piece's length and kind precede it."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, place, record = path.read_bytes(), 7, b""
+    while place + 7 <= len(data):
+        if (room := 2**15 - place % 2**15) < 7:
+            place += room
+            continue
+        length, kind = struct.unpack_from("<HB", data, place + 4)
+        record += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            yield Record.FromString(record)
+            record = b""
+
+
+@pytest.mark.slow
+def test_wandb_offline_has_the_run_and_writes_into_its_folder(elsewhere):
+    wandb = pytest.importorskip("wandb")
+    tell("wandb", elsewhere / "run")
+    assert wandb.run is None  # finished
+    (written,) = (elsewhere / "run" / "trackers" / "wandb").rglob("run-*.wandb")
+    records = [*wandb_records(written)]
+    assert {one.run.project for one in records if one.HasField("run")} == {"tiny"}
+    config = {item.key: item.value_json for one in records for item in one.config.update}
+    assert (config["stages.mllm.steps"], config["seed"]) == ("3", "0")
+    rows = [{item.nested_key[0]: json.loads(item.value_json) for item in one.history.item} for one in records]
+    seen = [(row["_step"], row["mllm/loss"]) for row in rows if "mllm/loss" in row]
+    assert seen == [(4, 2.0), (5, 0.5)]  # the encoder's three steps came before
+    assert not list((elsewhere / "here").iterdir())
+
+
+def test_wandbs_own_variable_says_where_it_writes(elsewhere, monkeypatch):
+    monkeypatch.setenv("WANDB_DIR", "there")
+    assert places("wandb", False, elsewhere / "run") == {} and not (elsewhere / "run").exists()
+    monkeypatch.delenv("WANDB_DIR")
+    assert places("wandb", False, elsewhere / "run") == {"dir": elsewhere / "run"} and (elsewhere / "run").is_dir()
+
+
+@pytest.mark.slow
+def test_mlflow_has_the_run(elsewhere):
+    mlflow = pytest.importorskip("mlflow")
+    tell("mlflow", elsewhere / "run")
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    found = [(one.step, one.value) for one in client.get_metric_history(run.info.run_id, "mllm/loss")]
+    assert found == [(4, 2.0), (5, 0.5)]
+    assert (run.data.params["stages.mllm.steps"], run.info.status) == ("3", "FINISHED")
+    assert not list((elsewhere / "here").iterdir())
+
+
+@pytest.mark.slow
+def test_trackio_has_the_run(elsewhere):
+    pytest.importorskip("trackio")
+    tell("trackio", elsewhere / "run")
+    with closing(sqlite3.connect(elsewhere / "trackio" / "tiny.db")) as file:
+        rows = file.execute("select step, metrics from metrics order by step").fetchall()
+        ((config,),) = file.execute("select config from configs").fetchall()
+    assert [(step, json.loads(values)) for step, values in rows] == [(4, {"mllm/loss": 2.0}), (5, {"mllm/loss": 0.5})]
+    assert json.loads(config)["stages.mllm.steps"] == 3
+    assert not list((elsewhere / "here").iterdir())
 
 
 def test_fields_are_flat_and_plain():

@@ -267,25 +267,29 @@ def test_a_run_that_another_process_has_written_since_it_was_looked_at_is_refuse
     assert same(weights(half, "tokenizer-1"), weights(tiny_run.path, "tokenizer-1"))
 
 
-@pytest.mark.parametrize("where", ["prepare", "open"])
+@pytest.mark.parametrize(
+    ("owner", "where"), [(module, "starting_modules"), (type(TINY.data), "open"), (UnifiedObjective, "prepare")]
+)
 def test_a_signal_in_the_set_up_ends_the_run_before_anything_is_removed(
-    tiny_run, tmp_path, monkeypatch, caplog, where
+    tiny_run, tmp_path, monkeypatch, caplog, owner, where
 ):
     run = tmp_path / "run"
     shutil.copytree(tiny_run.path, run)
-    cls = UnifiedObjective if where == "prepare" else type(TINY.data)
-    plain = getattr(cls, where)
+    plain = getattr(owner, where)
 
     def interrupted(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
         return plain(*arguments)
 
     before = sorted(path for path in run.rglob("*") if path.is_file())
-    monkeypatch.setattr(cls, where, interrupted)
+    monkeypatch.setattr(owner, where, interrupted)
     monkeypatch.setattr(module, "run_planned", lambda *_: pytest.fail("a step was trained"))
+    caplog.set_level("INFO", "spar.training")
     assert train(TINY, run, stages=("unified-2",)) is None
     assert sorted(path for path in run.rglob("*") if path.is_file()) == before
-    assert "stage unified-2 has not begun" in caplog.text and "without --resume" in caplog.text
+    assert "stopped before stage unified-2, of which nothing was removed" in caplog.text
+    if where == "starting_modules":
+        assert train(TINY, tmp_path / "new") is None and not (tmp_path / "new").exists()
 
 
 def test_a_pattern_that_matches_nothing_is_refused_before_anything_is_removed(half):
@@ -589,6 +593,31 @@ def test_a_run_that_began_from_a_model_resumes_without_it(tiny_run, tmp_path):
     resumed = train(TINY, run, stages=stages, resume=True)
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_a_run_goes_on_by_its_own_command_where_what_it_began_with_has_gone(tiny_run, tmp_path, caplog):
+    """Its first weights and its teacher are in its state; until there is one, they are missed in words."""
+
+    def stop(*_):
+        signal.raise_signal(signal.SIGINT)
+
+    run, start, teacher = tmp_path / "run", tmp_path / "start", tmp_path / "teacher"
+    shutil.copytree(tiny_run.path / "tokenizer-2" / "done", start)
+    shutil.copytree(tiny_run.path / "model", teacher)
+    given = {"init_from": start, "teacher": teacher, "reinitialize": ("model.tokenizer.fusion.*",)}
+    command = {"stages": ("tokenizer-3",), **given}
+    train(TINY, tmp_path / "whole", **command)
+    assert train(TINY, run, **command, report=stop) is None
+    shutil.rmtree(start)
+    shutil.rmtree(teacher)
+    with pytest.raises(InputError, match="got '.*start'; .*other has no state of tokenizer-3 yet, which still starts"):
+        train(TINY, tmp_path / "other", resume=True, **command)
+    assert not (tmp_path / "other").exists()
+    caplog.clear()
+    for _ in range(2):  # in the stage; with it done
+        assert train(TINY, run, resume=True, **command) is not None
+        assert "the run has begun and goes on without what it started from: --init-from: " in caplog.text
+    assert same(weights(run, "tokenizer-3"), weights(tmp_path / "whole", "tokenizer-3"))
 
 
 def test_a_stage_that_needs_the_autoencoders_encoder_does_not_start_from_a_model(tiny_run, tmp_path):

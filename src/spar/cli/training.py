@@ -1,6 +1,5 @@
 """The verbs that train: `spar train`, `spar plan` and `spar cache`."""
 
-import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -21,6 +20,7 @@ from spar.cli.console import (
     show_table,
     training_display,
 )
+from spar.cli.continuation import Continuation
 from spar.cli.failures import Failure, explain
 from spar.cli.parsing import parse
 from spar.cli.recipe_flags import build_recipe, flag_value, recipe_arguments
@@ -44,7 +44,7 @@ def train(argv: list[str]) -> int:
     from spar.training.run_folder import check_run
     from spar.training.trainer import check_patterns
 
-    run, resume = _run_folder(args, chosen.name)
+    run, resume = _run_folder(args.run, args.resume, chosen.name)
     init_from = None if args.init_from is None else local_folder(args.init_from)
     modules = check_sizes(chosen, tuple(chosen.stage(name) for name in args.stage) or chosen.stages)
     device = choose_device(args.device)
@@ -61,11 +61,11 @@ def train(argv: list[str]) -> int:
         _check_words(run_plan)
         return 0
     check_folder(run)
-    command = shlex.join(["spar", "train", *argv, *(["--resume", "auto"] if args.resume == "never" else [])])
+    check_run(run, chosen, fresh=run_plan.fresh)  # before minutes of building, and before trackers are told
     if is_first_process():
         dtype = dtype_name(args.parallelism.dtype(device))
         print(f"training on {device_name(device)} in {dtype}", flush=True)
-    return _train(args, run_plan, device, resume_command=command)
+    return _train(args, run_plan, device, Continuation(run_plan, argv, resume=resume))
 
 
 def _recipe(argv: list[str], kind: type[Any], prog: str, example: str) -> tuple[Any, Any]:
@@ -98,16 +98,32 @@ def _recipe(argv: list[str], kind: type[Any], prog: str, example: str) -> tuple[
 def _sized(base: Any, argv: Sequence[str]) -> Any:
     """A recipe with the sizes and forms of the SPAR folder that it starts from, as the flags' defaults.
 
-    They are the weights' own, which may differ from the recipe's: it may be of published parts, or a later one.
+    They are the weights' own, which may differ from the recipe's: it may be of published parts, or a later one. Where
+    the folder has gone, a run that is resumed has them.
     """
     from spar.checkpoints.spar_format import read_config
     from spar.training.systems.spar import SparRecipe
 
     named = flag_value("--init-from", argv)
-    start = None if named is None else local_folder(Path(named))
-    if start is None or not (start / "config.json").is_file() or not isinstance(base, SparRecipe):
+    if named is None or not isinstance(base, SparRecipe):
         return base
-    return replace(base, model=read_config(start))
+    start = local_folder(Path(named))
+    if (start / "config.json").is_file():
+        return replace(base, model=read_config(start))
+    return base if start.exists() else _sized_as_begun(base, argv)
+
+
+def _sized_as_begun(base: Any, argv: Sequence[str]) -> Any:
+    """A recipe with the sizes and forms of the run that is to be resumed, where there is one of its kind."""
+    from spar.recipes import REGISTRY
+    from spar.training.run_folder import read_recipe
+
+    named, asked = flag_value("--run", argv), flag_value("--resume", argv) or "never"
+    run, resume = _run_folder(Path(named) if named else None, asked, base.name)
+    if not (resume and (run / "recipe.json").is_file()):
+        return base
+    held: Any = read_recipe(run / "recipe.json", REGISTRY)
+    return replace(base, model=held.model) if type(held) is type(base) else base
 
 
 def _with_words(chosen: Any, base: Any, own: Any) -> Any:
@@ -155,6 +171,8 @@ def _print_plan(plan: "RunPlan", hardware: "HardwareConfig", estimates: "Sequenc
         weights = [weight for weight, _ in weighted_sets(data.sets)]
         stages = [one.config for one in plan.stages]
         show_table(console, epochs_table({one.name: epochs_per_source(one, sources, weights) for one in stages}))
+    if fault := plan.status.init_fault:
+        print(f"spar: note: the run has begun and goes on without what it started from: {fault}", file=sys.stderr)
     published = ", ".join(plan.recipe.published)
     if published and plan.stages[0].start.source == "random":
         print(f"spar: note: {published} start from random weights unless --init-from gives them", file=sys.stderr)
@@ -216,39 +234,37 @@ def cache(argv: list[str]) -> int:
     return 0
 
 
-def _train(args: Any, plan: "RunPlan", device: "torch.device", *, resume_command: str) -> int:
-    """Train with a bar; print the model's folder at the end, or the command that resumes.
+def _train(args: Any, plan: "RunPlan", device: "torch.device", going_on: Continuation) -> int:
+    """Train with a bar; print the model's folder at the end, or what is left and the command that goes on.
 
     Raises:
         Failure: too little memory, or no compiler.
     """
     from spar.training.loop import NonFiniteLoss
-    from spar.training.run_folder import check_run
     from spar.training.trackers import tracked
     from spar.training.trainer import execute
 
     run = plan.run
-    quiet = not is_first_process()
+    quiet = not is_first_process()  # what has begun is announced to the first one alone
     try:
         shown = nullcontext((None, None)) if quiet else training_display()
         trackers = () if quiet else args.track
-        if trackers:  # a run that is refused is not announced to them
-            check_run(run, plan.recipe, fresh=plan.fresh)
         with shown as (announce, report), tracked(trackers, plan.recipe, run, report) as told:
-            model = execute(plan, device=device, parallelism=args.parallelism, report=told, announce=announce)
+            noted = announce and going_on.noted(announce)
+            model = execute(plan, device=device, parallelism=args.parallelism, report=told, announce=noted)
     except NonFiniteLoss as error:
-        fail(f"{error}; resume from the last saved state: {resume_command}")
+        fail(str(error) if quiet else f"{error}; {going_on}")
         return 1
     except (RuntimeError, MemoryError) as error:
         line = explain(error, "train")
         if line is None:
             raise
-        raise Failure(f"{line}; resume from the last saved state: {resume_command}") from error
+        raise Failure(line if quiet else f"{line}; {going_on}") from error
     except KeyboardInterrupt:
         model = None
     if model is None:
         if not quiet:
-            print(f"spar: stopped; resume with: {resume_command}", file=sys.stderr)
+            print(f"spar: stopped; {going_on}", file=sys.stderr)
         return INTERRUPTED
     if quiet:
         return 0
@@ -259,13 +275,13 @@ def _train(args: Any, plan: "RunPlan", device: "torch.device", *, resume_command
     return 0
 
 
-def _run_folder(args: TrainArguments, name: str) -> tuple[Path, bool]:
-    """The run's folder, and whether to resume it."""
-    if args.resume in ("never", "auto"):
-        return args.run or Path("runs") / name, args.resume == "auto"
-    run = Path(args.resume)
+def _run_folder(named: Path | None, resume: str, name: str) -> tuple[Path, bool]:
+    """The run's folder, and whether to resume it, by --run, --resume and the recipe's name."""
+    if resume in ("never", "auto"):
+        return named or Path("runs") / name, resume == "auto"
+    run = Path(resume)
     if not (run / "recipe.json").is_file():
-        raise InputError(f"--resume: expected never, auto or the folder of a run, got {args.resume!r}")
-    if args.run not in (None, run):
-        raise InputError(f"--run and --resume: expected one folder, got {str(args.run)!r} and {args.resume!r}")
+        raise InputError(f"--resume: expected never, auto or the folder of a run, got {resume!r}")
+    if named not in (None, run):
+        raise InputError(f"--run and --resume: expected one folder, got {str(named)!r} and {resume!r}")
     return run, True

@@ -174,6 +174,8 @@ def _kinds(objective: type[Objective]) -> set[str]:
 class RunStatus:
     """The stages of a run that have ended, its saved states by their steps, what its last stage left beside them, the
     folder to start from, and the stages whose end, or whose saved states all, are damaged, with the reason.
+
+    `init_fault` says why a run cannot start from the folder that the caller named; one that has begun does not need it.
     """
 
     run: Path
@@ -182,6 +184,7 @@ class RunStatus:
     init: InitFolder | None = None
     model_parts: tuple[str, ...] = ()
     damaged: Mapping[str, str] = field(default_factory=dict)
+    init_fault: str = ""
 
     def traces(self, stages: Iterable[StageConfig]) -> list[str]:
         """The names of those stages that have left an end or a saved state, whole or damaged."""
@@ -210,14 +213,19 @@ def read_run(recipe: Recipe, run: Path, init_from: Path | None = None) -> RunSta
             continue
         if whole:
             states[stage.name] = whole.state.step
-    init = None if init_from is None else read_init_folder(recipe, init_from)
+    init, fault = None, ""
+    try:
+        init = None if init_from is None else read_init_folder(recipe, init_from)
+    except InputError as error:
+        fault = str(error)
     parts = tuple(part for part in MODEL_PARTS if (run / part).is_dir())
-    return RunStatus(run, done, states, init, parts, damaged)
+    return RunStatus(run, done, states, init, parts, damaged, fault)
 
 
 def check_current(plan: RunPlan) -> None:
     """Refuse a run that another process has written since the plan was made; the caller holds the run's lock."""
-    if replace(read_run(plan.recipe, plan.run), init=plan.status.init) != plan.status:
+    seen = plan.status
+    if replace(read_run(plan.recipe, plan.run), init=seen.init, init_fault=seen.init_fault) != seen:
         raise InputError(
             f"{plan.run} was written by another process after this one had looked at it: give the same command again"
         )
@@ -279,22 +287,24 @@ def resolve(
             begin before what the run has trained.
     """
     chosen = tuple(recipe.stage(name) for name in stages) or recipe.stages
-    check_order(recipe, chosen)
-    if teacher is not None and not chosen[0].objective.takes_teacher:
-        raise InputError(f"--teacher is for a run that begins with a tokenizer stage, not with {chosen[0].name}")
-    if not (only_shown and isinstance(recipe.data, NoData)):
-        recipe.data.check(chosen)
-    recipe.check_stages(chosen)
+    check_chosen(recipe, chosen, teacher, only_shown=only_shown)
+    if reinitialize and not (status.init or status.init_fault):
+        raise InputError(f"--reinitialize: expected --init-from beside it, got {', '.join(reinitialize)} alone")
     if resume:
         check_resumed(recipe, status, chosen)
-    if reinitialize and status.init is None:
-        raise InputError(f"--reinitialize: expected --init-from beside it, got {', '.join(reinitialize)} alone")
-    begun = resume and (chosen[0].name in status.done or chosen[0].name in status.states)
+    begun = resume and chosen[0].name in {*status.done, *status.states}
+    if not begun:
+        check_start(recipe, status, chosen, resume=resume, from_scratch=from_scratch, only_shown=only_shown)
     init = None if begun else status.init  # a run that has begun goes on from its own weights
-    if chosen[0] == recipe.stages[0] and chosen[0].objective.continues and not (init or begun or only_shown):
-        raise InputError(f"stage {chosen[0].name} goes on from a trained model: expected --init-from, got none")
-    if not (init or from_scratch or begun or only_shown):
-        check_start(recipe, chosen)
+    planned = _plan_stages(recipe, status, chosen, Origin(init, None, teacher, reinitialize), resume=resume)
+    check_kept(recipe, status.run, planned, {"--init-from": init.path if init else None, "--teacher": teacher})
+    return RunPlan(recipe, status, planned, not (resume or stages), init.path if init else None)
+
+
+def _plan_stages(
+    recipe: Recipe, status: RunStatus, chosen: tuple[StageConfig, ...], given: Origin, *, resume: bool
+) -> tuple[PlannedStage, ...]:
+    """Each stage by what the run has of it and what the stages before it make void; `given` is for the first one."""
     planned: list[PlannedStage] = []
     voided: set[str] = set()
     done, states = (set(status.done), set(status.states)) if resume else (set[str](), set[str]())
@@ -303,27 +313,31 @@ def resolve(
         if stage.name in done:
             planned.append(PlannedStage(stage, StageStart("done", folder / "done", stage.steps)))
             continue
-        if stage.name in states:
+        resumed = stage.name in states
+        if resumed:
             start = StageStart("state", folder / "state", status.states[stage.name])
         else:
-            start = _start(recipe, status, init, chosen, index)
-        own, named = (init if start.source == "folder" else None), (teacher if index == 0 else None)
-        left_out = reinitialize if own else ()
-        origin = Origin(own, _before(recipe, chosen, index), named, left_out)
-        if origin.init:
-            stage.objective.check_folder(stage, origin.init)
-        resumed = start.source == "state"  # a saved state is prepared already
-        prepares = () if resumed else stage.objective.preparations(recipe, stage, origin)
-        if left_out:
-            prepares = (f"random weights for {', '.join(left_out)}", *prepares)
-        taught = origin.teacher or (start.path if origin.is_model else None)
-        later = {one.name for one in recipe.stages[recipe.stages.index(stage) :]}
+            start = _start(recipe, status, given.init, chosen, index)
+        own = given if start.source == "folder" else Origin(teacher=given.teacher if index == 0 else None)
         void = _void(recipe, status, stage, voided, resumed=resumed)
+        planned.append(_plan_stage(recipe, stage, start, replace(own, before=_before(recipe, chosen, index)), void))
+        later = {one.name for one in recipe.stages[recipe.stages.index(stage) :]}
         voided |= {*later, *status.model_parts}
         done, states = done - later, states - later
-        planned.append(PlannedStage(stage, start, prepares, void, taught, left_out))
-    check_kept(recipe, status.run, planned, {"--init-from": init.path if init else None, "--teacher": teacher})
-    return RunPlan(recipe, status, tuple(planned), not (resume or stages), init.path if init else None)
+    return tuple(planned)
+
+
+def _plan_stage(
+    recipe: Recipe, stage: StageConfig, start: StageStart, origin: Origin, void: tuple[str, ...]
+) -> PlannedStage:
+    """A stage that is trained: what is prepared before its first step, of which a saved state needs nothing more."""
+    if origin.init:
+        stage.objective.check_folder(stage, origin.init)
+    prepares = () if start.source == "state" else stage.objective.preparations(recipe, stage, origin)
+    if origin.reinitialize:
+        prepares = (f"random weights for {', '.join(origin.reinitialize)}", *prepares)
+    taught = origin.teacher or (start.path if origin.is_model else None)
+    return PlannedStage(stage, start, prepares, void, taught, origin.reinitialize)
 
 
 def _void(recipe: Recipe, status: RunStatus, stage: StageConfig, voided: set[str], *, resumed: bool) -> tuple[str, ...]:
@@ -362,6 +376,16 @@ def _start(
             raise InputError(status.damaged[before.name])
         raise InputError(f"stage {stage.name} starts from the end of {before.name}, which is not in {status.run}")
     return StageStart("stage", status.run / before.name / "done")
+
+
+def check_chosen(recipe: Recipe, stages: tuple[StageConfig, ...], teacher: Path | None, *, only_shown: bool) -> None:
+    """Refuse stages that cannot be trained in one run, on this data or with this teacher, whatever the run has."""
+    check_order(recipe, stages)
+    if teacher is not None and not stages[0].objective.takes_teacher:
+        raise InputError(f"--teacher is for a run that begins with a tokenizer stage, not with {stages[0].name}")
+    if not (only_shown and isinstance(recipe.data, NoData)):
+        recipe.data.check(stages)
+    recipe.check_stages(stages)
 
 
 def check_order(recipe: Recipe, stages: tuple[StageConfig, ...]) -> None:
@@ -410,9 +434,22 @@ def check_kept(recipe: Recipe, run: Path, planned: Sequence[PlannedStage], given
             )
 
 
-def check_start(recipe: Recipe, stages: tuple[StageConfig, ...]) -> None:
-    """Refuse to start from random weights, unasked, what the recipe has from published checkpoints."""
-    if recipe.published and stages[0] == recipe.stages[0]:
+def check_start(
+    recipe: Recipe, status: RunStatus, stages: tuple[StageConfig, ...], *, resume: bool, from_scratch: bool,
+    only_shown: bool,
+) -> None:  # fmt: skip
+    """Refuse to begin a run without the weights that its first stage needs: those of a folder that cannot be read; and
+    random ones, unasked, in place of what the recipe has from published checkpoints.
+    """
+    first = stages[0]
+    if status.init_fault:
+        still = f"; {status.run} has no state of {first.name} yet, which still starts from it" if resume else ""
+        raise InputError(f"{status.init_fault}{still}")
+    if status.init or only_shown or first != recipe.stages[0]:
+        return
+    if first.objective.continues:
+        raise InputError(f"stage {first.name} goes on from a trained model: expected --init-from, got none")
+    if recipe.published and not from_scratch:
         raise InputError(
             f"recipe {recipe.name}: {', '.join(recipe.published)} would start from random weights; expected "
             "--init-from a folder that holds the published ones (spar build makes it), or --from-scratch"

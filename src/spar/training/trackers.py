@@ -1,11 +1,13 @@
 """Experiment trackers beside a run's own metrics, off by default: those that Accelerate knows (wandb, trackio, ...).
 
 A tracker sees what is logged, under `STAGE/NAME` at the step of the whole run, and the recipe's fields. What it sends,
-and where, is its own: its environment variables say (WANDB_MODE=offline, MLFLOW_TRACKING_URI, ...). A tracker that
-fails is left out from then on; the training goes on.
+and where, is its own: its environment variables say (WANDB_MODE=offline, MLFLOW_TRACKING_URI, ...). The files of wandb,
+and of those that ask for a folder, lie in `RUN/trackers`. A tracker that fails is left out from then on; the training
+goes on.
 """
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -73,8 +75,7 @@ def _open(name: str, recipe: Recipe, run: Path) -> Any:
     if name not in {str(one) for one in tracking.get_available_trackers()}:
         raise InputError(f"--track {name}: its package is not installed: pip install {name}")
     try:
-        places = [run / "trackers"] if known[name].requires_logging_directory else []
-        tracker = known[name](recipe.name, *places)
+        tracker = known[name](recipe.name, **places(name, known[name].requires_logging_directory, run / "trackers"))
         # Only the main process is here: Accelerate's own state, which would join all processes, is not needed.
         tracker.main_process_only = False
         tracking.logger = _Log(log, {})
@@ -83,6 +84,16 @@ def _open(name: str, recipe: Recipe, run: Path) -> Any:
     except Exception as error:  # no network, no login, no such server
         raise InputError(f"--track {name}: it cannot be opened: {first_line(error)}") from error
     return tracker
+
+
+def places(name: str, asks: bool, folder: Path) -> dict[str, Any]:
+    """Where a tracker is to write, as the arguments of its class; wandb's variable has its way."""
+    if asks:
+        return {"logging_dir": folder}
+    if name == "wandb" and not os.environ.get("WANDB_DIR"):
+        folder.mkdir(parents=True, exist_ok=True)  # of a folder that is missing it takes another one
+        return {"dir": folder}
+    return {}
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -58,7 +58,7 @@ def train(
             A stage that trains anew makes its own end, all later ones and the run's model void: they are removed.
         resume: skip stages that are done and continue the one that is not.
         init_from: a stage's folder (`RUN/STAGE/done`) or a SPAR folder whose weights the first stage starts from; a
-            run that has begun and is resumed ignores it.
+            run that has begun and is resumed does not need it: it may have been removed since.
         teacher: a SPAR folder whose encoder is the semantic teacher, where the starting weights keep none.
         reinitialize: patterns of parameters that start from random weights though `init_from` has them.
         device: where to train, by default CUDA if available; a run may be resumed on another.
@@ -114,10 +114,14 @@ def _execute(
     recipe, run, chosen = plan.recipe, plan.run, tuple(stage.config for stage in plan.stages)
     parallel = DistributedContext.initialize(parallelism, choose_device(device))
     check_parallelism(chosen, parallel)
+    if plan.status.init_fault and parallel.main:
+        log.warning("the run has begun and goes on without what it started from: %s", plan.status.init_fault)
     networks = FrozenNetworks(recipe, parallel.device)
     networks.load(chosen)
     modules, rows = starting_modules(recipe, parallel, networks)
     check_patterns(modules, plan)
+    if stopped_before(plan.stages[0], interruption, parallel):  # nothing is written yet
+        return None
     with parallel.main_first():
         check_run(run, recipe, fresh=plan.fresh and parallel.main)
         if parallel.main:
@@ -150,11 +154,8 @@ def _execute(
 def stopped_before(planned: PlannedStage, interruption: Interruption, parallel: DistributedContext) -> bool:
     """Whether a signal came to some process before a stage has begun; what that would remove is still there then."""
     (stopped,) = parallel.any_process(interruption.stopped)
-    if stopped and planned.invalidates and planned.start.source != "state":
-        log.warning(
-            "stage %s has not begun, and nothing was removed: to train it anew give the same command again, without "
-            "--resume", planned.config.name,
-        )  # fmt: skip
+    if stopped:
+        log.info("stopped before stage %s, of which nothing was removed", planned.config.name)
     return stopped
 
 

@@ -1,0 +1,168 @@
+"""What a training that was stopped says, in each of its phases: it is true of the folder, and its command goes on."""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from spar.cli.main import main
+from spar.recipes import recipe
+from spar.recipes.shapes.data import ShapesData
+from spar.recipes.shapes.dense_tagging import DenseTaggingObjective
+from spar.training import loop, trainer
+from spar.training.loop import NonFiniteLoss
+from spar.training.objectives.unified import UnifiedObjective
+
+TINY = recipe("tiny")
+
+
+@pytest.fixture
+def said(capsys, monkeypatch, tmp_path):
+    """`said(words)`: what the command says at its end, and the command that it names, as words; it is to be stopped."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(line, status=130):
+        assert main(["train", "tiny", *shlex.split(line)]) == status
+        (last,) = [one for one in capsys.readouterr().err.splitlines() if "with: spar train" in one]
+        what, _, command = last.partition(" with: spar ")
+        return what, command
+
+    return run
+
+
+@pytest.fixture
+def stop_in(monkeypatch):
+    """`stop_in(owner, name)`: a signal comes as that function is called, or where `when` says; its return undoes it."""
+
+    def patch(owner, name, when=lambda *_, **__: True, raised=None):
+        plain = getattr(owner, name)
+
+        def interrupted(*given, **keywords):
+            if when(*given, **keywords):
+                if raised is not None:
+                    raise raised
+                os.kill(os.getpid(), signal.SIGTERM)
+            return plain(*given, **keywords)
+
+        monkeypatch.setattr(owner, name, interrupted)
+        return lambda: monkeypatch.setattr(owner, name, plain)
+
+    return patch
+
+
+def planned(capsys, command):
+    """A dry run of a command that was advised: it is not refused."""
+    assert main([*shlex.split(command), "--dry-run"]) == 0
+    printed = capsys.readouterr()
+    return printed.out + printed.err
+
+
+@pytest.mark.parametrize("resume", ["", " --resume auto"])
+def test_before_the_folder_is_there_nothing_is_written_and_the_same_command_begins(said, stop_in, resume):
+    stop_in(trainer, "starting_modules")
+    assert said(f"--run 'my run'{resume}") == (
+        "spar: stopped; the run has not begun; begin again", f"train tiny --run 'my run'{resume}"
+    )  # fmt: skip
+    assert not Path("my run").exists()
+
+
+def test_a_fresh_run_whose_folder_is_there_goes_on_though_no_stage_has_begun(said, stop_in, capsys):
+    stop_in(ShapesData, "open")
+    what, command = said("--run r")
+    assert what == "spar: stopped; stage encoder has not begun; go on"
+    assert command == "train tiny --run r --resume auto" and not Path("r/encoder").exists()
+    planned(capsys, command)
+    assert main(["train", "tiny", "--run", "r"]) == 2  # which the same command would not: the folder holds a run
+    assert "already holds a run" in capsys.readouterr().err
+    assert said("--run r --resume auto") == (what, command)
+
+
+@pytest.mark.parametrize("where", ["open", "prepare"])
+def test_a_stage_that_was_to_be_trained_anew_is_so_by_the_same_command(tiny_run, said, stop_in, capsys, where):
+    """Under --resume auto, which was advised, it is done: nothing would be trained."""
+    shutil.copytree(tiny_run.path, "r")
+    stop_in(*((ShapesData, "open") if where == "open" else (UnifiedObjective, "prepare")))
+    what, command = said("--run r --stage unified-2")
+    assert what == "spar: stopped; stage unified-2 has not begun, and nothing was removed; go on"
+    assert command == "train tiny --run r --stage unified-2"
+    assert (Path("r") / "unified-3" / "done").is_dir()
+    assert "the end of unified-1" in planned(capsys, command)
+
+
+def test_a_removal_that_is_broken_off_is_not_said_to_be_none(tiny_run, said, stop_in):
+    shutil.copytree(tiny_run.path, "r")
+    stop_in(shutil, "rmtree", lambda path, **_: Path(path).name == "model.trash" and path.exists(), KeyboardInterrupt)
+    what, command = said("--run r --stage unified-2")
+    assert what == "spar: stopped; stage unified-2 has not begun; go on" and not Path("r/model").exists()
+    assert command == "train tiny --run r --stage unified-2"
+
+
+def test_in_a_stage_the_saved_steps_are_told_and_a_later_set_up_loses_none(said, stop_in):
+    undo = stop_in(loop, "train_step", lambda ctx, *_, **__: ctx.step == 1)
+    what, command = said("--run r --stage encoder")
+    assert what == "spar: stopped; stage encoder is saved after 2 of 3 steps; go on"
+    assert command == "train tiny --run r --stage encoder --resume auto"
+    undo()
+    stop_in(ShapesData, "open")
+    assert said("--run r --stage encoder --resume auto") == (what, command)
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "begins"),
+    [
+        (KeyboardInterrupt(), 130, "spar: stopped"),  # a second Ctrl-C
+        (NonFiniteLoss("loss is nan"), 1, "spar: error: loss is nan"),
+        (MemoryError(), 1, "spar: error: out of memory: try "),
+    ],
+)
+def test_a_stage_without_a_saved_state_begins_again(said, stop_in, raised, status, begins):
+    """`resume from the last saved state`, it said, where there was none."""
+    undo = stop_in(loop, "train_step", lambda ctx, *_, **__: ctx.step == 1, raised=raised)
+    what, command = said("--run r --stage encoder", status)
+    assert what.startswith(begins)
+    assert what.endswith("; stage encoder has no saved state yet and will begin again; go on")
+    assert command == "train tiny --run r --stage encoder --resume auto"
+    undo()
+    assert main(shlex.split(command)) == 0 and Path("r/encoder/done").is_dir()
+
+
+def test_between_stages_the_one_that_has_ended_is_done(said, stop_in):
+    undo = stop_in(DenseTaggingObjective, "finish")
+    what, command = said("--run r --stage encoder --stage mllm")
+    assert what == "spar: stopped; stage encoder is done; go on"
+    assert command == "train tiny --run r --stage encoder --stage mllm --resume auto" and not Path("r/mllm").exists()
+    undo()
+    stop_in(trainer, "starting_modules")
+    what, again = said(command.removeprefix("train tiny "))
+    assert (what, again) == ("spar: stopped; stage mllm has not begun; go on", command)
+
+
+def test_a_damaged_state_is_told_as_such(said, stop_in):
+    stop_in(loop, "train_step", lambda ctx, *_, **__: ctx.step == 1)
+    stop_in(loop.MetricsLogger, "close", lambda *_, **__: Path("r/encoder/state/meta.json").write_text("{"))
+    assert said("--run r --stage encoder")[0] == "spar: stopped; stage encoder has left a damaged folder; go on"
+
+
+def test_the_command_goes_on_though_the_folder_that_gave_the_sizes_has_gone(tiny_run, said, stop_in, capsys):
+    """They are those of the run then, and no refusal says that it holds another recipe."""
+    shutil.copytree(tiny_run.path / "model", "given")
+    for path in Path("given").rglob("config.json"):
+        path.write_text(path.read_text().replace('"reference": "added"', '"reference": "replaced"'))
+    config = json.loads(Path("given/config.json").read_text())["model"]
+    assert config["connector"]["reference"] == "replaced" != TINY.model.connector.reference
+    undo = stop_in(loop, "train_step", lambda ctx, *_, **__: ctx.step == 1)
+    line = "--run r --stage unified-3 --init-from given"
+    command = said(line)[1]
+    undo()
+    shutil.rmtree("given")
+    plan = planned(capsys, command)
+    assert "its state after 2 steps" in plan
+    assert "note: the run has begun and goes on without what it started from: --init-from: " in plan
+    assert main(["train", "tiny", *shlex.split(line), "--dry-run"]) == 2  # anew, it needs the folder
+    assert capsys.readouterr().err.startswith("spar: error: --init-from: expected a finished stage")
+    assert main(shlex.split(command)) == 0
+    assert json.loads(Path("r/model/config.json").read_text())["model"] == config
