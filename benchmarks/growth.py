@@ -27,7 +27,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from train_step import matmul_peak
 
 from spar.checkpoints.model_header import versions
-from spar.flow.sampler import sample
+from spar.flow.sampler import FlowSampler
 from spar.models.attention import attention_bias
 from spar.models.config import SparConfig
 from spar.models.spar import Condition, SparModel
@@ -124,8 +124,14 @@ def axes(config: SparConfig, device: torch.device, largest: int) -> list[Axis]:
         return lambda: model.tokenizer.decode(latent)
 
     def steps(count: int) -> Run:
-        noise, run = torch.randn(1, channels, grid, grid, device=device), velocity(1, grid)
-        return lambda: sample(run, noise, num_inference_steps=count)
+        noise, read = torch.randn(1, channels, grid, grid, device=device), velocity(1, grid)
+
+        def run() -> None:
+            sampler = FlowSampler()
+            sampler.join(noise, count)
+            sampler.run(read)
+
+        return run
 
     def queries(count: int) -> Run:
         with device:

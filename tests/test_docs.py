@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from xml.etree import ElementTree
@@ -23,11 +24,16 @@ from spar.checkpoints.eight_bits import rounded
 from spar.checkpoints.safetensors_io import read_tensors, write_tensors
 from spar.checkpoints.spar_format import load_model
 from spar.common.errors import InputError
-from spar.evaluation.study import read_study
+from spar.evaluation.benchmarks import BENCHMARKS
+from spar.evaluation.study import ENDPOINTS, bundled_studies, read_study, trainings
 from spar.evaluation.study_statistics import STUDIED
 from spar.inference.pipeline import BUNDLED
 from spar.processing.prompts import known_words
-from spar.worlds.shapes.captions import DESCRIBE, parse
+from spar.recipes import REGISTRY, recipe
+from spar.recipes.spar import SPAR_1B
+from spar.worlds.shapes.captions import DESCRIBE, caption, parse
+from spar.worlds.shapes.dataset import scene_at
+from spar.worlds.shapes.render import render
 from spar.worlds.shapes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES
 from spar.worlds.shapes.tokenizer import split_words
 
@@ -223,6 +229,81 @@ def test_what_words_read_is_a_table_for_each_study(tmp_path, monkeypatch):
     assert text.count("| `dtr` | 2, 4 | 0.50 | 0.50 0.50 | 0.10 0.90 |\n") == 2
     assert "`last`" not in text.split("Mean", 1)[1]
     assert text.count("\n\nMean weights of the routed layers in study") == 2
+
+
+def test_the_example_of_the_guide_to_studies_is_a_study(tmp_path):
+    """Each of its variants changes what it says, and the guide names the bundled studies and the endpoints."""
+    guide = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"^```yaml\n(.*?)^```", guide, re.M | re.S)
+    (tmp_path / "example.yaml").write_text(text)
+    study = read_study(tmp_path / "example.yaml")
+    planned = trainings(study, tmp_path, REGISTRY, recipe, None)
+    found = {arm: one.recipe for (arm, seed), one in planned.items() if seed == 0}
+    assert {*found} == {"self", "again", "none", "plain-cosine"}
+    for arm, align, center in (("self", 0.5, True), ("none", 0.0, True), ("plain-cosine", 0.5, False)):
+        stage = found[arm].stage("unified-2")
+        assert (stage.steps, stage.lr_end, stage.objective.align) == (1100, 1e-4, align)
+        assert found[arm].alignment.center is center
+    listed = re.search(r"has the bundled studies: (.*?)\.", guide, re.S)[1]
+    assert sorted(re.findall(r"`(.*?)`", listed)) == bundled_studies()
+    for name in ENDPOINTS.keys() - BENCHMARKS.keys():
+        assert f"`{name}`:" in guide
+
+
+def test_the_departures_of_the_guide_to_training_are_the_recipes():
+    """The values in its bold headings are those of `shapes`, and all values of a field are the heading's."""
+    own = recipe("shapes")
+    stages, model = {stage.name: stage for stage in own.stages}, own.model
+
+    def values(part: str, name: str) -> dict[str, float]:
+        """The values of a field of all stages' objectives or data that have it, where it is on."""
+        found = {stage: getattr(getattr(one, part), name, 0) for stage, one in stages.items()}
+        return {stage: value for stage, value in found.items() if value}
+
+    def said(part: str, name: str, *names: str) -> list[str]:
+        """The values of these stages; no other has one."""
+        found = values(part, name)
+        assert {*found} == {*names}, name
+        return [f"{found[stage]:g}" for stage in names]
+
+    llm, tokenizer, unified = ("mllm", "mllm-2"), [f"tokenizer-{n}" for n in "123"], ["unified-2", "unified-3"]
+    fused, second, third = said("objective", "native_fused", *tokenizer)
+    (penalty,) = said("objective", "latent_penalty", "autoencoder")
+    (noise,) = {*said("objective", "latent_noise", "autoencoder", *tokenizer[1:])}
+    (pixel,) = said("objective", "pixel", "encoder")
+    (tags,) = {*said("objective", "edit_tags", *llm)}
+    (balance,) = {*said("objective", "balance", "unified-1", *unified)}
+    prompts, per_image = said("data", "prompt_share", *llm), said("data", "per_image", *llm)
+    (placed,) = said("data", "position_captions", "unified-2")
+    layouts = values("data", "layouts")
+    assert [layouts.pop(name) for name in llm] == [True, True] and [*layouts] == unified and second == third
+    (drawn,) = {*layouts.values()}
+    flow, streams, denoiser = own.flow, model.streams, model.denoiser
+    headings = (
+        f"`objective.native_fused` {fused} in tokenizer-1, then {third}.",
+        f"`objective.latent_penalty` {float(penalty):.0e} (autoencoder).".replace("e-03", "e-3"),
+        f"`objective.latent_noise` {noise}.", f"`objective.pixel` {pixel} (encoder).",
+        f"`objective.edit_tags` {tags} (mllm stages).", f"`objective.balance` {balance} (unified stages).",
+        f"`data.prompt_share` (mllm {prompts[0]}, mllm-2 {prompts[1]}).",
+        f"`data.per_image` {per_image[0]}, then {per_image[1]} (mllm stages).",
+        f"`data.layouts` (mllm stages: true; unified-2, unified-3: {drawn:g}).",
+        f"`model.denoiser.position_gain` {denoiser.position_gain:g}.",
+        f'`model.denoiser.self_attention` "{denoiser.self_attention}".',
+        f'`model.connector.reference` "{model.connector.reference}", `model.denoiser.reference_states` true.',
+        f"`streams.pixel_layers` {streams.pixel_layers} of {SPAR_1B.streams.pixel_layers}.",
+        f"`denoiser.align_depth` {denoiser.align_depth} of {denoiser.layers}.",
+        f"`perceptual.autoencoder` {own.perceptual.autoencoder:g}, `lpips` and `convnext` {own.perceptual.lpips:g}.",
+    )
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    bold = {" ".join(found.split()) for found in re.findall(r"^\*\*(.*?)\*\*", text, re.M | re.S)}
+    assert {*headings} <= bold and flow.training_shift == flow.sampling_shift == 3
+    section = " ".join(text.split("**`data.position_captions`")[1].split("**`data.prompt_share`")[0].split())
+    assert f"{100 * float(placed):.0f} % of these captions name places" in section
+    counts = Counter(stages["unified-2"].data.scene_kinds)
+    words = {2: "twice", 3: "three times", 4: "four times"}
+    shown = re.search(r"`(\w+)` scenes (.*?), `(\w+)` and `(\w+)` (.*?), `(\w+)` and `(\w+)` (.*?):", section).groups()
+    named = {shown[0]: shown[1], shown[2]: shown[4], shown[3]: shown[4], shown[5]: shown[7], shown[6]: shown[7]}
+    assert named == {kind: words[count] for kind, count in counts.items() if count > 1}
 
 
 # Performance
@@ -423,6 +504,31 @@ def test_the_examples_of_the_guide_to_use_run(tmp_path, monkeypatch, capsys):
     assert names["first"] == "navy" and names["second"] and names["answer"].finish_reason == "stop"
     assert names["back"].shape == names["pixels"].shape
     assert (tmp_path / "model" / "README.md").is_file() and "would go to OWNER/NAME, private" in output
+
+
+@pytest.mark.slow
+def test_the_recipe_file_of_the_guide_to_training_trains_by_its_command(tmp_path, monkeypatch):
+    """From the bundled model, on images with captions; one step of two."""
+    from spar.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+    guide = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    text, line = re.search(r"^```yaml\n(.*?)^```\n\n```\nspar (.*?)\n```", guide, re.M | re.S).groups()
+    Path("own.yaml").write_text(text)
+    Path("DATA").mkdir()
+    lines = []
+    for index in range(4):
+        scene = scene_at("validation", index)
+        Image.fromarray(render(scene)).save(f"DATA/{index}.png")
+        lines.append(json.dumps({"file_name": f"{index}.png", "text": caption(scene, np.random.default_rng(index))}))
+    Path("DATA/metadata.jsonl").write_text("\n".join(lines))
+    short = [word for name, value in (("steps", 1), ("batch", 2), ("warmup", 1))
+             for word in (f"--stages.unified-2.{name}", str(value))]  # fmt: skip
+    words = ["spar" if word == "MODEL" else word for word in shlex.split(line)]
+    assert main([*words, *short, "--data.workers", "0"]) == 0
+    resolved = json.loads(Path("runs/file/recipe.json").read_text())
+    assert (resolved["seed"], resolved["model"]["router"]["kind"]) == (3, "last")
+    assert Path("runs/file/unified-2/done").is_dir()
 
 
 def test_measured_numbers_in_the_guides_are_those_of_the_benchmarks():

@@ -10,13 +10,21 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 
 from spar.common.errors import Cancelled, InputError
 from spar.flow.path import shift_time
-from spar.flow.sampler import METHODS, FlowSampler, sample
+from spar.flow.sampler import METHODS, FlowSampler
 
 MEAN, STD = 0.7, 0.5
 
 
 def noise(n: int = 3) -> torch.Tensor:
     return torch.randn(n, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+def sample(velocity, noise, *, num_inference_steps=20, callback=None, **settings) -> torch.Tensor:
+    """The latents of a batch that begins and ends together."""
+    sampler = FlowSampler(**settings)
+    sampler.join(noise, num_inference_steps)
+    sampler.run(velocity, callback)
+    return sampler.latents(range(len(noise)))
 
 
 def gaussian_velocity(x, t):

@@ -117,7 +117,7 @@ def test_who_measures_joining_and_a_step_measures_all_of_the_devices_work(pipe, 
     monkeypatch.setattr(type(pipe), "_wait", lambda _: waited.append((len(batch), [*batch.sampler.done])))
     join(pipe, batch, CIRCLE, layout=False)
     pipe.step(batch)
-    assert waited == [(1, [0]), (1, [1])]
+    assert waited == [(0, []), (1, [1])]  # prepared, not yet in the batch
 
 
 def test_what_fails_leaves_the_batch_as_it_was(pipe, monkeypatch):
@@ -135,6 +135,11 @@ def test_what_fails_leaves_the_batch_as_it_was(pipe, monkeypatch):
         join(pipe, batch, INSTRUCTION, image=[picture])
     with pytest.raises(ValueError, match="expected images in the batch, got none|expected samples"):
         pipe.step(pipe.open_batch(SIDE, 1.0))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(pipe), "_wait", lambda _: (_ for _ in ()).throw(RuntimeError("late")))
+        with pytest.raises(RuntimeError, match="late"):  # as a device says it, after the call that was at fault
+            join(pipe, batch, CIRCLE, seed=4)
+    assert len(batch) == len(batch.sampler) == 1
     pipe.step(batch)
     with monkeypatch.context() as patch:
         patch.setattr(type(pipe.model), "decode", lambda *_: (_ for _ in ()).throw(RuntimeError("lost")))

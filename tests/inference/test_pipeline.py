@@ -19,7 +19,7 @@ from spar.checkpoints.spar_format import ModelBundle, load_model
 from spar.common.cpu import has_native_bfloat16
 from spar.common.errors import Cancelled, InputError
 from spar.common.limits import MAX_NEW_TOKENS
-from spar.flow.sampler import sample
+from spar.flow.sampler import FlowSampler
 from spar.inference import layouts as layouts_module
 from spar.inference import pipeline
 from spar.inference.image_files import read_metadata
@@ -325,9 +325,10 @@ def by_hand(pipe, scale: float, rows: list[TokenBatch], f_v: torch.Tensor | None
             u = model.velocity(x, t, theirs).velocity
             return u + scale * (v - u)
 
-        shift = pipe.bundle.sampling.shift
-        latent = sample(velocity, noise, num_inference_steps=STEPS, shift=shift, method="dpmsolver++")
-        return to_pil(model.decode(latent))[0]
+        sampler = FlowSampler(shift=pipe.bundle.sampling.shift, method="dpmsolver++")
+        sampler.join(noise, STEPS)
+        sampler.run(velocity)
+        return to_pil(model.decode(sampler.latents([0])))[0]
 
 
 @pytest.mark.parametrize(

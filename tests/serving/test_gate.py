@@ -4,8 +4,10 @@ import asyncio
 import errno
 import resource
 import socket
+import sys
+import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from io import BytesIO
 from urllib.parse import urlsplit
 
@@ -20,7 +22,7 @@ from spar.serving.auth import FREE_GUESSES, GuessLimit
 from spar.serving.errors import ApiError
 from spar.serving.gate import Lease, MemoryBudget, RequestGate, read_body
 from spar.serving.http import QUIET_SECONDS, HttpServer, max_connections
-from spar.serving.image_io import Decoders, read_image
+from spar.serving.image_io import Decoders, decode_image, read_image
 
 HALF = b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{"
 PROMPT = {"prompt": "a red circle", "num_inference_steps": 1}
@@ -178,21 +180,87 @@ def png(side: int) -> bytes:
 
 def test_a_decoded_image_counts_as_what_it_takes(monkeypatch):
     data, pixels = png(100), 100 * 100
-    peak = 2 * limits.PIXEL_BYTES * pixels + len(data)
+    most, held = limits.OPAQUE_BYTES * pixels + len(data), limits.PIXEL_BYTES * pixels
 
-    async def read(budget: int) -> Lease:
-        monkeypatch.setattr(limits, "MAX_BUFFERED_BYTES", budget)
-        lease, decoders = Lease(MemoryBudget()), Decoders()
+    async def read(limit: int, others: int = 0) -> MemoryBudget:
+        monkeypatch.setattr(limits, "MAX_BUFFERED_BYTES", limit)
+        budget, decoders = MemoryBudget(), Decoders()
+        Lease(budget).reserve(others)
         try:
-            assert (await read_image(data, "image", lease, decoders)).size == (100, 100)
+            with budget.lease() as lease:
+                assert (await read_image(data, "image", lease, decoders)).size == (100, 100)
+                assert lease.held == budget.held - others == held
         finally:
             decoders.stop()
-        return lease
+            assert budget.held == others
+        return budget
 
-    assert asyncio.run(read(peak)).held == limits.PIXEL_BYTES * pixels
-    with pytest.raises(ApiError) as caught:
-        asyncio.run(read(peak - 1))
-    assert caught.value.status == 429
+    asyncio.run(read(most))
+    asyncio.run(read(most + 7, others=7))
+    for limit, others, status in ((most + 6, 7, 429), (held, 1, 413), (most - 1, 0, 413)):
+        with pytest.raises(ApiError) as caught:
+            asyncio.run(read(limit, others))
+        assert caught.value.status == status
+
+
+def test_a_request_that_has_ended_takes_nothing_any_more(monkeypatch):
+    """Its client left while a thread decoded its image: what the thread takes counts until the thread has ended."""
+    monkeypatch.setattr(limits, "MAX_BUFFERED_BYTES", limits.OPAQUE_BYTES * 10_000 + 1000)
+    budget, seen = MemoryBudget(), []
+    with budget.lease() as lease:
+        pass
+
+    def read(_: bytes) -> Image.Image:
+        lease.end()
+        seen.append(budget.held)
+        return Image.new("RGB", (100, 100))
+
+    with pytest.raises(ClientDisconnect):
+        decode_image(png(100), read, lease)
+    assert (budget.held, seen) == (0, [])
+    with budget.lease() as lease:
+        decode_image(png(100), read, lease)
+    assert seen == [(limits.OPAQUE_BYTES - limits.PIXEL_BYTES) * 10_000 + len(png(100))] and budget.held == 0
+
+
+def test_threads_that_count_at_once_stay_below_the_limit(monkeypatch):
+    monkeypatch.setattr(limits, "MAX_BUFFERED_BYTES", 10)
+    budget, begin, most = MemoryBudget(), threading.Barrier(4), []
+
+    def take() -> None:
+        begin.wait()
+        for _ in range(3000):
+            with budget.lease() as lease, suppress(ApiError):
+                lease.reserve(7)
+                most.append(budget.held)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=take) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert max(most) == 7 and budget.held == 0
+
+
+def test_a_lease_may_end_while_its_thread_takes_another():
+    """As where the garbage collector closes a generator that nobody reads any more."""
+    budget = MemoryBudget()
+    lease = Lease(budget)
+    lease.reserve(5)
+
+    def collect() -> None:
+        with budget.lock:
+            lease.end()
+
+    thread = threading.Thread(target=collect, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive() and budget.held == 0
 
 
 def test_a_client_that_leaves_leaves_nothing_in_the_queue_of_the_decoders():

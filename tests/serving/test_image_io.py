@@ -3,16 +3,24 @@
 import asyncio
 import base64
 import itertools
+import json
+import os
+import subprocess
+import sys
 import threading
 import time
+from io import BytesIO
+from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from PIL import Image, ImageCms
 
+from spar.processing.images import open_image
 from spar.serving import image_io
 from spar.serving.errors import ApiError
 from spar.serving.gate import Lease, MemoryBudget
-from spar.serving.image_io import Decoders, decode_data_url, read_messages
+from spar.serving.image_io import Decoders, decode_data_url, decode_image, read_messages
 from spar.serving.schema import Message
 
 DATA = bytes(range(256)) + b"\xfb\xff\xfe" + b"x"  # every letter of base64, and padding
@@ -110,3 +118,103 @@ def test_urls_are_decoded_in_the_decoders_threads(monkeypatch):
     with pytest.raises(ApiError, match="expected a whole PNG"):
         asyncio.run(read())
     assert seen and threading.main_thread() not in seen
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+SIDE = 2000
+EXIF = Image.Exif()
+EXIF[0x0112] = 6  # on its side
+
+
+def encoded(mode: str, kind: str, side: int = SIDE, **options) -> bytes:
+    file = BytesIO()
+    Image.new(mode, (side, side), 3 if mode in ("1", "L", "P", "I;16") else tuple(range(1, 1 + len(mode)))).save(
+        file, kind, **options
+    )
+    return file.getvalue()
+
+
+def memory_kinds(side: int = SIDE) -> dict[str, bytes]:
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()  # of no use: it is read and left
+    return {
+        "RGB, PNG": encoded("RGB", "PNG", side, icc_profile=lab),
+        "RGB, JPEG": encoded("RGB", "JPEG", side),
+        "turned JPEG": encoded("RGB", "JPEG", side, exif=EXIF, progressive=True, subsampling=0),
+        "turned CMYK": encoded("CMYK", "JPEG", side, exif=EXIF, progressive=True, subsampling=0),
+        "16 bits": encoded("I;16", "PNG", side),
+        "TIFF": encoded("RGB", "TIFF", side, compression="tiff_lzw"),
+        "grey with alpha": encoded("LA", "PNG", side),
+        "RGBA": encoded("RGBA", "PNG", side),
+        "GIF": encoded("P", "GIF", side, transparency=3),
+        "RGB, WEBP": encoded("RGB", "WEBP", side, lossless=True),
+        "RGBA, WEBP": encoded("RGBA", "WEBP", side, lossless=True, exif=EXIF),
+    }
+
+
+# Decodes each file in a process of its own, and prints what it counts and the most memory that it takes.
+MEASURE = """
+import json, os, sys
+from pathlib import Path
+from spar.processing.images import open_image
+from spar.serving.gate import MemoryBudget
+from spar.serving.image_io import decode_image
+
+def size(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
+
+class Recorded(MemoryBudget):
+    most = 0
+
+    def __setattr__(self, name, value):
+        vars(self)[name] = value
+        self.__dict__["most"] = max(self.most, self.held)
+
+folder = Path(sys.argv[1])
+for file in folder.glob("small-*"):
+    with MemoryBudget().lease() as lease:
+        decode_image(file.read_bytes(), open_image, lease)
+found = {}
+for file in folder.glob("large-*"):
+    ours, theirs = os.pipe()
+    if os.fork() == 0:
+        data, budget = file.read_bytes(), Recorded()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = size("VmRSS")
+        with budget.lease() as lease:
+            decode_image(data, open_image, lease)
+        os.write(theirs, json.dumps([budget.most, size("VmHWM") - before]).encode())
+        os._exit(0)
+    os.close(theirs)
+    with os.fdopen(ours, "rb") as pipe:
+        found[file.name] = json.loads(pipe.read())
+    os.wait()
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process's memory is Linux's")
+def test_decoding_takes_no_more_memory_than_is_counted(tmp_path):
+    for size, side in (("small", 8), ("large", SIDE)):
+        for name, data in memory_kinds(side).items():
+            (tmp_path / f"{size}-{name}").write_bytes(data)
+    own = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is free goes back to the system at once
+    command = [sys.executable, "-c", MEASURE, str(tmp_path)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, env=own)
+    found = json.loads(out.stdout)
+    other = 4 * 2**20  # what a process takes beside
+    shares = {name.removeprefix("large-"): (taken - other) / counted for name, (counted, taken) in found.items()}
+    assert shares.keys() == memory_kinds(8).keys()
+    assert {name: share for name, share in shares.items() if share > 1} == {}
+    assert shares["turned CMYK"] > 0.85 and shares["RGBA, WEBP"] > 0.75  # and not many times what is needed
+
+
+@pytest.mark.parametrize(("name", "data"), memory_kinds(8).items())
+def test_no_decoder_stays_with_a_decoded_image(name, data):
+    """Those of WEBP hold two further copies of it."""
+    with MemoryBudget().lease() as lease:
+        image = decode_image(data, open_image, lease)
+        assert type(image) is Image.Image and image.size == (8, 8) and lease.held == 64 * 4
+    assert image.tobytes() == open_image(data).tobytes()

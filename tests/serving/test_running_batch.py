@@ -317,6 +317,47 @@ def test_who_finds_no_memory_beside_others_is_run_alone_and_who_finds_none_at_al
         alone.future.result(SOON)
 
 
+def test_who_is_to_run_alone_waits_until_the_batch_has_ended_and_is_not_overtaken(begun):
+    """Between two steps a batch keeps its memory, of which there was too little beside it."""
+    walk, beside = Walk(1, 2), []
+
+    def alone(walk: Walk, inputs: list[Any], step: Any) -> list[str]:
+        beside.append(worker._batch)
+        return work(walk, inputs, step)
+
+    worker, first = begun(walk), job("a", 3)
+    worker.submit(first)
+    walk.at(1)
+    large, small = job("M", 2), job("b", 1)
+    large.work = alone
+    worker.submit(large, small)
+    walk.go(1)
+    walk.at(2)
+    later, call = job("c", 1), worker.call(lambda _: walk.tried.append("call"))
+    worker.submit(later)
+    walk.go(2)
+    assert results(first, large, small, later) == ["a!", "M alone!", "b!", "c!"]
+    call.result(SOON)
+    assert beside == [None] and walk.steps == ["a", "ab", "a", "c"]
+    assert [name for name in walk.tried if name != "call"] == ["b", "a", "M", "c"]
+
+
+def test_who_is_to_run_alone_and_leaves_holds_nobody_up(begun):
+    walk = Walk(1, 2)
+    worker, first = begun(walk), job("a", 3)
+    worker.submit(first)
+    walk.at(1)
+    large = job("M", 2)
+    worker.submit(large)
+    walk.go(1)
+    walk.at(2)
+    later = job("b", 1)
+    worker.submit(later)
+    large.future.cancel()
+    walk.go(2)
+    assert results(first, later) == ["a!", "b!"] and walk.steps == ["a", "a", "ab"]
+
+
 def test_jobs_of_a_step_that_fails_take_turns_with_chats(begun):
     walk = Walk(1)
     worker, jobs = begun(walk), [job(name, 3) for name in "aSb"]

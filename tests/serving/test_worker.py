@@ -217,6 +217,43 @@ def test_stopping_gives_up_what_waits_and_what_runs(scribe):
         worker.submit(ImageJob(scribe, "k", 1))
 
 
+def test_stopping_ends_a_function_that_watches_its_future():
+    """As the page does, whose sampling goes on until its future is cancelled."""
+    worker, entered, futures = Worker(object(), max_batch=4, max_queue=8), threading.Event(), []
+
+    def draw(_: Any) -> None:
+        entered.set()
+        deadline = time.monotonic() + SOON
+        while not futures[0].cancelled() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    worker.start()
+    hold = threading.Event()
+    worker.call(lambda _: hold.wait(SOON))
+    futures.append(worker.call(draw))
+    hold.set()
+    assert entered.wait(SOON)
+    worker.stop()
+    with pytest.raises(CancelledError):
+        futures[0].result(0)
+
+
+def test_work_with_too_few_results_fails_and_the_worker_goes_on(worker, scribe):
+    hold(worker, scribe)
+    jobs = [ImageJob(lambda _pipe, inputs, _step: inputs[1:], "k", value) for value in "ab"]
+    same = jobs[0].work
+    for one in jobs:
+        one.work = same
+    worker.submit(*jobs)
+    scribe.open.set()
+    for one in jobs:
+        with pytest.raises(ValueError):
+            one.future.result(SOON)
+    later = ImageJob(scribe, "k", 1)
+    worker.submit(later)
+    assert later.future.result(SOON) == "1!" and worker.alive
+
+
 def test_who_waits_for_a_worker_that_has_failed_itself_is_given_up(scribe, caplog):
     def lost(seconds: float, rows: int) -> None:
         raise RuntimeError("lost")

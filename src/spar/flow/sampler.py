@@ -1,10 +1,10 @@
 """Sampling: the flow's ODE from noise (t = 1) to a clean latent (t = 0).
 
-`FlowSampler` advances samples that may be at different steps of different schedules; `sample` runs a batch that begins
-and ends together. There are two methods: `dpmsolver++` is SANA's scheduler (DPM-Solver++, arXiv 2211.01095, of order 2,
-midpoint, first order at both ends, flow sigmas with a shift); `euler` is the plain Euler step. Times are those of
-diffusers' schedulers, and a step is theirs to the bit (tests/flow/test_sampler.py); only their objects, which hold one
-step for a whole batch, are not used for it.
+`FlowSampler` integrates dx/dt = velocity(x, t), for samples that may be at different steps of different schedules.
+There are two methods: `dpmsolver++` is SANA's scheduler (DPM-Solver++, arXiv 2211.01095, of order 2, midpoint, first
+order at both ends, flow sigmas with a shift); `euler` is the plain Euler step. Times are those of diffusers'
+schedulers, and a step is theirs to the bit (tests/flow/test_sampler.py); only their objects, which hold one step for a
+whole batch, are not used for it.
 
 Deliberate departures from a naive use of the same classes:
 - The shift goes to `shift` in one class and to `flow_shift` in the other; a configuration of one, loaded into the
@@ -90,7 +90,8 @@ class FlowSampler:
 
         An estimate is this step's, x - t * velocity(x, t), and after a sample's last step its clean latent.
 
-        velocity: as in `sample`, called once. Its times are those of each row.
+        velocity: gets x `[B, ...]` and the time of each row, t `[B]`, in float32; returns `[B, ...]` in any floating
+            type. It is called once, without gradients.
         """
         if self._state is None or self.finished:
             raise ValueError(f"expected samples that have steps left, got {len(self)}, {len(self.finished)} finished")
@@ -128,7 +129,9 @@ class FlowSampler:
     def run(self, velocity: Velocity, callback: Callback | None = None) -> None:
         """Step until all have arrived, which joined at once with one number of steps.
 
-        `velocity`, `callback` and errors as in `sample`.
+        velocity: as in `step`.
+        callback: called after each step with (steps done, total steps, what `step` returned). False, exactly, raises
+            `Cancelled`.
         """
         while len(self.finished) < len(self):
             estimate = self.step(velocity)
@@ -144,33 +147,10 @@ class FlowSampler:
         ]  # fmt: skip
 
 
-def sample(
-    velocity: Velocity,
-    noise: Tensor,
-    *,
-    num_inference_steps: int = 20,
-    shift: float = 3.0,
-    method: str = "dpmsolver++",
-    callback: Callback | None = None,
-) -> Tensor:
-    """Integrates dx/dt = velocity(x, t) from `noise` [B, ...] at t = 1 to a float32 latent [B, ...] at t = 0.
-
-    velocity: gets x [B, ...] and t [B] in float32, t falling from 1 towards 0; returns [B, ...] in any floating type.
-        It is called once per step, without gradients.
-    callback: called after each step with (steps done, total steps, estimate): this step's estimate of the clean latent,
-        x - t * velocity(x, t), and after the last step the result itself. False, exactly, raises `Cancelled`.
-    Raises InputError for a number of steps below 1, a shift outside [MIN_SHIFT, MAX_SHIFT], an unknown method.
-    """
-    sampler = FlowSampler(shift=shift, method=method)
-    sampler.join(noise, num_inference_steps)
-    sampler.run(velocity, callback)
-    return sampler.latents(range(len(noise)))
-
-
 def euler_times(steps: int, shift: float) -> Tensor:
     """The times `[steps + 1]` of Euler's method, float32, from 1 to 0; those of twice as many steps hold them all.
 
-    Raises InputError as `sample`.
+    Raises InputError for a number of steps below 1, and as `FlowSampler` for a shift.
     """
     return _times(_checked_steps(steps), _checked_shift(shift), "euler")
 

@@ -1,17 +1,13 @@
 """Images on their way through the flow's sampler, which may join and leave between two steps.
 
-`SparPipeline.generate` and `edit` let the images of a call join at once and run to the end together. A server lets each
-join when it comes, and takes it out when it is finished.
-
 B images, 2 B rows of the denoiser with guidance (the conditional branches, then the unconditional ones), M condition
 tokens.
 """
 
-from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,32 +16,11 @@ from torch import Tensor
 
 from spar.flow.guidance import apply_guidance
 from spar.flow.sampler import FlowSampler
-from spar.inference.base import Pipeline
 from spar.inference.flow_sampling import FlowSampling
-from spar.inference.layouts import Layout, LayoutWriter
-from spar.inference.outputs import GenerateOutput, Routing
+from spar.inference.outputs import Routing
 from spar.inference.progress import Callback
-from spar.processing.images import ImageSource
-from spar.processing.prompts import IMAGE_TOKEN, TokenBatch
-
-if TYPE_CHECKING:  # the network's classes take a second to import, which DualToken's server need not wait for
-    from spar.models.spar import Condition, SparModel
-
-
-@dataclass(frozen=True)
-class SamplingInputs:
-    """What images are sampled from.
-
-    `texts` are called `what` in the metadata, which `notes` extend, and become prompts by `encode`. There may be
-    `pixels` to edit, one for each text, or what is to `write` a layout of its own for each image.
-    """
-
-    what: str
-    texts: list[str]
-    encode: Callable[[Sequence[str | None]], TokenBatch]
-    pixels: Tensor | None = None
-    write: LayoutWriter | None = None
-    notes: Mapping[str, Any] = field(default_factory=dict)
+from spar.models.spar import Condition, SparModel
+from spar.processing.prompts import IMAGE_TOKEN
 
 
 @dataclass(frozen=True)
@@ -101,7 +76,7 @@ class ImageBatch:
         """The images whose latents are clean."""
         return self.sampler.finished
 
-    def join(self, noise: Tensor, condition: "Condition", rows: Sequence[BatchRow], steps: int | Sequence[int]) -> None:
+    def join(self, noise: Tensor, condition: Condition, rows: Sequence[BatchRow], steps: int | Sequence[int]) -> None:
         """Append images, all or, after an error, none.
 
         Args:
@@ -115,11 +90,11 @@ class ImageBatch:
         self._condition, self.rows = joined, [*self.rows, *rows]
         self._cache = self.flow.cache(len(self))
 
-    def step(self, model: "SparModel") -> Tensor:
+    def step(self, model: SparModel) -> Tensor:
         """Advance every image by one step; returns the estimates of the clean latents, `[B, C, h, w]`."""
         return self.sampler.step(partial(self._velocity, model))
 
-    def run(self, model: "SparModel", callback: Callback | None) -> None:
+    def run(self, model: SparModel, callback: Callback | None) -> None:
         """Step until all are finished, which joined at once; `callback` as in `SparPipeline.generate`."""
         self.sampler.run(partial(self._velocity, model), callback)
 
@@ -132,7 +107,7 @@ class ImageBatch:
         self._condition, self.rows = condition, [self.rows[row] for row in kept]
         self._cache = self.flow.cache(len(self))
 
-    def _velocity(self, model: "SparModel", latent: Tensor, time: Tensor) -> Tensor:
+    def _velocity(self, model: SparModel, latent: Tensor, time: Tensor) -> Tensor:
         """The guided velocity, `[B, C, h, w]`."""
         if self._condition is None:
             raise ValueError("expected images in the batch, got none")
@@ -148,19 +123,16 @@ class ImageBatch:
             velocity[plain] = conditional[plain]
         return velocity
 
-    def _joined(self, old: "Condition", new: "Condition", count: int) -> "Condition":
+    def _joined(self, old: Condition, new: Condition, count: int) -> Condition:
         """The condition of the images so far and of `count` more, branch by branch, padded on the left."""
 
         def join(tensors: Sequence[Tensor], tokens: int | None) -> Tensor:
-            one, two = tensors
-            if tokens is not None:
-                most = max(one.shape[tokens], two.shape[tokens])
-                one, two = _padded(one, tokens, most), _padded(two, tokens, most)
+            one, two = _aligned(tensors, tokens)
             return torch.cat([one[: len(self)], two[:count], one[len(self) :], two[count:]])
 
         return _each(join, _with_reference(old, new.reference), _with_reference(new, old.reference))
 
-    def _kept(self, condition: "Condition", rows: Sequence[int]) -> "Condition":
+    def _kept(self, condition: Condition, rows: Sequence[int]) -> Condition:
         """The condition of these images, without the columns that none of them has."""
         columns = max(self.rows[row].columns for row in rows)
         both = [*rows] if self.guidance == 1 else [*rows, *(len(self) + row for row in rows)]
@@ -175,7 +147,12 @@ class ImageBatch:
         return _each(keep, condition)
 
 
-def _each(change: Callable[[Sequence[Tensor], int | None], Tensor], *conditions: "Condition") -> "Condition":
+def both_branches(conditional: Condition, unconditional: Condition) -> Condition:
+    """The condition of both branches of guidance, `[2 B, ...]`, padded on the left."""
+    return _each(lambda tensors, tokens: torch.cat(_aligned(tensors, tokens)), conditional, unconditional)
+
+
+def _each(change: Callable[[Sequence[Tensor], int | None], Tensor], *conditions: Condition) -> Condition:
     """A condition whose every tensor is `change(that tensor of all conditions, the dimension of its tokens if any)`."""
     key_values = [
         (change([key for key, _ in layer], 2), change([value for _, value in layer], 2))
@@ -192,47 +169,16 @@ def _each(change: Callable[[Sequence[Tensor], int | None], Tensor], *conditions:
     )
 
 
-def _padded(tensor: Tensor, tokens: int, columns: int) -> Tensor:
-    """A tensor with so many tokens in a dimension, those before its own zero."""
-    after = tensor.ndim - 1 - tokens
-    return F.pad(tensor, (*[0, 0] * after, columns - tensor.shape[tokens], 0))
+def _aligned(tensors: Sequence[Tensor], tokens: int | None) -> list[Tensor]:
+    """Tensors with as many tokens in a dimension as the longest of them, zero before their own."""
+    if tokens is None:
+        return [*tensors]
+    most = max(one.shape[tokens] for one in tensors)
+    return [F.pad(one, (*[0, 0] * (one.ndim - 1 - tokens), most - one.shape[tokens], 0)) for one in tensors]
 
 
-def _with_reference(condition: "Condition", like: Tensor | None) -> "Condition":
+def _with_reference(condition: Condition, like: Tensor | None) -> Condition:
     """The condition with a reference of zeros, as rows without an image have it, where others beside it have one."""
     if condition.reference is not None or like is None:
         return condition
     return replace(condition, reference=like.new_zeros(len(condition.mask), *like.shape[1:]))
-
-
-class StepwisePipeline(Pipeline):
-    """A pipeline whose images may join and leave between two steps of its sampler."""
-
-    @property
-    @abstractmethod
-    def lets_join(self) -> bool:
-        """Whether that is worth while with these settings."""
-
-    @abstractmethod
-    def open_batch(self, size: tuple[int, int], guidance: float) -> ImageBatch:
-        """An empty batch for images of a height and width in pixels and a scale of guidance."""
-
-    @abstractmethod
-    def join(
-        self, batch: ImageBatch, prompt: Sequence[str], *, image: Sequence[ImageSource] | None = None,
-        negative_prompt: Sequence[str] | None = None, num_inference_steps: Sequence[int], seed: Sequence[int],
-        layout: Layout = None,
-    ) -> None:  # fmt: skip
-        """Append an image of each prompt to a batch, as `generate` or, with images, `edit` begins it.
-
-        Returns when that is done. After an error the batch is as it was. Arguments and errors as there;
-        `num_inference_steps` and `seed` have a number for each.
-        """
-
-    @abstractmethod
-    def step(self, batch: ImageBatch) -> Tensor:
-        """Advance every image of a batch by one step; returns, when it is done, what `preview` makes images of."""
-
-    @abstractmethod
-    def finish(self, batch: ImageBatch, rows: Sequence[int]) -> GenerateOutput:
-        """Decode images of a batch, which then leave it; after an error they are still there."""

@@ -6,7 +6,6 @@ its own seed and never on the rest of the batch.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +13,6 @@ from typing import Any, ClassVar
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from spar.checkpoints.bundled import BUNDLED_MODELS, DEFAULT_MODEL
 from spar.checkpoints.hub import adapter_files, hub_address, model_folder, model_name
@@ -24,27 +22,22 @@ from spar.checkpoints.spar_format import ModelBundle, load_model, save_model
 from spar.common import limits
 from spar.common.device import choose_device
 from spar.common.errors import InputError
-from spar.common.generators import cpu_generator
-from spar.common.limits import check_int_range, check_range
-from spar.common.seeds import list_seeds
+from spar.common.limits import check_int_range
 from spar.flow.path import interpolate, velocity_target
-from spar.flow.sampler import FlowSampler
 from spar.inference.base import TOKEN_MULTIPLE, choose_device_and_dtype, read_dtype
 from spar.inference.diffusers_call import draw
 from spar.inference.flow_sampling import FlowSampling
-from spar.inference.image_batch import BatchRow, ImageBatch, SamplingInputs, StepwisePipeline
 from spar.inference.image_files import BUNDLED_MODEL
-from spar.inference.inputs import open_sources
-from spar.inference.layouts import Layout, LayoutPipeline
+from spar.inference.image_sampling import StepwisePipeline
+from spar.inference.layouts import Layout
 from spar.inference.offload import WEIGHTS, Offload, Weights, cast_weights, quantize
 from spar.inference.outputs import GenerateOutput, ReconstructOutput
-from spar.inference.progress import Callback, sampling_bar
+from spar.inference.progress import Callback
 from spar.models.blocks import compile_blocks
-from spar.models.spar import Condition
 from spar.models.tiling import MIN_TILE
 from spar.processing.chat import Squares
-from spar.processing.images import ImageSource, nearest_size, to_pil, to_size, to_tensor
-from spar.processing.prompts import PromptEncoder, TokenBatch
+from spar.processing.images import ImageSource, nearest_size, to_pil
+from spar.processing.prompts import PromptEncoder
 from spar.processing.tiles import answer_images
 
 BUNDLED = BUNDLED_MODELS[DEFAULT_MODEL]
@@ -53,7 +46,7 @@ LOSS_TIMES = (0.95, 0.9, 0.8, 0.7, 0.5)  # 1 is noise: what an image shows is se
 
 
 @dataclass(repr=False)
-class SparPipeline(StepwisePipeline, LayoutPipeline):
+class SparPipeline(StepwisePipeline):
     """One model and its four tasks. Build it with `from_pretrained`.
 
     `origin` has the names of the `model` and the `adapter` for the metadata of images, without their folders.
@@ -274,158 +267,6 @@ class SparPipeline(StepwisePipeline, LayoutPipeline):
         self._load_to_device("denoiser")  # for the sampler's next step
         return to_pil(images)
 
-    def _prompted(self, prompt: str | Sequence[str], layout: Layout, size: tuple[int, int]) -> SamplingInputs:
-        """What `generate` samples from."""
-        prompts = self._texts(prompt, "prompt")
-        write = self._layout_writer(layout, len(prompts), size)
-        encode = self.prompts.layout if write else self.prompts.generation
-        return SamplingInputs("prompt", prompts, encode, write=write, notes=self._layout_turned_off(layout))
-
-    def _instructed(self, pixels: Tensor, instruction: str | Sequence[str]) -> SamplingInputs:
-        """What `edit` samples from; `pixels` as of `_edited`."""
-        pixels, instructions = self._paired(pixels, self._texts(instruction, "instruction"), "instruction")
-        height, width = pixels.shape[-2:]
-        encode = partial(self.prompts.edit, image_tokens=height * width // self.model.config.token_stride**2)
-        return SamplingInputs("instruction", instructions, encode, pixels)
-
-    @torch.inference_mode()
-    def _sample(
-        self, inputs: SamplingInputs, size: tuple[int, int], negative_prompt: str | Sequence[str] | None,
-        steps: int | None, guidance: float | None, per_prompt: int, seed: int | Sequence[int] | None,
-        callback: Callback | None, flow: FlowSampling,
-    ) -> GenerateOutput:
-        """A batch that begins and ends together."""
-        steps, guidance, per_prompt = self._numbers(steps, guidance, per_prompt)
-        flow.check_guidance(guidance)
-        negatives = self._negatives(negative_prompt, len(inputs.texts), guidance)
-        count = len(inputs.texts) * per_prompt
-        check_range("images in all", count, 1, limits.MAX_IMAGES)
-        batch = self._open_batch(size, guidance, flow)
-        with self._compute(count):
-            self._join(batch, inputs, negatives, list_seeds(seed, count), steps)
-            with sampling_bar(callback, steps, shown=self.progress) as watch:
-                batch.run(self.model, watch)
-            return self.finish(batch, range(count))
-
-    @property
-    def lets_join(self) -> bool:
-        return not self.offload  # each image that joins would have parts loaded and unloaded
-
-    def open_batch(self, size: tuple[int, int], guidance: float) -> ImageBatch:
-        check_range("guidance_scale", guidance, 0, limits.MAX_GUIDANCE)
-        return self._open_batch(size, float(guidance), FlowSampling())
-
-    def _open_batch(self, size: tuple[int, int], guidance: float, flow: FlowSampling) -> ImageBatch:
-        defaults = self.bundle.sampling
-        sampler = FlowSampler(shift=defaults.shift, method=flow.sampler or defaults.method)
-        return ImageBatch(size, guidance, flow, sampler)
-
-    @torch.inference_mode()
-    def join(
-        self, batch: ImageBatch, prompt: Sequence[str], *, image: Sequence[ImageSource] | None = None,
-        negative_prompt: Sequence[str] | None = None, num_inference_steps: Sequence[int], seed: Sequence[int],
-        layout: Layout = None,
-    ) -> None:  # fmt: skip
-        if image is None:
-            inputs = self._prompted(prompt, layout, batch.size)
-        else:
-            inputs = self._instructed(self._edited(image), prompt)
-            if inputs.pixels is not None and inputs.pixels.shape[-2:] != batch.size:
-                raise ValueError(f"expected images of {batch.size}, got {tuple(inputs.pixels.shape[-2:])}")
-        for steps in num_inference_steps:
-            check_int_range("num_inference_steps", steps, 1, limits.MAX_STEPS)
-        negatives = self._negatives(negative_prompt, len(inputs.texts), batch.guidance)
-        seeds = list_seeds(seed, len(inputs.texts))
-        with self._compute(len(seeds)):
-            self._join(batch, inputs, negatives, seeds, list(num_inference_steps))
-        self._wait()
-
-    def _join(
-        self, batch: ImageBatch, inputs: SamplingInputs, negatives: Sequence[str | None], seeds: list[int],
-        steps: int | list[int],
-    ) -> None:  # fmt: skip
-        """Append an image for each seed, so many of each text adjacent; with layouts each has its own condition."""
-        noise, count, texts = self._noise(seeds, batch.size), len(seeds), inputs.texts
-        per_prompt = count // len(texts)
-        f_v = self._read_images(inputs.pixels) if inputs.pixels is not None else None
-        if inputs.write is not None:  # each image is a prompt of its own
-            texts = [one for one in texts for _ in range(per_prompt)]
-            negatives, per_prompt = [one for one in negatives for _ in range(per_prompt)], 1
-            self._load_to_device("encoder")
-            f_v = self.model.canvas(count)
-        self._load_to_device("streams", "language", "router_and_connector")
-        layouts = None if inputs.write is None else inputs.write(texts, seeds)
-        tokens = inputs.encode(layouts or texts)
-        condition, routed = self._conditions(tokens, inputs.encode(negatives), f_v, batch.size, batch.guidance)
-        condition = condition.repeat(per_prompt)
-        self._load_to_device("denoiser")
-        condition = self.model.precompute_key_values(condition)
-        rows = []
-        for i, seed in enumerate(seeds):
-            place, layout = i // per_prompt, {"layout": layouts[i]} if layouts else {}
-            asked = {inputs.what: texts[place], "negative_prompt": negatives[place], "seed": seed, **layout}
-            prompt = tokens.ids[place], tokens.mask[place], routed.weights[place]
-            rows.append(BatchRow(seed, asked, dict(inputs.notes), *prompt, columns=condition.mask.shape[1]))
-        batch.join(noise, condition, rows, steps)
-
-    @torch.inference_mode()
-    def step(self, batch: ImageBatch) -> Tensor:
-        with self._compute(len(batch)):
-            self._load_to_device("denoiser")
-            state = batch.step(self.model)
-        self._wait()
-        return state
-
-    def _wait(self) -> None:
-        """Wait until the device has done its work, so that who measures the time of a piece of it has all of that."""
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-
-    @torch.inference_mode()
-    def finish(self, batch: ImageBatch, rows: Sequence[int]) -> GenerateOutput:
-        with self._compute(len(rows)):
-            self._load_to_device("decoder")
-            images = to_pil(self.model.decode(batch.sampler.latents(rows), self.decode_tile).float())
-        made, run = [batch.rows[row] for row in rows], self.run_metadata()
-        metadata = [
-            {**one.metadata, "steps": batch.sampler.steps[row], "guidance": batch.guidance, **batch.flow.metadata(),
-             **run, **one.notes}
-            for row, one in zip(rows, made, strict=True)
-        ]  # fmt: skip
-        routing = [one.routing(self.bundle.text_tokenizer, self.model.layers) for one in made]
-        out = GenerateOutput(images, [one.seed for one in made], routing, metadata)
-        batch.leave(rows)
-        return out
-
-    def _numbers(
-        self, steps: int | None, guidance: float | None, per_prompt: int
-    ) -> tuple[int, float, int]:
-        """Steps, guidance and images of a prompt, checked; numpy's numbers, which wrap, become plain ones."""
-        steps = self.default_steps if steps is None else steps
-        guidance = self.default_guidance if guidance is None else guidance
-        check_int_range("num_inference_steps", steps, 1, limits.MAX_STEPS)
-        check_range("guidance_scale", guidance, 0, limits.MAX_GUIDANCE)
-        check_int_range("num_images_per_prompt", per_prompt, 1, limits.MAX_IMAGES)
-        return int(steps), float(guidance), int(per_prompt)
-
-    def _conditions(
-        self, tokens: TokenBatch, negatives: TokenBatch, f_v: Tensor | None, size: tuple[int, int], guidance: float
-    ) -> tuple[Condition, Condition]:
-        """The condition of the sampler (both branches if guidance needs them), and that of the prompts alone."""
-        tokens, negatives = tokens.to(self.device), negatives.to(self.device)
-        own = self.model.condition(tokens.ids, tokens.mask, f_v, size)
-        if guidance == 1:
-            return own, own
-        other = self.model.condition(negatives.ids, negatives.mask, f_v, size)
-
-        def join(one: Tensor, two: Tensor) -> Tensor:
-            return pad_sequence([*one, *two], batch_first=True, padding_side="left")
-
-        references = [one.reference for one in (own, other) if one.reference is not None]
-        reference = torch.cat(references) if references else None
-        states, weights = join(own.states, other.states), join(own.weights, other.weights)
-        return Condition(states, join(own.mask, other.mask), weights, reference), own
-
     @torch.inference_mode()
     def image_loss(
         self, image: ImageSource | Sequence[ImageSource], prompt: Sequence[str], seed: int = 0
@@ -459,13 +300,6 @@ class SparPipeline(StepwisePipeline, LayoutPipeline):
             self._load_to_device("encoder")
             return self.model.tokenizer.encoder(pixels).float().cpu()
 
-    def _noise(self, seeds: list[int], size: tuple[int, int]) -> Tensor:
-        """Sample each image's noise on the CPU, so that it is the same on every device."""
-        stride = self.model.config.token_stride
-        shape = (self.model.config.autoencoder.latent_channels, size[0] // stride, size[1] // stride)
-        rows = [torch.randn(shape, generator=cpu_generator(seed)) for seed in seeds]
-        return torch.stack(rows).to(self.device)
-
     @property
     def max_prompt_tokens(self) -> int:
         return self.bundle.sampling.max_prompt_tokens
@@ -497,12 +331,3 @@ class SparPipeline(StepwisePipeline, LayoutPipeline):
     def _read_images(self, pixels: Tensor) -> Tensor:
         self._load_to_device("encoder")
         return self.model.tokenizer.encoder(pixels).float()
-
-    def _edited(self, image: ImageSource | Sequence[ImageSource]) -> Tensor:
-        """Images to edit in their own proportions, at about the trained number of pixels, `[B, 3, H, W]`."""
-        images = open_sources(image, lambda one: to_size(one, *self.edited_size(one)[::-1]), edited=True)
-        sizes = {(one.height, one.width) for one in images}
-        if len(sizes) > 1:
-            shown = ", ".join(f"{width} x {height}" for height, width in sorted(sizes))
-            raise InputError(f"expected images of the same proportions in one call, got {shown} pixels")
-        return to_tensor(images).to(self.device)

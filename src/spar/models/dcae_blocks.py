@@ -13,6 +13,8 @@ from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.sana_transformer import GLUMBConv
 from torch import Tensor, nn
 
+from spar.models.attention import compute_dtype
+
 NORM_CHUNK = 2**18  # numbers that are normalised at a time on a CPU: in float32 a MiB, which a core's cache holds
 SUBPIXELS = {1: (2, 2), 2: (2, 1), 4: (1, 1)}  # by a channel's repetitions: the rows and columns of its own sub-pixels
 # Of a row's three weights those that meet the same pixel: by sub-pixel, by pixel of the row before it was enlarged.
@@ -85,11 +87,13 @@ def convolve_enlarged(conv: nn.Conv2d, image: Tensor) -> Tensor:
 
     A sub-pixel's nine weights meet four different pixels, so they are summed first: 16 products in place of 36.
     """
+    dtype = compute_dtype(image)
+    rounded = conv.weight.to(dtype).float()  # weights that are held in the products' type give the same sums
     with torch.autocast(image.device.type, enabled=False):
         sums = torch.tensor(SUMMED_WEIGHTS, device=image.device)
-        weight = torch.einsum("iar,jbs,ocrs->ijocab", sums, sums, conv.weight.float()).flatten(0, 2)
+        weight = torch.einsum("iar,jbs,ocrs->ijocab", sums, sums, rounded).flatten(0, 2)
     bias = None if conv.bias is None else conv.bias.repeat(4)
-    parts = F.conv2d(image, weight.to(conv.weight.dtype), bias, padding=1).permute(0, 2, 3, 1)
+    parts = F.conv2d(image, weight.to(dtype), bias, padding=1).permute(0, 2, 3, 1)
     batch, height, width, channels = *parts.shape[:3], parts.shape[3] // 4
     enlarged = parts.new_empty(batch, height - 1, 2, width - 1, 2, channels)
     for row in range(2):  # the products of a sub-pixel of the second row lie one row further down, and so on

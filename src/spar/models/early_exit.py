@@ -232,7 +232,9 @@ def route_with_exits(
     Args:
         exits: of `fit_exits`.
         thresholds: of each exit, from 0.
-        embeddings, mask, prompt: as `SparModel.route` has them.
+        embeddings: as `SparModel.route` has them.
+        mask: likewise.
+        prompt: likewise.
 
     Raises:
         InputError: another router, other numbers of exits or thresholds, a negative threshold, or too long a sequence.

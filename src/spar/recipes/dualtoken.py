@@ -140,7 +140,7 @@ TINY_MODEL = DualTokenConfig(
 
 
 def dualtoken_tiny() -> DualTokenRecipe:
-    """Three steps a stage, four images a step: a check of the way, not of the goal."""
+    """Three steps a stage, four images a step: shows that all stages run, not what they reach."""
     base = dualtoken_shapes()
     stages = tuple(replace(stage, steps=3, batch=4, warmup=1) for stage in base.stages)
     data = ShapesData(scenes=48, edits=32)

@@ -36,7 +36,7 @@ TINY_MODEL = SparConfig(
 
 
 def tiny() -> SparRecipe:
-    """Three steps a stage, four images a step: a check of the way, not of the goal."""
+    """Three steps a stage, four images a step: shows that all stages run, not what they reach."""
     base = shapes()
     stages = tuple(replace(stage, objective=_cut(stage.objective), steps=3, batch=4, warmup=1) for stage in base.stages)
     data = ShapesData(scenes=48, edits=32)  # enough that each kind of scene is among them

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from spar.inference.base import Pipeline
-from spar.inference.image_batch import StepwisePipeline
+from spar.inference.image_sampling import StepwisePipeline
 from spar.inference.layouts import LayoutPipeline
 from spar.serving.jobs import ImageJob, JoiningJob, Step
 from spar.serving.schema import GenerationRequest, SamplingRequest

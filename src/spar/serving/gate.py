@@ -3,8 +3,9 @@
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import RLock
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope
 
 from spar.serving import limits
@@ -12,26 +13,51 @@ from spar.serving.errors import ApiError
 
 
 class MemoryBudget:
-    """The bytes that all requests of a server hold together, at most MAX_BUFFERED_BYTES."""
+    """The bytes that all requests of a server hold together, at most MAX_BUFFERED_BYTES; of any thread."""
 
-    held = 0
+    def __init__(self) -> None:
+        self.held, self.lock = 0, RLock()  # the garbage collector may end a lease while its thread takes another
+
+    @contextmanager
+    def lease(self) -> Iterator["Lease"]:
+        """A lease, which ends with the block."""
+        lease = Lease(self)
+        try:
+            yield lease
+        finally:
+            lease.end()
 
 
 class Lease:
     """What one request holds of a budget."""
 
     def __init__(self, budget: MemoryBudget) -> None:
-        self.budget, self.held = budget, 0
+        self.budget, self.held, self.ended = budget, 0, False
 
     def reserve(self, count: int) -> None:
-        """Count memory before it is taken; ApiError (429) where there is no more."""
-        if self.budget.held + count > limits.MAX_BUFFERED_BYTES:
-            raise ApiError(429, code="rate_limit_exceeded")
-        self._take(count)
+        """Count memory before it is taken.
+
+        Raises:
+            ApiError: 429 where there is no more.
+            ClientDisconnect: the request has ended while a thread works for it; nobody would give the memory back.
+        """
+        with self.budget.lock:
+            if self.ended:
+                raise ClientDisconnect
+            if self.budget.held + count > limits.MAX_BUFFERED_BYTES:
+                raise ApiError(429, code="rate_limit_exceeded")
+            self._take(count)
 
     def release(self, count: int) -> None:
         """Give back memory that is free again before the request ends."""
-        self._take(-min(count, self.held))
+        with self.budget.lock:
+            self._take(-min(count, self.held))
+
+    def end(self) -> None:
+        """Give everything back, and take nothing any more."""
+        with self.budget.lock:
+            self.ended = True
+            self._take(-self.held)
 
     def _take(self, count: int) -> None:
         self.held += count
@@ -53,13 +79,12 @@ class RequestGate:
         """
         if counted and self.requests >= limits.MAX_REQUESTS:
             raise ApiError(429, code="rate_limit_exceeded")
-        lease = Lease(self.budget)
         self.requests += counted
         try:
-            yield lease
+            with self.budget.lease() as lease:
+                yield lease
         finally:
             self.requests -= counted
-            lease.release(lease.held)
 
 
 async def read_body(scope: Scope, receive: Receive, lease: Lease, most: int) -> list[bytes]:

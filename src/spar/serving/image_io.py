@@ -7,16 +7,18 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from io import BytesIO
 from string import whitespace as ascii_whitespace
 from typing import Any, TypeVar
 
-from PIL import Image
+from PIL import Image, ImageFile
 
 from spar.common.errors import InputError
-from spar.processing.images import open_training_image, read_header
+from spar.processing.images import FORMATS, MAX_PIXELS, open_training_image, read_header
+from spar.serving import limits
 from spar.serving.errors import ApiError
 from spar.serving.gate import Lease
-from spar.serving.limits import DECODE_THREADS, MAX_CHAT_IMAGES, MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS, PIXEL_BYTES
+from spar.serving.limits import DECODE_THREADS, MAX_CHAT_IMAGES, MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS
 from spar.serving.schema import Message, TextPart
 
 T = TypeVar("T")
@@ -66,22 +68,56 @@ async def read_image(data: bytes, param: str, lease: Lease, decoders: Decoders) 
     """Decode a client's bytes to an RGB image, whose memory is on the request's `lease`.
 
     Raises:
-        ApiError: not such an image (one fixed message; the log has the reason).
+        ApiError: not such an image (one fixed message; the log has the reason), or one that `decode_image` refuses.
     """
     try:
         if len(data) > MAX_UPLOAD_BYTES:
             raise InputError(f"{len(data)} bytes")
-        header = await decoders.run(read_header, data)  # a hostile one takes seconds
-        pixels = header.width * header.height
-        if pixels > MAX_UPLOAD_PIXELS:
-            raise InputError(f"{header.width} x {header.height} pixels")
-        lease.reserve(2 * PIXEL_BYTES * pixels + len(data))  # while it is converted; chunks that a decoder keeps
-        image = await decoders.run(open_training_image, data)
-        lease.release(PIXEL_BYTES * pixels + len(data))
-        return image
+        return await decoders.run(_decode, data, lease)
     except InputError as error:
         log.info("%s refused: %s", param, ascii(str(error))[:300])
         raise ApiError(400, f"{param}: {EXPECTED}", param=param) from None
+
+
+def _decode(data: bytes, lease: Lease) -> Image.Image:
+    header = read_header(data)
+    if header.width * header.height > MAX_UPLOAD_PIXELS:
+        raise InputError(f"{header.width} x {header.height} pixels")
+    return decode_image(data, open_training_image, lease)
+
+
+def decode_image(data: bytes, read: Callable[[bytes], Image.Image], lease: Lease) -> Image.Image:
+    """The image that `read` decodes, whose memory is on the request's `lease`.
+
+    What decoding takes beside it has a lease of its own: this thread may go on after the request has ended.
+
+    Raises:
+        ApiError: 413 for an image that takes more memory than all requests may, 429 where there is too little now.
+        InputError: of `read`.
+    """
+    pixels, most = _memory(data)
+    if most > limits.MAX_BUFFERED_BYTES:
+        raise ApiError(413)
+    image_bytes = limits.PIXEL_BYTES * pixels
+    lease.reserve(image_bytes)
+    with lease.budget.lease() as working:
+        working.reserve(most - image_bytes)
+        image = read(data)
+        # With the image that a file's decoder fills stay the decoder's buffers, two of a WEBP's own size.
+        return image.copy() if isinstance(image, ImageFile.ImageFile) else image
+
+
+def _memory(data: bytes) -> tuple[int, int]:
+    """The pixels of an image, by its header, and the bytes that its decoding takes; none of what `read` refuses."""
+    try:
+        with Image.open(BytesIO(data), formats=FORMATS) as image:
+            pixels = image.width * image.height
+            opaque = image.format != "WEBP" and not image.has_transparency_data
+    except Exception:  # a hostile header makes Pillow raise nearly anything
+        return 0, 0
+    if pixels > MAX_PIXELS:
+        return 0, 0
+    return pixels, pixels * (limits.OPAQUE_BYTES if opaque else limits.TRANSPARENT_BYTES) + len(data)
 
 
 def decode_data_url(url: str, param: str) -> bytes:

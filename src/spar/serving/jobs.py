@@ -21,7 +21,7 @@ class SteppedBatch(Protocol):
     """Rows in the order of joining, which advance together, each at its own step."""
 
     def join(self, inputs: list[Any]) -> None:
-        """Append a row of each input, all or, after an error, none, and return when that is done."""
+        """Append a row of each input, all or, after an error, none, and return when they are prepared."""
 
     def step(self) -> None:
         """Advance every row, and return when that is done."""
@@ -51,7 +51,8 @@ class ImageJob:
 
     `work(pipe, inputs, callback)` gets the `inputs` of several jobs and returns a result for each; jobs of the same
     `work`, `key` and `model` may share a call. `weight` is the row's size in images of the model's own size. `model`
-    names one of the worker's `others`; None is its own pipeline.
+    names one of the worker's `others`; None is its own pipeline. `alone`: never while a batch rests between its
+    steps, which keeps its memory.
     """
 
     work: Callable[[Pipeline, list[Any], Step], Sequence[Any]]
@@ -60,6 +61,7 @@ class ImageJob:
     weight: float = 1
     model: str | None = None
     future: Future = field(default_factory=Future)
+    alone: bool = False
 
     def compatible(self, other: "ImageJob") -> bool:
         return self.work is other.work and (self.key, self.model) == (other.key, other.model)
@@ -81,9 +83,9 @@ class JoiningJob(ImageJob):
     def batch(self) -> Hashable:
         return self.model, self.batch_key
 
-    def alone(self) -> ImageJob:
-        """The row as a job of a call that no other shares."""
-        return ImageJob(self.work, object(), self.inputs, self.weight, self.model, self.future)
+    def as_call(self) -> ImageJob:
+        """The row as a job of a call of its own, which has all of the memory."""
+        return ImageJob(self.work, object(), self.inputs, self.weight, self.model, self.future, alone=True)
 
 
 @dataclass(eq=False)

@@ -2,9 +2,9 @@
 
 A job is one row of a batch. Where a sampler allows it, jobs join the running batch between two steps, oldest first as
 far as there is room and as soon as that is worth it (`joining`), and each leaves it when it is finished, cancelled or
-faulty. One that finds no memory beside others, and those of a step that fails, have a call of their own each. A call
-of another task and a chat have their turns between two steps too, after which the batch runs for as long as they took,
-so that none starves the others.
+faulty. One that finds no memory beside others, and those of a step that fails, have a call of their own each, once the
+batch has ended; until then none joins. A call of another task and a chat have their turns between two steps too, after
+which the batch runs for as long as they took, so that none starves the others.
 
 Jobs of other samplers and tasks share a call, which runs to its end: the worker takes the oldest one and all compatible
 ones. A call whose jobs are all cancelled stops at its next step.
@@ -63,6 +63,7 @@ class Worker:
     def __post_init__(self) -> None:
         self._waiting: list[ImageJob] = []
         self._chats: list[ChatJob] = []
+        self._called: list[ImageJob] = []  # those of the call that runs
         self._batch: RunningBatch | None = None
         self._costs: dict[Hashable, BatchCosts] = {}
         self._chat_turns = 0
@@ -80,7 +81,7 @@ class Worker:
         """Cancel waiting and running jobs, and wait for the thread to end."""
         with self._changed:
             self._stopping = True
-            cancelled: list[ImageJob | ChatJob] = [*self._waiting, *self._chats]
+            cancelled: list[ImageJob | ChatJob] = [*self._called, *self._waiting, *self._chats]
             self._changed.notify_all()
         for job in cancelled:
             job.future.cancel()
@@ -144,8 +145,8 @@ class Worker:
             with self._changed:
                 self._stopping = True
                 running: list[JoiningJob] = self._batch.jobs if self._batch else []
-                left: list[ImageJob | ChatJob] = [*running, *self._waiting, *self._chats]
-            self._batch = None
+                left: list[ImageJob | ChatJob] = [*running, *self._called, *self._waiting, *self._chats]
+            self._batch, self._called = None, []
             for job in left:  # no effect on those that `stop` cancelled
                 job.future.cancel()
 
@@ -175,10 +176,11 @@ class Worker:
     def _call(self) -> None:
         """Run the oldest job of a call, and all compatible ones."""
         with self._changed:
-            jobs = [] if self._stopping else self._take_batch()
+            jobs = self._called = [] if self._stopping else self._take_batch()
         if jobs:
             start = time.perf_counter()
             self._run(jobs)
+            self._called = []
             self._answered_at = time.perf_counter()
             self.observe(self._answered_at - start, len(jobs))
 
@@ -197,8 +199,10 @@ class Worker:
         """Take the jobs that are to join the batch, or with the oldest one to begin it, as far as there is room.
 
         Nobody is overtaken by those that a running batch suits better: the first job of another batch, or for which
-        there is no room, lets none after it join.
+        there is no room, lets none after it join. One that waits for a call of its own lets nobody join at all.
         """
+        if any(job.alone for job in self._waiting):
+            return []
         running, jobs = self._batch, list[JoiningJob]()
         room = self.max_batch - (running.weight if running else 0)
         for job in self._waiting:
@@ -220,7 +224,9 @@ class Worker:
         jobs: list[ImageJob] = []
         room = float(self.max_batch)
         for job in self._waiting:
-            if not isinstance(job, JoiningJob) and (not jobs or (job.compatible(jobs[0]) and job.weight <= room)):
+            if isinstance(job, JoiningJob) or (job.alone and self._batch):
+                continue
+            if not jobs or (job.compatible(jobs[0]) and job.weight <= room):
                 jobs.append(job)
                 room -= job.weight
         self._waiting = [job for job in self._waiting if job not in jobs]
@@ -247,7 +253,7 @@ class Worker:
     def _call_alone(self, jobs: Jobs) -> None:
         """Let jobs that failed together wait again, before all others, each for a call of its own."""
         with self._changed:
-            self._waiting = [*(job.alone() for job in jobs if not job.future.done()), *self._waiting]
+            self._waiting = [*(job.as_call() for job in jobs if not job.future.done()), *self._waiting]
 
     def _costs_of(self, name: Hashable) -> BatchCosts:
         """What is known of the costs of a kind of batch; of MAX_COSTS kinds, which requests may invent."""
@@ -310,6 +316,7 @@ class Worker:
 
         try:
             results = jobs[0].work(self.pipe_of(jobs[0].model), [job.inputs for job in jobs], step)
+            answers = [*zip(jobs, results, strict=True)]
         except Cancelled:
             for job in jobs:
                 job.future.cancel()
@@ -321,7 +328,7 @@ class Worker:
             fail(jobs[0].future, error)
         else:
             self._expected = len(jobs) + len(self._waiting)
-            for job, result in zip(jobs, results, strict=True):
+            for job, result in answers:
                 finish(job.future, result)
         return True
 

@@ -23,6 +23,9 @@ from spar.inference.notes import knows_shapes, world_notes
 from spar.inference.outputs import GenerateOutput, ReconstructOutput
 from spar.processing.images import open_image, to_size, to_square
 from spar.reporting.routing import routing_view
+from spar.serving.errors import ApiError
+from spar.serving.gate import Lease, MemoryBudget
+from spar.serving.image_io import decode_image
 from spar.serving.jobs import forget_frames
 from spar.serving.worker import Call, Unavailable
 from spar.ui import components, examples
@@ -36,28 +39,31 @@ log = logging.getLogger(__name__)
 
 
 def build_page(
-    pipe: Pipeline, call: Call | None = None, others: Mapping[str, Pipeline] | None = None
-) -> gr.Blocks:
+    pipe: Pipeline, call: Call | None = None, others: Mapping[str, Pipeline] | None = None,
+    budget: MemoryBudget | None = None,
+) -> gr.Blocks:  # fmt: skip
     """Build the page of a model, which needs `components.CSS`.
 
     Args:
         pipe: runs one job at a time.
         call: as in `PreviewStream`; with `others` it takes the name of one of them too.
         others: further models by name, among which the page lets the visitor choose.
+        budget: of the memory of visitors' images; by default one of the page's own.
     """
-    cleaning = (KEPT_SECONDS // 4, KEPT_SECONDS)
+    cleaning, budget = (KEPT_SECONDS // 4, KEPT_SECONDS), budget or MemoryBudget()
     with gr.Blocks(title="SPAR", analytics_enabled=False, delete_cache=cleaning) as blocks:
         if not others:
-            Page(blocks, pipe, call)
+            Page(blocks, pipe, call, budget)
         else:
-            _build_choice(blocks, pipe, call, others)
+            _build_choice(blocks, pipe, call, others, budget)
     blocks.queue(max_size=MAX_WAITING, default_concurrency_limit=MAX_WAITING, api_open=False)
     return blocks
 
 
 def _build_choice(
-    blocks: gr.Blocks, pipe: Pipeline, call: Callable[..., Any] | None, others: Mapping[str, Pipeline]
-) -> None:
+    blocks: gr.Blocks, pipe: Pipeline, call: Callable[..., Any] | None, others: Mapping[str, Pipeline],
+    budget: MemoryBudget,
+) -> None:  # fmt: skip
     """A choice of models, and below it the tabs of the chosen one."""
     first = pipe.origin.get("model") or pipe.system
     models = {first: pipe, **others}
@@ -67,7 +73,7 @@ def _build_choice(
     columns = []
     for name, one in models.items():
         with gr.Column(visible=one is pipe) as column:
-            Page(blocks, one, call if one is pipe or call is None else partial(call, model=name))
+            Page(blocks, one, call if one is pipe or call is None else partial(call, model=name), budget)
         columns.append(column)
 
     def show(chosen: str) -> list[Any]:
@@ -79,9 +85,9 @@ def _build_choice(
 class Page:
     """The tabs, and the methods of their buttons, which return new values of the output components."""
 
-    def __init__(self, blocks: gr.Blocks, pipe: Pipeline, call: Call | None) -> None:
+    def __init__(self, blocks: gr.Blocks, pipe: Pipeline, call: Call | None, budget: MemoryBudget) -> None:
         """Add the tabs of a model to open blocks."""
-        self.blocks, self.pipe, self.stream = blocks, pipe, PreviewStream(pipe, call)
+        self.blocks, self.pipe, self.stream, self.budget = blocks, pipe, PreviewStream(pipe, call), budget
         self.shapes = knows_shapes(pipe)
         self.scenes = self._scene_files()
         edits = "edit" in pipe.tasks
@@ -217,8 +223,8 @@ class Page:
         source: str | None = None,
     ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
         """Values of image (of an edit: slider), status, file, routing."""
-        with _error_messages() as errors:
-            image = _open(source) if task == "edit" else None
+        with _error_messages() as errors, self.budget.lease() as lease:
+            image = _open(source, lease) if task == "edit" else None
             text, keywords, began = _text(text), _keywords(seed, steps, guidance, negative), time.monotonic()
             before = to_size(image, *self.pipe.edited_size(image)[::-1]) if image else None  # as the model sees it
             yield gr.skip(), components.status_message("One moment."), gr.skip(), gr.skip()
@@ -240,8 +246,8 @@ class Page:
 
     def understand(self, source: str | None, question: str) -> tuple[Any, ...]:
         """Values of answer, status."""
-        with _error_messages() as errors:
-            image, question, began = _open(source), _text(question), time.monotonic()
+        with _error_messages() as errors, self.budget.lease() as lease:
+            image, question, began = _open(source, lease), _text(question), time.monotonic()
             answer = self.stream.call(lambda pipe: pipe.understand(image, question)).result().texts[0]
             status = f"Answered in {time.monotonic() - began:.2g} seconds."
             return answer, components.done_message(status, world_notes(self.pipe, images=[image]))
@@ -249,9 +255,9 @@ class Page:
 
     def reconstruct(self, source: str | None) -> tuple[Any, ...]:
         """Values of slider, status, file."""
-        with _error_messages() as errors:
+        with _error_messages() as errors, self.budget.lease() as lease:
             side, began = self.pipe.image_size, time.monotonic()
-            given = _open(source)
+            given = _open(source, lease)
             image = to_square(given, side)
             out = self.stream.call(lambda pipe: pipe.reconstruct(image)).result()
             done = f"Rebuilt at {side} × {side} pixels in {time.monotonic() - began:.2g} seconds."
@@ -279,15 +285,19 @@ def _text(text: str | None) -> str:
     return text.strip()
 
 
-def _open(source: str | None) -> Image.Image:
+def _open(source: str | None, lease: Lease) -> Image.Image:
     """Open a dropped image with the pipeline's own checks, whose messages then contain no path."""
     if source is None:
         raise InputError("please drop an image first, or choose an example")
     try:
+        size = Path(source).stat().st_size
+        lease.reserve(size)
         data = Path(source).read_bytes()
     except OSError:
         raise InputError("the image is no longer here; please drop it again") from None
-    return open_image(data)
+    image = decode_image(data, open_image, lease)
+    lease.release(size)
+    return image
 
 
 def _keywords(seed: str | None, steps: int, guidance: float, negative: str | None) -> dict[str, Any]:
@@ -316,7 +326,9 @@ def _message_of(error: Exception) -> Markup:
     match error:
         case InputError():
             return components.error_message(str(error))
-        case Unavailable():
+        case ApiError(status=413):
+            return components.error_message("opening this image takes too much memory; please make it smaller first")
+        case Unavailable() | ApiError():
             return components.error_message("spar is busy; please try again in a moment")
         case Cancelled() | CancelledError():
             return components.status_message("Stopped.")

@@ -41,10 +41,11 @@ def mount_page(
         call: as in `build_page`.
         cache: an empty folder of our own, for temporary images.
         others: as in `build_page`.
-        gate: counts the requests and their memory; by default one of the page's own.
+        gate: counts the requests and their memory, that of opened images too; by default one of the page's own.
     """
     os.environ["GRADIO_TEMP_DIR"] = str(cache)  # Gradio reads it when it creates components
-    blocks = build_page(pipe, call, others)
+    gate = gate or RequestGate()
+    blocks = build_page(pipe, call, others, gate.budget)
     gr.mount_gradio_app(
         app, blocks, path, max_file_size=MAX_BYTES, show_error=False,
         auth=_password(token) if token else None, auth_message="The password is the token that spar was started with.",
