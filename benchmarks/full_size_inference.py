@@ -56,8 +56,10 @@ def plain_denoiser(pipe: SparPipeline) -> SanaTransformer2DModel:
 
 
 def plain_autoencoder(pipe: SparPipeline) -> AutoencoderDC:
-    """diffusers' autoencoder, with random weights: time does not depend on them."""
-    return build_autoencoder(pipe.model.config.autoencoder).to(pipe.dtype).eval().requires_grad_(False)
+    """diffusers' autoencoder as it is, with random weights: time does not depend on them."""
+    fields = build_autoencoder(pipe.model.config.autoencoder).config
+    plain = AutoencoderDC(**{name: value for name, value in fields.items() if not name.startswith("_")})
+    return plain.to(pipe.dtype).eval().requires_grad_(False)
 
 
 def pairs(pipe: SparPipeline) -> dict[str, tuple[Run, Run]]:

@@ -141,28 +141,63 @@ def test_between_stages_the_one_that_has_ended_is_done(said, stop_in):
     assert (what, again) == ("spar: stopped; stage mllm has not begun; go on", command)
 
 
+def test_a_signal_in_the_last_stages_end_lets_the_run_finish(stop_in, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    stop_in(DenseTaggingObjective, "finish")
+    assert main(["train", "tiny", "--run", "r", "--stage", "encoder"]) == 0
+    assert Path("r/encoder/done").is_dir() and "stopped" not in capsys.readouterr().err
+
+
 def test_a_damaged_state_is_told_as_such(said, stop_in):
     stop_in(loop, "train_step", lambda ctx, *_, **__: ctx.step == 1)
     stop_in(loop.MetricsLogger, "close", lambda *_, **__: Path("r/encoder/state/meta.json").write_text("{"))
     assert said("--run r --stage encoder")[0] == "spar: stopped; stage encoder has left a damaged folder; go on"
 
 
-def test_the_command_goes_on_though_the_folder_that_gave_the_sizes_has_gone(tiny_run, said, stop_in, capsys):
-    """They are those of the run then, and no refusal says that it holds another recipe."""
+def test_an_older_state_is_told_where_the_newest_is_not_whole(said, stop_in, capsys):
+    """As the resumed run takes it; `no saved state yet and will begin again`, it said."""
+    undo = stop_in(loop, "train_step", lambda ctx, *_, **__: ctx.step == 1)
+    saved, command = said("--run r --stage encoder")
+    undo()
+    Path("r/encoder/state").rename("r/encoder/state.1")  # a kill in the next save leaves it so
+    undo = stop_in(ShapesData, "open")
+    assert said("--run r --stage encoder --resume auto") == (saved, command)
+    undo()
+    shutil.copytree("r/encoder/state.1", "r/encoder/state")
+    Path("r/encoder/state/modules.safetensors").write_bytes(b"")
+    stop_in(loop, "train_step", raised=KeyboardInterrupt)
+    assert said("--run r --stage encoder --resume auto") == (saved, command)
+    assert not Path("r/encoder/state").exists() and "its state after 2 steps" in planned(capsys, command)
+
+
+def test_of_several_processes_the_command_needs_its_launcher(said, stop_in, monkeypatch):
+    stop_in(trainer, "execute", raised=KeyboardInterrupt)
+    for name, value in {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    what = "spar: stopped; the run has not begun; begin again under the same launcher"
+    assert said("--run r") == (what, "train tiny --run r")
+
+
+@pytest.mark.parametrize("left", ["nothing", "an empty folder"])
+def test_the_command_goes_on_though_the_folder_that_gave_the_sizes_has_gone(tiny_run, said, stop_in, capsys, left):
+    """They are those of the run then, whose folder has its name, and no refusal says that it holds another recipe."""
     shutil.copytree(tiny_run.path / "model", "given")
     for path in Path("given").rglob("config.json"):
         path.write_text(path.read_text().replace('"reference": "added"', '"reference": "replaced"'))
     config = json.loads(Path("given/config.json").read_text())["model"]
     assert config["connector"]["reference"] == "replaced" != TINY.model.connector.reference
     undo = stop_in(loop, "train_step", lambda ctx, *_, **__: ctx.step == 1)
-    line = "--run r --stage unified-3 --init-from given"
+    line = "--name 'r s' --stage unified-3 --init-from given"
     command = said(line)[1]
     undo()
     shutil.rmtree("given")
+    if left == "an empty folder":
+        Path("given").mkdir()
     plan = planned(capsys, command)
     assert "its state after 2 steps" in plan
     assert "note: the run has begun and goes on without what it started from: --init-from: " in plan
     assert main(["train", "tiny", *shlex.split(line), "--dry-run"]) == 2  # anew, it needs the folder
     assert capsys.readouterr().err.startswith("spar: error: --init-from: expected a finished stage")
     assert main(shlex.split(command)) == 0
-    assert json.loads(Path("r/model/config.json").read_text())["model"] == config
+    assert capsys.readouterr().out.endswith("--model 'runs/r s/model'\n")
+    assert json.loads(Path("runs/r s/model/config.json").read_text())["model"] == config

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from spar.cli.console import is_one_of_several
 from spar.common.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,9 +41,10 @@ class Continuation:
         return shlex.join(["spar", "train", *self.argv, *(["--resume", "auto"] if begun and not self.resume else [])])
 
     def __str__(self) -> str:
+        how = " under the same launcher" if is_one_of_several() else ""  # alone, a strategy of several is refused
         if self.begun is None and not self._written:
-            return f"the run has not begun; begin again with: {self.command}"
-        return f"{self._left()}; go on with: {self.command}"
+            return f"the run has not begun; begin again{how} with: {self.command}"
+        return f"{self._left()}; go on{how} with: {self.command}"
 
     @property
     def _written(self) -> bool:
@@ -56,17 +58,17 @@ class Continuation:
         if first is None:
             return "its stages were done already"
         if first.start.source == "state":
-            return f"stage {first.config.name} {self._saved(first.config)}"
+            return f"stage {first.config.name} is saved after {first.start.step} of {first.config.steps} steps"
         kept = ", and nothing was removed" if first.invalidates and self._nothing_removed() else ""
         return f"stage {first.config.name} has not begun{kept}"
 
     def _saved(self, stage: "StageConfig") -> str:
-        from spar.training.checkpoint import read_train_state
+        from spar.training.checkpoint import newest_state, read_train_state
 
         try:
             if read_train_state(self.plan.run / stage.name / "done"):
                 return "is done"
-            state = read_train_state(self.plan.run / stage.name / "state")
+            state = newest_state(self.plan.run / stage.name / "state")
         except InputError:  # the command below says so, and what to do
             return "has left a damaged folder"
         if state is None:

@@ -1,5 +1,6 @@
 """The verbs that train: `spar train`, `spar plan` and `spar cache`."""
 
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -99,9 +100,10 @@ def _sized(base: Any, argv: Sequence[str]) -> Any:
     """A recipe with the sizes and forms of the SPAR folder that it starts from, as the flags' defaults.
 
     They are the weights' own, which may differ from the recipe's: it may be of published parts, or a later one. Where
-    the folder has gone, a run that is resumed has them.
+    the folder has gone, or its files have, a run that is resumed has them.
     """
     from spar.checkpoints.spar_format import read_config
+    from spar.training.checkpoint import META, existing_checkpoint
     from spar.training.systems.spar import SparRecipe
 
     named = flag_value("--init-from", argv)
@@ -110,7 +112,8 @@ def _sized(base: Any, argv: Sequence[str]) -> Any:
     start = local_folder(Path(named))
     if (start / "config.json").is_file():
         return replace(base, model=read_config(start))
-    return base if start.exists() else _sized_as_begun(base, argv)
+    ended = (existing_checkpoint(start) / META).is_file()  # of a stage: the sizes are the recipe's
+    return base if ended else _sized_as_begun(base, argv)
 
 
 def _sized_as_begun(base: Any, argv: Sequence[str]) -> Any:
@@ -119,7 +122,7 @@ def _sized_as_begun(base: Any, argv: Sequence[str]) -> Any:
     from spar.training.run_folder import read_recipe
 
     named, asked = flag_value("--run", argv), flag_value("--resume", argv) or "never"
-    run, resume = _run_folder(Path(named) if named else None, asked, base.name)
+    run, resume = _run_folder(Path(named) if named else None, asked, flag_value("--name", argv) or base.name)
     if not (resume and (run / "recipe.json").is_file()):
         return base
     held: Any = read_recipe(run / "recipe.json", REGISTRY)
@@ -269,7 +272,8 @@ def _train(args: Any, plan: "RunPlan", device: "torch.device", going_on: Continu
     if quiet:
         return 0
     if (run / "model" / "config.json").is_file():
-        print(f'the model is in {run / "model"}; try: spar generate "a red circle" --model {run / "model"}')
+        model_words = shlex.join(["--model", str(run / "model")])
+        print(f'the model is in {run / "model"}; try: spar generate "a red circle" {model_words}')
     else:
         print(f"done; the weights at the end of each stage are in {run}/STAGE/done")
     return 0

@@ -170,6 +170,16 @@ def find_state(folder: Path) -> FoundState | None:
     return None
 
 
+def newest_state(folder: Path) -> TrainState | None:
+    """How far the newest of a stage's saved states is, by its `meta.json` alone; None where none was saved.
+
+    Raises:
+        InputError: its `meta.json` is missing or damaged.
+    """
+    states = _states(folder)
+    return _train_state(states[0]) if states else None
+
+
 def _states(folder: Path) -> list[Path]:
     """The saved states of a stage, the newest first."""
     numbered = [path for path in folder.parent.glob(f"{folder.name}.*") if path.suffix[1:].isdigit()]

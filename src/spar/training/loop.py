@@ -279,8 +279,8 @@ def check_finite_groups(ctx: StepContext, groups: dict[str, dict[str, Tensor]], 
     if broken:
         shown = ", ".join(wrong[:3]) or "those of another process"
         raise NonFiniteLoss(
-            f"stage {ctx.stage.name}: after step {step} weights are not finite ({shown}); nothing was written, and the "
-            "last saved state is intact"
+            f"stage {ctx.stage.name}: after step {step} weights are not finite ({shown}); nothing was written, and "
+            "what was saved before is intact"
         )
 
 

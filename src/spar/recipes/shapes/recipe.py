@@ -98,7 +98,7 @@ _JOINT = replace(
 UNIFIED = (
     _UNIFIED_1,
     replace(
-        _JOINT, name="unified-2", steps=3600, lr=3e-3, lr_end=5e-5, warmup=50, ema=0.998,
+        _JOINT, name="unified-2", steps=3000, lr=3e-3, lr_end=5e-5, warmup=50, ema=0.998,
         data=MixedLessons(edit_share=0.35, position_captions=0.15, layouts=0.9, scene_kinds=MIXTURE),
     ),
     replace(
