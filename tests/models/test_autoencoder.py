@@ -1,7 +1,10 @@
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from diffusers.models.attention_processor import SanaMultiscaleAttnProcessor2_0
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers.models.normalization import RMSNorm
 
@@ -88,7 +91,7 @@ def test_channels_last_compute_the_library_s_function_and_gradients(config, side
         grads.append({name: weight.grad for name, weight in model.named_parameters()})
     for name, grad in grads[1].items():
         torch.testing.assert_close(grads[0][name], grad, rtol=1e-3, atol=1e-3 * grad.abs().max().item(), msg=name)
-    with torch.no_grad():
+    with torch.inference_mode():
         torch.testing.assert_close(own.encoder(image), library.encoder(image), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(own.decoder(latent), library.decoder(latent), rtol=1e-4, atol=1e-4)
 
@@ -96,7 +99,7 @@ def test_channels_last_compute_the_library_s_function_and_gradients(config, side
 def test_a_norm_in_chunks_is_the_norm_and_leaves_its_residual_alone(monkeypatch):
     monkeypatch.setattr(dcae_blocks, "NORM_CHUNK", 40)  # 5 rows of 8: the last chunk is shorter
     norm = RMSNorm(8, 1e-5, elementwise_affine=True, bias=True)
-    with torch.no_grad():
+    with torch.inference_mode():
         norm.weight.normal_()
         norm.bias.normal_()
         image, residual = dcae_blocks.channels_last(torch.randn(2, 8, 3, 7)), torch.randn(2, 8, 3, 7)
@@ -106,13 +109,61 @@ def test_a_norm_in_chunks_is_the_norm_and_leaves_its_residual_alone(monkeypatch)
         assert torch.equal(residual, before)
 
 
-def test_without_gradients_autocast_keeps_images_in_its_type(randomize):
+def test_a_target_without_gradients_is_what_training_compares_with_it(randomize):
+    own, image = randomize(build_autoencoder(SMALL)), pixels()
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            target = own.encoder(image)
+        assert torch.equal(target, own.requires_grad_(True).encoder(image))
+
+
+def test_in_inference_autocast_keeps_images_in_its_type(randomize):
     own = randomize(build_autoencoder(SMALL))
     library, latent = library_of(SMALL, own), torch.randn(1, 4, 8, 8)
-    with torch.no_grad():
+    with torch.inference_mode():
         expected = library.decoder(latent)
         with torch.autocast("cpu", torch.bfloat16):
             inner = own.decoder.up_blocks[2](own.decoder.conv_in(latent))
             decoded = own.decoder(latent)
     assert inner.dtype == torch.bfloat16
     assert ((decoded - expected).abs().mean() / expected.abs().mean()).item() < 0.03
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_attention_in_float16_has_sums_over_many_pixels(autocast):
+    attention = build_autoencoder(SMALL).decoder.up_blocks[1][-1].attn
+    attention.residual_connection = False
+    library, image = deepcopy(attention), 64 * torch.randn(1, 8, 64, 64, generator=torch.Generator().manual_seed(1))
+    library.processor = SanaMultiscaleAttnProcessor2_0()
+    with torch.inference_mode():
+        expected = library(image)
+        with torch.autocast("cpu", torch.float16, enabled=autocast):
+            found = attention(image) if autocast else attention.half()(image.half())
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
+
+
+def test_parts_whose_weights_a_hook_brings_are_called(randomize):
+    """As diffusers' pipelines offload each layer of an autoencoder."""
+    decoder, latent = randomize(build_autoencoder(SMALL)).decoder, torch.randn(1, 4, 4, 4)
+    with torch.inference_mode():
+        expected = decoder(latent)
+        cpu_offload(decoder, execution_device=torch.device("cpu"))
+        assert all(weight.is_meta for weight in decoder.parameters())
+        torch.testing.assert_close(decoder(latent), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_convolution_with_a_hook_or_around_which_there_is_an_adapter_is_called(randomize):
+    class Doubled(torch.nn.Conv2d):
+        def forward(self, image):
+            return 2 * super().forward(image)
+
+    block, image, seen = randomize(build_autoencoder(SMALL)).decoder.up_blocks[1][0], torch.randn(1, 16, 4, 4), []
+    block.shortcut = False
+    with torch.inference_mode():
+        expected = block(image)
+        hook = block.conv.register_forward_hook(lambda _, __, out: seen.append(out))
+        torch.testing.assert_close(block(image), expected)
+        hook.remove()
+        assert len(seen) == 1
+        block.conv.__class__ = Doubled
+        torch.testing.assert_close(block(image), 2 * expected)

@@ -182,14 +182,15 @@ def test_a_decoded_image_counts_as_what_it_takes(monkeypatch):
     data, pixels = png(100), 100 * 100
     most, held = limits.OPAQUE_BYTES * pixels + len(data), limits.PIXEL_BYTES * pixels
 
-    async def read(limit: int, others: int = 0) -> MemoryBudget:
+    async def read(limit: int, others: int = 0, body: int = 0) -> MemoryBudget:
         monkeypatch.setattr(limits, "MAX_BUFFERED_BYTES", limit)
         budget, decoders = MemoryBudget(), Decoders()
         Lease(budget).reserve(others)
         try:
             with budget.lease() as lease:
+                lease.reserve(body)
                 assert (await read_image(data, "image", lease, decoders)).size == (100, 100)
-                assert lease.held == budget.held - others == held
+                assert lease.held == budget.held - others == held + body
         finally:
             decoders.stop()
             assert budget.held == others
@@ -197,9 +198,11 @@ def test_a_decoded_image_counts_as_what_it_takes(monkeypatch):
 
     asyncio.run(read(most))
     asyncio.run(read(most + 7, others=7))
-    for limit, others, status in ((most + 6, 7, 429), (held, 1, 413), (most - 1, 0, 413)):
+    asyncio.run(read(most + 7, body=7))
+    refused = [(most + 6, 7, 0, 429), (held, 1, 0, 413), (most - 1, 0, 0, 413), (most + 6, 0, 7, 413)]
+    for limit, others, body, status in refused:
         with pytest.raises(ApiError) as caught:
-            asyncio.run(read(limit, others))
+            asyncio.run(read(limit, others, body))
         assert caught.value.status == status
 
 

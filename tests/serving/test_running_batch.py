@@ -575,3 +575,21 @@ def test_what_fails_to_join_leaves_the_batch_as_it_was(pipe):
     (made,) = rows.finish([0])
     assert levels(made.image, pipe.generate(PROMPT, seed=1, num_inference_steps=2).images[0]).max() == 0
     assert len(rows.rows) == len(rows.batch) == 0
+
+
+def test_rows_that_find_no_memory_to_leave_are_all_still_there(pipe):
+    class Full:
+        def __getitem__(self, rows: list[int]) -> Any:
+            raise torch.OutOfMemoryError
+
+    jobs = jobs_of(pipe, 1, steps=1) + jobs_of(pipe, 2, steps=1)
+    rows = RunningRows(pipe, (64, 64), pipe.default_guidance)
+    rows.join([job.inputs for job in jobs])
+    rows.step()
+    state, rows._state = rows._state, Full()
+    for go in (rows.finish, rows.leave):
+        with pytest.raises(torch.OutOfMemoryError):
+            go([0])
+        assert len(rows.rows) == len(rows.batch) == 2
+    rows._state = state
+    assert [made.seed for made in rows.finish([0, 1])] == [1, 2]

@@ -13,6 +13,7 @@ from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.sana_transformer import GLUMBConv
 from torch import Tensor, nn
 
+from spar.common.autocast import without_autocast
 from spar.models.attention import compute_dtype
 
 NORM_CHUNK = 2**18  # numbers that are normalised at a time on a CPU: in float32 a MiB, which a core's cache holds
@@ -26,19 +27,30 @@ def channels_last(image: Tensor) -> Tensor:
     return image.contiguous(memory_format=torch.channels_last)
 
 
+def is_bare(part: nn.Module) -> bool:
+    """Whether a part is the library's own class without hooks, so that its weights may be read without calling it.
+
+    Offloading and casting by diffusers or accelerate bring a part's weights when it is called, and an adapter around it
+    adds its own.
+    """
+    hooked = "forward" in vars(part) or part._forward_pre_hooks or part._forward_hooks
+    return type(part) in (nn.Conv2d, RMSNorm) and not hooked
+
+
 def normalize(norm: nn.Module | None, image: Tensor, residual: Tensor | None = None) -> Tensor:
     """`[B, C, H, W]` normalised over its channels, plus `residual`.
 
-    Without gradients the result has the type of `image`, and on a CPU takes its place: autocast would leave the sums of
-    all blocks in float32, and each of the norm's operations would read and write the whole image.
+    In inference mode the result has the type of `image`, and on a CPU takes its place: autocast would leave the sums of
+    all blocks in float32, and each of the norm's operations would read and write the whole image. Training's targets,
+    which have no gradients either, stay as exact as what is compared with them.
     """
     if not isinstance(norm, RMSNorm):
         raise TypeError(f"expected DC-AE's RMSNorm, got {type(norm).__name__}")
     rows = image.permute(0, 2, 3, 1)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or norm.weight is None:
+    if not torch.is_inference_mode_enabled() or torch.compiler.is_compiling() or norm.weight is None:
         normed = norm(rows).permute(0, 3, 1, 2)
         return normed if residual is None else normed + residual
-    if image.device.type != "cpu" or not rows.is_contiguous():
+    if image.device.type != "cpu" or not rows.is_contiguous() or not is_bare(norm):
         normed = norm(rows).permute(0, 3, 1, 2)
         return (normed if residual is None else normed + residual).to(image.dtype)
     width = rows.shape[-1]
@@ -109,8 +121,8 @@ class ChannelsLastUpBlock(DCUpBlock2d):
     def forward(self, hidden_states: Tensor) -> Tensor:
         if self.shortcut and self.repeats not in SUBPIXELS:
             return super().forward(hidden_states)
-        hidden_states, training = channels_last(hidden_states), torch.is_grad_enabled()
-        if self.interpolate and self.interpolation_mode == "nearest" and not training:
+        hidden_states, inference = channels_last(hidden_states), torch.is_inference_mode_enabled()
+        if inference and self.interpolate and self.interpolation_mode == "nearest" and is_bare(self.conv):
             image = convolve_enlarged(self.conv, hidden_states)
         elif self.interpolate:
             image = self.conv(F.interpolate(hidden_states, scale_factor=self.factor, mode=self.interpolation_mode))
@@ -122,7 +134,7 @@ class ChannelsLastUpBlock(DCUpBlock2d):
         own = channels_last(image).permute(0, 2, 3, 1).view(batch, height, 2, width, 2, channels)
         repeated = hidden_states.permute(0, 2, 3, 1).view(batch, height, width, channels, *SUBPIXELS[self.repeats])
         shortcut = repeated.expand(-1, -1, -1, -1, 2, 2).permute(0, 1, 4, 2, 5, 3)
-        total = own + shortcut if training else own.add_(shortcut)
+        total = own.add_(shortcut) if inference else own + shortcut
         return total.view(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
 
 
@@ -137,8 +149,11 @@ class ChannelsLastAttention:
         heads = scales.permute(0, 2, 3, 1).reshape(batch, height * width, -1, 3, size).permute(3, 0, 2, 1, 4)
         query, key, value = attn.nonlinearity(heads[0]), attn.nonlinearity(heads[1]), heads[2]  # [B, heads, N, size]
         if height * width > size:
-            totals = key.sum(2, dtype=torch.float32)[..., None].to(key.dtype)
-            read = (query @ (key.transpose(2, 3) @ value)).float() / ((query @ totals).float() + attn.eps)
+            if key.dtype == torch.float16:  # in which sums over all pixels are infinite
+                query, key, value = query.float(), key.float(), value.float()
+            with without_autocast(key):
+                totals = key.sum(2, dtype=torch.float32)[..., None].to(key.dtype)
+                read = (query @ (key.transpose(2, 3) @ value)).float() / ((query @ totals).float() + attn.eps)
         else:
             weights = (query @ key.transpose(2, 3)).float()
             read = (weights / (weights.sum(3, keepdim=True) + attn.eps)).to(value.dtype) @ value

@@ -131,18 +131,20 @@ class RunningRows:
         return self.batch.finished
 
     def finish(self, rows: list[int]) -> list[GeneratedImage]:
+        left = self._without(rows)
         out = self.pipe.finish(self.batch, rows)
-        self._forget(rows)
+        self.rows, self._state = left
         return list(map(GeneratedImage, out.images, out.metadata, out.seeds))
 
     def leave(self, rows: list[int]) -> None:
+        left = self._without(rows)
         self.batch.leave(rows)
-        self._forget(rows)
+        self.rows, self._state = left
 
-    def _forget(self, rows: list[int]) -> None:
+    def _without(self, rows: list[int]) -> tuple[list[ImageRow], Any]:
+        """What is left once these rows have gone: taken before they go, since it may find no memory."""
         kept = [number for number in range(len(self.rows)) if number not in rows]
-        self.rows = [self.rows[number] for number in kept]
-        self._state = None if self._state is None else self._state[kept]
+        return [self.rows[number] for number in kept], None if self._state is None else self._state[kept]
 
 
 def _negatives(rows: list[ImageRow]) -> list[str] | None:

@@ -92,11 +92,12 @@ def decode_image(data: bytes, read: Callable[[bytes], Image.Image], lease: Lease
     What decoding takes beside it has a lease of its own: this thread may go on after the request has ended.
 
     Raises:
-        ApiError: 413 for an image that takes more memory than all requests may, 429 where there is too little now.
+        ApiError: 413 for an image that with the rest of its request takes more memory than all requests may, 429 where
+            there is too little now.
         InputError: of `read`.
     """
     pixels, most = _memory(data)
-    if most > limits.MAX_BUFFERED_BYTES:
+    if lease.held + most > limits.MAX_BUFFERED_BYTES:  # it would be refused however often it was sent
         raise ApiError(413)
     image_bytes = limits.PIXEL_BYTES * pixels
     lease.reserve(image_bytes)
