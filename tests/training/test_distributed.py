@@ -170,7 +170,7 @@ def test_compiled_blocks_are_the_ones_that_repeat(start, monkeypatch):
                 modules, DistributedContext(config=ParallelismConfig(compile=True, activation_checkpointing=True))
             )
     assert compiled == [block for modules in both for block in repeated_blocks(modules)]
-    assert {type(part).__name__ for part in compiled} == set(BLOCKS)
+    assert set(BLOCKS) <= {base.__name__ for part in compiled for base in type(part).__mro__}
     assert not torch._functorch.config.donated_buffer  # or the adversary's weight, which walks a graph twice, fails
 
 
