@@ -5,6 +5,7 @@ Nothing heavy is imported here: a test that needs no torch pays nothing for it.
 
 import copy
 import importlib.util
+import json
 import os
 import signal
 import time
@@ -187,6 +188,28 @@ def randomize() -> Callable[..., Any]:
         return module.eval().requires_grad_(False)
 
     return fill
+
+
+@pytest.fixture(scope="session")
+def write_captioned() -> Callable[[Path, int], None]:
+    """Writes a new folder of so many images of the shapes world with captions, as a user's own data."""
+
+    def write(folder: Path, count: int) -> None:
+        import numpy as np
+        from PIL import Image
+
+        from spar.worlds.shapes.captions import caption
+        from spar.worlds.shapes.dataset import sample_at
+
+        rng, lines = np.random.default_rng(0), []
+        folder.mkdir()
+        for i in range(count):
+            sample = sample_at("validation", i)
+            Image.fromarray(sample.image).save(folder / f"{i}.png")
+            lines.append(json.dumps({"file_name": f"{i}.png", "text": caption(sample.scene, rng)}))
+        (folder / "metadata.jsonl").write_text("\n".join(lines))
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -2,19 +2,15 @@
 
 import functools
 import importlib.util
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from spar.common.config import read_json
-from spar.worlds.shapes.captions import caption
-from spar.worlds.shapes.dataset import sample_at
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--data.workers", "0"]
@@ -36,15 +32,10 @@ def run(script: str, *words: str, **variables: str) -> subprocess.CompletedProce
 
 
 @pytest.fixture
-def data(tmp_path) -> Path:
+def data(tmp_path, write_captioned) -> Path:
     """Images of the shapes world with captions, in a folder."""
-    folder, rng, lines = tmp_path / "own", np.random.default_rng(0), []
-    folder.mkdir()
-    for i in range(12):
-        sample = sample_at("validation", i)
-        Image.fromarray(sample.image).save(folder / f"{i}.png")
-        lines.append(json.dumps({"file_name": f"{i}.png", "text": caption(sample.scene, rng)}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    folder = tmp_path / "own"
+    write_captioned(folder, 12)
     return folder
 
 

@@ -30,8 +30,6 @@ from transformers import InternVLForConditionalGeneration
 from spar.checkpoints.spar_format import ModelBundle, load_model
 from spar.cli.main import main
 from spar.recipes import recipe
-from spar.worlds.shapes.captions import caption
-from spar.worlds.shapes.dataset import sample_at
 
 pytestmark = pytest.mark.slow
 
@@ -138,17 +136,6 @@ def write_checkpoints(folder: Path, hub: Path, written: Path) -> None:
     publish(written / "model", hub, UNILIP, COMMITS[UNILIP])
 
 
-def write_photos(folder: Path) -> None:
-    """Images of the shapes world with captions."""
-    rng, lines = np.random.default_rng(0), []
-    folder.mkdir()
-    for i in range(8):
-        sample = sample_at("validation", i)
-        Image.fromarray(sample.image).save(folder / f"{i}.png")
-        lines.append(json.dumps({"file_name": f"{i}.png", "text": caption(sample.scene, rng)}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-
-
 @pytest.fixture(scope="module")
 def asked() -> dict[str, list[str]]:
     """Of each repository that was looked for, the names of the files that were."""
@@ -156,13 +143,13 @@ def asked() -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, asked) -> Iterator[Path]:
+def place(tmp_path_factory, asked, write_captioned) -> Iterator[Path]:
     """The working folder with what a reader of the document has there, offline."""
     root = tmp_path_factory.mktemp("weights")
     folder, hub = root / "work", root / "hub"
     folder.mkdir()
     write_checkpoints(folder, hub, root / "written")
-    write_photos(folder / REPLACED["DATA"])
+    write_captioned(folder / REPLACED["DATA"], 8)
     download = huggingface_hub.snapshot_download
 
     def snapshot_download(repository: str, **keywords) -> str:

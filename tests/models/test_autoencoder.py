@@ -29,7 +29,7 @@ def pixels() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("config", [SMALL, WHOLE])
-def test_both_halves_equal_the_library_on_its_own_range(config, randomize):
+def test_both_halves_have_pixels_in_0_to_1_around_the_networks_own_range(config, randomize):
     library = randomize(build_autoencoder(config))
     encode, decode = PixelEncoder(library.encoder), PixelDecoder(library.decoder)
     with torch.no_grad():
@@ -131,6 +131,7 @@ def test_in_inference_autocast_keeps_images_in_its_type(randomize):
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_attention_in_float16_has_sums_over_many_pixels(autocast):
+    torch.manual_seed(0)  # rounding depends on the weights
     attention = build_autoencoder(SMALL).decoder.up_blocks[1][-1].attn
     attention.residual_connection = False
     library, image = deepcopy(attention), 64 * torch.randn(1, 8, 64, 64, generator=torch.Generator().manual_seed(1))

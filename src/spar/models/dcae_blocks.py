@@ -1,8 +1,8 @@
 """DC-AE's blocks with channels last in memory: the library's classes and weights, the same function in less time.
 
 diffusers moves the channels to the end for every norm and linear map and back again. Each move is a copy, and a linear
-map of a tensor that is not contiguous copies its weight once for every row of the image (half of a decoder's time on a
-CPU). Here images stay contiguous with channels last from the first convolution to the last.
+map of a tensor that is not contiguous copies its weight once for every row of the image (a quarter of a decoder's time
+on a CPU). Here images stay contiguous with channels last from the first convolution to the last.
 """
 
 import torch
@@ -46,21 +46,20 @@ def normalize(norm: nn.Module | None, image: Tensor, residual: Tensor | None = N
     """
     if not isinstance(norm, RMSNorm):
         raise TypeError(f"expected DC-AE's RMSNorm, got {type(norm).__name__}")
-    rows = image.permute(0, 2, 3, 1)
-    if not torch.is_inference_mode_enabled() or torch.compiler.is_compiling() or norm.weight is None:
+    rows, width, weight = image.permute(0, 2, 3, 1), image.shape[1], norm.weight
+    inference = torch.is_inference_mode_enabled() and not torch.compiler.is_compiling()
+    streams = inference and image.device.type == "cpu" and rows.is_contiguous() and is_bare(norm)
+    if not streams or weight is None:
         normed = norm(rows).permute(0, 3, 1, 2)
-        return normed if residual is None else normed + residual
-    if image.device.type != "cpu" or not rows.is_contiguous() or not is_bare(norm):
-        normed = norm(rows).permute(0, 3, 1, 2)
-        return (normed if residual is None else normed + residual).to(image.dtype)
-    width = rows.shape[-1]
+        total = normed if residual is None else normed + residual
+        return total.to(image.dtype) if inference else total
     flat = rows.view(-1, width)
     others = None if residual is None else channels_last(residual).permute(0, 2, 3, 1).reshape(-1, width)
-    weight, count = norm.weight.float(), max(1, NORM_CHUNK // width)
+    weight, count = weight.float(), max(1, NORM_CHUNK // width)
     bias = None if norm.bias is None else norm.bias.float()
     for start in range(0, len(flat), count):
         part = flat[start : start + count]
-        one = part.float() if part.dtype != torch.float32 else part.clone()
+        one = part.to(torch.float32, copy=True)
         scale = torch.linalg.vector_norm(one, dim=-1, keepdim=True).square_().div_(width).add_(norm.eps).rsqrt_()
         one.mul_(scale).mul_(weight)
         if bias is not None:
