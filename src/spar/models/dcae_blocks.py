@@ -46,16 +46,16 @@ def normalize(norm: nn.Module | None, image: Tensor, residual: Tensor | None = N
     """
     if not isinstance(norm, RMSNorm):
         raise TypeError(f"expected DC-AE's RMSNorm, got {type(norm).__name__}")
-    rows, width, weight = image.permute(0, 2, 3, 1), image.shape[1], norm.weight
+    rows, width = image.permute(0, 2, 3, 1), image.shape[1]
     inference = torch.is_inference_mode_enabled() and not torch.compiler.is_compiling()
     streams = inference and image.device.type == "cpu" and rows.is_contiguous() and is_bare(norm)
-    if not streams or weight is None:
+    if not streams or norm.weight is None:
         normed = norm(rows).permute(0, 3, 1, 2)
         total = normed if residual is None else normed + residual
         return total.to(image.dtype) if inference else total
     flat = rows.view(-1, width)
     others = None if residual is None else channels_last(residual).permute(0, 2, 3, 1).reshape(-1, width)
-    weight, count = weight.float(), max(1, NORM_CHUNK // width)
+    weight, count = norm.weight.float(), max(1, NORM_CHUNK // width)
     bias = None if norm.bias is None else norm.bias.float()
     for start in range(0, len(flat), count):
         part = flat[start : start + count]
