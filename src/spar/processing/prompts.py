@@ -73,6 +73,11 @@ class PackedBatch:
         return PackedBatch(*(part.to(device) for part in (self.ids, self.allowed, self.positions, self.weights)))
 
 
+def with_layout(instruction: str, layout: str) -> str:
+    """The text of an edit whose layout, what it changes and where, is written; without one the instruction alone."""
+    return f"{instruction}\n{layout}" if layout else instruction
+
+
 def tower_tokens(tokenizer: Any, texts: Sequence[str | None], length: int) -> Tensor:
     """Texts for SigLIP's text tower, `[B, length]`: in lower case, with the tokenizer's own end, cut or padded on the
     right; None is an empty text.
@@ -314,15 +319,17 @@ class PromptEncoder:
             rows.append((ids + answer, [0] * length, list(range(length)), weights))
         return self._packed(rows)
 
-    def pack_layouts(self, prompts: Sequence[str], layouts: Sequence[str]) -> PackedBatch:
-        """Prompts for images, each answered with a layout, and beside it the layout as a prompt with its canvas.
+    def pack_layouts(self, prompts: Sequence[str], layouts: Sequence[str], *, edits: bool = False) -> PackedBatch:
+        """Prompts for images, each answered with a layout, and beside it the layout as a prompt with its canvas; of
+        edits, the instruction with its layout and the reference, which the question has too.
 
         The two share a row and nothing else: each has the positions that it would have alone.
         """
         rows = []
         for prompt, text in zip(prompts, layouts, strict=True):
-            asked, answer = self._user(self._generation(prompt)), self.encode(text) + self.encode(TURN_END)
-            drawn = self._user(self._layout(text))
+            asked = self._user(self._edit(prompt) if edits else self._generation(prompt))
+            answer = self.encode(text) + self.encode(TURN_END)
+            drawn = self._user(self._edit(with_layout(prompt, text)) if edits else self._layout(text))
             length = len(asked) + len(answer)
             rows.append((
                 asked + answer + drawn,

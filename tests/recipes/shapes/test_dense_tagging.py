@@ -17,7 +17,7 @@ from spar.recipes.shapes.dense_tagging import (
     tag_terms,
     whiten,
 )
-from spar.training.objectives.next_token import NextTokenObjective
+from spar.training.objectives.next_token import NextTokenObjective, image_features
 from spar.training.plan import InitFolder, Origin, PlannedStage, StageStart
 from spar.worlds.shapes.tokenizer import PLURALS
 
@@ -104,8 +104,28 @@ def test_the_tags_of_a_layout_are_read_off_its_canvas(start):
     assert all(found[tag].item() == pytest.approx(wanted[tag].item(), rel=1e-3) for tag in TAGS)
 
 
-def test_the_tags_after_an_edit_are_read_off_the_last_states_of_the_images_tokens(start):
+def test_the_tags_after_an_edit_with_its_layout_are_read_off_the_image_of_that_prompt(start):
     begun = start("mllm", prompt_share=1.0, edit_prompts=1.0)
+    batch, objective = begun.batch(0), TagWordsObjective(edit_tags=0.5)
+    assert isinstance(batch, TaggedLayouts) and batch.edits
+    image, model, prompts = begun.recipe.model.text.image_token_id, begun.modules.model, begun.ctx.prompts
+    packed, states = objective.read(begun.ctx, batch)
+    f_v, alone = image_features(begun.ctx, batch), []
+    for texts in (batch.prompts, [f"{a}\n{b}" for a, b in zip(batch.prompts, batch.texts, strict=True)]):
+        tokens = prompts.edit(texts)
+        bias, positions = attention_bias(tokens.mask, states, causal=True), position_ids_from_mask(tokens.mask)
+        found = model.language(model.embed(tokens.ids, f_v), bias, positions)[0]
+        alone.append(found[tokens.ids == image].unflatten(0, batch.counted.shape))
+    torch.testing.assert_close(
+        states[packed.ids == image].unflatten(0, (4, -1)), torch.cat(alone, dim=1), rtol=1e-4, atol=1e-4
+    )
+    wanted = tag_terms(begun.modules.dense_head, alone[1], batch.tags, batch.counted)
+    found = objective(begun.ctx, batch)
+    assert all(found[tag].item() == pytest.approx(wanted[tag].item(), rel=1e-3) for tag in TAGS)
+
+
+def test_the_tags_after_an_edit_are_read_off_the_last_states_of_the_images_tokens(start):
+    begun = start("mllm", prompt_share=1.0, edit_prompts=1.0, edit_layouts=False)
     batch, objective = begun.batch(0), TagWordsObjective(edit_tags=0.5)
     assert isinstance(batch, TaggedEdits)
     plain, tagged = (one(begun.ctx, batch) for one in (TagWordsObjective(), objective))

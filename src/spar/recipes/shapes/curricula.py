@@ -49,21 +49,24 @@ class CaptionLessons(Lessons, CaptionData):
 @dataclass(frozen=True)
 class MixedLessons(Lessons, MixedData):
     """Captions, some of them lessons, and edits; in the share `layouts` of the steps without edits, images are drawn of
-    layouts in place of captions.
+    layouts in place of captions, and in the share `edit_layouts` of those with edits each instruction has its layout.
     """
 
     kind: ClassVar[str] = "lessons"
     gives: ClassVar[tuple[type[Images], ...]] = (Captioned, Layouts, Edits)
     layouts: float = 0.0
+    edit_layouts: float = 0.0
 
     def __post_init__(self) -> None:
         Lessons.__post_init__(self)
         MixedData.__post_init__(self)
         _check_share("layouts", self.layouts)
+        _check_share("edit_layouts", self.edit_layouts)
 
     def __str__(self) -> str:
         words = MixedData.__str__(self)
-        return f"{words}, {self.layouts:.0%} of the rest layouts" if self.layouts else words
+        words += f", {self.layouts:.0%} of the rest layouts" if self.layouts else ""
+        return words + (f", {self.edit_layouts:.0%} of the edits with layouts" if self.edit_layouts else "")
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ class QuestionData(StageData):
     grows faster than its length. In the share `prompt_share` of the steps the LLM reads prompts for images in place of
     questions, edits in the share `edit_prompts` of them, else captions, and says what the image will show: it learns
     what its states have to tell the DiT, which a published LLM brings along. With `layouts` it answers captions with
-    layouts, and says what each place of a blank canvas after one will show. `scene_kinds` as in `Lessons`.
+    layouts, and says what each place of a blank canvas after one will show; with `edit_layouts` instructions, in the
+    same way. `scene_kinds` as in `Lessons`.
     """
 
     kind: ClassVar[str] = "questions"
@@ -84,6 +88,7 @@ class QuestionData(StageData):
     prompt_share: float = 0.0
     edit_prompts: float = 0.5
     layouts: bool = False
+    edit_layouts: bool = False
     scene_kinds: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from spar.common.errors import InputError
 from spar.common.files import atomic_file
 from spar.data.batches import Captioned, Descriptions, Dialogues, Edits, Images, Layouts
-from spar.processing.prompts import DESCRIBE, PromptEncoder, QuestionAnswer
+from spar.processing.prompts import DESCRIBE, PromptEncoder, QuestionAnswer, with_layout
 from spar.recipes.shapes.curricula import CaptionLessons, Lessons, MixedLessons, QuestionData, UnifiedLessons
 from spar.recipes.shapes.dense_tagging import (
     TagData,
@@ -26,7 +26,7 @@ from spar.recipes.shapes.dense_tagging import (
 from spar.training.config import Recipe, StageConfig
 from spar.training.data import CaptionData, DataConfig, ImageData, MixedData, StageData, TrainingData, resized
 from spar.training.distributed import DistributedContext
-from spar.worlds.shapes.captions import caption, describe, layout, open_caption, position_caption
+from spar.worlds.shapes.captions import caption, describe, edit_layout, layout, open_caption, position_caption
 from spar.worlds.shapes.dataset import dense_targets, scene_at
 from spar.worlds.shapes.edits import BY_ANYTHING, Edit, edit_kinds, make_edit
 from spar.worlds.shapes.forms import paraphrase
@@ -114,6 +114,8 @@ class ShapesTrainingData(TrainingData):
         pixels = self.pixels(indices, edited=editing)
         if editing:
             texts = tuple(self.instructions(rng, drawn)[rows])
+            if isinstance(data, MixedLessons) and data.edit_layouts and rng.random() < data.edit_layouts:
+                texts = tuple(map(with_layout, texts, self.edit_layouts(indices)))
             return Edits(keys=indices, pixels=pixels, texts=texts, references=self.pixels(indices))
         if isinstance(data, MixedLessons) and data.layouts and rng.random() < data.layouts:
             return Layouts(keys=indices, pixels=pixels, texts=self.layouts(rng, drawn)[rows])
@@ -162,6 +164,10 @@ class ShapesTrainingData(TrainingData):
         """The layout of each scene."""
         return tuple(layout(self.scenes[i], layout_order(self.scenes[i], rng)) for i in indices)
 
+    def edit_layouts(self, indices: np.ndarray) -> tuple[str, ...]:
+        """The layout of each edit."""
+        return tuple(edit_layout(self.scenes[i], self.edits[i].target) for i in indices)
+
     def captions(self, rng: np.random.Generator, indices: np.ndarray, *, position_captions: float = 0.0) -> list[str]:
         """A caption of each scene; the share `position_captions` of them also says where things lie."""
         placed = rng.random(len(indices)) < position_captions if position_captions else np.zeros(len(indices), bool)
@@ -191,12 +197,13 @@ class ShapesTrainingData(TrainingData):
             scenes = [self.scenes[i] for i in drawn]
             prompts = [paraphrase(caption(scene, rng, background=True, size=True), rng) for scene in scenes]
         indices = drawn[rows]
-        pixels, texts = self.pixels(indices), tuple(describe(scene) for scene in scenes[rows])
+        pixels, laid_out = self.pixels(indices), editing and data.edit_layouts
+        texts = self.edit_layouts(indices) if laid_out else tuple(describe(scene) for scene in scenes[rows])
         if not editing:
             return Descriptions(keys=indices, pixels=pixels, prompts=tuple(prompts[rows]), texts=texts, edits=False)
         tags, before = dense_tags(scenes[rows], self.grid), dense_tags([self.scenes[i] for i in indices], self.grid)
         empty = torch.from_numpy(rng.random((count, self.grid**2)) < EMPTY_TOKENS)[rows]
-        return TaggedEdits(
+        return (TaggedLayouts if laid_out else TaggedEdits)(
             keys=indices, pixels=pixels, prompts=tuple(prompts[rows]), texts=texts, edits=True, tags=tags,
             counted=(tags["shape"] > 0) | (before["shape"] > 0) | empty,
         )  # fmt: skip

@@ -23,7 +23,7 @@ from spar.training.modules import Head, TrainingModules
 from spar.training.objectives.base import Networks, Objective, StepContext, Terms, check_at_least
 from spar.training.objectives.common import sample_images
 from spar.training.objectives.contrastive import ContrastiveObjective
-from spar.training.objectives.next_token import NextTokenObjective, last_states
+from spar.training.objectives.next_token import NextTokenObjective, image_features, last_states
 from spar.worlds.shapes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES
 from spar.worlds.shapes.tokenizer import PLURALS
 
@@ -75,7 +75,9 @@ class TaggedEdits(TaggedPrompts):
 
 @dataclass(frozen=True, kw_only=True)
 class TaggedLayouts(TaggedPrompts):
-    """Captions, and as their `texts` layouts; the tags are read at the tokens of the blank canvas after the layout."""
+    """Captions or instructions, and as their `texts` layouts; the tags are read at the tokens of the blank canvas, or
+    of the image to edit, after the layout.
+    """
 
 
 @dataclass(frozen=True)
@@ -183,15 +185,18 @@ class TagWordsObjective(NextTokenObjective):
         terms = self.answer_terms(ctx, packed, states)
         if not (self.edit_tags and isinstance(batch, TaggedPrompts)):
             return terms
-        seen = states[packed.ids == ctx.recipe.model.text.image_token_id].unflatten(0, batch.counted.shape)
+        seen = states[packed.ids == ctx.recipe.model.text.image_token_id]
+        seen = seen.unflatten(0, (len(packed.ids), -1))[:, -batch.counted.shape[1] :]      # the last image of a row
         tagged = tag_terms(dense_head(ctx.modules), seen, batch.tags, batch.counted)
         return {**terms, "loss": terms["loss"] + self.edit_tags * sum(tagged.values()), **tagged}
 
     def read(self, ctx: StepContext, batch: Dialogues | Descriptions) -> tuple[PackedBatch, Tensor]:
         if not isinstance(batch, TaggedLayouts):
             return super().read(ctx, batch)
-        packed = ctx.prompts.pack_layouts(batch.prompts, batch.texts).to(ctx.device)
-        return packed, last_states(ctx, packed, ctx.modules.model.canvas(len(batch)))
+        packed = ctx.prompts.pack_layouts(batch.prompts, batch.texts, edits=batch.edits).to(ctx.device)
+        if not batch.edits:
+            return packed, last_states(ctx, packed, ctx.modules.model.canvas(len(batch)))
+        return packed, last_states(ctx, packed, image_features(ctx, batch).repeat_interleave(2, dim=0))
 
     def build(self, recipe: "SparRecipe", networks: Networks) -> Mapping[str, Callable[[Any], nn.Module]]:
         return build_dense_head(recipe)

@@ -44,15 +44,19 @@ FOUNDATIONS = (
         warmup=60, optimizer="muon",
         data=QuestionData(
             (*QUESTIONS, *3 * ("place",), *4 * ("relation",), *6 * ("position",)), per_image=8, prompt_share=0.4,
-            edit_prompts=0.5, layouts=True,
+            edit_prompts=0.5, layouts=True, edit_layouts=True,
         ),
     ),
     StageConfig(
-        "mllm-2", TagWordsObjective(edit_tags=1.0), ("model.language.*",), steps=3000, batch=32, lr=1.5e-3,
+        "mllm-2", TagWordsObjective(edit_tags=1.0), ("model.language.*",), steps=3600, batch=32, lr=1.5e-3,
         lr_end=1e-5, warmup=20, optimizer="muon",
         data=QuestionData(
-            (*QUESTIONS, *2 * ("place", "neighbor", "attribute"), *3 * ("relation",), *8 * ("position",)),
-            per_image=10, prompt_share=0.6, edit_prompts=0.45, layouts=True, scene_kinds=LAYOUT_MIXTURE,
+            (
+                *QUESTIONS, *2 * ("place", "count_color"), *3 * ("relation", "neighbor", "size"), *4 * ("attribute",),
+                *8 * ("position",),
+            ),
+            per_image=12, prompt_share=0.55, edit_prompts=0.5, layouts=True, edit_layouts=True,
+            scene_kinds=LAYOUT_MIXTURE,
         ),
     ),
     StageConfig(
@@ -99,11 +103,13 @@ UNIFIED = (
     _UNIFIED_1,
     replace(
         _JOINT, name="unified-2", steps=3000, lr=3e-3, lr_end=5e-5, warmup=50, ema=0.998,
-        data=MixedLessons(edit_share=0.35, position_captions=0.15, layouts=0.9, scene_kinds=MIXTURE),
+        data=MixedLessons(
+            edit_share=0.4, position_captions=0.15, layouts=0.9, edit_layouts=0.9, scene_kinds=MIXTURE,
+        ),
     ),
     replace(
         _JOINT, name="unified-3", steps=80, lr=3e-4, lr_end=1e-5, warmup=10, ema=0.99,
-        data=MixedLessons(edit_share=0.35, layouts=0.9),
+        data=MixedLessons(edit_share=0.4, layouts=0.9, edit_layouts=0.9),
     ),
 )
 
@@ -111,7 +117,9 @@ UNIFIED = (
 FEW_STEPS = StageConfig(
     "few-steps", FewStepObjective(windows=4, teacher_steps=5), (DENOISER,), steps=600, batch=16, lr=1e-3, lr_end=2e-5,
     warmup=20, ema=0.99, optimizer="muon",
-    data=MixedLessons(edit_share=0.35, position_captions=0.15, layouts=0.9, scene_kinds=MIXTURE),
+    data=MixedLessons(
+        edit_share=0.4, position_captions=0.15, layouts=0.9, edit_layouts=0.9, scene_kinds=MIXTURE,
+    ),
 )
 
 

@@ -48,15 +48,13 @@ class NextTokenObjective(Objective["SparRecipe"]):
 
     def read(self, ctx: StepContext, batch: Dialogues | Descriptions) -> tuple[PackedBatch, Tensor]:
         """The packed rows of a batch, and the LLM's last states of their tokens, `[B, T, D]`."""
-        model, f_v = ctx.modules.model, None
         if isinstance(batch, Dialogues):
             packed = ctx.prompts.pack(batch.turns)
         else:
             packed = ctx.prompts.pack_descriptions(batch.prompts, batch.texts, edits=batch.edits)
         packed = packed.to(ctx.device)
-        if isinstance(batch, Dialogues) or batch.edits:
-            f_v = ctx.frozen_features("f_v", batch, lambda x: {"f_v": model.tokenizer.encoder(x)})["f_v"].float()
-        return packed, last_states(ctx, packed, f_v)
+        has_images = isinstance(batch, Dialogues) or batch.edits
+        return packed, last_states(ctx, packed, image_features(ctx, batch) if has_images else None)
 
     def answer_terms(self, ctx: StepContext, packed: PackedBatch, states: Tensor) -> Terms:
         """The cross-entropy of the answers' tokens, each read off the state before it, and the share that is right."""
@@ -77,6 +75,12 @@ class NextTokenObjective(Objective["SparRecipe"]):
         image, tokens = meta_input(1, 3, side, side), recipe.model.grid**2 + DIALOGUE_TOKENS
         cost = part_cost(lambda: model.tokenizer.encoder(image.detach()), model.tokenizer.encoder, through=False)
         return cost + part_cost(lambda: meta_layers(model, model.language.network.layers, tokens), model.language)
+
+
+def image_features(ctx: StepContext, batch: Images) -> Tensor:
+    """`f_v` `[B, N, D]` of a batch's images, which the LLM reads."""
+    encoder = ctx.modules.model.tokenizer.encoder
+    return ctx.frozen_features("f_v", batch, lambda x: {"f_v": encoder(x)})["f_v"].float()
 
 
 def last_states(ctx: StepContext, packed: PackedBatch, f_v: Tensor | None) -> Tensor:

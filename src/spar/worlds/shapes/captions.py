@@ -212,9 +212,28 @@ def layout(scene: Scene, order: Sequence[int]) -> str:
     """A scene in words with the cell of every object: "a large red circle on column two row three, a small blue star on
     column six row five on a gray background"; `parse` does not support it.
     """
-    objects = [scene.objects[index] for index in order]
-    phrases = [f"{with_article(look_text(o.shape, o.color, o.size))} on {cell_text(o)}" for o in objects]
+    phrases = [_placed(scene.objects[index]) for index in order]
     return f"{', '.join(phrases)} on a {scene.background} background"
+
+
+def edit_layout(source: Scene, target: Scene) -> str:
+    """What an edit changes, with the cell of every object: what is gone, then what is new, then a new background: "no
+    small red circle on column two row three, a small blue star on column two row three".
+    """
+    gone = [f"no {look_text(o.shape, o.color, o.size)} on {cell_text(o)}" for o in _only(source, target)]
+    new = [_placed(o) for o in _only(target, source)]
+    changed = target.background != source.background
+    return ", ".join([*gone, *new, *([with_article(f"{target.background} background")] if changed else [])])
+
+
+def _placed(item: Object) -> str:
+    """An object with its cell."""
+    return f"{with_article(look_text(item.shape, item.color, item.size))} on {cell_text(item)}"
+
+
+def _only(scene: Scene, other: Scene) -> list[Object]:
+    """The objects that only the first of two scenes has."""
+    return [item for item in scene.objects if item not in other.objects]
 
 
 def half_of_image_text(item: Object) -> str:
