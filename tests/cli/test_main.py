@@ -57,7 +57,10 @@ FLAGS = {
         "PROMPT", *SAMPLING_FLAGS, "--prompts", "--format", "--batch", "--check", "--height", "--width", "--layout",
         "--no-layout",
     ),
-    "edit": ("IMAGE", "INSTRUCTION", *SAMPLING_FLAGS, "--prompts", "--batch", "--check", "--format", "--images"),
+    "edit": (
+        "IMAGE", "INSTRUCTION", *SAMPLING_FLAGS, "--prompts", "--batch", "--check", "--format", "--images", "--layout",
+        "--no-layout",
+    ),
     "understand": ("IMAGE", "QUESTION", "--model", "--max-new-tokens", "--temperature", "--top-p", "--seed",
                    "--max-tiles"),
     "reconstruct": ("IMAGE", "--model", "-o", "--overwrite"),
@@ -848,6 +851,7 @@ def test_a_dry_run_says_what_would_train_and_writes_nothing(capsys, monkeypatch,
     data = {name: row["data"] for name, row in plan.items()}
     mixed = recipe("tiny").stage("unified-2").data
     words = f"48 scenes: captions, {mixed.edit_share:.0%} edits, {mixed.layouts:.0%} of the rest layouts"
+    words += f", {mixed.edit_layouts:.0%} of the edits with layouts"
     assert (data["encoder"], data["mllm"]) == ("48 scenes: tags", "48 scenes: questions")
     assert (data["unified-1"], data["unified-2"]) == ("48 scenes: captions", words)
     assert (plan["encoder"]["batch"], plan["dit"]["batch"]) == ("4", "4 x 2")  # two draws of noise an image

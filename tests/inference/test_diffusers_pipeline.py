@@ -62,8 +62,9 @@ def test_a_layout_is_the_pipelines_own(pipe, own):
         made = pipe("a red circle", layout=layout, generator=torch.Generator().manual_seed(3), num_inference_steps=3)
         wanted = own.generate("a red circle", layout=layout, seed=3, num_inference_steps=3)
         assert np.array_equal(np.asarray(made.images[0]), np.asarray(wanted.images[0]))
-    with pytest.raises(InputError, match="expected none beside an image to edit"):
-        pipe("remove the circle", image=made.images[0], layout=text)
+        edited = pipe("remove the circle", made.images[0], layout=layout, generator=fresh(3), **STEPS)
+        wanted = own.edit(made.images[0], "remove the circle", layout=layout, seed=3, **STEPS)
+        assert np.array_equal(np.asarray(edited.images[0]), np.asarray(wanted.images[0]))
 
 
 def test_types_of_output(pipe, own):

@@ -41,8 +41,8 @@ def folder(tiny_run, tmp_path_factory) -> Path:
     It writes no layouts unless it is told to.
     """
     loaded = load_model(tiny_run.path / "model")
-    assert loaded.sampling.layout
-    loaded = replace(loaded, sampling=replace(loaded.sampling, layout=False))
+    assert loaded.sampling.layout and loaded.sampling.edit_layout
+    loaded = replace(loaded, sampling=replace(loaded.sampling, layout=False, edit_layout=False))
     generator = torch.Generator().manual_seed(0)
     network = loaded.model.denoiser.network
     for weight in (network.proj_out.weight, *(block.attn2.to_out[0].weight for block in network.transformer_blocks)):
@@ -461,6 +461,52 @@ def test_a_layout_is_drawn_with_numbers_that_the_noise_does_not_have(pipe, monke
     monkeypatch.setattr(pipe.model.language, "generate", generate_words)
     assert generate(pipe, layout=True, num_images_per_prompt=2).metadata[1]["layout"] == LAYOUT
     assert len({*seeds, *range(1000)}) == 1002
+
+
+EDIT_LAYOUT = "no small red circle on column two row three, a small blue star on column five row three"
+
+
+def test_the_layout_of_an_edit_follows_its_instruction_before_the_reference(pipe, pictures):
+    words = "move the circle"
+    given = edit(pipe, pictures[0], words, layout=EDIT_LAYOUT)
+    assert given.metadata[0] == {**edit(pipe, pictures[0], words).metadata[0], "layout": EDIT_LAYOUT}
+    rows = [pipe.prompts.edit([text]) for text in (f"{words}\n{EDIT_LAYOUT}", None)]
+    f_v = pipe.model.tokenizer.encoder(to_tensor([pictures[0]]))
+    assert gap(given.images[0], by_hand(pipe, 4.5, rows, f_v)) <= 1
+    assert gap(given.images[0], edit(pipe, pictures[0], words).images[0]) > 4
+
+
+def test_the_models_own_layouts_of_edits_are_of_their_images_and_make_the_images_again(pipe, pictures, monkeypatch):
+    monkeypatch.setattr(layouts_module, "LAYOUT_TEMPERATURE", 30.0)
+    instructions, seeds = ["remove the red circle", "move the star up"], [11, 4, 11, 14]
+    several = edit(pipe, pictures[:2], instructions, layout=True, num_images_per_prompt=2, seed=seeds)
+    layouts = [values.get("layout") for values in several.metadata]
+    assert {*layouts} - {None}
+    for number, seed in enumerate(seeds):
+        source, words = pictures[number // 2], instructions[number // 2]
+        alone = edit(pipe, source, words, layout=True, seed=seed)
+        assert alone.metadata[0].get("layout") == layouts[number]
+        assert gap(alone.images[0], several.images[number]) <= 1
+        again = edit(pipe, source, words, layout=layouts[number], seed=seed)
+        assert gap(again.images[0], alone.images[0]) == 0
+
+
+def test_the_model_says_whether_it_writes_layouts_of_edits(pipe, pictures):
+    own = SparPipeline(replace(pipe.bundle, sampling=replace(pipe.bundle.sampling, edit_layout=True)))
+    own.origin = pipe.origin
+    assert edit(own, pictures[0]).metadata == edit(pipe, pictures[0], layout=True).metadata
+    plain = edit(pipe, pictures[0]).metadata[0]
+    assert edit(own, pictures[0], layout=False).metadata[0] == {**plain, "no_layout": True}
+    assert "layout" not in edit(own, pictures[0].resize((64, 32))).metadata[0]
+    assert generate(own).metadata == generate(pipe).metadata  # of generation it says another thing
+
+
+@pytest.mark.parametrize("words", ["", "user", "circle " * 64])
+def test_an_edit_without_a_sound_layout_is_drawn_of_its_instruction(pipe, pictures, monkeypatch, words):
+    plain = edit(pipe, pictures[0])
+    monkeypatch.setattr(pipe.model.language, "generate", lambda *_, **__: [pipe.prompts.encode(words)])
+    again = edit(pipe, pictures[0], layout=True)
+    assert again.metadata == plain.metadata and gap(again.images[0], plain.images[0]) <= 1
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,16 @@ def test_a_layout_is_the_pipelines_own_and_openais_revised_prompt(client, pipe, 
     assert (image.info.get("layout") == LAYOUT) is (layout == LAYOUT)
 
 
+@pytest.mark.parametrize("layout", [LAYOUT, "true", "false"])
+def test_an_edit_takes_a_layout_as_a_generation_does(client, pipe, layout):
+    source, words = pipe.generate(PROMPT, seed=0).images[0], "remove the red circle"
+    answer = client.images.edit(image=png(source), prompt=words, extra_body={"layout": layout, "seed": 3, **QUICK})
+    given = {"true": True, "false": False}.get(layout, layout)
+    own = pipe.edit(source, words, layout=given, seed=3, **QUICK)
+    assert pixels(opened(answer.data[0])) == pixels(own.images[0])
+    assert answer.data[0].revised_prompt == own.metadata[0].get("layout")
+
+
 def test_layouts_and_prompts_alone_share_a_batch_in_which_each_is_its_own(client, pipe):
     bodies = [{"layout": layout, "seed": 3, **QUICK} for layout in (LAYOUT, False, None, True, f"{LAYOUT}.")]
     with ThreadPoolExecutor(5) as pool:

@@ -79,7 +79,8 @@ TRAINING_PARTS: dict[str, Callable[[SparConfig], Any]] = {
 class SamplingConfig:
     """Default sampling of the model; part of it, since training determines it.
 
-    `layout`: whether its LLM first writes where everything lies (`SparPipeline.generate`).
+    `layout`: whether its LLM first writes where everything lies (`SparPipeline.generate`); `edit_layout`: what an edit
+    changes, and where (`SparPipeline.edit`).
     """
 
     shift: float = 1.0
@@ -88,6 +89,7 @@ class SamplingConfig:
     guidance: float = 4.5
     max_prompt_tokens: int = 64
     layout: bool = False
+    edit_layout: bool = False
 
     def __post_init__(self) -> None:
         check_range("shift", self.shift, MIN_SHIFT, MAX_SHIFT)
@@ -281,7 +283,8 @@ def read_header(folder: Path, expected: str) -> dict[str, Any]:
     if isinstance(header["model"], dict):
         header["model"].setdefault("understanding", {})  # the part itself came later
     if isinstance(header.get("sampling"), dict):
-        header["sampling"].setdefault("layout", False)
+        for later in ("layout", "edit_layout"):
+            header["sampling"].setdefault(later, False)
     for (part, name), value in LATER_FIELDS.items():
         fields_of = header["model"].get(part) if isinstance(header["model"], dict) else None
         if isinstance(fields_of, dict):

@@ -49,8 +49,7 @@ class EvalArguments(ModelArguments):
     images_per_prompt: int | None = None
     """Images for each prompt of shapes-gen and shapes-gen-bind; by default 4."""
     no_layout: Flag = False
-    """Of a model that writes layouts: draw of the prompts themselves
-    (shapes-gen, shapes-gen-bind, shapes-paraphrase, shapes-robust)."""
+    """Of a model that writes layouts: draw of the prompts and instructions themselves."""
     batch: int | None = None
     """Images per batch: changes the time, never the scores."""
     combinations: Literal["seen", "held_out"] = "seen"

@@ -116,6 +116,20 @@ class PromptFileArguments(SamplingArguments, ABC):
     """Images drawn together, 16 by default; it changes time and memory alone."""
     check: Flag = False
     """Of --prompts: draw nothing, and say what the folder of -o lacks or has wrong."""
+    layout: str | None = None
+    """Of a model that writes layouts: where everything lies, of an edit what changes, in words, in place of its own."""
+    no_layout: Flag = False
+    """Of such a model: draw of the prompt itself, without a layout."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.no_layout and self.layout is not None:
+            raise InputError("expected one of --layout and --no-layout, got both")
+        check_utf8(self.layout, "--layout")
+
+    def keywords(self) -> dict[str, Any]:
+        layout = False if self.no_layout else self.layout
+        return {**super().keywords(), **({} if layout is None else {"layout": layout})}
 
     def check_file(self, given: Mapping[str, bool]) -> None:
         """Refuse what does not go with --prompts, or is for it alone; `given` says which of the verb's words and own
@@ -148,10 +162,6 @@ class GenerateArguments(PromptFileArguments):
     """Pixels; by default the side of the training images."""
     width: int | None = None
     """Pixels; by default the side of the training images."""
-    layout: str | None = None
-    """Of a model that writes layouts: where everything lies, in words, in place of its own layout."""
-    no_layout: Flag = False
-    """Of such a model: draw of the prompt itself, without a layout."""
     temperature: float | None = None
     """Of a DualToken model: of the codes that are drawn, 0 for the likeliest; by default the model's own."""
     top_k: int | None = None
@@ -164,9 +174,6 @@ class GenerateArguments(PromptFileArguments):
         self.check_file({"PROMPT": bool(self.prompt), "--format": self.format != "plain"})
         if self.prompts is None:
             check_nonempty(self.prompt, "prompt", "PROMPT")
-        if self.no_layout and self.layout is not None:
-            raise InputError("expected one of --layout and --no-layout, got both")
-        check_utf8(self.layout, "--layout")
         check_range("--temperature", self.temperature, 0, MAX_TEMPERATURE)
         check_range("--top-k", self.top_k, 0, MAX_TOP_K)
         check_range("--top-p", self.top_p, 0, 1)
@@ -180,7 +187,6 @@ class GenerateArguments(PromptFileArguments):
     def keywords(self) -> dict[str, Any]:
         """Keywords of `generate`; those of one system alone where they are given."""
         own: dict[str, Any] = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p")}
-        own["layout"] = False if self.no_layout else self.layout
         given = {name: value for name, value in own.items() if value is not None}
         return {"height": self.height, "width": self.width, **super().keywords(), **given}
 

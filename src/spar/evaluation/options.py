@@ -57,9 +57,8 @@ class EvalOptions:
 
     `limit`: prompts per task (questions per kind, scenes), None for the benchmark's full number; a smaller one takes
     the first of the same prompts. `num_inference_steps`, `guidance_scale`: the model's own if None. `images_per_prompt`
-    is Shapes-Gen's and Shapes-Gen-Bind's; `layout` (whether images of prompts are drawn of layouts, by default as the
-    model does) also Shapes-Paraphrase's, Shapes-Robust's and Shapes-Fréchet's. `batch`: outputs per call; it changes
-    the time, never the scores.
+    is Shapes-Gen's and Shapes-Gen-Bind's; `layout`: whether images are drawn of layouts, by default as the model does.
+    `batch`: outputs per call; it changes the time, never the scores.
     `combinations`: "seen" or "held_out". `label` is recorded in the result, to distinguish two models.
     """
 
@@ -87,6 +86,14 @@ class EvalOptions:
         """Keywords of the pipe's sampling tasks."""
         given = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
         return {name: value for name, value in given.items() if value is not None}
+
+
+def draws_layouts(pipe: PipelineLike, options: EvalOptions, *, edits: bool = False) -> bool:
+    """Whether images of prompts, or of edits, are drawn of layouts."""
+    if options.layout is not None:
+        return options.layout
+    sampling = getattr(getattr(pipe, "bundle", None), "sampling", None)
+    return bool(getattr(sampling, "edit_layout" if edits else "layout", False))
 
 
 def seed_block(benchmark: str, part: int, combinations: str = "seen") -> int:

@@ -26,6 +26,7 @@ from spar.evaluation.options import (
     PipelineLike,
     ask_known,
     batches,
+    draws_layouts,
     image_seed,
     pixels,
     scene_kind,
@@ -146,6 +147,7 @@ def run_edits(
 
     refused = EditVerdict(False, dict.fromkeys(PARTS, False), None)
     verdicts: list[EditVerdict] = []
+    own = {} if options.layout is None else {"layout": options.layout}
 
     def edit(jobs: Sequence[tuple[EditItem, str]]) -> list[Image.Image]:
         return pipe.edit(
@@ -153,6 +155,7 @@ def run_edits(
             [text for _, text in jobs],
             seed=[image_seed(options.seed, item.block, item.index) for item, _ in jobs],
             **options.sampling(),
+            **own,
         ).images
 
     for chunk in batches(list(zip(items, instructions, strict=True)), options.batch, progress):
@@ -175,6 +178,7 @@ def _run(benchmark: str, pipe: PipelineLike, options: EvalOptions, progress: Adv
     scores = _scores(items, verdicts, options.seed)
     settings = run_settings(
         pipe, options, clock, sampled=True, prompts=len(items), place_tolerance=PLACE_TOLERANCE,
+        edit_layout=draws_layouts(pipe, options, edits=True),
         region=f"changed objects' masks, {REGION_MARGIN} pixels wider",
     )
     return Result(benchmark, scores, settings, {"prompts": records})

@@ -22,6 +22,7 @@ from spar.evaluation.options import (
     PipelineLike,
     ask_known,
     batches,
+    draws_layouts,
     image_seed,
     pixels,
     scene_seed,
@@ -152,11 +153,6 @@ def draw_prompts(
     return drawn
 
 
-def draws_layouts(pipe: PipelineLike, options: EvalOptions) -> bool:
-    """Whether images of prompts are drawn of layouts."""
-    if options.layout is not None:
-        return options.layout
-    return bool(getattr(getattr(getattr(pipe, "bundle", None), "sampling", None), "layout", False))
 
 
 def _run(benchmark: str, pipe: PipelineLike, options: EvalOptions, progress: Advance | None) -> Result:

@@ -14,10 +14,10 @@ from PIL import Image
 
 from spar.common.progress import Advance
 from spar.evaluation.environment import Timer, run_settings
-from spar.evaluation.options import EvalOptions, PipelineLike, seed_block
+from spar.evaluation.options import EvalOptions, PipelineLike, draws_layouts, seed_block
 from spar.evaluation.results import Result, mean_score, ratio_score
 from spar.evaluation.shapes_edit import edit_items, run_edits
-from spar.evaluation.shapes_gen import GenPrompt, draw_prompts, draws_layouts, gen_prompts
+from spar.evaluation.shapes_gen import GenPrompt, draw_prompts, gen_prompts
 from spar.evaluation.shapes_vqa import VqaItem, answer, is_right, vqa_items
 from spar.worlds.shapes.detector import satisfies
 from spar.worlds.shapes.forms import paraphrase
@@ -75,7 +75,8 @@ def shapes_paraphrase(
         )
     ]
     settings = run_settings(
-        pipe, options, clock, sampled=True, texts=len(records), layout=draws_layouts(pipe, options)
+        pipe, options, clock, sampled=True, texts=len(records), layout=draws_layouts(pipe, options),
+        edit_layout=draws_layouts(pipe, options, edits=True),
     )
     return Result("shapes-paraphrase", tuple(scores), settings, {"texts": records})
 

@@ -16,9 +16,8 @@ from PIL import Image
 from spar.common.errors import InputError
 from spar.common.progress import Advance
 from spar.evaluation.environment import Timer, run_settings
-from spar.evaluation.options import EvalOptions, PipelineLike, batches, image_seed, pixels
+from spar.evaluation.options import EvalOptions, PipelineLike, batches, draws_layouts, image_seed, pixels
 from spar.evaluation.results import Result, mean_score
-from spar.evaluation.shapes_gen import draws_layouts
 from spar.worlds.shapes.captions import parse
 from spar.worlds.shapes.detector import detect, satisfies
 from spar.worlds.shapes.scope import prompt_notes

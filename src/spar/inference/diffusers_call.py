@@ -27,8 +27,6 @@ def draw(
     """
     from diffusers.pipelines.pipeline_utils import ImagePipelineOutput  # at its first use: a second of imports
 
-    if image is not None and layout not in (None, False):
-        raise InputError(f"layout: expected none beside an image to edit, got {layout!r}")
     if output_type not in OUTPUT_TYPES:
         raise InputError(f"output_type: expected one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
     if unknown := [name for name in callback_on_step_end_tensor_inputs or () if name != "latents"]:
@@ -53,11 +51,11 @@ def draw(
         settings["callback"] = watch
     images: Any
     try:
+        own = {} if layout is None else {"layout": layout}
         if image is None:
-            own = {} if layout is None else {"layout": layout}
             images = pipe.generate(prompt, height=height, width=width, **own, **settings).images
         else:
-            images = pipe.edit(image, prompt, **settings).images
+            images = pipe.edit(image, prompt, **own, **settings).images
     except Cancelled:  # the callback has set `_interrupt`: the estimate of the last step is the result
         images = pipe.preview(last[0])
     if output_type == "latent":

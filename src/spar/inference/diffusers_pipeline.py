@@ -155,10 +155,10 @@ class SparDiffusionPipeline(DiffusionPipeline):
             return_dict: whether to return diffusers' output, or a tuple.
             callback_on_step_end: called as `f(pipe, step, step, {"latents": estimate})`; it may stop the sampler by
                 setting `pipe._interrupt`, but not change the latents.
-            layout: of generation, as in `SparPipeline.generate`; an edit has none.
+            layout: as in `SparPipeline.generate` and `SparPipeline.edit`.
 
         Raises:
-            InputError: what `SparPipeline` refuses, another `output_type`, a layout beside an image, or tensors that
+            InputError: what `SparPipeline` refuses, another `output_type`, or tensors that
                 the callback may not have.
         """
         return draw(

@@ -157,7 +157,8 @@ class DualTokenPipeline(LayoutPipeline):
             Cancelled: by the callback; there is no result, and the pipeline is unchanged.
         """
         texts = self._texts(prompt, "prompt")
-        write = self._layout_writer(layout, len(texts), self.output_size(height, width))
+        taught = self.bundle.sampling.layout
+        write = self._layout_writer(layout, len(texts), self.output_size(height, width), taught=taught)
         rows = self.model.config.grid
         if num_inference_steps is not None:
             check_int_range("num_inference_steps", num_inference_steps, rows, rows)
@@ -171,14 +172,14 @@ class DualTokenPipeline(LayoutPipeline):
         against = [text for text in negatives for _ in range(num_images_per_prompt)]
         generators = [cpu_generator(one) for one in seeds]
         with self._compute(count):
-            layouts = None if write is None else write(written, seeds)
+            layouts = None if write is None else write(written, seeds, None)
             asked: list[str | None] = [*(layouts or written), *([] if sampling.guidance == 1 else against)]
             tokens = self.prompts.generation(asked).to(self.device)
             steps = self.model.generate_codes(tokens.ids, tokens.mask, sampling, generators)
             with sampling_bar(callback, rows, shown=self.progress) as watch:
                 codes = self._collect(steps, count, watch)
             images = self.model.tokenizer.decode(codes.pixel).float().clamp(0, 1)
-        shared = {**self._sampling_metadata(sampling), **self._layout_turned_off(layout)}
+        shared = {**self._sampling_metadata(sampling), **self._layout_turned_off(layout, taught=taught)}
         metadata = [
             {
                 "prompt": written[i], "negative_prompt": against[i], "seed": one,

@@ -31,7 +31,7 @@ from spar.inference.outputs import GenerateOutput
 from spar.inference.progress import Callback, sampling_bar
 from spar.models.spar import Condition
 from spar.processing.images import ImageSource, to_pil, to_size, to_tensor
-from spar.processing.prompts import TokenBatch
+from spar.processing.prompts import TokenBatch, with_layout
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class SamplingInputs:
     """What images are sampled from.
 
     `texts` are called `what` in the metadata, which `notes` extend, and become prompts by `encode`. There may be
-    `pixels` to edit, one for each text, or what is to `write` a layout of its own for each image.
+    `pixels` to edit, one for each text, and what is to `write` a layout of its own for each image.
     """
 
     what: str
@@ -85,7 +85,7 @@ class StepwisePipeline(LayoutPipeline):
         if image is None:
             inputs = self._prompted(prompt, layout, batch.size)
         else:
-            inputs = self._instructed(self._edited(image), prompt)
+            inputs = self._instructed(self._edited(image), prompt, layout)
             if inputs.pixels is not None and inputs.pixels.shape[-2:] != batch.size:
                 raise ValueError(f"expected images of {batch.size}, got {tuple(inputs.pixels.shape[-2:])}")
         for steps in num_inference_steps:
@@ -145,16 +145,21 @@ class StepwisePipeline(LayoutPipeline):
     def _prompted(self, prompt: str | Sequence[str], layout: Layout, size: tuple[int, int]) -> SamplingInputs:
         """What `generate` samples from."""
         prompts = self._texts(prompt, "prompt")
-        write = self._layout_writer(layout, len(prompts), size)
+        taught = self.bundle.sampling.layout
+        write = self._layout_writer(layout, len(prompts), size, taught=taught)
+        notes = self._layout_turned_off(layout, taught=taught)
         encode = self.prompts.layout if write else self.prompts.generation
-        return SamplingInputs("prompt", prompts, encode, write=write, notes=self._layout_turned_off(layout))
+        return SamplingInputs("prompt", prompts, encode, None, write, notes)
 
-    def _instructed(self, pixels: Tensor, instruction: str | Sequence[str]) -> SamplingInputs:
+    def _instructed(self, pixels: Tensor, instruction: str | Sequence[str], layout: Layout) -> SamplingInputs:
         """What `edit` samples from; `pixels` as of `_edited`."""
         pixels, instructions = self._paired(pixels, self._texts(instruction, "instruction"), "instruction")
         height, width = pixels.shape[-2:]
+        taught = self.bundle.sampling.edit_layout
+        write = self._layout_writer(layout, len(instructions), (height, width), taught=taught)
+        notes = self._layout_turned_off(layout, taught=taught)
         encode = partial(self.prompts.edit, image_tokens=height * width // self.model.config.token_stride**2)
-        return SamplingInputs("instruction", instructions, encode, pixels)
+        return SamplingInputs("instruction", instructions, encode, pixels, write, notes)
 
     def _edited(self, image: ImageSource | Sequence[ImageSource]) -> Tensor:
         """Images to edit in their own proportions, at about the trained number of pixels, `[B, 3, H, W]`."""
@@ -190,21 +195,29 @@ class StepwisePipeline(LayoutPipeline):
         noise, count, texts = self._noise(seeds, batch.size), len(seeds), inputs.texts
         per_prompt = count // len(texts)
         f_v = self._read_images(inputs.pixels) if inputs.pixels is not None else None
+        references = f_v
         if inputs.write is not None:  # each image is a prompt of its own
             texts = [one for one in texts for _ in range(per_prompt)]
-            negatives, per_prompt = [one for one in negatives for _ in range(per_prompt)], 1
-            self._load_to_device("encoder")
-            f_v = self.model.canvas(count)
+            negatives = [one for one in negatives for _ in range(per_prompt)]
+            if references is None:
+                self._load_to_device("encoder")
+                f_v = self.model.canvas(count)
+            else:
+                f_v = references = references.repeat_interleave(per_prompt, dim=0)
+            per_prompt = 1
         self._load_to_device("streams", "language", "router_and_connector")
-        layouts = None if inputs.write is None else inputs.write(texts, seeds)
-        tokens = inputs.encode(layouts or texts)
+        layouts, prompts = None, texts
+        if inputs.write is not None:
+            layouts = inputs.write(texts, seeds, references)
+            prompts = layouts if references is None else list(map(with_layout, texts, layouts))
+        tokens = inputs.encode(prompts)
         condition, routed = self._conditions(tokens, inputs.encode(negatives), f_v, batch.size, batch.guidance)
         condition = condition.repeat(per_prompt)
         self._load_to_device("denoiser")
         condition = self.model.precompute_key_values(condition)
         rows = []
         for i, seed in enumerate(seeds):
-            place, layout = i // per_prompt, {"layout": layouts[i]} if layouts else {}
+            place, layout = i // per_prompt, {"layout": layouts[i]} if layouts and layouts[i] else {}
             asked = {inputs.what: texts[place], "negative_prompt": negatives[place], "seed": seed, **layout}
             prompt = tokens.ids[place], tokens.mask[place], routed.weights[place]
             rows.append(BatchRow(seed, asked, dict(inputs.notes), *prompt, columns=condition.mask.shape[1]))

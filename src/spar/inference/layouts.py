@@ -1,4 +1,6 @@
-"""Layouts: before a system draws, its LLM writes where everything lies, and the image is drawn of that."""
+"""Layouts: before a system draws, its LLM writes where everything lies, and the image is drawn of that. Of an edit it
+writes what changes, and where.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,7 +23,8 @@ LAYOUT_TEMPERATURE, LAYOUT_TOP_P = 1.0, 0.6
 LAYOUT_STREAM = 1  # of an image's seed, whose own stream is its noise
 HALVES = (torch.bfloat16, torch.float16)
 Layout = bool | str | Sequence[str] | None
-LayoutWriter = Callable[[Sequence[str], Sequence[int]], list[str]]
+# Of prompts, or of instructions with `f_v` `[B, N, D]` of the images to edit, by the images' seeds.
+LayoutWriter = Callable[[Sequence[str], Sequence[int], Tensor | None], list[str]]
 
 
 class _Generator(nn.Module):
@@ -56,43 +59,48 @@ class LayoutPipeline(Pipeline):
         if layout is not None and not isinstance(layout, bool):
             self._texts(layout, "layout")
 
-    def _layout_writer(self, layout: Layout, prompts: int, size: tuple[int, int]) -> LayoutWriter | None:
-        """What makes a layout of the prompt of every image; None where images are drawn of the prompts themselves."""
+    def _layout_writer(
+        self, layout: Layout, prompts: int, size: tuple[int, int], *, taught: bool
+    ) -> LayoutWriter | None:
+        """What makes a layout of the prompt of every image; None where images are drawn of the prompts themselves, by
+        default where the model was not `taught` to write any.
+        """
         self.check_layout(layout, size)
         if layout is None:
-            layout = self.bundle.sampling.layout and size == (self.image_size, self.image_size)
+            layout = taught and size == (self.image_size, self.image_size)
         if isinstance(layout, bool):
             return self._write_layouts if layout else None
         given = broadcast(self._texts(layout, "layout"), prompts, "layout")
-        return lambda texts, _: [given[i * prompts // len(texts)] for i in range(len(texts))]
+        return lambda texts, _seeds, _f_v: [given[i * prompts // len(texts)] for i in range(len(texts))]
 
-    def _write_layouts(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
-        """A layout of each prompt, drawn with numbers of its seed that the image's noise does not have. One that no
-        user could give, such as an empty one, is the prompt.
+    def _write_layouts(self, prompts: Sequence[str], seeds: Sequence[int], f_v: Tensor | None = None) -> list[str]:
+        """A layout of each prompt, drawn with numbers of its seed that the image's noise does not have. In place of one
+        that no user could give, such as an empty one, it is the prompt, and of an edit nothing.
 
         In float32, whatever the weights are held in: with rounded products a word would depend on the batch.
         """
-        tokens = self.prompts.layout_questions(prompts).to(self.device)
+        editing = f_v is not None
+        tokens = (self.prompts.edit(prompts) if editing else self.prompts.layout_questions(prompts)).to(self.device)
         own = tuple(int(np.random.SeedSequence((seed, LAYOUT_STREAM)).generate_state(1)[0]) for seed in seeds)
         most = min(self.max_prompt_tokens, self.model.config.text.max_seq_len - int(tokens.mask.sum(1).max()))
         language = self.model.language
         held = {f"language.{name}": one for name, one in language.named_parameters() if one.dtype in HALVES}
         exact = {} if self.weights == "int8" else {name: one.float() for name, one in held.items()}
         with torch.autocast(self.device.type, self.dtype, enabled=len(exact) < len(held)):
-            embedded = self.model.embed(tokens.ids, None)
+            embedded = self.model.embed(tokens.ids, f_v)
             rows = torch.func.functional_call(
                 _Generator(language), exact, (embedded if len(exact) < len(held) else embedded.float(), tokens.mask),
                 {"max_new_tokens": most, "sampling": TextSampling(LAYOUT_TEMPERATURE, LAYOUT_TOP_P, own)},
             )  # fmt: skip
         texts = [self.bundle.text_tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
         return [
-            text if len(row) < most and self._may_be_given(text) else prompt
+            text if len(row) < most and self._may_be_given(text) else "" if editing else prompt
             for row, text, prompt in zip(rows, texts, prompts, strict=True)
         ]
 
-    def _layout_turned_off(self, layout: Layout) -> dict[str, Any]:
+    def _layout_turned_off(self, layout: Layout, *, taught: bool) -> dict[str, Any]:
         """Metadata of images that were drawn of the prompt itself though the model would have written a layout."""
-        return {"no_layout": True} if layout is False and self.bundle.sampling.layout else {}
+        return {"no_layout": True} if layout is False and taught else {}
 
     def _may_be_given(self, text: str) -> bool:
         try:

@@ -210,10 +210,13 @@ class SparPipeline(StepwisePipeline):
         self, image: ImageSource | Sequence[ImageSource], instruction: str | Sequence[str], *,
         negative_prompt: str | Sequence[str] | None = None, num_inference_steps: int | None = None,
         guidance_scale: float | None = None, num_images_per_prompt: int = 1, seed: int | Sequence[int] | None = None,
-        callback: Callback | None = None, sampler: str | None = None,
+        callback: Callback | None = None, sampler: str | None = None, layout: Layout = None,
         guidance_interval: Sequence[float] | None = None, step_cache: float = 0.0,
     ) -> GenerateOutput:  # fmt: skip
         """Edit images by instruction; keywords as in `generate`.
+
+        A model that was taught to writes a layout here too, of what changes, and the image is drawn of the instruction
+        and the layout: "no small red circle on column two row three, a small blue star on column two row three".
 
         One image with several instructions, or several images with one instruction, are paired; else one each. The
         result has the image's proportions, at about the trained number of pixels; images of one call must share them.
@@ -221,7 +224,7 @@ class SparPipeline(StepwisePipeline):
         """
         pixels = self._edited(image)
         return self._sample(
-            self._instructed(pixels, instruction), (pixels.shape[-2], pixels.shape[-1]), negative_prompt,
+            self._instructed(pixels, instruction, layout), (pixels.shape[-2], pixels.shape[-1]), negative_prompt,
             num_inference_steps, guidance_scale, num_images_per_prompt, seed, callback,
             FlowSampling(sampler, guidance_interval, step_cache),
         )

@@ -11,7 +11,7 @@ from spar.inference.base import Pipeline
 from spar.inference.image_sampling import StepwisePipeline
 from spar.inference.layouts import LayoutPipeline
 from spar.serving.jobs import ImageJob, JoiningJob, Step
-from spar.serving.schema import GenerationRequest, SamplingRequest
+from spar.serving.schema import SamplingRequest
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,11 @@ def sample_images(pipe: Pipeline, rows: list[ImageRow], callback: Step) -> list[
         "callback": _with_previews(pipe, rows, callback),
     }  # fmt: skip
     images = [row.image for row in rows if row.image is not None]  # of all rows, or of none
+    if first.layout is not None:
+        shared["layout"] = _layout(rows)
     if images:
         out = pipe.edit(images, prompts, **shared)
     else:
-        if first.layout is not None:
-            shared["layout"] = _layout(rows)
         out = pipe.generate(prompts, height=first.size[0], width=first.size[1], **shared)
     return list(map(GeneratedImage, out.images, out.metadata, out.seeds))
 
@@ -179,7 +179,7 @@ def sampling_jobs(
     pipe.check_text(prompt, "prompt")
     if negative is not None:
         pipe.check_text(negative, "negative_prompt")
-    layout = request.layout if isinstance(request, GenerationRequest) else None
+    layout = request.layout
     if layout is not None:
         pipe.check_settings({"layout": layout})
     if isinstance(pipe, LayoutPipeline):

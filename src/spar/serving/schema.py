@@ -11,7 +11,7 @@ import secrets
 from typing import Annotated, Any, Literal
 
 from fastapi import UploadFile
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from spar.common.limits import MAX_IMAGE_TILES, MAX_SEED, one_reference
 from spar.serving import limits
@@ -49,6 +49,11 @@ def _area(size: str) -> str:
 
 
 Size = Annotated[str, Field(pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$"), AfterValidator(_area)]
+
+
+def _switch(value: Any) -> Any:
+    """A layout that is true or false, also of a form, whose values are text."""
+    return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
 
 
 class RequestModel(BaseModel):
@@ -89,6 +94,11 @@ class SamplingRequest(RequestModel):
     partial_images: Annotated[int, Field(ge=0, le=limits.MAX_PARTIAL_IMAGES)] | None = Field(
         None, description="Previews of a streamed image; at most one a step."
     )
+    layout: Annotated[Text | bool, BeforeValidator(_switch)] | None = Field(
+        None,
+        description="Where everything lies, of an edit what changes, in words; true: as the model writes it; "
+        "false: draw of the prompt.",
+    )
     user: Name | None = None
 
     @model_validator(mode="after")
@@ -112,9 +122,6 @@ class GenerationRequest(SamplingRequest):
     model_config = ConfigDict(strict=True)
 
     size: Size | None = Field(None, description='Width x height in pixels, or "auto"; exactly this size, or refused.')
-    layout: Text | bool | None = Field(
-        None, description="Where everything lies, in words; true: as the model writes it; false: draw of the prompt."
-    )
 
 
 class EditForm(SamplingRequest):

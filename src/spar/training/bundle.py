@@ -70,13 +70,15 @@ def run_manifest(recipe: Recipe, run: Path, last: str) -> dict[str, Any]:
 def sampling_config(recipe: "SparRecipe", last: str | None = None) -> SamplingConfig:
     """How a recipe's model is sampled at the end of stage `last`, unless the caller says otherwise.
 
-    It writes layouts where the last stage has drawn of them, and takes the steps to which one was distilled.
+    It writes layouts, of images and of edits, where the last stage has drawn of them, and takes the steps to which one
+    was distilled.
     """
     flow, stage = recipe.flow, recipe.stage(last or recipe.stages[-1].name)
     draws = isinstance(stage.objective, FewStepObjective | UnifiedObjective)
     sampling = SamplingConfig(
         shift=flow.sampling_shift, steps=flow.sampling_steps, guidance=flow.guidance,
         max_prompt_tokens=recipe.max_prompt_tokens, layout=draws and getattr(stage.data, "layouts", 0.0) > 0,
+        edit_layout=draws and getattr(stage.data, "edit_layouts", 0.0) > 0,
     )  # fmt: skip
     if isinstance(stage.objective, FewStepObjective):
         sampling = replace(sampling, steps=stage.objective.windows, guidance=1.0, method="euler")

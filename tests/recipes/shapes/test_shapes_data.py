@@ -30,7 +30,7 @@ from spar.recipes.shapes.dense_tagging import (
 )
 from spar.training.config import StageConfig
 from spar.training.data import CaptionData, ImageData, MixedData, StageData
-from spar.worlds.shapes.captions import describe
+from spar.worlds.shapes.captions import describe, edit_layout
 from spar.worlds.shapes.dataset import dense_targets, scene_at
 from spar.worlds.shapes.edits import ALL_EDIT_KINDS
 from spar.worlds.shapes.forms import paraphrase
@@ -164,6 +164,25 @@ def test_edits_come_with_the_tags_of_what_the_image_will_show(training_data):
     owned = (after["shape"] + before["shape"]) > 0
     assert given.counted[owned].all() and 0.05 < given.counted[~owned].float().mean() < 0.3
     assert type(dealt(training_data, QuestionData(prompt_share=1.0, edit_prompts=0.0))) is Descriptions
+
+
+def test_edits_are_answered_with_layouts_of_what_they_change(training_data):
+    given = dealt(training_data, QuestionData(prompt_share=1.0, edit_prompts=1.0, edit_layouts=True))
+    plain = dealt(training_data, QuestionData(prompt_share=1.0, edit_prompts=1.0))
+    assert isinstance(given, TaggedLayouts) and given.edits and given.prompts == plain.prompts
+    assert torch.equal(given.counted, plain.counted)
+    for text, key in zip(given.texts, given.keys, strict=True):
+        check_words(text)
+        assert text == edit_layout(training_data.scenes[key], training_data.edits[key].target)
+
+
+def test_edits_are_drawn_of_their_instructions_with_their_layouts(training_data):
+    plain, laid_out = (
+        dealt(training_data, MixedLessons(edit_share=1.0, edit_layouts=share)) for share in (0.0, 1.0)
+    )
+    assert isinstance(laid_out, Edits) and torch.equal(laid_out.pixels, plain.pixels)
+    layouts = training_data.edit_layouts(plain.keys)
+    assert laid_out.texts == tuple(f"{said}\n{layout}" for said, layout in zip(plain.texts, layouts, strict=True))
 
 
 def test_captions_are_answered_with_layouts_in_their_own_order(training_data):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from spar.worlds.shapes.captions import edit_layout
 from spar.worlds.shapes.edits import ALL_EDIT_KINDS, EDIT_KINDS, Edit, edit_kinds, make_edit
 from spar.worlds.shapes.render import coverages, render
 from spar.worlds.shapes.scene import (
@@ -145,3 +146,31 @@ def test_edits_that_cannot_be_are_refused() -> None:
         make_edit(single, rng, "turn")
     with pytest.raises(ValueError, match="combinations must be one of"):
         make_edit(single, rng, combinations="new")
+
+
+def placed(scene: Scene) -> Counter[str]:
+    """The looks of a scene's objects with their cells, an eighth of the image a side."""
+    names = ("one", "two", "three", "four", "five", "six", "seven", "eight")
+    return Counter(
+        f"{item.size} {item.color} {item.shape} on column {names[int(item.x // 8)]} row {names[int(item.y // 8)]}"
+        for item in scene.objects
+    )
+
+
+def test_the_layout_of_an_edit_makes_the_target_of_the_source():
+    rng = np.random.default_rng(0)
+    edits = EDITS + [
+        (scene, make_edit(scene, rng, kind))
+        for scene in map(make_scene, range(200)) for kind in ("resize", "move") if kind in edit_kinds(scene)
+    ]  # fmt: skip
+    for scene, edit in edits:
+        text = edit_layout(scene, edit.target)
+        check_words(text)
+        objects, background = placed(scene), scene.background
+        for part in text.split(", "):
+            first, rest = part.split(" ", 1)
+            if rest.endswith(" background"):
+                background = rest.removesuffix(" background")
+            else:
+                objects[rest] += {"no": -1, "a": 1}[first]
+        assert +objects == placed(edit.target) == objects and background == edit.target.background
