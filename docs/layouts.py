@@ -5,29 +5,41 @@ the end of a stage of a run such as RUN/mllm-2/done, MODEL's LLM has the weights
 Faults: "form", a text that is no layout; "words", objects that are not those of the caption, or a relation that does
 not hold between their cells; "near", two objects on top of each other: their cells' centers are nearer than the sum of
 their radii less SLACK, half a cell, by which two centers may be off.
+
+Then, of a model that writes them, the same for each kind of edit of such scenes. "words" are objects that are not those
+that go or come, "place" a cell that is not theirs or one beside it; of an added object only a relation that it was
+given, and "near", count.
 """
 
+import itertools
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from spar.inference.pipeline import SparPipeline
 from spar.training.checkpoint import load_group
-from spar.worlds.shapes.captions import caption, parse
+from spar.worlds.shapes.captions import caption, edit_layout, parse
 from spar.worlds.shapes.dataset import scene_at
 from spar.worlds.shapes.detector import DetectedObject, Detection, satisfies
-from spar.worlds.shapes.scene import BACKGROUNDS, COLORS, SHAPES, SIDE, SIZES
+from spar.worlds.shapes.edits import ALL_EDIT_KINDS, BY_ANYTHING, Edit, edit_kinds, make_edit
+from spar.worlds.shapes.render import render
+from spar.worlds.shapes.scene import BACKGROUNDS, COLORS, SHAPES, SIDE, SIZES, Scene, holds
 from spar.worlds.shapes.tokenizer import ORDINALS
 
 KINDS = ("single", "two", "count", "position", "multi", "shared", "twins")
 CAPTIONS = 96  # of a kind
 SLACK = 4.0  # pixels
 CELL = SIDE / len(ORDINALS)
+Cell = tuple[int, int]
+Changes = list[tuple[str, Cell]]
 _ITEM = re.compile(
     rf"an? ({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)}) "
     rf"on column ({'|'.join(ORDINALS)}) row ({'|'.join(ORDINALS)})"
@@ -70,6 +82,64 @@ def shares(pipe: SparPipeline, kind: str, count: int) -> dict[str, float]:
     return {name: number / count for name, number in faults.items()}
 
 
+def edit_fault(text: str, scene: Scene, edit: Edit) -> str:
+    """The first fault of the layout of an edit; "" if it has none."""
+    found, wanted = (_changes(one) for one in (text, edit_layout(scene, edit.target)))
+    if found is None or wanted is None:
+        return "form"
+    if [words for words, _ in found] != [words for words, _ in wanted]:
+        return "words"
+    if edit.kind != "add":
+        far = (max(abs(a - b) for a, b in zip(*at, strict=True)) > 1 for (_, *at) in _pairs(found, wanted))
+        return "place" if any(far) else ""
+    ((_, (x, y)),), new = found, edit.target.objects[-1]
+    placed = replace(new, x=(x + 0.5) * CELL, y=(y + 0.5) * CELL)
+    if edit.place and not holds(edit.place[0], placed, edit.place[1]):
+        return "place"
+    least = (SIZES[new.size] + SIZES[other.size] - SLACK for other in scene.objects)
+    apart = (np.hypot(placed.x - other.x, placed.y - other.y) for other in scene.objects)
+    return "near" if any(a < b for a, b in zip(apart, least, strict=True)) else ""
+
+
+def _pairs(found: Changes, wanted: Changes) -> Iterator[tuple[str, Cell, Cell]]:
+    return ((words, a, b) for (words, a), (_, b) in zip(found, wanted, strict=True))
+
+
+def _changes(text: str) -> Changes | None:
+    """What a layout of an edit says goes or comes, with its cell (column, row); None if the text is none."""
+    changes: Changes = []
+    for phrase in text.split(", "):
+        if re.fullmatch(rf"an? ({'|'.join(BACKGROUNDS)}) background", phrase):
+            changes.append((phrase, (0, 0)))
+        elif item := re.fullmatch(r"((?:no|an?) .*) on column (\w+) row (\w+)", phrase):
+            if not {item[2], item[3]} <= {*ORDINALS}:
+                return None
+            changes.append((item[1], (ORDINALS.index(item[2]), ORDINALS.index(item[3]))))
+        else:
+            return None
+    return changes
+
+
+def edit_shares(pipe: SparPipeline, kind: str, count: int) -> dict[str, float]:
+    """The share of each fault among the layouts of `count` edits of a kind; "" is none."""
+    edits: list[tuple[Scene, Edit]] = []
+    for index in itertools.count():
+        if len(edits) == count:
+            break
+        scene, rng = scene_at("validation", index, dict.fromkeys(KINDS, 1.0)), np.random.default_rng(index)
+        if kind in edit_kinds(scene, naming=BY_ANYTHING):
+            edits.append((scene, make_edit(scene, rng, kind, naming=BY_ANYTHING)))
+    images = [Image.fromarray(render(scene)) for scene, _ in edits]
+    texts = pipe.write_layouts([edit.instruction for _, edit in edits], image=images, seed=0)
+    faults = Counter(edit_fault(text, *edit) for text, edit in zip(texts, edits, strict=True))
+    return {name: number / count for name, number in faults.items()}
+
+
+def show(kind: str, found: dict[str, float]) -> None:
+    rest = ", ".join(f"{name} {share:.2f}" for name, share in sorted(found.items()) if name)
+    print(f"{kind}: sound {found.get('', 0.0):.2f}{'; ' + rest if rest else ''}", flush=True)
+
+
 def main() -> None:
     pipe = SparPipeline.from_pretrained(*sys.argv[1:2], dtype=torch.float32, device="cpu")
     if sys.argv[2:]:
@@ -77,9 +147,10 @@ def main() -> None:
         own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
         pipe.model.language.load_state_dict(own)
     for kind in KINDS:
-        found = shares(pipe, kind, CAPTIONS)
-        rest = ", ".join(f"{name} {share:.2f}" for name, share in sorted(found.items()) if name)
-        print(f"{kind}: sound {found.get('', 0.0):.2f}{'; ' + rest if rest else ''}", flush=True)
+        show(kind, shares(pipe, kind, CAPTIONS))
+    if pipe.bundle.sampling.edit_layout or sys.argv[2:]:
+        for kind in ALL_EDIT_KINDS:
+            show(f"edit, {kind}", edit_shares(pipe, kind, CAPTIONS))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +15,8 @@ from spar.checkpoints.spar_format import load_model
 from spar.recipes import recipe
 from spar.training.checkpoint import load_group
 from spar.training.plan import read_run, resolve
+from spar.worlds.shapes.edits import ALL_EDIT_KINDS, Edit
+from spar.worlds.shapes.scene import Object, Scene
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -94,7 +97,8 @@ def test_layouts_of_a_stage_are_read_from_its_weights(tiny_run, monkeypatch, cap
     end = tiny_run.path / "mllm-2" / "done"
     monkeypatch.setattr("sys.argv", ["layouts.py", str(tiny_run.path / "model"), str(end)])
     layouts.main()
-    assert capsys.readouterr().out == "two: sound 0.00; form 1.00\n"
+    kinds = ("two", *(f"edit, {kind}" for kind in ALL_EDIT_KINDS))
+    assert capsys.readouterr().out.splitlines() == [f"{kind}: sound 0.00; form 1.00" for kind in kinds]
     weights = load_group(end, "modules")
     own = seen[0].model.language.state_dict()
     assert all(torch.equal(value, weights[f"model.language.{name}"]) for name, value in own.items())
@@ -173,3 +177,37 @@ def test_a_finished_model_becomes_the_start_of_a_run(tmp_path, monkeypatch):
     with torch.no_grad():
         weights = modules.model.condition(ids, torch.ones_like(ids)).weights
     assert float((weights - 1 / 4).abs().max()) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("no small red circle on column two row two, a small blue star on column two row two", ""),
+        ("no small red circle on column two row three, a small blue star on column three row two", ""),
+        ("no small red circle on column four row two, a small blue star on column two row two", "place"),
+        ("no small red circle on column two row two, a large blue star on column two row two", "words"),
+        ("a small blue star on column two row two", "words"),
+        ("no small red circle on column two row nine, a small blue star on column two row two", "form"),
+        ("", "form"),
+    ],
+)
+def test_planted_faults_of_layouts_of_edits_are_found(text, fault):
+    circle, ring = Object("circle", "red", "small", 12, 12), Object("ring", "red", "small", 40, 40)
+    star = Object("star", "blue", "small", 12, 12)
+    scene = Scene("gray", (circle, ring), "two")
+    edit = Edit("replace", "replace the circle with a blue star", replace(scene, objects=(star, ring)))
+    assert script("layouts").edit_fault(text, scene, edit) == fault
+
+
+@pytest.mark.parametrize(
+    ("place", "cell", "fault"),
+    [
+        (False, "two row two", ""), (False, "five row six", "near"), (True, "two row six", ""),
+        (True, "eight row six", "place"),
+    ],
+)  # fmt: skip
+def test_planted_faults_of_added_objects_are_found(place, cell, fault):
+    ring, star = Object("ring", "red", "small", 40, 44), Object("star", "blue", "small", 20, 44)
+    scene = Scene("gray", (ring,), "single")
+    edit = Edit("add", "", replace(scene, objects=(ring, star)), ("left", ring) if place else None)
+    assert script("layouts").edit_fault(f"a small blue star on column {cell}", scene, edit) == fault

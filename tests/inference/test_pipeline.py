@@ -491,6 +491,16 @@ def test_the_models_own_layouts_of_edits_are_of_their_images_and_make_the_images
         assert gap(again.images[0], alone.images[0]) == 0
 
 
+def test_layouts_of_edits_are_written_without_a_new_image(pipe, pictures, monkeypatch):
+    monkeypatch.setattr(layouts_module, "LAYOUT_TEMPERATURE", 30.0)
+    words, seeds = ["remove the red circle", "move the star up", "make the ring blue"], [11, 5, 14]
+    drawn = edit(pipe, pictures[:3], words, layout=True, seed=seeds, num_inference_steps=1)
+    wanted = [values.get("layout", "") for values in drawn.metadata]
+    assert pipe.write_layouts(words, image=pictures[:3], seed=seeds) == wanted and any(wanted)
+    with pytest.raises(InputError, match="layout: expected images of 64 x 64 pixels, got 88 x 48"):
+        pipe.write_layouts(words[0], image=pictures[0].resize((64, 32)))
+
+
 def test_the_model_says_whether_it_writes_layouts_of_edits(pipe, pictures):
     own = SparPipeline(replace(pipe.bundle, sampling=replace(pipe.bundle.sampling, edit_layout=True)))
     own.origin = pipe.origin

@@ -170,6 +170,23 @@ class StepwisePipeline(LayoutPipeline):
             raise InputError(f"expected images of the same proportions in one call, got {shown} pixels")
         return to_tensor(images).to(self.device)
 
+    def write_layouts(
+        self, prompt: str | Sequence[str], *, image: ImageSource | Sequence[ImageSource] | None = None,
+        seed: int | Sequence[int] | None = None,
+    ) -> list[str]:  # fmt: skip
+        """With an `image` to edit, the layout that `edit` writes, "" where it goes without one; `prompt` is then the
+        instruction. Else as `generate` does.
+        """
+        if image is None:
+            return super().write_layouts(prompt, seed=seed)
+        pixels, instructions = self._paired(self._edited(image), self._texts(prompt, "instruction"), "instruction")
+        self.check_layout(True, (pixels.shape[-2], pixels.shape[-1]))
+        check_range("instructions", len(instructions), 1, limits.MAX_IMAGES)
+        with torch.inference_mode(), self._compute(len(instructions)):
+            f_v = self._read_images(pixels)
+            self._load_to_device("streams", "language", "router_and_connector")
+            return self._write_layouts(instructions, list_seeds(seed, len(instructions)), f_v)
+
     def _numbers(
         self, steps: int | None, guidance: float | None, per_prompt: int
     ) -> tuple[int, float, int]:
