@@ -28,14 +28,17 @@ def gap(a: Image.Image, b: Image.Image) -> int:
 
 
 def join(pipe: SparPipeline, batch: ImageBatch, *prompts: str, seed: int = 3, steps: int = 4, **more) -> None:
-    seeds = list(range(seed, seed + len(prompts)))
-    pipe.join(batch, prompts, num_inference_steps=[steps] * len(prompts), seed=seeds, **more)
+    """By the model's own scale of guidance in a batch that has any, if `scales` says no other."""
+    scales = more.pop("scales", None)
+    seeds, own = list(range(seed, seed + len(prompts))), pipe.default_guidance if batch.guided else 1.0
+    many = {"num_inference_steps": [steps] * len(prompts), "guidance_scale": scales or [own] * len(prompts)}
+    pipe.join(batch, prompts, seed=seeds, **many, **more)
 
 
 @pytest.mark.parametrize("guidance", [4.5, 1.0])
 def test_prompts_layouts_and_edits_share_steps_and_each_is_its_own(pipe, guidance):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    batch, made = pipe.open_batch(SIDE, guidance), {}
+    batch, made = pipe.open_batch(SIDE, guidance != 1), {}
     join(pipe, batch, CIRCLE, layout=False)
     names = ["plain"]
     for step in range(12):
@@ -65,8 +68,29 @@ def test_prompts_layouts_and_edits_share_steps_and_each_is_its_own(pipe, guidanc
         assert gap(made[name], out.images[0]) <= 1, name
 
 
+def test_images_of_different_guidance_share_steps_and_each_has_its_own(pipe):
+    batch, scales = pipe.open_batch(SIDE, True), [2.0, 4.3, 0.0]
+    join(pipe, batch, CIRCLE, layout=False, scales=scales[:1])
+    pipe.step(batch)
+    join(pipe, batch, CIRCLE, LONG, steps=3, scales=scales[1:], layout=False, seed=7)
+    for _ in range(3):
+        pipe.step(batch)
+    out = pipe.finish(batch, [0, 1, 2])
+    asked = [(CIRCLE, 4, 3), (CIRCLE, 3, 7), (LONG, 3, 8)]
+    for number, (prompt, steps, seed) in enumerate(asked):
+        shared = {"num_inference_steps": steps, "seed": seed, "layout": False}
+        own = pipe.generate(prompt, guidance_scale=scales[number], **shared)
+        assert gap(out.images[number], own.images[0]) <= 1 and out.metadata[number] == own.metadata[0]
+        assert gap(out.images[number], pipe.generate(prompt, guidance_scale=9.0, **shared).images[0]) > 4
+    for wrong, guided in ((1.0, True), (4.5, False)):
+        with pytest.raises(ValueError, match=f"expected guidance .* 1, got {wrong}"):
+            join(pipe, pipe.open_batch(SIDE, guided), CIRCLE, scales=[wrong])
+    with pytest.raises(InputError, match="guidance_scale: expected"):
+        join(pipe, batch, CIRCLE, scales=[-1.0])
+
+
 def test_the_output_of_those_that_leave_is_that_of_a_call(pipe):
-    batch = pipe.open_batch(SIDE, pipe.default_guidance)
+    batch = pipe.open_batch(SIDE, True)
     join(pipe, batch, CIRCLE, LONG, steps=2, negative_prompt=["a star", "a ring"], layout=False)
     pipe.step(batch)
     pipe.step(batch)
@@ -81,7 +105,7 @@ def test_the_output_of_those_that_leave_is_that_of_a_call(pipe):
 
 
 def test_a_condition_is_no_longer_than_that_of_its_longest_image(pipe):
-    batch = pipe.open_batch(SIDE, pipe.default_guidance)
+    batch = pipe.open_batch(SIDE, True)
     join(pipe, batch, CIRCLE, layout=False)
     short = batch._condition
     join(pipe, batch, LONG, layout=False)
@@ -97,7 +121,7 @@ def test_a_condition_is_no_longer_than_that_of_its_longest_image(pipe):
 
 def test_an_interval_of_guidance_is_that_of_each_images_own_time(pipe):
     flow, sampler = FlowSampling(guidance_interval=(0.6, 1)), FlowSampler(shift=pipe.bundle.sampling.shift)
-    batch, made = ImageBatch(SIDE, 4.5, flow, sampler), []
+    batch, made = ImageBatch(SIDE, True, flow, sampler), []
     join(pipe, batch, CIRCLE, layout=False)
     pipe.step(batch)
     pipe.step(batch)
@@ -113,7 +137,7 @@ def test_an_interval_of_guidance_is_that_of_each_images_own_time(pipe):
 
 
 def test_who_measures_joining_and_a_step_measures_all_of_the_devices_work(pipe, monkeypatch):
-    batch, waited = pipe.open_batch(SIDE, pipe.default_guidance), list[tuple[int, list[int]]]()
+    batch, waited = pipe.open_batch(SIDE, True), list[tuple[int, list[int]]]()
     monkeypatch.setattr(type(pipe), "_wait", lambda _: waited.append((len(batch), [*batch.sampler.done])))
     join(pipe, batch, CIRCLE, layout=False)
     pipe.step(batch)
@@ -121,7 +145,7 @@ def test_who_measures_joining_and_a_step_measures_all_of_the_devices_work(pipe, 
 
 
 def test_what_fails_leaves_the_batch_as_it_was(pipe, monkeypatch):
-    batch, picture = pipe.open_batch(SIDE, pipe.default_guidance), Image.new("RGB", (128, 64))
+    batch, picture = pipe.open_batch(SIDE, True), Image.new("RGB", (128, 64))
     join(pipe, batch, CIRCLE, steps=1)
     for more, message in (
         ({"steps": 0}, "num_inference_steps: expected 1 to 1000, got 0"),
@@ -134,7 +158,7 @@ def test_what_fails_leaves_the_batch_as_it_was(pipe, monkeypatch):
     with pytest.raises(ValueError, match=r"expected images of \(64, 64\), got"):
         join(pipe, batch, INSTRUCTION, image=[picture])
     with pytest.raises(ValueError, match="expected images in the batch, got none|expected samples"):
-        pipe.step(pipe.open_batch(SIDE, 1.0))
+        pipe.step(pipe.open_batch(SIDE, False))
     with monkeypatch.context() as patch:
         patch.setattr(type(pipe), "_wait", lambda _: (_ for _ in ()).throw(RuntimeError("late")))
         with pytest.raises(RuntimeError, match="late"):  # as a device says it, after the call that was at fault

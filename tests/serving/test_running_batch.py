@@ -564,7 +564,7 @@ def test_an_offloaded_pipeline_gathers_its_images(pipe, monkeypatch):
 
 def test_what_fails_to_join_leaves_the_batch_as_it_was(pipe):
     (one,), (other,) = jobs_of(pipe, 1, steps=2), jobs_of(pipe, 2, steps=2)
-    rows = RunningRows(pipe, (64, 64), pipe.default_guidance)
+    rows = RunningRows(pipe, (64, 64), True)
     rows.join([one.inputs])
     with pytest.raises(InputError, match="unknown words elephant"):
         rows.join([type(other.inputs)(**{**vars(other.inputs), "prompt": "an elephant"})])
@@ -583,7 +583,7 @@ def test_rows_that_find_no_memory_to_leave_are_all_still_there(pipe):
             raise torch.OutOfMemoryError
 
     jobs = jobs_of(pipe, 1, steps=1) + jobs_of(pipe, 2, steps=1)
-    rows = RunningRows(pipe, (64, 64), pipe.default_guidance)
+    rows = RunningRows(pipe, (64, 64), True)
     rows.join([job.inputs for job in jobs])
     rows.step()
     state, rows._state = rows._state, Full()

@@ -13,13 +13,13 @@ Interval = tuple[float, float]
 SLACK = 1e-6
 
 
-def apply_guidance(conditional: Tensor, unconditional: Tensor | None, scale: float) -> Tensor:
-    """The guided velocity; both branches have one shape.
+def apply_guidance(conditional: Tensor, unconditional: Tensor | None, scale: float | Tensor) -> Tensor:
+    """The guided velocity; both branches have one shape, which a tensor of scales can be broadcast to.
 
     Scale 1 returns the conditional tensor itself, and then the unconditional branch need not exist: a caller may skip
     its computation. Scale 0 is the unconditional branch.
     """
-    if scale == 1:
+    if not isinstance(scale, Tensor) and scale == 1:
         return conditional
     if unconditional is None:
         raise ValueError(f"expected an unconditional branch for guidance scale {scale}, got None")

@@ -350,17 +350,17 @@ class Pipeline(ABC):
         return to_tensor(open_sources(image, lambda one: to_size(one, side, side))).to(self.device)
 
     def _negatives(
-        self, negative_prompt: str | Sequence[str] | None, count: int, guidance: float
+        self, negative_prompt: str | Sequence[str] | None, count: int, guided: bool
     ) -> Sequence[str | None]:
         """The negative prompt of each of `count` texts, None without any.
 
         Raises:
-            InputError: another number of them, or one that a guidance scale of 1 would not read.
+            InputError: another number of them, or one that is not read, where the guidance scale is 1.
         """
         if negative_prompt is None:
             return [None] * count
         negatives = broadcast(self._texts(negative_prompt, "negative_prompt"), count, "negative_prompt")
-        if guidance == 1:
+        if not guided:
             raise InputError("negative_prompt: expected a guidance_scale other than 1 beside it, which alone reads it")
         return negatives
 

@@ -163,7 +163,7 @@ class DualTokenPipeline(LayoutPipeline):
         if num_inference_steps is not None:
             check_int_range("num_inference_steps", num_inference_steps, rows, rows)
         sampling = self._sampling(guidance_scale, temperature, top_k, top_p)
-        negatives = self._negatives(negative_prompt, len(texts), sampling.guidance)
+        negatives = self._negatives(negative_prompt, len(texts), sampling.guidance != 1)
         check_int_range("num_images_per_prompt", num_images_per_prompt, 1, limits.MAX_IMAGES)
         count = len(texts) * num_images_per_prompt
         check_range("images in all", count, 1, limits.MAX_IMAGES)

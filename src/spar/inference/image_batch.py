@@ -25,11 +25,13 @@ from spar.processing.prompts import IMAGE_TOKEN
 
 @dataclass(frozen=True)
 class BatchRow:
-    """One image: its `seed`, what its metadata say of the request and `notes` after that, and the prompt as it was
-    routed, token `ids` and `mask` `[T]`, `weights` `[M, K]`; `columns` is the M of the call that it joined by.
+    """One image: its `seed` and scale of `guidance`, what its metadata say of the request and `notes` after that, and
+    the prompt as it was routed, token `ids` and `mask` `[T]`, `weights` `[M, K]`; `columns` is the M of the call that
+    it joined by.
     """
 
     seed: int
+    guidance: float
     metadata: dict[str, Any]
     notes: dict[str, Any]
     ids: Tensor
@@ -49,21 +51,21 @@ class BatchRow:
 
 
 class ImageBatch:
-    """Images of one size and guidance, each at its own step of its own number of steps.
+    """Images of one size, all with guidance or none, each at its own step of its own number of steps.
 
     An image is what it is alone, whichever others join and leave; with a step cache, which starts anew at each change,
     up to what the cache changes.
 
     Attributes:
         size: height and width in pixels.
-        guidance: its scale, 1 for the conditional branch alone.
+        guided: whether there is guidance; without it, at a scale of 1, the conditional branch alone is computed.
         flow: guidance interval and step cache.
         sampler: the latents and steps of the images.
         rows: the images in the order of joining.
     """
 
-    def __init__(self, size: tuple[int, int], guidance: float, flow: FlowSampling, sampler: FlowSampler) -> None:
-        self.size, self.guidance, self.flow, self.sampler = size, guidance, flow, sampler
+    def __init__(self, size: tuple[int, int], guided: bool, flow: FlowSampling, sampler: FlowSampler) -> None:
+        self.size, self.guided, self.flow, self.sampler = size, guided, flow, sampler
         self.rows: list[BatchRow] = []
         self._condition: Condition | None = None
         self._cache = flow.cache(0)
@@ -112,13 +114,14 @@ class ImageBatch:
         if self._condition is None:
             raise ValueError("expected images in the batch, got none")
         count = len(latent)
-        plain = [row for row, t in enumerate(self.sampler.times) if self.guidance == 1 or not self.flow.is_guided(t)]
+        plain = [row for row, t in enumerate(self.sampler.times) if not (self.guided and self.flow.is_guided(t))]
         if len(plain) == count:
             return model.velocity(latent, time, self._condition.first(count), self._cache).velocity.float()
         latent, time = latent.repeat(2, 1, 1, 1), time.repeat(2)
         both = model.velocity(latent, time, self._condition, self._cache).velocity.float()
         conditional, unconditional = both.chunk(2)
-        velocity = apply_guidance(conditional, unconditional, self.guidance)
+        scales = conditional.new_tensor([row.guidance for row in self.rows])[:, None, None, None]
+        velocity = apply_guidance(conditional, unconditional, scales)
         if plain:  # with an interval, images at different times
             velocity[plain] = conditional[plain]
         return velocity
@@ -135,7 +138,7 @@ class ImageBatch:
     def _kept(self, condition: Condition, rows: Sequence[int]) -> Condition:
         """The condition of these images, without the columns that none of them has."""
         columns = max(self.rows[row].columns for row in rows)
-        both = [*rows] if self.guidance == 1 else [*rows, *(len(self) + row for row in rows)]
+        both = [*rows, *(len(self) + row for row in rows)] if self.guided else [*rows]
         index = torch.tensor(both, device=condition.mask.device)
 
         def keep(tensors: Sequence[Tensor], tokens: int | None) -> Tensor:

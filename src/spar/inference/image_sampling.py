@@ -66,21 +66,20 @@ class StepwisePipeline(LayoutPipeline):
         """Whether that is worth while with these settings."""
         return not self.offload  # each image that joins would have parts loaded and unloaded
 
-    def open_batch(self, size: tuple[int, int], guidance: float) -> ImageBatch:
-        """An empty batch for images of a height and width in pixels and a scale of guidance."""
-        check_range("guidance_scale", guidance, 0, limits.MAX_GUIDANCE)
-        return self._open_batch(size, float(guidance), FlowSampling())
+    def open_batch(self, size: tuple[int, int], guided: bool) -> ImageBatch:
+        """An empty batch for images of a height and width in pixels; `guided`: all at a scale other than 1."""
+        return self._open_batch(size, guided, FlowSampling())
 
     @torch.inference_mode()
     def join(
         self, batch: ImageBatch, prompt: Sequence[str], *, image: Sequence[ImageSource] | None = None,
-        negative_prompt: Sequence[str] | None = None, num_inference_steps: Sequence[int], seed: Sequence[int],
-        layout: Layout = None,
+        negative_prompt: Sequence[str] | None = None, num_inference_steps: Sequence[int],
+        guidance_scale: Sequence[float], seed: Sequence[int], layout: Layout = None,
     ) -> None:  # fmt: skip
         """Append an image of each prompt to a batch, as `generate` or, with images, `edit` begins it.
 
         Returns when they are prepared. After an error the batch is as it was. Arguments and errors as there;
-        `num_inference_steps` and `seed` have a number for each.
+        `num_inference_steps`, `guidance_scale` and `seed` have a number for each.
         """
         if image is None:
             inputs = self._prompted(prompt, layout, batch.size)
@@ -90,10 +89,14 @@ class StepwisePipeline(LayoutPipeline):
                 raise ValueError(f"expected images of {batch.size}, got {tuple(inputs.pixels.shape[-2:])}")
         for steps in num_inference_steps:
             check_int_range("num_inference_steps", steps, 1, limits.MAX_STEPS)
-        negatives = self._negatives(negative_prompt, len(inputs.texts), batch.guidance)
+        for scale in guidance_scale:
+            check_range("guidance_scale", scale, 0, limits.MAX_GUIDANCE)
+            if (scale != 1) != batch.guided:
+                raise ValueError(f"expected guidance {'other than' if batch.guided else 'of'} 1, got {scale}")
+        negatives = self._negatives(negative_prompt, len(inputs.texts), batch.guided)
         seeds = list_seeds(seed, len(inputs.texts))
         with self._compute(len(seeds)):
-            prepared = self._prepare(batch, inputs, negatives, seeds)
+            prepared = self._prepare(batch, inputs, negatives, [*map(float, guidance_scale)], seeds)
             self._wait()  # before they join: it may raise what went wrong on the device
             batch.join(*prepared, list(num_inference_steps))
 
@@ -114,7 +117,7 @@ class StepwisePipeline(LayoutPipeline):
             images = to_pil(self.model.decode(batch.sampler.latents(rows), self.decode_tile).float())
         made, run = [batch.rows[row] for row in rows], self.run_metadata()
         metadata = [
-            {**one.metadata, "steps": batch.sampler.steps[row], "guidance": batch.guidance, **batch.flow.metadata(),
+            {**one.metadata, "steps": batch.sampler.steps[row], "guidance": one.guidance, **batch.flow.metadata(),
              **run, **one.notes}
             for row, one in zip(rows, made, strict=True)
         ]  # fmt: skip
@@ -132,12 +135,13 @@ class StepwisePipeline(LayoutPipeline):
         """A batch that begins and ends together."""
         steps, guidance, per_prompt = self._numbers(steps, guidance, per_prompt)
         flow.check_guidance(guidance)
-        negatives = self._negatives(negative_prompt, len(inputs.texts), guidance)
+        negatives = self._negatives(negative_prompt, len(inputs.texts), guidance != 1)
         count = len(inputs.texts) * per_prompt
         check_range("images in all", count, 1, limits.MAX_IMAGES)
-        batch = self._open_batch(size, guidance, flow)
+        batch = self._open_batch(size, guidance != 1, flow)
         with self._compute(count):
-            batch.join(*self._prepare(batch, inputs, negatives, list_seeds(seed, count)), steps)
+            prepared = self._prepare(batch, inputs, negatives, [guidance] * count, list_seeds(seed, count))
+            batch.join(*prepared, steps)
             with sampling_bar(callback, steps, shown=self.progress) as watch:
                 batch.run(self.model, watch)
             return self.finish(batch, range(count))
@@ -198,14 +202,15 @@ class StepwisePipeline(LayoutPipeline):
         check_int_range("num_images_per_prompt", per_prompt, 1, limits.MAX_IMAGES)
         return int(steps), float(guidance), int(per_prompt)
 
-    def _open_batch(self, size: tuple[int, int], guidance: float, flow: FlowSampling) -> ImageBatch:
+    def _open_batch(self, size: tuple[int, int], guided: bool, flow: FlowSampling) -> ImageBatch:
         defaults = self.bundle.sampling
         sampler = FlowSampler(shift=defaults.shift, method=flow.sampler or defaults.method)
-        return ImageBatch(size, guidance, flow, sampler)
+        return ImageBatch(size, guided, flow, sampler)
 
     def _prepare(
-        self, batch: ImageBatch, inputs: SamplingInputs, negatives: Sequence[str | None], seeds: list[int]
-    ) -> tuple[Tensor, Condition, list[BatchRow]]:
+        self, batch: ImageBatch, inputs: SamplingInputs, negatives: Sequence[str | None], guidance: Sequence[float],
+        seeds: list[int],
+    ) -> tuple[Tensor, Condition, list[BatchRow]]:  # fmt: skip
         """What joins a batch: an image for each seed, so many of each text adjacent; with layouts each has its own
         condition.
         """
@@ -228,7 +233,7 @@ class StepwisePipeline(LayoutPipeline):
             layouts = inputs.write(texts, seeds, references)
             prompts = layouts if references is None else list(map(with_layout, texts, layouts))
         tokens = inputs.encode(prompts)
-        condition, routed = self._conditions(tokens, inputs.encode(negatives), f_v, batch.size, batch.guidance)
+        condition, routed = self._conditions(tokens, inputs.encode(negatives), f_v, batch.size, batch.guided)
         condition = condition.repeat(per_prompt)
         self._load_to_device("denoiser")
         condition = self.model.precompute_key_values(condition)
@@ -237,16 +242,17 @@ class StepwisePipeline(LayoutPipeline):
             place, layout = i // per_prompt, {"layout": layouts[i]} if layouts and layouts[i] else {}
             asked = {inputs.what: texts[place], "negative_prompt": negatives[place], "seed": seed, **layout}
             prompt = tokens.ids[place], tokens.mask[place], routed.weights[place]
-            rows.append(BatchRow(seed, asked, dict(inputs.notes), *prompt, columns=condition.mask.shape[1]))
+            columns = condition.mask.shape[1]
+            rows.append(BatchRow(seed, guidance[i], asked, dict(inputs.notes), *prompt, columns=columns))
         return noise, condition, rows
 
     def _conditions(
-        self, tokens: TokenBatch, negatives: TokenBatch, f_v: Tensor | None, size: tuple[int, int], guidance: float
+        self, tokens: TokenBatch, negatives: TokenBatch, f_v: Tensor | None, size: tuple[int, int], guided: bool
     ) -> tuple[Condition, Condition]:
         """The condition of the sampler (both branches if guidance needs them), and that of the prompts alone."""
         tokens, negatives = tokens.to(self.device), negatives.to(self.device)
         own = self.model.condition(tokens.ids, tokens.mask, f_v, size)
-        if guidance == 1:
+        if not guided:
             return own, own
         return both_branches(own, self.model.condition(negatives.ids, negatives.mask, f_v, size)), own
 

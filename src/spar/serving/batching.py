@@ -17,7 +17,7 @@ from spar.serving.schema import SamplingRequest
 @dataclass(frozen=True)
 class ImageRow:
     """One image to generate, or to edit if there is an `image`. Rows of one call share size, steps and guidance, and
-    the `layout` but for its words; rows of a running batch share size and guidance.
+    the `layout` but for its words; rows of a running batch share the size, and all have guidance or none.
 
     `show` gets `partial` previews on the way; `shown` has the steps of those that it got.
     """
@@ -96,10 +96,10 @@ def _with_previews(pipe: Pipeline, rows: list[ImageRow], callback: Step) -> Step
 
 
 class RunningRows:
-    """Rows of one size and guidance in the sampler of a pipeline: `SteppedBatch` as the worker drives it."""
+    """Rows of one size in the sampler of a pipeline, `guided` or not: `SteppedBatch` as the worker drives it."""
 
-    def __init__(self, pipe: StepwisePipeline, size: tuple[int, int], guidance: float) -> None:
-        self.pipe, self.batch = pipe, pipe.open_batch(size, guidance)
+    def __init__(self, pipe: StepwisePipeline, size: tuple[int, int], guided: bool) -> None:
+        self.pipe, self.batch = pipe, pipe.open_batch(size, guided)
         self.rows: list[ImageRow] = []
         self._state: Any = None  # what previews are made of, a row for each, after a step
 
@@ -108,7 +108,8 @@ class RunningRows:
         images = [row.image for row in rows if row.image is not None]
         self.pipe.join(
             self.batch, [row.prompt for row in rows], image=images or None, negative_prompt=_negatives(rows),
-            num_inference_steps=[row.steps for row in rows], seed=[row.seed for row in rows], layout=_layout(rows),
+            num_inference_steps=[row.steps for row in rows], guidance_scale=[row.guidance for row in rows],
+            seed=[row.seed for row in rows], layout=_layout(rows),
         )  # fmt: skip
         self.rows, self._state = [*self.rows, *rows], None
 
@@ -188,7 +189,8 @@ def sampling_jobs(
     steps = pipe.default_steps if steps is None else steps
     guidance = pipe.default_guidance if guidance is None else guidance
     seed = secrets.randbelow(2**32) if request.seed is None else request.seed
-    key = (size, guidance, negative is None, image is None, str if isinstance(layout, str) else layout)
+    guided = guidance != 1
+    key = (size, guided, negative is None, image is None, str if isinstance(layout, str) else layout)
     weight = max(1.0, size[0] * size[1] / pipe.image_size**2)
     partial = request.partial_images or 0
     rows = [
@@ -197,7 +199,7 @@ def sampling_jobs(
     ]
     if isinstance(pipe, StepwisePipeline) and pipe.lets_join:
         shared: dict[str, Any] = {
-            "open": lambda own: RunningRows(own, size, guidance), "batch_key": (size, guidance), "steps": steps
+            "open": lambda own: RunningRows(own, size, guided), "batch_key": (size, guided), "steps": steps
         }  # fmt: skip
         return [JoiningJob(sample_images, key, row, weight, model, **shared) for row in rows]
-    return [ImageJob(sample_images, (*key, steps), row, weight, model) for row in rows]
+    return [ImageJob(sample_images, (*key, guidance, steps), row, weight, model) for row in rows]
