@@ -1,5 +1,7 @@
 """The shapes world as training data: dealt by (seed, stage, step) alone, and true to its scenes."""
 
+import re
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 
@@ -183,6 +185,25 @@ def test_edits_are_drawn_of_their_instructions_with_their_layouts(training_data)
     assert isinstance(laid_out, Edits) and torch.equal(laid_out.pixels, plain.pixels)
     layouts = training_data.edit_layouts(plain.keys)
     assert laid_out.texts == tuple(f"{said}\n{layout}" for said, layout in zip(plain.texts, layouts, strict=True))
+
+
+def test_errors_of_layouts_misplace_what_goes_or_changes_and_nothing_else(training_data):
+    kinds, indices = [edit.kind for edit in training_data.edits], np.arange(len(training_data.edits))
+    right = training_data.edit_layouts(indices)
+    wrong = training_data.edit_layouts(indices, np.random.default_rng(0), 1.0)
+    cell, misplaced = r"on column \w+ row \w+", Counter()
+    for kind, one, other in zip(kinds, right, wrong, strict=True):
+        assert re.sub(cell, "", one) == re.sub(cell, "", other)
+        before, after = re.findall(cell, one), re.findall(cell, other)
+        misplaced[kind] += before != after
+        if kind in ("add", "background"):
+            assert one == other
+        elif kind == "move":
+            assert before[1] == after[1]
+        else:
+            assert len({*after}) == 1  # the new object stands where the old one was
+    assert all(misplaced[kind] > kinds.count(kind) / 2 for kind in {*kinds} - {"add", "background"})
+    assert training_data.edit_layouts(indices, np.random.default_rng(0), 0.0) == right
 
 
 def test_captions_are_answered_with_layouts_in_their_own_order(training_data):

@@ -50,18 +50,21 @@ class CaptionLessons(Lessons, CaptionData):
 class MixedLessons(Lessons, MixedData):
     """Captions, some of them lessons, and edits; in the share `layouts` of the steps without edits, images are drawn of
     layouts in place of captions, and in the share `edit_layouts` of those with edits each instruction has its layout.
+    The share `layout_errors` of these has a wrong cell for the object that goes or changes, as the LLM's own have: the
+    DiT then looks for it in the image.
     """
 
     kind: ClassVar[str] = "lessons"
     gives: ClassVar[tuple[type[Images], ...]] = (Captioned, Layouts, Edits)
     layouts: float = 0.0
     edit_layouts: float = 0.0
+    layout_errors: float = 0.0
 
     def __post_init__(self) -> None:
         Lessons.__post_init__(self)
         MixedData.__post_init__(self)
-        _check_share("layouts", self.layouts)
-        _check_share("edit_layouts", self.edit_layouts)
+        for name in ("layouts", "edit_layouts", "layout_errors"):
+            _check_share(name, getattr(self, name))
 
     def __str__(self) -> str:
         words = MixedData.__str__(self)

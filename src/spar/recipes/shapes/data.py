@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,7 +33,7 @@ from spar.worlds.shapes.forms import paraphrase
 from spar.worlds.shapes.questions import questions
 from spar.worlds.shapes.render import render
 from spar.worlds.shapes.scene import KINDS, SIDE, Scene, pick
-from spar.worlds.shapes.tokenizer import build_tokenizer
+from spar.worlds.shapes.tokenizer import ORDINALS, build_tokenizer
 
 # Kinds of scenes by frequency: of those with several objects 38 % need binding.
 KIND_WEIGHTS = {**dict.fromkeys(KINDS, 1.0), "shared": 1.5, "twins": 1.0}
@@ -115,7 +115,8 @@ class ShapesTrainingData(TrainingData):
         if editing:
             texts = tuple(self.instructions(rng, drawn)[rows])
             if isinstance(data, MixedLessons) and data.edit_layouts and rng.random() < data.edit_layouts:
-                texts = tuple(map(with_layout, texts, self.edit_layouts(indices)))
+                layouts = self.edit_layouts(drawn, rng, data.layout_errors)[rows]
+                texts = tuple(map(with_layout, texts, layouts))
             return Edits(keys=indices, pixels=pixels, texts=texts, references=self.pixels(indices))
         if isinstance(data, MixedLessons) and data.layouts and rng.random() < data.layouts:
             return Layouts(keys=indices, pixels=pixels, texts=self.layouts(rng, drawn)[rows])
@@ -164,9 +165,17 @@ class ShapesTrainingData(TrainingData):
         """The layout of each scene."""
         return tuple(layout(self.scenes[i], layout_order(self.scenes[i], rng)) for i in indices)
 
-    def edit_layouts(self, indices: np.ndarray) -> tuple[str, ...]:
-        """The layout of each edit."""
-        return tuple(edit_layout(self.scenes[i], self.edits[i].target) for i in indices)
+    def edit_layouts(
+        self, indices: np.ndarray, rng: np.random.Generator | None = None, errors: float = 0.0
+    ) -> tuple[str, ...]:
+        """The layout of each edit; the share `errors` of them has the object that goes or changes in a wrong cell."""
+        layouts = []
+        for i in indices:
+            scene, target = self.scenes[i], self.edits[i].target
+            if rng is not None and errors and rng.random() < errors:
+                scene, target = misplaced(scene, target, rng)
+            layouts.append(edit_layout(scene, target))
+        return tuple(layouts)
 
     def captions(self, rng: np.random.Generator, indices: np.ndarray, *, position_captions: float = 0.0) -> list[str]:
         """A caption of each scene; the share `position_captions` of them also says where things lie."""
@@ -244,6 +253,27 @@ class ShapesTrainingData(TrainingData):
                 row.append(QuestionAnswer(paraphrase(text, rng), answer, follows=follows))
             rows.append(row)
         return rows
+
+
+def misplaced(scene: Scene, target: Scene, rng: np.random.Generator) -> tuple[Scene, Scene]:
+    """An edit whose object that goes or changes lies elsewhere, one time of two in a cell nearby, else anywhere; one
+    that moves has its new place all the same.
+    """
+    cell = SIDE / len(ORDINALS)
+    gone = [item for item in scene.objects if item not in target.objects]
+    moved = {}
+    for item in gone:
+        if rng.random() < 0.5:
+            x, y = (float(np.clip(at + cell * rng.integers(-1, 2), 0, SIDE - 1)) for at in (item.x, item.y))
+        else:
+            x, y = (float(at) for at in rng.uniform(0, SIDE - 1, 2))
+        moved[item.x, item.y] = x, y
+
+    def placed(one: Scene) -> Scene:
+        items = [replace(o, **dict(zip("xy", moved.get((o.x, o.y), (o.x, o.y)), strict=True))) for o in one.objects]
+        return replace(one, objects=tuple(items))
+
+    return placed(scene), placed(target)
 
 
 def layout_order(scene: Scene, rng: np.random.Generator) -> list[int]:

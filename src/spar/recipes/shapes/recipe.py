@@ -104,12 +104,13 @@ UNIFIED = (
     replace(
         _JOINT, name="unified-2", steps=3000, lr=3e-3, lr_end=5e-5, warmup=50, ema=0.998,
         data=MixedLessons(
-            edit_share=0.4, position_captions=0.15, layouts=0.9, edit_layouts=0.9, scene_kinds=MIXTURE,
+            edit_share=0.4, position_captions=0.15, layouts=0.9, edit_layouts=0.9, layout_errors=0.4,
+            scene_kinds=MIXTURE,
         ),
     ),
     replace(
         _JOINT, name="unified-3", steps=80, lr=3e-4, lr_end=1e-5, warmup=10, ema=0.99,
-        data=MixedLessons(edit_share=0.4, layouts=0.9, edit_layouts=0.9),
+        data=MixedLessons(edit_share=0.4, layouts=0.9, edit_layouts=0.9, layout_errors=0.4),
     ),
 )
 
@@ -118,7 +119,8 @@ FEW_STEPS = StageConfig(
     "few-steps", FewStepObjective(windows=4, teacher_steps=5), (DENOISER,), steps=600, batch=16, lr=1e-3, lr_end=2e-5,
     warmup=20, ema=0.99, optimizer="muon",
     data=MixedLessons(
-        edit_share=0.4, position_captions=0.15, layouts=0.9, edit_layouts=0.9, scene_kinds=MIXTURE,
+        edit_share=0.4, position_captions=0.15, layouts=0.9, edit_layouts=0.9, layout_errors=0.4,
+        scene_kinds=MIXTURE,
     ),
 )
 
