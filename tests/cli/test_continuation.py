@@ -5,11 +5,13 @@ import os
 import shlex
 import shutil
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from spar.cli.main import main
+from spar.common.errors import InputError, PeerFailure
 from spar.recipes import recipe
 from spar.recipes.shapes.data import ShapesData
 from spar.recipes.shapes.dense_tagging import DenseTaggingObjective
@@ -117,6 +119,11 @@ def test_in_a_stage_the_saved_steps_are_told_and_a_later_set_up_loses_none(said,
         (KeyboardInterrupt(), 130, "spar: stopped"),  # a second Ctrl-C
         (NonFiniteLoss("loss is nan"), 1, "spar: error: loss is nan"),
         (MemoryError(), 1, "spar: error: out of memory: try "),
+        (PeerFailure("another process has ended"), 1, "spar: error: another process has ended"),
+        (OSError(28, "No space left on device", "r/x"), 1, "spar: error: No space left on device: r/x"),
+        (InputError("too many samples are bad"), 2, "spar: error: too many samples are bad"),
+        (BrokenPipeError(), 141, "spar: stopped by a closed pipe"),
+        (SystemExit(1), 141, "spar: stopped by a closed pipe"),  # Rich's
     ],
 )
 def test_a_stage_without_a_saved_state_begins_again(said, stop_in, raised, status, begins):
@@ -128,6 +135,72 @@ def test_a_stage_without_a_saved_state_begins_again(said, stop_in, raised, statu
     assert command == "train tiny --run r --stage encoder --resume auto"
     undo()
     assert main(shlex.split(command)) == 0 and Path("r/encoder/done").is_dir()
+
+
+def test_a_disk_that_is_full_at_a_stages_end_goes_on_from_its_saved_state(said, stop_in):
+    undo = stop_in(loop, "train_step", lambda ctx, *_, **__: ctx.step == 1)
+    saved, command = said("--run r --stage encoder")
+    undo()
+    undo = stop_in(loop, "end_stage", raised=OSError(28, "No space left on device"))
+    what, again = said(command.removeprefix("train tiny "), 1)
+    left = saved.removeprefix("spar: stopped; ")
+    assert (what, again) == (f"spar: error: No space left on device; {left}", command)
+    undo()
+    assert main(shlex.split(command)) == 0 and Path("r/encoder/done").is_dir()
+
+
+def test_where_the_models_folder_cannot_be_written_the_stages_are_done(tiny_run, said, stop_in):
+    shutil.copytree(tiny_run.path, "r")
+    undo = stop_in(type(TINY), "save", raised=OSError(28, "No space left on device"))
+    what, command = said("--run r --resume auto", 1)
+    assert what == "spar: error: No space left on device; its stages were done already; go on"
+    undo()
+    shutil.rmtree("r/model")
+    assert main(shlex.split(command)) == 0 and Path("r/model/config.json").is_file()
+
+
+def test_a_failure_that_is_not_known_has_its_traceback_and_the_command(stop_in, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    stop_in(loop, "train_step", raised=ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError) as caught:
+        main(["train", "tiny", "--run", "r", "--stage", "encoder"])
+    begun = "stage encoder has no saved state yet and will begin again"
+    assert caught.value.__notes__ == [
+        f"spar: the training has failed; {begun}; go on with: spar train tiny --run r --stage encoder --resume auto"
+    ]
+
+
+def test_what_is_refused_before_a_stage_has_begun_names_no_command(capsys, stop_in, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    stop_in(trainer, "execute", raised=InputError("a setting is wrong"))
+    assert main(["train", "tiny", "--run", "r"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "spar: error: a setting is wrong"
+
+
+def test_another_process_leaves_the_command_to_the_first(capsys, stop_in, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", "1")
+    stop_in(trainer, "execute", raised=PeerFailure("another process has ended"))
+    assert main(["train", "tiny", "--run", "r"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "spar: error: another process has ended"
+
+
+@pytest.mark.parametrize("raised", [None, NonFiniteLoss("loss is nan")])
+def test_trackers_are_told_that_a_run_was_stopped_or_has_failed(said, stop_in, monkeypatch, raised):
+    told = []
+
+    @contextmanager
+    def tracked(names, recipe, run, report):
+        try:
+            yield report
+        except BaseException as error:
+            told.append(type(error))
+            raise
+
+    monkeypatch.setattr("spar.training.trackers.tracked", tracked)
+    stop_in(loop, "train_step", lambda ctx, *_, **__: ctx.step == 1, raised=raised)
+    said("--run r --stage encoder", 1 if raised else 130)
+    assert told == [NonFiniteLoss if raised else KeyboardInterrupt]
 
 
 def test_between_stages_the_one_that_has_ended_is_done(said, stop_in):

@@ -67,9 +67,9 @@ def test_dualtoken_streams_its_rows(dual_run, serve):
         events = list(stream)
         with pytest.raises(openai.BadRequestError, match="unknown words elephant"):  # before any computation
             client_of(address).images.generate(prompt=PROMPT, extra_body={"layout": "an elephant"})
-    assert [event.type for event in events] == ["image_generation.partial_image"] * (rows - 1) + [
-        "image_generation.completed"
-    ]
+    *partial, last = events  # the newest ones, where a preview is encoded more slowly than rows are drawn
+    assert {event.type for event in partial} == {"image_generation.partial_image"} and len(partial) < rows
+    assert last.type == "image_generation.completed"
     assert np.array_equal(decoded(events[-1]), np.asarray(pipe.generate(PROMPT, seed=3).images[0]).astype(int))
 
 

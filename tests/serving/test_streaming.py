@@ -26,7 +26,9 @@ def chat_job() -> ChatJob:
     return ChatJob(lambda pipe: iter(()), print)
 
 
-def streamed(kind: str, job: ChatJob | ImageJob, queue: asyncio.Queue, deadline: float) -> AsyncIterator[str]:
+def streamed(
+    kind: str, job: ChatJob | ImageJob, queue: asyncio.Queue, deadline: float
+) -> AsyncIterator[str] | AsyncIterator[bytes]:
     """The events of a job whose first piece is there already."""
     if kind == "image":
         return image_events(RunningImage(job, queue, "image_generation", "png", []), IMAGE, deadline)
@@ -51,7 +53,9 @@ def read_slowly(kind: str, *, finished: bool) -> list[str]:
             job.future.set_result(GeneratedImage(IMAGE, {}) if kind == "image" else out)
             queue.put_nowait(None)
         await asyncio.sleep(2 * SECONDS)
-        return got + [event async for event in events]
+        got += [piece async for piece in events]
+        text = "".join(piece.decode() if isinstance(piece, bytes) else piece for piece in got)
+        return [f"{event}\n\n" for event in text.split("\n\n")[:-1]]
 
     return asyncio.run(read())
 

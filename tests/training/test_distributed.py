@@ -280,6 +280,7 @@ def test_a_killed_process_ends_the_run_clearly_and_one_process_goes_on_from_its_
     done = launch(run, first, "--parallelism.strategy", "fsdp", script=str(script))
     assert done.returncode != 0
     assert "spar: error: another process of this run has ended" in done.stderr, done.stderr[-3000:]
+    assert "; go on under the same launcher with: spar train tiny --stage" in done.stderr, done.stderr[-3000:]
     state = run / STAGES[0] / "state"
     assert read_train_state(state).step in (2, 3) and len(shards(state, "optimizer")) == 2
     train(exact(), run, stages=STAGES, resume=True, parallelism=ParallelismConfig(precision="fp32"))

@@ -6,7 +6,8 @@ import json
 import os
 import sqlite3
 import struct
-from contextlib import closing
+import sys
+from contextlib import closing, nullcontext, suppress
 from types import SimpleNamespace
 
 import pytest
@@ -65,6 +66,54 @@ def test_a_tracker_that_fails_stops_nothing(fake, tmp_path, monkeypatch, caplog,
     assert caplog.text.count("the tracker fake failed and is left out from here: no network") == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "failed", "stopped"),
+    [
+        ("wandb", [("run.finish", 1)], [("run.finish", 1)]),
+        ("mlflow", [("end_run", "FAILED")], [("end_run", "KILLED")]),
+        ("swanlab", [("run.finish", "crashed", "loss is nan")], [("run.finish", "aborted", "KeyboardInterrupt")]),
+        ("clearml", [("finish",), ("run.mark_failed", True)], [("finish",), ("run.mark_stopped", True)]),
+        ("trackio", [("finish",)], [("finish",)]),  # which knows of no status
+    ],
+)
+def test_a_tracker_is_told_how_the_run_has_ended(fake, tmp_path, monkeypatch, name, failed, stopped):
+    seen = []
+
+    class Client:
+        """A tracker's own run, and the module mlflow."""
+
+        def __init__(self, prefix: str = "") -> None:
+            self.prefix = prefix
+
+        def __getattr__(self, method):
+            return lambda *given, **keywords: seen.append((self.prefix + method, *given, *keywords.values()))
+
+    class Tracker(fake):
+        tracker = Client("run.")
+
+        def finish(self) -> None:
+            seen.append(("finish",))
+
+    monkeypatch.setattr("accelerate.tracking.LOGGER_TYPE_TO_CLASS", {name: Tracker})
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [name])
+    monkeypatch.setattr("spar.training.trackers.places", lambda *_: {})
+    monkeypatch.setitem(sys.modules, "mlflow", Client())
+    ends = {None: [("finish",)], RuntimeError("loss is nan"): failed, KeyboardInterrupt(): stopped}
+    for failure, wanted in ends.items():
+        seen.clear()
+        ending = pytest.raises(type(failure)) if failure else nullcontext()
+        with ending, tracked([name], recipe("tiny"), tmp_path, None):
+            if failure:
+                raise failure
+        assert seen == wanted
+
+
+def test_where_a_second_tracker_cannot_be_opened_the_first_is_finished(fake, tmp_path):
+    with pytest.raises(InputError, match="not installed"), tracked(["fake", "absent"], recipe("tiny"), tmp_path, None):
+        pass
+    assert fake.made[0].seen[-1] == ("finish",)
+
+
 def test_trackers_that_are_not_there_are_refused(fake, tmp_path, monkeypatch):
     for name, message in (("what", "--track: expected one of absent, fake, got 'what'"), ("absent", "not installed")):
         with pytest.raises(InputError, match=message), tracked([name], recipe("tiny"), tmp_path, None):
@@ -108,11 +157,13 @@ def elsewhere(tmp_path, monkeypatch):
     return tmp_path
 
 
-def tell(name, run):
-    """A tracker's run of two steps."""
-    with tracked([name], recipe("tiny"), run, None) as report:
+def tell(name, run, failure=None):
+    """A tracker's run of two steps, and perhaps of a failure."""
+    with suppress(RuntimeError), tracked([name], recipe("tiny"), run, None) as report:
         report("mllm", 1, 3, {"loss": 2.0})
         report("mllm", 2, 3, {"loss": 0.5})
+        if failure:
+            raise failure
 
 
 def wandb_records(path):
@@ -145,6 +196,10 @@ def test_wandb_offline_has_the_run_and_writes_into_its_folder(elsewhere):
     rows = [{item.nested_key[0]: json.loads(item.value_json) for item in one.history.item} for one in records]
     seen = [(row["_step"], row["mllm/loss"]) for row in rows if "mllm/loss" in row]
     assert seen == [(4, 2.0), (5, 0.5)]  # the encoder's three steps came before
+    assert [one.exit.exit_code for one in records if one.HasField("exit")] == [0]
+    tell("wandb", elsewhere / "failed", RuntimeError("loss is nan"))
+    (written,) = (elsewhere / "failed" / "trackers" / "wandb").rglob("run-*.wandb")
+    assert [one.exit.exit_code for one in wandb_records(written) if one.HasField("exit")] == [1]
     assert not list((elsewhere / "here").iterdir())
 
 
@@ -164,6 +219,9 @@ def test_mlflow_has_the_run(elsewhere):
     found = [(one.step, one.value) for one in client.get_metric_history(run.info.run_id, "mllm/loss")]
     assert found == [(4, 2.0), (5, 0.5)]
     assert (run.data.params["stages.mllm.steps"], run.info.status) == ("3", "FINISHED")
+    tell("mlflow", elsewhere / "failed", RuntimeError("loss is nan"))
+    statuses = {one.info.status for one in client.search_runs([run.info.experiment_id])}
+    assert statuses == {"FINISHED", "FAILED"} and mlflow.active_run() is None
     assert not list((elsewhere / "here").iterdir())
 
 

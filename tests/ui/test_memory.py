@@ -16,11 +16,13 @@ import uvicorn
 
 from spar.serving import limits
 from spar.serving.gate import MemoryBudget, RequestGate
+from spar.serving.image_body import made_bytes
 from spar.ui.app import Page
 from spar.ui.mount import page_app
 
-SIDE = 100
+SIDE = 300
 HELD, MOST = limits.PIXEL_BYTES * SIDE**2, limits.OPAQUE_BYTES * SIDE**2  # of an opened image; while it is opened
+EDITED, REBUILT, DRAWN = (made_bytes(count, (64, 64), "webp") for count in (4, 2, 3))  # of what is made
 BUSY, LARGE = "Spar is busy; please try again in a moment.", "takes too much memory; please make it smaller first."
 
 
@@ -64,11 +66,30 @@ def edit(page: Page, file: Any) -> Any:
     return page.sample("edit", "session", "change the background to navy", "0", 1, 4.5, "", str(file))
 
 
+def rebuild(page: Page, file: Any) -> str:
+    """The status."""
+    ((_, status, _),) = page.reconstruct(str(file))
+    return status
+
+
 def test_an_image_counts_from_its_file_to_the_answer(page, calls, file):
     assert "Answered in" in page.understand(str(file), "what color is the background?")[1]
-    assert "Rebuilt at" in page.reconstruct(str(file))[1]
+    assert "Rebuilt at" in rebuild(page, file)
     assert "Seed 0" in [status for _, status, _, _ in edit(page, file)][-1]
-    assert calls.held == [HELD] * 3 and calls.budget.held == 0
+    assert calls.held == [HELD, HELD + REBUILT, HELD + EDITED] and calls.budget.held == 0
+
+
+def test_what_is_made_counts_until_it_is_shown(page, calls, file, monkeypatch):
+    values = ("generate", "session", "a red circle", "0", 1, 4.5, "")
+    for made, held in ((page.sample(*values), DRAWN), (page.reconstruct(str(file)), HELD + REBUILT)):
+        assert any(isinstance(value[0], str | tuple) for value in made)  # what is shown; it goes on from there
+        assert calls.budget.held == held
+        assert next(made, None) is None and calls.budget.held == 0
+    monkeypatch.setattr(limits, "MAX_BUFFERED_BYTES", DRAWN)
+    with calls.budget.lease() as other:
+        other.reserve(1)
+        assert BUSY in list(page.sample(*values))[-1][1]
+    assert "Seed 0" in list(page.sample(*values))[-1][1]
 
 
 def test_what_is_too_much_with_the_images_of_others_is_refused_until_they_are_answered(
@@ -76,28 +97,28 @@ def test_what_is_too_much_with_the_images_of_others_is_refused_until_they_are_an
 ):
     monkeypatch.setattr(limits, "MAX_BUFFERED_BYTES", MOST + HELD // 2)
     waiting = edit(page, file)
-    assert "One moment." in next(waiting)[1] and calls.budget.held == HELD
+    assert "One moment." in next(waiting)[1] and calls.budget.held == HELD + EDITED
     assert BUSY in page.understand(str(file), "what color is the background?")[1]
-    assert BUSY in page.reconstruct(str(file))[1]
+    assert BUSY in rebuild(page, file)
     assert BUSY in list(edit(page, file))[-1][1]
-    assert calls.budget.held == HELD and not calls.held  # the pipeline was asked for nothing
+    assert calls.budget.held == HELD + EDITED and not calls.held  # the pipeline was asked for nothing
     waiting.close()  # the visitor has left
     assert calls.budget.held == 0
-    assert "Rebuilt at" in page.reconstruct(str(file))[1]
+    assert "Rebuilt at" in rebuild(page, file)
 
 
 def test_the_requests_of_the_api_count_too(page, calls, file, monkeypatch):
     monkeypatch.setattr(limits, "MAX_BUFFERED_BYTES", MOST + HELD // 2)
     with RequestGate(calls.budget).enter() as lease:
         lease.reserve(HELD)
-        assert BUSY in page.reconstruct(str(file))[1]
-    assert "Rebuilt at" in page.reconstruct(str(file))[1]
+        assert BUSY in rebuild(page, file)
+    assert "Rebuilt at" in rebuild(page, file)
 
 
 def test_an_image_that_no_memory_would_do_for_is_not_called_a_matter_of_time(page, calls, file, monkeypatch):
     monkeypatch.setattr(limits, "MAX_BUFFERED_BYTES", MOST)  # without the file's bytes
     assert LARGE in page.understand(str(file), "what?")[1]
-    assert LARGE in page.reconstruct(str(file))[1]
+    assert LARGE in rebuild(page, file)
     assert LARGE in list(edit(page, file))[-1][1]
     assert calls.budget.held == 0 and not calls.held
 
@@ -105,10 +126,10 @@ def test_an_image_that_no_memory_would_do_for_is_not_called_a_matter_of_time(pag
 def test_what_fails_holds_nothing(page, calls, file, tmp_path, monkeypatch):
     fake = tmp_path / "fake.png"
     fake.write_bytes(b"%PDF-1.7 no picture")
-    assert "the file is a PDF" in page.reconstruct(str(fake))[1]
-    assert "no longer here" in page.reconstruct(str(tmp_path / "gone.png"))[1]
+    assert "the file is a PDF" in rebuild(page, fake)
+    assert "no longer here" in rebuild(page, tmp_path / "gone.png")
     monkeypatch.setattr(calls.pipe, "reconstruct", lambda _: 1 // 0)
-    assert "something went wrong" in page.reconstruct(str(file))[1].lower()
+    assert "something went wrong" in rebuild(page, file).lower()
     assert calls.budget.held == 0
 
 
@@ -157,7 +178,7 @@ def test_a_visitor_who_leaves_holds_nothing(pipe, monkeypatch, tmp_path):
             assert client.post(f"{address}/queue/join", json=body).status_code == 200
             with client.stream("GET", f"{address}/queue/data", params=session) as stream:
                 assert any("Step" in line for line in stream.iter_lines())
-                assert gate.budget.held == limits.PIXEL_BYTES * 64**2
+                assert gate.budget.held == limits.PIXEL_BYTES * 64**2 + EDITED
         deadline = time.monotonic() + 30
         while gate.budget.held and time.monotonic() < deadline:
             time.sleep(0.05)

@@ -2,13 +2,13 @@
 
 import time
 from concurrent.futures import CancelledError
-from threading import Event, Thread
+from threading import Event, Semaphore, Thread
 from types import SimpleNamespace
 
 import pytest
 
 from spar.common.errors import Cancelled, InputError
-from spar.ui.preview_stream import PREVIEW_SHARE, PreviewStep, PreviewStream
+from spar.ui.preview_stream import PREVIEW_SHARE, PreviewStep, PreviewStream, _callback
 
 
 class SlowPipe:
@@ -55,6 +55,33 @@ def test_a_quick_image_has_no_preview():
         for step in PreviewStream(SlowPipe(steps=3)).run("me", "generate", "a")
         if isinstance(step, PreviewStep)
     )
+
+
+def eager(monkeypatch):
+    """Previews of all steps are due."""
+    monkeypatch.setattr("spar.ui.preview_stream.PREVIEW_SECONDS", 0)
+    monkeypatch.setattr("spar.ui.preview_stream.PREVIEW_SHARE", float("inf"))
+
+
+def test_one_preview_at_a_time_however_slow_the_reader_is(monkeypatch):
+    eager(monkeypatch)
+    stream = PreviewStream(SlowPipe(steps=20))
+    work = stream.run("me", "generate", "a")
+    first = next(work)
+    stream.call(lambda pipe: None).result()  # after all steps, of which the reader has read one
+    assert [step.done for step in (first, *list(work)[:-1]) if step.image] == [1]
+
+
+def test_a_preview_that_was_shown_makes_room_for_the_next(monkeypatch):
+    eager(monkeypatch)
+    steps, room = [], Semaphore()
+    callback = _callback(SlowPipe(), Event(), room, steps.append)
+    for done in (1, 2):
+        callback(done, 9, done)
+    room.release()
+    for done in (3, 4):
+        callback(done, 9, done)
+    assert [step.done for step in steps] == [1, 2, 3, 4] and [step.done for step in steps if step.image] == [1, 3]
 
 
 def test_stopping_ends_the_sessions_own_work_and_no_others():

@@ -2,7 +2,7 @@
 
 import re
 
-from spar.common.errors import first_line
+from spar.common.errors import PeerFailure, first_line
 
 MEMORY_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 COMPILERS = ("torch._dynamo", "torch._inductor")
@@ -32,9 +32,13 @@ class Failure(Exception):
 
 
 def explain(error: BaseException, verb: str) -> str | None:
-    """The line of a failure that is known: too little memory, no compiler, images that are not finite; else None."""
-    if isinstance(error, Failure):
+    """The line of a failure that is known: too little memory, no compiler, images that are not finite, what the system
+    refuses, another process that has ended; else None.
+    """
+    if isinstance(error, Failure | PeerFailure):
         return str(error)
+    if isinstance(error, OSError):  # the disk is full, a folder has vanished
+        return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
     text = str(error)
     if isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(sign in text.lower() for sign in MEMORY_SIGNS)

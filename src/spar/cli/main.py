@@ -23,7 +23,7 @@ from spar.cli.servers import serve, ui
 from spar.cli.tasks import edit, generate, info, reconstruct, understand
 from spar.cli.training import cache, plan, train
 from spar.cli.weights import build, convert, export, push
-from spar.common.errors import InputError, PeerFailure
+from spar.common.errors import InputError
 from spar.common.threads import limit_spinning
 
 
@@ -46,17 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else 0
     except InputError as error:
         return fail(str(error))
-    except PeerFailure as error:
-        fail(str(error))
-        return 1
     except KeyboardInterrupt:
         print("spar: stopped", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader has closed the pipe; the flush at exit must not fail either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
-    except OSError as error:  # the disk is full, a folder has vanished
-        return fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except Exception as error:
         line = explain(error, argv[0])
         if line is None:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from spar.checkpoints.bundled import local_folder
 from spar.cli.console import (
+    BROKEN_PIPE,
     INTERRUPTED,
     epochs_table,
     estimate_table,
-    fail,
     is_first_process,
     new_console,
     plan_table,
@@ -241,8 +241,10 @@ def _train(args: Any, plan: "RunPlan", device: "torch.device", going_on: Continu
     """Train with a bar; print the model's folder at the end, or what is left and the command that goes on.
 
     Raises:
-        Failure: too little memory, or no compiler.
+        InputError: what went wrong, in a stage with how to go on once that is mended.
+        Failure: of the machine or of another process, or numbers that are not finite.
     """
+    from spar.training.interruption import listening
     from spar.training.loop import NonFiniteLoss
     from spar.training.trackers import tracked
     from spar.training.trainer import execute
@@ -254,21 +256,28 @@ def _train(args: Any, plan: "RunPlan", device: "torch.device", going_on: Continu
         trackers = () if quiet else args.track
         with shown as (announce, report), tracked(trackers, plan.recipe, run, report) as told:
             noted = announce and going_on.noted(announce)
-            model = execute(plan, device=device, parallelism=args.parallelism, report=told, announce=noted)
-    except NonFiniteLoss as error:
-        fail(str(error) if quiet else f"{error}; {going_on}")
-        return 1
-    except (RuntimeError, MemoryError) as error:
-        line = explain(error, "train")
-        if line is None:
-            raise
-        raise Failure(line if quiet else f"{line}; {going_on}") from error
+            if execute(plan, device=device, parallelism=args.parallelism, report=told, announce=noted) is None:
+                raise KeyboardInterrupt  # a signal has stopped it, which trackers are told
     except KeyboardInterrupt:
-        model = None
-    if model is None:
         if not quiet:
             print(f"spar: stopped; {going_on}", file=sys.stderr)
         return INTERRUPTED
+    except (BrokenPipeError, SystemExit):  # Python's own, and what Rich makes of it
+        if not quiet:
+            print(f"spar: stopped by a closed pipe; {going_on}", file=sys.stderr)
+        return BROKEN_PIPE
+    except InputError as error:
+        if going_on.begun is None:  # what was given is refused, or this process is not the first
+            raise
+        raise InputError(f"{error}; {going_on}") from error
+    except Exception as error:
+        with listening():  # a launcher stops those that another process has left, before they have said so
+            more = "" if quiet else f"; {going_on}"
+        line = str(error) if isinstance(error, NonFiniteLoss) else explain(error, "train")
+        if line is None:
+            error.add_note(f"spar: the training has failed{more}")
+            raise
+        raise Failure(f"{line}{more}") from error
     if quiet:
         return 0
     if (run / "model" / "config.json").is_file():

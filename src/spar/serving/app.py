@@ -1,7 +1,6 @@
 """The routes: OpenAI's images, edits, chat and Responses, and reconstruction, all on one worker."""
 
 import asyncio
-import base64
 import time
 from collections.abc import AsyncIterator, Awaitable, Collection, Sequence
 from contextlib import asynccontextmanager, nullcontext
@@ -14,16 +13,16 @@ from starlette.requests import ClientDisconnect
 
 from spar import __version__
 from spar.inference.base import Pipeline
-from spar.inference.image_files import encode_image
 from spar.inference.notes import world_notes
-from spar.serving import schema
+from spar.serving import limits, schema
 from spar.serving.adaptation import adapt_messages, note_header, sampling_notes, seed_header
-from spar.serving.batching import GeneratedImage, reconstruct, sampling_jobs
+from spar.serving.batching import reconstruct, sampling_jobs
 from spar.serving.completions import RunningAnswer, completion, completion_chunks
 from spar.serving.errors import ApiError, add_handlers, job_error
 from spar.serving.gate import RequestGate
+from spar.serving.image_body import images_response, reserve_images
 from spar.serving.image_io import Decoders, read_image, read_messages
-from spar.serving.image_stream import RunningImage, image_events
+from spar.serving.image_stream import RunningImage, add_preview, image_events
 from spar.serving.jobs import ChatJob, ImageJob
 from spar.serving.metrics import ServerMetrics
 from spar.serving.middleware import RequestGuardMiddleware
@@ -121,14 +120,16 @@ class Routes:
         return other or self.first, other, self.worker.pipe_of(other)
 
     async def _answer(
-        self, request: Request, pipe: Pipeline, jobs: list[ImageJob], kind: str | None, texts: Sequence[str] = (),
-        images: Sequence[Image.Image] = (), notes: Sequence[str] = (),
+        self, request: Request, pipe: Pipeline, jobs: list[ImageJob], size: tuple[int, int], kind: str | None,
+        texts: Sequence[str] = (), images: Sequence[Image.Image] = (), notes: Sequence[str] = (),
     ) -> Response:  # fmt: skip
         """Run the jobs and encode their images, with warnings about the request's texts and images."""
+        kind = kind or "png"
+        reserve_images(request.state.lease, len(jobs), size, kind)
         warnings = await _race(request, asyncio.to_thread(world_notes, pipe, texts, images))
         self.worker.submit(*jobs)
         generated = await _finished(request, jobs)
-        return await asyncio.to_thread(_images, generated, kind or "png", warnings, note_header(notes))
+        return await asyncio.to_thread(images_response, generated, kind, warnings, note_header(notes))
 
     async def _uploaded_image(self, request: Request, form: schema.EditForm | schema.ReconstructForm) -> Image.Image:
         """Decode a form's image, after checks of its fields and its model."""
@@ -144,7 +145,8 @@ class Routes:
         if body.stream:
             return await self._streamed_image(request, body, size, None)
         jobs = sampling_jobs(pipe, body, size, model=model)
-        return await self._answer(request, pipe, jobs, body.output_format, [body.prompt], notes=sampling_notes(body))
+        notes = sampling_notes(body)
+        return await self._answer(request, pipe, jobs, size, body.output_format, [body.prompt], notes=notes)
 
     async def _streamed_image(
         self, request: Request, body: schema.SamplingRequest, size: tuple[int, int], image: Image.Image | None
@@ -155,15 +157,17 @@ class Routes:
         loop = asyncio.get_running_loop()
 
         def show(preview: Image.Image | None) -> None:
-            loop.call_soon_threadsafe(previews.put_nowait, preview)
+            loop.call_soon_threadsafe(add_preview, previews, preview)
 
         (job,) = sampling_jobs(pipe, body, size, image, model, show)
+        kind = body.output_format or "png"
+        reserve_images(request.state.lease, 1 + min(body.partial_images or 0, limits.MAX_UNREAD), size, kind)
         images = [] if image is None else [image]
         warnings = await _race(request, asyncio.to_thread(world_notes, pipe, [body.prompt], images))
         job.future.add_done_callback(lambda _: show(None))
         self.worker.submit(job)
         task: Literal["image_generation", "image_edit"] = "image_generation" if image is None else "image_edit"
-        running = RunningImage(job, previews, task, body.output_format or "png", warnings)
+        running = RunningImage(job, previews, task, kind, warnings)
         first = await _first_piece(request, running)
         events = image_events(running, first, request.state.deadline)
         return JobStream(events, job, note_header(sampling_notes(body)))
@@ -172,22 +176,23 @@ class Routes:
         """Edit an image as the prompt says."""
         image = await self._uploaded_image(request, form)
         _, model, pipe = self._chosen(form.model)
-        height, width = pipe.edited_size(image)
-        if schema.sides(form.size) not in ((None, None), (height, width)):
+        height, width = size = pipe.edited_size(image)
+        if schema.sides(form.size) not in ((None, None), size):
             own = f"expected auto or {width}x{height}: an edit has its image's own proportions"
             raise ApiError(400, f"size: {own}, got {form.size}", param="size")
         if form.stream:
-            return await self._streamed_image(request, form, (height, width), image)
-        jobs = sampling_jobs(pipe, form, (height, width), image, model)
+            return await self._streamed_image(request, form, size, image)
+        jobs = sampling_jobs(pipe, form, size, image, model)
         notes = sampling_notes(form)
-        return await self._answer(request, pipe, jobs, form.output_format, [form.prompt], [image], notes)
+        return await self._answer(request, pipe, jobs, size, form.output_format, [form.prompt], [image], notes)
 
     async def reconstruct(self, request: Request, form: Annotated[schema.ReconstructForm, FORM]) -> Response:
         """Encode and decode an image with the unified tokenizer."""
         image = await self._uploaded_image(request, form)
         _, model, pipe = self._chosen(form.model)
         job = ImageJob(reconstruct, None, image, model=model)
-        return await self._answer(request, pipe, [job], form.output_format, images=[image])
+        size = pipe.image_size, pipe.image_size
+        return await self._answer(request, pipe, [job], size, form.output_format, images=[image])
 
     async def _start_answer(
         self, request: Request, body: schema.AnswerRequest, messages: Sequence[schema.Message], limit: int | None
@@ -313,14 +318,3 @@ async def _first_piece(request: Request, answer: RunningAnswer | RunningImage) -
         except Exception as error:
             raise job_error(error) from None
     return first
-
-
-def _images(generated: list[GeneratedImage], kind: str, warnings: list[str], headers: dict[str, str]) -> Response:
-    """Encode images as OpenAI's answer; PNGs carry their metadata."""
-    data = []
-    for one in generated:
-        coded = base64.b64encode(encode_image(one.image, kind, one.metadata)).decode()
-        data.append({"b64_json": coded, **one.fields()})
-    size = f"{generated[0].image.width}x{generated[0].image.height}"
-    body = {"created": int(time.time()), "data": data, "output_format": kind, "size": size}
-    return JSONResponse({**body, **schema.warnings_field(warnings)}, headers=headers)

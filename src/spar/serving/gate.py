@@ -48,6 +48,13 @@ class Lease:
                 raise ApiError(429, code="rate_limit_exceeded")
             self._take(count)
 
+    def check(self, count: int) -> None:
+        """Refuse, with ApiError 413, what with the rest of its request is more than all requests may hold: it would not
+        fit however often it was sent.
+        """
+        if self.held + count > limits.MAX_BUFFERED_BYTES:
+            raise ApiError(413)
+
     def release(self, count: int) -> None:
         """Give back memory that is free again before the request ends."""
         with self.budget.lock:

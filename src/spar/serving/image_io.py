@@ -97,8 +97,7 @@ def decode_image(data: bytes, read: Callable[[bytes], Image.Image], lease: Lease
         InputError: of `read`.
     """
     pixels, most = _memory(data)
-    if lease.held + most > limits.MAX_BUFFERED_BYTES:  # it would be refused however often it was sent
-        raise ApiError(413)
+    lease.check(most)
     image_bytes = limits.PIXEL_BYTES * pixels
     lease.reserve(image_bytes)
     with lease.budget.lease() as working:

@@ -47,6 +47,9 @@ FORM_COPIES = 2  # its bytes, and the file that is read
 PIXEL_BYTES = 4  # of a decoded image
 OPAQUE_BYTES = 13  # of a pixel while it is decoded: the file's colours, those of sRGB, turned (measured by a test)
 TRANSPARENT_BYTES = 30  # with an alpha channel, which is laid on white, or in a WEBP, whose decoder holds two copies
+FILE_BYTES = {"png": 4, "jpeg": 2, "webp": 2}  # of a pixel of a made image's file at most (measured by a test)
+WEBP_BYTES = 28  # of a pixel while it is encoded, beside
+MAX_UNREAD = 3  # previews that wait for the client of a stream; a further one replaces the oldest
 MAX_QUEUE = 64
 MAX_BATCH = 8
 MAX_CHATS = 8
@@ -64,6 +67,7 @@ LIMITS = (
     ("MAX_VALUES", MAX_VALUES, "values of a JSON body, counted by commas"),
     ("MAX_N", MAX_N, "images of a request (n)"),
     ("MAX_PARTIAL_IMAGES", MAX_PARTIAL_IMAGES, "previews of a streamed image (partial_images)"),
+    ("MAX_UNREAD", MAX_UNREAD, "previews that wait for their client; a further one replaces the oldest"),
     ("MAX_STEPS", MAX_STEPS, "sampling steps (num_inference_steps)"),
     ("MAX_GUIDANCE", MAX_GUIDANCE, "guidance_scale"),
     ("MAX_OUTPUT_PIXELS", f"{MAX_OUTPUT_PIXELS / 2**20:g} x 1024 x 1024", "pixels of a generated image (size); "
@@ -79,7 +83,8 @@ LIMITS = (
     ("SHUTDOWN_SECONDS", SHUTDOWN_SECONDS, "seconds that running requests get when the server stops"),
     ("MAX_CONNECTIONS", MAX_CONNECTIONS, "connections at once; then the one that has waited longest is closed"),
     ("MAX_REQUESTS", MAX_REQUESTS, "requests at once, without those of `/health`"),
-    ("MAX_BUFFERED_BYTES", f"{MAX_BUFFERED_BYTES // _MIB} MiB", "memory that bodies and images of all requests take"),
+    ("MAX_BUFFERED_BYTES", f"{MAX_BUFFERED_BYTES // _MIB} MiB", "memory that bodies and images of all requests take, "
+     "given and made"),
     ("MAX_QUEUE", MAX_QUEUE, "images and chats that wait (--max-queue)"),
     ("MAX_BATCH", MAX_BATCH, "images of the model's own size in one batch (--max-batch)"),
     ("MAX_CHATS", MAX_CHATS, "chats answered in turns"),

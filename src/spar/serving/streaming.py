@@ -33,7 +33,9 @@ async def next_piece(pieces: asyncio.Queue[T], job: ChatJob | ImageJob, deadline
 class JobStream(StreamingResponse):
     """Server-sent events of a job, which is cancelled at their end, even if the client leaves before the first."""
 
-    def __init__(self, events: AsyncIterator[str], job: ChatJob | ImageJob, headers: Mapping[str, str]) -> None:
+    def __init__(
+        self, events: AsyncIterator[str] | AsyncIterator[bytes], job: ChatJob | ImageJob, headers: Mapping[str, str]
+    ) -> None:
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self.job = job
 

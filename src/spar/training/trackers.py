@@ -3,13 +3,14 @@
 A tracker sees what is logged, under `STAGE/NAME` at the step of the whole run, and the recipe's fields. What it sends,
 and where, is its own: its environment variables say (WANDB_MODE=offline, MLFLOW_TRACKING_URI, ...). The files of wandb,
 and of those that ask for a folder, lie in `RUN/trackers`. A tracker that fails is left out from then on; the training
-goes on.
+goes on. One that knows how a run has ended is told so: that it has failed, or was stopped.
 """
 
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ class _Log(logging.LoggerAdapter):
 @contextmanager
 def tracked(names: Sequence[str], recipe: Recipe, run: Path, report: Report | None) -> Iterator[Report | None]:
     """A report that also tells trackers; they are opened here and finished at the end.
+
+    The run has failed where the block raises, and was stopped where that is a KeyboardInterrupt.
 
     Raises:
         InputError: a tracker that there is not, whose package is missing, or which cannot be opened.
@@ -56,13 +59,18 @@ def tracked(names: Sequence[str], recipe: Recipe, run: Path, report: Report | No
         if report:
             report(stage, step, steps, values)
 
+    def finish(failure: BaseException | None) -> None:
+        for name, tracker in list(opened.items()):
+            attempt(name, lambda: _finish(name, tracker, failure))  # noqa: B023  # called at once
+
     try:
         for name in dict.fromkeys(names):
             opened[name] = _open(name, recipe, run)
         yield reported
-    finally:
-        for name, tracker in list(opened.items()):
-            attempt(name, tracker.finish)
+    except BaseException as error:
+        finish(error)
+        raise
+    finish(None)
 
 
 def _open(name: str, recipe: Recipe, run: Path) -> Any:
@@ -84,6 +92,21 @@ def _open(name: str, recipe: Recipe, run: Path) -> Any:
     except Exception as error:  # no network, no login, no such server
         raise InputError(f"--track {name}: it cannot be opened: {first_line(error)}") from error
     return tracker
+
+
+def _finish(name: str, tracker: Any, failure: BaseException | None) -> None:
+    """Finish a tracker, which by Accelerate's own method says of every run that it has succeeded."""
+    stopped = isinstance(failure, KeyboardInterrupt)
+    if failure is not None and name == "wandb":
+        tracker.tracker.finish(exit_code=1)
+    elif failure is not None and name == "mlflow":
+        import_module("mlflow").end_run("KILLED" if stopped else "FAILED")
+    elif failure is not None and name == "swanlab":
+        tracker.tracker.finish("aborted" if stopped else "crashed", error=first_line(failure))
+    else:
+        tracker.finish()
+        if failure is not None and name == "clearml":  # once it is closed, as its own pipelines do
+            (tracker.tracker.mark_stopped if stopped else tracker.tracker.mark_failed)(force=True)
 
 
 def places(name: str, asks: bool, folder: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from spar.processing.images import open_image, to_size, to_square
 from spar.reporting.routing import routing_view
 from spar.serving.errors import ApiError
 from spar.serving.gate import Lease, MemoryBudget
+from spar.serving.image_body import reserve_images
 from spar.serving.image_io import decode_image
 from spar.serving.jobs import forget_frames
 from spar.serving.worker import Call, Unavailable
@@ -226,7 +227,10 @@ class Page:
         with _error_messages() as errors, self.budget.lease() as lease:
             image = _open(source, lease) if task == "edit" else None
             text, keywords, began = _text(text), _keywords(seed, steps, guidance, negative), time.monotonic()
-            before = to_size(image, *self.pipe.edited_size(image)[::-1]) if image else None  # as the model sees it
+            size = self.pipe.edited_size(image) if image else self.pipe.output_size()
+            # The image, a preview that is shown and the next one, and what the model sees; Gradio shows them as WEBP.
+            reserve_images(lease, 4 if image else 3, size, "webp")
+            before = to_size(image, *size[::-1]) if image else None
             yield gr.skip(), components.status_message("One moment."), gr.skip(), gr.skip()
             for item in self.stream.run(session, task, *([image] if image else []), text, **keywords):
                 if isinstance(item, PreviewStep):
@@ -253,17 +257,19 @@ class Page:
             return answer, components.done_message(status, world_notes(self.pipe, images=[image]))
         return "", errors[0]
 
-    def reconstruct(self, source: str | None) -> tuple[Any, ...]:
-        """Values of slider, status, file."""
+    def reconstruct(self, source: str | None) -> Iterator[tuple[Any, ...]]:
+        """Values of slider, status, file; yielded, so that they are counted until Gradio has written them."""
         with _error_messages() as errors, self.budget.lease() as lease:
             side, began = self.pipe.image_size, time.monotonic()
             given = _open(source, lease)
+            reserve_images(lease, 2, (side, side), "webp")
             image = to_square(given, side)
             out = self.stream.call(lambda pipe: pipe.reconstruct(image)).result()
             done = f"Rebuilt at {side} × {side} pixels in {time.monotonic() - began:.2g} seconds."
             status = components.done_message(done, world_notes(self.pipe, images=[given]))
-            return (image, out.images[0]), status, components.file(self._save(out, "spar-rebuilt.png", source))
-        return gr.skip(), errors[0], gr.skip()
+            yield (image, out.images[0]), status, components.file(self._save(out, "spar-rebuilt.png", source))
+        if errors:
+            yield gr.skip(), errors[0], gr.skip()
 
     def leave(self, request: gr.Request) -> None:
         self.stream.stop(request.session_hash, "generate", "edit")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import Queue
-from threading import Event
+from threading import Event, Semaphore
 from typing import Any, Literal
 
 from PIL import Image
@@ -50,10 +50,10 @@ class PreviewStream:
             Cancelled, CancelledError: the task was stopped while it ran, or before it began.
             Exception: as raised by the task.
         """
-        stop = Event()
+        stop, room = Event(), Semaphore()
         items: Queue[PreviewStep | Future[GenerateOutput]] = Queue()
         future = self.call(
-            lambda pipe: getattr(pipe, task)(*args, callback=_callback(pipe, stop, items.put), **keywords)
+            lambda pipe: getattr(pipe, task)(*args, callback=_callback(pipe, stop, room, items.put), **keywords)
         )
 
         def end() -> None:
@@ -65,6 +65,8 @@ class PreviewStream:
         try:
             while isinstance(item := items.get(), PreviewStep):
                 yield item
+                if item.image:
+                    room.release()
             yield item.result()
         finally:
             end()
@@ -84,14 +86,16 @@ def _own_thread(pipe: Pipeline) -> Call:
     return lambda function: thread.submit(function, pipe)
 
 
-def _callback(pipe: Pipeline, stop: Event, emit: Callable[[PreviewStep], None]) -> Callable[[int, int, Any], bool]:
-    """Callback of the pipeline that emits each step, with a preview when one is due."""
+def _callback(
+    pipe: Pipeline, stop: Event, room: Semaphore, emit: Callable[[PreviewStep], None]
+) -> Callable[[int, int, Any], bool]:
+    """Callback of the pipeline that emits each step, with a preview when one is due and the last one has been shown."""
     due = time.monotonic() + PREVIEW_SECONDS
 
     def callback(done: int, steps: int, latent: Any) -> bool:
         nonlocal due
         image, began = None, time.monotonic()
-        if began >= due and done < steps and not stop.is_set():
+        if began >= due and done < steps and not stop.is_set() and room.acquire(blocking=False):
             image = pipe.preview(latent)[0]
             ended = time.monotonic()
             due = ended + max(PREVIEW_SECONDS, (ended - began) / PREVIEW_SHARE)
