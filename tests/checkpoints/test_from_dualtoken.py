@@ -6,6 +6,7 @@ one is written under them, by rules of their own, and must come back as the same
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -122,7 +123,7 @@ def test_image_tokens_take_spare_rows_and_both_tokenizers_come_along(built, tmp_
 
 def test_control_tokens_of_the_llm_and_of_images_are_refused_in_prompts(qwen, tmp_path):
     """The image tokens come beside Qwen's own special tokens, not in their place."""
-    from spar.checkpoints.formats.internvl import open_text_tokenizer
+    from spar.checkpoints.formats.text_tokenizer import open_text_tokenizer
     from spar.checkpoints.from_dualtoken import with_image_tokens
     from spar.processing.prompts import PromptEncoder
 
@@ -306,6 +307,28 @@ def test_a_converted_tokenizer_is_the_same_function(checkpoint, siglip, qwen):
     assert bundle.model.config.semantic.decay == 0.98 and bundle.model.config.vision.taps == (2, 3, 8)
 
 
+def test_the_manifests_name_every_file_that_was_read_and_no_other(checkpoint, siglip, qwen, tmp_path, opened):
+    for name, (folder, *_) in {"vision": siglip, "llm": qwen, "public": checkpoint}.items():
+        shutil.copytree(folder, tmp_path / name)
+        (tmp_path / name / "preprocessor_config.json").write_text("{}")
+    sources, known = {name: str(tmp_path / name) for name in ("vision", "llm")}, (settings(), CodeSampling())
+    beside = tmp_path / "settings.json"
+    (tmp_path / "public" / "config.json").rename(beside)
+    made = {}
+    for verb, path in (("build", ()), ("convert", (str(tmp_path / "public"),))):
+        with opened(tmp_path) as names:
+            if path:
+                found = convert_dualtoken(*path, *known, sources, settings=str(beside)).manifest["sources"]
+            else:
+                found = build_dualtoken(*known, sources).manifest["sources"]
+        places = {"vision": "vision/", "llm": "llm/", "dualtoken": "public/", "settings": ""}
+        assert {f"{places[name]}{file}" for name, record in found.items() for file in record["sha256"]} == names
+        made[verb] = names
+    assert made["build"] - made["convert"] == {"vision/model.safetensors"}
+    assert made["convert"] - made["build"] == {"public/epoch_3.pt", "settings.json"}
+    assert {"vision/config.json", "vision/tokenizer.json", "llm/config.json", "llm/tokenizer.json"} < made["build"]
+
+
 def test_safetensors_are_read_too(checkpoint, siglip, qwen, tmp_path):
     save_file(checkpoint[2], tmp_path / "tokenizer.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
@@ -319,6 +342,7 @@ def test_safetensors_are_read_too(checkpoint, siglip, qwen, tmp_path):
     [
         (lambda t: t.pop("prequant_pix.norm3.bias"), "1 missing (tokenizer.reduce_pixel.norm3.bias)"),
         (lambda t: t.update({"prequant_visual.norm1.weight": torch.zeros(3)}), "unexpected"),
+        (lambda t: t["decoder.conv_in.bias"].fill_(torch.nan), "expected finite weights, got decoder.conv_in.bias"),
         (lambda t: t["postquant_sem.attn.zero_k_bias"].add_(1), "expected zeros in postquant_sem.attn.zero_k_bias"),
         (lambda t: t["quantizer_pix.codebooks.2.weight"].add_(1), "expected one codebook at every depth"),
         (lambda t: t.update({"decoder.conv_in.weight": torch.zeros(2, 2)}), "decoder.network.conv_in.weight is (2, 2)"),

@@ -174,6 +174,30 @@ def test_the_manifest_has_the_sums_of_the_files_that_were_read(assembled, pristi
     assert "config.json" in sources["mllm"]["sha256"] and sources["mllm"]["source"] == "mllm"
 
 
+def test_the_manifest_names_every_file_that_was_read_and_no_other(foreign, libraries, published, opened):
+    """Of repositories with all that the published ones have: shards and their index, templates, settings of others."""
+    shutil.rmtree(published / "mllm")
+    foreign.save_hf(libraries["mllm"], published / "mllm", shard="100KB")
+    foreign.save_published_files(published / "mllm")
+    (published / "mllm" / "special_tokens_map.json").write_text("{}")
+    (published / "mllm" / "additional_chat_templates").mkdir()
+    (published / "mllm" / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+    for part in IDS:
+        (published / part / "model_index.json").write_text("{}")
+        (published / part / "README.md").write_text("of others")
+    with opened(published) as names:
+        made = build(published)
+    assert {f"{part}/{file}" for part in IDS for file in made.manifest["sources"][part]["sha256"]} == names
+    wanted = {
+        "mllm/config.json", "mllm/tokenizer.json", "mllm/tokenizer_config.json", "mllm/model.safetensors.index.json",
+        "mllm/chat_template.jinja", "mllm/additional_chat_templates/tools.jinja", "mllm/special_tokens_map.json",
+        "autoencoder/config.json", "autoencoder/diffusion_pytorch_model.safetensors", "dit/transformer/config.json",
+        "dit/transformer/diffusion_pytorch_model.safetensors", "dit/scheduler/scheduler_config.json",
+    }  # fmt: skip
+    shards = {f"mllm/{path.name}" for path in (published / "mllm").glob("*.safetensors")}
+    assert names == wanted | shards and len(shards) > 1
+
+
 def test_a_built_folder_loads_as_the_model_that_was_built(assembled, tmp_path):
     save_model(assembled, tmp_path / "model")
     again = load_model(tmp_path / "model")
@@ -292,10 +316,12 @@ def test_scaled_positions_of_our_own_grid_are_the_librarys(foreign, libraries, p
 
 
 def test_a_file_whose_name_is_no_text_is_recorded_as_text(tmp_path):
-    path = tmp_path / "unilip\udcff.pth"
-    path.write_bytes(b"1")
-    record = CheckpointSource(tmp_path, path.name).record([path])
-    assert (record["source"], [*record["sha256"]]) == ("unilip?.pth", ["unilip?.pth"])
+    path = tmp_path / "unilip\udcff.json"
+    path.write_text("{}")
+    source = CheckpointSource.of_file(path)
+    source.config(path.name)
+    record = source.record()
+    assert (record["source"], [*record["sha256"]]) == ("unilip?.json", ["unilip?.json"])
 
 
 def test_everything_that_does_not_fit_is_in_one_report(foreign, published):
@@ -390,7 +416,7 @@ def test_pickled_weights_are_never_read_here(published):
         build(published)
 
 
-def test_a_vocabulary_with_merges_is_a_text_tokenizer_too(tmp_path):
+def test_a_vocabulary_with_merges_is_a_text_tokenizer_too(tmp_path, opened):
     """As the original repositories may have it: Qwen2's two files and the added tokens."""
     words = {word: i for i, word in enumerate(["<unk>", "a", "b", "ab"])}
     (tmp_path / "vocab.json").write_text(json.dumps(words))
@@ -399,7 +425,10 @@ def test_a_vocabulary_with_merges_is_a_text_tokenizer_too(tmp_path):
     added = {str(len(words) + i): {"content": text, "special": True} for i, text in enumerate(special)}
     config = {"tokenizer_class": "Qwen2Tokenizer", "pad_token": "<|endoftext|>", "added_tokens_decoder": added}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    tokenizer = read_text_tokenizer(tmp_path)
+    source = CheckpointSource(tmp_path, "mllm")
+    with opened(tmp_path) as names:
+        tokenizer = read_text_tokenizer(source)
+    assert names == set(source.record()["sha256"]) == {"vocab.json", "merges.txt", "tokenizer_config.json"}
     assert tokenizer.encode("ab<IMG_CONTEXT>") == [3, 9]
     assert (tokenizer.eos_token, tokenizer.pad_token_id) == ("<|im_end|>", 4)
 
@@ -438,7 +467,10 @@ def test_hub_ids_are_read_from_the_cache_and_their_commits_are_noted(hub, assemb
     made = build_from_published(CONFIG, SAMPLING, IDS, revisions={"dit": COMMITS["dit"]})
     own = assembled.model.state_dict()
     assert all(torch.equal(value, own[key]) for key, value in made.model.state_dict().items())
-    wanted = {part: {"source": f"someone/{part}", "commit": COMMITS[part]} for part in IDS}
+    local = assembled.manifest["sources"]
+    wanted = {
+        part: {"source": f"someone/{part}", "commit": COMMITS[part], "sha256": local[part]["sha256"]} for part in IDS
+    }
     assert made.manifest["sources"] == wanted
 
 

@@ -307,7 +307,33 @@ def test_the_manifest_tells_what_came_from_where(exact):
     assert parts["tokenizer.pixel_stream"] == "random weights of seed 0"
     assert parts["tokenizer.fusion"].startswith("passes the semantic stream on")
     assert parts["router"] == "passes the last layer on (last)" and parts["pixel_encoder"] == "autoencoder"
-    assert set(exact.manifest["sources"]) == {"unilip", "autoencoder"}
+
+
+@pytest.mark.parametrize("what", ["model", "tokenizer.pth"])
+def test_the_manifest_names_every_file_that_was_read_and_no_other(published, opened, what):
+    with opened(published) as names:
+        sources = convert(published, what, factor=FACTOR).manifest["sources"]
+    places = {"mllm": "mllm/", "autoencoder": "autoencoder/", "dit": "dit/", "unilip": ""}
+    places["unilip"] = "model/" if what == "model" else ""
+    assert {f"{places[name]}{file}" for name, record in sources.items() for file in record["sha256"]} == names
+    own = {"model/config.json", "model/model.safetensors"} if what == "model" else {"tokenizer.pth"}
+    assert own | {"mllm/config.json", "dit/scheduler/scheduler_config.json"} < names
+    assert ("mllm/model.safetensors" in names) == (what != "model")
+
+
+@pytest.mark.parametrize("what", ["model", "tokenizer.pth"])
+def test_of_its_parts_on_the_hub_only_the_weights_that_are_read_are_fetched(published, monkeypatch, what):
+    asked = {}
+
+    def snapshot_download(repository: str, *, allow_patterns: list[str], **_) -> str:
+        asked[repository] = any(pattern.endswith(".safetensors") for pattern in allow_patterns)
+        return str(published / repository.partition("/")[2])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    sources = {name: f"someone/{name}" for name in SOURCES}
+    convert_unilip(str(published / what), CONFIG, SamplingConfig(), sources, factor=FACTOR)
+    needed = {"autoencoder"} if what == "model" else set(SOURCES)
+    assert asked == {f"someone/{name}": name in needed for name in SOURCES}
 
 
 def test_the_names_of_older_transformers_give_the_same_model(foreign, exact, original, published, tmp_path):
@@ -472,7 +498,7 @@ def test_a_foreign_file_is_named_for_what_it_lacks(published, tmp_path):
 
 
 def test_a_tokenizer_without_its_factor_or_its_parts_is_refused(published):
-    with pytest.raises(InputError, match=r"factor: expected the scale of UniLIP's latent .* above 0, got 0.0"):
+    with pytest.raises(InputError, match=r"factor: expected the scale of UniLIP's latent .* above 0, got None"):
         convert(published, "tokenizer.pth")
     with pytest.raises(InputError, match=r"above 0, got 10000000.0 \(at most 1e\+06\)"):  # its folder would not load
         convert(published, "tokenizer.pth", factor=1e7)

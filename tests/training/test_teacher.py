@@ -1,5 +1,9 @@
 """The external teacher: an image encoder of transformers, its tokens on their grid, refused before a run begins."""
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +29,7 @@ from transformers import (
 
 from spar.checkpoints.bundled import bundled_folder
 from spar.checkpoints.dualtoken_format import load_dualtoken
+from spar.cli.main import main
 from spar.common.config import from_dict, read_json
 from spar.common.errors import InputError
 from spar.recipes import REGISTRY, recipe
@@ -208,6 +213,60 @@ def test_a_run_from_another_runs_tokenizer_aligns_with_it(tiny_run, tmp_path, ki
     assert not torch.equal(done["alignment_head.layers.4.weight"], selfs["alignment_head.layers.4.weight"])
     assert before == {path: path.read_bytes() for path in (tmp_path / "encoder").iterdir()}
     assert from_dict(Recipe, read_json(run / "recipe.json"), complete=True, registry=REGISTRY) == config
+
+
+SHARDED = """
+import json, sys
+from pathlib import Path
+import torch
+from torch.distributed.tensor import DTensor
+from spar.cli.main import main
+from spar.training.distributed import DistributedContext, ParallelismConfig
+from spar.training.teacher import load_external_teacher
+
+folders, command = sys.argv[1:6], sys.argv[6:]
+parallel, found = DistributedContext.initialize(ParallelismConfig(strategy="fsdp"), "cpu"), {}
+pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+for folder in folders:
+    teacher = load_external_teacher(folder)
+    width, wanted, whole = teacher.width(), teacher(pixels)[0], sum(p.numel() for p in teacher.parameters() if p.dim())
+    teacher.shard(parallel)
+    for _ in range(2):
+        same = torch.equal(teacher(pixels)[0], wanted)
+        kept = sum(p.to_local().numel() for p in teacher.parameters() if isinstance(p, DTensor))
+    found[folder] = same, teacher.width() == width, kept, whole
+Path(f"{parallel.rank}.json").write_text(json.dumps(found))
+sys.exit(main(command))
+"""
+
+
+@pytest.mark.slow
+def test_in_a_sharded_run_each_process_keeps_a_part_of_it(tiny_run, tmp_path, monkeypatch):
+    """All kinds give the same features to the last bit, and a run has the losses of one process."""
+    monkeypatch.chdir(tmp_path)
+    for kind in KINDS:
+        save(kind, tmp_path / kind)
+    Path("script.py").write_text(SHARDED)
+    words = [
+        "train", "tiny", "--stage", "unified-2", "--init-from", str(tiny_run.path / "unified-1" / "done"),
+        "--alignment.teacher", "external", "--alignment.external", "dinov2", "--parallelism.precision", "fp32",
+        "--stages.unified-2.optimizer", "adamw", "--stages.unified-2.lr", "1e-5", "--stages.unified-2.lr-end", "1e-6",
+    ]  # fmt: skip
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--", "script.py"]
+    done = subprocess.run(
+        [*start, *KINDS, *words, "--run", "two", "--parallelism.strategy", "fsdp"], capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads(Path(f"{rank}.json").read_text()) for rank in range(2))
+    for kind in KINDS:
+        (*right, kept, whole), (*also, rest, _) = first[kind], second[kind]
+        assert all(right) and all(also) and kept + rest == whole and kept < 0.6 * whole, kind
+    assert main([*words, "--run", "one"]) == 0
+    one, two = (Path(run, "metrics.jsonl").read_text().splitlines() for run in ("one", "two"))
+    for a, b in zip(map(json.loads, one), map(json.loads, two), strict=True):
+        for name in ("loss", "cosine_plain", "cosine_centered"):
+            assert a[name] == pytest.approx(b[name], rel=5e-4, abs=2e-5)
 
 
 def test_a_teacher_of_another_width_sets_that_of_the_head(tiny_run, tmp_path):

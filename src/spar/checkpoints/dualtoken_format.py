@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from spar.checkpoints import model_header
-from spar.checkpoints.formats.internvl import open_text_tokenizer
+from spar.checkpoints.formats.text_tokenizer import open_text_tokenizer
 from spar.checkpoints.model_card import dualtoken_card
 from spar.checkpoints.model_header import (
     check_prompt_tokens,

@@ -16,12 +16,8 @@ from torch import nn
 from spar.checkpoints.dualtoken_format import DualTokenBundle
 from spar.checkpoints.formats import dualtoken_public, internvl, siglip
 from spar.checkpoints.formats.checkpoint_source import CheckpointSource, fetch
-from spar.checkpoints.formats.foreign_config import ForeignConfig
 from spar.checkpoints.formats.key_map import KeyMap, TensorReader, TensorSlice
-from spar.checkpoints.formats.torch_pickle import TorchPickleReader
-from spar.checkpoints.from_published import with_configs
 from spar.checkpoints.model_header import versions
-from spar.checkpoints.safetensors_io import SafetensorsReader
 from spar.checkpoints.sized_build import FRESH, outline
 from spar.common.config import differences
 from spar.common.errors import InputError
@@ -59,10 +55,10 @@ def build_dualtoken(
         semantic_layer=taps.semantic_layer,
     )
     real = replace(config, vision=vision, text_tower=parts.text_tower, text=parts.text)
-    files, keys = parts.weights("vision"), KeyMap()
-    keys.add(files, siglip.translate)
+    keys = KeyMap()
+    keys.add(parts.weights("vision"), siglip.translate)
     filled = {**TOWERS, LANGUAGE: "llm"}
-    return _finish(config, real, sampling, parts, keys, filled, {"vision": files}, seed, recipe, max_prompt_tokens)
+    return _finish(config, real, sampling, parts, keys, filled, parts.sources, seed, recipe, max_prompt_tokens)
 
 
 def convert_dualtoken(
@@ -80,9 +76,10 @@ def convert_dualtoken(
     Raises:
         InputError: as `build_dualtoken`, and a file that is no such checkpoint.
     """
-    files, where = _open(path)
+    source, files = _open(path)
     parts = _Parts.read(sources, revisions or {})
-    given = ForeignConfig.read(Path(settings) if settings else where / "config.json").inner("rqvaesiglip")
+    beside = CheckpointSource.of_file(Path(settings) if settings else source.folder / "config.json")
+    given = beside.config(beside.name).inner("rqvaesiglip")
     pixel, semantic = (dualtoken_public.quantizer_config(given.inner(name)) for name in ("vq_pix", "vq_sem"))
     taps = {
         "shortcut_layer": given.whole("layer_shortcut"), "pixel_layer": given.whole("layer_recon"),
@@ -96,14 +93,14 @@ def convert_dualtoken(
     keys = KeyMap()
     keys.add(files, lambda key: dualtoken_public.translate(key, len(real.decoder.channels), entries))
     filled = {"tokenizer": "dualtoken", LANGUAGE: "llm"}
-    read = {"dualtoken": files}
-    bundle = _finish(config, real, sampling, parts, keys, filled, read, seed, recipe, max_prompt_tokens)
+    found = {"dualtoken": source, "settings": beside, **parts.sources}
+    bundle = _finish(config, real, sampling, parts, keys, filled, found, seed, recipe, max_prompt_tokens)
     dualtoken_public.check_forms(files)
     return bundle
 
 
-def _open(path: str) -> tuple[TensorReader, Path]:
-    """A checkpoint's tensors and its folder; a pickled file is read as plain tensors alone."""
+def _open(path: str) -> tuple[CheckpointSource, TensorReader]:
+    """A checkpoint and its tensors."""
     file = Path(path)
     if file.is_dir():
         found = [one for one in sorted(file.iterdir()) if one.suffix in (".safetensors", ".pt", ".pth")]
@@ -112,8 +109,8 @@ def _open(path: str) -> tuple[TensorReader, Path]:
         (file,) = found
     if not file.is_file():
         raise InputError(f"expected a checkpoint of DualToken's tokenizer, got {path}, which does not exist")
-    reader = SafetensorsReader(file) if file.suffix == ".safetensors" else TorchPickleReader(file)
-    return reader, file.parent
+    source = CheckpointSource.of_file(file)
+    return source, source.tensors(file.name)
 
 
 class _Parts:
@@ -121,10 +118,10 @@ class _Parts:
 
     def __init__(self, found: dict[str, CheckpointSource]) -> None:
         self.sources = found
-        vision, llm = found["vision"].folder, found["llm"].folder
-        self.vision, self.text_tower = siglip.read_config(ForeignConfig.read(vision / "config.json"))
-        self.tower_tokenizer = internvl.open_text_tokenizer(vision)
-        self.text_tokenizer = with_image_tokens(internvl.open_text_tokenizer(llm), llm)
+        vision, llm = found["vision"], found["llm"]
+        self.vision, self.text_tower = siglip.read_config(vision.config("config.json"))
+        self.tower_tokenizer = vision.text_tokenizer()
+        self.text_tokenizer = with_image_tokens(llm.text_tokenizer(), llm.folder)
         self.text = self._text(llm)
 
     @classmethod
@@ -139,14 +136,14 @@ class _Parts:
             {name: fetch(named[name], internvl.FILES, revision=revisions.get(name), what=name) for name in SOURCES}
         )
 
-    def weights(self, name: str) -> SafetensorsReader:
+    def weights(self, name: str) -> TensorReader:
         return self.sources[name].weights("model")
 
-    def _text(self, folder: Path) -> TextConfig:
-        config, files = ForeignConfig.read(folder / "config.json"), self.weights("llm")
+    def _text(self, llm: CheckpointSource) -> TextConfig:
+        config, files = llm.config("config.json"), self.weights("llm")
         tied = internvl.is_tied(files, stated=bool(config.get("tie_word_embeddings", default=False)))
         text = internvl.read_text_config(config, config, tied, self.text_tokenizer)
-        check_rows(self.text_tokenizer, text.vocab_size, f"{folder}: rows of word embeddings")
+        check_rows(self.text_tokenizer, text.vocab_size, f"{llm.folder}: rows of word embeddings")
         return text
 
 
@@ -177,7 +174,7 @@ def translate_llm(key: str, *, head: bool) -> tuple[TensorSlice, ...] | None:
 
 def _finish(
     expected: DualTokenConfig, real: DualTokenConfig, sampling: CodeSampling, parts: _Parts, keys: KeyMap,
-    filled: dict[str, str], read: dict[str, TensorReader], seed: int, recipe: str, max_prompt_tokens: int,
+    filled: dict[str, str], sources: dict[str, CheckpointSource], seed: int, recipe: str, max_prompt_tokens: int,
 ) -> DualTokenBundle:  # fmt: skip
     """Build the model on the meta device, fill it, and bundle it with its tokenizers and origins."""
     llm = parts.weights("llm")
@@ -190,16 +187,10 @@ def _finish(
         module: nn.Module = model.get_submodule(prefix)
         module.load_state_dict(keys.tensors(prefix), assign=True)
     origins = {**filled, **init_missing(model, seed)}
-    records = {
-        name: parts.sources[name].record(with_configs(files.files)) for name, files in read.items() if name in SOURCES
-    }
-    records["llm"] = parts.sources["llm"].record(with_configs(llm.files))
-    if "dualtoken" in read:
-        file = read["dualtoken"].files[0]
-        records["dualtoken"] = CheckpointSource(file.parent, file.name).record([file])
     found = differences(expected, real, "model")
     manifest = {
-        "recipe": recipe, "seed": seed, "versions": versions(), "sources": records, "parts": origins, "stages": {},
+        "recipe": recipe, "seed": seed, "versions": versions(), "parts": origins, "stages": {},
+        "sources": {name: one.record() for name, one in sources.items()},
         "differences": [f"{name}: the recipe expects {a!r}, the checkpoint has {b!r}" for name, a, b in found],
     }  # fmt: skip
     return DualTokenBundle(

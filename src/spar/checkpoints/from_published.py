@@ -5,7 +5,6 @@ The model is built on the meta device and gets the checkpoints' tensors one by o
 
 import zlib
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from spar.checkpoints.formats import dcae, internvl, sana
 from spar.checkpoints.formats.checkpoint_source import CheckpointSource, fetch
 from spar.checkpoints.formats.key_map import KeyMap, TensorReader
 from spar.checkpoints.model_header import versions
-from spar.checkpoints.safetensors_io import SafetensorsReader
 from spar.checkpoints.sized_build import FRESH, outline
 from spar.checkpoints.spar_format import TRAINING_PARTS, ModelBundle, SamplingConfig
 from spar.common.config import differences
@@ -83,8 +81,7 @@ def build_from_published(
     model, pixel_encoder, origins = build_from_tensors(real, keys, PUBLISHED, seed)
     model.tokenizer.latent_scale.fill_(parts.scaling_factor)
     origins["latent scale"] = "the autoencoder's scaling_factor, until a tokenizer stage measures it"
-    records = {name: parts.sources[name].record(with_configs(files[name].files)) for name in SOURCES}
-    return finish(model, pixel_encoder, parts, config, sampling, origins, records, seed=seed, recipe=recipe)
+    return finish(model, pixel_encoder, parts, config, sampling, origins, parts.sources, seed=seed, recipe=recipe)
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,7 @@ class PublishedParts:
     denoiser: DenoiserConfig
     sampling_shift: float | None
 
-    def weights(self, name: str) -> SafetensorsReader:
+    def weights(self, name: str) -> TensorReader:
         """The tensors of one of SOURCES."""
         return self.sources[name].weights(*WEIGHTS[name])
 
@@ -114,18 +111,21 @@ def read_parts(
     """Find the published parts and read their configurations.
 
     Args:
-        llm: the LLM's tensors if they are not those of the mllm's own files.
+        llm: the LLM's tensors if they are a whole model's; of the mllm and the DiT no weights are fetched then.
 
     Raises:
         InputError: as `build_from_published`, except for the weights.
     """
     if unknown := sorted(set(revisions) - set(SOURCES)):
         raise InputError(f"revision: expected parts of {', '.join(SOURCES)}, got {', '.join(unknown)}")
-    found = {name: fetch(sources[name], PATTERNS[name], revision=revisions.get(name), what=name) for name in SOURCES}
-    folder = found["mllm"].folder
-    text_tokenizer = internvl.read_text_tokenizer(folder)
+    found = {}
+    for name in SOURCES:
+        read = llm is None or name == "autoencoder"  # whose weights a whole model of UniLIP has not
+        wanted = tuple(pattern for pattern in PATTERNS[name] if read or not pattern.endswith(".safetensors"))
+        found[name] = fetch(sources[name], wanted, revision=revisions.get(name), what=name)
+    text_tokenizer = internvl.read_text_tokenizer(found["mllm"])
     files = llm or found["mllm"].weights(*WEIGHTS["mllm"])
-    vision, text = internvl.read_config(folder, files, text_tokenizer, own_vocabulary=llm is not None)
+    vision, text = internvl.read_config(found["mllm"], files, text_tokenizer, own_vocabulary=llm is not None)
     autoencoder, scaling_factor = dcae.read_config(found["autoencoder"])
     grid = vision.image_size // (2 * vision.patch_size)
     denoiser, shift = sana.read_config(found["dit"], config.denoiser, autoencoder.latent_channels, grid)
@@ -139,7 +139,7 @@ def finish(
     config: SparConfig,
     sampling: SamplingConfig,
     origins: dict[str, str],
-    records: dict[str, Any],
+    sources: dict[str, CheckpointSource],
     *,
     seed: int,
     recipe: str,
@@ -152,7 +152,7 @@ def finish(
         "recipe": recipe,
         "seed": seed,
         "versions": versions(),
-        "sources": records,
+        "sources": {name: one.record() for name, one in sources.items()},
         "parts": {**origins, "alignment head": "not in this folder: training starts it from random weights"},
         "differences": [f"{name}: the recipe expects {a!r}, the checkpoint has {b!r}" for name, a, b in found],
         "stages": {},
@@ -191,11 +191,6 @@ def build_from_tensors(
         model.connector.initialize_from(model.language)
         origins["connector"] += "; its layers are copies of the LLM's last"
     return model, pixel_encoder, origins
-
-
-def with_configs(files: list[Path]) -> list[Path]:
-    """The given files and the configurations in their folders."""
-    return [*files, *(path for folder in {file.parent for file in files} for path in folder.glob("*.json"))]
 
 
 def init_missing_weights(model: SparModel, seed: int) -> dict[str, str]:

@@ -17,18 +17,8 @@ from spar.checkpoints.formats import dcae, internvl, sana, unilip
 from spar.checkpoints.formats.checkpoint_source import CheckpointSource, fetch
 from spar.checkpoints.formats.foreign_config import ForeignConfig
 from spar.checkpoints.formats.key_map import KeyMap, TensorReader
-from spar.checkpoints.formats.torch_pickle import TorchPickleReader
-from spar.checkpoints.from_published import (
-    PUBLISHED,
-    SOURCES,
-    PublishedParts,
-    build_from_tensors,
-    finish,
-    read_parts,
-    with_configs,
-)
+from spar.checkpoints.from_published import PUBLISHED, SOURCES, PublishedParts, build_from_tensors, finish, read_parts
 from spar.checkpoints.model_header import check_latent_scale
-from spar.checkpoints.safetensors_io import SafetensorsReader
 from spar.checkpoints.spar_format import ModelBundle, SamplingConfig
 from spar.common.errors import InputError
 from spar.models.config import SparConfig
@@ -72,12 +62,11 @@ def convert_unilip(
     """
     source, files = _open(path)
     kind = unilip.checkpoint_kind(files)
-    single = Path(path).is_file()
-    settings = ForeignConfig({}, path) if single else ForeignConfig.read(source.folder / "config.json")
+    settings = ForeignConfig({}, path) if Path(path).is_file() else source.config("config.json")
     revisions, named = revisions or {}, _named(sources, settings)
     parts = read_parts(config, named, revisions, llm=files if kind == "model" else None)
     real, scale = _sizes(config, parts, files, kind, router), _factor(settings, factor)
-    keys, filled, read = _keys(parts, files, kind, tied=real.text.tied_head)
+    keys, filled = _keys(parts, files, kind, tied=real.text.tied_head)
     model, pixel_encoder, origins = build_from_tensors(real, keys, filled, seed)
     init_fusion_to_identity(model.tokenizer.fusion)
     init_router_to_last(model.router)
@@ -87,25 +76,25 @@ def convert_unilip(
         "router": f"passes the last layer on ({router})",
         "latent scale": "unilip",
     }
-    records = {"unilip": source.record(files.files if single else with_configs(files.files))}
-    records |= {name: parts.sources[name].record(with_configs(read[name])) for name in read}
-    return finish(model, pixel_encoder, parts, config, sampling, origins, records, seed=seed, recipe=recipe)
+    found = {"unilip": source, **parts.sources}
+    return finish(model, pixel_encoder, parts, config, sampling, origins, found, seed=seed, recipe=recipe)
 
 
 def _open(path: str) -> tuple[CheckpointSource, TensorReader]:
-    """Open the checkpoint and its tensors; the only place that reads a pickled file."""
+    """Open the checkpoint and its tensors."""
     file = Path(path)
     if file.is_file():
-        source = CheckpointSource(file.parent, file.name)
-        return source, SafetensorsReader(file) if file.suffix == ".safetensors" else TorchPickleReader(file)
+        source = CheckpointSource.of_file(file)
+        return source, source.tensors(file.name)
     source = fetch(path, ("*.json", "*.safetensors"), what="unilip")
     return source, source.weights("model")
 
 
 def _factor(settings: ForeignConfig, factor: float | None) -> float:
     """Factor that scales UniLIP's latent to unit variance."""
-    scale = settings.number("unilip_factor", default=0.0) if factor is None else factor
-    return check_latent_scale(scale, "factor", "the scale of UniLIP's latent (10.6 in its scripts)")
+    if factor is None and "unilip_factor" in settings:
+        factor = settings.number("unilip_factor")
+    return check_latent_scale(factor, "factor", "the scale of UniLIP's latent (10.6 in its scripts)")
 
 
 def _named(sources: dict[str, str | None], settings: ForeignConfig) -> dict[str, str]:
@@ -141,21 +130,19 @@ def _sizes(
     )
 
 
-def _keys(
-    parts: PublishedParts, files: TensorReader, kind: str, *, tied: bool
-) -> tuple[KeyMap, dict[str, str], dict[str, list[Path]]]:
-    """Every tensor under our names, the parts that they fill, and the files read of the published parts."""
+def _keys(parts: PublishedParts, files: TensorReader, kind: str, *, tied: bool) -> tuple[KeyMap, dict[str, str]]:
+    """Every tensor under our names, and the parts that they fill."""
     keys, autoencoder = KeyMap(), parts.weights("autoencoder")
     keys.add(autoencoder, dcae.translate, [key for key in autoencoder.shapes if key.startswith("encoder.")])
     if kind == "model":
         keys.add(files, lambda key: unilip.translate_model(key, head=not tied))
-        return keys, MODEL, {"autoencoder": autoencoder.files}
+        return keys, MODEL
     mllm, dit = parts.weights("mllm"), parts.weights("dit")
     keys.add(files, unilip.translate_tokenizer)
     llm = [key for key in mllm.shapes if "language_model" in key or "lm_head" in key]  # not its encoder
     keys.add(mllm, lambda key: internvl.translate(key, head=not tied), llm)
     keys.add(dit, sana.translate)
-    return keys, TOKENIZER, {"mllm": mllm.files, "autoencoder": autoencoder.files, "dit": dit.files}
+    return keys, TOKENIZER
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from spar import __version__
-from spar.checkpoints.formats.internvl import open_text_tokenizer
+from spar.checkpoints.formats.text_tokenizer import open_text_tokenizer
 from spar.common.config import read_json, write_json
 from spar.common.errors import InputError
 from spar.common.files import is_temporary

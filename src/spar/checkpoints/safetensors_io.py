@@ -41,8 +41,9 @@ class SafetensorsReader:
     """The tensors of `NAME.safetensors`, or of the shards that `NAME.safetensors.index.json` lists.
 
     `shapes` has every tensor, with its type, on the meta device, `types` the names of their types in safetensors
-    ("F32", "BF16"); `read` returns one tensor with its own memory. Raises `InputError` for files that are missing,
-    damaged, differ from the index, or have tensors of a type or shape that torch does not have.
+    ("F32", "BF16"); `read` returns one tensor with its own memory. `files` are those of the tensors, `opened` these
+    and the index. Raises `InputError` for files that are missing, damaged, differ from the index, or have tensors
+    of a type or shape that torch does not have.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,6 +51,7 @@ class SafetensorsReader:
         index = path.with_name(path.name + INDEX)
         listed = None if path.is_file() or not index.is_file() else _read_index(index)
         self.files = [path] if listed is None else [path.with_name(name) for name in dict.fromkeys(listed.values())]
+        self.opened = self.files if listed is None else [index, *self.files]
         handles = [_open(file) for file in self.files]
         self._where = {key: handle for handle in handles for key in handle.keys()}  # noqa: SIM118
         if listed is not None:
@@ -194,7 +196,7 @@ def write_tensors(
     )
     for name, keys in split.filename_to_tensors.items():
         shard = {key: read(key).detach().to("cpu", stored[key].dtype).contiguous() for key in keys}
-        check_finite(shard, path)
+        check_finite(shard, Path(path.parent.name, path.name))  # a folder that is written aside has a passing name
         try:
             with usual_mode(path.with_name(name)):
                 save_file(shard, path.with_name(name))

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoImageProcessor, AutoModel
 
 from spar.checkpoints.bundled import bundled_folder, is_bundled
@@ -18,6 +20,7 @@ from spar.checkpoints.dualtoken_format import load_dualtoken
 from spar.common.errors import InputError, first_line
 from spar.losses.perceptual import ConvNextLoss, LpipsLoss, PerceptualLoss
 from spar.models.encoder import PIXEL_MEAN, PIXEL_STD
+from spar.training.distributed import SINGLE_PROCESS, DistributedContext
 
 if TYPE_CHECKING:
     from spar.training.config import Recipe, StageConfig
@@ -76,18 +79,32 @@ class ExternalTeacher(nn.Module):
             self._width = self(torch.zeros(1, 3, self.side, self.side, device=self.mean.device))[0].shape[-1]
         return self._width
 
+    def shard(self, parallel: DistributedContext) -> None:
+        """Leave each process its rows of the weights alone, scalars aside; all call `forward` together from then on."""
+        mesh = init_device_mesh(parallel.device.type, (parallel.world,))
+        scalars = {p for p in self.parameters() if not p.dim()}
+        lists = [part for part in self.modules() if isinstance(part, nn.ModuleList)]
+        for part in (*(layer for one in reversed(lists) for layer in one), self):  # what is within a layer comes first
+            fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=scalars)
+
 
 class FrozenNetworks(Mapping[str, Any]):
-    """The networks from outside that a recipe's objectives name; each is loaded once, at its first use."""
+    """The networks from outside that a recipe's objectives name; each is loaded once, at its first use.
 
-    def __init__(self, recipe: "Recipe", device: torch.device | str = "cpu") -> None:
+    The teacher is sharded as the run's own frozen weights are; those of L_perc are small and whole on every process.
+    """
+
+    def __init__(self, recipe: "Recipe", parallel: DistributedContext = SINGLE_PROCESS) -> None:
         self.loaders = {name: load for one in recipe.stages for name, load in one.objective.networks(recipe).items()}
-        self.recipe, self.device, self.loaded = recipe, device, dict[str, nn.Module]()
+        self.recipe, self.parallel, self.loaded = recipe, parallel, dict[str, nn.Module]()
 
     def __getitem__(self, name: str) -> nn.Module:
         if name not in self.loaded:
             with torch.device("cpu"):  # also where modules are being built on the meta device
-                self.loaded[name] = self.loaders[name]().to(self.device)
+                network = self.loaders[name]()
+            if self.parallel.sharded and self.parallel.config.shard_frozen and isinstance(network, ExternalTeacher):
+                network.shard(self.parallel)
+            self.loaded[name] = network.to(self.parallel.device)
         return self.loaded[name]
 
     def __iter__(self) -> Iterator[str]:

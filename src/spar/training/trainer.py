@@ -116,7 +116,7 @@ def _execute(
     check_parallelism(chosen, parallel)
     if plan.status.init_fault and parallel.main:
         log.warning("the run has begun and goes on without what it started from: %s", plan.status.init_fault)
-    networks = FrozenNetworks(recipe, parallel.device)
+    networks = FrozenNetworks(recipe, parallel)
     networks.load(chosen)
     modules, rows = starting_modules(recipe, parallel, networks)
     check_patterns(modules, plan)

@@ -2,10 +2,14 @@
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from spar.checkpoints.formats.foreign_config import ForeignConfig
+from spar.checkpoints.formats.key_map import TensorReader
+from spar.checkpoints.formats.text_tokenizer import open_text_tokenizer, text_tokenizer_files
+from spar.checkpoints.formats.torch_pickle import TorchPickleReader
 from spar.checkpoints.safetensors_io import SafetensorsReader, has_tensors
 from spar.common.errors import InputError, first_line
 
@@ -16,29 +20,56 @@ LOCAL = re.compile(rf"[.~/].*|.*({'|'.join(map(re.escape, (*PICKLED, '.safetenso
 
 @dataclass(frozen=True)
 class CheckpointSource:
-    """A checkpoint on this disk. `name` is the folder's own name or the Hub id, `commit` that of the Hub."""
+    """A checkpoint on this disk, which notes what is read of it for its `record`.
+
+    `name` is the folder's own name or the Hub id, `commit` that of the Hub.
+    """
 
     folder: Path
     name: str
     commit: str | None = None
+    _read: set[Path] = field(default_factory=set, repr=False, compare=False)
 
-    def weights(self, stem: str, subfolder: str = "") -> SafetensorsReader:
+    @classmethod
+    def of_file(cls, file: Path) -> "CheckpointSource":
+        """A file by itself."""
+        return cls(file.parent, file.name)
+
+    def config(self, name: str) -> ForeignConfig:
+        """The fields of a file of JSON."""
+        path = self.folder / name
+        self._read.add(path)
+        return ForeignConfig.read(path)
+
+    def text_tokenizer(self) -> Any:
+        """The folder's tokenizer, as `open_text_tokenizer`."""
+        self._read.update(text_tokenizer_files(self.folder))
+        return open_text_tokenizer(self.folder)
+
+    def tensors(self, name: str) -> TensorReader:
+        """The tensors of a file or of its shards; a pickled file is read as plain tensors alone."""
+        path = self.folder / name
+        reader = SafetensorsReader(path) if path.suffix == ".safetensors" else TorchPickleReader(path)
+        self._read.update(reader.opened)
+        return reader
+
+    def weights(self, stem: str, subfolder: str = "") -> TensorReader:
         """The tensors of `STEM.safetensors`, in shards or not, or else of its bfloat16 variant."""
         folder = self.folder / subfolder
         for name in (f"{stem}.safetensors", f"{stem}.bf16.safetensors"):
             if has_tensors(folder / name):
-                return SafetensorsReader(folder / name)
+                return self.tensors(str(Path(subfolder, name)))
         pickled = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLED)
+        parts = sorted(path.name for path in folder.glob(f"{stem}*.safetensors"))
         found = f"only {', '.join(pickled[:3])}, which may run code when it is read" if pickled else "none"
+        found = f"only {', '.join(parts[:3])}, without an index" if parts else found
         raise InputError(f"{folder}: expected weights as {stem}.safetensors, found {found}")
 
-    def record(self, files: list[Path]) -> dict[str, Any]:
-        """Record of the read files for a manifest: the commit, or for a local folder the hashes of the files."""
-        name = name_as_text(self.name)
-        if self.commit is not None:
-            return {"source": name, "commit": self.commit}
-        sums = {name_as_text(path.relative_to(self.folder).as_posix()): _sha256(path) for path in sorted(files)}
-        return {"source": name, "sha256": sums}
+    def record(self) -> dict[str, Any]:
+        """Record for a manifest: the Hub's commit, if there is one, and the hashes of all files that were read."""
+        commit = {} if self.commit is None else {"commit": self.commit}
+        sums = {name_as_text(path.relative_to(self.folder).as_posix()): _sha256(path) for path in sorted(self._read)}
+        return {"source": name_as_text(self.name), **commit, "sha256": sums}
 
 
 def name_as_text(name: str) -> str:

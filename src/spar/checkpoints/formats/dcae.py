@@ -25,7 +25,7 @@ def read_config(source: CheckpointSource) -> tuple[AutoencoderConfig, float]:
     Raises:
         InputError: a field of another type, or a configuration that ours cannot hold.
     """
-    given = ForeignConfig.read(source.folder / "config.json")
+    given = source.config("config.json")
     given.expect("_class_name", "AutoencoderDC")
     parameters = inspect.signature(AutoencoderDC.__init__).parameters
     known = {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}

@@ -7,14 +7,14 @@ the LLM `language_model.model`, newer ones `model.language_model`; both are know
 import logging
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from spar.checkpoints.formats.checkpoint_source import CheckpointSource
 from spar.checkpoints.formats.foreign_config import ForeignConfig
 from spar.checkpoints.formats.key_map import TensorReader, TensorSlice
-from spar.common.errors import InputError, first_line
+from spar.common.errors import InputError
 from spar.models.config import TextConfig, VisionConfig
 from spar.models.encoder import TEXT_FIELDS, VISION_FIELDS
 from spar.processing.prompts import IMAGE_TOKEN, TURN_END
@@ -40,14 +40,14 @@ _QKV = re.compile(r"encoder\.layer\.(\d+)\.attn\.qkv\.(weight|bias)")
 
 
 def read_config(
-    folder: Path, files: TensorReader, text_tokenizer: Any, *, own_vocabulary: bool = False
+    source: CheckpointSource, files: TensorReader, text_tokenizer: Any, *, own_vocabulary: bool = False
 ) -> tuple[VisionConfig, TextConfig]:
     """Read the sizes of a checkpoint in either layout; unsupported settings are refused.
 
     Args:
-        own_vocabulary: the LLM in `files` has other rows of words than the folder's configuration says.
+        own_vocabulary: the LLM in `files` has other rows of words than the source's configuration says.
     """
-    config = ForeignConfig.read(folder / "config.json")
+    config = source.config("config.json")
     config.expect_if_given(downsample_ratio=0.5, ps_version="v2", projector_hidden_act="gelu")
     config.expect_if_given(vision_feature_layer=-1, select_layer=-1)
     text = config.inner("text_config", "llm_config")
@@ -166,25 +166,10 @@ def translate_projector(key: str) -> tuple[TensorSlice, ...] | None:
     return (TensorSlice(f"{ENCODER}.multi_modal_projector.{_PROJECTOR[number]}.{kind}"),)
 
 
-def read_text_tokenizer(folder: Path) -> Any:
+def read_text_tokenizer(source: CheckpointSource) -> Any:
     """The checkpoint's own tokenizer, its end token the end of a turn."""
-    tokenizer = open_text_tokenizer(folder)
+    tokenizer = source.text_tokenizer()
     if tokenizer.pad_token_id is None:
-        raise InputError(f"{folder}: expected a text tokenizer with a padding token, got none")
+        raise InputError(f"{source.folder}: expected a text tokenizer with a padding token, got none")
     tokenizer.eos_token = TURN_END
     return tokenizer
-
-
-def open_text_tokenizer(folder: Path) -> Any:
-    """A folder's tokenizer, as one file or as Qwen2's vocabulary and merges.
-
-    No class that the folder names is looked up, so that no code of its own can run.
-    """
-    from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
-
-    kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else Qwen2Tokenizer
-    try:
-        return kind.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises a bare Exception on a damaged file
-        reason = first_line(error)
-        raise InputError(f"{folder} holds no readable text tokenizer: {reason}") from error

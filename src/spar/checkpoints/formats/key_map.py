@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from spar.checkpoints.formats.torch_pickle import TorchPickleReader
-from spar.checkpoints.safetensors_io import SafetensorsReader, describe_mismatch
+from spar.checkpoints.safetensors_io import SafetensorsReader, check_finite, describe_mismatch
 from spar.common.errors import InputError
 
 
@@ -77,10 +77,11 @@ class KeyMap:
         return {name: rows.take(files.shapes[key]) for name, (files, key, rows) in self.sources.items()}
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """Read the weights of a part one by one, in their stored types."""
-        start = f"{prefix}."
-        return {
-            name.removeprefix(start): rows.take(files.read(key)).contiguous()
-            for name, (files, key, rows) in self.sources.items()
-            if name.startswith(start)
-        }
+        """Read the weights of a part one by one, in their stored types; InputError for numbers that are not finite."""
+        start, found = f"{prefix}.", dict[str, Tensor]()
+        for name, (files, key, rows) in self.sources.items():
+            if name.startswith(start):
+                value = files.read(key)
+                check_finite({key: value}, files.path)
+                found[name.removeprefix(start)] = rows.take(value).contiguous()
+        return found

@@ -7,16 +7,16 @@ silently uses 1. Here the shift of sampling is that of the field which the named
 from dataclasses import replace
 
 from spar.checkpoints.formats.checkpoint_source import CheckpointSource
-from spar.checkpoints.formats.foreign_config import ForeignConfig
 from spar.checkpoints.formats.key_map import TensorSlice
 from spar.common.errors import InputError
 from spar.models.config import DenoiserConfig
 from spar.models.denoiser import SANA_FIELDS
 
+SCHEDULER = "scheduler/scheduler_config.json"
 FILES = (
     "transformer/config.json", "transformer/diffusion_pytorch_model*.json",
     "transformer/diffusion_pytorch_model.safetensors", "transformer/diffusion_pytorch_model.bf16.safetensors",
-    "transformer/diffusion_pytorch_model-*.safetensors", "scheduler/scheduler_config.json",
+    "transformer/diffusion_pytorch_model-*.safetensors", SCHEDULER,
 )  # fmt: skip
 FOLDER, STEM = "transformer", "diffusion_pytorch_model"
 DENOISER = "denoiser"
@@ -33,7 +33,7 @@ def read_config(
     Raises:
         InputError: a configuration that ours cannot hold, as sine positions that are scaled for another grid.
     """
-    config = ForeignConfig.read(source.folder / FOLDER / "config.json")
+    config = source.config(f"{FOLDER}/config.json")
     config.expect("_class_name", "SanaTransformer2DModel")
     config.expect("patch_size", 1)
     config.expect_if_given(attention_bias=False, norm_elementwise_affine=False, guidance_embeds=False)
@@ -56,13 +56,12 @@ def read_config(
 
 
 def _shift(source: CheckpointSource) -> float | None:
-    path = source.folder / "scheduler" / "scheduler_config.json"
-    if not path.is_file():
+    if not (source.folder / SCHEDULER).is_file():
         return None
-    config = ForeignConfig.read(path)
+    config = source.config(SCHEDULER)
     kind = config.get("_class_name")
     if not isinstance(kind, str) or kind not in SHIFTS:
-        raise InputError(f"{path}: expected a scheduler of the kinds {', '.join(SHIFTS)}, got {kind!r}")
+        raise InputError(f"{config.where}: expected a scheduler of the kinds {', '.join(SHIFTS)}, got {kind!r}")
     return config.number(SHIFTS[kind], default=1.0)
 
 

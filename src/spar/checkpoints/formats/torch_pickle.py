@@ -18,10 +18,10 @@ NESTED = ("state_dict", "model", "module")  # keys of the weights in files of tr
 
 
 class TorchPickleReader:
-    """As `SafetensorsReader`, for one file: `path`, `files`, `shapes` and `read`."""
+    """As `SafetensorsReader`, for one file: `path`, `opened`, `shapes` and `read`."""
 
     def __init__(self, path: Path, max_bytes: int = MAX_BYTES) -> None:
-        self.path, self.files = path, [path]
+        self.path, self.opened = path, [path]
         self._tensors = _tensors_of(_load(path, max_bytes), path)
         self.shapes = {key: torch.empty_like(value, device="meta") for key, value in self._tensors.items()}
 
@@ -41,8 +41,14 @@ def _load(path: Path, max_bytes: int) -> Any:
     except InputError:
         raise
     except Exception as error:  # the reader raises nearly anything on what it does not admit
-        reason = first_line(error)
-        raise InputError(f"{path} holds more than plain tensors, or is damaged: {reason}") from error
+        raise InputError(f"{path} holds more than plain tensors, or is damaged: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What torch objects to, without its advice to run what is in the file."""
+    text, advice, _ = str(error).partition("\n\nCheck the documentation")
+    last = text.rpartition("\n")[2] if advice else text
+    return first_line(error, last.rpartition("WeightsUnpickler error: ")[2]).partition(". ")[0]
 
 
 def _tensors_of(data: Any, path: Path) -> dict[str, Tensor]:
@@ -50,6 +56,9 @@ def _tensors_of(data: Any, path: Path) -> dict[str, Tensor]:
     for name in NESTED:
         if isinstance(data, dict) and isinstance(data.get(name), dict):
             data = data[name]
-    if not isinstance(data, dict) or not data or not all(isinstance(value, Tensor) for value in data.values()):
-        raise InputError(f"{path}: expected a dictionary of tensors, got {type(data).__name__}")
+    if not isinstance(data, dict) or not data:
+        got = "an empty one" if data == {} else type(data).__name__
+        raise InputError(f"{path}: expected a dictionary of tensors, got {got}")
+    if others := [key for key, value in data.items() if not isinstance(value, Tensor)]:
+        raise InputError(f"{path}: expected a dictionary of tensors, got others too, such as {others[0]!r}")
     return {str(key): value for key, value in data.items()}
