@@ -266,7 +266,8 @@ def test_the_departures_of_the_guide_to_training_are_the_recipes():
         assert {*found} == {*names}, name
         return [f"{found[stage]:g}" for stage in names]
 
-    llm, tokenizer, unified = ("mllm", "mllm-2"), [f"tokenizer-{n}" for n in "123"], ["unified-2", "unified-3"]
+    llm = ("mllm", "mllm-2", "mllm-3", "mllm-4")
+    tokenizer, unified = [f"tokenizer-{n}" for n in "123"], ["unified-2", "unified-3"]
     fused, second, third = said("objective", "native_fused", *tokenizer)
     (penalty,) = said("objective", "latent_penalty", "autoencoder")
     (noise,) = {*said("objective", "latent_noise", "autoencoder", *tokenizer[1:])}
@@ -274,9 +275,10 @@ def test_the_departures_of_the_guide_to_training_are_the_recipes():
     (tags,) = {*said("objective", "edit_tags", *llm)}
     (balance,) = {*said("objective", "balance", "unified-1", *unified)}
     prompts, per_image = said("data", "prompt_share", *llm), said("data", "per_image", *llm)
+    assert (prompts[3], per_image[2:]) == (prompts[1], per_image[:2])
     (placed,) = said("data", "position_captions", "unified-2")
     layouts = values("data", "layouts")
-    assert [layouts.pop(name) for name in llm] == [True, True] and [*layouts] == unified and second == third
+    assert all(layouts.pop(name) for name in llm) and [*layouts] == unified and second == third
     (drawn,) = {*layouts.values()}
     flow, streams, denoiser = own.flow, model.streams, model.denoiser
     headings = (
@@ -284,8 +286,8 @@ def test_the_departures_of_the_guide_to_training_are_the_recipes():
         f"`objective.latent_penalty` {float(penalty):.0e} (autoencoder).".replace("e-03", "e-3"),
         f"`objective.latent_noise` {noise}.", f"`objective.pixel` {pixel} (encoder).",
         f"`objective.edit_tags` {tags} (mllm stages).", f"`objective.balance` {balance} (unified stages).",
-        f"`data.prompt_share` (mllm {prompts[0]}, mllm-2 {prompts[1]}).",
-        f"`data.per_image` {per_image[0]}, then {per_image[1]} (mllm stages).",
+        f"`data.prompt_share` (mllm {prompts[0]}, mllm-2 and mllm-4 {prompts[1]}, mllm-3 {prompts[2]}).",
+        f"`data.per_image` {per_image[0]} (mllm, mllm-3), {per_image[1]} (mllm-2, mllm-4).",
         f"`data.layouts` (mllm stages: true; unified-2, unified-3: {drawn:g}).",
         f"`model.denoiser.position_gain` {denoiser.position_gain:g}.",
         f'`model.denoiser.self_attention` "{denoiser.self_attention}".',

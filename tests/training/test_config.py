@@ -31,8 +31,7 @@ JOINT = {*BRIDGE, "model.denoiser", "alignment_head"}
 # SPAR.md's tables (sections 1 and 2), and what the foundations make: the InternViT, the LLM, DC-AE, SANA.
 TRAINS = {
     "encoder": {ENCODER, "dense_head"},
-    "mllm": {"model.language"},
-    "mllm-2": {"model.language"},
+    **dict.fromkeys(("mllm", "mllm-2", "mllm-3", "mllm-4"), {"model.language"}),
     "autoencoder": {"pixel_encoder", DECODER},
     "dit": {"model.denoiser"},
     "tokenizer-1": STREAMS,

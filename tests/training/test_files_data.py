@@ -428,7 +428,7 @@ def test_lessons_become_plain_captions_and_edits_and_other_stages_keep_what_they
     assert shares["unified-1"] == 0 < shares["unified-2"]
     assert {name: plain[name] for name in lessons} == {name: MixedData(share) for name, share in shares.items()}
     assert plain["dit"] == CaptionData() and plain["tokenizer-1"] == ImageData()
-    language = ("mllm", "mllm-2")
+    language = ("mllm", "mllm-2", "mllm-3", "mllm-4")
     assert all(plain[name] == tiny_run.recipe.stage(name).data for name in ("encoder", *language))
     assert type(FilesData.nearest(CaptionLessons(position_captions=1.0))) is CaptionData
     assert FilesData.nearest(ImageData(image_size=32)) == ImageData(image_size=32)

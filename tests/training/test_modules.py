@@ -91,7 +91,7 @@ EVERYWHERE = {"model", "pixel_encoder"}
     ("stages", "heads"),
     [
         (("encoder",), {"dense_head"}),
-        (("mllm", "mllm-2"), {"dense_head"}),  # tags after edits
+        (("mllm", "mllm-2", "mllm-3", "mllm-4"), {"dense_head"}),  # tags after edits
         (("autoencoder", "dit", "tokenizer-1", "tokenizer-2"), set()),
         (("tokenizer-3",), {"discriminator", "lecam", "teacher"}),
         (("unified-1", "unified-2"), {"alignment_head"}),

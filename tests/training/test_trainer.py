@@ -477,7 +477,7 @@ def test_the_model_of_any_finished_stage_can_be_had(tiny_run, stage):
 
 def test_the_manifest_tells_only_of_the_stages_that_made_the_model(tiny_run):
     stages = load_stage_model(tiny_run.path, REGISTRY, "dit").manifest["stages"]
-    assert list(stages) == ["encoder", "mllm", "mllm-2", "autoencoder", "dit"]
+    assert list(stages) == ["encoder", "mllm", "mllm-2", "mllm-3", "mllm-4", "autoencoder", "dit"]
 
 
 def test_the_model_of_a_stage_that_has_not_ended_is_refused(half, tmp_path):

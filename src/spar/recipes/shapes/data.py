@@ -270,7 +270,8 @@ def misplaced(scene: Scene, target: Scene, rng: np.random.Generator) -> tuple[Sc
         moved[item.x, item.y] = x, y
 
     def placed(one: Scene) -> Scene:
-        items = [replace(o, **dict(zip("xy", moved.get((o.x, o.y), (o.x, o.y)), strict=True))) for o in one.objects]
+        places = [moved.get((item.x, item.y), (item.x, item.y)) for item in one.objects]
+        items = (replace(item, x=x, y=y) for item, (x, y) in zip(one.objects, places, strict=True))
         return replace(one, objects=tuple(items))
 
     return placed(scene), placed(target)

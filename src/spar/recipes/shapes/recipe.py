@@ -1,6 +1,6 @@
 """`shapes`: the whole of SPAR from random weights on version 2 of the shapes world, on two CPU cores.
 
-Five foundation stages make what InternVL3, DC-AE and SANA bring at full size; the paper's six stages follow with its
+Seven foundation stages make what InternVL3, DC-AE and SANA bring at full size; the paper's six stages follow with its
 trainable and frozen sets (SPAR sections 1 and 2). Departures for the small setting are in docs/training.md.
 """
 
@@ -49,7 +49,7 @@ _MLLM_2 = StageConfig(
 _POSITIONS = replace(
     _QUESTIONS_AND_PROMPTS, per_image=8, prompt_share=0.1,
     questions=(
-        *8 * ("position",), *2 * ("relation", "place"), "exists", "color", "count", "size", "attribute"
+        *8 * ("position",), *2 * ("relation",), *2 * ("place",), "exists", "color", "count", "size", "attribute"
     ),
 )  # fmt: skip
 FOUNDATIONS = (
