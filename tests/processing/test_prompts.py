@@ -70,6 +70,11 @@ def test_the_images_opening_token_ends_a_prompt_where_the_model_wants_it(prompts
     for made, plain in ((opening.generation, prompts.generation), (opening.edit, prompts.edit)):
         assert real(made(["a red circle", None])) == [row + start for row in real(plain(["a red circle", None]))]
     assert real(opening.question(["how many?"])) == real(prompts.question(["how many?"]))
+    texts, layouts = ["remove the red circle"], ["no red circle"]  # a layout is no image: it is asked as in training
+    for edits in (False, True):
+        asked = real(opening.layout_questions(texts, edits=edits))[0]
+        assert opening.pack_layouts(texts, layouts, edits=edits).ids[0].tolist()[: len(asked)] == asked
+        assert asked == real((prompts.edit if edits else prompts.generation)(texts))[0]
 
 
 def test_an_edit_has_as_many_placeholders_as_its_reference_has_tokens(prompts):

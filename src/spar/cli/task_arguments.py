@@ -119,7 +119,7 @@ class PromptFileArguments(SamplingArguments, ABC):
     layout: str | None = None
     """Of a model that writes layouts: where everything lies, of an edit what changes, in words, in place of its own."""
     no_layout: Flag = False
-    """Of such a model: draw of the prompt itself, without a layout."""
+    """Of such a model: draw of the prompt or instruction itself, without a layout."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

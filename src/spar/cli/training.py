@@ -262,7 +262,9 @@ def _train(args: Any, plan: "RunPlan", device: "torch.device", going_on: Continu
         if not quiet:
             print(f"spar: stopped; {going_on}", file=sys.stderr)
         return INTERRUPTED
-    except (BrokenPipeError, SystemExit):  # Python's own, and what Rich makes of it
+    except (BrokenPipeError, SystemExit) as error:  # Python's own, and what Rich makes of it
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise
         if not quiet:
             print(f"spar: stopped by a closed pipe; {going_on}", file=sys.stderr)
         return BROKEN_PIPE

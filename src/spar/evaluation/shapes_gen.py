@@ -153,8 +153,6 @@ def draw_prompts(
     return drawn
 
 
-
-
 def _run(benchmark: str, pipe: PipelineLike, options: EvalOptions, progress: Advance | None) -> Result:
     clock = Timer()
     prompts, each = gen_prompts(options, benchmark), options.images_per_prompt

@@ -187,9 +187,15 @@ class StepwisePipeline(LayoutPipeline):
         self.check_layout(True, (pixels.shape[-2], pixels.shape[-1]))
         check_range("instructions", len(instructions), 1, limits.MAX_IMAGES)
         with torch.inference_mode(), self._compute(len(instructions)):
-            f_v = self._read_images(pixels)
+            f_v = self._read_references(pixels, alone=True)
             self._load_to_device("streams", "language", "router_and_connector")
             return self._write_layouts(instructions, list_seeds(seed, len(instructions)), f_v)
+
+    def _read_references(self, pixels: Tensor, *, alone: bool) -> Tensor:
+        """`f_v` of images to edit; `alone`: as each has it in no batch, since a layout's words may depend on the last
+        bit.
+        """
+        return torch.cat([self._read_images(one) for one in pixels.split(1 if alone else len(pixels))])
 
     def _numbers(
         self, steps: int | None, guidance: float | None, per_prompt: int
@@ -216,7 +222,7 @@ class StepwisePipeline(LayoutPipeline):
         """
         noise, count, texts = self._noise(seeds, batch.size), len(seeds), inputs.texts
         per_prompt = count // len(texts)
-        f_v = self._read_images(inputs.pixels) if inputs.pixels is not None else None
+        f_v = None if inputs.pixels is None else self._read_references(inputs.pixels, alone=inputs.write is not None)
         references = f_v
         if inputs.write is not None:  # each image is a prompt of its own
             texts = [one for one in texts for _ in range(per_prompt)]
@@ -239,11 +245,14 @@ class StepwisePipeline(LayoutPipeline):
         condition = self.model.precompute_key_values(condition)
         rows = []
         for i, seed in enumerate(seeds):
-            place, layout = i // per_prompt, {"layout": layouts[i]} if layouts and layouts[i] else {}
+            place, notes = i // per_prompt, dict(inputs.notes)
+            layout = {} if layouts is None or not layouts[i] else {"layout": layouts[i]}
+            if layouts is not None and not layout:  # the LLM wrote no sound one: so the image is made again
+                notes["no_layout"] = True
             asked = {inputs.what: texts[place], "negative_prompt": negatives[place], "seed": seed, **layout}
             prompt = tokens.ids[place], tokens.mask[place], routed.weights[place]
             columns = condition.mask.shape[1]
-            rows.append(BatchRow(seed, guidance[i], asked, dict(inputs.notes), *prompt, columns=columns))
+            rows.append(BatchRow(seed, guidance[i], asked, notes, *prompt, columns=columns))
         return noise, condition, rows
 
     def _conditions(

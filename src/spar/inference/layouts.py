@@ -39,7 +39,9 @@ class _Generator(nn.Module):
 
 
 class LayoutPipeline(Pipeline):
-    """A pipeline whose LLM may write layouts; `bundle.sampling.layout` says whether it was taught to."""
+    """A pipeline whose LLM may write layouts; `bundle.sampling` says whether it was taught to (`layout`, and of edits
+    `edit_layout`).
+    """
 
     def write_layouts(self, prompt: str | Sequence[str], *, seed: int | Sequence[int] | None = None) -> list[str]:
         """The layout that `generate` writes for one image of each prompt at the same seed: to read, or to change and
@@ -80,9 +82,12 @@ class LayoutPipeline(Pipeline):
         In float32, whatever the weights are held in: with rounded products a word would depend on the batch.
         """
         editing = f_v is not None
-        tokens = (self.prompts.edit(prompts) if editing else self.prompts.layout_questions(prompts)).to(self.device)
+        tokens = self.prompts.layout_questions(prompts, edits=editing).to(self.device)
         own = tuple(int(np.random.SeedSequence((seed, LAYOUT_STREAM)).generate_state(1)[0]) for seed in seeds)
-        most = min(self.max_prompt_tokens, self.model.config.text.max_seq_len - int(tokens.mask.sum(1).max()))
+        left = self.model.config.text.max_seq_len - int(tokens.mask.sum(1).max())
+        if editing:  # the layout is drawn of with its instruction and image: a line, an image's start, the queries
+            left -= self.model.config.connector.queries + 2
+        most = min(self.max_prompt_tokens, max(left, 1))
         language = self.model.language
         held = {f"language.{name}": one for name, one in language.named_parameters() if one.dtype in HALVES}
         exact = {} if self.weights == "int8" else {name: one.float() for name, one in held.items()}

@@ -242,9 +242,10 @@ class PromptEncoder:
     def _generation(self, prompt: str | None) -> list[int]:
         return self.encode(UNCONDITIONAL if prompt is None else f"Generate an image: {prompt}")
 
-    def layout_questions(self, prompts: Sequence[str]) -> TokenBatch:
-        """Prompts for images, and the start of an answer in words."""
-        return self.pad_rows([self._user(self._generation(prompt)) for prompt in prompts], self.multiple)
+    def layout_questions(self, prompts: Sequence[str], *, edits: bool = False) -> TokenBatch:
+        """Prompts for images, or instructions with the references, and the start of an answer in words."""
+        encode = self._edit if edits else self._generation
+        return self.pad_rows([self._user(encode(prompt)) for prompt in prompts], self.multiple)
 
     def layout(self, layouts: Sequence[str | None]) -> TokenBatch:
         """`Generate an image: {layout}` and a blank canvas; None gives the unconditional prompt, canvas kept."""
