@@ -42,7 +42,9 @@ def folder(tiny_run, tmp_path_factory) -> Path:
     """
     loaded = load_model(tiny_run.path / "model")
     assert loaded.sampling.layout and loaded.sampling.edit_layout
-    loaded = replace(loaded, sampling=replace(loaded.sampling, layout=False, edit_layout=False))
+    assert loaded.sampling.edit_guidance == 1.5
+    own = replace(loaded.sampling, layout=False, edit_layout=False, edit_guidance=None)
+    loaded = replace(loaded, sampling=own)
     generator = torch.Generator().manual_seed(0)
     network = loaded.model.denoiser.network
     for weight in (network.proj_out.weight, *(block.attn2.to_out[0].weight for block in network.transformer_blocks)):
@@ -523,6 +525,18 @@ def test_the_model_says_whether_it_writes_layouts_of_edits(pipe, pictures):
 
 
 @pytest.mark.parametrize("words", ["", "user", "circle " * 64])
+def test_edits_have_a_guidance_of_their_own_where_the_model_says_so(pipe, pictures):
+    own = SparPipeline(replace(pipe.bundle, sampling=replace(pipe.bundle.sampling, edit_guidance=1.5)))
+    assert (own.default_guidance, own.default_edit_guidance) == (pipe.default_guidance, 1.5)
+    assert pipe.default_edit_guidance == pipe.default_guidance == 4.5
+    edited = edit(own, pictures[0])
+    assert edited.metadata[0]["guidance"] == 1.5 and generate(own).metadata[0]["guidance"] == 4.5
+    assert gap(edited.images[0], edit(pipe, pictures[0], guidance_scale=1.5).images[0]) == 0
+    assert edit(own, pictures[0], guidance_scale=3.0).metadata[0]["guidance"] == 3.0
+    with pytest.raises(InputError, match="edit_guidance: expected"):
+        replace(pipe.bundle.sampling, edit_guidance=-1.0)
+
+
 def test_an_edit_without_a_sound_layout_is_drawn_of_its_instruction(pipe, pictures, monkeypatch, words):
     plain = edit(pipe, pictures[0])
     monkeypatch.setattr(pipe.model.language, "generate", lambda *_, **__: [pipe.prompts.encode(words)])

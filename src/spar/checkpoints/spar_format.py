@@ -80,7 +80,7 @@ class SamplingConfig:
     """Default sampling of the model; part of it, since training determines it.
 
     `layout`: whether its LLM first writes where everything lies (`SparPipeline.generate`); `edit_layout`: what an edit
-    changes, and where (`SparPipeline.edit`).
+    changes, and where (`SparPipeline.edit`). `edit_guidance`: of edits, None for that of generation.
     """
 
     shift: float = 1.0
@@ -90,6 +90,7 @@ class SamplingConfig:
     max_prompt_tokens: int = 64
     layout: bool = False
     edit_layout: bool = False
+    edit_guidance: float | None = None
 
     def __post_init__(self) -> None:
         check_range("shift", self.shift, MIN_SHIFT, MAX_SHIFT)
@@ -97,6 +98,7 @@ class SamplingConfig:
             raise InputError(f"method: expected {' or '.join(METHODS)}, got {self.method!r}")
         check_int_range("steps", self.steps, 1, limits.MAX_STEPS)
         check_range("guidance", self.guidance, 0, limits.MAX_GUIDANCE)
+        check_range("edit_guidance", self.edit_guidance, 0, limits.MAX_GUIDANCE)
         check_int_range("max_prompt_tokens", self.max_prompt_tokens, 1)
 
     def __str__(self) -> str:
@@ -283,8 +285,8 @@ def read_header(folder: Path, expected: str) -> dict[str, Any]:
     if isinstance(header["model"], dict):
         header["model"].setdefault("understanding", {})  # the part itself came later
     if isinstance(header.get("sampling"), dict):
-        for later in ("layout", "edit_layout"):
-            header["sampling"].setdefault(later, False)
+        later = {"layout": False, "edit_layout": False, "edit_guidance": None}
+        header["sampling"] = {**later, **header["sampling"]}
     for (part, name), value in LATER_FIELDS.items():
         fields_of = header["model"].get(part) if isinstance(header["model"], dict) else None
         if isinstance(fields_of, dict):

@@ -67,7 +67,9 @@ def version_info() -> dict[str, str]:
     return facts
 
 
-def run_settings(pipe: Any, options: EvalOptions, clock: Timer, *, sampled: bool, **more: Any) -> dict[str, Any]:
+def run_settings(
+    pipe: Any, options: EvalOptions, clock: Timer, *, sampled: bool, edits: bool = False, **more: Any
+) -> dict[str, Any]:
     """The settings of a result.
 
     Args:
@@ -75,14 +77,16 @@ def run_settings(pipe: Any, options: EvalOptions, clock: Timer, *, sampled: bool
         options: of the run.
         clock: started with the run.
         sampled: whether the flow was sampled, so that steps and guidance apply.
+        edits: whether images were edited, for which the model may have another guidance.
         more: settings of one benchmark only.
     """
     own = getattr(getattr(pipe, "bundle", None), "sampling", None)
     manifest = getattr(pipe, "manifest", None) or {}
-    given = options.sampling()
+    given, edit_guidance = options.sampling(), getattr(own, "edit_guidance", None)
+    guidance = edit_guidance if edits and edit_guidance is not None else getattr(own, "guidance", None)
     sampling = {
         "steps": given.get("num_inference_steps", getattr(own, "steps", None)),
-        "guidance": given.get("guidance_scale", getattr(own, "guidance", None)),
+        "guidance": given.get("guidance_scale", guidance),
     }
     dtype = getattr(pipe, "dtype", None)
     return {

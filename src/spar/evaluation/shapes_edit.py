@@ -177,7 +177,7 @@ def _run(benchmark: str, pipe: PipelineLike, options: EvalOptions, progress: Adv
     ]
     scores = _scores(items, verdicts, options.seed)
     settings = run_settings(
-        pipe, options, clock, sampled=True, prompts=len(items), place_tolerance=PLACE_TOLERANCE,
+        pipe, options, clock, sampled=True, edits=True, prompts=len(items), place_tolerance=PLACE_TOLERANCE,
         edit_layout=draws_layouts(pipe, options, edits=True),
         region=f"changed objects' masks, {REGION_MARGIN} pixels wider",
     )

@@ -77,6 +77,7 @@ def shapes_paraphrase(
     settings = run_settings(
         pipe, options, clock, sampled=True, texts=len(records), layout=draws_layouts(pipe, options),
         edit_layout=draws_layouts(pipe, options, edits=True),
+        edit_guidance=run_settings(pipe, options, clock, sampled=True, edits=True)["guidance"],
     )
     return Result("shapes-paraphrase", tuple(scores), settings, {"texts": records})
 

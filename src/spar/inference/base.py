@@ -119,6 +119,11 @@ class Pipeline(ABC):
         """Scale of classifier-free guidance unless the caller says otherwise."""
 
     @property
+    def default_edit_guidance(self) -> float:
+        """The same of edits."""
+        return self.default_guidance
+
+    @property
     def steps_range(self) -> tuple[int, int]:
         """The fewest and the most steps of the sampler."""
         return 1, limits.MAX_STEPS

@@ -133,7 +133,7 @@ class StepwisePipeline(LayoutPipeline):
         callback: Callback | None, flow: FlowSampling,
     ) -> GenerateOutput:
         """A batch that begins and ends together."""
-        steps, guidance, per_prompt = self._numbers(steps, guidance, per_prompt)
+        steps, guidance, per_prompt = self._numbers(steps, guidance, per_prompt, edit=inputs.pixels is not None)
         flow.check_guidance(guidance)
         negatives = self._negatives(negative_prompt, len(inputs.texts), guidance != 1)
         count = len(inputs.texts) * per_prompt
@@ -198,11 +198,12 @@ class StepwisePipeline(LayoutPipeline):
         return torch.cat([self._read_images(one) for one in pixels.split(1 if alone else len(pixels))])
 
     def _numbers(
-        self, steps: int | None, guidance: float | None, per_prompt: int
+        self, steps: int | None, guidance: float | None, per_prompt: int, *, edit: bool
     ) -> tuple[int, float, int]:
         """Steps, guidance and images of a prompt, checked; numpy's numbers, which wrap, become plain ones."""
         steps = self.default_steps if steps is None else steps
-        guidance = self.default_guidance if guidance is None else guidance
+        default = self.default_edit_guidance if edit else self.default_guidance
+        guidance = default if guidance is None else guidance
         check_int_range("num_inference_steps", steps, 1, limits.MAX_STEPS)
         check_range("guidance_scale", guidance, 0, limits.MAX_GUIDANCE)
         check_int_range("num_images_per_prompt", per_prompt, 1, limits.MAX_IMAGES)

@@ -315,6 +315,11 @@ class SparPipeline(StepwisePipeline):
     def default_guidance(self) -> float:
         return self.bundle.sampling.guidance
 
+    @property
+    def default_edit_guidance(self) -> float:
+        own = self.bundle.sampling.edit_guidance
+        return self.default_guidance if own is None else own
+
     def _settings(self) -> dict[str, Any]:
         weights = self.weights if self.weights == "int8" else None  # the other types give the same results
         return {"weights": weights, "compile": self.compile or None, "decode_tile": self.decode_tile}

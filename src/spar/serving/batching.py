@@ -187,7 +187,8 @@ def sampling_jobs(
         pipe.check_layout(layout, size)
     steps, guidance = request.num_inference_steps, request.guidance_scale
     steps = pipe.default_steps if steps is None else steps
-    guidance = pipe.default_guidance if guidance is None else guidance
+    default = pipe.default_guidance if image is None else pipe.default_edit_guidance
+    guidance = default if guidance is None else guidance
     seed = secrets.randbelow(2**32) if request.seed is None else request.seed
     guided = guidance != 1
     key = (size, guided, negative is None, image is None, str if isinstance(layout, str) else layout)

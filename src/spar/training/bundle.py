@@ -78,10 +78,10 @@ def sampling_config(recipe: "SparRecipe", last: str | None = None) -> SamplingCo
     sampling = SamplingConfig(
         shift=flow.sampling_shift, steps=flow.sampling_steps, guidance=flow.guidance,
         max_prompt_tokens=recipe.max_prompt_tokens, layout=draws and getattr(stage.data, "layouts", 0.0) > 0,
-        edit_layout=draws and getattr(stage.data, "edit_layouts", 0.0) > 0,
+        edit_layout=draws and getattr(stage.data, "edit_layouts", 0.0) > 0, edit_guidance=flow.edit_guidance,
     )  # fmt: skip
     if isinstance(stage.objective, FewStepObjective):
-        sampling = replace(sampling, steps=stage.objective.windows, guidance=1.0, method="euler")
+        sampling = replace(sampling, steps=stage.objective.windows, guidance=1.0, edit_guidance=None, method="euler")
     return sampling
 
 

@@ -116,7 +116,7 @@ class Page:
                 text = self._text_box(label, rows)
                 with gr.Row():
                     run, stop = components.button(title), gr.Button("Stop", scale=1, min_width=90)
-                seed, settings = self._settings()
+                seed, settings = self._settings(task)
             with gr.Column(min_width=320):
                 result = (components.slider if task == "edit" else components.image)(self.pipe.image_size)
                 status, file = components.download_button()
@@ -161,9 +161,10 @@ class Page:
     def _source(self) -> gr.Image:
         return components.source(self.pipe.image_size, self.scenes[0] if self.shapes else None)
 
-    def _settings(self) -> tuple[gr.Textbox, list[gr.components.Component]]:
+    def _settings(self, task: Task) -> tuple[gr.Textbox, list[gr.components.Component]]:
         """The seed, and the rarer settings: steps, guidance, negative prompt."""
-        (fewest, most), steps, guidance = self.pipe.steps_range, self.pipe.default_steps, self.pipe.default_guidance
+        (fewest, most), steps = self.pipe.steps_range, self.pipe.default_steps
+        guidance = self.pipe.default_edit_guidance if task == "edit" else self.pipe.default_guidance
         with gr.Row(elem_classes="spar-seed"):
             seed = components.seed(str(examples.SEED))
             new = gr.Button("New seed", size="md", scale=1, min_width=110)

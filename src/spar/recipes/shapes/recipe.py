@@ -144,7 +144,7 @@ def shapes() -> SparRecipe:
         ),
         stages=FOUNDATIONS + TOKENIZER + UNIFIED,
         data=ShapesData(),
-        flow=FlowConfig(training_shift=3.0, sampling_shift=3.0),
+        flow=FlowConfig(training_shift=3.0, sampling_shift=3.0, edit_guidance=1.5),
     )
 
 

@@ -80,7 +80,9 @@ class PerceptualConfig:
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """Training times (logit-normal), both shifts (never taken from a scheduler's file), and the sampler's defaults."""
+    """Training times (logit-normal), both shifts (never taken from a scheduler's file), and the sampler's defaults;
+    `edit_guidance` is that of edits, None as of generation.
+    """
 
     time_mean: float = 0.0
     time_std: float = 1.0
@@ -88,6 +90,7 @@ class FlowConfig:
     sampling_shift: float = 1.0
     sampling_steps: int = 20
     guidance: float = 4.5
+    edit_guidance: float | None = None
     unconditional_share: float = 0.1
 
     def __post_init__(self) -> None:
@@ -96,7 +99,7 @@ class FlowConfig:
                 raise InputError(f"flow.{name}: expected above 0, got {getattr(self, name)}")
         if not 0 <= self.unconditional_share <= 1:
             raise InputError(f"flow.unconditional_share: expected 0 to 1, got {self.unconditional_share}")
-        check_at_least(0, "flow.", guidance=self.guidance)
+        check_at_least(0, "flow.", guidance=self.guidance, edit_guidance=self.edit_guidance or 0)
 
 
 @dataclass(frozen=True, kw_only=True)
