@@ -524,7 +524,6 @@ def test_the_model_says_whether_it_writes_layouts_of_edits(pipe, pictures):
     assert generate(own).metadata == generate(pipe).metadata  # of generation it says another thing
 
 
-@pytest.mark.parametrize("words", ["", "user", "circle " * 64])
 def test_edits_have_a_guidance_of_their_own_where_the_model_says_so(pipe, pictures):
     own = SparPipeline(replace(pipe.bundle, sampling=replace(pipe.bundle.sampling, edit_guidance=1.5)))
     assert (own.default_guidance, own.default_edit_guidance) == (pipe.default_guidance, 1.5)
@@ -537,6 +536,7 @@ def test_edits_have_a_guidance_of_their_own_where_the_model_says_so(pipe, pictur
         replace(pipe.bundle.sampling, edit_guidance=-1.0)
 
 
+@pytest.mark.parametrize("words", ["", "user", "circle " * 64])
 def test_an_edit_without_a_sound_layout_is_drawn_of_its_instruction(pipe, pictures, monkeypatch, words):
     plain = edit(pipe, pictures[0])
     monkeypatch.setattr(pipe.model.language, "generate", lambda *_, **__: [pipe.prompts.encode(words)])
