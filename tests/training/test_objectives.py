@@ -200,7 +200,7 @@ def test_layouts_are_drawn_on_a_blank_canvas(start, monkeypatch):
 
 
 def test_editing_reads_the_source_and_denoises_the_target(start, monkeypatch):
-    begun = start("unified-2", edit_share=1.0)
+    begun = start("unified-2", edit_share=1.0, edit_layouts=0.0)
     matched, aligned = (spy(monkeypatch, unified, name) for name in ("flow_matching", "alignment_terms"))
     conditions = spy(monkeypatch, begun.modules.model, "condition")
     prompts = spy(monkeypatch, begun.ctx.prompts, "edit")
