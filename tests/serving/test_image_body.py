@@ -1,4 +1,4 @@
-"""Answers with images: what they take until they are sent is counted, and sent in pieces, whoever reads."""
+"""Answers with images: their memory is counted until they are sent, and they are sent in pieces."""
 
 import asyncio
 import base64

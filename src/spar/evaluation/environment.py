@@ -67,6 +67,13 @@ def version_info() -> dict[str, str]:
     return facts
 
 
+def used_guidance(pipe: Any, options: EvalOptions, *, edits: bool = False) -> float | None:
+    """The guidance of images of prompts, or of edits: the run's, else the model's own if it has one."""
+    own = getattr(getattr(pipe, "bundle", None), "sampling", None)
+    scales = [getattr(own, "edit_guidance", None) if edits else None, getattr(own, "guidance", None)]
+    return options.sampling().get("guidance_scale", next((scale for scale in scales if scale is not None), None))
+
+
 def run_settings(
     pipe: Any, options: EvalOptions, clock: Timer, *, sampled: bool, edits: bool = False, **more: Any
 ) -> dict[str, Any]:
@@ -82,11 +89,9 @@ def run_settings(
     """
     own = getattr(getattr(pipe, "bundle", None), "sampling", None)
     manifest = getattr(pipe, "manifest", None) or {}
-    given, edit_guidance = options.sampling(), getattr(own, "edit_guidance", None)
-    guidance = edit_guidance if edits and edit_guidance is not None else getattr(own, "guidance", None)
     sampling = {
-        "steps": given.get("num_inference_steps", getattr(own, "steps", None)),
-        "guidance": given.get("guidance_scale", guidance),
+        "steps": options.sampling().get("num_inference_steps", getattr(own, "steps", None)),
+        "guidance": used_guidance(pipe, options, edits=edits),
     }
     dtype = getattr(pipe, "dtype", None)
     return {

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from spar.common.progress import Advance
-from spar.evaluation.environment import Timer, run_settings
+from spar.evaluation.environment import Timer, run_settings, used_guidance
 from spar.evaluation.options import EvalOptions, PipelineLike, draws_layouts, seed_block
 from spar.evaluation.results import Result, mean_score, ratio_score
 from spar.evaluation.shapes_edit import edit_items, run_edits
@@ -77,7 +77,7 @@ def shapes_paraphrase(
     settings = run_settings(
         pipe, options, clock, sampled=True, texts=len(records), layout=draws_layouts(pipe, options),
         edit_layout=draws_layouts(pipe, options, edits=True),
-        edit_guidance=run_settings(pipe, options, clock, sampled=True, edits=True)["guidance"],
+        edit_guidance=used_guidance(pipe, options, edits=True),
     )
     return Result("shapes-paraphrase", tuple(scores), settings, {"texts": records})
 
