@@ -26,7 +26,16 @@ from spar.recipes.shapes.dense_tagging import (
 from spar.training.config import Recipe, StageConfig
 from spar.training.data import CaptionData, DataConfig, ImageData, MixedData, StageData, TrainingData, resized
 from spar.training.distributed import DistributedContext
-from spar.worlds.shapes.captions import caption, describe, edit_layout, layout, open_caption, position_caption
+from spar.worlds.shapes.captions import (
+    caption,
+    describe,
+    divided_caption,
+    edit_layout,
+    layout,
+    open_caption,
+    position_caption,
+    related_caption,
+)
 from spar.worlds.shapes.dataset import dense_targets, scene_at
 from spar.worlds.shapes.edits import BY_ANYTHING, Edit, edit_kinds, make_edit
 from spar.worlds.shapes.forms import paraphrase
@@ -38,9 +47,10 @@ from spar.worlds.shapes.tokenizer import ORDINALS, build_tokenizer
 # Kinds of scenes by frequency: of those with several objects 38 % need binding.
 KIND_WEIGHTS = {**dict.fromkeys(KINDS, 1.0), "shared": 1.5, "twins": 1.0}
 OPEN_CAPTIONS = 0.15
+RELATED_CAPTIONS, DIVIDED_CAPTIONS = 0.2, 0.15  # where the scene has such a caption
 FOLLOWING, TURNS = 0.5, 3
 EMPTY_TOKENS = 0.15  # of the tokens without an object, that count among the tags of a prompt
-POSITION_PROMPTS = 0.15  # of the captions that are answered with a layout, those that say where things are
+POSITION_PROMPTS = 0.2  # of the captions that are answered with a layout, those that say where things are
 
 
 def draw_edit(scene: Scene, rng: np.random.Generator) -> Edit:
@@ -186,9 +196,17 @@ class ShapesTrainingData(TrainingData):
         ]
 
     def caption(self, rng: np.random.Generator, scene: Scene, order: Sequence[int] | None = None) -> str:
-        """A caption in training forms; in OPEN_CAPTIONS one that leaves something open."""
-        form = open_caption if rng.random() < OPEN_CAPTIONS else caption
-        return paraphrase(form(scene, rng, order=order), rng)
+        """A caption in training forms; in OPEN_CAPTIONS one that leaves something open, in others one that relates
+        groups of objects or says what tells objects of one shape apart.
+        """
+        drawn, said = rng.random(), None
+        if drawn < OPEN_CAPTIONS:
+            said = open_caption(scene, rng, order=order)
+        elif drawn < OPEN_CAPTIONS + RELATED_CAPTIONS:
+            said = related_caption(scene, rng, order=order)
+        elif drawn < OPEN_CAPTIONS + RELATED_CAPTIONS + DIVIDED_CAPTIONS:
+            said = divided_caption(scene, rng, order=order)
+        return paraphrase(said or caption(scene, rng, order=order), rng)
 
     def instructions(self, rng: np.random.Generator, indices: np.ndarray) -> list[str]:
         """The instruction of each edit, in training forms."""

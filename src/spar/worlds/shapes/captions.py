@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 
@@ -71,6 +72,7 @@ __all__ = [
 
 DESCRIBE = "describe the image"
 SOME = 0
+MIDDLE = 9.0  # pixels from the image's middle, along each axis, within which an object is in the middle
 OPEN_SHARE = 0.3  # of an open caption's attributes, each left out on its own
 
 
@@ -117,14 +119,18 @@ def group_objects(
 
 def to_text(claim: Claim) -> str:
     """The caption of a claim; a claim with a relation has two groups, its subject first."""
-    phrases = [_group_text(group) for group in claim.groups]
-    if claim.relation is not None:
-        if len(phrases) != 2 or claim.relation.subject != 0:
-            raise ValueError(f"a relation needs two groups, its subject first, got {claim}")
-        text = f"{phrases[0]} {RELATIONS[claim.relation.name]} {phrases[1]}"
+    if claim.relation is None:
+        text = _enumerate([_group_text(group) for group in claim.groups])
+    elif len(claim.groups) != 2 or claim.relation.subject != 0:
+        raise ValueError(f"a relation needs two groups, its subject first, got {claim}")
     else:
-        text = ", ".join(phrases[:-1]) + (" and " if len(phrases) > 1 else "") + phrases[-1]
+        subject, other = map(_group_text, claim.groups)
+        text = f"{subject} {RELATIONS[claim.relation.name]} {other}"
     return text if claim.background is None else f"{text} on a {claim.background} background"
+
+
+def _enumerate(phrases: Sequence[str]) -> str:
+    return ", ".join(phrases[:-1]) + (" and " if len(phrases) > 1 else "") + phrases[-1]
 
 
 def _group_text(group: Group) -> str:
@@ -181,12 +187,74 @@ def open_caption(scene: Scene, rng: np.random.Generator, *, order: Sequence[int]
     return to_text(Claim(scene.background if rng.random() < OPEN_SHARE else None, groups))
 
 
+def related_caption(scene: Scene, rng: np.random.Generator, *, order: Sequence[int] | None = None) -> str | None:
+    """A caption in which all that is named before a relation has it to all that is named behind: "two blue stars above
+    a red circle", "a red circle to the left of a blue square and a green star". None where no relation holds so;
+    `parse` supports two groups.
+    """
+    objects = _ordered(scene, rng, order)
+    color, size = bool(rng.random() >= OPEN_SHARE), bool(rng.random() < 0.5)
+    groups = group_objects(objects, color=color, size=size)
+    places = [[item for item in objects if _is_of(item, group)] for group in groups]
+    found = [
+        (split, name)
+        for split in range(1, len(groups))
+        for name in RELATIONS
+        if all(may_relate(scene, name, a, b) for a in sum(places[:split], []) for b in sum(places[split:], []))
+    ]
+    if not found:
+        return None
+    split, name = pick(rng, found)
+    subjects, others = (_enumerate([_group_text(group) for group in part]) for part in (groups[:split], groups[split:]))
+    return _on_ground(f"{subjects} {RELATIONS[name]} {others}", scene, rng)
+
+
+def divided_caption(scene: Scene, rng: np.random.Generator, *, order: Sequence[int] | None = None) -> str | None:
+    """A caption that counts objects of one shape and then says what tells them apart: "two circles, one red and one
+    blue, a green star", "two red stars: one large, one small". None where the order does not name the objects of each
+    shape together, or neither colours nor sizes tell them apart. `parse` does not support it.
+    """
+    objects, phrases = _ordered(scene, rng, order), list[str]()
+    alike = [(shape, list(items)) for shape, items in groupby(objects, lambda item: item.shape)]
+    if len({shape for shape, _ in alike}) < len(alike) or len(alike) == len(objects):
+        return None
+    for shape, items in alike:
+        first, colors, sizes = items[0], {item.color for item in items}, {item.size for item in items}
+        if len(items) == 1:
+            phrases.append(with_article(look_text(shape, first.color, None)))
+        elif len(colors) == len(items):
+            phrases.append(_divided(shape, None, [item.color for item in items], rng))
+        elif len(colors) == 1 and len(sizes) == len(items):
+            phrases.append(_divided(shape, first.color, [item.size for item in items], rng))
+        else:
+            return None
+    return _on_ground(", ".join(phrases), scene, rng)
+
+
+def _divided(shape: str, color: str | None, values: Sequence[str], rng: np.random.Generator) -> str:
+    ones = [f"one {value}" for value in values]
+    counted = f"{NUMBERS[len(values)]} {look_text(PLURALS[shape], color, None)}"
+    return f"{counted}: {', '.join(ones)}" if rng.random() < 0.5 else f"{counted}, {_enumerate(ones)}"
+
+
+def _is_of(item: Object, group: Group) -> bool:
+    """Whether an object has all that a group names."""
+    named = ((group.shape, item.shape), (group.color, item.color), (group.size, item.size))
+    return all(wanted in (None, own) for wanted, own in named)
+
+
+def _on_ground(text: str, scene: Scene, rng: np.random.Generator) -> str:
+    """A text with the scene's background in half of the cases."""
+    return text if rng.random() < 0.5 else f"{text} on a {scene.background} background"
+
+
 def position_caption(scene: Scene, rng: np.random.Generator, *, order: Sequence[int] | None = None) -> str:
     """A caption with the places of objects, for the training curriculum; `parse` does not support it.
 
     In half of the captions every group of objects has its place, in the others half of the groups have. The place is
     the cells of the group's members, "a red circle on column two row three", or for a single object in two of three
-    captions the half of the image, in the relations' own words: "a red circle to the left". Two objects whose relation
+    captions the half of the image in the relations' own words, "a red circle to the left", or the part of it in those
+    that people use, "a red circle in the top left corner". Two objects whose relation
     is allowed (`may_relate`) are joined by it in two captions of three, then only with cells: "a red circle on column
     two row three to the left of a blue star". The words of relations thus occur first with one object, then together
     with a known place.
@@ -198,14 +266,12 @@ def position_caption(scene: Scene, rng: np.random.Generator, *, order: Sequence[
     joined = bool(relation) and may_relate(scene, relation, *objects) and rng.random() < 2 / 3
     phrases = []
     for group in groups:
-        alike = replace(group, count=1)
-        members = [item for item in objects if group_objects([item], size=size) == (alike,)]
+        members = [item for item in objects if _is_of(item, group)]
         place = "on " + " and ".join(cell_text(item) for item in members)
         if len(members) == 1 and not joined and rng.random() < 2 / 3:
-            place = half_of_image_text(members[0])
+            place = half_of_image_text(members[0]) if rng.random() < 0.5 else part_of_image_text(members[0], rng)
         phrases.append(f"{_group_text(group)} {place}" if rng.random() < share else _group_text(group))
-    text = f" {RELATIONS[relation]} ".join(phrases) if joined else ", ".join(phrases)
-    return text if rng.random() < 0.5 else f"{text} on a {scene.background} background"
+    return _on_ground(f" {RELATIONS[relation]} ".join(phrases) if joined else ", ".join(phrases), scene, rng)
 
 
 def layout(scene: Scene, order: Sequence[int]) -> str:
@@ -240,6 +306,20 @@ def half_of_image_text(item: Object) -> str:
     """The half of the image in which an object is, on the axis on which it is farthest from the middle."""
     middle = replace(item, x=SIDE / 2, y=SIDE / 2)
     return RELATIONS[main_relation(item, middle)].removesuffix(" of")
+
+
+def part_of_image_text(item: Object, rng: np.random.Generator) -> str:
+    """The part of the image in which an object is, in everyday words: middle, corner or side."""
+    dx, dy = item.x - SIDE / 2, item.y - SIDE / 2
+    across, down = "left" if dx < 0 else "right", "top" if dy < 0 else "bottom"
+    if max(abs(dx), abs(dy)) <= MIDDLE:
+        return pick(rng, ("in the middle", "in the center"))
+    if min(abs(dx), abs(dy)) > MIDDLE:
+        down = pick(rng, (down, "upper" if dy < 0 else "lower"))
+        return f"in the {down} {across}{pick(rng, ('', ' corner'))}"
+    if abs(dx) >= abs(dy):
+        return pick(rng, (f"on the {across}", f"on the {across} side"))
+    return f"at the {down}"
 
 
 def describe(scene: Scene) -> str:

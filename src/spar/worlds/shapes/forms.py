@@ -29,6 +29,8 @@ SYNONYMS = {
     "three": ("3",),
     "four": ("4",),
 }
+# Of forms that came when models had been trained: the numbers of the words before them stay as they were.
+LATER_WORDS = ("create", "photo", "drawing", "like", "only", "just", "that")
 SYNONYM_SHARE = 0.25  # of the words that have synonyms
 CANONICAL_SHARE = 0.3  # of training sentences that keep their form
 POLITE_SHARE = 0.25  # of orders
@@ -120,6 +122,12 @@ QUESTION_FORMS = (
         ("can you see {o} {r} {b}?", "{o} is {r} {b}, yes or no?"),
     ),
 )  # fmt: skip
+_CAPTIONS = (
+    "an image of {x}", "a picture of {x}", "draw {x}", "show {x}", "show me {x}", "i want to see {x}", "generate {x}",
+    "create {x}", "generate an image of {x}", "create a picture of {x}", "make an image of {x}", "a photo of {x}",
+    "a drawing of {x}", "i would like {x}", "only {x}", "just {x}",
+)  # fmt: skip
+_CAPTION_TESTS = ("draw an image of {x}", "a picture with {x}", "show me a picture of {x}", "i want {x}")
 CAPTION_FORMS = (
     Form(
         "caption", rf"an? (?P<c>{_COLOR}) object",
@@ -127,9 +135,11 @@ CAPTION_FORMS = (
         ("i want something {c}", "an image of something {c}"),
     ),
     Form(
-        "caption", r"(?P<x>(?:an?|two|three|four|some|something) .+)",
-        ("an image of {x}", "a picture of {x}", "draw {x}", "show {x}", "show me {x}", "i want to see {x}"),
-        ("draw an image of {x}", "a picture with {x}", "show me a picture of {x}", "i want {x}"),
+        "caption", rf"(?P<x>an? (?P<c>{_COLOR}) (?P<s>\w+))",
+        (*_CAPTIONS, "{c} {s}", "a {s} that is {c}", "draw a {s} that is {c}", "there is {x}"), _CAPTION_TESTS,
+    ),
+    Form(
+        "caption", r"(?P<x>(?:an?|two|three|four|some|something) .+)", _CAPTIONS, _CAPTION_TESTS,
     ),
 )  # fmt: skip
 GROUND_FORMS = (("on {c}", "with a {c} background", "in front of a {c} background"), (", the background is {c}",))
@@ -139,11 +149,11 @@ RELATION_FORMS = {
     "above": (("over", "on top of", "somewhere above"), ("somewhere over",)),
     "below": (("under", "beneath", "somewhere below"), ("somewhere under",)),
 }
-POLITE = ("please {x}", "can you {x}?", "could you {x}?", "{x} please", "would you {x}?", "now {x}")
+POLITE = ("please {x}", "can you {x}?", "could you {x}?", "{x} please", "would you {x}?", "now {x}", "{x}, please")
 POLITE_TEST = ("can you please {x}?", "could you {x} please?", "would you please {x}?", "please {x} now")
 ORDERS = (
-    "add", "change", "count", "delete", "draw", "erase", "get", "insert", "make", "move", "paint", "push", "put",
-    "recolor", "remove", "replace", "shift", "show", "swap", "take", "tell", "turn",
+    "add", "change", "count", "create", "delete", "draw", "erase", "generate", "get", "insert", "make", "move", "paint",
+    "push", "put", "recolor", "remove", "replace", "shift", "show", "swap", "take", "tell", "turn",
 )  # fmt: skip
 
 
@@ -218,9 +228,10 @@ def _punctuate(text: str, rng: np.random.Generator) -> str:
 
 
 def form_words() -> tuple[str, ...]:
-    """The words of all training forms and synonyms, each once."""
+    """The words of all training forms and synonyms, each once, in an order in which a new one comes last."""
     templates = [t for form in (*QUESTION_FORMS, *EDIT_FORMS, *CAPTION_FORMS) for t in form.training]
     templates += [*GROUND_FORMS[0], *POLITE, *(t for training, _ in RELATION_FORMS.values() for t in training)]
     templates += [word for words in SYNONYMS.values() for word in words]
     plain = re.sub(r"\{\w\}", " ", " ".join(templates))
-    return tuple(dict.fromkeys(re.findall(r"\w+", plain)))
+    words = dict.fromkeys(re.findall(r"\w+", plain))
+    return (*(word for word in words if word not in LATER_WORDS), *LATER_WORDS)

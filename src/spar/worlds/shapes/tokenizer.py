@@ -27,12 +27,13 @@ _GLUE = (
     "left right above below yes no generate edit describe recolor make change remove delete add replace"
 )
 _MORE_GLUE = "larger smaller move up down at bottom some something"
+_PLACES = "middle center corner upper lower"
 VOCABULARY = tuple(
     dict.fromkeys(
         [
             *SHAPES, *PLURALS.values(), *COLORS, *SIZES, *BACKGROUNDS, *NUMBERS, *_GLUE.split(), ",", ".", "?", ":",
             "where", "column", "row", *ORDINALS, "from",
-            *_MORE_GLUE.split(), "!", *form_words(),  # of version 2
+            *_MORE_GLUE.split(), "!", *form_words(), *_PLACES.split(),  # of version 2
         ]
     )
 )
