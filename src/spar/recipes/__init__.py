@@ -18,7 +18,7 @@ from spar.recipes.shapes.dense_tagging import (
     TaggedCaptionData,
     TagWordsObjective,
 )
-from spar.recipes.shapes.recipe import shapes, shapes_few_steps, shapes_self_flow
+from spar.recipes.shapes.recipe import shapes, shapes_few_steps, shapes_long, shapes_self_flow
 from spar.recipes.spar import spar_1b, spar_3b
 from spar.recipes.tiny import tiny
 from spar.training.config import Recipe
@@ -48,7 +48,8 @@ from spar.training.systems.dualtoken import DualTokenRecipe
 from spar.training.systems.spar import SparRecipe
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
-    "shapes": shapes, "shapes-few-steps": shapes_few_steps, "shapes-self-flow": shapes_self_flow, "tiny": tiny,
+    "shapes": shapes, "shapes-long": shapes_long, "shapes-few-steps": shapes_few_steps,
+    "shapes-self-flow": shapes_self_flow, "tiny": tiny,
     "spar-1b": spar_1b, "spar-3b": spar_3b,
     "dualtoken-shapes": dualtoken.dualtoken_shapes, "dualtoken-tiny": dualtoken.dualtoken_tiny,
     "dualtoken-3b": dualtoken.dualtoken_3b, "dualtoken-3b-256": dualtoken.dualtoken_3b_256,

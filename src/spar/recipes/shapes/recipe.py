@@ -148,6 +148,18 @@ def shapes() -> SparRecipe:
     )
 
 
+def shapes_long() -> SparRecipe:
+    """`shapes` with longer last stages of the LLM and of the DiT, for bundled weights (about five hours there)."""
+    base = shapes()
+    longer = {
+        "mllm-4": {"steps": 5000, "lr": 1.5e-3},
+        "unified-2": {"steps": 9000},
+        "unified-3": {"steps": 300},
+    }
+    stages = tuple(replace(stage, **longer.get(stage.name, {})) for stage in base.stages)
+    return replace(base, name="shapes-long", stages=stages)
+
+
 def shapes_self_flow() -> SparRecipe:
     """`shapes` whose denoiser is taught by its own average instead of the tokenizer's encoder (an ablation)."""
     base = shapes()
