@@ -33,6 +33,14 @@ of_spar = pytest.mark.parametrize("name", WHOLE)
 of_the_world = pytest.mark.parametrize("name", ["shapes", "tiny"])
 
 
+def test_the_longer_recipe_differs_in_the_length_of_its_last_lessons_alone():
+    long, base = recipe("shapes-long"), recipe("shapes")
+    longer = {"mllm-4", "unified-2", "unified-3"}
+    assert {a.name for a, b in zip(long.stages, base.stages, strict=True) if a.steps > b.steps} == longer
+    same = tuple(replace(a, steps=b.steps, lr=b.lr) for a, b in zip(long.stages, base.stages, strict=True))
+    assert replace(long, name="shapes", stages=same) == base
+
+
 @every
 def test_a_recipe_goes_through_json_unchanged(name):
     original = recipe(name)
@@ -151,5 +159,5 @@ def test_a_recipe_is_made_anew_each_time():
 
 
 def test_an_unknown_recipe_is_refused_with_the_known_ones():
-    with pytest.raises(InputError, match="unknown recipe 'small'; expected one of shapes, shapes-few-steps, "):
+    with pytest.raises(InputError, match="unknown recipe 'small'; expected one of shapes, shapes-long, shapes-few-steps, "):
         recipe("small")

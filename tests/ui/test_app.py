@@ -231,21 +231,26 @@ def test_denoising_is_shown_and_can_be_stopped(visit):
 
 
 def test_a_visitor_who_leaves_stops_the_work(visit, pipe, monkeypatch):
-    ended, generate = threading.Event(), pipe.generate
+    ended, over, generate = threading.Event(), threading.Event(), pipe.generate
 
     def spy(*args, **keywords):
         try:
-            return generate(*args, **{**keywords, "num_inference_steps": 1000})
+            while not over.is_set():  # it never ends by itself
+                out = generate(*args, **{**keywords, "num_inference_steps": 1000})
         except Cancelled:
             ended.set()
             raise
+        return out
 
     monkeypatch.setattr(pipe, "generate", spy)
     page = visit()
     press(page, "Draw")
     status(page).locator(".spar-bar").wait_for()
     page.context.close()
-    assert ended.wait(10)
+    try:
+        assert ended.wait(300)
+    finally:
+        over.set()
 
 
 def test_a_new_seed_is_shown(visit):

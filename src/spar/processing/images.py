@@ -320,12 +320,9 @@ def _to_rgb(image: Image.Image, profile: bytes) -> Image.Image:
         return to_rgb(_sixteen_to_grey(image), profile)
     if not image.has_transparency_data:
         return to_rgb(image, profile)
-    if image.mode in ("L", "La", "LA"):
-        image = image.convert("LA")
-        opaque = image.getchannel("L")
-    else:
-        image = image.convert("RGBA")
-        opaque = image.convert("RGB")
+    own = "LA" if image.mode in ("L", "La", "LA") else "RGBA"
+    image = image if image.mode == own else image.convert(own)  # which would copy one of that mode
+    opaque = image.getchannel("L") if own == "LA" else image.convert("RGB")
     background = Image.new("RGB", image.size, "white")
     background.paste(to_rgb(opaque, profile), mask=image.getchannel("A"))
     return background

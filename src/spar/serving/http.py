@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import logging
+import math
 import socket
 import time
 from types import ModuleType
@@ -75,14 +76,18 @@ def server_config(app: ASGIApp, shutdown_seconds: int) -> uvicorn.Config:
 class TimedH11Protocol(H11Protocol):
     """uvicorn's protocol for HTTP/1.1, with a limit of HEADER_SECONDS for the head of a request.
 
-    A client that reads nothing of its answer for READ_SECONDS is disconnected, since it would hold a slot. Of more
-    connections than `max_connections` the one is closed whose client has kept the server waiting longest, first for a
-    request's head, then for its body: a new client that sends its request at once is answered however many wait.
+    A client that reads nothing of its answer for READ_SECONDS is disconnected, since it would hold a slot, and so is
+    one that keeps the server waiting for ANSWER_SECONDS in all: that long bytes of the answer are unsent. Seconds
+    without any, as of a stream that its client keeps up with, make up for as many before them. Of more connections than
+    `max_connections` the one is closed whose client has kept the server waiting longest, first for a request's head,
+    then for its body: a new client that sends its request at once is answered however many wait.
     """
 
     _since = 0.0  # by the loop's clock: when the server began to wait for a head, or last got one
     _late: asyncio.TimerHandle | None = None
     _unread: asyncio.TimerHandle | None = None
+    _answered: object = None  # the cycle of the answer that is timed
+    _until, _read = math.inf, 0.0  # when the answer must be read if bytes stay unsent from now; when none was unsent
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn's own
         super().connection_made(transport)
@@ -116,19 +121,25 @@ class TimedH11Protocol(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
+        now = self.loop.time()
+        if self._answered is not self.cycle:
+            self._answered, self._until = self.cycle, math.inf
+        self._until = min(self._until + 2 * (now - self._read), now + limits.ANSWER_SECONDS)
         self._await_reader(None)
 
     def resume_writing(self) -> None:
+        self._read = self.loop.time()
         self._read_on()
         super().resume_writing()
 
     def _await_reader(self, left: int | None) -> None:
-        """Check regularly that less is unsent than the `left` of the last check; None the first time."""
-        now = self.transport.get_write_buffer_size()
-        if left is not None and now >= left:
+        """Check regularly that less is unsent than the `left` of the last check, None the first time, and the time."""
+        now, unsent = self.loop.time(), self.transport.get_write_buffer_size()
+        if now >= self._until or (left is not None and unsent >= left):
             self.transport.abort()
         else:
-            self._unread = self.loop.call_later(limits.READ_SECONDS, self._await_reader, now)
+            wait = min(limits.READ_SECONDS, self._until - now)
+            self._unread = self.loop.call_later(wait, self._await_reader, unsent)
 
     def _read_on(self) -> None:
         if self._unread is not None:

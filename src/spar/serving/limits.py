@@ -32,6 +32,7 @@ MAX_ANSWER_TOKENS = MAX_NEW_TOKENS
 HEADER_SECONDS = 15
 BODY_SECONDS = 30
 READ_SECONDS = 30
+ANSWER_SECONDS = 300
 REQUEST_SECONDS = 120
 SHUTDOWN_SECONDS = 30
 RETRY_SECONDS = 2  # Retry-After of a refused request
@@ -46,7 +47,7 @@ JSON_COPIES = 4  # of a body: its bytes, their text, the parsed text, what a dat
 FORM_COPIES = 2  # its bytes, and the file that is read
 PIXEL_BYTES = 4  # of a decoded image
 OPAQUE_BYTES = 13  # of a pixel while it is decoded: the file's colours, those of sRGB, turned (measured by a test)
-TRANSPARENT_BYTES = 30  # with an alpha channel, which is laid on white, or in a WEBP, whose decoder holds two copies
+TRANSPARENT_BYTES = 26  # with an alpha channel, which is laid on white, or in a WEBP, whose decoder holds two copies
 FILE_BYTES = {"png": 4, "jpeg": 2, "webp": 2}  # of a pixel of a made image's file at most (measured by a test)
 WEBP_BYTES = 28  # of a pixel while it is encoded, beside
 MAX_UNREAD = 3  # previews that wait for the client of a stream; a further one replaces the oldest
@@ -79,6 +80,7 @@ LIMITS = (
     ("HEADER_SECONDS", HEADER_SECONDS, "seconds that a request's head may take to arrive"),
     ("BODY_SECONDS", BODY_SECONDS, "seconds that its body may take"),
     ("READ_SECONDS", READ_SECONDS, "seconds that a client may stop reading an answer"),
+    ("ANSWER_SECONDS", ANSWER_SECONDS, "seconds that it may take to read what there is of an answer"),
     ("REQUEST_SECONDS", REQUEST_SECONDS, "seconds from then to the answer (--timeout)"),
     ("SHUTDOWN_SECONDS", SHUTDOWN_SECONDS, "seconds that running requests get when the server stops"),
     ("MAX_CONNECTIONS", MAX_CONNECTIONS, "connections at once; then the one that has waited longest is closed"),

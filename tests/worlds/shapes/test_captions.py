@@ -1,12 +1,15 @@
 """Truths about captions, the vocabulary and the tokenizer: they are true, and parse to their claim."""
 
+import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import spar
 from spar.common.errors import InputError
 from spar.worlds.shapes.captions import (
     DESCRIBE,
@@ -18,6 +21,7 @@ from spar.worlds.shapes.captions import (
     caption,
     check_words,
     describe,
+    divided_caption,
     group_objects,
     half_of_image_text,
     make_edit,
@@ -25,6 +29,7 @@ from spar.worlds.shapes.captions import (
     parse,
     position_caption,
     questions,
+    related_caption,
     split_words,
     to_text,
 )
@@ -121,28 +126,45 @@ def test_the_named_relation_is_true_and_all_four_occur() -> None:
 
 CELL = r" (?:on|and) (column \w+ row \w+)"
 HALF = r" (to the left|to the right|above|below)(?=,| on a |$)"
+PART = r" (in the (?:middle|center)|in the \w+ (?:left|right)(?: corner)?|on the (?:left|right)(?: side)?|at the \w+)"
+
+
+def is_part(text: str, item: Object) -> bool:
+    """Whether an object lies where everyday words say."""
+    sides = {
+        "left": item.x < 32, "right": item.x > 32, "top": item.y < 32, "upper": item.y < 32, "bottom": item.y > 32,
+        "lower": item.y > 32,
+    }  # fmt: skip
+    words = [word for word in text.split() if word in sides]
+    if not words:
+        return abs(item.x - 32) <= 9 and abs(item.y - 32) <= 9
+    return all(sides[word] for word in words) and max(abs(item.x - 32), abs(item.y - 32)) > 9
 
 
 def test_a_placed_caption_is_true_of_places_things_and_relations() -> None:
     rng = np.random.default_rng(8)
-    counts, joined, halves = Counter(), Counter(), Counter()
+    counts, joined, halves, parts = Counter(), Counter(), Counter(), Counter()
     for scene in [make_scene(seed) for seed in range(1500)]:
         text = position_caption(scene, rng)
         check_words(text)
-        claim = parse(re.sub(HALF, "", re.sub(CELL, "", text)))
+        claim = parse(re.sub(PART, "", re.sub(HALF, "", re.sub(CELL, "", text))))
         sized = claim.groups[0].size is not None
         assert Counter(claim.groups) == Counter(group_objects(scene.objects, size=sized))
         assert claim.background in (None, scene.background)
         for phrase in re.split(", | (?:to the left of|to the right of|above|below) (?=an? )", text):
-            cells, half = re.findall(CELL, phrase), re.findall(HALF, phrase)
-            counts[bool(cells or half)] += 1
-            (group,) = parse(re.sub(HALF, "", re.sub(CELL, "", phrase))).groups
+            cells, half, part = (re.findall(pattern, phrase) for pattern in (CELL, HALF, PART))
+            counts[bool(cells or half or part)] += 1
+            (group,) = parse(re.sub(PART, "", re.sub(HALF, "", re.sub(CELL, "", phrase)))).groups
             alike = [o for o in scene.objects if o.pair == (group.color, group.shape) and group.size in (None, o.size)]
             if cells:  # all of the group's members, each in its own cell
                 assert sorted(cells) == sorted(map(cell_text, alike)) and len(cells) == group.count
             if half:
                 assert half == [half_of_image_text(item) for item in alike] and claim.relation is None and not cells
                 halves[half[0]] += 1
+            if part:
+                assert len(part) == len(alike) == 1 and is_part(part[0], alike[0]), (text, scene)
+                assert claim.relation is None and not cells and not half
+                parts[part[0]] += 1
         if claim.relation is not None:
             by_look = {item.pair: item for item in scene.objects}
             subject, other = (by_look[group.color, group.shape] for group in claim.groups)
@@ -150,7 +172,60 @@ def test_a_placed_caption_is_true_of_places_things_and_relations() -> None:
             assert {subject.shape, other.shape} != HELD_OUT_POSITION_SHAPES
             joined[claim.relation.name] += 1
     assert abs(counts[True] / counts.total() - 0.75) < 0.04 and min(joined[name] for name in RELATIONS) > 60
-    assert min(halves.values()) > 100 and len(halves) == 4
+    assert min(halves.values()) > 50 and len(halves) == 4
+    assert {"in the middle", "at the top", "at the bottom", "on the left", "in the upper right corner"} <= {*parts}
+
+
+def test_a_caption_relates_groups_only_where_every_object_of_one_is_so_of_every_object_of_the_other() -> None:
+    rng, relations, larger = np.random.default_rng(10), Counter(), 0
+    for scene in [make_scene(seed, kind=kind) for seed in range(300) for kind in ("twins", "shared", "multi", "two")]:
+        text = related_caption(scene, rng)
+        if text is None:
+            continue
+        check_words(text)
+        (name, phrase) = next(item for item in RELATIONS.items() if f" {item[1]} " in text)
+        subjects, others = (parse(side) for side in text.split(f" {phrase} "))
+        assert sorted(map(repr, (*subjects.groups, *others.groups))) == sorted(
+            map(repr, group_objects(
+                scene.objects, color=subjects.groups[0].color is not None, size=subjects.groups[0].size is not None
+            ))
+        )  # fmt: skip
+        one, two = ([item for item in scene.objects if any(is_of(item, g) for g in side.groups)]
+                    for side in (subjects, others))  # fmt: skip
+        assert all(holds(name, a, b) for a in one for b in two) and len(one) + len(two) == len(scene.objects)
+        assert not any({a.shape, b.shape} == HELD_OUT_POSITION_SHAPES for a in one for b in two)
+        relations[name] += 1
+        larger += len(scene.objects) > 2
+    assert min(relations[name] for name in RELATIONS) > 100 and larger > 400
+    alike = Scene("gray", tuple(Object("star", "red", "small", x, 30.0) for x in (10.0, 30.0)), "count")
+    assert related_caption(alike, rng) is None  # one group
+
+
+def is_of(item: Object, group: Group) -> bool:
+    named = ((group.shape, item.shape), (group.color, item.color), (group.size, item.size))
+    return all(wanted in (None, own) for wanted, own in named)
+
+
+def test_a_caption_divides_objects_of_one_shape_by_what_tells_them_apart() -> None:
+    red, blue, star = (
+        Object("circle", "red", "small", 10.0, 10.0), Object("circle", "blue", "large", 40.0, 10.0),
+        Object("star", "green", "small", 10.0, 40.0),
+    )  # fmt: skip
+    texts = {
+        divided_caption(Scene("navy", objects, "shared"), np.random.default_rng(seed), order=range(len(objects)))
+        for objects in ((red, blue, star), (red, star, blue), (red, star), (star, replace(star, size="large")))
+        for seed in range(20)
+    }
+    first = {"two circles, one red and one blue, a green star", "two circles: one red, one blue, a green star"}
+    last = {"two green stars, one small and one large", "two green stars: one small, one large"}
+    assert texts == {None} | {text + ground for text in first | last for ground in ("", " on a navy background")}
+
+
+def test_a_scene_that_has_no_such_difference_is_not_divided() -> None:
+    rng = np.random.default_rng(11)
+    one = Object("star", "green", "small", 10.0, 40.0)
+    alike = (one, replace(one, x=40.0), Object("ring", "red", "small", 10.0, 10.0))
+    assert divided_caption(Scene("gray", alike, "twins"), rng, order=range(3)) is None
 
 
 def test_places_are_named_by_column_then_row_and_halves_on_the_farther_axis() -> None:
@@ -215,13 +290,22 @@ def test_the_vocabulary_is_exactly_what_training_says() -> None:
     used = {word for text in [*all_texts(2500), *TEMPLATES] for word in split_words(text)}
     for seed in range(1500):  # of version 2
         scene = make_scene(seed, kind=ALL_KINDS[seed % len(ALL_KINDS)])
-        texts = [caption(scene, rng), open_caption(scene, rng), DESCRIBE]
+        texts = [caption(scene, rng), open_caption(scene, rng), position_caption(scene, rng), DESCRIBE]
         kinds = edit_kinds(scene, naming=BY_ANYTHING)
         texts += [make_edit(scene, rng, kind, naming=BY_ANYTHING).instruction for kind in kinds]
         texts += [question.text for question in questions(scene, rng, (*QUESTION_KINDS, *BINDING_QUESTION_KINDS))]
         used |= {word for text in texts for word in split_words(paraphrase(text, rng))}
     assert used == set(VOCABULARY)
     assert len(set(VOCABULARY)) == len(VOCABULARY)
+
+
+@pytest.mark.parametrize("folder", ["weights", "dualtoken"])
+def test_words_of_trained_models_keep_their_numbers(folder: str) -> None:
+    """A model trained on goes on with the rows of its words (`--init-from`); new words come after them."""
+    stored = next((Path(spar.__file__).parent / "assets" / folder).rglob("tokenizer.json"))
+    words = json.loads(stored.read_text(encoding="utf-8"))["model"]["vocab"]
+    now = build_tokenizer().get_vocab()
+    assert len(words) > 150 and {word: now[word] for word in words} == words
 
 
 def test_unknown_words_are_named_and_known_ones_listed() -> None:

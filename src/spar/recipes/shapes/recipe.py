@@ -5,6 +5,7 @@ trainable and frozen sets (SPAR sections 1 and 2). Departures for the small sett
 """
 
 from dataclasses import replace
+from typing import Any
 
 from spar.models.config import ConnectorConfig, DenoiserConfig, SparConfig
 from spar.recipes.shapes.curricula import MixedLessons, QuestionData
@@ -151,7 +152,7 @@ def shapes() -> SparRecipe:
 def shapes_long() -> SparRecipe:
     """`shapes` with longer last stages of the LLM and of the DiT, for bundled weights (about five hours there)."""
     base = shapes()
-    longer = {
+    longer: dict[str, dict[str, Any]] = {
         "mllm-4": {"steps": 5000, "lr": 1.5e-3},
         "unified-2": {"steps": 9000},
         "unified-3": {"steps": 300},

@@ -29,8 +29,6 @@ SYNONYMS = {
     "three": ("3",),
     "four": ("4",),
 }
-# Of forms that came when models had been trained: the numbers of the words before them stay as they were.
-LATER_WORDS = ("create", "photo", "drawing", "like", "only", "just", "that")
 SYNONYM_SHARE = 0.25  # of the words that have synonyms
 CANONICAL_SHARE = 0.3  # of training sentences that keep their form
 POLITE_SHARE = 0.25  # of orders
@@ -56,7 +54,7 @@ EDIT_FORMS = (
     Form(
         "recolor",
         rf"(?:recolor (?P<o1>the .+) to|make (?P<o2>the .+)|change the color of (?P<o3>the .+) to) (?P<c>{_COLOR})",
-        ("paint {o} {c}", "turn {o} {c}", "{o} should be {c}", "change {o} to {c}"),
+        ("paint {o} {c}", "turn {o} {c}", "{o} should be {c}", "change {o} to {c}", "color {o} {c}", "recolor {o} {c}"),
         ("make the color of {o} {c}", "i want {o} to be {c}"),
     ),
     Form(
@@ -108,7 +106,10 @@ QUESTION_FORMS = (
     ),
     Form(
         "count", r"how many (?P<o>.+) are there\?",
-        ("how many {o} do you see?", "how many {o} are in the image?", "count the {o}", "tell me the number of {o}"),
+        (
+            "how many {o} do you see?", "how many {o} are in the image?", "count the {o}", "tell me the number of {o}",
+            "how many {o}?",
+        ),
         ("how many {o} can you see?", "what is the number of {o}?", "how many {o} does the image have?"),
     ),
     Form(
@@ -123,10 +124,14 @@ QUESTION_FORMS = (
     ),
 )  # fmt: skip
 _CAPTIONS = (
-    "an image of {x}", "a picture of {x}", "draw {x}", "show {x}", "show me {x}", "i want to see {x}", "generate {x}",
-    "create {x}", "generate an image of {x}", "create a picture of {x}", "make an image of {x}", "a photo of {x}",
-    "a drawing of {x}", "i would like {x}", "only {x}", "just {x}",
+    "an image of {x}", "a picture of {x}", "draw {x}", "show {x}", "show me {x}", "i want to see {x}",
 )  # fmt: skip
+# Of these the words come last in the vocabulary: models had been trained before, whose words keep their numbers.
+_LATER_CAPTIONS = (
+    "generate {x}", "create {x}", "generate an image of {x}", "create a picture of {x}", "make an image of {x}",
+    "a photo of {x}", "a drawing of {x}", "i would like {x}", "only {x}", "just {x}",
+)  # fmt: skip
+_LATER_SINGLES = ("{c} {s}", "a {s} that is {c}", "draw a {s} that is {c}", "there is {x}")
 _CAPTION_TESTS = ("draw an image of {x}", "a picture with {x}", "show me a picture of {x}", "i want {x}")
 CAPTION_FORMS = (
     Form(
@@ -136,10 +141,11 @@ CAPTION_FORMS = (
     ),
     Form(
         "caption", rf"(?P<x>an? (?P<c>{_COLOR}) (?P<s>\w+))",
-        (*_CAPTIONS, "{c} {s}", "a {s} that is {c}", "draw a {s} that is {c}", "there is {x}"), _CAPTION_TESTS,
+        (*_CAPTIONS, *_LATER_CAPTIONS, *_LATER_SINGLES), _CAPTION_TESTS,
     ),
     Form(
-        "caption", r"(?P<x>(?:an?|two|three|four|some|something) .+)", _CAPTIONS, _CAPTION_TESTS,
+        "caption", r"(?P<x>(?:an?|two|three|four|some|something) .+)", (*_CAPTIONS, *_LATER_CAPTIONS),
+        _CAPTION_TESTS,
     ),
 )  # fmt: skip
 GROUND_FORMS = (("on {c}", "with a {c} background", "in front of a {c} background"), (", the background is {c}",))
@@ -152,7 +158,7 @@ RELATION_FORMS = {
 POLITE = ("please {x}", "can you {x}?", "could you {x}?", "{x} please", "would you {x}?", "now {x}", "{x}, please")
 POLITE_TEST = ("can you please {x}?", "could you {x} please?", "would you please {x}?", "please {x} now")
 ORDERS = (
-    "add", "change", "count", "create", "delete", "draw", "erase", "generate", "get", "insert", "make", "move", "paint",
+    "add", "change", "color", "count", "create", "delete", "draw", "erase", "generate", "get", "insert", "make", "move", "paint",
     "push", "put", "recolor", "remove", "replace", "shift", "show", "swap", "take", "tell", "turn",
 )  # fmt: skip
 
@@ -228,10 +234,10 @@ def _punctuate(text: str, rng: np.random.Generator) -> str:
 
 
 def form_words() -> tuple[str, ...]:
-    """The words of all training forms and synonyms, each once, in an order in which a new one comes last."""
-    templates = [t for form in (*QUESTION_FORMS, *EDIT_FORMS, *CAPTION_FORMS) for t in form.training]
+    """The words of all training forms and synonyms, each once, in an order in which those of later forms come last."""
+    later = (*_LATER_CAPTIONS, *_LATER_SINGLES)
+    templates = [t for form in (*QUESTION_FORMS, *EDIT_FORMS, *CAPTION_FORMS) for t in form.training if t not in later]
     templates += [*GROUND_FORMS[0], *POLITE, *(t for training, _ in RELATION_FORMS.values() for t in training)]
     templates += [word for words in SYNONYMS.values() for word in words]
-    plain = re.sub(r"\{\w\}", " ", " ".join(templates))
-    words = dict.fromkeys(re.findall(r"\w+", plain))
-    return (*(word for word in words if word not in LATER_WORDS), *LATER_WORDS)
+    plain = re.sub(r"\{\w\}", " ", " ".join((*templates, *later)))
+    return tuple(dict.fromkeys(re.findall(r"\w+", plain)))
