@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, product
 
 import numpy as np
 
@@ -195,12 +195,11 @@ def related_caption(scene: Scene, rng: np.random.Generator, *, order: Sequence[i
     objects = _ordered(scene, rng, order)
     color, size = bool(rng.random() >= OPEN_SHARE), bool(rng.random() < 0.5)
     groups = group_objects(objects, color=color, size=size)
-    places = [[item for item in objects if _is_of(item, group)] for group in groups]
     found = [
         (split, name)
         for split in range(1, len(groups))
         for name in RELATIONS
-        if all(may_relate(scene, name, a, b) for a in sum(places[:split], []) for b in sum(places[split:], []))
+        if all(may_relate(scene, name, *pair) for pair in product(*_split(objects, groups[:split])))
     ]
     if not found:
         return None
@@ -235,6 +234,13 @@ def _divided(shape: str, color: str | None, values: Sequence[str], rng: np.rando
     ones = [f"one {value}" for value in values]
     counted = f"{NUMBERS[len(values)]} {look_text(PLURALS[shape], color, None)}"
     return f"{counted}: {', '.join(ones)}" if rng.random() < 0.5 else f"{counted}, {_enumerate(ones)}"
+
+
+def _split(objects: Sequence[Object], groups: Sequence[Group]) -> tuple[list[Object], list[Object]]:
+    """The objects of some groups, and the others."""
+    inside = [any(_is_of(item, group) for group in groups) for item in objects]
+    one = [item for item, is_in in zip(objects, inside, strict=True) if is_in]
+    return one, [item for item, is_in in zip(objects, inside, strict=True) if not is_in]
 
 
 def _is_of(item: Object, group: Group) -> bool:

@@ -158,8 +158,8 @@ RELATION_FORMS = {
 POLITE = ("please {x}", "can you {x}?", "could you {x}?", "{x} please", "would you {x}?", "now {x}", "{x}, please")
 POLITE_TEST = ("can you please {x}?", "could you {x} please?", "would you please {x}?", "please {x} now")
 ORDERS = (
-    "add", "change", "color", "count", "create", "delete", "draw", "erase", "generate", "get", "insert", "make", "move", "paint",
-    "push", "put", "recolor", "remove", "replace", "shift", "show", "swap", "take", "tell", "turn",
+    "add", "change", "color", "count", "create", "delete", "draw", "erase", "generate", "get", "insert", "make", "move",
+    "paint", "push", "put", "recolor", "remove", "replace", "shift", "show", "swap", "take", "tell", "turn",
 )  # fmt: skip
 
 
