@@ -146,7 +146,8 @@ def few_steps() -> str:
     """What distillation to few steps leaves of the scores; the first row is the model that was distilled."""
     lines = ["| steps and guidance | Shapes-Gen | Shapes-Edit |", "| --- | --- | --- |"]
     few = SCORES / "few-steps"
-    for words, folder, suffix in (("20, guidance 4.5", SCORES, ""), ("4, none", few, "-4"), ("2, none", few, "-2")):
+    exact = ("20, guidance 4.5 (edits 2)", SCORES, "")
+    for words, folder, suffix in (exact, ("4, none", few, "-4"), ("2, none", few, "-2")):
         both = (_overall(folder / f"{name}{suffix}.json") for name in ("shapes-gen", "shapes-edit"))
         scores = (f"{value:.3f} ({low:.3f} to {high:.3f})" for value, low, high in both)
         lines.append(f"| {words} | {' | '.join(scores)} |")

@@ -5,17 +5,20 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from spar.checkpoints.bundled import bundled_folder
 from spar.checkpoints.spar_format import load_model
+from spar.evaluation.shapes_edit import needs_binding
 from spar.recipes import recipe
 from spar.training.checkpoint import load_group
 from spar.training.plan import read_run, resolve
 from spar.worlds.shapes.edits import ALL_EDIT_KINDS, Edit
+from spar.worlds.shapes.render import render
 from spar.worlds.shapes.scene import Object, Scene
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -211,3 +214,30 @@ def test_planted_faults_of_added_objects_are_found(place, cell, fault):
     scene = Scene("gray", (ring,), "single")
     edit = Edit("add", "", replace(scene, objects=(ring, star)), ("left", ring) if place else None)
     assert script("layouts").edit_fault(f"a small blue star on column {cell}", scene, edit) == fault
+
+
+def test_the_share_of_right_edits_at_a_guidance_is_that_of_the_scale_that_draws_the_targets():
+    """On validation scenes, ten and twelve edits of two a kind, those that bind among objects alike."""
+    edit_guidance = script("edit_guidance")
+    plain, binding = (edit_guidance.items(2, binding=kind) for kind in (False, True))
+    assert [len(plain), len(binding)] == [10, 12]
+    assert {item.scene.kind for item in binding} <= {"shared", "twins"} and all(
+        needs_binding(item.scene, item.edit) for item in binding
+    )
+
+    class Drawing:
+        """Draws the target at a scale of 2, and gives the image back at others."""
+
+        def __init__(self, items):
+            self.targets = {item.edit.instruction: item.edit.target for item in items}
+
+        def check_text(self, text, what):
+            assert text in self.targets
+
+        def edit(self, images, instructions, *, seed, guidance_scale):
+            drawn = [Image.fromarray(render(self.targets[text])) for text in instructions]
+            return SimpleNamespace(images=drawn if guidance_scale == 2 else images)
+
+    for items in (plain, binding):
+        assert len({item.edit.instruction for item in items}) == len(items)
+        assert [edit_guidance.share_right(Drawing(items), items, scale) for scale in (1.0, 2.0)] == [0.0, 1.0]

@@ -26,14 +26,15 @@ from spar.worlds.shapes.tokenizer import build_tokenizer
 CPU = torch.device("cpu")
 
 
-def few_recipe(guidance=4.5, edit_share=0.35, layouts=0.9, **objective):
+def few_recipe(guidance=4.5, edit_share=0.35, layouts=0.9, edit_guidance=None, **objective):
     """`tiny` with one stage alone."""
     base = recipe("tiny")
     stage = StageConfig(
         "few-steps", FewStepObjective(**objective), ("model.denoiser.*",), steps=2, batch=4, lr=1e-3, lr_end=1e-4,
         warmup=1, optimizer="muon", data=MixedLessons(edit_share=edit_share, layouts=layouts),
     )  # fmt: skip
-    return replace(base, name="few", stages=(stage,), flow=replace(base.flow, guidance=guidance))
+    flow = replace(base.flow, guidance=guidance, edit_guidance=edit_guidance)
+    return replace(base, name="few", stages=(stage,), flow=flow)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,15 @@ def test_a_teacher_of_one_step_without_guidance_is_the_student_itself(begin):
     assert float(guided()["loss"]) > 1e-6
 
 
+def test_the_teachers_edits_have_their_own_guidance(begin):
+    """Without any, one step of its is the student's; a caption's stays guided."""
+    own = dict(windows=4, teacher_steps=1, guidance=4.5, edit_guidance=1.0, layouts=0.0)
+    for share, missed in ((1.0, False), (0.0, True)):
+        _, terms = begin(edit_share=share, **own)
+        assert (float(terms()["loss"]) > 1e-6) == missed
+    assert float(begin(edit_share=1.0, **{**own, "edit_guidance": None})[1]()["loss"]) > 1e-6
+
+
 def test_where_the_teacher_arrives_is_eulers_product():
     """A linear field, dx/dt = a x, in steps of the sampler's times; guidance makes it a + s (b - a)."""
 
@@ -90,11 +100,10 @@ def test_where_the_teacher_arrives_is_eulers_product():
     x = torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     ctx = SimpleNamespace(
         parallel=SimpleNamespace(sharded=False), modules=SimpleNamespace(flow_teacher=Linear()),
-        recipe=SimpleNamespace(flow=SimpleNamespace(guidance=3.0)),
     )  # fmt: skip
     one, two = (SimpleNamespace(states=value, mask=None, reference=None) for value in (0.5, 0.2))
     for other, rate in ((None, 0.5), (two, 0.2 + 3.0 * (0.5 - 0.2))):
-        found = FewStepObjective(windows=3, teacher_steps=2)._arrival(ctx, x, times, first, one, other)
+        found = FewStepObjective(windows=3, teacher_steps=2)._arrival(ctx, x, times, first, one, other, 3.0)
         for row, begun in enumerate(first.tolist()):
             factor = 1.0
             for step in range(begun, begun + 2):
@@ -167,7 +176,7 @@ def test_a_model_of_few_steps_is_a_teacher_without_guidance(tiny_run, tmp_path):
     """Of as many steps as it takes; and a unified stage that goes on from there keeps its connector."""
     four = few_recipe(windows=4, teacher_steps=2)
     train(four, tmp_path / "four", init_from=tiny_run.path / "model", device="cpu")
-    for wrong in (dict(guidance=4.5), dict(guidance=1.0, teacher_steps=3)):
+    for wrong in (dict(guidance=4.5), dict(guidance=1.0, teacher_steps=3), dict(guidance=1.0, edit_guidance=2.0)):
         two = few_recipe(**{"windows": 2, "teacher_steps": 2, **wrong})
         with pytest.raises(InputError, match="draws in 4 steps of Euler's without guidance: expected flow.guidance 1"):
             train(two, tmp_path / "two", init_from=tmp_path / "four" / "model", device="cpu")

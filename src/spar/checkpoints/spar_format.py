@@ -102,7 +102,8 @@ class SamplingConfig:
         check_int_range("max_prompt_tokens", self.max_prompt_tokens, 1)
 
     def __str__(self) -> str:
-        return f"{self.steps} steps, guidance {self.guidance:g}, {self.method}"
+        edits = "" if self.edit_guidance is None else f" (edits {self.edit_guidance:g})"
+        return f"{self.steps} steps, guidance {self.guidance:g}{edits}, {self.method}"
 
 
 @dataclass(frozen=True)

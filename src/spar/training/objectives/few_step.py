@@ -56,7 +56,7 @@ class FewStepObjective(Objective["SparRecipe"]):
     """The mean square of what the student's step misses, at the start of a window drawn for each image.
 
     `windows` is the number of steps that the model then takes, by Euler's method and without guidance: its folder says
-    so. The teacher's guidance is the recipe's; 1 distils a model of few steps to fewer.
+    so. The teacher's guidance is the recipe's, of edits theirs; 1 for both distils a model of few steps to fewer.
     """
 
     kind: ClassVar[str] = FEW_STEP
@@ -103,20 +103,21 @@ class FewStepObjective(Objective["SparRecipe"]):
         own = read_sampling(folder)
         if own.method != "euler" or own.guidance != 1:
             return
-        if recipe.flow.guidance != 1 or self.windows * self.teacher_steps != own.steps:
+        images, edits = (recipe.flow.guidance_of(edits=kind) for kind in (False, True))
+        if images != 1 or edits != 1 or self.windows * self.teacher_steps != own.steps:
             raise InputError(
-                f"{folder} draws in {own.steps} steps of Euler's without guidance: expected flow.guidance 1 and "
-                f"windows times teacher_steps of {own.steps}, got {recipe.flow.guidance:g} and {self.windows} times "
-                f"{self.teacher_steps}"
+                f"{folder} draws in {own.steps} steps of Euler's without guidance: expected flow.guidance 1, "
+                f"flow.edit_guidance 1 and windows times teacher_steps of {own.steps}, got {images:g}, {edits:g} and "
+                f"{self.windows} times {self.teacher_steps}"
             )
 
     def __call__(self, ctx: StepContext, batch: Captioned) -> Terms:
         """Terms of captions, of `Layouts` on a blank canvas, or of `Edits`."""
-        flow = ctx.recipe.flow
+        flow, scale = ctx.recipe.flow, ctx.recipe.flow.guidance_of(edits=isinstance(batch, Edits))
         with torch.no_grad():
             latent = target_features(ctx, batch)["latent"].float()                            # [B, D_p, h, w]
             condition = condition_of(ctx, batch, batch.texts)
-            other = condition_of(ctx, batch, [None] * len(batch)) if flow.guidance != 1 else None
+            other = condition_of(ctx, batch, [None] * len(batch)) if scale != 1 else None
         generator, count = ctx.generator(), ctx.stage.batch
         noise = torch.randn((count, *latent.shape[1:]), generator=generator, device=ctx.device)
         window = torch.randint(self.windows, (count,), generator=generator, device=ctx.device)
@@ -126,15 +127,18 @@ class FewStepObjective(Objective["SparRecipe"]):
         start, end = times[first], times[first + self.teacher_steps]                          # [B]
         x = interpolate(latent, noise, start)
         with torch.no_grad():
-            wanted = (x - self._arrival(ctx, x, times, first, condition, other)) / per_sample(start - end, x)
+            wanted = (x - self._arrival(ctx, x, times, first, condition, other, scale)) / per_sample(start - end, x)
         missed = ctx.modules.model.velocity(x, start, condition).velocity.float() - wanted
         return {"loss": missed.square().mean(), "teacher_square": wanted.square().mean()}
 
     def _arrival(
-        self, ctx: StepContext, x: Tensor, times: Tensor, first: Tensor, condition: Condition, other: Condition | None
-    ) -> Tensor:
-        """Where the teacher arrives from `x` `[B, D_p, h, w]` at the end of each image's window."""
-        teacher, scale = ctx.modules.flow_teacher, ctx.recipe.flow.guidance
+        self, ctx: StepContext, x: Tensor, times: Tensor, first: Tensor, condition: Condition, other: Condition | None,
+        scale: float,
+    ) -> Tensor:  # fmt: skip
+        """Where the teacher arrives from `x` `[B, D_p, h, w]` at the end of each image's window; `other` is None
+        where the scale is 1.
+        """
+        teacher = ctx.modules.flow_teacher
         branches = [(one, self._reads(ctx, one)) for one in (condition, other) if one is not None]
         for step in range(self.teacher_steps):
             now, then = times[first + step], times[first + step + 1]
@@ -151,11 +155,12 @@ class FewStepObjective(Objective["SparRecipe"]):
         """The target's features, both branches' conditions, and the DiT: the student's step and the teacher's, which
         have no way back.
         """
-        model, teacher, guided = modules.model, modules.flow_teacher, recipe.flow.guidance != 1
+        model, teacher, flow = modules.model, modules.flow_teacher, recipe.flow
         encoded = Cost() if recipe.data.has_cache else image_cost(model)
 
         def one(words: int, images: int) -> Cost:
             tokens = words + recipe.model.connector.queries
+            guided = flow.guidance_of(edits=images > 1) != 1
             taught = part_cost(lambda: meta_velocity(model, tokens, teacher), teacher, through=False)
             cost = encoded * images + condition_cost(model, words, 1, through=False)
             cost += condition_cost(model, words, 0, through=False) * guided

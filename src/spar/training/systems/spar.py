@@ -101,6 +101,10 @@ class FlowConfig:
             raise InputError(f"flow.unconditional_share: expected 0 to 1, got {self.unconditional_share}")
         check_at_least(0, "flow.", guidance=self.guidance, edit_guidance=self.edit_guidance or 0)
 
+    def guidance_of(self, *, edits: bool) -> float:
+        """The scale with which images of prompts are drawn, or edits."""
+        return self.edit_guidance if edits and self.edit_guidance is not None else self.guidance
+
 
 @dataclass(frozen=True, kw_only=True)
 class SparRecipe(LoraRecipe):
