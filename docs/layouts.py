@@ -6,7 +6,10 @@ Faults: "form", a text that is no layout; "words", objects that are not those of
 not hold between their cells; "near", two objects on top of each other: their cells' centers are nearer than the sum of
 their radii less SLACK, half a cell, by which two centers may be off.
 
-Then, of a model that writes them, the same for each kind of edit of such scenes. "words" are objects that are not those
+Then the same for two kinds of caption that benchmarks have not: "related", groups of objects with a relation between
+them, and "divided", objects of one shape and what tells them apart.
+
+Last, of a model that writes them, the same for each kind of edit of such scenes. "words" are objects that are not those
 that go or come, "place" a cell that is not theirs or one beside it; of an added object only a relation that it was
 given, and "near", count.
 """
@@ -15,9 +18,9 @@ import itertools
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -25,16 +28,27 @@ import torch
 from PIL import Image
 
 from spar.inference.pipeline import SparPipeline
+from spar.recipes.shapes.data import layout_order
 from spar.training.checkpoint import load_group
-from spar.worlds.shapes.captions import caption, edit_layout, parse
+from spar.worlds.shapes.captions import (
+    Claim,
+    Group,
+    Relation,
+    caption,
+    divided_caption,
+    edit_layout,
+    parse,
+    related_caption,
+)
 from spar.worlds.shapes.dataset import scene_at
 from spar.worlds.shapes.detector import DetectedObject, Detection, satisfies
 from spar.worlds.shapes.edits import ALL_EDIT_KINDS, BY_ANYTHING, Edit, edit_kinds, make_edit
 from spar.worlds.shapes.render import render
-from spar.worlds.shapes.scene import BACKGROUNDS, COLORS, SHAPES, SIDE, SIZES, Scene, holds
+from spar.worlds.shapes.scene import BACKGROUNDS, COLORS, RELATIONS, SHAPES, SIDE, SIZES, Scene, holds
 from spar.worlds.shapes.tokenizer import ORDINALS
 
 KINDS = ("single", "two", "count", "position", "multi", "shared", "twins")
+LESSONS = {"related": related_caption, "divided": divided_caption}
 CAPTIONS = 96  # of a kind
 SLACK = 4.0  # pixels
 CELL = SIDE / len(ORDINALS)
@@ -61,12 +75,12 @@ def read(text: str) -> Detection | None:
     return Detection(found.group(2) if found else "", tuple(objects))
 
 
-def fault(text: str, prompt: str) -> str:
-    """The first fault of the layout of a caption; "" if it has none."""
+def fault(text: str, claims: Sequence[Claim]) -> str:
+    """The first fault of a layout that is to satisfy all of some claims; "" if it has none."""
     seen = read(text)
     if seen is None:
         return "form"
-    if not satisfies(seen, parse(prompt))[0]:
+    if not all(satisfies(seen, claim)[0] for claim in claims):
         return "words"
     for one, other in combinations(seen.objects, 2):
         if np.hypot(one.x - other.x, one.y - other.y) < SIZES[one.size] + SIZES[other.size] - SLACK:
@@ -78,7 +92,43 @@ def shares(pipe: SparPipeline, kind: str, count: int) -> dict[str, float]:
     """The share of each fault among the layouts of `count` captions of a kind; "" is none."""
     scenes = [scene_at("validation", index, {kind: 1.0}) for index in range(count)]
     prompts = [caption(scene, np.random.default_rng(index)) for index, scene in enumerate(scenes)]
-    faults = Counter(map(fault, pipe.write_layouts(prompts, seed=0), prompts))
+    claims = [[parse(prompt)] for prompt in prompts]
+    faults = Counter(map(fault, pipe.write_layouts(prompts, seed=0), claims))
+    return {name: number / count for name, number in faults.items()}
+
+
+def related_claims(text: str) -> list[Claim]:
+    """What a caption of `related_caption` says: of each group before the relation that it is so of each one behind."""
+    name, phrase = next(item for item in RELATIONS.items() if f" {item[1]} " in text)
+    one, two = (parse(side) for side in text.split(f" {phrase} "))
+    groups, first = (*one.groups, *two.groups), len(one.groups)
+    pairs = product(range(first), range(first, len(groups)))
+    return [Claim(two.background, groups, Relation(name, a, b)) for a, b in pairs]
+
+
+def divided_claims(text: str) -> list[Claim]:
+    """What a caption of `divided_caption` says: "two circles, one red and one blue, a star" is three groups."""
+    found = _GROUND.fullmatch(text)
+    background, text = (found[2], found[1]) if found else (None, text)
+    groups = list[Group]()
+    for phrase in re.split(r", (?!one )", text.replace(":", ",")):
+        whole, *ones = re.split(r", one | and one ", phrase)
+        (group,) = parse(whole).groups
+        each = [{"color" if one in COLORS else "size": one, "count": 1} for one in ones]
+        groups += [replace(group, **values) for values in each] or [group]
+    return [Claim(background, tuple(groups))]
+
+
+def lesson_shares(pipe: SparPipeline, kind: str, count: int) -> dict[str, float]:
+    """`shares` of captions of one of LESSONS."""
+    prompts, read_claims = list[str](), {"related": related_claims, "divided": divided_claims}[kind]
+    for index in itertools.count():
+        if len(prompts) == count:
+            break
+        scene, rng = scene_at("validation", index, {"shared": 1.0, "twins": 1.0}), np.random.default_rng(index)
+        text = LESSONS[kind](scene, rng, order=layout_order(scene, rng))
+        prompts += [text] if text else []
+    faults = Counter(map(fault, pipe.write_layouts(prompts, seed=0), map(read_claims, prompts)))
     return {name: number / count for name, number in faults.items()}
 
 
@@ -148,6 +198,8 @@ def main() -> None:
         pipe.model.language.load_state_dict(own)
     for kind in KINDS:
         show(kind, shares(pipe, kind, CAPTIONS))
+    for kind in LESSONS:
+        show(kind, lesson_shares(pipe, kind, CAPTIONS))
     if pipe.bundle.sampling.edit_layout or sys.argv[2:]:
         for kind in ALL_EDIT_KINDS:
             show(f"edit, {kind}", edit_shares(pipe, kind, CAPTIONS))

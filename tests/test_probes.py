@@ -4,9 +4,11 @@ import importlib.util
 import json
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,6 +19,9 @@ from spar.evaluation.shapes_edit import needs_binding
 from spar.recipes import recipe
 from spar.training.checkpoint import load_group
 from spar.training.plan import read_run, resolve
+from spar.worlds.shapes.captions import Claim, Group, Relation, parse
+from spar.worlds.shapes.dataset import scene_at
+from spar.worlds.shapes.detector import detect, satisfies
 from spar.worlds.shapes.edits import ALL_EDIT_KINDS, Edit
 from spar.worlds.shapes.render import render
 from spar.worlds.shapes.scene import Object, Scene
@@ -59,7 +64,8 @@ def test_the_probes_find_that_the_bundled_model_binds_and_its_router_chooses(mon
     ],
 )
 def test_planted_faults_of_layouts_are_found(first, second, fault):
-    assert script("layouts").fault(f"{first}, {second} on a navy background", "two red circles") == fault
+    text = f"{first}, {second} on a navy background"
+    assert script("layouts").fault(text, [parse("two red circles")]) == fault
 
 
 @pytest.mark.parametrize(
@@ -70,14 +76,33 @@ def test_planted_faults_of_layouts_are_found(first, second, fault):
     ],
 )  # fmt: skip
 def test_what_is_no_layout_or_lacks_objects_is_a_fault(text, fault):
-    assert script("layouts").fault(text, "two red circles") == fault
+    assert script("layouts").fault(text, [parse("two red circles")]) == fault
 
 
 def test_a_relation_that_the_cells_of_a_layout_do_not_hold_is_a_fault():
     text = "a small red circle on column {} row two, a small blue star on column {} row two on a navy background"
-    found = script("layouts").fault
-    assert found(text.format("two", "six"), "a red circle to the left of a blue star") == ""
-    assert found(text.format("six", "two"), "a red circle to the left of a blue star") == "words"
+    found, claims = script("layouts").fault, [parse("a red circle to the left of a blue star")]
+    assert found(text.format("two", "six"), claims) == ""
+    assert found(text.format("six", "two"), claims) == "words"
+
+
+def test_captions_of_the_lessons_are_claims_that_their_own_scenes_satisfy_and_others_do_not():
+    layouts, rng = script("layouts"), np.random.default_rng(0)
+    for kind, claims_of in (("related", layouts.related_claims), ("divided", layouts.divided_claims)):
+        scenes = [scene_at("validation", index, {"shared": 1.0, "twins": 1.0}) for index in range(80)]
+        texts = [(scene, layouts.LESSONS[kind](scene, rng)) for scene in scenes]
+        told = [(detect(render(scene)), claims_of(text)) for scene, text in texts if text]
+        assert len(told) > 20 and all(satisfies(seen, claim)[0] for seen, claims in told for claim in claims)
+        others = [satisfies(seen, claims[0])[0] for (seen, _), (_, claims) in pairwise(told)]
+        assert sum(others) < len(others) / 10
+    below = layouts.related_claims("two blue stars above a red circle and a green ring on a navy background")
+    assert below == [
+        Claim(
+            "navy", (Group("star", "blue", None, 2), Group("circle", "red", None, 1), Group("ring", "green", None, 1)),
+            Relation("above", 0, other),
+        )
+        for other in (1, 2)
+    ]  # fmt: skip
 
 
 def test_the_bundled_models_layouts_are_sound_where_there_is_room(monkeypatch, capsys):
@@ -86,8 +111,8 @@ def test_the_bundled_models_layouts_are_sound_where_there_is_room(monkeypatch, c
     monkeypatch.setattr(layouts, "KINDS", ("two", "count"))
     monkeypatch.setattr("sys.argv", ["layouts.py"])
     layouts.main()
-    two, count = capsys.readouterr().out.splitlines()
-    assert two == "two: sound 1.00"
+    two, count, related, divided = capsys.readouterr().out.splitlines()
+    assert two == "two: sound 1.00" and related.startswith("related: ") and divided.startswith("divided: ")
     assert re.fullmatch(r"count: sound \d\.\d\d(; (form|near|words) [\d.]+(, (near|words) [\d.]+)*)?", count)
 
 
@@ -100,7 +125,7 @@ def test_layouts_of_a_stage_are_read_from_its_weights(tiny_run, monkeypatch, cap
     end = tiny_run.path / "mllm-2" / "done"
     monkeypatch.setattr("sys.argv", ["layouts.py", str(tiny_run.path / "model"), str(end)])
     layouts.main()
-    kinds = ("two", *(f"edit, {kind}" for kind in ALL_EDIT_KINDS))
+    kinds = ("two", "related", "divided", *(f"edit, {kind}" for kind in ALL_EDIT_KINDS))
     assert capsys.readouterr().out.splitlines() == [f"{kind}: sound 0.00; form 1.00" for kind in kinds]
     weights = load_group(end, "modules")
     own = seen[0].model.language.state_dict()
