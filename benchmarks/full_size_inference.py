@@ -35,22 +35,23 @@ from spar.models.autoencoder import build_autoencoder
 from spar.models.config import library_fields
 from spar.models.denoiser import SANA_FIELDS
 from spar.models.encoder import qwen_config, vision_config
+from spar.models.spar import SparModel
 from spar.training.bundle import hardware_info
 
 Run = Callable[[], object]
 PROMPT = "a large red circle on a gray background"
 
 
-def plain_denoiser(pipe: SparPipeline) -> SanaTransformer2DModel:
+def plain_denoiser(model: SparModel, dtype: torch.dtype) -> SanaTransformer2DModel:
     """diffusers' own class with the weights of ours."""
-    config, channels = pipe.model.config, pipe.model.config.autoencoder.latent_channels
+    config, channels = model.config, model.config.autoencoder.latent_channels
     with torch.device("meta"):
         built = SanaTransformer2DModel(
             **library_fields(config.denoiser, SANA_FIELDS), in_channels=channels, out_channels=channels,
             cross_attention_dim=config.denoiser.width, sample_size=config.grid, patch_size=1,
             interpolation_scale=config.denoiser.interpolation_scale,
         )  # fmt: skip
-    state = {name: value.to(pipe.dtype) for name, value in pipe.model.denoiser.network.state_dict().items()}
+    state = {name: value.to(dtype) for name, value in model.denoiser.network.state_dict().items()}
     built.load_state_dict(state, assign=True)
     return built.eval().requires_grad_(False)
 
@@ -62,7 +63,7 @@ def plain_autoencoder(pipe: SparPipeline) -> AutoencoderDC:
     return plain.to(pipe.dtype).eval().requires_grad_(False)
 
 
-def pairs(pipe: SparPipeline) -> dict[str, tuple[Run, Run]]:
+def pairs(pipe: SparPipeline, sana: SanaTransformer2DModel) -> dict[str, tuple[Run, Run]]:
     """By part what ours and the plain way compute."""
     model, config = pipe.model, pipe.model.config
     grid, side, width = config.grid, config.image_size, config.text.hidden_size
@@ -71,7 +72,7 @@ def pairs(pipe: SparPipeline) -> dict[str, tuple[Run, Run]]:
     with pipe._compute(2):
         condition = model.condition(tokens.ids, tokens.mask)
         reads = model.precompute_key_values(condition)
-    sana, autoencoder = plain_denoiser(pipe), plain_autoencoder(pipe)
+    autoencoder = plain_autoencoder(pipe)
     pixels = torch.rand(1, 3, side, side)
     small = {"dtype": pipe.dtype}
     with torch.device("meta"):
@@ -118,14 +119,16 @@ def main() -> None:
     parser.add_argument("--recipe", default="spar-1b")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="our blocks")
+    parser.add_argument("--weights", choices=("dtype", "packed"), default="dtype", help="ours")
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error(f"expected at least one round, got {args.rounds}")
     cpu = torch.device("cpu")
     loaded = full_size(args.recipe, cpu)
-    pipe = SparPipeline(loaded, native_dtype(cpu), cpu, weights="dtype", compile=args.compile, progress=False)
+    sana = plain_denoiser(loaded.model, native_dtype(cpu))  # before the weights may be packed
+    pipe = SparPipeline(loaded, native_dtype(cpu), cpu, weights=args.weights, compile=args.compile, progress=False)
     peak, rows = matmul_peak(cpu), {}
-    for name, (ours, plain) in pairs(pipe).items():
+    for name, (ours, plain) in pairs(pipe, sana).items():
         with FlopCounterMode(display=False) as counted:
             plain()
         with FlopCounterMode(display=False) as own_counted:
@@ -154,7 +157,7 @@ def main() -> None:
     print(json.dumps({
         "benchmark": "full_size_inference", "recipe": args.recipe, "side": pipe.image_size,
         "dtype": dtype_name(pipe.dtype),
-        "rounds": args.rounds, "compile": args.compile, "image": image,
+        "rounds": args.rounds, "compile": args.compile, "weights": args.weights, "image": image,
         "results": rows, "peak_gflops": peak / 1e9, "threads": torch.get_num_threads(), "machine": hardware_info(),
         "versions": versions(),
     }))  # fmt: skip

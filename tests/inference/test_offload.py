@@ -11,6 +11,7 @@ from spar.common.errors import InputError
 from spar.inference import offload as memory
 from spar.inference import pipeline
 from spar.inference.offload import Offload, cast_weights, quantize
+from spar.inference.packed_weights import PackedLinear, check_packing
 from spar.inference.pipeline import SparPipeline
 from spar.models.blocks import repeated_blocks
 from spar.models.spar import SparModel
@@ -44,6 +45,59 @@ def test_weights_held_in_the_type_they_are_computed_in_change_no_result():
     assert sizes[1] < 0.55 * sizes[0]
     for one, other in zip(everything(plain), everything(held), strict=True):
         assert np.array_equal(one, other)
+
+
+@pytest.fixture
+def packing():
+    """Skips where the CPU or torch has no products on packed weights."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("no bfloat16 of oneDNN's on this CPU")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(7, 33, 5), (512, 160, 384), (1, 64, 64)])
+def test_a_packed_map_is_the_linear_map_of_its_weights(packing, shape, bias):
+    """Up to the rounding of sums of about 1 to bfloat16, from float32 as autocast reads it, and of strided rows."""
+    rows, wide, high = shape
+    torch.manual_seed(0)
+    plain = nn.Linear(wide, high, bias=bias)
+    x = torch.randn(2, wide, rows).transpose(1, 2)
+    packed = PackedLinear(plain.weight.data.bfloat16(), plain.bias)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(packed(x), plain(x), atol=2**-7, rtol=2**-7)
+
+
+def test_packed_weights_give_nearly_the_same_and_are_the_only_copy(packing):
+    plain = SparPipeline.from_pretrained(dtype=torch.bfloat16, device="cpu", weights="dtype")
+    packed = SparPipeline.from_pretrained(dtype=torch.bfloat16, device="cpu", weights="packed")
+    assert packed.parameters == plain.parameters
+    maps = [part for part in packed.model.denoiser.modules() if isinstance(part, PackedLinear)]
+    assert len(maps) > 50 and not [part for part in packed.model.denoiser.modules() if type(part) is nn.Linear]
+    for one, other in zip(everything(plain), everything(packed), strict=True):
+        if isinstance(one, np.ndarray):
+            assert np.abs(one.astype(int) - other.astype(int)).mean() <= 1
+        elif isinstance(one, str):
+            assert one == other
+        else:
+            assert other == pytest.approx(one, rel=0.02)
+    assert packed.run_metadata()["weights"] == "packed"
+
+
+def test_packed_weights_are_refused_where_there_are_none(packing, tmp_path):
+    with pytest.raises(InputError, match="weights packed: expected the CPU and bfloat16, got cpu and torch.float32"):
+        SparPipeline.from_pretrained(dtype="float32", device="cpu", weights="packed")
+    packed = SparPipeline.from_pretrained(dtype="bfloat16", device="cpu", weights="packed")
+    with pytest.raises(InputError, match="weights packed: expected the CPU and bfloat16, got meta"):
+        check_packing(torch.device("meta"), torch.bfloat16)
+    with pytest.raises(InputError, match="expected float32 to save a pipeline, got packed"):
+        packed.save_pretrained(tmp_path / "saved")
+    assert packed.to("cpu") is packed
+
+
+def test_packed_weights_need_onednns_products(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    with pytest.raises(InputError, match="expected a CPU with bfloat16 and a torch with oneDNN"):
+        SparPipeline.from_pretrained(dtype="bfloat16", device="cpu", weights="packed")
 
 
 def test_a_pipeline_whose_weights_are_no_longer_its_folders_is_not_saved(tmp_path):
@@ -150,7 +204,7 @@ def test_every_task_computes_only_with_the_parts_that_are_present(monkeypatch, w
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"weights": "int4"}, "weights: expected one of float32, dtype, int8, got 'int4'"),
+        ({"weights": "int4"}, "weights: expected one of float32, dtype, packed, int8, got 'int4'"),
         ({"offload": True}, "offload: expected a device other than the CPU"),
     ],
 )

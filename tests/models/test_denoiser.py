@@ -83,6 +83,17 @@ def test_softmax_attention_equals_diffusers_own_with_the_same_weights(config, ra
     assert (wanted - linear).abs().max() > 1e-3
 
 
+def test_the_blocks_read_tokens_whose_channels_lie_together(denoiser, config):
+    """Else every product would copy them, and some their weights for each image too."""
+    seen: list[bool] = []
+    blocks = denoiser.network.transformer_blocks
+    hooks = [block.register_forward_pre_hook(lambda _, x: seen.append(x[0].is_contiguous())) for block in blocks]
+    denoiser(*inputs(config), FULL)
+    for hook in hooks:
+        hook.remove()
+    assert seen == [True] * len(blocks)
+
+
 @pytest.mark.parametrize(("height", "width"), [(GRID, GRID), (2, 6)])
 def test_positions_are_the_grid_embedding_on_the_embedded_latent(config, randomize, height, width):
     built = randomize(Denoiser(replace(config.denoiser, position_gain=1.7), CHANNELS, GRID))

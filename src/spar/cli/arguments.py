@@ -30,8 +30,9 @@ class ModelArguments:
     hf://OWNER/NAME."""
     decode_tile: int | None = None
     """Visual tokens per side above which images are decoded in tiles: less memory, a slightly different image."""
-    weights: Literal["float32", "dtype", "int8"] = "dtype"
-    """Type of weights in memory: float32, dtype (that of --dtype, with the same results) or int8 (other results)."""
+    weights: Literal["float32", "dtype", "packed", "int8"] = "dtype"
+    """Weights in memory: float32, dtype (that of --dtype, with the same results), packed (a CPU's own layout of them:
+    faster, may round otherwise) or int8 (other results)."""
     offload: Flag = False
     """Keep idle parts in the CPU's memory: less of the device's memory, more time."""
     compile: Flag = False

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from spar.common.errors import InputError, install_command
 from spar.models.spar import SparModel
 
-Weights = Literal["float32", "dtype", "int8"]
+Weights = Literal["float32", "dtype", "packed", "int8"]
 WEIGHTS = get_args(Weights)
 
 

@@ -20,7 +20,7 @@ from spar.checkpoints.lora_files import merge_adapter
 from spar.checkpoints.model_header import TITLES
 from spar.checkpoints.spar_format import ModelBundle, load_model, save_model
 from spar.common import limits
-from spar.common.device import choose_device
+from spar.common.device import choose_device, read_move
 from spar.common.errors import InputError
 from spar.common.limits import check_int_range
 from spar.flow.path import interpolate, velocity_target
@@ -32,6 +32,7 @@ from spar.inference.image_sampling import StepwisePipeline
 from spar.inference.layouts import Layout
 from spar.inference.offload import WEIGHTS, Offload, Weights, cast_weights, quantize
 from spar.inference.outputs import GenerateOutput, ReconstructOutput
+from spar.inference.packed_weights import check_packing, pack_weights
 from spar.inference.progress import Callback
 from spar.models.blocks import compile_blocks
 from spar.models.tiling import MIN_TILE
@@ -72,12 +73,15 @@ class SparPipeline(StepwisePipeline):
             cast_weights(model, self.dtype)
         if self.weights == "int8":
             quantize(model)
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        if self.weights == "packed":
+            check_packing(self.device, self.dtype)
+            pack_weights(model)
         if self.compile:
             compile_blocks(model)
         self._offload = Offload(model, self.device) if self.offload else None
         if not self.offload:
             model.to(self.device)
-        self.parameters = sum(parameter.numel() for parameter in model.parameters())
         config = self.model.config
         self.prompts = PromptEncoder(
             self.bundle.text_tokenizer, config.grid**2, image_start=config.connector.image_start,
@@ -102,16 +106,17 @@ class SparPipeline(StepwisePipeline):
             decode_tile: visual tokens per side above which an image is decoded in tiles of that size, which takes less
                 memory and changes it a little; None never uses tiles.
             weights: type of the weights in memory: "float32" as stored; "dtype", those of matrix products in `dtype`,
-                half the memory for the same results; "int8", those of linear layers also rounded to 8 bits, for
-                other results (needs torchao).
+                half the memory for the same results; "packed", those of bfloat16 on a CPU also in its matrix unit's
+                layout, less time for results that may round otherwise; "int8", those of linear layers also rounded
+                to 8 bits, for other results (needs torchao).
             offload: keep idle parts in the CPU's memory: less of the device's memory, more time.
             compile: compile repeated layers with torch.compile: the first call takes a minute or so, later ones less.
             progress: show a bar of sampling on a terminal or in a notebook, unless a call has its own callback.
             torch_dtype: diffusers' name of `dtype`.
 
         Raises:
-            InputError: a missing, partial, foreign or damaged folder, an unavailable device, two types, or offload from
-                the CPU to itself.
+            InputError: a missing, partial, foreign or damaged folder, an unavailable device, two types, offload from
+                the CPU to itself, or packed weights where there are none.
         """
         if dtype is not None and torch_dtype is not None:
             raise InputError(f"torch_dtype: expected it or dtype, which are the same, got {torch_dtype} and {dtype}")
@@ -147,9 +152,9 @@ class SparPipeline(StepwisePipeline):
         """Move to a device, and compute in another type: arguments of torch's `to`; returns this pipeline.
 
         Raises:
-            InputError: a device of an offloaded pipeline, or a type that its weights no longer hold.
+            InputError: other arguments, a device of an offloaded pipeline, or a type that its weights no longer hold.
         """
-        device, dtype, *_ = torch._C._nn._parse_to(*arguments, **keywords)
+        device, dtype = read_move(*arguments, **keywords)
         if device is not None and self.offload:
             raise InputError(f"to: expected no device for an offloaded pipeline, got {device}")
         compute = self.dtype if dtype is None else read_dtype(dtype)
@@ -157,6 +162,8 @@ class SparPipeline(StepwisePipeline):
             raise InputError(f"to: expected {self.dtype}, in which the weights are, got {compute}: load them in that")
         if device is not None:
             where = choose_device(device)
+            if self.weights == "packed":
+                check_packing(where, compute)
             self.model.to(where)
             self.device = where
         self.dtype = compute
@@ -321,7 +328,7 @@ class SparPipeline(StepwisePipeline):
         return self.default_guidance if own is None else own
 
     def _settings(self) -> dict[str, Any]:
-        weights = self.weights if self.weights == "int8" else None  # the other types give the same results
+        weights = self.weights if self.weights in ("packed", "int8") else None  # the others give the same results
         return {"weights": weights, "compile": self.compile or None, "decode_tile": self.decode_tile}
 
     def _load_to_device(self, *parts: str) -> None:

@@ -85,11 +85,19 @@ def cross_attention(
 def mix_feed_forward(block: SanaTransformerBlock, x: Tensor, height: int, width: int) -> Tensor:
     """SANA's GLUMBConv on `[B, N, D]`; its 1x1 convolutions are linear maps over channels-last tokens."""
     ff = block.ff
-    x = F.silu(F.linear(x, ff.conv_inverted.weight.flatten(1), ff.conv_inverted.bias))  # [B, N, 2 H]
+    x = F.silu(_pointwise(ff.conv_inverted, x))                                         # [B, N, 2 H]
     x = x.unflatten(1, (height, width)).permute(0, 3, 1, 2)                             # channels-last view
     x = ff.conv_depth(x).permute(0, 2, 3, 1).flatten(1, 2)
     value, gate = x.chunk(2, dim=-1)
-    return F.linear(value * F.silu(gate), ff.conv_point.weight.flatten(1))
+    return _pointwise(ff.conv_point, value * F.silu(gate))
+
+
+def _pointwise(layer: nn.Module, x: Tensor) -> Tensor:
+    """A 1x1 convolution on channels-last tokens `[B, N, D]`, or the linear map that stands for it."""
+    if isinstance(layer, nn.Conv2d):
+        return F.linear(x, layer.weight.flatten(1), layer.bias)
+    mapped: Tensor = layer(x)
+    return mapped
 
 
 def _rows(read: Tensor | KeyValue, rows: Tensor | None) -> Tensor | KeyValue:
@@ -179,7 +187,8 @@ class Denoiser(nn.Module):
         """
         network, (height, width) = self.network, latent.shape[-2:]
         batch, samples = len(mask), len(latent) // len(mask)
-        x = network.patch_embed(latent)                                              # [B R, N, D]
+        # A convolution's channels come first in memory; the blocks would keep that and copy at every product.
+        x = network.patch_embed(latent).contiguous()                                 # [B R, N, D]
         if self.config.position_gain:
             places = sincos_pos_embed_2d(x.shape[-1], height, width, POSITION_BASE).to(x)
             x = x + self.config.position_gain * places
