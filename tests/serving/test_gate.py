@@ -21,7 +21,7 @@ from spar.serving.asgi import replay_body
 from spar.serving.auth import FREE_GUESSES, GuessLimit
 from spar.serving.errors import ApiError
 from spar.serving.gate import Lease, MemoryBudget, RequestGate, read_body
-from spar.serving.http import QUIET_SECONDS, HttpServer, max_connections
+from spar.serving.http import MAX_LOGGED, QUIET_SECONDS, HttpServer, max_connections
 from spar.serving.image_io import Decoders, decode_image, read_image
 
 HALF = b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{"
@@ -87,6 +87,22 @@ def test_the_log_says_once_in_a_while_that_file_handles_ran_out(caplog, monkeypa
     for context in ({"message": "x"}, {"exception": OSError(errno.EIO, "x")}, {"exception": ValueError()}):
         server._handle(loop, context)
         assert told[-1] is context
+
+
+def test_who_asks_for_another_protocol_writes_nothing_to_the_log(address, caplog):
+    head = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: upgrade\r\nUpgrade: h2c\r\n\r\n"
+    with connect(address, head) as connection:
+        assert connection.recv(12) == b"HTTP/1.1 200"
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_the_log_has_the_beginning_of_an_address_however_long_it_is(address, caplog):
+    caplog.set_level("INFO", "uvicorn.access")
+    with connect(address, b"GET /health?" + b"x" * 60_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n") as connection:
+        assert connection.recv(12) == b"HTTP/1.1 200"
+    lines = [record.getMessage() for record in caplog.records if record.name == "uvicorn.access"]
+    (line,) = [line for line in lines if "/health?xxx" in line]
+    assert len(line) < 2 * MAX_LOGGED and '"GET /health?xxx' in line and line.endswith(" 200")
 
 
 def scope(**headers: str) -> dict:

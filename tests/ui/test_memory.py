@@ -13,6 +13,7 @@ pytest.importorskip("gradio", reason="the extra `ui` is not installed")
 import gradio as gr
 import httpx2
 import uvicorn
+from starlette.testclient import TestClient
 
 from spar.serving import limits
 from spar.serving.gate import MemoryBudget, RequestGate
@@ -148,6 +149,21 @@ def test_a_mounted_page_has_the_budget_of_its_gate(pipe, monkeypatch, tmp_path):
     alone = page_app(pipe, "127.0.0.1", token=None, cache=tmp_path)
     assert budgets == [gate.budget, alone.routes[-1].app.gate.budget] and budgets[0] is not budgets[1]
     assert app.routes[-1].app.gate is gate
+
+
+def test_what_no_browser_asks_is_refused_without_a_trace_of_errors(pipe, monkeypatch, tmp_path):
+    """A request that anybody may repeat writes kilobytes to the log if it ends as an error of Gradio."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    app = page_app(pipe, "127.0.0.1", token=None, cache=tmp_path)
+    scene = f"gradio_api/file={next(tmp_path.glob('scenes/*.png'))}"
+    asked = [
+        ("static/" + "a" * 5000, {}, 404), ("assets/" + "%C3%A9" * 200, {}, 404), (scene, {"range": "bytes=0-1"}, 206),
+        (scene, {"range": "bytes=0-1,2-3"}, 400), (scene, {"range": "bytes=-"}, 400),
+        ("gradio_api/queue/data?session_hash=nobody", {}, 200), ("gradio_api/queue/data", {}, 422),
+    ]  # fmt: skip
+    with TestClient(app, base_url="http://127.0.0.1") as client:  # which raises what would go to the log
+        for path, headers, status in asked:
+            assert (client.get(path, headers=headers).status_code, path) == (status, path)
 
 
 def test_a_visitor_who_leaves_holds_nothing(pipe, monkeypatch, tmp_path):

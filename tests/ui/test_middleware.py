@@ -8,13 +8,14 @@ import pytest
 pytest.importorskip("starlette", reason="the extra `ui` is not installed")
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.testclient import TestClient
 
 from spar.serving import limits
-from spar.ui.middleware import MAX_LOGIN, MAX_REQUEST, MULTIPART, GradioGuardMiddleware
+from spar.ui.middleware import MAX_LOGIN, MAX_QUERY, MAX_REQUEST, MULTIPART, GradioGuardMiddleware
 
 MAX_FILE = 1000
 
@@ -61,7 +62,8 @@ def test_the_pages_own_routes_are_open_and_carry_the_policy(client, path):
         "gradio_api/proxy=http://169.254.169.254/", "gradio_api/file=http://169.254.169.254/", "docs", "openapi.json",
         "gradio_api/file=/etc/passwd", "gradio_api/file=cache/own.png", "gradio_api/info", "gradio_api/call/generate",
         "gradio_api/stream/1", "gradio_api/component_server", "gradio_api/startup-events",
-        "gradio_api/deep_link", "monitoring", "queue/join",
+        "gradio_api/deep_link", "monitoring", "queue/join", "gradio_api/heartbeat/" + "a" * 65,
+        "static/" + "a" * 300, "assets/" + "a" * 300, "static/%C3%A9", "assets/%00", "static/a%0Ab",
     ],
 )  # fmt: skip
 def test_all_else_is_shut(client, path):
@@ -92,12 +94,95 @@ def test_the_body_that_was_looked_at_arrives_whole(client):
     assert client.post("gradio_api/queue/join", content=body).content == body
 
 
+def file(data=b"x", name="files", filename="a.png"):
+    """The part of a form."""
+    named = "" if filename is None else f'; filename="{filename}"'
+    return f'Content-Disposition: form-data; name="{name}"{named}\r\nContent-Type: image/png'.encode(), data
+
+
+def form(*parts, end=b"--\r\n"):
+    """A form as browsers write it."""
+    return b"".join(b"--edge\r\n" + head + b"\r\n\r\n" + data + b"\r\n" for head, data in parts) + b"--edge" + end
+
+
+def upload(client, body, *kinds):
+    headers = [("content-type", kind) for kind in kinds or ("multipart/form-data; boundary=edge",)]
+    return client.post("gradio_api/upload?upload_id=a1", content=body, headers=headers).status_code
+
+
+def test_an_upload_is_a_form_of_one_file(client):
+    """Gradio opens a file for each of up to a thousand, of the handles that all connections share."""
+    assert upload(client, form(file(b"\r\n\r\nCONTENT-DISPOSITION: form-data; name=other"))) == 200
+    assert upload(client, form(file(filename="b.png"), end=b"--")) == 200
+    wrong = {
+        "several": form(file(), file()), "none": form(), "a field": form(file(filename=None)), "empty": b"",
+        "another name": form(file(name="other")), "unfinished": form(file(), end=b""), "no form": b"x" * 100,
+        "two names": form((file(name="a")[0] + b"\r\n" + file()[0], b"x")), "before it": b"x" + form(file()),
+        "no end of its head": form(file()).replace(b"\r\n\r\n", b"\r\n"),
+    }  # fmt: skip
+    assert {name: status for name, body in wrong.items() if (status := upload(client, body)) != 400} == {}
+    for kinds in (("multipart/form-data",), ("multipart/form-data; boundary=",), ("application/json",)):
+        assert upload(client, form(file()), *kinds) == 400
+    assert upload(client, form(file()), "multipart/form-data; boundary=x", "multipart/form-data; boundary=edge") == 400
+
+
+def test_an_upload_that_finds_the_cache_full_is_refused(client, cache, monkeypatch):
+    body, held = form(file()), len("own")
+    monkeypatch.setattr("spar.ui.middleware.MAX_FILES_BYTES", held + len(body))
+    assert upload(client, body) == 200
+    (cache / "deep" / "er").mkdir(parents=True)
+    (cache / "deep" / "er" / "b.png").write_bytes(b"x")
+    assert upload(client, body) == 429
+    (cache / "deep" / "er" / "b.png").unlink()
+    assert upload(client, body) == 200
+
+
+def test_the_query_of_an_address_is_short(client):
+    """Gradio keeps what a browser asks about here for ever."""
+    path = "gradio_api/upload_progress?upload_id="
+    most = MAX_QUERY - len("upload_id=")
+    assert client.get(path + "a" * most).status_code == 200 and client.get(path + "a" * (most + 1)).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("value", "status"),
+    [("bytes=0-", 200), ("bytes=0-1", 200), ("bytes=1-2,3-4", 400), ("bytes=a-b", 400), ("bytes=-", 400), ("x", 400)],
+)
+def test_a_range_is_one_of_bytes(client, cache, value, status):
+    assert client.get(f"gradio_api/file={cache}/own.png", headers={"range": value}).status_code == status
+
+
+def test_a_stream_that_is_refused_late_ends(cache):
+    """Else each such request writes seven kilobytes to the log."""
+
+    async def refused():
+        yield b"data: no\n\n"
+        raise HTTPException(404)
+
+    async def fails():
+        yield b"data: no\n\n"
+        raise RuntimeError("a fault of ours")
+
+    for stream in (refused, fails):
+        def answer(_: Request, stream=stream) -> StreamingResponse:
+            return StreamingResponse(stream())
+
+        inner = Starlette(routes=[Route("/{path:path}", answer)])
+        client = TestClient(GradioGuardMiddleware(inner, cache, MAX_FILE))
+        if stream is refused:
+            assert client.get("/gradio_api/queue/data?session_hash=a").content == b"data: no\n\n"
+        else:
+            with pytest.raises(RuntimeError, match="ours"):
+                client.get("/gradio_api/queue/data?session_hash=a")
+
+
 def test_requests_are_small_but_for_uploads_of_one_image(client):
     post = client.post
     assert post("gradio_api/cancel", content=b"{}".ljust(MAX_REQUEST)).status_code == 200
     assert post("gradio_api/cancel", content=b"{}".ljust(MAX_REQUEST + 1)).status_code == 413
-    assert post("gradio_api/upload", content=b"x" * (MAX_FILE + MULTIPART)).status_code == 200
-    assert post("gradio_api/upload", content=b"x" * (MAX_FILE + MULTIPART + 1)).status_code == 413
+    around = len(form(file(b"")))
+    for size, status in ((MAX_FILE + MULTIPART, 200), (MAX_FILE + MULTIPART + 1, 413)):
+        assert upload(client, form(file(b"x" * (size - around)))) == status
     assert post("gradio_api/upload", content=iter([b"x"])).status_code == 411
     for path in ("login", "login/"):  # of a form of separators alone, 256 KiB took a fifth of a second
         assert post(path, content=b"&" * MAX_LOGIN).status_code == 200
@@ -137,3 +222,39 @@ def test_a_body_that_never_comes_is_given_up_and_its_place_is_free_again(cache, 
     assert (guard.gate.requests, guard.gate.budget.held) == (0, 0)
     monkeypatch.setattr(limits, "MAX_REQUESTS", 0)
     assert answered(guard, half) == 429
+
+
+def test_who_has_not_logged_in_takes_no_place_of_who_has(cache, monkeypatch):
+    monkeypatch.setattr(limits, "MAX_REQUESTS", 1)
+    inner = Starlette(routes=[Route("/{path:path}", echo, methods=["GET", "POST"])])
+    guard = GradioGuardMiddleware(
+        inner, cache, MAX_FILE, logged_in=lambda scope: (b"cookie", b"own") in scope["headers"]
+    )
+
+    async def ask(path, *headers, method="GET") -> list[int]:
+        statuses = []
+
+        async def send(message) -> None:
+            statuses.append(message.get("status"))
+
+        async def receive() -> dict:
+            if method == "POST":
+                await asyncio.Event().wait()  # its body never comes
+            return {"type": "http.request", "body": b""}
+
+        scope = {"type": "http", "method": method, "path": path, "headers": headers}
+        await guard(scope, receive, send)
+        return statuses
+
+    async def run() -> None:
+        slow = asyncio.ensure_future(ask("/login", (b"content-length", b"9"), method="POST"))
+        await asyncio.sleep(0)
+        while not guard.strangers.requests:
+            await asyncio.sleep(0.001)
+        assert (await ask("/config"))[0] == 429
+        guard.app = PlainTextResponse("here")
+        assert (await ask("/config", (b"cookie", b"own")))[0] == 200
+        slow.cancel()
+
+    asyncio.run(run())
+    assert guard.strangers.budget is guard.gate.budget

@@ -5,9 +5,14 @@ from concurrent.futures import CancelledError
 from threading import Event, Semaphore, Thread
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from spar.common.errors import Cancelled, InputError
+from spar.serving.batching import Drawing, sampling_jobs
+from spar.serving.schema import GenerationRequest
+from spar.serving.worker import Worker
+from spar.ui.examples import scene_images
 from spar.ui.preview_stream import PREVIEW_SHARE, PreviewStep, PreviewStream, _callback
 
 
@@ -149,3 +154,87 @@ def test_work_that_waits_for_its_turn_is_stopped_at_once():
     assert raised and not first.done()
     go.set()
     assert first.result() is True
+
+
+# ---- drawings among the images of others -----------------------------------------------------------------------------
+
+KEYWORDS = {"seed": 7, "num_inference_steps": 4, "guidance_scale": 4.5, "negative_prompt": None}
+
+
+@pytest.fixture
+def worker(pipe, monkeypatch):
+    """A worker of the bundled pipeline, in whose `rows` are the numbers of images of its steps."""
+    monkeypatch.setattr("spar.serving.joining.BatchCosts.worth_joining", lambda *_: True)
+    worker = Worker(pipe, max_batch=4)
+    worker.rows = []
+    worker.observe = lambda _, rows: worker.rows.append(rows)
+    worker.start()
+    yield worker
+    worker.stop()
+
+
+def arguments(task):
+    return (scene_images()[0], "change the background to navy") if task == "edit" else ("a red circle",)
+
+
+def same(one, other):
+    assert np.array_equal(np.asarray(one.images[0]), np.asarray(other.images[0]))
+    assert (one.seeds, one.metadata) == (other.seeds, other.metadata) and len(one.images) == len(one.routing) == 1
+    assert one.routing[0].tokens == other.routing[0].tokens
+    assert np.array_equal(one.routing[0].weights, other.routing[0].weights)
+
+
+@pytest.mark.parametrize("task", ["generate", "edit"])
+def test_a_drawing_of_the_worker_is_that_of_the_pipeline_with_all_its_steps(worker, pipe, monkeypatch, task):
+    eager(monkeypatch)
+    given = arguments(task)
+    wanted = getattr(pipe, task)(*given, **KEYWORDS)
+    *steps, out = PreviewStream(pipe, worker.call).run("me", task, *given, **KEYWORDS)
+    same(out, wanted)
+    assert [(step.done, step.steps) for step in steps] == [(done, 4) for done in range(1, 5)]
+    assert steps[0].image.size == out.images[0].size and steps[-1].image is None
+    assert worker.rows == [1] * 4  # steps of a batch and no call
+
+
+def test_a_drawing_shares_the_steps_of_the_images_of_the_api(worker, pipe):
+    entered, hold, seen = Event(), Event(), []
+    worker.call(lambda _: (entered.set(), hold.wait(60)))
+    assert entered.wait(60)
+    asked = GenerationRequest(prompt="a blue star", num_inference_steps=9, seed=1)
+    (job,) = sampling_jobs(pipe, asked, pipe.output_size())
+    worker.submit(job)
+    drawing = worker.call(Drawing("generate", arguments("generate"), KEYWORDS, lambda *step: seen.append(step[:2])))
+    hold.set()
+    out, alone = drawing.result(120), pipe.generate(*arguments("generate"), **KEYWORDS)
+    assert job.future.result(120).seed == 1
+    assert worker.rows == [1, *[2] * 4, *[1] * 5] and seen == [(done, 4) for done in range(1, 5)]
+    assert np.abs(np.asarray(out.images[0], int) - np.asarray(alone.images[0], int)).mean() < 1
+    assert out.metadata == alone.metadata
+
+
+def test_a_drawing_that_is_stopped_leaves_the_batch(worker, pipe):
+    stream = PreviewStream(pipe, worker.call)
+    work = stream.run("me", "generate", "a red circle", **KEYWORDS | {"num_inference_steps": 1000})
+    next(work)
+    stream.stop("me", "generate")
+    with pytest.raises(CancelledError):
+        list(work)
+    worker.call(lambda _: None).result(120)
+    same(worker.call(Drawing("generate", ("a red circle",), KEYWORDS, lambda *_: True)).result(120),
+         pipe.generate("a red circle", **KEYWORDS))
+    assert len(worker.rows) < 1000
+
+
+def test_a_drawing_that_must_run_alone_is_the_same(pipe):
+    seen, given = [], arguments("generate")
+    job = Drawing("generate", given, KEYWORDS, lambda *step: seen.append(step[:2])).job(pipe, None).as_call()
+    (out,) = job.work(pipe, [job.inputs], lambda *_: True)
+    same(out, pipe.generate(*given, **KEYWORDS))
+    assert seen == [(done, 4) for done in range(1, 5)]
+    assert Drawing("generate", given, KEYWORDS, print).job(SlowPipe(), None) is None  # whose images cannot join
+
+
+def test_a_drawing_that_cannot_be_fails_with_its_reason(worker):
+    drawing = Drawing("generate", ("an elephant",), KEYWORDS, lambda *_: True)
+    with pytest.raises(InputError, match="elephant"):
+        worker.call(drawing).result(120)

@@ -18,6 +18,11 @@ def host_name(scope: Scope) -> str:
     return host[: host.rfind("]") + 1] if host.startswith("[") else host.partition(":")[0]
 
 
+def content_type(scope: Scope) -> bytes:
+    """The first header Content-Type, which applications read."""
+    return next((value for name, value in scope["headers"] if name == b"content-type"), b"")
+
+
 def replay_body(parts: list[bytes], receive: Receive) -> Receive:
     """A `receive` that returns a body which was read already, then the later messages (the client's disconnection).
 

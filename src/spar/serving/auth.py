@@ -13,6 +13,7 @@ from spar.common.errors import InputError, install_command
 from spar.serving.limits import MIN_TOKEN_CHARACTERS, TOKEN_VARIABLE
 
 BACKLOG = 512
+UNSENT_BYTES = 128 * 2**10  # of a connection that the system holds, of up to 4 MiB: nobody counts them
 FREE_GUESSES = 32
 GUESS_SECONDS = 1.0
 EXTRAS = {
@@ -99,6 +100,8 @@ def listen(host: str, port: int) -> socket.socket:
         # asyncio sends small answers at once (TCP_NODELAY) only if the protocol is given
         listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # so that it is also soon seen that a slow client reads on
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         listener.bind((host, port))
         listener.listen(BACKLOG)
     except OSError as error:

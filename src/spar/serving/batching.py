@@ -1,15 +1,18 @@
-"""The four tasks as jobs of the worker: which rows share a call or a running batch, and these."""
+"""The four tasks as jobs of the worker: which rows share a call or a running batch, and these. The page's drawings are
+rows too.
+"""
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 
 from spar.inference.base import Pipeline
 from spar.inference.image_sampling import StepwisePipeline
 from spar.inference.layouts import LayoutPipeline
+from spar.inference.outputs import GenerateOutput
 from spar.serving.jobs import ImageJob, JoiningJob, Step
 from spar.serving.schema import SamplingRequest
 
@@ -34,6 +37,10 @@ class ImageRow:
     layout: str | bool | None = None
     shown: set[int] = field(default_factory=set, compare=False)
 
+    def is_shown(self, done: int) -> bool:
+        """Whether something of the row is shown after a step."""
+        return done in self.shown_steps()
+
     def shown_steps(self) -> set[int]:
         """The steps after which a preview is shown: `partial` of them, evenly spread before the last."""
         if self.show is None:
@@ -46,6 +53,16 @@ class ImageRow:
         if self.show is not None and done not in self.shown:
             self.shown.add(done)
             self.show(preview)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchedRow(ImageRow):
+    """An image whose every step `watch` gets, as the callback of a pipeline; its result is an output of its own."""
+
+    watch: Step
+
+    def is_shown(self, done: int) -> bool:
+        return True
 
 
 @dataclass(frozen=True)
@@ -62,7 +79,7 @@ class GeneratedImage:
         return {name: value for name, value in own.items() if value is not None}
 
 
-def sample_images(pipe: Pipeline, rows: list[ImageRow], callback: Step) -> list[GeneratedImage]:
+def sample_images(pipe: Pipeline, rows: list[ImageRow], callback: Step) -> list[Any]:
     """Generate or edit images; all rows have an image and a negative prompt, or none does."""
     first, prompts = rows[0], [row.prompt for row in rows]
     shared: dict[str, Any] = {
@@ -77,22 +94,40 @@ def sample_images(pipe: Pipeline, rows: list[ImageRow], callback: Step) -> list[
         out = pipe.edit(images, prompts, **shared)
     else:
         out = pipe.generate(prompts, height=first.size[0], width=first.size[1], **shared)
-    return list(map(GeneratedImage, out.images, out.metadata, out.seeds))
+    return _results(rows, out)
+
+
+def _results(rows: Sequence[ImageRow], out: GenerateOutput) -> list[Any]:
+    """What each row of an output results in."""
+    made = [*map(GeneratedImage, out.images, out.metadata, out.seeds)]
+    return [
+        GenerateOutput([one.image], out.seeds[i : i + 1], out.routing[i : i + 1], [one.metadata])
+        if isinstance(row, WatchedRow) else one
+        for i, (row, one) in enumerate(zip(rows, made, strict=True))
+    ]  # fmt: skip
 
 
 def _with_previews(pipe: Pipeline, rows: list[ImageRow], callback: Step) -> Step:
     """The callback of a call, with the previews that its rows show."""
-    shown = [row.shown_steps() for row in rows]
 
     def step(done: int, total: int, state: Any) -> bool:
         goes_on = callback(done, total, state)
-        wanted = [number for number, steps in enumerate(shown) if done in steps]
+        wanted = [number for number, row in enumerate(rows) if row.is_shown(done)]
         if goes_on and wanted:
-            for number, image in zip(wanted, pipe.preview(state[wanted]), strict=True):
-                rows[number].show_once(done, image)
+            _show(pipe, [rows[number] for number in wanted], [done] * len(wanted), state[wanted])
         return goes_on
 
-    return step if any(shown) else callback
+    return step if any(isinstance(row, WatchedRow) or row.shown_steps() for row in rows) else callback
+
+
+def _show(pipe: Pipeline, rows: Sequence[ImageRow], done: Sequence[int], state: Any) -> None:
+    """Show what each row has after so many steps."""
+    plain = [number for number, row in enumerate(rows) if not isinstance(row, WatchedRow)]
+    for number, image in zip(plain, pipe.preview(state[plain]) if plain else [], strict=True):
+        rows[number].show_once(done[number], image)
+    for number, row in enumerate(rows):
+        if isinstance(row, WatchedRow):
+            row.watch(done[number], row.steps, state[[number]])
 
 
 class RunningRows:
@@ -122,20 +157,20 @@ class RunningRows:
 
     def previews(self) -> list[int]:
         done = self.batch.sampler.done
-        return [number for number, row in enumerate(self.rows) if done[number] in row.shown_steps()]
+        return [number for number, row in enumerate(self.rows) if row.is_shown(done[number])]
 
     def show(self, rows: list[int]) -> None:
-        for number, image in zip(rows, self.pipe.preview(self._state[rows]), strict=True):
-            self.rows[number].show_once(self.batch.sampler.done[number], image)
+        done = self.batch.sampler.done
+        _show(self.pipe, [self.rows[row] for row in rows], [done[row] for row in rows], self._state[rows])
 
     def finished(self) -> list[int]:
         return self.batch.finished
 
-    def finish(self, rows: list[int]) -> list[GeneratedImage]:
+    def finish(self, rows: list[int]) -> list[Any]:
         left = self._without(rows)
-        out = self.pipe.finish(self.batch, rows)
+        results = _results([self.rows[row] for row in rows], self.pipe.finish(self.batch, rows))
         self.rows, self._state = left
-        return list(map(GeneratedImage, out.images, out.metadata, out.seeds))
+        return results
 
     def leave(self, rows: list[int]) -> None:
         left = self._without(rows)
@@ -190,17 +225,63 @@ def sampling_jobs(
     default = pipe.default_guidance if image is None else pipe.default_edit_guidance
     guidance = default if guidance is None else guidance
     seed = secrets.randbelow(2**32) if request.seed is None else request.seed
-    guided = guidance != 1
-    key = (size, guided, negative is None, image is None, str if isinstance(layout, str) else layout)
-    weight = max(1.0, size[0] * size[1] / pipe.image_size**2)
     partial = request.partial_images or 0
     rows = [
         ImageRow(prompt, negative, seed + i, image, size, steps, guidance, partial, show, layout)
         for i in range(request.n or 1)
     ]
-    if isinstance(pipe, StepwisePipeline) and pipe.lets_join:
-        shared: dict[str, Any] = {
-            "open": lambda own: RunningRows(own, size, guided), "batch_key": (size, guided), "steps": steps
-        }  # fmt: skip
-        return [JoiningJob(sample_images, key, row, weight, model, **shared) for row in rows]
-    return [ImageJob(sample_images, (*key, guidance, steps), row, weight, model) for row in rows]
+    return [_row_job(pipe, row, model) for row in rows]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A call of a pipeline's `generate` or `edit` that makes one image and whose every step `watch` gets. Where the
+    pipeline's images may join a running batch, the image, which is the same, does.
+
+    `arguments` are the image to edit, if it is an edit, and the text; `keywords` those of the page.
+    """
+
+    task: Literal["generate", "edit"]
+    arguments: Sequence[Any]
+    keywords: Mapping[str, Any]
+    watch: Step
+
+    def __call__(self, pipe: Pipeline) -> GenerateOutput:
+        return getattr(pipe, self.task)(*self.arguments, callback=self.watch, **self.keywords)
+
+    def job(self, pipe: Pipeline, model: str | None) -> ImageJob | None:
+        """Its job, `model` as in `ImageJob`; None where images of the pipeline do not join.
+
+        Raises:
+            InputError: proportions of the image to edit that are too extreme.
+        """
+        if not _joins(pipe):
+            return None
+        *images, prompt = self.arguments
+        size = pipe.edited_size(images[0]) if images else pipe.output_size()
+        seed, asked = self.keywords["seed"], self.keywords
+        row = WatchedRow(
+            prompt, asked["negative_prompt"], secrets.randbelow(2**32) if seed is None else seed,
+            images[0] if images else None, size, asked["num_inference_steps"], asked["guidance_scale"],
+            watch=self.watch,
+        )  # fmt: skip
+        return _row_job(pipe, row, model)
+
+
+def _row_job(pipe: Pipeline, row: ImageRow, model: str | None) -> ImageJob:
+    """The job of a row, which joins a running batch where it may."""
+    size, guided, layout = row.size, row.guidance != 1, row.layout
+    kind = str if isinstance(layout, str) else layout
+    key = (size, guided, row.negative_prompt is None, row.image is None, kind)
+    weight = max(1.0, size[0] * size[1] / pipe.image_size**2)
+    if _joins(pipe):
+        return JoiningJob(
+            sample_images, key, row, weight, model, open=lambda own: RunningRows(own, size, guided),
+            batch_key=(size, guided), steps=row.steps,
+        )  # fmt: skip
+    return ImageJob(sample_images, (*key, row.guidance, row.steps), row, weight, model)
+
+
+def _joins(pipe: Pipeline) -> bool:
+    """Whether images of a pipeline may join a running batch."""
+    return isinstance(pipe, StepwisePipeline) and pipe.lets_join

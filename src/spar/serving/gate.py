@@ -9,6 +9,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope
 
 from spar.serving import limits
+from spar.serving.asgi import content_type
 from spar.serving.errors import ApiError
 
 
@@ -105,7 +106,7 @@ async def read_body(scope: Scope, receive: Receive, lease: Lease, most: int) -> 
     length = headers.get(b"content-length", b"0")
     if (length.isdigit() and len(length) < 20 and int(length) > most) or len(length) >= 20:
         raise ApiError(413)
-    form = headers.get(b"content-type", b"").lower().startswith(b"multipart/")  # its files go to the disk
+    form = content_type(scope).lower().startswith(b"multipart/")  # its files go to the disk
     copies = limits.FORM_COPIES if form else limits.JSON_COPIES
     parts, size = [], 0
     try:

@@ -24,6 +24,7 @@ except ImportError:  # Windows, which has no such limits
 log = logging.getLogger(__name__)
 FRESH_SECONDS = 1.0  # in which a client that means well sends its request's head
 QUIET_SECONDS = 60  # between two lines of the log about file handles
+MAX_LOGGED = 256  # characters of an address in the log
 
 
 class HttpServer(uvicorn.Server):
@@ -64,9 +65,17 @@ def max_connections() -> int:
     return min(limits.MAX_CONNECTIONS, max(files - limits.SPARE_FILES, files // 2))
 
 
+def _short(record: logging.LogRecord) -> bool:
+    """Cut what a client wrote into a line of the log, which may be a quarter of a megabyte."""
+    if isinstance(record.args, tuple):
+        record.args = tuple(arg[:MAX_LOGGED] if isinstance(arg, str) else arg for arg in record.args)
+    return True
+
+
 def server_config(app: ASGIApp, shutdown_seconds: int) -> uvicorn.Config:
     """Configuration of uvicorn, with the seconds that running requests get when the server stops."""
     raise_file_limit()
+    logging.getLogger("uvicorn.access").addFilter(_short)
     return uvicorn.Config(
         app, http=TimedH11Protocol, ws="none", lifespan="on", log_config=None, server_header=False,
         proxy_headers=False, timeout_graceful_shutdown=shutdown_seconds, backlog=limits.ACCEPTED_AT_ONCE,
@@ -113,11 +122,15 @@ class TimedH11Protocol(H11Protocol):
     def _make_room(self) -> None:
         """Close a connection if there are too many: this one, if the server waits for no earlier client."""
         ours = (one for one in self.connections if isinstance(one, TimedH11Protocol))
-        present = [one for one in ours if not one.transport.is_closing()]
+        # One that is closing keeps its file handle until its client has read the rest.
+        present = [one for one in ours if not one.transport.is_closing() or one.transport.get_write_buffer_size()]
         if len(present) > max_connections():
             waiting = [one for one in present if one._idle() or one.cycle.more_body]
             late = self.loop.time() - FRESH_SECONDS
             min(waiting, key=lambda one: (not (one._idle() and one._since < late), one._since)).transport.abort()
+
+    def _should_upgrade(self) -> bool:
+        return False  # uvicorn's own writes two lines to the log for each request that asks
 
     def pause_writing(self) -> None:
         super().pause_writing()

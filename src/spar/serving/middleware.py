@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from spar.serving import limits
-from spar.serving.asgi import add_headers, host_name, is_foreign, replay_body
+from spar.serving.asgi import add_headers, content_type, host_name, is_foreign, replay_body
 from spar.serving.auth import GuessLimit
 from spar.serving.errors import ApiError
 from spar.serving.gate import RequestGate, read_body
@@ -69,17 +69,12 @@ class RequestGuardMiddleware:
             raise ApiError(401, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         if headers.get(b"content-encoding", b"identity").lower() != b"identity":
             raise ApiError(415, "expected a body that is not compressed")
-        if b"urlencoded" in _content_type(scope):  # in any notation; its parsing takes a second for each MiB
+        if b"urlencoded" in content_type(scope).lower():  # in any notation; its parsing takes a second for each MiB
             raise ApiError(415)
-
-
-def _content_type(scope: Scope) -> bytes:
-    """The first header Content-Type, which routes read, in lower case."""
-    return next((value for name, value in scope["headers"] if name == b"content-type"), b"").lower()
 
 
 def _check_values(scope: Scope, parts: list[bytes]) -> None:
     """Refuse JSON with very many values before it is parsed; a form's commas are those of its files."""
-    form = _content_type(scope).startswith(b"multipart/")
+    form = content_type(scope).lower().startswith(b"multipart/")
     if not form and sum(part.count(b",") for part in parts) > limits.MAX_VALUES:
         raise ApiError(413)

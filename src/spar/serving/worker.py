@@ -20,6 +20,7 @@ from typing import Any
 
 from spar.common.errors import Cancelled, InputError
 from spar.inference.base import Pipeline
+from spar.serving.batching import Drawing
 from spar.serving.jobs import ChatJob, ImageJob, JoiningJob, fail, finish, free
 from spar.serving.joining import BatchCosts
 from spar.serving.limits import CHAT_TURN_TOKENS, GATHER_SECONDS, MAX_BATCH, MAX_CHATS, MAX_QUEUE
@@ -124,8 +125,11 @@ class Worker:
         return self.pipe if model is None else self.others[model]
 
     def call(self, function: Callable[[Pipeline], Any], model: str | None = None) -> Future:
-        """Queue a function of a pipeline, which runs alone; raises as `submit`."""
-        job = ImageJob(lambda pipe, _inputs, _step: [function(pipe)], None, None, model=model)
+        """Queue a function of a pipeline, which runs alone unless it is a `Drawing` that may join a batch; raises as
+        `submit`.
+        """
+        job = function.job(self.pipe_of(model), model) if isinstance(function, Drawing) else None
+        job = job or ImageJob(lambda pipe, _inputs, _step: [function(pipe)], None, None, model=model)
         self.submit(job)
         return job.future
 

@@ -5,34 +5,42 @@ Gradio serves more than this page needs: a proxy, streams, an API, files by path
 answers to pages of any origin. Its own checks follow these.
 """
 
+import asyncio
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from python_multipart.multipart import parse_options_header
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from spar.serving.asgi import add_headers, host_name, is_foreign, replay_body
+from spar.serving.asgi import add_headers, content_type, host_name, is_foreign, replay_body
 from spar.serving.auth import GuessLimit
 from spar.serving.errors import ApiError
 from spar.serving.gate import RequestGate, read_body
 
 # Open to who has not logged in; /config and / check for themselves what they answer.
-OPEN_ROUTES = re.compile(r"/(|config|theme\.css|favicon\.ico|login|logout|(assets|static)/.*)/?")
+OPEN_ROUTES = re.compile(r"/(|config|theme\.css|favicon\.ico|login|logout|(assets|static)/[a-zA-Z0-9_./-]{0,200})/?")
 ROUTES = re.compile(
-    r"/gradio_api/(run/predict|queue/join|queue/data|upload|upload_progress|cancel|reset|heartbeat/\w+|file=.*)/?"
+    r"/gradio_api/(run/predict|queue/join|queue/data|upload|upload_progress|cancel|reset|heartbeat/\w{1,64}|file=.*)/?"
 )
 LOGIN = re.compile(r"/login/?")
 EVENTS = ("/gradio_api/queue/join", "/gradio_api/run/predict")
+UPLOAD = re.compile(r"/gradio_api/upload/?")
 CALLS = ("/gradio_api/cancel", "/gradio_api/reset")  # whose body names an event
+RANGE = re.compile(rb"bytes=\d{1,15}-(\d{1,15})?")  # of others Gradio makes errors of the server
 NAME = re.compile(r"[\w-]{1,64}", re.ASCII)
 JSON = b"application/json"
 MAX_REQUEST = 256 * 2**10  # bytes of a request that carries no image
 MAX_LOGIN = 4 * 2**10  # bytes of a login, whose form is parsed before it is known who sends it
 MULTIPART = 64 * 2**10  # bytes around an image
+MAX_QUERY = 256  # bytes; Gradio keeps the name of every upload that a browser asks about
+MAX_FILES_BYTES = 2 * 2**30  # of all files of the cache together, which are kept for an hour
 HEADERS = {
     # Gradio writes script and style into its page and compiles templates there; everything else is forbidden.
     b"content-security-policy": b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; "
@@ -73,6 +81,7 @@ class GradioGuardMiddleware:
     ) -> None:  # fmt: skip
         self.app, self.files, self.max_file = app, files.resolve(), max_file
         self.gate, self.logged_in, self.is_event = gate or RequestGate(), logged_in, is_event
+        self.strangers = RequestGate(self.gate.budget)  # who has not logged in takes no place of who has
         self.guesses = GuessLimit()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -83,30 +92,41 @@ class GradioGuardMiddleware:
             return
         send = add_headers(send, HEADERS.items())
         try:
-            with self.gate.enter() as lease:
+            known = self.logged_in(scope)
+            with (self.gate if known else self.strangers).enter() as lease:
                 path = scope["path"].removeprefix(scope.get("root_path", ""))
-                self._check(path, scope)
+                self._check(path, scope, known)
                 parts = await read_body(scope, receive, lease, self._most(path))
                 if path.startswith((*EVENTS, *CALLS)) and not self._is_own_request(path, scope, b"".join(parts)):
                     raise ApiError(400, "expected a request of this page")
+                if UPLOAD.fullmatch(path):
+                    await self._check_upload(scope, parts)
                 if LOGIN.fullmatch(path):
                     send = self._slow_guesses(send)
                 await self.app(scope, replay_body(parts, receive), send)
         except ClientDisconnect:
             pass
+        except RuntimeError as error:  # Gradio refuses a stream that it has begun, of a session that it does not know
+            if not isinstance(error.__cause__, HTTPException):
+                raise
+            await send({"type": "http.response.body"})
         except ApiError as error:
             await PlainTextResponse(str(error), error.status, error.headers)(scope, receive, send)
 
-    def _check(self, path: str, scope: Scope) -> None:
-        """Refuse a request by its path and its headers, with ApiError."""
+    def _check(self, path: str, scope: Scope, known: bool) -> None:
+        """Refuse a request by its path, its headers, and whether its visitor has logged in, with ApiError."""
         if not (OPEN_ROUTES.fullmatch(path) or ROUTES.fullmatch(path)):
             raise ApiError(404, "not found")
         if path.startswith("/gradio_api/file=") and not self._is_own(path[17:]):
             raise ApiError(404, "not found")
         if is_foreign(scope):
             raise ApiError(403, "expected a request of this page")
-        if not OPEN_ROUTES.fullmatch(path) and not self.logged_in(scope):
+        if not OPEN_ROUTES.fullmatch(path) and not known:
             raise ApiError(401, "expected a visitor who has logged in")
+        if len(scope.get("query_string", b"")) > MAX_QUERY:
+            raise ApiError(400, "expected a shorter address")
+        if not all(RANGE.fullmatch(value) for name, value in scope["headers"] if name == b"range"):
+            raise ApiError(400, "expected one range of bytes")
         length = dict(scope["headers"]).get(b"content-length", b"")
         if scope["method"] not in ("GET", "HEAD") and not length.isdigit():
             raise ApiError(411, "expected a length")
@@ -115,7 +135,14 @@ class GradioGuardMiddleware:
         """Bytes of the largest body that a path may have."""
         if LOGIN.fullmatch(path):
             return MAX_LOGIN
-        return self.max_file + MULTIPART if path.startswith("/gradio_api/upload") else MAX_REQUEST
+        return self.max_file + MULTIPART if UPLOAD.fullmatch(path) else MAX_REQUEST
+
+    async def _check_upload(self, scope: Scope, parts: list[bytes]) -> None:
+        """Refuse a form of anything but one file, and a file for which the cache has no room, with ApiError."""
+        if not is_upload(content_type(scope), b"".join(parts)):
+            raise ApiError(400, "expected a form of one file")
+        if await asyncio.to_thread(_folder_bytes, self.files) + sum(map(len, parts)) > MAX_FILES_BYTES:
+            raise ApiError(429, "too many images were given lately; please try again later")
 
     def _slow_guesses(self, send: Send) -> Send:
         """A `send` that holds the answer to a wrong password back, as `GuessLimit`."""
@@ -144,6 +171,29 @@ class GradioGuardMiddleware:
             return Path(path).is_absolute() and Path(path).resolve().is_relative_to(self.files)
         except (OSError, ValueError):
             return False
+
+
+def is_upload(content_type: bytes, body: bytes) -> bool:
+    """Whether a body is the form of one file that the page sends. Gradio opens a file for each of up to a thousand."""
+    boundary = b"--" + (parse_options_header(content_type)[1].get(b"boundary") or b"")
+    head, end, _ = body[:MULTIPART].partition(b"\r\n\r\n")
+    first, *lines = head.split(b"\r\n")
+    fields = [line for line in lines if line.lower().startswith(b"content-disposition:")]
+    named = parse_options_header(fields[0].partition(b":")[2])[1] if len(fields) == 1 else {}
+    one = end != b"" and body.count(boundary) == 2 and boundary + b"--" in body[-len(boundary) - 4 :]
+    return one and first == boundary != b"--" and named.get(b"name") == b"files" and b"filename" in named
+
+
+def _folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder, some of which may go meanwhile."""
+    count = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                count += os.lstat(os.path.join(parent, name)).st_size
+            except OSError:
+                continue
+    return count
 
 
 def _is_plain(value: Any) -> bool:

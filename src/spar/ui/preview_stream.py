@@ -12,6 +12,7 @@ from PIL import Image
 
 from spar.inference.base import Pipeline
 from spar.inference.outputs import GenerateOutput
+from spar.serving.batching import Drawing
 from spar.serving.worker import Call
 
 Task = Literal["generate", "edit"]
@@ -34,11 +35,12 @@ class PreviewStream:
 
     Args:
         pipe: runs on a thread of its own.
-        call: queues a function of the pipeline, which runs alone; for a pipeline whose thread belongs to a server.
+        call: queues a function of the pipeline, for a pipeline whose thread belongs to a server; a `Drawing` may share
+            a batch with others' images.
     """
 
     def __init__(self, pipe: Pipeline, call: Call | None = None) -> None:
-        self.call = call or _own_thread(pipe)
+        self.pipe, self.call = pipe, call or _own_thread(pipe)
         self._ends: dict[tuple[str | None, str], Callable[[], None]] = {}
 
     def run(
@@ -52,9 +54,7 @@ class PreviewStream:
         """
         stop, room = Event(), Semaphore()
         items: Queue[PreviewStep | Future[GenerateOutput]] = Queue()
-        future = self.call(
-            lambda pipe: getattr(pipe, task)(*args, callback=_callback(pipe, stop, room, items.put), **keywords)
-        )
+        future = self.call(Drawing(task, args, keywords, _callback(self.pipe, stop, room, items.put)))
 
         def end() -> None:
             stop.set()
