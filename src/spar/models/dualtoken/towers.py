@@ -46,7 +46,8 @@ class VisionTower(nn.Module):
 
     def embed(self, pixels: Tensor) -> Tensor:
         """`[B, 3, S, S]` in [0, 1] to patch embeddings with their positions, `[B, N, W]`."""
-        return self.network.embeddings(pixels * 2 - 1)
+        # The layers would keep a convolution's order in memory, channels first, and copy at every product.
+        return self.network.embeddings(pixels * 2 - 1).contiguous()
 
     def run(self, x: Tensor, layers: range, keep: Sequence[int] = ()) -> list[Tensor]:
         """Run some layers, counted from 1, on `[B, N, W]`; the outputs of the layers in `keep`, in their order."""
