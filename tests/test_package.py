@@ -136,7 +136,8 @@ def test_the_wheel_holds_the_package_with_its_weights_and_nothing_else(wheel):
     studies = {name for name in package if re.fullmatch(r"spar/evaluation/studies/[a-z-]+\.yaml", name)}
     assert "spar/evaluation/studies/routing.yaml" in studies
     others = {*package} - weights - templates - studies - {"spar/evaluation/robustness.jsonl"}
-    assert all(name.endswith(".py") for name in others), "data of no known kind"
+    assert "spar/py.typed" in others, "type checkers ignore the types of a package without it"
+    assert all(name.endswith(".py") for name in others - {"spar/py.typed"}), "data of no known kind"
     named = [name for name in held if re.search(r"(^|/)(tests?|conftest|test_\w+)(\.py)?(/|$)", name)]
     assert named == []
 

@@ -106,3 +106,14 @@ def test_scores_are_numbers_whatever_a_manifest_holds(copy, folder):
     assert [replace(found, manifest={"scores": value}).scores for value in (None, [], "x", {})] == [{}] * 4
     write_json(copy / "manifest.json", {**read_json(copy / "manifest.json"), "scores": scores})
     assert inspect(copy).scores == {"shapes-gen": {"overall": 0.5}}
+
+
+def test_the_folder_of_a_run_is_refused_with_that_of_its_model(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    with pytest.raises(InputError, match=r"config.json is missing in .*run$"):
+        inspect(run)
+    (run / "model").mkdir()
+    (run / "model" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"missing in .*run: expected the folder of its model, .*run/model$"):
+        inspect(run)

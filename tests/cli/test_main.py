@@ -272,6 +272,16 @@ WRONG = [
     ("understand there.png x --max-new-tokens 0", "--max-new-tokens: expected 1 or more, got 0"),
     ("reconstruct", "at least one image"),
     ("reconstruct empty", "expected images"),
+    ("generate x --model=", "--model: expected a path, got an empty text"),
+    ("generate x -o ''", "--output: expected a path, got an empty text"),
+    ("edit '' x", "expected a path, got an empty text"),
+    ("info ''", "expected a path, got an empty text"),
+    ("reconstruct there.png ''", "none of them empty, got ['there.png', '']"),
+    ("train tiny --run ''", "--run: expected a path, got an empty text"),
+    ("train tiny --init-from=", "--init-from: expected a path, got an empty text"),
+    ("train tiny --resume ''", "--resume: expected never, auto or the folder of a run, got ''"),
+    ("train tiny --run full", "full holds no run, but data.json, which a run would write over or remove"),
+    ("train tiny --run full --dry-run", "full holds no run, but data.json"),
     ("reconstruct there.png there.png -o there.png", "expected a folder for 2 images"),
     ("info", "expected PATH, got nothing"),
     ("info nowhere.png", "there is no file 'nowhere.png'"),
@@ -366,13 +376,23 @@ def test_wrong_input_gets_one_line_and_leaves_nothing(capsys, no_load, tmp_path,
     (tmp_path / "there.png").write_bytes(b"mine")
     (tmp_path / "there.txt").write_text("mine")
     (tmp_path / "empty").mkdir()
-    for file in ("full/mine.txt", "folder.png/0-seed3.png", "sheet-grid.png", "sheet.gif"):
+    for file in ("full/mine.txt", "full/data.json", "folder.png/0-seed3.png", "sheet-grid.png", "sheet.gif"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text("mine")
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     status, error = error_of(capsys, line)
     assert status == 2 and words in error
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+def test_the_home_folder_is_put_in_where_no_shell_does_it(capsys, pipe, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert main(["generate", "a red circle", "--seed", "7", "--output=~/new/out.png"]) == 0
+    assert Path("home/new/out.png").is_file() and not Path("~").exists()
+    assert main(["info", "~/new/out.png"]) == 0
+    Path("~").mkdir()
+    Path("~/own.txt").touch()
+    assert error_of(capsys, "info ~/own.txt")[1].endswith("got '~/own.txt', which is not a PNG\n")  # it exists
 
 
 def test_a_folder_without_permission_is_refused_before_the_work(capsys, no_load, monkeypatch):

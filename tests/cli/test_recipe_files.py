@@ -53,6 +53,13 @@ flow: {training_shift: 2}
     assert read_recipe_file(path)[1] is False
 
 
+@pytest.mark.parametrize(
+    ("text", "name"), [('{"recipe": "tiny", "seed": 3}', "own.json"), ("recipe: tiny\nseed: 3", "own.yaml")]
+)
+def test_a_file_may_begin_with_a_byte_order_mark(text, name, tmp_path):
+    assert read_recipe_file(write(tmp_path, "\ufeff" + text, name)) == (replace(recipe("tiny"), seed=3), False)
+
+
 def test_flags_change_a_file_further(tmp_path):
     path = write(tmp_path, "recipe: tiny\nseed: 3\nlog_every: 7")
     assert chosen(f"--config={path}", "--seed", "5") == replace(recipe("tiny"), seed=5, log_every=7)
@@ -99,6 +106,10 @@ BOMB = "a: &a [1]\nb: [*a, *a]"
     [
         ("", "expected an object with fields in .*, got NoneType"), ("- 1", "got list"), ("1: 2", "got dict"),
         ("recipe: large", "unknown recipe 'large'"), ("recipe: 3", "recipe: expected a name, got 3"),
+        ("recipe:", "recipe: expected a name, got None"),
+        ("recipe: tiny\nstages: {dit: {steps: 1.5}}", ": stages.dit.steps: expected int, got 1.5"),
+        ("recipe: tiny\nstages: {dit: {optimizer: sgd}}", ": stages.dit.optimizer: expected one of adamw, muon"),
+        ("recipe: tiny\nstages: {dit: {data: {images: 3}}}", ": stages.dit.data: unknown field images"),
         ("seed: 3", "kind: expected one of .*spar.*, got None"),
         ("recipe: tiny\nsede: 3", "unknown field sede"),
         ("recipe: tiny\nseed: x", "seed: expected int, got 'x'"),

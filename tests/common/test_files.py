@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from spar.checkpoints.safetensors_io import write_tensors
 from spar.common.errors import InputError
-from spar.common.files import atomic_directory, atomic_file, is_temporary, swap_folders
+from spar.common.files import atomic_directory, atomic_file, home_expanded, is_temporary, swap_folders
 
 
 def test_a_file_is_replaced_whole_and_what_fails_leaves_the_old_one(tmp_path):
@@ -213,3 +213,14 @@ def test_a_file_system_without_modes_is_written_to(tmp_path, monkeypatch):
     with atomic_file(tmp_path / "a") as temporary:
         temporary.write_text("1")
     assert tree(tmp_path) == {"a": "1"}
+
+
+def test_a_home_folder_is_put_in_unless_there_is_something_of_that_very_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/mine")
+    assert [home_expanded(path) for path in ("~/a/*.tar", "~")] == ["/mine/a/*.tar", "/mine"]
+    for path in ("", "a", "./~/a", "a~/b", "0.5=~/a", "https://example.org/~/a", "~nobody-of-that-name/a"):
+        assert home_expanded(path) == path
+    Path("~").mkdir()
+    Path("~/a").touch()
+    assert [home_expanded(path) for path in ("~/a", "~/b")] == ["~/a", "/mine/b"]

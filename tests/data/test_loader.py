@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import warnings
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,6 +77,14 @@ def test_resuming_equals_not_stopping(plain):
     assert [next(resumed).keys for _ in range(7)] == keys(whole, 0, 20)[13:]
 
 
+def test_more_workers_than_processors_are_no_warning(plain, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0}, raising=False)
+    loader = Loader(mixture(plain("a", 50)), workers=2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "This DataLoader will create")
+        assert keys(loader, 0, 2) == keys(Loader(mixture(plain("a", 50)), workers=0), 0, 2)
+
+
 def test_other_data_or_settings_are_no_resume(plain):
     state = Loader(mixture(plain("a", 50))).state(3)
     for other in (
@@ -101,7 +110,6 @@ def test_ranks_that_the_batch_does_not_suit_are_refused(plain):
             Loader(mixture(plain("a", 50)), rank=rank, world=world)
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
 @pytest.mark.parametrize("workers", [1, 3])
 def test_workers_change_nothing_even_when_shards_are_fewer(sets, workers):
     source = open_source(str(sets.pairs("a.tar", range(20))), cache=sets.folder / "cache")

@@ -36,6 +36,12 @@ def test_webdataset_shards_of_captions(sets):
             source.read(wrong)
 
 
+def test_a_quoted_path_may_begin_with_the_home_folder(sets, monkeypatch):
+    sets.pairs("000000.tar", range(3))
+    monkeypatch.setenv("HOME", str(sets.folder))
+    assert texts(open_source("~/*.tar")) == texts(open_source("~")) == [f"picture {n}" for n in range(3)]
+
+
 def test_captions_in_json_and_a_jpg_that_is_a_png(sets):
     members = {
         "1.jpg": sets.picture(1), "1.json": '{"caption": " one "}',

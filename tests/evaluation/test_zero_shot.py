@@ -89,6 +89,9 @@ def test_a_template_and_names_must_fit(folder):
     names.write_text(json.dumps({"deep_blue": "blue", "green": "", "red": "red"}))
     with pytest.raises(InputError, match="expected a name for the class 'green', got ''"):
         class_names(folder, names)
+    whole = {"deep_blue": "blue", "green": "green", "red": "red"}
+    names.write_text(json.dumps(whole), encoding="utf-8-sig")  # as some editors write it
+    assert class_names(folder, names) == whole
     with pytest.raises(InputError, match="a model with a text tower"):
         zero_shot(object(), folder)
 
@@ -98,6 +101,8 @@ def test_a_model_classifies_a_folder_and_names_an_image_that_it_cannot_read(dual
     (folder / "deep_blue").rename(folder / "blue")
     result = zero_shot(pipe, folder, EvalOptions(batch=5), template="a {} circle")
     assert 0 <= result.score("overall").value <= 1
+    with pytest.raises(InputError, match=r"^template 'a zebra \{\}', label: unknown words zebra"):
+        zero_shot(pipe, folder, EvalOptions(batch=5), template="a zebra {}")
     broken = Path(folder / "green" / "2.png")
     broken.write_bytes(b"no image at all")
     with pytest.raises(InputError, match=r"green.2\.png"):

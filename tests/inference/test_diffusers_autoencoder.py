@@ -47,6 +47,13 @@ def test_the_latent_is_the_tokenizers_and_the_scale_its_own(vae, pixels, folder)
     assert vae.spatial_compression_ratio == 2 ** (len(vae.config.encoder_block_out_channels) - 1) == 8
 
 
+def test_opening_warns_of_nothing(folder, monkeypatch):
+    said = []
+    monkeypatch.setattr("diffusers.models.modeling_utils.logger.warning", said.append)
+    half = AutoencoderSpar.from_pretrained(folder, torch_dtype="bfloat16")
+    assert {value.dtype for value in half.parameters()} == {torch.bfloat16} and not said
+
+
 def test_there_and_back_is_reconstruct(vae, folder, pixels):
     pipe = SparPipeline.from_pretrained(folder, dtype=torch.float32, device="cpu")
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))

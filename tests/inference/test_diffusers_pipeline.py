@@ -1,6 +1,7 @@
 """SPAR as a pipeline of diffusers: the same pixels, by diffusers' conventions."""
 
 import json
+import re
 import types
 
 import numpy as np
@@ -243,7 +244,7 @@ def test_numbers_of_numpy_are_numbers(own):
     assert len(wide.images) == 400
     assert own.generate([PROMPT] * 2, seed=np.arange(3, 5), guidance_scale=2.5, **STEPS).seeds == [3, 4]
     json.dumps(given.metadata)
-    for seed in (np.float64(3), np.bool_(True), np.int64(-1), "3"):
+    for seed in (np.float64(3), np.bool_(True), np.int64(-1), "3", np.array(3), torch.tensor(3)):
         with pytest.raises(InputError, match="seed: expected"):
             own.generate(PROMPT, seed=seed, **STEPS)
 
@@ -255,3 +256,18 @@ def test_weights_in_a_type_stay_in_it(folder):
         half.to(torch.float32)
     with pytest.raises(InputError, match="dtype: expected float32, bfloat16 or float16"):
         half.to(torch.float64)
+    assert half.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("given", "named", "shown"),
+    [(("bfloat16",), {}, "'bfloat16'"), (("gpu",), {}, "'gpu'"), ((), {"dtype": "float16"}, "dtype='float16'"),
+     (("cpu", 3), {}, "'cpu', 3"), ((), {"devce": "cpu"}, "devce='cpu'")],
+)  # fmt: skip
+def test_what_is_no_place_to_move_to_is_refused_in_words(own, folder, given, named, shown):
+    before = own.device, own.dtype
+    message = re.escape(f"to: expected a device, a type such as torch.bfloat16, or both, got {shown} (")
+    for pipe in (own, SparDiffusionPipeline.from_pretrained(folder)):
+        with pytest.raises(InputError, match=message):
+            pipe.to(*given, **named)
+    assert (own.device, own.dtype) == before

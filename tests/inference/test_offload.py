@@ -1,6 +1,7 @@
 """Held weights change nothing, rounded ones little, and absent ones are never computed with."""
 
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from spar.common.errors import InputError
 from spar.inference import offload as memory
 from spar.inference import pipeline
 from spar.inference.offload import Offload, cast_weights, quantize
-from spar.inference.packed_weights import PackedLinear, check_packing
+from spar.inference.packed_weights import PackedLinear, check_packing, pack_weights
 from spar.inference.pipeline import SparPipeline
 from spar.models.blocks import repeated_blocks
 from spar.models.spar import SparModel
@@ -83,9 +84,31 @@ def test_packed_weights_give_nearly_the_same_and_are_the_only_copy(packing):
     assert packed.run_metadata()["weights"] == "packed"
 
 
+def test_each_map_frees_its_own_weights_as_it_is_packed(packing, monkeypatch):
+    """Else a part's weights would be there twice until its last map is packed."""
+    model = SparModel(recipe("tiny").model)
+    cast_weights(model, torch.bfloat16)
+    own = [weakref.ref(part.weight) for part in model.denoiser.modules() if type(part) is nn.Linear]
+    there = []
+
+    class Counted(PackedLinear):
+        def __init__(self, weight, bias):
+            if any(one() is weight for one in own):
+                there.append(sum(one() is not None for one in own))
+            super().__init__(weight, bias)
+
+    monkeypatch.setattr("spar.inference.packed_weights.PackedLinear", Counted)
+    pack_weights(model)
+    assert len(there) == len(own) > 20 and there[0] == len(own) and there[-1] < len(own) / 3
+    assert not any(one() is not None for one in own)
+
+
 def test_packed_weights_are_refused_where_there_are_none(packing, tmp_path):
+    nothing = tmp_path / "nothing"  # which is refused before anything is loaded
     with pytest.raises(InputError, match="weights packed: expected the CPU and bfloat16, got cpu and torch.float32"):
-        SparPipeline.from_pretrained(dtype="float32", device="cpu", weights="packed")
+        SparPipeline.from_pretrained(nothing, dtype="float32", device="cpu", weights="packed")
+    with pytest.raises(InputError, match="weights packed: expected no compile beside them"):
+        SparPipeline.from_pretrained(nothing, dtype="bfloat16", device="cpu", weights="packed", compile=True)
     packed = SparPipeline.from_pretrained(dtype="bfloat16", device="cpu", weights="packed")
     with pytest.raises(InputError, match="weights packed: expected the CPU and bfloat16, got meta"):
         check_packing(torch.device("meta"), torch.bfloat16)

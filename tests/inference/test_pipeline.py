@@ -279,6 +279,12 @@ def test_a_cancelled_call_leaves_the_pipeline_as_it_was(pipe):
     assert gap(before, generate(pipe).images[0]) == 0
 
 
+def test_what_cannot_be_called_is_no_callback(pipe, pictures):
+    for task in (generate, lambda pipe, **keywords: edit(pipe, pictures[0], **keywords)):
+        with pytest.raises(InputError, match=r"callback: expected a function of .*, got 3$"):
+            task(pipe, callback=3)
+
+
 def test_whatever_else_a_callback_says_goes_on(pipe):
     for answer in (None, True, 0, "stop"):
         assert len(generate(pipe, callback=lambda *_, answer=answer: answer).images) == 1
@@ -376,6 +382,28 @@ def test_an_image_depends_on_its_own_seed_and_not_on_its_batch(pipe):
 def test_seeds_that_share_their_lower_32_bits_draw_other_images(pipe):
     one, other, same = generate(pipe, [CIRCLE] * 3, seed=[7, 2**32 + 7, 7]).images
     assert gap(one, same) == 0 and gap(one, other) > 1
+
+
+def test_the_callers_default_type_changes_nothing(pipe, pictures):
+    def everything() -> list:
+        drawn = generate(pipe, [CIRCLE, SQUARES], layout=True, seed=[5, 6], num_inference_steps=1)
+        answers = pipe.understand(pictures[0], QUESTION, max_new_tokens=6, temperature=5.0, seed=3)
+        images = [*drawn.images, *edit(pipe, pictures[0]).images, *pipe.reconstruct(pictures[0]).images]
+        return [drawn.metadata, answers.texts, *(image.tobytes() for image in images)]
+
+    wanted = everything()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = everything()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found == wanted
+
+
+def test_outputs_are_equal_where_all_that_they_hold_is(pipe):
+    one, same, other = (generate(pipe, CIRCLE, seed=seed, num_inference_steps=1) for seed in (5, 5, 6))
+    assert one == same and one != other and one.routing == same.routing and one.routing[0] != 3
+    assert one.routing[0] != replace(one.routing[0], weights=one.routing[0].weights + 1)
 
 
 def test_an_edit_depends_on_its_own_seed_and_not_on_its_batch(pipe, pictures):

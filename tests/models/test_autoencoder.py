@@ -168,3 +168,15 @@ def test_a_convolution_with_a_hook_or_around_which_there_is_an_adapter_is_called
         assert len(seen) == 1
         block.conv.__class__ = Doubled
         torch.testing.assert_close(block(image), 2 * expected)
+
+
+def test_the_callers_default_type_changes_nothing():
+    conv, image = torch.nn.Conv2d(3, 4, 3, padding=1), pixels()
+    with torch.inference_mode():
+        wanted = dcae_blocks.convolve_enlarged(conv, image)
+        torch.set_default_dtype(torch.float64)
+        try:
+            found = dcae_blocks.convolve_enlarged(conv, image)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32 and torch.equal(found, wanted)

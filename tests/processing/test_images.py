@@ -1,6 +1,7 @@
 import io
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -210,6 +211,9 @@ def test_a_file_whose_end_was_never_written_is_refused(kind, options, part):
         (b"\xff\xff\xff\xffftypqt  ", "is a video"),
         (b"\x00\x00\x00\x0cJXL \r\n\x87\n", "is a JPEG XL image"),
         ("https://example.org/a.png", "in a local file, got the URL 'https://example.org/a.png'"),
+        (Path("https://example.org/a.png"), "in a local file, got the URL 'https:/example.org/a.png'"),
+        (f"data:image/png;base64,{'A' * 5000}", f"got the URL 'data:image/png;base64,{'A' * 178}...'"),
+        ("C:/pictures/a.png", "there is no file 'C:/pictures/a.png'"),
         ("/dev/null", "'/dev/null' is not a regular file"),
         ("a\x00b.png", "cannot be read: embedded null byte"),
         ("x" * 5000, "cannot be read: File name too long"),

@@ -291,14 +291,24 @@ def captions(path: Path, *texts: str) -> str:
     return write_tar(path, [{"jpg": plain("red"), "txt": text.encode()} for text in texts])
 
 
+def test_images_alone_are_refused_where_captions_are_read(training_data, stage, tmp_path):
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "one.jpg").write_bytes(plain("red"))
+    path = captions(tmp_path / "red.tar", "a red square")
+    found = training_data(paths=(path, str(tmp_path / "alone")))
+    with pytest.raises(InputError, match=f"stage {stage.name}: expected captions in .*alone, found images alone"):
+        found.check_captions([edited(stage, 0.0)])
+    found.check_captions([replace(stage, data=ImageData(), objective=recipe("tiny").stage("tokenizer-1").objective)])
+
+
 def test_captions_of_unknown_words_are_refused_with_their_share(training_data, stage, tmp_path):
-    path = captions(tmp_path / "cats.tar", "a photo of a red Cat", "a cat, a dog", "a red square", "")
+    path = captions(tmp_path / "cats.tar", "a portrait of a red Cat", "a cat, a dog", "a red square", "")
     found = training_data(paths=(path,))
-    with pytest.raises(InputError) as raised:  # photo, Cat, cat and dog of 6 + 5 + 3 words
+    with pytest.raises(InputError) as raised:  # portrait, Cat, cat and dog of 6 + 5 + 3 words
         found.check_captions([edited(stage, 0.0)])
     said, _, known = str(raised.value).partition(" It knows only ")
     assert said == (
-        f"0.286 of the words of {path} are unknown to the text tokenizer (cat 2, photo 1, dog 1); "
+        f"0.286 of the words of {path} are unknown to the text tokenizer (cat 2, portrait 1, dog 1); "
         "expected at most data.unknown_share 0.01, since all of them are one token."
     )
     assert {"a", "red", "square"} < {*known.split(", ")}
@@ -327,7 +337,7 @@ def test_each_set_is_judged_alone_and_only_where_a_stage_reads_it(training_data,
 
 
 def test_an_open_vocabulary_has_no_unknown_words(training_data, stage, tmp_path):
-    found = training_data(paths=(captions(tmp_path / "cats.tar", "a photo of a cat"),))
+    found = training_data(paths=(captions(tmp_path / "cats.tar", "a portrait of a cat"),))
     tokenizer = build_tokenizer()
     tokenizer.unk_token = None
     found.prompts = PromptEncoder(tokenizer, 64)
@@ -337,7 +347,7 @@ def test_an_open_vocabulary_has_no_unknown_words(training_data, stage, tmp_path)
 def test_a_training_on_unknown_words_does_not_begin(tiny_run, tmp_path, capsys):
     from spar.cli.main import main
 
-    path, run = captions(tmp_path / "cats.tar", *["a photo of a cat"] * 8), tmp_path / "run"
+    path, run = captions(tmp_path / "cats.tar", *["a portrait of a cat"] * 8), tmp_path / "run"
     line = ["train", "tiny", "--stage", "unified-2", "--init-from", str(tiny_run.path / "model"), "--run", str(run),
             "--data.source", "files", "--data.sets", path, "--data.workers", "0",
             "--stages.unified-2.data.edit-share", "0"]  # fmt: skip

@@ -112,6 +112,22 @@ def test_a_fresh_run_does_not_write_over_an_old_one(tiny_run):
         train(TINY, tiny_run.path)
 
 
+@pytest.mark.parametrize("name", ["model/own.py", "adapter/own.bin", "data.json", "text_tokenizer/own.json"])
+def test_a_folder_that_is_no_run_keeps_what_a_run_would_remove(tmp_path, name):
+    run, own = tmp_path / "project", tmp_path / "project" / name
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
+    (run / "README.md").write_text("mine")
+    for plan in ({}, {"stages": ("encoder",)}, {"resume": True}):
+        with pytest.raises(InputError, match=f"project holds no run, but {own.relative_to(run).parts[0]}, which a run"):
+            train(TINY, run, **plan)
+    assert own.read_text() == "mine" and not (run / "recipe.json").exists()
+    own.unlink()
+    shutil.rmtree(own.parent) if own.parent != run else None
+    open_run(run, TINY, fresh=True)  # other files are in nobody's way
+    assert (run / "README.md").read_text() == "mine"
+
+
 def test_a_broken_recipe_file_is_refused(tmp_path):
     (tmp_path / "recipe.json").write_text('{"name": "tiny"')
     with pytest.raises(InputError, match="recipe.json is not readable JSON"):
@@ -379,7 +395,7 @@ def test_a_vocabulary_grows_and_the_new_words_begin_at_the_mean(tiny_run, tmp_pa
     after = trained.language.network.embed_tokens.weight
     assert torch.equal(after[: len(before)], before)
     torch.testing.assert_close(after[len(before) :], before.mean(0, keepdim=True).expand(7, -1))
-    fewer = replace(TINY, model=replace(TINY.model, text=replace(TINY.model.text, vocab_size=180)))
+    fewer = replace(TINY, model=replace(TINY.model, text=replace(TINY.model.text, vocab_size=188)))
     with pytest.raises(InputError, match="does not fit this model"):
         train(fewer, tmp_path / "fewer", stages=("unified-3",), init_from=smaller)
 

@@ -4,6 +4,7 @@ import time
 from concurrent.futures import CancelledError
 from threading import Event, Semaphore, Thread
 from types import SimpleNamespace
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -77,10 +78,31 @@ def test_one_preview_at_a_time_however_slow_the_reader_is(monkeypatch):
     assert [step.done for step in (first, *list(work)[:-1]) if step.image] == [1]
 
 
+@pytest.mark.parametrize("count", [1, 8])
+def test_the_previews_of_all_tasks_that_share_a_batch_take_their_share_at_most(monkeypatch, count):
+    """The time is a clock of the test's; each preview was shown."""
+    clock, spent = SimpleNamespace(now=0.0), []
+
+    class Pipe:
+        def preview(self, latent):
+            clock.now += 0.05
+            spent.append(0.05)
+            return [latent]
+
+    monkeypatch.setattr("spar.ui.preview_stream.time.monotonic", lambda: clock.now)
+    running = WeakSet()
+    callbacks = [_callback(Pipe(), Event(), Semaphore(1000), lambda step: None, running) for _ in range(count)]
+    for done in range(1, 1000):
+        clock.now += 0.03
+        for callback in callbacks:
+            callback(done, 1000, done)
+    assert 0.5 * PREVIEW_SHARE < sum(spent) / clock.now <= PREVIEW_SHARE
+
+
 def test_a_preview_that_was_shown_makes_room_for_the_next(monkeypatch):
     eager(monkeypatch)
     steps, room = [], Semaphore()
-    callback = _callback(SlowPipe(), Event(), room, steps.append)
+    callback = _callback(SlowPipe(), Event(), room, steps.append, WeakSet())
     for done in (1, 2):
         callback(done, 9, done)
     room.release()
@@ -112,7 +134,7 @@ def test_a_reader_that_leaves_stops_the_work():
     next(work)
     work.close()
     list(jobs.run("you", "generate", "b"))  # its turn comes when the first has ended
-    assert jobs._ends == {}
+    assert jobs._ends == {} and not jobs._running
 
 
 def test_errors_arrive_where_the_steps_are_read():

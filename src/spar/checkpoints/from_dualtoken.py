@@ -21,6 +21,7 @@ from spar.checkpoints.model_header import versions
 from spar.checkpoints.sized_build import FRESH, outline
 from spar.common.config import differences
 from spar.common.errors import InputError
+from spar.common.files import home_expanded
 from spar.common.generators import cpu_generator
 from spar.models.config import TextConfig
 from spar.models.dualtoken.config import DualTokenConfig
@@ -78,7 +79,7 @@ def convert_dualtoken(
     """
     source, files = _open(path)
     parts = _Parts.read(sources, revisions or {})
-    beside = CheckpointSource.of_file(Path(settings) if settings else source.folder / "config.json")
+    beside = CheckpointSource.of_file(Path(home_expanded(settings)) if settings else source.folder / "config.json")
     given = beside.config(beside.name).inner("rqvaesiglip")
     pixel, semantic = (dualtoken_public.quantizer_config(given.inner(name)) for name in ("vq_pix", "vq_sem"))
     taps = {
@@ -101,7 +102,7 @@ def convert_dualtoken(
 
 def _open(path: str) -> tuple[CheckpointSource, TensorReader]:
     """A checkpoint and its tensors."""
-    file = Path(path)
+    file = Path(home_expanded(path))
     if file.is_dir():
         found = [one for one in sorted(file.iterdir()) if one.suffix in (".safetensors", ".pt", ".pth")]
         if len(found) != 1:

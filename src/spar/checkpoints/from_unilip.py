@@ -21,6 +21,7 @@ from spar.checkpoints.from_published import PUBLISHED, SOURCES, PublishedParts, 
 from spar.checkpoints.model_header import check_latent_scale
 from spar.checkpoints.spar_format import ModelBundle, SamplingConfig
 from spar.common.errors import InputError
+from spar.common.files import home_expanded
 from spar.models.config import SparConfig
 from spar.models.router import DynamicTokenRouter, Router
 
@@ -62,7 +63,7 @@ def convert_unilip(
     """
     source, files = _open(path)
     kind = unilip.checkpoint_kind(files)
-    settings = ForeignConfig({}, path) if Path(path).is_file() else source.config("config.json")
+    settings = ForeignConfig({}, path) if Path(home_expanded(path)).is_file() else source.config("config.json")
     revisions, named = revisions or {}, _named(sources, settings)
     parts = read_parts(config, named, revisions, llm=files if kind == "model" else None)
     real, scale = _sizes(config, parts, files, kind, router), _factor(settings, factor)
@@ -82,7 +83,7 @@ def convert_unilip(
 
 def _open(path: str) -> tuple[CheckpointSource, TensorReader]:
     """Open the checkpoint and its tensors."""
-    file = Path(path)
+    file = Path(home_expanded(path))
     if file.is_file():
         source = CheckpointSource.of_file(file)
         return source, source.tensors(file.name)

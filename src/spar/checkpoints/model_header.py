@@ -67,9 +67,12 @@ def model_type(folder: Path) -> str:
     """The system of a model's folder, as its config.json says; folders from before that field are of SPAR.
 
     Raises:
-        InputError: a missing folder, an unreadable config.json, or a system that this version does not know.
+        InputError: a missing folder, an unreadable config.json, or a system that this version does not know. Of the
+            folder of a run it names the model in it.
     """
     check_is_folder(folder, "spar")
+    if not (folder / "config.json").exists() and (folder / "model" / "config.json").is_file():
+        raise InputError(f"config.json is missing in {folder}: expected the folder of its model, {folder / 'model'}")
     header = read_json(folder / "config.json")
     found = header.get(MODEL_TYPE, "spar")
     if not isinstance(found, str) or found not in TITLES:

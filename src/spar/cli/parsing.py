@@ -7,12 +7,15 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
+from pathlib import Path
 from typing import TypeVar
 
 import tyro
 from tyro.conf import DisallowNone
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from spar.common.errors import InputError
+from spar.common.files import home_expanded
 
 LIKENESS = 0.45  # of a flag that is suggested; tyro's own are often far off
 T = TypeVar("T")
@@ -45,11 +48,36 @@ def parse(kind: type[T], argv: Sequence[str], prog: str, *, none: bool = False) 
     helped = bool({"-h", "--help"} & set(argv))
     try:
         with contextlib.nullcontext() if helped else _capture_errors(output):
-            return tyro.cli(kind, args=list(argv), prog=prog, config=() if none else (DisallowNone,))
+            config = () if none else (DisallowNone,)
+            return tyro.cli(kind, args=list(argv), prog=prog, config=config, registry=_PATHS)
     except SystemExit as stop:
         if not stop.code:
             raise
     raise InputError(_sentence(output.getvalue(), prog))
+
+
+def read_path(text: str) -> Path:
+    """The path that a word names: `~` is the home folder, which no shell puts in after `--flag=`.
+
+    Raises:
+        InputError: an empty word, as of a shell's variable that is not set: it would be the working folder.
+    """
+    if not text:
+        raise InputError("expected a path, got an empty text")
+    return Path(home_expanded(text))
+
+
+_PATHS = ConstructorRegistry()
+
+
+@_PATHS.primitive_rule
+def _path_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
+    if info.type is not Path:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1, metavar="PATH", instance_from_str=lambda words: read_path(words[0]),
+        is_instance=lambda value: isinstance(value, Path), str_from_instance=lambda value: [str(value)],
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -77,6 +105,7 @@ _ERROR_PATTERNS = (
     (r"could not convert string to float: ", "expected a number, got "),
     (r"^Missing value for argument '(.*?)'\. Expected 1 values?\..*", r"\1: expected a value, got none"),
     (r"^Missing value for argument '(.*?)'\. Expected (\d+) values\..*", r"\1: expected \2 values, got fewer"),
+    (r"Could not find valid parse for arguments: ", "expected values of its type, none of them empty, got "),
     (r"^invalid choice (.*?) for argument '(.*?)'\. Expected one of \((.*?),?\)\.", r"\2: expected one of \3, got \1"),
 )
 

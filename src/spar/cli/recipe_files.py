@@ -27,9 +27,9 @@ def read_recipe_file(path: Path) -> "tuple[Recipe, bool]":
     values = read_settings(path, "--config", "a recipe's file")
     base: type[Any] = Recipe  # abstract: the registry has the class of its kind
     sized = "model" in values
-    name = values.pop("recipe", None)
-    if name is None:
+    if "recipe" not in values:
         return _checked(from_dict(base, values, f"{path}", registry=REGISTRY), path), sized
+    name = values.pop("recipe")
     if not isinstance(name, str):
         raise InputError(f"{path}: recipe: expected a name, got {name!r}")
     return _checked(changed_recipe(recipe(name), values, f"{path}", REGISTRY), path), sized

@@ -23,10 +23,11 @@ from spar.cli.console import (
 )
 from spar.cli.continuation import Continuation
 from spar.cli.failures import Failure, explain
-from spar.cli.parsing import parse
+from spar.cli.parsing import parse, read_path
 from spar.cli.recipe_flags import build_recipe, flag_value, recipe_arguments
 from spar.cli.train_arguments import CacheArguments, PlanArguments, TrainArguments
 from spar.common.errors import InputError
+from spar.common.files import home_expanded
 from spar.inference.image_files import check_folder
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def _recipe(argv: list[str], kind: type[Any], prog: str, example: str) -> tuple[
     if file is not None:
         from spar.cli.recipe_files import read_recipe_file
 
-        own, sized = read_recipe_file(Path(file))
+        own, sized = read_recipe_file(read_path(file))
         argv = [own.name, *argv]
     else:
         own, sized = recipe(argv[0]), False
@@ -109,7 +110,7 @@ def _sized(base: Any, argv: Sequence[str]) -> Any:
     named = flag_value("--init-from", argv)
     if named is None or not isinstance(base, SparRecipe):
         return base
-    start = local_folder(Path(named))
+    start = local_folder(read_path(named))
     if (start / "config.json").is_file():
         return replace(base, model=read_config(start))
     ended = (existing_checkpoint(start) / META).is_file()  # of a stage: the sizes are the recipe's
@@ -122,7 +123,7 @@ def _sized_as_begun(base: Any, argv: Sequence[str]) -> Any:
     from spar.training.run_folder import read_recipe
 
     named, asked = flag_value("--run", argv), flag_value("--resume", argv) or "never"
-    run, resume = _run_folder(Path(named) if named else None, asked, flag_value("--name", argv) or base.name)
+    run, resume = _run_folder(read_path(named) if named else None, asked, flag_value("--name", argv) or base.name)
     if not (resume and (run / "recipe.json").is_file()):
         return base
     held: Any = read_recipe(run / "recipe.json", REGISTRY)
@@ -294,8 +295,8 @@ def _run_folder(named: Path | None, resume: str, name: str) -> tuple[Path, bool]
     """The run's folder, and whether to resume it, by --run, --resume and the recipe's name."""
     if resume in ("never", "auto"):
         return named or Path("runs") / name, resume == "auto"
-    run = Path(resume)
-    if not (run / "recipe.json").is_file():
+    run = Path(home_expanded(resume))
+    if not resume or not (run / "recipe.json").is_file():
         raise InputError(f"--resume: expected never, auto or the folder of a run, got {resume!r}")
     if named not in (None, run):
         raise InputError(f"--run and --resume: expected one folder, got {str(named)!r} and {resume!r}")

@@ -208,7 +208,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise InputError(f"{path} is not readable JSON: it is not a regular file")
         if status.st_size > MAX_JSON_BYTES:
             raise InputError(f"{path}: expected a file of at most {MAX_JSON_BYTES >> 20} MiB of JSON")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise InputError(f"{path.name} is missing in {path.parent}") from None
     except InputError:

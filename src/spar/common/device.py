@@ -3,6 +3,7 @@
 import functools
 import logging
 import time
+from typing import Any
 
 import torch
 
@@ -38,6 +39,17 @@ def check_device(device: str | torch.device) -> torch.device:
         reason = f"; {failure}" if where is not None and where.type in here else ""
         raise InputError(f"device: expected one that is here, got {str(device)!r} (here: {', '.join(here)}{reason})")
     return where
+
+
+def read_move(*arguments: Any, **keywords: Any) -> tuple[torch.device | None, torch.dtype | None]:
+    """The device and the type among the arguments of a module's `to`; InputError for other arguments."""
+    try:
+        device, dtype, *_ = torch._C._nn._parse_to(*arguments, **keywords)
+    except (RuntimeError, TypeError) as error:
+        given = ", ".join([*map(repr, arguments), *(f"{name}={value!r}" for name, value in keywords.items())])
+        expected = "to: expected a device, a type such as torch.bfloat16, or both"
+        raise InputError(f"{expected}, got {given} ({first_line(error)})") from error
+    return device, dtype
 
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:

@@ -15,6 +15,11 @@ from spar.common.errors import InputError
 _AT_ONCE = getattr(os, "O_NONBLOCK", 0)  # Windows has no such flag
 
 
+def home_expanded(path: str) -> str:
+    """A path with the home folder for a `~` at its beginning, where there is nothing of that very name."""
+    return path if os.path.lexists(path) else os.path.expanduser(path)
+
+
 def open_regular(path: str | os.PathLike) -> BinaryIO:
     """Open a regular file to read. A pipe or a device is refused at once, as its reader would wait for a writer.
 

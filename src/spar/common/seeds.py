@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Iterable, Sequence
 from numbers import Integral
+from typing import Any
 
 from spar.common.errors import InputError
 from spar.common.limits import MAX_SEED
@@ -15,7 +16,9 @@ def list_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     if isinstance(seed, Integral) and not isinstance(seed, bool):  # numpy's too
         seeds = [int(seed) + i for i in range(count)]
     else:
-        seeds = list(seed) if isinstance(seed, Iterable) else [seed] * count
+        given: Any = seed
+        several = isinstance(given, Iterable) and getattr(given, "ndim", 1) != 0  # an array without any is one value
+        seeds = list(given) if several else [given] * count
     if len(seeds) != count:
         raise InputError(f"seed: expected one, or one for each of {count} images, got {len(seeds)}")
     for value in seeds:

@@ -55,7 +55,7 @@ def read_settings(path: Path, flag: str, what: str) -> dict[str, Any]:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise InputError(f"{flag}: expected at most {MAX_BYTES >> 10} KiB, but {str(path)!r} has more")
-        text = data.decode()
+        text = data.decode("utf-8-sig")  # some editors begin with a byte order mark
         values = json.loads(text) if path.suffix.lower() == ".json" else yaml.load(text, Loader=PlainLoader)
     except InputError:
         raise

@@ -9,7 +9,9 @@ import os
 import shutil
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -36,6 +38,14 @@ WORKER_GRACE = 10  # seconds
 PREFETCH = 2  # batches that each worker may be ahead
 
 log = logging.getLogger("spar.data")
+
+
+@contextmanager
+def any_number_of_workers() -> Iterator[None]:
+    """Start torch's workers without its warning that there are more than processors: they are slower at most."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        yield
 
 
 @dataclass(frozen=True)
@@ -132,10 +142,11 @@ class Loader:
         slots = self.workers * PREFETCH + 1
         check_shared_memory(_StepDataset.bytes_of(self, slots))
         steps = _StepDataset(self, slots)
-        loaded = DataLoader(
-            steps, batch_size=None, sampler=numbers, num_workers=self.workers, prefetch_factor=PREFETCH,
-            worker_init_fn=_begin_worker, generator=torch.Generator(),  # else it would use the training's own
-        )  # fmt: skip
+        with any_number_of_workers():
+            loaded = iter(DataLoader(
+                steps, batch_size=None, sampler=numbers, num_workers=self.workers, prefetch_factor=PREFETCH,
+                worker_init_fn=_begin_worker, generator=torch.Generator(),  # else it would use the training's own
+            ))  # fmt: skip
         for batch in loaded:
             yield self._counted(batch if isinstance(batch, _Failure) else steps.fetch(batch))
 

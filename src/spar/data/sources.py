@@ -9,6 +9,7 @@ from typing import Protocol, get_args
 import numpy as np
 
 from spar.common.errors import InputError
+from spar.common.files import home_expanded
 from spar.data.annotations import is_llava, open_gpt_edit, open_llava, open_sharegpt
 from spar.data.arrow import ArrowSource
 from spar.data.image_folder import open_image_folder, open_plain_folder
@@ -50,7 +51,8 @@ def open_source(path: str, format: Format = "auto", *, cache: Path | None = None
     Args:
         path: shards or parquet files by name, braces, glob, `hf://` or an address; a folder of either, of images, or
             that `datasets` wrote; a JSON list of ShareGPT-4o-Image, or of conversations as LLaVA has them; an index of
-            GPT-Image-Edit. What exists is that path, also if its name could be read as a pattern.
+            GPT-Image-Edit. What exists is that path, also if its name could be read as a pattern; else a `~` at its
+            beginning is the home folder.
         format: format of the path; `auto` detects it from name and content.
         cache: folder of the indexes of shards and the sizes of images.
         workers: processes that index shards.
@@ -59,6 +61,7 @@ def open_source(path: str, format: Format = "auto", *, cache: Path | None = None
         InputError: the path matches nothing or is a URL, or its format is unknown.
     """
     refuse_addresses(path)
+    path = home_expanded(path)
     if os.path.isdir(path):
         return _open_folder(Path(path), format, cache, workers)
     chosen = _detect(path) if format == "auto" else format

@@ -57,7 +57,12 @@ def zero_shot(
     answers: dict[bool, list[int]] = {True: [], False: []}
     for chunk in batches(items, options.batch, progress):
         for quantized in answers:
-            answers[quantized] += pipe.classify([path for _, path in chunk], labels, quantized=quantized)
+            try:
+                answers[quantized] += pipe.classify([path for _, path in chunk], labels, quantized=quantized)
+            except InputError as error:
+                if not str(error).startswith("label:"):
+                    raise
+                raise InputError(f"template {template!r}, {error}") from error  # whose words nobody may have typed
     truth = np.array([number for number, _ in items])
     scores = (
         mean_score("overall", (np.array(answers[True]) == truth).astype(float), seed=options.seed),

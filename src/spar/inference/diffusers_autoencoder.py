@@ -131,7 +131,8 @@ class AutoencoderSpar(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignor
             folder = model_folder(name) / (subfolder or "")
         if (folder / "tokenizer" / "config.json").is_file():
             folder = folder / "tokenizer"
-        return cls.from_tokenizer(load_tokenizer(folder)).to(dtype)  # type: ignore[arg-type]  # a wrapped `to`
+        made = cls.from_tokenizer(load_tokenizer(folder))
+        return torch.nn.Module.to(made, dtype)  # diffusers' own `to` warns of any type
 
     @classmethod
     def _from_diffusers(

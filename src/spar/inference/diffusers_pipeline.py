@@ -16,6 +16,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 
 from spar.checkpoints.hub import model_folder
 from spar.checkpoints.spar_format import ModelBundle, load_model, save_model
+from spar.common.device import read_move
 from spar.common.errors import InputError
 from spar.inference.base import read_dtype
 from spar.inference.diffusers_call import draw
@@ -42,7 +43,7 @@ class SparNetwork(ModelMixin, ConfigMixin):
 
     def to(self, *args: Any, **keywords: Any) -> "SparNetwork":  # type: ignore[override]  # a wrapped one
         """Move the weights; a type is that of matrix products, and leaves the stored weights as they are."""
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **keywords)
+        device, dtype = read_move(*args, **keywords)
         if device is not None:
             self.model.to(device)
         self.compute_dtype = self.compute_dtype if dtype is None else read_dtype(dtype)
@@ -106,7 +107,7 @@ class SparDiffusionPipeline(DiffusionPipeline):
 
     def to(self, *args: Any, **keywords: Any) -> "SparDiffusionPipeline":
         """As diffusers' own; a device ends offloading."""
-        if torch._C._nn._parse_to(*args, **keywords)[0] is not None:
+        if read_move(*args, **keywords)[0] is not None:
             self._forget()
             self._offload_to = None
         return super().to(*args, **keywords)

@@ -270,7 +270,7 @@ class StepwisePipeline(LayoutPipeline):
         """Sample each image's noise on the CPU, so that it is the same on every device."""
         stride = self.model.config.token_stride
         shape = (self.model.config.autoencoder.latent_channels, size[0] // stride, size[1] // stride)
-        rows = [torch.randn(shape, generator=cpu_generator(seed)) for seed in seeds]
+        rows = [torch.randn(shape, generator=cpu_generator(seed), dtype=torch.float32) for seed in seeds]
         return torch.stack(rows).to(self.device)
 
     def _wait(self) -> None:

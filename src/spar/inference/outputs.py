@@ -13,7 +13,7 @@ from spar.inference.contact_sheet import contact_sheet, images_html
 from spar.inference.image_files import check_writable, numbered_names, output_paths, save_images
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Routing:
     """Weights over the LLM layers of each condition token of one image.
 
@@ -24,6 +24,14 @@ class Routing:
     kinds: list[str]
     layers: tuple[int, ...]
     weights: np.ndarray
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Routing):
+            return NotImplemented
+        same = (self.tokens, self.kinds, self.layers) == (other.tokens, other.kinds, other.layers)
+        return same and np.array_equal(self.weights, other.weights)
+
+    __hash__ = None  # type: ignore[assignment]  # as of what holds lists
 
     def __repr__(self) -> str:
         return f"Routing({len(self.tokens)} tokens over layers {', '.join(map(str, self.layers))})"

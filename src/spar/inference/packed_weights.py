@@ -26,12 +26,14 @@ class PackedLinear(nn.Module):
         return found
 
 
-def check_packing(device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse packed weights where there is no such layout.
+def check_packing(device: torch.device, dtype: torch.dtype, *, compiled: bool = False) -> None:
+    """Refuse packed weights where there is no such layout, or none that torch.compile takes.
 
     Raises:
-        InputError: a device other than a CPU, a type other than bfloat16, or no products of oneDNN's.
+        InputError: a device other than a CPU, a type other than bfloat16, no products of oneDNN's, or compiled layers.
     """
+    if compiled:
+        raise InputError("weights packed: expected no compile beside them, which cannot read their layout")
     if device.type != "cpu" or dtype != torch.bfloat16:
         raise InputError(f"weights packed: expected the CPU and bfloat16, got {device} and {dtype}")
     if not (hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
@@ -44,7 +46,8 @@ def pack_weights(model: SparModel) -> None:
     convolutions. The LLM's stay: layouts are written in float32.
     """
     for part in (model.tokenizer.encoder, model.connector, model.denoiser):
-        for owner in list(part.modules()):
+        # Not the maps themselves: a list of all would keep their weights until the last one is packed.
+        for owner in [one for one in part.modules() if type(one) is not nn.Linear]:
             for name, layer in list(owner.named_children()):
                 if type(layer) is nn.Linear:
                     owner._modules[name] = PackedLinear(layer.weight, layer.bias)

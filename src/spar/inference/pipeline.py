@@ -69,13 +69,14 @@ class SparPipeline(StepwisePipeline):
 
     def __post_init__(self) -> None:
         model = self.model = self.bundle.model
+        if self.weights == "packed":
+            check_packing(self.device, self.dtype, compiled=self.compile)
         if self.weights != "float32":
             cast_weights(model, self.dtype)
         if self.weights == "int8":
             quantize(model)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         if self.weights == "packed":
-            check_packing(self.device, self.dtype)
             pack_weights(model)
         if self.compile:
             compile_blocks(model)
@@ -126,6 +127,8 @@ class SparPipeline(StepwisePipeline):
             decode_tile = int(decode_tile)
         if weights not in WEIGHTS:
             raise InputError(f"weights: expected one of {', '.join(WEIGHTS)}, got {weights!r}")
+        if weights == "packed":  # before anything is loaded
+            check_packing(where, compute, compiled=compile)
         if offload and where.type == "cpu":
             raise InputError("offload: expected a device other than the CPU, got cpu")
         path = None if path is None else hub_address(path)

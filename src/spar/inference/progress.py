@@ -8,6 +8,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from spar.common.errors import InputError
+
 # Called after each step with (steps done, steps, what `preview` makes images of); returning False, exactly, cancels.
 Callback = Callable[[int, int, Tensor], bool | None]
 
@@ -19,7 +21,12 @@ def sampling_bar(callback: Callback | None, steps: int, *, shown: bool) -> Itera
     """A callback that moves a bar, where one is `shown` and the caller watches with none of its own.
 
     The bar is for notebooks and terminals (nothing goes to a file) and vanishes at the end.
+
+    Raises:
+        InputError: a callback that cannot be called.
     """
+    if callback is not None and not callable(callback):
+        raise InputError(f"callback: expected a function of (steps done, steps, state), got {callback!r}")
     if not shown or callback is not None:
         yield callback
         return

@@ -101,7 +101,7 @@ def convolve_enlarged(conv: nn.Conv2d, image: Tensor) -> Tensor:
     dtype = compute_dtype(image)
     rounded = conv.weight.to(dtype).float()  # weights that are held in the products' type give the same sums
     with without_autocast(image):
-        sums = torch.tensor(SUMMED_WEIGHTS, device=image.device)
+        sums = torch.tensor(SUMMED_WEIGHTS, dtype=torch.float32, device=image.device)
         weight = torch.einsum("iar,jbs,ocrs->ijocab", sums, sums, rounded).flatten(0, 2)
     bias = None if conv.bias is None else conv.bias.repeat(4)
     parts = F.conv2d(image, weight.to(dtype), bias, padding=1).permute(0, 2, 3, 1)

@@ -13,7 +13,8 @@ from spar.common.limits import MAX_TEMPERATURE, check_range
 
 def gumbel_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Standard Gumbel noise `[B, *shape]`, each row from its own generator, which is on the CPU on every machine."""
-    drawn = torch.stack([torch.rand(shape, generator=generator) for generator in generators]).to(device)
+    rows = [torch.rand(shape, generator=generator, dtype=torch.float32) for generator in generators]
+    drawn = torch.stack(rows).to(device)
     return -(-drawn.clamp(1e-20, 1 - 2**-24).log()).log()
 
 

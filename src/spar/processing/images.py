@@ -5,6 +5,7 @@ read to its end is refused. Colours are converted to sRGB by an image's own prof
 """
 
 import os
+import re
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ _BRANDS = {
     "a camera's raw image": {b"crx "},
 }
 _MAX_BRANDS = 256
+_MAX_NAME = 200  # characters of a name in a message: a data: URL has the whole image
+_ADDRESS = re.compile(r"[A-Za-z][\w+.-]+:/|data:")  # a Path has one slash left of two
 # (offset, bytes there, name): file types often mistaken for supported ones
 _OTHER_KINDS = (
     (4, b"JXL \r\n", "a JPEG XL image"),
@@ -222,23 +225,24 @@ def _to_bytes(values: np.ndarray) -> np.ndarray:
 
 def _read(path: str) -> bytes:
     """Read a regular file of at most MAX_BYTES."""
-    if "://" in path:
-        raise InputError(f"{_EXPECTED} in a local file, got the URL {path!r}")
+    name = repr(path if len(path) <= _MAX_NAME else f"{path[:_MAX_NAME]}...")
+    if _ADDRESS.match(path) and not os.path.exists(path):
+        raise InputError(f"{_EXPECTED} in a local file, got the URL {name}")
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-            raise InputError(f"{_EXPECTED}, but {path!r} is {kind}")
+            raise InputError(f"{_EXPECTED}, but {name} is {kind}")
         if status.st_size > MAX_BYTES:
-            raise InputError(_too_many_bytes(repr(path), status.st_size))
+            raise InputError(_too_many_bytes(name, status.st_size))
         with open(path, "rb") as file:
             return file.read(MAX_BYTES + 1)
     except InputError:
         raise
     except FileNotFoundError:
-        raise InputError(f"{_EXPECTED}, but there is no file {path!r}") from None
+        raise InputError(f"{_EXPECTED}, but there is no file {name}") from None
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        raise InputError(f"{_EXPECTED}, but {path!r} cannot be read: {_reason(error)}") from error
+        raise InputError(f"{_EXPECTED}, but {name} cannot be read: {_reason(error)}") from error
 
 
 def _identify(data: bytes, name: str, formats: tuple[str, ...], expected: str) -> Image.Image:

@@ -1,5 +1,6 @@
 """A recipe with some of its fields changed, as files of settings and studies say it."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -28,6 +29,11 @@ def changed_recipe(base: Recipe, changes: Mapping[str, Any], where: str, registr
         merged(stage, stages.get(key, {}), f"{where}: stages.{key}", configs[key]) for key, stage in named.items()
     ]
     kind: type[Any] = Recipe  # abstract: the registry has the class of its kind
-    chosen = from_dict(kind, {**merged(own, values, where, base), "stages": changed}, where, registry=registry)
+    try:
+        chosen = from_dict(kind, {**merged(own, values, where, base), "stages": changed}, where, registry=registry)
+    except InputError as error:  # the changes have no list of stages
+        keys = [*named]
+        message = re.sub(r"\.stages\[(\d+)\]", lambda at: f": stages.{keys[int(at[1])]}", str(error))
+        raise InputError(message) from error
     nearest = type(chosen.data).nearest
     return replace(chosen, stages=tuple(replace(stage, data=nearest(stage.data)) for stage in chosen.stages))

@@ -26,7 +26,7 @@ from spar.common.errors import InputError
 from spar.common.files import atomic_file
 from spar.common.process_group import ONE_PROCESS, ProcessGroup
 from spar.common.progress import Advance
-from spar.data.loader import read_again, to_pixels
+from spar.data.loader import any_number_of_workers, read_again, to_pixels
 from spar.data.samples import BadSample, check_references
 from spar.data.sources import DataSource
 from spar.models.tokenizer import UnifiedTokenizer
@@ -96,7 +96,8 @@ def write_cache(
     own, done = group.share([file for file in files if file[0].name not in written]), 0
     for path, source, indices in own:
         pictures = _Pictures(source, side, batch, indices.stop, profiles)
-        loaded = DataLoader(pictures, batch_size=None, sampler=indices[::batch], num_workers=workers)
+        with any_number_of_workers():
+            loaded = iter(DataLoader(pictures, batch_size=None, sampler=indices[::batch], num_workers=workers))
         rows = [_features(tokenizer, piece, device, precision) for piece in loaded if len(piece[0])]
         if rows:
             stored = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}

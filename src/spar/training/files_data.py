@@ -157,11 +157,19 @@ def sources_of_stage(
 def check_captions(
     config: FilesData, stages: Sequence[StageConfig], sources: list[DataSource], prompts: PromptEncoder
 ) -> None:
-    """Refuse sets whose captions some stage would read and the text tokenizer cannot; as `check_words`."""
+    """Refuse sets whose captions some stage would read and that have none, or that the text tokenizer cannot read.
+
+    Raises:
+        InputError: a set of images alone, and as `check_words`.
+    """
     weights = [weight for weight, _ in weighted_sets(config.sets)]
     read = [one for one in stages if one.data.shares]
-    used = {id(source) for one in read for source in sources_of_stage(one, sources, weights)[0]}
-    check_words([one for one in sources if id(one) in used], prompts, config.unknown_share)
+    used = {id(source): one.name for one in read for source in sources_of_stage(one, sources, weights)[0]}
+    texts = [source for source in sources if id(source) in used]
+    for source in texts:
+        if not source.captioned:
+            raise InputError(f"stage {used[id(source)]}: expected captions in {source.name}, found images alone")
+    check_words(texts, prompts, config.unknown_share)
 
 
 def epochs_per_source(stage: StageConfig, sources: list[DataSource], weights: list[float]) -> dict[str, float]:

@@ -10,13 +10,15 @@ from spar.common.config import Registry, decisive, from_dict, read_json, to_dict
 from spar.common.errors import InputError
 from spar.common.files import atomic_directory
 from spar.training.checkpoint import discard, remove_states
-from spar.training.config import Recipe
+from spar.training.config import RESERVED, Recipe
 from spar.training.distributed import SINGLE_PROCESS, DistributedContext
 from spar.training.plan import MODEL_PARTS, PlannedStage, RunPlan
 
 log = logging.getLogger("spar.training")
 
 TEXT_TOKENIZER = "text_tokenizer"  # in a run whose data have none of their own
+# What may be there before the recipe is: a study's run has the last three when it takes stages over.
+EARLY = ("lock", "trackers", "cache", "origin.json", "metrics.jsonl")
 ORIGIN = "origin.json"  # in a run that started from a SPAR folder: that folder's manifest
 
 
@@ -37,11 +39,18 @@ def open_run(run: Path, recipe: Recipe, *, fresh: bool, main: bool = True) -> No
 
 
 def check_run(run: Path, recipe: Recipe, *, fresh: bool) -> None:
-    """Refuse a folder that holds another run, or any where a run is `fresh`; nothing is written."""
+    """Refuse a folder that holds another run, or any where a run is `fresh`, or no run but what one would write over or
+    remove; nothing is written.
+    """
     path = run / "recipe.json"
     if fresh and path.exists():
         raise InputError(f"{run} already holds a run; resume it (--resume auto) or give another folder")
     if not path.exists():
+        if foreign := [name for name in RESERVED if name not in EARLY and os.path.lexists(run / name)]:
+            raise InputError(
+                f"{run} holds no run, but {', '.join(foreign)}, which a run would write over or remove: give another "
+                "folder"
+            )
         return
     held, own = (decisive(values, recipe) for values in (_read(path), to_dict(recipe)))
     if held != own:

@@ -37,7 +37,7 @@ RANGE = re.compile(rb"bytes=\d{1,15}-(\d{1,15})?")  # of others Gradio makes err
 NAME = re.compile(r"[\w-]{1,64}", re.ASCII)
 JSON = b"application/json"
 MAX_REQUEST = 256 * 2**10  # bytes of a request that carries no image
-MAX_LOGIN = 4 * 2**10  # bytes of a login, whose form is parsed before it is known who sends it
+MAX_LOGIN = 4 * 2**10  # bytes of a login, whose form is parsed before it is known who sends it, and of all open routes
 MULTIPART = 64 * 2**10  # bytes around an image
 MAX_QUERY = 256  # bytes; Gradio keeps the name of every upload that a browser asks about
 MAX_FILES_BYTES = 2 * 2**30  # of all files of the cache together, which are kept for an hour
@@ -133,7 +133,7 @@ class GradioGuardMiddleware:
 
     def _most(self, path: str) -> int:
         """Bytes of the largest body that a path may have."""
-        if LOGIN.fullmatch(path):
+        if OPEN_ROUTES.fullmatch(path):
             return MAX_LOGIN
         return self.max_file + MULTIPART if UPLOAD.fullmatch(path) else MAX_REQUEST
 

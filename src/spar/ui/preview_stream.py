@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from queue import Queue
 from threading import Event, Semaphore
 from typing import Any, Literal
+from weakref import WeakSet
 
 from PIL import Image
 
@@ -18,7 +19,7 @@ from spar.serving.worker import Call
 Task = Literal["generate", "edit"]
 
 PREVIEW_SECONDS = 0.2  # at least between two previews
-PREVIEW_SHARE = 0.2  # largest share of the time spent on previews
+PREVIEW_SHARE = 0.2  # largest share of the time spent on previews, of all sessions together
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class PreviewStream:
     def __init__(self, pipe: Pipeline, call: Call | None = None) -> None:
         self.pipe, self.call = pipe, call or _own_thread(pipe)
         self._ends: dict[tuple[str | None, str], Callable[[], None]] = {}
+        self._running = WeakSet[Event]()  # of each task that has begun, what stops its previews
 
     def run(
         self, session: str | None, task: Task, *args: Any, **keywords: Any
@@ -54,7 +56,7 @@ class PreviewStream:
         """
         stop, room = Event(), Semaphore()
         items: Queue[PreviewStep | Future[GenerateOutput]] = Queue()
-        future = self.call(Drawing(task, args, keywords, _callback(self.pipe, stop, room, items.put)))
+        future = self.call(Drawing(task, args, keywords, _callback(self.pipe, stop, room, items.put, self._running)))
 
         def end() -> None:
             stop.set()
@@ -70,6 +72,7 @@ class PreviewStream:
             yield item.result()
         finally:
             end()
+            self._running.discard(stop)
             if self._ends.get((session, task)) is end:
                 del self._ends[session, task]
 
@@ -87,18 +90,22 @@ def _own_thread(pipe: Pipeline) -> Call:
 
 
 def _callback(
-    pipe: Pipeline, stop: Event, room: Semaphore, emit: Callable[[PreviewStep], None]
+    pipe: Pipeline, stop: Event, room: Semaphore, emit: Callable[[PreviewStep], None], running: WeakSet[Event]
 ) -> Callable[[int, int, Any], bool]:
-    """Callback of the pipeline that emits each step, with a preview when one is due and the last one has been shown."""
+    """Callback of the pipeline that emits each step, with a preview when one is due and the last one has been shown; all
+    that are `running` share the time of previews.
+    """
     due = time.monotonic() + PREVIEW_SECONDS
 
     def callback(done: int, steps: int, latent: Any) -> bool:
         nonlocal due
         image, began = None, time.monotonic()
+        if not stop.is_set():
+            running.add(stop)
         if began >= due and done < steps and not stop.is_set() and room.acquire(blocking=False):
             image = pipe.preview(latent)[0]
             ended = time.monotonic()
-            due = ended + max(PREVIEW_SECONDS, (ended - began) / PREVIEW_SHARE)
+            due = ended + max(PREVIEW_SECONDS, (ended - began) / PREVIEW_SHARE * len(running))
         emit(PreviewStep(done, steps, image))
         return not stop.is_set()
 

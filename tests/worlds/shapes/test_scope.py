@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from spar.worlds.shapes.captions import caption, layout, open_caption, position_caption
+from spar.worlds.shapes.captions import (
+    caption,
+    divided_caption,
+    layout,
+    open_caption,
+    position_caption,
+    related_caption,
+)
 from spar.worlds.shapes.detector import degrade_image
 from spar.worlds.shapes.edits import BY_ANYTHING, edit_kinds, make_edit
 from spar.worlds.shapes.forms import paraphrase
@@ -32,6 +39,10 @@ SCENES = [make_scene(seed, kind=kind, combinations="any") for seed in range(60) 
         ("turn the star into a white one", "no object .* is white"),
         ("a navy large star", "no object .* is navy"),
         ("something white", "no object .* is white"),
+        ("draw a circle that is white", "no object .* is white"),
+        ("two circles that are grey on a gray background", "no object .* is gray"),
+        ("two circles, one red and one gray", "no object .* is gray"),
+        ("two stars: one large navy, one red on a gray background", "no object .* is navy"),
         ("the background should be red!", "no background .* is red"),
         ("a white circle", "no object .* is white; their colours are red"),
         ("Two grey discs!", "no object .* is gray"),
@@ -66,10 +77,12 @@ def test_nothing_is_said_of_what_the_world_has(test):
         kind = pick(rng, [kind for kind in edit_kinds(scene, "any", BY_ANYTHING) if kind != "add"])
         edit = make_edit(scene, rng, kind, "any", BY_ANYTHING).instruction
         placed = (position_caption(scene, rng), layout(scene, range(len(scene.objects))))
-        for text in (caption(scene, rng), open_caption(scene, rng), edit, *placed):
+        taught = [text for text in (related_caption(scene, rng), divided_caption(scene, rng)) if text]
+        for text in (caption(scene, rng), open_caption(scene, rng), edit, *placed, *taught):
             assert prompt_notes(text) == []
             said = paraphrase(text, rng, test=test)
             assert prompt_notes(said) == [], said
+    assert prompt_notes("two stars, one small and one large on one gray background") == []
 
 
 def test_scenes_pass_also_as_a_decoder_draws_them_and_other_images_do_not():

@@ -12,6 +12,7 @@ from spar.checkpoints.formats.text_tokenizer import open_text_tokenizer, text_to
 from spar.checkpoints.formats.torch_pickle import TorchPickleReader
 from spar.checkpoints.safetensors_io import SafetensorsReader, has_tensors
 from spar.common.errors import InputError, first_line
+from spar.common.files import home_expanded
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -95,7 +96,7 @@ def fetch(
     Raises:
         InputError: neither of the two, a revision of a local folder, or a failed download.
     """
-    path = Path(source)
+    path = Path(home_expanded(source) if local else source)
     if local and path.is_dir():
         if revision is not None:
             raise InputError(f"{what}: a local folder has no revision, got {revision!r} for {source!r}")

@@ -47,7 +47,8 @@ def prompt_notes(text: str) -> list[str]:
     sizes, things = "|".join(SIZES), "|".join(sorted(_THINGS))
     to = "(?:to |should be |to be |into an? )?"
     for color in (name for name in BACKGROUNDS if name not in COLORS):
-        has = rf"\b{color} (?:(?:{sizes}) )?(?:{things})\b|\bsomething {color}\b"
+        has = rf"\b{color} (?:(?:{sizes}) )?(?:{things})\b|\b(?:something|(?:{things}) that (?:is|are)) {color}\b"
+        has += rf"|\bone (?:(?:{sizes}) )?{color}\b(?! background)"
         gets = rf"\bthe (?:\w+ )*(?:{things})(?: (?:on|at) the \w+)? {to}{color}(?: one)?$"
         if re.search(has, said) or re.search(gets, said):
             notes.append(f"no object of the model's world is {color}; their colours are {', '.join(COLORS)}")
