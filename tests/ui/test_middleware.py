@@ -15,7 +15,7 @@ from starlette.routing import Mount, Route
 from starlette.testclient import TestClient
 
 from spar.serving import limits
-from spar.ui.middleware import MAX_LOGIN, MAX_QUERY, MAX_REQUEST, MULTIPART, GradioGuardMiddleware
+from spar.ui.middleware import MAX_BOUNDARY, MAX_LOGIN, MAX_QUERY, MAX_REQUEST, MULTIPART, GradioGuardMiddleware
 
 MAX_FILE = 1000
 
@@ -123,6 +123,10 @@ def test_an_upload_is_a_form_of_one_file(client):
     assert {name: status for name, body in wrong.items() if (status := upload(client, body)) != 400} == {}
     for kinds in (("multipart/form-data",), ("multipart/form-data; boundary=",), ("application/json",)):
         assert upload(client, form(file()), *kinds) == 400
+    for count, status in ((MAX_BOUNDARY, 200), (MAX_BOUNDARY + 1, 400)):
+        edge = b"e" * count
+        kind = f"multipart/form-data; boundary={edge.decode()}"
+        assert upload(client, form(file()).replace(b"edge", edge), kind) == status
     assert upload(client, form(file()), "multipart/form-data; boundary=x", "multipart/form-data; boundary=edge") == 400
 
 
@@ -150,6 +154,17 @@ def test_the_query_of_an_address_is_short(client):
 )
 def test_a_range_is_one_of_bytes(client, cache, value, status):
     assert client.get(f"gradio_api/file={cache}/own.png", headers={"range": value}).status_code == status
+
+
+@pytest.mark.parametrize("name", ["host", "x-forwarded-host"])
+def test_the_servers_own_name_is_one(client, name):
+    """Of others Gradio makes errors of the server, each of kilobytes in the log."""
+    fit = ["spar.example", "spar.example:443", "127.0.0.1:8000", "[::1]:8000", "localhost", "a.example, b.example:1"]
+    unfit = ["a:b:c", "a:65536", "999.1.1.1", "[::::]:1", "[1.2.3.4]", "\xe9", "a b", "a" * 300, "a/b"]
+    for value in [*fit, *unfit]:
+        asked = client.get("config", headers=[(name, value.encode("latin-1"))])
+        assert (value, asked.status_code) == (value, 200 if value in fit else 400)
+    assert client.get("config", headers={"x-gradio-server": "http://spar.example"}).status_code == 400
 
 
 def test_a_stream_that_is_refused_late_ends(cache):
@@ -184,7 +199,7 @@ def test_requests_are_small_but_for_uploads_of_one_image(client):
     for size, status in ((MAX_FILE + MULTIPART, 200), (MAX_FILE + MULTIPART + 1, 413)):
         assert upload(client, form(file(b"x" * (size - around)))) == status
     assert post("gradio_api/upload", content=iter([b"x"])).status_code == 411
-    # Of a form of separators alone, 256 KiB took a fifth of a second; and strangers share the memory of who has logged in.
+    # Of a form of separators alone, 256 KiB took a fifth of a second. Strangers share the memory of who has logged in.
     for path in ("login", "login/", "config", "", "assets/a.js"):
         assert post(path, content=b"&" * MAX_LOGIN).status_code == 200
         assert post(path, content=b"&" * (MAX_LOGIN + 1)).status_code == 413

@@ -92,8 +92,9 @@ def _own_thread(pipe: Pipeline) -> Call:
 def _callback(
     pipe: Pipeline, stop: Event, room: Semaphore, emit: Callable[[PreviewStep], None], running: WeakSet[Event]
 ) -> Callable[[int, int, Any], bool]:
-    """Callback of the pipeline that emits each step, with a preview when one is due and the last one has been shown; all
-    that are `running` share the time of previews.
+    """Callback of the pipeline that emits each step, with a preview when one is due and the last one has been shown.
+
+    The tasks that are `running`, of which it is one from its first step on, share the time of previews.
     """
     due = time.monotonic() + PREVIEW_SECONDS
 
