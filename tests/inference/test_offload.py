@@ -107,7 +107,7 @@ def test_packed_weights_are_refused_where_there_are_none(packing, tmp_path):
     nothing = tmp_path / "nothing"  # which is refused before anything is loaded
     with pytest.raises(InputError, match="weights packed: expected the CPU and bfloat16, got cpu and torch.float32"):
         SparPipeline.from_pretrained(nothing, dtype="float32", device="cpu", weights="packed")
-    with pytest.raises(InputError, match="weights packed: expected no compile beside them"):
+    with pytest.raises(InputError, match="compile: expected none beside packed weights"):
         SparPipeline.from_pretrained(nothing, dtype="bfloat16", device="cpu", weights="packed", compile=True)
     packed = SparPipeline.from_pretrained(dtype="bfloat16", device="cpu", weights="packed")
     with pytest.raises(InputError, match="weights packed: expected the CPU and bfloat16, got meta"):

@@ -160,6 +160,8 @@ def test_what_no_browser_asks_is_refused_without_a_trace_of_errors(pipe, monkeyp
         ("static/" + "a" * 5000, {}, 404), ("assets/" + "%C3%A9" * 200, {}, 404), (scene, {"range": "bytes=0-1"}, 206),
         (scene, {"range": "bytes=0-1,2-3"}, 400), (scene, {"range": "bytes=-"}, 400),
         ("gradio_api/queue/data?session_hash=nobody", {}, 200), ("gradio_api/queue/data", {}, 422),
+        ("", {"x-forwarded-host": "a:b:c"}, 400), ("config", {"x-gradio-server": "http://a:b"}, 400),
+        ("", {"x-forwarded-host": "spar.example:443"}, 200),
     ]  # fmt: skip
     with TestClient(app, base_url="http://127.0.0.1") as client:  # which raises what would go to the log
         for path, headers, status in asked:

@@ -33,7 +33,7 @@ def check_packing(device: torch.device, dtype: torch.dtype, *, compiled: bool = 
         InputError: a device other than a CPU, a type other than bfloat16, no products of oneDNN's, or compiled layers.
     """
     if compiled:
-        raise InputError("weights packed: expected no compile beside them, which cannot read their layout")
+        raise InputError("compile: expected none beside packed weights, whose layout torch.compile cannot read")
     if device.type != "cpu" or dtype != torch.bfloat16:
         raise InputError(f"weights packed: expected the CPU and bfloat16, got {device} and {dtype}")
     if not (hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._is_mkldnn_bf16_supported()):

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterator
+from ipaddress import AddressValueError, IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,15 @@ LOGIN = re.compile(r"/login/?")
 EVENTS = ("/gradio_api/queue/join", "/gradio_api/run/predict")
 UPLOAD = re.compile(r"/gradio_api/upload/?")
 CALLS = ("/gradio_api/cancel", "/gradio_api/reset")  # whose body names an event
+# Of Host and X-Forwarded-Host Gradio makes its own address, and an error of the server where it cannot.
+ADDRESS = re.compile(r"(?:([\w.-]{0,255})|\[([\da-f:.]{2,45})\])(?::(\d{0,5}))?", re.ASCII | re.IGNORECASE)
 RANGE = re.compile(rb"bytes=\d{1,15}-(\d{1,15})?")  # of others Gradio makes errors of the server
 NAME = re.compile(r"[\w-]{1,64}", re.ASCII)
 JSON = b"application/json"
 MAX_REQUEST = 256 * 2**10  # bytes of a request that carries no image
 MAX_LOGIN = 4 * 2**10  # bytes of a login, whose form is parsed before it is known who sends it, and of all open routes
 MULTIPART = 64 * 2**10  # bytes around an image
+MAX_BOUNDARY = 70  # bytes, by RFC 2046; of one above 256 Gradio makes an error of the server
 MAX_QUERY = 256  # bytes; Gradio keeps the name of every upload that a browser asks about
 MAX_FILES_BYTES = 2 * 2**30  # of all files of the cache together, which are kept for an hour
 HEADERS = {
@@ -127,6 +131,9 @@ class GradioGuardMiddleware:
             raise ApiError(400, "expected a shorter address")
         if not all(RANGE.fullmatch(value) for name, value in scope["headers"] if name == b"range"):
             raise ApiError(400, "expected one range of bytes")
+        own = [value for name, value in scope["headers"] if name in (b"host", b"x-forwarded-host")]
+        if not all(map(_is_address, own)) or any(name == b"x-gradio-server" for name, _ in scope["headers"]):
+            raise ApiError(400, "expected this server's own name in the headers")
         length = dict(scope["headers"]).get(b"content-length", b"")
         if scope["method"] not in ("GET", "HEAD") and not length.isdigit():
             raise ApiError(411, "expected a length")
@@ -176,12 +183,29 @@ class GradioGuardMiddleware:
 def is_upload(content_type: bytes, body: bytes) -> bool:
     """Whether a body is the form of one file that the page sends. Gradio opens a file for each of up to a thousand."""
     boundary = b"--" + (parse_options_header(content_type)[1].get(b"boundary") or b"")
+    if not 2 < len(boundary) <= 2 + MAX_BOUNDARY:
+        return False
     head, end, _ = body[:MULTIPART].partition(b"\r\n\r\n")
     first, *lines = head.split(b"\r\n")
     fields = [line for line in lines if line.lower().startswith(b"content-disposition:")]
     named = parse_options_header(fields[0].partition(b":")[2])[1] if len(fields) == 1 else {}
     one = end != b"" and body.count(boundary) == 2 and boundary + b"--" in body[-len(boundary) - 4 :]
-    return one and first == boundary != b"--" and named.get(b"name") == b"files" and b"filename" in named
+    return one and first == boundary and named.get(b"name") == b"files" and b"filename" in named
+
+
+def _is_address(value: bytes) -> bool:
+    """Whether the value of a header, of several the first one, is a name or an IP address, and perhaps a port."""
+    found = ADDRESS.fullmatch(value.partition(b",")[0].strip().decode("latin-1"))
+    if found is None or int(found[3] or 0) >= 2**16:
+        return False
+    try:
+        if found[2] is not None:
+            IPv6Address(found[2])
+        elif re.fullmatch(r"\d+\.\d+\.\d+\.\d+", found[1]):
+            IPv4Address(found[1])
+    except AddressValueError:
+        return False
+    return True
 
 
 def _folder_bytes(folder: Path) -> int:

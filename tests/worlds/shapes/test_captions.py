@@ -136,6 +136,8 @@ def is_part(text: str, item: Object) -> bool:
         "lower": item.y > 32,
     }  # fmt: skip
     words = [word for word in text.split() if word in sides]
+    if text.endswith("corner") and abs(item.x - 32) + abs(item.y - 32) < 32:
+        return False
     if not words:
         return abs(item.x - 32) <= 9 and abs(item.y - 32) <= 9
     return all(sides[word] for word in words) and max(abs(item.x - 32), abs(item.y - 32)) > 9

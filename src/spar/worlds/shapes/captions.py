@@ -322,7 +322,8 @@ def part_of_image_text(item: Object, rng: np.random.Generator) -> str:
         return pick(rng, ("in the middle", "in the center"))
     if min(abs(dx), abs(dy)) > MIDDLE:
         down = pick(rng, (down, "upper" if dy < 0 else "lower"))
-        return f"in the {down} {across}{pick(rng, ('', ' corner'))}"
+        corner = pick(rng, ("", " corner")) if abs(dx) + abs(dy) >= SIDE / 2 else ""  # nearer to it than to the middle
+        return f"in the {down} {across}{corner}"
     if abs(dx) >= abs(dy):
         return pick(rng, (f"on the {across}", f"on the {across} side"))
     return f"at the {down}"

@@ -26,6 +26,9 @@ _RELATIONS = re.compile(
     rf"\b(?:to the (?:left|right) of|above|below|over|under|beneath) (?:a|an|the|some|{'|'.join(ORDINALS)})\b"
 )
 _ON_BACKGROUND = re.compile(r"\bon (?:a|an|the) (?:\w+ )?background\b")
+_LOOK = "|".join((*COLORS, *BACKGROUNDS, *SIZES))
+# "a ring that is red": a red ring.
+_THAT_IS = re.compile(rf"\b({'|'.join(sorted(_THINGS))}) that (?:is|are) ({_LOOK})\b")
 _ALIKE = ((*COLORS, *BACKGROUNDS), tuple(SIZES), ORDINALS)  # of each, one thing has one
 
 
@@ -38,8 +41,8 @@ def prompt_notes(text: str) -> list[str]:
     """What a prompt or instruction asks for that no scene has: too many objects, colours of the wrong thing, two
     colours of one thing, and what no caption or instruction of the training says.
     """
-    words = [_CANONICAL.get(word, word) for word in split_words(text)]
-    notes = []
+    plain = " ".join(_CANONICAL.get(word, word) for word in split_words(text))
+    words, notes = _THAT_IS.sub(r"\2 \1", plain).split(), list[str]()
     counted = sum(_COUNTS.get(word, 0) for word, thing in _noun_phrases(words) if thing != "background")
     if counted > MAX_OBJECTS:
         notes.append(f"{counted} objects are asked for; the model has seen scenes of up to {MAX_OBJECTS}")
@@ -47,7 +50,7 @@ def prompt_notes(text: str) -> list[str]:
     sizes, things = "|".join(SIZES), "|".join(sorted(_THINGS))
     to = "(?:to |should be |to be |into an? )?"
     for color in (name for name in BACKGROUNDS if name not in COLORS):
-        has = rf"\b{color} (?:(?:{sizes}) )?(?:{things})\b|\b(?:something|(?:{things}) that (?:is|are)) {color}\b"
+        has = rf"\b{color} (?:(?:{sizes}) )?(?:{things})\b|\bsomething {color}\b"
         has += rf"|\bone (?:(?:{sizes}) )?{color}\b(?! background)"
         gets = rf"\bthe (?:\w+ )*(?:{things})(?: (?:on|at) the \w+)? {to}{color}(?: one)?$"
         if re.search(has, said) or re.search(gets, said):
