@@ -1206,13 +1206,14 @@ def bundled(request) -> SparPipeline:
 
 def assert_same(bundled: SparPipeline, images: list[Image.Image], others: list[Image.Image]) -> None:
     """Within a level in float32; some processors round a product in bfloat16 by its rows, which shows at edges, most of
-    all at sizes that the model was not trained at.
+    all at sizes that the model was not trained at: there a hundredth of the values may differ by more than 64 levels.
     """
     for one, other in zip(images, others, strict=True):
         difference = np.abs(np.asarray(one, int) - np.asarray(other, int))
-        largest, mean = (64, 1) if one.size == (64, 64) else (128, 4)
+        largest, mean, beyond = (64, 1, 0.0) if one.size == (64, 64) else (255, 4, 0.01)
         assert difference.max() <= (1 if bundled.dtype == torch.float32 else largest)
         assert difference.mean() <= (1 if bundled.dtype == torch.float32 else mean)
+        assert (difference > 64).mean() <= beyond
 
 
 @pytest.mark.slow

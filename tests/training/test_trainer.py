@@ -128,6 +128,14 @@ def test_a_folder_that_is_no_run_keeps_what_a_run_would_remove(tmp_path, name):
     assert (run / "README.md").read_text() == "mine"
 
 
+def test_a_models_folder_is_no_folder_for_a_run(tiny_run, tmp_path):
+    copied = shutil.copytree(tiny_run.path / "model", tmp_path / "model")
+    before = sorted(path.relative_to(copied) for path in copied.rglob("*"))
+    with pytest.raises(InputError, match="is a model's folder"):
+        train(TINY, copied)
+    assert sorted(path.relative_to(copied) for path in copied.rglob("*")) == before
+
+
 def test_a_broken_recipe_file_is_refused(tmp_path):
     (tmp_path / "recipe.json").write_text('{"name": "tiny"')
     with pytest.raises(InputError, match="recipe.json is not readable JSON"):

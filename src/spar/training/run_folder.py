@@ -17,8 +17,9 @@ from spar.training.plan import MODEL_PARTS, PlannedStage, RunPlan
 log = logging.getLogger("spar.training")
 
 TEXT_TOKENIZER = "text_tokenizer"  # in a run whose data have none of their own
-# What may be there before the recipe is: a study's run has the last three when it takes stages over.
+# What may be there before the recipe is: a study's run has the last two, and a tokenizer, when it takes stages over.
 EARLY = ("lock", "trackers", "cache", "origin.json", "metrics.jsonl")
+FOREIGN = tuple(name for name in RESERVED if name not in EARLY)
 ORIGIN = "origin.json"  # in a run that started from a SPAR folder: that folder's manifest
 
 
@@ -46,7 +47,10 @@ def check_run(run: Path, recipe: Recipe, *, fresh: bool) -> None:
     if fresh and path.exists():
         raise InputError(f"{run} already holds a run; resume it (--resume auto) or give another folder")
     if not path.exists():
-        if foreign := [name for name in RESERVED if name not in EARLY and os.path.lexists(run / name)]:
+        if os.path.lexists(run / "config.json"):
+            raise InputError(f"{run} is a model's folder (it has config.json); give another one for the run")
+        own = (TEXT_TOKENIZER,) if (run / TEXT_TOKENIZER / "tokenizer_config.json").is_file() else ()
+        if foreign := [name for name in FOREIGN if name not in own and os.path.lexists(run / name)]:
             raise InputError(
                 f"{run} holds no run, but {', '.join(foreign)}, which a run would write over or remove: give another "
                 "folder"
