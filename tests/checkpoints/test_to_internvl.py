@@ -140,6 +140,7 @@ def test_files_types_and_refusals(tiny_run, tmp_path, capsys):
     assert (config["model_type"], config["dtype"]) == ("internvl", "bfloat16")
     names = {"model.safetensors", "tokenizer.json", "preprocessor_config.json", "processor_config.json"}
     assert names <= {path.name for path in out.iterdir()} and [*tmp_path.iterdir()] == [out]
+    assert capsys.readouterr().err == ""  # no bar of transformers' in a log
     assert main(["export", "internvl", str(model), "-o", str(out)]) == 2
     assert "exists already" in capsys.readouterr().err
     assert main(["export", "internvl", str(model), "-o", str(out), "--overwrite"]) == 0

@@ -275,6 +275,8 @@ WRONG = [
     ("generate x --model=", "--model: expected a path, got an empty text"),
     ("generate x -o ''", "--output: expected a path, got an empty text"),
     ("edit '' x", "expected a path, got an empty text"),
+    ("generate x -o -", "--output: expected a path, got '-': neither standard input nor output is used"),
+    ("train tiny --run new --dry-run --track nope", "--track: expected one of"),
     ("info ''", "expected a path, got an empty text"),
     ("reconstruct there.png ''", "none of them empty, got ['there.png', '']"),
     ("train tiny --run ''", "--run: expected a path, got an empty text"),

@@ -127,6 +127,14 @@ def test_a_folder_of_another_models_images_is_left_alone(model, listed, tmp_path
     assert "was begun with another weights" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["prompts.json", "prompts.CSV", "prompts.parquet"])
+def test_a_file_of_another_format_is_not_read_as_lines_of_prompts(name, tmp_path):
+    path = tmp_path / name
+    path.write_text('["a red circle"]\n')
+    with pytest.raises(InputError, match="expected a text with a prompt a line, or .jsonl, got a"):
+        read_prompts(path)
+
+
 def test_prompts_are_read_from_text_and_json_lines(tmp_path):
     text, lines = tmp_path / "a.txt", tmp_path / "a.jsonl"
     text.write_text("\ufeff  a red circle \r\n\r\na blue star", encoding="utf-8")
@@ -315,7 +323,7 @@ def benchmark_of_other_prompts(folder: Path) -> Path:
         ("wise", "{}", "expected a JSON list of 1 to"),
         ("wise", "[", "expected a JSON list of objects with 'Prompt', which it is not"),
         ("dpg", "a red circle", "expected a folder of prompts"),
-        ("edits", '{"prompt": "remove the star"}', "expected a file inside pictures as image, got None"),
+        ("edits", '{"prompt": "remove the star"}', "line 1: expected a file inside pictures as image, got None"),
         ("edits", '{"prompt": "remove the star", "image": "../a.png"}', "got '../a.png'"),
         ("edits", '{"prompt": "remove the star", "image": "/etc/passwd"}', "got '/etc/passwd'"),
         ("imgedit", "[]", "expected an object of 1 to"),

@@ -108,10 +108,23 @@ def test_a_tracker_is_told_how_the_run_has_ended(fake, tmp_path, monkeypatch, na
         assert seen == wanted
 
 
-def test_where_a_second_tracker_cannot_be_opened_the_first_is_finished(fake, tmp_path):
-    with pytest.raises(InputError, match="not installed"), tracked(["fake", "absent"], recipe("tiny"), tmp_path, None):
+def test_where_a_second_tracker_cannot_be_opened_the_first_is_finished(fake, tmp_path, monkeypatch):
+    def offline(project):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("accelerate.tracking.LOGGER_TYPE_TO_CLASS", {"fake": Fake, "wandb": offline})
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: ["fake", "wandb"])
+    monkeypatch.setattr(offline, "requires_logging_directory", False, raising=False)
+    both = tracked(["fake", "wandb"], recipe("tiny"), tmp_path, None)
+    with pytest.raises(InputError, match="cannot be opened"), both:
         pass
     assert fake.made[0].seen[-1] == ("finish",)
+
+
+def test_where_one_tracker_is_not_there_none_is_opened(fake, tmp_path):
+    with pytest.raises(InputError, match="not installed"), tracked(["fake", "absent"], recipe("tiny"), tmp_path, None):
+        pass
+    assert fake.made == []
 
 
 def test_trackers_that_are_not_there_are_refused(fake, tmp_path, monkeypatch):

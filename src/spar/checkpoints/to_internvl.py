@@ -4,11 +4,14 @@ The tuned encoder and the LLM are the whole of what answers (SPAR section 3.3), 
 without SPAR. `build_from_published` reads such a folder back, to the last bit in float32.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from transformers import InternVLForConditionalGeneration
+from transformers.utils import logging as transformers_logging
 
 from spar.checkpoints.model_header import versions
 from spar.checkpoints.safetensors_io import check_finite
@@ -53,6 +56,18 @@ def internvl_model(model: SparModel, dtype: torch.dtype | None = None) -> Intern
     return library.eval().requires_grad_(False)
 
 
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without the bar of shards that transformers draws into any log."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
 def export_internvl(bundle: ModelBundle, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Write the folder: weights, configuration, text tokenizer and the settings of transformers' processor.
 
@@ -61,7 +76,8 @@ def export_internvl(bundle: ModelBundle, folder: Path, dtype: torch.dtype | None
     """
     config = bundle.model.config
     with atomic_directory(folder) as temporary:
-        internvl_model(bundle.model, dtype).save_pretrained(temporary)
+        with _without_bars():
+            internvl_model(bundle.model, dtype).save_pretrained(temporary)
         bundle.text_tokenizer.save_pretrained(temporary)
         side = {"height": config.image_size, "width": config.image_size}
         write_json(temporary / "preprocessor_config.json", {**_IMAGE_PROCESSOR, "size": side})

@@ -60,10 +60,12 @@ def read_path(text: str) -> Path:
     """The path that a word names: `~` is the home folder, which no shell puts in after `--flag=`.
 
     Raises:
-        InputError: an empty word, as of a shell's variable that is not set: it would be the working folder.
+        InputError: an empty word, as of a shell's variable that is not set: it would be the working folder; or "-".
     """
     if not text:
         raise InputError("expected a path, got an empty text")
+    if text == "-":
+        raise InputError("expected a path, got '-': neither standard input nor output is used (a file of it: ./-)")
     return Path(home_expanded(text))
 
 

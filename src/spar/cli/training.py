@@ -44,6 +44,7 @@ def train(argv: list[str]) -> int:
     from spar.training.estimate import HardwareConfig, check_sizes, estimate
     from spar.training.plan import read_run, resolve
     from spar.training.run_folder import check_run
+    from spar.training.trackers import check_trackers
     from spar.training.trainer import check_patterns
 
     run, resume = _run_folder(args.run, args.resume, chosen.name)
@@ -55,6 +56,7 @@ def train(argv: list[str]) -> int:
         from_scratch=args.from_scratch, teacher=args.teacher, reinitialize=args.reinitialize,
         only_shown=args.dry_run,
     )  # fmt: skip
+    check_trackers(args.track)
     if args.dry_run:
         check_run(run, chosen, fresh=run_plan.fresh)
         check_patterns(modules, run_plan)

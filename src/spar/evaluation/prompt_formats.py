@@ -154,14 +154,15 @@ def read_genai(path: Path) -> GenAIBench:
 
 def read_edits(path: Path, images: Path) -> PromptSet:
     """Objects with `image`, a file in the folder `images`, and `prompt`, the instruction, one a line."""
-    entries = [_object(path, number, line) for number, line in _lines(path)]
-    return PromptSet(tuple(one["prompt"] for one in entries), [_inside(path, images, one, "image") for one in entries])
+    entries = [(number, _object(path, number, line)) for number, line in _lines(path)]
+    sources = [_inside(f"{path}, line {number}", images, one, "image") for number, one in entries]
+    return PromptSet(tuple(one["prompt"] for _, one in entries), sources)
 
 
 def read_imgedit(path: Path, images: Path) -> ImgEdit:
     """ImgEdit's object {key: {id, prompt, edit_type}}; `id` is a file in the folder `images`."""
     found = _numbered(path, "instructions")
-    sources = [_inside(path, images, entry, "id") for entry in found.values()]
+    sources = [_inside(f"{path}, {key!r}", images, entry, "id") for key, entry in found.items()]
     return ImgEdit(
         tuple(entry["prompt"] for entry in found.values()), sources, tuple(found), entries=tuple(found.values())
     )
@@ -178,11 +179,11 @@ def _numbered(path: Path, what: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _inside(path: Path, images: Path, entry: Mapping[str, Any], key: str) -> SourceImage:
-    """The file of a folder that an entry names."""
+def _inside(where: str, images: Path, entry: Mapping[str, Any], key: str) -> SourceImage:
+    """The file of a folder that an entry names; `where` the entry is, for the error."""
     name = entry.get(key)
     if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise InputError(f"{path}: expected a file inside {images} as {key}, got {name!r}")
+        raise InputError(f"{where}: expected a file inside {images} as {key}, got {name!r}")
     return SourceFile(images / name)
 
 

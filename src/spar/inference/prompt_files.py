@@ -29,6 +29,7 @@ from spar.processing.images import ImageSource, open_image
 
 FORMAT, SETTINGS, LIST = "spar-images", "generation.json", "metadata.jsonl"
 SUFFIXES = {".png": "PNG", ".jpeg": "JPEG"}  # and what Pillow calls them
+OTHER_FORMATS = (".json", ".csv", ".tsv", ".yaml", ".yml", ".parquet")  # whose lines are no prompts
 MAX_PROMPTS, MAX_FILES = 10**6, 10**7
 DIGEST_NUMBERS = 64  # of each tensor
 
@@ -118,8 +119,11 @@ def read_prompts(path: Path) -> PromptSet:
     """The prompts of a text file, one a line, or the `prompt` of each object of a .jsonl file; empty lines are skipped.
 
     Raises:
-        InputError: an unreadable file, no prompts or too many, or a line that has none, with its number.
+        InputError: an unreadable file, one of another format by its name, no prompts or too many, or a line that has
+            none, with its number.
     """
+    if path.suffix.lower() in OTHER_FORMATS:
+        raise InputError(f"{path}: expected a text with a prompt a line, or .jsonl, got a {path.suffix} by its name")
     prompts: list[str] = []
     try:
         with path.open(encoding="utf-8-sig") as lines:

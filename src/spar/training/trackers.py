@@ -63,6 +63,7 @@ def tracked(names: Sequence[str], recipe: Recipe, run: Path, report: Report | No
         for name, tracker in list(opened.items()):
             attempt(name, lambda: _finish(name, tracker, failure))  # noqa: B023  # called at once
 
+    check_trackers(names)
     try:
         for name in dict.fromkeys(names):
             opened[name] = _open(name, recipe, run)
@@ -73,15 +74,28 @@ def tracked(names: Sequence[str], recipe: Recipe, run: Path, report: Report | No
     finish(None)
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse what cannot be opened, before anything is.
+
+    Raises:
+        InputError: a tracker that there is not, or whose package is missing.
+    """
+    from accelerate import tracking
+
+    known = {str(key) for key in tracking.LOGGER_TYPE_TO_CLASS}
+    available = {str(one) for one in tracking.get_available_trackers()} if names else set()
+    for name in names:
+        if name not in known:
+            raise InputError(f"--track: expected one of {', '.join(sorted(known))}, got {name!r}")
+        if name not in available:
+            raise InputError(f"--track {name}: its package is not installed: pip install {name}")
+
+
 def _open(name: str, recipe: Recipe, run: Path) -> Any:
     """A started tracker: its project is the recipe, its folder the run's, where it wants one."""
     from accelerate import tracking
 
     known = {str(key): found for key, found in tracking.LOGGER_TYPE_TO_CLASS.items()}
-    if name not in known:
-        raise InputError(f"--track: expected one of {', '.join(sorted(known))}, got {name!r}")
-    if name not in {str(one) for one in tracking.get_available_trackers()}:
-        raise InputError(f"--track {name}: its package is not installed: pip install {name}")
     try:
         tracker = known[name](recipe.name, **places(name, known[name].requires_logging_directory, run / "trackers"))
         # Only the main process is here: Accelerate's own state, which would join all processes, is not needed.
