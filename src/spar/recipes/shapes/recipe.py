@@ -154,7 +154,7 @@ def shapes_long() -> SparRecipe:
     base = shapes()
     longer: dict[str, dict[str, Any]] = {
         "mllm-4": {"steps": 5000, "lr": 1.5e-3},
-        "unified-2": {"steps": 9000},
+        "unified-2": {"steps": 8000},
         "unified-3": {"steps": 300},
     }
     stages = tuple(replace(stage, **longer.get(stage.name, {})) for stage in base.stages)
